@@ -1,0 +1,49 @@
+"""Configuration: what the model is (`OmniConfig`) and what a run does with it (`RunConfig`).
+
+Imports neither jax nor flax, so that data workers can use it.
+"""
+
+from baichuan_omni_jax.config.errors import ConfigError
+from baichuan_omni_jax.config.hf import from_hf, read_hf, to_hf
+from baichuan_omni_jax.config.model import MODELS, OmniConfig, SpecialTokens, baichuan_omni_7b, resolve_model, tiny
+from baichuan_omni_jax.config.overrides import apply_overrides, from_dict, to_dict
+from baichuan_omni_jax.config.run import (
+    Budgets,
+    CheckpointConfig,
+    ComputeConfig,
+    DataConfig,
+    GroupConfig,
+    MeshConfig,
+    OptimizerConfig,
+    RunConfig,
+    SourceConfig,
+    TrainConfig,
+    load_run_config,
+)
+
+__all__ = [
+    "MODELS",
+    "Budgets",
+    "CheckpointConfig",
+    "ComputeConfig",
+    "ConfigError",
+    "DataConfig",
+    "GroupConfig",
+    "MeshConfig",
+    "OmniConfig",
+    "OptimizerConfig",
+    "RunConfig",
+    "SourceConfig",
+    "SpecialTokens",
+    "TrainConfig",
+    "apply_overrides",
+    "baichuan_omni_7b",
+    "from_dict",
+    "from_hf",
+    "load_run_config",
+    "read_hf",
+    "resolve_model",
+    "tiny",
+    "to_dict",
+    "to_hf",
+]

@@ -1,0 +1,98 @@
+"""Nested frozen dataclasses to and from plain dicts, and overrides by dotted path, both type-checked."""
+
+import ast
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from baichuan_omni_jax.config.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def to_dict(config: Any) -> Any:
+    """Dataclasses to dicts and tuples to lists, ready for JSON."""
+    if dataclasses.is_dataclass(config):
+        return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, tuple | list):
+        return [to_dict(item) for item in config]
+    return config
+
+
+def from_dict(cls: type[T], values: Any, where: str = "") -> T:
+    """The inverse of `to_dict`. Raises ConfigError on an unknown key or a value of another type."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where or cls.__name__} must be a mapping, not {type(values).__name__}")
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        _check_key(key, hints, where)
+    return cls(**{key: _convert(hints[key], value, f"{where}{key}") for key, value in values.items()})
+
+
+def apply_overrides(config: T, overrides: Sequence[str]) -> T:
+    """Applies `a.b=value` strings in order.
+
+    >>> apply_overrides(RunConfig(name="x"), ["train.steps=20", "data.budgets.tokens=1024"]).train.steps
+    20
+
+    Raises ConfigError, naming the nearest known key, when a key does not exist or a value has another type.
+    """
+    for item in overrides:
+        path, equals, text = item.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {item!r} is not of the form key=value")
+        config = _replace(config, path.strip().split("."), text.strip(), path.strip())
+    return config
+
+
+def _replace(config: Any, keys: Sequence[str], text: str, path: str) -> Any:
+    key, rest = keys[0], keys[1:]
+    hints = typing.get_type_hints(type(config))
+    _check_key(key, hints, path[: len(path) - len(".".join(keys))])
+    if not rest:
+        value = _convert(hints[key], _parse(text, hints[key]), path)
+    elif dataclasses.is_dataclass(getattr(config, key)):
+        value = _replace(getattr(config, key), rest, text, path)
+    else:
+        raise ConfigError(f"{path}: {key} is a {type(getattr(config, key)).__name__} and has no field {rest[0]!r}")
+    return dataclasses.replace(config, **{key: value})
+
+
+def _check_key(key: str, known: Any, where: str) -> None:
+    if key not in known:
+        near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.0)
+        raise ConfigError(f"unknown config key {where}{key!s}; the nearest known one is {where}{near[0]}")
+
+
+def _parse(text: str, kind: Any) -> Any:
+    if kind is str:
+        return text
+    if text.lower() in ("true", "false", "none"):
+        return {"true": True, "false": False, "none": None}[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _convert(kind: Any, value: Any, where: str) -> Any:
+    """`value` as an instance of the annotation `kind`; ints pass as floats, lists as tuples."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _convert(next(a for a in args if a is not type(None)), value, where)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{where} must be a list, not {value!r}")
+        return tuple(_convert(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if dataclasses.is_dataclass(kind):
+        return value if isinstance(value, kind) else from_dict(kind, value, f"{where}.")
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ConfigError(f"{where} must be {kind.__name__}, not {value!r}")
+    return value

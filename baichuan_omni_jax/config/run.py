@@ -1,0 +1,153 @@
+"""`RunConfig`: everything a run decides that is not architecture. One file in `configs/` builds one."""
+
+import runpy
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from baichuan_omni_jax.config.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices along each mesh axis; the product must be the number of devices. -1 on one axis takes what is left."""
+
+    data: int = 1
+    fsdp: int = 1
+    context: int = 1
+    tensor: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One source of documents: a JSONL manifest (relative to `DataConfig.root`) and its share of the documents."""
+
+    name: str
+    manifest: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budgets:
+    """What one packed row holds at most. Static shapes: every row of a run has exactly these sizes.
+
+    `tokens` is the row length; `patches` counts 14x14 patches (four become one token); `audio_frames` counts code
+    frames heard or spoken; `audio_targets` counts frames to predict, one end frame for each spoken clip included.
+    """
+
+    tokens: int = 65536
+    patches: int = 65536
+    audio_frames: int = 16384
+    audio_targets: int = 8192
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is read and how rows are made. Paths may start with `~`; `root` is where manifests and media lie.
+
+    `sample` asks for the offline sample data set, built at `root` when it is not there yet.
+    `tokenizer` is a path to a `tokenizer.json`; empty trains one of `vocab_size` entries on the manifests' own text.
+    `max_bad_fraction` is the share of documents that may be unusable before the run stops.
+    """
+
+    root: str = "data"
+    sample: bool = False
+    mixture: tuple[SourceConfig, ...] = ()
+    rows: int = 16
+    budgets: Budgets = Budgets()
+    open_bins: int = 8
+    seed: int = 0
+    workers: int = 2
+    tokenizer: str = ""
+    end_of_text: bool = True
+    max_bad_fraction: float = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupConfig:
+    """Parameters whose path (`llm.layers.attention.q_proj`) matches `pattern` from its start; the first match wins.
+
+    `learning_rate` None freezes the group: no gradient, no optimizer state.
+    """
+
+    name: str
+    pattern: str
+    learning_rate: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and cosine decay. Learning rates are the groups' peaks.
+
+    After `decay_steps` (counted from step 0) the rate stays at `final_fraction` of its peak, so a run can go on.
+    """
+
+    groups: tuple[GroupConfig, ...] = (GroupConfig(name="all", pattern=".*", learning_rate=1e-4),)
+    warmup_steps: int = 100
+    decay_steps: int = 10000
+    final_fraction: float = 0.1
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeConfig:
+    """How the step is computed. `attention` and `rvq` name a kernel implementation; empty picks by platform.
+
+    `loss_chunk` is how many positions of a row per shard have their vocabulary logits in memory at once.
+    """
+
+    dtype: str = "bfloat16"
+    remat: str = "full"
+    loss_chunk: int = 1024
+    attention: str = ""
+    attention_block: int = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Length and seed of a run, and the weights of its losses (`audio_level_weights` empty: 1/levels each)."""
+
+    steps: int = 1000
+    seed: int = 0
+    audio_loss_weight: float = 1.0
+    audio_level_weights: tuple[float, ...] = ()
+    frozen_dtype: str = "bfloat16"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When to save and how many steps to keep. `init_from` is `DIR` or `branch=DIR,...`; empty is random."""
+
+    every: int = 100
+    keep: int = 3
+    init_from: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A training run. `model` names a variant of `OmniConfig` or a Hugging Face config.json by path."""
+
+    name: str
+    model: str = "baichuan_omni_7b"
+    mesh: MeshConfig = MeshConfig()
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = OptimizerConfig()
+    compute: ComputeConfig = ComputeConfig()
+    train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+
+def load_run_config(path: str | Path) -> RunConfig:
+    """Runs the file at `path` and calls its `get_config()`. Raises ConfigError when there is no such thing."""
+    if not Path(path).is_file():
+        raise ConfigError(f"config file {path} does not exist")
+    namespace = runpy.run_path(str(path))
+    if "get_config" not in namespace:
+        raise ConfigError(f"config file {path} defines no get_config()")
+    config = namespace["get_config"]()
+    if not isinstance(config, RunConfig):
+        raise ConfigError(f"get_config() of {path} returned {type(config).__name__}, not RunConfig")
+    return config
