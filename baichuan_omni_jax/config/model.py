@@ -117,7 +117,7 @@ def tiny() -> OmniConfig:
             head_dim=32,
             intermediate_size=320,
         ),
-        audio_head=AudioHeadConfig(num_layers=2, head_dim=32),
+        audio_head=AudioHeadConfig(num_layers=2),
         flow=FlowConfig(
             in_channels=20,
             channels=(32,),

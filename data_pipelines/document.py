@@ -1,0 +1,87 @@
+"""What a document is before, between and after measuring and encoding; the error that skips one."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float32, Int32, UInt8
+
+
+class SampleError(Exception):
+    """One document cannot be used. `cause` is the word it is counted under; the message says what was wrong.
+
+    Causes: `bad_json`, `bad_prompt`, `missing_file`, `unreadable_media`, `outside_root`, `too_long`, `no_loss`,
+    `changed` (media or codes are not what the index measured), `no_codes`.
+    """
+
+    def __init__(self, cause: str, message: str):
+        super().__init__(message)
+        self.cause = cause
+
+    def __reduce__(self):
+        return SampleError, (self.cause, str(self))
+
+
+@dataclass(frozen=True)
+class Document:
+    """A manifest line: `text` is the source prompt in the released form; media paths in it are relative to `root`."""
+
+    id: str
+    type: str
+    text: str
+    root: Path
+    manifest: str
+    line: int
+
+    @property
+    def where(self) -> str:
+        return f"{self.manifest}:{self.line}"
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """What a document takes of each budget, known without decoding a pixel or a sample.
+
+    `tokens` row slots; `patches` 14x14 patches; `audio_frames` code frames (12.5 Hz) heard or spoken; `audio_targets`
+    spoken frames that carry loss, one end frame a clip included; `mel_windows` windows of at most 30 s; `items` media.
+    """
+
+    tokens: int
+    patches: int = 0
+    audio_frames: int = 0
+    audio_targets: int = 0
+    mel_windows: int = 0
+    items: int = 0
+
+
+@dataclass(frozen=True)
+class EncodedDocument:
+    """A decoded document, its slots counted from 0 at its own first token (n tokens, a code frames, q levels, p patches).
+
+    Targets are already shifted: `text_targets[i]` is what position i must predict, 0 with weight 0 where nothing is.
+    `audio_targets[j]` is predicted at slot `audio_target_slots[j]`; an end frame has class `codebook_sizes[0]` at
+    level 0, zeros above, and weight at level 0 only. `patch_frames` numbers the pictures of the document from 1;
+    patches come grouped 2x2, so the four of one visual token are neighbours, and `patch_grid` is their (row, column).
+    """
+
+    tokens: Int32[np.ndarray, "n"]
+    text_targets: Int32[np.ndarray, "n"]
+    text_weights: Float32[np.ndarray, "n"]
+    audio_codes: Int32[np.ndarray, "a q"]
+    audio_slots: Int32[np.ndarray, "a"]
+    audio_targets: Int32[np.ndarray, "c q"]
+    audio_weights: Float32[np.ndarray, "c q"]
+    audio_target_slots: Int32[np.ndarray, "c"]
+    patches: UInt8[np.ndarray, "p 588"]
+    patch_grid: Int32[np.ndarray, "p 2"]
+    patch_frames: Int32[np.ndarray, "p"]
+    visual_slots: Int32[np.ndarray, "v"]
+
+    @property
+    def lengths(self) -> Lengths:
+        return Lengths(
+            tokens=len(self.tokens),
+            patches=len(self.patches),
+            audio_frames=len(self.audio_codes),
+            audio_targets=len(self.audio_targets),
+        )
