@@ -1,0 +1,83 @@
+"""Parameters: arrays that know the logical names of their axes, and trees of them by dotted name."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import reshard
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from baichuan_omni_jax.sharding import ShardingRules, parameter_axes
+
+Module = TypeVar("Module")
+
+
+class Buffer(nnx.Variable):
+    """An array of the checkpoint that no gradient changes: codebook statistics, biases that are carried unused."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compute:
+    """How modules compute: sharding rules, compute dtype, and which kernels. Static: part of every module's type."""
+
+    rules: ShardingRules = ShardingRules()
+    dtype: jnp.dtype = jnp.dtype("float32")
+    remat: str = "full"
+    attention: str | None = None
+    attention_block: int = 512
+
+
+def normal(key: PRNGKeyArray, shape: tuple[int, ...], axes: tuple[str, ...], *, std: float = 0.02) -> nnx.Param:
+    """A trainable parameter drawn from N(0, std^2), fp32; `axes` names each dim of `shape`."""
+    assert len(shape) == len(axes), (shape, axes)
+    return nnx.Param(std * jax.random.normal(key, shape, jnp.float32), axes=axes)
+
+
+def zeros(shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
+    assert len(shape) == len(axes), (shape, axes)
+    return nnx.Param(jnp.zeros(shape, jnp.float32), axes=axes)
+
+
+def ones(shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
+    assert len(shape) == len(axes), (shape, axes)
+    return nnx.Param(jnp.ones(shape, jnp.float32), axes=axes)
+
+
+def use(parameter: nnx.Variable, compute: Compute, dtype: jnp.dtype | None = None) -> Float[Array, "..."]:
+    """The parameter's value, cast to the compute dtype and gathered over `fsdp` and `context`.
+
+    Cast first, so that half the bytes travel. Called inside the layer scan, so that one layer is whole at a time.
+    """
+    value = parameter[...].astype(dtype or compute.dtype)
+    return reshard(value, compute.rules.gathered_spec(*parameter_axes(parameter)))
+
+
+def stack(make: Callable[[PRNGKeyArray], Module], key: PRNGKeyArray, count: int) -> Module:
+    """`count` modules of the same kind as one, each parameter with a `layers` axis in front, for `jax.lax.scan`."""
+    return jax.vmap(make)(jax.random.split(key, count))
+
+
+def named_variables(module: object) -> dict[str, nnx.Variable]:
+    """Every variable of a module (or dict of modules) by dotted name: `llm.layers.attention.q_proj`."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(module, is_leaf=_is_variable)
+    return {dotted(path): leaf for path, leaf in leaves}
+
+
+def with_values(module: Module, values: Mapping[str, object]) -> Module:
+    """The same module with each variable's value replaced by `values[name]`. Raises KeyError on a missing name."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, variable: variable.replace(values[dotted(path)]), module, is_leaf=_is_variable
+    )
+
+
+def dotted(path: tuple) -> str:
+    """A key path of `jax.tree_util` as a dotted name, without the variable's own `.value`."""
+    names = [str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key)))) for key in path]
+    return ".".join(names[:-1] if names and names[-1] == "value" else names)
+
+
+def _is_variable(leaf: object) -> bool:
+    return isinstance(leaf, nnx.Variable)
