@@ -1,0 +1,42 @@
+"""Branch checkpoints and workdirs: what they hold, how they are written, and how they are read back.
+
+    CKPT/config.json              the model's configuration, as Hugging Face writes it
+    CKPT/branches.json            branch -> parameters, dtype, steps trained
+    CKPT/processor/tokenizer.json
+    CKPT/params/BRANCH/           one Orbax checkpoint a branch: nested dicts of arrays, no classes
+    CKPT/checksums.json           file -> crc32c (a converted checkpoint may lack it)
+
+    DIR/run_config.json           the run that owns this workdir
+    DIR/checkpoints/STEP/         a CKPT, opt_state/ (Orbax) and data.json (the data plan's state)
+
+A checkpoint appears by one rename after every file and its checksum is written, so there is a whole one or none.
+"""
+
+from baichuan_omni_jax.checkpoint.branches import (
+    BranchInfo,
+    find_checkpoint,
+    load_branches,
+    parse_spec,
+    read_branch_info,
+    save_branches,
+)
+from baichuan_omni_jax.checkpoint.checksums import verify_checksums, write_checksums
+from baichuan_omni_jax.checkpoint.run_config import MAY_DIFFER
+from baichuan_omni_jax.checkpoint.trees import read_tree, with_shardings
+from baichuan_omni_jax.checkpoint.workdir import Restored, Workdir
+
+__all__ = [
+    "MAY_DIFFER",
+    "BranchInfo",
+    "Restored",
+    "Workdir",
+    "find_checkpoint",
+    "load_branches",
+    "parse_spec",
+    "read_branch_info",
+    "read_tree",
+    "save_branches",
+    "verify_checksums",
+    "with_shardings",
+    "write_checksums",
+]

@@ -1,0 +1,163 @@
+"""Checkpoints of branches: any subset of a model's branches in one folder, and the way from a `--checkpoint` to them."""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from baichuan_omni_jax.checkpoint.checksums import CHECKSUMS, verify_checksums
+from baichuan_omni_jax.checkpoint.steps import committed_steps, newest_good, step_folder
+from baichuan_omni_jax.checkpoint.trees import leaves_by_name, read_tree, to_stored
+from baichuan_omni_jax.checkpoint.writer import FolderSave, make_checkpointer
+from baichuan_omni_jax.config import ConfigError, OmniConfig, to_hf
+
+BRANCHES = "branches.json"
+_OPT_STATE = "opt_state/"
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BranchInfo:
+    """A line of `branches.json`. `trained` counts optimizer steps, 0 for random weights; `dtype` joins several by +."""
+
+    parameters: int
+    dtype: str
+    trained: int
+
+
+def save_branches(
+    path: epath.PathLike,
+    branches: Mapping[str, Any],
+    config: OmniConfig,
+    tokenizer_json: str = "",
+    *,
+    trained: Mapping[str, int] | None = None,
+) -> None:
+    """Writes a checkpoint of `branches` (name -> module) to `path` and returns when it is there.
+
+    `tokenizer_json` is the text of a tokenizer.json or a path to one; empty: none. `trained` gives steps by branch
+    (default 0). Raises ConfigError when `path` exists and is not an empty folder.
+    """
+    path = epath.Path(path).expanduser().resolve()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ConfigError(f"{path} already exists and is not empty; nothing was written")
+    checkpointer = make_checkpointer()
+    trees = {branch_folder(name): to_stored(module) for name, module in branches.items()}
+    texts = checkpoint_texts(branches, config, tokenizer_json, trained or {})
+    checkpointer.save(path, args=FolderSave(trees, texts), force=True)
+    checkpointer.close()
+
+
+def load_branches(spec: str, abstract: Mapping[str, Any], *, allow_missing: bool = False) -> dict[str, Any]:
+    """Reads the branches of `abstract` (name -> abstract module, see `with_shardings`) from where `spec` says.
+
+    `spec` is `DIR` or `branch=DIR,branch=DIR`; DIR is a checkpoint, a step of a workdir, or a workdir, which means
+    its newest good step. Values come with the dtypes and shardings of `abstract`. Raises ConfigError naming branch
+    and folder when a branch is nowhere (with `allow_missing` it is left out), when a file is damaged, and when a
+    tensor is missing, superfluous or of another shape.
+    """
+    sources = parse_spec(spec, tuple(abstract))
+    folders = {given: find_checkpoint(given) for given in dict.fromkeys(sources.values())}
+    loaded = {}
+    for name, module in abstract.items():
+        folder = folders.get(sources.get(name))
+        if folder is not None and (folder / branch_folder(name)).exists():
+            loaded[name] = read_tree(folder / branch_folder(name), module, f"branch {name}")
+        elif not allow_missing:
+            raise ConfigError(_missing(name, folder, spec))
+    return loaded
+
+
+def parse_spec(spec: str, branches: Sequence[str]) -> dict[str, str]:
+    """Branch -> folder of `DIR` (every branch) or `branch=DIR,...` (those named). Raises ConfigError.
+
+    >>> parse_spec("llm=a,vision=b", ("llm", "vision", "audio_head"))
+    {'llm': 'a', 'vision': 'b'}
+    """
+    parts = [part.strip() for part in spec.split(",")]
+    if "=" not in spec:
+        return dict.fromkeys(branches, spec)
+    sources = {}
+    for part in parts:
+        name, equals, folder = part.partition("=")
+        if not equals or not folder:
+            raise ConfigError(f"checkpoint {spec!r} is neither DIR nor branch=DIR,...: {part!r}")
+        if name not in branches:
+            raise ConfigError(f"checkpoint {spec!r} names branch {name!r}; this model has {', '.join(branches)}")
+        if name in sources:
+            raise ConfigError(f"checkpoint {spec!r} names branch {name!r} twice")
+        sources[name] = folder
+    return sources
+
+
+def find_checkpoint(path: epath.PathLike) -> epath.Path:
+    """The checkpoint folder meant by `path`: itself, or the newest good step of a workdir. Verifies its parameters.
+
+    Raises ConfigError when there is none or a file is damaged; a workdir's damaged steps are passed over, with a
+    warning.
+    """
+    path = epath.Path(path).expanduser().resolve()
+    if (path / BRANCHES).exists():
+        bad = verify_checksums(path, skip=(_OPT_STATE,)) if (path / CHECKSUMS).exists() else None
+        if bad:
+            raise ConfigError(f"checkpoint {path} is damaged: {bad} is missing or changed")
+        return path
+    if not (path / "checkpoints").is_dir():
+        raise ConfigError(f"{path} is neither a checkpoint ({BRANCHES}) nor a workdir (checkpoints/)")
+    step, bad = newest_good(path, committed_steps(path), skip=(_OPT_STATE,))
+    if step is None:
+        raise ConfigError(f"workdir {path} has no usable checkpoint" + (f": {bad} is missing or changed" if bad else ""))
+    return step_folder(path, step)
+
+
+def read_branch_info(folder: epath.PathLike) -> dict[str, BranchInfo]:
+    """`branches.json` of a checkpoint folder. Raises ConfigError when it cannot be read."""
+    path = epath.Path(folder) / BRANCHES
+    try:
+        return {name: BranchInfo(**line) for name, line in json.loads(path.read_text()).items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+
+
+def branch_folder(name: str) -> str:
+    return f"params/{name}"
+
+
+def checkpoint_texts(
+    branches: Mapping[str, Any], config: OmniConfig, tokenizer_json: str, trained: Mapping[str, int]
+) -> dict[str, str]:
+    """The text files of a checkpoint, by relative name."""
+    info = {name: asdict(_describe(module, trained.get(name, 0))) for name, module in branches.items()}
+    texts = {
+        "config.json": json.dumps(to_hf(config), indent=2, ensure_ascii=False),
+        BRANCHES: json.dumps(info, indent=2),
+    }
+    if tokenizer_json:
+        texts["processor/tokenizer.json"] = _tokenizer_text(tokenizer_json)
+    return texts
+
+
+def _describe(module: Any, trained: int) -> BranchInfo:
+    leaves = leaves_by_name(module).values()
+    dtypes = sorted({str(np.dtype(leaf.dtype)) for leaf in leaves})
+    return BranchInfo(parameters=sum(int(leaf.size) for leaf in leaves), dtype="+".join(dtypes), trained=trained)
+
+
+def _tokenizer_text(tokenizer_json: str) -> str:
+    if tokenizer_json.lstrip().startswith("{"):
+        return tokenizer_json
+    try:
+        return epath.Path(tokenizer_json).expanduser().read_text()
+    except OSError as error:
+        raise ConfigError(f"tokenizer {tokenizer_json} cannot be read: {error}") from error
+
+
+def _missing(name: str, folder: epath.Path | None, spec: str) -> str:
+    if folder is None:
+        return f"checkpoint {spec!r} says nothing of branch {name}"
+    there = ", ".join(sorted(path.name for path in (folder / "params").iterdir())) if (folder / "params").exists() else ""
+    return f"checkpoint {folder} has no branch {name}; it has {there or 'none'}"

@@ -1,0 +1,186 @@
+"""The workdir of a training run: steps saved in the background, kept to a number, and found again after any end."""
+
+import json
+import logging
+import threading
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from baichuan_omni_jax.checkpoint.branches import branch_folder, checkpoint_texts
+from baichuan_omni_jax.checkpoint.checksums import CHECKSUMS
+from baichuan_omni_jax.checkpoint.run_config import check_run_config, store_run_config
+from baichuan_omni_jax.checkpoint.steps import committed_steps, newest_good, step_folder, steps_folder
+from baichuan_omni_jax.checkpoint.trees import leaves_by_name, read_tree, to_stored
+from baichuan_omni_jax.checkpoint.writer import TEMPORARY, FolderSave, make_checkpointer
+from baichuan_omni_jax.config import ConfigError, OmniConfig, RunConfig
+
+log = logging.getLogger(__name__)
+
+
+class Restored(NamedTuple):
+    """A step read back: modules by branch, the optimizer's state, the data plan's state, the step."""
+
+    branches: dict[str, Any]
+    opt_state: Any
+    data_state: dict[str, Any]
+    step: int
+
+
+class Workdir:
+    """Saves and restores the steps of one run under `path`. Every process of the run makes one and calls it alike.
+
+    `keep` (>= 1) newest steps stay. An error of a background save is raised by the next `save`, `wait` or `close`,
+    as RuntimeError. Raises ConfigError when `path` cannot be a folder.
+    """
+
+    def __init__(self, path: epath.PathLike, keep: int) -> None:
+        if keep < 1:
+            raise ConfigError(f"checkpoint.keep must be at least 1, not {keep}")
+        self.path = epath.Path(path).expanduser().resolve()
+        self.keep = keep
+        self._damaged: set[int] = set()
+        self._saving: threading.Thread | None = None
+        self._error: tuple[int, BaseException] | None = None
+        self._checkpointer = make_checkpointer()
+        try:
+            steps_folder(self.path).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"workdir {self.path} cannot be made: {error}") from error
+
+    def write_run_config(self, run: RunConfig) -> None:
+        """Takes the workdir for `run`: call it before anything else, once, at the start.
+
+        A new workdir gets `run_config.json`; an old one must hold the same run, but for the keys of `MAY_DIFFER`.
+        Then what a killed run left half-written is removed. Raises ConfigError naming the first other key.
+        """
+        check_run_config(self.path, run)
+        # Every host has read the old one before the first host writes the new one.
+        ocp.multihost.sync_global_processes("workdir_checked")
+        if jax.process_index() == 0:
+            store_run_config(self.path, run)
+            self._remove_leftovers()
+        ocp.multihost.sync_global_processes("workdir_taken")
+
+    def steps(self) -> list[int]:
+        """Steps that were saved completely, ascending, without those that `restore` found damaged."""
+        return [step for step in committed_steps(self.path) if step not in self._damaged]
+
+    def latest_step(self) -> int | None:
+        return max(self.steps(), default=None)
+
+    def has_step(self, step: int) -> bool:
+        return step in self.steps()
+
+    def save(
+        self,
+        step: int,
+        branches: Mapping[str, Any],
+        opt_state: Any,
+        data_state: Mapping[str, Any],
+        config: OmniConfig,
+        tokenizer_json: str = "",
+        *,
+        trained: Mapping[str, int] | None = None,
+    ) -> None:
+        """Starts saving a step and returns when every array is copied: its buffers may then be donated.
+
+        `branches` is name -> module; `data_state` is any JSON; `tokenizer_json` is text or a path; `trained` gives
+        steps by branch for `branches.json` (default: `step` for each). Waits for the save before this one. A step
+        that is there already is left as it is. Raises RuntimeError when the save before failed.
+        """
+        self.wait()
+        if self.has_step(step):
+            log.info("step %d is already saved in %s", step, self.path)
+            return
+        trained = dict.fromkeys(branches, step) if trained is None else trained
+        texts = checkpoint_texts(branches, config, tokenizer_json, trained)
+        texts["data.json"] = json.dumps(data_state, ensure_ascii=False)
+        trees = {branch_folder(name): to_stored(module) for name, module in branches.items()}
+        if leaves_by_name(opt_state):
+            trees["opt_state"] = to_stored(opt_state)
+        # A folder of that name can only be damaged or incomplete here, so it may go.
+        self._checkpointer.save(step_folder(self.path, step), args=FolderSave(trees, texts), force=True)
+        self._saving = threading.Thread(target=self._finish, args=(step,), name="checkpoint")
+        self._saving.start()
+
+    def wait(self) -> None:
+        """Returns when no save is under way. Raises RuntimeError when the last one failed."""
+        if self._saving is not None:
+            self._saving.join()
+            self._saving = None
+        if self._error is not None:
+            (step, error), self._error = self._error, None
+            raise RuntimeError(f"saving step {step} in {self.path} failed: {error}") from error
+
+    def close(self) -> None:
+        """`wait`, then lets go of Orbax's threads."""
+        try:
+            self.wait()
+        finally:
+            self._checkpointer.close()
+
+    def restore(self, step: int | None, branches: Mapping[str, Any], opt_state: Any) -> Restored:
+        """Reads `step`, or with None the newest one whose files are as they were written.
+
+        `branches` (name -> module) and `opt_state` are abstract: leaves are `jax.ShapeDtypeStruct` with a sharding
+        (`with_shardings`), and values come with that dtype and sharding. Damaged steps are named in a warning.
+        Raises ConfigError when no step is left, naming the folder and the first bad file, and when a tensor is
+        missing, superfluous or of another shape, naming it and both shapes.
+        """
+        self.wait()
+        there = self.steps()
+        candidates = there if step is None else [known for known in there if known == step]
+        found, bad = newest_good(self.path, candidates)
+        if found is None:
+            raise ConfigError(self._nothing_left(step, bad))
+        self._damaged.update(known for known in candidates if known > found)
+        folder = step_folder(self.path, found)
+        return Restored(
+            {name: self._read(folder, branch_folder(name), m, f"branch {name}") for name, m in branches.items()},
+            self._read(folder, "opt_state", opt_state, "the optimizer state"),
+            json.loads((folder / "data.json").read_text()),
+            found,
+        )
+
+    def _read(self, folder: epath.Path, name: str, abstract: Any, what: str) -> Any:
+        if leaves_by_name(abstract) and not (folder / name).exists():
+            raise ConfigError(f"checkpoint {folder} has no {name}")
+        return read_tree(folder / name, abstract, what)
+
+    def _nothing_left(self, step: int | None, bad: str) -> str:
+        named = "no usable checkpoint" if step is None else f"no usable checkpoint of step {step}"
+        return f"{steps_folder(self.path)} holds {named}" + (f": {bad} is missing or changed" if bad else "")
+
+    def _finish(self, step: int) -> None:
+        """In the background: waits for the rename, then removes what is no longer kept."""
+        try:
+            self._checkpointer.wait_until_finished()
+            if jax.process_index() == 0:
+                self._remove_old(step)
+        except BaseException as error:
+            self._error = (step, error)
+
+    def _remove_old(self, saved: int) -> None:
+        """Keeps the newest `keep` steps. Damaged ones go now, not before: `saved` is there to take their place."""
+        good = self.steps()
+        kept = {*good[-self.keep :], saved}
+        for step in committed_steps(self.path):
+            if step not in kept:
+                folder = step_folder(self.path, step)
+                # Without its checksums the step no longer counts, however far its removal gets.
+                (folder / CHECKSUMS).unlink()
+                folder.rmtree()
+        self._damaged.clear()
+
+    def _remove_leftovers(self) -> None:
+        """Removes temporary folders, and steps without checksums."""
+        committed = set(committed_steps(self.path))
+        for path in list(steps_folder(self.path).iterdir()):
+            unfinished = path.name.isdigit() and int(path.name) not in committed
+            if unfinished or TEMPORARY in path.name:
+                log.warning("removing %s, which a run that was stopped left unfinished", path)
+                path.rmtree()

@@ -1,0 +1,37 @@
+"""What attention over packed rows means: the whole score matrix, masked. The oracle of every other implementation."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from baichuan_omni_jax.kernels.flash_attention.plan import Segments
+
+
+def visible(segments: Segments, *, causal: bool) -> Bool[Array, "b t s"]:
+    """True where a query sees a key: same non-zero id and, if causal, key position <= query position."""
+    same = (segments.q_ids[:, :, None] == segments.kv_ids[:, None, :]) & (segments.q_ids[:, :, None] > 0)
+    if not causal:
+        return same
+    return same & (segments.kv_pos[:, None, :] <= segments.q_pos[:, :, None])
+
+
+def attention(
+    q: Float[Array, "b t n h"],
+    k: Float[Array, "b s k h"],
+    v: Float[Array, "b s k h"],
+    *,
+    segments: Segments,
+    causal: bool,
+    scale: float,
+) -> Float[Array, "b t n h"]:
+    """Softmax attention in fp32, n / k query heads to a key head; queries that see nothing give zero."""
+    b, t, n, h = q.shape
+    kv_heads = k.shape[2]
+    grouped = q.reshape(b, t, kv_heads, n // kv_heads, h).astype(jnp.float32)
+    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k.astype(jnp.float32)) * scale
+    mask = visible(segments, causal=causal)[:, None, None]
+    scores = jnp.where(mask, scores, -jnp.inf)
+    top = jnp.max(scores, -1, keepdims=True, initial=-1e30)
+    weights = jnp.where(mask, jnp.exp(scores - top), 0.0)
+    weights = weights / jnp.maximum(weights.sum(-1, keepdims=True), 1e-37)
+    out = jnp.einsum("bkgts,bskh->btkgh", weights, v.astype(jnp.float32))
+    return out.reshape(b, t, n, h).astype(q.dtype)

@@ -1,0 +1,136 @@
+"""The language model (`model.*`, `lm_head.weight`): a Qwen2.5 shaped decoder over packed rows.
+
+Differs from the released model in form only: heads are an axis of their own, the packed `W_pack` is three projections,
+layers are stacked and scanned, and documents of a packed row do not see each other. Media tokens take plain positions.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int32, PRNGKeyArray
+
+from baichuan_omni_jax.kernels.flash_attention import BlockPlan, Segments, flash_attention, plan_blocks
+from baichuan_omni_jax.llm.config import LLMConfig
+from baichuan_omni_jax.nn.linear import Linear
+from baichuan_omni_jax.nn.norm import RMSNorm
+from baichuan_omni_jax.nn.param import Compute, normal, stack, use
+from baichuan_omni_jax.nn.remat import remat
+from baichuan_omni_jax.nn.rope import rope_angles, rotate
+
+STREAM = ("batch", "length", "act_embed")
+HEADS = ("batch", "length", "act_heads", None)
+KV_HEADS = ("batch", "length", "act_kv_heads", None)
+HIDDEN = ("batch", "length", "act_mlp")
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with biased Q, K, V and no output bias."""
+
+    def __init__(self, key: PRNGKeyArray, cfg: LLMConfig, compute: Compute):
+        keys = jax.random.split(key, 4)
+        d, n, k, h = cfg.hidden_size, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
+        in_axes, kv_axes = ("embed", "heads", "head_dim"), ("embed", "kv_heads", "head_dim")
+        into = "btd,dnh->btnh"
+        self.q_proj = Linear(keys[0], into, (d, n, h), in_axes, out=HEADS, compute=compute, bias=True)
+        self.k_proj = Linear(keys[1], into, (d, k, h), kv_axes, out=KV_HEADS, compute=compute, bias=True)
+        self.v_proj = Linear(keys[2], into, (d, k, h), kv_axes, out=KV_HEADS, compute=compute, bias=True)
+        out_axes = ("heads", "head_dim", "embed")
+        self.o_proj = Linear(keys[3], "btnh,nhd->btd", (n, h, d), out_axes, out=STREAM, compute=compute)
+        self.compute, self.scale = compute, h**-0.5
+
+    def __call__(self, x: Float[Array, "b t d"], angles: Array, segments: Segments, plan: BlockPlan) -> Array:
+        q, k, v = rotate(self.q_proj(x), angles), rotate(self.k_proj(x), angles), self.v_proj(x)
+        out = flash_attention(
+            q,
+            k,
+            v,
+            segments=segments,
+            plan=plan,
+            causal=True,
+            scale=self.scale,
+            implementation=self.compute.attention,
+        )
+        return self.o_proj(checkpoint_name(out, "attention_out"))
+
+
+class SwiGLU(nnx.Module):
+    """down(silu(gate(x)) * up(x)), no biases."""
+
+    def __init__(self, key: PRNGKeyArray, cfg: LLMConfig, compute: Compute):
+        keys = jax.random.split(key, 3)
+        d, f = cfg.hidden_size, cfg.intermediate_size
+        self.gate_proj = Linear(keys[0], "btd,df->btf", (d, f), ("embed", "mlp"), out=HIDDEN, compute=compute)
+        self.up_proj = Linear(keys[1], "btd,df->btf", (d, f), ("embed", "mlp"), out=HIDDEN, compute=compute)
+        self.down_proj = Linear(keys[2], "btf,fd->btd", (f, d), ("mlp", "embed"), out=STREAM, compute=compute)
+
+    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nnx.Module):
+    """RMSNorm -> attention -> residual -> RMSNorm -> SwiGLU -> residual."""
+
+    def __init__(self, key: PRNGKeyArray, cfg: LLMConfig, compute: Compute):
+        keys = jax.random.split(key)
+        self.attention_norm = RMSNorm(cfg.hidden_size, eps=cfg.norm_eps, compute=compute)
+        self.attention = Attention(keys[0], cfg, compute)
+        self.mlp_norm = RMSNorm(cfg.hidden_size, eps=cfg.norm_eps, compute=compute)
+        self.mlp = SwiGLU(keys[1], cfg, compute)
+
+    def __call__(self, x: Float[Array, "b t d"], angles: Array, segments: Segments, plan: BlockPlan) -> Array:
+        with jax.named_scope("attention"):
+            x = x + self.attention(self.attention_norm(x), angles, segments, plan)
+        with jax.named_scope("mlp"):
+            return x + self.mlp(self.mlp_norm(x))
+
+
+class LanguageModel(nnx.Module):
+    """Token embedding, stacked decoder layers, final norm, untied head."""
+
+    def __init__(self, key: PRNGKeyArray, cfg: LLMConfig, compute: Compute):
+        keys = jax.random.split(key, 3)
+        # The table is looked up by row, so its rows stay whole on each device; the head's are split over `tensor`.
+        self.embedding = normal(keys[0], (cfg.vocab_size, cfg.hidden_size), ("codes", "embed"))
+        self.layers = stack(lambda k: DecoderLayer(k, cfg, compute), keys[1], cfg.num_layers)
+        self.norm = RMSNorm(cfg.hidden_size, eps=cfg.norm_eps, compute=compute)
+        self.head = normal(keys[2], (cfg.vocab_size, cfg.hidden_size), ("vocab", "embed"))
+        self.cfg, self.compute = cfg, compute
+
+    def embed(self, tokens: Int32[Array, "b t"]) -> Float[Array, "b t d"]:
+        """Token embeddings in the compute dtype."""
+        with jax.named_scope("token_embedding"):
+            table = use(self.embedding, self.compute)
+            return table.at[tokens].get(out_sharding=self.compute.rules.spec(*STREAM))
+
+    def __call__(
+        self, x: Float[Array, "b t d"], positions: Int32[Array, "b t"], segment_ids: Int32[Array, "b t"]
+    ) -> Float[Array, "b t d"]:
+        """Hidden states after the final norm. A token sees earlier positions of its own segment; id 0 is padding.
+
+        A left-padded batch is the same call: segment_ids = attention_mask, positions = its cumulative sum.
+        """
+        segments = Segments.of_row(segment_ids, positions)
+        block = self.compute.attention_block
+        plan = plan_blocks(segments, causal=True, block_q=block, block_kv=block)
+        angles = rope_angles(positions, self.cfg.head_dim, self.cfg.rope_theta)
+
+        def body(x, layer):
+            return remat(lambda x, layer: layer(x, angles, segments, plan), self.compute.remat)(x, layer), None
+
+        x, _ = jax.lax.scan(body, x, self.layers)
+        return self.norm(x)
+
+    def head_weight(self) -> Float[Array, "v d"]:
+        """Rows of the output head, gathered; L2-normalised first where the config asks for NormHead."""
+        if not self.cfg.use_norm_head:
+            return use(self.head, self.compute)
+        weight = use(self.head, self.compute, jnp.float32)
+        norm = jnp.sqrt(jnp.sum(weight * weight, -1, keepdims=True))
+        return (weight / jnp.maximum(norm, 1e-12)).astype(self.compute.dtype)
+
+    def logits(self, hidden: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
+        """fp32 logits of every position: for generation and tests; training uses the chunked loss."""
+        spec = self.compute.rules.spec("batch", "length", "act_vocab")
+        out = jnp.einsum("btd,vd->btv", hidden.astype(self.compute.dtype), self.head_weight(), out_sharding=spec)
+        return out.astype(jnp.float32)

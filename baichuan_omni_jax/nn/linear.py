@@ -1,0 +1,44 @@
+"""A weight and its einsum."""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from baichuan_omni_jax.nn.param import Compute, normal, use, zeros
+
+
+class Linear(nnx.Module):
+    """`einsum(equation, x, weight) + bias`, in the compute dtype, its result split as `out` says.
+
+    `axes` are the weight's logical axes, `out` the result's. The bias has the weight's dims that the result keeps.
+
+    Linear(key, "btd,dnh->btnh", (3584, 28, 128), ("embed", "heads", "head_dim"), out=HEADS, compute=c, bias=True)
+    """
+
+    def __init__(
+        self,
+        key: PRNGKeyArray,
+        equation: str,
+        shape: tuple[int, ...],
+        axes: tuple[str, ...],
+        *,
+        out: Sequence[str | None],
+        compute: Compute,
+        bias: bool = False,
+    ):
+        self.equation, self.out, self.compute = equation, tuple(out), compute
+        letters = equation.split(",")[1].split("->")[0]
+        fan_in = 1
+        for letter, size in zip(letters, shape, strict=True):
+            fan_in *= 1 if letter in equation.split("->")[1] else size
+        self.weight = normal(key, shape, axes, std=fan_in**-0.5)
+        kept = [i for i, letter in enumerate(letters) if letter in equation.split("->")[1]]
+        self.bias = zeros(tuple(shape[i] for i in kept), tuple(axes[i] for i in kept)) if bias else None
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        weight = use(self.weight, self.compute)
+        spec = self.compute.rules.spec(*self.out)
+        y = jnp.einsum(self.equation, x.astype(self.compute.dtype), weight, out_sharding=spec)
+        return y if self.bias is None else y + use(self.bias, self.compute)
