@@ -56,7 +56,9 @@ class Lengths:
 
 @dataclass(frozen=True)
 class EncodedDocument:
-    """A decoded document, its slots counted from 0 at its own first token (n tokens, a code frames, q levels, p patches).
+    """A decoded document, its slots counted from 0 at its own first token.
+
+    n tokens, a code frames, q levels, c frames to predict, p patches, v visual tokens.
 
     Targets are already shifted: `text_targets[i]` is what position i must predict, 0 with weight 0 where nothing is.
     `audio_targets[j]` is predicted at slot `audio_target_slots[j]`; an end frame has class `codebook_sizes[0]` at

@@ -1,0 +1,250 @@
+"""From a document to its sequence: measured from headers and arithmetic, or encoded with its pixels and codes."""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+from jaxtyping import Int32, Integer, UInt8
+from tokenizers import Tokenizer
+
+from baichuan_omni_jax.config import OmniConfig
+from data_pipelines.document import Document, EncodedDocument, Lengths, SampleError
+from data_pipelines.features import Window, clip_windows, patchify, resize_picture, visual_size
+from data_pipelines.images import decode_image, probe_image
+from data_pipelines.media import Media, find_media
+from data_pipelines.prompts import Element, Picture, Sound, Text, Video, parse_prompt
+from data_pipelines.sequence import Layout, Part, SoundPart, TextPart, VisualPart, audio_targets, lay_out, text_targets
+from data_pipelines.sounds import clip_key, probe_sound
+from data_pipelines.special_tokens import END_OF_TEXT
+from data_pipelines.tokenizing import check_tokenizer, encode
+from data_pipelines.videos import VideoProbe, decode_frames, probe_video
+
+SCHEMA_VERSION = 1  # raise it when the same document and configuration give another sequence than before
+
+
+class Codes(Protocol):
+    """The store of audio codes. `lookup` of a key that is not there raises KeyError."""
+
+    def lookup(self, key: tuple[str, int]) -> Integer[np.ndarray, "n q"]:
+        """Code frames of the window with this `clip_key`."""
+
+
+@dataclass(frozen=True)
+class AudioItem:
+    """One window of a clip that a document refers to; `samples` is the whole clip's length at the model's rate."""
+
+    media: Media
+    samples: int
+    window: Window
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """Its key in the store of codes; reads the file."""
+        return clip_key(self.media, self.window.index)
+
+
+@dataclass(frozen=True)
+class _Pictures:
+    """Pictures of one size: a still, a listed frame, or the frames of a video file."""
+
+    media: Media
+    height: int
+    width: int
+    frame: bool
+    video: VideoProbe | None = None
+
+    @property
+    def count(self) -> int:
+        return len(self.video.times) if self.video else 1
+
+
+@dataclass(frozen=True)
+class _Clip:
+    media: Media
+    samples: int
+    windows: list[Window]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A document before decoding: its sequence, and its media in order of appearance."""
+
+    layout: Layout
+    pictures: list[_Pictures]
+    clips: list[_Clip]
+
+
+class Processor:
+    """Measures and encodes documents for one model and one tokenizer. Picklable; holds no open file.
+
+    `end_of_text` appends `<|endoftext|>` to documents that do not end with it. Raises ConfigError when the tokenizer
+    does not fit the model.
+    """
+
+    def __init__(self, omni_config: OmniConfig, tokenizer: Tokenizer, end_of_text: bool = True):
+        check_tokenizer(tokenizer, omni_config)
+        self.config = omni_config
+        self.tokenizer = tokenizer
+        self.end_of_text = end_of_text
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes whenever the same document may be measured or encoded differently."""
+        vision, audio = self.config.vision, self.config.audio
+        fields = {
+            "schema": SCHEMA_VERSION,
+            "tokenizer": self.tokenizer.to_str(),
+            "end_of_text": self.end_of_text,
+            "tokens": dataclasses.asdict(self.config.tokens),
+            "image_limits": dataclasses.asdict(vision.image_limits),
+            "frame_limits": dataclasses.asdict(vision.frame_limits),
+            "patches": [vision.patch_size, vision.spatial_merge_size],
+            "frames": [vision.max_frames, vision.frames_per_second],
+            "mel": [audio.sampling_rate, audio.n_fft, audio.hop_length],
+            "windows": [audio.max_audio_seconds, audio.split_overlap],
+            "codes": [audio.stride_size, audio.avg_pooler, list(audio.codebook_sizes)],
+        }
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:32]
+
+    def measure(self, document: Document) -> Lengths:
+        """What the document takes of each budget, without decoding. `items` counts pictures, video frames and clips.
+
+        Raises SampleError: "bad_prompt", "missing_file", "outside_root", "unreadable_media", "no_loss".
+        """
+        plan = self._plan(document)
+        merge = self.config.vision.merged_patches
+        return Lengths(
+            tokens=len(plan.layout.tokens),
+            patches=len(plan.layout.visual_slots) * merge,
+            audio_frames=len(plan.layout.audio_slots),
+            audio_targets=plan.layout.audio_targets,
+            mel_windows=sum(len(clip.windows) for clip in plan.clips),
+            items=sum(pictures.count for pictures in plan.pictures) + len(plan.clips),
+        )
+
+    def audio_items(self, document: Document) -> list[AudioItem]:
+        """The windows of sound that the document refers to, in order. Raises SampleError as `measure`."""
+        return [
+            AudioItem(clip.media, clip.samples, window)
+            for clip in self._plan(document).clips
+            for window in clip.windows
+        ]
+
+    def encode(self, document: Document, codes: Codes) -> EncodedDocument:
+        """The document with pixels decoded and sound as codes.
+
+        Raises SampleError: what `measure` raises; "no_codes" when the store lacks a window of its sound; "changed"
+        when codes are not of the measured length or the model's codebooks.
+        """
+        plan = self._plan(document)
+        layout = plan.layout
+        heard = [self._codes(clip, window, codes) for clip in plan.clips for window in clip.windows]
+        sizes = self.config.audio.codebook_sizes
+        frames = np.concatenate([np.zeros((0, len(sizes)), np.int32), *heard])
+        targets, weights = text_targets(layout)
+        frame_targets, frame_weights, frame_slots = audio_targets(layout, frames, sizes[0])
+        patches, grid, numbers = self._patches(plan)
+        return EncodedDocument(
+            tokens=np.asarray(layout.tokens, np.int32),
+            text_targets=targets,
+            text_weights=weights,
+            audio_codes=frames,
+            audio_slots=np.asarray(layout.audio_slots, np.int32),
+            audio_targets=frame_targets,
+            audio_weights=frame_weights,
+            audio_target_slots=frame_slots,
+            patches=patches,
+            patch_grid=grid,
+            patch_frames=numbers,
+            visual_slots=np.asarray(layout.visual_slots, np.int32),
+        )
+
+    def _plan(self, document: Document) -> _Plan:
+        parts: list[Part] = []
+        pictures: list[_Pictures] = []
+        clips: list[_Clip] = []
+        elements = parse_prompt(document.text)
+        for element in elements:
+            if isinstance(element, Text):
+                parts.append(TextPart(encode(self.tokenizer, element.text), element.trainable))
+                continue
+            media = find_media(element.reference, document.root)
+            if isinstance(element, Sound):
+                clips.append(self._clip(media))
+                count = sum(window.code_frames for window in clips[-1].windows)
+                parts.append(SoundPart(count, element.spoken, element.trainable))
+            else:
+                pictures.append(self._pictures(element, media))
+                parts += [self._visual_part(pictures[-1])] * pictures[-1].count
+        parts += self._ending(elements)
+        layout = lay_out(parts, self.config.tokens)
+        if not layout.has_loss:
+            raise SampleError("no_loss", "nothing in the document carries loss")
+        return _Plan(layout, pictures, clips)
+
+    def _ending(self, elements: list[Element]) -> list[TextPart]:
+        last = elements[-1] if elements else Text("")
+        if not self.end_of_text or (isinstance(last, Text) and last.text.endswith(END_OF_TEXT)):
+            return []
+        trainable = isinstance(last, Text | Sound) and last.trainable
+        return [TextPart([self.config.tokens.end_of_text], trainable)]
+
+    def _pictures(self, element: Picture | Video, media: Media) -> _Pictures:
+        vision = self.config.vision
+        if isinstance(element, Video):
+            video = probe_video(media, vision.frames_per_second, vision.max_frames)
+            return _Pictures(media, *visual_size(video.height, video.width, vision, frame=True), True, video)
+        return _Pictures(media, *visual_size(*probe_image(media), vision, frame=element.frame), element.frame)
+
+    def _visual_part(self, pictures: _Pictures) -> VisualPart:
+        vision = self.config.vision
+        patches = (pictures.height // vision.patch_size) * (pictures.width // vision.patch_size)
+        return VisualPart(patches // vision.merged_patches, pictures.frame)
+
+    def _clip(self, media: Media) -> _Clip:
+        audio = self.config.audio
+        samples = probe_sound(media, audio.sampling_rate)
+        windows = clip_windows(samples, audio)
+        if not windows:
+            raise SampleError("unreadable_media", f"{media.name} is too short: {samples} samples give no code frame")
+        return _Clip(media, samples, windows)
+
+    def _codes(self, clip: _Clip, window: Window, codes: Codes) -> Int32[np.ndarray, "n q"]:
+        try:
+            found = np.asarray(codes.lookup(clip_key(clip.media, window.index)))
+        except KeyError as error:
+            raise SampleError("no_codes", f"{clip.media.name}: window {window.index} has no codes") from error
+        sizes = self.config.audio.codebook_sizes
+        if found.shape != (window.code_frames, len(sizes)):
+            raise SampleError(
+                "changed",
+                f"{clip.media.name}: codes of window {window.index} have shape {found.shape}, "
+                f"not {(window.code_frames, len(sizes))}",
+            )
+        if ((found < 0) | (found >= np.asarray(sizes))).any():
+            raise SampleError("changed", f"{clip.media.name}: codes of window {window.index} exceed the codebooks")
+        return found.astype(np.int32)
+
+    def _patches(
+        self, plan: _Plan
+    ) -> tuple[UInt8[np.ndarray, "p v"], Int32[np.ndarray, "p 2"], Int32[np.ndarray, "p"]]:
+        vision = self.config.vision
+        patches = [np.zeros((0, vision.patch_values), np.uint8)]
+        grids = [np.zeros((0, 2), np.int32)]
+        for pictures in plan.pictures:
+            for picture in self._decode(pictures):
+                resized = resize_picture(picture, pictures.height, pictures.width)
+                values, grid = patchify(resized, vision.patch_size, vision.spatial_merge_size)
+                patches.append(values)
+                grids.append(grid)
+        numbers = np.repeat(np.arange(len(grids), dtype=np.int32), [len(grid) for grid in grids])
+        return np.concatenate(patches), np.concatenate(grids), numbers
+
+    def _decode(self, pictures: _Pictures) -> list[UInt8[np.ndarray, "h w 3"]]:
+        if pictures.video:
+            return decode_frames(pictures.media, pictures.video.times)
+        return [decode_image(pictures.media)]

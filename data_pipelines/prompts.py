@@ -1,0 +1,183 @@
+"""Source prompts in the released form, read into a list of typed elements.
+
+A source prompt is text with media tags, JSON between a start and an end mark, and with marks around what carries loss:
+
+    <C_Q><img_start_baichuan>{"local": "cat.jpg"}<img_end_baichuan>What?<C_A><trainable_start>A cat.<trainable_end>
+
+becomes `[Text("<C_Q>"), Picture(cat.jpg), Text("What?<C_A>"), Text("A cat.", trainable=True)]`.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from data_pipelines import special_tokens as names
+from data_pipelines.document import SampleError
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Where the bytes of a media item are: a path, or the bytes themselves as `base64` text (the other one is "")."""
+
+    path: str = ""
+    base64: str = ""
+
+
+@dataclass(frozen=True)
+class Text:
+    """Text between media; special-token names in it stand for their tokens."""
+
+    text: str
+    trainable: bool = False
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A still image, or one frame of a video that the prompt lists frame by frame."""
+
+    reference: Reference
+    frame: bool = False
+
+
+@dataclass(frozen=True)
+class Video:
+    """A video file, of which frames are taken at a fixed rate."""
+
+    reference: Reference
+
+
+@dataclass(frozen=True)
+class Sound:
+    """Audio that the model hears, or that it speaks (`spoken`); `trainable` only matters for spoken audio."""
+
+    reference: Reference
+    spoken: bool = False
+    trainable: bool = False
+
+
+Element = Text | Picture | Video | Sound
+
+_CLOSING = {
+    names.IMAGE_START: names.IMAGE_END,
+    names.AUDIO_START: names.AUDIO_END,
+    names.AUDIOGEN_START: names.AUDIOGEN_END,
+    names.VIDEO_START: names.VIDEO_END,
+    names.FRAME_START: names.FRAME_END,
+}
+# A pad in the source would be a slot without media.
+_PADS = (names.AUDIO_PAD, names.IMAGE_PAD, names.VIDEO_PLACE)
+_MARKS = (*_CLOSING, *_CLOSING.values(), *_PADS, names.TRAINABLE_START, names.TRAINABLE_END)
+_SPLIT = re.compile("(" + "|".join(re.escape(mark) for mark in _MARKS) + ")")
+_KEYS = ("path", "local", "base64")
+
+
+def parse_prompt(prompt: str) -> list[Element]:
+    """The elements of a source prompt, in order; text is cut at media and at trainable marks, empty text left out.
+
+    Frames may stand alone or in a list between `<video_start_baichuan>` and `<video_end_baichuan>`, which is dropped,
+    as in the released processor.
+
+    Raises SampleError("bad_prompt"): a tag without its JSON or its end, an end without a start, a media pad in the
+    text, trainable marks that are nested or do not pair up, text that is not Unicode.
+    """
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise SampleError("bad_prompt", f"the prompt is not valid Unicode: {error.reason}") from error
+    return _Parser(_SPLIT.split(prompt)).run()
+
+
+class _Parser:
+    """Walks over `parts`, where text (even places) and marks (odd places) alternate."""
+
+    def __init__(self, parts: Sequence[str]):
+        self.parts = parts
+        self.place = 0
+        self.trainable = False
+        self.elements: list[Element] = []
+
+    def run(self) -> list[Element]:
+        self._text()
+        while self.place < len(self.parts):
+            self._mark(self._next())
+            self._text()
+        if self.trainable:
+            raise SampleError("bad_prompt", f"{names.TRAINABLE_START} is never closed")
+        return self.elements
+
+    def _next(self) -> str:
+        self.place += 1
+        return self.parts[self.place - 1]
+
+    def _text(self) -> None:
+        if text := self._next():
+            self.elements.append(Text(text, self.trainable))
+
+    def _mark(self, mark: str) -> None:
+        if mark == names.TRAINABLE_START:
+            if self.trainable:
+                raise SampleError("bad_prompt", f"{mark} inside another one")
+            self.trainable = True
+        elif mark == names.TRAINABLE_END:
+            if not self.trainable:
+                raise SampleError("bad_prompt", f"{mark} without {names.TRAINABLE_START}")
+            self.trainable = False
+        elif mark == names.VIDEO_START:
+            self._video()
+        elif mark in _CLOSING:
+            self.elements.append(self._media(mark))
+        elif mark in _PADS:
+            raise SampleError("bad_prompt", f"{mark} in the text of a prompt")
+        else:
+            raise SampleError("bad_prompt", f"{mark} without its start")
+
+    def _media(self, mark: str) -> Element:
+        reference = _read_reference(mark, self._content(mark))
+        if mark == names.VIDEO_START:
+            return Video(reference)
+        if mark in (names.IMAGE_START, names.FRAME_START):
+            return Picture(reference, frame=mark == names.FRAME_START)
+        return Sound(reference, spoken=mark == names.AUDIOGEN_START, trainable=self.trainable)
+
+    def _content(self, mark: str) -> str:
+        """Text up to the end mark, which must be the next mark."""
+        content = self._next()
+        if self.place >= len(self.parts):
+            raise SampleError("bad_prompt", f"{mark} is never closed")
+        if (closing := self._next()) != _CLOSING[mark]:
+            raise SampleError("bad_prompt", f"{mark} is followed by {closing} instead of {_CLOSING[mark]}")
+        return content
+
+    def _video(self) -> None:
+        """A video file, or a list of frames with nothing but white space between them."""
+        listed = self.place + 1 < len(self.parts) and self.parts[self.place + 1] == names.FRAME_START
+        if not listed:
+            self.elements.append(self._media(names.VIDEO_START))
+            return
+        while True:
+            if (between := self._next()).strip():
+                raise SampleError("bad_prompt", f"text between the frames of a video: {_shorten(between)}")
+            mark = self._next() if self.place < len(self.parts) else ""
+            if mark == names.VIDEO_END:
+                return
+            if mark != names.FRAME_START:
+                found = f"is followed by {mark} instead of {names.VIDEO_END}" if mark else "is never closed"
+                raise SampleError("bad_prompt", f"{names.VIDEO_START} {found}")
+            self.elements.append(self._media(mark))
+
+
+def _read_reference(mark: str, content: str) -> Reference:
+    try:
+        values = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise SampleError("bad_prompt", f"{mark} holds no JSON but {_shorten(content)}") from error
+    for key in _KEYS:
+        value = values.get(key) if isinstance(values, dict) else None
+        if isinstance(value, str) and value:
+            return Reference(base64=value) if key == "base64" else Reference(path=value)
+    raise SampleError("bad_prompt", f"{mark} names no file (one of {', '.join(_KEYS)}): {_shorten(content)}")
+
+
+def _shorten(text: str) -> str:
+    return repr(text if len(text) <= 60 else text[:57] + "...")

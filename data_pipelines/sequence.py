@@ -1,0 +1,133 @@
+"""The token sequence of one document: slots of its media, what each position predicts, what of it carries loss.
+
+A layout is made of counts alone, so that measuring and encoding a document share it.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from jaxtyping import Float32, Int32
+
+from baichuan_omni_jax.config import SpecialTokens
+
+
+@dataclass(frozen=True)
+class TextPart:
+    """Token ids of a stretch of text."""
+
+    ids: Sequence[int]
+    trainable: bool = False
+
+
+@dataclass(frozen=True)
+class VisualPart:
+    """One picture of `count` visual tokens; `frame` when it belongs to a video."""
+
+    count: int
+    frame: bool = False
+
+
+@dataclass(frozen=True)
+class SoundPart:
+    """One clip of `count` code frames, heard or spoken."""
+
+    count: int
+    spoken: bool = False
+    trainable: bool = False
+
+
+Part = TextPart | VisualPart | SoundPart
+
+
+@dataclass
+class Layout:
+    """A document's sequence. `predicted[i]`: token i is a text target of position i - 1.
+
+    Slots are in order of appearance. `spoken` holds, for each clip that carries loss, the slot of its start mark, the
+    place of its first frame among all code frames, and its number of frames.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    predicted: list[bool] = field(default_factory=list)
+    visual_slots: list[int] = field(default_factory=list)
+    audio_slots: list[int] = field(default_factory=list)
+    spoken: list[tuple[int, int, int]] = field(default_factory=list)
+
+    @property
+    def audio_targets(self) -> int:
+        """Frames to predict, the end frame of each clip included."""
+        return sum(count + 1 for _, _, count in self.spoken)
+
+    @property
+    def has_loss(self) -> bool:
+        return any(self.predicted[1:]) or bool(self.spoken)
+
+
+def lay_out(parts: Iterable[Part], tokens: SpecialTokens) -> Layout:
+    """The sequence of `parts`.
+
+    Media marks are never predicted, except the `<audiogen_start>` of a clip to be spoken: the text decides to speak.
+    Nor are pads and `<audiogen_end>`, which the audio head decides.
+    """
+    layout = Layout()
+    for part in parts:
+        if isinstance(part, TextPart):
+            layout.tokens += part.ids
+            layout.predicted += [part.trainable] * len(part.ids)
+        elif isinstance(part, VisualPart):
+            pad = tokens.video_place if part.frame else tokens.image_pad
+            layout.visual_slots += _add_media(layout, tokens.image_start, pad, tokens.image_end, part.count)
+        else:
+            _add_sound(layout, part, tokens)
+    return layout
+
+
+def _add_sound(layout: Layout, part: SoundPart, tokens: SpecialTokens) -> None:
+    learnt = part.spoken and part.trainable
+    if learnt:
+        layout.spoken.append((len(layout.tokens), len(layout.audio_slots), part.count))
+    start, end = (tokens.audiogen_start, tokens.audiogen_end) if part.spoken else (tokens.audio_start, tokens.audio_end)
+    slots = _add_media(layout, start, tokens.audio_pad, end, part.count, start_predicted=learnt)
+    layout.audio_slots += slots
+
+
+def _add_media(layout: Layout, start: int, pad: int, end: int, count: int, start_predicted: bool = False) -> range:
+    first = len(layout.tokens) + 1
+    layout.tokens += [start, *[pad] * count, end]
+    layout.predicted += [start_predicted, *[False] * (count + 1)]
+    return range(first, first + count)
+
+
+def text_targets(layout: Layout) -> tuple[Int32[np.ndarray, "n"], Float32[np.ndarray, "n"]]:
+    """(targets, weights), shifted: target i is token i + 1 where that token is predicted, else 0 with weight 0.
+
+    Tokens [7, 8, 9] of which 8 and 9 are predicted give targets [8, 9, 0] and weights [1, 1, 0].
+    """
+    weights = np.zeros(len(layout.tokens), np.float32)
+    weights[:-1] = layout.predicted[1:]
+    following = np.roll(np.asarray(layout.tokens, np.int32), -1)
+    return np.where(weights > 0, following, 0).astype(np.int32), weights
+
+
+def audio_targets(
+    layout: Layout, codes: Int32[np.ndarray, "a q"], end_class: int
+) -> tuple[Int32[np.ndarray, "c q"], Float32[np.ndarray, "c q"], Int32[np.ndarray, "c"]]:
+    """(frames, weights, slots) to be predicted; `codes` are all code frames of the document.
+
+    A clip of frames A B after its start mark at slot 4 (frames at 5 and 6) gives: A at slot 4, B at 5, and the end
+    frame (`end_class` at level 0, the only level with weight) at 6.
+    """
+    levels = codes.shape[1]
+    frames = np.zeros((layout.audio_targets, levels), np.int32)
+    weights = np.ones((layout.audio_targets, levels), np.float32)
+    slots = np.zeros(layout.audio_targets, np.int32)
+    place = 0
+    for start, first, count in layout.spoken:
+        end = place + count
+        frames[place:end] = codes[first : first + count]
+        frames[end, 0] = end_class
+        weights[end, 1:] = 0.0
+        slots[place : end + 1] = np.arange(start, start + count + 1)
+        place = end + 1
+    return frames, weights, slots
