@@ -57,7 +57,7 @@ def measure(topology: str, context: int, length: int, chunk: int) -> dict:
     start = time.time()
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     mesh = make_mesh(MeshConfig(fsdp=len(devices) // context, context=context), devices)
-    compute = Compute(dtype=jnp.dtype("bfloat16"))
+    compute = Compute(dtype=jnp.dtype("bfloat16"), mlp_chunk=chunk)
     with jax.set_mesh(mesh):
         model = abstract_model(mesh, compute)
         optimizer = optax.adamw(1e-5)

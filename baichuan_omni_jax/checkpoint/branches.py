@@ -1,7 +1,6 @@
-"""Checkpoints of branches: any subset of a model's branches in one folder, and the way from a `--checkpoint` to them."""
+"""Checkpoints of branches: any subset of a model's branches in one folder, and how `--checkpoint` finds them."""
 
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,7 +16,6 @@ from baichuan_omni_jax.config import ConfigError, OmniConfig, to_hf
 
 BRANCHES = "branches.json"
 _OPT_STATE = "opt_state/"
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +108,9 @@ def find_checkpoint(path: epath.PathLike) -> epath.Path:
         raise ConfigError(f"{path} is neither a checkpoint ({BRANCHES}) nor a workdir (checkpoints/)")
     step, bad = newest_good(path, committed_steps(path), skip=(_OPT_STATE,))
     if step is None:
-        raise ConfigError(f"workdir {path} has no usable checkpoint" + (f": {bad} is missing or changed" if bad else ""))
+        raise ConfigError(
+            f"workdir {path} has no usable checkpoint" + (f": {bad} is missing or changed" if bad else "")
+        )
     return step_folder(path, step)
 
 
@@ -159,5 +159,7 @@ def _tokenizer_text(tokenizer_json: str) -> str:
 def _missing(name: str, folder: epath.Path | None, spec: str) -> str:
     if folder is None:
         return f"checkpoint {spec!r} says nothing of branch {name}"
-    there = ", ".join(sorted(path.name for path in (folder / "params").iterdir())) if (folder / "params").exists() else ""
+    there = (
+        ", ".join(sorted(path.name for path in (folder / "params").iterdir())) if (folder / "params").exists() else ""
+    )
     return f"checkpoint {folder} has no branch {name}; it has {there or 'none'}"

@@ -17,8 +17,7 @@ _THREADS = 8
 def write_checksums(folder: epath.PathLike) -> None:
     """Writes `checksums.json` (relative path -> crc32c as 8 hex digits) over all files of `folder`."""
     folder = epath.Path(folder)
-    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    names = [name for name in names if name not in _UNCHECKED]
+    names = [name for name in sorted(_files(folder)) if name not in _UNCHECKED]
     sums = dict(zip(names, _crc32c_all(folder, names), strict=True))
     (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1))
 
@@ -36,6 +35,14 @@ def verify_checksums(folder: epath.PathLike, skip: Sequence[str] = ()) -> str | 
         return CHECKSUMS
     found = _crc32c_all(folder, names)
     return next((name for name, crc in zip(names, found, strict=True) if crc != sums[name]), None)
+
+
+def _files(folder: epath.Path, prefix: str = "") -> list[str]:
+    # `rglob` of epath refuses to recurse.
+    names = []
+    for path in folder.iterdir():
+        names += _files(path, f"{prefix}{path.name}/") if path.is_dir() else [prefix + path.name]
+    return names
 
 
 def _crc32c_all(folder: epath.Path, names: Sequence[str]) -> list[str]:

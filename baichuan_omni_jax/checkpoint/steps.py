@@ -48,6 +48,7 @@ def _newest_good_here(workdir: epath.Path, steps: Sequence[int], skip: Sequence[
         bad = verify_checksums(step_folder(workdir, step), skip)
         if bad is None:
             return step, first_bad
-        first_bad = first_bad or str(step_folder(workdir, step) / bad)
-        log.warning("checkpoint %s is damaged (%s is missing or changed) and passed over", step, first_bad)
+        path = step_folder(workdir, step) / bad
+        first_bad = first_bad or str(path)
+        log.warning("checkpoint of step %d is damaged and passed over: %s is missing or changed", step, path)
     return None, first_bad

@@ -161,8 +161,12 @@ class Workdir:
             self._checkpointer.wait_until_finished()
             if jax.process_index() == 0:
                 self._remove_old(step)
+            self._damaged.clear()
         except BaseException as error:
             self._error = (step, error)
+            if jax.process_index() == 0:
+                # A full disk must not stay full of what could not be finished.
+                self._remove_leftovers()
 
     def _remove_old(self, saved: int) -> None:
         """Keeps the newest `keep` steps. Damaged ones go now, not before: `saved` is there to take their place."""
@@ -174,7 +178,6 @@ class Workdir:
                 # Without its checksums the step no longer counts, however far its removal gets.
                 (folder / CHECKSUMS).unlink()
                 folder.rmtree()
-        self._damaged.clear()
 
     def _remove_leftovers(self) -> None:
         """Removes temporary folders, and steps without checksums."""
@@ -182,5 +185,5 @@ class Workdir:
         for path in list(steps_folder(self.path).iterdir()):
             unfinished = path.name.isdigit() and int(path.name) not in committed
             if unfinished or TEMPORARY in path.name:
-                log.warning("removing %s, which a run that was stopped left unfinished", path)
+                log.warning("removing %s, which was left unfinished", path)
                 path.rmtree()

@@ -40,7 +40,7 @@ class FolderHandler(ocp.AsyncCheckpointHandler):
     def save(self, directory: epath.Path, args: "FolderSave") -> None:
         raise NotImplementedError("FolderHandler is for ocp.AsyncCheckpointer")
 
-    def restore(self, directory: epath.Path, args: Any = None) -> Any:
+    def restore(self, directory: epath.Path, args: "_FolderRestore") -> Any:
         raise NotImplementedError("a folder is read tree by tree: trees.read_tree")
 
     def finalize(self, directory: epath.Path) -> None:
@@ -64,6 +64,12 @@ class FolderSave(ocp.args.CheckpointArgs):
 
     trees: dict[str, Any]
     texts: dict[str, str]
+
+
+@ocp.args.register_with_handler(FolderHandler, for_restore=True)
+@dataclass
+class _FolderRestore(ocp.args.CheckpointArgs):
+    """Never used. Orbax takes a handler's save arguments as they are only if it has restore arguments too."""
 
 
 def make_checkpointer() -> ocp.AsyncCheckpointer:

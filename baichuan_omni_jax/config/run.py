@@ -96,12 +96,14 @@ class OptimizerConfig:
 class ComputeConfig:
     """How the step is computed. `attention` and `rvq` name a kernel implementation; empty picks by platform.
 
-    `loss_chunk` is how many positions of a row per shard have their vocabulary logits in memory at once.
+    `loss_chunk` and `mlp_chunk` are how many positions of a row per shard have their vocabulary logits, and their
+    MLP's wide intermediates, in memory at once (0: the whole row).
     """
 
     dtype: str = "bfloat16"
     remat: str = "full"
     loss_chunk: int = 1024
+    mlp_chunk: int = 0
     attention: str = ""
     attention_block: int = 512
 

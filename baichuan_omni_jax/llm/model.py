@@ -12,9 +12,10 @@ from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
 from baichuan_omni_jax.kernels.flash_attention import BlockPlan, Segments, flash_attention, plan_blocks
 from baichuan_omni_jax.llm.config import LLMConfig
+from baichuan_omni_jax.nn.chunking import map_chunks
 from baichuan_omni_jax.nn.linear import Linear
 from baichuan_omni_jax.nn.norm import RMSNorm
-from baichuan_omni_jax.nn.param import Compute, normal, stack, use
+from baichuan_omni_jax.nn.param import Compute, gathered, normal, stack, use
 from baichuan_omni_jax.nn.remat import remat
 from baichuan_omni_jax.nn.rope import rope_angles, rotate
 
@@ -63,9 +64,16 @@ class SwiGLU(nnx.Module):
         self.gate_proj = Linear(keys[0], "btd,df->btf", (d, f), ("embed", "mlp"), out=HIDDEN, compute=compute)
         self.up_proj = Linear(keys[1], "btd,df->btf", (d, f), ("embed", "mlp"), out=HIDDEN, compute=compute)
         self.down_proj = Linear(keys[2], "btf,fd->btd", (f, d), ("mlp", "embed"), out=STREAM, compute=compute)
+        self.compute = compute
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        whole = gathered(self, self.compute)
+        return map_chunks(
+            lambda piece: whole.down_proj(jax.nn.silu(whole.gate_proj(piece)) * whole.up_proj(piece)),
+            x,
+            self.compute.mlp_chunk,
+            self.compute.rules,
+        )
 
 
 class DecoderLayer(nnx.Module):

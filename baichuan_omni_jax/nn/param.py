@@ -28,6 +28,7 @@ class Compute:
     remat: str = "full"
     attention: str | None = None
     attention_block: int = 512
+    mlp_chunk: int = 0
 
 
 def normal(key: PRNGKeyArray, shape: tuple[int, ...], axes: tuple[str, ...], *, std: float = 0.02) -> nnx.Param:
@@ -53,6 +54,11 @@ def use(parameter: nnx.Variable, compute: Compute, dtype: jnp.dtype | None = Non
     """
     value = parameter[...].astype(dtype or compute.dtype)
     return reshard(value, compute.rules.gathered_spec(*parameter_axes(parameter)))
+
+
+def gathered(module: Module, compute: Compute) -> Module:
+    """The module with every parameter already cast and gathered: for use inside a loop over pieces of a row."""
+    return jax.tree.map(lambda variable: variable.replace(use(variable, compute)), module, is_leaf=_is_variable)
 
 
 def stack(make: Callable[[PRNGKeyArray], Module], key: PRNGKeyArray, count: int) -> Module:

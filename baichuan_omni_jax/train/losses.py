@@ -2,10 +2,10 @@
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int32
 
-from baichuan_omni_jax.sharding import ShardingRules, axis_product
+from baichuan_omni_jax.nn.chunking import split_chunks
+from baichuan_omni_jax.sharding import ShardingRules
 
 
 def cross_entropy(logits: Float[Array, "... v"], targets: Int32[Array, "..."]) -> Float[Array, "..."]:
@@ -29,35 +29,17 @@ def chunked_cross_entropy(
 ) -> Float[Array, ""]:
     """Sum over positions of weight * cross-entropy of `hidden @ head.T`, with `chunk` positions a row and shard in memory.
 
-    Logits of one chunk live at a time, forward and backward (each is recomputed). The last chunk is cut short by
-    choosing the largest chunk that divides a shard's positions.
+    Logits of one chunk live at a time, forward and backward (each is recomputed).
     """
-    mesh = jax.typeof(hidden).sharding.mesh
-    length_axes = rules.axes("length")
-    shards = 1 if mesh.empty else axis_product(mesh, length_axes)
-    local = hidden.shape[1] // shards
-    chunk = _largest_divisor(local, chunk)
-    split = lambda x: _split(x, shards, local // chunk, chunk, rules)  # noqa: E731
 
     @jax.checkpoint
     def add(total, piece):
         x, target, weight = piece
         with jax.named_scope("logits"):
-            spec = P(rules.spec("batch")[0], rules.spec("length")[0], None, rules.spec("act_vocab")[0])
-            logits = jnp.einsum("bscd,vd->bscv", x, head, out_sharding=spec, preferred_element_type=jnp.float32)
+            spec = rules.spec("batch", "length", "act_vocab")
+            logits = jnp.einsum("bpd,vd->bpv", x, head, out_sharding=spec, preferred_element_type=jnp.float32)
         return total + (cross_entropy(logits, target) * weight).sum(), None
 
-    total, _ = jax.lax.scan(add, jnp.zeros((), jnp.float32), (split(hidden), split(targets), split(weights)))
+    pieces = tuple(split_chunks(x, chunk, rules) for x in (hidden, targets, weights))
+    total, _ = jax.lax.scan(add, jnp.zeros((), jnp.float32), pieces)
     return total
-
-
-def _split(x: Array, shards: int, chunks: int, chunk: int, rules: ShardingRules) -> Array:
-    """(b, t, ...) -> (chunks, b, shards, chunk, ...): every shard works on its own chunk at the same time."""
-    batch, length = rules.spec("batch")[0], rules.spec("length")[0]
-    spec = P(batch, length)
-    x = x.reshape(x.shape[0], shards, chunks, chunk, *x.shape[2:], out_sharding=spec)
-    return jnp.moveaxis(x, 2, 0)
-
-
-def _largest_divisor(length: int, at_most: int) -> int:
-    return max(size for size in range(1, min(length, at_most) + 1) if length % size == 0)

@@ -132,5 +132,3 @@ def _sharded(function, mesh, in_specs, out_specs):
         return function
     # The loops over block pairs start from constants, which vma checking would call unvarying.
     return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-
-

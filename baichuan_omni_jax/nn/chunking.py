@@ -1,0 +1,57 @@
+"""Working through a row piece by piece, so that wide intermediates exist for one piece at a time.
+
+Every context shard cuts its own part of the row, so all shards work on each piece together:
+8 positions, 2 shards, chunk 2:  piece 0 = positions 0 1 | 4 5, piece 1 = positions 2 3 | 6 7.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+from baichuan_omni_jax.sharding import ShardingRules, axis_product
+
+
+def split_chunks(x: Float[Array, "b t ..."], chunk: int, rules: ShardingRules) -> Float[Array, "pieces b p ..."]:
+    """(b, t, ...) -> (pieces, b, shards * c, ...), where c is the largest divisor of a shard's part that is <= chunk."""
+    mesh = jax.typeof(x).sharding.mesh
+    shards = 1 if mesh.empty else axis_product(mesh, rules.axes("length"))
+    local = x.shape[1] // shards
+    size = _largest_divisor(local, chunk)
+    rest = x.shape[2:]
+    x = x.reshape(x.shape[0], shards, local // size, size, *rest, out_sharding=_spec(rules))
+    x = jnp.moveaxis(x, 2, 0)
+    batch, length = _spec(rules)
+    return x.reshape(x.shape[0], x.shape[1], shards * size, *rest, out_sharding=P(None, batch, length))
+
+
+def join_chunks(pieces: Float[Array, "pieces b p ..."], rules: ShardingRules) -> Float[Array, "b t ..."]:
+    """The inverse of `split_chunks`."""
+    mesh = jax.typeof(pieces).sharding.mesh
+    shards = 1 if mesh.empty else axis_product(mesh, rules.axes("length"))
+    count, b, piece, *rest = pieces.shape
+    batch, length = _spec(rules)
+    x = pieces.reshape(count, b, shards, piece // shards, *rest, out_sharding=P(None, batch, length))
+    return jnp.moveaxis(x, 0, 2).reshape(b, count * piece, *rest, out_sharding=P(batch, length))
+
+
+def map_chunks(
+    function: Callable[[Array], Array], x: Float[Array, "b t d"], chunk: int, rules: ShardingRules
+) -> Float[Array, "b t e"]:
+    """`function` of each piece (b, p, d), recomputed in the backward pass; `chunk` 0 applies it to the whole row."""
+    if not chunk:
+        return function(x)
+    _, pieces = jax.lax.scan(
+        lambda _, piece: (None, jax.checkpoint(function)(piece)), None, split_chunks(x, chunk, rules)
+    )
+    return join_chunks(pieces, rules)
+
+
+def _spec(rules: ShardingRules) -> P:
+    return rules.spec("batch", "length")
+
+
+def _largest_divisor(length: int, at_most: int) -> int:
+    return max(size for size in range(1, min(length, at_most) + 1) if length % size == 0)
