@@ -34,10 +34,18 @@ def header_duration(stream: Stream) -> float | None:
 
 
 def demuxed_duration(container: InputContainer, stream: Stream) -> float:
-    """Seconds from the first to the end of the last packet: reads the file through, decodes nothing."""
-    first, last = None, 0
-    for packet in container.demux(stream):
+    """Seconds from the first to the end of the last packet: reads the file through, decodes nothing.
+
+    Raises ValueError when all streams end a second or more before the file's header says.
+    """
+    starts: dict[int, float] = {}
+    ends: dict[int, float] = {}
+    for packet in container.demux():
         if packet.pts is not None:
-            first = packet.pts if first is None else min(first, packet.pts)
-            last = max(last, packet.pts + (packet.duration or 0))
-    return 0.0 if first is None else float((last - first) * stream.time_base)
+            start, end = (float(time * packet.time_base) for time in (packet.pts, packet.pts + (packet.duration or 0)))
+            starts[packet.stream_index] = min(starts.get(packet.stream_index, start), start)
+            ends[packet.stream_index] = max(ends.get(packet.stream_index, end), end)
+    length = max(ends.values(), default=0.0) - min(starts.values(), default=0.0)
+    if container.duration is not None and length < container.duration / av.time_base - 1.0:
+        raise ValueError(f"the file is truncated: {length:.1f} of {container.duration / av.time_base:.1f} s")
+    return ends.get(stream.index, 0.0) - starts.get(stream.index, 0.0)

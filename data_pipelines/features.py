@@ -28,9 +28,11 @@ def smart_resize(height: int, width: int, limits: PixelLimits, factor: int = 28)
     new_width = max(factor, round(width / factor) * factor)
     if new_height * new_width > limits.max_pixels:
         shrink = sqrt(height * width / limits.max_pixels)
-        # The released form may floor a very narrow side to nothing; one factor is the least the tower takes.
-        new_height = max(factor, floor(height / shrink / factor) * factor)
-        new_width = max(factor, floor(width / shrink / factor) * factor)
+        # With small limits the released form floors a very narrow side to nothing: keep one factor of it, and of the
+        # other side what the area allows.
+        longest = limits.max_pixels // factor**2 * factor
+        new_height = min(longest, max(factor, floor(height / shrink / factor) * factor))
+        new_width = min(longest, max(factor, floor(width / shrink / factor) * factor))
     elif new_height * new_width < limits.min_pixels:
         grow = sqrt(limits.min_pixels / (height * width))
         new_height = ceil(height * grow / factor) * factor

@@ -105,5 +105,8 @@ def _decode_track(media: Media) -> tuple[Float32[np.ndarray, "t"], int]:
         convert = AudioResampler(format="fltp", layout=stream.layout, rate=stream.rate)
         frames = [new for frame in container.decode(stream) for new in convert.resample(frame)]
         frames += convert.resample(None)
-        blocks = [frame.to_ndarray().mean(0) for frame in frames]
-        return np.concatenate(blocks) if blocks else np.zeros(0, np.float32), stream.rate
+        wave = np.concatenate([np.zeros(0, np.float32), *(frame.to_ndarray().mean(0) for frame in frames)])
+        promised = header_duration(stream)
+        if promised is not None and len(wave) < (promised - TOLERANCE) * stream.rate:
+            raise ValueError(f"the file is truncated: {len(wave) / stream.rate:.1f} of {promised:.1f} s")
+        return wave, stream.rate

@@ -8,6 +8,7 @@ from math import ceil
 
 import numpy as np
 from av.container import InputContainer
+from av.stream import Disposition
 from av.video.stream import VideoStream
 from jaxtyping import UInt8
 
@@ -83,7 +84,7 @@ def decode_frames(media: Media, times: tuple[float, ...]) -> list[UInt8[np.ndarr
 
 def _video_stream(container: InputContainer) -> VideoStream:
     for stream in container.streams.video:
-        if "attached_pic" not in str(stream.disposition.name or ""):  # the cover of a song is no video
+        if not stream.disposition & Disposition.attached_pic:  # the cover of a song is no video
             return stream
     raise ValueError("it has no video track")
 

@@ -1,0 +1,68 @@
+"""Small media files and documents for the tests of this folder."""
+
+import base64
+from pathlib import Path
+
+import av
+import numpy as np
+import soundfile
+from PIL import Image
+
+from data_pipelines.document import Document
+from data_pipelines.media import Media
+
+
+def media(path: Path) -> Media:
+    return Media(path.name, path)
+
+
+def document(text: str, root: Path) -> Document:
+    return Document(id="d", type="", text=text, root=root, manifest="m.jsonl", line=1)
+
+
+def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def write_image(path: Path, height: int, width: int, **options) -> Path:
+    Image.fromarray(picture(height, width)).save(path, **options)
+    return path
+
+
+def tone(seconds: float, rate: int = 16000) -> np.ndarray:
+    return (0.5 * np.sin(2 * np.pi * 440 * np.arange(round(seconds * rate)) / rate)).astype(np.float32)
+
+
+def write_sound(path: Path, seconds: float, rate: int = 16000, **options) -> Path:
+    soundfile.write(path, tone(seconds, rate), rate, **options)
+    return path
+
+
+def write_video(
+    path: Path, seconds: float, height: int = 64, width: int = 96, sound: float = 0, header_first: bool = False
+) -> Path:
+    """5 frames a second, grey of level 20 + 10 * the second they are in; an audio track of `sound` seconds if any."""
+    rate = 5
+    with av.open(str(path), "w", options={"movflags": "faststart"} if header_first else {}) as container:
+        stream = container.add_stream("mpeg4" if path.suffix == ".mp4" else "libvpx", rate=rate)
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        track = container.add_stream("aac" if path.suffix == ".mp4" else "libopus", rate=48000) if sound else None
+        for i in range(round(seconds * rate)):
+            pixels = np.full((height, width, 3), 20 + 10 * (i // rate), np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode(None))
+        if track:
+            _write_track(container, track, tone(sound, 48000))
+    return path
+
+
+def _write_track(container, track, wave: np.ndarray) -> None:
+    for start in range(0, len(wave), 960):
+        frame = av.AudioFrame.from_ndarray(wave[None, start : start + 960], format="fltp", layout="mono")
+        frame.sample_rate, frame.pts = 48000, start
+        container.mux(track.encode(frame))
+    container.mux(track.encode(None))
+
+
+def as_base64(path: Path) -> str:
+    return base64.b64encode(path.read_bytes()).decode()

@@ -1,0 +1,42 @@
+"""JSONL manifests, good lines and bad ones."""
+
+import pytest
+
+from baichuan_omni_jax.config import ConfigError
+from data_pipelines.document import Document, SampleError
+from data_pipelines.manifest import read_manifest
+
+
+def test_documents_and_their_defaults(tmp_path):
+    (tmp_path / "sub").mkdir()
+    lines = ['\ufeff{"text": "a", "id": "x", "type": "asr"}', "", '{"text": "猫", "extra": 1}']
+    (tmp_path / "sub/m.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    assert list(read_manifest("sub/m.jsonl", tmp_path)) == [
+        Document(id="x", type="asr", text="a", root=tmp_path, manifest="sub/m.jsonl", line=1),
+        Document(id="m-3", type="", text="猫", root=tmp_path, manifest="sub/m.jsonl", line=3),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"text": "a"', "m.jsonl:2 is not JSON"),
+        (b'{"text": "\xff"}', "m.jsonl:2 is not JSON"),
+        (b"[" * 100000, "m.jsonl:2 is not JSON"),
+        (b'["a"]', "m.jsonl:2 is not an object but list"),
+        (b'{"id": "a"}', 'm.jsonl:2 has no "text"'),
+        (b'{"text": 3}', 'm.jsonl:2 has no "text"'),
+    ],
+)
+def test_bad_lines_are_told_with_their_number(tmp_path, line, message):
+    (tmp_path / "m.jsonl").write_bytes(b'{"text": "a"}\n' + line + b'\n{"text": "b"}\n')
+    first, (number, error), last = read_manifest("m.jsonl", tmp_path)
+    assert (first.text, last.text, number) == ("a", "b", 2)
+    assert isinstance(error, SampleError)
+    assert error.cause == "bad_json"
+    assert message in str(error)
+
+
+def test_no_manifest(tmp_path):
+    with pytest.raises(ConfigError, match=r"none\.jsonl cannot be read: No such file"):
+        list(read_manifest("none.jsonl", tmp_path))

@@ -1,0 +1,246 @@
+"""Probing and decoding images, sounds and videos, and every way in which a file is refused."""
+
+import struct
+
+import numpy as np
+import pytest
+import soundfile
+from PIL import Image
+
+from data_pipelines import images
+from data_pipelines.document import SampleError
+from data_pipelines.images import decode_image, probe_image
+from data_pipelines.media import Media, find_media
+from data_pipelines.prompts import Reference
+from data_pipelines.sounds import clip_key, decode_sound, probe_sound
+from data_pipelines.videos import decode_frames, frame_times, probe_video
+from tests.data_pipelines.small_media import as_base64, media, tone, write_image, write_sound, write_video
+
+RATE = 16000
+
+
+def refused(call, cause, message):
+    with pytest.raises(SampleError, match=message) as caught:
+        call()
+    assert caught.value.cause == cause
+
+
+class TestPaths:
+    def test_inside_the_root(self, tmp_path):
+        write_image(tmp_path / "a.png", 20, 30)
+        (tmp_path / "sub").mkdir()
+        for path in ("a.png", "sub/../a.png", str(tmp_path / "a.png")):
+            assert find_media(Reference(path=path), tmp_path).path == (tmp_path / "a.png").resolve()
+
+    def test_base64_media_decode(self, tmp_path):
+        data = as_base64(write_image(tmp_path / "a.png", 20, 30))
+        for text in (data, "data:image/png;base64," + data):
+            found = find_media(Reference(base64=text), tmp_path)
+            assert probe_image(found) == (20, 30)
+            assert found.content_hash() == media(tmp_path / "a.png").content_hash()
+        sound = find_media(Reference(base64=as_base64(write_sound(tmp_path / "a.wav", 0.5))), tmp_path)
+        assert len(decode_sound(sound, probe_sound(sound, RATE), RATE)) == 8000
+        video = find_media(Reference(base64=as_base64(write_video(tmp_path / "a.mp4", 2))), tmp_path)
+        assert len(decode_frames(video, probe_video(video, 1.0, 8).times)) == 2
+
+    def test_outside_the_root(self, tmp_path):
+        root = tmp_path / "root"
+        root.mkdir()
+        outside = write_image(tmp_path / "a.png", 20, 30)
+        (root / "link.png").symlink_to(outside)
+        for path in ("../a.png", str(outside), "link.png", "../missing.png", "../root-2/a.png"):
+            refused(lambda path=path: find_media(Reference(path=path), root), "outside_root", "lies outside")
+
+    def test_missing(self, tmp_path):
+        (tmp_path / "loop").symlink_to(tmp_path / "loop")
+        for path in ("no.png", ".", "loop", "n" * 5000, "null\0byte"):
+            refused(
+                lambda path=path: find_media(Reference(path=path), tmp_path),
+                "missing_file",
+                "does not exist|no usable path",
+            )
+
+    def test_bad_base64(self, tmp_path):
+        refused(lambda: find_media(Reference(base64="???"), tmp_path), "unreadable_media", "base64")
+
+
+class TestImages:
+    @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "a.bmp", "a.gif"])
+    def test_probe_is_the_decoded_size(self, tmp_path, name):
+        path = write_image(tmp_path / name, 40, 30)
+        assert probe_image(media(path)) == decode_image(media(path)).shape[:2] == (40, 30)
+
+    def test_every_mode_becomes_rgb(self, tmp_path):
+        for mode in ("L", "LA", "RGBA", "P", "1", "I;16"):
+            path = tmp_path / f"{mode.replace(';', '')}.png"
+            Image.new(mode, (30, 20)).save(path)
+            assert decode_image(media(path)).shape == (20, 30, 3)
+
+    def test_sixteen_bits_are_scaled(self, tmp_path):
+        values = np.full((20, 20), 0x8000, np.uint16)
+        Image.fromarray(values).save(tmp_path / "a.png")
+        assert np.unique(decode_image(media(tmp_path / "a.png"))).tolist() == [128]
+
+    def test_orientation_is_ignored_in_both(self, tmp_path):
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        path = write_image(tmp_path / "a.jpg", 20, 40, exif=exif)
+        assert probe_image(media(path)) == decode_image(media(path)).shape[:2] == (20, 40)
+
+    def test_sizes_that_are_refused(self, tmp_path, monkeypatch):
+        for height, width, message in ((16, 16, "at most 256 pixels"), (2, 402, "aspect ratio exceeds 200")):
+            path = write_image(tmp_path / f"{width}.png", height, width)
+            refused(lambda path=path: probe_image(media(path)), "unreadable_media", message)
+        assert probe_image(media(write_image(tmp_path / "ok.png", 2, 400))) == (2, 400)
+        path = write_image(tmp_path / "large.png", 100, 100)
+        monkeypatch.setattr(images, "MAX_PIXELS", 9999)
+        refused(lambda: probe_image(media(path)), "unreadable_media", "more than 9999 pixels")
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+        refused(lambda: decode_image(media(path)), "unreadable_media", "decompression bomb")
+
+    def test_unreadable(self, tmp_path):
+        (tmp_path / "text.jpg").write_text("not a picture")
+        (tmp_path / "empty.png").touch()
+        write_sound(tmp_path / "sound.wav", 1).rename(tmp_path / "sound.png")
+        for name in ("text.jpg", "empty.png", "sound.png"):
+            refused(lambda name=name: probe_image(media(tmp_path / name)), "unreadable_media", f"{name} is not a read")
+
+    @pytest.mark.parametrize("name", ["a.png", "a.jpg"])
+    def test_truncated(self, tmp_path, name):
+        path = write_image(tmp_path / name, 80, 80)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        refused(lambda: decode_image(media(path)), "unreadable_media", "is not a readable image")
+
+
+class TestSounds:
+    @pytest.mark.parametrize(
+        ("name", "rate"), [("a.wav", 16000), ("a.flac", 22050), ("a.ogg", 48000), ("a.mp3", 44100)]
+    )
+    def test_probe_is_the_decoded_length(self, tmp_path, name, rate):
+        found = media(write_sound(tmp_path / name, 1.5, rate))
+        samples = probe_sound(found, RATE)
+        assert abs(samples - 24000) < 0.1 * RATE
+        wave = decode_sound(found, samples, RATE)
+        assert (wave.dtype, wave.shape) == (np.float32, (samples,))
+        expected = tone(samples / RATE)[2000:-3000]
+        assert np.abs(np.fft.rfft(wave[2000:-3000])).argmax() == np.abs(np.fft.rfft(expected)).argmax()
+
+    def test_int16_is_divided_by_32768(self, tmp_path):
+        values = np.arange(-3000, 3000, dtype=np.int16)
+        soundfile.write(tmp_path / "a.wav", values, RATE)
+        np.testing.assert_array_equal(decode_sound(media(tmp_path / "a.wav"), 6000, RATE), values / np.float32(32768))
+
+    def test_channels_are_averaged(self, tmp_path):
+        soundfile.write(tmp_path / "a.wav", np.stack([tone(1), -tone(1)], axis=1), RATE)
+        assert np.abs(decode_sound(media(tmp_path / "a.wav"), RATE, RATE)).max() < 1e-4
+
+    @pytest.mark.parametrize("name", ["a.mp4", "a.webm"])
+    def test_the_track_of_a_video(self, tmp_path, name):
+        found = media(write_video(tmp_path / name, 3, sound=2))
+        samples = probe_sound(found, RATE)
+        assert abs(samples - 2 * RATE) < 0.1 * RATE
+        wave = decode_sound(found, samples, RATE)
+        assert len(wave) == samples
+        assert 0.3 < np.abs(wave[RATE // 2 : RATE]).max() < 0.7
+
+    def test_another_length_than_measured(self, tmp_path):
+        found = media(write_sound(tmp_path / "a.wav", 1))
+        assert len(decode_sound(found, RATE + 1000, RATE)) == RATE + 1000
+        refused(lambda: decode_sound(found, RATE - 1601, RATE), "changed", "decodes to 16000 samples")
+
+    def test_not_a_number(self, tmp_path):
+        wave = tone(1)
+        wave[100] = np.nan
+        soundfile.write(tmp_path / "a.wav", wave, RATE, subtype="FLOAT")
+        found = media(tmp_path / "a.wav")
+        refused(lambda: decode_sound(found, probe_sound(found, RATE), RATE), "unreadable_media", "not finite")
+
+    def test_unreadable(self, tmp_path):
+        (tmp_path / "text.wav").write_text("not a sound, but long enough to look like one " * 100)
+        (tmp_path / "text.txt").write_text("plain text " * 1000)
+        (tmp_path / "list.m3u8").write_text(f"#EXTM3U\n#EXTINF:1\n{write_sound(tmp_path / 'a.wav', 1)}\n")
+        (tmp_path / "empty.wav").touch()
+        write_image(tmp_path / "image.png", 60, 60).rename(tmp_path / "image.mp3")
+        write_video(tmp_path / "mute.mp4", 1)
+        soundfile.write(tmp_path / "nothing.wav", np.zeros(0, np.float32), RATE)
+        names = ("text.wav", "text.txt", "list.m3u8", "empty.wav", "image.mp3", "mute.mp4", "nothing.wav")
+        for name in names:
+            refused(lambda name=name: probe_sound(media(tmp_path / name), RATE), "unreadable_media", name)
+
+    def test_truncated(self, tmp_path):
+        path = write_sound(tmp_path / "a.wav", 1)
+        path.write_bytes(path.read_bytes()[:10000])
+        refused(lambda: probe_sound(media(path), RATE), "unreadable_media", "truncated: 10000 of 32044 bytes")
+        path = write_sound(tmp_path / "a.flac", 2)
+        samples = probe_sound(media(path), RATE)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        refused(lambda: decode_sound(media(path), samples, RATE), "unreadable_media", "a.flac")
+
+    def test_keys_follow_the_content(self, tmp_path):
+        path = write_sound(tmp_path / "a.wav", 1)
+        first = clip_key(media(path), 0)
+        assert first == (media(path).content_hash(), 0) != clip_key(media(path), 1)
+        assert clip_key(Media("copy", None, path.read_bytes()), 0) == first
+        write_sound(path, 2)
+        assert clip_key(media(path), 0) != first
+
+
+class TestVideos:
+    def test_frame_times(self):
+        assert frame_times(3.0, 1.0, 32) == (0.0, 1.0, 2.0)
+        assert frame_times(3.04, 1.0, 32) == (0.0, 1.0, 2.0, 3.0)
+        assert frame_times(0.0, 1.0, 32) == (0.0,)
+        assert frame_times(2.0, 2.0, 32) == (0.0, 0.5, 1.0, 1.5)
+        many = frame_times(1000.0, 1.0, 32)
+        assert (len(many), many[0], many[-1]) == (32, 0.0, 999.0)
+        assert frame_times(1000.0, 1.0, 1) == (0.0,)
+
+    @pytest.mark.parametrize("name", ["a.mp4", "a.webm"])
+    def test_one_frame_a_second(self, tmp_path, name):
+        found = media(write_video(tmp_path / name, 4))
+        probe = probe_video(found, 1.0, 32)
+        assert (probe.height, probe.width, probe.times) == (64, 96, (0.0, 1.0, 2.0, 3.0))
+        frames = decode_frames(found, probe.times)
+        assert [frame.shape for frame in frames] == [(64, 96, 3)] * 4
+        assert [round((frame.mean() - 20) / 10) for frame in frames] == [0, 1, 2, 3]
+
+    def test_the_last_frame_stands_in_for_what_is_missing(self, tmp_path):
+        found = media(write_video(tmp_path / "a.mp4", 2))
+        frames = decode_frames(found, (0.0, 1.0, 1.95, 2.5))
+        assert [round((frame.mean() - 20) / 10) for frame in frames] == [0, 1, 1, 1]
+
+    def test_a_longer_sound_track_adds_no_frames(self, tmp_path):
+        for name in ("a.mp4", "a.webm"):
+            assert len(probe_video(media(write_video(tmp_path / name, 2, sound=4)), 1.0, 32).times) == 2
+
+    def test_unreadable(self, tmp_path):
+        (tmp_path / "text.mp4").write_text("not a video " * 100)
+        (tmp_path / "empty.mp4").touch()
+        write_image(tmp_path / "image.png", 60, 60)
+        write_sound(tmp_path / "sound.mp3", 1, 44100)
+        path = write_video(tmp_path / "cut.mp4", 3)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        write_video(tmp_path / "small.mp4", 1, height=16, width=16)
+        for name in ("text.mp4", "empty.mp4", "image.png", "sound.mp3", "cut.mp4", "small.mp4"):
+            refused(lambda name=name: probe_video(media(tmp_path / name), 1.0, 8), "unreadable_media", name)
+
+    def test_truncated_after_its_header(self, tmp_path):
+        path = write_video(tmp_path / "a.webm", 12)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 3])
+        refused(lambda: probe_video(media(path), 1.0, 32), "unreadable_media", "truncated")
+        path = write_video(tmp_path / "a.mp4", 12, sound=12, header_first=True)
+        times = probe_video(media(path), 1.0, 32).times
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        assert probe_video(media(path), 1.0, 32).times == times
+        refused(lambda: decode_frames(media(path), times), "unreadable_media", "a.mp4")
+        samples = probe_sound(media(path), RATE)
+        refused(lambda: decode_sound(media(path), samples, RATE), "unreadable_media", "a.mp4")
+
+    def test_the_cover_of_a_song_is_no_video(self, tmp_path):
+        cover = b"\0image/png\0\3\0" + write_image(tmp_path / "cover.png", 20, 20).read_bytes()
+        frame = b"APIC" + struct.pack(">I", len(cover)) + b"\0\0" + cover
+        size = bytes(len(frame) >> shift & 127 for shift in (21, 14, 7, 0))
+        song = write_sound(tmp_path / "a.mp3", 1, 44100).read_bytes()
+        (tmp_path / "song.mp3").write_bytes(b"ID3\3\0\0" + size + frame + song)
+        refused(lambda: probe_video(media(tmp_path / "song.mp3"), 1.0, 8), "unreadable_media", "no video track")
+        assert probe_sound(media(tmp_path / "song.mp3"), RATE) > 0

@@ -1,0 +1,16 @@
+"""Where the golden fixtures lie; tests that need them skip with a reason where they do not."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+_DEFAULT = Path(__file__).resolve().parents[2] / "shared" / "golden"
+
+
+def golden_path(name: str) -> Path:
+    """Path of `name` inside $OMNI_GOLDEN, by default `../shared/golden` next to the repository. Skips when absent."""
+    path = Path(os.environ.get("OMNI_GOLDEN") or _DEFAULT) / name
+    if not path.exists():
+        pytest.skip(f"golden fixture {path} is not there (set OMNI_GOLDEN to the folder that holds it)")
+    return path
