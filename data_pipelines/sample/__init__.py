@@ -1,0 +1,5 @@
+"""A small real data set, built offline: photographs, synthesised speech, films, and documents about them."""
+
+from data_pipelines.sample.build import SAMPLE_SOURCES, build_sample
+
+__all__ = ["SAMPLE_SOURCES", "build_sample"]

@@ -1,0 +1,37 @@
+"""`python -m data_pipelines.sample OUT [--seed N]`: builds the sample data set and prints what it holds."""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+from baichuan_omni_jax.config.errors import ConfigError
+from data_pipelines.sample.build import SUMMARY, build_sample
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 when the folder or the installation cannot be used."""
+    parser = argparse.ArgumentParser(prog="python -m data_pipelines.sample", description=__doc__)
+    parser.add_argument("out", metavar="OUT", type=Path, help="a new or empty folder, or an earlier sample data set")
+    parser.add_argument("--seed", type=int, default=0, help="another seed gives other documents (default 0)")
+    options = parser.parse_args(arguments)
+    begin = time.perf_counter()
+    try:
+        out = build_sample(options.out, seed=options.seed)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    summary = json.loads((out / SUMMARY).read_text(encoding="utf-8"))
+    print(f"{out}: {summary['documents']} documents ({time.perf_counter() - begin:.1f} s)")
+    for kind, count in summary["by_type"].items():
+        print(f"  {kind:<18}{count:>5}")
+    print(
+        f"  {summary['images']} images, {summary['speech_clips']} speech clips, {summary['videos']} videos, "
+        f"{summary['audio_seconds']:.0f} s of sound, {summary['text_characters']} characters of text"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,254 @@
+"""The documents of every type as source prompts in the released form, and how many of each the data set holds.
+
+A maker takes the studio (which names the media) and a random generator, and returns one prompt. Text and speech between
+`<trainable_start>` and `<trainable_end>` carry loss; end-of-text is added by the pipeline.
+"""
+
+import functools
+import json
+import random
+import re
+from collections.abc import Callable
+
+from data_pipelines.sample import scenes, texts
+from data_pipelines.sample.photographs import Crop
+from data_pipelines.sample.studio import Clip, Studio
+
+LANGUAGES = ("en", "zh")
+SYSTEM = {"en": "You are a helpful assistant.", "zh": "你是一个乐于助人的助手。"}
+TRANSCRIBE = "将语音转录为文本:"  # the released prompt, its colon included
+DESCRIBE = {"en": "Describe the picture.", "zh": "描述这张图片。"}
+DESCRIBE_VIDEO = {"en": "Describe the video.", "zh": "描述这段视频。"}
+
+Maker = Callable[[Studio, random.Random], str]
+
+
+def _tag(kind: str, key: str, path: str) -> str:
+    return f"<{kind}_start_baichuan>{json.dumps({key: path})}<{kind}_end_baichuan>"
+
+
+image_tag = functools.partial(_tag, "img", "local")
+video_tag = functools.partial(_tag, "video", "local")
+heard_tag = functools.partial(_tag, "audio", "path")
+spoken_tag = functools.partial(_tag, "audiogen", "path")
+
+
+def trainable(text: str) -> str:
+    """Marks text, or speech to be generated, as carrying loss."""
+    return f"<trainable_start>{text}<trainable_end>"
+
+
+def turn(question: str, answer: str, system: str = "") -> str:
+    """A user's turn and the assistant's trainable answer, after an optional system prompt."""
+    return (f"<B_SYS>{system}" if system else "") + f"<C_Q>{question}<C_A>{trainable(answer)}"
+
+
+def plain_text(prompt: str) -> str:
+    """A prompt without media and marks: what a reader would read."""
+    without_media = re.sub(r"<(\w+)_start_baichuan>.*?<\1_end_baichuan>", "", prompt)
+    return re.sub(r"<\w+>", "", without_media)
+
+
+def _system(rng: random.Random, language: str) -> str:
+    return SYSTEM[language] if rng.random() < 0.2 else ""
+
+
+def text(studio: Studio, rng: random.Random) -> str:
+    return trainable(texts.paragraph(rng, rng.choice(LANGUAGES)))
+
+
+def caption(studio: Studio, rng: random.Random) -> str:
+    language = rng.choice(LANGUAGES)
+    path, crop = studio.photo(rng)
+    words = scenes.caption(rng, crop, language)
+    if rng.random() < 0.5:
+        return image_tag(path) + trainable(words)
+    return turn(image_tag(path) + DESCRIBE[language], words)
+
+
+def qa(studio: Studio, rng: random.Random) -> str:
+    language = rng.choice(LANGUAGES)
+    path, crop = studio.photo(rng)
+    (question, answer), *others = rng.sample(scenes.questions(crop, language), rng.choice([1, 2, 3]))
+    first = turn(image_tag(path) + question, answer, _system(rng, language))
+    return first + "".join(turn(*other) for other in others)
+
+
+def interleaved(studio: Studio, rng: random.Random) -> str:
+    """Several pictures in running text, all of it trainable."""
+    language = rng.choice(LANGUAGES)
+    index = LANGUAGES.index(language)
+    story = texts.sentences(rng, 3)
+    prompt = trainable(story[0][index])
+    for pair in story[1:]:
+        path, crop = studio.photo(rng)
+        shown = texts.join([scenes.short_caption(crop, language), pair[index]], language)
+        prompt += image_tag(path) + trainable(shown)
+    return prompt
+
+
+def asr(studio: Studio, rng: random.Random) -> str:
+    language = rng.choice(LANGUAGES)
+    words = texts.sentence(rng)[LANGUAGES.index(language)]
+    return TRANSCRIBE + heard_tag(studio.say(rng, words, language)) + trainable(words)
+
+
+def tts(studio: Studio, rng: random.Random) -> str:
+    """Text, then its speech, without an instruction: the released form."""
+    language = rng.choice(LANGUAGES)
+    words = texts.sentence(rng)[LANGUAGES.index(language)]
+    return words + trainable(spoken_tag(studio.say(rng, words, language)))
+
+
+def s2tt(studio: Studio, rng: random.Random) -> str:
+    """Speech in one language, its translation in the other."""
+    source, target = rng.choice([(0, 1), (1, 0)])
+    pair = texts.sentence(rng)
+    ask = ("将语音翻译成英文：", "将语音翻译成中文：")[target]
+    return ask + heard_tag(studio.say(rng, pair[source], LANGUAGES[source])) + trainable(pair[target])
+
+
+def aqa(studio: Studio, rng: random.Random) -> str:
+    language = rng.choice(LANGUAGES)
+    question, answer = texts.dialogue(rng)[LANGUAGES.index(language)]
+    return turn(heard_tag(studio.say(rng, question, language)), answer, _system(rng, language))
+
+
+def dialogue(studio: Studio, rng: random.Random) -> str:
+    """A spoken question; the answer is written, then spoken."""
+    language = rng.choice(LANGUAGES)
+    question, answer = texts.dialogue(rng)[LANGUAGES.index(language)]
+    heard, spoken = studio.say(rng, question, language), studio.say(rng, answer, language)
+    return turn(heard_tag(heard), answer + spoken_tag(spoken), _system(rng, language))
+
+
+def _story(rng: random.Random, count: int) -> tuple[list[str], str]:
+    language = rng.choice(LANGUAGES)
+    return [pair[LANGUAGES.index(language)] for pair in texts.sentences(rng, count)], language
+
+
+def intlv(studio: Studio, rng: random.Random) -> str:
+    """audio_1 text_2 audio_3 text_4: one story, heard and written in turns; loss on the written parts."""
+    words, language = _story(rng, rng.choice([2, 4]))
+    parts = zip(words[::2], words[1::2], strict=True)
+    return "".join(heard_tag(studio.say(rng, heard, language)) + trainable(written) for heard, written in parts)
+
+
+def itts(studio: Studio, rng: random.Random) -> str:
+    """text_1 audio_1 text_2 audio_2: every sentence is followed by its speech; loss on all but the first text."""
+    words, language = _story(rng, 2)
+    first, second = (spoken_tag(studio.say(rng, sentence, language)) for sentence in words)
+    return words[0] + trainable(first + words[1] + second)
+
+
+def pure_audio(studio: Studio, rng: random.Random) -> str:
+    words, language = _story(rng, 2)
+    return trainable("".join(spoken_tag(studio.say(rng, sentence, language)) for sentence in words))
+
+
+def _clip(studio: Studio, rng: random.Random, cuts: bool = True) -> Clip:
+    return rng.choice([clip for clip in studio.clips if cuts or clip.film.move != "cut"])
+
+
+def video_caption(studio: Studio, rng: random.Random) -> str:
+    language, clip = rng.choice(LANGUAGES), _clip(studio, rng)
+    words = scenes.film_caption(clip.film, language)
+    if rng.random() < 0.5:
+        return video_tag(clip.path) + trainable(words)
+    return turn(video_tag(clip.path) + DESCRIBE_VIDEO[language], words)
+
+
+def video_qa(studio: Studio, rng: random.Random) -> str:
+    language, clip = rng.choice(LANGUAGES), _clip(studio, rng)
+    question, answer = rng.choice(scenes.film_questions(clip.film, language))
+    return turn(video_tag(clip.path) + question, answer, _system(rng, language))
+
+
+def image_audio_text(studio: Studio, rng: random.Random) -> str:
+    """A picture and a spoken question about it."""
+    language = rng.choice(LANGUAGES)
+    path, crop = studio.photo(rng)
+    question, answer = rng.choice(scenes.questions(crop, language))
+    return turn(image_tag(path) + heard_tag(studio.say(rng, question, language)), answer)
+
+
+def video_audio_text(studio: Studio, rng: random.Random) -> str:
+    """A film with its own sound track, and a written question about either."""
+    clip = _clip(studio, rng)
+    said = {"en": ("What does the voice say?", clip.track.text), "zh": ("视频里的声音说了什么？", clip.track.text)}
+    question, answer = rng.choice([said[clip.language], *scenes.film_questions(clip.film, clip.language)])
+    return turn(video_tag(clip.path) + heard_tag(clip.path) + question, answer)
+
+
+def _same_place(crop: Crop, clip: Clip, language: str) -> scenes.Answer:
+    same = crop.photo == clip.film.first.photo
+    if language == "zh":
+        return "图片和视频拍的是同一个地方吗？", "是的，是同一个地方。" if same else "不是，是两个不同的地方。"
+    question = "Do the picture and the video show the same place?"
+    return question, "Yes, they show the same place." if same else "No, they show two different places."
+
+
+def mixed(studio: Studio, rng: random.Random, *, modalities: str) -> str:
+    """Any of picture (i), video (v), spoken question (a) and spoken answer (s) in one turn, with text."""
+    language = rng.choice(LANGUAGES)
+    media = ""
+    if "i" in modalities:
+        path, crop = studio.photo(rng)
+        media += image_tag(path)
+        question, answer = rng.choice(scenes.questions(crop, language))
+    if "v" in modalities:
+        clip = _clip(studio, rng, cuts="i" not in modalities)
+        media += video_tag(clip.path)
+        question, answer = rng.choice(scenes.film_questions(clip.film, language))
+    if "i" in modalities and "v" in modalities:
+        question, answer = _same_place(crop, clip, language)
+    if "a" in modalities:
+        question = heard_tag(studio.say(rng, question, language))
+    spoken = spoken_tag(studio.say(rng, answer, language)) if "s" in modalities else ""
+    return turn(media + question, answer + spoken, _system(rng, language))
+
+
+MIXED_SUBSETS = ("iv", "is", "vs", "iva", "ivs", "ias", "vas", "ivas")
+"""Subsets of the modalities that no other type covers."""
+
+RECIPES: dict[str, list[tuple[str, int, Maker]]] = {
+    "text": [("text", 190, text)],
+    "image": [("caption", 80, caption), ("qa", 80, qa), ("interleaved", 20, interleaved)],
+    "video": [("video_caption", 30, video_caption), ("video_qa", 30, video_qa)],
+    "audio": [
+        ("asr", 60, asr),
+        ("tts", 50, tts),
+        ("aqa", 40, aqa),
+        ("s2tt", 20, s2tt),
+        ("dialogue", 24, dialogue),
+        ("intlv", 20, intlv),
+        ("itts", 20, itts),
+        ("pure_audio", 16, pure_audio),
+    ],
+    "omni": [
+        ("image_audio_text", 36, image_audio_text),
+        ("video_audio_text", 36, video_audio_text),
+        *(("mixed", 6, functools.partial(mixed, modalities=subset)) for subset in MIXED_SUBSETS),
+    ],
+}
+"""Source -> (document type, how many, maker)."""
+
+FILMS = 36
+
+
+def plan_documents(seed: int) -> tuple[Studio, dict[str, list[dict[str, str]]]]:
+    """Every document of the data set by source, in manifest order, and the media they need. The same for a seed."""
+    studio = Studio()
+    studio.shoot(random.Random(f"{seed}/films"), FILMS)
+    manifests = {}
+    for source, recipes in RECIPES.items():
+        rng = random.Random(f"{seed}/{source}")
+        documents, made = [], {}
+        for kind, count, maker in recipes:
+            for _ in range(count):
+                number = made[kind] = made.get(kind, 0) + 1
+                documents.append({"id": f"{kind}-{number:04d}", "type": kind, "text": maker(studio, rng)})
+        # Shuffled: a reader that takes the first documents of a manifest sees every type.
+        rng.shuffle(documents)
+        manifests[source] = documents
+    return studio, manifests

@@ -1,0 +1,109 @@
+"""The media of a data set while it is planned: what has to be made, under which path; and the making itself.
+
+Planning only draws random numbers and names files, so the manifests depend on the seed alone; `produce` does the work.
+"""
+
+import random
+import wave
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from data_pipelines.sample.photographs import PHOTOGRAPHS, Crop, random_crop, save
+from data_pipelines.sample.scenes import film_caption
+from data_pipelines.sample.speech import SAMPLE_RATE, VOICES, synthesise
+from data_pipelines.sample.video import MOVES, Film, random_film, write_film
+
+FOLDERS = ("images", "speech", "video")
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """Words to be spoken by one voice."""
+
+    text: str
+    voice: str
+    rate: int
+    pitch: int
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A film and the words of its sound track."""
+
+    path: str
+    film: Film
+    language: str
+    track: Utterance
+
+
+@dataclass
+class Studio:
+    """Names media files and remembers how each is to be made: `images`, `speech` and `clips`, by relative path."""
+
+    images: dict[str, Crop] = field(default_factory=dict)
+    speech: dict[str, Utterance] = field(default_factory=dict)
+    clips: list[Clip] = field(default_factory=list)
+
+    def photo(self, rng: random.Random) -> tuple[str, Crop]:
+        """A new picture; returns its path and what it is a crop of."""
+        crop = random_crop(rng, rng.choice(PHOTOGRAPHS))
+        suffix = "png" if rng.random() < 0.3 else "jpg"
+        path = f"images/{crop.photo}_{len(self.images):04d}.{suffix}"
+        self.images[path] = crop
+        return path, crop
+
+    def say(self, rng: random.Random, text: str, language: str) -> str:
+        """A new clip of speech; returns its path."""
+        utterance = _utterance(rng, text, language, (160, 190))
+        path = f"speech/{language}_{len(self.speech):04d}.wav"
+        self.speech[path] = utterance
+        return path
+
+    def shoot(self, rng: random.Random, count: int) -> None:
+        """Adds `count` films, every camera move about equally often."""
+        for index in range(count):
+            film, language = random_film(rng, MOVES[index % len(MOVES)]), rng.choice(("en", "zh"))
+            # A little faster than other speech: the whole sentence should fit the longest film.
+            track = _utterance(rng, film_caption(film, language), language, (175, 195))
+            self.clips.append(Clip(f"video/{film.move}_{index:03d}.mp4", film, language, track))
+
+
+def _utterance(rng: random.Random, text: str, language: str, rates: tuple[int, int]) -> Utterance:
+    return Utterance(text, rng.choice(VOICES[language]), rng.randint(*rates), rng.randint(35, 65))
+
+
+def record(studio: Studio) -> dict[str, np.ndarray]:
+    """Speaks all that is planned; returns the samples (int16, `SAMPLE_RATE` Hz) by the path they belong to.
+
+    In one fixed order: eSpeak's flutter runs on from one utterance to the next, so that in a fresh process
+    the same order gives the same samples.
+    """
+    spoken = {clip.path: clip.track for clip in studio.clips} | studio.speech
+    return {path: _speak(utterance) for path, utterance in spoken.items()}
+
+
+def produce(studio: Studio, recordings: dict[str, np.ndarray], path: str, root: Path) -> None:
+    """Writes one planned file under `root`."""
+    if path in studio.images:
+        save(studio.images[path], root / path)
+    elif path in studio.speech:
+        _write_wave(recordings[path], root / path)
+    else:
+        film = next(clip.film for clip in studio.clips if clip.path == path)
+        write_film(film, recordings[path], SAMPLE_RATE, root / path)
+
+
+def _speak(utterance: Utterance) -> np.ndarray:
+    """A clip shorter than a second ends in silence."""
+    samples, _ = synthesise(utterance.text, utterance.voice, rate=utterance.rate, pitch=utterance.pitch)
+    return np.pad(samples, (0, max(0, SAMPLE_RATE - len(samples))))
+
+
+def _write_wave(samples: np.ndarray, path: Path) -> None:
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(SAMPLE_RATE)
+        file.writeframes(samples.astype("<i2").tobytes())

@@ -1,0 +1,121 @@
+"""Short films made of the photographs: a camera that pans, zooms or cuts over them, with a spoken track.
+
+Encoded with PyAV as MP4: H.264 where the installed FFmpeg has libx264, MPEG-4 part 2 elsewhere; AAC sound.
+"""
+
+import random
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+
+from data_pipelines.sample.photographs import SIZE, Crop, box_around, render, visible_parts
+
+FRAME_RATE = 8
+SECONDS = (2.0, 6.0)
+MOVES = ("right", "left", "up", "down", "in", "out", "cut")
+_SIZES = ((160, 120), (192, 144), (224, 160), (160, 160), (144, 192))
+
+
+@dataclass(frozen=True)
+class Film:
+    """A camera move from the crop `first` to the crop `last`; a `cut` shows the one, then the other."""
+
+    move: str
+    first: Crop
+    last: Crop
+
+
+def random_film(rng: random.Random, move: str) -> Film:
+    """A film with this move whose two ends show something that can be named."""
+    while True:
+        size = rng.choice(_SIZES)
+        photo = rng.choice(["china", "flower"])
+        if move == "cut":
+            other = "flower" if photo == "china" else "china"
+            film = Film(move, _end(rng, photo, size), _end(rng, other, size))
+        elif move in ("in", "out"):
+            near = _end(rng, photo, size, heights=(110, 170))
+            centre = ((near.box[0] + near.box[2]) / 2, (near.box[1] + near.box[3]) / 2)
+            far = _crop(photo, size, centre, rng.uniform(300, 400))
+            film = Film(move, far, near) if move == "in" else Film(move, near, far)
+        else:
+            film = _pan(rng, move, photo, size)
+        if visible_parts(film.first) and visible_parts(film.last):
+            return film
+
+
+def _crop(photo: str, size: tuple[int, int], centre: tuple[float, float], height: float) -> Crop:
+    height = min(height, SIZE[1], SIZE[0] * size[1] / size[0])
+    return Crop(photo, box_around(photo, centre, height * size[0] / size[1], height), size)
+
+
+def _end(rng: random.Random, photo: str, size: tuple[int, int], heights=(160, 300)) -> Crop:
+    centre = (rng.uniform(0.2, 0.8) * SIZE[0], rng.uniform(0.2, 0.8) * SIZE[1])
+    return _crop(photo, size, centre, rng.uniform(*heights))
+
+
+def _pan(rng: random.Random, move: str, photo: str, size: tuple[int, int]) -> Film:
+    horizontal = move in ("left", "right")
+    height = rng.uniform(150, 260) if horizontal else rng.uniform(130, 190)
+    across = rng.uniform(0.3, 0.7)
+    ends = []
+    for along in (0.0, 1.0) if move in ("right", "down") else (1.0, 0.0):
+        x, y = (along, across) if horizontal else (across, along)
+        ends.append(_crop(photo, size, (x * SIZE[0], y * SIZE[1]), height))
+    return Film(move, *ends)
+
+
+def view(film: Film, ratio: float) -> Crop:
+    """What the camera sees when `ratio` (0-1) of the film has passed."""
+    if film.move == "cut":
+        return film.first if ratio < 0.5 else film.last
+    box = tuple(round((1 - ratio) * a + ratio * b) for a, b in zip(film.first.box, film.last.box, strict=True))
+    return Crop(film.first.photo, box, film.first.size)
+
+
+def frames(film: Film, count: int) -> list[np.ndarray]:
+    """`count` RGB frames, uint8 (height, width, 3)."""
+    return [np.asarray(render(view(film, index / max(count - 1, 1)))) for index in range(count)]
+
+
+def film_seconds(samples: np.ndarray, sample_rate: int) -> float:
+    """How long the film of a spoken track lasts: the track, within `SECONDS`, rounded up to whole half seconds."""
+    return float(np.clip(np.ceil(2 * len(samples) / sample_rate) / 2, *SECONDS))
+
+
+def write_film(film: Film, samples: np.ndarray, sample_rate: int, path: Path) -> None:
+    """Encodes a film with its spoken track (mono int16 samples at `sample_rate` Hz), as long as the film or cut."""
+    seconds = film_seconds(samples, sample_rate)
+    track = np.zeros(round(seconds * sample_rate), np.int16)
+    track[: len(samples)] = samples[: len(track)]
+    with av.open(str(path), "w", format="mp4") as container:
+        picture, sound = _add_video(container, film.first.size), _add_sound(container, sample_rate)
+        for index, pixels in enumerate(frames(film, round(seconds * FRAME_RATE))):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts, frame.time_base = index, Fraction(1, FRAME_RATE)
+            container.mux(picture.encode(frame))
+        container.mux(picture.encode(None))
+        frame = av.AudioFrame.from_ndarray(track[None], format="s16", layout="mono")
+        frame.sample_rate, frame.pts, frame.time_base = sample_rate, 0, Fraction(1, sample_rate)
+        container.mux(sound.encode(frame))
+        container.mux(sound.encode(None))
+
+
+def _add_video(container, size: tuple[int, int]):
+    codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
+    # One thread: the bytes then do not depend on the machine's cores.
+    options = {"crf": "24", "preset": "veryfast", "threads": "1"} if codec == "libx264" else {"threads": "1"}
+    stream = container.add_stream(codec, rate=FRAME_RATE, options=options)
+    stream.width, stream.height = size
+    stream.pix_fmt = "yuv420p"
+    return stream
+
+
+def _add_sound(container, sample_rate: int):
+    stream = container.add_stream("aac", rate=sample_rate)
+    stream.codec_context.layout = "mono"
+    stream.bit_rate = 48000
+    return stream
