@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO
 
 from data_pipelines.document import SampleError
 from data_pipelines.prompts import Reference
@@ -23,7 +22,7 @@ class Media:
     path: Path | None
     data: bytes = b""
 
-    def open(self) -> BinaryIO:
+    def open(self) -> io.BufferedIOBase:
         """A new binary stream at its start. Raises OSError when the file cannot be opened."""
         return io.BytesIO(self.data) if self.path is None else self.path.open("rb")
 

@@ -5,7 +5,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32, Integer, UInt8
@@ -26,6 +26,7 @@ from data_pipelines.videos import VideoProbe, decode_frames, probe_video
 SCHEMA_VERSION = 1  # raise it when the same document and configuration give another sequence than before
 
 
+@runtime_checkable
 class Codes(Protocol):
     """The store of audio codes. `lookup` of a key that is not there raises KeyError."""
 

@@ -16,6 +16,7 @@ from data_pipelines.document import SampleError
 from data_pipelines.media import Media, reading
 
 TOLERANCE = 0.1  # seconds by which decoded audio may differ from its header
+MAX_SECONDS = 24 * 3600
 BLOCK = 1 << 20  # samples read at once, so that channels are averaged without holding them all
 
 
@@ -33,6 +34,8 @@ def probe_sound(media: Media, rate: int) -> int:
     samples = _convert_length(info.frames, info.samplerate, rate) if info else _probe_track(media, rate)
     if samples <= 0:
         raise SampleError("unreadable_media", f"{media.name} holds no audio")
+    if samples > MAX_SECONDS * rate:  # a broken header: do not even lay it out
+        raise SampleError("unreadable_media", f"{media.name} claims to be {samples / rate / 3600:.0f} hours long")
     return samples
 
 
@@ -46,7 +49,8 @@ def decode_sound(media: Media, samples: int, rate: int) -> Float32[np.ndarray, "
     if not np.isfinite(wave).all():
         raise SampleError("unreadable_media", f"{media.name} holds samples that are not finite")
     if found != rate:
-        wave = soxr.resample(wave, found, rate).astype(np.float32)
+        with reading(media, "sound"):
+            wave = soxr.resample(wave, found, rate).astype(np.float32)
     if abs(len(wave) - samples) > TOLERANCE * rate:
         raise SampleError("changed", f"{media.name} decodes to {len(wave)} samples at {rate} Hz, measured {samples}")
     return np.pad(wave[:samples], (0, max(0, samples - len(wave))))

@@ -1,10 +1,16 @@
 """JSONL manifests, good lines and bad ones."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from baichuan_omni_jax.config import ConfigError
 from data_pipelines.document import Document, SampleError
 from data_pipelines.manifest import read_manifest
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_documents_and_their_defaults(tmp_path):
@@ -40,3 +46,12 @@ def test_bad_lines_are_told_with_their_number(tmp_path, line, message):
 def test_no_manifest(tmp_path):
     with pytest.raises(ConfigError, match=r"none\.jsonl cannot be read: No such file"):
         list(read_manifest("none.jsonl", tmp_path))
+
+
+def test_data_workers_import_neither_jax_nor_librosa():
+    code = (
+        "import sys; import data_pipelines.processor, data_pipelines.manifest, data_pipelines.qwen_ranks;"
+        "print([name for name in ('jax', 'flax', 'librosa', 'torch') if name in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert found.stdout.strip() == "[]"

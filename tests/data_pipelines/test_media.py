@@ -176,6 +176,10 @@ class TestSounds:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
         refused(lambda: decode_sound(media(path), samples, RATE), "unreadable_media", "a.flac")
 
+    def test_a_header_that_claims_days(self, tmp_path):
+        soundfile.write(tmp_path / "a.wav", np.zeros(86401, np.int16), 1)
+        refused(lambda: probe_sound(media(tmp_path / "a.wav"), RATE), "unreadable_media", "claims to be 24 hours")
+
     def test_keys_follow_the_content(self, tmp_path):
         path = write_sound(tmp_path / "a.wav", 1)
         first = clip_key(media(path), 0)
