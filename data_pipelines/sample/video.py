@@ -106,8 +106,9 @@ def write_film(film: Film, samples: np.ndarray, sample_rate: int, path: Path) ->
 
 def _add_video(container, size: tuple[int, int]):
     codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
-    # One thread: the bytes then do not depend on the machine's cores.
-    options = {"crf": "24", "preset": "veryfast", "threads": "1"} if codec == "libx264" else {"threads": "1"}
+    # One thread, and no macroblock tree, whose results vary from run to run: the same film gives the same bytes.
+    h264 = {"crf": "24", "preset": "veryfast", "mbtree": "0"} if codec == "libx264" else {}
+    options = {"threads": "1"} | h264
     stream = container.add_stream(codec, rate=FRAME_RATE, options=options)
     stream.width, stream.height = size
     stream.pix_fmt = "yuv420p"
