@@ -14,7 +14,6 @@ from data_pipelines.document import SampleError
 from data_pipelines.processor import Processor
 from data_pipelines.qwen_ranks import tokenizer_from_ranks
 from data_pipelines.sounds import clip_key
-from data_pipelines.special_tokens import SPECIAL_TOKENS
 from data_pipelines.tokenizing import encode, train_tokenizer
 from tests.data_pipelines.small_media import document, media, write_image, write_sound, write_video
 from tests.golden import golden_path
@@ -301,5 +300,13 @@ def test_released_prompts_have_the_released_ids():
         assert len(encoded.patches) == 4 * sum((case["patch_nums"] or []) + (case["videos_patch_nums"] or []))
 
 
-def test_special_tokens_of_tiny_are_the_trained_ones():
-    assert SPECIAL_TOKENS[T.audiogen_end] == "<audiogen_end_baichuan>"
+def test_every_document_of_the_sample_encodes_as_measured(tokenizer, sample_dir):
+    processor, store = Processor(CONFIG, tokenizer), Store()
+    for manifest in sorted(sample_dir.glob("*.jsonl")):
+        for line in manifest.read_text(encoding="utf-8").splitlines()[::5]:
+            found = document(json.loads(line)["text"], sample_dir)
+            for item in processor.audio_items(found):
+                store[item.key] = np.zeros((item.window.code_frames, LEVELS), np.int16)
+            lengths, expected = processor.encode(found, store).lengths, processor.measure(found)
+            assert replace(lengths, mel_windows=expected.mel_windows, items=expected.items) == expected
+    assert store
