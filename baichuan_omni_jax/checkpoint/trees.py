@@ -97,7 +97,10 @@ def read_tree(folder: epath.PathLike, abstract: Tree, what: str) -> Tree:
     reader = ocp.PyTreeCheckpointHandler()
     _check_shapes(_stored_shapes(reader, folder, what), wanted, f"{what} of {folder}")
     arguments = nest({name: _restore_args(leaf) for name, leaf in wanted.items()})
-    found = flatten(reader.restore(folder, args=ocp.args.PyTreeRestore(restore_args=arguments)))
+    try:
+        found = flatten(reader.restore(folder, args=ocp.args.PyTreeRestore(restore_args=arguments)))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{what} of {folder} cannot be read: {_first_line(error)}") from error
     placed = {name: value if isinstance(value, jax.Array) else jnp.asarray(value) for name, value in found.items()}
     return fill(abstract, placed)
 
@@ -106,8 +109,12 @@ def _stored_shapes(reader: ocp.PyTreeCheckpointHandler, folder: epath.Path, what
     try:
         metadata = reader.metadata(folder)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{what} of {folder} cannot be read: {error}") from error
+        raise ConfigError(f"{what} of {folder} cannot be read: {_first_line(error)}") from error
     return {name: tuple(leaf.shape) for name, leaf in flatten(metadata.tree).items()}
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 def _check_shapes(stored: dict[str, tuple[int, ...]], wanted: dict[str, Any], what: str) -> None:
