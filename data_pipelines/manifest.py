@@ -3,13 +3,22 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from baichuan_omni_jax.config import ConfigError
 from data_pipelines.document import Document, SampleError
 
 
-def read_manifest(path: str | Path, root: str | Path) -> Iterator[Document | tuple[int, SampleError]]:
-    """The documents of the manifest at `root/path`, in order; a line that is none gives its number and why.
+class ManifestLine(NamedTuple):
+    """A line of a manifest: its number (from 1), the byte it starts at, and its document or why it holds none."""
+
+    number: int
+    offset: int
+    document: Document | SampleError
+
+
+def read_manifest(path: str | Path, root: str | Path) -> Iterator[ManifestLine]:
+    """The lines of the manifest at `root/path`, in order.
 
     `text` is required; `id` defaults to `<manifest's stem>-<line>`, `type` to "". Lines count from 1; empty ones are
     passed over. Media paths will be taken from `root`. Raises ConfigError when the file cannot be opened.
@@ -19,16 +28,20 @@ def read_manifest(path: str | Path, root: str | Path) -> Iterator[Document | tup
         file = file_path.open("rb")
     except OSError as error:
         raise ConfigError(f"manifest {file_path} cannot be read: {error.strerror}") from error
+    offset = 0
     with file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 try:
-                    yield _read_line(line, number, str(path), Path(root))
+                    document = parse_line(line, number, str(path), Path(root))
                 except SampleError as error:
-                    yield number, error
+                    document = error
+                yield ManifestLine(number, offset, document)
+            offset += len(line)
 
 
-def _read_line(line: bytes, number: int, manifest: str, root: Path) -> Document:
+def parse_line(line: bytes, number: int, manifest: str, root: Path) -> Document:
+    """The document of one manifest line. Raises SampleError `bad_json`."""
     try:
         values = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
     except (ValueError, RecursionError) as error:

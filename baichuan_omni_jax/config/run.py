@@ -46,6 +46,7 @@ class DataConfig:
 
     `sample` asks for the offline sample data set, built at `root` when it is not there yet.
     `tokenizer` is a path to a `tokenizer.json`; empty trains one of `vocab_size` entries on the manifests' own text.
+    `audio_tokenizer` is a checkpoint (`DIR`); empty is a seeded random one, whose codes carry no decodable sound.
     `max_bad_fraction` is the share of documents that may be unusable before the run stops.
     """
 
@@ -58,6 +59,7 @@ class DataConfig:
     seed: int = 0
     workers: int = 2
     tokenizer: str = ""
+    audio_tokenizer: str = ""
     end_of_text: bool = True
     max_bad_fraction: float = 0.05
 

@@ -22,7 +22,7 @@ SAMPLE_SOURCES = tuple((source, f"{source}.jsonl") for source in RECIPES)
 """(name, manifest file relative to the data set's root) of every source."""
 
 SUMMARY = "sample.json"
-_OWN_NAMES = {SUMMARY, *FOLDERS, *(manifest for _, manifest in SAMPLE_SOURCES)}
+_OWN_NAMES = {".cache", SUMMARY, *FOLDERS, *(manifest for _, manifest in SAMPLE_SOURCES)}
 
 
 def build_sample(out: str | Path, *, seed: int = 0, progress: bool = True) -> Path:

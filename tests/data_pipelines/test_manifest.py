@@ -17,7 +17,7 @@ def test_documents_and_their_defaults(tmp_path):
     (tmp_path / "sub").mkdir()
     lines = ['\ufeff{"text": "a", "id": "x", "type": "asr"}', "", '{"text": "猫", "extra": 1}']
     (tmp_path / "sub/m.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    assert list(read_manifest("sub/m.jsonl", tmp_path)) == [
+    assert [line.document for line in read_manifest("sub/m.jsonl", tmp_path)] == [
         Document(id="x", type="asr", text="a", root=tmp_path, manifest="sub/m.jsonl", line=1),
         Document(id="m-3", type="", text="猫", root=tmp_path, manifest="sub/m.jsonl", line=3),
     ]
@@ -36,8 +36,8 @@ def test_documents_and_their_defaults(tmp_path):
 )
 def test_bad_lines_are_told_with_their_number(tmp_path, line, message):
     (tmp_path / "m.jsonl").write_bytes(b'{"text": "a"}\n' + line + b'\n{"text": "b"}\n')
-    first, (number, error), last = read_manifest("m.jsonl", tmp_path)
-    assert (first.text, last.text, number) == ("a", "b", 2)
+    first, (number, offset, error), last = read_manifest("m.jsonl", tmp_path)
+    assert (first.document.text, last.document.text, number, offset) == ("a", "b", 2, 14)
     assert isinstance(error, SampleError)
     assert error.cause == "bad_json"
     assert message in str(error)

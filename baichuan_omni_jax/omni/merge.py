@@ -1,0 +1,78 @@
+"""Media embeddings into their slots of the row, and hidden states out of the slots that predict audio.
+
+Media arrays are split over (context, tensor), rows over context: each embedding is gathered once and every shard keeps
+those that fall into its own part. A row of 8 slots on two shards, index [1, 6, 8] (8 = unused):
+
+    shard 0 has slots 0..3 and writes embedding 0 to its slot 1; shard 1 has 4..7 and writes embedding 1 to its slot 2
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int32
+
+from baichuan_omni_jax.sharding import ShardingRules
+
+
+def merge_media(
+    x: Float[Array, "b t d"], media: Float[Array, "b m d"], index: Int32[Array, "b m"], rules: ShardingRules
+) -> Float[Array, "b t d"]:
+    """`x` with slot `index[b, m]` replaced by `media[b, m]`. An index of t or more is unused."""
+    row, part = _specs(rules)
+
+    def merge_shard(x, media, index):
+        media, index = _gather(media, rules), _gather(index, rules)
+        local = _local_slots(index, x.shape[1], rules)
+        return jax.vmap(lambda row, slots, values: row.at[slots].set(values, mode="drop"))(x, local, media)
+
+    with jax.named_scope("merge_media"):
+        return _sharded(merge_shard, x, (row, part, part), row)(x, media.astype(x.dtype), index)
+
+
+def pick_slots(
+    hidden: Float[Array, "b t d"], index: Int32[Array, "b m"], rules: ShardingRules
+) -> Float[Array, "b m d"]:
+    """`hidden[b, index[b, m]]`, split over media axes; zeros where the index is unused (t or more)."""
+    row, part = _specs(rules)
+    context = rules.axes("length")
+
+    def pick_shard(hidden, index):
+        whole = _gather(index, rules)
+        local = _local_slots(whole, hidden.shape[1], rules)
+        pick = lambda row, slots: row.at[slots].get(mode="fill", fill_value=0)  # noqa: E731
+        picked = jax.vmap(pick)(hidden, local)
+        for axis in context:
+            picked = lax.psum_scatter(picked, axis, scatter_dimension=1, tiled=True)
+        return _own_part(picked, [a for a in rules.axes("media") if a not in context])
+
+    with jax.named_scope("pick_slots"):
+        return _sharded(pick_shard, hidden, (row, part), part)(hidden, index)
+
+
+def _specs(rules: ShardingRules) -> tuple[P, P]:
+    return rules.spec("batch", "length"), rules.spec("batch", "media")
+
+
+def _gather(x: Array, rules: ShardingRules) -> Array:
+    return lax.all_gather(x, rules.axes("media"), axis=1, tiled=True) if rules.axes("media") else x
+
+
+def _local_slots(index: Array, local: int, rules: ShardingRules) -> Array:
+    """Slots counted from this shard's first; `local` (dropped) for those of other shards."""
+    axes = rules.axes("length")
+    slot = index - lax.axis_index(axes) * local if axes else index
+    return jnp.where((slot >= 0) & (slot < local), slot, local)
+
+
+def _own_part(x: Array, axes: list[str]) -> Array:
+    """This device's part along `axes` of an array that is the same on all of them."""
+    for axis in axes:
+        size = x.shape[1] // lax.axis_size(axis)
+        x = lax.dynamic_slice_in_dim(x, lax.axis_index(axis) * size, size, 1)
+    return x
+
+
+def _sharded(function, like: Array, in_specs, out_specs):
+    mesh = jax.typeof(like).sharding.mesh
+    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)

@@ -1,0 +1,83 @@
+"""Packed rows: encoded documents laid side by side in arrays of fixed size (the fields of docs/batch.md)."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Shaped
+
+from baichuan_omni_jax.config import Budgets, OmniConfig
+from data_pipelines.document import EncodedDocument
+
+Batch = dict[str, Shaped[np.ndarray, "b ..."]]
+
+
+def empty_rows(rows: int, budgets: Budgets, omni: OmniConfig) -> Batch:
+    """`rows` rows of padding. Unused media slots point to `budgets.tokens`, one past the row."""
+    t, p, a, c = budgets.tokens, budgets.patches, budgets.audio_frames, budgets.audio_targets
+    levels, merged = omni.audio.levels, omni.vision.merged_patches
+    zeros = lambda *shape, dtype=np.int32: np.zeros((rows, *shape), dtype)  # noqa: E731
+    unused = lambda *shape: np.full((rows, *shape), t, np.int32)  # noqa: E731
+    return {
+        "tokens": zeros(t),
+        "positions": zeros(t),
+        "segment_ids": zeros(t),
+        "document_ids": np.full((rows, t), -1, np.int32),
+        "source_ids": np.full((rows, t), -1, np.int32),
+        "text_targets": zeros(t),
+        "text_weights": zeros(t, dtype=np.float32),
+        "audio_codes": zeros(a, levels),
+        "audio_index": unused(a),
+        "audio_targets": zeros(c, levels),
+        "audio_weights": zeros(c, levels, dtype=np.float32),
+        "audio_target_index": unused(c),
+        "patches": zeros(p, omni.vision.patch_values, dtype=np.uint8),
+        "patch_grid": zeros(p, 2),
+        "patch_segments": zeros(p),
+        "visual_index": unused(p // merged),
+    }
+
+
+class RowWriter:
+    """Fills one row of a batch, document after document."""
+
+    def __init__(self, batch: Batch, row: int):
+        self._row = {name: array[row] for name, array in batch.items()}
+        self._at = {"token": 0, "audio": 0, "target": 0, "patch": 0, "visual": 0}
+        self._segments = self._frames = 0
+
+    def add(self, document: EncodedDocument, *, source: int, number: int) -> None:
+        """Appends a document that fits: segment ids ascend from 1, positions restart, slots move to its place."""
+        start = self._at["token"]
+        self._segments += 1
+        tokens = len(document.tokens)
+        self._put("token", document, ("tokens", "text_targets", "text_weights"))
+        place = slice(start, start + tokens)
+        self._row["positions"][place] = np.arange(tokens)
+        self._row["segment_ids"][place] = self._segments
+        self._row["document_ids"][place] = number
+        self._row["source_ids"][place] = source
+        self._at["token"] += tokens
+
+        self._put("audio", document, ("audio_codes",))
+        self._put_slots("audio", "audio_index", document.audio_slots, start)
+        self._put("target", document, ("audio_targets", "audio_weights"))
+        self._put_slots("target", "audio_target_index", document.audio_target_slots, start)
+        self._put("patch", document, ("patches", "patch_grid"))
+        patches = slice(self._at["patch"], self._at["patch"] + len(document.patches))
+        self._row["patch_segments"][patches] = document.patch_frames + self._frames
+        self._frames += int(document.patch_frames.max(initial=0))
+        self._at["patch"] += len(document.patches)
+        self._put_slots("visual", "visual_index", document.visual_slots, start)
+
+    def leave(self, tokens: int) -> None:
+        """Leaves padding in the place of a document that could not be decoded."""
+        self._at["token"] += int(tokens)
+
+    def _put(self, counter: str, document: EncodedDocument, names: Sequence[str]) -> None:
+        for name in names:
+            values = getattr(document, name)
+            self._row[name][self._at[counter] : self._at[counter] + len(values)] = values
+
+    def _put_slots(self, counter: str, name: str, slots: np.ndarray, start: int) -> None:
+        self._row[name][self._at[counter] : self._at[counter] + len(slots)] = slots + start
+        self._at[counter] += len(slots)

@@ -1,0 +1,148 @@
+"""From a `DataConfig` to steps of packed rows: tokenizer, processor, indexes, codes and plan, put together."""
+
+import hashlib
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from baichuan_omni_jax.config import ConfigError, DataConfig, OmniConfig
+from data_pipelines.codes import CodeStore
+from data_pipelines.document import SampleError
+from data_pipelines.index import COLUMNS, Index, Skipped, load_index
+from data_pipelines.manifest import read_manifest
+from data_pipelines.mixture import document_stream
+from data_pipelines.processor import AudioItem, Processor
+from data_pipelines.prompts import Text, parse_prompt
+from data_pipelines.row_plan import RowPlan
+from data_pipelines.rows import RowDecoder, Shard, Step, StepDataset, budget_vector, read_steps
+from data_pipelines.tokenizing import load_tokenizer, train_tokenizer
+
+log = logging.getLogger(__name__)
+_WINDOWS = COLUMNS.index("mel_windows")
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """An indexed mixture, ready to be packed. Nothing of its media has been decoded yet."""
+
+    config: DataConfig
+    omni: OmniConfig
+    processor: Processor
+    indexes: tuple[Index, ...]
+
+    @property
+    def cache(self) -> Path:
+        return cache_folder(self.config)
+
+    @property
+    def skipped(self) -> list[Skipped]:
+        return [item for index in self.indexes for item in index.skipped]
+
+    @property
+    def documents(self) -> int:
+        """Manifest lines, usable or not."""
+        return sum(len(index) + len(index.skipped) for index in self.indexes)
+
+    def causes(self) -> Counter:
+        return sum((index.causes() for index in self.indexes), Counter())
+
+    def audio_items(self) -> Iterator[AudioItem]:
+        """Every window of sound in the mixture, once, in manifest order."""
+        seen = set()
+        for index in self.indexes:
+            for number in range(len(index)):
+                if index.lengths[number][_WINDOWS]:
+                    for item in self.processor.audio_items(index.document(number)):
+                        if item.key not in seen:
+                            seen.add(item.key)
+                            yield item
+
+    def plan(self, *, epochs: int | None = None) -> RowPlan:
+        """The row plan: endless by the mixture's weights, or `epochs` times every document."""
+        stream = document_stream(
+            list(self.indexes), [source.weight for source in self.config.mixture], self.config.seed, epochs=epochs
+        )
+        needs = lambda source, number: self.indexes[source].needs(number)  # noqa: E731
+        return RowPlan(stream, needs, budget_vector(self.config.budgets), self.config.open_bins)
+
+    def decoder(self, codes: CodeStore) -> RowDecoder:
+        return RowDecoder(self.indexes, self.processor, codes, self.config.budgets, self.omni)
+
+    def steps(
+        self, codes: CodeStore, *, state: dict | None = None, shard: Shard = Shard(), epochs: int | None = None
+    ) -> Iterator[Step]:
+        """Steps of `config.rows` rows in all, this host's share decoded, from `state` on."""
+        if self.config.rows % shard.count:
+            raise ConfigError(f"data.rows {self.config.rows} is not divisible by the {shard.count} hosts")
+        plan = partial(self.plan, epochs=epochs)
+        dataset = StepDataset(plan, self.decoder(codes), self.config.rows, shard, state)
+        return read_steps(dataset, self.config.workers)
+
+
+def open_pipeline(config: DataConfig, omni: OmniConfig) -> Pipeline:
+    """Tokenizer, processor and indexes of a mixture; every skipped document is named in the log, once.
+
+    Raises ConfigError for a missing manifest or tokenizer, a source with nothing usable, or more unusable documents
+    than `max_bad_fraction`.
+    """
+    if not config.mixture:
+        raise ConfigError("data.mixture is empty: name at least one source")
+    root = Path(config.root).expanduser()
+    processor = Processor(omni, load_or_train_tokenizer(config, omni), config.end_of_text)
+    indexes = tuple(
+        load_index(source.name, source.manifest, root, processor, cache_folder(config)).within(config.budgets)
+        for source in config.mixture
+    )
+    pipeline = Pipeline(config, omni, processor, indexes)
+    for item in pipeline.skipped:
+        log.warning("skipped %s (%s): %s", item.where, item.cause, item.message)
+    check_bad_fraction(len(pipeline.skipped), pipeline.documents, config.max_bad_fraction, pipeline.causes())
+    return pipeline
+
+
+def check_bad_fraction(bad: int, documents: int, limit: float, causes: Counter) -> None:
+    """Raises ConfigError when more than `limit` of all documents are unusable."""
+    if bad > limit * documents:
+        named = ", ".join(f"{count} {cause}" for cause, count in causes.most_common())
+        raise ConfigError(
+            f"{bad} of {documents} documents are unusable ({named}), more than data.max_bad_fraction {limit:g}"
+        )
+
+
+def cache_folder(config: DataConfig) -> Path:
+    """Where tokenizer, indexes and codes of a data set are kept."""
+    return Path(config.root).expanduser() / ".cache"
+
+
+def load_or_train_tokenizer(config: DataConfig, omni: OmniConfig) -> Tokenizer:
+    """`config.tokenizer`, or a byte-level BPE trained on the manifests' text and cached under what it was trained on."""
+    if config.tokenizer:
+        return load_tokenizer(config.tokenizer)
+    root = Path(config.root).expanduser()
+    texts = [text for source in config.mixture for text in _texts(source.manifest, root)]
+    key = hashlib.sha256("\0".join([str(omni.llm.vocab_size), *texts]).encode()).hexdigest()[:16]
+    path = cache_folder(config) / f"tokenizer-{key}.json"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial_path = path.with_suffix(f".{os.getpid()}.partial")
+        train_tokenizer(texts, omni.llm.vocab_size).save(str(partial_path))
+        partial_path.replace(path)
+    return load_tokenizer(path)
+
+
+def _texts(manifest: str, root: Path) -> Iterator[str]:
+    """The text between media; lines that are no document are counted when they are indexed."""
+    for line in read_manifest(manifest, root):
+        if isinstance(line.document, SampleError):
+            continue
+        try:
+            elements = parse_prompt(line.document.text)
+        except SampleError:
+            continue
+        yield from (element.text for element in elements if isinstance(element, Text))

@@ -1,0 +1,157 @@
+"""Steps of packed rows: planned alike on every host, decoded by Grain workers, each host its own rows.
+
+The plan is cheap arithmetic, so every worker runs it whole and decodes every n-th step. With each step comes the
+plan's state after it: a few numbers that hold for all hosts, so a run resumes with other workers, hosts or mesh.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import astuple, dataclass
+
+import grain
+import numpy as np
+from absl import flags
+
+from baichuan_omni_jax.config import Budgets, OmniConfig
+from data_pipelines.batch import Batch, RowWriter, empty_rows
+from data_pipelines.codes import CodeStore
+from data_pipelines.document import SampleError
+from data_pipelines.index import Index
+from data_pipelines.processor import Processor
+from data_pipelines.row_plan import Row, RowPlan
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step's rows of this host: the batch, the documents lost while decoding, and the plan's state after it.
+
+    `lost` maps (source, document) to (manifest line, cause, message); their places are padding.
+    """
+
+    batch: Batch
+    lost: dict[tuple[int, int], tuple[str, str, str]]
+    state: dict
+
+
+@dataclass(frozen=True)
+class RowDecoder:
+    """Turns planned rows into a batch. Picklable: it goes to the workers."""
+
+    indexes: tuple[Index, ...]
+    processor: Processor
+    codes: CodeStore
+    budgets: Budgets
+    omni: OmniConfig
+
+    def __call__(self, rows: list[Row]) -> tuple[Batch, dict]:
+        """The batch of `rows`, and the documents that could not be decoded."""
+        batch, lost = empty_rows(len(rows), self.budgets, self.omni), {}
+        for number, row in enumerate(rows):
+            writer = RowWriter(batch, number)
+            for key in row:
+                self._add(writer, key, lost)
+        return batch, lost
+
+    def _add(self, writer: RowWriter, key: tuple[int, int], lost: dict) -> None:
+        source, number = key
+        index = self.indexes[source]
+        where = f"{index.manifest}:{index.lines[number]}"
+        try:
+            encoded = self.processor.encode(index.document(number), self.codes)
+            if len(encoded.tokens) != index.needs(number)[0] or len(encoded.patches) != index.needs(number)[1]:
+                raise SampleError("changed", "the document is not what the index measured")
+        except SampleError as error:
+            lost[key] = (where, error.cause, str(error))
+            writer.leave(index.needs(number)[0])
+            return
+        writer.add(encoded, source=source, number=number)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Which rows of every global step a host decodes: the `index`-th of `count` equal parts."""
+
+    index: int = 0
+    count: int = 1
+
+    def of(self, rows: list[Row]) -> list[Row]:
+        share = len(rows) // self.count
+        return rows[self.index * share : (self.index + 1) * share]
+
+
+class StepDataset(grain.IterDataset):
+    """Grain's view of the plan: element = one step, decoded. `set_slice` makes a worker decode every n-th step."""
+
+    def __init__(
+        self, plan: Callable[[], RowPlan], decode: RowDecoder, rows: int, shard: Shard, state: dict | None = None
+    ):
+        super().__init__()
+        self._plan, self._decode, self._rows, self._shard, self._state = plan, decode, rows, shard, state
+        self._slice = slice(0, None, 1)
+
+    def set_slice(self, sl: slice, sequential_slice: bool = False) -> None:
+        del sequential_slice
+        self._slice = sl
+
+    def __iter__(self) -> "StepIterator":
+        plan = self._plan()
+        if self._state is not None:
+            plan.restore(self._state)
+        return StepIterator(plan, self._decode, self._rows, self._shard, self._slice)
+
+
+class StepIterator(grain.DatasetIterator):
+    """Plans every step, decodes those of its slice. A finite plan's last step may have fewer rows (one host only)."""
+
+    def __init__(self, plan: RowPlan, decode: RowDecoder, rows: int, shard: Shard, sl: slice):
+        super().__init__()
+        self._plan, self._decode, self._rows, self._shard = plan, decode, rows, shard
+        self._skip, self._stride = sl.start or 0, sl.step or 1
+
+    def __next__(self) -> dict:
+        for _ in range(self._skip):
+            self._plan_step()
+        rows = self._plan_step()
+        self._skip = self._stride - 1
+        state = self._plan.state
+        batch, lost = self._decode(self._shard.of(rows))
+        info = json.dumps({"state": state, "lost": [[list(key), list(why)] for key, why in lost.items()]})
+        return {"batch": batch, "info": np.frombuffer(info.encode(), np.uint8)}
+
+    def _plan_step(self) -> list[Row]:
+        rows = []
+        for row in self._plan:
+            rows.append(row)
+            if len(rows) == self._rows:
+                break
+        if not rows:
+            raise StopIteration
+        return rows
+
+    def get_state(self) -> dict:
+        """Grain asks each worker; a run keeps `Step.state` instead, which holds for any number of workers."""
+        return {"plan": self._plan.state, "skip": self._skip}
+
+    def set_state(self, state: dict) -> None:
+        self._plan.restore(state["plan"])
+        self._skip = state["skip"]
+
+
+def read_steps(dataset: StepDataset, workers: int) -> Iterator[Step]:
+    """Steps in order, decoded by `workers` processes (0: in this one)."""
+    if workers:
+        if not flags.FLAGS.is_parsed():  # Grain reads absl flags; outside an absl app nobody has parsed them
+            flags.FLAGS.mark_as_parsed()
+        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
+    elements = iter(dataset)
+    try:
+        for element in elements:
+            info = json.loads(bytes(element["info"]))
+            lost = {(source, number): tuple(why) for (source, number), why in info["lost"]}
+            yield Step(element["batch"], lost, info["state"])
+    finally:
+        elements.close()  # ends the workers when the reader stops early
+
+
+def budget_vector(budgets: Budgets) -> np.ndarray:
+    return np.array(astuple(budgets), np.int64)
