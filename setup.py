@@ -6,7 +6,7 @@ from setuptools import find_packages, setup
 
 CORE = [
     "absl-py>=2.1",
-    "av>=12",
+    "av>=14",
     "flax>=0.12.8",
     "google-crc32c>=1.6",
     "grain>=0.2.18",
