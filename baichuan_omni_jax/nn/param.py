@@ -56,6 +56,14 @@ def use(parameter: nnx.Variable, compute: Compute, dtype: jnp.dtype | None = Non
     return reshard(value, compute.rules.gathered_spec(*parameter_axes(parameter)))
 
 
+def split_as(x: Array, compute: Compute, *names: str | None) -> Array:
+    """`x` split over devices as the logical axes `names` say; dims beyond the names stay whole.
+
+    Free when it already is: the door of a branch, so that a caller may hand in arrays of any placement.
+    """
+    return reshard(x, compute.rules.spec(*names, *[None] * (x.ndim - len(names))))
+
+
 def gathered(module: Module, compute: Compute) -> Module:
     """The module with every parameter already cast and gathered: for use inside a loop over pieces of a row."""
     return jax.tree.map(lambda variable: variable.replace(use(variable, compute)), module, is_leaf=_is_variable)
@@ -70,6 +78,11 @@ def named_variables(module: object) -> dict[str, nnx.Variable]:
     """Every variable of a module (or dict of modules) by dotted name: `llm.layers.attention.q_proj`."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(module, is_leaf=_is_variable)
     return {dotted(path): leaf for path, leaf in leaves}
+
+
+def named_values(module: object) -> dict[str, Array]:
+    """Every variable's value (array or ShapeDtypeStruct) by dotted name."""
+    return {name: variable.get_value() for name, variable in named_variables(module).items()}
 
 
 def with_values(module: Module, values: Mapping[str, object]) -> Module:

@@ -1,0 +1,129 @@
+"""The training state: flat dicts of arrays by dotted name, and the module they are put back into."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array
+
+from baichuan_omni_jax.checkpoint import load_branches, with_shardings
+from baichuan_omni_jax.config import OmniConfig, RunConfig
+from baichuan_omni_jax.nn.param import Compute, named_values, named_variables, with_values
+from baichuan_omni_jax.omni.model import OmniModel, branches_of
+from baichuan_omni_jax.sharding import ShardingRules
+from baichuan_omni_jax.train.groups import Groups, assign_groups, make_optimizer
+
+Arrays = dict[str, Array]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a step is compiled for: the abstract model (its leaves ShapeDtypeStructs), groups and optimizer."""
+
+    template: OmniModel
+    groups: Groups
+    optimizer: optax.GradientTransformation
+    mesh: Mesh
+
+    def assemble(self, trainable: Arrays, frozen: Arrays) -> OmniModel:
+        """The model with these arrays in it."""
+        return with_values(self.template, trainable | frozen)
+
+    def split(self, values: Arrays) -> tuple[Arrays, Arrays]:
+        """All arrays, by whether they train."""
+        return (
+            {name: values[name] for name in self.groups.trainable},
+            {name: values[name] for name in self.groups.frozen},
+        )
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Everything a step changes or needs, but the batch. `step` counts finished steps."""
+
+    trainable: Arrays
+    frozen: Arrays
+    opt_state: Any
+    step: int
+
+
+def make_compute(run: RunConfig) -> Compute:
+    """The static settings of every module.
+
+    Media arrays are computed alike on every context and tensor shard: rows do not yet align frames to shards.
+    """
+    return Compute(
+        rules=ShardingRules(media=None),
+        dtype=jnp.dtype(run.compute.dtype),
+        remat=run.compute.remat,
+        attention=run.compute.attention or None,
+        attention_block=run.compute.attention_block,
+        mlp_chunk=run.compute.mlp_chunk,
+    )
+
+
+def make_setup(run: RunConfig, omni: OmniConfig, mesh: Mesh, compute: Compute) -> Setup:
+    """Abstract model, groups and optimizer of a run. Raises ConfigError where mesh, groups and model do not fit."""
+    model = jax.eval_shape(lambda: OmniModel(jax.random.key(0), omni, compute))
+    groups = assign_groups(named_variables(model), run.optimizer.groups)
+    model = with_shardings(model, mesh, compute.rules)
+    frozen_dtype = jnp.dtype(run.train.frozen_dtype)
+    model = with_values(
+        model,
+        {
+            name: _cast(shape, frozen_dtype) if name in groups.frozen else shape
+            for name, shape in named_values(model).items()
+        },
+    )
+    return Setup(model, groups, make_optimizer(run.optimizer, groups.trainable), mesh)
+
+
+def init_state(run: RunConfig, omni: OmniConfig, setup: Setup, compute: Compute) -> TrainState:
+    """Step 0: random parameters from `train.seed`, then the branches that `checkpoint.init_from` names."""
+    shapes = named_values(setup.template)
+    shardings = {name: shape.sharding for name, shape in shapes.items()}
+
+    def draw(key):
+        drawn = named_values(OmniModel(key, omni, compute))
+        return {name: value.astype(shapes[name].dtype) for name, value in drawn.items()}
+
+    values = jax.jit(draw, out_shardings=shardings)(jax.random.key(run.train.seed))
+    if run.checkpoint.init_from:
+        loaded = load_branches(run.checkpoint.init_from, branches_of(setup.template))
+        values |= named_values(loaded)
+    trainable, frozen = setup.split(values)
+    return TrainState(trainable, frozen, jax.jit(setup.optimizer.init)(trainable), 0)
+
+
+def abstract_opt_state(setup: Setup) -> Any:
+    """Shapes and shardings of the optimizer's state: the restore target. Moments are placed as their parameters."""
+    trainable, _ = setup.split(named_values(setup.template))
+    shapes = jax.eval_shape(setup.optimizer.init, trainable)
+    replicated = jax.sharding.NamedSharding(setup.mesh, jax.sharding.PartitionSpec())
+
+    def place(path, leaf):
+        name = next((key.key for key in reversed(path) if getattr(key, "key", None) in trainable), None)
+        sharding = trainable[name].sharding if name and leaf.shape == trainable[name].shape else replicated
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree_util.tree_map_with_path(place, shapes)
+
+
+def from_branches(setup: Setup, branches: dict[str, nnx.Module], opt_state: Any, step: int) -> TrainState:
+    """The state of restored branches."""
+    trainable, frozen = setup.split(named_values(branches))
+    return TrainState(trainable, frozen, opt_state, step)
+
+
+def advance(state: TrainState, trainable: Arrays, opt_state: Any) -> TrainState:
+    """The state after one more step."""
+    return replace(state, trainable=trainable, opt_state=opt_state, step=state.step + 1)
+
+
+def _cast(shape: jax.ShapeDtypeStruct, dtype: jnp.dtype) -> jax.ShapeDtypeStruct:
+    kept = dtype if jnp.issubdtype(shape.dtype, jnp.floating) else shape.dtype
+    return jax.ShapeDtypeStruct(shape.shape, kept, sharding=shape.sharding)
