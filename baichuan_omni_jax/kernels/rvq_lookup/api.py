@@ -1,0 +1,62 @@
+"""The door to the residual lookup: picks an implementation and runs it on each device's own rows.
+
+The rows' split is read off the type of `x`; every device holds all codebooks.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jax.sharding import reshard
+from jaxtyping import Array, Float, Int32
+
+from baichuan_omni_jax.kernels.rvq_lookup import reference, xla
+
+IMPLEMENTATIONS = {"xla": xla.lookup, "reference": reference.lookup}
+
+
+def rvq_lookup(
+    x: Float[Array, "n d"], codebooks: Sequence[Float[Array, "_ d"]], *, implementation: str | None = None
+) -> tuple[Int32[Array, "n q"], Float[Array, "n d"], Float[Array, "n q"]]:
+    """Residual vector quantisation: codes, the sum of the chosen codes, and what is left after each level.
+
+    Level by level the code nearest to the residual by Euclidean distance (fp32, the first index on a tie) is
+    subtracted from it; the residual keeps the dtype of `x`. `codebooks[q]` is (size_q, d). The third result is the L2
+    norm of the residual after each level, fp32. Nothing is differentiated: gradients stop here.
+
+    x = [3.1], codebooks [[0], [4]] and [[-1], [0]]: codes [1, 0], quantised [3], residual norms [0.9, 0.1].
+
+    `implementation`: None picks by platform; a name never falls back.
+    Raises ValueError on an unknown implementation, no or empty codebooks, other widths, or an `x` split along d.
+    """
+    _check(x, codebooks, implementation)
+    lookup = IMPLEMENTATIONS[implementation or "xla"]
+    x, codebooks = jax.lax.stop_gradient((x, tuple(codebooks)))
+    if not x.shape[0]:
+        q = len(codebooks)
+        return jnp.zeros((0, q), jnp.int32), x, jnp.zeros((0, q), jnp.float32)
+    sharding = jax.typeof(x).sharding
+    if sharding.mesh.empty:
+        return lookup(x, codebooks)
+    codebooks = tuple(reshard(codebook, P(None, None)) for codebook in codebooks)
+    rows = P(sharding.spec[0], None)
+    in_specs = (rows, (P(None, None),) * len(codebooks))
+    # The loop over row blocks starts from constants, which vma checking would call unvarying.
+    by_shard = jax.shard_map(lookup, mesh=sharding.mesh, in_specs=in_specs, out_specs=(rows,) * 3, check_vma=False)
+    return by_shard(x, codebooks)
+
+
+def _check(x: Array, codebooks: Sequence[Array], implementation: str | None) -> None:
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"rvq implementation {implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
+    if x.ndim != 2 or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"x must be floating point vectors (n, d), not {x.dtype} {x.shape}")
+    if not codebooks:
+        raise ValueError("rvq_lookup needs at least one codebook")
+    for level, codebook in enumerate(codebooks):
+        if codebook.ndim != 2 or codebook.shape[1] != x.shape[1] or not codebook.shape[0]:
+            raise ValueError(f"codebook {level} is {codebook.shape}; expected (codes, {x.shape[1]}), at least one code")
+    spec = jax.typeof(x).sharding.spec
+    if len(spec) > 1 and spec[1] is not None:
+        raise ValueError(f"x is split along its width over {spec[1]}; only its rows may be split")

@@ -1,0 +1,142 @@
+"""The pre-norm transformer layer of the vision tower and the audio encoder, and the scan over a stack of them.
+
+Weights are whole on every device while they are computed with, so rows may be split in any way that keeps a segment
+(a frame, a clip) on one device.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int32, PRNGKeyArray
+
+from baichuan_omni_jax.kernels.flash_attention import BlockPlan, Segments, flash_attention, plan_blocks
+from baichuan_omni_jax.nn.linear import Linear
+from baichuan_omni_jax.nn.norm import LayerNorm
+from baichuan_omni_jax.nn.param import Compute
+from baichuan_omni_jax.nn.remat import remat
+from baichuan_omni_jax.nn.rope import rotate
+
+
+def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """x * Phi(x), by the error function."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+def quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """x * sigmoid(1.702 x)."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderSizes:
+    """Sizes and variant of a layer. `rows` are the logical axes of the activations' first two dims."""
+
+    width: int
+    heads: int
+    ffn: int
+    eps: float
+    rows: tuple[str | None, str | None]
+    activation: Callable[[Array], Array] = gelu
+    key_bias: bool = True
+    causal: bool = False
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+
+class EncoderAttention(nnx.Module):
+    """Multi-head attention with biased projections (K's bias by choice), rotary where angles are given."""
+
+    def __init__(self, key: PRNGKeyArray, sizes: EncoderSizes, compute: Compute):
+        keys = jax.random.split(key, 4)
+        d, n, h = sizes.width, sizes.heads, sizes.head_dim
+
+        def into(key: PRNGKeyArray, bias: bool) -> Linear:
+            axes, out = ("embed", "small", "small"), (*sizes.rows, None, None)
+            return Linear(key, "btd,dnh->btnh", (d, n, h), axes, out=out, compute=compute, bias=bias)
+
+        self.q_proj, self.k_proj, self.v_proj = into(keys[0], True), into(keys[1], sizes.key_bias), into(keys[2], True)
+        axes, out = ("small", "small", "embed"), (*sizes.rows, None)
+        self.o_proj = Linear(keys[3], "btnh,nhd->btd", (n, h, d), axes, out=out, compute=compute, bias=True)
+        self.sizes, self.compute = sizes, compute
+
+    def __call__(
+        self, x: Float[Array, "b t d"], segments: Segments, plan: BlockPlan, angles: Array | None
+    ) -> Float[Array, "b t d"]:
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if angles is not None:
+            q, k = rotate(q, angles), rotate(k, angles)
+        out = flash_attention(
+            q,
+            k,
+            v,
+            segments=segments,
+            plan=plan,
+            causal=self.sizes.causal,
+            scale=self.sizes.head_dim**-0.5,
+            implementation=self.compute.attention,
+            gather_kv=False,
+        )
+        return self.o_proj(checkpoint_name(out, "attention_out"))
+
+
+class FeedForward(nnx.Module):
+    """fc2(activation(fc1(x))), both biased."""
+
+    def __init__(self, key: PRNGKeyArray, sizes: EncoderSizes, compute: Compute):
+        keys = jax.random.split(key)
+        d, f, out = sizes.width, sizes.ffn, (*sizes.rows, None)
+        self.fc1 = Linear(keys[0], "btd,df->btf", (d, f), ("embed", "small"), out=out, compute=compute, bias=True)
+        self.fc2 = Linear(keys[1], "btf,fd->btd", (f, d), ("small", "embed"), out=out, compute=compute, bias=True)
+        self.activation = sizes.activation
+
+    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class EncoderLayer(nnx.Module):
+    """LayerNorm -> attention -> residual -> LayerNorm -> feed-forward -> residual."""
+
+    def __init__(self, key: PRNGKeyArray, sizes: EncoderSizes, compute: Compute):
+        keys = jax.random.split(key)
+        self.attention_norm = LayerNorm(sizes.width, eps=sizes.eps, compute=compute)
+        self.attention = EncoderAttention(keys[0], sizes, compute)
+        self.mlp_norm = LayerNorm(sizes.width, eps=sizes.eps, compute=compute)
+        self.mlp = FeedForward(keys[1], sizes, compute)
+
+    def __call__(
+        self, x: Float[Array, "b t d"], segments: Segments, plan: BlockPlan, angles: Array | None
+    ) -> Float[Array, "b t d"]:
+        with jax.named_scope("attention"):
+            x = x + self.attention(self.attention_norm(x), segments, plan, angles)
+        with jax.named_scope("mlp"):
+            return x + self.mlp(self.mlp_norm(x))
+
+
+def run_encoder(
+    layers: EncoderLayer,
+    x: Float[Array, "b t d"],
+    segment_ids: Int32[Array, "b t"],
+    positions: Int32[Array, "b t"],
+    *,
+    sizes: EncoderSizes,
+    compute: Compute,
+    angles: Float[Array, "b t half"] | None = None,
+) -> Float[Array, "b t d"]:
+    """`x` through the stacked `layers`. Tokens see their own segment (earlier positions only, if causal); 0 is padding.
+
+    No segment may straddle shards: nothing is gathered.
+    """
+    segments = Segments.of_row(segment_ids, positions)
+    block = compute.attention_block
+    plan = plan_blocks(segments, causal=sizes.causal, block_q=block, block_kv=block, gather_kv=False)
+
+    def body(x, layer):
+        return remat(lambda x, layer: layer(x, segments, plan, angles), compute.remat)(x, layer), None
+
+    x, _ = jax.lax.scan(body, x.astype(compute.dtype), layers)
+    return x

@@ -1,0 +1,127 @@
+"""The vision branch: a ViT over patches of many images and frames packed in a row, and the projector behind it.
+
+`model.visual_model.*` and `model.visual_bridge_model.*` of the checkpoint. Differs from the released model in form
+only: the fused qkv is three projections, layers are stacked and scanned, frames are told apart by segment ids, and
+pixels arrive as uint8. Rows are split over (data, fsdp) and patches over (context, tensor); no frame straddles a
+shard, so the tower communicates nothing but its weights.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int32, PRNGKeyArray, UInt8
+
+from baichuan_omni_jax.nn.encoder import EncoderLayer, EncoderSizes, gelu, quick_gelu, run_encoder
+from baichuan_omni_jax.nn.linear import Linear
+from baichuan_omni_jax.nn.norm import LayerNorm
+from baichuan_omni_jax.nn.param import Compute, split_as, stack
+from baichuan_omni_jax.vision.config import VisionConfig
+from baichuan_omni_jax.vision.patches import PatchEmbedding, grid_angles
+
+ROWS = ("batch", "media")
+
+
+class VisionTower(nnx.Module):
+    """Patch embedding and `depth` pre-norm layers with 2-D rotary positions; no norm at the end."""
+
+    def __init__(self, key: PRNGKeyArray, cfg: VisionConfig, compute: Compute):
+        keys = jax.random.split(key)
+        self.sizes = EncoderSizes(
+            width=cfg.embed_dim,
+            heads=cfg.num_heads,
+            ffn=cfg.embed_dim * cfg.mlp_ratio,
+            eps=cfg.norm_eps,
+            rows=ROWS,
+            activation=quick_gelu,
+        )
+        self.patch_embedding = PatchEmbedding(keys[0], cfg, compute)
+        self.layers = stack(lambda k: EncoderLayer(k, self.sizes, compute), keys[1], cfg.depth)
+        self.compute = compute
+
+    def __call__(
+        self,
+        patches: Float[Array, "b p v"] | UInt8[Array, "b p v"],
+        patch_grid: Int32[Array, "b p 2"],
+        patch_segments: Int32[Array, "b p"],
+    ) -> Float[Array, "b p d"]:
+        """Hidden states of the patches. Each sees the patches of its own segment (a frame); 0 is padding."""
+        x = self.patch_embedding(patches)
+        angles = grid_angles(patch_grid, self.sizes.head_dim)
+        return run_encoder(
+            self.layers,
+            x,
+            patch_segments,
+            jnp.zeros_like(patch_segments),
+            sizes=self.sizes,
+            compute=self.compute,
+            angles=angles,
+        )
+
+
+class Projector(nnx.Module):
+    """LayerNorm -> 4 neighbouring patches side by side -> linear -> GELU -> linear into the language model's width."""
+
+    def __init__(self, key: PRNGKeyArray, cfg: VisionConfig, compute: Compute):
+        keys = jax.random.split(key)
+        g, d, f = cfg.merged_patches, cfg.embed_dim, cfg.merged_patches * cfg.embed_dim
+        out = (*ROWS, None)
+        self.norm = LayerNorm(d, eps=cfg.norm_eps, compute=compute)
+        self.fc1 = Linear(
+            keys[0], "bpgd,gdf->bpf", (g, d, f), ("small", "embed", "small"), out=out, compute=compute, bias=True
+        )
+        self.fc2 = Linear(
+            keys[1], "bpf,fd->bpd", (f, cfg.out_dim), ("small", "embed"), out=out, compute=compute, bias=True
+        )
+        self.group = g
+
+    def __call__(self, x: Float[Array, "b p d"]) -> Float[Array, "b tokens out"]:
+        """(b, p, d) -> (b, p/4, out): patches arrive with the four of a token next to each other."""
+        x = group_patches(self.norm(x), self.group)
+        return self.fc2(gelu(self.fc1(x)))
+
+
+class VisionModel(nnx.Module):
+    """The branch `vision`: `tower` and `projector`."""
+
+    def __init__(self, key: PRNGKeyArray, cfg: VisionConfig, compute: Compute):
+        keys = jax.random.split(key)
+        self.tower = VisionTower(keys[0], cfg, compute)
+        self.projector = Projector(keys[1], cfg, compute)
+        self.cfg, self.compute = cfg, compute
+
+    def __call__(
+        self,
+        patches: Float[Array, "b p v"] | UInt8[Array, "b p v"],
+        patch_grid: Int32[Array, "b p 2"],
+        patch_segments: Int32[Array, "b p"],
+    ) -> Float[Array, "b tokens d"]:
+        """Visual embeddings (b, p/4, out_dim), zero for padding.
+
+        `patches` holds 588 uint8 values of one temporal slice, or normalised floats of one slice or of both (1176), in
+        the order that groups 2x2 neighbours; `patch_grid` each patch's row and column in its frame; `patch_segments`
+        the frame's id, 0 for padding. Raises ValueError on other shapes.
+        """
+        if patches.shape[:2] != patch_segments.shape or patch_grid.shape != (*patches.shape[:2], 2):
+            raise ValueError(
+                f"patches {patches.shape}, patch_grid {patch_grid.shape}, patch_segments {patch_segments.shape}: "
+                "rows and patches must agree"
+            )
+        if patches.shape[1] % self.cfg.merged_patches:
+            raise ValueError(f"{patches.shape[1]} patches are not a multiple of {self.cfg.merged_patches}")
+        patches, patch_grid, patch_segments = (
+            split_as(x, self.compute, *ROWS) for x in (patches, patch_grid, patch_segments)
+        )
+        with jax.named_scope("vision_tower"):
+            x = self.tower(patches, patch_grid, patch_segments)
+        with jax.named_scope("projector"):
+            tokens = self.projector(x)
+            real = group_patches(patch_segments, self.cfg.merged_patches).max(-1) > 0
+            return jnp.where(real[..., None], tokens, 0)
+
+
+def group_patches(x: Array, group: int) -> Array:
+    """(b, p, ...) -> (b, p/group, group, ...), split over devices as before."""
+    shape = (x.shape[0], x.shape[1] // group, group, *x.shape[2:])
+    spec = jax.typeof(x).sharding.spec
+    return x.reshape(shape, out_sharding=PartitionSpec(*spec[:2], None, *spec[2:]))
