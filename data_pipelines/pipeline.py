@@ -121,7 +121,7 @@ def cache_folder(config: DataConfig) -> Path:
 
 
 def load_or_train_tokenizer(config: DataConfig, omni: OmniConfig) -> Tokenizer:
-    """`config.tokenizer`, or a byte-level BPE trained on the manifests' text and cached under what it was trained on."""
+    """`config.tokenizer`, or a byte-level BPE trained on the manifests' text, cached under what it was trained on."""
     if config.tokenizer:
         return load_tokenizer(config.tokenizer)
     root = Path(config.root).expanduser()

@@ -1,7 +1,7 @@
 """Which documents share a row: packing over several budgets at once, decided on lengths alone.
 
 Some rows are kept open. A document goes into the fullest open row that still has room for it in every budget; when
-none has, the fullest row is emitted and a new one opened. No document is cut. With a row length of 10 and two rows open:
+none has, the fullest row is emitted and a new one opened. No document is cut. With rows of 10 tokens, two of them open:
 
     documents 6 5 3 4 7    ->  [6 3] open, [5 4] open; 7 fits nowhere, both hold 9: the first is emitted, [7] opened
 """

@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from baichuan_omni_jax.config.errors import ConfigError
+from baichuan_omni_jax.config.errors import exit_code
 from data_pipelines.sample.build import SUMMARY, build_sample
 
 
@@ -16,12 +16,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("out", metavar="OUT", type=Path, help="a new or empty folder, or an earlier sample data set")
     parser.add_argument("--seed", type=int, default=0, help="another seed gives other documents (default 0)")
     options = parser.parse_args(arguments)
+    return exit_code(lambda: _build(options.out, options.seed))
+
+
+def _build(folder: Path, seed: int) -> None:
     begin = time.perf_counter()
-    try:
-        out = build_sample(options.out, seed=options.seed)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    out = build_sample(folder, seed=seed)
     summary = json.loads((out / SUMMARY).read_text(encoding="utf-8"))
     print(f"{out}: {summary['documents']} documents ({time.perf_counter() - begin:.1f} s)")
     for kind, count in summary["by_type"].items():
@@ -30,7 +30,6 @@ def main(arguments: list[str] | None = None) -> int:
         f"  {summary['images']} images, {summary['speech_clips']} speech clips, {summary['videos']} videos, "
         f"{summary['audio_seconds']:.0f} s of sound, {summary['text_characters']} characters of text"
     )
-    return 0
 
 
 if __name__ == "__main__":
