@@ -16,6 +16,9 @@ from baichuan_omni_jax.nn.norm import LayerNorm
 from baichuan_omni_jax.nn.param import Compute, split_as, stack
 
 CLIPS = "batch"
+# Spread of the random convolutions: as large as the sinusoids added to them, or every clip of an untrained encoder
+# would sound alike.
+GAINS = (3.0, 4.0)
 
 
 def sinusoids(length: int, width: int) -> Float[Array, "t d"]:
@@ -53,8 +56,10 @@ class AudioEncoder(nnx.Module):
         )
         padding, d = cfg.kernel_size // 2, cfg.d_model
         conv1, conv2 = (cfg.kernel_size, cfg.num_mel_bins, d), (cfg.kernel_size, d, d)
-        self.conv1 = Conv1d(keys[0], conv1, padding=padding, rows=CLIPS, compute=compute)
-        self.conv2 = Conv1d(keys[1], conv2, padding=padding, stride=cfg.stride_size, rows=CLIPS, compute=compute)
+        self.conv1 = Conv1d(keys[0], conv1, padding=padding, rows=CLIPS, compute=compute, gain=GAINS[0])
+        self.conv2 = Conv1d(
+            keys[1], conv2, padding=padding, stride=cfg.stride_size, rows=CLIPS, compute=compute, gain=GAINS[1]
+        )
         self.layers = stack(lambda k: EncoderLayer(k, self.sizes, compute), keys[2], cfg.encoder_layers)
         self.norm = LayerNorm(d, eps=cfg.norm_eps, compute=compute)
         self.cfg, self.compute = cfg, compute

@@ -11,8 +11,9 @@ from baichuan_omni_jax.audio.encoder import CLIPS
 from baichuan_omni_jax.kernels.rvq_lookup import rvq_lookup
 from baichuan_omni_jax.nn.param import Buffer, Compute, split_as, use
 
-# Spread of a random codebook relative to the one before it.
-DECAY = 0.8
+# Spread of the first random codebook, and of each next one relative to it. Codes as long as the vectors themselves
+# would be chosen for being short, so these are shorter: half and more of each codebook is used on speech.
+SPREAD, DECAY = 0.5, 0.9
 
 
 class Codebook(nnx.Module):
@@ -31,7 +32,7 @@ class ResidualQuantizer(nnx.Module):
     def __init__(self, key: PRNGKeyArray, cfg: AudioConfig, compute: Compute):
         keys = jax.random.split(key, cfg.levels)
         self.levels = nnx.List(
-            [Codebook(keys[q], size, cfg.code_dim, DECAY**q) for q, size in enumerate(cfg.codebook_sizes)]
+            [Codebook(keys[q], size, cfg.code_dim, SPREAD * DECAY**q) for q, size in enumerate(cfg.codebook_sizes)]
         )
         self.compute = compute
 

@@ -24,9 +24,10 @@ class Conv1d(nnx.Module):
         rows: str | None,
         compute: Compute,
         bias: bool = True,
+        gain: float = 1.0,
     ):
         axes, out = ("kernel", "small", "embed"), (rows, None, None)
-        self.linear = Linear(key, "btkc,kcd->btd", shape, axes, out=out, compute=compute, bias=bias)
+        self.linear = Linear(key, "btkc,kcd->btd", shape, axes, out=out, compute=compute, bias=bias, gain=gain)
         self.kernel, self.stride, self.padding = shape[0], stride, padding
 
     def __call__(self, x: Float[Array, "b t c"]) -> Float[Array, "b s d"]:

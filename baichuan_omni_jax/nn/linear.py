@@ -13,6 +13,7 @@ class Linear(nnx.Module):
     """`einsum(equation, x, weight) + bias`, in the compute dtype, its result split as `out` says.
 
     `axes` are the weight's logical axes, `out` the result's. The bias has the weight's dims that the result keeps.
+    A random weight gives a result of the input's spread times `gain`.
 
     Linear(key, "btd,dnh->btnh", (3584, 28, 128), ("embed", "heads", "head_dim"), out=HEADS, compute=c, bias=True)
     """
@@ -27,13 +28,14 @@ class Linear(nnx.Module):
         out: Sequence[str | None],
         compute: Compute,
         bias: bool = False,
+        gain: float = 1.0,
     ):
         self.equation, self.out, self.compute = equation, tuple(out), compute
         letters = equation.split(",")[1].split("->")[0]
         fan_in = 1
         for letter, size in zip(letters, shape, strict=True):
             fan_in *= 1 if letter in equation.split("->")[1] else size
-        self.weight = normal(key, shape, axes, std=fan_in**-0.5)
+        self.weight = normal(key, shape, axes, std=gain * fan_in**-0.5)
         kept = [i for i, letter in enumerate(letters) if letter in equation.split("->")[1]]
         self.bias = zeros(tuple(shape[i] for i in kept), tuple(axes[i] for i in kept)) if bias else None
 
