@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
+from baichuan_omni_jax.kernels.rvq_lookup.reference import subtract
+
 BLOCK_ROWS = 1024
 
 
@@ -26,18 +28,18 @@ def lookup(
 
 
 def _with_half_norms(codebook: Float[Array, "k d"]) -> tuple[Float[Array, "k d"], Float[Array, " k"]]:
-    codebook = codebook.astype(jnp.float32)
+    codebook = jnp.asarray(codebook, jnp.float32)
     return codebook, 0.5 * jnp.sum(codebook * codebook, -1)
 
 
 def _lookup_block(x: Float[Array, "n d"], levels):
-    residual, total, codes, norms = x, jnp.zeros(x.shape, jnp.float32), [], []
+    residual, total, codes, norms = x.astype(jnp.float32), jnp.zeros(x.shape, jnp.float32), [], []
     for codebook, half_norms in levels:
-        products = jnp.einsum("nd,kd->nk", residual.astype(jnp.float32), codebook, precision=lax.Precision.HIGHEST)
+        products = jnp.einsum("nd,kd->nk", residual, codebook, precision=lax.Precision.HIGHEST)
         code = jnp.argmin(half_norms - products, -1).astype(jnp.int32)
         chosen = codebook[code]
-        residual = residual - chosen.astype(x.dtype)
+        residual = subtract(residual, chosen, x.dtype)
         total = total + chosen
         codes.append(code)
-        norms.append(jnp.sqrt(jnp.sum(jnp.square(residual.astype(jnp.float32)), -1)))
+        norms.append(jnp.sqrt(jnp.sum(residual * residual, -1)))
     return jnp.stack(codes, -1), total.astype(x.dtype), jnp.stack(norms, -1)
