@@ -1,0 +1,85 @@
+"""The audio tokenizer untrained: lengths, unused slots, and codes that are worth predicting."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from baichuan_omni_jax.audio.encoder import sinusoids
+from baichuan_omni_jax.audio.model import AudioTokenizer
+from baichuan_omni_jax.config import MeshConfig, tiny
+from baichuan_omni_jax.nn.param import Compute
+from baichuan_omni_jax.sharding import make_mesh
+
+CFG = tiny().audio
+
+
+@pytest.fixture(autouse=True)
+def _one_device():
+    with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
+        yield
+
+
+@functools.cache
+def tokenizer() -> AudioTokenizer:
+    return jax.jit(lambda: AudioTokenizer(jax.random.key(0), CFG, Compute(attention_block=64)))()
+
+
+def sounds(clips: int, frames: int) -> np.ndarray:
+    """Mel like log energies: a few bands that come and go, around the mean and spread of speech."""
+    rng = np.random.default_rng(0)
+    bands = np.exp(-0.5 * ((np.arange(CFG.num_mel_bins) - rng.uniform(0, 32, (clips, 6, 1))) / 3.0) ** 2)
+    when = np.sin(np.arange(frames) * rng.uniform(0.02, 0.3, (clips, 6, 1)) + rng.uniform(0, 6, (clips, 6, 1)))
+    return (np.einsum("mbf,mbt->mtf", bands, when) * 0.7 + 0.1).astype(np.float32)
+
+
+encode = jax.jit(lambda tokenizer, *inputs: tokenizer.encode(*inputs))
+
+
+def test_lengths_and_unused_slots():
+    lengths = np.array([240, 100, 99, 8, 7, 1, 0, 0], np.int32)
+    codes, valid = encode(tokenizer(), sounds(8, 240), lengths)
+    assert codes.shape == (8, 30, 8)
+    np.testing.assert_array_equal(np.asarray(valid).sum(1), [CFG.bridge_length(int(n)) for n in lengths])
+    np.testing.assert_array_equal(np.asarray(codes)[~np.asarray(valid)], 0)
+    assert (np.asarray(codes) < np.array(CFG.codebook_sizes)).all()
+
+
+def test_untrained_codes_are_diverse():
+    """At each level at least a fifth of the codes is in effective use (the exponential of the entropy)."""
+    codes, valid = encode(tokenizer(), sounds(8, 240), np.full(8, 240, np.int32))
+    codes = np.asarray(codes)[np.asarray(valid)]
+    for q, size in enumerate(CFG.codebook_sizes):
+        share = np.bincount(codes[:, q], minlength=size) / len(codes)
+        share = share[share > 0]
+        assert np.exp(-(share * np.log(share)).sum()) > size / 5, q
+
+
+def test_bfloat16_traces_and_differentiates():
+    """Types only; values and gradients are compared across meshes and with the goldens."""
+    compute = Compute(dtype=jnp.dtype("bfloat16"))
+    abstract = jax.eval_shape(lambda: AudioTokenizer(jax.random.key(0), CFG, compute))
+    mel, lengths = sounds(2, 64), np.array([64, 20], np.int32)
+
+    def loss(model):
+        features, valid = model.features(mel, lengths)
+        assert features.dtype == jnp.bfloat16
+        codes, quantised, _ = model.quantizer.quantize(features)
+        assert (codes.dtype, quantised.dtype) == (jnp.int32, jnp.bfloat16)
+        return jnp.where(valid[..., None], (features - quantised).astype(jnp.float32) ** 2, 0).mean()
+
+    gradient = jax.eval_shape(jax.grad(loss), abstract)
+    assert gradient.encoder.conv1.linear.weight.dtype == jnp.float32
+
+
+def test_sinusoids():
+    np.testing.assert_allclose(
+        sinusoids(3, 4)[2], [np.sin(2), np.sin(0.0002), np.cos(2), np.cos(0.0002)], rtol=1e-6, atol=1e-7
+    )
+
+
+def test_errors():
+    with pytest.raises(ValueError, match=r"expected \(clips, frames, 32\) and \(clips,\)"):
+        tokenizer().encode(np.zeros((2, 10, 31), np.float32), np.zeros(2, np.int32))
