@@ -9,6 +9,7 @@ A store is written beside its place and renamed when it is whole.
 
 import json
 import shutil
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -17,7 +18,6 @@ import tensorstore as ts
 from jaxtyping import Int32
 
 from baichuan_omni_jax.config import ConfigError
-from data_pipelines.document import SampleError
 
 CodeKey = tuple[str, int]
 _CHUNK_FRAMES = 4096
@@ -34,11 +34,12 @@ class CodeStore:
             with np.load(self.path / "index.npz") as index:
                 columns = (index["clips"].tolist(), index["windows"].tolist())
                 spans = np.stack([index["starts"], index["lengths"]], 1)
-        except (OSError, ValueError, KeyError) as error:
+            written_by = self.meta["fingerprint"]
+        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
             raise ConfigError(f"audio code store {self.path} cannot be read: {error}") from error
-        if fingerprint is not None and self.meta["fingerprint"] != fingerprint:
+        if fingerprint is not None and written_by != fingerprint:
             raise ConfigError(
-                f"audio code store {self.path} was written by tokenizer {self.meta['fingerprint']}, "
+                f"audio code store {self.path} was written by tokenizer {written_by}, "
                 f"not by {fingerprint}, the one in use"
             )
         self._spans = dict(zip(zip(*columns, strict=True), spans.tolist(), strict=True))
@@ -51,12 +52,10 @@ class CodeStore:
         return self.__dict__ | {"_frames": None}
 
     def lookup(self, key: CodeKey) -> Int32[np.ndarray, "n q"]:
-        """Codes of one window. Raises SampleError `no_codes` for a clip that was never tokenised."""
-        if key not in self._spans:
-            raise SampleError("no_codes", f"no audio codes for clip {key[0][:12]}, window {key[1]}, in {self.path}")
+        """Codes of one window. Raises KeyError for one that was never tokenised: only the caller knows its file."""
+        start, length = self._spans[key]
         if self._frames is None:
             self._frames = ts.open(_spec(self.path / "frames"), open=True).result()
-        start, length = self._spans[key]
         return self._frames[start : start + length].read().result().astype(np.int32)
 
 
@@ -72,41 +71,43 @@ def write_codes(
     if path.exists():
         raise ConfigError(f"audio code store {path} exists already")
     partial = path.with_name(path.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(partial, ignore_errors=True)  # of a writer that was killed
     partial.mkdir(parents=True)
+    try:
+        frames = _write_arrays(partial, items, len(codebook_sizes))
+        meta = {
+            "fingerprint": fingerprint,
+            "codebook_sizes": list(codebook_sizes),
+            "window_rule": window_rule,
+            "frames": frames,
+        }
+        (partial / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+        partial.rename(path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _write_arrays(folder: Path, items: Iterable[tuple[CodeKey, Int32[np.ndarray, "n q"]]], levels: int) -> int:
+    """Frames and index; returns the number of frames."""
     keys, codes = [], []
     for key, frames in items:
         keys.append(key)
         codes.append(np.asarray(frames, np.int16))
     lengths = np.array([len(frames) for frames in codes], np.int64)
     total = int(lengths.sum())
-    spec = _spec(partial / "frames") | {
-        "metadata": {
-            "shape": [total, len(codebook_sizes)],
-            "data_type": "int16",
-            "chunk_grid": {
-                "name": "regular",
-                "configuration": {"chunk_shape": [_CHUNK_FRAMES, len(codebook_sizes)]},
-            },
-        }
-    }
-    store = ts.open(spec, create=True).result()
-    store.write(np.concatenate(codes) if codes else np.zeros((0, len(codebook_sizes)), np.int16)).result()
+    grid = {"name": "regular", "configuration": {"chunk_shape": [_CHUNK_FRAMES, levels]}}
+    metadata = {"shape": [total, levels], "data_type": "int16", "chunk_grid": grid}
+    store = ts.open(_spec(folder / "frames") | {"metadata": metadata}, create=True).result()
+    store.write(np.concatenate([np.zeros((0, levels), np.int16), *codes])).result()
     np.savez(
-        partial / "index.npz",
+        folder / "index.npz",
         clips=np.array([key[0] for key in keys], dtype=str),
         windows=np.array([key[1] for key in keys], np.int32),
         starts=np.cumsum(lengths) - lengths,
         lengths=lengths,
     )
-    meta = {
-        "fingerprint": fingerprint,
-        "codebook_sizes": list(codebook_sizes),
-        "window_rule": window_rule,
-        "frames": total,
-    }
-    (partial / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
-    partial.rename(path)
+    return total
 
 
 def _spec(path: Path) -> dict:
