@@ -123,5 +123,9 @@ def _store(path: Path, lengths, offsets, lines, skipped) -> None:
     """Written beside its place and renamed, so that a stopped build leaves no half index."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".partial", delete=False) as file:
-        np.savez(file, lengths=lengths, offsets=offsets, lines=lines, skipped=json.dumps(skipped))
+        try:
+            np.savez(file, lengths=lengths, offsets=offsets, lines=lines, skipped=json.dumps(skipped))
+        except BaseException:
+            os.unlink(file.name)
+            raise
     os.replace(file.name, path)

@@ -12,7 +12,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from baichuan_omni_jax.config import ConfigError, DataConfig, OmniConfig
-from data_pipelines.codes import CodeStore
+from data_pipelines.codes import CodeKey, CodeStore
 from data_pipelines.document import SampleError
 from data_pipelines.index import COLUMNS, Index, Skipped, load_index
 from data_pipelines.manifest import read_manifest
@@ -20,7 +20,7 @@ from data_pipelines.mixture import document_stream
 from data_pipelines.processor import AudioItem, Processor
 from data_pipelines.prompts import Text, parse_prompt
 from data_pipelines.row_plan import RowPlan
-from data_pipelines.rows import RowDecoder, Shard, Step, StepDataset, budget_vector, read_steps
+from data_pipelines.rows import ALL_ROWS, RowDecoder, Shard, Step, StepDataset, budget_vector, read_steps
 from data_pipelines.tokenizing import load_tokenizer, train_tokenizer
 
 log = logging.getLogger(__name__)
@@ -53,15 +53,25 @@ class Pipeline:
         return sum((index.causes() for index in self.indexes), Counter())
 
     def audio_items(self) -> Iterator[AudioItem]:
-        """Every window of sound in the mixture, once, in manifest order."""
+        """Every window of sound in the mixture, once, in manifest order.
+
+        A document whose media changed since it was indexed is passed over: decoding it tells.
+        """
         seen = set()
         for index in self.indexes:
             for number in range(len(index)):
                 if index.lengths[number][_WINDOWS]:
-                    for item in self.processor.audio_items(index.document(number)):
-                        if item.key not in seen:
-                            seen.add(item.key)
+                    for key, item in self._keyed_audio(index, number):
+                        if key not in seen:
+                            seen.add(key)
                             yield item
+
+    def _keyed_audio(self, index: Index, number: int) -> list[tuple[CodeKey, AudioItem]]:
+        try:
+            return [(item.key, item) for item in self.processor.audio_items(index.document(number))]
+        except SampleError as error:
+            log.debug("%s:%d has no sound to tokenise: %s", index.manifest, index.lines[number], error)
+            return []
 
     def plan(self, *, epochs: int | None = None) -> RowPlan:
         """The row plan: endless by the mixture's weights, or `epochs` times every document."""
@@ -75,7 +85,7 @@ class Pipeline:
         return RowDecoder(self.indexes, self.processor, codes, self.config.budgets, self.omni)
 
     def steps(
-        self, codes: CodeStore, *, state: dict | None = None, shard: Shard = Shard(), epochs: int | None = None
+        self, codes: CodeStore, *, state: dict | None = None, shard: Shard = ALL_ROWS, epochs: int | None = None
     ) -> Iterator[Step]:
         """Steps of `config.rows` rows in all, this host's share decoded, from `state` on."""
         if self.config.rows % shard.count:
@@ -103,6 +113,7 @@ def open_pipeline(config: DataConfig, omni: OmniConfig) -> Pipeline:
     for item in pipeline.skipped:
         log.warning("skipped %s (%s): %s", item.where, item.cause, item.message)
     check_bad_fraction(len(pipeline.skipped), pipeline.documents, config.max_bad_fraction, pipeline.causes())
+    pipeline.plan()  # refuses empty sources and bad weights here, not later in a worker
     return pipeline
 
 

@@ -16,7 +16,7 @@ from baichuan_omni_jax.config import Budgets, OmniConfig
 from data_pipelines.batch import Batch, RowWriter, empty_rows
 from data_pipelines.codes import CodeStore
 from data_pipelines.document import SampleError
-from data_pipelines.index import Index
+from data_pipelines.index import BUDGETED, Index
 from data_pipelines.processor import Processor
 from data_pipelines.row_plan import Row, RowPlan
 
@@ -55,14 +55,14 @@ class RowDecoder:
     def _add(self, writer: RowWriter, key: tuple[int, int], lost: dict) -> None:
         source, number = key
         index = self.indexes[source]
-        where = f"{index.manifest}:{index.lines[number]}"
+        where, needs = f"{index.manifest}:{index.lines[number]}", index.needs(number)
         try:
             encoded = self.processor.encode(index.document(number), self.codes)
-            if len(encoded.tokens) != index.needs(number)[0] or len(encoded.patches) != index.needs(number)[1]:
+            if any(getattr(encoded.lengths, name) != need for name, need in zip(BUDGETED, needs, strict=True)):
                 raise SampleError("changed", "the document is not what the index measured")
         except SampleError as error:
             lost[key] = (where, error.cause, str(error))
-            writer.leave(index.needs(number)[0])
+            writer.leave(needs[0])
             return
         writer.add(encoded, source=source, number=number)
 
@@ -77,6 +77,9 @@ class Shard:
     def of(self, rows: list[Row]) -> list[Row]:
         share = len(rows) // self.count
         return rows[self.index * share : (self.index + 1) * share]
+
+
+ALL_ROWS = Shard()
 
 
 class StepDataset(grain.IterDataset):
