@@ -157,3 +157,11 @@ def _texts(manifest: str, root: Path) -> Iterator[str]:
         except SampleError:
             continue
         yield from (element.text for element in elements if isinstance(element, Text))
+
+
+def prepare_sample(config: DataConfig) -> None:
+    """Builds the offline sample data set at `config.root` when the config asks for it and it is not there yet."""
+    if config.sample:
+        from data_pipelines.sample import build_sample  # needs the `sample` extra, so only where it is asked for
+
+        build_sample(Path(config.root).expanduser())

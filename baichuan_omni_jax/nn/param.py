@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import reshard
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from baichuan_omni_jax.sharding import ShardingRules, parameter_axes
@@ -47,7 +48,7 @@ def ones(shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
     return nnx.Param(jnp.ones(shape, jnp.float32), axes=axes)
 
 
-def use(parameter: nnx.Variable, compute: Compute, dtype: jnp.dtype | None = None) -> Float[Array, "..."]:
+def use(parameter: nnx.Variable, compute: Compute, dtype: DTypeLike | None = None) -> Float[Array, "..."]:
     """The parameter's value, cast to the compute dtype and gathered over `fsdp` and `context`.
 
     Cast first, so that half the bytes travel. Called inside the layer scan, so that one layer is whole at a time.

@@ -43,8 +43,11 @@ def pick_slots(
         pick = lambda row, slots: row.at[slots].get(mode="fill", fill_value=0)  # noqa: E731
         picked = jax.vmap(pick)(hidden, local)
         for axis in context:
-            picked = lax.psum_scatter(picked, axis, scatter_dimension=1, tiled=True)
-        return _own_part(picked, [a for a in rules.axes("media") if a not in context])
+            if axis in rules.axes("media"):
+                picked = lax.psum_scatter(picked, axis, scatter_dimension=1, tiled=True)
+            else:
+                picked = lax.psum(picked, axis)
+        return _own_part(picked, [axis for axis in rules.axes("media") if axis not in context])
 
     with jax.named_scope("pick_slots"):
         return _sharded(pick_shard, hidden, (row, part), part)(hidden, index)

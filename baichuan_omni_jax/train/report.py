@@ -1,0 +1,71 @@
+"""What a person sees: the table at start-up and the progress line."""
+
+from collections import defaultdict
+from dataclasses import asdict
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from baichuan_omni_jax.config import RunConfig
+from baichuan_omni_jax.nn.param import named_values
+from baichuan_omni_jax.train.state import Setup
+
+
+def print_start_table(console: Console, run: RunConfig, setup: Setup, documents: int, skipped: int) -> None:
+    """Groups with their parameters, learning rates and what is frozen; then budgets, mesh and data."""
+    table = Table(title=f"{run.name}: parameters by group")
+    for column in ("group", "branch", "parameters", "frozen", "peak learning rate"):
+        table.add_column(column, justify="right" if column == "parameters" else "left")
+    rates = {group.name: group.learning_rate for group in run.optimizer.groups}
+    for (group, branch), (trainable, frozen) in sorted(_count(setup).items()):
+        rate = rates[group]
+        table.add_row(group, branch, f"{trainable + frozen:,}", f"{frozen:,}", "frozen" if rate is None else f"{rate:g}")
+    console.print(table)
+    mesh = ", ".join(f"{axis} {size}" for axis, size in setup.mesh.shape.items())
+    budgets = ", ".join(f"{size} {name}" for name, size in asdict(run.data.budgets).items())
+    console.print(f"mesh: {mesh}; {run.data.rows} rows a step, each at most {budgets}")
+    console.print(f"data: {documents} documents, {skipped} skipped; compute {run.compute.dtype}, {run.train.steps} steps")
+
+
+def _count(setup: Setup) -> dict[tuple[str, str], tuple[int, int]]:
+    """(trainable, frozen) parameters by (group, branch)."""
+    counts: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
+    sizes = {name: value.size for name, value in named_values(setup.template).items()}
+    for place, names in enumerate((setup.groups.trainable, setup.groups.frozen)):
+        for name, group in names.items():
+            counts[group, name.split(".")[0]][place] += sizes[name]
+    return {key: (trainable, frozen) for key, (trainable, frozen) in counts.items()}
+
+
+class ProgressLine:
+    """Step, bar, ETA, loss, tokens/s and fill on one line; on a terminal that cannot redraw, a line now and then."""
+
+    def __init__(self, console: Console, steps: int, done: int, every: int = 10):
+        self._console, self._steps, self._every = console, steps, every
+        self._bar = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=24),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("train", total=steps, completed=done, numbers="")
+        self._bar.start()
+
+    def show(self, row: dict) -> None:
+        """`row` is a line of metrics.jsonl."""
+        speed = row["tokens"] / max(row["step_time_s"], 1e-9)
+        numbers = (
+            f"loss {row['loss']:.3f} (text {row['loss_text']:.3f}, audio {row['loss_audio']:.3f}) "
+            f"{speed:,.0f} tokens/s, fill {row['fill_tokens']:.2f}"
+        )
+        self._bar.update(self._task, completed=row["step"], numbers=numbers)
+        if not self._console.is_terminal and (row["step"] % self._every == 0 or row["step"] == self._steps):
+            left = (self._steps - row["step"]) * row["step_time_s"]
+            self._console.print(f"step {row['step']}/{self._steps} {numbers}, {left / 60:.1f} min left", soft_wrap=True)
+
+    def close(self) -> None:
+        self._bar.stop()

@@ -1,0 +1,27 @@
+"""A mixture as the training loop reads it: counts for the report, and steps of packed rows from a state on."""
+
+from collections import Counter
+from collections.abc import Iterator
+
+from data_pipelines.codes import CodeStore
+from data_pipelines.pipeline import Pipeline, check_bad_fraction
+from data_pipelines.rows import Shard, Step
+
+
+class TrainingData:
+    """Endless steps of a pipeline's mixture; `shard` is this host's part of every step."""
+
+    def __init__(self, pipeline: Pipeline, codes: CodeStore, shard: Shard):
+        self._pipeline, self._codes, self._shard = pipeline, codes, shard
+        self.documents = pipeline.documents
+        self.skipped = pipeline.causes()
+        self.tokenizer_json = pipeline.processor.tokenizer.to_str()
+
+    def steps(self, state: dict | None) -> Iterator[Step]:
+        """Steps from the plan's `state` on (None: from the start)."""
+        return self._pipeline.steps(self._codes, state=state, shard=self._shard)
+
+    def check_lost(self, causes: Counter) -> None:
+        """Raises ConfigError when documents skipped by the index and lost at decode exceed `max_bad_fraction`."""
+        bad = self.skipped + causes
+        check_bad_fraction(bad.total(), self.documents, self._pipeline.config.max_bad_fraction, bad)

@@ -1,0 +1,49 @@
+"""Trains: the same command on a laptop's CPU, a GPU, a TPU VM or every host of a pod slice.
+
+    python launch/tpu_pretrain.py --config configs/tiny.py --workdir runs/tiny [--set train.steps=20 ...]
+
+Started again with the same workdir, it goes on where it stopped; SIGTERM saves and leaves. Numbers go to
+WORKDIR/metrics.jsonl and WORKDIR/tensorboard. Exit code 2: something given cannot be used, the message says what.
+"""
+
+import sys
+from pathlib import Path
+
+import jax
+from absl import app, flags
+from tokenize_audio import CONFIG, SET, ensure_codes, quiet_logs
+
+from baichuan_omni_jax.checkpoint import Workdir
+from baichuan_omni_jax.config import apply_overrides, load_run_config, resolve_model
+from baichuan_omni_jax.config.errors import exit_code
+from baichuan_omni_jax.train.loop import train
+from data_pipelines.pipeline import open_pipeline, prepare_sample
+from data_pipelines.rows import Shard
+from data_pipelines.training import TrainingData
+
+WORKDIR = flags.DEFINE_string("workdir", None, "where the run's checkpoints and numbers go", required=True)
+MULTIHOST = flags.DEFINE_bool("multihost", False, "join the other hosts of the slice (jax.distributed) first")
+
+
+def pretrain() -> None:
+    if MULTIHOST.value:
+        jax.distributed.initialize()
+    run = apply_overrides(load_run_config(CONFIG.value), SET.value)
+    omni = resolve_model(run.model)
+    workdir = Workdir(Path(WORKDIR.value), keep=run.checkpoint.keep)
+    workdir.write_run_config(run)
+    prepare_sample(run.data)
+    pipeline = open_pipeline(run.data, omni)
+    codes = ensure_codes(run, omni, pipeline)
+    shard = Shard(jax.process_index(), jax.process_count())
+    train(run, omni, workdir, TrainingData(pipeline, codes, shard))
+    workdir.close()
+
+
+def main(_) -> None:
+    quiet_logs()
+    sys.exit(exit_code(pretrain))
+
+
+if __name__ == "__main__":
+    app.run(main)
