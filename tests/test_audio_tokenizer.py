@@ -61,7 +61,7 @@ def test_bfloat16_traces_and_differentiates():
     """Types only; values and gradients are compared across meshes and with the goldens."""
     compute = Compute(dtype=jnp.dtype("bfloat16"))
     abstract = jax.eval_shape(lambda: AudioTokenizer(jax.random.key(0), CFG, compute))
-    mel, lengths = sounds(2, 64), np.array([64, 20], np.int32)
+    mel, lengths = jnp.asarray(sounds(2, 64)), jnp.array([64, 20], jnp.int32)
 
     def loss(model):
         features, valid = model.features(mel, lengths)
@@ -82,4 +82,4 @@ def test_sinusoids():
 
 def test_errors():
     with pytest.raises(ValueError, match=r"expected \(clips, frames, 32\) and \(clips,\)"):
-        tokenizer().encode(np.zeros((2, 10, 31), np.float32), np.zeros(2, np.int32))
+        tokenizer().encode(jnp.zeros((2, 10, 31)), jnp.zeros(2, jnp.int32))

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from typecheck import unchecked
 
 from baichuan_omni_jax.config import MeshConfig, tiny
 from baichuan_omni_jax.nn.param import Compute
@@ -14,8 +15,8 @@ from baichuan_omni_jax.vision.model import VisionModel
 from baichuan_omni_jax.vision.patches import grid_angles, normalise_pixels
 
 CFG = tiny().vision
-GRID = np.stack(np.divmod(np.arange(24), 4), -1)[None].astype(np.int32)
-IDS = np.array([[1] * 16 + [0] * 8], np.int32)
+GRID = jnp.stack(jnp.divmod(jnp.arange(24), 4), -1)[None].astype(jnp.int32)
+IDS = jnp.array([[1] * 16 + [0] * 8], jnp.int32)
 PIXELS = np.random.default_rng(0).integers(0, 256, (1, 24, 588), np.uint8)
 
 
@@ -43,7 +44,9 @@ def normalised(pixels: np.ndarray) -> np.ndarray:
 
 
 def test_pixels_are_normalised_per_channel():
-    np.testing.assert_allclose(normalise_pixels(PIXELS, CFG.image_mean, CFG.image_std), normalised(PIXELS), atol=1e-5)
+    np.testing.assert_allclose(
+        normalise_pixels(jnp.asarray(PIXELS), CFG.image_mean, CFG.image_std), normalised(PIXELS), atol=1e-5
+    )
 
 
 def test_a_still_as_pixels_equals_two_equal_slices():
@@ -72,9 +75,10 @@ def test_no_gradient_flows_into_padding():
 
 
 def test_errors():
+    pixels = jnp.asarray(PIXELS)
     with pytest.raises(ValueError, match="expected 588 uint8 or normalised values a patch, or 1176"):
-        model()(PIXELS[..., :100], GRID, IDS)
-    with pytest.raises(ValueError, match="rows and patches must agree"):
-        model()(PIXELS, GRID[:, :12], IDS)
+        model()(pixels[..., :100], GRID, IDS)
+    with unchecked(), pytest.raises(ValueError, match="rows and patches must agree"):
+        model()(pixels, GRID[:, :12], IDS)
     with pytest.raises(ValueError, match="22 patches are not a multiple of 4"):
-        model()(PIXELS[:, :22], GRID[:, :22], IDS[:, :22])
+        model()(pixels[:, :22], GRID[:, :22], IDS[:, :22])
