@@ -120,7 +120,7 @@ def parameter_axes(variable: nnx.Variable) -> tuple[str, ...]:
 
 
 def parameter_sharding(mesh: Mesh, rules: ShardingRules, variable: nnx.Variable, name: str) -> NamedSharding:
-    """Where a parameter is stored. Raises ConfigError, with the parameter's `name`, when the mesh does not divide it."""
+    """Where a parameter is stored. Raises ConfigError, with its `name`, when the mesh does not divide it."""
     axes = parameter_axes(variable)
     check_divisible(mesh, rules, variable.shape, axes, name)
     return NamedSharding(mesh, rules.spec(*axes))

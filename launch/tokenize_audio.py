@@ -45,9 +45,7 @@ def ensure_codes(run: RunConfig, omni: OmniConfig, pipeline: Pipeline):
     mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])
     with jax.set_mesh(mesh):
         tokenizer = load_tokenizer(run, omni, mesh)
-        return open_or_write_codes(
-            pipeline, fingerprint(tokenizer), lambda windows: encode_windows(tokenizer, windows)
-        )
+        return open_or_write_codes(pipeline, fingerprint(tokenizer), lambda windows: encode_windows(tokenizer, windows))
 
 
 def main(_) -> None:

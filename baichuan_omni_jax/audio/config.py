@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class AudioConfig:
-    """`audio_config` of the released model. Times in seconds, rates in Hz; mel frames come every `hop_length` samples."""
+    """`audio_config` of the released model. Rates in Hz; mel frames come every `hop_length` samples."""
 
     sampling_rate: int = 16000
     num_mel_bins: int = 128
@@ -50,7 +50,7 @@ class AudioConfig:
         return (mel_frames - 1) // self.stride_size + 1 if mel_frames > 0 else 0
 
     def bridge_length(self, mel_frames: int) -> int:
-        """Code frames (12.5 Hz) of a window with `mel_frames` valid mel frames; a partial group is dropped: 3000 -> 375."""
+        """Code frames (12.5 Hz) of a window with `mel_frames` valid frames, a partial group dropped: 3000 -> 375."""
         return self.encoder_length(mel_frames) // self.avg_pooler
 
 

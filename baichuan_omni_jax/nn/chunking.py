@@ -15,7 +15,7 @@ from baichuan_omni_jax.sharding import ShardingRules, axis_product
 
 
 def split_chunks(x: Float[Array, "b t ..."], chunk: int, rules: ShardingRules) -> Float[Array, "pieces b p ..."]:
-    """(b, t, ...) -> (pieces, b, shards * c, ...), where c is the largest divisor of a shard's part that is <= chunk."""
+    """(b, t, ...) -> (pieces, b, shards * c, ...); c is the largest divisor of a shard's part that is <= chunk."""
     mesh = jax.typeof(x).sharding.mesh
     shards = 1 if mesh.empty else axis_product(mesh, rules.axes("length"))
     local = x.shape[1] // shards

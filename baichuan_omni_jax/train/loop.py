@@ -59,7 +59,7 @@ class Data(Protocol):
 def train(run: RunConfig, omni: OmniConfig, workdir: Workdir, data: Data, console: Console | None = None) -> TrainState:
     """Trains until `train.steps` or SIGTERM and returns the last state, which has been saved.
 
-    Resumes from the workdir's newest good step. Raises ConfigError for what does not fit: mesh, budgets, groups, config.
+    Resumes from the workdir's newest good step. Raises ConfigError for what does not fit: mesh, budgets, groups.
     """
     console = console or Console()
     compiles = CompileCounter()
@@ -73,7 +73,7 @@ def train(run: RunConfig, omni: OmniConfig, workdir: Workdir, data: Data, consol
             console.print(f"{workdir.path}: resumed from step {state.step}")
         print_start_table(console, run, setup, data.documents, data.skipped.total())
         if state.step >= run.train.steps:
-            console.print(f"{workdir.path}: finished at step {state.step}; nothing to do (train.steps {run.train.steps})")
+            console.print(f"{workdir.path} is finished: step {state.step} of train.steps {run.train.steps}")
             return state
         return _Loop(run, omni, setup, workdir, data, console, compiles, compute.rules).go(state, data_state)
 

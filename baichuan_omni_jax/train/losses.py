@@ -9,7 +9,7 @@ from baichuan_omni_jax.sharding import ShardingRules
 
 
 def cross_entropy(logits: Float[Array, "... v"], targets: Int32[Array, "..."]) -> Float[Array, "..."]:
-    """-log softmax(logits)[target] in fp32. The target's logit is picked by comparison: `v` may be split over devices."""
+    """-log softmax(logits)[target] in fp32. The target is picked by comparison: `v` may be split over devices."""
     logits = logits.astype(jnp.float32)
     classes = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
     spec = jax.typeof(logits).sharding
@@ -27,9 +27,9 @@ def chunked_cross_entropy(
     chunk: int,
     rules: ShardingRules,
 ) -> Float[Array, ""]:
-    """Sum over positions of weight * cross-entropy of `hidden @ head.T`, with `chunk` positions a row and shard in memory.
+    """Sum over positions of weight * cross-entropy of `hidden @ head.T`.
 
-    Logits of one chunk live at a time, forward and backward (each is recomputed).
+    Logits of `chunk` positions a row and shard are in memory at a time, forward and backward (each is recomputed).
     """
 
     @jax.checkpoint

@@ -20,12 +20,13 @@ def print_start_table(console: Console, run: RunConfig, setup: Setup, documents:
     rates = {group.name: group.learning_rate for group in run.optimizer.groups}
     for (group, branch), (trainable, frozen) in sorted(_count(setup).items()):
         rate = rates[group]
-        table.add_row(group, branch, f"{trainable + frozen:,}", f"{frozen:,}", "frozen" if rate is None else f"{rate:g}")
+        peak = "frozen" if rate is None else f"{rate:g}"
+        table.add_row(group, branch, f"{trainable + frozen:,}", f"{frozen:,}", peak)
     console.print(table)
     mesh = ", ".join(f"{axis} {size}" for axis, size in setup.mesh.shape.items())
     budgets = ", ".join(f"{size} {name}" for name, size in asdict(run.data.budgets).items())
     console.print(f"mesh: {mesh}; {run.data.rows} rows a step, each at most {budgets}")
-    console.print(f"data: {documents} documents, {skipped} skipped; compute {run.compute.dtype}, {run.train.steps} steps")
+    console.print(f"data: {documents} documents, {skipped} skipped; {run.train.steps} steps in {run.compute.dtype}")
 
 
 def _count(setup: Setup) -> dict[tuple[str, str], tuple[int, int]]:

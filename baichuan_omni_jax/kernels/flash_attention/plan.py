@@ -24,7 +24,7 @@ _LATE = jnp.iinfo(jnp.int32).max
 
 
 class Segments(NamedTuple):
-    """Segment ids and positions of queries (b, t) and keys (b, s), int32. Id 0 is padding: it sees and is seen by none."""
+    """Segment ids and positions of queries (b, t) and keys (b, s), int32. Id 0 is padding: neither sees nor seen."""
 
     q_ids: Int32[Array, "b t"]
     q_pos: Int32[Array, "b t"]
@@ -112,7 +112,7 @@ def _bounds(ids: Array, positions: Array, block: int) -> _Bounds:
 
 
 def _visible(q: _Bounds, k: _Bounds, causal: bool) -> tuple[Bool[Array, "n_q n_k"], Bool[Array, "n_q n_k"]]:
-    """Pairs whose ids overlap and, if causal, whose earliest key is not after the latest query; and the interior ones."""
+    """Pairs whose ids overlap and, if causal, whose earliest key is not after the latest query; which are interior."""
     q = _Bounds(*(field[:, None] for field in q))
     k = _Bounds(*(field[None, :] for field in k))
     visible = (q.low_id <= k.high_id) & (k.low_id <= q.high_id) & (q.high_id > 0) & (k.high_id > 0)

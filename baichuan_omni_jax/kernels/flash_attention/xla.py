@@ -33,7 +33,7 @@ def attention(
     plan: BlockPlan,
     scale: float,
 ) -> tuple[Float[Array, "b t n h"], Float[Array, "b t n"]]:
-    """Attention and its log-sum-exp (fp32; -1e30 where a query sees nothing). `plan` has one context shard, (b, 1, N)."""
+    """Attention and its log-sum-exp (fp32; -1e30 where a query sees nothing). `plan` is one shard's, (b, 1, N)."""
     static = _Static(plan.causal, scale, plan.block_q, plan.block_kv)
     pairs = (plan.by_query[:, 0], plan.by_key[:, 0], plan.count[:, 0])
     return lax.map(lambda row: _attend_row(static, *row), (q, k, v, segments, pairs))
@@ -121,7 +121,7 @@ _attend_row.defvjp(_forward, _backward)
 
 
 class _Blocks:
-    """One row's arrays cut into blocks: queries as (heads, group, block_q, ...), keys and values as (block_kv, heads, h)."""
+    """One row's arrays in blocks: queries (heads, group, block_q, ...), keys and values (block_kv, heads, h)."""
 
     def __init__(self, static: _Static, q, k, v, segments: Segments):
         self.static = static
@@ -134,7 +134,7 @@ class _Blocks:
         self._kv_ids, self._kv_pos = self._pad_keys(segments.kv_ids), self._pad_keys(segments.kv_pos)
 
     def pad_queries(self, x):
-        """(t, ...) -> (blocks, block_q, ...); a heads axis is split and put before the block: (blocks, k, g, block_q, ...)."""
+        """(t, ...) -> (blocks, block_q, ...); a heads axis is split and goes first: (blocks, k, g, block_q, ...)."""
         x = _cut(x, self.n_q, self.static.block_q)
         if x.ndim == 2:
             return x
