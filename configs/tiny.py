@@ -42,9 +42,9 @@ def get_config() -> RunConfig:
                 GroupConfig(name="language and audio", pattern=r"(llm|audio_head)\.", learning_rate=3e-3),
             ),
             warmup_steps=20,
-            decay_steps=200,
+            decay_steps=150,
         ),
         compute=ComputeConfig(dtype="float32", remat="none", loss_chunk=256, attention_block=128),
-        train=TrainConfig(steps=200, frozen_dtype="float32"),
+        train=TrainConfig(steps=150, frozen_dtype="float32"),
         checkpoint=CheckpointConfig(every=100),
     )
