@@ -18,6 +18,7 @@ from baichuan_omni_jax.config import MeshConfig, OmniConfig, RunConfig, apply_ov
 from baichuan_omni_jax.config.errors import exit_code
 from baichuan_omni_jax.nn.param import Compute
 from baichuan_omni_jax.sharding import make_mesh
+from data_pipelines.codes import CodeStore
 from data_pipelines.pipeline import Pipeline, open_pipeline, prepare_sample
 from data_pipelines.stores import open_or_write_codes
 
@@ -40,7 +41,7 @@ def load_tokenizer(run: RunConfig, omni: OmniConfig, mesh: jax.sharding.Mesh) ->
     return load_branches(run.data.audio_tokenizer, {"audio_encoder": abstract})["audio_encoder"]
 
 
-def ensure_codes(run: RunConfig, omni: OmniConfig, pipeline: Pipeline):
+def ensure_codes(run: RunConfig, omni: OmniConfig, pipeline: Pipeline) -> CodeStore:
     """The code store of the run's data, written first where clips are missing. One device, one process."""
     mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])
     with jax.set_mesh(mesh):

@@ -14,10 +14,12 @@ from absl import app, flags
 from tokenize_audio import CONFIG, SET, ensure_codes, quiet_logs
 
 from baichuan_omni_jax.checkpoint import Workdir
-from baichuan_omni_jax.config import apply_overrides, load_run_config, resolve_model
+from baichuan_omni_jax.config import OmniConfig, RunConfig, apply_overrides, load_run_config, resolve_model
 from baichuan_omni_jax.config.errors import exit_code
+from baichuan_omni_jax.train.hosts import leader_first
 from baichuan_omni_jax.train.loop import train
-from data_pipelines.pipeline import open_pipeline, prepare_sample
+from data_pipelines.codes import CodeStore
+from data_pipelines.pipeline import Pipeline, open_pipeline, prepare_sample
 from data_pipelines.rows import Shard
 from data_pipelines.training import TrainingData
 
@@ -32,12 +34,17 @@ def pretrain() -> None:
     omni = resolve_model(run.model)
     workdir = Workdir(Path(WORKDIR.value), keep=run.checkpoint.keep)
     workdir.write_run_config(run)
-    prepare_sample(run.data)
-    pipeline = open_pipeline(run.data, omni)
-    codes = ensure_codes(run, omni, pipeline)
+    pipeline, codes = leader_first(lambda: prepare(run, omni))
     shard = Shard(jax.process_index(), jax.process_count())
     train(run, omni, workdir, TrainingData(pipeline, codes, shard))
     workdir.close()
+
+
+def prepare(run: RunConfig, omni: OmniConfig) -> tuple[Pipeline, CodeStore]:
+    """The run's indexed data and audio codes, built where they are not there yet."""
+    prepare_sample(run.data)
+    pipeline = open_pipeline(run.data, omni)
+    return pipeline, ensure_codes(run, omni, pipeline)
 
 
 def main(_) -> None:
