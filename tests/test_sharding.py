@@ -11,6 +11,7 @@ from baichuan_omni_jax.config import ConfigError, MeshConfig
 from baichuan_omni_jax.nn.param import Compute, named_values, named_variables, normal, stack, with_values
 from baichuan_omni_jax.omni.merge import merge_media, pick_slots
 from baichuan_omni_jax.sharding import ShardingRules, check_divisible, make_mesh, parameter_axes
+from tests.typecheck import unchecked
 
 
 def test_spec_names_mesh_axes():
@@ -40,7 +41,10 @@ def test_uneven_split_names_the_dimension():
     class Four:
         shape = {"data": 1, "fsdp": 1, "context": 1, "tensor": 4}  # noqa: RUF012
 
-    with pytest.raises(ConfigError, match=r"llm\.k_proj: dimension kv_heads of 2 is not divisible by 4, the mesh axes"):
+    with (
+        unchecked(),
+        pytest.raises(ConfigError, match=r"llm\.k_proj: dimension kv_heads of 2 is not divisible by 4, the mesh axes"),
+    ):
         check_divisible(Four(), ShardingRules(), (128, 2), ("embed", "kv_heads"), "llm.k_proj")
 
 
