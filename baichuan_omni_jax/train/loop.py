@@ -32,14 +32,14 @@ from baichuan_omni_jax.train.step import make_step
 
 log = logging.getLogger(__name__)
 
-LossKey = tuple[int, int]
+DocumentKey = tuple[int, int]  # source, number in it
 
 
 class Step(Protocol):
     """What the loop asks of a step of data (data_pipelines.rows.Step is one)."""
 
     batch: dict[str, np.ndarray]
-    lost: dict[LossKey, tuple[str, str, str]]
+    lost: dict[DocumentKey, tuple[str, str, str]]
     state: dict
 
 
@@ -100,8 +100,9 @@ class _Loop:
         self.run, self.omni, self.setup, self.workdir, self.data = run, omni, setup, workdir, data
         self.console, self.compiles, self.rules = console, compiles, rules
         self.step = make_step(setup, run)
-        self.lost: dict[LossKey, str] = {}
+        self.lost: dict[DocumentKey, str] = {}
         self.stop = False
+        self.last_end = 0.0
 
     def go(self, state: TrainState, data_state: dict | None) -> TrainState:
         leader = jax.process_index() == 0
@@ -154,15 +155,15 @@ class _Loop:
         now = time.perf_counter()
         numbers["tokens"] = int(numbers["tokens"])
         # From the start of this step (or the end of the one before, still running then) until its numbers were there.
-        took = now - max(began, getattr(self, "_last_end", 0.0))
-        self._last_end = now
+        took = now - max(began, self.last_end)
+        self.last_end = now
         row = {"step": step, **numbers, "step_time_s": took, "data_wait_s": waited, "compiles": self.compiles.count}
         row["skipped"] = dict(self.data.skipped + Counter(self.lost.values()))
         if metrics is not None:
             metrics.write(row)
             line.show(row)
 
-    def _note_lost(self, lost: dict[LossKey, tuple[str, str, str]]) -> None:
+    def _note_lost(self, lost: dict[DocumentKey, tuple[str, str, str]]) -> None:
         for key, (where, cause, message) in lost.items():
             if key not in self.lost:
                 self.lost[key] = cause
