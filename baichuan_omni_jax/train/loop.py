@@ -125,8 +125,10 @@ class _Loop:
                     self._report(pending, metrics, line)
                 pending = (state.step, numbers, waited, began)
                 if state.step % self.run.checkpoint.every == 0:
+                    # A saved step's numbers must be on disk: a run that resumes after it never computes them again.
+                    self._report(pending, metrics, line)
                     self._save(state, data_state)
-                    saved = state.step
+                    pending, saved = None, state.step
             if pending is not None:
                 self._report(pending, metrics, line)
             if saved != state.step:
