@@ -7,11 +7,12 @@ the clip's end, as if it were alone. The released code leaves the latter non-zer
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray
+from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
 from baichuan_omni_jax.audio.config import AudioConfig
 from baichuan_omni_jax.nn.conv import Conv1d
 from baichuan_omni_jax.nn.encoder import EncoderLayer, EncoderSizes, gelu, run_encoder
+from baichuan_omni_jax.nn.lengths import frames_before
 from baichuan_omni_jax.nn.norm import LayerNorm
 from baichuan_omni_jax.nn.param import Compute, split_as, stack
 
@@ -29,11 +30,6 @@ def sinusoids(length: int, width: int) -> Float[Array, "t d"]:
     frequency = 10000.0 ** (-jnp.arange(width // 2, dtype=jnp.float32) / (width // 2 - 1))
     angles = jnp.arange(length, dtype=jnp.float32)[:, None] * frequency
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
-
-
-def frames_before(lengths: Int32[Array, " m"], frames: int) -> Bool[Array, "m t"]:
-    """True for the first `lengths[i]` of `frames` frames: lengths [1, 3], 3 frames -> [[1, 0, 0], [1, 1, 1]]."""
-    return jnp.arange(frames) < lengths[:, None]
 
 
 def encoder_lengths(mel_lengths: Int32[Array, " m"], stride: int) -> Int32[Array, " m"]:

@@ -7,8 +7,9 @@ from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray
 
 from baichuan_omni_jax.audio.bridge import AudioBridge
 from baichuan_omni_jax.audio.config import AudioConfig
-from baichuan_omni_jax.audio.encoder import CLIPS, AudioEncoder, encoder_lengths, frames_before
+from baichuan_omni_jax.audio.encoder import CLIPS, AudioEncoder, encoder_lengths
 from baichuan_omni_jax.audio.quantizer import ResidualQuantizer
+from baichuan_omni_jax.nn.lengths import frames_before
 from baichuan_omni_jax.nn.param import Compute, split_as
 
 

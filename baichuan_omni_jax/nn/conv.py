@@ -1,17 +1,19 @@
-"""1-D convolution over the time axis, as one matrix product over windows: channels last, weight (kernel, in, out)."""
+"""1-D convolutions over the time axis, as one matrix product over windows: channels last, weight (kernel, in, out)."""
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from baichuan_omni_jax.nn.linear import Linear
-from baichuan_omni_jax.nn.param import Compute
+from baichuan_omni_jax.nn.param import Compute, normal, use, zeros
 
 
 class Conv1d(nnx.Module):
     """Windows of `kernel` frames every `stride` frames, `padding` zeros on both sides; the time axis is not split.
 
     (b, t, in) -> (b, (t + 2 padding - kernel) // stride + 1, out). The checkpoint's weight is (out, in, kernel).
+    `causal` puts kernel - 1 zeros on the left only. `channels` are the logical axes of the weight's in and out.
     """
 
     def __init__(
@@ -25,14 +27,70 @@ class Conv1d(nnx.Module):
         compute: Compute,
         bias: bool = True,
         gain: float = 1.0,
+        causal: bool = False,
+        channels: tuple[str, str] = ("small", "embed"),
     ):
-        axes, out = ("kernel", "small", "embed"), (rows, None, None)
+        axes, out = ("kernel", *channels), (rows, None, None)
         self.linear = Linear(key, "btkc,kcd->btd", shape, axes, out=out, compute=compute, bias=bias, gain=gain)
-        self.kernel, self.stride, self.padding = shape[0], stride, padding
+        self.kernel, self.stride = shape[0], stride
+        self.padding = (shape[0] - 1, 0) if causal else (padding, padding)
 
     def __call__(self, x: Float[Array, "b t c"]) -> Float[Array, "b s d"]:
-        x = jnp.pad(x, ((0, 0), (self.padding, self.padding), (0, 0)))
+        x = jnp.pad(x, ((0, 0), self.padding, (0, 0)))
         count = (x.shape[1] - self.kernel) // self.stride + 1
         end = (count - 1) * self.stride + 1
         windows = jnp.stack([x[:, i : i + end : self.stride] for i in range(self.kernel)], 2)
         return self.linear(windows)
+
+
+class TransposedConv1d(nnx.Module):
+    """Every frame adds `kernel` frames to the output, `stride` after the frame before it; nothing is cut.
+
+    (b, t, in) -> (b, (t - 1) stride + kernel, out). The checkpoint's weight is (in, out, kernel). Kernel 3, stride 2,
+    two frames x, y: [x w0, x w1, x w2 + y w0, y w1, y w2], and the bias on each.
+    """
+
+    def __init__(
+        self,
+        key: PRNGKeyArray,
+        shape: tuple[int, int, int],
+        *,
+        stride: int,
+        rows: str | None,
+        compute: Compute,
+        channels: tuple[str, str] = ("small", "embed"),
+    ):
+        # About kernel / stride frames of the input meet in one of the output.
+        std = (max(1, shape[0] // stride) * shape[1]) ** -0.5
+        self.weight = normal(key, shape, ("kernel", *channels), std=std)
+        self.bias = zeros((shape[2],), channels[1:])
+        self.stride, self.rows, self.compute = stride, rows, compute
+
+    def __call__(self, x: Float[Array, "b t c"]) -> Float[Array, "b s d"]:
+        pieces = transposed_pieces(x, use(self.weight, self.compute), self.rows, self.compute)
+        spec = self.compute.rules.spec(self.rows, None, None)
+        return overlap_add(pieces, self.stride, spec) + use(self.bias, self.compute)
+
+
+def transposed_pieces(
+    x: Float[Array, "b t c"], weight: Float[Array, "k c d"], rows: str | None, compute: Compute
+) -> Float[Array, "b t k d"]:
+    """What every frame of `x` adds to the output of a transposed convolution."""
+    spec = compute.rules.spec(rows, None, None, None)
+    return jnp.einsum("btc,kcd->btkd", x.astype(weight.dtype), weight, out_sharding=spec)
+
+
+def overlap_add(pieces: Float[Array, "b t k d"], stride: int, spec: PartitionSpec) -> Float[Array, "b s d"]:
+    """The sum of pieces of k frames that start `stride` frames apart: (t - 1) stride + k frames, split as `spec`.
+
+    Pieces are cut in blocks of `stride` frames, and block j of piece i lands in block i + j of the result: no scatter.
+    """
+    b, t, k, d = pieces.shape
+    blocks = -(-k // stride)
+    pieces = jnp.pad(pieces, ((0, 0), (0, 0), (0, blocks * stride - k), (0, 0)))
+    total = 0
+    for j in range(blocks):
+        block = pieces[:, :, j * stride : (j + 1) * stride]
+        total = total + jnp.pad(block, ((0, 0), (j, blocks - 1 - j), (0, 0), (0, 0)))
+    joined = total.reshape(b, (t + blocks - 1) * stride, d, out_sharding=spec)
+    return joined[:, : (t - 1) * stride + k]

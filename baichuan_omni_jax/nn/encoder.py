@@ -1,4 +1,4 @@
-"""The pre-norm transformer layer of the vision tower and the audio encoder, and the scan over a stack of them.
+"""The pre-norm transformer layer of vision tower, audio encoder and decoder, and flow matching; the scan over a stack.
 
 Weights are whole on every device while they are computed with, so rows may be split in any way that keeps a segment
 (a frame, a clip) on one device.
@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
 from baichuan_omni_jax.kernels.flash_attention import BlockPlan, Segments, flash_attention, plan_blocks
 from baichuan_omni_jax.nn.linear import Linear
-from baichuan_omni_jax.nn.norm import LayerNorm
+from baichuan_omni_jax.nn.norm import LayerNorm, RMSNorm
 from baichuan_omni_jax.nn.param import Compute
 from baichuan_omni_jax.nn.remat import remat
 from baichuan_omni_jax.nn.rope import rotate
@@ -32,7 +32,10 @@ def quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderSizes:
-    """Sizes and variant of a layer. `rows` are the logical axes of the activations' first two dims."""
+    """Sizes and variant of a layer. `rows` are the logical axes of the activations' first two dims.
+
+    `head_width` is a head's size where it is not width / heads; `norm` is `LayerNorm` or `RMSNorm`.
+    """
 
     width: int
     heads: int
@@ -41,15 +44,18 @@ class EncoderSizes:
     rows: tuple[str | None, str | None]
     activation: Callable[[Array], Array] = gelu
     key_bias: bool = True
+    query_value_bias: bool = True
     causal: bool = False
+    head_width: int | None = None
+    norm: type[LayerNorm] | type[RMSNorm] = LayerNorm
 
     @property
     def head_dim(self) -> int:
-        return self.width // self.heads
+        return self.head_width or self.width // self.heads
 
 
 class EncoderAttention(nnx.Module):
-    """Multi-head attention with biased projections (K's bias by choice), rotary where angles are given."""
+    """Multi-head attention, biases of Q, K, V by choice, rotary where angles are given."""
 
     def __init__(self, key: PRNGKeyArray, sizes: EncoderSizes, compute: Compute):
         keys = jax.random.split(key, 4)
@@ -59,7 +65,8 @@ class EncoderAttention(nnx.Module):
             axes, out = ("embed", "small", "small"), (*sizes.rows, None, None)
             return Linear(key, "btd,dnh->btnh", (d, n, h), axes, out=out, compute=compute, bias=bias)
 
-        self.q_proj, self.k_proj, self.v_proj = into(keys[0], True), into(keys[1], sizes.key_bias), into(keys[2], True)
+        self.q_proj, self.v_proj = into(keys[0], sizes.query_value_bias), into(keys[2], sizes.query_value_bias)
+        self.k_proj = into(keys[1], sizes.key_bias)
         axes, out = ("small", "small", "embed"), (*sizes.rows, None)
         self.o_proj = Linear(keys[3], "btnh,nhd->btd", (n, h, d), axes, out=out, compute=compute, bias=True)
         self.sizes, self.compute = sizes, compute
@@ -99,13 +106,13 @@ class FeedForward(nnx.Module):
 
 
 class EncoderLayer(nnx.Module):
-    """LayerNorm -> attention -> residual -> LayerNorm -> feed-forward -> residual."""
+    """Norm -> attention -> residual -> norm -> feed-forward -> residual."""
 
     def __init__(self, key: PRNGKeyArray, sizes: EncoderSizes, compute: Compute):
         keys = jax.random.split(key)
-        self.attention_norm = LayerNorm(sizes.width, eps=sizes.eps, compute=compute)
+        self.attention_norm = sizes.norm(sizes.width, eps=sizes.eps, compute=compute)
         self.attention = EncoderAttention(keys[0], sizes, compute)
-        self.mlp_norm = LayerNorm(sizes.width, eps=sizes.eps, compute=compute)
+        self.mlp_norm = sizes.norm(sizes.width, eps=sizes.eps, compute=compute)
         self.mlp = FeedForward(keys[1], sizes, compute)
 
     def __call__(

@@ -1,9 +1,9 @@
-"""RMSNorm and LayerNorm over the last axis, in fp32."""
+"""RMSNorm and LayerNorm over the last axis, GroupNorm over an item, in fp32."""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from baichuan_omni_jax.nn.param import Compute, ones, use, zeros
 
@@ -35,5 +35,27 @@ class LayerNorm(nnx.Module):
             wide = x.astype(jnp.float32)
             wide = wide - jnp.mean(wide, -1, keepdims=True)
             wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + self.eps)
+            wide = wide * use(self.scale, self.compute, jnp.float32) + use(self.bias, self.compute, jnp.float32)
+            return wide.astype(x.dtype)
+
+
+class GroupNorm(nnx.Module):
+    """(x - mean) / sqrt(var + eps) * scale + bias, mean and variance over all channels of an item's counted frames.
+
+    One group (PyTorch's `GroupNorm(1, width)`). With every frame counted, padding moves the statistics.
+    """
+
+    def __init__(self, width: int, *, eps: float, compute: Compute):
+        self.scale = ones((width,), ("norm",))
+        self.bias = zeros((width,), ("norm",))
+        self.eps, self.compute = eps, compute
+
+    def __call__(self, x: Float[Array, "b t c"], counted: Bool[Array, "b t"]) -> Float[Array, "b t c"]:
+        with jax.named_scope("group_norm"):
+            wide, counted = x.astype(jnp.float32), counted[..., None]
+            values = jnp.maximum(counted.sum((1, 2), keepdims=True) * x.shape[2], 1)
+            wide = wide - jnp.where(counted, wide, 0).sum((1, 2), keepdims=True) / values
+            variance = jnp.where(counted, wide * wide, 0).sum((1, 2), keepdims=True) / values
+            wide = wide * jax.lax.rsqrt(variance + self.eps)
             wide = wide * use(self.scale, self.compute, jnp.float32) + use(self.bias, self.compute, jnp.float32)
             return wide.astype(x.dtype)

@@ -1,0 +1,148 @@
+"""The branch `vocoder`: HiFT, a neural source-filter model with an inverse STFT at its end. Mel -> 24 kHz waveform.
+
+An item's result never depends on its batch: every convolution sees zeros past the item's end, and both transforms end
+where it ends.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int32, PRNGKeyArray
+
+from baichuan_omni_jax.nn.lengths import keep
+from baichuan_omni_jax.nn.param import Compute, split_as
+from baichuan_omni_jax.vocoder.config import VocoderConfig
+from baichuan_omni_jax.vocoder.layers import CLIPS, NormedConv1d, NormedTransposedConv1d, ResidualBlock, StridedConv1d
+from baichuan_omni_jax.vocoder.source import F0Predictor, HarmonicSource
+from baichuan_omni_jax.vocoder.stft import istft, stft
+
+END_KERNEL = 7
+# The released code writes the last activation without its configured slope: PyTorch's default.
+LAST_SLOPE = 0.01
+MAX_MAGNITUDE = 100.0
+
+
+class Vocoder(nnx.Module):
+    """F0 -> harmonic source -> body: the mel is upsampled, the source's spectrum added at every stage -> inverse STFT.
+
+    Names are the checkpoint's: `conv_pre, ups.i, source_downs.i, source_resblocks.i, resblocks.n, conv_post`;
+    `m_source.l_linear` is `source.linear`.
+    """
+
+    def __init__(self, key: PRNGKeyArray, cfg: VocoderConfig, compute: Compute):
+        keys = jax.random.split(key, 8)
+        stages = range(len(cfg.upsample_rates))
+        self.f0_predictor = F0Predictor(keys[0], cfg, compute)
+        self.source = HarmonicSource(keys[1], cfg, compute)
+        self.conv_pre = NormedConv1d(keys[2], (END_KERNEL, cfg.in_channels, cfg.base_channels), compute=compute)
+        stage_keys = [jax.random.split(keys[i], len(stages)) for i in (3, 4, 5, 6)]
+        self.ups = nnx.List([self._up(stage_keys[0][i], cfg, i, compute) for i in stages])
+        width_in = 2 * cfg.spectrum
+        self.source_downs = nnx.List(
+            [
+                StridedConv1d(
+                    stage_keys[1][i], width_in, cfg.channels(i), stride=cfg.source_strides[i], compute=compute
+                )
+                for i in stages
+            ]
+        )
+        sizes = list(zip(cfg.source_resblock_kernel_sizes, cfg.source_resblock_dilation_sizes, strict=True))
+        self.source_resblocks = nnx.List(
+            [ResidualBlock(stage_keys[2][i], k, cfg.channels(i), d, compute) for i, (k, d) in enumerate(sizes)]
+        )
+        self.resblocks = nnx.List(
+            [block for i in stages for block in self._resblocks(stage_keys[3][i], cfg, cfg.channels(i), compute)]
+        )
+        last = (END_KERNEL, cfg.channels(stages[-1]), 2 * cfg.spectrum)
+        self.conv_post = NormedConv1d(keys[7], last, compute=compute)
+        self.cfg, self.compute = cfg, compute
+
+    @staticmethod
+    def _up(key: PRNGKeyArray, cfg: VocoderConfig, i: int, compute: Compute) -> NormedTransposedConv1d:
+        shape = (cfg.upsample_kernel_sizes[i], cfg.channels(i - 1), cfg.channels(i))
+        return NormedTransposedConv1d(key, shape, stride=cfg.upsample_rates[i], compute=compute)
+
+    @staticmethod
+    def _resblocks(key: PRNGKeyArray, cfg: VocoderConfig, width: int, compute: Compute) -> list[ResidualBlock]:
+        sizes = list(zip(cfg.resblock_kernel_sizes, cfg.resblock_dilation_sizes, strict=True))
+        keys = jax.random.split(key, len(sizes))
+        return [ResidualBlock(keys[n], k, width, d, compute) for n, (k, d) in enumerate(sizes)]
+
+    def __call__(
+        self,
+        mel: Float[Array, "b t mels"],
+        lengths: Int32[Array, " b"],
+        phase: Float[Array, "b j"],
+        sine_noise: Float[Array, "b s j"],
+    ) -> Float[Array, "b s"]:
+        """Waveforms (b, t * hop_length), fp32 in ±audio_limit, zero past each length * hop_length.
+
+        `mel`: natural log magnitudes, `lengths` its valid frames. `phase` (b, harmonics), uniform in ±pi, and
+        `sine_noise` (b, t * hop_length, harmonics), standard normal, are the randomness (see `draw_noise`).
+        Raises ValueError on shapes that do not fit.
+        """
+        self._check(mel, lengths, phase, sine_noise)
+        arrays = (split_as(x, self.compute, CLIPS) for x in (mel, lengths, phase, sine_noise))
+        mel, lengths, phase, sine_noise = arrays
+        with jax.named_scope("vocoder"):
+            source = self.source(self.f0_predictor(mel, lengths), phase, sine_noise)
+            return self.filter(mel, lengths, source)
+
+    def filter(
+        self, mel: Float[Array, "b t mels"], lengths: Int32[Array, " b"], source: Float[Array, "b s"]
+    ) -> Float[Array, "b s"]:
+        """The waveform of a mel and a source signal."""
+        cfg = self.cfg
+        spec = self.compute.rules.spec(CLIPS, None, None)
+        sizes = {"n_fft": cfg.istft_n_fft, "hop": cfg.istft_hop, "spec": spec}
+        samples = lengths * cfg.hop_length
+        spectrum = stft(source, samples, **sizes).astype(self.compute.dtype)
+        x, frames = self.body(mel, lengths, spectrum)
+        with jax.named_scope("inverse_stft"):
+            x = x.astype(jnp.float32)
+            magnitude = jnp.minimum(jnp.exp(x[..., : cfg.spectrum]), MAX_MAGNITUDE)
+            # The released model bends the phase through a sine before it is used as an angle.
+            angle = jnp.sin(x[..., cfg.spectrum :])
+            wave = istft(magnitude * jnp.cos(angle), magnitude * jnp.sin(angle), frames, **sizes)
+            return jnp.clip(keep(wave, samples), -cfg.audio_limit, cfg.audio_limit)
+
+    def body(
+        self, mel: Float[Array, "b t mels"], lengths: Int32[Array, " b"], spectrum: Float[Array, "b f c"]
+    ) -> tuple[Float[Array, "b f c"], Int32[Array, " b"]]:
+        """Log magnitudes and angles (b, f, n_fft + 2) of f = t * hop_length / istft_hop + 1 frames; their valid counts."""
+        cfg = self.cfg
+        x = keep(self.conv_pre(keep(mel, lengths)), lengths)
+        per_stage = len(cfg.resblock_kernel_sizes)
+        for i, rate in enumerate(cfg.upsample_rates):
+            with jax.named_scope(f"stage_{i}"):
+                x, lengths = self.ups[i](jax.nn.leaky_relu(x, cfg.lrelu_slope)), lengths * rate
+                if i == len(cfg.upsample_rates) - 1:
+                    x = jnp.concatenate([x[:, 1:2], x], 1)
+                    lengths = jnp.where(lengths > 0, lengths + 1, 0)
+                source = keep(self.source_downs[i](spectrum), lengths)
+                x = keep(x, lengths) + self.source_resblocks[i](source, lengths)
+                blocks = self.resblocks[i * per_stage : (i + 1) * per_stage]
+                x = sum(block(x, lengths) for block in blocks) / per_stage
+        return self.conv_post(jax.nn.leaky_relu(x, LAST_SLOPE)), lengths
+
+    def _check(self, mel: Array, lengths: Array, phase: Array, sine_noise: Array) -> None:
+        b, t, mels = mel.shape
+        if mels != self.cfg.in_channels or lengths.shape != (b,):
+            raise ValueError(
+                f"mel {mel.shape} and lengths {lengths.shape}: expected (items, frames, {self.cfg.in_channels}) "
+                "and (items,)"
+            )
+        noise = (b, t * self.cfg.hop_length, self.cfg.harmonics)
+        if phase.shape != (b, self.cfg.harmonics) or sine_noise.shape != noise:
+            raise ValueError(
+                f"phase {phase.shape} and sine_noise {sine_noise.shape}: expected {(b, self.cfg.harmonics)} and {noise}"
+            )
+
+
+def draw_noise(
+    key: PRNGKeyArray, items: int, frames: int, cfg: VocoderConfig
+) -> tuple[Float[Array, "b j"], Float[Array, "b s j"]]:
+    """Random `phase` and `sine_noise` for `items` mels of `frames` frames."""
+    keys = jax.random.split(key)
+    phase = jax.random.uniform(keys[0], (items, cfg.harmonics), minval=-jnp.pi, maxval=jnp.pi)
+    return phase, jax.random.normal(keys[1], (items, frames * cfg.hop_length, cfg.harmonics))

@@ -1,0 +1,75 @@
+"""Short-time Fourier transform and its inverse: periodic Hann window, centred frames, as products with small tables.
+
+Each item has its own length: its signal is mirrored at its own end, and its windows are added up as if it were alone.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int32
+
+from baichuan_omni_jax.nn.conv import overlap_add
+from baichuan_omni_jax.nn.lengths import frames_before, keep
+
+
+def hann(n_fft: int) -> Float[np.ndarray, " n"]:
+    """Periodic: 0.5 - 0.5 cos(2 pi n / n_fft)."""
+    return 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(n_fft) / n_fft)
+
+
+def stft(
+    x: Float[Array, "b s"], lengths: Int32[Array, " b"], *, n_fft: int, hop: int, spec: PartitionSpec
+) -> Float[Array, "b t c"]:
+    """[real, imaginary] (b, s / hop + 1, n_fft + 2) of signals with `lengths` samples; zero past length / hop + 1.
+
+    `lengths` and s are multiples of `hop`. The signal is mirrored n_fft / 2 samples beyond both its ends (its last
+    sample is not repeated): length 4, n_fft 4: samples 2 1 | 0 1 2 3 | 2 1.
+    """
+    samples = x.shape[1]
+    place = jnp.abs(jnp.arange(-(n_fft // 2), samples + n_fft // 2))
+    last = lengths[:, None] - 1
+    place = jnp.clip(jnp.where(place > last, 2 * last - place, place), 0, samples - 1)
+    x = jnp.take_along_axis(x, place, 1)
+    frames = samples // hop + 1
+    blocks = x.reshape(x.shape[0], x.shape[1] // hop, hop, out_sharding=spec)
+    frames_of = jnp.concatenate([blocks[:, i : i + frames] for i in range(n_fft // hop)], -1)
+    spectrum = jnp.einsum("btn,nc->btc", frames_of.astype(jnp.float32), _forward_table(n_fft), out_sharding=spec)
+    return keep(spectrum, jnp.where(lengths > 0, lengths // hop + 1, 0))
+
+
+def istft(
+    real: Float[Array, "b t c"],
+    imaginary: Float[Array, "b t c"],
+    frames: Int32[Array, " b"],
+    *,
+    n_fft: int,
+    hop: int,
+    spec: PartitionSpec,
+) -> Float[Array, "b s"]:
+    """Signals (b, (t - 1) hop) of spectra (b, t, n_fft / 2 + 1) of which `frames` (b,) are valid.
+
+    Windowed frames are added up and divided by the sum of the squared windows, n_fft / 2 samples cut at each end.
+    """
+    spectrum = jnp.concatenate([real, imaginary], -1).astype(jnp.float32)
+    pieces = jnp.einsum("btc,cn->btn", spectrum, _inverse_table(n_fft), out_sharding=spec)
+    valid = frames_before(frames, real.shape[1])[..., None]
+    squares = jnp.where(valid, jnp.asarray(hann(n_fft) ** 2, jnp.float32), 0)
+    total, weight = (overlap_add(p[..., None], hop, spec)[..., 0] for p in (jnp.where(valid, pieces, 0), squares))
+    cut = slice(n_fft // 2, n_fft // 2 + (real.shape[1] - 1) * hop)
+    total, weight = total[:, cut], weight[:, cut]
+    return jnp.where(weight > 1e-11, total / jnp.where(weight > 1e-11, weight, 1), 0)
+
+
+def _forward_table(n_fft: int) -> Float[Array, "n c"]:
+    """Windowed samples -> [cos, -sin] sums, (n_fft, n_fft + 2)."""
+    angles = 2 * np.pi * np.outer(np.arange(n_fft), np.arange(n_fft // 2 + 1)) / n_fft
+    table = np.concatenate([np.cos(angles), -np.sin(angles)], 1)
+    return jnp.asarray(hann(n_fft)[:, None] * table, jnp.float32)
+
+
+def _inverse_table(n_fft: int) -> Float[Array, "c n"]:
+    """[real, imaginary] of a one-sided spectrum -> windowed samples; all but the ends stand for two frequencies."""
+    angles = 2 * np.pi * np.outer(np.arange(n_fft // 2 + 1), np.arange(n_fft)) / n_fft
+    twice = np.where(np.arange(n_fft // 2 + 1) % (n_fft // 2) == 0, 1, 2)[:, None] / n_fft
+    table = np.concatenate([twice * np.cos(angles), -twice * np.sin(angles)])
+    return jnp.asarray(table * hann(n_fft), jnp.float32)
