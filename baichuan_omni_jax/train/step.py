@@ -63,21 +63,31 @@ def make_step(
 ) -> Callable[[Arrays, Arrays, optax.OptState, Batch], tuple[Arrays, optax.OptState, Metrics]]:
     """The compiled step: (trainable, frozen, opt_state, batch) -> (trainable, opt_state, metrics).
 
-    The first and third argument are donated, but not on CPU: there, donated buffers of one and the same step were seen
-    to give two different gradient norms (jax 0.10.2), and a resumed run must repeat the uninterrupted one exactly.
-    Frozen parameters get no gradient.
+    The first and third argument are donated, but not on CPU. There the gradients and the update are two programs:
+    in one, XLA's concurrent CPU runtime was seen to get the gradients right but their global norm wrong in some calls
+    (jax 0.10.2; https://github.com/jax-ml/jax/issues/39741 looks like it), and a resumed run must repeat the
+    uninterrupted one exactly. Frozen parameters get no gradient.
     """
 
-    def step(trainable, frozen, opt_state, batch):
+    def gradients_of(trainable, frozen, batch):
         def loss(trainable):
             return omni_loss(setup.assemble(trainable, frozen), batch, run)
 
         gradients, metrics = jax.grad(loss, has_aux=True)(trainable)
+        return gradients, metrics | fill_metrics(batch)
+
+    def update(gradients, trainable, opt_state):
         with jax.named_scope("optimizer"):
             updates, opt_state = setup.optimizer.update(gradients, opt_state, trainable)
-            trainable = optax.apply_updates(trainable, updates)
-        metrics |= {"gradient_norm": optax.global_norm(gradients)} | fill_metrics(batch)
-        return trainable, opt_state, metrics
+            return optax.apply_updates(trainable, updates), opt_state, optax.global_norm(gradients)
 
     on_cpu = setup.mesh.devices.flat[0].platform == "cpu"
-    return jax.jit(step, donate_argnums=() if on_cpu else (0, 2))
+    if on_cpu:
+        gradients_of, update = jax.jit(gradients_of), jax.jit(update)
+
+    def step(trainable, frozen, opt_state, batch):
+        gradients, metrics = gradients_of(trainable, frozen, batch)
+        trainable, opt_state, norm = update(gradients, trainable, opt_state)
+        return trainable, opt_state, metrics | {"gradient_norm": norm}
+
+    return step if on_cpu else jax.jit(step, donate_argnums=(0, 2))
