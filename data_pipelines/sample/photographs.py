@@ -196,11 +196,11 @@ def box_around(photo: str, centre: tuple[float, float], width: float, height: fl
     return left, top, left + width, top + height
 
 
-def part_centre(rng: random.Random, photo: str, part: str) -> tuple[int, int]:
-    """A random pixel (x, y) of a part."""
+def part_centre(rng: random.Random, photo: str, part: str) -> tuple[float, float]:
+    """The place (x, y) of a random pixel of a part."""
     pixels = _part_pixels(photo, part)
     row, column = divmod(int(pixels[rng.randrange(len(pixels))]), SIZE[0])
-    return column, row
+    return float(column), float(row)
 
 
 def random_crop(rng: random.Random, photo: str, *, grey_share: float = 0.1) -> Crop:
