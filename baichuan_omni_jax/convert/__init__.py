@@ -1,0 +1,27 @@
+"""Weights between the released PyTorch checkpoint and ours: tables of rules, and what reads and writes by them.
+
+`branch_rules` are the tables, `load_branch_from_safetensors` fills a module by one, `convert_to_jax` and
+`convert_to_torch` move whole checkpoints; docs/weights.md is the user's view.
+"""
+
+from baichuan_omni_jax.convert.rules import Rule
+from baichuan_omni_jax.convert.safetensors_io import SafetensorsFile, open_weights
+from baichuan_omni_jax.convert.tables import abstract_branches, branch_rules
+from baichuan_omni_jax.convert.to_jax import convert_to_jax, load_branch_from_safetensors, plan_to_jax
+from baichuan_omni_jax.convert.to_torch import convert_to_torch, open_source, plan_to_torch
+from baichuan_omni_jax.convert.torch_file import open_vocoder
+
+__all__ = [
+    "Rule",
+    "SafetensorsFile",
+    "abstract_branches",
+    "branch_rules",
+    "convert_to_jax",
+    "convert_to_torch",
+    "load_branch_from_safetensors",
+    "open_source",
+    "open_vocoder",
+    "open_weights",
+    "plan_to_jax",
+    "plan_to_torch",
+]

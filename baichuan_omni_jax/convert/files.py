@@ -1,0 +1,84 @@
+"""The small files around a model's weights, and what a converted checkpoint remembers of its source."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from baichuan_omni_jax.config import ConfigError
+from baichuan_omni_jax.convert.rules import Rule
+from baichuan_omni_jax.convert.safetensors_io import SafetensorsFile, SafetensorsWriter, TensorInfo, TensorSource
+
+CONFIG, VOCODER_CONFIG, PROCESSOR = "config.json", "vocoder_config.json", "processor"
+VOCODER = "vocoder.safetensors"
+# Buffers that the source held: name -> dtype. Those that computing does not give back to the bit lie in the other file.
+SOURCE, CARRIED = "source.json", "source_buffers.safetensors"
+_SUFFIXES = frozenset({".json", ".txt", ".model", ".tiktoken", ".jinja", ".py"})
+_NOT_COPIED = frozenset({CONFIG, VOCODER_CONFIG, SOURCE})
+# A position table that differs by more is another table.
+_TOLERANCE = 0.02
+
+
+def copy_companions(source: Path, target: Path) -> list[str]:
+    """Copies tokenizer, processor and code files (not weights, not config.json) and returns their names."""
+    names = sorted(path.name for path in source.iterdir() if _is_companion(path)) if source.is_dir() else []
+    for name in names:
+        target.mkdir(exist_ok=True)
+        shutil.copyfile(source / name, target / name)
+    return names
+
+
+def save_buffers(folder: Path, source: TensorSource, buffers: Mapping[str, Rule]) -> None:
+    """Remembers the buffers that the source held, as a dtype where computing gives their very bytes, else whole."""
+    dtypes, carried, problems = {}, {}, []
+    for name, rule in buffers.items():
+        found = source.read(name)
+        dtypes[name] = found.dtype.name
+        if not _same_bytes(found, rule.restore().astype(found.dtype)):
+            carried[name] = found
+            problems += _check_buffer(name, found, rule.restore())
+    if problems:
+        raise ConfigError(f"{source.where} cannot be converted: {'; '.join(problems)}")
+    (folder / SOURCE).write_text(json.dumps({"buffers": dtypes}, indent=1))
+    if carried:
+        infos = {name: TensorInfo(value.shape, value.dtype) for name, value in carried.items()}
+        writer = SafetensorsWriter(folder / CARRIED, infos)
+        for name in writer.order(infos):
+            writer.write(name, [carried[name]])
+        writer.close()
+
+
+def load_buffers(folder: Path, buffers: Mapping[str, Rule], dtype: np.dtype) -> dict[str, np.ndarray]:
+    """The buffers to write back: those the source held, or where nothing is known of one, all, in `dtype`."""
+    if not (folder / SOURCE).is_file():
+        return {name: rule.restore().astype(dtype) for name, rule in buffers.items()}
+    try:
+        dtypes = json.loads((folder / SOURCE).read_text())["buffers"]
+        carried = SafetensorsFile(folder / CARRIED) if (folder / CARRIED).is_file() else None
+        return {
+            name: carried.read(name) if carried and name in carried.infos else rule.restore().astype(dtypes[name])
+            for name, rule in buffers.items()
+            if name in dtypes
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{folder / SOURCE} cannot be used: {error}") from error
+
+
+def _is_companion(path: Path) -> bool:
+    weights_index = path.name.endswith(".index.json")
+    return path.is_file() and path.suffix in _SUFFIXES and path.name not in _NOT_COPIED and not weights_index
+
+
+def _same_bytes(left: np.ndarray, right: np.ndarray) -> bool:
+    return left.shape == right.shape and left.tobytes() == right.tobytes()
+
+
+def _check_buffer(name: str, found: np.ndarray, computed: np.ndarray) -> list[str]:
+    """A buffer may be longer or rounded otherwise, but must be the table that we compute."""
+    if found.ndim != 2 or found.shape[1] != computed.shape[1]:
+        return [f"buffer {name} has shape {list(found.shape)}, the computed one {list(computed.shape)}"]
+    rows = min(len(found), len(computed))
+    error = np.abs(found[:rows].astype(np.float32) - computed[:rows]).max(initial=0.0)
+    return [] if error <= _TOLERANCE else [f"buffer {name} is not the table it is computed as (off by {error:.2g})"]

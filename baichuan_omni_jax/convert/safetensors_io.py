@@ -1,0 +1,242 @@
+"""Safetensors files read lazily and written as they come, one tensor or block of rows at a time.
+
+Files are read with pread, never mapped: a mapped 15 GB checkpoint would count as the process' memory. bf16 stays bf16.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Protocol
+
+import ml_dtypes
+import numpy as np
+
+from baichuan_omni_jax.config import ConfigError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+DTYPES: dict[str, np.dtype] = {
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "BOOL": np.dtype(np.bool_),
+    **{f"F{bits}": np.dtype(f"float{bits}") for bits in (16, 32, 64)},
+    **{f"I{bits}": np.dtype(f"int{bits}") for bits in (8, 16, 32, 64)},
+    **{f"U{bits}": np.dtype(f"uint{bits}") for bits in (8, 16, 32, 64)},
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# The format's own limit of a header.
+_HEADER_BYTES = 100 << 20
+BLOCK_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Shape and dtype of a tensor that was not read yet."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+class TensorSource(Protocol):
+    """Named tensors somewhere: what a conversion reads. `where` names the source in errors."""
+
+    where: str
+    infos: Mapping[str, TensorInfo]
+
+    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+        """A tensor, or the rows of its first axis from `rows.start` to `rows.stop`."""
+
+
+class SafetensorsFile:
+    """One file. The header is read and checked at once, tensors when they are asked for. Raises ConfigError."""
+
+    def __init__(self, path: Path):
+        self.path, self.where = Path(path), str(path)
+        try:
+            self._file = open(path, "rb")  # noqa: SIM115 - open as long as the object is
+            self._size = os.fstat(self._file.fileno()).st_size
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+        header, self._start = self._header()
+        self._offsets: dict[str, int] = {}
+        self.infos: dict[str, TensorInfo] = {}
+        for name, value in header.items():
+            if name != "__metadata__":
+                self.infos[name], self._offsets[name] = self._info(name, value)
+        self._check_layout()
+
+    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+        """A tensor, or some rows of it. Raises ConfigError naming file and tensor when the file gives out."""
+        info = self.infos[name]
+        start, shape = self._offsets[name], info.shape
+        if rows is not None:
+            start += rows.start * info.nbytes // max(shape[0], 1)
+            shape = (rows.stop - rows.start, *shape[1:])
+        out = np.empty(shape, info.dtype)
+        bytes_ = out.reshape(-1).view(np.uint8)
+        done = 0
+        while done < bytes_.size:
+            # One call of the kernel moves at most 2 GiB.
+            got = os.preadv(self._file.fileno(), [bytes_[done : done + (1 << 30)]], self._start + start + done)
+            if not got:
+                raise ConfigError(f"{self.path} ends inside tensor {name}")
+            done += got
+        return out
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _header(self) -> tuple[dict, int]:
+        length = int.from_bytes(os.pread(self._file.fileno(), 8, 0), "little")
+        if self._size < 8 or length > min(_HEADER_BYTES, self._size - 8):
+            raise ConfigError(f"{self.path} is truncated or no safetensors file: its header does not fit in it")
+        try:
+            header = json.loads(os.pread(self._file.fileno(), length, 8))
+            if not isinstance(header, dict):
+                raise ValueError("not an object")
+        except ValueError as error:
+            raise ConfigError(f"{self.path} is corrupt: its header is not JSON ({error})") from error
+        return header, 8 + length
+
+    def _info(self, name: str, value: object) -> tuple[TensorInfo, int]:
+        try:
+            dtype, shape, (start, end) = DTYPES[value["dtype"]], tuple(value["shape"]), value["data_offsets"]
+            info = TensorInfo(shape, dtype)
+            fits = all(type(n) is int and n >= 0 for n in (*shape, start, end)) and end - start == info.nbytes
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"{self.path} is corrupt: the entry of tensor {name} cannot be used: {value}") from error
+        if not fits:
+            raise ConfigError(
+                f"{self.path} is corrupt: tensor {name} of shape {list(shape)} does not take {end - start} bytes"
+            )
+        if self._start + end > self._size:
+            missing = self._start + end - self._size
+            raise ConfigError(f"{self.path} is truncated: tensor {name} ends {missing} bytes past the file's end")
+        return info, start
+
+    def _check_layout(self) -> None:
+        """Tensors lie side by side and fill the file, as the format demands."""
+        end = 0
+        for name in sorted(self.infos, key=lambda name: (self._offsets[name], self.infos[name].nbytes)):
+            if self._offsets[name] != end:
+                raise ConfigError(
+                    f"{self.path} is corrupt: tensor {name} starts at byte {self._offsets[name]}, not {end}"
+                )
+            end += self.infos[name].nbytes
+        if self._start + end != self._size:
+            raise ConfigError(f"{self.path} is corrupt: {self._size - self._start - end} bytes belong to no tensor")
+
+
+class ShardedSafetensors:
+    """The files of a `model.safetensors.index.json` as one. Raises ConfigError for what index and files disagree on."""
+
+    def __init__(self, index: Path):
+        self.where, folder = str(index), Path(index).parent
+        files = self._weight_map(index)
+        shards = sorted(set(files.values()))
+        absent = [shard for shard in shards if not (folder / shard).is_file()]
+        if absent:
+            first = {shard: next(name for name, file in files.items() if file == shard) for shard in absent}
+            lost = ", ".join(f"{folder / shard} (with {name})" for shard, name in first.items())
+            raise ConfigError(f"{index} names shards that are not there: {lost}")
+        self._shards = {shard: SafetensorsFile(folder / shard) for shard in shards}
+        problems = [
+            f"{folder / file} lacks tensor {name}" for name, file in files.items() if not self._holds(file, name)
+        ]
+        for shard, file in self._shards.items():
+            problems += [f"{folder / shard} holds tensor {name}" for name in file.infos if files.get(name) != shard]
+        if problems:
+            raise ConfigError(f"{index} and its shards disagree: {'; '.join(problems)}")
+        self._files = files
+        self.infos = {name: self._shards[file].infos[name] for name, file in files.items()}
+
+    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+        return self._shards[self._files[name]].read(name, rows)
+
+    def close(self) -> None:
+        for shard in self._shards.values():
+            shard.close()
+
+    def _holds(self, file: str, name: str) -> bool:
+        return name in self._shards[file].infos
+
+    @staticmethod
+    def _weight_map(index: Path) -> dict[str, str]:
+        try:
+            files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            if not files or not all(isinstance(file, str) and Path(file).name == file for file in files.values()):
+                raise ValueError("weight_map must map tensors to file names")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{index} cannot be used as an index: {error}") from error
+        return files
+
+
+def open_weights(folder: Path) -> SafetensorsFile | ShardedSafetensors:
+    """The weights of a Hugging Face folder: `model.safetensors` or the shards of its index. Raises ConfigError."""
+    folder = Path(folder)
+    if (folder / SINGLE).is_file():
+        return SafetensorsFile(folder / SINGLE)
+    if (folder / INDEX).is_file():
+        return ShardedSafetensors(folder / INDEX)
+    raise ConfigError(f"{folder} holds neither {SINGLE} nor {INDEX}")
+
+
+def blocks_of(shape: tuple[int, ...], itemsize: int) -> Iterator[slice]:
+    """Rows of the first axis in blocks of at most `BLOCK_BYTES`; a row is never cut."""
+    count = max(1, BLOCK_BYTES // max(1, prod(shape[1:]) * itemsize))
+    return (slice(start, min(start + count, shape[0])) for start in range(0, shape[0], count))
+
+
+def plan_shards(infos: Mapping[str, TensorInfo], shard_bytes: int) -> list[dict[str, TensorInfo]]:
+    """Tensors in the given order, cut into shards of at most `shard_bytes` (a larger tensor has one to itself)."""
+    shards: list[dict[str, TensorInfo]] = [{}]
+    room = shard_bytes
+    for name, info in infos.items():
+        if shards[-1] and info.nbytes > room:
+            shards.append({})
+            room = shard_bytes
+        shards[-1][name] = info
+        room -= info.nbytes
+    return shards
+
+
+class SafetensorsWriter:
+    """Writes one file tensor by tensor, in the order of `order(infos)`. Its header is known before any data is."""
+
+    def __init__(self, path: Path, infos: Mapping[str, TensorInfo]):
+        self._file = open(path, "wb")  # noqa: SIM115 - closed by `close`
+        self._left = self.order(infos)
+        self._infos = infos
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name in self._left:
+            info, start = infos[name], end
+            end += info.nbytes
+            header[name] = {"dtype": _NAMES[info.dtype], "shape": list(info.shape), "data_offsets": [start, end]}
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        self._file.write(len(text).to_bytes(8, "little") + text)
+
+    @staticmethod
+    def order(infos: Mapping[str, TensorInfo]) -> list[str]:
+        """By falling item size, so that every tensor is aligned, then by name: what the reference writer does."""
+        return sorted(infos, key=lambda name: (-infos[name].dtype.itemsize, name))
+
+    def write(self, name: str, blocks: Iterable[np.ndarray]) -> None:
+        """The next tensor, as blocks of rows or whole."""
+        assert name == self._left.pop(0), name
+        written = 0
+        for block in blocks:
+            block = np.ascontiguousarray(block)
+            self._file.write(block.reshape(-1).view(np.uint8))
+            written += block.nbytes
+        assert written == self._infos[name].nbytes, (name, written)
+
+    def close(self) -> None:
+        assert not self._left, self._left
+        self._file.close()

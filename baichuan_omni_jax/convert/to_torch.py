@@ -1,0 +1,186 @@
+"""From a checkpoint of branches back to a Hugging Face folder, tensor by tensor."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from baichuan_omni_jax.checkpoint import find_checkpoint, parse_spec
+from baichuan_omni_jax.checkpoint.branches import branch_folder
+from baichuan_omni_jax.config import ConfigError, read_hf
+from baichuan_omni_jax.convert.files import (
+    CONFIG,
+    PROCESSOR,
+    VOCODER,
+    VOCODER_CONFIG,
+    copy_companions,
+    load_buffers,
+)
+from baichuan_omni_jax.convert.leaf_store import BranchReader
+from baichuan_omni_jax.convert.plan import Plan, plan_from_leaves
+from baichuan_omni_jax.convert.rules import Entry
+from baichuan_omni_jax.convert.safetensors_io import (
+    SINGLE,
+    SafetensorsWriter,
+    TensorInfo,
+    blocks_of,
+    plan_shards,
+)
+from baichuan_omni_jax.convert.staging import check_target, staged_folder
+from baichuan_omni_jax.convert.tables import MODEL_BRANCHES, VOCODER_BRANCH, abstract_branches, branch_rules
+from baichuan_omni_jax.vocoder.config import read_vocoder_config
+
+Advance = Callable[[int], None]
+ALL_BRANCHES = (*MODEL_BRANCHES, VOCODER_BRANCH)
+SHARD_BYTES = 5 << 30
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where each branch is read from, and the folder that the small files come from."""
+
+    readers: dict[str, BranchReader]
+    home: Path
+    vocoder_home: Path | None
+
+
+@dataclass(frozen=True)
+class Export:
+    """One file or set of shards: the plan of its branches, and buffers that are computed, not read."""
+
+    plan: Plan
+    buffers: dict[str, np.ndarray]
+
+    @property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """Every tensor to write, the model's order: by branch, then by table."""
+        return self.plan.tensors | {name: TensorInfo(x.shape, x.dtype) for name, x in self.buffers.items()}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(info.nbytes for info in self.tensors.values())
+
+
+def open_source(spec: str, base: str | None = None) -> Source:
+    """The branches of `spec` (`DIR` or `branch=DIR,...`; a workdir means its newest good step), the others from `base`.
+
+    Small files come from `base` where there is one. Raises ConfigError, also where configurations differ.
+    """
+    sources = parse_spec(spec, ALL_BRANCHES)
+    if base is not None:
+        sources |= {f"base of {name}": base for name in ALL_BRANCHES}
+    folders = {given: Path(find_checkpoint(given)) for given in dict.fromkeys(sources.values())}
+    home = folders[base] if base is not None else next(iter(folders.values()))
+    configs = {folder: read_hf(folder / CONFIG) for folder in folders.values()}
+    for folder, config in configs.items():
+        if config != configs[home]:
+            raise ConfigError(f"{folder / CONFIG} and {home / CONFIG} describe different models")
+    readers, vocoder_home = {}, None
+    for name in ALL_BRANCHES:
+        candidates = [folders[sources[key]] for key in (name, f"base of {name}") if key in sources]
+        folder = next((folder for folder in candidates if (folder / branch_folder(name)).is_dir()), None)
+        if folder is not None:
+            readers[name] = BranchReader(folder / branch_folder(name))
+            vocoder_home = folder if name == VOCODER_BRANCH else vocoder_home
+    if not readers:
+        raise ConfigError(f"checkpoint {spec!r} holds no branch that can be converted")
+    return Source(readers, home, vocoder_home)
+
+
+def plan_to_torch(source: Source, dtype: str | None = None) -> dict[str, Export]:
+    """File name (`model.safetensors`, `vocoder.safetensors`) -> what to write in it, as `dtype` or as it is stored.
+
+    Raises ConfigError naming every parameter that does not fit.
+    """
+    cfg = read_hf(source.home / CONFIG)
+    exports = {}
+    model = {name: reader.infos for name, reader in source.readers.items() if name != VOCODER_BRANCH}
+    if model:
+        plan = plan_from_leaves(model, branch_rules(cfg), abstract_branches(cfg), str(source.home))
+        kind = np.dtype(dtype or _usual_dtype(plan))
+        exports[SINGLE] = Export(plan, load_buffers(source.home, plan.buffers, kind))
+    if VOCODER_BRANCH in source.readers:
+        sizes = read_vocoder_config(source.vocoder_home / VOCODER_CONFIG)
+        stored = {VOCODER_BRANCH: source.readers[VOCODER_BRANCH].infos}
+        abstract = abstract_branches(cfg, sizes)
+        plan = plan_from_leaves(stored, branch_rules(cfg, sizes), abstract, str(source.vocoder_home))
+        exports[VOCODER] = Export(plan, {})
+    if dtype is not None:
+        for export in exports.values():
+            tensors = export.plan.tensors
+            tensors |= {name: TensorInfo(info.shape, np.dtype(dtype)) for name, info in tensors.items()}
+            export.buffers.update({name: value.astype(dtype) for name, value in export.buffers.items()})
+    return exports
+
+
+def convert_to_torch(
+    source: Source,
+    target: Path,
+    *,
+    exports: dict[str, Export] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    advance: Advance = lambda done: None,
+) -> None:
+    """Writes the Hugging Face folder `target`. `exports` is what `plan_to_torch` made of the same source.
+
+    Raises ConfigError, and leaves nothing behind then.
+    """
+    check_target(target)
+    exports = plan_to_torch(source) if exports is None else exports
+    with staged_folder(target) as folder:
+        for name, export in exports.items():
+            _write_export(folder, name, export, source.readers, shard_bytes, advance)
+        (folder / CONFIG).write_bytes((source.home / CONFIG).read_bytes())
+        copy_companions(source.home / PROCESSOR, folder)
+        if source.vocoder_home is not None:
+            (folder / VOCODER_CONFIG).write_bytes((source.vocoder_home / VOCODER_CONFIG).read_bytes())
+
+
+def _write_export(
+    folder: Path, name: str, export: Export, readers: Mapping[str, BranchReader], shard_bytes: int, advance: Advance
+) -> None:
+    """One file, or where it would be too large, shards and their index."""
+    owners = {entry.name: (readers[branch], entry) for branch, rows in export.plan.entries.items() for entry in rows}
+    tensors = export.tensors
+    shards = plan_shards(tensors, shard_bytes)
+    stem = name.removesuffix(".safetensors")
+    names = [f"{stem}-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    if len(shards) == 1:
+        names = [name]
+    for file, infos in zip(names, shards, strict=True):
+        writer = SafetensorsWriter(folder / file, infos)
+        for tensor in writer.order(infos):
+            found = [export.buffers[tensor]] if tensor in export.buffers else _blocks(*owners[tensor])
+            writer.write(tensor, _counted(found, infos[tensor].dtype, advance))
+        writer.close()
+    if len(shards) > 1:
+        files = {tensor: file for file, infos in zip(names, shards, strict=True) for tensor in infos}
+        total = sum(info.nbytes for info in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
+        (folder / f"{name}.index.json").write_text(json.dumps(index, indent=2))
+
+
+def _blocks(reader: BranchReader, entry: Entry) -> Iterator[np.ndarray]:
+    """A checkpoint tensor from one layer of its parameters: by blocks of rows, part by part, or whole."""
+    rule = entry.rule
+    if rule.keeps_rows and entry.shape:
+        leaf = entry.leaves[0]
+        for rows in blocks_of(entry.shape, reader.infos[leaf].dtype.itemsize):
+            yield rule.backward(reader.read(leaf, (*entry.index, rows)))
+        return
+    for leaf in entry.leaves:
+        yield rule.backward(reader.read(leaf, entry.index or (...,)))
+
+
+def _counted(blocks: Iterable[np.ndarray], dtype: np.dtype, advance: Advance) -> Iterator[np.ndarray]:
+    for block in blocks:
+        yield block.astype(dtype, copy=False)
+        advance(block.nbytes)
+
+
+def _usual_dtype(plan: Plan) -> np.dtype:
+    """The dtype of most of the tensors."""
+    kinds = [info.dtype for info in plan.tensors.values()]
+    return max(set(kinds), key=kinds.count)

@@ -1,0 +1,113 @@
+"""Moves weights between a Hugging Face folder and a checkpoint of ours (docs/weights.md).
+
+    python launch/convert_weights.py to-jax --from HF_DIR [--vocoder hift.pt] --to DIR
+    python launch/convert_weights.py to-torch --from DIR [--base CONVERTED_DIR] --to HF_DIR
+
+`--dry-run` prints the plan and writes nothing. Exit code 2: something given cannot be used, the message says what.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+import jax
+from absl import logging
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from baichuan_omni_jax.config import ConfigError
+from baichuan_omni_jax.config.errors import exit_code
+from baichuan_omni_jax.convert import convert_to_jax, convert_to_torch, open_source, plan_to_jax, plan_to_torch
+from baichuan_omni_jax.convert.report import describe_plan
+from baichuan_omni_jax.convert.staging import check_target
+from baichuan_omni_jax.convert.tables import MODEL_BRANCHES
+from baichuan_omni_jax.convert.to_torch import ALL_BRANCHES, SHARD_BYTES
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors are one sentence, as everywhere."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see {self.prog} --help)")
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser(prog="convert_weights.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="to-jax | to-torch")
+    to_jax = commands.add_parser("to-jax", help="Hugging Face folder -> checkpoint")
+    to_jax.add_argument("--from", dest="source", required=True, metavar="HF_DIR")
+    to_jax.add_argument("--vocoder", metavar="FILE", help="hift.pt or .safetensors, vocoder_config.json next to it")
+    to_jax.add_argument("--branches", default="", metavar="A,B", help=f"only these of {','.join(MODEL_BRANCHES)}")
+    to_torch = commands.add_parser("to-torch", help="checkpoint or workdir -> Hugging Face folder")
+    to_torch.add_argument("--from", dest="source", required=True, metavar="DIR", help="DIR or branch=DIR,...")
+    to_torch.add_argument("--base", metavar="DIR", help="where branches and files that --from lacks come from")
+    to_torch.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: as stored")
+    to_torch.add_argument("--shard-mb", type=int, default=SHARD_BYTES >> 20, help="largest file (default %(default)s)")
+    for command in (to_jax, to_torch):
+        command.add_argument("--to", dest="target", required=True, metavar="DIR", help="must not hold anything yet")
+        command.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
+    return parser.parse_args(arguments)
+
+
+def to_jax(options: argparse.Namespace) -> None:
+    source, target = Path(options.source), Path(options.target)
+    vocoder = Path(options.vocoder) if options.vocoder else None
+    branches = tuple(filter(None, options.branches.split(",")))
+    for name in branches:
+        if name not in MODEL_BRANCHES:
+            raise ConfigError(f"--branches names {name!r}; the model has {', '.join(MODEL_BRANCHES)}")
+    check_target(target)
+    jobs = plan_to_jax(source, vocoder, branches)
+    _say("\n".join(describe_plan(job.plan, rows=options.dry_run) for job in jobs))
+    if not options.dry_run:
+        with _progress(sum(job.plan.nbytes for job in jobs)) as advance:
+            convert_to_jax(source, target, vocoder=vocoder, jobs=jobs, advance=advance)
+        _say(f"wrote {target}")
+
+
+def to_torch(options: argparse.Namespace) -> None:
+    target = Path(options.target)
+    if options.shard_mb < 1:
+        raise ConfigError(f"--shard-mb must be at least 1, not {options.shard_mb}")
+    check_target(target)
+    source = open_source(options.source, options.base)
+    exports = plan_to_torch(source, options.dtype)
+    _say("\n".join(describe_plan(export.plan, rows=options.dry_run) for export in exports.values()))
+    if absent := [name for name in ALL_BRANCHES if name not in source.readers]:
+        _say(f"not there, so not written: {', '.join(absent)}")
+    if not options.dry_run:
+        with _progress(sum(export.nbytes for export in exports.values())) as advance:
+            convert_to_torch(source, target, exports=exports, shard_bytes=options.shard_mb << 20, advance=advance)
+        _say(f"wrote {target}")
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr: share done, bytes, bytes a second, time left."""
+    columns = (TextColumn("converting"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+        task = progress.add_task("converting", total=total)
+        yield lambda done: progress.advance(task, done)
+
+
+def main() -> int:
+    logging.set_verbosity(logging.WARNING)
+    # Conversion is the host's work: an accelerator, if there is one, is left alone.
+    jax.config.update("jax_platforms", "cpu")
+
+    def command() -> None:
+        options = parse(sys.argv[1:])
+        {"to-jax": to_jax, "to-torch": to_torch}[options.command](options)
+
+    return exit_code(command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
