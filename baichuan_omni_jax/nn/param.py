@@ -81,7 +81,7 @@ def named_variables(module: object) -> dict[str, nnx.Variable]:
     return {dotted(path): leaf for path, leaf in leaves}
 
 
-def named_values(module: object) -> dict[str, Array]:
+def named_values(module: object) -> dict[str, Array | jax.ShapeDtypeStruct]:
     """Every variable's value (array or ShapeDtypeStruct) by dotted name."""
     return {name: variable.get_value() for name, variable in named_variables(module).items()}
 

@@ -17,7 +17,8 @@ from baichuan_omni_jax.omni.model import OmniModel, branches_of
 from baichuan_omni_jax.sharding import ShardingRules
 from baichuan_omni_jax.train.groups import Groups, assign_groups, make_optimizer
 
-Arrays = dict[str, Array]
+# Abstract ones too: shapes stand for arrays until a run starts.
+Arrays = dict[str, Array | jax.ShapeDtypeStruct]
 
 
 @dataclass(frozen=True)

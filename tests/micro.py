@@ -1,0 +1,111 @@
+"""The micro run for tests: part of the sample data, random codes in process, and the command in its own process."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from baichuan_omni_jax.config import MeshConfig, RunConfig, apply_overrides, load_run_config, resolve_model
+from baichuan_omni_jax.omni.model import BATCH_AXES
+from baichuan_omni_jax.sharding import ShardingRules, make_mesh
+from data_pipelines.codes import CodeStore, write_codes
+from data_pipelines.pipeline import Pipeline, open_pipeline
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+CONFIG = REPOSITORY / "configs" / "micro.py"
+# Documents of each source: all kinds of document, few enough that their sound has its codes in seconds.
+LINES = 24
+# Of the finished run. Longer than the configuration's own: a kill in the middle must not miss.
+STEPS = 12
+
+
+def small_copy(sample: Path, root: Path) -> Path:
+    """The sample data with the first `LINES` documents of each manifest; media are hard links."""
+    root.mkdir(parents=True)
+    for path in sample.iterdir():
+        if path.suffix == ".jsonl":
+            (root / path.name).write_text("".join(path.read_text().splitlines(keepends=True)[:LINES]))
+        elif path.is_dir() and not path.name.startswith("."):
+            shutil.copytree(path, root / path.name, copy_function=os.link)
+    return root
+
+
+def overrides(root: Path) -> list[str]:
+    return [f"data.root={root}", "data.sample=false"]
+
+
+def micro_run(root: Path, *changes: str) -> RunConfig:
+    return apply_overrides(load_run_config(CONFIG), [*overrides(root), *changes])
+
+
+def open_micro(run: RunConfig, path: Path) -> tuple[Pipeline, CodeStore]:
+    """The run's pipeline, and a store of random codes at `path` (found there by a second call)."""
+    pipeline = open_pipeline(run.data, resolve_model(run.model))
+    rng, sizes = np.random.default_rng(0), pipeline.omni.audio.codebook_sizes
+    if not path.exists():
+        codes = (
+            (item.key, rng.integers(0, sizes, (item.window.code_frames, len(sizes)))) for item in pipeline.audio_items()
+        )
+        write_codes(path, codes, fingerprint="random", codebook_sizes=sizes, window_rule={})
+    return pipeline, CodeStore(path, "random")
+
+
+def place(batch: dict[str, np.ndarray], mesh: Mesh, rules: ShardingRules) -> dict[str, jax.Array]:
+    return {
+        name: jax.device_put(value, NamedSharding(mesh, rules.spec(*BATCH_AXES[name]))) for name, value in batch.items()
+    }
+
+
+def one_device() -> Mesh:
+    return make_mesh(MeshConfig(), jax.devices()[:1])
+
+
+def environment(cache: Path, devices: int = 1) -> dict[str, str]:
+    """CPU devices, the checkout's package, and compiled programs kept in `cache` for the next process."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": flags,
+        "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+
+class Command:
+    """`launch/tpu_pretrain.py --config configs/micro.py` over one data root and one compilation cache."""
+
+    def __init__(self, root: Path, cache: Path):
+        self.root, self.cache = root, cache
+
+    def start(self, workdir: Path, *changes: str, devices: int = 1) -> subprocess.Popen:
+        sets = [part for item in (*overrides(self.root), *changes) for part in ("--set", item)]
+        script = str(REPOSITORY / "launch" / "tpu_pretrain.py")
+        command = [sys.executable, script, "--config", str(CONFIG), "--workdir", str(workdir), *sets]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment(self.cache, devices))
+
+    def __call__(self, workdir: Path, *changes: str, devices: int = 1) -> subprocess.CompletedProcess:
+        with self.start(workdir, *changes, devices=devices) as process:
+            out, err = process.communicate(timeout=300)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def read_metrics(workdir: Path) -> list[dict]:
+    """The whole lines of metrics.jsonl."""
+    path = workdir / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Time of change and bytes of every file, to see that nothing was overwritten."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}

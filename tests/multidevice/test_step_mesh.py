@@ -1,0 +1,29 @@
+"""A training step's losses and gradients do not depend on the mesh."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from micro import environment, small_copy
+
+SCRIPT = Path(__file__).with_name("step.py")
+
+
+@pytest.mark.parametrize(
+    "meshes",
+    [
+        ("2,2,2,1", "1,2,2,2"),
+        pytest.param(("8,1,1,1", "1,8,1,1", "1,1,8,1"), marks=pytest.mark.slow),
+    ],
+    ids=" ".join,
+)
+def test_losses_and_gradients_equal_one_device(meshes, sample_dir, tmp_path):
+    """Real documents, spoken sound included, packed into 8 rows: fp32, to 1e-5 of each array's largest value."""
+    root = small_copy(sample_dir, tmp_path / "data")
+    command = [sys.executable, str(SCRIPT), str(root), str(tmp_path / "codes"), *meshes]
+    done = subprocess.run(
+        command, env=environment(tmp_path / "xla", 8), capture_output=True, text=True, timeout=400, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("largest difference") == len(meshes), done.stdout

@@ -1,0 +1,186 @@
+"""What cannot be used is told in one sentence, exit code 2, nothing overwritten; a bad document is passed over."""
+
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh
+from micro import CONFIG, STEPS, contents, micro_run, open_micro, overrides, read_metrics
+
+from baichuan_omni_jax.checkpoint import Workdir
+from baichuan_omni_jax.config import ConfigError, apply_overrides, load_run_config, resolve_model
+from baichuan_omni_jax.config.errors import exit_code
+from baichuan_omni_jax.sharding import MESH_AXES
+from baichuan_omni_jax.train.loop import check_batch, train
+from baichuan_omni_jax.train.state import make_compute
+from data_pipelines.pipeline import open_pipeline
+from data_pipelines.rows import ALL_ROWS
+from data_pipelines.training import TrainingData
+
+TINY = resolve_model("tiny")
+
+
+@pytest.fixture
+def refusal(capsys) -> Callable[[Callable[[], object]], str]:
+    """Runs a command as the launch scripts do and returns its one sentence: exit code 2, one line on stderr."""
+
+    def sentence(command) -> str:
+        capsys.readouterr()
+        assert exit_code(command) == 2
+        return only_sentence(capsys.readouterr().err)
+
+    return sentence
+
+
+def only_sentence(err: str) -> str:
+    lines = err.strip().splitlines()
+    assert len(lines) == 1, err
+    assert lines[0].startswith("error: ")
+    return lines[0].removeprefix("error: ")
+
+
+def test_unknown_key_names_the_nearest(pretrain, tmp_path):
+    """Through the command itself: exit code, stderr, and no workdir made."""
+    done = pretrain(tmp_path / "run", "train.step=20")
+    assert done.returncode == 2
+    assert only_sentence(done.stderr) == "unknown config key train.step; the nearest known one is train.steps"
+    assert done.stdout == ""
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimiser.clip_norm=1", "unknown config key optimiser; the nearest known one is optimizer"),
+        ("data.budgets.token=64", "the nearest known one is data.budgets.tokens"),
+        ("train.steps=many", "train.steps must be int, not 'many'"),
+        ("train.steps", "--set 'train.steps' is not of the form key=value"),
+    ],
+)
+def test_overrides_that_do_not_fit(refusal, override, message):
+    assert message in refusal(lambda: apply_overrides(load_run_config(CONFIG), [override]))
+
+
+def test_missing_config_file(refusal, tmp_path):
+    path = tmp_path / "none.py"
+    assert refusal(lambda: load_run_config(path)) == f"config file {path} does not exist"
+
+
+def test_missing_manifest(refusal, micro_root):
+    run = micro_run(micro_root)
+    data = replace(run.data, mixture=(replace(run.data.mixture[0], manifest="none.jsonl"),))
+    message = refusal(lambda: open_pipeline(data, TINY))
+    assert f"{micro_root / 'none.jsonl'} cannot be read: No such file or directory" in message
+
+
+def test_mesh_that_does_not_cover_the_devices(refusal, micro_root, tmp_path):
+    run = micro_run(micro_root, "mesh.fsdp=64")
+    workdir = Workdir(tmp_path / "run", keep=1)
+    data = TrainingData(*open_micro(run, tmp_path / "codes"), ALL_ROWS)
+    message = refusal(lambda: train(run, TINY, workdir, data))
+    assert message == f"mesh 1x64x1x1 (data x fsdp x context x tensor) does not cover the {jax.device_count()} devices"
+
+
+def test_mesh_that_does_not_divide_a_parameter(pretrain, tmp_path):
+    """Eight devices along `tensor`, but four heads: the command names parameter, dimension and axis."""
+    done = pretrain(tmp_path / "run", "mesh.tensor=8", devices=8)
+    assert done.returncode == 2
+    message = only_sentence(done.stderr)
+    assert "weight: dimension " in message
+    assert " is not divisible by 8, the mesh axes tensor" in message
+    assert not read_metrics(tmp_path / "run")
+
+
+def test_mesh_that_does_not_divide_the_rows(refusal, micro_root):
+    # Only the mesh's shape is asked for, so one device may stand in all places.
+    mesh = Mesh(np.array(jax.devices()[:1] * 4).reshape(1, 4, 1, 1), MESH_AXES, axis_types=(AxisType.Explicit,) * 4)
+    run = micro_run(micro_root)
+    message = refusal(lambda: check_batch(run, mesh, make_compute(run).rules))
+    assert message == "batch field tokens: dimension batch of 2 is not divisible by 4, the mesh axes data x fsdp"
+
+
+def test_workdir_of_another_config(refusal, finished, micro_root):
+    before = contents(finished)
+    other = micro_run(micro_root, "compute.loss_chunk=64")
+    message = refusal(lambda: Workdir(finished, keep=3).write_run_config(other))
+    assert f"workdir {finished} belongs to another run: compute.loss_chunk is 128 there and 64 here" in message
+    assert contents(finished) == before
+
+
+def test_workdir_with_only_a_damaged_checkpoint(finished, pretrain, tmp_path):
+    """One flipped bit: the command names the file and leaves everything as it is."""
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    for step in Workdir(workdir, keep=3).steps()[:-1]:
+        shutil.rmtree(workdir / "checkpoints" / str(step))
+    folder = workdir / "checkpoints" / str(STEPS) / "params" / "llm"
+    victim = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data)
+    kept = contents(workdir / "checkpoints"), (workdir / "metrics.jsonl").read_bytes()
+    done = pretrain(workdir, f"train.steps={STEPS}")
+    assert done.returncode == 2
+    message = done.stderr.strip().splitlines()[-1]
+    assert message.startswith(f"error: {workdir / 'checkpoints'} holds no usable checkpoint: ")
+    assert f"{victim.name} is missing or changed" in message
+    assert "Traceback" not in done.stderr
+    assert (contents(workdir / "checkpoints"), (workdir / "metrics.jsonl").read_bytes()) == kept
+
+
+@pytest.fixture
+def damaged_root(micro_root, tmp_path) -> Path:
+    """The micro data with one manifest line that is no JSON, and one picture that is none (its header is whole)."""
+    root = shutil.copytree(micro_root, tmp_path / "data", copy_function=os.link)
+    manifest = root / "text.jsonl"
+    lines = manifest.read_text().splitlines(keepends=True)
+    manifest.unlink()
+    manifest.write_text("".join([*lines[:3], '{"text": oh\n', *lines[4:]]))
+    return root
+
+
+def test_too_many_bad_documents(refusal, damaged_root):
+    """The index counts one of 120 documents: a limit of 0.5 % stops, naming the cause; decoding adds to the count."""
+    strict = micro_run(damaged_root, "data.max_bad_fraction=0.005")
+    message = refusal(lambda: open_pipeline(strict.data, TINY))
+    assert message == "1 of 120 documents are unusable (1 bad_json), more than data.max_bad_fraction 0.005"
+    run = micro_run(damaged_root, "data.max_bad_fraction=0.01")
+    data = TrainingData(*open_micro(run, damaged_root / "codes"), ALL_ROWS)
+    data.check_lost(Counter())
+    with pytest.raises(ConfigError, match=r"2 of 120 documents are unusable \(1 bad_json, 1 unreadable\)"):
+        data.check_lost(Counter({"unreadable": 1}))
+
+
+def test_bad_documents_below_the_limit_are_counted_and_named_once(pretrain, damaged_root, tmp_path):
+    """Every picture of the image source is cut off after its header: found at decode, counted, and the run goes on."""
+    lines = (damaged_root / "image.jsonl").read_text().splitlines()
+    names = {name for line in lines for name in _media(json.loads(line)["text"]) if name.endswith((".jpg", ".png"))}
+    for name in names:
+        path = damaged_root / name
+        whole = path.read_bytes()
+        path.unlink()
+        path.write_bytes(whole[: len(whole) // 2])
+    sets = [item.replace(str(pretrain.root), str(damaged_root)) for item in overrides(pretrain.root)]
+    done = pretrain(tmp_path / "run", *sets, "data.max_bad_fraction=0.9", "train.steps=3")
+    assert done.returncode == 0, done.stderr
+    rows = read_metrics(tmp_path / "run")
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    skipped = rows[-1]["skipped"]
+    assert skipped["bad_json"] == 1
+    assert sum(skipped.values()) > 1, "no cut picture was met in three steps"
+    assert done.stderr.count("skipped text.jsonl:4 (bad_json)") == 1
+    named = [line for line in done.stderr.splitlines() if "skipped " in line]
+    assert len(named) == len(set(named)) == sum(skipped.values())
+    assert any("image.jsonl:" in line for line in named)
+
+
+def _media(text: str) -> list[str]:
+    """Paths of the JSON media tags in a prompt."""
+    tags = [part.split("}")[0] for part in text.split("{")[1:]]
+    return [value for tag in tags for value in json.loads("{" + tag + "}").values()]

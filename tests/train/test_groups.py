@@ -1,0 +1,102 @@
+"""Which parameters train and how fast; what is frozen stays as it is."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from micro import micro_run, one_device, open_micro, place
+
+from baichuan_omni_jax.config import ConfigError, GroupConfig, OptimizerConfig, resolve_model
+from baichuan_omni_jax.nn.param import Buffer, named_variables
+from baichuan_omni_jax.train.groups import Groups, assign_groups, decays, schedule
+from baichuan_omni_jax.train.state import init_state, make_compute, make_setup
+from baichuan_omni_jax.train.step import make_step
+
+VARIABLES = {
+    "vision.tower.weight": nnx.Param(jnp.zeros(2)),
+    "vision.tower.scale": nnx.Param(jnp.zeros(2)),
+    "llm.head": nnx.Param(jnp.zeros(2)),
+    "llm.statistics": Buffer(jnp.zeros(2)),
+}
+
+
+def group(name: str, pattern: str, rate: float | None = 1e-3) -> GroupConfig:
+    return GroupConfig(name=name, pattern=pattern, learning_rate=rate)
+
+
+def test_first_matching_group_wins_and_buffers_never_train():
+    found = assign_groups(
+        VARIABLES, (group("head", r"llm\.head"), group("still", r"vision\.", None), group("rest", ".*"))
+    )
+    assert found == Groups(
+        trainable={"llm.head": "head"},
+        frozen={"vision.tower.weight": "still", "vision.tower.scale": "still", "llm.statistics": "rest"},
+    )
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ((group("a", r"vision\."),), "optimizer.groups cover no parameter called llm.head"),
+        # Patterns match from the start: `head` is no name's beginning.
+        ((group("a", ".*"), group("b", "head")), "optimizer group 'b' matches no parameter"),
+        ((group("a", ".*", None),), "optimizer.groups freeze every parameter: nothing is left to train"),
+        ((group("a", r"llm\.stat"), group("b", ".*", None)), "freeze every parameter"),
+        ((group("a", "vision("), group("b", ".*")), "optimizer group 'a': pattern 'vision(' is broken: missing )"),
+    ],
+)
+def test_groups_that_do_not_fit_are_told(groups, message):
+    with pytest.raises(ConfigError) as error:
+        assign_groups(VARIABLES, groups)
+    assert message in str(error.value)
+
+
+def test_schedule_rises_falls_and_stays():
+    config = OptimizerConfig(warmup_steps=10, decay_steps=110, final_fraction=0.1)
+    rate = schedule(config, 2e-3)
+    # Half way down the cosine is the mean of peak and end.
+    expected = {0: 0.0, 5: 1e-3, 10: 2e-3, 60: 1.1e-3, 110: 2e-4, 111: 2e-4, 10_000: 2e-4}
+    assert {step: float(rate(step)) for step in expected} == pytest.approx(expected, rel=1e-6, abs=1e-12)
+
+
+def test_only_matrices_decay():
+    assert decays("llm.layers.mlp.up_proj.weight")
+    assert decays("llm.embedding")
+    assert not decays("llm.norm.scale")
+    assert not decays("llm.layers.attention.q_proj.bias")
+
+
+def test_frozen_parameters_stay_bit_for_bit(micro_root, tmp_path, quick_compile):
+    """Two steps with only the audio head's level heads and embeddings trained: the rest as before, without moments."""
+    run = micro_run(micro_root)
+    groups = (group("sound", r"audio_head\.(embedding|head\.heads)"), group("still", ".*", None))
+    run = dataclasses.replace(run, optimizer=dataclasses.replace(run.optimizer, groups=groups, warmup_steps=0))
+    pipeline, codes = open_micro(run, tmp_path / "codes")
+    mesh, omni = one_device(), resolve_model(run.model)
+    with jax.set_mesh(mesh):
+        compute = make_compute(run)
+        setup = make_setup(run, omni, mesh, compute)
+        state = init_state(run, omni, setup, compute)
+        before = jax.tree.map(np.array, (state.trainable, state.frozen))
+        step, steps = make_step(setup, run), pipeline.steps(codes)
+        trainable, opt_state = state.trainable, state.opt_state
+        for _ in range(2):
+            batch = place(next(steps).batch, mesh, compute.rules)
+            trainable, opt_state, metrics = step(trainable, state.frozen, opt_state, batch)
+    assert metrics["loss_audio"] > 0
+    assert all(np.array_equal(state.frozen[name], value) for name, value in before[1].items())
+    assert not any(np.array_equal(trainable[name], value) for name, value in before[0].items())
+    moments = {
+        str(key.key)
+        for path, _ in jax.tree_util.tree_leaves_with_path(opt_state)
+        for key in path
+        if hasattr(key, "key")
+    }
+    assert set(trainable) <= moments
+    assert not set(state.frozen) & moments
+    buffers = {name for name, variable in named_variables(setup.template).items() if isinstance(variable, Buffer)}
+    assert buffers
+    assert buffers <= set(state.frozen)

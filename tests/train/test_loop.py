@@ -1,0 +1,147 @@
+"""The training command, run as a user runs it: to its end, again, longer, stopped, killed, and resumed exactly."""
+
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from micro import STEPS, contents, micro_run, one_device, open_micro, place, read_metrics
+
+from baichuan_omni_jax.checkpoint import Workdir
+from baichuan_omni_jax.config import resolve_model
+from baichuan_omni_jax.nn.param import named_values
+from baichuan_omni_jax.omni.model import OmniModel, branches_of
+from baichuan_omni_jax.train.state import abstract_opt_state, make_compute, make_setup
+
+LEVELS = [f"loss_audio_q{level}" for level in range(8)]
+KEYS = ["step", "loss", "loss_text", "loss_audio", *LEVELS, "tokens", "fill_tokens", "fill_patches", "fill_audio"]
+KEYS += ["step_time_s", "data_wait_s", "compiles"]
+# They measure this machine; every other number must repeat exactly.
+TIMES = {"step_time_s", "data_wait_s", "compiles"}
+
+
+def numbers(workdir: Path) -> list[dict]:
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in read_metrics(workdir)]
+
+
+def saved_arrays(workdir: Path, step: int, root: Path) -> dict[str, np.ndarray]:
+    """Parameters and optimizer state of a saved step."""
+    run, mesh = micro_run(root), one_device()
+    with jax.set_mesh(mesh):
+        setup = make_setup(run, resolve_model(run.model), mesh, make_compute(run))
+        found = Workdir(workdir, keep=3).restore(step, branches_of(setup.template), abstract_opt_state(setup))
+    moments = {
+        f"opt_state{jax.tree_util.keystr(k)}": v for k, v in jax.tree_util.tree_leaves_with_path(found.opt_state)
+    }
+    return {name: np.asarray(value) for name, value in (named_values(found.branches) | moments).items()}
+
+
+def send_at(process: subprocess.Popen, workdir: Path, step: int, number: int) -> tuple[str, str]:
+    """Sends the signal `number` as soon as metrics.jsonl shows `step`; returns what the process wrote."""
+    deadline = time.monotonic() + 240
+    while process.poll() is None and time.monotonic() < deadline:
+        if any(row["step"] >= step for row in read_metrics(workdir)):
+            process.send_signal(number)
+            break
+        time.sleep(0.005)
+    return process.communicate(timeout=120)
+
+
+@pytest.fixture(scope="module")
+def resumed(pretrain, tmp_path_factory) -> dict:
+    """One run in three parts: SIGTERM after step 2, SIGKILL after step 5, then to its end."""
+    workdir = tmp_path_factory.mktemp("resumed") / "run"
+    steps = f"train.steps={STEPS}"
+    found = {"workdir": workdir}
+    with pretrain.start(workdir, steps) as process:
+        found["term_output"] = send_at(process, workdir, 2, signal.SIGTERM)
+    found["term_code"], found["term_metrics"] = process.returncode, read_metrics(workdir)
+    found["term_saved"] = Workdir(workdir, keep=3).latest_step()
+    with pretrain.start(workdir, steps) as process:
+        send_at(process, workdir, 5, signal.SIGKILL)
+    found["kill_code"], found["kill_metrics"] = process.returncode, read_metrics(workdir)
+    found["end"] = pretrain(workdir, steps)
+    return found
+
+
+def test_metrics_of_a_whole_run(finished):
+    """One line a step with every key, the compilations all before the third, and TensorBoard's events beside it."""
+    rows = read_metrics(finished)
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    for row in rows:
+        assert set(KEYS) <= set(row)
+        assert all(np.isfinite(row[key]) for key in KEYS)
+        assert row["loss"] == pytest.approx(row["loss_text"] + row["loss_audio"], rel=1e-6)
+        assert row["loss_audio"] == pytest.approx(np.mean([row[level] for level in LEVELS]), rel=1e-6)
+        assert row["skipped"] == {}
+    assert rows[2]["compiles"] == rows[-1]["compiles"] > 0
+    assert np.mean([row["fill_tokens"] for row in rows]) > 0.9
+    assert list((finished / "tensorboard").glob("events.out.tfevents.*"))
+
+
+def test_the_same_command_finds_the_finished_run(finished, pretrain):
+    before = contents(finished / "checkpoints"), (finished / "metrics.jsonl").read_bytes()
+    again = pretrain(finished, f"train.steps={STEPS}")
+    assert again.returncode == 0, again.stderr
+    assert f"is finished: step {STEPS} of train.steps {STEPS}" in " ".join(again.stdout.split())
+    assert (contents(finished / "checkpoints"), (finished / "metrics.jsonl").read_bytes()) == before
+
+
+def test_a_finished_run_goes_on_when_asked_for_more_steps(finished, pretrain, tmp_path):
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    longer = pretrain(workdir, f"train.steps={STEPS + 2}")
+    assert longer.returncode == 0, longer.stderr
+    assert f"resumed from step {STEPS}" in " ".join(longer.stdout.split())
+    rows = numbers(workdir)
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 3))
+    assert rows[:STEPS] == numbers(finished)
+    assert Workdir(workdir, keep=3).latest_step() == STEPS + 2
+
+
+def test_sigterm_saves_and_leaves_with_exit_code_0(resumed):
+    out, err = resumed["term_output"]
+    assert resumed["term_code"] == 0, err
+    last = resumed["term_metrics"][-1]["step"]
+    assert 2 <= last < STEPS, "the signal came too late to stop anything"
+    assert resumed["term_saved"] == last
+    assert f"stopped by SIGTERM: step {last} is saved" in " ".join(out.split())
+
+
+def test_killed_run_repeats_the_uninterrupted_one_exactly(finished, resumed, micro_root):
+    """Every number of every step, and every parameter and moment of the last, bit for bit."""
+    assert resumed["kill_code"] == -signal.SIGKILL
+    assert 5 <= resumed["kill_metrics"][-1]["step"] < STEPS, "the kill came too late to interrupt anything"
+    end = resumed["end"]
+    assert end.returncode == 0, end.stderr
+    assert "resumed from step" in end.stdout
+    assert numbers(resumed["workdir"]) == numbers(finished)
+    whole, parts = (saved_arrays(path, STEPS, micro_root) for path in (finished, resumed["workdir"]))
+    assert whole.keys() == parts.keys()
+    assert [name for name in whole if not np.array_equal(whole[name], parts[name])] == []
+
+
+def test_forward_pass_changes_no_variable(micro_root, tmp_path, monkeypatch):
+    """Under jax.jit a changed nnx.Variable is silently lost (layers are scanned over copies): no module may do it."""
+    run, mesh = micro_run(micro_root), one_device()
+    omni = resolve_model(run.model)
+    pipeline, codes = open_micro(run, tmp_path / "codes")
+    with jax.set_mesh(mesh):
+        compute = make_compute(run)
+        batch = place(next(pipeline.steps(codes)).batch, mesh, compute.rules)
+        model = jax.eval_shape(lambda: OmniModel(jax.random.key(0), omni, compute))
+        changed = []
+        for method in ("set_value", "set_raw_value", "__setitem__", "copy_from", "update_from_state"):
+            monkeypatch.setattr(nnx.Variable, method, lambda self, *_, **__: changed.append(self))
+
+        def call(model, batch):
+            before = jax.tree.leaves(model)
+            model(batch)
+            assert all(old is new for old, new in zip(before, jax.tree.leaves(model), strict=True))
+
+        jax.eval_shape(call, model, batch)
+        assert changed == []

@@ -1,0 +1,175 @@
+"""The losses: packing changes nothing, chunks change nothing, and a batch without targets is harmless."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from micro import micro_run, one_device, open_micro, place
+
+from baichuan_omni_jax.config import Budgets, resolve_model
+from baichuan_omni_jax.nn.param import named_values, with_values
+from baichuan_omni_jax.omni.model import OmniModel
+from baichuan_omni_jax.sharding import ShardingRules
+from baichuan_omni_jax.train.losses import chunked_cross_entropy, cross_entropy
+from baichuan_omni_jax.train.state import make_compute
+from baichuan_omni_jax.train.step import omni_loss
+from data_pipelines.batch import RowWriter, empty_rows
+
+# Of max|difference| / max|reference| per tensor, fp32.
+TOLERANCE = 1e-5
+LEVELS = 8
+BUDGETS = Budgets(tokens=512, patches=512, audio_frames=256, audio_targets=160)
+# One of each branch and kind; a missing one would be a renamed parameter.
+PARAMETERS = (
+    "vision.tower.patch_embedding.kernel",
+    "vision.projector.fc1.weight",
+    "llm.embedding",
+    "llm.head",
+    "llm.layers.attention.q_proj.weight",
+    "llm.layers.mlp.down_proj.weight",
+    "audio_head.embedding.tables.0",
+    "audio_head.embedding.tables.7",
+    "audio_head.head.layers.attention.v_proj.weight",
+    "audio_head.head.heads.0.weight",
+)
+
+
+class Losses:
+    """A tiny model and the gradient of `sum(weights * losses)`, losses being the text's and each audio level's."""
+
+    def __init__(self, run, omni):
+        self.run, self.omni, self.mesh = run, omni, one_device()
+        with jax.set_mesh(self.mesh):
+            self.compute = make_compute(run)
+            self.model = jax.jit(lambda: OmniModel(jax.random.key(0), omni, self.compute))()
+            self._gradient = jax.jit(jax.grad(self._weighted, has_aux=True))
+
+    def _weighted(self, values, batch, weights):
+        _, metrics = omni_loss(with_values(self.model, values), batch, self.run)
+        losses = [metrics["loss_text"], *(metrics[f"loss_audio_q{level}"] for level in range(LEVELS))]
+        return (jnp.stack(losses) * weights).sum(), metrics
+
+    def __call__(self, batch, weights):
+        """(metrics, gradient by parameter name) as numpy arrays."""
+        with jax.set_mesh(self.mesh), jax.default_matmul_precision("highest"):
+            gradient, metrics = self._gradient(
+                named_values(self.model), place(batch, self.mesh, self.compute.rules), jnp.asarray(weights, jnp.float32)
+            )
+        return jax.tree.map(np.asarray, metrics), jax.tree.map(np.asarray, gradient)
+
+
+def rows_of(documents, budgets, omni):
+    """One row holding all of `documents`."""
+    batch = empty_rows(1, budgets, omni)
+    writer = RowWriter(batch, 0)
+    for number, document in enumerate(documents):
+        writer.add(document, source=0, number=number)
+    return batch
+
+
+def weights_of(batch) -> np.ndarray:
+    """Sums of weights: the text's, then each audio level's."""
+    return np.array([batch["text_weights"].sum(), *batch["audio_weights"].sum((0, 1))])
+
+
+@pytest.fixture(scope="module")
+def losses(micro_root, quick_compile):
+    run = micro_run(micro_root)
+    return Losses(run, resolve_model(run.model))
+
+
+@pytest.fixture(scope="module")
+def documents(micro_root, tmp_path_factory):
+    """A picture, a video, heard speech, spoken speech, text, and a picture with sound, from the sample data."""
+    run = micro_run(micro_root)
+    pipeline, codes = open_micro(run, tmp_path_factory.mktemp("codes") / "store")
+    encode = lambda index, number: pipeline.processor.encode(index.document(number), codes)  # noqa: E731
+    found = {index.name: [encode(index, number) for number in range(len(index))] for index in pipeline.indexes}
+    heard = next(d for d in found["audio"] if len(d.audio_codes) and not len(d.audio_targets))
+    spoken = next(d for d in found["audio"] if len(d.audio_targets))
+    both = next(d for d in found["omni"] if len(d.patches) and len(d.audio_codes))
+    return [found["image"][0], heard, found["video"][0], spoken, found["text"][0], both]
+
+
+def relative(value: np.ndarray, reference: np.ndarray) -> float:
+    return float(np.abs(value - reference).max() / np.abs(reference).max())
+
+
+def test_packed_row_equals_documents_one_by_one(losses, documents):
+    """Loss and gradients of one packed row against each document alone in a row, weighted by its trainable tokens."""
+    packed = rows_of(documents, BUDGETS, losses.omni)
+    totals = weights_of(packed)
+    assert (totals > 0).all()
+    assert (packed["patch_segments"] > 0).any()
+    own = np.array([1.0] + [losses.run.train.audio_loss_weight / LEVELS] * LEVELS)
+    metrics, gradient = losses(packed, own)
+
+    expected, summed = np.zeros(1 + LEVELS), {name: 0.0 for name in gradient}
+    for document in documents:
+        alone = rows_of([document], BUDGETS, losses.omni)
+        share = weights_of(alone) / totals
+        one, part = losses(alone, own * share)
+        expected += share * [one["loss_text"], *(one[f"loss_audio_q{level}"] for level in range(LEVELS))]
+        for name, value in part.items():
+            summed[name] = summed[name] + value.astype(np.float64)
+
+    for name, value in zip(["loss_text", *(f"loss_audio_q{q}" for q in range(LEVELS))], expected, strict=True):
+        assert metrics[name] == pytest.approx(value, rel=TOLERANCE), name
+    assert metrics["loss"] == pytest.approx((own * expected).sum(), rel=TOLERANCE)
+    worst = {name: relative(gradient[name], summed[name]) for name in PARAMETERS}
+    assert max(worst.values()) <= TOLERANCE, worst
+
+
+def test_no_targets_give_finite_losses_and_no_gradient(losses, documents):
+    """Rows whose text weighs nothing and that hold no sound: losses 0, gradients 0, nothing NaN."""
+    batch = rows_of(documents, BUDGETS, losses.omni)
+    batch["text_weights"][:] = 0
+    for name in ("audio_weights", "audio_targets", "audio_codes"):
+        batch[name][:] = 0
+    for name in ("audio_index", "audio_target_index"):
+        batch[name][:] = BUDGETS.tokens
+    metrics, gradient = losses(batch, np.ones(1 + LEVELS))
+    assert all(np.isfinite(value) for value in metrics.values())
+    assert metrics["loss"] == 0
+    assert [name for name, value in gradient.items() if value.any() or not np.isfinite(value).all()] == []
+
+
+def test_text_alone_gives_audio_no_gradient(losses, documents):
+    batch = rows_of([documents[0], documents[4]], BUDGETS, losses.omni)
+    metrics, gradient = losses(batch, np.ones(1 + LEVELS))
+    assert metrics["loss_text"] > 0
+    assert metrics["loss_audio"] == 0
+    assert all(np.isfinite(value).all() for value in gradient.values())
+    assert [name for name, value in gradient.items() if name.startswith("audio_head") and value.any()] == []
+    assert gradient["llm.head"].any()
+    assert gradient["vision.tower.patch_embedding.kernel"].any()
+
+
+@pytest.mark.parametrize("chunk", [8, 7, 24, 100])
+def test_chunked_cross_entropy_equals_the_whole(chunk):
+    """Value and gradients, for chunks that divide the 24 positions of a row, that do not, and that exceed it."""
+    rng, mesh = np.random.default_rng(0), one_device()
+    hidden, head = rng.standard_normal((2, 24, 16), np.float32), rng.standard_normal((40, 16), np.float32)
+    targets = rng.integers(0, 40, (2, 24)).astype(np.int32)
+    weights = rng.uniform(0, 1, (2, 24)).astype(np.float32)
+
+    def chunked(hidden, head):
+        return chunked_cross_entropy(hidden, head, targets, weights, chunk=chunk, rules=ShardingRules())
+
+    def whole(hidden, head):
+        return (cross_entropy(jnp.einsum("btd,vd->btv", hidden, head), targets) * weights).sum()
+
+    def written_out(hidden, head):
+        logits = jnp.einsum("btd,vd->btv", hidden, head)
+        return -(jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)[..., 0] * weights).sum()
+
+    with jax.default_matmul_precision("highest"):
+        expected, gradients = jax.value_and_grad(written_out, (0, 1))(hidden, head)
+        with jax.set_mesh(mesh):
+            hidden, head, targets, weights = map(jnp.asarray, (hidden, head, targets, weights))
+            for function in (chunked, whole):
+                value, found = jax.jit(jax.value_and_grad(function, (0, 1)))(hidden, head)
+                assert value == pytest.approx(float(expected), rel=1e-6)
+                assert all(
+                    relative(np.asarray(a), np.asarray(b)) <= TOLERANCE for a, b in zip(found, gradients, strict=True)
+                )
