@@ -8,6 +8,7 @@ CORE = [
     "absl-py>=2.1",
     "av>=14",
     "einops>=0.8",
+    "etils[epath]>=1.9",
     "flax>=0.12.8",
     "google-crc32c>=1.6",
     "grain>=0.2.18",
@@ -15,6 +16,7 @@ CORE = [
     "jaxtyping>=0.3",
     "librosa>=0.11",
     "ml-dtypes>=0.5",
+    "ml_dtypes>=0.5",
     "numpy>=2.0",
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12",
@@ -39,7 +41,7 @@ EXTRAS = {
     "parity": ["torch>=2.6", "transformers>=4.45"],
     "sample": SAMPLE,
     "show": SHOW,
-    "test": ["beartype>=0.20", "hypothesis>=6.100", "pytest>=8", "ruff==0.14.*", *SAMPLE, *SHOW],
+    "test": ["beartype>=0.20", "hypothesis>=6.100", "pytest>=8", "ruff==0.17.6", *SAMPLE, *SHOW],
 }
 
 setup(
