@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from baichuan_omni_jax.config import ConfigError, MeshConfig
 
@@ -97,7 +97,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return Mesh(np.array(devices).reshape(sizes), MESH_AXES, axis_types=(AxisType.Explicit,) * 4)
 
 
-def axis_product(mesh: Mesh, axes: Sequence[str]) -> int:
+def axis_product(mesh: Mesh | AbstractMesh, axes: Sequence[str]) -> int:
     """Devices along `axes`."""
     return math.prod(mesh.shape[axis] for axis in axes)
 
