@@ -9,12 +9,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from baichuan_omni_jax.sharding import ShardingRules, axis_product
 
 
-def split_chunks(x: Float[Array, "b t ..."], chunk: int, rules: ShardingRules) -> Float[Array, "pieces b p ..."]:
+def split_chunks(x: Shaped[Array, "b t ..."], chunk: int, rules: ShardingRules) -> Shaped[Array, "pieces b p ..."]:
     """(b, t, ...) -> (pieces, b, shards * c, ...); c is the largest divisor of a shard's part that is <= chunk."""
     mesh = jax.typeof(x).sharding.mesh
     shards = 1 if mesh.empty else axis_product(mesh, rules.axes("length"))

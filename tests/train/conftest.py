@@ -30,7 +30,7 @@ def finished(pretrain, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def quick_compile():
     """Compiles with few optimizations: for tests whose time would else be compilation."""
-    before = jax.config.jax_disable_most_optimizations
+    # Not readable as an attribute, and off by default.
     jax.config.update("jax_disable_most_optimizations", True)
     yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    jax.config.update("jax_disable_most_optimizations", False)
