@@ -109,7 +109,7 @@ class Vocoder(nnx.Module):
     def body(
         self, mel: Float[Array, "b t mels"], lengths: Int32[Array, " b"], spectrum: Float[Array, "b f c"]
     ) -> tuple[Float[Array, "b f c"], Int32[Array, " b"]]:
-        """Log magnitudes and angles (b, f, n_fft + 2) of f = t * hop_length / istft_hop + 1 frames; their valid counts."""
+        """Log magnitudes and angles (b, f, n_fft + 2) of f = t * hop_length / istft_hop + 1 frames; valid counts."""
         cfg = self.cfg
         x = keep(self.conv_pre(keep(mel, lengths)), lengths)
         per_stage = len(cfg.resblock_kernel_sizes)

@@ -63,7 +63,7 @@ class HarmonicSource(nnx.Module):
         cfg, hop = self.cfg, self.cfg.hop_length
         with jax.named_scope("harmonic_source"):
             multiples = jnp.arange(1, cfg.harmonics + 1, dtype=jnp.float32)
-            turns = accumulated_turns(f0[..., None] * multiples / cfg.sampling_rate, hop)
+            turns = accumulated_turns(divided(f0[..., None] * multiples, cfg.sampling_rate), hop)
             phase = phase * (jnp.arange(cfg.harmonics) > 0)
             sines = cfg.nsf_alpha * jnp.sin(2 * jnp.pi * turns + phase[:, None])
             voiced = jnp.repeat(f0 > cfg.nsf_voiced_threshold, hop, axis=1)[..., None]
@@ -91,11 +91,26 @@ def accumulated_turns(rates: Float[Array, "b t j"], hop: int) -> Float[Array, "b
     return total - jnp.floor(total)
 
 
+def divided(x: Float[Array, "..."], by: int) -> Float[Array, "..."]:
+    """x / by, rounded once. XLA multiplies by 1 / by instead: often one bit off, which adds up over the samples."""
+    inverse, (by_upper, by_lower) = jnp.float32(1 / by), _halves(jnp.float32(by))
+    quotient = x * inverse
+    upper, lower = _halves(quotient)
+    rest = ((x - upper * by_upper) - upper * by_lower - lower * by_upper) - lower * by_lower
+    return quotient + rest * inverse
+
+
 def _times(count: Array, rate: Array) -> Pair:
-    """count * rate, exactly, for whole counts below 4096: the rate's upper and lower 12 bits times the count."""
-    bits = jax.lax.bitcast_convert_type(rate, jnp.uint32) & jnp.uint32(0xFFFFF000)
+    """count * rate, exactly, for whole counts below 4096."""
+    upper, lower = _halves(rate)
+    return _two_sum(count * upper, count * lower)
+
+
+def _halves(x: Array) -> Pair:
+    """The upper 12 bits of each fp32 and the rest: products of halves are exact."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0xFFFFF000)
     upper = jax.lax.bitcast_convert_type(bits, jnp.float32)
-    return _two_sum(count * upper, count * (rate - upper))
+    return upper, x - upper
 
 
 def _add(x: Pair, y: Pair) -> Pair:
