@@ -5,7 +5,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 DocumentKey = tuple[int, int]  # source, number in it
 
 
+@runtime_checkable
 class Step(Protocol):
     """What the loop asks of a step of data (data_pipelines.rows.Step is one)."""
 
@@ -43,6 +44,7 @@ class Step(Protocol):
     state: dict
 
 
+@runtime_checkable
 class Data(Protocol):
     """What the loop asks of a data set: counts for the report, and steps from a state on."""
 
