@@ -1,0 +1,97 @@
+"""Proves a conversion: golden inputs through converted weights, against golden outputs of the released model.
+
+    python launch/verify_parity.py --fixtures DIR [--json FILE] [--only vision,rvq]
+
+Converts DIR/model.safetensors and DIR/vocoder.safetensors by the tables of `baichuan_omni_jax/convert/`, runs every
+check in fp32 on the CPU and prints a table. Exit code 0: all passed. 1: one failed, or a golden tensor was not checked.
+2: something given cannot be used, the message says what.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import jax
+from absl import logging
+from rich.console import Console
+from rich.table import Table
+
+from baichuan_omni_jax.config import ConfigError
+from baichuan_omni_jax.config.errors import exit_code
+from baichuan_omni_jax.verify import CHECKS, Row, verify
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--fixtures", required=True, metavar="DIR", type=Path, help="config, weights and golden files")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="also write the report here")
+    parser.add_argument("--only", default="", metavar="A,B", help=f"only these of {', '.join(CHECKS)}")
+    return parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> bool:
+    """Prints and writes the report; True when every line of it passed."""
+    if options.json and not options.json.parent.is_dir():
+        raise ConfigError(f"--json {options.json}: {options.json.parent} is not a folder")
+    start, rows = time.monotonic(), []
+    with Console(stderr=True).status("converting") as status:
+        for name, lines in verify(options.fixtures, tuple(filter(None, options.only.split(",")))):
+            rows += lines
+            status.update(f"{name} done, {len(rows)} tensors compared")
+    seconds = time.monotonic() - start
+    show(rows, seconds)
+    if options.json:
+        write(options, rows, seconds)
+    return all(row.passed for row in rows)
+
+
+def show(rows: list[Row], seconds: float) -> None:
+    table = Table("check", "tensor")
+    for heading in ("max abs error", "relative error", "tolerance"):
+        table.add_column(heading, justify="right")
+    table.add_column("pass")
+    table.add_column("note")
+    for row in rows:
+        numbers = (f"{x:.2g}" for x in (row.max_abs_error, row.relative_error, row.tolerance))
+        passed = "yes" if row.passed else "[bold red]NO[/]"
+        table.add_row(row.check, row.tensor, *numbers, passed, row.note)
+    # Never narrower than its rows: a report piped into a file is read there.
+    console = Console()
+    console = console if console.is_terminal else Console(width=140)
+    console.print(table)
+    failed = sum(not row.passed for row in rows)
+    console.print(f"{len(rows)} comparisons, {failed} failed, {seconds:.0f} s", highlight=False)
+
+
+def write(options: argparse.Namespace, rows: list[Row], seconds: float) -> None:
+    report = {
+        "fixtures": str(options.fixtures),
+        "passed": all(row.passed for row in rows),
+        "seconds": round(seconds, 1),
+        "rows": [{name: _plain(value) for name, value in asdict(row).items()} | {"passed": row.passed} for row in rows],
+    }
+    try:
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    except OSError as error:
+        raise ConfigError(f"--json {options.json} cannot be written: {error.strerror}") from error
+
+
+def _plain(value: object) -> object:
+    """JSON knows no infinity: what could not be compared is null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def main(arguments: list[str]) -> int:
+    logging.set_verbosity(logging.WARNING)
+    # The reference was computed on a CPU in fp32; an accelerator, if there is one, is left alone.
+    jax.config.update("jax_platforms", "cpu")
+    options, passed = parse(arguments), []
+    return exit_code(lambda: passed.append(run(options))) or int(not passed[0])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
