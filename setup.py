@@ -15,7 +15,6 @@ CORE = [
     "jax>=0.10.2",
     "jaxtyping>=0.3",
     "librosa>=0.11",
-    "ml-dtypes>=0.5",
     "ml_dtypes>=0.5",
     "numpy>=2.0",
     "optax>=0.2.8",

@@ -9,7 +9,8 @@ import numpy as np
 
 from baichuan_omni_jax.config import ConfigError
 from baichuan_omni_jax.convert.rules import Rule
-from baichuan_omni_jax.convert.safetensors_io import SafetensorsFile, SafetensorsWriter, TensorInfo, TensorSource
+from baichuan_omni_jax.convert.safetensors_io import SafetensorsFile, TensorInfo, TensorSource
+from baichuan_omni_jax.convert.safetensors_write import SafetensorsWriter
 
 CONFIG, VOCODER_CONFIG, PROCESSOR = "config.json", "vocoder_config.json", "processor"
 VOCODER = "vocoder.safetensors"

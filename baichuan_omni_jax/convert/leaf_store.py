@@ -39,7 +39,7 @@ class BranchWriter:
         entries = {
             str(tuple(name.split("."))): {
                 "key_metadata": [{"key": part, "key_type": 2} for part in name.split(".")],
-                "value_metadata": {"value_type": "jax.Array", "skip_deserialize": False},
+                "value_metadata": {"value_type": "np.ndarray", "skip_deserialize": False},
             }
             for name in self._arrays
         }

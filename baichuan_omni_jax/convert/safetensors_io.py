@@ -1,15 +1,15 @@
-"""Safetensors files read lazily and written as they come, one tensor or block of rows at a time.
+"""Safetensors files read lazily: headers at once, a tensor or a block of its rows when it is asked for.
 
 Files are read with pread, never mapped: a mapped 15 GB checkpoint would count as the process' memory. bf16 stays bf16.
 """
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
@@ -24,7 +24,6 @@ DTYPES: dict[str, np.dtype] = {
     **{f"I{bits}": np.dtype(f"int{bits}") for bits in (8, 16, 32, 64)},
     **{f"U{bits}": np.dtype(f"uint{bits}") for bits in (8, 16, 32, 64)},
 }
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # The format's own limit of a header.
 _HEADER_BYTES = 100 << 20
 BLOCK_BYTES = 64 << 20
@@ -42,6 +41,7 @@ class TensorInfo:
         return prod(self.shape) * self.dtype.itemsize
 
 
+@runtime_checkable
 class TensorSource(Protocol):
     """Named tensors somewhere: what a conversion reads. `where` names the source in errors."""
 
@@ -190,53 +190,3 @@ def blocks_of(shape: tuple[int, ...], itemsize: int) -> Iterator[slice]:
     """Rows of the first axis in blocks of at most `BLOCK_BYTES`; a row is never cut."""
     count = max(1, BLOCK_BYTES // max(1, prod(shape[1:]) * itemsize))
     return (slice(start, min(start + count, shape[0])) for start in range(0, shape[0], count))
-
-
-def plan_shards(infos: Mapping[str, TensorInfo], shard_bytes: int) -> list[dict[str, TensorInfo]]:
-    """Tensors in the given order, cut into shards of at most `shard_bytes` (a larger tensor has one to itself)."""
-    shards: list[dict[str, TensorInfo]] = [{}]
-    room = shard_bytes
-    for name, info in infos.items():
-        if shards[-1] and info.nbytes > room:
-            shards.append({})
-            room = shard_bytes
-        shards[-1][name] = info
-        room -= info.nbytes
-    return shards
-
-
-class SafetensorsWriter:
-    """Writes one file tensor by tensor, in the order of `order(infos)`. Its header is known before any data is."""
-
-    def __init__(self, path: Path, infos: Mapping[str, TensorInfo]):
-        self._file = open(path, "wb")  # noqa: SIM115 - closed by `close`
-        self._left = self.order(infos)
-        self._infos = infos
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        for name in self._left:
-            info, start = infos[name], end
-            end += info.nbytes
-            header[name] = {"dtype": _NAMES[info.dtype], "shape": list(info.shape), "data_offsets": [start, end]}
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-len(text) % 8)
-        self._file.write(len(text).to_bytes(8, "little") + text)
-
-    @staticmethod
-    def order(infos: Mapping[str, TensorInfo]) -> list[str]:
-        """By falling item size, so that every tensor is aligned, then by name: what the reference writer does."""
-        return sorted(infos, key=lambda name: (-infos[name].dtype.itemsize, name))
-
-    def write(self, name: str, blocks: Iterable[np.ndarray]) -> None:
-        """The next tensor, as blocks of rows or whole."""
-        assert name == self._left.pop(0), name
-        written = 0
-        for block in blocks:
-            block = np.ascontiguousarray(block)
-            self._file.write(block.reshape(-1).view(np.uint8))
-            written += block.nbytes
-        assert written == self._infos[name].nbytes, (name, written)
-
-    def close(self) -> None:
-        assert not self._left, self._left
-        self._file.close()

@@ -10,9 +10,12 @@ from baichuan_omni_jax.config import ConfigError
 
 
 def check_target(target: Path) -> None:
-    """Raises ConfigError when `target` is there and is not an empty folder."""
+    """Raises ConfigError when `target` is there and is not an empty folder, or has no place to be."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{target} already exists and is not empty; nothing was written")
+    above = next(folder for folder in target.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise ConfigError(f"{target} cannot be made: {above} is not a folder")
 
 
 @contextmanager

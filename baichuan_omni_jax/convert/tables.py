@@ -1,6 +1,7 @@
 """The tables of all branches, and the abstract modules they are checked against."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any
 
 import jax
@@ -44,10 +45,26 @@ def branch_rules(cfg: OmniConfig, vocoder: VocoderConfig | None = None) -> dict[
 
 
 def abstract_branches(
-    cfg: OmniConfig, vocoder: VocoderConfig | None = None, compute: Compute | None = None
+    cfg: OmniConfig,
+    vocoder: VocoderConfig | None = None,
+    *,
+    only: Iterable[str] = (),
+    compute: Compute | None = None,
 ) -> dict[str, nnx.Module]:
-    """Branch -> its module with shapes for values (`jax.eval_shape`): what the tables must cover."""
-    compute = compute or Compute()
+    """Branch -> its module with shapes for values (`jax.eval_shape`): what the tables must cover.
+
+    `only` names the branches wanted; default: all, and the vocoder if its sizes are given.
+    """
+    names = tuple(only) or (*MODEL_BRANCHES, *([VOCODER_BRANCH] if vocoder else []))
+    mesh = jax.sharding.get_mesh()
+    return {name: _abstract(name, cfg, vocoder, compute or Compute(), mesh) for name in names}
+
+
+@cache
+def _abstract(
+    name: str, cfg: OmniConfig, vocoder: VocoderConfig | None, compute: Compute, mesh: jax.sharding.Mesh
+) -> nnx.Module:
+    # `mesh` is the one in use: it is part of every array's type.
     makers: dict[str, Callable[[Any], nnx.Module]] = {
         "vision": lambda key: VisionModel(key, cfg.vision, compute),
         "audio_encoder": lambda key: AudioTokenizer(key, cfg.audio, compute),
@@ -57,7 +74,6 @@ def abstract_branches(
             key, cfg.audio_head, cfg.audio.codebook_sizes, cfg.llm.hidden_size, compute
         ),
         "flow": lambda key: FlowDecoder(key, cfg.flow, compute),
+        "vocoder": lambda key: Vocoder(key, vocoder, compute),
     }
-    if vocoder:
-        makers[VOCODER_BRANCH] = lambda key: Vocoder(key, vocoder, compute)
-    return {name: jax.eval_shape(make, jax.random.key(0)) for name, make in makers.items()}
+    return jax.eval_shape(makers[name], jax.random.key(0))

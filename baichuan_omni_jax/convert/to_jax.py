@@ -44,9 +44,8 @@ def plan_to_jax(source: Path, vocoder: Path | None = None, branches: Iterable[st
     cfg = read_hf(source / CONFIG)
     weights = open_weights(source)
     tables = branch_rules(cfg)
-    jobs = [
-        Job(weights, plan_from_tensors(weights.infos, tables, abstract_branches(cfg), weights.where, only=branches))
-    ]
+    abstract = abstract_branches(cfg, only=branches)
+    jobs = [Job(weights, plan_from_tensors(weights.infos, tables, abstract, weights.where, only=branches))]
     if vocoder is not None:
         jobs.append(_plan_vocoder(vocoder, cfg))
     return jobs
@@ -138,8 +137,8 @@ def _plan_vocoder(vocoder: Path, cfg: OmniConfig) -> Job:
         raise ConfigError(
             f"vocoder {vocoder} reads {sizes.in_channels} mels (in_channels), the model makes {cfg.flow.in_channels}"
         )
-    rules, abstract = branch_rules(cfg, sizes)[VOCODER_BRANCH], abstract_branches(cfg, sizes)[VOCODER_BRANCH]
-    plan = plan_from_tensors(file.infos, {VOCODER_BRANCH: rules}, {VOCODER_BRANCH: abstract}, file.where)
+    rules, abstract = branch_rules(cfg, sizes)[VOCODER_BRANCH], abstract_branches(cfg, sizes, only=[VOCODER_BRANCH])
+    plan = plan_from_tensors(file.infos, {VOCODER_BRANCH: rules}, abstract, file.where)
     return Job(file, plan)
 
 

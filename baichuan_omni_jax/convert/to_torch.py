@@ -1,6 +1,5 @@
 """From a checkpoint of branches back to a Hugging Face folder, tensor by tensor."""
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +20,8 @@ from baichuan_omni_jax.convert.files import (
 from baichuan_omni_jax.convert.leaf_store import BranchReader
 from baichuan_omni_jax.convert.plan import Plan, plan_from_leaves
 from baichuan_omni_jax.convert.rules import Entry
-from baichuan_omni_jax.convert.safetensors_io import (
-    SINGLE,
-    SafetensorsWriter,
-    TensorInfo,
-    blocks_of,
-    plan_shards,
-)
+from baichuan_omni_jax.convert.safetensors_io import SINGLE, TensorInfo, blocks_of
+from baichuan_omni_jax.convert.safetensors_write import write_shards
 from baichuan_omni_jax.convert.staging import check_target, staged_folder
 from baichuan_omni_jax.convert.tables import MODEL_BRANCHES, VOCODER_BRANCH, abstract_branches, branch_rules
 from baichuan_omni_jax.vocoder.config import read_vocoder_config
@@ -83,7 +77,8 @@ def open_source(spec: str, base: str | None = None) -> Source:
         folder = next((folder for folder in candidates if (folder / branch_folder(name)).is_dir()), None)
         if folder is not None:
             readers[name] = BranchReader(folder / branch_folder(name))
-            vocoder_home = folder if name == VOCODER_BRANCH else vocoder_home
+            if name == VOCODER_BRANCH:
+                vocoder_home = folder if (folder / VOCODER_CONFIG).is_file() else home
     if not readers:
         raise ConfigError(f"checkpoint {spec!r} holds no branch that can be converted")
     return Source(readers, home, vocoder_home)
@@ -98,13 +93,13 @@ def plan_to_torch(source: Source, dtype: str | None = None) -> dict[str, Export]
     exports = {}
     model = {name: reader.infos for name, reader in source.readers.items() if name != VOCODER_BRANCH}
     if model:
-        plan = plan_from_leaves(model, branch_rules(cfg), abstract_branches(cfg), str(source.home))
+        plan = plan_from_leaves(model, branch_rules(cfg), abstract_branches(cfg, only=model), str(source.home))
         kind = np.dtype(dtype or _usual_dtype(plan))
         exports[SINGLE] = Export(plan, load_buffers(source.home, plan.buffers, kind))
     if VOCODER_BRANCH in source.readers:
         sizes = read_vocoder_config(source.vocoder_home / VOCODER_CONFIG)
         stored = {VOCODER_BRANCH: source.readers[VOCODER_BRANCH].infos}
-        abstract = abstract_branches(cfg, sizes)
+        abstract = abstract_branches(cfg, sizes, only=stored)
         plan = plan_from_leaves(stored, branch_rules(cfg, sizes), abstract, str(source.vocoder_home))
         exports[VOCODER] = Export(plan, {})
     if dtype is not None:
@@ -141,25 +136,14 @@ def convert_to_torch(
 def _write_export(
     folder: Path, name: str, export: Export, readers: Mapping[str, BranchReader], shard_bytes: int, advance: Advance
 ) -> None:
-    """One file, or where it would be too large, shards and their index."""
     owners = {entry.name: (readers[branch], entry) for branch, rows in export.plan.entries.items() for entry in rows}
     tensors = export.tensors
-    shards = plan_shards(tensors, shard_bytes)
-    stem = name.removesuffix(".safetensors")
-    names = [f"{stem}-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-    if len(shards) == 1:
-        names = [name]
-    for file, infos in zip(names, shards, strict=True):
-        writer = SafetensorsWriter(folder / file, infos)
-        for tensor in writer.order(infos):
-            found = [export.buffers[tensor]] if tensor in export.buffers else _blocks(*owners[tensor])
-            writer.write(tensor, _counted(found, infos[tensor].dtype, advance))
-        writer.close()
-    if len(shards) > 1:
-        files = {tensor: file for file, infos in zip(names, shards, strict=True) for tensor in infos}
-        total = sum(info.nbytes for info in tensors.values())
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
-        (folder / f"{name}.index.json").write_text(json.dumps(index, indent=2))
+
+    def blocks(tensor: str) -> Iterator[np.ndarray]:
+        found = [export.buffers[tensor]] if tensor in export.buffers else _blocks(*owners[tensor])
+        return _counted(found, tensors[tensor].dtype, advance)
+
+    write_shards(folder, name, tensors, shard_bytes, blocks)
 
 
 def _blocks(reader: BranchReader, entry: Entry) -> Iterator[np.ndarray]:
@@ -171,7 +155,7 @@ def _blocks(reader: BranchReader, entry: Entry) -> Iterator[np.ndarray]:
             yield rule.backward(reader.read(leaf, (*entry.index, rows)))
         return
     for leaf in entry.leaves:
-        yield rule.backward(reader.read(leaf, entry.index or (...,)))
+        yield rule.backward(reader.read(leaf, entry.index))
 
 
 def _counted(blocks: Iterable[np.ndarray], dtype: np.dtype, advance: Advance) -> Iterator[np.ndarray]:

@@ -19,7 +19,7 @@ class VocoderConfig:
     sampling_rate: int = 24000
     nsf_alpha: float = 0.1
     nsf_sigma: float = 0.003
-    nsf_voiced_threshold: float = 10
+    nsf_voiced_threshold: int | float = 10
     upsample_rates: tuple[int, ...] = (8, 5, 3)
     upsample_kernel_sizes: tuple[int, ...] = (16, 11, 7)
     istft_n_fft: int = 16
