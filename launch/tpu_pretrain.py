@@ -17,7 +17,7 @@ from baichuan_omni_jax.checkpoint import Workdir
 from baichuan_omni_jax.config import OmniConfig, RunConfig, apply_overrides, load_run_config, resolve_model
 from baichuan_omni_jax.config.errors import exit_code
 from baichuan_omni_jax.train.hosts import leader_first
-from baichuan_omni_jax.train.loop import train
+from baichuan_omni_jax.train.loop import set_up, train
 from data_pipelines.codes import CodeStore
 from data_pipelines.pipeline import Pipeline, open_pipeline, prepare_sample
 from data_pipelines.rows import Shard
@@ -32,6 +32,7 @@ def pretrain() -> None:
         jax.distributed.initialize()
     run = apply_overrides(load_run_config(CONFIG.value), SET.value)
     omni = resolve_model(run.model)
+    set_up(run, omni)  # a run that cannot start must not claim a workdir
     workdir = Workdir(Path(WORKDIR.value), keep=run.checkpoint.keep)
     workdir.write_run_config(run)
     pipeline, codes = leader_first(lambda: prepare(run, omni))

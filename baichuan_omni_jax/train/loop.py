@@ -14,6 +14,7 @@ from rich.console import Console
 
 from baichuan_omni_jax.checkpoint import Workdir
 from baichuan_omni_jax.config import OmniConfig, RunConfig
+from baichuan_omni_jax.nn.param import Compute
 from baichuan_omni_jax.omni.model import BATCH_AXES, branches_of
 from baichuan_omni_jax.sharding import ShardingRules, check_divisible, make_mesh
 from baichuan_omni_jax.train.metrics import CompileCounter, MetricsWriter
@@ -58,18 +59,26 @@ class Data(Protocol):
         """Raises ConfigError when too many documents turned out unusable."""
 
 
+def set_up(run: RunConfig, omni: OmniConfig) -> tuple[Setup, Compute]:
+    """Checks that mesh, budgets, groups and model fit, on shapes alone: before anything is read or written.
+
+    Raises ConfigError naming what does not fit.
+    """
+    mesh, compute = make_mesh(run.mesh), make_compute(run)
+    with jax.set_mesh(mesh):
+        check_batch(run, mesh, compute.rules)
+        return make_setup(run, omni, mesh, compute), compute
+
+
 def train(run: RunConfig, omni: OmniConfig, workdir: Workdir, data: Data, console: Console | None = None) -> TrainState:
     """Trains until `train.steps` or SIGTERM and returns the last state, which has been saved.
 
-    Resumes from the workdir's newest good step. Raises ConfigError for what does not fit: mesh, budgets, groups.
+    Resumes from the workdir's newest good step. Raises ConfigError as `set_up`, and for a step that cannot be read.
     """
     console = console or Console()
     compiles = CompileCounter()
-    mesh = make_mesh(run.mesh)
-    with jax.set_mesh(mesh):
-        compute = make_compute(run)
-        check_batch(run, mesh, compute.rules)
-        setup = make_setup(run, omni, mesh, compute)
+    setup, compute = set_up(run, omni)
+    with jax.set_mesh(setup.mesh):
         state, data_state = _start(run, omni, setup, workdir, compute)
         if state.step:
             console.print(f"{workdir.path}: resumed from step {state.step}")

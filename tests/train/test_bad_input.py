@@ -93,7 +93,7 @@ def test_mesh_that_does_not_divide_a_parameter(pretrain, tmp_path):
     done = pretrain(tmp_path / "run", "mesh.tensor=8", devices=8)
     assert done.returncode == 2
     message = only_sentence(done.stderr)
-    assert "weight: dimension " in message
+    assert "k_proj.bias: dimension kv_heads of 2 is not divisible by 8" in message
     assert " is not divisible by 8, the mesh axes tensor" in message
     assert not read_metrics(tmp_path / "run")
 
