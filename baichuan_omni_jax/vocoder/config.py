@@ -145,7 +145,7 @@ def _typed(name: str, value: Any) -> Any:
     kinds = int if type(default) is int and name != "nsf_voiced_threshold" else (int, float)
     if not (_positive(value, kinds) or (least == 0 and value == 0)):
         raise ConfigError(f"{name} = {value!r}: expected {'a whole' if kinds is int else 'a'} number above 0")
-    return value
+    return float(value) if isinstance(default, float) else value
 
 
 def _positive(value: Any, kinds: type | tuple[type, ...]) -> bool:
