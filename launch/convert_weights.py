@@ -53,8 +53,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def to_jax(options: argparse.Namespace) -> None:
-    source, target = Path(options.source), Path(options.target)
-    vocoder = Path(options.vocoder) if options.vocoder else None
+    source, target = Path(options.source).expanduser(), Path(options.target).expanduser()
+    vocoder = Path(options.vocoder).expanduser() if options.vocoder else None
     branches = tuple(filter(None, options.branches.split(",")))
     for name in branches:
         if name not in MODEL_BRANCHES:
@@ -69,7 +69,7 @@ def to_jax(options: argparse.Namespace) -> None:
 
 
 def to_torch(options: argparse.Namespace) -> None:
-    target = Path(options.target)
+    target = Path(options.target).expanduser()
     if options.shard_mb < 1:
         raise ConfigError(f"--shard-mb must be at least 1, not {options.shard_mb}")
     check_target(target)

@@ -9,6 +9,7 @@ A stacked parameter is cut at least between layers, so that one layer is written
 import json
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorstore as ts
@@ -85,8 +86,8 @@ class BranchReader:
             raise ConfigError(f"{self._folder}: parameter {name} cannot be read: {_first_line(error)}") from error
 
 
-def _store(folder: Path, name: str) -> dict[str, str]:
-    return {"driver": "ocdbt", "base": f"file://{folder}/", "path": f"{name}/"}
+def _store(folder: Path, name: str) -> dict[str, Any]:
+    return {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder.absolute()}/"}, "path": f"{name}/"}
 
 
 def _first_line(error: Exception) -> str:

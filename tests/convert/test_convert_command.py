@@ -49,8 +49,9 @@ def copy(checkpoint: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(checkpoint, tmp_path / "hf"))
 
 
-def test_there_and_back(command, checkpoint: Path, tmp_path: Path, capsys) -> None:
-    ours, back = tmp_path / "new" / "ours", tmp_path / "back"
+def test_there_and_back(command, checkpoint: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    ours, back = Path("new 100%/ours"), Path("back")
     vocoder = checkpoint / "vocoder.safetensors"
     assert command("to-jax", "--from", checkpoint, "--vocoder", vocoder, "--to", ours) == 0
     told = capsys.readouterr()
@@ -62,7 +63,7 @@ def test_there_and_back(command, checkpoint: Path, tmp_path: Path, capsys) -> No
     assert there.infos == again.infos
     assert all(there.read(name).tobytes() == again.read(name).tobytes() for name in there.infos)
     assert (back / "vocoder.safetensors").exists()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "new"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "new 100%"]
 
 
 def test_dry_run_prints_every_row(command, checkpoint: Path, tmp_path: Path, capsys) -> None:
