@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from baichuan_omni_jax.config import ConfigError
-from baichuan_omni_jax.nn.param import dotted, named_variables
+from baichuan_omni_jax.nn.param import dotted
 from baichuan_omni_jax.sharding import ShardingRules, parameter_sharding
 
 Tree = Any
@@ -42,9 +42,9 @@ def with_shardings(
 
 def leaves_by_name(tree: Tree) -> dict[str, Any]:
     """Every array of a pytree by dotted name (`0.mu.llm.embed`), out of its `nnx.Variable` if it is in one."""
-    named = {name: _unwrap(leaf) for name, leaf in named_variables(tree).items()}
-    count = len(jax.tree.leaves(tree, is_leaf=_is_variable))
-    assert len(named) == count, f"{count - len(named)} leaves share a dotted name with another"
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_variable)
+    named = {dotted(path): _unwrap(leaf) for path, leaf in leaves}
+    assert len(named) == len(leaves), f"{len(leaves) - len(named)} leaves share a dotted name with another"
     return named
 
 

@@ -13,8 +13,8 @@ SCRIPT = Path(__file__).with_name("step.py")
 @pytest.mark.parametrize(
     "meshes",
     [
-        ("2,2,2,1", "1,2,2,2"),
-        pytest.param(("8,1,1,1", "1,8,1,1", "1,1,8,1"), marks=pytest.mark.slow),
+        ("1,2,2,2",),
+        pytest.param(("2,2,2,1", "8,1,1,1", "1,8,1,1", "1,1,8,1"), marks=pytest.mark.slow),
     ],
     ids=" ".join,
 )
@@ -23,7 +23,7 @@ def test_losses_and_gradients_equal_one_device(meshes, sample_dir, tmp_path):
     root = small_copy(sample_dir, tmp_path / "data")
     command = [sys.executable, str(SCRIPT), str(root), str(tmp_path / "codes"), *meshes]
     done = subprocess.run(
-        command, env=environment(tmp_path / "xla", 8), capture_output=True, text=True, timeout=400, check=False
+        command, env=environment(tmp_path / "xla", 8), capture_output=True, text=True, timeout=900, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("largest difference") == len(meshes), done.stdout
