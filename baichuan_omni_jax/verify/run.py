@@ -54,6 +54,7 @@ def run_check(fixtures: Fixtures, gold: Golden) -> list[Row]:
             CHECKS[gold.check](fixtures, gold)
     except ConfigError:
         raise
-    except ValueError as error:
-        raise ConfigError(f"{fixtures.folder / gold.check}.safetensors does not fit its config: {error}") from error
+    except (ValueError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"{fixtures.folder / gold.check}.safetensors does not fit its config: {reason}") from error
     return gold.rows()

@@ -1,20 +1,17 @@
-"""Fills our modules with the golden weights, name by name: the oracle of a conversion, spelled out by hand.
+"""Golden weights under our parameters' names, name by name: the oracle of a conversion, spelled out by hand.
 
-Every function takes the checkpoint (name -> fp32 array) and returns name -> array for `with_values`. `{}` in a
+Every function takes the checkpoint (name -> fp32 array) and returns parameter -> array. `{}` in a
 checkpoint name is the layer, whose arrays are stacked. Torch linears are (out, in), ours (in, out).
 """
 
 import json
 from collections.abc import Callable, Mapping
 
-import jax
 import numpy as np
 from golden import golden_path
-from jax.sharding import NamedSharding, PartitionSpec
 from safetensors import safe_open
 
 from baichuan_omni_jax.config import OmniConfig, from_hf
-from baichuan_omni_jax.nn.param import named_variables, with_values
 
 Weights = Mapping[str, np.ndarray]
 
@@ -28,16 +25,6 @@ def golden_arrays(name: str) -> dict[str, np.ndarray]:
     with safe_open(golden_path(f"omni_a/{name}.safetensors"), "flax") as file:
         arrays = {key: np.asarray(file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118
     return {key: x.astype(np.int32 if x.dtype.kind == "i" else np.float32) for key, x in arrays.items()}
-
-
-def fill(module, values: Weights):
-    """`module` with `values`, on the current mesh, whole on its one device. Raises on a name or shape that differs."""
-    variables = named_variables(module)
-    assert set(variables) == set(values), set(variables) ^ set(values)
-    for name, variable in variables.items():
-        assert variable.shape == values[name].shape, (name, variable.shape, values[name].shape)
-    place = NamedSharding(jax.sharding.get_mesh(), PartitionSpec())
-    return with_values(module, {name: jax.device_put(value, place) for name, value in values.items()})
 
 
 def linear(ours: str, theirs: str, w: Weights, heads: tuple[int, int] | None = None, bias: bool = True) -> Weights:
