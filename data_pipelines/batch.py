@@ -71,7 +71,7 @@ class RowWriter:
 
     def leave(self, tokens: int) -> None:
         """Leaves padding in the place of a document that could not be decoded."""
-        self._at["token"] += int(tokens)
+        self._at["token"] += tokens
 
     def _put(self, counter: str, document: EncodedDocument, names: Sequence[str]) -> None:
         for name in names:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import tensorstore as ts
-from jaxtyping import Int32
+from jaxtyping import Int32, Integer
 
 from baichuan_omni_jax.config import ConfigError
 
@@ -61,7 +61,7 @@ class CodeStore:
 
 def write_codes(
     path: Path,
-    items: Iterable[tuple[CodeKey, Int32[np.ndarray, "n q"]]],
+    items: Iterable[tuple[CodeKey, Integer[np.ndarray, "n q"]]],
     *,
     fingerprint: str,
     codebook_sizes: tuple[int, ...],
@@ -88,7 +88,7 @@ def write_codes(
         raise
 
 
-def _write_arrays(folder: Path, items: Iterable[tuple[CodeKey, Int32[np.ndarray, "n q"]]], levels: int) -> int:
+def _write_arrays(folder: Path, items: Iterable[tuple[CodeKey, Integer[np.ndarray, "n q"]]], levels: int) -> int:
     """Frames and index; returns the number of frames."""
     keys, codes = [], []
     for key, frames in items:

@@ -63,7 +63,7 @@ class Index:
         limit = np.array(astuple(budgets), np.int64)
         over = self.lengths[:, _BUDGET_COLUMNS] > limit
         fits = ~over.any(1)
-        late = tuple(self._too_long(i, over[i], limit) for i in np.flatnonzero(~fits))
+        late = tuple(self._too_long(i, over[i], limit) for i in np.flatnonzero(~fits).tolist())
         kept = (self.lengths[fits], self.offsets[fits], self.lines[fits])
         return Index(self.name, self.manifest, self.root, *kept, self.skipped + late)
 

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from collections.abc import Sequence
 from fractions import Fraction
 
 import grain
@@ -14,7 +15,7 @@ DocumentKey = tuple[int, int]
 
 
 def document_stream(
-    indexes: list[Index], weights: list[float], seed: int, *, epochs: int | None = None
+    indexes: list[Index], weights: Sequence[float | int], seed: int, *, epochs: int | None = None
 ) -> grain.MapDataset:
     """Random access to (source number, document number) by place in the stream; the same on every host.
 
@@ -43,7 +44,7 @@ class Shares(grain.transforms.DatasetSelectionMap):
     k-th document comes from the source whose count grows. With weights 2 and 1: sources 0 0 1, 0 0 1, ...
     """
 
-    def __init__(self, weights: list[float]):
+    def __init__(self, weights: Sequence[float | int]):
         exact = [Fraction(weight) for weight in weights]
         scale = max(weight.denominator for weight in exact)  # all are powers of two
         heaviest_first = sorted(range(len(weights)), key=lambda source: -exact[source])

@@ -12,12 +12,12 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from baichuan_omni_jax.config import ConfigError, DataConfig, OmniConfig
-from data_pipelines.codes import CodeKey, CodeStore
+from data_pipelines.codes import CodeKey
 from data_pipelines.document import SampleError
 from data_pipelines.index import COLUMNS, Index, Skipped, load_index
 from data_pipelines.manifest import read_manifest
 from data_pipelines.mixture import document_stream
-from data_pipelines.processor import AudioItem, Processor
+from data_pipelines.processor import AudioItem, Codes, Processor
 from data_pipelines.prompts import Text, parse_prompt
 from data_pipelines.row_plan import RowPlan
 from data_pipelines.rows import ALL_ROWS, RowDecoder, Shard, Step, StepDataset, budget_vector, read_steps
@@ -81,11 +81,11 @@ class Pipeline:
         needs = lambda source, number: self.indexes[source].needs(number)  # noqa: E731
         return RowPlan(stream, needs, budget_vector(self.config.budgets), self.config.open_bins)
 
-    def decoder(self, codes: CodeStore) -> RowDecoder:
+    def decoder(self, codes: Codes) -> RowDecoder:
         return RowDecoder(self.indexes, self.processor, codes, self.config.budgets, self.omni)
 
     def steps(
-        self, codes: CodeStore, *, state: dict | None = None, shard: Shard = ALL_ROWS, epochs: int | None = None
+        self, codes: Codes, *, state: dict | None = None, shard: Shard = ALL_ROWS, epochs: int | None = None
     ) -> Iterator[Step]:
         """Steps of `config.rows` rows in all, this host's share decoded, from `state` on."""
         if self.config.rows % shard.count:

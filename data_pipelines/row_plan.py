@@ -6,7 +6,7 @@ none has, the fullest row is emitted and a new one opened. No document is cut. W
     documents 6 5 3 4 7    ->  [6 3] open, [5 4] open; 7 fits nowhere, both hold 9: the first is emitted, [7] opened
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import grain
 import numpy as np
@@ -24,7 +24,7 @@ class RowPlan:
         self,
         stream: grain.MapDataset,
         needs: Callable[[int, int], Int[np.ndarray, "budgets"]],
-        budgets: Int[np.ndarray, "budgets"],
+        budgets: Int[np.ndarray, "budgets"] | Sequence[int],
         open_bins: int,
     ):
         """`needs(source, document)` gives what a document takes of each budget; it must fit an empty row."""

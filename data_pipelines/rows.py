@@ -14,10 +14,9 @@ from absl import flags
 
 from baichuan_omni_jax.config import Budgets, OmniConfig
 from data_pipelines.batch import Batch, RowWriter, empty_rows
-from data_pipelines.codes import CodeStore
 from data_pipelines.document import SampleError
 from data_pipelines.index import BUDGETED, Index
-from data_pipelines.processor import Processor
+from data_pipelines.processor import Codes, Processor
 from data_pipelines.row_plan import Row, RowPlan
 
 
@@ -39,7 +38,7 @@ class RowDecoder:
 
     indexes: tuple[Index, ...]
     processor: Processor
-    codes: CodeStore
+    codes: Codes
     budgets: Budgets
     omni: OmniConfig
 
@@ -62,7 +61,7 @@ class RowDecoder:
                 raise SampleError("changed", "the document is not what the index measured")
         except SampleError as error:
             lost[key] = (where, error.cause, str(error))
-            writer.leave(needs[0])
+            writer.leave(int(needs[0]))
             return
         writer.add(encoded, source=source, number=number)
 

@@ -210,8 +210,8 @@ def _losses(batch: Batch, row: int) -> Int32[np.ndarray, "t"]:
 
 def _fill(batch: Batch, row: int, budgets: Budgets) -> dict[str, tuple[int, int]]:
     used = (
-        np.count_nonzero(batch["segment_ids"][row]),
-        np.count_nonzero(batch["patch_segments"][row]),
+        int(np.count_nonzero(batch["segment_ids"][row])),
+        int(np.count_nonzero(batch["patch_segments"][row])),
         len(_used(batch["audio_index"][row], budgets.tokens)),
         len(_used(batch["audio_target_index"][row], budgets.tokens)),
     )

@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
+@pytest.mark.slow
 def test_branches_on_eight_devices_equal_one_device():
     """Outputs and gradients of vision, audio encoder, audio head and language model: fsdp 2 x context 2 x tensor 2."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
