@@ -14,3 +14,11 @@ def golden_path(name: str) -> Path:
     if not path.exists():
         pytest.skip(f"golden fixture {path} is not there (set OMNI_GOLDEN to the folder that holds it)")
     return path
+
+
+def ranks_path() -> Path:
+    """The released vocabulary's ranks, $QWEN_RANKS: too large to keep here. Skips when absent."""
+    path = Path(os.environ.get("QWEN_RANKS", ""))
+    if not path.is_file():
+        pytest.skip("QWEN_RANKS names no file (resources/qwen.tiktoken of the PyPI package dashscope)")
+    return path

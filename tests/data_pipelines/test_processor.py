@@ -1,10 +1,8 @@
 """Documents measured and encoded: slots, targets and weights by hand, for each kind of document."""
 
 import json
-import os
 import pickle
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +14,7 @@ from data_pipelines.qwen_ranks import tokenizer_from_ranks
 from data_pipelines.sounds import clip_key
 from data_pipelines.tokenizing import encode, train_tokenizer
 from tests.data_pipelines.small_media import document, media, write_image, write_sound, write_video
-from tests.golden import golden_path
+from tests.golden import golden_path, ranks_path
 
 CONFIG = tiny()
 T = CONFIG.tokens
@@ -285,10 +283,7 @@ def test_a_file_that_changed_has_no_codes(processor, root):
 
 
 def test_released_prompts_have_the_released_ids():
-    ranks = Path(os.environ.get("QWEN_RANKS", ""))
-    if not ranks.is_file():
-        pytest.skip("QWEN_RANKS names no file (qwen.tiktoken, from the PyPI package dashscope)")
-    processor = Processor(OmniConfig(), tokenizer_from_ranks(ranks), end_of_text=False)
+    processor = Processor(OmniConfig(), tokenizer_from_ranks(ranks_path()), end_of_text=False)
     folder = golden_path("processor")
     for name, case in json.loads((folder / "processor.json").read_text(encoding="utf-8"))["prompts"].items():
         text = case["prompt"] if "trainable" in case["prompt"] else case["prompt"] + trainable("<C_A>")

@@ -1,9 +1,7 @@
 """Tokenizers: trained here, read from disk, built from released ranks."""
 
 import json
-import os
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -11,7 +9,7 @@ from baichuan_omni_jax.config import ConfigError, OmniConfig, tiny
 from data_pipelines.qwen_ranks import tokenizer_from_ranks
 from data_pipelines.special_tokens import ASSISTANT, SPECIAL_TOKENS, USER
 from data_pipelines.tokenizing import check_tokenizer, encode, load_tokenizer, train_tokenizer
-from tests.golden import golden_path
+from tests.golden import golden_path, ranks_path
 
 TEXTS = [
     "A cat sat on the mat, and the cat was glad.",
@@ -76,17 +74,8 @@ def test_a_tokenizer_of_another_model_is_refused(trained):
         check_tokenizer(trained, small)
 
 
-@pytest.fixture(scope="module")
-def ranks():
-    """The released ranks, by $QWEN_RANKS; they are too large to keep here."""
-    path = Path(os.environ.get("QWEN_RANKS", ""))
-    if not path.is_file():
-        pytest.skip("QWEN_RANKS names no file (qwen.tiktoken, from the PyPI package dashscope)")
-    return path
-
-
-def test_released_ranks_give_the_released_ids(ranks):
-    tokenizer = tokenizer_from_ranks(ranks)
+def test_released_ranks_give_the_released_ids():
+    tokenizer = tokenizer_from_ranks(ranks_path())
     check_tokenizer(tokenizer, OmniConfig())
     released = json.loads(golden_path("processor/added_tokens.json").read_text())["added_tokens"]
     assert {name: tokenizer.token_to_id(name) for name in released} == released
