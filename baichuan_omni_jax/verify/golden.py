@@ -83,17 +83,7 @@ class Golden:
 
     def compare_part(self, label: str, ours: ArrayLike, reference: np.ndarray, tolerance: float, note: str) -> None:
         """A line of the report under any label."""
-        ours = np.asarray(ours)
-        row = Row(check=self.check, tensor=label, max_abs_error=0.0, relative_error=0.0, tolerance=tolerance, note=note)
-        if ours.shape != reference.shape:
-            shapes = f"shape {list(ours.shape)}, not {list(reference.shape)}"
-            row = replace(row, max_abs_error=np.inf, relative_error=np.inf, note=shapes)
-        elif reference.size:
-            # In double precision, so that whole numbers keep all their digits; a NaN of ours fails every tolerance.
-            error = float(np.abs(ours.astype(np.float64) - reference.astype(np.float64)).max())
-            largest = float(np.abs(reference.astype(np.float64)).max())
-            row = replace(row, max_abs_error=error, relative_error=error / largest if largest else error)
-        self._rows.append(row)
+        self._rows.append(compared(self.check, label, ours, reference, tolerance, note))
 
     def rows(self) -> list[Row]:
         """The report so far; a tensor that no check read or compared is a failure."""
@@ -105,6 +95,23 @@ class Golden:
             raise ConfigError(f"{self._file.path} lacks tensor {name}")
         x = self._file.read(name)
         return x.astype(np.int32 if x.dtype.kind in "iu" else np.float32)
+
+
+def compared(
+    check: str, tensor: str, ours: ArrayLike, reference: np.ndarray, tolerance: float = TOLERANCE, note: str = ""
+) -> Row:
+    """The line of our values held against a reference."""
+    ours = np.asarray(ours)
+    row = Row(check=check, tensor=tensor, max_abs_error=0.0, relative_error=0.0, tolerance=tolerance, note=note)
+    if ours.shape != reference.shape:
+        shapes = f"shape {list(ours.shape)}, not {list(reference.shape)}"
+        return replace(row, max_abs_error=np.inf, relative_error=np.inf, note=shapes)
+    if not reference.size:
+        return row
+    # In double precision, so that whole numbers keep all their digits; a NaN of ours fails every tolerance.
+    error = float(np.abs(ours.astype(np.float64) - reference.astype(np.float64)).max())
+    largest = float(np.abs(reference.astype(np.float64)).max())
+    return replace(row, max_abs_error=error, relative_error=error / largest if largest else error)
 
 
 def unchecked(check: str, name: str) -> Row:

@@ -14,7 +14,8 @@ MAX_AUDIO_FRAMES = 48
 
 
 @jax.jit
-def _forward(llm, *row):
+def forward(llm, *row):
+    """Hidden states and logits of a row of tokens, positions and segment ids."""
     tokens, positions, segment_ids = as_rows(*row)
     hidden = llm(llm.embed(tokens), positions, segment_ids)
     return hidden, llm.logits(hidden)
@@ -23,7 +24,7 @@ def _forward(llm, *row):
 def llm(fixtures: Fixtures, gold: Golden) -> None:
     """A left-padded batch."""
     mask = gold.input("attention_mask")
-    hidden, logits = _forward(fixtures.branch("llm"), gold.input("input_ids"), gold.input("position_ids"), mask)
+    hidden, logits = forward(fixtures.branch("llm"), gold.input("input_ids"), gold.input("position_ids"), mask)
     gold.compare_rows("logits", logits, mask == 1)
     gold.compare("last_hidden", hidden[:, -1])
 
@@ -34,7 +35,7 @@ def packed(fixtures: Fixtures, gold: Golden) -> None:
     ids = np.zeros(tokens.size, np.int32)
     ids[: lengths.sum()] = np.repeat(np.arange(1, len(lengths) + 1), lengths)
     ids = ids.reshape(tokens.shape)
-    _, logits = _forward(fixtures.branch("llm"), tokens, gold.input("position_ids"), ids)
+    _, logits = forward(fixtures.branch("llm"), tokens, gold.input("position_ids"), ids)
     gold.compare_rows("logits", logits, ids > 0)
 
 

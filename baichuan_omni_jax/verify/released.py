@@ -1,0 +1,96 @@
+"""A converted language model against the released PyTorch code itself, which the user brings with its weights.
+
+Both get the same token ids, a left-padded batch of text, in fp32; where the mask is 1 their logits must agree. One
+model is in memory at a time (fp32: 4 bytes a parameter). Needs torch and transformers (the extra `parity`).
+
+This has been run against a stand-in of the released code only (tests/convert/test_verify_hf.py: the released tensor
+names around transformers' Qwen2), not against the released code and weights.
+"""
+
+from dataclasses import astuple
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int32
+
+from baichuan_omni_jax.checkpoint import load_branches, with_shardings
+from baichuan_omni_jax.config import ConfigError, OmniConfig, read_hf
+from baichuan_omni_jax.convert.files import CONFIG
+from baichuan_omni_jax.convert.tables import abstract_branches
+from baichuan_omni_jax.verify.fixtures import COMPUTE, exact_arithmetic
+from baichuan_omni_jax.verify.golden import Row, compared
+from baichuan_omni_jax.verify.language import forward
+
+LENGTHS = (48, 29)
+CHECK, BRANCH = "released", "llm"
+
+
+def verify_released(released: Path, checkpoint: Path, *, seed: int = 0) -> list[Row]:
+    """The lines of the report, one a sequence: our checkpoint's `llm` against the model of folder `released`.
+
+    Runs the Python files of `released`. Raises ConfigError when either cannot be read, when torch or transformers is
+    missing, and when the released code fails.
+    """
+    auto = _auto_model()
+    if not (released / CONFIG).is_file():
+        raise ConfigError(f"--hf {released} is not a Hugging Face folder: it has no {CONFIG}")
+    config = read_hf(checkpoint / CONFIG)
+    tokens, mask = padded_batch(config, seed)
+    ours = _our_logits(config, checkpoint, tokens, mask)
+    reference = _released_logits(auto, released, tokens, mask)
+    if reference.shape != ours.shape:
+        return [compared(CHECK, "logits", ours, reference)]
+    real = mask == 1
+    return [compared(CHECK, f"logits_{i}", ours[i, row], reference[i, row]) for i, row in enumerate(real)]
+
+
+def padded_batch(config: OmniConfig, seed: int) -> tuple[Int32[np.ndarray, "b t"], Int32[np.ndarray, "b t"]]:
+    """Token ids and mask of two texts of unequal length, padded on the left. No id means media; padding is any text."""
+    plain = np.setdiff1d(np.arange(config.llm.vocab_size, dtype=np.int32), astuple(config.tokens))
+    tokens = np.random.default_rng(seed).choice(plain, (len(LENGTHS), max(LENGTHS)))
+    mask = np.arange(max(LENGTHS)) >= max(LENGTHS) - np.array(LENGTHS)[:, None]
+    return tokens.astype(np.int32), mask.astype(np.int32)
+
+
+def _our_logits(
+    config: OmniConfig, checkpoint: Path, tokens: np.ndarray, mask: np.ndarray
+) -> Float[np.ndarray, "b t v"]:
+    # Made on no mesh: `with_shardings` says where parameters go.
+    module = abstract_branches(config, only=[BRANCH], compute=COMPUTE)[BRANCH]
+    with exact_arithmetic():
+        abstract = with_shardings(
+            module, jax.sharding.get_mesh(), COMPUTE.rules, dtype=jnp.dtype(jnp.float32), name=BRANCH
+        )
+        llm = load_branches(str(checkpoint), {BRANCH: abstract})[BRANCH]
+        _, logits = forward(llm, tokens, np.cumsum(mask, 1, dtype=np.int32), mask)
+        return np.asarray(logits)
+
+
+def _released_logits(auto: Any, released: Path, tokens: np.ndarray, mask: np.ndarray) -> Float[np.ndarray, "b t v"]:
+    import torch
+
+    try:
+        model = auto.from_pretrained(
+            str(released), trust_remote_code=True, local_files_only=True, torch_dtype=torch.float32
+        ).eval()
+        ids, seen = (torch.from_numpy(x).long() for x in (tokens, mask))
+        with torch.no_grad():
+            out = model(input_ids=ids, attention_mask=seen, position_ids=seen.cumsum(1), use_cache=False)
+        return out.logits.float().numpy()
+    except Exception as error:  # code of the user's folder: it raises whatever it likes
+        first = str(error).strip().splitlines()[:1] or ["no reason given"]
+        raise ConfigError(f"the code of {released} fails: {type(error).__name__}: {first[0]}") from error
+
+
+def _auto_model() -> Any:
+    try:
+        import torch  # noqa: F401
+        from transformers import AutoModelForCausalLM
+    except ImportError as error:
+        raise ConfigError(
+            f"--hf needs torch and transformers: pip install 'baichuan_omni_jax[parity]' ({error})"
+        ) from error
+    return AutoModelForCausalLM
