@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -60,7 +61,8 @@ def perturbed(data: bytes, name: str) -> bytes:
 def test_the_goldens_pass(tmp_path):
     report = tmp_path / "report.json"
     command = [sys.executable, SCRIPT, "--fixtures", golden_path("omni_a"), "--json", report]
-    run = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=SCRIPT.parents[1])
+    environment = os.environ | {"PYTHONPATH": str(SCRIPT.parents[1])}
+    run = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stdout + run.stderr
     rows = json.loads(report.read_text())["rows"]
     assert all(row["passed"] and row["relative_error"] <= row["tolerance"] for row in rows)
