@@ -13,7 +13,7 @@ import jax
 from absl import app, flags
 from tokenize_audio import CONFIG, SET, ensure_codes, quiet_logs
 
-from baichuan_omni_jax.checkpoint import Workdir
+from baichuan_omni_jax.checkpoint import Workdir, check_run_config
 from baichuan_omni_jax.config import OmniConfig, RunConfig, apply_overrides, load_run_config, resolve_model
 from baichuan_omni_jax.config.errors import exit_code
 from baichuan_omni_jax.train.hosts import leader_first
@@ -32,10 +32,12 @@ def pretrain() -> None:
         jax.distributed.initialize()
     run = apply_overrides(load_run_config(CONFIG.value), SET.value)
     omni = resolve_model(run.model)
-    set_up(run, omni)  # a run that cannot start must not claim a workdir
+    # Everything that can refuse the run comes before it claims the workdir.
+    set_up(run, omni)
     workdir = Workdir(Path(WORKDIR.value), keep=run.checkpoint.keep)
-    workdir.write_run_config(run)
+    check_run_config(workdir.path, run)
     pipeline, codes = leader_first(lambda: prepare(run, omni))
+    workdir.write_run_config(run)
     shard = Shard(jax.process_index(), jax.process_count())
     train(run, omni, workdir, TrainingData(pipeline, codes, shard))
     workdir.close()

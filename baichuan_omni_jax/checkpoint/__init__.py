@@ -21,7 +21,7 @@ from baichuan_omni_jax.checkpoint.branches import (
     save_branches,
 )
 from baichuan_omni_jax.checkpoint.checksums import verify_checksums, write_checksums
-from baichuan_omni_jax.checkpoint.run_config import MAY_DIFFER
+from baichuan_omni_jax.checkpoint.run_config import MAY_DIFFER, check_run_config
 from baichuan_omni_jax.checkpoint.trees import read_tree, with_shardings
 from baichuan_omni_jax.checkpoint.workdir import Restored, Workdir
 
@@ -30,6 +30,7 @@ __all__ = [
     "BranchInfo",
     "Restored",
     "Workdir",
+    "check_run_config",
     "find_checkpoint",
     "load_branches",
     "parse_spec",
