@@ -171,7 +171,7 @@ def test_any_layout(lengths, order):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"implementation": "mosaic"}, "'mosaic' is not one of xla, reference"),
+        ({"implementation": "mosaic"}, "'mosaic' is not one of pallas_tpu, pallas_gpu, xla, reference"),
         ({"v": np.zeros((1, 8, 1, 4), np.float32)}, "rows and head dims must agree"),
         ({"k": np.zeros((1, 8, 3, 8), np.float32), "v": np.zeros((1, 8, 3, 8), np.float32)}, "not a multiple of 3"),
         ({"segments": segments_of(row([3], 7))}, r"segments \(1, 7\) x \(1, 7\) do not fit"),

@@ -121,7 +121,12 @@ def test_keeps_the_split_of_the_rows():
 @pytest.mark.parametrize(
     ("x", "codebooks", "implementation", "message"),
     [
-        (np.zeros((2, 3), np.float32), [np.zeros((4, 3))], "cuda", "'cuda' is not one of xla, reference"),
+        (
+            np.zeros((2, 3), np.float32),
+            [np.zeros((4, 3))],
+            "cuda",
+            "'cuda' is not one of pallas_tpu, pallas_gpu, xla, reference",
+        ),
         (np.zeros((2, 3), np.float32), [], None, "at least one codebook"),
         (np.zeros((2, 3), np.float32), [np.zeros((4, 3)), np.zeros((4, 2))], None, r"codebook 1 is \(4, 2\)"),
         (np.zeros((2, 3), np.float32), [np.zeros((0, 3))], None, "at least one code"),

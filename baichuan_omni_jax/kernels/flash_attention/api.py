@@ -13,10 +13,16 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from baichuan_omni_jax.kernels.flash_attention import reference, xla
+from baichuan_omni_jax.kernels.flash_attention import pallas_gpu, pallas_tpu, reference, xla
 from baichuan_omni_jax.kernels.flash_attention.plan import BlockPlan, Segments, plan_row
+from baichuan_omni_jax.kernels.platform import UnsupportedError, platform_of
 
-IMPLEMENTATIONS = ("xla", "reference")
+# Each module has `attention(q, k, v, *, segments, plan, scale) -> (out, log-sum-exp)` and `unsupported(...)`, which
+# says why it cannot compute these arguments (None: it can).
+BACK_ENDS = {"pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu, "xla": xla, "reference": reference}
+# What `implementation=None` tries, first to last.
+PREFERRED = {"tpu": ("pallas_tpu", "xla"), "gpu": ("pallas_gpu", "xla"), "cpu": ("xla",)}
+NEEDS = {"pallas_tpu": "tpu", "pallas_gpu": "gpu"}
 
 
 def plan_blocks(
@@ -56,16 +62,22 @@ def flash_attention(
     scale: float,
     implementation: str | None = None,
     gather_kv: bool = True,
-) -> Float[Array, "b t n h"]:
+    return_lse: bool = False,
+) -> Float[Array, "b t n h"] | tuple[Float[Array, "b t n h"], Float[Array, "b t n"]]:
     """Attention within segments: visible = same non-zero id and, if causal, kv_pos <= q_pos. Padding gives zeros.
 
-    n is a multiple of k (grouped queries, by index). Softmax and sums in fp32; the result has q's dtype.
-    `implementation`: None picks by platform; a name never falls back.
-    Raises ValueError on an unknown implementation or shapes that do not fit.
+    n is a multiple of k (grouped queries, by index). Softmax and sums in fp32; the result has q's dtype. With
+    `return_lse` also the log-sum-exp of each query's scaled scores, fp32, -1e30 where it sees nothing; both may be
+    differentiated. `plan` comes from `plan_blocks` with the same segments, `causal` and `gather_kv`.
+    `implementation`: None picks by platform and support; a name never falls back.
+    Raises ValueError on an unknown implementation or shapes that do not fit, UnsupportedError (a ValueError) when the
+    named implementation cannot run here.
     """
-    _check(q, k, v, segments, implementation)
-    chosen = implementation or "xla"
-    if plan is None and chosen == "xla":
+    _check(q, k, v, segments, plan, causal, implementation)
+    platform = platform_of(q)
+    if implementation in NEEDS and NEEDS[implementation] != platform:
+        raise UnsupportedError(f"attention {implementation} needs a {NEEDS[implementation]}; this runs on {platform}")
+    if plan is None and implementation != "reference":
         plan = plan_blocks(segments, causal, gather_kv=gather_kv)
     batch, length, mesh = _row_sharding(segments.q_ids)
     heads, kv_heads = _axes(q, 2), _axes(k, 2)
@@ -76,32 +88,43 @@ def flash_attention(
             segments = segments._replace(
                 kv_ids=_gather(segments.kv_ids, length), kv_pos=_gather(segments.kv_pos, length)
             )
-        if chosen == "reference":
+        name = _choose(implementation, platform, q, k, plan)
+        if name == "reference":
             return reference.attention(q, k, v, segments=segments, causal=causal, scale=scale)
-        return xla.attention(q, k, v, segments=segments, plan=plan, scale=scale)[0]
+        return BACK_ENDS[name].attention(q, k, v, segments=segments, plan=plan, scale=scale)
 
     row = P(batch, length)
-    in_specs = (
-        P(batch, length, heads),
-        P(batch, length, kv_heads),
-        P(batch, length, kv_heads),
-        Segments(row, row, row, row),
-        row,
-    )
-    return _sharded(attend_shard, mesh, in_specs, P(batch, length, heads))(q, k, v, segments, plan)
+    by_head, by_kv_head = P(batch, length, heads), P(batch, length, kv_heads)
+    in_specs = (by_head, by_kv_head, by_kv_head, Segments(row, row, row, row), row)
+    out, lse = _sharded(attend_shard, mesh, in_specs, (by_head, by_head))(q, k, v, segments, plan)
+    return (out, lse) if return_lse else out
 
 
-def _check(q, k, v, segments: Segments, implementation: str | None) -> None:
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"attention implementation {implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
+def _choose(name: str | None, platform: str, q: Array, k: Array, plan: BlockPlan | None) -> str:
+    """The back end for one shard's arrays. Raises UnsupportedError when it was named and cannot compute them."""
+    if name is None:
+        return next(n for n in PREFERRED[platform] if BACK_ENDS[n].unsupported(q, k, plan) is None)
+    reason = None if name == "reference" else BACK_ENDS[name].unsupported(q, k, plan)
+    if reason is not None:
+        raise UnsupportedError(f"attention {name} cannot compute q {q.shape}, k {k.shape} {q.dtype}: {reason}")
+    return name
+
+
+def _check(q, k, v, segments: Segments, plan: BlockPlan | None, causal: bool, implementation: str | None) -> None:
+    if implementation is not None and implementation not in BACK_ENDS:
+        raise ValueError(f"attention implementation {implementation!r} is not one of {', '.join(BACK_ENDS)}")
     if k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise ValueError(f"q {q.shape}, k {k.shape}, v {v.shape}: rows and head dims must agree, and k with v")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q {q.dtype}, k {k.dtype}, v {v.dtype}: dtypes must agree")
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"{q.shape[2]} query heads are not a multiple of {k.shape[2]} key heads")
     if segments.q_ids.shape != q.shape[:2] or segments.kv_ids.shape != k.shape[:2]:
         raise ValueError(
             f"segments {segments.q_ids.shape} x {segments.kv_ids.shape} do not fit q {q.shape[:2]} and k {k.shape[:2]}"
         )
+    if plan is not None and plan.causal != causal:
+        raise ValueError(f"the plan was built for causal={plan.causal}, the call asks for causal={causal}")
 
 
 def _axes(x: Array, dim: int):

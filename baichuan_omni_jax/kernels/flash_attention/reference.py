@@ -22,8 +22,11 @@ def attention(
     segments: Segments,
     causal: bool,
     scale: float,
-) -> Float[Array, "b t n h"]:
-    """Softmax attention in fp32, n / k query heads to a key head; queries that see nothing give zero."""
+) -> tuple[Float[Array, "b t n h"], Float[Array, "b t n"]]:
+    """Softmax attention in fp32, n / k query heads to a key head, and the log-sum-exp of the scaled scores.
+
+    Queries that see nothing give zero and -1e30.
+    """
     b, t, n, h = q.shape
     kv_heads = k.shape[2]
     grouped = q.reshape(b, t, kv_heads, n // kv_heads, h).astype(jnp.float32)
@@ -32,6 +35,8 @@ def attention(
     scores = jnp.where(mask, scores, -jnp.inf)
     top = jnp.max(scores, -1, keepdims=True, initial=-1e30)
     weights = jnp.where(mask, jnp.exp(scores - top), 0.0)
-    weights = weights / jnp.maximum(weights.sum(-1, keepdims=True), 1e-37)
-    out = jnp.einsum("bkgts,bskh->btkgh", weights, v.astype(jnp.float32))
-    return out.reshape(b, t, n, h).astype(q.dtype)
+    total = weights.sum(-1, keepdims=True)
+    safe = jnp.where(total > 0, total, 1.0)
+    out = jnp.einsum("bkgts,bskh->btkgh", weights / safe, v.astype(jnp.float32))
+    lse = jnp.where(total > 0, top + jnp.log(safe), -1e30)[..., 0]
+    return out.reshape(b, t, n, h).astype(q.dtype), jnp.moveaxis(lse, 3, 1).reshape(b, t, n)

@@ -11,9 +11,13 @@ from jax.sharding import PartitionSpec as P
 from jax.sharding import reshard
 from jaxtyping import Array, Float, Int32
 
-from baichuan_omni_jax.kernels.rvq_lookup import reference, xla
+from baichuan_omni_jax.kernels.platform import UnsupportedError, platform_of
+from baichuan_omni_jax.kernels.rvq_lookup import pallas_gpu, pallas_tpu, reference, xla
 
-IMPLEMENTATIONS = {"xla": xla.lookup, "reference": reference.lookup}
+# Each module has `lookup(x, codebooks)`; those for one kind of device also `unsupported(x, codebooks)`, which says why
+# they cannot compute these arguments (None: they can).
+BACK_ENDS = {"pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu, "xla": xla, "reference": reference}
+NEEDS = {"pallas_tpu": "tpu", "pallas_gpu": "gpu"}
 
 
 def rvq_lookup(
@@ -27,11 +31,12 @@ def rvq_lookup(
 
     x = [3.1], codebooks [[0], [4]] and [[-1], [0]]: codes [1, 0], quantised [3], residual norms [0.9, 0.1].
 
-    `implementation`: None picks by platform; a name never falls back.
-    Raises ValueError on an unknown implementation, no or empty codebooks, other widths, or an `x` split along d.
+    `implementation`: None picks by platform and support; a name never falls back.
+    Raises ValueError on an unknown implementation, no or empty codebooks, other widths, or an `x` split along d, and
+    UnsupportedError (a ValueError) when the named implementation cannot run here.
     """
     _check(x, codebooks, implementation)
-    lookup = IMPLEMENTATIONS[implementation or "xla"]
+    lookup = BACK_ENDS[_choose(implementation, x, codebooks)].lookup
     x, codebooks = jax.lax.stop_gradient((x, tuple(codebooks)))
     if not x.shape[0]:
         q = len(codebooks)
@@ -47,9 +52,24 @@ def rvq_lookup(
     return by_shard(x, codebooks)
 
 
+def _choose(name: str | None, x: Array, codebooks: Sequence[Array]) -> str:
+    """The back end. Raises UnsupportedError when it was named and cannot run here."""
+    platform = platform_of(x)
+    if name is None:
+        name = f"pallas_{platform}"
+        return name if name in NEEDS and BACK_ENDS[name].unsupported(x, codebooks) is None else "xla"
+    if name in NEEDS:
+        if NEEDS[name] != platform:
+            raise UnsupportedError(f"rvq {name} needs a {NEEDS[name]}; this runs on {platform}")
+        reason = BACK_ENDS[name].unsupported(x, codebooks)
+        if reason is not None:
+            raise UnsupportedError(f"rvq {name} cannot look up x {x.shape} {x.dtype}: {reason}")
+    return name
+
+
 def _check(x: Array, codebooks: Sequence[Array], implementation: str | None) -> None:
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"rvq implementation {implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
+    if implementation is not None and implementation not in BACK_ENDS:
+        raise ValueError(f"rvq implementation {implementation!r} is not one of {', '.join(BACK_ENDS)}")
     if x.ndim != 2 or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"x must be floating point vectors (n, d), not {x.dtype} {x.shape}")
     if not codebooks:
