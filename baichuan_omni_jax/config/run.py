@@ -9,12 +9,17 @@ from baichuan_omni_jax.config.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Devices along each mesh axis; the product must be the number of devices. -1 on one axis takes what is left."""
+    """Devices along each mesh axis; the product must be the number of devices. -1 on one axis takes what is left.
+
+    With `slices` > 1 the devices are that many TPU slices joined by the data-centre network, and `data`, a multiple of
+    `slices`, is the only axis that crosses from one to another.
+    """
 
     data: int = 1
     fsdp: int = 1
     context: int = 1
     tensor: int = 1
+    slices: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +53,11 @@ class DataConfig:
     `tokenizer` is a path to a `tokenizer.json`; empty trains one of `vocab_size` entries on the manifests' own text.
     `audio_tokenizer` is a checkpoint (`DIR`); empty is a seeded random one, whose codes carry no decodable sound.
     `max_bad_fraction` is the share of documents that may be unusable before the run stops.
+
+    On a mesh with `context` > 1 rows are cut in blocks of `context_block` tokens; `context_plan` says which shard gets
+    which: `balanced` deals them by attention work, `contiguous` keeps their order.
+    `media_shards`: a row's patches lie in this many equal parts, and no picture in two of them. A multiple of the
+    mesh's context x tensor; which documents share a row depends on it, so it stays when the mesh changes.
     """
 
     root: str = "data"
@@ -62,6 +72,26 @@ class DataConfig:
     audio_tokenizer: str = ""
     end_of_text: bool = True
     max_bad_fraction: float = 0.05
+    context_block: int = 512
+    context_plan: str = "balanced"
+    media_shards: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalMixture:
+    """Held-out documents under one name: sources as in `DataConfig.mixture`, read from the same root."""
+
+    name: str
+    sources: tuple[SourceConfig, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Held-out loss: every `every` steps (0: never) over the first `steps` steps of each mixture."""
+
+    every: int = 0
+    steps: int = 1
+    mixtures: tuple[EvalMixture, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,9 +142,15 @@ class ComputeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Length and seed of a run, and the weights of its losses (`audio_level_weights` empty: 1/levels each)."""
+    """Length and seed of a run, and the weights of its losses (`audio_level_weights` empty: 1/levels each).
+
+    A step's rows go through the model in `accumulate` equal parts, one after the other, and update it once.
+    A step whose loss or gradient is not finite updates nothing; `nonfinite_limit` of them in a row end the run.
+    """
 
     steps: int = 1000
+    accumulate: int = 1
+    nonfinite_limit: int = 3
     seed: int = 0
     audio_loss_weight: float = 1.0
     audio_level_weights: tuple[float, ...] = ()
@@ -142,6 +178,7 @@ class RunConfig:
     compute: ComputeConfig = ComputeConfig()
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
 
 
 def load_run_config(path: str | Path) -> RunConfig:
