@@ -98,12 +98,16 @@ class EvalConfig:
 class GroupConfig:
     """Parameters whose path (`llm.layers.attention.q_proj`) matches `pattern` from its start; the first match wins.
 
-    `learning_rate` None freezes the group: no gradient, no optimizer state.
+    `learning_rate` None freezes the group: no gradient, no optimizer state. The schedule's other numbers are those of
+    `OptimizerConfig` where they are None.
     """
 
     name: str
     pattern: str
     learning_rate: float | None
+    warmup_steps: int | None = None
+    decay_steps: int | None = None
+    final_fraction: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,10 +172,15 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """A training run. `model` names a variant of `OmniConfig` or a Hugging Face config.json by path."""
+    """A training run. `model` names a variant of `OmniConfig` or a Hugging Face config.json by path.
+
+    `branches` are those the step computes, `llm` among them: without `vision` or `audio_head` the model lacks these
+    parameters and the batch their media.
+    """
 
     name: str
     model: str = "baichuan_omni_7b"
+    branches: tuple[str, ...] = ("vision", "llm", "audio_head")
     mesh: MeshConfig = MeshConfig()
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = OptimizerConfig()

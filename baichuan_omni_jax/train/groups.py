@@ -41,11 +41,16 @@ def assign_groups(variables: Mapping[str, nnx.Variable], groups: tuple[GroupConf
     return Groups(trainable, frozen)
 
 
-def schedule(config: OptimizerConfig, peak: float) -> optax.Schedule:
-    """Linear from 0 to `peak` in `warmup_steps`, cosine to `final_fraction` of it at `decay_steps`, then constant."""
-    return optax.warmup_cosine_decay_schedule(
-        0.0, peak, config.warmup_steps, config.decay_steps, peak * config.final_fraction
-    )
+def schedule(config: OptimizerConfig, group: GroupConfig) -> optax.Schedule:
+    """Linear from 0 to the group's rate in `warmup_steps`, cosine to `final_fraction` of it at `decay_steps`, constant.
+
+    Raises ConfigError when the warm-up is not shorter than the decay.
+    """
+    of = lambda name: getattr(config if getattr(group, name) is None else group, name)  # noqa: E731
+    peak, warmup, decay = group.learning_rate, of("warmup_steps"), of("decay_steps")
+    if not 0 <= warmup < decay:
+        raise ConfigError(f"optimizer group {group.name!r}: warmup_steps {warmup} must be less than decay_steps {decay}")
+    return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, decay, peak * of("final_fraction"))
 
 
 def make_optimizer(config: OptimizerConfig, labels: Mapping[str, str]) -> optax.GradientTransformation:
@@ -55,7 +60,7 @@ def make_optimizer(config: OptimizerConfig, labels: Mapping[str, str]) -> optax.
     """
     by_group = {
         group.name: optax.adamw(
-            schedule(config, group.learning_rate),
+            schedule(config, group),
             b1=config.b1,
             b2=config.b2,
             eps=config.eps,

@@ -56,10 +56,19 @@ def test_groups_that_do_not_fit_are_told(groups, message):
 
 def test_schedule_rises_falls_and_stays():
     config = OptimizerConfig(warmup_steps=10, decay_steps=110, final_fraction=0.1)
-    rate = schedule(config, 2e-3)
+    rate = schedule(config, group("all", ".*", 2e-3))
     # Half way down the cosine is the mean of peak and end.
     expected = {0: 0.0, 5: 1e-3, 10: 2e-3, 60: 1.1e-3, 110: 2e-4, 111: 2e-4, 10_000: 2e-4}
     assert {step: float(rate(step)) for step in expected} == pytest.approx(expected, rel=1e-6, abs=1e-12)
+
+
+def test_a_group_may_have_a_schedule_of_its_own():
+    config = OptimizerConfig(warmup_steps=10, decay_steps=110, final_fraction=0.1)
+    own = dataclasses.replace(group("vision", "v", 1.0), warmup_steps=0, decay_steps=20, final_fraction=0.5)
+    rate = schedule(config, own)
+    assert [float(rate(step)) for step in (0, 20, 50)] == pytest.approx([1.0, 0.5, 0.5])
+    with pytest.raises(ConfigError, match="group 'vision': warmup_steps 20 must be less than decay_steps 20"):
+        schedule(config, dataclasses.replace(own, warmup_steps=20))
 
 
 def test_only_matrices_decay():
