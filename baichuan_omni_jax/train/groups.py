@@ -49,7 +49,9 @@ def schedule(config: OptimizerConfig, group: GroupConfig) -> optax.Schedule:
     of = lambda name: getattr(config if getattr(group, name) is None else group, name)  # noqa: E731
     peak, warmup, decay = group.learning_rate, of("warmup_steps"), of("decay_steps")
     if not 0 <= warmup < decay:
-        raise ConfigError(f"optimizer group {group.name!r}: warmup_steps {warmup} must be less than decay_steps {decay}")
+        raise ConfigError(
+            f"optimizer group {group.name!r}: warmup_steps {warmup} must be less than decay_steps {decay}"
+        )
     return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, decay, peak * of("final_fraction"))
 
 
