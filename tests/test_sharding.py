@@ -76,7 +76,7 @@ def test_media_replace_their_slots_and_unused_ones_do_nothing():
         place = lambda value, *names: jax.sharding.reshard(value, rules.spec(*names))  # noqa: E731
         x, media = place(x, "batch", "length", None), place(media, "batch", "media", None)
         index = place(index, "batch", "media")
-        merged = merge_media(x, media, index, rules)
+        merged = merge_media(x, [(media, index)], rules)
         picked = pick_slots(merged, index, rules)
     expected = np.ones((b, t, d), np.float32)
     for row in range(b):

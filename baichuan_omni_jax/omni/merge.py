@@ -6,6 +6,8 @@ those that fall into its own part. A row of 8 slots on two shards, index [1, 6, 
     shard 0 has slots 0..3 and writes embedding 0 to its slot 1; shard 1 has 4..7 and writes embedding 1 to its slot 2
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -16,18 +18,23 @@ from baichuan_omni_jax.sharding import ShardingRules
 
 
 def merge_media(
-    x: Float[Array, "b t d"], media: Float[Array, "b m d"], index: Int32[Array, "b m"], rules: ShardingRules
+    x: Float[Array, "b t d"], parts: Sequence[tuple[Array, Array]], rules: ShardingRules
 ) -> Float[Array, "b t d"]:
-    """`x` with slot `index[b, m]` replaced by `media[b, m]`. An index of t or more is unused."""
+    """`x` with slot `index[b, m]` replaced by `media[b, m]`, for each (media (b, m, d), index (b, m)) of `parts`.
+
+    An index of t or more is unused. The parts are laid side by side on each shard and gathered together, once.
+    """
     row, part = _specs(rules)
 
-    def merge_shard(x, media, index):
-        media, index = _gather(media, rules), _gather(index, rules)
+    def merge_shard(x, parts):
+        media = _gather(jnp.concatenate([media for media, _ in parts], 1), rules)
+        index = _gather(jnp.concatenate([index for _, index in parts], 1), rules)
         local = _local_slots(index, x.shape[1], rules)
         return jax.vmap(lambda row, slots, values: row.at[slots].set(values, mode="drop"))(x, local, media)
 
     with jax.named_scope("merge_media"):
-        return _sharded(merge_shard, x, (row, part, part), row)(x, media.astype(x.dtype), index)
+        parts = [(media.astype(x.dtype), index) for media, index in parts]
+        return _sharded(merge_shard, x, (row, [(part, part)] * len(parts)), row)(x, parts)
 
 
 def pick_slots(

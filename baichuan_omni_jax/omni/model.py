@@ -4,58 +4,67 @@ A packed batch (docs/batch.md) in, hidden states and audio logits out. Text logi
 computes them in chunks inside the loss, generation for one position.
 """
 
+from collections.abc import Sequence
+
 import jax
 from flax import nnx
-from jaxtyping import Array, Float, PRNGKeyArray, Shaped
+from jaxtyping import Array, Float, PRNGKeyArray
 
-from baichuan_omni_jax.config import OmniConfig
+from baichuan_omni_jax.config import ConfigError, OmniConfig
 from baichuan_omni_jax.llm.audio_head import AudioHeadBranch
 from baichuan_omni_jax.llm.model import LanguageModel
 from baichuan_omni_jax.nn.param import Compute
+from baichuan_omni_jax.omni.batch import Batch
 from baichuan_omni_jax.omni.merge import merge_media, pick_slots
 from baichuan_omni_jax.vision.model import VisionModel
 
 BRANCHES = ("vision", "llm", "audio_head")
 
-# Logical axes of every field of a packed batch.
-_TOKEN, _MEDIA = ("batch", "length"), ("batch", "media")
-BATCH_AXES = {
-    **dict.fromkeys(
-        ("tokens", "positions", "segment_ids", "document_ids", "source_ids", "text_targets", "text_weights"), _TOKEN
-    ),
-    **dict.fromkeys(("audio_codes", "audio_targets", "audio_weights", "patches", "patch_grid"), (*_MEDIA, None)),
-    **dict.fromkeys(("audio_index", "audio_target_index", "patch_segments", "visual_index"), _MEDIA),
-}
-
-Batch = dict[str, Shaped[Array, "b ..."]]
-
 
 class OmniModel(nnx.Module):
-    """Vision, language model, audio embeddings and head: everything that a language-model step computes."""
+    """Vision, language model, audio embeddings and head: everything that a language-model step computes.
 
-    def __init__(self, key: PRNGKeyArray, cfg: OmniConfig, compute: Compute):
-        keys = jax.random.split(key, len(BRANCHES))
-        self.vision = VisionModel(keys[0], cfg.vision, compute)
-        self.llm = LanguageModel(keys[1], cfg.llm, compute)
-        self.audio_head = AudioHeadBranch(
-            keys[2], cfg.audio_head, cfg.audio.codebook_sizes, cfg.llm.hidden_size, compute
-        )
+    `branches` leaves out the others: the module lacks them and reads none of their fields. Raises ConfigError on a
+    branch that there is not, or without `llm`.
+    """
+
+    def __init__(
+        self, key: PRNGKeyArray, cfg: OmniConfig, compute: Compute, branches: Sequence[str] = BRANCHES
+    ):
+        unknown = [name for name in branches if name not in BRANCHES]
+        if unknown or "llm" not in branches:
+            raise ConfigError(f"branches {', '.join(branches)}: llm and any of {', '.join(BRANCHES)} are a model")
+        keys = dict(zip(BRANCHES, jax.random.split(key, len(BRANCHES)), strict=True))
+        self.branches = tuple(name for name in BRANCHES if name in branches)
+        if "vision" in branches:
+            self.vision = VisionModel(keys["vision"], cfg.vision, compute)
+        self.llm = LanguageModel(keys["llm"], cfg.llm, compute)
+        if "audio_head" in branches:
+            sizes, width = cfg.audio.codebook_sizes, cfg.llm.hidden_size
+            self.audio_head = AudioHeadBranch(keys["audio_head"], cfg.audio_head, sizes, width, compute)
         self.compute = compute
 
     def embed(self, batch: Batch) -> Float[Array, "b t d"]:
         """Token embeddings with every pad slot replaced by its picture's or sound's embedding."""
-        rules = self.compute.rules
-        x = self.llm.embed(batch["tokens"])
-        visual = self.vision(batch["patches"], batch["patch_grid"], batch["patch_segments"])
-        x = merge_media(x, visual, batch["visual_index"], rules)
-        with jax.named_scope("audio_embedding"):
-            heard = self.audio_head.embed(batch["audio_codes"])
-        return merge_media(x, heard, batch["audio_index"], rules)
+        x, media = self.llm.embed(batch["tokens"]), []
+        if "vision" in self.branches:
+            visual = self.vision(batch["patches"], batch["patch_grid"], batch["patch_segments"])
+            media.append((visual, batch["visual_index"]))
+        if "audio_head" in self.branches:
+            with jax.named_scope("audio_embedding"):
+                media.append((self.audio_head.embed(batch["audio_codes"]), batch["audio_index"]))
+        return merge_media(x, media, self.compute.rules) if media else x
 
     def __call__(self, batch: Batch) -> tuple[Float[Array, "b t d"], tuple[Float[Array, "b c _"], ...]]:
-        """Hidden states after the final norm, and per level the logits (b, c, size + 1) of the audio to predict."""
+        """Hidden states after the final norm, and per level the logits (b, c, size + 1) of the audio to predict.
+
+        No levels without an audio head.
+        """
+        embedded = self.embed(batch)
         with jax.named_scope("llm"):
-            hidden = self.llm(self.embed(batch), batch["positions"], batch["segment_ids"])
+            hidden = self.llm(embedded, batch["positions"], batch["segment_ids"])
+        if "audio_head" not in self.branches:
+            return hidden, ()
         with jax.named_scope("audio_head"):
             start = pick_slots(hidden, batch["audio_target_index"], self.compute.rules)
             return hidden, self.audio_head(start, batch["audio_targets"])
@@ -63,4 +72,4 @@ class OmniModel(nnx.Module):
 
 def branches_of(model: OmniModel) -> dict[str, nnx.Module]:
     """The model's branches under the names that checkpoints use."""
-    return {name: getattr(model, name) for name in BRANCHES}
+    return {name: getattr(model, name) for name in model.branches}

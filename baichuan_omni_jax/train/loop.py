@@ -15,7 +15,8 @@ from rich.console import Console
 from baichuan_omni_jax.checkpoint import Workdir
 from baichuan_omni_jax.config import OmniConfig, RunConfig
 from baichuan_omni_jax.nn.param import Compute
-from baichuan_omni_jax.omni.model import BATCH_AXES, branches_of
+from baichuan_omni_jax.omni.batch import BATCH_AXES
+from baichuan_omni_jax.omni.model import branches_of
 from baichuan_omni_jax.sharding import ShardingRules, check_divisible, make_mesh
 from baichuan_omni_jax.train.metrics import CompileCounter, MetricsWriter
 from baichuan_omni_jax.train.report import ProgressLine, print_start_table

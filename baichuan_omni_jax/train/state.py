@@ -69,7 +69,7 @@ def make_compute(run: RunConfig) -> Compute:
 
 def make_setup(run: RunConfig, omni: OmniConfig, mesh: Mesh, compute: Compute) -> Setup:
     """Abstract model, groups and optimizer of a run. Raises ConfigError where mesh, groups and model do not fit."""
-    model = jax.eval_shape(lambda: OmniModel(jax.random.key(0), omni, compute))
+    model = jax.eval_shape(lambda: OmniModel(jax.random.key(0), omni, compute, run.branches))
     groups = assign_groups(named_variables(model), run.optimizer.groups)
     model = with_shardings(model, mesh, compute.rules)
     frozen_dtype = jnp.dtype(run.train.frozen_dtype)
@@ -89,7 +89,7 @@ def init_state(run: RunConfig, omni: OmniConfig, setup: Setup, compute: Compute)
     shardings = {name: shape.sharding for name, shape in shapes.items()}
 
     def draw(key):
-        drawn = named_values(OmniModel(key, omni, compute))
+        drawn = named_values(OmniModel(key, omni, compute, run.branches))
         return {name: value.astype(shapes[name].dtype) for name, value in drawn.items()}
 
     values = jax.jit(draw, out_shardings=shardings)(jax.random.key(run.train.seed))

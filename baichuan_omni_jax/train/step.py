@@ -8,7 +8,8 @@ import optax
 from jaxtyping import Array, Float
 
 from baichuan_omni_jax.config import RunConfig
-from baichuan_omni_jax.omni.model import Batch, OmniModel
+from baichuan_omni_jax.omni.batch import Batch
+from baichuan_omni_jax.omni.model import OmniModel
 from baichuan_omni_jax.train.losses import chunked_cross_entropy, cross_entropy
 from baichuan_omni_jax.train.state import Arrays, Setup
 

@@ -48,7 +48,7 @@ def _next_token(llm, tokens, at):
 @jax.jit
 def _next_frame(llm, head, tokens, codes, slots, at):
     x = llm.embed(*as_rows(tokens))
-    x = merge_media(x, head.embed(codes), *as_media(slots), COMPUTE.rules)
+    x = merge_media(x, [(head.embed(codes), *as_media(slots))], COMPUTE.rules)
     hidden = pick_slots(_hidden(llm, x), *as_media(at), COMPUTE.rules)
     levels = codes.shape[-1]
 

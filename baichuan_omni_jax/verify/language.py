@@ -58,9 +58,9 @@ def omni(fixtures: Fixtures, gold: Golden) -> None:
         tokens, positions = as_rows(tokens, positions)
         *patches, order, slots = visual
         embedded = jax.reshard(vision(*patches)[0], PartitionSpec())
-        x = merge_media(llm.embed(tokens), *as_media(embedded[order], slots), COMPUTE.rules)
-        codes, slots = as_media(*heard)
-        x = merge_media(x, head.embed(codes), slots, COMPUTE.rules)
+        codes, heard_slots = as_media(*heard)
+        media = [tuple(as_media(embedded[order], slots)), (head.embed(codes), heard_slots)]
+        x = merge_media(llm.embed(tokens), media, COMPUTE.rules)
         hidden = llm(x, positions, positions * 0 + 1)
         return x, hidden, llm.logits(hidden)
 

@@ -1,0 +1,66 @@
+"""The fields of a packed batch (docs/batch.md): their logical axes, their shapes, and which branch reads them."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Shaped
+
+from baichuan_omni_jax.config import Budgets, ConfigError, OmniConfig
+from baichuan_omni_jax.sharding import ShardingRules, axis_product, check_divisible
+
+Batch = dict[str, Shaped[Array, "b ..."]]
+
+_TOKEN, _MEDIA = ("batch", "length"), ("batch", "media")
+_LLM = ("tokens", "positions", "segment_ids", "document_ids", "source_ids", "text_targets", "text_weights")
+
+# Logical axes of every field, by the branch that reads it.
+BRANCH_FIELDS: dict[str, dict[str, tuple[str | None, ...]]] = {
+    "llm": dict.fromkeys(_LLM, _TOKEN),
+    "audio_head": {
+        **dict.fromkeys(("audio_codes", "audio_targets", "audio_weights"), (*_MEDIA, None)),
+        **dict.fromkeys(("audio_index", "audio_target_index"), _MEDIA),
+    },
+    "vision": {
+        **dict.fromkeys(("patches", "patch_grid"), (*_MEDIA, None)),
+        **dict.fromkeys(("patch_segments", "visual_index"), _MEDIA),
+    },
+}
+BATCH_AXES = {name: axes for fields in BRANCH_FIELDS.values() for name, axes in fields.items()}
+
+
+def abstract_batch(
+    rows: int, budgets: Budgets, omni: OmniConfig, branches: Sequence[str], mesh: Mesh, rules: ShardingRules
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, dtypes and shardings of the batch that these branches read: what a step is compiled for.
+
+    Raises ConfigError naming the field and the dimension that the mesh does not divide.
+    """
+    t, p, a, c = budgets.tokens, budgets.patches, budgets.audio_frames, budgets.audio_targets
+    levels, merged = omni.audio.levels, omni.vision.merged_patches
+    if p % (merged * axis_product(mesh, rules.axes("media"))):
+        raise ConfigError(
+            f"data.budgets.patches {p} is not divisible by {merged} patches a token x "
+            f"{axis_product(mesh, rules.axes('media'))}, the mesh axes {' x '.join(rules.axes('media'))}"
+        )
+    shapes = dict.fromkeys(_LLM, (t,)) | {
+        "audio_codes": (a, levels),
+        "audio_index": (a,),
+        "audio_targets": (c, levels),
+        "audio_weights": (c, levels),
+        "audio_target_index": (c,),
+        "patches": (p, omni.vision.patch_values),
+        "patch_grid": (p, 2),
+        "patch_segments": (p,),
+        "visual_index": (p // merged,),
+    }
+    dtypes = {"text_weights": jnp.float32, "audio_weights": jnp.float32, "patches": jnp.uint8}
+
+    def field(name: str) -> jax.ShapeDtypeStruct:
+        shape, axes = (rows, *shapes[name]), BATCH_AXES[name]
+        check_divisible(mesh, rules, shape[:2], axes[:2], f"batch field {name}")
+        sharding = NamedSharding(mesh, rules.spec(*axes))
+        return jax.ShapeDtypeStruct(shape, dtypes.get(name, jnp.int32), sharding=sharding)
+
+    return {name: field(name) for branch in branches for name in BRANCH_FIELDS[branch]}
