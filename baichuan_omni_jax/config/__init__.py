@@ -22,9 +22,11 @@ from baichuan_omni_jax.config.run import (
     TrainConfig,
     load_run_config,
 )
+from baichuan_omni_jax.config.stages import STAGES, mixture_of, stage_groups, tiny_stage
 
 __all__ = [
     "MODELS",
+    "STAGES",
     "Budgets",
     "CheckpointConfig",
     "ComputeConfig",
@@ -45,9 +47,12 @@ __all__ = [
     "from_dict",
     "from_hf",
     "load_run_config",
+    "mixture_of",
     "read_hf",
     "resolve_model",
+    "stage_groups",
     "tiny",
+    "tiny_stage",
     "to_dict",
     "to_hf",
 ]

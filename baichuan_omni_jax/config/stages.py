@@ -1,0 +1,98 @@
+"""The stages of the released recipe as data: which parameters train in each, and at what peak rate.
+
+Stages follow one another: each starts from the weights of the one before (`checkpoint.init_from`). The audio tokenizer
+is frozen in all of them and runs offline.
+"""
+
+from collections.abc import Mapping
+
+from baichuan_omni_jax.config.errors import ConfigError
+from baichuan_omni_jax.config.run import (
+    Budgets,
+    CheckpointConfig,
+    ComputeConfig,
+    DataConfig,
+    GroupConfig,
+    OptimizerConfig,
+    RunConfig,
+    SourceConfig,
+    TrainConfig,
+)
+
+PROJECTOR, TOWER = r"vision\.projector\.", r"vision\.tower\."
+LANGUAGE, SPEECH = r"llm\.", r"audio_head\."
+TEXT_ENDS = r"llm\.(embedding|head)$"
+
+# In order. None freezes; the first matching pattern decides.
+_RATES: dict[str, tuple[tuple[str, str, float | None], ...]] = {
+    "image_text_1": (("projector", PROJECTOR, 1e-3), ("frozen", ".*", None)),
+    "image_text_2": (
+        ("language", LANGUAGE, 1e-5),
+        ("projector", PROJECTOR, 1e-5),
+        ("tower", TOWER, 1e-6),
+        ("frozen", ".*", None),
+    ),
+    "image_audio_text_1": (("speech", SPEECH, 1e-4), ("frozen", ".*", None)),
+    "image_audio_text_2": (
+        ("tower", TOWER, None),
+        ("language", LANGUAGE, 1e-5),
+        ("projector", PROJECTOR, 1e-5),
+        ("speech", SPEECH, 1e-5),
+    ),
+    "omni_64k": (
+        ("tower", TOWER, None),
+        ("language", LANGUAGE, 4e-6),
+        ("projector", PROJECTOR, 4e-6),
+        ("speech", SPEECH, 4e-6),
+    ),
+    "sft": (
+        ("tower", TOWER, None),
+        ("language", LANGUAGE, 2e-6),
+        ("projector", PROJECTOR, 2e-6),
+        ("speech", SPEECH, 2e-6),
+    ),
+}
+STAGES = tuple(_RATES)
+
+
+def stage_groups(stage: str, *, scale: float = 1.0, freeze_text_ends: bool = False) -> tuple[GroupConfig, ...]:
+    """The optimizer groups of a stage, every rate times `scale` (a small model learns at higher rates).
+
+    `freeze_text_ends` also freezes the text embedding and the output head, the option of the stages that train the
+    language model on sound. The report gives no rate for `sft`: ours is half the one before it.
+    Raises ConfigError on an unknown stage.
+    """
+    if stage not in _RATES:
+        raise ConfigError(f"stage {stage!r} is not one of {', '.join(STAGES)}")
+    rates = _RATES[stage]
+    if freeze_text_ends:
+        rates = (("text ends", TEXT_ENDS, None), *rates)
+    return tuple(
+        GroupConfig(name=name, pattern=pattern, learning_rate=None if rate is None else rate * scale)
+        for name, pattern, rate in rates
+    )
+
+
+def mixture_of(shares: Mapping[str, float]) -> tuple[SourceConfig, ...]:
+    """Sources `NAME.jsonl` with these shares of the documents."""
+    return tuple(SourceConfig(name=name, manifest=f"{name}.jsonl", weight=share) for name, share in shares.items())
+
+
+def tiny_stage(stage: str, shares: Mapping[str, float], *, scale: float = 1.0, steps: int = 12) -> RunConfig:
+    """A stage's groups on the tiny model and the offline sample data: the chain of stages in minutes on a laptop."""
+    return RunConfig(
+        name=f"{stage}_tiny",
+        model="tiny",
+        data=DataConfig(
+            root="data/sample",
+            sample=True,
+            mixture=mixture_of(shares),
+            rows=2,
+            budgets=Budgets(tokens=512, patches=384, audio_frames=192, audio_targets=144),
+            workers=0,
+        ),
+        optimizer=OptimizerConfig(groups=stage_groups(stage, scale=scale), warmup_steps=2, decay_steps=steps),
+        compute=ComputeConfig(dtype="float32", remat="none", loss_chunk=256, attention_block=128),
+        train=TrainConfig(steps=steps, frozen_dtype="float32"),
+        checkpoint=CheckpointConfig(every=steps, keep=1),
+    )

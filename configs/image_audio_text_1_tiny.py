@@ -1,0 +1,13 @@
+"""Stage image_audio_text_1 on the tiny model: audio embeddings and audio head learn from speech.
+
+    python launch/tpu_pretrain.py --config configs/image_audio_text_1_tiny.py --workdir runs/image_audio_text_1_tiny
+
+The released sizes are in `configs/image_audio_text_1.py`; `launch/run_stages.py` runs all six, each from the one before.
+"""
+
+from baichuan_omni_jax.config import RunConfig, tiny_stage
+
+
+def get_config() -> RunConfig:
+    # The released rates are for 7 B parameters: times 10 here.
+    return tiny_stage("image_audio_text_1", {"audio": 1.0}, scale=10.0)

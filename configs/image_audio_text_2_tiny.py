@@ -1,0 +1,13 @@
+"""Stage image_audio_text_2 on the tiny model: everything but the tower learns from sound, pictures and text.
+
+    python launch/tpu_pretrain.py --config configs/image_audio_text_2_tiny.py --workdir runs/image_audio_text_2_tiny
+
+The released sizes are in `configs/image_audio_text_2.py`; `launch/run_stages.py` runs all six, each from the one before.
+"""
+
+from baichuan_omni_jax.config import RunConfig, tiny_stage
+
+
+def get_config() -> RunConfig:
+    # The released rates are for 7 B parameters: times 100 here.
+    return tiny_stage("image_audio_text_2", {"audio": 0.2, "image": 0.3, "video": 0.1, "text": 0.4}, scale=100.0)

@@ -1,0 +1,12 @@
+"""Stage image_text_1 on the tiny model: the projector learns from pictures.
+
+    python launch/tpu_pretrain.py --config configs/image_text_1_tiny.py --workdir runs/image_text_1_tiny
+
+The released sizes are in `configs/image_text_1.py`; `launch/run_stages.py` runs all six, each from the one before.
+"""
+
+from baichuan_omni_jax.config import RunConfig, tiny_stage
+
+
+def get_config() -> RunConfig:
+    return tiny_stage("image_text_1", {"image": 1.0, "video": 0.25})

@@ -1,0 +1,13 @@
+"""Stage image_text_2 on the tiny model: language model, projector and tower learn from pictures and text.
+
+    python launch/tpu_pretrain.py --config configs/image_text_2_tiny.py --workdir runs/image_text_2_tiny
+
+The released sizes are in `configs/image_text_2.py`; `launch/run_stages.py` runs all six, each from the one before.
+"""
+
+from baichuan_omni_jax.config import RunConfig, tiny_stage
+
+
+def get_config() -> RunConfig:
+    # The released rates are for 7 B parameters: times 100 here.
+    return tiny_stage("image_text_2", {"image": 0.45, "video": 0.15, "text": 0.4}, scale=100.0)
