@@ -1,0 +1,49 @@
+"""Stage image_audio_text_1: audio embeddings and audio head learn from speech; all else is frozen.
+
+    python launch/tpu_pretrain.py --config configs/image_audio_text_1.py --workdir runs/image_audio_text_1 --multihost \\
+        --set data.root=DATA_ROOT
+
+Starts from stage image_text_2. Sized for 64 chips (v5p:4x4x4): `launch/preflight.py` says what other slices take.
+The data and the code store of its speech are yours: docs/data.md.
+"""
+
+from baichuan_omni_jax.config import (
+    Budgets,
+    CheckpointConfig,
+    ComputeConfig,
+    DataConfig,
+    MeshConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainConfig,
+    mixture_of,
+    stage_groups,
+)
+
+# Shares of documents; each is a manifest DATA_ROOT/NAME.jsonl.
+SHARES = {
+    "asr": 0.4,
+    "tts": 0.3,
+    "intlv": 0.15,
+    "itts": 0.15,
+}
+
+
+def get_config() -> RunConfig:
+    return RunConfig(
+        name="image_audio_text_1",
+        model="baichuan_omni_7b",
+        mesh=MeshConfig(fsdp=64),
+        data=DataConfig(
+            root="data/omni",
+            mixture=mixture_of(SHARES),
+            rows=128,
+            budgets=Budgets(tokens=8192, patches=4096, audio_frames=4096, audio_targets=2048),
+            workers=8,
+            audio_tokenizer="weights/omni",
+        ),
+        optimizer=OptimizerConfig(groups=stage_groups("image_audio_text_1"), warmup_steps=200, decay_steps=10000),
+        compute=ComputeConfig(remat="full", mlp_chunk=1024, loss_chunk=1024),
+        train=TrainConfig(steps=10000),
+        checkpoint=CheckpointConfig(every=500, init_from="runs/image_text_2"),
+    )
