@@ -1,5 +1,204 @@
-"""To come: GPU kernel."""
+"""Attention on NVIDIA GPUs: Triton kernels, through Pallas, that visit the plan's pairs only.
+
+No library's kernel does this: cuDNN's packed layout and Tokamax's key ranges know segments that lie in one piece and
+in order, in half precision; here blocks may be permuted (context parallelism) and fp32 is computed as such.
+The kernels are in `pallas_gpu_kernels.py`; here are their tiles, their launches and the gradient that joins them.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Float
+
+from baichuan_omni_jax.kernels.flash_attention.pallas_gpu_kernels import (
+    Shape,
+    Side,
+    Tokens,
+    dkv_kernel,
+    dq_kernel,
+    forward_kernel,
+)
+from baichuan_omni_jax.kernels.flash_attention.plan import INTERIOR, BlockPlan, Segments, unpack
+
+_MAX_HEAD_DIM = 128
+_BLOCK_BITS = 13
+_LATE = jnp.iinfo(jnp.int32).max
 
 
-def unsupported(q, k, plan):
-    return "not written yet"
+class _Tiles(NamedTuple):
+    """Tokens a tile of queries and of keys, warps a program, and how many tiles ahead are fetched."""
+
+    query: int
+    key: int
+    warps: int
+    stages: int
+
+
+# For Hopper (228 KiB of shared memory and 64 K registers a multiprocessor) at head dim 128. 8 warps are the two
+# warpgroups that share a 128-row tensor core product; their fp32 sums take 64 registers a thread in `forward` and `dq`
+# and 128 in `dkv`, of 255, which is why the visited tile has 64 tokens. Shared memory: the own tile (32 KiB an array)
+# and `stages` visited ones (16 KiB an array). fp32 has no tensor core product without TF32: small tiles, plain FMAs.
+_HALF = {"forward": _Tiles(128, 64, 8, 3), "dq": _Tiles(128, 64, 8, 2), "dkv": _Tiles(64, 128, 8, 2)}
+_SINGLE = {"forward": _Tiles(32, 32, 4, 2), "dq": _Tiles(32, 32, 4, 2), "dkv": _Tiles(32, 32, 4, 2)}
+
+
+class _Static(NamedTuple):
+    causal: bool
+    scale: float
+    block_q: int
+    block_kv: int
+    interpret: bool
+
+
+def unsupported(q: Array, k: Array, plan: BlockPlan) -> str | None:
+    """Why these kernels cannot compute it: a head dim beyond 128 or another dtype than bf16, fp16 and fp32."""
+    if q.shape[3] > _MAX_HEAD_DIM:
+        return f"head dim {q.shape[3]} is more than {_MAX_HEAD_DIM}, whose sums fill a multiprocessor's registers"
+    if q.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        return f"{q.dtype} is not bfloat16, float16 or float32"
+    return None
+
+
+def attention(
+    q: Float[Array, "b t n h"],
+    k: Float[Array, "b s k h"],
+    v: Float[Array, "b s k h"],
+    *,
+    segments: Segments,
+    plan: BlockPlan,
+    scale: float,
+    interpret: bool = False,
+) -> tuple[Float[Array, "b t n h"], Float[Array, "b t n"]]:
+    """Attention and its log-sum-exp (fp32; -1e30 where a query sees nothing). `plan` is one shard's, (b, 1, N).
+
+    `interpret` runs the kernels in plain JAX, on any platform: for tests.
+    """
+    static = _Static(plan.causal, scale, plan.block_q, plan.block_kv, interpret)
+    return _attend(static, q, k, v, segments, (plan.by_query[:, 0], plan.by_key[:, 0], plan.count[:, 0]))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(static, q, k, v, segments, pairs):
+    return _forward(static, q, k, v, segments, pairs)[0]
+
+
+def _forward(static: _Static, q, k, v, segments: Segments, pairs):
+    by_query, _, count = pairs
+    arrays = (("query", q), ("key", k), ("key", v))
+    outputs = (("query", q.dtype), ("statistic", jnp.float32))
+    out, lse = _launch(forward_kernel, "forward", static, arrays, outputs, segments, by_query, count)
+    return (out, lse.transpose(0, 2, 1)), (q, k, v, segments, pairs, out, lse)
+
+
+def _backward(static: _Static, saved, cotangents):
+    q, k, v, segments, (by_query, by_key, count), out, lse = saved
+    d_out, d_lse = cotangents
+    # d(score) = p * (d_out . v - delta), where the log-sum-exp's own cotangent enters as +p * d_lse.
+    delta = jnp.einsum("btnh,btnh->bnt", out, d_out, preferred_element_type=jnp.float32) - d_lse.transpose(0, 2, 1)
+    arrays = (("query", q), ("key", k), ("key", v), ("query", d_out), ("statistic", lse), ("statistic", delta))
+    (d_q,) = _launch(dq_kernel, "dq", static, arrays, (("query", q.dtype),), segments, by_query, count)
+    outputs = (("key", k.dtype), ("key", v.dtype))
+    d_k, d_v = _launch(dkv_kernel, "dkv", static, arrays, outputs, segments, by_key, count)
+    return d_q, d_k, d_v, None, None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _launch(kernel, name: str, static: _Static, arrays, outputs, segments: Segments, pairs, count):
+    """Runs a kernel over its tiles, heads and rows; `arrays` and `outputs` say what each of them is ("query", ...)."""
+    q, k = arrays[0][1], arrays[1][1]
+    by_key = name == "dkv"
+    tiles = (_SINGLE if q.dtype == jnp.float32 else _HALF)[name]
+    shape = Shape(
+        query=_side(q.shape[1], static.block_q, tiles.query),
+        key=_side(k.shape[1], static.block_kv, tiles.key),
+        group=q.shape[2] // k.shape[2],
+        head_dim=q.shape[3],
+        causal=static.causal,
+        scale=static.scale,
+    )
+    whole = all(side.block % side.tile == 0 for side in (shape.query, shape.key))
+    tokens = (
+        _tokens(segments.q_ids, segments.q_pos, shape.query),
+        _tokens(segments.kv_ids, segments.kv_pos, shape.key),
+    )
+    visits = _visits(pairs, count, (shape.key if by_key else shape.query).blocks, by_key=by_key, interior=whole)
+    specs = _specs(shape, by_key)
+    whole_rows = jax.tree.map(lambda x: pl.BlockSpec((None, *x.shape[1:]), _row_index(x.ndim)), (*tokens, *visits))
+    shapes = {"query": q.shape, "key": k.shape, "statistic": (q.shape[0], q.shape[2], q.shape[1])}
+    return pl.pallas_call(
+        partial(kernel, shape=shape),
+        grid=(shape.key.tiles, k.shape[2], q.shape[0]) if by_key else (shape.query.tiles, q.shape[2], q.shape[0]),
+        in_specs=[*(specs[kind] for kind, _ in arrays), *whole_rows],
+        out_specs=[specs[kind] for kind, _ in outputs],
+        out_shape=[jax.ShapeDtypeStruct(shapes[kind], dtype) for kind, dtype in outputs],
+        compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
+        interpret=static.interpret,
+        name=f"flash_attention_{name}",
+    )(*(x for _, x in arrays), *tokens, *visits)
+
+
+def _side(length: int, block: int, tile: int) -> Side:
+    """Tiles no larger than the plan's blocks, but never less than the 16 rows of a tensor core product."""
+    return Side(length, block, max(16, min(tile, pl.next_power_of_2(block))))
+
+
+def _specs(shape: Shape, by_key: bool) -> dict[str, pl.BlockSpec]:
+    """What a program (tile, head, row) sees of each kind of array: its row and head, all tokens."""
+    t, s, width, group = shape.query.length, shape.key.length, shape.width, shape.group
+    at_head = lambda i, head, row: (row, 0, head, 0)  # noqa: E731
+    if by_key:
+        return {
+            "query": pl.BlockSpec((None, t, group, width), at_head),
+            "key": pl.BlockSpec((None, s, None, width), at_head),
+            "statistic": pl.BlockSpec((None, group, t), lambda i, head, row: (row, head, 0)),
+        }
+    return {
+        "query": pl.BlockSpec((None, t, None, width), at_head),
+        "key": pl.BlockSpec((None, s, None, width), lambda i, head, row: (row, 0, lax.div(head, group), 0)),
+        "statistic": pl.BlockSpec((None, None, t), lambda i, head, row: (row, head, 0)),
+    }
+
+
+def _row_index(ndim: int):
+    return lambda i, head, row: (row, *[0] * (ndim - 1))
+
+
+def _tokens(ids: Array, positions: Array, side: Side) -> Tokens:
+    """Ids, positions and bounds by tile; the places of a tile beyond its block hold padding."""
+    ids, positions = _cut(ids, side), _cut(positions, side)
+    low = jnp.where(ids > 0, ids, _LATE).min(2, keepdims=True)
+    high = ids.max(2, keepdims=True)
+    low_position = jnp.where(ids == low, positions, _LATE).min(2, keepdims=True)
+    high_position = jnp.where(ids == high, positions, -1).max(2, keepdims=True)
+    return Tokens(ids, positions, jnp.concatenate([low, low_position, high, high_position], 2))
+
+
+def _cut(x: Array, side: Side) -> Array:
+    """(b, length) -> (b, tiles, tile)."""
+    x = jnp.pad(x, ((0, 0), (0, side.blocks * side.block - side.length))).reshape(-1, side.blocks, side.block)
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, side.tiles_a_block * side.tile - side.block)))
+    return x.reshape(-1, side.tiles, side.tile)
+
+
+def _visits(pairs: Array, count: Array, blocks: int, *, by_key: bool, interior: bool) -> tuple[Array, Array]:
+    """Which blocks each block visits, interior ones first: starts (b, 2 * blocks + 1) and the list (b, N + 1).
+
+    Block i's interior pairs are others[start[2 i] : start[2 i + 1]], its masked ones follow up to start[2 i + 2].
+    `interior`: False where a tile may reach beyond its block, so that every pair needs its mask.
+    """
+    query, key, flags = unpack(pairs)
+    own, other = (key, query) if by_key else (query, key)
+    masked = jnp.int32(1) - ((flags & INTERIOR > 0) & interior)
+    order = (2 * own + masked) << _BLOCK_BITS | other
+    order = jnp.sort(jnp.where(jnp.arange(pairs.shape[1]) < count[:, None], order, _LATE), axis=1)
+    bounds = jnp.arange(2 * blocks + 1, dtype=jnp.int32) << _BLOCK_BITS
+    start = jax.vmap(lambda row: jnp.searchsorted(row, bounds))(order).astype(jnp.int32)
+    others = jnp.where(order == _LATE, 0, order & (1 << _BLOCK_BITS) - 1)
+    return start, jnp.pad(others, ((0, 0), (0, 1)))
