@@ -45,9 +45,10 @@ class Segments(NamedTuple):
 class BlockPlan:
     """The pairs of blocks to visit, per row and context shard c, padded to the worst case N = query x key blocks.
 
-    `by_query` (b, c, N) int32 is ordered by query block, `by_key` by key block; the first `count` (b, c) are valid.
-    A pair holds (query block << 16 | key block << 3 | flags): FIRST and LAST of its query (by_query) or key block
-    (by_key), INTERIOR where every pair of tokens is visible and the mask can be skipped.
+    `by_query` (b, c, N) int32 is ordered by query block, `by_key` by key block; the first `count` (b, c) are visited.
+    After them come, as pairs both FIRST and LAST, the blocks that see nothing, for kernels to clear; the rest has no
+    flags. A pair holds (query block << 16 | key block << 3 | flags): FIRST and LAST of its query (by_query) or key
+    block (by_key), INTERIOR where every pair of tokens is visible and the mask can be skipped.
     """
 
     def __init__(self, by_query: Array, by_key: Array, count: Array, *, block_q: int, block_kv: int, causal: bool):
@@ -124,14 +125,20 @@ def _visible(q: _Bounds, k: _Bounds, causal: bool) -> tuple[Bool[Array, "n_q n_k
 
 
 def _list_pairs(visible: Array, interior: Array, *, transpose: bool) -> Int32[Array, "pairs"]:
-    """Visible pairs, row by row, packed; places beyond their count repeat the last block pair without flags."""
-    rows, columns = jnp.nonzero(visible, size=visible.size, fill_value=(visible.shape[0] - 1, visible.shape[1] - 1))
-    rows, columns = rows.astype(jnp.int32), columns.astype(jnp.int32)
+    """Visible pairs, row by row, packed; then one pair, FIRST and LAST, for each row that sees nothing."""
+    n_rows = visible.shape[0]
+    rows, columns = jnp.nonzero(visible, size=visible.size, fill_value=0)
+    # One longer than the rows, so that it ends in `n_rows`, which stands for nothing.
+    (unseen,) = jnp.nonzero(~visible.any(1), size=n_rows + 1, fill_value=n_rows)
     place = jnp.arange(visible.size)
     count = visible.sum()
+    tail = unseen[jnp.clip(place - count, 0, n_rows)]
+    rows = jnp.where(place < count, rows, tail).astype(jnp.int32)
+    columns = columns.astype(jnp.int32)
     first = (place == 0) | (rows != jnp.roll(rows, 1))
-    last = (place == count - 1) | (rows != jnp.roll(rows, -1))
-    flags = first * FIRST + last * LAST + interior[rows, columns] * INTERIOR
-    flags = jnp.where(place < count, flags, 0).astype(jnp.int32)
+    last = (place == visible.size - 1) | (rows != jnp.roll(rows, -1))
+    interior = (place < count) & interior[rows, columns]
+    flags = jnp.where(rows < n_rows, first * FIRST + last * LAST + interior * INTERIOR, 0).astype(jnp.int32)
+    rows = jnp.minimum(rows, n_rows - 1)
     query, key = (columns, rows) if transpose else (rows, columns)
     return query << _QUERY_SHIFT | key << _KEY_SHIFT | flags
