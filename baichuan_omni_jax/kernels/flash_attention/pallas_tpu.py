@@ -1,5 +1,120 @@
-"""To come: TPU kernel."""
+"""Attention on TPU: the kernels' layout, their derivative, and what they cannot compute.
+
+The kernels want tokens last, (b, heads, h, t). XLA lets the projections write and read that layout directly, so the
+transposes here move nothing.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from baichuan_omni_jax.kernels.flash_attention import tuning
+from baichuan_omni_jax.kernels.flash_attention.pallas_tpu_kernels import (
+    UNSEEN,
+    Static,
+    Visits,
+    backward_dkv,
+    backward_dq,
+    forward,
+)
+from baichuan_omni_jax.kernels.flash_attention.plan import BlockPlan, Segments
+
+_LANES = 128
 
 
-def unsupported(q, k, plan):
-    return "not written yet"
+def attention(
+    q: Float[Array, "b t n h"],
+    k: Float[Array, "b s k h"],
+    v: Float[Array, "b s k h"],
+    *,
+    segments: Segments,
+    plan: BlockPlan,
+    scale: float,
+    interpret: bool = False,
+) -> tuple[Float[Array, "b t n h"], Float[Array, "b t n"]]:
+    """Attention and its log-sum-exp (fp32; -1e30 where a query sees nothing). `plan` is one shard's, (b, 1, N).
+
+    `interpret` runs the kernels as plain JAX, on any platform, for tests.
+    """
+    b, t, n, h = q.shape
+    kv_heads = k.shape[2]
+    group = n // kv_heads
+    a_step = tuning.kv_heads_a_step(kv_heads, group, h, plan.block_q, plan.block_kv, q.dtype)
+    static = Static(plan.causal, scale, plan.block_q, plan.block_kv, a_step, group, tuning.VMEM_LIMIT_BYTES, interpret)
+
+    def tokens_last(x, block: int):
+        x = _padded(x, block).transpose(0, 2, 3, 1)
+        return x.reshape(b, kv_heads // a_step, -1, *x.shape[2:])
+
+    arrays = (
+        tokens_last(q, plan.block_q),
+        tokens_last(k, plan.block_kv),
+        tokens_last(v, plan.block_kv),
+        # Padding's id is 0 among the keys and -1 among the queries: it sees nothing, not even other padding.
+        _tokens(jnp.where(segments.q_ids > 0, segments.q_ids, -1), segments.q_pos, plan.block_q),
+        _tokens(segments.kv_ids, segments.kv_pos, plan.block_kv),
+        (plan.by_query[:, 0], plan.by_key[:, 0], plan.count[:, 0]),
+    )
+    if plan.by_query.size > tuning.MAX_PAIRS:
+        one = lambda row: jax.tree.map(lambda x: x[0], _attend(static, *jax.tree.map(lambda x: x[None], row)))  # noqa: E731
+        out, lse = lax.map(one, arrays)
+    else:
+        out, lse = _attend(static, *arrays)
+    out = out.reshape(b, n, h, -1).transpose(0, 3, 1, 2)[:, :t]
+    return out, lse.reshape(b, n, -1).transpose(0, 2, 1)[:, :t]
+
+
+def unsupported(q: Array, k: Array, plan: BlockPlan) -> str | None:
+    """Why the kernels cannot compute these; None if they can."""
+    if q.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"only bfloat16 and float32, not {q.dtype}"
+    if q.shape[3] % 16:
+        return f"the head dim must be a multiple of 16, not {q.shape[3]}"
+    if plan.block_q % _LANES or plan.block_kv % _LANES:
+        return f"blocks must be multiples of {_LANES}, not {plan.block_q} x {plan.block_kv}"
+    if plan.by_query.shape[-1] > tuning.MAX_PAIRS:
+        return f"{plan.by_query.shape[-1]} block pairs a row; {tuning.MAX_PAIRS} fit scalar memory. Use larger blocks"
+    return None
+
+
+def _padded(x: Array, block: int) -> Array:
+    """Zeros up to whole blocks of tokens (axis 1)."""
+    missing = -x.shape[1] % block
+    return jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2)) if missing else x
+
+
+def _tokens(ids: Array, positions: Array, block: int) -> Array:
+    """(b, 8, t): ids, positions and zeros, one tile of sublanes."""
+    ids, positions = _padded(ids, block), _padded(positions, block)
+    return jnp.stack([ids, positions] + [jnp.zeros_like(ids)] * 6, 1)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(static, q, k, v, q_tokens, kv_tokens, pairs):
+    return _forward(static, q, k, v, q_tokens, kv_tokens, pairs)[0]
+
+
+def _forward(static: Static, q, k, v, q_tokens, kv_tokens, pairs):
+    by_query, _, count = pairs
+    out, lse = forward(static, Visits.of(by_query, count), q, k, v, q_tokens, kv_tokens)
+    return (out, lse), (q, k, v, q_tokens, kv_tokens, pairs, out, lse)
+
+
+def _backward(static: Static, saved, cotangents):
+    *arrays, pairs, out, lse = saved
+    d_out, d_lse = cotangents
+    by_query, by_key, count = pairs
+    # d(score) = p * (d_out . v - delta), where the log-sum-exp's own cotangent enters as +p * d_lse.
+    delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), 3) - d_lse
+    # In base 2; and such that a query that sees nothing gets weights of 0.
+    lse = jnp.where(lse > UNSEEN, lse * jnp.log2(jnp.e), -UNSEEN)
+    arrays += [d_out, lse, delta]
+    d_q = backward_dq(static, Visits.of(by_query, count), *arrays)
+    d_k, d_v = backward_dkv(static, Visits.of(by_key, count), *arrays)
+    return d_q, d_k, d_v, None, None, None
+
+
+_attend.defvjp(_forward, _backward)
