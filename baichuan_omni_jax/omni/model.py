@@ -28,9 +28,7 @@ class OmniModel(nnx.Module):
     branch that there is not, or without `llm`.
     """
 
-    def __init__(
-        self, key: PRNGKeyArray, cfg: OmniConfig, compute: Compute, branches: Sequence[str] = BRANCHES
-    ):
+    def __init__(self, key: PRNGKeyArray, cfg: OmniConfig, compute: Compute, branches: Sequence[str] = BRANCHES):
         unknown = [name for name in branches if name not in BRANCHES]
         if unknown or "llm" not in branches:
             raise ConfigError(f"branches {', '.join(branches)}: llm and any of {', '.join(BRANCHES)} are a model")

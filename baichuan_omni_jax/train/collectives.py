@@ -1,0 +1,183 @@
+"""The collectives of a compiled program, read off its optimised HLO text (of CPU, GPU and TPU).
+
+`compiled.as_text()` gives the text. Where that fails (jax 0.10 cannot print some asynchronous TPU programs), compile
+with `compiler_options={"xla_dump_to": FOLDER, "xla_dump_hlo_as_text": True}` and read `*after_optimizations.txt` there.
+"""
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+KINDS = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+_OPERATION = re.compile(rf" ({'|'.join(KINDS)})(-start)?\(")
+_SHAPE = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_CALLED = re.compile(r"\b(body|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_MESH_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([\d,]*)\))? ?\{([^}]*)\}")
+_IOTA_GROUPS = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_LISTED_GROUPS = re.compile(r"(?:replica_groups|source_target_pairs)=\{((?:\{[\d,]*\},?)*)\}")
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One collective operation.
+
+    `bytes` is the whole array that moves, a device and call: what an all-gather gives, what a reduce-scatter takes.
+    `axes` are the mesh axes along which devices exchange it, `scope` the operation's name in the program
+    (`jit(step)/jvp(llm)/while/body/attention/...`), `loops` how many loops it lies in and `times` how often a step runs
+    it: the product of the loops' lengths, where a loop whose length is not known counts once.
+    """
+
+    kind: str
+    bytes: int
+    axes: tuple[str, ...]
+    scope: str
+    loops: int
+    times: int
+
+
+def collectives_of(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
+    """Every collective of an optimised HLO module, compiled for a mesh of `mesh_shape` (axis -> size, in mesh order).
+
+    Operations among one device (groups of one) are left out. Raises ValueError when the text names devices that the
+    mesh does not have.
+    """
+    computations = dict(_computations(text))
+    placed = _places(computations)
+    found = []
+    for name, lines in computations.items():
+        if name not in placed:
+            continue
+        loops, times = placed[name]
+        found += [c for line in lines if (c := _collective(line, mesh_shape, loops, times)) is not None]
+    return found
+
+
+def _collective(line: str, mesh_shape: Mapping[str, int], loops: int, times: int) -> Collective | None:
+    match = _OPERATION.search(line)
+    if match is None or " = " not in line[: match.start()]:
+        return None
+    kind, started = match[1], match[2] is not None
+    groups = _groups(line, math.prod(mesh_shape.values()))
+    axes = _axes(groups, mesh_shape)
+    if not axes:
+        return None
+    sizes = [_bytes(*shape) for shape in _SHAPE.findall(line[line.index(" = ") : match.start()])]
+    if started and kind == "all-gather":  # (operands, results)
+        sizes = sizes[len(sizes) // 2 :]
+    elif started and kind != "all-reduce":  # (operand, result, state)
+        sizes = sizes[:1]
+    size = sum(sizes) * (len(groups[0]) if kind == "reduce-scatter" else 1)
+    scope = re.search(r'op_name="([^"]*)"', line)
+    return Collective(kind, size, axes, scope[1] if scope else "", loops, times)
+
+
+def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
+    """(name, lines) of every computation; the entry is called ENTRY."""
+    name, lines = None, []
+    for line in text.splitlines():
+        header = _COMPUTATION.match(line)
+        if header:
+            name, lines = "ENTRY" if header[1] else header[2], []
+        elif line.startswith("}") and name is not None:
+            yield name, lines
+            name = None
+        elif name is not None:
+            lines.append(line)
+
+
+def _places(computations: Mapping[str, list[str]]) -> dict[str, tuple[int, int]]:
+    """(loops around it, calls a step) of every computation that the entry reaches."""
+    callers = defaultdict(list)
+    for name, lines in computations.items():
+        for line in lines:
+            # The later halves of an asynchronous operation name its computation again.
+            if re.search(r" async-(update|done)\(", line):
+                continue
+            trips = _TRIPS.search(line)
+            for how, called in _CALLED.findall(line):
+                callers[called].append((name, how == "body", int(trips[1]) if how == "body" and trips else 1))
+            for branches in _BRANCHES.findall(line):
+                for called in branches.split(","):
+                    callers[called.strip().lstrip("%")].append((name, False, 1))
+    placed = {"ENTRY": (0, 1)}
+
+    def place(name: str) -> tuple[int, int] | None:
+        if name not in placed:
+            reached = [
+                (at[0] + is_loop, at[1] * trips)
+                for caller, is_loop, trips in callers[name]
+                if (at := place(caller)) is not None
+            ]
+            placed[name] = (max(loops for loops, _ in reached), sum(times for _, times in reached)) if reached else None
+        return placed[name]
+
+    return {name: at for name in computations if (at := place(name)) is not None}
+
+
+def _groups(line: str, devices: int) -> list[tuple[int, ...]]:
+    """Devices, by their place in the mesh, that exchange with one another; of a permute, each (source, target)."""
+    if match := _MESH_GROUPS.search(line):
+        return _mesh_groups(match)
+    if match := _IOTA_GROUPS.search(line):
+        shape, dims = _numbers(match[1]), _numbers(match[2])
+        order = _numbers(match[3]) if match[3] else range(len(dims))
+        numbers = np.arange(math.prod(dims)).reshape(dims).transpose(order).reshape(shape)
+        return [tuple(group) for group in numbers.tolist()]
+    if match := _LISTED_GROUPS.search(line):
+        groups = [_numbers(group) for group in re.findall(r"\{([\d,]*)\}", match[1])]
+        return groups or [tuple(range(devices))]
+    return [tuple(range(devices))]
+
+
+def _mesh_groups(match: re.Match) -> list[tuple[int, ...]]:
+    """Groups written as axes of a mesh: mesh['a'=2,'b'=4] {'a', 'b':(2)2}, where b's part runs from 2 to 2 x 2."""
+    sizes = {axis: int(size) for axis, size in re.findall(r"'([^']+)'=(\d+)", match[1])}
+    devices = np.array(_numbers(match[2])) if match[2] else np.arange(math.prod(sizes.values()))
+    parts = {axis: (int(before or 1), int(size or sizes[axis])) for axis, before, size in _PART.findall(match[3])}
+    shape, exchanged = [], []
+    for axis, size in sizes.items():
+        before, own = parts.get(axis, (size, 1))
+        exchanged += [len(shape) + 1]
+        shape += [before, own, size // (before * own)]
+    kept = [dim for dim in range(len(shape)) if dim not in exchanged]
+    moved = devices.reshape(shape).transpose(kept + exchanged)
+    return [tuple(group) for group in moved.reshape(-1, math.prod(shape[dim] for dim in exchanged)).tolist()]
+
+
+_PART = re.compile(r"'([^']+)'(?::\((\d+)\)(\d+))?")
+
+
+def _axes(groups: list[tuple[int, ...]], mesh_shape: Mapping[str, int]) -> tuple[str, ...]:
+    """Mesh axes along which members of a group differ."""
+    if max(max(group) for group in groups) >= math.prod(mesh_shape.values()):
+        raise ValueError(f"the program runs on more devices than the mesh {dict(mesh_shape)} has")
+    sizes = tuple(mesh_shape.values())
+    differs = np.zeros(len(sizes), bool)
+    for group in groups:
+        places = np.stack(np.unravel_index(np.array(group), sizes))
+        differs |= (places != places[:, :1]).any(1)
+    return tuple(axis for axis, moves in zip(mesh_shape, differs, strict=True) if moves)
+
+
+def _bytes(dtype: str, dims: str) -> int:
+    bits = 8 if dtype == "pred" else int(re.search(r"\d+", dtype)[0])
+    return -(-math.prod(_numbers(dims)) * bits // 8)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in text.split(",") if number)
