@@ -52,6 +52,14 @@ class Pipeline:
     def causes(self) -> Counter:
         return sum((index.causes() for index in self.indexes), Counter())
 
+    def fingerprint(self) -> dict[str, str]:
+        """What decides the order and content of rows, by name: hosts whose rows belong together have the same."""
+        parts = {"the tokenizer and processor": self.processor.fingerprint}
+        for index in self.indexes:
+            digest = hashlib.sha256(index.lengths.tobytes() + index.offsets.tobytes() + index.lines.tobytes())
+            parts[f"the documents of {index.manifest}"] = f"{len(index)} documents {digest.hexdigest()[:12]}"
+        return parts
+
     def audio_items(self) -> Iterator[AudioItem]:
         """Every window of sound in the mixture, once, in manifest order.
 
@@ -87,24 +95,23 @@ class Pipeline:
     def steps(
         self, codes: Codes, *, state: dict | None = None, shard: Shard = ALL_ROWS, epochs: int | None = None
     ) -> Iterator[Step]:
-        """Steps of `config.rows` rows in all, this host's share decoded, from `state` on."""
-        if self.config.rows % shard.count:
-            raise ConfigError(f"data.rows {self.config.rows} is not divisible by the {shard.count} hosts")
+        """Steps of `config.rows` rows in all, this host's decoded, from `state` on."""
         plan = partial(self.plan, epochs=epochs)
         dataset = StepDataset(plan, self.decoder(codes), self.config.rows, shard, state)
         return read_steps(dataset, self.config.workers)
 
 
-def open_pipeline(config: DataConfig, omni: OmniConfig) -> Pipeline:
+def open_pipeline(config: DataConfig, omni: OmniConfig, processor: Processor | None = None) -> Pipeline:
     """Tokenizer, processor and indexes of a mixture; every skipped document is named in the log, once.
 
+    With `processor` the documents go through that one: held-out documents need the tokenizer of the training run.
     Raises ConfigError for a missing manifest or tokenizer, a source with nothing usable, or more unusable documents
     than `max_bad_fraction`.
     """
     if not config.mixture:
         raise ConfigError("data.mixture is empty: name at least one source")
     root = Path(config.root).expanduser()
-    processor = Processor(omni, load_or_train_tokenizer(config, omni), config.end_of_text)
+    processor = processor or Processor(omni, load_or_train_tokenizer(config, omni), config.end_of_text)
     indexes = tuple(
         load_index(source.name, source.manifest, root, processor, cache_folder(config)).within(config.budgets)
         for source in config.mixture

@@ -68,14 +68,12 @@ class RowDecoder:
 
 @dataclass(frozen=True)
 class Shard:
-    """Which rows of every global step a host decodes: the `index`-th of `count` equal parts."""
+    """Which rows of every global step a host decodes, by their place in it; None: all."""
 
-    index: int = 0
-    count: int = 1
+    rows: tuple[int, ...] | None = None
 
     def of(self, rows: list[Row]) -> list[Row]:
-        share = len(rows) // self.count
-        return rows[self.index * share : (self.index + 1) * share]
+        return rows if self.rows is None else [rows[place] for place in self.rows]
 
 
 ALL_ROWS = Shard()

@@ -16,6 +16,12 @@ class TrainingData:
         self.documents = pipeline.documents
         self.skipped = pipeline.causes()
         self.tokenizer_json = pipeline.processor.tokenizer.to_str()
+        self.sources = tuple(source.name for source in pipeline.config.mixture)
+
+    def where(self, source: int, number: int) -> str:
+        """The manifest line of a document."""
+        index = self._pipeline.indexes[source]
+        return f"{index.manifest}:{index.lines[number]}"
 
     def steps(self, state: dict | None) -> Iterator[Step]:
         """Steps from the plan's `state` on (None: from the start)."""
