@@ -7,6 +7,7 @@
     CKPT/checksums.json           file -> crc32c (a converted checkpoint may lack it)
 
     DIR/run_config.json           the run that owns this workdir
+    DIR/parent.json               the checkpoints it started from
     DIR/checkpoints/STEP/         a CKPT, opt_state/ (Orbax) and data.json (the data plan's state)
 
 A checkpoint appears by one rename after every file and its checksum is written, so there is a whole one or none.
@@ -21,6 +22,7 @@ from baichuan_omni_jax.checkpoint.branches import (
     save_branches,
 )
 from baichuan_omni_jax.checkpoint.checksums import verify_checksums, write_checksums
+from baichuan_omni_jax.checkpoint.parent import Parent, find_parent, initial_tokenizer, record_parent, stored_tokenizer
 from baichuan_omni_jax.checkpoint.run_config import MAY_DIFFER, check_run_config
 from baichuan_omni_jax.checkpoint.trees import read_tree, with_shardings
 from baichuan_omni_jax.checkpoint.workdir import Restored, Workdir
@@ -28,15 +30,20 @@ from baichuan_omni_jax.checkpoint.workdir import Restored, Workdir
 __all__ = [
     "MAY_DIFFER",
     "BranchInfo",
+    "Parent",
     "Restored",
     "Workdir",
     "check_run_config",
     "find_checkpoint",
+    "find_parent",
+    "initial_tokenizer",
     "load_branches",
     "parse_spec",
     "read_branch_info",
     "read_tree",
+    "record_parent",
     "save_branches",
+    "stored_tokenizer",
     "verify_checksums",
     "with_shardings",
     "write_checksums",

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from rich.console import Console
 
-from baichuan_omni_jax.checkpoint import Workdir
+from baichuan_omni_jax.checkpoint import Parent, Workdir
 from baichuan_omni_jax.config import OmniConfig, RunConfig
 from baichuan_omni_jax.nn.param import Compute
 from baichuan_omni_jax.omni.batch import BATCH_AXES
@@ -34,6 +34,7 @@ from baichuan_omni_jax.train.step import make_step
 
 log = logging.getLogger(__name__)
 
+NO_PARENT = Parent()
 DocumentKey = tuple[int, int]  # source, number in it
 
 
@@ -71,8 +72,17 @@ def set_up(run: RunConfig, omni: OmniConfig) -> tuple[Setup, Compute]:
         return make_setup(run, omni, mesh, compute), compute
 
 
-def train(run: RunConfig, omni: OmniConfig, workdir: Workdir, data: Data, console: Console | None = None) -> TrainState:
+def train(
+    run: RunConfig,
+    omni: OmniConfig,
+    workdir: Workdir,
+    data: Data,
+    parent: Parent = NO_PARENT,
+    console: Console | None = None,
+) -> TrainState:
     """Trains until `train.steps` or SIGTERM and returns the last state, which has been saved.
+
+    `parent` is where the first weights came from: their branches' steps are counted on.
 
     Resumes from the workdir's newest good step. Raises ConfigError as `set_up`, and for a step that cannot be read.
     """
@@ -87,7 +97,7 @@ def train(run: RunConfig, omni: OmniConfig, workdir: Workdir, data: Data, consol
         if state.step >= run.train.steps:
             console.print(f"{workdir.path} is finished: step {state.step} of train.steps {run.train.steps}")
             return state
-        return _Loop(run, omni, setup, workdir, data, console, compiles, compute.rules).go(state, data_state)
+        return _Loop(run, omni, setup, workdir, data, parent, console, compiles, compute.rules).go(state, data_state)
 
 
 def check_batch(run: RunConfig, mesh: Mesh, rules: ShardingRules) -> None:
@@ -108,10 +118,12 @@ def _start(run, omni, setup: Setup, workdir: Workdir, compute) -> tuple[TrainSta
 class _Loop:
     """One run in progress. A step's numbers are read only after the next step has been sent to the device."""
 
-    def __init__(self, run, omni, setup, workdir, data, console, compiles, rules):
+    def __init__(self, run, omni, setup, workdir, data, parent, console, compiles, rules):
         self.run, self.omni, self.setup, self.workdir, self.data = run, omni, setup, workdir, data
         self.console, self.compiles, self.rules = console, compiles, rules
         self.step = make_step(setup, run)
+        # Steps that the branches had been trained for when this run began.
+        self.before = parent.trained
         self.lost: dict[DocumentKey, str] = {}
         self.stop = False
         self.last_end = 0.0
@@ -187,7 +199,9 @@ class _Loop:
 
     def _save(self, state: TrainState, data_state: dict) -> None:
         branches = branches_of(self.setup.assemble(state.trainable, state.frozen))
-        trained = {name: state.step for name in {path.split(".")[0] for path in state.trainable}}
+        trained = dict(self.before)
+        for name in {path.split(".")[0] for path in state.trainable}:
+            trained[name] = trained.get(name, 0) + state.step
         self.workdir.save(
             state.step,
             branches,

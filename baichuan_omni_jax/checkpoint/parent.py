@@ -1,0 +1,84 @@
+"""Where a run's first weights came from: `parent.json` of a workdir, written once, when the workdir is new."""
+
+import json
+from dataclasses import asdict, dataclass, field
+
+import jax
+from etils import epath
+
+from baichuan_omni_jax.checkpoint.branches import BRANCHES, parse_spec, read_branch_info
+from baichuan_omni_jax.checkpoint.run_config import RUN_CONFIG
+from baichuan_omni_jax.checkpoint.steps import committed_steps, step_folder
+from baichuan_omni_jax.config import ConfigError
+
+PARENT = "parent.json"
+
+
+@dataclass(frozen=True)
+class Parent:
+    """`checkpoints`: branch -> checkpoint folder it was read from; `runs`: such a folder's run, by its name; `trained`:
+    branch -> steps it had been trained for. All empty for a run that started from random weights.
+    """
+
+    checkpoints: dict[str, str] = field(default_factory=dict)
+    runs: dict[str, str] = field(default_factory=dict)
+    trained: dict[str, int] = field(default_factory=dict)
+
+
+def find_parent(workdir: epath.PathLike, init_from: str, branches: tuple[str, ...]) -> Parent:
+    """What `parent.json` of the workdir says, or for a new workdir what `init_from` stands for now.
+
+    Raises ConfigError when the file cannot be read, or `init_from` names a folder without a checkpoint.
+    """
+    path = epath.Path(workdir) / PARENT
+    if not path.exists():
+        return _resolve(init_from, branches)
+    try:
+        return Parent(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+
+
+def record_parent(workdir: epath.PathLike, parent: Parent) -> None:
+    """Writes `parent.json`, whole or not at all; one that is there stays."""
+    path = epath.Path(workdir) / PARENT
+    if jax.process_index() or path.exists():
+        return
+    temporary = path.with_name(f"{PARENT}.tmp")
+    temporary.write_text(json.dumps(asdict(parent), indent=1))
+    temporary.replace(path)
+
+
+def stored_tokenizer(path: epath.PathLike) -> epath.Path | None:
+    """The `tokenizer.json` of a checkpoint or of a workdir's newest step; None when there is none."""
+    folder = _newest(epath.Path(path).expanduser().resolve())
+    tokenizer = folder / "processor" / "tokenizer.json" if folder else None
+    return tokenizer if tokenizer is not None and tokenizer.exists() else None
+
+
+def initial_tokenizer(init_from: str, branches: tuple[str, ...]) -> epath.Path | None:
+    """The tokenizer that the language model's first weights were trained with, where `init_from` brings one."""
+    source = parse_spec(init_from, branches).get("llm") if init_from else None
+    return stored_tokenizer(source) if source else None
+
+
+def _resolve(init_from: str, branches: tuple[str, ...]) -> Parent:
+    parent = Parent()
+    for branch, given in (parse_spec(init_from, branches) if init_from else {}).items():
+        folder = _newest(epath.Path(given).expanduser().resolve())
+        if folder is None:
+            raise ConfigError(f"{given} is neither a checkpoint ({BRANCHES}) nor a workdir with one")
+        parent.checkpoints[branch] = str(folder)
+        info = read_branch_info(folder).get(branch)
+        parent.trained[branch] = info.trained if info else 0
+        run_config = folder.parent.parent / RUN_CONFIG
+        if run_config.exists():
+            parent.runs[str(folder)] = json.loads(run_config.read_text())["name"]
+    return parent
+
+
+def _newest(path: epath.Path) -> epath.Path | None:
+    if (path / BRANCHES).exists():
+        return path
+    steps = committed_steps(path)
+    return step_folder(path, steps[-1]) if steps else None

@@ -1,0 +1,61 @@
+"""A workdir remembers the checkpoints it started from, and a run finds the tokenizer of its weights."""
+
+import json
+
+import pytest
+from etils import epath
+
+from baichuan_omni_jax.checkpoint import Parent, find_parent, initial_tokenizer, record_parent, stored_tokenizer
+from baichuan_omni_jax.config import ConfigError
+
+
+def checkpoint(folder: epath.Path, **trained: int) -> epath.Path:
+    (folder / "processor").mkdir(parents=True)
+    (folder / "processor" / "tokenizer.json").write_text("{}")
+    info = {name: {"parameters": 1, "dtype": "float32", "trained": steps} for name, steps in trained.items()}
+    (folder / "branches.json").write_text(json.dumps(info))
+    return folder
+
+
+@pytest.fixture
+def stage(tmp_path) -> epath.Path:
+    """A finished stage's workdir: step 4 is committed, step 8 is not."""
+    workdir = epath.Path(tmp_path / "stage")
+    for step in ("4", "8"):
+        checkpoint(workdir / "checkpoints" / step, llm=int(step), vision=0)
+    (workdir / "checkpoints" / "4" / "checksums.json").write_text("{}")
+    (workdir / "run_config.json").write_text(json.dumps({"name": "first"}))
+    return workdir
+
+
+def test_parent_is_the_newest_committed_step_and_is_written_once(stage, tmp_path):
+    folder = str(stage / "checkpoints" / "4")
+    parent = find_parent(tmp_path, str(stage), ("llm", "vision"))
+    assert parent == Parent({"llm": folder, "vision": folder}, {folder: "first"}, {"llm": 4, "vision": 0})
+    record_parent(tmp_path, parent)
+    # The parent trained on, or is gone: what this workdir started from stays.
+    (stage / "checkpoints" / "8" / "checksums.json").write_text("{}")
+    record_parent(tmp_path, find_parent(tmp_path, "nowhere", ("llm", "vision")))
+    assert find_parent(tmp_path, "nowhere", ("llm", "vision")) == parent
+
+
+def test_random_weights_have_no_parent(tmp_path):
+    assert find_parent(tmp_path, "", ("llm",)) == Parent()
+
+
+def test_a_folder_without_checkpoint_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="neither a checkpoint"):
+        find_parent(tmp_path, str(tmp_path), ("llm",))
+    (tmp_path / "parent.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"parent\.json cannot be read"):
+        find_parent(tmp_path, "", ("llm",))
+
+
+def test_the_tokenizer_comes_with_the_language_model(stage, tmp_path):
+    bare = checkpoint(epath.Path(tmp_path / "bare"), vision=0)
+    expected = stage / "checkpoints" / "4" / "processor" / "tokenizer.json"
+    assert stored_tokenizer(stage) == expected
+    assert initial_tokenizer(f"vision={bare},llm={stage}", ("llm", "vision")) == expected
+    assert initial_tokenizer(f"vision={bare}", ("llm", "vision")) is None
+    assert initial_tokenizer("", ("llm",)) is None
+    assert stored_tokenizer(tmp_path) is None
