@@ -1,10 +1,10 @@
 """Stage image_audio_text_1: audio embeddings and audio head learn from speech; all else is frozen.
 
-    python launch/tpu_pretrain.py --config configs/image_audio_text_1.py --workdir runs/image_audio_text_1 --multihost \\
-        --set data.root=DATA_ROOT
+    python launch/tpu_pretrain.py --config configs/image_audio_text_1.py --workdir runs/image_audio_text_1 \\
+        --multihost --set data.root=DATA_ROOT
 
-Starts from stage image_text_2. Sized for 64 chips (v5p:4x4x4): `launch/preflight.py` says what other slices take.
-The data and the code store of its speech are yours: docs/data.md.
+Starts from stage image_text_2. Sized for 64 chips (v5p:4x4x4);
+`launch/preflight.py` says what other slices take. The data are yours: docs/data.md.
 """
 
 from baichuan_omni_jax.config import (

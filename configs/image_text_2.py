@@ -1,11 +1,11 @@
 """Stage image_text_2: language model and projector learn at 1e-5, the vision tower at 1e-6; 40 % of the data is pure
 text.
 
-    python launch/tpu_pretrain.py --config configs/image_text_2.py --workdir runs/image_text_2 --multihost \\
-        --set data.root=DATA_ROOT
+    python launch/tpu_pretrain.py --config configs/image_text_2.py --workdir runs/image_text_2 \\
+        --multihost --set data.root=DATA_ROOT
 
-Starts from stage image_text_1. Sized for 64 chips (v5p:4x4x4): `launch/preflight.py` says what other slices take.
-The data and the code store of its speech are yours: docs/data.md.
+Starts from stage image_text_1. Sized for 64 chips (v5p:4x4x4);
+`launch/preflight.py` says what other slices take. The data are yours: docs/data.md.
 """
 
 from baichuan_omni_jax.config import (

@@ -1,10 +1,10 @@
 """Stage omni_64k: rows of 65536 tokens over all modalities; everything but the vision tower learns at 4e-6.
 
-    python launch/tpu_pretrain.py --config configs/omni_64k.py --workdir runs/omni_64k --multihost \\
-        --set data.root=DATA_ROOT
+    python launch/tpu_pretrain.py --config configs/omni_64k.py --workdir runs/omni_64k \\
+        --multihost --set data.root=DATA_ROOT
 
-Starts from stage image_audio_text_2. Sized for 64 chips (v5p:4x4x4): `launch/preflight.py` says what other slices take.
-The data and the code store of its speech are yours: docs/data.md.
+Starts from stage image_audio_text_2. Sized for 64 chips (v5p:4x4x4);
+`launch/preflight.py` says what other slices take. The data are yours: docs/data.md.
 """
 
 from baichuan_omni_jax.config import (

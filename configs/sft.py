@@ -1,11 +1,11 @@
 """Stage sft: instruction pairs over all mixes of modalities; everything but the vision tower learns at 2e-6 (ours: the
 report gives no rate).
 
-    python launch/tpu_pretrain.py --config configs/sft.py --workdir runs/sft --multihost \\
-        --set data.root=DATA_ROOT
+    python launch/tpu_pretrain.py --config configs/sft.py --workdir runs/sft \\
+        --multihost --set data.root=DATA_ROOT
 
-Starts from stage omni_64k. Sized for 64 chips (v5p:4x4x4): `launch/preflight.py` says what other slices take.
-The data and the code store of its speech are yours: docs/data.md.
+Starts from stage omni_64k. Sized for 64 chips (v5p:4x4x4);
+`launch/preflight.py` says what other slices take. The data are yours: docs/data.md.
 """
 
 from baichuan_omni_jax.config import (
