@@ -1,0 +1,95 @@
+"""The recipe's stages: what trains in each, and a chain of all six."""
+
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from micro import REPOSITORY, environment, one_device, small_copy
+
+from baichuan_omni_jax.checkpoint import find_parent, load_branches, with_shardings
+from baichuan_omni_jax.config import STAGES, ConfigError, RunConfig, load_run_config, resolve_model, stage_groups
+from baichuan_omni_jax.nn.param import Compute, named_values, named_variables
+from baichuan_omni_jax.omni.model import OmniModel, branches_of
+from baichuan_omni_jax.sharding import ShardingRules
+from baichuan_omni_jax.train.groups import assign_groups
+
+# MODEL.md section 8: what trains, by the longest common beginning of its names.
+PARTS = ("vision.projector.", "vision.tower.", "llm.", "audio_head.")
+TRAINABLE = {
+    "image_text_1": {"vision.projector."},
+    "image_text_2": {"vision.projector.", "vision.tower.", "llm."},
+    "image_audio_text_1": {"audio_head."},
+    "image_audio_text_2": {"vision.projector.", "llm.", "audio_head."},
+    "omni_64k": {"vision.projector.", "llm.", "audio_head."},
+    "sft": {"vision.projector.", "llm.", "audio_head."},
+}
+
+
+def config(stage: str, suffix: str = "") -> RunConfig:
+    return load_run_config(REPOSITORY / "configs" / f"{stage}{suffix}.py")
+
+
+def abstract_model(name: str) -> OmniModel:
+    return jax.eval_shape(lambda: OmniModel(jax.random.key(0), resolve_model(name), Compute()))
+
+
+@pytest.mark.parametrize("suffix", ["", "_tiny"])
+def test_stages_train_what_the_recipe_says(suffix):
+    variables = named_variables(abstract_model(config("sft", suffix).model))
+    assert set(TRAINABLE) == set(STAGES)
+    for stage in STAGES:
+        groups = assign_groups(variables, config(stage, suffix).optimizer.groups)
+        assert {part for part in PARTS for name in groups.trainable if name.startswith(part)} == TRAINABLE[stage]
+
+
+def test_text_ends_can_stay_frozen():
+    variables = named_variables(abstract_model("tiny"))
+    groups = assign_groups(variables, stage_groups("image_audio_text_2", freeze_text_ends=True))
+    assert {name for name in groups.frozen if name.startswith("llm.")} == {"llm.embedding", "llm.head"}
+
+
+def test_unknown_stage():
+    with pytest.raises(ConfigError, match="stage 'rlhf' is not one of image_text_1, "):
+        stage_groups("rlhf")
+
+
+def test_other_slices_train_the_same_stage():
+    """The mesh and the accumulation differ, the rows of an update do not."""
+    whole = config("omni_64k")
+    for name in ("omni_64k_v5p8", "omni_64k_v6e32"):
+        run = config(name)
+        assert (run.data, run.optimizer, run.train.steps) == (whole.data, whole.optimizer, whole.train.steps)
+        assert run.data.rows == run.mesh.fsdp * run.train.accumulate
+
+
+@pytest.mark.slow
+def test_chain_of_all_stages(sample_dir, tmp_path):
+    """Each stage starts from the one before; what it freezes ends bit-equal to its parent's, the rest has moved."""
+    root, chain = small_copy(sample_dir, tmp_path / "data"), tmp_path / "chain"
+    command = [sys.executable, str(REPOSITORY / "launch" / "run_stages.py"), "--workdir", str(chain), "--tiny"]
+    changes = (f"data.root={root}", "data.sample=false", "train.steps=3")
+    command += [part for change in changes for part in ("--set", change)]
+    done = subprocess.run(command, env=environment(tmp_path / "xla"), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    variables = named_variables(abstract_model("tiny"))
+    for earlier, stage in pairwise(STAGES):
+        parent, workdir = chain / f"{earlier}_tiny", chain / f"{stage}_tiny"
+        recorded = find_parent(workdir, "", ())
+        assert set(recorded.checkpoints.values()) == {str(parent / "checkpoints" / "3")}
+        assert set(recorded.runs.values()) == {parent.name}
+        before, after = read(parent), read(workdir)
+        groups = assign_groups(variables, config(stage, "_tiny").optimizer.groups)
+        moved = {name for name in after if not np.array_equal(before[name], after[name])}
+        assert moved <= set(groups.trainable)
+        assert len(moved) > 0.9 * len(groups.trainable)
+
+
+def read(workdir: Path) -> dict[str, np.ndarray]:
+    mesh = one_device()
+    with jax.set_mesh(mesh):
+        branches = branches_of(with_shardings(abstract_model("tiny"), mesh, ShardingRules()))
+        return jax.tree.map(np.asarray, named_values(load_branches(str(workdir), branches)))
