@@ -85,7 +85,7 @@ def fill(length: int, sizes: np.ndarray) -> tuple[int, ...]:
     return tuple(int(size) for size in filled if size)
 
 
-def log_normal(length: int, mean: float, sigma: float = 1.0, seed: int = 0) -> tuple[int, ...]:
+def log_normal(length: int, mean: int, sigma: float = 1.0, seed: int = 0) -> tuple[int, ...]:
     """Document lengths as text has them: a full row of log-normal sizes with this mean."""
     draws = np.random.default_rng(seed).lognormal(np.log(mean) - sigma**2 / 2, sigma, 8 * length)
     return fill(length, draws.astype(np.int64))
