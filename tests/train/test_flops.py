@@ -49,8 +49,13 @@ def products(jaxpr) -> int:
             depth = int(np.prod([left[axis] for axis in contracted]))
             total += 2 * depth * equation.outvars[0].aval.size
         times = equation.params["length"] if equation.primitive.name == "scan" else 1
-        total += times * sum(products(inner) for inner in jax.core.jaxprs_in_params(equation.params))
+        total += times * sum(products(inner) for inner in inner_jaxprs(equation.params))
     return total
+
+
+def inner_jaxprs(params: dict) -> list:
+    leaves = jax.tree.leaves(list(params.values()), is_leaf=lambda x: hasattr(x, "eqns"))
+    return [getattr(leaf, "jaxpr", leaf) for leaf in leaves if hasattr(leaf, "eqns")]
 
 
 def traced(omni, batch, trainable_prefixes) -> tuple[int, list[str]]:
