@@ -48,19 +48,23 @@ def step_counts(batch: Batch) -> dict[str, Float[Array, ""]]:
     `tokens`, `patches`, `audio_frames` are real ones, `text_targets` positions with a text loss, `audio_targets` frames
     to predict (end frames too); `causal_pairs` (query, key) pairs of tokens, `patch_pairs` pairs of patches of one
     picture. Positions restart with each document, so token blocks may lie in any order; a picture's patches lie
-    together, on one shard.
+    together, on one shard. Fields of a branch that the run lacks may be missing: their counts are 0.
     """
     count = lambda condition: condition.sum(dtype=jnp.float32)  # noqa: E731
     real = batch["segment_ids"] > 0
-    return {
+    found = dict.fromkeys(("patches", "patch_pairs", "audio_frames", "audio_targets"), jnp.zeros(()))
+    found |= {
         "tokens": count(real),
         "causal_pairs": jnp.where(real, batch["positions"] + 1, 0).sum(dtype=jnp.float32),
         "text_targets": count(batch["text_weights"] > 0),
-        "patches": count(batch["patch_segments"] > 0),
-        "patch_pairs": _squared_runs(batch["patch_segments"]),
-        "audio_frames": count(batch["audio_index"] < batch["tokens"].shape[1]),
-        "audio_targets": count(batch["audio_weights"][:, :, 0] > 0),
     }
+    if "patch_segments" in batch:
+        found["patches"] = count(batch["patch_segments"] > 0)
+        found["patch_pairs"] = _squared_runs(batch["patch_segments"])
+    if "audio_index" in batch:
+        found["audio_frames"] = count(batch["audio_index"] < batch["tokens"].shape[1])
+        found["audio_targets"] = count(batch["audio_weights"][:, :, 0] > 0)
+    return found
 
 
 def flops_by_branch(omni: OmniConfig, counts: Mapping[str, Number], trainable: Collection[str]) -> dict[str, Number]:
