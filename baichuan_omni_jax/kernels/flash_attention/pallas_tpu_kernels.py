@@ -112,7 +112,7 @@ def backward_dkv(
     )
 
 
-def _visit(kernel: Callable, static: Static, visits: Visits, *, queries, keys, out, side, scratch) -> list[Array]:
+def _visit(kernel: Callable, static: Static, visits: Visits, *, queries, keys, out, side, scratch) -> tuple[Array, ...]:
     """Runs `kernel` over (rows, groups of heads, steps); arrays are blocked along their last axis, the tokens."""
     rows, groups = queries[0].shape[:2]
     length = visits.pairs.shape[0] // rows
@@ -131,7 +131,7 @@ def _visit(kernel: Callable, static: Static, visits: Visits, *, queries, keys, o
         block = static.block_q if side == "query" else static.block_kv
         return pl.BlockSpec((None, *([None] if by_group else []), *inner, block), index)
 
-    return pl.pallas_call(
+    run = pl.pallas_call(
         functools.partial(kernel, static=static, length=length),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
@@ -146,7 +146,8 @@ def _visit(kernel: Callable, static: Static, visits: Visits, *, queries, keys, o
         ),
         interpret=static.interpret,
         name=kernel.__name__.strip("_"),
-    )(*visits, *queries, *keys)
+    )
+    return tuple(run(*visits, *queries, *keys))
 
 
 class _Step:
