@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Shaped
+from jaxtyping import Int32, Shaped
 
 from baichuan_omni_jax.config import Budgets, OmniConfig
 from data_pipelines.document import EncodedDocument
@@ -42,11 +42,21 @@ class RowWriter:
 
     def __init__(self, batch: Batch, row: int):
         self._row = {name: array[row] for name, array in batch.items()}
-        self._at = {"token": 0, "audio": 0, "target": 0, "patch": 0, "visual": 0}
+        self._at = {"token": 0, "audio": 0, "target": 0, "patch": 0}
         self._segments = self._frames = 0
 
-    def add(self, document: EncodedDocument, *, source: int, number: int) -> None:
-        """Appends a document that fits: segment ids ascend from 1, positions restart, slots move to its place."""
+    def add(
+        self,
+        document: EncodedDocument,
+        *,
+        source: int,
+        number: int,
+        pictures_at: Int32[np.ndarray, "pictures"] | None = None,
+    ) -> None:
+        """Appends a document that fits: segment ids ascend from 1, positions restart, slots move to its place.
+
+        `pictures_at` has the first patch of each of its pictures; without it they follow those that are there.
+        """
         start = self._at["token"]
         self._segments += 1
         tokens = len(document.tokens)
@@ -62,12 +72,7 @@ class RowWriter:
         self._put_slots("audio", "audio_index", document.audio_slots, start)
         self._put("target", document, ("audio_targets", "audio_weights"))
         self._put_slots("target", "audio_target_index", document.audio_target_slots, start)
-        self._put("patch", document, ("patches", "patch_grid"))
-        patches = slice(self._at["patch"], self._at["patch"] + len(document.patches))
-        self._row["patch_segments"][patches] = document.patch_frames + self._frames
-        self._frames += int(document.patch_frames.max(initial=0))
-        self._at["patch"] += len(document.patches)
-        self._put_slots("visual", "visual_index", document.visual_slots, start)
+        self._put_pictures(document, pictures_at, start)
 
     def leave(self, tokens: int) -> None:
         """Leaves padding in the place of a document that could not be decoded."""
@@ -77,6 +82,22 @@ class RowWriter:
         for name in names:
             values = getattr(document, name)
             self._row[name][self._at[counter] : self._at[counter] + len(values)] = values
+
+    def _put_pictures(self, document: EncodedDocument, pictures_at: np.ndarray | None, start: int) -> None:
+        if not len(document.patches):
+            return
+        sizes = np.array(document.lengths.pictures, np.int64)
+        first_in_document = np.cumsum(sizes) - sizes
+        if pictures_at is None:
+            pictures_at = self._at["patch"] + first_in_document
+        patches = np.repeat(pictures_at - first_in_document, sizes) + np.arange(len(document.patches))
+        self._row["patches"][patches] = document.patches
+        self._row["patch_grid"][patches] = document.patch_grid
+        self._row["patch_segments"][patches] = document.patch_frames + self._frames
+        self._frames += len(sizes)
+        self._at["patch"] = max(self._at["patch"], int(patches.max()) + 1)
+        merged = len(document.patches) // len(document.visual_slots)
+        self._row["visual_index"][patches[::merged] // merged] = document.visual_slots + start
 
     def _put_slots(self, counter: str, name: str, slots: np.ndarray, start: int) -> None:
         self._row[name][self._at[counter] : self._at[counter] + len(slots)] = slots + start

@@ -44,6 +44,7 @@ class Lengths:
 
     `tokens` row slots; `patches` 14x14 patches; `audio_frames` code frames (12.5 Hz) heard or spoken; `audio_targets`
     spoken frames that carry loss, one end frame a clip included; `mel_windows` windows of at most 30 s; `items` media.
+    `pictures` has the patches of each picture and video frame, in order: none may be cut.
     """
 
     tokens: int
@@ -52,6 +53,7 @@ class Lengths:
     audio_targets: int = 0
     mel_windows: int = 0
     items: int = 0
+    pictures: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -86,4 +88,5 @@ class EncodedDocument:
             patches=len(self.patches),
             audio_frames=len(self.audio_codes),
             audio_targets=len(self.audio_targets),
+            pictures=tuple(np.bincount(self.patch_frames)[1:].tolist()),
         )

@@ -13,9 +13,11 @@ from tokenizers import Tokenizer
 
 from baichuan_omni_jax.config import ConfigError, DataConfig, OmniConfig
 from data_pipelines.codes import CodeKey
+from data_pipelines.context_plan import context_plan
 from data_pipelines.document import SampleError
 from data_pipelines.index import COLUMNS, Index, Skipped, load_index
 from data_pipelines.manifest import read_manifest
+from data_pipelines.media_layout import check_media_shards, patch_layout
 from data_pipelines.mixture import document_stream
 from data_pipelines.processor import AudioItem, Codes, Processor
 from data_pipelines.prompts import Text, parse_prompt
@@ -87,17 +89,31 @@ class Pipeline:
             list(self.indexes), [source.weight for source in self.config.mixture], self.config.seed, epochs=epochs
         )
         needs = lambda source, number: self.indexes[source].needs(number)  # noqa: E731
-        return RowPlan(stream, needs, budget_vector(self.config.budgets), self.config.open_bins)
+        pictures = lambda source, number: self.indexes[source].pictures_of(number)  # noqa: E731
+        budgets = budget_vector(self.config.budgets)
+        return RowPlan(stream, needs, pictures, budgets, patch_layout(self.config), self.config.open_bins)
 
-    def decoder(self, codes: Codes) -> RowDecoder:
-        return RowDecoder(self.indexes, self.processor, codes, self.config.budgets, self.omni)
+    def decoder(self, codes: Codes, context_shards: int = 1) -> RowDecoder:
+        """What turns planned rows into batches. Raises ConfigError when rows cannot be dealt to the shards."""
+        layout, context = patch_layout(self.config), context_plan(self.config, context_shards)
+        return RowDecoder(self.indexes, self.processor, codes, self.config.budgets, self.omni, layout, context)
 
     def steps(
-        self, codes: Codes, *, state: dict | None = None, shard: Shard = ALL_ROWS, epochs: int | None = None
+        self,
+        codes: Codes,
+        *,
+        state: dict | None = None,
+        shard: Shard = ALL_ROWS,
+        epochs: int | None = None,
+        context_shards: int = 1,
     ) -> Iterator[Step]:
-        """Steps of `config.rows` rows in all, this host's decoded, from `state` on."""
+        """Steps of `config.rows` rows in all, this host's decoded, from `state` on.
+
+        Tokens come dealt to `context_shards`, the mesh's `context`; which documents share a row does not depend on it.
+        Raises ConfigError when rows cannot be dealt to so many.
+        """
         plan = partial(self.plan, epochs=epochs)
-        dataset = StepDataset(plan, self.decoder(codes), self.config.rows, shard, state)
+        dataset = StepDataset(plan, self.decoder(codes, context_shards), self.config.rows, shard, state)
         return read_steps(dataset, self.config.workers)
 
 
@@ -105,17 +121,16 @@ def open_pipeline(config: DataConfig, omni: OmniConfig, processor: Processor | N
     """Tokenizer, processor and indexes of a mixture; every skipped document is named in the log, once.
 
     With `processor` the documents go through that one: held-out documents need the tokenizer of the training run.
-    Raises ConfigError for a missing manifest or tokenizer, a source with nothing usable, or more unusable documents
-    than `max_bad_fraction`.
+    Raises ConfigError for a missing manifest or tokenizer, a source with nothing usable, patches that `media_shards`
+    does not divide, or more unusable documents than `max_bad_fraction`.
     """
     if not config.mixture:
         raise ConfigError("data.mixture is empty: name at least one source")
+    check_media_shards(config, omni)
     root = Path(config.root).expanduser()
     processor = processor or Processor(omni, load_or_train_tokenizer(config, omni), config.end_of_text)
-    indexes = tuple(
-        load_index(source.name, source.manifest, root, processor, cache_folder(config)).within(config.budgets)
-        for source in config.mixture
-    )
+    whole = [load_index(each.name, each.manifest, root, processor, cache_folder(config)) for each in config.mixture]
+    indexes = tuple(index.within(config.budgets, config.media_shards) for index in whole)
     pipeline = Pipeline(config, omni, processor, indexes)
     for item in pipeline.skipped:
         log.warning("skipped %s (%s): %s", item.where, item.cause, item.message)

@@ -117,14 +117,15 @@ class Processor:
         Raises SampleError: "bad_prompt", "missing_file", "outside_root", "unreadable_media", "no_loss".
         """
         plan = self._plan(document)
-        merge = self.config.vision.merged_patches
+        sizes = [self._patch_count(pictures) for pictures in plan.pictures for _ in range(pictures.count)]
         return Lengths(
             tokens=len(plan.layout.tokens),
-            patches=len(plan.layout.visual_slots) * merge,
+            patches=sum(sizes),
             audio_frames=len(plan.layout.audio_slots),
             audio_targets=plan.layout.audio_targets,
             mel_windows=sum(len(clip.windows) for clip in plan.clips),
-            items=sum(pictures.count for pictures in plan.pictures) + len(plan.clips),
+            items=len(sizes) + len(plan.clips),
+            pictures=tuple(sizes),
         )
 
     def audio_items(self, document: Document) -> list[AudioItem]:
@@ -202,9 +203,12 @@ class Processor:
         return _Pictures(media, *visual_size(*probe_image(media), vision, frame=element.frame), element.frame)
 
     def _visual_part(self, pictures: _Pictures) -> VisualPart:
-        vision = self.config.vision
-        patches = (pictures.height // vision.patch_size) * (pictures.width // vision.patch_size)
-        return VisualPart(patches // vision.merged_patches, pictures.frame)
+        return VisualPart(self._patch_count(pictures) // self.config.vision.merged_patches, pictures.frame)
+
+    def _patch_count(self, pictures: _Pictures) -> int:
+        """Patches of each of these pictures."""
+        size = self.config.vision.patch_size
+        return (pictures.height // size) * (pictures.width // size)
 
     def _clip(self, media: Media) -> _Clip:
         audio = self.config.audio

@@ -11,11 +11,14 @@ from dataclasses import astuple, dataclass
 import grain
 import numpy as np
 from absl import flags
+from jaxtyping import Int32
 
 from baichuan_omni_jax.config import Budgets, OmniConfig
 from data_pipelines.batch import Batch, RowWriter, empty_rows
-from data_pipelines.document import SampleError
+from data_pipelines.context_plan import ContextPlan
+from data_pipelines.document import Lengths, SampleError
 from data_pipelines.index import BUDGETED, Index
+from data_pipelines.media_layout import PatchLayout
 from data_pipelines.processor import Codes, Processor
 from data_pipelines.row_plan import Row, RowPlan
 
@@ -41,29 +44,41 @@ class RowDecoder:
     codes: Codes
     budgets: Budgets
     omni: OmniConfig
+    layout: PatchLayout
+    context: ContextPlan
 
     def __call__(self, rows: list[Row]) -> tuple[Batch, dict]:
         """The batch of `rows`, and the documents that could not be decoded."""
         batch, lost = empty_rows(len(rows), self.budgets, self.omni), {}
         for number, row in enumerate(rows):
             writer = RowWriter(batch, number)
-            for key in row:
-                self._add(writer, key, lost)
-        return batch, lost
+            for key, pictures_at in zip(row, self._place_pictures(row), strict=True):
+                self._add(writer, key, pictures_at, lost)
+        return self.context.deal(batch), lost
 
-    def _add(self, writer: RowWriter, key: tuple[int, int], lost: dict) -> None:
+    def _place_pictures(self, row: Row) -> list[Int32[np.ndarray, "_"]]:
+        """The first patch of each picture of each document, as the plan foresaw them."""
+        sizes = [self.indexes[source].pictures_of(number) for source, number in row]
+        starts = self.layout.starts([size for document in sizes for size in document])
+        return np.split(starts, np.cumsum([len(document) for document in sizes])[:-1])
+
+    def _add(self, writer: RowWriter, key: tuple[int, int], pictures_at: np.ndarray, lost: dict) -> None:
         source, number = key
         index = self.indexes[source]
         where, needs = f"{index.manifest}:{index.lines[number]}", index.needs(number)
         try:
             encoded = self.processor.encode(index.document(number), self.codes)
-            if any(getattr(encoded.lengths, name) != need for name, need in zip(BUDGETED, needs, strict=True)):
+            if not _as_measured(encoded.lengths, needs, index.pictures_of(number)):
                 raise SampleError("changed", "the document is not what the index measured")
         except SampleError as error:
             lost[key] = (where, error.cause, str(error))
             writer.leave(int(needs[0]))
             return
-        writer.add(encoded, source=source, number=number)
+        writer.add(encoded, source=source, number=number, pictures_at=pictures_at)
+
+
+def _as_measured(found: Lengths, needs: Int32[np.ndarray, "budgets"], pictures: list[int]) -> bool:
+    return [getattr(found, name) for name in BUDGETED] == needs.tolist() and list(found.pictures) == pictures
 
 
 @dataclass(frozen=True)

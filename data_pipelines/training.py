@@ -4,15 +4,20 @@ from collections import Counter
 from collections.abc import Iterator
 
 from data_pipelines.codes import CodeStore
+from data_pipelines.context_plan import check
 from data_pipelines.pipeline import Pipeline, check_bad_fraction
 from data_pipelines.rows import Shard, Step
 
 
 class TrainingData:
-    """Endless steps of a pipeline's mixture; `shard` is this host's part of every step."""
+    """Endless steps of a pipeline's mixture: `shard` is this host's part, tokens come dealt to `context_shards`.
 
-    def __init__(self, pipeline: Pipeline, codes: CodeStore, shard: Shard):
-        self._pipeline, self._codes, self._shard = pipeline, codes, shard
+    Raises ConfigError when rows cannot be dealt to so many.
+    """
+
+    def __init__(self, pipeline: Pipeline, codes: CodeStore, shard: Shard, context_shards: int = 1):
+        check(pipeline.config, context_shards)
+        self._pipeline, self._codes, self._shard, self._context_shards = pipeline, codes, shard, context_shards
         self.documents = pipeline.documents
         self.skipped = pipeline.causes()
         self.tokenizer_json = pipeline.processor.tokenizer.to_str()
@@ -25,7 +30,7 @@ class TrainingData:
 
     def steps(self, state: dict | None) -> Iterator[Step]:
         """Steps from the plan's `state` on (None: from the start)."""
-        return self._pipeline.steps(self._codes, state=state, shard=self._shard)
+        return self._pipeline.steps(self._codes, state=state, shard=self._shard, context_shards=self._context_shards)
 
     def check_lost(self, causes: Counter) -> None:
         """Raises ConfigError when documents skipped by the index and lost at decode exceed `max_bad_fraction`."""

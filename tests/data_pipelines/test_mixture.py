@@ -16,7 +16,8 @@ from data_pipelines.mixture import Shares, document_stream
 def index(documents, name="a", skipped=()):
     lengths = np.ones((documents, len(COLUMNS)), np.int32)
     places = np.arange(documents, dtype=np.int64)
-    return Index(name, f"{name}.jsonl", Path("/nowhere"), lengths, places, places + 1, tuple(skipped))
+    pictures = (np.zeros(0, np.int32), np.zeros(documents + 1, np.int64))
+    return Index(name, f"{name}.jsonl", Path("/nowhere"), lengths, places, places + 1, *pictures, tuple(skipped))
 
 
 WEIGHTS = st.lists(st.floats(0.01, 100), min_size=1, max_size=6)

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data_pipelines.media_layout import PatchLayout
 from data_pipelines.row_plan import RowPlan
 
 BUDGETS = np.array([20, 12, 6, 3])
@@ -18,7 +19,8 @@ LENGTHS = st.lists(st.tuples(*(st.integers(int(i == 0), int(b)) for i, b in enum
 def plan(lengths, open_bins=3, budgets=BUDGETS):
     """The plan of documents with these needs, all of source 7."""
     stream = grain.MapDataset.range(len(lengths)).map(lambda number: (7, number))
-    return RowPlan(stream, lambda source, number: np.asarray(lengths[number], np.int32), budgets, open_bins)
+    needs = lambda source, number: np.asarray(lengths[number], np.int32)  # noqa: E731
+    return RowPlan(stream, needs, lambda source, number: [], budgets, PatchLayout(0), open_bins)
 
 
 def numbers(rows):
