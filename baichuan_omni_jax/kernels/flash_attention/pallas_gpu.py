@@ -39,12 +39,13 @@ class _Tiles(NamedTuple):
     stages: int
 
 
-# For Hopper (228 KiB of shared memory and 64 K registers a multiprocessor) at head dim 128. 8 warps are the two
-# warpgroups that share a 128-row tensor core product; their fp32 sums take 64 registers a thread in `forward` and `dq`
-# and 128 in `dkv`, of 255, which is why the visited tile has 64 tokens. Shared memory: the own tile (32 KiB an array)
-# and `stages` visited ones (16 KiB an array). fp32 has no tensor core product without TF32: small tiles, plain FMAs.
-_HALF = {"forward": _Tiles(128, 64, 8, 3), "dq": _Tiles(128, 64, 8, 2), "dkv": _Tiles(64, 128, 8, 2)}
-_SINGLE = {"forward": _Tiles(32, 32, 4, 2), "dq": _Tiles(32, 32, 4, 2), "dkv": _Tiles(32, 32, 4, 2)}
+# For Hopper, with 228 KiB of shared memory and 64 K registers a multiprocessor: one program fills it. 8 warps are two
+# warpgroups, each with 64 rows of the own tile, whose fp32 sums take 64 registers a thread, 128 for dk and dv. The
+# visited tile is the largest whose scores fit beside them: compiled for sm_90 by Triton 3.9 at head dim 128, no loop
+# spills a register (with 64 queries in dkv, both do).
+_HALF = {"forward": _Tiles(128, 128, 8, 2), "dq": _Tiles(128, 64, 8, 2), "dkv": _Tiles(32, 128, 8, 3)}
+# fp32 is multiplied without tensor cores (they would round to TF32), from registers: small tiles.
+_SINGLE = {"forward": _Tiles(32, 64, 8, 1), "dq": _Tiles(32, 16, 8, 1), "dkv": _Tiles(32, 16, 8, 1)}
 
 
 class _Static(NamedTuple):
