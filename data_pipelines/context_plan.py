@@ -77,10 +77,10 @@ def check(config: DataConfig, shards: int) -> None:
     if config.context_block < 1:
         raise ConfigError(f"data.context_block {config.context_block} must be at least 1")
     tokens = config.budgets.tokens
-    if shards > 1 and config.context_plan == "balanced" and tokens % (shards * config.context_block):
+    if shards > 1 and tokens % (shards * config.context_block):
         raise ConfigError(
             f"data.budgets.tokens {tokens} is not divisible by mesh.context {shards} x data.context_block "
-            f"{config.context_block}, so its blocks cannot be dealt out equally"
+            f"{config.context_block}: every shard gets the same number of whole blocks"
         )
 
 

@@ -13,7 +13,6 @@ import grain
 import numpy as np
 from jaxtyping import Int
 
-from baichuan_omni_jax.config import ConfigError
 from data_pipelines.media_layout import PatchLayout
 from data_pipelines.mixture import DocumentKey
 
@@ -50,20 +49,12 @@ class RowPlan:
         return {"place": self._place, "open": [[list(key) for key in row] for row in self._rows]}
 
     def restore(self, state: dict) -> None:
-        """Goes on exactly where `state` was taken; reads no document.
-
-        Raises ConfigError when the open rows do not fit this plan's budgets and layout.
-        """
+        """Goes on exactly where `state` was taken; reads no document."""
         self._place = state["place"]
         self._rows = [[(source, number) for source, number in row] for row in state["open"]]
         used = [sum((self._needs(*key) for key in row), np.zeros_like(self._budgets)) for row in self._rows]
         self._used = np.array(used, np.int64).reshape(-1, len(self._budgets))
         self._sizes = [[size for key in row for size in self._pictures(*key)] for row in self._rows]
-        if (self._used > self._budgets).any() or not all(map(self._layout.fits, self._sizes)):
-            raise ConfigError(
-                "the saved row plan has rows that do not fit data.budgets and data.media_shards: "
-                "resume with those it was saved with"
-            )
 
     def __iter__(self) -> "RowPlan":
         return self
