@@ -15,7 +15,7 @@ from baichuan_omni_jax.llm.config import LLMConfig
 from baichuan_omni_jax.nn.chunking import map_chunks
 from baichuan_omni_jax.nn.linear import Linear
 from baichuan_omni_jax.nn.norm import RMSNorm
-from baichuan_omni_jax.nn.param import Compute, gathered, normal, stack, use
+from baichuan_omni_jax.nn.param import Compute, gather, gathered, normal, stack, use
 from baichuan_omni_jax.nn.remat import remat
 from baichuan_omni_jax.nn.rope import rope_angles, rotate
 
@@ -108,8 +108,10 @@ class LanguageModel(nnx.Module):
     def embed(self, tokens: Int32[Array, "b t"]) -> Float[Array, "b t d"]:
         """Token embeddings in the compute dtype."""
         with jax.named_scope("token_embedding"):
-            table = use(self.embedding, self.compute)
-            return table.at[tokens].get(out_sharding=self.compute.rules.spec(*STREAM))
+            # fp32, so that the gradients of a token's many places are summed in fp32.
+            table = use(self.embedding, self.compute).astype(jnp.float32)
+            x = table.at[tokens].get(out_sharding=self.compute.rules.spec(*STREAM))
+            return x.astype(self.compute.dtype)
 
     def __call__(
         self, x: Float[Array, "b t d"], positions: Int32[Array, "b t"], segment_ids: Int32[Array, "b t"]
@@ -129,11 +131,15 @@ class LanguageModel(nnx.Module):
         x, _ = jax.lax.scan(body, x, self.layers)
         return self.norm(x)
 
-    def head_weight(self) -> Float[Array, "v d"]:
-        """Rows of the output head, gathered; L2-normalised first where the config asks for NormHead."""
+    def head_weight(self, rows: Float[Array, "v d"] | None = None) -> Float[Array, "v d"]:
+        """`rows` of the output head as stored (default: all), gathered, in the compute dtype.
+
+        L2-normalised where the config asks for NormHead.
+        """
+        rows = self.head[...] if rows is None else rows
         if not self.cfg.use_norm_head:
-            return use(self.head, self.compute)
-        weight = use(self.head, self.compute, jnp.float32)
+            return gather(rows.astype(self.compute.dtype), self.head.axes, self.compute)
+        weight = gather(rows, self.head.axes, self.compute)
         norm = jnp.sqrt(jnp.sum(weight * weight, -1, keepdims=True))
         return (weight / jnp.maximum(norm, 1e-12)).astype(self.compute.dtype)
 

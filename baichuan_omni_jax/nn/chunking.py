@@ -37,6 +37,19 @@ def join_chunks(pieces: Float[Array, "pieces b p ..."], rules: ShardingRules) ->
     return jnp.moveaxis(x, 0, 2).reshape(b, count * piece, *rest, out_sharding=P(batch, length))
 
 
+def split_parts(x: Shaped[Array, "n ..."], count: int) -> Shaped[Array, "parts m ..."]:
+    """(n, ...) -> (count, n / count, ...): every device cuts what it has of the first dim, so nothing moves.
+
+    8 rows on 2 devices, count 2: part 0 = rows 0 1 | 4 5, part 1 = rows 2 3 | 6 7. `count` divides a device's rows.
+    """
+    sharding = jax.typeof(x).sharding
+    first, *rest = sharding.spec if x.ndim == len(sharding.spec) else (None,) * x.ndim
+    axes = () if first is None else (first,) if isinstance(first, str) else first
+    shards = 1 if sharding.mesh.empty else axis_product(sharding.mesh, axes)
+    x = x.reshape(shards, count, -1, *x.shape[1:], out_sharding=P(first, None, None, *rest))
+    return jnp.moveaxis(x, 1, 0).reshape(count, -1, *x.shape[3:], out_sharding=P(None, first, *rest))
+
+
 def map_chunks(
     function: Callable[[Array], Array], x: Float[Array, "b t d"], chunk: int, rules: ShardingRules
 ) -> Float[Array, "b t e"]:

@@ -1,6 +1,6 @@
 """Parameters: arrays that know the logical names of their axes, and trees of them by dotted name."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -53,8 +53,13 @@ def use(parameter: nnx.Variable, compute: Compute, dtype: DTypeLike | None = Non
 
     Cast first, so that half the bytes travel. Called inside the layer scan, so that one layer is whole at a time.
     """
-    value = parameter[...].astype(dtype or compute.dtype)
-    return reshard(value, compute.rules.gathered_spec(*parameter_axes(parameter)))
+    return gather(parameter[...].astype(dtype or compute.dtype), parameter_axes(parameter), compute)
+
+
+def gather(value: Float[Array, "..."], axes: Sequence[str], compute: Compute) -> Float[Array, "..."]:
+    """A parameter's value, or rows of it, whole over `fsdp` and `context`; `axes` are its logical axes."""
+    with jax.named_scope("gather_weight"):
+        return reshard(value, compute.rules.gathered_spec(*axes))
 
 
 def split_as(x: Array, compute: Compute, *names: str | None) -> Array:

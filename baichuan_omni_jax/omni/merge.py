@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from baichuan_omni_jax.sharding import ShardingRules
 
@@ -58,6 +58,32 @@ def pick_slots(
 
     with jax.named_scope("pick_slots"):
         return _sharded(pick_shard, hidden, (row, part), part)(hidden, index)
+
+
+def segments_with_media(
+    segment_ids: Int32[Array, "b t"], indexes: Sequence[Int32[Array, "b m"]], rules: ShardingRules
+) -> Bool[Array, "b t"]:
+    """Whether a token's segment (a document) has any slot that one of `indexes` fills; False at padding (id 0).
+
+    Ids [1, 1, 2, 2, 0] and one index [0, 5] give [True, True, False, False, False].
+    """
+    if not indexes:
+        return segment_ids < 0
+    row, part = _specs(rules)
+    context, length = rules.axes("length"), segment_ids.shape[1]
+
+    def mark_shard(segment_ids, indexes):
+        index = _gather(jnp.concatenate(indexes, 1), rules)
+        local = _local_slots(index, segment_ids.shape[1], rules)
+
+        def mark_row(ids, slots):
+            # A row has at most as many segments as tokens.
+            filled = jnp.zeros(length + 1, jnp.int32).at[ids.at[slots].get(mode="fill", fill_value=0)].set(1)
+            return (lax.pmax(filled, context) if context else filled).at[0].set(0)[ids] > 0
+
+        return jax.vmap(mark_row)(segment_ids, local)
+
+    return _sharded(mark_shard, segment_ids, (row, [part] * len(indexes)), row)(segment_ids, list(indexes))
 
 
 def _specs(rules: ShardingRules) -> tuple[P, P]:

@@ -1,11 +1,13 @@
-"""Cross-entropies over packed rows, as sums: the caller divides by weights of the whole global batch."""
+"""Cross-entropies of packed rows, position by position: the caller weighs and sums them."""
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from baichuan_omni_jax.nn.chunking import split_chunks
-from baichuan_omni_jax.sharding import ShardingRules
+from baichuan_omni_jax.nn.chunking import split_parts
+from baichuan_omni_jax.sharding import ShardingRules, axis_product
 
 
 def cross_entropy(logits: Float[Array, "... v"], targets: Int32[Array, "..."]) -> Float[Array, "..."]:
@@ -22,24 +24,39 @@ def chunked_cross_entropy(
     hidden: Float[Array, "b t d"],
     head: Float[Array, "v d"],
     targets: Int32[Array, "b t"],
-    weights: Float[Array, "b t"],
     *,
     chunk: int,
     rules: ShardingRules,
-) -> Float[Array, ""]:
-    """Sum over positions of weight * cross-entropy of `hidden @ head.T`.
+    weight_of: Callable[[Array], Array],
+) -> Float[Array, "b t"]:
+    """Cross-entropy of each position, fp32, from the logits `hidden @ weight_of(head).T`.
 
-    Logits of `chunk` positions a row and shard are in memory at a time, forward and backward (each is recomputed).
+    Goes over the vocabulary in pieces: only as many logits are in memory as `chunk` positions of a row and shard have,
+    forward and backward (each is recomputed), and only a piece of the head, as stored, is gathered by `weight_of`.
     """
+    pieces = _pieces(hidden, head, chunk, rules)
+    names = jax.sharding.reshard(jnp.arange(head.shape[0], dtype=jnp.int32), rules.spec("vocab"))
+    # fp32 here, so that the pieces' gradients are summed in fp32.
+    wide = hidden.astype(jnp.float32)
 
     @jax.checkpoint
-    def add(total, piece):
-        x, target, weight = piece
+    def piece(wide, rows, names):
         with jax.named_scope("logits"):
-            spec = rules.spec("batch", "length", "act_vocab")
-            logits = jnp.einsum("bpd,vd->bpv", x, head, out_sharding=spec, preferred_element_type=jnp.float32)
-        return total + (cross_entropy(logits, target) * weight).sum(), None
+            weight, spec = weight_of(rows), rules.spec("batch", "length", "act_vocab")
+            x = wide.astype(hidden.dtype)
+            logits = jnp.einsum("btd,vd->btv", x, weight, out_sharding=spec, preferred_element_type=jnp.float32)
+        picked = jnp.where(names == targets[..., None], logits, 0.0).sum(-1)
+        return jax.nn.logsumexp(logits, -1), picked
 
-    pieces = tuple(split_chunks(x, chunk, rules) for x in (hidden, targets, weights))
-    total, _ = jax.lax.scan(add, jnp.zeros((), jnp.float32), pieces)
-    return total
+    rows = split_parts(head, pieces), split_parts(names, pieces)
+    _, (totals, picked) = jax.lax.scan(lambda _, rows: (None, piece(wide, *rows)), None, rows)
+    return jax.nn.logsumexp(totals, 0) - picked.sum(0)
+
+
+def _pieces(hidden: Array, head: Array, chunk: int, rules: ShardingRules) -> int:
+    """The fewest equal pieces of a shard's vocabulary whose logits are no more than those of `chunk` positions."""
+    mesh = jax.typeof(hidden).sharding.mesh
+    shards = lambda name: 1 if mesh.empty else axis_product(mesh, rules.axes(name))  # noqa: E731
+    vocabulary, positions = head.shape[0] // shards("vocab"), hidden.shape[1] // shards("length")
+    divisors = (n for n in range(1, vocabulary + 1) if vocabulary % n == 0)
+    return next(n for n in divisors if n * chunk >= positions or n == vocabulary)

@@ -14,7 +14,6 @@ from baichuan_omni_jax.checkpoint import load_branches, with_shardings
 from baichuan_omni_jax.config import OmniConfig, RunConfig
 from baichuan_omni_jax.nn.param import Compute, named_values, named_variables, with_values
 from baichuan_omni_jax.omni.model import OmniModel, branches_of
-from baichuan_omni_jax.sharding import ShardingRules
 from baichuan_omni_jax.train.groups import Groups, assign_groups, make_optimizer
 
 # Abstract ones too: shapes stand for arrays until a run starts.
@@ -53,12 +52,8 @@ class TrainState:
 
 
 def make_compute(run: RunConfig) -> Compute:
-    """The static settings of every module.
-
-    Media arrays are computed alike on every context and tensor shard: rows do not yet align frames to shards.
-    """
+    """The static settings of every module."""
     return Compute(
-        rules=ShardingRules(media=None),
         dtype=jnp.dtype(run.compute.dtype),
         remat=run.compute.remat,
         attention=run.compute.attention or None,

@@ -154,7 +154,9 @@ def test_chunked_cross_entropy_equals_the_whole(chunk):
     weights = rng.uniform(0, 1, (2, 24)).astype(np.float32)
 
     def chunked(hidden, head):
-        return chunked_cross_entropy(hidden, head, targets, weights, chunk=chunk, rules=ShardingRules())
+        rules = ShardingRules()
+        entropy = chunked_cross_entropy(hidden, head, targets, chunk=chunk, rules=rules, weight_of=lambda rows: rows)
+        return (entropy * weights).sum()
 
     def whole(hidden, head):
         return (cross_entropy(jnp.einsum("btd,vd->btv", hidden, head), targets) * weights).sum()
