@@ -1,45 +1,132 @@
-"""Residual lookup as matrix products, a block of rows at a time: any platform, memory of (block, largest codebook).
+"""Residual lookup on any platform: a bf16 search that cannot miss the nearest code, then an fp32 choice.
 
-|x - c|^2 = |x|^2 + |c|^2 - 2 x.c, and |x|^2 is the same for every code, so only |c|^2 / 2 - x.c is compared.
+|x - c|^2 / 2 = |x|^2 / 2 + |c|^2 / 2 - x.c, and |x|^2 is the same for every code, so a code's score is |c|^2 / 2 - x.c.
+The products of all pairs are taken of x and c rounded to bf16, at half the cost of fp32 where there are bf16 units.
+With x' and c' the rounded ones, Cauchy-Schwarz bounds what the rounding can have done to a score:
+
+    |x.c - x'.c'| <= |x - x'| |c| + |x'| |c - c'|
+
+and summing d exact products in fp32, in any order, adds at most d 2^-24 |x'| |c'|. A code whose lowest possible score
+lies above the highest possible of another is out. What is left is mostly one code a row; where it is a few, their fp32
+distances are written out and compared, and a row with more than CANDIDATES is compared with all codes in fp32.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, BFloat16, Bool, Float, Float32, Int32
 
-from baichuan_omni_jax.kernels.rvq_lookup.reference import subtract
+from baichuan_omni_jax.kernels.rvq_lookup.levels import half_norms, lookup_blocks
 
-BLOCK_ROWS = 1024
+SEARCHED = 2**20  # numbers in a codebook from which a search is worth what it compiles to; below, fp32 products of all
+BLOCK_ROWS = 1024  # rows searched at once: memory of (block, largest codebook)
+CANDIDATES = 32  # codes a row may keep after the search
+PAIRS = 128  # (row, candidate) pairs whose distances are written out at once
+FULL_ROWS = 32  # rows compared with all codes at once
+SLACK = 1.001  # covers the rounding of the bound itself
+
+
+class Level(NamedTuple):
+    """One codebook and what the search needs of it."""
+
+    codebook: Float32[Array, "k d"]
+    rounded: BFloat16[Array, "k d"]
+    half_norms: Float32[Array, " k"]  # |c|^2 / 2
+    norms: Float32[Array, " k"]  # |c|
+    errors: Float32[Array, " k"]  # |c - c'|
 
 
 def lookup(
     x: Float[Array, "n d"], codebooks: Sequence[Float[Array, "_ d"]], *, block_rows: int = BLOCK_ROWS
 ) -> tuple[Int32[Array, "n q"], Float[Array, "n d"], Float[Array, "n q"]]:
     """See `reference.lookup`."""
-    rows, width = x.shape
-    levels = [_with_half_norms(codebook) for codebook in codebooks]
-    block = max(1, min(block_rows, rows))
-    blocks = -(-rows // block)
-    x = jnp.pad(x, ((0, blocks * block - rows), (0, 0))).reshape(blocks, block, width)
-    results = lax.map(lambda piece: _lookup_block(piece, levels), x)
-    return tuple(result.reshape(blocks * block, -1)[:rows] for result in results)
+    return lookup_blocks(x, [prepare(codebook) for codebook in codebooks], nearest, block_rows)
 
 
-def _with_half_norms(codebook: Float[Array, "k d"]) -> tuple[Float[Array, "k d"], Float[Array, " k"]]:
+def prepare(codebook: Float[Array, "k d"]) -> Level:
     codebook = jnp.asarray(codebook, jnp.float32)
-    return codebook, 0.5 * jnp.sum(codebook * codebook, -1)
+    rounded, errors = _round(codebook)
+    halves = half_norms(codebook)
+    return Level(codebook, rounded, halves, jnp.sqrt(2 * halves), errors)
 
 
-def _lookup_block(x: Float[Array, "n d"], levels):
-    residual, total, codes, norms = x.astype(jnp.float32), jnp.zeros(x.shape, jnp.float32), [], []
-    for codebook, half_norms in levels:
-        products = jnp.einsum("nd,kd->nk", residual, codebook, precision=lax.Precision.HIGHEST)
-        code = jnp.argmin(half_norms - products, -1).astype(jnp.int32)
-        chosen = codebook[code]
-        residual = subtract(residual, chosen, x.dtype)
-        total = total + chosen
-        codes.append(code)
-        norms.append(jnp.sqrt(jnp.sum(residual * residual, -1)))
-    return jnp.stack(codes, -1), total.astype(x.dtype), jnp.stack(norms, -1)
+def _round(x: Float32[Array, "n d"]) -> tuple[BFloat16[Array, "n d"], Float32[Array, " n"]]:
+    """`x` in bf16 and the length of what that took away."""
+    rounded = lax.optimization_barrier(x.astype(jnp.bfloat16))  # or a compiler may skip the way there and back
+    return rounded, jnp.linalg.norm(x - rounded.astype(jnp.float32), axis=-1)
+
+
+def nearest(x: Float32[Array, "n d"], level: Level) -> Int32[Array, " n"]:
+    """The nearest code of each row, the first on a tie."""
+    if level.codebook.size < SEARCHED:
+        return _nearest_of_all(x, level)
+    candidates, kept, complete = search(x, level)
+    several = complete & (jnp.sum(kept, -1) > 1)
+    code = _closest_candidate(x, level.codebook, candidates, kept & several[:, None])
+    return _compare_with_all(x, level, code, ~complete)
+
+
+def search(
+    x: Float32[Array, "n d"], level: Level
+) -> tuple[Int32[Array, "n m"], Bool[Array, "n m"], Bool[Array, " n"]]:
+    """The likeliest codes of each row, which of them can be the nearest, and whether no other code can."""
+    size, width = level.codebook.shape
+    rounded, error = _round(x)
+    length = jnp.linalg.norm(rounded.astype(jnp.float32), axis=-1)
+    summing = width * 2.0**-24
+    products = lax.dot_general(rounded, level.rounded, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    scores = level.half_norms - products
+    bound = (error + summing * length)[:, None] * level.norms + length[:, None] * level.errors
+    bound = SLACK * (bound + summing * level.half_norms)
+    highest = jnp.min(scores + bound, -1, keepdims=True)
+    count = min(CANDIDATES, size)
+    # Without the barrier XLA:CPU looks through the results' uses and sorts whole rows.
+    lowest, candidates = lax.optimization_barrier(lax.top_k(bound - scores, count))
+    kept = -lowest <= highest
+    complete = jnp.isfinite(highest[:, 0])  # NaN and infinity are in no order
+    if count < size:
+        complete &= ~kept[:, -1]
+    return candidates, kept, complete
+
+
+def _closest_candidate(x, codebook, candidates, kept) -> Int32[Array, " n"]:
+    """The nearest of the kept candidates in fp32, the lowest code on a tie; the first where none is kept."""
+    count = candidates.shape[1]
+    places, blocks = _places(kept.reshape(-1), PAIRS)
+
+    def measure(block, distances):
+        place = lax.dynamic_slice_in_dim(places, block * PAIRS, PAIRS)
+        difference = x[place // count] - codebook[candidates.reshape(-1)[place]]
+        return distances.at[place].set(jnp.sum(difference * difference, -1), mode="drop")
+
+    distances = lax.fori_loop(0, blocks, measure, jnp.zeros(kept.size, jnp.float32)).reshape(kept.shape)
+    distances = jnp.where(kept, distances, jnp.inf)
+    tied = kept & (distances == jnp.min(distances, -1, keepdims=True))
+    lowest = jnp.min(jnp.where(tied, candidates, codebook.shape[0]), -1)
+    return jnp.where(jnp.any(kept, -1), lowest, candidates[:, 0]).astype(jnp.int32)
+
+
+def _compare_with_all(x, level: Level, code, rows: Bool[Array, " n"]) -> Int32[Array, " n"]:
+    """`code`, with the chosen rows' (and others', to fill a block) replaced by the nearest of all codes in fp32."""
+    places, blocks = _places(rows, FULL_ROWS)
+
+    def compare(block, code):
+        place = lax.dynamic_slice_in_dim(places, block * FULL_ROWS, FULL_ROWS)
+        return code.at[place].set(_nearest_of_all(x[place], level), mode="drop")
+
+    return lax.fori_loop(0, blocks, compare, code)
+
+
+def _nearest_of_all(x: Float32[Array, "n d"], level: Level) -> Int32[Array, " n"]:
+    products = jnp.einsum("nd,kd->nk", x, level.codebook, precision=lax.Precision.HIGHEST)
+    return jnp.argmin(level.half_norms - products, -1).astype(jnp.int32)
+
+
+def _places(chosen: Bool[Array, " n"], block: int) -> tuple[Int32[Array, " m"], Int32[Array, ""]]:
+    """The places of the chosen, then of the others, n (no place) up to whole blocks; the blocks that hold the chosen."""
+    size = chosen.shape[0]
+    places = jnp.argsort(~chosen).astype(jnp.int32)
+    places = jnp.pad(places, (0, -size % block), constant_values=size)
+    return places, -(-jnp.sum(chosen, dtype=jnp.int32) // block)
