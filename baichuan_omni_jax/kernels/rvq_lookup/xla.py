@@ -68,9 +68,7 @@ def nearest(x: Float32[Array, "n d"], level: Level) -> Int32[Array, " n"]:
     return _compare_with_all(x, level, code, ~complete)
 
 
-def search(
-    x: Float32[Array, "n d"], level: Level
-) -> tuple[Int32[Array, "n m"], Bool[Array, "n m"], Bool[Array, " n"]]:
+def search(x: Float32[Array, "n d"], level: Level) -> tuple[Int32[Array, "n m"], Bool[Array, "n m"], Bool[Array, " n"]]:
     """The likeliest codes of each row, which of them can be the nearest, and whether no other code can."""
     size, width = level.codebook.shape
     rounded, error = _round(x)
@@ -125,7 +123,7 @@ def _nearest_of_all(x: Float32[Array, "n d"], level: Level) -> Int32[Array, " n"
 
 
 def _places(chosen: Bool[Array, " n"], block: int) -> tuple[Int32[Array, " m"], Int32[Array, ""]]:
-    """The places of the chosen, then of the others, n (no place) up to whole blocks; the blocks that hold the chosen."""
+    """Places of the chosen, then of the others, then n (no place) up to whole blocks; and the blocks with chosen."""
     size = chosen.shape[0]
     places = jnp.argsort(~chosen).astype(jnp.int32)
     places = jnp.pad(places, (0, -size % block), constant_values=size)
