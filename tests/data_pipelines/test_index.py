@@ -3,6 +3,7 @@
 import json
 import logging
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -62,6 +63,7 @@ def test_lengths_are_those_of_the_encoded_documents(sample_pipeline, sample_code
             lengths = sample_pipeline.processor.encode(index.document(number), sample_codes).lengths
             found = [lengths.tokens, lengths.patches, lengths.audio_frames, lengths.audio_targets]
             assert index.needs(number).tolist() == found
+            assert index.pictures_of(number) == list(lengths.pictures)
 
 
 def test_documents_are_found_by_their_place(root, processor):
@@ -79,6 +81,7 @@ def test_a_second_load_measures_nothing(root, processor, monkeypatch):
     second = load(root, processor)
     np.testing.assert_array_equal(first.lengths, second.lengths)
     np.testing.assert_array_equal(first.offsets, second.offsets)
+    assert [second.pictures_of(i) for i in range(2)] == [first.pictures_of(i) for i in range(2)] == [[24], []]
     assert (first.skipped, first.name) == (second.skipped, second.name)
 
 
@@ -87,6 +90,14 @@ def test_another_manifest_or_processor_is_measured_anew(root, processor, tokeniz
     assert len(load(write(root, [SPOKEN, SPOKEN]), processor)) == 2
     longer, shorter = load(root, processor), load(root, Processor(tiny(), tokenizer, end_of_text=False))
     assert (longer.needs(0) - shorter.needs(0)).tolist() == [1, 0, 0, 0]
+
+
+def test_an_index_of_another_format_is_measured_anew(root, processor, monkeypatch):
+    load(write(root, [SPOKEN]), processor)
+    (old,) = (root / ".cache").iterdir()
+    old.write_bytes(b"what an earlier version wrote")
+    monkeypatch.setattr(index_module, "FORMAT", index_module.FORMAT + 1)
+    assert len(load(root, processor)) == 1
 
 
 def test_a_stopped_build_leaves_no_index(root, processor, monkeypatch):
@@ -129,6 +140,29 @@ def test_too_long_documents_move_to_the_skipped(root, processor):
     silent = index.within(Budgets(tokens=99, patches=99, audio_frames=99, audio_targets=int(speech[3]) - 1))
     assert silent.skipped[-1].message == "4 audio_targets exceed the row's 3"
     assert silent.causes() == {"no_loss": 1, "too_long": 1}
+
+
+def test_pictures_that_no_part_of_a_row_holds(root, processor):
+    write_image(root / "b.png", 112, 84)  # 48 patches; a.png has 24
+    both = (IMAGE % "a.png").removesuffix("<trainable_start>a cat<trainable_end>") + IMAGE % "b.png"
+    index = load(write(root, [IMAGE % "a.png", both, both + IMAGE % "b.png", SPOKEN]), processor)
+    assert [index.pictures_of(i) for i in range(4)] == [[24], [24, 48], [24, 48, 48], []]
+    budgets = Budgets(tokens=999, patches=192, audio_frames=99, audio_targets=99)
+    assert len(index.within(budgets)) == len(index.within(budgets, 4)) == 4
+    tight = replace(budgets, patches=128)
+    kept = index.within(tight, 2)
+    assert [kept.pictures_of(i) for i in range(3)] == [[24], [24, 48], []]
+    assert [kept.document(i).where for i in range(3)] == ["m.jsonl:1", "m.jsonl:2", "m.jsonl:4"]
+    late = kept.skipped[-1]
+    assert (late.where, late.cause) == ("m.jsonl:3", "too_long")
+    parts = "the row's 2 parts (data.media_shards) of 64 patches"
+    assert late.message == f"the document's 3 pictures of up to 48 patches do not all fit {parts}"
+    narrow = index.within(tight, 4)
+    assert [narrow.pictures_of(i) for i in range(2)] == [[24], []]
+    parts = "the row's 4 parts (data.media_shards) of 32 patches"
+    assert [item.message for item in narrow.skipped] == [
+        f"picture 2 of the document has 48 patches, too many for one of {parts}"
+    ] * 2
 
 
 def test_no_manifest(tmp_path, processor):

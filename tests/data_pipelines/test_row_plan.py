@@ -13,14 +13,21 @@ from data_pipelines.media_layout import PatchLayout
 from data_pipelines.row_plan import RowPlan
 
 BUDGETS = np.array([20, 12, 6, 3])
+LAYOUT = PatchLayout(12, 3)
+# What a document takes of each budget; its patches are in pictures of at most 4.
 LENGTHS = st.lists(st.tuples(*(st.integers(int(i == 0), int(b)) for i, b in enumerate(BUDGETS))), max_size=60)
 
 
-def plan(lengths, open_bins=3, budgets=BUDGETS):
+def pictures_of(need):
+    """A document's patches as pictures of 4, the last one smaller."""
+    return [min(4, need[1] - done) for done in range(0, need[1], 4)] if len(need) > 1 else []
+
+
+def plan(lengths, open_bins=3, budgets=BUDGETS, layout=LAYOUT):
     """The plan of documents with these needs, all of source 7."""
     stream = grain.MapDataset.range(len(lengths)).map(lambda number: (7, number))
-    needs = lambda source, number: np.asarray(lengths[number], np.int32)  # noqa: E731
-    return RowPlan(stream, needs, lambda source, number: [], budgets, PatchLayout(0), open_bins)
+    needs = lambda _, number: np.asarray(lengths[number], np.int32)  # noqa: E731
+    return RowPlan(stream, needs, lambda _, number: pictures_of(lengths[number]), budgets, layout, open_bins)
 
 
 def numbers(rows):
@@ -34,6 +41,7 @@ def test_every_document_is_in_one_row_and_no_row_is_over_a_budget(lengths, open_
     for row in rows:
         assert row
         assert (sum(np.array(lengths[number]) for _, number in row) <= BUDGETS).all()
+        assert LAYOUT.fits([size for _, number in row for size in pictures_of(lengths[number])])
 
 
 @given(LENGTHS, st.integers(1, 5), st.data())
@@ -71,6 +79,15 @@ def test_the_example_of_the_docstring():
 
 def test_a_full_second_budget_closes_a_row():
     assert numbers(plan([[1, 3], [1, 0], [1, 2]], open_bins=1, budgets=[9, 3])) == [[0, 1], [2]]
+
+
+def test_a_picture_without_a_whole_place_goes_to_another_row():
+    documents = [[1, 3]] * 4
+    assert numbers(plan(documents, open_bins=1, budgets=[9, 12], layout=PatchLayout(12, 1))) == [[0, 1, 2, 3]]
+    assert numbers(plan(documents, open_bins=1, budgets=[9, 12], layout=PatchLayout(12, 3))) == [[0, 1, 2], [3]]
+    # Larger ones move for it: 2 and 2 share the part that the first two had begun.
+    pictures = [[1, 2], [1, 4], [1, 2], [1, 4]]
+    assert numbers(plan(pictures, open_bins=1, budgets=[9, 12], layout=PatchLayout(12, 3))) == [[0, 1, 2, 3]]
 
 
 def test_an_empty_stream_has_no_row():

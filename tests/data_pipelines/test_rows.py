@@ -11,7 +11,7 @@ import pytest
 from baichuan_omni_jax.config import Budgets, DataConfig, SourceConfig, tiny
 from data_pipelines.pipeline import open_pipeline
 from data_pipelines.rows import Shard
-from tests.data_pipelines.conftest import store_codes, with_config
+from tests.data_pipelines.conftest import BUDGETS, store_codes, with_config
 from tests.data_pipelines.small_media import write_image, write_sound
 
 IMAGE = '<img_start_baichuan>{"local": "%s"}<img_end_baichuan><trainable_start>the cat<trainable_end>'
@@ -146,8 +146,57 @@ def test_documents_that_fail_at_decode_leave_padding_and_are_told(small, tmp_pat
     kept = ~gone
     np.testing.assert_array_equal(step.batch["tokens"][kept], whole.batch["tokens"][kept])
     np.testing.assert_array_equal(step.batch["positions"][kept], whole.batch["positions"][kept])
+    # What is left keeps its place among the pictures, too.
+    shown, left = (np.flatnonzero(found.batch["visual_index"] < budget) for found in (whole, step))
+    np.testing.assert_array_equal(left, [i for i in shown if not gone[0, whole.batch["visual_index"][0, i]]])
+    patches = (4 * left[:, None] + np.arange(4)).ravel()
+    np.testing.assert_array_equal(step.batch["patches"][0, patches], whole.batch["patches"][0, patches])
+    np.testing.assert_array_equal(np.flatnonzero(step.batch["patch_segments"]), patches)
     assert (step.batch["audio_index"] == budget).all()
     assert np.count_nonzero(step.batch["visual_index"] < budget) == 6
+
+
+def test_pictures_lie_whole_in_parts(sample_pipeline, sample_codes):
+    """The same rows with one part and with eight: each visual token has its patches, each picture is in one part."""
+    eight = with_config(sample_pipeline, media_shards=8)
+    rows = [row for row, _ in zip(eight.plan(), range(3), strict=False)]
+    (whole, _), (parted, lost) = (pipeline.decoder(sample_codes)(rows) for pipeline in (sample_pipeline, eight))
+    assert not lost
+    moved = ("patches", "patch_grid", "patch_segments", "visual_index")
+    assert_same_batch(*({k: v for k, v in batch.items() if k not in moved} for batch in (whole, parted)))
+    t, p = BUDGETS.tokens, BUDGETS.patches
+    for row in range(3):
+        by_slot, shown = [], []
+        for batch in (whole, parted):
+            index = batch["visual_index"][row]
+            order = np.argsort(index, kind="stable")[: (index < t).sum()]
+            patches = (4 * order[:, None] + np.arange(4)).ravel()
+            shown.append(patches)
+            by_slot.append((index[order], *(batch[name][row][patches] for name in moved[:3])))
+        for one, other in zip(*by_slot, strict=True):
+            np.testing.assert_array_equal(one, other)
+        segments = parted["patch_segments"][row]
+        np.testing.assert_array_equal(np.flatnonzero(segments), np.sort(shown[1]))
+        for picture in range(1, segments.max() + 1):
+            assert len(set(np.flatnonzero(segments == picture) // (p // 8))) == 1
+    assert (parted["patches"] != whole["patches"]).any(), "padding between parts"
+
+
+def test_pictures_that_changed_places(tmp_path):
+    """Two pictures of other sizes, as many patches as before: their places in the row no longer fit them."""
+    write_image(tmp_path / "a.png", 56, 84)
+    write_image(tmp_path / "b.png", 112, 84)
+    pair = (IMAGE % "a.png").removesuffix("<trainable_start>the cat<trainable_end>") + IMAGE % "b.png"
+    (tmp_path / "m.jsonl").write_text(json.dumps({"text": pair}))
+    budgets = Budgets(tokens=128, patches=128, audio_frames=16, audio_targets=16)
+    mixture = (SourceConfig(name="main", manifest="m.jsonl"),)
+    config = DataConfig(root=str(tmp_path), mixture=mixture, rows=1, budgets=budgets, workers=0, media_shards=2)
+    pipeline = open_pipeline(config, tiny())
+    codes = store_codes(pipeline, tmp_path / "codes")
+    write_image(tmp_path / "a.png", 112, 84)
+    write_image(tmp_path / "b.png", 56, 84)
+    (step,) = read(pipeline, codes, epochs=1)
+    assert step.lost[0, 0][1:] == ("changed", "the document is not what the index measured")
 
 
 def test_a_budget_of_nothing(small):
