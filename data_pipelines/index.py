@@ -39,7 +39,8 @@ class Skipped:
 class Index:
     """One source's documents, n of them usable: lengths (n, columns) and the byte offset and number of each line.
 
-    `pictures` has the patches of their m pictures and video frames; document i's are those of `picture_places[i:i+2]`.
+    `pictures` has the patches of each of their m pictures and video frames, document after document: document i's
+    begin at `picture_places[i]` and end before `picture_places[i + 1]`.
     """
 
     name: str
