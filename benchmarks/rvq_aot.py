@@ -58,8 +58,8 @@ def measure(chip: str, rows: int) -> dict:
         f"x the temporary HBM at {rows} rows a device for {4 * rows}",
         goal="<= 1.01",
         ok=many <= 1.01 * few,
-        note=f"{few / MIB:.0f} MiB at {rows} rows, {many / MIB:.0f} MiB at {4 * rows}, of which the scores of the largest "
-        f"codebook alone would be {scores / MIB:.0f}; codebooks {'/'.join(map(str, RELEASED.sizes))} of width "
+        note=f"{few / MIB:.0f} MiB at {rows} rows, {many / MIB:.0f} MiB at {4 * rows}, where the scores of the "
+        f"largest codebook alone would be {scores / MIB:.0f}; codebooks {'/'.join(map(str, RELEASED.sizes))} of width "
         f"{RELEASED.width}, {TOPOLOGIES[chip]}; compiled in {time.time() - start:.0f} s",
     )
 
