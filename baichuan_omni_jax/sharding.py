@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from baichuan_omni_jax.config import ConfigError, MeshConfig
@@ -82,7 +83,9 @@ class ShardingRules:
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The four-axis explicit mesh over `devices` (default: all). One axis may be -1 and takes what is left.
 
-    Raises ConfigError when the product is not the number of devices.
+    On TPU, neighbours along an axis are neighbours on the chip's links where the sizes allow it; over several slices
+    `data` alone crosses the data-centre network. Elsewhere devices go by their order.
+    Raises ConfigError when the product is not the number of devices, or `slices` are not what the devices form.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = [getattr(config, axis) for axis in MESH_AXES]
@@ -94,7 +97,29 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         sizes[sizes.index(-1)] = len(devices) // known
     if math.prod(sizes) != len(devices):
         raise ConfigError(f"mesh {named} (data x fsdp x context x tensor) does not cover the {len(devices)} devices")
-    return Mesh(np.array(devices).reshape(sizes), MESH_AXES, axis_types=(AxisType.Explicit,) * 4)
+    arranged = _across_slices(config.slices, sizes, devices) if config.slices > 1 else _within_slice(sizes, devices)
+    return Mesh(arranged, MESH_AXES, axis_types=(AxisType.Explicit,) * 4)
+
+
+def _across_slices(slices: int, sizes: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
+    data, *rest = sizes
+    if data % slices:
+        raise ConfigError(f"mesh.data {data} is not a multiple of mesh.slices {slices}: only data crosses slices")
+    found = len({getattr(device, "slice_index", 0) for device in devices})
+    if found != slices:
+        raise ConfigError(f"mesh.slices is {slices}, but the devices form {found}: set it to what the job was given")
+    return mesh_utils.create_hybrid_device_mesh(
+        (data // slices, *rest), (slices, 1, 1, 1), devices, allow_split_physical_axes=True
+    )
+
+
+def _within_slice(sizes: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
+    if devices[0].platform == "tpu":
+        try:
+            return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        except NotImplementedError:  # sizes that the slice's shape cannot follow: correct in any order
+            pass
+    return np.array(devices).reshape(sizes)
 
 
 def axis_product(mesh: Mesh | AbstractMesh, axes: Sequence[str]) -> int:

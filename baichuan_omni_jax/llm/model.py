@@ -10,7 +10,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
-from baichuan_omni_jax.kernels.flash_attention import BlockPlan, Segments, flash_attention, plan_blocks
+from baichuan_omni_jax.kernels.flash_attention import BlockPlan, Segments, flash_attention, plan_blocks, whole_keys
 from baichuan_omni_jax.llm.config import LLMConfig
 from baichuan_omni_jax.nn.chunking import map_chunks
 from baichuan_omni_jax.nn.linear import Linear
@@ -120,7 +120,7 @@ class LanguageModel(nnx.Module):
 
         A left-padded batch is the same call: segment_ids = attention_mask, positions = its cumulative sum.
         """
-        segments = Segments.of_row(segment_ids, positions)
+        segments = whole_keys(Segments.of_row(segment_ids, positions))
         block = self.compute.attention_block
         plan = plan_blocks(segments, causal=True, block_q=block, block_kv=block)
         angles = rope_angles(positions, self.cfg.head_dim, self.cfg.rope_theta)

@@ -25,6 +25,19 @@ PREFERRED = {"tpu": ("pallas_tpu", "xla"), "gpu": ("pallas_gpu", "xla"), "cpu": 
 NEEDS = {"pallas_tpu": "tpu", "pallas_gpu": "gpu"}
 
 
+def whole_keys(segments: Segments) -> Segments:
+    """The segments with ids and positions of the whole row's keys on every shard: gather them once for all layers.
+
+    With them `plan_blocks` and `flash_attention` gather keys and values only.
+    """
+    batch, _, mesh = _row_sharding(segments.q_ids)
+    if mesh.empty:
+        return segments
+    with jax.named_scope("whole_keys"):
+        kv_ids, kv_pos = (jax.sharding.reshard(x, P(batch, None)) for x in (segments.kv_ids, segments.kv_pos))
+    return segments._replace(kv_ids=kv_ids, kv_pos=kv_pos)
+
+
 def plan_blocks(
     segments: Segments, causal: bool, block_q: int = 512, block_kv: int = 512, *, gather_kv: bool = True
 ) -> BlockPlan:
@@ -33,21 +46,20 @@ def plan_blocks(
     Blocks longer than a shard's part of the row are cut to it. Raises ValueError beyond 8192 blocks a row.
     """
     batch, length, mesh = _row_sharding(segments.q_ids)
+    kv_length = _axes(segments.kv_ids, 1)
     shards = _size(mesh, length)
     block_q = min(block_q, segments.q_ids.shape[1] // shards)
     block_kv = min(block_kv, segments.kv_ids.shape[1] // (1 if gather_kv else shards))
 
     def plan_shard(segments):
         if gather_kv:
-            segments = segments._replace(
-                kv_ids=_gather(segments.kv_ids, length), kv_pos=_gather(segments.kv_pos, length)
-            )
+            segments = _gather_keys(segments, kv_length)
         by_row = partial(plan_row, causal=causal, block_q=block_q, block_kv=block_kv)
         by_query, by_key, count = jax.vmap(by_row)(segments)
         return by_query[:, None], by_key[:, None], count[:, None]
 
-    spec = P(batch, length)
-    arrays = _sharded(plan_shard, mesh, (Segments(spec, spec, spec, spec),), (spec, spec, spec))(segments)
+    spec, keys = P(batch, length), P(batch, kv_length)
+    arrays = _sharded(plan_shard, mesh, (Segments(spec, spec, keys, keys),), (spec, spec, spec))(segments)
     return BlockPlan(*arrays, block_q=block_q, block_kv=block_kv, causal=causal)
 
 
@@ -80,22 +92,21 @@ def flash_attention(
     if plan is None and implementation != "reference":
         plan = plan_blocks(segments, causal, gather_kv=gather_kv)
     batch, length, mesh = _row_sharding(segments.q_ids)
-    heads, kv_heads = _axes(q, 2), _axes(k, 2)
+    heads, kv_heads, kv_length = _axes(q, 2), _axes(k, 2), _axes(segments.kv_ids, 1)
 
     def attend_shard(q, k, v, segments, plan):
         if gather_kv:
-            k, v = _gather(k, length), _gather(v, length)
-            segments = segments._replace(
-                kv_ids=_gather(segments.kv_ids, length), kv_pos=_gather(segments.kv_pos, length)
-            )
+            with jax.named_scope("gather_kv"):
+                k, v = _gather(k, length), _gather(v, length)
+            segments = _gather_keys(segments, kv_length)
         name = _choose(implementation, platform, q, k, plan)
         if name == "reference":
             return reference.attention(q, k, v, segments=segments, causal=causal, scale=scale)
         return BACK_ENDS[name].attention(q, k, v, segments=segments, plan=plan, scale=scale)
 
-    row = P(batch, length)
+    row, keys = P(batch, length), P(batch, kv_length)
     by_head, by_kv_head = P(batch, length, heads), P(batch, length, kv_heads)
-    in_specs = (by_head, by_kv_head, by_kv_head, Segments(row, row, row, row), row)
+    in_specs = (by_head, by_kv_head, by_kv_head, Segments(row, row, keys, keys), row)
     out, lse = _sharded(attend_shard, mesh, in_specs, (by_head, by_head))(q, k, v, segments, plan)
     return (out, lse) if return_lse else out
 
@@ -148,6 +159,10 @@ def _size(mesh, axes) -> int:
 def _gather(x: Array, axes) -> Array:
     """The whole row of a shard's part (a no-op when the length is not split); its transpose is a reduce-scatter."""
     return x if axes is None else lax.all_gather(x, axes, axis=1, tiled=True)
+
+
+def _gather_keys(segments: Segments, axes) -> Segments:
+    return segments._replace(kv_ids=_gather(segments.kv_ids, axes), kv_pos=_gather(segments.kv_pos, axes))
 
 
 def _sharded(function, mesh, in_specs, out_specs):
