@@ -21,5 +21,5 @@ def get_config() -> RunConfig:
         branches=("llm",),
         mesh=MeshConfig(fsdp=16, context=4),
         data=DataConfig(rows=16, budgets=Budgets(tokens=65536, patches=0, audio_frames=0, audio_targets=0)),
-        compute=ComputeConfig(remat="full", loss_chunk=1024, mlp_chunk=1024),
+        compute=ComputeConfig(remat="full", loss_chunk=512, mlp_chunk=1024),
     )
