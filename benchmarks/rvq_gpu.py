@@ -2,9 +2,9 @@
 
     pip install -e '.[parity]' 'jax[cuda12]' && python benchmarks/rvq_gpu.py [--frames 8192] [--repeats 20] [--json]
 
-Codebooks of the released sizes, fp32, and frames with the spread of the first. torch (on the same GPU, TF32 off) and
-ours run in turns in this process. Codes count as the same where the two nearest differ by no more than fp32 rounds.
-Without a GPU it says so and exits 1.
+Codebooks of the released sizes and frames near their codes, fp32. torch (on the same GPU, TF32 off) and ours run in
+turns in this process. Codes count as the same where the two nearest differ by no more than fp32 rounds. Without a GPU
+it says so and exits 1.
 """
 
 import argparse
@@ -21,20 +21,11 @@ import numpy as np
 from rows import emit, row
 
 from baichuan_omni_jax.kernels.rvq_lookup import rvq_lookup
+from baichuan_omni_jax.kernels.rvq_lookup.cases import RELEASED, Case
 
 OURS = "pallas_gpu"
-SIZES, WIDTH = (8192, 4096, 2048, *(1024,) * 5), 5120
 # Two codes whose squared distances differ by less, of the distance, are equally near in fp32.
 ROUNDING = 1e-5
-
-
-def inputs(frames: int, seed: int = 0) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Frames and codebooks: each level a quarter of the spread of the one before, as residuals shrink."""
-    rng = np.random.default_rng(seed)
-    codebooks = [
-        rng.standard_normal((size, WIDTH), np.float32) * np.float32(4.0**-level) for level, size in enumerate(SIZES)
-    ]
-    return rng.standard_normal((frames, WIDTH), np.float32), codebooks
 
 
 def ours(x: np.ndarray, codebooks: list[np.ndarray]):
@@ -88,8 +79,9 @@ def in_turns(runs: dict, repeats: int) -> dict[str, float]:
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
-def measure(frames: int, repeats: int, device: str) -> list[dict]:
-    x, codebooks = inputs(frames)
+def measure(case: Case, frames: int, repeats: int, device: str) -> list[dict]:
+    codebooks = case.codebooks()
+    x = case.frames(frames, codebooks, noise=1.0)
     runs = {"ours": ours(x, codebooks), "torch": by_cdist(x, codebooks, device)}
     mine, theirs = np.asarray(runs["ours"]()), runs["torch"]().cpu().numpy()
     different, ties = really_different(x, codebooks, mine, theirs), int((mine != theirs).any(1).sum())
@@ -105,7 +97,7 @@ def measure(frames: int, repeats: int, device: str) -> list[dict]:
             note=f"of {frames}; {ties - different} more where two codes are equally near in fp32",
         ),
         row(
-            f"lookup of {frames} frames, 8 levels",
+            f"lookup of {frames} frames, {len(codebooks)} levels",
             1e3 * seconds["ours"],
             "ms",
             peer="torch.cdist + argmin",
@@ -126,7 +118,7 @@ def main() -> int:
     args = parser.parse_args()
     if jax.default_backend() != "gpu":
         sys.exit(f"no GPU: JAX runs on {jax.default_backend()} here; nothing was measured")
-    return emit(measure(args.frames, args.repeats, "cuda"), args.json)
+    return emit(measure(RELEASED, args.frames, args.repeats, "cuda"), args.json)
 
 
 if __name__ == "__main__":
