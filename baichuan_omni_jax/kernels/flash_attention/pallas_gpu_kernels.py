@@ -66,7 +66,10 @@ class Shape(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """References to one side's ids and positions (tiles, tile) and to each tile's bounds (tiles, 4)."""
+    """One side's ids and positions (tiles, tile) and its tiles' bounds (tiles, 4): arrays, or references in a kernel.
+
+    Bounds: lowest id, that id's first position, highest id, that id's last position; of tokens that are no padding.
+    """
 
     ids: object
     positions: object
