@@ -1,4 +1,4 @@
-"""Writes the store of audio codes for a run's data: every clip of its mixture through the audio tokenizer, once.
+"""Writes the store of audio codes for a run's data: every clip of its mixtures through the audio tokenizer, once.
 
     python launch/tokenize_audio.py --config configs/tiny.py
 
@@ -7,6 +7,8 @@ Without `data.audio_tokenizer` the tokenizer is a seeded random one: its codes c
 """
 
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 
 import jax
 from absl import app, flags, logging
@@ -41,12 +43,24 @@ def load_tokenizer(run: RunConfig, omni: OmniConfig, mesh: jax.sharding.Mesh) ->
     return load_branches(run.data.audio_tokenizer, {"audio_encoder": abstract})["audio_encoder"]
 
 
-def ensure_codes(run: RunConfig, omni: OmniConfig, pipeline: Pipeline) -> CodeStore:
-    """The code store of the run's data, written first where clips are missing. One device, one process."""
+def ensure_codes(run: RunConfig, omni: OmniConfig, pipelines: Sequence[Pipeline]) -> list[CodeStore]:
+    """Each pipeline's code store, written first where clips are missing. One device, one process."""
     mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])
     with jax.set_mesh(mesh):
         tokenizer = load_tokenizer(run, omni, mesh)
-        return open_or_write_codes(pipeline, fingerprint(tokenizer), lambda windows: encode_windows(tokenizer, windows))
+        written_by, encode = fingerprint(tokenizer), lambda windows: encode_windows(tokenizer, windows)
+        return [open_or_write_codes(pipeline, written_by, encode) for pipeline in pipelines]
+
+
+def open_pipelines(run: RunConfig, omni: OmniConfig) -> dict[str, Pipeline]:
+    """The pipeline of the run's mixture under "", and those of its held-out mixtures by name."""
+    prepare_sample(run.data)
+    training = open_pipeline(run.data, omni)
+    held_out = {
+        mixture.name: open_pipeline(replace(run.data, mixture=mixture.sources), omni, training.processor)
+        for mixture in (run.eval.mixtures if run.eval.every else ())
+    }
+    return {"": training} | held_out
 
 
 def main(_) -> None:
@@ -55,9 +69,8 @@ def main(_) -> None:
     def work():
         run = apply_overrides(load_run_config(CONFIG.value), SET.value)
         omni = resolve_model(run.model)
-        prepare_sample(run.data)
-        store = ensure_codes(run, omni, open_pipeline(run.data, omni))
-        print(f"{store.path}: {store.meta['frames']} code frames of tokenizer {store.meta['fingerprint']}")
+        for store in ensure_codes(run, omni, list(open_pipelines(run, omni).values())):
+            print(f"{store.path}: {store.meta['frames']} code frames of tokenizer {store.meta['fingerprint']}")
 
     sys.exit(exit_code(work))
 

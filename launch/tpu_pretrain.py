@@ -4,6 +4,7 @@
 
 Started again with the same workdir, it goes on where it stopped; SIGTERM saves and leaves. Numbers go to
 WORKDIR/metrics.jsonl and WORKDIR/tensorboard. Exit code 2: something given cannot be used, the message says what.
+3: the run ended itself, because too many steps in a row were not finite.
 """
 
 import sys
@@ -11,9 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from absl import app, flags
-from tokenize_audio import CONFIG, SET, ensure_codes, quiet_logs
+from tokenize_audio import CONFIG, SET, ensure_codes, open_pipelines, quiet_logs
 
 from baichuan_omni_jax.checkpoint import (
+    Parent,
     Workdir,
     check_run_config,
     find_parent,
@@ -23,45 +25,75 @@ from baichuan_omni_jax.checkpoint import (
 )
 from baichuan_omni_jax.config import OmniConfig, RunConfig, apply_overrides, load_run_config, resolve_model
 from baichuan_omni_jax.config.errors import exit_code
-from baichuan_omni_jax.train.hosts import join, leader_first, rows_of_host
-from baichuan_omni_jax.train.loop import set_up, train
+from baichuan_omni_jax.train.hosts import check_agreement, join, leader_first, run_facts, software, together, wait_for
+from baichuan_omni_jax.train.loop import Extras, set_up, train
+from baichuan_omni_jax.train.rows import rows_of_host
+from baichuan_omni_jax.train.tracing import parse_span
 from data_pipelines.codes import CodeStore
-from data_pipelines.pipeline import Pipeline, open_pipeline, prepare_sample
+from data_pipelines.pipeline import Pipeline
 from data_pipelines.rows import Shard
 from data_pipelines.training import TrainingData
 
 WORKDIR = flags.DEFINE_string("workdir", None, "where the run's checkpoints and numbers go", required=True)
 MULTIHOST = flags.DEFINE_bool("multihost", False, "join the other hosts of the slice (jax.distributed) first")
+COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of host 0; found by itself on TPU, Slurm and Open MPI")
+HOSTS = flags.DEFINE_integer("hosts", 0, "how many hosts there are, where --coordinator is given")
+HOST = flags.DEFINE_integer("host", -1, "which of them this one is, from 0, where --coordinator is given")
+PROFILE = flags.DEFINE_string("profile", "", "START:STOP, steps to trace into WORKDIR/profile")
+WANDB = flags.DEFINE_string("wandb", "", "project on Weights & Biases to send the numbers to as well")
 
 
 def pretrain() -> None:
     if MULTIHOST.value:
-        join()
-    run = apply_overrides(load_run_config(CONFIG.value), SET.value)
-    omni = resolve_model(run.model)
+        join(COORDINATOR.value, HOSTS.value, HOST.value)
+    run, omni, profile = together(read_flags)
+    check_agreement(software() | run_facts(run))
     # Everything that can refuse the run comes before it claims the workdir.
-    setup, compute = set_up(run, omni)
-    workdir = Workdir(Path(WORKDIR.value), keep=run.checkpoint.keep)
-    check_run_config(workdir.path, run)
-    parent = find_parent(workdir.path, run.checkpoint.init_from, run.branches)
-    pipeline, codes = leader_first(lambda: prepare(run, omni, workdir))
-    workdir.write_run_config(run)
-    record_parent(workdir.path, parent)
+    setup, compute = together(lambda: set_up(run, omni))
+    workdir, parent = together(lambda: open_workdir(run))
+    pipelines = leader_first(lambda: prepare(run, omni, workdir))
+    check_agreement({name: value for parts in pipelines.values() for name, value in data_facts(*parts).items()})
     shard = Shard(rows_of_host(setup.mesh, compute.rules, run.data.rows))
-    train(run, omni, workdir, TrainingData(pipeline, codes, shard), parent)
+    context = setup.mesh.shape["context"]
+    data = together(lambda: {name: TrainingData(*parts, shard, context) for name, parts in pipelines.items()})
+    workdir.write_run_config(run)
+    together(lambda: wait_for(workdir.path / "run_config.json"))
+    record_parent(workdir.path, parent)
+    training = data.pop("")
+    extras = Extras(parent=parent, held_out=data, profile=profile, wandb=WANDB.value)
+    train(run, omni, workdir, training, extras)
     workdir.close()
 
 
-def prepare(run: RunConfig, omni: OmniConfig, workdir: Workdir) -> tuple[Pipeline, CodeStore]:
-    """The run's indexed data and audio codes, built where they are not there yet.
+def read_flags() -> tuple[RunConfig, OmniConfig, range | None]:
+    """The run, its architecture, and the steps to trace."""
+    run = apply_overrides(load_run_config(CONFIG.value), SET.value)
+    return run, resolve_model(run.model), parse_span(PROFILE.value)
+
+
+def open_workdir(run: RunConfig) -> tuple[Workdir, Parent]:
+    """The workdir, which holds no other run, and the checkpoints that the run starts from."""
+    workdir = Workdir(Path(WORKDIR.value), keep=run.checkpoint.keep)
+    check_run_config(workdir.path, run)
+    return workdir, find_parent(workdir.path, run.checkpoint.init_from, run.branches)
+
+
+def prepare(run: RunConfig, omni: OmniConfig, workdir: Workdir) -> dict[str, tuple[Pipeline, CodeStore]]:
+    """The run's data ("") and held-out data by name, indexed and with audio codes, built where they are not there yet.
 
     Without `data.tokenizer` the weights' own is used: the workdir's, then that of `checkpoint.init_from`.
     """
     own = stored_tokenizer(workdir.path) or initial_tokenizer(run.checkpoint.init_from, run.branches) or ""
     run = replace(run, data=replace(run.data, tokenizer=run.data.tokenizer or str(own)))
-    prepare_sample(run.data)
-    pipeline = open_pipeline(run.data, omni)
-    return pipeline, ensure_codes(run, omni, pipeline)
+    pipelines = open_pipelines(run, omni)
+    stores = ensure_codes(run, omni, list(pipelines.values()))
+    return {name: (pipeline, store) for (name, pipeline), store in zip(pipelines.items(), stores, strict=True)}
+
+
+def data_facts(pipeline: Pipeline, codes: CodeStore) -> dict[str, str]:
+    """What hosts that read rows of one global order must have alike."""
+    codes_of = f"{codes.meta['frames']} frames of tokenizer {codes.meta['fingerprint']}"
+    return pipeline.fingerprint() | {f"the audio codes {codes.path.name}": codes_of}
 
 
 def main(_) -> None:

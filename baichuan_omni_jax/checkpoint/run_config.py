@@ -21,10 +21,10 @@ def check_run_config(workdir: epath.Path, run: RunConfig) -> None:
         return
     try:
         # Through RunConfig, so that a field added since has its default.
-        stored = _flatten(to_dict(from_dict(RunConfig, json.loads(path.read_text()))))
+        stored = flatten(to_dict(from_dict(RunConfig, json.loads(path.read_text()))))
     except ValueError as error:
         raise ConfigError(f"{path} is not a run config: {error}") from error
-    given = _flatten(to_dict(run))
+    given = flatten(to_dict(run))
     for key in [*given, *(key for key in stored if key not in given)]:
         old, new = stored.get(key, _ABSENT), given.get(key, _ABSENT)
         if old != new and not any(fnmatch(key, pattern) for pattern in MAY_DIFFER):
@@ -41,9 +41,10 @@ def store_run_config(workdir: epath.Path, run: RunConfig) -> None:
     temporary.replace(workdir / RUN_CONFIG)
 
 
-def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts and lists as one dict by dotted path: {"train": {"steps": 3}} -> {"train.steps": 3}."""
     if isinstance(value, list):
         value = {str(index): item for index, item in enumerate(value)}
     if not isinstance(value, dict):
         return {prefix[:-1]: value}
-    return {key: leaf for name, item in value.items() for key, leaf in _flatten(item, f"{prefix}{name}.").items()}
+    return {key: leaf for name, item in value.items() for key, leaf in flatten(item, f"{prefix}{name}.").items()}

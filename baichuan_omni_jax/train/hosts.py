@@ -1,20 +1,23 @@
-"""Several hosts in one training: how they join, what they must agree on, and which rows are whose."""
+"""Several hosts in one training: how they join, tell each other, and what they must agree on."""
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
 import jax
 import numpy as np
+from etils import epath
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding
 
-from baichuan_omni_jax.config import ConfigError
-from baichuan_omni_jax.sharding import ShardingRules
+from baichuan_omni_jax.checkpoint.run_config import flatten
+from baichuan_omni_jax.config import ConfigError, RunConfig, to_dict
 
 T = TypeVar("T")
+# Where the data lie, and how many processes read them.
+_OWN_KEYS = ("data.root", "data.workers")
 _PACKAGES = ("baichuan_omni_jax", "data_pipelines")
 
 
@@ -83,30 +86,22 @@ def software() -> dict[str, str]:
     return {"the version of jax": jax.__version__, "the code's version": digest.hexdigest()[:12]}
 
 
-def rows_of_host(mesh: Mesh, rules: ShardingRules, rows: int) -> tuple[int, ...]:
-    """Which of a global batch's `rows` this host's devices hold a part of, ascending.
+def run_facts(run: RunConfig) -> dict[str, str]:
+    """The configuration, key by key; without those that a host may have to itself."""
+    keys = flatten(to_dict(run))
+    return {name: repr(value) for name, value in keys.items() if name not in _OWN_KEYS}
 
-    Two hosts share rows where `context` or `tensor` spans both: each then decodes them whole.
+
+def wait_for(path: epath.Path, seconds: float = 60.0) -> None:
+    """Returns when `path` is there: a file that host 0 wrote is seen by the others a little later on some file systems.
+
+    Raises ConfigError when it does not appear.
     """
-    sharding = NamedSharding(mesh, rules.spec("batch"))
-    parts = sharding.addressable_devices_indices_map((rows,)).values()
-    return tuple(sorted({row for (part,) in parts for row in range(rows)[part]}))
-
-
-def place_rows(
-    batch: Mapping[str, np.ndarray], rows: tuple[int, ...], total: int, shardings: Mapping[str, NamedSharding]
-) -> dict[str, jax.Array]:
-    """The global batch of `total` rows, from this host's `rows` of it (in their order, all other axes whole)."""
-
-    def put(name: str, value: np.ndarray) -> jax.Array:
-        def part(index: tuple[slice, ...]) -> np.ndarray:
-            wanted = range(total)[index[0]]
-            start = rows.index(wanted[0])
-            return value[(slice(start, start + len(wanted)), *index[1:])]
-
-        return jax.make_array_from_callback((total, *value.shape[1:]), shardings[name], part)
-
-    return {name: put(name, value) for name, value in batch.items()}
+    end = time.monotonic() + seconds
+    while not path.exists():
+        if time.monotonic() > end:
+            raise ConfigError(f"{path}, written by host 0, is not to be seen: all hosts must have the same workdir")
+        time.sleep(0.5)
 
 
 def _attempt(work: Callable[[], T]) -> tuple[T | None, str]:

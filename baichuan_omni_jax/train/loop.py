@@ -1,25 +1,32 @@
-"""The training loop: rows in, steps, numbers out, checkpoints; resumes by itself, leaves cleanly on SIGTERM."""
+"""The training loop: rows in, steps, numbers out, evaluation, checkpoints; resumes by itself, leaves on SIGTERM."""
 
+import json
 import logging
-import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
 from rich.console import Console
 
 from baichuan_omni_jax.checkpoint import Parent, Workdir
 from baichuan_omni_jax.config import OmniConfig, RunConfig
+from baichuan_omni_jax.config.errors import RunStoppedError
 from baichuan_omni_jax.nn.param import Compute
-from baichuan_omni_jax.omni.batch import BATCH_AXES
 from baichuan_omni_jax.omni.model import branches_of
-from baichuan_omni_jax.sharding import ShardingRules, check_divisible, make_mesh
-from baichuan_omni_jax.train.metrics import CompileCounter, MetricsWriter
-from baichuan_omni_jax.train.report import ProgressLine, print_start_table
+from baichuan_omni_jax.sharding import make_mesh
+from baichuan_omni_jax.train.chips import peak_flops
+from baichuan_omni_jax.train.data import Data, DocumentKey, Losses, Step
+from baichuan_omni_jax.train.evaluate import Evaluation
+from baichuan_omni_jax.train.flops import step_counts
+from baichuan_omni_jax.train.guard import NonfiniteGuard
+from baichuan_omni_jax.train.hosts import is_leader, share
+from baichuan_omni_jax.train.metrics import CompileCounter, Row, Throughput
+from baichuan_omni_jax.train.output import Output
+from baichuan_omni_jax.train.report import print_start_table
+from baichuan_omni_jax.train.rows import BatchPlacer, check_batch
 from baichuan_omni_jax.train.state import (
     Setup,
     TrainState,
@@ -31,34 +38,27 @@ from baichuan_omni_jax.train.state import (
     make_setup,
 )
 from baichuan_omni_jax.train.step import make_step
+from baichuan_omni_jax.train.stopping import StopSignal
+from baichuan_omni_jax.train.tracing import StepTrace
 
 log = logging.getLogger(__name__)
 
-NO_PARENT = Parent()
-DocumentKey = tuple[int, int]  # source, number in it
+
+@dataclass(frozen=True, kw_only=True)
+class Extras:
+    """What a start may add to a run without changing what it computes.
+
+    `parent` is where the first weights came from: their branches' steps are counted on. `held_out` has the data of
+    `eval.mixtures` by name. `profile` are the steps to trace; `wandb` is a project there.
+    """
+
+    parent: Parent = Parent()
+    held_out: Mapping[str, Data] = field(default_factory=dict)
+    profile: range | None = None
+    wandb: str = ""
 
 
-@runtime_checkable
-class Step(Protocol):
-    """What the loop asks of a step of data (data_pipelines.rows.Step is one)."""
-
-    batch: dict[str, np.ndarray]
-    lost: dict[DocumentKey, tuple[str, str, str]]
-    state: dict
-
-
-@runtime_checkable
-class Data(Protocol):
-    """What the loop asks of a data set: counts for the report, and steps from a state on."""
-
-    documents: int
-    skipped: Counter
-    tokenizer_json: str
-
-    def steps(self, state: dict | None) -> Iterator[Step]: ...
-
-    def check_lost(self, causes: Counter) -> None:
-        """Raises ConfigError when too many documents turned out unusable."""
+NOTHING = Extras()
 
 
 def set_up(run: RunConfig, omni: OmniConfig) -> tuple[Setup, Compute]:
@@ -68,7 +68,7 @@ def set_up(run: RunConfig, omni: OmniConfig) -> tuple[Setup, Compute]:
     """
     mesh, compute = make_mesh(run.mesh), make_compute(run)
     with jax.set_mesh(mesh):
-        check_batch(run, mesh, compute.rules)
+        check_batch(run, omni, mesh, compute.rules)
         return make_setup(run, omni, mesh, compute), compute
 
 
@@ -77,16 +77,15 @@ def train(
     omni: OmniConfig,
     workdir: Workdir,
     data: Data,
-    parent: Parent = NO_PARENT,
+    extras: Extras = NOTHING,
     console: Console | None = None,
 ) -> TrainState:
     """Trains until `train.steps` or SIGTERM and returns the last state, which has been saved.
 
-    `parent` is where the first weights came from: their branches' steps are counted on.
-
-    Resumes from the workdir's newest good step. Raises ConfigError as `set_up`, and for a step that cannot be read.
+    Resumes from the workdir's newest good step. Raises ConfigError as `set_up`, and for a step that cannot be read;
+    RunStoppedError, with everything saved, when `train.nonfinite_limit` steps in a row were not finite.
     """
-    console = console or Console()
+    console = console or Console(quiet=not is_leader())
     compiles = CompileCounter()
     setup, compute = set_up(run, omni)
     with jax.set_mesh(setup.mesh):
@@ -97,15 +96,8 @@ def train(
         if state.step >= run.train.steps:
             console.print(f"{workdir.path} is finished: step {state.step} of train.steps {run.train.steps}")
             return state
-        return _Loop(run, omni, setup, workdir, data, parent, console, compiles, compute.rules).go(state, data_state)
-
-
-def check_batch(run: RunConfig, mesh: Mesh, rules: ShardingRules) -> None:
-    """Raises ConfigError naming the budget that the mesh does not divide."""
-    budgets = run.data.budgets
-    sizes = {"tokens": budgets.tokens, "patches": budgets.patches, "audio_codes": budgets.audio_frames}
-    for field, size in (sizes | {"audio_targets": budgets.audio_targets}).items():
-        check_divisible(mesh, rules, (run.data.rows, size), BATCH_AXES[field][:2], f"batch field {field}")
+        place = BatchPlacer(run.data.rows, run.branches, setup.mesh, compute.rules)
+        return _Loop(run, omni, setup, workdir, data, extras, console, compiles, place).go(state, data_state)
 
 
 def _start(run, omni, setup: Setup, workdir: Workdir, compute) -> tuple[TrainState, dict | None]:
@@ -115,89 +107,146 @@ def _start(run, omni, setup: Setup, workdir: Workdir, compute) -> tuple[TrainSta
     return from_branches(setup, found.branches, found.opt_state, found.step), found.data_state
 
 
-class _Loop:
-    """One run in progress. A step's numbers are read only after the next step has been sent to the device."""
+@dataclass(frozen=True)
+class _Pending:
+    """A step that was sent to the devices; its numbers are not read yet. Times in seconds."""
 
-    def __init__(self, run, omni, setup, workdir, data, parent, console, compiles, rules):
+    step: int
+    numbers: dict[str, jax.Array]
+    batch: dict[str, np.ndarray]
+    began: float
+    waited: float
+    compiling: float
+
+    def is_done(self) -> bool:
+        return self.numbers["loss"].is_ready()
+
+
+class _Loop:
+    """One run in progress. A step's numbers are read only after the next step has been sent to the devices."""
+
+    def __init__(self, run, omni, setup, workdir, data, extras, console, compiles, place):
         self.run, self.omni, self.setup, self.workdir, self.data = run, omni, setup, workdir, data
-        self.console, self.compiles, self.rules = console, compiles, rules
+        self.console, self.compiles, self.place = console, compiles, place
         self.step = make_step(setup, run)
+        self.counts = jax.jit(step_counts)
+        self.evaluation = Evaluation(run, setup, place, extras.held_out)
         # Steps that the branches had been trained for when this run began.
-        self.before = parent.trained
+        self.before = extras.parent.trained
+        self.guard = NonfiniteGuard(workdir.path, run.train.nonfinite_limit, data.where)
+        self.trace = StepTrace(workdir.path, extras.profile)
+        device = setup.mesh.devices.flat[0]
+        self.throughput = Throughput(
+            omni, setup.groups.trainable, setup.mesh.devices.size, peak_flops(device.device_kind)
+        )
+        self.wandb, self.output = extras.wandb, None
         self.lost: dict[DocumentKey, str] = {}
-        self.stop = False
-        self.last_end = 0.0
+        self.unshared: Losses = {}
+        self.last_end = self.idle = 0.0
+        self.started_at = None
 
     def go(self, state: TrainState, data_state: dict | None) -> TrainState:
-        leader = jax.process_index() == 0
-        metrics = MetricsWriter(self.workdir.path, state.step) if leader else None
-        line = ProgressLine(self.console, self.run.train.steps, state.step) if leader else None
-        steps = self.data.steps(data_state)
-        restore_signal = self._on_sigterm()
+        if is_leader():
+            self.output = Output(self.run, self.workdir.path, state.step, self.wandb, self.console)
+        steps, stop = self.data.steps(data_state), StopSignal()
         pending, saved = None, state.step
+        self.started_at = state.step
         try:
-            while state.step < self.run.train.steps and not self.stop:
-                began = time.perf_counter()
-                step = next(steps)
-                waited = time.perf_counter() - began
-                self._note_lost(step.lost)
-                trainable, opt_state, numbers = self.step(
-                    state.trainable, state.frozen, state.opt_state, self._place(step.batch)
-                )
-                state, data_state = advance(state, trainable, opt_state), step.state
+            if state.step == 0 and self.evaluation.is_due(0):
+                self._write({"step": 0} | self.evaluation(state))
+            while not stop.reached(state.step) and state.step < self.run.train.steps and not self.guard.exceeded:
+                state, data_state, sent = self._send(state, steps, pending)
                 if pending is not None:
-                    self._report(pending, metrics, line)
-                pending = (state.step, numbers, waited, began)
-                if state.step % self.run.checkpoint.every == 0:
+                    self._write(self._read(pending))
+                pending = sent
+                save = state.step % self.run.checkpoint.every == 0
+                if save or self.evaluation.is_due(state.step):
                     # A saved step's numbers must be on disk: a run that resumes after it never computes them again.
-                    self._report(pending, metrics, line)
+                    row, pending = self._read(pending), None
+                    if self.evaluation.is_due(state.step):
+                        row |= self.evaluation(state)
+                    self._write(row)
+                if save:
                     self._save(state, data_state)
-                    pending, saved = None, state.step
+                    saved = state.step
             if pending is not None:
-                self._report(pending, metrics, line)
+                self._write(self._read(pending))
             if saved != state.step:
                 self._save(state, data_state)
             self.workdir.wait()
         finally:
             steps.close()
-            restore_signal()
-            if leader:
-                metrics.close()
-                line.close()
-        self._say_why_it_ended(state)
+            stop.close()
+            self.trace.close()
+            if self.output is not None:
+                self.output.close()
+        self._say_why_it_ended(state, stop)
         return state
 
-    def _place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        """This host's rows as its part of the global batch."""
-        put = jax.make_array_from_process_local_data
-        spec = self.rules.spec
-        return {
-            name: put(NamedSharding(self.setup.mesh, spec(*BATCH_AXES[name])), value) for name, value in batch.items()
-        }
+    def _send(self, state: TrainState, steps: Iterator[Step], before: _Pending | None):
+        """Reads a step's rows and sends it to the devices: the new state, the data's, and what to read later."""
+        number = state.step + 1
+        self.trace.before(number)
+        began = time.perf_counter()
+        step = next(steps)
+        waited = time.perf_counter() - began
+        if before is None or before.is_done():
+            self.idle += waited  # at most: the devices may have been at work for a part of it
+        self._note_lost(step.lost)
+        compiled, sending = self.compiles.count, time.perf_counter()
+        with jax.profiler.StepTraceAnnotation("train", step_num=number):
+            batch = self.place(step.batch)
+            trainable, opt_state, numbers = self.step(state.trainable, state.frozen, state.opt_state, batch)
+            numbers = numbers | {f"count_{name}": value for name, value in self.counts(batch).items()}
+        self.trace.after(number, numbers)
+        compiling = time.perf_counter() - sending if self.compiles.count > compiled else 0.0
+        if compiling and number > self.started_at + 1:
+            log.warning("step %d had to compile %d programs", number, self.compiles.count - compiled)
+        sent = _Pending(number, numbers, step.batch, began, waited, compiling)
+        return advance(state, trainable, opt_state), step.state, sent
 
-    def _report(self, pending: tuple, metrics: MetricsWriter | None, line: ProgressLine | None) -> None:
-        step, numbers, waited, began = pending
-        numbers = {name: float(value) for name, value in numbers.items()}
+    def _read(self, pending: _Pending) -> Row:
+        """Waits for a step's numbers: its row of metrics.jsonl."""
+        numbers = {name: float(value) for name, value in pending.numbers.items()}
         now = time.perf_counter()
-        numbers["tokens"] = int(numbers["tokens"])
         # From the start of this step (or the end of the one before, still running then) until its numbers were there.
-        took = now - max(began, self.last_end)
-        self.last_end = now
-        row = {"step": step, **numbers, "step_time_s": took, "data_wait_s": waited, "compiles": self.compiles.count}
-        row["skipped"] = dict(self.data.skipped + Counter(self.lost.values()))
-        if metrics is not None:
-            metrics.write(row)
-            line.show(row)
+        took = now - max(pending.began, self.last_end)
+        productive = max(0.0, took - self.idle - pending.compiling)
+        self.last_end, self.idle = now, 0.0
+        counts = {name.removeprefix("count_"): numbers.pop(name) for name in list(numbers) if name.startswith("count_")}
+        self.guard.note(pending.step, numbers, pending.batch)
+        numbers |= {"tokens": int(counts["tokens"]), "nonfinite_steps": self.guard.count}
+        del numbers["nonfinite"]
+        times = {"step_time_s": took, "data_wait_s": pending.waited, "productive_s": productive}
+        speed = self.throughput.of(counts, took)
+        skipped = dict(self.data.skipped + Counter(self.lost.values()))
+        return {"step": pending.step, **numbers, **times, **speed, "compiles": self.compiles.count, "skipped": skipped}
 
-    def _note_lost(self, lost: dict[DocumentKey, tuple[str, str, str]]) -> None:
+    def _write(self, row: Row) -> None:
+        if self.output is not None:
+            self.output.write(row)
+
+    def _note_lost(self, lost: Losses) -> None:
+        """Counts documents that could not be decoded. On several hosts the limit is checked when they have told."""
         for key, (where, cause, message) in lost.items():
             if key not in self.lost:
                 self.lost[key] = cause
                 log.warning("skipped %s (%s): %s", where, cause, message)
-        if lost:
+                self.unshared[key] = (where, cause, message)
+        if lost and jax.process_count() == 1:
             self.data.check_lost(Counter(self.lost.values()))
 
+    def _share_lost(self) -> None:
+        """Every host learns what the others could not decode; all raise alike when it is too much."""
+        if jax.process_count() == 1:
+            return
+        for text in share(json.dumps([[*key, cause] for key, (_, cause, _) in self.unshared.items()])):
+            self.lost |= {(source, number): cause for source, number, cause in json.loads(text)}
+        self.unshared = {}
+        self.data.check_lost(Counter(self.lost.values()))
+
     def _save(self, state: TrainState, data_state: dict) -> None:
+        self._share_lost()
         branches = branches_of(self.setup.assemble(state.trainable, state.frozen))
         trained = dict(self.before)
         for name in {path.split(".")[0] for path in state.trainable}:
@@ -212,20 +261,10 @@ class _Loop:
             trained={name: trained.get(name, 0) for name in branches},
         )
 
-    def _on_sigterm(self) -> Callable[[], Any]:
-        """Asks the loop to stop after the step in progress; returns how to put the old handler back."""
-
-        def ask(*_):
-            self.stop = True
-
-        try:
-            old = signal.signal(signal.SIGTERM, ask)
-        except ValueError:  # not the main thread: whoever runs us there handles signals
-            return lambda: None
-        return lambda: signal.signal(signal.SIGTERM, old)
-
-    def _say_why_it_ended(self, state: TrainState) -> None:
-        if self.stop:
+    def _say_why_it_ended(self, state: TrainState, stop: StopSignal) -> None:
+        if self.guard.exceeded:
+            raise RunStoppedError(f"{self.guard.sentence()}; step {state.step} is saved in {self.workdir.path}")
+        if stop.asked:
             self.console.print(f"stopped by SIGTERM: step {state.step} is saved in {self.workdir.path}")
         else:
             self.console.print(f"finished at step {state.step}; saved in {self.workdir.path}")

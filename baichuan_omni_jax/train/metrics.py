@@ -1,13 +1,22 @@
-"""Where a run's numbers go: `metrics.jsonl` (one object a step), TensorBoard, and the count of compilations."""
+"""Where a run's numbers go: `metrics.jsonl` (one object a step), TensorBoard, W&B; and what is made of raw numbers."""
 
 import json
+import math
 import os
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import jax
 from tensorboardX import SummaryWriter
 
+from baichuan_omni_jax.config import OmniConfig
+from baichuan_omni_jax.train.flops import flops_by_branch
+from baichuan_omni_jax.train.wandb import WandbWriter
+
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+
+# A step's numbers; nested dicts (skip counts by cause) become `name/cause` where names are flat.
+Row = dict[str, float | int | dict[str, int]]
 
 
 class CompileCounter:
@@ -21,45 +30,86 @@ class CompileCounter:
         self.count += event == _COMPILE_EVENT
 
 
-class MetricsWriter:
-    """Appends to `workdir/metrics.jsonl` and TensorBoard events under `workdir/tensorboard`.
+class Throughput:
+    """Speed of a step: tokens a second and chip, model FLOPs, and their share of what the chips could do (MFU).
 
-    A resumed run first drops lines past the step it resumes from: they will be written again.
+    `trainable` are the names of the parameters that train; `peak` is FLOP/s of one chip, None where it is not known
+    (then there is no MFU).
     """
 
-    def __init__(self, workdir: Path, resumed_from: int):
+    def __init__(self, omni: OmniConfig, trainable: Collection[str], chips: int, peak: float | None) -> None:
+        self._omni, self._trainable, self._chips, self._peak = omni, frozenset(trainable), chips, peak
+
+    def of(self, counts: Mapping[str, float], seconds: float) -> dict[str, float]:
+        """`counts` as from `train.flops.step_counts`, of the global batch; `seconds` that the step took."""
+        seconds = max(seconds, 1e-9)
+        flops = flops_by_branch(self._omni, counts, self._trainable)
+        numbers = {"tokens_per_s_per_chip": counts["tokens"] / seconds / self._chips}
+        numbers |= {f"flops_{name}": value for name, value in flops.items()}
+        if self._peak is None:
+            return numbers
+        possible = seconds * self._chips * self._peak
+        shares = {f"mfu_{name}": value / possible for name, value in flops.items()}
+        return numbers | {"mfu": sum(shares.values())} | shares
+
+
+class MetricsWriter:
+    """Appends to `workdir/metrics.jsonl`, to TensorBoard events under `workdir/tensorboard`, and to W&B if given.
+
+    A resumed run first drops lines past the step it resumes from: they will be written again. `kept` are the others.
+    """
+
+    def __init__(self, workdir: Path, resumed_from: int, wandb: WandbWriter | None = None):
         self._path = workdir / "metrics.jsonl"
-        self._keep_until(resumed_from)
+        self.kept = self._keep_until(resumed_from)
         self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 closed by close()
         self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=resumed_from + 1)
+        self._wandb = wandb
 
-    def write(self, row: dict[str, float | int | dict[str, int]]) -> None:
-        """One step's numbers; nested dicts (skip counts by cause) become `name/cause` in TensorBoard."""
-        self._file.write(json.dumps(row) + "\n")
+    def write(self, row: Row) -> None:
+        """One step's numbers. JSON has no word for a number that is not finite: there it is null."""
+        self._file.write(json.dumps({name: _plain(value) for name, value in row.items()}) + "\n")
         self._file.flush()
-        for name, value in row.items():
-            values = {f"{name}/{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
-            for key, number in values.items():
-                if key != "step":
-                    self._events.add_scalar(key, number, row["step"])
+        flat = _flatten(row)
+        for name, number in flat.items():
+            if name != "step":
+                self._events.add_scalar(name, number, row["step"])
+        if self._wandb is not None:
+            self._wandb.write(flat)
 
     def close(self) -> None:
         self._file.close()
         self._events.close()
+        if self._wandb is not None:
+            self._wandb.close()
 
-    def _keep_until(self, step: int) -> None:
+    def _keep_until(self, step: int) -> list[Row]:
+        """A run that starts over (step 0) keeps nothing."""
         if not self._path.exists():
-            return
-        lines = self._path.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if _step_of(line) is not None and _step_of(line) <= step]
+            return []
+        lines = self._path.read_text(encoding="utf-8").splitlines() if step else []
+        kept = [row for row in map(_parse, lines) if row is not None and row["step"] <= step]
         partial = self._path.with_suffix(".partial")
-        partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         os.replace(partial, self._path)
+        return kept
 
 
-def _step_of(line: str) -> int | None:
-    """The step of a line; None for one that a killed run left half-written."""
+def _parse(line: str) -> Row | None:
+    """A line's row; None for one that a killed run left half-written."""
     try:
-        return json.loads(line)["step"]
+        row = json.loads(line)
+        return row if isinstance(row["step"], int) else None
     except (ValueError, KeyError, TypeError):
         return None
+
+
+def _flatten(row: Row) -> dict[str, float | int]:
+    flat = {}
+    for name, value in row.items():
+        flat |= {f"{name}/{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def _plain(value: float | int | dict) -> float | int | dict | None:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -59,10 +59,10 @@ class ProgressLine:
     def show(self, row: dict) -> None:
         """`row` is a line of metrics.jsonl."""
         speed = row["tokens"] / max(row["step_time_s"], 1e-9)
-        numbers = (
-            f"loss {row['loss']:.3f} (text {row['loss_text']:.3f}, audio {row['loss_audio']:.3f}) "
-            f"{speed:,.0f} tokens/s, fill {row['fill_tokens']:.2f}"
-        )
+        parts = ", ".join(f"{name} {row[f'loss_{name}']:.3f}" for name in ("text", "audio") if f"loss_{name}" in row)
+        numbers = f"loss {row['loss']:.3f} ({parts}) {speed:,.0f} tokens/s, fill {row['fill_tokens']:.2f}"
+        if "mfu" in row:
+            numbers += f", MFU {row['mfu']:.2f}"
         self._bar.update(self._task, completed=row["step"], numbers=numbers)
         if not self._console.is_terminal and (row["step"] % self._every == 0 or row["step"] == self._steps):
             left = (self._steps - row["step"]) * row["step_time_s"]

@@ -1,0 +1,37 @@
+"""What the training loop asks of its data; the library imports no data pipeline."""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+DocumentKey = tuple[int, int]  # source, number in it
+Losses = dict[DocumentKey, tuple[str, str, str]]  # to manifest line, cause, message
+
+
+@runtime_checkable
+class Step(Protocol):
+    """What the loop asks of a step of data (data_pipelines.rows.Step is one): this host's rows of it."""
+
+    batch: dict[str, np.ndarray]
+    lost: Losses
+    state: dict
+
+
+@runtime_checkable
+class Data(Protocol):
+    """What the loop asks of a data set: names and counts for the reports, and steps from a state on."""
+
+    documents: int
+    skipped: Counter
+    sources: tuple[str, ...]
+    tokenizer_json: str
+
+    def steps(self, state: dict | None) -> Iterator[Step]: ...
+
+    def where(self, source: int, number: int) -> str:
+        """The manifest line of a document."""
+
+    def check_lost(self, causes: Counter) -> None:
+        """Raises ConfigError when too many documents turned out unusable."""

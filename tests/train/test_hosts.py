@@ -1,0 +1,62 @@
+"""Hosts that must agree: what they are told when they do not. Two real processes: tests/multidevice/test_two_hosts.py."""
+
+import json
+
+import pytest
+from micro import CONFIG
+
+from baichuan_omni_jax.config import ConfigError, apply_overrides, load_run_config
+from baichuan_omni_jax.train import hosts
+from baichuan_omni_jax.train.hosts import check_agreement, run_facts, software, together
+
+
+@pytest.fixture
+def two_hosts(monkeypatch):
+    """Host 1 says what the test puts here; host 0 is this process."""
+    other = []
+    monkeypatch.setattr(hosts, "share", lambda text: [text, *other])
+    monkeypatch.setattr(hosts.jax, "process_count", lambda: 2)
+    return other
+
+
+def facts(*changes: str) -> dict[str, str]:
+    return run_facts(apply_overrides(load_run_config(CONFIG), changes))
+
+
+def test_hosts_with_the_same_configuration_agree(two_hosts):
+    two_hosts.append(json.dumps(facts("data.root=elsewhere", "data.workers=3") | software()))
+    check_agreement(facts() | software())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["train.seed=1"], "the hosts disagree on train.seed: 0 on host 0, 1 on host 1"),
+        (["data.budgets.tokens=512"], "the hosts disagree on data.budgets.tokens: 256 on host 0, 512 on host 1"),
+    ],
+)
+def test_hosts_that_disagree_are_told_on_what(two_hosts, changes, message):
+    two_hosts.append(json.dumps(facts(*changes)))
+    with pytest.raises(ConfigError) as caught:
+        check_agreement(facts())
+    assert str(caught.value) == message
+
+
+def test_a_fact_that_one_host_lacks(two_hosts):
+    two_hosts.append(json.dumps({"a": "1", "b": "2"}))
+    with pytest.raises(ConfigError, match="disagree on b: absent on host 0, 2 on host 1"):
+        check_agreement({"a": "1"})
+
+
+def test_an_error_of_one_host_is_raised_on_all(two_hosts):
+    two_hosts.append("manifest text.jsonl cannot be read")
+    with pytest.raises(ConfigError, match=r"^host 1: manifest text\.jsonl cannot be read"):
+        together(lambda: 3)
+
+
+def test_alone_an_error_is_as_it_was():
+    def work():
+        raise ConfigError("no such file")
+
+    with pytest.raises(ConfigError, match=r"^no such file$"):
+        together(work)

@@ -1,0 +1,148 @@
+"""What becomes of a run's numbers: files, speeds, goodput over several starts, traces, W&B."""
+
+import json
+import math
+import sys
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+from micro import CONFIG
+
+from baichuan_omni_jax.config import ConfigError, load_run_config, resolve_model
+from baichuan_omni_jax.train import goodput
+from baichuan_omni_jax.train.flops import flops_by_branch
+from baichuan_omni_jax.train.goodput import Goodput
+from baichuan_omni_jax.train.metrics import MetricsWriter, Throughput
+from baichuan_omni_jax.train.tracing import StepTrace, parse_span
+from baichuan_omni_jax.train.wandb import WandbWriter
+
+COUNTS = {
+    "tokens": 200.0,
+    "causal_pairs": 5000.0,
+    "text_targets": 150.0,
+    "patches": 64.0,
+    "patch_pairs": 2048.0,
+    "audio_frames": 40.0,
+    "audio_targets": 20.0,
+}
+
+
+def lines(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_numbers_that_are_not_finite_are_null(tmp_path):
+    """Strict JSON knows no NaN; readers other than Python's refuse a file with one."""
+    writer = MetricsWriter(tmp_path, 0)
+    writer.write({"step": 1, "loss": math.nan, "gradient_norm": math.inf, "skipped": {"unreadable": 2}})
+    writer.close()
+    row = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
+    assert row == {"step": 1, "loss": None, "gradient_norm": None, "skipped": {"unreadable": 2}}
+
+
+@pytest.mark.parametrize(("step", "kept"), [(0, []), (1, [0, 1]), (2, [0, 1, 2])])
+def test_rows_kept_by_a_resumed_run(tmp_path, step, kept):
+    """Rows past the step, and half a row, are dropped; from step 0 everything is written anew."""
+    rows = [{"step": number, "loss": 1.0 * number} for number in range(4)]
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("\n".join([*map(json.dumps, rows), '{"step": 4, "lo']))
+    writer = MetricsWriter(tmp_path, step)
+    writer.close()
+    assert [row["step"] for row in writer.kept] == [row["step"] for row in lines(path)] == kept
+
+
+def test_speed_and_mfu():
+    """Two chips of 1e12 FLOP/s for half a second: shares of 1e12 FLOPs, by branch, and their sum."""
+    omni = resolve_model("tiny")
+    trainable = {"llm.layers.attention.q_proj.weight"}
+    found = Throughput(omni, trainable, 2, 1e12).of(COUNTS, 0.5)
+    flops = flops_by_branch(omni, COUNTS, trainable)
+    assert found["tokens_per_s_per_chip"] == 200.0
+    for name, value in flops.items():
+        assert found[f"flops_{name}"] == value > 0
+        assert found[f"mfu_{name}"] == pytest.approx(value / 1e12)
+    assert found["mfu"] == pytest.approx(sum(flops.values()) / 1e12)
+
+
+def test_no_mfu_where_the_peak_is_not_known():
+    found = Throughput(resolve_model("tiny"), set(), 1, None).of(COUNTS, 0.5)
+    assert not [name for name in found if name.startswith("mfu")]
+
+
+def test_goodput_adds_up_over_starts(tmp_path, monkeypatch):
+    """Two starts of 10 s each. The first is killed after steps 1 and 2 of 3 s; step 2 is lost and made again."""
+    clock = SimpleNamespace(monotonic=lambda: clock.now, now=10.0)
+    monkeypatch.setattr(goodput, "time", clock)
+    monkeypatch.setattr(goodput, "_BEGAN", 0.0)
+    first = Goodput(tmp_path, [])
+    assert first.note(3.0) == pytest.approx(3 / 10)
+    assert first.note(3.0) == pytest.approx(6 / 10)
+    second = Goodput(tmp_path, [{"step": 1, "productive_s": 3.0}])
+    assert second.note(3.0) == pytest.approx(6 / 20)
+
+
+@pytest.mark.parametrize("text", ["3", "3:3", "0:2", "a:b", "1:2:3", "-1:3"])
+def test_a_span_that_is_none_is_refused(text):
+    with pytest.raises(ConfigError, match=r"--profile '.*' is not START:STOP"):
+        parse_span(text)
+
+
+def test_trace_of_the_steps_asked_for(tmp_path):
+    """Steps 2 and 3 of 4 leave one trace file, and operations in it carry the name of their scope."""
+
+    @jax.jit
+    def work(x):
+        with jax.named_scope("some_layer"):
+            return jnp.tanh(x @ x).sum()
+
+    trace, running = StepTrace(tmp_path, parse_span("2:4")), []
+    for step in range(1, 5):
+        trace.before(step)
+        running.append(trace._running)
+        trace.after(step, work(jnp.ones((64, 64))))
+    assert running == [False, True, True, False]
+    (file,) = (tmp_path / "profile").rglob("*.xplane.pb")
+    assert b"some_layer" in file.read_bytes()
+
+
+class FakeWandb:
+    """The package's three calls that are used; the first `init` fails as it does without a network."""
+
+    def __init__(self):
+        self.inits, self.rows, self.metrics = [], [], []
+
+    def init(self, **settings):
+        self.inits.append(settings)
+        if settings.get("mode") != "offline":
+            raise RuntimeError("no network")
+        return self
+
+    def define_metric(self, name, step_metric):
+        self.metrics.append((name, step_metric))
+
+    def log(self, row):
+        self.rows.append(row)
+
+    def finish(self):
+        self.rows.append("finished")
+
+
+def test_wandb_without_a_network(tmp_path, monkeypatch):
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    writer = MetricsWriter(tmp_path, 0, WandbWriter("omni", load_run_config(CONFIG), tmp_path))
+    writer.write({"step": 1, "loss": 2.0, "skipped": {"bad_json": 1}})
+    writer.close()
+    assert [settings.get("mode") for settings in fake.inits] == [None, "offline"]
+    assert fake.inits[0]["id"] == fake.inits[1]["id"]
+    assert fake.inits[1]["config"]["name"] == "micro"
+    assert fake.metrics == [("*", "step")]
+    assert fake.rows == [{"step": 1, "loss": 2.0, "skipped/bad_json": 1}, "finished"]
+
+
+def test_wandb_that_is_not_installed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match=r"--wandb needs the package wandb: .*baichuan_omni_jax\[wandb\]"):
+        WandbWriter("omni", load_run_config(CONFIG), tmp_path)
