@@ -90,6 +90,7 @@ def test_interior_blocks_of_one_document(causal, expected):
     assert interior_of(pairs, flags) == (expected if causal else set(pairs))
 
 
+@pytest.mark.slow
 def test_the_cost_of_a_plan_grows_with_the_number_of_block_pairs():
     """Four times the pairs of blocks cost about four times the operations, at a fixed length."""
 
@@ -100,7 +101,7 @@ def test_the_cost_of_a_plan_grows_with_the_number_of_block_pairs():
             plan = plan_blocks(Segments.of_row(ids, ids), True, block, block)
             return plan.by_query, plan.by_key, plan.count
 
-        return jax.jit(build).lower(ids).cost_analysis()["flops"]
+        return jax.jit(build).lower(ids).compile().cost_analysis()["flops"]
 
     base = flops(4096)
     assert flops(16) - base < 4.5 * (flops(32) - base)
