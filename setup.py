@@ -40,6 +40,7 @@ EXTRAS = {
     "parity": ["torch>=2.6", "transformers>=4.45"],
     "sample": SAMPLE,
     "show": SHOW,
+    "wandb": ["wandb>=0.19"],
     "test": ["beartype>=0.20", "hypothesis>=6.100", "pytest>=8", "ruff==0.17.6", *SAMPLE, *SHOW],
 }
 
