@@ -85,15 +85,20 @@ class Command:
     def __init__(self, root: Path, cache: Path):
         self.root, self.cache = root, cache
 
-    def start(self, workdir: Path, *changes: str, devices: int = 1) -> subprocess.Popen:
-        sets = [part for item in (*overrides(self.root), *changes) for part in ("--set", item)]
+    def start(self, workdir: Path, *changes: str, devices: int = 1, config: Path = CONFIG) -> subprocess.Popen:
+        """`changes` are `key=value`; those that start with `--` are flags of the command."""
+        sets = [item for item in (*overrides(self.root), *changes) if not item.startswith("--")]
+        flags = [item for item in changes if item.startswith("--")]
         script = str(REPOSITORY / "launch" / "tpu_pretrain.py")
-        command = [sys.executable, script, "--config", str(CONFIG), "--workdir", str(workdir), *sets]
+        command = [sys.executable, script, "--config", str(config), "--workdir", str(workdir), *flags]
+        command += [part for item in sets for part in ("--set", item)]
         pipe = subprocess.PIPE
         return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment(self.cache, devices))
 
-    def __call__(self, workdir: Path, *changes: str, devices: int = 1) -> subprocess.CompletedProcess:
-        with self.start(workdir, *changes, devices=devices) as process:
+    def __call__(
+        self, workdir: Path, *changes: str, devices: int = 1, config: Path = CONFIG
+    ) -> subprocess.CompletedProcess:
+        with self.start(workdir, *changes, devices=devices, config=config) as process:
             out, err = process.communicate(timeout=300)
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 

@@ -1,6 +1,7 @@
 """What cannot be used is told in one sentence, exit code 2, nothing overwritten; a bad document is passed over."""
 
 import json
+import math
 import os
 import shutil
 from collections import Counter
@@ -18,7 +19,8 @@ from baichuan_omni_jax.checkpoint import Workdir
 from baichuan_omni_jax.config import ConfigError, apply_overrides, load_run_config, resolve_model
 from baichuan_omni_jax.config.errors import exit_code
 from baichuan_omni_jax.sharding import MESH_AXES
-from baichuan_omni_jax.train.loop import check_batch, train
+from baichuan_omni_jax.train.loop import train
+from baichuan_omni_jax.train.rows import check_batch
 from baichuan_omni_jax.train.state import make_compute
 from data_pipelines.pipeline import open_pipeline
 from data_pipelines.rows import ALL_ROWS
@@ -98,12 +100,34 @@ def test_mesh_that_does_not_divide_a_parameter(pretrain, tmp_path):
     assert not read_metrics(tmp_path / "run")
 
 
-def test_mesh_that_does_not_divide_the_rows(refusal, micro_root):
+@pytest.mark.parametrize(
+    ("sizes", "changes", "message"),
+    [
+        ((1, 4, 1, 1), (), "data.rows 2 is not divisible by 4 (mesh.data 1 x mesh.fsdp 4 x train.accumulate 1)"),
+        (
+            (2, 1, 1, 1),
+            ("train.accumulate=2",),
+            "data.rows 2 is not divisible by 4 (mesh.data 2 x mesh.fsdp 1 x train.accumulate 2)",
+        ),
+        (
+            (1, 1, 4, 1),
+            ("data.context_block=128",),
+            "data.budgets.tokens 256 is not divisible by 512 (mesh.context 4 x data.context_block 128)",
+        ),
+        (
+            (1, 1, 2, 2),
+            ("data.context_block=64", "data.media_shards=2"),
+            "data.media_shards 2 is not divisible by 4 (mesh.context 2 x mesh.tensor 2)",
+        ),
+        ((1, 1, 1, 1), ("train.nonfinite_limit=0",), "train.nonfinite_limit must be at least 1, not 0"),
+    ],
+)
+def test_batch_that_the_mesh_does_not_divide(refusal, micro_root, sizes, changes, message):
     # Only the mesh's shape is asked for, so one device may stand in all places.
-    mesh = Mesh(np.array(jax.devices()[:1] * 4).reshape(1, 4, 1, 1), MESH_AXES, axis_types=(AxisType.Explicit,) * 4)
-    run = micro_run(micro_root)
-    message = refusal(lambda: check_batch(run, mesh, make_compute(run).rules))
-    assert message == "batch field tokens: dimension batch of 2 is not divisible by 4, the mesh axes data x fsdp"
+    devices = np.array(jax.devices()[:1] * math.prod(sizes)).reshape(sizes)
+    mesh = Mesh(devices, MESH_AXES, axis_types=(AxisType.Explicit,) * 4)
+    run = micro_run(micro_root, *changes)
+    assert refusal(lambda: check_batch(run, TINY, mesh, make_compute(run).rules)) == message
 
 
 def test_workdir_of_another_config(refusal, finished, micro_root):

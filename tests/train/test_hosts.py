@@ -1,4 +1,4 @@
-"""Hosts that must agree: what they are told when they do not. Two real processes: tests/multidevice/test_two_hosts.py."""
+"""Hosts that must agree, and what they are told if they do not. Two real ones: tests/multidevice/test_two_hosts.py."""
 
 import json
 

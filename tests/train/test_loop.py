@@ -20,9 +20,9 @@ from baichuan_omni_jax.train.state import abstract_opt_state, make_compute, make
 
 LEVELS = [f"loss_audio_q{level}" for level in range(8)]
 KEYS = ["step", "loss", "loss_text", "loss_audio", *LEVELS, "tokens", "fill_tokens", "fill_patches", "fill_audio"]
-KEYS += ["step_time_s", "data_wait_s", "compiles"]
+KEYS += ["gradient_norm", "nonfinite_steps", "flops_llm", "flops_vision", "flops_audio"]
 # They measure this machine; every other number must repeat exactly.
-TIMES = {"step_time_s", "data_wait_s", "compiles"}
+TIMES = {"step_time_s", "data_wait_s", "productive_s", "goodput", "tokens_per_s_per_chip", "compiles"}
 
 
 def numbers(workdir: Path) -> list[dict]:
@@ -74,8 +74,9 @@ def test_metrics_of_a_whole_run(finished):
     rows = read_metrics(finished)
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     for row in rows:
-        assert set(KEYS) <= set(row)
-        assert all(np.isfinite(row[key]) for key in KEYS)
+        assert TIMES.union(KEYS) <= set(row)
+        assert all(np.isfinite(row[key]) for key in TIMES.union(KEYS))
+        assert 0 <= row["goodput"] < 1
         assert row["loss"] == pytest.approx(row["loss_text"] + row["loss_audio"], rel=1e-6)
         assert row["loss_audio"] == pytest.approx(np.mean([row[level] for level in LEVELS]), rel=1e-6)
         assert row["skipped"] == {}

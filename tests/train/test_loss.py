@@ -11,8 +11,8 @@ from baichuan_omni_jax.nn.param import named_values, with_values
 from baichuan_omni_jax.omni.model import OmniModel
 from baichuan_omni_jax.sharding import ShardingRules
 from baichuan_omni_jax.train.losses import chunked_cross_entropy, cross_entropy
-from baichuan_omni_jax.train.state import make_compute
-from baichuan_omni_jax.train.step import omni_loss
+from baichuan_omni_jax.train.state import make_compute, make_setup
+from baichuan_omni_jax.train.step import make_eval_step, omni_loss
 from data_pipelines.batch import RowWriter, empty_rows
 
 # Of max|difference| / max|reference| per tensor, fp32.
@@ -143,6 +143,33 @@ def test_text_alone_gives_audio_no_gradient(losses, documents):
     assert [name for name, value in gradient.items() if name.startswith("audio_head") and value.any()] == []
     assert gradient["llm.head"].any()
     assert gradient["vision.tower.patch_embedding.kernel"].any()
+
+
+def test_held_out_sums_tell_sources_and_kinds_apart(losses, documents):
+    """Each document a source of its own: sums and weights add up to the losses, and only the text is text alone."""
+    batch = empty_rows(1, BUDGETS, losses.omni)
+    writer = RowWriter(batch, 0)
+    for number, document in enumerate(documents):
+        writer.add(document, source=number, number=0)
+    metrics, _ = losses(batch, np.ones(1 + LEVELS))
+    with jax.set_mesh(losses.mesh), jax.default_matmul_precision("highest"):
+        setup = make_setup(losses.run, losses.omni, losses.mesh, losses.compute)
+        step = make_eval_step(setup, losses.run, len(documents))
+        sums = step(named_values(losses.model), place(batch, losses.mesh, losses.compute.rules))
+    sums = jax.tree.map(np.asarray, sums)
+
+    text = np.array([document.text_weights.sum() for document in documents])
+    audio = np.array([document.audio_weights.sum(0) for document in documents])
+    np.testing.assert_allclose(sums["text_weight"], text)
+    np.testing.assert_allclose(sums["audio_weight"], audio)
+    assert sums["text"].sum() / text.sum() == pytest.approx(metrics["loss_text"], rel=TOLERANCE)
+    for level in range(LEVELS):
+        loss = sums["audio"][:, level].sum() / audio[:, level].sum()
+        assert loss == pytest.approx(metrics[f"loss_audio_q{level}"], rel=TOLERANCE)
+    alone = np.array([not len(document.patches) and not len(document.audio_codes) for document in documents])
+    assert alone.tolist() == [False] * 4 + [True, False]
+    np.testing.assert_array_equal(sums["text_only"], np.where(alone, sums["text"], 0))
+    np.testing.assert_array_equal(sums["text_only_weight"], np.where(alone, text, 0))
 
 
 @pytest.mark.parametrize("chunk", [8, 7, 24, 100])

@@ -1,0 +1,105 @@
+"""Two processes of four CPU devices each train as one of eight does, stop together, and refuse to disagree. Slow."""
+
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from micro import Command, read_metrics, small_copy
+
+from baichuan_omni_jax.checkpoint import Workdir
+
+pytestmark = pytest.mark.slow
+
+# Rows over both hosts, and over the context axis within each.
+MESH = ("mesh.data=2", "mesh.fsdp=2", "mesh.context=2", "data.media_shards=2")
+# Every row lies on both hosts: context shards 0 and 1 on one, 2 and 3 on the other.
+SPLIT_ROWS = ("mesh.context=4", "mesh.tensor=2", "data.media_shards=8", "data.budgets.patches=1024")
+SHARED = ("data.rows=8", "data.context_block=64", "train.steps=4")
+# Relative, fp32: sums are taken in another order.
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def command(sample_dir, tmp_path_factory) -> Command:
+    folder = tmp_path_factory.mktemp("hosts")
+    return Command(small_copy(sample_dir, folder / "data"), folder / "xla")
+
+
+@pytest.fixture(scope="module")
+def quick():
+    """Few optimizations: processes that compile at unequal speed lose each other after 30 s (Gloo on CPU)."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    yield
+    patch.undo()
+
+
+def start(command: Command, workdir: Path, *changes: str, of_host=((), ())) -> list[subprocess.Popen]:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    flags = ("--multihost", f"--coordinator=localhost:{port}", "--hosts=2")
+    return [
+        command.start(workdir, *SHARED, *changes, *own, *flags, f"--host={host}", devices=4)
+        for host, own in enumerate(of_host)
+    ]
+
+
+def finish(processes: list[subprocess.Popen]) -> list[tuple[str, str]]:
+    try:
+        return [process.communicate(timeout=900) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+@pytest.mark.parametrize("mesh", [MESH, SPLIT_ROWS], ids=["rows", "context"])
+def test_two_hosts_train_as_one(mesh, command, quick, tmp_path):
+    one = command(tmp_path / "one", *SHARED, *mesh, devices=8)
+    assert one.returncode == 0, one.stderr
+    hosts = start(command, tmp_path / "two", *mesh)
+    outputs = finish(hosts)
+    assert [host.returncode for host in hosts] == [0, 0], outputs
+    assert "finished at step 4" in outputs[0][0]
+    assert outputs[1][0] == "", "only host 0 talks"
+    whole, parts = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
+    assert [row["step"] for row in parts] == [1, 2, 3, 4]
+    for row, other in zip(whole, parts, strict=True):
+        for key in ("loss", "loss_text", "loss_audio", "gradient_norm", "tokens", "flops_llm", "flops_vision"):
+            assert other[key] == pytest.approx(row[key], rel=TOLERANCE), (row["step"], key)
+    assert Workdir(tmp_path / "two", keep=3).steps() == Workdir(tmp_path / "one", keep=3).steps()
+
+
+def test_sigterm_to_one_host_stops_both_with_a_checkpoint(command, quick, tmp_path):
+    steps = "train.steps=100000"
+    hosts = start(command, tmp_path / "run", *MESH, steps, "optimizer.decay_steps=100000")
+    while hosts[0].poll() is None and not read_metrics(tmp_path / "run"):
+        time.sleep(0.1)
+    hosts[1].send_signal(signal.SIGTERM)
+    outputs = finish(hosts)
+    assert [host.returncode for host in hosts] == [0, 0], outputs
+    last = read_metrics(tmp_path / "run")[-1]["step"]
+    assert f"stopped by SIGTERM: step {last} is saved" in " ".join(outputs[0][0].split())
+    assert Workdir(tmp_path / "run", keep=3).latest_step() == last
+
+
+def test_hosts_of_different_configurations_are_refused(command, tmp_path):
+    hosts = start(command, tmp_path / "run", *MESH, of_host=((), ("train.seed=1",)))
+    outputs = finish(hosts)
+    assert [host.returncode for host in hosts] == [2, 2], outputs
+    for _, err in outputs:
+        assert "error: the hosts disagree on train.seed: 0 on host 0, 1 on host 1" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_error_of_one_host_ends_both(command, tmp_path):
+    """Data that host 1 does not have."""
+    hosts = start(command, tmp_path / "run", *MESH, of_host=((), (f"data.root={tmp_path / 'none'}",)))
+    outputs = finish(hosts)
+    assert [host.returncode for host in hosts] == [2, 2], outputs
+    for _, err in outputs:
+        assert f"error: host 1: source text: manifest {tmp_path / 'none' / 'text.jsonl'} cannot be read" in err
+    assert not (tmp_path / "run" / "run_config.json").exists()

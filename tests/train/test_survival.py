@@ -1,0 +1,90 @@
+"""The training command with held-out mixtures and a trace, and with steps that are not finite. Minutes: slow."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from micro import STEPS, read_metrics
+from test_loop import numbers, saved_arrays
+
+from baichuan_omni_jax.checkpoint import Workdir
+
+pytestmark = pytest.mark.slow
+
+CONFIG = """
+from dataclasses import replace
+from runpy import run_path
+
+from baichuan_omni_jax.config import EvalConfig, EvalMixture, SourceConfig
+
+SOURCES = tuple(SourceConfig(name=name, manifest=f"{name}.jsonl") for name in ("text", "audio"))
+
+
+def get_config():
+    mixtures = {"mixed": SOURCES, "again": SOURCES, "text": SOURCES[:1]}
+    held_out = tuple(EvalMixture(name=name, sources=sources) for name, sources in mixtures.items())
+    return replace(run_path(MICRO)["get_config"](), eval=EvalConfig(every=5, steps=2, mixtures=held_out))
+"""
+
+
+@pytest.fixture(scope="module")
+def evaluated(pretrain, tmp_path_factory) -> Path:
+    from micro import CONFIG as MICRO
+
+    folder = tmp_path_factory.mktemp("evaluated")
+    (folder / "config.py").write_text(f"MICRO = {str(MICRO)!r}\n{CONFIG}")
+    steps = f"train.steps={STEPS}"
+    done = pretrain(folder / "run", steps, "--profile=3:5", config=folder / "config.py")
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+def test_held_out_losses(evaluated):
+    """Before the first step and after steps 5 and 10; the same documents give the same number each time."""
+    rows = {row["step"]: row for row in read_metrics(evaluated)}
+    assert list(rows) == list(range(STEPS + 1))
+    assert [step for step, row in rows.items() if any(key.startswith("eval/") for key in row)] == [0, 5, 10]
+    for step in (0, 5, 10):
+        found = {key.removeprefix("eval/"): value for key, value in rows[step].items() if key.startswith("eval/")}
+        assert all(np.isfinite(value) for value in found.values())
+        mixed = {key.removeprefix("mixed/"): value for key, value in found.items() if key.startswith("mixed/")}
+        assert mixed == {key.removeprefix("again/"): value for key, value in found.items() if key.startswith("again/")}
+        assert mixed["loss"] == pytest.approx(mixed["loss_text"] + mixed["loss_audio"], rel=1e-6)
+        assert mixed["loss_audio"] == pytest.approx(np.mean([mixed[f"loss_audio_q{q}"] for q in range(8)]), rel=1e-6)
+        # Sources and text alone: every document of `text` is text alone, every one of `audio` has sound.
+        assert mixed["text/loss_text"] == pytest.approx(mixed["loss_text_only"], rel=1e-6)
+        assert "text/loss_audio" not in mixed
+        assert mixed["audio/loss_audio"] == pytest.approx(mixed["loss_audio"], rel=1e-6)
+        assert found["text/loss"] == found["text/loss_text"] == pytest.approx(found["text/loss_text_only"], rel=1e-6)
+    assert rows[10]["eval/mixed/loss"] < rows[0]["eval/mixed/loss"] - 0.5
+
+
+def test_evaluation_does_not_disturb_training(evaluated, finished):
+    rows = [{key: value for key, value in row.items() if not key.startswith("eval/")} for row in numbers(evaluated)]
+    assert rows[1:] == numbers(finished)
+
+
+def test_trace_has_the_model_s_names(evaluated):
+    (file,) = (evaluated / "profile").rglob("*.xplane.pb")
+    content = file.read_bytes()
+    assert [name for name in (b"/llm/", b"audio_head", b"text_loss", b"optimizer") if name not in content] == []
+
+
+def test_steps_that_are_not_finite_end_the_run(pretrain, finished, micro_root, tmp_path):
+    """An infinite weight of the audio loss: batches kept, parameters and optimizer saved as they were drawn."""
+    workdir = tmp_path / "run"
+    done = pretrain(workdir, "train.audio_loss_weight=inf", "checkpoint.every=100", "train.nonfinite_limit=2")
+    assert done.returncode == 3, done.stderr
+    sentence = done.stderr.strip().splitlines()[-1]
+    assert sentence.startswith("error: loss or gradient was not finite in 2 steps in a row (train.nonfinite_limit 2)")
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["nonfinite_steps"] for row in rows[:2]] == [1, 2]
+    assert rows[0]["loss"] is None
+    assert {"step_1", "step_2"} & {path.name for path in (workdir / "nonfinite").iterdir()}
+    last = rows[-1]["step"]
+    assert Workdir(workdir, keep=3).latest_step() == last
+    assert f"step {last} is saved in {workdir}" in sentence
+    arrays = saved_arrays(workdir, last, micro_root)
+    assert all(np.isfinite(value).all() for value in arrays.values())
+    assert all(not value.any() for name, value in arrays.items() if name.startswith("opt_state"))
