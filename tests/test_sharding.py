@@ -37,6 +37,19 @@ def test_mesh_must_cover_the_devices():
         make_mesh(MeshConfig(data=-1, fsdp=-1))
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (MeshConfig(data=1, slices=2), "mesh.data 1 is not a multiple of mesh.slices 2: only data crosses slices"),
+        (MeshConfig(data=2, slices=2), "mesh.slices is 2, but the devices form 1"),
+    ],
+)
+def test_slices_that_do_not_fit_are_told(config, message):
+    devices = [jax.devices()[0]] * config.data
+    with pytest.raises(ConfigError, match=message):
+        make_mesh(config, devices)
+
+
 def test_uneven_split_names_the_dimension():
     class Four:
         shape = {"data": 1, "fsdp": 1, "context": 1, "tensor": 4}  # noqa: RUF012

@@ -9,19 +9,21 @@ Run by test_step_mesh.py with XLA_FLAGS=--xla_force_host_platform_device_count=8
 
 import dataclasses
 import math
+import re
 import sys
 from collections import Counter
 from pathlib import Path
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from micro import micro_run, open_micro, place
 
 from baichuan_omni_jax.config import MeshConfig, resolve_model
 from baichuan_omni_jax.nn.param import named_values
 from baichuan_omni_jax.sharding import MESH_AXES, make_mesh
-from baichuan_omni_jax.train.collectives import collectives_of
-from baichuan_omni_jax.train.state import init_state, make_compute, make_setup
+from baichuan_omni_jax.train.collectives import Collective, collectives_of
+from baichuan_omni_jax.train.state import Setup, init_state, make_compute, make_setup
 from baichuan_omni_jax.train.step import make_gradients
 from data_pipelines.context_plan import ContextPlan
 
@@ -43,9 +45,17 @@ SETTINGS = (
 # Softmax does not change when all scores of a query do, so the gradient of a key bias that is not rotated (audio head,
 # vision) is 0 but for rounding: not compared.
 ZERO = ("audio_head.head.layers.attention.k_proj.bias",)
-# What may cross `context` and not `fsdp` (weights and their gradients cross both): (kind, scope) and how often.
-IN_LAYERS = {("all-gather", "gather_kv"): 4, ("reduce-scatter", "gather_kv"): 2}  # 2 forward, 2 again in remat
-OUTSIDE = ("whole_keys", "merge_media", "pick_slots")
+# What may cross `context` besides weights: (kind, scope) and how often the program says it. In the language model's
+# layers keys and values, gathered forward and again in remat; outside key ids and positions, media and their slots, and
+# hidden states of the audio head and theirs.
+IN_LAYERS = {("all-gather", "gather_kv"): 4, ("reduce-scatter", "gather_kv"): 2}
+OUTSIDE = {
+    ("all-gather", "whole_keys"): 2,
+    ("all-gather", "merge_media"): 2,
+    ("reduce-scatter", "merge_media"): 1,
+    ("all-gather", "pick_slots"): 2,
+    ("reduce-scatter", "pick_slots"): 1,
+}
 
 
 def main() -> int:
@@ -70,12 +80,13 @@ def main() -> int:
         print(f"{text}: {len(distances)} arrays, largest difference {distances[name]:.1e} ({name})", flush=True)
         failed |= not distances[name] <= TOLERANCE
         if min(sizes[1:3]) > 1:
-            failed |= not check_exchanges(program, dict(zip(MESH_AXES, sizes, strict=True)))
+            failed |= not check_exchanges(*program)
     return int(failed)
 
 
 def run_on(sizes, run, omni, batch, values):
-    """Metrics and gradients as numpy arrays, the parameters (drawn on one device, then handed to every mesh), HLO."""
+    """Metrics and gradients as numpy arrays, the parameters (drawn on one device, then handed to every mesh), and what
+    `check_exchanges` asks for."""
     mesh = make_mesh(MeshConfig(**dict(zip(MESH_AXES, sizes, strict=True))), jax.devices()[: math.prod(sizes)])
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
         compute = make_compute(run)
@@ -90,27 +101,41 @@ def run_on(sizes, run, omni, batch, values):
         compiled = jax.jit(make_gradients(setup, run)).lower(*arguments).compile()
         gradients, metrics = compiled(*arguments)
     arrays = metrics | {f"gradient of {name}": value for name, value in gradients.items()}
-    return jax.tree.map(np.asarray, arrays), values, compiled.as_text()
+    return jax.tree.map(np.asarray, arrays), values, (compiled.as_text(), mesh.shape, bytes_of_layer(setup, mesh))
 
 
 def distance(value: np.ndarray, reference: np.ndarray) -> float:
     return float(np.abs(value - reference).max() / max(np.abs(reference).max(), 1e-30))
 
 
-def check_exchanges(program: str, mesh_shape: dict[str, int]) -> bool:
-    """Whether activations cross `context` as keys and values in the layers, once for media and audio head outside."""
-    across = [c for c in collectives_of(program, mesh_shape) if "context" in c.axes and "fsdp" not in c.axes]
-    names = (*OUTSIDE, "gather_kv")
-    scoped = [(next((name for name in names if f"{name}/" in c.scope), c.scope), c) for c in across]
-    layers = [(scope, c) for scope, c in scoped if scope not in OUTSIDE]
-    found = Counter((c.kind, scope) for scope, c in layers)
-    media = {name: sum(scope == name and is_forward(c) for scope, c in scoped) for name in OUTSIDE}
-    print(f"  over context in the layers: {dict(found)}; forward, outside: {media}", flush=True)
-    return found == IN_LAYERS and all(c.loops for _, c in layers)
+def check_exchanges(program: str, mesh_shape: dict[str, int], layer_bytes: int) -> bool:
+    """Whether activations cross `context` as keys and values in the layers, once for media and audio head outside.
+
+    Weights are stored split over `context` too: their gathers have a scope of their own, and their gradients are the
+    all-reduces of the backward pass, which in the layers must have just their bytes.
+    """
+    across = [c for c in collectives_of(program, mesh_shape) if "context" in c.axes and "gather_weight" not in c.scope]
+    layers = [c for c in across if re.search(r"jvp\(llm\)+/while/", c.scope)]
+    # Sums of losses, and the gradients of what lies outside the layers.
+    summed = [c for c in across if c.kind == "all-reduce"]
+    outside = [c for c in across if c not in layers and c not in summed]
+    reduced = [c for c in layers if c in summed]
+    found = [Counter((c.kind, named(c)) for c in some if c not in reduced) for some in (layers, outside)]
+    gradients = sum(c.bytes for c in reduced)
+    print(f"  over context: {dict(found[0])} in the layers, {dict(found[1])} outside, gradients {gradients} B a layer")
+    fits = all("transpose(" in c.scope for c in reduced) and gradients == layer_bytes
+    return fits and found == [IN_LAYERS, OUTSIDE]
 
 
-def is_forward(collective) -> bool:
-    return "transpose(" not in collective.scope
+def named(collective: Collective) -> str:
+    return next((name for _, name in (*IN_LAYERS, *OUTSIDE) if name in collective.scope), collective.scope)
+
+
+def bytes_of_layer(setup: Setup, mesh: Mesh) -> int:
+    """Bytes of one language model layer's parameters, fp32, of one tensor shard."""
+    layers = {name: shape for name, shape in named_values(setup.template).items() if name.startswith("llm.layers.")}
+    parts = lambda shape: mesh.shape["tensor"] if "tensor" in str(shape.sharding.spec) else 1  # noqa: E731
+    return sum(4 * math.prod(shape.shape[1:]) // parts(shape) for shape in layers.values())
 
 
 if __name__ == "__main__":
