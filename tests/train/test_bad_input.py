@@ -92,7 +92,7 @@ def test_mesh_that_does_not_cover_the_devices(refusal, micro_root, tmp_path):
 
 def test_mesh_that_does_not_divide_a_parameter(pretrain, tmp_path):
     """Eight devices along `tensor`, but four heads: the command names parameter, dimension and axis."""
-    done = pretrain(tmp_path / "run", "mesh.tensor=8", devices=8)
+    done = pretrain(tmp_path / "run", "mesh.tensor=8", "data.media_shards=8", devices=8)
     assert done.returncode == 2
     message = only_sentence(done.stderr)
     assert "k_proj.bias: dimension kv_heads of 2 is not divisible by 8" in message
