@@ -42,10 +42,10 @@ def temporary_bytes(topology: str, rows: int) -> int:
             jax.ShapeDtypeStruct((size, RELEASED.width), jnp.float32, sharding=whole) for size in RELEASED.sizes
         ]
         lookup = jax.jit(lambda x, codebooks: rvq_lookup(x, codebooks, implementation="pallas_tpu"))
-        compiled = lookup.lower(x, codebooks).compile()
-    if "tpu_custom_call" not in compiled.as_text():
-        raise RuntimeError(f"{topology}: the compiled program holds no Mosaic kernel")
-    return compiled.memory_analysis().temp_size_in_bytes
+        lowered = lookup.lower(x, codebooks)
+    if "tpu_custom_call" not in lowered.as_text():
+        raise RuntimeError(f"{topology}: the program holds no Mosaic kernel")
+    return lowered.compile().memory_analysis().temp_size_in_bytes
 
 
 def measure(chip: str, rows: int) -> dict:

@@ -21,7 +21,8 @@ from jaxtyping import Array, BFloat16, Bool, Float, Float32, Int32
 from baichuan_omni_jax.kernels.rvq_lookup.levels import half_norms, lookup_blocks
 
 SEARCHED = 2**20  # numbers in a codebook from which a search is worth what it compiles to; below, fp32 products of all
-BLOCK_ROWS = 1024  # rows searched at once: memory of (block, largest codebook)
+BLOCK_ROWS = 2048  # rows searched at once: memory of (block, largest codebook)
+TILE = 1024  # codes rounded and multiplied at once
 CANDIDATES = 32  # codes a row may keep after the search
 PAIRS = 128  # (row, candidate) pairs whose distances are written out at once
 FULL_ROWS = 32  # rows compared with all codes at once
@@ -29,13 +30,8 @@ SLACK = 1.001  # covers the rounding of the bound itself
 
 
 class Level(NamedTuple):
-    """One codebook and what the search needs of it."""
-
     codebook: Float32[Array, "k d"]
-    rounded: BFloat16[Array, "k d"]
     half_norms: Float32[Array, " k"]  # |c|^2 / 2
-    norms: Float32[Array, " k"]  # |c|
-    errors: Float32[Array, " k"]  # |c - c'|
 
 
 def lookup(
@@ -47,9 +43,7 @@ def lookup(
 
 def prepare(codebook: Float[Array, "k d"]) -> Level:
     codebook = jnp.asarray(codebook, jnp.float32)
-    rounded, errors = _round(codebook)
-    halves = half_norms(codebook)
-    return Level(codebook, rounded, halves, jnp.sqrt(2 * halves), errors)
+    return Level(codebook, half_norms(codebook))
 
 
 def _round(x: Float32[Array, "n d"]) -> tuple[BFloat16[Array, "n d"], Float32[Array, " n"]]:
@@ -70,23 +64,44 @@ def nearest(x: Float32[Array, "n d"], level: Level) -> Int32[Array, " n"]:
 
 def search(x: Float32[Array, "n d"], level: Level) -> tuple[Int32[Array, "n m"], Bool[Array, "n m"], Bool[Array, " n"]]:
     """The likeliest codes of each row, which of them can be the nearest, and whether no other code can."""
-    size, width = level.codebook.shape
-    rounded, error = _round(x)
-    length = jnp.linalg.norm(rounded.astype(jnp.float32), axis=-1)
-    summing = width * 2.0**-24
-    products = lax.dot_general(rounded, level.rounded, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-    scores = level.half_norms - products
-    bound = (error + summing * length)[:, None] * level.norms + length[:, None] * level.errors
-    bound = SLACK * (bound + summing * level.half_norms)
-    highest = jnp.min(scores + bound, -1, keepdims=True)
+    size = level.codebook.shape[0]
+    lowest, highest = _bounds(x, level)
     count = min(CANDIDATES, size)
     # Without the barrier XLA:CPU looks through the results' uses and sorts whole rows.
-    lowest, candidates = lax.optimization_barrier(lax.top_k(bound - scores, count))
-    kept = -lowest <= highest
-    complete = jnp.isfinite(highest[:, 0])  # NaN and infinity are in no order
+    least, candidates = lax.optimization_barrier(lax.top_k(-lowest, count))
+    kept = -least <= highest[:, None]
+    complete = jnp.isfinite(highest)  # NaN and infinity are in no order
     if count < size:
         complete &= ~kept[:, -1]
     return candidates, kept, complete
+
+
+def _bounds(x: Float32[Array, "n d"], level: Level) -> tuple[Float32[Array, "n k"], Float32[Array, " n"]]:
+    """The lowest that each score can be, and the highest that a row's least score can be.
+
+    Codes are rounded a tile at a time, which stays in the cache until it is multiplied.
+    """
+    size, width = level.codebook.shape
+    tile = min(TILE, size)
+    rounded, error = _round(x)
+    length = jnp.linalg.norm(rounded.astype(jnp.float32), axis=-1)
+    summing = width * 2.0**-24
+
+    def measure(j, bounds):
+        lowest, highest = bounds
+        start = jnp.minimum(j * tile, size - tile)  # the last tile may overlap the one before
+        codes = lax.dynamic_slice_in_dim(level.codebook, start, tile)
+        halves = lax.dynamic_slice_in_dim(level.half_norms, start, tile)
+        rounded_codes, errors = _round(codes)
+        products = lax.dot_general(rounded, rounded_codes, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+        bound = (error + summing * length)[:, None] * jnp.sqrt(2 * halves) + length[:, None] * errors
+        bound = SLACK * (bound + summing * halves)
+        scores = halves - products
+        lowest = lax.dynamic_update_slice_in_dim(lowest, scores - bound, start, 1)
+        return lowest, jnp.minimum(highest, jnp.min(scores + bound, -1))
+
+    start = jnp.zeros((x.shape[0], size), jnp.float32), jnp.full(x.shape[0], jnp.inf, jnp.float32)
+    return lax.fori_loop(0, -(-size // tile), measure, start)
 
 
 def _closest_candidate(x, codebook, candidates, kept) -> Int32[Array, " n"]:
