@@ -17,7 +17,7 @@ import grain
 import numpy as np
 from rows import emit, row
 
-from data_pipelines.context_plan import block_work, deal_blocks
+from data_pipelines.context_plan import block_work, deal_blocks, lay_documents
 from data_pipelines.media_layout import PatchLayout
 from data_pipelines.row_plan import RowPlan
 
@@ -27,8 +27,8 @@ OPEN_BINS = 8
 GOAL = 1.02
 
 
-def packed_rows(mean: float, length: int, rows: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Segment ids and positions (length,) of rows of documents with this mean length, cut at a row's."""
+def packed_rows(mean: float, length: int, rows: int, seed: int) -> Iterator[list[int]]:
+    """Lengths of the documents of each row: log-normal with this mean, cut at the row's length."""
     rng = np.random.default_rng(seed)
     enough = 2 * rows * max(1, round(length / mean)) + 100 * OPEN_BINS
     sizes = np.clip(rng.lognormal(np.log(mean) - SIGMA**2 / 2, SIGMA, enough).round(), 1, length).astype(np.int64)
@@ -36,11 +36,7 @@ def packed_rows(mean: float, length: int, rows: int, seed: int) -> Iterator[tupl
     needs = lambda _, number: sizes[number : number + 1]  # noqa: E731
     plan = RowPlan(stream, needs, lambda *_: [], [length], PatchLayout(0), OPEN_BINS)
     for _ in range(rows):
-        lengths = sizes[[number for _, number in next(plan)]]
-        padding = (0, length - lengths.sum())
-        ids = np.repeat(np.arange(1, len(lengths) + 1), lengths)
-        positions = np.arange(len(ids)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        yield np.pad(ids, padding).astype(np.int32), np.pad(positions, padding).astype(np.int32)
+        yield sizes[[number for _, number in next(plan)]].tolist()
 
 
 def contiguous(blocks: int, shards: int) -> np.ndarray:
@@ -61,11 +57,11 @@ def imbalance(work: np.ndarray, dealt: np.ndarray) -> float:
 def measure(mean: int, options: argparse.Namespace) -> list[dict]:
     blocks, shards = options.length // options.block, options.shards
     found, seconds = [], []
-    for ids, positions in packed_rows(mean, options.length, options.rows, options.seed):
-        start = time.perf_counter()
-        work = block_work(ids, positions, options.block)
+    for lengths in packed_rows(mean, options.length, options.rows, options.seed):
+        start = time.process_time()
+        work = block_work(*lay_documents(lengths, options.length), options.block)
         dealt = deal_blocks(work, shards)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
         peers = (contiguous(blocks, shards), dual_chunk(blocks, shards))
         lower_bound = np.ceil(work.sum() / shards) / (work.sum() / shards)
         found.append([*(imbalance(work, each) for each in (dealt, *peers)), lower_bound])
@@ -81,7 +77,7 @@ def measure(mean: int, options: argparse.Namespace) -> list[dict]:
             own = f"{note}; {bound}" if which == "worst" else note
             lines.append(row(name, value[0], "x", peer=peer, peer_value=theirs, ratio=ratio, **goal, note=own))
     cost = 1e3 * float(np.median(seconds))
-    return [*lines, row(f"plan_time_mean{mean}", cost, "ms/row", note="work and dealing of one row on the host")]
+    return [*lines, row(f"plan_time_mean{mean}", cost, "CPU ms/row", note="work and dealing of one row on the host")]
 
 
 def main() -> int:

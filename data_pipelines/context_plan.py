@@ -11,6 +11,7 @@ longest first to the shard with least work so far; swaps of two blocks then even
     balanced     1  0  0  1  1  0  1  0     shards do 11 and 11; the row arrives as blocks 1 2 5 7, 0 3 4 6
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,23 +45,28 @@ class ContextPlan:
     block: int = 512
     kind: str = "balanced"
 
-    def order(self, segment_ids: Int32[np.ndarray, "t"], positions: Int32[np.ndarray, "t"]) -> Int32[np.ndarray, "t"]:
-        """The row's slots in their new order: shard after shard, ascending within each."""
-        slots = np.arange(len(segment_ids), dtype=np.int32)
+    def order(self, documents: Sequence[int], length: int) -> Int32[np.ndarray, "t"]:
+        """The slots of a row of documents of these lengths in their new order: shard after shard, each ascending."""
+        slots = np.arange(length, dtype=np.int32)
         if self.shards == 1 or self.kind == "contiguous":
             return slots
-        blocks = deal_blocks(block_work(segment_ids, positions, self.block), self.shards)
-        return slots.reshape(-1, self.block)[blocks.ravel()].ravel()
+        work = block_work(*lay_documents(documents, length), self.block)
+        return slots.reshape(-1, self.block)[deal_blocks(work, self.shards).ravel()].ravel()
 
-    def deal(self, batch: Batch) -> Batch:
-        """The batch with its token fields in the new order, and its indices pointing to the new slots."""
+    def deal(self, batch: Batch, documents: Sequence[Sequence[int]]) -> Batch:
+        """The batch with its token fields in the new order, and its indices pointing to the new slots.
+
+        `documents` has the lengths of each row's documents as planned, those lost while decoding included: so hosts
+        that share a row agree on its order whatever each of them could read.
+        """
         if self.shards == 1 or self.kind == "contiguous":
             return batch
-        rows = zip(batch["segment_ids"], batch["positions"], strict=True)
-        orders = np.stack([self.order(*row) for row in rows])
-        slots = np.append(np.argsort(orders, axis=1), np.full((len(orders), 1), orders.shape[1]), axis=1)
+        length = batch["tokens"].shape[1]
+        orders = np.stack([self.order(row, length) for row in documents])
+        unused = np.full((len(orders), 1), length)
+        slots = np.append(np.argsort(orders, axis=1), unused, axis=1).astype(np.int32)
         dealt = {name: np.take_along_axis(batch[name], orders, 1) for name in TOKEN_FIELDS}
-        moved = {name: np.take_along_axis(slots, batch[name], 1).astype(np.int32) for name in INDEX_FIELDS}
+        moved = {name: np.take_along_axis(slots, batch[name], 1) for name in INDEX_FIELDS}
         return batch | dealt | moved
 
 
@@ -82,6 +88,15 @@ def check(config: DataConfig, shards: int) -> None:
             f"data.budgets.tokens {tokens} is not divisible by mesh.context {shards} x data.context_block "
             f"{config.context_block}: every shard gets the same number of whole blocks"
         )
+
+
+def lay_documents(documents: Sequence[int], length: int) -> tuple[Int32[np.ndarray, "t"], Int32[np.ndarray, "t"]]:
+    """Segment ids and positions of a row of documents of these lengths, then padding."""
+    sizes = np.array(documents, np.int64)
+    ids = np.repeat(np.arange(1, len(sizes) + 1), sizes)
+    positions = np.arange(len(ids)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    padding = (0, length - len(ids))
+    return np.pad(ids, padding).astype(np.int32), np.pad(positions, padding).astype(np.int32)
 
 
 def block_work(

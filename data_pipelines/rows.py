@@ -54,7 +54,8 @@ class RowDecoder:
             writer = RowWriter(batch, number)
             for key, pictures_at in zip(row, self._place_pictures(row), strict=True):
                 self._add(writer, key, pictures_at, lost)
-        return self.context.deal(batch), lost
+        tokens = [[int(self.indexes[source].needs(number)[0]) for source, number in row] for row in rows]
+        return self.context.deal(batch, tokens), lost
 
     def _place_pictures(self, row: Row) -> list[Int32[np.ndarray, "_"]]:
         """The first patch of each picture of each document, as the plan foresaw them."""

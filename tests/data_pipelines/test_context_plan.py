@@ -18,6 +18,7 @@ from data_pipelines.context_plan import (
     block_work,
     check,
     deal_blocks,
+    lay_documents,
 )
 from data_pipelines.rows import ALL_ROWS
 from data_pipelines.training import TrainingData
@@ -30,9 +31,9 @@ DOCUMENTS = st.lists(st.integers(-20, 100).filter(bool), max_size=20)
 PLANS = [ContextPlan(shards, BLOCK, kind) for shards in (1, 2, 8) for kind in ("balanced", "contiguous")]
 
 
-def row(lengths, length=LENGTH):
+def row(lengths):
     """Segment ids and positions of documents of these lengths, cut at the end of the row."""
-    ids, positions, at, segment = np.zeros(length, np.int32), np.zeros(length, np.int32), 0, 0
+    ids, positions, at, segment = np.zeros(LENGTH, np.int32), np.zeros(LENGTH, np.int32), 0, 0
     for size in lengths:
         here = slice(at, at + abs(size))
         at += abs(size)
@@ -43,13 +44,18 @@ def row(lengths, length=LENGTH):
     return ids, positions
 
 
+def planned(lengths):
+    """Lengths of the documents that fit the row: what the plan knows of it."""
+    ends = np.cumsum(np.abs(lengths))
+    return [abs(size) for size, end in zip(lengths, ends, strict=True) if end <= LENGTH]
+
+
 def random_batch(rows, seed):
-    """A batch of these rows with a different number at every place of every field; half of each index is unused."""
+    """A batch with a different number at every place of a token field; half of each index is unused."""
     rng = np.random.default_rng(seed)
-    batch = empty_rows(len(rows), BUDGETS, tiny())
+    batch = empty_rows(rows, BUDGETS, tiny())
     for name in TOKEN_FIELDS:
         batch[name] = rng.permutation(batch[name].size).reshape(batch[name].shape).astype(batch[name].dtype)
-    batch["segment_ids"], batch["positions"] = map(np.stack, zip(*rows, strict=True))
     for name in INDEX_FIELDS:
         used = batch[name].shape[1] // 2
         for slots in batch[name]:
@@ -58,13 +64,13 @@ def random_batch(rows, seed):
 
 
 @settings(max_examples=50)
-@given(st.lists(DOCUMENTS.map(row), min_size=1, max_size=3), st.sampled_from(PLANS), st.integers(0, 9))
+@given(st.lists(DOCUMENTS.map(planned), min_size=1, max_size=3), st.sampled_from(PLANS), st.integers(0, 9))
 def test_a_dealt_batch_is_the_same_batch_in_another_order(rows, plan, seed):
-    batch = random_batch(rows, seed)
-    dealt = plan.deal(batch)
+    batch = random_batch(len(rows), seed)
+    dealt = plan.deal(batch, rows)
     assert dealt.keys() == batch.keys()
-    for number, (ids, positions) in enumerate(rows):
-        order = plan.order(ids, positions)
+    for number, documents in enumerate(rows):
+        order = plan.order(documents, LENGTH)
         assert sorted(order) == list(range(LENGTH))
         for name in TOKEN_FIELDS:
             np.testing.assert_array_equal(dealt[name][number], batch[name][number][order], err_msg=name)
@@ -98,13 +104,20 @@ def test_the_work_is_that_of_the_kernels_plan(lengths, shards):
     """Block by block, in the row's own order and dealt: a block keeps its work wherever it goes."""
     ids, positions = row(lengths)
     work = block_work(ids, positions, BLOCK)
-    order = ContextPlan(shards, BLOCK).order(ids, positions)
+    order = ContextPlan(shards, BLOCK).order(planned(lengths), LENGTH)
     np.testing.assert_array_equal(kernel_work(ids[order], positions[order]), work[order[::BLOCK] // BLOCK])
 
 
+@settings(max_examples=50)
+@given(DOCUMENTS)
+def test_documents_side_by_side(lengths):
+    lengths = planned(lengths)
+    for found, expected in zip(lay_documents(lengths, LENGTH), row(lengths), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
 def test_the_example_of_the_docstring():
-    ids, positions = row([48, 8])
-    work = block_work(ids, positions, 8)[:8]
+    work = block_work(*lay_documents([48, 8], 64), 8)
     assert work.tolist() == [1, 2, 3, 4, 5, 6, 1, 0]
     assert deal_blocks(work, 2).tolist() == [[1, 2, 5, 7], [0, 3, 4, 6]]
 
@@ -124,8 +137,10 @@ def test_released_rows_are_shared_evenly(mean):
     """Log-normal documents, rows of 65536 on 8 shards: the most loaded has at most 1.02 times the mean work."""
     rng = np.random.default_rng(mean)
     for _ in range(15):
-        lengths = rng.lognormal(np.log(mean) - 1.2**2 / 2, 1.2, 200).astype(int) + 1
-        work = block_work(*row(np.minimum(lengths, 65536), 65536), 512)
+        lengths = rng.lognormal(np.log(mean) - 1.2**2 / 2, 1.2, 500).astype(int) + 1
+        ends = np.minimum(lengths.cumsum(), 65536)  # a full row: its last document is cut
+        lengths = np.diff(np.unique(ends), prepend=0).tolist()
+        work = block_work(*lay_documents(lengths, 65536), 512)
         load = work[deal_blocks(work, 8)].sum(1)
         assert load.max() <= 1.02 * load.mean()
 
@@ -136,7 +151,8 @@ def test_a_step_is_dealt(sample_pipeline, sample_codes):
     plan = ContextPlan(4, 16)
     for one, other in zip(whole, dealt, strict=True):
         assert one.state == other.state
-        expected = plan.deal(one.batch)
+        documents = [np.bincount(ids[ids > 0])[1:].tolist() for ids in one.batch["segment_ids"]]
+        expected = plan.deal(one.batch, documents)
         for name, values in other.batch.items():
             np.testing.assert_array_equal(values, expected[name], err_msg=name)
         # Slots of pads are found where the indices say, in the dealt row.

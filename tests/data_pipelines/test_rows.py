@@ -156,6 +156,22 @@ def test_documents_that_fail_at_decode_leave_padding_and_are_told(small, tmp_pat
     assert np.count_nonzero(step.batch["visual_index"] < budget) == 6
 
 
+def test_what_is_lost_changes_no_dealt_order(small, tmp_path):
+    """Two hosts may share a row: both must order it alike, also when only one of them could read a document."""
+    pipeline, codes = small
+    pipeline = with_config(pipeline, context_block=8)
+    ((whole,), (straight,)) = (read(pipeline, codes, epochs=1, context_shards=n) for n in (4, 1))
+    (tmp_path / "b.png").unlink()
+    (step,) = read(pipeline, codes, epochs=1, context_shards=4)
+    assert set(step.lost) == {(0, 1)}
+    kept = whole.batch["document_ids"] != 1
+    assert 0 < kept.sum() < kept.size
+    assert not step.batch["segment_ids"][~kept].any()
+    for name in ("tokens", "positions", "document_ids"):
+        np.testing.assert_array_equal(step.batch[name][kept], whole.batch[name][kept])
+    assert (whole.batch["document_ids"] != straight.batch["document_ids"]).any()
+
+
 def test_pictures_lie_whole_in_parts(sample_pipeline, sample_codes):
     """The same rows with one part and with eight: each visual token has its patches, each picture is in one part."""
     eight = with_config(sample_pipeline, media_shards=8)
