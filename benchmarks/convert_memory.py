@@ -8,7 +8,6 @@ peak resident memory and bytes a second. Needs three times the checkpoint's room
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -17,8 +16,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
+from rows import emit, row
 
 from baichuan_omni_jax.config import OmniConfig, tiny
 from baichuan_omni_jax.convert.synthetic import write_random_checkpoint
@@ -71,31 +69,13 @@ def measure(folder: Path, layers: int) -> list[dict]:
     ):
         peak, seconds = run(arguments)
         note = f"{what}; {seconds:.1f} s"
-        rows.append(row(name, peak, "GB", f"<= {GOAL_GB}", peak <= GOAL_GB, f"peak resident memory; {note}"))
-        rows.append(row(f"{name} speed", nbytes / seconds, "bytes/s", None, None, note))
+        goal = {"goal": f"<= {GOAL_GB}", "ok": peak <= GOAL_GB}
+        rows.append(row(name, peak, "GB", **goal, note=f"peak resident memory; {note}"))
+        rows.append(row(f"{name} speed", nbytes / seconds, "bytes/s", note=note))
     return rows
 
 
-def row(name: str, value: float, unit: str, goal: str | None, ok: bool | None, note: str) -> dict:
-    empty = {"peer": None, "peer_value": None, "ratio": None}
-    return {"name": name, "value": round(value, 3), "unit": unit, **empty, "goal": goal, "ok": ok, "note": note}
-
-
-def show(rows: list[dict]) -> None:
-    table = Table("name", "value", "goal", "ok", "note")
-    for line in rows:
-        cells = (
-            line["name"],
-            f"{line['value']:,.2f} {line['unit']}",
-            line["goal"] or "",
-            str(line["ok"]),
-            line["note"],
-        )
-        table.add_row(*cells)
-    Console().print(table)
-
-
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--layers", type=int, default=28)
@@ -103,12 +83,8 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.directory) as folder:
         rows = measure(Path(folder), options.layers)
-    if options.json:
-        print("\n".join(json.dumps(line) for line in rows))
-    else:
-        show(rows)
-    sys.exit(any(line["ok"] is False for line in rows))
+    return emit(rows, options.json)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
