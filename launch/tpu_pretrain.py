@@ -29,6 +29,7 @@ from baichuan_omni_jax.train.hosts import check_agreement, join, leader_first, r
 from baichuan_omni_jax.train.loop import Extras, set_up, train
 from baichuan_omni_jax.train.rows import rows_of_host
 from baichuan_omni_jax.train.tracing import parse_span
+from baichuan_omni_jax.train.wandb import load_wandb
 from data_pipelines.codes import CodeStore
 from data_pipelines.pipeline import Pipeline
 from data_pipelines.rows import Shard
@@ -67,6 +68,8 @@ def pretrain() -> None:
 
 def read_flags() -> tuple[RunConfig, OmniConfig, range | None]:
     """The run, its architecture, and the steps to trace."""
+    if WANDB.value:
+        load_wandb()
     run = apply_overrides(load_run_config(CONFIG.value), SET.value)
     return run, resolve_model(run.model), parse_span(PROFILE.value)
 

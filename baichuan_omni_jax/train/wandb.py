@@ -3,10 +3,21 @@
 import hashlib
 import logging
 from pathlib import Path
+from types import ModuleType
 
 from baichuan_omni_jax.config import ConfigError, RunConfig, to_dict
 
 log = logging.getLogger(__name__)
+
+
+def load_wandb() -> ModuleType:
+    """The package: an extra, so imported only where it is asked for. Raises ConfigError when it is not installed."""
+    try:
+        import wandb
+    except ImportError as error:
+        message = "--wandb needs the package wandb: python -m pip install 'baichuan_omni_jax[wandb]'"
+        raise ConfigError(message) from error
+    return wandb
 
 
 class WandbWriter:
@@ -17,11 +28,7 @@ class WandbWriter:
     """
 
     def __init__(self, project: str, run: RunConfig, workdir: Path) -> None:
-        try:
-            import wandb  # an extra: only where it is asked for
-        except ImportError as error:
-            message = "--wandb needs the package wandb: python -m pip install 'baichuan_omni_jax[wandb]'"
-            raise ConfigError(message) from error
+        wandb = load_wandb()
         settings = {
             "project": project,
             "name": f"{run.name} {workdir.name}",
