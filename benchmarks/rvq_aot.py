@@ -66,7 +66,7 @@ def measure(chip: str, rows: int) -> dict:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, default=16384)
+    parser.add_argument("--rows", type=int, default=16384, help="a device; more than the kernel's BLOCK_ROWS, 8192")
     parser.add_argument("--chips", nargs="+", choices=TOPOLOGIES, default=list(TOPOLOGIES))
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
