@@ -1,7 +1,8 @@
 """What an accelerator can do at most: matrix FLOP/s in bfloat16 and bytes of memory, by JAX's `device_kind`.
 
-Makers' figures for one JAX device, dense, without sparsity. Of a TPU7x chip that is one of its two chiplets.
-Sources: cloud.google.com/tpu/docs (v4, v5e, v5p, v6e, tpu7x); NVIDIA's data sheets of A100, H100 and H200.
+Figures of one JAX device, dense, without sparsity; of a TPU7x chip that is one of its two chiplets. FLOP/s and GPU
+memory are the makers' (cloud.google.com/tpu/docs; NVIDIA's data sheets of A100, H100 and H200). TPU memory is what a
+program may use of it, as libtpu 0.0.52 says when it refuses one, to 0.01 GiB.
 """
 
 from dataclasses import dataclass
@@ -19,11 +20,11 @@ class Chip:
 
 
 TPUS = {
-    "TPU v4": Chip("v4", 275e12, 32 * GIB),
-    "TPU v5 lite": Chip("v5e", 197e12, 16 * GIB),
-    "TPU v5": Chip("v5p", 459e12, 95 * GIB),
-    "TPU v6 lite": Chip("v6e", 918e12, 32 * GIB),
-    "TPU7x": Chip("tpu7x", 2307e12 / 2, 96 * GIB),
+    "TPU v4": Chip("v4", 275e12, int(30.75 * GIB)),
+    "TPU v5 lite": Chip("v5e", 197e12, int(15.75 * GIB)),
+    "TPU v5": Chip("v5p", 459e12, int(95.73 * GIB)),
+    "TPU v6 lite": Chip("v6e", 918e12, int(31.24 * GIB)),
+    "TPU7x": Chip("tpu7x", 2307e12 / 2, int(94.74 * GIB)),
 }
 # Their kinds carry form factor and memory behind the name: the longest name that a kind starts with counts.
 GPUS = {

@@ -1,0 +1,119 @@
+"""The training step of a run, compiled for devices that are not there."""
+
+import math
+import re
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+
+from baichuan_omni_jax.config import OmniConfig, RunConfig
+from baichuan_omni_jax.nn.param import named_values
+from baichuan_omni_jax.omni.batch import abstract_batch
+from baichuan_omni_jax.sharding import make_mesh
+from baichuan_omni_jax.train.preflight.buffers import Temporary, largest_temporaries
+from baichuan_omni_jax.train.rows import check_batch
+from baichuan_omni_jax.train.state import Setup, abstract_opt_state, make_compute, make_setup
+from baichuan_omni_jax.train.step import make_step
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+# "... (480.00G) exceeds available HBM (95.73G)" and, of older compilers, "Used 480.00G of 95.73G hbm".
+_REFUSALS = (
+    re.compile(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)"),
+    re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm"),
+)
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What a step is given, as shapes with shardings."""
+
+    trainable: dict[str, jax.ShapeDtypeStruct]
+    frozen: dict[str, jax.ShapeDtypeStruct]
+    opt_state: object
+    batch: dict[str, jax.ShapeDtypeStruct]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one chip. `peak` is what the program holds at once: all of it, less outputs that reuse arguments.
+
+    Where the compiler refused the program, `available` is what it would allow, and only its total is known: `temp` is
+    what the total leaves beside the arguments, and `code` is 0.
+    """
+
+    args: int
+    outputs: int
+    temp: int
+    code: int
+    available: int | None = None
+
+    @property
+    def peak(self) -> int:
+        return self.args + self.outputs + self.temp + self.code
+
+
+@dataclass(frozen=True)
+class Built:
+    """A compiled step, its HLO text "" where it was refused, and the seconds that tracing and compiling took."""
+
+    memory: Memory
+    hlo: str
+    largest: list[Temporary]
+    seconds: float
+
+
+def set_up(run: RunConfig, omni: OmniConfig, devices: list[jax.Device]) -> tuple[Setup, Arguments]:
+    """The run's step on these devices. Raises ConfigError where mesh, budgets, groups and model do not fit."""
+    mesh, compute = make_mesh(run.mesh, devices), make_compute(run)
+    with jax.set_mesh(mesh):
+        check_batch(run, omni, mesh, compute.rules)
+        setup = make_setup(run, omni, mesh, compute)
+        trainable, frozen = setup.split(named_values(setup.template))
+        batch = abstract_batch(run.data.rows, run.data.budgets, omni, run.branches, mesh, compute.rules)
+        return setup, Arguments(trainable, frozen, abstract_opt_state(setup), batch)
+
+
+def bytes_on_a_chip(tree: object) -> int:
+    """Bytes of one device's parts of arrays that are described by shape and sharding."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "sharding")]
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def build(setup: Setup, run: RunConfig, arguments: Arguments) -> Built:
+    """Compiles the step. A program that the compiler refuses for want of memory is a result, not an error."""
+    start = time.monotonic()
+    with jax.set_mesh(setup.mesh), tempfile.TemporaryDirectory(prefix="preflight") as folder:
+        given = (arguments.trainable, arguments.frozen, arguments.opt_state, arguments.batch)
+        lowered = make_step(setup, run).lower(*given)
+        dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True, "xla_dump_hlo_module_re": "jit_step"}
+        try:
+            memory = _memory(lowered.compile(compiler_options=dump).memory_analysis())
+        except jax.errors.JaxRuntimeError as error:
+            memory = refused(str(error), bytes_on_a_chip(given))
+            if memory is None:
+                raise
+        hlo = _dumped(folder, "*after_optimizations.txt")
+        largest = largest_temporaries(_dumped(folder, "*after_optimizations-buffer-assignment.txt"), hlo)
+    return Built(memory, hlo if memory.available is None else "", largest, time.monotonic() - start)
+
+
+def _memory(stats) -> Memory:
+    new = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    return Memory(stats.argument_size_in_bytes, new, stats.temp_size_in_bytes, stats.generated_code_size_in_bytes)
+
+
+def refused(message: str, arguments: int) -> Memory | None:
+    """What an out-of-memory message of the TPU compiler says; None for another message."""
+    for pattern in _REFUSALS:
+        if match := pattern.search(message):
+            needed, allowed = (int(float(match[i]) * _UNITS[match[i + 1]]) for i in (1, 3))
+            return Memory(arguments, 0, max(needed - arguments, 0), 0, allowed)
+    return None
+
+
+def _dumped(folder: str, pattern: str) -> str:
+    found = sorted(Path(folder).glob(pattern))
+    return found[0].read_text(encoding="utf-8") if found else ""

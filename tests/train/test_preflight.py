@@ -1,0 +1,160 @@
+"""Preflight: what it says of a compiled step, its sentences where something cannot be used, and its parsers."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from baichuan_omni_jax.config import ConfigError, load_run_config, tiny
+from baichuan_omni_jax.train.preflight import Packing, devices_of
+from baichuan_omni_jax.train.preflight.buffers import largest_temporaries
+from baichuan_omni_jax.train.preflight.build import Memory, refused
+from baichuan_omni_jax.train.preflight.suggest import suggestions
+from baichuan_omni_jax.train.preflight.tables import short_scope
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+MICRO = REPOSITORY / "configs" / "micro.py"
+GIB = 2**30
+needs_libtpu = pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu is not installed (extra `preflight`)")
+
+
+def preflight(*arguments: str, timeout: int = 60) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(REPOSITORY / "launch" / "preflight.py"), *arguments]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout, check=False)
+
+
+ASSIGNMENT = """\
+allocation 1: size 400, page 0, parameter 0, shape |f32[100]| at ShapeIndex {}:
+ value: <1 param @0> (size=400,offset=0): f32[100]{0}
+allocation 2: size 9000, color 3, page 0, preallocated-temp:
+ value: <2 other @0> (size=9000,offset=0): f32[2250]{0}
+allocation 3: size 1000, page 0, preallocated-temp:
+ value: <3 allocate.1 @0> (size=600,offset=0): f32[150]{0}
+ value: <4 update.2 @0> (size=600,offset=0): f32[150]{0}
+ value: <5 overlapping @0> (size=500,offset=200): f32[125]{0}
+ value: <6 last @0> (size=400,offset=600): bf16[200]{0}
+"""
+HLO = """\
+  %update.2 = f32[150]{0} fusion(%a), metadata={op_name="jit(step)/jvp(llm)/while/body/mlp/dot_general"}
+  ROOT %last = bf16[200]{0} copy(%b), metadata={op_name="jit(step)/transpose(jvp(projector))/bpf,fd->bpd/add"}
+"""
+
+
+def test_largest_temporaries_do_not_overlap():
+    found = largest_temporaries(ASSIGNMENT, HLO)
+    assert [(one.bytes, one.array) for one in found] == [(600, "f32[150]"), (400, "bf16[200]")]
+    assert [short_scope(one.scope) for one in found] == ["llm/mlp/dot_general", "backward of projector/add"]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "the total memory required for HLO temporaries (480.00G) exceeds available HBM (95.5G). HLO module: jit_step.",
+        "Ran out of memory in memory space hbm. Used 480.00G of 95.5G hbm. Exceeded hbm capacity by 384.50G.",
+    ],
+)
+def test_refusals_are_read(message):
+    memory = refused(message, arguments=80 * GIB)
+    assert (memory.peak, memory.args, memory.available) == (480 * GIB, 80 * GIB, int(95.5 * GIB))
+
+
+def test_another_error_is_no_refusal():
+    assert refused("Mosaic failed to compile TPU kernel", arguments=0) is None
+
+
+def test_suggestions_name_settings_that_would_help():
+    run = load_run_config(REPOSITORY / "configs" / "omni_64k.py")
+    wasteful = replace(
+        run,
+        compute=replace(run.compute, remat="none", mlp_chunk=0, loss_chunk=65536),
+        train=replace(run.train, frozen_dtype="float32"),
+    )
+    mesh = {"data": 1, "fsdp": 8, "context": 1, "tensor": 1}
+    text = "\n".join(suggestions(wasteful, mesh, Memory(60 * GIB, 0, 50 * GIB, 0), 95 * GIB))
+    for setting in ("remat=full", "mlp_chunk=1024", "loss_chunk=1024", "accumulate=2", "frozen_dtype=bfloat16"):
+        assert setting in text
+    assert "--set mesh.fsdp=4 --set mesh.context=2" in text
+    assert "15.0 GiB too much" in text
+    modest = "\n".join(suggestions(run, {**mesh, "fsdp": 16}, Memory(GIB, 0, 95 * GIB, 0), 95 * GIB))
+    assert "remat" not in modest
+    assert "loss_chunk" not in modest
+
+
+def test_packing_counts_full_rows():
+    run, omni = load_run_config(MICRO), tiny()
+    counts = Packing(picture=48).counts(run, omni)
+    budgets, rows = run.data.budgets, run.data.rows
+    assert counts["tokens"] == rows * budgets.tokens
+    # 256 patches: five pictures of 48 and one of 16.
+    assert counts["patch_pairs"] == rows * (5 * 48**2 + 16**2)
+    assert counts["text_targets"] == rows * (budgets.tokens - budgets.patches // 4 - budgets.audio_frames)
+    longest = budgets.tokens * (budgets.tokens + 1) // 2 * rows
+    assert Packing(mean=1e9).counts(run, omni)["causal_pairs"] == longest
+    assert Packing(mean=1.0, sigma=0.0).counts(run, omni)["causal_pairs"] == rows * budgets.tokens
+
+
+def test_packing_of_the_language_model_alone_has_no_media():
+    run = replace(load_run_config(MICRO), branches=("llm",))
+    counts = Packing().counts(run, tiny())
+    assert counts["patches"] == counts["patch_pairs"] == counts["audio_frames"] == counts["audio_targets"] == 0
+    assert counts["text_targets"] == counts["tokens"]
+
+
+def test_missing_libtpu_is_said(monkeypatch):
+    monkeypatch.setattr("baichuan_omni_jax.train.preflight.topology.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"libtpu is not installed: pip install"):
+        devices_of("v5p:2x2x1")
+
+
+@pytest.mark.slow
+def test_output_folder_is_checked_first():
+    done = preflight("--config", str(MICRO), "--topology", "v5p:2x2x1", "--json", "/nowhere/at/all.json")
+    assert done.returncode == 2
+    assert done.stderr == "error: --json /nowhere/at/all.json: /nowhere/at is not a folder\n"
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--topology", "v9:2x2"), "--topology v9:2x2 is not one that libtpu knows"),
+        (("--topology", "v5p:2x2x1"), "mesh 1x1x1x1 (data x fsdp x context x tensor) does not cover the 4 devices"),
+        (("--topology", "v5e:2x2", "--slices", "2", "--set", "mesh.fsdp=8"), "mesh.data 1 is not a multiple of"),
+    ],
+)
+def test_topologies_that_do_not_fit(arguments, message):
+    done = preflight("--config", str(MICRO), *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_micro_run_on_four_chips(tmp_path):
+    """The whole command: exit code, what the report must hold, and that its numbers agree with each other."""
+    sets = ("mesh.fsdp=2", "mesh.context=2", "data.media_shards=2", "data.context_block=64")
+    changes = [part for change in sets for part in ("--set", change)]
+    outputs = ("--json", str(tmp_path / "report.json"), "--plot", str(tmp_path / "report.png"))
+    done = preflight("--config", str(MICRO), "--topology", "v5p:2x2x1", *changes, *outputs, timeout=900)
+    assert done.returncode == 0, done.stderr
+    assert "fits" in done.stdout
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["fits"] is True
+    assert report["hbm_bytes"] > 95 * 10**9
+    parts = ("args_bytes", "temp_bytes", "output_bytes", "code_bytes")
+    assert report["peak_bytes"] == sum(report[part] for part in parts)
+    held = sum(group["parameter_bytes"] + group["optimizer_bytes"] for group in report["groups"])
+    assert 0 < held <= report["args_bytes"]
+    # Two fp32 moments a trainable parameter, split like it.
+    assert all(group["optimizer_bytes"] >= 2 * group["parameter_bytes"] * 0.99 for group in report["groups"])
+    gathers = [one for one in report["collectives"] if one["kind"] == "all-gather"]
+    assert any("fsdp" in one["axes"] for one in gathers)
+    assert report["model_flops"]["total"] == pytest.approx(sum(report["flops_by_part"].values()))
+    assert (tmp_path / "report.png").stat().st_size > 10_000
