@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
 from typecheck import unchecked
 
 from baichuan_omni_jax.kernels.rvq_lookup import pallas_gpu, pallas_tpu, reference
@@ -75,7 +76,10 @@ def test_lowers_for_cuda_at_the_released_sizes():
     books = [jax.ShapeDtypeStruct((size, RELEASED.width), jnp.float32) for size in RELEASED.sizes]
     with unchecked():
         assert pallas_gpu.unsupported(x, books) is None
-    text = jax.jit(pallas_gpu.lookup).trace(x, books).lower(lowering_platforms=("cuda",)).as_text()
+    # JAX 0.12 asks the mesh which GPU it lowers for.
+    card = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H200", 1, platform="cuda"))
+    with jax.sharding.use_abstract_mesh(card):
+        text = jax.jit(pallas_gpu.lookup).trace(x, books).lower(lowering_platforms=("cuda",)).as_text()
     assert "triton" in text
 
 
