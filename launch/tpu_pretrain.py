@@ -4,7 +4,7 @@
 
 Started again with the same workdir, it goes on where it stopped; SIGTERM saves and leaves. Numbers go to
 WORKDIR/metrics.jsonl and WORKDIR/tensorboard. Exit code 2: something given cannot be used, the message says what.
-3: the run ended itself, because too many steps in a row were not finite.
+3: the run ended itself, because too many steps in a row were not finite or a checkpoint could not be written.
 """
 
 import sys

@@ -32,6 +32,7 @@ from baichuan_omni_jax.config import (
     read_hf,
     tiny,
 )
+from baichuan_omni_jax.config.errors import RunStoppedError
 from baichuan_omni_jax.nn.param import Buffer, normal, stack
 
 TOKENIZER = '{"version": "1.0", "added_tokens": [{"content": "你好"}]}'
@@ -238,13 +239,22 @@ def test_error_of_a_background_save_surfaces(tmp_path: Path, monkeypatch) -> Non
 
     monkeypatch.setattr("baichuan_omni_jax.checkpoint.writer.write_checksums", fail)
     save(workdir, 1, *make_state())
-    with pytest.raises(RuntimeError, match=r"saving step 1 .* failed: disk full"):
+    with pytest.raises(RunStoppedError, match=r"saving step 1 .* failed: disk full"):
         workdir.wait()
     monkeypatch.undo()
     assert list((tmp_path / "checkpoints").iterdir()) == []
     save(workdir, 1, *make_state())
     workdir.close()
     assert workdir.steps() == [1]
+
+
+def test_error_of_the_start_of_a_save(tmp_path: Path) -> None:
+    """A file stands where the checkpoints were."""
+    workdir = Workdir(tmp_path, keep=1)
+    (tmp_path / "checkpoints").rmdir()
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(RunStoppedError, match=rf"saving step 1 in {tmp_path} failed: .*Not a directory"):
+        save(workdir, 1, *make_state())
 
 
 def test_leftovers_are_removed_at_the_next_start(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from baichuan_omni_jax.checkpoint.steps import committed_steps, newest_good, ste
 from baichuan_omni_jax.checkpoint.trees import leaves_by_name, read_tree, to_stored
 from baichuan_omni_jax.checkpoint.writer import TEMPORARY, FolderSave, make_checkpointer
 from baichuan_omni_jax.config import ConfigError, OmniConfig, RunConfig
+from baichuan_omni_jax.config.errors import RunStoppedError
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ class Workdir:
     """Saves and restores the steps of one run under `path`. Every process of the run makes one and calls it alike.
 
     `keep` (>= 1) newest steps stay. An error of a background save is raised by the next `save`, `wait` or `close`,
-    as RuntimeError. Raises ConfigError when `path` cannot be a folder.
+    as RunStoppedError. Raises ConfigError when `path` cannot be a folder.
     """
 
     def __init__(self, path: epath.PathLike, keep: int) -> None:
@@ -90,7 +91,7 @@ class Workdir:
 
         `branches` is name -> module; `data_state` is any JSON; `tokenizer_json` is text or a path; `trained` gives
         steps by branch for `branches.json` (default: `step` for each). Waits for the save before this one. A step
-        that is there already is left as it is. Raises RuntimeError when the save before failed.
+        that is there already is left as it is. Raises RunStoppedError when this save or the one before failed.
         """
         self.wait()
         if self.has_step(step):
@@ -103,18 +104,21 @@ class Workdir:
         if leaves_by_name(opt_state):
             trees["opt_state"] = to_stored(opt_state)
         # A folder of that name can only be damaged or incomplete here, so it may go.
-        self._checkpointer.save(step_folder(self.path, step), args=FolderSave(trees, texts), force=True)
+        try:
+            self._checkpointer.save(step_folder(self.path, step), args=FolderSave(trees, texts), force=True)
+        except OSError as error:
+            raise self._failed(step, error) from error
         self._saving = threading.Thread(target=self._finish, args=(step,), name="checkpoint")
         self._saving.start()
 
     def wait(self) -> None:
-        """Returns when no save is under way. Raises RuntimeError when the last one failed."""
+        """Returns when no save is under way. Raises RunStoppedError when the last one failed."""
         if self._saving is not None:
             self._saving.join()
             self._saving = None
         if self._error is not None:
             (step, error), self._error = self._error, None
-            raise RuntimeError(f"saving step {step} in {self.path} failed: {error}") from error
+            raise self._failed(step, error) from error
 
     def close(self) -> None:
         """`wait`, then lets go of Orbax's threads."""
@@ -145,6 +149,10 @@ class Workdir:
             json.loads((folder / "data.json").read_text()),
             found,
         )
+
+    def _failed(self, step: int, error: BaseException) -> RunStoppedError:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        return RunStoppedError(f"saving step {step} in {self.path} failed: {reason}")
 
     def _read(self, folder: epath.Path, name: str, abstract: Any, what: str) -> Any:
         if leaves_by_name(abstract) and not (folder / name).exists():

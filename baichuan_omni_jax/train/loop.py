@@ -22,7 +22,7 @@ from baichuan_omni_jax.train.data import Data, DocumentKey, Losses, Step
 from baichuan_omni_jax.train.evaluate import Evaluation
 from baichuan_omni_jax.train.flops import step_counts
 from baichuan_omni_jax.train.guard import NonfiniteGuard
-from baichuan_omni_jax.train.hosts import is_leader, share
+from baichuan_omni_jax.train.hosts import connect, is_leader, share
 from baichuan_omni_jax.train.metrics import CompileCounter, Row, Throughput
 from baichuan_omni_jax.train.output import Output
 from baichuan_omni_jax.train.report import print_start_table
@@ -83,7 +83,8 @@ def train(
     """Trains until `train.steps` or SIGTERM and returns the last state, which has been saved.
 
     Resumes from the workdir's newest good step. Raises ConfigError as `set_up`, and for a step that cannot be read;
-    RunStoppedError, with everything saved, when `train.nonfinite_limit` steps in a row were not finite.
+    RunStoppedError when a step could not be saved, and, with everything saved, when `train.nonfinite_limit` steps in a
+    row were not finite.
     """
     console = console or Console(quiet=not is_leader())
     compiles = CompileCounter()
@@ -96,6 +97,7 @@ def train(
         if state.step >= run.train.steps:
             console.print(f"{workdir.path} is finished: step {state.step} of train.steps {run.train.steps}")
             return state
+        connect(setup.mesh)
         place = BatchPlacer(run.data.rows, run.branches, setup.mesh, compute.rules)
         return _Loop(run, omni, setup, workdir, data, extras, console, compiles, place).go(state, data_state)
 
