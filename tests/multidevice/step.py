@@ -25,19 +25,18 @@ from baichuan_omni_jax.sharding import MESH_AXES, make_mesh
 from baichuan_omni_jax.train.collectives import Collective, collectives_of
 from baichuan_omni_jax.train.state import Setup, init_state, make_compute, make_setup
 from baichuan_omni_jax.train.step import make_gradients
-from data_pipelines.context_plan import ContextPlan
 
 # Compiling is nearly all of the time.
 jax.config.update("jax_disable_most_optimizations", True)
 # Of max|difference| / max|reference| per tensor, fp32.
 TOLERANCE = 1e-5
-ROWS, BLOCK = 8, 16
+ROWS = 8
 SETTINGS = (
     f"data.rows={ROWS}",
     # Eight parts of 64 patches, the largest picture.
     "data.budgets.patches=512",
     "data.media_shards=8",
-    f"data.context_block={BLOCK}",
+    "data.context_block=16",
     "compute.attention_block=64",
     "compute.loss_chunk=64",
     "compute.remat=full",
@@ -73,7 +72,7 @@ def main() -> int:
         sizes, _, parts = text.partition("/")
         sizes = tuple(map(int, sizes.split(",")))
         changed = dataclasses.replace(run, train=dataclasses.replace(run.train, accumulate=int(parts or 1)))
-        dealt = ContextPlan(sizes[2], BLOCK).deal(batch)
+        dealt = next(pipeline.steps(store, context_shards=sizes[2])).batch
         many, _, program = run_on(sizes, changed, omni, dealt, values)
         distances = {name: distance(many[name], one[name]) for name in one if not name.endswith(ZERO)}
         name = max(distances, key=distances.get)
