@@ -4,6 +4,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
+from itertools import combinations
 from pathlib import Path
 from typing import TypeVar
 
@@ -11,6 +12,8 @@ import jax
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from baichuan_omni_jax.checkpoint.run_config import flatten
 from baichuan_omni_jax.config import ConfigError, RunConfig, to_dict
@@ -33,6 +36,22 @@ def join(coordinator: str = "", hosts: int = 0, host: int = -1) -> None:
         )
     except (ValueError, RuntimeError) as error:
         raise ConfigError(f"the hosts of this run cannot join: {error}") from error
+
+
+def connect(mesh: Mesh) -> None:
+    """Opens the connections between hosts that the collectives of a step need, while all hosts are at the same place.
+
+    Gloo opens one at the first use and waits 30 s for the others, who may be that much slower at compiling the step.
+    """
+    if jax.process_count() == 1:
+        return
+    axes = [axis for axis, size in mesh.shape.items() if size > 1]
+    groups = [group for count in range(1, len(axes) + 1) for group in combinations(axes, count)]
+    sums = jax.shard_map(
+        lambda x: [jax.lax.psum(x, group) for group in groups], mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False
+    )
+    share("")
+    jax.block_until_ready(jax.jit(sums)(np.float32(1)))
 
 
 def is_leader() -> bool:
