@@ -26,6 +26,7 @@ _SHAPE = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _CALLED = re.compile(r"\b(body|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_CONDITION = re.compile(r"\bcondition=%?([\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _MESH_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([\d,]*)\))? ?\{([^}]*)\}")
 _IOTA_GROUPS = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
@@ -108,9 +109,8 @@ def _places(computations: Mapping[str, list[str]]) -> dict[str, tuple[int, int]]
             # The later halves of an asynchronous operation name its computation again.
             if re.search(r" async-(update|done)\(", line):
                 continue
-            trips = _TRIPS.search(line)
             for how, called in _CALLED.findall(line):
-                callers[called].append((name, how == "body", int(trips[1]) if how == "body" and trips else 1))
+                callers[called].append((name, how == "body", _trips(line, computations) if how == "body" else 1))
             for branches in _BRANCHES.findall(line):
                 for called in branches.split(","):
                     callers[called.strip().lstrip("%")].append((name, False, 1))
@@ -127,6 +127,19 @@ def _places(computations: Mapping[str, list[str]]) -> dict[str, tuple[int, int]]
         return placed[name]
 
     return {name: at for name in computations if (at := place(name)) is not None}
+
+
+def _trips(line: str, computations: Mapping[str, list[str]]) -> int:
+    """How often the loop called in `line` runs: as XLA notes it, else the bound its counter is compared with, else 1.
+
+    Programs for TPU carry no note. The counter of `jax.lax.scan` starts at 0; a bound that is no constant is not known.
+    """
+    if noted := _TRIPS.search(line):
+        return int(noted[1])
+    condition = _CONDITION.search(line)
+    text = "\n".join(computations.get(condition[1], ())) if condition else ""
+    bounds = re.findall(r" = s32\[\]\S* constant\((\d+)\)", text)
+    return int(bounds[0]) if len(bounds) == 1 and "direction=LT" in text else 1
 
 
 def _groups(line: str, devices: int) -> list[tuple[int, ...]]:

@@ -56,3 +56,11 @@ def test_every_collective_is_found_once():
 def test_text_of_another_mesh_is_refused():
     with pytest.raises(ValueError, match="more devices than the mesh"):
         collectives_of(TEXT, {"data": 2})
+
+
+def test_loop_length_is_read_off_its_condition():
+    """As XLA writes programs for TPU: the loop carries no note, its condition compares the counter with a constant."""
+    silent = TEXT.replace(', backend_config={"known_trip_count":{"n":"28"}}', "")
+    bounded = silent.replace("  ROOT %less", "  %n = s32[]{:T(128)} constant(28)\n  ROOT %less")
+    assert collectives_of(bounded, MESH) == collectives_of(TEXT, MESH)
+    assert [one.times for one in collectives_of(silent, MESH)] == [1] * 5
