@@ -19,7 +19,7 @@ MESH = ("mesh.data=2", "mesh.fsdp=2", "mesh.context=2", "data.media_shards=2")
 SPLIT_ROWS = ("mesh.context=4", "mesh.tensor=2", "data.media_shards=8", "data.budgets.patches=1024")
 SHARED = ("data.rows=8", "data.context_block=64", "train.steps=4")
 # Relative, fp32: sums are taken in another order.
-TOLERANCE = 1e-4
+TOLERANCE = 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def command(sample_dir, tmp_path_factory) -> Command:
 
 @pytest.fixture(scope="module")
 def quick():
-    """Few optimizations: processes that compile at unequal speed lose each other after 30 s (Gloo on CPU)."""
+    """Few optimizations: two processes on one machine's cores compile most of the time."""
     patch = pytest.MonkeyPatch()
     patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     yield
@@ -74,8 +74,7 @@ def test_two_hosts_train_as_one(mesh, command, quick, tmp_path):
 
 
 def test_sigterm_to_one_host_stops_both_with_a_checkpoint(command, quick, tmp_path):
-    steps = "train.steps=100000"
-    hosts = start(command, tmp_path / "run", *MESH, steps, "optimizer.decay_steps=100000")
+    hosts = start(command, tmp_path / "run", *MESH, "train.steps=100000")
     while hosts[0].poll() is None and not read_metrics(tmp_path / "run"):
         time.sleep(0.1)
     hosts[1].send_signal(signal.SIGTERM)
@@ -101,5 +100,5 @@ def test_an_error_of_one_host_ends_both(command, tmp_path):
     outputs = finish(hosts)
     assert [host.returncode for host in hosts] == [2, 2], outputs
     for _, err in outputs:
-        assert f"error: host 1: source text: manifest {tmp_path / 'none' / 'text.jsonl'} cannot be read" in err
+        assert f"error: host 1: manifest {tmp_path / 'none' / 'text.jsonl'} cannot be read" in err
     assert not (tmp_path / "run" / "run_config.json").exists()
