@@ -132,8 +132,9 @@ class OptimizerConfig:
 class ComputeConfig:
     """How the step is computed. `attention` and `rvq` name a kernel implementation; empty picks by platform.
 
-    `loss_chunk` and `mlp_chunk` are how many positions of a row per shard have their vocabulary logits, and their
-    MLP's wide intermediates, in memory at once (0: the whole row).
+    `loss_chunk`: as many vocabulary logits are in memory at once as this many positions of a row have per shard (all
+    positions, a piece of the vocabulary at a time). `mlp_chunk`: how many positions of a row per shard have the MLP's
+    wide intermediates in memory at once (0: the whole row).
     """
 
     dtype: str = "bfloat16"
