@@ -18,13 +18,14 @@ from baichuan_omni_jax.train.hosts import is_leader
 class NonfiniteGuard:
     """Counts since this start. The step itself has already left parameters and optimizer as they were.
 
-    `limit` in a row are too many; the batches of the newest `limit` are kept. `where` gives the manifest line of
-    (source, document).
+    `limit` in a row are too many: `exceeded`. The batches of the newest `limit` + 1 are kept. `where` gives the
+    manifest line of (source, document).
     """
 
     def __init__(self, workdir: Path, limit: int, where: Callable[[int, int], str]) -> None:
         self._folder, self._limit, self._where = workdir / "nonfinite", limit, where
         self.count = 0
+        self.exceeded = False
         self._in_a_row = 0
 
     def note(self, step: int, numbers: Mapping[str, float], batch: Mapping[str, np.ndarray]) -> None:
@@ -34,17 +35,15 @@ class NonfiniteGuard:
             return
         self.count += 1
         self._in_a_row += 1
+        # For good: one more step is under way when this is seen, and it may be finite.
+        self.exceeded |= self._in_a_row >= self._limit
         self._keep(self._folder / f"step_{step}", numbers, batch)
-
-    @property
-    def exceeded(self) -> bool:
-        return self._in_a_row >= self._limit
 
     def sentence(self) -> str:
         """Why the run ended."""
         return (
-            f"loss or gradient was not finite in {self._in_a_row} steps in a row (train.nonfinite_limit "
-            f"{self._limit}); their batches are in {self._folder}"
+            f"loss or gradient was not finite in {self._limit} steps in a row (train.nonfinite_limit); "
+            f"their batches are in {self._folder}"
         )
 
     def _keep(self, folder: Path, numbers: Mapping[str, float], batch: Mapping[str, np.ndarray]) -> None:
@@ -57,5 +56,5 @@ class NonfiniteGuard:
         (folder / f"{name}.json").write_text(json.dumps({"numbers": told, "documents": documents}, indent=1))
         if is_leader():
             there = sorted(self._folder.glob("step_*"), key=lambda path: int(path.name.removeprefix("step_")))
-            for old in there[: -self._limit]:
+            for old in there[: -self._limit - 1]:
                 shutil.rmtree(old)

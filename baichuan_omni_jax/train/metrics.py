@@ -72,7 +72,7 @@ class MetricsWriter:
         self._file.flush()
         flat = _flatten(row)
         for name, number in flat.items():
-            if name != "step":
+            if name != "step" and math.isfinite(number):
                 self._events.add_scalar(name, number, row["step"])
         if self._wandb is not None:
             self._wandb.write(flat)

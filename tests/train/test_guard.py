@@ -36,12 +36,12 @@ def test_a_batch_is_kept_with_the_lines_of_its_documents(guard, tmp_path):
 
 
 def test_only_steps_in_a_row_are_too_many(guard, tmp_path):
-    """Bad steps 1 2, a good one, bad ones 4 5 6: six steps, five bad, and the limit of 3 is met at the last."""
+    """Bad steps 1 2, a good one, bad ones 4 5 6: the limit of 3 is met at step 6, and a good step 7 is too late."""
     exceeded = []
-    for step, numbers in enumerate([BAD, BAD, GOOD, BAD, BAD, BAD], 1):
+    for step, numbers in enumerate([BAD, BAD, GOOD, BAD, BAD, BAD, GOOD], 1):
         guard.note(step, numbers, BATCH)
         exceeded.append(guard.exceeded)
-    assert exceeded == [False] * 5 + [True]
+    assert exceeded == [False] * 5 + [True] * 2
     assert guard.count == 5
-    assert sorted(path.name for path in (tmp_path / "nonfinite").iterdir()) == ["step_4", "step_5", "step_6"]
-    assert "not finite in 3 steps in a row (train.nonfinite_limit 3)" in guard.sentence()
+    assert sorted(path.name for path in (tmp_path / "nonfinite").iterdir()) == ["step_2", "step_4", "step_5", "step_6"]
+    assert "not finite in 3 steps in a row (train.nonfinite_limit)" in guard.sentence()
