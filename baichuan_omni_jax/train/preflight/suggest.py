@@ -10,18 +10,18 @@ GIB = 2**30
 
 def suggestions(run: RunConfig, mesh: dict[str, int], memory: Memory, available: int) -> list[str]:
     """Sentences with the `--set` that does it, for a step that needs more than `available` bytes."""
-    found = [*_compute(run), *_rows(run, mesh), *_arguments(run, memory, available), *_mesh(run, mesh)]
+    found = [*_compute(run, mesh), *_rows(run, mesh), *_arguments(run, memory, available), *_mesh(run, mesh)]
     missing = (memory.peak - available) / GIB
     return [f"{missing:.1f} GiB too much a chip", *found, "more chips: a larger --topology"]
 
 
-def _compute(run: RunConfig) -> list[str]:
+def _compute(run: RunConfig, mesh: dict[str, int]) -> list[str]:
     """Settings that trade time for memory and leave the numbers as they are."""
-    compute, found = run.compute, []
+    compute, part, found = run.compute, run.data.budgets.tokens // mesh["context"], []
     if compute.remat != "full":
         found.append(f"recompute whole layers: --set compute.remat=full (now {compute.remat})")
     for name, value in (("mlp_chunk", compute.mlp_chunk), ("loss_chunk", compute.loss_chunk)):
-        if not value or value > CHUNK:
+        if min(value or part, part) > CHUNK:
             found.append(f"smaller pieces of a row: --set compute.{name}={CHUNK} (now {value or 'the whole row'})")
     return found
 
@@ -39,7 +39,8 @@ def _rows(run: RunConfig, mesh: dict[str, int]) -> list[str]:
 
 def _arguments(run: RunConfig, memory: Memory, available: int) -> list[str]:
     found = []
-    if run.train.frozen_dtype != "bfloat16":
+    frozen = any(group.learning_rate is None for group in run.optimizer.groups)
+    if frozen and run.train.frozen_dtype != "bfloat16":
         found.append(
             f"frozen parameters in half the bytes: --set train.frozen_dtype=bfloat16 (now {run.train.frozen_dtype})"
         )
