@@ -3,7 +3,9 @@
 import json
 import logging
 import threading
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +22,9 @@ from baichuan_omni_jax.config import ConfigError, OmniConfig, RunConfig
 from baichuan_omni_jax.config.errors import RunStoppedError
 
 log = logging.getLogger(__name__)
+
+# How often the remains of a failed save are removed until none is left, and seconds between.
+_REMOVALS, _PAUSE = 20, 0.2
 
 
 class Restored(NamedTuple):
@@ -173,8 +178,7 @@ class Workdir:
         except BaseException as error:
             self._error = (step, error)
             if jax.process_index() == 0:
-                # A full disk must not stay full of what could not be finished.
-                self._remove_leftovers()
+                self._remove_failed()
 
     def _remove_old(self, saved: int) -> None:
         """Keeps the newest `keep` steps. Damaged ones go now, not before: `saved` is there to take their place."""
@@ -187,11 +191,25 @@ class Workdir:
                 (folder / CHECKSUMS).unlink()
                 folder.rmtree()
 
-    def _remove_leftovers(self) -> None:
-        """Removes temporary folders, and steps without checksums."""
+    def _remove_failed(self) -> None:
+        """A full disk must not stay full of what could not be finished.
+
+        Orbax tells of the first write that fails, while others go on adding files for a moment.
+        """
+        for _ in range(_REMOVALS):
+            with suppress(OSError):
+                if not self._remove_leftovers():
+                    return
+            time.sleep(_PAUSE)
+
+    def _remove_leftovers(self) -> bool:
+        """Removes temporary folders, and steps without checksums. Returns whether there were any."""
+        found = False
         committed = set(committed_steps(self.path))
         for path in list(steps_folder(self.path).iterdir()):
             unfinished = path.name.isdigit() and int(path.name) not in committed
             if unfinished or TEMPORARY in path.name:
                 log.warning("removing %s, which was left unfinished", path)
                 path.rmtree()
+                found = True
+        return found

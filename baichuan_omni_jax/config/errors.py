@@ -1,5 +1,6 @@
 """The errors that end a command with one sentence and without a traceback."""
 
+import gc
 import sys
 from collections.abc import Callable
 
@@ -17,6 +18,10 @@ def exit_code(command: Callable[[], None]) -> int:
     try:
         command()
     except (ConfigError, RunStoppedError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 3
-    return 0
+        sentence, code = str(error), 2 if isinstance(error, ConfigError) else 3
+    else:
+        return 0
+    # What the error kept alive may complain when it goes (asyncio does): the sentence is the last line.
+    gc.collect()
+    print(f"error: {sentence}", file=sys.stderr)
+    return code
