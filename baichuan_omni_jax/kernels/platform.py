@@ -9,7 +9,7 @@ class UnsupportedError(ValueError):
 
 
 def platform_of(x: Array) -> str:
-    """`cpu`, `gpu` or `tpu`: of the mesh that `x` lives on (also while compiling for absent devices), else the default."""
+    """`cpu`, `gpu` or `tpu`: of the mesh of `x` (also while compiling for absent devices), or the default."""
     for mesh in (jax.typeof(x).sharding.mesh, jax.sharding.get_abstract_mesh()):
         device = getattr(mesh, "abstract_device", None)
         if device is not None and device.platform:

@@ -7,7 +7,6 @@ layers are stacked and scanned, and documents of a packed row do not see each ot
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
 from baichuan_omni_jax.kernels.flash_attention import BlockPlan, Segments, flash_attention, plan_blocks, whole_keys
@@ -52,7 +51,7 @@ class Attention(nnx.Module):
             scale=self.scale,
             implementation=self.compute.attention,
         )
-        return self.o_proj(checkpoint_name(out, "attention_out"))
+        return self.o_proj(out)
 
 
 class SwiGLU(nnx.Module):

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import jax
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
 from baichuan_omni_jax.kernels.flash_attention import BlockPlan, Segments, flash_attention, plan_blocks
@@ -88,7 +87,7 @@ class EncoderAttention(nnx.Module):
             implementation=self.compute.attention,
             gather_kv=False,
         )
-        return self.o_proj(checkpoint_name(out, "attention_out"))
+        return self.o_proj(out)
 
 
 class FeedForward(nnx.Module):

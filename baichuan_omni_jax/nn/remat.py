@@ -5,10 +5,11 @@ from collections.abc import Callable
 import jax
 
 from baichuan_omni_jax.config import ConfigError
+from baichuan_omni_jax.kernels.flash_attention.residuals import ATTENTION_OUT
 
 POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "attention_out": jax.checkpoint_policies.save_only_these_names("attention_out"),
+    "attention_out": jax.checkpoint_policies.save_only_these_names(ATTENTION_OUT),
     "none": None,
 }
 

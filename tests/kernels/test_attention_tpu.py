@@ -4,6 +4,7 @@ import functools
 import re
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from typecheck import unchecked
 from baichuan_omni_jax.kernels.flash_attention import Segments, pallas_tpu, plan_blocks, reference, tuning
 from baichuan_omni_jax.kernels.flash_attention.cases import SMALL, Case, Heads
 from baichuan_omni_jax.kernels.flash_attention.plan import FIRST, LAST, unpack
+from baichuan_omni_jax.nn.remat import remat
 
 # Of an array's largest value. fp32 products are summed in another order; bf16 rounds the softmax's weights too.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
@@ -73,6 +75,32 @@ def test_padding_only_and_rows_one_at_a_time(monkeypatch):
     monkeypatch.setattr(tuning, "MAX_PAIRS", 4)
     attend.clear_cache()
     assert_same_as_reference(Case("rows", TINY, 256, 128, ((), (256,))))
+
+
+@pytest.mark.parametrize(("policy", "runs"), [("none", 1), ("attention_out", 1), ("full", 2)])
+def test_remat_that_keeps_the_output_does_not_run_the_forward_kernel_again(policy, runs):
+    case = SMALL["uneven"]
+    segments, (q, k, v, _) = case.segments(), case.arrays(jnp.dtype("float32"))
+
+    def loss(q, k, v):
+        plan = plan_blocks(segments, True, case.block, case.block)
+        run = functools.partial(pallas_tpu.attention, segments=segments, plan=plan, scale=1.0, interpret=True)
+        return remat(lambda *x: run(*x)[0], policy)(q, k, v).sum()
+
+    program = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v)
+    assert forward_kernels(program.jaxpr) == runs
+
+
+def forward_kernels(jaxpr) -> int:
+    """Forward kernels whose results are read; what nothing reads, XLA drops."""
+    read = {x for eqn in jaxpr.eqns for x in eqn.invars if not isinstance(x, jax.extend.core.Literal)} | set(jaxpr.outvars)
+    total = 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "pallas_call":
+            total += eqn.params["name"] == "forward_kernel" and any(x in read for x in eqn.outvars)
+        elif "jaxpr" in eqn.params:
+            total += forward_kernels(getattr(eqn.params["jaxpr"], "jaxpr", eqn.params["jaxpr"]))
+    return total
 
 
 @pytest.mark.slow

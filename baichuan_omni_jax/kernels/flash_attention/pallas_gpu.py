@@ -24,6 +24,7 @@ from baichuan_omni_jax.kernels.flash_attention.pallas_gpu_kernels import (
     forward_kernel,
 )
 from baichuan_omni_jax.kernels.flash_attention.plan import INTERIOR, BlockPlan, Segments, unpack
+from baichuan_omni_jax.kernels.flash_attention.residuals import named
 
 _MAX_HEAD_DIM = 128
 _BLOCK_BITS = 13
@@ -92,7 +93,7 @@ def _forward(static: _Static, q, k, v, segments: Segments, pairs):
     by_query, _, count = pairs
     arrays = (("query", q), ("key", k), ("key", v))
     outputs = (("query", q.dtype), ("statistic", jnp.float32))
-    out, lse = _launch(forward_kernel, "forward", static, arrays, outputs, segments, by_query, count)
+    out, lse = named(*_launch(forward_kernel, "forward", static, arrays, outputs, segments, by_query, count))
     return (out, lse.transpose(0, 2, 1)), (q, k, v, segments, pairs, out, lse)
 
 

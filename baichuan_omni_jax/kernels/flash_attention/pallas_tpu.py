@@ -21,6 +21,7 @@ from baichuan_omni_jax.kernels.flash_attention.pallas_tpu_kernels import (
     forward,
 )
 from baichuan_omni_jax.kernels.flash_attention.plan import BlockPlan, Segments
+from baichuan_omni_jax.kernels.flash_attention.residuals import named
 
 _LANES = 128
 
@@ -99,7 +100,7 @@ def _attend(static, q, k, v, q_tokens, kv_tokens, pairs):
 
 def _forward(static: Static, q, k, v, q_tokens, kv_tokens, pairs):
     by_query, _, count = pairs
-    out, lse = forward(static, Visits.of(by_query, count), q, k, v, q_tokens, kv_tokens)
+    out, lse = named(*forward(static, Visits.of(by_query, count), q, k, v, q_tokens, kv_tokens))
     return (out, lse), (q, k, v, q_tokens, kv_tokens, pairs, out, lse)
 
 

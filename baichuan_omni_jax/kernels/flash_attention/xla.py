@@ -13,6 +13,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from baichuan_omni_jax.kernels.flash_attention.plan import BlockPlan, Segments, blocks_of, unpack
+from baichuan_omni_jax.kernels.flash_attention.residuals import named
 
 _MASKED = -1e30
 
@@ -78,7 +79,7 @@ def _forward(static: _Static, q, k, v, segments: Segments, pairs):
 
     out, lse = lax.map(attend_block, jnp.arange(blocks.n_q))
     out = out.transpose(0, 3, 1, 2, 4).reshape(-1, n, h)[:t].astype(q.dtype)
-    lse = lse.transpose(0, 3, 1, 2).reshape(-1, n)[:t]
+    out, lse = named(out, lse.transpose(0, 3, 1, 2).reshape(-1, n)[:t])
     return (out, lse), (q, k, v, segments, pairs, out, lse)
 
 
