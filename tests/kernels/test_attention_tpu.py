@@ -93,7 +93,8 @@ def test_remat_that_keeps_the_output_does_not_run_the_forward_kernel_again(polic
 
 def forward_kernels(jaxpr) -> int:
     """Forward kernels whose results are read; what nothing reads, XLA drops."""
-    read = {x for eqn in jaxpr.eqns for x in eqn.invars if not isinstance(x, jax.extend.core.Literal)} | set(jaxpr.outvars)
+    inputs = [x for eqn in jaxpr.eqns for x in eqn.invars]
+    read = {x for x in (*inputs, *jaxpr.outvars) if not isinstance(x, jax.extend.core.Literal)}
     total = 0
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "pallas_call":
