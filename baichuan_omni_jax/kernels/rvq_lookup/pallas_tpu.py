@@ -3,9 +3,8 @@
 The grid is rows x codes x width. Products of one tile of rows and one of codes are summed over the width's tiles; then
 the tile's scores |c|^2 / 2 - x.c are reduced to each row's least and its code, which are kept while the codes pass by.
 
-Products are fp32 ones (Precision.HIGHEST, six bf16 passes): the cost is the same for all data. One pass and a re-rank
-would need the distances of every code within the passes' error, several a row where residuals are like noise, and so
-rows of codebooks picked from HBM one by one.
+Products are fp32 ones (Precision.HIGHEST, six bf16 passes): exact enough by themselves, at one cost for all data. One
+pass and a re-rank of the candidates in fp32 should be cheaper by operation count; it has to be measured on a TPU first.
 """
 
 from collections.abc import Sequence
