@@ -1,4 +1,4 @@
-"""Fixtures that several test files share."""
+"""Fixtures that several test files share. The package is imported inside: the type checks' import hook comes later."""
 
 import pytest
 
@@ -9,3 +9,19 @@ def sample_dir(tmp_path_factory):
     from data_pipelines.sample import build_sample
 
     return build_sample(tmp_path_factory.mktemp("sample") / "data", progress=False)
+
+
+@pytest.fixture(scope="session")
+def micro_root(sample_dir, tmp_path_factory):
+    """The data root of `micro.Command`."""
+    from micro import small_copy
+
+    return small_copy(sample_dir, tmp_path_factory.mktemp("micro") / "data")
+
+
+@pytest.fixture(scope="session")
+def pretrain(micro_root, tmp_path_factory):
+    """The training command; all its processes share their compiled programs."""
+    from micro import Command
+
+    return Command(micro_root, tmp_path_factory.mktemp("xla"))

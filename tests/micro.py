@@ -5,10 +5,14 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
 from jax.sharding import Mesh, NamedSharding
 
 from baichuan_omni_jax.config import MeshConfig, RunConfig, apply_overrides, load_run_config, resolve_model
@@ -23,6 +27,8 @@ CONFIG = REPOSITORY / "configs" / "micro.py"
 LINES = 24
 # Of the finished run. Longer than the configuration's own: a kill in the middle must not miss.
 STEPS = 12
+# Of a row of metrics.jsonl. They measure the machine; every other number must repeat exactly.
+TIMES = {"step_time_s", "data_wait_s", "productive_s", "goodput", "tokens_per_s_per_chip", "compiles"}
 
 
 def small_copy(sample: Path, root: Path) -> Path:
@@ -82,15 +88,14 @@ def environment(cache: Path, devices: int = 1) -> dict[str, str]:
 class Command:
     """`launch/tpu_pretrain.py --config configs/micro.py` over one data root and one compilation cache."""
 
-    def __init__(self, root: Path, cache: Path):
-        self.root, self.cache = root, cache
+    def __init__(self, root: Path, cache: Path, script: Path = REPOSITORY / "launch" / "tpu_pretrain.py"):
+        self.root, self.cache, self.script = root, cache, script
 
     def start(self, workdir: Path, *changes: str, devices: int = 1, config: Path = CONFIG) -> subprocess.Popen:
         """`changes` are `key=value`; those that start with `--` are flags of the command."""
         sets = [item for item in (*overrides(self.root), *changes) if not item.startswith("--")]
         flags = [item for item in changes if item.startswith("--")]
-        script = str(REPOSITORY / "launch" / "tpu_pretrain.py")
-        command = [sys.executable, script, "--config", str(config), "--workdir", str(workdir), *flags]
+        command = [sys.executable, str(self.script), "--config", str(config), "--workdir", str(workdir), *flags]
         command += [part for item in sets for part in ("--set", item)]
         pipe = subprocess.PIPE
         return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment(self.cache, devices))
@@ -108,6 +113,33 @@ def read_metrics(workdir: Path) -> list[dict]:
     path = workdir / "metrics.jsonl"
     text = path.read_text() if path.exists() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def numbers(workdir: Path) -> list[dict]:
+    """The rows of metrics.jsonl without `TIMES`: what must repeat exactly."""
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in read_metrics(workdir)]
+
+
+def saved_arrays(workdir: Path, step: int) -> dict[str, np.ndarray]:
+    """Every array of a saved step, `llm['embed']` or `opt_state['0']...`, read by Orbax alone."""
+    reader, folder, found = ocp.PyTreeCheckpointHandler(), epath.Path(workdir) / "checkpoints" / str(step), {}
+    for part in (*(folder / "params").iterdir(), folder / "opt_state"):
+        # As numpy arrays, whatever devices the step was saved from.
+        wanted = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(part).tree)
+        tree = reader.restore(part, args=ocp.args.PyTreeRestore(restore_args=wanted))
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        found |= {part.name + jax.tree_util.keystr(path): np.asarray(value) for path, value in leaves}
+    return found
+
+
+def wait_until(process: subprocess.Popen, happened: Callable[[], bool], seconds: float = 240) -> bool:
+    """Whether `happened()` while the process ran; False when it ended, or the time was up, before."""
+    deadline = time.monotonic() + seconds
+    while process.poll() is None and time.monotonic() < deadline:
+        if happened():
+            return True
+        time.sleep(0.002)
+    return False
 
 
 def contents(folder: Path) -> dict[str, tuple[int, bytes]]:

@@ -1,21 +1,10 @@
-"""What the tests of training share: few documents, and one finished run of the micro configuration."""
+"""What the tests of training share: one finished run of the micro configuration."""
 
 from pathlib import Path
 
 import jax
 import pytest
-from micro import STEPS, Command, small_copy
-
-
-@pytest.fixture(scope="session")
-def micro_root(sample_dir, tmp_path_factory) -> Path:
-    return small_copy(sample_dir, tmp_path_factory.mktemp("micro") / "data")
-
-
-@pytest.fixture(scope="session")
-def pretrain(micro_root, tmp_path_factory) -> Command:
-    """The training command; all its processes share their compiled programs."""
-    return Command(micro_root, tmp_path_factory.mktemp("xla"))
+from micro import STEPS
 
 
 @pytest.fixture(scope="session")

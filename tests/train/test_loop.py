@@ -3,52 +3,40 @@
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
-from micro import STEPS, contents, micro_run, one_device, open_micro, place, read_metrics
+from micro import (
+    STEPS,
+    TIMES,
+    contents,
+    micro_run,
+    numbers,
+    one_device,
+    open_micro,
+    place,
+    read_metrics,
+    saved_arrays,
+    wait_until,
+)
 
 from baichuan_omni_jax.checkpoint import Workdir
 from baichuan_omni_jax.config import resolve_model
-from baichuan_omni_jax.nn.param import named_values
-from baichuan_omni_jax.omni.model import OmniModel, branches_of
-from baichuan_omni_jax.train.state import abstract_opt_state, make_compute, make_setup
+from baichuan_omni_jax.omni.model import OmniModel
+from baichuan_omni_jax.train.state import make_compute
 
 LEVELS = [f"loss_audio_q{level}" for level in range(8)]
 KEYS = ["step", "loss", "loss_text", "loss_audio", *LEVELS, "tokens", "fill_tokens", "fill_patches", "fill_audio"]
 KEYS += ["gradient_norm", "nonfinite_steps", "flops_llm", "flops_vision", "flops_audio"]
-# They measure this machine; every other number must repeat exactly.
-TIMES = {"step_time_s", "data_wait_s", "productive_s", "goodput", "tokens_per_s_per_chip", "compiles"}
-
-
-def numbers(workdir: Path) -> list[dict]:
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in read_metrics(workdir)]
-
-
-def saved_arrays(workdir: Path, step: int, root: Path) -> dict[str, np.ndarray]:
-    """Parameters and optimizer state of a saved step."""
-    run, mesh = micro_run(root), one_device()
-    with jax.set_mesh(mesh):
-        setup = make_setup(run, resolve_model(run.model), mesh, make_compute(run))
-        found = Workdir(workdir, keep=3).restore(step, branches_of(setup.template), abstract_opt_state(setup))
-    moments = {
-        f"opt_state{jax.tree_util.keystr(k)}": v for k, v in jax.tree_util.tree_leaves_with_path(found.opt_state)
-    }
-    return {name: np.asarray(value) for name, value in (named_values(found.branches) | moments).items()}
 
 
 def send_at(process: subprocess.Popen, workdir: Path, step: int, number: int) -> tuple[str, str]:
     """Sends the signal `number` as soon as metrics.jsonl shows `step`; returns what the process wrote."""
-    deadline = time.monotonic() + 240
-    while process.poll() is None and time.monotonic() < deadline:
-        if any(row["step"] >= step for row in read_metrics(workdir)):
-            process.send_signal(number)
-            break
-        time.sleep(0.005)
+    if wait_until(process, lambda: any(row["step"] >= step for row in read_metrics(workdir))):
+        process.send_signal(number)
     return process.communicate(timeout=120)
 
 
@@ -113,7 +101,7 @@ def test_sigterm_saves_and_leaves_with_exit_code_0(resumed):
     assert f"stopped by SIGTERM: step {last} is saved" in " ".join(out.split())
 
 
-def test_killed_run_repeats_the_uninterrupted_one_exactly(finished, resumed, micro_root):
+def test_killed_run_repeats_the_uninterrupted_one_exactly(finished, resumed):
     """Every number of every step, and every parameter and moment of the last, bit for bit."""
     assert resumed["kill_code"] == -signal.SIGKILL
     assert 5 <= resumed["kill_metrics"][-1]["step"] < STEPS, "the kill came too late to interrupt anything"
@@ -121,7 +109,7 @@ def test_killed_run_repeats_the_uninterrupted_one_exactly(finished, resumed, mic
     assert end.returncode == 0, end.stderr
     assert "resumed from step" in end.stdout
     assert numbers(resumed["workdir"]) == numbers(finished)
-    whole, parts = (saved_arrays(path, STEPS, micro_root) for path in (finished, resumed["workdir"]))
+    whole, parts = (saved_arrays(path, STEPS) for path in (finished, resumed["workdir"]))
     assert whole.keys() == parts.keys()
     assert [name for name in whole if not np.array_equal(whole[name], parts[name])] == []
 

@@ -1,0 +1,40 @@
+"""A disk that is full when a checkpoint is to be written."""
+
+import resource
+from pathlib import Path
+
+import pytest
+from micro import wait_until
+from uninterrupted import EVERY, STEPS, assert_same_run, committed, leftovers, resumed_from
+
+pytestmark = pytest.mark.slow
+
+# Bytes of a file: more than the numbers of a run, less than the parameters of a branch.
+LIMIT = 100_000
+
+
+@pytest.fixture
+def full(pretrain, tmp_path) -> tuple[Path, int, str]:
+    """A run whose files may not grow any more after its first checkpoint: workdir, exit code, stderr."""
+    workdir = tmp_path / "run"
+    with pretrain.start(workdir, f"train.steps={STEPS}") as process:
+        assert wait_until(process, lambda: bool(committed(workdir)))
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (LIMIT, LIMIT))
+        _, err = process.communicate(timeout=300)
+    return workdir, process.returncode, err
+
+
+def test_full_disk_ends_the_run_with_one_sentence_and_costs_nothing_that_was_saved(full, pretrain, finished):
+    workdir, code, err = full
+    saved = committed(workdir)
+    assert code == 3, err
+    # Orbax and asyncio tell of every write that failed, with tracebacks; the run has the last word.
+    line = err.splitlines()[-1]
+    assert line.startswith(f"error: saving step {saved[-1] + EVERY} in {workdir} failed: ")
+    assert "File too large" in line
+    assert leftovers(workdir) == []
+    # There is room again.
+    end = pretrain(workdir, f"train.steps={STEPS}")
+    assert end.returncode == 0, end.stderr
+    assert resumed_from(end.stdout) == saved[-1]
+    assert_same_run(workdir, finished)
