@@ -6,7 +6,7 @@ gathered where they are used; activations are split over (data, fsdp) by row and
 """
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import jax
@@ -74,11 +74,9 @@ class ShardingRules:
             raise ValueError(f"logical axes {names} use a mesh axis twice: {split}")
         return PartitionSpec(*(axes if len(axes) > 1 else axes[0] if axes else None for axes in split))
 
-    def gathered_spec(self, *names: str | None, over: Collection[str] = GATHERED_AXES) -> PartitionSpec:
-        """`spec` of a parameter that is whole over the mesh axes `over`: by default as it is computed with, split over
-        `tensor` only.
-        """
-        kept = [tuple(a for a in self.axes(name) if a not in over) if name else () for name in names]
+    def gathered_spec(self, *names: str | None) -> PartitionSpec:
+        """`spec` of a parameter while it is computed with: whole over `data, fsdp, context`, split over `tensor`."""
+        kept = [tuple(a for a in self.axes(name) if a not in GATHERED_AXES) if name else () for name in names]
         return PartitionSpec(*(axes if len(axes) > 1 else axes[0] if axes else None for axes in kept))
 
 

@@ -59,8 +59,6 @@ def use(parameter: nnx.Variable, compute: Compute, dtype: DTypeLike | None = Non
 def gather(value: Float[Array, "..."], axes: Sequence[str], compute: Compute) -> Float[Array, "..."]:
     """A parameter's value, or rows of it, whole over `fsdp` and `context`; `axes` are its logical axes."""
     with jax.named_scope("gather_weight"):
-        # Axis by axis: over both at once XLA for TPU makes it a sum of zero-padded weights, twice the bytes.
-        value = reshard(value, compute.rules.gathered_spec(*axes, over=("context",)))
         return reshard(value, compute.rules.gathered_spec(*axes))
 
 
