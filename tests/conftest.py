@@ -1,6 +1,11 @@
 """Fixtures that several test files share. The package is imported inside: the type checks' import hook comes later."""
 
 import pytest
+from hypothesis import settings
+
+# How long an example takes says more of the machine than of the code.
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session")

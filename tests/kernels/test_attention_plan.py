@@ -37,7 +37,7 @@ def counted(segments: Segments, causal: bool) -> tuple[set, set]:
     return ({tuple(pair.tolist()) for pair in np.argwhere(x)} for x in (blocks.any((1, 3)), blocks.all((1, 3))))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     lengths=st.lists(st.integers(1, 25), min_size=0, max_size=8),
     order=st.permutations(range(LENGTH // BLOCK)),
@@ -65,7 +65,7 @@ def test_the_plan_holds_every_visible_pair_of_blocks(lengths, order, causal, asc
             assert bool(marks[i] & LAST) == (block not in blocks[i + 1 :])
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     lengths=st.lists(st.integers(1, 25), min_size=0, max_size=8),
     order=st.permutations(range(LENGTH // BLOCK)),

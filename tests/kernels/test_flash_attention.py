@@ -125,7 +125,7 @@ def test_bfloat16():
         np.testing.assert_allclose(one, other, atol=2e-2 * np.abs(other).max())
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(lengths=st.lists(st.integers(1, 25), min_size=0, max_size=8), order=st.permutations(range(LENGTH // BLOCK)))
 def test_any_layout(lengths, order):
     assert_same_as_reference(permuted(segments_of(row(lengths), ROWS[0]), order), causal=True)

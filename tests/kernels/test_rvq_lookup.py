@@ -52,7 +52,7 @@ def test_equals_the_definition(implementation):
     assert (codes.dtype, quantised.dtype, norms.dtype) == (jnp.int32, jnp.float32, jnp.float32)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(
     rows=st.integers(1, 9),
     width=st.sampled_from([1, 5]),
