@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import jax
+import pytest
 from test_checkpoint import abstract, assert_equal, make_state, save
 
 from baichuan_omni_jax.checkpoint import Workdir, verify_checksums, with_shardings
@@ -65,6 +66,7 @@ def kill_while_saving(path: Path, moment: str, seconds: float) -> None:
         assert process.wait(timeout=60) == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment(tmp_path: Path) -> None:
     """Every step that is there after a SIGKILL is whole, and the next start removes what is not."""
     rng = random.Random(0)

@@ -181,6 +181,7 @@ def test_too_many_bad_documents(refusal, damaged_root):
         data.check_lost(Counter({"unreadable": 1}))
 
 
+@pytest.mark.slow
 def test_bad_documents_below_the_limit_are_counted_and_named_once(pretrain, damaged_root, tmp_path):
     """Every picture of the image source is cut off after its header: found at decode, counted, and the run goes on."""
     lines = (damaged_root / "image.jsonl").read_text().splitlines()

@@ -81,6 +81,7 @@ def test_the_same_command_finds_the_finished_run(finished, pretrain):
     assert (contents(finished / "checkpoints"), (finished / "metrics.jsonl").read_bytes()) == before
 
 
+@pytest.mark.slow
 def test_a_finished_run_goes_on_when_asked_for_more_steps(finished, pretrain, tmp_path):
     workdir = shutil.copytree(finished, tmp_path / "run")
     longer = pretrain(workdir, f"train.steps={STEPS + 2}")
@@ -92,6 +93,7 @@ def test_a_finished_run_goes_on_when_asked_for_more_steps(finished, pretrain, tm
     assert Workdir(workdir, keep=3).latest_step() == STEPS + 2
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_leaves_with_exit_code_0(resumed):
     out, err = resumed["term_output"]
     assert resumed["term_code"] == 0, err
@@ -101,6 +103,7 @@ def test_sigterm_saves_and_leaves_with_exit_code_0(resumed):
     assert f"stopped by SIGTERM: step {last} is saved" in " ".join(out.split())
 
 
+@pytest.mark.slow
 def test_killed_run_repeats_the_uninterrupted_one_exactly(finished, resumed):
     """Every number of every step, and every parameter and moment of the last, bit for bit."""
     assert resumed["kill_code"] == -signal.SIGKILL

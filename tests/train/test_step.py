@@ -40,6 +40,7 @@ def text_run(quick_compile):
     return run, setup, state, {name: place(name) for name in shapes}
 
 
+@pytest.mark.slow
 def test_parts_add_up_to_the_whole_batch(text_run):
     """Losses and gradients in one part and in two."""
     run, setup, state, batch = text_run
