@@ -1,17 +1,22 @@
 """What a document is before, between and after measuring and encoding; the error that skips one."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float32, Int32, UInt8
+
+if TYPE_CHECKING:
+    from data_pipelines.media import Media
 
 
 class SampleError(Exception):
     """One document cannot be used. `cause` is the word it is counted under; the message says what was wrong.
 
     Causes: `bad_json`, `bad_prompt`, `missing_file`, `unreadable_media`, `outside_root`, `too_long`, `no_loss`,
-    `changed` (media or codes are not what the index measured), `no_codes`.
+    `changed` (media or codes are not what the index measured), `no_codes`, `bad_record` (of a shard).
     """
 
     def __init__(self, cause: str, message: str):
@@ -24,18 +29,17 @@ class SampleError(Exception):
 
 @dataclass(frozen=True)
 class Document:
-    """A manifest line: `text` is the source prompt in the released form; media paths in it are relative to `root`."""
+    """One document: `text` is the source prompt in the released form, `where` the manifest line it comes from.
+
+    `media` is the folder that media paths in the text are relative to or, for a document of a shard, the media
+    themselves by the name the text uses.
+    """
 
     id: str
     type: str
     text: str
-    root: Path
-    manifest: str
-    line: int
-
-    @property
-    def where(self) -> str:
-        return f"{self.manifest}:{self.line}"
+    where: str
+    media: "Path | Mapping[str, Media]"
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,6 @@ def parse_line(line: bytes, number: int, manifest: str, root: Path) -> Document:
         id=str(values.get("id") or f"{Path(manifest).stem}-{number}"),
         type=str(values.get("type") or ""),
         text=values["text"],
-        root=root,
-        manifest=manifest,
-        line=number,
+        where=f"{manifest}:{number}",
+        media=root,
     )

@@ -4,7 +4,7 @@ import base64
 import binascii
 import hashlib
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,11 +16,15 @@ from data_pipelines.prompts import Reference
 
 @dataclass(frozen=True)
 class Media:
-    """The bytes of one media item: the file at `path`, or `data` when `path` is None. `name` is for messages."""
+    """The bytes of one media item: the file at `path`, or `data` when `path` is None. `name` is for messages.
+
+    `digest` is the SHA-256 of the bytes in hex where it is known already.
+    """
 
     name: str
     path: Path | None
     data: bytes = b""
+    digest: str = ""
 
     def open(self) -> io.BufferedIOBase:
         """A new binary stream at its start. Raises OSError when the file cannot be opened."""
@@ -28,6 +32,8 @@ class Media:
 
     def content_hash(self) -> str:
         """SHA-256 of the bytes, in hex. Files are remembered by path, size and time of change."""
+        if self.digest:
+            return self.digest
         if self.path is None:
             return hashlib.sha256(self.data).hexdigest()
         with reading(self, "file"):
@@ -41,14 +47,18 @@ def _hash_file(path: Path, size: int, changed: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def find_media(reference: Reference, root: Path) -> Media:
-    """The media item that `reference` means, with paths taken from `root`.
+def find_media(reference: Reference, root: Path | Mapping[str, Media]) -> Media:
+    """The media item that `reference` means: a path taken from `root`, or a name among the media themselves.
 
     Raises SampleError: "outside_root" when the path, with `..` and symbolic links followed, leaves `root`;
     "missing_file" when no regular file is there; "unreadable_media" for text that is not base64.
     """
     if reference.base64:
         return Media(name="base64 media", path=None, data=_decode_base64(reference.base64))
+    if isinstance(root, Mapping):
+        if reference.path not in root:
+            raise SampleError("missing_file", f"{reference.path!r} is not among the document's media")
+        return root[reference.path]
     try:
         top = Path(root).resolve()
         path = (top / reference.path).resolve()

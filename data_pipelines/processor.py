@@ -174,7 +174,7 @@ class Processor:
             if isinstance(element, Text):
                 parts.append(TextPart(encode(self.tokenizer, element.text), element.trainable))
                 continue
-            media = find_media(element.reference, document.root)
+            media = find_media(element.reference, document.media)
             if isinstance(element, Sound):
                 clips.append(self._clip(media))
                 count = sum(window.code_frames for window in clips[-1].windows)

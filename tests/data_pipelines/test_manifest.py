@@ -18,8 +18,8 @@ def test_documents_and_their_defaults(tmp_path):
     lines = ['\ufeff{"text": "a", "id": "x", "type": "asr"}', "", '{"text": "猫", "extra": 1}']
     (tmp_path / "sub/m.jsonl").write_text("\n".join(lines), encoding="utf-8")
     assert [line.document for line in read_manifest("sub/m.jsonl", tmp_path)] == [
-        Document(id="x", type="asr", text="a", root=tmp_path, manifest="sub/m.jsonl", line=1),
-        Document(id="m-3", type="", text="猫", root=tmp_path, manifest="sub/m.jsonl", line=3),
+        Document(id="x", type="asr", text="a", where="sub/m.jsonl:1", media=tmp_path),
+        Document(id="m-3", type="", text="猫", where="sub/m.jsonl:3", media=tmp_path),
     ]
 
 

@@ -1,0 +1,1 @@
+"""Documents with their media in ArrayRecord shards: one record a document, one `dataset.json` a folder."""
