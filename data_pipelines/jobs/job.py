@@ -33,7 +33,8 @@ class Unit:
     size: int = 1
 
 
-# Writes files into the folder it is given, and returns a JSON-ready summary. Called anywhere, perhaps twice.
+# Writes files (or a folder of them, named for the unit) into the folder it is given, and returns a JSON-ready summary.
+# Called anywhere, perhaps twice.
 Work = Callable[[Unit, Path], dict]
 
 
@@ -65,9 +66,10 @@ class Job:
         try:
             summary = self.work(unit, scratch)
             files = {}
-            for path in sorted(scratch.iterdir()):
-                files[path.name] = [path.stat().st_size, _sha256(path)]
+            for path in sorted(path for path in scratch.rglob("*") if path.is_file()):
+                files[path.relative_to(scratch).as_posix()] = [path.stat().st_size, _sha256(path)]
             for name in files:
+                (self.out / name).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(scratch / name, self.out / name)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)

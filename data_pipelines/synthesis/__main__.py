@@ -1,0 +1,46 @@
+"""`python -m data_pipelines.synthesis JOB MANIFEST... --out DIR`: makes new documents from those of manifests.
+
+A job that was stopped goes on where it was when the same command is given again.
+"""
+
+import argparse
+import sys
+
+from baichuan_omni_jax.config.errors import exit_code
+from data_pipelines.jobs import run_job
+from data_pipelines.jobs.local import LocalRunner
+from data_pipelines.synthesis.units import add_job_arguments, assemble
+
+JOBS = ()  # modules, one a job
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 with one sentence when something given cannot be used."""
+    options = _parser().parse_args(arguments)
+    return exit_code(lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> None:
+    job = options.job.make_job(options)
+    sums = assemble(job, run_job(job, LocalRunner(options.workers)))
+    for part, count in sorted(sums["made"].items()):
+        print(f"{options.out / part}.jsonl: {count} documents")
+    if sums["skipped"]:
+        causes = ", ".join(f"{count} {cause}" for cause, count in sums["skipped"].most_common())
+        print(f"{sums['skipped'].total()} documents are skipped: {causes} ({options.out}/skipped-{job.title}.jsonl)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m data_pipelines.synthesis", description=__doc__)
+    jobs = parser.add_subparsers(metavar="JOB", required=True)
+    for module in JOBS:
+        own = jobs.add_parser(module.NAME, help=module.__doc__.splitlines()[0], description=module.__doc__)
+        add_job_arguments(own)
+        own.add_argument("--workers", type=int, default=2, help="processes (default 2; 0: this one)")
+        module.add_arguments(own)
+        own.set_defaults(job=module)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""Jobs over ranges of manifest lines: the units, the work on one of them, the manifests put together at the end.
+
+OUT/NAME.jsonl, OUT/skipped-NAME.jsonl       all units' documents, and all that were skipped, in manifest order
+OUT/NAME-00003/NAME.jsonl, .../skipped.jsonl what unit 3 made
+OUT/NAME-00003/000/00007-002.wav             its media: third file of its document 7
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from argparse import ArgumentParser, Namespace
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from baichuan_omni_jax.config import ConfigError
+from data_pipelines.document import Document, SampleError
+from data_pipelines.jobs import Job, Unit
+from data_pipelines.manifest import parse_line
+from data_pipelines.synthesis.draft import Draft
+
+SKIPPED = "skipped"
+FORMAT = 1  # raise it when the same documents and options give something else than before
+
+# Adds to the draft what it makes of a document; raises SampleError for one that it cannot use. Picklable.
+Maker = Callable[[Document, Draft], None]
+
+
+@dataclass(frozen=True)
+class LineRange:
+    """Lines of a manifest, from line `first` (counted from 1) at byte `offset`, `length` bytes in all."""
+
+    manifest: Path
+    first: int
+    offset: int
+    length: int
+
+    def documents(self) -> Iterator[tuple[str, Document | SampleError]]:
+        """Where each line is, and its document or why it holds none. Media lie beside the manifest."""
+        with self.manifest.open("rb") as file:
+            file.seek(self.offset)
+            number = self.first
+            while file.tell() < self.offset + self.length:
+                line = file.readline()
+                if line.strip():
+                    try:
+                        document = parse_line(line, number, self.manifest.name, self.manifest.parent)
+                    except SampleError as error:
+                        document = error
+                    yield f"{self.manifest.name}:{number}", document
+                number += 1
+
+
+@dataclass(frozen=True)
+class MakeDocuments:
+    """The work on one unit: every document through `maker`."""
+
+    name: str
+    maker: Maker
+
+    def __call__(self, unit: Unit, folder: Path) -> dict:
+        """Writes a unit's files; returns {"made": documents by manifest, "skipped": documents by cause}."""
+        made, skipped = Counter(), Counter()
+        (folder / unit.name).mkdir()
+        parts: dict[str, list[str]] = {}
+        for number, (where, document) in enumerate(unit.content.documents()):
+            draft = Draft(document, self.name, unit.name, number)
+            try:
+                if isinstance(document, SampleError):
+                    raise document
+                self.maker(document, draft)
+            except SampleError as error:
+                skipped[error.cause] += 1
+                parts.setdefault(SKIPPED, []).append(_line(_explain(where, document, error)))
+                continue
+            draft.write_media(folder)
+            for part, values in draft.documents:
+                made[part] += 1
+                parts.setdefault(part, []).append(_line(values))
+        for part, lines in parts.items():
+            (folder / unit.name / f"{part}.jsonl").write_text("".join(lines), encoding="utf-8")
+        return {"made": dict(sorted(made.items())), "skipped": dict(sorted(skipped.items()))}
+
+
+def add_job_arguments(parser: ArgumentParser) -> None:
+    """The arguments that every job has."""
+    parser.add_argument("manifests", metavar="MANIFEST", type=Path, nargs="+", help="JSONL; media lie beside it")
+    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="manifests and media go there")
+    parser.add_argument(
+        "--unit", metavar="N", type=int, default=256, help="documents of one unit of work (default 256)"
+    )
+
+
+def manifest_job(name: str, maker: Maker, options: Namespace, settings: str) -> Job:
+    """The job that puts every document of `options.manifests` through `maker`.
+
+    `settings` says all that, besides the documents, decides what comes out: a unit whose lines or settings changed is
+    done again. Raises ConfigError for a manifest that cannot be read.
+    """
+    if options.unit < 1:
+        raise ConfigError(f"--unit {options.unit}: a unit has at least 1 document")
+    key = f"{FORMAT} {name} {settings}\0".encode()
+    units = []
+    for manifest in options.manifests:
+        for lines, content in _ranges(manifest, options.unit):
+            fingerprint = hashlib.sha256(key + str(manifest.parent.resolve()).encode() + b"\0" + content).hexdigest()
+            units.append(Unit(f"{name}-{len(units):05d}", fingerprint, lines, lines.length))
+    return Job(name, tuple(units), MakeDocuments(name, maker), options.out)
+
+
+def _ranges(manifest: Path, size: int) -> Iterator[tuple[LineRange, bytes]]:
+    """`size` lines at a time, empty ones not counted, with their bytes."""
+    first, offset, number, lines = 1, 0, 0, []
+    try:
+        with manifest.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                lines.append(line)
+                if sum(1 for each in lines if each.strip()) == size:
+                    content = b"".join(lines)
+                    yield LineRange(manifest.resolve(), first, offset, len(content)), content
+                    first, offset, lines = number + 1, offset + len(content), []
+    except OSError as error:
+        raise ConfigError(f"manifest {manifest} cannot be read: {error.strerror}") from error
+    if lines:
+        content = b"".join(lines)
+        yield LineRange(manifest.resolve(), first, offset, len(content)), content
+
+
+def assemble(job: Job, summaries: Sequence[dict]) -> dict[str, Counter]:
+    """Puts the units' manifests together, in order of the units; returns the sums of their summaries."""
+    sums = {key: sum((Counter(summary[key]) for summary in summaries), Counter()) for key in ("made", "skipped")}
+    for part in [job.title, *(part for part in sums["made"] if part != job.title), SKIPPED]:
+        path = job.out / (f"{SKIPPED}-{job.title}.jsonl" if part == SKIPPED else f"{part}.jsonl")
+        partial = path.with_name(path.name + ".partial")
+        with partial.open("wb") as file:
+            for unit in job.units:
+                if (own := job.out / unit.name / f"{part}.jsonl").is_file():
+                    with own.open("rb") as lines:
+                        shutil.copyfileobj(lines, file)
+        os.replace(partial, path)
+    return sums
+
+
+def _explain(where: str, document: Document | SampleError, error: SampleError) -> dict:
+    identifier = document.id if isinstance(document, Document) else None
+    return {"id": identifier, "where": where, "cause": error.cause, "message": str(error)}
+
+
+def _line(values: dict) -> str:
+    return json.dumps(values, ensure_ascii=False) + "\n"
