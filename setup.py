@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 
 CORE = [
     "absl-py>=2.1",
+    "array-record>=0.8",
     "av>=14",
     "einops>=0.8",
     "etils[epath]>=1.9",
@@ -34,6 +35,7 @@ SAMPLE = ["espeakng-loader>=0.2.4", "scikit-learn>=1.5"]
 SHOW = ["matplotlib>=3.9"]
 
 EXTRAS = {
+    "beam": ["apache-beam>=2.66"],
     "tpu": ["jax[tpu]>=0.10.2"],
     "cuda": ["jax[cuda12]>=0.10.2"],
     "preflight": ["libtpu"],
