@@ -9,7 +9,7 @@ import json
 import os
 import tempfile
 from collections import Counter
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -75,7 +75,7 @@ class Index:
 
         A row's patches lie in `media_shards` equal parts, and each picture must fit one of them.
         """
-        limit, layout = np.array(astuple(budgets), np.int64), PatchLayout(budgets.patches, media_shards)
+        limit, layout = budget_vector(budgets), PatchLayout(budgets.patches, media_shards)
         over = self.lengths[:, _BUDGET_COLUMNS] > limit
         misplaced = ~over.any(1) & self._misplaced(layout)
         fits = ~over.any(1) & ~misplaced
@@ -125,6 +125,12 @@ class Index:
 
 
 _BUDGET_COLUMNS = [COLUMNS.index(name) for name in BUDGETED]
+
+
+def budget_vector(budgets: Budgets) -> Int64[np.ndarray, "budgets"]:
+    """The budgets in the order of their fields; one that is left out is more than anything needs."""
+    limits = budgets.limits()
+    return np.array([limits.get(name, np.iinfo(np.int32).max) for name in BUDGETED], np.int64)
 
 
 def _places(counts: Integer[np.ndarray, "n"]) -> Int64[np.ndarray, "n+1"]:

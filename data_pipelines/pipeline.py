@@ -15,14 +15,14 @@ from baichuan_omni_jax.config import ConfigError, DataConfig, OmniConfig
 from data_pipelines.codes import CodeKey
 from data_pipelines.context_plan import context_plan
 from data_pipelines.document import SampleError
-from data_pipelines.index import COLUMNS, Index, Skipped, load_index
+from data_pipelines.index import COLUMNS, Index, Skipped, budget_vector, load_index
 from data_pipelines.manifest import read_manifest
 from data_pipelines.media_layout import check_media_shards, patch_layout
 from data_pipelines.mixture import document_stream
 from data_pipelines.processor import AudioItem, Codes, Processor
 from data_pipelines.prompts import Text, parse_prompt
 from data_pipelines.row_plan import RowPlan
-from data_pipelines.rows import ALL_ROWS, RowDecoder, Shard, Step, StepDataset, budget_vector, read_steps
+from data_pipelines.rows import ALL_ROWS, RowDecoder, Shard, Step, StepDataset, read_steps
 from data_pipelines.tokenizing import load_tokenizer, train_tokenizer
 
 log = logging.getLogger(__name__)

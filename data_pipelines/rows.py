@@ -6,7 +6,7 @@ plan's state after it: a few numbers that hold for all hosts, so a run resumes w
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 import grain
 import numpy as np
@@ -17,7 +17,7 @@ from baichuan_omni_jax.config import Budgets, OmniConfig
 from data_pipelines.batch import Batch, RowWriter, empty_rows
 from data_pipelines.context_plan import ContextPlan
 from data_pipelines.document import Lengths, SampleError
-from data_pipelines.index import BUDGETED, Index
+from data_pipelines.index import Index
 from data_pipelines.media_layout import PatchLayout
 from data_pipelines.processor import Codes, Processor
 from data_pipelines.row_plan import Row, RowPlan
@@ -79,7 +79,8 @@ class RowDecoder:
 
 
 def _as_measured(found: Lengths, needs: Int32[np.ndarray, "budgets"], pictures: list[int]) -> bool:
-    return [getattr(found, name) for name in BUDGETED] == needs.tolist() and list(found.pictures) == pictures
+    sizes = [found.tokens, found.patches, found.audio_frames, found.audio_targets]
+    return sizes == needs[: len(sizes)].tolist() and list(found.pictures) == pictures
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,3 @@ def read_steps(dataset: StepDataset, workers: int) -> Iterator[Step]:
             yield Step(element["batch"], lost, info["state"])
     finally:
         elements.close()  # ends the workers when the reader stops early
-
-
-def budget_vector(budgets: Budgets) -> np.ndarray:
-    return np.array(astuple(budgets), np.int64)

@@ -1,7 +1,7 @@
 """What a picture of packed rows shows, as plain arrays: `drawing.py` turns them into a figure."""
 
 from collections.abc import Iterable
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
 
 import numpy as np
 from jaxtyping import Float32, Int32, UInt8
@@ -209,14 +209,13 @@ def _losses(batch: Batch, row: int) -> Int32[np.ndarray, "t"]:
 
 
 def _fill(batch: Batch, row: int, budgets: Budgets) -> dict[str, tuple[int, int]]:
-    used = (
-        int(np.count_nonzero(batch["segment_ids"][row])),
-        int(np.count_nonzero(batch["patch_segments"][row])),
-        len(_used(batch["audio_index"][row], budgets.tokens)),
-        len(_used(batch["audio_target_index"][row], budgets.tokens)),
-    )
-    names = [field.name for field in fields(Budgets)]
-    return dict(zip(names, zip(used, astuple(budgets), strict=True), strict=True))
+    used = {
+        "tokens": int(np.count_nonzero(batch["segment_ids"][row])),
+        "patches": int(np.count_nonzero(batch["patch_segments"][row])),
+        "audio_frames": len(_used(batch["audio_index"][row], budgets.tokens)),
+        "audio_targets": len(_used(batch["audio_target_index"][row], budgets.tokens)),
+    }
+    return {name: (count, getattr(budgets, name)) for name, count in used.items()}
 
 
 def _used(slots: Int32[np.ndarray, "n"], length: int) -> Int32[np.ndarray, "m"]:

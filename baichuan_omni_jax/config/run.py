@@ -1,7 +1,7 @@
 """`RunConfig`: everything a run decides that is not architecture. One file in `configs/` builds one."""
 
 import runpy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from baichuan_omni_jax.config.errors import ConfigError
@@ -24,7 +24,11 @@ class MeshConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    """One source of documents: a JSONL manifest (relative to `DataConfig.root`) and its share of the documents."""
+    """One source of documents and its weight in the mixture.
+
+    `manifest`, below `DataConfig.root`, is a JSONL file or the folder of a built data set (`dataset.json`). `name` is
+    its own: metrics and the plan's state go by it.
+    """
 
     name: str
     manifest: str
@@ -37,12 +41,22 @@ class Budgets:
 
     `tokens` is the row length; `patches` counts 14x14 patches (four become one token); `audio_frames` counts code
     frames heard or spoken; `audio_targets` counts frames to predict, one end frame for each spoken clip included.
+
+    Two may be left out (0: no limit, and no arrays): `mel_windows`, windows of at most 30 s of sound that the batch
+    holds as log mel; `items`, media (pictures, video frames, clips).
     """
 
     tokens: int = 65536
     patches: int = 65536
     audio_frames: int = 16384
     audio_targets: int = 8192
+    mel_windows: int = 0
+    items: int = 0
+
+    def limits(self) -> dict[str, int]:
+        """What a row is held to, by name: the budgets without those that are left out."""
+        sizes = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: size for name, size in sizes.items() if size or name not in ("mel_windows", "items")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +67,14 @@ class DataConfig:
     `tokenizer` is a path to a `tokenizer.json`; empty trains one of `vocab_size` entries on the manifests' own text.
     `audio_tokenizer` is a checkpoint (`DIR`); empty is a seeded random one, whose codes carry no decodable sound.
     `max_bad_fraction` is the share of documents that may be unusable before the run stops.
+
+    The sources' weights are shares of what is counted by `weights_by`: `documents` or `tokens`. With `continue_sources`
+    each source goes on where the run of `checkpoint.init_from` left it; else it starts anew.
+    `oversize` names what is tried, in order, on a document beyond a budget: `split` between its turns, `fewer_frames`
+    of its videos. What then is still too long is skipped.
+
+    Rows: `open_bins` are filled at a time, from the next documents of the stream and a pool of `look_ahead` more.
+    The rows of `order_window` steps are ordered together so that all ranks have equal work in each step (1: as packed).
 
     On a mesh with `context` > 1 rows are cut in blocks of `context_block` tokens; `context_plan` says which shard gets
     which: `balanced` deals them by attention work, `contiguous` keeps their order.
@@ -65,7 +87,12 @@ class DataConfig:
     mixture: tuple[SourceConfig, ...] = ()
     rows: int = 16
     budgets: Budgets = Budgets()
+    weights_by: str = "documents"
+    continue_sources: bool = False
+    oversize: tuple[str, ...] = ()
     open_bins: int = 8
+    look_ahead: int = 64
+    order_window: int = 1
     seed: int = 0
     workers: int = 2
     tokenizer: str = ""

@@ -1,7 +1,6 @@
 """What a person sees: the table at start-up and the progress line."""
 
 from collections import defaultdict
-from dataclasses import asdict
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -24,7 +23,7 @@ def print_start_table(console: Console, run: RunConfig, setup: Setup, documents:
         table.add_row(group, branch, f"{trainable + frozen:,}", f"{frozen:,}", peak)
     console.print(table)
     mesh = ", ".join(f"{axis} {size}" for axis, size in setup.mesh.shape.items())
-    budgets = ", ".join(f"{size} {name}" for name, size in asdict(run.data.budgets).items())
+    budgets = ", ".join(f"{size} {name}" for name, size in run.data.budgets.limits().items())
     console.print(f"mesh: {mesh}; {run.data.rows} rows a step, each at most {budgets}")
     console.print(f"data: {documents} documents, {skipped} skipped; {run.train.steps} steps in {run.compute.dtype}")
 

@@ -62,7 +62,7 @@ def test_lengths_are_those_of_the_encoded_documents(sample_pipeline, sample_code
         for number in range(0, len(index), 17):
             lengths = sample_pipeline.processor.encode(index.document(number), sample_codes).lengths
             found = [lengths.tokens, lengths.patches, lengths.audio_frames, lengths.audio_targets]
-            assert index.needs(number).tolist() == found
+            assert index.needs(number)[:4].tolist() == found
             assert index.pictures_of(number) == list(lengths.pictures)
 
 
@@ -89,7 +89,7 @@ def test_another_manifest_or_processor_is_measured_anew(root, processor, tokeniz
     assert len(load(write(root, [SPOKEN]), processor)) == 1
     assert len(load(write(root, [SPOKEN, SPOKEN]), processor)) == 2
     longer, shorter = load(root, processor), load(root, Processor(tiny(), tokenizer, end_of_text=False))
-    assert (longer.needs(0) - shorter.needs(0)).tolist() == [1, 0, 0, 0]
+    assert (longer.needs(0) - shorter.needs(0)).tolist() == [1, 0, 0, 0, 0, 0]
 
 
 def test_an_index_of_another_format_is_measured_anew(root, processor, monkeypatch):
