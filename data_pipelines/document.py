@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 class SampleError(Exception):
     """One document cannot be used. `cause` is the word it is counted under; the message says what was wrong.
 
-    Causes: `bad_json`, `bad_prompt`, `missing_file`, `unreadable_media`, `outside_root`, `too_long`, `no_loss`,
-    `changed` (media or codes are not what the index measured), `no_codes`, `bad_record` (of a shard).
+    Causes: `bad_json`, `bad_prompt`, `missing_file`, `outside_root`, `unreadable_media`, `too_big_media` (beyond
+    `limits`), `silent_audio`, `too_long`, `no_loss`, `changed` (media or codes are not what the index measured),
+    `no_codes`, `bad_record` (of a shard).
     """
 
     def __init__(self, cause: str, message: str):

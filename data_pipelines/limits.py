@@ -1,0 +1,54 @@
+"""What one media file may be at most: refused as `too_big_media`, from its size and header, before anything is decoded.
+
+They are far above what a row of 65536 tokens can use, and keep what one file costs a worker bounded: at most 1.5 GB of
+memory (a sound of two hours; a still of 16 bits takes 1 GB). Headers can lie, so decoders count along.
+"""
+
+from data_pipelines.document import SampleError
+
+MAX_BYTES = {"image": 2**28, "sound": 2**31, "video": 2**33}
+
+MAX_PIXELS = 89_478_485  # of a still or a frame: above it Pillow suspects a decompression bomb
+MAX_SOUND_SECONDS = 2 * 3600
+MAX_SOUND_SAMPLES = MAX_SOUND_SECONDS * 48_000  # at the file's own rate
+MAX_CHANNELS = 32
+MAX_VIDEO_SECONDS = 24 * 3600
+MAX_PACKETS = 10_000_000  # of a container without a table of contents, which is read through for its length
+MAX_DECODED_PIXELS = 5 * 10**11  # of the frames between those that are wanted: two hours of 1920x1080 at 30 a second
+
+
+def check_bytes(size: int, kind: str, name: str) -> None:
+    """Raises SampleError("too_big_media") when a file of this kind (a key of MAX_BYTES) has too many bytes."""
+    _check(size, MAX_BYTES[kind], name, f"bytes of one {kind}")
+
+
+def check_pixels(height: int, width: int, name: str) -> None:
+    """Raises SampleError("too_big_media") when a picture or the frames of a video have too many pixels."""
+    _check(height * width, MAX_PIXELS, name, f"pixels ({height}x{width})")
+
+
+def check_sound(samples: int, rate: int, channels: int, name: str) -> None:
+    """Raises SampleError("too_big_media") for a sound too long, with too many samples in all or too many channels."""
+    _check(samples / rate, MAX_SOUND_SECONDS, name, "seconds of sound")
+    _check(samples, MAX_SOUND_SAMPLES, name, "samples of sound")
+    _check(channels, MAX_CHANNELS, name, "channels")
+
+
+def check_video(seconds: float, name: str) -> None:
+    """Raises SampleError("too_big_media") for a video that is, or says it is, too long."""
+    _check(seconds, MAX_VIDEO_SECONDS, name, "seconds of video")
+
+
+def check_packets(packets: int, name: str) -> None:
+    """Raises SampleError("too_big_media") when a container was read through for too long."""
+    _check(packets, MAX_PACKETS, name, "packets")
+
+
+def check_decoded(pixels: int, name: str) -> None:
+    """Raises SampleError("too_big_media") when too many pixels were decoded on the way to the frames wanted."""
+    _check(pixels, MAX_DECODED_PIXELS, name, "pixels to decode")
+
+
+def _check(found: float, limit: int, name: str, what: str) -> None:
+    if found > limit:
+        raise SampleError("too_big_media", f"{name} has {round(found)} {what}, more than {limit}")
