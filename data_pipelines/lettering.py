@@ -8,7 +8,7 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import TextPath
 
 # Families with Chinese characters; matplotlib's own fonts have none.
-_CHINESE = (
+CHINESE_FAMILIES = (
     "Noto Sans CJK SC",
     "Noto Sans SC",
     "Source Han Sans SC",
@@ -28,7 +28,7 @@ class Lettering:
 
     def __init__(self):
         installed = {entry.name for entry in font_manager.fontManager.ttflist}
-        self.families = ["DejaVu Sans", *(name for name in _CHINESE if name in installed)][:2]
+        self.families = ["DejaVu Sans", *(name for name in CHINESE_FAMILIES if name in installed)][:2]
         self._known = set()
         for name in self.families:
             self._known |= set(font_manager.get_font(font_manager.findfont(name)).get_charmap())
