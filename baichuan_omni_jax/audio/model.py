@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray
 from baichuan_omni_jax.audio.bridge import AudioBridge
 from baichuan_omni_jax.audio.config import AudioConfig
 from baichuan_omni_jax.audio.encoder import CLIPS, AudioEncoder, encoder_lengths
-from baichuan_omni_jax.audio.quantizer import ResidualQuantizer
+from baichuan_omni_jax.audio.quantizer import Codebooks, ResidualQuantizer
 from baichuan_omni_jax.nn.lengths import frames_before
 from baichuan_omni_jax.nn.param import Compute, split_as
 
@@ -37,12 +37,18 @@ class AudioTokenizer(nnx.Module):
         return features, frames_before(lengths, features.shape[1])
 
     def encode(
-        self, mel: Float[Array, "m f mels"], mel_lengths: Int32[Array, " m"], *, padded: bool = False
+        self,
+        mel: Float[Array, "m f mels"],
+        mel_lengths: Int32[Array, " m"],
+        *,
+        padded: bool = False,
+        codebooks: Codebooks | None = None,
     ) -> tuple[Int32[Array, "m g q"], Bool[Array, "m g"]]:
         """Codes (m, bridge frames, levels) and which frames are valid; codes of the others are 0.
 
         One window of at most 30 s a row; `mel_lengths` counts its valid mel frames, 0 for an unused slot.
+        `codebooks`: see `ResidualQuantizer.quantize`.
         """
         features, valid = self.features(mel, mel_lengths, padded=padded)
-        codes, _, _ = self.quantizer.quantize(features)
+        codes, _, _ = self.quantizer.quantize(features, codebooks)
         return jnp.where(valid[..., None], codes, 0), valid

@@ -8,12 +8,14 @@ from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
 from baichuan_omni_jax.audio.config import AudioConfig
 from baichuan_omni_jax.audio.encoder import CLIPS
-from baichuan_omni_jax.kernels.rvq_lookup import rvq_lookup
+from baichuan_omni_jax.kernels.rvq_lookup import Prepared, prepare_codebooks, rvq_lookup
 from baichuan_omni_jax.nn.param import Buffer, Compute, split_as, use
 
 # Spread of the first random codebook, and of each next one relative to it. Codes as long as the vectors themselves
 # would be chosen for being short, so these are shorter: half and more of each codebook is used on speech.
 SPREAD, DECAY = 0.5, 0.9
+
+Codebooks = tuple[Float[Array, "_ d"] | Prepared, ...]
 
 
 class Codebook(nnx.Module):
@@ -40,14 +42,21 @@ class ResidualQuantizer(nnx.Module):
         """The codes of every level, fp32, whole on every device."""
         return tuple(use(level.embed, self.compute, jnp.float32) for level in self.levels)
 
+    def prepared(self) -> Codebooks:
+        """The codebooks for many calls of `quantize`: what their lookup needs of them is computed once."""
+        return prepare_codebooks(self.codebooks())
+
     def quantize(
-        self, x: Float[Array, "m g d"]
+        self, x: Float[Array, "m g d"], codebooks: Codebooks | None = None
     ) -> tuple[Int32[Array, "m g q"], Float[Array, "m g d"], Float[Array, "m g q"]]:
-        """Codes, the sum of the chosen codes, and the norm of what is left after each level. No gradient passes."""
+        """Codes, the sum of the chosen codes, and the norm of what is left after each level. No gradient passes.
+
+        `codebooks` are this quantiser's `prepared()` ones, where they were made before.
+        """
         with jax.named_scope("quantize"):
             x = split_as(x, self.compute, CLIPS)
             m, g, d = x.shape
-            results = rvq_lookup(_reshape(x, (m * g, d)), self.codebooks())
+            results = rvq_lookup(_reshape(x, (m * g, d)), codebooks or self.codebooks())
             return tuple(_reshape(result, (m, g, result.shape[-1])) for result in results)
 
     def decode(self, codes: Int32[Array, "m g q"]) -> Float[Array, "m g d"]:

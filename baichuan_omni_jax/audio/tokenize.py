@@ -38,7 +38,8 @@ def encode_windows(
     batch. Runs on the mesh in use; `batch` must be a multiple of its batch shards.
     """
     cfg = tokenizer.cfg
-    encode = jax.jit(lambda tokenizer, mel, lengths: tokenizer.encode(mel, lengths)[0])
+    encode = jax.jit(lambda tokenizer, books, mel, lengths: tokenizer.encode(mel, lengths, codebooks=books)[0])
+    codebooks = jax.jit(lambda tokenizer: tokenizer.quantizer.prepared())(tokenizer)
     windows = iter(windows)
     while group := list(islice(windows, batch)):
         lengths = [window.shape[1] for window in group]
@@ -46,6 +47,6 @@ def encode_windows(
         for row, window in zip(mel, group, strict=False):
             row[: window.shape[1]] = window.T
         counts = np.array(lengths + [0] * (batch - len(lengths)), np.int32)
-        codes = np.asarray(encode(tokenizer, jnp.asarray(mel), jnp.asarray(counts)))
+        codes = np.asarray(encode(tokenizer, codebooks, jnp.asarray(mel), jnp.asarray(counts)))
         for row, frames in zip(codes, lengths, strict=False):
             yield row[: cfg.bridge_length(frames)]

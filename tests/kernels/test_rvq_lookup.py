@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from typecheck import unchecked
 
 from baichuan_omni_jax.config import MeshConfig
-from baichuan_omni_jax.kernels.rvq_lookup import rvq_lookup, xla
+from baichuan_omni_jax.kernels.rvq_lookup import prepare_codebooks, rvq_lookup, xla
 from baichuan_omni_jax.sharding import make_mesh
 
 IMPLEMENTATIONS = ("xla", "reference")
@@ -86,6 +86,16 @@ def test_the_residual_stays_in_the_dtype_of_x():
     assert results[0][1].dtype == jnp.bfloat16
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_prepared_codebooks_give_the_same(implementation, monkeypatch):
+    monkeypatch.setattr(xla, "SEARCHED", 0)
+    x, codebooks = random_case(64, 16, [33, 32], seed=4)
+    prepared = prepare_codebooks(arrays(codebooks), implementation=implementation)
+    results = rvq_lookup(jnp.asarray(x), prepared, implementation=implementation)
+    for one, other in zip(results, rvq_lookup(jnp.asarray(x), arrays(codebooks), implementation="xla"), strict=True):
+        np.testing.assert_allclose(np.asarray(one), np.asarray(other), rtol=1e-6)
+
+
 def test_no_gradient_passes():
     x, codebooks = random_case(8, 4, [5, 5], seed=2)
     gradient = jax.grad(lambda x: rvq_lookup(x, arrays(codebooks))[1].sum())(jnp.asarray(x))
@@ -110,9 +120,11 @@ def test_keeps_the_split_of_the_rows():
     with jax.set_mesh(mesh):
         place = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None))
         split_book = jax.device_put(codebooks[1], NamedSharding(mesh, PartitionSpec("context", None)))
+        prepared = jax.jit(prepare_codebooks)((codebooks[0], split_book))
         results = jax.jit(lambda x, *books: rvq_lookup(x, books))(jax.device_put(x, place), codebooks[0], split_book)
         assert all(jax.typeof(result).sharding.spec == place.spec for result in results)
         np.testing.assert_array_equal(results[0], definition(x, codebooks)[0])
+        np.testing.assert_array_equal(rvq_lookup(jax.device_put(x, place), prepared)[0], results[0])
         narrow = jax.device_put(x, NamedSharding(mesh, PartitionSpec(None, "context")))
         with pytest.raises(ValueError, match="split along its width over context"):
             rvq_lookup(narrow, arrays(codebooks))

@@ -35,8 +35,8 @@ nearest = jax.jit(lambda x, book: xla.nearest(x, xla.prepare(book)))
 
 @pytest.fixture
 def searched(monkeypatch):
-    """Searches small codebooks too, in blocks small enough for several."""
-    for name, value in {"SEARCHED": 0, "TILE": 32, "CANDIDATES": 8, "PAIRS": 16, "FULL_ROWS": 8}.items():
+    """Searches small codebooks too; blocks small enough for several."""
+    for name, value in {"SEARCHED": 0, "CANDIDATES": 8, "PAIRS": 16, "FULL_ROWS": 8}.items():
         monkeypatch.setattr(xla, name, value)
 
 

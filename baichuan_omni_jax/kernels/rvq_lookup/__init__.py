@@ -1,5 +1,5 @@
 """Nearest codes of a residual vector quantiser, level by level."""
 
-from baichuan_omni_jax.kernels.rvq_lookup.api import rvq_lookup
+from baichuan_omni_jax.kernels.rvq_lookup.api import Prepared, prepare_codebooks, rvq_lookup
 
-__all__ = ["rvq_lookup"]
+__all__ = ["Prepared", "prepare_codebooks", "rvq_lookup"]

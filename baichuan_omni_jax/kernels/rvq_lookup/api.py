@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int32
 
 from baichuan_omni_jax.kernels.platform import UnsupportedError, platform_of
 from baichuan_omni_jax.kernels.rvq_lookup import pallas_gpu, pallas_tpu, reference, xla
+from baichuan_omni_jax.kernels.rvq_lookup.xla import Prepared
 
 # Each module has `lookup(x, codebooks)`; those for one kind of device also `unsupported(x, codebooks)`, which says why
 # they cannot compute these arguments (None: they can).
@@ -20,13 +21,27 @@ BACK_ENDS = {"pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu, "xla": xla, "re
 NEEDS = {"pallas_tpu": "tpu", "pallas_gpu": "gpu"}
 
 
+def prepare_codebooks(
+    codebooks: Sequence[Float[Array, "_ d"]], *, implementation: str | None = None
+) -> tuple[Float[Array, "_ d"] | Prepared, ...]:
+    """Codebooks to call `rvq_lookup` with many times: what it needs of them is computed once.
+
+    Where the implementation that is meant (None: picked by platform) prepares nothing, they come back as they are.
+    """
+    name = implementation or f"pallas_{platform_of(codebooks[0])}"
+    if name in NEEDS or name == "reference":
+        return tuple(codebooks)
+    return tuple(xla.prepare(codebook) for codebook in codebooks)
+
+
 def rvq_lookup(
-    x: Float[Array, "n d"], codebooks: Sequence[Float[Array, "_ d"]], *, implementation: str | None = None
+    x: Float[Array, "n d"], codebooks: Sequence[Float[Array, "_ d"] | Prepared], *, implementation: str | None = None
 ) -> tuple[Int32[Array, "n q"], Float[Array, "n d"], Float[Array, "n q"]]:
     """Residual vector quantisation: codes, the sum of the chosen codes, and what is left after each level.
 
     Level by level the code nearest to the residual by Euclidean distance (fp32, the first index on a tie) is
-    subtracted from it; the residual keeps the dtype of `x`. `codebooks[q]` is (size_q, d). The third result is the L2
+    subtracted from it; the residual keeps the dtype of `x`. `codebooks[q]` is (size_q, d), or that prepared by
+    `prepare_codebooks`. The third result is the L2
     norm of the residual after each level, fp32. Nothing is differentiated: gradients stop here.
 
     x = [3.1], codebooks [[0], [4]] and [[-1], [0]]: codes [1, 0], quantised [3], residual norms [0.9, 0.1].
@@ -35,20 +50,22 @@ def rvq_lookup(
     Raises ValueError on an unknown implementation, no or empty codebooks, other widths, or an `x` split along d, and
     UnsupportedError (a ValueError) when the named implementation cannot run here.
     """
-    _check(x, codebooks, implementation)
-    lookup = BACK_ENDS[_choose(implementation, x, codebooks)].lookup
-    x, codebooks = jax.lax.stop_gradient((x, tuple(codebooks)))
+    plain = [book.codebook if isinstance(book, Prepared) else book for book in codebooks]
+    _check(x, plain, implementation)
+    name = _choose(implementation, x, plain)
+    codebooks = tuple(codebooks if name == "xla" else plain)
+    lookup = BACK_ENDS[name].lookup
+    x, codebooks = jax.lax.stop_gradient((x, codebooks))
     if not x.shape[0]:
         q = len(codebooks)
         return jnp.zeros((0, q), jnp.int32), x, jnp.zeros((0, q), jnp.float32)
     sharding = jax.typeof(x).sharding
     if sharding.mesh.empty:
         return lookup(x, codebooks)
-    codebooks = tuple(reshard(codebook, P(None, None)) for codebook in codebooks)
-    rows = P(sharding.spec[0], None)
-    in_specs = (rows, (P(None, None),) * len(codebooks))
+    rows, whole = P(sharding.spec[0], None), jax.tree.map(lambda array: P(*[None] * array.ndim), codebooks)
+    codebooks = jax.tree.map(reshard, codebooks, whole)
     # The loop over row blocks starts from constants, which vma checking would call unvarying.
-    by_shard = jax.shard_map(lookup, mesh=sharding.mesh, in_specs=in_specs, out_specs=(rows,) * 3, check_vma=False)
+    by_shard = jax.shard_map(lookup, mesh=sharding.mesh, in_specs=(rows, whole), out_specs=(rows,) * 3, check_vma=False)
     return by_shard(x, codebooks)
 
 

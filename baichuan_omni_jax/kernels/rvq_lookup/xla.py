@@ -22,28 +22,38 @@ from baichuan_omni_jax.kernels.rvq_lookup.levels import half_norms, lookup_block
 
 SEARCHED = 2**20  # numbers in a codebook from which a search is worth what it compiles to; below, fp32 products of all
 BLOCK_ROWS = 2048  # rows searched at once: memory of (block, largest codebook)
-TILE = 1024  # codes rounded and multiplied at once
 CANDIDATES = 32  # codes a row may keep after the search
 PAIRS = 128  # (row, candidate) pairs whose distances are written out at once
 FULL_ROWS = 32  # rows compared with all codes at once
 SLACK = 1.001  # covers the rounding of the bound itself
 
 
-class Level(NamedTuple):
+class Prepared(NamedTuple):
+    """A codebook with what every lookup needs of it. Small ones are not searched and have nothing rounded."""
+
     codebook: Float32[Array, "k d"]
     half_norms: Float32[Array, " k"]  # |c|^2 / 2
+    rounded: BFloat16[Array, "k d"] | None
+    errors: Float32[Array, " k"] | None  # |c - c'|
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.codebook.shape
 
 
 def lookup(
-    x: Float[Array, "n d"], codebooks: Sequence[Float[Array, "_ d"]], *, block_rows: int = BLOCK_ROWS
+    x: Float[Array, "n d"], codebooks: Sequence[Float[Array, "_ d"] | Prepared], *, block_rows: int = BLOCK_ROWS
 ) -> tuple[Int32[Array, "n q"], Float[Array, "n d"], Float[Array, "n q"]]:
-    """See `reference.lookup`."""
-    return lookup_blocks(x, [prepare(codebook) for codebook in codebooks], nearest, block_rows)
+    """See `reference.lookup`. Codebooks that are not `prepare`d are prepared in every call."""
+    levels = [book if isinstance(book, Prepared) else prepare(book) for book in codebooks]
+    return lookup_blocks(x, levels, nearest, block_rows)
 
 
-def prepare(codebook: Float[Array, "k d"]) -> Level:
+def prepare(codebook: Float[Array, "k d"]) -> Prepared:
+    """What a lookup needs of a codebook; keeps it once more in bf16."""
     codebook = jnp.asarray(codebook, jnp.float32)
-    return Level(codebook, half_norms(codebook))
+    rounded, errors = _round(codebook) if codebook.size >= SEARCHED else (None, None)
+    return Prepared(codebook, half_norms(codebook), rounded, errors)
 
 
 def _round(x: Float32[Array, "n d"]) -> tuple[BFloat16[Array, "n d"], Float32[Array, " n"]]:
@@ -52,9 +62,9 @@ def _round(x: Float32[Array, "n d"]) -> tuple[BFloat16[Array, "n d"], Float32[Ar
     return rounded, jnp.linalg.norm(x - rounded.astype(jnp.float32), axis=-1)
 
 
-def nearest(x: Float32[Array, "n d"], level: Level) -> Int32[Array, " n"]:
+def nearest(x: Float32[Array, "n d"], level: Prepared) -> Int32[Array, " n"]:
     """The nearest code of each row, the first on a tie."""
-    if level.codebook.size < SEARCHED:
+    if level.rounded is None:
         return _nearest_of_all(x, level)
     candidates, kept, complete = search(x, level)
     several = complete & (jnp.sum(kept, -1) > 1)
@@ -62,7 +72,9 @@ def nearest(x: Float32[Array, "n d"], level: Level) -> Int32[Array, " n"]:
     return _compare_with_all(x, level, code, ~complete)
 
 
-def search(x: Float32[Array, "n d"], level: Level) -> tuple[Int32[Array, "n m"], Bool[Array, "n m"], Bool[Array, " n"]]:
+def search(
+    x: Float32[Array, "n d"], level: Prepared
+) -> tuple[Int32[Array, "n m"], Bool[Array, "n m"], Bool[Array, " n"]]:
     """The likeliest codes of each row, which of them can be the nearest, and whether no other code can."""
     size = level.codebook.shape[0]
     lowest, highest = _bounds(x, level)
@@ -76,32 +88,16 @@ def search(x: Float32[Array, "n d"], level: Level) -> tuple[Int32[Array, "n m"],
     return candidates, kept, complete
 
 
-def _bounds(x: Float32[Array, "n d"], level: Level) -> tuple[Float32[Array, "n k"], Float32[Array, " n"]]:
-    """The lowest that each score can be, and the highest that a row's least score can be.
-
-    Codes are rounded a tile at a time, which stays in the cache until it is multiplied.
-    """
-    size, width = level.codebook.shape
-    tile = min(TILE, size)
+def _bounds(x: Float32[Array, "n d"], level: Prepared) -> tuple[Float32[Array, "n k"], Float32[Array, " n"]]:
+    """The lowest that each score can be, and the highest that a row's least score can be."""
     rounded, error = _round(x)
     length = jnp.linalg.norm(rounded.astype(jnp.float32), axis=-1)
-    summing = width * 2.0**-24
-
-    def measure(j, bounds):
-        lowest, highest = bounds
-        start = jnp.minimum(j * tile, size - tile)  # the last tile may overlap the one before
-        codes = lax.dynamic_slice_in_dim(level.codebook, start, tile)
-        halves = lax.dynamic_slice_in_dim(level.half_norms, start, tile)
-        rounded_codes, errors = _round(codes)
-        products = lax.dot_general(rounded, rounded_codes, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-        bound = (error + summing * length)[:, None] * jnp.sqrt(2 * halves) + length[:, None] * errors
-        bound = SLACK * (bound + summing * halves)
-        scores = halves - products
-        lowest = lax.dynamic_update_slice_in_dim(lowest, scores - bound, start, 1)
-        return lowest, jnp.minimum(highest, jnp.min(scores + bound, -1))
-
-    start = jnp.zeros((x.shape[0], size), jnp.float32), jnp.full(x.shape[0], jnp.inf, jnp.float32)
-    return lax.fori_loop(0, -(-size // tile), measure, start)
+    summing = x.shape[1] * 2.0**-24
+    products = lax.dot_general(rounded, level.rounded, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    bound = (error + summing * length)[:, None] * jnp.sqrt(2 * level.half_norms) + length[:, None] * level.errors
+    bound = SLACK * (bound + summing * level.half_norms)
+    scores = level.half_norms - products
+    return scores - bound, jnp.min(scores + bound, -1)
 
 
 def _closest_candidate(x, codebook, candidates, kept) -> Int32[Array, " n"]:
@@ -121,7 +117,7 @@ def _closest_candidate(x, codebook, candidates, kept) -> Int32[Array, " n"]:
     return jnp.where(jnp.any(kept, -1), lowest, candidates[:, 0]).astype(jnp.int32)
 
 
-def _compare_with_all(x, level: Level, code, rows: Bool[Array, " n"]) -> Int32[Array, " n"]:
+def _compare_with_all(x, level: Prepared, code, rows: Bool[Array, " n"]) -> Int32[Array, " n"]:
     """`code`, with the chosen rows' (and others', to fill a block) replaced by the nearest of all codes in fp32."""
     places, blocks = _places(rows, FULL_ROWS)
 
@@ -132,7 +128,7 @@ def _compare_with_all(x, level: Level, code, rows: Bool[Array, " n"]) -> Int32[A
     return lax.fori_loop(0, blocks, compare, code)
 
 
-def _nearest_of_all(x: Float32[Array, "n d"], level: Level) -> Int32[Array, " n"]:
+def _nearest_of_all(x: Float32[Array, "n d"], level: Prepared) -> Int32[Array, " n"]:
     products = jnp.einsum("nd,kd->nk", x, level.codebook, precision=lax.Precision.HIGHEST)
     return jnp.argmin(level.half_norms - products, -1).astype(jnp.int32)
 
