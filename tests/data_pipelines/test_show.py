@@ -99,7 +99,7 @@ def test_a_wrong_patch_order_is_seen():
 
 
 def test_characters_without_a_font_are_counted(monkeypatch):
-    monkeypatch.setattr(lettering, "_CHINESE", ())
+    monkeypatch.setattr(lettering, "CHINESE_FAMILIES", ())
     letters = Lettering()
     assert letters.drawable("the cat $x$\n") == "the cat $x$\n"
     assert not letters.replaced
