@@ -2,16 +2,20 @@
 
     OUT/NAME-00003.array_record    what unit 3 wrote, and has there only when it is whole
     OUT/.units/NAME-00003.json     its fingerprint, its files with sizes and SHA-256, its summary: written last
-    OUT/.partial/NAME-00003/       what it is writing now
+    OUT/.partial/NAME-00003-…/     what it is writing now
 
 A unit whose mark in `.units` carries its fingerprint and whose files are there is not done again.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,9 +64,10 @@ class Job:
 
     def do(self, unit: Unit) -> dict:
         """Does one unit and puts its files in place; returns its summary."""
-        scratch = self.out / ".partial" / unit.name
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
+        partial = self.out / ".partial"
+        partial.mkdir(parents=True, exist_ok=True)
+        # A folder of its own: an engine may have given the same unit to two workers.
+        scratch = Path(tempfile.mkdtemp(prefix=f"{unit.name}-", dir=partial))
         try:
             summary = self.work(unit, scratch)
             files = {}
@@ -86,8 +91,9 @@ class Job:
         return self.out / ".units" / f"{unit.name}.json"
 
 
+Outcomes = Generator[tuple[Unit, dict | Exception], None, None]
 # Does the units it is given, in any order and anywhere; yields each with its summary, or with the error it raised.
-Runner = Callable[[Job, Sequence[Unit]], Iterator[tuple[Unit, dict | Exception]]]
+Runner = Callable[[Job, Sequence[Unit]], Outcomes]
 
 
 def run_job(job: Job, runner: Runner, report: Callable[[str], None] = print) -> list[dict]:
@@ -101,22 +107,36 @@ def run_job(job: Job, runner: Runner, report: Callable[[str], None] = print) -> 
     names = {unit.name for unit in job.units}
     if len(names) != len(job.units):
         raise ConfigError(f"{job.title}: two units of work have the same name")
-    (job.out / ".units").mkdir(parents=True, exist_ok=True)
-    summaries = {unit.name: job.summary(unit) for unit in job.units}
-    left = [unit for unit in job.units if summaries[unit.name] is None]
-    progress = Progress(job, left, report)
     failed: list[tuple[Unit, Exception]] = []
-    for unit, outcome in runner(job, left):
-        if isinstance(outcome, Exception):
-            failed.append((unit, outcome))
-        else:
-            summaries[unit.name] = outcome
-        progress.done(unit, outcome)
-    shutil.rmtree(job.out / ".partial", ignore_errors=True)
+    with _alone(job):
+        shutil.rmtree(job.out / ".partial", ignore_errors=True)  # of a program that was killed
+        summaries = {unit.name: job.summary(unit) for unit in job.units}
+        left = [unit for unit in job.units if summaries[unit.name] is None]
+        progress = Progress(job, left, report)
+        with closing(runner(job, left)) as outcomes:
+            for unit, outcome in outcomes:
+                if isinstance(outcome, Exception):
+                    failed.append((unit, outcome))
+                else:
+                    summaries[unit.name] = outcome
+                progress.done(unit, outcome)
+        shutil.rmtree(job.out / ".partial", ignore_errors=True)
     if failed:
         unit, error = failed[0]
         raise ConfigError(f"{job.title}: {len(failed)} of {len(job.units)} shards failed, first {unit.name}: {error}")
     return [summaries[unit.name] for unit in job.units]
+
+
+@contextmanager
+def _alone(job: Job) -> Iterator[None]:
+    """Holds the job's folder, so that no other program clears away what this one is writing."""
+    (job.out / ".units").mkdir(parents=True, exist_ok=True)
+    with (job.out / ".units" / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"{job.title}: another program is at work in {job.out}; nothing was changed") from None
+        yield
 
 
 def write_json(path: Path, values: object) -> None:
