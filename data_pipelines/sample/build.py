@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.progress import track
 
 from baichuan_omni_jax.config.errors import ConfigError
-from data_pipelines.sample.documents import RECIPES, plain_text, plan_documents
+from data_pipelines.prompt_writing import plain_text
+from data_pipelines.sample.documents import RECIPES, plan_documents
 from data_pipelines.sample.speech import SAMPLE_RATE
 from data_pipelines.sample.studio import FOLDERS, Studio, produce, record
 

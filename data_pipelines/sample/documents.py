@@ -5,11 +5,10 @@ A maker takes the studio (which names the media) and a random generator, and ret
 """
 
 import functools
-import json
 import random
-import re
 from collections.abc import Callable
 
+from data_pipelines.prompt_writing import heard_tag, image_tag, spoken_tag, trainable, turn, video_tag
 from data_pipelines.sample import scenes, texts
 from data_pipelines.sample.photographs import Crop
 from data_pipelines.sample.studio import Clip, Studio
@@ -21,32 +20,6 @@ DESCRIBE = {"en": "Describe the picture.", "zh": "描述这张图片。"}
 DESCRIBE_VIDEO = {"en": "Describe the video.", "zh": "描述这段视频。"}
 
 Maker = Callable[[Studio, random.Random], str]
-
-
-def _tag(kind: str, key: str, path: str) -> str:
-    return f"<{kind}_start_baichuan>{json.dumps({key: path})}<{kind}_end_baichuan>"
-
-
-image_tag = functools.partial(_tag, "img", "local")
-video_tag = functools.partial(_tag, "video", "local")
-heard_tag = functools.partial(_tag, "audio", "path")
-spoken_tag = functools.partial(_tag, "audiogen", "path")
-
-
-def trainable(text: str) -> str:
-    """Marks text, or speech to be generated, as carrying loss."""
-    return f"<trainable_start>{text}<trainable_end>"
-
-
-def turn(question: str, answer: str, system: str = "") -> str:
-    """A user's turn and the assistant's trainable answer, after an optional system prompt."""
-    return (f"<B_SYS>{system}" if system else "") + f"<C_Q>{question}<C_A>{trainable(answer)}"
-
-
-def plain_text(prompt: str) -> str:
-    """A prompt without media and marks: what a reader would read."""
-    without_media = re.sub(r"<(\w+)_start_baichuan>.*?<\1_end_baichuan>", "", prompt)
-    return re.sub(r"<\w+>", "", without_media)
 
 
 def _system(rng: random.Random, language: str) -> str:

@@ -14,9 +14,10 @@ import pytest
 from PIL import Image
 
 from baichuan_omni_jax.config.errors import ConfigError
+from data_pipelines.prompt_writing import plain_text
 from data_pipelines.sample import SAMPLE_SOURCES, build, build_sample, speech
 from data_pipelines.sample.__main__ import main
-from data_pipelines.sample.documents import plain_text, plan_documents
+from data_pipelines.sample.documents import plan_documents
 from data_pipelines.sample.photographs import Crop, absent_parts, dominant_colour, visible_parts
 
 MEDIA = re.compile(r"<(img|video|audio|audiogen)_start_baichuan>(\{.*?\})<\1_end_baichuan>")
