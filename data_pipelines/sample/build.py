@@ -13,10 +13,10 @@ from rich.progress import track
 from baichuan_omni_jax.config.errors import ConfigError
 from data_pipelines.prompt_writing import plain_text
 from data_pipelines.sample.documents import RECIPES, plan_documents
-from data_pipelines.sample.speech import SAMPLE_RATE
 from data_pipelines.sample.studio import FOLDERS, Studio, produce, record
+from data_pipelines.synthesis.espeak import SAMPLE_RATE
 
-VERSION = 1
+VERSION = 2
 """Raised whenever the same seed would give other documents or media: an older folder is then rebuilt."""
 
 SAMPLE_SOURCES = tuple((source, f"{source}.jsonl") for source in RECIPES)

@@ -12,10 +12,15 @@ import numpy as np
 
 from data_pipelines.sample.photographs import PHOTOGRAPHS, Crop, random_crop, save
 from data_pipelines.sample.scenes import film_caption
-from data_pipelines.sample.speech import SAMPLE_RATE, VOICES, synthesise
 from data_pipelines.sample.video import MOVES, Film, random_film, write_film
+from data_pipelines.synthesis.espeak import SAMPLE_RATE, speak
 
 FOLDERS = ("images", "speech", "video")
+VOICES = {
+    "en": ("en-us", "en-gb-scotland", "en-gb-x-rp", "en-029", "en-us+f1", "en-us+m3", "en+f4"),
+    "zh": ("cmn", "cmn+f1", "cmn+m3", "cmn+f4"),
+}
+"""eSpeak voices by language. `cmn` is Mandarin; `+f1`, `+m3` are female and male variants of a voice."""
 
 
 @dataclass(frozen=True)
@@ -75,11 +80,7 @@ def _utterance(rng: random.Random, text: str, language: str, rates: tuple[int, i
 
 
 def record(studio: Studio) -> dict[str, np.ndarray]:
-    """Speaks all that is planned; returns the samples (int16, `SAMPLE_RATE` Hz) by the path they belong to.
-
-    In one fixed order: eSpeak's flutter runs on from one utterance to the next, so that in a fresh process
-    the same order gives the same samples.
-    """
+    """Speaks all that is planned; returns the samples (int16, `SAMPLE_RATE` Hz) by the path they belong to."""
     spoken = {clip.path: clip.track for clip in studio.clips} | studio.speech
     return {path: _speak(utterance) for path, utterance in spoken.items()}
 
@@ -97,7 +98,7 @@ def produce(studio: Studio, recordings: dict[str, np.ndarray], path: str, root: 
 
 def _speak(utterance: Utterance) -> np.ndarray:
     """A clip shorter than a second ends in silence."""
-    samples, _ = synthesise(utterance.text, utterance.voice, rate=utterance.rate, pitch=utterance.pitch)
+    samples = speak(utterance.text, utterance.voice, rate=utterance.rate, pitch=utterance.pitch)
     return np.pad(samples, (0, max(0, SAMPLE_RATE - len(samples))))
 
 

@@ -8,10 +8,11 @@ import sys
 
 from baichuan_omni_jax.config.errors import exit_code
 from data_pipelines.jobs import run_job
-from data_pipelines.jobs.local import LocalRunner
+from data_pipelines.jobs.runners import add_runner_arguments, chosen_runner
+from data_pipelines.synthesis import pages
 from data_pipelines.synthesis.units import add_job_arguments, assemble
 
-JOBS = ()  # modules, one a job
+JOBS = (pages,)  # modules, one a job
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -22,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> None:
     job = options.job.make_job(options)
-    sums = assemble(job, run_job(job, LocalRunner(options.workers)))
+    sums = assemble(job, run_job(job, chosen_runner(options)))
     for part, count in sorted(sums["made"].items()):
         print(f"{options.out / part}.jsonl: {count} documents")
     if sums["skipped"]:
@@ -36,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     for module in JOBS:
         own = jobs.add_parser(module.NAME, help=module.__doc__.splitlines()[0], description=module.__doc__)
         add_job_arguments(own)
-        own.add_argument("--workers", type=int, default=2, help="processes (default 2; 0: this one)")
+        add_runner_arguments(own)
         module.add_arguments(own)
         own.set_defaults(job=module)
     return parser

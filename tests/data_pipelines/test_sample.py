@@ -1,10 +1,7 @@
 """The sample data set: what it holds, that it is real and complete, and that a folder of other things is left alone."""
 
-import importlib
 import json
 import re
-import subprocess
-import sys
 import wave
 from collections import Counter
 
@@ -13,9 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from baichuan_omni_jax.config.errors import ConfigError
 from data_pipelines.prompt_writing import plain_text
-from data_pipelines.sample import SAMPLE_SOURCES, build, build_sample, speech
+from data_pipelines.sample import SAMPLE_SOURCES, build, build_sample
 from data_pipelines.sample.__main__ import main
 from data_pipelines.sample.documents import plan_documents
 from data_pipelines.sample.photographs import Crop, absent_parts, dominant_colour, visible_parts
@@ -133,42 +129,6 @@ def test_what_is_said_of_a_crop_is_true():
     assert {"bud", "tower"} <= set(absent_parts(heart))
     corner = Crop("flower", (0, 0, 120, 120), (84, 84))
     assert visible_parts(corner) == ["leaves"]
-
-
-def test_voices_differ_and_unknown_ones_are_named():
-    one, rate = speech.synthesise("The lake is calm.", "en-us")
-    other, _ = speech.synthesise("The lake is calm.", "en-us+f1")
-    chinese, _ = speech.synthesise("湖水很平静。", "cmn")
-    assert rate == 22050
-    assert len(one) != len(other)
-    assert len(chinese) > rate / 2
-    slow, _ = speech.synthesise("The lake is calm.", "en-us", rate=100)
-    assert len(slow) > 1.2 * len(one)
-    with pytest.raises(speech.SpeechError, match="no voice 'klingonese'"):
-        speech.synthesise("hello", "klingonese")
-
-
-def test_speech_is_the_same_in_every_process():
-    # Seconds apart: eSpeak seeds the noise of some voices by the clock.
-    script = (
-        "import hashlib, time; from data_pipelines.sample.speech import VOICES, synthesise\n"
-        "for voice in sum(VOICES.values(), ()):\n"
-        "    print(voice, hashlib.sha256(synthesise('The lake 湖水 is calm.', voice)[0].tobytes()).hexdigest())\n"
-        "time.sleep(1.1)"
-    )
-    first, second = (subprocess.check_output([sys.executable, "-c", script], text=True) for _ in range(2))
-    assert first == second
-    assert len(set(first.split()[1::2])) == sum(map(len, speech.VOICES.values()))
-
-
-def test_a_missing_wheel_says_what_to_install(monkeypatch):
-    def refuse(name, *arguments):
-        raise ImportError(name)
-
-    monkeypatch.setattr(speech, "_engine", None)
-    monkeypatch.setattr(importlib, "import_module", refuse)
-    with pytest.raises(ConfigError, match=r"pip install baichuan_omni_jax\[sample\]"):
-        speech.synthesise("hello", "en-us")
 
 
 def test_a_complete_folder_is_found_and_not_built_again(sample_dir, monkeypatch):
