@@ -5,12 +5,12 @@ units name, must have the same path on every worker: a network file system. What
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from baichuan_omni_jax.config import ConfigError
-from data_pipelines.jobs.job import Job, Unit, write_json
+from data_pipelines.jobs.job import Job, Outcomes, Unit, describe_error, write_json
 
 try:
     import apache_beam as beam
@@ -31,7 +31,7 @@ class BeamRunner:
         if not any(argument.startswith("--runner") for argument in arguments):
             self.arguments += _local_arguments(workers)
 
-    def __call__(self, job: Job, units: Sequence[Unit]) -> Iterator[tuple[Unit, dict | Exception]]:
+    def __call__(self, job: Job, units: Sequence[Unit]) -> Outcomes:
         """Yields when the pipeline has ended. Raises ConfigError, with Beam's message, when it ended badly."""
         if not units:
             return
@@ -57,7 +57,7 @@ def _do(unit: Unit, job: Job) -> None:
     try:
         job.do(unit)
     except Exception as error:
-        write_json(failure, {"error": str(error) or type(error).__name__})
+        write_json(failure, {"error": describe_error(error)})
 
 
 def _outcome(job: Job, unit: Unit) -> dict | Exception:

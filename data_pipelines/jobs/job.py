@@ -15,12 +15,12 @@ import shutil
 import tempfile
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from baichuan_omni_jax.config import ConfigError
+from data_pipelines.jobs.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,12 @@ class Job:
 
     def summary(self, unit: Unit) -> dict | None:
         """What `unit` returned when it was done, or None when it has to be done (again)."""
+        mark = read_mark(self._mark(unit))
+        if not mark or mark["fingerprint"] != unit.fingerprint:
+            return None
         try:
-            mark = json.loads(self._mark(unit).read_text(encoding="utf-8"))
-            whole = mark["fingerprint"] == unit.fingerprint and all(
-                (self.out / name).stat().st_size == size for name, (size, _) in mark["files"].items()
-            )
-        except (OSError, ValueError, KeyError, TypeError):
+            whole = all((self.out / name).stat().st_size == size for name, (size, _) in mark["files"].items())
+        except OSError:
             return None
         return mark["summary"] if whole else None
 
@@ -73,6 +73,7 @@ class Job:
             files = {}
             for path in sorted(path for path in scratch.rglob("*") if path.is_file()):
                 files[path.relative_to(scratch).as_posix()] = [path.stat().st_size, _sha256(path)]
+            self._remove_others(unit)
             for name in files:
                 (self.out / name).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(scratch / name, self.out / name)
@@ -84,8 +85,14 @@ class Job:
 
     def files(self) -> dict[str, tuple[int, str]]:
         """Size and SHA-256 of every file that the units wrote, by name. Every unit must be done."""
-        marks = (json.loads(self._mark(unit).read_text(encoding="utf-8")) for unit in self.units)
+        marks = (read_mark(self._mark(unit)) for unit in self.units)
         return {name: (size, digest) for mark in marks for name, (size, digest) in mark["files"].items()}
+
+    def _remove_others(self, unit: Unit) -> None:
+        """Removes what a unit of this name wrote when it was another one: its mark first."""
+        mark = read_mark(self._mark(unit))
+        if mark and mark["fingerprint"] != unit.fingerprint:
+            remove_unit(self._mark(unit))
 
     def _mark(self, unit: Unit) -> Path:
         return self.out / ".units" / f"{unit.name}.json"
@@ -102,14 +109,11 @@ def run_job(job: Job, runner: Runner, report: Callable[[str], None] = print) -> 
     A unit that fails stops no other. Raises ConfigError, naming the first of them, when any failed: what was done stays
     done, and the same command does the rest.
     """
-    from data_pipelines.jobs.progress import Progress
-
     names = {unit.name for unit in job.units}
     if len(names) != len(job.units):
         raise ConfigError(f"{job.title}: two units of work have the same name")
     failed: list[tuple[Unit, Exception]] = []
     with _alone(job):
-        shutil.rmtree(job.out / ".partial", ignore_errors=True)  # of a program that was killed
         summaries = {unit.name: job.summary(unit) for unit in job.units}
         left = [unit for unit in job.units if summaries[unit.name] is None]
         progress = Progress(job, left, report)
@@ -120,7 +124,6 @@ def run_job(job: Job, runner: Runner, report: Callable[[str], None] = print) -> 
                 else:
                     summaries[unit.name] = outcome
                 progress.done(unit, outcome)
-        shutil.rmtree(job.out / ".partial", ignore_errors=True)
     if failed:
         unit, error = failed[0]
         raise ConfigError(f"{job.title}: {len(failed)} of {len(job.units)} shards failed, first {unit.name}: {error}")
@@ -129,14 +132,47 @@ def run_job(job: Job, runner: Runner, report: Callable[[str], None] = print) -> 
 
 @contextmanager
 def _alone(job: Job) -> Iterator[None]:
-    """Holds the job's folder, so that no other program clears away what this one is writing."""
-    (job.out / ".units").mkdir(parents=True, exist_ok=True)
-    with (job.out / ".units" / "lock").open("w") as file:
+    """Holds the job's units, so that no other program does them too; other hosts may do others in the same folder."""
+    names = hashlib.sha256("\n".join(unit.name for unit in job.units).encode()).hexdigest()[:12]
+    marks = job.out / ".units"
+    marks.mkdir(parents=True, exist_ok=True)
+    with (marks / f"{names}.lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(f"{job.title}: another program is at work in {job.out}; nothing was changed") from None
+        _clear_scratch(job)
         yield
+
+
+def _clear_scratch(job: Job) -> None:
+    """Removes what programs that were killed were writing for this job's units."""
+    names = {unit.name for unit in job.units}
+    for folder in (job.out / ".partial").glob("*"):
+        if folder.name.rpartition("-")[0] in names:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def read_mark(path: Path) -> dict | None:
+    """A unit's mark: "fingerprint", "files" (name: size and SHA-256), "summary". None where there is none."""
+    try:
+        mark = json.loads(path.read_text(encoding="utf-8"))
+        return mark if {"fingerprint", "files", "summary"} <= mark.keys() else None
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def remove_unit(mark: Path) -> None:
+    """Removes what a unit wrote: its mark first, so that what is left of its files is never taken for whole."""
+    files = (read_mark(mark) or {"files": {}})["files"]
+    mark.unlink(missing_ok=True)
+    for name in files:
+        (mark.parents[1] / name).unlink(missing_ok=True)
+
+
+def describe_error(error: Exception) -> str:
+    """One sentence for what a unit raised."""
+    return str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
 
 
 def write_json(path: Path, values: object) -> None:

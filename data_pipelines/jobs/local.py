@@ -1,60 +1,102 @@
 """Units of a job in processes of this machine."""
 
 import multiprocessing
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Generator, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from dataclasses import replace
+from multiprocessing.connection import Connection
 
-from data_pipelines.jobs.job import Job, Unit
+from data_pipelines.jobs.job import Job, Outcomes, Unit, describe_error
 
-ATTEMPTS = 2  # at a unit whose process dies: a decoder may crash on one file
+# Spawned: forking a process that runs threads (JAX, Grain) may deadlock.
+_SPAWN = multiprocessing.get_context("spawn")
 
 
 class LocalRunner:
     """Runs units in `workers` processes (0: in this one).
 
-    When a process dies (out of memory, a crash inside a decoder) the units that were under way are tried again one at
-    a time, so that only the one that kills its process fails.
+    When a process dies (out of memory, a crash inside a decoder) the others go on in new ones. The few units that were
+    under way are tried again together, and those that were under way when a process died again, one at a time: only
+    one that kills its process alone has failed. Processes end with this one, whatever ends it.
     """
 
     def __init__(self, workers: int):
         self.workers = workers
 
-    def __call__(self, job: Job, units: Sequence[Unit]) -> Iterator[tuple[Unit, dict | Exception]]:
+    def __call__(self, job: Job, units: Sequence[Unit]) -> Outcomes:
+        job = replace(job, units=())  # every unit that is sent takes the job along
         if not self.workers:
             yield from ((unit, _attempt(job, unit)) for unit in units)
             return
-        broken = yield from _run_pool(job, units, self.workers)
-        for unit in broken:
-            for attempt in range(ATTEMPTS):
-                if not (yield from _run_pool(job, [unit], 1)):
-                    break
-                if attempt + 1 == ATTEMPTS:
-                    yield unit, RuntimeError("its process died")
+        once = yield from self._rounds(job, units)
+        twice = yield from self._rounds(job, once)
+        for unit in twice:
+            if (yield from _run_pool(job, deque([unit]), 1)):
+                yield unit, RuntimeError("the process doing it died three times, at last alone: a crash or no memory")
+
+    def _rounds(self, job: Job, units: Iterable[Unit]) -> Generator[tuple[Unit, dict | Exception], None, list[Unit]]:
+        """Pools, one after the other, until each unit was done or under way when a pool broke; returns the latter."""
+        pending, lost = deque(units), []
+        while pending:
+            lost += yield from _run_pool(job, pending, min(self.workers, len(pending)))
+        return lost
 
 
-def _run_pool(job: Job, units: Sequence[Unit], workers: int) -> Iterator[tuple[Unit, dict | Exception]]:
-    """Yields what was done; returns the units that a dying process left undone."""
-    broken = []
-    # Spawned: forking a process that runs threads (JAX, Grain) may deadlock.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        futures: dict[Future, Unit] = {}
-        for unit in units:
-            try:
+def _run_pool(
+    job: Job, pending: deque[Unit], workers: int
+) -> Generator[tuple[Unit, dict | Exception], None, list[Unit]]:
+    """Takes units from `pending` and yields what was done, until none is left or a process dies.
+
+    Returns the units that were under way then.
+    """
+    held, holder = _SPAWN.Pipe(duplex=False)
+    pool = ProcessPoolExecutor(workers, mp_context=_SPAWN, initializer=_hold_on, initargs=(held,))
+    futures: dict[Future, Unit] = {}
+    broken = False
+    try:
+        while (pending or futures) and not broken:
+            # One more than there are workers, so that none waits for us; not all, of which there may be millions.
+            while pending and len(futures) <= workers:
+                unit = pending.popleft()
                 futures[pool.submit(_attempt, job, unit)] = unit
-            except BrokenProcessPool:
-                broken.append(unit)
-        for future in as_completed(futures):
-            try:
-                yield futures[future], future.result()
-            except BrokenProcessPool:
-                broken.append(futures[future])
-    return broken
+            done, _ = wait(futures, return_when=FIRST_COMPLETED)
+            for future in done:
+                if isinstance(future.exception(), BrokenProcessPool):
+                    broken = True
+                else:
+                    yield futures.pop(future), future.exception() or future.result()
+    except BrokenProcessPool:  # of `submit`
+        pending.appendleft(unit)
+    except BaseException:  # Ctrl-C, or the caller has stopped: nobody waits for what is under way
+        holder.close()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+        holder.close()
+        held.close()
+    return list(futures.values())
 
 
 def _attempt(job: Job, unit: Unit) -> dict | Exception:
     try:
         return job.do(unit)
     except Exception as error:
-        return error
+        return RuntimeError(describe_error(error))  # not every exception survives the way to another process
+
+
+def _hold_on(held: Connection) -> None:
+    """In a worker: ends it when the process that started it closes the other end of the pipe, or is no more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes of a terminal
+
+    def watch() -> None:
+        with suppress(EOFError, OSError):
+            held.recv_bytes()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
