@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 CORE = [
     "absl-py>=2.1",
     "array-record>=0.8",
-    "av>=14",
+    "av>=17",
     "einops>=0.8",
     "etils[epath]>=1.9",
     "flax>=0.12.8",

@@ -10,6 +10,7 @@ import av
 from av.container import InputContainer
 from av.stream import Stream
 
+from data_pipelines.limits import check_bytes, check_packets
 from data_pipelines.media import Media, reading
 
 FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,mp3,aac,flac,wav,gif,amr"
@@ -19,8 +20,9 @@ FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,mp3
 def opened(media: Media, kind: str) -> Iterator[InputContainer]:
     """The open container. What is raised inside becomes SampleError("unreadable_media"), naming `kind`."""
     with reading(media, kind):
-        if media.path is not None and media.path.stat().st_size == 0:
+        if media.size == 0:
             raise ValueError("the file is empty")
+        check_bytes(media.size, "video", media.name)
         source = media.open() if media.path is None else str(media.path)
         with av.open(source, options={"format_whitelist": FORMATS}) as container:
             yield container
@@ -33,14 +35,16 @@ def header_duration(stream: Stream) -> float | None:
     return float(stream.duration * stream.time_base)
 
 
-def demuxed_duration(container: InputContainer, stream: Stream) -> float:
+def demuxed_duration(container: InputContainer, stream: Stream, name: str) -> float:
     """Seconds from the first to the end of the last packet: reads the file through, decodes nothing.
 
-    Raises ValueError when all streams end a second or more before the file's header says.
+    Raises ValueError when all streams end a second or more before the file's header says, SampleError("too_big_media")
+    for too many packets.
     """
     starts: dict[int, float] = {}
     ends: dict[int, float] = {}
-    for packet in container.demux():
+    for number, packet in enumerate(container.demux()):
+        check_packets(number, name)
         if packet.pts is not None:
             start, end = (float(time * packet.time_base) for time in (packet.pts, packet.pts + (packet.duration or 0)))
             starts[packet.stream_index] = min(starts.get(packet.stream_index, start), start)

@@ -46,11 +46,12 @@ def visual_size(height: int, width: int, config: VisionConfig, frame: bool) -> t
     return smart_resize(height, width, limits, config.patch_size * config.spatial_merge_size)
 
 
-def resize_picture(picture: UInt8[np.ndarray, "h w 3"], height: int, width: int) -> UInt8[np.ndarray, "H W 3"]:
-    """Bicubic (Pillow) on uint8."""
-    if picture.shape[:2] == (height, width):
-        return picture
-    return np.array(Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC))
+def resize_picture(
+    picture: UInt8[np.ndarray, "h w 3"] | Image.Image, height: int, width: int
+) -> UInt8[np.ndarray, "H W 3"]:
+    """Bicubic (Pillow) on uint8 RGB."""
+    image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
 
 
 def patchify(
@@ -125,15 +126,38 @@ def log_mel(samples: Float32[np.ndarray, "t"], config: AudioConfig) -> Float32[n
     Periodic Hann, power spectrum, Slaney mels up to 8 kHz, log10 floored at 1e-10 and at the clip's maximum - 8, then
     (x + 4) / 4. The maximum also sees the frame past the valid ones that still touches the signal, as released.
     """
-    longest, half = config.max_audio_seconds * config.sampling_rate, config.n_fft // 2
-    padded = np.pad(np.pad(samples, (0, longest - len(samples))), half, mode="reflect")
     # Frames that see nothing but padding are skipped: their floor never decides the maximum.
-    touched = min(config.max_mel_frames, (len(samples) + half) // config.hop_length + 1)
-    frames = np.lib.stride_tricks.sliding_window_view(padded, config.n_fft)[:: config.hop_length][:touched]
-    # float64: in the quietest bins a float32 transform is wrong by 1e-5 of the largest mel.
-    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(config.n_fft) / config.n_fft)
-    power = (np.abs(np.fft.rfft(frames * window, axis=-1)) ** 2).astype(np.float32)
+    touched = min(config.max_mel_frames, (len(samples) + config.n_fft // 2) // config.hop_length + 1)
+    power = _power_spectrum(_reflected(samples, touched, config), config)
     mel = _mel_filters(config.sampling_rate, config.n_fft, config.num_mel_bins) @ power.T
     log = np.log10(np.maximum(mel, 1e-10))
     log = (np.maximum(log, log.max() - 8.0) + 4.0) / 4.0
     return np.ascontiguousarray(log[:, : mel_length(len(samples), config)], dtype=np.float32)
+
+
+def _reflected(samples: Float32[np.ndarray, "t"], frames: int, config: AudioConfig) -> Float32[np.ndarray, "s"]:
+    """What the first `frames` frames see: the window of 30 s filled up with zeros, reflected at both ends."""
+    longest, half = config.max_audio_seconds * config.sampling_rate, config.n_fft // 2
+    seen = np.zeros((frames - 1) * config.hop_length + config.n_fft, np.float32)
+    inside = min(len(samples), len(seen) - half)
+    seen[half : half + inside] = samples[:inside]
+    seen[:half] = seen[2 * half : half : -1]
+    past = len(seen) - half - longest  # samples beyond the 30 s
+    if past > 0:
+        end = half + longest - 1
+        seen[end + 1 :] = seen[end - past : end][::-1]
+    return seen
+
+
+_FRAMES_AT_ONCE = 256  # their transforms stay in the processor's cache
+
+
+def _power_spectrum(samples: Float32[np.ndarray, "s"], config: AudioConfig) -> Float32[np.ndarray, "f bins"]:
+    frames = np.lib.stride_tricks.sliding_window_view(samples, config.n_fft)[:: config.hop_length]
+    # float64: in the quietest bins a float32 transform is wrong by 1e-5 of the largest mel.
+    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(config.n_fft) / config.n_fft)
+    power = np.empty((len(frames), config.n_fft // 2 + 1), np.float32)
+    for first in range(0, len(frames), _FRAMES_AT_ONCE):
+        some = slice(first, first + _FRAMES_AT_ONCE)
+        power[some] = np.abs(np.fft.rfft(frames[some] * window, axis=-1)) ** 2
+    return power

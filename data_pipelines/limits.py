@@ -1,14 +1,15 @@
 """What one media file may be at most: refused as `too_big_media`, from its size and header, before anything is decoded.
 
-They are far above what a row of 65536 tokens can use, and keep what one file costs a worker bounded: at most 1.5 GB of
-memory (a sound of two hours; a still of 16 bits takes 1 GB). Headers can lie, so decoders count along.
+They are far above what a row of 65536 tokens can use (it holds 87 minutes of sound), and bound what one file costs a
+worker. Headers can lie, so decoders count along.
 """
 
 from data_pipelines.document import SampleError
 
 MAX_BYTES = {"image": 2**28, "sound": 2**31, "video": 2**33}
 
-MAX_PIXELS = 89_478_485  # of a still or a frame: above it Pillow suspects a decompression bomb
+MAX_PIXELS = 89_478_485  # of a still: above it Pillow suspects a decompression bomb
+MAX_FRAME_PIXELS = 139_264 * 16**2  # of a video: the largest frame that H.264 knows (8192x4352)
 MAX_SOUND_SECONDS = 2 * 3600
 MAX_SOUND_SAMPLES = MAX_SOUND_SECONDS * 48_000  # at the file's own rate
 MAX_CHANNELS = 32
@@ -23,7 +24,7 @@ def check_bytes(size: int, kind: str, name: str) -> None:
 
 
 def check_pixels(height: int, width: int, name: str) -> None:
-    """Raises SampleError("too_big_media") when a picture or the frames of a video have too many pixels."""
+    """Raises SampleError("too_big_media") when a still has too many pixels."""
     _check(height * width, MAX_PIXELS, name, f"pixels ({height}x{width})")
 
 
@@ -34,8 +35,9 @@ def check_sound(samples: int, rate: int, channels: int, name: str) -> None:
     _check(channels, MAX_CHANNELS, name, "channels")
 
 
-def check_video(seconds: float, name: str) -> None:
-    """Raises SampleError("too_big_media") for a video that is, or says it is, too long."""
+def check_video(height: int, width: int, seconds: float, name: str) -> None:
+    """Raises SampleError("too_big_media") for a video whose frames are too large, or that is too long."""
+    _check(height * width, MAX_FRAME_PIXELS, name, f"pixels a frame ({height}x{width})")
     _check(seconds, MAX_VIDEO_SECONDS, name, "seconds of video")
 
 
@@ -49,6 +51,6 @@ def check_decoded(pixels: int, name: str) -> None:
     _check(pixels, MAX_DECODED_PIXELS, name, "pixels to decode")
 
 
-def _check(found: float, limit: int, name: str, what: str) -> None:
+def _check(found: int | float, limit: int, name: str, what: str) -> None:
     if found > limit:
         raise SampleError("too_big_media", f"{name} has {round(found)} {what}, more than {limit}")

@@ -30,6 +30,11 @@ class Media:
         """A new binary stream at its start. Raises OSError when the file cannot be opened."""
         return io.BytesIO(self.data) if self.path is None else self.path.open("rb")
 
+    @property
+    def size(self) -> int:
+        """In bytes. Raises OSError when the file is gone."""
+        return len(self.data) if self.path is None else self.path.stat().st_size
+
     def content_hash(self) -> str:
         """SHA-256 of the bytes, in hex. Files are remembered by path, size and time of change."""
         if self.digest:
@@ -81,6 +86,21 @@ def _decode_base64(text: str) -> bytes:
         raise SampleError("unreadable_media", f"base64 media cannot be decoded: {error}") from error
 
 
+# First bytes of files that hold no media, by what to call them.
+_OTHER_FILES = {
+    b"PK\x03\x04": "a zip archive",
+    b"Rar!": "a RAR archive",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive",
+    b"\x1f\x8b": "a gzip file",
+    b"%PDF": "a PDF file",
+    b"Salted__": "an encrypted file",
+    b"-----BEGIN PGP": "an encrypted file",
+    b"<!": "a text of HTML",
+    b"<?xml": "a text of XML",
+    b"version https://git-lfs": "a pointer to a file in Git LFS",
+}
+
+
 @contextmanager
 def reading(media: Media, kind: str) -> Iterator[None]:
     """Turns whatever a decoder raises inside the block into SampleError("unreadable_media")."""
@@ -89,5 +109,17 @@ def reading(media: Media, kind: str) -> Iterator[None]:
     except SampleError:
         raise
     except Exception as error:  # on malformed files the decoders raise nearly anything
-        reason = str(error) or type(error).__name__
+        reason = _other_file(media) or str(error) or type(error).__name__
         raise SampleError("unreadable_media", f"{media.name} is not a readable {kind}: {reason}") from error
+
+
+def _other_file(media: Media) -> str:
+    """What the file is when its first bytes are not those of any media: "it is a zip archive"; else nothing."""
+    try:
+        with media.open() as file:
+            head = file.read(64).lstrip()
+    except OSError:
+        return ""
+    if not head:
+        return "the file is empty"
+    return next((f"it is {name}" for start, name in _OTHER_FILES.items() if head.startswith(start)), "")

@@ -39,16 +39,30 @@ def write_sound(path: Path, seconds: float, rate: int = 16000, **options) -> Pat
 
 
 def write_video(
-    path: Path, seconds: float, height: int = 64, width: int = 96, sound: float = 0, header_first: bool = False
+    path: Path,
+    seconds: float,
+    height: int = 64,
+    width: int = 96,
+    sound: float = 0,
+    header_first: bool = False,
+    changing: bool = False,
+    codec: str = "",
+    **options: str,
 ) -> Path:
-    """5 frames a second, grey of level 20 + 10 * the second they are in; an audio track of `sound` seconds if any."""
-    rate = 5
-    with av.open(str(path), "w", options={"movflags": "faststart"} if header_first else {}) as container:
-        stream = container.add_stream("mpeg4" if path.suffix == ".mp4" else "libvpx", rate=rate)
+    """5 frames a second, grey of level 20 + 10 * the second they are in; an audio track of `sound` seconds if any.
+
+    With `changing` each frame is another picture. `options` are those of the container.
+    """
+    rate, webm = 5, path.suffix == ".webm"
+    options |= {"movflags": "faststart"} if header_first else {}
+    with av.open(str(path), "w", options=options) as container:
+        stream = container.add_stream(codec or ("libvpx" if webm else "mpeg4"), rate=rate)
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-        track = container.add_stream("aac" if path.suffix == ".mp4" else "libopus", rate=48000) if sound else None
+        track = container.add_stream("libopus" if webm else "aac", rate=48000) if sound else None
         for i in range(round(seconds * rate)):
-            pixels = np.full((height, width, 3), 20 + 10 * (i // rate), np.uint8)
+            pixels = np.full((height, width, 3), 20 + (i if changing else 10 * (i // rate)) % 200, np.uint8)
+            if changing:
+                pixels[i % height, :, 0] = 255
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         container.mux(stream.encode(None))
         if track:

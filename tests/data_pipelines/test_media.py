@@ -1,22 +1,25 @@
 """Probing and decoding images, sounds and videos, and every way in which a file is refused."""
 
+import gzip
 import struct
+import zipfile
 
 import numpy as np
 import pytest
 import soundfile
 from PIL import Image
 
-from data_pipelines import images
+from data_pipelines import limits, sounds, videos
 from data_pipelines.document import SampleError
 from data_pipelines.images import decode_image, probe_image
 from data_pipelines.media import Media, find_media
 from data_pipelines.prompts import Reference
 from data_pipelines.sounds import clip_key, decode_sound, probe_sound
-from data_pipelines.videos import decode_frames, frame_times, probe_video
+from data_pipelines.videos import decode_frames, frame_times, probe_video, read_video
 from tests.data_pipelines.small_media import as_base64, media, tone, write_image, write_sound, write_video
 
 RATE = 16000
+KEY = {"encryption_key": "0f" * 16, "encryption_kid": "f0" * 16}
 
 
 def refused(call, cause, message):
@@ -64,6 +67,30 @@ class TestPaths:
         refused(lambda: find_media(Reference(base64="???"), tmp_path), "unreadable_media", "base64")
 
 
+class TestOtherFiles:
+    def test_archives_and_encrypted_files_are_named(self, tmp_path):
+        """By what they are, whatever their name claims."""
+        names = {"a.zip": "a zip archive", "b.gz": "a gzip file", "c.pdf": "a PDF file", "d.enc": "an encrypted file"}
+        with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+            archive.writestr("a.png", b"picture")
+        (tmp_path / "b.gz").write_bytes(gzip.compress(b"picture"))
+        (tmp_path / "c.pdf").write_bytes(b"%PDF-1.7 /Encrypt")
+        (tmp_path / "d.enc").write_bytes(b"Salted__" + bytes(range(200)))
+        for name, what in names.items():
+            data = (tmp_path / name).read_bytes()
+            for probe, suffix in ((probe_image, "jpg"), (as_sound, "mp3"), (as_video, "mp4")):
+                found = Media(f"x.{suffix}", None, data)
+                refused(lambda probe=probe, found=found: probe(found), "unreadable_media", f"x.{suffix} .*it is {what}")
+
+
+def as_sound(found):
+    return probe_sound(found, RATE)
+
+
+def as_video(found):
+    return probe_video(found, 1.0, 8)
+
+
 class TestImages:
     @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "a.bmp", "a.gif"])
     def test_probe_is_the_decoded_size(self, tmp_path, name):
@@ -87,16 +114,22 @@ class TestImages:
         path = write_image(tmp_path / "a.jpg", 20, 40, exif=exif)
         assert probe_image(media(path)) == decode_image(media(path)).shape[:2] == (20, 40)
 
-    def test_sizes_that_are_refused(self, tmp_path, monkeypatch):
+    def test_sizes_that_are_refused(self, tmp_path):
         for height, width, message in ((16, 16, "at most 256 pixels"), (2, 402, "aspect ratio exceeds 200")):
             path = write_image(tmp_path / f"{width}.png", height, width)
             refused(lambda path=path: probe_image(media(path)), "unreadable_media", message)
         assert probe_image(media(write_image(tmp_path / "ok.png", 2, 400))) == (2, 400)
+
+    def test_too_big(self, tmp_path, monkeypatch):
         path = write_image(tmp_path / "large.png", 100, 100)
-        monkeypatch.setattr(images, "MAX_PIXELS", 9999)
-        refused(lambda: probe_image(media(path)), "unreadable_media", "more than 9999 pixels")
+        monkeypatch.setattr(limits, "MAX_PIXELS", 9999)
+        refused(
+            lambda: probe_image(media(path)), "too_big_media", "large.png has 10000 pixels .100x100., more than 9999"
+        )
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-        refused(lambda: decode_image(media(path)), "unreadable_media", "decompression bomb")
+        refused(lambda: decode_image(media(path)), "too_big_media", "large.png .* decompression bomb")
+        monkeypatch.setitem(limits.MAX_BYTES, "image", 1000)
+        refused(lambda: probe_image(media(path)), "too_big_media", "large.png has [0-9]+ bytes of one image")
 
     def test_unreadable(self, tmp_path):
         (tmp_path / "text.jpg").write_text("not a picture")
@@ -131,8 +164,8 @@ class TestSounds:
         np.testing.assert_array_equal(decode_sound(media(tmp_path / "a.wav"), 6000, RATE), values / np.float32(32768))
 
     def test_channels_are_averaged(self, tmp_path):
-        soundfile.write(tmp_path / "a.wav", np.stack([tone(1), -tone(1)], axis=1), RATE)
-        assert np.abs(decode_sound(media(tmp_path / "a.wav"), RATE, RATE)).max() < 1e-4
+        soundfile.write(tmp_path / "a.wav", np.stack([tone(1), -0.5 * tone(1)], axis=1), RATE)
+        np.testing.assert_allclose(decode_sound(media(tmp_path / "a.wav"), RATE, RATE), 0.25 * tone(1), atol=1e-4)
 
     @pytest.mark.parametrize("name", ["a.mp4", "a.webm"])
     def test_the_track_of_a_video(self, tmp_path, name):
@@ -176,9 +209,33 @@ class TestSounds:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
         refused(lambda: decode_sound(media(path), samples, RATE), "unreadable_media", "a.flac")
 
-    def test_a_header_that_claims_days(self, tmp_path):
-        soundfile.write(tmp_path / "a.wav", np.zeros(86401, np.int16), 1)
-        refused(lambda: probe_sound(media(tmp_path / "a.wav"), RATE), "unreadable_media", "claims to be 24 hours")
+    def test_too_big(self, tmp_path, monkeypatch):
+        soundfile.write(tmp_path / "a.wav", np.zeros(7201, np.int16), 1)
+        refused(lambda: probe_sound(media(tmp_path / "a.wav"), RATE), "too_big_media", "7201 seconds of sound")
+        soundfile.write(tmp_path / "many.wav", np.zeros((10, 33), np.int16), RATE)
+        refused(lambda: probe_sound(media(tmp_path / "many.wav"), RATE), "too_big_media", "33 channels")
+        film, song = media(write_video(tmp_path / "a.mp4", 2, sound=2)), media(write_sound(tmp_path / "a.flac", 2))
+        monkeypatch.setattr(limits, "MAX_SOUND_SECONDS", 1)
+        for found in (film, song):
+            refused(lambda found=found: probe_sound(found, RATE), "too_big_media", "seconds of sound, more than 1")
+        monkeypatch.undo()
+        monkeypatch.setattr(sounds, "MAX_SOUND_SAMPLES", 10000)  # as if the header had claimed less
+        for found in (film, song):
+            refused(lambda found=found: decode_sound(found, 32000, RATE), "too_big_media", "more than 10000 samples")
+        monkeypatch.setitem(limits.MAX_BYTES, "sound", 1000)
+        refused(lambda: probe_sound(song, RATE), "too_big_media", "bytes of one sound")
+
+    def test_silence(self, tmp_path):
+        for name, loudest in (("zeros.wav", 0), ("dither.wav", 1), ("a.flac", 1)):
+            wave = np.zeros(RATE, np.int16)
+            wave[100] = -loudest
+            soundfile.write(tmp_path / name, wave, RATE)
+            refused(
+                lambda name=name: decode_sound(media(tmp_path / name), RATE, RATE), "silent_audio", f"{name} is sil"
+            )
+        wave[100] = -2
+        soundfile.write(tmp_path / "quiet.wav", wave, RATE)
+        assert decode_sound(media(tmp_path / "quiet.wav"), RATE, RATE).min() < 0
 
     def test_keys_follow_the_content(self, tmp_path):
         path = write_sound(tmp_path / "a.wav", 1)
@@ -212,6 +269,42 @@ class TestVideos:
         found = media(write_video(tmp_path / "a.mp4", 2))
         frames = decode_frames(found, (0.0, 1.0, 1.95, 2.5))
         assert [round((frame.mean() - 20) / 10) for frame in frames] == [0, 1, 1, 1]
+
+    @pytest.mark.parametrize("name", ["a.mp4", "a.webm", "a.mkv", "a.avi", "a.ts"])
+    def test_jumps_between_key_frames_change_no_pixel(self, tmp_path, name, monkeypatch):
+        found = media(write_video(tmp_path / name, 60, changing=True))
+        times = (0.0, 0.4, 5.0, 23.3, 29.0, 58.8)
+        frames = decode_frames(found, times)
+        monkeypatch.setattr(videos, "_JUMP", np.inf)
+        for frame, expected in zip(frames, decode_frames(found, times), strict=True):
+            np.testing.assert_array_equal(frame, expected)
+        for frame, expected in zip(
+            read_video(found, 1.0, 7), decode_frames(found, probe_video(found, 1.0, 7).times), strict=True
+        ):
+            np.testing.assert_array_equal(frame, expected)
+
+    def test_jumps_decode_less(self, tmp_path, monkeypatch):
+        found = media(write_video(tmp_path / "a.mp4", 60, changing=True))
+        monkeypatch.setattr(limits, "MAX_DECODED_PIXELS", 150 * 64 * 96)  # half of its 300 frames
+        assert len(decode_frames(found, (0.0, 55.0))) == 2
+        refused(lambda: decode_frames(found, tuple(map(float, range(60)))), "too_big_media", "pixels to decode")
+
+    def test_too_big(self, tmp_path, monkeypatch):
+        film, stream = media(write_video(tmp_path / "a.mp4", 2)), media(write_video(tmp_path / "a.webm", 2))
+        monkeypatch.setattr(limits, "MAX_PACKETS", 5)
+        refused(lambda: probe_video(stream, 1.0, 8), "too_big_media", "a.webm has 6 packets")
+        monkeypatch.setattr(limits, "MAX_VIDEO_SECONDS", 1)
+        refused(lambda: probe_video(film, 1.0, 8), "too_big_media", "2 seconds of video")
+        monkeypatch.setattr(limits, "MAX_FRAME_PIXELS", 1000)
+        refused(lambda: probe_video(film, 1.0, 8), "too_big_media", "64x96")
+        monkeypatch.setitem(limits.MAX_BYTES, "video", 1000)
+        refused(lambda: probe_video(film, 1.0, 8), "too_big_media", "bytes of one video")
+
+    def test_encrypted(self, tmp_path):
+        """Its header is plain, its frames are not."""
+        path = write_video(tmp_path / "a.mp4", 3, codec="libx264", encryption_scheme="cenc-aes-ctr", **KEY)
+        found = media(path)
+        refused(lambda: decode_frames(found, probe_video(found, 1.0, 8).times), "unreadable_media", "a.mp4")
 
     def test_a_longer_sound_track_adds_no_frames(self, tmp_path):
         for name in ("a.mp4", "a.webm"):
