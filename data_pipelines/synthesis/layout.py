@@ -1,0 +1,108 @@
+"""Text set on pages: words wrapped into lines, lines into columns, columns into pages; no character is lost.
+
+The lines of all pages, joined, are the text again: `"".join(page.text for page in pages)` less the line ends.
+"""
+
+import re
+import unicodedata
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+# A line does not end after an opening sign, nor begin with a closing one.
+_OPEN, _CLOSE = "（《〈「『【〔“‘", "，。、！？；：）》〉」』】〕”’…—·"
+_WIDE = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003134f"
+_PIECE = re.compile(rf"[{_OPEN}]*(?:[{_WIDE}]|[^\s{_WIDE}{_OPEN}{_CLOSE}]+|)[{_CLOSE}]* *")
+
+LEADING = 1.4  # height of a line, in font sizes
+PARAGRAPH_GAP = 0.6  # between paragraphs, in font sizes
+
+
+@dataclass(frozen=True)
+class PageStyle:
+    """Sizes of a page and its letters, in pixels."""
+
+    width: int
+    height: int
+    font: str
+    size: int
+    columns: int = 1
+    ink: tuple[int, int, int] = (0, 0, 0)
+    paper: tuple[int, int, int] = (255, 255, 255)
+
+    @property
+    def margin(self) -> int:
+        return max(20, 2 * self.size)
+
+    @property
+    def column_width(self) -> int:
+        return (self.width - (self.columns + 1) * self.margin) // self.columns
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line with the spaces it ends in; `ends` says that its paragraph ends there."""
+
+    text: str
+    ends: bool
+
+
+@dataclass(frozen=True)
+class Page:
+    """Lines with the (x, y) of their upper left corners; `bottom` is where the last of them ends."""
+
+    lines: tuple[tuple[int, int, Line], ...]
+    bottom: int
+
+    @property
+    def text(self) -> str:
+        """What a reader reads: wrapped lines joined, a line end after each paragraph."""
+        return "".join(line.text + "\n" * line.ends for _, _, line in self.lines).strip()
+
+
+def normalise(text: str) -> str:
+    """Composed characters, single spaces, single line ends; control characters left out."""
+    text = unicodedata.normalize("NFC", text.replace("\r\n", "\n"))
+    text = re.sub(r"[^\S\n]+", " ", text)
+    text = "".join(c for c in text if c == "\n" or unicodedata.category(c) not in ("Cc", "Cf", "Cn", "Co", "Cs"))
+    return re.sub(r" *\n[ \n]*", "\n", text).strip()
+
+
+def wrap(text: str, width: float, measure: Callable[[str], float]) -> Iterator[Line]:
+    """The lines of a normalised text, none wider than `width` where a single character is not.
+
+    `measure` tells the width of a text. Breaks stand at spaces and beside Chinese characters; a longer word is cut.
+    """
+    for paragraph in text.split("\n"):
+        line, used = "", 0.0
+        for piece in _fitting(_PIECE.findall(paragraph), width, measure):
+            if line and used + measure(piece.rstrip(" ")) > width:
+                yield Line(line, ends=False)
+                line, used = "", 0.0
+            line, used = line + piece, used + measure(piece)
+        yield Line(line, ends=True)
+
+
+def _fitting(pieces: list[str], width: float, measure: Callable[[str], float]) -> Iterator[str]:
+    for piece in pieces:
+        if measure(piece.rstrip(" ")) <= width:
+            yield piece
+        else:
+            yield from piece  # character by character
+
+
+def paginate(lines: Iterator[Line], style: PageStyle) -> Iterator[Page]:
+    """Lines set from the top into the columns of one page after the other."""
+    placed: list[tuple[int, int, Line]] = []
+    column, y, bottom = 0, style.margin, 0
+    for line in lines:
+        if y + LEADING * style.size > style.height - style.margin and y > style.margin:
+            column, y = column + 1, style.margin
+            if column == style.columns:
+                yield Page(tuple(placed), bottom)
+                placed, column, bottom = [], 0, 0
+        placed.append((style.margin + column * (style.column_width + style.margin), y, line))
+        y += round(LEADING * style.size)
+        bottom = max(bottom, y)
+        y += round(PARAGRAPH_GAP * style.size) * line.ends
+    if placed:
+        yield Page(tuple(placed), bottom)
