@@ -10,7 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from baichuan_omni_jax.config import ConfigError
-from data_pipelines.jobs.job import Job, Outcomes, Unit, describe_error, write_json
+from data_pipelines.jobs.job import Job, Outcomes, Unit, write_json
+from data_pipelines.jobs.local import LocalRunner
 
 try:
     import apache_beam as beam
@@ -40,7 +41,8 @@ class BeamRunner:
                 # Reshuffled: otherwise one worker would do all that one Create emits.
                 _ = pipeline | beam.Create(units) | beam.Reshuffle() | beam.Map(_do, replace(job, units=()))
         except Exception as error:
-            raise ConfigError(f"{job.title}: Apache Beam failed: {error}") from error
+            reason = (str(error).strip() or type(error).__name__).splitlines()[-1]  # after the workers' tracebacks
+            raise ConfigError(f"{job.title}: Apache Beam failed: {reason}") from error
         for unit in units:
             yield unit, _outcome(job, unit)
 
@@ -51,13 +53,15 @@ def _local_arguments(workers: int) -> list[str]:
 
 
 def _do(unit: Unit, job: Job) -> None:
-    """An exception would end the whole pipeline: it is left in a file instead."""
+    """In a process of its own: one that died would stop Beam's local runner for ever, and others' after some attempts.
+
+    An exception would end the whole pipeline: it is left in a file instead.
+    """
     failure = _failure(job, unit)
     failure.unlink(missing_ok=True)
-    try:
-        job.do(unit)
-    except Exception as error:
-        write_json(failure, {"error": describe_error(error)})
+    for _, outcome in LocalRunner(1)(job, [unit]):
+        if isinstance(outcome, Exception):
+            write_json(failure, {"error": str(outcome)})
 
 
 def _outcome(job: Job, unit: Unit) -> dict | Exception:

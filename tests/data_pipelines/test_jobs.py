@@ -14,7 +14,8 @@ from baichuan_omni_jax.config import ConfigError
 from data_pipelines.jobs import Job, Unit, run_job
 from data_pipelines.jobs.runners import make_runner
 
-ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+PATHS = os.pathsep.join([str(HERE.parents[1]), str(HERE)])
 
 
 def work(unit: Unit, folder: Path) -> dict:
@@ -115,9 +116,8 @@ def test_no_process_outlives_the_program(tmp_path, signal_number):
     )
     script = tmp_path / "script.py"
     script.write_text(code)
-    paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
     process = subprocess.Popen(
-        [sys.executable, str(script)], env=os.environ | {"PYTHONPATH": paths}, stderr=subprocess.DEVNULL
+        [sys.executable, str(script)], env=os.environ | {"PYTHONPATH": PATHS}, stderr=subprocess.DEVNULL
     )
     job = make_job(tmp_path, [])
     wait_for(lambda: len(tried(job)) == 2)
@@ -163,8 +163,9 @@ def test_beam_that_is_not_installed(monkeypatch):
         make_runner("beam", 1)
 
 
-def test_beam_does_the_same_as_processes(tmp_path, quiet):
+def test_beam_does_the_same_as_processes(tmp_path, quiet, monkeypatch):
     pytest.importorskip("apache_beam", reason="needs the extra beam")
+    monkeypatch.setenv("PYTHONPATH", PATHS)  # its processes import `work`
     texts = ["a", "bb", "fail", "dddd"]
     for name, workers in (("local", 0), ("beam", 2)):
         job = make_job(tmp_path / name, texts)
