@@ -5,7 +5,7 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data_pipelines.document import Document
+from data_pipelines.document import Document, SampleError
 from data_pipelines.media import Media
 
 
@@ -21,6 +21,7 @@ class Draft:
     folder: str
     number: int
     documents: list[tuple[str, dict]] = field(default_factory=list)
+    skipped: list[SampleError] = field(default_factory=list)
     _media: dict[str, bytes | Media] = field(default_factory=dict)
 
     def add(self, text: str, type: str, part: str = "") -> None:
@@ -32,6 +33,10 @@ class Draft:
         made = sum(other == part for other, _ in self.documents) + 1
         identifier = f"{self.source.id}-{part}" + (f"-{made}" if made > 1 else "")
         self.documents.append((part, {"id": identifier, "type": type, "text": text}))
+
+    def skip(self, cause: str, message: str) -> None:
+        """Counts something of the source that could not be used, while the rest of it can."""
+        self.skipped.append(SampleError(cause, message))
 
     def save(self, content: bytes, suffix: str) -> str:
         """Keeps a new media file with these bytes; returns its path. `suffix` is `.wav`, `.png`, ..."""

@@ -71,14 +71,15 @@ class MakeDocuments:
                 if isinstance(document, SampleError):
                     raise document
                 self.maker(document, draft)
+                draft.write_media(folder)
+                for part, values in draft.documents:
+                    made[part] += 1
+                    parts.setdefault(part, []).append(_line(values))
             except SampleError as error:
+                draft.skipped.append(error)
+            for error in draft.skipped:
                 skipped[error.cause] += 1
                 parts.setdefault(SKIPPED, []).append(_line(_explain(where, document, error)))
-                continue
-            draft.write_media(folder)
-            for part, values in draft.documents:
-                made[part] += 1
-                parts.setdefault(part, []).append(_line(values))
         for part, lines in parts.items():
             (folder / unit.name / f"{part}.jsonl").write_text("".join(lines), encoding="utf-8")
         return {"made": dict(sorted(made.items())), "skipped": dict(sorted(skipped.items()))}
