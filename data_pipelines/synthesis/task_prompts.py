@@ -1,0 +1,30 @@
+"""What the new documents ask for, in English and in Chinese. The released ASR prompt comes first, as it is."""
+
+import random
+
+TRANSCRIBE = {
+    "zh": ("将语音转录为文本:", "请把听到的话写下来：", "请转写这段语音："),
+    "en": ("Transcribe the speech into text:", "Write down what you hear:", "What is said in this recording?"),
+}
+READ_ALOUD = {
+    "zh": ("将文本转换为语音：", "请朗读下面的文字：", "请把这句话读出来："),
+    "en": ("Convert the text into speech: ", "Read this aloud: ", "Say the following: "),
+}
+CONTINUE_PICTURE = {
+    "zh": (
+        "文中有些句子是语音。请看图、听语音，把文字补充完整。",
+        "请结合图片和听到的内容，写出其余的文字。",
+        "请先听语音，再结合图片补充图中的其他信息。",
+    ),
+    "en": (
+        "Some of the sentences are spoken. Look at the pictures, listen, and complete the text.",
+        "Write the rest of the text from the pictures and from what you hear.",
+        "Listen to the speech, then add what else the pictures show.",
+    ),
+}
+"""Sentences about pictures are heard; the others are to be written."""
+
+
+def choose_prompt(prompts: dict[str, tuple[str, ...]], language: str, rng: random.Random) -> str:
+    """A prompt in the language of the text; for a text in another one, in either."""
+    return rng.choice(prompts.get(language) or [prompt for choices in prompts.values() for prompt in choices])
