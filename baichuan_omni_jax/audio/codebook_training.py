@@ -1,0 +1,148 @@
+"""Training of one codebook: running means of the vectors that chose each code, and a new place for unused codes.
+
+Sums go over the valid vectors of the global batch, so a codebook is the same on any mesh, and a code that any device
+uses counts as used. A codebook that nothing was quantised with yet is seeded with vectors of the batch.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Float32, Int32, PRNGKeyArray
+
+from baichuan_omni_jax.nn.param import Compute
+
+CLIPS = "batch"
+SMOOTHING = 1e-5  # Laplace: counts a code has before anything chose it
+
+
+class CodebookState(NamedTuple):
+    """A codebook in training, whole on every device: `embed` (k, d) is what vectors are compared with.
+
+    `embed_avg` and `cluster_size` are the running sum and count of the vectors that chose each code; `unused` counts
+    the steps since the last one did.
+    """
+
+    embed: Float32[Array, "k d"]
+    embed_avg: Float32[Array, "k d"]
+    cluster_size: Float32[Array, " k"]
+    unused: Int32[Array, " k"]
+
+
+class Averaging(NamedTuple):
+    """How a codebook moves in one step: what stays of the running means, the share by which codes are pulled towards
+    zero, and after how many unused steps a code is placed anew (0: never). Numbers or scalars.
+    """
+
+    decay: Float[Array, ""] | float
+    shrink: float
+    restart_after: Int32[Array, ""] | int
+
+
+def squared_distances(x: Float32[Array, "m g d"], embed: Float32[Array, "k d"]) -> Float32[Array, "m g k"]:
+    """Half the squared distances to all codes, less |x|^2 / 2, which is the same for each."""
+    products = jnp.einsum("mgd,kd->mgk", x, embed, precision=jax.lax.Precision.HIGHEST)
+    return 0.5 * jnp.sum(embed * embed, -1) - products
+
+
+def seed(
+    key: PRNGKeyArray, x: Float32[Array, "m g d"], valid: Bool[Array, "m g"], state: CodebookState, compute: Compute
+) -> CodebookState:
+    """Every code a vector of the batch, each as often as any other."""
+    embed = _draw(key, x, valid, jnp.arange(state.embed.shape[0]), compute)
+    return CodebookState(embed, embed, jnp.ones_like(state.cluster_size), jnp.zeros_like(state.unused))
+
+
+def move(
+    key: PRNGKeyArray,
+    x: Float32[Array, "m g d"],
+    valid: Bool[Array, "m g"],
+    codes: Int32[Array, "m g"],
+    state: CodebookState,
+    averaging: Averaging,
+    compute: Compute,
+) -> CodebookState:
+    """The codebook after a batch in which the vectors `x` chose `codes`.
+
+    With decay a, count c and sum s of a code's vectors: cluster_size = a cluster_size + (1 - a) c, embed_avg likewise
+    with s, embed = (1 - shrink) embed_avg / cluster_size, the sizes smoothed by `SMOOTHING`. A code unused for
+    `restart_after` steps becomes a vector of the batch, its size 1. Without a valid vector nothing changes.
+    """
+    size = state.embed.shape[0]
+    counts, sums = _sums(x, valid, codes, size, compute)
+    decay = averaging.decay
+    cluster_size = decay * state.cluster_size + (1 - decay) * counts
+    embed_avg = decay * state.embed_avg + (1 - decay) * sums
+    total = cluster_size.sum()
+    smoothed = (cluster_size + SMOOTHING) * total / (total + size * SMOOTHING)
+    # A code that nothing ever chose stays where it is: its running sum has nothing to say.
+    known = (cluster_size > SMOOTHING)[:, None]
+    embed = jnp.where(known, (1 - averaging.shrink) * embed_avg / jnp.maximum(smoothed, 1e-30)[:, None], state.embed)
+    moved = CodebookState(embed, embed_avg, cluster_size, jnp.where(counts > 0, 0, state.unused + 1))
+    moved = _restart(key, x, valid, moved, averaging.restart_after, compute)
+    return jax.tree.map(lambda new, old: jnp.where(jnp.any(valid), new, old), moved, state)
+
+
+def usage(state: CodebookState, window: int) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """The share of codes used in the last `window` steps, and the perplexity of the running counts (at most k)."""
+    share = state.cluster_size / jnp.maximum(state.cluster_size.sum(), 1e-30)
+    entropy = -jnp.sum(jnp.where(share > 0, share * jnp.log(jnp.maximum(share, 1e-30)), 0.0))
+    return jnp.mean(state.unused < window, dtype=jnp.float32), jnp.exp(entropy)
+
+
+def _restart(key, x, valid, state: CodebookState, after, compute: Compute) -> CodebookState:
+    dead = (state.unused >= after) & (jnp.asarray(after) > 0)
+
+    def place():
+        # Numbered among the dead, so that they take different vectors while there are enough.
+        fresh = _draw(key, x, valid, jnp.cumsum(dead) - 1, compute)
+        return CodebookState(
+            jnp.where(dead[:, None], fresh, state.embed),
+            jnp.where(dead[:, None], fresh, state.embed_avg),
+            jnp.where(dead, 1.0, state.cluster_size),
+            jnp.where(dead, 0, state.unused),
+        )
+
+    return jax.lax.cond(jnp.any(dead), place, lambda: state)
+
+
+def _draw(key, x, valid, numbers: Int32[Array, " k"], compute: Compute) -> Float32[Array, "k d"]:
+    """Vectors of the global batch, one for each of `numbers`: equal numbers get the same one, others another one
+    until all are taken.
+    """
+    real = jax.sharding.reshard(valid, P(None, None)).reshape(-1)
+    order = jnp.argsort(jnp.where(real, jax.random.uniform(key, real.shape), 2.0))
+    places = order[jnp.maximum(numbers, 0) % jnp.maximum(real.sum(), 1)]
+    return _rows(x, places, compute)
+
+
+def _sums(x, valid, codes, size: int, compute: Compute) -> tuple[Float32[Array, " k"], Float32[Array, "k d"]]:
+    """How many vectors of the global batch chose each code, and their sum."""
+
+    def local(x, valid, codes):
+        codes = jnp.where(valid, codes, size).reshape(-1)  # beyond the last: dropped
+        counts = jnp.zeros(size).at[codes].add(1.0, mode="drop")
+        sums = jnp.zeros((size, x.shape[-1])).at[codes].add(x.reshape(-1, x.shape[-1]), mode="drop")
+        return jax.lax.psum((counts, sums), compute.rules.axes(CLIPS))
+
+    clips = [compute.rules.spec(CLIPS, *[None] * (array.ndim - 1)) for array in (x, valid, codes)]
+    return _by_shard(local, (x, valid, codes), clips, (P(None), P(None, None)))
+
+
+def _rows(x, places: Int32[Array, " k"], compute: Compute) -> Float32[Array, "k d"]:
+    """Vectors of the global batch by their place in it, (clip, frame) counted as one."""
+
+    def local(x, places):
+        mine = places - jax.lax.axis_index(compute.rules.axes(CLIPS)) * (x.shape[0] * x.shape[1])
+        rows = x.reshape(-1, x.shape[-1]).at[mine].get(mode="fill", fill_value=0.0)
+        rows = jnp.where((mine >= 0)[:, None], rows, 0.0)
+        return jax.lax.psum(rows, compute.rules.axes(CLIPS))
+
+    in_specs = compute.rules.spec(CLIPS, None, None), P(None)
+    return _by_shard(local, (x, places), in_specs, P(None, None))
+
+
+def _by_shard(function, arrays, in_specs, out_specs):
+    mesh, arrays = jax.typeof(arrays[0]).sharding.mesh, map(jax.sharding.reshard, arrays, in_specs)
+    return jax.shard_map(function, mesh=mesh, in_specs=tuple(in_specs), out_specs=out_specs, check_vma=False)(*arrays)

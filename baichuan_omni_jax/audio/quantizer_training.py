@@ -1,0 +1,152 @@
+"""Training of the residual quantiser: codes that move with the data, gradients that pass straight through.
+
+The released checkpoint holds what this makes (`embed`, `embed_avg`, `cluster_size`); the recipe is MODEL.md section 8.
+Nothing is mutated: codebooks come in as arguments and go out as results.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, Int32, PRNGKeyArray
+
+from baichuan_omni_jax.audio.codebook_training import Averaging, CodebookState, move, seed, squared_distances
+from baichuan_omni_jax.nn.param import Compute, split_as
+
+CLIPS = "batch"
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizerSchedule:
+    """How the quantiser trains, by step (counted from 0).
+
+    `decay` and `shrink` are those of `codebook_training.Averaging`; codes unused for `restart_after` steps (0: never)
+    are placed anew. The first `init_steps` batches are one pass of k-means: the first seeds the codebooks, the running
+    means forget nothing, unused codes are placed anew at once.
+    `temperature` of the Gumbel noise on distances, in units of the mean squared residual, falls linearly from the first
+    to the second number in `temperature_steps` (both 0: always the nearest code). `level_dropout` is the share of clips
+    of which only the first few levels are kept, their number drawn evenly. The share of clips that see quantised
+    features grows linearly from `quantised_share` to 1 in `quantised_steps`; the others see them as they were.
+    """
+
+    decay: float = 0.99
+    shrink: float = 0.0
+    restart_after: int = 200
+    init_steps: int = 10
+    temperature: tuple[float, float] = (0.0, 0.0)
+    temperature_steps: int = 10000
+    level_dropout: float = 0.1
+    quantised_share: float = 0.1
+    quantised_steps: int = 10000
+
+    @property
+    def sampled(self) -> bool:
+        """Whether codes are ever drawn."""
+        return max(self.temperature) > 0
+
+    def averaging(self, step: Int32[Array, ""]) -> Averaging:
+        """Of the codebooks in this step."""
+        first = step < self.init_steps
+        mean = step.astype(jnp.float32) / (step + 1)
+        never = 0 if self.restart_after == 0 else self.restart_after
+        return Averaging(jnp.where(first, mean, self.decay), self.shrink, jnp.where(first & (never > 0), 1, never))
+
+    def noise(self, step: Int32[Array, ""]) -> Float[Array, ""]:
+        """The temperature in this step."""
+        start, end = self.temperature
+        return start + (end - start) * _progress(step, self.temperature_steps)
+
+    def share(self, step: Int32[Array, ""]) -> Float[Array, ""]:
+        """The share of clips that see quantised features in this step."""
+        return self.quantised_share + (1.0 - self.quantised_share) * _progress(step, self.quantised_steps)
+
+
+class Quantised(NamedTuple):
+    """What a training step makes of features (m, g, d).
+
+    `features`: quantised where the clip sees that, with the gradient of the features that came in. `commitment`: the
+    mean over valid frames and width of (features - sum of codes)^2, whose gradient moves the features only.
+    `residuals` (levels,): the same mean after each level. `states` are the codebooks after the step.
+    """
+
+    features: Float[Array, "m g d"]
+    commitment: Float32[Array, ""]
+    residuals: Float32[Array, " q"]
+    codes: Int32[Array, "m g q"]
+    states: tuple[CodebookState, ...]
+
+
+def quantize_in_training(
+    key: PRNGKeyArray,
+    features: Float[Array, "m g d"],
+    valid: Bool[Array, "m g"],
+    states: Sequence[CodebookState],
+    step: Int32[Array, ""],
+    schedule: QuantizerSchedule,
+    compute: Compute,
+) -> Quantised:
+    """One training step of the quantiser on clips, split over the batch axes; invalid frames count for nothing."""
+    with jax.named_scope("quantize_in_training"):
+        x = split_as(jax.lax.stop_gradient(features).astype(jnp.float32), compute, CLIPS)
+        valid = split_as(valid, compute, CLIPS)
+        keys = jax.random.split(key, len(states) + 1)
+        kept = kept_levels(keys[-1], x.shape[0], len(states), step, schedule)
+        residual, seen, total, codes, left, moved = x, 0.0, 0.0, [], [], []
+        for level, (level_key, state) in enumerate(zip(keys, states, strict=False)):
+            code, chosen, state = _level(level_key, residual, valid, state, step, schedule, compute)
+            total = total + chosen
+            seen = seen + jnp.where(kept[:, level, None, None], chosen, 0.0)
+            residual = residual - chosen
+            codes.append(jnp.where(valid, code, 0))
+            left.append(_mean(residual**2, valid))
+            moved.append(state)
+        seen = jnp.where(kept[:, :1, None], seen, x)
+        commitment = _mean((features.astype(jnp.float32) - total) ** 2, valid)
+        out = features + jax.lax.stop_gradient(seen.astype(features.dtype) - features)
+    return Quantised(out, commitment, jnp.stack(left), jnp.stack(codes, -1), tuple(moved))
+
+
+def kept_levels(
+    key: PRNGKeyArray, clips: int, levels: int, step: Int32[Array, ""], schedule: QuantizerSchedule
+) -> Bool[Array, "m q"]:
+    """Which levels each clip sees: none (its features as they were), all, or the first few."""
+    sees, cut, count = jax.random.split(key, 3)
+    some = jnp.where(
+        jax.random.uniform(cut, (clips,)) < schedule.level_dropout,
+        jax.random.randint(count, (clips,), 1, levels + 1),
+        levels,
+    )
+    count = jnp.where(jax.random.uniform(sees, (clips,)) < schedule.share(step), some, 0)
+    return jnp.arange(levels) < count[:, None]
+
+
+def _level(key, residual, valid, state, step, schedule: QuantizerSchedule, compute: Compute):
+    """Codes (m, g), the chosen vectors, and the level's codebook after the step."""
+    for_seed, for_codes, for_restart = jax.random.split(key, 3)
+    state = jax.lax.cond(step == 0, lambda: seed(for_seed, residual, valid, state, compute), lambda: state)
+    scores = squared_distances(residual, state.embed)
+    if schedule.sampled:
+        scale = schedule.noise(step) * 0.5 * _mean(residual**2, valid) * residual.shape[-1]
+        scores = scores - scale * _gumbel(for_codes, scores)
+    code = jnp.argmin(scores, -1).astype(jnp.int32)
+    spec = compute.rules.spec(CLIPS, None, None)
+    chosen = state.embed.at[code].get(out_sharding=spec)
+    return code, chosen, move(for_restart, residual, valid, code, state, schedule.averaging(step), compute)
+
+
+def _gumbel(key: PRNGKeyArray, like: Float32[Array, "m g k"]) -> Float32[Array, "m g k"]:
+    """Noise drawn clip by clip: the same on any mesh, and only a device's own clips on it."""
+    spec = jax.typeof(like).sharding.spec
+    clips = jax.sharding.reshard(jnp.arange(like.shape[0]), jax.sharding.PartitionSpec(spec[0]))
+    return jax.vmap(lambda clip: jax.random.gumbel(jax.random.fold_in(key, clip), like.shape[1:]))(clips)
+
+
+def _mean(x: Float32[Array, "m g d"], valid: Bool[Array, "m g"]) -> Float32[Array, ""]:
+    """Over valid frames and the width; 0 where nothing is valid."""
+    return jnp.where(valid[..., None], x, 0.0).sum() / jnp.maximum(valid.sum() * x.shape[-1], 1)
+
+
+def _progress(step: Int32[Array, ""], steps: int) -> Float[Array, ""]:
+    return jnp.clip(step.astype(jnp.float32) / max(steps, 1), 0.0, 1.0)

@@ -1,0 +1,58 @@
+"""Conditional flow matching, optimal-transport form (MODEL.md section 8): the loss of pre-net and estimator."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int32, PRNGKeyArray
+
+from baichuan_omni_jax.flow.model import FlowDecoder
+from baichuan_omni_jax.nn.lengths import frames_before, keep
+from baichuan_omni_jax.nn.param import Compute, split_as
+
+CLIPS = "batch"
+SIGMA = 1e-6  # spread that is left at time 1
+
+
+def flow_losses(
+    key: PRNGKeyArray,
+    decoder: FlowDecoder,
+    hidden: Float[Array, "b t d"],
+    mel: Float[Array, "b t mels"],
+    lengths: Int32[Array, " b"],
+    *,
+    condition_dropout: float | Float[Array, ""],
+) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
+    """The flow-matching loss and the pre-net's L1 prior loss, means over valid frames and mels.
+
+    `hidden` (50 Hz) and `mel` (24 kHz, hop 480) have a frame each, the first `lengths` valid. A clip's time is
+    t = 1 - cos(pi/2 u), u even in [0, 1); its state x_t = (1 - (1 - SIGMA) t) noise + t mel; the estimator's target
+    mel - (1 - SIGMA) noise. A share `condition_dropout` of the clips sees no condition, for guidance.
+    """
+    compute = decoder.compute
+    mel, lengths = split_as(mel.astype(jnp.float32), compute, CLIPS), split_as(lengths, compute, CLIPS)
+    mu = decoder.prenet(hidden, lengths)
+    noise, time, dropped = _draw(key, mel, condition_dropout, compute)
+    with jax.named_scope("flow_loss"):
+        at = time[:, None, None]
+        state = (1 - (1 - SIGMA) * at) * noise + at * mel
+        condition = jnp.where(dropped[:, None, None], 0, mu)
+        velocity = decoder.estimator(state, condition, time, lengths).astype(jnp.float32)
+        target = mel - (1 - SIGMA) * noise
+        flow = _mean((velocity - target) ** 2, lengths)
+        prior = _mean(jnp.abs(mu.astype(jnp.float32) - mel), lengths)
+    return flow, prior
+
+
+def _draw(key, mel: Float32[Array, "b t mels"], dropout, compute: Compute):
+    """Noise like `mel`, times and what is dropped, clip by clip: the same on any mesh."""
+
+    def of_clip(clip):
+        for_noise, for_time, for_dropout = jax.random.split(jax.random.fold_in(key, clip), 3)
+        time = 1 - jnp.cos(0.5 * jnp.pi * jax.random.uniform(for_time))
+        return jax.random.normal(for_noise, mel.shape[1:]), time, jax.random.uniform(for_dropout) < dropout
+
+    return jax.vmap(of_clip)(split_as(jnp.arange(mel.shape[0]), compute, CLIPS))
+
+
+def _mean(x: Float32[Array, "b t mels"], lengths: Int32[Array, " b"]) -> Float32[Array, ""]:
+    count = frames_before(lengths, x.shape[1]).sum(dtype=jnp.float32) * x.shape[-1]
+    return keep(x, lengths).sum() / jnp.maximum(count, 1.0)
