@@ -7,16 +7,28 @@ from jaxtyping import Int32, Shaped
 
 from baichuan_omni_jax.config import Budgets, OmniConfig
 from data_pipelines.document import EncodedDocument
+from data_pipelines.mel_slots import MelSlots
 
 Batch = dict[str, Shaped[np.ndarray, "b ..."]]
 
 
-def empty_rows(rows: int, budgets: Budgets, omni: OmniConfig) -> Batch:
-    """`rows` rows of padding. Unused media slots point to `budgets.tokens`, one past the row."""
+def empty_rows(rows: int, budgets: Budgets, omni: OmniConfig, mel_frames: int = 0) -> Batch:
+    """`rows` rows of padding. Unused media slots point to `budgets.tokens`, one past the row.
+
+    With `budgets.mel_windows` there are that many mel slots of `mel_frames` frames.
+    """
     t, p, a, c = budgets.tokens, budgets.patches, budgets.audio_frames, budgets.audio_targets
     levels, merged = omni.audio.levels, omni.vision.merged_patches
     zeros = lambda *shape, dtype=np.int32: np.zeros((rows, *shape), dtype)  # noqa: E731
     unused = lambda *shape: np.full((rows, *shape), t, np.int32)  # noqa: E731
+    mels = {}
+    if m := budgets.mel_windows:
+        mels = {
+            "mel": zeros(m, mel_frames, omni.audio.num_mel_bins, dtype=np.float32),
+            "mel_lengths": zeros(m),
+            "mel_owner": zeros(m),
+            "mel_audio": np.full((rows, m), a, np.int32),
+        }
     return {
         "tokens": zeros(t),
         "positions": zeros(t),
@@ -34,15 +46,17 @@ def empty_rows(rows: int, budgets: Budgets, omni: OmniConfig) -> Batch:
         "patch_grid": zeros(p, 2),
         "patch_segments": zeros(p),
         "visual_index": unused(p // merged),
+        **mels,
     }
 
 
 class RowWriter:
-    """Fills one row of a batch, document after document."""
+    """Fills one row of a batch, document after document. `mels` and the row's key say what mel slots show."""
 
-    def __init__(self, batch: Batch, row: int):
+    def __init__(self, batch: Batch, row: int, mels: MelSlots | None = None, key: int = 0):
         self._row = {name: array[row] for name, array in batch.items()}
-        self._at = {"token": 0, "audio": 0, "target": 0, "patch": 0}
+        self._mels, self._key = mels, key
+        self._at = {"token": 0, "audio": 0, "target": 0, "patch": 0, "mel": 0}
         self._segments = self._frames = 0
 
     def add(
@@ -68,6 +82,8 @@ class RowWriter:
         self._row["source_ids"][place] = source
         self._at["token"] += tokens
 
+        if document.mels:
+            self._put_mels(document, source, number)
         self._put("audio", document, ("audio_codes",))
         self._put_slots("audio", "audio_index", document.audio_slots, start)
         self._put("target", document, ("audio_targets", "audio_weights"))
@@ -98,6 +114,17 @@ class RowWriter:
         self._at["patch"] = max(self._at["patch"], int(patches.max()) + 1)
         merged = len(document.patches) // len(document.visual_slots)
         self._row["visual_index"][patches[::merged] // merged] = document.visual_slots + start
+
+    def _put_mels(self, document: EncodedDocument, *key: int) -> None:
+        size = self._row["mel"].shape[1]
+        for window, (mel, place) in enumerate(zip(document.mels, document.mel_places, strict=True)):
+            slot = self._at["mel"] + window
+            shown, skipped = self._mels.show(mel, size, (self._key, *key, window))
+            self._row["mel"][slot, : len(shown)] = shown
+            self._row["mel_lengths"][slot] = len(shown)
+            self._row["mel_owner"][slot] = self._segments
+            self._row["mel_audio"][slot] = self._at["audio"] + place + skipped
+        self._at["mel"] += len(document.mels)
 
     def _put_slots(self, counter: str, name: str, slots: np.ndarray, start: int) -> None:
         self._row[name][self._at[counter] : self._at[counter] + len(slots)] = slots + start

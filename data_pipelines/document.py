@@ -33,7 +33,8 @@ class Document:
     """One document: `text` is the source prompt in the released form, `where` the manifest line it comes from.
 
     `media` is the folder that media paths in the text are relative to or, for a document of a shard, the media
-    themselves by the name the text uses.
+    themselves by the name the text uses. A piece of a longer document has the system prompt and the turns from
+    `turns[0]` until `turns[1]` alone; `max_frames` limits the frames of each of its videos (0: as the model does).
     """
 
     id: str
@@ -41,6 +42,8 @@ class Document:
     text: str
     where: str
     media: "Path | Mapping[str, Media]"
+    turns: tuple[int, int] | None = None
+    max_frames: int = 0
 
 
 @dataclass(frozen=True)
@@ -65,12 +68,14 @@ class Lengths:
 class EncodedDocument:
     """A decoded document, its slots counted from 0 at its own first token.
 
-    n tokens, a code frames, q levels, c frames to predict, p patches, v visual tokens.
+    n tokens, a code frames, q levels, c frames to predict, p patches, v visual tokens, w windows of sound.
 
     Targets are already shifted: `text_targets[i]` is what position i must predict, 0 with weight 0 where nothing is.
     `audio_targets[j]` is predicted at slot `audio_target_slots[j]`; an end frame has class `codebook_sizes[0]` at
     level 0, zeros above, and weight at level 0 only. `patch_frames` numbers the pictures of the document from 1;
     patches come grouped 2x2, so the four of one visual token are neighbours, and `patch_grid` is their (row, column).
+    `mels`, when they were asked for, are the log mels (frames, mels) of the windows, whose code frames begin at
+    `mel_places` among the a.
     """
 
     tokens: Int32[np.ndarray, "n"]
@@ -85,6 +90,8 @@ class EncodedDocument:
     patch_grid: Int32[np.ndarray, "p 2"]
     patch_frames: Int32[np.ndarray, "p"]
     visual_slots: Int32[np.ndarray, "v"]
+    mels: tuple[Float32[np.ndarray, "_ mels"], ...] = ()
+    mel_places: tuple[int, ...] = ()
 
     @property
     def lengths(self) -> Lengths:

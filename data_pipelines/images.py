@@ -36,11 +36,15 @@ def decode_image(media: Media) -> UInt8[np.ndarray, "h w 3"]:
 
     Raises SampleError as `probe_image`, and "unreadable_media" when the file ends early.
     """
+    return np.asarray(load_image(media))
+
+
+def load_image(media: Media) -> Image.Image:
+    """`decode_image` in Pillow's form, which it resizes without copying it to an array first."""
     with _opened(media) as image:
         if image.mode.startswith("I;16"):  # Pillow would clip 16 bits to 8 instead of scaling
-            grey = (np.asarray(image) >> 8).astype(np.uint8)
-            return np.repeat(grey[:, :, None], 3, axis=2)
-        return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+            return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+        return image.convert("RGB")
 
 
 @contextmanager

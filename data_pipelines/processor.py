@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -13,15 +13,16 @@ from tokenizers import Tokenizer
 
 from baichuan_omni_jax.config import OmniConfig
 from data_pipelines.document import Document, EncodedDocument, Lengths, SampleError
-from data_pipelines.features import Window, clip_windows, patchify, resize_picture, visual_size
-from data_pipelines.images import decode_image, probe_image
+from data_pipelines.features import Window, clip_windows, log_mel, patchify, resize_picture, visual_size
+from data_pipelines.images import load_image, probe_image
 from data_pipelines.media import Media, find_media
-from data_pipelines.prompts import Element, Picture, Sound, Text, Video, parse_prompt
+from data_pipelines.prompts import Element, Picture, Sound, Text, Video
 from data_pipelines.sequence import Layout, Part, SoundPart, TextPart, VisualPart, audio_targets, lay_out, text_targets
-from data_pipelines.sounds import clip_key, probe_sound
+from data_pipelines.sounds import clip_key, decode_sound, probe_sound
 from data_pipelines.special_tokens import END_OF_TEXT
 from data_pipelines.tokenizing import check_tokenizer, encode
-from data_pipelines.videos import VideoProbe, decode_frames, probe_video
+from data_pipelines.turns import document_elements
+from data_pipelines.videos import probe_video, read_video
 
 SCHEMA_VERSION = 1  # raise it when the same document and configuration give another sequence than before
 
@@ -50,29 +51,31 @@ class AudioItem:
 
 @dataclass(frozen=True)
 class _Pictures:
-    """Pictures of one size: a still, a listed frame, or the frames of a video file."""
+    """`count` pictures of one size: a still, a listed frame, or the frames of a video file.
 
-    media: Media
+    `decoded` holds their patches, each with its grid, once they were asked for.
+    """
+
     height: int
     width: int
+    count: int
     frame: bool
-    video: VideoProbe | None = None
-
-    @property
-    def count(self) -> int:
-        return len(self.video.times) if self.video else 1
+    decoded: list[tuple[np.ndarray, np.ndarray]]
 
 
 @dataclass(frozen=True)
 class _Clip:
+    """A clip of sound; `mels` (frames, mels) of its windows once they were asked for."""
+
     media: Media
     samples: int
     windows: list[Window]
+    mels: list[np.ndarray]
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """A document before decoding: its sequence, and its media in order of appearance."""
+    """A document: its sequence, and its media in order of appearance."""
 
     layout: Layout
     pictures: list[_Pictures]
@@ -136,20 +139,23 @@ class Processor:
             for window in clip.windows
         ]
 
-    def encode(self, document: Document, codes: Codes) -> EncodedDocument:
-        """The document with pixels decoded and sound as codes.
+    def encode(self, document: Document, codes: Codes | None, mels: bool = False) -> EncodedDocument:
+        """The document with pixels decoded and sound as codes, and as log mels if asked.
 
+        Without `codes` all code frames are zeros, to be filled in by a tokenizer that runs on the mels.
         Raises SampleError: what `measure` raises; "no_codes" when the store lacks a window of its sound; "changed"
-        when codes are not of the measured length or the model's codebooks.
+        when codes are not of the measured length or the model's codebooks; "silent_audio" where mels are asked for.
         """
-        plan = self._plan(document)
+        plan = self._plan(document, pixels=True, mels=mels)
         layout = plan.layout
-        heard = [self._codes(clip, window, codes) for clip in plan.clips for window in clip.windows]
+        windows = [(clip, window) for clip in plan.clips for window in clip.windows]
+        heard = [self._codes(clip, window, codes) for clip, window in windows]
         sizes = self.config.audio.codebook_sizes
         frames = np.concatenate([np.zeros((0, len(sizes)), np.int32), *heard])
         targets, weights = text_targets(layout)
         frame_targets, frame_weights, frame_slots = audio_targets(layout, frames, sizes[0])
         patches, grid, numbers = self._patches(plan)
+        places = np.cumsum([0, *(window.code_frames for _, window in windows)])[:-1]
         return EncodedDocument(
             tokens=np.asarray(layout.tokens, np.int32),
             text_targets=targets,
@@ -163,24 +169,27 @@ class Processor:
             patch_grid=grid,
             patch_frames=numbers,
             visual_slots=np.asarray(layout.visual_slots, np.int32),
+            mels=tuple(mel for clip in plan.clips for mel in clip.mels),
+            mel_places=tuple(places.tolist()) if mels else (),
         )
 
-    def _plan(self, document: Document) -> _Plan:
+    def _plan(self, document: Document, pixels: bool = False, mels: bool = False) -> _Plan:
+        """Everything is found out from headers; what is to be decoded is decoded with the same look at the file."""
         parts: list[Part] = []
         pictures: list[_Pictures] = []
         clips: list[_Clip] = []
-        elements = parse_prompt(document.text)
+        elements = document_elements(document)
         for element in elements:
             if isinstance(element, Text):
                 parts.append(TextPart(encode(self.tokenizer, element.text), element.trainable))
                 continue
             media = find_media(element.reference, document.media)
             if isinstance(element, Sound):
-                clips.append(self._clip(media))
+                clips.append(self._clip(media, mels))
                 count = sum(window.code_frames for window in clips[-1].windows)
                 parts.append(SoundPart(count, element.spoken, element.trainable))
             else:
-                pictures.append(self._pictures(element, media))
+                pictures.append(self._pictures(element, media, document.max_frames, pixels))
                 parts += [self._visual_part(pictures[-1])] * pictures[-1].count
         parts += self._ending(elements)
         layout = lay_out(parts, self.config.tokens)
@@ -195,12 +204,22 @@ class Processor:
         trainable = isinstance(last, Text | Sound) and last.trainable
         return [TextPart([self.config.tokens.end_of_text], trainable)]
 
-    def _pictures(self, element: Picture | Video, media: Media) -> _Pictures:
+    def _pictures(self, element: Picture | Video, media: Media, max_frames: int, decode: bool) -> _Pictures:
         vision = self.config.vision
         if isinstance(element, Video):
-            video = probe_video(media, vision.frames_per_second, vision.max_frames)
-            return _Pictures(media, *visual_size(video.height, video.width, vision, frame=True), True, video)
-        return _Pictures(media, *visual_size(*probe_image(media), vision, frame=element.frame), element.frame)
+            most = min(max_frames or vision.max_frames, vision.max_frames)
+            if decode:
+                probe, found = read_video(media, vision.frames_per_second, most)
+            else:
+                probe, found = probe_video(media, vision.frames_per_second, most), ()
+            sides, count, frame = (probe.height, probe.width), len(probe.times), True
+        else:
+            found = [load_image(media)] if decode else []
+            sides, count, frame = (found[0].size[::-1] if decode else probe_image(media)), 1, element.frame
+        height, width = visual_size(*sides, vision, frame=frame)
+        cut = partial(patchify, patch=vision.patch_size, merge=vision.spatial_merge_size)
+        decoded = [cut(resize_picture(picture, height, width)) for picture in found]
+        return _Pictures(height, width, count, frame, decoded)
 
     def _visual_part(self, pictures: _Pictures) -> VisualPart:
         return VisualPart(self._patch_count(pictures) // self.config.vision.merged_patches, pictures.frame)
@@ -210,15 +229,21 @@ class Processor:
         size = self.config.vision.patch_size
         return (pictures.height // size) * (pictures.width // size)
 
-    def _clip(self, media: Media) -> _Clip:
+    def _clip(self, media: Media, decode: bool) -> _Clip:
         audio = self.config.audio
         samples = probe_sound(media, audio.sampling_rate)
         windows = clip_windows(samples, audio)
         if not windows:
             raise SampleError("unreadable_media", f"{media.name} is too short: {samples} samples give no code frame")
-        return _Clip(media, samples, windows)
+        mels = []
+        if decode:
+            wave = decode_sound(media, samples, audio.sampling_rate)
+            mels = [log_mel(wave[window.start : window.start + window.samples], audio).T for window in windows]
+        return _Clip(media, samples, windows, mels)
 
-    def _codes(self, clip: _Clip, window: Window, codes: Codes) -> Int32[np.ndarray, "n q"]:
+    def _codes(self, clip: _Clip, window: Window, codes: Codes | None) -> Int32[np.ndarray, "n q"]:
+        if codes is None:
+            return np.zeros((window.code_frames, self.config.audio.levels), np.int32)
         try:
             found = np.asarray(codes.lookup(clip_key(clip.media, window.index)))
         except KeyError as error:
@@ -237,19 +262,8 @@ class Processor:
     def _patches(
         self, plan: _Plan
     ) -> tuple[UInt8[np.ndarray, "p v"], Int32[np.ndarray, "p 2"], Int32[np.ndarray, "p"]]:
-        vision = self.config.vision
-        patches = [np.zeros((0, vision.patch_values), np.uint8)]
-        grids = [np.zeros((0, 2), np.int32)]
-        for pictures in plan.pictures:
-            for picture in self._decode(pictures):
-                resized = resize_picture(picture, pictures.height, pictures.width)
-                values, grid = patchify(resized, vision.patch_size, vision.spatial_merge_size)
-                patches.append(values)
-                grids.append(grid)
+        decoded = [each for pictures in plan.pictures for each in pictures.decoded]
+        patches = [np.zeros((0, self.config.vision.patch_values), np.uint8), *(values for values, _ in decoded)]
+        grids = [np.zeros((0, 2), np.int32), *(grid for _, grid in decoded)]
         numbers = np.repeat(np.arange(len(grids), dtype=np.int32), [len(grid) for grid in grids])
         return np.concatenate(patches), np.concatenate(grids), numbers
-
-    def _decode(self, pictures: _Pictures) -> list[UInt8[np.ndarray, "h w 3"]]:
-        if pictures.video:
-            return decode_frames(pictures.media, pictures.video.times)
-        return [decode_image(pictures.media)]

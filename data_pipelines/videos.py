@@ -45,13 +45,21 @@ def probe_video(media: Media, frames_per_second: float, max_frames: int) -> Vide
         return _probe(container, stream, media.name, frames_per_second, max_frames)
 
 
-def read_video(media: Media, frames_per_second: float, max_frames: int) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
-    """The RGB frames at the times that `probe_video` tells, one after the other: the file is opened once for both.
+def read_video(
+    media: Media, frames_per_second: float, max_frames: int
+) -> tuple[VideoProbe, Iterator[UInt8[np.ndarray, "h w 3"]]]:
+    """What `probe_video` tells, and the RGB frames at its times, one by one: the file is opened once for both.
 
-    Raises SampleError as `probe_video` and `decode_frames`.
+    Raises SampleError as `probe_video` and, while frames are taken, `decode_frames`.
     """
+    found = _read(media, frames_per_second, max_frames)
+    return next(found), found
+
+
+def _read(media: Media, frames_per_second: float, max_frames: int) -> Iterator:
     with _opened(media) as (container, stream):
         probe = _probe(container, stream, media.name, frames_per_second, max_frames)
+        yield probe
         if header_duration(stream) is None:
             container.seek(0)  # it was read through for its length
         yield from _Frames(container, stream, media.name).at(probe.times)

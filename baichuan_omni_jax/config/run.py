@@ -80,6 +80,9 @@ class DataConfig:
     which: `balanced` deals them by attention work, `contiguous` keeps their order.
     `media_shards`: a row's patches lie in this many equal parts, and no picture in two of them. A multiple of the
     mesh's context x tensor; which documents share a row depends on it, so it stays when the mesh changes.
+
+    `mel_frames`: with `budgets.mel_windows`, how many mel frames a window's slot has, in ascending sizes; a step takes
+    the smallest that holds its longest window, and longer windows are cropped. Empty: a whole window of 30 s.
     """
 
     root: str = "data"
@@ -102,6 +105,7 @@ class DataConfig:
     context_block: int = 512
     context_plan: str = "balanced"
     media_shards: int = 1
+    mel_frames: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
