@@ -28,11 +28,12 @@ _BEFORE = 1.0  # seconds by which a jump ends before the frame wanted: tables of
 
 @dataclass(frozen=True)
 class VideoProbe:
-    """Sides in pixels, and the times in seconds of the frames that the model sees."""
+    """Sides in pixels, the times in seconds of the frames that the model sees, and how long the video is."""
 
     height: int
     width: int
     times: tuple[float, ...]
+    seconds: float
 
 
 def probe_video(media: Media, frames_per_second: float, max_frames: int) -> VideoProbe:
@@ -197,4 +198,4 @@ def _probe(
         duration = demuxed_duration(container, stream, name)
         check_video(height, width, duration, name)
     check_size(height, width, name)
-    return VideoProbe(height, width, frame_times(duration, frames_per_second, max_frames))
+    return VideoProbe(height, width, frame_times(duration, frames_per_second, max_frames), duration)
