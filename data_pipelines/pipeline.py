@@ -4,29 +4,37 @@ import hashlib
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from baichuan_omni_jax.config import ConfigError, DataConfig, OmniConfig
+from baichuan_omni_jax.config import ConfigError, DataConfig, OmniConfig, SourceConfig
 from data_pipelines.codes import CodeKey
 from data_pipelines.context_plan import context_plan
 from data_pipelines.document import SampleError
-from data_pipelines.index import COLUMNS, Index, Skipped, budget_vector, load_index
-from data_pipelines.manifest import read_manifest
+from data_pipelines.index import Index, Skipped
+from data_pipelines.index_build import load_index
 from data_pipelines.media_layout import check_media_shards, patch_layout
-from data_pipelines.mixture import document_stream
+from data_pipelines.mel_slots import mel_slots
+from data_pipelines.mixture import Mixture
+from data_pipelines.oversize import check_policies, with_pieces
+from data_pipelines.packer import Packer
 from data_pipelines.processor import AudioItem, Codes, Processor
 from data_pipelines.prompts import Text, parse_prompt
-from data_pipelines.row_plan import RowPlan
+from data_pipelines.row_cost import row_cost
+from data_pipelines.row_limits import BUDGETED, budget_vector
+from data_pipelines.row_plan import RowPlan, StepPlan, check_plan
 from data_pipelines.rows import ALL_ROWS, RowDecoder, Shard, Step, StepDataset, read_steps
+from data_pipelines.sources import Source, open_source
 from data_pipelines.tokenizing import load_tokenizer, train_tokenizer
 
 log = logging.getLogger(__name__)
-_WINDOWS = COLUMNS.index("mel_windows")
+_WINDOWS = BUDGETED.index("mel_windows")
+NAMED = 1000  # skipped documents of a source that the log names; the others are named in the index's file
 
 
 @dataclass(frozen=True)
@@ -43,23 +51,27 @@ class Pipeline:
         return cache_folder(self.config)
 
     @property
-    def skipped(self) -> list[Skipped]:
-        return [item for index in self.indexes for item in index.skipped]
+    def skipped(self) -> Iterator[Skipped]:
+        return (item for index in self.indexes for item in index.skipped)
 
     @property
     def documents(self) -> int:
-        """Manifest lines, usable or not."""
-        return sum(len(index) + len(index.skipped) for index in self.indexes)
+        """Manifest lines or records, usable or not."""
+        return sum(index.documents for index in self.indexes)
 
     def causes(self) -> Counter:
+        """How many documents are skipped, by cause."""
         return sum((index.causes() for index in self.indexes), Counter())
+
+    def handled(self) -> Counter:
+        """How many documents beyond a budget were made to fit, by policy."""
+        return sum((index.pieces.handled for index in self.indexes), Counter())
 
     def fingerprint(self) -> dict[str, str]:
         """What decides the order and content of rows, by name: hosts whose rows belong together have the same."""
         parts = {"the tokenizer and processor": self.processor.fingerprint}
         for index in self.indexes:
-            digest = hashlib.sha256(index.lengths.tobytes() + index.offsets.tobytes() + index.lines.tobytes())
-            parts[f"the documents of {index.manifest}"] = f"{len(index)} documents {digest.hexdigest()[:12]}"
+            parts[f"the documents of {index.manifest}"] = f"{index.usable} documents {index.digest}"
         return parts
 
     def audio_items(self) -> Iterator[AudioItem]:
@@ -69,8 +81,8 @@ class Pipeline:
         """
         seen = set()
         for index in self.indexes:
-            for number in range(len(index)):
-                if index.lengths[number][_WINDOWS]:
+            for number in index.numbers():
+                if index.needs(number)[_WINDOWS]:
                     for key, item in self._keyed_audio(index, number):
                         if key not in seen:
                             seen.add(key)
@@ -80,40 +92,52 @@ class Pipeline:
         try:
             return [(item.key, item) for item in self.processor.audio_items(index.document(number))]
         except SampleError as error:
-            log.debug("%s:%d has no sound to tokenise: %s", index.manifest, index.lines[number], error)
+            log.debug("%s has no sound to tokenise: %s", index.where(number), error)
             return []
 
-    def plan(self, *, epochs: int | None = None) -> RowPlan:
-        """The row plan: endless by the mixture's weights, or `epochs` times every document."""
-        stream = document_stream(
-            list(self.indexes), [source.weight for source in self.config.mixture], self.config.seed, epochs=epochs
-        )
-        needs = lambda source, number: self.indexes[source].needs(number)  # noqa: E731
-        pictures = lambda source, number: self.indexes[source].pictures_of(number)  # noqa: E731
-        budgets = budget_vector(self.config.budgets)
-        return RowPlan(stream, needs, pictures, budgets, patch_layout(self.config), self.config.open_bins)
+    def plan(self, *, epochs: int | None = None, left: Mapping | None = None) -> RowPlan:
+        """The rows: endless by the mixture's weights, or `epochs` times every document.
 
-    def decoder(self, codes: Codes, context_shards: int = 1) -> RowDecoder:
+        With `left`, the state of another run's data, each source goes on where that run left it.
+        """
+        config = self.config
+        weights = [source.weight for source in config.mixture]
+        mixture = Mixture(self.indexes, weights, config.seed, counted=config.weights_by, epochs=epochs)
+        if left is not None:
+            for name in mixture.go_on(left):
+                log.warning("source %s starts anew: the run before had no source of this name with its documents", name)
+        budgets = budget_vector(config.budgets).tolist()
+        return RowPlan(mixture, Packer(budgets, patch_layout(config), config.open_bins, config.look_ahead))
+
+    def step_plan(self, *, epochs: int | None = None, left: Mapping | None = None) -> StepPlan:
+        """The rows of `plan` in steps of `config.rows`."""
+        config = self.config
+        plan = self.plan(epochs=epochs, left=left)
+        return StepPlan(plan, config.rows, config.order_window, row_cost(self.omni), config.seed)
+
+    def decoder(self, codes: Codes | None, context_shards: int = 1) -> RowDecoder:
         """What turns planned rows into batches. Raises ConfigError when rows cannot be dealt to the shards."""
         layout, context = patch_layout(self.config), context_plan(self.config, context_shards)
-        return RowDecoder(self.indexes, self.processor, codes, self.config.budgets, self.omni, layout, context)
+        mels = mel_slots(self.config, self.omni.audio)
+        return RowDecoder(self.indexes, self.processor, codes, self.config.budgets, self.omni, layout, context, mels)
 
     def steps(
         self,
-        codes: Codes,
+        codes: Codes | None,
         *,
         state: dict | None = None,
         shard: Shard = ALL_ROWS,
         epochs: int | None = None,
+        left: Mapping | None = None,
         context_shards: int = 1,
     ) -> Iterator[Step]:
-        """Steps of `config.rows` rows in all, this host's decoded, from `state` on.
+        """Steps of `config.rows` rows in all, this host's decoded, from `state` on; `epochs` and `left` as in `plan`.
 
         Tokens come dealt to `context_shards`, the mesh's `context`; which documents share a row does not depend on it.
         Raises ConfigError when rows cannot be dealt to so many.
         """
-        plan = partial(self.plan, epochs=epochs)
-        dataset = StepDataset(plan, self.decoder(codes, context_shards), self.config.rows, shard, state)
+        plan = partial(self.step_plan, epochs=epochs, left=left if state is None else None)
+        dataset = StepDataset(plan, self.decoder(codes, context_shards), shard, state)
         return read_steps(dataset, self.config.workers)
 
 
@@ -127,16 +151,33 @@ def open_pipeline(config: DataConfig, omni: OmniConfig, processor: Processor | N
     if not config.mixture:
         raise ConfigError("data.mixture is empty: name at least one source")
     check_media_shards(config, omni)
+    check_plan(config)
+    check_policies(config)
     root = Path(config.root).expanduser()
     processor = processor or Processor(omni, load_or_train_tokenizer(config, omni), config.end_of_text)
-    whole = [load_index(each.name, each.manifest, root, processor, cache_folder(config)) for each in config.mixture]
-    indexes = tuple(index.within(config.budgets, config.media_shards) for index in whole)
+    indexes = tuple(_open_index(config, source, root, processor) for source in config.mixture)
     pipeline = Pipeline(config, omni, processor, indexes)
-    for item in pipeline.skipped:
-        log.warning("skipped %s (%s): %s", item.where, item.cause, item.message)
-    check_bad_fraction(len(pipeline.skipped), pipeline.documents, config.max_bad_fraction, pipeline.causes())
+    for index in indexes:
+        _name_skipped(index)
+    bad = pipeline.causes()
+    check_bad_fraction(bad.total(), pipeline.documents, config.max_bad_fraction, bad)
     pipeline.plan()  # refuses empty sources and bad weights here, not later in a worker
     return pipeline
+
+
+def _open_index(config: DataConfig, source: SourceConfig, root: Path, processor: Processor) -> Index:
+    cache = cache_folder(config)
+    index = load_index(source.name, source.manifest, root, processor, cache, config.workers)
+    index = index.within(config.budgets, config.media_shards)
+    return with_pieces(index, config.oversize, processor, cache, config.workers)
+
+
+def _name_skipped(index: Index) -> None:
+    for item in islice(index.skipped, NAMED):
+        log.warning("skipped %s (%s): %s", item.where, item.cause, item.message)
+    more = index.causes().total() - NAMED
+    if more > 0:
+        log.warning("%s: %d more documents are skipped; %s names the unusable", index.name, more, index.skipped_file)
 
 
 def check_bad_fraction(bad: int, documents: int, limit: float, causes: Counter) -> None:
@@ -158,7 +199,9 @@ def load_or_train_tokenizer(config: DataConfig, omni: OmniConfig) -> Tokenizer:
     if config.tokenizer:
         return load_tokenizer(config.tokenizer)
     root = Path(config.root).expanduser()
-    texts = [text for source in config.mixture for text in _texts(source.manifest, root)]
+    texts = [
+        text for source in config.mixture for text in _texts(open_source(source.manifest, root, cache_folder(config)))
+    ]
     key = hashlib.sha256("\0".join([str(omni.llm.vocab_size), *texts]).encode()).hexdigest()[:16]
     path = cache_folder(config) / f"tokenizer-{key}.json"
     if not path.is_file():
@@ -169,16 +212,17 @@ def load_or_train_tokenizer(config: DataConfig, omni: OmniConfig) -> Tokenizer:
     return load_tokenizer(path)
 
 
-def _texts(manifest: str, root: Path) -> Iterator[str]:
-    """The text between media; lines that are no document are counted when they are indexed."""
-    for line in read_manifest(manifest, root):
-        if isinstance(line.document, SampleError):
-            continue
-        try:
-            elements = parse_prompt(line.document.text)
-        except SampleError:
-            continue
-        yield from (element.text for element in elements if isinstance(element, Text))
+def _texts(source: Source) -> Iterator[str]:
+    """The text between media; what is no document is counted when it is indexed."""
+    for part in source.parts:
+        for entry in source.read(part):
+            if isinstance(entry.document, SampleError):
+                continue
+            try:
+                elements = parse_prompt(entry.document.text)
+            except SampleError:
+                continue
+            yield from (element.text for element in elements if isinstance(element, Text))
 
 
 def prepare_sample(config: DataConfig) -> None:

@@ -1,7 +1,7 @@
 """Steps of packed rows: planned alike on every host, decoded by Grain workers, each host its own rows.
 
 The plan is cheap arithmetic, so every worker runs it whole and decodes every n-th step. With each step comes the
-plan's state after it: a few numbers that hold for all hosts, so a run resumes with other workers, hosts or mesh.
+plan's state after it, which holds for all hosts, so a run resumes with other workers, hosts or mesh.
 """
 
 import json
@@ -19,8 +19,12 @@ from data_pipelines.context_plan import ContextPlan
 from data_pipelines.document import Lengths, SampleError
 from data_pipelines.index import Index
 from data_pipelines.media_layout import PatchLayout
+from data_pipelines.mel_slots import MelSlots, row_key
 from data_pipelines.processor import Codes, Processor
-from data_pipelines.row_plan import Row, RowPlan
+from data_pipelines.row_limits import BUDGETED
+from data_pipelines.row_plan import Row, StepPlan
+
+_AUDIO_FRAMES = BUDGETED.index("audio_frames")
 
 
 @dataclass(frozen=True)
@@ -41,21 +45,29 @@ class RowDecoder:
 
     indexes: tuple[Index, ...]
     processor: Processor
-    codes: Codes
+    codes: Codes | None
     budgets: Budgets
     omni: OmniConfig
     layout: PatchLayout
     context: ContextPlan
+    mels: MelSlots
 
-    def __call__(self, rows: list[Row]) -> tuple[Batch, dict]:
-        """The batch of `rows`, and the documents that could not be decoded."""
-        batch, lost = empty_rows(len(rows), self.budgets, self.omni), {}
+    def __call__(self, rows: list[Row], mel_frames: int = 0) -> tuple[Batch, dict]:
+        """The batch of `rows`, its mel slots of `mel_frames`, and the documents that could not be decoded."""
+        batch, lost = empty_rows(len(rows), self.budgets, self.omni, mel_frames), {}
         for number, row in enumerate(rows):
-            writer = RowWriter(batch, number)
+            writer = RowWriter(batch, number, self.mels, row_key(row))
             for key, pictures_at in zip(row, self._place_pictures(row), strict=True):
                 self._add(writer, key, pictures_at, lost)
         tokens = [[int(self.indexes[source].needs(number)[0]) for source, number in row] for row in rows]
         return self.context.deal(batch, tokens), lost
+
+    def mel_frames(self, rows: list[Row]) -> int:
+        """The size of the mel slots of a step of these rows, all hosts' among them; 0 without mel slots."""
+        if not self.budgets.mel_windows:
+            return 0
+        needs = [self.indexes[source].needs(number) for row in rows for source, number in row]
+        return self.mels.size(max((int(need[_AUDIO_FRAMES]) for need in needs), default=0))
 
     def _place_pictures(self, row: Row) -> list[Int32[np.ndarray, "_"]]:
         """The first patch of each picture of each document, as the plan foresaw them."""
@@ -66,13 +78,13 @@ class RowDecoder:
     def _add(self, writer: RowWriter, key: tuple[int, int], pictures_at: np.ndarray, lost: dict) -> None:
         source, number = key
         index = self.indexes[source]
-        where, needs = f"{index.manifest}:{index.lines[number]}", index.needs(number)
+        needs = index.needs(number)
         try:
-            encoded = self.processor.encode(index.document(number), self.codes)
+            encoded = self.processor.encode(index.document(number), self.codes, mels=self.budgets.mel_windows > 0)
             if not _as_measured(encoded.lengths, needs, index.pictures_of(number)):
                 raise SampleError("changed", "the document is not what the index measured")
         except SampleError as error:
-            lost[key] = (where, error.cause, str(error))
+            lost[key] = (index.where(number), error.cause, str(error))
             writer.leave(int(needs[0]))
             return
         writer.add(encoded, source=source, number=number, pictures_at=pictures_at)
@@ -99,11 +111,9 @@ ALL_ROWS = Shard()
 class StepDataset(grain.IterDataset):
     """Grain's view of the plan: element = one step, decoded. `set_slice` makes a worker decode every n-th step."""
 
-    def __init__(
-        self, plan: Callable[[], RowPlan], decode: RowDecoder, rows: int, shard: Shard, state: dict | None = None
-    ):
+    def __init__(self, plan: Callable[[], StepPlan], decode: RowDecoder, shard: Shard, state: dict | None = None):
         super().__init__()
-        self._plan, self._decode, self._rows, self._shard, self._state = plan, decode, rows, shard, state
+        self._plan, self._decode, self._shard, self._state = plan, decode, shard, state
         self._slice = slice(0, None, 1)
 
     def set_slice(self, sl: slice, sequential_slice: bool = False) -> None:
@@ -114,36 +124,26 @@ class StepDataset(grain.IterDataset):
         plan = self._plan()
         if self._state is not None:
             plan.restore(self._state)
-        return StepIterator(plan, self._decode, self._rows, self._shard, self._slice)
+        return StepIterator(plan, self._decode, self._shard, self._slice)
 
 
 class StepIterator(grain.DatasetIterator):
     """Plans every step, decodes those of its slice. A finite plan's last step may have fewer rows (one host only)."""
 
-    def __init__(self, plan: RowPlan, decode: RowDecoder, rows: int, shard: Shard, sl: slice):
+    def __init__(self, plan: StepPlan, decode: RowDecoder, shard: Shard, sl: slice):
         super().__init__()
-        self._plan, self._decode, self._rows, self._shard = plan, decode, rows, shard
+        self._plan, self._decode, self._shard = plan, decode, shard
         self._skip, self._stride = sl.start or 0, sl.step or 1
 
     def __next__(self) -> dict:
         for _ in range(self._skip):
-            self._plan_step()
-        rows = self._plan_step()
+            next(self._plan)
+        rows = next(self._plan)
         self._skip = self._stride - 1
         state = self._plan.state
-        batch, lost = self._decode(self._shard.of(rows))
+        batch, lost = self._decode(self._shard.of(rows), self._decode.mel_frames(rows))
         info = json.dumps({"state": state, "lost": [[list(key), list(why)] for key, why in lost.items()]})
         return {"batch": batch, "info": np.frombuffer(info.encode(), np.uint8)}
-
-    def _plan_step(self) -> list[Row]:
-        rows = []
-        for row in self._plan:
-            rows.append(row)
-            if len(rows) == self._rows:
-                break
-        if not rows:
-            raise StopIteration
-        return rows
 
     def get_state(self) -> dict:
         """Grain asks each worker; a run keeps `Step.state` instead, which holds for any number of workers."""

@@ -25,8 +25,7 @@ class TrainingData:
 
     def where(self, source: int, number: int) -> str:
         """The manifest line of a document."""
-        index = self._pipeline.indexes[source]
-        return f"{index.manifest}:{index.lines[number]}"
+        return self._pipeline.indexes[source].where(number)
 
     def steps(self, state: dict | None) -> Iterator[Step]:
         """Steps from the plan's `state` on (None: from the start)."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from itertools import islice
 
 import numpy as np
 from jaxtyping import Float32, Int32, UInt8
@@ -11,7 +12,6 @@ from data_pipelines.batch import Batch, RowWriter, empty_rows
 from data_pipelines.document import Document, EncodedDocument, SampleError
 from data_pipelines.features import log_mel
 from data_pipelines.index import Index
-from data_pipelines.manifest import read_manifest
 from data_pipelines.pipeline import Pipeline
 from data_pipelines.processor import Processor
 from data_pipelines.prompts import Element, Picture, Sound, Text, Video, parse_prompt
@@ -108,7 +108,7 @@ def view_rows(pipeline: Pipeline, rows: int) -> tuple[list[RowView], list[str]]:
     Fewer rows when the row plan ends before. Raises ConfigError for a source without usable documents.
     """
     plan = pipeline.plan()
-    planned = [row for row, _ in zip(plan, range(rows), strict=False)]
+    planned = [[item.key for item in row] for row in islice(plan, rows)]
     documents = [pipeline.indexes[source].document(number) for row in planned for source, number in row]
     batch, lost = pipeline.decoder(BlankCodes(pipeline.processor, documents))(planned)
     views = [_view_row(batch, i, pipeline.indexes, pipeline.omni, pipeline.config.budgets) for i in range(len(planned))]
@@ -118,9 +118,10 @@ def view_rows(pipeline: Pipeline, rows: int) -> tuple[list[RowView], list[str]]:
 def find_document(pipeline: Pipeline, name: str) -> Document:
     """The document with id `name`. Raises ConfigError when no manifest has it."""
     for index in pipeline.indexes:
-        for line in read_manifest(index.manifest, index.root):
-            if isinstance(line.document, Document) and line.document.id == name:
-                return line.document
+        for part in index.source.parts:
+            for entry in index.source.read(part):
+                if isinstance(entry.document, Document) and entry.document.id == name:
+                    return entry.document
     raise ConfigError(f"no document has the id {name!r} in {', '.join(index.manifest for index in pipeline.indexes)}")
 
 

@@ -1,0 +1,52 @@
+"""Pieces of documents beyond a budget: some of their turns, or fewer frames of their videos; measured like documents."""
+
+from collections import Counter
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from jaxtyping import Int32, Int64
+
+from data_pipelines.columns import Columns, make_columns
+from data_pipelines.document import Document
+
+WHOLE = (-1, -1)  # in the place of turns: all of them
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """k pieces, in the order of the documents they are of.
+
+    `documents` are those documents' numbers; `turns` the first turn of a piece and the one after its last, -1 for all;
+    `max_frames` what its videos are cut down to, 0 for none. `left` has, for documents of which something stays beyond
+    a budget, the sentence; `handled` counts documents by the policy that made them fit.
+    """
+
+    documents: Int64[np.ndarray, "k"]
+    turns: Int32[np.ndarray, "k 2"]
+    max_frames: Int32[np.ndarray, "k"]
+    columns: Columns
+    left: dict[int, str] = field(default_factory=dict)
+    handled: Counter = field(default_factory=Counter)
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    @property
+    def rescued(self) -> int:
+        """Documents of which nothing is lost."""
+        return len(np.setdiff1d(self.documents, list(self.left)))
+
+    def document(self, piece: int) -> int:
+        return int(self.documents[piece])
+
+    def of(self, document: int) -> range:
+        """The pieces of a document."""
+        return range(*np.searchsorted(self.documents, [document, document + 1]).tolist())
+
+    def cut(self, piece: int, document: Document) -> Document:
+        """The piece of `document`, which it is of."""
+        turns = tuple(self.turns[piece].tolist())
+        return replace(document, turns=None if turns == WHOLE else turns, max_frames=int(self.max_frames[piece]))
+
+
+NO_PIECES = Pieces(np.zeros(0, np.int64), np.zeros((0, 2), np.int32), np.zeros(0, np.int32), make_columns([]))
