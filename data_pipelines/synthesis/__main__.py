@@ -9,10 +9,10 @@ import sys
 from baichuan_omni_jax.config.errors import exit_code
 from data_pipelines.jobs import run_job
 from data_pipelines.jobs.runners import add_runner_arguments, chosen_runner
-from data_pipelines.synthesis import asr, intlv, itts, pages, tts
+from data_pipelines.synthesis import asr, crossmodal, intlv, itts, pages, tts
 from data_pipelines.synthesis.units import add_job_arguments, assemble
 
-JOBS = (intlv, itts, asr, tts, pages)  # modules, one a job
+JOBS = (intlv, itts, asr, tts, crossmodal, pages)  # modules, one a job
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Speech to be transcribed (ASR): a task prompt, a piece of the text as speech, its words; loss on the words."""
+"""Speech to be transcribed (ASR): a task prompt, a sentence of the text as speech, its words; loss on the words."""
 
 from argparse import ArgumentParser, Namespace
 from functools import partial
@@ -11,7 +11,7 @@ from data_pipelines.synthesis.speaking import (
     Speaker,
     SpeechSettings,
     add_speech_arguments,
-    pieces_of,
+    sentences_of,
     speech_settings,
     text_alone,
 )
@@ -33,9 +33,9 @@ def make_job(options: Namespace) -> Job:
 
 
 def transcribe(document: Document, draft: Draft, settings: SpeechSettings) -> None:
-    """Adds a document for each piece of a text. Raises SampleError as `text_alone` and `Speaker`."""
+    """Adds a document for each sentence of a text. Raises SampleError as `text_alone` and `Speaker`."""
     text = text_alone(document)
     speaker = Speaker.of(settings, document, draft, text)
-    for piece in pieces_of(text, settings):
+    for sentence in sentences_of(text, settings):
         prompt = choose_prompt(TRANSCRIBE, speaker.language, speaker.rng)
-        draft.add(prompt + heard_tag(speaker.say(piece)) + trainable(piece.strip()), NAME)
+        draft.add(prompt + heard_tag(speaker.say(sentence)) + trainable(sentence.strip()), NAME)

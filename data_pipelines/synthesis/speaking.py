@@ -14,10 +14,13 @@ from data_pipelines.prompt_writing import plain_text
 from data_pipelines.prompts import Text, parse_prompt
 from data_pipelines.special_tokens import ASSISTANT, SYSTEM, USER
 from data_pipelines.synthesis.draft import Draft
-from data_pipelines.synthesis.languages import HAN, language_of
+from data_pipelines.synthesis.languages import HAN, detect_language
 from data_pipelines.synthesis.splitting import HAN_SECONDS, split_text, spoken_seconds
 from data_pipelines.synthesis.text_to_speech import INCLUDED, load_speech, voice_text
 from data_pipelines.synthesis.voices import LANGUAGES
+
+# Chinese voices speak English words, English ones spell Chinese characters; "none" are numbers alone.
+_SPOKEN_AS = {"en": "en", "zh": "zh", "mixed": "zh", "none": "en", "other": ""}
 
 
 @dataclass(frozen=True)
@@ -86,8 +89,13 @@ def text_alone(document: Document) -> str:
 
 
 def pieces_of(text: str, settings: SpeechSettings) -> list[str]:
-    """The text in pieces of the lengths that are asked for; joined they are the text."""
+    """The text cut at any punctuation; the pieces joined are the text."""
     return split_text(text, settings.shortest, settings.longest)
+
+
+def sentences_of(text: str, settings: SpeechSettings) -> list[str]:
+    """The text cut where sentences end, long sentences also within; the pieces joined are the text."""
+    return split_text(text, settings.shortest, settings.longest, sentences=True)
 
 
 @dataclass
@@ -106,16 +114,16 @@ class Speaker:
     @classmethod
     def of(cls, settings: SpeechSettings, document: Document, draft: Draft, text: str) -> "Speaker":
         """The speaker of a document with this text. Raises SampleError "unknown_language"."""
-        language = settings.language or language_of(text)
+        language = settings.language or _SPOKEN_AS[detect_language(text)]
         if not language:
-            raise SampleError("unknown_language", "its script is neither Chinese nor Latin: name it with --language")
+            raise SampleError("unknown_language", "it is neither Chinese nor English; --language says what to speak")
         return cls(settings, draft, language, random.Random(f"{settings.seed}/{draft.name}/{document.id}"))
 
     def say(self, text: str) -> str:
         """Speaks `text`; returns the path of a FLAC file. Raises SampleError as `voice_text`, and "no_voice"."""
         language = self.language
         if not self.settings.language and HAN.search(text):
-            language = "zh"  # English voices spell Chinese characters; Chinese ones speak English words
+            language = "zh"
         if language not in self._voices:
             self._voices[language] = self.rng.choice(self._choices(language))
         samples, rate = voice_text(load_speech(self.settings.tts), text.strip(), self._voices[language], language)

@@ -13,6 +13,7 @@ from data_pipelines.synthesis.languages import HAN
 
 _CHINESE_STOPS = "。！？；，…"
 _ENGLISH_STOPS = ".!?;,"
+_SENTENCE_ENDS = "。！？….!?\n"
 _CLOSING = "\"'”’」』》）)]】"
 _OPEN_QUOTES = {"“": "”", "「": "」", "『": "』", "《": "》"}
 _ABBREVIATIONS = frozenset(
@@ -26,7 +27,7 @@ _SPOKEN = re.compile(r"[^\W_]")
 HAN_SECONDS, OTHER_SECONDS = 0.25, 0.07
 """What a Chinese character, and any other letter or digit, take when they are spoken."""
 
-_INSIDE, _OUTSIDE = 1, 2  # quotes
+_QUOTED, _CLAUSE, _SENTENCE = range(3)  # what a break ends: something inside quotes, a clause, a sentence
 
 
 def spoken_seconds(text: str) -> float:
@@ -39,8 +40,10 @@ def spoken_seconds(text: str) -> float:
     return HAN_SECONDS * han + OTHER_SECONDS * (len(_SPOKEN.findall(text)) - han)
 
 
-def split_text(text: str, shortest: float = 1.0, longest: float = 15.0) -> list[str]:
+def split_text(text: str, shortest: float = 1.0, longest: float = 15.0, sentences: bool = False) -> list[str]:
     """The pieces of a text, each about `shortest` to `longest` seconds long when spoken.
+
+    They end at any punctuation, or with `sentences` at that which ends a sentence, unless they would be too long.
 
     None is longer; one is shorter only where it could be joined to neither neighbour. No piece is without anything to
     speak, unless the whole text is. Raises ValueError for lengths that make no sense.
@@ -50,9 +53,10 @@ def split_text(text: str, shortest: float = 1.0, longest: float = 15.0) -> list[
     """
     if not 0 <= shortest <= longest or longest < HAN_SECONDS:
         raise ValueError(f"pieces of {shortest} to {longest} s: the shortest is at most the longest, which is >= 0.25")
-    pieces = _cut(text, [place for place, kind in _breaks(text) if kind == _OUTSIDE])
+    pieces = _cut_at(_SENTENCE if sentences else _CLAUSE, text)
     finer = (
-        lambda piece: _cut(piece, [place for place, _ in _breaks(piece)]),
+        partial(_cut_at, _CLAUSE),
+        partial(_cut_at, _QUOTED),
         lambda piece: _cut(piece, [match.end() for match in re.finditer(r"\s+", piece)]),
         partial(_cut_anywhere, longest=longest),
     )
@@ -62,7 +66,7 @@ def split_text(text: str, shortest: float = 1.0, longest: float = 15.0) -> list[
 
 
 def _breaks(text: str) -> Iterator[tuple[int, int]]:
-    """Where the text may be cut, ascending, and whether that is inside quotes."""
+    """Where the text may be cut, ascending, and what ends there."""
     closing, straight, place = [], False, 0
     while place < len(text):
         character = text[place]
@@ -75,16 +79,18 @@ def _breaks(text: str) -> Iterator[tuple[int, int]]:
         place += 1
         if character == "\n" or _stops(text, place - 1):
             # A quote that closes right behind the punctuation belongs to the piece.
+            ends = text[place - 1] in _SENTENCE_ENDS
             while place < len(text) and (text[place] in _CLOSING or text[place] in _CHINESE_STOPS + _ENGLISH_STOPS):
                 if text[place] == '"' and not straight:
                     break
                 if closing and text[place] == closing[-1]:
                     closing.pop()
                 straight ^= text[place] == '"'
+                ends |= text[place] in _SENTENCE_ENDS
                 place += 1
             while place < len(text) and text[place].isspace():
                 place += 1
-            yield place, _INSIDE if closing or straight else _OUTSIDE
+            yield place, _QUOTED if closing or straight else _SENTENCE if ends else _CLAUSE
 
 
 def _stops(text: str, place: int) -> bool:
@@ -111,6 +117,10 @@ def _is_abbreviation(text: str, place: int) -> bool:
     if word.lower() == "no":  # ends a sentence more often than not, unless a number follows
         return following.group(1).isdigit()
     return word.lower() in _ABBREVIATIONS or (len(word) == 1 and word.isupper() and word != "I")
+
+
+def _cut_at(least: int, text: str) -> list[str]:
+    return _cut(text, [place for place, ended in _breaks(text) if ended >= least])
 
 
 def _cut(text: str, places: list[int]) -> list[str]:

@@ -23,6 +23,15 @@ CONTINUE_PICTURE = {
     ),
 }
 """Sentences about pictures are heard; the others are to be written."""
+ANSWER_PICTURE = {
+    "zh": ("对话中有些话是语音。请看图、听语音，然后回答。", "请结合图片和听到的内容回答。", "请先听，再看图回答。"),
+    "en": (
+        "Some of this conversation is spoken. Look at the pictures, listen, and answer.",
+        "Answer from the pictures and from what you hear.",
+        "Listen first, then look and answer.",
+    ),
+}
+"""The same for a conversation."""
 
 
 def choose_prompt(prompts: dict[str, tuple[str, ...]], language: str, rng: random.Random) -> str:

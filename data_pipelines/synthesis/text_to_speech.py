@@ -81,7 +81,7 @@ def load_speech(name: str) -> TextToSpeech:
 def voice_text(speech: TextToSpeech, text: str, voice: str, language: str) -> tuple[np.ndarray, int]:
     """Speech as int16 samples (t,), and its rate in Hz.
 
-    Raises SampleError: "unspeakable" for what the back end refuses, "silent_speech" for an answer without sound. Raises
+    Raises SampleError: "unspeakable" for what the back end refuses, "silent_audio" for an answer without sound. Raises
     ConfigError when the back end breaks the interface.
     """
     try:
@@ -95,8 +95,8 @@ def voice_text(speech: TextToSpeech, text: str, voice: str, language: str) -> tu
         raise ConfigError(f"{name} gives {samples.dtype} of shape {samples.shape}: it must be (t,) float32 or int16")
     if samples.dtype == np.float32:
         if not np.isfinite(samples).all():
-            raise SampleError("silent_speech", f"{name} gave samples that are not finite for {text!r}")
+            raise SampleError("silent_audio", f"{name} gave samples that are not finite for {text!r}")
         samples = np.round(np.clip(samples, -1, 1) * 32767).astype(np.int16)
     if np.abs(samples.astype(np.int32)).max(initial=0) < QUIET * 32767:
-        raise SampleError("silent_speech", f"{name} gave no sound for {text!r} with voice {voice}")
+        raise SampleError("silent_audio", f"{name} gave no sound for {text!r} with voice {voice}")
     return samples, rate

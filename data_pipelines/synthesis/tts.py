@@ -1,4 +1,4 @@
-"""Text to be spoken (TTS): a task prompt, a piece of the text, its speech; loss on the speech."""
+"""Text to be spoken (TTS): a task prompt, a sentence of the text, its speech; loss on the speech."""
 
 from argparse import ArgumentParser, Namespace
 from functools import partial
@@ -11,7 +11,7 @@ from data_pipelines.synthesis.speaking import (
     Speaker,
     SpeechSettings,
     add_speech_arguments,
-    pieces_of,
+    sentences_of,
     speech_settings,
     text_alone,
 )
@@ -33,9 +33,9 @@ def make_job(options: Namespace) -> Job:
 
 
 def read_aloud(document: Document, draft: Draft, settings: SpeechSettings) -> None:
-    """Adds a document for each piece of a text. Raises SampleError as `text_alone` and `Speaker`."""
+    """Adds a document for each sentence of a text. Raises SampleError as `text_alone` and `Speaker`."""
     text = text_alone(document)
     speaker = Speaker.of(settings, document, draft, text)
-    for piece in pieces_of(text, settings):
+    for sentence in sentences_of(text, settings):
         prompt = choose_prompt(READ_ALOUD, speaker.language, speaker.rng)
-        draft.add(prompt + piece.strip() + trainable(spoken_tag(speaker.say(piece))), NAME)
+        draft.add(prompt + sentence.strip() + trainable(spoken_tag(speaker.say(sentence))), NAME)
