@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,27 +19,73 @@ class ManifestLine(NamedTuple):
     document: Document | SampleError
 
 
+@dataclass(frozen=True)
+class LineRange:
+    """Whole lines of the manifest at `path`: from line `first` (from 1) at byte `offset` on, `length` bytes.
+
+    `name` is what documents and messages call the manifest; media paths will be taken from `root`.
+    """
+
+    path: Path
+    name: str
+    root: Path
+    first: int
+    offset: int
+    length: int
+
+    def lines(self) -> Iterator[tuple[int, int, bytes]]:
+        """(number, offset, bytes) of each line that is not empty. Raises ConfigError when the file cannot be read."""
+        end, offset, number = self.offset + self.length, self.offset, self.first
+        with _opened(self.path) as file:
+            file.seek(offset)
+            while offset < end and (line := file.readline()):
+                if line.strip():
+                    yield number, offset, line
+                offset += len(line)
+                number += 1
+
+    def documents(self) -> Iterator[ManifestLine]:
+        """The documents of these lines, in order."""
+        for number, offset, line in self.lines():
+            yield ManifestLine(number, offset, _read_line(line, number, self.name, self.root))
+
+
+def split_manifest(path: Path, name: str, root: Path, size: int) -> Iterator[LineRange]:
+    """Ranges of about `size` bytes that hold every line of a manifest once. Raises ConfigError as `read_manifest`."""
+    first, offset = 1, 0
+    with _opened(path) as file:
+        while content := file.read(size):
+            if not content.endswith(b"\n"):
+                content += file.readline()
+            yield LineRange(path, name, root, first, offset, len(content))
+            first += content.count(b"\n")
+            offset += len(content)
+
+
 def read_manifest(path: str | Path, root: str | Path) -> Iterator[ManifestLine]:
     """The lines of the manifest at `root/path`, in order.
 
-    `text` is required; `id` defaults to `<manifest's stem>-<line>`, `type` to "". Lines count from 1; empty ones are
-    passed over. Media paths will be taken from `root`. Raises ConfigError when the file cannot be opened.
+    `text` is required; `id` defaults to `<manifest without its ending>-<line>`, `type` to "". Lines count from 1; empty
+    ones are passed over. Media paths will be taken from `root`. Raises ConfigError when the file cannot be opened.
     """
     file_path = Path(root) / path
+    with _opened(file_path) as file:
+        length = file.seek(0, 2)
+    yield from LineRange(file_path, str(path), Path(root), 1, 0, length).documents()
+
+
+def _opened(path: Path) -> BufferedReader:
     try:
-        file = file_path.open("rb")
+        return path.open("rb")
     except OSError as error:
-        raise ConfigError(f"manifest {file_path} cannot be read: {error.strerror}") from error
-    offset = 0
-    with file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                try:
-                    document = parse_line(line, number, str(path), Path(root))
-                except SampleError as error:
-                    document = error
-                yield ManifestLine(number, offset, document)
-            offset += len(line)
+        raise ConfigError(f"manifest {path} cannot be read: {error.strerror}") from error
+
+
+def _read_line(line: bytes, number: int, manifest: str, root: Path) -> Document | SampleError:
+    try:
+        return parse_line(line, number, manifest, root)
+    except SampleError as error:
+        return error
 
 
 def parse_line(line: bytes, number: int, manifest: str, root: Path) -> Document:
@@ -50,10 +98,10 @@ def parse_line(line: bytes, number: int, manifest: str, root: Path) -> Document:
         raise SampleError("bad_json", f"{manifest}:{number} is not an object but {type(values).__name__}")
     if not isinstance(values.get("text"), str):
         raise SampleError("bad_json", f'{manifest}:{number} has no "text"')
-    return Document(
-        id=str(values.get("id") or f"{Path(manifest).stem}-{number}"),
-        type=str(values.get("type") or ""),
-        text=values["text"],
-        where=f"{manifest}:{number}",
-        media=root,
-    )
+    identifier = str(values.get("id") or f"{Path(manifest).with_suffix('')}-{number}")
+    kind = str(values.get("type") or "")
+    try:
+        (identifier + kind).encode()
+    except UnicodeEncodeError as error:
+        raise SampleError("bad_json", f"{manifest}:{number}: id or type is not Unicode: {error.reason}") from error
+    return Document(id=identifier, type=kind, text=values["text"], where=f"{manifest}:{number}", media=root)

@@ -9,7 +9,7 @@ becomes `[Text("<C_Q>"), Picture(cat.jpg), Text("What?<C_A>"), Text("A cat.", tr
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from data_pipelines import special_tokens as names
@@ -86,6 +86,20 @@ def parse_prompt(prompt: str) -> list[Element]:
     except UnicodeEncodeError as error:
         raise SampleError("bad_prompt", f"the prompt is not valid Unicode: {error.reason}") from error
     return _Parser(_SPLIT.split(prompt)).run()
+
+
+def replace_references(prompt: str, change: Callable[[Reference], Reference]) -> str:
+    """The prompt with other media: a tag for which `change` gives another reference is written anew.
+
+    All else stays as it is, byte for byte. Raises SampleError("bad_prompt").
+    """
+    parts = _SPLIT.split(prompt)
+    for place in range(1, len(parts) - 2, 2):
+        if parts[place + 2] == _CLOSING.get(parts[place]):
+            reference = _read_reference(parts[place], parts[place + 1])
+            if (new := change(reference)) != reference:
+                parts[place + 1] = json.dumps({"base64": new.base64} if new.base64 else {"path": new.path})
+    return "".join(parts)
 
 
 class _Parser:

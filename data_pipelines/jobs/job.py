@@ -113,7 +113,10 @@ def run_job(job: Job, runner: Runner, report: Callable[[str], None] = print) -> 
     if len(names) != len(job.units):
         raise ConfigError(f"{job.title}: two units of work have the same name")
     failed: list[tuple[Unit, Exception]] = []
-    with _alone(job):
+    # Other hosts may do other units in the same folder.
+    same = hashlib.sha256("\n".join(unit.name for unit in job.units).encode()).hexdigest()[:12]
+    with hold(job.out, same, job.title):
+        _clear_scratch(job)
         summaries = {unit.name: job.summary(unit) for unit in job.units}
         left = [unit for unit in job.units if summaries[unit.name] is None]
         progress = Progress(job, left, report)
@@ -131,17 +134,17 @@ def run_job(job: Job, runner: Runner, report: Callable[[str], None] = print) -> 
 
 
 @contextmanager
-def _alone(job: Job) -> Iterator[None]:
-    """Holds the job's units, so that no other program does them too; other hosts may do others in the same folder."""
-    names = hashlib.sha256("\n".join(unit.name for unit in job.units).encode()).hexdigest()[:12]
-    marks = job.out / ".units"
-    marks.mkdir(parents=True, exist_ok=True)
-    with (marks / f"{names}.lock").open("w") as file:
+def hold(out: Path, name: str, title: str) -> Iterator[None]:
+    """Keeps other programs from doing the same in the folder `out`; `name` says what is the same.
+
+    Raises ConfigError, which `title` begins, while another one does it.
+    """
+    (out / ".units").mkdir(parents=True, exist_ok=True)
+    with (out / ".units" / f"{name}.lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError(f"{job.title}: another program is at work in {job.out}; nothing was changed") from None
-        _clear_scratch(job)
+            raise ConfigError(f"{title}: another program is at work in {out}; nothing was changed") from None
         yield
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from baichuan_omni_jax.config import ConfigError
 from data_pipelines.document import Document, SampleError
-from data_pipelines.manifest import read_manifest
+from data_pipelines.manifest import read_manifest, split_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -19,7 +19,7 @@ def test_documents_and_their_defaults(tmp_path):
     (tmp_path / "sub/m.jsonl").write_text("\n".join(lines), encoding="utf-8")
     assert [line.document for line in read_manifest("sub/m.jsonl", tmp_path)] == [
         Document(id="x", type="asr", text="a", where="sub/m.jsonl:1", media=tmp_path),
-        Document(id="m-3", type="", text="猫", where="sub/m.jsonl:3", media=tmp_path),
+        Document(id="sub/m-3", type="", text="猫", where="sub/m.jsonl:3", media=tmp_path),
     ]
 
 
@@ -32,6 +32,7 @@ def test_documents_and_their_defaults(tmp_path):
         (b'["a"]', "m.jsonl:2 is not an object but list"),
         (b'{"id": "a"}', 'm.jsonl:2 has no "text"'),
         (b'{"text": 3}', 'm.jsonl:2 has no "text"'),
+        (b'{"text": "a", "id": "\\ud800"}', "m.jsonl:2: id or type is not Unicode"),
     ],
 )
 def test_bad_lines_are_told_with_their_number(tmp_path, line, message):
@@ -41,6 +42,21 @@ def test_bad_lines_are_told_with_their_number(tmp_path, line, message):
     assert isinstance(error, SampleError)
     assert error.cause == "bad_json"
     assert message in str(error)
+
+
+@pytest.mark.parametrize("size", [1, 7, 20, 1000])
+def test_ranges_hold_every_line_once(tmp_path, size):
+    lines = [b'{"text": "a"}', b"", b'{"text": "bb"}', b"{", b'{"text": "\xe7\x8c\xab"}']
+    path = tmp_path / "m.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    ranges = list(split_manifest(path, "m.jsonl", tmp_path, size))
+    assert sum(one.length for one in ranges) == path.stat().st_size
+    found = [line for one in ranges for line in one.documents()]
+    expected = list(read_manifest("m.jsonl", tmp_path))
+    assert [(line.number, line.offset, str(line.document)) for line in found] == [
+        (line.number, line.offset, str(line.document)) for line in expected
+    ]
+    assert len(ranges) == {1: 5, 7: 4, 20: 3, 1000: 1}[size]
 
 
 def test_no_manifest(tmp_path):

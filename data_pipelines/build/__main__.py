@@ -1,0 +1,75 @@
+"""`python -m data_pipelines.build MANIFEST... --out DIR`: ArrayRecord shards with the media inside, from manifests.
+
+What cannot be used is skipped, counted by cause and named in DIR/skipped.jsonl. A build that was stopped goes on where
+it was when the same command is given again, and one whose manifests or media changed builds the shards that changed.
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from baichuan_omni_jax.config import ConfigError
+from baichuan_omni_jax.config.errors import exit_code
+from data_pipelines.build.dataset import SKIPPED_FILE, build_dataset
+from data_pipelines.jobs.runners import add_runner_arguments, chosen_runner
+
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 with one sentence when something given cannot be used."""
+    options = _parser().parse_args(arguments)
+    return exit_code(lambda: _build(options))
+
+
+def _build(options: argparse.Namespace) -> None:
+    size = _bytes(options.shard_bytes)
+    runner = chosen_runner(options)
+    dataset = build_dataset(options.manifests, options.out, options.root, options.shard_documents, size, runner)
+    for line in describe(dataset):
+        print(line)
+    if dataset["skipped"]:
+        print(f"each of them, with its cause: {options.out / SKIPPED_FILE}")
+
+
+def describe(dataset: Mapping) -> list[str]:
+    """Lines that tell what a `dataset.json` says."""
+    size = sum(shard["bytes"] for shard in dataset["shards"])
+    lines = [
+        f"{dataset['documents']} documents in {len(dataset['shards'])} shards, {size / 2**20:.1f} MiB: "
+        f"{dataset['pictures']} pictures ({dataset['pixels'] / 1e6:.1f} megapixels), "
+        f"{dataset['videos']} videos ({dataset['video_hours']:.2f} h), "
+        f"{dataset['sounds']} sounds ({dataset['audio_hours']:.2f} h), {dataset['characters']} characters"
+    ]
+    lines += [f"  {name or '(no type)':<20}{sums['documents']:>10}" for name, sums in dataset["types"].items()]
+    if unknown := dataset["unknown_types"]:
+        lines.append(f"types outside the known ones: {', '.join(name or '(no type)' for name in unknown)}")
+    if skipped := dataset["skipped"]:
+        causes = ", ".join(f"{count} {cause}" for cause, count in skipped.items())
+        lines.append(f"{sum(skipped.values())} documents are skipped: {causes}")
+    return lines
+
+
+def _bytes(text: str) -> int:
+    """256M -> 268435456. Raises ConfigError."""
+    number, unit = (text[:-1], text[-1:]) if text[-1:] in _UNITS else (text, "")
+    if not number.isascii() or not number.isdigit():
+        raise ConfigError(f"--shard-bytes {text} is no number of bytes such as 64M or 2G")
+    return int(number) * _UNITS.get(unit, 1)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m data_pipelines.build", description=__doc__)
+    add = parser.add_argument
+    add("manifests", metavar="MANIFEST", type=Path, nargs="+", help="JSONL, one document a line")
+    add("--out", metavar="DIR", type=Path, required=True, help="a new or empty folder, or an earlier build")
+    add("--root", metavar="ROOT", type=Path, help="what media paths are relative to (default: the manifest's folder)")
+    add("--shard-documents", metavar="N", type=int, default=4096, help="most documents of a shard (default 4096)")
+    add("--shard-bytes", metavar="SIZE", default="256M", help="size from which a shard is full (default 256M)")
+    add_runner_arguments(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
