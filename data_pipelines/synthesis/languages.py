@@ -44,3 +44,11 @@ def detect_language(text: str) -> str:
         if common < COMMON_SHARE * len(words):
             return "other"
     return "en" if english > 1 - MINOR_SHARE else "zh" if english < MINOR_SHARE else "mixed"
+
+
+def language_of(text: str) -> str:
+    """The language of the two to speak a text in, "en" or "zh"; "" for a text in another one.
+
+    Chinese voices speak English words, while English ones spell Chinese characters, so a mixed text is "zh".
+    """
+    return {"mixed": "zh", "none": "en", "other": ""}.get(found := detect_language(text), found)

@@ -14,13 +14,10 @@ from data_pipelines.prompt_writing import plain_text
 from data_pipelines.prompts import Text, parse_prompt
 from data_pipelines.special_tokens import ASSISTANT, SYSTEM, USER
 from data_pipelines.synthesis.draft import Draft
-from data_pipelines.synthesis.languages import HAN, detect_language
+from data_pipelines.synthesis.languages import HAN, language_of
 from data_pipelines.synthesis.splitting import HAN_SECONDS, split_text, spoken_seconds
 from data_pipelines.synthesis.text_to_speech import INCLUDED, load_speech, voice_text
 from data_pipelines.synthesis.voices import LANGUAGES
-
-# Chinese voices speak English words, English ones spell Chinese characters; "none" are numbers alone.
-_SPOKEN_AS = {"en": "en", "zh": "zh", "mixed": "zh", "none": "en", "other": ""}
 
 
 @dataclass(frozen=True)
@@ -114,7 +111,7 @@ class Speaker:
     @classmethod
     def of(cls, settings: SpeechSettings, document: Document, draft: Draft, text: str) -> "Speaker":
         """The speaker of a document with this text. Raises SampleError "unknown_language"."""
-        language = settings.language or _SPOKEN_AS[detect_language(text)]
+        language = settings.language or language_of(text)
         if not language:
             raise SampleError("unknown_language", "it is neither Chinese nor English; --language says what to speak")
         return cls(settings, draft, language, random.Random(f"{settings.seed}/{draft.name}/{document.id}"))
