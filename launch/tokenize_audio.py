@@ -1,8 +1,11 @@
-"""Writes the store of audio codes for a run's data: every clip of its mixtures through the audio tokenizer, once.
+"""Fills the store of audio codes for a run's data: every window of sound of its mixtures through the tokenizer, once.
 
     python launch/tokenize_audio.py --config configs/tiny.py
+    python launch/tokenize_audio.py --config CONFIG --multihost        # on every host of a slice
 
-The store lies under the data's `.cache`, named by the tokenizer's fingerprint; one that holds all clips is kept.
+The store lies under the data's `.cache`, named by the tokenizer's fingerprint; codes that it has already are kept, and
+after a kill the same command does what is left. Hosts must see the same data root; each works alone, on all its own
+devices, and reads sound in `data.workers` processes. `--verify` reads a store back and compares every checksum.
 Without `data.audio_tokenizer` the tokenizer is a seeded random one: its codes carry no decodable sound.
 """
 
@@ -14,18 +17,25 @@ import jax
 from absl import app, flags, logging
 
 from baichuan_omni_jax.audio.model import AudioTokenizer
-from baichuan_omni_jax.audio.tokenize import encode_windows, fingerprint
+from baichuan_omni_jax.audio.tokenize import WindowEncoder, fingerprint
 from baichuan_omni_jax.checkpoint import load_branches, with_shardings
 from baichuan_omni_jax.config import MeshConfig, OmniConfig, RunConfig, apply_overrides, load_run_config, resolve_model
 from baichuan_omni_jax.config.errors import exit_code
-from baichuan_omni_jax.nn.param import Compute
+from baichuan_omni_jax.nn.param import Compute, named_values, with_values
 from baichuan_omni_jax.sharding import make_mesh
+from baichuan_omni_jax.train.hosts import check_agreement, is_leader, join, leader_first, run_facts, software, together
 from data_pipelines.codes import CodeStore
+from data_pipelines.codes.fill import ALONE, Hosts, Settings, Tokenizer, open_or_fill, store_path
+from data_pipelines.codes.writer import PART_FRAMES
+from data_pipelines.jobs.runners import RUNNERS, make_runner
 from data_pipelines.pipeline import Pipeline, open_pipeline, prepare_sample
-from data_pipelines.stores import open_or_write_codes
 
 CONFIG = flags.DEFINE_string("config", None, "run configuration file", required=True)
 SET = flags.DEFINE_multi_string("set", [], "override of one key, as in data.root=DIR; may be repeated")
+MULTIHOST = flags.DEFINE_bool("multihost", False, "join the other hosts of the slice (jax.distributed) first")
+COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of host 0; found by itself on TPU, Slurm and Open MPI")
+HOSTS = flags.DEFINE_integer("hosts", 0, "how many hosts there are, where --coordinator is given")
+HOST = flags.DEFINE_integer("host", -1, "which of them this one is, from 0, where --coordinator is given")
 
 
 def quiet_logs() -> None:
@@ -33,23 +43,51 @@ def quiet_logs() -> None:
     logging.set_verbosity(logging.WARNING)
 
 
+def join_hosts() -> None:
+    """Joins the other hosts when the command line says that there are any."""
+    if MULTIHOST.value:
+        join(COORDINATOR.value, HOSTS.value, HOST.value)
+
+
+def tokenizer_mesh(config: MeshConfig) -> jax.sharding.Mesh:
+    """This host's devices, all along `data` (as many as the run has, where that fits) and `fsdp`.
+
+    Every device has windows of its own and whole sums, so that codes do not depend on the mesh.
+    """
+    devices = jax.local_devices()
+    data = config.data if config.data > 0 and len(devices) % config.data == 0 else 1
+    return make_mesh(MeshConfig(data=data, fsdp=-1), devices)
+
+
 def load_tokenizer(run: RunConfig, omni: OmniConfig, mesh: jax.sharding.Mesh) -> AudioTokenizer:
-    """The run's audio tokenizer: from its checkpoint, or seeded random."""
+    """The run's audio tokenizer, from its checkpoint or seeded random, split over `mesh` by the sharding rules."""
     compute = Compute()
     make = lambda: AudioTokenizer(jax.random.key(run.train.seed), omni.audio, compute)  # noqa: E731
-    if not run.data.audio_tokenizer:
-        return jax.jit(make)()
     abstract = with_shardings(jax.eval_shape(make), mesh, compute.rules, name="audio_encoder")
-    return load_branches(run.data.audio_tokenizer, {"audio_encoder": abstract})["audio_encoder"]
+    if run.data.audio_tokenizer:
+        return load_branches(run.data.audio_tokenizer, {"audio_encoder": abstract})["audio_encoder"]
+    # Drawn whole on every device: the same numbers on any mesh.
+    drawn, places = named_values(jax.jit(make)()), named_values(abstract)
+    return with_values(abstract, {name: jax.device_put(drawn[name], place.sharding) for name, place in places.items()})
 
 
-def ensure_codes(run: RunConfig, omni: OmniConfig, pipelines: Sequence[Pipeline]) -> list[CodeStore]:
-    """Each pipeline's code store, written first where clips are missing. One device, one process."""
-    mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])
+def ensure_codes(
+    run: RunConfig,
+    omni: OmniConfig,
+    pipelines: Sequence[Pipeline],
+    settings: Settings,
+    *,
+    hosts: Hosts = ALONE,
+    relist: bool = False,
+) -> CodeStore:
+    """The store with the codes of all sound of these mixtures of one data root, filled where it lacks any."""
+    mesh = tokenizer_mesh(run.mesh)
     with jax.set_mesh(mesh):
-        tokenizer = load_tokenizer(run, omni, mesh)
-        written_by, encode = fingerprint(tokenizer), lambda windows: encode_windows(tokenizer, windows)
-        return [open_or_write_codes(pipeline, written_by, encode) for pipeline in pipelines]
+        model = load_tokenizer(run, omni, mesh)
+        tokenizer = Tokenizer(fingerprint(model), WindowEncoder(model, mesh))
+        if hosts is not ALONE:
+            check_agreement({"the audio tokenizer": tokenizer.fingerprint})
+        return open_or_fill(store_path(pipelines[0], tokenizer), pipelines, tokenizer, settings, hosts, relist)
 
 
 def open_pipelines(run: RunConfig, omni: OmniConfig) -> dict[str, Pipeline]:
@@ -63,17 +101,39 @@ def open_pipelines(run: RunConfig, omni: OmniConfig) -> dict[str, Pipeline]:
     return {"": training} | held_out
 
 
+def tokenize() -> None:
+    """The command."""
+    join_hosts()
+    run = together(lambda: apply_overrides(load_run_config(CONFIG.value), SET.value))
+    omni = together(lambda: resolve_model(run.model))
+    check_agreement(software() | run_facts(run))
+    pipelines = list(leader_first(lambda: open_pipelines(run, omni)).values())
+    settings = together(lambda: make_settings(run.data.workers))
+    alone = jax.process_count() == 1
+    hosts = ALONE if alone else Hosts(jax.process_count(), jax.process_index(), leader_first, together)
+    store = ensure_codes(run, omni, pipelines, settings, hosts=hosts, relist=True)
+    if flags.FLAGS.verify:
+        leader_first(lambda: store.verify() if is_leader() else None)
+    if is_leader():
+        print(f"{store.path}: {len(store)} windows, {store.meta['frames']} code frames", end=" ")
+        print(f"of tokenizer {store.meta['fingerprint']}" + (", all as written" if flags.FLAGS.verify else ""))
+
+
+def make_settings(workers: int) -> Settings:
+    """What the command line says of the work. Only host 0 talks."""
+    given, report = flags.FLAGS, print if is_leader() else lambda _: None
+    beam = make_runner("beam", workers) if given.runner == "beam" else None
+    return Settings(workers, beam, given.part_frames, report)
+
+
 def main(_) -> None:
     quiet_logs()
-
-    def work():
-        run = apply_overrides(load_run_config(CONFIG.value), SET.value)
-        omni = resolve_model(run.model)
-        for store in ensure_codes(run, omni, list(open_pipelines(run, omni).values())):
-            print(f"{store.path}: {store.meta['frames']} code frames of tokenizer {store.meta['fingerprint']}")
-
-    sys.exit(exit_code(work))
+    sys.exit(exit_code(tokenize))
 
 
 if __name__ == "__main__":
+    # Of this command alone: the training command has the flags above too.
+    flags.DEFINE_enum("runner", "local", RUNNERS, "what lists the documents: processes of this machine, or Apache Beam")
+    flags.DEFINE_integer("part_frames", PART_FRAMES, "code frames of a file of a new store: what a kill costs at most")
+    flags.DEFINE_bool("verify", False, "read the store back and compare its checksums")
     app.run(main)

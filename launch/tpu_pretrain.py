@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from absl import app, flags
-from tokenize_audio import CONFIG, SET, ensure_codes, open_pipelines, quiet_logs
+from tokenize_audio import CONFIG, SET, ensure_codes, join_hosts, open_pipelines, quiet_logs
 
 from baichuan_omni_jax.checkpoint import (
     Parent,
@@ -25,28 +25,24 @@ from baichuan_omni_jax.checkpoint import (
 )
 from baichuan_omni_jax.config import OmniConfig, RunConfig, apply_overrides, load_run_config, resolve_model
 from baichuan_omni_jax.config.errors import exit_code
-from baichuan_omni_jax.train.hosts import check_agreement, join, leader_first, run_facts, software, together, wait_for
+from baichuan_omni_jax.train.hosts import check_agreement, leader_first, run_facts, software, together, wait_for
 from baichuan_omni_jax.train.loop import Extras, set_up, train
 from baichuan_omni_jax.train.rows import rows_of_host
 from baichuan_omni_jax.train.tracing import parse_span
 from baichuan_omni_jax.train.wandb import load_wandb
 from data_pipelines.codes import CodeStore
+from data_pipelines.codes.fill import Settings
 from data_pipelines.pipeline import Pipeline
 from data_pipelines.rows import Shard
 from data_pipelines.training import TrainingData
 
 WORKDIR = flags.DEFINE_string("workdir", None, "where the run's checkpoints and numbers go", required=True)
-MULTIHOST = flags.DEFINE_bool("multihost", False, "join the other hosts of the slice (jax.distributed) first")
-COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of host 0; found by itself on TPU, Slurm and Open MPI")
-HOSTS = flags.DEFINE_integer("hosts", 0, "how many hosts there are, where --coordinator is given")
-HOST = flags.DEFINE_integer("host", -1, "which of them this one is, from 0, where --coordinator is given")
 PROFILE = flags.DEFINE_string("profile", "", "START:STOP, steps to trace into WORKDIR/profile")
 WANDB = flags.DEFINE_string("wandb", "", "project on Weights & Biases to send the numbers to as well")
 
 
 def pretrain() -> None:
-    if MULTIHOST.value:
-        join(COORDINATOR.value, HOSTS.value, HOST.value)
+    join_hosts()
     run, omni, profile = together(read_flags)
     check_agreement(software() | run_facts(run))
     # Everything that can refuse the run comes before it claims the workdir.
@@ -89,8 +85,8 @@ def prepare(run: RunConfig, omni: OmniConfig, workdir: Workdir) -> dict[str, tup
     own = stored_tokenizer(workdir.path) or initial_tokenizer(run.checkpoint.init_from, run.branches) or ""
     run = replace(run, data=replace(run.data, tokenizer=run.data.tokenizer or str(own)))
     pipelines = open_pipelines(run, omni)
-    stores = ensure_codes(run, omni, list(pipelines.values()))
-    return {name: (pipeline, store) for (name, pipeline), store in zip(pipelines.items(), stores, strict=True)}
+    store = ensure_codes(run, omni, list(pipelines.values()), Settings(run.data.workers))
+    return {name: (pipeline, store) for name, pipeline in pipelines.items()}
 
 
 def data_facts(pipeline: Pipeline, codes: CodeStore) -> dict[str, str]:

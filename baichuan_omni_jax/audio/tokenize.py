@@ -1,52 +1,83 @@
-"""Codes of many sound windows: batches of fixed shape, so that few programs are compiled."""
+"""Codes of many sound windows: batches of few fixed shapes over the mesh, so that few programs are compiled."""
 
 import hashlib
+from collections import deque
 from collections.abc import Iterable, Iterator
-from itertools import islice
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int32
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Float, Int32
 
 from baichuan_omni_jax.audio.config import AudioConfig
+from baichuan_omni_jax.audio.encoder import CLIPS
 from baichuan_omni_jax.audio.model import AudioTokenizer
 from baichuan_omni_jax.nn.param import named_values
+from baichuan_omni_jax.sharding import axis_product
+
+WINDOWS_PER_DEVICE = 8
+# Batches that are computed while the next one is put together.
+IN_FLIGHT = 2
 
 
 def fingerprint(tokenizer: AudioTokenizer) -> str:
-    """Changes with any parameter: what a store of codes was written by (32 hex digits)."""
-    digest = hashlib.sha256()
+    """Changes with any parameter or number of its configuration: what codes were written by (32 hex digits)."""
+    digest = hashlib.sha256(repr(tokenizer.cfg).encode())
     for name, value in sorted(named_values(tokenizer).items()):
         digest.update(f"{name} {value.shape} {value.dtype}".encode())
         digest.update(np.ascontiguousarray(value).tobytes())
     return digest.hexdigest()[:32]
 
 
-def mel_bucket(frames: int, cfg: AudioConfig) -> int:
-    """The padded length of a window: the smallest of 1/6, 1/3, 2/3 and the whole of 30 s that holds it."""
+def mel_buckets(cfg: AudioConfig) -> tuple[int, ...]:
+    """The lengths that windows are padded to: 1/6, 1/3, 2/3 and the whole of 30 s."""
     whole = cfg.max_mel_frames
-    return next(size for size in (whole // 6, whole // 3, whole * 2 // 3, whole) if size >= frames)
+    return whole // 6, whole // 3, whole * 2 // 3, whole
 
 
-def encode_windows(
-    tokenizer: AudioTokenizer, windows: Iterable[Float[np.ndarray, "mels f"]], *, batch: int = 8
-) -> Iterator[Int32[np.ndarray, "g q"]]:
-    """Codes (g, levels), g = `AudioConfig.bridge_length(f)`, of each log-mel window, in order.
+class WindowEncoder:
+    """Encodes log-mel windows on `mesh`: its windows over data x fsdp, `tokenizer` wherever its parameters are.
 
-    `batch` windows are encoded at a time, padded to the longest one's bucket; a window's codes do not depend on its
-    batch. Runs on the mesh in use; `batch` must be a multiple of its batch shards.
+    A batch holds windows of one padded length alone, so a window's codes depend neither on the others nor on their
+    order, and there is one program a length (`mel_buckets`). Call it with the mesh set.
     """
-    cfg = tokenizer.cfg
-    encode = jax.jit(lambda tokenizer, books, mel, lengths: tokenizer.encode(mel, lengths, codebooks=books)[0])
-    codebooks = jax.jit(lambda tokenizer: tokenizer.quantizer.prepared())(tokenizer)
-    windows = iter(windows)
-    while group := list(islice(windows, batch)):
-        lengths = [window.shape[1] for window in group]
-        mel = np.zeros((batch, mel_bucket(max(lengths), cfg), cfg.num_mel_bins), np.float32)
-        for row, window in zip(mel, group, strict=False):
-            row[: window.shape[1]] = window.T
-        counts = np.array(lengths + [0] * (batch - len(lengths)), np.int32)
-        codes = np.asarray(encode(tokenizer, codebooks, jnp.asarray(mel), jnp.asarray(counts)))
-        for row, frames in zip(codes, lengths, strict=False):
-            yield row[: cfg.bridge_length(frames)]
+
+    def __init__(self, tokenizer: AudioTokenizer, mesh: Mesh, windows_per_device: int = WINDOWS_PER_DEVICE):
+        rules = tokenizer.compute.rules
+        self._cfg, self._tokenizer = tokenizer.cfg, tokenizer
+        self._batch = windows_per_device * axis_product(mesh, rules.axes(CLIPS))
+        self._split = [NamedSharding(mesh, rules.spec(CLIPS, *rest)) for rest in ((None, None), ())]
+        self._codebooks = jax.jit(lambda tokenizer: tokenizer.quantizer.prepared())(tokenizer)
+        self.encode = jax.jit(lambda tokenizer, books, mel, lengths: tokenizer.encode(mel, lengths, codebooks=books)[0])
+
+    def __call__(
+        self, windows: Iterable[tuple[int, Float[np.ndarray, "mels f"]]]
+    ) -> Iterator[tuple[int, Int32[np.ndarray, "g q"]]]:
+        """(name, codes (g, levels)) of each (name, log-mel), g = `AudioConfig.bridge_length(f)`; not in their order."""
+        waiting = {size: [] for size in mel_buckets(self._cfg)}
+        running: deque[tuple[list, Array]] = deque()
+        for name, mel in windows:
+            size = next(size for size in waiting if size >= mel.shape[1])
+            waiting[size].append((name, mel))
+            if len(waiting[size]) == self._batch:
+                running.append((waiting[size], self._start(waiting[size], size)))
+                waiting[size] = []
+            while len(running) > IN_FLIGHT:
+                yield from self._finish(*running.popleft())
+        running.extend((group, self._start(group, size)) for size, group in waiting.items() if group)
+        while running:
+            yield from self._finish(*running.popleft())
+
+    def _start(self, group: list[tuple[int, np.ndarray]], size: int) -> Array:
+        """Sends a batch to the devices; returns its codes, which are not there yet."""
+        mel = np.zeros((self._batch, size, self._cfg.num_mel_bins), np.float32)
+        lengths = np.zeros(self._batch, np.int32)
+        for row, (_, window) in enumerate(group):
+            mel[row, : window.shape[1]] = window.T
+            lengths[row] = window.shape[1]
+        return self.encode(self._tokenizer, self._codebooks, *jax.device_put((mel, lengths), tuple(self._split)))
+
+    def _finish(self, group: list[tuple[int, np.ndarray]], codes: Array) -> Iterator[tuple[int, np.ndarray]]:
+        codes = np.asarray(codes)
+        for (name, window), row in zip(group, codes, strict=False):
+            yield name, row[: self._cfg.bridge_length(window.shape[1])]
