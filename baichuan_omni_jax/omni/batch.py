@@ -15,7 +15,7 @@ Batch = dict[str, Shaped[Array, "b ..."]]
 _TOKEN, _MEDIA = ("batch", "length"), ("batch", "media")
 _LLM = ("tokens", "positions", "segment_ids", "document_ids", "source_ids", "text_targets", "text_weights")
 
-# Logical axes of every field, by the branch that reads it.
+# Logical axes of every field, by the branch that reads it. Only rows with `budgets.mel_windows` have the encoder's.
 BRANCH_FIELDS: dict[str, dict[str, tuple[str | None, ...]]] = {
     "llm": dict.fromkeys(_LLM, _TOKEN),
     "audio_head": {
@@ -26,14 +26,26 @@ BRANCH_FIELDS: dict[str, dict[str, tuple[str | None, ...]]] = {
         **dict.fromkeys(("patches", "patch_grid"), (*_MEDIA, None)),
         **dict.fromkeys(("patch_segments", "visual_index"), _MEDIA),
     },
+    "audio_encoder": {
+        "mel": (*_MEDIA, None, None),
+        **dict.fromkeys(("mel_lengths", "mel_owner", "mel_audio"), _MEDIA),
+    },
 }
 BATCH_AXES = {name: axes for fields in BRANCH_FIELDS.values() for name, axes in fields.items()}
 
 
 def abstract_batch(
-    rows: int, budgets: Budgets, omni: OmniConfig, branches: Sequence[str], mesh: Mesh, rules: ShardingRules
+    rows: int,
+    budgets: Budgets,
+    omni: OmniConfig,
+    branches: Sequence[str],
+    mesh: Mesh,
+    rules: ShardingRules,
+    mel_frames: int = 0,
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes, dtypes and shardings of the batch that these branches read: what a step is compiled for.
+
+    `mel_frames` is the size of the mel slots (0: whole windows of 30 s).
 
     Raises ConfigError naming the field and the dimension that the mesh does not divide.
     """
@@ -44,18 +56,24 @@ def abstract_batch(
             f"data.budgets.patches {p} is not divisible by {merged} patches a token x "
             f"{axis_product(mesh, rules.axes('media'))}, the mesh axes {' x '.join(rules.axes('media'))}"
         )
-    shapes = dict.fromkeys(_LLM, (t,)) | {
-        "audio_codes": (a, levels),
-        "audio_index": (a,),
-        "audio_targets": (c, levels),
-        "audio_weights": (c, levels),
-        "audio_target_index": (c,),
-        "patches": (p, omni.vision.patch_values),
-        "patch_grid": (p, 2),
-        "patch_segments": (p,),
-        "visual_index": (p // merged,),
-    }
-    dtypes = {"text_weights": jnp.float32, "audio_weights": jnp.float32, "patches": jnp.uint8}
+    shapes = (
+        dict.fromkeys(_LLM, (t,))
+        | {
+            "audio_codes": (a, levels),
+            "audio_index": (a,),
+            "audio_targets": (c, levels),
+            "audio_weights": (c, levels),
+            "audio_target_index": (c,),
+            "patches": (p, omni.vision.patch_values),
+            "patch_grid": (p, 2),
+            "patch_segments": (p,),
+            "visual_index": (p // merged,),
+            "mel": (budgets.mel_windows, mel_frames or omni.audio.max_mel_frames, omni.audio.num_mel_bins),
+        }
+        | dict.fromkeys(("mel_lengths", "mel_owner", "mel_audio"), (budgets.mel_windows,))
+    )
+    floats = dict.fromkeys(("text_weights", "audio_weights", "mel"), jnp.float32)
+    dtypes = floats | {"patches": jnp.uint8}
 
     def field(name: str) -> jax.ShapeDtypeStruct:
         shape, axes = (rows, *shapes[name]), BATCH_AXES[name]
