@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 
 from baichuan_omni_jax.audio.codebook_training import Averaging, CodebookState, move, usage
-from baichuan_omni_jax.audio.quantizer_training import QuantizerSchedule, kept_levels, quantize_in_training
+from baichuan_omni_jax.audio.quantizer_training import kept_levels, quantize_in_training
 from baichuan_omni_jax.config import MeshConfig
+from baichuan_omni_jax.config.sound import QuantizerConfig
 from baichuan_omni_jax.nn.param import Compute
 from baichuan_omni_jax.sharding import make_mesh
 
 WIDTH, KEY, COMPUTE = 6, jax.random.key(0), Compute()
-NEAREST = QuantizerSchedule(level_dropout=0.0, quantised_share=1.0, init_steps=0, restart_after=0, decay=0.5)
+NEAREST = QuantizerConfig(level_dropout=0.0, quantised_share=1.0, init_steps=0, restart_after=0, decay=0.5)
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +78,7 @@ def test_degenerate_batches_leave_finite_codebooks(batch):
     x = jnp.ones_like(x) if batch == "equal" else x * 0 if batch == "zeros" else x
     valid = valid & (batch != "nothing valid")
     states = [codebook(8), codebook(4)]
-    schedule = QuantizerSchedule(restart_after=1, init_steps=3, temperature=(1.0, 0.5))
+    schedule = QuantizerConfig(restart_after=1, init_steps=3, temperature=(1.0, 0.5))
     for step in range(4):
         result = train(x, valid, states, schedule, step)
         states = result.states
@@ -90,7 +91,7 @@ def test_the_first_batch_seeds_and_k_means_follows():
     rng = np.random.default_rng(3)
     centres = 10 * rng.standard_normal((8, WIDTH))
     valid, states = jnp.ones((8, 16), bool), [codebook(24)]
-    schedule = QuantizerSchedule(init_steps=8, restart_after=50, level_dropout=0.0)
+    schedule = QuantizerConfig(init_steps=8, restart_after=50, level_dropout=0.0)
     for step in range(8):
         x = jnp.asarray(centres[rng.integers(0, 8, (8, 16))] + 0.1 * rng.standard_normal((8, 16, WIDTH)), jnp.float32)
         result = train(x, valid, states, schedule, step, jax.random.fold_in(KEY, step))
@@ -132,7 +133,7 @@ def test_nearest_codes_of_what_is_left():
 
 
 def test_shares_of_clips_follow_the_schedules():
-    schedule = QuantizerSchedule(quantised_share=0.1, quantised_steps=100, level_dropout=0.5)
+    schedule = QuantizerConfig(quantised_share=0.1, quantised_steps=100, level_dropout=0.5)
     kept = lambda step: np.asarray(kept_levels(KEY, 4000, 8, jnp.int32(step), schedule))  # noqa: E731
     for step, share in ((0, 0.1), (50, 0.55), (100, 1.0), (1000, 1.0)):
         assert abs(kept(step)[:, 0].mean() - share) < 0.03
@@ -144,7 +145,7 @@ def test_shares_of_clips_follow_the_schedules():
 
 def test_temperature_draws_other_codes_and_falls():
     x, valid = clips(m=8, g=20)
-    schedule = QuantizerSchedule(temperature=(2.0, 0.0), temperature_steps=10, level_dropout=0.0, init_steps=0)
+    schedule = QuantizerConfig(temperature=(2.0, 0.0), temperature_steps=10, level_dropout=0.0, init_steps=0)
     nearest = np.asarray(train(x, valid, [codebook(32)]).codes)
     share = lambda step: (np.asarray(train(x, valid, [codebook(32)], schedule, step).codes) != nearest).mean()  # noqa: E731
     assert share(1) > 0.3

@@ -5,7 +5,6 @@ Nothing is mutated: codebooks come in as arguments and go out as results.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -13,54 +12,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int32, PRNGKeyArray
 
 from baichuan_omni_jax.audio.codebook_training import Averaging, CodebookState, move, seed, squared_distances
+from baichuan_omni_jax.config.sound import QuantizerConfig
 from baichuan_omni_jax.nn.param import Compute, split_as
 
 CLIPS = "batch"
-
-
-@dataclass(frozen=True, kw_only=True)
-class QuantizerSchedule:
-    """How the quantiser trains, by step (counted from 0).
-
-    `decay` and `shrink` are those of `codebook_training.Averaging`; codes unused for `restart_after` steps (0: never)
-    are placed anew. The first `init_steps` batches are one pass of k-means: the first seeds the codebooks, the running
-    means forget nothing, unused codes are placed anew at once.
-    `temperature` of the Gumbel noise on distances, in units of the mean squared residual, falls linearly from the first
-    to the second number in `temperature_steps` (both 0: always the nearest code). `level_dropout` is the share of clips
-    of which only the first few levels are kept, their number drawn evenly. The share of clips that see quantised
-    features grows linearly from `quantised_share` to 1 in `quantised_steps`; the others see them as they were.
-    """
-
-    decay: float = 0.99
-    shrink: float = 0.0
-    restart_after: int = 200
-    init_steps: int = 10
-    temperature: tuple[float, float] = (0.0, 0.0)
-    temperature_steps: int = 10000
-    level_dropout: float = 0.1
-    quantised_share: float = 0.1
-    quantised_steps: int = 10000
-
-    @property
-    def sampled(self) -> bool:
-        """Whether codes are ever drawn."""
-        return max(self.temperature) > 0
-
-    def averaging(self, step: Int32[Array, ""]) -> Averaging:
-        """Of the codebooks in this step."""
-        first = step < self.init_steps
-        mean = step.astype(jnp.float32) / (step + 1)
-        never = 0 if self.restart_after == 0 else self.restart_after
-        return Averaging(jnp.where(first, mean, self.decay), self.shrink, jnp.where(first & (never > 0), 1, never))
-
-    def noise(self, step: Int32[Array, ""]) -> Float[Array, ""]:
-        """The temperature in this step."""
-        start, end = self.temperature
-        return start + (end - start) * _progress(step, self.temperature_steps)
-
-    def share(self, step: Int32[Array, ""]) -> Float[Array, ""]:
-        """The share of clips that see quantised features in this step."""
-        return self.quantised_share + (1.0 - self.quantised_share) * _progress(step, self.quantised_steps)
 
 
 class Quantised(NamedTuple):
@@ -84,7 +39,7 @@ def quantize_in_training(
     valid: Bool[Array, "m g"],
     states: Sequence[CodebookState],
     step: Int32[Array, ""],
-    schedule: QuantizerSchedule,
+    config: QuantizerConfig,
     compute: Compute,
 ) -> Quantised:
     """One training step of the quantiser on clips, split over the batch axes; invalid frames count for nothing."""
@@ -92,10 +47,10 @@ def quantize_in_training(
         x = split_as(jax.lax.stop_gradient(features).astype(jnp.float32), compute, CLIPS)
         valid = split_as(valid, compute, CLIPS)
         keys = jax.random.split(key, len(states) + 1)
-        kept = kept_levels(keys[-1], x.shape[0], len(states), step, schedule)
+        kept = kept_levels(keys[-1], x.shape[0], len(states), step, config)
         residual, seen, total, codes, left, moved = x, 0.0, 0.0, [], [], []
         for level, (level_key, state) in enumerate(zip(keys, states, strict=False)):
-            code, chosen, state = _level(level_key, residual, valid, state, step, schedule, compute)
+            code, chosen, state = _level(level_key, residual, valid, state, step, config, compute)
             total = total + chosen
             seen = seen + jnp.where(kept[:, level, None, None], chosen, 0.0)
             residual = residual - chosen
@@ -109,31 +64,50 @@ def quantize_in_training(
 
 
 def kept_levels(
-    key: PRNGKeyArray, clips: int, levels: int, step: Int32[Array, ""], schedule: QuantizerSchedule
+    key: PRNGKeyArray, clips: int, levels: int, step: Int32[Array, ""], config: QuantizerConfig
 ) -> Bool[Array, "m q"]:
     """Which levels each clip sees: none (its features as they were), all, or the first few."""
     sees, cut, count = jax.random.split(key, 3)
     some = jnp.where(
-        jax.random.uniform(cut, (clips,)) < schedule.level_dropout,
+        jax.random.uniform(cut, (clips,)) < config.level_dropout,
         jax.random.randint(count, (clips,), 1, levels + 1),
         levels,
     )
-    count = jnp.where(jax.random.uniform(sees, (clips,)) < schedule.share(step), some, 0)
+    count = jnp.where(jax.random.uniform(sees, (clips,)) < quantised_share(config, step), some, 0)
     return jnp.arange(levels) < count[:, None]
 
 
-def _level(key, residual, valid, state, step, schedule: QuantizerSchedule, compute: Compute):
+def averaging(config: QuantizerConfig, step: Int32[Array, ""]) -> Averaging:
+    """How codebooks move in this step: in the first ones as k-means does."""
+    first = step < config.init_steps
+    mean = step.astype(jnp.float32) / (step + 1)
+    restart = jnp.where(first & (config.restart_after > 0), 1, config.restart_after)
+    return Averaging(jnp.where(first, mean, config.decay), config.shrink, restart)
+
+
+def temperature(config: QuantizerConfig, step: Int32[Array, ""]) -> Float[Array, ""]:
+    """Of the noise on distances in this step."""
+    start, end = config.temperature
+    return start + (end - start) * _progress(step, config.temperature_steps)
+
+
+def quantised_share(config: QuantizerConfig, step: Int32[Array, ""]) -> Float[Array, ""]:
+    """The share of clips that see quantised features in this step."""
+    return config.quantised_share + (1.0 - config.quantised_share) * _progress(step, config.quantised_steps)
+
+
+def _level(key, residual, valid, state, step, config: QuantizerConfig, compute: Compute):
     """Codes (m, g), the chosen vectors, and the level's codebook after the step."""
     for_seed, for_codes, for_restart = jax.random.split(key, 3)
     state = jax.lax.cond(step == 0, lambda: seed(for_seed, residual, valid, state, compute), lambda: state)
     scores = squared_distances(residual, state.embed)
-    if schedule.sampled:
-        scale = schedule.noise(step) * 0.5 * _mean(residual**2, valid) * residual.shape[-1]
+    if max(config.temperature) > 0:
+        scale = temperature(config, step) * 0.5 * _mean(residual**2, valid) * residual.shape[-1]
         scores = scores - scale * _gumbel(for_codes, scores)
     code = jnp.argmin(scores, -1).astype(jnp.int32)
     spec = compute.rules.spec(CLIPS, None, None)
     chosen = state.embed.at[code].get(out_sharding=spec)
-    return code, chosen, move(for_restart, residual, valid, code, state, schedule.averaging(step), compute)
+    return code, chosen, move(for_restart, residual, valid, code, state, averaging(config, step), compute)
 
 
 def _gumbel(key: PRNGKeyArray, like: Float32[Array, "m g k"]) -> Float32[Array, "m g k"]:

@@ -1,0 +1,63 @@
+"""How the audio tokenizer and the flow-matching decoder are trained: the settings of their losses and schedules."""
+
+from dataclasses import dataclass
+
+from baichuan_omni_jax.config.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizerConfig:
+    """How the residual quantiser trains, by step (counted from 0).
+
+    `decay` of the running means of each code's vectors; `shrink`, the share by which codes are pulled towards zero.
+    Codes unused for `restart_after` steps (0: never) are placed anew. The first `init_steps` batches are one pass of
+    k-means: the first seeds the codebooks, the running means forget nothing, unused codes are placed anew at once.
+    `temperature` of the Gumbel noise on distances, in units of the mean squared residual, falls linearly from the first
+    to the second number in `temperature_steps` (both 0: always the nearest code). `level_dropout` is the share of clips
+    of which only the first few levels are kept, their number drawn evenly. The share of clips that see quantised
+    features grows linearly from `quantised_share` to 1 in `quantised_steps`; the others see them as they were.
+    """
+
+    decay: float = 0.99
+    shrink: float = 0.0
+    restart_after: int = 200
+    init_steps: int = 10
+    temperature: tuple[float, float] = (0.0, 0.0)
+    temperature_steps: int = 10000
+    level_dropout: float = 0.1
+    quantised_share: float = 0.1
+    quantised_steps: int = 10000
+
+    def __post_init__(self):
+        for name in ("decay", "shrink", "level_dropout", "quantised_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"quantizer.{name} {getattr(self, name)} must lie between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerTraining:
+    """The loss of the audio tokenizer: `reconstruction` x (L1 + L2 of coarse and refined mel at every scale) +
+    `transcript` x cross-entropy of what was said, read by a frozen language model + `commitment` x squared distance
+    of the features to their codes.
+
+    `mel_scales` are (n_fft, hop) of the target mels at 16 kHz. `transcript` 0 leaves the language model out.
+    """
+
+    reconstruction: float = 1.0
+    transcript: float = 1.0
+    commitment: float = 0.25
+    mel_scales: tuple[tuple[int, int], ...] = ((1024, 256), (400, 160))
+    quantizer: QuantizerConfig = QuantizerConfig()
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowTraining:
+    """The loss of the flow-matching decoder: flow matching + `prior` x L1 of the pre-net's mel.
+
+    A share `condition_dropout` of the clips sees no condition. `ema` is the decay of the running mean of the weights,
+    which sampling and checkpoints use (0: the weights themselves).
+    """
+
+    prior: float = 1.0
+    condition_dropout: float = 0.2
+    ema: float = 0.999

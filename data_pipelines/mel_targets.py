@@ -1,0 +1,65 @@
+"""Mels that decoders learn to make: natural logs of magnitudes, at any rate, window and hop (MODEL.md section 7)."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from jaxtyping import Float32
+
+from baichuan_omni_jax.audio.config import PostNetConfig
+from baichuan_omni_jax.flow.config import FlowConfig
+
+_POWER_FLOOR = 1e-9  # under the root
+HIGHEST = 8000.0  # Hz, of the highest filter
+
+
+@dataclass(frozen=True)
+class MelTargetSettings:
+    """Rate in Hz, window and hop in samples, number of filters (Slaney, 0 to 8 kHz), and the least magnitude."""
+
+    rate: int
+    n_fft: int
+    hop: int
+    mels: int
+    floor: float
+
+    def frames(self, samples: int) -> int:
+        """Frames of a clip of `samples` at the mel's rate."""
+        return samples // self.hop
+
+
+def reconstruction_targets(scales: tuple[tuple[int, int], ...], post_net: PostNetConfig) -> list[MelTargetSettings]:
+    """What the audio decoder learns to make, at every (n_fft, hop)."""
+    rate, mels = post_net.sampling_rate, post_net.num_mel_bins
+    return [MelTargetSettings(rate, n_fft, hop, mels, 1e-6) for n_fft, hop in scales]
+
+
+def flow_target(flow: FlowConfig) -> MelTargetSettings:
+    """What the flow-matching decoder makes and the vocoder reads: windows of four hops."""
+    return MelTargetSettings(flow.sampling_rate, 4 * flow.hop_length, flow.hop_length, flow.in_channels, 1e-5)
+
+
+def mel_target(samples: Float32[np.ndarray, "t"], settings: MelTargetSettings) -> Float32[np.ndarray, "s mels"]:
+    """The mel of a clip at the settings' rate, `settings.frames(t)` frames.
+
+    Periodic Hann, not centred: half of n_fft - hop samples are reflected at both ends. A clip too short to be reflected
+    is padded with zeros first.
+    """
+    pad = (settings.n_fft - settings.hop) // 2
+    frames = settings.frames(len(samples))
+    if not frames:
+        return np.zeros((0, settings.mels), np.float32)
+    whole = np.pad(samples, (0, max(0, pad + 1 - len(samples))))
+    padded = np.pad(whole, pad, mode="reflect")
+    windows = np.lib.stride_tricks.sliding_window_view(padded, settings.n_fft)[:: settings.hop][:frames]
+    hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(settings.n_fft) / settings.n_fft)
+    power = np.abs(np.fft.rfft(windows * hann, axis=-1)) ** 2  # float64: quiet bins need it
+    mel = np.sqrt(power + _POWER_FLOOR) @ _filters(settings).T
+    return np.log(np.maximum(mel, settings.floor)).astype(np.float32)
+
+
+@lru_cache(maxsize=8)
+def _filters(settings: MelTargetSettings) -> Float32[np.ndarray, "mels f"]:
+    from librosa.filters import mel  # takes a second to import, and most data has no such targets
+
+    return mel(sr=settings.rate, n_fft=settings.n_fft, n_mels=settings.mels, fmin=0.0, fmax=HIGHEST, norm="slaney")
