@@ -1,6 +1,6 @@
 """`python -m data_pipelines.synthesis JOB MANIFEST... --out DIR`: makes new documents from those of manifests.
 
-A job that was stopped goes on where it was when the same command is given again.
+`voices` in place of a job lists the voices that speak. A job that was stopped goes on where it was when the same command is given again.
 """
 
 import argparse
@@ -9,26 +9,28 @@ import sys
 from baichuan_omni_jax.config.errors import exit_code
 from data_pipelines.jobs import run_job
 from data_pipelines.jobs.runners import add_runner_arguments, chosen_runner
-from data_pipelines.synthesis import asr, crossmodal, intlv, itts, pages, tts
+from data_pipelines.synthesis import asr, captions, crossmodal, filters, intlv, itts, pages, tts, voice_list
 from data_pipelines.synthesis.units import add_job_arguments, assemble
 
-JOBS = (intlv, itts, asr, tts, crossmodal, pages)  # modules, one a job
+JOBS = (intlv, itts, asr, tts, crossmodal, pages, captions, filters)  # modules, one a job
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 with one sentence when something given cannot be used."""
     options = _parser().parse_args(arguments)
-    return exit_code(lambda: _run(options))
+    return exit_code(lambda: _run(options) if options.job else voice_list.list_voices(options))
 
 
 def _run(options: argparse.Namespace) -> None:
     job = options.job.make_job(options)
-    sums = assemble(job, run_job(job, chosen_runner(options)))
+    finish = getattr(options.job, "finish", assemble)
+    sums = finish(job, run_job(job, chosen_runner(options)))
     for part, count in sorted(sums["made"].items()):
         print(f"{options.out / part}.jsonl: {count} documents")
-    if sums["skipped"]:
-        causes = ", ".join(f"{count} {cause}" for cause, count in sums["skipped"].most_common())
-        print(f"{sums['skipped'].total()} documents are skipped: {causes} ({options.out}/skipped-{job.title}.jsonl)")
+    for key, name in (("rejected", "rejected"), ("skipped", f"skipped-{job.title}")):
+        if counts := sums.get(key):
+            causes = ", ".join(f"{count} {cause}" for cause, count in counts.most_common())
+            print(f"{options.out / name}.jsonl: {counts.total()} {key}: {causes}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -40,6 +42,9 @@ def _parser() -> argparse.ArgumentParser:
         add_runner_arguments(own)
         module.add_arguments(own)
         own.set_defaults(job=module)
+    voices = jobs.add_parser("voices", help="Lists the voices, and draws ten of them.", description=voice_list.__doc__)
+    voice_list.add_arguments(voices)
+    voices.set_defaults(job=None)
     return parser
 
 

@@ -20,9 +20,8 @@ from data_pipelines.prompt_writing import image_tag, plain_text, trainable, turn
 from data_pipelines.prompts import Text, parse_prompt
 from data_pipelines.synthesis import page_prompts
 from data_pipelines.synthesis.chart_questions import describe, questions, transcribe
-from data_pipelines.synthesis.charts import KINDS, draw_chart, possible_charts
+from data_pipelines.synthesis.charts import KINDS, possible_charts
 from data_pipelines.synthesis.draft import Draft
-from data_pipelines.synthesis.fonts import choose_font, find_fonts
 from data_pipelines.synthesis.layout import Page, PageStyle, normalise, paginate, wrap
 from data_pipelines.synthesis.page_picture import GRID, draw_page, encode, measurer, wear
 from data_pipelines.synthesis.tables import read_table
@@ -68,7 +67,14 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def make_job(options: Namespace) -> Job:
-    """The job of `options`. Raises ConfigError for sizes that make no page, and for a font that cannot be read."""
+    """The job of `options`.
+
+    Raises ConfigError for sizes that make no page, a font that cannot be read, and where matplotlib is missing.
+    """
+    try:
+        from data_pipelines.synthesis.fonts import find_fonts  # imports matplotlib, which an extra brings
+    except ImportError as error:
+        raise ConfigError("pages need matplotlib: pip install baichuan_omni_jax[synthesis]") from error
     settings = PageSettings(
         types=tuple(sorted(set(options.types))),
         languages=tuple(sorted(set(options.languages))),
@@ -137,6 +143,9 @@ def _interleave(text: str, style: PageStyle, draft: Draft, settings: PageSetting
 
 
 def _make_chart(document: Document, draft: Draft, settings: PageSettings, rng: random.Random) -> None:
+    from data_pipelines.synthesis.chart_picture import draw_chart
+    from data_pipelines.synthesis.fonts import choose_font
+
     table = read_table(plain_text(document.text))
     font = choose_font(rng, settings.fonts, normalise(table.words) + "0123456789")
     kinds: dict[str, list] = {}
@@ -172,6 +181,8 @@ def _text_alone(document: Document) -> str:
 
 
 def _choose_style(text: str, settings: PageSettings, rng: random.Random) -> PageStyle:
+    from data_pipelines.synthesis.fonts import choose_font
+
     if not text:
         raise SampleError("no_text", "there is no text in it")
     font = choose_font(rng, settings.fonts, text)

@@ -74,12 +74,12 @@ class MakeDocuments:
                 draft.write_media(folder)
                 for part, values in draft.documents:
                     made[part] += 1
-                    parts.setdefault(part, []).append(_line(values))
+                    parts.setdefault(part, []).append(json_line(values))
             except SampleError as error:
                 draft.skipped.append(error)
             for error in draft.skipped:
                 skipped[error.cause] += 1
-                parts.setdefault(SKIPPED, []).append(_line(_explain(where, document, error)))
+                parts.setdefault(SKIPPED, []).append(json_line(explain(where, document, error)))
         for part, lines in parts.items():
             (folder / unit.name / f"{part}.jsonl").write_text("".join(lines), encoding="utf-8")
         return {"made": dict(sorted(made.items())), "skipped": dict(sorted(skipped.items()))}
@@ -95,7 +95,12 @@ def add_job_arguments(parser: ArgumentParser) -> None:
 
 
 def manifest_job(name: str, maker: Maker, options: Namespace, settings: str) -> Job:
-    """The job that puts every document of `options.manifests` through `maker`.
+    """The job that puts every document of `options.manifests` through `maker`; see `manifest_units`."""
+    return Job(name, manifest_units(name, options, settings), MakeDocuments(name, maker), options.out)
+
+
+def manifest_units(name: str, options: Namespace, settings: str) -> tuple[Unit, ...]:
+    """The documents of `options.manifests` in units of `options.unit`, whose contents are `LineRange`s.
 
     `settings` says all that, besides the documents, decides what comes out: a unit whose lines or settings changed is
     done again. Raises ConfigError for a manifest that cannot be read.
@@ -108,20 +113,21 @@ def manifest_job(name: str, maker: Maker, options: Namespace, settings: str) -> 
         for lines, content in _ranges(manifest, options.unit):
             fingerprint = hashlib.sha256(key + str(manifest.parent.resolve()).encode() + b"\0" + content).hexdigest()
             units.append(Unit(f"{name}-{len(units):05d}", fingerprint, lines, lines.length))
-    return Job(name, tuple(units), MakeDocuments(name, maker), options.out)
+    return tuple(units)
 
 
 def _ranges(manifest: Path, size: int) -> Iterator[tuple[LineRange, bytes]]:
     """`size` lines at a time, empty ones not counted, with their bytes."""
-    first, offset, number, lines = 1, 0, 0, []
+    first, offset, number, count, lines = 1, 0, 0, 0, []
     try:
         with manifest.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 lines.append(line)
-                if sum(1 for each in lines if each.strip()) == size:
+                count += bool(line.strip())
+                if count == size:
                     content = b"".join(lines)
                     yield LineRange(manifest.resolve(), first, offset, len(content)), content
-                    first, offset, lines = number + 1, offset + len(content), []
+                    first, offset, count, lines = number + 1, offset + len(content), 0, []
     except OSError as error:
         raise ConfigError(f"manifest {manifest} cannot be read: {error.strerror}") from error
     if lines:
@@ -131,23 +137,36 @@ def _ranges(manifest: Path, size: int) -> Iterator[tuple[LineRange, bytes]]:
 
 def assemble(job: Job, summaries: Sequence[dict]) -> dict[str, Counter]:
     """Puts the units' manifests together, in order of the units; returns the sums of their summaries."""
-    sums = {key: sum((Counter(summary[key]) for summary in summaries), Counter()) for key in ("made", "skipped")}
-    for part in [job.title, *(part for part in sums["made"] if part != job.title), SKIPPED]:
-        path = job.out / (f"{SKIPPED}-{job.title}.jsonl" if part == SKIPPED else f"{part}.jsonl")
-        partial = path.with_name(path.name + ".partial")
-        with partial.open("wb") as file:
-            for unit in job.units:
-                if (own := job.out / unit.name / f"{part}.jsonl").is_file():
-                    with own.open("rb") as lines:
-                        shutil.copyfileobj(lines, file)
-        os.replace(partial, path)
+    sums = add_up(summaries, ("made", SKIPPED))
+    for part in [job.title, *(part for part in sums["made"] if part != job.title)]:
+        join_part(job, part, f"{part}.jsonl")
+    join_part(job, SKIPPED, f"{SKIPPED}-{job.title}.jsonl")
     return sums
 
 
-def _explain(where: str, document: Document | SampleError, error: SampleError) -> dict:
+def add_up(summaries: Sequence[dict], keys: Sequence[str]) -> dict[str, Counter]:
+    """The counts of all units under each of the keys of their summaries."""
+    return {key: sum((Counter(one[key]) for one in summaries), Counter()) for key in keys}
+
+
+def join_part(job: Job, part: str, name: str) -> None:
+    """Writes the manifest `name`: what every unit has in its manifest `part`."""
+    path = job.out / name
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        for unit in job.units:
+            if (own := job.out / unit.name / f"{part}.jsonl").is_file():
+                with own.open("rb") as lines:
+                    shutil.copyfileobj(lines, file)
+    os.replace(partial, path)
+
+
+def explain(where: str, document: Document | SampleError, error: SampleError) -> dict:
+    """A line of the skipped documents."""
     identifier = document.id if isinstance(document, Document) else None
     return {"id": identifier, "where": where, "cause": error.cause, "message": str(error)}
 
 
-def _line(values: dict) -> str:
+def json_line(values: dict) -> str:
+    """A line of a manifest."""
     return json.dumps(values, ensure_ascii=False) + "\n"
