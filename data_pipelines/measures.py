@@ -33,7 +33,7 @@ class MediaMeasure:
 
 @dataclass(frozen=True)
 class DocumentMeasure:
-    """A document's type, the characters of its text (with names of special tokens, without media), its media in order."""
+    """A document's type, characters of text (with the names of special tokens, without media), and media in order."""
 
     type: str
     characters: int
@@ -139,7 +139,7 @@ def join(tables: Iterable[Measures]) -> Measures:
 
 
 def totals(measures: Measures) -> dict[str, dict[str, float]]:
-    """By type: how many documents, characters, stills and listed frames, pixels of these, videos, sounds; times, bytes."""
+    """By type: numbers of documents, characters, stills and listed frames, videos and sounds; pixels, times, bytes."""
     return {name: _sums(measures, number) for number, name in enumerate(measures.types)}
 
 

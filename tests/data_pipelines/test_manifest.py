@@ -56,7 +56,7 @@ def test_ranges_hold_every_line_once(tmp_path, size):
     assert [(line.number, line.offset, str(line.document)) for line in found] == [
         (line.number, line.offset, str(line.document)) for line in expected
     ]
-    assert len(ranges) == {1: 5, 7: 4, 20: 3, 1000: 1}[size]
+    assert len(ranges) == {1: 5, 7: 3, 20: 2, 1000: 1}[size]
 
 
 def test_no_manifest(tmp_path):
