@@ -33,6 +33,7 @@ CORE = [
 # espeakng-loader carries eSpeak NG, which is GPLv3: it stays an extra.
 SAMPLE = ["espeakng-loader>=0.2.4", "scikit-learn>=1.5"]
 SHOW = ["matplotlib>=3.9"]
+SYNTHESIS = ["datasketch>=2.0", "espeakng-loader>=0.2.4", *SHOW]
 
 EXTRAS = {
     "beam": ["apache-beam>=2.66"],
@@ -42,8 +43,9 @@ EXTRAS = {
     "parity": ["torch>=2.6", "transformers>=4.45"],
     "sample": SAMPLE,
     "show": SHOW,
+    "synthesis": SYNTHESIS,
     "wandb": ["wandb>=0.19"],
-    "test": ["beartype>=0.20", "hypothesis>=6.100", "pytest>=8", "ruff==0.17.6", *SAMPLE, *SHOW],
+    "test": ["beartype>=0.20", "hypothesis>=6.100", "pytest>=8", "ruff==0.17.6", *SAMPLE, *SYNTHESIS],
 }
 
 setup(
