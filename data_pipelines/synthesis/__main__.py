@@ -1,6 +1,7 @@
 """`python -m data_pipelines.synthesis JOB MANIFEST... --out DIR`: makes new documents from those of manifests.
 
-`voices` in place of a job lists the voices that speak. A job that was stopped goes on where it was when the same command is given again.
+`voices` in place of a job lists the voices that speak. A job that was stopped goes on where it was when the same
+command is given again.
 """
 
 import argparse

@@ -26,6 +26,12 @@ class SpeechError(RuntimeError):
     """A voice or a text that a back end refused."""
 
 
+def check_installed() -> None:
+    """Raises ConfigError when the wheel with the library is missing."""
+    if importlib.util.find_spec("espeakng_loader") is None:
+        raise ConfigError("speech synthesis needs the espeakng-loader wheel: pip install espeakng-loader")
+
+
 def speak(text: str, voice: str, *, rate: int = 175, pitch: int = 50) -> Int16[np.ndarray, "t"]:
     """Speaks `text`: mono samples at `SAMPLE_RATE`, the same for the same arguments in every process.
 
@@ -49,8 +55,7 @@ class _Server:
     """The process that has the library loaded; it ends when its stdin closes, so it never outlives this one."""
 
     def __init__(self):
-        if importlib.util.find_spec("espeakng_loader") is None:
-            raise ConfigError("speech synthesis needs the espeakng-loader wheel: pip install espeakng-loader")
+        check_installed()
         self.owner = os.getpid()
         command = [sys.executable, str(_SERVER)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)

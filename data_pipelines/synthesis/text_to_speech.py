@@ -13,7 +13,7 @@ import soxr
 
 from baichuan_omni_jax.config import ConfigError
 from data_pipelines.document import SampleError
-from data_pipelines.synthesis.espeak import SAMPLE_RATE, SpeechError, speak
+from data_pipelines.synthesis.espeak import SAMPLE_RATE, SpeechError, check_installed, speak
 from data_pipelines.synthesis.voices import VOICES, parse_voice
 
 RATES = (16000, 24000)
@@ -36,9 +36,13 @@ class TextToSpeech(Protocol):
 
 
 class EspeakSpeech:
-    """eSpeak NG, resampled to `rate` by soxr; its voices are named in `voices.py`."""
+    """eSpeak NG, resampled to `rate` by soxr; its voices are named in `voices.py`.
+
+    Raises ConfigError when its wheel is missing.
+    """
 
     def __init__(self, rate: int):
+        check_installed()
         self.rate = rate
 
     def voices(self, language: str) -> Sequence[str]:
