@@ -1,0 +1,198 @@
+"""`python -m data_pipelines.stats DIR|MANIFEST...`: what documents and media there are, how long and large, by type.
+
+A built dataset tells what its builder measured; of a manifest every media file's header is read. `--plot` draws the
+distributions, which needs matplotlib (extra `show`).
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from baichuan_omni_jax.config import ConfigError
+from baichuan_omni_jax.config.errors import exit_code
+from data_pipelines.build.dataset import list_sources
+from data_pipelines.build.plan import RANGE
+from data_pipelines.build.shard import PARTS
+from data_pipelines.document import SampleError
+from data_pipelines.jobs import Job, Unit, run_job
+from data_pipelines.jobs.runners import make_runner
+from data_pipelines.manifest import split_manifest
+from data_pipelines.measures import KINDS, Measures, collect, join, load_measures, measure_document
+from data_pipelines.shards.dataset import read_description
+from data_pipelines.shards.writer import SUFFIX
+
+PERCENTILES = (5, 50, 95, 100)
+
+
+class Quantity(NamedTuple):
+    """Something that is measured of each document or medium: its name with the unit, its values, the type of each."""
+
+    name: str
+    values: np.ndarray
+    types: np.ndarray
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 with one sentence when something given cannot be used."""
+    options = _parser().parse_args(arguments)
+    return exit_code(lambda: _show(options))
+
+
+def _show(options: argparse.Namespace) -> None:
+    draw = _drawing() if options.plot else None  # first of all: it may not be installed
+    measures, skipped = load(options.sources, options.root, options.workers)
+    console = Console(width=max(110, Console().width), highlight=False)
+    console.print(modality_table(measures))
+    for quantity in quantities(measures):
+        if len(quantity.values):
+            console.print(distribution_table(quantity, measures.types))
+    if skipped:
+        causes = ", ".join(f"{count} {cause}" for cause, count in sorted(skipped.items()))
+        print(f"{sum(skipped.values())} documents are skipped: {causes}")
+    if draw:
+        draw(measures.types, quantities(measures), options.plot)
+        print(f"{options.plot}: distributions of {len(measures)} documents")
+
+
+def _drawing():
+    try:
+        from data_pipelines.stats_drawing import draw
+    except ImportError as error:
+        raise ConfigError("--plot needs matplotlib: pip install 'baichuan_omni_jax[show]'") from error
+    return draw
+
+
+def load(sources: Sequence[Path], root: Path | None, workers: int) -> tuple[Measures, Counter]:
+    """Measures of all documents of datasets (folders) and manifests (files), and how many were skipped by cause.
+
+    Raises ConfigError when one of them cannot be read.
+    """
+    folders = [path for path in sources if path.is_dir()]
+    manifests = [path for path in sources if not path.is_dir()]
+    tables, skipped = [], Counter()
+    for folder in folders:
+        description = read_description(folder)
+        tables += [_load_part(folder, shard["file"]) for shard in description["shards"]]
+        skipped.update(description["skipped"])
+    if manifests:
+        measured, causes = _measure_manifests(manifests, root, workers)
+        tables += measured
+        skipped += causes
+    return join(tables), skipped
+
+
+def _load_part(folder: Path, shard: str) -> Measures:
+    path = folder / PARTS / f"{shard.removesuffix(SUFFIX)}.npz"
+    try:
+        return load_measures(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+
+
+def _measure_manifests(manifests: Sequence[Path], root: Path | None, workers: int) -> tuple[list[Measures], Counter]:
+    ranges = [
+        lines
+        for source in list_sources(manifests, root)
+        for lines in split_manifest(source.path, source.name, source.root, RANGE // 64)
+    ]
+    units = [Unit(f"lines-{i:05d}", "", lines, lines.length) for i, lines in enumerate(ranges)]
+    with tempfile.TemporaryDirectory() as scratch:
+        job = Job("measuring", units, measure_range, Path(scratch))
+        summaries = run_job(job, make_runner("local", workers))
+        tables = [load_measures(job.out / f"{unit.name}.npz") for unit in units]
+    return tables, sum((Counter(summary) for summary in summaries), Counter())
+
+
+def measure_range(unit: Unit, folder: Path) -> dict:
+    """The work on a range of manifest lines: measures of its documents. Returns how many are skipped, by cause."""
+    measured, skipped = [], Counter()
+    for line in unit.content.documents():
+        try:
+            if isinstance(line.document, SampleError):
+                raise line.document
+            measured.append(measure_document(line.document))
+        except SampleError as error:
+            skipped[error.cause] += 1
+    collect(measured).save(folder / f"{unit.name}.npz")
+    return dict(skipped)
+
+
+def quantities(measures: Measures) -> list[Quantity]:
+    """All that is measured of documents and media, those without a value too."""
+    types = measures.media_type()
+    stills, video, sound = (np.isin(measures.kind, _numbers(kinds)) for kinds in (_STILLS, _VIDEO, _SOUNDS))
+    side = np.sqrt(measures.height.astype(np.float64) * measures.width)
+    return [
+        Quantity("characters of a document", measures.characters, measures.type),
+        Quantity("media of a document", np.diff(measures.media_places), measures.type),
+        Quantity("pictures: square root of the pixels", side[stills], types[stills]),
+        Quantity("videos: square root of the pixels", side[video], types[video]),
+        Quantity("videos: seconds", measures.seconds[video], types[video]),
+        Quantity("sounds: seconds", measures.seconds[sound], types[sound]),
+        Quantity("media: KiB", measures.bytes / 1024, types),
+    ]
+
+
+_STILLS, _VIDEO, _SOUNDS = ("picture", "frame"), ("video",), ("heard", "spoken")
+
+
+def _numbers(kinds: Sequence[str]) -> list[int]:
+    return [KINDS.index(kind) for kind in kinds]
+
+
+def modality_table(measures: Measures) -> Table:
+    """How many documents and media of each kind there are, by type."""
+    table = _table("documents and media", "documents", *KINDS, "video h", "heard h", "spoken h", "MiB")
+    types = measures.media_type()
+    for number, name in [*enumerate(measures.types), (None, "all")]:
+        own = np.ones(len(types), bool) if number is None else types == number
+        documents = len(measures) if number is None else int((measures.type == number).sum())
+        counts = [int((own & (measures.kind == kind)).sum()) for kind in range(len(KINDS))]
+        seconds = [measures.seconds[own & (measures.kind == KINDS.index(kind))] for kind in (*_VIDEO, *_SOUNDS)]
+        hours = [f"{part.sum(dtype=np.float64) / 3600:.2f}" for part in seconds]
+        size = f"{measures.bytes[own].sum() / 2**20:.1f}"
+        table.add_row(name or "(no type)", str(documents), *map(str, counts), *hours, size)
+    return table
+
+
+def distribution_table(quantity: Quantity, types: Sequence[str]) -> Table:
+    """Percentiles of a quantity, by type."""
+    table = _table(quantity.name, "count", "mean", *(f"{percent} %" for percent in PERCENTILES[:-1]), "most")
+    for number, name in [*enumerate(types), (None, "all")]:
+        values = quantity.values if number is None else quantity.values[quantity.types == number]
+        if len(values):
+            cells = [np.mean(values), *np.percentile(values, PERCENTILES)]
+            table.add_row(name or "(no type)", str(len(values)), *(f"{cell:.1f}" for cell in cells))
+    return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table.add_column("type")
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m data_pipelines.stats", description=__doc__)
+    add = parser.add_argument
+    add("sources", metavar="DIR|MANIFEST", type=Path, nargs="+", help="built datasets, JSONL manifests")
+    add("--root", metavar="ROOT", type=Path, help="what manifests' media are relative to (default: their folder)")
+    add("--plot", metavar="PICTURE", type=Path, help="draws the distributions: .png, .pdf or .svg")
+    cores = os.cpu_count() or 1
+    add("--workers", type=int, default=cores, metavar="N", help=f"processes (default {cores}, one for each core)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

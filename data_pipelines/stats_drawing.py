@@ -1,0 +1,71 @@
+"""A figure of distributions by type (matplotlib, which only the drawing modules import)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from baichuan_omni_jax.config import ConfigError
+
+if TYPE_CHECKING:
+    from data_pipelines.stats import Quantity
+
+BINS = 40
+COLUMNS = 2
+MOST_TYPES = 19  # with colours of their own; the rest share grey
+
+
+def draw(types: Sequence[str], quantities: "Sequence[Quantity]", path: Path) -> None:
+    """Histograms of the quantities that have values, types stacked, in logarithmic bins.
+
+    Raises ConfigError when `path` cannot be written or has a format that matplotlib does not know.
+    """
+    shown = [quantity for quantity in quantities if len(quantity.values)]
+    colours = _colours(types)
+    rows = -(-len(shown) // COLUMNS)
+    figure = Figure(figsize=(14, 3.0 * rows + 1.2), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, quantity in zip(figure.subplots(max(rows, 1), COLUMNS, squeeze=False).flat, shown, strict=False):
+        _histogram(axes, quantity, colours)
+    for axes in figure.axes[len(shown) :]:
+        axes.set_visible(False)
+    handles = [Patch(facecolor=colour, label=name or "(no type)") for name, colour in zip(types, colours, strict=True)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=8, fontsize=9, frameon=False)
+    try:
+        with matplotlib.rc_context({"text.parse_math": False}):
+            figure.savefig(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--plot {path}: {error}") from error
+
+
+def _histogram(axes: Axes, quantity: "Quantity", colours: list) -> None:
+    values = np.maximum(quantity.values, _least(quantity.values))
+    low, high = values.min(), values.max()
+    edges = np.geomspace(low, max(high, low * 1.1), BINS + 1)
+    bottom = np.zeros(BINS)
+    for number, colour in enumerate(colours):
+        counts, _ = np.histogram(values[quantity.types == number], edges)
+        if counts.any():
+            axes.bar(edges[:-1], counts, np.diff(edges), bottom=bottom, align="edge", color=colour)
+            bottom += counts
+    axes.set_xscale("log")
+    axes.set_xlim(edges[0], edges[-1])
+    axes.set_title(f"{quantity.name} ({len(values)}, median {np.median(quantity.values):.4g})", fontsize=10, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _least(values: np.ndarray) -> float:
+    """Where zeros are drawn on a logarithmic axis: below all other values, at most at 1."""
+    positive = values[values > 0]
+    return min(1.0, float(positive.min())) if len(positive) else 1.0
+
+
+def _colours(types: Sequence[str]) -> list:
+    table = matplotlib.colormaps["tab20"].colors
+    return [table[number % 20] if number < MOST_TYPES else (0.6, 0.6, 0.6) for number in range(len(types))]
