@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from baichuan_omni_jax.config import ConfigError
 
@@ -45,25 +46,27 @@ def draw(types: Sequence[str], quantities: "Sequence[Quantity]", path: Path) -> 
 
 
 def _histogram(axes: Axes, quantity: "Quantity", colours: list) -> None:
-    values = np.maximum(quantity.values, _least(quantity.values))
-    low, high = values.min(), values.max()
-    edges = np.geomspace(low, max(high, low * 1.1), BINS + 1)
+    """Zeros have no place on a logarithmic axis: the title tells how many there are."""
+    present = quantity.values > 0
+    values, types = quantity.values[present], quantity.types[present]
+    zeros = f", {(~present).sum()} more are 0" if not present.all() else ""
+    median = f", median {np.median(values):.4g}" if len(values) else ""
+    axes.set_title(f"{quantity.name} ({len(values)}{median}{zeros})", fontsize=10, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    if not len(values):
+        return
+    edges = np.geomspace(values.min(), max(values.max(), values.min() * 1.1), BINS + 1)
     bottom = np.zeros(BINS)
     for number, colour in enumerate(colours):
-        counts, _ = np.histogram(values[quantity.types == number], edges)
+        counts, _ = np.histogram(values[types == number], edges)
         if counts.any():
             axes.bar(edges[:-1], counts, np.diff(edges), bottom=bottom, align="edge", color=colour)
             bottom += counts
     axes.set_xscale("log")
     axes.set_xlim(edges[0], edges[-1])
-    axes.set_title(f"{quantity.name} ({len(values)}, median {np.median(quantity.values):.4g})", fontsize=10, loc="left")
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _least(values: np.ndarray) -> float:
-    """Where zeros are drawn on a logarithmic axis: below all other values, at most at 1."""
-    positive = values[values > 0]
-    return min(1.0, float(positive.min())) if len(positive) else 1.0
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _colours(types: Sequence[str]) -> list:
