@@ -163,7 +163,7 @@ class Index:
 
     def why_unusable(self) -> str:
         causes = ", ".join(f"{count} {cause}" for cause, count in self.causes().most_common())
-        return f"{self.manifest}: skipped {causes}" if causes else f"{self.manifest} is empty"
+        return f"skipped {causes} of {self.manifest}" if causes else f"{self.manifest} is empty"
 
     def _columns_of(self, number: int) -> tuple[Columns, int]:
         return (self.columns, number) if number < self.total else (self.pieces.columns, number - self.total)

@@ -1,4 +1,4 @@
-"""Pieces of documents beyond a budget: some of their turns, or fewer frames of their videos; measured like documents."""
+"""Pieces of documents beyond a budget: some of their turns, or fewer frames of their videos; measured as documents."""
 
 from collections import Counter
 from dataclasses import dataclass, field, replace

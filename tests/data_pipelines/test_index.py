@@ -1,7 +1,9 @@
 """Measuring a data set once, what is skipped and how it is told."""
 
+import hashlib
 import json
 import logging
+import pickle
 from collections import Counter
 from dataclasses import replace
 
@@ -9,11 +11,15 @@ import numpy as np
 import pytest
 
 from baichuan_omni_jax.config import Budgets, ConfigError, DataConfig, SourceConfig, tiny
-from data_pipelines import index as index_module
-from data_pipelines.document import SampleError
-from data_pipelines.index import load_index
+from data_pipelines import columns, index_build
+from data_pipelines.columns import BYTES_A_DOCUMENT, BYTES_A_PICTURE, NAMES, make_columns
+from data_pipelines.document import Lengths, SampleError
+from data_pipelines.index_build import load_index
+from data_pipelines.manifest import parse_line
 from data_pipelines.pipeline import open_pipeline
 from data_pipelines.processor import Processor
+from data_pipelines.shards.dataset import Shard, write_description
+from data_pipelines.shards.writer import ShardWriter
 from data_pipelines.tokenizing import train_tokenizer
 from tests.data_pipelines.small_media import write_image, write_sound
 
@@ -59,7 +65,7 @@ def load(root, processor):
 
 def test_lengths_are_those_of_the_encoded_documents(sample_pipeline, sample_codes):
     for index in sample_pipeline.indexes:
-        for number in range(0, len(index), 17):
+        for number in range(0, index.total, 17):
             lengths = sample_pipeline.processor.encode(index.document(number), sample_codes).lengths
             found = [lengths.tokens, lengths.patches, lengths.audio_frames, lengths.audio_targets]
             assert index.needs(number)[:4].tolist() == found
@@ -71,53 +77,135 @@ def test_documents_are_found_by_their_place(root, processor):
     write(root, texts)
     (root / "m.jsonl").write_bytes(b"\xef\xbb\xbf" + (root / "m.jsonl").read_bytes())
     index = load(root, processor)
-    assert [index.document(i).text for i in range(len(index))] == [texts[0], texts[3]]
-    assert [index.document(i).where for i in range(len(index))] == ["m.jsonl:1", "m.jsonl:4"]
+    assert [index.document(i).text for i in index.numbers()] == [texts[0], texts[3]]
+    assert [index.document(i).where for i in index.numbers()] == ["m.jsonl:1", "m.jsonl:4"]
 
 
 def test_a_second_load_measures_nothing(root, processor, monkeypatch):
     first = load(write(root, [IMAGE % "a.png", SPOKEN, "{ no json"]), processor)
     monkeypatch.setattr(Processor, "measure", lambda *_: pytest.fail("measured again"))
     second = load(root, processor)
-    np.testing.assert_array_equal(first.lengths, second.lengths)
-    np.testing.assert_array_equal(first.offsets, second.offsets)
+    assert isinstance(second.columns.lengths, np.memmap)
+    for name in NAMES:
+        np.testing.assert_array_equal(getattr(first.columns, name), getattr(second.columns, name))
     assert [second.pictures_of(i) for i in range(2)] == [first.pictures_of(i) for i in range(2)] == [[24], []]
-    assert (first.skipped, first.name) == (second.skipped, second.name)
+    assert (list(first.skipped), first.name, first.digest) == (list(second.skipped), second.name, second.digest)
 
 
 def test_another_manifest_or_processor_is_measured_anew(root, processor, tokenizer):
-    assert len(load(write(root, [SPOKEN]), processor)) == 1
-    assert len(load(write(root, [SPOKEN, SPOKEN]), processor)) == 2
+    assert load(write(root, [SPOKEN]), processor).usable == 1
+    assert load(write(root, [SPOKEN, SPOKEN]), processor).usable == 2
     longer, shorter = load(root, processor), load(root, Processor(tiny(), tokenizer, end_of_text=False))
     assert (longer.needs(0) - shorter.needs(0)).tolist() == [1, 0, 0, 0, 0, 0]
 
 
 def test_an_index_of_another_format_is_measured_anew(root, processor, monkeypatch):
     load(write(root, [SPOKEN]), processor)
-    (old,) = (root / ".cache").iterdir()
-    old.write_bytes(b"what an earlier version wrote")
-    monkeypatch.setattr(index_module, "FORMAT", index_module.FORMAT + 1)
-    assert len(load(root, processor)) == 1
+    monkeypatch.setattr(index_build, "FORMAT", index_build.FORMAT + 1)
+    assert load(root, processor).usable == 1
+    assert len(list((root / ".cache").glob("m-*/meta.json"))) == 2
 
 
-def test_a_stopped_build_leaves_no_index(root, processor, monkeypatch):
-    write(root, [SPOKEN])
+@pytest.mark.parametrize("name", [*(f"{name}.npy" for name in NAMES), "meta.json", "skipped.jsonl"])
+@pytest.mark.parametrize("damage", ["cut", "emptied", "removed"])
+def test_a_damaged_index_is_built_anew(name, damage, root, processor):
+    whole = load(write(root, [IMAGE % "a.png", SPOKEN, "{ no json"]), processor)
+    told = [whole.needs(0).tolist(), list(whole.skipped), whole.pictures_of(0)]
+    (path,) = (root / ".cache").glob(f"m-*/{name}")
+    content = path.read_bytes()
+    path.unlink()
+    if damage != "removed":
+        path.write_bytes(content[: len(content) - 3] if damage == "cut" else b"")
+    again = load(root, processor)
+    assert [again.needs(0).tolist(), list(again.skipped), again.pictures_of(0)] == told
+    assert path.read_bytes() == content
 
-    def fail(*_, **__):
-        raise OSError("disk full")
+
+def test_a_stopped_build_goes_on(root, processor, monkeypatch):
+    """Parts that were measured are kept; what was not put together is no index."""
+    texts = [SPOKEN, IMAGE % "a.png", *[SPOKEN] * 8]
+    monkeypatch.setattr("data_pipelines.sources.PART_BYTES", 300)
+    measure, left = Processor.measure, [4]
+
+    def stopping(self, document):
+        left[0] -= 1
+        if left[0] < 0:
+            raise MemoryError("killed")
+        return measure(self, document)
 
     with monkeypatch.context() as patch:
-        patch.setattr(index_module.np, "savez", fail)
-        with pytest.raises(OSError, match="disk full"):
-            load(root, processor)
-    assert not list((root / ".cache").iterdir())
-    assert len(load(root, processor)) == 1
+        patch.setattr(Processor, "measure", stopping)
+        with pytest.raises(
+            ConfigError, match=r"index of m\.jsonl: \d of \d shards failed, first part-\d+: MemoryError: killed"
+        ):
+            load(write(root, texts), processor)
+    assert not list((root / ".cache").glob("m-*/meta.json"))
+    measured = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Processor, "measure", lambda self, document: measured.append(1) or measure(self, document))
+        index = load(root, processor)
+    assert 0 < len(measured) < len(texts)
+    assert [index.document(i).text for i in index.numbers()] == texts
+    assert [index.document(i).where for i in index.numbers()] == [f"m.jsonl:{i + 1}" for i in range(len(texts))]
+    assert index.pictures_of(1) == [24]
+    assert not list((root / ".cache").glob("*.building"))
+
+
+def test_parts_measured_by_processes_are_the_same_index(root, processor, monkeypatch):
+    write(root, [SPOKEN, "{ no json", IMAGE % "a.png", SPOKEN])
+    alone = load(root, processor)
+    monkeypatch.setattr("data_pipelines.sources.PART_BYTES", 150)
+    (root / "other").mkdir()
+    shared = load_index("main", "m.jsonl", root, processor, root / "other", workers=1)
+    for name in NAMES:
+        np.testing.assert_array_equal(getattr(alone.columns, name), getattr(shared.columns, name))
+    assert list(alone.skipped) == list(shared.skipped)
+
+
+def test_bytes_of_a_document():
+    """100 million documents of two pictures fit a host's memory, of which they need none."""
+    made = make_columns([Lengths(tokens=9, patches=8, pictures=(4, 4))] * 1000)
+    held = sum(getattr(made, name).nbytes for name in NAMES)
+    assert held == 1000 * (BYTES_A_DOCUMENT + 2 * BYTES_A_PICTURE) + 8
+    assert f"{BYTES_A_DOCUMENT} bytes a document and {BYTES_A_PICTURE} a picture" in columns.__doc__
+    assert 10**8 * (BYTES_A_DOCUMENT + 2 * BYTES_A_PICTURE) == 5.2e9
+
+
+def test_an_index_goes_to_workers_as_its_folder(root, processor):
+    index = load(write(root, [SPOKEN] * 500), processor).within(Budgets())
+    sent = pickle.dumps(index)
+    assert len(sent) < 3000
+    assert pickle.loads(sent).document(400).where == "m.jsonl:401"
+    assert index.within(Budgets()).columns is index.columns, "no column is copied"
+
+
+def test_a_built_data_set(root, processor, tmp_path):
+    """Shards give the lengths that the manifest gives; documents are read from them."""
+    write(root, [IMAGE % "a.png", "nothing to learn", SPOKEN])
+    whole = load(root, processor)
+    (root / "set").mkdir()
+    media = {name: (root / name).read_bytes() for name in ("a.png", "s.wav")}
+    shards = []
+    for number, lines in enumerate([[1, 2], [3]]):
+        path = root / "set" / f"documents-{number:05d}.array_record"
+        with ShardWriter(path) as writer:
+            for line in lines:
+                document = parse_line((root / "m.jsonl").read_bytes().splitlines()[line - 1], line, "m.jsonl", root)
+                writer.write(document, {name: data for name, data in media.items() if name in document.text})
+        shards.append(Shard(path.name, len(lines), path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest()))
+    write_description(root / "set", shards, {})
+    (root / "a.png").unlink()
+    index = load_index("set", "set", root, processor, root / ".cache")
+    np.testing.assert_array_equal(index.columns.lengths, whole.columns.lengths)
+    assert [index.document(i).text for i in index.numbers()] == [IMAGE % "a.png", SPOKEN]
+    assert [index.where(i) for i in index.numbers()] == [f"set/documents-0000{i}.array_record:0" for i in range(2)]
+    assert [(item.where, item.cause) for item in index.skipped] == [("set/documents-00000.array_record:1", "no_loss")]
 
 
 def test_bad_lines_are_counted_by_cause_and_named(root, processor):
     texts = [text for bad, *_ in BAD for text in (bad, SPOKEN)]
     index = load(write(root, texts), processor)
-    assert len(index) == len(BAD)
+    assert index.usable == len(BAD)
     assert index.causes() == Counter(cause for _, cause, _ in BAD)
     for place, (skipped, (_, cause, message)) in enumerate(zip(index.skipped, BAD, strict=True)):
         line = 2 * place + 1
@@ -129,16 +217,16 @@ def test_too_long_documents_move_to_the_skipped(root, processor):
     index = load(write(root, [SPOKEN, IMAGE % "a.png", "nothing to learn"]), processor)
     speech, picture = index.needs(0), index.needs(1)
     roomy = Budgets(tokens=99, patches=99, audio_frames=99, audio_targets=99)
-    assert len(index.within(roomy)) == 2
+    assert index.within(roomy).usable == 2
     exact = index.within(Budgets(tokens=99, patches=int(picture[1]), audio_frames=3, audio_targets=4))
-    assert len(exact) == 2, "exactly full is not too long"
+    assert exact.usable == 2, "exactly full is not too long"
     short = index.within(Budgets(tokens=99, patches=int(picture[1]) - 1, audio_frames=99, audio_targets=99))
-    assert [short.document(i).text for i in range(len(short))] == [SPOKEN]
-    late = short.skipped[-1]
+    assert [short.document(i).text for i in short.numbers()] == [SPOKEN]
+    late = list(short.skipped)[-1]
     assert (late.where, late.cause) == ("m.jsonl:2", "too_long")
     assert late.message == f"{picture[1]} patches exceed the row's {picture[1] - 1}"
     silent = index.within(Budgets(tokens=99, patches=99, audio_frames=99, audio_targets=int(speech[3]) - 1))
-    assert silent.skipped[-1].message == "4 audio_targets exceed the row's 3"
+    assert list(silent.skipped)[-1].message == "4 audio_targets exceed the row's 3"
     assert silent.causes() == {"no_loss": 1, "too_long": 1}
 
 
@@ -148,17 +236,17 @@ def test_pictures_that_no_part_of_a_row_holds(root, processor):
     index = load(write(root, [IMAGE % "a.png", both, both + IMAGE % "b.png", SPOKEN]), processor)
     assert [index.pictures_of(i) for i in range(4)] == [[24], [24, 48], [24, 48, 48], []]
     budgets = Budgets(tokens=999, patches=192, audio_frames=99, audio_targets=99)
-    assert len(index.within(budgets)) == len(index.within(budgets, 4)) == 4
+    assert index.within(budgets).usable == index.within(budgets, 4).usable == 4
     tight = replace(budgets, patches=128)
     kept = index.within(tight, 2)
-    assert [kept.pictures_of(i) for i in range(3)] == [[24], [24, 48], []]
-    assert [kept.document(i).where for i in range(3)] == ["m.jsonl:1", "m.jsonl:2", "m.jsonl:4"]
-    late = kept.skipped[-1]
+    assert [kept.pictures_of(i) for i in kept.numbers()] == [[24], [24, 48], []]
+    assert [kept.document(i).where for i in kept.numbers()] == ["m.jsonl:1", "m.jsonl:2", "m.jsonl:4"]
+    late = list(kept.skipped)[-1]
     assert (late.where, late.cause) == ("m.jsonl:3", "too_long")
     parts = "the row's 2 parts (data.media_shards) of 64 patches"
     assert late.message == f"the document's 3 pictures of up to 48 patches do not all fit {parts}"
     narrow = index.within(tight, 4)
-    assert [narrow.pictures_of(i) for i in range(2)] == [[24], []]
+    assert [narrow.pictures_of(i) for i in narrow.numbers()] == [[24], []]
     parts = "the row's 4 parts (data.media_shards) of 32 patches"
     assert [item.message for item in narrow.skipped] == [
         f"picture 2 of the document has 48 patches, too many for one of {parts}"
@@ -185,13 +273,13 @@ def test_more_bad_documents_than_allowed_stop_the_run(root, caplog):
     named = [record.getMessage() for record in caplog.records]
     assert sum("skipped m.jsonl:2 (missing_file): gone.png" in line for line in named) == 1
     pipeline = open_pipeline(config(root, max_bad_fraction=0.6), tiny())
-    assert (pipeline.documents, len(pipeline.skipped)) == (10, 6)
+    assert (pipeline.documents, len(list(pipeline.skipped))) == (10, 6)
 
 
 def test_a_source_without_usable_documents_is_told_at_once(root):
     """Not by the first step, which a worker process plans."""
     write(root, ["nothing to learn"])
-    with pytest.raises(ConfigError, match=r"source main \(m\.jsonl\) has no usable document: skipped 1 no_loss"):
+    with pytest.raises(ConfigError, match=r"source main has no usable document: skipped 1 no_loss of m\.jsonl"):
         open_pipeline(config(root, max_bad_fraction=1.0), tiny())
 
 

@@ -1,105 +1,164 @@
-"""Packing on lengths alone: nothing lost, nothing too large, resumable anywhere."""
+"""Steps of rows: ordered by cost, the same on any number of hosts and workers, restored anywhere."""
 
 import json
 from collections import Counter
+from itertools import islice
+from random import Random
 
-import grain
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipelines.media_layout import PatchLayout
-from data_pipelines.row_plan import RowPlan
+from baichuan_omni_jax.config import Budgets, ConfigError, DataConfig, tiny
+from data_pipelines.row_cost import row_cost
+from data_pipelines.row_order import order_rows
+from data_pipelines.row_plan import StepPlan, check_plan
+from tests.data_pipelines.listed import Listed, row_plan
 
-BUDGETS = np.array([20, 12, 6, 3])
-LAYOUT = PatchLayout(12, 3)
-# What a document takes of each budget; its patches are in pictures of at most 4.
-LENGTHS = st.lists(st.tuples(*(st.integers(int(i == 0), int(b)) for i, b in enumerate(BUDGETS))), max_size=60)
-
-
-def pictures_of(need):
-    """A document's patches as pictures of 4, the last one smaller."""
-    return [min(4, need[1] - done) for done in range(0, need[1], 4)] if len(need) > 1 else []
+NAMES = "abcd"
 
 
-def plan(lengths, open_bins=3, budgets=BUDGETS, layout=LAYOUT):
-    """The plan of documents with these needs, all of source 7."""
-    stream = grain.MapDataset.range(len(lengths)).map(lambda number: (7, number))
-    needs = lambda _, number: np.asarray(lengths[number], np.int32)  # noqa: E731
-    return RowPlan(stream, needs, lambda _, number: pictures_of(lengths[number]), budgets, layout, open_bins)
+def tokens(row):
+    return sum(item.needs[0] for item in row)
 
 
-def numbers(rows):
-    return [[number for _, number in row] for row in rows]
+def squares(row):
+    return sum(item.needs[0] ** 2 for item in row)
 
 
-@given(LENGTHS, st.integers(1, 5))
-def test_every_document_is_in_one_row_and_no_row_is_over_a_budget(lengths, open_bins):
-    rows = list(plan(lengths, open_bins))
-    assert Counter(key for row in rows for key in row) == Counter((7, number) for number in range(len(lengths)))
-    for row in rows:
-        assert row
-        assert (sum(np.array(lengths[number]) for _, number in row) <= BUDGETS).all()
-        assert LAYOUT.fits([size for _, number in row for size in pictures_of(lengths[number])])
+@st.composite
+def mixtures(draw):
+    """Sources with their lengths (some documents in pieces, some dropped), weights, and what they are counted by."""
+    sizes = draw(st.lists(st.lists(st.integers(1, 50), min_size=3, max_size=20), min_size=1, max_size=3))
+    gives = [{0: [], 2: [((7,), []), ((9,), [])]} if draw(st.booleans()) else {} for _ in sizes]
+    weights = draw(st.lists(st.floats(0.1, 9), min_size=len(sizes), max_size=len(sizes)))
+    return sizes, gives, weights, draw(st.sampled_from(["documents", "tokens"]))
 
 
-@given(LENGTHS, st.integers(1, 5), st.data())
-def test_a_restored_plan_goes_on_with_the_same_rows(lengths, open_bins, data):
-    whole = plan(lengths, open_bins)
-    rows = list(whole)
-    done = data.draw(st.integers(0, len(rows)))
-    first = plan(lengths, open_bins)
-    assert [next(first) for _ in range(done)] == rows[:done]
-    state = json.loads(json.dumps(first.state))
-    second = plan(lengths, open_bins)
-    second.restore(state)
-    assert second.state == state
-    assert list(second) == rows[done:]
-    assert list(first) == rows[done:]
+@given(mixtures(), st.integers(1, 6), st.sampled_from([0, 1, 3, 4]), st.integers(0, 14), st.integers(1, 4), st.data())
+@settings(max_examples=25)
+def test_restored_at_any_step_by_any_workers_on_any_hosts(mixture, rows, window, done, workers, data):
+    """Workers plan all steps and decode every n-th, hosts decode their rows of each: together what one process does."""
+    sizes, gives, weights, counted = mixture
+
+    def make():
+        sources = [
+            Listed(name, [(size,) for size in own], gives=given)
+            for name, own, given in zip(NAMES, sizes, gives, strict=False)
+        ]
+        plan = row_plan(sources, [60], open_bins=2, look_ahead=4, seed=1, weights=weights, counted=counted)
+        return StepPlan(plan, rows, window, squares, seed=1)
+
+    whole = make()
+    steps, states = [], []
+    for step in islice(whole, done + 6):
+        steps.append(step)
+        states.append(json.dumps(whole.state))
+    state = json.loads(states[done - 1]) if done else make().state
+    host = data.draw(st.sets(st.integers(0, rows - 1), min_size=1))
+    found = {}
+    for worker in range(workers):
+        plan = make()
+        plan.restore(state)
+        assert plan.state == state
+        for number, step in enumerate(islice(plan, 6)):
+            if number % workers == worker:
+                found[number] = [step[row] for row in host]
+                assert json.dumps(plan.state) == states[done + number]
+    assert [found[number] for number in range(6)] == [[step[row] for row in host] for step in steps[done:]]
 
 
-def test_more_open_rows_fill_them_better():
-    lengths = np.random.default_rng(0).integers(1, 15, (300, 1))
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=120), st.integers(1, 5), st.integers(0, 5))
+@settings(max_examples=30)
+def test_ordering_loses_nothing(sizes, rows, window):
+    def make():
+        return row_plan([Listed("a", [(size,) for size in sizes])], [60], epochs=1)
 
-    def fill(open_bins):
-        rows = numbers(plan(lengths, open_bins, budgets=[20]))
-        return np.mean([lengths[row].sum() for row in rows[:-open_bins]]) / 20
-
-    assert fill(1) < fill(4) < fill(16)
-    assert fill(16) > 0.95
-
-
-def test_the_example_of_the_docstring():
-    found = plan([[6], [5], [3], [4], [7]], open_bins=2, budgets=[10])
-    assert next(found) == [(7, 0), (7, 2)]
-    assert found.state == {"place": 5, "open": [[[7, 1], [7, 3]], [[7, 4]]]}
-    assert numbers(found) == [[1, 3], [4]]
+    ordered = list(StepPlan(make(), rows, window, squares))
+    assert Counter(key for step in ordered for row in step for key in row) == Counter((0, n) for n in range(len(sizes)))
+    assert sorted(row for step in ordered for row in step) == sorted([item.key for item in row] for row in make())
+    assert all(len(step) == rows for step in ordered[:-1])
 
 
-def test_a_full_second_budget_closes_a_row():
-    assert numbers(plan([[1, 3], [1, 0], [1, 2]], open_bins=1, budgets=[9, 3])) == [[0, 1], [2]]
+def test_a_step_has_rows_of_like_cost():
+    costs = np.random.default_rng(0).lognormal(14, 0.5, 512).astype(int).tolist()
+    order = order_rows(costs, 32, Random(0))
+    assert sorted(order) == list(range(512))
+    steps = np.array(costs)[order].reshape(16, 32)
+    assert np.median(steps.max(1) / steps.mean(1)) < 1.1 < np.array(costs).reshape(16, 32).max() / np.mean(costs)
+    means = steps.mean(1)
+    assert (np.diff(means) > 0).any() and (np.diff(means) < 0).any(), "steps come in random order"
+    for ranks in (2, 4, 8):
+        sums = steps.reshape(16, ranks, -1).sum(2)
+        assert np.median(sums.max(1) / sums.mean(1)) < 1.02
 
 
-def test_a_picture_without_a_whole_place_goes_to_another_row():
-    documents = [[1, 3]] * 4
-    assert numbers(plan(documents, open_bins=1, budgets=[9, 12], layout=PatchLayout(12, 1))) == [[0, 1, 2, 3]]
-    assert numbers(plan(documents, open_bins=1, budgets=[9, 12], layout=PatchLayout(12, 3))) == [[0, 1, 2], [3]]
-    # Larger ones move for it: 2 and 2 share the part that the first two had begun.
-    pictures = [[1, 2], [1, 4], [1, 2], [1, 4]]
-    assert numbers(plan(pictures, open_bins=1, budgets=[9, 12], layout=PatchLayout(12, 3))) == [[0, 1, 2, 3]]
+def test_the_example_of_the_order():
+    costs = [9, 2, 5, 8, 1, 6]
+    order = order_rows(costs, 2, Random(0))
+    steps = {tuple(costs[row] for row in order[at : at + 2]) for at in (0, 2, 4)}
+    assert steps == {(9, 8), (6, 5), (2, 1)}
 
 
-def test_an_empty_stream_has_no_row():
-    empty = plan([])
-    with pytest.raises(StopIteration):
-        next(empty)
-    assert empty.state == {"place": 0, "open": []}
+def test_windows_are_ordered_apart():
+    plan = StepPlan(row_plan([Listed("a", [(n,) for n in range(1, 50)])], [60]), 2, 4, squares)
+    plain = StepPlan(row_plan([Listed("a", [(n,) for n in range(1, 50)])], [60]), 2)
+    for _ in range(3):
+        ordered, packed = ([row for step in islice(each, 4) for row in step] for each in (plan, plain))
+        assert sorted(ordered) == sorted(packed)
+
+
+def test_a_state_of_another_version():
+    plan = StepPlan(row_plan([Listed("a", [(1,)] * 5)], [10]), 2)
+    with pytest.raises(ConfigError, match=r"data's state \(data\.json\) was written by another version"):
+        plan.restore({"place": 5, "open": []})
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"open_bins": 0}, r"data\.open_bins 0 must be at least 1"),
+        ({"look_ahead": -1}, r"data\.look_ahead -1 must be at least 0"),
+        ({"order_window": -1}, r"data\.order_window -1 must be at least 0"),
+        ({"budgets": Budgets(items=-1)}, r"data\.budgets\.items -1 must be at least 0"),
+        ({"budgets": Budgets(tokens=0)}, r"data\.budgets\.tokens 0 must be at least 1"),
+    ],
+)
+def test_refusals(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        check_plan(DataConfig(**changes))
+
+
+def test_an_empty_end():
+    plan = StepPlan(row_plan([Listed("a", [(3,)])], [10], epochs=1), 2)
+    assert [len(step) for step in plan] == [1]
 
 
 def test_the_sample_mixture_fills_its_rows(sample_pipeline):
     one, other = sample_pipeline.plan(), sample_pipeline.plan()
-    rows = [next(one) for _ in range(100)]
-    assert rows == [next(other) for _ in range(100)]
-    tokens = [sum(sample_pipeline.indexes[source].needs(number)[0] for source, number in row) for row in rows]
-    assert np.mean(tokens) > 0.9 * sample_pipeline.config.budgets.tokens
+    rows = list(islice(one, 100))
+    assert rows == list(islice(other, 100))
+    assert np.mean([tokens(row) for row in rows]) > 0.98 * sample_pipeline.config.budgets.tokens
+
+
+def test_costs_are_those_of_the_forward_pass(sample_pipeline, sample_codes):
+    """A row's cost is what train/flops.py counts of its batch, without the logits of the text."""
+    from baichuan_omni_jax.train.flops import flops_by_part
+
+    omni = tiny()
+    rows = list(islice(sample_pipeline.plan(), 4))
+    for row in rows:
+        counts = dict.fromkeys(("text_targets", "audio_frames"), 0) | {
+            "tokens": tokens(row),
+            "causal_pairs": sum(item.needs[0] * (item.needs[0] + 1) // 2 for item in row),
+            "patches": sum(item.needs[1] for item in row),
+            "patch_pairs": sum(size**2 for item in row for size in item.pictures),
+            "audio_targets": sum(item.needs[3] for item in row),
+        }
+        parts = flops_by_part(omni, counts, ())
+        assert row_cost(omni)(row) == pytest.approx(sum(parts.values()), rel=1e-12)
+    batch, _ = sample_pipeline.decoder(sample_codes)([[item.key for item in row] for row in rows])
+    segments, positions = batch["segment_ids"], batch["positions"]
+    pairs = np.where(segments > 0, positions + 1, 0).sum(1)
+    assert pairs.tolist() == [sum(item.needs[0] * (item.needs[0] + 1) // 2 for item in row) for row in rows]

@@ -84,7 +84,7 @@ def documents(micro_root, tmp_path_factory):
     run = micro_run(micro_root)
     pipeline, codes = open_micro(run, tmp_path_factory.mktemp("codes") / "store")
     encode = lambda index, number: pipeline.processor.encode(index.document(number), codes)  # noqa: E731
-    found = {index.name: [encode(index, number) for number in range(len(index))] for index in pipeline.indexes}
+    found = {index.name: [encode(index, number) for number in index.numbers()] for index in pipeline.indexes}
     heard = next(d for d in found["audio"] if len(d.audio_codes) and not len(d.audio_targets))
     spoken = next(d for d in found["audio"] if len(d.audio_targets))
     both = next(d for d in found["omni"] if len(d.patches) and len(d.audio_codes))
