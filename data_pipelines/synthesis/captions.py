@@ -7,7 +7,7 @@ import random
 from argparse import ArgumentParser, Namespace
 from dataclasses import astuple, dataclass
 from functools import partial
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -40,6 +40,7 @@ PROMPTS = {
 }
 
 
+@runtime_checkable
 class Captioner(Protocol):
     """What writes captions. The same arguments should give the same caption, in every process and in any order."""
 

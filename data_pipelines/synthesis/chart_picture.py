@@ -66,7 +66,7 @@ def _bars(axes: Axes, chart: Chart, colours: list, rng: random.Random) -> None:
 
 
 def _lines(axes: Axes, chart: Chart, colours: list, rng: random.Random) -> None:
-    places, marker = np.arange(len(chart.table.labels)), rng.choice("os^D")
+    places, marker = range(len(chart.table.labels)), rng.choice("os^D")
     for series, colour in zip(chart.series, colours, strict=True):
         axes.plot(places, list(map(float, series.values)), color=colour, marker=marker, label=series.name)
         if chart.written:

@@ -67,7 +67,7 @@ def normalise(text: str) -> str:
     return re.sub(r" *\n[ \n]*", "\n", text).strip()
 
 
-def wrap(text: str, width: float, measure: Callable[[str], float]) -> Iterator[Line]:
+def wrap(text: str, width: int, measure: Callable[[str], float]) -> Iterator[Line]:
     """The lines of a normalised text, none wider than `width` where a single character is not.
 
     `measure` tells the width of a text. Breaks stand at spaces and beside Chinese characters; a longer word is cut.
@@ -82,7 +82,7 @@ def wrap(text: str, width: float, measure: Callable[[str], float]) -> Iterator[L
         yield Line(line, ends=True)
 
 
-def _fitting(pieces: list[str], width: float, measure: Callable[[str], float]) -> Iterator[str]:
+def _fitting(pieces: list[str], width: int, measure: Callable[[str], float]) -> Iterator[str]:
     for piece in pieces:
         if measure(piece.rstrip(" ")) <= width:
             yield piece

@@ -6,7 +6,7 @@
 import re
 import unicodedata
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -22,6 +22,7 @@ RATE = 16000  # Hz
 _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
 
 
+@runtime_checkable
 class Transcriber(Protocol):
     """What recognises speech."""
 

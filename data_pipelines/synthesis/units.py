@@ -66,23 +66,31 @@ class MakeDocuments:
         (folder / unit.name).mkdir()
         parts: dict[str, list[str]] = {}
         for number, (where, document) in enumerate(unit.content.documents()):
-            draft = Draft(document, self.name, unit.name, number)
-            try:
-                if isinstance(document, SampleError):
-                    raise document
-                self.maker(document, draft)
-                draft.write_media(folder)
-                for part, values in draft.documents:
-                    made[part] += 1
-                    parts.setdefault(part, []).append(json_line(values))
-            except SampleError as error:
-                draft.skipped.append(error)
-            for error in draft.skipped:
+            if isinstance(document, SampleError):
+                documents, errors = [], [document]
+            else:
+                draft = Draft(document, self.name, unit.name, number)
+                errors = self._make(draft, folder)
+                documents = draft.documents
+            for part, values in documents:
+                made[part] += 1
+                parts.setdefault(part, []).append(json_line(values))
+            for error in errors:
                 skipped[error.cause] += 1
                 parts.setdefault(SKIPPED, []).append(json_line(explain(where, document, error)))
         for part, lines in parts.items():
             (folder / unit.name / f"{part}.jsonl").write_text("".join(lines), encoding="utf-8")
-        return {"made": dict(sorted(made.items())), "skipped": dict(sorted(skipped.items()))}
+        return {"made": dict(sorted(made.items())), SKIPPED: dict(sorted(skipped.items()))}
+
+    def _make(self, draft: Draft, folder: Path) -> list[SampleError]:
+        """Makes the documents of one draft, all of them or none; returns what was skipped."""
+        try:
+            self.maker(draft.source, draft)
+            draft.write_media(folder)
+        except SampleError as error:
+            draft.documents.clear()
+            return [*draft.skipped, error]
+        return draft.skipped
 
 
 def add_job_arguments(parser: ArgumentParser) -> None:
