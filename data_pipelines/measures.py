@@ -138,12 +138,12 @@ def join(tables: Iterable[Measures]) -> Measures:
     )
 
 
-def totals(measures: Measures) -> dict[str, dict[str, float]]:
+def totals(measures: Measures) -> dict[str, dict[str, int | float]]:
     """By type: numbers of documents, characters, stills and listed frames, videos and sounds; pixels, times, bytes."""
     return {name: _sums(measures, number) for number, name in enumerate(measures.types)}
 
 
-def _sums(measures: Measures, number: int) -> dict[str, float]:
+def _sums(measures: Measures, number: int) -> dict[str, int | float]:
     documents, media = measures.type == number, measures.media_type() == number
     video, still = measures.kind == KINDS.index("video"), measures.kind <= KINDS.index("frame")
     sound = measures.kind >= KINDS.index("heard")

@@ -114,9 +114,14 @@ def read_description(folder: str | Path) -> dict:
         description = json.loads(path.read_text(encoding="utf-8"))
         if description["schema"] != SCHEMA:
             raise ConfigError(f"{path} has schema {description['schema']}; this program reads {SCHEMA}")
-        _ = [Shard(**shard) for shard in description["shards"]], description["fingerprint"]
+        files = [Shard(**shard).file for shard in description["shards"]]
+        if outside := [file for file in files if Path(file).name != file]:
+            raise ConfigError(f"{path} names a shard outside its folder: {outside[0]!r}")
+        _ = description["fingerprint"]
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+    except ConfigError:
+        raise
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} describes no dataset: {error}") from error
     return description
