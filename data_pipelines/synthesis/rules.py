@@ -46,7 +46,7 @@ class Verdict:
     type: str
     elements: tuple[Element, ...]
     cause: str = ""
-    score: float | str | None = None
+    score: int | float | str | None = None
 
 
 def judge(document: Document, rules: Rules) -> Verdict:

@@ -6,7 +6,7 @@
 import importlib
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import soxr
@@ -22,6 +22,7 @@ QUIET = 1e-3
 """Sound whose largest sample lies below this share of full scale holds no speech."""
 
 
+@runtime_checkable
 class TextToSpeech(Protocol):
     """A back end. The same arguments must give the same samples, in every process and in any order."""
 
