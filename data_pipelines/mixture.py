@@ -111,8 +111,8 @@ class Mixture:
 
     @property
     def state(self) -> dict:
-        """By source: `documents` it has, `cursor` of them read (over all epochs), `part` pieces of the next read as
-        well, `given` documents or tokens.
+        """By source: `seed` and number of `documents` (their order), `cursor` of them read (over all epochs), `part`
+        pieces of the next one read as well, `given` documents or tokens.
         """
         return {name: reader.state for name, reader in self._by_name.items()}
 
@@ -131,12 +131,12 @@ class Mixture:
     def go_on(self, state: Mapping[str, Mapping[str, int]]) -> list[str]:
         """Starts each source where another mixture's `state` left it; shares are counted anew.
 
-        Returns the names of sources that it does not know, or knows with other documents: they start at their first.
+        Returns the names of sources that it does not know, or knows in another order: they start at their first.
         """
         new = []
         for name, reader in self._by_name.items():
             left = state.get(name)
-            if left is None or left["documents"] != reader.documents:
+            if left is None or any(left[key] != reader.state[key] for key in ("seed", "documents")):
                 new.append(name)
             else:
                 reader.restore({**left, "given": 0})
@@ -170,14 +170,14 @@ class _Reader:
     def __init__(self, source: Documents, number: int, seed: int, epochs: int | None):
         self.documents = source.total
         self._source, self._number = source, number
-        # By name: the order of a source does not depend on the others.
-        self._seed = f"{seed} {source.name}"
+        self._seed = seed
         self._end = None if epochs is None else epochs * source.total
         self.restore({"cursor": 0, "part": 0, "given": 0})
 
     @property
     def state(self) -> dict:
-        return {"documents": self.documents, "cursor": self._cursor, "part": self._part, "given": self.given}
+        order = {"seed": self._seed, "documents": self.documents}
+        return order | {"cursor": self._cursor, "part": self._part, "given": self.given}
 
     def restore(self, state: Mapping[str, int]) -> None:
         self._cursor, self._part, self.given = state["cursor"], state["part"], state["given"]
@@ -204,7 +204,8 @@ class _Reader:
         if self._end is not None and self._read >= self._end:
             return False
         places = np.arange(place, min(place + _AHEAD, self.documents), dtype=np.int64)
-        numbers = permute(places, self.documents, f"{self._seed} {epoch}")
+        # By name: the order of a source does not depend on the others.
+        numbers = permute(places, self.documents, f"{self._seed} {self._source.name} {epoch}")
         for found in self._source.measured(numbers):
             self._read += 1
             for part, document in enumerate(found, 1):

@@ -27,7 +27,7 @@ from data_pipelines.processor import AudioItem, Codes, Processor
 from data_pipelines.prompts import Text, parse_prompt
 from data_pipelines.row_cost import row_cost
 from data_pipelines.row_limits import BUDGETED, budget_vector
-from data_pipelines.row_plan import RowPlan, StepPlan, check_plan
+from data_pipelines.row_plan import RowPlan, StepPlan, check_format, check_plan
 from data_pipelines.rows import ALL_ROWS, RowDecoder, Shard, Step, StepDataset, read_steps
 from data_pipelines.sources import Source, open_source
 from data_pipelines.tokenizing import load_tokenizer, train_tokenizer
@@ -98,14 +98,16 @@ class Pipeline:
     def plan(self, *, epochs: int | None = None, left: Mapping | None = None) -> RowPlan:
         """The rows: endless by the mixture's weights, or `epochs` times every document.
 
-        With `left`, the state of another run's data, each source goes on where that run left it.
+        With `left`, the state of another run's data, each source goes on where that run left it. Raises ConfigError
+        when it is of another version.
         """
         config = self.config
         weights = [source.weight for source in config.mixture]
         mixture = Mixture(self.indexes, weights, config.seed, counted=config.weights_by, epochs=epochs)
         if left is not None:
-            for name in mixture.go_on(left):
-                log.warning("source %s starts anew: the run before had no source of this name with its documents", name)
+            check_format(left)
+            for name in mixture.go_on(left["sources"]):
+                log.warning("source %s starts anew: the run before had none of this name, documents and seed", name)
         budgets = budget_vector(config.budgets).tolist()
         return RowPlan(mixture, Packer(budgets, patch_layout(config), config.open_bins, config.look_ahead))
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from data_pipelines.codes import CodeStore
 from data_pipelines.context_plan import check
+from data_pipelines.mixture import epochs_read
 from data_pipelines.pipeline import Pipeline, check_bad_fraction
 from data_pipelines.rows import Shard, Step
 
@@ -12,14 +13,19 @@ from data_pipelines.rows import Shard, Step
 class TrainingData:
     """Endless steps of a pipeline's mixture: `shard` is this host's part, tokens come dealt to `context_shards`.
 
-    Raises ConfigError when rows cannot be dealt to so many.
+    With `left`, the last state of another run's data, each source goes on where that run left it. `handled` counts the
+    documents beyond a budget that a policy made fit. Raises ConfigError when rows cannot be dealt to so many shards.
     """
 
-    def __init__(self, pipeline: Pipeline, codes: CodeStore, shard: Shard, context_shards: int = 1):
+    def __init__(
+        self, pipeline: Pipeline, codes: CodeStore, shard: Shard, context_shards: int = 1, left: dict | None = None
+    ):
         check(pipeline.config, context_shards)
         self._pipeline, self._codes, self._shard, self._context_shards = pipeline, codes, shard, context_shards
+        self._left = left
         self.documents = pipeline.documents
         self.skipped = pipeline.causes()
+        self.handled = pipeline.handled()
         self.tokenizer_json = pipeline.processor.tokenizer.to_str()
         self.sources = tuple(source.name for source in pipeline.config.mixture)
 
@@ -29,7 +35,12 @@ class TrainingData:
 
     def steps(self, state: dict | None) -> Iterator[Step]:
         """Steps from the plan's `state` on (None: from the start)."""
-        return self._pipeline.steps(self._codes, state=state, shard=self._shard, context_shards=self._context_shards)
+        options = {"shard": self._shard, "context_shards": self._context_shards, "left": self._left}
+        return self._pipeline.steps(self._codes, state=state, **options)
+
+    def epochs(self, state: dict) -> dict[str, float]:
+        """How often each source has been read when the plan's state is this one."""
+        return epochs_read(state["sources"])
 
     def check_lost(self, causes: Counter) -> None:
         """Raises ConfigError when documents skipped by the index and lost at decode exceed `max_bad_fraction`."""

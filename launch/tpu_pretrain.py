@@ -20,6 +20,7 @@ from baichuan_omni_jax.checkpoint import (
     check_run_config,
     find_parent,
     initial_tokenizer,
+    parent_data_state,
     record_parent,
     stored_tokenizer,
 )
@@ -48,16 +49,19 @@ def pretrain() -> None:
     # Everything that can refuse the run comes before it claims the workdir.
     setup, compute = together(lambda: set_up(run, omni))
     workdir, parent = together(lambda: open_workdir(run))
+    left = together(lambda: parent_data_state(parent)) if run.data.continue_sources else None
     pipelines = leader_first(lambda: prepare(run, omni, workdir))
     check_agreement({name: value for parts in pipelines.values() for name, value in data_facts(*parts).items()})
     shard = Shard(rows_of_host(setup.mesh, compute.rules, run.data.rows))
     context = setup.mesh.shape["context"]
-    data = together(lambda: {name: TrainingData(*parts, shard, context) for name, parts in pipelines.items()})
+    held_out = together(
+        lambda: {name: TrainingData(*parts, shard, context) for name, parts in pipelines.items() if name}
+    )
+    training = together(lambda: TrainingData(*pipelines[""], shard, context, left))
     workdir.write_run_config(run)
     together(lambda: wait_for(workdir.path / "run_config.json"))
     record_parent(workdir.path, parent)
-    training = data.pop("")
-    extras = Extras(parent=parent, held_out=data, profile=profile, wandb=WANDB.value)
+    extras = Extras(parent=parent, held_out=held_out, profile=profile, wandb=WANDB.value)
     train(run, omni, workdir, training, extras)
     workdir.close()
 

@@ -22,7 +22,14 @@ from baichuan_omni_jax.checkpoint.branches import (
     save_branches,
 )
 from baichuan_omni_jax.checkpoint.checksums import verify_checksums, write_checksums
-from baichuan_omni_jax.checkpoint.parent import Parent, find_parent, initial_tokenizer, record_parent, stored_tokenizer
+from baichuan_omni_jax.checkpoint.parent import (
+    Parent,
+    find_parent,
+    initial_tokenizer,
+    parent_data_state,
+    record_parent,
+    stored_tokenizer,
+)
 from baichuan_omni_jax.checkpoint.run_config import MAY_DIFFER, check_run_config
 from baichuan_omni_jax.checkpoint.trees import read_tree, with_shardings
 from baichuan_omni_jax.checkpoint.workdir import Restored, Workdir
@@ -38,6 +45,7 @@ __all__ = [
     "find_parent",
     "initial_tokenizer",
     "load_branches",
+    "parent_data_state",
     "parse_spec",
     "read_branch_info",
     "read_tree",

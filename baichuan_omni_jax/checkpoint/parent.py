@@ -62,6 +62,18 @@ def initial_tokenizer(init_from: str, branches: tuple[str, ...]) -> epath.Path |
     return stored_tokenizer(source) if source else None
 
 
+def parent_data_state(parent: Parent) -> dict:
+    """The data's state of the run that gave the language model its first weights. Raises ConfigError: there is none."""
+    folder = parent.checkpoints.get("llm", "")
+    path = epath.Path(folder) / "data.json"
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"data.continue_sources needs the workdir of a run in checkpoint.init_from: {path} cannot be read: {error}"
+        ) from error
+
+
 def _resolve(init_from: str, branches: tuple[str, ...]) -> Parent:
     parent = Parent()
     for branch, given in (parse_spec(init_from, branches) if init_from else {}).items():

@@ -25,10 +25,14 @@ class Data(Protocol):
 
     documents: int
     skipped: Counter
+    handled: Counter
     sources: tuple[str, ...]
     tokenizer_json: str
 
     def steps(self, state: dict | None) -> Iterator[Step]: ...
+
+    def epochs(self, state: dict) -> dict[str, float]:
+        """How often each source has been read when the data's state is this one."""
 
     def where(self, source: int, number: int) -> str:
         """The manifest line of a document."""

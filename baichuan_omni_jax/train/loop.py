@@ -116,6 +116,7 @@ class _Pending:
     step: int
     numbers: dict[str, jax.Array]
     batch: dict[str, np.ndarray]
+    epochs: dict[str, float]
     began: float
     waited: float
     compiling: float
@@ -204,7 +205,7 @@ class _Loop:
         compiling = time.perf_counter() - sending if self.compiles.count > compiled else 0.0
         if compiling and number > self.started_at + 1:
             log.warning("step %d had to compile %d programs", number, self.compiles.count - compiled)
-        sent = _Pending(number, numbers, step.batch, began, waited, compiling)
+        sent = _Pending(number, numbers, step.batch, self.data.epochs(step.state), began, waited, compiling)
         return advance(state, trainable, opt_state), step.state, sent
 
     def _read(self, pending: _Pending) -> Row:
@@ -222,7 +223,8 @@ class _Loop:
         times = {"step_time_s": took, "data_wait_s": pending.waited, "productive_s": productive}
         speed = self.throughput.of(counts, took)
         skipped = dict(self.data.skipped + Counter(self.lost.values()))
-        return {"step": pending.step, **numbers, **times, **speed, "compiles": self.compiles.count, "skipped": skipped}
+        data = {"skipped": skipped, "handled": dict(self.data.handled), "epochs": pending.epochs}
+        return {"step": pending.step, **numbers, **times, **speed, "compiles": self.compiles.count, **data}
 
     def _write(self, row: Row) -> None:
         if self.output is not None:

@@ -16,7 +16,7 @@ from baichuan_omni_jax.train.wandb import WandbWriter
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 # A step's numbers; nested dicts (skip counts by cause) become `name/cause` where names are flat.
-Row = dict[str, float | int | dict[str, int]]
+Row = dict[str, float | int | dict[str, int | float]]
 
 
 class CompileCounter:

@@ -40,7 +40,9 @@ def test_an_order_is_random():
     firsts = Counter(int(permute(np.zeros(1, np.int64), 5, str(seed))[0]) for seed in range(500))
     assert all(abs(firsts[number] - 100) < 50 for number in range(5))  # 5.6 deviations of 9
     huge = permute(np.arange(1000, dtype=np.int64), 10**12, "x")
-    assert len(set(huge.tolist())) == 1000 and 0 <= huge.min() and huge.max() < 10**12
+    assert len(set(huge.tolist())) == 1000
+    assert huge.min() >= 0
+    assert huge.max() < 10**12
 
 
 @given(WEIGHTS)
@@ -51,7 +53,8 @@ def test_shares_of_documents_are_those_of_the_weights(weights):
     for place, (number, _) in enumerate(stream(mixture, 200), 1):
         counts[number] += 1
         ahead = counts - shares * place
-        assert (ahead >= -1 - 1e-9).all() and (ahead <= len(weights) * shares + 1e-9).all()
+        assert (ahead >= -1 - 1e-9).all()
+        assert (ahead <= len(weights) * shares + 1e-9).all()
 
 
 @given(WEIGHTS, st.data())
@@ -64,7 +67,8 @@ def test_shares_of_tokens_are_those_of_the_weights(weights, data):
     for number, document in stream(mixture, 200):
         tokens[number] += sizes[number][document]
         ahead = tokens - shares * tokens.sum()
-        assert (ahead >= -500 - 1e-6).all() and (ahead <= 500 * len(weights) * shares + 1e-6).all()
+        assert (ahead >= -500 - 1e-6).all()
+        assert (ahead <= 500 * len(weights) * shares + 1e-6).all()
 
 
 def test_the_example_of_two_to_one():
