@@ -1,0 +1,86 @@
+"""What is printed and drawn of documents and media, from manifests and from datasets."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from small_media import write_image, write_sound, write_video
+
+from data_pipelines.build.dataset import build_dataset
+from data_pipelines.jobs.runners import make_runner
+from data_pipelines.measures import DocumentMeasure, MediaMeasure, collect, join
+from data_pipelines.stats import load, main, quantities
+
+PICTURE = '<img_start_baichuan>{"local": "a.png"}<img_end_baichuan>'
+SPOKEN = '<audiogen_start_baichuan>{"path": "s.wav"}<audiogen_end_baichuan>'
+VIDEO = '<video_start_baichuan>{"local": "v.mp4"}<video_end_baichuan>'
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("corpus")
+    write_image(root / "a.png", 90, 40)
+    write_sound(root / "s.wav", 1.5)
+    write_video(root / "v.mp4", 2)
+    documents = [
+        {"type": "text", "text": "four"},
+        {"type": "caption", "text": PICTURE + PICTURE + "two"},
+        {"type": "tts", "text": "say" + SPOKEN},
+        {"type": "caption", "text": VIDEO},
+        {"type": "caption", "text": '<img_start_baichuan>{"local": "gone.png"}<img_end_baichuan>'},
+    ]
+    (root / "m.jsonl").write_text("".join(json.dumps(one) + "\n" for one in documents))
+    build_dataset([root / "m.jsonl"], root / "out", None, 2, 1 << 20, make_runner("local", 0))
+    return root
+
+
+def test_datasets_and_manifests_tell_the_same(corpus):
+    (built, skipped), (read, again) = (load([corpus / name], None, 0) for name in ("out", "m.jsonl"))
+    assert skipped == again == {"missing_file": 1}
+    for name, values in vars(read).items():
+        np.testing.assert_array_equal(getattr(built, name), values)
+    both, _ = load([corpus / "out", corpus / "m.jsonl"], None, 0)
+    assert len(both) == 8
+
+
+def test_values(corpus):
+    measures, _ = load([corpus / "m.jsonl"], None, 0)
+    values = {quantity.name: quantity.values.tolist() for quantity in quantities(measures)}
+    assert values["characters of a document"] == [4, 3, 3, 0]
+    assert values["media of a document"] == [0, 2, 1, 1]
+    assert values["pictures: square root of the pixels"] == [60.0, 60.0]
+    assert values["videos: square root of the pixels"] == pytest.approx([(64 * 96) ** 0.5])
+    assert values["videos: seconds"] == pytest.approx([2.0], abs=0.2)
+    assert values["sounds: seconds"] == [1.5]
+    kib = (corpus / "a.png").stat().st_size / 1024
+    assert values["media: KiB"][:2] == [kib, kib]
+
+
+def test_the_command(corpus, tmp_path, capsys):
+    plot = tmp_path / "stats.png"
+    assert main([str(corpus / "out"), "--workers", "0", "--plot", str(plot)]) == 0
+    printed = capsys.readouterr().out
+    rows = [line.split() for line in printed.splitlines()]
+    assert ["caption", "2", "2", "0", "1", "0", "0"] in [row[:7] for row in rows]
+    assert ["all", "4", "2.5", "3.0", "4.0"] in [row[:3] + row[4:5] + row[6:] for row in rows]
+    assert "1 documents are skipped: 1 missing_file" in printed
+    pixels = np.asarray(Image.open(plot).convert("RGB"))
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 10
+    assert main([str(corpus / "out"), "--workers", "0", "--plot", str(tmp_path / "none/x.png")]) == 2
+    assert main([str(corpus / "out"), "--workers", "0", "--plot", str(tmp_path / "x.word")]) == 2
+    assert main([str(tmp_path), "--workers", "0"]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert ["--plot" in line for line in errors] == [True, True, False]
+
+
+def test_tables_of_no_or_many_types():
+    picture = MediaMeasure("picture", 10, 20, 0.0, 5)
+    one, two = collect([DocumentMeasure("b", 1, (picture,))]), collect([DocumentMeasure("a", 2, (picture, picture))])
+    both = join([one, collect([]), two])
+    assert both.types == ("a", "b")
+    assert both.type.tolist() == [1, 0]
+    assert both.media_type().tolist() == [1, 0, 0]
+    assert both.media_places.tolist() == [0, 1, 3]
+    assert len(join([])) == 0
