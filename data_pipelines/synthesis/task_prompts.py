@@ -14,12 +14,12 @@ CONTINUE_PICTURE = {
     "zh": (
         "文中有些句子是语音。请看图、听语音，把文字补充完整。",
         "请结合图片和听到的内容，写出其余的文字。",
-        "请先听语音，再结合图片补充图中的其他信息。",
+        "请听其中的语音，再结合图片补充其他信息。",
     ),
     "en": (
         "Some of the sentences are spoken. Look at the pictures, listen, and complete the text.",
         "Write the rest of the text from the pictures and from what you hear.",
-        "Listen to the speech, then add what else the pictures show.",
+        "Listen to the spoken sentences, and add what else the pictures show.",
     ),
 }
 """Sentences about pictures are heard; the others are to be written."""

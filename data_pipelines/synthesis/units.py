@@ -6,6 +6,7 @@ OUT/NAME-00003/000/00007-002.wav             its media: third file of its docume
 """
 
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -42,8 +43,7 @@ class LineRange:
         with self.manifest.open("rb") as file:
             file.seek(self.offset)
             number = self.first
-            while file.tell() < self.offset + self.length:
-                line = file.readline()
+            for line in io.BytesIO(file.read(self.length)):
                 if line.strip():
                     try:
                         document = parse_line(line, number, self.manifest.name, self.manifest.parent)
