@@ -18,6 +18,7 @@ from data_pipelines.synthesis.tables import Series, spell
 
 DPI = 100
 _PALETTES = ("tab10", "Set2", "Dark2", "Paired")
+_LIGHTEST = 0.75  # brightness of a colour that is seen on white
 
 
 def draw_chart(chart: Chart, rng: random.Random, font: str) -> Image.Image:
@@ -42,7 +43,8 @@ def draw_chart(chart: Chart, rng: random.Random, font: str) -> Image.Image:
 
 
 def _colours(rng: random.Random, count: int) -> list:
-    colours = list(colormaps[rng.choice(_PALETTES)].colors)
+    palette = colormaps[rng.choice(_PALETTES)].colors
+    colours = [(red, green, blue) for red, green, blue in palette if 0.3 * red + 0.6 * green + 0.1 * blue <= _LIGHTEST]
     start = rng.randrange(len(colours))
     return [colours[(start + i) % len(colours)] for i in range(count)]
 
@@ -107,7 +109,8 @@ def _pie(axes: Axes, chart: Chart, colours: list, rng: random.Random) -> None:
     (series,) = chart.series
     numbers = [spell(value) for value in series.values]
     labels = [f"{label}: {value}" for label, value in zip(chart.table.labels, numbers, strict=True)]
-    axes.pie(list(map(float, series.values)), labels=labels, colors=colours, startangle=rng.randrange(360))
+    values, turn, edges = list(map(float, series.values)), rng.randrange(360), {"edgecolor": "white"}
+    axes.pie(values, labels=labels, colors=colours, startangle=turn, wedgeprops=edges)
     axes.set_xlabel(series.name)
 
 

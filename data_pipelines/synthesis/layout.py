@@ -6,7 +6,7 @@ The lines of all pages, joined, are the text again: `"".join(page.text for page 
 import re
 import unicodedata
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # A line does not end after an opening sign, nor begin with a closing one.
 _OPEN, _CLOSE = "（《〈「『【〔“‘", "，。、！？；：）》〉」』】〕”’…—·"
@@ -106,3 +106,15 @@ def paginate(lines: Iterator[Line], style: PageStyle) -> Iterator[Page]:
         y += round(PARAGRAPH_GAP * style.size) * line.ends
     if placed:
         yield Page(tuple(placed), bottom)
+
+
+def balance(pages: list[Page], style: PageStyle) -> list[Page]:
+    """The pages, the columns of the last one of about equal height."""
+    if style.columns == 1 or not pages:
+        return pages
+    lines = [line for _, _, line in pages[-1].lines]
+    for height in range(2 * style.margin, style.height, style.size):
+        last = list(paginate(iter(lines), replace(style, height=height)))
+        if len(last) == 1:
+            return pages[:-1] + last
+    return pages

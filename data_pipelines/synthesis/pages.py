@@ -22,7 +22,7 @@ from data_pipelines.synthesis import page_prompts
 from data_pipelines.synthesis.chart_questions import describe, questions, transcribe
 from data_pipelines.synthesis.charts import KINDS, possible_charts
 from data_pipelines.synthesis.draft import Draft
-from data_pipelines.synthesis.layout import Page, PageStyle, normalise, paginate, wrap
+from data_pipelines.synthesis.layout import Page, PageStyle, balance, normalise, paginate, wrap
 from data_pipelines.synthesis.page_picture import GRID, draw_page, encode, measurer, wear
 from data_pipelines.synthesis.tables import read_table
 from data_pipelines.synthesis.units import manifest_job
@@ -30,7 +30,7 @@ from data_pipelines.synthesis.units import manifest_job
 NAME = "pages"
 TYPES = ("ocr", "chart", "interleaved", "qa")
 LANGUAGES = ("en", "zh")
-MANY_COLUMNS = 400  # characters: a shorter text stands in one column
+MANY_COLUMNS = 800  # characters: a shorter text stands in one column
 TABLE = "table"  # type of the documents that hold one
 
 MAX_QUESTIONS = 3  # of one document
@@ -188,7 +188,7 @@ def _choose_style(text: str, settings: PageSettings, rng: random.Random) -> Page
     font = choose_font(rng, settings.fonts, text)
     width, size = rng.choice(settings.widths), rng.randint(*settings.letters)
     height = round(width * rng.choice((1.0, 1.25, 1.4)) / GRID) * GRID
-    most = min(settings.columns, width // (20 * size)) if len(text) >= MANY_COLUMNS else 1
+    most = min(settings.columns, width // (16 * size)) if len(text) >= MANY_COLUMNS else 1
     columns = rng.randint(1, max(1, most))
     dark = rng.random() < 0.1
     ink, paper = rng.choice(INKS), rng.choice(PAPERS)
@@ -197,7 +197,8 @@ def _choose_style(text: str, settings: PageSettings, rng: random.Random) -> Page
 
 
 def _set(text: str, style: PageStyle) -> list[Page]:
-    return list(paginate(wrap(text, style.column_width, measurer(style)), style))
+    pages = list(paginate(wrap(text, style.column_width, measurer(style)), style))
+    return balance(pages, style)
 
 
 def _keep(

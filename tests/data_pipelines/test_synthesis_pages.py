@@ -22,7 +22,7 @@ from data_pipelines.synthesis.chart_questions import describe, questions, transc
 from data_pipelines.synthesis.charts import Chart, possible_charts
 from data_pipelines.synthesis.draft import Draft
 from data_pipelines.synthesis.fonts import choose_font, find_fonts
-from data_pipelines.synthesis.layout import PageStyle, normalise, paginate, wrap
+from data_pipelines.synthesis.layout import PageStyle, balance, normalise, paginate, wrap
 from data_pipelines.synthesis.page_picture import draw_page, measurer
 from data_pipelines.synthesis.pages import PageSettings, make_pages
 from data_pipelines.synthesis.tables import read_table, spell
@@ -77,9 +77,19 @@ def test_no_character_is_lost_between_lines_and_pages(text, width, columns):
     assert all(len(line.text.rstrip(" ")) <= width for line in lines)
     style = page_style(columns=columns)
     pages = list(paginate(iter(lines), style))
-    assert [line for page in pages for _, _, line in page.lines] == lines
+    for laid in (pages, balance(pages, style)):
+        assert [line for page in laid for _, _, line in page.lines] == lines
     assert all(page.bottom <= style.height - style.margin for page in pages)
     assert all(20 <= x < style.width and y >= style.margin for page in pages for x, y, _ in page.lines)
+
+
+def test_columns_of_the_last_page_are_balanced():
+    style = page_style(columns=2, height=392)
+    pages = list(paginate(wrap("\n".join("abcdefgh"), style.column_width, length), style))
+    (page,) = balance(pages, style)
+    left = {x for x, _, _ in page.lines}
+    assert [len([x for x, _, _ in page.lines if x == place]) for place in sorted(left)] == [4, 4]
+    assert page.bottom < pages[0].bottom
 
 
 def test_lines_break_where_chinese_and_english_allow():
