@@ -45,6 +45,7 @@ EXTRAS = {
     "show": SHOW,
     "synthesis": SYNTHESIS,
     "wandb": ["wandb>=0.19"],
+    "seqio": ["seqio>=0.0.20"],
     "test": ["beartype>=0.20", "hypothesis>=6.100", "pytest>=8", "ruff==0.17.6", *SAMPLE, *SYNTHESIS],
 }
 

@@ -17,7 +17,7 @@ class SampleError(Exception):
 
     Causes: `bad_json`, `bad_prompt`, `missing_file`, `outside_root`, `unreadable_media`, `too_big_media` (beyond
     `limits`), `silent_audio`, `too_long`, `no_loss`, `changed` (media or codes are not what the index measured),
-    `no_codes`, `damaged_codes` (of the store), `bad_record` (of a shard).
+    `no_codes`, `damaged_codes` (of the store), `bad_record` (of a shard), `other_tokenizer` (of token ids).
     """
 
     def __init__(self, cause: str, message: str):

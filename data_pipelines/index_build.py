@@ -62,6 +62,11 @@ def load_index(name: str, manifest: str, root: Path, processor: Processor, cache
         key = hashlib.sha256(f"{FORMAT} {processor.fingerprint} {source.fingerprint}".encode()).hexdigest()[:16]
     except ConfigError as error:
         raise ConfigError(f"source {name}: {error}") from error
+    if source.tokenizer not in ("", processor.tokenizer_fingerprint):
+        raise ConfigError(
+            f"source {name}: {root / manifest} holds token ids of tokenizer {source.tokenizer}, not of "
+            f"{processor.tokenizer_fingerprint}, the one in use: set data.tokenizer to the file it was cached with"
+        )
     folder = cache / f"{Path(manifest).stem}-{key}"
     try:
         columns = open_columns(folder)

@@ -16,11 +16,11 @@ from data_pipelines.document import Document, EncodedDocument, Lengths, SampleEr
 from data_pipelines.features import Window, clip_windows, log_mel, patchify, resize_picture, visual_size
 from data_pipelines.images import load_image, probe_image
 from data_pipelines.media import Media, find_media
-from data_pipelines.prompts import Element, Picture, Sound, Text, Video
+from data_pipelines.prompts import Element, Picture, Sound, Text, Tokens, Video
 from data_pipelines.sequence import Layout, Part, SoundPart, TextPart, VisualPart, audio_targets, lay_out, text_targets
 from data_pipelines.sounds import clip_key, decode_sound, probe_sound
-from data_pipelines.special_tokens import END_OF_TEXT
-from data_pipelines.tokenizing import check_tokenizer, encode
+from data_pipelines.token_ids import read_ids
+from data_pipelines.tokenizing import check_tokenizer, encode, tokenizer_fingerprint
 from data_pipelines.turns import document_elements
 from data_pipelines.videos import probe_video, read_video
 
@@ -114,10 +114,16 @@ class Processor:
         }
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:32]
 
+    @cached_property
+    def tokenizer_fingerprint(self) -> str:
+        """As token ids that were written by it carry it."""
+        return tokenizer_fingerprint(self.tokenizer)
+
     def measure(self, document: Document) -> Lengths:
         """What the document takes of each budget, without decoding. `items` counts pictures, video frames and clips.
 
-        Raises SampleError: "bad_prompt", "missing_file", "outside_root", "unreadable_media", "no_loss".
+        Raises SampleError: "bad_prompt", "missing_file", "outside_root", "unreadable_media", "other_tokenizer" (of
+        token ids), "no_loss".
         """
         plan = self._plan(document)
         sizes = [self._patch_count(pictures) for pictures in plan.pictures for _ in range(pictures.count)]
@@ -184,25 +190,31 @@ class Processor:
                 parts.append(TextPart(encode(self.tokenizer, element.text), element.trainable))
                 continue
             media = find_media(element.reference, document.media)
-            if isinstance(element, Sound):
+            if isinstance(element, Tokens):
+                parts.append(TextPart(self._ids(media), element.trainable))
+            elif isinstance(element, Sound):
                 clips.append(self._clip(media, mels))
                 count = sum(window.code_frames for window in clips[-1].windows)
                 parts.append(SoundPart(count, element.spoken, element.trainable))
             else:
                 pictures.append(self._pictures(element, media, document.max_frames, pixels))
                 parts += [self._visual_part(pictures[-1])] * pictures[-1].count
-        parts += self._ending(elements)
+        parts += self._ending(elements, parts)
         layout = lay_out(parts, self.config.tokens)
         if not layout.has_loss:
             raise SampleError("no_loss", "nothing in the document carries loss")
         return _Plan(layout, pictures, clips)
 
-    def _ending(self, elements: list[Element]) -> list[TextPart]:
-        last = elements[-1] if elements else Text("")
-        if not self.end_of_text or (isinstance(last, Text) and last.text.endswith(END_OF_TEXT)):
+    def _ids(self, media: Media) -> list[int]:
+        return read_ids(media, self.tokenizer_fingerprint, self.config.llm.vocab_size)
+
+    def _ending(self, elements: list[Element], parts: list[Part]) -> list[TextPart]:
+        last, end = elements[-1] if elements else Text(""), self.config.tokens.end_of_text
+        ended = isinstance(last, Text | Tokens) and parts and list(parts[-1].ids[-1:]) == [end]
+        if not self.end_of_text or ended:
             return []
-        trainable = isinstance(last, Text | Sound) and last.trainable
-        return [TextPart([self.config.tokens.end_of_text], trainable)]
+        trainable = isinstance(last, Text | Sound | Tokens) and last.trainable
+        return [TextPart([end], trainable)]
 
     def _pictures(self, element: Picture | Video, media: Media, max_frames: int, decode: bool) -> _Pictures:
         vision = self.config.vision

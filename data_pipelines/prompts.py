@@ -56,7 +56,15 @@ class Sound:
     trainable: bool = False
 
 
-Element = Text | Picture | Video | Sound
+@dataclass(frozen=True)
+class Tokens:
+    """Text that is tokenised already: its ids are in a file of their own (`token_ids`)."""
+
+    reference: Reference
+    trainable: bool = False
+
+
+Element = Text | Picture | Video | Sound | Tokens
 
 _CLOSING = {
     names.IMAGE_START: names.IMAGE_END,
@@ -64,6 +72,7 @@ _CLOSING = {
     names.AUDIOGEN_START: names.AUDIOGEN_END,
     names.VIDEO_START: names.VIDEO_END,
     names.FRAME_START: names.FRAME_END,
+    names.TOKENS_START: names.TOKENS_END,
 }
 # A pad in the source would be a slot without media.
 _PADS = (names.AUDIO_PAD, names.IMAGE_PAD, names.VIDEO_PLACE)
@@ -152,6 +161,8 @@ class _Parser:
             return Video(reference)
         if mark in (names.IMAGE_START, names.FRAME_START):
             return Picture(reference, frame=mark == names.FRAME_START)
+        if mark == names.TOKENS_START:
+            return Tokens(reference, self.trainable)
         return Sound(reference, spoken=mark == names.AUDIOGEN_START, trainable=self.trainable)
 
     def _content(self, mark: str) -> str:

@@ -12,7 +12,7 @@ from baichuan_omni_jax.config import ConfigError
 from data_pipelines.document import Document, SampleError
 from data_pipelines.jobs.job import write_json
 from data_pipelines.manifest import parse_line
-from data_pipelines.shards.dataset import DATASET_FILE, ShardedDataset, open_dataset
+from data_pipelines.shards.dataset import DATASET_FILE, ShardedDataset, open_dataset, read_description
 
 PART_BYTES = 64 << 20  # of a manifest
 
@@ -45,6 +45,8 @@ class Records:
 
 class ManifestSource:
     """The manifest at `root/path`. A place is the byte at which a line begins, a number that of the line, from 1."""
+
+    tokenizer = ""  # lines that hold token ids are checked one by one
 
     def __init__(self, path: str, root: Path, notes: Path):
         """`notes` is a folder where what a manifest's bytes gave is kept: they are read whole only when it changed."""
@@ -111,6 +113,8 @@ class DatasetSource:
     def __init__(self, path: str, root: Path):
         self.path, self.root = path, root
         self._dataset: ShardedDataset = open_dataset(root / path)
+        # Of the token ids that it holds; "" where it holds text.
+        self.tokenizer: str = read_description(root / path).get("tokenizer", "")
 
     @property
     def fingerprint(self) -> str:

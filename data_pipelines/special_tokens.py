@@ -22,6 +22,7 @@ VIDEO_PLACE = "<video_palce_baichuan>"  # the released spelling
 # Marks of a source prompt; they are no tokens and never reach the tokenizer.
 TRAINABLE_START, TRAINABLE_END = "<trainable_start>", "<trainable_end>"
 FRAME_START, FRAME_END = "<videoframe_start_omni>", "<videoframe_end_omni>"
+TOKENS_START, TOKENS_END = "<tokens_start_omni>", "<tokens_end_omni>"
 
 # Field of `baichuan_omni_jax.config.SpecialTokens` -> name of the token.
 MODEL_TOKENS: dict[str, str] = {

@@ -4,6 +4,7 @@ All are byte-level BPE with the Qwen split rule and NFC. Released special tokens
 stand in the text.
 """
 
+import hashlib
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -51,6 +52,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     """Token ids of `text`; names of special tokens in it become their ids, nothing is added."""
     return tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
+    """Differs between tokenizers that differ in anything (32 hex digits)."""
+    return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()[:32]
 
 
 def check_tokenizer(tokenizer: Tokenizer, config: OmniConfig) -> None:

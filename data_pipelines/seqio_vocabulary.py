@@ -1,0 +1,82 @@
+"""Our tokenizer as a `seqio.Vocabulary`. Needs the extra `seqio`; no training host imports it."""
+
+import os
+from collections.abc import Sequence
+
+import seqio
+import tensorflow as tf
+from tokenizers import Tokenizer
+
+from baichuan_omni_jax.config import ConfigError
+from data_pipelines.special_tokens import END_OF_TEXT
+from data_pipelines.tokenizing import encode, load_tokenizer, tokenizer_fingerprint
+
+TOKENIZER_VARIABLE = "OMNI_TOKENIZER"  # the environment variable that `default_vocabulary` reads
+
+
+class OmniVocabulary(seqio.Vocabulary):
+    """A `tokenizer.json` for seqio's tasks: text to ids and back as training does it, `<|endoftext|>` the end.
+
+    There is no id for unknown text (the tokenizer is byte level), and id 0 is a token like any other: nothing here
+    pads. As everywhere in seqio, decoding stops after the first end.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        super().__init__(extra_ids=0)
+        self.tokenizer = tokenizer
+        self.fingerprint = tokenizer_fingerprint(tokenizer)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, OmniVocabulary) and other.fingerprint == self.fingerprint
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
+    @property
+    def bos_id(self) -> int | None:
+        return None
+
+    @property
+    def eos_id(self) -> int | None:
+        return self.tokenizer.token_to_id(END_OF_TEXT)
+
+    @property
+    def unk_id(self) -> int | None:
+        return None
+
+    @property
+    def _base_vocab_size(self) -> int:
+        return max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    def _encode(self, s: str) -> list[int]:
+        return encode(self.tokenizer, s)
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(ids), skip_special_tokens=False)
+
+    def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
+        """Bytes that are no UTF-8 become U+FFFD."""
+        encoded = tf.numpy_function(lambda text: self._ids_of(text), [s], tf.int32)
+        encoded.set_shape([None])
+        return encoded
+
+    def _ids_of(self, text: bytes) -> "tf.Tensor":
+        return tf.constant(self._encode(text.decode("utf-8", "replace")), tf.int32).numpy()
+
+    def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
+        """A string, or of ids (batch, n) as many."""
+        decode = lambda rows: self._decode(rows.tolist())  # noqa: E731
+        if ids.shape.rank == 1:
+            return tf.ensure_shape(tf.numpy_function(decode, [ids], tf.string), [])
+        return tf.map_fn(self._decode_tf, ids, fn_output_signature=tf.string)
+
+
+def default_vocabulary() -> OmniVocabulary:
+    """The vocabulary of the `tokenizer.json` that OMNI_TOKENIZER names, for modules that register tasks.
+
+    `data_pipelines.seqio_cache --tokenizer` sets it. Raises ConfigError.
+    """
+    path = os.environ.get(TOKENIZER_VARIABLE)
+    if not path:
+        raise ConfigError(f"set {TOKENIZER_VARIABLE} to a tokenizer.json: the tasks' vocabulary is read from it")
+    return OmniVocabulary(load_tokenizer(path))
