@@ -153,7 +153,7 @@ def _open_or_create(path: Path, audio: AudioConfig, tokenizer: Tokenizer, settin
 def _share_out(job: Job, runner: Runner, hosts: Hosts, report: Callable[[str], None]) -> None:
     """Each host does its share of the units; returns when all are done."""
     mine = replace(job, units=job.units[hosts.host :: hosts.count])
-    hosts.together(lambda: run_job(mine, runner, report))
+    hosts.together(lambda: run_job(mine, runner, report) if mine.units else None)
 
 
 def _make_plan(listing: Job, store: CodeStore) -> Shaped[np.ndarray, "n"]:
@@ -215,9 +215,9 @@ def _publish(path: Path, job: Job, pipelines: Sequence[Pipeline], listing: Path)
         entries = _entries(job, meta["part_frames"], failed)
         index = np.concatenate([open_table(path / meta["index"], ENTRY), entries])
         publish(path, meta, index, meta["parts"] | job.files(), mixtures)
-        shutil.rmtree(listing, ignore_errors=True)
-        for done in (".units", ".partial"):
-            shutil.rmtree(job.out / done, ignore_errors=True)
+    # A listing that was used up: files may change before the next one.
+    for done in (listing, job.out / ".units", job.out / ".partial"):
+        shutil.rmtree(done, ignore_errors=True)
     return CodeStore(path)
 
 
