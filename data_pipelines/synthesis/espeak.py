@@ -51,6 +51,15 @@ def speak(text: str, voice: str, *, rate: int = 175, pitch: int = 50) -> Int16[n
             raise SpeechError(f"the eSpeak NG process ended: {error}") from error
 
 
+def close() -> None:
+    """Ends the process that speaks; the next utterance starts another."""
+    global _server
+    with _lock:
+        if _server is not None:
+            _server.close()
+        _server = None
+
+
 class _Server:
     """The process that has the library loaded; it ends when its stdin closes, so it never outlives this one."""
 
@@ -59,7 +68,6 @@ class _Server:
         self.owner = os.getpid()
         command = [sys.executable, str(_SERVER)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        atexit.register(self.close)
 
     def ask(self, request: dict) -> bytes:
         """The bytes of the samples. Raises SpeechError as it was answered; OSError when the process is gone."""
@@ -78,3 +86,6 @@ class _Server:
             self.process.stdin.close()
             self.process.wait()
             self.process.stdout.close()
+
+
+atexit.register(close)

@@ -36,28 +36,29 @@ def list_voices(options: argparse.Namespace) -> None:
         for name in names:
             print(f"  {name}")
     if options.picture:
-        try:
-            draw_voices(speech, options.picture)
-        except OSError as error:
-            raise ConfigError(f"--picture {options.picture}: {error.strerror or error}") from error
+        draw_voices(speech, options.picture)
         print(f"{options.picture}: {len(_shown(speech))} voices")
 
 
 def draw_voices(speech: TextToSpeech, path: Path) -> None:
     """Writes the log mels of one sentence a language, each by voices spread over the list, all on one time scale.
 
-    Raises ConfigError when matplotlib is missing or cannot write such a file.
+    Raises ConfigError when matplotlib is missing or cannot write such a file there.
     """
     try:
         figures = importlib.import_module("matplotlib.figure")
     except ImportError as error:
         raise ConfigError("drawing needs matplotlib: pip install baichuan_omni_jax[show]") from error
+    figure = figures.Figure(dpi=80, layout="constrained")
+    kinds = figure.canvas.get_supported_filetypes()
+    if path.suffix.lstrip(".") not in kinds or not path.parent.is_dir():
+        raise ConfigError(f"--picture {path}: a folder that exists, and one of {', '.join(sorted(kinds))}")
     audio = resolve_model("baichuan_omni_7b").audio
     shown = _shown(speech)
     mels = [_mel(speech, voice, language, audio) for language, voice in shown]
     seconds = max(mel.shape[1] for mel in mels) * audio.hop_length / audio.sampling_rate
     rows = -(-len(shown) // 2)
-    figure = figures.Figure(figsize=(10, 0.6 + 1.3 * rows), dpi=80, layout="constrained")
+    figure.set_size_inches(10, 0.6 + 1.3 * rows)
     spots = figure.subplots(rows, 2, squeeze=False, sharex=True, sharey=True)
     for place, ((language, voice), mel) in enumerate(zip(shown, mels, strict=True)):
         axes = spots[place % rows, place // rows]
@@ -68,10 +69,7 @@ def draw_voices(speech: TextToSpeech, path: Path) -> None:
         axes.set(xlim=(0, seconds), yticks=[0, 64, 128], ylabel="mel bin" if place < rows else "")
         if place % rows == rows - 1:
             axes.set_xlabel("seconds")
-    try:
-        figure.savefig(path)
-    except ValueError as error:
-        raise ConfigError(f"--picture {path}: {error}") from error
+    figure.savefig(path)
     if path.suffix == ".png":
         with Image.open(path) as picture:  # a third of the size, and hardly another picture
             palette = picture.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)

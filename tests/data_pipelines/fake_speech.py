@@ -39,7 +39,7 @@ class BrokenSpeech(ToneSpeech):
             "nan": (wave * np.nan, 24000),
             "silence": (wave * 0, 24000),
             "nothing": (wave[:0], 24000),
-        }[text], 0
+        }[text]
 
 
 def make_nothing() -> object:

@@ -1,0 +1,374 @@
+"""Speech made from text: voices, loss marks, shares, bad input, the same output whatever runs the job."""
+
+import argparse
+import hashlib
+import json
+import re
+import time
+
+import numpy as np
+import pytest
+import soundfile
+from fake_speech import BrokenSpeech
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from small_media import write_image, write_video
+
+from baichuan_omni_jax.config import ConfigError
+from data_pipelines.document import SampleError
+from data_pipelines.prompt_writing import heard_tag, image_tag, plain_text, trainable, turn, video_tag
+from data_pipelines.prompts import Picture, Sound, Text, Video, parse_prompt
+from data_pipelines.synthesis import espeak, intlv, voice_list
+from data_pipelines.synthesis.__main__ import main
+from data_pipelines.synthesis.intlv import write_intlv
+from data_pipelines.synthesis.itts import write_itts
+from data_pipelines.synthesis.task_prompts import ANSWER_PICTURE, CONTINUE_PICTURE, READ_ALOUD, TRANSCRIBE
+from data_pipelines.synthesis.text_to_speech import EspeakSpeech, load_speech, voice_text
+from data_pipelines.synthesis.units import add_job_arguments
+from data_pipelines.synthesis.voice_list import SENTENCES
+from data_pipelines.synthesis.voices import VOICES
+
+STORY = ["The lake is calm tonight. We took a boat, and went home. ", "湖水今晚很平静。我们坐船，然后回家了。"]
+FAKE = ("--tts", "fake_speech:make")
+
+
+def write_manifest(folder, texts, name="m.jsonl"):
+    lines = [json.dumps({"id": f"d{number}", "text": text}) + "\n" for number, text in enumerate(texts)]
+    (folder / name).write_text("".join(lines), encoding="utf-8")
+    return folder / name
+
+
+def run(job, manifest, out, *options, workers=0):
+    assert main([job, str(manifest), "--out", str(out), "--workers", str(workers), *options]) == 0
+    return read(out / f"{job}.jsonl"), read(out / f"skipped-{job}.jsonl")
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+
+
+def digests(folder):
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_there_are_44_voices_and_no_two_sound_alike():
+    names = [(language, name) for language in VOICES for name in VOICES[language]]
+    assert len({name for _, name in names}) == len(names) == 44
+
+    def speak_all(order):
+        speech = EspeakSpeech(16000)
+        return {name: voice_text(speech, SENTENCES[language], name, language)[0] for language, name in order}
+
+    espeak.close()
+    first = speak_all(names)
+    assert len({samples.tobytes() for samples in first.values()}) == 44
+    assert all(np.abs(samples.astype(int)).max() > 3000 for samples in first.values())
+    # In another process, the other way round, in another second: eSpeak seeds the noise of breath by the clock.
+    time.sleep(1.01 - time.time() % 1)
+    espeak.close()
+    again = speak_all(names[::-1])
+    assert all(np.array_equal(first[name], again[name]) for _, name in names)
+
+
+def test_rates_of_the_included_back_end():
+    lengths = []
+    for name, rate in (("espeak", 16000), ("espeak-24k", 24000)):
+        samples, found = voice_text(load_speech(name), "Good morning.", "en-us/m3/low/fast", "en")
+        assert found == rate
+        lengths.append(len(samples) / rate)
+    assert lengths[0] == pytest.approx(lengths[1], abs=1e-3)
+    slow, _ = voice_text(load_speech("espeak"), "Good morning.", "en-us/m3/low/slow", "en")
+    assert len(slow) / 16000 > 1.1 * lengths[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "voice", "language", "message"),
+    [
+        ("hi", "klingonese/plain/mid/slow", "en", "no voice 'klingonese'"),
+        ("hi", "en-us", "en", "ACCENT/VARIANT/PITCH/RATE"),
+        ("hi", "cmn/m1/mid/slow", "en", "does not speak 'en'"),
+        ("hi \ud83d", "en-us/m1/mid/slow", "en", "surrogates not allowed"),
+        ("...", "en-us/m1/mid/slow", "en", "no sound"),
+    ],
+)
+def test_what_espeak_refuses_is_one_document_s_error(text, voice, language, message):
+    with pytest.raises(SampleError, match=message):
+        voice_text(load_speech("espeak"), text, voice, language)
+
+
+def test_a_crash_of_espeak_costs_one_utterance(monkeypatch, tmp_path):
+    server = tmp_path / "server.py"
+    source = espeak._SERVER.read_text("utf-8")
+    crash = "    if 'segfault' in text:\n        ctypes.string_at(0)\n    chunks: list[bytes] = []\n"
+    server.write_text(source.replace("    chunks: list[bytes] = []\n", crash), encoding="utf-8")
+    monkeypatch.setattr(espeak, "_SERVER", server)
+    espeak.close()
+    with pytest.raises(espeak.SpeechError, match="crashed or hung"):
+        espeak.speak("segfault", "en-us")
+    assert len(espeak.speak("fine", "en-us")) > 5000
+    espeak._server.process.kill()
+    with pytest.raises(espeak.SpeechError, match="process ended"):
+        espeak.speak("fine", "en-us")
+    assert len(espeak.speak("fine", "en-us")) > 5000
+    espeak.close()
+
+
+def test_a_missing_wheel_says_what_to_install(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(espeak.importlib.util, "find_spec", lambda name: None)
+    load_speech.cache_clear()
+    manifest = write_manifest(tmp_path, STORY)
+    assert main(["tts", str(manifest), "--out", str(tmp_path / "out")]) == 2
+    assert "pip install espeakng-loader" in capsys.readouterr().err
+
+
+@given(count=st.integers(2, 9))
+def test_loss_marks_of_intlv(count):
+    """MODEL.md §8: audio_1 text_2 audio_3 text_4 ..., no loss on audio."""
+    pieces = [f"{number}. " for number in range(count)]
+    elements = parse_prompt(write_intlv(pieces, lambda piece: f"{piece.strip()}wav"))
+    assert [type(element) for element in elements] == [Sound, Text] * (count // 2)
+    heard, written = elements[::2], elements[1::2]
+    assert not any(sound.spoken or sound.trainable for sound in heard)
+    assert all(text.trainable for text in written)
+    whole = [text for pair in zip((sound.reference.path for sound in heard), written, strict=True) for text in pair]
+    said = [item.text if isinstance(item, Text) else item.removesuffix("wav") + " " for item in whole]
+    assert "".join(said) == "".join(pieces)
+
+
+@given(count=st.integers(2, 9))
+def test_loss_marks_of_itts(count):
+    """MODEL.md §8: text_1 audio_1 text_2 audio_2 ..., loss on text and audio except the first text."""
+    pieces = [f"{number}. " for number in range(count)]
+    elements = parse_prompt(write_itts(pieces, lambda piece: f"{piece.strip()}wav"))
+    assert [type(element) for element in elements] == [Text, Sound] * count
+    assert [element.trainable for element in elements] == [False] + [True] * (2 * count - 1)
+    assert all(sound.spoken for sound in elements[1::2])
+    assert [text.text for text in elements[::2]] == pieces
+    assert [sound.reference.path for sound in elements[1::2]] == [f"{number}.wav" for number in range(count)]
+
+
+def test_documents_of_every_job_from_text(tmp_path):
+    manifest = write_manifest(tmp_path, STORY)
+    for job, first in (("intlv", "d0-intlv"), ("itts", "d0-itts"), ("asr", "d0-asr"), ("tts", "d0-tts")):
+        made, skipped = run(job, manifest, tmp_path / job)
+        assert not skipped
+        assert (made[0]["id"], made[0]["type"]) == (first, job)
+        for document in made:
+            for element in parse_prompt(document["text"]):
+                if isinstance(element, Sound):
+                    info = soundfile.info(tmp_path / job / element.reference.path)
+                    assert (info.samplerate, info.channels) == (16000, 1)
+                    assert 0.3 < info.duration < 8
+    itts, _ = run("itts", manifest, tmp_path / "itts")
+    assert [plain_text(document["text"]) for document in itts] == [text.strip() for text in STORY]
+    asr, tts = read(tmp_path / "asr/asr.jsonl"), read(tmp_path / "tts/tts.jsonl")
+    sentences = [
+        "The lake is calm tonight.",
+        "We took a boat, and went home.",
+        "湖水今晚很平静。",
+        "我们坐船，然后回家了。",
+    ]
+    for document, sentence, language in zip(asr, sentences, ("en", "en", "zh", "zh"), strict=True):
+        prompt, heard, words = parse_prompt(document["text"])
+        assert prompt.text in TRANSCRIBE[language]
+        assert (heard.spoken, words) == (False, Text(sentence, trainable=True))
+    for document, sentence, language in zip(tts, sentences, ("en", "en", "zh", "zh"), strict=True):
+        prompt, spoken = parse_prompt(document["text"])
+        assert prompt.text.removesuffix(sentence) in READ_ALOUD[language]
+        assert (prompt.trainable, spoken.spoken, spoken.trainable) == (False, True, True)
+
+
+def test_long_texts_become_several_documents(tmp_path):
+    manifest = write_manifest(tmp_path, ["".join(f"This is sentence number {i}. " for i in range(10))])
+    made, _ = run("itts", manifest, tmp_path / "out", *FAKE, "--pieces", "4")
+    assert [document["id"] for document in made] == ["d0-itts", "d0-itts-2", "d0-itts-3"]
+    assert "".join(plain_text(document["text"]) + " " for document in made).count("sentence number") == 10
+
+
+def test_the_user_s_own_voices_and_languages(tmp_path):
+    manifest = write_manifest(
+        tmp_path, [STORY[0], "This holds a shibboleth inside. It is going to be refused.", STORY[1]]
+    )
+    made, skipped = run("intlv", manifest, tmp_path / "one", *FAKE)
+    assert [document["id"] for document in made] == ["d0-intlv"]
+    # It has no Chinese voice.
+    assert [(line["id"], line["cause"]) for line in skipped] == [("d1", "unspeakable"), ("d2", "no_voice")]
+    path = parse_prompt(made[0]["text"])[0].reference.path
+    assert soundfile.info(tmp_path / "one" / path).samplerate == 24000
+    made, skipped = run("intlv", manifest, tmp_path / "two", *FAKE, "--language", "mars", "--voices", "Bork")
+    assert [document["id"] for document in made] == ["d0-intlv", "d2-intlv"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--tts", "festival"), "neither espeak nor espeak-24k nor of the form package.module:factory"),
+        (("--tts", "no_such_module:make"), "cannot be loaded: No module named 'no_such_module'"),
+        (("--tts", "fake_speech:no_such"), "has no attribute 'no_such'"),
+        (("--tts", "fake_speech:make_nothing"), "has no method voices"),
+        ((*FAKE, "--voices", "hoarse"), "--voices hoarse: fake_speech:make has no such voice, but deep, shrill"),
+        ((*FAKE, "--language", "fr"), "has no voice that speaks fr"),
+        ((*FAKE, "--longest", "0.1"), "--longest 0.1"),
+        ((*FAKE, "--pieces", "2"), "--pieces 2"),
+        ((*FAKE, "--unit", "0"), "--unit 0"),
+    ],
+)
+def test_options_that_cannot_be_used(tmp_path, options, message):
+    manifest = write_manifest(tmp_path, STORY)
+    parser = argparse.ArgumentParser()
+    add_job_arguments(parser)
+    intlv.add_arguments(parser)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        intlv.make_job(parser.parse_args([str(manifest), "--out", str(tmp_path / "out"), *options]))
+
+
+@pytest.mark.parametrize(
+    ("fault", "error", "message"),
+    [
+        ("rate", ConfigError, "speaks at 44100 Hz: it must be 16000 or 24000"),
+        ("stereo", ConfigError, r"float32 of shape \(2400, 2\)"),
+        ("double", ConfigError, "float64 of shape"),
+        ("nan", SampleError, "not finite"),
+        ("silence", SampleError, "no sound"),
+        ("nothing", SampleError, "no sound"),
+    ],
+)
+def test_back_ends_that_break_the_interface(fault, error, message):
+    with pytest.raises(error, match=message):
+        voice_text(BrokenSpeech(), fault, "deep", "en")
+
+
+def test_bad_documents_are_skipped_and_counted(tmp_path, capsys):
+    manifest = write_manifest(
+        tmp_path,
+        [
+            *(STORY[0], "?!", "Yes.", turn("Hello?", "Hi."), image_tag("a.png") + STORY[0]),
+            *("Привет, как твои дела сегодня? Хорошо, спасибо, а у тебя?", "\ud800 is half a character. And a half."),
+        ],
+    )
+    with manifest.open("a", encoding="utf-8") as file:
+        file.write("not json\n")
+    made, skipped = run("intlv", manifest, tmp_path / "out", *FAKE)
+    assert [document["id"] for document in made] == ["d0-intlv"]
+    assert [line["where"] for line in skipped] == [f"m.jsonl:{number}" for number in range(2, 9)]
+    assert [(line["id"], line["cause"]) for line in skipped] == [
+        ("d1", "no_text"),
+        ("d2", "too_short"),
+        ("d3", "has_turns"),
+        ("d4", "has_media"),
+        ("d5", "unknown_language"),
+        ("d6", "bad_prompt"),
+        (None, "bad_json"),
+    ]
+    assert "7 skipped: " in capsys.readouterr().out
+
+
+def test_the_same_output_from_any_number_of_workers(tmp_path):
+    manifest = write_manifest(tmp_path, [f"{number} is a number. {text}" for number in range(3) for text in STORY])
+    for workers in (0, 2):
+        run("itts", manifest, tmp_path / str(workers), "--unit", "2", workers=workers)
+    assert digests(tmp_path / "0") == digests(tmp_path / "2")
+    assert len(read(tmp_path / "2" / "itts.jsonl")) == 6
+
+
+def test_only_what_changed_is_made_again(tmp_path, capsys):
+    texts = [f"Number {number} is here. It is alone." for number in range(4)]
+    out = tmp_path / "out"
+    run("itts", write_manifest(tmp_path, texts), out, *FAKE, "--unit", "2")
+    before = digests(out)
+    capsys.readouterr()
+    run(
+        "itts",
+        write_manifest(tmp_path, [*texts[:2], "Short and new. It is other.", texts[3]]),
+        out,
+        *FAKE,
+        "--unit",
+        "2",
+    )
+    assert "1 of 2 shards are done already" in capsys.readouterr().out
+    after = digests(out)
+    assert all(after[name] == before[name] for name in before if name.startswith("itts-00000/"))
+    run("itts", write_manifest(tmp_path, texts), tmp_path / "anew", *FAKE, "--unit", "2")
+    run("itts", write_manifest(tmp_path, texts), out, *FAKE, "--unit", "2")
+    assert digests(out) == digests(tmp_path / "anew") == before
+
+
+def test_a_share_of_the_sentences_is_heard(tmp_path):
+    write_image(tmp_path / "a.png", 56, 56)
+    sentences = [f"This is sentence number {number}. " for number in range(8)]
+    chinese = [f"这是第{number}个句子，它说湖水很平静。" for number in range(8)]
+    caption = trainable("".join(sentences[:4])) + image_tag("a.png") + trainable("".join(sentences[4:]))
+    manifest = write_manifest(tmp_path, [caption, image_tag("a.png") + trainable("".join(chinese))])
+    for share, heard in ((0.25, 2), (0.5, 4), (0.01, 1), (0.99, 7)):
+        made, skipped = run("crossmodal", manifest, tmp_path / str(share), "--share", str(share))
+        assert not skipped
+        for document, language, all_of_them in zip(made, ("en", "zh"), (sentences, chinese), strict=True):
+            prompt, *elements = parse_prompt(document["text"])
+            assert document["type"] == "image_audio_text"
+            assert prompt.text.removesuffix("\n") in CONTINUE_PICTURE[language]
+            assert not prompt.trainable
+            assert sum(isinstance(element, Sound) for element in elements) == heard
+            assert sum(isinstance(element, Picture) for element in elements) == 1
+            written = "".join(element.text for element in elements if isinstance(element, Text))
+            assert sum(sentence.strip() in written for sentence in all_of_them) == 8 - heard
+            assert all(element.trainable for element in elements if isinstance(element, Text))
+            assert not any(element.spoken or element.trainable for element in elements if isinstance(element, Sound))
+            for element in elements:
+                if not isinstance(element, Text):
+                    assert (tmp_path / str(share) / element.reference.path).is_file()
+    made, _ = run("crossmodal", manifest, tmp_path / "first", "--order", "first")
+    assert [type(element) for element in parse_prompt(made[0]["text"])] == [Text, Sound, Sound, Text, Picture, Text]
+
+
+def test_questions_are_heard_and_answers_stay(tmp_path):
+    write_image(tmp_path / "a.png", 56, 56)
+    text = turn(image_tag("a.png") + "What is in the picture?", "Noise is in it.", "You are kind to all who ask.")
+    made, _ = run("crossmodal", write_manifest(tmp_path, [text]), tmp_path / "out", *FAKE)
+    opening, _, sound, answer_mark, answer = parse_prompt(made[0]["text"])
+    system, asked = opening.text.split("<C_Q>")
+    assert system == "<B_SYS>You are kind to all who ask."
+    assert asked.strip() in ANSWER_PICTURE["en"]
+    assert isinstance(sound, Sound)
+    assert (answer_mark.text, answer) == ("<C_A>", Text("Noise is in it.", trainable=True))
+
+
+def test_the_track_of_a_film_stands_beside_it(tmp_path):
+    write_video(tmp_path / "loud.mp4", 2.0, sound=2.0)
+    write_video(tmp_path / "mute.mp4", 2.0)
+    text = turn(video_tag("loud.mp4") + "What is it?", "A film.")
+    sound = image_tag("a.png") + heard_tag("s.wav")
+    manifest = write_manifest(
+        tmp_path,
+        [
+            *(text, text.replace("loud", "mute"), text.replace("loud", "gone"), image_tag("a.png") + trainable("One.")),
+            *(text.replace("loud.mp4", "../loud.mp4"), "Text. Alone.", sound + trainable("One. Two.")),
+        ],
+    )
+    made, skipped = run("crossmodal", manifest, tmp_path / "out", *FAKE)
+    assert [document["type"] for document in made] == ["video_audio_text"]
+    _, film, track, question, answer = parse_prompt(made[0]["text"])
+    assert (film, track) == (Video(track.reference), Sound(film.reference))
+    assert (tmp_path / "out" / film.reference.path).read_bytes() == (tmp_path / "loud.mp4").read_bytes()
+    assert question.text == "What is it?<C_A>"
+    assert answer == Text("A film.", trainable=True)
+    causes = ["no_track", "missing_file", "too_short", "outside_root", "no_picture", "has_sound"]
+    assert [(line["id"], line["cause"]) for line in skipped] == [
+        (f"d{number}", cause) for number, cause in enumerate(causes, start=1)
+    ]
+
+
+def test_the_voices_are_listed_and_drawn(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(voice_list, "SHOWN", 1)
+    assert main(["voices", "--picture", str(tmp_path / "voices.png")]) == 0
+    printed = capsys.readouterr().out.split("\n")
+    assert {line.strip() for line in printed if line.startswith("  ")} == {*VOICES["en"], *VOICES["zh"]}
+    with Image.open(tmp_path / "voices.png") as picture:
+        assert len(picture.convert("RGB").getcolors(1000)) > 40, "it shows no spectrogram"
+    for path in (tmp_path / "no" / "voices.png", tmp_path / "voices.docx"):
+        with pytest.raises(ConfigError, match=f"{path.name}: a folder that exists, and one of "):
+            voice_list.draw_voices(EspeakSpeech(16000), path)
