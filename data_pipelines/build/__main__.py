@@ -18,9 +18,13 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 with one sentence when something given cannot be used."""
+    """Returns the exit code: 0, 2 with one sentence when something given cannot be used, 130 after Ctrl-C."""
     options = _parser().parse_args(arguments)
-    return exit_code(lambda: _build(options))
+    try:
+        return exit_code(lambda: _build(options))
+    except KeyboardInterrupt:
+        print("stopped: the same command goes on from here", file=sys.stderr)
+        return 130
 
 
 def _build(options: argparse.Namespace) -> None:

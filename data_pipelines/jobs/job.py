@@ -127,6 +127,7 @@ def run_job(job: Job, runner: Runner, report: Callable[[str], None] = print) -> 
                 else:
                     summaries[unit.name] = outcome
                 progress.done(unit, outcome)
+        _clear_scratch(job)
     if failed:
         unit, error = failed[0]
         raise ConfigError(f"{job.title}: {len(failed)} of {len(job.units)} shards failed, first {unit.name}: {error}")
@@ -149,7 +150,7 @@ def hold(out: Path, name: str, title: str) -> Iterator[None]:
 
 
 def _clear_scratch(job: Job) -> None:
-    """Removes what programs that were killed were writing for this job's units."""
+    """Removes what programs and processes that were killed were writing for this job's units."""
     names = {unit.name for unit in job.units}
     for folder in (job.out / ".partial").glob("*"):
         if folder.name.rpartition("-")[0] in names:

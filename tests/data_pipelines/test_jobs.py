@@ -89,9 +89,6 @@ def test_only_the_unit_that_kills_its_process_fails(tmp_path, quiet):
     assert len(contents(job)) == 11
     assert tried(job).count("unit-1") == 3
     assert len(tried(job)) <= 12 + 2 + 4
-    assert list((job.out / ".partial").iterdir()) != []  # what the dead process wrote, until the next run
-    with pytest.raises(ConfigError):
-        run_job(make_job(tmp_path, ["a", "fail", *"cdefghijkl"]), make_runner("local", 0), quiet)
     assert list((job.out / ".partial").iterdir()) == []
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from data_pipelines.document import SampleError
-from data_pipelines.prompts import Picture, Reference, Sound, Text, Video, parse_prompt
+from data_pipelines.prompts import Picture, Reference, Sound, Text, Video, parse_prompt, replace_references
 from data_pipelines.special_tokens import MODEL_TOKENS, SPECIAL_TOKENS
 from tests.golden import golden_path
 
@@ -76,3 +76,14 @@ def test_bad_prompts(prompt, message):
     with pytest.raises(SampleError, match=message) as caught:
         parse_prompt(prompt)
     assert caught.value.cause == "bad_prompt"
+
+
+def test_references_are_replaced_where_they_stand():
+    """All else stays byte for byte: white space, other tags, tags that keep their reference."""
+    prompt = f'<C_Q><img_start_baichuan>{{"base64": "AAAA"}}<img_end_baichuan> a{IMAGE}<video_start_baichuan> {FRAME}'
+    prompt += f" {FRAME.replace('f.png', 'g.png')}<video_end_baichuan><trainable_start>"
+    names = {Reference(base64="AAAA"): Reference(path="new"), Reference(path="g.png"): Reference(path="猫")}
+    assert replace_references(prompt, lambda reference: names.get(reference, reference)) == prompt.replace(
+        '{"base64": "AAAA"}', '{"path": "new"}'
+    ).replace('{"path": "g.png"}', '{"path": "\\u732b"}')
+    assert replace_references(prompt, lambda reference: reference) == prompt
