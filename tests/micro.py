@@ -31,12 +31,12 @@ STEPS = 12
 TIMES = {"step_time_s", "data_wait_s", "productive_s", "goodput", "tokens_per_s_per_chip", "compiles"}
 
 
-def small_copy(sample: Path, root: Path) -> Path:
-    """The sample data with the first `LINES` documents of each manifest; media are hard links."""
+def small_copy(sample: Path, root: Path, lines: int = LINES) -> Path:
+    """The sample data with the first `lines` documents of each manifest; media are hard links."""
     root.mkdir(parents=True)
     for path in sample.iterdir():
         if path.suffix == ".jsonl":
-            (root / path.name).write_text("".join(path.read_text().splitlines(keepends=True)[:LINES]))
+            (root / path.name).write_text("".join(path.read_text().splitlines(keepends=True)[:lines]))
         elif path.is_dir() and not path.name.startswith("."):
             shutil.copytree(path, root / path.name, copy_function=os.link)
     return root

@@ -1,0 +1,72 @@
+"""The tokenizing command in processes of its own, over small parts, and the store that it leaves."""
+
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from micro import CONFIG, REPOSITORY, environment, overrides, small_copy
+
+# Documents of each manifest, and the fewest code frames that a part may have: about ten parts.
+LINES = 80
+FLAGS = ("--part_frames=512",)
+
+
+def start(root: Path, cache: Path, *flags: str, devices: int = 1) -> subprocess.Popen:
+    """Starts it on the data at `root`; `cache` keeps compiled programs."""
+    command = [
+        sys.executable,
+        str(REPOSITORY / "launch" / "tokenize_audio.py"),
+        "--config",
+        str(CONFIG),
+        *FLAGS,
+        *flags,
+    ]
+    command += [part for item in overrides(root) for part in ("--set", item)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment(cache, devices))
+
+
+def run(root: Path, cache: Path, *flags: str, devices: int = 1) -> str:
+    """Runs it to its end, which must be a good one; returns what it printed."""
+    with start(root, cache, *flags, devices=devices) as process:
+        out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, out + err
+    return out
+
+
+def start_hosts(root: Path, cache: Path, count: int) -> list[subprocess.Popen]:
+    """Starts it as `count` hosts of one device each."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    flags = ("--multihost", f"--coordinator=localhost:{port}", f"--hosts={count}")
+    return [start(root, cache, *flags, f"--host={host}") for host in range(count)]
+
+
+def copy_data(sample: Path, root: Path) -> Path:
+    """A part of the sample data, without anything made from it."""
+    return small_copy(sample, root, LINES)
+
+
+def without_store(root: Path, other: Path) -> Path:
+    """The same data and indexes at `other`, no codes."""
+    return Path(shutil.copytree(root, other, ignore=shutil.ignore_patterns("codes-*")))
+
+
+def store_of(root: Path) -> Path:
+    (path,) = (root / ".cache").glob("codes-*")
+    return path
+
+
+def parts_of(root: Path) -> int:
+    """How many parts the store has."""
+    return len(list((store_of(root) / "frames").glob("c.*")))
+
+
+def files_of(root: Path) -> dict[str, bytes]:
+    """Every file of the store."""
+    store = store_of(root)
+    paths = sorted(path for path in store.rglob("*") if path.is_file())
+    return {str(path.relative_to(store)): path.read_bytes() for path in paths}
