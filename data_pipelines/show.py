@@ -1,5 +1,6 @@
 """`python -m data_pipelines.show MANIFEST... --out row.png`: draws packed rows and one document.
 
+A manifest is a JSONL file, media beside it, or the folder of a built dataset; several lie side by side.
 Rows are packed as a run would pack them: documents, what each token is, where there is loss, what is padding. Below
 them one document: its prompt, its pictures put together again from the patches, the log mel of its sounds. No audio
 codes are needed. Needs matplotlib, which comes with the `show` extra.
@@ -47,7 +48,9 @@ def show(options: argparse.Namespace) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m data_pipelines.show", description=__doc__)
     add = parser.add_argument
-    add("manifests", metavar="MANIFEST", type=Path, nargs="+", help="JSONL manifests; media lie beside them")
+    add(
+        "manifests", metavar="MANIFEST", type=Path, nargs="+", help="JSONL, media beside it, or the folder of a dataset"
+    )
     add("--out", metavar="PICTURE", type=Path, required=True, help="where to write: .png, .pdf or .svg")
     add("--rows", type=int, default=3, help="rows to draw (default 3)")
     add("--document", metavar="ID", help="the document to draw (default: the first row's with most modalities)")

@@ -9,9 +9,11 @@ from PIL import Image
 
 from baichuan_omni_jax.config import ConfigError, tiny
 from data_pipelines import lettering, show
+from data_pipelines.build import __main__ as build
 from data_pipelines.features import patchify, resize_picture
 from data_pipelines.images import decode_image
 from data_pipelines.lettering import Lettering
+from data_pipelines.synthesis import __main__ as synthesis
 from data_pipelines.view import (
     AUDIO_LOSS,
     FRAME,
@@ -49,6 +51,22 @@ def test_a_picture_is_drawn(sample_root, tmp_path, capsys):
     assert "row 1: " in printed
     assert "tokens" in printed
     assert "row.png: 2 rows and document " in printed
+
+
+def test_documents_of_a_built_dataset_are_drawn(tmp_path, capsys):
+    """Made by synthesis, built into shards, drawn from them."""
+    tables = tmp_path / "tables.jsonl"
+    table = {"id": "rain", "type": "table", "text": "city,May,June\nOslo,53,68\nRome,34,27"}
+    tables.write_text(json.dumps(table) + "\n" + json.dumps({"id": "words", "text": "Set on a page. Twice."}) + "\n")
+    made = ["pages", str(tables), "--out", str(tmp_path / "pages"), "--widths", "448", "--workers", "0"]
+    assert synthesis.main(made) == 0
+    built = [str(tmp_path / "pages" / "pages.jsonl"), "--out", str(tmp_path / "built"), "--workers", "0"]
+    assert build.main(built) == 0
+    for name in ("rain-pages", "words-pages-3"):
+        assert run(tmp_path / "built", "--document", name, "--rows", 1, "--out", tmp_path / f"{name}.png") == 0
+        assert f"document {name} (" in capsys.readouterr().out
+        with Image.open(tmp_path / f"{name}.png") as image:
+            assert image.height > 500
 
 
 def test_contents_and_losses_are_those_of_the_batch(sample_pipeline, sample_codes):
