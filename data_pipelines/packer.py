@@ -13,6 +13,7 @@ With rows of 100 tokens, two of them open, and a pool of 3 (documents by their s
 """
 
 from collections.abc import Sequence
+from operator import add, le
 
 import numpy as np
 from jaxtyping import Bool, Int64
@@ -37,11 +38,11 @@ class _OpenRow:
 
     def add(self, item: Item) -> None:
         self.items.append(item)
-        self.used = [used + need for used, need in zip(self.used, item.needs, strict=True)]
+        self.used = list(map(add, self.used, item.needs))
         self.pictures += item.pictures
 
     def has_room(self, item: Item, limits: Sequence[int]) -> bool:
-        return all(used + need <= limit for used, need, limit in zip(self.used, item.needs, limits, strict=True))
+        return all(map(le, map(add, self.used, item.needs), limits))
 
 
 class Packer:
@@ -58,7 +59,7 @@ class Packer:
 
     def add(self, item: Item) -> list[Item] | None:
         """A row, when there is no room for this document without emitting one."""
-        self._taken = [taken + need for taken, need in zip(self._taken, item.needs, strict=True)]
+        self._taken = list(map(add, self._taken, item.needs))
         self._pool.append(item)
         return self._place(self._pool.pop(0)) if len(self._pool) > self._look_ahead else None
 
@@ -89,10 +90,10 @@ class Packer:
 
     def _place(self, item: Item) -> list[Item] | None:
         scarce = self._scarce()
-        fits = [row for row in self._rows if row.has_room(item, self._limits) and self._lays_out(row, item.pictures)]
-        if fits:
-            max(fits, key=lambda row: row.used[scarce]).add(item)
-            return None
+        for row in sorted(self._rows, key=lambda row: -row.used[scarce]):
+            if row.has_room(item, self._limits) and self._lays_out(row, item.pictures):
+                row.add(item)
+                return None
         emitted = self._emit() if len(self._rows) >= self._open_bins else None
         self._rows.append(_OpenRow([item], self._emitted))
         return emitted
@@ -157,6 +158,6 @@ def _pairs_that_fit(
     needs: Int64[np.ndarray, "k budgets"], room: Int64[np.ndarray, "budgets"]
 ) -> Bool[np.ndarray, "k k"]:
     fit = np.ones((len(needs), len(needs)), bool)
-    for column, limit in enumerate(room):
-        fit &= needs[:, column, None] + needs[:, column] <= limit
+    for column in np.flatnonzero(2 * needs.max(0) > room):
+        fit &= needs[:, column, None] + needs[:, column] <= room[column]
     return fit

@@ -94,7 +94,7 @@ class DataConfig:
     continue_sources: bool = False
     oversize: tuple[str, ...] = ()
     open_bins: int = 8
-    look_ahead: int = 64
+    look_ahead: int = 128
     order_window: int = 1
     seed: int = 0
     workers: int = 2
