@@ -4,6 +4,7 @@ EXIF orientation is ignored in both, as in the released processor.
 """
 
 import io
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,8 +18,8 @@ from data_pipelines.media import Media, reading
 
 MIN_PIXELS = 256  # an image of this area or less is refused at loading, before any resizing
 MAX_ASPECT = 200
-# Pillow also knows formats that run other programs (EPS); these only hold pixels.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO", "AVIF")
+# Pillow also knows formats that run other programs (EPS); these only hold pixels. MPO comes with JPEG.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 
 
 def probe_image(media: Media) -> tuple[int, int]:
@@ -50,7 +51,8 @@ def load_image(media: Media) -> Image.Image:
 @contextmanager
 def _opened(media: Media) -> Iterator[Image.Image]:
     """The image, its header read and its size in bytes and pixels accepted."""
-    with reading(media, "image"):
+    # What Pillow warns of is either told by an error or of no account; the log is for what is skipped.
+    with reading(media, "image"), warnings.catch_warnings(action="ignore"):
         check_bytes(media.size, "image", media.name)
         with media.open() as file, _open_header(file, media.name) as image:
             check_pixels(image.height, image.width, media.name)

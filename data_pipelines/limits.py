@@ -12,6 +12,7 @@ MAX_PIXELS = 89_478_485  # of a still: above it Pillow suspects a decompression 
 MAX_FRAME_PIXELS = 139_264 * 16**2  # of a video: the largest frame that H.264 knows (8192x4352)
 MAX_SOUND_SECONDS = 2 * 3600
 MAX_SOUND_SAMPLES = MAX_SOUND_SECONDS * 48_000  # at the file's own rate
+MAX_SAMPLING_RATE = 768_000
 MAX_CHANNELS = 32
 MAX_VIDEO_SECONDS = 24 * 3600
 MAX_PACKETS = 10_000_000  # of a container without a table of contents, which is read through for its length
@@ -29,9 +30,10 @@ def check_pixels(height: int, width: int, name: str) -> None:
 
 
 def check_sound(samples: int, rate: int, channels: int, name: str) -> None:
-    """Raises SampleError("too_big_media") for a sound too long, with too many samples in all or too many channels."""
+    """Raises SampleError("too_big_media") for a sound too long, with too many samples or channels, or too fine."""
     _check(samples / rate, MAX_SOUND_SECONDS, name, "seconds of sound")
     _check(samples, MAX_SOUND_SAMPLES, name, "samples of sound")
+    _check(rate, MAX_SAMPLING_RATE, name, "samples a second")
     _check(channels, MAX_CHANNELS, name, "channels")
 
 

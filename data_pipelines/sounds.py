@@ -22,6 +22,7 @@ from data_pipelines.media import Media, reading
 
 TOLERANCE = 0.1  # seconds by which decoded audio may differ from its header
 SILENCE = 2.0**-15  # one step of 16 bits: a clip that nowhere exceeds it has nothing to learn from
+LOUDEST = 16.0  # full scale is 1; lossy codecs overshoot it a little, damaged files and wrong encodings by far
 BLOCK = 1 << 20  # values read at once, so that channels are averaged without holding them all
 # libsndfile knows many more, of files that nobody trains on and code that nobody tests.
 SOUNDFILE_FORMATS = ("WAV", "WAVEX", "RF64", "FLAC", "OGG", "MP3", "MPEG", "AIFF")
@@ -46,15 +47,16 @@ def probe_sound(media: Media, rate: int) -> int:
 
 
 def decode_sound(media: Media, samples: int, rate: int) -> Float32[np.ndarray, "t"]:
-    """Mono audio at `rate` Hz in [-1, 1], exactly `samples` long (the probed length).
+    """Mono audio at `rate` Hz, full scale 1, exactly `samples` long (the probed length).
 
     Raises SampleError: "changed" when the audio is longer or shorter by more than 0.1 s; "unreadable_media" when it
-    cannot be decoded, ends early or holds values that are no numbers; "silent_audio" when it is silent throughout.
+    cannot be decoded, ends early or holds values that are no sound; "silent_audio" when it is silent throughout.
     """
     wave, found = _decode_file(media) if _sound_info(media) else _decode_track(media)
     loudest = max(wave.max(initial=0.0), -wave.min(initial=0.0))
-    if not np.isfinite(loudest):
-        raise SampleError("unreadable_media", f"{media.name} holds samples that are not finite")
+    if not loudest <= LOUDEST:
+        what = f"of {loudest:.3g}, where full scale is 1" if np.isfinite(loudest) else "that are not finite"
+        raise SampleError("unreadable_media", f"{media.name} holds samples {what}")
     if loudest <= SILENCE:
         raise SampleError("silent_audio", f"{media.name} is silent: no sample exceeds {SILENCE:.1g}")
     if found != rate:

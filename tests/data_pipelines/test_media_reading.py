@@ -187,6 +187,8 @@ class TestSounds:
         soundfile.write(tmp_path / "a.wav", wave, RATE, subtype="FLOAT")
         found = media(tmp_path / "a.wav")
         refused(lambda: decode_sound(found, probe_sound(found, RATE), RATE), "unreadable_media", "not finite")
+        soundfile.write(tmp_path / "a.wav", 32768 * tone(1), RATE, subtype="FLOAT")
+        refused(lambda: decode_sound(found, RATE, RATE), "unreadable_media", "of 1.64e[+]04, where full scale is 1")
 
     def test_unreadable(self, tmp_path):
         (tmp_path / "text.wav").write_text("not a sound, but long enough to look like one " * 100)
