@@ -12,14 +12,16 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator
+from itertools import islice
 
-import grain
 import numpy as np
 from rows import emit, row
 
+from baichuan_omni_jax.config import DataConfig
 from data_pipelines.context_plan import block_work, deal_blocks, lay_documents
 from data_pipelines.media_layout import PatchLayout
-from data_pipelines.row_plan import RowPlan
+from data_pipelines.mixture import Item
+from data_pipelines.packer import Packer
 
 MEANS = (3000, 16000)
 SIGMA = 1.2
@@ -32,11 +34,10 @@ def packed_rows(mean: float, length: int, rows: int, seed: int) -> Iterator[list
     rng = np.random.default_rng(seed)
     enough = 2 * rows * max(1, round(length / mean)) + 100 * OPEN_BINS
     sizes = np.clip(rng.lognormal(np.log(mean) - SIGMA**2 / 2, SIGMA, enough).round(), 1, length).astype(np.int64)
-    stream = grain.MapDataset.range(enough).map(lambda number: (0, number))
-    needs = lambda _, number: sizes[number : number + 1]  # noqa: E731
-    plan = RowPlan(stream, needs, lambda *_: [], [length], PatchLayout(0), OPEN_BINS)
-    for _ in range(rows):
-        yield sizes[[number for _, number in next(plan)]].tolist()
+    packer = Packer([length], PatchLayout(0), OPEN_BINS, DataConfig().look_ahead)
+    packed = (packer.add(Item((0, number), (size,), [])) for number, size in enumerate(sizes.tolist()))
+    for line in islice((line for line in packed if line), rows):
+        yield [item.needs[0] for item in line]
 
 
 def contiguous(blocks: int, shards: int) -> np.ndarray:

@@ -11,12 +11,13 @@ import argparse
 import sys
 import time
 
-import grain
 import numpy as np
 from rows import emit, row
 
+from baichuan_omni_jax.config import DataConfig
 from data_pipelines.media_layout import PatchLayout
-from data_pipelines.row_plan import RowPlan
+from data_pipelines.mixture import Item
+from data_pipelines.packer import Packer
 
 PARTS = (1, 8, 16, 32)
 OPEN_BINS = 8
@@ -45,16 +46,19 @@ def documents(count: int, length: int, seed: int) -> list[tuple[int, list[int]]]
 
 
 def pack(given: list[tuple[int, list[int]]], budgets: list[int], parts: int) -> tuple[float, int, float]:
-    """Mean fill of the patch array of all but the last rows, documents skipped, and ms a row."""
+    """Mean fill of the patch arrays, but of the rows that the end of the documents closed; documents skipped; ms a row."""
     layout = PatchLayout(budgets[1], parts)
     kept = [document for document in given if layout.fits(document[1])]
-    needs = np.array([(tokens, sum(sizes)) for tokens, sizes in kept])
-    stream = grain.MapDataset.range(len(kept)).map(lambda number: (0, number))
-    plan = RowPlan(stream, lambda _, i: needs[i], lambda _, i: kept[i][1], budgets, layout, OPEN_BINS)
+    needs = [(tokens, sum(sizes)) for tokens, sizes in kept]
+    items = [Item((0, i), need, sizes) for i, (need, (_, sizes)) in enumerate(zip(needs, kept, strict=True))]
+    packer = Packer(budgets, layout, OPEN_BINS, DataConfig().look_ahead)
     start = time.perf_counter()
-    fills = [sum(needs[i][1] for _, i in line) / budgets[1] for line in plan]
+    rows = [line for item in items if (line := packer.add(item))]
+    while line := packer.finish():
+        rows.append(line)
+    fills = [sum(item.needs[1] for item in line) / budgets[1] for line in rows]
     cost = 1e3 * (time.perf_counter() - start) / len(fills)
-    return float(np.mean(fills[:-OPEN_BINS])), len(given) - len(kept), cost
+    return float(np.mean(fills[: -2 * OPEN_BINS])), len(given) - len(kept), cost
 
 
 def main() -> int:
