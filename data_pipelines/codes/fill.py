@@ -214,7 +214,8 @@ def _publish(path: Path, job: Job, pipelines: Sequence[Pipeline], listing: Path)
         failed = _failures(job, pipelines)
         entries = _entries(job, meta["part_frames"], failed)
         index = np.concatenate([open_table(path / meta["index"], ENTRY), entries])
-        publish(path, meta, index, meta["parts"] | job.files(), mixtures)
+        parts = {name: tuple(facts) for name, facts in meta["parts"].items()} | job.files()
+        publish(path, meta, index, parts, mixtures)
     # A listing that was used up: files may change before the next one.
     for done in (listing, job.out / ".units", job.out / ".partial"):
         shutil.rmtree(done, ignore_errors=True)
