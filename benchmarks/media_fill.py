@@ -46,7 +46,7 @@ def documents(count: int, length: int, seed: int) -> list[tuple[int, list[int]]]
 
 
 def pack(given: list[tuple[int, list[int]]], budgets: list[int], parts: int) -> tuple[float, int, float]:
-    """Mean fill of the patch arrays, but of the rows that the end of the documents closed; documents skipped; ms a row."""
+    """Mean fill of the patch arrays (but of rows that the end of the documents closed), documents skipped, ms a row."""
     layout = PatchLayout(budgets[1], parts)
     kept = [document for document in given if layout.fits(document[1])]
     needs = [(tokens, sum(sizes)) for tokens, sizes in kept]
