@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from baichuan_omni_jax.config import ConfigError
 from data_pipelines.prompts import Picture, Text, parse_prompt
 from data_pipelines.synthesis import __main__ as command
+from data_pipelines.synthesis import captions
 from data_pipelines.synthesis.captions import PROMPTS
+from tests.data_pipelines.synthesis_hooks import job_of
 
 HOOKS = "tests.data_pipelines.synthesis_hooks"
 
@@ -93,6 +96,11 @@ def test_one_language_and_another_seed(manifest, tmp_path):
         (f"{HOOKS}:Nothing", "has no method caption"),
     ],
 )
-def test_hooks_that_cannot_be_used_are_refused(manifest, tmp_path, capsys, hook, named):
-    assert run(manifest, tmp_path / "out", "--captioner", hook)[0] == 2
-    assert named in capsys.readouterr().err
+def test_hooks_that_cannot_be_used_are_refused(hook, named):
+    with pytest.raises(ConfigError, match=named):
+        job_of(captions, "m.jsonl", "--out", "o", "--captioner", hook)
+
+
+def test_the_command_tells_what_is_wrong(manifest, tmp_path, capsys):
+    assert run(manifest, tmp_path / "out", "--captioner", "plain") == (2,)
+    assert capsys.readouterr().err == "error: --captioner plain: not of the form package.module:factory\n"
