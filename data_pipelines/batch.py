@@ -12,10 +12,13 @@ from data_pipelines.mel_slots import MelSlots
 Batch = dict[str, Shaped[np.ndarray, "b ..."]]
 
 
-def empty_rows(rows: int, budgets: Budgets, omni: OmniConfig, mel_frames: int = 0) -> Batch:
+def empty_rows(
+    rows: int, budgets: Budgets, omni: OmniConfig, mel_frames: int = 0, slots: MelSlots | None = None
+) -> Batch:
     """`rows` rows of padding. Unused media slots point to `budgets.tokens`, one past the row.
 
-    With `budgets.mel_windows` there are that many mel slots of `mel_frames` frames.
+    With `budgets.mel_windows` there are that many mel slots of `mel_frames` frames, and beside each the targets that
+    `slots` names.
     """
     t, p, a, c = budgets.tokens, budgets.patches, budgets.audio_frames, budgets.audio_targets
     levels, merged = omni.audio.levels, omni.vision.merged_patches
@@ -29,6 +32,9 @@ def empty_rows(rows: int, budgets: Budgets, omni: OmniConfig, mel_frames: int = 
             "mel_owner": zeros(m),
             "mel_audio": np.full((rows, m), a, np.int32),
         }
+        for name, target in (slots.targets if slots else {}).items():
+            mels[f"target_{name}"] = zeros(m, slots.target_frames(name, mel_frames), target.mels, dtype=np.float32)
+            mels[f"target_{name}_lengths"] = zeros(m)
     return {
         "tokens": zeros(t),
         "positions": zeros(t),
@@ -124,6 +130,10 @@ class RowWriter:
             self._row["mel_lengths"][slot] = len(shown)
             self._row["mel_owner"][slot] = self._segments
             self._row["mel_audio"][slot] = self._at["audio"] + place + skipped
+            if document.waves:
+                for name, target in self._mels.make_targets(document.waves[window], size, skipped).items():
+                    self._row[f"target_{name}"][slot, : len(target)] = target
+                    self._row[f"target_{name}_lengths"][slot] = len(target)
         self._at["mel"] += len(document.mels)
 
     def _put_slots(self, counter: str, name: str, slots: np.ndarray, start: int) -> None:

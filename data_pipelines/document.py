@@ -75,7 +75,7 @@ class EncodedDocument:
     level 0, zeros above, and weight at level 0 only. `patch_frames` numbers the pictures of the document from 1;
     patches come grouped 2x2, so the four of one visual token are neighbours, and `patch_grid` is their (row, column).
     `mels`, when they were asked for, are the log mels (frames, mels) of the windows, whose code frames begin at
-    `mel_places` among the a.
+    `mel_places` among the a; `waves` their samples by rate in Hz.
     """
 
     tokens: Int32[np.ndarray, "n"]
@@ -92,6 +92,7 @@ class EncodedDocument:
     visual_slots: Int32[np.ndarray, "v"]
     mels: tuple[Float32[np.ndarray, "_ mels"], ...] = ()
     mel_places: tuple[int, ...] = ()
+    waves: tuple[Mapping[int, Float32[np.ndarray, "_"]], ...] = ()
 
     @property
     def lengths(self) -> Lengths:

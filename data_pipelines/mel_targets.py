@@ -1,42 +1,14 @@
 """Mels that decoders learn to make: natural logs of magnitudes, at any rate, window and hop (MODEL.md section 7)."""
 
-from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 from jaxtyping import Float32
 
-from baichuan_omni_jax.audio.config import PostNetConfig
-from baichuan_omni_jax.flow.config import FlowConfig
+from baichuan_omni_jax.config.sound_targets import MelTargetSettings
 
 _POWER_FLOOR = 1e-9  # under the root
 HIGHEST = 8000.0  # Hz, of the highest filter
-
-
-@dataclass(frozen=True)
-class MelTargetSettings:
-    """Rate in Hz, window and hop in samples, number of filters (Slaney, 0 to 8 kHz), and the least magnitude."""
-
-    rate: int
-    n_fft: int
-    hop: int
-    mels: int
-    floor: float
-
-    def frames(self, samples: int) -> int:
-        """Frames of a clip of `samples` at the mel's rate."""
-        return samples // self.hop
-
-
-def reconstruction_targets(scales: tuple[tuple[int, int], ...], post_net: PostNetConfig) -> list[MelTargetSettings]:
-    """What the audio decoder learns to make, at every (n_fft, hop)."""
-    rate, mels = post_net.sampling_rate, post_net.num_mel_bins
-    return [MelTargetSettings(rate, n_fft, hop, mels, 1e-6) for n_fft, hop in scales]
-
-
-def flow_target(flow: FlowConfig) -> MelTargetSettings:
-    """What the flow-matching decoder makes and the vocoder reads: windows of four hops."""
-    return MelTargetSettings(flow.sampling_rate, 4 * flow.hop_length, flow.hop_length, flow.in_channels, 1e-5)
 
 
 def mel_target(samples: Float32[np.ndarray, "t"], settings: MelTargetSettings) -> Float32[np.ndarray, "s mels"]:

@@ -5,7 +5,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -13,6 +13,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from baichuan_omni_jax.config import ConfigError, DataConfig, OmniConfig, SourceConfig
+from baichuan_omni_jax.config.sound_targets import MelTargetSettings
 from data_pipelines.codes import CodeKey
 from data_pipelines.context_plan import context_plan
 from data_pipelines.document import SampleError
@@ -45,6 +46,7 @@ class Pipeline:
     omni: OmniConfig
     processor: Processor
     indexes: tuple[Index, ...]
+    targets: Mapping[str, MelTargetSettings] = field(default_factory=dict)
 
     @property
     def cache(self) -> Path:
@@ -120,7 +122,7 @@ class Pipeline:
     def decoder(self, codes: Codes | None, context_shards: int = 1) -> RowDecoder:
         """What turns planned rows into batches. Raises ConfigError when rows cannot be dealt to the shards."""
         layout, context = patch_layout(self.config), context_plan(self.config, context_shards)
-        mels = mel_slots(self.config, self.omni.audio)
+        mels = mel_slots(self.config, self.omni.audio, self.targets)
         return RowDecoder(self.indexes, self.processor, codes, self.config.budgets, self.omni, layout, context, mels)
 
     def steps(
@@ -143,10 +145,16 @@ class Pipeline:
         return read_steps(dataset, self.config.workers)
 
 
-def open_pipeline(config: DataConfig, omni: OmniConfig, processor: Processor | None = None) -> Pipeline:
+def open_pipeline(
+    config: DataConfig,
+    omni: OmniConfig,
+    processor: Processor | None = None,
+    targets: Mapping[str, MelTargetSettings] | None = None,
+) -> Pipeline:
     """Tokenizer, processor and indexes of a mixture; every skipped document is named in the log, once.
 
     With `processor` the documents go through that one: held-out documents need the tokenizer of the training run.
+    `targets` are mels that batches hold beside mel slots.
     Raises ConfigError for a missing manifest or tokenizer, a source with nothing usable, patches that `media_shards`
     does not divide, or more unusable documents than `max_bad_fraction`.
     """
@@ -158,7 +166,7 @@ def open_pipeline(config: DataConfig, omni: OmniConfig, processor: Processor | N
     root = Path(config.root).expanduser()
     processor = processor or Processor(omni, load_or_train_tokenizer(config, omni), config.end_of_text)
     indexes = tuple(_open_index(config, source, root, processor) for source in config.mixture)
-    pipeline = Pipeline(config, omni, processor, indexes)
+    pipeline = Pipeline(config, omni, processor, indexes, targets or {})
     for index in indexes:
         _name_skipped(index)
     bad = pipeline.causes()

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Protocol, runtime_checkable
@@ -65,12 +66,13 @@ class _Pictures:
 
 @dataclass(frozen=True)
 class _Clip:
-    """A clip of sound; `mels` (frames, mels) of its windows once they were asked for."""
+    """A clip of sound; of its windows, once they were asked for, `mels` (frames, mels) and samples by their rate."""
 
     media: Media
     samples: int
     windows: list[Window]
     mels: list[np.ndarray]
+    waves: list[dict[int, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -145,14 +147,16 @@ class Processor:
             for window in clip.windows
         ]
 
-    def encode(self, document: Document, codes: Codes | None, mels: bool = False) -> EncodedDocument:
-        """The document with pixels decoded and sound as codes, and as log mels if asked.
+    def encode(
+        self, document: Document, codes: Codes | None, mels: bool = False, rates: Sequence[int] = ()
+    ) -> EncodedDocument:
+        """The document with pixels decoded and sound as codes, if asked also as log mels, and as samples of `rates`.
 
         Without `codes` all code frames are zeros, to be filled in by a tokenizer that runs on the mels.
         Raises SampleError: what `measure` raises; "no_codes" when the store lacks a window of its sound; "changed"
         when codes are not of the measured length or the model's codebooks; "silent_audio" where mels are asked for.
         """
-        plan = self._plan(document, pixels=True, mels=mels)
+        plan = self._plan(document, pixels=True, mels=mels, rates=rates)
         layout = plan.layout
         windows = [(clip, window) for clip in plan.clips for window in clip.windows]
         heard = [self._codes(clip, window, codes) for clip, window in windows]
@@ -177,9 +181,10 @@ class Processor:
             visual_slots=np.asarray(layout.visual_slots, np.int32),
             mels=tuple(mel for clip in plan.clips for mel in clip.mels),
             mel_places=tuple(places.tolist()) if mels else (),
+            waves=tuple(waves for clip in plan.clips for waves in clip.waves),
         )
 
-    def _plan(self, document: Document, pixels: bool = False, mels: bool = False) -> _Plan:
+    def _plan(self, document: Document, pixels: bool = False, mels: bool = False, rates: Sequence[int] = ()) -> _Plan:
         """Everything is found out from headers; what is to be decoded is decoded with the same look at the file."""
         parts: list[Part] = []
         pictures: list[_Pictures] = []
@@ -193,7 +198,7 @@ class Processor:
             if isinstance(element, Tokens):
                 parts.append(TextPart(self._ids(media), element.trainable))
             elif isinstance(element, Sound):
-                clips.append(self._clip(media, mels))
+                clips.append(self._clip(media, mels, rates))
                 count = sum(window.code_frames for window in clips[-1].windows)
                 parts.append(SoundPart(count, element.spoken, element.trainable))
             else:
@@ -241,17 +246,20 @@ class Processor:
         size = self.config.vision.patch_size
         return (pictures.height // size) * (pictures.width // size)
 
-    def _clip(self, media: Media, decode: bool) -> _Clip:
+    def _clip(self, media: Media, decode: bool, rates: Sequence[int]) -> _Clip:
         audio = self.config.audio
         samples = probe_sound(media, audio.sampling_rate)
         windows = clip_windows(samples, audio)
         if not windows:
             raise SampleError("unreadable_media", f"{media.name} is too short: {samples} samples give no code frame")
-        mels = []
+        mels, waves = [], []
         if decode:
             wave = decode_sound(media, samples, audio.sampling_rate)
             mels = [log_mel(wave[window.start : window.start + window.samples], audio).T for window in windows]
-        return _Clip(media, samples, windows, mels)
+        if rates:
+            whole = {rate: decode_sound(media, probe_sound(media, rate), rate) for rate in rates}
+            waves = [_cut(whole, window, audio.sampling_rate) for window in windows]
+        return _Clip(media, samples, windows, mels, waves)
 
     def _codes(self, clip: _Clip, window: Window, codes: Codes | None) -> Int32[np.ndarray, "n q"]:
         if codes is None:
@@ -279,3 +287,9 @@ class Processor:
         grids = [np.zeros((0, 2), np.int32), *(grid for _, grid in decoded)]
         numbers = np.repeat(np.arange(len(grids), dtype=np.int32), [len(grid) for grid in grids])
         return np.concatenate(patches), np.concatenate(grids), numbers
+
+
+def _cut(waves: dict[int, np.ndarray], window: Window, rate: int) -> dict[int, np.ndarray]:
+    """A window, counted in samples of `rate`, of one sound at several rates."""
+    start, stop = window.start, window.start + window.samples
+    return {other: wave[start * other // rate : stop * other // rate] for other, wave in waves.items()}

@@ -54,7 +54,7 @@ class RowDecoder:
 
     def __call__(self, rows: list[Row], mel_frames: int = 0) -> tuple[Batch, dict]:
         """The batch of `rows`, its mel slots of `mel_frames`, and the documents that could not be decoded."""
-        batch, lost = empty_rows(len(rows), self.budgets, self.omni, mel_frames), {}
+        batch, lost = empty_rows(len(rows), self.budgets, self.omni, mel_frames, self.mels), {}
         for number, row in enumerate(rows):
             writer = RowWriter(batch, number, self.mels, row_key(row))
             for key, pictures_at in zip(row, self._place_pictures(row), strict=True):
@@ -80,7 +80,9 @@ class RowDecoder:
         index = self.indexes[source]
         needs = index.needs(number)
         try:
-            encoded = self.processor.encode(index.document(number), self.codes, mels=self.budgets.mel_windows > 0)
+            with_mels = self.budgets.mel_windows > 0
+            rates = self.mels.rates if with_mels else ()
+            encoded = self.processor.encode(index.document(number), self.codes, mels=with_mels, rates=rates)
             if not _as_measured(encoded.lengths, needs, index.pictures_of(number)):
                 raise SampleError("changed", "the document is not what the index measured")
         except SampleError as error:

@@ -18,7 +18,12 @@ class TrainingData:
     """
 
     def __init__(
-        self, pipeline: Pipeline, codes: CodeStore, shard: Shard, context_shards: int = 1, left: dict | None = None
+        self,
+        pipeline: Pipeline,
+        codes: CodeStore | None,
+        shard: Shard,
+        context_shards: int = 1,
+        left: dict | None = None,
     ):
         check(pipeline.config, context_shards)
         self._pipeline, self._codes, self._shard, self._context_shards = pipeline, codes, shard, context_shards

@@ -21,6 +21,7 @@ from baichuan_omni_jax.audio.tokenize import WindowEncoder, fingerprint
 from baichuan_omni_jax.checkpoint import load_branches, with_shardings
 from baichuan_omni_jax.config import MeshConfig, OmniConfig, RunConfig, apply_overrides, load_run_config, resolve_model
 from baichuan_omni_jax.config.errors import exit_code
+from baichuan_omni_jax.config.sound_targets import sound_targets
 from baichuan_omni_jax.nn.param import Compute, named_values, with_values
 from baichuan_omni_jax.sharding import make_mesh
 from baichuan_omni_jax.train.hosts import check_agreement, is_leader, join, leader_first, run_facts, software, together
@@ -93,9 +94,10 @@ def ensure_codes(
 def open_pipelines(run: RunConfig, omni: OmniConfig) -> dict[str, Pipeline]:
     """The pipeline of the run's mixture under "", and those of its held-out mixtures by name."""
     prepare_sample(run.data)
-    training = open_pipeline(run.data, omni)
+    targets = sound_targets(run, omni)
+    training = open_pipeline(run.data, omni, targets=targets)
     held_out = {
-        mixture.name: open_pipeline(replace(run.data, mixture=mixture.sources), omni, training.processor)
+        mixture.name: open_pipeline(replace(run.data, mixture=mixture.sources), omni, training.processor, targets)
         for mixture in (run.eval.mixtures if run.eval.every else ())
     }
     return {"": training} | held_out

@@ -81,20 +81,25 @@ def open_workdir(run: RunConfig) -> tuple[Workdir, Parent]:
     return workdir, find_parent(workdir.path, run.checkpoint.init_from, run.branches)
 
 
-def prepare(run: RunConfig, omni: OmniConfig, workdir: Workdir) -> dict[str, tuple[Pipeline, CodeStore]]:
+def prepare(run: RunConfig, omni: OmniConfig, workdir: Workdir) -> dict[str, tuple[Pipeline, CodeStore | None]]:
     """The run's data ("") and held-out data by name, indexed and with audio codes, built where they are not there yet.
+
+    Tasks that train on sound itself need no codes.
 
     Without `data.tokenizer` the weights' own is used: the workdir's, then that of `checkpoint.init_from`.
     """
     own = stored_tokenizer(workdir.path) or initial_tokenizer(run.checkpoint.init_from, run.branches) or ""
     run = replace(run, data=replace(run.data, tokenizer=run.data.tokenizer or str(own)))
     pipelines = open_pipelines(run, omni)
-    store = ensure_codes(run, omni, list(pipelines.values()), Settings(run.data.workers))
+    with_codes = run.task == "omni"
+    store = ensure_codes(run, omni, list(pipelines.values()), Settings(run.data.workers)) if with_codes else None
     return {name: (pipeline, store) for name, pipeline in pipelines.items()}
 
 
-def data_facts(pipeline: Pipeline, codes: CodeStore) -> dict[str, str]:
+def data_facts(pipeline: Pipeline, codes: CodeStore | None) -> dict[str, str]:
     """What hosts that read rows of one global order must have alike."""
+    if codes is None:
+        return pipeline.fingerprint()
     codes_of = f"{codes.meta['frames']} frames of tokenizer {codes.meta['fingerprint']}"
     return pipeline.fingerprint() | {f"the audio codes {codes.path.name}": codes_of}
 

@@ -22,6 +22,7 @@ from baichuan_omni_jax.config.run import (
     TrainConfig,
     load_run_config,
 )
+from baichuan_omni_jax.config.sound import FlowTraining, QuantizerConfig, TokenizerTraining
 from baichuan_omni_jax.config.stages import STAGES, mixture_of, stage_groups, tiny_stage
 
 __all__ = [
@@ -34,13 +35,16 @@ __all__ = [
     "DataConfig",
     "EvalConfig",
     "EvalMixture",
+    "FlowTraining",
     "GroupConfig",
     "MeshConfig",
     "OmniConfig",
     "OptimizerConfig",
+    "QuantizerConfig",
     "RunConfig",
     "SourceConfig",
     "SpecialTokens",
+    "TokenizerTraining",
     "TrainConfig",
     "apply_overrides",
     "baichuan_omni_7b",

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from baichuan_omni_jax.config.errors import ConfigError
+from baichuan_omni_jax.config.sound import FlowTraining, TokenizerTraining
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,12 +207,14 @@ class CheckpointConfig:
 class RunConfig:
     """A training run. `model` names a variant of `OmniConfig` or a Hugging Face config.json by path.
 
-    `branches` are those the step computes, `llm` among them: without `vision` or `audio_head` the model lacks these
-    parameters and the batch their media.
+    `task` is what trains: `omni`, the language model with its senses; `audio_tokenizer`, with the settings `tokenizer`;
+    `flow_matching`, with the settings `flow`. `branches` are those the step computes. Of `omni`, `llm` is among them:
+    without `vision` or `audio_head` the model lacks these parameters and the batch their media.
     """
 
     name: str
     model: str = "baichuan_omni_7b"
+    task: str = "omni"
     branches: tuple[str, ...] = ("vision", "llm", "audio_head")
     mesh: MeshConfig = MeshConfig()
     data: DataConfig = field(default_factory=DataConfig)
@@ -220,6 +223,8 @@ class RunConfig:
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
+    tokenizer: TokenizerTraining = TokenizerTraining()
+    flow: FlowTraining = FlowTraining()
 
 
 def load_run_config(path: str | Path) -> RunConfig:

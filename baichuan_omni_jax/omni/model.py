@@ -66,8 +66,3 @@ class OmniModel(nnx.Module):
         with jax.named_scope("audio_head"):
             start = pick_slots(hidden, batch["audio_target_index"], self.compute.rules)
             return hidden, self.audio_head(start, batch["audio_targets"])
-
-
-def branches_of(model: OmniModel) -> dict[str, nnx.Module]:
-    """The model's branches under the names that checkpoints use."""
-    return {name: getattr(model, name) for name in model.branches}

@@ -16,6 +16,7 @@ from baichuan_omni_jax.audio.codebook_training import CodebookState
 from baichuan_omni_jax.audio.decoder import AudioDecoder, DecodedAudio
 from baichuan_omni_jax.audio.model import AudioTokenizer
 from baichuan_omni_jax.audio.quantizer_training import Quantised, quantize_in_training
+from baichuan_omni_jax.audio.reconstruction import MelTarget
 from baichuan_omni_jax.config import OmniConfig
 from baichuan_omni_jax.config.sound import QuantizerConfig
 from baichuan_omni_jax.llm.model import LanguageModel
@@ -90,12 +91,26 @@ class TokenizerModel(nnx.Module):
             return self.llm(merge_media(x, parts, rules), batch["positions"], batch["segment_ids"])
 
 
+def mel_targets_of(batch: Batch, names: Sequence[str], compute: Compute) -> list[MelTarget]:
+    """The batch's targets of these names, clip by clip as `clips_of`."""
+    targets = []
+    for name in names:
+        mel, lengths = (split_as(batch[f"target_{name}{end}"], compute, CLIPS) for end in ("", "_lengths"))
+        targets.append(MelTarget(*_side_by_side(mel, lengths, compute)))
+    return targets
+
+
 def clips_of(batch: Batch, compute: Compute) -> Clips:
     """The batch's mel slots side by side, split over the batch axes with their rows."""
     mel, lengths = split_as(batch["mel"], compute, CLIPS), split_as(batch["mel_lengths"], compute, CLIPS)
+    return Clips(*_side_by_side(mel, lengths, compute))
+
+
+def _side_by_side(x: Array, lengths: Array, compute: Compute) -> tuple[Array, Array]:
+    """Slots (b, m, ...) of rows as items (b m, ...), each on the device of its row."""
     count, rules = lengths.shape[0] * lengths.shape[1], compute.rules
-    mel = mel.reshape(count, *mel.shape[2:], out_sharding=rules.spec(CLIPS, None, None))
-    return Clips(mel, lengths.reshape(count, out_sharding=rules.spec(CLIPS)))
+    x = x.reshape(count, *x.shape[2:], out_sharding=rules.spec(CLIPS, None, None))
+    return x, lengths.reshape(count, out_sharding=rules.spec(CLIPS))
 
 
 def feature_slots(valid: Bool[Array, "c g"], batch: Batch, compute: Compute) -> Int32[Array, "b n"]:

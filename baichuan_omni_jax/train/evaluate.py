@@ -14,8 +14,8 @@ from jaxtyping import Float
 
 from baichuan_omni_jax.config import RunConfig
 from baichuan_omni_jax.train.data import Data
+from baichuan_omni_jax.train.omni_sums import make_eval_step
 from baichuan_omni_jax.train.state import Setup, TrainState
-from baichuan_omni_jax.train.step import make_eval_step
 
 Sums = dict[str, Float[np.ndarray, "..."]]
 

@@ -63,6 +63,7 @@ def step_counts(batch: Batch) -> dict[str, Float[Array, ""]]:
         found["patch_pairs"] = _squared_runs(batch["patch_segments"])
     if "audio_index" in batch:
         found["audio_frames"] = count(batch["audio_index"] < batch["tokens"].shape[1])
+    if "audio_weights" in batch:
         found["audio_targets"] = count(batch["audio_weights"][:, :, 0] > 0)
     return found
 

@@ -15,7 +15,6 @@ from baichuan_omni_jax.checkpoint import Parent, Workdir
 from baichuan_omni_jax.config import OmniConfig, RunConfig
 from baichuan_omni_jax.config.errors import RunStoppedError
 from baichuan_omni_jax.nn.param import Compute
-from baichuan_omni_jax.omni.model import branches_of
 from baichuan_omni_jax.sharding import make_mesh
 from baichuan_omni_jax.train.chips import peak_flops
 from baichuan_omni_jax.train.data import Data, DocumentKey, Losses, Step
@@ -26,16 +25,18 @@ from baichuan_omni_jax.train.hosts import connect, is_leader, share
 from baichuan_omni_jax.train.metrics import CompileCounter, Row, Throughput
 from baichuan_omni_jax.train.output import Output
 from baichuan_omni_jax.train.report import print_start_table
-from baichuan_omni_jax.train.rows import BatchPlacer, check_batch
+from baichuan_omni_jax.train.rows import BatchPlacer
 from baichuan_omni_jax.train.state import (
     Setup,
     TrainState,
     abstract_opt_state,
     advance,
-    from_branches,
+    branches_of,
+    from_saved,
     init_state,
     make_compute,
     make_setup,
+    to_saved,
 )
 from baichuan_omni_jax.train.step import make_step
 from baichuan_omni_jax.train.stopping import StopSignal
@@ -68,8 +69,9 @@ def set_up(run: RunConfig, omni: OmniConfig) -> tuple[Setup, Compute]:
     """
     mesh, compute = make_mesh(run.mesh), make_compute(run)
     with jax.set_mesh(mesh):
-        check_batch(run, omni, mesh, compute.rules)
-        return make_setup(run, omni, mesh, compute), compute
+        setup = make_setup(run, omni, mesh, compute)
+        setup.task.check(mesh)
+        return setup, compute
 
 
 def train(
@@ -98,15 +100,15 @@ def train(
             console.print(f"{workdir.path} is finished: step {state.step} of train.steps {run.train.steps}")
             return state
         connect(setup.mesh)
-        place = BatchPlacer(run.data.rows, run.branches, setup.mesh, compute.rules)
+        place = BatchPlacer(run.data.rows, setup.task.batch_axes(), setup.mesh, compute.rules)
         return _Loop(run, omni, setup, workdir, data, extras, console, compiles, place).go(state, data_state)
 
 
 def _start(run, omni, setup: Setup, workdir: Workdir, compute) -> tuple[TrainState, dict | None]:
     if workdir.latest_step() is None:
-        return init_state(run, omni, setup, compute), None
+        return init_state(run, setup), None
     found = workdir.restore(None, branches_of(setup.template), abstract_opt_state(setup))
-    return from_branches(setup, found.branches, found.opt_state, found.step), found.data_state
+    return from_saved(setup, found.branches, found.opt_state, found.step), found.data_state
 
 
 @dataclass(frozen=True)
@@ -199,14 +201,14 @@ class _Loop:
         compiled, sending = self.compiles.count, time.perf_counter()
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
             batch = self.place(step.batch)
-            trainable, opt_state, numbers = self.step(state.trainable, state.frozen, state.opt_state, batch)
+            trainable, moved, opt_state, numbers = self.step(state.trainable, state.frozen, state.opt_state, batch)
             numbers = numbers | {f"count_{name}": value for name, value in self.counts(batch).items()}
         self.trace.after(number, numbers)
         compiling = time.perf_counter() - sending if self.compiles.count > compiled else 0.0
         if compiling and number > self.started_at + 1:
             log.warning("step %d had to compile %d programs", number, self.compiles.count - compiled)
         sent = _Pending(number, numbers, step.batch, self.data.epochs(step.state), began, waited, compiling)
-        return advance(state, trainable, opt_state), step.state, sent
+        return advance(state, trainable, moved, opt_state), step.state, sent
 
     def _read(self, pending: _Pending) -> Row:
         """Waits for a step's numbers: its row of metrics.jsonl."""
@@ -251,14 +253,14 @@ class _Loop:
 
     def _save(self, state: TrainState, data_state: dict) -> None:
         self._share_lost()
-        branches = branches_of(self.setup.assemble(state.trainable, state.frozen))
+        branches, opt_state = to_saved(self.setup, state)
         trained = dict(self.before)
         for name in {path.split(".")[0] for path in state.trainable}:
             trained[name] = trained.get(name, 0) + state.step
         self.workdir.save(
             state.step,
             branches,
-            state.opt_state,
+            opt_state,
             data_state,
             self.omni,
             self.data.tokenizer_json,

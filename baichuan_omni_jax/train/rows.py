@@ -1,15 +1,17 @@
 """A step's rows on the mesh: whether they divide evenly, which of them this host reads, and where they go."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from baichuan_omni_jax.config import ConfigError, OmniConfig, RunConfig
-from baichuan_omni_jax.omni.batch import BRANCH_FIELDS, abstract_batch
+from baichuan_omni_jax.omni.batch import abstract_batch
 from baichuan_omni_jax.sharding import ShardingRules
+
+BatchAxes = Mapping[str, tuple[str | None, ...]]
 
 
 def check_batch(run: RunConfig, omni: OmniConfig, mesh: Mesh, rules: ShardingRules) -> None:
@@ -52,15 +54,14 @@ def rows_of_host(mesh: Mesh, rules: ShardingRules, rows: int) -> tuple[int, ...]
 
 
 class BatchPlacer:
-    """Puts batches on the mesh: the fields that `branches` read.
+    """Puts batches on the mesh: the fields of `axes`, split as their logical axes say.
 
     A call takes this host's rows (`rows_of_host`, in that order, all other axes whole).
     """
 
-    def __init__(self, rows: int, branches: Sequence[str], mesh: Mesh, rules: ShardingRules) -> None:
+    def __init__(self, rows: int, axes: BatchAxes, mesh: Mesh, rules: ShardingRules) -> None:
         self._total = rows
         self._here = {row: place for place, row in enumerate(rows_of_host(mesh, rules, rows))}
-        axes = {name: axes for branch in branches for name, axes in BRANCH_FIELDS[branch].items()}
         self._shardings = {name: NamedSharding(mesh, rules.spec(*names)) for name, names in axes.items()}
 
     def __call__(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:

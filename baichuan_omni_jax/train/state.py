@@ -1,7 +1,7 @@
 """The training state: flat dicts of arrays by dotted name, and the module they are put back into."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,23 +13,31 @@ from jaxtyping import Array
 from baichuan_omni_jax.checkpoint import load_branches, with_shardings
 from baichuan_omni_jax.config import OmniConfig, RunConfig
 from baichuan_omni_jax.nn.param import Compute, named_values, named_variables, with_values
-from baichuan_omni_jax.omni.model import OmniModel, branches_of
 from baichuan_omni_jax.train.groups import Groups, assign_groups, make_optimizer
+from baichuan_omni_jax.train.tasks import Task, make_task
 
 # Abstract ones too: shapes stand for arrays until a run starts.
 Arrays = dict[str, Array | jax.ShapeDtypeStruct]
 
 
+class OptState(NamedTuple):
+    """The optimizer's state, and that of a task which has one (`Task.first_extra`)."""
+
+    optimizer: Any
+    extra: Any
+
+
 @dataclass(frozen=True)
 class Setup:
-    """What a step is compiled for: the abstract model (its leaves ShapeDtypeStructs), groups and optimizer."""
+    """What a step is compiled for: the task, its abstract model (leaves ShapeDtypeStructs), groups and optimizer."""
 
-    template: OmniModel
+    task: Task
+    template: nnx.Module
     groups: Groups
     optimizer: optax.GradientTransformation
     mesh: Mesh
 
-    def assemble(self, trainable: Arrays, frozen: Arrays) -> OmniModel:
+    def assemble(self, trainable: Arrays, frozen: Arrays) -> nnx.Module:
         """The model with these arrays in it."""
         return with_values(self.template, trainable | frozen)
 
@@ -63,28 +71,30 @@ def make_compute(run: RunConfig) -> Compute:
 
 
 def make_setup(run: RunConfig, omni: OmniConfig, mesh: Mesh, compute: Compute) -> Setup:
-    """Abstract model, groups and optimizer of a run. Raises ConfigError where mesh, groups and model do not fit."""
-    model = jax.eval_shape(lambda: OmniModel(jax.random.key(0), omni, compute, run.branches))
+    """Task, abstract model, groups and optimizer of a run.
+
+    Raises ConfigError on an unknown task, and where mesh, groups and model do not fit.
+    """
+    task = make_task(run, omni, compute)
+    model = jax.eval_shape(lambda: task.make_model(jax.random.key(0)))
     groups = assign_groups(named_variables(model), run.optimizer.groups)
     model = with_shardings(model, mesh, compute.rules)
     frozen_dtype = jnp.dtype(run.train.frozen_dtype)
+    still = {name for name in groups.frozen if not task.moves(name)}
     model = with_values(
         model,
-        {
-            name: _cast(shape, frozen_dtype) if name in groups.frozen else shape
-            for name, shape in named_values(model).items()
-        },
+        {name: _cast(shape, frozen_dtype) if name in still else shape for name, shape in named_values(model).items()},
     )
-    return Setup(model, groups, make_optimizer(run.optimizer, groups.trainable), mesh)
+    return Setup(task, model, groups, make_optimizer(run.optimizer, groups.trainable), mesh)
 
 
-def init_state(run: RunConfig, omni: OmniConfig, setup: Setup, compute: Compute) -> TrainState:
+def init_state(run: RunConfig, setup: Setup) -> TrainState:
     """Step 0: random parameters from `train.seed`, then the branches that `checkpoint.init_from` names."""
     shapes = named_values(setup.template)
     shardings = {name: shape.sharding for name, shape in shapes.items()}
 
     def draw(key):
-        drawn = named_values(OmniModel(key, omni, compute, run.branches))
+        drawn = named_values(setup.task.make_model(key))
         return {name: value.astype(shapes[name].dtype) for name, value in drawn.items()}
 
     values = jax.jit(draw, out_shardings=shardings)(jax.random.key(run.train.seed))
@@ -92,13 +102,25 @@ def init_state(run: RunConfig, omni: OmniConfig, setup: Setup, compute: Compute)
         loaded = load_branches(run.checkpoint.init_from, branches_of(setup.template))
         values |= named_values(loaded)
     trainable, frozen = setup.split(values)
-    return TrainState(trainable, frozen, jax.jit(setup.optimizer.init)(trainable), 0)
+    opt_state = jax.jit(lambda trainable: first_opt_state(setup, trainable))(trainable)
+    return TrainState(trainable, frozen, opt_state, 0)
+
+
+def first_opt_state(setup: Setup, trainable: Arrays) -> Any:
+    """The optimizer's state at step 0, with the task's where it has one."""
+    optimizer, extra = setup.optimizer.init(trainable), setup.task.first_extra(trainable)
+    return OptState(optimizer, extra) if jax.tree.leaves(extra) else optimizer
+
+
+def branches_of(model: nnx.Module) -> dict[str, nnx.Module]:
+    """The model's branches under the names that checkpoints use."""
+    return {name: getattr(model, name) for name in model.branches}
 
 
 def abstract_opt_state(setup: Setup) -> Any:
     """Shapes and shardings of the optimizer's state: the restore target. Moments are placed as their parameters."""
     trainable, _ = setup.split(named_values(setup.template))
-    shapes = jax.eval_shape(setup.optimizer.init, trainable)
+    shapes = jax.eval_shape(lambda trainable: first_opt_state(setup, trainable), trainable)
     replicated = jax.sharding.NamedSharding(setup.mesh, jax.sharding.PartitionSpec())
 
     def place(path, leaf):
@@ -109,15 +131,29 @@ def abstract_opt_state(setup: Setup) -> Any:
     return jax.tree_util.tree_map_with_path(place, shapes)
 
 
-def from_branches(setup: Setup, branches: dict[str, nnx.Module], opt_state: Any, step: int) -> TrainState:
+def to_saved(setup: Setup, state: TrainState) -> tuple[dict[str, nnx.Module], Any]:
+    """Branches and optimizer state as a checkpoint holds them."""
+    values, opt_state = _exchange(setup, state.trainable | state.frozen, state.opt_state)
+    return branches_of(setup.assemble(values, {})), opt_state
+
+
+def from_saved(setup: Setup, branches: dict[str, nnx.Module], opt_state: Any, step: int) -> TrainState:
     """The state of restored branches."""
-    trainable, frozen = setup.split(named_values(branches))
-    return TrainState(trainable, frozen, opt_state, step)
+    values, opt_state = _exchange(setup, named_values(branches), opt_state)
+    return TrainState(*setup.split(values), opt_state, step)
 
 
-def advance(state: TrainState, trainable: Arrays, opt_state: Any) -> TrainState:
-    """The state after one more step."""
-    return replace(state, trainable=trainable, opt_state=opt_state, step=state.step + 1)
+def _exchange(setup: Setup, values: Arrays, opt_state: Any) -> tuple[Arrays, Any]:
+    if not isinstance(opt_state, OptState):
+        return values, opt_state
+    values, extra = setup.task.saved(values, opt_state.extra)
+    return dict(values), opt_state._replace(extra=extra)
+
+
+def advance(state: TrainState, trainable: Arrays, moved: Arrays, opt_state: Any) -> TrainState:
+    """The state after one more step, in which `moved` of the frozen parameters changed."""
+    frozen = state.frozen | moved if moved else state.frozen
+    return replace(state, trainable=trainable, frozen=frozen, opt_state=opt_state, step=state.step + 1)
 
 
 def _cast(shape: jax.ShapeDtypeStruct, dtype: jnp.dtype) -> jax.ShapeDtypeStruct:

@@ -91,13 +91,13 @@ def run_on(sizes, run, omni, batch, values):
         compute = make_compute(run)
         setup = make_setup(run, omni, mesh, compute)
         if values is None:
-            state = init_state(run, omni, setup, compute)
+            state = init_state(run, setup)
             values = jax.tree.map(np.asarray, state.trainable | state.frozen)
         placed = {
             name: jax.device_put(values[name], shape.sharding) for name, shape in named_values(setup.template).items()
         }
         arguments = (*setup.split(placed), place(batch, mesh, compute.rules))
-        compiled = jax.jit(make_gradients(setup, run)).lower(*arguments).compile()
+        compiled = jax.jit(lambda *arguments: make_gradients(setup, run)(*arguments)[:2]).lower(*arguments).compile()
         gradients, metrics = compiled(*arguments)
     arrays = metrics | {f"gradient of {name}": value for name, value in gradients.items()}
     return jax.tree.map(np.asarray, arrays), values, (compiled.as_text(), mesh.shape, bytes_of_layer(setup, mesh))

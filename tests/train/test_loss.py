@@ -11,8 +11,9 @@ from baichuan_omni_jax.nn.param import named_values, with_values
 from baichuan_omni_jax.omni.model import OmniModel
 from baichuan_omni_jax.sharding import ShardingRules
 from baichuan_omni_jax.train.losses import chunked_cross_entropy, cross_entropy
+from baichuan_omni_jax.train.omni_loss import omni_loss
+from baichuan_omni_jax.train.omni_sums import make_eval_step
 from baichuan_omni_jax.train.state import make_compute, make_setup
-from baichuan_omni_jax.train.step import make_eval_step, omni_loss
 from data_pipelines.batch import RowWriter, empty_rows
 
 # Of max|difference| / max|reference| per tensor, fp32.

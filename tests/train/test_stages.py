@@ -13,9 +13,10 @@ from micro import REPOSITORY, environment, one_device, small_copy
 from baichuan_omni_jax.checkpoint import find_parent, load_branches, with_shardings
 from baichuan_omni_jax.config import STAGES, ConfigError, RunConfig, load_run_config, resolve_model, stage_groups
 from baichuan_omni_jax.nn.param import Compute, named_values, named_variables
-from baichuan_omni_jax.omni.model import OmniModel, branches_of
+from baichuan_omni_jax.omni.model import OmniModel
 from baichuan_omni_jax.sharding import ShardingRules
 from baichuan_omni_jax.train.groups import assign_groups
+from baichuan_omni_jax.train.state import branches_of
 
 # MODEL.md section 8: what trains, by the longest common beginning of its names.
 PARTS = ("vision.projector.", "vision.tower.", "llm.", "audio_head.")

@@ -11,10 +11,8 @@ import jax
 
 from baichuan_omni_jax.config import OmniConfig, RunConfig
 from baichuan_omni_jax.nn.param import named_values
-from baichuan_omni_jax.omni.batch import abstract_batch
 from baichuan_omni_jax.sharding import make_mesh
 from baichuan_omni_jax.train.preflight.buffers import Temporary, largest_temporaries
-from baichuan_omni_jax.train.rows import check_batch
 from baichuan_omni_jax.train.state import Setup, abstract_opt_state, make_compute, make_setup
 from baichuan_omni_jax.train.step import make_step
 
@@ -69,10 +67,10 @@ def set_up(run: RunConfig, omni: OmniConfig, devices: list[jax.Device]) -> tuple
     """The run's step on these devices. Raises ConfigError where mesh, budgets, groups and model do not fit."""
     mesh, compute = make_mesh(run.mesh, devices), make_compute(run)
     with jax.set_mesh(mesh):
-        check_batch(run, omni, mesh, compute.rules)
         setup = make_setup(run, omni, mesh, compute)
+        setup.task.check(mesh)
         trainable, frozen = setup.split(named_values(setup.template))
-        batch = abstract_batch(run.data.rows, run.data.budgets, omni, run.branches, mesh, compute.rules)
+        batch = setup.task.abstract_batch(mesh)
         return setup, Arguments(trainable, frozen, abstract_opt_state(setup), batch)
 
 

@@ -1,0 +1,43 @@
+"""The mels that decoders learn to make: natural logs of magnitudes at a rate, window and hop (MODEL.md section 7)."""
+
+from dataclasses import dataclass
+
+from baichuan_omni_jax.audio.config import PostNetConfig
+from baichuan_omni_jax.config.model import OmniConfig
+from baichuan_omni_jax.config.run import RunConfig
+from baichuan_omni_jax.flow.config import FlowConfig
+
+
+@dataclass(frozen=True)
+class MelTargetSettings:
+    """Rate in Hz, window and hop in samples, number of filters (Slaney, 0 to 8 kHz), and the least magnitude."""
+
+    rate: int
+    n_fft: int
+    hop: int
+    mels: int
+    floor: float
+
+    def frames(self, samples: int) -> int:
+        """Frames of a clip of `samples` at the mel's rate."""
+        return samples // self.hop
+
+
+def sound_targets(run: RunConfig, omni: OmniConfig) -> dict[str, MelTargetSettings]:
+    """What a run's batches hold beside mel slots, by name: `scale_0`, `scale_1`, … or `flow`."""
+    if run.task == "audio_tokenizer":
+        return reconstruction_targets(run.tokenizer.mel_scales, omni.post_net)
+    return {"flow": flow_target(omni.flow)} if run.task == "flow_matching" else {}
+
+
+def reconstruction_targets(
+    scales: tuple[tuple[int, int], ...], post_net: PostNetConfig
+) -> dict[str, MelTargetSettings]:
+    """What the audio decoder learns to make, at every (n_fft, hop)."""
+    rate, mels = post_net.sampling_rate, post_net.num_mel_bins
+    return {f"scale_{i}": MelTargetSettings(rate, n_fft, hop, mels, 1e-6) for i, (n_fft, hop) in enumerate(scales)}
+
+
+def flow_target(flow: FlowConfig) -> MelTargetSettings:
+    """What the flow-matching decoder makes and the vocoder reads: windows of four hops."""
+    return MelTargetSettings(flow.sampling_rate, 4 * flow.hop_length, flow.hop_length, flow.in_channels, 1e-5)

@@ -1,0 +1,23 @@
+"""What a run trains: the omni model, the audio tokenizer or the flow-matching decoder, all by the same loop."""
+
+from baichuan_omni_jax.config import ConfigError, OmniConfig, RunConfig
+from baichuan_omni_jax.nn.param import Compute
+from baichuan_omni_jax.train.tasks.audio_tokenizer import AudioTokenizerTask
+from baichuan_omni_jax.train.tasks.flow_matching import FlowMatchingTask
+from baichuan_omni_jax.train.tasks.omni import OmniTask
+from baichuan_omni_jax.train.tasks.task import Moved, Task
+
+TASKS: dict[str, type[Task]] = {
+    "omni": OmniTask,
+    "audio_tokenizer": AudioTokenizerTask,
+    "flow_matching": FlowMatchingTask,
+}
+
+__all__ = ["TASKS", "Moved", "Task", "make_task"]
+
+
+def make_task(run: RunConfig, omni: OmniConfig, compute: Compute) -> Task:
+    """The task that `run.task` names. Raises ConfigError on an unknown one, or settings that do not fit it."""
+    if run.task not in TASKS:
+        raise ConfigError(f"task {run.task!r} is not one of {', '.join(TASKS)}")
+    return TASKS[run.task](run, omni, compute)

@@ -1,0 +1,120 @@
+"""Training of the audio tokenizer: mel reconstruction, the transcript read by a frozen model, commitment."""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, reshard
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from baichuan_omni_jax.audio.codebook_training import CodebookState, usage
+from baichuan_omni_jax.audio.quantizer_training import Quantised, quantised_share, temperature
+from baichuan_omni_jax.audio.reconstruction import reconstruction_loss
+from baichuan_omni_jax.config import ConfigError
+from baichuan_omni_jax.nn.param import use
+from baichuan_omni_jax.omni.batch import Batch
+from baichuan_omni_jax.omni.tokenizer_model import TokenizerModel, clips_of, mel_targets_of
+from baichuan_omni_jax.train.losses import chunked_cross_entropy
+from baichuan_omni_jax.train.tasks.sound import check_sound, sound_axes, sound_batch, sound_numbers
+from baichuan_omni_jax.train.tasks.task import Metrics, Moved, PlainTask, Values
+
+BRANCHES = ("audio_encoder", "audio_decoder", "transcript_adapter", "llm")
+CODEBOOKS = "audio_encoder.quantizer.levels."
+MOVING = ("embed", "embed_avg", "cluster_size")
+
+
+class AudioTokenizerTask(PlainTask):
+    """Branches `audio_encoder` and `audio_decoder`; with `transcript_adapter` and `llm` also what was said.
+
+    `extra`: the step, and for each code of each level the steps since it was last used.
+    """
+
+    def make_model(self, key: PRNGKeyArray) -> TokenizerModel:
+        return TokenizerModel(key, self.omni, self.compute, self._reads)
+
+    def moves(self, name: str) -> bool:
+        return name.startswith(CODEBOOKS)
+
+    def first_extra(self, trainable: Values):
+        sizes = self.omni.audio.codebook_sizes
+        return {"step": jnp.zeros((), jnp.int32), "unused": [jnp.zeros(size, jnp.int32) for size in sizes]}
+
+    def check(self, mesh: Mesh) -> None:
+        check_sound(self.run, self.omni, mesh, self.compute, BRANCHES, needed=BRANCHES[:2])
+        if ("llm" in self.run.branches) != ("transcript_adapter" in self.run.branches):
+            raise ConfigError("branches: llm reads transcripts through transcript_adapter; name both or neither")
+        scales = self.run.tokenizer.mel_scales
+        if not scales or any(hop < 1 or n_fft < hop for n_fft, hop in scales):
+            raise ConfigError(f"tokenizer.mel_scales {scales} must be (n_fft, hop) pairs with n_fft >= hop >= 1")
+
+    def batch_axes(self):
+        return sound_axes(self._targets)
+
+    def abstract_batch(self, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+        return sound_batch(self.run, self.omni, mesh, self.compute.rules)
+
+    def denominators(self, batch: Batch) -> Float[Array, ""]:
+        return jnp.maximum(batch["text_weights"].sum(), 1.0)
+
+    def loss(self, model: TokenizerModel, batch: Batch, by, extra):
+        settings, clips, step = self.run.tokenizer, clips_of(batch, self.compute), extra["step"]
+        key = jax.random.fold_in(jax.random.key(self.run.train.seed), step)
+        states = codebook_states(model, extra["unused"])
+        made, valid = model.quantize(key, clips, states, step, settings.quantizer)
+        decoded = model.decode(made.features, valid)
+        reconstruction, metrics = reconstruction_loss(decoded, mel_targets_of(batch, self._targets, self.compute))
+        loss = settings.reconstruction * reconstruction + settings.commitment * made.commitment
+        metrics |= {"loss_reconstruction": reconstruction, "loss_commitment": made.commitment}
+        if self._reads:
+            transcript = (self._entropies(model, made.features, valid, batch) * batch["text_weights"]).sum() / by
+            loss = loss + settings.transcript * transcript
+            metrics |= {"loss_transcript": transcript}
+        metrics |= self._quantiser_numbers(made, step)
+        moved = Moved(self._moved(made.states), {"step": step + 1, "unused": [state.unused for state in made.states]})
+        return loss, ({"loss": loss} | metrics, moved)
+
+    def batch_numbers(self, batch: Batch) -> Metrics:
+        return sound_numbers(batch, self.omni)
+
+    @property
+    def _reads(self) -> bool:
+        return "llm" in self.run.branches
+
+    @property
+    def _targets(self) -> tuple[str, ...]:
+        return tuple(f"scale_{number}" for number in range(len(self.run.tokenizer.mel_scales)))
+
+    def _entropies(self, model: TokenizerModel, features, valid, batch: Batch) -> Float[Array, "b t"]:
+        return chunked_cross_entropy(
+            model.read(features, valid, batch),
+            model.llm.head[...],
+            batch["text_targets"],
+            chunk=self.run.compute.loss_chunk,
+            rules=self.compute.rules,
+            weight_of=model.llm.head_weight,
+        )
+
+    def _moved(self, states: tuple[CodebookState, ...]) -> dict[str, Array]:
+        """The codebooks, stored as parameters are."""
+        whole, vector = self.compute.rules.spec("codes", "embed"), self.compute.rules.spec("codes")
+        specs = {"embed": whole, "embed_avg": whole, "cluster_size": vector}
+        return {
+            f"{CODEBOOKS}{q}.{name}": reshard(getattr(state, name), specs[name])
+            for q, state in enumerate(states)
+            for name in MOVING
+        }
+
+    def _quantiser_numbers(self, made: Quantised, step) -> Metrics:
+        config = self.run.tokenizer.quantizer
+        numbers = {"quantised_share": quantised_share(config, step), "temperature": temperature(config, step)}
+        for q, state in enumerate(made.states):
+            used, perplexity = usage(state, max(config.restart_after, 1))
+            numbers |= {f"codes_used_q{q}": used, f"perplexity_q{q}": perplexity, f"residual_q{q}": made.residuals[q]}
+        return numbers
+
+
+def codebook_states(model: TokenizerModel, unused) -> tuple[CodebookState, ...]:
+    """The model's codebooks, whole on every device, fp32."""
+    compute = model.compute
+    return tuple(
+        CodebookState(*(use(getattr(level, name), compute, jnp.float32) for name in MOVING), count)
+        for level, count in zip(model.audio_encoder.quantizer.levels, unused, strict=True)
+    )

@@ -1,0 +1,80 @@
+"""Training of the flow-matching decoder on what the frozen tokenizer makes of a clip."""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import PRNGKeyArray
+
+from baichuan_omni_jax.config import ConfigError
+from baichuan_omni_jax.flow.training import flow_losses
+from baichuan_omni_jax.omni.batch import Batch
+from baichuan_omni_jax.omni.tokenizer_model import clips_of, mel_targets_of
+from baichuan_omni_jax.omni.voice_model import VoiceModel
+from baichuan_omni_jax.train.tasks.sound import check_sound, sound_axes, sound_batch, sound_numbers
+from baichuan_omni_jax.train.tasks.task import NOTHING, Metrics, PlainTask, Values
+
+BRANCHES = ("audio_encoder", "audio_decoder", "flow")
+_TARGETS = ("flow",)
+
+
+class FlowMatchingTask(PlainTask):
+    """Branches `audio_encoder`, `audio_decoder` (both frozen) and `flow`.
+
+    `extra`: the step and, with `flow.ema`, the running mean of the trained weights. A checkpoint's branch `flow` holds
+    the mean, which is what one samples with; the weights themselves are saved in its place among `extra`.
+    """
+
+    def make_model(self, key: PRNGKeyArray) -> VoiceModel:
+        return VoiceModel(key, self.omni, self.compute)
+
+    def first_extra(self, trainable: Values):
+        mean = {name: value.astype(jnp.float32) for name, value in trainable.items()} if self.run.flow.ema else {}
+        return {"step": jnp.zeros((), jnp.int32), "mean": mean}
+
+    def finish(self, extra, trainable: Values):
+        """The mean follows faster in the first steps, when the weights it began with mean little."""
+        step = extra["step"].astype(jnp.float32)
+        decay = jnp.minimum(self.run.flow.ema, (1 + step) / (10 + step))
+        blend = lambda mean, value: decay * mean + (1 - decay) * value  # noqa: E731
+        mean = {name: blend(mean, trainable[name]) for name, mean in extra["mean"].items()}
+        return {"step": extra["step"] + 1, "mean": mean}
+
+    def saved(self, values: Values, extra):
+        """Weights and mean change places: there and back."""
+        mean = extra["mean"]
+        return {**values, **mean}, extra | {"mean": {name: values[name] for name in mean}}
+
+    def check(self, mesh: Mesh) -> None:
+        check_sound(self.run, self.omni, mesh, self.compute, BRANCHES, needed=BRANCHES)
+        if not 0 <= self.run.flow.ema < 1:
+            raise ConfigError(f"flow.ema {self.run.flow.ema} must be at least 0 and less than 1")
+
+    def batch_axes(self):
+        return sound_axes(_TARGETS)
+
+    def abstract_batch(self, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+        return sound_batch(self.run, self.omni, mesh, self.compute.rules)
+
+    def denominators(self, batch: Batch):
+        return ()
+
+    def loss(self, model: VoiceModel, batch: Batch, by, extra):
+        settings, clips = self.run.flow, clips_of(batch, self.compute)
+        key = jax.random.fold_in(jax.random.key(self.run.train.seed), extra["step"])
+        hidden, lengths = model.hidden(clips)
+        mel, mel_lengths = mel_targets_of(batch, _TARGETS, self.compute)[0]
+        frames = hidden.shape[1]
+        mel = jnp.pad(mel[:, :frames], ((0, 0), (0, max(0, frames - mel.shape[1])), (0, 0)))
+        flow, prior = flow_losses(
+            key,
+            model.flow,
+            hidden,
+            mel,
+            jnp.minimum(lengths, mel_lengths),
+            condition_dropout=settings.condition_dropout,
+        )
+        loss = flow + settings.prior * prior
+        return loss, ({"loss": loss, "loss_flow": flow, "loss_prior": prior}, NOTHING._replace(extra=extra))
+
+    def batch_numbers(self, batch: Batch) -> Metrics:
+        return sound_numbers(batch, self.omni)

@@ -1,0 +1,38 @@
+"""The language-model stages: vision, language model, audio embeddings and head over packed rows of all modalities."""
+
+import jax
+from jax.sharding import Mesh
+from jaxtyping import PRNGKeyArray
+
+from baichuan_omni_jax.omni.batch import BRANCH_FIELDS, Batch, abstract_batch
+from baichuan_omni_jax.omni.model import OmniModel
+from baichuan_omni_jax.train.omni_loss import denominators, fill_metrics, omni_loss
+from baichuan_omni_jax.train.rows import check_batch
+from baichuan_omni_jax.train.tasks.task import NOTHING, Metrics, PlainTask
+
+
+class OmniTask(PlainTask):
+    """Computes the branches of `run.branches`."""
+
+    def make_model(self, key: PRNGKeyArray) -> OmniModel:
+        return OmniModel(key, self.omni, self.compute, self.run.branches)
+
+    def check(self, mesh: Mesh) -> None:
+        check_batch(self.run, self.omni, mesh, self.compute.rules)
+
+    def batch_axes(self) -> dict[str, tuple[str | None, ...]]:
+        return {name: axes for branch in self.run.branches for name, axes in BRANCH_FIELDS[branch].items()}
+
+    def abstract_batch(self, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+        data = self.run.data
+        return abstract_batch(data.rows, data.budgets, self.omni, self.run.branches, mesh, self.compute.rules)
+
+    def denominators(self, batch: Batch):
+        return denominators(batch)
+
+    def loss(self, model: OmniModel, batch: Batch, by, extra):
+        loss, metrics = omni_loss(model, batch, self.run, by)
+        return loss, (metrics, NOTHING)
+
+    def batch_numbers(self, batch: Batch) -> Metrics:
+        return fill_metrics(batch)

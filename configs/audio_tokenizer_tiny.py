@@ -1,0 +1,59 @@
+"""The audio tokenizer at toy size on the sample data's speech: ears and mel decoder in minutes on two CPU cores.
+
+    python launch/tpu_pretrain.py --config configs/audio_tokenizer_tiny.py --workdir runs/audio_tokenizer_tiny
+
+Encoder, quantiser and decoder learn from random weights. The reader of the transcripts is the language model of
+configs/tiny.py (`--set checkpoint.init_from=llm=runs/tiny`), else a frozen random one, which still asks for features
+that tell sounds apart.
+"""
+
+from baichuan_omni_jax.config import (
+    Budgets,
+    CheckpointConfig,
+    ComputeConfig,
+    DataConfig,
+    GroupConfig,
+    OptimizerConfig,
+    QuantizerConfig,
+    RunConfig,
+    SourceConfig,
+    TokenizerTraining,
+    TrainConfig,
+)
+
+STEPS = 600
+
+
+def get_config() -> RunConfig:
+    return RunConfig(
+        name="audio_tokenizer_tiny",
+        model="tiny",
+        task="audio_tokenizer",
+        branches=("audio_encoder", "audio_decoder", "transcript_adapter", "llm"),
+        data=DataConfig(
+            root="data/sample",
+            sample=True,
+            mixture=(SourceConfig(name="audio", manifest="audio.jsonl"),),
+            rows=2,
+            budgets=Budgets(tokens=384, patches=0, audio_frames=256, audio_targets=256, mel_windows=4),
+            mel_frames=(256, 512),
+            workers=1,
+        ),
+        optimizer=OptimizerConfig(
+            groups=(
+                GroupConfig(name="reader", pattern=r"llm\.", learning_rate=None),
+                GroupConfig(name="tokenizer", pattern=".*", learning_rate=2e-3),
+            ),
+            warmup_steps=20,
+            decay_steps=STEPS,
+        ),
+        compute=ComputeConfig(dtype="float32", remat="none", loss_chunk=256, attention_block=128),
+        train=TrainConfig(steps=STEPS, frozen_dtype="float32"),
+        checkpoint=CheckpointConfig(every=200, keep=1),
+        tokenizer=TokenizerTraining(
+            transcript=0.1,
+            quantizer=QuantizerConfig(
+                decay=0.9, restart_after=20, init_steps=10, quantised_share=0.1, quantised_steps=STEPS // 3
+            ),
+        ),
+    )
