@@ -174,18 +174,18 @@ def charts(text: str, kind: str) -> list[Chart]:
 def test_chart_answers_follow_from_the_table():
     chart = charts(RAIN, "bar")[0]
     asked = dict(questions(chart, random.Random(0), "en"))
-    assert asked["Which city has the highest May?"] == "Lagos, with 215."
-    assert asked["Which city has the lowest May?"] == "Rome, with 34."
+    assert asked["Which city has the highest “May”?"] == "Lagos, with 215."
+    assert asked["Which city has the lowest “May”?"] == "Rome, with 34."
     assert asked["How many values of city does the chart show?"] == "3."
     values = {"Oslo": Decimal(53), "Rome": Decimal(34), "Lagos": Decimal(215)}
     (ask,) = [ask for ask in asked if ask.startswith("By how much")]
-    more, less = ask.removeprefix("By how much does the May of ").removesuffix("?").split(" exceed that of ")
+    more, less = ask.removeprefix("By how much is “May” higher for ").removesuffix("?").split(" than for ")
     assert asked[ask] == f"By {values[more] - values[less]}."
     assert values[more] > values[less]
     (line,) = charts(COPIES, "line")
     asked = dict(questions(line, random.Random(0), "zh"))
     assert asked["从“2018”到“2021”，“copies”是上升还是下降？"] == "上升，从12升到17。"
-    assert describe(line, "en").endswith("From 2018 to 2021 the copies rises from 12 to 17.")
+    assert describe(line, "en").endswith("From 2018 to 2021, “copies” rises from 12 to 17.")
     assert transcribe(line).splitlines()[:2] == ["year, copies", "2018, 12"]
 
 
@@ -197,9 +197,9 @@ def test_what_cannot_be_seen_is_not_asked():
     asked = dict(questions(line, random.Random(0), "en"))
     assert not line.written
     assert not any(ask.startswith(("What is", "By how much")) or "highest" in ask for ask in asked)
-    assert asked["Does the n rise or fall from 0 to 30?"] == "It rises."
+    assert asked["Does “n” rise or fall from 0 to 30?"] == "It rises."
     (scatter,) = charts("p,x,y\n" + "".join(f"{i},{i},{-2 * i}\n" for i in range(6)), "scatter")
-    assert describe(scatter, "en").endswith("The higher the x, the lower the y.")
+    assert describe(scatter, "en").endswith("The higher “x”, the lower “y”.")
 
 
 @pytest.mark.filterwarnings("error")
