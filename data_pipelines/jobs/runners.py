@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 from collections.abc import Sequence
 
 from baichuan_omni_jax.config import ConfigError
@@ -35,9 +36,9 @@ def add_runner_arguments(parser: argparse.ArgumentParser) -> None:
     add("--runner", choices=RUNNERS, default="local", help="processes of this machine (default) or Apache Beam")
     cores = os.cpu_count() or 1
     add("--workers", type=int, default=cores, metavar="N", help=f"processes (default {cores}, one for each core)")
-    add("--beam-args", default="", metavar="OPTIONS", help="Beam's own pipeline options, in one pair of quotes")
+    add("--beam-args", default="", metavar="OPTIONS", help="Beam's own, as in --beam-args='--runner=FlinkRunner'")
 
 
 def chosen_runner(options: argparse.Namespace) -> Runner:
     """The runner that parsed arguments ask for. Raises ConfigError as `make_runner`."""
-    return make_runner(options.runner, options.workers, options.beam_args.split())
+    return make_runner(options.runner, options.workers, shlex.split(options.beam_args))
