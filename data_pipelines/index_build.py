@@ -102,6 +102,6 @@ def _build(source: Source, processor: Processor, folder: Path, workers: int) -> 
 
 
 def _job(source: Source, processor: Processor, folder: Path) -> Job:
-    units = [Unit(f"part-{place:06d}", folder.name, part, part.size) for place, part in enumerate(source.parts)]
+    units = [Unit(f"part-{place:06d}", folder.name, part, part.length) for place, part in enumerate(source.parts)]
     out = folder.with_name(f"{folder.name}.building")
     return Job(f"index of {source.path}", units, MeasurePart(source, processor), out)

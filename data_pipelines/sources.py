@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from typing import NamedTuple
 from baichuan_omni_jax.config import ConfigError
 from data_pipelines.document import Document, SampleError
 from data_pipelines.jobs.job import write_json
-from data_pipelines.manifest import parse_line
+from data_pipelines.manifest import LineRange, parse_line
 from data_pipelines.shards.dataset import DATASET_FILE, ShardedDataset, open_dataset, read_description
 
 PART_BYTES = 64 << 20  # of a manifest
@@ -27,20 +27,11 @@ class Entry(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Lines:
-    """A part of a manifest: `size` bytes from `offset`, whose first line has the number `first`."""
-
-    offset: int
-    size: int
-    first: int
-
-
-@dataclass(frozen=True)
 class Records:
-    """A part of a built data set: one shard of `size` bytes."""
+    """A part of a built data set: one shard of `length` bytes."""
 
     shard: int
-    size: int
+    length: int
 
 
 class ManifestSource:
@@ -58,23 +49,15 @@ class ManifestSource:
         return self._survey["sha256"]
 
     @cached_property
-    def parts(self) -> list[Lines]:
+    def parts(self) -> list[LineRange]:
         """Whole lines, about `PART_BYTES` each."""
-        return [Lines(**part) for part in self._survey["parts"]]
+        path = self.root / self.path
+        return [LineRange(path, self.path, self.root, *numbers) for numbers in self._survey["parts"]]
 
-    def read(self, part: Lines) -> Iterator[Entry]:
+    def read(self, part: LineRange) -> Iterator[Entry]:
         """The documents of a part; empty lines are passed over."""
-        with open(self.root / self.path, "rb") as file:
-            file.seek(part.offset)
-            place = part.offset
-            number = part.first
-            while place < part.offset + part.size:
-                line = file.readline()
-                if not line:
-                    break
-                if line.strip():
-                    yield Entry(place, number, self.where(place, number), self._parse(line, number))
-                place, number = place + len(line), number + 1
+        for line in part.documents():
+            yield Entry(line.offset, line.number, self.where(line.offset, line.number), line.document)
 
     def document(self, place: int, number: int) -> Document:
         """One document. Raises SampleError `bad_json` when its line is no longer what it was."""
@@ -84,12 +67,6 @@ class ManifestSource:
 
     def where(self, place: int, number: int) -> str:
         return f"{self.path}:{number}"
-
-    def _parse(self, line: bytes, number: int) -> Document | SampleError:
-        try:
-            return parse_line(line, number, self.path, self.root)
-        except SampleError as error:
-            return error
 
     @cached_property
     def _survey(self) -> dict:
@@ -152,16 +129,18 @@ def open_source(path: str, root: Path, notes: Path) -> Source:
 def _read_note(path: Path) -> dict | None:
     try:
         note = json.loads(path.read_text(encoding="utf-8"))
-        return note if isinstance(note, dict) and isinstance(note.get("sha256"), str) else None
+        whole = isinstance(note, dict) and isinstance(note.get("sha256"), str) and isinstance(note.get("parts"), list)
+        return note if whole else None
     except (OSError, ValueError):
         return None
 
 
 def _survey(path: Path) -> dict:
-    digest, parts, offset, line = hashlib.sha256(), [], 0, 1
+    """The manifest's SHA-256 and, for each part, its first line's number, where it begins, and its bytes."""
+    digest, parts, first, offset = hashlib.sha256(), [], 1, 0
     with path.open("rb") as file:
         while data := file.read(PART_BYTES) + file.readline():
             digest.update(data)
-            parts.append(asdict(Lines(offset, len(data), line)))
-            offset, line = offset + len(data), line + data.count(b"\n")
+            parts.append([first, offset, len(data)])
+            first, offset = first + data.count(b"\n"), offset + len(data)
     return {"sha256": digest.hexdigest(), "parts": parts}
