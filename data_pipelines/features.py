@@ -7,6 +7,7 @@ from math import ceil, floor, sqrt
 import numpy as np
 from jaxtyping import Float32, Int32, UInt8
 from PIL import Image
+from scipy.sparse import csr_array
 
 from baichuan_omni_jax.audio.config import AudioConfig
 from baichuan_omni_jax.vision.config import PixelLimits, VisionConfig
@@ -114,10 +115,13 @@ def clip_windows(samples: int, config: AudioConfig) -> list[Window]:
 
 
 @lru_cache(maxsize=4)
-def _mel_filters(rate: int, n_fft: int, mels: int) -> Float32[np.ndarray, "m f"]:
-    from librosa.filters import mel  # takes a second to import, and only the tokenising job needs it
+def _mel_filters(rate: int, n_fft: int, mels: int) -> csr_array:
+    """(mels, bins), of which two in a hundred are not zero. A dense product would also start a thread for every core in
+    every worker, which then wait for each other.
+    """
+    from librosa.filters import mel  # takes a second to import
 
-    return mel(sr=rate, n_fft=n_fft, n_mels=mels, fmin=0.0, fmax=8000.0, htk=False, norm="slaney")
+    return csr_array(mel(sr=rate, n_fft=n_fft, n_mels=mels, fmin=0.0, fmax=8000.0, htk=False, norm="slaney"))
 
 
 def log_mel(samples: Float32[np.ndarray, "t"], config: AudioConfig) -> Float32[np.ndarray, "m f"]:
