@@ -55,7 +55,8 @@ class EspeakSpeech:
         except ValueError as error:
             raise SpeechError(str(error)) from error
         samples = speak(text, asked.espeak, rate=asked.rate, pitch=asked.pitch)
-        return soxr.resample(samples, SAMPLE_RATE, self.rate), self.rate
+        # In float32: soxr adds noise to 16-bit output, and not always the same.
+        return soxr.resample(samples.astype(np.float32) / 32768, SAMPLE_RATE, self.rate), self.rate
 
 
 INCLUDED = {"espeak": lambda: EspeakSpeech(16000), "espeak-24k": lambda: EspeakSpeech(24000)}

@@ -19,7 +19,7 @@ from baichuan_omni_jax.config import ConfigError
 from data_pipelines.document import SampleError
 from data_pipelines.prompt_writing import heard_tag, image_tag, plain_text, trainable, turn, video_tag
 from data_pipelines.prompts import Picture, Sound, Text, Video, parse_prompt
-from data_pipelines.synthesis import espeak, intlv, voice_list
+from data_pipelines.synthesis import espeak, intlv, text_to_speech, voice_list
 from data_pipelines.synthesis.__main__ import main
 from data_pipelines.synthesis.intlv import write_intlv
 from data_pipelines.synthesis.itts import write_itts
@@ -84,6 +84,21 @@ def test_rates_of_the_included_back_end():
     assert lengths[0] == pytest.approx(lengths[1], abs=1e-3)
     slow, _ = voice_text(load_speech("espeak"), "Good morning.", "en-us/m3/low/slow", "en")
     assert len(slow) / 16000 > 1.1 * lengths[0]
+
+
+def test_resampling_forgets_what_it_did_before(monkeypatch):
+    """Straight to 16 bits, soxr's noise at the end of some 3 s would depend on what the memory held before."""
+    rng, speech, voice = np.random.default_rng(0), EspeakSpeech(16000), VOICES["en"][0]
+
+    def say(samples) -> np.ndarray:
+        monkeypatch.setattr(text_to_speech, "speak", lambda *arguments, **options: samples.astype(np.int16))
+        return voice_text(speech, "...", voice, "en")[0]
+
+    clips = [rng.normal(0, 3000, 66150 + length) for length in range(1, 120, 8)]
+    first = list(map(say, clips))
+    for clip, samples in zip(clips, first, strict=True):
+        say(rng.normal(0, 9000, int(rng.integers(1000, 200_000))))
+        assert np.array_equal(say(clip), samples), len(clip)
 
 
 @pytest.mark.parametrize(
