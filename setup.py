@@ -23,6 +23,7 @@ CORE = [
     "pillow>=10.3",
     "rich>=13",
     "safetensors>=0.5",
+    "scipy>=1.13",
     "soundfile>=0.12",
     "soxr>=0.5",
     "tensorboardX>=2.6.2",
