@@ -1,0 +1,59 @@
+"""A synthesis job killed again and again ends with the files of one that was never stopped."""
+
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def digests(folder: Path) -> dict[str, str]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def start(manifest: Path, out: Path) -> subprocess.Popen:
+    command = [sys.executable, "-m", "data_pipelines.synthesis", "itts", str(manifest), "--out", str(out)]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    return subprocess.Popen(
+        [*command, "--workers", "2", "--unit", "6"], cwd=ROOT, start_new_session=True, env=dict(os.environ), **quiet
+    )
+
+
+def group_lives(process: subprocess.Popen) -> bool:
+    try:
+        os.killpg(process.pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.slow
+def test_killed_jobs_end_with_the_same_files(sample_dir, tmp_path):
+    manifest = sample_dir / "text.jsonl"
+    began = time.monotonic()
+    assert start(manifest, tmp_path / "whole").wait(timeout=300) == 0
+    whole = time.monotonic() - began
+    rng, out, units = random.Random(0), tmp_path / "killed", []
+    for _ in range(10):
+        process = start(manifest, out)
+        time.sleep(rng.uniform(0.2, 0.4) * whole)
+        process.kill()
+        assert process.wait(timeout=60) in (-signal.SIGKILL, 0)
+        # Its workers, and the eSpeak processes of theirs, end by themselves.
+        deadline = time.monotonic() + 30
+        while group_lives(process):
+            assert time.monotonic() < deadline, "processes of a killed job live on"
+            time.sleep(0.1)
+        units.append(len(list((out / ".units").glob("*.json"))))
+    assert units == sorted(units), "finished units were lost"
+    assert any(0 < done < 32 for done in units), f"no kill in the middle: {units}"
+    assert start(manifest, out).wait(timeout=300) == 0
+    assert digests(out) == digests(tmp_path / "whole")
