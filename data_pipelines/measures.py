@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 from jaxtyping import Float32, Int32, Int64, UInt8
@@ -16,6 +17,7 @@ from data_pipelines.prompts import Element, Picture, Sound, Text, Video, parse_p
 from data_pipelines.sounds import probe_sound
 from data_pipelines.videos import probe_video
 
+SCHEMA = 1  # of saved tables: raise it when they hold something else than before
 KINDS = ("picture", "frame", "video", "heard", "spoken")
 _CLOCK = 1000  # Hz at which lengths of sound are told
 
@@ -94,7 +96,7 @@ class Measures:
     def save(self, path: Path) -> None:
         """The same measures give the same bytes."""
         with path.open("wb") as file:
-            np.savez(file, **(vars(self) | {"types": np.array(json.dumps(self.types))}))
+            np.savez(file, **(vars(self) | {"schema": np.array(SCHEMA), "types": np.array(json.dumps(self.types))}))
 
 
 def collect(documents: Sequence[DocumentMeasure]) -> Measures:
@@ -116,9 +118,14 @@ def collect(documents: Sequence[DocumentMeasure]) -> Measures:
 
 
 def load_measures(path: Path) -> Measures:
-    """What `Measures.save` wrote. Raises OSError or ValueError when it is not there or damaged."""
-    with np.load(path) as arrays:
-        columns = {field.name: arrays[field.name] for field in fields(Measures)}
+    """What `Measures.save` wrote. Raises OSError when it cannot be read, ValueError when it is damaged or another."""
+    try:
+        with np.load(path) as arrays:
+            columns = {name: arrays[name] for name in ("schema", *(field.name for field in fields(Measures)))}
+    except (BadZipFile, EOFError, KeyError) as error:
+        raise ValueError(f"it is damaged: {error}") from error
+    if (schema := int(columns.pop("schema"))) != SCHEMA:
+        raise ValueError(f"it has schema {schema}; this program reads {SCHEMA}")
     return Measures(**(columns | {"types": tuple(json.loads(str(columns["types"])))}))
 
 

@@ -94,7 +94,7 @@ def _load_part(folder: Path, shard: str) -> Measures:
     path = folder / PARTS / f"{shard.removesuffix(SUFFIX)}.npz"
     try:
         return load_measures(path)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
 
 

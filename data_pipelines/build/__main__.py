@@ -30,7 +30,10 @@ def main(arguments: list[str] | None = None) -> int:
 def _build(options: argparse.Namespace) -> None:
     size = _bytes(options.shard_bytes)
     runner = chosen_runner(options)
-    dataset = build_dataset(options.manifests, options.out, options.root, options.shard_documents, size, runner)
+    try:
+        dataset = build_dataset(options.manifests, options.out, options.root, options.shard_documents, size, runner)
+    except OSError as error:
+        raise ConfigError(f"--out {options.out} cannot be written: {error}") from error
     for line in describe(dataset):
         print(line)
     if dataset["skipped"]:

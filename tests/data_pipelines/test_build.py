@@ -5,15 +5,20 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from small_media import as_base64, write_image, write_sound, write_video
 
 from baichuan_omni_jax.config import ConfigError
 from data_pipelines.build.__main__ import main
 from data_pipelines.build.dataset import build_dataset, list_sources
+from data_pipelines.build.plan import first_of_same_id
 from data_pipelines.build.shard import gather
 from data_pipelines.document import Document, SampleError
 from data_pipelines.jobs.runners import make_runner
+from data_pipelines.measures import load_measures
 from data_pipelines.shards.dataset import open_dataset
 
 PICTURE = '<img_start_baichuan>{"local": "%s"}<img_end_baichuan>'
@@ -250,6 +255,23 @@ def test_shards_are_cut_by_bytes(corpus, tmp_path):
     manifest = write_manifest(tmp_path / "m.jsonl", documents)
     told = build_dataset([manifest], tmp_path / "out", corpus, 10, 5000, make_runner("local", 0))
     assert [shard["documents"] for shard in told["shards"]] == [1, 1, 1]
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2)), max_size=30))
+def test_the_first_of_each_id_stays(ids):
+    """(0, 0) stands for no id, which nothing is the same as."""
+    double, first = first_of_same_id(np.array(ids, np.uint64).reshape(-1, 2))
+    seen: dict[tuple[int, int], int] = {}
+    for number, one in enumerate(ids):
+        expected = seen.setdefault(one, number) if any(one) else number
+        assert (first[number], double[number]) == (expected, expected != number)
+
+
+@pytest.mark.parametrize("size", [0, 100, -100])
+def test_a_damaged_table_of_measures(built, tmp_path, size):
+    (tmp_path / "a.npz").write_bytes((built / "parts/one-00000.npz").read_bytes()[:size])
+    with pytest.raises(ValueError, match=r"damaged|pickle"):
+        load_measures(tmp_path / "a.npz")
 
 
 def test_media_too_large_for_a_record(corpus, monkeypatch):

@@ -14,6 +14,7 @@ from baichuan_omni_jax.config import ConfigError
 from data_pipelines.jobs import Job, Unit, run_job
 from data_pipelines.jobs.runners import make_runner
 
+OTHER_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 HERE = Path(__file__).resolve().parent
 PATHS = os.pathsep.join([str(HERE.parents[1]), str(HERE)])
 
@@ -104,7 +105,9 @@ def test_two_programs_in_one_folder(tmp_path, quiet):
     assert contents(job) == {"unit-0.txt": "a"}
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "signal_number", [signal.SIGKILL, *(pytest.param(each, marks=pytest.mark.slow) for each in OTHER_SIGNALS)]
+)
 def test_no_process_outlives_the_program(tmp_path, signal_number):
     code = (
         "from pathlib import Path; import test_jobs; from data_pipelines.jobs import run_job;"

@@ -145,7 +145,7 @@ def test_folders_that_hold_no_dataset(tmp_path):
 def test_disk_that_takes_nothing():
     def write():
         with ShardWriter(Path("/dev/full")) as writer:
-            for number in range(3000):
+            for number in range(300):
                 writer.write(make_document(number)[0], {"a": random.Random(number).randbytes(5000)})
 
     with pytest.raises(OSError, match=r"/dev/full cannot be written: .*No space left"):

@@ -65,7 +65,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_media_that_do_not_decode(built, workers):
     found = check(built, workers)
     assert causes(found) == BAD
