@@ -32,6 +32,12 @@ class PatchLayout:
 
     def fits(self, pictures: Sequence[int]) -> bool:
         """Whether pictures of these sizes can be placed in one row."""
+        largest, total = max(pictures, default=0), sum(pictures)
+        if largest > self.room or total > self.parts * self.room:
+            return False
+        # A picture finds every part too full only when each holds more than `room - largest`.
+        if len(pictures) <= self.parts or total <= self.parts * (self.room - largest):
+            return True
         return self._parts_of(pictures) is not None
 
     def starts(self, pictures: Sequence[int]) -> Int32[np.ndarray, "n"]:
