@@ -5,7 +5,7 @@
 
 OUT becomes a source of `data.mixture` like any built data set. It holds ids: a run with another tokenizer refuses it. A
 document is an example's `targets`, which carry loss, after its `inputs` (if it has any), which do not; its type is its
-task. Tasks come by the mixture's rates, exact to one document of each task in each shard; a task that has come to its
+task. Tasks come by the mixture's rates, exact to a document or two of each in each shard; a task that has come to its
 end begins again. Shards are the units of work: stopped, the same command does those that are left.
 """
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 
+import numpy as np
 import seqio
 import tensorflow as tf
 from tokenizers import Tokenizer
@@ -56,12 +57,14 @@ class OmniVocabulary(seqio.Vocabulary):
 
     def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
         """Bytes that are no UTF-8 become U+FFFD."""
-        encoded = tf.numpy_function(lambda text: self._ids_of(text), [s], tf.int32)
+
+        def ids(text: bytes | np.ndarray) -> np.ndarray:
+            content = text if isinstance(text, bytes) else text.item()  # an array where TensorFlow runs eagerly
+            return np.array(self._encode(content.decode("utf-8", "replace")), np.int32)
+
+        encoded = tf.numpy_function(ids, [s], tf.int32)
         encoded.set_shape([None])
         return encoded
-
-    def _ids_of(self, text: bytes) -> "tf.Tensor":
-        return tf.constant(self._encode(text.decode("utf-8", "replace")), tf.int32).numpy()
 
     def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
         """A string, or of ids (batch, n) as many."""

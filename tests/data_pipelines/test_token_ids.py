@@ -1,0 +1,82 @@
+"""Documents whose text is tokenised already: the same sequence as from text, and no other tokenizer."""
+
+import numpy as np
+import pytest
+
+from baichuan_omni_jax.config import ConfigError, tiny
+from data_pipelines.document import Document, SampleError
+from data_pipelines.index_build import load_index
+from data_pipelines.media import Media
+from data_pipelines.processor import Processor
+from data_pipelines.prompts import Reference, Text, Tokens, parse_prompt
+from data_pipelines.shards.dataset import Shard, write_description
+from data_pipelines.shards.writer import ShardWriter
+from data_pipelines.token_ids import pack_ids, read_ids
+from data_pipelines.tokenizing import encode, tokenizer_fingerprint, train_tokenizer
+
+QUESTION, ANSWER = "<C_Q>Which animal says meow?<C_A>", "The cat says meow."
+TAGS = (
+    '<tokens_start_omni>{"path": "inputs"}<tokens_end_omni><trainable_start>'
+    '<tokens_start_omni>{"path": "targets"}<tokens_end_omni><trainable_end>'
+)
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return Processor(tiny(), train_tokenizer([QUESTION, ANSWER], tiny().llm.vocab_size))
+
+
+def tokenised(processor: Processor, answer: str = ANSWER) -> tuple[Document, dict[str, bytes]]:
+    ids = {"inputs": encode(processor.tokenizer, QUESTION), "targets": encode(processor.tokenizer, answer)}
+    data = {name: pack_ids(each, processor.tokenizer_fingerprint) for name, each in ids.items()}
+    return Document("a", "", TAGS, "here", {name: Media(name, None, each) for name, each in data.items()}), data
+
+
+def test_tags_of_ids_are_elements():
+    assert parse_prompt(f"A{TAGS}") == [
+        Text("A"),
+        Tokens(Reference(path="inputs")),
+        Tokens(Reference(path="targets"), trainable=True),
+    ]
+
+
+@pytest.mark.parametrize("ending", ["", "<|endoftext|>"])
+def test_ids_give_the_sequence_of_their_text(processor, ending):
+    document, _ = tokenised(processor, ANSWER + ending)
+    text = f"{QUESTION}<trainable_start>{ANSWER}{ending}<trainable_end>"
+    one, other = (processor.encode(each, None) for each in (document, Document("b", "", text, "there", {})))
+    for name in ("tokens", "text_targets", "text_weights"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+    assert processor.measure(document).tokens == len(one.tokens)
+
+
+@pytest.mark.parametrize(
+    ("content", "cause", "told"),
+    [
+        (pack_ids([1, 2], "0" * 32), "other_tokenizer", "holds ids of tokenizer 0000"),
+        (bytes(15), "unreadable_media", "it is cut"),
+        (bytes.fromhex("ab" * 16) + bytes(5), "unreadable_media", "is not a readable list of token ids"),
+        (pack_ids([1, 900], "ab" * 16), "unreadable_media", "ids outside the vocabulary"),
+        (pack_ids([-1], "ab" * 16), "unreadable_media", "ids outside the vocabulary"),
+    ],
+)
+def test_ids_that_cannot_be_used(content, cause, told):
+    with pytest.raises(SampleError, match=told) as error:
+        read_ids(Media("targets", None, content), "ab" * 16, 900)
+    assert error.value.cause == cause
+
+
+def test_a_data_set_of_another_tokenizer_is_refused(processor, tmp_path):
+    document, media = tokenised(processor)
+    (tmp_path / "mix").mkdir()
+    with ShardWriter(tmp_path / "mix" / "documents-00000.array_record") as writer:
+        writer.write(document, media)
+    shard = Shard("documents-00000.array_record", 1, 0, "0")
+    write_description(tmp_path / "mix", [shard], {"tokenizer": processor.tokenizer_fingerprint})
+    assert load_index("a", "mix", tmp_path, processor, tmp_path / "cache").usable == 1
+    other = Processor(tiny(), train_tokenizer(["Something else."], tiny().llm.vocab_size))
+    assert tokenizer_fingerprint(other.tokenizer) != processor.tokenizer_fingerprint
+    with pytest.raises(
+        ConfigError, match=r"source a: .*mix holds token ids of tokenizer .*: set data.tokenizer to the"
+    ):
+        load_index("a", "mix", tmp_path, other, tmp_path / "cache")
