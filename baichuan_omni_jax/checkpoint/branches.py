@@ -15,6 +15,7 @@ from baichuan_omni_jax.checkpoint.writer import FolderSave, make_checkpointer
 from baichuan_omni_jax.config import ConfigError, OmniConfig, to_hf
 
 BRANCHES = "branches.json"
+RANDOM = "random"  # in place of a folder: the branch starts from random weights
 _OPT_STATE = "opt_state/"
 
 
@@ -54,14 +55,16 @@ def load_branches(spec: str, abstract: Mapping[str, Any], *, allow_missing: bool
     """Reads the branches of `abstract` (name -> abstract module, see `with_shardings`) from where `spec` says.
 
     `spec` is `DIR` or `branch=DIR,branch=DIR`; DIR is a checkpoint, a step of a workdir, or a workdir, which means
-    its newest good step. Values come with the dtypes and shardings of `abstract`. Raises ConfigError naming branch
+    its newest good step, or `random`: that branch is left out. Values come with the dtypes and shardings of `abstract`. Raises ConfigError naming branch
     and folder when a branch is nowhere (with `allow_missing` it is left out), when a file is damaged, and when a
     tensor is missing, superfluous or of another shape.
     """
     sources = parse_spec(spec, tuple(abstract))
-    folders = {given: find_checkpoint(given) for given in dict.fromkeys(sources.values())}
+    folders = {given: find_checkpoint(given) for given in dict.fromkeys(sources.values()) if given != RANDOM}
     loaded = {}
     for name, module in abstract.items():
+        if sources.get(name) == RANDOM:
+            continue
         folder = folders.get(sources.get(name))
         if folder is not None and (folder / branch_folder(name)).exists():
             loaded[name] = read_tree(folder / branch_folder(name), module, f"branch {name}")

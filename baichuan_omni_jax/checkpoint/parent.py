@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 import jax
 from etils import epath
 
-from baichuan_omni_jax.checkpoint.branches import BRANCHES, parse_spec, read_branch_info
+from baichuan_omni_jax.checkpoint.branches import BRANCHES, RANDOM, parse_spec, read_branch_info
 from baichuan_omni_jax.checkpoint.run_config import RUN_CONFIG
 from baichuan_omni_jax.checkpoint.steps import committed_steps, step_folder
 from baichuan_omni_jax.config import ConfigError
@@ -59,7 +59,7 @@ def stored_tokenizer(path: epath.PathLike) -> epath.Path | None:
 def initial_tokenizer(init_from: str, branches: tuple[str, ...]) -> epath.Path | None:
     """The tokenizer that the language model's first weights were trained with, where `init_from` brings one."""
     source = parse_spec(init_from, branches).get("llm") if init_from else None
-    return stored_tokenizer(source) if source else None
+    return stored_tokenizer(source) if source and source != RANDOM else None
 
 
 def parent_data_state(parent: Parent) -> dict:
@@ -77,6 +77,8 @@ def parent_data_state(parent: Parent) -> dict:
 def _resolve(init_from: str, branches: tuple[str, ...]) -> Parent:
     parent = Parent()
     for branch, given in (parse_spec(init_from, branches) if init_from else {}).items():
+        if given == RANDOM:
+            continue
         folder = _newest(epath.Path(given).expanduser().resolve())
         if folder is None:
             raise ConfigError(f"{given} is neither a checkpoint ({BRANCHES}) nor a workdir with one")

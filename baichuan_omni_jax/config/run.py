@@ -196,7 +196,10 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When to save and how many steps to keep. `init_from` is `DIR` or `branch=DIR,...`; empty is random."""
+    """When to save and how many steps to keep. `init_from` is `DIR` or `branch=DIR,...`; empty is random.
+
+    `branch=random` leaves a branch as it was drawn.
+    """
 
     every: int = 100
     keep: int = 3

@@ -1,0 +1,61 @@
+"""The audio tokenizer at released size: Whisper-large ears, eight codebooks, mel decoder, a frozen 7B reader.
+
+    python launch/tpu_pretrain.py --config configs/audio_tokenizer.py --workdir runs/audio_tokenizer \\
+        --multihost --set data.root=DATA_ROOT
+
+Sized for 8 chips of v5p; on v5e:4x8 add `--set mesh.fsdp=32`. The encoder and the reader come from released weights
+(`launch/convert_weights.py`). Sources: documents with speech, ASR for what was said; the data are yours: docs/data.md.
+"""
+
+from baichuan_omni_jax.config import (
+    Budgets,
+    CheckpointConfig,
+    ComputeConfig,
+    DataConfig,
+    GroupConfig,
+    MeshConfig,
+    OptimizerConfig,
+    QuantizerConfig,
+    RunConfig,
+    TokenizerTraining,
+    TrainConfig,
+    mixture_of,
+)
+
+STEPS = 100000
+WEIGHTS = "weights/omni"
+
+
+def get_config() -> RunConfig:
+    return RunConfig(
+        name="audio_tokenizer",
+        task="audio_tokenizer",
+        branches=("audio_encoder", "audio_decoder", "transcript_adapter", "llm"),
+        mesh=MeshConfig(fsdp=8),
+        data=DataConfig(
+            root="data/speech",
+            mixture=mixture_of({"asr": 0.8, "pure_audio": 0.2}),
+            rows=32,
+            budgets=Budgets(tokens=2048, patches=0, audio_frames=1504, audio_targets=1504, mel_windows=4),
+            mel_frames=(504, 1000, 2000, 3000),
+            workers=8,
+        ),
+        optimizer=OptimizerConfig(
+            groups=(
+                GroupConfig(name="reader", pattern=r"llm\.", learning_rate=None),
+                GroupConfig(name="ears", pattern=r"audio_encoder\.encoder\.", learning_rate=1e-5),
+                GroupConfig(name="tokenizer", pattern=".*", learning_rate=2e-4),
+            ),
+            warmup_steps=1000,
+            decay_steps=STEPS,
+        ),
+        compute=ComputeConfig(remat="full", mlp_chunk=0, loss_chunk=512),
+        train=TrainConfig(steps=STEPS),
+        checkpoint=CheckpointConfig(
+            every=1000,
+            init_from=f"audio_encoder={WEIGHTS},llm={WEIGHTS},audio_decoder=random,transcript_adapter=random",
+        ),
+        tokenizer=TokenizerTraining(
+            quantizer=QuantizerConfig(restart_after=200, init_steps=20, quantised_steps=STEPS // 5)
+        ),
+    )
