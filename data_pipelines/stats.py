@@ -30,6 +30,7 @@ from data_pipelines.measures import KINDS, Measures, collect, join, load_measure
 from data_pipelines.shards.dataset import read_description
 from data_pipelines.shards.writer import SUFFIX
 
+FORMATS = (".png", ".pdf", ".svg")
 PERCENTILES = (5, 50, 95, 100)
 
 
@@ -48,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _show(options: argparse.Namespace) -> None:
-    draw = _drawing() if options.plot else None  # first of all: it may not be installed
+    draw = _drawing(options.plot) if options.plot else None  # first of all: measuring may take long
     measures, skipped = load(options.sources, options.root, options.workers)
     console = Console(width=max(110, Console().width), highlight=False)
     console.print(modality_table(measures))
@@ -63,7 +64,12 @@ def _show(options: argparse.Namespace) -> None:
         print(f"{options.plot}: distributions of {len(measures)} documents")
 
 
-def _drawing():
+def _drawing(path: Path):
+    """What draws. Raises ConfigError when nothing could be drawn at `path`."""
+    if path.suffix not in FORMATS:
+        raise ConfigError(f"--plot {path} does not end in {', '.join(FORMATS)}")
+    if not path.parent.is_dir():
+        raise ConfigError(f"--plot {path}: the folder {path.parent} does not exist")
     try:
         from data_pipelines.stats_drawing import draw
     except ImportError as error:

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from baichuan_omni_jax.config import ConfigError
 
@@ -25,7 +25,7 @@ MOST_TYPES = 19  # with colours of their own; the rest share grey
 def draw(types: Sequence[str], quantities: "Sequence[Quantity]", path: Path) -> None:
     """Histograms of the quantities that have values, types stacked, in logarithmic bins.
 
-    Raises ConfigError when `path` cannot be written or has a format that matplotlib does not know.
+    Raises ConfigError when `path` cannot be written.
     """
     shown = [quantity for quantity in quantities if len(quantity.values)]
     colours = _colours(types)
@@ -41,7 +41,7 @@ def draw(types: Sequence[str], quantities: "Sequence[Quantity]", path: Path) -> 
     try:
         with matplotlib.rc_context({"text.parse_math": False}):
             figure.savefig(path)
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise ConfigError(f"--plot {path}: {error}") from error
 
 
@@ -60,13 +60,14 @@ def _histogram(axes: Axes, quantity: "Quantity", colours: list) -> None:
     for number, colour in enumerate(colours):
         counts, _ = np.histogram(values[types == number], edges)
         if counts.any():
-            axes.bar(edges[:-1], counts, np.diff(edges), bottom=bottom, align="edge", color=colour)
-            bottom += counts
+            axes.stairs(bottom + counts, edges, baseline=bottom, fill=True, color=colour)
+            bottom = bottom + counts
     axes.set_xscale("log")
     axes.set_xlim(edges[0], edges[-1])
+    axes.set_ylim(0, None)
     axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_minor_locator(NullLocator())
 
 
 def _colours(types: Sequence[str]) -> list:
