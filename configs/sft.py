@@ -45,6 +45,8 @@ def get_config() -> RunConfig:
             audio_tokenizer="weights/omni",
             # Pictures of up to 16384 patches, on any mesh with context x tensor of 1, 2, 4 or 8.
             media_shards=8,
+            # One conversation of 64k tokens costs nearly twice what a row of short ones does.
+            order_window=16,
         ),
         optimizer=OptimizerConfig(groups=stage_groups("sft"), warmup_steps=100, decay_steps=3000),
         compute=ComputeConfig(remat="full", mlp_chunk=1024, loss_chunk=1024),

@@ -49,7 +49,8 @@ def pretrain() -> None:
     # Everything that can refuse the run comes before it claims the workdir.
     setup, compute = together(lambda: set_up(run, omni))
     workdir, parent = together(lambda: open_workdir(run))
-    left = together(lambda: parent_data_state(parent)) if run.data.continue_sources else None
+    begins = run.data.continue_sources and workdir.latest_step() is None
+    left = together(lambda: parent_data_state(parent)) if begins else None
     pipelines = leader_first(lambda: prepare(run, omni, workdir))
     check_agreement({name: value for parts in pipelines.values() for name, value in data_facts(*parts).items()})
     shard = Shard(rows_of_host(setup.mesh, compute.rules, run.data.rows))

@@ -5,7 +5,14 @@ import json
 import pytest
 from etils import epath
 
-from baichuan_omni_jax.checkpoint import Parent, find_parent, initial_tokenizer, record_parent, stored_tokenizer
+from baichuan_omni_jax.checkpoint import (
+    Parent,
+    find_parent,
+    initial_tokenizer,
+    parent_data_state,
+    record_parent,
+    stored_tokenizer,
+)
 from baichuan_omni_jax.config import ConfigError
 
 
@@ -41,6 +48,15 @@ def test_parent_is_the_newest_committed_step_and_is_written_once(stage, tmp_path
 
 def test_random_weights_have_no_parent(tmp_path):
     assert find_parent(tmp_path, "", ("llm",)) == Parent()
+
+
+def test_a_stage_finds_where_the_one_before_left_its_data(stage, tmp_path):
+    (stage / "checkpoints" / "4" / "data.json").write_text('{"sources": {}}')
+    assert parent_data_state(find_parent(tmp_path, str(stage), ("llm", "vision"))) == {"sources": {}}
+    bare = checkpoint(epath.Path(tmp_path / "bare"), llm=0)
+    for init_from in (str(bare), ""):
+        with pytest.raises(ConfigError, match=r"data\.continue_sources needs the workdir of a run .*data\.json cannot"):
+            parent_data_state(find_parent(tmp_path, init_from, ("llm",)))
 
 
 def test_a_folder_without_checkpoint_is_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from itertools import islice
 from random import Random
 
@@ -14,6 +15,7 @@ from baichuan_omni_jax.config import Budgets, ConfigError, DataConfig, tiny
 from data_pipelines.row_cost import row_cost
 from data_pipelines.row_order import order_rows
 from data_pipelines.row_plan import StepPlan, check_plan
+from tests.data_pipelines.conftest import with_config
 from tests.data_pipelines.listed import Listed, row_plan
 
 NAMES = "abcd"
@@ -139,6 +141,21 @@ def test_the_sample_mixture_fills_its_rows(sample_pipeline):
     rows = list(islice(one, 100))
     assert rows == list(islice(other, 100))
     assert np.mean([tokens(row) for row in rows]) > 0.98 * sample_pipeline.config.budgets.tokens
+
+
+def test_another_stage_goes_on_in_its_sources(sample_pipeline):
+    """Half an epoch, then other weights: no document comes again before its source is through."""
+    first = sample_pipeline.step_plan()
+    before = {key for step in islice(first, 12) for row in step for key in row}
+    state = json.loads(json.dumps(first.state))
+    waiting = {tuple(key) for keys in (state["rows"]["pool"], *state["rows"]["open"]) for key in keys}
+    mixture = tuple(replace(source, weight=1.0) for source in sample_pipeline.config.mixture)
+    stage = with_config(sample_pipeline, mixture=mixture)
+    after = {key for step in islice(stage.step_plan(left=state), 3) for row in step for key in row}
+    assert before
+    assert not after & (before | waiting)
+    with pytest.raises(ConfigError, match="written by another version"):
+        stage.step_plan(left={"place": 3, "open": []})
 
 
 def test_costs_are_those_of_the_forward_pass(sample_pipeline, sample_codes):

@@ -67,7 +67,9 @@ def test_metrics_of_a_whole_run(finished):
         assert 0 <= row["goodput"] < 1
         assert row["loss"] == pytest.approx(row["loss_text"] + row["loss_audio"], rel=1e-6)
         assert row["loss_audio"] == pytest.approx(np.mean([row[level] for level in LEVELS]), rel=1e-6)
-        assert row["skipped"] == {}
+        assert row["skipped"] == row["handled"] == {}
+    epochs = [row["epochs"] for row in rows]
+    assert all(0 < epochs[-1][source] >= epochs[0][source] for source in epochs[0])
     assert rows[2]["compiles"] == rows[-1]["compiles"] > 0
     assert np.mean([row["fill_tokens"] for row in rows]) > 0.9
     assert list((finished / "tensorboard").glob("events.out.tfevents.*"))
