@@ -80,7 +80,7 @@ class FilterDocuments:
     rules: Rules
 
     def __call__(self, unit: Unit, folder: Path) -> dict:
-        """Writes a unit's files; returns {"made": documents by part, "skipped", "rejected": documents by cause}."""
+        """Writes a unit's files; returns {"made": documents by part, "skipped" and "rejected": by cause}."""
         (folder / unit.name).mkdir()
         parts: dict[str, list[str]] = {KEPT: [], ASR: [], REJECTED: [], SKIPPED: []}
         skipped, rejected, signatures = Counter(), Counter(), []
@@ -107,7 +107,7 @@ class FilterDocuments:
             (folder / unit.name / f"{part}.jsonl").write_text("".join(lines), encoding="utf-8")
         if signatures:
             np.save(folder / unit.name / _SIGNATURES, np.stack(signatures))
-        made = {part: len(parts[part]) for part in (KEPT, ASR, REJECTED)}
+        made = {part: len(parts[part]) for part in (KEPT, ASR)}
         return {"made": made, SKIPPED: dict(sorted(skipped.items())), REJECTED: dict(sorted(rejected.items()))}
 
 
@@ -122,7 +122,7 @@ def finish(job: Job, summaries: Sequence[dict]) -> dict[str, Counter]:
     else:
         first, likeness = np.arange(sum(counts)), np.ones(sum(counts))
     repeated = _write_sorted(job, first, likeness)
-    sums["made"].update({KEPT: -repeated, REJECTED: repeated})
+    sums["made"].update({KEPT: -repeated})
     sums[REJECTED].update({"near_duplicate": repeated})
     return {key: +counter for key, counter in sums.items()}
 

@@ -130,8 +130,10 @@ def _interleave(text: str, style: PageStyle, draft: Draft, settings: PageSetting
     """Parts of the text in turns as pages and as text to be learnt, `MAX_PARTS` or one more in a document."""
     paragraphs = text.split("\n")
     parts = paragraphs if len(paragraphs) > 1 else page_prompts.sentences(text)
+    if len(parts) < 2:
+        return
     style = replace(style, columns=1)
-    starts = list(range(0, max(len(parts) - 1, 0), MAX_PARTS))  # a last part by itself joins those before
+    starts = list(range(0, len(parts) - 1, MAX_PARTS))  # a last part by itself joins those before
     for start, stop in zip(starts, [*starts[1:], len(parts)], strict=True):
         drawn, prompt = rng.random() < 0.5, ""
         for part in parts[start:stop]:
@@ -147,7 +149,7 @@ def _make_chart(document: Document, draft: Draft, settings: PageSettings, rng: r
     from data_pipelines.synthesis.fonts import choose_font
 
     table = read_table(plain_text(document.text))
-    font = choose_font(rng, settings.fonts, normalise(table.words) + "0123456789")
+    font = choose_font(rng, settings.fonts, table.words + "0123456789")
     kinds: dict[str, list] = {}
     for chart in possible_charts(table):
         kinds.setdefault(chart.kind, []).append(chart)

@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 
 from data_pipelines.document import SampleError
+from data_pipelines.synthesis.layout import normalise
 
 MAX_ROWS = 40
+MAX_NAME = 60  # characters of a title, a label, the name of a column
 MAX_DIGITS = 10
 SMALLEST, LARGEST = -6, 11  # powers of ten: what is left can be written on a chart, and subtracted exactly
 
@@ -59,6 +61,8 @@ def read_table(text: str) -> Table:
     columns = [[number(row[i]) for row in rows[1:]] for i in range(1, len(rows[0]))]
     kept = zip(names, columns, strict=True)
     series = tuple(Series(name, tuple(column)) for name, column in kept if name and None not in column)
+    if any(len(name) > MAX_NAME for name in (_clean(title), header, *names, *labels)):
+        raise SampleError("bad_table", f"a title, a label or a column's name is longer than {MAX_NAME} characters")
     named = [one.name for one in series]
     if not series or not all((header, *labels)) or len(set(labels)) < len(labels) or len(set(named)) < len(named):
         raise SampleError("bad_table", "the table needs a name for each row, all different, and a column of numbers")
@@ -106,4 +110,4 @@ def _json_rows(text: str) -> tuple[str, list[list]]:
 
 
 def _clean(cell: object) -> str:
-    return re.sub(r"\s+", " ", "" if cell is None else str(cell)).strip()
+    return normalise("" if cell is None else str(cell)).replace("\n", " ")

@@ -130,6 +130,13 @@ def test_ocr_answers_are_the_text_and_interleaved_parts_are_told_once():
     assert by_type["qa"]
 
 
+def test_a_single_sentence_has_no_parts_to_alternate():
+    assert [values["type"] for _, values in draft_of(document("One.")).documents] == ["ocr"]
+    with pytest.raises(SampleError, match="no interleaved can be made") as short:
+        draft_of(document("One."), types=("interleaved",))
+    assert short.value.cause == "too_short"
+
+
 def test_page_questions_are_answered_by_the_page():
     style = page_style(height=392)
     (page,) = paginate(wrap("First one. Second two. Third three.\nLast.", 100, measurer(style)), style)
@@ -159,7 +166,18 @@ def test_tables_are_read_from_csv_and_json():
 
 @pytest.mark.parametrize(
     "text",
-    ["", "a,b", "a,b\n1,x\n2,y", "a,b\n1,2\n1,3", "a,b\n1,2\n3", '{"rows": 3}', "[1]", "a,b\n1,NaN\n2,1e99", '"a,b\n1'],
+    [
+        "",
+        "a,b",
+        "a,b\n1,x\n2,y",
+        "a,b\n1,2\n1,3",
+        "a,b\n1,2\n3",
+        '{"rows": 3}',
+        "[1]",
+        "a,b\n1,NaN\n2,1e99",
+        '"a,b\n1',
+        f"{'a' * 61},b\n1,2\n3,4",
+    ],
 )
 def test_tables_that_cannot_be_drawn_are_refused(text):
     with pytest.raises(SampleError) as refused:
@@ -214,7 +232,10 @@ def test_charts_are_drawn_alike_for_a_seed():
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("kind", ["bar", "pie", "scatter"])
 def test_every_kind_of_chart_is_drawn(kind):
-    chart = charts("k,x,y\n" + "".join(f"{name},{i + 1},{9 - i}\n" for i, name in enumerate("abcde")), kind)[-1]
+    """Signs of matplotlib's formulas in the names are letters like others."""
+    chart = charts(
+        "$\\frac{ k$,x$_$,y^_\n" + "".join(f"{name},{i + 1},{9 - i}\n" for i, name in enumerate("abcde")), kind
+    )[-1]
     pixels = np.asarray(draw_chart(chart, random.Random(2), FONTS[-1]))
     assert 0.005 < (pixels.min(axis=-1) < 128).mean() < 0.6
 
