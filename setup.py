@@ -37,7 +37,7 @@ SHOW = ["matplotlib>=3.9"]
 SYNTHESIS = ["datasketch>=2.0", "espeakng-loader>=0.2.4", *SHOW]
 
 EXTRAS = {
-    "beam": ["apache-beam>=2.66"],
+    "beam": ["apache-beam>=2.77"],
     "tpu": ["jax[tpu]>=0.10.2"],
     "cuda": ["jax[cuda12]>=0.10.2"],
     "preflight": ["libtpu"],

@@ -30,14 +30,16 @@ def draw(types: Sequence[str], quantities: "Sequence[Quantity]", path: Path) -> 
     shown = [quantity for quantity in quantities if len(quantity.values)]
     colours = _colours(types)
     rows = -(-len(shown) // COLUMNS)
-    figure = Figure(figsize=(14, 3.0 * rows + 1.2), dpi=100, layout="constrained")
+    height = 3.0 * rows + 1.2
+    figure = Figure(figsize=(14, height), dpi=100)
     FigureCanvasAgg(figure)
+    figure.subplots_adjust(0.04, 1.3 / height, 0.99, 1 - 0.4 / height, wspace=0.09, hspace=0.28)
     for axes, quantity in zip(figure.subplots(max(rows, 1), COLUMNS, squeeze=False).flat, shown, strict=False):
         _histogram(axes, quantity, colours)
     for axes in figure.axes[len(shown) :]:
         axes.set_visible(False)
     handles = [Patch(facecolor=colour, label=name or "(no type)") for name, colour in zip(types, colours, strict=True)]
-    figure.legend(handles=handles, loc="outside lower center", ncols=8, fontsize=9, frameon=False)
+    figure.legend(handles=handles, loc="lower center", ncols=8, fontsize=9, frameon=False)
     try:
         with matplotlib.rc_context({"text.parse_math": False}):
             figure.savefig(path)
