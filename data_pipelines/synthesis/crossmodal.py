@@ -33,8 +33,7 @@ from data_pipelines.synthesis.task_prompts import ANSWER_PICTURE, CONTINUE_PICTU
 from data_pipelines.synthesis.units import manifest_job
 
 NAME = "crossmodal"
-PICTURES, FILMS = "image_audio_text", "video_audio_text"
-"""Types of the new documents."""
+TYPE = "cross_modal"  # of the new documents
 ORDERS = ("random", "first")
 
 _SPECIAL = re.compile("(" + "|".join(map(re.escape, SPECIAL_TOKENS)) + ")")
@@ -76,12 +75,12 @@ def cross_modalities(document: Document, draft: Draft, settings: CrossmodalSetti
         raise SampleError("has_sound", "there is audio in it already")
     kinds = {type(element) for element in elements}
     if Video in kinds:
-        new, kind = add_tracks(elements, document), FILMS
+        new = add_tracks(elements, document)
     elif Picture in kinds:
-        new, kind = speak_sentences(elements, document, draft, settings), PICTURES
+        new = speak_sentences(elements, document, draft, settings)
     else:
         raise SampleError("no_picture", "there is neither a picture nor a film in it")
-    draft.add(write_prompt(_link_media(new, document, draft)), kind)
+    draft.add(write_prompt(_link_media(new, document, draft)), TYPE)
 
 
 def add_tracks(elements: Sequence[Element], document: Document) -> list[Element]:

@@ -324,7 +324,7 @@ def test_a_share_of_the_sentences_is_heard(tmp_path):
         assert not skipped
         for document, language, all_of_them in zip(made, ("en", "zh"), (sentences, chinese), strict=True):
             prompt, *elements = parse_prompt(document["text"])
-            assert document["type"] == "image_audio_text"
+            assert document["type"] == "cross_modal"
             assert prompt.text.removesuffix("\n") in CONTINUE_PICTURE[language]
             assert not prompt.trainable
             assert sum(isinstance(element, Sound) for element in elements) == heard
@@ -365,7 +365,7 @@ def test_the_track_of_a_film_stands_beside_it(tmp_path):
         ],
     )
     made, skipped = run("crossmodal", manifest, tmp_path / "out", *FAKE)
-    assert [document["type"] for document in made] == ["video_audio_text"]
+    assert [document["type"] for document in made] == ["cross_modal"]
     _, film, track, question, answer = parse_prompt(made[0]["text"])
     assert (film, track) == (Video(track.reference), Sound(film.reference))
     assert (tmp_path / "out" / film.reference.path).read_bytes() == (tmp_path / "loud.mp4").read_bytes()
