@@ -3,7 +3,6 @@
 `--tts package.module:factory` names a callable without arguments that returns a `TextToSpeech`.
 """
 
-import importlib
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Protocol, runtime_checkable
@@ -14,6 +13,7 @@ import soxr
 from baichuan_omni_jax.config import ConfigError
 from data_pipelines.document import SampleError
 from data_pipelines.synthesis.espeak import SAMPLE_RATE, SpeechError, check_installed, speak
+from data_pipelines.synthesis.hooks import load_hook
 from data_pipelines.synthesis.voices import VOICES, parse_voice
 
 RATES = (16000, 24000)
@@ -71,17 +71,9 @@ def load_speech(name: str) -> TextToSpeech:
     """
     if name in INCLUDED:
         return INCLUDED[name]()
-    module, separator, factory = name.partition(":")
-    if not separator:
+    if ":" not in name:
         raise ConfigError(f"--tts {name}: neither {' nor '.join(INCLUDED)} nor of the form package.module:factory")
-    try:
-        speech = getattr(importlib.import_module(module), factory)()
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"--tts {name} cannot be loaded: {error}") from error
-    for method in ("voices", "synthesise"):
-        if not callable(getattr(speech, method, None)):
-            raise ConfigError(f"--tts {name}: what it returns has no method {method}")
-    return speech
+    return load_hook("--tts", name, "voices", "synthesise")
 
 
 def voice_text(speech: TextToSpeech, text: str, voice: str, language: str) -> tuple[np.ndarray, int]:
