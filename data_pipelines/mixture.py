@@ -1,10 +1,10 @@
 """The one endless stream of documents: every source in a new order each epoch, sources interleaved by weight.
 
 Next is the source that is furthest behind its share: the smallest (given + what its next document adds) / weight, where
-documents or tokens are counted. With weights 2 and 1 and documents counted: sources 0 0 1, 0 0 1, ... After n in all, a
-source has given n * weight / sum of weights, less at most one document and more at most (sources * weight / sum of
-weights) documents, the largest there are where tokens are counted. (Grain's own `mix` cuts weights to whole hundredths
-of the smallest: with 1 and 1.009 it gives equal shares for ever.)
+documents or tokens are counted. With weights 2 and 1 and documents counted: sources 0 0 1, 0 0 1, ... However long the
+stream, a source has given its share of it less at most 1 and more at most sources * weight / sum of weights, times the
+longest document where tokens are counted. (Grain's own `mix` cuts weights to whole hundredths of the smallest: with 1
+and 1.009 it gives equal shares for ever.)
 """
 
 import math

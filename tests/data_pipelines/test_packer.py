@@ -38,7 +38,7 @@ def rows_of(lengths, budgets=BUDGETS, layout=LAYOUT, open_bins=3, look_ahead=5):
 
 
 @given(LENGTHS, st.integers(1, 5), st.integers(0, 20))
-@settings(max_examples=60)
+@settings(max_examples=30)
 def test_every_document_is_in_one_row_and_no_row_is_over_a_budget(lengths, open_bins, look_ahead):
     rows = rows_of(lengths, open_bins=open_bins, look_ahead=look_ahead)
     assert Counter(number for row in rows for number in row) == Counter(range(len(lengths)))
@@ -49,7 +49,7 @@ def test_every_document_is_in_one_row_and_no_row_is_over_a_budget(lengths, open_
 
 
 @given(st.lists(LENGTHS, min_size=1, max_size=3), st.integers(1, 4), st.integers(0, 9), st.integers(0, 30))
-@settings(max_examples=40)
+@settings(max_examples=15)
 def test_a_restored_plan_goes_on_with_the_same_rows(lengths, open_bins, look_ahead, done):
     def make():
         sources = [listed(own, str(number)) for number, own in enumerate(lengths)]

@@ -31,25 +31,22 @@ def squares(row):
 
 @st.composite
 def mixtures(draw):
-    """Sources with their lengths (some documents in pieces, some dropped), weights, and what they are counted by."""
-    sizes = draw(st.lists(st.lists(st.integers(1, 50), min_size=3, max_size=20), min_size=1, max_size=3))
-    gives = [{0: [], 2: [((7,), []), ((9,), [])]} if draw(st.booleans()) else {} for _ in sizes]
-    weights = draw(st.lists(st.floats(0.1, 9), min_size=len(sizes), max_size=len(sizes)))
-    return sizes, gives, weights, draw(st.sampled_from(["documents", "tokens"]))
+    """Sources with their needs (some documents in pieces, some dropped), weights, what they are counted by, budgets."""
+    need = st.tuples(st.integers(1, 50), st.integers(0, 10))
+    needs = draw(st.lists(st.lists(need, min_size=3, max_size=20), min_size=1, max_size=3))
+    gives = [{0: [], 2: [((7, 0), []), ((9, 9), [])]} if draw(st.booleans()) else {} for _ in needs]
+    weights = draw(st.lists(st.floats(0.1, 9), min_size=len(needs), max_size=len(needs)))
+    budgets = [60, draw(st.integers(10, 40))]
+    return needs, gives, weights, draw(st.sampled_from(["documents", "tokens"])), budgets
 
 
-@given(mixtures(), st.integers(1, 6), st.sampled_from([0, 1, 3, 4]), st.integers(0, 14), st.integers(1, 4), st.data())
-@settings(max_examples=25)
-def test_restored_at_any_step_by_any_workers_on_any_hosts(mixture, rows, window, done, workers, data):
+def check_restored(mixture, rows, window, done, workers, data):
     """Workers plan all steps and decode every n-th, hosts decode their rows of each: together what one process does."""
-    sizes, gives, weights, counted = mixture
+    needs, gives, weights, counted, budgets = mixture
 
     def make():
-        sources = [
-            Listed(name, [(size,) for size in own], gives=given)
-            for name, own, given in zip(NAMES, sizes, gives, strict=False)
-        ]
-        plan = row_plan(sources, [60], open_bins=2, look_ahead=4, seed=1, weights=weights, counted=counted)
+        sources = [Listed(name, own, gives=given) for name, own, given in zip(NAMES, needs, gives, strict=False)]
+        plan = row_plan(sources, budgets, open_bins=2, look_ahead=4, seed=1, weights=weights, counted=counted)
         return StepPlan(plan, rows, window, squares, seed=1)
 
     whole = make()
@@ -71,8 +68,24 @@ def test_restored_at_any_step_by_any_workers_on_any_hosts(mixture, rows, window,
     assert [found[number] for number in range(6)] == [[step[row] for row in host] for step in steps[done:]]
 
 
+ANY = (mixtures(), st.integers(1, 6), st.sampled_from([0, 1, 3, 4]), st.integers(0, 14), st.integers(1, 4), st.data())
+
+
+@given(*ANY)
+@settings(max_examples=10)
+def test_restored_at_any_step_by_any_workers_on_any_hosts(mixture, rows, window, done, workers, data):
+    check_restored(mixture, rows, window, done, workers, data)
+
+
+@pytest.mark.slow
+@given(*ANY)
+@settings(max_examples=400)
+def test_restored_at_many_steps(mixture, rows, window, done, workers, data):
+    check_restored(mixture, rows, window, done, workers, data)
+
+
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=120), st.integers(1, 5), st.integers(0, 5))
-@settings(max_examples=30)
+@settings(max_examples=15)
 def test_ordering_loses_nothing(sizes, rows, window):
     def make():
         return row_plan([Listed("a", [(size,) for size in sizes])], [60], epochs=1)
