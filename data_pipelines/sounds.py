@@ -5,6 +5,7 @@ soundfile reads wav, flac, ogg and mp3; the audio track of anything else (mp4, w
 
 import struct
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import chain
 
 import numpy as np
@@ -39,8 +40,8 @@ def probe_sound(media: Media, rate: int) -> int:
     Raises SampleError: "unreadable_media" for a file without audio, one that ends before its header says, an empty one;
     "too_big_media" beyond `limits`.
     """
-    info = _sound_info(media)
-    samples = _convert_length(info.frames, info.samplerate, rate) if info else _probe_track(media, rate)
+    with _opened(media) as sound:
+        samples = _convert_length(sound.frames, sound.samplerate, rate) if sound else _probe_track(media, rate)
     if samples <= 0:
         raise SampleError("unreadable_media", f"{media.name} holds no audio")
     return samples
@@ -52,7 +53,8 @@ def decode_sound(media: Media, samples: int, rate: int) -> Float32[np.ndarray, "
     Raises SampleError: "changed" when the audio is longer or shorter by more than 0.1 s; "unreadable_media" when it
     cannot be decoded, ends early or holds values that are no sound; "silent_audio" when it is silent throughout.
     """
-    wave, found = _decode_file(media) if _sound_info(media) else _decode_track(media)
+    with _opened(media) as sound:
+        wave, found = _decode_file(sound, media.name) if sound else _decode_track(media)
     loudest = max(wave.max(initial=0.0), -wave.min(initial=0.0))
     if not loudest <= LOUDEST:
         what = f"of {loudest:.3g}, where full scale is 1" if np.isfinite(loudest) else "that are not finite"
@@ -73,23 +75,24 @@ def _convert_length(samples: int, found: int, rate: int) -> int:
     return (samples * rate + found // 2) // found
 
 
-def _sound_info(media: Media) -> "soundfile._SoundFileInfo | None":
-    """soundfile's header, or None for a format that it does not know.
+@contextmanager
+def _opened(media: Media) -> Iterator[soundfile.SoundFile | None]:
+    """The file as soundfile opens it, or None for a format that it does not know.
 
     Raises SampleError: "unreadable_media" for a truncated file, "too_big_media" beyond `limits`.
     """
-    with reading(media, "sound"), media.open() as file:
+    with reading(media, "sound"), media.open() as file, ExitStack() as stack:
         _check_riff(file.read(12), media.size)
         file.seek(0)
-        try:
-            info = soundfile.info(file)
-        except (soundfile.LibsndfileError, TypeError):  # TypeError: the name ends in .raw
-            return None
-        if info.format not in SOUNDFILE_FORMATS:
-            return None
-        check_bytes(media.size, "sound", media.name)
-        check_sound(info.frames, info.samplerate, info.channels, media.name)
-        return info
+        sound = None
+        with suppress(soundfile.LibsndfileError, TypeError):  # TypeError: the name ends in .raw
+            sound = stack.enter_context(soundfile.SoundFile(file))
+        if sound is not None and sound.format not in SOUNDFILE_FORMATS:
+            sound = None
+        if sound is not None:
+            check_bytes(media.size, "sound", media.name)
+            check_sound(sound.frames, sound.samplerate, sound.channels, media.name)
+        yield sound
 
 
 def _check_riff(head: bytes, size: int) -> None:
@@ -103,13 +106,12 @@ def _check_riff(head: bytes, size: int) -> None:
             raise ValueError(f"the file is truncated: {size} of {promised + 8} bytes")
 
 
-def _decode_file(media: Media) -> tuple[Float32[np.ndarray, "t"], int]:
-    with reading(media, "sound"), media.open() as file, soundfile.SoundFile(file) as sound:
-        blocks = sound.blocks(BLOCK // sound.channels, dtype="float32", always_2d=True)
-        wave = _joined((_mono(block, 1) for block in blocks), media.name)
-        if len(wave) < sound.frames - TOLERANCE * sound.samplerate:
-            raise ValueError(f"the file is truncated: {len(wave)} of {sound.frames} samples")
-        return wave, sound.samplerate
+def _decode_file(sound: soundfile.SoundFile, name: str) -> tuple[Float32[np.ndarray, "t"], int]:
+    blocks = sound.blocks(BLOCK // sound.channels, dtype="float32", always_2d=True)
+    wave = _joined((_mono(block, 1) for block in blocks), name)
+    if len(wave) < sound.frames - TOLERANCE * sound.samplerate:
+        raise ValueError(f"the file is truncated: {len(wave)} of {sound.frames} samples")
+    return wave, sound.samplerate
 
 
 def _mono(values: Float32[np.ndarray, "a b"], channels: int) -> Float32[np.ndarray, "t"]:
