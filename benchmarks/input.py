@@ -40,7 +40,7 @@ WARM = 4  # steps
 GOAL = 1.5
 NOTES = {
     "padded": "peer: loose files, only wanted frames converted, Whisper's mel of clips padded to 30 s, rows given",
-    "trimmed": "as the peer above, its mels only as long as the clip; it checks no file and makes no targets and no slots",
+    "trimmed": "as the peer above, its mels only as long as the clip; it checks no file, makes no targets and no slots",
 }
 STAGES = {  # what of the processor belongs to which stage; what is left is packing, with text and layout
     "decode": ("load_image", "read_video", "probe_sound", "decode_sound"),
