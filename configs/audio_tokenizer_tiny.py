@@ -12,6 +12,8 @@ from baichuan_omni_jax.config import (
     CheckpointConfig,
     ComputeConfig,
     DataConfig,
+    EvalConfig,
+    EvalMixture,
     GroupConfig,
     OptimizerConfig,
     QuantizerConfig,
@@ -50,6 +52,11 @@ def get_config() -> RunConfig:
         compute=ComputeConfig(dtype="float32", remat="none", loss_chunk=256, attention_block=128),
         train=TrainConfig(steps=STEPS, frozen_dtype="float32"),
         checkpoint=CheckpointConfig(every=200, keep=1),
+        eval=EvalConfig(
+            every=100,
+            steps=12,
+            mixtures=(EvalMixture(name="speech", sources=(SourceConfig(name="audio", manifest="audio.jsonl"),)),),
+        ),
         tokenizer=TokenizerTraining(
             transcript=0.1,
             quantizer=QuantizerConfig(

@@ -10,6 +10,8 @@ from baichuan_omni_jax.config import (
     CheckpointConfig,
     ComputeConfig,
     DataConfig,
+    EvalConfig,
+    EvalMixture,
     FlowTraining,
     GroupConfig,
     OptimizerConfig,
@@ -49,6 +51,11 @@ def get_config() -> RunConfig:
         train=TrainConfig(steps=STEPS, frozen_dtype="float32"),
         checkpoint=CheckpointConfig(
             every=500, keep=1, init_from=f"audio_encoder={TOKENIZER},audio_decoder={TOKENIZER},flow=random"
+        ),
+        eval=EvalConfig(
+            every=250,
+            steps=8,
+            mixtures=(EvalMixture(name="speech", sources=(SourceConfig(name="audio", manifest="audio.jsonl"),)),),
         ),
         flow=FlowTraining(ema=0.99),
     )

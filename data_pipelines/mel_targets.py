@@ -5,10 +5,9 @@ from functools import lru_cache
 import numpy as np
 from jaxtyping import Float32
 
-from baichuan_omni_jax.config.sound_targets import MelTargetSettings
+from baichuan_omni_jax.config.sound_targets import HIGHEST, MelTargetSettings
 
 _POWER_FLOOR = 1e-9  # under the root
-HIGHEST = 8000.0  # Hz, of the highest filter
 
 
 def mel_target(samples: Float32[np.ndarray, "t"], settings: MelTargetSettings) -> Float32[np.ndarray, "s mels"]:

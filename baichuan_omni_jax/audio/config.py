@@ -42,6 +42,11 @@ class AudioConfig:
         return len(self.codebook_sizes)
 
     @property
+    def code_rate(self) -> float:
+        """Code frames a second: 12.5."""
+        return self.sampling_rate / (self.hop_length * self.stride_size * self.avg_pooler)
+
+    @property
     def max_mel_frames(self) -> int:
         return self.max_audio_seconds * self.sampling_rate // self.hop_length
 

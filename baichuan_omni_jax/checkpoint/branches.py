@@ -55,8 +55,9 @@ def load_branches(spec: str, abstract: Mapping[str, Any], *, allow_missing: bool
     """Reads the branches of `abstract` (name -> abstract module, see `with_shardings`) from where `spec` says.
 
     `spec` is `DIR` or `branch=DIR,branch=DIR`; DIR is a checkpoint, a step of a workdir, or a workdir, which means
-    its newest good step, or `random`: that branch is left out. Values come with the dtypes and shardings of `abstract`. Raises ConfigError naming branch
-    and folder when a branch is nowhere (with `allow_missing` it is left out), when a file is damaged, and when a
+    its newest good step; `branch=random` leaves that branch out. Values come with the dtypes and shardings of
+    `abstract`. Raises ConfigError naming branch and folder when a branch is nowhere (with `allow_missing` it is left
+    out), when a file is damaged, and when a
     tensor is missing, superfluous or of another shape.
     """
     sources = parse_spec(spec, tuple(abstract))

@@ -7,6 +7,8 @@ from baichuan_omni_jax.config.model import OmniConfig
 from baichuan_omni_jax.config.run import RunConfig
 from baichuan_omni_jax.flow.config import FlowConfig
 
+HIGHEST = 8000.0  # Hz, of the highest filter
+
 
 @dataclass(frozen=True)
 class MelTargetSettings:

@@ -3,6 +3,8 @@
 eval/NAME/loss  loss_text  loss_audio  loss_audio_q0 ..     of mixture NAME, as in a training step
 eval/NAME/loss_text_only                                    of its documents without any picture or sound
 eval/NAME/SOURCE/loss_text  loss_audio                      of one source
+
+The tasks that train on sound have numbers of their own: `train/sound_scores.py`.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,7 +17,8 @@ from jaxtyping import Float
 from baichuan_omni_jax.config import RunConfig
 from baichuan_omni_jax.train.data import Data
 from baichuan_omni_jax.train.omni_sums import make_eval_step
-from baichuan_omni_jax.train.state import Setup, TrainState
+from baichuan_omni_jax.train.sound_scores import flow_means, flow_sums, tokenizer_means, tokenizer_sums
+from baichuan_omni_jax.train.state import Setup, TrainState, saved_values
 
 Sums = dict[str, Float[np.ndarray, "..."]]
 
@@ -30,7 +33,7 @@ class Evaluation:
     def __init__(self, run: RunConfig, setup: Setup, place: Callable, mixtures: Mapping[str, Data]) -> None:
         self._run, self._place, self._mixtures = run, place, mixtures
         sources = max((len(data.sources) for data in mixtures.values()), default=1)
-        self._sums_of = make_eval_step(setup, run, sources)
+        self._setup, self._sums_of = setup, make_sums(setup, run, sources)
 
     def is_due(self, step: int) -> bool:
         """Before the first step, and after every `eval.every`."""
@@ -41,17 +44,33 @@ class Evaluation:
         losses = {}
         for name, data in self._mixtures.items():
             sums = self._sums(state, data)
-            losses |= {f"eval/{name}/{key}": value for key, value in mean_losses(sums, data.sources, self._run).items()}
+            means = make_means(self._setup, self._run, sums, data.sources)
+            losses |= {f"eval/{name}/{key}": value for key, value in means.items()}
         return losses
 
     def _sums(self, state: TrainState, data: Data) -> Sums:
         total: Sums = {}
+        parameters = saved_values(self._setup, state)
         with closing(data.steps(None)) as steps:
             for step in islice(steps, self._run.eval.steps):
-                sums = self._sums_of(state.trainable | state.frozen, self._place(step.batch))
+                sums = self._sums_of(parameters, self._place(step.batch))
                 for name, value in sums.items():
                     total[name] = total.get(name, 0.0) + np.asarray(value, np.float64)
         return total
+
+
+def make_sums(setup: Setup, run: RunConfig, sources: int) -> Callable[..., Sums]:
+    """The task's compiled (parameters, batch) -> sums."""
+    if run.task == "audio_tokenizer":
+        return tokenizer_sums(setup, run)
+    return flow_sums(setup, run) if run.task == "flow_matching" else make_eval_step(setup, run, sources)
+
+
+def make_means(setup: Setup, run: RunConfig, sums: Sums, sources: tuple[str, ...]) -> dict[str, float]:
+    """The task's numbers from its sums."""
+    if run.task == "audio_tokenizer":
+        return tokenizer_means(sums, setup.task.omni.audio.code_rate)
+    return flow_means(sums) if run.task == "flow_matching" else mean_losses(sums, sources, run)
 
 
 def mean_losses(sums: Mapping[str, np.ndarray], sources: tuple[str, ...], run: RunConfig) -> dict[str, float]:

@@ -137,6 +137,11 @@ def to_saved(setup: Setup, state: TrainState) -> tuple[dict[str, nnx.Module], An
     return branches_of(setup.assemble(values, {})), opt_state
 
 
+def saved_values(setup: Setup, state: TrainState) -> Arrays:
+    """All parameters by dotted name, as a checkpoint holds them."""
+    return _exchange(setup, state.trainable | state.frozen, state.opt_state)[0]
+
+
 def from_saved(setup: Setup, branches: dict[str, nnx.Module], opt_state: Any, step: int) -> TrainState:
     """The state of restored branches."""
     values, opt_state = _exchange(setup, named_values(branches), opt_state)

@@ -1,0 +1,116 @@
+"""The tasks that train on sound, run as a user runs them: what moves, what stays, and exact resumption."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from micro import REPOSITORY, numbers, one_device, read_metrics, saved_arrays
+
+from baichuan_omni_jax.config import ConfigError, apply_overrides, load_run_config, resolve_model
+from baichuan_omni_jax.config.sound_targets import sound_targets
+from baichuan_omni_jax.train.rows import BatchPlacer
+from baichuan_omni_jax.train.state import init_state, make_compute, make_setup
+from baichuan_omni_jax.train.step import make_gradients
+from data_pipelines.pipeline import open_pipeline
+
+TOKENIZER, FLOW = (REPOSITORY / "configs" / f"{name}_tiny.py" for name in ("audio_tokenizer", "flow_matching"))
+SMALL = ("data.workers=0", "data.sample=false", "eval.every=0", "data.mel_frames=(256,)", "data.rows=1")
+
+
+def small(config, root, *changes: str):
+    return apply_overrides(load_run_config(config), [*SMALL, f"data.root={root}", *changes])
+
+
+@pytest.fixture(scope="module")
+def tokenizer_step(micro_root, quick_compile):
+    """(run, setup, state, batch) of the tokenizer's first step."""
+    run = small(TOKENIZER, micro_root)
+    omni, mesh, compute = resolve_model(run.model), one_device(), make_compute(run)
+    pipeline = open_pipeline(run.data, omni, targets=sound_targets(run, omni))
+    with jax.set_mesh(mesh):
+        setup = make_setup(run, omni, mesh, compute)
+        setup.task.check(mesh)
+        state = init_state(run, setup)
+        place = BatchPlacer(1, setup.task.batch_axes(), mesh, compute.rules)
+        return run, setup, state, place(next(pipeline.steps(None)).batch)
+
+
+@pytest.mark.slow
+def test_the_transcript_reaches_the_ears_through_a_reader_that_stays(tokenizer_step):
+    """With the transcript's loss alone: gradients in encoder, bridge and adapter, none in the reader."""
+    run, setup, state, batch = tokenizer_step
+    settings = dataclasses.replace(run.tokenizer, reconstruction=0.0, commitment=0.0, transcript=1.0)
+    quantizer = dataclasses.replace(settings.quantizer, quantised_share=1.0, level_dropout=0.0)
+    run = dataclasses.replace(run, tokenizer=dataclasses.replace(settings, quantizer=quantizer))
+    with jax.set_mesh(setup.mesh):
+        setup = make_setup(run, setup.task.omni, setup.mesh, setup.task.compute)
+        gradients, metrics, moved = jax.jit(make_gradients(setup, run))(
+            state.trainable, state.frozen, batch, state.opt_state.extra
+        )
+    assert metrics["loss"] == metrics["loss_transcript"] > 0
+    size = lambda prefix: sum(float(jnp.abs(g).sum()) for name, g in gradients.items() if name.startswith(prefix))  # noqa: E731
+    assert size("audio_encoder.encoder.") > 0
+    assert size("audio_encoder.bridge.") > 0
+    assert size("transcript_adapter.") > 0
+    assert size("audio_decoder.") == 0
+    assert not any(name.startswith("llm.") for name in gradients)
+    assert {name.rsplit(".", 1)[1] for name in moved.values} == {"embed", "embed_avg", "cluster_size"}
+
+
+@pytest.mark.slow
+def test_tokenizer_run_and_resumption(pretrain, tmp_path):
+    """Six steps at once, and three and three: the same numbers and arrays. The reader stays, the codebooks move."""
+    changes = [*SMALL, "checkpoint.every=3", "checkpoint.keep=3"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert pretrain(whole, *changes, "train.steps=6", config=TOKENIZER).returncode == 0
+    for steps in (3, 6):
+        assert pretrain(parts, *changes, f"train.steps={steps}", config=TOKENIZER).returncode == 0
+    assert numbers(parts) == numbers(whole)
+    ends = [saved_arrays(workdir, 6) for workdir in (whole, parts)]
+    assert all(np.array_equal(ends[0][name], value) for name, value in ends[1].items())
+    first = saved_arrays(whole, 3)
+    still = [name for name in first if name.startswith("llm")]
+    assert still
+    assert all(np.array_equal(first[name], ends[0][name]) for name in still)
+    assert not any(np.array_equal(first[name], ends[0][name]) for name in first if "embed_avg" in name)
+    assert all(np.isfinite(row["loss"]) for row in read_metrics(whole))
+
+
+@pytest.mark.slow
+def test_flow_saves_the_mean_and_resumes_from_the_weights(pretrain, tmp_path):
+    """Two and two steps equal four; the branch holds the running mean, the optimizer's state the weights."""
+    changes = [*SMALL, "checkpoint.every=2", "checkpoint.keep=3", "checkpoint.init_from="]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert pretrain(whole, *changes, "train.steps=4", config=FLOW).returncode == 0
+    for steps in (2, 4):
+        assert pretrain(parts, *changes, f"train.steps={steps}", config=FLOW).returncode == 0
+    assert numbers(parts) == numbers(whole)
+    ends = [saved_arrays(workdir, 4) for workdir in (whole, parts)]
+    assert all(np.array_equal(ends[0][name], value) for name, value in ends[1].items())
+    frozen = [name for name in ends[0] if name.startswith("audio_")]
+    assert all(np.array_equal(saved_arrays(whole, 2)[name], ends[0][name]) for name in frozen)
+    name = next(name for name in ends[0] if name.startswith("flow") and name.endswith("['in_fc1']['weight']"))
+    kept = next(value for key, value in ends[0].items() if "mean" in key and "prenet.in_fc1.weight" in key)
+    assert not np.array_equal(ends[0][name], kept)
+
+
+def test_settings_that_do_not_fit_are_refused(micro_root):
+    for change, message in (
+        ("data.budgets.mel_windows=0", "data.budgets.mel_windows must be at least 1"),
+        ("train.accumulate=2", "train.accumulate must be 1"),
+        ("branches=('audio_encoder','llm')", "branches audio_encoder, llm: task audio_tokenizer has"),
+        ("tokenizer.mel_scales=((100,200),)", "tokenizer.mel_scales"),
+    ):
+        run = small(TOKENIZER, micro_root, change)
+        assert message in str(refusal(run))
+
+
+def refusal(run) -> ConfigError | None:
+    omni, compute, mesh = resolve_model(run.model), make_compute(run), one_device()
+    with jax.set_mesh(mesh):
+        try:
+            make_setup(run, omni, mesh, compute).task.check(mesh)
+        except ConfigError as error:
+            return error
