@@ -117,6 +117,7 @@ def check_other_meshes(path: str) -> None:
     print("meshes agree")
 
 
+@pytest.mark.slow
 def test_restored_on_other_meshes(tmp_path: Path) -> None:
     here = Path(__file__).parent
     code = "import sys; sys.path[:0] = sys.argv[2:]; import test_checkpoint_processes as t; "

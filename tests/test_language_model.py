@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import jax
 import numpy as np
+import pytest
 
 from baichuan_omni_jax.config import MeshConfig, tiny
 from baichuan_omni_jax.llm.model import LanguageModel
@@ -11,6 +12,7 @@ from baichuan_omni_jax.nn.param import Compute
 from baichuan_omni_jax.sharding import make_mesh
 
 
+@pytest.mark.slow
 def test_norm_head_divides_each_row_of_the_head_by_its_length():
     cfg = replace(tiny().llm, use_norm_head=True, num_layers=1, vocab_size=64)
     with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):

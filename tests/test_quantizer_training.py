@@ -72,7 +72,7 @@ def test_unused_codes_become_different_vectors_of_the_batch():
     np.testing.assert_array_equal(moved.unused, [0, 0, 0, 9, 0, 1])
 
 
-@pytest.mark.parametrize("batch", ["equal", "nothing valid", "zeros"])
+@pytest.mark.parametrize("batch", ["equal", "nothing valid", pytest.param("zeros", marks=pytest.mark.slow)])
 def test_degenerate_batches_leave_finite_codebooks(batch):
     x, valid = clips(m=2)
     x = jnp.ones_like(x) if batch == "equal" else x * 0 if batch == "zeros" else x

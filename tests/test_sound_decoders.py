@@ -73,6 +73,7 @@ def untrained(make):
     )
 
 
+@pytest.mark.slow
 def test_decoder_item_in_a_batch_equals_alone():
     decoder = untrained(lambda: AudioDecoder(KEY, CFG.audio, CFG.post_net, COMPUTE))
     codes, run = normal(3, 6, CFG.audio.code_dim), jax.jit(lambda d, x, n: d(x, n))
@@ -88,6 +89,7 @@ def test_decoder_item_in_a_batch_equals_alone():
         decoder(jnp.asarray(codes[..., :5]), jnp.array([6, 3, 0], jnp.int32))
 
 
+@pytest.mark.slow
 def test_flow_item_in_a_batch_equals_alone():
     decoder = untrained(lambda: FlowDecoder(KEY, FLOW, COMPUTE))
     hidden, noise = normal(2, 130, CFG.flow.prenet_in_dim), normal(2, 130, CFG.flow.in_channels)
@@ -122,6 +124,7 @@ def test_vocoder_item_in_a_batch_equals_alone():
         vocoder(jnp.asarray(mel), jnp.array([9, 5, 0], jnp.int32), jnp.asarray(phase), jnp.asarray(noise[:, 1:]))
 
 
+@pytest.mark.slow
 def test_bfloat16_traces_and_differentiates():
     compute = Compute(dtype=jnp.dtype("bfloat16"))
     decoder = jax.eval_shape(lambda: AudioDecoder(KEY, CFG.audio, CFG.post_net, compute))

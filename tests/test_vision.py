@@ -49,6 +49,7 @@ def test_pixels_are_normalised_per_channel():
     )
 
 
+@pytest.mark.slow
 def test_a_still_as_pixels_equals_two_equal_slices():
     slices = normalised(PIXELS).reshape(1, 24, 3, 1, 196).repeat(2, 3).reshape(1, 24, 1176)
     np.testing.assert_allclose(run(model(), PIXELS), run(model(), slices), atol=1e-5)

@@ -84,7 +84,8 @@ class FilterDocuments:
         (folder / unit.name).mkdir()
         parts: dict[str, list[str]] = {KEPT: [], ASR: [], REJECTED: [], SKIPPED: []}
         skipped, rejected, signatures = Counter(), Counter(), []
-        for number, (where, document) in enumerate(unit.content.documents()):
+        for number, line in enumerate(unit.content.documents()):
+            where, document = f"{unit.content.name}:{line.number}", line.document
             try:
                 if isinstance(document, SampleError):
                     raise document

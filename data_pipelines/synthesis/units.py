@@ -6,7 +6,6 @@ OUT/NAME-00003/000/00007-002.wav             its media: third file of its docume
 """
 
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -19,7 +18,7 @@ from pathlib import Path
 from baichuan_omni_jax.config import ConfigError
 from data_pipelines.document import Document, SampleError
 from data_pipelines.jobs import Job, Unit
-from data_pipelines.manifest import parse_line
+from data_pipelines.manifest import LineRange
 from data_pipelines.synthesis.draft import Draft
 
 SKIPPED = "skipped"
@@ -27,30 +26,6 @@ FORMAT = 1  # raise it when the same documents and options give something else t
 
 # Adds to the draft what it makes of a document; raises SampleError for one that it cannot use. Picklable.
 Maker = Callable[[Document, Draft], None]
-
-
-@dataclass(frozen=True)
-class LineRange:
-    """Lines of a manifest, from line `first` (counted from 1) at byte `offset`, `length` bytes in all."""
-
-    manifest: Path
-    first: int
-    offset: int
-    length: int
-
-    def documents(self) -> Iterator[tuple[str, Document | SampleError]]:
-        """Where each line is, and its document or why it holds none. Media lie beside the manifest."""
-        with self.manifest.open("rb") as file:
-            file.seek(self.offset)
-            number = self.first
-            for line in io.BytesIO(file.read(self.length)):
-                if line.strip():
-                    try:
-                        document = parse_line(line, number, self.manifest.name, self.manifest.parent)
-                    except SampleError as error:
-                        document = error
-                    yield f"{self.manifest.name}:{number}", document
-                number += 1
 
 
 @dataclass(frozen=True)
@@ -65,7 +40,8 @@ class MakeDocuments:
         made, skipped = Counter(), Counter()
         (folder / unit.name).mkdir()
         parts: dict[str, list[str]] = {}
-        for number, (where, document) in enumerate(unit.content.documents()):
+        for number, line in enumerate(unit.content.documents()):
+            where, document = f"{unit.content.name}:{line.number}", line.document
             if isinstance(document, SampleError):
                 documents, errors = [], [document]
             else:
@@ -126,21 +102,21 @@ def manifest_units(name: str, options: Namespace, settings: str) -> tuple[Unit, 
 
 def _ranges(manifest: Path, size: int) -> Iterator[tuple[LineRange, bytes]]:
     """`size` lines at a time, empty ones not counted, with their bytes."""
-    first, offset, number, count, lines = 1, 0, 0, 0, []
+    path, first, offset, number, count, lines = manifest.resolve(), 1, 0, 0, 0, []
     try:
-        with manifest.open("rb") as file:
+        with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 lines.append(line)
                 count += bool(line.strip())
                 if count == size:
                     content = b"".join(lines)
-                    yield LineRange(manifest.resolve(), first, offset, len(content)), content
+                    yield LineRange(path, path.name, path.parent, first, offset, len(content)), content
                     first, offset, count, lines = number + 1, offset + len(content), 0, []
     except OSError as error:
         raise ConfigError(f"manifest {manifest} cannot be read: {error.strerror}") from error
     if lines:
         content = b"".join(lines)
-        yield LineRange(manifest.resolve(), first, offset, len(content)), content
+        yield LineRange(path, path.name, path.parent, first, offset, len(content)), content
 
 
 def assemble(job: Job, summaries: Sequence[dict]) -> dict[str, Counter]:

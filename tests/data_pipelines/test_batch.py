@@ -35,7 +35,7 @@ def by_subset(sample_pipeline):
     """{modalities: [(source, number), ...]} of the sample data set."""
     found = {}
     for source, index in enumerate(sample_pipeline.indexes):
-        for number in range(len(index)):
+        for number in index.numbers():
             subset = modalities(index.document(number).text)
             found.setdefault(frozenset(subset), []).append((source, number))
     return found

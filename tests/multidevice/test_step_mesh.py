@@ -13,7 +13,7 @@ SCRIPT = Path(__file__).with_name("step.py")
 @pytest.mark.parametrize(
     "meshes",
     [
-        ("1,2,2,2/2",),
+        pytest.param(("1,2,2,2/2",), marks=pytest.mark.slow),
         pytest.param(("2,2,2,1", "8,1,1,1", "1,8,1,1", "1,1,8,1"), marks=pytest.mark.slow),
     ],
     ids=" ".join,

@@ -78,6 +78,7 @@ def test_only_matrices_decay():
     assert not decays("llm.layers.attention.q_proj.bias")
 
 
+@pytest.mark.slow
 def test_frozen_parameters_stay_bit_for_bit(micro_root, tmp_path, quick_compile):
     """Two steps with only the audio head's level heads and embeddings trained: the rest as before, without moments."""
     run = micro_run(micro_root)

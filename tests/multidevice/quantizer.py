@@ -1,0 +1,49 @@
+"""Twenty steps of quantiser training on one device and on eight: prints the largest difference of the codebooks.
+
+Run by test_quantizer_mesh.py with eight CPU devices. Each clip lies in a region of its own, so on eight
+devices most codes are used by one device alone: restarts must go by what the others see.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from baichuan_omni_jax.audio.codebook_training import CodebookState
+from baichuan_omni_jax.audio.quantizer_training import quantize_in_training
+from baichuan_omni_jax.config import MeshConfig, QuantizerConfig
+from baichuan_omni_jax.nn.param import Compute
+from baichuan_omni_jax.sharding import make_mesh
+
+WIDTH, SIZES, STEPS = 16, (64, 32), 20
+CONFIG = QuantizerConfig(decay=0.9, init_steps=3, restart_after=4, temperature=(0.2, 0.0), temperature_steps=10)
+run = jax.jit(quantize_in_training, static_argnums=(5, 6))
+
+
+def train(mesh: jax.sharding.Mesh) -> tuple[CodebookState, ...]:
+    """The codebooks after all steps."""
+    rng = np.random.default_rng(0)
+    regions = 5 * rng.standard_normal((8, 1, WIDTH))
+    with jax.set_mesh(mesh):
+        zeros = lambda size: jnp.zeros((size, WIDTH))  # noqa: E731
+        states = tuple(
+            CodebookState(zeros(size), zeros(size), jnp.zeros(size), jnp.zeros(size, jnp.int32)) for size in SIZES
+        )
+        for step in range(STEPS):
+            x = (regions + rng.standard_normal((8, 30, WIDTH))).astype(np.float32)
+            valid = np.arange(30) < rng.integers(5, 31, (8, 1))
+            key = jax.random.fold_in(jax.random.key(0), step)
+            made = run(key, jnp.asarray(x), jnp.asarray(valid), states, jnp.int32(step), CONFIG, Compute())
+            states = made.states
+    return jax.tree.map(np.asarray, states)
+
+
+def main() -> None:
+    one = train(make_mesh(MeshConfig(), jax.devices()[:1]))
+    eight = train(make_mesh(MeshConfig(data=2, fsdp=4)))
+    pairs = list(zip(jax.tree.leaves(one), jax.tree.leaves(eight), strict=True))
+    print("largest", max(float(np.abs(a - b).max() / max(np.abs(a).max(), 1e-9)) for a, b in pairs))
+    print("used", *(float((state.unused < CONFIG.restart_after).mean()) for state in eight))
+
+
+if __name__ == "__main__":
+    main()
