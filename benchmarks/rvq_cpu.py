@@ -5,7 +5,8 @@
 Time: 512 frames, codebooks 8192, 4096, 2048, 1024 x5 of width 5120, once for normal frames (the codes nearest to them
 are hardly nearer than others: the most candidates) and once for frames that are sums of codes plus noise. Codebooks are
 prepared once, as for the tokenising of a data set; torch.cdist has no such form, and its own preparation (the codes'
-norms) is a hundredth of its work. The two take turns, with pauses for the threads of the one to rest.
+norms) is a hundredth of its work. Both give the codes alone. The two take turns, with pauses for the threads of the
+one to rest.
 
 Codes: 8 kinds of frames (normal, or codes plus noise of 0.1, 0.5 and 2; at scales 1e-3, 1 and 1e3) at width 512, and
 a share at the released sizes. At each level the distances to all codes, of the residual that our codes leave, are taken
@@ -33,7 +34,7 @@ KINDS = ((1.0, None), (1.0, 0.1), (1.0, 0.5), (1.0, 2.0), (1e-3, None), (1e-3, 0
 ROUNDING = 2.0**-20
 BLOCK = 1024
 
-lookup = jax.jit(lambda x, codebooks: rvq_lookup(x, codebooks, implementation="xla"))
+lookup = jax.jit(lambda x, codebooks: rvq_lookup(x, codebooks, implementation="xla")[0])
 prepare = jax.jit(lambda codebooks: prepare_codebooks(codebooks, implementation="xla"))
 
 
@@ -84,7 +85,7 @@ def measure_time(name: str, noise: float | None, rows: int, repeats: int) -> dic
 
 def count_codes(case: Case, x: np.ndarray, codebooks: list[np.ndarray]) -> np.ndarray:
     """Looked up; wrong; with another code than torch's; and of these, with a difference beyond rounding."""
-    codes = np.asarray(lookup(jnp.asarray(x), [jnp.asarray(book) for book in codebooks])[0])
+    codes = np.asarray(lookup(jnp.asarray(x), [jnp.asarray(book) for book in codebooks]))
     residual, counts = torch.from_numpy(x), np.zeros(4, int)
     for level, codebook in enumerate(map(torch.from_numpy, codebooks)):
         code = torch.from_numpy(codes[:, level].astype(np.int64))

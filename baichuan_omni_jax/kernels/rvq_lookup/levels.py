@@ -31,8 +31,9 @@ def _lookup_block(x: Float[Array, "n d"], levels: Sequence[Any], nearest: Neares
     residual, total, codes, norms = x.astype(jnp.float32), jnp.zeros(x.shape, jnp.float32), [], []
     for level in levels:
         code = nearest(residual, level)
-        chosen = level.codebook[code]
-        residual = subtract(residual, chosen, x.dtype)
+        # Computed once each: a compiler may else do it again for every use.
+        chosen = lax.optimization_barrier(level.codebook[code])
+        residual = lax.optimization_barrier(subtract(residual, chosen, x.dtype))
         total = total + chosen
         codes.append(code)
         norms.append(jnp.sqrt(jnp.sum(residual * residual, -1)))

@@ -12,6 +12,8 @@ def subtract(residual: Float[Array, "n d"], chosen: Float[Array, "n d"], dtype: 
 
     The rounding is explicit, because a compiler may keep more digits than a cast to bf16 and back asks for.
     """
+    if dtype == jnp.float32:
+        return residual - chosen
     info = jnp.finfo(dtype)
     chosen = lax.reduce_precision(chosen, info.nexp, info.nmant)
     return lax.reduce_precision(residual - chosen, info.nexp, info.nmant)

@@ -7,7 +7,7 @@ With x' and c' the rounded ones, Cauchy-Schwarz bounds what the rounding can hav
     |x.c - x'.c'| <= |x - x'| |c| + |x'| |c - c'|
 
 and summing d exact products in fp32, in any order, adds at most d 2^-24 |x'| |c'|. A code whose lowest possible score
-lies above the highest possible of another is out. What is left is mostly one code a row; where it is a few, their fp32
+lies above that of another, taken in fp32, is out. What is left is mostly one code a row; where it is a few, their fp32
 distances are written out and compared, and a row with more than CANDIDATES is compared with all codes in fp32.
 """
 
@@ -22,7 +22,7 @@ from baichuan_omni_jax.kernels.rvq_lookup.levels import half_norms, lookup_block
 
 SEARCHED = 2**20  # numbers in a codebook from which a search is worth what it compiles to; below, fp32 products of all
 BLOCK_ROWS = 2048  # rows searched at once: memory of (block, largest codebook)
-CANDIDATES = 32  # codes a row may keep after the search
+CANDIDATES = 16  # codes a row may keep after the search
 PAIRS = 128  # (row, candidate) pairs whose distances are written out at once
 FULL_ROWS = 32  # rows compared with all codes at once
 SLACK = 1.001  # covers the rounding of the bound itself
@@ -75,12 +75,15 @@ def nearest(x: Float32[Array, "n d"], level: Prepared) -> Int32[Array, " n"]:
 def search(
     x: Float32[Array, "n d"], level: Prepared
 ) -> tuple[Int32[Array, "n m"], Bool[Array, "n m"], Bool[Array, " n"]]:
-    """The likeliest codes of each row, which of them can be the nearest, and whether no other code can."""
+    """The likeliest codes of each row, which of them can be the nearest, and whether no other code can.
+
+    A code is out when its lowest possible score lies above the score, in fp32, of the likeliest one.
+    """
     size = level.codebook.shape[0]
-    lowest, highest = _bounds(x, level)
     count = min(CANDIDATES, size)
     # Without the barrier XLA:CPU looks through the results' uses and sorts whole rows.
-    least, candidates = lax.optimization_barrier(lax.top_k(-lowest, count))
+    least, candidates = lax.optimization_barrier(lax.top_k(-_lowest(x, level), count))
+    highest = _highest(x, level, candidates[:, 0])
     kept = -least <= highest[:, None]
     complete = jnp.isfinite(highest)  # NaN and infinity are in no order
     if count < size:
@@ -88,16 +91,21 @@ def search(
     return candidates, kept, complete
 
 
-def _bounds(x: Float32[Array, "n d"], level: Prepared) -> tuple[Float32[Array, "n k"], Float32[Array, " n"]]:
-    """The lowest that each score can be, and the highest that a row's least score can be."""
+def _lowest(x: Float32[Array, "n d"], level: Prepared) -> Float32[Array, "n k"]:
+    """The lowest that each score can be."""
     rounded, error = _round(x)
     length = jnp.linalg.norm(rounded.astype(jnp.float32), axis=-1)
     summing = x.shape[1] * 2.0**-24
     products = lax.dot_general(rounded, level.rounded, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
     bound = (error + summing * length)[:, None] * jnp.sqrt(2 * level.half_norms) + length[:, None] * level.errors
-    bound = SLACK * (bound + summing * level.half_norms)
-    scores = level.half_norms - products
-    return scores - bound, jnp.min(scores + bound, -1)
+    return level.half_norms - products - SLACK * (bound + summing * level.half_norms)
+
+
+def _highest(x: Float32[Array, "n d"], level: Prepared, code: Int32[Array, " n"]) -> Float32[Array, " n"]:
+    """The highest that the score of each row's code can be: in fp32, plus what summing in fp32 may take away."""
+    chosen, half = level.codebook[code], level.half_norms[code]
+    lengths = jnp.linalg.norm(x, axis=-1) * jnp.sqrt(2 * half)
+    return half - jnp.sum(x * chosen, -1) + SLACK * x.shape[1] * 2.0**-24 * (lengths + half)
 
 
 def _closest_candidate(x, codebook, candidates, kept) -> Int32[Array, " n"]:
