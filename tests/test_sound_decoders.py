@@ -29,7 +29,6 @@ from baichuan_omni_jax.vocoder.source import accumulated_turns, divided
 from baichuan_omni_jax.vocoder.stft import istft, stft
 
 CFG, COMPUTE, KEY = tiny(), Compute(attention_block=64), jax.random.key(0)
-RNG = np.random.default_rng(0)
 WHOLE = COMPUTE.rules.spec(None, None, None)
 # Few layers of each kind: compiling is what these tests wait for.
 FLOW = dataclasses.replace(CFG.flow, num_mid_blocks=1, n_blocks=1, prenet_layers=1)
@@ -48,6 +47,9 @@ VOCODER = VocoderConfig(
 
 @pytest.fixture(autouse=True)
 def _fp32_on_one_device():
+    """Each test draws the same numbers, whichever ran before it."""
+    global RNG
+    RNG = np.random.default_rng(0)
     with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])), jax.default_matmul_precision("highest"):
         yield
 
@@ -112,6 +114,8 @@ def test_vocoder_item_in_a_batch_equals_alone():
     vocoder = untrained(lambda: Vocoder(KEY, cfg, COMPUTE))
     # A bias that makes it speak: untrained pitch is below the threshold of voicing.
     vocoder.f0_predictor.classifier.bias[...] = jnp.full((1,), 150.0)
+    # Soft: the untrained body else clips nearly every sample, and what is just below swings with the last bit.
+    vocoder.conv_post.weight_g[...] = 0.1 * vocoder.conv_post.weight_g[...]
     mel, phase, noise = normal(3, 9, 20), normal(3, 9), normal(3, 9 * hop, 9)
     run = jax.jit(lambda v, *inputs: v(*inputs))
     wave = run(vocoder, mel, np.array([9, 5, 0], np.int32), phase, noise)
