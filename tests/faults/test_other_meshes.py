@@ -68,7 +68,12 @@ def continued(request, train, part, tmp_path_factory) -> Path:
 def test_losses_on_other_devices(continued, whole):
     rows, expected = read_metrics(continued), read_metrics(whole)
     assert [row["step"] for row in rows] == [row["step"] for row in expected] == list(range(1, STEPS + 1))
-    differences = [abs(row[key] / other[key] - 1) for row, other in zip(rows, expected, strict=True) for key in LOSSES]
+    # A step may hold no speech to predict: its audio loss is 0.
+    differences = [
+        abs(row[key] - other[key]) / max(other[key], 1e-9)
+        for row, other in zip(rows, expected, strict=True)
+        for key in LOSSES
+    ]
     print(f"largest relative difference {max(differences):.1e}")
     assert max(differences) <= TOLERANCE
     for row, other in zip(rows, expected, strict=True):
