@@ -41,8 +41,16 @@ def mel_errors(
     mel: Float[Array, "m t mels"], lengths: Int32[Array, " m"], target: MelTarget
 ) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
     """Mean absolute and mean squared error of `mel`, stretched to the target. Clips without a frame do not count."""
+    absolute, squared, count = mel_error_sums(mel, lengths, target)
+    return absolute / jnp.maximum(count, 1.0), squared / jnp.maximum(count, 1.0)
+
+
+def mel_error_sums(
+    mel: Float[Array, "m t mels"], lengths: Int32[Array, " m"], target: MelTarget
+) -> tuple[Float32[Array, ""], Float32[Array, ""], Float32[Array, ""]]:
+    """Sums of absolute and squared errors as in `mel_errors`, and how many values they are of."""
     stretched = resize_nearest(mel.astype(jnp.float32), lengths, target.lengths, target.mel.shape[1])
     counted = jnp.where(lengths > 0, target.lengths, 0)
     error = keep(stretched - target.mel.astype(jnp.float32), counted)
-    count = jnp.maximum(frames_before(counted, target.mel.shape[1]).sum(dtype=jnp.float32) * target.mel.shape[-1], 1.0)
-    return jnp.abs(error).sum() / count, (error**2).sum() / count
+    count = frames_before(counted, target.mel.shape[1]).sum(dtype=jnp.float32) * target.mel.shape[-1]
+    return jnp.abs(error).sum(), (error**2).sum(), count

@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
 from baichuan_omni_jax.audio.decoder import AudioDecoder
 from baichuan_omni_jax.audio.model import AudioTokenizer
+from baichuan_omni_jax.audio.reconstruction import MelTarget
 from baichuan_omni_jax.config import OmniConfig
 from baichuan_omni_jax.flow.model import FlowDecoder
 from baichuan_omni_jax.nn.param import Compute
@@ -29,3 +30,12 @@ class VoiceModel(nnx.Module):
         quantised = self.audio_encoder.quantizer.decode(codes)
         decoded = self.audio_decoder(quantised, valid.sum(-1, dtype=jnp.int32))
         return jax.lax.stop_gradient(decoded.hidden), decoded.hidden_lengths
+
+
+def beside(
+    hidden: Float[Array, "c t d"], lengths: Int32[Array, " c"], target: MelTarget
+) -> tuple[Float[Array, "c t mels"], Int32[Array, " c"]]:
+    """The target's mel with as many frames as `hidden` (both come at 50 Hz), and how many of them both have."""
+    frames = hidden.shape[1]
+    mel = jnp.pad(target.mel[:, :frames], ((0, 0), (0, max(0, frames - target.mel.shape[1])), (0, 0)))
+    return mel, jnp.minimum(lengths, target.lengths)

@@ -7,14 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from baichuan_omni_jax.audio.reconstruction import MelTarget
+from baichuan_omni_jax.audio.reconstruction import mel_error_sums
 from baichuan_omni_jax.config import RunConfig
 from baichuan_omni_jax.flow.sampler import sample_mel
-from baichuan_omni_jax.nn.lengths import frames_before, keep, resize_nearest
+from baichuan_omni_jax.nn.lengths import frames_before, keep
 from baichuan_omni_jax.omni.batch import Batch
 from baichuan_omni_jax.omni.tokenizer_model import TokenizerModel, clips_of, mel_targets_of
-from baichuan_omni_jax.train.losses import chunked_cross_entropy
+from baichuan_omni_jax.omni.voice_model import beside
 from baichuan_omni_jax.train.state import Arrays, Setup
+from baichuan_omni_jax.train.transcript import transcript_entropies
 
 Sums = dict[str, Float[Array, "..."]]
 SAMPLING_SEED = 0  # of the noise that a held-out mel is sampled from: the same at every evaluation
@@ -38,15 +39,16 @@ def tokenizer_sums(setup: Setup, run: RunConfig) -> Callable[[Arrays, Batch], Su
         target = mel_targets_of(batch, ("scale_0",), compute)[0]
         lengths = valid.sum(-1, dtype=jnp.int32)
         seen = [features, *_first_levels(model, codes)]
-        errors = [_mel_error(model.audio_decoder(x, lengths), target) for x in seen]
-        sums = {"mel": jnp.stack([error for error, _ in errors]), "mel_count": errors[0][1]}
+        decoded = [model.audio_decoder(x, lengths) for x in seen]
+        errors = [mel_error_sums(each.refined_mel, each.mel_lengths, target) for each in decoded]
+        sums = {"mel": jnp.stack([error for error, _, _ in errors]), "mel_count": errors[0][2]}
         for q, size in enumerate(setup.task.omni.audio.codebook_sizes):
             sums[f"used_q{q}"] = _counts(codes[..., q], valid, size)
         distance = jnp.where(valid[..., None], (features - quantised).astype(jnp.float32) ** 2, 0)
         sums |= {"distance": distance.sum(), "distance_count": valid.sum(dtype=jnp.float32) * distance.shape[-1]}
         if reads:
             weights = batch["text_weights"]
-            read = [(_entropies(model, x, valid, batch, run) * weights).sum() for x in (features, quantised)]
+            read = [(transcript_entropies(model, x, valid, batch, run) * weights).sum() for x in (features, quantised)]
             sums |= {"transcript": jnp.stack(read), "transcript_weight": weights.sum()}
         return sums
 
@@ -81,14 +83,11 @@ def flow_sums(setup: Setup, run: RunConfig) -> Callable[[Arrays, Batch], Sums]:
     def sums_of(parameters, batch):
         model = setup.assemble(parameters, {})
         hidden, lengths = model.hidden(clips_of(batch, compute))
-        mel, mel_lengths = mel_targets_of(batch, ("flow",), compute)[0]
-        frames = hidden.shape[1]
-        mel = jnp.pad(mel[:, :frames], ((0, 0), (0, max(0, frames - mel.shape[1])), (0, 0)))
-        lengths = jnp.minimum(lengths, mel_lengths)
+        mel, lengths = beside(hidden, lengths, mel_targets_of(batch, ("flow",), compute)[0])
         noise = jax.random.normal(jax.random.key(SAMPLING_SEED), mel.shape)
         made = {"prior": model.flow.prenet(hidden, lengths), "sampled": sample_mel(model.flow, hidden, lengths, noise)}
         sums = {name: jnp.abs(keep(x.astype(jnp.float32) - mel, lengths)).sum() for name, x in made.items()}
-        return sums | {"count": frames_before(lengths, frames).sum(dtype=jnp.float32) * mel.shape[-1]}
+        return sums | {"count": frames_before(lengths, mel.shape[1]).sum(dtype=jnp.float32) * mel.shape[-1]}
 
     return jax.jit(sums_of)
 
@@ -108,25 +107,6 @@ def _first_levels(model: TokenizerModel, codes) -> list[Float[Array, "c g d"]]:
     return sums
 
 
-def _mel_error(decoded, target: MelTarget):
-    """Sum of absolute errors of the refined mel, stretched to the target, and the number of values."""
-    mel, lengths = decoded.refined_mel.astype(jnp.float32), jnp.where(decoded.mel_lengths > 0, target.lengths, 0)
-    stretched = resize_nearest(mel, decoded.mel_lengths, target.lengths, target.mel.shape[1])
-    error = jnp.abs(keep(stretched - target.mel, lengths)).sum()
-    return error, frames_before(lengths, target.mel.shape[1]).sum(dtype=jnp.float32) * target.mel.shape[-1]
-
-
 def _counts(codes, valid, size: int) -> Float[Array, " k"]:
     chosen = (codes[..., None] == jnp.arange(size)) & valid[..., None]
     return chosen.sum((0, 1), dtype=jnp.float32)
-
-
-def _entropies(model: TokenizerModel, features, valid, batch: Batch, run: RunConfig) -> Float[Array, "b t"]:
-    return chunked_cross_entropy(
-        model.read(features, valid, batch),
-        model.llm.head[...],
-        batch["text_targets"],
-        chunk=run.compute.loss_chunk,
-        rules=model.compute.rules,
-        weight_of=model.llm.head_weight,
-    )

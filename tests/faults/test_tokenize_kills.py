@@ -5,7 +5,7 @@ import time
 
 import pytest
 from micro import wait_until
-from tokenized import copy_data, files_of, parts_of, run, start, store_of, without_store
+from tokenized import copy_data, files_of, part_time_of, parts_of, run, start, store_of, without_store
 
 from data_pipelines.codes import CodeStore
 
@@ -13,8 +13,8 @@ pytestmark = pytest.mark.slow
 
 SEED = 5
 KILLS = 6
-# Seconds over which kills are spread: most of a start, and about the time that one part takes.
-START_TIME, PART_TIME = 5.0, 0.4
+# Seconds over which the first kills are spread, most of a start; no later than with this many parts.
+START_TIME, EARLY = 5.0, 3
 
 
 @pytest.fixture(scope="module")
@@ -28,18 +28,18 @@ def whole(sample_dir, tmp_path_factory):
 
 
 def test_kills_cost_nothing_that_was_written(whole, tmp_path):
-    """Six kills: two before any sound is read, four while parts are written. Same bytes in the end."""
+    """Six kills: two early, four while parts are written. Same bytes in the end."""
     root, cache = whole
-    other, rng = without_store(root, tmp_path / "data"), random.Random(SEED)
+    other, rng, part_time = without_store(root, tmp_path / "data"), random.Random(SEED), part_time_of(root)
     kept, marks = [], lambda: set((other / ".cache").glob("codes-*/frames/.units/*.json"))
     for kill in range(KILLS):
         with start(other, cache) as process:
             if kill < 2:
-                time.sleep(rng.uniform(0, START_TIME))
+                wait_until(process, lambda: len(marks()) >= EARLY, seconds=rng.uniform(0, START_TIME))
             else:
                 before = marks()
                 assert wait_until(process, lambda before=before: marks() != before)
-                time.sleep(rng.uniform(0, PART_TIME))
+                time.sleep(rng.uniform(0, part_time))
             process.kill()
         kept.append(len(marks()))
     print(f"parts there after each kill: {kept}")

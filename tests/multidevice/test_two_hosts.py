@@ -64,7 +64,8 @@ def test_two_hosts_train_as_one(mesh, command, quick, tmp_path):
     outputs = finish(hosts)
     assert [host.returncode for host in hosts] == [0, 0], outputs
     assert "finished at step 4" in outputs[0][0]
-    told = [line for line in outputs[1][0].splitlines() if not line.startswith("[Gloo]")]
+    # Gloo prints from several threads at once: half lines of it come out too.
+    told = [line for line in outputs[1][0].splitlines() if "[Gloo]" not in line and "peer ranks" not in line]
     assert not told, "only host 0 talks"
     whole, parts = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
     assert [row["step"] for row in parts] == [1, 2, 3, 4]

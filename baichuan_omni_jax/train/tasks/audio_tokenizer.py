@@ -12,9 +12,9 @@ from baichuan_omni_jax.config import ConfigError
 from baichuan_omni_jax.nn.param import use
 from baichuan_omni_jax.omni.batch import Batch
 from baichuan_omni_jax.omni.tokenizer_model import TokenizerModel, clips_of, mel_targets_of
-from baichuan_omni_jax.train.losses import chunked_cross_entropy
 from baichuan_omni_jax.train.tasks.sound import check_sound, sound_axes, sound_batch, sound_numbers
 from baichuan_omni_jax.train.tasks.task import Metrics, Moved, PlainTask, Values
+from baichuan_omni_jax.train.transcript import transcript_entropies
 
 BRANCHES = ("audio_encoder", "audio_decoder", "transcript_adapter", "llm")
 CODEBOOKS = "audio_encoder.quantizer.levels."
@@ -64,7 +64,8 @@ class AudioTokenizerTask(PlainTask):
         loss = settings.reconstruction * reconstruction + settings.commitment * made.commitment
         metrics |= {"loss_reconstruction": reconstruction, "loss_commitment": made.commitment}
         if self._reads:
-            transcript = (self._entropies(model, made.features, valid, batch) * batch["text_weights"]).sum() / by
+            entropies = transcript_entropies(model, made.features, valid, batch, self.run)
+            transcript = (entropies * batch["text_weights"]).sum() / by
             loss = loss + settings.transcript * transcript
             metrics |= {"loss_transcript": transcript}
         metrics |= self._quantiser_numbers(made, step)
@@ -81,16 +82,6 @@ class AudioTokenizerTask(PlainTask):
     @property
     def _targets(self) -> tuple[str, ...]:
         return tuple(f"scale_{number}" for number in range(len(self.run.tokenizer.mel_scales)))
-
-    def _entropies(self, model: TokenizerModel, features, valid, batch: Batch) -> Float[Array, "b t"]:
-        return chunked_cross_entropy(
-            model.read(features, valid, batch),
-            model.llm.head[...],
-            batch["text_targets"],
-            chunk=self.run.compute.loss_chunk,
-            rules=self.compute.rules,
-            weight_of=model.llm.head_weight,
-        )
 
     def _moved(self, states: tuple[CodebookState, ...]) -> dict[str, Array]:
         """The codebooks, stored as parameters are."""

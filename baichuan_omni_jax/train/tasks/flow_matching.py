@@ -9,7 +9,7 @@ from baichuan_omni_jax.config import ConfigError
 from baichuan_omni_jax.flow.training import flow_losses
 from baichuan_omni_jax.omni.batch import Batch
 from baichuan_omni_jax.omni.tokenizer_model import clips_of, mel_targets_of
-from baichuan_omni_jax.omni.voice_model import VoiceModel
+from baichuan_omni_jax.omni.voice_model import VoiceModel, beside
 from baichuan_omni_jax.train.tasks.sound import check_sound, sound_axes, sound_batch, sound_numbers
 from baichuan_omni_jax.train.tasks.task import NOTHING, Metrics, PlainTask, Values
 
@@ -62,17 +62,8 @@ class FlowMatchingTask(PlainTask):
         settings, clips = self.run.flow, clips_of(batch, self.compute)
         key = jax.random.fold_in(jax.random.key(self.run.train.seed), extra["step"])
         hidden, lengths = model.hidden(clips)
-        mel, mel_lengths = mel_targets_of(batch, _TARGETS, self.compute)[0]
-        frames = hidden.shape[1]
-        mel = jnp.pad(mel[:, :frames], ((0, 0), (0, max(0, frames - mel.shape[1])), (0, 0)))
-        flow, prior = flow_losses(
-            key,
-            model.flow,
-            hidden,
-            mel,
-            jnp.minimum(lengths, mel_lengths),
-            condition_dropout=settings.condition_dropout,
-        )
+        mel, lengths = beside(hidden, lengths, mel_targets_of(batch, _TARGETS, self.compute)[0])
+        flow, prior = flow_losses(key, model.flow, hidden, mel, lengths, condition_dropout=settings.condition_dropout)
         loss = flow + settings.prior * prior
         return loss, ({"loss": loss, "loss_flow": flow, "loss_prior": prior}, NOTHING._replace(extra=extra))
 
