@@ -4,6 +4,7 @@ Imports neither jax nor flax, so that data workers can use it.
 """
 
 from baichuan_omni_jax.config.errors import ConfigError
+from baichuan_omni_jax.config.generation import GenerationSettings, Sampling
 from baichuan_omni_jax.config.hf import from_hf, read_hf, to_hf
 from baichuan_omni_jax.config.model import MODELS, OmniConfig, SpecialTokens, baichuan_omni_7b, resolve_model, tiny
 from baichuan_omni_jax.config.overrides import apply_overrides, from_dict, to_dict
@@ -36,12 +37,14 @@ __all__ = [
     "EvalConfig",
     "EvalMixture",
     "FlowTraining",
+    "GenerationSettings",
     "GroupConfig",
     "MeshConfig",
     "OmniConfig",
     "OptimizerConfig",
     "QuantizerConfig",
     "RunConfig",
+    "Sampling",
     "SourceConfig",
     "SpecialTokens",
     "TokenizerTraining",

@@ -1,0 +1,59 @@
+"""How answers are generated: how tokens and codes are drawn, how long they may grow, when they end."""
+
+from dataclasses import dataclass, fields
+
+from baichuan_omni_jax.config.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How one token is drawn from its logits.
+
+    First the logits of what the sequence already holds are divided by `repetition_penalty` where positive, multiplied
+    where negative (1: no penalty); then `temperature` divides them (0: the likeliest is taken, nothing is drawn); then
+    all but the `top_k` likeliest are left out (0: none), then all but the fewest likeliest whose probabilities reach
+    `top_p` together.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self):
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or self.repetition_penalty <= 0:
+            raise ConfigError(
+                f"{self}: temperature and top_k must not be negative, top_p must lie in (0, 1], "
+                "repetition_penalty must be positive"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationSettings:
+    """How one answer is generated; the defaults are those of the released demos (MODEL.md section 5).
+
+    `speech` answers aloud: text up to punctuation, at most `piece_tokens`, then its speech, at most `piece_frames`
+    code frames (12.5 a second), in turn; the first piece of text is drawn by `first_piece`, later ones by `piece`.
+    Without it the answer is text alone, drawn by `text`. Either way at most `max_tokens` text tokens, and no further
+    than one of the strings `stop`, which is left out.
+    """
+
+    speech: bool = False
+    max_tokens: int = 1024
+    stop: tuple[str, ...] = ()
+    text: Sampling = Sampling(temperature=0.8, top_k=20, top_p=0.85, repetition_penalty=1.1)
+    first_piece: Sampling = Sampling(temperature=0.8, top_k=20, top_p=0.85, repetition_penalty=1.1)
+    piece: Sampling = Sampling(temperature=0.3, top_k=20, top_p=0.85, repetition_penalty=1.05)
+    codes: Sampling = Sampling(temperature=0.5, top_k=5, top_p=0.85, repetition_penalty=1.3)
+    piece_tokens: int = 50
+    piece_frames: int = 500
+
+    def __post_init__(self):
+        for name in ("max_tokens", "piece_tokens", "piece_frames"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} {getattr(self, name)} must be at least 1")
+
+    def greedy(self) -> "GenerationSettings":
+        """The same, with nothing drawn and no penalty."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return GenerationSettings(**{k: Sampling() if isinstance(v, Sampling) else v for k, v in values.items()})

@@ -1,0 +1,76 @@
+"""What is asked of the generating engine, and what it answers piece by piece."""
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from jaxtyping import Float32, Int32, UInt8
+
+
+class RequestError(ValueError):
+    """One request cannot be served; the message says why in one sentence. The engine and other requests go on.
+
+    `cause` is the word it is counted under: `too_long`, `no_branch`, `bad_media`, `bad_message`, `cancelled`.
+    """
+
+    def __init__(self, cause: str, message: str):
+        super().__init__(message)
+        self.cause = cause
+
+
+class Prompt(Protocol):
+    """An encoded prompt of n tokens: the fields of `data_pipelines.document.EncodedDocument` that a model reads.
+
+    Media lie in order of appearance. Slots count from 0 at the first token. Where `audio_codes` of heard sound are not
+    known yet they are zeros, and `mels` (frames, mels) of its windows, with the places of their first code frames in
+    `mel_places`, are what the audio encoder makes them of.
+    """
+
+    tokens: Int32[np.ndarray, "n"]
+    audio_codes: Int32[np.ndarray, "a q"]
+    audio_slots: Int32[np.ndarray, "a"]
+    patches: UInt8[np.ndarray, "p v"]
+    patch_grid: Int32[np.ndarray, "p 2"]
+    patch_frames: Int32[np.ndarray, "p"]
+    visual_slots: Int32[np.ndarray, "v"]
+    mels: tuple[Float32[np.ndarray, "_ mels"], ...]
+    mel_places: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TextPiece:
+    """Text that came next, and its tokens with their log-probabilities (of the model, before penalty and cuts)."""
+
+    text: str
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Frames:
+    """Code frames that came next (12.5 a second); `last` ends a stretch of speech (its end frame is not among them)."""
+
+    codes: Int32[np.ndarray, "n q"]
+    last: bool
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The answer is whole. `reason`: `end` (the model's end of text), `stop` (a stop string), `length`, `cancelled`.
+
+    Seconds count from the request: `first_token`, `first_frame` (None: no speech), `total`. `tokens` and `frames` were
+    generated; `prompt` (tokens) were read.
+    """
+
+    reason: str
+    prompt: int
+    tokens: int
+    frames: int
+    first_token: float | None
+    first_frame: float | None
+    total: float
+    sequence: Int32[np.ndarray, " n"] = field(repr=False)
+    """Prompt and answer as tokens, pads where frames stand."""
+
+
+Event = TextPiece | Frames | Finished
