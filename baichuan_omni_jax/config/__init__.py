@@ -3,7 +3,7 @@
 Imports neither jax nor flax, so that data workers can use it.
 """
 
-from baichuan_omni_jax.config.errors import ConfigError
+from baichuan_omni_jax.config.errors import ConfigError, RequestError
 from baichuan_omni_jax.config.generation import GenerationSettings, Sampling
 from baichuan_omni_jax.config.hf import from_hf, read_hf, to_hf
 from baichuan_omni_jax.config.model import MODELS, OmniConfig, SpecialTokens, baichuan_omni_7b, resolve_model, tiny
@@ -43,6 +43,7 @@ __all__ = [
     "OmniConfig",
     "OptimizerConfig",
     "QuantizerConfig",
+    "RequestError",
     "RunConfig",
     "Sampling",
     "SourceConfig",

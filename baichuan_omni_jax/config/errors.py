@@ -1,4 +1,4 @@
-"""The errors that end a command with one sentence and without a traceback."""
+"""The errors that end a command, or one request, with one sentence and without a traceback."""
 
 import gc
 import sys
@@ -7,6 +7,17 @@ from collections.abc import Callable
 
 class ConfigError(ValueError):
     """Something the user gave (a key, a path, a mesh, a checkpoint) cannot be used; the message names it."""
+
+
+class RequestError(ValueError):
+    """One request cannot be served; the message says why in one sentence. The engine and other requests go on.
+
+    `cause` is the word it is counted under: `too_long`, `no_branch`, `bad_media`, `bad_message`, `cancelled`.
+    """
+
+    def __init__(self, cause: str, message: str):
+        super().__init__(message)
+        self.cause = cause
 
 
 class RunStoppedError(RuntimeError):

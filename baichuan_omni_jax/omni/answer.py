@@ -6,16 +6,9 @@ from typing import Protocol
 import numpy as np
 from jaxtyping import Float32, Int32, UInt8
 
+from baichuan_omni_jax.config import RequestError
 
-class RequestError(ValueError):
-    """One request cannot be served; the message says why in one sentence. The engine and other requests go on.
-
-    `cause` is the word it is counted under: `too_long`, `no_branch`, `bad_media`, `bad_message`, `cancelled`.
-    """
-
-    def __init__(self, cause: str, message: str):
-        super().__init__(message)
-        self.cause = cause
+__all__ = ["Event", "Finished", "Frames", "Prompt", "RequestError", "TextPiece"]
 
 
 class Prompt(Protocol):
