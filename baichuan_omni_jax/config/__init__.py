@@ -23,7 +23,7 @@ from baichuan_omni_jax.config.run import (
     TrainConfig,
     load_run_config,
 )
-from baichuan_omni_jax.config.sound import FlowTraining, QuantizerConfig, TokenizerTraining
+from baichuan_omni_jax.config.sound import FlowTraining, QuantizerConfig, SpecAugmentConfig, TokenizerTraining
 from baichuan_omni_jax.config.stages import STAGES, mixture_of, stage_groups, tiny_stage
 
 __all__ = [
@@ -47,6 +47,7 @@ __all__ = [
     "RunConfig",
     "Sampling",
     "SourceConfig",
+    "SpecAugmentConfig",
     "SpecialTokens",
     "TokenizerTraining",
     "TrainConfig",

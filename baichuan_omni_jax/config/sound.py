@@ -35,12 +35,41 @@ class QuantizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SpecAugmentConfig:
+    """Spans of time and bands of mels that the encoder does not see in training, as the released processor masks them
+    (arXiv:1904.08779). The names are those of Whisper's `config.json`; with both shares 0 nothing is masked.
+
+    Of n valid frames, `mask_time_prob` x n / `mask_time_length` spans of that many frames are masked, at least
+    `mask_time_min_masks`; the number is rounded up or down by chance, spans may overlap. Likewise of the mel bins.
+    """
+
+    mask_time_prob: float = 0.0
+    mask_time_length: int = 10
+    mask_time_min_masks: int = 2
+    mask_feature_prob: float = 0.0
+    mask_feature_length: int = 10
+    mask_feature_min_masks: int = 0
+
+    def __post_init__(self):
+        for axis in ("time", "feature"):
+            share, length, least = (getattr(self, f"mask_{axis}_{name}") for name in ("prob", "length", "min_masks"))
+            if not 0 <= share <= 1:
+                raise ConfigError(f"spec_augment.mask_{axis}_prob {share} must lie between 0 and 1")
+            if length < 1 or least < 0:
+                raise ConfigError(
+                    f"spec_augment: mask_{axis}_length {length} must be at least 1, mask_{axis}_min_masks {least} at "
+                    "least 0"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
 class TokenizerTraining:
     """The loss of the audio tokenizer: `reconstruction` x (L1 + L2 of coarse and refined mel at every scale) +
     `transcript` x cross-entropy of what was said, read by a frozen language model + `commitment` x squared distance
     of the features to their codes.
 
     `mel_scales` are (n_fft, hop) of the target mels at 16 kHz. `transcript` 0 leaves the language model out.
+    `spec_augment` masks what the encoder hears, never the targets nor held-out sound.
     """
 
     reconstruction: float = 1.0
@@ -48,6 +77,7 @@ class TokenizerTraining:
     commitment: float = 0.25
     mel_scales: tuple[tuple[int, int], ...] = ((1024, 256), (400, 160))
     quantizer: QuantizerConfig = QuantizerConfig()
+    spec_augment: SpecAugmentConfig = SpecAugmentConfig()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -61,8 +61,10 @@ def test_the_transcript_reaches_the_ears_through_a_reader_that_stays(tokenizer_s
 
 @pytest.mark.slow
 def test_tokenizer_run_and_resumption(pretrain, tmp_path):
-    """Six steps at once, and three and three: the same numbers and arrays. The reader stays, the codebooks move."""
-    changes = [*SMALL, "checkpoint.every=3", "checkpoint.keep=3"]
+    """Six steps at once, and three and three: the same numbers and arrays, masks among them. The reader stays, the
+    codebooks move.
+    """
+    changes = [*SMALL, "checkpoint.every=3", "checkpoint.keep=3", "tokenizer.spec_augment.mask_time_prob=0.1"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert pretrain(whole, *changes, "train.steps=6", config=TOKENIZER).returncode == 0
     for steps in (3, 6):

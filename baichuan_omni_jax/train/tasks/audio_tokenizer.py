@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from baichuan_omni_jax.audio.codebook_training import CodebookState, usage
 from baichuan_omni_jax.audio.quantizer_training import Quantised, quantised_share, temperature
 from baichuan_omni_jax.audio.reconstruction import reconstruction_loss
+from baichuan_omni_jax.audio.spec_augment import spec_augment
 from baichuan_omni_jax.config import ConfigError
 from baichuan_omni_jax.nn.param import use
 from baichuan_omni_jax.omni.batch import Batch
@@ -19,6 +20,7 @@ from baichuan_omni_jax.train.transcript import transcript_entropies
 BRANCHES = ("audio_encoder", "audio_decoder", "transcript_adapter", "llm")
 CODEBOOKS = "audio_encoder.quantizer.levels."
 MOVING = ("embed", "embed_avg", "cluster_size")
+_MASKS = 1 << 16  # sets the masks' draws apart from the levels'
 
 
 class AudioTokenizerTask(PlainTask):
@@ -57,6 +59,8 @@ class AudioTokenizerTask(PlainTask):
     def loss(self, model: TokenizerModel, batch: Batch, by, extra):
         settings, clips, step = self.run.tokenizer, clips_of(batch, self.compute), extra["step"]
         key = jax.random.fold_in(jax.random.key(self.run.train.seed), step)
+        masks = jax.random.fold_in(key, _MASKS)
+        clips = clips._replace(mel=spec_augment(masks, *clips, settings.spec_augment, self.compute))
         states = codebook_states(model, extra["unused"])
         made, valid = model.quantize(key, clips, states, step, settings.quantizer)
         decoded = model.decode(made.features, valid)
