@@ -1,7 +1,7 @@
 """What is asked of the generating engine, and what it answers piece by piece."""
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32, Int32, UInt8
@@ -11,6 +11,7 @@ from baichuan_omni_jax.config import RequestError
 __all__ = ["Event", "Finished", "Frames", "Prompt", "RequestError", "TextPiece"]
 
 
+@runtime_checkable
 class Prompt(Protocol):
     """An encoded prompt of n tokens: the fields of `data_pipelines.document.EncodedDocument` that a model reads.
 

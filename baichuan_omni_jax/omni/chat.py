@@ -1,0 +1,182 @@
+"""Talking to the model: messages of text, pictures, video and sound in; text and speech out, as they are made.
+
+    chat = OmniChat(load_chat_model("runs/omni"), ChatProcessor(...))
+    for event in chat.reply([{"role": "user", "content": "What is a star?"}], settings=GenerationSettings(speech=True)):
+        ...                                   # TextPiece(text, ...), AudioChunk(samples, rate), at last Finished(...)
+
+The processor reads and encodes media; `data_pipelines.chat_prompt.ChatProcessor` is one (docs/generation.md).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+from jaxtyping import PRNGKeyArray
+
+from baichuan_omni_jax.config import GenerationSettings, OmniConfig, RequestError
+from baichuan_omni_jax.omni.answer import Prompt
+from baichuan_omni_jax.omni.reading import Reading
+from baichuan_omni_jax.omni.reply import AudioChunk, ChatAnswer, ChatEvent, Reply, Requested, Speaks
+
+__all__ = ["AudioChunk", "ChatAnswer", "ChatEvent", "ChatModel", "ChatProcessor", "Conversation", "OmniChat", "Reply"]
+
+Part = Mapping[str, Any]
+Content = str | Sequence[Part]
+Message = Mapping[str, Any]
+
+
+@runtime_checkable
+class Generates(Protocol):
+    """The engine. `submit` raises RequestError for a prompt that it cannot serve."""
+
+    def submit(self, prompt: Prompt, settings: GenerationSettings, key: PRNGKeyArray) -> Requested: ...
+
+
+@runtime_checkable
+class ChatProcessor(Protocol):
+    """What turns messages into prompts. Each method raises RequestError: `bad_message`, `bad_media`."""
+
+    def encode_messages(self, messages: Sequence[Message]) -> Prompt:
+        """A conversation, with the mark of the assistant's turn at its end."""
+
+    def encode_content(self, content: Content, speak: bool = False) -> Prompt:
+        """Content as it stands, without roles; with `speak` the mark that begins speech stands at its end."""
+
+    def sentences(self, text: str) -> list[str]:
+        """Text cut at punctuation into what is read aloud at once; joined they are the text."""
+
+
+@dataclass(frozen=True)
+class ChatModel:
+    """The engine, the architecture and, where there are branches to speak with, the speaker."""
+
+    engine: Generates
+    config: OmniConfig
+    speaker: Speaks | None = None
+
+
+class OmniChat:
+    """Answers messages. `settings` and `seed` are those of every answer that is not asked for with its own.
+
+    The same messages, settings and key give the same answer. Several threads may ask at once: the engine serves them
+    together.
+    """
+
+    def __init__(
+        self,
+        model: ChatModel,
+        processor: ChatProcessor,
+        *,
+        settings: GenerationSettings | None = None,
+        seed: int = 0,
+    ):
+        self.model, self.processor = model, processor
+        self.settings = settings or GenerationSettings()
+        self.key = jax.random.key(seed)
+
+    def reply(
+        self,
+        messages: Sequence[Message],
+        stream: bool = True,
+        *,
+        settings: GenerationSettings | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Reply | ChatAnswer:
+        """The assistant's answer to a conversation: piece by piece, or (`stream=False`) whole.
+
+        A message is `{"role": "system" | "user" | "assistant", "content": text or a list of parts}`; parts are
+        `{"type": "text", "text"}`, `{"type": "image" | "audio" | "video"}` with `path`, `bytes` or `base64`, sound also
+        with `samples` (t,) at `rate` Hz, or as `codes` (n, levels) what the assistant said before.
+
+        Raises RequestError: `bad_message` (an unknown role, type or field), `bad_media` (missing, unreadable, silent,
+        too short, too big), `too_long` (more than the cache holds), `no_branch` (media, or an answer in speech, that
+        the checkpoint lacks a branch for).
+        """
+        return self._answered(self.processor.encode_messages(messages), stream, settings, key)
+
+    def complete(
+        self,
+        content: Content,
+        stream: bool = True,
+        *,
+        settings: GenerationSettings | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Reply | ChatAnswer:
+        """Goes on where `content`, which has no roles, ends: plain text, or speech recognition (docs/generation.md)."""
+        return self._answered(self.processor.encode_content(content), stream, settings, key)
+
+    def answer_prompt(
+        self,
+        prompt: Prompt,
+        stream: bool = True,
+        *,
+        settings: GenerationSettings | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Reply | ChatAnswer:
+        """Goes on where an encoded prompt ends."""
+        return self._answered(prompt, stream, settings, key)
+
+    def speak(
+        self,
+        text: str,
+        stream: bool = True,
+        *,
+        settings: GenerationSettings | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Reply | ChatAnswer:
+        """Reads a text aloud, sentence by sentence, each after the speech of those before.
+
+        Raises RequestError as `reply`, and `bad_message` for a text without anything to say.
+        """
+        self._needs_speaker()
+        settings, key = settings or self.settings, self.key if key is None else key
+        reading = Reading(self.model.engine, self.processor, text, settings, key)
+        return self._taken(reading, stream)
+
+    def _answered(
+        self, prompt: Prompt, stream: bool, settings: GenerationSettings | None, key: PRNGKeyArray | None
+    ) -> Reply | ChatAnswer:
+        settings = settings or self.settings
+        if settings.speech:
+            self._needs_speaker()
+        request = self.model.engine.submit(prompt, settings, self.key if key is None else key)
+        return self._taken(request, stream)
+
+    def _taken(self, request: Requested, stream: bool) -> Reply | ChatAnswer:
+        reply = Reply(request, self.model.speaker, self.model.config.audio.levels)
+        return reply if stream else reply.answer()
+
+    def _needs_speaker(self) -> None:
+        if self.model.speaker is None:
+            raise RequestError(
+                "no_branch",
+                "the checkpoint cannot speak: speech needs the branches audio_head, audio_encoder, audio_decoder, flow",
+            )
+
+
+class Conversation:
+    """Turns of one conversation with `chat`, and what was said in them: text, and speech as its code frames.
+
+    `messages` is what the next prompt will hold; media given by path are read again for it. A turn is kept when its
+    answer is over: whole, cancelled or let go of. For one user at a time.
+    """
+
+    def __init__(self, chat: OmniChat, system: str = ""):
+        self.chat = chat
+        self.messages: list[Message] = [{"role": "system", "content": system}] if system else []
+
+    def say(
+        self,
+        content: Content,
+        stream: bool = True,
+        *,
+        settings: GenerationSettings | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Reply | ChatAnswer:
+        """The answer to the user's next message. Raises RequestError as `OmniChat.reply`; nothing is kept then."""
+        asked: Message = {"role": "user", "content": content}
+        reply = self.chat.reply([*self.messages, asked], settings=settings, key=key)
+        assert isinstance(reply, Reply)
+        reply.on_end(lambda message: self.messages.extend([asked, message]))
+        return reply if stream else reply.answer()

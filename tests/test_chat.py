@@ -1,0 +1,239 @@
+"""omni/chat.py with an engine and a speaker made of lists: what reaches who asked, what a conversation keeps."""
+
+import numpy as np
+import pytest
+
+from baichuan_omni_jax.config import GenerationSettings, RequestError, tiny
+from baichuan_omni_jax.omni.answer import Finished, Frames, Prompt, TextPiece
+from baichuan_omni_jax.omni.chat import AudioChunk, ChatModel, Conversation, OmniChat
+from baichuan_omni_jax.omni.reply import cross_faded
+
+ALOUD = GenerationSettings(speech=True)
+LEVELS = tiny().audio.levels
+HOP = 1920  # samples of a code frame at 24 kHz
+
+
+def codes(count: int, value: int = 1) -> np.ndarray:
+    return np.full((count, LEVELS), value, np.int32)
+
+
+def finished(reason: str = "end") -> Finished:
+    return Finished(reason, 3, 2, 5, 0.1, 0.2, 1.0, np.arange(5, dtype=np.int32))
+
+
+class Request:
+    """Events of a list; what was cancelled gives its last event next."""
+
+    def __init__(self, events):
+        self.events, self.cancelled = list(events), False
+
+    def __iter__(self):
+        for event in self.events:
+            if self.cancelled and not isinstance(event, Finished):
+                continue
+            yield finished("cancelled") if self.cancelled else event
+
+    def cancel(self):
+        self.cancelled = True
+
+
+class Engine:
+    """Answers every prompt with the same events, and keeps what it was asked."""
+
+    def __init__(self, *events):
+        self.events, self.prompts, self.requests = events, [], []
+
+    def submit(self, prompt, settings, key):
+        self.prompts.append(prompt.content)
+        self.requests.append(Request(self.events))
+        return self.requests[-1]
+
+
+class Speaker:
+    """A frame sounds as its first code; of each stretch one frame is held back until it is closed."""
+
+    rate, vocoder = 24000, "griffin_lim"
+
+    def stream(self):
+        return Stream()
+
+
+class Stream:
+    def __init__(self):
+        self.held = np.zeros(0, np.float32)
+
+    def push(self, codes):
+        wave = np.concatenate([self.held, np.repeat(codes[:, 0].astype(np.float32), HOP)])
+        ready = max(0, len(wave) - HOP)
+        self.held = wave[ready:]
+        return wave[:ready]
+
+    def close(self):
+        held, self.held = self.held, np.zeros(0, np.float32)
+        return held
+
+
+class Asked:
+    """A prompt that knows what it was made of, and nothing else."""
+
+    def __init__(self, content, speak=False):
+        self.content, self.speak = content, speak
+        for name in Prompt.__annotations__:
+            setattr(self, name, None)
+
+
+class Processor:
+    """Prompts are what they were made of."""
+
+    def encode_messages(self, messages):
+        for message in messages:
+            if message["role"] not in ("system", "user", "assistant"):
+                raise RequestError("bad_message", f"unknown role {message['role']!r}")
+        return Asked(list(messages))
+
+    def encode_content(self, content, speak=False):
+        return Asked(list(content), speak)
+
+    def sentences(self, text):
+        return text.split("|")
+
+
+def make_chat(*events, speaker=True):
+    engine = Engine(*events)
+    return OmniChat(ChatModel(engine, tiny(), Speaker() if speaker else None), Processor()), engine
+
+
+SPOKEN = (
+    TextPiece("Hi", (1,), (-0.5,)),
+    TextPiece(", ", (2,), (-0.25,)),
+    Frames(codes(2, 1), False),
+    Frames(codes(1, 1), True),
+    TextPiece("you.", (3,), (-1.0,)),
+    Frames(codes(2, 3), True),
+    finished(),
+)
+QUESTION = [{"role": "user", "content": "Hello?"}]
+
+
+def test_pieces_come_as_they_are_made():
+    """Sound of the first stretch is there before the text that follows it was asked for."""
+    chat, _ = make_chat(*SPOKEN)
+    kinds = [type(event).__name__ for event in chat.reply(QUESTION, settings=ALOUD)]
+    assert kinds == [
+        "TextPiece",
+        "TextPiece",
+        "AudioChunk",
+        "AudioChunk",
+        "TextPiece",
+        "AudioChunk",
+        "AudioChunk",
+        "Finished",
+    ]
+
+
+def test_a_whole_answer():
+    """5 frames of 1920 samples; the two stretches share a cross-fade of 240."""
+    chat, _ = make_chat(*SPOKEN)
+    answer = chat.reply(QUESTION, stream=False, settings=ALOUD)
+    assert answer.text == "Hi, you."
+    assert answer.tokens == (1, 2, 3)
+    assert answer.logprobs == (-0.5, -0.25, -1.0)
+    np.testing.assert_array_equal(answer.codes, np.concatenate([codes(3, 1), codes(2, 3)]))
+    assert answer.rate == 24000
+    assert len(answer.samples) == 5 * HOP - 240
+    np.testing.assert_array_equal(answer.samples[: 3 * HOP - 240], 1.0)
+    np.testing.assert_array_equal(answer.samples[3 * HOP :], 3.0)
+    assert (np.diff(answer.samples[3 * HOP - 240 : 3 * HOP]) > 0).all()
+    assert answer.finished.reason == "end"
+    assert 0 <= answer.first_audio <= answer.seconds
+    assert answer.real_time_factor == pytest.approx(answer.seconds / (len(answer.samples) / 24000))
+
+
+def test_chunks_are_the_whole_answer():
+    chat, _ = make_chat(*SPOKEN)
+    chunks = [event for event in chat.reply(QUESTION, settings=ALOUD) if isinstance(event, AudioChunk)]
+    whole = chat.reply(QUESTION, stream=False, settings=ALOUD)
+    np.testing.assert_array_equal(np.concatenate([chunk.samples for chunk in chunks]), whole.samples)
+    assert {chunk.rate for chunk in chunks} == {24000}
+
+
+def test_a_conversation_keeps_what_was_said_as_text_and_codes():
+    chat, engine = make_chat(*SPOKEN)
+    talk = Conversation(chat, system="Be kind.")
+    talk.say("Hello?", stream=False, settings=ALOUD)
+    talk.say("And now?", stream=False, settings=ALOUD)
+    system, first, answer, second = engine.prompts[1]
+    assert (system["role"], first["content"], second["content"]) == ("system", "Hello?", "And now?")
+    said = answer["content"]
+    assert [part["type"] for part in said] == ["text", "audio", "text", "audio"]
+    assert [part["text"] for part in said[::2]] == ["Hi, ", "you."]
+    np.testing.assert_array_equal(said[1]["codes"], codes(3, 1))
+    np.testing.assert_array_equal(said[3]["codes"], codes(2, 3))
+    assert len(talk.messages) == 5
+
+
+def test_a_refused_turn_is_not_kept():
+    chat, _ = make_chat(*SPOKEN)
+    talk = Conversation(chat)
+    chat.processor.encode_messages = lambda messages: (_ for _ in ()).throw(RequestError("bad_media", "a.png is gone"))
+    with pytest.raises(RequestError, match=r"a\.png is gone") as error:
+        talk.say([{"type": "image", "path": "a.png"}])
+    assert error.value.cause == "bad_media"
+    assert talk.messages == []
+
+
+def test_cancelling_ends_the_sound_and_keeps_what_was_said():
+    chat, engine = make_chat(*SPOKEN)
+    talk = Conversation(chat)
+    reply = talk.say("Hello?", settings=ALOUD)
+    next(reply)
+    reply.cancel()
+    events = list(reply)
+    assert [type(event) for event in events] == [Finished]
+    assert events[0].reason == "cancelled"
+    assert engine.requests[0].cancelled
+    assert talk.messages[-1] == {"role": "assistant", "content": [{"type": "text", "text": "Hi"}]}
+
+
+def test_letting_go_of_a_reply_frees_its_place():
+    chat, engine = make_chat(*SPOKEN)
+    reply = chat.reply(QUESTION, settings=ALOUD)
+    next(reply)
+    del reply
+    assert engine.requests[0].cancelled
+
+
+def test_speech_without_a_speaker_is_refused():
+    chat, engine = make_chat(*SPOKEN, speaker=False)
+    for ask in (lambda: chat.reply(QUESTION, settings=ALOUD), lambda: chat.speak("Hello.")):
+        with pytest.raises(RequestError, match="cannot speak") as error:
+            ask()
+        assert error.value.cause == "no_branch"
+    assert not engine.prompts
+
+
+def test_a_text_is_read_sentence_by_sentence_after_what_was_said():
+    """What the model would write after a sentence's speech is cut off."""
+    chat, engine = make_chat(Frames(codes(2), False), Frames(codes(1), True), TextPiece("no", (7,), (0.0,)), finished())
+    answer = chat.speak("One. |Two.| ", stream=False)
+    first, second = engine.prompts
+    assert first == [{"type": "text", "text": "One. "}]
+    assert [part["type"] for part in second] == ["text", "audio", "text"]
+    np.testing.assert_array_equal(second[1]["codes"], codes(3))
+    assert answer.text == ""
+    assert answer.finished.reason == "end"
+    assert len(answer.codes) == 6
+    assert len(answer.samples) == 6 * HOP - 240
+
+
+def test_nothing_to_read_is_refused():
+    chat, _ = make_chat(finished())
+    with pytest.raises(RequestError, match="nothing to say"):
+        chat.speak(" | ")
+
+
+def test_a_fade_keeps_every_sample_of_the_longer():
+    faded = cross_faded(np.ones(3, np.float32), np.zeros(5, np.float32))
+    np.testing.assert_allclose(faded, [5 / 6, 0.5, 1 / 6, 0, 0], atol=1e-6)
+    assert len(cross_faded(np.ones(7, np.float32), np.zeros(2, np.float32))) == 7
+    assert len(cross_faded(np.zeros(0, np.float32), np.ones(2, np.float32))) == 2
