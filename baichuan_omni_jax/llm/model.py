@@ -7,6 +7,7 @@ layers are stacked and scanned, and documents of a packed row do not see each ot
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
 from baichuan_omni_jax.kernels.flash_attention import BlockPlan, Segments, flash_attention, plan_blocks, whole_keys
@@ -130,17 +131,20 @@ class LanguageModel(nnx.Module):
         x, _ = jax.lax.scan(body, x, self.layers)
         return self.norm(x)
 
-    def head_weight(self, rows: Float[Array, "v d"] | None = None) -> Float[Array, "v d"]:
-        """`rows` of the output head as stored (default: all), gathered, in the compute dtype.
+    def head_weight(
+        self, rows: Float[Array, "v d"] | None = None, *, dtype: DTypeLike | None = None
+    ) -> Float[Array, "v d"]:
+        """`rows` of the output head as stored (default: all), gathered, in `dtype` (default: the compute dtype).
 
         L2-normalised where the config asks for NormHead.
         """
         rows = self.head[...] if rows is None else rows
+        dtype = self.compute.dtype if dtype is None else dtype
         if not self.cfg.use_norm_head:
-            return gather(rows.astype(self.compute.dtype), self.head.axes, self.compute)
+            return gather(rows.astype(dtype), self.head.axes, self.compute)
         weight = gather(rows, self.head.axes, self.compute)
         norm = jnp.sqrt(jnp.sum(weight * weight, -1, keepdims=True))
-        return (weight / jnp.maximum(norm, 1e-12)).astype(self.compute.dtype)
+        return (weight / jnp.maximum(norm, 1e-12)).astype(dtype)
 
     def logits(self, hidden: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
         """fp32 logits of every position: for generation and tests; training uses the chunked loss."""

@@ -1,0 +1,161 @@
+"""The key and value cache of a decoder: a static length, filled row by row.
+
+Entry i of a row is the item at position i, so rows are filled, freed and filled again without regard to each other, and
+nothing says which entries hold something: an item sees entries 0 to its own position, all of which its row has written.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int32, Shaped
+
+from baichuan_omni_jax.llm.config import LLMConfig
+from baichuan_omni_jax.nn.param import Compute
+from baichuan_omni_jax.sharding import check_divisible
+
+# Heads before length, so that a head's entries lie side by side: what both products of attention read.
+ENTRIES = ("batch", "act_kv_heads", None, None)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["k", "v", "k_scale", "v_scale"], meta_fields=[])
+class LayerCache:
+    """Keys and values (b, k, s, h) of one layer; in int8 with fp32 scales (b, k, s), else the scales are None."""
+
+    def __init__(self, k: Array, v: Array, k_scale: Array | None, v_scale: Array | None):
+        self.k, self.v, self.k_scale, self.v_scale = k, v, k_scale, v_scale
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["layers"], meta_fields=[])
+class KVCache:
+    """Keys and values of every layer. A step takes it and gives it back: donate it, and it is written in place."""
+
+    def __init__(self, layers: tuple[LayerCache, ...]):
+        self.layers = layers
+
+    @property
+    def batch(self) -> int:
+        return self.layers[0].k.shape[0]
+
+    @property
+    def length(self) -> int:
+        """Positions of a row."""
+        return self.layers[0].k.shape[2]
+
+    @property
+    def bytes(self) -> int:
+        """Of all devices together."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+
+def init_cache(cfg: LLMConfig, batch: int, length: int, dtype: DTypeLike, compute: Compute) -> KVCache:
+    """An empty cache of `batch` rows of `length` positions, rows split over data x fsdp, heads over `tensor`.
+
+    `dtype`: a float type, or int8: each entry's head then has a scale of its own, its largest value / 127.
+    Raises ConfigError when the mesh does not divide rows or heads.
+    """
+    shape = (batch, cfg.num_kv_heads, length, cfg.head_dim)
+    check_divisible(jax.sharding.get_abstract_mesh(), compute.rules, shape[:2], ENTRIES[:2], "the cache")
+
+    def zeros(dims: int, dtype: DTypeLike) -> Array:
+        return jnp.zeros(shape[:dims], dtype, out_sharding=compute.rules.spec(*ENTRIES[:dims]))
+
+    def layer() -> LayerCache:
+        scaled = jnp.dtype(dtype) == jnp.int8
+        scales = (zeros(3, jnp.float32) if scaled else None for _ in "kv")
+        return LayerCache(zeros(4, dtype), zeros(4, dtype), *scales)
+
+    return KVCache(tuple(layer() for _ in range(cfg.num_layers)))
+
+
+def take_rows(cache: KVCache, rows: Int32[Array, " m"]) -> KVCache:
+    """A cache of these rows alone: to fill few rows of a large batch without computing with all.
+
+    Where the batch is split over p devices, m is a multiple of p, and the first m / p are rows of the first device, and
+    so on: nothing travels. A row that is none of the device's (-1, say) takes any.
+    """
+    return _by_row(lambda cache, own: jax.tree.map(lambda x: x.at[own].get(mode="clip"), cache), cache, rows)
+
+
+def put_rows(cache: KVCache, rows: Int32[Array, " m"], part: KVCache) -> KVCache:
+    """The cache with `part` in place of these rows, as `take_rows` took them; a row of -1 is left out."""
+
+    def put(cache: KVCache, own: Array, part: KVCache) -> KVCache:
+        return jax.tree.map(lambda x, new: x.at[own].set(new, mode="drop"), cache, part)
+
+    return _by_row(put, cache, rows, part)
+
+
+def _by_row(function: Callable[..., KVCache], cache: KVCache, rows: Int32[Array, " m"], *parts: KVCache) -> KVCache:
+    """`function(cache, rows, *parts)` on each device's part of the batch, with rows counted from its first."""
+    specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, cache)
+    batch = jax.typeof(cache.layers[0].k).sharding.spec[0]
+
+    @partial(jax.shard_map, out_specs=specs)
+    def run(cache: KVCache, rows: Array, *parts: KVCache) -> KVCache:
+        first = jax.lax.axis_index(batch) * cache.batch if batch else 0
+        own = rows - first
+        # Past the end rather than below 0, which would count from the end.
+        return function(cache, jnp.where(own < 0, cache.batch, own), *parts)
+
+    return run(cache, jax.sharding.reshard(rows, PartitionSpec(batch)), *parts)
+
+
+def write(
+    cache: LayerCache, k: Float[Array, "b t k h"], v: Float[Array, "b t k h"], positions: Int32[Array, "b t"]
+) -> LayerCache:
+    """The cache with each item's key and value at its position; nothing is written for position -1 or past the end.
+
+    Of one device's rows and heads: call it inside shard_map. A row's positions must differ.
+    """
+    rows = jnp.arange(k.shape[0])[:, None]
+    # A negative index would count from the end.
+    places = jnp.where(positions < 0, cache.k.shape[2], positions)
+
+    def put(entries: Shaped[Array, "b k s ..."], new: Shaped[Array, "b t k ..."]) -> Array:
+        return entries.at[rows, :, places].set(new.astype(entries.dtype), mode="drop")
+
+    if cache.k_scale is None:
+        return LayerCache(put(cache.k, k), put(cache.v, v), None, None)
+    (k, k_scale), (v, v_scale) = _quantize(k), _quantize(v)
+    return LayerCache(put(cache.k, k), put(cache.v, v), put(cache.k_scale, k_scale), put(cache.v_scale, v_scale))
+
+
+def read(cache: LayerCache, dtype: DTypeLike) -> tuple[Float[Array, "b s k h"], Float[Array, "b s k h"]]:
+    """All keys and values, in `dtype`, in the order of attention's arguments."""
+
+    def values(entries: Array, scale: Array | None) -> Array:
+        wide = entries.astype(dtype) if scale is None else (entries * scale[..., None]).astype(dtype)
+        return wide.swapaxes(1, 2)
+
+    return values(cache.k, cache.k_scale), values(cache.v, cache.v_scale)
+
+
+def attend(
+    q: Float[Array, "b k g h"], cache: LayerCache, positions: Int32[Array, " b"], scale: float
+) -> Float[Array, "b k g h"]:
+    """One item a row over the row's entries up to its position; softmax in fp32. Position -1 gives zeros.
+
+    Of one device's rows and heads: call it inside shard_map.
+    """
+    wide = partial(jnp.einsum, preferred_element_type=jnp.float32)
+    scores = wide("bkgh,bksh->bkgs", q, cache.k.astype(q.dtype)) * scale
+    if cache.k_scale is not None:
+        scores *= cache.k_scale[:, :, None]
+    seen = jnp.arange(cache.k.shape[2]) <= positions[:, None]
+    scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
+    weights = jnp.exp(scores - jnp.max(scores, -1, keepdims=True, initial=-1e30))
+    total = weights.sum(-1, keepdims=True)
+    if cache.v_scale is not None:
+        weights *= cache.v_scale[:, :, None]
+    out = wide("bkgs,bksh->bkgh", weights.astype(q.dtype), cache.v.astype(q.dtype))
+    return (out / jnp.where(total > 0, total, 1.0)).astype(q.dtype)
+
+
+def _quantize(x: Float[Array, "b t k h"]) -> tuple[Float[Array, "b t k h"], Float[Array, "b t k"]]:
+    wide = x.astype(jnp.float32)
+    scale = jnp.max(jnp.abs(wide), -1) / 127
+    return jnp.round(wide / jnp.where(scale > 0, scale, 1.0)[..., None]), scale
