@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from baichuan_omni_jax.audio.codebook_training import Averaging, CodebookState, move, usage
+from baichuan_omni_jax.audio.codebook_training import Averaging, CodebookState, draw_pool, move, usage
 from baichuan_omni_jax.audio.quantizer_training import kept_levels, quantize_in_training
 from baichuan_omni_jax.config import MeshConfig
 from baichuan_omni_jax.config.sound import QuantizerConfig
@@ -34,7 +34,7 @@ def codebook(size, seed=1):
 
 
 run = jax.jit(quantize_in_training, static_argnums=(5, 6))
-moved_by = jax.jit(lambda *args: move(*args, COMPUTE))
+moved_by = jax.jit(lambda key, x, valid, *args: move(draw_pool(key, valid), x, valid, *args, COMPUTE))
 
 
 def train(x, valid, states, schedule=NEAREST, step=5, key=KEY):

@@ -40,22 +40,37 @@ class Averaging(NamedTuple):
     restart_after: Int32[Array, ""] | int
 
 
+class Pool(NamedTuple):
+    """Vectors of the global batch to place codes at: `places` (n,), (clip, frame) counted as one, are of all vectors in
+    random order, the `count` valid ones first. The first code gets number `start` of these, the next one the next.
+    """
+
+    places: Int32[Array, " n"]
+    count: Int32[Array, ""]
+    start: Int32[Array, ""]
+
+
+def draw_pool(key: PRNGKeyArray, valid: Bool[Array, "m g"]) -> Pool:
+    """A new order. One serves all levels of a step, as a sort takes a TPU's compiler half a minute."""
+    real = jax.sharding.reshard(valid, P(None, None)).reshape(-1)
+    places = jnp.argsort(jnp.where(real, jax.random.uniform(key, real.shape), 2.0)).astype(jnp.int32)
+    return Pool(places, real.sum(dtype=jnp.int32), jnp.int32(0))
+
+
 def squared_distances(x: Float32[Array, "m g d"], embed: Float32[Array, "k d"]) -> Float32[Array, "m g k"]:
     """Half the squared distances to all codes, less |x|^2 / 2, which is the same for each."""
     products = jnp.einsum("mgd,kd->mgk", x, embed, precision=jax.lax.Precision.HIGHEST)
     return 0.5 * jnp.sum(embed * embed, -1) - products
 
 
-def seed(
-    key: PRNGKeyArray, x: Float32[Array, "m g d"], valid: Bool[Array, "m g"], state: CodebookState, compute: Compute
-) -> CodebookState:
+def seed(pool: Pool, x: Float32[Array, "m g d"], state: CodebookState, compute: Compute) -> CodebookState:
     """Every code a vector of the batch, each as often as any other."""
-    embed = _draw(key, x, valid, jnp.arange(state.embed.shape[0]), compute)
+    embed = _draw(pool, x, jnp.arange(state.embed.shape[0]), compute)
     return CodebookState(embed, embed, jnp.ones_like(state.cluster_size), jnp.zeros_like(state.unused))
 
 
 def move(
-    key: PRNGKeyArray,
+    pool: Pool,
     x: Float32[Array, "m g d"],
     valid: Bool[Array, "m g"],
     codes: Int32[Array, "m g"],
@@ -80,7 +95,7 @@ def move(
     known = (cluster_size > SMOOTHING)[:, None]
     embed = jnp.where(known, (1 - averaging.shrink) * embed_avg / jnp.maximum(smoothed, 1e-30)[:, None], state.embed)
     moved = CodebookState(embed, embed_avg, cluster_size, jnp.where(counts > 0, 0, state.unused + 1))
-    moved = _restart(key, x, valid, moved, averaging.restart_after, compute)
+    moved = _restart(pool, x, moved, averaging.restart_after, compute)
     return jax.tree.map(lambda new, old: jnp.where(jnp.any(valid), new, old), moved, state)
 
 
@@ -91,12 +106,12 @@ def usage(state: CodebookState, window: int) -> tuple[Float[Array, ""], Float[Ar
     return jnp.mean(state.unused < window, dtype=jnp.float32), jnp.exp(entropy)
 
 
-def _restart(key, x, valid, state: CodebookState, after, compute: Compute) -> CodebookState:
+def _restart(pool: Pool, x, state: CodebookState, after, compute: Compute) -> CodebookState:
     dead = (state.unused >= after) & (jnp.asarray(after) > 0)
 
     def place():
         # Numbered among the dead, so that they take different vectors while there are enough.
-        fresh = _draw(key, x, valid, jnp.cumsum(dead) - 1, compute)
+        fresh = _draw(pool, x, jnp.cumsum(dead) - 1, compute)
         return CodebookState(
             jnp.where(dead[:, None], fresh, state.embed),
             jnp.where(dead[:, None], fresh, state.embed_avg),
@@ -107,14 +122,12 @@ def _restart(key, x, valid, state: CodebookState, after, compute: Compute) -> Co
     return jax.lax.cond(jnp.any(dead), place, lambda: state)
 
 
-def _draw(key, x, valid, numbers: Int32[Array, " k"], compute: Compute) -> Float32[Array, "k d"]:
-    """Vectors of the global batch, one for each of `numbers`: equal numbers get the same one, others another one
-    until all are taken.
+def _draw(pool: Pool, x, numbers: Int32[Array, " k"], compute: Compute) -> Float32[Array, "k d"]:
+    """Vectors of the pool, one for each of `numbers`: equal numbers get the same one, others another one until all
+    are taken.
     """
-    real = jax.sharding.reshard(valid, P(None, None)).reshape(-1)
-    order = jnp.argsort(jnp.where(real, jax.random.uniform(key, real.shape), 2.0))
-    places = order[jnp.maximum(numbers, 0) % jnp.maximum(real.sum(), 1)]
-    return _rows(x, places, compute)
+    numbers = pool.start + jnp.maximum(numbers, 0)
+    return _rows(x, pool.places[numbers % jnp.maximum(pool.count, 1)], compute)
 
 
 def _sums(x, valid, codes, size: int, compute: Compute) -> tuple[Float32[Array, " k"], Float32[Array, "k d"]]:

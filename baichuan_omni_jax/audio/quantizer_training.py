@@ -11,7 +11,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int32, PRNGKeyArray
 
-from baichuan_omni_jax.audio.codebook_training import Averaging, CodebookState, move, seed, squared_distances
+from baichuan_omni_jax.audio.codebook_training import (
+    Averaging,
+    CodebookState,
+    Pool,
+    draw_pool,
+    move,
+    seed,
+    squared_distances,
+)
 from baichuan_omni_jax.config.sound import QuantizerConfig
 from baichuan_omni_jax.nn.param import Compute, split_as
 
@@ -46,11 +54,14 @@ def quantize_in_training(
     with jax.named_scope("quantize_in_training"):
         x = split_as(jax.lax.stop_gradient(features).astype(jnp.float32), compute, CLIPS)
         valid = split_as(valid, compute, CLIPS)
-        keys = jax.random.split(key, len(states) + 1)
+        keys = jax.random.split(key, len(states) + 2)
+        pool = draw_pool(keys[-2], valid)
         kept = kept_levels(keys[-1], x.shape[0], len(states), step, config)
         residual, seen, total, codes, left, moved = x, 0.0, 0.0, [], [], []
         for level, (level_key, state) in enumerate(zip(keys, states, strict=False)):
-            code, chosen, state = _level(level_key, residual, valid, state, step, config, compute)
+            # Levels begin elsewhere in the pool, so that they are not placed at the same frames.
+            own = pool._replace(start=level * (pool.count // len(states)))
+            code, chosen, state = _level(level_key, own, residual, valid, state, step, config, compute)
             total = total + chosen
             seen = seen + jnp.where(kept[:, level, None, None], chosen, 0.0)
             residual = residual - chosen
@@ -96,18 +107,17 @@ def quantised_share(config: QuantizerConfig, step: Int32[Array, ""]) -> Float[Ar
     return config.quantised_share + (1.0 - config.quantised_share) * _progress(step, config.quantised_steps)
 
 
-def _level(key, residual, valid, state, step, config: QuantizerConfig, compute: Compute):
+def _level(key, pool: Pool, residual, valid, state, step, config: QuantizerConfig, compute: Compute):
     """Codes (m, g), the chosen vectors, and the level's codebook after the step."""
-    for_seed, for_codes, for_restart = jax.random.split(key, 3)
-    state = jax.lax.cond(step == 0, lambda: seed(for_seed, residual, valid, state, compute), lambda: state)
+    state = jax.lax.cond(step == 0, lambda: seed(pool, residual, state, compute), lambda: state)
     scores = squared_distances(residual, state.embed)
     if max(config.temperature) > 0:
         scale = temperature(config, step) * 0.5 * _mean(residual**2, valid) * residual.shape[-1]
-        scores = scores - scale * _gumbel(for_codes, scores)
+        scores = scores - scale * _gumbel(key, scores)
     code = jnp.argmin(scores, -1).astype(jnp.int32)
     spec = compute.rules.spec(CLIPS, None, None)
     chosen = state.embed.at[code].get(out_sharding=spec)
-    return code, chosen, move(for_restart, residual, valid, code, state, averaging(config, step), compute)
+    return code, chosen, move(pool, residual, valid, code, state, averaging(config, step), compute)
 
 
 def _gumbel(key: PRNGKeyArray, like: Float32[Array, "m g k"]) -> Float32[Array, "m g k"]:
