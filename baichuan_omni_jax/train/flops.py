@@ -9,7 +9,7 @@ trainable before it (a stack of layers is taken as one: if any of it trains, gra
     document of 3 tokens: 3 tokens, 1 + 2 + 3 = 6 causal pairs; picture of 4 patches: 4 patches, 16 pairs
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import jax
@@ -21,8 +21,6 @@ from baichuan_omni_jax.omni.batch import Batch
 
 # Counted on the host, or on device.
 Number = int | float | Float[Array, ""]
-# Names under which FLOPs are reported.
-BRANCHES = ("llm", "vision", "audio")
 
 
 class Part(NamedTuple):
@@ -68,35 +66,39 @@ def step_counts(batch: Batch) -> dict[str, Float[Array, ""]]:
     return found
 
 
-def flops_by_branch(omni: OmniConfig, counts: Mapping[str, Number], trainable: Collection[str]) -> dict[str, Number]:
-    """FLOPs of a step by `llm`, `vision` (tower, projector) and `audio` (depth transformer, its heads).
+def flops_by_branch(
+    parts: Iterable[Part], counts: Mapping[str, Number], trainable: Collection[str]
+) -> dict[str, Number]:
+    """FLOPs of a step by the parts' branches: of a language-model step `vision` (tower, projector), `llm` and `audio`
+    (depth transformer, its heads).
 
-    `counts` as from `step_counts`, of the whole global batch; `trainable` names the parameters that train
+    `parts` and `counts` (of the whole global batch) are the task's; `trainable` names the parameters that train
     (`Setup.groups.trainable`); empty counts a forward pass alone.
     """
-    total = dict.fromkeys(BRANCHES, 0.0)
-    for part, (linear, attention) in _flops(omni, counts, trainable):
-        total[part.branch] = total[part.branch] + linear + attention
+    total: dict[str, Number] = {}
+    for part, (linear, attention) in _flops(parts, counts, trainable):
+        total[part.branch] = total.get(part.branch, 0.0) + linear + attention
     return total
 
 
-def flops_by_part(omni: OmniConfig, counts: Mapping[str, Number], trainable: Collection[str]) -> dict[str, Number]:
+def flops_by_part(parts: Iterable[Part], counts: Mapping[str, Number], trainable: Collection[str]) -> dict[str, Number]:
     """As `flops_by_branch`, split further: `llm layers linear`, `llm layers attention`, `llm logits`, ..."""
-    found = {}
-    for part, (linear, attention) in _flops(omni, counts, trainable):
+    found: dict[str, Number] = {}
+    for part, (linear, attention) in _flops(parts, counts, trainable):
         name = f"{part.branch} {part.name}"
-        found |= {f"{name} linear": linear, f"{name} attention": attention} if part.pairs else {name: linear}
+        of_part = {f"{name} linear": linear, f"{name} attention": attention} if part.pairs else {name: linear}
+        found |= {key: found.get(key, 0.0) + value for key, value in of_part.items()}
     return found
 
 
-def parts_of(omni: OmniConfig) -> tuple[Part, ...]:
+def omni_parts(omni: OmniConfig) -> tuple[Part, ...]:
     """Every matrix product of a language-model step, in the order in which data flows."""
-    return (*_vision(omni), *_language(omni), *_audio(omni))
+    return (*_vision(omni), *language_parts(omni), *_audio(omni))
 
 
-def _flops(omni, counts, trainable) -> Iterator[tuple[Part, tuple]]:
+def _flops(parts, counts, trainable) -> Iterator[tuple[Part, tuple]]:
     """Per part, the FLOPs of its weights and those of its attention."""
-    for part in parts_of(omni):
+    for part in parts:
         passes = any(name.startswith(part.before) for name in trainable)
         products = sum(size * (1 + passes + (name in trainable)) for name, size in part.weights.items())
         linear = 2 * products * part.per_item * counts[part.items]
@@ -135,11 +137,13 @@ def _vision(omni: OmniConfig) -> tuple[Part, ...]:
 
 
 # What writes into the language model's stream, and the stream up to its last norm.
-_STREAM = ("vision.", "llm.embedding", "audio_head.embedding.", "llm.layers.")
+_MEDIA = ("vision.", "audio_head.embedding.", "audio_encoder.", "transcript_adapter.")
+_STREAM = (*_MEDIA, "llm.embedding", "llm.layers.")
 _HIDDEN = (*_STREAM, "llm.norm.")
 
 
-def _language(omni: OmniConfig) -> tuple[Part, ...]:
+def language_parts(omni: OmniConfig) -> tuple[Part, ...]:
+    """The language model's layers and logits."""
     cfg = omni.llm
     d, wide, narrow = cfg.hidden_size, cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
     layer = {

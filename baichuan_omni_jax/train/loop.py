@@ -19,7 +19,6 @@ from baichuan_omni_jax.sharding import make_mesh
 from baichuan_omni_jax.train.chips import peak_flops
 from baichuan_omni_jax.train.data import Data, DocumentKey, Losses, Step
 from baichuan_omni_jax.train.evaluate import Evaluation
-from baichuan_omni_jax.train.flops import step_counts
 from baichuan_omni_jax.train.guard import NonfiniteGuard
 from baichuan_omni_jax.train.hosts import connect, is_leader, share
 from baichuan_omni_jax.train.metrics import CompileCounter, Row, Throughput
@@ -134,7 +133,7 @@ class _Loop:
         self.run, self.omni, self.setup, self.workdir, self.data = run, omni, setup, workdir, data
         self.console, self.compiles, self.place = console, compiles, place
         self.step = make_step(setup, run)
-        self.counts = jax.jit(step_counts)
+        self.counts = jax.jit(setup.task.counts)
         self.evaluation = Evaluation(run, setup, place, extras.held_out)
         # Steps that the branches had been trained for when this run began.
         self.before = extras.parent.trained
@@ -142,7 +141,7 @@ class _Loop:
         self.trace = StepTrace(workdir.path, extras.profile)
         device = setup.mesh.devices.flat[0]
         self.throughput = Throughput(
-            omni, setup.groups.trainable, setup.mesh.devices.size, peak_flops(device.device_kind)
+            setup.task.parts(), setup.groups.trainable, setup.mesh.devices.size, peak_flops(device.device_kind)
         )
         self.wandb, self.output = extras.wandb, None
         self.lost: dict[DocumentKey, str] = {}

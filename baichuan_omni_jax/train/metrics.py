@@ -3,14 +3,13 @@
 import json
 import math
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import jax
 from tensorboardX import SummaryWriter
 
-from baichuan_omni_jax.config import OmniConfig
-from baichuan_omni_jax.train.flops import flops_by_branch
+from baichuan_omni_jax.train.flops import Part, flops_by_branch
 from baichuan_omni_jax.train.wandb import WandbWriter
 
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
@@ -33,17 +32,17 @@ class CompileCounter:
 class Throughput:
     """Speed of a step: tokens a second and chip, model FLOPs, and their share of what the chips could do (MFU).
 
-    `trainable` are the names of the parameters that train; `peak` is FLOP/s of one chip, None where it is not known
-    (then there is no MFU).
+    `parts` are the task's matrix products, `trainable` the names of the parameters that train; `peak` is FLOP/s of one
+    chip, None where it is not known (then there is no MFU).
     """
 
-    def __init__(self, omni: OmniConfig, trainable: Collection[str], chips: int, peak: float | None) -> None:
-        self._omni, self._trainable, self._chips, self._peak = omni, frozenset(trainable), chips, peak
+    def __init__(self, parts: Sequence[Part], trainable: Collection[str], chips: int, peak: float | None) -> None:
+        self._parts, self._trainable, self._chips, self._peak = parts, frozenset(trainable), chips, peak
 
     def of(self, counts: Mapping[str, float], seconds: float) -> dict[str, float]:
-        """`counts` as from `train.flops.step_counts`, of the global batch; `seconds` that the step took."""
+        """`counts` as from the task's `counts`, of the global batch; `seconds` that the step took."""
         seconds = max(seconds, 1e-9)
-        flops = flops_by_branch(self._omni, counts, self._trainable)
+        flops = flops_by_branch(self._parts, counts, self._trainable)
         numbers = {"tokens_per_s_per_chip": counts["tokens"] / seconds / self._chips}
         numbers |= {f"flops_{name}": value for name, value in flops.items()}
         if self._peak is None:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from baichuan_omni_jax.config import OmniConfig, RunConfig
+from baichuan_omni_jax.train.sound_flops import full_slots
+from baichuan_omni_jax.train.tasks.sound import slot_frames
 
 
 @dataclass(frozen=True)
@@ -28,16 +30,16 @@ class Packing:
         )
 
     def counts(self, run: RunConfig, omni: OmniConfig) -> dict[str, int]:
-        """What the rows of one step hold, under the names of `train.flops.step_counts`."""
+        """What the rows of one step hold, under the names of the task's `counts`."""
         rng, budgets, rows = np.random.default_rng(self.seed), run.data.budgets, run.data.rows
-        vision, sound = "vision" in run.branches, "audio_head" in run.branches
+        vision, sound, hears = "vision" in run.branches, "audio_head" in run.branches, run.task != "omni"
         patches, frames, targets = (
             budgets.patches * vision,
             budgets.audio_frames * sound,
             budgets.audio_targets * sound,
         )
         lengths = [length for _ in range(rows) for length in self._row(rng, budgets.tokens)]
-        media = patches // omni.vision.merged_patches + frames
+        media = patches // omni.vision.merged_patches + budgets.audio_frames * (sound or hears)
         return {
             "tokens": rows * budgets.tokens,
             "causal_pairs": sum(length * (length + 1) // 2 for length in lengths),
@@ -46,6 +48,7 @@ class Packing:
             "patch_pairs": rows * self._patch_pairs(patches, run.data.media_shards),
             "audio_frames": rows * frames,
             "audio_targets": rows * targets,
+            **(full_slots(run, omni, slot_frames(run, omni)) if hears else {}),
         }
 
     def _row(self, rng: np.random.Generator, room: int) -> list[int]:

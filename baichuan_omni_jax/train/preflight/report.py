@@ -106,7 +106,8 @@ def describe(
     available = memory.available or chip.hbm_bytes
     counts = packing.counts(run, omni)
     trainable = setup.groups.trainable
-    branches = flops_by_branch(omni, counts, trainable)
+    parts = setup.task.parts()
+    branches = flops_by_branch(parts, counts, trainable)
     total = sum(branches.values())
     return Report(
         name=run.name,
@@ -127,7 +128,7 @@ def describe(
         largest=tuple(built.largest),
         collectives=_traffic(built.hlo, mesh) if built.hlo else None,
         model_flops=branches | {"total": total, "per_chip": total / setup.mesh.devices.size},
-        flops_by_part=flops_by_part(omni, counts, trainable),
+        flops_by_part=flops_by_part(parts, counts, trainable),
         counts=counts,
         packing=packing.sentence(),
         suggestions=[] if memory.peak <= available else suggestions(run, mesh, memory, available),

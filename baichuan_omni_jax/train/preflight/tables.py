@@ -101,7 +101,7 @@ def _flops(report: Report) -> Table:
     for name, flops in report.flops_by_part.items():
         if flops:
             table.add_row(name, f"{flops / 1e12:,.1f}", f"{flops / total:.1%}")
-    for branch in ("llm", "vision", "audio", "total"):
+    for branch in (name for name in report.model_flops if name != "per_chip"):
         flops = report.model_flops[branch]
         table.add_row(branch, f"{flops / 1e12:,.1f}", f"{flops / total:.1%}", style="bold")
     return table

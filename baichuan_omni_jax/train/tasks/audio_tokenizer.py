@@ -13,6 +13,8 @@ from baichuan_omni_jax.config import ConfigError
 from baichuan_omni_jax.nn.param import use
 from baichuan_omni_jax.omni.batch import Batch
 from baichuan_omni_jax.omni.tokenizer_model import TokenizerModel, clips_of, mel_targets_of
+from baichuan_omni_jax.train.flops import Part, step_counts
+from baichuan_omni_jax.train.sound_flops import clip_counts, tokenizer_parts
 from baichuan_omni_jax.train.tasks.sound import check_sound, sound_axes, sound_batch, sound_numbers
 from baichuan_omni_jax.train.tasks.task import Metrics, Moved, PlainTask, Values
 from baichuan_omni_jax.train.transcript import transcript_entropies
@@ -78,6 +80,12 @@ class AudioTokenizerTask(PlainTask):
 
     def batch_numbers(self, batch: Batch) -> Metrics:
         return sound_numbers(batch, self.omni)
+
+    def parts(self) -> tuple[Part, ...]:
+        return tokenizer_parts(self.omni, self._reads)
+
+    def counts(self, batch: Batch) -> Metrics:
+        return step_counts(batch) | clip_counts(batch["mel_lengths"], self.omni)
 
     @property
     def _reads(self) -> bool:

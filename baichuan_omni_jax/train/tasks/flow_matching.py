@@ -10,6 +10,8 @@ from baichuan_omni_jax.flow.training import flow_losses
 from baichuan_omni_jax.omni.batch import Batch
 from baichuan_omni_jax.omni.tokenizer_model import clips_of, mel_targets_of
 from baichuan_omni_jax.omni.voice_model import VoiceModel, beside
+from baichuan_omni_jax.train.flops import Part, step_counts
+from baichuan_omni_jax.train.sound_flops import clip_counts, flow_parts
 from baichuan_omni_jax.train.tasks.sound import check_sound, sound_axes, sound_batch, sound_numbers
 from baichuan_omni_jax.train.tasks.task import NOTHING, Metrics, PlainTask, Values
 
@@ -69,3 +71,9 @@ class FlowMatchingTask(PlainTask):
 
     def batch_numbers(self, batch: Batch) -> Metrics:
         return sound_numbers(batch, self.omni)
+
+    def parts(self) -> tuple[Part, ...]:
+        return flow_parts(self.omni)
+
+    def counts(self, batch: Batch) -> Metrics:
+        return step_counts(batch) | clip_counts(batch["mel_lengths"], self.omni, batch["target_flow_lengths"])

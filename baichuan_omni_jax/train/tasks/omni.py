@@ -6,6 +6,7 @@ from jaxtyping import PRNGKeyArray
 
 from baichuan_omni_jax.omni.batch import BRANCH_FIELDS, Batch, abstract_batch
 from baichuan_omni_jax.omni.model import OmniModel
+from baichuan_omni_jax.train.flops import Part, omni_parts, step_counts
 from baichuan_omni_jax.train.omni_loss import denominators, fill_metrics, omni_loss
 from baichuan_omni_jax.train.rows import check_batch
 from baichuan_omni_jax.train.tasks.task import NOTHING, Metrics, PlainTask
@@ -36,3 +37,9 @@ class OmniTask(PlainTask):
 
     def batch_numbers(self, batch: Batch) -> Metrics:
         return fill_metrics(batch)
+
+    def parts(self) -> tuple[Part, ...]:
+        return omni_parts(self.omni)
+
+    def counts(self, batch: Batch) -> Metrics:
+        return step_counts(batch)

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from baichuan_omni_jax.config import OmniConfig, RunConfig
 from baichuan_omni_jax.nn.param import Compute
 from baichuan_omni_jax.omni.batch import Batch
+from baichuan_omni_jax.train.flops import Part
 
 Metrics = dict[str, Float[Array, ""]]
 Values = Mapping[str, Any]
@@ -72,6 +73,12 @@ class Task(Protocol):
 
     def batch_numbers(self, batch: Batch) -> Metrics:
         """What the batch held, for the report."""
+
+    def parts(self) -> tuple[Part, ...]:
+        """Every matrix product of a step: what model FLOPs are counted from."""
+
+    def counts(self, batch: Batch) -> Metrics:
+        """What the batch held, `tokens` and all that `parts` count."""
 
 
 class PlainTask:
