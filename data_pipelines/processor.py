@@ -3,9 +3,10 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -21,7 +22,7 @@ from data_pipelines.prompts import Element, Picture, Sound, Text, Tokens, Video
 from data_pipelines.sequence import Layout, Part, SoundPart, TextPart, VisualPart, audio_targets, lay_out, text_targets
 from data_pipelines.sounds import clip_key, decode_sound, probe_sound
 from data_pipelines.token_ids import read_ids
-from data_pipelines.tokenizing import check_tokenizer, encode, tokenizer_fingerprint
+from data_pipelines.tokenizing import check_tokenizer, encode, plain_tokenizer, tokenizer_fingerprint
 from data_pipelines.turns import document_elements
 from data_pipelines.videos import probe_video, read_video
 
@@ -51,6 +52,14 @@ class AudioItem:
 
 
 @dataclass(frozen=True)
+class Said:
+    """Sound of a prompt that is known as `codes` (n, levels) already, heard or `spoken`."""
+
+    codes: Int32[np.ndarray, "n q"]
+    spoken: bool = True
+
+
+@dataclass(frozen=True)
 class _Pictures:
     """`count` pictures of one size: a still, a listed frame, or the frames of a video file.
 
@@ -66,13 +75,17 @@ class _Pictures:
 
 @dataclass(frozen=True)
 class _Clip:
-    """A clip of sound; of its windows, once they were asked for, `mels` (frames, mels) and samples by their rate."""
+    """A clip of sound; of its windows, once they were asked for, `mels` (frames, mels) and samples by their rate.
+
+    `codes` are its code frames where a prompt brings them: there is no media then, and one window.
+    """
 
     media: Media
     samples: int
     windows: list[Window]
     mels: list[np.ndarray]
     waves: list[dict[int, np.ndarray]]
+    codes: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -156,7 +169,17 @@ class Processor:
         Raises SampleError: what `measure` raises; "no_codes" when the store lacks a window of its sound; "changed"
         when codes are not of the measured length or the model's codebooks; "silent_audio" where mels are asked for.
         """
-        plan = self._plan(document, pixels=True, mels=mels, rates=rates)
+        return self._encoded(self._plan(document, pixels=True, mels=mels, rates=rates), codes)
+
+    def encode_prompt(self, elements: Sequence[Element | Said], media: Mapping[str, Media]) -> EncodedDocument:
+        """Elements to be continued: no loss, no end of text, pixels decoded, sound heard as log mels.
+
+        Their references name `media`. Raises SampleError as `encode`.
+        """
+        parts, pictures, clips = self._read(elements, media, max_frames=0, pixels=True, mels=True, rates=())
+        return self._encoded(_Plan(lay_out(parts, self.config.tokens), pictures, clips), None)
+
+    def _encoded(self, plan: _Plan, codes: Codes | None) -> EncodedDocument:
         layout = plan.layout
         windows = [(clip, window) for clip in plan.clips for window in clip.windows]
         heard = [self._codes(clip, window, codes) for clip, window in windows]
@@ -180,21 +203,41 @@ class Processor:
             patch_frames=numbers,
             visual_slots=np.asarray(layout.visual_slots, np.int32),
             mels=tuple(mel for clip in plan.clips for mel in clip.mels),
-            mel_places=tuple(places.tolist()) if mels else (),
+            mel_places=tuple(int(place) for (clip, _), place in zip(windows, places, strict=True) if clip.mels),
             waves=tuple(waves for clip in plan.clips for waves in clip.waves),
         )
 
     def _plan(self, document: Document, pixels: bool = False, mels: bool = False, rates: Sequence[int] = ()) -> _Plan:
+        elements = document_elements(document)
+        parts, pictures, clips = self._read(elements, document.media, document.max_frames, pixels, mels, rates)
+        layout = lay_out(parts + self._ending(elements, parts), self.config.tokens)
+        if not layout.has_loss:
+            raise SampleError("no_loss", "nothing in the document carries loss")
+        return _Plan(layout, pictures, clips)
+
+    def _read(
+        self,
+        elements: Sequence[Element | Said],
+        root: Path | Mapping[str, Media],
+        max_frames: int,
+        pixels: bool,
+        mels: bool,
+        rates: Sequence[int],
+    ) -> tuple[list[Part], list[_Pictures], list[_Clip]]:
         """Everything is found out from headers; what is to be decoded is decoded with the same look at the file."""
         parts: list[Part] = []
         pictures: list[_Pictures] = []
         clips: list[_Clip] = []
-        elements = document_elements(document)
         for element in elements:
             if isinstance(element, Text):
-                parts.append(TextPart(encode(self.tokenizer, element.text), element.trainable))
+                tokenizer = self._plain_tokenizer if element.plain else self.tokenizer
+                parts.append(TextPart(encode(tokenizer, element.text), element.trainable))
                 continue
-            media = find_media(element.reference, document.media)
+            if isinstance(element, Said):
+                clips.append(_said(element.codes))
+                parts.append(SoundPart(len(element.codes), element.spoken))
+                continue
+            media = find_media(element.reference, root)
             if isinstance(element, Tokens):
                 parts.append(TextPart(self._ids(media), element.trainable))
             elif isinstance(element, Sound):
@@ -202,13 +245,13 @@ class Processor:
                 count = sum(window.code_frames for window in clips[-1].windows)
                 parts.append(SoundPart(count, element.spoken, element.trainable))
             else:
-                pictures.append(self._pictures(element, media, document.max_frames, pixels))
+                pictures.append(self._pictures(element, media, max_frames, pixels))
                 parts += [self._visual_part(pictures[-1])] * pictures[-1].count
-        parts += self._ending(elements, parts)
-        layout = lay_out(parts, self.config.tokens)
-        if not layout.has_loss:
-            raise SampleError("no_loss", "nothing in the document carries loss")
-        return _Plan(layout, pictures, clips)
+        return parts, pictures, clips
+
+    @cached_property
+    def _plain_tokenizer(self) -> Tokenizer:
+        return plain_tokenizer(self.tokenizer)
 
     def _ids(self, media: Media) -> list[int]:
         return read_ids(media, self.tokenizer_fingerprint, self.config.llm.vocab_size)
@@ -262,6 +305,8 @@ class Processor:
         return _Clip(media, samples, windows, mels, waves)
 
     def _codes(self, clip: _Clip, window: Window, codes: Codes | None) -> Int32[np.ndarray, "n q"]:
+        if clip.codes is not None:
+            return clip.codes
         if codes is None:
             return np.zeros((window.code_frames, self.config.audio.levels), np.int32)
         try:
@@ -287,6 +332,10 @@ class Processor:
         grids = [np.zeros((0, 2), np.int32), *(grid for _, grid in decoded)]
         numbers = np.repeat(np.arange(len(grids), dtype=np.int32), [len(grid) for grid in grids])
         return np.concatenate(patches), np.concatenate(grids), numbers
+
+
+def _said(codes: Int32[np.ndarray, "n q"]) -> _Clip:
+    return _Clip(Media("speech", None), 0, [Window(0, 0, 0, 0, len(codes))], [], [], codes)
 
 
 def _cut(waves: dict[int, np.ndarray], window: Window, rate: int) -> dict[int, np.ndarray]:

@@ -26,10 +26,11 @@ class Reference:
 
 @dataclass(frozen=True)
 class Text:
-    """Text between media; special-token names in it stand for their tokens."""
+    """Text between media; special-token names in it stand for their tokens, unless it is `plain`."""
 
     text: str
     trainable: bool = False
+    plain: bool = False
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,13 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False).ids
 
 
+def plain_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
+    """The same, except that names of special tokens are text as any other: for text that strangers write."""
+    plain = Tokenizer.from_str(tokenizer.to_str())
+    plain.encode_special_tokens = True
+    return plain
+
+
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
     """Differs between tokenizers that differ in anything (32 hex digits)."""
     return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()[:32]
