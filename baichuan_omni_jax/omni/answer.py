@@ -1,5 +1,6 @@
 """What is asked of the generating engine, and what it answers piece by piece."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -8,7 +9,7 @@ from jaxtyping import Float32, Int32, UInt8
 
 from baichuan_omni_jax.config import RequestError
 
-__all__ = ["Event", "Finished", "Frames", "Prompt", "RequestError", "TextPiece"]
+__all__ = ["Answer", "Event", "Finished", "Frames", "Prompt", "RequestError", "TextPiece"]
 
 
 @runtime_checkable
@@ -68,3 +69,34 @@ class Finished:
 
 
 Event = TextPiece | Frames | Finished
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A whole answer: its text and tokens, and the code frames of each stretch of speech, in order."""
+
+    text: str
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    speech: tuple[Int32[np.ndarray, "_ q"], ...]
+    finished: Finished
+
+    @classmethod
+    def of(cls, events: Iterable[Event]) -> "Answer":
+        """The answer that a request's events make, of which the last is `Finished`."""
+        events = list(events)
+        pieces = [event for event in events if isinstance(event, TextPiece)]
+        speech, stretch = [], []
+        for event in events:
+            if isinstance(event, Frames):
+                stretch.append(event.codes)
+                if event.last:
+                    speech.append(np.concatenate(stretch))
+                    stretch = []
+        return cls(
+            text="".join(piece.text for piece in pieces),
+            tokens=tuple(token for piece in pieces for token in piece.tokens),
+            logprobs=tuple(p for piece in pieces for p in piece.logprobs),
+            speech=tuple(speech),
+            finished=events[-1],
+        )

@@ -1,0 +1,343 @@
+"""The generating engine: many requests at once, each answered in text and speech as it comes.
+
+    engine = Engine(branches, cfg, tokenizer, slots=8, length=4096)
+    for event in engine.submit(prompt, GenerationSettings(speech=True), jax.random.key(0)):
+        ...                                     # TextPiece, Frames, at last Finished
+
+A request takes one of `slots` rows of the cache. Its prompt is read in chunks while other rows go on; then it takes
+part in the steps of all rows, several of them in one program, until its answer ends and the row is free for the next.
+The engine has no thread of its own: whoever waits for an event runs a step, for everybody.
+"""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, PRNGKeyArray, Shaped
+from tokenizers import Tokenizer
+
+from baichuan_omni_jax.config import ConfigError, GenerationSettings, OmniConfig, RequestError
+from baichuan_omni_jax.llm.decode import DecodeModel
+from baichuan_omni_jax.llm.depth_decode import DepthDecoder
+from baichuan_omni_jax.nn.cache import init_cache
+from baichuan_omni_jax.nn.param import named_values
+from baichuan_omni_jax.omni import steps
+from baichuan_omni_jax.omni.answer import Answer, Prompt
+from baichuan_omni_jax.omni.hearing import Hearing
+from baichuan_omni_jax.omni.prefill import Joining, chunk_sizes, lay_pictures
+from baichuan_omni_jax.omni.prompt_check import check_prompt
+from baichuan_omni_jax.omni.request import Job, Request
+from baichuan_omni_jax.omni.rows import Rows, idle_rows, new_row
+from baichuan_omni_jax.omni.sampling import key_data
+from baichuan_omni_jax.omni.text_stream import break_tokens
+from baichuan_omni_jax.sharding import axis_product
+
+log = logging.getLogger(__name__)
+
+READS = ("llm", "vision", "audio_head", "audio_encoder")
+_PROGRAMS = (steps.see, steps.read, steps.seat, steps.burst)
+
+
+@dataclass(frozen=True)
+class EngineMetrics:
+    """What the engine is and was doing. `compiles`: programs compiled since it was made; `tokens_per_s`: text tokens
+    and code frames a second while at least one request was served."""
+
+    compiles: int
+    cache_bytes: int
+    slots: int
+    in_use: int
+    waiting: int
+    tokens: int
+    frames: int
+    tokens_per_s: float
+
+
+class Engine:
+    """Serves requests with the branches of one checkpoint (`llm`, and any of vision, audio_head, audio_encoder).
+
+    `slots` requests are answered at a time, each in a cache of `length` items (prompt and answer; one a token, visual
+    token or code frame), kept in `cache_dtype` (a float type or int8; default: the language model's compute dtype).
+    `chunk` items of prompts are read, and `burst` items of every answer made, before the engine looks around.
+
+    The language model and the audio head are copied in the form that decoding reads; drop them where nothing else
+    needs them. Works on the mesh that they lie on, slots over data x fsdp, heads over tensor; context must be 1.
+    Safe to be used from several threads. Raises ConfigError for a mesh, or branches, that it cannot work with.
+    """
+
+    def __init__(
+        self,
+        branches: Mapping[str, nnx.Module],
+        cfg: OmniConfig,
+        tokenizer: Tokenizer | None,
+        *,
+        slots: int = 8,
+        length: int = 4096,
+        cache_dtype: str | None = None,
+        chunk: int = 1024,
+        burst: int = 8,
+    ):
+        if "llm" not in branches:
+            raise ConfigError("generating needs the branch llm")
+        if chunk & (chunk - 1):
+            raise ConfigError(f"chunk {chunk} is not a power of two")
+        self.cfg, self.tokenizer = cfg, tokenizer
+        self._slots, self._length, self._chunk, self._burst = slots, length, chunk, burst
+        self._mesh = _mesh_of(branches["llm"])
+        self._branches = frozenset(branches) & frozenset(READS)
+        self._breaks = break_tokens(tokenizer, cfg.llm.vocab_size)
+        with jax.set_mesh(self._mesh):
+            self._model = _speakers(branches)
+            compute = self._model.llm.compute
+            self._cache_dtype = jnp.dtype(cache_dtype or compute.dtype)
+            self._vision = branches.get("vision")
+            encoder = branches.get("audio_encoder")
+            self._hearing = None if encoder is None else Hearing(encoder, self._mesh)
+            self._devices = axis_product(self._mesh, compute.rules.axes("batch"))
+            self._state = self._empty_state()
+        self._buffer: Array | None = None
+        self._compiled_before = _programs()
+        self._lock = threading.Lock()
+        self._waiting: deque[Job] = deque()
+        self._joining: Joining | None = None
+        self._running: dict[int, Job] = {}
+        self._busy, self._tokens, self._frames = 0.0, 0, 0
+
+    def submit(self, prompt: Prompt, settings: GenerationSettings, key: PRNGKeyArray) -> Request:
+        """Puts a request in line; iterate it to have it served. The same key gives the same answer in any company.
+
+        Raises RequestError: `too_long`, `no_branch`, `bad_media`, `bad_message`.
+        """
+        if settings.stop and self.tokenizer is None:
+            raise RequestError("bad_message", "stop strings need a tokenizer, the engine has none")
+        check_prompt(prompt, settings, self.cfg, self._branches, self._length)
+        job = Job(prompt, settings, key_data(key), self.cfg.tokens, self.tokenizer)
+        with self._lock:
+            self._waiting.append(job)
+        return Request(job, self._serve)
+
+    def generate(
+        self, prompts: Sequence[Prompt], settings: GenerationSettings, keys: Sequence[PRNGKeyArray] | PRNGKeyArray
+    ) -> list[Answer]:
+        """The whole answers to several prompts, served together. Raises RequestError for the first it cannot serve."""
+        requests = [self.submit(prompt, settings, key) for prompt, key in zip(prompts, keys, strict=True)]
+        return [Answer.of(request) for request in requests]
+
+    def warm_up(self) -> None:
+        """Compiles every program of text and speech; those of pictures and sound wait for the first of their size."""
+        with self._lock, jax.set_mesh(self._mesh):
+            levels = self.cfg.audio.levels
+            for t in chunk_sizes(self._length, self._chunk):
+                shape = (self._devices, t)
+                padding = np.full(shape, -1, np.int32)
+                text = steps.Chunk(np.zeros(shape, np.int32), padding, np.full(self._devices, -1, np.int32))
+                self._read(0, text)
+                if self._branches & {"vision", "audio_head"}:
+                    media = np.zeros((*shape, levels), np.int32), np.zeros(shape, bool), padding + 1 + self._length
+                    self._read(0, text._replace(**dict(zip(("codes", "heard", "seen"), media, strict=True))))
+            self._seat(0, jax.tree.map(lambda x: x[:1], self._idle_rows()))
+            self._run_burst({}, 1)
+
+    @property
+    def compiles(self) -> int:
+        """Programs compiled since the engine was made (of all engines, while several live)."""
+        hearing = self._hearing.programs if self._hearing else 0
+        return _programs() - self._compiled_before + hearing
+
+    @property
+    def metrics(self) -> EngineMetrics:
+        with self._lock:
+            self._sweep()
+            joining = len(self._joining.jobs) if self._joining else 0
+            return EngineMetrics(
+                compiles=self.compiles,
+                cache_bytes=self._state.cache.bytes,
+                slots=self._slots,
+                in_use=len(self._running) + joining,
+                waiting=len(self._waiting),
+                tokens=self._tokens,
+                frames=self._frames,
+                tokens_per_s=(self._tokens + self._frames) / self._busy if self._busy else 0.0,
+            )
+
+    def _serve(self, job: Job) -> None:
+        """Runs a step, unless another thread's step has served `job` meanwhile."""
+        with self._lock:
+            if job.events or job.over:
+                return
+            began = time.perf_counter()
+            try:
+                with jax.set_mesh(self._mesh):
+                    self._step()
+            except BaseException as error:
+                self._abandon(error)
+                if not isinstance(error, Exception):
+                    raise
+            finally:
+                self._busy += time.perf_counter() - began
+
+    def _step(self) -> None:
+        self._sweep()
+        budget = self._chunk
+        while budget > 0 and (self._joining or self._let_in()):
+            budget -= self._read_on()
+        if self._running:
+            new = not all(job.started for job in self._running.values())
+            self._run_burst(self._running, 1 if new else self._burst)
+            self._running = {slot: job for slot, job in self._running.items() if not job.over}
+
+    def _sweep(self) -> None:
+        """Ends what was cancelled."""
+        for jobs in (list(self._waiting), list(self._running.values())):
+            for job in jobs:
+                if job.cancelled:
+                    job.finish("cancelled")
+        self._waiting = deque(job for job in self._waiting if not job.over)
+        self._running = {slot: job for slot, job in self._running.items() if not job.over}
+
+    def _let_in(self) -> bool:
+        """Gives free slots to those who waited longest, as many as can read together; False when there are none."""
+        free = [slot for slot in range(self._slots) if slot not in self._running]
+        if not free or not self._waiting:
+            return False
+        here = self._slots // self._devices
+        index = free[0] % here
+        jobs = {}
+        for slot in free:
+            if slot % here == index and self._waiting:
+                job = self._waiting.popleft()
+                job.slot, jobs[slot // here] = slot, job
+        self._joining = Joining(index, jobs, self._devices, self._length)
+        self._take_in_media(self._joining)
+        return True
+
+    def _take_in_media(self, joining: Joining) -> None:
+        """Hears and sees what the prompts hold. A prompt whose media cannot be taken in is given up alone."""
+        codes = {}
+        for device, job in list(joining.jobs.items()):
+            try:
+                prompt = job.prompt
+                codes[device] = self._hearing.codes(prompt) if prompt.mels else np.asarray(prompt.audio_codes)
+                if len(prompt.patches):
+                    self._see({device: prompt})
+            except Exception as error:
+                log.exception("the media of a prompt could not be taken in")
+                job.fail(f"the media of the prompt could not be taken in: {error}")
+                del joining.jobs[device]
+        if any(len(job.prompt.audio_slots) or len(job.prompt.patches) for job in joining.jobs.values()):
+            joining.place_media(codes)
+
+    def _see(self, prompts: Mapping[int, Prompt]) -> None:
+        shards = axis_product(self._mesh, self._vision.compute.rules.axes("media"))
+        pictures = lay_pictures(prompts, self._devices, shards, self.cfg, self._length)
+        self._buffer = steps.see(self._vision, self._seen(), *self._placed(pictures))
+
+    def _read_on(self) -> int:
+        """Reads the next chunk of those that join, and seats them after their last; returns the items it cost."""
+        joining = self._joining
+        if not joining.jobs or joining.done:
+            self._joining = None
+            return 0
+        chunk = joining.chunk(self._chunk)
+        self._read(joining.index, chunk)
+        if joining.done:
+            self._joining = None
+            for job in joining.jobs.values():
+                if job.cancelled:
+                    job.finish("cancelled")
+                else:
+                    self._seat(job.slot, self._new_row(job))
+                    self._running[job.slot] = job
+        return chunk.tokens.size
+
+    def _run_burst(self, jobs: Mapping[int, Job], count: int) -> None:
+        alive = np.zeros(self._slots, bool)
+        alive[list(jobs)] = True
+        hurry = bool(self._waiting)
+        self._state, items, reasons = steps.burst(
+            self._model,
+            self._state,
+            *self._placed((alive,)),
+            np.int32(count),
+            np.bool_(hurry),
+            self._breaks,
+            tokens=self.cfg.tokens,
+            size=self._burst,
+        )
+        items, reasons = jax.device_get((items, reasons))
+        for slot, job in jobs.items():
+            before = job.tokens, job.frames
+            job.take(jax.tree.map(lambda x, slot=slot: x[:, slot], items), int(reasons[slot]))
+            self._tokens += job.tokens - before[0]
+            self._frames += job.frames - before[1]
+
+    def _read(self, index: int, chunk: steps.Chunk) -> None:
+        buffer = None if chunk.seen is None else self._seen()
+        self._state = steps.read(self._model, self._state, np.int32(index), self._placed(chunk), buffer)
+
+    def _seat(self, slot: int, row: Rows) -> None:
+        self._state = self._state._replace(rows=steps.seat(self._state.rows, np.int32(slot), row))
+
+    def _new_row(self, job: Job) -> Rows:
+        return new_row(job.prompt.tokens, job.settings, job.key, self.cfg.tokens, *self._widths())
+
+    def _idle_rows(self) -> Rows:
+        return idle_rows(self._slots, self.cfg.tokens, *self._widths())
+
+    def _widths(self) -> tuple[int, tuple[int, int]]:
+        return self.cfg.llm.vocab_size, (self.cfg.audio.levels, max(self.cfg.audio.codebook_sizes) + 1)
+
+    def _empty_state(self) -> steps.State:
+        llm = self._model.llm
+        cache = init_cache(self.cfg.llm, self._slots, self._length, self._cache_dtype, llm.compute)
+        hidden = np.zeros((self._slots, self.cfg.llm.hidden_size), llm.compute.dtype)
+        return steps.State(cache, *self._placed((hidden, self._idle_rows())))
+
+    def _seen(self) -> Array:
+        """Where visual embeddings lie by position, one prompt a device; made when it is first needed."""
+        if self._buffer is None:
+            llm = self._model.llm
+            shape = (self._devices, self._length, self.cfg.llm.hidden_size)
+            self._buffer = jnp.zeros(shape, llm.compute.dtype, out_sharding=llm.compute.rules.spec("batch", "length"))
+        return self._buffer
+
+    def _placed(self, arrays: tuple[Shaped[np.ndarray, "..."], ...]) -> tuple[Array, ...]:
+        """Host arrays on the devices, their first dim split as slots are."""
+        return jax.device_put(arrays, NamedSharding(self._mesh, self._model.llm.compute.rules.spec("batch")))
+
+    def _abandon(self, error: BaseException) -> None:
+        """Gives up what was being served: the arrays that it lived in are lost. Those who wait are served next."""
+        log.error("generating failed", exc_info=error)
+        for job in (*self._running.values(), *(self._joining.jobs.values() if self._joining else ())):
+            if not job.over:
+                job.fail(f"the engine failed while it served this request: {error}")
+        self._running, self._joining, self._buffer = {}, None, None
+        with jax.set_mesh(self._mesh):
+            self._state = self._empty_state()
+
+
+def _speakers(branches: Mapping[str, nnx.Module]) -> steps.Speakers:
+    head = branches.get("audio_head")
+    return steps.Speakers(DecodeModel.of(branches["llm"]), None if head is None else _depth(head))
+
+
+_depth = jax.jit(DepthDecoder.of)
+
+
+def _mesh_of(llm: nnx.Module) -> Mesh:
+    sharding = next(iter(named_values(llm).values())).sharding
+    if not isinstance(sharding, NamedSharding) or sharding.mesh.shape.get("context") != 1:
+        raise ConfigError("generating needs the branches on a mesh of this project (sharding.make_mesh) with context 1")
+    return sharding.mesh
+
+
+def _programs() -> int:
+    return sum(program._cache_size() for program in _PROGRAMS)

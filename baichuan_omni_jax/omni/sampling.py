@@ -1,0 +1,95 @@
+"""One token of each row drawn from its logits, every row by settings and a key of its own.
+
+Settings are arrays, so that one program serves them all; a row's draw is the same whatever the rows beside it ask for.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int32, UInt32
+
+from baichuan_omni_jax.config import Sampling
+
+# Rows whose `top_k` is at most this are drawn without their whole vocabulary being sorted.
+FEW = 64
+_LEAST_TEMPERATURE = 1e-6
+
+
+class Drawing(NamedTuple):
+    """`Sampling` of several rows, an array a field."""
+
+    temperature: Float[Array, " b"]
+    top_k: Int32[Array, " b"]
+    top_p: Float[Array, " b"]
+    repetition_penalty: Float[Array, " b"]
+
+    @classmethod
+    def of(cls, rows: Sequence[Sampling]) -> "Drawing":
+        """The settings of one row after the other, on the host."""
+        floats = (("temperature", np.float32), ("top_k", np.int32), ("top_p", np.float32))
+        types = dict(floats, repetition_penalty=np.float32)
+        return cls(**{name: np.array([getattr(row, name) for row in rows], dtype) for name, dtype in types.items()})
+
+
+def key_data(key: Array) -> UInt32[np.ndarray, "2"]:
+    """What `draw` takes for a row: two words made of any kind of JAX key."""
+    return np.asarray(jax.random.bits(key, (2,), jnp.uint32))
+
+
+def draw(
+    logits: Float[Array, "b v"],
+    held: Bool[Array, "b v"],
+    how: Drawing,
+    keys: UInt32[Array, "b 2"],
+    step: Int32[Array, " b"],
+    allowed: Bool[Array, "#b v"] | None = None,
+) -> tuple[Int32[Array, " b"], Float[Array, " b"]]:
+    """A token of each row, and its log-probability by the logits alone, before penalty and cuts.
+
+    `held` are the tokens that the row's sequence already has, which `repetition_penalty` meets; those that are not
+    `allowed` are never chosen. The same key and step give the same draw. Order of the cuts: see `Sampling`.
+    """
+    logits = logits.astype(jnp.float32)
+    scores = _penalised(logits, held, how.repetition_penalty)
+    if allowed is not None:
+        scores = jnp.where(allowed, scores, -jnp.inf)
+    tokens = jnp.argmax(scores, -1).astype(jnp.int32)
+    drawn = how.temperature > 0
+    few = drawn & (how.top_k > 0) & (how.top_k <= FEW)
+    for rows, width in ((few, min(FEW, logits.shape[-1])), (drawn & ~few, logits.shape[-1])):
+        chosen = jax.lax.cond(
+            rows.any(),
+            lambda width=width: _draw_among(scores, width, how, keys, step),
+            lambda tokens=tokens: tokens,
+        )
+        tokens = jnp.where(rows, chosen, tokens)
+    total = jax.nn.logsumexp(logits, -1)
+    return tokens, jnp.take_along_axis(logits, tokens[:, None], -1)[:, 0] - total
+
+
+def _penalised(logits: Array, held: Array, penalty: Array) -> Array:
+    penalty = penalty[:, None]
+    return jnp.where(held, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def _draw_among(scores: Array, width: int, how: Drawing, keys: Array, step: Array) -> Array:
+    """A token of each row among its `width` likeliest, of which its settings leave some."""
+    best, ids = jax.lax.top_k(scores, width)
+    # The likeliest score 0, so that no temperature makes anything infinite.
+    best = (best - best[:, :1]) / jnp.maximum(how.temperature, _LEAST_TEMPERATURE)[:, None]
+    rank = jnp.arange(width)
+    best = jnp.where((rank < how.top_k[:, None]) | (how.top_k[:, None] == 0), best, -jnp.inf)
+    likely = jax.nn.softmax(best, -1)
+    before = jnp.cumsum(likely, -1) - likely
+    kept = (before < how.top_p[:, None]) | (how.top_p[:, None] >= 1) | (rank == 0)
+    noise = jax.vmap(lambda data, step: _noise(data, step, width))(keys, step)
+    place = jnp.argmax(jnp.where(kept, best + noise, -jnp.inf), -1)
+    return jnp.take_along_axis(ids, place[:, None], -1)[:, 0].astype(jnp.int32)
+
+
+def _noise(data: Array, step: Array, width: int) -> Array:
+    key = jax.random.wrap_key_data(data, impl="threefry2x32")
+    return jax.random.gumbel(jax.random.fold_in(key, step), (width,), jnp.float32)
