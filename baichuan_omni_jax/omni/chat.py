@@ -144,7 +144,7 @@ class OmniChat:
         return self._taken(request, stream)
 
     def _taken(self, request: Requested, stream: bool) -> Reply | ChatAnswer:
-        reply = Reply(request, self.model.speaker, self.model.config.audio.levels)
+        reply = Reply(request, self.model.speaker)
         return reply if stream else reply.answer()
 
     def _needs_speaker(self) -> None:

@@ -55,13 +55,13 @@ class Reading:
 
 
 def _together(ended: list[Finished], reason: str) -> Finished:
-    """One `Finished` for requests that came one after the other; what came first is of the first."""
+    """One `Finished` for requests that came one after the other; what came first is of the first. No text is given."""
     return Finished(
         reason=reason,
         prompt=sum(each.prompt for each in ended),
-        tokens=sum(each.tokens for each in ended),
+        tokens=0,
         frames=sum(each.frames for each in ended),
-        first_token=ended[0].first_token if ended else None,
+        first_token=None,
         first_frame=ended[0].first_frame if ended else None,
         total=sum(each.total for each in ended),
         sequence=ended[-1].sequence if ended else np.zeros(0, np.int32),
