@@ -127,7 +127,9 @@ def axis_product(mesh: Mesh | AbstractMesh, axes: Sequence[str]) -> int:
     return math.prod(mesh.shape[axis] for axis in axes)
 
 
-def check_divisible(mesh: Mesh, rules: ShardingRules, shape: Sequence[int], names: Sequence[str], what: str) -> None:
+def check_divisible(
+    mesh: Mesh | AbstractMesh, rules: ShardingRules, shape: Sequence[int], names: Sequence[str], what: str
+) -> None:
     """Raises ConfigError naming `what`, the dimension and the mesh axes where a split is uneven."""
     for size, name in zip(shape, names, strict=True):
         axes = rules.axes(name)

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,38 +23,32 @@ HEADS = ("batch", None, "act_heads", None)
 HIDDEN = ("batch", None, None, "act_mlp")
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["attention_norm", "qkv", "qkv_bias", "out", "mlp_norm", "gate_up", "down"],
-    meta_fields=[],
-)
-class DecodeLayer:
+class DecodeLayer(NamedTuple):
     """One layer's weights, contracted dim last.
 
     Shapes: qkv (k, g + 2, h, d), per key head the projections of its g query heads, its key and its value; qkv_bias
     (k, g + 2, h); out (d, n, h); gate_up (2, f, d); down (d, f).
     """
 
-    def __init__(
-        self,
-        attention_norm: RMSNorm,
-        qkv: Array,
-        qkv_bias: Array,
-        out: Array,
-        mlp_norm: RMSNorm,
-        gate_up: Array,
-        down: Array,
-    ):
-        self.attention_norm, self.mlp_norm = attention_norm, mlp_norm
-        self.qkv, self.qkv_bias, self.out = qkv, qkv_bias, out
-        self.gate_up, self.down = gate_up, down
+    attention_norm: RMSNorm
+    qkv: Array
+    qkv_bias: Array
+    out: Array
+    mlp_norm: RMSNorm
+    gate_up: Array
+    down: Array
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["embedding", "layers", "norm", "head"],
-    meta_fields=["cfg", "compute"],
-)
+class DecodeWeights(NamedTuple):
+    """Shapes: embedding and head (v, d)."""
+
+    embedding: Array
+    layers: tuple[DecodeLayer, ...]
+    norm: RMSNorm
+    head: Array
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["weights"], meta_fields=["cfg", "compute"])
 class DecodeModel:
     """A `LanguageModel`'s weights as decoding reads them, each once for every token.
 
@@ -62,17 +57,8 @@ class DecodeModel:
     and `context` and split over `tensor`, so that nothing but activations travels between devices.
     """
 
-    def __init__(
-        self,
-        embedding: Array,
-        layers: tuple[DecodeLayer, ...],
-        norm: RMSNorm,
-        head: Array,
-        cfg: LLMConfig,
-        compute: Compute,
-    ):
-        self.embedding, self.layers, self.norm, self.head = embedding, layers, norm, head
-        self.cfg, self.compute = cfg, compute
+    def __init__(self, weights: DecodeWeights, cfg: LLMConfig, compute: Compute):
+        self.weights, self.cfg, self.compute = weights, cfg, compute
 
     @classmethod
     def of(cls, llm: LanguageModel, dtype: DTypeLike | None = None) -> "DecodeModel":
@@ -84,12 +70,13 @@ class DecodeModel:
         compute = replace(llm.compute, dtype=jnp.dtype(dtype or llm.compute.dtype))
         layers = tuple(_unstack(llm.layers, jnp.int32(i), llm.cfg, compute) for i in range(llm.cfg.num_layers))
         head = llm.head_weight(dtype=compute.dtype) if llm.cfg.use_norm_head else _whole(llm.head, compute)
-        return cls(_whole(llm.embedding, compute), layers, llm.norm, head, llm.cfg, compute)
+        weights = DecodeWeights(_whole(llm.embedding, compute), layers, llm.norm, head)
+        return cls(weights, llm.cfg, compute)
 
     def embed(self, tokens: Int32[Array, "b t"]) -> Float[Array, "b t d"]:
         """Token embeddings in the compute dtype."""
         tokens = split_as(tokens, self.compute, "batch")
-        return self.embedding.at[tokens].get(out_sharding=self.compute.rules.spec(*STREAM))
+        return self.weights.embedding.at[tokens].get(out_sharding=self.compute.rules.spec(*STREAM))
 
     def __call__(
         self, x: Float[Array, "b t d"], positions: Int32[Array, "b t"], cache: KVCache
@@ -109,20 +96,20 @@ class DecodeModel:
         x, positions = split_as(x, self.compute, "batch"), split_as(positions, self.compute, "batch")
         seen = _seen(positions, cache.length, self.compute) if x.shape[1] > 1 else None
         layers = []
-        for weights, entries in zip(self.layers, cache.layers, strict=True):
+        for weights, entries in zip(self.weights.layers, cache.layers, strict=True):
             with jax.named_scope("attention"):
                 mixed, entries = self._attention(weights, weights.attention_norm(x), positions, entries, seen)
                 x, layers = x + mixed, [*layers, entries]
             with jax.named_scope("mlp"):
                 x = x + self._mlp(weights, weights.mlp_norm(x))
-        x = jnp.where(positions[..., None] < 0, 0, self.norm(x))
+        x = jnp.where(positions[..., None] < 0, 0, self.weights.norm(x))
         return x, KVCache(tuple(layers))
 
     def logits(self, hidden: Float[Array, "... d"]) -> Float[Array, "... v"]:
         """fp32 logits."""
         hidden = split_as(hidden.astype(self.compute.dtype), self.compute, "batch")
         spec = self.compute.rules.spec("batch", *[None] * (hidden.ndim - 2), "act_vocab")
-        return jnp.einsum("...d,vd->...v", hidden, self.head, out_sharding=spec).astype(jnp.float32)
+        return jnp.einsum("...d,vd->...v", hidden, self.weights.head, out_sharding=spec).astype(jnp.float32)
 
     def _attention(
         self,

@@ -6,6 +6,7 @@ nothing says which entries hold something: an item sees entries 0 to its own pos
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,20 +22,19 @@ from baichuan_omni_jax.sharding import check_divisible
 ENTRIES = ("batch", "act_kv_heads", None, None)
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["k", "v", "k_scale", "v_scale"], meta_fields=[])
-class LayerCache:
+class LayerCache(NamedTuple):
     """Keys and values (b, k, s, h) of one layer; in int8 with fp32 scales (b, k, s), else the scales are None."""
 
-    def __init__(self, k: Array, v: Array, k_scale: Array | None, v_scale: Array | None):
-        self.k, self.v, self.k_scale, self.v_scale = k, v, k_scale, v_scale
+    k: Array
+    v: Array
+    k_scale: Array | None
+    v_scale: Array | None
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["layers"], meta_fields=[])
-class KVCache:
+class KVCache(NamedTuple):
     """Keys and values of every layer. A step takes it and gives it back: donate it, and it is written in place."""
 
-    def __init__(self, layers: tuple[LayerCache, ...]):
-        self.layers = layers
+    layers: tuple[LayerCache, ...]
 
     @property
     def batch(self) -> int:

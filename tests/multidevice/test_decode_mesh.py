@@ -1,0 +1,20 @@
+"""The language model decodes alike on any mesh."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from micro import environment
+
+SCRIPT = Path(__file__).with_name("decode.py")
+
+
+def test_logits_on_eight_devices_equal_one(tmp_path):
+    """Rows split over four devices, heads over two: to 1e-5; int8, whose roundings may differ, to 1e-2."""
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT)], env=environment(tmp_path / "xla", 8), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    far = {name: float(number) for name, number in map(str.split, done.stdout.splitlines())}
+    assert far["float32"] < 1e-5
+    assert far["int8"] < 1e-2
