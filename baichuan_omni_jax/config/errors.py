@@ -12,7 +12,8 @@ class ConfigError(ValueError):
 class RequestError(ValueError):
     """One request cannot be served; the message says why in one sentence. The engine and other requests go on.
 
-    `cause` is the word it is counted under: `too_long`, `no_branch`, `bad_media`, `bad_message`, `cancelled`.
+    `cause` is the word it is counted under: `too_long`, `no_branch`, `bad_media`, `bad_message`, and `failed`:
+    the engine itself could not go on with it.
     """
 
     def __init__(self, cause: str, message: str):

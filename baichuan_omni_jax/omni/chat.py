@@ -16,7 +16,7 @@ from jaxtyping import PRNGKeyArray
 
 from baichuan_omni_jax.config import GenerationSettings, OmniConfig, RequestError
 from baichuan_omni_jax.omni.answer import Prompt
-from baichuan_omni_jax.omni.reading import Reading
+from baichuan_omni_jax.omni.reading import Prompts, Reading, one_prompt, sentence_prompts
 from baichuan_omni_jax.omni.reply import AudioChunk, ChatAnswer, ChatEvent, Reply, Requested, Speaks
 
 __all__ = ["AudioChunk", "ChatAnswer", "ChatEvent", "ChatModel", "ChatProcessor", "Conversation", "OmniChat", "Reply"]
@@ -57,16 +57,16 @@ class ChatModel:
 
 
 class OmniChat:
-    """Answers messages. `settings` and `seed` are those of every answer that is not asked for with its own.
+    """Answers messages; without a processor, encoded prompts alone.
 
-    The same messages, settings and key give the same answer. Several threads may ask at once: the engine serves them
-    together.
+    `settings` and `seed` are those of every answer that is not asked for with its own. The same messages, settings and
+    key give the same answer. Several threads may ask at once: the engine serves them together.
     """
 
     def __init__(
         self,
         model: ChatModel,
-        processor: ChatProcessor,
+        processor: ChatProcessor | None,
         *,
         settings: GenerationSettings | None = None,
         seed: int = 0,
@@ -93,7 +93,7 @@ class OmniChat:
         too short, too big), `too_long` (more than the cache holds), `no_branch` (media, or an answer in speech, that
         the checkpoint lacks a branch for).
         """
-        return self._answered(self.processor.encode_messages(messages), stream, settings, key)
+        return self._answered(self._encoder().encode_messages(messages), stream, settings, key)
 
     def complete(
         self,
@@ -104,7 +104,7 @@ class OmniChat:
         key: PRNGKeyArray | None = None,
     ) -> Reply | ChatAnswer:
         """Goes on where `content`, which has no roles, ends: plain text, or speech recognition (docs/generation.md)."""
-        return self._answered(self.processor.encode_content(content), stream, settings, key)
+        return self._answered(self._encoder().encode_content(content), stream, settings, key)
 
     def answer_prompt(
         self,
@@ -129,10 +129,25 @@ class OmniChat:
 
         Raises RequestError as `reply`, and `bad_message` for a text without anything to say.
         """
+        return self._spoken(sentence_prompts(self._encoder(), self._encoder().sentences(text)), stream, settings, key)
+
+    def speak_prompt(
+        self,
+        prompt: Prompt,
+        stream: bool = True,
+        *,
+        settings: GenerationSettings | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Reply | ChatAnswer:
+        """The speech that an encoded prompt, ending with the mark that begins it, asks for."""
+        return self._spoken(one_prompt(prompt), stream, settings, key)
+
+    def _spoken(
+        self, prompts: Prompts, stream: bool, settings: GenerationSettings | None, key: PRNGKeyArray | None
+    ) -> Reply | ChatAnswer:
         self._needs_speaker()
         settings, key = settings or self.settings, self.key if key is None else key
-        reading = Reading(self.model.engine, self.processor, text, settings, key)
-        return self._taken(reading, stream)
+        return self._taken(Reading(self.model.engine, prompts, settings, key), stream)
 
     def _answered(
         self, prompt: Prompt, stream: bool, settings: GenerationSettings | None, key: PRNGKeyArray | None
@@ -146,6 +161,11 @@ class OmniChat:
     def _taken(self, request: Requested, stream: bool) -> Reply | ChatAnswer:
         reply = Reply(request, self.model.speaker)
         return reply if stream else reply.answer()
+
+    def _encoder(self) -> ChatProcessor:
+        if self.processor is None:
+            raise RequestError("bad_message", "the checkpoint brings no text tokenizer: only token ids can be asked")
+        return self.processor
 
     def _needs_speaker(self) -> None:
         if self.model.speaker is None:

@@ -1,29 +1,46 @@
-"""Reading a text aloud: one request a sentence, each continuing the text and the speech of those before."""
+"""Speaking what is given: one request a sentence, each continuing the text and the speech of those before."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Int32, PRNGKeyArray
 
 from baichuan_omni_jax.config import GenerationSettings, RequestError
-from baichuan_omni_jax.omni.answer import Event, Finished, Frames
+from baichuan_omni_jax.omni.answer import Event, Finished, Frames, Prompt
+
+Prompts = Generator[Prompt, Int32[np.ndarray, "n q"], None]
+"""Prompts that end with the mark that begins speech; each is told the code frames of the one before."""
+
+
+def sentence_prompts(processor: Any, sentences: Sequence[str]) -> Prompts:
+    """The sentences one by one, each after what was said before. Raises RequestError when there is nothing to say."""
+    spoken = [sentence for sentence in sentences if sentence.strip()]
+    if not spoken:
+        raise RequestError("bad_message", "there is nothing to say: the text is empty")
+    said: list[dict[str, Any]] = []
+    for sentence in spoken:
+        said.append({"type": "text", "text": sentence})
+        codes = yield processor.encode_content(said, speak=True)
+        if len(codes):
+            said.append({"type": "audio", "codes": codes})
+
+
+def one_prompt(prompt: Prompt) -> Prompts:
+    """A single prompt that is encoded already."""
+    yield prompt
 
 
 class Reading:
-    """Events of a text that is read aloud: the frames of each sentence, at last one `Finished` for all.
+    """The frames of each prompt's speech as events, at last one `Finished` for all; text that follows is left out.
 
-    Raises RequestError here for a text without anything to say and what the engine refuses of the first sentence.
+    Raises RequestError here for what the engine refuses of the first prompt, and when iterated for the others.
     """
 
-    def __init__(self, engine: Any, processor: Any, text: str, settings: GenerationSettings, key: PRNGKeyArray):
-        self._engine, self._processor, self._settings, self._key = engine, processor, settings, key
-        self._sentences = [sentence for sentence in processor.sentences(text) if sentence.strip()]
-        if not self._sentences:
-            raise RequestError("bad_message", "there is nothing to say: the text is empty")
-        self._said: list[dict[str, Any]] = []
+    def __init__(self, engine: Any, prompts: Prompts, settings: GenerationSettings, key: PRNGKeyArray):
+        self._engine, self._prompts, self._settings, self._key = engine, prompts, settings, key
         self._cancelled = False
-        self._request = self._begin(self._sentences[0])
+        self._request = self._submit(next(prompts))
 
     def cancel(self) -> None:
         self._cancelled = True
@@ -31,31 +48,29 @@ class Reading:
 
     def __iter__(self) -> Iterator[Event]:
         ended: list[Finished] = []
-        for number, sentence in enumerate(self._sentences):
-            if number:
-                self._request = self._begin(sentence)
-            codes: list[np.ndarray] = []
+        while not self._cancelled:
+            codes = []
             for event in self._request:
                 if isinstance(event, Frames):
                     codes.append(event.codes)
                     yield event
-                    if event.last:  # what the model would write after it is not asked for
+                    if event.last:
                         self._request.cancel()
                 elif isinstance(event, Finished):
                     ended.append(event)
-            if codes:
-                self._said.append({"type": "audio", "codes": np.concatenate(codes)})
-            if self._cancelled:
+            try:
+                said = np.concatenate(codes) if codes else np.zeros((0, 0), np.int32)
+                self._request = self._submit(self._prompts.send(said))
+            except StopIteration:
                 break
         yield _together(ended, "cancelled" if self._cancelled else "end")
 
-    def _begin(self, sentence: str) -> Any:
-        self._said.append({"type": "text", "text": sentence})
-        return self._engine.submit(self._processor.encode_content(self._said, speak=True), self._settings, self._key)
+    def _submit(self, prompt: Prompt) -> Any:
+        return self._engine.submit(prompt, self._settings, self._key)
 
 
-def _together(ended: list[Finished], reason: str) -> Finished:
-    """One `Finished` for requests that came one after the other; what came first is of the first. No text is given."""
+def _together(ended: Sequence[Finished], reason: str) -> Finished:
+    """One `Finished` for requests that came one after the other; no text is given."""
     return Finished(
         reason=reason,
         prompt=sum(each.prompt for each in ended),
