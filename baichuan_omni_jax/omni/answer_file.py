@@ -1,0 +1,154 @@
+"""A manifest of questions answered into a file of answers, many at a time; a run that was killed goes on.
+
+Both are JSON lines. Line n of the manifest is answered by `{"line": n, "id": ..., ...}`, or by `{"line", "id", "cause",
+"error"}` when it cannot be. Answers come in the manifest's order.
+"""
+
+import json
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from baichuan_omni_jax.config import ConfigError, RequestError
+from baichuan_omni_jax.omni.reply import ChatAnswer, Reply
+
+INTERVAL = 5.0  # seconds between two lines of progress
+
+
+@dataclass(frozen=True)
+class Question:
+    """Line `line` of a manifest: its `values` without the id, or the `error` that it is no question."""
+
+    line: int
+    id: str
+    values: Mapping[str, Any]
+    error: RequestError | None = None
+
+
+def read_questions(path: Path) -> list[Question]:
+    """Every line that is not empty. `id` defaults to the line's number. Raises ConfigError when it cannot be read."""
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise ConfigError(f"manifest {path} cannot be read: {error.strerror}") from error
+    return [_question(line, number) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def answer_questions(
+    questions: list[Question],
+    output: Path,
+    ask: Callable[[Question], Reply],
+    record: Callable[[Question, ChatAnswer], dict[str, Any]],
+    *,
+    at_once: int,
+    report: Callable[[str], None] = lambda line: None,
+) -> Counter:
+    """Answers what `output` does not answer yet, `at_once` questions at a time; returns how many of each outcome.
+
+    `ask` puts a question to the chat and `record` gives the fields of its answer; what either raises as RequestError is
+    the question's answer. Outcomes are `answered`, `kept` (there already) and causes of errors. Each line is written
+    whole. Raises ConfigError when `output` cannot be written, or answers another manifest.
+    """
+    done = _read_done(output, questions)
+    left = deque(question for question in questions if question.line not in done)
+    progress = _Progress(len(questions), len(done), report)
+    asked: deque[tuple[Question, Reply | RequestError]] = deque()
+    with _appending(output) as file:
+        while left or asked:
+            while left and len(asked) < at_once:
+                question = left.popleft()
+                asked.append((question, _put(question, ask)))
+            question, reply = asked.popleft()
+            line = _outcome(question, reply, record)
+            file.write(json.dumps({"line": question.line, "id": question.id} | line, ensure_ascii=False) + "\n")
+            file.flush()
+            progress.add(line)
+    return progress.outcomes
+
+
+def _question(line: bytes, number: int) -> Question:
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return Question(number, str(number), {}, RequestError("bad_message", f"the line is not JSON: {error}"))
+    if not isinstance(values, dict):
+        return Question(number, str(number), {}, RequestError("bad_message", "the line is no JSON object"))
+    identifier = str(values.pop("id", number))
+    return Question(number, identifier, values)
+
+
+def _put(question: Question, ask: Callable[[Question], Reply]) -> Reply | RequestError:
+    if question.error is not None:
+        return question.error
+    try:
+        return ask(question)
+    except RequestError as error:
+        return error
+
+
+def _outcome(
+    question: Question, reply: Reply | RequestError, record: Callable[[Question, ChatAnswer], dict[str, Any]]
+) -> dict[str, Any]:
+    if isinstance(reply, RequestError):
+        return _refused(reply)
+    try:
+        return record(question, reply.answer())
+    except RequestError as error:
+        return _refused(error)
+
+
+def _refused(error: RequestError) -> dict[str, Any]:
+    return {"cause": error.cause, "error": str(error)}
+
+
+def _read_done(output: Path, questions: list[Question]) -> set[int]:
+    """Lines that are answered. A last line that a kill left without its end is cut off."""
+    if not output.exists():
+        return set()
+    known = {question.line: question.id for question in questions}
+    done, whole = set(), 0
+    with output.open("rb") as file:
+        for number, text in enumerate(file, 1):
+            if not text.endswith(b"\n"):
+                break
+            whole += len(text)
+            try:
+                values = json.loads(text)
+                line, identifier = values["line"], values["id"]
+            except (ValueError, TypeError, KeyError) as error:
+                raise ConfigError(f"{output}:{number} is no answer; it was not written by this command") from error
+            if known.get(line) != identifier:
+                raise ConfigError(f"{output}:{number} answers {identifier!r} of line {line}: another manifest's")
+            done.add(line)
+    if whole < output.stat().st_size:
+        with output.open("rb+") as file:
+            file.truncate(whole)
+    return done
+
+
+def _appending(output: Path):
+    try:
+        return output.open("a", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{output} cannot be written: {error.strerror}") from error
+
+
+class _Progress:
+    """Counts outcomes; tells, at most every `INTERVAL` seconds, how far it is and how long the rest will take."""
+
+    def __init__(self, total: int, kept: int, report: Callable[[str], None]):
+        self._total, self._kept, self._report = total, kept, report
+        self.outcomes = Counter({"kept": kept} if kept else {})
+        self._start = self._last = time.monotonic()
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        self.outcomes[line.get("cause", "answered")] += 1
+        now, finished = time.monotonic(), self.outcomes.total()
+        if now - self._last >= INTERVAL or finished == self._total:
+            self._last = now
+            left = (now - self._start) * (self._total - finished) / (finished - self._kept)
+            counts = ", ".join(f"{count} {name}" for name, count in self.outcomes.most_common())
+            self._report(f"{finished} of {self._total} lines ({counts}), about {left:.0f} s left")

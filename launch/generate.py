@@ -1,0 +1,171 @@
+"""Asks a checkpoint: chat, speech recognition, reading aloud, descriptions.
+
+    python launch/generate.py chat --checkpoint runs/tiny --prompt "What is a star?"
+    python launch/generate.py chat --checkpoint DIR --image cat.jpg --prompt "What is this?" --out answer.wav
+    python launch/generate.py chat --checkpoint DIR --interactive
+    python launch/generate.py asr --checkpoint llm=A,audio_head=A,audio_encoder=B --audio speech.wav
+    python launch/generate.py tts --checkpoint DIR --prompt "Good morning." --out morning.wav
+    python launch/generate.py chat --checkpoint DIR --manifest questions.jsonl --output answers.jsonl
+
+The answer goes to standard output as it is made, everything else to standard error. `--out` answers aloud too. A
+manifest's lines have the fields that the flags have (`prompt`, `system`, `image`, `audio`, `video`, or `messages`, or
+`tokens`); started again, the same command goes on after the last line that it answered. docs/generation.md says more.
+Exit code 2: something given cannot be used, the message says what.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import soundfile
+from absl import logging
+from generation.asking import TASKS, ask, default_settings
+from generation.opening import OneSentenceParser, Opened, add_model_flags, open_chat, say
+from generation.report import as_record, describe, show
+from generation.talking import talk
+
+from baichuan_omni_jax.config import ConfigError, GenerationSettings, RequestError, apply_overrides
+from baichuan_omni_jax.config.errors import exit_code
+from baichuan_omni_jax.omni.answer_file import Question, answer_questions, read_questions
+from baichuan_omni_jax.omni.chat import ChatAnswer
+from data_pipelines.id_prompt import read_id_file
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 with one sentence when something given cannot be used."""
+    logging.set_verbosity(logging.WARNING)
+
+    def command() -> None:
+        try:
+            generate(parse(arguments))
+        except RequestError as error:
+            raise ConfigError(str(error)) from error
+
+    return exit_code(command)
+
+
+def generate(options: argparse.Namespace) -> None:
+    """Does what the options ask for. Raises ConfigError and RequestError."""
+    values = _values(options)
+    opened = open_chat(options, _settings(options))
+    if opened.notice:
+        say(opened.notice)
+    if options.manifest:
+        _answer_manifest(options, opened)
+    elif options.interactive:
+        talk(opened.chat, values, options.out)
+    else:
+        answer = show(ask(opened.chat, options.task, values))
+        _keep(options, answer)
+        say(describe(answer, opened.chat.model))
+
+
+def _keep(options: argparse.Namespace, answer: ChatAnswer) -> None:
+    if options.save:
+        options.save.write_text(json.dumps(as_record(answer), ensure_ascii=False) + "\n", encoding="utf-8")
+    if options.out and not len(answer.samples):
+        say(f"no speech was made, so {options.out} was not written")
+    elif options.out:
+        soundfile.write(options.out, answer.samples, answer.rate)
+        say(f"{options.out}: {answer.audio_seconds:.1f} s at {answer.rate} Hz")
+
+
+def _answer_manifest(options: argparse.Namespace, opened: Opened) -> None:
+    chat, folder = opened.chat, options.output.with_suffix("")
+    base = options.manifest.parent
+
+    def record(question: Question, answer: ChatAnswer) -> dict[str, Any]:
+        fields = as_record(answer)
+        if len(answer.samples):
+            folder.mkdir(exist_ok=True)
+            path = folder / f"{question.line:06d}.wav"
+            soundfile.write(path, answer.samples, answer.rate)
+            fields["audio"] = str(path)
+        return fields
+
+    outcomes = answer_questions(
+        read_questions(options.manifest),
+        options.output,
+        lambda question: ask(chat, options.task, question.values, jax.random.fold_in(chat.key, question.line), base),
+        record,
+        at_once=2 * options.slots,
+        report=say,
+    )
+    metrics = chat.model.engine.metrics
+    counts = ", ".join(f"{count} {name}" for name, count in outcomes.most_common()) or "nothing asked"
+    say(f"{options.output}: {counts}; {metrics.tokens_per_s:.1f} tokens/s, {metrics.compiles} programs compiled")
+
+
+def _settings(options: argparse.Namespace) -> GenerationSettings:
+    settings = apply_overrides(default_settings(options.task, options.speech), options.set)
+    if options.max_tokens:
+        settings = apply_overrides(settings, [f"max_tokens={options.max_tokens}"])
+    return settings.greedy() if options.greedy else settings
+
+
+def _values(options: argparse.Namespace) -> dict[str, Any]:
+    """The fields of the question that the flags ask."""
+    given = {name: getattr(options, name) for name in ("system", "prompt", "image", "audio", "video")}
+    values = {name: value for name, value in given.items() if value}
+    return values | ({"tokens": read_id_file(options.tokens)} if options.tokens else {})
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = OneSentenceParser(prog="generate.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    tasks = parser.add_subparsers(dest="task", required=True, metavar=" | ".join(TASKS))
+    for name, what in TASKS.items():
+        _add_flags(tasks.add_parser(name, help=what, description=what), name)
+    options = parser.parse_args(arguments)
+    _check_flags(options)
+    return options
+
+
+def _add_flags(task: argparse.ArgumentParser, name: str) -> None:
+    add_model_flags(task)
+    add = task.add_argument_group("the question").add_argument
+    add("--prompt", metavar="TEXT", help="what is asked; for tts, what is said")
+    add("--system", metavar="TEXT", help="system prompt")
+    for kind in ("image", "audio", "video"):
+        add(f"--{kind}", nargs="+", action="extend", metavar="FILE", help=f"{kind} before the prompt")
+    add("--tokens", type=Path, metavar="FILE.json", help="the prompt as a list of token ids, instead of all above")
+    add("--manifest", type=Path, metavar="FILE.jsonl", help="many questions, one a line")
+    add("--interactive", action="store_true", help="several turns; /help tells of its commands")
+    add = task.add_argument_group("the answer").add_argument
+    add("--out", type=Path, metavar="FILE.wav", help="the answer's speech; asks for an answer aloud")
+    add("--save", type=Path, metavar="FILE.json", help="text, tokens, log-probabilities, code frames, times")
+    add("--output", type=Path, metavar="FILE.jsonl", help="answers to --manifest")
+    add("--speech", action="store_true", help="answers to --manifest aloud; sound lies in a folder beside --output")
+    add("--max-tokens", type=int, metavar="N", help="text tokens at most")
+    add("--greedy", action="store_true", help="always the likeliest, no penalty")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a field of GenerationSettings, as codes.top_k=3",
+    )
+
+
+def _check_flags(options: argparse.Namespace) -> None:
+    if bool(options.manifest) != bool(options.output):
+        raise ConfigError("--manifest and --output go together")
+    asked = [name for name in ("prompt", "image", "audio", "video", "tokens", "out", "save") if getattr(options, name)]
+    if options.manifest and (asked or options.interactive):
+        raise ConfigError(f"--manifest brings the questions: --{asked[0] if asked else 'interactive'} is not for it")
+    if options.interactive and options.task != "chat":
+        raise ConfigError(f"--interactive is for chat, not {options.task}")
+    if options.task == "asr" and (options.out or options.speech):
+        raise ConfigError("asr writes down; it does not answer aloud")
+    if options.speech and not options.manifest and not options.out:
+        raise ConfigError("--speech without --manifest needs --out, where the speech goes")
+    options.speech = options.task == "chat" and bool(options.speech or options.out)
+    if options.task == "tts" and not options.manifest and not (options.out or options.save):
+        raise ConfigError("tts needs --out, where the speech goes")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

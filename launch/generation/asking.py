@@ -1,0 +1,117 @@
+"""What is asked of a task, as fields (of the command line or of a manifest's line), put to the chat."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from baichuan_omni_jax.config import GenerationSettings, RequestError, Sampling
+from baichuan_omni_jax.omni.chat import OmniChat, Reply
+from data_pipelines.chat_prompt import ASR_PROMPT
+from data_pipelines.id_prompt import encode_ids
+
+TASKS = {
+    "chat": "answers a prompt, with pictures, sound and video",
+    "asr": "writes down what is said in a recording",
+    "tts": "reads the prompt aloud",
+    "describe": "describes a picture or a video",
+}
+FIELDS = ("system", "prompt", "image", "audio", "video", "messages", "tokens")
+_MEDIA = ("image", "audio", "video")
+_DESCRIBE = {"image": "Describe the picture.", "video": "Describe the video."}
+
+
+def default_settings(task: str, speech: bool) -> GenerationSettings:
+    """The released demos' settings; of several transcripts the likeliest is wanted."""
+    settings = GenerationSettings(speech=speech)
+    return GenerationSettings(text=Sampling()) if task == "asr" else settings
+
+
+def ask(
+    chat: OmniChat, task: str, values: Mapping[str, Any], key: jax.Array | None = None, base: Path = Path()
+) -> Reply:
+    """Puts one question, of which `values` are the fields (`FIELDS`; media are paths, or lists of paths, from `base`).
+
+    Raises RequestError: fields that this task cannot use, and what `OmniChat.reply` raises.
+    """
+    if unknown := [field for field in values if field not in FIELDS]:
+        raise RequestError("bad_message", f"there is no field {unknown[0]!r}; there are {', '.join(FIELDS)}")
+    if "tokens" in values:
+        return _ask_ids(chat, task, values, key)
+    if "messages" in values:
+        return _ask_messages(chat, task, values, key, base)
+    if task == "tts":
+        _only(values, task, "prompt")
+        return chat.speak(_text(values, "prompt"), key=key)
+    media = [_based({"type": kind, "path": path}, base) for kind in _MEDIA for path in _paths(values, kind)]
+    if task == "asr":
+        _only(values, task, "prompt", "audio")
+        if len(media) != 1:
+            raise RequestError("bad_message", f"asr takes one recording (audio), not {len(media)}")
+        return chat.complete([_part(_text(values, "prompt", ASR_PROMPT)), *media], key=key)
+    if task == "describe" and not (values.get("image") or values.get("video")):
+        raise RequestError("bad_message", "describe takes an image or a video")
+    default = "" if media else None
+    if task == "describe":
+        default = _DESCRIBE["image" if values.get("image") else "video"]
+    return chat.reply(user_turn(values, media, default), key=key)
+
+
+def user_turn(values: Mapping[str, Any], media: list[dict], default: str | None) -> list[dict]:
+    """The messages of one turn: the system prompt, then media and text of the user (`default` where none is given)."""
+    text, system = _text(values, "prompt", default), _text(values, "system", "")
+    content = [*media, *([_part(text)] if text else [])]
+    return [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": content}]
+
+
+def _ask_messages(chat: OmniChat, task: str, values: Mapping[str, Any], key: jax.Array | None, base: Path) -> Reply:
+    _only(values, task, "messages")
+    messages = values["messages"]
+    if task != "chat" or not isinstance(messages, list):
+        raise RequestError("bad_message", "messages are a list, and for chat")
+    return chat.reply([_from_base(message, base) for message in messages], key=key)
+
+
+def _from_base(message: Any, base: Path) -> Any:
+    """The message with media paths from `base`; what is wrong with it is for the processor to say."""
+    if not isinstance(message, dict) or not isinstance(message.get("content"), list):
+        return message
+    return message | {"content": [_based(part, base) for part in message["content"]]}
+
+
+def _based(part: Any, base: Path) -> Any:
+    usable = isinstance(part, dict) and isinstance(part.get("path"), str) and part["path"]
+    return part | {"path": str(base / part["path"])} if usable else part
+
+
+def _ask_ids(chat: OmniChat, task: str, values: Mapping[str, Any], key: jax.Array | None) -> Reply:
+    _only(values, task, "tokens")
+    config = chat.model.config
+    prompt = encode_ids(values["tokens"], config)
+    if task != "tts":
+        return chat.answer_prompt(prompt, key=key)
+    start = config.tokens.audiogen_start
+    ids = values["tokens"]
+    return chat.speak_prompt(prompt if ids[-1] == start else encode_ids([*ids, start], config), key=key)
+
+
+def _only(values: Mapping[str, Any], task: str, *fields: str) -> None:
+    if superfluous := [field for field in values if field not in fields]:
+        raise RequestError("bad_message", f"{task} with {' and '.join(fields)} cannot use {superfluous[0]}")
+
+
+def _text(values: Mapping[str, Any], field: str, default: str | None = None) -> str:
+    found = values.get(field, default)
+    if not isinstance(found, str):
+        raise RequestError("bad_message", f"{field} is missing" if found is None else f"{field} is no text")
+    return found
+
+
+def _paths(values: Mapping[str, Any], kind: str) -> list[Any]:
+    found = values.get(kind, [])
+    return found if isinstance(found, list) else [found]
+
+
+def _part(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}
