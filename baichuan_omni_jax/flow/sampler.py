@@ -28,10 +28,23 @@ def sample_mel(
     `noise` is standard normal; past an item's length the result keeps it. `steps` and `guidance` are the config's
     (10, 0.7) by default: velocity = (1 + guidance) v(mu) - guidance v(0).
     """
+    return sample_around(decoder, decoder.prenet(hidden, lengths), lengths, noise, steps=steps, guidance=guidance)
+
+
+def sample_around(
+    decoder: FlowDecoder,
+    mu: Float[Array, "b t mels"],
+    lengths: Int32[Array, " b"],
+    noise: Float[Array, "b t mels"],
+    *,
+    steps: int | None = None,
+    guidance: float | None = None,
+) -> Float[Array, "b t mels"]:
+    """As `sample_mel`, from the pre-net's mel `mu`."""
     steps = decoder.cfg.diffusion_steps if steps is None else steps
     guidance = decoder.cfg.guidance if guidance is None else guidance
-    compute, mu = decoder.compute, decoder.prenet(hidden, lengths)
-    x, lengths = split_as(noise.astype(jnp.float32), compute, CLIPS), split_as(lengths, compute, CLIPS)
+    compute = decoder.compute
+    mu, x, lengths = (split_as(x, compute, CLIPS) for x in (mu, noise.astype(jnp.float32), lengths))
     conditions, doubled = _side_by_side(mu, jnp.zeros_like(mu), compute), _side_by_side(lengths, lengths, compute)
 
     def step(x, times):

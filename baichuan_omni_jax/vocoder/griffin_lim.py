@@ -6,6 +6,7 @@ from jaxtyping import Float, Float32
 from baichuan_omni_jax.config.sound_targets import HIGHEST, MelTargetSettings
 
 ITERATIONS = 60
+REACH = 8  # frames beyond which a sample hardly changes: twice the four that a window is long
 
 
 def griffin_lim(mel: Float[np.ndarray, "s mels"], settings: MelTargetSettings) -> Float32[np.ndarray, " t"]:

@@ -4,6 +4,8 @@ An item's result never depends on its batch: every convolution sees zeros past t
 where it ends.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -13,7 +15,7 @@ from baichuan_omni_jax.nn.lengths import keep
 from baichuan_omni_jax.nn.param import Compute, split_as
 from baichuan_omni_jax.vocoder.config import VocoderConfig
 from baichuan_omni_jax.vocoder.layers import CLIPS, NormedConv1d, NormedTransposedConv1d, ResidualBlock, StridedConv1d
-from baichuan_omni_jax.vocoder.source import F0Predictor, HarmonicSource
+from baichuan_omni_jax.vocoder.source import F0_KERNEL, F0_LAYERS, F0Predictor, HarmonicSource
 from baichuan_omni_jax.vocoder.stft import istft, stft
 
 END_KERNEL = 7
@@ -140,9 +142,32 @@ class Vocoder(nnx.Module):
 
 
 def draw_noise(
-    key: PRNGKeyArray, items: int, frames: int, cfg: VocoderConfig
-) -> tuple[Float[Array, "b j"], Float[Array, "b s j"]]:
-    """Random `phase` and `sine_noise` for `items` mels of `frames` frames."""
-    keys = jax.random.split(key)
-    phase = jax.random.uniform(keys[0], (items, cfg.harmonics), minval=-jnp.pi, maxval=jnp.pi)
-    return phase, jax.random.normal(keys[1], (items, frames * cfg.hop_length, cfg.harmonics))
+    key: PRNGKeyArray, frames: Int32[Array, " t"], cfg: VocoderConfig
+) -> tuple[Float[Array, "1 j"], Float[Array, "1 s j"]]:
+    """Random `phase` and `sine_noise` of one item's mel frames `frames`. A frame's are its own, whatever the rest."""
+    for_phase, for_noise = jax.random.split(key)
+    phase = jax.random.uniform(for_phase, (1, cfg.harmonics), minval=-jnp.pi, maxval=jnp.pi)
+    shape = cfg.hop_length, cfg.harmonics
+    noise = jax.vmap(lambda frame: jax.random.normal(jax.random.fold_in(for_noise, frame), shape))(frames)
+    return phase, noise.reshape(1, -1, cfg.harmonics)
+
+
+def reach(cfg: VocoderConfig) -> int:
+    """Mel frames on either side of a sample beyond which nothing changes it but the phase: 21 at released sizes."""
+    overlap, frame = cfg.istft_n_fft // cfg.istft_hop, math.prod(cfg.upsample_rates)
+    # All in frames of the inverse STFT, from the waveform back; one more for the frame put on the left.
+    through, by_source = overlap + END_KERNEL // 2 + 1, 0
+    for i in reversed(range(len(cfg.upsample_rates))):
+        step, rate = cfg.source_strides[i], cfg.upsample_rates[i]
+        blocks = zip(cfg.resblock_kernel_sizes, cfg.resblock_dilation_sizes, strict=True)
+        through += step * max(_block_reach(*sizes) for sizes in blocks)
+        own = _block_reach(cfg.source_resblock_kernel_sizes[i], cfg.source_resblock_dilation_sizes[i])
+        by_source = max(by_source, through + step * (own + 2) + overlap)
+        through += step * rate * -(-(cfg.upsample_kernel_sizes[i] - rate) // (2 * rate))
+    through += frame * (END_KERNEL // 2)
+    by_source += frame * (1 + F0_LAYERS * (F0_KERNEL // 2))
+    return -(-max(through, by_source) // frame)
+
+
+def _block_reach(kernel: int, dilations: tuple[int, ...]) -> int:
+    return sum(kernel // 2 * (dilation + 1) for dilation in dilations)

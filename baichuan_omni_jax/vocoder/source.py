@@ -53,17 +53,22 @@ class HarmonicSource(nnx.Module):
         self.cfg, self.compute = cfg, compute
 
     def __call__(
-        self, f0: Float[Array, "b t"], phase: Float[Array, "b j"], sine_noise: Float[Array, "b s j"]
+        self,
+        f0: Float[Array, "b t"],
+        phase: Float[Array, "b j"],
+        sine_noise: Float[Array, "b s j"],
+        before: Pair | None = None,
     ) -> Float[Array, "b s"]:
         """The source, s = t * hop_length samples in (-1, 1), from f0 in Hz.
 
         `phase` (b, harmonics) is where each sine starts, in radians (uniform in ±pi; the fundamental always starts at
-        0); `sine_noise` (b, s, harmonics) is standard normal.
+        0); `sine_noise` (b, s, harmonics) is standard normal. `before` (b, harmonics) are the turns made before the
+        first sample, where that is not an item's first.
         """
         cfg, hop = self.cfg, self.cfg.hop_length
         with jax.named_scope("harmonic_source"):
             multiples = jnp.arange(1, cfg.harmonics + 1, dtype=jnp.float32)
-            turns = accumulated_turns(divided(f0[..., None] * multiples, cfg.sampling_rate), hop)
+            turns = accumulated_turns(divided(f0[..., None] * multiples, cfg.sampling_rate), hop, before)
             phase = phase * (jnp.arange(cfg.harmonics) > 0)
             sines = cfg.nsf_alpha * jnp.sin(2 * jnp.pi * turns + phase[:, None])
             voiced = jnp.repeat(f0 > cfg.nsf_voiced_threshold, hop, axis=1)[..., None]
@@ -72,19 +77,22 @@ class HarmonicSource(nnx.Module):
             return jnp.tanh(mixed[..., 0])
 
 
-def accumulated_turns(rates: Float[Array, "b t j"], hop: int) -> Float[Array, "b s j"]:
+def accumulated_turns(rates: Float[Array, "b t j"], hop: int, before: Pair | None = None) -> Float[Array, "b s j"]:
     """Fraction of a turn after each sample: cumsum(rate of each sample) mod 1, s = t * hop samples.
 
     `rates` are turns a sample, the same for the `hop` samples of a frame. The sum is carried in pairs of fp32 (48
-    bits) and rounded to fp32 before the fraction is taken, as the released sum in double precision is.
+    bits) and rounded to fp32 before the fraction is taken, as the released sum in double precision is. It begins with
+    `before` (b, j), a pair too.
     """
     count = jnp.arange(1, hop + 1, dtype=jnp.float32)[None, None, :, None]
     within = _times(count, rates[:, :, None])
     whole = jnp.full_like(rates, hop), rates
     ends = jax.lax.associative_scan(_add, _times(*whole), axis=1)
     # What had been summed before each frame began.
-    before = tuple(jnp.pad(part[:, :-1], ((0, 0), (1, 0), (0, 0)))[:, :, None] for part in ends)
-    total, _ = _add(before, within)
+    begun = tuple(jnp.pad(part[:, :-1], ((0, 0), (1, 0), (0, 0)))[:, :, None] for part in ends)
+    if before is not None:
+        begun = _add(tuple(part[:, None, None] for part in before), begun)
+    total, _ = _add(begun, within)
     b, t, _, j = total.shape
     spec = jax.typeof(total).sharding.spec
     total = total.reshape(b, t * hop, j, out_sharding=jax.sharding.PartitionSpec(spec[0], None, None))

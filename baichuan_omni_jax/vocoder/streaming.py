@@ -1,0 +1,108 @@
+"""The waveform of a stretch of speech whose mel comes in parts: windows with room on both sides of what is new."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, Int32, PRNGKeyArray
+
+from baichuan_omni_jax.nn.param import split_as
+from baichuan_omni_jax.vocoder.config import VocoderConfig
+from baichuan_omni_jax.vocoder.layers import CLIPS
+from baichuan_omni_jax.vocoder.model import Vocoder, draw_noise
+from baichuan_omni_jax.vocoder.source import F0_KERNEL, F0_LAYERS
+
+# Mel frames (w, mels) that begin at a frame of the stretch, and whether the stretch ends with them -> samples.
+Window = Callable[[np.ndarray, int, bool], np.ndarray]
+
+_F0_REACH = F0_LAYERS * (F0_KERNEL // 2)
+
+
+class WaveStream:
+    """Windows of one stretch. What `reach` frames on either side can change is not given out.
+
+    Each wave it returns begins with the `fade` samples that the one before ended with.
+    """
+
+    def __init__(self, window: Window, *, reach: int, hop: int, fade: int):
+        self._window, self._reach, self._hop, self._fade = window, reach, hop, fade
+        self._margin = reach + -(-fade // hop)
+        self._mel: np.ndarray | None = None
+        self._first = 0  # the stretch's frame that _mel begins with
+        self._spoken = 0
+
+    @staticmethod
+    def longest(frames: int, *, reach: int, hop: int, fade: int) -> int:
+        """Frames of the longest window where no more than `frames` come at once."""
+        return 2 * reach + -(-fade // hop) + frames
+
+    def push(self, mel: Float[np.ndarray, "s mels"], last: bool) -> Float32[np.ndarray, " t"]:
+        """The samples that the next frames make sure; all that are left where the stretch ends with them."""
+        self._mel = mel if self._mel is None else np.concatenate([self._mel, mel])
+        end = self._first + len(self._mel)
+        until = end if last else end - self._margin
+        if until <= self._spoken:
+            return np.zeros(0, np.float32)
+        start = max(0, self._spoken - self._reach)
+        self._mel, self._first = self._mel[start - self._first :], start
+        wave = self._window(self._mel, start, last)
+        begin = (self._spoken - start) * self._hop
+        self._spoken = until
+        return wave[begin : (until - start) * self._hop + (0 if last else self._fade)]
+
+
+class HiftWindow:
+    """Windows through HiFT: carries the pitch of past frames, and how far each sine has turned, to the next window.
+
+    `run` is a compiled `window_wave` with its vocoder, `frames` the size that windows are padded to.
+    """
+
+    def __init__(self, run: Callable[..., tuple[Array, Array]], cfg: VocoderConfig, frames: int):
+        self._run, self._cfg, self._frames = run, cfg, frames
+        self._f0, self._first = np.zeros(0, np.float32), 0
+        self._turns = np.zeros(cfg.harmonics)  # fp64, before frame _first
+
+    def __call__(self, mel: Float[np.ndarray, "w mels"], start: int, last: bool) -> Float32[np.ndarray, " t"]:
+        passed, known = self._f0[: start - self._first], self._f0[start - self._first :]
+        self._turns = self._turns + self._turned(passed)
+        high = self._turns.astype(np.float32)
+        before = high[None], (self._turns - high).astype(np.float32)[None]
+        padded = np.pad(mel, ((0, self._frames - len(mel)), (0, 0)))[None]
+        known_f0 = np.pad(known, (0, self._frames - len(known)))[None]
+        counts = np.array([[len(mel)], [len(known)]], np.int32)
+        wave, f0 = self._run(padded, *counts, known_f0, before, np.int32(start))
+        sure = len(mel) - (0 if last else _F0_REACH)
+        self._f0, self._first = np.asarray(f0)[0, : max(sure, len(known))], start
+        return np.asarray(wave)[0, : len(mel) * self._cfg.hop_length]
+
+    def _turned(self, f0: Float32[np.ndarray, " t"]) -> Float[np.ndarray, " j"]:
+        """Turns of each sine over whole frames, summed in fp64 of rates in fp32, as the source does."""
+        multiples = np.arange(1, self._cfg.harmonics + 1, dtype=np.float32)
+        rates = f0[:, None] * multiples / np.float32(self._cfg.sampling_rate)
+        return (rates.astype(np.float64) * self._cfg.hop_length).sum(0)
+
+
+def window_wave(
+    vocoder: Vocoder,
+    key: PRNGKeyArray,
+    mel: Float[Array, "1 w mels"],
+    length: Int32[Array, " 1"],
+    known: Int32[Array, " 1"],
+    known_f0: Float[Array, "1 w"],
+    before: tuple[Float[Array, "1 j"], Float[Array, "1 j"]],
+    start: Int32[Array, ""],
+) -> tuple[Float[Array, "1 s"], Float[Array, "1 w"]]:
+    """Waveform and pitch of a window that begins at frame `start` of its stretch.
+
+    The pitch of the first `known` frames is given; `before` (a pair of fp32) are the turns made before the window.
+    Noise is each frame's own: a frame sounds alike in every window.
+    """
+    frames = jnp.arange(mel.shape[1])
+    arrays = (mel, length, known, known_f0, before, *draw_noise(key, start + frames, vocoder.cfg))
+    mel, length, known, known_f0, before, phase, noise = jax.tree.map(
+        lambda x: split_as(x, vocoder.compute, CLIPS), arrays
+    )
+    f0 = jnp.where(frames < known[:, None], known_f0, vocoder.f0_predictor(mel, length))
+    source = vocoder.source(f0, phase, noise, before)
+    return vocoder.filter(mel, length, source), f0
