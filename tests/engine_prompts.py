@@ -11,8 +11,8 @@ from baichuan_omni_jax.audio.model import AudioTokenizer
 from baichuan_omni_jax.config import MeshConfig, OmniConfig, tiny
 from baichuan_omni_jax.llm.audio_head import AudioHeadBranch
 from baichuan_omni_jax.llm.model import LanguageModel
-from baichuan_omni_jax.nn.param import Compute
-from baichuan_omni_jax.sharding import make_mesh
+from baichuan_omni_jax.nn.param import Compute, named_variables, with_values
+from baichuan_omni_jax.sharding import make_mesh, parameter_sharding
 from baichuan_omni_jax.vision.model import VisionModel
 from data_pipelines.tokenizing import train_tokenizer
 
@@ -90,20 +90,22 @@ def small_config() -> OmniConfig:
 
 
 def small_branches(mesh: Mesh, cfg: OmniConfig) -> dict:
-    """Random weights, larger than at the start of training so that answers differ."""
+    """Random weights, made on the host: drawing them by JAX takes longer to compile than all the rest."""
+    head = (cfg.audio_head, cfg.audio.codebook_sizes, cfg.llm.hidden_size, COMPUTE)
     make = {
-        "llm": lambda key: LanguageModel(key, cfg.llm, COMPUTE),
-        "audio_head": lambda key: AudioHeadBranch(
-            key, cfg.audio_head, cfg.audio.codebook_sizes, cfg.llm.hidden_size, COMPUTE
-        ),
-        "vision": lambda key: VisionModel(key, cfg.vision, COMPUTE),
-        "audio_encoder": lambda key: AudioTokenizer(key, cfg.audio, COMPUTE),
+        "llm": lambda: LanguageModel(jax.random.key(0), cfg.llm, COMPUTE),
+        "audio_head": lambda: AudioHeadBranch(jax.random.key(0), *head),
+        "vision": lambda: VisionModel(jax.random.key(0), cfg.vision, COMPUTE),
+        "audio_encoder": lambda: AudioTokenizer(jax.random.key(0), cfg.audio, COMPUTE),
     }
-    keys = dict(zip(make, jax.random.split(jax.random.key(1), len(make)), strict=True))
-    with jax.set_mesh(mesh):
-        branches = {name: jax.jit(function)(keys[name]) for name, function in make.items()}
-        for name, size in (("llm", 20.0), ("audio_head", 5.0)):
-            branches[name] = jax.tree.map(lambda x, size=size: x * size if x.ndim == 2 else x, branches[name])
+    branches, rng = {name: jax.eval_shape(function) for name, function in make.items()}, np.random.default_rng(1)
+    for branch, module in branches.items():
+        values = {}
+        for name, variable in named_variables(module).items():
+            value = np.ones(variable.shape) if "scale" in name else 0.1 * rng.standard_normal(variable.shape)
+            sharding = parameter_sharding(mesh, COMPUTE.rules, variable, name)
+            values[name] = jax.device_put(value.astype(np.float32), sharding)
+        branches[branch] = with_values(module, values)
     return branches
 
 

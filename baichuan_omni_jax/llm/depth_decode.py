@@ -18,6 +18,8 @@ from baichuan_omni_jax.nn.encoder import gelu
 from baichuan_omni_jax.nn.linear import Linear
 from baichuan_omni_jax.nn.param import use
 
+# Keys and values (layers, b, levels, n, h).
+DepthCache = tuple[Float[Array, "l b q n h"], Float[Array, "l b q n h"]]
 Choose = Callable[[Int32[Array, ""], Float[Array, "b w"]], Int32[Array, " b"]]
 
 
@@ -137,12 +139,11 @@ class DepthDecoder:
         Logits are (b, width), fp32; what is no code of the level is -inf, of levels above 0 the extra index too.
         """
         b, levels = len(hidden), self.levels
-        heads, head_dim = self.layers[0].q_proj.bias.shape
-        empty = jnp.zeros((len(self.layers), b, levels, heads, head_dim), self.dtype)
 
         def one_level(level, carry):
             x, total, cache, codes = carry
-            logits, cache = jax.lax.switch(level, [partial(self._logits, q) for q in range(levels)], x, cache)
+            # A branch a level, so that its weights are read where they lie; choosing is compiled once.
+            logits, cache = jax.lax.switch(level, [partial(self.logits, q) for q in range(levels)], x, cache)
             chosen = choose(level, logits)
             embedded = jax.lax.switch(level, [partial(_lookup, table) for table in self.tables], chosen)
             total = total + embedded.astype(jnp.float32)
@@ -150,11 +151,20 @@ class DepthDecoder:
             return total.astype(self.dtype), total, cache, codes
 
         total, codes = jnp.zeros(hidden.shape, jnp.float32), jnp.zeros((b, levels), jnp.int32)
-        carry = hidden.astype(self.dtype), total, (empty, empty), codes
+        carry = hidden.astype(self.dtype), total, self.empty_cache(b), codes
         with jax.named_scope("depth_decode"):
             return jax.lax.fori_loop(0, levels, one_level, carry)[-1]
 
-    def _logits(self, level: int, x: Array, cache: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
+    def empty_cache(self, rows: int) -> DepthCache:
+        heads, head_dim = self.layers[0].q_proj.bias.shape
+        shape = (len(self.layers), rows, self.levels, heads, head_dim)
+        return jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)
+
+    def logits(self, level: int, x: Float[Array, "b d"], cache: DepthCache) -> tuple[Float[Array, "b w"], DepthCache]:
+        """Logits of one level (see `frame`) and the cache with it, of which levels below must be there.
+
+        `x` is the hidden state at level 0, then the sum of the embeddings of the codes chosen so far.
+        """
         keys, values = cache
         for i, layer in enumerate(self.layers):
             x, k, v = layer(x, level, keys[i], values[i])

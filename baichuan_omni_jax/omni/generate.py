@@ -15,13 +15,14 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, PRNGKeyArray, Shaped
+from jaxtyping import Array, PRNGKeyArray
 from tokenizers import Tokenizer
 
 from baichuan_omni_jax.config import ConfigError, GenerationSettings, OmniConfig, RequestError
@@ -41,6 +42,8 @@ from baichuan_omni_jax.omni.text_stream import break_tokens
 from baichuan_omni_jax.sharding import axis_product
 
 log = logging.getLogger(__name__)
+
+Arrays = TypeVar("Arrays", bound=tuple)
 
 READS = ("llm", "vision", "audio_head", "audio_encoder")
 _PROGRAMS = (steps.see, steps.read, steps.seat, steps.burst)
@@ -309,7 +312,7 @@ class Engine:
             self._buffer = jnp.zeros(shape, llm.compute.dtype, out_sharding=llm.compute.rules.spec("batch", "length"))
         return self._buffer
 
-    def _placed(self, arrays: tuple[Shaped[np.ndarray, "..."], ...]) -> tuple[Array, ...]:
+    def _placed(self, arrays: Arrays) -> Arrays:
         """Host arrays on the devices, their first dim split as slots are."""
         return jax.device_put(arrays, NamedSharding(self._mesh, self._model.llm.compute.rules.spec("batch")))
 

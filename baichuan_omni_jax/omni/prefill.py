@@ -1,6 +1,6 @@
 """Prompts in chunks of few sizes, so that reading them compiles few programs; their pictures laid out likewise."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 from jaxtyping import Int32
@@ -98,14 +98,14 @@ def lay_pictures(
     return patches, grid, ids, slots
 
 
-def _starts(sizes: Sequence[int], places: int, shards: int) -> np.ndarray | None:
+def _starts(sizes: np.ndarray, places: int, shards: int) -> np.ndarray | None:
     """The first place of each picture, in the first of `shards` equal parts that has room; None if one finds none."""
     room = places // shards
     used, starts = [0] * shards, []
-    for size in sizes:
+    for size in sizes.tolist():
         shard = next((i for i, n in enumerate(used) if n + size <= room), None)
         if shard is None:
             return None
         starts.append(shard * room + used[shard])
-        used[shard] += int(size)
+        used[shard] += size
     return np.array(starts, np.int64)

@@ -78,6 +78,7 @@ def read(
     chunk = jax.tree.map(lambda x: split_as(x, llm.compute, "batch"), chunk)
     rows = llm.compute.rules.spec("batch")
     if buffer is not None:
+        buffer = split_as(buffer, llm.compute, "batch")
         x = _local(_place_media, (rows, rows, rows, P()), rows)(x, chunk, buffer, depth)
     specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, state.cache)
     part = _local(lambda whole, index: jax.tree.map(lambda x: _row(x, index), whole), (specs, P()), specs)(
