@@ -34,12 +34,15 @@ CORE = [
 # espeakng-loader carries eSpeak NG, which is GPLv3: it stays an extra.
 SAMPLE = ["espeakng-loader>=0.2.4", "scikit-learn>=1.5"]
 SHOW = ["matplotlib>=3.9"]
+DEMO = ["gradio>=6.31,<7"]
 SYNTHESIS = ["datasketch>=2.0", "espeakng-loader>=0.2.4", *SHOW]
 
 EXTRAS = {
     "beam": ["apache-beam>=2.77"],
     "tpu": ["jax[tpu]>=0.10.2"],
+    "browser": [*DEMO, "selenium>=4.30"],  # tests of the page; they also need Debian's chromium and chromium-driver
     "cuda": ["jax[cuda12]>=0.10.2"],
+    "demo": DEMO,
     "preflight": ["libtpu"],
     "parity": ["torch>=2.6", "transformers>=4.45"],
     "sample": SAMPLE,

@@ -1,0 +1,96 @@
+"""The page to talk to: text, pictures, video, microphone and camera in; text and speech out, as they are made.
+
+    python launch/web_demo.py --checkpoint DIR [--host 127.0.0.1] [--port 7860] [--max-megabytes 32] ...
+
+Needs the extra `demo` (Gradio). Listens on this machine alone unless told otherwise; see docs/web_demo.md.
+"""
+
+import os
+import socket
+import sys
+from dataclasses import fields
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from generation.opening import OneSentenceParser, add_model_flags, open_chat
+from web.limits import Limits
+
+from baichuan_omni_jax.config import ConfigError, GenerationSettings
+from baichuan_omni_jax.config.errors import exit_code
+
+LIMITS = {
+    "files": "files of one message",
+    "megabytes": "megabytes of one file",
+    "sound_seconds": "seconds of one sound",
+    "video_seconds": "seconds of one video",
+    "characters": "characters of one message",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 with one sentence when something given cannot be used."""
+    return exit_code(lambda: serve(arguments))
+
+
+def serve(arguments: list[str] | None) -> None:
+    """Serves the page until it is interrupted. Raises ConfigError naming what cannot be used."""
+    options = _parser().parse_args(arguments)
+    limits = Limits(**{name: getattr(options, f"max_{name}") for name in LIMITS})
+    try:
+        import uvicorn
+        from web.page import PageSettings, make_app
+    except ImportError as error:
+        raise ConfigError(f"the page needs Gradio, the extra demo (pip install '.[demo]'): {error}") from error
+    with _listen(options.host, options.port) as listening, TemporaryDirectory() as folder:
+        os.environ["GRADIO_TEMP_DIR"] = f"{folder}/uploads"
+        root = Path(folder) / "sessions"
+        opened = open_chat(options, GenerationSettings(max_tokens=options.max_tokens), root)
+        if opened.chat.processor is None:
+            raise ConfigError(f"checkpoint {options.checkpoint} brings no tokenizer: give one with --tokenizer")
+        settings = PageSettings(
+            title=options.title,
+            note=opened.notice,
+            system=options.system,
+            aloud=opened.chat.model.speaker is not None,
+            clients=options.slots,
+            limits=limits,
+        )
+        app = make_app(opened.chat, root, settings)
+        opened.chat.model.engine.warm_up()
+        host, port = listening.getsockname()[:2]
+        print(f"Listening on http://{host}:{port}/", flush=True)
+        uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise ConfigError(f"--host {host} --port {port} cannot be listened on: {error}") from error
+
+
+def _parser() -> OneSentenceParser:
+    parser = OneSentenceParser(description=__doc__.splitlines()[0])
+    add_model_flags(parser)
+    add = parser.add_argument_group("the page").add_argument
+    add(
+        "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all of this machine's (default %(default)s)"
+    )
+    add("--port", type=int, default=7860, help="0: any that is free (default %(default)s)")
+    add("--title", default="Baichuan-Omni", help="of the page")
+    add("--system", default="", metavar="TEXT", help="system message of every conversation")
+    add("--max-tokens", type=int, default=1024, metavar="N", help="text tokens of one answer (default %(default)s)")
+    for field in fields(Limits):
+        flag = f"--max-{field.name.replace('_', '-')}"
+        add(
+            flag,
+            type=field.type,
+            default=field.default,
+            metavar="N",
+            help=f"{LIMITS[field.name]} (default %(default)s)",
+        )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
