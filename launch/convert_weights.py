@@ -78,6 +78,8 @@ def to_torch(options: argparse.Namespace) -> None:
     _say("\n".join(describe_plan(export.plan, rows=options.dry_run) for export in exports.values()))
     if absent := [name for name in ALL_BRANCHES if name not in source.readers]:
         _say(f"not there, so not written: {', '.join(absent)}")
+    if source.left_out:
+        _say(f"left out, the released model has no place for it: {', '.join(source.left_out)}")
     if not options.dry_run:
         with _progress(sum(export.nbytes for export in exports.values())) as advance:
             convert_to_torch(source, target, exports=exports, shard_bytes=options.shard_mb << 20, advance=advance)

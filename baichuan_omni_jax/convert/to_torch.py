@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from baichuan_omni_jax.checkpoint import find_checkpoint, parse_spec
+from baichuan_omni_jax.checkpoint import find_checkpoint, parse_spec, read_branch_info
 from baichuan_omni_jax.checkpoint.branches import branch_folder
 from baichuan_omni_jax.config import ConfigError, read_hf
 from baichuan_omni_jax.convert.files import (
@@ -33,11 +33,15 @@ SHARD_BYTES = 5 << 30
 
 @dataclass(frozen=True)
 class Source:
-    """Where each branch is read from, and the folder that the small files come from."""
+    """Where each branch is read from, and the folder that the small files come from.
+
+    `left_out` are branches of the checkpoints that the released model has no place for: a training run's own.
+    """
 
     readers: dict[str, BranchReader]
     home: Path
     vocoder_home: Path | None
+    left_out: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,8 @@ def open_source(spec: str, base: str | None = None) -> Source:
                 vocoder_home = folder if (folder / VOCODER_CONFIG).is_file() else home
     if not readers:
         raise ConfigError(f"checkpoint {spec!r} holds no branch that can be converted")
-    return Source(readers, home, vocoder_home)
+    there = {name: None for folder in folders.values() for name in read_branch_info(folder)}
+    return Source(readers, home, vocoder_home, tuple(name for name in there if name not in ALL_BRANCHES))
 
 
 def plan_to_torch(source: Source, dtype: str | None = None) -> dict[str, Export]:
