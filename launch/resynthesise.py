@@ -15,24 +15,21 @@ import jax
 import numpy as np
 import soundfile
 
-from baichuan_omni_jax.checkpoint import find_checkpoint, load_branches, with_shardings
-from baichuan_omni_jax.checkpoint.branches import branch_folder, parse_spec
-from baichuan_omni_jax.config import ConfigError, MeshConfig, OmniConfig, read_hf
+from baichuan_omni_jax.audio.tokenize import WindowEncoder
+from baichuan_omni_jax.checkpoint.branches import parse_spec
+from baichuan_omni_jax.config import ConfigError, MeshConfig, OmniConfig
 from baichuan_omni_jax.config.errors import exit_code
 from baichuan_omni_jax.config.sound_targets import flow_target
-from baichuan_omni_jax.convert.files import VOCODER_CONFIG
-from baichuan_omni_jax.convert.tables import abstract_branches
-from baichuan_omni_jax.nn.param import Compute
-from baichuan_omni_jax.omni.resynthesis import Resynthesised, Voice
+from baichuan_omni_jax.convert.tables import VOCODER_BRANCH
+from baichuan_omni_jax.omni.crossfade import CrossFade
+from baichuan_omni_jax.omni.loading import load_for_generation
+from baichuan_omni_jax.omni.speech import NEEDED, Resynthesised, Speaker
 from baichuan_omni_jax.sharding import make_mesh
-from baichuan_omni_jax.vocoder.config import VocoderConfig, read_vocoder_config
 from data_pipelines.document import SampleError
 from data_pipelines.features import clip_windows, log_mel
 from data_pipelines.media import Media
 from data_pipelines.mel_targets import mel_target
 from data_pipelines.sounds import decode_sound, probe_sound
-
-BRANCHES = ("audio_encoder", "audio_decoder", "flow")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -43,38 +40,28 @@ def main(arguments: list[str] | None = None) -> int:
 
 def resynthesise(options: argparse.Namespace) -> None:
     """Does what the options ask for. Raises ConfigError naming the file or the branch that cannot be used."""
-    with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
-        voice, cfg = load_voice(options.checkpoint)
-        pieces = [voice.speak(voice.encode(mel)) for mel in read_windows(options.audio, cfg)]
-    wave, rate = np.concatenate([piece.wave for piece in pieces]), pieces[0].rate
-    soundfile.write(options.out, wave, rate)
-    codes = np.concatenate([piece.codes for piece in pieces])
+    sources = parse_spec(options.checkpoint, (*NEEDED, VOCODER_BRANCH))
+    loaded = load_for_generation(",".join(f"{name}={folder}" for name, folder in sources.items()), needed=NEEDED)
+    cfg, speaker = loaded.config, Speaker(loaded.branches, loaded.config)
+    windows = read_windows(options.audio, cfg)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        hear = WindowEncoder(loaded.branches["audio_encoder"], mesh, windows_per_device=1)
+        by_window = dict(hear((i, mel.T) for i, mel in enumerate(windows)))
+    heard = [by_window[i] for i in range(len(windows))]
+    pieces = [speaker.speak(codes) for codes in heard]
+    fade = CrossFade(speaker.fade)
+    wave = np.concatenate([*(fade.push(piece.wave) for piece in pieces), fade.close()])
+    soundfile.write(options.out, wave, speaker.rate)
+    codes = np.concatenate(heard)
     if options.codes:
         np.save(options.codes, codes)
     if options.picture:
         _draw(options, pieces, cfg)
-    print(f"{options.out}: {len(wave) / rate:.1f} s at {rate} Hz from {len(codes)} code frames, by {voice.vocoder}")
-
-
-def load_voice(spec: str) -> tuple[Voice, OmniConfig]:
-    """The branches that `spec` names, and the vocoder beside `flow` where there is one."""
-    sources = parse_spec(spec, BRANCHES)
-    missing = [name for name in BRANCHES if name not in sources]
-    if missing:
-        raise ConfigError(f"--checkpoint {spec}: branch {missing[0]} is missing")
-    home = find_checkpoint(sources["flow"])
-    cfg, vocoder = read_hf(Path(home / "config.json")), _vocoder_config(home)
-    mesh, compute = jax.sharding.get_mesh(), Compute()
-    names = (*BRANCHES, "vocoder") if vocoder else BRANCHES
-    abstract = abstract_branches(cfg, vocoder, only=names, compute=compute)
-    spec = ",".join(f"{name}={sources[name]}" for name in BRANCHES) + (f",vocoder={home}" if vocoder else "")
-    placed = {name: with_shardings(module, mesh, compute.rules, name=name) for name, module in abstract.items()}
-    return Voice(load_branches(spec, placed), cfg), cfg
-
-
-def _vocoder_config(home) -> VocoderConfig | None:
-    sizes = home / VOCODER_CONFIG
-    return read_vocoder_config(Path(sizes)) if (home / branch_folder("vocoder")).exists() and sizes.exists() else None
+    if loaded.untrained:
+        print(f"untrained: {', '.join(loaded.untrained)}")
+    seconds = len(wave) / speaker.rate
+    print(f"{options.out}: {seconds:.1f} s at {speaker.rate} Hz from {len(codes)} code frames, by {speaker.vocoder}")
 
 
 def read_windows(path: Path, cfg: OmniConfig) -> list[np.ndarray]:
@@ -104,7 +91,7 @@ def _draw(options: argparse.Namespace, pieces: list[Resynthesised], cfg: OmniCon
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--checkpoint", metavar="DIR|branch=DIR,...", required=True, help=f"where {', '.join(BRANCHES)} are")
+    add("--checkpoint", metavar="DIR|branch=DIR,...", required=True, help=f"where {', '.join(NEEDED)} are")
     add("--audio", metavar="FILE", type=Path, required=True, help="the recording")
     add("--out", metavar="FILE.wav", type=Path, required=True, help="where the waveform goes")
     add("--picture", metavar="FILE.png", type=Path, help="both mels; needs matplotlib (the show extra)")

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Float32, Int32, PRNGKeyArray
 
@@ -58,7 +57,7 @@ class Speaker:
     `window` (a power of two), the new one included. Raises ConfigError naming a branch that is missing.
     """
 
-    def __init__(self, branches: Mapping[str, nnx.Module], cfg: OmniConfig, *, seed: int = 0, window: int = WINDOW):
+    def __init__(self, branches: Mapping[str, Any], cfg: OmniConfig, *, seed: int = 0, window: int = WINDOW):
         if missing := [name for name in NEEDED if name not in branches]:
             raise ConfigError(f"speech needs the branch {missing[0]}; there are {', '.join(branches) or 'none'}")
         self.cfg, self.settings, self.window, self.compiles = cfg, flow_target(cfg.flow), window, 0
