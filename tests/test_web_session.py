@@ -122,7 +122,7 @@ def test_a_limit_must_be_positive():
 def test_stopped_answers_end_and_the_next_one_comes(tmp_path):
     session = Session(scripted_chat(pace=0.02), tmp_path, "", Limits())
     views = session.answer("word " * 1000, [], SILENT)
-    while not next(views).messages[-1]["role"] == "assistant":
+    while next(views).messages[-1]["role"] != "assistant":
         pass
     assert next(session.answer("Hello", [], SILENT)).status == BUSY
     session.stop()
@@ -142,7 +142,7 @@ def test_a_new_conversation_knows_nothing_of_the_last(session):
 def test_an_answer_that_nobody_waits_for_is_cancelled(tmp_path):
     chat = scripted_chat(pace=0.02)
     views = Session(chat, tmp_path, "", Limits()).answer("word " * 1000, [], SILENT)
-    while not next(views).messages[-1]["role"] == "assistant":
+    while next(views).messages[-1]["role"] != "assistant":
         pass
     views.close()
     assert chat.model.engine.requests[0].cancelled.is_set()

@@ -21,7 +21,7 @@ ENDINGS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Of one turn: files, megabytes (10^6 bytes) of each, seconds of each sound and video, characters of text."""
+    """Of one turn: files, megabytes (2^20 bytes) of each, seconds of each sound and video, characters of text."""
 
     files: int = 8
     megabytes: float = 32
@@ -56,7 +56,7 @@ def _read_file(path: Path, limits: Limits) -> dict[str, Any]:
     kind = next((kind for kind, endings in ENDINGS.items() if path.suffix.lower() in endings), None)
     if kind is None:
         raise RequestError("bad_media", f"{path.name} is neither a picture nor a sound nor a video that can be read")
-    size = path.stat().st_size / 1e6
+    size = path.stat().st_size / 2**20
     if size > limits.megabytes:
         raise RequestError("bad_media", f"{path.name} has {size:.1f} MB, more than {limits.megabytes:g}")
     if kind == "image":

@@ -57,7 +57,7 @@ def make_app(chat: OmniChat, folder: Path, settings: PageSettings) -> fastapi.Fa
         app,
         _Page(sessions, chat, settings).blocks,
         path="/",
-        max_file_size=round(settings.limits.megabytes * 1e6),
+        max_file_size=round(settings.limits.megabytes * 2**20),
         theme=THEME,
         css_paths=CSS,
         footer_links=[],
