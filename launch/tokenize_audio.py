@@ -98,7 +98,7 @@ def open_pipelines(run: RunConfig, omni: OmniConfig) -> dict[str, Pipeline]:
     training = open_pipeline(run.data, omni, targets=targets)
     held_out = {
         mixture.name: open_pipeline(replace(run.data, mixture=mixture.sources), omni, training.processor, targets)
-        for mixture in (run.eval.mixtures if run.eval.every else ())
+        for mixture in (run.eval.mixtures if run.eval.every or run.eval.sound_every else ())
     }
     return {"": training} | held_out
 

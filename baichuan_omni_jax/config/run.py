@@ -119,10 +119,18 @@ class EvalMixture:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """Held-out loss: every `every` steps (0: never) over the first `steps` steps of each mixture."""
+    """Held-out loss: every `every` steps (0: never) over the first `steps` steps of each mixture.
+
+    In tasks that train on sound, every `sound_every` steps (0: never) the first `sounds` clips of each mixture go to
+    TensorBoard as they come back from their codes, as WAV and as pictures of their mels. `vocoder` is a checkpoint with
+    a HiFT vocoder for the mels of flow matching; empty: Griffin-Lim.
+    """
 
     every: int = 0
     steps: int = 1
+    sound_every: int = 0
+    sounds: int = 2
+    vocoder: str = ""
     mixtures: tuple[EvalMixture, ...] = ()
 
 

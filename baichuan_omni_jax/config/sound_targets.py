@@ -40,6 +40,11 @@ def reconstruction_targets(
     return {f"scale_{i}": MelTargetSettings(rate, n_fft, hop, mels, 1e-6) for i, (n_fft, hop) in enumerate(scales)}
 
 
+def decoded_target(post_net: PostNetConfig) -> MelTargetSettings:
+    """What the audio decoder's refined mel is by itself, not stretched: the post-net's own window and hop."""
+    return reconstruction_targets(((post_net.n_fft, post_net.hop_length),), post_net)["scale_0"]
+
+
 def flow_target(flow: FlowConfig) -> MelTargetSettings:
     """What the flow-matching decoder makes and the vocoder reads: windows of four hops."""
     return MelTargetSettings(flow.sampling_rate, 4 * flow.hop_length, flow.hop_length, flow.in_channels, 1e-5)

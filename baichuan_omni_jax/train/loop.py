@@ -25,6 +25,7 @@ from baichuan_omni_jax.train.metrics import CompileCounter, Row, Throughput
 from baichuan_omni_jax.train.output import Output
 from baichuan_omni_jax.train.report import print_start_table
 from baichuan_omni_jax.train.rows import BatchPlacer
+from baichuan_omni_jax.train.sound_samples import Listening, check_samples
 from baichuan_omni_jax.train.state import (
     Setup,
     TrainState,
@@ -70,6 +71,7 @@ def set_up(run: RunConfig, omni: OmniConfig) -> tuple[Setup, Compute]:
     with jax.set_mesh(mesh):
         setup = make_setup(run, omni, mesh, compute)
         setup.task.check(mesh)
+        check_samples(run, omni)
         return setup, compute
 
 
@@ -135,6 +137,7 @@ class _Loop:
         self.step = make_step(setup, run)
         self.counts = jax.jit(setup.task.counts)
         self.evaluation = Evaluation(run, setup, place, extras.held_out)
+        self.listening = Listening(run, setup, place, extras.held_out)
         # Steps that the branches had been trained for when this run began.
         self.before = extras.parent.trained
         self.guard = NonfiniteGuard(workdir.path, run.train.nonfinite_limit, data.where)
@@ -152,24 +155,31 @@ class _Loop:
     def go(self, state: TrainState, data_state: dict | None) -> TrainState:
         if is_leader():
             self.output = Output(self.run, self.workdir.path, state.step, self.wandb, self.console)
+            if self.listening.is_due(0):
+                self.console.print(self.listening.sentence)
         steps, stop = self.data.steps(data_state), StopSignal()
         pending, saved = None, state.step
         self.started_at = state.step
         try:
             if state.step == 0 and self.evaluation.is_due(0):
                 self._write({"step": 0} | self.evaluation(state))
+            if state.step == 0 and self.listening.is_due(0):
+                self._listen(state)
             while not stop.reached(state.step) and state.step < self.run.train.steps and not self.guard.exceeded:
                 state, data_state, sent = self._send(state, steps, pending)
                 if pending is not None:
                     self._write(self._read(pending))
                 pending = sent
                 save = state.step % self.run.checkpoint.every == 0
-                if save or self.evaluation.is_due(state.step):
+                hear = self.listening.is_due(state.step)
+                if save or hear or self.evaluation.is_due(state.step):
                     # A saved step's numbers must be on disk: a run that resumes after it never computes them again.
                     row, pending = self._read(pending), None
                     if self.evaluation.is_due(state.step):
                         row |= self.evaluation(state)
                     self._write(row)
+                if hear:
+                    self._listen(state)
                 if save:
                     self._save(state, data_state)
                     saved = state.step
@@ -230,6 +240,12 @@ class _Loop:
     def _write(self, row: Row) -> None:
         if self.output is not None:
             self.output.write(row)
+
+    def _listen(self, state: TrainState) -> None:
+        """Held-out clips as they come back now, to TensorBoard."""
+        samples = self.listening(state)
+        if self.output is not None:
+            self.output.write_samples(state.step, samples)
 
     def _note_lost(self, lost: Losses) -> None:
         """Counts documents that could not be decoded. On several hosts the limit is checked when they have told."""

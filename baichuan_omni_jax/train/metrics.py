@@ -10,6 +10,7 @@ import jax
 from tensorboardX import SummaryWriter
 
 from baichuan_omni_jax.train.flops import Part, flops_by_branch
+from baichuan_omni_jax.train.sound_samples import SoundSamples
 from baichuan_omni_jax.train.wandb import WandbWriter
 
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
@@ -75,6 +76,14 @@ class MetricsWriter:
                 self._events.add_scalar(name, number, row["step"])
         if self._wandb is not None:
             self._wandb.write(flat)
+
+    def write_samples(self, step: int, samples: SoundSamples) -> None:
+        """Sounds, as WAV, and pictures, to TensorBoard alone."""
+        for name, (wave, rate) in samples.waves.items():
+            self._events.add_audio(name, wave, step, sample_rate=rate)
+        for name, picture in samples.pictures.items():
+            self._events.add_image(name, picture, step, dataformats="HWC")
+        self._events.flush()
 
     def close(self) -> None:
         self._file.close()

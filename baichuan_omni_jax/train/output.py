@@ -8,6 +8,7 @@ from baichuan_omni_jax.config import RunConfig
 from baichuan_omni_jax.train.goodput import Goodput
 from baichuan_omni_jax.train.metrics import MetricsWriter, Row
 from baichuan_omni_jax.train.report import ProgressLine
+from baichuan_omni_jax.train.sound_samples import SoundSamples
 from baichuan_omni_jax.train.wandb import WandbWriter
 
 
@@ -31,6 +32,10 @@ class Output:
             row["goodput"] = self._goodput.note(row["productive_s"])
             self._line.show(row)
         self._metrics.write(row)
+
+    def write_samples(self, step: int, samples: SoundSamples) -> None:
+        """What became of held-out clips after `step`."""
+        self._metrics.write_samples(step, samples)
 
     def close(self) -> None:
         self._metrics.close()

@@ -1,18 +1,21 @@
 """Held-out scores of the tasks that train on sound: sums over a batch's clips, and the means made of them."""
 
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int32
 
-from baichuan_omni_jax.audio.reconstruction import mel_error_sums
+from baichuan_omni_jax.audio.decoder import AudioDecoder, DecodedAudio
+from baichuan_omni_jax.audio.model import AudioTokenizer
+from baichuan_omni_jax.audio.reconstruction import MelTarget, mel_error_sums
 from baichuan_omni_jax.config import RunConfig
 from baichuan_omni_jax.flow.sampler import sample_mel
 from baichuan_omni_jax.nn.lengths import frames_before, keep
 from baichuan_omni_jax.omni.batch import Batch
-from baichuan_omni_jax.omni.tokenizer_model import TokenizerModel, clips_of, mel_targets_of
+from baichuan_omni_jax.omni.tokenizer_model import Clips, clips_of, mel_targets_of
 from baichuan_omni_jax.omni.voice_model import beside
 from baichuan_omni_jax.train.state import Arrays, Setup
 from baichuan_omni_jax.train.transcript import transcript_entropies
@@ -24,35 +27,54 @@ SAMPLING_SEED = 0  # of the noise that a held-out mel is sampled from: the same 
 def tokenizer_sums(setup: Setup, run: RunConfig) -> Callable[[Arrays, Batch], Sums]:
     """The compiled (parameters, batch) -> sums over the batch's valid frames.
 
-    `mel` (levels + 1,): absolute error of the refined mel from the features as they are, then from the first 1, 2, ...
-    levels of their codes; `mel_count` what to divide it by. `used_q` (codes,): how often each code was chosen.
-    `distance` and `distance_count`: commitment. `transcript` (2,), `transcript_weight`: cross-entropy from the features
-    as they are, and from their codes.
+    Those of `code_sums`; `transcript` (2,), `transcript_weight`: cross-entropy from the features as they are, and from
+    their codes.
     """
     compute, reads = setup.task.compute, "llm" in run.branches
 
     def sums_of(parameters, batch):
         model = setup.assemble(parameters, {})
-        clips = clips_of(batch, compute)
-        features, valid = model.audio_encoder.features(clips.mel, clips.lengths)
-        codes, quantised, _ = model.audio_encoder.quantizer.quantize(features)
         target = mel_targets_of(batch, ("scale_0",), compute)[0]
-        lengths = valid.sum(-1, dtype=jnp.int32)
-        seen = [features, *_first_levels(model, codes)]
-        decoded = [model.audio_decoder(x, lengths) for x in seen]
-        errors = [mel_error_sums(each.refined_mel, each.mel_lengths, target) for each in decoded]
-        sums = {"mel": jnp.stack([error for error, _, _ in errors]), "mel_count": errors[0][2]}
-        for q, size in enumerate(setup.task.omni.audio.codebook_sizes):
-            sums[f"used_q{q}"] = _counts(codes[..., q], valid, size)
-        distance = jnp.where(valid[..., None], (features - quantised).astype(jnp.float32) ** 2, 0)
-        sums |= {"distance": distance.sum(), "distance_count": valid.sum(dtype=jnp.float32) * distance.shape[-1]}
+        sums, made = code_sums(model.audio_encoder, model.audio_decoder, clips_of(batch, compute), target)
         if reads:
-            weights = batch["text_weights"]
-            read = [(transcript_entropies(model, x, valid, batch, run) * weights).sum() for x in (features, quantised)]
+            weights, seen = batch["text_weights"], (made.features, made.quantised)
+            read = [(transcript_entropies(model, x, made.valid, batch, run) * weights).sum() for x in seen]
             sums |= {"transcript": jnp.stack(read), "transcript_weight": weights.sum()}
         return sums
 
     return jax.jit(sums_of)
+
+
+class ThroughCodes(NamedTuple):
+    """Clips on their way through their codes: features, which of them are valid, codes, their sum, the decoded mel."""
+
+    features: Float[Array, "c g f"]
+    valid: Bool[Array, "c g"]
+    codes: Int32[Array, "c g q"]
+    quantised: Float[Array, "c g f"]
+    decoded: DecodedAudio
+
+
+def code_sums(
+    encoder: AudioTokenizer, decoder: AudioDecoder, clips: Clips, target: MelTarget
+) -> tuple[Sums, ThroughCodes]:
+    """Sums over the clips' valid frames, and what they are of.
+
+    `mel` (levels + 1,): absolute error of the refined mel from the features as they are, then from the first 1, 2, ...
+    levels of their codes; `mel_count` what to divide it by. `used_q` (codes,): how often each code was chosen.
+    `distance` and `distance_count`: commitment.
+    """
+    features, valid = encoder.features(clips.mel, clips.lengths)
+    codes, quantised, _ = encoder.quantizer.quantize(features)
+    lengths = valid.sum(-1, dtype=jnp.int32)
+    decoded = [decoder(x, lengths) for x in (features, *_first_levels(encoder, codes))]
+    errors = [mel_error_sums(each.refined_mel, each.mel_lengths, target) for each in decoded]
+    sums = {"mel": jnp.stack([error for error, _, _ in errors]), "mel_count": errors[0][2]}
+    for q, size in enumerate(encoder.cfg.codebook_sizes):
+        sums[f"used_q{q}"] = _counts(codes[..., q], valid, size)
+    distance = jnp.where(valid[..., None], (features - quantised).astype(jnp.float32) ** 2, 0)
+    sums |= {"distance": distance.sum(), "distance_count": valid.sum(dtype=jnp.float32) * distance.shape[-1]}
+    return sums, ThroughCodes(features, valid, codes, quantised, decoded[-1])
 
 
 def tokenizer_means(sums: Mapping[str, np.ndarray], code_rate: float) -> dict[str, float]:
@@ -98,10 +120,10 @@ def flow_means(sums: Mapping[str, np.ndarray]) -> dict[str, float]:
     return {"mel_mae": float(sums["sampled"]) / count, "mel_mae_prior": float(sums["prior"]) / count}
 
 
-def _first_levels(model: TokenizerModel, codes) -> list[Float[Array, "c g d"]]:
+def _first_levels(encoder: AudioTokenizer, codes) -> list[Float[Array, "c g d"]]:
     """The sum of the chosen codes of the first 1, 2, ... levels."""
-    total, sums, spec = 0.0, [], model.compute.rules.spec("batch", None, None)
-    for q, table in enumerate(model.audio_encoder.quantizer.codebooks()):
+    total, sums, spec = 0.0, [], encoder.compute.rules.spec("batch", None, None)
+    for q, table in enumerate(encoder.quantizer.codebooks()):
         total = total + table.at[codes[..., q]].get(out_sharding=spec)
         sums.append(total)
     return sums
