@@ -43,6 +43,7 @@ EXTRAS = {
     "browser": [*DEMO, "selenium>=4.30"],  # tests of the page; they also need Debian's chromium and chromium-driver
     "cuda": ["jax[cuda12]>=0.10.2"],
     "demo": DEMO,
+    "evaluate": ["pesq>=0.0.4", "pystoi>=0.4"],  # pesq is compiled when it is installed
     "preflight": ["libtpu"],
     "parity": ["torch>=2.6", "transformers>=4.45"],
     "sample": SAMPLE,

@@ -1,6 +1,7 @@
 """The user's own programs, by dotted path: `package.module:factory` names a callable that returns the object to use."""
 
 import importlib
+from collections.abc import Callable
 from functools import lru_cache
 
 from baichuan_omni_jax.config import ConfigError
@@ -12,14 +13,23 @@ def load_hook(option: str, name: str, *methods: str) -> object:
 
     Raises ConfigError when there is none, or when what it returns lacks one of `methods`.
     """
-    module, separator, factory = name.partition(":")
-    if not (module and separator and factory):
-        raise ConfigError(f"{option} {name}: not of the form package.module:factory")
+    make = load_function(option, name, "factory")
     try:
-        hook = getattr(importlib.import_module(module), factory)()
+        hook = make()
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"{option} {name} cannot be loaded: {error}") from error
     for method in methods:
         if not callable(getattr(hook, method, None)):
             raise ConfigError(f"{option} {name}: what it returns has no method {method}")
     return hook
+
+
+def load_function(option: str, name: str, word: str = "function") -> Callable:
+    """What is called `name`, `package.module:function`. Raises ConfigError when there is none; it is called `word`."""
+    module, separator, function = name.partition(":")
+    if not (module and separator and function):
+        raise ConfigError(f"{option} {name}: not of the form package.module:{word}")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"{option} {name} cannot be loaded: {error}") from error

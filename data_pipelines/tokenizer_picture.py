@@ -1,0 +1,57 @@
+"""What an audio tokenizer does to sound, on one page: mels before and after, codes used and error level by level."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib.figure
+import numpy as np
+from jaxtyping import Float
+
+_BLUE, _ORANGE = "#3b6ea5", "#d98032"
+
+# A clip's name, its mel as recorded and as it came back.
+Pair = tuple[str, Float[np.ndarray, "_ mels"], Float[np.ndarray, "_ mels"]]
+
+
+def draw_tokenizer(
+    pairs: Sequence[Pair], seconds: float, numbers: Mapping[str, float], sizes: Sequence[int], out: Path
+) -> None:
+    """Draws `pairs` of mels (`seconds` a frame), and of `numbers` `codes_used_q*`, `perplexity_q*` and `mel_mae_q*` by
+    level, whose codebooks have `sizes` codes, into the file `out`.
+    """
+    rows = 2 * len(pairs)
+    figure = matplotlib.figure.Figure(figsize=(11, 1.6 * rows + 3.2), layout="constrained")
+    grid = figure.add_gridspec(rows + 1, 2, height_ratios=[*[1.6] * rows, 3.2])
+    for place, (name, *mels) in enumerate(pairs):
+        low, high = min(mel.min() for mel in mels), max(mel.max() for mel in mels)
+        for below, (mel, what) in enumerate(zip(mels, ("recorded", "from its codes"), strict=True)):
+            axes = figure.add_subplot(grid[2 * place + below, :])
+            extent = (0, len(mel) * seconds, 0, mel.shape[1])
+            axes.imshow(
+                mel.T, origin="lower", aspect="auto", extent=extent, vmin=low, vmax=high, interpolation="nearest"
+            )
+            axes.set_xlim(0, max(map(len, mels)) * seconds)
+            axes.set_ylabel("mel filter")
+            axes.set_title(f"{name}, {what}", loc="left", fontsize=9)
+            if below:
+                axes.set_xlabel("seconds")
+    levels = np.arange(len(sizes))
+    axes = figure.add_subplot(grid[rows, 0])
+    share = [100 * numbers[f"codes_used_q{q}"] for q in levels]
+    even = [100 * numbers[f"perplexity_q{q}"] / sizes[q] for q in levels]
+    axes.bar(levels - 0.2, share, 0.4, color=_BLUE, label="used at least once")
+    axes.bar(levels + 0.2, even, 0.4, color=_ORANGE, label="perplexity")
+    axes.set_xticks(levels, [f"{q + 1}\n{sizes[q]}" for q in levels])
+    axes.set_xlabel("level, and its codes")
+    axes.set_ylabel("% of the codes")
+    axes.legend(fontsize=8)
+    axes = figure.add_subplot(grid[rows, 1])
+    errors = [numbers[f"mel_mae_q{q}"] for q in levels]
+    axes.plot(levels + 1, errors, "o-", color=_BLUE, label="from codes")
+    axes.axhline(numbers["mel_mae_unquantised"], color=_ORANGE, linestyle="--", label="not quantised")
+    axes.set_xticks(levels + 1)
+    axes.set_ylim(0, 1.2 * max(*errors, numbers["mel_mae_unquantised"]))
+    axes.set_xlabel("levels kept")
+    axes.set_ylabel("mel error (mean absolute)")
+    axes.legend(fontsize=8)
+    figure.savefig(out, dpi=100)

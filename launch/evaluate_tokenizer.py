@@ -1,0 +1,178 @@
+"""How much of speech an audio tokenizer keeps: mel error, use of codes, bitrate, intelligibility, recognised words.
+
+    python launch/evaluate_tokenizer.py --checkpoint DIR --manifest asr.jsonl [--root MEDIA] [--picture page.png]
+    python launch/evaluate_tokenizer.py --checkpoint audio_encoder=DIR,audio_decoder=DIR,flow=DIR --manifest asr.jsonl
+        --asr package.module:function --json numbers.json
+
+With a branch `flow` the waveform comes from its 24 kHz mel, by the HiFT vocoder beside it or by Griffin-Lim; without,
+from the decoder's own mel (16 kHz) by Griffin-Lim. STOI and PESQ need the extra `evaluate`. `--asr` names your own
+recogniser, f(samples, rate) -> text; documents of type asr, tts and itts say what was spoken. Clips that cannot be
+used are skipped and counted by their cause.
+"""
+
+import argparse
+import json
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import soxr
+
+from baichuan_omni_jax.checkpoint import find_checkpoint
+from baichuan_omni_jax.checkpoint.branches import branch_folder, parse_spec
+from baichuan_omni_jax.config import ConfigError, MeshConfig, OmniConfig
+from baichuan_omni_jax.config.errors import exit_code
+from baichuan_omni_jax.omni.loading import load_for_generation
+from baichuan_omni_jax.omni.speech import Speaker
+from baichuan_omni_jax.sharding import make_mesh
+from baichuan_omni_jax.train.mel_waves import MelWaves
+from baichuan_omni_jax.train.tokenizer_scores import TokenizerScores
+from data_pipelines import intelligibility
+from data_pipelines.clips import Clip, read_clips
+from data_pipelines.document import SampleError
+from data_pipelines.features import clip_windows, log_mel
+from data_pipelines.intelligibility import Recognition
+from data_pipelines.mel_targets import mel_target
+from data_pipelines.synthesis.hooks import load_function
+
+BRANCHES = ("audio_encoder", "audio_decoder", "flow")
+DRAWN = 3  # clips on the picture
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 with one sentence when something given cannot be used."""
+    options = _parser().parse_args(arguments)
+    return exit_code(lambda: evaluate(options))
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """Does what the options ask for. Raises ConfigError naming what cannot be used, also where no clip can be."""
+    hear = load_function("--asr", options.asr) if options.asr else None
+    if options.picture:
+        draw = _drawing()
+    with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
+        branches, cfg = load(options.checkpoint)
+        judge = Judge(branches, cfg, hear)
+        skipped: Counter = Counter()
+        root = options.root or options.manifest.parent
+        for clip in read_clips(options.manifest.resolve(), root, skipped):
+            if judge.clips == options.limit:
+                break
+            try:
+                judge.add(clip, skipped)
+            except SampleError as error:
+                skipped[error.cause] += 1
+    if not judge.clips:
+        raise ConfigError(f"--manifest {options.manifest} holds no clip that can be used: {dict(skipped)}")
+    numbers = judge.numbers() | {"skipped": dict(skipped)}
+    if options.json:
+        options.json.write_text(json.dumps(numbers, indent=2))
+    if options.picture:
+        seconds = judge.scores.settings.hop / judge.scores.settings.rate
+        draw(judge.drawn, seconds, numbers, cfg.audio.codebook_sizes, options.picture)
+    for name, value in numbers.items():
+        print(f"{name:28} {value:.4g}" if isinstance(value, float) else f"{name:28} {value}")
+    for sentence in intelligibility.missing_measures():
+        print(sentence)
+
+
+class Judge:
+    """Takes clips through their codes and back, and keeps the numbers of all. `hear` is the user's recogniser."""
+
+    def __init__(self, branches: dict, cfg: OmniConfig, hear: Callable | None) -> None:
+        self.scores, self._audio = TokenizerScores(branches, cfg), cfg.audio
+        self._speaker = Speaker(branches, cfg) if "flow" in branches else None
+        self._waves = MelWaves(self.scores.settings, cfg)
+        self._heard = {name: Recognition(hear) for name in ("original", "from_codes")} if hear else {}
+        self._measures = defaultdict(list)
+        self.clips, self._seconds, self.drawn = 0, 0.0, []
+
+    def add(self, clip: Clip, skipped: Counter) -> None:
+        """One clip. Raises SampleError where it cannot be used; a recogniser that fails is counted in `skipped`."""
+        rate, settings = self._audio.sampling_rate, self.scores.settings
+        original, at_target = clip.samples(rate), clip.samples(settings.rate)
+        windows = clip_windows(len(original), self._audio)
+        if not windows:
+            raise SampleError("too_short", f"{clip.name}: {len(original)} samples give no code frame")
+        targets, mels, waves = [], [], []
+        for window in windows:
+            start, length = (count * settings.rate // rate for count in (window.start, window.samples))
+            targets.append(mel_target(at_target[start : start + length], settings))
+            piece = original[window.start : window.start + window.samples]
+            codes, mel = self.scores(log_mel(piece, self._audio).T, targets[-1])
+            mels.append(mel)
+            waves.append(self._speaker.speak(codes).wave if self._speaker else self._waves(mel))
+        self._count(clip, original, _resampled(np.concatenate(waves), self.rate, rate), skipped)
+        if len(self.drawn) < DRAWN:
+            self.drawn.append((clip.name, np.concatenate(targets), np.concatenate(mels)))
+
+    def numbers(self) -> dict:
+        """All means, by name; `stoi`, `pesq`, `wer` and `cer` where they could be had."""
+        heard = {f"{unit}_{name}": rate for name, of in self._heard.items() for unit, rate in of.rates().items()}
+        measures = {name: float(np.mean(values)) for name, values in self._measures.items()}
+        counts = {f"{name}_clips": len(values) for name, values in self._measures.items()}
+        total = {"clips": self.clips, "seconds": self._seconds, "waveform": f"{self.rate} Hz by {self.vocoder}"}
+        return total | self.scores.means() | measures | counts | heard
+
+    @property
+    def rate(self) -> int:
+        return self._speaker.rate if self._speaker else self.scores.settings.rate
+
+    @property
+    def vocoder(self) -> str:
+        return self._speaker.vocoder if self._speaker else self._waves.name
+
+    def _count(self, clip: Clip, original: np.ndarray, again: np.ndarray, skipped: Counter) -> None:
+        rate = self._audio.sampling_rate
+        self.clips, self._seconds = self.clips + 1, self._seconds + len(original) / rate
+        speech = [_resampled(wave, rate, intelligibility.RATE) for wave in (original, again)]
+        for name, value in intelligibility.measure(*speech).items():
+            self._measures[name].append(value)
+        try:
+            for recognition, wave in zip(self._heard.values() if clip.text else (), (original, again), strict=False):
+                recognition.add(wave, rate, clip.text)
+        except SampleError as error:
+            skipped[error.cause] += 1
+
+
+def load(spec: str) -> tuple[dict, OmniConfig]:
+    """Encoder and decoder, and flow and its vocoder where there are any. Raises ConfigError naming what is missing."""
+    sources = parse_spec(spec, BRANCHES)
+    if "=" not in spec and not (Path(find_checkpoint(spec)) / branch_folder("flow")).exists():
+        del sources["flow"]
+    by_name = ",".join(f"{name}={folder}" for name, folder in sources.items())
+    loaded = load_for_generation(by_name, needed=BRANCHES[:2])
+    return loaded.branches, loaded.config
+
+
+def _resampled(wave: np.ndarray, rate: int, wanted: int) -> np.ndarray:
+    return wave if rate == wanted else soxr.resample(wave, rate, wanted).astype(np.float32)
+
+
+def _drawing() -> Callable:
+    """Raises ConfigError without matplotlib."""
+    try:
+        from data_pipelines.tokenizer_picture import draw_tokenizer
+    except ImportError as error:
+        raise ConfigError("--picture needs matplotlib: pip install '.[show]'") from error
+    return draw_tokenizer
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--checkpoint", metavar="DIR|branch=DIR,...", required=True, help=f"where {', '.join(BRANCHES)} are")
+    add("--manifest", metavar="FILE.jsonl", type=Path, required=True, help="documents with the clips")
+    add("--root", metavar="DIR", type=Path, help="where their media lie (default: beside the manifest)")
+    add("--limit", metavar="N", type=int, default=-1, help="as many clips at most")
+    add("--asr", metavar="MODULE:FUNCTION", help="your recogniser, f(samples, rate) -> text")
+    add("--picture", metavar="FILE.png", type=Path, help="mels, use of codes, error by level; needs matplotlib")
+    add("--json", metavar="FILE.json", type=Path, help="the numbers")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

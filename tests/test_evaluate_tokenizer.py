@@ -1,0 +1,150 @@
+"""launch/evaluate_tokenizer.py: its numbers for untrained branches, what it skips, and the measures by themselves."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import soundfile
+
+from baichuan_omni_jax.checkpoint import save_branches
+from baichuan_omni_jax.config import MeshConfig, tiny
+from baichuan_omni_jax.nn.param import Compute
+from baichuan_omni_jax.omni.voice_model import VoiceModel
+from baichuan_omni_jax.sharding import make_mesh
+from data_pipelines.clips import read_clips
+from data_pipelines.document import SampleError
+from data_pipelines.intelligibility import RATE, Recognition, measure
+
+REPOSITORY = Path(__file__).parents[1]
+SAID = "The plums are fresh."
+
+
+def asr(name: str) -> str:
+    """A line of a manifest."""
+    heard = f"<audio_start_baichuan>{json.dumps({'path': f'{name}.wav'})}<audio_end_baichuan>"
+    text = f"Write:{heard}<trainable_start>{SAID}<trainable_end>"
+    return json.dumps({"id": name, "type": "asr", "text": text})
+
+
+def noise(seconds: float, seed: int = 0) -> np.ndarray:
+    """Bursts, as syllables are: measures of speech find something to listen to."""
+    rng, count = np.random.default_rng(seed), int(seconds * RATE)
+    loudness = np.abs(np.sin(np.arange(count) * 2 * np.pi * 2 / RATE))
+    return (0.2 * loudness * rng.standard_normal(count)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory) -> Path:
+    """Two clips of noise; one that is silent, one too short, one that is not there, and a line that is no JSON."""
+    folder = tmp_path_factory.mktemp("clips")
+    waves = {"one": noise(2.0), "two": noise(1.5, seed=1), "silent": np.zeros(RATE), "short": noise(0.02)}
+    for name, wave in waves.items():
+        soundfile.write(folder / f"{name}.wav", wave, RATE)
+    lines = [asr(name) for name in (*waves, "missing")]
+    (folder / "clips.jsonl").write_text("\n".join([*lines, "{"]))
+    return folder / "clips.jsonl"
+
+
+def test_clips_of_a_manifest_and_what_is_said_in_them(manifest):
+    skipped = Counter()
+    clips = list(read_clips(manifest, manifest.parent, skipped))
+    assert [clip.name for clip in clips] == ["one", "two", "silent", "short"]
+    assert {clip.text for clip in clips} == {SAID}
+    assert skipped == {"missing_file": 1, "bad_json": 1}
+    assert len(clips[0].samples(8000)) == 16000
+
+
+def test_errors_of_a_recogniser():
+    """Two words of eight wrong; Chinese is counted by characters; a hook that fails is a cause."""
+    words = {4: "the plums are fresh", 3: "The plum are fish!"}
+    english = Recognition(lambda samples, rate: words[len(samples)])
+    for length in words:
+        english.add(np.zeros(length, np.float32), RATE, SAID)
+    assert english.rates()["wer"] == pytest.approx(2 / 8)
+    assert english.rates()["cer"] == pytest.approx((1 + 2) / (2 * 16))
+    chinese = Recognition(lambda samples, rate: "一只狗在桥上等。")
+    chinese.add(np.zeros(4, np.float32), RATE, "一只狗在桥上等着。")
+    assert chinese.rates() == {"wer": pytest.approx(1 / 8), "cer": pytest.approx(1 / 8)}
+    assert Recognition(lambda samples, rate: "").rates() == {}
+    with pytest.raises(SampleError, match="it heard NoneType, not text"):
+        Recognition(lambda samples, rate: None).add(np.zeros(4, np.float32), RATE, SAID)
+
+
+@pytest.mark.slow
+def test_measures_fall_with_noise():
+    """As it was: the best there is. More noise: worse. Silence and a click have none."""
+    pytest.importorskip("pystoi", reason="the extra `evaluate` brings it")
+    pytest.importorskip("pesq", reason="the extra `evaluate` brings it")
+    clean, rng = noise(3.0), np.random.default_rng(1)
+    hiss = rng.standard_normal(len(clean)).astype(np.float32)
+    found = [measure(clean, clean + level * hiss) for level in (0, 0.05, 0.5)]
+    assert found[0]["stoi"] == pytest.approx(1.0, abs=1e-3)
+    assert found[0]["pesq"] > 4.5
+    for better, worse in ((0, 1), (1, 2)):
+        assert all(found[better][name] > found[worse][name] for name in ("stoi", "pesq"))
+    assert measure(np.zeros(RATE, np.float32), np.zeros(RATE, np.float32)) == {}
+    assert measure(clean[:200], clean[:200]) == {}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("voice") / "ckpt"
+    with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
+        model = jax.jit(lambda: VoiceModel(jax.random.key(0), tiny(), Compute()))()
+        save_branches(path, {name: getattr(model, name) for name in model.branches}, tiny())
+    return path
+
+
+def run(*arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(REPOSITORY / "launch" / "evaluate_tokenizer.py"), *map(str, arguments)]
+    path = f"{REPOSITORY}:{REPOSITORY / 'tests'}"
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
+
+
+def hears_half(samples: np.ndarray, rate: int) -> str:
+    """A recogniser for the command: two of the four words."""
+    assert rate == RATE
+    return "the plums"
+
+
+@pytest.mark.slow
+def test_numbers_of_an_untrained_tokenizer(checkpoint, manifest, tmp_path):
+    """By its own mel and by flow matching; with a recogniser and a picture."""
+    pytest.importorskip("matplotlib", reason="the extra `show` brings it")
+    numbers, page = tmp_path / "numbers.json", tmp_path / "page.png"
+    by_decoder = f"audio_encoder={checkpoint},audio_decoder={checkpoint}"
+    hook = "test_evaluate_tokenizer:hears_half"
+    done = run("--checkpoint", by_decoder, "--manifest", manifest, "--json", numbers, "--picture", page, "--asr", hook)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(numbers.read_text())
+    assert found["clips"] == 2
+    assert found["seconds"] == pytest.approx(3.5)
+    assert found["skipped"] == {"missing_file": 1, "bad_json": 1, "silent_audio": 1, "too_short": 1}
+    assert found["waveform"] == "16000 Hz by griffin_lim"
+    assert found["wer_original"] == found["wer_from_codes"] == 0.5
+    assert found["mel_mae"] == found["mel_mae_q7"] > 0
+    assert 0 < found["bits_per_second"] <= found["bits_per_second_at_most"] == pytest.approx(12.5 * 36.585, rel=1e-3)
+    assert page.stat().st_size > 10_000
+    done = run("--checkpoint", checkpoint, "--manifest", manifest, "--limit", 1)
+    assert done.returncode == 0, done.stderr
+    assert "24000 Hz by griffin_lim" in done.stdout
+
+
+@pytest.mark.slow
+def test_what_cannot_be_used_is_named(checkpoint, manifest, tmp_path):
+    (tmp_path / "none.jsonl").write_text("{")
+    for arguments, sentence in (
+        (("--checkpoint", f"flow={checkpoint}", "--manifest", manifest), "has no branch audio_encoder"),
+        (("--checkpoint", checkpoint, "--manifest", tmp_path / "no.jsonl"), "no.jsonl cannot be read"),
+        (("--checkpoint", checkpoint, "--manifest", tmp_path / "none.jsonl"), "holds no clip that can be used"),
+        (("--checkpoint", checkpoint, "--manifest", manifest, "--asr", "json:hear"), "--asr json:hear cannot be"),
+    ):
+        done = run(*arguments)
+        assert done.returncode == 2, done.stderr
+        assert sentence in done.stderr.splitlines()[-1]
