@@ -1,15 +1,20 @@
 """The tasks that train on sound, run as a user runs them: what moves, what stays, and exact resumption."""
 
 import dataclasses
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from micro import REPOSITORY, numbers, one_device, read_metrics, saved_arrays
+import tokenized
+from micro import CONFIG, REPOSITORY, Command, numbers, one_device, read_metrics, saved_arrays
 
+from baichuan_omni_jax.audio.tokenize import fingerprint
+from baichuan_omni_jax.checkpoint import load_branches, with_shardings
 from baichuan_omni_jax.config import ConfigError, apply_overrides, load_run_config, resolve_model
 from baichuan_omni_jax.config.sound_targets import sound_targets
+from baichuan_omni_jax.convert import abstract_branches
 from baichuan_omni_jax.train.rows import BatchPlacer
 from baichuan_omni_jax.train.state import init_state, make_compute, make_setup
 from baichuan_omni_jax.train.step import make_gradients
@@ -116,3 +121,25 @@ def refusal(run) -> ConfigError | None:
             make_setup(run, omni, mesh, compute).task.check(mesh)
         except ConfigError as error:
             return error
+
+
+@pytest.mark.slow
+def test_a_trained_tokenizer_makes_the_codes_of_a_language_stage(pretrain, tmp_path):
+    """Its workdir as `data.audio_tokenizer`: the store is by its fingerprint, and the micro omni run trains on it."""
+    workdir, root = tmp_path / "tokenizer", tmp_path / "data"
+    assert pretrain(workdir, *SMALL, "train.steps=2", "checkpoint.every=2", config=TOKENIZER).returncode == 0
+    shutil.copytree(pretrain.root, root, ignore=shutil.ignore_patterns(".cache"))
+    trained = f"data.audio_tokenizer={workdir}"
+    out = tokenized.run(root, pretrain.cache, "--set", trained)
+    run = apply_overrides(load_run_config(CONFIG), [trained])
+    with jax.set_mesh(one_device()):
+        model = make_compute(run)
+        abstract = abstract_branches(resolve_model(run.model), only=["audio_encoder"], compute=model)["audio_encoder"]
+        placed = with_shardings(abstract, one_device(), model.rules, name="audio_encoder")
+        tokenizer = load_branches(str(workdir), {"audio_encoder": placed})["audio_encoder"]
+        assert f"of tokenizer {fingerprint(tokenizer)}" in out
+    written = tokenized.files_of(root)
+    done = Command(root, pretrain.cache)(tmp_path / "omni", trained, "train.steps=2")
+    assert done.returncode == 0, done.stderr
+    assert tokenized.files_of(root) == written
+    assert all(np.isfinite(row["loss_audio"]) for row in read_metrics(tmp_path / "omni") if "loss_audio" in row)
