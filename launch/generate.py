@@ -101,7 +101,8 @@ def _answer_manifest(options: argparse.Namespace, opened: Opened) -> None:
 
 
 def _settings(options: argparse.Namespace) -> GenerationSettings:
-    settings = apply_overrides(default_settings(options.task, options.speech), options.set)
+    aloud = options.task != "tts" and bool(options.speech or options.out)
+    settings = apply_overrides(default_settings(options.task, aloud), options.set)
     if options.max_tokens:
         settings = apply_overrides(settings, [f"max_tokens={options.max_tokens}"])
     return settings.greedy() if options.greedy else settings
@@ -156,15 +157,18 @@ def _check_flags(options: argparse.Namespace) -> None:
     asked = [name for name in ("prompt", "image", "audio", "video", "tokens", "out", "save") if getattr(options, name)]
     if options.manifest and (asked or options.interactive):
         raise ConfigError(f"--manifest brings the questions: --{asked[0] if asked else 'interactive'} is not for it")
-    if options.interactive and options.task != "chat":
-        raise ConfigError(f"--interactive is for chat, not {options.task}")
+    if options.interactive and (options.task != "chat" or options.tokens or options.save):
+        raise ConfigError("--interactive is for chat, without --tokens and --save")
     if options.task == "asr" and (options.out or options.speech):
         raise ConfigError("asr writes down; it does not answer aloud")
     if options.speech and not options.manifest and not options.out:
         raise ConfigError("--speech without --manifest needs --out, where the speech goes")
-    options.speech = options.task == "chat" and bool(options.speech or options.out)
-    if options.task == "tts" and not options.manifest and not (options.out or options.save):
+    if options.task == "tts" and not (options.manifest or options.out or options.save):
         raise ConfigError("tts needs --out, where the speech goes")
+    for name in ("out", "save", "output"):
+        path = getattr(options, name)
+        if path and not path.parent.is_dir():
+            raise ConfigError(f"--{name} {path}: there is no folder {path.parent}")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,8 @@ class Request:
         for event in self.events:
             if self.cancelled and not isinstance(event, Finished):
                 continue
+            if isinstance(event, RequestError):
+                raise event
             yield finished("cancelled") if self.cancelled else event
 
     def cancel(self):
@@ -178,6 +180,20 @@ def test_cancelling_ends_the_sound_and_keeps_what_was_said():
     assert events[0].reason == "cancelled"
     assert engine.requests[0].cancelled
     assert talk.messages[-1] == {"role": "assistant", "content": [{"type": "text", "text": "Hi"}]}
+
+
+def test_a_failed_answer_is_no_turn():
+    """The engine gives up in the middle: the reply raises, has no whole answer, and nothing is kept."""
+    chat, engine = make_chat(TextPiece("Hi", (1,), (0.0,)), finished())
+    engine.events = (TextPiece("Hi", (1,), (0.0,)), RequestError("failed", "out of memory"))
+    talk = Conversation(chat)
+    reply = talk.say("Hello?")
+    with pytest.raises(RequestError, match="out of memory"):
+        list(reply)
+    with pytest.raises(RequestError, match="broke off"):
+        reply.answer()
+    assert talk.messages == []
+    assert engine.requests[0].cancelled
 
 
 def test_letting_go_of_a_reply_frees_its_place():

@@ -113,7 +113,9 @@ def test_fields_that_a_task_cannot_use(launch, task, values, sentence):
         ("chat --checkpoint x --manifest m --output o --interactive", "--interactive is not for it"),
         ("asr --checkpoint x --audio a --out o.wav", "does not answer aloud"),
         ("asr --checkpoint x --interactive", "--interactive is for chat"),
+        ("chat --checkpoint x --interactive --save s", "without --tokens and --save"),
         ("chat --checkpoint x --prompt a --speech", "needs --out"),
+        ("chat --checkpoint x --prompt a --out none/o.wav", "there is no folder none"),
         ("tts --checkpoint x --prompt a", "tts needs --out"),
         ("chat --checkpoint x --prompt a --slots 0", "no whole number above 0"),
         ("chat --checkpoint x --prompt a --tokens none.json", "token ids none.json cannot be read"),
@@ -135,7 +137,9 @@ def test_settings_of_the_flags(launch):
 
     assert settings("asr --audio a").text == Sampling()
     assert settings("chat --prompt a --out o.wav").speech
+    assert settings("describe --image a --out o.wav").speech
     assert not settings("chat --prompt a").speech
+    assert not settings("tts --prompt a --out o.wav").speech
     changed = settings("chat --prompt a --set text.top_k=3 --set stop=('x',) --max-tokens 7")
     assert (changed.text.top_k, changed.stop, changed.max_tokens) == (3, ("x",), 7)
     assert settings("chat --prompt a --greedy").text == Sampling()

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
 from baichuan_omni_jax.checkpoint import find_checkpoint, read_branch_info, read_tree, with_shardings
-from baichuan_omni_jax.checkpoint.branches import RANDOM, branch_folder, parse_spec
+from baichuan_omni_jax.checkpoint.branches import BRANCHES, RANDOM, branch_folder, parse_spec
 from baichuan_omni_jax.checkpoint.parent import PARENT
 from baichuan_omni_jax.config import ConfigError, MeshConfig, OmniConfig, read_hf
 from baichuan_omni_jax.convert.files import CONFIG, SOURCE, VOCODER_CONFIG
@@ -141,7 +141,7 @@ def _vocoder_sizes(folder: Path) -> VocoderConfig:
 
 def _is_untrained(name: str, folder: Path) -> bool:
     """Whether the branch has its first random weights: never trained, and neither converted nor from a run's parent."""
-    if not (folder / "branches.json").exists():
+    if not (folder / BRANCHES).exists():
         return False
     info = read_branch_info(folder).get(name)
     if info is None or info.trained or (folder / SOURCE).exists():

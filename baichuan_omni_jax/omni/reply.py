@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float32, Int32
 
+from baichuan_omni_jax.config import RequestError
 from baichuan_omni_jax.omni.answer import Answer, Event, Finished, Frames, TextPiece
 
 
@@ -117,10 +118,15 @@ class Reply:
         return self._record.message()
 
     def answer(self) -> ChatAnswer:
-        """Waits for the end and returns the whole answer, with what was taken from the iterator before."""
+        """Waits for the end and returns the whole answer, with what was taken from the iterator before.
+
+        Raises RequestError `failed` when the reply broke off before its end.
+        """
         for _ in self:
             pass
         record = self._record
+        if not record.events or not isinstance(record.events[-1], Finished):
+            raise RequestError("failed", "the answer broke off before its end")
         whole = Answer.of(record.events)
         return ChatAnswer(
             **{field.name: getattr(whole, field.name) for field in fields(whole)},
@@ -180,6 +186,9 @@ def _events(request: Requested, speaker: Speaks | None, record: _Record) -> Iter
             record.add(event)
             if not isinstance(event, Frames):
                 yield event
+    except Exception:
+        record.tell = lambda message: None  # what failed is no turn of a conversation
+        raise
     finally:
         request.cancel()
         record.tell(record.message())

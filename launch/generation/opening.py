@@ -11,6 +11,7 @@ import jax
 from baichuan_omni_jax.config import ConfigError, GenerationSettings, MeshConfig
 from baichuan_omni_jax.omni.chat import OmniChat
 from baichuan_omni_jax.omni.loading import LoadedBranches, load_for_generation, make_chat_model
+from baichuan_omni_jax.omni.reply import Speaks
 from baichuan_omni_jax.sharding import make_mesh
 from data_pipelines.chat_prompt import ChatPrompts
 from data_pipelines.processor import Processor
@@ -72,7 +73,7 @@ def open_chat(options: argparse.Namespace, settings: GenerationSettings, root: P
     return Opened(OmniChat(model, processor, settings=settings, seed=options.seed), _notice(loaded, model.speaker))
 
 
-def _notice(loaded: LoadedBranches, speaker) -> str:
+def _notice(loaded: LoadedBranches, speaker: Speaks | None) -> str:
     lines = []
     if loaded.untrained:
         lines.append(f"untrained, so that answers mean nothing: {', '.join(loaded.untrained)}")

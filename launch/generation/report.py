@@ -1,5 +1,6 @@
 """An answer at the terminal: its text, its numbers, and both as fields of a JSON record."""
 
+import signal
 from typing import Any
 
 from baichuan_omni_jax.omni.answer import TextPiece
@@ -8,12 +9,14 @@ from baichuan_omni_jax.omni.chat import ChatAnswer, ChatModel, Reply
 
 def show(reply: Reply) -> ChatAnswer:
     """Prints the text as it is made, or at the end the tokens where there is no tokenizer; Ctrl-C ends the answer."""
+    # Raised inside the engine, KeyboardInterrupt would cost it all that it is doing.
+    before = signal.signal(signal.SIGINT, lambda *_: reply.cancel())
     try:
         for event in reply:
             if isinstance(event, TextPiece):
                 print(event.text, end="", flush=True)
-    except KeyboardInterrupt:
-        reply.cancel()
+    finally:
+        signal.signal(signal.SIGINT, before)
     answer = reply.answer()
     print("" if answer.text else " ".join(map(str, answer.tokens)), flush=True)
     return answer
