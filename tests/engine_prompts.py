@@ -86,6 +86,7 @@ def small_config() -> OmniConfig:
         llm=replace(cfg.llm, num_layers=2, vocab_size=512),
         audio=replace(cfg.audio, encoder_layers=1),
         vision=replace(cfg.vision, depth=1),
+        audio_head=replace(cfg.audio_head, num_layers=1),
     )
 
 

@@ -43,16 +43,16 @@ def engine(branches):
     return Engine(branches, CFG, tokenizer(), slots=8, length=LENGTH, chunk=32)
 
 
-def eight() -> list[tuple]:
-    """Prompts and settings of every kind and of unequal lengths."""
+def eight(mels: int = 0) -> list[tuple]:
+    """Prompts and settings of every kind and of unequal lengths; with `mels`, two with sound to be heard."""
     rng = np.random.default_rng(0)
     tts = text_prompt([*rng.integers(60, 400, 9), CFG.tokens.audiogen_start])
     return [
         (random_text(rng, CFG, 5), SILENT),
         (random_text(rng, CFG, 40), ALOUD),
-        (media_prompt(rng, CFG), ALOUD),
+        (media_prompt(rng, CFG, mels=mels), ALOUD),
         (tts, SILENT),
-        (media_prompt(rng, CFG, mels=90), SILENT),
+        (media_prompt(rng, CFG, mels=mels), SILENT),
         (tts, ALOUD),
         (random_text(rng, CFG, 1), ALOUD),
         (random_text(rng, CFG, 70), ALOUD),
@@ -87,9 +87,17 @@ def test_eight_unequal_prompts_together_are_eight_alone(engine):
 
 def test_answers_equal_computing_the_whole_row_again(engine, branches):
     """Text, speech and mixed turns: log-probabilities to 1e-4, and every choice the likeliest."""
-    for prompt, settings in eight():
-        (answer,) = answer_all(engine, [(prompt, settings)])
+    asked = eight()
+    for (prompt, _), answer in zip(asked, answer_all(engine, asked), strict=True):
         check_recomputed(branches, prompt, answer)
+
+
+@pytest.mark.slow
+def test_so_do_answers_to_what_was_heard(engine, branches):
+    asked = eight(mels=90)
+    for one, answer in zip(asked, answer_all(engine, asked), strict=True):
+        assert same(answer, *answer_all(engine, [one]))
+        check_recomputed(branches, one[0], answer)
 
 
 def check_recomputed(branches, prompt, answer) -> None:
@@ -146,6 +154,7 @@ def _forward(branches, tokens, codes, slots, frames, patches, grid, ids, visual_
     return llm.logits(hidden), head(hidden, frames)
 
 
+@pytest.mark.slow
 def test_the_depth_cache_gives_the_logits_of_the_whole_depth_sequence(branches):
     """To 1e-4 of the largest."""
     rng = np.random.default_rng(1)

@@ -58,11 +58,12 @@ def draw(
         scores = jnp.where(allowed, scores, -jnp.inf)
     tokens = jnp.argmax(scores, -1).astype(jnp.int32)
     drawn = how.temperature > 0
+    keys = jax.vmap(_step_key)(keys, step)
     few = drawn & (how.top_k > 0) & (how.top_k <= FEW)
     for rows, width in ((few, min(FEW, logits.shape[-1])), (drawn & ~few, logits.shape[-1])):
         chosen = jax.lax.cond(
             rows.any(),
-            lambda width=width: _draw_among(scores, width, how, keys, step),
+            lambda width=width: _draw_among(scores, width, how, keys),
             lambda tokens=tokens: tokens,
         )
         tokens = jnp.where(rows, chosen, tokens)
@@ -75,7 +76,7 @@ def _penalised(logits: Array, held: Array, penalty: Array) -> Array:
     return jnp.where(held, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def _draw_among(scores: Array, width: int, how: Drawing, keys: Array, step: Array) -> Array:
+def _draw_among(scores: Array, width: int, how: Drawing, keys: Array) -> Array:
     """A token of each row among its `width` likeliest, of which its settings leave some."""
     best, ids = jax.lax.top_k(scores, width)
     # The likeliest score 0, so that no temperature makes anything infinite.
@@ -85,11 +86,10 @@ def _draw_among(scores: Array, width: int, how: Drawing, keys: Array, step: Arra
     likely = jax.nn.softmax(best, -1)
     before = jnp.cumsum(likely, -1) - likely
     kept = (before < how.top_p[:, None]) | (how.top_p[:, None] >= 1) | (rank == 0)
-    noise = jax.vmap(lambda data, step: _noise(data, step, width))(keys, step)
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, (width,), jnp.float32))(keys)
     place = jnp.argmax(jnp.where(kept, best + noise, -jnp.inf), -1)
     return jnp.take_along_axis(ids, place[:, None], -1)[:, 0].astype(jnp.int32)
 
 
-def _noise(data: Array, step: Array, width: int) -> Array:
-    key = jax.random.wrap_key_data(data, impl="threefry2x32")
-    return jax.random.gumbel(jax.random.fold_in(key, step), (width,), jnp.float32)
+def _step_key(data: Array, step: Array) -> Array:
+    return jax.random.fold_in(jax.random.wrap_key_data(data, impl="threefry2x32"), step)
