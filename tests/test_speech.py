@@ -22,7 +22,7 @@ from baichuan_omni_jax.vocoder.config import VocoderConfig
 from baichuan_omni_jax.vocoder.model import Vocoder, draw_noise, reach
 from baichuan_omni_jax.vocoder.streaming import WaveStream
 
-KEY, COMPUTE = jax.random.key(0), Compute(attention_block=64, remat="none")
+KEY, COMPUTE = jax.random.key(0), Compute(attention="reference", remat="none")
 # Few layers of each kind: compiling is what these tests wait for.
 VOCODER = VocoderConfig(
     in_channels=20,
@@ -30,9 +30,9 @@ VOCODER = VocoderConfig(
     upsample_rates=(3, 2),
     upsample_kernel_sizes=(7, 4),
     resblock_kernel_sizes=(3,),
-    resblock_dilation_sizes=((1, 3),),
-    source_resblock_kernel_sizes=(3, 5),
-    source_resblock_dilation_sizes=((1,), (3,)),
+    resblock_dilation_sizes=((3,),),
+    source_resblock_kernel_sizes=(3, 3),
+    source_resblock_dilation_sizes=((1,), (1,)),
     f0_cond_channels=8,
 )
 CFG = dataclasses.replace(
@@ -143,21 +143,20 @@ def test_sound_does_not_depend_on_how_codes_come(speaker):
     assert [len(x) > 0 for x in ones].index(True) == speaker.chunk  # the 26th code frame
     np.testing.assert_array_equal(np.concatenate([*ones, one.close()]), expected)
     np.testing.assert_array_equal(np.concatenate([*twos, two.close()]), other)
-    for frames in (26, 33, 50):
-        assert len(streamed(speaker.stream(), some_codes(frames), 5)) == (4 * frames - 1) * HOP
-        speaker.speak(some_codes(frames))
+    assert len(streamed(speaker.stream(), some_codes(33), 5)) == (4 * 33 - 1) * HOP
+    speaker.speak(some_codes(50))
     assert speaker.compiles == compiled
 
 
 def test_stretches_share_ten_milliseconds(speaker):
     """Away from the join they are what they are alone."""
-    codes = some_codes(40)
-    first, second = speaker.speak(codes[:15]).wave, speaker.speak(codes[15:]).wave
+    codes = some_codes(45)
+    alone = streamed(speaker.stream(), codes, 45)
     stream = speaker.stream()
-    wave = np.concatenate([stream.push(codes[:15], last=True), stream.push(codes[15:], last=True), stream.close()])
-    assert len(wave) == len(first) + len(second) - FADE
-    np.testing.assert_array_equal(wave[: len(first) - FADE], first[:-FADE])
-    np.testing.assert_array_equal(wave[len(first) :], second[FADE:])
+    wave = np.concatenate([stream.push(codes, last=True), stream.push(codes, last=True), stream.close()])
+    assert len(wave) == 2 * len(alone) - FADE
+    np.testing.assert_array_equal(wave[: len(alone) - FADE], alone[:-FADE])
+    np.testing.assert_array_equal(wave[len(alone) :], alone[FADE:])
 
 
 def test_a_cross_fade_keeps_what_both_sides_say():
@@ -169,28 +168,31 @@ def test_a_cross_fade_keeps_what_both_sides_say():
     np.testing.assert_allclose(fade.push(np.zeros(8, np.float32)), [0.875, 0.625, 0.375, 0.125])
 
 
-def test_the_key_alone_decides_the_noise(branches, speaker):
+def test_the_key_alone_decides_the_noise(branches, speaker, monkeypatch):
     """Ten steps of sampling: the same key, the same mel and wave, to the last bit; another seed, others."""
     assert CFG.flow.diffusion_steps == 10
-    codes = some_codes(20)
-    once, again, other = (s.speak(codes) for s in (speaker, speaker, Speaker(branches, CFG, seed=1)))
+    codes = some_codes(45)
+    once, again = speaker.speak(codes), speaker.speak(codes)
+    monkeypatch.setattr(speaker, "_keys", Speaker(branches, CFG, seed=1)._keys)  # with the programs compiled already
+    other = speaker.speak(codes)
     np.testing.assert_array_equal(once.mel, again.mel)
     np.testing.assert_array_equal(once.wave, again.wave)
     assert distance(other.mel, once.mel) > 1e-2
     assert distance(other.wave, once.wave) > 1e-3
 
 
+@pytest.mark.slow
 def test_without_a_vocoder_griffin_and_lim_speak(branches):
-    """As long, and about as loud (a factor of 1.5 each half second); its windows do not share phases."""
+    """As long, and about as loud (a factor of 1.5 each fifth of a second); its windows do not share phases."""
     cfg = dataclasses.replace(CFG, flow=dataclasses.replace(CFG.flow, hop_length=480))
     speaker = Speaker({name: branches[name] for name in branches if name != "vocoder"}, cfg)
     assert (speaker.vocoder, speaker.rate) == ("griffin_lim", 24000)
-    mel = -3 + 0.5 * np.random.default_rng(0).standard_normal((150, 20)).astype(np.float32)
+    mel = -3 + 0.5 * np.random.default_rng(0).standard_normal((60, 20)).astype(np.float32)
     whole = speaker.windows(200)(mel, 0, True)
     stream, fade = speaker.wave_stream(), CrossFade(FADE)
-    parts = [fade.push(stream.push(part, last)) for part, last in ((mel[:100], False), (mel[100:], True))]
+    parts = [fade.push(stream.push(part, last)) for part, last in ((mel[:40], False), (mel[40:], True))]
     wave = np.concatenate([*parts, fade.close()])
-    assert len(wave) == len(whole) == 150 * 480
+    assert len(wave) == len(whole) == 60 * 480
     loudness = (np.sqrt((x.reshape(6, -1) ** 2).mean(1)) for x in (wave, whole))
     ratio = np.divide(*loudness)
     assert (ratio > 1 / 1.5).all()

@@ -53,7 +53,7 @@ class Speaker:
     Without a vocoder (HiFT) Griffin and Lim's iteration makes the waveform; `vocoder` says which: `hift`,
     `griffin_lim`. `rate` is 24000 Hz in released checkpoints. Works on one device, the first of this host, whatever the
     mesh in use; from any thread. The same codes and `seed` give the same sound. `compiles` counts programs: each is
-    for 1, 2, 4, 8 … chunks. A stream works chunk by chunk of `chunk` code frames, of which flow matching sees the last
+    for 1, 2, 4, 6, 8, 12 … chunks. A stream works chunk by chunk of `chunk` code frames, of which flow matching sees the last
     `window` (a power of two), the new one included. Raises ConfigError naming a branch that is missing.
     """
 
@@ -85,8 +85,12 @@ class Speaker:
         """One stretch of speech as a whole. Raises ValueError on codes that are not the codebooks'."""
         codes = self.checked(codes)
         mel = self.sampled(self.guessed(codes), 0) if len(codes) else np.zeros((0, self.settings.mels), np.float32)
-        wave = self.windows(_doubled(len(mel), self.frames))(mel, 0, True) if len(mel) else np.zeros(0, np.float32)
+        wave = self.windows(self.padded_frames(len(mel)))(mel, 0, True) if len(mel) else np.zeros(0, np.float32)
         return Resynthesised(codes, mel, wave, self.rate)
+
+    def padded_frames(self, frames: int) -> int:
+        """Mel frames of the program that is used for `frames`: the least of 1, 2, 4, 6, 8, 12 … chunks that holds them."""
+        return _padded(frames, self.frames)
 
     def guessed(self, codes: Int32[np.ndarray, "g q"]) -> Float32[np.ndarray, "s mels"]:
         """The pre-net's mel, which flow matching is guided by, of a stretch that ends with the last of `codes`.
@@ -94,13 +98,13 @@ class Speaker:
         Where more follow, frames of all but the last code frame change only by the first GroupNorm, which counts all.
         """
         # One more than whole chunks: a stream reads one code frame ahead.
-        padded = np.pad(codes, ((0, _doubled(len(codes) - 1, self.chunk) + 1 - len(codes)), (0, 0)))
+        padded = np.pad(codes, ((0, _padded(len(codes) - 1, self.chunk) + 1 - len(codes)), (0, 0)))
         mu, lengths = self._guess(self._models, padded[None], np.array([len(codes)], np.int32))
         return np.asarray(mu, np.float32)[0, : int(lengths[0])]
 
     def sampled(self, mu: Float32[np.ndarray, "s mels"], start: int) -> Float32[np.ndarray, "s mels"]:
         """The mel around `mu`, which begins at frame `start` of its stretch."""
-        padded = np.pad(mu, ((0, _doubled(len(mu), self.frames) - len(mu)), (0, 0)))[None]
+        padded = np.pad(mu, ((0, self.padded_frames(len(mu)) - len(mu)), (0, 0)))[None]
         mel = self._sample(self._models.flow, self._keys[0], padded, np.array([len(mu)], np.int32), np.int32(start))
         return np.asarray(mel)[0, : len(mu)]
 
@@ -233,6 +237,8 @@ def sample(
     return sample_around(flow, mu, lengths, jax.vmap(noise)(start + jnp.arange(mu.shape[1]))[None])
 
 
-def _doubled(count: int, step: int) -> int:
-    """The least of 1, 2, 4, 8 … steps that holds `count`: 120 in steps of 50 -> 200."""
-    return step << max(0, -(-count // step) - 1).bit_length()
+def _padded(count: int, step: int) -> int:
+    """The least of 1, 2, 4, 6, 8, 12, 16, 24 … steps that holds `count`: 120 in steps of 50 -> 200."""
+    steps = -(-count // step)
+    power = 1 << max(0, steps - 1).bit_length()
+    return step * (power * 3 // 4 if power > 4 and steps <= power * 3 // 4 else power)
