@@ -53,8 +53,8 @@ class Speaker:
     Without a vocoder (HiFT) Griffin and Lim's iteration makes the waveform; `vocoder` says which: `hift`,
     `griffin_lim`. `rate` is 24000 Hz in released checkpoints. Works on one device, the first of this host, whatever the
     mesh in use; from any thread. The same codes and `seed` give the same sound. `compiles` counts programs: each is
-    for 1, 2, 4, 6, 8, 12 … chunks. A stream works chunk by chunk of `chunk` code frames, of which flow matching sees the last
-    `window` (a power of two), the new one included. Raises ConfigError naming a branch that is missing.
+    for 1, 2, 4, 6, 8, 12 … chunks of `chunk` code frames. A stream works chunk by chunk, of which flow matching sees
+    the last `window` (best a power of two), the new one included. Raises ConfigError naming a branch that is missing.
     """
 
     def __init__(self, branches: Mapping[str, Any], cfg: OmniConfig, *, seed: int = 0, window: int = WINDOW):
@@ -89,7 +89,7 @@ class Speaker:
         return Resynthesised(codes, mel, wave, self.rate)
 
     def padded_frames(self, frames: int) -> int:
-        """Mel frames of the program that is used for `frames`: the least of 1, 2, 4, 6, 8, 12 … chunks that holds them."""
+        """Mel frames of the program that is used for `frames`: the least number of chunks that holds them."""
         return _padded(frames, self.frames)
 
     def guessed(self, codes: Int32[np.ndarray, "g q"]) -> Float32[np.ndarray, "s mels"]:
