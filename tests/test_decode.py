@@ -8,7 +8,7 @@ from decoding import LENGTH, PROMPTS, ROWS, STEPS, TOKENS, decode, distance, rec
 from micro import one_device
 
 from baichuan_omni_jax.llm.decode import DecodeModel
-from baichuan_omni_jax.nn.cache import KVCache, init_cache, put_rows, take_rows
+from baichuan_omni_jax.nn.cache import KVCache, init_cache
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -75,18 +75,6 @@ def test_padding_writes_nothing_and_comes_out_as_zeros(model, items):
 def test_positions_past_the_end_write_nothing(model):
     cache = filled(model)
     assert_same(step(model, cache, TOKENS[:, :1], np.full((len(ROWS), 1), LENGTH))[1], cache)
-
-
-def test_rows_are_filled_apart_from_the_batch(model, expected):
-    """Rows 2 and 0 are taken out, filled and put back; a third place of theirs is nobody's."""
-    rows, others = jnp.array([2, -1, 0, -1], jnp.int32), [1, 3]
-    cache = filled(model)
-    positions = np.broadcast_to(np.arange(5), (4, 5))
-    _, part = step(model, jax.jit(take_rows)(cache, rows), TOKENS[[3, 0, 1, 0], :5], positions)
-    after = jax.jit(put_rows)(cache, rows, part)
-    assert_same(*(jax.tree.map(lambda x: np.asarray(x)[others], each) for each in (after, cache)))
-    logits, _ = step(model, after, TOKENS[[1, 0, 3, 0], 5][:, None], np.array([[5], [-1], [5], [-1]]))
-    assert distance(logits[[0, 2], 0], expected[[1, 3], 5]) < 1e-4
 
 
 def test_bf16_stays_near_fp32(llm, expected):

@@ -16,6 +16,7 @@ from baichuan_omni_jax.kernels.flash_attention import BlockPlan, Segments, flash
 from baichuan_omni_jax.kernels.platform import platform_of
 from baichuan_omni_jax.llm.config import LLMConfig
 from baichuan_omni_jax.llm.model import DecoderLayer, LanguageModel
+from baichuan_omni_jax.nn.bits import as_bits, from_bits
 from baichuan_omni_jax.nn.cache import KVCache, LayerCache, attend, read, write
 from baichuan_omni_jax.nn.linear import Linear
 from baichuan_omni_jax.nn.norm import RMSNorm
@@ -81,7 +82,8 @@ class DecodeModel:
     def embed(self, tokens: Int32[Array, "b t"]) -> Float[Array, "b t d"]:
         """Token embeddings in the compute dtype."""
         tokens = split_as(tokens, self.compute, "batch")
-        return self.weights.embedding.at[tokens].get(out_sharding=self.compute.rules.spec(*STREAM))
+        table = as_bits(self.weights.embedding)
+        return from_bits(table.at[tokens].get(out_sharding=self.compute.rules.spec(*STREAM)), self.compute.dtype)
 
     def __call__(
         self, x: Float[Array, "b t d"], positions: Int32[Array, "b t"], cache: KVCache

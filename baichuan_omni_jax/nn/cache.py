@@ -4,17 +4,16 @@ Entry i of a row is the item at position i, so rows are filled, freed and filled
 nothing says which entries hold something: an item sees entries 0 to its own position, all of which its row has written.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32, Shaped
 
 from baichuan_omni_jax.llm.config import LLMConfig
+from baichuan_omni_jax.nn.bits import as_bits, from_bits
 from baichuan_omni_jax.nn.param import Compute
 from baichuan_omni_jax.sharding import check_divisible
 
@@ -71,39 +70,6 @@ def init_cache(cfg: LLMConfig, batch: int, length: int, dtype: DTypeLike, comput
     return KVCache(tuple(layer() for _ in range(cfg.num_layers)))
 
 
-def take_rows(cache: KVCache, rows: Int32[Array, " m"]) -> KVCache:
-    """A cache of these rows alone: to fill few rows of a large batch without computing with all.
-
-    Where the batch is split over p devices, m is a multiple of p, and the first m / p are rows of the first device, and
-    so on: nothing travels. A row that is none of the device's (-1, say) takes any.
-    """
-    return _by_row(lambda cache, own: jax.tree.map(lambda x: x.at[own].get(mode="clip"), cache), cache, rows)
-
-
-def put_rows(cache: KVCache, rows: Int32[Array, " m"], part: KVCache) -> KVCache:
-    """The cache with `part` in place of these rows, as `take_rows` took them; a row of -1 is left out."""
-
-    def put(cache: KVCache, own: Array, part: KVCache) -> KVCache:
-        return jax.tree.map(lambda x, new: x.at[own].set(new, mode="drop"), cache, part)
-
-    return _by_row(put, cache, rows, part)
-
-
-def _by_row(function: Callable[..., KVCache], cache: KVCache, rows: Int32[Array, " m"], *parts: KVCache) -> KVCache:
-    """`function(cache, rows, *parts)` on each device's part of the batch, with rows counted from its first."""
-    specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, cache)
-    batch = jax.typeof(cache.layers[0].k).sharding.spec[0]
-
-    @partial(jax.shard_map, out_specs=specs)
-    def run(cache: KVCache, rows: Array, *parts: KVCache) -> KVCache:
-        first = jax.lax.axis_index(batch) * cache.batch if batch else 0
-        own = rows - first
-        # Past the end rather than below 0, which would count from the end.
-        return function(cache, jnp.where(own < 0, cache.batch, own), *parts)
-
-    return run(cache, jax.sharding.reshard(rows, PartitionSpec(batch)), *parts)
-
-
 def write(
     cache: LayerCache, k: Float[Array, "b t k h"], v: Float[Array, "b t k h"], positions: Int32[Array, "b t"]
 ) -> LayerCache:
@@ -116,7 +82,8 @@ def write(
     places = jnp.where(positions < 0, cache.k.shape[2], positions)
 
     def put(entries: Shaped[Array, "b k s ..."], new: Shaped[Array, "b t k ..."]) -> Array:
-        return entries.at[rows, :, places].set(new.astype(entries.dtype), mode="drop")
+        written = as_bits(entries).at[rows, :, places].set(as_bits(new.astype(entries.dtype)), mode="drop")
+        return from_bits(written, entries.dtype)
 
     if cache.k_scale is None:
         return LayerCache(put(cache.k, k), put(cache.v, v), None, None)
