@@ -41,6 +41,7 @@ def test_two_windows_of_sound_come_back(checkpoint, tmp_path):
     out, codes = tmp_path / "out.wav", tmp_path / "codes.npy"
     done = run("--checkpoint", checkpoint, "--audio", tmp_path / "in.wav", "--out", out, "--codes", codes)
     assert done.returncode == 0, done.stderr
+    assert "untrained: audio_encoder, audio_decoder, flow" in done.stdout
     assert "griffin_lim" in done.stdout
     spoken, rate = soundfile.read(out)
     found = np.load(codes)
@@ -53,7 +54,7 @@ def test_two_windows_of_sound_come_back(checkpoint, tmp_path):
 def test_what_cannot_be_used_is_named(checkpoint, tmp_path):
     (tmp_path / "in.wav").write_bytes(b"no sound")
     for arguments, sentence in (
-        (("--checkpoint", f"flow={checkpoint}"), "branch audio_encoder is missing"),
+        (("--checkpoint", f"flow={checkpoint}"), "has no branch audio_encoder; it has flow"),
         (("--checkpoint", tmp_path), "is neither a checkpoint"),
         (("--checkpoint", checkpoint), "in.wav is not a readable"),
     ):
