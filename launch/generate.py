@@ -75,7 +75,7 @@ def _keep(options: argparse.Namespace, answer: ChatAnswer) -> None:
 
 
 def _answer_manifest(options: argparse.Namespace, opened: Opened) -> None:
-    chat, folder = opened.chat, options.output.with_suffix("")
+    chat, folder = opened.chat, options.output.with_name(f"{options.output.stem}_audio")
     base = options.manifest.parent
 
     def record(question: Question, answer: ChatAnswer) -> dict[str, Any]:
@@ -139,7 +139,7 @@ def _add_flags(task: argparse.ArgumentParser, name: str) -> None:
     add("--out", type=Path, metavar="FILE.wav", help="the answer's speech; asks for an answer aloud")
     add("--save", type=Path, metavar="FILE.json", help="text, tokens, log-probabilities, code frames, times")
     add("--output", type=Path, metavar="FILE.jsonl", help="answers to --manifest")
-    add("--speech", action="store_true", help="answers to --manifest aloud; sound lies in a folder beside --output")
+    add("--speech", action="store_true", help="answers to --manifest aloud; sound lies in the folder OUTPUT_audio")
     add("--max-tokens", type=int, metavar="N", help="text tokens at most")
     add("--greedy", action="store_true", help="always the likeliest, no penalty")
     add(
