@@ -37,6 +37,8 @@ def measure(original: Wave, again: Wave) -> dict[str, float]:
     """
     length = min(len(original), len(again))
     pair = original[:length], again[:length]
+    if not pair[0].any():
+        return {}
     found = {}
     for name, function in (("stoi", _stoi), ("pesq", _pesq)):
         value = function(*pair) if importlib.util.find_spec(LIBRARIES[name]) else None
@@ -61,7 +63,8 @@ def _pesq(original: Wave, again: Wave) -> float | None:
     from pesq import PesqError, pesq
 
     try:
-        value = pesq(RATE, original, again, "wb")
+        with np.errstate(divide="ignore", invalid="ignore"):
+            value = pesq(RATE, original, again, "wb")
     except (PesqError, ValueError):
         return None
     return value if np.isfinite(value) else None
