@@ -1,10 +1,11 @@
 """Talking to the model: messages of text, pictures, video and sound in; text and speech out, as they are made.
 
-    chat = OmniChat(load_chat_model("runs/omni"), ChatProcessor(...))
+    loaded = load_for_generation("runs/omni")
+    chat = OmniChat(make_chat_model(loaded, tokenizer), ChatPrompts(Processor(loaded.config, tokenizer)))
     for event in chat.reply([{"role": "user", "content": "What is a star?"}], settings=GenerationSettings(speech=True)):
         ...                                   # TextPiece(text, ...), AudioChunk(samples, rate), at last Finished(...)
 
-The processor reads and encodes media; `data_pipelines.chat_prompt.ChatProcessor` is one (docs/generation.md).
+The processor, here `data_pipelines.chat_prompt.ChatPrompts`, reads and encodes media; docs/generation.md has all of it.
 """
 
 from collections.abc import Mapping, Sequence
