@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Bool, Int32
 
 from baichuan_omni_jax.config import OmniConfig
 from baichuan_omni_jax.omni.answer import Prompt
-from baichuan_omni_jax.omni.request import Job, Media
+from baichuan_omni_jax.omni.request import Job
 from baichuan_omni_jax.omni.steps import Chunk
 
 LEAST_TOKENS, LEAST_PATCHES = 32, 256
@@ -24,6 +24,19 @@ def chunk_sizes(length: int, most: int) -> list[int]:
     while sizes[-1] < min(bucket(length - 1, LEAST_TOKENS), most):
         sizes.append(2 * sizes[-1])
     return sizes
+
+
+class Media:
+    """Where the media of a prompt stand, position by position: n tokens of a cache of `length`."""
+
+    def __init__(self, prompt: Prompt, codes: Int32[np.ndarray, "a q"], length: int):
+        n = len(prompt.tokens)
+        self.heard: Bool[np.ndarray, " n"] = np.zeros(n, bool)
+        self.codes: Int32[np.ndarray, "n q"] = np.zeros((n, codes.shape[1]), np.int32)
+        self.seen: Int32[np.ndarray, " n"] = np.full(n, length, np.int32)
+        self.heard[prompt.audio_slots] = True
+        self.codes[prompt.audio_slots] = codes
+        self.seen[prompt.visual_slots] = prompt.visual_slots
 
 
 class Joining:

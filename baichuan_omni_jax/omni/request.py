@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable
 
 import numpy as np
-from jaxtyping import Bool, Int32, UInt32
+from jaxtyping import UInt32
 from tokenizers import Tokenizer
 
 from baichuan_omni_jax.config import GenerationSettings, SpecialTokens
@@ -157,16 +157,3 @@ class Job:
 
     def _seconds(self) -> float:
         return time.perf_counter() - self._began
-
-
-class Media:
-    """Where the media of a prompt stand, position by position: n tokens of a cache of `length`."""
-
-    def __init__(self, prompt: Prompt, codes: Int32[np.ndarray, "a q"], length: int):
-        n = len(prompt.tokens)
-        self.heard: Bool[np.ndarray, " n"] = np.zeros(n, bool)
-        self.codes: Int32[np.ndarray, "n q"] = np.zeros((n, codes.shape[1]), np.int32)
-        self.seen: Int32[np.ndarray, " n"] = np.full(n, length, np.int32)
-        self.heard[prompt.audio_slots] = True
-        self.codes[prompt.audio_slots] = codes
-        self.seen[prompt.visual_slots] = prompt.visual_slots
