@@ -17,7 +17,7 @@ from baichuan_omni_jax.config.sound_targets import sound_targets
 from baichuan_omni_jax.convert import abstract_branches
 from baichuan_omni_jax.train.rows import BatchPlacer
 from baichuan_omni_jax.train.state import init_state, make_compute, make_setup
-from baichuan_omni_jax.train.step import make_gradients
+from baichuan_omni_jax.train.step import make_gradients, make_step
 from data_pipelines.pipeline import open_pipeline
 
 TOKENIZER, FLOW = (REPOSITORY / "configs" / f"{name}_tiny.py" for name in ("audio_tokenizer", "flow_matching"))
@@ -62,6 +62,25 @@ def test_the_transcript_reaches_the_ears_through_a_reader_that_stays(tokenizer_s
     assert size("audio_decoder.") == 0
     assert not any(name.startswith("llm.") for name in gradients)
     assert {name.rsplit(".", 1)[1] for name in moved.values} == {"embed", "embed_avg", "cluster_size"}
+
+
+@pytest.mark.slow
+def test_a_clip_that_is_not_a_number_changes_nothing(tokenizer_step):
+    """NaN in one mel: the step counts as not finite; parameters, codebooks and state stay bit for bit."""
+    run, setup, state, batch = tokenizer_step
+    mel = np.array(batch["mel"])
+    mel[0, 0, 3] = np.nan
+    poisoned = batch | {"mel": jax.device_put(mel, batch["mel"].sharding)}
+    with jax.set_mesh(setup.mesh):
+        step = make_step(setup, run)
+        trainable, moved, opt_state, numbers = step(state.trainable, state.frozen, state.opt_state, poisoned)
+    assert numbers["nonfinite"] == 1
+    assert moved
+    pairs = [(state.trainable, trainable), (state.opt_state, opt_state)]
+    pairs.append(({name: state.frozen[name] for name in moved}, moved))
+    for before, after in pairs:
+        for one, other in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+            np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.slow
