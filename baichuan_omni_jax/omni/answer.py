@@ -93,6 +93,8 @@ class Answer:
                 if event.last:
                     speech.append(np.concatenate(stretch))
                     stretch = []
+        if stretch:  # cancelled in mid-speech
+            speech.append(np.concatenate(stretch))
         return cls(
             text="".join(piece.text for piece in pieces),
             tokens=tuple(token for piece in pieces for token in piece.tokens),
