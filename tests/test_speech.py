@@ -15,6 +15,7 @@ from baichuan_omni_jax.config import ConfigError, MeshConfig, tiny
 from baichuan_omni_jax.flow.model import FlowDecoder
 from baichuan_omni_jax.flow.sampler import sample_mel
 from baichuan_omni_jax.nn.param import Compute, named_variables, with_values
+from baichuan_omni_jax.omni import speech
 from baichuan_omni_jax.omni.crossfade import CrossFade
 from baichuan_omni_jax.omni.speech import Speaker
 from baichuan_omni_jax.sharding import make_mesh
@@ -41,6 +42,7 @@ CFG = dataclasses.replace(
     flow=dataclasses.replace(tiny().flow, num_mid_blocks=1, n_blocks=1, prenet_layers=1, hop_length=VOCODER.hop_length),
 )
 HOP, FADE = VOCODER.hop_length, 240
+PADDED = speech._padded
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -77,7 +79,9 @@ def branches():
 
 @pytest.fixture(scope="module")
 def speaker(branches):
-    with jax.default_matmul_precision("highest"):
+    """All it does is padded to two chunks: one program instead of two for each step. The slow tests pad as users do."""
+    with pytest.MonkeyPatch.context() as patch, jax.default_matmul_precision("highest"):
+        patch.setattr(speech, "_padded", lambda count, step: 2 * step)
         yield Speaker(branches, CFG)
 
 
@@ -244,6 +248,13 @@ def test_the_fixtures_speak_alike_whole_and_streamed():
         assert distance(whole.mel, np.asarray(mel)) < 1e-4
         assert distance(whole.wave, np.asarray(wave)) < 2e-3
         assert distance(streamed(speaker.stream(), codes, 10), whole.wave) < 5e-3
+
+
+def test_lengths_are_padded_to_few_sizes():
+    assert [PADDED(chunks * 100 - 1, 100) // 100 for chunks in range(1, 14)] == [
+        *(1, 2, 4, 4, 6, 6, 8, 8, 12, 12, 12, 12, 16)
+    ]
+    assert PADDED(120, 50) == 200
 
 
 def test_reach_at_released_sizes():
