@@ -15,38 +15,25 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import PRNGKeyArray
 from tokenizers import Tokenizer
 
 from baichuan_omni_jax.config import ConfigError, GenerationSettings, OmniConfig, RequestError
-from baichuan_omni_jax.llm.decode import DecodeModel
-from baichuan_omni_jax.llm.depth_decode import DepthDecoder
-from baichuan_omni_jax.nn.cache import init_cache
-from baichuan_omni_jax.nn.param import named_values
-from baichuan_omni_jax.omni import steps
 from baichuan_omni_jax.omni.answer import Answer, Prompt
-from baichuan_omni_jax.omni.hearing import Hearing
-from baichuan_omni_jax.omni.prefill import Joining, chunk_sizes, lay_pictures
+from baichuan_omni_jax.omni.batch_state import BatchState, mesh_of
+from baichuan_omni_jax.omni.prefill import Joining
 from baichuan_omni_jax.omni.prompt_check import check_prompt
 from baichuan_omni_jax.omni.request import Job, Request
-from baichuan_omni_jax.omni.rows import Rows, idle_rows, new_row
 from baichuan_omni_jax.omni.sampling import key_data
 from baichuan_omni_jax.omni.text_stream import break_tokens
-from baichuan_omni_jax.sharding import axis_product
 
 log = logging.getLogger(__name__)
 
-Arrays = TypeVar("Arrays", bound=tuple)
-
 READS = ("llm", "vision", "audio_head", "audio_encoder")
-_PROGRAMS = (steps.see, steps.read, steps.seat, steps.burst)
 
 
 @dataclass(frozen=True)
@@ -94,20 +81,12 @@ class Engine:
             raise ConfigError(f"chunk {chunk} is not a power of two")
         self.cfg, self.tokenizer = cfg, tokenizer
         self._slots, self._length, self._chunk, self._burst = slots, length, chunk, burst
-        self._mesh = _mesh_of(branches["llm"])
+        self._mesh = mesh_of(branches["llm"])
         self._branches = frozenset(branches) & frozenset(READS)
-        self._breaks = break_tokens(tokenizer, cfg.llm.vocab_size)
+        breaks = break_tokens(tokenizer, cfg.llm.vocab_size)
+        sizes = {"slots": slots, "length": length, "burst": burst, "cache_dtype": cache_dtype}
         with jax.set_mesh(self._mesh):
-            self._model = _speakers(branches)
-            compute = self._model.llm.compute
-            self._cache_dtype = jnp.dtype(cache_dtype or compute.dtype)
-            self._vision = branches.get("vision")
-            encoder = branches.get("audio_encoder")
-            self._hearing = None if encoder is None else Hearing(encoder, self._mesh)
-            self._devices = axis_product(self._mesh, compute.rules.axes("batch"))
-            self._state = self._empty_state()
-        self._buffer: Array | None = None
-        self._compiled_before = _programs()
+            self._batch = BatchState(branches, cfg, breaks, self._mesh, **sizes)
         self._lock = threading.Lock()
         self._waiting: deque[Job] = deque()
         self._joining: Joining | None = None
@@ -137,23 +116,12 @@ class Engine:
     def warm_up(self) -> None:
         """Compiles every program of text and speech; those of pictures and sound wait for the first of their size."""
         with self._lock, jax.set_mesh(self._mesh):
-            levels = self.cfg.audio.levels
-            for t in chunk_sizes(self._length, self._chunk):
-                shape = (self._devices, t)
-                padding = np.full(shape, -1, np.int32)
-                text = steps.Chunk(np.zeros(shape, np.int32), padding, np.full(self._devices, -1, np.int32))
-                self._read(0, text)
-                if self._branches & {"vision", "audio_head"}:
-                    media = np.zeros((*shape, levels), np.int32), np.zeros(shape, bool), padding + 1 + self._length
-                    self._read(0, text._replace(**dict(zip(("codes", "heard", "seen"), media, strict=True))))
-            self._seat(0, jax.tree.map(lambda x: x[:1], self._idle_rows()))
-            self._run_burst({}, 1)
+            self._batch.warm_up(self._chunk)
 
     @property
     def compiles(self) -> int:
         """Programs compiled since the engine was made (of all engines, while several live)."""
-        hearing = self._hearing.programs if self._hearing else 0
-        return _programs() - self._compiled_before + hearing
+        return self._batch.compiles
 
     @property
     def metrics(self) -> EngineMetrics:
@@ -162,7 +130,7 @@ class Engine:
             joining = len(self._joining.jobs) if self._joining else 0
             return EngineMetrics(
                 compiles=self.compiles,
-                cache_bytes=self._state.cache.bytes,
+                cache_bytes=self._batch.cache_bytes,
                 slots=self._slots,
                 in_use=len(self._running) + joining,
                 waiting=len(self._waiting),
@@ -211,14 +179,15 @@ class Engine:
         free = [slot for slot in range(self._slots) if slot not in self._running]
         if not free or not self._waiting:
             return False
-        here = self._slots // self._devices
+        devices = self._batch.devices
+        here = self._slots // devices
         index = free[0] % here
         jobs = {}
         for slot in free:
             if slot % here == index and self._waiting:
                 job = self._waiting.popleft()
                 job.slot, jobs[slot // here] = slot, job
-        self._joining = Joining(index, jobs, self._devices, self._length)
+        self._joining = Joining(index, jobs, devices, self._length)
         self._take_in_media(self._joining)
         return True
 
@@ -227,21 +196,15 @@ class Engine:
         codes = {}
         for device, job in list(joining.jobs.items()):
             try:
-                prompt = job.prompt
-                codes[device] = self._hearing.codes(prompt) if prompt.mels else np.asarray(prompt.audio_codes)
-                if len(prompt.patches):
-                    self._see({device: prompt})
+                codes[device] = self._batch.hear(job.prompt)
+                if len(job.prompt.patches):
+                    self._batch.see(device, job.prompt)
             except Exception as error:
                 log.exception("the media of a prompt could not be taken in")
                 job.fail(f"the media of the prompt could not be taken in: {error}")
                 del joining.jobs[device]
         if any(len(job.prompt.audio_slots) or len(job.prompt.patches) for job in joining.jobs.values()):
             joining.place_media(codes)
-
-    def _see(self, prompts: Mapping[int, Prompt]) -> None:
-        shards = axis_product(self._mesh, self._vision.compute.rules.axes("media"))
-        pictures = lay_pictures(prompts, self._devices, shards, self.cfg, self._length)
-        self._buffer = steps.see(self._vision, self._seen(), *self._placed(pictures))
 
     def _read_on(self) -> int:
         """Reads the next chunk of those that join, and seats them after their last; returns the items it cost."""
@@ -250,71 +213,26 @@ class Engine:
             self._joining = None
             return 0
         chunk = joining.chunk(self._chunk)
-        self._read(joining.index, chunk)
+        self._batch.read(joining.index, chunk)
         if joining.done:
             self._joining = None
             for job in joining.jobs.values():
                 if job.cancelled:
                     job.finish("cancelled")
                 else:
-                    self._seat(job.slot, self._new_row(job))
+                    self._batch.seat(job.slot, job.prompt, job.settings, job.key)
                     self._running[job.slot] = job
         return chunk.tokens.size
 
     def _run_burst(self, jobs: Mapping[int, Job], count: int) -> None:
         alive = np.zeros(self._slots, bool)
         alive[list(jobs)] = True
-        hurry = bool(self._waiting)
-        self._state, items, reasons = steps.burst(
-            self._model,
-            self._state,
-            *self._placed((alive,)),
-            np.int32(count),
-            np.bool_(hurry),
-            self._breaks,
-            tokens=self.cfg.tokens,
-            size=self._burst,
-        )
-        items, reasons = jax.device_get((items, reasons))
+        items, reasons = self._batch.run(alive, count, hurry=bool(self._waiting))
         for slot, job in jobs.items():
             before = job.tokens, job.frames
             job.take(jax.tree.map(lambda x, slot=slot: x[:, slot], items), int(reasons[slot]))
             self._tokens += job.tokens - before[0]
             self._frames += job.frames - before[1]
-
-    def _read(self, index: int, chunk: steps.Chunk) -> None:
-        buffer = None if chunk.seen is None else self._seen()
-        self._state = steps.read(self._model, self._state, np.int32(index), self._placed(chunk), buffer)
-
-    def _seat(self, slot: int, row: Rows) -> None:
-        self._state = self._state._replace(rows=steps.seat(self._state.rows, np.int32(slot), row))
-
-    def _new_row(self, job: Job) -> Rows:
-        return new_row(job.prompt.tokens, job.settings, job.key, self.cfg.tokens, *self._widths())
-
-    def _idle_rows(self) -> Rows:
-        return idle_rows(self._slots, self.cfg.tokens, *self._widths())
-
-    def _widths(self) -> tuple[int, tuple[int, int]]:
-        return self.cfg.llm.vocab_size, (self.cfg.audio.levels, max(self.cfg.audio.codebook_sizes) + 1)
-
-    def _empty_state(self) -> steps.State:
-        llm = self._model.llm
-        cache = init_cache(self.cfg.llm, self._slots, self._length, self._cache_dtype, llm.compute)
-        hidden = np.zeros((self._slots, self.cfg.llm.hidden_size), llm.compute.dtype)
-        return steps.State(cache, *self._placed((hidden, self._idle_rows())))
-
-    def _seen(self) -> Array:
-        """Where visual embeddings lie by position, one prompt a device; made when it is first needed."""
-        if self._buffer is None:
-            llm = self._model.llm
-            shape = (self._devices, self._length, self.cfg.llm.hidden_size)
-            self._buffer = jnp.zeros(shape, llm.compute.dtype, out_sharding=llm.compute.rules.spec("batch", "length"))
-        return self._buffer
-
-    def _placed(self, arrays: Arrays) -> Arrays:
-        """Host arrays on the devices, their first dim split as slots are."""
-        return jax.device_put(arrays, NamedSharding(self._mesh, self._model.llm.compute.rules.spec("batch")))
 
     def _abandon(self, error: BaseException) -> None:
         """Gives up what was being served: the arrays that it lived in are lost. Those who wait are served next."""
@@ -322,25 +240,6 @@ class Engine:
         for job in (*self._running.values(), *(self._joining.jobs.values() if self._joining else ())):
             if not job.over:
                 job.fail(f"the engine failed while it served this request: {error}")
-        self._running, self._joining, self._buffer = {}, None, None
+        self._running, self._joining = {}, None
         with jax.set_mesh(self._mesh):
-            self._state = self._empty_state()
-
-
-def _speakers(branches: Mapping[str, nnx.Module]) -> steps.Speakers:
-    head = branches.get("audio_head")
-    return steps.Speakers(DecodeModel.of(branches["llm"]), None if head is None else _depth(head))
-
-
-_depth = jax.jit(DepthDecoder.of)
-
-
-def _mesh_of(llm: nnx.Module) -> Mesh:
-    sharding = next(iter(named_values(llm).values())).sharding
-    if not isinstance(sharding, NamedSharding) or sharding.mesh.shape.get("context") != 1:
-        raise ConfigError("generating needs the branches on a mesh of this project (sharding.make_mesh) with context 1")
-    return sharding.mesh
-
-
-def _programs() -> int:
-    return sum(program._cache_size() for program in _PROGRAMS)
+            self._batch.reset()
