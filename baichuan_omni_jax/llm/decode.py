@@ -31,6 +31,7 @@ HIDDEN = ("batch", None, "act_mlp")
 class DecodeLayer(NamedTuple):
     """One layer's weights. Every matrix has two dims, the contracted one last: XLA's CPU product copies others first.
 
+    A TPU's product takes either order as it lies; whole heads of one key head stay together, so `tensor` can split qkv.
     Shapes: qkv (k (g + 2) h, d), per key head the projections of its g query heads, its key and its value; qkv_bias
     (k (g + 2) h); out (d, n h); gate, up (f, d); down (d, f).
     """

@@ -4,11 +4,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from micro import environment
 
 SCRIPT = Path(__file__).with_name("decode.py")
 
 
+@pytest.mark.slow
 def test_logits_on_eight_devices_equal_one(tmp_path):
     """Rows split over four devices, heads over two: to 1e-5; int8, whose roundings may differ, to 1e-2."""
     done = subprocess.run(
