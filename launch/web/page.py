@@ -80,11 +80,11 @@ class _Page:
     def _place(self) -> None:
         settings = self._settings
         self.spoken = gr.State()
-        gr.Markdown(f"# {settings.title}\n{settings.note}", elem_id="title")
+        gr.Markdown(f"# {settings.title}\n{settings.note}", line_breaks=True, elem_id="title")
         with gr.Row(equal_height=False):
             with gr.Column(scale=7, min_width=420):
                 self.chat = gr.Chatbot(
-                    show_label=False, height="58vh", elem_id="chat", buttons=[], feedback_options=None,
+                    show_label=False, height="54vh", elem_id="chat", buttons=[], feedback_options=None,
                     placeholder="Write, attach a picture, a sound or a video, or speak.",
                 )  # fmt: skip
                 self.player = gr.HTML(elem_id="player")
@@ -98,11 +98,11 @@ class _Page:
                 self.status = gr.Markdown(elem_id="status")
             with gr.Column(scale=3, min_width=280):
                 self.microphone = gr.Audio(
-                    label="Speak: a pause sends what was said", sources=["microphone"], streaming=True,
+                    label="Speak: a pause sends it", sources=["microphone"], streaming=True,
                     type="numpy", elem_id="microphone",
                 )  # fmt: skip
                 self.camera = gr.Image(
-                    label="Camera: the still goes with the next message", sources=["webcam"], type="filepath",
+                    label="Camera: goes with the next message", sources=["webcam"], type="filepath",
                     height=220, elem_id="camera",
                 )  # fmt: skip
                 self.aloud = gr.Checkbox(
