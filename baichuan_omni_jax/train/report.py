@@ -10,6 +10,9 @@ from baichuan_omni_jax.config import RunConfig
 from baichuan_omni_jax.nn.param import named_values
 from baichuan_omni_jax.train.state import Setup
 
+# Parts of the loss, of all tasks, in the order they are shown.
+_PARTS = ("text", "audio", "reconstruction", "transcript", "commitment", "flow", "prior")
+
 
 def print_start_table(console: Console, run: RunConfig, setup: Setup, documents: int, skipped: int) -> None:
     """Groups with their parameters, learning rates and what is frozen; then budgets, mesh and data."""
@@ -58,7 +61,7 @@ class ProgressLine:
     def show(self, row: dict) -> None:
         """`row` is a line of metrics.jsonl."""
         speed = row["tokens"] / max(row["step_time_s"], 1e-9)
-        parts = ", ".join(f"{name} {row[f'loss_{name}']:.3f}" for name in ("text", "audio") if f"loss_{name}" in row)
+        parts = ", ".join(f"{name} {row[f'loss_{name}']:.3f}" for name in _PARTS if f"loss_{name}" in row)
         numbers = f"loss {row['loss']:.3f} ({parts}) {speed:,.0f} tokens/s, fill {row['fill_tokens']:.2f}"
         if "mfu" in row:
             numbers += f", MFU {row['mfu']:.2f}"
