@@ -20,7 +20,7 @@ from baichuan_omni_jax.config import (
     TrainConfig,
 )
 
-STEPS = 1000
+STEPS = 1500
 TOKENIZER = "runs/audio_tokenizer_tiny"
 
 
@@ -36,12 +36,12 @@ def get_config() -> RunConfig:
             mixture=(SourceConfig(name="audio", manifest="audio.jsonl"),),
             rows=2,
             budgets=Budgets(tokens=384, patches=0, audio_frames=256, audio_targets=256, mel_windows=4),
-            mel_frames=(256, 512),
+            mel_frames=(256,),
             workers=1,
         ),
         optimizer=OptimizerConfig(
             groups=(
-                GroupConfig(name="flow", pattern=r"flow\.", learning_rate=2e-3),
+                GroupConfig(name="flow", pattern=r"flow\.", learning_rate=1e-3),
                 GroupConfig(name="tokenizer", pattern=".*", learning_rate=None),
             ),
             warmup_steps=20,

@@ -85,7 +85,7 @@ TRAINED_TOKENS = SpecialTokens(
 
 
 def tiny() -> OmniConfig:
-    """Every part of the architecture at a size that a laptop trains in minutes (about 3 M parameters)."""
+    """Every part of the architecture at a size that a laptop trains in minutes (about 4 M parameters)."""
     return OmniConfig(
         vision=VisionConfig(
             depth=2,
@@ -120,11 +120,11 @@ def tiny() -> OmniConfig:
         audio_head=AudioHeadConfig(num_layers=2),
         flow=FlowConfig(
             in_channels=20,
-            channels=(32,),
-            num_mid_blocks=2,
-            n_blocks=2,
+            channels=(128,),
+            num_mid_blocks=1,
+            n_blocks=1,
             num_heads=4,
-            attention_head_dim=8,
+            attention_head_dim=32,
             prenet_in_dim=64,
             prenet_out_dim=20,
             prenet_d_model=32,
