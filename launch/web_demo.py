@@ -59,7 +59,9 @@ def serve(arguments: list[str] | None) -> None:
         opened.chat.model.engine.warm_up()
         host, port = listening.getsockname()[:2]
         print(f"Listening on http://{host}:{port}/", flush=True)
-        uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])
+        # Open tabs keep a connection each, for which the end must not wait.
+        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=3)
+        uvicorn.Server(config).run(sockets=[listening])
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -116,9 +116,9 @@ def serve(tmp_path):
     running = []
 
     def start(chat) -> str:
-        app = make_app(chat, tmp_path / "sessions", PageSettings(limits=Limits(megabytes=0.2)))
+        app = make_app(chat, tmp_path / "sessions", PageSettings(limits=Limits(megabytes=1)))
         listening = socket.create_server(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=3))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         running.append((server, thread))
@@ -126,7 +126,7 @@ def serve(tmp_path):
 
     yield start
     for server, thread in running:
-        server.should_exit = server.force_exit = True
+        server.should_exit = True
         thread.join(30)
 
 
@@ -136,6 +136,22 @@ def test_text_streams_in_and_speech_plays(serve, open_tab):
     assert "heard How are you?" in tab.answered()
     assert wait_for(lambda: tab.driver.execute_script(PLAYED)) <= 0.5
     assert tab.all(f"#chat .bot-row {PLAYER}")
+
+
+def test_a_camera_still_and_a_video_go_with_a_message(serve, open_tab, sample_dir):
+    chat = scripted_chat()
+    tab = open_tab(serve(chat))
+    wait_for(lambda: [button for button in tab.all("#camera button") if "Webcam" in button.text])[0].click()
+    tab.click("#camera [aria-label='capture photo']")
+    wait_for(lambda: tab.all("#camera img"))
+    tab.attach(next(path for path in (sample_dir / "video").iterdir()))
+    wait_for(lambda: tab.all("#box .thumbnail-item"))
+    tab.write("Look")
+    assert "heard image video Look" in tab.answered()
+    assert tab.all("#chat .user-row img")
+    assert tab.all("#chat .user-row video")
+    tab.write("Again")
+    assert "heard image video Look Again" in tab.answered(2)
 
 
 def test_the_stop_button_ends_an_answer(serve, open_tab):
@@ -155,7 +171,7 @@ def test_the_stop_button_ends_an_answer(serve, open_tab):
 
 def test_too_large_an_upload_is_refused_in_words(serve, open_tab, tmp_path):
     tab = open_tab(serve(scripted_chat()))
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (400, 400, 3), np.uint8)).save(tmp_path / "noise.png")
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (800, 800, 3), np.uint8)).save(tmp_path / "noise.png")
     tab.attach(tmp_path / "noise.png")
     wait_for(lambda: "exceed the maximum allowed size" in tab.text("body"))
     tab.write("Hello")
