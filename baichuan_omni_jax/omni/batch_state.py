@@ -138,7 +138,13 @@ class BatchState:
 
     def _placed(self, arrays: Arrays) -> Arrays:
         """Host arrays on the devices, their first dim split as slots are."""
-        return jax.device_put(arrays, NamedSharding(self._mesh, self._llm.compute.rules.spec("batch")))
+
+        def place(x: np.ndarray) -> Array:
+            # Every dim is named, as in what programs return: else the same program is traced once more for those.
+            spec = self._llm.compute.rules.spec("batch", *[None] * (x.ndim - 1))
+            return jax.device_put(x, NamedSharding(self._mesh, spec))
+
+        return jax.tree.map(place, arrays)
 
 
 def mesh_of(llm: nnx.Module) -> Mesh:
