@@ -160,6 +160,8 @@ class Session:
             path = self._write("answer.wav", answer.samples, answer.rate)
             last = self._messages[-1] if answer.text else self._show("assistant")
             last["content"].append({"path": str(path)})
+        elif not answer.text:
+            self._show("assistant", "*(an empty answer)*")
         return self._view(summary(answer))
 
     def _refuse(self, sentence: str) -> View:
