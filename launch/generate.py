@@ -26,9 +26,10 @@ from absl import logging
 from generation.asking import TASKS, ask, default_settings
 from generation.opening import OneSentenceParser, Opened, add_model_flags, open_chat, say
 from generation.report import as_record, describe, show
+from generation.settings import add_settings_flags, settings_of
 from generation.talking import talk
 
-from baichuan_omni_jax.config import ConfigError, GenerationSettings, RequestError, apply_overrides
+from baichuan_omni_jax.config import ConfigError, GenerationSettings, RequestError
 from baichuan_omni_jax.config.errors import exit_code
 from baichuan_omni_jax.omni.answer_file import Question, answer_questions, read_questions
 from baichuan_omni_jax.omni.chat import ChatAnswer
@@ -102,10 +103,7 @@ def _answer_manifest(options: argparse.Namespace, opened: Opened) -> None:
 
 def _settings(options: argparse.Namespace) -> GenerationSettings:
     aloud = options.task != "tts" and bool(options.speech or options.out)
-    settings = apply_overrides(default_settings(options.task, aloud), options.set)
-    if options.max_tokens:
-        settings = apply_overrides(settings, [f"max_tokens={options.max_tokens}"])
-    return settings.greedy() if options.greedy else settings
+    return settings_of(options, default_settings(options.task, aloud))
 
 
 def _values(options: argparse.Namespace) -> dict[str, Any]:
@@ -140,15 +138,7 @@ def _add_flags(task: argparse.ArgumentParser, name: str) -> None:
     add("--save", type=Path, metavar="FILE.json", help="text, tokens, log-probabilities, code frames, times")
     add("--output", type=Path, metavar="FILE.jsonl", help="answers to --manifest")
     add("--speech", action="store_true", help="answers to --manifest aloud; sound lies in the folder OUTPUT_audio")
-    add("--max-tokens", type=int, metavar="N", help="text tokens at most")
-    add("--greedy", action="store_true", help="always the likeliest, no penalty")
-    add(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="a field of GenerationSettings, as codes.top_k=3",
-    )
+    add_settings_flags(add)
 
 
 def _check_flags(options: argparse.Namespace) -> None:

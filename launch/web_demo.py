@@ -13,6 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from generation.opening import OneSentenceParser, add_model_flags, open_chat
+from generation.settings import add_settings_flags, settings_of
 from web.limits import Limits
 
 from baichuan_omni_jax.config import ConfigError, GenerationSettings
@@ -44,7 +45,7 @@ def serve(arguments: list[str] | None) -> None:
     with _listen(options.host, options.port) as listening, TemporaryDirectory() as folder:
         os.environ["GRADIO_TEMP_DIR"] = f"{folder}/uploads"
         root = Path(folder) / "sessions"
-        opened = open_chat(options, GenerationSettings(max_tokens=options.max_tokens), root)
+        opened = open_chat(options, settings_of(options, GenerationSettings()), root)
         if opened.chat.processor is None:
             raise ConfigError(f"checkpoint {options.checkpoint} brings no tokenizer: give one with --tokenizer")
         settings = PageSettings(
@@ -81,7 +82,7 @@ def _parser() -> OneSentenceParser:
     add("--port", type=int, default=7860, help="0: any that is free (default %(default)s)")
     add("--title", default="Baichuan-Omni", help="of the page")
     add("--system", default="", metavar="TEXT", help="system message of every conversation")
-    add("--max-tokens", type=int, default=1024, metavar="N", help="text tokens of one answer (default %(default)s)")
+    add_settings_flags(add)
     for field in fields(Limits):
         flag = f"--max-{field.name.replace('_', '-')}"
         add(
