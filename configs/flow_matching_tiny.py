@@ -20,7 +20,7 @@ from baichuan_omni_jax.config import (
     TrainConfig,
 )
 
-STEPS = 1500
+STEPS = 1200
 TOKENIZER = "runs/audio_tokenizer_tiny"
 
 
