@@ -38,6 +38,7 @@ def sounds(clips: int, frames: int) -> np.ndarray:
 encode = jax.jit(lambda tokenizer, *inputs: tokenizer.encode(*inputs))
 
 
+@pytest.mark.slow
 def test_lengths_and_unused_slots():
     lengths = np.array([240, 100, 99, 8, 7, 1, 0, 0], np.int32)
     codes, valid = encode(tokenizer(), sounds(8, 240), lengths)

@@ -118,6 +118,7 @@ def test_an_engine_needs_a_language_model_on_a_mesh(branches):
         Engine({"llm": nowhere}, CFG, None)
 
 
+@pytest.mark.slow
 def test_an_answer_ends_where_the_cache_does(engine):
     answer = Answer.of(engine.submit(text_prompt([5] * 90), replace(SILENT, max_tokens=50), KEY))
     assert answer.finished.reason == "length"

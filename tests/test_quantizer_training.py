@@ -143,6 +143,7 @@ def test_shares_of_clips_follow_the_schedules():
     np.testing.assert_allclose(counts[1:8], 0.5 / 8, atol=0.02)
 
 
+@pytest.mark.slow
 def test_temperature_draws_other_codes_and_falls():
     x, valid = clips(m=8, g=20)
     schedule = QuantizerConfig(temperature=(2.0, 0.0), temperature_steps=10, level_dropout=0.0, init_steps=0)

@@ -109,6 +109,7 @@ def test_flow_item_in_a_batch_equals_alone():
         decoder.prenet(jnp.asarray(hidden[..., :5]), jnp.array([1, 1], jnp.int32))
 
 
+@pytest.mark.slow
 def test_vocoder_item_in_a_batch_equals_alone():
     cfg, hop = VOCODER, VOCODER.hop_length
     vocoder = untrained(lambda: Vocoder(KEY, cfg, COMPUTE))

@@ -134,6 +134,7 @@ def test_windows_of_the_vocoder_are_exact(speaker):
     assert distance(speaker.windows(200)(far, 0, True)[frame], whole[frame]) < 1e-5
 
 
+@pytest.mark.slow
 def test_sound_does_not_depend_on_how_codes_come(speaker):
     """Bit for bit; two streams at once do not disturb each other; no length compiles another program."""
     codes, others = some_codes(45), some_codes(45, seed=1)
@@ -152,6 +153,7 @@ def test_sound_does_not_depend_on_how_codes_come(speaker):
     assert speaker.compiles == compiled
 
 
+@pytest.mark.slow
 def test_stretches_share_ten_milliseconds(speaker):
     """Away from the join they are what they are alone."""
     codes = some_codes(45)

@@ -60,6 +60,7 @@ def test_grid_angles():
     np.testing.assert_allclose(angles[0, 0], [2, 0.02, 3, 0.03], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_padding_is_zero_and_changes_nothing():
     noisy = PIXELS.copy()
     noisy[:, 16:] = 255 - noisy[:, 16:]

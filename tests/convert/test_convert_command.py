@@ -132,6 +132,7 @@ def test_a_source_that_cannot_be_used(command, copy: Path, tmp_path: Path, capsy
     assert {path.name for path in tmp_path.iterdir()} <= {"hf"}
 
 
+@pytest.mark.slow
 def test_vocoders_that_cannot_be_used(command, copy: Path, tmp_path: Path, capsys) -> None:
     def refused(name: str, *parts: str) -> None:
         assert command("to-jax", "--from", copy, "--vocoder", copy / name, "--to", tmp_path / "ours") == 2
@@ -157,6 +158,7 @@ def has_torch() -> bool:
     return importlib.util.find_spec("torch") is not None
 
 
+@pytest.mark.slow
 def test_a_torch_file(command, copy: Path, tmp_path: Path, capsys) -> None:
     torch = pytest.importorskip("torch", reason="the extra `parity` brings torch")
     file = SafetensorsFile(copy / "vocoder.safetensors")

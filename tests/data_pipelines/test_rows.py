@@ -86,6 +86,7 @@ def test_other_rows_a_step_are_the_same_rows(sample_pipeline, sample_codes, alon
         assert_same_batch(step.batch, {name: values[half] for name, values in alone[other // 2].batch.items()})
 
 
+@pytest.mark.slow
 def test_every_document_is_in_one_row_or_skipped(sample_root, sample_pipeline, sample_codes):
     """Short rows: long documents are skipped, all others are in one epoch's rows exactly once."""
     budgets = Budgets(tokens=160, patches=600, audio_frames=96, audio_targets=64)

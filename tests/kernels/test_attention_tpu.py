@@ -60,12 +60,14 @@ def assert_same_as_reference(case: Case, dtype: str = "float32", blocks: tuple[i
         np.testing.assert_array_equal(one[padding], np.float32(-1e30) if name == "lse" else 0, err_msg=name)
 
 
+@pytest.mark.slow
 def test_grouped_heads_in_permuted_blocks_and_rows_of_unequal_work():
     """Two rows: the second ends in whole blocks of padding, and has fewer pairs to visit."""
     case = Case("rows", Heads(4, 2, 16, causal=True), 512, 128, ((200, 1, 311), (130, 20)), permuted=True)
     assert_same_as_reference(case)
 
 
+@pytest.mark.slow
 def test_bidirectional_with_unequal_blocks_that_do_not_divide_the_row():
     assert_same_as_reference(Case("rows", WIDE, 300, 128, ((7, 250),)), blocks=(128, 256))
 

@@ -138,6 +138,7 @@ def test_workdir_of_another_config(refusal, finished, micro_root):
     assert contents(finished) == before
 
 
+@pytest.mark.slow
 def test_workdir_with_only_a_damaged_checkpoint(finished, pretrain, tmp_path):
     """One flipped bit: the command names the file and leaves everything as it is."""
     workdir = shutil.copytree(finished, tmp_path / "run")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from micro import environment
 
-SCRIPT = Path(__file__).with_name("generation.py")
+SCRIPT = Path(__file__).with_name("engine.py")
 
 
 @pytest.mark.slow
