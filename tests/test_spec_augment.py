@@ -80,6 +80,7 @@ def test_bands_cover_all_valid_frames():
     assert abs(np.mean(bands) - np.mean(by_hand)) < 0.03
 
 
+@pytest.mark.slow
 def test_key_and_place_alone_decide():
     found = masked(BOTH)
     np.testing.assert_array_equal(masked(BOTH), found)

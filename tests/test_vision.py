@@ -70,6 +70,7 @@ def test_padding_is_zero_and_changes_nothing():
     np.testing.assert_array_equal(out[:, 4:], 0)
 
 
+@pytest.mark.slow
 def test_no_gradient_flows_into_padding():
     gradient = jax.jit(jax.grad(lambda x: jnp.square(model()(x, GRID, IDS)).sum()))(normalised(PIXELS))
     assert np.abs(gradient[:, :16]).max(-1).min() > 0

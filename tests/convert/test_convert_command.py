@@ -183,6 +183,7 @@ class Opaque:
     """An object that only running a file's code could load."""
 
 
+@pytest.mark.slow
 def test_targets_and_arguments(command, checkpoint: Path, tmp_path: Path, capsys) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").write_text("")

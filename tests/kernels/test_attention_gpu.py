@@ -64,6 +64,7 @@ def tensor_core_tiles(monkeypatch):
     monkeypatch.setattr(pallas_gpu, "_SINGLE", pallas_gpu._HALF)
 
 
+@pytest.mark.slow
 def test_uneven_documents_and_padding():
     assert_same_as_reference(UNEVEN)
 

@@ -72,6 +72,7 @@ def test_bidirectional_with_unequal_blocks_that_do_not_divide_the_row():
     assert_same_as_reference(Case("rows", WIDE, 300, 128, ((7, 250),)), blocks=(128, 256))
 
 
+@pytest.mark.slow
 def test_padding_only_and_rows_one_at_a_time(monkeypatch):
     """Where the rows' pairs together exceed scalar memory."""
     monkeypatch.setattr(tuning, "MAX_PAIRS", 4)

@@ -87,6 +87,7 @@ def test_a_row_of_padding_only():
     assert_same_as_reference(segments_of(row([]), row([7, 9])), causal=True)
 
 
+@pytest.mark.slow
 def test_queries_and_keys_of_different_lengths():
     """Four new tokens see what is in a cache of ten."""
     q, k, v, _ = random_inputs(10, 2, 1, rows=1)

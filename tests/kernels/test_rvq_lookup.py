@@ -86,6 +86,7 @@ def test_the_residual_stays_in_the_dtype_of_x():
     assert results[0][1].dtype == jnp.bfloat16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_prepared_codebooks_give_the_same(implementation, monkeypatch):
     monkeypatch.setattr(xla, "SEARCHED", 0)

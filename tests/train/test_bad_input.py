@@ -90,6 +90,7 @@ def test_mesh_that_does_not_cover_the_devices(refusal, micro_root, tmp_path):
     assert message == f"mesh 1x64x1x1 (data x fsdp x context x tensor) does not cover the {jax.device_count()} devices"
 
 
+@pytest.mark.slow
 def test_mesh_that_does_not_divide_a_parameter(pretrain, tmp_path):
     """Eight devices along `tensor`, but four heads: the command names parameter, dimension and axis."""
     done = pretrain(tmp_path / "run", "mesh.tensor=8", "data.media_shards=8", devices=8)

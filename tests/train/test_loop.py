@@ -75,6 +75,7 @@ def test_metrics_of_a_whole_run(finished):
     assert list((finished / "tensorboard").glob("events.out.tfevents.*"))
 
 
+@pytest.mark.slow
 def test_the_same_command_finds_the_finished_run(finished, pretrain):
     before = contents(finished / "checkpoints"), (finished / "metrics.jsonl").read_bytes()
     again = pretrain(finished, f"train.steps={STEPS}")

@@ -146,6 +146,7 @@ def test_text_alone_gives_audio_no_gradient(losses, documents):
     assert gradient["vision.tower.patch_embedding.kernel"].any()
 
 
+@pytest.mark.slow
 def test_held_out_sums_tell_sources_and_kinds_apart(losses, documents):
     """Each document a source of its own: sums and weights add up to the losses, and only the text is text alone."""
     batch = empty_rows(1, BUDGETS, losses.omni)

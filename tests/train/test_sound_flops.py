@@ -86,6 +86,7 @@ def test_the_tokenizer_counts_the_products_of_its_gradient():
     assert flops_by_branch(tokenizer_parts(omni, reads=False), counts, trainable) == expected
 
 
+@pytest.mark.slow
 def test_flow_matching_counts_the_products_of_its_gradient():
     """The frozen tokenizer forward only (but the search of codes, a kernel's own matter), the flow both ways."""
     omni = tiny()
