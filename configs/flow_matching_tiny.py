@@ -53,7 +53,7 @@ def get_config() -> RunConfig:
             every=500, keep=1, init_from=f"audio_encoder={TOKENIZER},audio_decoder={TOKENIZER},flow=random"
         ),
         eval=EvalConfig(
-            every=250,
+            every=300,
             steps=8,
             mixtures=(EvalMixture(name="speech", sources=(SourceConfig(name="audio", manifest="audio.jsonl"),)),),
         ),
