@@ -147,7 +147,7 @@ def test_bfloat16_traces_and_differentiates():
         return wave.sum() + audio.refined_mel.astype(jnp.float32).sum()
 
     gradient = jax.eval_shape(jax.grad(loss), (decoder, flow, vocoder), jnp.zeros((2, 3, 256)))
-    assert gradient[1].estimator.mid.resnet.time_proj.weight.shape == (1, 128, 32)
+    assert gradient[1].estimator.mid.resnet.time_proj.weight.shape == (1, 512, 128)
 
 
 def test_unsupported_variants_are_refused():
