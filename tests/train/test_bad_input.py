@@ -131,12 +131,14 @@ def test_batch_that_the_mesh_does_not_divide(refusal, micro_root, sizes, changes
     assert refusal(lambda: check_batch(run, TINY, mesh, make_compute(run).rules)) == message
 
 
-def test_workdir_of_another_config(refusal, finished, micro_root):
-    before = contents(finished)
+def test_workdir_of_another_config(refusal, micro_root, tmp_path):
+    path = tmp_path / "run"
+    Workdir(path, keep=3).write_run_config(micro_run(micro_root))
+    before = contents(path)
     other = micro_run(micro_root, "compute.loss_chunk=64")
-    message = refusal(lambda: Workdir(finished, keep=3).write_run_config(other))
-    assert f"workdir {finished} belongs to another run: compute.loss_chunk is 128 there and 64 here" in message
-    assert contents(finished) == before
+    message = refusal(lambda: Workdir(path, keep=3).write_run_config(other))
+    assert f"workdir {path} belongs to another run: compute.loss_chunk is 128 there and 64 here" in message
+    assert contents(path) == before
 
 
 @pytest.mark.slow
