@@ -2,6 +2,8 @@
 
 import gc
 import threading
+from collections import deque
+from contextlib import nullcontext
 from dataclasses import replace
 
 import jax
@@ -24,9 +26,10 @@ from hypothesis import strategies as st
 from typecheck import unchecked
 
 from baichuan_omni_jax.config import ConfigError, GenerationSettings, RequestError
-from baichuan_omni_jax.omni import steps
+from baichuan_omni_jax.omni import batch_state, steps
 from baichuan_omni_jax.omni.answer import Answer, Finished
 from baichuan_omni_jax.omni.generate import Engine
+from baichuan_omni_jax.omni.request import Request
 from baichuan_omni_jax.omni.text_stream import TextStream, break_tokens
 from data_pipelines.tokenizing import encode
 
@@ -62,6 +65,9 @@ BAD = {
     "empty": (text_prompt([]), SILENT, "bad_message", "at least one token"),
     "a token outside the vocabulary": (text_prompt([5, 512]), SILENT, "bad_message", "0 .. 511"),
     "beyond the cache": (text_prompt([5] * 96), SILENT, "too_long", "96 tokens; the cache holds 96"),
+    "codes of another width": (
+        with_(text_prompt([5]), audio_codes=numbers(0, 3)), ALOUD, "bad_media", "0 slots of 8 levels"
+    ),
     "codes without slots": (with_(SOUND, audio_slots=numbers(1)), SILENT, "bad_media", "1 slots"),
     "a code that there is not": (
         with_(SOUND, audio_codes=np.full_like(SOUND.audio_codes, 64)), SILENT, "bad_media", "outside its codebook"
@@ -111,14 +117,14 @@ def test_what_the_checkpoint_cannot_do_is_refused(branches, prompt, how, missing
 def test_an_engine_needs_a_language_model_on_a_mesh(branches):
     with pytest.raises(ConfigError, match="branch llm"):
         Engine({}, CFG, None)
-    with pytest.raises(ConfigError, match="power of two"):
-        Engine(branches, CFG, None, chunk=100)
+    for sizes, words in (({"chunk": 100}, "power of two"), ({"chunk": 0}, "chunk 0"), ({"burst": 0}, "burst 0")):
+        with pytest.raises(ConfigError, match=words):
+            Engine(branches, CFG, None, **sizes)
     nowhere = jax.tree.map(lambda x: jax.device_put(np.asarray(x), jax.devices()[0]), branches["llm"])
     with pytest.raises(ConfigError, match="mesh"):
         Engine({"llm": nowhere}, CFG, None)
 
 
-@pytest.mark.slow
 def test_an_answer_ends_where_the_cache_does(engine):
     answer = Answer.of(engine.submit(text_prompt([5] * 90), replace(SILENT, max_tokens=50), KEY))
     assert answer.finished.reason == "length"
@@ -149,6 +155,68 @@ def test_a_request_that_is_cancelled_while_it_waits_never_runs(engine, prompts):
     late.cancel()
     assert [type(event) for event in late] == [Finished]
     assert all(list(request)[-1].tokens == 10 for request in running)
+
+
+def test_a_request_that_is_cancelled_while_its_prompt_is_read_is_read_no_further(engine, prompts, monkeypatch):
+    """Three chunks of 32: it goes after the first, and what was in line takes its slot."""
+    long, chunks = engine.submit(text_prompt([5] * 90), SILENT, KEY), []
+    read = steps.read
+    with monkeypatch.context() as patched:
+        patched.setattr(steps, "read", lambda *args: chunks.append(args[2]) or read(*args))
+        other = engine.submit(prompts[0], SILENT, KEY)
+        engine._serve(long._job)
+        assert (len(chunks), engine.metrics.in_use) == (1, 1)
+        long.cancel()
+        assert [type(event) for event in long] == [Finished]
+        assert list(other)[-1].tokens == 10
+    assert len(chunks) == 2
+
+
+def test_the_last_event_is_not_lost_when_another_thread_makes_it():
+    """Between finding no event and seeing that the answer is over, the answer may end."""
+
+    class Job:
+        def __init__(self):
+            self.events = deque()
+
+        @property
+        def over(self) -> bool:
+            self.events.append("the last")
+            return True
+
+        def cancel(self) -> None: ...
+
+    with unchecked():
+        request = Request(Job(), lambda job: None)
+        assert next(request) == "the last"
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+def test_what_breaks_off_before_a_prompt_is_seated_ends_its_request(engine, prompts, monkeypatch, caplog, error):
+    """Its owner would wait for ever. Whoever interrupts the engine did so on purpose: there is nothing to log."""
+    made, caches, gone = batch_state.init_cache, [], []
+
+    def seat(*_):
+        caches.append(engine._batch._state.cache.layers[0].k)
+        raise error("in the middle")
+
+    def init_cache(*args):
+        gone.append(caches[0].is_deleted())
+        return made(*args)
+
+    first, second = engine.submit(prompts[0], SILENT, KEY), engine.submit(prompts[1], SILENT, KEY)
+    with monkeypatch.context() as patched:
+        patched.setattr(steps, "seat", seat)
+        patched.setattr(batch_state, "init_cache", init_cache)
+        with pytest.raises(KeyboardInterrupt) if error is KeyboardInterrupt else nullcontext():
+            engine._serve(first._job)
+    assert first._job.over
+    with pytest.raises(RequestError, match="in the middle"):
+        next(first)
+    assert gone == [True]  # two caches may be more than there is room for
+    assert any("generating failed" in line for line in caplog.messages) == (error is ZeroDivisionError)
+    assert list(second)[-1].tokens == 10
+    assert engine.metrics.in_use == 0
 
 
 def test_a_step_that_fails_fails_what_it_served_and_the_engine_goes_on(engine, prompts, monkeypatch):

@@ -54,6 +54,7 @@ class BatchState:
         self._hearing = None if encoder is None else Hearing(encoder, mesh)
         self._cache_dtype = jnp.dtype(cache_dtype or self._llm.compute.dtype)
         self._widths = cfg.llm.vocab_size, (cfg.audio.levels, max(cfg.audio.codebook_sizes) + 1)
+        self._state: steps.State | None = None
         self._buffer: Array | None = None
         self._compiled_before = _programs()
         self.devices = axis_product(mesh, self._llm.compute.rules.axes("batch"))
@@ -71,9 +72,13 @@ class BatchState:
 
     def reset(self) -> None:
         """An empty cache and idle rows, whatever there was before."""
+        # A step that failed may have left all of it, and its traceback still refers to it: there is no room for both.
+        for array in jax.tree.leaves((self._state, self._buffer)):
+            if not array.is_deleted():
+                array.delete()
+        self._state = self._buffer = None
         cache = init_cache(self._cfg.llm, self._slots, self._length, self._cache_dtype, self._llm.compute)
         hidden = np.zeros((self._slots, self._cfg.llm.hidden_size), self._llm.compute.dtype)
-        self._buffer = None
         self._state = steps.State(cache, *self._placed((hidden, self._idle_rows())))
 
     def hear(self, prompt: Prompt) -> Int32[np.ndarray, "a q"]:

@@ -77,6 +77,9 @@ class Engine:
     ):
         if "llm" not in branches:
             raise ConfigError("generating needs the branch llm")
+        for name, size in (("slots", slots), ("length", length), ("chunk", chunk), ("burst", burst)):
+            if size < 1:
+                raise ConfigError(f"{name} {size} must be at least 1")
         if chunk & (chunk - 1):
             raise ConfigError(f"chunk {chunk} is not a power of two")
         self.cfg, self.tokenizer = cfg, tokenizer
@@ -114,9 +117,13 @@ class Engine:
         return [Answer.of(request) for request in requests]
 
     def warm_up(self) -> None:
-        """Compiles every program of text and speech; those of pictures and sound wait for the first of their size."""
+        """Compiles every program of text and speech; those of pictures and sound wait for the first of their size.
+
+        Does nothing while requests are served: they compile what they need.
+        """
         with self._lock, jax.set_mesh(self._mesh):
-            self._batch.warm_up(self._chunk)
+            if not (self._running or self._joining):
+                self._batch.warm_up(self._chunk)
 
     @property
     def compiles(self) -> int:
@@ -167,12 +174,14 @@ class Engine:
 
     def _sweep(self) -> None:
         """Ends what was cancelled."""
-        for jobs in (list(self._waiting), list(self._running.values())):
-            for job in jobs:
-                if job.cancelled:
-                    job.finish("cancelled")
+        joining = self._joining.jobs if self._joining else {}
+        for job in (*self._waiting, *joining.values(), *self._running.values()):
+            if job.cancelled:
+                job.finish("cancelled")
         self._waiting = deque(job for job in self._waiting if not job.over)
         self._running = {slot: job for slot, job in self._running.items() if not job.over}
+        if self._joining:
+            self._joining.jobs = {device: job for device, job in joining.items() if not job.over}
 
     def _let_in(self) -> bool:
         """Gives free slots to those who waited longest, as many as can read together; False when there are none."""
@@ -208,21 +217,18 @@ class Engine:
 
     def _read_on(self) -> int:
         """Reads the next chunk of those that join, and seats them after their last; returns the items it cost."""
-        joining = self._joining
-        if not joining.jobs or joining.done:
-            self._joining = None
-            return 0
-        chunk = joining.chunk(self._chunk)
-        self._batch.read(joining.index, chunk)
+        joining, cost = self._joining, 0
+        if not joining.done:
+            chunk = joining.chunk(self._chunk)
+            self._batch.read(joining.index, chunk)
+            cost = chunk.tokens.size
         if joining.done:
-            self._joining = None
             for job in joining.jobs.values():
-                if job.cancelled:
-                    job.finish("cancelled")
-                else:
-                    self._batch.seat(job.slot, job.prompt, job.settings, job.key)
-                    self._running[job.slot] = job
-        return chunk.tokens.size
+                self._batch.seat(job.slot, job.prompt, job.settings, job.key)
+                self._running[job.slot] = job
+            # Only now: what fails on the way must find them, or nobody would ever serve them.
+            self._joining = None
+        return cost
 
     def _run_burst(self, jobs: Mapping[int, Job], count: int) -> None:
         alive = np.zeros(self._slots, bool)
@@ -236,7 +242,8 @@ class Engine:
 
     def _abandon(self, error: BaseException) -> None:
         """Gives up what was being served: the arrays that it lived in are lost. Those who wait are served next."""
-        log.error("generating failed", exc_info=error)
+        if isinstance(error, Exception):  # else somebody interrupted it, which is no error
+            log.error("generating failed", exc_info=error)
         for job in (*self._running.values(), *(self._joining.jobs.values() if self._joining else ())):
             if not job.over:
                 job.fail(f"the engine failed while it served this request: {error}")

@@ -46,11 +46,16 @@ class Joining:
         self.index, self.jobs = index, dict(jobs)
         self._devices, self._length = devices, length
         self._media: dict[int, Media] = {}
-        self._at, self._size = 0, max(job.size for job in jobs.values())
+        self._at = 0
 
     @property
     def done(self) -> bool:
         return self._at >= self._size
+
+    @property
+    def _size(self) -> int:
+        """Of the longest prompt; jobs may be taken out while they read."""
+        return max((job.size for job in self.jobs.values()), default=0)
 
     def place_media(self, codes: Mapping[int, Int32[np.ndarray, "a q"]]) -> None:
         """Makes chunks have media, with each prompt's `codes`."""

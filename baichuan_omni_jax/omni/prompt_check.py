@@ -39,7 +39,7 @@ def _check_branches(prompt: Prompt, settings: GenerationSettings, cfg: OmniConfi
 
 def _check_sound(prompt: Prompt, cfg: OmniConfig) -> None:
     codes, sizes = np.asarray(prompt.audio_codes), np.array(cfg.audio.codebook_sizes)
-    if len(codes) != len(prompt.audio_slots) or (len(codes) and codes.shape[1] != len(sizes)):
+    if codes.shape != (len(prompt.audio_slots), len(sizes)):
         raise RequestError(
             "bad_media", f"audio codes {codes.shape} do not fit {len(prompt.audio_slots)} slots of {len(sizes)} levels"
         )

@@ -36,7 +36,8 @@ class Request:
         """Raises RequestError (`failed`) when the engine could not go on with this request."""
         job = self._job
         while not job.events:
-            if job.over:
+            # Events are there before `over` is set: look at them again, another thread may have ended the answer.
+            if job.over and not job.events:
                 raise StopIteration
             self._serve(job)
         event = job.events.popleft()
