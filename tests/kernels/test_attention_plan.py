@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layouts import BLOCK, LENGTH, permuted, row, segments_of
+from typecheck import unchecked
 
 from baichuan_omni_jax.kernels.flash_attention import Segments, plan_blocks
 from baichuan_omni_jax.kernels.flash_attention.plan import FIRST, INTERIOR, LAST, unpack
@@ -105,6 +106,20 @@ def test_the_cost_of_a_plan_grows_with_the_number_of_block_pairs():
 
     base = flops(4096)
     assert flops(16) - base < 4.5 * (flops(32) - base)
+
+
+@pytest.mark.parametrize(
+    ("length", "positions", "block", "message"),
+    [
+        (8, 7, 8, r"query ids \(1, 8\) and positions \(1, 7\) must be the same"),
+        (0, 0, 8, r"query ids \(1, 0\)"),
+        (8, 8, 0, "blocks of 0 x 0 tokens: at least 1 x 1"),
+    ],
+)
+def test_what_cannot_be_planned(length, positions, block, message):
+    ids, positions = jnp.ones((1, length), jnp.int32), jnp.ones((1, positions), jnp.int32)
+    with unchecked(), pytest.raises(ValueError, match=message):
+        plan_blocks(Segments.of_row(ids, positions), True, block, block)
 
 
 def test_too_many_blocks():

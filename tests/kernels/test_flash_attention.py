@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from layouts import BLOCK, LENGTH, permuted, row, segments_of
 from typecheck import unchecked
 
-from baichuan_omni_jax.kernels.flash_attention import Segments, flash_attention, plan_blocks
+from baichuan_omni_jax.kernels.flash_attention import BlockPlan, Segments, flash_attention, plan_blocks
 from baichuan_omni_jax.kernels.flash_attention.cases import SMALL
 
 
@@ -132,17 +132,44 @@ def test_any_layout(lengths, order):
     assert_same_as_reference(permuted(segments_of(row(lengths), ROWS[0]), order), causal=True)
 
 
+WHOLE = segments_of(row([8], 8))
+
+
+def empty_plan(rows: int, pairs: int, *, block: int, causal: bool = True) -> BlockPlan:
+    listed = jnp.zeros((rows, 1, pairs), jnp.int32)
+    return BlockPlan(listed, listed, listed[..., 0], block_q=block, block_kv=block, causal=causal)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"implementation": "pallas_tpu"}, "attention pallas_tpu needs a tpu; this runs on cpu"),
         ({"implementation": "mosaic"}, "'mosaic' is not one of pallas_tpu, pallas_gpu, xla, reference"),
         ({"v": np.zeros((1, 8, 1, 4), np.float32)}, "rows and head dims must agree"),
         ({"k": np.zeros((1, 8, 3, 8), np.float32), "v": np.zeros((1, 8, 3, 8), np.float32)}, "not a multiple of 3"),
         ({"segments": segments_of(row([3], 7))}, r"segments \(1, 7\) x \(1, 7\) do not fit"),
+        ({"q": np.zeros((1, 8, 4), np.float32)}, r"must be \(rows, tokens, heads, head dim\)"),
+        (
+            dict.fromkeys("kv", np.zeros((1, 8, 0, 8), np.float32)),
+            r"must be \(rows, tokens, heads, head dim\), none empty",
+        ),
+        (dict.fromkeys("qkv", np.zeros((1, 8, 2, 8), np.int32)), "must agree and be floating point"),
+        ({"segments": WHOLE._replace(kv_pos=WHOLE.kv_pos[:, :7])}, r"key ids \(1, 8\) and positions \(1, 7\)"),
+        ({"segments": WHOLE._replace(q_pos=WHOLE.q_pos * 1.0)}, "query ids int32 and positions float32 must be int32"),
+        (
+            {"segments": Segments(*WHOLE[:2], *segments_of(row([8], 8), row([8], 8))[2:])},
+            "1 rows of queries, 2 of keys",
+        ),
+        ({"plan": empty_plan(1, 1, block=8, causal=False)}, "built for causal=False, the call asks for causal=True"),
+        (
+            {"plan": empty_plan(1, 16, block=4)},
+            r"plan has \(1, 1, 16\) .* segments \(1, 1, 4\)",
+        ),
+        ({"plan": empty_plan(2, 1, block=8)}, r"plan has \(2, 1, 1\)"),
     ],
 )
 def test_errors(change, message):
     q, k, v, _ = random_inputs(8, 4, 2, rows=1)
-    arguments = {"q": q, "k": k, "v": v, "segments": segments_of(row([8], 8)), "implementation": None} | change
+    arguments = {"q": q, "k": k, "v": v, "segments": WHOLE, "implementation": None} | change
     with unchecked(), pytest.raises(ValueError, match=message):
         flash_attention(**{"causal": True, "scale": 1.0, **arguments})

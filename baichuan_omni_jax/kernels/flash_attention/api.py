@@ -9,12 +9,13 @@ never straddle shards and nothing moves (frames, clips).
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from baichuan_omni_jax.kernels.flash_attention import pallas_gpu, pallas_tpu, reference, xla
-from baichuan_omni_jax.kernels.flash_attention.plan import BlockPlan, Segments, plan_row
+from baichuan_omni_jax.kernels.flash_attention.plan import BlockPlan, Segments, blocks_of, plan_row
 from baichuan_omni_jax.kernels.platform import UnsupportedError, platform_of
 
 # Each module has `attention(q, k, v, *, segments, plan, scale) -> (out, log-sum-exp)` and `unsupported(...)`, which
@@ -43,8 +44,12 @@ def plan_blocks(
 ) -> BlockPlan:
     """The block pairs to visit for these segments: build it once per row, outside the layer scan.
 
-    Blocks longer than a shard's part of the row are cut to it. Raises ValueError beyond 8192 blocks a row.
+    Blocks longer than a shard's part of the row are cut to it. Raises ValueError on segments that do not fit one
+    another, and beyond 8192 blocks a row.
     """
+    _check_segments(segments)
+    if min(block_q, block_kv) < 1:
+        raise ValueError(f"blocks of {block_q} x {block_kv} tokens: at least 1 x 1")
     batch, length, mesh = _row_sharding(segments.q_ids)
     kv_length = _axes(segments.kv_ids, 1)
     shards = _size(mesh, length)
@@ -85,7 +90,9 @@ def flash_attention(
     Raises ValueError on an unknown implementation or shapes that do not fit, UnsupportedError (a ValueError) when the
     named implementation cannot run here.
     """
-    _check(q, k, v, segments, plan, causal, implementation)
+    _check(q, k, v, segments, implementation)
+    if plan is not None:
+        _check_plan(plan, segments, causal, gather_kv)
     platform = platform_of(q)
     if implementation in NEEDS and NEEDS[implementation] != platform:
         raise UnsupportedError(f"attention {implementation} needs a {NEEDS[implementation]}; this runs on {platform}")
@@ -121,21 +128,48 @@ def _choose(name: str | None, platform: str, q: Array, k: Array, plan: BlockPlan
     return name
 
 
-def _check(q, k, v, segments: Segments, plan: BlockPlan | None, causal: bool, implementation: str | None) -> None:
+def _check(q, k, v, segments: Segments, implementation: str | None) -> None:
     if implementation is not None and implementation not in BACK_ENDS:
         raise ValueError(f"attention implementation {implementation!r} is not one of {', '.join(BACK_ENDS)}")
+    if not q.ndim == k.ndim == v.ndim == 4 or 0 in (*q.shape[1:], *k.shape[1:]):
+        raise ValueError(f"q {q.shape}, k {k.shape}, v {v.shape}: must be (rows, tokens, heads, head dim), none empty")
     if k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise ValueError(f"q {q.shape}, k {k.shape}, v {v.shape}: rows and head dims must agree, and k with v")
-    if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"q {q.dtype}, k {k.dtype}, v {v.dtype}: dtypes must agree")
+    if not q.dtype == k.dtype == v.dtype or not jnp.issubdtype(q.dtype, jnp.floating):
+        raise ValueError(f"q {q.dtype}, k {k.dtype}, v {v.dtype}: dtypes must agree and be floating point")
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"{q.shape[2]} query heads are not a multiple of {k.shape[2]} key heads")
+    _check_segments(segments)
     if segments.q_ids.shape != q.shape[:2] or segments.kv_ids.shape != k.shape[:2]:
         raise ValueError(
             f"segments {segments.q_ids.shape} x {segments.kv_ids.shape} do not fit q {q.shape[:2]} and k {k.shape[:2]}"
         )
-    if plan is not None and plan.causal != causal:
+
+
+def _check_segments(segments: Segments) -> None:
+    for side, ids, positions in zip(("query", "key"), segments[::2], segments[1::2], strict=True):
+        if ids.ndim != 2 or ids.shape != positions.shape or not ids.shape[1]:
+            raise ValueError(f"{side} ids {ids.shape} and positions {positions.shape} must be the same (rows, tokens)")
+        if not ids.dtype == positions.dtype == jnp.int32:
+            raise ValueError(f"{side} ids {ids.dtype} and positions {positions.dtype} must be int32")
+    if segments.q_ids.shape[0] != segments.kv_ids.shape[0]:
+        raise ValueError(f"ids of {segments.q_ids.shape[0]} rows of queries, {segments.kv_ids.shape[0]} of keys")
+
+
+def _check_plan(plan: BlockPlan, segments: Segments, causal: bool, gather_kv: bool) -> None:
+    """A plan of other lengths would make kernels read what is not there."""
+    if plan.causal != causal:
         raise ValueError(f"the plan was built for causal={plan.causal}, the call asks for causal={causal}")
+    (rows, queries), keys = segments.q_ids.shape, segments.kv_ids.shape[1]
+    _, length, mesh = _row_sharding(segments.q_ids)
+    shards = _size(mesh, length)
+    blocks = blocks_of(queries // shards, plan.block_q), blocks_of(keys // (1 if gather_kv else shards), plan.block_kv)
+    expected = rows, shards, blocks[0] * blocks[1]
+    if plan.by_query.shape != expected:
+        raise ValueError(
+            f"the plan has {plan.by_query.shape} (rows, shards, pairs of blocks of {plan.block_q} x {plan.block_kv}), "
+            f"these segments {expected}: build it from them, with the same gather_kv"
+        )
 
 
 def _axes(x: Array, dim: int):
