@@ -11,6 +11,7 @@ from typecheck import unchecked
 
 from baichuan_omni_jax.config import MeshConfig
 from baichuan_omni_jax.kernels.rvq_lookup import prepare_codebooks, rvq_lookup, xla
+from baichuan_omni_jax.kernels.rvq_lookup.levels import lookup_blocks
 from baichuan_omni_jax.sharding import make_mesh
 
 IMPLEMENTATIONS = ("xla", "reference")
@@ -69,6 +70,19 @@ def test_any_sizes_and_blocks_with_ties(rows, width, sizes, block, seed):
     codes, quantised, _ = xla.lookup(jnp.asarray(x), arrays(codebooks), block_rows=block)
     np.testing.assert_array_equal(codes, want_codes)
     np.testing.assert_array_equal(quantised, want_quantised)
+
+
+def test_blocks_of_rows_are_even():
+    """Nine rows, at most eight at a time, are blocks of five and not of eight."""
+    sizes = []
+
+    def nearest(x, level):
+        sizes.append(x.shape[0])
+        return jnp.zeros(x.shape[0], jnp.int32)
+
+    codes, _, _ = lookup_blocks(jnp.ones((9, 2)), [xla.prepare(jnp.ones((1, 2)))], nearest, 8)
+    assert codes.shape == (9, 1)
+    assert set(sizes) == {5}
 
 
 def test_the_residual_stays_in_the_dtype_of_x():
@@ -150,3 +164,11 @@ def test_keeps_the_split_of_the_rows():
 def test_errors(x, codebooks, implementation, message):
     with unchecked(), pytest.raises(ValueError, match=message):
         rvq_lookup(jnp.asarray(x), [jnp.asarray(book) for book in codebooks], implementation=implementation)
+
+
+@pytest.mark.parametrize(
+    ("codebooks", "name", "message"), [([], None, "at least one codebook"), ([0], "cuda", "'cuda' is not one of")]
+)
+def test_what_cannot_be_prepared(codebooks, name, message):
+    with unchecked(), pytest.raises(ValueError, match=message):
+        prepare_codebooks(codebooks, implementation=name)

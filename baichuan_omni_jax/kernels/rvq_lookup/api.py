@@ -27,7 +27,9 @@ def prepare_codebooks(
     """Codebooks to call `rvq_lookup` with many times: what it needs of them is computed once.
 
     Where the implementation that is meant (None: picked by platform) prepares nothing, they come back as they are.
+    Raises ValueError on an unknown implementation and on no codebooks.
     """
+    _check_codebooks(codebooks, implementation)
     name = implementation or f"pallas_{platform_of(codebooks[0])}"
     if name in NEEDS or name == "reference":
         return tuple(codebooks)
@@ -84,13 +86,17 @@ def _choose(name: str | None, x: Array, codebooks: Sequence[Array]) -> str:
     return name
 
 
-def _check(x: Array, codebooks: Sequence[Array], implementation: str | None) -> None:
+def _check_codebooks(codebooks: Sequence[Array], implementation: str | None) -> None:
     if implementation is not None and implementation not in BACK_ENDS:
         raise ValueError(f"rvq implementation {implementation!r} is not one of {', '.join(BACK_ENDS)}")
-    if x.ndim != 2 or not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"x must be floating point vectors (n, d), not {x.dtype} {x.shape}")
     if not codebooks:
         raise ValueError("rvq_lookup needs at least one codebook")
+
+
+def _check(x: Array, codebooks: Sequence[Array], implementation: str | None) -> None:
+    _check_codebooks(codebooks, implementation)
+    if x.ndim != 2 or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"x must be floating point vectors (n, d), not {x.dtype} {x.shape}")
     for level, codebook in enumerate(codebooks):
         if codebook.ndim != 2 or codebook.shape[1] != x.shape[1] or not codebook.shape[0]:
             raise ValueError(f"codebook {level} is {codebook.shape}; expected (codes, {x.shape[1]}), at least one code")

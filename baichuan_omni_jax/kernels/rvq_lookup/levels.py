@@ -15,13 +15,14 @@ Nearest = Callable[[Array, Any], Array]
 def lookup_blocks(
     x: Float[Array, "n d"], levels: Sequence[Any], nearest: Nearest, block_rows: int
 ) -> tuple[Int32[Array, "n q"], Float[Array, "n d"], Float[Array, "n q"]]:
-    """`rvq_lookup` of `block_rows` rows at a time, so that what a block needs does not grow with n.
+    """`rvq_lookup` of at most `block_rows` rows at a time, so that what a block needs does not grow with n.
 
     `nearest(residual (block, d) fp32, level)` gives a level's codes; `level.codebook` is (size, d) fp32.
     """
     rows, width = x.shape
-    block = max(1, min(block_rows, rows))
-    blocks = -(-rows // block)
+    # Blocks as even as can be: rows that only fill one up cost as much as others.
+    blocks = -(-rows // block_rows)
+    block = -(-rows // blocks)
     x = jnp.pad(x, ((0, blocks * block - rows), (0, 0))).reshape(blocks, block, width)
     results = lax.map(lambda piece: _lookup_block(piece, levels, nearest), x)
     return tuple(result.reshape(blocks * block, -1)[:rows] for result in results)
