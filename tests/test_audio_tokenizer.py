@@ -16,6 +16,14 @@ from baichuan_omni_jax.sharding import make_mesh
 CFG = tiny().audio
 
 
+@pytest.fixture(autouse=True, scope="module")
+def quickly_compiled():
+    """Compiling is nearly all of the time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(autouse=True)
 def _one_device():
     with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):

@@ -21,7 +21,7 @@ class CodebookState(NamedTuple):
     """A codebook in training, whole on every device: `embed` (k, d) is what vectors are compared with.
 
     `embed_avg` and `cluster_size` are the running sum and count of the vectors that chose each code; `unused` counts
-    the steps since the last one did.
+    the steps since the last one did, whether the code was placed anew meanwhile or not.
     """
 
     embed: Float32[Array, "k d"]
@@ -32,7 +32,8 @@ class CodebookState(NamedTuple):
 
 class Averaging(NamedTuple):
     """How a codebook moves in one step: what stays of the running means, the share by which codes are pulled towards
-    zero, and after how many unused steps a code is placed anew (0: never). Numbers or scalars.
+    zero, and after how many unused steps a code is placed anew, and again after as many more (0: never). Numbers or
+    scalars.
     """
 
     decay: Float[Array, ""] | float
@@ -107,7 +108,7 @@ def usage(state: CodebookState, window: int) -> tuple[Float[Array, ""], Float[Ar
 
 
 def _restart(pool: Pool, x, state: CodebookState, after, compute: Compute) -> CodebookState:
-    dead = (state.unused >= after) & (jnp.asarray(after) > 0)
+    dead = (state.unused > 0) & (state.unused % jnp.maximum(after, 1) == 0) & (jnp.asarray(after) > 0)
 
     def place():
         # Numbered among the dead, so that they take different vectors while there are enough.
@@ -116,7 +117,7 @@ def _restart(pool: Pool, x, state: CodebookState, after, compute: Compute) -> Co
             jnp.where(dead[:, None], fresh, state.embed),
             jnp.where(dead[:, None], fresh, state.embed_avg),
             jnp.where(dead, 1.0, state.cluster_size),
-            jnp.where(dead, 0, state.unused),
+            state.unused,
         )
 
     return jax.lax.cond(jnp.any(dead), place, lambda: state)

@@ -109,7 +109,10 @@ def quantised_share(config: QuantizerConfig, step: Int32[Array, ""]) -> Float[Ar
 
 def _level(key, pool: Pool, residual, valid, state, step, config: QuantizerConfig, compute: Compute):
     """Codes (m, g), the chosen vectors, and the level's codebook after the step."""
-    state = jax.lax.cond(step == 0, lambda: seed(pool, residual, state, compute), lambda: state)
+    if config.init_steps:
+        # A first batch without a vector has nothing to seed with.
+        first = (step == 0) & (pool.count > 0)
+        state = jax.lax.cond(first, lambda: seed(pool, residual, state, compute), lambda: state)
     scores = squared_distances(residual, state.embed)
     if max(config.temperature) > 0:
         scale = temperature(config, step) * 0.5 * _mean(residual**2, valid) * residual.shape[-1]
@@ -117,7 +120,9 @@ def _level(key, pool: Pool, residual, valid, state, step, config: QuantizerConfi
     code = jnp.argmin(scores, -1).astype(jnp.int32)
     spec = compute.rules.spec(CLIPS, None, None)
     chosen = state.embed.at[code].get(out_sharding=spec)
-    return code, chosen, move(pool, residual, valid, code, state, averaging(config, step), compute)
+    moved = move(pool, residual, valid, code, state, averaging(config, step), compute)
+    # Every code may be placed anew in the steps of k-means: counting begins after them.
+    return code, chosen, moved._replace(unused=jnp.where(step < config.init_steps, 0, moved.unused))
 
 
 def _gumbel(key: PRNGKeyArray, like: Float32[Array, "m g k"]) -> Float32[Array, "m g k"]:

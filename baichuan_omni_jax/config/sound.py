@@ -11,7 +11,8 @@ class QuantizerConfig:
 
     `decay` of the running means of each code's vectors; `shrink`, the share by which codes are pulled towards zero.
     Codes unused for `restart_after` steps (0: never) are placed anew. The first `init_steps` batches are one pass of
-    k-means: the first seeds the codebooks, the running means forget nothing, unused codes are placed anew at once.
+    k-means: the first seeds the codebooks, the running means forget nothing, unused codes are placed anew at once. With
+    0, codebooks go on as they are: those of a trained tokenizer.
     `temperature` of the Gumbel noise on distances, in units of the mean squared residual, falls linearly from the first
     to the second number in `temperature_steps` (both 0: always the nearest code). `level_dropout` is the share of clips
     of which only the first few levels are kept, their number drawn evenly. The share of clips that see quantised
@@ -32,6 +33,11 @@ class QuantizerConfig:
         for name in ("decay", "shrink", "level_dropout", "quantised_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"quantizer.{name} {getattr(self, name)} must lie between 0 and 1")
+        for name in ("restart_after", "init_steps", "temperature_steps", "quantised_steps"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"quantizer.{name} {getattr(self, name)} must be at least 0")
+        if min(self.temperature) < 0:
+            raise ConfigError(f"quantizer.temperature {self.temperature} must be two numbers of at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +74,7 @@ class TokenizerTraining:
     `transcript` x cross-entropy of what was said, read by a frozen language model + `commitment` x squared distance
     of the features to their codes.
 
-    `mel_scales` are (n_fft, hop) of the target mels at 16 kHz. `transcript` 0 leaves the language model out.
+    `mel_scales` are (n_fft, hop) of the target mels at 16 kHz. Without `llm` in the run's branches nothing is read.
     `spec_augment` masks what the encoder hears, never the targets nor held-out sound.
     """
 
@@ -91,3 +97,7 @@ class FlowTraining:
     prior: float = 1.0
     condition_dropout: float = 0.2
     ema: float = 0.999
+
+    def __post_init__(self):
+        if not 0 <= self.condition_dropout <= 1:
+            raise ConfigError(f"flow.condition_dropout {self.condition_dropout} must lie between 0 and 1")
