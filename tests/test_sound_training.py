@@ -49,8 +49,8 @@ def test_reconstruction_counts_valid_frames_at_every_scale():
 
 @pytest.mark.slow
 def test_flow_losses_are_those_of_the_definition():
-    """An estimator that predicts 0 has the loss E|mel - noise|^2, and no frame past a length counts."""
-    decoder = FlowDecoder(KEY, FLOW, COMPUTE)
+    """An estimator that predicts 0 has the loss E|mel - (1 - s) noise|^2, and no frame past a length counts."""
+    decoder = FlowDecoder(KEY, replace(FLOW, sigma_min=0.5), COMPUTE)
     last = jax.tree.map(jnp.zeros_like, named_values(decoder.estimator.final_proj))
     decoder.estimator.final_proj = with_values(decoder.estimator.final_proj, last)
     rng = np.random.default_rng(0)
@@ -64,7 +64,7 @@ def test_flow_losses_are_those_of_the_definition():
         return jnp.stack(pair), decoder.prenet(hidden, lengths)
 
     (flow, prior), mu = losses(mel)
-    assert abs(float(flow) - (3**2 + 1 + 1)) < 0.2
+    assert abs(float(flow) - (3**2 + 1 + 0.5**2)) < 0.2
     real = np.arange(40) < np.asarray(lengths)[:, None]
     np.testing.assert_allclose(prior, np.abs(np.asarray(mu) - np.asarray(mel))[real].mean(), rtol=1e-5)
     spoilt = jnp.where(real[..., None], mel, 1e4)

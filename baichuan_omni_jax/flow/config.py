@@ -5,7 +5,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class FlowConfig:
-    """Pre-net, U-Net estimator and sampler of the conditional flow-matching decoder."""
+    """Pre-net, U-Net estimator and sampler of the conditional flow-matching decoder.
+
+    `condition_dropout` and the two loss weights are what the released decoder was trained with, kept for its
+    `config.json`; a run here has its own (`config.FlowTraining`). `sigma_min` is the spread that is left at time 1.
+    """
 
     sampling_rate: int = 24000
     hop_length: int = 480

@@ -9,7 +9,6 @@ from baichuan_omni_jax.nn.lengths import frames_before, keep
 from baichuan_omni_jax.nn.param import Compute, split_as
 
 CLIPS = "batch"
-SIGMA = 1e-6  # spread that is left at time 1
 
 
 def flow_losses(
@@ -24,19 +23,20 @@ def flow_losses(
     """The flow-matching loss and the pre-net's L1 prior loss, means over valid frames and mels.
 
     `hidden` (50 Hz) and `mel` (24 kHz, hop 480) have a frame each, the first `lengths` valid. A clip's time is
-    t = 1 - cos(pi/2 u), u even in [0, 1); its state x_t = (1 - (1 - SIGMA) t) noise + t mel; the estimator's target
-    mel - (1 - SIGMA) noise. A share `condition_dropout` of the clips sees no condition, for guidance.
+    t = 1 - cos(pi/2 u), u even in [0, 1); its state x_t = (1 - (1 - s) t) noise + t mel; the estimator's target
+    mel - (1 - s) noise, s the decoder's `sigma_min`. A share `condition_dropout` of the clips sees no condition, for
+    guidance.
     """
-    compute = decoder.compute
+    compute, sigma = decoder.compute, decoder.cfg.sigma_min
     mel, lengths = split_as(mel.astype(jnp.float32), compute, CLIPS), split_as(lengths, compute, CLIPS)
     mu = decoder.prenet(hidden, lengths)
     noise, time, dropped = _draw(key, mel, condition_dropout, compute)
     with jax.named_scope("flow_loss"):
         at = time[:, None, None]
-        state = (1 - (1 - SIGMA) * at) * noise + at * mel
+        state = (1 - (1 - sigma) * at) * noise + at * mel
         condition = jnp.where(dropped[:, None, None], 0, mu)
         velocity = decoder.estimator(state, condition, time, lengths).astype(jnp.float32)
-        target = mel - (1 - SIGMA) * noise
+        target = mel - (1 - sigma) * noise
         flow = _mean((velocity - target) ** 2, lengths)
         prior = _mean(jnp.abs(mu.astype(jnp.float32) - mel), lengths)
     return flow, prior
