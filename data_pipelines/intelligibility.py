@@ -54,9 +54,10 @@ def _stoi(original: Wave, again: Wave) -> float | None:
         # It warns, and returns 1e-5, where 0.4 s are not left when silence is cut out.
         warnings.simplefilter("error", RuntimeWarning)
         try:
-            return stoi(original, again, RATE)
+            value = stoi(original, again, RATE)
         except (RuntimeWarning, ValueError):
             return None
+    return value if np.isfinite(value) else None
 
 
 def _pesq(original: Wave, again: Wave) -> float | None:
@@ -73,21 +74,25 @@ def _pesq(original: Wave, again: Wave) -> float | None:
 class Recognition:
     """Counts a recogniser's errors over many clips: words in English, characters in Chinese; and characters in both.
 
-    `hear(samples, rate) -> text` is the user's own.
+    `recogniser(samples, rate) -> text` is the user's own.
     """
 
-    def __init__(self, hear: Recogniser) -> None:
-        self._hear = hear
+    def __init__(self, recogniser: Recogniser) -> None:
+        self._recogniser = recogniser
         self._counts = dict.fromkeys(("word_edits", "words", "character_edits", "characters"), 0)
 
-    def add(self, samples: Wave, rate: int, said: str) -> None:
+    def hear(self, samples: Wave, rate: int) -> str:
         """Raises SampleError "recogniser_failed" where the hook raises, or returns anything but text."""
         try:
-            heard = self._hear(samples, rate)
+            heard = self._recogniser(samples, rate)
         except Exception as error:  # the user's program may raise anything
             raise SampleError("recogniser_failed", str(error) or type(error).__name__) from error
         if not isinstance(heard, str):
             raise SampleError("recogniser_failed", f"it heard {type(heard).__name__}, not text")
+        return heard
+
+    def count(self, heard: str, said: str) -> None:
+        """Adds the errors of one clip."""
         language = language_of(said) or "en"
         for unit, of in (("word", language), ("character", "zh")):
             truth = speech_units(said, of)

@@ -14,7 +14,8 @@ import argparse
 import json
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import jax
@@ -50,9 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def evaluate(options: argparse.Namespace) -> None:
     """Does what the options ask for. Raises ConfigError naming what cannot be used, also where no clip can be."""
+    check_options(options)
     hear = load_function("--asr", options.asr) if options.asr else None
-    if options.picture:
-        draw = _drawing()
     with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
         branches, cfg = load(options.checkpoint)
         judge = Judge(branches, cfg, hear)
@@ -71,8 +71,10 @@ def evaluate(options: argparse.Namespace) -> None:
     if options.json:
         options.json.write_text(json.dumps(numbers, indent=2))
     if options.picture:
+        from data_pipelines.tokenizer_picture import draw_tokenizer  # imports matplotlib
+
         seconds = judge.scores.settings.hop / judge.scores.settings.rate
-        draw(judge.drawn, seconds, numbers, cfg.audio.codebook_sizes, options.picture)
+        draw_tokenizer(judge.drawn, seconds, numbers, cfg.audio.codebook_sizes, options.picture)
     for name, value in numbers.items():
         print(f"{name:28} {value:.4g}" if isinstance(value, float) else f"{name:28} {value}")
     for sentence in intelligibility.missing_measures():
@@ -104,8 +106,10 @@ class Judge:
             piece = original[window.start : window.start + window.samples]
             codes, mel = self.scores(log_mel(piece, self._audio).T, targets[-1])
             mels.append(mel)
-            waves.append(self._speaker.speak(codes).wave if self._speaker else self._waves(mel))
-        self._count(clip, original, _resampled(np.concatenate(waves), self.rate, rate), skipped)
+            waves.append(self._wave(codes, mel, len(targets[-1])))
+        starts = [window.start * self.rate // rate for window in windows]
+        again = in_place(waves, starts, len(original) * self.rate // rate)
+        self._count(clip, original, _resampled(again, self.rate, rate), skipped)
         if len(self.drawn) < DRAWN:
             self.drawn.append((clip.name, np.concatenate(targets), np.concatenate(mels)))
 
@@ -125,17 +129,44 @@ class Judge:
     def vocoder(self) -> str:
         return self._speaker.vocoder if self._speaker else self._waves.name
 
+    def _wave(self, codes: np.ndarray, mel: np.ndarray, frames: int) -> np.ndarray:
+        """At `rate`: of the codes where there is a branch `flow`, else of the decoded mel, stretched to its target's
+        `frames` as in training.
+        """
+        return self._speaker.speak(codes).wave if self._speaker else self._waves(stretched(mel, frames))
+
     def _count(self, clip: Clip, original: np.ndarray, again: np.ndarray, skipped: Counter) -> None:
         rate = self._audio.sampling_rate
         self.clips, self._seconds = self.clips + 1, self._seconds + len(original) / rate
         speech = [_resampled(wave, rate, intelligibility.RATE) for wave in (original, again)]
         for name, value in intelligibility.measure(*speech).items():
             self._measures[name].append(value)
+        if not self._heard or not clip.text:
+            return
+        pairs = list(zip(self._heard.values(), (original, again), strict=True))
         try:
-            for recognition, wave in zip(self._heard.values() if clip.text else (), (original, again), strict=False):
-                recognition.add(wave, rate, clip.text)
-        except SampleError as error:
+            texts = [recognition.hear(wave, rate) for recognition, wave in pairs]
+        except SampleError as error:  # of either: rates of both are of the same clips
             skipped[error.cause] += 1
+            return
+        for (recognition, _), text in zip(pairs, texts, strict=True):
+            recognition.count(text, clip.text)
+
+
+def in_place(waves: Sequence[np.ndarray], starts: Sequence[int], samples: int) -> np.ndarray:
+    """Windows' waves as one of `samples`, each from its own start: measures compare sample by sample, and codes hold a
+    little less than a window. Silence between them.
+    """
+    whole = np.zeros(samples, np.float32)
+    for wave, start in zip(waves, starts, strict=True):
+        place = whole[start : start + len(wave)]
+        place[:] = wave[: len(place)]
+    return whole
+
+
+def stretched(mel: np.ndarray, frames: int) -> np.ndarray:
+    """A mel of `frames`, each the nearest of `mel`."""
+    return mel[np.arange(frames) * len(mel) // max(frames, 1)]
 
 
 def load(spec: str) -> tuple[dict, OmniConfig]:
@@ -152,13 +183,16 @@ def _resampled(wave: np.ndarray, rate: int, wanted: int) -> np.ndarray:
     return wave if rate == wanted else soxr.resample(wave, rate, wanted).astype(np.float32)
 
 
-def _drawing() -> Callable:
-    """Raises ConfigError without matplotlib."""
-    try:
-        from data_pipelines.tokenizer_picture import draw_tokenizer
-    except ImportError as error:
-        raise ConfigError("--picture needs matplotlib: pip install '.[show]'") from error
-    return draw_tokenizer
+def check_options(options: argparse.Namespace) -> None:
+    """Before minutes of work: raises ConfigError for files that could not be written."""
+    for name in ("json", "picture"):
+        path = getattr(options, name)
+        if path and not path.parent.is_dir():
+            raise ConfigError(f"--{name} {path}: there is no folder {path.parent}")
+    if options.picture and find_spec("matplotlib") is None:
+        raise ConfigError("--picture needs matplotlib: pip install '.[show]'")
+    if options.limit is not None and options.limit < 1:
+        raise ConfigError(f"--limit must be at least 1, not {options.limit}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -167,7 +201,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--checkpoint", metavar="DIR|branch=DIR,...", required=True, help=f"where {', '.join(BRANCHES)} are")
     add("--manifest", metavar="FILE.jsonl", type=Path, required=True, help="documents with the clips")
     add("--root", metavar="DIR", type=Path, help="where their media lie (default: beside the manifest)")
-    add("--limit", metavar="N", type=int, default=-1, help="as many clips at most")
+    add("--limit", metavar="N", type=int, help="as many clips at most")
     add("--asr", metavar="MODULE:FUNCTION", help="your recogniser, f(samples, rate) -> text")
     add("--picture", metavar="FILE.png", type=Path, help="mels, use of codes, error by level; needs matplotlib")
     add("--json", metavar="FILE.json", type=Path, help="the numbers")

@@ -53,6 +53,14 @@ def manifest(tmp_path_factory) -> Path:
     return folder / "clips.jsonl"
 
 
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("evaluate_tokenizer", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_clips_of_a_manifest_and_what_is_said_in_them(manifest):
     skipped = Counter()
     clips = list(read_clips(manifest, manifest.parent, skipped))
@@ -67,15 +75,15 @@ def test_errors_of_a_recogniser():
     words = {4: "the plums are fresh", 3: "The plum are fish!"}
     english = Recognition(lambda samples, rate: words[len(samples)])
     for length in words:
-        english.add(np.zeros(length, np.float32), RATE, SAID)
+        english.count(english.hear(np.zeros(length, np.float32), RATE), SAID)
     assert english.rates()["wer"] == pytest.approx(2 / 8)
     assert english.rates()["cer"] == pytest.approx((1 + 2) / (2 * 16))
-    chinese = Recognition(lambda samples, rate: "一只狗在桥上等。")
-    chinese.add(np.zeros(4, np.float32), RATE, "一只狗在桥上等着。")
+    chinese = Recognition(lambda samples, rate: "")
+    chinese.count("一只狗在桥上等。", "一只狗在桥上等着。")
     assert chinese.rates() == {"wer": pytest.approx(1 / 8), "cer": pytest.approx(1 / 8)}
     assert Recognition(lambda samples, rate: "").rates() == {}
     with pytest.raises(SampleError, match="it heard NoneType, not text"):
-        Recognition(lambda samples, rate: None).add(np.zeros(4, np.float32), RATE, SAID)
+        Recognition(lambda samples, rate: None).hear(np.zeros(4, np.float32), RATE)
 
 
 @pytest.mark.slow
@@ -115,9 +123,16 @@ def hears_half(samples: np.ndarray, rate: int) -> str:
     return "the plums"
 
 
+def hears_recordings(samples: np.ndarray, rate: int) -> str:
+    """One that fails on what comes from codes."""
+    if not np.allclose(samples, noise(2.0), atol=1e-3):
+        raise RuntimeError("no speech")
+    return SAID
+
+
 @pytest.mark.slow
 def test_numbers_of_an_untrained_tokenizer(checkpoint, manifest, tmp_path):
-    """By its own mel and by flow matching; with a recogniser and a picture."""
+    """By its own mel and by flow matching; with a recogniser, one that fails, and a picture."""
     pytest.importorskip("matplotlib", reason="the extra `show` brings it")
     numbers, page = tmp_path / "numbers.json", tmp_path / "page.png"
     by_decoder = f"audio_encoder={checkpoint},audio_decoder={checkpoint}"
@@ -133,16 +148,35 @@ def test_numbers_of_an_untrained_tokenizer(checkpoint, manifest, tmp_path):
     assert found["mel_mae"] == found["mel_mae_q7"] > 0
     assert 0 < found["bits_per_second"] <= found["bits_per_second_at_most"] == pytest.approx(12.5 * 36.585, rel=1e-3)
     assert page.stat().st_size > 10_000
-    done = run("--checkpoint", checkpoint, "--manifest", manifest, "--limit", 1)
+    hook = "test_evaluate_tokenizer:hears_recordings"
+    done = run("--checkpoint", checkpoint, "--manifest", manifest, "--limit", 1, "--asr", hook, "--json", numbers)
     assert done.returncode == 0, done.stderr
     assert "24000 Hz by griffin_lim" in done.stdout
+    found = json.loads(numbers.read_text())
+    assert found["skipped"] == {"recogniser_failed": 1}
+    assert "wer_original" not in found  # rates of both are of the same clips
+
+
+def test_waves_are_compared_where_they_belong(script):
+    """Each window's in its own place, cut where the clip ends; a mel in as many frames as its target."""
+    waves = [np.array([1, 2, 3], np.float32), np.array([4, 5, 6], np.float32)]
+    np.testing.assert_array_equal(script.in_place(waves, [0, 4], 6), [1, 2, 3, 0, 4, 5])
+    np.testing.assert_array_equal(script.stretched(np.arange(3)[:, None], 5)[:, 0], [0, 0, 1, 1, 2])
+
+
+def test_files_that_cannot_be_written_are_named_first(script, tmp_path, capsys):
+    given = ["--checkpoint", "nowhere", "--manifest", "nowhere"]
+    for arguments, sentence in (
+        (["--json", str(tmp_path / "no" / "n.json")], f"there is no folder {tmp_path / 'no'}"),
+        (["--picture", str(tmp_path / "no" / "p.png")], f"there is no folder {tmp_path / 'no'}"),
+        (["--limit", "0"], "--limit must be at least 1, not 0"),
+    ):
+        assert script.main([*given, *arguments]) == 2
+        assert sentence in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_what_cannot_be_used_is_named(checkpoint, manifest, tmp_path, capsys):
-    spec = importlib.util.spec_from_file_location("evaluate_tokenizer", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+def test_what_cannot_be_used_is_named(script, checkpoint, manifest, tmp_path, capsys):
     (tmp_path / "none.jsonl").write_text("{")
     for arguments, sentence in (
         (("--checkpoint", f"flow={checkpoint}", "--manifest", manifest), "has no branch audio_encoder"),
