@@ -9,6 +9,7 @@ else Griffin-Lim; the last line says which. Recordings beyond 30 s go window by 
 
 import argparse
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import jax
@@ -40,6 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def resynthesise(options: argparse.Namespace) -> None:
     """Does what the options ask for. Raises ConfigError naming the file or the branch that cannot be used."""
+    check_options(options)
     sources = parse_spec(options.checkpoint, (*NEEDED, VOCODER_BRANCH))
     loaded = load_for_generation(",".join(f"{name}={folder}" for name, folder in sources.items()), needed=NEEDED)
     cfg, speaker = loaded.config, Speaker(loaded.branches, loaded.config)
@@ -75,6 +77,18 @@ def read_windows(path: Path, cfg: OmniConfig) -> list[np.ndarray]:
     if not windows:
         raise ConfigError(f"--audio {path} is too short: {len(wave)} samples give no code frame")
     return [log_mel(wave[window.start : window.start + window.samples], audio).T for window in windows]
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Before minutes of work: raises ConfigError for files that could not be written."""
+    for name in ("out", "picture", "codes"):
+        path = getattr(options, name)
+        if path and not path.parent.is_dir():
+            raise ConfigError(f"--{name} {path}: there is no folder {path.parent}")
+    if options.out.suffix.lower() != ".wav":
+        raise ConfigError(f"--out {options.out}: waveforms are written as .wav")
+    if options.picture and find_spec("matplotlib") is None:
+        raise ConfigError("--picture needs matplotlib: pip install '.[show]'")
 
 
 def _draw(options: argparse.Namespace, pieces: list[Resynthesised], cfg: OmniConfig) -> None:

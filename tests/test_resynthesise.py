@@ -1,5 +1,6 @@
 """launch/resynthesise.py: codes and sound of untrained branches, and the sentence for what cannot be used."""
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,20 @@ def test_two_windows_of_sound_come_back(checkpoint, tmp_path):
     assert rate == 24000
     assert found.shape == (375 + 12, tiny().audio.levels)
     assert abs(len(spoken) / rate - len(found) / 12.5) < 0.1
+
+
+def test_files_that_cannot_be_written_are_named_first(tmp_path, capsys):
+    spec = importlib.util.spec_from_file_location("resynthesise", SCRIPT)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    given = ["--checkpoint", "nowhere", "--audio", "nowhere.wav", "--out"]
+    for arguments, sentence in (
+        ([str(tmp_path / "no" / "out.wav")], f"there is no folder {tmp_path / 'no'}"),
+        ([str(tmp_path / "out.speech")], "waveforms are written as .wav"),
+        ([str(tmp_path / "out.wav"), "--codes", str(tmp_path / "no" / "c.npy")], f"--codes {tmp_path / 'no'}"),
+    ):
+        assert script.main([*given, *arguments]) == 2
+        assert sentence in capsys.readouterr().err
 
 
 @pytest.mark.slow
