@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Float32, Int32, UInt8
 
 from baichuan_omni_jax.audio.reconstruction import MelTarget
 from baichuan_omni_jax.config import ConfigError, OmniConfig, RunConfig
-from baichuan_omni_jax.config.sound_targets import decoded_target, flow_target
+from baichuan_omni_jax.config.sound_targets import decoded_target, flow_target, sound_targets
 from baichuan_omni_jax.flow.sampler import sample_mel
 from baichuan_omni_jax.omni.batch import Batch
 from baichuan_omni_jax.omni.tokenizer_model import clips_of, mel_targets_of
@@ -57,7 +57,12 @@ class Listening:
         made = {"audio_tokenizer": _tokenizer_mels, "flow_matching": _flow_mels}[run.task](setup, run)
         self._mels = jax.jit(made)
         self._settings = decoded_target(omni.post_net) if run.task == "audio_tokenizer" else flow_target(omni.flow)
-        self._waves = MelWaves(self._settings, omni, run.eval.vocoder) if is_leader() else None
+        self._waves = self._recorded_waves = None
+        if is_leader():
+            self._waves = self._recorded_waves = MelWaves(self._settings, omni, run.eval.vocoder)
+            recorded = next(iter(sound_targets(run, omni).values()))
+            if recorded != self._settings:  # the first scale need not be the decoder's own
+                self._recorded_waves = MelWaves(recorded, omni)
 
     def is_due(self, step: int) -> bool:
         """Before the first step, and after every `eval.sound_every`."""
@@ -74,7 +79,7 @@ class Listening:
 
     def __call__(self, state: TrainState) -> SoundSamples | None:
         """The samples; None on hosts that do not lead."""
-        waves, pictures, parameters = {}, {}, saved_values(self._setup, state)
+        waves, pictures, parameters, rate = {}, {}, saved_values(self._setup, state), self._settings.rate
         for name in self._mixtures:
             recorded, made = jax.device_get(self._mels(parameters, self._place(self._first_batch(name))))
             if self._waves is None:
@@ -82,10 +87,10 @@ class Listening:
             for clip in np.flatnonzero(np.minimum(recorded.lengths, made.lengths)):
                 ours, theirs = (mel.mel[clip, : mel.lengths[clip]] for mel in (made, recorded))
                 tag = f"eval/{name}/clip_{clip}"
-                waves[f"{tag}/from_codes/{self._waves.name}"] = self._waves(ours), self._settings.rate
+                waves[f"{tag}/from_codes/{self._waves.name}"] = self._waves(ours), rate
                 if tag not in self._recorded_heard:
                     # What the way from mel to wave costs by itself: it never changes, so once is enough.
-                    waves[f"{tag}/from_recorded_mel/{self._waves.name}"] = self._waves(theirs), self._settings.rate
+                    waves[f"{tag}/from_recorded_mel/{self._waves.name}"] = self._recorded_waves(theirs), rate
                     self._recorded_heard.add(tag)
                 pictures[f"{tag}/recorded_above_from_codes_below"] = mel_image([theirs, ours])
         return None if self._waves is None else SoundSamples(waves, pictures)
