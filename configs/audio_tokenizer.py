@@ -4,7 +4,8 @@
         --multihost --set data.root=DATA_ROOT
 
 Sized for 8 chips of v5p; on v5e:4x8 add `--set mesh.fsdp=32`. The encoder and the reader come from released weights
-(`launch/convert_weights.py`). Sources: documents with speech, ASR for what was said; the data are yours: docs/data.md.
+(`launch/convert_weights.py`), the encoder also from Whisper's (docs/audio.md). Sources: documents with speech, ASR for
+what was said; the data are yours: docs/data.md.
 """
 
 from baichuan_omni_jax.config import (

@@ -2,8 +2,10 @@
 
     python launch/convert_weights.py to-jax --from HF_DIR [--vocoder hift.pt] --to DIR
     python launch/convert_weights.py to-torch --from DIR [--base CONVERTED_DIR] --to HF_DIR
+    python launch/convert_weights.py from-whisper --from WHISPER_DIR --to DIR [--model MODEL]
 
-`--dry-run` prints the plan and writes nothing. Exit code 2: something given cannot be used, the message says what.
+`--dry-run` prints the plan and writes nothing. `from-whisper` makes a new audio tokenizer with Whisper's encoder. Exit
+code 2: something given cannot be used, the message says what.
 """
 
 import argparse
@@ -18,13 +20,15 @@ from absl import logging
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from baichuan_omni_jax.config import ConfigError
+from baichuan_omni_jax.checkpoint import save_branches
+from baichuan_omni_jax.config import ConfigError, resolve_model
 from baichuan_omni_jax.config.errors import exit_code
 from baichuan_omni_jax.convert import convert_to_jax, convert_to_torch, open_source, plan_to_jax, plan_to_torch
 from baichuan_omni_jax.convert.report import describe_plan
 from baichuan_omni_jax.convert.staging import check_target
 from baichuan_omni_jax.convert.tables import MODEL_BRANCHES
 from baichuan_omni_jax.convert.to_torch import ALL_BRANCHES, SHARD_BYTES
+from baichuan_omni_jax.convert.whisper import tokenizer_from_whisper
 
 
 class _Parser(argparse.ArgumentParser):
@@ -36,7 +40,7 @@ class _Parser(argparse.ArgumentParser):
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = _Parser(prog="convert_weights.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="to-jax | to-torch")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="to-jax | to-torch | from-whisper")
     to_jax = commands.add_parser("to-jax", help="Hugging Face folder -> checkpoint")
     to_jax.add_argument("--from", dest="source", required=True, metavar="HF_DIR")
     to_jax.add_argument("--vocoder", metavar="FILE", help="hift.pt or .safetensors, vocoder_config.json next to it")
@@ -46,8 +50,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     to_torch.add_argument("--base", metavar="DIR", help="where branches and files that --from lacks come from")
     to_torch.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: as stored")
     to_torch.add_argument("--shard-mb", type=int, default=SHARD_BYTES >> 20, help="largest file (default %(default)s)")
-    for command in (to_jax, to_torch):
+    whisper = commands.add_parser("from-whisper", help="Whisper checkpoint -> branch audio_encoder, to be trained")
+    whisper.add_argument("--from", dest="source", required=True, metavar="WHISPER_DIR", help="as Hugging Face has it")
+    whisper.add_argument("--model", default="baichuan_omni_7b", help="name or config.json (default %(default)s)")
+    for command in (to_jax, to_torch, whisper):
         command.add_argument("--to", dest="target", required=True, metavar="DIR", help="must not hold anything yet")
+    for command in (to_jax, to_torch):
         command.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
     return parser.parse_args(arguments)
 
@@ -86,6 +94,14 @@ def to_torch(options: argparse.Namespace) -> None:
         _say(f"wrote {target}")
 
 
+def from_whisper(options: argparse.Namespace) -> None:
+    source, target = Path(options.source).expanduser(), Path(options.target).expanduser()
+    check_target(target)
+    cfg = resolve_model(options.model)
+    save_branches(target, {"audio_encoder": tokenizer_from_whisper(source, cfg)}, cfg)
+    _say(f"wrote {target}: audio_encoder with Whisper's encoder; bridge and codebooks are random")
+
+
 def _say(text: str) -> None:
     print(text, flush=True)
 
@@ -106,7 +122,7 @@ def main() -> int:
 
     def command() -> None:
         options = parse(sys.argv[1:])
-        {"to-jax": to_jax, "to-torch": to_torch}[options.command](options)
+        {"to-jax": to_jax, "to-torch": to_torch, "from-whisper": from_whisper}[options.command](options)
 
     return exit_code(command)
 

@@ -1,6 +1,7 @@
-"""What sound training leaves, in the released names and back: codebooks with their running means, the adapter."""
+"""What sound training starts from, Whisper's encoder, and what it leaves, in the released names and back."""
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -8,10 +9,14 @@ import jax
 import numpy as np
 import pytest
 from micro import one_device
+from safetensors.numpy import save_file
 
 from baichuan_omni_jax.checkpoint import load_branches, save_branches
 from baichuan_omni_jax.config import tiny
-from baichuan_omni_jax.convert import abstract_branches, open_weights
+from baichuan_omni_jax.convert import abstract_branches, branch_rules, load_branch_from_safetensors, open_weights
+from baichuan_omni_jax.convert.audio_encoder import ENCODER
+from baichuan_omni_jax.convert.synthetic import write_random_checkpoint
+from baichuan_omni_jax.convert.whisper import SIZES
 from baichuan_omni_jax.nn.param import Compute, named_values, with_values
 from baichuan_omni_jax.omni.tokenizer_model import TokenizerModel
 from baichuan_omni_jax.omni.voice_model import VoiceModel
@@ -60,3 +65,45 @@ def test_there_and_back_to_the_byte(command, task, tmp_path, capsys):
     found = named_values(load_branches(str(back), abstract_branches(omni, only=branches)))
     assert found.keys() == {name for name in values if not name.startswith("transcript_adapter.")}
     assert all(np.asarray(value).tobytes() == values[name].tobytes() for name, value in found.items())
+
+
+def write_whisper(folder: Path, home: str = "model.encoder", **sizes: int) -> Path:
+    """The encoder of a random tiny model as a Whisper checkpoint; `folder`/released is that model."""
+    write_random_checkpoint(folder / "released", tiny())
+    released = open_weights(folder / "released")
+    names = {name: name.replace(ENCODER, home) for name in released.infos if name.startswith(f"{ENCODER}.")}
+    tensors = {theirs: released.read(name).astype(np.float16) for name, theirs in names.items()}
+    tensors[f"{home}.embed_positions.weight"] = tensors.pop(f"{home}.positional_embedding")
+    save_file(tensors | {"proj_out.weight": np.zeros((2, 2), np.float16)}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({name: getattr(tiny().audio, name) for name in SIZES} | sizes))
+    return folder
+
+
+@pytest.mark.slow
+def test_ears_from_whisper(command, tmp_path, capsys):
+    """Its encoder as the released model's table reads it, beside a bridge and codebooks of the right shapes."""
+    whisper, made = write_whisper(tmp_path / "whisper"), tmp_path / "ears"
+    made_by = ("from-whisper", "--from", whisper, "--model", "tiny", "--to", made)
+    assert command(*made_by) == 0
+    abstract = abstract_branches(tiny(), only=["audio_encoder"])
+    found = named_values(load_branches(str(made), abstract)["audio_encoder"])
+    released = open_weights(whisper / "released")
+    rules = branch_rules(tiny())["audio_encoder"]
+    wanted = named_values(load_branch_from_safetensors(released, rules, abstract["audio_encoder"]))
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        as_half = np.asarray(value).astype(np.float16).astype(np.float32)
+        assert np.array_equal(found[name], as_half) == name.startswith("encoder."), name
+    assert command(*made_by) == 2
+    assert "is not empty" in capsys.readouterr().err
+
+
+def test_a_whisper_that_does_not_fit_is_refused(command, tmp_path, capsys):
+    for place, home, sizes, sentence in (
+        ("a", "model.encoder", {"num_mel_bins": 80}, "num_mel_bins is 80, the model's audio.num_mel_bins 32"),
+        ("b", "model.decoder", {}, "holds no Whisper encoder: there is no tensor model.encoder.conv1.weight"),
+    ):
+        whisper = write_whisper(tmp_path / place, home, **sizes)
+        assert command("from-whisper", "--from", whisper, "--model", "tiny", "--to", tmp_path / "ears") == 2
+        assert sentence in capsys.readouterr().err
+        assert not (tmp_path / "ears").exists()
