@@ -12,6 +12,7 @@ import os
 import statistics
 import sys
 import time
+from importlib.metadata import version
 
 # torch needs its share of the GPU's memory.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -38,6 +39,8 @@ def by_cdist(x: np.ndarray, codebooks: list[np.ndarray], device: str):
     # Only here: without a GPU there is no need of torch to say so.
     import torch
 
+    if device == "cuda" and not torch.cuda.is_available():
+        sys.exit(f"torch {torch.__version__} sees no GPU: install its CUDA build; nothing was measured")
     torch.backends.cuda.matmul.allow_tf32 = False
     x, *codebooks = (torch.tensor(array, device=device) for array in (x, *codebooks))
 
@@ -105,7 +108,7 @@ def measure(case: Case, frames: int, repeats: int, device: str) -> list[dict]:
             ratio=ratio,
             goal=">= 1.5",
             ok=ratio >= 1.5,
-            note=f"{jax.devices()[0].device_kind}, jax {jax.__version__}",
+            note=f"{jax.devices()[0].device_kind}, jax {jax.__version__}, torch {version('torch')}",
         ),
     ]
 

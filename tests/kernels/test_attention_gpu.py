@@ -1,6 +1,8 @@
 """The GPU kernels without a GPU: interpreted against the whole score matrix, and lowered for CUDA at real sizes."""
 
 import functools
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,10 @@ from baichuan_omni_jax.kernels.platform import UnsupportedError
 CARD = AbstractDevice("NVIDIA H200", num_cores=132, platform="gpu")
 H200 = AbstractMesh((), (), (), abstract_device=CARD)
 EIGHT = AbstractMesh((2, 2, 2), ("fsdp", "context", "tensor"), (AxisType.Explicit,) * 3, abstract_device=CARD)
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import attention_gpu  # noqa: E402
+import rvq_gpu  # noqa: E402
 
 # A head dim that is no power of two, a length that no block divides, padding.
 UNEVEN = Case("uneven", Heads(4, 2, 24, causal=True), 200, 64, ((50, 3, 100), (200,)))
@@ -175,3 +181,16 @@ def test_what_it_cannot_compute(width, dtype, message):
 
     with unchecked(), jax.sharding.use_abstract_mesh(H200), pytest.raises(UnsupportedError, match=message):
         jax.eval_shape(attend, array, Segments(ids, ids, ids, ids))
+
+
+@pytest.mark.parametrize("script", [attention_gpu, rvq_gpu])
+def test_without_a_gpu_the_benchmarks_say_so(script, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["script", "--json"])
+    with pytest.raises(SystemExit, match="no GPU: JAX runs on cpu here; nothing was measured"):
+        script.main()
+
+
+def test_results_that_are_no_numbers_are_the_worst_error_of_the_benchmark():
+    right = [np.ones(3), np.full(2, 2.0)]
+    assert attention_gpu.worst_error([np.ones(3), np.array([2.0, 2.5])], right) == 0.25
+    assert attention_gpu.worst_error([np.ones(3), np.array([2.0, np.nan])], right) == np.inf
