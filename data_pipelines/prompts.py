@@ -89,12 +89,9 @@ def parse_prompt(prompt: str) -> list[Element]:
     as in the released processor.
 
     Raises SampleError("bad_prompt"): a tag without its JSON or its end, an end without a start, a media pad in the
-    text, trainable marks that are nested or do not pair up, text that is not Unicode.
+    text, trainable marks that are nested or do not pair up, text or a file's name that is not Unicode.
     """
-    try:
-        prompt.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise SampleError("bad_prompt", f"the prompt is not valid Unicode: {error.reason}") from error
+    _check_unicode(prompt, "the prompt")
     return _Parser(_SPLIT.split(prompt)).run()
 
 
@@ -201,8 +198,17 @@ def _read_reference(mark: str, content: str) -> Reference:
     for key in _KEYS:
         value = values.get(key) if isinstance(values, dict) else None
         if isinstance(value, str) and value:
+            _check_unicode(value, "the name of a file")
             return Reference(base64=value) if key == "base64" else Reference(path=value)
     raise SampleError("bad_prompt", f"{mark} names no file (one of {', '.join(_KEYS)}): {_shorten(content)}")
+
+
+def _check_unicode(text: str, what: str) -> None:
+    """JSON can spell halves of characters, which no report and no shard can hold."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise SampleError("bad_prompt", f"{what} is not valid Unicode: {error.reason}") from error
 
 
 def _shorten(text: str) -> str:

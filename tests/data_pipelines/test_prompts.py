@@ -69,7 +69,8 @@ def test_a_list_of_frames_drops_the_marks_around_it():
         (f"<video_start_baichuan>{FRAME}text<video_end_baichuan>", "text between the frames"),
         (f"<video_start_baichuan>{FRAME}{IMAGE}<video_end_baichuan>", "followed by <img_start_baichuan>"),
         ("<video_start_baichuan><video_end_baichuan>", "holds no JSON"),
-        ("lone surrogate \ud800", "not valid Unicode"),
+        ("lone surrogate \ud800", "the prompt is not valid Unicode"),
+        (r'<img_start_baichuan>{"local": "\udc80.png"}<img_end_baichuan>', "the name of a file is not valid Unicode"),
     ],
 )
 def test_bad_prompts(prompt, message):
