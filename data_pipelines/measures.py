@@ -13,7 +13,7 @@ from data_pipelines.document import Document
 from data_pipelines.images import probe_image
 from data_pipelines.limits import MAX_VIDEO_SECONDS
 from data_pipelines.media import Media, find_media
-from data_pipelines.prompts import Element, Picture, Sound, Text, Video, parse_prompt
+from data_pipelines.prompts import Element, Picture, Sound, Text, Tokens, Video, parse_prompt
 from data_pipelines.sounds import probe_sound
 from data_pipelines.videos import probe_video
 
@@ -35,7 +35,10 @@ class MediaMeasure:
 
 @dataclass(frozen=True)
 class DocumentMeasure:
-    """A document's type, characters of text (with the names of special tokens, without media), and media in order."""
+    """A document's type, characters of text (with the names of special tokens, without media), and media in order.
+
+    Text that is tokenised already counts as neither: only its tokenizer knows how long it is.
+    """
 
     type: str
     characters: int
@@ -46,7 +49,7 @@ def measure_document(document: Document) -> DocumentMeasure:
     """Raises SampleError: "bad_prompt", "missing_file", "outside_root", "unreadable_media", "too_big_media"."""
     elements = parse_prompt(document.text)
     characters = sum(len(element.text) for element in elements if isinstance(element, Text))
-    media = [_measure(each, document) for each in elements if not isinstance(each, Text)]
+    media = [_measure(each, document) for each in elements if not isinstance(each, Text | Tokens)]
     return DocumentMeasure(document.type, characters, tuple(media))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from itertools import groupby
 
 from data_pipelines import special_tokens as names
-from data_pipelines.prompts import Element, Picture, Reference, Sound, Text, Video, parse_prompt
+from data_pipelines.prompts import Element, Picture, Reference, Sound, Text, Tokens, Video, parse_prompt
 
 _SPECIAL = re.compile("|".join(map(re.escape, sorted(names.SPECIAL_TOKENS, key=len, reverse=True))))
 
@@ -57,6 +57,8 @@ def _write(element: Element) -> str:
         return start + _reference("local", element.reference) + end
     if isinstance(element, Video):
         return names.VIDEO_START + _reference("local", element.reference) + names.VIDEO_END
+    if isinstance(element, Tokens):
+        return names.TOKENS_START + _reference("path", element.reference) + names.TOKENS_END
     assert isinstance(element, Sound)
     if element.spoken:
         return names.AUDIOGEN_START + _reference("path", element.reference) + names.AUDIOGEN_END

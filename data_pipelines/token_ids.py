@@ -11,6 +11,7 @@ from data_pipelines.document import SampleError
 from data_pipelines.media import Media, reading
 
 _FINGERPRINT = 16  # bytes
+_KIND = "list of token ids"
 
 
 def pack_ids(ids: Sequence[int] | np.ndarray, fingerprint: str) -> bytes:
@@ -20,12 +21,27 @@ def pack_ids(ids: Sequence[int] | np.ndarray, fingerprint: str) -> bytes:
 
 def read_ids(media: Media, fingerprint: str, vocab_size: int) -> list[int]:
     """The ids. Raises SampleError: "other_tokenizer", "unreadable_media"."""
-    with reading(media, "list of token ids"), media.open() as file:
-        content = file.read()
-        written_by = content[:_FINGERPRINT].hex()
-        ids = np.frombuffer(content[_FINGERPRINT:], "<i4")
-        if len(written_by) == len(fingerprint) and written_by != fingerprint:
-            raise SampleError("other_tokenizer", f"{media.name} holds ids of tokenizer {written_by}, not {fingerprint}")
-        if len(content) < _FINGERPRINT or (ids.size and not 0 <= ids.min() <= ids.max() < vocab_size):
-            raise ValueError("it is cut, or has ids outside the vocabulary")
+    written_by, ids = _unpack_ids(media)
+    if written_by != fingerprint:
+        raise SampleError("other_tokenizer", f"{media.name} holds ids of tokenizer {written_by}, not {fingerprint}")
+    with reading(media, _KIND):
+        if ids.max(initial=0) >= vocab_size:
+            raise ValueError("it has ids outside the vocabulary")
     return ids.tolist()
+
+
+def check_ids(media: Media) -> None:
+    """Raises SampleError "unreadable_media" for what is a list of ids of no tokenizer."""
+    _unpack_ids(media)
+
+
+def _unpack_ids(media: Media) -> tuple[str, np.ndarray]:
+    """The tokenizer's fingerprint and the ids."""
+    with reading(media, _KIND), media.open() as file:
+        content = file.read()
+        if len(content) < _FINGERPRINT:
+            raise ValueError("it is cut")
+        ids = np.frombuffer(content[_FINGERPRINT:], "<i4")
+        if ids.min(initial=0) < 0:
+            raise ValueError("it has ids outside the vocabulary")
+    return content[:_FINGERPRINT].hex(), ids

@@ -35,9 +35,10 @@ from data_pipelines.jobs.job import Runner
 from data_pipelines.jobs.progress import Progress
 from data_pipelines.jobs.runners import add_runner_arguments, chosen_runner
 from data_pipelines.media import Media, find_media
-from data_pipelines.prompts import Element, Picture, Text, Video, parse_prompt
+from data_pipelines.prompts import Element, Picture, Text, Tokens, Video, parse_prompt
 from data_pipelines.shards.dataset import Shard, ShardedDataset, open_dataset
 from data_pipelines.sounds import decode_sound, probe_sound
+from data_pipelines.token_ids import check_ids
 from data_pipelines.videos import decode_frames, probe_video
 
 NAMED = 10  # ids that are printed of each cause
@@ -182,6 +183,8 @@ def _decode(element: Element, media: Media) -> None:
         decode_image(media)
     elif isinstance(element, Video):
         decode_frames(media, probe_video(media, FRAMES_PER_SECOND, MAX_FRAMES).times)
+    elif isinstance(element, Tokens):
+        check_ids(media)
     else:
         decode_sound(media, probe_sound(media, RATE), RATE)
 

@@ -14,7 +14,7 @@ from data_pipelines.features import log_mel
 from data_pipelines.index import Index
 from data_pipelines.pipeline import Pipeline
 from data_pipelines.processor import Processor
-from data_pipelines.prompts import Element, Picture, Sound, Text, Video, parse_prompt
+from data_pipelines.prompts import Element, Picture, Sound, Text, Tokens, Video, parse_prompt
 from data_pipelines.sounds import decode_sound
 
 PADDING, TEXT, MARK, IMAGE, FRAME, HEARD, SPOKEN = range(7)
@@ -155,6 +155,8 @@ def describe(element: Element) -> tuple[int, str, bool]:
     name = element.reference.path or "base64 media"
     if isinstance(element, Sound):
         return (SPOKEN if element.spoken else HEARD), name, element.spoken and element.trainable
+    if isinstance(element, Tokens):
+        return TEXT, f"[{name}: token ids]", element.trainable
     video = isinstance(element, Video) or (isinstance(element, Picture) and element.frame)
     return (FRAME if video else IMAGE), name, False
 

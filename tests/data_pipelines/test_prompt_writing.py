@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipelines.prompt_writing import plain_text, turn, write_prompt
-from data_pipelines.prompts import Picture, Reference, Sound, Text, Video, parse_prompt
+from data_pipelines.prompts import Picture, Reference, Sound, Text, Tokens, Video, parse_prompt
 
 REFERENCES = st.builds(Reference, path=st.sampled_from(["a.png", "目录/“b”.wav"])) | st.just(Reference(base64="AAAA"))
 MEDIA = st.one_of(
@@ -13,6 +13,7 @@ MEDIA = st.one_of(
     st.builds(Video, REFERENCES),
     st.builds(lambda reference: Sound(reference), REFERENCES),
     st.builds(lambda reference, learnt: Sound(reference, True, learnt), REFERENCES, st.booleans()),
+    st.builds(Tokens, REFERENCES, st.booleans()),
 )
 TEXTS = st.builds(Text, st.sampled_from(["one ", "二\n", "<C_Q>", '{"path"}']), st.booleans())
 

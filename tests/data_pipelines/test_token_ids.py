@@ -1,18 +1,24 @@
 """Documents whose text is tokenised already: the same sequence as from text, and no other tokenizer."""
 
+import json
+
 import numpy as np
 import pytest
 
 from baichuan_omni_jax.config import ConfigError, tiny
+from data_pipelines.build.dataset import build_dataset
 from data_pipelines.document import Document, SampleError
 from data_pipelines.index_build import load_index
+from data_pipelines.jobs.runners import make_runner
 from data_pipelines.media import Media
 from data_pipelines.processor import Processor
 from data_pipelines.prompts import Reference, Text, Tokens, parse_prompt
-from data_pipelines.shards.dataset import Shard, write_description
+from data_pipelines.shards.dataset import Shard, open_dataset, write_description
 from data_pipelines.shards.writer import ShardWriter
 from data_pipelines.token_ids import pack_ids, read_ids
 from data_pipelines.tokenizing import encode, tokenizer_fingerprint, train_tokenizer
+from data_pipelines.validate import validate
+from data_pipelines.view import TEXT, describe
 
 QUESTION, ANSWER = "<C_Q>Which animal says meow?<C_A>", "The cat says meow."
 TAGS = (
@@ -38,6 +44,7 @@ def test_tags_of_ids_are_elements():
         Tokens(Reference(path="inputs")),
         Tokens(Reference(path="targets"), trainable=True),
     ]
+    assert describe(parse_prompt(TAGS)[1]) == (TEXT, "[targets: token ids]", True)
 
 
 @pytest.mark.parametrize("ending", ["", "<|endoftext|>"])
@@ -64,6 +71,21 @@ def test_ids_that_cannot_be_used(content, cause, told):
     with pytest.raises(SampleError, match=told) as error:
         read_ids(Media("targets", None, content), "ab" * 16, 900)
     assert error.value.cause == cause
+
+
+def test_ids_in_files_are_built_and_validated(processor, tmp_path):
+    """Text that is tokenised already is no medium, and whose ids they are is for the run to say."""
+    for name, data in tokenised(processor)[1].items():
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / "cut").write_bytes(b"no ids")
+    lines = [json.dumps({"text": TAGS.replace("inputs", name)}) for name in ("inputs", "cut")]
+    (tmp_path / "m.jsonl").write_text("\n".join(lines))
+    runner = make_runner("local", 0)
+    told = build_dataset([tmp_path / "m.jsonl"], tmp_path / "out", None, 10, 1 << 20, runner)
+    assert (told["documents"], told["characters"], told["sounds"]) == (2, 0, 0)
+    (problem,) = validate(open_dataset(tmp_path / "out"), runner)
+    assert (problem.id, problem.cause) == ("m-2", "unreadable_media")
+    assert "cut is not a readable list of token ids: it is cut" in problem.message
 
 
 def test_a_data_set_of_another_tokenizer_is_refused(processor, tmp_path):
