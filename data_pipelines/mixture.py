@@ -117,13 +117,18 @@ class Mixture:
         return {name: reader.state for name, reader in self._by_name.items()}
 
     def restore(self, state: Mapping[str, Mapping[str, int]]) -> None:
-        """Goes on where `state` was taken. Raises ConfigError when it is of other sources or other documents."""
+        """Goes on where `state` was taken. Raises ConfigError when it is of other sources, documents or seed."""
         if list(state) != list(self._by_name):
             raise ConfigError(f"the data's state is of the sources {', '.join(state)}, not {', '.join(self._by_name)}")
         for name, reader in self._by_name.items():
             if state[name]["documents"] != reader.documents:
                 raise ConfigError(
                     f"source {name} has {reader.documents} documents; the data's state is of {state[name]['documents']}"
+                )
+            if state[name]["seed"] != reader.state["seed"]:
+                raise ConfigError(
+                    f"data.seed is {reader.state['seed']}; the data's state is of seed {state[name]['seed']}: "
+                    "in another order documents would come twice or not at all"
                 )
             reader.restore(state[name])
         self._count_next()

@@ -168,6 +168,8 @@ def test_a_source_of_other_documents_starts_anew():
     assert epochs_read(after.state) == {"a": 0.0}
     with pytest.raises(ConfigError, match=r"source a has 41 documents; the data's state is of 40"):
         after.restore(before.state)
+    with pytest.raises(ConfigError, match=r"data\.seed is 8; the data's state is of seed 7"):
+        Mixture([source(40)], [1], 8).restore(before.state)
     with pytest.raises(ConfigError, match=r"state is of the sources a, not b"):
         Mixture([source(40, "b")], [1], 7).restore(before.state)
 
