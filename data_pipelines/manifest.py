@@ -98,8 +98,11 @@ def parse_line(line: bytes, number: int, manifest: str, root: Path) -> Document:
         raise SampleError("bad_json", f"{manifest}:{number} is not an object but {type(values).__name__}")
     if not isinstance(values.get("text"), str):
         raise SampleError("bad_json", f'{manifest}:{number} has no "text"')
-    identifier = str(values.get("id") or f"{Path(manifest).with_suffix('')}-{number}")
-    kind = str(values.get("type") or "")
+    for key in ("id", "type"):
+        if not isinstance(values.get(key), str | int | float | None):
+            raise SampleError("bad_json", f'{manifest}:{number}: "{key}" is no text but {type(values[key]).__name__}')
+    identifier, kind = ("" if values.get(key) is None else str(values[key]) for key in ("id", "type"))
+    identifier = identifier or f"{Path(manifest).with_suffix('')}-{number}"
     try:
         (identifier + kind).encode()
     except UnicodeEncodeError as error:

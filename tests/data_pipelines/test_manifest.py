@@ -15,11 +15,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_documents_and_their_defaults(tmp_path):
     (tmp_path / "sub").mkdir()
-    lines = ['\ufeff{"text": "a", "id": "x", "type": "asr"}', "", '{"text": "猫", "extra": 1}']
+    lines = ['\ufeff{"text": "a", "id": "x", "type": "asr"}', "", '{"text": "猫", "extra": 1}', '{"text": "", "id": 0}']
     (tmp_path / "sub/m.jsonl").write_text("\n".join(lines), encoding="utf-8")
     assert [line.document for line in read_manifest("sub/m.jsonl", tmp_path)] == [
         Document(id="x", type="asr", text="a", where="sub/m.jsonl:1", media=tmp_path),
         Document(id="sub/m-3", type="", text="猫", where="sub/m.jsonl:3", media=tmp_path),
+        Document(id="0", type="", text="", where="sub/m.jsonl:4", media=tmp_path),
     ]
 
 
@@ -33,6 +34,8 @@ def test_documents_and_their_defaults(tmp_path):
         (b'{"id": "a"}', 'm.jsonl:2 has no "text"'),
         (b'{"text": 3}', 'm.jsonl:2 has no "text"'),
         (b'{"text": "a", "id": "\\ud800"}', "m.jsonl:2: id or type is not Unicode"),
+        (b'{"text": "a", "id": ["b"]}', 'm.jsonl:2: "id" is no text but list'),
+        (b'{"text": "a", "type": {}}', 'm.jsonl:2: "type" is no text but dict'),
     ],
 )
 def test_bad_lines_are_told_with_their_number(tmp_path, line, message):
