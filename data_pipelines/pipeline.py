@@ -14,7 +14,6 @@ from tokenizers import Tokenizer
 
 from baichuan_omni_jax.config import ConfigError, DataConfig, OmniConfig, SourceConfig
 from baichuan_omni_jax.config.sound_targets import MelTargetSettings
-from data_pipelines.codes import CodeKey
 from data_pipelines.context_plan import context_plan
 from data_pipelines.document import SampleError
 from data_pipelines.index import Index, Skipped
@@ -24,17 +23,16 @@ from data_pipelines.mel_slots import mel_slots
 from data_pipelines.mixture import Mixture
 from data_pipelines.oversize import check_policies, with_pieces
 from data_pipelines.packer import Packer
-from data_pipelines.processor import AudioItem, Codes, Processor
+from data_pipelines.processor import Codes, Processor
 from data_pipelines.prompts import Text, parse_prompt
 from data_pipelines.row_cost import row_cost
-from data_pipelines.row_limits import BUDGETED, budget_vector
+from data_pipelines.row_limits import budget_vector
 from data_pipelines.row_plan import RowPlan, StepPlan, check_format, check_plan
 from data_pipelines.rows import ALL_ROWS, RowDecoder, Shard, Step, StepDataset, read_steps
 from data_pipelines.sources import Source, open_source
 from data_pipelines.tokenizing import load_tokenizer, train_tokenizer
 
 log = logging.getLogger(__name__)
-_WINDOWS = BUDGETED.index("mel_windows")
 NAMED = 1000  # skipped documents of a source that the log names; the others are named in the index's file
 
 
@@ -75,27 +73,6 @@ class Pipeline:
         for index in self.indexes:
             parts[f"the documents of {index.manifest}"] = f"{index.usable} documents {index.digest}"
         return parts
-
-    def audio_items(self) -> Iterator[AudioItem]:
-        """Every window of sound in the mixture, once, in manifest order.
-
-        A document whose media changed since it was indexed is passed over: decoding it tells.
-        """
-        seen = set()
-        for index in self.indexes:
-            for number in index.numbers():
-                if index.needs(number)[_WINDOWS]:
-                    for key, item in self._keyed_audio(index, number):
-                        if key not in seen:
-                            seen.add(key)
-                            yield item
-
-    def _keyed_audio(self, index: Index, number: int) -> list[tuple[CodeKey, AudioItem]]:
-        try:
-            return [(item.key, item) for item in self.processor.audio_items(index.document(number))]
-        except SampleError as error:
-            log.debug("%s has no sound to tokenise: %s", index.where(number), error)
-            return []
 
     def plan(self, *, epochs: int | None = None, left: Mapping | None = None) -> RowPlan:
         """The rows: endless by the mixture's weights, or `epochs` times every document.

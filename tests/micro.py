@@ -20,6 +20,7 @@ from baichuan_omni_jax.omni.batch import BATCH_AXES
 from baichuan_omni_jax.sharding import ShardingRules, make_mesh
 from data_pipelines.codes import CodeStore, write_codes
 from data_pipelines.pipeline import Pipeline, open_pipeline
+from tests.windows import windows_of
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIG = REPOSITORY / "configs" / "micro.py"
@@ -56,7 +57,8 @@ def open_micro(run: RunConfig, path: Path) -> tuple[Pipeline, CodeStore]:
     rng, sizes = np.random.default_rng(0), pipeline.omni.audio.codebook_sizes
     if not path.exists():
         codes = (
-            (item.key, rng.integers(0, sizes, (item.window.code_frames, len(sizes)))) for item in pipeline.audio_items()
+            (key, rng.integers(0, sizes, (item.window.code_frames, len(sizes))))
+            for key, item in windows_of(pipeline).items()
         )
         write_codes(path, codes, fingerprint="random", codebook_sizes=sizes, window_rule={})
     return pipeline, CodeStore(path, "random")

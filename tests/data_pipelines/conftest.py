@@ -10,6 +10,7 @@ import pytest
 from baichuan_omni_jax.config import Budgets, DataConfig, SourceConfig, tiny
 from data_pipelines.codes import CodeStore, write_codes
 from data_pipelines.pipeline import Pipeline, open_pipeline
+from tests.windows import windows_of
 
 SOURCES = {"text": 2.0, "image": 2.0, "video": 1.0, "audio": 3.0, "omni": 2.0}
 BUDGETS = Budgets(tokens=512, patches=768, audio_frames=192, audio_targets=96)
@@ -19,8 +20,8 @@ def random_codes(pipeline: Pipeline):
     """(key, codes) of every window of sound in the mixture."""
     rng = np.random.default_rng(0)
     sizes = pipeline.omni.audio.codebook_sizes
-    for item in pipeline.audio_items():
-        yield item.key, rng.integers(0, sizes, (item.window.code_frames, len(sizes)))
+    for key, item in windows_of(pipeline).items():
+        yield key, rng.integers(0, sizes, (item.window.code_frames, len(sizes)))
 
 
 def store_codes(pipeline: Pipeline, path) -> CodeStore:

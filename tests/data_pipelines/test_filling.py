@@ -17,6 +17,7 @@ from data_pipelines.document import SampleError
 from data_pipelines.jobs import run_job
 from data_pipelines.jobs.local import LocalRunner
 from data_pipelines.pipeline import Pipeline, open_pipeline
+from tests.windows import windows_of
 
 AUDIO = tiny().audio
 BUDGETS = Budgets(tokens=512, patches=768, audio_frames=192, audio_targets=96)
@@ -71,14 +72,14 @@ def fill(tmp_path):
 
 
 def keys_of(pipeline: Pipeline) -> set:
-    return {item.key for item in pipeline.audio_items()}
+    return set(windows_of(pipeline))
 
 
 def test_every_window_of_the_mixture_gets_its_codes(pipeline, fill):
     store, encoded = fill(pipeline)
     assert encoded == len(store) == len(keys_of(pipeline)) > 10
     assert len(store.meta["parts"]) > 1
-    for key, item in {item.key: item for item in pipeline.audio_items()}.items():
+    for key, item in windows_of(pipeline).items():
         assert store.lookup(key).shape == (item.window.code_frames, AUDIO.levels)
     table = listed(_listing(pipeline, store.path), store.index[:0])
     with MelReader(clip_sources([pipeline]), AUDIO, 0) as mels:
@@ -150,9 +151,9 @@ def test_windows_without_codes_are_named_and_left_out(pipeline, tmp_path, caplog
     settings = Settings(report=lambda _: None)
     with caplog.at_level(logging.WARNING):
         store = open_or_fill(tmp_path / "store", [pipeline], Tokenizer("abc", encode), settings)
-    item = next(pipeline.audio_items())
+    key, item = next(iter(windows_of(pipeline).items()))
     assert len(store) == len(keys_of(pipeline)) - 1
-    assert item.key not in store
+    assert key not in store
     (told,) = [record.getMessage() for record in caplog.records]
     assert told.startswith("no codes for a window of sound of omni.jsonl:")
     assert f"(changed): it gives {item.window.code_frames - 1} code frames" in told

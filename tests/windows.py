@@ -1,0 +1,16 @@
+"""The windows of sound of a mixture, for stores whose codes are made up."""
+
+from data_pipelines.codes import CodeKey
+from data_pipelines.codes.listing import clip_sources
+from data_pipelines.pipeline import Pipeline
+from data_pipelines.processor import AudioItem
+
+
+def windows_of(pipeline: Pipeline) -> dict[CodeKey, AudioItem]:
+    """Every window by its key, in the order of sources and documents."""
+    return {
+        item.key: item
+        for source in clip_sources([pipeline])
+        for number in source.with_sound(0, len(source)).tolist()
+        for item in source.items(number)
+    }
