@@ -4,13 +4,19 @@ The plan is cheap arithmetic, so every worker runs it whole and decodes every n-
 plan's state after it, which holds for all hosts, so a run resumes with other workers, hosts or mesh.
 """
 
+import atexit
 import json
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import grain
 import numpy as np
 from absl import flags
+from grain.multiprocessing import SharedMemoryArray
 from jaxtyping import Int32
 
 from baichuan_omni_jax.config import Budgets, OmniConfig
@@ -161,7 +167,8 @@ def read_steps(dataset: StepDataset, workers: int) -> Iterator[Step]:
     if workers:
         if not flags.FLAGS.is_parsed():  # Grain reads absl flags; outside an absl app nobody has parsed them
             flags.FLAGS.mark_as_parsed()
-        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
+        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+        dataset = dataset.mp_prefetch(options, _end_with_parent)
     elements = iter(dataset)
     try:
         for element in elements:
@@ -170,3 +177,25 @@ def read_steps(dataset: StepDataset, workers: int) -> Iterator[Step]:
             yield Step(element["batch"], lost, info["state"])
     finally:
         elements.close()  # ends the workers when the reader stops early
+
+
+@atexit.register
+def free_shared_memory() -> None:
+    """Waits, 10 s at most, until the shared memory of batches that nobody holds any more is free.
+
+    Grain frees it in a thread, which the end of the program would cut off; Python then warns of what was leaked.
+    """
+    thread = getattr(SharedMemoryArray, "_del_thread_pool", None)
+    if thread is not None:
+        thread.apply_async(int).wait(10)
+
+
+def _end_with_parent(*_: int) -> None:
+    """In a worker: ends it when the process that started it was killed, where Grain's would wait for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes of a terminal
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -1,9 +1,8 @@
 """Log-mels of many windows of sound, decoded by worker processes ahead of whoever reads them, in order."""
 
-import multiprocessing
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from data_pipelines.codes.clips import key_fields
 from data_pipelines.codes.listing import ClipSource
 from data_pipelines.document import SampleError
 from data_pipelines.features import log_mel
+from data_pipelines.jobs.local import HeldPool
 from data_pipelines.sounds import decode_sound
 
 # Windows of one document that are decoded at once: 16 minutes, 50 MB of mel. A longer clip is decoded once for each.
@@ -45,7 +45,7 @@ class MelReader:
 
     def __init__(self, sources: tuple[ClipSource, ...], audio: AudioConfig, workers: int):
         self._decode, self._workers = _Decoder(sources, audio), workers
-        self._pool: ProcessPoolExecutor | None = None
+        self._pool: HeldPool | None = None
 
     def __enter__(self) -> "MelReader":
         return self
@@ -88,10 +88,7 @@ class MelReader:
 
     def _submit(self, task: _Task) -> Future:
         if self._pool is None:
-            # Spawned: forking a process that runs threads (JAX) may deadlock.
-            self._pool = ProcessPoolExecutor(
-                self._workers, multiprocessing.get_context("spawn"), initializer=_start, initargs=(self._decode,)
-            )
+            self._pool = HeldPool(self._workers, _start, (self._decode,))
         try:
             return self._pool.submit(_work, task)
         except BrokenProcessPool as error:

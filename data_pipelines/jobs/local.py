@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
@@ -16,6 +16,23 @@ from data_pipelines.jobs.job import Job, Outcomes, Unit, describe_error
 
 # Spawned: forking a process that runs threads (JAX, Grain) may deadlock.
 _SPAWN = multiprocessing.get_context("spawn")
+
+
+class HeldPool(ProcessPoolExecutor):
+    """Processes that end with the one that started them, whatever ends it, and leave Ctrl-C to it."""
+
+    def __init__(self, workers: int, initializer: Callable[..., None] | None = None, initargs: tuple = ()):
+        self._held, self._holder = _SPAWN.Pipe(duplex=False)
+        super().__init__(workers, _SPAWN, _hold_on, (self._held, initializer, initargs))
+
+    def let_go(self) -> None:
+        """Ends all of them at once, with what is under way."""
+        self._holder.close()
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        super().shutdown(wait, cancel_futures=cancel_futures)
+        self._holder.close()
+        self._held.close()
 
 
 class LocalRunner:
@@ -55,8 +72,7 @@ def _run_pool(
 
     Returns the units that were under way then.
     """
-    held, holder = _SPAWN.Pipe(duplex=False)
-    pool = ProcessPoolExecutor(workers, mp_context=_SPAWN, initializer=_hold_on, initargs=(held,))
+    pool = HeldPool(workers)
     futures: dict[Future, Unit] = {}
     broken = False
     try:
@@ -74,12 +90,10 @@ def _run_pool(
     except BrokenProcessPool:  # of `submit`
         pending.appendleft(unit)
     except BaseException:  # Ctrl-C, or the caller has stopped: nobody waits for what is under way
-        holder.close()
+        pool.let_go()
         raise
     finally:
         pool.shutdown(cancel_futures=True)
-        holder.close()
-        held.close()
     return list(futures.values())
 
 
@@ -90,7 +104,7 @@ def _attempt(job: Job, unit: Unit) -> dict | Exception:
         return RuntimeError(describe_error(error))  # not every exception survives the way to another process
 
 
-def _hold_on(held: Connection) -> None:
+def _hold_on(held: Connection, initializer: Callable[..., None] | None, initargs: tuple) -> None:
     """In a worker: ends it when the process that started it closes the other end of the pipe, or is no more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes of a terminal
 
@@ -100,3 +114,5 @@ def _hold_on(held: Connection) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+    if initializer:
+        initializer(*initargs)

@@ -3,6 +3,9 @@
 import logging
 import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,8 +20,10 @@ from data_pipelines.document import SampleError
 from data_pipelines.jobs import run_job
 from data_pipelines.jobs.local import LocalRunner
 from data_pipelines.pipeline import Pipeline, open_pipeline
+from tests.data_pipelines.test_jobs import alive, wait_for
 from tests.windows import windows_of
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 AUDIO = tiny().audio
 BUDGETS = Budgets(tokens=512, patches=768, audio_frames=192, audio_targets=96)
 
@@ -157,6 +162,28 @@ def test_windows_without_codes_are_named_and_left_out(pipeline, tmp_path, caplog
     (told,) = [record.getMessage() for record in caplog.records]
     assert told.startswith("no codes for a window of sound of omni.jsonl:")
     assert f"(changed): it gives {item.window.code_frames - 1} code frames" in told
+
+
+@pytest.mark.slow
+def test_no_decoder_outlives_a_killed_program(tmp_path):
+    """Its workers have nothing to do when it is killed: they wait for a next task, which never comes."""
+    code = (
+        "from data_pipelines.codes.mels import MelReader, _Task\n"
+        "from baichuan_omni_jax.config import tiny\n"
+        "if __name__ == '__main__':\n"
+        "    reader = MelReader((), tiny().audio, 2)\n"
+        "    reader._submit(_Task(0, 0, (), ())).exception()\n"
+        "    print(*reader._pool._processes, flush=True)\n"
+        "    input()\n"
+    )
+    (tmp_path / "script.py").write_text(code)
+    command, where = [sys.executable, str(tmp_path / "script.py")], {"PYTHONPATH": str(REPOSITORY)}
+    with subprocess.Popen(command, env=os.environ | where, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as program:
+        workers = [int(number) for number in program.stdout.readline().split()]
+        assert workers
+        assert all(map(alive, workers))
+        program.kill()
+    wait_for(lambda: not any(map(alive, workers)))
 
 
 def test_mels_say_why_there_is_none(pipeline):

@@ -2,12 +2,30 @@
 
 import multiprocessing
 import os
+import pickle
 import signal
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 
+from data_pipelines.rows import free_shared_memory
 from tests.data_pipelines.conftest import with_config
+from tests.data_pipelines.test_jobs import alive, wait_for
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+KILLED = """
+import multiprocessing, pickle, time
+from data_pipelines.pipeline import open_pipeline
+if __name__ == "__main__":
+    with open("config", "rb") as file:
+        steps = open_pipeline(*pickle.load(file)).steps(None)
+    next(steps)
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    time.sleep(100)
+"""
 
 
 class Failing:
@@ -44,8 +62,28 @@ def _running() -> set:
 
 def test_a_reader_that_stops_early_leaves_nothing(sample_pipeline, sample_codes, nothing_left):
     steps = with_config(sample_pipeline, workers=2).steps(sample_codes)
-    next(steps)
+    step = next(steps)
     steps.close()
+    shared = [Path("/dev/shm") / array.shm.name for array in step.batch.values()]
+    assert all(path.exists() for path in shared)
+    del step
+    free_shared_memory()
+    assert not any(path.exists() for path in shared)
+
+
+@pytest.mark.slow
+def test_no_worker_outlives_a_killed_program(sample_pipeline, tmp_path):
+    """Nothing tells them to stop: they would wait for ever until somebody takes what they decoded."""
+    text = with_config(sample_pipeline, workers=2, mixture=sample_pipeline.config.mixture[:1])
+    (tmp_path / "config").write_bytes(pickle.dumps((text.config, text.omni)))
+    (tmp_path / "script.py").write_text(KILLED)
+    command, where = [sys.executable, "script.py"], {"PYTHONPATH": str(REPOSITORY)}
+    with subprocess.Popen(command, cwd=tmp_path, env=os.environ | where, stdout=subprocess.PIPE) as program:
+        workers = [int(number) for number in program.stdout.readline().split()]
+        assert len(workers) == 2
+        assert all(map(alive, workers))
+        program.kill()
+    wait_for(lambda: not any(map(alive, workers)))
 
 
 def test_an_error_in_a_worker_is_raised_and_leaves_nothing(sample_pipeline, nothing_left):
