@@ -3,6 +3,7 @@
 import io
 import random
 from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,6 +17,7 @@ from data_pipelines.special_tokens import ASSISTANT, SYSTEM, USER
 from data_pipelines.synthesis.draft import Draft
 from data_pipelines.synthesis.languages import HAN, language_of
 from data_pipelines.synthesis.splitting import HAN_SECONDS, split_text, spoken_seconds
+from data_pipelines.synthesis.task_prompts import choose_prompt
 from data_pipelines.synthesis.text_to_speech import INCLUDED, load_speech, voice_text
 from data_pipelines.synthesis.voices import LANGUAGES
 
@@ -132,6 +134,20 @@ class Speaker:
         if not chosen:
             raise SampleError("no_voice", f"none of the voices asked for speaks {language!r}")
         return chosen
+
+
+def spoken_sentences(
+    document: Document, draft: Draft, settings: SpeechSettings, prompts: dict[str, tuple[str, ...]]
+) -> Iterator[tuple[str, str, str]]:
+    """Each sentence of a text: a task prompt in its language, its words, the path of its speech.
+
+    Raises SampleError as `text_alone` and `Speaker`.
+    """
+    text = text_alone(document)
+    speaker = Speaker.of(settings, document, draft, text)
+    for sentence in sentences_of(text, settings):
+        prompt = choose_prompt(prompts, speaker.language, speaker.rng)
+        yield prompt, sentence.strip(), speaker.say(sentence)
 
 
 def _encode(samples: np.ndarray, rate: int) -> bytes:
