@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 from baichuan_omni_jax.config import ConfigError, DataConfig, OmniConfig, SourceConfig
 from baichuan_omni_jax.config.sound_targets import MelTargetSettings
+from data_pipelines.commands import file_errors
 from data_pipelines.context_plan import context_plan
 from data_pipelines.document import SampleError
 from data_pipelines.index import Index, Skipped
@@ -133,7 +134,7 @@ def open_pipeline(
     With `processor` the documents go through that one: held-out documents need the tokenizer of the training run.
     `targets` are mels that batches hold beside mel slots.
     Raises ConfigError for a missing manifest or tokenizer, a source with nothing usable, patches that `media_shards`
-    does not divide, or more unusable documents than `max_bad_fraction`.
+    does not divide, more unusable documents than `max_bad_fraction`, or a cache that cannot be written.
     """
     if not config.mixture:
         raise ConfigError("data.mixture is empty: name at least one source")
@@ -141,8 +142,9 @@ def open_pipeline(
     check_plan(config)
     check_policies(config)
     root = Path(config.root).expanduser()
-    processor = processor or Processor(omni, load_or_train_tokenizer(config, omni), config.end_of_text)
-    indexes = tuple(_open_index(config, source, root, processor) for source in config.mixture)
+    with file_errors(cache_folder(config)):
+        processor = processor or Processor(omni, load_or_train_tokenizer(config, omni), config.end_of_text)
+        indexes = tuple(_open_index(config, source, root, processor) for source in config.mixture)
     pipeline = Pipeline(config, omni, processor, indexes, targets or {})
     for index in indexes:
         _name_skipped(index)

@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from baichuan_omni_jax.config import ConfigError
-from baichuan_omni_jax.config.errors import exit_code
+from data_pipelines.build.dataset import remove_outdated
+from data_pipelines.commands import run_job_command
 from data_pipelines.document import Document
 from data_pipelines.jobs import Job, Unit, run_job
-from data_pipelines.jobs.job import Runner
+from data_pipelines.jobs.job import Runner, hold, refuse_foreign
 from data_pipelines.jobs.runners import add_runner_arguments, chosen_runner
 from data_pipelines.shards.dataset import Shard, write_description
 from data_pipelines.shards.writer import SUFFIX, ShardWriter
@@ -33,6 +34,7 @@ from data_pipelines.special_tokens import TOKENS_END, TOKENS_START, TRAINABLE_EN
 from data_pipelines.token_ids import pack_ids
 from data_pipelines.tokenizing import load_tokenizer, tokenizer_fingerprint
 
+LOCK = "seqio"
 SHARD_DOCUMENTS = 10_000
 _FEATURES = ("inputs", "targets")
 
@@ -159,7 +161,7 @@ def _import_seqio(recipe: Recipe) -> Any:
     for module in recipe.modules:
         try:
             importlib.import_module(module)
-        except ImportError as error:
+        except Exception as error:  # it is the user's
             raise ConfigError(f"--module {module} cannot be imported: {error}") from error
     return seqio
 
@@ -173,8 +175,15 @@ def cache(recipe: Recipe, out: Path, documents: int | None, shards: int, runner:
     shards = shards or math.ceil((documents or 1) / SHARD_DOCUMENTS)
     if shards < 1 or (documents is not None and documents < shards):
         raise ConfigError(f"{documents} documents cannot fill {shards} shards")
+    refuse_foreign(out, LOCK)
     job = Job(f"caching {recipe.mixture}", _units(recipe, rates, documents, shards), CacheShard(recipe), out)
-    summaries = run_job(job, runner)
+    with hold(out, LOCK, job.title):
+        remove_outdated(job)
+        return _describe(recipe, rates, job, run_job(job, runner))
+
+
+def _describe(recipe: Recipe, rates: Mapping[str, float], job: Job, summaries: Sequence[dict]) -> dict:
+    """Writes `dataset.json`; returns what it tells besides the shards."""
     files, counts = job.files(), Counter()
     for summary in summaries:
         counts.update(summary["documents"])
@@ -191,7 +200,7 @@ def cache(recipe: Recipe, out: Path, documents: int | None, shards: int, runner:
         "tasks": dict(sorted(counts.items())),
         "tokens": sum(summary["tokens"] for summary in summaries),
     }
-    write_description(out, written, details)
+    write_description(job.out, written, details)
     return details
 
 
@@ -199,15 +208,16 @@ def _units(recipe: Recipe, rates: Mapping[str, float], documents: int | None, sh
     units = []
     for number in range(shards):
         share = None if documents is None else documents * (number + 1) // shards - documents * number // shards
-        decides = [recipe.mixture, recipe.split, recipe.seed, recipe.fingerprint, dict(rates), number, shards, share]
+        decides = [recipe.mixture, recipe.modules, recipe.split, recipe.seed, recipe.fingerprint, dict(rates)]
+        decides += [number, shards, share]
         units.append(Unit(f"documents-{number:05d}", repr(decides), (number, shards, share), share or 1))
     return units
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 with one sentence when something given cannot be used."""
+    """Returns the exit code: 0, 2 with one sentence when something given cannot be used, 130 after Ctrl-C."""
     options = _parser().parse_args(arguments)
-    return exit_code(lambda: _cache(options))
+    return run_job_command(lambda: _cache(options), options.out)
 
 
 def _cache(options: argparse.Namespace) -> None:

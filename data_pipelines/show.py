@@ -13,6 +13,7 @@ from pathlib import Path
 
 from baichuan_omni_jax.config import Budgets, ConfigError, DataConfig, SourceConfig, resolve_model
 from baichuan_omni_jax.config.errors import exit_code
+from data_pipelines.commands import file_errors
 from data_pipelines.pipeline import Pipeline, open_pipeline
 from data_pipelines.view import find_document, richest_document, view_document, view_rows
 
@@ -28,7 +29,7 @@ def show(options: argparse.Namespace) -> None:
     _check_matplotlib()
     if options.rows < 1 or options.length < 1:
         raise ConfigError(f"--rows {options.rows} and --length {options.length} must be at least 1")
-    try:
+    with file_errors(options.out):
         pipeline = open_pipeline(_data_config(options), resolve_model(options.model))
         rows, lost = view_rows(pipeline, options.rows)
         chosen = find_document(pipeline, options.document) if options.document else richest_document(rows[0])
@@ -36,8 +37,6 @@ def show(options: argparse.Namespace) -> None:
         from data_pipelines.drawing import draw  # imports matplotlib
 
         draw(rows, document, options.out, notes=_notes(pipeline, lost))
-    except OSError as error:
-        raise ConfigError(f"{error.filename or options.out}: {error.strerror or error}") from error
     for line in lost:
         print(line, file=sys.stderr)
     for number, row in enumerate(rows):

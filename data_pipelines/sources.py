@@ -71,16 +71,17 @@ class ManifestSource:
     @cached_property
     def _survey(self) -> dict:
         path = (self.root / self.path).resolve()
+        note = self._notes / f"{path.stem}-{hashlib.sha256(str(path).encode()).hexdigest()[:16]}.lines.json"
+        known = _read_note(note)
         try:
             status = path.stat()
             told = {"path": str(path), "size": status.st_size, "changed": status.st_mtime_ns, "part": PART_BYTES}
-            note = self._notes / f"{path.stem}-{hashlib.sha256(str(path).encode()).hexdigest()[:16]}.lines.json"
-            known = _read_note(note)
-            if known is None or any(known.get(name) != value for name, value in told.items()):
-                known = told | _survey(path)
-                write_json(note, known)
+            if known is not None and all(known.get(name) == value for name, value in told.items()):
+                return known
+            known = told | _survey(path)
         except OSError as error:
             raise ConfigError(f"manifest {self.root / self.path} cannot be read: {error.strerror}") from error
+        write_json(note, known)
         return known
 
 

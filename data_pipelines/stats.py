@@ -51,17 +51,25 @@ def main(arguments: list[str] | None = None) -> int:
 def _show(options: argparse.Namespace) -> None:
     draw = _drawing(options.plot) if options.plot else None  # first of all: measuring may take long
     measures, skipped = load(options.sources, options.root, options.workers)
+    if not len(measures):
+        names = ", ".join(map(str, options.sources))
+        raise ConfigError(
+            f"no document of {names} can be used: {_named(skipped)}" if skipped else f"{names}: no document"
+        )
     console = Console(width=max(110, Console().width), highlight=False)
     console.print(modality_table(measures))
     for quantity in quantities(measures):
         if len(quantity.values):
             console.print(distribution_table(quantity, measures.types))
     if skipped:
-        causes = ", ".join(f"{count} {cause}" for cause, count in sorted(skipped.items()))
-        print(f"{sum(skipped.values())} documents are skipped: {causes}")
+        print(f"{sum(skipped.values())} documents are skipped: {_named(skipped)}")
     if draw:
         draw(measures.types, quantities(measures), options.plot)
         print(f"{options.plot}: distributions of {len(measures)} documents")
+
+
+def _named(causes: Counter) -> str:
+    return ", ".join(f"{count} {cause}" for cause, count in sorted(causes.items()))
 
 
 def _drawing(path: Path):
@@ -88,7 +96,7 @@ def load(sources: Sequence[Path], root: Path | None, workers: int) -> tuple[Meas
     for folder in folders:
         description = read_description(folder)
         tables += [_load_part(folder, shard["file"]) for shard in description["shards"]]
-        skipped.update(description["skipped"])
+        skipped.update(description.get("skipped", {}))  # seqio_cache skips nothing
     if manifests:
         measured, causes = _measure_manifests(manifests, root, workers)
         tables += measured

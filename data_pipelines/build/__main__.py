@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from baichuan_omni_jax.config import ConfigError
-from baichuan_omni_jax.config.errors import exit_code
 from data_pipelines.build.dataset import SKIPPED_FILE, build_dataset
+from data_pipelines.commands import run_job_command
 from data_pipelines.jobs.runners import add_runner_arguments, chosen_runner
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
@@ -20,24 +20,20 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code: 0, 2 with one sentence when something given cannot be used, 130 after Ctrl-C."""
     options = _parser().parse_args(arguments)
-    try:
-        return exit_code(lambda: _build(options))
-    except KeyboardInterrupt:
-        print("stopped: the same command goes on from here", file=sys.stderr)
-        return 130
+    return run_job_command(lambda: _build(options), options.out)
 
 
 def _build(options: argparse.Namespace) -> None:
     size = _bytes(options.shard_bytes)
     runner = chosen_runner(options)
-    try:
-        dataset = build_dataset(options.manifests, options.out, options.root, options.shard_documents, size, runner)
-    except OSError as error:
-        raise ConfigError(f"--out {options.out} cannot be written: {error}") from error
+    dataset = build_dataset(options.manifests, options.out, options.root, options.shard_documents, size, runner)
     for line in describe(dataset):
         print(line)
     if dataset["skipped"]:
         print(f"each of them, with its cause: {options.out / SKIPPED_FILE}")
+    if not dataset["documents"]:
+        names = ", ".join(dataset["manifests"])
+        raise ConfigError(f"no document of {names} can be used" if dataset["skipped"] else f"{names}: no document")
 
 
 def describe(dataset: Mapping) -> list[str]:

@@ -22,7 +22,7 @@ from data_pipelines.build.plan import PlannedLines, Source, first_of_same_id, pl
 from data_pipelines.build.shard import PARTS, ShardLines, build_shard
 from data_pipelines.document_types import is_known_type
 from data_pipelines.jobs import Job, Unit, run_job
-from data_pipelines.jobs.job import Runner, hold, remove_unit
+from data_pipelines.jobs.job import Runner, hold, refuse_foreign, remove_unit
 from data_pipelines.manifest import LineRange
 from data_pipelines.shards.dataset import DATASET_FILE, Shard, read_description, write_description
 from data_pipelines.shards.record import SCHEMA
@@ -47,11 +47,11 @@ def build_dataset(
     if documents < 1 or size < 1:
         raise ConfigError("a shard holds at least one document and one byte")
     sources = list_sources(manifests, root)
-    _refuse_foreign(out)
+    refuse_foreign(out, LOCK)
     with hold(out, LOCK, "building"):
         lines = plan_lines(sources, out / ".plan", runner)
         job = Job("building", _shards(sources, lines, documents, size), build_shard, out)
-        _remove_outdated(job)
+        remove_outdated(job)
         summaries = run_job(job, runner)
         _join_skipped(job)
         shards = _describe_shards(job, summaries)
@@ -62,8 +62,10 @@ def build_dataset(
 def list_sources(manifests: Sequence[Path], root: Path | None) -> list[Source]:
     """The manifests with the shortest names that tell them apart: paths from the folder that all of them are in.
 
-    Raises ConfigError when one is given twice.
+    Raises ConfigError when one is given twice, or `root` is no folder.
     """
+    if root is not None and not root.expanduser().is_dir():
+        raise ConfigError(f"--root {root} is no folder")
     paths = [path.expanduser().resolve() for path in manifests]
     if doubles := [path for path, count in Counter(paths).items() if count > 1]:
         raise ConfigError(f"manifest {doubles[0]} is given twice")
@@ -76,17 +78,6 @@ def list_sources(manifests: Sequence[Path], root: Path | None) -> list[Source]:
         folder = root.expanduser().resolve() if root else path.parent
         found.append(Source(path, name, folder, f"{stem}~{same + 1}" if same else stem))
     return found
-
-
-def _refuse_foreign(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out {out} is a file")
-    if out.exists() and any(out.iterdir()) and not (out / ".units" / f"{LOCK}.lock").exists():
-        entry = min(entry.name for entry in out.iterdir())
-        raise ConfigError(
-            f"--out {out} is not empty and holds {entry!r}, which this program did not write: "
-            "name a new or empty folder; nothing was changed"
-        )
 
 
 def _shards(sources: Sequence[Source], lines: Sequence[PlannedLines], documents: int, size: int) -> list[Unit]:
@@ -132,7 +123,7 @@ def _cuts(sizes: np.ndarray, documents: int, size: int) -> Iterator[tuple[int, i
         begin = end
 
 
-def _remove_outdated(job: Job) -> None:
+def remove_outdated(job: Job) -> None:
     """Removes the description when it will change, and what earlier units left that are none of this job's."""
     if any(job.summary(unit) is None for unit in job.units):
         (job.out / DATASET_FILE).unlink(missing_ok=True)

@@ -134,6 +134,20 @@ def run_job(job: Job, runner: Runner, report: Callable[[str], None] = print) -> 
     return [summaries[unit.name] for unit in job.units]
 
 
+def refuse_foreign(out: Path, name: str) -> None:
+    """Raises ConfigError when `out` is a file, or holds anything and was never held under `name`."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out} is a file")
+    # `.units` alone is what a program leaves that was killed before it held anything.
+    entries = {entry.name for entry in out.iterdir()} - {".units"} if out.exists() else set()
+    if entries and not _lock(out, name).exists():
+        entry = min(entries, key=lambda entry: (entry.startswith("."), entry))
+        raise ConfigError(
+            f"--out {out} is not empty and holds {entry!r}, which this program did not write: "
+            "name a new or empty folder; nothing was changed"
+        )
+
+
 @contextmanager
 def hold(out: Path, name: str, title: str) -> Iterator[None]:
     """Keeps other programs from doing the same in the folder `out`; `name` says what is the same.
@@ -141,12 +155,16 @@ def hold(out: Path, name: str, title: str) -> Iterator[None]:
     Raises ConfigError, which `title` begins, while another one does it.
     """
     (out / ".units").mkdir(parents=True, exist_ok=True)
-    with (out / ".units" / f"{name}.lock").open("w") as file:
+    with _lock(out, name).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(f"{title}: another program is at work in {out}; nothing was changed") from None
         yield
+
+
+def _lock(out: Path, name: str) -> Path:
+    return out / ".units" / f"{name}.lock"
 
 
 def _clear_scratch(job: Job) -> None:

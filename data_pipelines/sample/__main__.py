@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from baichuan_omni_jax.config.errors import exit_code
+from data_pipelines.commands import file_errors
 from data_pipelines.sample.build import SUMMARY, build_sample
 
 
@@ -21,7 +22,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _build(folder: Path, seed: int) -> None:
     begin = time.perf_counter()
-    out = build_sample(folder, seed=seed)
+    with file_errors(folder):
+        out = build_sample(folder, seed=seed)
     summary = json.loads((out / SUMMARY).read_text(encoding="utf-8"))
     print(f"{out}: {summary['documents']} documents ({time.perf_counter() - begin:.1f} s)")
     for kind, count in summary["by_type"].items():

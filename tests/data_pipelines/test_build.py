@@ -225,11 +225,30 @@ def test_other_things_are_left_alone(corpus, tmp_path, capsys):
         (["one.jsonl", "one.jsonl"], "one.jsonl is given twice"),
         (["one.jsonl", "--shard-bytes", "many"], "--shard-bytes many is no number of bytes"),
         (["one.jsonl", "--shard-documents", "0"], "at least one document"),
+        (["one.jsonl", "--root", "one.jsonl"], "--root one.jsonl is no folder"),
     ],
 )
 def test_arguments_that_cannot_be_used(corpus, tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(corpus)
     assert main([*arguments, "--workers", "0", "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("manifest", "out", "message"),
+    [
+        ("", "out", "m.jsonl: no document"),
+        ('{"text": 1}', "out", "no document of m.jsonl can be used"),
+        ('{"text": "a"}', "m.jsonl/out", "m.jsonl/out/.units: Not a directory"),
+        (None, "out", "m.jsonl cannot be read: Is a directory"),
+    ],
+)
+def test_nothing_to_build_or_no_place_for_it(tmp_path, capsys, manifest, out, message):
+    path = tmp_path / "m.jsonl"
+    path.mkdir() if manifest is None else path.write_text(manifest)
+    assert main([str(path), "--workers", "0", "--out", str(tmp_path / out)]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1

@@ -287,6 +287,13 @@ def test_a_source_without_usable_documents_is_told_at_once(root):
         open_pipeline(config(root, max_bad_fraction=1.0), tiny())
 
 
+def test_no_place_for_the_cache(root):
+    write(root, [SPOKEN])
+    (root / ".cache").write_text("a file")
+    with pytest.raises(ConfigError, match=r"\.cache.*: (File exists|Not a directory)"):
+        open_pipeline(config(root), tiny())
+
+
 def test_an_empty_mixture(tmp_path):
     with pytest.raises(ConfigError, match=r"data\.mixture is empty"):
         open_pipeline(DataConfig(root=str(tmp_path)), tiny())

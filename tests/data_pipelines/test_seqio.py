@@ -162,6 +162,8 @@ def test_what_is_asked_wrongly_is_one_sentence(root, recipe, tmp_path, capsys):
     assert main(arguments) == 2
     assert "task omni_text: inputs has another vocabulary than" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+    with pytest.raises(ConfigError, match=r"is not empty and holds 'other\.json', which this program did not write"):
+        cache(recipe, tmp_path, 10, 1, LocalRunner(0))
 
 
 # Raises when anything asks for TensorFlow, and tells at the end that it is not there.

@@ -71,8 +71,11 @@ def test_the_command(corpus, tmp_path, capsys):
     assert main([str(corpus / "out"), "--workers", "0", "--plot", str(tmp_path / "none/x.png")]) == 2
     assert main([str(corpus / "out"), "--workers", "0", "--plot", str(tmp_path / "x.word")]) == 2
     assert main([str(tmp_path), "--workers", "0"]) == 2
+    (tmp_path / "m.jsonl").write_text("")
+    assert main([str(tmp_path / "m.jsonl"), "--workers", "0", "--plot", str(plot)]) == 2
     errors = capsys.readouterr().err.splitlines()
-    assert ["--plot" in line for line in errors] == [True, True, False]
+    assert ["--plot" in line for line in errors] == [True, True, False, False]
+    assert errors[-1].endswith("m.jsonl: no document")
 
 
 def test_tables_of_no_or_many_types():
