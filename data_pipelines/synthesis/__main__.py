@@ -7,31 +7,41 @@ command is given again.
 import argparse
 import sys
 
+from baichuan_omni_jax.config import ConfigError
 from baichuan_omni_jax.config.errors import exit_code
+from data_pipelines.commands import run_job_command
 from data_pipelines.jobs import run_job
+from data_pipelines.jobs.job import hold, refuse_foreign
 from data_pipelines.jobs.runners import add_runner_arguments, chosen_runner
 from data_pipelines.synthesis import asr, captions, crossmodal, filters, intlv, itts, pages, tts, voice_list
 from data_pipelines.synthesis.units import add_job_arguments, assemble
 
+LOCK = "synthesis"
 JOBS = (intlv, itts, asr, tts, crossmodal, pages, captions, filters)  # modules, one a job
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 with one sentence when something given cannot be used."""
+    """Returns the exit code: 0, 2 with one sentence when something given cannot be used, 130 after Ctrl-C."""
     options = _parser().parse_args(arguments)
-    return exit_code(lambda: _run(options) if options.job else voice_list.list_voices(options))
+    if not options.job:
+        return exit_code(lambda: voice_list.list_voices(options))
+    return run_job_command(lambda: _run(options), options.out)
 
 
 def _run(options: argparse.Namespace) -> None:
-    job = options.job.make_job(options)
+    refuse_foreign(options.out, LOCK)
+    job, runner = options.job.make_job(options), chosen_runner(options)
     finish = getattr(options.job, "finish", assemble)
-    sums = finish(job, run_job(job, chosen_runner(options)))
+    with hold(options.out, LOCK, job.title):
+        sums = finish(job, run_job(job, runner))
     for part, count in sorted(sums["made"].items()):
         print(f"{options.out / part}.jsonl: {count} documents")
     for key, name in (("rejected", "rejected"), ("skipped", f"skipped-{job.title}")):
         if counts := sums.get(key):
             causes = ", ".join(f"{count} {cause}" for cause, count in counts.most_common())
             print(f"{options.out / name}.jsonl: {counts.total()} {key}: {causes}")
+    if not (sums["made"] or sums.get("rejected")):
+        raise ConfigError(f"nothing can be made of {', '.join(map(str, options.manifests))}")
 
 
 def _parser() -> argparse.ArgumentParser:

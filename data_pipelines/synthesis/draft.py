@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_pipelines.document import Document, SampleError
-from data_pipelines.media import Media
+from data_pipelines.media import Media, reading
 
 
 @dataclass
@@ -48,7 +48,10 @@ class Draft:
         return self._keep(media, suffix)
 
     def write_media(self, out: Path) -> None:
-        """Writes the media below `out`, the folder that their paths are relative to."""
+        """Writes the media below `out`, the folder that their paths are relative to.
+
+        Raises SampleError "unreadable_media" for a file of the source that can neither be linked nor opened.
+        """
         for path, content in self._media.items():
             target = out / path
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -71,5 +74,7 @@ def _link_or_copy(media: Media, target: Path) -> None:
             return
         except OSError:  # another file system, or one without links
             pass
-    with media.open() as source, target.open("wb") as file:
+    with reading(media, "file"):
+        source = media.open()
+    with source, target.open("wb") as file:
         shutil.copyfileobj(source, file)

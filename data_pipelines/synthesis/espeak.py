@@ -79,7 +79,10 @@ class _Server:
         answer = json.loads(head)
         if "error" in answer:
             raise SpeechError(answer["error"])
-        return self.process.stdout.read(answer["bytes"])
+        samples = self.process.stdout.read(answer["bytes"])
+        if len(samples) < answer["bytes"]:
+            raise OSError(f"exit code {self.process.wait()}")
+        return samples
 
     def close(self) -> None:
         if self.owner == os.getpid():

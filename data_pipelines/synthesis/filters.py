@@ -96,10 +96,10 @@ class FilterDocuments:
                 else:
                     draft = Draft(document, NAME, unit.name, number)
                     line, media = _carry(document, verdict, draft)
+                    draft.write_media(folder)
                     if verdict.part == KEPT and self.rules.duplicates:
                         digests = [one.content_hash() for one in media]
                         signatures.append(_near_duplicates().sign(plain_text(document.text), digests))
-                    draft.write_media(folder)
                 parts[verdict.part].append(json_line(line))
             except SampleError as error:
                 skipped[error.cause] += 1

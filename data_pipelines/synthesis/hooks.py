@@ -16,8 +16,8 @@ def load_hook(option: str, name: str, *methods: str) -> object:
     make = load_function(option, name, "factory")
     try:
         hook = make()
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"{option} {name} cannot be loaded: {error}") from error
+    except Exception as error:  # the user's program may raise anything
+        raise _not_loaded(option, name, error) from error
     for method in methods:
         if not callable(getattr(hook, method, None)):
             raise ConfigError(f"{option} {name}: what it returns has no method {method}")
@@ -31,5 +31,10 @@ def load_function(option: str, name: str, word: str = "function") -> Callable:
         raise ConfigError(f"{option} {name}: not of the form package.module:{word}")
     try:
         return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"{option} {name} cannot be loaded: {error}") from error
+    except Exception as error:  # as above: importing runs it
+        raise _not_loaded(option, name, error) from error
+
+
+def _not_loaded(option: str, name: str, error: Exception) -> ConfigError:
+    kind = "" if isinstance(error, ImportError | AttributeError) else f"{type(error).__name__}: "
+    return ConfigError(f"{option} {name} cannot be loaded: {kind}{error}")

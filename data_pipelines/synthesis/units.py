@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from baichuan_omni_jax.config import ConfigError
+from data_pipelines.build.dataset import list_sources
+from data_pipelines.build.plan import Source
 from data_pipelines.document import Document, SampleError
 from data_pipelines.jobs import Job, Unit
 from data_pipelines.manifest import LineRange
@@ -87,36 +89,39 @@ def manifest_units(name: str, options: Namespace, settings: str) -> tuple[Unit, 
     """The documents of `options.manifests` in units of `options.unit`, whose contents are `LineRange`s.
 
     `settings` says all that, besides the documents, decides what comes out: a unit whose lines or settings changed is
-    done again. Raises ConfigError for a manifest that cannot be read.
+    done again. Raises ConfigError for a manifest that cannot be read, is given twice, or lies where the job writes.
     """
     if options.unit < 1:
         raise ConfigError(f"--unit {options.unit}: a unit has at least 1 document")
-    key = f"{FORMAT} {name} {settings}\0".encode()
     units = []
-    for manifest in options.manifests:
-        for lines, content in _ranges(manifest, options.unit):
-            fingerprint = hashlib.sha256(key + str(manifest.parent.resolve()).encode() + b"\0" + content).hexdigest()
+    for source in list_sources(options.manifests, None):
+        if source.path.is_relative_to(options.out.resolve()):
+            raise ConfigError(f"--out {options.out} holds the manifest {source.path}: name another folder")
+        for lines, content in _ranges(source, options.unit):
+            # Documents without an id are named by the manifest and their line.
+            told = f"{FORMAT} {name} {settings}\0{source.root}\0{source.name}\0{lines.first}\0"
+            fingerprint = hashlib.sha256(told.encode(errors="surrogateescape") + content).hexdigest()
             units.append(Unit(f"{name}-{len(units):05d}", fingerprint, lines, lines.length))
     return tuple(units)
 
 
-def _ranges(manifest: Path, size: int) -> Iterator[tuple[LineRange, bytes]]:
+def _ranges(source: Source, size: int) -> Iterator[tuple[LineRange, bytes]]:
     """`size` lines at a time, empty ones not counted, with their bytes."""
-    path, first, offset, number, count, lines = manifest.resolve(), 1, 0, 0, 0, []
+    first, offset, number, count, lines = 1, 0, 0, 0, []
     try:
-        with path.open("rb") as file:
+        with source.path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 lines.append(line)
                 count += bool(line.strip())
                 if count == size:
                     content = b"".join(lines)
-                    yield LineRange(path, path.name, path.parent, first, offset, len(content)), content
+                    yield LineRange(source.path, source.name, source.root, first, offset, len(content)), content
                     first, offset, count, lines = number + 1, offset + len(content), 0, []
     except OSError as error:
-        raise ConfigError(f"manifest {manifest} cannot be read: {error.strerror}") from error
+        raise ConfigError(f"manifest {source.path} cannot be read: {error.strerror}") from error
     if lines:
         content = b"".join(lines)
-        yield LineRange(path, path.name, path.parent, first, offset, len(content)), content
+        yield LineRange(source.path, source.name, source.root, first, offset, len(content)), content
 
 
 def assemble(job: Job, summaries: Sequence[dict]) -> dict[str, Counter]:

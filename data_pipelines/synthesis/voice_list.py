@@ -11,6 +11,7 @@ from PIL import Image
 
 from baichuan_omni_jax.audio.config import AudioConfig
 from baichuan_omni_jax.config import ConfigError, resolve_model
+from data_pipelines.commands import file_errors
 from data_pipelines.features import log_mel
 from data_pipelines.synthesis.text_to_speech import INCLUDED, TextToSpeech, load_speech, voice_text
 from data_pipelines.synthesis.voices import LANGUAGES
@@ -69,7 +70,8 @@ def draw_voices(speech: TextToSpeech, path: Path) -> None:
         axes.set(xlim=(0, seconds), yticks=[0, 64, 128], ylabel="mel bin" if place < rows else "")
         if place % rows == rows - 1:
             axes.set_xlabel("seconds")
-    figure.savefig(path)
+    with file_errors(path):
+        figure.savefig(path)
     if path.suffix == ".png":
         with Image.open(path) as picture:  # a third of the size, and hardly another picture
             palette = picture.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)

@@ -42,5 +42,9 @@ class BrokenSpeech(ToneSpeech):
         }[text]
 
 
+def break_down() -> ToneSpeech:
+    raise RuntimeError("no model")
+
+
 def make_nothing() -> object:
     return object()

@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import io
 import json
 import re
 import time
@@ -16,11 +17,14 @@ from PIL import Image
 from small_media import write_image, write_video
 
 from baichuan_omni_jax.config import ConfigError
-from data_pipelines.document import SampleError
+from data_pipelines.build import __main__ as build
+from data_pipelines.document import Document, SampleError
+from data_pipelines.media import Media
 from data_pipelines.prompt_writing import heard_tag, image_tag, plain_text, trainable, turn, video_tag
 from data_pipelines.prompts import Picture, Sound, Text, Video, parse_prompt
 from data_pipelines.synthesis import espeak, intlv, text_to_speech, voice_list
 from data_pipelines.synthesis.__main__ import main
+from data_pipelines.synthesis.draft import Draft
 from data_pipelines.synthesis.intlv import write_intlv
 from data_pipelines.synthesis.itts import write_itts
 from data_pipelines.synthesis.task_prompts import ANSWER_PICTURE, CONTINUE_PICTURE, READ_ALOUD, TRANSCRIBE
@@ -126,6 +130,11 @@ def test_a_crash_of_espeak_costs_one_utterance(monkeypatch, tmp_path):
     with pytest.raises(espeak.SpeechError, match="crashed or hung"):
         espeak.speak("segfault", "en-us")
     assert len(espeak.speak("fine", "en-us")) > 5000
+    server = object.__new__(espeak._Server)
+    cut = {"stdin": io.BytesIO(), "stdout": io.BytesIO(b'{"bytes": 8}\nhalf'), "wait": lambda: -9}
+    server.process = argparse.Namespace(**cut)
+    with pytest.raises(OSError, match="exit code -9"):
+        server.ask({})
     espeak._server.process.kill()
     with pytest.raises(espeak.SpeechError, match="process ended"):
         espeak.speak("fine", "en-us")
@@ -226,6 +235,7 @@ def test_the_user_s_own_voices_and_languages(tmp_path):
         (("--tts", "no_such_module:make"), "cannot be loaded: No module named 'no_such_module'"),
         (("--tts", "fake_speech:no_such"), "has no attribute 'no_such'"),
         (("--tts", "fake_speech:make_nothing"), "has no method voices"),
+        (("--tts", "fake_speech:break_down"), "fake_speech:break_down cannot be loaded: RuntimeError: no model"),
         ((*FAKE, "--voices", "hoarse"), "--voices hoarse: fake_speech:make has no such voice, but deep, shrill"),
         ((*FAKE, "--language", "fr"), "has no voice that speaks fr"),
         ((*FAKE, "--longest", "0.1"), "--longest 0.1"),
@@ -292,14 +302,15 @@ def test_the_same_output_from_any_number_of_workers(tmp_path):
 
 
 def test_only_what_changed_is_made_again(tmp_path, capsys):
-    texts = [f"Number {number} is here. It is alone." for number in range(4)]
+    texts = [f"This is sentence number {number}. It is not the only one." for number in range(4)]
     out = tmp_path / "out"
     run("itts", write_manifest(tmp_path, texts), out, *FAKE, "--unit", "2")
     before = digests(out)
+    assert len([name for name in before if name.endswith(".flac")]) == 8
     capsys.readouterr()
     run(
         "itts",
-        write_manifest(tmp_path, [*texts[:2], "Short and new. It is other.", texts[3]]),
+        write_manifest(tmp_path, [*texts[:2], "This sentence is a new one. It is not like the others.", texts[3]]),
         out,
         *FAKE,
         "--unit",
@@ -311,6 +322,60 @@ def test_only_what_changed_is_made_again(tmp_path, capsys):
     run("itts", write_manifest(tmp_path, texts), tmp_path / "anew", *FAKE, "--unit", "2")
     run("itts", write_manifest(tmp_path, texts), out, *FAKE, "--unit", "2")
     assert digests(out) == digests(tmp_path / "anew") == before
+
+
+def test_documents_are_named_by_their_manifest_and_line(tmp_path):
+    """Where they have no id of their own: what moved is made again, and one name in two folders is two names."""
+    lines = [
+        json.dumps({"text": f"This is sentence number {number}. It is not the only one."}) + "\n" for number in range(4)
+    ]
+    manifest, out, options = tmp_path / "m.jsonl", tmp_path / "out", (*FAKE, "--unit", "2")
+    manifest.write_text("".join(lines))
+    run("itts", manifest, out, *options)
+    manifest.write_text("".join(["\n", *lines]))
+    made, _ = run("itts", manifest, out, *options)
+    assert [document["id"] for document in made] == [f"m-{line}-itts" for line in (2, 3, 4, 5)]
+    made, _ = run("itts", manifest.rename(tmp_path / "n.jsonl"), out, *options)
+    assert made[0]["id"] == "n-2-itts"
+    for name in ("x", "y"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "m.jsonl").write_text(lines[0])
+    both = [str(tmp_path / name / "m.jsonl") for name in ("x", "y")]
+    assert main(["itts", *both, "--out", str(tmp_path / "two"), "--workers", "0", *options]) == 0
+    assert [document["id"] for document in read(tmp_path / "two/itts.jsonl")] == ["x/m-1-itts", "y/m-1-itts"]
+
+
+def test_folders_and_manifests_that_cannot_be_used(tmp_path, capsys):
+    """One sentence each, and nothing that lay there is touched."""
+    manifest = write_manifest(tmp_path, STORY[:1])
+    assert build.main([str(manifest), "--out", str(tmp_path / "built"), "--workers", "0"]) == 0
+    run("itts", manifest, tmp_path / "made", *FAKE)
+    (tmp_path / "empty.jsonl").write_text("")
+    capsys.readouterr()
+    before = digests(tmp_path)
+    for name, out, message in [
+        ("m.jsonl", "built", "is not empty and holds 'dataset.json', which this program did not write"),
+        ("m.jsonl", "m.jsonl", "m.jsonl is a file"),
+        ("m.jsonl", "m.jsonl/x", "m.jsonl/x/.units: Not a directory"),
+        ("made/itts.jsonl", "made", "made/itts.jsonl: name another folder"),
+        ("gone.jsonl", "out", "gone.jsonl cannot be read: No such file"),
+        ("made", "out", "made cannot be read: Is a directory"),
+    ]:
+        assert main(["itts", str(tmp_path / name), "--out", str(tmp_path / out), "--workers", "0", *FAKE]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+        assert digests(tmp_path) == before
+    assert main(["itts", str(tmp_path / "empty.jsonl"), "--out", str(tmp_path / "out"), "--workers", "0", *FAKE]) == 2
+    assert capsys.readouterr().err.startswith("error: nothing can be made of ")
+
+
+def test_media_that_can_neither_be_linked_nor_copied(tmp_path):
+    draft = Draft(Document("d", "", "", "m:1", tmp_path), "job", "job-00000", 0)
+    draft.link(Media("gone.png", tmp_path / "gone.png"))
+    with pytest.raises(SampleError, match=r"gone\.png is not a readable file") as error:
+        draft.write_media(tmp_path)
+    assert error.value.cause == "unreadable_media"
 
 
 def test_a_share_of_the_sentences_is_heard(tmp_path):
