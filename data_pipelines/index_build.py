@@ -19,8 +19,9 @@ from data_pipelines.index import Index
 from data_pipelines.jobs import Job, Unit, run_job
 from data_pipelines.jobs.local import LocalRunner
 from data_pipelines.processor import Processor
-from data_pipelines.sources import Source, open_source
+from data_pipelines.sources import ManifestSource, Source, open_source
 
+FILE_CAUSES = ("missing_file", "outside_root", "unreadable_media", "too_big_media")
 FORMAT = 4  # of cached indexes: raise it when they hold something else than before
 log = logging.getLogger(__name__)
 
@@ -70,12 +71,22 @@ def load_index(name: str, manifest: str, root: Path, processor: Processor, cache
     folder = cache / f"{Path(manifest).stem}-{key}"
     try:
         columns = open_columns(folder)
+        _tell_old_causes(source, columns)
     except FileNotFoundError:
         columns = _build(source, processor, folder, workers)
     except (ValueError, OSError) as error:
         log.warning("the index %s is damaged and built anew: %s", folder, error)
         columns = _build(source, processor, folder, workers)
     return Index(name, source, columns)
+
+
+def _tell_old_causes(source: Source, columns: Columns) -> None:
+    """Loose files of skipped documents may have been mended since they were measured."""
+    files = sum(columns.meta.get("causes", {}).get(cause, 0) for cause in FILE_CAUSES)
+    if files and isinstance(source, ManifestSource):
+        log.warning(
+            "%s: %d skipped for files as they once were; delete %s to look again", source.path, files, columns.folder
+        )
 
 
 def _build(source: Source, processor: Processor, folder: Path, workers: int) -> Columns:

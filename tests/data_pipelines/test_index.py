@@ -276,8 +276,10 @@ def test_more_bad_documents_than_allowed_stop_the_run(root, caplog):
     assert str(caught.value).endswith("more than data.max_bad_fraction 0.05")
     named = [record.getMessage() for record in caplog.records]
     assert sum("skipped m.jsonl:2 (missing_file): gone.png" in line for line in named) == 1
+    assert "look again" not in caplog.text
     pipeline = open_pipeline(config(root, max_bad_fraction=0.6), tiny())
     assert (pipeline.documents, len(list(pipeline.skipped))) == (10, 6)
+    assert f"m.jsonl: 3 skipped for files as they once were; delete {pipeline.indexes[0].columns.folder}" in caplog.text
 
 
 def test_a_source_without_usable_documents_is_told_at_once(root):
