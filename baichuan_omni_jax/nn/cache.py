@@ -77,12 +77,15 @@ def write(
 
     Of one device's rows and heads: call it inside shard_map. A row's positions must differ.
     """
-    rows = jnp.arange(k.shape[0])[:, None]
+    b, _, heads, _ = k.shape
+    # A head's entry at a time: written for all heads at once, they would have to lie side by side, and a TPU would copy
+    # the whole cache to make them.
+    rows, heads = jnp.arange(b)[:, None, None], jnp.arange(heads)
     # A negative index would count from the end.
-    places = jnp.where(positions < 0, cache.k.shape[2], positions)
+    places = jnp.where(positions < 0, cache.k.shape[2], positions)[:, :, None]
 
     def put(entries: Shaped[Array, "b k s ..."], new: Shaped[Array, "b t k ..."]) -> Array:
-        written = as_bits(entries).at[rows, :, places].set(as_bits(new.astype(entries.dtype)), mode="drop")
+        written = as_bits(entries).at[rows, heads, places].set(as_bits(new.astype(entries.dtype)), mode="drop")
         return from_bits(written, entries.dtype)
 
     if cache.k_scale is None:
