@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typecheck import unchecked
 
-from baichuan_omni_jax.config import Sampling
+from baichuan_omni_jax.config import ConfigError, GenerationSettings, Sampling
 from baichuan_omni_jax.omni.sampling import FEW, Drawing, draw, key_data
 
 V = 100
@@ -47,7 +48,7 @@ def keys_of(seed: int, count: int) -> np.ndarray:
 samplings = st.builds(
     Sampling,
     temperature=st.sampled_from([0.0, 0.3, 1.0, 2.0]),
-    top_k=st.sampled_from([0, 1, 5, FEW, FEW + 1, V]),
+    top_k=st.sampled_from([0, 1, 5, FEW, FEW + 1, V, 10 * V]),
     top_p=st.sampled_from([0.05, 0.5, 0.85, 1.0]),
     repetition_penalty=st.sampled_from([1.0, 1.3]),
 )
@@ -82,6 +83,29 @@ def test_draws_come_as_often_as_their_probability_says(how):
     # Five standard deviations of a share of n draws; of rare tokens three draws more.
     assert (np.abs(found - expected) <= 5 * np.sqrt(expected * (1 - expected) / n) + 3 / n).all()
     assert not found[expected == 0].any()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"repetition_penalty": 0.0},
+        {"repetition_penalty": float("inf")},
+    ],
+)
+def test_settings_that_cannot_be_drawn_by_are_refused(change):
+    with pytest.raises(ConfigError, match="finite"):
+        Sampling(**change)
+
+
+@pytest.mark.parametrize("stop", ["###", ("",), (3,)])
+def test_stop_strings_are_strings_and_not_empty(stop):
+    with unchecked(), pytest.raises(ConfigError, match="must be a tuple of strings"):
+        GenerationSettings(stop=stop)
 
 
 def test_a_draw_depends_on_its_own_row_alone():

@@ -1,5 +1,6 @@
 """How answers are generated: how tokens and codes are drawn, how long they may grow, when they end."""
 
+import math
 from dataclasses import dataclass, fields
 
 from baichuan_omni_jax.config.errors import ConfigError
@@ -21,10 +22,11 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self):
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or self.repetition_penalty <= 0:
+        finite = 0 <= self.temperature < math.inf and 0 < self.repetition_penalty < math.inf
+        if not finite or self.top_k < 0 or not 0 < self.top_p <= 1:
             raise ConfigError(
                 f"{self}: temperature and top_k must not be negative, top_p must lie in (0, 1], "
-                "repetition_penalty must be positive"
+                "repetition_penalty must be positive, and all must be finite"
             )
 
 
@@ -52,6 +54,9 @@ class GenerationSettings:
         for name in ("max_tokens", "piece_tokens", "piece_frames"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} {getattr(self, name)} must be at least 1")
+        # A string alone would be taken for its characters, and the empty one is found everywhere.
+        if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
+            raise ConfigError(f"stop {self.stop!r} must be a tuple of strings, none of them empty")
 
     def greedy(self) -> "GenerationSettings":
         """The same, with nothing drawn and no penalty."""
