@@ -179,7 +179,7 @@ def _check_part(part: Any, where: str) -> tuple[str, str]:
 
 
 def _read_codes(codes: Any, sizes: Sequence[int], where: str) -> Int32[np.ndarray, "n q"]:
-    found = np.asarray(codes)
+    found = _array(codes, f"codes of {where}")
     if found.ndim != 2 or found.shape[1] != len(sizes) or not np.issubdtype(found.dtype, np.integer):
         raise RequestError(
             "bad_message",
@@ -192,17 +192,27 @@ def _read_codes(codes: Any, sizes: Sequence[int], where: str) -> Int32[np.ndarra
 
 def _wave_file(samples: Any, rate: Any, name: str) -> bytes:
     """Samples as the bytes of a wav file, so that they take the way of every sound. 2-D: (t, channels)."""
-    wave = np.asarray(samples)
+    wave = _array(samples, f"samples of {name}")
     if isinstance(rate, bool) or not isinstance(rate, int | np.integer) or not 0 < rate <= MAX_SAMPLING_RATE:
         raise RequestError("bad_message", f"rate of {name} is {rate!r}, not samples a second")
-    if wave.ndim not in (1, 2) or not np.issubdtype(wave.dtype, np.number) or np.iscomplexobj(wave):
-        raise RequestError("bad_message", f"samples of {name} are {wave.dtype} of shape {list(wave.shape)}, not (t,)")
+    if wave.ndim not in (1, 2) or not (np.issubdtype(wave.dtype, np.floating) or wave.dtype in (np.int16, np.int32)):
+        raise RequestError(
+            "bad_message",
+            f"samples of {name} are {wave.dtype} of shape {list(wave.shape)}, not floats, int16 or int32 of shape (t,)",
+        )
     file = io.BytesIO()
     try:
         soundfile.write(file, _full_scale(wave), int(rate), format="WAV", subtype="FLOAT")
     except soundfile.SoundFileError as error:
         raise RequestError("bad_message", f"samples of {name} cannot be used: {error}") from error
     return file.getvalue()
+
+
+def _array(values: Any, name: str) -> np.ndarray:
+    try:
+        return np.asarray(values)
+    except ValueError as error:  # rows of unequal lengths
+        raise RequestError("bad_message", f"{name} are no array: {error}") from error
 
 
 def _full_scale(wave: np.ndarray) -> Float[np.ndarray, "..."]:

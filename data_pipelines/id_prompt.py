@@ -11,23 +11,23 @@ from baichuan_omni_jax.config import OmniConfig, RequestError
 from data_pipelines.document import EncodedDocument
 
 
-def encode_ids(ids: Sequence[Any], config: OmniConfig) -> EncodedDocument:
+def encode_ids(ids: Any, config: OmniConfig) -> EncodedDocument:
     """Token ids as a prompt; no tokenizer is needed. Raises RequestError "bad_message" for ids that cannot stand alone.
 
     Pads of media would need their media: messages have those.
     """
-    if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids) or not ids:
+    whole = isinstance(ids, Sequence) and all(isinstance(token, int) and not isinstance(token, bool) for token in ids)
+    if not whole or not ids:
         raise RequestError("bad_message", "the token ids are no list of whole numbers")
-    tokens = np.asarray(ids, np.int64)
-    if tokens.min() < 0 or tokens.max() >= config.llm.vocab_size:
+    if min(ids) < 0 or max(ids) >= config.llm.vocab_size:
         raise RequestError("bad_message", f"a token id lies outside the vocabulary of {config.llm.vocab_size}")
-    special = config.tokens
+    tokens, special = np.asarray(ids, np.int32), config.tokens
     if np.isin(tokens, (special.audio_pad, special.image_pad, special.video_place)).any():
         raise RequestError("bad_message", "the token ids hold pads of media, without their media")
     n, levels = len(ids), config.audio.levels
     codes, slots = np.zeros((0, levels), np.int32), np.zeros(0, np.int32)
     return EncodedDocument(
-        tokens=tokens.astype(np.int32),
+        tokens=tokens,
         text_targets=np.zeros(n, np.int32),
         text_weights=np.zeros(n, np.float32),
         audio_codes=codes,

@@ -201,6 +201,9 @@ QUIET = {"type": "audio", "samples": np.zeros(16000, np.float32), "rate": 16000}
         ([user({**QUIET, "samples": ["a"]})], "bad_message", "samples of audio of message 1"),
         ([user({"type": "audio", "codes": codes(2)[:, :3]})], "bad_message", "codes of message 1 are int32 of shape"),
         ([user({"type": "audio", "codes": codes(2, 64)})], "bad_message", "exceed the codebooks"),
+        ([user({"type": "audio", "codes": [[1, 2], [3]]})], "bad_message", "codes of message 1 are no array"),
+        ([user({**QUIET, "samples": [[0.1], 0.2]})], "bad_message", "samples of audio of message 1 are no array"),
+        ([user({**QUIET, "samples": [1000, -1000] * 9})], "bad_message", "not floats, int16 or int32"),
     ],
 )
 def test_what_cannot_be_used_is_one_sentence_and_a_cause(prompts, messages, cause, sentence):
@@ -222,6 +225,7 @@ def test_token_ids_are_a_prompt(tmp_path):
     ("text", "sentence"),
     [
         ("[1, 1024]", "outside the vocabulary of 1024"),
+        (f"[1, {10**30}]", "outside the vocabulary of 1024"),
         (f"[{T.audio_pad}]", "pads of media"),
         ('["a"]', "no list of whole numbers"),
         ("[]", "no list of whole numbers"),
