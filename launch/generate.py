@@ -10,7 +10,7 @@
 The answer goes to standard output as it is made, everything else to standard error. `--out` answers aloud too. A
 manifest's lines have the fields that the flags have (`prompt`, `system`, `image`, `audio`, `video`, or `messages`, or
 `tokens`); started again, the same command goes on after the last line that it answered. docs/generation.md says more.
-Exit code 2: something given cannot be used, the message says what.
+Exit code 2: something given cannot be used, the message says what. 130: Ctrl-C, but for answers that it ends early.
 """
 
 import argparse
@@ -32,12 +32,12 @@ from generation.talking import talk
 from baichuan_omni_jax.config import ConfigError, GenerationSettings, RequestError
 from baichuan_omni_jax.config.errors import exit_code
 from baichuan_omni_jax.omni.answer_file import Question, answer_questions, read_questions
-from baichuan_omni_jax.omni.chat import ChatAnswer
+from baichuan_omni_jax.omni.chat import ChatAnswer, Reply
 from data_pipelines.id_prompt import read_id_file
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 with one sentence when something given cannot be used."""
+    """Returns the exit code: 0, 2 with one sentence when something given cannot be used, 130 with one after Ctrl-C."""
     logging.set_verbosity(logging.WARNING)
 
     def command() -> None:
@@ -46,17 +46,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except RequestError as error:
             raise ConfigError(str(error)) from error
 
-    return exit_code(command)
+    try:
+        return exit_code(command)
+    except KeyboardInterrupt as interrupt:
+        say(str(interrupt) or "stopped")
+        return 130
 
 
 def generate(options: argparse.Namespace) -> None:
     """Does what the options ask for. Raises ConfigError and RequestError."""
-    values = _values(options)
+    values, questions = _values(options), read_questions(options.manifest) if options.manifest else []
     opened = open_chat(options, _settings(options))
     if opened.notice:
         say(opened.notice)
     if options.manifest:
-        _answer_manifest(options, opened)
+        _answer_manifest(options, opened, questions)
     elif options.interactive:
         talk(opened.chat, values, options.out)
     else:
@@ -75,7 +79,7 @@ def _keep(options: argparse.Namespace, answer: ChatAnswer) -> None:
         say(f"{options.out}: {answer.audio_seconds:.1f} s at {answer.rate} Hz")
 
 
-def _answer_manifest(options: argparse.Namespace, opened: Opened) -> None:
+def _answer_manifest(options: argparse.Namespace, opened: Opened, questions: list[Question]) -> None:
     chat, folder = opened.chat, options.output.with_name(f"{options.output.stem}_audio")
     base = options.manifest.parent
 
@@ -88,14 +92,14 @@ def _answer_manifest(options: argparse.Namespace, opened: Opened) -> None:
             fields["audio"] = str(path)
         return fields
 
-    outcomes = answer_questions(
-        read_questions(options.manifest),
-        options.output,
-        lambda question: ask(chat, options.task, question.values, jax.random.fold_in(chat.key, question.line), base),
-        record,
-        at_once=2 * options.slots,
-        report=say,
-    )
+    def put(question: Question) -> Reply:
+        return ask(chat, options.task, question.values, jax.random.fold_in(chat.key, question.line), base)
+
+    try:
+        outcomes = answer_questions(questions, options.output, put, record, at_once=2 * options.slots, report=say)
+    except KeyboardInterrupt:
+        sentence = f"stopped: {options.output} keeps what is answered, the same command goes on"
+        raise KeyboardInterrupt(sentence) from None
     metrics = chat.model.engine.metrics
     counts = ", ".join(f"{count} {name}" for name, count in outcomes.most_common()) or "nothing asked"
     say(f"{options.output}: {counts}; {metrics.tokens_per_s:.1f} tokens/s, {metrics.compiles} programs compiled")
@@ -155,6 +159,8 @@ def _check_flags(options: argparse.Namespace) -> None:
         raise ConfigError("--speech without --manifest needs --out, where the speech goes")
     if options.task == "tts" and not (options.manifest or options.out or options.save):
         raise ConfigError("tts needs --out, where the speech goes")
+    if options.out and options.out.suffix.lower() != ".wav":
+        raise ConfigError(f"--out {options.out} must end in .wav")
     for name in ("out", "save", "output"):
         path = getattr(options, name)
         if path and not path.parent.is_dir():

@@ -30,7 +30,10 @@ LIMITS = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 with one sentence when something given cannot be used."""
-    return exit_code(lambda: serve(arguments))
+    try:
+        return exit_code(lambda: serve(arguments))
+    except KeyboardInterrupt:  # Ctrl-C is how a server ends
+        return 0
 
 
 def serve(arguments: list[str] | None) -> None:

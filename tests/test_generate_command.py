@@ -12,11 +12,14 @@ import pytest
 import soundfile
 from golden import golden_path
 from safetensors.numpy import load_file
+from typecheck import unchecked
 
 from baichuan_omni_jax.checkpoint import save_branches
 from baichuan_omni_jax.config import ConfigError, RequestError, Sampling, tiny
 from baichuan_omni_jax.convert.tables import abstract_branches
 from baichuan_omni_jax.convert.to_jax import convert_to_jax
+from baichuan_omni_jax.omni.answer import Finished, TextPiece
+from baichuan_omni_jax.omni.reply import Reply
 
 LAUNCH = Path(__file__).parents[1] / "launch"
 TRANSCRIBE = {"type": "text", "text": "将语音转录为文本:"}
@@ -89,6 +92,8 @@ def test_token_ids_to_be_spoken_end_with_the_mark_of_speech(launch):
         ("chat", {"messages": "a"}, "messages are a list"),
         ("chat", {"messages": [], "prompt": "a"}, "cannot use prompt"),
         ("chat", {"tokens": [1], "image": "a"}, "cannot use image"),
+        ("chat", {"tokens": 5}, "no list of whole numbers"),
+        ("tts", {"tokens": None}, "no list of whole numbers"),
         ("asr", {"prompt": "a"}, "one recording"),
         ("asr", {"audio": ["a", "b"]}, "one recording"),
         ("asr", {"audio": "a", "image": "b"}, "cannot use image"),
@@ -116,6 +121,9 @@ def test_fields_that_a_task_cannot_use(launch, task, values, sentence):
         ("chat --checkpoint x --interactive --save s", "without --tokens and --save"),
         ("chat --checkpoint x --prompt a --speech", "needs --out"),
         ("chat --checkpoint x --prompt a --out none/o.wav", "there is no folder none"),
+        ("chat --checkpoint x --prompt a --out o.mp4", "--out o.mp4 must end in .wav"),
+        ("chat --checkpoint x --prompt a --max-tokens 0", "max_tokens 0 must be at least 1"),
+        ("chat --checkpoint x --manifest none.jsonl --output o", "manifest none.jsonl cannot be read"),
         ("tts --checkpoint x --prompt a", "tts needs --out"),
         ("chat --checkpoint x --prompt a --slots 0", "no whole number above 0"),
         ("chat --checkpoint x --prompt a --tokens none.json", "token ids none.json cannot be read"),
@@ -143,6 +151,39 @@ def test_settings_of_the_flags(launch):
     changed = settings("chat --prompt a --set text.top_k=3 --set stop=('x',) --max-tokens 7")
     assert (changed.text.top_k, changed.stop, changed.max_tokens) == (3, ("x",), 7)
     assert settings("chat --prompt a --greedy").text == Sampling()
+
+
+def test_ctrl_c_keeps_what_is_answered(launch, tmp_path, monkeypatch, capsys):
+    """One sentence and code 130; the same command goes on after the last answer."""
+    generate, manifest, output = launch("generate"), tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    manifest.write_text('{"prompt": "one"}\n{"prompt": "two"}\n')
+    interrupted = [True]
+
+    class Request(list):
+        def __iter__(self):
+            if self[0].text == "two" and interrupted.pop():
+                raise KeyboardInterrupt
+            return super().__iter__()
+
+        def cancel(self): ...
+
+    def reply(messages, key):
+        text = messages[0]["content"][0]["text"]
+        end = Finished("end", 1, 1, 0, 0.1, None, 0.2, np.zeros(2, np.int32))
+        return Reply(Request([TextPiece(text, (1,), (0.0,)), end]), None)
+
+    metrics = SimpleNamespace(tokens_per_s=1.0, compiles=0)
+    model = SimpleNamespace(engine=SimpleNamespace(metrics=metrics))
+    chat = SimpleNamespace(model=model, key=jax.random.key(0), reply=reply)
+    monkeypatch.setattr(generate, "open_chat", lambda *_: SimpleNamespace(chat=chat, notice=""))
+    command = ["chat", "--checkpoint", "x", "--manifest", str(manifest), "--output", str(output)]
+    with unchecked():
+        assert generate.main(command) == 130
+        assert capsys.readouterr().err == f"stopped: {output} keeps what is answered, the same command goes on\n"
+        assert [json.loads(line)["text"] for line in output.read_text().splitlines()] == ["one"]
+        interrupted.append(False)
+        assert generate.main(command) == 0
+    assert [json.loads(line)["text"] for line in output.read_text().splitlines()] == ["one", "two"]
 
 
 def zeros(name, cfg):

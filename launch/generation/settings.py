@@ -21,6 +21,6 @@ def add_settings_flags(add) -> None:
 def settings_of(options: argparse.Namespace, default: GenerationSettings) -> GenerationSettings:
     """`default` with what the flags change. Raises ConfigError naming the field that cannot be set."""
     settings = apply_overrides(default, options.set)
-    if options.max_tokens:
+    if options.max_tokens is not None:
         settings = apply_overrides(settings, [f"max_tokens={options.max_tokens}"])
     return settings.greedy() if options.greedy else settings
