@@ -92,6 +92,7 @@ def test_what_is_answered_is_not_asked_again(tmp_path):
         ('{"line": 9, "id": "a"}\n', "another manifest's"),
         ("hello\n", "no answer"),
         ("[1]\n", "no answer"),
+        ('{"line": [1], "id": "a"}\n', "no answer"),
     ],
 )
 def test_an_output_of_something_else_is_left_alone(tmp_path, output, sentence):

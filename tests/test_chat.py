@@ -227,6 +227,12 @@ def test_a_text_is_read_sentence_by_sentence_after_what_was_said():
     assert len(answer.samples) == 6 * HOP
 
 
+def test_speech_that_was_cut_short_says_so(monkeypatch):
+    monkeypatch.setattr(Request, "cancel", lambda self: None)  # it is over when its last frames are seen
+    chat, _ = make_chat(Frames(codes(2), True), finished("length"))
+    assert chat.speak("One. |Two.", stream=False).finished.reason == "length"
+
+
 def test_nothing_to_read_is_refused():
     chat, _ = make_chat(finished())
     with pytest.raises(RequestError, match="nothing to say"):

@@ -118,9 +118,10 @@ def _read_done(output: Path, questions: list[Question]) -> set[int]:
             try:
                 values = json.loads(text)
                 line, identifier = values["line"], values["id"]
+                expected = known.get(line)
             except (ValueError, TypeError, KeyError) as error:
                 raise ConfigError(f"{output}:{number} is no answer; it was not written by this command") from error
-            if known.get(line) != identifier:
+            if expected != identifier:
                 raise ConfigError(f"{output}:{number} answers {identifier!r} of line {line}: another manifest's")
             done.add(line)
     if whole < output.stat().st_size:

@@ -63,7 +63,8 @@ class Reading:
                 self._request = self._submit(self._prompts.send(said))
             except StopIteration:
                 break
-        yield _together(ended, "cancelled" if self._cancelled else "end")
+        cut = any(each.reason == "length" for each in ended)
+        yield _together(ended, "cancelled" if self._cancelled else "length" if cut else "end")
 
     def _submit(self, prompt: Prompt) -> Any:
         return self._engine.submit(prompt, self._settings, self._key)

@@ -1,6 +1,6 @@
 """Answers of the engine on one device and on meshes: prints `equal NAME` for each mesh whose answers are the same.
 
-Run by test_generation_mesh.py with eight CPU devices.
+Run by test_engine_mesh.py with eight CPU devices.
 """
 
 from dataclasses import replace
