@@ -11,6 +11,7 @@ from data_pipelines.mel_targets import mel_target
 SETTINGS = flow_target(FlowConfig())
 
 
+@pytest.mark.slow  # librosa compiles for 20 s where it was just installed
 @pytest.mark.parametrize("pitch", [300, 1500])
 def test_a_tone_comes_back(pitch):
     """The strongest frequency to a mel filter's width (100 Hz), the loudness within a factor of 2."""
