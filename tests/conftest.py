@@ -30,3 +30,11 @@ def pretrain(micro_root, tmp_path_factory):
     from micro import Command
 
     return Command(micro_root, tmp_path_factory.mktemp("xla"))
+
+
+@pytest.fixture(scope="session")
+def quick_pretrain(micro_root, tmp_path_factory):
+    """The training command compiled with few optimizations: for tests whose time would else be compilation."""
+    from micro import Command
+
+    return Command(micro_root, tmp_path_factory.mktemp("quick"), quick=True)

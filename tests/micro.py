@@ -74,8 +74,11 @@ def one_device() -> Mesh:
     return make_mesh(MeshConfig(), jax.devices()[:1])
 
 
-def environment(cache: Path, devices: int = 1) -> dict[str, str]:
-    """CPU devices, the checkout's package, and compiled programs kept in `cache` for the next process."""
+def environment(cache: Path, devices: int = 1, *, quick: bool = False) -> dict[str, str]:
+    """CPU devices, the checkout's package, and compiled programs kept in `cache` for the next process.
+
+    `quick` compiles with few optimizations: for tests whose time would else be compilation.
+    """
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     return os.environ | {
         "JAX_PLATFORMS": "cpu",
@@ -84,14 +87,22 @@ def environment(cache: Path, devices: int = 1) -> dict[str, str]:
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": str(int(quick)),
     }
 
 
 class Command:
     """`launch/tpu_pretrain.py --config configs/micro.py` over one data root and one compilation cache."""
 
-    def __init__(self, root: Path, cache: Path, script: Path = REPOSITORY / "launch" / "tpu_pretrain.py"):
-        self.root, self.cache, self.script = root, cache, script
+    def __init__(
+        self,
+        root: Path,
+        cache: Path,
+        script: Path = REPOSITORY / "launch" / "tpu_pretrain.py",
+        *,
+        quick: bool = False,
+    ):
+        self.root, self.cache, self.script, self.quick = root, cache, script, quick
 
     def start(self, workdir: Path, *changes: str, devices: int = 1, config: Path = CONFIG) -> subprocess.Popen:
         """`changes` are `key=value`; those that start with `--` are flags of the command."""
@@ -100,7 +111,8 @@ class Command:
         command = [sys.executable, str(self.script), "--config", str(config), "--workdir", str(workdir), *flags]
         command += [part for item in sets for part in ("--set", item)]
         pipe = subprocess.PIPE
-        return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment(self.cache, devices))
+        variables = environment(self.cache, devices, quick=self.quick)
+        return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=variables)
 
     def __call__(
         self, workdir: Path, *changes: str, devices: int = 1, config: Path = CONFIG

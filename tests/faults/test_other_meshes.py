@@ -27,17 +27,15 @@ EQUAL = ("tokens", "fill_tokens", "fill_patches", "fill_audio", "flops_llm", "fl
 @pytest.fixture(scope="module")
 def train(micro_root, tmp_path_factory):
     """Trains a workdir up to a step on some devices. Compiled with few optimizations, which is most of the time."""
-    command = Command(micro_root, tmp_path_factory.mktemp("xla"), Path(__file__).with_name("recorded.py"))
-    patch = pytest.MonkeyPatch()
-    patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    recorded = Path(__file__).with_name("recorded.py")
+    command = Command(micro_root, tmp_path_factory.mktemp("xla"), recorded, quick=True)
 
     def run(workdir: Path, steps: int, devices: int) -> str:
         done = command(workdir, *SETTINGS, *MESHES[devices], f"train.steps={steps}", devices=devices)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    yield run
-    patch.undo()
+    return run
 
 
 @pytest.fixture(scope="module")

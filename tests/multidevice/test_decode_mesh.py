@@ -14,7 +14,11 @@ SCRIPT = Path(__file__).with_name("decode.py")
 def test_logits_on_eight_devices_equal_one(tmp_path):
     """Rows split over four devices, heads over two: to 1e-5; int8, whose roundings may differ, to 1e-2."""
     done = subprocess.run(
-        [sys.executable, str(SCRIPT)], env=environment(tmp_path / "xla", 8), capture_output=True, text=True, timeout=300
+        [sys.executable, str(SCRIPT)],
+        env=environment(tmp_path / "xla", 8, quick=True),
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     far = {name: float(number) for name, number in map(str.split, done.stdout.splitlines())}

@@ -24,17 +24,9 @@ TOLERANCE = 1e-5
 
 @pytest.fixture(scope="module")
 def command(sample_dir, tmp_path_factory) -> Command:
+    """Two processes on one machine's cores compile most of the time: with few optimizations."""
     folder = tmp_path_factory.mktemp("hosts")
-    return Command(small_copy(sample_dir, folder / "data"), folder / "xla")
-
-
-@pytest.fixture(scope="module")
-def quick():
-    """Few optimizations: two processes on one machine's cores compile most of the time."""
-    patch = pytest.MonkeyPatch()
-    patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-    yield
-    patch.undo()
+    return Command(small_copy(sample_dir, folder / "data"), folder / "xla", quick=True)
 
 
 def start(command: Command, workdir: Path, *changes: str, of_host=((), ())) -> list[subprocess.Popen]:
@@ -57,7 +49,7 @@ def finish(processes: list[subprocess.Popen]) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("mesh", [MESH, SPLIT_ROWS], ids=["rows", "context"])
-def test_two_hosts_train_as_one(mesh, command, quick, tmp_path):
+def test_two_hosts_train_as_one(mesh, command, tmp_path):
     one = command(tmp_path / "one", *SHARED, *mesh, devices=8)
     assert one.returncode == 0, one.stderr
     hosts = start(command, tmp_path / "two", *mesh)
@@ -75,7 +67,7 @@ def test_two_hosts_train_as_one(mesh, command, quick, tmp_path):
     assert Workdir(tmp_path / "two", keep=3).steps() == Workdir(tmp_path / "one", keep=3).steps()
 
 
-def test_sigterm_to_one_host_stops_both_with_a_checkpoint(command, quick, tmp_path):
+def test_sigterm_to_one_host_stops_both_with_a_checkpoint(command, tmp_path):
     hosts = start(command, tmp_path / "run", *MESH, "train.steps=100000")
     while hosts[0].poll() is None and not read_metrics(tmp_path / "run"):
         time.sleep(0.1)

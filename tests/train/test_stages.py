@@ -74,7 +74,8 @@ def test_chain_of_all_stages(sample_dir, tmp_path):
     command = [sys.executable, str(REPOSITORY / "launch" / "run_stages.py"), "--workdir", str(chain), "--tiny"]
     changes = (f"data.root={root}", "data.sample=false", "train.steps=3")
     command += [part for change in changes for part in ("--set", change)]
-    done = subprocess.run(command, env=environment(tmp_path / "xla"), capture_output=True, text=True, check=False)
+    env = environment(tmp_path / "xla", quick=True)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     variables = named_variables(abstract_model("tiny"))
     for earlier, stage in pairwise(STAGES):
