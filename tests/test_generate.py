@@ -1,6 +1,7 @@
 """The generating engine: what it says is what computing everything again would say, in any company."""
 
 from dataclasses import replace
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -100,13 +101,19 @@ def test_so_do_answers_to_what_was_heard(engine, branches):
         check_recomputed(branches, one[0], answer)
 
 
+@cache
+def hearing(tokenizer) -> Hearing:
+    """One for all prompts, so that it is compiled once."""
+    return Hearing(tokenizer, one_device())
+
+
 def check_recomputed(branches, prompt, answer) -> None:
     sequence, n = answer.finished.sequence, len(prompt.tokens)
     spoken = np.flatnonzero(sequence[n:] == CFG.tokens.audio_pad) + n
     codes = np.concatenate([prompt.audio_codes, *answer.speech]).astype(np.int32)
     if prompt.mels:
         with jax.set_mesh(one_device()):
-            codes[: len(prompt.audio_codes)] = Hearing(branches["audio_encoder"], one_device()).codes(prompt)
+            codes[: len(prompt.audio_codes)] = hearing(branches["audio_encoder"]).codes(prompt)
     slots = np.concatenate([prompt.audio_slots, spoken]).astype(np.int32)
     logits, levels = recompute(branches, prompt, sequence, codes, slots)
     at = 0
