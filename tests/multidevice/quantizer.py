@@ -49,7 +49,6 @@ def masked(mesh: jax.sharding.Mesh) -> np.ndarray:
 
 
 def main() -> None:
-    jax.config.update("jax_disable_most_optimizations", True)  # compiling is nearly all of the time
     meshes = make_mesh(MeshConfig(), jax.devices()[:1]), make_mesh(MeshConfig(data=2, fsdp=4))
     one, eight = (train(mesh) for mesh in meshes)
     pairs = list(zip(jax.tree.leaves(one), jax.tree.leaves(eight), strict=True))

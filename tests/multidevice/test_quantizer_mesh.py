@@ -12,7 +12,11 @@ SCRIPT = Path(__file__).with_name("quantizer.py")
 def test_codebooks_on_eight_devices_equal_one(tmp_path):
     """After 20 steps to 1e-5; codes that another device uses are not placed anew. Masks of the same key are equal."""
     done = subprocess.run(
-        [sys.executable, str(SCRIPT)], env=environment(tmp_path / "xla", 8), capture_output=True, text=True, timeout=300
+        [sys.executable, str(SCRIPT)],
+        env=environment(tmp_path / "xla", 8, quick=True),
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     numbers = {line.split()[0]: [float(x) for x in line.split()[1:]] for line in done.stdout.splitlines()}
