@@ -48,7 +48,7 @@ def alone(sample_pipeline, sample_codes):
     return read(with_config(sample_pipeline, rows=4), sample_codes, 6)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_workers_change_nothing(workers, sample_pipeline, sample_codes, alone):
     steps = read(with_config(sample_pipeline, rows=4, workers=workers), sample_codes, 6)
     assert_same(steps, alone)
