@@ -1,6 +1,7 @@
 """The tasks that train on sound, run as a user runs them: what moves, what stays, and exact resumption."""
 
 import dataclasses
+import json
 import shutil
 
 import jax
@@ -12,7 +13,7 @@ from micro import CONFIG, REPOSITORY, Command, numbers, one_device, read_metrics
 
 from baichuan_omni_jax.audio.tokenize import fingerprint
 from baichuan_omni_jax.checkpoint import load_branches, with_shardings
-from baichuan_omni_jax.config import ConfigError, apply_overrides, load_run_config, resolve_model
+from baichuan_omni_jax.config import ConfigError, apply_overrides, load_run_config, resolve_model, tiny, to_hf
 from baichuan_omni_jax.config.sound_targets import sound_targets
 from baichuan_omni_jax.convert import abstract_branches
 from baichuan_omni_jax.train.rows import BatchPlacer
@@ -29,9 +30,18 @@ def small(config, root, *changes: str):
 
 
 @pytest.fixture(scope="module")
-def tokenizer_step(micro_root, quick_compile):
+def two_levels(tmp_path_factory) -> str:
+    """The tiny model with two codebooks, as an override: levels are most of what these tests compile."""
+    omni = dataclasses.replace(tiny(), audio=dataclasses.replace(tiny().audio, codebook_sizes=(64, 48)))
+    path = tmp_path_factory.mktemp("model") / "config.json"
+    path.write_text(json.dumps(to_hf(omni)))
+    return f"model={path}"
+
+
+@pytest.fixture(scope="module")
+def tokenizer_step(micro_root, quick_compile, two_levels):
     """(run, setup, state, batch) of the tokenizer's first step."""
-    run = small(TOKENIZER, micro_root)
+    run = small(TOKENIZER, micro_root, two_levels)
     omni, mesh, compute = resolve_model(run.model), one_device(), make_compute(run)
     pipeline = open_pipeline(run.data, omni, targets=sound_targets(run, omni))
     with jax.set_mesh(mesh):
@@ -84,15 +94,16 @@ def test_a_clip_that_is_not_a_number_changes_nothing(tokenizer_step):
 
 
 @pytest.mark.slow
-def test_tokenizer_run_and_resumption(pretrain, tmp_path):
+def test_tokenizer_run_and_resumption(quick_pretrain, two_levels, tmp_path):
     """Six steps at once, and three and three: the same numbers and arrays, masks among them. The reader stays, the
     codebooks move.
     """
-    changes = [*SMALL, "checkpoint.every=3", "checkpoint.keep=3", "tokenizer.spec_augment.mask_time_prob=0.1"]
+    masks = "tokenizer.spec_augment.mask_time_prob=0.1"
+    changes = [*SMALL, two_levels, "checkpoint.every=3", "checkpoint.keep=3", masks]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert pretrain(whole, *changes, "train.steps=6", config=TOKENIZER).returncode == 0
+    assert quick_pretrain(whole, *changes, "train.steps=6", config=TOKENIZER).returncode == 0
     for steps in (3, 6):
-        assert pretrain(parts, *changes, f"train.steps={steps}", config=TOKENIZER).returncode == 0
+        assert quick_pretrain(parts, *changes, f"train.steps={steps}", config=TOKENIZER).returncode == 0
     assert numbers(parts) == numbers(whole)
     ends = [saved_arrays(workdir, 6) for workdir in (whole, parts)]
     assert all(np.array_equal(ends[0][name], value) for name, value in ends[1].items())
