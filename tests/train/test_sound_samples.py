@@ -113,15 +113,15 @@ def test_hift_gives_as_many_samples_as_griffin_lim(vocoder):
 
 
 @pytest.mark.slow
-def test_the_tokenizer_is_heard_and_trains_as_if_it_were_not(pretrain, tmp_path):
+def test_the_tokenizer_is_heard_and_trains_as_if_it_were_not(quick_pretrain, tmp_path):
     """Four steps with and without: the same numbers. A clip before the first step and after each second one.
 
     The first target is not the decoder's own: its sound is as long all the same.
     """
     changes = [*SMALL, "checkpoint.every=4", "train.steps=4", "tokenizer.mel_scales=((400,160),(1024,256))"]
     silent, heard = tmp_path / "silent", tmp_path / "heard"
-    assert pretrain(silent, *changes, config=TOKENIZER).returncode == 0
-    done = pretrain(heard, *changes, *LISTEN, config=TOKENIZER)
+    assert quick_pretrain(silent, *changes, config=TOKENIZER).returncode == 0
+    done = quick_pretrain(heard, *changes, *LISTEN, config=TOKENIZER)
     assert done.returncode == 0, done.stderr
     assert numbers(silent) == numbers(heard)
     assert "16000 Hz by griffin_lim" in " ".join(done.stdout.split())  # lines are wrapped
@@ -140,9 +140,9 @@ def test_the_tokenizer_is_heard_and_trains_as_if_it_were_not(pretrain, tmp_path)
 
 
 @pytest.mark.slow
-def test_flow_matching_is_heard_through_a_vocoder(pretrain, vocoder, tmp_path):
+def test_flow_matching_is_heard_through_a_vocoder(quick_pretrain, vocoder, tmp_path):
     changes = [*SMALL, *LISTEN, "checkpoint.every=2", "train.steps=2", "checkpoint.init_from="]
-    done = pretrain(tmp_path / "run", *changes, f"eval.vocoder={vocoder}", config=FLOW)
+    done = quick_pretrain(tmp_path / "run", *changes, f"eval.vocoder={vocoder}", config=FLOW)
     assert done.returncode == 0, done.stderr
     found = events(tmp_path / "run")
     wave, rate = wave_of(found["eval/speech/clip_0/from_codes/hift", 2])

@@ -116,13 +116,13 @@ def test_tokenizer_run_and_resumption(quick_pretrain, two_levels, tmp_path):
 
 
 @pytest.mark.slow
-def test_flow_saves_the_mean_and_resumes_from_the_weights(pretrain, tmp_path):
+def test_flow_saves_the_mean_and_resumes_from_the_weights(quick_pretrain, tmp_path):
     """Two and two steps equal four; the branch holds the running mean, the optimizer's state the weights."""
     changes = [*SMALL, "checkpoint.every=2", "checkpoint.keep=3", "checkpoint.init_from="]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert pretrain(whole, *changes, "train.steps=4", config=FLOW).returncode == 0
+    assert quick_pretrain(whole, *changes, "train.steps=4", config=FLOW).returncode == 0
     for steps in (2, 4):
-        assert pretrain(parts, *changes, f"train.steps={steps}", config=FLOW).returncode == 0
+        assert quick_pretrain(parts, *changes, f"train.steps={steps}", config=FLOW).returncode == 0
     assert numbers(parts) == numbers(whole)
     ends = [saved_arrays(workdir, 4) for workdir in (whole, parts)]
     assert all(np.array_equal(ends[0][name], value) for name, value in ends[1].items())
@@ -154,10 +154,10 @@ def refusal(run) -> ConfigError | None:
 
 
 @pytest.mark.slow
-def test_a_trained_tokenizer_makes_the_codes_of_a_language_stage(pretrain, tmp_path):
+def test_a_trained_tokenizer_makes_the_codes_of_a_language_stage(pretrain, quick_pretrain, tmp_path):
     """Its workdir as `data.audio_tokenizer`: the store is by its fingerprint, and the micro omni run trains on it."""
     workdir, root = tmp_path / "tokenizer", tmp_path / "data"
-    assert pretrain(workdir, *SMALL, "train.steps=2", "checkpoint.every=2", config=TOKENIZER).returncode == 0
+    assert quick_pretrain(workdir, *SMALL, "train.steps=2", "checkpoint.every=2", config=TOKENIZER).returncode == 0
     shutil.copytree(pretrain.root, root, ignore=shutil.ignore_patterns(".cache"))
     trained = f"data.audio_tokenizer={workdir}"
     out = tokenized.run(root, pretrain.cache, "--set", trained)
