@@ -25,7 +25,7 @@ import soxr
 from baichuan_omni_jax.checkpoint import find_checkpoint
 from baichuan_omni_jax.checkpoint.branches import branch_folder, parse_spec
 from baichuan_omni_jax.config import ConfigError, MeshConfig, OmniConfig
-from baichuan_omni_jax.config.errors import exit_code
+from baichuan_omni_jax.config.errors import check_folders, exit_code
 from baichuan_omni_jax.omni.loading import load_for_generation
 from baichuan_omni_jax.omni.speech import Speaker
 from baichuan_omni_jax.sharding import make_mesh
@@ -185,10 +185,7 @@ def _resampled(wave: np.ndarray, rate: int, wanted: int) -> np.ndarray:
 
 def check_options(options: argparse.Namespace) -> None:
     """Before minutes of work: raises ConfigError for files that could not be written."""
-    for name in ("json", "picture"):
-        path = getattr(options, name)
-        if path and not path.parent.is_dir():
-            raise ConfigError(f"--{name} {path}: there is no folder {path.parent}")
+    check_folders(options, "json", "picture")
     if options.picture and find_spec("matplotlib") is None:
         raise ConfigError("--picture needs matplotlib: pip install '.[show]'")
     if options.limit is not None and options.limit < 1:

@@ -30,7 +30,7 @@ from generation.settings import add_settings_flags, settings_of
 from generation.talking import talk
 
 from baichuan_omni_jax.config import ConfigError, GenerationSettings, RequestError
-from baichuan_omni_jax.config.errors import exit_code
+from baichuan_omni_jax.config.errors import check_folders, exit_code
 from baichuan_omni_jax.omni.answer_file import Question, answer_questions, read_questions
 from baichuan_omni_jax.omni.chat import ChatAnswer, Reply
 from data_pipelines.id_prompt import read_id_file
@@ -161,10 +161,7 @@ def _check_flags(options: argparse.Namespace) -> None:
         raise ConfigError("tts needs --out, where the speech goes")
     if options.out and options.out.suffix.lower() != ".wav":
         raise ConfigError(f"--out {options.out} must end in .wav")
-    for name in ("out", "save", "output"):
-        path = getattr(options, name)
-        if path and not path.parent.is_dir():
-            raise ConfigError(f"--{name} {path}: there is no folder {path.parent}")
+    check_folders(options, "out", "save", "output")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import soundfile
 from baichuan_omni_jax.audio.tokenize import WindowEncoder
 from baichuan_omni_jax.checkpoint.branches import parse_spec
 from baichuan_omni_jax.config import ConfigError, MeshConfig, OmniConfig
-from baichuan_omni_jax.config.errors import exit_code
+from baichuan_omni_jax.config.errors import check_folders, exit_code
 from baichuan_omni_jax.config.sound_targets import flow_target
 from baichuan_omni_jax.convert.tables import VOCODER_BRANCH
 from baichuan_omni_jax.omni.crossfade import CrossFade
@@ -81,10 +81,7 @@ def read_windows(path: Path, cfg: OmniConfig) -> list[np.ndarray]:
 
 def check_options(options: argparse.Namespace) -> None:
     """Before minutes of work: raises ConfigError for files that could not be written."""
-    for name in ("out", "picture", "codes"):
-        path = getattr(options, name)
-        if path and not path.parent.is_dir():
-            raise ConfigError(f"--{name} {path}: there is no folder {path.parent}")
+    check_folders(options, "out", "picture", "codes")
     if options.out.suffix.lower() != ".wav":
         raise ConfigError(f"--out {options.out}: waveforms are written as .wav")
     if options.picture and find_spec("matplotlib") is None:

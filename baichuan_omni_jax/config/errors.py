@@ -25,6 +25,14 @@ class RunStoppedError(RuntimeError):
     """A run ended itself before its last step, as starting it again might not help. The message says why."""
 
 
+def check_folders(options: object, *names: str) -> None:
+    """Before minutes of work: raises ConfigError naming the first file `options.NAME` (or None) without a folder."""
+    for name in names:
+        path = getattr(options, name)
+        if path and not path.parent.is_dir():
+            raise ConfigError(f"--{name} {path}: there is no folder {path.parent}")
+
+
 def exit_code(command: Callable[[], None]) -> int:
     """Runs `command`; returns 0, or prints the sentence of its error to stderr: 2 ConfigError, 3 RunStoppedError."""
     try:

@@ -14,42 +14,26 @@ from fake_speech import BrokenSpeech
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from small_media import write_image, write_video
+from synthesis_job import FAKE, read, run, write_manifest
 
 from baichuan_omni_jax.config import ConfigError
 from data_pipelines.build import __main__ as build
 from data_pipelines.document import Document, SampleError
 from data_pipelines.media import Media
-from data_pipelines.prompt_writing import heard_tag, image_tag, plain_text, trainable, turn, video_tag
-from data_pipelines.prompts import Picture, Sound, Text, Video, parse_prompt
+from data_pipelines.prompt_writing import image_tag, plain_text, turn
+from data_pipelines.prompts import Sound, Text, parse_prompt
 from data_pipelines.synthesis import espeak, intlv, text_to_speech, voice_list
 from data_pipelines.synthesis.__main__ import main
 from data_pipelines.synthesis.draft import Draft
 from data_pipelines.synthesis.intlv import write_intlv
 from data_pipelines.synthesis.itts import write_itts
-from data_pipelines.synthesis.task_prompts import ANSWER_PICTURE, CONTINUE_PICTURE, READ_ALOUD, TRANSCRIBE
+from data_pipelines.synthesis.task_prompts import READ_ALOUD, TRANSCRIBE
 from data_pipelines.synthesis.text_to_speech import EspeakSpeech, load_speech, voice_text
 from data_pipelines.synthesis.units import add_job_arguments
 from data_pipelines.synthesis.voice_list import SENTENCES
 from data_pipelines.synthesis.voices import VOICES
 
 STORY = ["The lake is calm tonight. We took a boat, and went home. ", "湖水今晚很平静。我们坐船，然后回家了。"]
-FAKE = ("--tts", "fake_speech:make")
-
-
-def write_manifest(folder, texts, name="m.jsonl"):
-    lines = [json.dumps({"id": f"d{number}", "text": text}) + "\n" for number, text in enumerate(texts)]
-    (folder / name).write_text("".join(lines), encoding="utf-8")
-    return folder / name
-
-
-def run(job, manifest, out, *options, workers=0):
-    assert main([job, str(manifest), "--out", str(out), "--workers", str(workers), *options]) == 0
-    return read(out / f"{job}.jsonl"), read(out / f"skipped-{job}.jsonl")
-
-
-def read(path):
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
 
 
 def digests(folder):
@@ -376,70 +360,6 @@ def test_media_that_can_neither_be_linked_nor_copied(tmp_path):
     with pytest.raises(SampleError, match=r"gone\.png is not a readable file") as error:
         draft.write_media(tmp_path)
     assert error.value.cause == "unreadable_media"
-
-
-def test_a_share_of_the_sentences_is_heard(tmp_path):
-    write_image(tmp_path / "a.png", 56, 56)
-    sentences = [f"This is sentence number {number}. " for number in range(8)]
-    chinese = [f"这是第{number}个句子，它说湖水很平静。" for number in range(8)]
-    caption = trainable("".join(sentences[:4])) + image_tag("a.png") + trainable("".join(sentences[4:]))
-    manifest = write_manifest(tmp_path, [caption, image_tag("a.png") + trainable("".join(chinese))])
-    for share, heard in ((0.25, 2), (0.5, 4), (0.01, 1), (0.99, 7)):
-        made, skipped = run("crossmodal", manifest, tmp_path / str(share), "--share", str(share))
-        assert not skipped
-        for document, language, all_of_them in zip(made, ("en", "zh"), (sentences, chinese), strict=True):
-            prompt, *elements = parse_prompt(document["text"])
-            assert document["type"] == "cross_modal"
-            assert prompt.text.removesuffix("\n") in CONTINUE_PICTURE[language]
-            assert not prompt.trainable
-            assert sum(isinstance(element, Sound) for element in elements) == heard
-            assert sum(isinstance(element, Picture) for element in elements) == 1
-            written = "".join(element.text for element in elements if isinstance(element, Text))
-            assert sum(sentence.strip() in written for sentence in all_of_them) == 8 - heard
-            assert all(element.trainable for element in elements if isinstance(element, Text))
-            assert not any(element.spoken or element.trainable for element in elements if isinstance(element, Sound))
-            for element in elements:
-                if not isinstance(element, Text):
-                    assert (tmp_path / str(share) / element.reference.path).is_file()
-    made, _ = run("crossmodal", manifest, tmp_path / "first", "--order", "first")
-    assert [type(element) for element in parse_prompt(made[0]["text"])] == [Text, Sound, Sound, Text, Picture, Text]
-
-
-def test_questions_are_heard_and_answers_stay(tmp_path):
-    write_image(tmp_path / "a.png", 56, 56)
-    text = turn(image_tag("a.png") + "What is in the picture?", "Noise is in it.", "You are kind to all who ask.")
-    made, _ = run("crossmodal", write_manifest(tmp_path, [text]), tmp_path / "out", *FAKE)
-    opening, _, sound, answer_mark, answer = parse_prompt(made[0]["text"])
-    system, asked = opening.text.split("<C_Q>")
-    assert system == "<B_SYS>You are kind to all who ask."
-    assert asked.strip() in ANSWER_PICTURE["en"]
-    assert isinstance(sound, Sound)
-    assert (answer_mark.text, answer) == ("<C_A>", Text("Noise is in it.", trainable=True))
-
-
-def test_the_track_of_a_film_stands_beside_it(tmp_path):
-    write_video(tmp_path / "loud.mp4", 2.0, sound=2.0)
-    write_video(tmp_path / "mute.mp4", 2.0)
-    text = turn(video_tag("loud.mp4") + "What is it?", "A film.")
-    sound = image_tag("a.png") + heard_tag("s.wav")
-    manifest = write_manifest(
-        tmp_path,
-        [
-            *(text, text.replace("loud", "mute"), text.replace("loud", "gone"), image_tag("a.png") + trainable("One.")),
-            *(text.replace("loud.mp4", "../loud.mp4"), "Text. Alone.", sound + trainable("One. Two.")),
-        ],
-    )
-    made, skipped = run("crossmodal", manifest, tmp_path / "out", *FAKE)
-    assert [document["type"] for document in made] == ["cross_modal"]
-    _, film, track, question, answer = parse_prompt(made[0]["text"])
-    assert (film, track) == (Video(track.reference), Sound(film.reference))
-    assert (tmp_path / "out" / film.reference.path).read_bytes() == (tmp_path / "loud.mp4").read_bytes()
-    assert question.text == "What is it?<C_A>"
-    assert answer == Text("A film.", trainable=True)
-    causes = ["no_track", "missing_file", "too_short", "outside_root", "no_picture", "has_sound"]
-    assert [(line["id"], line["cause"]) for line in skipped] == [
-        (f"d{number}", cause) for number, cause in enumerate(causes, start=1)
-    ]
 
 
 def test_the_voices_are_listed_and_drawn(tmp_path, capsys, monkeypatch):

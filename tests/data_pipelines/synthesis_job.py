@@ -1,0 +1,23 @@
+"""What the tests of synthesis jobs share: a manifest of texts, and a job over it."""
+
+import json
+
+from data_pipelines.synthesis.__main__ import main
+
+# Tones instead of speech: no eSpeak is needed, and they take no time.
+FAKE = ("--tts", "fake_speech:make")
+
+
+def write_manifest(folder, texts, name="m.jsonl"):
+    lines = [json.dumps({"id": f"d{number}", "text": text}) + "\n" for number, text in enumerate(texts)]
+    (folder / name).write_text("".join(lines), encoding="utf-8")
+    return folder / name
+
+
+def run(job, manifest, out, *options, workers=0):
+    assert main([job, str(manifest), "--out", str(out), "--workers", str(workers), *options]) == 0
+    return read(out / f"{job}.jsonl"), read(out / f"skipped-{job}.jsonl")
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
