@@ -51,7 +51,15 @@ EXTRAS = {
     "synthesis": SYNTHESIS,
     "wandb": ["wandb>=0.19"],
     "seqio": ["seqio>=0.0.20"],
-    "test": ["beartype>=0.20", "hypothesis>=6.100", "pytest>=8", "ruff==0.17.6", *SAMPLE, *SYNTHESIS],
+    "test": [
+        "beartype>=0.20",
+        "hypothesis>=6.100",
+        "pytest>=8",
+        "pytest-xdist>=3.6",
+        "ruff==0.17.6",
+        *SAMPLE,
+        *SYNTHESIS,
+    ],
 }
 
 setup(

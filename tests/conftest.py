@@ -2,6 +2,7 @@
 
 import pytest
 from hypothesis import settings
+from proofs import built_once
 
 # How long an example takes says more of the machine than of the code.
 settings.register_profile("any machine", deadline=None)
@@ -13,7 +14,7 @@ def sample_dir(tmp_path_factory):
     """The sample data set of seed 0, built once for all tests; tests must not write into it."""
     from data_pipelines.sample import build_sample
 
-    return build_sample(tmp_path_factory.mktemp("sample") / "data", progress=False)
+    return built_once(tmp_path_factory, "sample", lambda path: build_sample(path, progress=False))
 
 
 @pytest.fixture(scope="session")
@@ -21,20 +22,41 @@ def micro_root(sample_dir, tmp_path_factory):
     """The data root of `micro.Command`."""
     from micro import small_copy
 
-    return small_copy(sample_dir, tmp_path_factory.mktemp("micro") / "data")
+    return built_once(tmp_path_factory, "micro", lambda path: small_copy(sample_dir, path))
 
 
 @pytest.fixture(scope="session")
-def pretrain(micro_root, tmp_path_factory):
+def compiled(tmp_path_factory):
+    """Where the commands that tests start keep their compiled programs."""
+    return built_once(tmp_path_factory, "xla", lambda path: path.mkdir())
+
+
+@pytest.fixture(scope="session")
+def pretrain(micro_root, compiled):
     """The training command; all its processes share their compiled programs."""
     from micro import Command
 
-    return Command(micro_root, tmp_path_factory.mktemp("xla"))
+    return Command(micro_root, compiled)
 
 
 @pytest.fixture(scope="session")
-def quick_pretrain(micro_root, tmp_path_factory):
+def quick_pretrain(micro_root, compiled):
     """The training command compiled with few optimizations: for tests whose time would else be compilation."""
     from micro import Command
 
-    return Command(micro_root, tmp_path_factory.mktemp("quick"), quick=True)
+    return Command(micro_root, compiled, quick=True)
+
+
+@pytest.fixture(scope="session")
+def finished(pretrain, tmp_path_factory):
+    """The workdir of an uninterrupted run of the micro configuration, `micro.STEPS` steps.
+
+    Tests copy it before they change anything.
+    """
+    from micro import STEPS
+
+    def run(workdir):
+        done = pretrain(workdir, f"train.steps={STEPS}")
+        assert done.returncode == 0, done.stderr
+
+    return built_once(tmp_path_factory, "finished", run)

@@ -14,6 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import Mesh, NamedSharding
+from proofs import HANG
 
 from baichuan_omni_jax.config import MeshConfig, RunConfig, apply_overrides, load_run_config, resolve_model
 from baichuan_omni_jax.omni.batch import BATCH_AXES
@@ -26,8 +27,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIG = REPOSITORY / "configs" / "micro.py"
 # Documents of each source: all kinds of document, few enough that their sound has its codes in seconds.
 LINES = 24
-# Of the finished run. Longer than the configuration's own: a kill in the middle must not miss.
-STEPS = 12
+# Of the finished run: enough to be interrupted several times.
+STEPS = 20
 # Of a row of metrics.jsonl. They measure the machine; every other number must repeat exactly.
 TIMES = {"step_time_s", "data_wait_s", "productive_s", "goodput", "tokens_per_s_per_chip", "compiles"}
 
@@ -118,7 +119,7 @@ class Command:
         self, workdir: Path, *changes: str, devices: int = 1, config: Path = CONFIG
     ) -> subprocess.CompletedProcess:
         with self.start(workdir, *changes, devices=devices, config=config) as process:
-            out, err = process.communicate(timeout=300)
+            out, err = process.communicate(timeout=HANG)
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
@@ -146,7 +147,7 @@ def saved_arrays(workdir: Path, step: int) -> dict[str, np.ndarray]:
     return found
 
 
-def wait_until(process: subprocess.Popen, happened: Callable[[], bool], seconds: float = 240) -> bool:
+def wait_until(process: subprocess.Popen, happened: Callable[[], bool], seconds: float = HANG) -> bool:
     """Whether `happened()` while the process ran; False when it ended, or the time was up, before."""
     deadline = time.monotonic() + seconds
     while process.poll() is None and time.monotonic() < deadline:

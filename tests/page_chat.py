@@ -1,7 +1,6 @@
 """A chat of scripted answers for the tests of the page: as slow as wanted, it says what it was asked."""
 
 import threading
-import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -89,12 +88,3 @@ class Processor:
 
 def scripted_chat(pace: float = 0.0) -> OmniChat:
     return OmniChat(ChatModel(Engine(pace), tiny(), Speaker()), Processor())
-
-
-def wait_for(condition, seconds: float = 60.0):
-    """What `condition` gives as soon as that is true of it."""
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < end, f"nothing happened in {seconds} s"
-        time.sleep(0.05)
-    return found

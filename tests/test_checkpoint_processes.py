@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from proofs import HANG
 from test_checkpoint import abstract, assert_equal, make_state, save
 
 from baichuan_omni_jax.checkpoint import Workdir, verify_checksums, with_shardings
@@ -63,7 +64,7 @@ def kill_while_saving(path: Path, moment: str, seconds: float) -> None:
         if moment == "any":
             time.sleep(seconds)
             process.send_signal(signal.SIGKILL)
-        assert process.wait(timeout=60) == -signal.SIGKILL
+        assert process.wait(timeout=HANG) == -signal.SIGKILL
 
 
 @pytest.mark.slow

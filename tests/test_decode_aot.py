@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from proofs import HANG
 
 from baichuan_omni_jax.config import tiny
 
@@ -41,7 +42,7 @@ def test_programs_compile_for_a_mesh_of_tpus():
     """Reading uses the attention kernel, nothing copies tables as bits, and no weight travels for an item."""
     path = os.pathsep.join([str(ROOT / "benchmarks"), str(ROOT)])
     env = os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    done = subprocess.run([sys.executable, "-c", COMPILE], env=env, capture_output=True, text=True, timeout=600)
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=env, capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["kernel"]

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from proofs import HANG
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -17,7 +18,7 @@ def test_branches_on_eight_devices_equal_one_device():
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(REPOSITORY)}
     script = REPOSITORY / "tests" / "multidevice" / "branches.py"
     done = subprocess.run(
-        [sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=HANG, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("largest difference") == 4, done.stdout

@@ -15,8 +15,9 @@ import micro
 import numpy as np
 import pytest
 import soundfile
-from page_chat import scripted_chat, wait_for
+from page_chat import scripted_chat
 from PIL import Image
+from proofs import wait_for
 
 from baichuan_omni_jax.checkpoint import save_branches
 from baichuan_omni_jax.config import MeshConfig, tiny
@@ -40,7 +41,6 @@ FLAGS = """--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-r
     --disable-component-update --disable-sync --use-fake-device-for-media-stream --use-fake-ui-for-media-stream
     --autoplay-policy=no-user-gesture-required --window-size=1280,900""".split()
 PLAYER = "[data-testid=waveform-Audio]"
-PATIENCE = 600.0  # seconds: each new size of prompt and answer is compiled once
 PLAYED = "const a = document.querySelector('#player audio'); return a ? a.currentTime : 0"
 
 
@@ -85,9 +85,9 @@ class Tab:
     def status(self) -> str:
         return self.text("#status")
 
-    def answered(self, count: int = 1, seconds: float = 60.0) -> str:
+    def answered(self, count: int = 1) -> str:
         """The last answer, once there are so many and the last is whole; refused ones are none."""
-        wait_for(lambda: len(self.answers) >= count and ("in all" in self.status or "Not" in self.status), seconds)
+        wait_for(lambda: len(self.answers) >= count and ("in all" in self.status or "Not" in self.status))
         assert "in all" in self.status, self.status
         return self.answers[-1]
 
@@ -200,7 +200,7 @@ def test_two_tabs_are_two_conversations_and_one_that_goes_away_is_let_go(serve, 
     assert "secret" not in there.text("body")
     assert not chat.model.engine.requests[0].cancelled.is_set()
     here.driver.quit()
-    wait_for(chat.model.engine.requests[0].cancelled.is_set, 15)
+    wait_for(chat.model.engine.requests[0].cancelled.is_set)
 
 
 @pytest.fixture(scope="module")
@@ -232,14 +232,14 @@ def test_the_command_answers_text_a_picture_and_the_microphone(checkpoint, open_
             assert "http://127.0.0.1:" in line
             tab = open_tab(line.split()[-1], microphone)
             tab.write("What is a star?")
-            assert tab.answered(1, PATIENCE)
+            assert tab.answered(1)
             tab.attach(picture)
             wait_for(lambda: tab.all("#box img"))
             tab.write("What is this?")
-            assert tab.answered(2, PATIENCE)
+            assert tab.answered(2)
             tab.click("#stop")  # while the last answer sounds, the microphone hears nothing
             tab.click("#microphone .record-button")
-            assert tab.answered(3, PATIENCE)
+            assert tab.answered(3)
             assert tab.all("#chat .user-row img")
             assert tab.all(f"#chat .user-row {PLAYER}")
             assert len(tab.all(f"#chat .bot-row {PLAYER}")) == 3

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from page_chat import scripted_chat, wait_for
+from page_chat import scripted_chat
 from PIL import Image
+from proofs import wait_for
 
 from baichuan_omni_jax.config import ConfigError, GenerationSettings
 from launch.web.limits import Limits

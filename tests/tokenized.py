@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from micro import CONFIG, REPOSITORY, environment, overrides, small_copy
+from proofs import HANG
 
 # Documents of each manifest, and the fewest code frames that a part may have: about twenty parts.
 LINES = 160
@@ -33,7 +34,7 @@ def start(root: Path, cache: Path, *flags: str, devices: int = 1) -> subprocess.
 def run(root: Path, cache: Path, *flags: str, devices: int = 1) -> str:
     """Runs it to its end, which must be a good one; returns what it printed."""
     with start(root, cache, *flags, devices=devices) as process:
-        out, err = process.communicate(timeout=600)
+        out, err = process.communicate(timeout=HANG)
     assert process.returncode == 0, out + err
     return out
 

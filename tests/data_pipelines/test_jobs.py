@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from proofs import HANG, wait_for
 
 from baichuan_omni_jax.config import ConfigError
 from data_pipelines.jobs import Job, Unit, run_job
@@ -16,7 +17,7 @@ from data_pipelines.jobs.runners import make_runner
 
 OTHER_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 HERE = Path(__file__).resolve().parent
-PATHS = os.pathsep.join([str(HERE.parents[1]), str(HERE)])
+PATHS = os.pathsep.join([str(HERE.parents[1]), str(HERE.parent), str(HERE)])
 
 
 def work(unit: Unit, folder: Path) -> dict:
@@ -120,19 +121,12 @@ def test_no_process_outlives_the_program(tmp_path, signal_number):
         [sys.executable, str(script)], env=os.environ | {"PYTHONPATH": PATHS}, stderr=subprocess.DEVNULL
     )
     job = make_job(tmp_path, [])
-    wait_for(lambda: len(tried(job)) == 2)
+    wait_for(lambda: len(tried(job)) == 2, "the work of two units", process)
     workers = [int(line.split()[1]) for line in (tmp_path / "log").read_text().splitlines()]
     assert all(map(alive, workers))
     process.send_signal(signal_number)
-    assert process.wait(timeout=20) != 0
-    wait_for(lambda: not any(map(alive, workers)))
-
-
-def wait_for(condition, seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
+    assert process.wait(timeout=HANG) != 0
+    wait_for(lambda: not any(map(alive, workers)), "the end of the workers")
 
 
 def alive(process: int) -> bool:

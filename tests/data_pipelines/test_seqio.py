@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from proofs import HANG
 
 seqio = pytest.importorskip("seqio", reason="needs the extra seqio (Python 3.11)")
 
@@ -201,7 +202,7 @@ def test_a_run_trains_from_the_cache_without_tensorflow(cached, root, tmp_path):
     ]
     command += [part for change in changes for part in ("--set", change)]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=500, check=False, env=environment(tmp_path / "xla")
+        command, capture_output=True, text=True, timeout=HANG, check=False, env=environment(tmp_path / "xla")
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "modules of TensorFlow: []" in done.stdout

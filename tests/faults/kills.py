@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from micro import wait_until
+from proofs import HANG
 from uninterrupted import committed, last_step, leftovers
 
 # checkpoint.every of the runs that are killed: more time between saves than configs/micro.py leaves.
@@ -60,7 +61,7 @@ def kill_at(process: subprocess.Popen, workdir: Path, moment: Moment) -> Kill:
         if wait_until(process, lambda: moment.has_come(workdir)):
             time.sleep(moment.delay)
             process.kill()
-        process.communicate(timeout=300)
+        process.communicate(timeout=HANG)
     if process.returncode != -signal.SIGKILL:
         doing = "nothing"
     elif _metrics(workdir) == before:

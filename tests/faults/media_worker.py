@@ -8,6 +8,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from media_files import kind_of
+from proofs import HANG
 
 ADDRESS_SPACE = 6 << 30  # bytes: above it an allocation fails
 
@@ -36,7 +37,7 @@ def decode_all(paths: list[Path], limit: float) -> list[Outcome]:
         worker = context.Process(target=_serve, args=(theirs, paths[len(outcomes) :]), daemon=True)
         worker.start()
         theirs.close()
-        assert ours.poll(60), "the process did not start"
+        assert ours.poll(HANG), "the process did not start"
         assert ours.recv() == "ready"
         _collect(ours, worker, paths, outcomes, limit)
         worker.kill()

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from micro import wait_until
+from proofs import HANG
 from uninterrupted import EVERY, STEPS, assert_same_run, committed, leftovers, resumed_from
 
 pytestmark = pytest.mark.slow
@@ -20,7 +21,7 @@ def full(pretrain, tmp_path) -> tuple[Path, int, str]:
     with pretrain.start(workdir, f"train.steps={STEPS}") as process:
         assert wait_until(process, lambda: bool(committed(workdir)))
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (LIMIT, LIMIT))
-        _, err = process.communicate(timeout=300)
+        _, err = process.communicate(timeout=HANG)
     return workdir, process.returncode, err
 
 

@@ -9,9 +9,10 @@ import pytest
 from media_files import kind_of, originals
 from media_worker import decode_all
 from mutations import mutants
+from proofs import sized
 
 CAUSES = {"unreadable_media", "too_big_media", "silent_audio", "changed"}
-SECONDS = 20  # a file may take on a busy machine; the slowest of a run took well under a second
+SECONDS = 300  # after which a file hangs its reader; the slowest took well under one
 PEAK_MIB = 500  # of the process that decodes; one of 24,000 files took 298
 
 
@@ -46,7 +47,7 @@ def test_undamaged_files_can_be_used(files, tmp_path):
     assert Counter(kind_of(name) for name in files) >= Counter(image=12, sound=6, video=5)
 
 
-@pytest.mark.parametrize("count", [60, pytest.param(6000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [60, pytest.param(sized(600, 6000), marks=pytest.mark.slow)])
 def test_damaged_files_are_used_or_refused(files, tmp_path, count):
     found = check(decode_all(write(tmp_path / "media", mutants(files, count, seed=1)), SECONDS), count)
     assert 0.2 * count < found["unreadable_media"] < 0.9 * count
@@ -86,7 +87,7 @@ def test_every_damaged_file_is_in_a_row_or_counted(files, tmp_path):
     from baichuan_omni_jax.config import Budgets, DataConfig, SourceConfig, tiny
     from data_pipelines.pipeline import open_pipeline
 
-    paths = write(tmp_path / "media", mutants(files, 1000, seed=2))
+    paths = write(tmp_path / "media", mutants(files, sized(200, 1000), seed=2))
     documents = [
         {"id": path.name, "text": TAGS[kind_of(path.name)] % path.name + "<trainable_start>x<trainable_end>"}
         for path in paths
@@ -111,6 +112,6 @@ def test_every_damaged_file_is_in_a_row_or_counted(files, tmp_path):
     skipped = pipeline.causes()
     assert kept + lost.total() + skipped.total() == len(paths)
     assert set(lost) | set(skipped) <= CAUSES | {"too_long"}
-    assert kept > 100
-    assert lost["unreadable_media"] > 10
-    assert skipped["unreadable_media"] > 100
+    assert kept > len(paths) // 10
+    assert lost["unreadable_media"] > len(paths) // 100
+    assert skipped["unreadable_media"] > len(paths) // 10

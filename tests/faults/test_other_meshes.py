@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from micro import Command, read_metrics
+from proofs import sized
 from uninterrupted import committed, resumed_from
 
 pytestmark = pytest.mark.slow
@@ -55,7 +56,7 @@ def part(train, whole, tmp_path_factory) -> Path:
     return workdir
 
 
-@pytest.fixture(scope="module", params=[2, 8], ids="{} devices".format)
+@pytest.fixture(scope="module", params=sized((8,), (2, 8)), ids="{} devices".format)
 def continued(request, train, part, tmp_path_factory) -> Path:
     """The first steps on four devices, the rest on others."""
     workdir = shutil.copytree(part, tmp_path_factory.mktemp("continued") / "run")

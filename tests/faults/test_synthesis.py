@@ -11,9 +11,11 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+from proofs import HANG, sized, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS, UNIT = 80, 4  # twenty units
+DOCUMENTS, UNIT = sized(40, 80), 4  # ten or twenty units
+KILLS = sized(4, 10)
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -47,21 +49,18 @@ def test_killed_jobs_end_with_the_same_files(sample_dir, tmp_path):
     with (sample_dir / "text.jsonl").open(encoding="utf-8") as lines:
         manifest.write_text("".join(islice(lines, DOCUMENTS)), encoding="utf-8")
     began = time.monotonic()
-    assert start(manifest, tmp_path / "whole").wait(timeout=300) == 0
+    assert start(manifest, tmp_path / "whole").wait(timeout=HANG) == 0
     whole = time.monotonic() - began
     rng, out, units = random.Random(0), tmp_path / "killed", []
-    for _ in range(10):
+    for _ in range(KILLS):
         process = start(manifest, out)
         time.sleep(rng.uniform(0.2, 0.4) * whole)
         process.kill()
-        assert process.wait(timeout=60) in (-signal.SIGKILL, 0)
+        assert process.wait(timeout=HANG) in (-signal.SIGKILL, 0)
         # Its workers, and the eSpeak processes of theirs, end by themselves.
-        deadline = time.monotonic() + 30
-        while group_lives(process):
-            assert time.monotonic() < deadline, "processes of a killed job live on"
-            time.sleep(0.1)
+        wait_for(lambda process=process: not group_lives(process), "the end of a killed job's processes")
         units.append(len(list((out / ".units").glob("*.json"))))
     assert units == sorted(units), "finished units were lost"
     assert any(0 < done < DOCUMENTS // UNIT for done in units), f"no kill in the middle: {units}"
-    assert start(manifest, out).wait(timeout=300) == 0
+    assert start(manifest, out).wait(timeout=HANG) == 0
     assert digests(out) == digests(tmp_path / "whole")

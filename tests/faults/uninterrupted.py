@@ -4,10 +4,8 @@ import re
 from pathlib import Path
 
 import numpy as np
-from micro import numbers, read_metrics, saved_arrays
+from micro import STEPS, numbers, read_metrics, saved_arrays
 
-# Of a whole run: enough to be interrupted several times.
-STEPS = 20
 EVERY = 2  # checkpoint.every of configs/micro.py, which keeps three
 
 

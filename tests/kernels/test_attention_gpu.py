@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from proofs import sized
 from typecheck import unchecked
 
 from baichuan_omni_jax.kernels.flash_attention import Segments, flash_attention, pallas_gpu, plan_blocks, reference
@@ -92,13 +93,13 @@ def test_permuted_blocks():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", sized(("llm", "vit", "uneven", "padding_only"), tuple(SMALL)))
 def test_cases(name, tensor_core_tiles):
     assert_same_as_reference(SMALL[name])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", sized(("whisper", "permuted_blocks"), tuple(SMALL)))
 def test_cases_in_bf16(name):
     """Of fp32's largest value: 8 bits of mantissa, in the weights, the score gradients and the result."""
     assert_same_as_reference(SMALL[name], dtype=jnp.bfloat16, tolerance=2e-2)
@@ -163,7 +164,7 @@ def test_each_device_of_a_mesh_attends_from_its_queries_and_heads_to_whole_rows(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("name", sized(("llm", "whisper"), tuple(REAL)))
 def test_real_sizes_lower_for_cuda(name, dtype):
     assert_three_kernels(lowered(REAL[name], dtype))
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from micro import environment
+from proofs import HANG
 
 SCRIPT = Path(__file__).with_name("decode.py")
 
@@ -18,7 +19,7 @@ def test_logits_on_eight_devices_equal_one(tmp_path):
         env=environment(tmp_path / "xla", 8, quick=True),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=HANG,
     )
     assert done.returncode == 0, done.stderr
     far = {name: float(number) for name, number in map(str.split, done.stdout.splitlines())}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from micro import environment
+from proofs import HANG
 
 SCRIPT = Path(__file__).with_name("engine.py")
 
@@ -18,7 +19,7 @@ def test_answers_on_meshes_are_those_of_one_device(tmp_path):
         env=environment(tmp_path / "xla", 8, quick=True),
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=HANG,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["equal", "data2_tensor2", "equal", "data2_fsdp2_tensor2"]

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from micro import environment
+from proofs import HANG
 
 SCRIPT = Path(__file__).with_name("quantizer.py")
 
@@ -16,7 +17,7 @@ def test_codebooks_on_eight_devices_equal_one(tmp_path):
         env=environment(tmp_path / "xla", 8, quick=True),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=HANG,
     )
     assert done.returncode == 0, done.stderr
     numbers = {line.split()[0]: [float(x) for x in line.split()[1:]] for line in done.stdout.splitlines()}

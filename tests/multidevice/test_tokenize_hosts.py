@@ -1,6 +1,7 @@
 """Codes do not depend on devices or hosts: 8 devices, and two hosts that share the work, write the same store. Slow."""
 
 import pytest
+from proofs import HANG
 from tokenized import copy_data, files_of, parts_of, run, start_hosts, without_store
 
 pytestmark = pytest.mark.slow
@@ -28,7 +29,7 @@ def test_two_hosts_write_the_same_store(one, tmp_path):
     other = without_store(root, tmp_path / "data")
     hosts = start_hosts(other, cache, 2)
     try:
-        outputs = [process.communicate(timeout=600) for process in hosts]
+        outputs = [process.communicate(timeout=HANG) for process in hosts]
     finally:
         for process in hosts:
             process.kill()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from micro import Command, read_metrics, small_copy
+from proofs import HANG
 
 from baichuan_omni_jax.checkpoint import Workdir
 
@@ -42,7 +43,7 @@ def start(command: Command, workdir: Path, *changes: str, of_host=((), ())) -> l
 
 def finish(processes: list[subprocess.Popen]) -> list[tuple[str, str]]:
     try:
-        return [process.communicate(timeout=900) for process in processes]
+        return [process.communicate(timeout=HANG) for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from proofs import HANG
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PROGRAM = """
@@ -45,7 +46,7 @@ def test_step_compiles_for_two_slices():
     }
     command = [sys.executable, "-c", PROGRAM]
     done = subprocess.run(
-        command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=600, check=False
+        command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=HANG, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "temporaries" in done.stdout

@@ -1,19 +1,7 @@
-"""What the tests of training share: one finished run of the micro configuration."""
-
-from pathlib import Path
+"""What the tests of training share."""
 
 import jax
 import pytest
-from micro import STEPS
-
-
-@pytest.fixture(scope="session")
-def finished(pretrain, tmp_path_factory) -> Path:
-    """The workdir of an uninterrupted run of `STEPS` steps. Tests copy it before they change anything."""
-    workdir = tmp_path_factory.mktemp("finished") / "run"
-    done = pretrain(workdir, f"train.steps={STEPS}")
-    assert done.returncode == 0, done.stderr
-    return workdir
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ from micro import (
     saved_arrays,
     wait_until,
 )
+from proofs import HANG
 
 from baichuan_omni_jax.checkpoint import Workdir
 from baichuan_omni_jax.config import resolve_model
@@ -37,7 +38,7 @@ def send_at(process: subprocess.Popen, workdir: Path, step: int, number: int) ->
     """Sends the signal `number` as soon as metrics.jsonl shows `step`; returns what the process wrote."""
     if wait_until(process, lambda: any(row["step"] >= step for row in read_metrics(workdir))):
         process.send_signal(number)
-    return process.communicate(timeout=120)
+    return process.communicate(timeout=HANG)
 
 
 @pytest.fixture(scope="module")

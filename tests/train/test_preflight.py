@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from proofs import HANG
 
 from baichuan_omni_jax.config import ConfigError, load_run_config, tiny
 from baichuan_omni_jax.train.preflight import Packing, devices_of
@@ -142,7 +143,7 @@ def test_micro_run_on_four_chips(tmp_path):
     sets = ("mesh.fsdp=2", "mesh.context=2", "data.media_shards=2", "data.context_block=64")
     changes = [part for change in sets for part in ("--set", change)]
     outputs = ("--json", str(tmp_path / "report.json"), "--plot", str(tmp_path / "report.png"))
-    done = preflight("--config", str(MICRO), "--topology", "v5p:2x2x1", *changes, *outputs, timeout=900)
+    done = preflight("--config", str(MICRO), "--topology", "v5p:2x2x1", *changes, *outputs, timeout=HANG)
     assert done.returncode == 0, done.stderr
     assert "fits" in done.stdout
     report = json.loads((tmp_path / "report.json").read_text())
