@@ -21,8 +21,9 @@ from jaxtyping import Float, Int32
 
 from baichuan_omni_jax.config import OmniConfig, RequestError
 from data_pipelines.document import EncodedDocument, SampleError
+from data_pipelines.file_kinds import plain_reason
 from data_pipelines.limits import MAX_SAMPLING_RATE
-from data_pipelines.media import Media, find_media
+from data_pipelines.media import Media, MediaRoot, find_media, local_path
 from data_pipelines.processor import Processor, Said
 from data_pipelines.prompts import Element, Picture, Reference, Sound, Text, Video
 from data_pipelines.special_tokens import ASSISTANT, AUDIOGEN_START, SYSTEM, USER
@@ -45,11 +46,13 @@ Message = Mapping[str, Any]
 class ChatPrompts:
     """Encodes what is asked for one model and one tokenizer.
 
-    `root`: media paths are taken from that folder and must not leave it, for messages of strangers; None: any file.
+    `root`: media paths are taken from that folder and must not leave it, for messages of strangers, not by a link
+    either unless it leads to a folder of `trusted`; None: any file.
     """
 
-    def __init__(self, processor: Processor, root: Path | None = None):
-        self.processor, self.root = processor, root
+    def __init__(self, processor: Processor, root: Path | None = None, trusted: Sequence[Path] = ()):
+        self.processor = processor
+        self.root = None if root is None else MediaRoot(Path(root), tuple(trusted))
 
     def encode_messages(self, messages: Sequence[Message]) -> EncodedDocument:
         """A conversation that ends with the mark of the assistant's turn, or inside the assistant's last message.
@@ -89,7 +92,7 @@ class ChatPrompts:
 class _Asked:
     """Elements and media of a prompt in the making; media are named by numbers."""
 
-    def __init__(self, root: Path | None, config: OmniConfig):
+    def __init__(self, root: MediaRoot | None, config: OmniConfig):
         self._root, self._sizes = root, config.audio.codebook_sizes
         self.elements: list[Element | Said] = []
         self.media: dict[str, Media] = {}
@@ -155,10 +158,10 @@ class _Asked:
         if self._root is not None:
             return find_media(Reference(path=path), self._root)
         try:
-            found = Path(path).expanduser()
+            found = Path(local_path(path)).expanduser()
             usable = found.is_file()
         except (OSError, ValueError, RuntimeError) as error:  # too long, a null byte, nobody's home
-            raise SampleError("missing_file", f"{path!r} is no usable path: {error}") from error
+            raise SampleError("missing_file", f"{path!r} is no usable path: {plain_reason(error)}") from error
         if not usable:
             raise SampleError("missing_file", f"{path!r} does not exist")
         return Media(path, found)

@@ -9,15 +9,16 @@ import numpy as np
 from jaxtyping import Float32, Int32, UInt8
 
 if TYPE_CHECKING:
-    from data_pipelines.media import Media
+    from data_pipelines.media import Media, MediaRoot
 
 
 class SampleError(Exception):
     """One document cannot be used. `cause` is the word it is counted under; the message says what was wrong.
 
-    Causes: `bad_json`, `bad_prompt`, `missing_file`, `outside_root`, `unreadable_media`, `too_big_media` (beyond
-    `limits`), `silent_audio`, `too_long`, `no_loss`, `changed` (media or codes are not what the index measured),
-    `no_codes`, `damaged_codes` (of the store), `bad_record` (of a shard), `other_tokenizer` (of token ids).
+    Causes: `bad_json` (no JSON), `bad_form` (JSON of another form), `bad_prompt`, `missing_file`, `outside_root`,
+    `unreadable_media`, `too_big_media` (beyond `limits`), `silent_audio`, `too_long`, `no_loss`, `changed` (media or
+    codes are not what the index measured), `no_codes`, `damaged_codes` (of the store), `bad_record` (of a shard),
+    `other_tokenizer` (of token ids).
     """
 
     def __init__(self, cause: str, message: str):
@@ -32,7 +33,7 @@ class SampleError(Exception):
 class Document:
     """One document: `text` is the source prompt in the released form, `where` the manifest line it comes from.
 
-    `media` is the folder that media paths in the text are relative to or, for a document of a shard, the media
+    `media` tells the folder that media paths in the text are relative to or, for a document of a shard, the media
     themselves by the name the text uses. A piece of a longer document has the system prompt and the turns from
     `turns[0]` until `turns[1]` alone; `max_frames` limits the frames of each of its videos (0: as the model does).
     """
@@ -41,7 +42,7 @@ class Document:
     type: str
     text: str
     where: str
-    media: "Path | Mapping[str, Media]"
+    media: "Path | MediaRoot | Mapping[str, Media]"
     turns: tuple[int, int] | None = None
     max_frames: int = 0
 

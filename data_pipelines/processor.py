@@ -17,7 +17,7 @@ from baichuan_omni_jax.config import OmniConfig
 from data_pipelines.document import Document, EncodedDocument, Lengths, SampleError
 from data_pipelines.features import Window, clip_windows, log_mel, patchify, resize_picture, visual_size
 from data_pipelines.images import load_image, probe_image
-from data_pipelines.media import Media, find_media
+from data_pipelines.media import Media, MediaRoot, find_media
 from data_pipelines.prompts import Element, Picture, Sound, Text, Tokens, Video
 from data_pipelines.sequence import Layout, Part, SoundPart, TextPart, VisualPart, audio_targets, lay_out, text_targets
 from data_pipelines.sounds import clip_key, decode_sound, probe_sound
@@ -218,7 +218,7 @@ class Processor:
     def _read(
         self,
         elements: Sequence[Element | Said],
-        root: Path | Mapping[str, Media],
+        root: Path | MediaRoot | Mapping[str, Media],
         max_frames: int,
         pixels: bool,
         mels: bool,

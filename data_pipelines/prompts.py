@@ -199,7 +199,8 @@ def _read_reference(mark: str, content: str) -> Reference:
         value = values.get(key) if isinstance(values, dict) else None
         if isinstance(value, str) and value:
             _check_unicode(value, "the name of a file")
-            return Reference(base64=value) if key == "base64" else Reference(path=value)
+            inline = key == "base64" or value[:5].lower() == "data:"
+            return Reference(base64=value) if inline else Reference(path=value)
     raise SampleError("bad_prompt", f"{mark} names no file (one of {', '.join(_KEYS)}): {_shorten(content)}")
 
 

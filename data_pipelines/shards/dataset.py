@@ -15,6 +15,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 
 from baichuan_omni_jax.config import ConfigError
 from data_pipelines.document import Document, SampleError
+from data_pipelines.file_kinds import plain_reason
 from data_pipelines.jobs.job import write_json
 from data_pipelines.shards.record import unpack_document
 
@@ -58,12 +59,12 @@ class ShardedDataset:
         """
         if not 0 <= record < self.shards[shard].documents:
             raise IndexError(f"{self.shards[shard].file} has no record {record}")
-        where = f"{self.folder / self.shards[shard].file} record {record}"
+        where = f"{self._name(shard)} record {record}"
         reader = self._reader(shard)
         try:
             (content,) = reader.read([record])
         except (RuntimeError, IndexError) as error:
-            raise SampleError("bad_record", f"{where} is damaged: {error}") from error
+            raise SampleError("bad_record", f"{where} is damaged: {plain_reason(error)}") from error
         return unpack_document(content, where)
 
     def documents_of(self, shard: int) -> Iterator[Document | SampleError]:
@@ -77,23 +78,28 @@ class ShardedDataset:
     def _reader(self, shard: int) -> ArrayRecordReader:
         reader = self._readers.get(shard)
         if reader is None:
-            reader = self._readers[shard] = self._open(self.shards[shard])
+            reader = self._readers[shard] = self._open(shard)
             # Dropped, not closed: another thread may be reading from it.
             while len(self._readers) > OPEN_FILES:
                 self._readers.popitem(last=False)
         return reader
 
-    def _open(self, shard: Shard) -> ArrayRecordReader:
+    def _name(self, number: int) -> str:
+        """What messages call a shard: by its folder's own name, not by where on this machine that lies."""
+        return f"{self.folder.resolve().name}/{self.shards[number].file}"
+
+    def _open(self, number: int) -> ArrayRecordReader:
+        shard, name = self.shards[number], self._name(number)
         path = self.folder / shard.file
         try:
             found = path.stat().st_size
         except OSError as error:
-            raise SampleError("bad_record", f"{path} cannot be read: {error.strerror}") from error
+            raise SampleError("bad_record", f"{name} cannot be read: {error.strerror}") from error
         # A cut file opens without an error and then holds no record.
         reader = ArrayRecordReader(str(path), _OPTIONS)
         if reader.num_records() != shard.documents:
             size = f"it has {found} of {shard.bytes} bytes" if found != shard.bytes else "its index cannot be read"
-            raise SampleError("bad_record", f"{path} is damaged: {size}")
+            raise SampleError("bad_record", f"{name} is damaged: {size}")
         return reader
 
     def __getstate__(self) -> dict:

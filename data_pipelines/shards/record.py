@@ -13,6 +13,7 @@ import struct
 from collections.abc import Mapping
 
 from data_pipelines.document import Document, SampleError
+from data_pipelines.file_kinds import plain_reason
 from data_pipelines.media import Media
 
 SCHEMA = 1  # raise it when a record holds something else than before
@@ -33,6 +34,10 @@ def pack_document(document: Document, media: Mapping[str, bytes]) -> bytes:
     return b"".join([_LENGTH.pack(len(encoded)), encoded, *media.values()])
 
 
+def _why(error: Exception) -> str:
+    return f"its header lacks {error}" if isinstance(error, KeyError) else plain_reason(error)
+
+
 def unpack_document(record: bytes, where: str) -> Document:
     """The document of a record, its media in memory. `where` names the record in messages.
 
@@ -51,4 +56,4 @@ def unpack_document(record: bytes, where: str) -> Document:
             raise SampleError("bad_record", f"{where} has {len(record)} bytes where its header says {place}")
         return Document(header["id"], header["type"], header["text"], header["where"], media)
     except (struct.error, ValueError, KeyError, TypeError) as error:
-        raise SampleError("bad_record", f"{where} is damaged: {error}") from error
+        raise SampleError("bad_record", f"{where} is damaged: {_why(error)}") from error

@@ -1,6 +1,7 @@
 """Probing and decoding images, sounds and videos, and every way in which a file is refused."""
 
 import gzip
+import re
 import struct
 import zipfile
 
@@ -11,6 +12,7 @@ from PIL import Image
 
 from data_pipelines import limits, sounds, videos
 from data_pipelines.document import SampleError
+from data_pipelines.file_kinds import plain_reason
 from data_pipelines.images import decode_image, probe_image
 from data_pipelines.media import Media, find_media
 from data_pipelines.prompts import Reference
@@ -60,7 +62,7 @@ class TestPaths:
             refused(
                 lambda path=path: find_media(Reference(path=path), tmp_path),
                 "missing_file",
-                "does not exist|no usable path",
+                "does not exist|no usable path|is a folder",
             )
 
     def test_bad_base64(self, tmp_path):
@@ -89,6 +91,96 @@ def as_sound(found):
 
 def as_video(found):
     return probe_video(found, 1.0, 8)
+
+
+def _at(place, magic):
+    return bytes(place) + magic + bytes(600 - place)
+
+
+class TestKindsOfFiles:
+    """First bytes as the formats' own definitions have them."""
+
+    @pytest.mark.parametrize(
+        ("data", "what"),
+        [
+            (b"", "an empty file"),
+            (bytes(600), "a file of zeros"),
+            (_at(0, b"\x00\x00\x00\x0cJXL \x0d\x0a\x87\x0a"), "a JPEG XL picture"),
+            (_at(0, b"\xff\x0a"), "a JPEG XL picture"),
+            (b"<?xml version='1.0'?><svg xmlns='http://www.w3.org/2000/svg'/>", "an SVG drawing"),
+            (b"<svg width='1'/>", "an SVG drawing"),
+            (_at(0, b"II*\x00\x10\x00\x00\x00CR\x02\x00"), "a raw picture of a camera (CR2)"),
+            (_at(0, b"FUJIFILMCCD-RAW "), "a raw picture of a camera (RAF)"),
+            (_at(0, b"\x00\x00\x00\x18ftypcrx "), "a raw picture of a camera (CR3)"),
+            (_at(128, b"DICM"), "a DICOM picture"),
+            (_at(257, b"ustar\x0000"), "a tar archive"),
+            (_at(0, b"MThd\x00\x00\x00\x06"), "a MIDI file, notes without sound"),
+            (_at(0, b"MAC \x96\x0f"), "a Monkey's Audio sound"),
+            (_at(0, b"wvpk"), "a WavPack sound"),
+            (_at(0, b"\x02#!SILK_V3"), "a SILK sound"),
+            (_at(0, b".RMF\x00\x00"), "a RealMedia file"),
+            (_at(0, b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X"), "what macOS keeps beside a file"),
+            (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n", "a pointer to a file in Git LFS"),
+            (b"/annex/objects/SHA256E-s5--00.png\n", "a pointer to a file in git-annex"),
+            (b"\n<!DOCTYPE html><html><title>404</title>", "a page of HTML"),
+            (b"<html><body>Forbidden</body></html>", "a page of HTML"),
+            (b'{"error": "not found"}', "a text of JSON"),
+            ("Access denied. 没有权限。".encode()[:-1], "a text"),
+            ("a".encode("utf-16"), "a text in UTF-16"),
+            (b"#EXTM3U\n#EXTINF:1\n", "a play list"),
+        ],
+        ids=lambda value: value if isinstance(value, str) else "",
+    )
+    def test_what_no_decoder_reads_is_named(self, data, what):
+        for name, probe in (("x.jpg", probe_image), ("x.mp3", as_sound), ("x.mp4", as_video)):
+            found = Media(name, None, data)
+            refused(lambda probe=probe, found=found: probe(found), "unreadable_media", re.escape(f"it is {what}"))
+
+    def test_media_of_another_kind_are_named(self, tmp_path):
+        write_image(tmp_path / "a.png", 40, 60).rename(tmp_path / "a.mp3")
+        refused(lambda: as_sound(media(tmp_path / "a.mp3")), "unreadable_media", "a.mp3 is not .* PNG picture")
+        write_sound(tmp_path / "s.flac", 1).rename(tmp_path / "s.png")
+        refused(lambda: probe_image(media(tmp_path / "s.png")), "unreadable_media", "s.png is not .* FLAC sound")
+
+    def test_no_path_and_no_python_object_is_told(self, tmp_path):
+        """Whatever holds the bytes: a file, or memory."""
+        folder = tmp_path / "some where"
+        folder.mkdir()
+        heads = [b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0", b"RIFF\x24\0\0\0WAVEfmt ", b"fLaC", b"\0\0\0\x18ftypisom"]
+        messages = []
+        for number, head in enumerate([*heads, b"ID3", b"GIF89a", b"\x1a\x45\xdf\xa3", bytes(range(1, 200)), b"OggS"]):
+            path = folder / f"{number}.bin"
+            path.write_bytes(head + bytes(range(256)) * 4)
+            for found in (media(path), Media(path.name, None, path.read_bytes())):
+                for probe in (probe_image, as_sound, as_video):
+                    try:
+                        probe(found)
+                    except SampleError as error:
+                        messages.append(str(error))
+        assert len(messages) > 45, "a header alone may pass for a picture"
+        for message in messages:
+            assert re.match(r"\d\.bin is not a readable ", message)
+            assert not re.search(r"<\w|object at|0x[0-9a-f]{6}|PosixPath|b'|/|\n", message), message
+
+    @pytest.mark.parametrize(
+        ("error", "reason"),
+        [
+            (OSError(5, "Input/output error", "/a b/c.png"), "Input/output error"),
+            (ValueError("cannot read <_io.BufferedReader name='/a b/c.png'>"), "cannot read"),
+            (OSError("error -2 in <_io.BytesIO object at 0x7fa0b1c2>: no data"), "error -2 in: no data"),
+            (ValueError("bad file PosixPath('/a/b c.wav')"), "bad file"),
+            (ValueError("'/a/b c.wav' ends early"), "ends early"),
+            (SyntaxError("broken PNG file (chunk b'\\x00\\'')"), "broken PNG file (chunk )"),
+            (ValueError("3/4 of its frames"), "3/4 of its frames"),
+            (KeyError(282), "its content is damaged"),
+            (TypeError("'NoneType' object is not subscriptable"), "its content is damaged"),
+            (struct.error("unpack requires a buffer of 4 bytes"), "its content is damaged"),
+            (EOFError(), "its content is damaged"),
+            (MemoryError(), "it takes more memory than there is"),
+        ],
+    )
+    def test_reasons(self, error, reason):
+        assert plain_reason(error) == reason
 
 
 class TestImages:
