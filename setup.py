@@ -29,6 +29,7 @@ CORE = [
     "tensorboardX>=2.6.2",
     "tensorstore>=0.1.80",
     "tokenizers>=0.21",
+    "zstandard>=0.22",
 ]
 
 # espeakng-loader carries eSpeak NG, which is GPLv3: it stays an extra.
