@@ -1,7 +1,7 @@
 """The clips of a manifest with what is said in them: for those who judge sound, not for training."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from data_pipelines.media import Media, find_media
 from data_pipelines.prompt_writing import plain_text
 from data_pipelines.prompts import Element, Sound, Text, parse_prompt
 from data_pipelines.sounds import decode_sound, probe_sound
+from data_pipelines.sources import ANY_FOLDER, media_root
 from data_pipelines.synthesis.speech_check import spoken_texts
 
 SPOKEN_TYPES = ("tts", "itts")
@@ -32,13 +33,15 @@ class Clip:
         return decode_sound(self.media, probe_sound(self.media, rate), rate)
 
 
-def read_clips(manifest: Path, root: Path, skipped: Counter) -> Iterator[Clip]:
+def read_clips(
+    manifest: Path, root: Path | None, skipped: Counter, trusted: Sequence[Path] = ANY_FOLDER
+) -> Iterator[Clip]:
     """The sounds of a manifest's documents, in order; what cannot be read is counted in `skipped` by its cause.
 
-    The text of an `asr` document is what carries loss, of `tts` and `itts` what stands before each sound. Media lie
-    below `root`. Raises ConfigError when the manifest cannot be opened.
+    The text of an `asr` document is what carries loss, of `tts` and `itts` what stands before each sound. Where media
+    lie: `sources.media_root`. Raises ConfigError when the manifest cannot be opened.
     """
-    for line in read_manifest(manifest, root):
+    for line in read_manifest(manifest.name, manifest.parent, media_root(manifest, root, trusted)):
         try:
             if isinstance(line.document, SampleError):
                 raise line.document

@@ -16,6 +16,7 @@ from jaxtyping import Int32, Int64
 
 from baichuan_omni_jax.config import Budgets
 from data_pipelines.columns import SKIPPED_FILE, Columns
+from data_pipelines.commands import first_of_causes
 from data_pipelines.document import Document
 from data_pipelines.mixture import Measured
 from data_pipelines.pieces import NO_PIECES, Pieces
@@ -160,6 +161,11 @@ class Index:
         causes = Counter(self.columns.meta.get("causes", {}))
         causes["too_long"] = len(self.over) - self.pieces.rescued
         return +causes
+
+    def examples(self) -> dict[str, str]:
+        """For each cause, one of the documents that were skipped for it and the reason, as one sentence."""
+        found = ((item.where, item.cause, item.message) for item in self.skipped)
+        return first_of_causes(found, self.causes())
 
     def why_unusable(self) -> str:
         causes = ", ".join(f"{count} {cause}" for cause, count in self.causes().most_common())

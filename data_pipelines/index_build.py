@@ -12,17 +12,18 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from baichuan_omni_jax.config import ConfigError
+from baichuan_omni_jax.config import ConfigError, DataConfig, SourceConfig
 from data_pipelines.columns import SKIPPED_FILE, Columns, ColumnsWriter, make_columns, open_columns, write_columns
 from data_pipelines.document import SampleError
 from data_pipelines.index import Index
 from data_pipelines.jobs import Job, Unit, run_job
 from data_pipelines.jobs.local import LocalRunner
+from data_pipelines.manifest import manifest_stem
 from data_pipelines.processor import Processor
-from data_pipelines.sources import ManifestSource, Source, open_source
+from data_pipelines.sources import ManifestSource, Source, cache_folder, open_source
 
 FILE_CAUSES = ("missing_file", "outside_root", "unreadable_media", "too_big_media")
-FORMAT = 4  # of cached indexes: raise it when they hold something else than before
+FORMAT = 5  # of cached indexes: raise it when they hold something else than before
 log = logging.getLogger(__name__)
 
 
@@ -52,23 +53,24 @@ class MeasurePart:
         return {"documents": len(columns), "pictures": len(columns.pictures), "causes": dict(causes)}
 
 
-def load_index(name: str, manifest: str, root: Path, processor: Processor, cache: Path, workers: int = 0) -> Index:
-    """The index of the manifest or data set `root/manifest`, from `cache` when it and the processor are those that it
-    was built with, else built: by `workers` processes where there is work for more than one.
+def load_index(config: DataConfig, entry: SourceConfig, processor: Processor, workers: int = 0) -> Index:
+    """The index of the manifest or data set of `entry`, from the cache when it and the processor are those that it was
+    built with, else built: by `workers` processes where there is work for more than one.
 
     A cached index that is damaged is built anew. Raises ConfigError when the source cannot be read.
     """
     try:
-        source = open_source(manifest, root, cache)
-        key = hashlib.sha256(f"{FORMAT} {processor.fingerprint} {source.fingerprint}".encode()).hexdigest()[:16]
+        source = open_source(config, entry)
+        told = f"{FORMAT} {processor.fingerprint} {source.fingerprint} {source.media_key}"
+        key = hashlib.sha256(told.encode()).hexdigest()[:16]
     except ConfigError as error:
-        raise ConfigError(f"source {name}: {error}") from error
+        raise ConfigError(f"source {entry.name}: {error}") from error
     if source.tokenizer not in ("", processor.tokenizer_fingerprint):
         raise ConfigError(
-            f"source {name}: {root / manifest} holds token ids of tokenizer {source.tokenizer}, not of "
+            f"source {entry.name}: {entry.manifest} holds token ids of tokenizer {source.tokenizer}, not of "
             f"{processor.tokenizer_fingerprint}, the one in use: set data.tokenizer to the file it was cached with"
         )
-    folder = cache / f"{Path(manifest).stem}-{key}"
+    folder = cache_folder(config) / f"{Path(manifest_stem(entry.manifest)).name}-{key}"
     try:
         columns = open_columns(folder)
         _tell_old_causes(source, columns)
@@ -77,7 +79,7 @@ def load_index(name: str, manifest: str, root: Path, processor: Processor, cache
     except (ValueError, OSError) as error:
         log.warning("the index %s is damaged and built anew: %s", folder, error)
         columns = _build(source, processor, folder, workers)
-    return Index(name, source, columns)
+    return Index(entry.name, source, columns)
 
 
 def _tell_old_causes(source: Source, columns: Columns) -> None:

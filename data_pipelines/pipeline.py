@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from baichuan_omni_jax.config import ConfigError, DataConfig, OmniConfig, SourceConfig
 from baichuan_omni_jax.config.sound_targets import MelTargetSettings
-from data_pipelines.commands import file_errors
+from data_pipelines.commands import describe_causes, file_errors
 from data_pipelines.context_plan import context_plan
 from data_pipelines.document import SampleError
 from data_pipelines.index import Index, Skipped
@@ -30,7 +30,7 @@ from data_pipelines.row_cost import row_cost
 from data_pipelines.row_limits import budget_vector
 from data_pipelines.row_plan import RowPlan, StepPlan, check_format, check_plan
 from data_pipelines.rows import ALL_ROWS, RowDecoder, Shard, Step, StepDataset, read_steps
-from data_pipelines.sources import Source, open_source
+from data_pipelines.sources import Source, cache_folder, open_source
 from data_pipelines.tokenizing import load_tokenizer, train_tokenizer
 
 log = logging.getLogger(__name__)
@@ -141,10 +141,9 @@ def open_pipeline(
     check_media_shards(config, omni)
     check_plan(config)
     check_policies(config)
-    root = Path(config.root).expanduser()
     with file_errors(cache_folder(config)):
         processor = processor or Processor(omni, load_or_train_tokenizer(config, omni), config.end_of_text)
-        indexes = tuple(_open_index(config, source, root, processor) for source in config.mixture)
+        indexes = tuple(_open_index(config, source, processor) for source in config.mixture)
     pipeline = Pipeline(config, omni, processor, indexes, targets or {})
     for index in indexes:
         _name_skipped(index)
@@ -154,14 +153,17 @@ def open_pipeline(
     return pipeline
 
 
-def _open_index(config: DataConfig, source: SourceConfig, root: Path, processor: Processor) -> Index:
-    cache = cache_folder(config)
-    index = load_index(source.name, source.manifest, root, processor, cache, config.workers)
+def _open_index(config: DataConfig, source: SourceConfig, processor: Processor) -> Index:
+    index = load_index(config, source, processor, config.workers)
     index = index.within(config.budgets, config.media_shards)
-    return with_pieces(index, config.oversize, processor, cache, config.workers)
+    return with_pieces(index, config.oversize, processor, cache_folder(config), config.workers)
 
 
 def _name_skipped(index: Index) -> None:
+    if causes := index.causes():
+        log.warning("source %s: %d of %d documents are skipped", index.name, causes.total(), index.documents)
+        for line in describe_causes(causes, index.examples()):
+            log.warning("source %s: %s", index.name, line)
     for item in islice(index.skipped, NAMED):
         log.warning("skipped %s (%s): %s", item.where, item.cause, item.message)
     more = index.causes().total() - NAMED
@@ -178,19 +180,11 @@ def check_bad_fraction(bad: int, documents: int, limit: float, causes: Counter) 
         )
 
 
-def cache_folder(config: DataConfig) -> Path:
-    """Where tokenizer, indexes and codes of a data set are kept."""
-    return Path(config.root).expanduser() / ".cache"
-
-
 def load_or_train_tokenizer(config: DataConfig, omni: OmniConfig) -> Tokenizer:
     """`config.tokenizer`, or a byte-level BPE trained on the manifests' text, cached under what it was trained on."""
     if config.tokenizer:
         return load_tokenizer(config.tokenizer)
-    root = Path(config.root).expanduser()
-    texts = [
-        text for source in config.mixture for text in _texts(open_source(source.manifest, root, cache_folder(config)))
-    ]
+    texts = [text for source in config.mixture for text in _texts(open_source(config, source))]
     key = hashlib.sha256("\0".join([str(omni.llm.vocab_size), *texts]).encode()).hexdigest()[:16]
     path = cache_folder(config) / f"tokenizer-{key}.json"
     if not path.is_file():

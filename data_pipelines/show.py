@@ -13,8 +13,10 @@ from pathlib import Path
 
 from baichuan_omni_jax.config import Budgets, ConfigError, DataConfig, SourceConfig, resolve_model
 from baichuan_omni_jax.config.errors import exit_code
-from data_pipelines.commands import file_errors
+from data_pipelines.commands import add_media_arguments, file_errors, given_root, trusted_names
+from data_pipelines.manifest import manifest_stem
 from data_pipelines.pipeline import Pipeline, open_pipeline
+from data_pipelines.sources import trusted_folders
 from data_pipelines.view import find_document, richest_document, view_document, view_rows
 
 
@@ -50,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "manifests", metavar="MANIFEST", type=Path, nargs="+", help="JSONL, media beside it, or the folder of a dataset"
     )
+    add_media_arguments(parser)
     add("--out", metavar="PICTURE", type=Path, required=True, help="where to write: .png, .pdf or .svg")
     add("--rows", type=int, default=3, help="rows to draw (default 3)")
     add("--document", metavar="ID", help="the document to draw (default: the first row's with most modalities)")
@@ -69,6 +72,7 @@ def _data_config(options: argparse.Namespace) -> DataConfig:
         raise ConfigError(f"manifests must lie in one folder, not in {', '.join(sorted(map(str, folders)))}")
     if not options.out.parent.is_dir():
         raise ConfigError(f"--out {options.out}: the folder {options.out.parent} does not exist")
+    root = given_root(options)
     length = options.length
     default = Budgets()  # the released proportions
 
@@ -77,7 +81,11 @@ def _data_config(options: argparse.Namespace) -> DataConfig:
 
     return DataConfig(
         root=str(folders.pop()),
-        mixture=tuple(SourceConfig(name=path.stem, manifest=path.name) for path in options.manifests),
+        trusted_roots=tuple(map(str, trusted_folders(trusted_names(options), "--trust"))),
+        mixture=tuple(
+            SourceConfig(name=Path(manifest_stem(path.name)).name, manifest=path.name, root=str(root or ""))
+            for path in options.manifests
+        ),
         rows=options.rows,
         budgets=Budgets(
             tokens=length,

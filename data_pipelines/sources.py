@@ -2,18 +2,20 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from baichuan_omni_jax.config import ConfigError
+from baichuan_omni_jax.config import ConfigError, DataConfig, SourceConfig
 from data_pipelines.document import Document, SampleError
 from data_pipelines.jobs.job import write_json
-from data_pipelines.manifest import LineRange, parse_line
+from data_pipelines.manifest import LineRange, manifest_stem, parse_line, plain_manifest
+from data_pipelines.media import MediaRoot
 from data_pipelines.shards.dataset import DATASET_FILE, ShardedDataset, open_dataset, read_description
 
+ANY_FOLDER = (Path("/"),)  # every link is trusted
 PART_BYTES = 64 << 20  # of a manifest
 
 
@@ -35,24 +37,31 @@ class Records:
 
 
 class ManifestSource:
-    """The manifest at `root/path`. A place is the byte at which a line begins, a number that of the line, from 1."""
+    """The manifest at `root/path`. A place is the byte at which a line begins, a number that of the line, from 1.
+
+    Places count the bytes that a compressed manifest holds, so that compressing it changes neither index nor plan.
+    """
 
     tokenizer = ""  # lines that hold token ids are checked one by one
 
-    def __init__(self, path: str, root: Path, notes: Path):
-        """`notes` is a folder where what a manifest's bytes gave is kept: they are read whole only when it changed."""
-        self.path, self.root, self._notes = path, root, notes
+    def __init__(self, path: str, root: Path, notes: Path, media: MediaRoot | None = None, media_key: str = ""):
+        """`notes` is a folder where what a manifest's bytes gave is kept: they are read whole only when it changed.
+
+        Media paths are taken from `media` (None: the manifest's folder, with no link that leaves it); `media_key` is
+        what an index of this source depends on for that.
+        """
+        self.path, self.root, self._notes, self.media_key = path, root, notes, media_key
+        self.media = media or MediaRoot((root / path).parent)
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the manifest."""
+        """SHA-256 of the manifest, of a compressed one of what it holds."""
         return self._survey["sha256"]
 
     @cached_property
     def parts(self) -> list[LineRange]:
         """Whole lines, about `PART_BYTES` each."""
-        path = self.root / self.path
-        return [LineRange(path, self.path, self.root, *numbers) for numbers in self._survey["parts"]]
+        return [LineRange(self._lines, self.path, self.media, *numbers) for numbers in self._survey["parts"]]
 
     def read(self, part: LineRange) -> Iterator[Entry]:
         """The documents of a part; empty lines are passed over."""
@@ -60,25 +69,33 @@ class ManifestSource:
             yield Entry(line.offset, line.number, self.where(line.offset, line.number), line.document)
 
     def document(self, place: int, number: int) -> Document:
-        """One document. Raises SampleError `bad_json` when its line is no longer what it was."""
-        with open(self.root / self.path, "rb") as file:
+        """One document. Raises SampleError `bad_json` or `bad_form` when its line is no longer what it was."""
+        with open(self._lines, "rb") as file:
             file.seek(place)
-            return parse_line(file.readline(), number, self.path, self.root)
+            return parse_line(file.readline(), number, self.path, self.media)
 
     def where(self, place: int, number: int) -> str:
         return f"{self.path}:{number}"
 
     @cached_property
+    def _lines(self) -> Path:
+        """The file in which places are counted."""
+        path = self.root / self.path
+        return plain_manifest(path, str(path), self._notes)
+
+    @cached_property
     def _survey(self) -> dict:
         path = (self.root / self.path).resolve()
-        note = self._notes / f"{path.stem}-{hashlib.sha256(str(path).encode()).hexdigest()[:16]}.lines.json"
+        stem = Path(manifest_stem(path.name)).name
+        note = self._notes / f"{stem}-{hashlib.sha256(str(path).encode()).hexdigest()[:16]}.lines.json"
         known = _read_note(note)
+        lines = self._lines
         try:
             status = path.stat()
             told = {"path": str(path), "size": status.st_size, "changed": status.st_mtime_ns, "part": PART_BYTES}
             if known is not None and all(known.get(name) == value for name, value in told.items()):
                 return known
-            known = told | _survey(path)
+            known = told | _survey(lines)
         except OSError as error:
             raise ConfigError(f"manifest {self.root / self.path} cannot be read: {error.strerror}") from error
         write_json(note, known)
@@ -87,6 +104,8 @@ class ManifestSource:
 
 class DatasetSource:
     """The built data set in the folder `root/path`. A place is shard * 2^32 + record, a number that of the record."""
+
+    media_key = ""  # media are in the shards
 
     def __init__(self, path: str, root: Path):
         self.path, self.root = path, root
@@ -120,11 +139,45 @@ class DatasetSource:
 Source = ManifestSource | DatasetSource
 
 
-def open_source(path: str, root: Path, notes: Path) -> Source:
-    """The built data set or the manifest at `root/path`. Raises ConfigError for a data set that cannot be read."""
-    if (root / path / DATASET_FILE).is_file():
-        return DatasetSource(path, root)
-    return ManifestSource(path, root, notes)
+def open_source(config: DataConfig, source: SourceConfig) -> Source:
+    """The built data set or the manifest that `source` names. Raises ConfigError for one that cannot be read."""
+    root = Path(config.root).expanduser()
+    if (root / source.manifest / DATASET_FILE).is_file():
+        return DatasetSource(source.manifest, root)
+    trusted = trusted_folders(config.trusted_roots, "data.trusted_roots")
+    folder = root / Path(source.root).expanduser() if source.root else None
+    if folder is not None and not folder.is_dir():
+        raise ConfigError(f"its root {source.root} is no folder")
+    media = media_root(root / source.manifest, folder, trusted)
+    # Not where the data lie: they may be moved.
+    key = json.dumps([source.root, [str(each) for each in trusted]])
+    return ManifestSource(source.manifest, root, cache_folder(config), media, key)
+
+
+def cache_folder(config: DataConfig) -> Path:
+    """Where tokenizer, indexes and codes of a data set are kept."""
+    return Path(config.root).expanduser() / ".cache"
+
+
+def media_root(manifest: Path, root: Path | None, trusted: Sequence[Path]) -> MediaRoot:
+    """Where the media of a manifest are: the one rule of all commands and runs.
+
+    Paths are relative to `root` or, where that is None, to the folder that the manifest lies in; of a manifest that is
+    a link to the folder of the link and, for what is not there, to that of the file it leads to.
+    """
+    if root is not None:
+        return MediaRoot(root.absolute(), tuple(trusted))
+    folder = manifest.parent.absolute()
+    target = manifest.resolve().parent
+    return MediaRoot(folder, tuple(trusted), None if target == folder.resolve() else target)
+
+
+def trusted_folders(names: Sequence[str | Path], option: str) -> tuple[Path, ...]:
+    """The folders that links may lead to. Raises ConfigError, naming `option`, for one that is none."""
+    folders = [Path(name).expanduser() for name in names]
+    if missing := [folder for folder in folders if not folder.is_dir()]:
+        raise ConfigError(f"{option} {missing[0]} is no folder")
+    return tuple(folder.resolve() for folder in folders)
 
 
 def _read_note(path: Path) -> dict | None:

@@ -19,9 +19,16 @@ from rich.table import Table
 
 from baichuan_omni_jax.config import ConfigError
 from baichuan_omni_jax.config.errors import exit_code
-from data_pipelines.build.dataset import list_sources
-from data_pipelines.build.plan import RANGE
+from data_pipelines.build.dataset import SKIPPED_FILE, list_sources
+from data_pipelines.build.plan import RANGE, Source, unpack
 from data_pipelines.build.shard import PARTS
+from data_pipelines.commands import (
+    add_media_arguments,
+    describe_causes,
+    first_of_causes,
+    skipped_lines,
+    trusted_names,
+)
 from data_pipelines.document import SampleError
 from data_pipelines.jobs import Job, Unit, run_job
 from data_pipelines.jobs.runners import make_runner
@@ -29,6 +36,7 @@ from data_pipelines.manifest import split_manifest
 from data_pipelines.measures import KINDS, Measures, collect, join, load_measures, measure_document
 from data_pipelines.shards.dataset import read_description
 from data_pipelines.shards.writer import SUFFIX
+from data_pipelines.sources import ANY_FOLDER
 
 FORMATS = (".png", ".pdf", ".svg")
 PERCENTILES = (5, 50, 95, 100)
@@ -50,11 +58,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _show(options: argparse.Namespace) -> None:
     draw = _drawing(options.plot) if options.plot else None  # first of all: measuring may take long
-    measures, skipped = load(options.sources, options.root, options.workers)
+    measures, skipped, examples = load(options.sources, options.root, options.workers, trusted_names(options))
+    causes = describe_causes(skipped, examples)
     if not len(measures):
         names = ", ".join(map(str, options.sources))
         raise ConfigError(
-            f"no document of {names} can be used: {_named(skipped)}" if skipped else f"{names}: no document"
+            f"no document of {names} can be used: {'; '.join(causes)}" if causes else f"{names}: no document"
         )
     console = Console(width=max(110, Console().width), highlight=False)
     console.print(modality_table(measures))
@@ -62,14 +71,12 @@ def _show(options: argparse.Namespace) -> None:
         if len(quantity.values):
             console.print(distribution_table(quantity, measures.types))
     if skipped:
-        print(f"{sum(skipped.values())} documents are skipped: {_named(skipped)}")
+        print(f"{sum(skipped.values())} documents are skipped:")
+        for line in causes:
+            print(f"  {line}")
     if draw:
         draw(measures.types, quantities(measures), options.plot)
         print(f"{options.plot}: distributions of {len(measures)} documents")
-
-
-def _named(causes: Counter) -> str:
-    return ", ".join(f"{count} {cause}" for cause, count in sorted(causes.items()))
 
 
 def _drawing(path: Path):
@@ -85,23 +92,30 @@ def _drawing(path: Path):
     return draw
 
 
-def load(sources: Sequence[Path], root: Path | None, workers: int) -> tuple[Measures, Counter]:
-    """Measures of all documents of datasets (folders) and manifests (files), and how many were skipped by cause.
+def load(
+    sources: Sequence[Path], root: Path | None, workers: int, trusted: Sequence[Path] = ANY_FOLDER
+) -> tuple[Measures, Counter, dict[str, str]]:
+    """Measures of all documents of datasets (folders) and manifests (files), how many were skipped by cause, and one
+    sentence for each cause.
 
-    Raises ConfigError when one of them cannot be read.
+    `root` and `trusted` as in `list_sources`. Raises ConfigError when one of them cannot be read.
     """
     folders = [path for path in sources if path.is_dir()]
     manifests = [path for path in sources if not path.is_dir()]
-    tables, skipped = [], Counter()
+    tables, skipped, examples = [], Counter(), {}
     for folder in folders:
         description = read_description(folder)
         tables += [_load_part(folder, shard["file"]) for shard in description["shards"]]
-        skipped.update(description.get("skipped", {}))  # seqio_cache skips nothing
+        causes = description.get("skipped", {})  # seqio_cache skips nothing
+        skipped.update(causes)
+        if causes and (folder / SKIPPED_FILE).is_file():
+            examples = first_of_causes(skipped_lines(folder / SKIPPED_FILE), causes) | examples
     if manifests:
-        measured, causes = _measure_manifests(manifests, root, workers)
+        measured, causes, found = _measure_manifests(list_sources(manifests, root, trusted), workers)
         tables += measured
         skipped += causes
-    return join(tables), skipped
+        examples = found | examples
+    return join(tables), skipped, examples
 
 
 def _load_part(folder: Path, shard: str) -> Measures:
@@ -112,32 +126,39 @@ def _load_part(folder: Path, shard: str) -> Measures:
         raise ConfigError(f"{path} cannot be read: {error}") from error
 
 
-def _measure_manifests(manifests: Sequence[Path], root: Path | None, workers: int) -> tuple[list[Measures], Counter]:
-    ranges = [
-        lines
-        for source in list_sources(manifests, root)
-        for lines in split_manifest(source.path, source.name, source.root, RANGE // 64)
-    ]
-    units = [Unit(f"lines-{i:05d}", "", lines, lines.length) for i, lines in enumerate(ranges)]
+def _measure_manifests(sources: Sequence[Source], workers: int) -> tuple[list[Measures], Counter, dict[str, str]]:
     with tempfile.TemporaryDirectory() as scratch:
+        ranges = [
+            lines
+            for source in unpack(sources, Path(scratch) / "manifests")
+            for lines in split_manifest(source.lines, source.name, source.root, RANGE // 64)
+        ]
+        units = [Unit(f"lines-{i:05d}", "", lines, lines.length) for i, lines in enumerate(ranges)]
         job = Job("measuring", units, measure_range, Path(scratch))
         summaries = run_job(job, make_runner("local", workers))
         tables = [load_measures(job.out / f"{unit.name}.npz") for unit in units]
-    return tables, sum((Counter(summary) for summary in summaries), Counter())
+    skipped = sum((Counter(summary["causes"]) for summary in summaries), Counter())
+    examples = [tuple(one) for summary in summaries for one in summary["examples"]]
+    return tables, skipped, first_of_causes(examples, skipped)
 
 
 def measure_range(unit: Unit, folder: Path) -> dict:
-    """The work on a range of manifest lines: measures of its documents. Returns how many are skipped, by cause."""
-    measured, skipped = [], Counter()
+    """The work on a range of manifest lines: measures of its documents.
+
+    Returns {"causes": how many are skipped, by cause, "examples": (where, cause, message) of the first of each}.
+    """
+    measured, skipped, examples = [], Counter(), []
     for line in unit.content.documents():
         try:
             if isinstance(line.document, SampleError):
                 raise line.document
             measured.append(measure_document(line.document))
         except SampleError as error:
+            if error.cause not in skipped:
+                examples.append((f"{unit.content.name}:{line.number}", error.cause, str(error)))
             skipped[error.cause] += 1
     collect(measured).save(folder / f"{unit.name}.npz")
-    return dict(skipped)
+    return {"causes": dict(skipped), "examples": examples}
 
 
 def quantities(measures: Measures) -> list[Quantity]:
@@ -201,7 +222,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m data_pipelines.stats", description=__doc__)
     add = parser.add_argument
     add("sources", metavar="DIR|MANIFEST", type=Path, nargs="+", help="built datasets, JSONL manifests")
-    add("--root", metavar="ROOT", type=Path, help="what manifests' media are relative to (default: their folder)")
+    add_media_arguments(parser)
     add("--plot", metavar="PICTURE", type=Path, help="draws the distributions: .png, .pdf or .svg")
     cores = os.cpu_count() or 1
     add("--workers", type=int, default=cores, metavar="N", help=f"processes (default {cores}, one for each core)")

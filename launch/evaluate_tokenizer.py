@@ -33,10 +33,12 @@ from baichuan_omni_jax.train.mel_waves import MelWaves
 from baichuan_omni_jax.train.tokenizer_scores import TokenizerScores
 from data_pipelines import intelligibility
 from data_pipelines.clips import Clip, read_clips
+from data_pipelines.commands import add_media_arguments, given_root, trusted_names
 from data_pipelines.document import SampleError
 from data_pipelines.features import clip_windows, log_mel
 from data_pipelines.intelligibility import Recognition
 from data_pipelines.mel_targets import mel_target
+from data_pipelines.sources import trusted_folders
 from data_pipelines.synthesis.hooks import load_function
 
 BRANCHES = ("audio_encoder", "audio_decoder", "flow")
@@ -57,8 +59,8 @@ def evaluate(options: argparse.Namespace) -> None:
         branches, cfg = load(options.checkpoint)
         judge = Judge(branches, cfg, hear)
         skipped: Counter = Counter()
-        root = options.root or options.manifest.parent
-        for clip in read_clips(options.manifest.resolve(), root, skipped):
+        root, trusted = given_root(options), trusted_folders(trusted_names(options), "--trust")
+        for clip in read_clips(options.manifest.expanduser(), root, skipped, trusted):
             if judge.clips == options.limit:
                 break
             try:
@@ -197,7 +199,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--checkpoint", metavar="DIR|branch=DIR,...", required=True, help=f"where {', '.join(BRANCHES)} are")
     add("--manifest", metavar="FILE.jsonl", type=Path, required=True, help="documents with the clips")
-    add("--root", metavar="DIR", type=Path, help="where their media lie (default: beside the manifest)")
+    add_media_arguments(parser)
     add("--limit", metavar="N", type=int, help="as many clips at most")
     add("--asr", metavar="MODULE:FUNCTION", help="your recogniser, f(samples, rate) -> text")
     add("--picture", metavar="FILE.png", type=Path, help="mels, use of codes, error by level; needs matplotlib")

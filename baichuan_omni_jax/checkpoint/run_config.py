@@ -10,7 +10,7 @@ from baichuan_omni_jax.config import ConfigError, RunConfig, from_dict, to_dict
 
 RUN_CONFIG = "run_config.json"
 # A run may be made longer, saved at other steps, and moved to other machines; the rest decides what it computes.
-MAY_DIFFER = ("train.steps", "checkpoint.*", "eval.*", "mesh.*", "data.workers", "data.root")
+MAY_DIFFER = ("train.steps", "checkpoint.*", "eval.*", "mesh.*", "data.workers", "data.root", "data.trusted_roots*")
 _ABSENT = "absent"
 
 

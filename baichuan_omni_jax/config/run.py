@@ -28,12 +28,14 @@ class SourceConfig:
     """One source of documents and its weight in the mixture.
 
     `manifest`, below `DataConfig.root`, is a JSONL file or the folder of a built data set (`dataset.json`). `name` is
-    its own: metrics and the plan's state go by it.
+    its own: metrics and the plan's state go by it. A manifest's media paths are relative to the folder it lies in or to
+    `root`, a folder below `DataConfig.root`; a data set has its media inside.
     """
 
     name: str
     manifest: str
     weight: float = 1.0
+    root: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +64,11 @@ class Budgets:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What is read and how rows are made. Paths may start with `~`; `root` is where manifests and media lie.
+    """What is read and how rows are made. Paths may start with `~`; `root` is the folder that manifests lie below.
 
+    `trusted_roots` are the folders that links inside a source's folder of media may lead to; that folder itself always
+    is one. The default trusts every link, since whoever made the folder made it; `()` none that leaves it. What a
+    manifest writes must lie inside whatever is trusted.
     `sample` asks for the offline sample data set, built at `root` when it is not there yet.
     `tokenizer` is a path to a `tokenizer.json`; empty trains one of `vocab_size` entries on the manifests' own text.
     `audio_tokenizer` is a checkpoint (`DIR`); empty is a seeded random one, whose codes carry no decodable sound.
@@ -87,6 +92,7 @@ class DataConfig:
     """
 
     root: str = "data"
+    trusted_roots: tuple[str, ...] = ("/",)
     sample: bool = False
     mixture: tuple[SourceConfig, ...] = ()
     rows: int = 16

@@ -19,8 +19,8 @@ from baichuan_omni_jax.checkpoint.run_config import flatten
 from baichuan_omni_jax.config import ConfigError, RunConfig, to_dict
 
 T = TypeVar("T")
-# Where the data lie, and how many processes read them.
-_OWN_KEYS = ("data.root", "data.workers")
+# Where the data lie (the folders of a list have a number each), and how many processes read them.
+_OWN_KEYS = ("data.root", "data.trusted_roots", "data.workers")
 _PACKAGES = ("baichuan_omni_jax", "data_pipelines")
 
 
@@ -108,7 +108,7 @@ def software() -> dict[str, str]:
 def run_facts(run: RunConfig) -> dict[str, str]:
     """The configuration, key by key; without those that a host may have to itself."""
     keys = flatten(to_dict(run))
-    return {name: repr(value) for name, value in keys.items() if name not in _OWN_KEYS}
+    return {name: repr(value) for name, value in keys.items() if not name.startswith(_OWN_KEYS)}
 
 
 def wait_for(path: epath.Path, seconds: float = 60.0) -> None:

@@ -11,7 +11,14 @@ from pathlib import Path
 
 from baichuan_omni_jax.config import ConfigError
 from data_pipelines.build.dataset import SKIPPED_FILE, build_dataset
-from data_pipelines.commands import run_job_command
+from data_pipelines.commands import (
+    add_media_arguments,
+    describe_causes,
+    first_of_causes,
+    run_job_command,
+    skipped_lines,
+    trusted_names,
+)
 from data_pipelines.jobs.runners import add_runner_arguments, chosen_runner
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
@@ -26,14 +33,22 @@ def main(arguments: list[str] | None = None) -> int:
 def _build(options: argparse.Namespace) -> None:
     size = _bytes(options.shard_bytes)
     runner = chosen_runner(options)
-    dataset = build_dataset(options.manifests, options.out, options.root, options.shard_documents, size, runner)
+    manifests, trusted = options.manifests, trusted_names(options)
+    dataset = build_dataset(manifests, options.out, options.root, options.shard_documents, size, runner, trusted)
     for line in describe(dataset):
         print(line)
-    if dataset["skipped"]:
-        print(f"each of them, with its cause: {options.out / SKIPPED_FILE}")
+    causes = []
+    if skipped := dataset["skipped"]:
+        path = options.out / SKIPPED_FILE
+        causes = describe_causes(skipped, first_of_causes(skipped_lines(path), skipped))
+        for line in causes:
+            print(f"  {line}")
+        print(f"each of them, with its cause: {path}")
     if not dataset["documents"]:
         names = ", ".join(dataset["manifests"])
-        raise ConfigError(f"no document of {names} can be used" if dataset["skipped"] else f"{names}: no document")
+        raise ConfigError(
+            f"no document of {names} can be used: {'; '.join(causes)}" if causes else f"{names}: no document"
+        )
 
 
 def describe(dataset: Mapping) -> list[str]:
@@ -49,8 +64,7 @@ def describe(dataset: Mapping) -> list[str]:
     if unknown := dataset["unknown_types"]:
         lines.append(f"types outside the known ones: {', '.join(name or '(no type)' for name in unknown)}")
     if skipped := dataset["skipped"]:
-        causes = ", ".join(f"{count} {cause}" for cause, count in skipped.items())
-        lines.append(f"{sum(skipped.values())} documents are skipped: {causes}")
+        lines.append(f"{sum(skipped.values())} documents are skipped:")
     return lines
 
 
@@ -65,9 +79,9 @@ def _bytes(text: str) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m data_pipelines.build", description=__doc__)
     add = parser.add_argument
-    add("manifests", metavar="MANIFEST", type=Path, nargs="+", help="JSONL, one document a line")
+    add("manifests", metavar="MANIFEST", type=Path, nargs="+", help="JSONL, one document a line; also .gz or .zst")
     add("--out", metavar="DIR", type=Path, required=True, help="a new or empty folder, or an earlier build")
-    add("--root", metavar="ROOT", type=Path, help="what media paths are relative to (default: the manifest's folder)")
+    add_media_arguments(parser)
     add("--shard-documents", metavar="N", type=int, default=4096, help="most documents of a shard (default 4096)")
     add("--shard-bytes", metavar="SIZE", default="256M", help="size from which a shard is full (default 256M)")
     add_runner_arguments(parser)

@@ -3,7 +3,7 @@
 DIR/dataset.json, skipped.jsonl     what the dataset holds, and the documents that it does not; written last
 DIR/NAME-00000.array_record         documents of the manifest NAME.jsonl with their media
 DIR/parts/NAME-00000.…              what its documents were measured to be, and what was skipped of it
-DIR/.units/                         which shards are done
+DIR/.units/                         which shards are done; while it is built, what compressed manifests hold
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from baichuan_omni_jax.config import ConfigError
-from data_pipelines.build.plan import PlannedLines, Source, first_of_same_id, plan_lines
+from data_pipelines.build.plan import PlannedLines, Source, first_of_same_id, plan_lines, unpack
 from data_pipelines.build.shard import PARTS, ShardLines, build_shard
 from data_pipelines.document_types import is_known_type
 from data_pipelines.jobs import Job, Unit, run_job
@@ -27,28 +27,37 @@ from data_pipelines.manifest import LineRange
 from data_pipelines.shards.dataset import DATASET_FILE, Shard, read_description, write_description
 from data_pipelines.shards.record import SCHEMA
 from data_pipelines.shards.writer import OPTIONS, SUFFIX
+from data_pipelines.sources import ANY_FOLDER, media_root, trusted_folders
 
 SKIPPED_FILE = "skipped.jsonl"
 FORMAT = 1  # raise it when the same manifests and media give other shards than before
 LOCK = "build"
+UNPACKED = ".units/manifests"  # what compressed manifests hold, while shards are built of them
 
 
 def build_dataset(
-    manifests: Sequence[Path], out: Path, root: Path | None, documents: int, size: int, runner: Runner
+    manifests: Sequence[Path],
+    out: Path,
+    root: Path | None,
+    documents: int,
+    size: int,
+    runner: Runner,
+    trusted: Sequence[Path] = ANY_FOLDER,
 ) -> dict:
     """Builds the dataset at `out` (or what is left of it) and returns what its `dataset.json` holds.
 
     A shard holds at most `documents` documents of one manifest and, unless a single one is larger, about `size` bytes.
-    Media paths are taken from `root`, or from each manifest's folder. The result depends on the manifests, the media
-    and these numbers only, not on the runner or on how often it was stopped.
+    `root` and `trusted` as in `list_sources`. The result depends on the manifests, the media and these numbers only,
+    not on the runner or on how often it was stopped.
 
     Raises ConfigError when a manifest cannot be read, when `out` holds anything else, or when a shard cannot be built.
     """
     if documents < 1 or size < 1:
         raise ConfigError("a shard holds at least one document and one byte")
-    sources = list_sources(manifests, root)
+    sources = list_sources(manifests, root, trusted)
     refuse_foreign(out, LOCK)
     with hold(out, LOCK, "building"):
+        sources = unpack(sources, out / UNPACKED)
         lines = plan_lines(sources, out / ".plan", runner)
         job = Job("building", _shards(sources, lines, documents, size), build_shard, out)
         remove_outdated(job)
@@ -56,27 +65,31 @@ def build_dataset(
         _join_skipped(job)
         shards = _describe_shards(job, summaries)
         write_description(out, shards, {"manifests": [source.name for source in sources], **_sum(summaries)})
+        shutil.rmtree(out / UNPACKED, ignore_errors=True)
     return read_description(out)
 
 
-def list_sources(manifests: Sequence[Path], root: Path | None) -> list[Source]:
+def list_sources(manifests: Sequence[Path], root: Path | None, trusted: Sequence[Path] = ANY_FOLDER) -> list[Source]:
     """The manifests with the shortest names that tell them apart: paths from the folder that all of them are in.
 
-    Raises ConfigError when one is given twice, or `root` is no folder.
+    Media paths are relative to `root`, or to each manifest's folder; links may lead to the folders of `trusted`
+    (`sources.media_root`). Raises ConfigError when one is given twice, or `root` or a trusted folder is no folder.
     """
     if root is not None and not root.expanduser().is_dir():
         raise ConfigError(f"--root {root} is no folder")
-    paths = [path.expanduser().resolve() for path in manifests]
+    folders = trusted_folders(trusted, "--trust")
+    # The folder's own name, but not what a link there leads to: media stand beside the link.
+    paths = [path.parent.resolve() / path.name for path in (path.expanduser() for path in manifests)]
     if doubles := [path for path, count in Counter(paths).items() if count > 1]:
         raise ConfigError(f"manifest {doubles[0]} is given twice")
     common = os.path.commonpath([path.parent for path in paths])
     names = [path.relative_to(common).as_posix() for path in paths]
     found: list[Source] = []
     for path, name in zip(paths, names, strict=True):
-        stem = re.sub(r"[^\w.-]+", "-", name.removesuffix(".jsonl"))
+        stem = re.sub(r"[^\w.-]+", "-", re.sub(r"(\.jsonl)?(\.(gz|zst|zstd))?$", "", name))
         same = sum(re.fullmatch(rf"{re.escape(stem)}(~\d+)?", other.shards) is not None for other in found)
-        folder = root.expanduser().resolve() if root else path.parent
-        found.append(Source(path, name, folder, f"{stem}~{same + 1}" if same else stem))
+        media = media_root(path, root.expanduser() if root else None, folders)
+        found.append(Source(path, name, media, f"{stem}~{same + 1}" if same else stem, path))
     return found
 
 
@@ -96,8 +109,8 @@ def _shards(sources: Sequence[Source], lines: Sequence[PlannedLines], documents:
             places = np.flatnonzero(double[start + begin : start + end]) + begin
             doubles = {int(own.numbers[place]): where(int(first[start + place])) for place in places}
             offset = int(own.offsets[begin])
-            length = (int(own.offsets[end]) if end < len(own) else state[0]) - offset
-            lines_of = LineRange(source.path, source.name, source.root, int(own.numbers[begin]), offset, length)
+            length = (int(own.offsets[end]) if end < len(own) else source.lines.stat().st_size) - offset
+            lines_of = LineRange(source.lines, source.name, source.root, int(own.numbers[begin]), offset, length)
             fingerprint = hashlib.sha256(
                 json.dumps([FORMAT, SCHEMA, OPTIONS, source.name, lines_of.first, doubles]).encode()
                 + own.contents[begin:end].tobytes()

@@ -8,7 +8,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +18,8 @@ from baichuan_omni_jax.config import ConfigError
 from data_pipelines.document import Document, SampleError
 from data_pipelines.jobs import Job, Unit, run_job
 from data_pipelines.jobs.job import Runner
-from data_pipelines.manifest import parse_line, split_manifest
-from data_pipelines.media import find_media
+from data_pipelines.manifest import parse_line, plain_manifest, split_manifest
+from data_pipelines.media import MediaRoot, find_media
 from data_pipelines.prompts import Reference, Text, parse_prompt
 
 RANGE = 1 << 25  # bytes of manifest of one unit of planning
@@ -27,20 +27,29 @@ RANGE = 1 << 25  # bytes of manifest of one unit of planning
 
 @dataclass(frozen=True)
 class Source:
-    """A manifest: the file, what documents and messages call it, where its media are, what its shards are called."""
+    """A manifest: the file, what documents and messages call it, where its media are, what its shards are called.
+
+    `lines` is the file in which places are counted: another one where the manifest is compressed (`unpack`).
+    """
 
     path: Path
     name: str
-    root: Path
+    root: MediaRoot
     shards: str
+    lines: Path
 
     def state(self) -> list[int]:
         """Size and time of change. Raises ConfigError when the file is gone."""
         try:
             status = self.path.stat()
         except OSError as error:
-            raise ConfigError(f"manifest {self.path} cannot be read: {error.strerror}") from error
+            raise ConfigError(f"manifest {self.name} cannot be read: {error.strerror}") from error
         return [status.st_size, status.st_mtime_ns]
+
+
+def unpack(sources: Sequence[Source], folder: Path) -> list[Source]:
+    """The sources, what compressed ones hold in files in `folder`. Raises ConfigError for one that cannot be read."""
+    return [replace(source, lines=plain_manifest(source.path, source.name, folder)) for source in sources]
 
 
 @dataclass(frozen=True)
@@ -72,7 +81,7 @@ def plan_lines(sources: Sequence[Source], folder: Path, runner: Runner) -> list[
     units, owners = [], []
     for owner, source in enumerate(sources):
         fingerprint = f"{source.path} {source.name} {source.root} {source.state()} {RANGE}"
-        for lines in split_manifest(source.path, source.name, source.root, RANGE):
+        for lines in split_manifest(source.lines, source.name, source.root, RANGE):
             units.append(Unit(f"plan-{len(units):05d}", f"{fingerprint} {lines.offset}", lines, lines.length))
             owners.append(owner)
     job = Job("planning", units, _plan_range, folder)
@@ -118,7 +127,7 @@ def _look_up(document: Document) -> tuple[int, str]:
     return size, "\n".join(states)
 
 
-def _file_state(reference: Reference, root: Path) -> tuple[int, str]:
+def _file_state(reference: Reference, root: MediaRoot) -> tuple[int, str]:
     try:
         status = os.stat(find_media(reference, root).path)
     except SampleError as error:

@@ -41,7 +41,7 @@ def build_shard(unit: Unit, folder: Path) -> dict:
     """
     content: ShardLines = unit.content
     if content.source.state() != content.state:
-        raise ConfigError(f"manifest {content.source.path} changed while it was being built: start again")
+        raise ConfigError(f"manifest {content.source.name} changed while it was being built: start again")
     measures: list[DocumentMeasure] = []
     skipped: list[dict] = []
     path = folder / f"{unit.name}{SUFFIX}"
@@ -86,16 +86,21 @@ def gather(document: Document) -> Document:
     media: dict[str, Media] = {}
     names: dict[Reference, Reference] = {}
     paths = {reference.path for reference in references}
+    files: dict[str, Path | None] = {}
     left = MAX_MEDIA_BYTES
     for reference in references:
         if reference in names:
             continue
         found = find_media(reference, document.media)
-        name = reference.path or _new_name(paths | media.keys())
-        media[name] = _read(found, name, left)
+        # Absolute paths and URLs tell about the machine: the shard knows the file by its place in the root.
+        name = found.name if reference.path else _new_name(paths | media.keys())
+        if name != reference.path and name in paths | media.keys() and files.get(name) != found.path:
+            name = reference.path
         names[reference] = Reference(path=name)
-        left -= len(media[name].data)
-    text = replace_references(document.text, lambda reference: names[reference] if reference.base64 else reference)
+        if name not in media:
+            media[name], files[name] = _read(found, name, left), found.path
+            left -= len(media[name].data)
+    text = replace_references(document.text, lambda reference: names[reference])
     return replace(document, text=text, media=media)
 
 

@@ -5,11 +5,13 @@ command is given again.
 """
 
 import argparse
+import shutil
 import sys
 
 from baichuan_omni_jax.config import ConfigError
 from baichuan_omni_jax.config.errors import exit_code
-from data_pipelines.commands import run_job_command
+from data_pipelines.build.dataset import UNPACKED
+from data_pipelines.commands import describe_causes, first_of_causes, run_job_command, skipped_lines
 from data_pipelines.jobs import run_job
 from data_pipelines.jobs.job import hold, refuse_foreign
 from data_pipelines.jobs.runners import add_runner_arguments, chosen_runner
@@ -38,8 +40,12 @@ def _run(options: argparse.Namespace) -> None:
         print(f"{options.out / part}.jsonl: {count} documents")
     for key, name in (("rejected", "rejected"), ("skipped", f"skipped-{job.title}")):
         if counts := sums.get(key):
-            causes = ", ".join(f"{count} {cause}" for cause, count in counts.most_common())
-            print(f"{options.out / name}.jsonl: {counts.total()} {key}: {causes}")
+            path = options.out / f"{name}.jsonl"
+            print(f"{path}: {counts.total()} {key}:")
+            examples = first_of_causes(skipped_lines(path), counts) if key == "skipped" else {}
+            for line in describe_causes(counts, examples):
+                print(f"  {line}")
+    shutil.rmtree(options.out / UNPACKED, ignore_errors=True)
     if not (sums["made"] or sums.get("rejected")):
         raise ConfigError(f"nothing can be made of {', '.join(map(str, options.manifests))}")
 

@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from baichuan_omni_jax.config import ConfigError
-from data_pipelines.build.dataset import list_sources
-from data_pipelines.build.plan import Source
+from data_pipelines.build.dataset import UNPACKED, list_sources
+from data_pipelines.build.plan import Source, unpack
+from data_pipelines.commands import add_media_arguments, trusted_names
 from data_pipelines.document import Document, SampleError
 from data_pipelines.jobs import Job, Unit
-from data_pipelines.manifest import LineRange
+from data_pipelines.manifest import LineRange, is_blank, open_manifest
 from data_pipelines.synthesis.draft import Draft
 
 SKIPPED = "skipped"
@@ -73,7 +74,8 @@ class MakeDocuments:
 
 def add_job_arguments(parser: ArgumentParser) -> None:
     """The arguments that every job has."""
-    parser.add_argument("manifests", metavar="MANIFEST", type=Path, nargs="+", help="JSONL; media lie beside it")
+    parser.add_argument("manifests", metavar="MANIFEST", type=Path, nargs="+", help="JSONL; also .gz or .zst")
+    add_media_arguments(parser)
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="manifests and media go there")
     parser.add_argument(
         "--unit", metavar="N", type=int, default=256, help="documents of one unit of work (default 256)"
@@ -94,9 +96,11 @@ def manifest_units(name: str, options: Namespace, settings: str) -> tuple[Unit, 
     if options.unit < 1:
         raise ConfigError(f"--unit {options.unit}: a unit has at least 1 document")
     units = []
-    for source in list_sources(options.manifests, None):
-        if source.path.is_relative_to(options.out.resolve()):
+    sources = list_sources(options.manifests, options.root, trusted_names(options))
+    for source in sources:
+        if any(path.is_relative_to(options.out.resolve()) for path in (source.path, source.path.resolve())):
             raise ConfigError(f"--out {options.out} holds the manifest {source.path}: name another folder")
+    for source in unpack(sources, options.out / UNPACKED):
         for lines, content in _ranges(source, options.unit):
             # Documents without an id are named by the manifest and their line.
             told = f"{FORMAT} {name} {settings}\0{source.root}\0{source.name}\0{lines.first}\0"
@@ -108,20 +112,17 @@ def manifest_units(name: str, options: Namespace, settings: str) -> tuple[Unit, 
 def _ranges(source: Source, size: int) -> Iterator[tuple[LineRange, bytes]]:
     """`size` lines at a time, empty ones not counted, with their bytes."""
     first, offset, number, count, lines = 1, 0, 0, 0, []
-    try:
-        with source.path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                lines.append(line)
-                count += bool(line.strip())
-                if count == size:
-                    content = b"".join(lines)
-                    yield LineRange(source.path, source.name, source.root, first, offset, len(content)), content
-                    first, offset, count, lines = number + 1, offset + len(content), 0, []
-    except OSError as error:
-        raise ConfigError(f"manifest {source.path} cannot be read: {error.strerror}") from error
+    with open_manifest(source.lines, source.name) as file:
+        for number, line in enumerate(file, start=1):
+            lines.append(line)
+            count += not is_blank(line)
+            if count == size:
+                content = b"".join(lines)
+                yield LineRange(source.lines, source.name, source.root, first, offset, len(content)), content
+                first, offset, count, lines = number + 1, offset + len(content), 0, []
     if lines:
         content = b"".join(lines)
-        yield LineRange(source.path, source.name, source.root, first, offset, len(content)), content
+        yield LineRange(source.lines, source.name, source.root, first, offset, len(content)), content
 
 
 def assemble(job: Job, summaries: Sequence[dict]) -> dict[str, Counter]:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import pickle
+import shutil
 from collections import Counter
 from dataclasses import replace
 
@@ -20,6 +21,7 @@ from data_pipelines.index_build import load_index
 from data_pipelines.jobs import run_job
 from data_pipelines.jobs.local import LocalRunner
 from data_pipelines.manifest import parse_line
+from data_pipelines.media import MediaRoot
 from data_pipelines.pipeline import open_pipeline
 from data_pipelines.processor import Processor
 from data_pipelines.shards.dataset import Shard, write_description
@@ -64,7 +66,7 @@ def write(root, texts):
 
 
 def load(root, processor):
-    return load_index("main", "m.jsonl", root, processor, root / ".cache")
+    return load_index(config(root), SourceConfig(name="main", manifest="m.jsonl"), processor)
 
 
 def test_lengths_are_those_of_the_encoded_documents(sample_pipeline, sample_codes):
@@ -158,12 +160,13 @@ def test_a_stopped_build_goes_on(root, processor, monkeypatch):
 def test_parts_measured_by_processes_are_the_same_index(root, processor, monkeypatch):
     write(root, [SPOKEN, "{ no json", IMAGE % "a.png", SPOKEN])
     alone = load(root, processor)
+    skipped = list(alone.skipped)
     monkeypatch.setattr("data_pipelines.sources.PART_BYTES", 150)
-    (root / "other").mkdir()
-    shared = load_index("main", "m.jsonl", root, processor, root / "other", workers=1)
+    shutil.rmtree(root / ".cache")
+    shared = load_index(config(root), SourceConfig(name="main", manifest="m.jsonl"), processor, workers=1)
     for name in NAMES:
         np.testing.assert_array_equal(getattr(alone.columns, name), getattr(shared.columns, name))
-    assert list(alone.skipped) == list(shared.skipped)
+    assert skipped == list(shared.skipped)
 
 
 def test_bytes_of_a_document():
@@ -194,12 +197,14 @@ def test_a_built_data_set(root, processor, tmp_path):
         path = root / "set" / f"documents-{number:05d}.array_record"
         with ShardWriter(path) as writer:
             for line in lines:
-                document = parse_line((root / "m.jsonl").read_bytes().splitlines()[line - 1], line, "m.jsonl", root)
+                document = parse_line(
+                    (root / "m.jsonl").read_bytes().splitlines()[line - 1], line, "m.jsonl", MediaRoot(root)
+                )
                 writer.write(document, {name: data for name, data in media.items() if name in document.text})
         shards.append(Shard(path.name, len(lines), path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest()))
     write_description(root / "set", shards, {})
     (root / "a.png").unlink()
-    index = load_index("set", "set", root, processor, root / ".cache")
+    index = load_index(config(root), SourceConfig(name="set", manifest="set"), processor)
     np.testing.assert_array_equal(index.columns.lengths, whole.columns.lengths)
     assert [index.document(i).text for i in index.numbers()] == [IMAGE % "a.png", SPOKEN]
     assert [index.where(i) for i in index.numbers()] == [f"set/documents-0000{i}.array_record:0" for i in range(2)]

@@ -98,7 +98,7 @@ def test_one_document_of_all_modalities(sample_pipeline):
     assert view.row.fill["audio_targets"] == (spoken.code_frames + 1, spoken.code_frames + 1)
     first = view.pictures[0]
     name = view.elements[1].reference.path
-    original = decode_image(media(document.media / name))
+    original = decode_image(media(document.media.folder / name))
     np.testing.assert_array_equal(first.pixels, resize_picture(original, *first.pixels.shape[:2]))
 
 

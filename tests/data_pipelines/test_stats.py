@@ -37,16 +37,17 @@ def corpus(tmp_path_factory) -> Path:
 
 
 def test_datasets_and_manifests_tell_the_same(corpus):
-    (built, skipped), (read, again) = (load([corpus / name], None, 0) for name in ("out", "m.jsonl"))
+    (built, skipped, why), (read, again, too) = (load([corpus / name], None, 0) for name in ("out", "m.jsonl"))
     assert skipped == again == {"missing_file": 1}
+    assert why == too == {"missing_file": "m.jsonl:5: gone.png does not exist"}
     for name, values in vars(read).items():
         np.testing.assert_array_equal(getattr(built, name), values)
-    both, _ = load([corpus / "out", corpus / "m.jsonl"], None, 0)
+    both, _, _ = load([corpus / "out", corpus / "m.jsonl"], None, 0)
     assert len(both) == 8
 
 
 def test_values(corpus):
-    measures, _ = load([corpus / "m.jsonl"], None, 0)
+    measures, _, _ = load([corpus / "m.jsonl"], None, 0)
     values = {quantity.name: quantity.values.tolist() for quantity in quantities(measures)}
     assert values["characters of a document"] == [4, 3, 3, 0]
     assert values["media of a document"] == [0, 2, 1, 1]
@@ -65,7 +66,7 @@ def test_the_command(corpus, tmp_path, capsys):
     rows = [line.split() for line in printed.splitlines()]
     assert ["caption", "2", "2", "0", "1", "0", "0"] in [row[:7] for row in rows]
     assert ["all", "4", "2.5", "3.0", "4.0"] in [row[:3] + row[4:5] + row[6:] for row in rows]
-    assert "1 documents are skipped: 1 missing_file" in printed
+    assert "1 documents are skipped:\n  1 missing_file, the first: m.jsonl:5: gone.png does not exist\n" in printed
     with Image.open(plot) as picture:
         assert len(picture.convert("RGB").getcolors(1 << 16)) > 10
     assert main([str(corpus / "out"), "--workers", "0", "--plot", str(tmp_path / "none/x.png")]) == 2

@@ -274,7 +274,9 @@ def test_bad_documents_are_skipped_and_counted(tmp_path, capsys):
         ("d6", "bad_prompt"),
         (None, "bad_json"),
     ]
-    assert "7 skipped: " in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "7 skipped:\n" in told
+    assert "  1 bad_json, the first: m.jsonl:8 is not JSON: Expecting value at character 1\n" in told
 
 
 def test_the_same_output_from_any_number_of_workers(tmp_path):

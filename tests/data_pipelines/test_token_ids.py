@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from baichuan_omni_jax.config import ConfigError, tiny
+from baichuan_omni_jax.config import ConfigError, DataConfig, SourceConfig, tiny
 from data_pipelines.build.dataset import build_dataset
 from data_pipelines.document import Document, SampleError
 from data_pipelines.index_build import load_index
@@ -95,10 +95,11 @@ def test_a_data_set_of_another_tokenizer_is_refused(processor, tmp_path):
         writer.write(document, media)
     shard = Shard("documents-00000.array_record", 1, 0, "0")
     write_description(tmp_path / "mix", [shard], {"tokenizer": processor.tokenizer_fingerprint})
-    assert load_index("a", "mix", tmp_path, processor, tmp_path / "cache").usable == 1
+    config, source = DataConfig(root=str(tmp_path)), SourceConfig(name="a", manifest="mix")
+    assert load_index(config, source, processor).usable == 1
     other = Processor(tiny(), train_tokenizer(["Something else."], tiny().llm.vocab_size))
     assert tokenizer_fingerprint(other.tokenizer) != processor.tokenizer_fingerprint
     with pytest.raises(
         ConfigError, match=r"source a: .*mix holds token ids of tokenizer .*: set data.tokenizer to the"
     ):
-        load_index("a", "mix", tmp_path, other, tmp_path / "cache")
+        load_index(config, source, other)
