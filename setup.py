@@ -20,7 +20,7 @@ CORE = [
     "numpy>=2.0",
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12",
-    "pillow>=10.3",
+    "pillow>=11.3",
     "rich>=13",
     "safetensors>=0.5",
     "scipy>=1.13",
@@ -35,6 +35,7 @@ CORE = [
 # espeakng-loader carries eSpeak NG, which is GPLv3: it stays an extra.
 SAMPLE = ["espeakng-loader>=0.2.4", "scikit-learn>=1.5"]
 SHOW = ["matplotlib>=3.9"]
+HEIF = ["pillow-heif>=0.22"]
 DEMO = ["gradio>=6.31,<7"]
 SYNTHESIS = ["datasketch>=2.0", "espeakng-loader>=0.2.4", *SHOW]
 
@@ -45,6 +46,7 @@ EXTRAS = {
     "cuda": ["jax[cuda12]>=0.10.2"],
     "demo": DEMO,
     "evaluate": ["pesq>=0.0.4", "pystoi>=0.4"],  # pesq is compiled when it is installed
+    "heif": HEIF,
     "preflight": ["libtpu"],
     "parity": ["torch>=2.6", "transformers>=4.45"],
     "sample": SAMPLE,
@@ -58,6 +60,7 @@ EXTRAS = {
         "pytest>=8",
         "pytest-xdist>=3.6",
         "ruff==0.17.6",
+        *HEIF,
         *SAMPLE,
         *SYNTHESIS,
     ],

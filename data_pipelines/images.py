@@ -1,70 +1,179 @@
-"""Still images: their size from the header, their pixels.
+"""Still images: their size from the header, their pixels in RGB.
 
-EXIF orientation is ignored in both, as in the released processor.
+`ImagesConfig` says how: upright, over white, scaled to 8 bits and in sRGB, as a person sees them, or as the released
+processor takes them. Size and pixels follow the same settings.
 """
 
+import importlib
 import io
+import struct
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
+from baichuan_omni_jax.config import ImagesConfig
 from data_pipelines.document import SampleError
 from data_pipelines.limits import check_bytes, check_pixels
 from data_pipelines.media import Media, reading
+from data_pipelines.pixels import to_rgb
+from data_pipelines.png import SIGNATURE, Png, read_png
 
 MIN_PIXELS = 256  # an image of this area or less is refused at loading, before any resizing
 MAX_ASPECT = 200
 # Pillow also knows formats that run other programs (EPS); these only hold pixels. MPO comes with JPEG.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+SEEN = ImagesConfig()
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+_ORIENTATION = 0x0112  # EXIF and TIFF tag
+_TRANSPOSED = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# TIFF tags: what an IFD is of the picture, further IFDs inside it, DNG's version.
+_REDUCED, _SUB_IFDS, _DNG = 254, 330, 50706
 
 
-def probe_image(media: Media) -> tuple[int, int]:
+@dataclass(frozen=True)
+class _Opened:
+    """An image with its header read; `png` is its file where it is a PNG."""
+
+    image: Image.Image
+    png: Png | None
+
+    @property
+    def orientation(self) -> int:
+        """How the pixels are turned still, 1 to 8. Pillow turns TIFFs by itself, and HEIF and AVIF say it otherwise."""
+        if self.image.format in ("TIFF", "HEIF"):
+            return 1
+        found = Image.Exif()
+        try:
+            found.load(self.png.exif if self.png else self.image.info.get("exif") or b"")
+            value = found.get(_ORIENTATION)
+        except Exception:  # damaged EXIF: Pillow raises nearly anything, and pictures are shown without it
+            return 1
+        return value if value in _TRANSPOSED else 1
+
+    def size(self, settings: ImagesConfig) -> tuple[int, int]:
+        """(height, width) of the pixels that `load_image` gives."""
+        sides = self.image.height, self.image.width
+        return sides[::-1] if settings.orientation == "seen" and self.orientation >= 5 else sides
+
+
+def probe_image(media: Media, settings: ImagesConfig = SEEN) -> tuple[int, int]:
     """(height, width) in pixels, from the header.
 
     Raises SampleError: "unreadable_media" for a file that is no image, or too small or narrow (`check_size`);
     "too_big_media" beyond `limits`.
     """
-    with _opened(media) as image:
-        return image.height, image.width
+    with _opened(media, pixels=False) as opened:
+        return opened.size(settings)
 
 
-def decode_image(media: Media) -> UInt8[np.ndarray, "h w 3"]:
-    """RGB pixels, of the size that `probe_image` tells; transparency is dropped, an animation gives its first frame.
+def decode_image(media: Media, settings: ImagesConfig = SEEN) -> UInt8[np.ndarray, "h w 3"]:
+    """RGB pixels, of the size that `probe_image` tells; an animation gives its first frame.
 
-    Raises SampleError as `probe_image`, and "unreadable_media" when the file ends early.
+    Raises SampleError as `probe_image`, and "unreadable_media" when the file ends early or holds values without a
+    color.
     """
-    return np.asarray(load_image(media))
+    return np.asarray(load_image(media, settings))
 
 
-def load_image(media: Media) -> Image.Image:
+def load_image(media: Media, settings: ImagesConfig = SEEN) -> Image.Image:
     """`decode_image` in Pillow's form, which it resizes without copying it to an array first."""
-    with _opened(media) as image:
-        if image.mode.startswith("I;16"):  # Pillow would clip 16 bits to 8 instead of scaling
-            return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-        return image.convert("RGB")
+    with _opened(media) as opened:
+        turned = opened.orientation if settings.orientation == "seen" else 1
+        image = to_rgb(opened.image, opened.png, lambda: _again(media), settings)
+        return image.transpose(_TRANSPOSED[turned]) if turned > 1 else image
 
 
 @contextmanager
-def _opened(media: Media) -> Iterator[Image.Image]:
-    """The image, its header read and its size in bytes and pixels accepted."""
+def _again(media: Media) -> Iterator[Image.Image]:
+    with _opened(media) as opened:
+        yield opened.image
+
+
+@contextmanager
+def _opened(media: Media, pixels: bool = True) -> Iterator[_Opened]:
+    """The image, its header read and its size in bytes and pixels accepted; without `pixels` they cannot be loaded."""
     # What Pillow warns of is either told by an error or of no account; the log is for what is skipped.
     with reading(media, "image"), warnings.catch_warnings(action="ignore"):
         check_bytes(media.size, "image", media.name)
-        with media.open() as file, _open_header(file, media.name) as image:
-            check_pixels(image.height, image.width, media.name)
-            check_size(image.height, image.width, media.name)
-            yield image
+        with media.open() as file:
+            head = file.read(len(SIGNATURE))
+            file.seek(0)
+            png = read_png(file, pixels) if head == SIGNATURE else None
+            with _open_header(png.stream if png else file, media.name) as image:
+                check_pixels(image.height, image.width, media.name)
+                check_size(image.height, image.width, media.name)
+                _check_preview(image)
+                yield _Opened(image, png)
 
 
-def _open_header(file: io.BufferedIOBase, name: str) -> Image.Image:
+def _open_header(file: io.BufferedIOBase, name: str) -> AbstractContextManager[Image.Image]:
+    formats = FORMATS
+    if _is_heif(file):
+        _load_heif()
+        formats = ("HEIF",)
     try:
-        return Image.open(file, formats=FORMATS)
+        return Image.open(file, formats=formats)
     except Image.DecompressionBombError as error:
         raise SampleError("too_big_media", f"{name} is too large an image: {error}") from error
+    except UnidentifiedImageError as error:  # its own text shows the object that was read from
+        kind = _describe_tiff(file) or f"it is none of {', '.join(FORMATS)}, or its header is damaged"
+        raise ValueError(kind) from error
+
+
+def _is_heif(file: io.BufferedIOBase) -> bool:
+    """Whether the file is HEIF and not AVIF, which shares the container: by its brand and those it is compatible to."""
+    head = file.read(64)
+    file.seek(0)
+    size = min(int.from_bytes(head[:4], "big"), len(head))
+    brands = [head[8:12], *(head[place : place + 4] for place in range(16, size - 3, 4))]
+    return head[4:8] == b"ftyp" and brands[0] in _HEIF_BRANDS and not {b"avif", b"avis"} & set(brands)
+
+
+def _load_heif() -> None:
+    try:
+        importlib.import_module("pillow_heif").register_heif_opener(thumbnails=False)
+    except ImportError as error:
+        raise ValueError(
+            "it is HEIC (HEIF), which is read with the extra heif: pip install 'baichuan_omni_jax[heif]'"
+        ) from error
+
+
+def _check_preview(image: Image.Image) -> None:
+    """Cameras write raw pictures as TIFFs whose first picture is a small preview of the real one."""
+    tags = getattr(image, "tag_v2", {})
+    reduced = tags.get(_REDUCED, 0)
+    if _DNG in tags or (isinstance(reduced, int) and reduced & 1 and _SUB_IFDS in tags):
+        raise ValueError("it is a raw picture of a camera (DNG, NEF, ARW and the like), which is not read")
+
+
+def _describe_tiff(file: io.BufferedIOBase) -> str:
+    """What a TIFF holds that Pillow has no mode for; nothing where the file is none, or is damaged."""
+    try:
+        file.seek(0)
+        tags = TiffImagePlugin.ImageFileDirectory_v2(file.read(8))
+        file.seek(tags.next)
+        tags.load(file)
+        bits, formats = tags[258], tags.get(339, (1,))
+        kind = {1: "unsigned", 2: "signed", 3: "floating point"}.get(formats[0], f"format {formats[0]}")
+        samples = tags.get(277, len(bits))
+        return (
+            f"it is a TIFF of {samples} samples of {bits[0]} bits ({kind}), which is not read, or its header is damaged"
+        )
+    except (SyntaxError, OSError, ValueError, TypeError, LookupError, struct.error):
+        return ""
 
 
 def check_size(height: int, width: int, name: str) -> None:

@@ -142,7 +142,9 @@ def open_pipeline(
     check_plan(config)
     check_policies(config)
     with file_errors(cache_folder(config)):
-        processor = processor or Processor(omni, load_or_train_tokenizer(config, omni), config.end_of_text)
+        if processor is None:
+            tokenizer = load_or_train_tokenizer(config, omni)
+            processor = Processor(omni, tokenizer, config.end_of_text, images=config.images)
         indexes = tuple(_open_index(config, source, processor) for source in config.mixture)
     pipeline = Pipeline(config, omni, processor, indexes, targets or {})
     for index in indexes:

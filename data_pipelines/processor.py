@@ -13,10 +13,10 @@ import numpy as np
 from jaxtyping import Int32, Integer, UInt8
 from tokenizers import Tokenizer
 
-from baichuan_omni_jax.config import OmniConfig
+from baichuan_omni_jax.config import ImagesConfig, OmniConfig
 from data_pipelines.document import Document, EncodedDocument, Lengths, SampleError
 from data_pipelines.features import Window, clip_windows, log_mel, patchify, resize_picture, visual_size
-from data_pipelines.images import load_image, probe_image
+from data_pipelines.images import SEEN, load_image, probe_image
 from data_pipelines.media import Media, MediaRoot, find_media
 from data_pipelines.prompts import Element, Picture, Sound, Text, Tokens, Video
 from data_pipelines.sequence import Layout, Part, SoundPart, TextPart, VisualPart, audio_targets, lay_out, text_targets
@@ -26,7 +26,7 @@ from data_pipelines.tokenizing import check_tokenizer, encode, plain_tokenizer, 
 from data_pipelines.turns import document_elements
 from data_pipelines.videos import probe_video, read_video
 
-SCHEMA_VERSION = 1  # raise it when the same document and configuration give another sequence than before
+SCHEMA_VERSION = 2  # raise it when the same document and configuration give another sequence than before
 
 
 @runtime_checkable
@@ -100,11 +100,17 @@ class _Plan:
 class Processor:
     """Measures and encodes documents for one model and one tokenizer. Picklable; holds no open file.
 
-    `end_of_text` appends `<|endoftext|>` to documents that do not end with it. Raises ConfigError when the tokenizer
-    does not fit the model.
+    `end_of_text` appends `<|endoftext|>` to documents that do not end with it; `images` says how stills are taken.
+    Raises ConfigError when the tokenizer does not fit the model.
     """
 
-    def __init__(self, omni_config: OmniConfig, tokenizer: Tokenizer, end_of_text: bool = True):
+    def __init__(
+        self,
+        omni_config: OmniConfig,
+        tokenizer: Tokenizer,
+        end_of_text: bool = True,
+        images: ImagesConfig = SEEN,
+    ):
         check_tokenizer(tokenizer, omni_config)
         self.config = omni_config
         self.tokenizer = tokenizer
@@ -112,6 +118,7 @@ class Processor:
 
     @cached_property
     def fingerprint(self) -> str:
+        self.images = images
         """Changes whenever the same document may be measured or encoded differently."""
         vision, audio = self.config.vision, self.config.audio
         fields = {
@@ -125,6 +132,7 @@ class Processor:
             "frames": [vision.max_frames, vision.frames_per_second],
             "mel": [audio.sampling_rate, audio.n_fft, audio.hop_length],
             "windows": [audio.max_audio_seconds, audio.split_overlap],
+            "images": dataclasses.asdict(self.images),
             "codes": [audio.stride_size, audio.avg_pooler, list(audio.codebook_sizes)],
         }
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:32]
@@ -274,8 +282,9 @@ class Processor:
                 probe, found = probe_video(media, vision.frames_per_second, most), ()
             sides, count, frame = (probe.height, probe.width), len(probe.times), True
         else:
-            found = [load_image(media)] if decode else []
-            sides, count, frame = (found[0].size[::-1] if decode else probe_image(media)), 1, element.frame
+            found = [load_image(media, self.images)] if decode else []
+            sides = found[0].size[::-1] if decode else probe_image(media, self.images)
+            count, frame = 1, element.frame
         height, width = visual_size(*sides, vision, frame=frame)
         cut = partial(patchify, patch=vision.patch_size, merge=vision.spatial_merge_size)
         decoded = [cut(resize_picture(picture, height, width)) for picture in found]

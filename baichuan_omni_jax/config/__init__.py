@@ -16,12 +16,14 @@ from baichuan_omni_jax.config.run import (
     EvalConfig,
     EvalMixture,
     GroupConfig,
+    ImagesConfig,
     MeshConfig,
     OptimizerConfig,
     RunConfig,
     SourceConfig,
     TrainConfig,
     load_run_config,
+    released_images,
 )
 from baichuan_omni_jax.config.sound import FlowTraining, QuantizerConfig, SpecAugmentConfig, TokenizerTraining
 from baichuan_omni_jax.config.stages import STAGES, mixture_of, stage_groups, tiny_stage
@@ -39,6 +41,7 @@ __all__ = [
     "FlowTraining",
     "GenerationSettings",
     "GroupConfig",
+    "ImagesConfig",
     "MeshConfig",
     "OmniConfig",
     "OptimizerConfig",
@@ -58,6 +61,7 @@ __all__ = [
     "load_run_config",
     "mixture_of",
     "read_hf",
+    "released_images",
     "resolve_model",
     "stage_groups",
     "tiny",

@@ -89,6 +89,10 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         if not isinstance(value, list | tuple):
             raise ConfigError(f"{where} must be a list, not {value!r}")
         return tuple(_convert(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if origin is typing.Literal:
+        if value not in args:
+            raise ConfigError(f"{where} must be {' or '.join(map(repr, args))}, not {value!r}")
+        return value
     if dataclasses.is_dataclass(kind):
         return value if isinstance(value, kind) else from_dict(kind, value, f"{where}.")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):

@@ -3,6 +3,7 @@
 import runpy
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Literal
 
 from baichuan_omni_jax.config.errors import ConfigError
 from baichuan_omni_jax.config.sound import FlowTraining, TokenizerTraining
@@ -62,6 +63,24 @@ class Budgets:
         return {name: size for name, size in sizes.items() if size or name not in ("mel_windows", "items")}
 
 
+Rendering = Literal["seen", "released"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImagesConfig:
+    """How stills become RGB: as a person sees them (`seen`), or as the released processor takes them (`released`)."""
+
+    orientation: Rendering = "seen"  # EXIF orientation is applied; released: pixels as they are stored
+    alpha: Rendering = "seen"  # transparent pixels lie over white; released: transparency is dropped
+    depth: Rendering = "seen"  # more than 8 bits, and floats, are scaled to 8; released: as Pillow converts them
+    profile: Rendering = "seen"  # an ICC profile is converted to sRGB; released: it is ignored
+
+
+def released_images() -> ImagesConfig:
+    """Stills with the bytes of the released processor: for comparisons with it."""
+    return ImagesConfig(orientation="released", alpha="released", depth="released", profile="released")
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """What is read and how rows are made. Paths may start with `~`; `root` is the folder that manifests lie below.
@@ -86,6 +105,8 @@ class DataConfig:
     which: `balanced` deals them by attention work, `contiguous` keeps their order.
     `media_shards`: a row's patches lie in this many equal parts, and no picture in two of them. A multiple of the
     mesh's context x tensor; which documents share a row depends on it, so it stays when the mesh changes.
+
+    `images`: how stills are taken; the index is made anew when it changes.
 
     `mel_frames`: with `budgets.mel_windows`, how many mel frames a window's slot has, in ascending sizes; a step takes
     the smallest that holds its longest window, and longer windows are cropped. Empty: a whole window of 30 s.
@@ -113,6 +134,7 @@ class DataConfig:
     context_plan: str = "balanced"
     media_shards: int = 1
     mel_frames: tuple[int, ...] = ()
+    images: ImagesConfig = ImagesConfig()
 
 
 @dataclass(frozen=True, kw_only=True)

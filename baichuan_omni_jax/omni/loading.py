@@ -14,7 +14,8 @@ from tokenizers import Tokenizer
 from baichuan_omni_jax.checkpoint import find_checkpoint, read_branch_info, read_tree, with_shardings
 from baichuan_omni_jax.checkpoint.branches import BRANCHES, RANDOM, branch_folder, parse_spec
 from baichuan_omni_jax.checkpoint.parent import PARENT
-from baichuan_omni_jax.config import ConfigError, MeshConfig, OmniConfig, read_hf
+from baichuan_omni_jax.checkpoint.run_config import RUN_CONFIG
+from baichuan_omni_jax.config import ConfigError, ImagesConfig, MeshConfig, OmniConfig, from_dict, read_hf
 from baichuan_omni_jax.convert.files import CONFIG, SOURCE, VOCODER_CONFIG
 from baichuan_omni_jax.convert.tables import MODEL_BRANCHES, VOCODER_BRANCH, abstract_branches
 from baichuan_omni_jax.nn.param import Compute
@@ -43,13 +44,15 @@ class LoadedBranches:
     """Modules by branch, the architecture that they make together, and where the language model's tokenizer lies.
 
     `untrained` names the branches that hold the random weights they began with; `tokenizer` is None where the
-    checkpoint brings none.
+    checkpoint brings none. `images` is how the run that trained the vision branch took stills (the default where the
+    checkpoint is in no run's workdir).
     """
 
     branches: dict[str, nnx.Module]
     config: OmniConfig
     tokenizer: Path | None
     untrained: tuple[str, ...]
+    images: ImagesConfig = ImagesConfig()
 
 
 def load_for_generation(
@@ -73,7 +76,8 @@ def load_for_generation(
         branches = {name: _load(name, folder, cfg, mesh, dtype) for name, folder in folders.items()}
     tokenizer = folders["llm"] / "processor" / "tokenizer.json" if "llm" in folders else None
     untrained = tuple(name for name, folder in folders.items() if _is_untrained(name, folder))
-    return LoadedBranches(branches, cfg, tokenizer if tokenizer and tokenizer.exists() else None, untrained)
+    tokenizer = tokenizer if tokenizer and tokenizer.exists() else None
+    return LoadedBranches(branches, cfg, tokenizer, untrained, _trained_images(folders.get("vision")))
 
 
 def make_chat_model(
@@ -122,6 +126,14 @@ def _joined_config(folders: Mapping[str, Path]) -> OmniConfig:
         for section in _SECTIONS.get(name, ())
     }
     return replace(home, **sections)
+
+
+def _trained_images(folder: Path | None) -> ImagesConfig:
+    """`data.images` of the run whose workdir the checkpoint `folder` lies in."""
+    path = folder.parent.parent / RUN_CONFIG if folder and folder.parent.name == "checkpoints" else None
+    if path is None or not path.exists():
+        return ImagesConfig()
+    return from_dict(ImagesConfig, json.loads(path.read_text())["data"].get("images", {}), "data.images.")
 
 
 def _load(name: str, folder: Path, cfg: OmniConfig, mesh: Mesh, dtype: str) -> nnx.Module:

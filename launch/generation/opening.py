@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import jax
 
-from baichuan_omni_jax.config import ConfigError, GenerationSettings, MeshConfig
+from baichuan_omni_jax.config import ConfigError, GenerationSettings, ImagesConfig, MeshConfig, released_images
 from baichuan_omni_jax.omni.chat import OmniChat
 from baichuan_omni_jax.omni.loading import LoadedBranches, load_for_generation, make_chat_model
 from baichuan_omni_jax.omni.reply import Speaks
@@ -37,6 +37,11 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("the model").add_argument
     add("--checkpoint", required=True, metavar="DIR|branch=DIR,...", help="checkpoint or workdir, whole or by branch")
     add("--tokenizer", type=Path, metavar="FILE", help="tokenizer.json; default: that of the checkpoint")
+    add(
+        "--images",
+        choices=("seen", "released"),
+        help="stills as a person sees them or as the released processor takes them (default: as the run trained)",
+    )
     add("--dtype", choices=("float32", "bfloat16"), help="of the language model (default: float32 on a CPU)")
     add("--cache-dtype", choices=("float32", "bfloat16", "int8"), help="of the cache (default: as --dtype)")
     add("--slots", type=_positive, default=8, metavar="N", help="requests served at a time (default %(default)s)")
@@ -61,7 +66,8 @@ def open_chat(options: argparse.Namespace, settings: GenerationSettings, root: P
     path = options.tokenizer or loaded.tokenizer
     tokenizer = load_tokenizer(path) if path else None
     # Refuses a tokenizer of another model before the engine is made.
-    processor = ChatPrompts(Processor(loaded.config, tokenizer), root) if tokenizer else None
+    images = {"seen": ImagesConfig(), "released": released_images()}.get(options.images, loaded.images)
+    processor = ChatPrompts(Processor(loaded.config, tokenizer, images=images), root) if tokenizer else None
     model = make_chat_model(
         loaded,
         tokenizer,

@@ -7,6 +7,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from baichuan_omni_jax.audio.config import AudioConfig
+from baichuan_omni_jax.config import released_images
 from baichuan_omni_jax.vision.config import PixelLimits, VisionConfig
 from data_pipelines.document import SampleError
 from data_pipelines.features import (
@@ -66,7 +67,7 @@ def normalised(patches):
 
 @pytest.mark.parametrize("name", ["china_200x133", "flower_90x240", "flower_gray_57x43"])
 def test_patches_are_the_released_ones(name, features):
-    pixels = decode_image(media(golden_path(f"processor/media/{name}.png")))
+    pixels = decode_image(media(golden_path(f"processor/media/{name}.png")), released_images())
     patches, grid = patchify(resize_picture(pixels, *visual_size(*pixels.shape[:2], VISION, frame=False)))
     assert relative_error(normalised(patches), features[f"patches_{name}"]) < 1e-6
     assert [1, *grid.max(0) + 1] == features[f"grid_{name}"].tolist()

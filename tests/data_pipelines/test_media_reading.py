@@ -200,12 +200,6 @@ class TestImages:
         Image.fromarray(values).save(tmp_path / "a.png")
         assert np.unique(decode_image(media(tmp_path / "a.png"))).tolist() == [128]
 
-    def test_orientation_is_ignored_in_both(self, tmp_path):
-        exif = Image.Exif()
-        exif[0x0112] = 6
-        path = write_image(tmp_path / "a.jpg", 20, 40, exif=exif)
-        assert probe_image(media(path)) == decode_image(media(path)).shape[:2] == (20, 40)
-
     def test_sizes_that_are_refused(self, tmp_path):
         for height, width, message in ((16, 16, "at most 256 pixels"), (2, 402, "aspect ratio exceeds 200")):
             path = write_image(tmp_path / f"{width}.png", height, width)

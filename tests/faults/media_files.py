@@ -18,6 +18,8 @@ IMAGES = {  # name: format, options, mode
     "a.png": ("PNG", {}, "RGB"),
     "palette.png": ("PNG", {}, "P"),
     "alpha.png": ("PNG", {}, "RGBA"),
+    "key.png": ("PNG", {"transparency": 7}, "L"),
+    "turned.jpg": ("JPEG", {"exif": b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"}, "RGB"),
     "a.webp": ("WEBP", {}, "RGB"),
     "lossless.webp": ("WEBP", {"lossless": True}, "RGB"),
     "a.gif": ("GIF", {}, "P"),
@@ -26,6 +28,8 @@ IMAGES = {  # name: format, options, mode
     "lzw.tiff": ("TIFF", {"compression": "tiff_lzw"}, "RGB"),
     "deflate.tiff": ("TIFF", {"compression": "tiff_adobe_deflate"}, "RGB"),
     "jpeg.tiff": ("TIFF", {"compression": "jpeg"}, "RGB"),
+    "float.tiff": ("TIFF", {}, "F"),
+    "deep.tiff": ("TIFF", {"compression": "tiff_lzw"}, "I;16"),
     "a.ppm": ("PPM", {}, "RGB"),
     "a.mpo": ("MPO", {}, "RGB"),
     "a.avif": ("AVIF", {}, "RGB"),
@@ -93,6 +97,8 @@ def _photographs() -> Iterator[Image.Image]:
 
 
 def _encode_image(photographs: list[Image.Image], form: str, options: dict, mode: str) -> bytes:
+    if mode == "I;16":  # from one channel of 8 bits only
+        photographs = [photograph.convert("L") for photograph in photographs]
     first, *others = [photograph.convert(mode) for photograph in photographs]
     if form in ("GIF", "WEBP", "MPO"):
         options = options | {"save_all": True, "append_images": others}
