@@ -23,7 +23,7 @@ from data_pipelines.sequence import Layout, Part, SoundPart, TextPart, VisualPar
 from data_pipelines.sounds import clip_key, decode_sound, probe_sound
 from data_pipelines.token_ids import read_ids
 from data_pipelines.tokenizing import check_tokenizer, encode, plain_tokenizer, tokenizer_fingerprint
-from data_pipelines.turns import document_elements
+from data_pipelines.turns import document_elements, thin_frames
 from data_pipelines.videos import probe_video, read_video
 
 SCHEMA_VERSION = 2  # raise it when the same document and configuration give another sequence than before
@@ -187,6 +187,7 @@ class Processor:
         parts, pictures, clips = self._read(elements, media, max_frames=0, pixels=True, mels=True, rates=())
         return self._encoded(_Plan(lay_out(parts, self.config.tokens), pictures, clips), None)
 
+        elements = thin_frames(elements, self.config.vision.max_frames)
     def _encoded(self, plan: _Plan, codes: Codes | None) -> EncodedDocument:
         layout = plan.layout
         windows = [(clip, window) for clip in plan.clips for window in clip.windows]
@@ -216,7 +217,7 @@ class Processor:
         )
 
     def _plan(self, document: Document, pixels: bool = False, mels: bool = False, rates: Sequence[int] = ()) -> _Plan:
-        elements = document_elements(document)
+        elements = document_elements(document, self.config.vision.max_frames)
         parts, pictures, clips = self._read(elements, document.media, document.max_frames, pixels, mels, rates)
         layout = lay_out(parts + self._ending(elements, parts), self.config.tokens)
         if not layout.has_loss:

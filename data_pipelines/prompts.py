@@ -10,7 +10,7 @@ becomes `[Text("<C_Q>"), Picture(cat.jpg), Text("What?<C_A>"), Text("A cat.", tr
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from data_pipelines import special_tokens as names
 from data_pipelines.document import SampleError
@@ -35,10 +35,14 @@ class Text:
 
 @dataclass(frozen=True)
 class Picture:
-    """A still image, or one frame of a video that the prompt lists frame by frame."""
+    """A still image, or one frame of a video that the prompt lists frame by frame.
+
+    `video` numbers the prompt's lists of frames from 1; a frame outside of them has 0.
+    """
 
     reference: Reference
     frame: bool = False
+    video: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,7 @@ class _Parser:
         self.parts = parts
         self.place = 0
         self.trainable = False
+        self.videos = 0  # lists of frames so far
         self.elements: list[Element] = []
 
     def run(self) -> list[Element]:
@@ -178,6 +183,7 @@ class _Parser:
         if not listed:
             self.elements.append(self._media(names.VIDEO_START))
             return
+        self.videos += 1
         while True:
             if (between := self._next()).strip():
                 raise SampleError("bad_prompt", f"text between the frames of a video: {_shorten(between)}")
@@ -187,7 +193,7 @@ class _Parser:
             if mark != names.FRAME_START:
                 found = f"is followed by {mark} instead of {names.VIDEO_END}" if mark else "is never closed"
                 raise SampleError("bad_prompt", f"{names.VIDEO_START} {found}")
-            self.elements.append(self._media(mark))
+            self.elements.append(replace(self._media(mark), video=self.videos))
 
 
 def _read_reference(mark: str, content: str) -> Reference:

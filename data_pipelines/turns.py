@@ -3,22 +3,26 @@
 A turn begins at `<C_Q>`; what stands before the first one is the system prompt and stays with every part.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
-
-import numpy as np
+from itertools import groupby
 
 from data_pipelines.document import Document
 from data_pipelines.prompts import Element, Picture, Text, Video, parse_prompt
 from data_pipelines.special_tokens import USER
 
 
-def document_elements(document: Document) -> list[Element]:
-    """The elements of the part that `document` is. Raises SampleError "bad_prompt"."""
+def document_elements(document: Document, max_frames: int = 0) -> list[Element]:
+    """The elements of the part that `document` is, its listed videos of at most `max_frames` frames (0: all).
+
+    Raises SampleError "bad_prompt".
+    """
     elements = parse_prompt(document.text)
     if document.turns is not None:
         head, turns = cut_turns(elements)
         elements = head + [element for turn in turns[slice(*document.turns)] for element in turn]
-    return thin_frames(elements, document.max_frames) if document.max_frames else elements
+    most = min(document.max_frames or max_frames, max_frames or document.max_frames)
+    return thin_frames(elements, most) if most else elements
 
 
 def cut_turns(elements: list[Element]) -> tuple[list[Element], list[list[Element]]]:
@@ -37,20 +41,23 @@ def cut_turns(elements: list[Element]) -> tuple[list[Element], list[list[Element
 
 def has_frames(elements: list[Element]) -> bool:
     """Whether there are videos, as files or frame by frame."""
-    return any(isinstance(each, Video) or (isinstance(each, Picture) and each.frame) for each in elements)
+    return any(isinstance(each, Video) or _is_frame(each) for each in elements)
 
 
-def thin_frames(elements: list[Element], most: int) -> list[Element]:
-    """Videos that are listed frame by frame with at most `most` frames, evenly spread; files are thinned as read."""
+def thin_frames(elements: Sequence[Element], most: int) -> list[Element]:
+    """Videos that are listed frame by frame with at most `most` frames each; files are thinned as they are read.
+
+    Of n frames the i-th that stays is number int(i * n / most), as in the released processor. A list between the marks
+    of a video is one, and so are frames that follow each other outside of them.
+    """
     kept: list[Element] = []
-    run: list[Element] = []
-    for element in [*elements, None]:
-        if isinstance(element, Picture) and element.frame:
-            run.append(element)
-            continue
-        places = range(len(run)) if len(run) <= most else np.linspace(0, len(run) - 1, most).round().astype(int)
-        kept += [run[place] for place in places]
-        run = []
-        if element is not None:
-            kept.append(element)
+    for video, run in groupby(elements, key=lambda each: each.video if _is_frame(each) else None):
+        run = list(run)
+        if video is not None and len(run) > most:
+            run = [run[int(place * len(run) / most)] for place in range(most)]
+        kept += run
     return kept
+
+
+def _is_frame(element: Element) -> bool:
+    return isinstance(element, Picture) and element.frame
