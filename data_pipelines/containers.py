@@ -3,11 +3,14 @@
 FFmpeg also reads play lists that name other files, and takes plain text for a terminal recording; these are left out.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import av
 from av.container import InputContainer
+from av.frame import Frame
+from av.packet import Packet
 from av.stream import Stream
 
 from data_pipelines.limits import check_bytes, check_packets
@@ -53,3 +56,48 @@ def demuxed_duration(container: InputContainer, stream: Stream, name: str) -> fl
     if container.duration is not None and length < container.duration / av.time_base - 1.0:
         raise ValueError(f"the file is truncated: {length:.1f} of {container.duration / av.time_base:.1f} s")
     return ends.get(stream.index, 0.0) - starts.get(stream.index, 0.0)
+
+
+@dataclass
+class Damage:
+    """Packets that were decoded of one or several tracks, and how many of them were damaged and cost their frames."""
+
+    packets: int = 0
+    damaged: int = 0
+
+    def check(self) -> None:
+        """Raises ValueError when more than one packet, and more than a quarter of them, cannot be decoded."""
+        if self.damaged > max(1, self.packets // 4):
+            raise ValueError(f"{self.damaged} of {self.packets} packets are damaged")
+
+
+def decode_packets(
+    container: InputContainer, stream: Stream, damage: Damage, decode: Callable[[Packet], list] | None = None
+) -> Iterator[Frame]:
+    """The frames of a track from here on, without those of packets that cannot be decoded, which `damage` counts.
+
+    `decode` takes the place of the track's own decoder.
+    """
+    for packet in _read_packets(container, stream, damage):
+        damage.packets += packet.size > 0
+        try:
+            frames = packet.decode() if decode is None else decode(packet)
+        except av.FFmpegError:
+            damage.damaged += packet.size > 0
+            continue
+        yield from frames
+
+
+def _read_packets(container: InputContainer, stream: Stream, damage: Damage) -> Iterator[Packet]:
+    """Packets to the end; where reading fails it goes on behind, as long as something comes."""
+    came = True
+    while came:
+        came = False
+        try:
+            for packet in container.demux(stream):
+                came = True
+                yield packet
+            return
+        except av.FFmpegError:
+            damage.packets += 1
+            damage.damaged += 1

@@ -76,7 +76,8 @@ class EncodedDocument:
     level 0, zeros above, and weight at level 0 only. `patch_frames` numbers the pictures of the document from 1;
     patches come grouped 2x2, so the four of one visual token are neighbours, and `patch_grid` is their (row, column).
     `mels`, when they were asked for, are the log mels (frames, mels) of the windows, whose code frames begin at
-    `mel_places` among the a; `waves` their samples by rate in Hz.
+    `mel_places` among the a; `waves` their samples by rate in Hz. `damaged_packets` counts packets of its media that
+    could not be decoded: the document is used without them.
     """
 
     tokens: Int32[np.ndarray, "n"]
@@ -94,6 +95,7 @@ class EncodedDocument:
     mels: tuple[Float32[np.ndarray, "_ mels"], ...] = ()
     mel_places: tuple[int, ...] = ()
     waves: tuple[Mapping[int, Float32[np.ndarray, "_"]], ...] = ()
+    damaged_packets: int = 0
 
     @property
     def lengths(self) -> Lengths:

@@ -14,6 +14,7 @@ from jaxtyping import Int32, Integer, UInt8
 from tokenizers import Tokenizer
 
 from baichuan_omni_jax.config import ImagesConfig, OmniConfig
+from data_pipelines.containers import Damage
 from data_pipelines.document import Document, EncodedDocument, Lengths, SampleError
 from data_pipelines.features import Window, clip_windows, log_mel, patchify, resize_picture, visual_size
 from data_pipelines.images import SEEN, load_image, probe_image
@@ -63,7 +64,8 @@ class Said:
 class _Pictures:
     """`count` pictures of one size: a still, a listed frame, or the frames of a video file.
 
-    `decoded` holds their patches, each with its grid, once they were asked for.
+    `decoded` holds their patches, each with its grid, once they were asked for; `damaged` counts the packets of the
+    video that could not be decoded then.
     """
 
     height: int
@@ -71,6 +73,7 @@ class _Pictures:
     count: int
     frame: bool
     decoded: list[tuple[np.ndarray, np.ndarray]]
+    damaged: int = 0
 
 
 @dataclass(frozen=True)
@@ -115,10 +118,10 @@ class Processor:
         self.config = omni_config
         self.tokenizer = tokenizer
         self.end_of_text = end_of_text
+        self.images = images
 
     @cached_property
     def fingerprint(self) -> str:
-        self.images = images
         """Changes whenever the same document may be measured or encoded differently."""
         vision, audio = self.config.vision, self.config.audio
         fields = {
@@ -129,10 +132,10 @@ class Processor:
             "image_limits": dataclasses.asdict(vision.image_limits),
             "frame_limits": dataclasses.asdict(vision.frame_limits),
             "patches": [vision.patch_size, vision.spatial_merge_size],
+            "images": dataclasses.asdict(self.images),
             "frames": [vision.max_frames, vision.frames_per_second],
             "mel": [audio.sampling_rate, audio.n_fft, audio.hop_length],
             "windows": [audio.max_audio_seconds, audio.split_overlap],
-            "images": dataclasses.asdict(self.images),
             "codes": [audio.stride_size, audio.avg_pooler, list(audio.codebook_sizes)],
         }
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:32]
@@ -184,10 +187,10 @@ class Processor:
 
         Their references name `media`. Raises SampleError as `encode`.
         """
+        elements = thin_frames(elements, self.config.vision.max_frames)
         parts, pictures, clips = self._read(elements, media, max_frames=0, pixels=True, mels=True, rates=())
         return self._encoded(_Plan(lay_out(parts, self.config.tokens), pictures, clips), None)
 
-        elements = thin_frames(elements, self.config.vision.max_frames)
     def _encoded(self, plan: _Plan, codes: Codes | None) -> EncodedDocument:
         layout = plan.layout
         windows = [(clip, window) for clip in plan.clips for window in clip.windows]
@@ -214,6 +217,7 @@ class Processor:
             mels=tuple(mel for clip in plan.clips for mel in clip.mels),
             mel_places=tuple(int(place) for (clip, _), place in zip(windows, places, strict=True) if clip.mels),
             waves=tuple(waves for clip in plan.clips for waves in clip.waves),
+            damaged_packets=sum(pictures.damaged for pictures in plan.pictures),
         )
 
     def _plan(self, document: Document, pixels: bool = False, mels: bool = False, rates: Sequence[int] = ()) -> _Plan:
@@ -274,11 +278,11 @@ class Processor:
         return [TextPart([end], trainable)]
 
     def _pictures(self, element: Picture | Video, media: Media, max_frames: int, decode: bool) -> _Pictures:
-        vision = self.config.vision
+        vision, damage = self.config.vision, Damage()
         if isinstance(element, Video):
             most = min(max_frames or vision.max_frames, vision.max_frames)
             if decode:
-                probe, found = read_video(media, vision.frames_per_second, most)
+                probe, found = read_video(media, vision.frames_per_second, most, damage)
             else:
                 probe, found = probe_video(media, vision.frames_per_second, most), ()
             sides, count, frame = (probe.height, probe.width), len(probe.times), True
@@ -289,7 +293,7 @@ class Processor:
         height, width = visual_size(*sides, vision, frame=frame)
         cut = partial(patchify, patch=vision.patch_size, merge=vision.spatial_merge_size)
         decoded = [cut(resize_picture(picture, height, width)) for picture in found]
-        return _Pictures(height, width, count, frame, decoded)
+        return _Pictures(height, width, count, frame, decoded, damage.damaged)
 
     def _visual_part(self, pictures: _Pictures) -> VisualPart:
         return VisualPart(self._patch_count(pictures) // self.config.vision.merged_patches, pictures.frame)

@@ -1,29 +1,39 @@
-"""Video files: size and frame times from the header, the frames at those times.
+"""Video files: size and frame times, the frames at those times in RGB, upright.
 
-Times count from the first frame. Rotation and pixel aspect in the container are ignored.
+Times count from the first frame. The container's display matrix (a phone held upright, a mirrored camera) is always
+applied, as the released reader does; that pixels may be wider than high is ignored, as there. Colors are those the
+stream says: its matrix (BT.601 where it says none) and range. Transparent pixels lie over white. A damaged packet costs
+its frames, not the file.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil
 
+import av
 import numpy as np
 from av.container import InputContainer
+from av.packet import Packet
+from av.sidedata.sidedata import Type
 from av.stream import Disposition
 from av.video.frame import VideoFrame
-from av.video.reformatter import VideoReformatter
+from av.video.reformatter import Colorspace, VideoReformatter
 from av.video.stream import VideoStream
 from jaxtyping import UInt8
 
-from data_pipelines.containers import demuxed_duration, header_duration, opened
+from data_pipelines.containers import Damage, decode_packets, opened
 from data_pipelines.images import check_size
 from data_pipelines.limits import MAX_FRAME_PIXELS, check_decoded, check_video
 from data_pipelines.media import Media
+from data_pipelines.video_clock import lacks_frames, measured_seconds, promised_seconds
 
 _SLACK = 1e-3  # seconds; time stamps are rounded to the container's clock
 _JUMP = 4.0  # seconds to the next frame wanted from which on key frames in between are looked for
 _BEFORE = 1.0  # seconds by which a jump ends before the frame wanted: tables of key frames are in decoding order
+# FFmpeg's own decoders of these leave out the alpha channel, which WebM keeps beside the packets.
+_WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+_UNKNOWN_MATRICES = (2, 3)  # colors whose matrix is unspecified, or of a reserved number
 
 
 @dataclass(frozen=True)
@@ -37,83 +47,97 @@ class VideoProbe:
 
 
 def probe_video(media: Media, frames_per_second: float, max_frames: int) -> VideoProbe:
-    """What the header tells: the picture's size and the times of at most `max_frames` frames.
+    """Size, length, and the times of at most `max_frames` frames. Of the pixels, the first frame alone is decoded.
 
-    Raises SampleError: "unreadable_media" for a file without a video track, or of a size that is refused;
+    Raises SampleError: "unreadable_media" for a file without a video track, truncated, or of a size that is refused;
     "too_big_media" beyond `limits`.
     """
-    with _opened(media) as (container, stream):
-        return _probe(container, stream, media.name, frames_per_second, max_frames)
+    with _opened(media, Damage()) as frames:
+        return _probe(frames, frames_per_second, max_frames)
 
 
 def read_video(
-    media: Media, frames_per_second: float, max_frames: int
+    media: Media, frames_per_second: float, max_frames: int, damage: Damage | None = None
 ) -> tuple[VideoProbe, Iterator[UInt8[np.ndarray, "h w 3"]]]:
     """What `probe_video` tells, and the RGB frames at its times, one by one: the file is opened once for both.
 
-    Raises SampleError as `probe_video` and, while frames are taken, `decode_frames`.
+    `damage` counts packets as they are decoded. Raises SampleError as `probe_video` and, while frames are taken,
+    `decode_frames`.
     """
-    found = _read(media, frames_per_second, max_frames)
+    found = _read(media, frames_per_second, max_frames, damage or Damage())
     return next(found), found
 
 
-def _read(media: Media, frames_per_second: float, max_frames: int) -> Iterator:
-    with _opened(media) as (container, stream):
-        probe = _probe(container, stream, media.name, frames_per_second, max_frames)
+def _read(media: Media, frames_per_second: float, max_frames: int, damage: Damage) -> Iterator:
+    with _opened(media, damage) as frames:
+        probe = _probe(frames, frames_per_second, max_frames)
         yield probe
-        if header_duration(stream) is None:
-            container.seek(0)  # it was read through for its length
-        yield from _Frames(container, stream, media.name).at(probe.times)
+        yield from frames.at(probe.times)
 
 
 def decode_frames(media: Media, times: tuple[float, ...]) -> list[UInt8[np.ndarray, "h w 3"]]:
     """RGB frames, one for each of the ascending `times`: the first frame at or after it, else the last of the video.
 
-    Raises SampleError: "unreadable_media" when nothing can be decoded, or the video ends long before its header says;
-    "too_big_media" when too much would have to be decoded for them.
+    Raises SampleError: "unreadable_media" when nothing can be decoded, more than a quarter of the packets are damaged,
+    or frames lie behind the file's end; "too_big_media" when too much would have to be decoded for them.
     """
-    with _opened(media) as (container, stream):
-        return list(_Frames(container, stream, media.name).at(times))
+    with _opened(media, Damage()) as frames:
+        return list(frames.at(times))
 
 
 def frame_times(duration: float, frames_per_second: float, max_frames: int) -> tuple[float, ...]:
     """Times in seconds at a fixed rate from 0, always at least one; when too many, `max_frames` spread evenly.
 
-    >>> frame_times(3.5, 1.0, 32), frame_times(9.0, 1.0, 3)
-    ((0.0, 1.0, 2.0, 3.0), (0.0, 4.0, 8.0))
+    Places between frames are cut to whole numbers, as in the released processor.
+
+    >>> frame_times(3.5, 1.0, 32), frame_times(8.0, 1.0, 3)
+    ((0.0, 1.0, 2.0, 3.0), (0.0, 3.0, 7.0))
     """
     count = max(1, ceil(duration * frames_per_second - _SLACK))
     places = range(count)
     if count > max_frames:
-        places = np.linspace(0, count - 1, max_frames).round().astype(int).tolist()
+        places = np.linspace(0, count - 1, max_frames).astype(int).tolist()
     return tuple(place / frames_per_second for place in places)
 
 
 class _Frames:
     """The frames of an open video, at the times asked for."""
 
-    def __init__(self, container: InputContainer, stream: VideoStream, name: str):
-        self._container, self._stream, self._name = container, stream, name
+    def __init__(self, container: InputContainer, stream: VideoStream, media: Media, damage: Damage):
+        self.container, self.stream, self.media = container, stream, media
+        self._damage = damage
         self._convert = VideoReformatter()
-        self._frames = container.decode(stream)
+        self._frames = self._decoded()
         self._pixels = 0  # decoded so far
         self._start: float | None = None
         self._last: VideoFrame | None = None
         self._time = 0.0  # of the last frame
         self._jumps = True
+        self._turn = _Turn()
+
+    @property
+    def turn(self) -> "_Turn":
+        """How frames are turned; decodes the first one. Raises ValueError when there is none."""
+        if self._last is None and not self._next():
+            raise ValueError("it holds no frame that can be decoded")
+        return self._turn
 
     def at(self, times: tuple[float, ...]) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
         """As `decode_frames`."""
-        picture, shown = None, None
+        picture, shown, turn = None, None, self.turn
         for wanted in times:
             self._jump(wanted)
-            while self._last is None or self._time < wanted - _SLACK:
+            while self._time < wanted - _SLACK:
                 if not self._next():
                     self._check_end(times[-1])
                     break
             if shown is not self._last:
-                picture, shown = self._rgb(self._last), self._last
+                picture, shown = turn.apply(self._rgb(self._last)), self._last
             yield picture
+        self._damage.check()
+
+    def _decoded(self) -> Iterator[VideoFrame]:
+        return decode_packets(self.container, self.stream, self._damage, _alpha_decoder(self.stream))
 
     def _next(self) -> bool:
         """Decodes one frame; False at the end."""
@@ -121,9 +145,10 @@ class _Frames:
         if frame is None:
             return False
         self._pixels += frame.height * frame.width
-        check_decoded(self._pixels, self._name)
+        check_decoded(self._pixels, self.media.name)
         if self._start is None:
             self._start = frame.time or 0.0
+            self._turn = _Turn.of(frame)
         self._last = frame
         if frame.time is not None:
             self._time = frame.time - self._start
@@ -134,7 +159,7 @@ class _Frames:
 
         The first frame from there must still lie before `wanted`; if not, everything is decoded from the beginning.
         """
-        if not self._jumps or self._last is None or wanted - self._time < _JUMP:
+        if not self._jumps or wanted - self._time < _JUMP:
             return
         place = self._key_frame(wanted - _BEFORE)
         if place is None:
@@ -142,12 +167,12 @@ class _Frames:
         self._go_to(place)
         if not self._next() or self._time > wanted + _SLACK:
             self._jumps = False
-            self._go_to(self._stream.start_time or 0)
+            self._go_to(self.stream.start_time or 0)
             self._next()
 
     def _key_frame(self, wanted: float) -> int | None:
         """Time stamp of the last key frame at or before `wanted`, if that is ahead."""
-        table, unit = self._stream.index_entries, self._stream.time_base
+        table, unit = self.stream.index_entries, self.stream.time_base
         number = table.search_timestamp(int((self._start + wanted) / unit), backward=True)
         if number < 0:
             return None
@@ -155,22 +180,74 @@ class _Frames:
         return place if float(place * unit) - self._start > self._time + _BEFORE else None
 
     def _go_to(self, place: int) -> None:
-        self._container.seek(place, stream=self._stream)
-        self._frames = self._container.decode(self._stream)
+        self.container.seek(place, stream=self.stream)
+        self._frames = self._decoded()
 
     def _check_end(self, wanted: float) -> None:
-        promised = header_duration(self._stream)
-        if self._last is None:
-            raise ValueError("it holds no frame")
-        if promised is not None and self._time < wanted - 1.0 and wanted <= promised:
+        """After the last frame, which may stay long: nothing is missing unless the table of frames says so."""
+        self._damage.check()
+        promised = promised_seconds(self.container, self.stream)
+        if promised is not None and self._time < wanted <= promised and lacks_frames(self.stream, self.media):
             raise ValueError(f"the file is truncated: its last frame is at {self._time:.1f} s of {promised:.1f} s")
 
     def _rgb(self, frame: VideoFrame) -> UInt8[np.ndarray, "h w 3"]:
-        return self._convert.reformat(frame, format="rgb24", threads=1).to_ndarray()
+        has_alpha = any(component.is_alpha for component in frame.format.components)
+        matrix = Colorspace.ITU601 if frame.colorspace in _UNKNOWN_MATRICES else None
+        try:
+            pixels = self._convert.reformat(
+                frame, format="rgba" if has_alpha else "rgb24", src_colorspace=matrix, threads=1
+            ).to_ndarray()
+        except OSError as error:
+            raise ValueError(f"its colors ({frame.format.name}, matrix {frame.colorspace}) are not read") from error
+        return _over_white(pixels) if has_alpha else pixels
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """A display matrix by quarters: rows and columns change places, then they are mirrored."""
+
+    transposed: bool = False
+    mirrored: bool = False  # left and right
+    flipped: bool = False  # up and down
+
+    @classmethod
+    def of(cls, frame: VideoFrame) -> "_Turn":
+        """That of a frame's own matrix, which takes a pixel at (x, y) to (a x + c y, b x + d y)."""
+        for each in frame.side_data:
+            if each.type == Type.DISPLAYMATRIX and len(bytes(each)) == 36:
+                a, b, _, c, d, *_ = np.frombuffer(bytes(each), np.int32).tolist()
+                transposed = abs(b) + abs(c) > abs(a) + abs(d)
+                return cls(transposed, (c if transposed else a) < 0, (b if transposed else d) < 0)
+        return cls()
+
+    def sides(self, height: int, width: int) -> tuple[int, int]:
+        return (width, height) if self.transposed else (height, width)
+
+    def apply(self, pixels: UInt8[np.ndarray, "a b 3"]) -> UInt8[np.ndarray, "h w 3"]:
+        pixels = pixels.swapaxes(0, 1) if self.transposed else pixels
+        return np.ascontiguousarray(pixels[:: -1 if self.flipped else 1, :: -1 if self.mirrored else 1])
+
+
+def _over_white(pixels: UInt8[np.ndarray, "h w 4"]) -> UInt8[np.ndarray, "h w 3"]:
+    color, alpha = pixels[..., :3], pixels[..., 3:].astype(np.uint16)
+    if alpha.min() == 255:
+        return np.ascontiguousarray(color)
+    return ((color * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+
+
+def _alpha_decoder(stream: VideoStream) -> Callable[[Packet], list[VideoFrame]] | None:
+    """What decodes a WebM track together with its alpha channel; None where it has none, or nothing here knows how."""
+    name = _WITH_ALPHA.get(stream.codec_context.codec.name, "")
+    if stream.metadata.get("alpha_mode") != "1" or name not in av.codecs_available:
+        return None
+    decoder = av.CodecContext.create(name, "r")
+    decoder.thread_count = 1
+    decoder.options = {"max_pixels": str(MAX_FRAME_PIXELS)}
+    return lambda packet: decoder.decode(packet if packet.size else None)
 
 
 @contextmanager
-def _opened(media: Media) -> Iterator[tuple[InputContainer, VideoStream]]:
+def _opened(media: Media, damage: Damage) -> Iterator[_Frames]:
     with opened(media, "video") as container:
         stream = _video_stream(container)
         if stream.codec_context is None:
@@ -178,7 +255,7 @@ def _opened(media: Media) -> Iterator[tuple[InputContainer, VideoStream]]:
         # Workers are the threads. A file may ask for larger frames than its header says.
         stream.thread_count = 1
         stream.codec_context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}
-        yield container, stream
+        yield _Frames(container, stream, media, damage)
 
 
 def _video_stream(container: InputContainer) -> VideoStream:
@@ -188,14 +265,13 @@ def _video_stream(container: InputContainer) -> VideoStream:
     raise ValueError("it has no video track")
 
 
-def _probe(
-    container: InputContainer, stream: VideoStream, name: str, frames_per_second: float, max_frames: int
-) -> VideoProbe:
-    height, width = stream.codec_context.height, stream.codec_context.width
-    duration = header_duration(stream)
+def _probe(frames: _Frames, frames_per_second: float, max_frames: int) -> VideoProbe:
+    height, width, name = frames.stream.codec_context.height, frames.stream.codec_context.width, frames.media.name
+    duration = promised_seconds(frames.container, frames.stream)
     check_video(height, width, duration or 0.0, name)
     if duration is None:
-        duration = demuxed_duration(container, stream, name)
+        duration = measured_seconds(frames.media, frames.stream.index)
         check_video(height, width, duration, name)
+    height, width = frames.turn.sides(height, width)
     check_size(height, width, name)
     return VideoProbe(height, width, frame_times(duration, frames_per_second, max_frames), duration)

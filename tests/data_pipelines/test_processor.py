@@ -4,10 +4,12 @@ import json
 import pickle
 from dataclasses import replace
 
+import av
 import numpy as np
 import pytest
+from PIL import Image
 
-from baichuan_omni_jax.config import OmniConfig, tiny
+from baichuan_omni_jax.config import ImagesConfig, OmniConfig, released_images, tiny
 from data_pipelines.document import SampleError
 from data_pipelines.processor import Processor
 from data_pipelines.qwen_ranks import tokenizer_from_ranks
@@ -169,6 +171,43 @@ def test_video_file_and_listed_frames(processor, root):
     assert encoded.tokens[17] == T.image_pad
 
 
+def test_listed_frames_beyond_the_model_s_are_left_out(processor, root):
+    """Of 20 frames int(i * 20 / 8) stay: measured and encoded alike."""
+    for number in range(20):
+        Image.new("L", (56, 56), 10 * number).save(root / f"{number}.png")
+    listed = "".join(f'<videoframe_start_omni>{{"path": "{n}.png"}}<videoframe_end_omni>' for n in range(20))
+    found = document(f"<video_start_baichuan>{listed}<video_end_baichuan>{trainable('cat')}", root)
+    encoded = processor.encode(found, None)
+    assert CONFIG.vision.max_frames == len(processor.measure(found).pictures) == len(encoded.lengths.pictures) == 8
+    seen = [int(encoded.patches[encoded.patch_frames == frame].mean()) // 10 for frame in range(1, 9)]
+    assert seen == [0, 2, 5, 7, 10, 12, 15, 17]
+
+
+def test_turned_pictures_are_measured_as_they_are_encoded(processor, tokenizer, root):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    write_image(root / "turned.png", 56, 112, exif=exif)
+    text = IMAGE.replace("a.png", "turned.png") + trainable("cat")
+    assert "turned.png" in text
+    as_stored = Processor(CONFIG, tokenizer, end_of_text=False, images=released_images())
+    for each, grid in ((processor, [7, 3]), (as_stored, [3, 7])):
+        encoded = run(each, text, root)
+        assert encoded.patch_grid.max(0).tolist() == grid
+
+
+def test_damaged_packets_of_a_video_are_counted(processor, root):
+    path = write_video(root / "damaged.mp4", 3, codec="mpeg4", changing=True)
+    with av.open(str(path)) as container:
+        packet = [packet for packet in container.demux(video=0) if packet.size][7]
+        place, size = packet.pos, packet.size
+    data = path.read_bytes()
+    path.write_bytes(data[:place] + bytes(size) + data[place + size :])
+    text = VIDEO.replace("v.mp4", "damaged.mp4") + trainable("cat")
+    encoded = processor.encode(document(text, root), None)
+    assert encoded.damaged_packets == 1
+    assert encoded.patch_frames.max() == 3
+
+
 def test_the_sound_of_a_video(processor, root):
     write_video(root / "w.mp4", 2, sound=2)
     text = '<audio_start_baichuan>{"path": "w.mp4"}<audio_end_baichuan>' + trainable("cat")
@@ -235,6 +274,9 @@ def test_fingerprint_and_pickle(processor, tokenizer):
     assert Processor(CONFIG, tokenizer, end_of_text=True).fingerprint != processor.fingerprint
     smaller = replace(CONFIG, vision=replace(CONFIG.vision, max_frames=4))
     assert Processor(smaller, tokenizer, end_of_text=False).fingerprint != processor.fingerprint
+    for name in ("orientation", "alpha", "depth", "profile"):
+        images = ImagesConfig(**{name: "released"})
+        assert Processor(CONFIG, tokenizer, end_of_text=False, images=images).fingerprint != processor.fingerprint
     deeper = replace(CONFIG, llm=replace(CONFIG.llm, num_layers=9))
     assert Processor(deeper, tokenizer, end_of_text=False).fingerprint == processor.fingerprint
 
@@ -283,7 +325,8 @@ def test_a_file_that_changed_has_no_codes(processor, root):
 
 
 def test_released_prompts_have_the_released_ids():
-    processor = Processor(OmniConfig(), tokenizer_from_ranks(ranks_path()), end_of_text=False)
+    tokenizer = tokenizer_from_ranks(ranks_path())
+    processor = Processor(OmniConfig(), tokenizer, end_of_text=False, images=released_images())
     folder = golden_path("processor")
     for name, case in json.loads((folder / "processor.json").read_text(encoding="utf-8"))["prompts"].items():
         text = case["prompt"] if "trainable" in case["prompt"] else case["prompt"] + trainable("<C_A>")
