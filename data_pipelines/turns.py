@@ -6,10 +6,13 @@ A turn begins at `<C_Q>`; what stands before the first one is the system prompt 
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
+from typing import TypeVar
 
 from data_pipelines.document import Document
 from data_pipelines.prompts import Element, Picture, Text, Video, parse_prompt
 from data_pipelines.special_tokens import USER
+
+T = TypeVar("T")
 
 
 def document_elements(document: Document, max_frames: int = 0) -> list[Element]:
@@ -44,7 +47,7 @@ def has_frames(elements: list[Element]) -> bool:
     return any(isinstance(each, Video) or _is_frame(each) for each in elements)
 
 
-def thin_frames(elements: Sequence[Element], most: int) -> list[Element]:
+def thin_frames(elements: Sequence[T], most: int) -> list[T]:
     """Videos that are listed frame by frame with at most `most` frames each; files are thinned as they are read.
 
     Of n frames the i-th that stays is number int(i * n / most), as in the released processor. A list between the marks
@@ -59,5 +62,5 @@ def thin_frames(elements: Sequence[Element], most: int) -> list[Element]:
     return kept
 
 
-def _is_frame(element: Element) -> bool:
+def _is_frame(element: object) -> bool:
     return isinstance(element, Picture) and element.frame

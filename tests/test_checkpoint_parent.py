@@ -13,7 +13,9 @@ from baichuan_omni_jax.checkpoint import (
     record_parent,
     stored_tokenizer,
 )
-from baichuan_omni_jax.config import ConfigError
+from baichuan_omni_jax.checkpoint.run_config import store_run_config
+from baichuan_omni_jax.config import ConfigError, DataConfig, ImagesConfig, RunConfig
+from baichuan_omni_jax.omni import loading
 
 
 def checkpoint(folder: epath.Path, **trained: int) -> epath.Path:
@@ -75,3 +77,12 @@ def test_the_tokenizer_comes_with_the_language_model(stage, tmp_path):
     assert initial_tokenizer(f"vision={bare}", ("llm", "vision")) is None
     assert initial_tokenizer("", ("llm",)) is None
     assert stored_tokenizer(tmp_path) is None
+
+
+def test_stills_are_taken_as_the_run_took_them(tmp_path):
+    """By run_config.json of the workdir that the checkpoint lies in; else by the default."""
+    run = RunConfig(name="x", data=DataConfig(images=ImagesConfig(orientation="released")))
+    (tmp_path / "checkpoints" / "100").mkdir(parents=True)
+    store_run_config(epath.Path(tmp_path), run)
+    assert loading._trained_images(tmp_path / "checkpoints" / "100") == run.data.images
+    assert loading._trained_images(tmp_path) == loading._trained_images(None) == ImagesConfig()

@@ -1,6 +1,7 @@
 """Stills as a person sees them: upright, over white, of any depth, in sRGB; and as the released processor has them."""
 
 import io
+import json
 import struct
 import sys
 import zlib
@@ -10,11 +11,21 @@ import pytest
 from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 
-from baichuan_omni_jax.config import ConfigError, ImagesConfig, RunConfig, apply_overrides, released_images
+from baichuan_omni_jax.config import (
+    ConfigError,
+    DataConfig,
+    ImagesConfig,
+    RunConfig,
+    SourceConfig,
+    apply_overrides,
+    released_images,
+    tiny,
+)
 from data_pipelines import images
 from data_pipelines.document import SampleError
 from data_pipelines.images import decode_image, probe_image
 from data_pipelines.media import Media
+from data_pipelines.pipeline import open_pipeline
 from data_pipelines.pixels import full_scale
 from tests.data_pipelines.deep_pictures import chunk, pixels_of, png_bytes, profile_bytes, tiff_bytes
 from tests.data_pipelines.small_media import media, picture
@@ -377,6 +388,25 @@ def test_settings_of_a_run():
     assert run.data.images == ImagesConfig(orientation="released")
     with pytest.raises(ConfigError, match=r"data.images.alpha must be .*'seen'.*'released'|seen, released"):
         apply_overrides(RunConfig(name="x"), ["data.images.alpha=black"])
+
+
+def test_the_settings_of_a_run_reach_its_index(tmp_path):
+    """Each setting has an index of its own: of a turned picture of 28 x 112, 8 x 2 patches or 2 x 8."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(picture(28, 112)).save(tmp_path / "a.png", exif=exif)
+    text = '<img_start_baichuan>{"path": "a.png"}<img_end_baichuan><trainable_start>cat<trainable_end>'
+    (tmp_path / "all.jsonl").write_text(json.dumps({"text": text}))
+    grids = []
+    for settings in (ImagesConfig(), released_images()):
+        sources = (SourceConfig(name="all", manifest="all.jsonl"),)
+        config = DataConfig(root=str(tmp_path), mixture=sources, workers=0, images=settings)
+        pipeline = open_pipeline(config, tiny())
+        (index,) = pipeline.indexes
+        grids.append((pipeline.processor.encode(index.document(0), None).patch_grid.max(0) + 1).tolist())
+        assert index.pictures_of(0) == [np.prod(grids[-1])]
+    assert grids == [[8, 2], [2, 8]]
+    assert sum(path.is_dir() for path in (tmp_path / ".cache").glob("all-*")) == 2
 
 
 def test_animations_give_their_first_frame(tmp_path):
