@@ -36,6 +36,7 @@ from baichuan_omni_jax.nn.param import Compute
 from baichuan_omni_jax.omni import steps
 from baichuan_omni_jax.omni.rows import idle_rows
 from baichuan_omni_jax.sharding import make_mesh
+from baichuan_omni_jax.speech_pieces import piece_table
 from baichuan_omni_jax.train.chips import chip_of
 from baichuan_omni_jax.train.collectives import collectives_of
 from baichuan_omni_jax.train.preflight import devices_of
@@ -79,8 +80,8 @@ def abstract_engine(cfg: OmniConfig, mesh: Mesh, sizes: Sizes) -> tuple[steps.Sp
 
 def lower_burst(cfg: OmniConfig, mesh: Mesh, sizes: Sizes) -> jax.stages.Lowered:
     speakers, state = abstract_engine(cfg, mesh, sizes)
-    alive, breaks = np.zeros(sizes.slots, bool), np.zeros(cfg.llm.vocab_size, bool)
-    told = _split(alive, mesh), np.int32(BURST), np.bool_(False), breaks
+    alive, table = np.zeros(sizes.slots, bool), piece_table(None, cfg.llm.vocab_size)
+    told = _split(alive, mesh), np.int32(BURST), np.bool_(False), table
     return steps.burst.lower(speakers, state, *told, tokens=cfg.tokens, size=BURST)
 
 

@@ -10,14 +10,21 @@ from engine_prompts import small_config
 from baichuan_omni_jax.config import GenerationSettings
 from baichuan_omni_jax.llm.depth_decode import DepthDecoder
 from baichuan_omni_jax.omni.rows import FRAME, MARK, TOKEN, new_row, next_items
+from baichuan_omni_jax.speech_pieces import table_of_texts
 
 CFG = small_config()
 IDS = CFG.tokens
 V, W, LENGTH = CFG.llm.vocab_size, max(CFG.audio.codebook_sizes) + 1, 40
 START, STOP, EOT = IDS.audiogen_start, IDS.audiogen_end, IDS.end_of_text
-COMMA = 100
+COMMA, QUOTED, SILENT_SIGN = 100, 110, 111
+# What tokens are to the rule that ends a piece: 100 a comma, 110 a comma and more, 111 a sign; the others are words.
+TEXTS = {COMMA: ",", QUOTED: ",so", SILENT_SIGN: " -"}
+TABLE = table_of_texts([TEXTS.get(i, "" if i in (START, STOP, EOT) else " word") for i in range(V)])
 END_CODE = CFG.audio.codebook_sizes[0]
-ALOUD = replace(GenerationSettings(speech=True).greedy(), max_tokens=20, piece_tokens=3, piece_frames=2)
+ALOUD = replace(
+    GenerationSettings(speech=True).greedy(), max_tokens=20, piece_tokens=3, piece_frames=2, piece_seconds=0.5
+)
+LONG = replace(ALOUD, piece_tokens=9)
 SILENT = replace(GenerationSettings().greedy(), max_tokens=3)
 
 
@@ -34,8 +41,9 @@ class Script(DepthDecoder):
 
 @jax.jit
 def step(rows, logits, codes):
-    breaks, hidden = jnp.arange(V) == COMMA, jnp.zeros((len(logits), 1))
-    return next_items(rows, logits, hidden, Script(codes), breaks, IDS, LENGTH)
+    hidden = jnp.zeros((len(logits), 1))
+    table = jax.tree.map(jnp.asarray, TABLE)
+    return next_items(rows, logits, hidden, Script(codes), table, IDS, LENGTH)
 
 
 def play(*rows: tuple[list[int], GenerationSettings, list[int]]) -> list[tuple[list, int]]:
@@ -63,9 +71,29 @@ def play(*rows: tuple[list[int], GenerationSettings, list[int]]) -> list[tuple[l
 
 
 CASES = {
-    "punctuation ends a piece": (
-        ([7], ALOUD, [101, COMMA, 5, END_CODE, EOT]),
-        ([101, COMMA, START, "frame 5", STOP, EOT], "end"),
+    "punctuation does not end the first piece, the model does": (
+        ([7], LONG, [101, 102, COMMA, 103, START, 5, END_CODE, EOT]),
+        ([101, 102, COMMA, 103, START, "frame 5", STOP, EOT], "end"),
+    ),
+    "it ends later ones, before the next word, which is drawn again": (
+        ([7, START], LONG, [5, END_CODE, 101, 102, COMMA, 103, 6, END_CODE, 104, EOT, END_CODE]),
+        (["frame 5", STOP, 101, 102, COMMA, START, "frame 6", STOP, 104, START, STOP], "end"),
+    ),
+    "or within a token, of which the mark is kept": (
+        ([7, START], LONG, [END_CODE, 101, 102, QUOTED, 6, END_CODE, EOT]),
+        ([STOP, 101, 102, COMMA, START, "frame 6", STOP, EOT], "end"),
+    ),
+    "but no piece of less than its least time": (
+        ([7, START], LONG, [END_CODE, 101, COMMA, 102, COMMA, 103, 6, END_CODE, EOT]),
+        ([STOP, 101, COMMA, 102, COMMA, START, "frame 6", STOP, EOT], "end"),
+    ),
+    "nor one without anything to say": (
+        ([7, START], replace(LONG, piece_seconds=0.0), [END_CODE, SILENT_SIGN, COMMA, SILENT_SIGN, EOT]),
+        ([STOP, SILENT_SIGN, COMMA, SILENT_SIGN, EOT], "end"),
+    ),
+    "an answer has so many pieces at most": (
+        ([7], replace(ALOUD, max_pieces=2), [101, START, 5, END_CODE, 102, START, 6, END_CODE]),
+        ([101, START, "frame 5", STOP, 102, START, "frame 6", STOP], "length"),
     ),
     "so do as many tokens, and as many frames end speech": (
         ([7], ALOUD, [101, 102, 103, 5, 6, EOT]),
@@ -90,8 +118,8 @@ CASES = {
         (["frame 5", "frame 6", STOP], "length"),
     ),
     "and goes on where it is to answer aloud": (
-        ([7, START], ALOUD, [5, END_CODE, 101, COMMA, END_CODE, EOT]),
-        (["frame 5", STOP, 101, COMMA, START, STOP, EOT], "end"),
+        ([7, START], ALOUD, [5, END_CODE, 101, 102, START, END_CODE, EOT]),
+        (["frame 5", STOP, 101, 102, START, STOP, EOT], "end"),
     ),
     "too many tokens are spoken too": (
         ([7], replace(ALOUD, max_tokens=2), [101, 102, 5, END_CODE]),

@@ -4,7 +4,7 @@ Imports neither jax nor flax, so that data workers can use it.
 """
 
 from baichuan_omni_jax.config.errors import ConfigError, RequestError
-from baichuan_omni_jax.config.generation import GenerationSettings, Sampling
+from baichuan_omni_jax.config.generation import READ_AT_LEAST, VOICE, GenerationSettings, Sampling, check_voice
 from baichuan_omni_jax.config.hf import from_hf, read_hf, to_hf
 from baichuan_omni_jax.config.model import MODELS, OmniConfig, SpecialTokens, baichuan_omni_7b, resolve_model, tiny
 from baichuan_omni_jax.config.overrides import apply_overrides, from_dict, to_dict
@@ -30,7 +30,9 @@ from baichuan_omni_jax.config.stages import STAGES, mixture_of, stage_groups, ti
 
 __all__ = [
     "MODELS",
+    "READ_AT_LEAST",
     "STAGES",
+    "VOICE",
     "Budgets",
     "CheckpointConfig",
     "ComputeConfig",
@@ -56,6 +58,7 @@ __all__ = [
     "TrainConfig",
     "apply_overrides",
     "baichuan_omni_7b",
+    "check_voice",
     "from_dict",
     "from_hf",
     "load_run_config",

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Int32, UInt32
 
 from baichuan_omni_jax.config import ConfigError, GenerationSettings, OmniConfig
@@ -24,6 +24,7 @@ from baichuan_omni_jax.omni.hearing import Hearing
 from baichuan_omni_jax.omni.prefill import chunk_sizes, lay_pictures
 from baichuan_omni_jax.omni.rows import Items, Rows, idle_rows, new_row
 from baichuan_omni_jax.sharding import axis_product
+from baichuan_omni_jax.speech_pieces import PieceTable
 
 _PROGRAMS = (steps.see, steps.read, steps.seat, steps.burst)
 _depth = jax.jit(DepthDecoder.of)
@@ -37,7 +38,7 @@ class BatchState:
         self,
         branches: Mapping[str, nnx.Module],
         cfg: OmniConfig,
-        breaks: Bool[np.ndarray, " v"],
+        table: PieceTable,
         mesh: Mesh,
         *,
         slots: int,
@@ -46,7 +47,9 @@ class BatchState:
         cache_dtype: str | None,
     ):
         head, encoder = branches.get("audio_head"), branches.get("audio_encoder")
-        self._cfg, self._mesh, self._breaks = cfg, mesh, breaks
+        self._cfg, self._mesh = cfg, mesh
+        # Once, not with each burst: it is some megabytes for a large vocabulary.
+        self._table = jax.device_put(PieceTable(*table), NamedSharding(mesh, PartitionSpec()))
         self._slots, self._length, self._burst = slots, length, burst
         self._model = steps.Speakers(DecodeModel.of(branches["llm"]), None if head is None else _depth(head))
         self._llm = self._model.llm
@@ -108,7 +111,7 @@ class BatchState:
             *self._placed((alive,)),
             np.int32(count),
             np.bool_(hurry),
-            self._breaks,
+            self._table,
             tokens=self._cfg.tokens,
             size=self._burst,
         )

@@ -29,7 +29,7 @@ from baichuan_omni_jax.omni.prefill import Joining
 from baichuan_omni_jax.omni.prompt_check import check_prompt
 from baichuan_omni_jax.omni.request import Job, Request
 from baichuan_omni_jax.omni.sampling import key_data
-from baichuan_omni_jax.omni.text_stream import break_tokens
+from baichuan_omni_jax.speech_pieces import piece_table
 
 log = logging.getLogger(__name__)
 
@@ -86,10 +86,10 @@ class Engine:
         self._slots, self._length, self._chunk, self._burst = slots, length, chunk, burst
         self._mesh = mesh_of(branches["llm"])
         self._branches = frozenset(branches) & frozenset(READS)
-        breaks = break_tokens(tokenizer, cfg.llm.vocab_size)
+        table = piece_table(tokenizer, cfg.llm.vocab_size)
         sizes = {"slots": slots, "length": length, "burst": burst, "cache_dtype": cache_dtype}
         with jax.set_mesh(self._mesh):
-            self._batch = BatchState(branches, cfg, breaks, self._mesh, **sizes)
+            self._batch = BatchState(branches, cfg, table, self._mesh, **sizes)
         self._lock = threading.Lock()
         self._waiting: deque[Job] = deque()
         self._joining: Joining | None = None

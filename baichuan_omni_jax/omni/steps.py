@@ -20,6 +20,7 @@ from baichuan_omni_jax.nn.cache import KVCache
 from baichuan_omni_jax.nn.param import split_as
 from baichuan_omni_jax.omni.merge import merge_media
 from baichuan_omni_jax.omni.rows import FRAME, Items, Rows, next_items
+from baichuan_omni_jax.speech_pieces import PieceTable
 from baichuan_omni_jax.vision.model import VisionModel
 
 
@@ -111,7 +112,7 @@ def burst(
     alive: Bool[Array, " b"],
     steps: Int32[Array, ""],
     hurry: Bool[Array, ""],
-    breaks: Bool[Array, " v"],
+    table: PieceTable,
     *,
     tokens: SpecialTokens,
     size: int,
@@ -136,7 +137,7 @@ def burst(
 
     def one_step(carry):
         n, state, log = carry
-        rows, items, frames, positions = step(state.rows, _logits(llm, state), state.hidden, depth, breaks)
+        rows, items, frames, positions = step(state.rows, _logits(llm, state), state.hidden, depth, table)
         is_frame = items.kind == FRAME
         x = llm.embed(items.token[:, None])
         if depth is not None:
@@ -153,8 +154,8 @@ def burst(
     return state, log, state.rows.reason
 
 
-def _step(rows: Rows, logits: Array, hidden: Array, depth, breaks: Array, *, length: int, tokens: SpecialTokens):
-    after, items = next_items(rows, logits, hidden, depth, breaks, tokens, length)
+def _step(rows: Rows, logits: Array, hidden: Array, depth, table: PieceTable, *, length: int, tokens: SpecialTokens):
+    after, items = next_items(rows, logits, hidden, depth, table, tokens, length)
     frames = jnp.zeros(hidden.shape, hidden.dtype) if depth is None else depth.embed(items.codes)
     return after, items, frames, jnp.where(after.active, rows.position, -1)
 

@@ -2,26 +2,13 @@
 
 from collections.abc import Iterable
 
-import numpy as np
-from jaxtyping import Bool
 from tokenizers import Tokenizer
 
 from baichuan_omni_jax.omni.answer import TextPiece
 
-BREAKS = (",", "!", "?", ".", "，", "！", "？", "。")
 _UNFINISHED = "\ufffd"
 # A character is at most four bytes, so at most three tokens wait for its last one.
 _LONGEST = 4
-
-
-def break_tokens(tokenizer: Tokenizer | None, vocab: int) -> Bool[np.ndarray, " v"]:
-    """The tokens that end a piece of text to be spoken: those whose text ends in punctuation (`BREAKS`)."""
-    ends = np.zeros(vocab, bool)
-    if tokenizer is not None:
-        ids = [i for i in range(vocab) if tokenizer.id_to_token(i) is not None]
-        texts = tokenizer.decode_batch([[i] for i in ids])
-        ends[[i for i, text in zip(ids, texts, strict=True) if text.strip().endswith(BREAKS)]] = True
-    return ends
 
 
 class TextStream:

@@ -25,7 +25,7 @@ from data_pipelines.manifest import LineRange, is_blank, open_manifest
 from data_pipelines.synthesis.draft import Draft
 
 SKIPPED = "skipped"
-FORMAT = 1  # raise it when the same documents and options give something else than before
+FORMAT = 2  # raise it when the same documents and options give something else than before
 
 # Adds to the draft what it makes of a document; raises SampleError for one that it cannot use. Picklable.
 Maker = Callable[[Document, Draft], None]
