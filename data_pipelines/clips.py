@@ -11,7 +11,7 @@ from jaxtyping import Float32
 from data_pipelines.document import Document, SampleError
 from data_pipelines.manifest import read_manifest
 from data_pipelines.media import Media, find_media
-from data_pipelines.prompt_writing import plain_text
+from data_pipelines.prompt_writing import text_of
 from data_pipelines.prompts import Element, Sound, Text, parse_prompt
 from data_pipelines.sounds import decode_sound, probe_sound
 from data_pipelines.sources import ANY_FOLDER, media_root
@@ -70,4 +70,4 @@ def _sounds(document: Document) -> list[tuple[Sound, str]]:
 
 def _learnt(elements: list[Element]) -> str:
     """The text that carries loss."""
-    return plain_text("".join(element.text for element in elements if isinstance(element, Text) and element.trainable))
+    return text_of(element for element in elements if isinstance(element, Text) and element.trainable)

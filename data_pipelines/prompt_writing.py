@@ -1,43 +1,121 @@
-"""Writing source prompts: tags, turns, whole prompts from their elements (the inverse of `prompts.parse_prompt`)."""
+"""Writing source prompts: tags, turns, whole prompts from their elements (the inverse of `prompts.parse_prompt`).
 
-import functools
-import json
-import re
-from collections.abc import Iterable
+    turn(image_tag("cat.jpg") + question, answer)
+
+What the functions here give is `Source`. A plain `str` is text that somebody wrote, in which the name of a special
+token is text: it is escaped where it meets a `Source`, and in the arguments of the functions. (f-strings and `"".join`
+make plain text of everything: use `join`.)
+"""
+
+from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 
 from data_pipelines import special_tokens as names
-from data_pipelines.prompts import Element, Picture, Reference, Sound, Text, Tokens, Video, parse_prompt
+from data_pipelines.conversation import VOICE, role_mark, voice_prompt
+from data_pipelines.prompts import (
+    SPECIAL,
+    Element,
+    Picture,
+    Reference,
+    Sound,
+    Text,
+    Tokens,
+    Video,
+    escape,
+    meet_in_a_name,
+    parse_prompt,
+    write_reference,
+)
 
-_SPECIAL = re.compile("|".join(map(re.escape, sorted(names.SPECIAL_TOKENS, key=len, reverse=True))))
+
+class Source(str):
+    """Part of a source prompt. Added to plain text, or plain text to it, it is still one: the text is escaped."""
+
+    __slots__ = ()
+
+    def __add__(self, other: str) -> "Source":
+        return join((self, other))
+
+    def __radd__(self, other: str) -> "Source":
+        return join((other, self))
+
+    def __mul__(self, count: int) -> "Source":
+        return join([self] * count)
 
 
-def _tag(kind: str, key: str, path: str) -> str:
-    return f"<{kind}_start_baichuan>{json.dumps({key: path})}<{kind}_end_baichuan>"
+def join(parts: Iterable[str]) -> Source:
+    """The parts one after the other, plain text among them escaped; no name arises where two of them meet.
+
+    >>> join(["<C_A>", Source("<C_A>"), "<C_", "A>"])
+    '<<literal_omni>C_A><C_A><C_<literal_omni>A>'
+    """
+    written = ""
+    for part in parts:
+        piece = str(part) if isinstance(part, Source) else escape(part)
+        written += names.LITERAL + piece if meet_in_a_name(written, piece) else piece
+    return Source(written)
 
 
-image_tag = functools.partial(_tag, "img", "local")
-video_tag = functools.partial(_tag, "video", "local")
-heard_tag = functools.partial(_tag, "audio", "path")
-spoken_tag = functools.partial(_tag, "audiogen", "path")
+def _tag(kind: str, key: str, path: str) -> Source:
+    return Source(f"<{kind}_start_baichuan>{write_reference(key, Reference(path=path))}<{kind}_end_baichuan>")
 
 
-def trainable(text: str) -> str:
+def image_tag(path: str) -> Source:
+    """A picture."""
+    return _tag("img", "local", path)
+
+
+def video_tag(path: str) -> Source:
+    """A film, of which frames are seen."""
+    return _tag("video", "local", path)
+
+
+def heard_tag(path: str) -> Source:
+    """Sound that the model hears."""
+    return _tag("audio", "path", path)
+
+
+def spoken_tag(path: str) -> Source:
+    """Sound that the model speaks."""
+    return _tag("audiogen", "path", path)
+
+
+def trainable(text: str) -> Source:
     """Marks text, or speech to be generated, as carrying loss."""
-    return f"{names.TRAINABLE_START}{text}{names.TRAINABLE_END}"
+    return join((Source(names.TRAINABLE_START), text, Source(names.TRAINABLE_END)))
 
 
-def turn(question: str, answer: str, system: str = "") -> str:
-    """A user's turn and the assistant's trainable answer, after an optional system prompt."""
-    opening = f"{names.SYSTEM}{system}" if system else ""
-    return f"{opening}{names.USER}{question}{names.ASSISTANT}{trainable(answer)}"
+def turn(question: str, answer: str, system: str = "", voice: str = VOICE) -> Source:
+    """A conversation of one turn; see `conversation`."""
+    return conversation([(question, answer)], system, voice)
 
 
-def write_prompt(elements: Iterable[Element]) -> str:
+def conversation(turns: Sequence[tuple[str, str]], system: str = "", voice: str = VOICE) -> Source:
+    """Questions of the user and trainable answers of the assistant, after an optional system prompt.
+
+    Where an answer holds speech (`spoken_tag`), the conversation has the form of those that are answered aloud: the
+    mark before each answer and, unless there is a `system` prompt, that which names the `voice`.
+    """
+    spoken = any(isinstance(answer, Source) and names.AUDIOGEN_START in answer for _, answer in turns)
+    if spoken and not system:
+        system = voice_prompt(voice)
+    parts = [Source(role_mark("system", spoken)), system] if system else []
+    for question, answer in turns:
+        parts += [Source(role_mark("user", spoken)), question]
+        parts += [Source(role_mark("assistant", spoken)), trainable(answer)]
+    return join(parts)
+
+
+def spoken_answer(pieces: Sequence[str], say: Callable[[str], str]) -> Source:
+    """Pieces of text, each followed by its speech; `say` speaks one and returns the path."""
+    return join(part for piece in pieces for part in (piece, spoken_tag(say(piece))))
+
+
+def write_prompt(elements: Iterable[Element]) -> Source:
     """The prompt that `parse_prompt` reads as `elements`; frames of one video that stood in a list stand alone."""
     runs = groupby(elements, key=lambda element: getattr(element, "trainable", False))
-    written = ((learnt, "".join(map(_write, run))) for learnt, run in runs)
-    return "".join(trainable(text) if learnt else text for learnt, text in written)
+    written = ((learnt, join(map(_write, run))) for learnt, run in runs)
+    return join(trainable(text) if learnt else text for learnt, text in written)
 
 
 def plain_text(prompt: str) -> str:
@@ -45,25 +123,27 @@ def plain_text(prompt: str) -> str:
 
     Raises SampleError "bad_prompt".
     """
-    text = "".join(element.text for element in parse_prompt(prompt) if isinstance(element, Text))
-    return _SPECIAL.sub("\n", text).strip()
+    return text_of(parse_prompt(prompt))
+
+
+def text_of(elements: Iterable[Element]) -> str:
+    """What a reader would read of these elements."""
+    texts = (element for element in elements if isinstance(element, Text))
+    return "".join(each.text if each.plain else SPECIAL.sub("\n", each.text) for each in texts).strip()
 
 
 def _write(element: Element) -> str:
     if isinstance(element, Text):
-        return element.text
+        return element.text if element.plain else Source(element.text)
     if isinstance(element, Picture):
         start, end = (names.FRAME_START, names.FRAME_END) if element.frame else (names.IMAGE_START, names.IMAGE_END)
-        return start + _reference("local", element.reference) + end
+        return Source(start + write_reference("local", element.reference) + end)
     if isinstance(element, Video):
-        return names.VIDEO_START + _reference("local", element.reference) + names.VIDEO_END
+        return Source(names.VIDEO_START + write_reference("local", element.reference) + names.VIDEO_END)
     if isinstance(element, Tokens):
-        return names.TOKENS_START + _reference("path", element.reference) + names.TOKENS_END
+        return Source(names.TOKENS_START + write_reference("path", element.reference) + names.TOKENS_END)
     assert isinstance(element, Sound)
+    start, end = (names.AUDIO_START, names.AUDIO_END)
     if element.spoken:
-        return names.AUDIOGEN_START + _reference("path", element.reference) + names.AUDIOGEN_END
-    return names.AUDIO_START + _reference("path", element.reference) + names.AUDIO_END
-
-
-def _reference(key: str, reference: Reference) -> str:
-    return json.dumps({"base64": reference.base64} if reference.base64 else {key: reference.path})
+        start, end = names.AUDIOGEN_START, names.AUDIOGEN_END
+    return Source(start + write_reference("path", element.reference) + end)

@@ -5,6 +5,12 @@ A source prompt is text with media tags, JSON between a start and an end mark, a
     <C_Q><img_start_baichuan>{"local": "cat.jpg"}<img_end_baichuan>What?<C_A><trainable_start>A cat.<trainable_end>
 
 becomes `[Text("<C_Q>"), Picture(cat.jpg), Text("What?<C_A>"), Text("A cat.", trainable=True)]`.
+
+Where such a name is text that somebody wrote, `<literal_omni>` stands behind its first character:
+
+    <C_Q>What is <<literal_omni>C_A>?<C_A>
+
+is `[Text("<C_Q>"), Text("What is <C_A>?", plain=True), Text("<C_A>")]`.
 """
 
 import json
@@ -26,7 +32,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Text:
-    """Text between media; special-token names in it stand for their tokens, unless it is `plain`."""
+    """Text between media; names of special tokens in it stand for their tokens, unless it is `plain`."""
 
     text: str
     trainable: bool = False
@@ -84,6 +90,45 @@ _PADS = (names.AUDIO_PAD, names.IMAGE_PAD, names.VIDEO_PLACE)
 _MARKS = (*_CLOSING, *_CLOSING.values(), *_PADS, names.TRAINABLE_START, names.TRAINABLE_END)
 _SPLIT = re.compile("(" + "|".join(re.escape(mark) for mark in _MARKS) + ")")
 _KEYS = ("path", "local", "base64")
+NAMES: tuple[str, ...] = tuple(sorted({*names.SPECIAL_TOKENS, *_MARKS, names.LITERAL}, key=len, reverse=True))
+"""Everything that is not text where it stands in a source prompt."""
+_NAME = re.compile("|".join(map(re.escape, NAMES)))
+SPECIAL = re.compile("(" + "|".join(map(re.escape, sorted(names.SPECIAL_TOKENS, key=len, reverse=True))) + ")")
+
+
+def escape(text: str) -> str:
+    """Plain text as a source prompt holds it: names in it are text.
+
+    >>> escape("a <C_A> b")
+    'a <<literal_omni>C_A> b'
+    """
+    return _NAME.sub(lambda match: match[0][0] + names.LITERAL + match[0][1:], text)
+
+
+def meet_in_a_name(left: str, right: str) -> bool:
+    """Whether two parts of a source prompt make a name where they meet, of which each has a part."""
+    left, right = left[1 - len(NAMES[0]) :], right[: len(NAMES[0]) - 1]
+    return any(match.start() < len(left) < match.end() for match in _NAME.finditer(left + right))
+
+
+def read_text(text: str, trainable: bool = False) -> list[Text]:
+    """The text between two marks: as one element or, where it holds escaped names, cut at special tokens."""
+    if names.LITERAL not in text:
+        return [Text(text, trainable)] if text else []
+    found: list[Text] = []
+    for part in filter(None, SPECIAL.split(text)):
+        plain = names.LITERAL in part
+        if found and not plain and not found[-1].plain:
+            found[-1] = Text(found[-1].text + part, trainable)
+        else:
+            found.append(Text(part.replace(names.LITERAL, ""), trainable, plain))
+    return [each for each in found if each.text]
+
+
+def write_reference(key: str, reference: Reference) -> str:
+    """The JSON of a tag. `<` is spelt by its number, so that no path can hold a mark."""
+    values = {"base64": reference.base64} if reference.base64 else {key: reference.path}
+    return json.dumps(values).replace("<", "\\u003c")
 
 
 def parse_prompt(prompt: str) -> list[Element]:
@@ -109,7 +154,7 @@ def replace_references(prompt: str, change: Callable[[Reference], Reference]) ->
         if parts[place + 2] == _CLOSING.get(parts[place]):
             reference = _read_reference(parts[place], parts[place + 1])
             if (new := change(reference)) != reference:
-                parts[place + 1] = json.dumps({"base64": new.base64} if new.base64 else {"path": new.path})
+                parts[place + 1] = write_reference("path", new)
     return "".join(parts)
 
 
@@ -137,8 +182,7 @@ class _Parser:
         return self.parts[self.place - 1]
 
     def _text(self) -> None:
-        if text := self._next():
-            self.elements.append(Text(text, self.trainable))
+        self.elements += read_text(self._next(), self.trainable)
 
     def _mark(self, mark: str) -> None:
         if mark == names.TRAINABLE_START:

@@ -21,8 +21,9 @@ from pathlib import Path
 import seqio
 import tensorflow as tf
 
-from data_pipelines.seqio_vocabulary import default_vocabulary
-from data_pipelines.special_tokens import ASSISTANT, TRAINABLE_END, TRAINABLE_START, USER
+from data_pipelines.prompt_writing import plain_text
+from data_pipelines.seqio_vocabulary import default_vocabulary, plain
+from data_pipelines.special_tokens import ASSISTANT, USER
 
 FOLDER = Path(os.environ.get("OMNI_SEQIO_DATA", "data/sample"))
 RATES = {"omni_text": 3.0, "omni_questions": 1.0}
@@ -33,7 +34,7 @@ def read_texts(folder: Path) -> Iterator[str]:
     """The text of each line of the manifest, without marks."""
     with (folder / "text.jsonl").open(encoding="utf-8") as lines:
         for line in lines:
-            yield json.loads(line)["text"].replace(TRAINABLE_START, "").replace(TRAINABLE_END, "")
+            yield plain_text(json.loads(line)["text"])
 
 
 def text_lines(split: str, shuffle_files: bool) -> tf.data.Dataset:
@@ -47,14 +48,15 @@ def text_lines(split: str, shuffle_files: bool) -> tf.data.Dataset:
 
 def as_targets(dataset: tf.data.Dataset) -> tf.data.Dataset:
     """Text to learn whole."""
-    return dataset.map(lambda example: {"targets": example["text"]}, num_parallel_calls=tf.data.AUTOTUNE)
+    return dataset.map(lambda example: {"targets": plain(example["text"])}, num_parallel_calls=tf.data.AUTOTUNE)
 
 
 def as_turn(dataset: tf.data.Dataset) -> tf.data.Dataset:
     """A question of the user, which is read, and the answer to it, which is learnt."""
 
     def turn(example: dict) -> dict:
-        return {"inputs": tf.strings.join([USER, example["question"], ASSISTANT]), "targets": example["answer"]}
+        question, answer = plain(example["question"]), plain(example["answer"])
+        return {"inputs": tf.strings.join([USER, question, ASSISTANT]), "targets": answer}
 
     return dataset.map(turn, num_parallel_calls=tf.data.AUTOTUNE)
 

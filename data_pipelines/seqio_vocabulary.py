@@ -1,6 +1,7 @@
 """Our tokenizer as a `seqio.Vocabulary`. Needs the extra `seqio`; no training host imports it."""
 
 import os
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,14 +10,25 @@ import tensorflow as tf
 from tokenizers import Tokenizer
 
 from baichuan_omni_jax.config import ConfigError
-from data_pipelines.special_tokens import END_OF_TEXT
-from data_pipelines.tokenizing import encode, load_tokenizer, tokenizer_fingerprint
+from data_pipelines.prompts import NAMES, read_text
+from data_pipelines.special_tokens import END_OF_TEXT, LITERAL
+from data_pipelines.tokenizing import encode, load_tokenizer, plain_tokenizer, tokenizer_fingerprint
 
+# All names begin with "<" and end with ">"; RE2 knows the same escapes.
+NAME_PATTERN = f"<({'|'.join(re.escape(name[1:-1]) for name in NAMES)})>"
+ESCAPED = f"<{LITERAL}\\1>"
 TOKENIZER_VARIABLE = "OMNI_TOKENIZER"  # the environment variable that `default_vocabulary` reads
+
+
+def plain(text: tf.Tensor) -> tf.Tensor:
+    """Text that somebody wrote, for a feature: names of special tokens in it stay text (`prompts.escape`)."""
+    return tf.strings.regex_replace(text, NAME_PATTERN, ESCAPED)
 
 
 class OmniVocabulary(seqio.Vocabulary):
     """A `tokenizer.json` for seqio's tasks: text to ids and back as training does it, `<|endoftext|>` the end.
+
+    Names of special tokens become their ids; a task puts text that somebody wrote through `plain` first.
 
     There is no id for unknown text (the tokenizer is byte level), and id 0 is a token like any other: nothing here
     pads. As everywhere in seqio, decoding stops after the first end.
@@ -24,7 +36,7 @@ class OmniVocabulary(seqio.Vocabulary):
 
     def __init__(self, tokenizer: Tokenizer):
         super().__init__(extra_ids=0)
-        self.tokenizer = tokenizer
+        self.tokenizer, self._plain = tokenizer, plain_tokenizer(tokenizer)
         self.fingerprint = tokenizer_fingerprint(tokenizer)
 
     def __eq__(self, other: object) -> bool:
@@ -50,7 +62,8 @@ class OmniVocabulary(seqio.Vocabulary):
         return max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     def _encode(self, s: str) -> list[int]:
-        return encode(self.tokenizer, s)
+        parts = read_text(s)
+        return [i for part in parts for i in encode(self._plain if part.plain else self.tokenizer, part.text)]
 
     def _decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=False)

@@ -16,6 +16,7 @@ SYSTEM, USER, ASSISTANT = "<B_SYS>", "<C_Q>", "<C_A>"
 AUDIO_START, AUDIO_END, AUDIO_PAD = "<audio_start_baichuan>", "<audio_end_baichuan>", "<audio_pad_baichuan>"
 AUDIOGEN_START, AUDIOGEN_END = "<audiogen_start_baichuan>", "<audiogen_end_baichuan>"
 IMAGE_START, IMAGE_END, IMAGE_PAD = "<img_start_baichuan>", "<img_end_baichuan>", "<img_pad_baichuan>"
+AUDIOTEXT_START = "<audiotext_start_baichuan>"  # before the turn of an assistant that answers aloud
 VIDEO_START, VIDEO_END = "<video_start_baichuan>", "<video_end_baichuan>"
 VIDEO_PLACE = "<video_palce_baichuan>"  # the released spelling
 
@@ -23,6 +24,10 @@ VIDEO_PLACE = "<video_palce_baichuan>"  # the released spelling
 TRAINABLE_START, TRAINABLE_END = "<trainable_start>", "<trainable_end>"
 FRAME_START, FRAME_END = "<videoframe_start_omni>", "<videoframe_end_omni>"
 TOKENS_START, TOKENS_END = "<tokens_start_omni>", "<tokens_end_omni>"
+LITERAL = "<literal_omni>"  # within a name: the name is text (`prompts.escape`)
+
+# What a tokenizer must know as one token each, besides those of the model: the marks of a conversation.
+CONVERSATION_TOKENS: tuple[str, ...] = (SYSTEM, USER, ASSISTANT, AUDIOTEXT_START)
 
 # Field of `baichuan_omni_jax.config.SpecialTokens` -> name of the token.
 MODEL_TOKENS: dict[str, str] = {

@@ -12,7 +12,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from baichuan_omni_jax.config import ConfigError, OmniConfig
-from data_pipelines.special_tokens import MODEL_TOKENS, SPECIAL_TOKENS
+from data_pipelines.special_tokens import CONVERSATION_TOKENS, MODEL_TOKENS, SPECIAL_TOKENS
 
 # Contractions, words with one leading sign, single digits, runs of signs, line breaks, other white space.
 SPLIT_RULE = (
@@ -73,6 +73,9 @@ def check_tokenizer(tokenizer: Tokenizer, config: OmniConfig) -> None:
         if found != expected:
             has = "does not have it" if found is None else f"gives it id {found}"
             raise ConfigError(f"the model's tokens.{field} is {expected}, but the tokenizer {has} ({name})")
+    for name in CONVERSATION_TOKENS:
+        if tokenizer.token_to_id(name) is None:
+            raise ConfigError(f"the tokenizer does not have {name}, a mark of conversations")
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values())
     if largest >= config.llm.vocab_size:
         name = tokenizer.id_to_token(largest)

@@ -32,7 +32,7 @@ def cut_turns(elements: list[Element]) -> tuple[list[Element], list[list[Element
     """The system prompt, and the turns with their media; marks of loss stay with what they mark."""
     parts: list[list[Element]] = [[]]
     for element in elements:
-        if not isinstance(element, Text):
+        if not isinstance(element, Text) or element.plain:
             parts[-1].append(element)
             continue
         first, *others = element.text.split(USER)

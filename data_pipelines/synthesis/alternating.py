@@ -8,6 +8,7 @@ from itertools import pairwise
 from baichuan_omni_jax.config import ConfigError
 from data_pipelines.document import Document, SampleError
 from data_pipelines.jobs import Job
+from data_pipelines.prompt_writing import Source
 from data_pipelines.synthesis.draft import Draft
 from data_pipelines.synthesis.speaking import (
     Speaker,
@@ -22,7 +23,7 @@ from data_pipelines.synthesis.units import manifest_job
 FEWEST = 3  # pieces that `--pieces` may ask for: then none is ever left alone
 
 # The prompt of some pieces, 2 or more; the function it is given speaks a piece and returns the path.
-Writer = Callable[[Sequence[str], Callable[[str], str]], str]
+Writer = Callable[[Sequence[str], Callable[[str], str]], Source]
 
 
 def add_arguments(parser: ArgumentParser) -> None:

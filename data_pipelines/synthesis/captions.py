@@ -15,7 +15,7 @@ from data_pipelines.document import Document, SampleError
 from data_pipelines.images import decode_image
 from data_pipelines.jobs import Job
 from data_pipelines.media import Media, find_media
-from data_pipelines.prompt_writing import image_tag, plain_text, turn
+from data_pipelines.prompt_writing import image_tag, turn
 from data_pipelines.prompts import Picture, parse_prompt
 from data_pipelines.synthesis.draft import Draft
 from data_pipelines.synthesis.hooks import load_hook
@@ -111,7 +111,7 @@ def _ask(captioner: Captioner, image: np.ndarray, prompt: str, language: str, me
         raise SampleError("captioner_failed", f"{name}: {error or type(error).__name__}") from error
     if not isinstance(words, str):
         raise SampleError("captioner_failed", f"{name}: a caption is text, not {type(words).__name__}")
-    if not (words := plain_text(words)):
+    if not (words := words.strip()):
         raise SampleError("empty_caption", f"{name}: the caption is empty")
     return words
 

@@ -4,7 +4,6 @@ Of a document with pictures a share of the sentences is heard instead of written
 stays on what is still written. In a document with films each film is followed by its own track as audio.
 """
 
-import re
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,9 +16,9 @@ from data_pipelines.document import Document, SampleError
 from data_pipelines.jobs import Job
 from data_pipelines.media import Media, find_media
 from data_pipelines.prompt_writing import write_prompt
-from data_pipelines.prompts import Element, Picture, Reference, Sound, Text, Video, parse_prompt
+from data_pipelines.prompts import SPECIAL, Element, Picture, Reference, Sound, Text, Video, parse_prompt
 from data_pipelines.sounds import probe_sound
-from data_pipelines.special_tokens import SPECIAL_TOKENS, SYSTEM, USER
+from data_pipelines.special_tokens import SYSTEM, USER
 from data_pipelines.synthesis.draft import Draft
 from data_pipelines.synthesis.speaking import (
     Speaker,
@@ -36,7 +35,6 @@ NAME = "crossmodal"
 TYPE = "cross_modal"  # of the new documents
 ORDERS = ("random", "first")
 
-_SPECIAL = re.compile("(" + "|".join(map(re.escape, SPECIAL_TOKENS)) + ")")
 _RATE = 16000  # Hz, at which tracks are measured
 
 
@@ -128,8 +126,8 @@ def _sentences(elements: Sequence[Element], settings: SpeechSettings) -> tuple[l
         if not isinstance(element, Text):
             parts.append(element)
             continue
-        for run in filter(None, _SPECIAL.split(element.text)):
-            special = bool(_SPECIAL.fullmatch(run))
+        for run in filter(None, [element.text] if element.plain else SPECIAL.split(element.text)):
+            special = not element.plain and bool(SPECIAL.fullmatch(run))
             system = run == SYSTEM if special else system
             for text in [run] if special else sentences_of(run, settings):
                 if not special and not system and spoken_seconds(text):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from data_pipelines.document import Document, SampleError
 from data_pipelines.media import Media, reading
+from data_pipelines.prompt_writing import Source
 
 
 @dataclass
@@ -24,15 +25,17 @@ class Draft:
     skipped: list[SampleError] = field(default_factory=list)
     _media: dict[str, bytes | Media] = field(default_factory=dict)
 
-    def add(self, text: str, type: str, part: str = "") -> None:
+    def add(self, text: Source, type: str, part: str = "") -> None:
         """A new document. `part` names the manifest it goes to (default: the job's own).
 
         Its id is the source's with the part's name behind it, and a number from the second document of a part on.
         """
+        if not isinstance(text, Source):  # a prompt that lost its type on the way: all of it would be text
+            raise TypeError(f"the text of a document is a Source, not {text!r:.60}")
         part = part or self.name
         made = sum(other == part for other, _ in self.documents) + 1
         identifier = f"{self.source.id}-{part}" + (f"-{made}" if made > 1 else "")
-        self.documents.append((part, {"id": identifier, "type": type, "text": text}))
+        self.documents.append((part, {"id": identifier, "type": type, "text": str(text)}))
 
     def skip(self, cause: str, message: str) -> None:
         """Counts something of the source that could not be used, while the rest of it can."""

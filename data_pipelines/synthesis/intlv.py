@@ -8,7 +8,7 @@ from argparse import Namespace
 from collections.abc import Callable, Sequence
 
 from data_pipelines.jobs import Job
-from data_pipelines.prompt_writing import heard_tag, trainable
+from data_pipelines.prompt_writing import Source, heard_tag, join, trainable
 from data_pipelines.synthesis.alternating import add_arguments, alternating_job
 
 NAME = "intlv"
@@ -20,10 +20,10 @@ def make_job(options: Namespace) -> Job:
     return alternating_job(NAME, write_intlv, options)
 
 
-def write_intlv(pieces: Sequence[str], say: Callable[[str], str]) -> str:
+def write_intlv(pieces: Sequence[str], say: Callable[[str], str]) -> Source:
     """The prompt of two or more pieces; `say` speaks one and returns the path."""
     heard, written = list(pieces[::2]), list(pieces[1::2])
     if len(heard) > len(written):
         written[-1] += heard.pop()
     turns = zip(heard, written, strict=True)
-    return "".join(heard_tag(say(first)) + trainable(second) for first, second in turns)
+    return join(heard_tag(say(first)) + trainable(second) for first, second in turns)

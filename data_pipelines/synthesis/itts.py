@@ -7,7 +7,7 @@ from argparse import Namespace
 from collections.abc import Callable, Sequence
 
 from data_pipelines.jobs import Job
-from data_pipelines.prompt_writing import spoken_tag, trainable
+from data_pipelines.prompt_writing import Source, spoken_answer, spoken_tag, trainable
 from data_pipelines.synthesis.alternating import add_arguments, alternating_job
 
 NAME = "itts"
@@ -19,7 +19,7 @@ def make_job(options: Namespace) -> Job:
     return alternating_job(NAME, write_itts, options)
 
 
-def write_itts(pieces: Sequence[str], say: Callable[[str], str]) -> str:
+def write_itts(pieces: Sequence[str], say: Callable[[str], str]) -> Source:
     """The prompt of one or more pieces; `say` speaks one and returns the path."""
     first, *others = pieces
-    return first + trainable(spoken_tag(say(first)) + "".join(piece + spoken_tag(say(piece)) for piece in others))
+    return first + trainable(spoken_tag(say(first)) + spoken_answer(others, say))

@@ -16,7 +16,7 @@ from PIL import Image
 from baichuan_omni_jax.config import ConfigError
 from data_pipelines.document import Document, SampleError
 from data_pipelines.jobs import Job
-from data_pipelines.prompt_writing import image_tag, plain_text, trainable, turn
+from data_pipelines.prompt_writing import Source, conversation, image_tag, join, plain_text, trainable, turn
 from data_pipelines.prompts import Text, parse_prompt
 from data_pipelines.synthesis import page_prompts
 from data_pipelines.synthesis.chart_questions import describe, questions, transcribe
@@ -135,11 +135,11 @@ def _interleave(text: str, style: PageStyle, draft: Draft, settings: PageSetting
     style = replace(style, columns=1)
     starts = list(range(0, len(parts) - 1, MAX_PARTS))  # a last part by itself joins those before
     for start, stop in zip(starts, [*starts[1:], len(parts)], strict=True):
-        drawn, prompt = rng.random() < 0.5, ""
+        drawn, prompt = rng.random() < 0.5, Source()
         for part in parts[start:stop]:
             pages = _set(part, style) if drawn else []
             pictures = (_keep(draw_page(page, style), draft, settings, rng, style.paper) for page in pages)
-            prompt += "".join(pictures) if drawn else trainable(part)
+            prompt += join(pictures) if drawn else trainable(part)
             drawn = not drawn
         draft.add(prompt, "interleaved")
 
@@ -171,9 +171,9 @@ def _make_chart(document: Document, draft: Draft, settings: PageSettings, rng: r
         draft.add(title + picture + trainable(describe(chart, language)), "interleaved")
 
 
-def _ask(picture: str, asked: list[tuple[str, str]], rng: random.Random) -> str:
+def _ask(picture: Source, asked: list[tuple[str, str]], rng: random.Random) -> Source:
     chosen = asked[: rng.randint(1, MAX_QUESTIONS)]
-    return "".join(turn(picture * (i == 0) + question, answer) for i, (question, answer) in enumerate(chosen))
+    return conversation([(picture * (i == 0) + question, answer) for i, (question, answer) in enumerate(chosen)])
 
 
 def _text_alone(document: Document) -> str:
@@ -205,7 +205,7 @@ def _set(text: str, style: PageStyle) -> list[Page]:
 
 def _keep(
     picture: Image.Image, draft: Draft, settings: PageSettings, rng: random.Random, paper: tuple[int, int, int]
-) -> str:
+) -> Source:
     """Writes a picture, worn or not; returns its tag."""
     worn = rng.random() < settings.worn
     return image_tag(draft.save(*encode(wear(picture, rng, paper) if worn else picture, worn, rng)))

@@ -81,5 +81,5 @@ def _to_transcribe(document: Document, elements: Sequence[Element]) -> tuple[Ele
     heard: list[Element] = []
     for text, sound in spoken_texts(elements):
         prompt = choose_prompt(TRANSCRIBE, language_of(text), rng)
-        heard += [Text(prompt), Sound(sound.reference), Text(text, trainable=True)]
+        heard += [Text(prompt), Sound(sound.reference), Text(text, trainable=True, plain=True)]
     return tuple(heard)

@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 import numpy as np
 import soundfile
 
-from baichuan_omni_jax.config import ConfigError
+from baichuan_omni_jax.config import READ_AT_LEAST, ConfigError
 from data_pipelines.document import Document, SampleError
-from data_pipelines.prompt_writing import plain_text
+from data_pipelines.prompt_writing import text_of
 from data_pipelines.prompts import Text, parse_prompt
 from data_pipelines.special_tokens import ASSISTANT, SYSTEM, USER
 from data_pipelines.synthesis.draft import Draft
 from data_pipelines.synthesis.languages import HAN, language_of
-from data_pipelines.synthesis.splitting import HAN_SECONDS, split_text, spoken_seconds
+from data_pipelines.synthesis.splitting import HAN_SECONDS, LONGEST, split_text, spoken_seconds
 from data_pipelines.synthesis.task_prompts import choose_prompt
 from data_pipelines.synthesis.text_to_speech import INCLUDED, load_speech, voice_text
 from data_pipelines.synthesis.voices import LANGUAGES
@@ -32,8 +32,8 @@ class SpeechSettings:
     tts: str = "espeak"
     voices: tuple[str, ...] = ()
     language: str = ""
-    shortest: float = 1.0
-    longest: float = 15.0
+    shortest: float = READ_AT_LEAST
+    longest: float = LONGEST
     seed: int = 0
 
 
@@ -43,8 +43,8 @@ def add_speech_arguments(parser: ArgumentParser) -> None:
     add("--tts", default=default.tts, help=f"{', '.join(INCLUDED)} or package.module:factory (default {default.tts})")
     add("--voices", metavar="NAME", nargs="+", default=(), help="draw from these alone (default: all it has)")
     add("--language", default="", help="what everything is spoken in (default: zh or en, by the text's script)")
-    add("--shortest", metavar="SECONDS", type=float, default=default.shortest, help="of a piece (default 1)")
-    add("--longest", metavar="SECONDS", type=float, default=default.longest, help="of a piece (default 15)")
+    add("--shortest", metavar="SECONDS", type=float, default=default.shortest, help="of a piece (default %(default)s)")
+    add("--longest", metavar="SECONDS", type=float, default=default.longest, help="of a piece (default %(default)s)")
     add("--seed", type=int, default=0, help="another seed draws other voices and prompts (default 0)")
 
 
@@ -77,11 +77,13 @@ def text_alone(document: Document) -> str:
     Raises SampleError: "has_media"; "has_turns" for a conversation; "no_text" when there is nothing to speak;
     "bad_prompt".
     """
-    if any(not isinstance(element, Text) for element in parse_prompt(document.text)):
+    elements = parse_prompt(document.text)
+    if any(not isinstance(element, Text) for element in elements):
         raise SampleError("has_media", "only a document of text alone can be spoken")
-    if any(role in document.text for role in (SYSTEM, USER, ASSISTANT)):
+    marks = "".join(element.text for element in elements if not element.plain)
+    if any(role in marks for role in (SYSTEM, USER, ASSISTANT)):
         raise SampleError("has_turns", "a conversation is not read aloud")
-    text = plain_text(document.text)
+    text = text_of(elements)
     if not spoken_seconds(text):
         raise SampleError("no_text", "there is nothing to speak in it")
     return text

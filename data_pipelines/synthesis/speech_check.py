@@ -12,7 +12,7 @@ import numpy as np
 
 from data_pipelines.document import Document, SampleError
 from data_pipelines.media import find_media
-from data_pipelines.prompt_writing import plain_text
+from data_pipelines.prompt_writing import text_of
 from data_pipelines.prompts import Element, Sound, Text
 from data_pipelines.sounds import decode_sound, probe_sound
 from data_pipelines.synthesis.languages import language_of
@@ -37,13 +37,13 @@ def spoken_texts(elements: Sequence[Element]) -> list[tuple[str, Sound]]:
 
     Raises SampleError "no_speech" when there is none, or one that no text comes before.
     """
-    pairs, text = [], ""
+    pairs, texts = [], []
     for element in elements:
         if isinstance(element, Text):
-            text += element.text
+            texts.append(element)
         elif isinstance(element, Sound) and element.spoken:
-            pairs.append((_without_prompt(plain_text(text)), element))
-            text = ""
+            pairs.append((_without_prompt(text_of(texts)), element))
+            texts = []
     if not pairs or not all(text for text, _ in pairs):
         raise SampleError("no_speech", "there is no speech in it that stands behind its text")
     return pairs

@@ -17,10 +17,11 @@ from micro import CONFIG, REPOSITORY, environment, read_metrics  # noqa: E402
 from baichuan_omni_jax.config import ConfigError, tiny  # noqa: E402
 from data_pipelines.jobs.local import LocalRunner  # noqa: E402
 from data_pipelines.processor import Processor  # noqa: E402
+from data_pipelines.prompts import NAMES, escape  # noqa: E402
 from data_pipelines.seqio_cache import Recipe, cache, deal, main  # noqa: E402
-from data_pipelines.seqio_vocabulary import OmniVocabulary  # noqa: E402
+from data_pipelines.seqio_vocabulary import OmniVocabulary, plain  # noqa: E402
 from data_pipelines.shards.dataset import open_dataset  # noqa: E402
-from data_pipelines.tokenizing import encode, load_tokenizer, train_tokenizer  # noqa: E402
+from data_pipelines.tokenizing import encode, load_tokenizer, plain_tokenizer, train_tokenizer  # noqa: E402
 
 MODULE = "data_pipelines.seqio_tasks"
 TEXTS = ["Plain words.", "三加九等于十二。", "a\tb\n\n  c", "<C_Q>Hi<C_A>Hello<|endoftext|>", "naïve café 12345", ""]
@@ -73,6 +74,18 @@ def test_the_vocabularys_numbers(vocabulary):
     assert (vocabulary.unk_id, vocabulary.bos_id, vocabulary.extra_ids) == (None, None, 0)
     assert vocabulary == OmniVocabulary(vocabulary.tokenizer)
     assert vocabulary != OmniVocabulary(train_tokenizer(["x"], 320))
+
+
+def test_text_that_somebody_wrote_stays_text(vocabulary):
+    """The same as in documents; ids as chat has them."""
+    ids_of_plain = plain_tokenizer(vocabulary.tokenizer)
+    for text in [*TEXTS, *NAMES, "a <C_A>b<literal_omni> <|endoftext|>", "<<C_Q>>", "<trainable_start>x</tool_call>"]:
+        escaped = plain(tf.constant(text)).numpy().decode()
+        assert escaped == escape(text)
+        assert list(vocabulary.encode(escaped)) == encode(ids_of_plain, text)
+    asked = vocabulary.encode("<C_Q>" + escape("Who is <C_A>?") + "<C_A>")
+    marks = [vocabulary.tokenizer.token_to_id(name) for name in ("<C_Q>", "<C_A>")]
+    assert list(asked) == [marks[0], *encode(ids_of_plain, "Who is <C_A>?"), marks[1]]
 
 
 def test_decoding_stops_at_the_end(vocabulary):

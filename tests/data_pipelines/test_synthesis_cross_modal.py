@@ -1,7 +1,7 @@
 """Documents of pictures and films of which a part is heard: shares of sentences, questions, a film's own track."""
 
 from small_media import write_image, write_video
-from synthesis_job import FAKE, run, write_manifest
+from synthesis_job import FAKE, SHORT, run, write_manifest
 
 from data_pipelines.prompt_writing import heard_tag, image_tag, trainable, turn, video_tag
 from data_pipelines.prompts import Picture, Sound, Text, Video, parse_prompt
@@ -15,7 +15,7 @@ def test_a_share_of_the_sentences_is_heard(tmp_path):
     caption = trainable("".join(sentences[:4])) + image_tag("a.png") + trainable("".join(sentences[4:]))
     manifest = write_manifest(tmp_path, [caption, image_tag("a.png") + trainable("".join(chinese))])
     for share, heard in ((0.25, 2), (0.5, 4), (0.01, 1), (0.99, 7)):
-        made, skipped = run("crossmodal", manifest, tmp_path / str(share), "--share", str(share))
+        made, skipped = run("crossmodal", manifest, tmp_path / str(share), "--share", str(share), *SHORT)
         assert not skipped
         for document, language, all_of_them in zip(made, ("en", "zh"), (sentences, chinese), strict=True):
             prompt, *elements = parse_prompt(document["text"])
@@ -31,7 +31,7 @@ def test_a_share_of_the_sentences_is_heard(tmp_path):
             for element in elements:
                 if not isinstance(element, Text):
                     assert (tmp_path / str(share) / element.reference.path).is_file()
-    made, _ = run("crossmodal", manifest, tmp_path / "first", "--order", "first")
+    made, _ = run("crossmodal", manifest, tmp_path / "first", "--order", "first", *SHORT)
     assert [type(element) for element in parse_prompt(made[0]["text"])] == [Text, Sound, Sound, Text, Picture, Text]
 
 

@@ -14,7 +14,7 @@ from fake_speech import BrokenSpeech
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from synthesis_job import FAKE, read, run, write_manifest
+from synthesis_job import FAKE, SHORT, read, run, write_manifest
 
 from baichuan_omni_jax.config import ConfigError
 from data_pipelines.build import __main__ as build
@@ -163,7 +163,7 @@ def test_loss_marks_of_itts(count):
 def test_documents_of_every_job_from_text(tmp_path):
     manifest = write_manifest(tmp_path, STORY)
     for job, first in (("intlv", "d0-intlv"), ("itts", "d0-itts"), ("asr", "d0-asr"), ("tts", "d0-tts")):
-        made, skipped = run(job, manifest, tmp_path / job)
+        made, skipped = run(job, manifest, tmp_path / job, *SHORT)
         assert not skipped
         assert (made[0]["id"], made[0]["type"]) == (first, job)
         for document in made:
@@ -172,7 +172,7 @@ def test_documents_of_every_job_from_text(tmp_path):
                     info = soundfile.info(tmp_path / job / element.reference.path)
                     assert (info.samplerate, info.channels) == (16000, 1)
                     assert 0.3 < info.duration < 8
-    itts, _ = run("itts", manifest, tmp_path / "itts")
+    itts, _ = run("itts", manifest, tmp_path / "itts", *SHORT)
     assert [plain_text(document["text"]) for document in itts] == [text.strip() for text in STORY]
     asr, tts = read(tmp_path / "asr/asr.jsonl"), read(tmp_path / "tts/tts.jsonl")
     sentences = [
@@ -282,7 +282,7 @@ def test_bad_documents_are_skipped_and_counted(tmp_path, capsys):
 def test_the_same_output_from_any_number_of_workers(tmp_path):
     manifest = write_manifest(tmp_path, [f"{number} is a number. {text}" for number in range(3) for text in STORY])
     for workers in (0, 2):
-        run("itts", manifest, tmp_path / str(workers), "--unit", "2", workers=workers)
+        run("itts", manifest, tmp_path / str(workers), *SHORT, "--unit", "2", workers=workers)
     assert digests(tmp_path / "0") == digests(tmp_path / "2")
     assert len(read(tmp_path / "2" / "itts.jsonl")) == 6
 
