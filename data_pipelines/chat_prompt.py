@@ -1,4 +1,4 @@
-"""Messages of a conversation, with their media, as an encoded prompt: the released form `<B_SYS>...<C_Q>...<C_A>`.
+"""Messages of a conversation, with their media, as an encoded prompt in the released form (`conversation`).
 
     prompts = ChatPrompts(Processor(omni_config, tokenizer))
     prompts.encode_messages([
@@ -19,21 +19,20 @@ import numpy as np
 import soundfile
 from jaxtyping import Float, Int32
 
-from baichuan_omni_jax.config import OmniConfig, RequestError
+from baichuan_omni_jax.config import VOICE, ConfigError, OmniConfig, RequestError
+from data_pipelines.conversation import ROLES, opening_elements, role_mark
 from data_pipelines.document import EncodedDocument, SampleError
 from data_pipelines.file_kinds import plain_reason
 from data_pipelines.limits import MAX_SAMPLING_RATE
 from data_pipelines.media import Media, MediaRoot, find_media, local_path
 from data_pipelines.processor import Processor, Said
 from data_pipelines.prompts import Element, Picture, Reference, Sound, Text, Video
-from data_pipelines.special_tokens import ASSISTANT, AUDIOGEN_START, SYSTEM, USER
+from data_pipelines.special_tokens import AUDIOGEN_START
 from data_pipelines.synthesis.splitting import split_text
 from data_pipelines.synthesis.task_prompts import TRANSCRIBE
 
 ASR_PROMPT = TRANSCRIBE["zh"][0]  # the released one; the sound follows it
-READ_AT_LEAST = 2.5  # seconds of speech that a sentence read aloud has at least: about ten Chinese characters
 
-_MARKS = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
 _FILES = ("path", "bytes", "base64")
 # What a part may hold besides its type: one of these.
 _SOURCES = {"text": ("text",), "image": _FILES, "video": _FILES, "audio": (*_FILES, "samples", "codes")}
@@ -54,20 +53,26 @@ class ChatPrompts:
         self.processor = processor
         self.root = None if root is None else MediaRoot(Path(root), tuple(trusted))
 
-    def encode_messages(self, messages: Sequence[Message]) -> EncodedDocument:
+    def encode_messages(self, messages: Sequence[Message], spoken: bool = False, voice: str = VOICE) -> EncodedDocument:
         """A conversation that ends with the mark of the assistant's turn, or inside the assistant's last message.
+
+        `spoken`: the answer is to be given aloud, which the marks of all the assistant's turns say; `voice` is named to
+        the model where there is no system message.
 
         Raises RequestError: `bad_message` for a role, type, field or order that there is not; `bad_media` for a file
         that is missing, unreadable, silent, too short or too big.
         """
         if not messages:
             raise RequestError("bad_message", "there is no message")
-        asked = _Asked(self.root, self.processor.config)
+        asked = _Asked(self.root, self.processor.config, spoken)
+        first = messages[0]
         with _one_door():
+            has_system = isinstance(first, Mapping) and first.get("role") == "system"
+            asked.elements += opening_elements(has_system, spoken, voice)
             for number, message in enumerate(messages):
                 asked.add_message(message, number)
             if messages[-1]["role"] != "assistant":
-                asked.elements.append(Text(ASSISTANT))
+                asked.elements.append(Text(role_mark("assistant", spoken)))
             return self.processor.encode_prompt(asked.elements, asked.media)
 
     def encode_content(self, content: str | Sequence[Part], speak: bool = False) -> EncodedDocument:
@@ -86,14 +91,14 @@ class ChatPrompts:
 
     def sentences(self, text: str) -> list[str]:
         """The text cut at punctuation into what is read aloud at once; joined they are the text."""
-        return split_text(text, shortest=READ_AT_LEAST)
+        return split_text(text)
 
 
 class _Asked:
     """Elements and media of a prompt in the making; media are named by numbers."""
 
-    def __init__(self, root: MediaRoot | None, config: OmniConfig):
-        self._root, self._sizes = root, config.audio.codebook_sizes
+    def __init__(self, root: MediaRoot | None, config: OmniConfig, spoken: bool = False):
+        self._root, self._sizes, self._spoken = root, config.audio.codebook_sizes, spoken
         self.elements: list[Element | Said] = []
         self.media: dict[str, Media] = {}
 
@@ -102,11 +107,11 @@ class _Asked:
         if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
             raise RequestError("bad_message", f'{where} must have "role" and "content" and nothing else')
         role = message["role"]
-        if role not in _MARKS:
-            raise RequestError("bad_message", f"{where} has role {role!r}; there are {', '.join(_MARKS)}")
+        if role not in ROLES:
+            raise RequestError("bad_message", f"{where} has role {role!r}; there are {', '.join(ROLES)}")
         if role == "system" and number:
             raise RequestError("bad_message", f"{where} is a system message, which only the first one can be")
-        self.elements.append(Text(_MARKS[role]))
+        self.elements.append(Text(role_mark(role, self._spoken)))
         self.add_content(message["content"], where, said=role == "assistant")
 
     def add_content(self, content: Any, where: str, said: bool = False, spoken_codes: bool = False) -> None:
@@ -232,3 +237,5 @@ def _one_door() -> Iterator[None]:
     except SampleError as error:
         cause = "bad_message" if error.cause == "bad_prompt" else "bad_media"
         raise RequestError(cause, str(error)) from error
+    except ConfigError as error:  # the name of a voice
+        raise RequestError("bad_message", str(error)) from error

@@ -14,6 +14,7 @@ DOCUMENT_TYPES: dict[str, str] = {
     "intlv": "text and speech in turns, loss on the text",
     "itts": "text and speech in turns, loss on the speech",
     "pure_audio": "sound alone",
+    "dialogue": "a conversation that is answered aloud, piece by piece",
     "video_caption": "a video and its description",
     "video_qa": "a video, questions and answers",
     "temporal_grounding": "a video, and when something happens in it",

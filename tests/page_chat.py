@@ -74,7 +74,7 @@ class Speaker:
 class Processor:
     """The texts of the user's messages, and the kinds of their media."""
 
-    def encode_messages(self, messages):
+    def encode_messages(self, messages, spoken=False, voice=""):
         parts = [part for message in messages if message["role"] == "user" for part in message["content"]]
         text = " ".join(part.get("text", part["type"]) for part in parts)
         return Asked(np.zeros(1, np.int32), text=text)

@@ -1,5 +1,7 @@
 """omni/chat.py with an engine and a speaker made of lists: what reaches who asked, what a conversation keeps."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -85,10 +87,11 @@ class Asked:
 class Processor:
     """Prompts are what they were made of."""
 
-    def encode_messages(self, messages):
+    def encode_messages(self, messages, spoken=False, voice=""):
         for message in messages:
             if message["role"] not in ("system", "user", "assistant"):
                 raise RequestError("bad_message", f"unknown role {message['role']!r}")
+        self.form = spoken, voice
         return Asked(list(messages))
 
     def encode_content(self, content, speak=False):
@@ -136,6 +139,16 @@ def test_a_whole_answer():
     assert answer.real_time_factor == pytest.approx(answer.seconds / 0.4)
 
 
+def test_an_answer_aloud_is_asked_for_in_its_form():
+    chat, _ = make_chat(*SPOKEN)
+    chat.reply(QUESTION, settings=ALOUD)
+    assert chat.processor.form == (True, "邻家女声")
+    chat.reply(QUESTION, settings=replace(ALOUD, voice="小明"))
+    assert chat.processor.form == (True, "小明")
+    Conversation(chat).say("Hello?")
+    assert not chat.processor.form[0]
+
+
 def test_chunks_are_the_whole_answer():
     chat, _ = make_chat(*SPOKEN)
     chunks = [event for event in chat.reply(QUESTION, settings=ALOUD) if isinstance(event, AudioChunk)]
@@ -162,7 +175,9 @@ def test_a_conversation_keeps_what_was_said_as_text_and_codes():
 def test_a_refused_turn_is_not_kept():
     chat, _ = make_chat(*SPOKEN)
     talk = Conversation(chat)
-    chat.processor.encode_messages = lambda messages: (_ for _ in ()).throw(RequestError("bad_media", "a.png is gone"))
+    chat.processor.encode_messages = lambda messages, **form: (_ for _ in ()).throw(
+        RequestError("bad_media", "a.png is gone")
+    )
     with pytest.raises(RequestError, match=r"a\.png is gone") as error:
         talk.say([{"type": "image", "path": "a.png"}])
     assert error.value.cause == "bad_media"

@@ -124,6 +124,8 @@ def test_fields_that_a_task_cannot_use(launch, task, values, sentence):
         ("chat --checkpoint x --prompt a --out o.mp4", "--out o.mp4 must end in .wav"),
         ("chat --checkpoint x --prompt a --max-tokens 0", "max_tokens 0 must be at least 1"),
         ("chat --checkpoint x --manifest none.jsonl --output o", "manifest none.jsonl cannot be read"),
+        ("chat --checkpoint x --prompt a --voice a】 --out o.wav", "without 【 and 】"),
+        ("chat --checkpoint x --prompt a --voice a --system b --out o.wav", "--system takes the place"),
         ("tts --checkpoint x --prompt a", "tts needs --out"),
         ("chat --checkpoint x --prompt a --slots 0", "no whole number above 0"),
         ("chat --checkpoint x --prompt a --tokens none.json", "token ids none.json cannot be read"),

@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 from jaxtyping import PRNGKeyArray
 
-from baichuan_omni_jax.config import GenerationSettings, OmniConfig, RequestError
+from baichuan_omni_jax.config import VOICE, GenerationSettings, OmniConfig, RequestError
 from baichuan_omni_jax.omni.answer import Prompt
 from baichuan_omni_jax.omni.reading import Prompts, Reading, one_prompt, sentence_prompts
 from baichuan_omni_jax.omni.reply import AudioChunk, ChatAnswer, ChatEvent, Reply, Requested, Speaks
@@ -38,8 +38,9 @@ class Generates(Protocol):
 class ChatProcessor(Protocol):
     """What turns messages into prompts. Each method raises RequestError: `bad_message`, `bad_media`."""
 
-    def encode_messages(self, messages: Sequence[Message]) -> Prompt:
-        """A conversation, with the mark of the assistant's turn at its end."""
+    def encode_messages(self, messages: Sequence[Message], spoken: bool = False, voice: str = VOICE) -> Prompt:
+        """A conversation, with the mark of the assistant's turn at its end; `spoken`: of one that answers aloud, by
+        `voice` unless there is a system message."""
 
     def encode_content(self, content: Content, speak: bool = False) -> Prompt:
         """Content as it stands, without roles; with `speak` the mark that begins speech stands at its end."""
@@ -94,7 +95,9 @@ class OmniChat:
         too short, too big), `too_long` (more than the cache holds), `no_branch` (media, or an answer in speech, that
         the checkpoint lacks a branch for).
         """
-        return self._answered(self._encoder().encode_messages(messages), stream, settings, key)
+        settings = settings or self.settings
+        prompt = self._encoder().encode_messages(messages, spoken=settings.speech, voice=settings.voice)
+        return self._answered(prompt, stream, settings, key)
 
     def complete(
         self,

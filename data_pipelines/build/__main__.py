@@ -20,6 +20,7 @@ from data_pipelines.commands import (
     trusted_names,
 )
 from data_pipelines.jobs.runners import add_runner_arguments, chosen_runner
+from data_pipelines.special_tokens import AUDIOTEXT_START
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
@@ -63,6 +64,10 @@ def describe(dataset: Mapping) -> list[str]:
     lines += [f"  {name or '(no type)':<20}{sums['documents']:>10}" for name, sums in dataset["types"].items()]
     if unknown := dataset["unknown_types"]:
         lines.append(f"types outside the known ones: {', '.join(name or '(no type)' for name in unknown)}")
+    if unmarked := dataset["unmarked_speech"]:
+        lines.append(
+            f"{unmarked} conversations answer aloud without {AUDIOTEXT_START} before each answer (docs/data.md)"
+        )
     if skipped := dataset["skipped"]:
         lines.append(f"{sum(skipped.values())} documents are skipped:")
     return lines

@@ -30,7 +30,7 @@ from data_pipelines.shards.writer import OPTIONS, SUFFIX
 from data_pipelines.sources import ANY_FOLDER, media_root, trusted_folders
 
 SKIPPED_FILE = "skipped.jsonl"
-FORMAT = 1  # raise it when the same manifests and media give other shards than before
+FORMAT = 2  # raise it when the same manifests and media give other shards than before
 LOCK = "build"
 UNPACKED = ".units/manifests"  # what compressed manifests hold, while shards are built of them
 
@@ -186,6 +186,7 @@ def _sum(summaries: Sequence[dict]) -> dict:
         "media_bytes": whole["media_bytes"],
         "types": {name: _rounded(types[name]) for name in sorted(types)},
         "unknown_types": sorted(name for name in types if not is_known_type(name)),
+        "unmarked_speech": sum(summary["unmarked"] for summary in summaries),
         "skipped": dict(sorted(skipped.items())),
     }
 

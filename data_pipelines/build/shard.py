@@ -8,6 +8,7 @@ from pathlib import Path
 
 from baichuan_omni_jax.config import ConfigError
 from data_pipelines.build.plan import Source
+from data_pipelines.conversation import misses_marks
 from data_pipelines.document import Document, SampleError
 from data_pipelines.jobs import Unit
 from data_pipelines.manifest import LineRange
@@ -36,7 +37,8 @@ class ShardLines:
 def build_shard(unit: Unit, folder: Path) -> dict:
     """The work on one shard: `NAME.array_record`, `parts/NAME.npz`, `parts/NAME.skipped.jsonl` below `folder`.
 
-    Returns {"documents", "types" (sums by type), "skipped" (counts by cause)}. A document that cannot be used is
+    Returns {"documents", "unmarked" (of them, conversations that are spoken without the marks of such), "types" (sums
+    by type), "skipped" (counts by cause)}. A document that cannot be used is
     skipped. Raises ConfigError when the manifest is not what was planned.
     """
     content: ShardLines = unit.content
@@ -44,11 +46,13 @@ def build_shard(unit: Unit, folder: Path) -> dict:
         raise ConfigError(f"manifest {content.source.name} changed while it was being built: start again")
     measures: list[DocumentMeasure] = []
     skipped: list[dict] = []
+    unmarked = 0
     path = folder / f"{unit.name}{SUFFIX}"
     with ShardWriter(path) as writer:
         for number, _, document in content.lines.documents():
             try:
                 measures.append(_add(document, content.doubles.get(number), writer))
+                unmarked += misses_marks(parse_prompt(document.text))
             except SampleError as error:
                 identifier = None if isinstance(document, SampleError) else document.id
                 where = f"{content.source.name}:{number}"
@@ -61,7 +65,8 @@ def build_shard(unit: Unit, folder: Path) -> dict:
     lines = [json.dumps(one, ensure_ascii=False) + "\n" for one in skipped]
     (folder / PARTS / f"{unit.name}.skipped.jsonl").write_text("".join(lines), encoding="utf-8")
     causes = Counter(one["cause"] for one in skipped)
-    return {"documents": len(measures), "types": totals(table), "skipped": dict(sorted(causes.items()))}
+    counts = {"documents": len(measures), "unmarked": unmarked}
+    return {**counts, "types": totals(table), "skipped": dict(sorted(causes.items()))}
 
 
 def _add(document: Document | SampleError, double: str | None, writer: ShardWriter) -> DocumentMeasure:

@@ -16,7 +16,7 @@ from data_pipelines.sample.documents import RECIPES, plan_documents
 from data_pipelines.sample.studio import FOLDERS, Studio, produce, record
 from data_pipelines.synthesis.espeak import SAMPLE_RATE
 
-VERSION = 2
+VERSION = 3
 """Raised whenever the same seed would give other documents or media: an older folder is then rebuilt."""
 
 SAMPLE_SOURCES = tuple((source, f"{source}.jsonl") for source in RECIPES)

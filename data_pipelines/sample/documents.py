@@ -8,10 +8,22 @@ import functools
 import random
 from collections.abc import Callable
 
-from data_pipelines.prompt_writing import heard_tag, image_tag, spoken_tag, trainable, turn, video_tag
+from data_pipelines.prompt_writing import (
+    Source,
+    conversation,
+    heard_tag,
+    image_tag,
+    join,
+    spoken_answer,
+    spoken_tag,
+    trainable,
+    turn,
+    video_tag,
+)
 from data_pipelines.sample import scenes, texts
 from data_pipelines.sample.photographs import Crop
 from data_pipelines.sample.studio import Clip, Studio
+from data_pipelines.synthesis.splitting import split_text
 
 LANGUAGES = ("en", "zh")
 SYSTEM = {"en": "You are a helpful assistant.", "zh": "你是一个乐于助人的助手。"}
@@ -19,18 +31,18 @@ TRANSCRIBE = "将语音转录为文本:"  # the released prompt, its colon inclu
 DESCRIBE = {"en": "Describe the picture.", "zh": "描述这张图片。"}
 DESCRIBE_VIDEO = {"en": "Describe the video.", "zh": "描述这段视频。"}
 
-Maker = Callable[[Studio, random.Random], str]
+Maker = Callable[[Studio, random.Random], Source]
 
 
 def _system(rng: random.Random, language: str) -> str:
     return SYSTEM[language] if rng.random() < 0.2 else ""
 
 
-def text(studio: Studio, rng: random.Random) -> str:
+def text(studio: Studio, rng: random.Random) -> Source:
     return trainable(texts.paragraph(rng, rng.choice(LANGUAGES)))
 
 
-def caption(studio: Studio, rng: random.Random) -> str:
+def caption(studio: Studio, rng: random.Random) -> Source:
     language = rng.choice(LANGUAGES)
     path, crop = studio.photo(rng)
     words = scenes.caption(rng, crop, language)
@@ -39,15 +51,14 @@ def caption(studio: Studio, rng: random.Random) -> str:
     return turn(image_tag(path) + DESCRIBE[language], words)
 
 
-def qa(studio: Studio, rng: random.Random) -> str:
+def qa(studio: Studio, rng: random.Random) -> Source:
     language = rng.choice(LANGUAGES)
     path, crop = studio.photo(rng)
     (question, answer), *others = rng.sample(scenes.questions(crop, language), rng.choice([1, 2, 3]))
-    first = turn(image_tag(path) + question, answer, _system(rng, language))
-    return first + "".join(turn(*other) for other in others)
+    return conversation([(image_tag(path) + question, answer), *others], _system(rng, language))
 
 
-def interleaved(studio: Studio, rng: random.Random) -> str:
+def interleaved(studio: Studio, rng: random.Random) -> Source:
     """Several pictures in running text, all of it trainable."""
     language = rng.choice(LANGUAGES)
     index = LANGUAGES.index(language)
@@ -60,20 +71,20 @@ def interleaved(studio: Studio, rng: random.Random) -> str:
     return prompt
 
 
-def asr(studio: Studio, rng: random.Random) -> str:
+def asr(studio: Studio, rng: random.Random) -> Source:
     language = rng.choice(LANGUAGES)
     words = texts.sentence(rng)[LANGUAGES.index(language)]
     return TRANSCRIBE + heard_tag(studio.say(rng, words, language)) + trainable(words)
 
 
-def tts(studio: Studio, rng: random.Random) -> str:
+def tts(studio: Studio, rng: random.Random) -> Source:
     """Text, then its speech, without an instruction: the released form."""
     language = rng.choice(LANGUAGES)
     words = texts.sentence(rng)[LANGUAGES.index(language)]
     return words + trainable(spoken_tag(studio.say(rng, words, language)))
 
 
-def s2tt(studio: Studio, rng: random.Random) -> str:
+def s2tt(studio: Studio, rng: random.Random) -> Source:
     """Speech in one language, its translation in the other."""
     source, target = rng.choice([(0, 1), (1, 0)])
     pair = texts.sentence(rng)
@@ -81,18 +92,23 @@ def s2tt(studio: Studio, rng: random.Random) -> str:
     return ask + heard_tag(studio.say(rng, pair[source], LANGUAGES[source])) + trainable(pair[target])
 
 
-def aqa(studio: Studio, rng: random.Random) -> str:
+def aqa(studio: Studio, rng: random.Random) -> Source:
     language = rng.choice(LANGUAGES)
     question, answer = texts.dialogue(rng)[LANGUAGES.index(language)]
     return turn(heard_tag(studio.say(rng, question, language)), answer, _system(rng, language))
 
 
-def dialogue(studio: Studio, rng: random.Random) -> str:
-    """A spoken question; the answer is written, then spoken."""
-    language = rng.choice(LANGUAGES)
-    question, answer = texts.dialogue(rng)[LANGUAGES.index(language)]
-    heard, spoken = studio.say(rng, question, language), studio.say(rng, answer, language)
-    return turn(heard_tag(heard), answer + spoken_tag(spoken), _system(rng, language))
+def dialogue(studio: Studio, rng: random.Random) -> Source:
+    """One or two spoken questions, answered aloud: each piece of an answer is written, then spoken."""
+    language, turns = rng.choice(LANGUAGES), []
+    for _ in range(rng.choice([1, 1, 2])):
+        question, answer = texts.dialogue(rng)[LANGUAGES.index(language)]
+        turns.append((heard_tag(studio.say(rng, question, language)), _aloud(studio, rng, answer, language)))
+    return conversation(turns, _system(rng, language))
+
+
+def _aloud(studio: Studio, rng: random.Random, answer: str, language: str) -> Source:
+    return spoken_answer(split_text(answer), lambda piece: studio.say(rng, piece.strip(), language))
 
 
 def _story(rng: random.Random, count: int) -> tuple[list[str], str]:
@@ -100,30 +116,30 @@ def _story(rng: random.Random, count: int) -> tuple[list[str], str]:
     return [pair[LANGUAGES.index(language)] for pair in texts.sentences(rng, count)], language
 
 
-def intlv(studio: Studio, rng: random.Random) -> str:
+def intlv(studio: Studio, rng: random.Random) -> Source:
     """audio_1 text_2 audio_3 text_4: one story, heard and written in turns; loss on the written parts."""
     words, language = _story(rng, rng.choice([2, 4]))
     parts = zip(words[::2], words[1::2], strict=True)
-    return "".join(heard_tag(studio.say(rng, heard, language)) + trainable(written) for heard, written in parts)
+    return join(heard_tag(studio.say(rng, heard, language)) + trainable(written) for heard, written in parts)
 
 
-def itts(studio: Studio, rng: random.Random) -> str:
+def itts(studio: Studio, rng: random.Random) -> Source:
     """text_1 audio_1 text_2 audio_2: every sentence is followed by its speech; loss on all but the first text."""
     words, language = _story(rng, 2)
     first, second = (spoken_tag(studio.say(rng, sentence, language)) for sentence in words)
     return words[0] + trainable(first + words[1] + second)
 
 
-def pure_audio(studio: Studio, rng: random.Random) -> str:
+def pure_audio(studio: Studio, rng: random.Random) -> Source:
     words, language = _story(rng, 2)
-    return trainable("".join(spoken_tag(studio.say(rng, sentence, language)) for sentence in words))
+    return trainable(join(spoken_tag(studio.say(rng, sentence, language)) for sentence in words))
 
 
 def _clip(studio: Studio, rng: random.Random, cuts: bool = True) -> Clip:
     return rng.choice([clip for clip in studio.clips if cuts or clip.film.move != "cut"])
 
 
-def video_caption(studio: Studio, rng: random.Random) -> str:
+def video_caption(studio: Studio, rng: random.Random) -> Source:
     language, clip = rng.choice(LANGUAGES), _clip(studio, rng)
     words = scenes.film_caption(clip.film, language)
     if rng.random() < 0.5:
@@ -131,13 +147,13 @@ def video_caption(studio: Studio, rng: random.Random) -> str:
     return turn(video_tag(clip.path) + DESCRIBE_VIDEO[language], words)
 
 
-def video_qa(studio: Studio, rng: random.Random) -> str:
+def video_qa(studio: Studio, rng: random.Random) -> Source:
     language, clip = rng.choice(LANGUAGES), _clip(studio, rng)
     question, answer = rng.choice(scenes.film_questions(clip.film, language))
     return turn(video_tag(clip.path) + question, answer, _system(rng, language))
 
 
-def image_audio_text(studio: Studio, rng: random.Random) -> str:
+def image_audio_text(studio: Studio, rng: random.Random) -> Source:
     """A picture and a spoken question about it."""
     language = rng.choice(LANGUAGES)
     path, crop = studio.photo(rng)
@@ -145,7 +161,7 @@ def image_audio_text(studio: Studio, rng: random.Random) -> str:
     return turn(image_tag(path) + heard_tag(studio.say(rng, question, language)), answer)
 
 
-def video_audio_text(studio: Studio, rng: random.Random) -> str:
+def video_audio_text(studio: Studio, rng: random.Random) -> Source:
     """A film with its own sound track, and a written question about either."""
     clip = _clip(studio, rng)
     said = {"en": ("What does the voice say?", clip.track.text), "zh": ("视频里的声音说了什么？", clip.track.text)}
@@ -161,10 +177,10 @@ def _same_place(crop: Crop, clip: Clip, language: str) -> scenes.Answer:
     return question, "Yes, they show the same place." if same else "No, they show two different places."
 
 
-def mixed(studio: Studio, rng: random.Random, *, modalities: str) -> str:
+def mixed(studio: Studio, rng: random.Random, *, modalities: str) -> Source:
     """Any of picture (i), video (v), spoken question (a) and spoken answer (s) in one turn, with text."""
     language = rng.choice(LANGUAGES)
-    media = ""
+    media = Source()
     if "i" in modalities:
         path, crop = studio.photo(rng)
         media += image_tag(path)
@@ -177,8 +193,9 @@ def mixed(studio: Studio, rng: random.Random, *, modalities: str) -> str:
         question, answer = _same_place(crop, clip, language)
     if "a" in modalities:
         question = heard_tag(studio.say(rng, question, language))
-    spoken = spoken_tag(studio.say(rng, answer, language)) if "s" in modalities else ""
-    return turn(media + question, answer + spoken, _system(rng, language))
+    if "s" in modalities:
+        answer = _aloud(studio, rng, answer, language)
+    return turn(media + question, answer, _system(rng, language))
 
 
 MIXED_SUBSETS = ("iv", "is", "vs", "iva", "ivs", "ias", "vas", "ivas")

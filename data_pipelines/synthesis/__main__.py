@@ -15,11 +15,11 @@ from data_pipelines.commands import describe_causes, first_of_causes, run_job_co
 from data_pipelines.jobs import run_job
 from data_pipelines.jobs.job import hold, refuse_foreign
 from data_pipelines.jobs.runners import add_runner_arguments, chosen_runner
-from data_pipelines.synthesis import asr, captions, crossmodal, filters, intlv, itts, pages, tts, voice_list
+from data_pipelines.synthesis import asr, captions, crossmodal, dialogue, filters, intlv, itts, pages, tts, voice_list
 from data_pipelines.synthesis.units import add_job_arguments, assemble
 
 LOCK = "synthesis"
-JOBS = (intlv, itts, asr, tts, crossmodal, pages, captions, filters)  # modules, one a job
+JOBS = (intlv, itts, asr, tts, dialogue, crossmodal, pages, captions, filters)  # modules, one a job
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -12,9 +12,11 @@ from PIL import Image
 
 from data_pipelines.prompt_writing import plain_text
 from data_pipelines.sample import SAMPLE_SOURCES, build, build_sample
+from data_pipelines.sample import documents as documents_module
 from data_pipelines.sample.__main__ import main
 from data_pipelines.sample.documents import plan_documents
 from data_pipelines.sample.photographs import Crop, absent_parts, dominant_colour, visible_parts
+from data_pipelines.synthesis.splitting import split_text
 
 MEDIA = re.compile(r"<(img|video|audio|audiogen)_start_baichuan>(\{.*?\})<\1_end_baichuan>")
 
@@ -96,7 +98,29 @@ def test_every_document_is_well_formed_and_carries_loss(documents):
         inside = "".join(re.findall(r"<trainable_start>(.*?)<trainable_end>", text, flags=re.DOTALL))
         assert "<audio_start" not in inside, "speech that is heard carries no loss"
         assert "<img_start" not in inside
-        assert not re.search(r"[{}]|<(?!B_SYS|C_Q|C_A|trainable)", MEDIA.sub("", text)), document["id"]
+        assert not re.search(r"[{}]|<(?!B_SYS|C_Q|C_A|trainable|audiotext_start)", MEDIA.sub("", text)), document["id"]
+
+
+def test_spoken_answers_have_the_released_form(documents):
+    """MODEL.md §9: the mark before each answer, the voice named unless there is another system prompt; else neither."""
+    aloud = 0
+    for document in documents:
+        text = document["text"]
+        answers = re.findall(r"<C_A><trainable_start>(.*?)<trainable_end>", text, flags=re.DOTALL)
+        if not any("<audiogen_start_baichuan>" in answer for answer in answers):
+            assert "<audiotext_start_baichuan>" not in text
+            assert "【邻家女声】" not in text
+            continue
+        aloud += 1
+        assert text.count("<audiotext_start_baichuan><C_A>") == text.count("<C_A>") == len(answers)
+        systems = ("请用【邻家女声】这个声音回答问题。", *documents_module.SYSTEM.values())
+        assert any(text.startswith(f"<B_SYS>{system}<C_Q>") for system in systems)
+        for answer in answers:
+            # Pieces as the engine would end them, each before its speech.
+            pieces = re.split(r"<audiogen_start_baichuan>.*?<audiogen_end_baichuan>", answer)
+            assert pieces.pop() == ""
+            assert pieces == split_text("".join(pieces))
+    assert aloud >= 24
 
 
 def test_the_order_of_interleaved_speech(documents):
