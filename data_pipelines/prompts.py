@@ -90,8 +90,10 @@ _PADS = (names.AUDIO_PAD, names.IMAGE_PAD, names.VIDEO_PLACE)
 _MARKS = (*_CLOSING, *_CLOSING.values(), *_PADS, names.TRAINABLE_START, names.TRAINABLE_END)
 _SPLIT = re.compile("(" + "|".join(re.escape(mark) for mark in _MARKS) + ")")
 _KEYS = ("path", "local", "base64")
-NAMES: tuple[str, ...] = tuple(sorted({*names.SPECIAL_TOKENS, *_MARKS, names.LITERAL}, key=len, reverse=True))
-"""Everything that is not text where it stands in a source prompt."""
+NAMES: tuple[str, ...] = tuple(
+    sorted({*names.SPECIAL_TOKENS, *_MARKS, names.LITERAL}, key=lambda name: (-len(name), name))
+)
+"""Everything that is not text where it stands in a source prompt, the longest first."""
 _NAME = re.compile("|".join(map(re.escape, NAMES)))
 SPECIAL = re.compile("(" + "|".join(map(re.escape, sorted(names.SPECIAL_TOKENS, key=len, reverse=True))) + ")")
 

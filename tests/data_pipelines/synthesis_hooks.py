@@ -29,6 +29,13 @@ class BrightnessCaptioner:
         return f"亮度{level}" if language == "zh" else f"Brightness {level}"
 
 
+class MarkCaptioner:
+    """Writes what a document or a tokenizer could take for marks."""
+
+    def caption(self, image: np.ndarray, prompt: str, language: str) -> str:
+        return " A <C_A> and <img_pad_baichuan><trainable_end>. "
+
+
 class LengthTranscriber:
     """Hears "one two three four", as many words as the recording has tenths of a second."""
 

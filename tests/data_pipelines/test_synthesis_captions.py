@@ -104,3 +104,11 @@ def test_hooks_that_cannot_be_used_are_refused(hook, named):
 def test_the_command_tells_what_is_wrong(manifest, tmp_path, capsys):
     assert run(manifest, tmp_path / "out", "--captioner", "plain") == (2,)
     assert capsys.readouterr().err == "error: --captioner plain: not of the form package.module:factory\n"
+
+
+def test_names_of_special_tokens_in_a_caption_are_text(manifest, tmp_path):
+    _, made, _ = run(manifest, tmp_path / "out", "--captioner", f"{HOOKS}:MarkCaptioner")
+    assert made
+    for one in made:
+        said = Text("A <C_A> and <img_pad_baichuan><trainable_end>.", trainable=True, plain=True)
+        assert parse_prompt(one["text"])[-1] == said
