@@ -100,15 +100,30 @@ def aqa(studio: Studio, rng: random.Random) -> Source:
 
 def dialogue(studio: Studio, rng: random.Random) -> Source:
     """One or two spoken questions, answered aloud: each piece of an answer is written, then spoken."""
-    language, turns = rng.choice(LANGUAGES), []
-    for _ in range(rng.choice([1, 1, 2])):
-        question, answer = texts.dialogue(rng)[LANGUAGES.index(language)]
-        turns.append((heard_tag(studio.say(rng, question, language)), _aloud(studio, rng, answer, language)))
+    language = rng.choice(LANGUAGES)
+    question, answer = texts.dialogue(rng)[LANGUAGES.index(language)]
+    asks, answers = random.Random(), random.Random()
+    asks.setstate(rng.getstate())
+    heard = heard_tag(studio.say(rng, question, language))
+    answers.setstate(rng.getstate())
+    turns = [(heard, _aloud(studio, rng, answer, language))]
+    # A second turn, in the same two voices, is drawn apart: the documents that follow do not depend on it.
+    apart = random.Random(f"{question}/{len(studio.speech)}")
+    if apart.random() < 0.3:
+        question, answer = texts.dialogue(apart)[LANGUAGES.index(language)]
+        turns.append((heard_tag(studio.say(asks, question, language)), _aloud(studio, answers, answer, language)))
     return conversation(turns, _system(rng, language))
 
 
 def _aloud(studio: Studio, rng: random.Random, answer: str, language: str) -> Source:
-    return spoken_answer(split_text(answer), lambda piece: studio.say(rng, piece.strip(), language))
+    """The answer in pieces, all in one voice."""
+    voice = rng.getstate()
+
+    def say(piece: str) -> str:
+        rng.setstate(voice)
+        return studio.say(rng, piece.strip(), language)
+
+    return spoken_answer(split_text(answer), say)
 
 
 def _story(rng: random.Random, count: int) -> tuple[list[str], str]:
