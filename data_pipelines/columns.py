@@ -1,8 +1,9 @@
 """An index's numbers as columns on disk: memory-mapped, so that many processes share them and none holds them.
 
-44 bytes a document and 4 a picture or video frame: 100 million documents with two pictures each are 5.2 GB.
+48 bytes a document and 4 a picture or video frame: 100 million documents with two pictures each are 5.6 GB.
 
     FOLDER/lengths.npy          (n, 6) int32    what each document takes of the budgets
+    FOLDER/text_targets.npy     (n,) int32      how many text targets it has
     FOLDER/places.npy           (n,) int64      where its source has it
     FOLDER/numbers.npy          (n,) int32      its line or record
     FOLDER/pictures.npy         (m,) int32      patches of each picture and video frame, document after document
@@ -23,10 +24,11 @@ from data_pipelines.document import Lengths
 from data_pipelines.row_limits import BUDGETED, needs_of
 
 SKIPPED_FILE, META_FILE = "skipped.jsonl", "meta.json"
-BYTES_A_DOCUMENT = 4 * len(BUDGETED) + 8 + 4 + 8
+BYTES_A_DOCUMENT = 4 * len(BUDGETED) + 4 + 8 + 4 + 8
 BYTES_A_PICTURE = 4
 _DTYPES = {
     "lengths": np.int32,
+    "text_targets": np.int32,
     "places": np.int64,
     "numbers": np.int32,
     "pictures": np.int32,
@@ -40,6 +42,7 @@ class Columns:
     """n documents with m pictures. Pickled as its folder where it has one."""
 
     lengths: Int32[np.ndarray, "n budgets"]
+    text_targets: Int32[np.ndarray, "n"]
     places: Int64[np.ndarray, "n"]
     numbers: Int32[np.ndarray, "n"]
     pictures: Int32[np.ndarray, "m"]
@@ -65,6 +68,7 @@ def make_columns(
     count = range(len(lengths))
     return Columns(
         np.array([needs_of(each) for each in lengths], np.int32).reshape(-1, len(BUDGETED)),
+        np.array([each.text_targets for each in lengths], np.int32),
         np.array(count if places is None else places, np.int64),
         np.array(count if numbers is None else numbers, np.int32),
         np.array([size for each in lengths for size in each.pictures], np.int32),

@@ -16,9 +16,9 @@ class SampleError(Exception):
     """One document cannot be used. `cause` is the word it is counted under; the message says what was wrong.
 
     Causes: `bad_json` (no JSON), `bad_form` (JSON of another form), `bad_prompt`, `missing_file`, `outside_root`,
-    `unreadable_media`, `too_big_media` (beyond `limits`), `silent_audio`, `too_long`, `no_loss`, `changed` (media or
-    codes are not what the index measured), `no_codes`, `damaged_codes` (of the store), `bad_record` (of a shard),
-    `other_tokenizer` (of token ids).
+    `unreadable_media`, `too_big_media` (beyond `limits`), `silent_audio`, `too_long`, `no_loss`, `unmarked` (where
+    data.unmarked refuses it), `changed` (media or codes are not what the index measured), `no_codes`, `damaged_codes`
+    (of the store), `bad_record` (of a shard), `other_tokenizer` (of token ids).
     """
 
     def __init__(self, cause: str, message: str):
@@ -36,6 +36,7 @@ class Document:
     `media` tells the folder that media paths in the text are relative to or, for a document of a shard, the media
     themselves by the name the text uses. A piece of a longer document has the system prompt and the turns from
     `turns[0]` until `turns[1]` alone; `max_frames` limits the frames of each of its videos (0: as the model does).
+    Of what is left so, `span` takes the items from `span[0]` until `span[1]`: tokens of text and media (`chunks`).
     """
 
     id: str
@@ -45,6 +46,7 @@ class Document:
     media: "Path | MediaRoot | Mapping[str, Media]"
     turns: tuple[int, int] | None = None
     max_frames: int = 0
+    span: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,8 @@ class Lengths:
 
     `tokens` row slots; `patches` 14x14 patches; `audio_frames` code frames (12.5 Hz) heard or spoken; `audio_targets`
     spoken frames that carry loss, one end frame a clip included; `mel_windows` windows of at most 30 s; `items` media.
-    `pictures` has the patches of each picture and video frame, in order: none may be cut.
+    `pictures` has the patches of each picture and video frame, in order: none may be cut. `text_targets`, of which
+    there is no budget, are the positions with a text target.
     """
 
     tokens: int
@@ -63,6 +66,12 @@ class Lengths:
     mel_windows: int = 0
     items: int = 0
     pictures: tuple[int, ...] = ()
+    text_targets: int = 0
+
+    @property
+    def trainable(self) -> int:
+        """Everything that carries loss, a frame of sound as one."""
+        return self.text_targets + self.audio_targets
 
 
 @dataclass(frozen=True)
@@ -105,4 +114,5 @@ class EncodedDocument:
             audio_frames=len(self.audio_codes),
             audio_targets=len(self.audio_targets),
             pictures=tuple(np.bincount(self.patch_frames)[1:].tolist()),
+            text_targets=int(np.count_nonzero(self.text_weights)),
         )

@@ -20,7 +20,7 @@ from data_pipelines.commands import first_of_causes
 from data_pipelines.document import Document
 from data_pipelines.mixture import Measured
 from data_pipelines.pieces import NO_PIECES, Pieces
-from data_pipelines.row_limits import RowLimits
+from data_pipelines.row_limits import AUDIO_TARGETS, RowLimits
 from data_pipelines.sources import Source
 
 _CHUNK = 1 << 20  # documents looked at together: what memory that takes does not grow with the index
@@ -71,7 +71,8 @@ class Index:
     @property
     def digest(self) -> str:
         """Differs between indexes whose documents, pieces or lengths differ."""
-        parts = (self.over, self.pieces.documents, self.pieces.turns, self.pieces.max_frames)
+        pieces = self.pieces
+        parts = (self.over, pieces.documents, pieces.turns, pieces.max_frames, pieces.spans)
         own = hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()
         return f"{self.columns.meta.get('digest', '')} {own[:12]}"
 
@@ -106,6 +107,11 @@ class Index:
         columns, place = self._columns_of(number)
         return columns.lengths[place]
 
+    def text_targets(self, number: int) -> int:
+        """How many text targets `number` has."""
+        columns, place = self._columns_of(number)
+        return int(columns.text_targets[place])
+
     def pictures_of(self, number: int) -> list[int]:
         """Patches of each picture and video frame of `number`, in order."""
         columns, place = self._columns_of(number)
@@ -123,7 +129,8 @@ class Index:
 
     def measured_one(self, number: int) -> Measured:
         """The document or piece `number`."""
-        return Measured(number, tuple(self.needs(number).tolist()), self.pictures_of(number))
+        needs = tuple(self.needs(number).tolist())
+        return Measured(number, needs, self.pictures_of(number), self.text_targets(number) + needs[AUDIO_TARGETS])
 
     def within(self, budgets: Budgets, media_shards: int = 1) -> "Index":
         """The same index for rows of these budgets, their patches in `media_shards` parts that hold whole pictures.
@@ -179,7 +186,13 @@ def _measured(columns: Columns, places: Int64[np.ndarray, "k"], first: int) -> l
     """Documents at these places of columns; the document at 0 has the number `first`."""
     needs = columns.lengths[places].tolist()
     starts, ends = columns.picture_places[places].tolist(), columns.picture_places[places + 1].tolist()
+    texts = columns.text_targets[places].tolist()
     return [
-        Measured(first + place, tuple(need), columns.pictures[start:end].tolist() if end > start else [])
-        for place, need, start, end in zip(places.tolist(), needs, starts, ends, strict=True)
+        Measured(
+            first + place,
+            tuple(need),
+            columns.pictures[start:end].tolist() if end > start else [],
+            text + need[AUDIO_TARGETS],
+        )
+        for place, need, start, end, text in zip(places.tolist(), needs, starts, ends, texts, strict=True)
     ]

@@ -1,10 +1,10 @@
 """The one endless stream of documents: every source in a new order each epoch, sources interleaved by weight.
 
 Next is the source that is furthest behind its share: the smallest (given + what its next document adds) / weight, where
-documents or tokens are counted. With weights 2 and 1 and documents counted: sources 0 0 1, 0 0 1, ... However long the
-stream, a source has given its share of it less at most 1 and more at most sources * weight / sum of weights, times the
-longest document where tokens are counted. (Grain's own `mix` cuts weights to whole hundredths of the smallest: with 1
-and 1.009 it gives equal shares for ever.)
+documents, tokens, or what is trainable of them are counted. With weights 2 and 1 and documents counted: sources 0 0 1,
+0 0 1, ... However long the stream, a source has given its share of it less at most 1 and more at most sources * weight
+/ sum of weights, times the longest document where not documents are counted. (Grain's own `mix` cuts weights to whole
+hundredths of the smallest: with 1 and 1.009 it gives equal shares for ever.)
 """
 
 import math
@@ -21,18 +21,19 @@ from data_pipelines.shuffle import permute
 
 DocumentKey = tuple[int, int]
 
-COUNTED = ("documents", "tokens")
+COUNTED = ("documents", "tokens", "trainable")
 _AHEAD = 512  # documents of a source whose lengths are read at once
 
 
 class Measured(NamedTuple):
     """A document as rows are planned with it: its number in its source, what it takes of each budget (tokens first),
-    the patches of each of its pictures.
+    the patches of each of its pictures, and how many text targets and audio frames to predict it has.
     """
 
     number: int
     needs: tuple[int, ...]
     pictures: list[int]
+    trainable: int = 0
 
 
 class Item(NamedTuple):
@@ -41,6 +42,7 @@ class Item(NamedTuple):
     key: DocumentKey
     needs: tuple[int, ...]
     pictures: list[int]
+    trainable: int = 0
 
 
 @runtime_checkable
@@ -69,7 +71,7 @@ class Mixture:
 
     With `epochs` every source is read that many times, one source after the other: for looking at a whole data set.
     Raises ConfigError for a source without usable documents, two of one name, a weight that is not positive, or
-    anything counted but documents and tokens.
+    anything counted that is not in `COUNTED`.
     """
 
     def __init__(
@@ -112,7 +114,7 @@ class Mixture:
     @property
     def state(self) -> dict:
         """By source: `seed` and number of `documents` (their order), `cursor` of them read (over all epochs), `part`
-        pieces of the next one read as well, `given` documents or tokens.
+        pieces of the next one read as well, `given` of what is counted.
         """
         return {name: reader.state for name, reader in self._by_name.items()}
 
@@ -154,7 +156,8 @@ class Mixture:
         return next((number for number, reader in enumerate(self._readers) if reader.peek()), None)
 
     def _cost(self, reader: "_Reader") -> int:
-        return reader.peek().needs[0] if self._counted == "tokens" else 1
+        item = reader.peek()
+        return {"documents": 1, "tokens": item.needs[0], "trainable": item.trainable}[self._counted]
 
     def _due(self, source: int) -> int:
         reader = self._readers[source]
@@ -215,7 +218,7 @@ class _Reader:
             self._read += 1
             for part, document in enumerate(found, 1):
                 last = part == len(found)
-                item = Item((self._number, document.number), document.needs, document.pictures)
+                item = Item((self._number, document.number), *document[1:])
                 self._ahead.append((item, self._read if last else self._read - 1, 0 if last else part))
             for _ in range(min(self._skip, len(found))):
                 self._ahead.popleft()
@@ -225,7 +228,7 @@ class _Reader:
 
 def _check(sources: Sequence[Documents], weights: Sequence[float | int], counted: str) -> None:
     if counted not in COUNTED:
-        raise ConfigError(f"data.weights_by {counted!r} is neither documents nor tokens")
+        raise ConfigError(f"data.weights_by {counted!r} is neither documents nor tokens nor trainable")
     names = [source.name for source in sources]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ConfigError(f"two sources of the mixture are called {twice[0]}")

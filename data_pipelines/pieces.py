@@ -1,4 +1,5 @@
-"""Pieces of documents beyond a budget: some of their turns, or fewer frames of their videos; measured as documents."""
+"""Pieces of documents beyond a budget: some of their turns, fewer frames of their videos, or chunks; measured as
+documents."""
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -9,7 +10,7 @@ from jaxtyping import Int32, Int64
 from data_pipelines.columns import Columns, make_columns
 from data_pipelines.document import Document
 
-WHOLE = (-1, -1)  # in the place of turns: all of them
+WHOLE = (-1, -1)  # in the place of turns or of a span: all there is
 
 
 @dataclass(frozen=True)
@@ -17,13 +18,15 @@ class Pieces:
     """k pieces, in the order of the documents they are of.
 
     `documents` are those documents' numbers; `turns` the first turn of a piece and the one after its last, -1 for all;
-    `max_frames` what its videos are cut down to, 0 for none. `left` has, for documents of which something stays beyond
+    `max_frames` what its videos are cut down to, 0 for none; `spans` the first item of a chunk and the one after its
+    last, -1 for all. `left` has, for documents of which something stays beyond
     a budget, the sentence; `handled` counts documents by the policy that made them fit.
     """
 
     documents: Int64[np.ndarray, "k"]
     turns: Int32[np.ndarray, "k 2"]
     max_frames: Int32[np.ndarray, "k"]
+    spans: Int32[np.ndarray, "k 2"]
     columns: Columns
     left: dict[int, str] = field(default_factory=dict)
     handled: Counter = field(default_factory=Counter)
@@ -45,8 +48,10 @@ class Pieces:
 
     def cut(self, piece: int, document: Document) -> Document:
         """The piece of `document`, which it is of."""
-        turns = tuple(self.turns[piece].tolist())
-        return replace(document, turns=None if turns == WHOLE else turns, max_frames=int(self.max_frames[piece]))
+        turns, span = (tuple(pairs[piece].tolist()) for pairs in (self.turns, self.spans))
+        parts = {"turns": None if turns == WHOLE else turns, "span": None if span == WHOLE else span}
+        return replace(document, max_frames=int(self.max_frames[piece]), **parts)
 
 
-NO_PIECES = Pieces(np.zeros(0, np.int64), np.zeros((0, 2), np.int32), np.zeros(0, np.int32), make_columns([]))
+_NO_PAIRS = np.zeros((0, 2), np.int32)
+NO_PIECES = Pieces(np.zeros(0, np.int64), _NO_PAIRS, np.zeros(0, np.int32), _NO_PAIRS, make_columns([]))

@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32, Integer, UInt8
 from tokenizers import Tokenizer
 
 from baichuan_omni_jax.config import ImagesConfig, OmniConfig
+from data_pipelines.chunks import Ids, Run, cut_span, group_media
 from data_pipelines.containers import Damage
 from data_pipelines.document import Document, EncodedDocument, Lengths, SampleError
 from data_pipelines.features import Window, clip_windows, log_mel, patchify, resize_picture, visual_size
@@ -24,7 +25,7 @@ from data_pipelines.sequence import Layout, Part, SoundPart, TextPart, VisualPar
 from data_pipelines.sounds import clip_key, decode_sound, probe_sound
 from data_pipelines.token_ids import read_ids
 from data_pipelines.tokenizing import check_tokenizer, encode, plain_tokenizer, tokenizer_fingerprint
-from data_pipelines.turns import document_elements, thin_frames
+from data_pipelines.turns import document_elements, is_marked, thin_frames
 from data_pipelines.videos import probe_video, read_video
 
 SCHEMA_VERSION = 2  # raise it when the same document and configuration give another sequence than before
@@ -104,7 +105,7 @@ class Processor:
     """Measures and encodes documents for one model and one tokenizer. Picklable; holds no open file.
 
     `end_of_text` appends `<|endoftext|>` to documents that do not end with it; `images` says how stills are taken.
-    Raises ConfigError when the tokenizer does not fit the model.
+    `unmarked` documents train whole or are refused. Raises ConfigError when the tokenizer does not fit the model.
     """
 
     def __init__(
@@ -113,12 +114,19 @@ class Processor:
         tokenizer: Tokenizer,
         end_of_text: bool = True,
         images: ImagesConfig = SEEN,
+        unmarked: Literal["all", "refuse"] = "all",
     ):
         check_tokenizer(tokenizer, omni_config)
         self.config = omni_config
         self.tokenizer = tokenizer
         self.end_of_text = end_of_text
         self.images = images
+        self.unmarked = unmarked
+        # The last document of which a part was asked for, as items: its other parts are, as a rule, asked for next.
+        self._last_runs: tuple[object, list[Run]] = (None, [])
+
+    def __getstate__(self) -> dict:
+        return vars(self) | {"_last_runs": (None, [])}
 
     @cached_property
     def fingerprint(self) -> str:
@@ -128,6 +136,7 @@ class Processor:
             "schema": SCHEMA_VERSION,
             "tokenizer": self.tokenizer.to_str(),
             "end_of_text": self.end_of_text,
+            "unmarked": self.unmarked,
             "tokens": dataclasses.asdict(self.config.tokens),
             "image_limits": dataclasses.asdict(vision.image_limits),
             "frame_limits": dataclasses.asdict(vision.frame_limits),
@@ -149,9 +158,17 @@ class Processor:
         """What the document takes of each budget, without decoding. `items` counts pictures, video frames and clips.
 
         Raises SampleError: "bad_prompt", "missing_file", "outside_root", "unreadable_media", "other_tokenizer" (of
-        token ids), "no_loss".
+        token ids), "unmarked", "no_loss".
         """
-        plan = self._plan(document)
+        return self._measured(self._plan(document))
+
+    def measure_run(self, run: Run, document: Document) -> Lengths:
+        """What one of the `runs` of a document takes by itself."""
+        elements = [run] if isinstance(run, Ids) else run
+        parts, pictures, clips = self._read(elements, document.media, document.max_frames, False, False, ())
+        return self._measured(_Plan(lay_out(parts, self.config.tokens), pictures, clips))
+
+    def _measured(self, plan: _Plan) -> Lengths:
         sizes = [self._patch_count(pictures) for pictures in plan.pictures for _ in range(pictures.count)]
         return Lengths(
             tokens=len(plan.layout.tokens),
@@ -161,7 +178,24 @@ class Processor:
             mel_windows=sum(len(clip.windows) for clip in plan.clips),
             items=len(sizes) + len(plan.clips),
             pictures=tuple(sizes),
+            text_targets=plan.layout.text_targets,
         )
+
+    def runs(self, document: Document) -> list[Run]:
+        """All items of a document whatever its `span`: text as ids, end of text included, and media."""
+        key = (document.where, document.text, document.turns, document.max_frames)
+        if self._last_runs[0] != key:
+            elements = document_elements(document, self.config.vision.max_frames)
+            found = [self._as_ids(element, document.media) for element in elements]
+            ending = [Ids(part.ids, part.trainable) for part in self._ending(document, elements, found[-1:])]
+            self._last_runs = key, group_media([*found, *ending])
+        return self._last_runs[1]
+
+    def elements(self, document: Document) -> list[Element | Ids]:
+        """What a document consists of; one with a `span` has its text as ids. Raises SampleError "bad_prompt"."""
+        if document.span is None:
+            return document_elements(document, self.config.vision.max_frames)
+        return cut_span(self.runs(document), document.span)[0]
 
     def audio_items(self, document: Document) -> list[AudioItem]:
         """The windows of sound that the document refers to, in order. Raises SampleError as `measure`."""
@@ -221,16 +255,24 @@ class Processor:
         )
 
     def _plan(self, document: Document, pixels: bool = False, mels: bool = False, rates: Sequence[int] = ()) -> _Plan:
-        elements = document_elements(document, self.config.vision.max_frames)
-        parts, pictures, clips = self._read(elements, document.media, document.max_frames, pixels, mels, rates)
-        layout = lay_out(parts + self._ending(elements, parts), self.config.tokens)
+        if self.unmarked == "refuse" and not is_marked(document):
+            raise SampleError("unmarked", "the document has no <trainable_start>, which data.unmarked=refuse asks for")
+        look = (document.media, document.max_frames)
+        if document.span is None:
+            elements = document_elements(document, self.config.vision.max_frames)
+            parts, pictures, clips = self._read(elements, *look, pixels, mels, rates)
+            layout = lay_out(parts + self._ending(document, elements, parts), self.config.tokens)
+        else:
+            elements, after = cut_span(self.runs(document), document.span)
+            parts, pictures, clips = self._read(elements, *look, pixels, mels, rates)
+            layout = lay_out(parts, self.config.tokens, _first_part(after))
         if not layout.has_loss:
             raise SampleError("no_loss", "nothing in the document carries loss")
         return _Plan(layout, pictures, clips)
 
     def _read(
         self,
-        elements: Sequence[Element | Said],
+        elements: Sequence[Element | Said | Ids],
         root: Path | MediaRoot | Mapping[str, Media],
         max_frames: int,
         pixels: bool,
@@ -245,6 +287,9 @@ class Processor:
             if isinstance(element, Text):
                 tokenizer = self._plain_tokenizer if element.plain else self.tokenizer
                 parts.append(TextPart(encode(tokenizer, element.text), element.trainable))
+                continue
+            if isinstance(element, Ids):
+                parts.append(TextPart(element.ids, element.trainable))
                 continue
             if isinstance(element, Said):
                 clips.append(_said(element.codes))
@@ -262,6 +307,13 @@ class Processor:
                 parts += [self._visual_part(pictures[-1])] * pictures[-1].count
         return parts, pictures, clips
 
+    def _as_ids(self, element: Element, root: Path | MediaRoot | Mapping[str, Media]) -> Element | Ids:
+        """Text as its ids, a medium as it is."""
+        if not isinstance(element, Text | Tokens):
+            return element
+        ids = self._read([element], root, 0, False, False, ())[0][0].ids
+        return Ids(ids, element.trainable)
+
     @cached_property
     def _plain_tokenizer(self) -> Tokenizer:
         return plain_tokenizer(self.tokenizer)
@@ -269,12 +321,12 @@ class Processor:
     def _ids(self, media: Media) -> list[int]:
         return read_ids(media, self.tokenizer_fingerprint, self.config.llm.vocab_size)
 
-    def _ending(self, elements: list[Element], parts: list[Part]) -> list[TextPart]:
+    def _ending(self, document: Document, elements: list[Element], parts: list[Part | Element | Ids]) -> list[TextPart]:
         last, end = elements[-1] if elements else Text(""), self.config.tokens.end_of_text
         ended = isinstance(last, Text | Tokens) and parts and list(parts[-1].ids[-1:]) == [end]
         if not self.end_of_text or ended:
             return []
-        trainable = isinstance(last, Text | Sound | Tokens) and last.trainable
+        trainable = not is_marked(document) or (isinstance(last, Text | Sound | Tokens) and last.trainable)
         return [TextPart([end], trainable)]
 
     def _pictures(self, element: Picture | Video, media: Media, max_frames: int, decode: bool) -> _Pictures:
@@ -346,6 +398,15 @@ class Processor:
         grids = [np.zeros((0, 2), np.int32), *(grid for _, grid in decoded)]
         numbers = np.repeat(np.arange(len(grids), dtype=np.int32), [len(grid) for grid in grids])
         return np.concatenate(patches), np.concatenate(grids), numbers
+
+
+def _first_part(element: Element | Ids | None) -> Part | None:
+    """What begins as the element does; of media the start mark alone matters."""
+    if isinstance(element, Ids):
+        return TextPart(element.ids, element.trainable)
+    if isinstance(element, Sound):
+        return SoundPart(0, element.spoken, element.trainable)
+    return None if element is None else VisualPart(0)
 
 
 def _said(codes: Int32[np.ndarray, "n q"]) -> _Clip:

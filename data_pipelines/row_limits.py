@@ -11,7 +11,7 @@ from data_pipelines.document import Lengths
 from data_pipelines.media_layout import PatchLayout
 
 BUDGETED = tuple(f.name for f in fields(Budgets))
-_PATCHES = BUDGETED.index("patches")
+_PATCHES, AUDIO_TARGETS = BUDGETED.index("patches"), BUDGETED.index("audio_targets")
 
 
 def budget_vector(budgets: Budgets) -> Int64[np.ndarray, "budgets"]:

@@ -42,7 +42,8 @@ Part = TextPart | VisualPart | SoundPart
 
 @dataclass
 class Layout:
-    """A document's sequence. `predicted[i]`: token i is a text target of position i - 1.
+    """A document's sequence. `predicted[i]`: token i is a text target of position i - 1; `following` is the same of the
+    token after the last, where the document is a part of one that goes on: (its id, whether it is a target).
 
     Slots are in order of appearance. `spoken` holds, for each clip that carries loss, the slot of its start mark, the
     place of its first frame among all code frames, and its number of frames.
@@ -53,6 +54,12 @@ class Layout:
     visual_slots: list[int] = field(default_factory=list)
     audio_slots: list[int] = field(default_factory=list)
     spoken: list[tuple[int, int, int]] = field(default_factory=list)
+    following: tuple[int, bool] = (0, False)
+
+    @property
+    def text_targets(self) -> int:
+        """Positions with a text target."""
+        return sum(self.predicted[1:]) + (self.following[1] and bool(self.tokens))
 
     @property
     def audio_targets(self) -> int:
@@ -61,11 +68,11 @@ class Layout:
 
     @property
     def has_loss(self) -> bool:
-        return any(self.predicted[1:]) or bool(self.spoken)
+        return self.text_targets > 0 or bool(self.spoken)
 
 
-def lay_out(parts: Iterable[Part], tokens: SpecialTokens) -> Layout:
-    """The sequence of `parts`.
+def lay_out(parts: Iterable[Part], tokens: SpecialTokens, following: Part | None = None) -> Layout:
+    """The sequence of `parts`, which `following` comes after in the document that they are of.
 
     Media marks are never predicted, except the `<audiogen_start>` of a clip to be spoken: the text decides to speak.
     Nor are pads and `<audiogen_end>`, which the audio head decides.
@@ -80,6 +87,9 @@ def lay_out(parts: Iterable[Part], tokens: SpecialTokens) -> Layout:
             layout.visual_slots += _add_media(layout, tokens.image_start, pad, tokens.image_end, part.count)
         else:
             _add_sound(layout, part, tokens)
+    if following is not None:
+        after = lay_out([following], tokens)
+        layout.following = (after.tokens[0], after.predicted[0])
     return layout
 
 
@@ -102,11 +112,12 @@ def _add_media(layout: Layout, start: int, pad: int, end: int, count: int, start
 def text_targets(layout: Layout) -> tuple[Int32[np.ndarray, "n"], Float32[np.ndarray, "n"]]:
     """(targets, weights), shifted: target i is token i + 1 where that token is predicted, else 0 with weight 0.
 
-    Tokens [7, 8, 9] of which 8 and 9 are predicted give targets [8, 9, 0] and weights [1, 1, 0].
+    Tokens [7, 8, 9] of which 8 and 9 are predicted give targets [8, 9, 0] and weights [1, 1, 0]. Of a part of a
+    document the last position has the target that it has in the whole.
     """
-    weights = np.zeros(len(layout.tokens), np.float32)
-    weights[:-1] = layout.predicted[1:]
-    following = np.roll(np.asarray(layout.tokens, np.int32), -1)
+    after, predicted = layout.following
+    weights = np.array([*layout.predicted, predicted][1:], np.float32)
+    following = np.array([*layout.tokens, after][1:], np.int32)
     return np.where(weights > 0, following, 0).astype(np.int32), weights
 
 

@@ -9,23 +9,32 @@ from itertools import groupby
 from typing import TypeVar
 
 from data_pipelines.document import Document
-from data_pipelines.prompts import Element, Picture, Text, Video, parse_prompt
-from data_pipelines.special_tokens import USER
+from data_pipelines.prompts import Element, Picture, Sound, Text, Tokens, Video, parse_prompt
+from data_pipelines.special_tokens import TRAINABLE_START, USER
 
 T = TypeVar("T")
 
 
 def document_elements(document: Document, max_frames: int = 0) -> list[Element]:
-    """The elements of the part that `document` is, its listed videos of at most `max_frames` frames (0: all).
+    """The elements of the turns and frames that `document` has, its listed videos of at most `max_frames`.
 
+    0 is no limit. Its `span` is cut later, when text is tokens. A document without any `<trainable_start>` is trainable as a whole.
     Raises SampleError "bad_prompt".
     """
     elements = parse_prompt(document.text)
+    if not is_marked(document):
+        learnable = Text | Sound | Tokens
+        elements = [replace(each, trainable=True) if isinstance(each, learnable) else each for each in elements]
     if document.turns is not None:
         head, turns = cut_turns(elements)
         elements = head + [element for turn in turns[slice(*document.turns)] for element in turn]
     most = min(document.max_frames or max_frames, max_frames or document.max_frames)
     return thin_frames(elements, most) if most else elements
+
+
+def is_marked(document: Document) -> bool:
+    """Whether the document, of which this may be a piece, says what of it is trainable."""
+    return TRAINABLE_START in document.text
 
 
 def cut_turns(elements: list[Element]) -> tuple[list[Element], list[list[Element]]]:

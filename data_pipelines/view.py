@@ -9,12 +9,13 @@ from jaxtyping import Float32, Int32, UInt8
 
 from baichuan_omni_jax.config import Budgets, ConfigError, OmniConfig
 from data_pipelines.batch import Batch, RowWriter, empty_rows
+from data_pipelines.chunks import Ids
 from data_pipelines.document import Document, EncodedDocument, SampleError
 from data_pipelines.features import log_mel
 from data_pipelines.index import Index
 from data_pipelines.pipeline import Pipeline
 from data_pipelines.processor import Processor
-from data_pipelines.prompts import Element, Picture, Sound, Text, Tokens, Video, parse_prompt
+from data_pipelines.prompts import Element, Picture, Sound, Text, Tokens, Video
 from data_pipelines.sounds import decode_sound
 
 PADDING, TEXT, MARK, IMAGE, FRAME, HEARD, SPOKEN = range(7)
@@ -78,7 +79,7 @@ class DocumentView:
 
     document: Document
     row: RowView
-    elements: list[Element]
+    elements: list[Element | Ids]
     pictures: list[PictureView]
     mels: list[MelView]
 
@@ -145,13 +146,15 @@ def view_document(document: Document, processor: Processor) -> DocumentView:
     except SampleError as error:
         raise ConfigError(f"document {document.id} ({document.where}) cannot be used: {error}") from error
     row = _view_alone(document, encoded, processor.config)
-    return DocumentView(document, row, parse_prompt(document.text), _pictures(encoded, processor.config), mels)
+    return DocumentView(document, row, processor.elements(document), _pictures(encoded, processor.config), mels)
 
 
-def describe(element: Element) -> tuple[int, str, bool]:
+def describe(element: Element | Ids) -> tuple[int, str, bool]:
     """(what it is, its text or file, whether it is to be learnt) of one element of a prompt."""
     if isinstance(element, Text):
         return TEXT, element.text, element.trainable
+    if isinstance(element, Ids):
+        return TEXT, f"[{len(element)} tokens of a longer text]", element.trainable
     name = element.reference.path or "base64 media"
     if isinstance(element, Sound):
         return (SPOKEN if element.spoken else HEARD), name, element.spoken and element.trainable
@@ -238,7 +241,7 @@ def _pictures(encoded: EncodedDocument, omni: OmniConfig) -> list[PictureView]:
 
 
 def _mels(document: Document, processor: Processor) -> list[MelView]:
-    sounds = [describe(element)[0] for element in parse_prompt(document.text) if isinstance(element, Sound)]
+    sounds = [describe(element)[0] for element in processor.elements(document) if isinstance(element, Sound)]
     audio = processor.config.audio
     views, clip, previous = [], -1, None
     for item in processor.audio_items(document):

@@ -48,6 +48,8 @@ def test_overrides_reach_nested_fields_and_keep_types():
         ("train.step=20", "unknown config key train.step; the nearest known one is train.steps"),
         ("trian.steps=20", "unknown config key trian; the nearest known one is train"),
         ("train.steps=2.5", "train.steps must be int, not 2.5"),
+        ("data.weights_by=words", "data.weights_by must be one of documents, tokens, trainable, not 'words'"),
+        ("train.document_weighting=1", "train.document_weighting must be one of token, sqrt, document, not 1"),
         ("train.steps=true", "train.steps must be int, not True"),
         ("train.steps.more=1", "train.steps.more: steps is a int and has no field 'more'"),
         ("train.steps", "'train.steps' is not of the form key=value"),

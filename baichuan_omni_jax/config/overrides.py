@@ -6,7 +6,7 @@ import difflib
 import types
 import typing
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from baichuan_omni_jax.config.errors import ConfigError
 
@@ -48,6 +48,23 @@ def apply_overrides(config: T, overrides: Sequence[str]) -> T:
     return config
 
 
+def check_kinds(config: Any, where: str = "") -> None:
+    """Raises ConfigError naming the first field, of any depth, whose value is none of its annotation's `Literal`s.
+
+    Configurations are Python, where nothing else looks at what a field is given.
+    """
+    hints = typing.get_type_hints(type(config))
+    for name, kind in hints.items():
+        value, path = getattr(config, name), f"{where}{name}"
+        if dataclasses.is_dataclass(value):
+            check_kinds(value, f"{path}.")
+        elif isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value)):
+            for place, item in enumerate(value):
+                check_kinds(item, f"{path}[{place}].")
+        elif "Literal[" in str(kind):
+            _convert(kind, value, path)
+
+
 def _replace(config: Any, keys: Sequence[str], text: str, path: str) -> Any:
     key, rest = keys[0], keys[1:]
     hints = typing.get_type_hints(type(config))
@@ -85,6 +102,10 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         if value is None and type(None) in args:
             return None
         return _convert(next(a for a in args if a is not type(None)), value, where)
+    if origin is Literal:
+        if value not in args:
+            raise ConfigError(f"{where} must be one of {', '.join(map(str, args))}, not {value!r}")
+        return value
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise ConfigError(f"{where} must be a list, not {value!r}")

@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Literal
 
 from baichuan_omni_jax.config.errors import ConfigError
+from baichuan_omni_jax.config.overrides import check_kinds
 from baichuan_omni_jax.config.sound import FlowTraining, TokenizerTraining
+
+Policy = Literal["split", "fewer_frames", "chunk", "chunk_text"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +40,10 @@ class SourceConfig:
     manifest: str
     weight: float = 1.0
     root: str = ""
+    # Multiplies the weight in the loss of all that its documents train on, text and audio.
+    loss_weight: float = 1.0
+    # What is tried on its documents beyond a budget; None: `DataConfig.oversize`.
+    oversize: tuple[Policy, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,10 +100,14 @@ class DataConfig:
     `audio_tokenizer` is a checkpoint (`DIR`); empty is a seeded random one, whose codes carry no decodable sound.
     `max_bad_fraction` is the share of documents that may be unusable before the run stops.
 
-    The sources' weights are shares of what is counted by `weights_by`: `documents` or `tokens`. With `continue_sources`
-    each source goes on where the run of `checkpoint.init_from` left it; else it starts anew.
+    The sources' weights are shares of what is counted by `weights_by`: `documents`, `tokens`, or what is `trainable`:
+    text targets and audio frames to predict. With `continue_sources` each source goes on where the run of
+    `checkpoint.init_from` left it; else it starts anew.
     `oversize` names what is tried, in order, on a document beyond a budget: `split` between its turns, `fewer_frames`
-    of its videos. What then is still too long is skipped.
+    of its videos, `chunk` into stretches that fit, before media where it has any, `chunk_text` the same of documents of
+    text alone. What then is still too long is skipped.
+    `unmarked` documents, in which nothing is marked as trainable, train on `all` of their text and speech, or are
+    skipped (`refuse`).
 
     Rows: `open_bins` are filled at a time, from the next documents of the stream and a pool of `look_ahead` more.
     The rows of `order_window` steps are ordered together so that all ranks have equal work in each step (1: as packed).
@@ -118,9 +129,10 @@ class DataConfig:
     mixture: tuple[SourceConfig, ...] = ()
     rows: int = 16
     budgets: Budgets = Budgets()
-    weights_by: str = "documents"
+    weights_by: Literal["documents", "tokens", "trainable"] = "documents"
     continue_sources: bool = False
-    oversize: tuple[str, ...] = ()
+    oversize: tuple[Policy, ...] = ("chunk_text",)
+    unmarked: Literal["all", "refuse"] = "all"
     open_bins: int = 8
     look_ahead: int = 128
     order_window: int = 1
@@ -219,6 +231,12 @@ class TrainConfig:
 
     A step's rows go through the model in `accumulate` equal parts, one after the other, and update it once.
     A step whose loss or gradient is not finite updates nothing; `nonfinite_limit` of them in a row end the run.
+
+    `document_weighting` says what a document counts in the loss of each modality: as much as it has targets there
+    (`token`), the square root of that (`sqrt`), or as much as any other (`document`).
+    The audio loss has its full weight in a step with at least `audio_full_ratio` frames to predict for every text
+    target, and proportionally less below: no frame ever weighs more than `audio_loss_weight / audio_full_ratio` text
+    targets (0: always full).
     """
 
     steps: int = 1000
@@ -227,6 +245,8 @@ class TrainConfig:
     seed: int = 0
     audio_loss_weight: float = 1.0
     audio_level_weights: tuple[float, ...] = ()
+    audio_full_ratio: float = 0.05
+    document_weighting: Literal["token", "sqrt", "document"] = "token"
     frozen_dtype: str = "bfloat16"
 
 
@@ -276,4 +296,5 @@ def load_run_config(path: str | Path) -> RunConfig:
     config = namespace["get_config"]()
     if not isinstance(config, RunConfig):
         raise ConfigError(f"get_config() of {path} returned {type(config).__name__}, not RunConfig")
+    check_kinds(config)
     return config

@@ -31,13 +31,14 @@ from tests.data_pipelines.small_media import write_image, write_sound
 
 IMAGE = '<img_start_baichuan>{"local": "%s"}<img_end_baichuan><trainable_start>a cat<trainable_end>'
 SPOKEN = 'hi<trainable_start><audiogen_start_baichuan>{"path": "s.wav"}<audiogen_end_baichuan><trainable_end>'
+NOTHING = "nothing to learn<trainable_start><trainable_end>"
 BAD = [
     ("{ no json", "bad_json", "m.jsonl:{} is not JSON"),
     (IMAGE % "gone.png", "missing_file", "gone.png does not exist"),
     (IMAGE % "s.wav", "unreadable_media", "s.wav is not a readable image"),
     ("<img_start_baichuan>{}<img_end_baichuan>", "bad_prompt", "<img_start_baichuan> names no file"),
     (IMAGE % "../x.png", "outside_root", "lies outside"),
-    ("nothing to learn", "no_loss", "nothing in the document carries loss"),
+    (NOTHING, "no_loss", "nothing in the document carries loss"),
 ]
 
 
@@ -75,11 +76,13 @@ def test_lengths_are_those_of_the_encoded_documents(sample_pipeline, sample_code
             lengths = sample_pipeline.processor.encode(index.document(number), sample_codes).lengths
             found = [lengths.tokens, lengths.patches, lengths.audio_frames, lengths.audio_targets]
             assert index.needs(number)[:4].tolist() == found
+            assert index.text_targets(number) == lengths.text_targets
+            assert index.measured_one(number).trainable == lengths.text_targets + lengths.audio_targets
             assert index.pictures_of(number) == list(lengths.pictures)
 
 
 def test_documents_are_found_by_their_place(root, processor):
-    texts = [IMAGE % "a.png", "nothing to learn", "", SPOKEN]
+    texts = [IMAGE % "a.png", NOTHING, "", SPOKEN]
     write(root, texts)
     (root / "m.jsonl").write_bytes(b"\xef\xbb\xbf" + (root / "m.jsonl").read_bytes())
     index = load(root, processor)
@@ -175,7 +178,7 @@ def test_bytes_of_a_document():
     held = sum(getattr(made, name).nbytes for name in NAMES)
     assert held == 1000 * (BYTES_A_DOCUMENT + 2 * BYTES_A_PICTURE) + 8
     assert f"{BYTES_A_DOCUMENT} bytes a document and {BYTES_A_PICTURE} a picture" in columns.__doc__
-    assert 10**8 * (BYTES_A_DOCUMENT + 2 * BYTES_A_PICTURE) == 5.2e9
+    assert 10**8 * (BYTES_A_DOCUMENT + 2 * BYTES_A_PICTURE) == 5.6e9
 
 
 def test_an_index_goes_to_workers_as_its_folder(root, processor):
@@ -188,7 +191,7 @@ def test_an_index_goes_to_workers_as_its_folder(root, processor):
 
 def test_a_built_data_set(root, processor, tmp_path):
     """Shards give the lengths that the manifest gives; documents are read from them."""
-    write(root, [IMAGE % "a.png", "nothing to learn", SPOKEN])
+    write(root, [IMAGE % "a.png", NOTHING, SPOKEN])
     whole = load(root, processor)
     (root / "set").mkdir()
     media = {name: (root / name).read_bytes() for name in ("a.png", "s.wav")}
@@ -206,6 +209,7 @@ def test_a_built_data_set(root, processor, tmp_path):
     (root / "a.png").unlink()
     index = load_index(config(root), SourceConfig(name="set", manifest="set"), processor)
     np.testing.assert_array_equal(index.columns.lengths, whole.columns.lengths)
+    np.testing.assert_array_equal(index.columns.text_targets, whole.columns.text_targets)
     assert [index.document(i).text for i in index.numbers()] == [IMAGE % "a.png", SPOKEN]
     assert [index.where(i) for i in index.numbers()] == [f"set/documents-0000{i}.array_record:0" for i in range(2)]
     assert [(item.where, item.cause) for item in index.skipped] == [("set/documents-00000.array_record:1", "no_loss")]
@@ -223,7 +227,7 @@ def test_bad_lines_are_counted_by_cause_and_named(root, processor):
 
 
 def test_too_long_documents_move_to_the_skipped(root, processor):
-    index = load(write(root, [SPOKEN, IMAGE % "a.png", "nothing to learn"]), processor)
+    index = load(write(root, [SPOKEN, IMAGE % "a.png", NOTHING]), processor)
     speech, picture = index.needs(0), index.needs(1)
     roomy = Budgets(tokens=99, patches=99, audio_frames=99, audio_targets=99)
     assert index.within(roomy).usable == 2
@@ -289,7 +293,7 @@ def test_more_bad_documents_than_allowed_stop_the_run(root, caplog):
 
 def test_a_source_without_usable_documents_is_told_at_once(root):
     """Not by the first step, which a worker process plans."""
-    write(root, ["nothing to learn"])
+    write(root, [NOTHING])
     with pytest.raises(ConfigError, match=r"source main has no usable document: skipped 1 no_loss of m\.jsonl"):
         open_pipeline(config(root, max_bad_fraction=1.0), tiny())
 

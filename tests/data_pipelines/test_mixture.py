@@ -71,6 +71,18 @@ def test_shares_of_tokens_are_those_of_the_weights(weights, data):
         assert (ahead <= 500 * len(weights) * shares + 1e-6).all()
 
 
+def test_shares_of_what_is_trainable_are_those_of_the_weights():
+    """Long documents with little to learn, and short ones with much."""
+    sizes = [[(100, 2), (90, 1)], [(10, 9), (20, 18)]]
+    listed = [Listed(str(n), [(tokens,) for tokens, _ in own] * 50) for n, own in enumerate(sizes)]
+    for one, own in zip(listed, sizes, strict=True):
+        one._known = [each._replace(trainable=own[each.number % 2][1]) for each in one._known]
+    mixture, given = Mixture(listed, [0.6, 0.4], 0, counted="trainable"), np.zeros(2)
+    for number, document in stream(mixture, 400):
+        given[number] += sizes[number][document % 2][1]
+    np.testing.assert_allclose(given / given.sum(), [0.6, 0.4], atol=18 / given.sum())
+
+
 def test_the_example_of_two_to_one():
     assert [number for number, _ in stream(Mixture(sources(9, 9), [2, 1], 0), 6)] == [0, 0, 1, 0, 0, 1]
 

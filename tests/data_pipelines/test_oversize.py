@@ -1,4 +1,4 @@
-"""Documents beyond a budget: split between turns, videos with fewer frames, what is left skipped and counted."""
+"""Documents beyond a budget: split between turns, videos with fewer frames, chunks; the rest skipped and counted."""
 
 import json
 from collections import Counter
@@ -6,7 +6,15 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from baichuan_omni_jax.config import Budgets, ConfigError, DataConfig, SourceConfig, tiny
+from baichuan_omni_jax.config import (
+    Budgets,
+    ConfigError,
+    DataConfig,
+    RunConfig,
+    SourceConfig,
+    apply_overrides,
+    tiny,
+)
 from data_pipelines.document import Document
 from data_pipelines.pipeline import open_pipeline
 from data_pipelines.prompts import Picture, Sound, Text, parse_prompt
@@ -38,17 +46,18 @@ def root(tmp_path_factory):
     return root
 
 
-def opened(root, texts, policies=BOTH, **budgets):
+def opened(root, texts, policies=BOTH, own=None, **budgets):
+    """A pipeline over these documents; `own` are the source's policies, `policies` None the default ones."""
     name = f"m{abs(hash((tuple(texts), policies, tuple(budgets.items()))))}.jsonl"
     (root / name).write_text("\n".join(json.dumps({"text": text}) for text in texts))
     sizes = {"tokens": 999, "patches": 960, "audio_frames": 99, "audio_targets": 99} | budgets
     config = DataConfig(
         root=str(root),
-        mixture=(SourceConfig(name="main", manifest=name),),
+        mixture=(SourceConfig(name="main", manifest=name, oversize=own),),
         rows=1,
         budgets=Budgets(**sizes),
         workers=0,
-        oversize=policies,
+        **({} if policies is None else {"oversize": policies}),
         max_bad_fraction=1.0,
     )
     return open_pipeline(config, tiny())
@@ -162,6 +171,81 @@ def test_without_a_policy_documents_are_skipped(root):
     assert next(pipeline.plan())[0].key == (0, 1)
 
 
+BOOK = "the cat sat on the mat " * 40 + "猫坐在垫子上。" * 20
+WORDS = "see " * 30
+
+
+def learnt(pipeline, path):
+    """Text targets of all documents and pieces; each one's arrays are as long as measured."""
+    (index,), total = pipeline.indexes, 0
+    store = store_codes(pipeline, path)
+    for number in index.numbers():
+        encoded = pipeline.processor.encode(index.document(number), store)
+        assert len(encoded.tokens) == index.needs(number)[0]
+        assert np.count_nonzero(encoded.text_weights) == index.text_targets(number)
+        total += index.text_targets(number)
+    return total
+
+
+@pytest.mark.parametrize("text", [BOOK, f"once{turn('x', BOOK)}"], ids=["unmarked", "marked"])
+def test_long_text_is_chunked_by_default(root, text, tmp_path):
+    """Nothing is skipped, all is learnt, rows are full, and a plan that stops among the chunks goes on."""
+    whole, pipeline = opened(root, [text], policies=None), opened(root, [text], policies=None, tokens=32)
+    (index,) = pipeline.indexes
+    assert (pipeline.handled(), pipeline.causes()) == ({"chunk_text": 1}, {})
+    assert learnt(whole, tmp_path / "whole") == learnt(pipeline, tmp_path / "chunks")
+    sizes = [int(index.needs(number)[0]) for number in index.numbers()]
+    assert sizes[:-1] == [32] * (len(sizes) - 1)
+    plan = pipeline.step_plan()
+    first = [next(plan) for _ in range(5)]
+    again = pipeline.step_plan()
+    again.restore(json.loads(json.dumps(plan.state)))
+    assert [next(plan) for _ in range(5)] == [next(again) for _ in range(5)]
+    batch, lost = pipeline.decoder(store_codes(pipeline, tmp_path / "rows"))([row for step in first for row in step])
+    assert not lost
+    assert (batch["positions"][0] == np.arange(32)).all()
+
+
+def test_media_are_chunked_where_it_is_asked_for(root, tmp_path):
+    """Interleaved documents are cut before a picture, in a source's own policies too; by default they are skipped."""
+    text = IMAGE + WORDS + IMAGE + WORDS
+    skipped = opened(root, [text, turn("x")], policies=None, tokens=60)
+    assert skipped.causes() == {"too_long": 1}
+    whole = opened(root, [text, turn("x")], tokens=999)
+    for pipeline in (
+        opened(root, [text, turn("x")], ("chunk",), tokens=60),
+        opened(root, [text, turn("x")], None, ("chunk",), tokens=60),
+    ):
+        (index,) = pipeline.indexes
+        assert (pipeline.handled(), pipeline.causes()) == ({"chunk": 1}, {})
+        assert [index.pictures_of(number) for number in index.numbers()] == [[], [24], [24]]
+        assert learnt(pipeline, tmp_path / str(id(pipeline))) == learnt(whole, tmp_path / f"whole-{id(pipeline)}")
+
+
+def test_a_medium_that_no_row_holds_gets_fewer_frames_or_is_named(root):
+    text = BOOK + VIDEO + "what? red"
+    frames = opened(root, [VIDEO + "a"]).indexes[0].pictures_of(0)
+    both = opened(root, [text], ("chunk", "fewer_frames"), tokens=64, patches=frames[0] * 2)
+    assert (both.handled(), both.causes()) == ({"chunk": 1, "fewer_frames": 1}, {})
+    assert [len(both.indexes[0].pictures_of(number)) for number in both.indexes[0].numbers()][-1] == 2
+    alone = opened(root, [text], ("chunk",), tokens=64, patches=frames[0] * 2)
+    (left,) = alone.skipped
+    assert "the medium at its token" in left.message
+    assert left.message.endswith("tokens exceed the row's 64")
+
+
+def test_turns_too_long_for_a_row_are_chunked_after_a_split(root):
+    pipeline = opened(root, [SYSTEM + turn("x") + turn("y", BOOK)], ("split", "chunk_text"), tokens=48)
+    assert (pipeline.handled(), pipeline.causes()) == ({"split": 1, "chunk_text": 1}, {})
+    spans = [piece.span for piece in documents(pipeline)]
+    assert spans[:2] == [None, (0, 48)]
+    assert all(piece.turns == (1, 2) for piece in documents(pipeline)[1:])
+
+
 def test_a_policy_that_there_is_not(root):
+    config = DataConfig(root=str(root), mixture=(SourceConfig(name="main", manifest="m.jsonl"),))
+    object.__setattr__(config, "oversize", ("cut",))
     with pytest.raises(ConfigError, match=r"data\.oversize 'cut' is none of split, fewer_frames"):
-        opened(root, [LONG], policies=("cut",))
+        open_pipeline(config, tiny())
+    with pytest.raises(ConfigError, match=r"data\.oversize\[0\] must be one of split, fewer_frames, chunk, chunk_text"):
+        apply_overrides(RunConfig(name="x"), ["data.oversize=['cut']"])

@@ -281,10 +281,32 @@ def test_fingerprint_and_pickle(processor, tokenizer):
     assert Processor(deeper, tokenizer, end_of_text=False).fingerprint == processor.fingerprint
 
 
+def test_documents_without_marks_train_whole(tokenizer, root):
+    """Text, speech to be spoken, and the end; what is heard or seen is never a target. Or they are refused."""
+    text = f"<C_Q>the cat{IMAGE}{HEARD}<C_A>sat{SPOKEN}on{IMAGE}"
+    codes = codes_of(root / "s.wav")
+    training = Processor(CONFIG, tokenizer)
+    unmarked, whole = (training.encode(document(each, root), codes) for each in (text, trainable(text)))
+    for name in ("tokens", "text_targets", "audio_targets", "audio_weights", "audio_target_slots"):
+        np.testing.assert_array_equal(getattr(unmarked, name), getattr(whole, name))
+    pads = {T.audio_pad, T.image_pad, T.video_place, T.audio_start, T.image_start, T.audio_end, T.image_end}
+    following = np.append(unmarked.tokens[1:], T.audio_pad)
+    expected = ~np.isin(following, [*pads, T.audiogen_end])
+    np.testing.assert_array_equal(unmarked.text_weights > 0, expected)
+    assert unmarked.text_targets[-2] == T.end_of_text
+    assert len(unmarked.audio_targets) == 4
+    refusing = Processor(CONFIG, tokenizer, unmarked="refuse")
+    assert refusing.fingerprint != training.fingerprint
+    with pytest.raises(SampleError, match="the document has no <trainable_start>") as caught:
+        refusing.measure(document(text, root))
+    assert caught.value.cause == "unmarked"
+    assert refusing.measure(document(trainable("a"), root)).text_targets == 1
+
+
 @pytest.mark.parametrize(
     ("text", "cause", "message"),
     [
-        ("nothing to learn", "no_loss", "nothing in the document carries loss"),
+        ("nothing to learn<trainable_start><trainable_end>", "no_loss", "nothing in the document carries loss"),
         ("", "no_loss", "nothing in the document"),
         (trainable(HEARD), "no_loss", "nothing in the document"),
         (IMAGE.replace("a.png", "b.png"), "missing_file", "b.png does not exist"),

@@ -135,7 +135,11 @@ def test_labels_fit_their_boxes(inches, label):
 
 
 def test_bad_documents_are_counted_in_the_picture(tmp_path, capsys):
-    lines = ["{", json.dumps({"text": "no loss"}), json.dumps({"text": "<trainable_start>猫 $x_1<trainable_end>"})]
+    lines = [
+        "{",
+        json.dumps({"text": "no loss<trainable_start><trainable_end>"}),
+        json.dumps({"text": "<trainable_start>猫 $x_1<trainable_end>"}),
+    ]
     (tmp_path / "m.jsonl").write_text("\n".join(lines), encoding="utf-8")
     assert run(tmp_path / "m.jsonl", "--out", tmp_path / "row.svg", "--rows", 1, "--length", 32) == 0
     drawn = (tmp_path / "row.svg").read_text(encoding="utf-8")
@@ -149,7 +153,7 @@ def test_bad_documents_are_counted_in_the_picture(tmp_path, capsys):
         (["none.jsonl"], "none.jsonl cannot be read: No such file"),
         (["text.jsonl", "--document", "zz"], "no document has the id 'zz' in text.jsonl"),
         (["text.jsonl", "--rows", "0"], "--rows 0 and --length 1024 must be at least 1"),
-        (["text.jsonl", "--length", "4"], "has no usable document: skipped 190 too_long"),
+        (["image.jsonl", "--length", "4"], "has no usable document: skipped "),
         (["text.jsonl", "--model", "zz"], "model 'zz' is neither a variant"),
         (["text.jsonl", "--tokenizer", "zz.json"], "tokenizer zz.json cannot be read"),
         (["text.jsonl", "--out", "row.zz"], "Format 'zz' is not supported"),
