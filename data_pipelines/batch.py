@@ -48,6 +48,7 @@ def empty_rows(
         "audio_targets": zeros(c, levels),
         "audio_weights": zeros(c, levels, dtype=np.float32),
         "audio_target_index": unused(c),
+        "audio_target_sources": np.full((rows, c), -1, np.int32),
         "patches": zeros(p, omni.vision.patch_values, dtype=np.uint8),
         "patch_grid": zeros(p, 2),
         "patch_segments": zeros(p),
@@ -93,6 +94,8 @@ class RowWriter:
         self._put("audio", document, ("audio_codes",))
         self._put_slots("audio", "audio_index", document.audio_slots, start)
         self._put("target", document, ("audio_targets", "audio_weights"))
+        targets = slice(self._at["target"], self._at["target"] + len(document.audio_targets))
+        self._row["audio_target_sources"][targets] = source
         self._put_slots("target", "audio_target_index", document.audio_target_slots, start)
         self._put_pictures(document, pictures_at, start)
 

@@ -12,13 +12,16 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from baichuan_omni_jax.config import ConfigError, DataConfig, OmniConfig, SourceConfig
+from baichuan_omni_jax.config import ConfigError, DataConfig, OmniConfig, SourceConfig, TrainConfig
+from baichuan_omni_jax.config.overrides import check_kinds
 from baichuan_omni_jax.config.sound_targets import MelTargetSettings
+from baichuan_omni_jax.train.loss_shares import LossShare, predict_shares
 from data_pipelines.commands import describe_causes, file_errors
 from data_pipelines.context_plan import context_plan
 from data_pipelines.document import SampleError
 from data_pipelines.index import Index, Skipped
 from data_pipelines.index_build import load_index
+from data_pipelines.loss_weights import check_loss_weights, source_means
 from data_pipelines.media_layout import check_media_shards, patch_layout
 from data_pipelines.mel_slots import mel_slots
 from data_pipelines.mixture import Mixture
@@ -39,13 +42,17 @@ NAMED = 1000  # skipped documents of a source that the log names; the others are
 
 @dataclass(frozen=True)
 class Pipeline:
-    """An indexed mixture, ready to be packed. Nothing of its media has been decoded yet."""
+    """An indexed mixture, ready to be packed. Nothing of its media has been decoded yet.
+
+    `weighting` is what documents count in the loss (`train.document_weighting`).
+    """
 
     config: DataConfig
     omni: OmniConfig
     processor: Processor
     indexes: tuple[Index, ...]
     targets: Mapping[str, MelTargetSettings] = field(default_factory=dict)
+    weighting: str = "token"
 
     @property
     def cache(self) -> Path:
@@ -75,6 +82,12 @@ class Pipeline:
             parts[f"the documents of {index.manifest}"] = f"{index.usable} documents {index.digest}"
         return parts
 
+    def loss_shares(self, train: TrainConfig) -> list[LossShare]:
+        """Which share of the loss each source has in training."""
+        sources = zip(self.indexes, self.config.mixture, strict=True)
+        means = [source_means(index, source, self.weighting) for index, source in sources]
+        return predict_shares(means, self.config.weights_by, train)
+
     def plan(self, *, epochs: int | None = None, left: Mapping | None = None) -> RowPlan:
         """The rows: endless by the mixture's weights, or `epochs` times every document.
 
@@ -101,7 +114,18 @@ class Pipeline:
         """What turns planned rows into batches. Raises ConfigError when rows cannot be dealt to the shards."""
         layout, context = patch_layout(self.config), context_plan(self.config, context_shards)
         mels = mel_slots(self.config, self.omni.audio, self.targets)
-        return RowDecoder(self.indexes, self.processor, codes, self.config.budgets, self.omni, layout, context, mels)
+        return RowDecoder(
+            self.indexes,
+            self.processor,
+            codes,
+            self.config.budgets,
+            self.omni,
+            layout,
+            context,
+            mels,
+            tuple(source.loss_weight for source in self.config.mixture),
+            self.weighting,
+        )
 
     def steps(
         self,
@@ -128,11 +152,12 @@ def open_pipeline(
     omni: OmniConfig,
     processor: Processor | None = None,
     targets: Mapping[str, MelTargetSettings] | None = None,
+    weighting: str = "token",
 ) -> Pipeline:
     """Tokenizer, processor and indexes of a mixture; every skipped document is named in the log, once.
 
     With `processor` the documents go through that one: held-out documents need the tokenizer of the training run.
-    `targets` are mels that batches hold beside mel slots.
+    `targets` are mels that batches hold beside mel slots; `weighting` is that of `Pipeline`.
     Raises ConfigError for a missing manifest or tokenizer, a source with nothing usable, patches that `media_shards`
     does not divide, more unusable documents than `max_bad_fraction`, or a cache that cannot be written.
     """
@@ -141,24 +166,27 @@ def open_pipeline(
     check_media_shards(config, omni)
     check_plan(config)
     check_policies(config)
+    check_loss_weights(config)
     with file_errors(cache_folder(config)):
         if processor is None:
             tokenizer = load_or_train_tokenizer(config, omni)
-            processor = Processor(omni, tokenizer, config.end_of_text, images=config.images)
+            processor = Processor(omni, tokenizer, config.end_of_text, config.images, config.unmarked)
         indexes = tuple(_open_index(config, source, processor) for source in config.mixture)
-    pipeline = Pipeline(config, omni, processor, indexes, targets or {})
+    pipeline = Pipeline(config, omni, processor, indexes, targets or {}, weighting)
     for index in indexes:
         _name_skipped(index)
     bad = pipeline.causes()
     check_bad_fraction(bad.total(), pipeline.documents, config.max_bad_fraction, bad)
     pipeline.plan()  # refuses empty sources and bad weights here, not later in a worker
+    check_kinds(config, "data.")
     return pipeline
 
 
 def _open_index(config: DataConfig, source: SourceConfig, processor: Processor) -> Index:
     index = load_index(config, source, processor, config.workers)
     index = index.within(config.budgets, config.media_shards)
-    return with_pieces(index, config.oversize, processor, cache_folder(config), config.workers)
+    policies = config.oversize if source.oversize is None else source.oversize
+    return with_pieces(index, policies, processor, cache_folder(config), config.workers)
 
 
 def _name_skipped(index: Index) -> None:

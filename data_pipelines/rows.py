@@ -24,6 +24,7 @@ from data_pipelines.batch import Batch, RowWriter, empty_rows
 from data_pipelines.context_plan import ContextPlan
 from data_pipelines.document import Lengths, SampleError
 from data_pipelines.index import Index
+from data_pipelines.loss_weights import weigh
 from data_pipelines.media_layout import PatchLayout
 from data_pipelines.mel_slots import MelSlots, row_key
 from data_pipelines.processor import Codes, Processor
@@ -47,7 +48,10 @@ class Step:
 
 @dataclass(frozen=True)
 class RowDecoder:
-    """Turns planned rows into a batch. Picklable: it goes to the workers."""
+    """Turns planned rows into a batch. Picklable: it goes to the workers.
+
+    `loss_weights` are the sources' own; `weighting` is `train.document_weighting`.
+    """
 
     indexes: tuple[Index, ...]
     processor: Processor
@@ -57,6 +61,8 @@ class RowDecoder:
     layout: PatchLayout
     context: ContextPlan
     mels: MelSlots
+    loss_weights: tuple[float, ...]
+    weighting: str = "token"
 
     def __call__(self, rows: list[Row], mel_frames: int = 0) -> tuple[Batch, dict]:
         """The batch of `rows`, its mel slots of `mel_frames`, and the documents that could not be decoded."""
@@ -89,18 +95,20 @@ class RowDecoder:
             with_mels = self.budgets.mel_windows > 0
             rates = self.mels.rates if with_mels else ()
             encoded = self.processor.encode(index.document(number), self.codes, mels=with_mels, rates=rates)
-            if not _as_measured(encoded.lengths, needs, index.pictures_of(number)):
+            if not _as_measured(encoded.lengths, index, number):
                 raise SampleError("changed", "the document is not what the index measured")
         except SampleError as error:
             lost[key] = (index.where(number), error.cause, str(error))
             writer.leave(int(needs[0]))
             return
-        writer.add(encoded, source=source, number=number, pictures_at=pictures_at)
+        weighed = weigh(encoded, self.weighting, self.loss_weights[source])
+        writer.add(weighed, source=source, number=number, pictures_at=pictures_at)
 
 
-def _as_measured(found: Lengths, needs: Int32[np.ndarray, "budgets"], pictures: list[int]) -> bool:
+def _as_measured(found: Lengths, index: Index, number: int) -> bool:
     sizes = [found.tokens, found.patches, found.audio_frames, found.audio_targets]
-    return sizes == needs[: len(sizes)].tolist() and list(found.pictures) == pictures
+    as_long = sizes == index.needs(number)[: len(sizes)].tolist() and found.text_targets == index.text_targets(number)
+    return as_long and list(found.pictures) == index.pictures_of(number)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """`python -m data_pipelines.stats DIR|MANIFEST...`: what documents and media there are, how long and large, by type.
 
 A built dataset tells what its builder measured; of a manifest every media file's header is read. `--plot` draws the
-distributions, which needs matplotlib (extra `show`).
+distributions, which needs matplotlib (extra `show`). `--config FILE` tells instead which share of the loss each source
+of a run's mixture will have, text and audio, from the run's index (made where it is missing).
 """
 
 import argparse
@@ -17,8 +18,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from baichuan_omni_jax.config import ConfigError
+from baichuan_omni_jax.config import ConfigError, apply_overrides, load_run_config, resolve_model
 from baichuan_omni_jax.config.errors import exit_code
+from baichuan_omni_jax.train.loss_shares import shares_table
 from data_pipelines.build.dataset import SKIPPED_FILE, list_sources
 from data_pipelines.build.plan import RANGE, Source, unpack
 from data_pipelines.build.shard import PARTS
@@ -34,6 +36,7 @@ from data_pipelines.jobs import Job, Unit, run_job
 from data_pipelines.jobs.runners import make_runner
 from data_pipelines.manifest import split_manifest
 from data_pipelines.measures import KINDS, Measures, collect, join, load_measures, measure_document
+from data_pipelines.pipeline import open_pipeline, prepare_sample
 from data_pipelines.shards.dataset import read_description
 from data_pipelines.shards.writer import SUFFIX
 from data_pipelines.sources import ANY_FOLDER
@@ -57,6 +60,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _show(options: argparse.Namespace) -> None:
+    if bool(options.config) == bool(options.sources):
+        raise ConfigError("give data sets and manifests to look at, or --config with a run's configuration")
+    if options.config:
+        _show_shares(options.config, options.set)
+        return
     draw = _drawing(options.plot) if options.plot else None  # first of all: measuring may take long
     measures, skipped, examples = load(options.sources, options.root, options.workers, trusted_names(options))
     causes = describe_causes(skipped, examples)
@@ -77,6 +85,15 @@ def _show(options: argparse.Namespace) -> None:
     if draw:
         draw(measures.types, quantities(measures), options.plot)
         print(f"{options.plot}: distributions of {len(measures)} documents")
+
+
+def _show_shares(config: Path, overrides: Sequence[str]) -> None:
+    run = apply_overrides(load_run_config(config), overrides)
+    prepare_sample(run.data)
+    weighting = run.train.document_weighting
+    pipeline = open_pipeline(run.data, resolve_model(run.model), weighting=weighting)
+    title = f"{run.name}: expected shares, {run.data.weights_by} by weight, documents weighing by {weighting}"
+    Console(highlight=False).print(shares_table(pipeline.loss_shares(run.train), title))
 
 
 def _drawing(path: Path):
@@ -221,7 +238,9 @@ def _table(title: str, *columns: str) -> Table:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m data_pipelines.stats", description=__doc__)
     add = parser.add_argument
-    add("sources", metavar="DIR|MANIFEST", type=Path, nargs="+", help="built datasets, JSONL manifests")
+    add("sources", metavar="DIR|MANIFEST", type=Path, nargs="*", help="built datasets, JSONL manifests")
+    add("--config", metavar="FILE", type=Path, help="tells the shares of the loss in this run instead")
+    add("--set", metavar="KEY=VALUE", action="append", default=[], help="with --config: overrides one of its keys")
     add_media_arguments(parser)
     add("--plot", metavar="PICTURE", type=Path, help="draws the distributions: .png, .pdf or .svg")
     cores = os.cpu_count() or 1

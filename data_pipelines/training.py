@@ -3,6 +3,8 @@
 from collections import Counter
 from collections.abc import Iterator
 
+from baichuan_omni_jax.config import TrainConfig
+from baichuan_omni_jax.train.loss_shares import LossShare
 from data_pipelines.codes import CodeStore
 from data_pipelines.context_plan import check
 from data_pipelines.mixture import epochs_read
@@ -37,6 +39,10 @@ class TrainingData:
     def where(self, source: int, number: int) -> str:
         """The manifest line of a document."""
         return self._pipeline.indexes[source].where(number)
+
+    def loss_shares(self, train: TrainConfig) -> list[LossShare]:
+        """Which share of the loss each source has, as foreseen from the index."""
+        return self._pipeline.loss_shares(train)
 
     def steps(self, state: dict | None) -> Iterator[Step]:
         """Steps from the plan's `state` on (None: from the start)."""

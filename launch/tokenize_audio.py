@@ -95,7 +95,7 @@ def open_pipelines(run: RunConfig, omni: OmniConfig) -> dict[str, Pipeline]:
     """The pipeline of the run's mixture under "", and those of its held-out mixtures by name."""
     prepare_sample(run.data)
     targets = sound_targets(run, omni)
-    training = open_pipeline(run.data, omni, targets=targets)
+    training = open_pipeline(run.data, omni, targets=targets, weighting=run.train.document_weighting)
     held_out = {
         mixture.name: open_pipeline(replace(run.data, mixture=mixture.sources), omni, training.processor, targets)
         for mixture in (run.eval.mixtures if run.eval.every or run.eval.sound_every else ())

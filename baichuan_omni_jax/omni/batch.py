@@ -20,7 +20,7 @@ BRANCH_FIELDS: dict[str, dict[str, tuple[str | None, ...]]] = {
     "llm": dict.fromkeys(_LLM, _TOKEN),
     "audio_head": {
         **dict.fromkeys(("audio_codes", "audio_targets", "audio_weights"), (*_MEDIA, None)),
-        **dict.fromkeys(("audio_index", "audio_target_index"), _MEDIA),
+        **dict.fromkeys(("audio_index", "audio_target_index", "audio_target_sources"), _MEDIA),
     },
     "vision": {
         **dict.fromkeys(("patches", "patch_grid"), (*_MEDIA, None)),
@@ -64,6 +64,7 @@ def abstract_batch(
             "audio_targets": (c, levels),
             "audio_weights": (c, levels),
             "audio_target_index": (c,),
+            "audio_target_sources": (c,),
             "patches": (p, omni.vision.patch_values),
             "patch_grid": (p, 2),
             "patch_segments": (p,),

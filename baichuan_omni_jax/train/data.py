@@ -6,6 +6,9 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from baichuan_omni_jax.config import TrainConfig
+from baichuan_omni_jax.train.loss_shares import LossShare
+
 DocumentKey = tuple[int, int]  # source, number in it
 Losses = dict[DocumentKey, tuple[str, str, str]]  # to manifest line, cause, message
 
@@ -30,6 +33,9 @@ class Data(Protocol):
     tokenizer_json: str
 
     def steps(self, state: dict | None) -> Iterator[Step]: ...
+
+    def loss_shares(self, train: TrainConfig) -> list[LossShare]:
+        """Which share of the loss each source is expected to have."""
 
     def epochs(self, state: dict) -> dict[str, float]:
         """How often each source has been read when the data's state is this one."""

@@ -93,7 +93,7 @@ def mean_losses(sums: Mapping[str, np.ndarray], sources: tuple[str, ...], run: R
 
 def _weighted(sums: Float[np.ndarray, "levels"], weights: Float[np.ndarray, "levels"], alphas) -> float | None:
     """The audio loss: each level's mean, by its weight; None where there is nothing to predict."""
-    return float((alphas * sums / np.maximum(weights, 1.0)).sum()) if weights.any() else None
+    return float((alphas * sums / np.where(weights > 0, weights, 1.0)).sum()) if weights.any() else None
 
 
 def _level_weights(run: RunConfig, levels: int) -> Float[np.ndarray, "levels"]:

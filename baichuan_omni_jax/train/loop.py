@@ -21,7 +21,7 @@ from baichuan_omni_jax.train.data import Data, DocumentKey, Losses, Step
 from baichuan_omni_jax.train.evaluate import Evaluation
 from baichuan_omni_jax.train.guard import NonfiniteGuard
 from baichuan_omni_jax.train.hosts import connect, is_leader, share
-from baichuan_omni_jax.train.metrics import CompileCounter, Row, Throughput
+from baichuan_omni_jax.train.metrics import CompileCounter, Row, Throughput, drop_absent_sources
 from baichuan_omni_jax.train.output import Output
 from baichuan_omni_jax.train.report import print_start_table
 from baichuan_omni_jax.train.rows import BatchPlacer
@@ -96,7 +96,7 @@ def train(
         state, data_state = _start(run, omni, setup, workdir, compute)
         if state.step:
             console.print(f"{workdir.path}: resumed from step {state.step}")
-        print_start_table(console, run, setup, data.documents, data.skipped.total())
+        print_start_table(console, run, setup, data)
         if state.step >= run.train.steps:
             console.print(f"{workdir.path} is finished: step {state.step} of train.steps {run.train.steps}")
             return state
@@ -231,6 +231,7 @@ class _Loop:
         self.guard.note(pending.step, numbers, pending.batch)
         numbers |= {"tokens": int(counts["tokens"]), "nonfinite_steps": self.guard.count}
         del numbers["nonfinite"]
+        drop_absent_sources(numbers)
         times = {"step_time_s": took, "data_wait_s": pending.waited, "productive_s": productive}
         speed = self.throughput.of(counts, took)
         skipped = dict(self.data.skipped + Counter(self.lost.values()))

@@ -19,6 +19,12 @@ _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 Row = dict[str, float | int | dict[str, int | float]]
 
 
+def drop_absent_sources(numbers: dict[str, float]) -> None:
+    """Removes `loss/SOURCE` of sources that a step had nothing to learn from: their `share/SOURCE` is 0."""
+    for name in [name for name, value in numbers.items() if name.startswith("share/") and value == 0]:
+        numbers.pop(name.replace("share/", "loss/", 1), None)
+
+
 class CompileCounter:
     """Counts programs that XLA has compiled in this process since it was made."""
 

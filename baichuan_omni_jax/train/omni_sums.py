@@ -4,12 +4,12 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float
 
 from baichuan_omni_jax.config import RunConfig
 from baichuan_omni_jax.omni.batch import Batch
-from baichuan_omni_jax.omni.merge import pick_slots, segments_with_media
-from baichuan_omni_jax.train.omni_loss import entropies
+from baichuan_omni_jax.omni.merge import segments_with_media
+from baichuan_omni_jax.train.omni_loss import by_source, entropies
 from baichuan_omni_jax.train.state import Arrays, Setup
 
 # Of a batch, see `make_eval_step`.
@@ -30,28 +30,22 @@ def make_eval_step(setup: Setup, run: RunConfig, sources: int) -> Callable[[Arra
         text, audio = entropies(model, batch, run)
         weights, source = batch["text_weights"], batch["source_ids"]
         sums = {
-            "text": _by_source(text * weights, source, sources),
-            "text_weight": _by_source(weights, source, sources),
+            "text": by_source(text * weights, source, sources),
+            "text_weight": by_source(weights, source, sources),
         }
 
         indexes = [batch[name] for name in ("visual_index", "audio_index") if name in batch]
         alone = jnp.where(segments_with_media(batch["segment_ids"], indexes, rules), 0.0, weights)
-        sums |= {"text_only": _by_source(text * alone, source, sources)}
-        sums |= {"text_only_weight": _by_source(alone, source, sources)}
+        sums |= {"text_only": by_source(text * alone, source, sources)}
+        sums |= {"text_only_weight": by_source(alone, source, sources)}
         if audio:
-            # Counted from 1: slots beyond the row are picked as 0, no source.
-            marked = (source + 1).astype(jnp.float32)[..., None]
-            source = pick_slots(marked, batch["audio_target_index"], rules)[..., 0].astype(jnp.int32) - 1
+            source = batch["audio_target_sources"]
             weights = [batch["audio_weights"][:, :, q] for q in range(len(audio))]
             levels = [
-                _by_source(entropy * weight, source, sources) for entropy, weight in zip(audio, weights, strict=True)
+                by_source(entropy * weight, source, sources) for entropy, weight in zip(audio, weights, strict=True)
             ]
             sums |= {"audio": jnp.stack(levels, 1)}
-            sums |= {"audio_weight": jnp.stack([_by_source(weight, source, sources) for weight in weights], 1)}
+            sums |= {"audio_weight": jnp.stack([by_source(weight, source, sources) for weight in weights], 1)}
         return sums
 
     return jax.jit(sums_of)
-
-
-def _by_source(values: Float[Array, "b m"], source: Int32[Array, "b m"], sources: int) -> Float[Array, "sources"]:
-    return jnp.stack([jnp.where(source == number, values, 0.0).sum() for number in range(sources)])

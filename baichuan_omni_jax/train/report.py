@@ -8,14 +8,18 @@ from rich.table import Table
 
 from baichuan_omni_jax.config import RunConfig
 from baichuan_omni_jax.nn.param import named_values
+from baichuan_omni_jax.train.data import Data
+from baichuan_omni_jax.train.loss_shares import shares_table
 from baichuan_omni_jax.train.state import Setup
 
 # Parts of the loss, of all tasks, in the order they are shown.
 _PARTS = ("text", "audio", "reconstruction", "transcript", "commitment", "flow", "prior")
 
 
-def print_start_table(console: Console, run: RunConfig, setup: Setup, documents: int, skipped: int) -> None:
-    """Groups with their parameters, learning rates and what is frozen; then budgets, mesh and data."""
+def print_start_table(console: Console, run: RunConfig, setup: Setup, data: Data) -> None:
+    """Groups with their parameters, learning rates and what is frozen; the sources' shares of the loss; then budgets,
+    mesh and data.
+    """
     table = Table(title=f"{run.name}: parameters by group")
     for column in ("group", "branch", "parameters", "frozen", "peak learning rate"):
         table.add_column(column, justify="right" if column == "parameters" else "left")
@@ -25,10 +29,14 @@ def print_start_table(console: Console, run: RunConfig, setup: Setup, documents:
         peak = "frozen" if rate is None else f"{rate:g}"
         table.add_row(group, branch, f"{trainable + frozen:,}", f"{frozen:,}", peak)
     console.print(table)
+    if run.task == "omni":
+        title = f"expected shares of the loss (documents weigh by {run.train.document_weighting})"
+        console.print(shares_table(data.loss_shares(run.train), title))
     mesh = ", ".join(f"{axis} {size}" for axis, size in setup.mesh.shape.items())
     budgets = ", ".join(f"{size} {name}" for name, size in run.data.budgets.limits().items())
     console.print(f"mesh: {mesh}; {run.data.rows} rows a step, each at most {budgets}")
-    console.print(f"data: {documents} documents, {skipped} skipped; {run.train.steps} steps in {run.compute.dtype}")
+    documents = f"{data.documents} documents, {data.skipped.total()} skipped"
+    console.print(f"data: {documents}; {run.train.steps} steps in {run.compute.dtype}")
 
 
 def _count(setup: Setup) -> dict[tuple[str, str], tuple[int, int]]:

@@ -79,6 +79,20 @@ def test_the_command(corpus, tmp_path, capsys):
     assert errors[-1].endswith("m.jsonl: no document")
 
 
+def test_shares_of_the_loss_in_a_run(sample_root, capsys):
+    """Text and speech of the sample data at equal weights of what is trainable: half the loss each."""
+    sources = [{"name": name, "manifest": f"{name}.jsonl"} for name in ("text", "audio")]
+    sets = [f"data.root={sample_root}", "data.sample=false", f"data.mixture={sources}", "train.audio_full_ratio=1"]
+    config = str(Path(__file__).parents[2] / "configs" / "micro.py")
+    sets = [part for each in (*sets, "data.weights_by=trainable") for part in ("--set", each)]
+    assert main(["--config", config, *sets]) == 0
+    rows = {row[0]: row[1:] for row in map(str.split, capsys.readouterr().out.splitlines()) if row}
+    assert (rows["text"][4], rows["text"][6]) == ("0.0", "50.0")
+    assert (rows["audio"][4], rows["audio"][6]) == ("100.0", "50.0")
+    assert main(["--config", config, str(sample_root / "text.jsonl")]) == 2
+    assert main([]) == 2
+
+
 def test_tables_of_no_or_many_types():
     picture = MediaMeasure("picture", 10, 20, 0.0, 5)
     one, two = collect([DocumentMeasure("b", 1, (picture,))]), collect([DocumentMeasure("a", 2, (picture, picture))])

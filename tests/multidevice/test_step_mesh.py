@@ -15,6 +15,10 @@ SCRIPT = Path(__file__).with_name("step.py")
     "meshes",
     [
         pytest.param(("1,2,2,2/2",), marks=pytest.mark.slow),
+        pytest.param(
+            sized(("1,2,2,2/2/sqrt",), ("1,1,1,1/2/sqrt", "1,2,2,2/2/sqrt", "2,2,2,1/1/document")),
+            marks=pytest.mark.slow,
+        ),
         pytest.param(sized(("2,2,2,1",), ("2,2,2,1", "8,1,1,1", "1,8,1,1", "1,1,8,1")), marks=pytest.mark.slow),
     ],
     ids=" ".join,
@@ -22,7 +26,8 @@ SCRIPT = Path(__file__).with_name("step.py")
 def test_losses_and_gradients_equal_one_device(meshes, sample_dir, tmp_path):
     """Real documents, spoken sound included, packed into 8 rows: fp32, to 1e-5 of each array's largest value.
 
-    1,2,2,2/2 is in two parts. Where fsdp and context are split, also what the layers exchange over `context`.
+    1,2,2,2/2 is in two parts. `sqrt` and `document` are compared with each document alone, weighted by hand.
+    Where fsdp and context are split, also what the layers exchange over `context`.
     """
     root = small_copy(sample_dir, tmp_path / "data")
     command = [sys.executable, str(SCRIPT), str(root), str(tmp_path / "codes"), *meshes]

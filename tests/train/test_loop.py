@@ -66,7 +66,11 @@ def test_metrics_of_a_whole_run(finished):
         assert TIMES.union(KEYS) <= set(row)
         assert all(np.isfinite(row[key]) for key in TIMES.union(KEYS))
         assert 0 <= row["goodput"] < 1
-        assert row["loss"] == pytest.approx(row["loss_text"] + row["loss_audio"], rel=1e-6)
+        assert row["loss"] == pytest.approx(row["loss_text"] + row["audio_scale"] * row["loss_audio"], rel=1e-6)
+        shares = {name: value for name, value in row.items() if name.startswith("share/")}
+        assert sum(shares.values()) == pytest.approx(1, rel=1e-5)
+        of_sources = sum(share * row.get(name.replace("share", "loss"), 0) for name, share in shares.items())
+        assert row["loss"] == pytest.approx((1 + row["audio_scale"]) * of_sources, rel=1e-5)
         assert row["loss_audio"] == pytest.approx(np.mean([row[level] for level in LEVELS]), rel=1e-6)
         assert row["skipped"] == row["handled"] == {}
     epochs = [row["epochs"] for row in rows]

@@ -11,10 +11,11 @@ from baichuan_omni_jax.nn.param import named_values, with_values
 from baichuan_omni_jax.omni.model import OmniModel
 from baichuan_omni_jax.sharding import ShardingRules
 from baichuan_omni_jax.train.losses import chunked_cross_entropy, cross_entropy
-from baichuan_omni_jax.train.omni_loss import omni_loss
+from baichuan_omni_jax.train.omni_loss import denominators, omni_loss, share_metrics
 from baichuan_omni_jax.train.omni_sums import make_eval_step
 from baichuan_omni_jax.train.state import make_compute, make_setup
 from data_pipelines.batch import RowWriter, empty_rows
+from data_pipelines.loss_weights import weigh
 
 # Of max|difference| / max|reference| per tensor, fp32.
 TOLERANCE = 1e-5
@@ -119,6 +120,79 @@ def test_packed_row_equals_documents_one_by_one(losses, documents):
     assert metrics["loss"] == pytest.approx((own * expected).sum(), rel=TOLERANCE)
     worst = {name: relative(gradient[name], summed[name]) for name in PARAMETERS}
     assert max(worst.values()) <= TOLERANCE, worst
+
+
+@pytest.mark.parametrize(("weighting", "power"), [("sqrt", 0.5), ("document", 1.0)])
+def test_weighted_documents_equal_each_alone_weighted_by_hand(losses, documents, weighting, power):
+    """Loss, gradients and the sources' shares of one packed row, by `document_weighting` and `loss_weight`."""
+    factors, sources = np.array([1.0, 2.0, 0.5, 3.0, 1.0, 0.25]), [source.name for source in losses.run.data.mixture]
+    owners = np.arange(len(documents)) % len(sources)
+    packed = empty_rows(1, BUDGETS, losses.omni)
+    writer = RowWriter(packed, 0)
+    for number, (document, factor) in enumerate(zip(documents, factors, strict=True)):
+        writer.add(weigh(document, weighting, factor), source=number % len(sources), number=number)
+    # By hand: a document's targets n of a kind weigh n^(1 - power) in all, times its source's factor.
+    alone = [rows_of([document], BUDGETS, losses.omni) for document in documents]
+    counts = np.array([weights_of(each) for each in alone])
+    by_hand = factors[:, None] * np.where(counts > 0, np.maximum(counts, 1) ** (1 - power), 0)
+    shares = by_hand / by_hand.sum(0)
+    own = np.array([1.0] + [losses.run.train.audio_loss_weight / LEVELS] * LEVELS)
+    scale = min(1, by_hand[:, 1].sum() / (losses.run.train.audio_full_ratio * by_hand[:, 0].sum()))
+    own[1:] *= scale
+
+    metrics, gradient = losses(packed, own)
+    found, summed = np.zeros_like(shares), {name: 0.0 for name in gradient}
+    for number, each in enumerate(alone):
+        one, part = losses(each, own * shares[number])
+        found[number] = [one["loss_text"], *(one[f"loss_audio_q{level}"] for level in range(LEVELS))]
+        for name, value in part.items():
+            summed[name] = summed[name] + value.astype(np.float64)
+    assert metrics["loss"] == pytest.approx((own * shares * found).sum(), rel=TOLERANCE)
+    worst = {name: relative(gradient[name], summed[name]) for name in PARAMETERS}
+    assert max(worst.values()) <= TOLERANCE, worst
+
+    with jax.set_mesh(losses.mesh):
+        measured = share_metrics(place(packed, losses.mesh, losses.compute.rules), losses.run)
+    for number, name in enumerate(sources):
+        weight = (own * shares)[owners == number]
+        assert measured[f"share/{name}"] == pytest.approx(weight.sum() / own.sum(), rel=TOLERANCE)
+        assert metrics[f"loss/{name}"] == pytest.approx(
+            (weight * found[owners == number]).sum() / weight.sum(), rel=1e-5
+        )
+
+
+@pytest.mark.parametrize(
+    ("text", "frames", "ratio", "scale"),
+    [
+        (100, 10, 0.5, 0.2),
+        (100, 10, 1.0, 0.1),
+        (100, 50, 0.5, 1.0),
+        (100, 80, 0.5, 1.0),
+        (0, 3, 0.5, 1.0),
+        (100, 1, 0.0, 1.0),
+        (100, 0, 0.5, 0.0),
+        (0, 0, 0.5, 1.0),
+    ],
+)
+def test_few_frames_do_not_weigh_as_much_as_all_the_text(micro_root, text, frames, ratio, scale):
+    """A frame weighs at most `audio_loss_weight / audio_full_ratio` text targets, however few frames there are."""
+    run = micro_run(micro_root, f"train.audio_full_ratio={ratio}", "train.audio_loss_weight=2.0")
+    audio = np.zeros((1, 90, 2), np.float32)
+    audio[0, :frames] = 1
+    by = denominators(
+        {
+            "text_weights": jnp.ones((1, text)) if text else jnp.zeros((1, 1)),
+            "source_ids": jnp.zeros((1, text or 1), jnp.int32),
+            "audio_weights": jnp.asarray(audio),
+            "audio_target_sources": jnp.full((1, 90), 3, jnp.int32),
+        },
+        run,
+    )
+    assert by.audio_scale == pytest.approx(scale)
+    np.testing.assert_allclose(by.sources, [text > 0, 0, 0, 2 * scale * (frames > 0), 0], rtol=1e-6)
+    if frames and text:
+        frame, target = 2 * float(by.audio_scale) / float(by.levels[0]), 1 / float(by.text)
+        assert frame <= 2 / ratio * target * (1 + 1e-6) if ratio else frame == 2
 
 
 def test_no_targets_give_finite_losses_and_no_gradient(losses, documents):

@@ -4,10 +4,11 @@ import jax
 from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
 
+from baichuan_omni_jax.config import ConfigError
 from baichuan_omni_jax.omni.batch import BRANCH_FIELDS, Batch, abstract_batch
 from baichuan_omni_jax.omni.model import OmniModel
 from baichuan_omni_jax.train.flops import Part, omni_parts, step_counts
-from baichuan_omni_jax.train.omni_loss import denominators, fill_metrics, omni_loss
+from baichuan_omni_jax.train.omni_loss import denominators, fill_metrics, omni_loss, share_metrics
 from baichuan_omni_jax.train.rows import check_batch
 from baichuan_omni_jax.train.tasks.task import NOTHING, Metrics, PlainTask
 
@@ -20,6 +21,8 @@ class OmniTask(PlainTask):
 
     def check(self, mesh: Mesh) -> None:
         check_batch(self.run, self.omni, mesh, self.compute.rules)
+        if not self.run.train.audio_full_ratio >= 0:
+            raise ConfigError(f"train.audio_full_ratio {self.run.train.audio_full_ratio} must be at least 0")
 
     def batch_axes(self) -> dict[str, tuple[str | None, ...]]:
         return {name: axes for branch in self.run.branches for name, axes in BRANCH_FIELDS[branch].items()}
@@ -29,14 +32,14 @@ class OmniTask(PlainTask):
         return abstract_batch(data.rows, data.budgets, self.omni, self.run.branches, mesh, self.compute.rules)
 
     def denominators(self, batch: Batch):
-        return denominators(batch)
+        return denominators(batch, self.run)
 
     def loss(self, model: OmniModel, batch: Batch, by, extra):
         loss, metrics = omni_loss(model, batch, self.run, by)
         return loss, (metrics, NOTHING)
 
     def batch_numbers(self, batch: Batch) -> Metrics:
-        return fill_metrics(batch)
+        return fill_metrics(batch) | share_metrics(batch, self.run)
 
     def parts(self) -> tuple[Part, ...]:
         return omni_parts(self.omni)

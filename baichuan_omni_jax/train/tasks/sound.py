@@ -62,6 +62,13 @@ def check_sound(
         raise ConfigError(f"data.budgets.mel_windows must be at least 1: task {run.task} learns from sound")
     if run.train.accumulate != 1:
         raise ConfigError(f"train.accumulate must be 1: task {run.task} takes its batch whole")
+    if run.train.document_weighting != "token":
+        raise ConfigError(f"train.document_weighting must be token: task {run.task} weighs sound by its length")
+    for source in run.data.mixture:
+        if source.loss_weight != 1:
+            raise ConfigError(
+                f"source {source.name}: loss_weight must be 1 in task {run.task}, not {source.loss_weight}"
+            )
     check_batch(replace(run, branches=_ROWS), omni, mesh, compute.rules)
     sound_batch(run, omni, mesh, compute.rules)
 
