@@ -20,7 +20,7 @@ from baichuan_omni_jax.config import (
     stage_groups,
 )
 
-# Shares of documents; each is a manifest DATA_ROOT/NAME.jsonl.
+# Shares of the loss (of all text and frames that are trained on); each is a manifest DATA_ROOT/NAME.jsonl.
 SHARES = {
     "asr": 0.4,
     "tts": 0.3,
@@ -37,6 +37,7 @@ def get_config() -> RunConfig:
         data=DataConfig(
             root="data/omni",
             mixture=mixture_of(SHARES),
+            weights_by="trainable",
             rows=128,
             budgets=Budgets(tokens=8192, patches=4096, audio_frames=4096, audio_targets=2048),
             workers=8,
@@ -44,6 +45,7 @@ def get_config() -> RunConfig:
         ),
         optimizer=OptimizerConfig(groups=stage_groups("image_audio_text_1"), warmup_steps=200, decay_steps=10000),
         compute=ComputeConfig(remat="full", mlp_chunk=1024, loss_chunk=1024),
-        train=TrainConfig(steps=10000),
+        # A frame to predict counts as much as a text target.
+        train=TrainConfig(steps=10000, audio_full_ratio=1.0),
         checkpoint=CheckpointConfig(every=500, init_from="runs/image_text_2"),
     )

@@ -20,7 +20,8 @@ from baichuan_omni_jax.config import (
     stage_groups,
 )
 
-# Shares of documents: audio 0.2, image 0.4, text 0.4; each is a manifest DATA_ROOT/NAME.jsonl.
+# Shares of the loss (of all text and frames that are trained on): audio 0.2, image 0.4, text 0.4; each is a manifest
+# DATA_ROOT/NAME.jsonl.
 SHARES = {
     "asr": 0.07,
     "tts": 0.05,
@@ -43,7 +44,8 @@ def get_config() -> RunConfig:
         mesh=MeshConfig(fsdp=64),
         data=DataConfig(
             root="data/omni",
-            mixture=mixture_of(SHARES),
+            mixture=mixture_of(SHARES, oversize={"interleaved": ("chunk",)}),
+            weights_by="trainable",
             rows=128,
             budgets=Budgets(tokens=8192, patches=24576, audio_frames=4096, audio_targets=2048),
             workers=8,
@@ -51,6 +53,7 @@ def get_config() -> RunConfig:
         ),
         optimizer=OptimizerConfig(groups=stage_groups("image_audio_text_2"), warmup_steps=500, decay_steps=20000),
         compute=ComputeConfig(remat="full", mlp_chunk=1024, loss_chunk=1024),
-        train=TrainConfig(steps=20000),
+        # A frame to predict counts as much as a text target.
+        train=TrainConfig(steps=20000, audio_full_ratio=1.0),
         checkpoint=CheckpointConfig(every=500, init_from="runs/image_audio_text_1"),
     )

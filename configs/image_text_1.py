@@ -20,7 +20,7 @@ from baichuan_omni_jax.config import (
     stage_groups,
 )
 
-# Shares of documents; each is a manifest DATA_ROOT/NAME.jsonl.
+# Shares of the loss; each is a manifest DATA_ROOT/NAME.jsonl.
 SHARES = {
     "image_captions": 1.0,
 }
@@ -34,6 +34,7 @@ def get_config() -> RunConfig:
         data=DataConfig(
             root="data/omni",
             mixture=mixture_of(SHARES),
+            weights_by="trainable",
             rows=128,
             budgets=Budgets(tokens=8192, patches=28672, audio_frames=256, audio_targets=256),
             workers=8,
@@ -41,6 +42,7 @@ def get_config() -> RunConfig:
         ),
         optimizer=OptimizerConfig(groups=stage_groups("image_text_1"), warmup_steps=100, decay_steps=4000),
         compute=ComputeConfig(remat="full", mlp_chunk=1024, loss_chunk=1024),
-        train=TrainConfig(steps=4000),
+        # A frame to predict counts as much as a text target.
+        train=TrainConfig(steps=4000, audio_full_ratio=1.0),
         checkpoint=CheckpointConfig(every=500, init_from="weights/omni"),
     )

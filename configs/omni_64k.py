@@ -47,7 +47,7 @@ def get_config() -> RunConfig:
         mesh=MeshConfig(fsdp=16, context=4),
         data=DataConfig(
             root="data/omni",
-            mixture=mixture_of(SHARES),
+            mixture=mixture_of(SHARES, oversize={"interleaved": ("chunk",)}),
             rows=16,
             budgets=Budgets(tokens=65536, patches=131072, audio_frames=16384, audio_targets=8192),
             workers=8,
@@ -59,6 +59,7 @@ def get_config() -> RunConfig:
         ),
         optimizer=OptimizerConfig(groups=stage_groups("omni_64k"), warmup_steps=200, decay_steps=10000),
         compute=ComputeConfig(remat="full", mlp_chunk=1024, loss_chunk=1024),
-        train=TrainConfig(steps=10000),
+        # Between a weight for every target and one for every document: long text does not drown out short answers.
+        train=TrainConfig(steps=10000, document_weighting="sqrt", audio_full_ratio=1.0),
         checkpoint=CheckpointConfig(every=500, init_from="runs/image_audio_text_2"),
     )

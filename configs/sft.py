@@ -39,6 +39,7 @@ def get_config() -> RunConfig:
         data=DataConfig(
             root="data/omni",
             mixture=mixture_of(SHARES),
+            oversize=("split", "chunk_text"),
             rows=16,
             budgets=Budgets(tokens=65536, patches=131072, audio_frames=16384, audio_targets=8192),
             workers=8,
@@ -50,6 +51,7 @@ def get_config() -> RunConfig:
         ),
         optimizer=OptimizerConfig(groups=stage_groups("sft"), warmup_steps=100, decay_steps=3000),
         compute=ComputeConfig(remat="full", mlp_chunk=1024, loss_chunk=1024),
-        train=TrainConfig(steps=3000),
+        # Between a weight for every target and one for every document: long text does not drown out short answers.
+        train=TrainConfig(steps=3000, document_weighting="sqrt", audio_full_ratio=1.0),
         checkpoint=CheckpointConfig(every=500, init_from="runs/omni_64k"),
     )

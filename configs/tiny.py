@@ -17,7 +17,7 @@ from baichuan_omni_jax.config import (
     TrainConfig,
 )
 
-# Shares of documents.
+# Shares of the loss: of all text and frames that are trained on.
 MIXTURE = {"text": 2.0, "image": 2.0, "video": 1.0, "audio": 3.0, "omni": 2.0}
 
 
@@ -31,9 +31,10 @@ def get_config() -> RunConfig:
             mixture=tuple(
                 SourceConfig(name=name, manifest=f"{name}.jsonl", weight=weight) for name, weight in MIXTURE.items()
             ),
+            weights_by="trainable",
             rows=4,
-            # About 1.4 times what 1024 tokens of this mixture bring, so that tokens are the budget that binds.
-            budgets=Budgets(tokens=1024, patches=768, audio_frames=384, audio_targets=288),
+            # More than 1024 tokens of this mixture bring, so that tokens are the budget that binds.
+            budgets=Budgets(tokens=1024, patches=1024, audio_frames=384, audio_targets=288),
             workers=1,
         ),
         optimizer=OptimizerConfig(
@@ -45,6 +46,6 @@ def get_config() -> RunConfig:
             decay_steps=150,
         ),
         compute=ComputeConfig(dtype="float32", remat="none", loss_chunk=256, attention_block=128),
-        train=TrainConfig(steps=150, frozen_dtype="float32"),
+        train=TrainConfig(steps=150, frozen_dtype="float32", audio_full_ratio=1.0),
         checkpoint=CheckpointConfig(every=100),
     )

@@ -14,6 +14,7 @@ from baichuan_omni_jax.config.run import (
     DataConfig,
     GroupConfig,
     OptimizerConfig,
+    Policy,
     RunConfig,
     SourceConfig,
     TrainConfig,
@@ -53,6 +54,8 @@ _RATES: dict[str, tuple[tuple[str, str, float | None], ...]] = {
     ),
 }
 STAGES = tuple(_RATES)
+# Shares of documents, which weigh by `sqrt`: by what is trainable, videos with a sentence each would fill the rows.
+BY_DOCUMENTS = ("omni_64k", "sft")
 
 
 def stage_groups(stage: str, *, scale: float = 1.0, freeze_text_ends: bool = False) -> tuple[GroupConfig, ...]:
@@ -73,13 +76,23 @@ def stage_groups(stage: str, *, scale: float = 1.0, freeze_text_ends: bool = Fal
     )
 
 
-def mixture_of(shares: Mapping[str, float]) -> tuple[SourceConfig, ...]:
-    """Sources `NAME.jsonl` with these shares of the documents."""
-    return tuple(SourceConfig(name=name, manifest=f"{name}.jsonl", weight=share) for name, share in shares.items())
+def mixture_of(
+    shares: Mapping[str, float], *, oversize: Mapping[str, tuple[Policy, ...]] | None = None
+) -> tuple[SourceConfig, ...]:
+    """Sources `NAME.jsonl` with these shares; `oversize` are the policies of those that have their own."""
+    policies = oversize or {}
+    return tuple(
+        SourceConfig(name=name, manifest=f"{name}.jsonl", weight=share, oversize=policies.get(name))
+        for name, share in shares.items()
+    )
 
 
 def tiny_stage(stage: str, shares: Mapping[str, float], *, scale: float = 1.0, steps: int = 12) -> RunConfig:
-    """A stage's groups on the tiny model and the offline sample data: the chain of stages in minutes on a laptop."""
+    """A stage's groups on the tiny model and the offline sample data: the chain of stages in minutes on a laptop.
+
+    Shares are of the loss, but in the stages of `BY_DOCUMENTS`, as at released size.
+    """
+    by_documents = stage in BY_DOCUMENTS
     return RunConfig(
         name=f"{stage}_tiny",
         model="tiny",
@@ -87,12 +100,18 @@ def tiny_stage(stage: str, shares: Mapping[str, float], *, scale: float = 1.0, s
             root="data/sample",
             sample=True,
             mixture=mixture_of(shares),
+            weights_by="documents" if by_documents else "trainable",
             rows=2,
             budgets=Budgets(tokens=512, patches=384, audio_frames=192, audio_targets=144),
             workers=0,
         ),
         optimizer=OptimizerConfig(groups=stage_groups(stage, scale=scale), warmup_steps=2, decay_steps=steps),
         compute=ComputeConfig(dtype="float32", remat="none", loss_chunk=256, attention_block=128),
-        train=TrainConfig(steps=steps, frozen_dtype="float32"),
+        train=TrainConfig(
+            steps=steps,
+            frozen_dtype="float32",
+            document_weighting="sqrt" if by_documents else "token",
+            audio_full_ratio=1.0,
+        ),
         checkpoint=CheckpointConfig(every=steps, keep=1),
     )
