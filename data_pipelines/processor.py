@@ -183,7 +183,7 @@ class Processor:
 
     def runs(self, document: Document) -> list[Run]:
         """All items of a document whatever its `span`: text as ids, end of text included, and media."""
-        key = (document.where, document.text, document.turns, document.max_frames)
+        key = (document.id, document.where, document.text, document.turns, document.max_frames)
         if self._last_runs[0] != key:
             elements = document_elements(document, self.config.vision.max_frames)
             found = [self._as_ids(element, document.media) for element in elements]

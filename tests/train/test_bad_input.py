@@ -22,6 +22,7 @@ from baichuan_omni_jax.sharding import MESH_AXES
 from baichuan_omni_jax.train.loop import train
 from baichuan_omni_jax.train.rows import check_batch
 from baichuan_omni_jax.train.state import make_compute
+from baichuan_omni_jax.train.tasks.sound import check_sound
 from data_pipelines.pipeline import open_pipeline
 from data_pipelines.rows import ALL_ROWS
 from data_pipelines.training import TrainingData
@@ -46,6 +47,19 @@ def only_sentence(err: str) -> str:
     assert len(lines) == 1, err
     assert lines[0].startswith("error: ")
     return lines[0].removeprefix("error: ")
+
+
+def test_weights_in_the_loss_that_cannot_be(refusal, micro_root):
+    """Of a source, before it is indexed; of documents, in a task that does not weigh by them."""
+    run = micro_run(micro_root, "data.mixture=[{'name': 'text', 'manifest': 'text.jsonl', 'loss_weight': 0.0}]")
+    assert refusal(lambda: open_pipeline(run.data, TINY)) == "source text: loss_weight 0.0 must be positive"
+    sound = load_run_config(CONFIG.with_name("audio_tokenizer_tiny.py"))
+    sets = ["train.document_weighting=sqrt"], ["data.mixture=[{'name': 'a', 'manifest': 'a.jsonl', 'loss_weight': 2}]"]
+    mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1), MESH_AXES, axis_types=(AxisType.Explicit,) * 4)
+    check = lambda run: check_sound(run, TINY, mesh, make_compute(run), run.branches, ())  # noqa: E731
+    sentences = [refusal(lambda: check(apply_overrides(sound, changes))) for changes in sets]  # noqa: B023
+    assert sentences[0].startswith("train.document_weighting must be token: task audio_tokenizer")
+    assert sentences[1] == "source a: loss_weight must be 1 in task audio_tokenizer, not 2.0"
 
 
 def test_unknown_key_names_the_nearest(pretrain, tmp_path):
