@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 from baichuan_omni_jax.config import ConfigError, DataConfig, SourceConfig
-from baichuan_omni_jax.train.loss_shares import POWERS, SourceMeans
+from baichuan_omni_jax.loss_shares import POWERS, SourceMeans
 from data_pipelines.columns import Columns
 from data_pipelines.document import EncodedDocument
 from data_pipelines.index import Index

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from baichuan_omni_jax.config import ConfigError, DataConfig, OmniConfig, SourceConfig, TrainConfig
 from baichuan_omni_jax.config.overrides import check_kinds
 from baichuan_omni_jax.config.sound_targets import MelTargetSettings
-from baichuan_omni_jax.train.loss_shares import LossShare, predict_shares
+from baichuan_omni_jax.loss_shares import LossShare, predict_shares
 from data_pipelines.commands import describe_causes, file_errors
 from data_pipelines.context_plan import context_plan
 from data_pipelines.document import SampleError

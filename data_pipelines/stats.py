@@ -20,7 +20,7 @@ from rich.table import Table
 
 from baichuan_omni_jax.config import ConfigError, apply_overrides, load_run_config, resolve_model
 from baichuan_omni_jax.config.errors import exit_code
-from baichuan_omni_jax.train.loss_shares import shares_table
+from baichuan_omni_jax.loss_shares import shares_table
 from data_pipelines.build.dataset import SKIPPED_FILE, list_sources
 from data_pipelines.build.plan import RANGE, Source, unpack
 from data_pipelines.build.shard import PARTS

@@ -18,8 +18,8 @@ T = TypeVar("T")
 def document_elements(document: Document, max_frames: int = 0) -> list[Element]:
     """The elements of the turns and frames that `document` has, its listed videos of at most `max_frames`.
 
-    0 is no limit. Its `span` is cut later, when text is tokens. A document without any `<trainable_start>` is trainable as a whole.
-    Raises SampleError "bad_prompt".
+    0 is no limit. Its `span` is cut later, when text is tokens. A document without any `<trainable_start>` is trainable
+    as a whole. Raises SampleError "bad_prompt".
     """
     elements = parse_prompt(document.text)
     if not is_marked(document):
