@@ -9,9 +9,9 @@ from jaxtyping import Float
 
 
 def draw_mels(mels: Mapping[str, Float[np.ndarray, "_ mels"]], seconds: float, out: Path) -> None:
-    """Draws each mel (frames, mels) of `seconds` a frame under its name into the file `out`."""
+    """Draws each mel (frames, mels) of `seconds` a frame under its name into the file `out`; NaN stays blank."""
     figure = matplotlib.figure.Figure(figsize=(10, 2.2 * len(mels)), layout="constrained")
-    low, high = min(mel.min() for mel in mels.values()), max(mel.max() for mel in mels.values())
+    low, high = min(map(np.nanmin, mels.values())), max(map(np.nanmax, mels.values()))
     for axes, (name, mel) in zip(
         figure.subplots(len(mels), sharex=True, squeeze=False)[:, 0], mels.items(), strict=True
     ):

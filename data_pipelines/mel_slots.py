@@ -47,11 +47,14 @@ class MelSlots:
     def make_targets(
         self, waves: Mapping[int, Float32[np.ndarray, "_"]], size: int, skipped: int
     ) -> dict[str, Float32[np.ndarray, "_ mels"]]:
-        """Every target of what a slot of `size` shows of a window whose first `skipped` code frames it leaves out."""
+        """Every target of what a slot of `size` shows of a window whose first `skipped` code frames it leaves out.
+
+        Frame i of each begins i hops after what is shown, and is the one that the whole window's mel has there.
+        """
         made = {}
         for name, target in self.targets.items():
             start, length = (frames * self.hop * target.rate // self.rate for frames in (skipped * self.per_code, size))
-            made[name] = mel_target(waves[target.rate][start : start + length], target)
+            made[name] = mel_target(waves[target.rate], target, start, length)
         return made
 
     def size(self, code_frames: int) -> int:

@@ -10,19 +10,22 @@ from baichuan_omni_jax.config.sound_targets import HIGHEST, MelTargetSettings
 _POWER_FLOOR = 1e-9  # under the root
 
 
-def mel_target(samples: Float32[np.ndarray, "t"], settings: MelTargetSettings) -> Float32[np.ndarray, "s mels"]:
-    """The mel of a clip at the settings' rate, `settings.frames(t)` frames.
+def mel_target(
+    samples: Float32[np.ndarray, "t"], settings: MelTargetSettings, start: int = 0, length: int | None = None
+) -> Float32[np.ndarray, "s mels"]:
+    """The mel of a clip at the settings' rate, or of the `length` samples from `start` on: `settings.frames` of them.
 
-    Periodic Hann, not centred: half of n_fft - hop samples are reflected at both ends. A clip too short to be reflected
-    is padded with zeros first.
+    Periodic Hann, not centred: half of n_fft - hop samples are reflected at both ends of the clip. Part of a clip has
+    the frames that the whole has there, as it is heard with what lies around it. A clip too short to be reflected is
+    padded with zeros first.
     """
-    pad = (settings.n_fft - settings.hop) // 2
-    frames = settings.frames(len(samples))
+    pad, left = (settings.n_fft - settings.hop) // 2, len(samples) - start
+    frames = settings.frames(max(0, left if length is None else min(length, left)))
     if not frames:
         return np.zeros((0, settings.mels), np.float32)
     whole = np.pad(samples, (0, max(0, pad + 1 - len(samples))))
     padded = np.pad(whole, pad, mode="reflect")
-    windows = np.lib.stride_tricks.sliding_window_view(padded, settings.n_fft)[:: settings.hop][:frames]
+    windows = np.lib.stride_tricks.sliding_window_view(padded, settings.n_fft)[start :: settings.hop][:frames]
     hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(settings.n_fft) / settings.n_fft)
     power = np.abs(np.fft.rfft(windows * hann, axis=-1)) ** 2  # float64: quiet bins need it
     mel = np.sqrt(power + _POWER_FLOOR) @ _filters(settings).T

@@ -104,14 +104,14 @@ class Judge:
         targets, mels, waves = [], [], []
         for window in windows:
             start, length = (count * settings.rate // rate for count in (window.start, window.samples))
-            targets.append(mel_target(at_target[start : start + length], settings))
+            target = mel_target(at_target[start : start + length], settings)
             piece = original[window.start : window.start + window.samples]
-            codes, mel = self.scores(log_mel(piece, self._audio).T, targets[-1])
+            codes, mel = self.scores(log_mel(piece, self._audio).T, target)
+            targets.append(target[: len(mel)])
             mels.append(mel)
-            waves.append(self._wave(codes, mel, len(targets[-1])))
-        starts = [window.start * self.rate // rate for window in windows]
-        again = in_place(waves, starts, len(original) * self.rate // rate)
-        self._count(clip, original, _resampled(again, self.rate, rate), skipped)
+            waves.append(self._speaker.speak(codes).wave if self._speaker else self._waves(mel))
+        again, covered = in_place(waves, [window.start for window in windows], len(original), self.rate / rate)
+        self._count(clip, original, _resampled(again, self.rate, rate), covered, skipped)
         if len(self.drawn) < DRAWN:
             self.drawn.append((clip.name, np.concatenate(targets), np.concatenate(mels)))
 
@@ -131,16 +131,13 @@ class Judge:
     def vocoder(self) -> str:
         return self._speaker.vocoder if self._speaker else self._waves.name
 
-    def _wave(self, codes: np.ndarray, mel: np.ndarray, frames: int) -> np.ndarray:
-        """At `rate`: of the codes where there is a branch `flow`, else of the decoded mel, stretched to its target's
-        `frames` as in training.
-        """
-        return self._speaker.speak(codes).wave if self._speaker else self._waves(stretched(mel, frames))
-
-    def _count(self, clip: Clip, original: np.ndarray, again: np.ndarray, skipped: Counter) -> None:
+    def _count(
+        self, clip: Clip, original: np.ndarray, again: np.ndarray, covered: np.ndarray, skipped: Counter
+    ) -> None:
         rate = self._audio.sampling_rate
         self.clips, self._seconds = self.clips + 1, self._seconds + len(original) / rate
-        speech = [_resampled(wave, rate, intelligibility.RATE) for wave in (original, again)]
+        # Measures compare sample by sample, of what codes cover; a recogniser hears both recordings whole.
+        speech = [_resampled(of_codes(wave, covered), rate, intelligibility.RATE) for wave in (original, again)]
         for name, value in intelligibility.measure(*speech).items():
             self._measures[name].append(value)
         if not self._heard or not clip.text:
@@ -155,20 +152,25 @@ class Judge:
             recognition.count(text, clip.text)
 
 
-def in_place(waves: Sequence[np.ndarray], starts: Sequence[int], samples: int) -> np.ndarray:
-    """Windows' waves as one of `samples`, each from its own start: measures compare sample by sample, and codes hold a
-    little less than a window. Silence between them.
+def in_place(
+    waves: Sequence[np.ndarray], starts: Sequence[int], samples: int, ratio: float = 1.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Joins windows' waves, each from its own start, and returns with them which of the clip's `samples` they cover.
+
+    `starts` and `samples` are the recording's, of which each has `ratio` samples of the waves. Codes hold a little less
+    than a window: silence between them.
     """
-    whole = np.zeros(samples, np.float32)
+    whole, covered = np.zeros(int(samples * ratio), np.float32), np.zeros(samples, bool)
     for wave, start in zip(waves, starts, strict=True):
-        place = whole[start : start + len(wave)]
+        place = whole[int(start * ratio) :][: len(wave)]
         place[:] = wave[: len(place)]
-    return whole
+        covered[start : start + int(len(wave) / ratio)] = True
+    return whole, covered
 
 
-def stretched(mel: np.ndarray, frames: int) -> np.ndarray:
-    """A mel of `frames`, each the nearest of `mel`."""
-    return mel[np.arange(frames) * len(mel) // max(frames, 1)]
+def of_codes(wave: np.ndarray, covered: np.ndarray) -> np.ndarray:
+    """The samples of `wave` that are `covered`; resampling may have cost it one of them."""
+    return wave[: len(covered)][covered[: len(wave)]]
 
 
 def load(spec: str) -> tuple[dict, OmniConfig]:

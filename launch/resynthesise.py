@@ -27,7 +27,7 @@ from baichuan_omni_jax.omni.loading import load_for_generation
 from baichuan_omni_jax.omni.speech import NEEDED, Resynthesised, Speaker
 from baichuan_omni_jax.sharding import make_mesh
 from data_pipelines.document import SampleError
-from data_pipelines.features import clip_windows, log_mel
+from data_pipelines.features import Window, clip_windows, log_mel
 from data_pipelines.media import Media
 from data_pipelines.mel_targets import mel_target
 from data_pipelines.sounds import decode_sound, probe_sound
@@ -45,12 +45,12 @@ def resynthesise(options: argparse.Namespace) -> None:
     sources = parse_spec(options.checkpoint, (*NEEDED, VOCODER_BRANCH))
     loaded = load_for_generation(",".join(f"{name}={folder}" for name, folder in sources.items()), needed=NEEDED)
     cfg, speaker = loaded.config, Speaker(loaded.branches, loaded.config)
-    windows = read_windows(options.audio, cfg)
+    windows, mels = read_windows(options.audio, cfg)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     with jax.set_mesh(mesh):
         hear = WindowEncoder(loaded.branches["audio_encoder"], mesh, windows_per_device=1)
-        by_window = dict(hear((i, mel.T) for i, mel in enumerate(windows)))
-    heard = [by_window[i] for i in range(len(windows))]
+        by_window = dict(hear((i, mel.T) for i, mel in enumerate(mels)))
+    heard = [by_window[i] for i in range(len(mels))]
     pieces = [speaker.speak(codes) for codes in heard]
     fade = CrossFade(speaker.fade)
     wave = np.concatenate([*(fade.push(piece.wave) for piece in pieces), fade.close()])
@@ -59,15 +59,15 @@ def resynthesise(options: argparse.Namespace) -> None:
     if options.codes:
         np.save(options.codes, codes)
     if options.picture:
-        _draw(options, pieces, cfg)
+        _draw(options, pieces, windows, cfg)
     if loaded.untrained:
         print(f"untrained: {', '.join(loaded.untrained)}")
     seconds = len(wave) / speaker.rate
     print(f"{options.out}: {seconds:.1f} s at {speaker.rate} Hz from {len(codes)} code frames, by {speaker.vocoder}")
 
 
-def read_windows(path: Path, cfg: OmniConfig) -> list[np.ndarray]:
-    """Log mels (frames, mels) of a recording's windows. Raises ConfigError when it cannot be heard."""
+def read_windows(path: Path, cfg: OmniConfig) -> tuple[list[Window], list[np.ndarray]]:
+    """A recording's windows and their log mels (frames, mels). Raises ConfigError when it cannot be heard."""
     media, audio = Media(str(path), path), cfg.audio
     try:
         wave = decode_sound(media, probe_sound(media, audio.sampling_rate), audio.sampling_rate)
@@ -76,7 +76,7 @@ def read_windows(path: Path, cfg: OmniConfig) -> list[np.ndarray]:
     windows = clip_windows(len(wave), audio)
     if not windows:
         raise ConfigError(f"--audio {path} is too short: {len(wave)} samples give no code frame")
-    return [log_mel(wave[window.start : window.start + window.samples], audio).T for window in windows]
+    return windows, [log_mel(wave[window.start : window.start + window.samples], audio).T for window in windows]
 
 
 def check_options(options: argparse.Namespace) -> None:
@@ -88,15 +88,25 @@ def check_options(options: argparse.Namespace) -> None:
         raise ConfigError("--picture needs matplotlib: pip install '.[show]'")
 
 
-def _draw(options: argparse.Namespace, pieces: list[Resynthesised], cfg: OmniConfig) -> None:
-    """The recording's 24 kHz mel above the one that was made."""
+def _draw(options: argparse.Namespace, pieces: list[Resynthesised], windows: list[Window], cfg: OmniConfig) -> None:
+    """The recording's 24 kHz mel above the one that was made, each window of which stands where it was heard."""
     from data_pipelines.mel_picture import draw_mels  # imports matplotlib
 
     settings, media = flow_target(cfg.flow), Media(str(options.audio), options.audio)
     wave = decode_sound(media, probe_sound(media, settings.rate), settings.rate)
-    made = np.concatenate([piece.mel for piece in pieces])
-    seconds = settings.hop / settings.rate
-    draw_mels({"recorded": mel_target(wave, settings), "from its codes": made}, seconds, options.picture)
+    recorded, seconds = mel_target(wave, settings), settings.hop / settings.rate
+    starts = [round(window.start / cfg.audio.sampling_rate / seconds) for window in windows]
+    made = mels_in_place([piece.mel for piece in pieces], starts, recorded)
+    draw_mels({"recorded": recorded, "from its codes": made}, seconds, options.picture)
+
+
+def mels_in_place(mels: list[np.ndarray], starts: list[int], like: np.ndarray) -> np.ndarray:
+    """Windows' mels as one as long as `like`, each from its own start; NaN where no code is."""
+    whole = np.full_like(like, np.nan)
+    for mel, start in zip(mels, starts, strict=True):
+        place = whole[start : start + len(mel)]
+        place[:] = mel[: len(place)]
+    return whole
 
 
 def _parser() -> argparse.ArgumentParser:

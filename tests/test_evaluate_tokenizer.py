@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -15,11 +16,13 @@ import soundfile
 
 from baichuan_omni_jax.checkpoint import save_branches
 from baichuan_omni_jax.config import MeshConfig, tiny
+from baichuan_omni_jax.config.sound_targets import decoded_target
 from baichuan_omni_jax.nn.param import Compute
 from baichuan_omni_jax.omni.voice_model import VoiceModel
 from baichuan_omni_jax.sharding import make_mesh
 from data_pipelines.clips import read_clips
 from data_pipelines.document import SampleError
+from data_pipelines.features import clip_windows
 from data_pipelines.intelligibility import RATE, Recognition, measure
 
 REPOSITORY = Path(__file__).parents[1]
@@ -158,10 +161,47 @@ def test_numbers_of_an_untrained_tokenizer(checkpoint, manifest, tmp_path):
 
 
 def test_waves_are_compared_where_they_belong(script):
-    """Each window's in its own place, cut where the clip ends; a mel in as many frames as its target."""
+    """Each window's in its own place, cut where the clip ends; and which samples of the clip they are of."""
     waves = [np.array([1, 2, 3], np.float32), np.array([4, 5, 6], np.float32)]
-    np.testing.assert_array_equal(script.in_place(waves, [0, 4], 6), [1, 2, 3, 0, 4, 5])
-    np.testing.assert_array_equal(script.stretched(np.arange(3)[:, None], 5)[:, 0], [0, 0, 1, 1, 2])
+    whole, covered = script.in_place(waves, [0, 4], 6)
+    np.testing.assert_array_equal(whole, [1, 2, 3, 0, 4, 5])
+    np.testing.assert_array_equal(covered, [True, True, True, False, True, True])
+    whole, covered = script.in_place(waves, [0, 4], 6, 1.5)
+    np.testing.assert_array_equal(whole, [1, 2, 3, 0, 0, 0, 4, 5, 6])
+    np.testing.assert_array_equal(covered, [True, True, False, False, True, True])
+    np.testing.assert_array_equal(script.of_codes(np.arange(5), covered), [0, 1, 4])
+
+
+@pytest.mark.parametrize("samples", [17_283, 480_000 + 23_477])
+def test_measures_of_an_exact_decoder_compare_a_recording_with_itself(script, monkeypatch, samples):
+    """Whatever the length, one window or two: the same samples, but for what has no code; mels alike on the picture."""
+    wave = (0.1 * np.random.default_rng(0).standard_normal(samples)).astype(np.float32)
+    audio, settings, spans = tiny().audio, decoded_target(tiny().post_net), iter(clip_windows(samples, tiny().audio))
+
+    def exact(mel, target):
+        codes = audio.bridge_length(len(mel))
+        return np.zeros((codes, audio.levels), np.int32), target[: (4 * codes - 1) * 5 // 4]
+
+    def recorded(mel):
+        return wave[next(spans).start :][: len(mel) * settings.hop]
+
+    class Exact(SimpleNamespace):
+        def __call__(self, mel, target):
+            return exact(mel, target)
+
+    pairs = []
+    monkeypatch.setattr(script.intelligibility, "measure", lambda *pair: pairs.append(pair) or {})
+    judge = script.Judge.__new__(script.Judge)
+    fields = {"scores": Exact(settings=settings), "_audio": audio, "_speaker": None, "_heard": {}, "drawn": []}
+    vars(judge).update(fields, clips=0, _seconds=0.0, _measures={})
+    vars(judge)["_waves"] = type("Waves", (), {"name": "exact", "__call__": staticmethod(recorded)})()
+    judge.add(SimpleNamespace(name="clip", text="", samples=lambda rate: wave), Counter())
+    ((original, again),) = pairs
+    np.testing.assert_array_equal(original, again)
+    windows = clip_windows(samples, audio)
+    assert samples - 0.1 * len(windows) * RATE < len(original) < samples
+    ((_, target, made),) = judge.drawn
+    np.testing.assert_array_equal(target, made)
 
 
 def test_files_that_cannot_be_written_are_named_first(script, tmp_path, capsys):

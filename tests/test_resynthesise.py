@@ -51,10 +51,21 @@ def test_two_windows_of_sound_come_back(checkpoint, tmp_path):
     assert abs(len(spoken) / rate - len(found) / 12.5) < 0.1
 
 
-def test_files_that_cannot_be_written_are_named_first(tmp_path, capsys):
+def load_script():
     spec = importlib.util.spec_from_file_location("resynthesise", SCRIPT)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
+    return script
+
+
+def test_a_picture_shows_each_window_where_it_was_heard():
+    mels = [np.full((3, 2), 1.0, np.float32), np.full((3, 2), 2.0, np.float32)]
+    drawn = load_script().mels_in_place(mels, [0, 4], np.zeros((6, 2), np.float32))
+    np.testing.assert_array_equal(drawn[:, 0], [1, 1, 1, np.nan, 2, 2])
+
+
+def test_files_that_cannot_be_written_are_named_first(tmp_path, capsys):
+    script = load_script()
     given = ["--checkpoint", "nowhere", "--audio", "nowhere.wav", "--out"]
     for arguments, sentence in (
         ([str(tmp_path / "no" / "out.wav")], f"there is no folder {tmp_path / 'no'}"),

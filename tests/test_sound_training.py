@@ -1,21 +1,29 @@
 """Losses that train the voice: flow matching and mel reconstruction, against what their definitions say."""
 
 from dataclasses import replace
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from baichuan_omni_jax.audio.config import AudioConfig, PostNetConfig
 from baichuan_omni_jax.audio.decoder import DecodedAudio
-from baichuan_omni_jax.audio.reconstruction import MelTarget, reconstruction_loss
+from baichuan_omni_jax.audio.reconstruction import MelTarget, mel_errors, reconstruction_loss
 from baichuan_omni_jax.config import MeshConfig, tiny
+from baichuan_omni_jax.config.sound_targets import reconstruction_ratios, reconstruction_targets
 from baichuan_omni_jax.flow.model import FlowDecoder
 from baichuan_omni_jax.flow.training import flow_losses
 from baichuan_omni_jax.nn.param import Compute, named_values, with_values
 from baichuan_omni_jax.sharding import make_mesh
+from data_pipelines.features import mel_length
+from data_pipelines.mel_targets import mel_target
 
 COMPUTE, KEY = Compute(attention_block=16, remat="none"), jax.random.key(0)
+WAVE = (0.1 * np.random.default_rng(0).standard_normal(48_000)).astype(np.float32)
 FLOW = replace(tiny().flow, num_mid_blocks=1, n_blocks=1, prenet_layers=1)
 
 
@@ -33,18 +41,77 @@ def mesh():
         yield
 
 
-def test_reconstruction_counts_valid_frames_at_every_scale():
-    """Two clips, decoded mel 0, targets 1 and 2: errors 1 and 2 over valid frames, squares 1 and 4."""
-    zeros, lengths = jnp.zeros((2, 6, 3)), jnp.array([6, 3])
+def test_reconstruction_counts_what_codes_cover_at_every_scale():
+    """Two clips of 5 and 3 decoded frames, all 0, beside targets 1 and 2: errors 1 and 2, squares 1 and 4.
+
+    At the same rate frames 5, 3 count; at 8/5 of it ceil(5 x 8/5) = 8 and ceil(3 x 8/5) = 5, of which the second clip's
+    target has 4. What lies beyond, in either, does not count.
+    """
+    zeros, lengths = jnp.zeros((2, 6, 3)), jnp.array([5, 3])
     decoded = DecodedAudio(jnp.zeros((2, 4, 8)), jnp.array([4, 2]), zeros, zeros, lengths)
-    mel = jnp.stack([jnp.ones((8, 3)), 2 * jnp.ones((8, 3))])
-    beyond = jnp.where(jnp.arange(8)[None, :, None] < jnp.array([8, 4])[:, None, None], mel, 99.0)
-    targets = [MelTarget(beyond, jnp.array([8, 4])), MelTarget(mel[:, :4], jnp.array([4, 4]))]
-    loss, numbers = reconstruction_loss(decoded, targets)
-    first = (8 * 1 + 4 * 2) / 12, (8 * 1 + 4 * 4) / 12
-    second = (4 * 1 + 4 * 2) / 8, (4 * 1 + 4 * 4) / 8
+    mel = np.stack([np.ones((10, 3)), 2 * np.ones((10, 3))]).astype(np.float32)
+
+    def beyond(frames, counted):
+        return jnp.asarray(
+            np.where(np.arange(frames)[None, :, None] < np.array(counted)[:, None, None], mel[:, :frames], 99)
+        )
+
+    targets = [MelTarget(beyond(8, (5, 3)), jnp.array([7, 5])), MelTarget(beyond(10, (8, 4)), jnp.array([10, 4]))]
+    loss, numbers = reconstruction_loss(decoded, targets, (Fraction(1), Fraction(5, 8)))
+    first = (5 * 1 + 3 * 2) / 8, (5 * 1 + 3 * 4) / 8
+    second = (8 * 1 + 4 * 2) / 12, (8 * 1 + 4 * 4) / 12
     np.testing.assert_allclose(loss, 2 * (sum(first) + sum(second)), rtol=1e-6)
     np.testing.assert_allclose(numbers["mel_mae"], first[0], rtol=1e-6)
+
+
+SLOT = 320  # frames of the slots below: 3 s at 100 Hz and more
+errors = jax.jit(mel_errors, static_argnums=3)
+
+
+def in_slot(mel: np.ndarray) -> tuple[jax.Array, jax.Array]:
+    padded = np.full((1, SLOT, mel.shape[1]), 77.0, np.float32)
+    padded[0, : len(mel)] = mel
+    return jnp.asarray(padded), jnp.array([len(mel)], jnp.int32)
+
+
+def decoded_frames(samples: int, rate: Fraction) -> int:
+    """Frames at `rate` that the decoder makes of a clip's code frames: 4 L - 1 states at 50 Hz, rounded down."""
+    audio = AudioConfig()
+    codes = audio.bridge_length(mel_length(samples, audio))
+    return int((4 * codes - 1) * rate / 50) if codes else 0
+
+
+@settings(deadline=None, max_examples=60, derandomize=True)
+@given(samples=st.integers(960, 48_000), scale=st.sampled_from([(1024, 256), (400, 160)]))
+def test_an_exact_decoder_makes_no_error_whatever_the_length(samples, scale):
+    """The clip's true mel at the decoder's own rate, as far as codes reach: MAE 0.000 at either scale, of clips that
+    end anywhere within the 80 ms of a code frame.
+    """
+    wave = WAVE[:samples]
+    post_net = PostNetConfig(n_fft=scale[0], hop_length=scale[1], num_mel_bins=8)
+    (target,), (ratio,) = reconstruction_targets((scale,), post_net).values(), reconstruction_ratios((scale,), post_net)
+    true = mel_target(wave, target)
+    made = in_slot(true[: decoded_frames(samples, target.frame_rate)])
+    assert int(made[1][0]) > 0
+    assert [float(error) for error in errors(*made, MelTarget(*in_slot(true)), ratio)] == [0.0, 0.0]
+
+
+@settings(deadline=None, max_examples=60, derandomize=True)
+@given(samples=st.integers(960, 48_000))
+def test_other_rates_are_compared_at_the_same_moments(samples):
+    """62.5 Hz beside 100 Hz, where each frame says when it begins: no comparison is off by a frame (16 ms) or more, to
+    the end of what codes cover, and the mean is that of a loop over the definition.
+    """
+    scales, post_net = ((1024, 256), (400, 160)), PostNetConfig(num_mel_bins=8)
+    ratio = reconstruction_ratios(scales, post_net)[1]
+    made, there = decoded_frames(samples, Fraction(125, 2)), samples // 160
+    clock = lambda frames, rate: np.tile(np.arange(frames)[:, None] / rate, (1, 8)).astype(np.float32)  # noqa: E731
+    found, _ = errors(*in_slot(clock(made, 62.5)), MelTarget(*in_slot(clock(there, 100))), ratio)
+    late = [i / 100 - (i * 5 // 8) / 62.5 for i in range(there) if i * 5 // 8 < made]
+    assert 0 <= min(late) <= max(late) < 1 / 62.5
+    # The last one counted begins less than a frame before the decoded mel ends.
+    assert len(late) == min(there, -(-made * 8 // 5))
+    np.testing.assert_allclose(found, np.mean(late), atol=1e-6)
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Sizes of the audio tokenizer: Whisper encoder, bridge, residual quantiser, and the decoder back to mel."""
 
 from dataclasses import dataclass
+from fractions import Fraction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,11 @@ class AudioConfig:
     def code_rate(self) -> float:
         """Code frames a second: 12.5."""
         return self.sampling_rate / (self.hop_length * self.stride_size * self.avg_pooler)
+
+    @property
+    def state_rate(self) -> Fraction:
+        """States of the decoder a second, which flow matching reads: 50."""
+        return Fraction(self.sampling_rate, self.hop_length * self.stride_size)
 
     @property
     def max_mel_frames(self) -> int:

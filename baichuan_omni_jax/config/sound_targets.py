@@ -1,6 +1,7 @@
 """The mels that decoders learn to make: natural logs of magnitudes at a rate, window and hop (MODEL.md section 7)."""
 
 from dataclasses import dataclass
+from fractions import Fraction
 
 from baichuan_omni_jax.audio.config import PostNetConfig
 from baichuan_omni_jax.config.model import OmniConfig
@@ -24,6 +25,11 @@ class MelTargetSettings:
         """Frames of a clip of `samples` at the mel's rate."""
         return samples // self.hop
 
+    @property
+    def frame_rate(self) -> Fraction:
+        """Frames a second."""
+        return Fraction(self.rate, self.hop)
+
 
 def sound_targets(run: RunConfig, omni: OmniConfig) -> dict[str, MelTargetSettings]:
     """What a run's batches hold beside mel slots, by name: `scale_0`, `scale_1`, … or `flow`."""
@@ -40,8 +46,14 @@ def reconstruction_targets(
     return {f"scale_{i}": MelTargetSettings(rate, n_fft, hop, mels, 1e-6) for i, (n_fft, hop) in enumerate(scales)}
 
 
+def reconstruction_ratios(scales: tuple[tuple[int, int], ...], post_net: PostNetConfig) -> tuple[Fraction, ...]:
+    """Returns how many decoded frames there are for each frame of the target, at every (n_fft, hop)."""
+    made = decoded_target(post_net).frame_rate
+    return tuple(made / target.frame_rate for target in reconstruction_targets(scales, post_net).values())
+
+
 def decoded_target(post_net: PostNetConfig) -> MelTargetSettings:
-    """What the audio decoder's refined mel is by itself, not stretched: the post-net's own window and hop."""
+    """What the audio decoder's refined mel is by itself: the post-net's own window and hop."""
     return reconstruction_targets(((post_net.n_fft, post_net.hop_length),), post_net)["scale_0"]
 
 

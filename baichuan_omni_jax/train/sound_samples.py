@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jax.sharding import reshard
 from jaxtyping import Array, Float, Float32, Int32, UInt8
 
-from baichuan_omni_jax.audio.reconstruction import MelTarget
+from baichuan_omni_jax.audio.reconstruction import SAME_RATE, MelTarget, frames_covered
 from baichuan_omni_jax.config import ConfigError, OmniConfig, RunConfig
 from baichuan_omni_jax.config.sound_targets import decoded_target, flow_target, sound_targets
 from baichuan_omni_jax.flow.sampler import sample_mel
@@ -63,6 +63,7 @@ class Listening:
             recorded = next(iter(sound_targets(run, omni).values()))
             if recorded != self._settings:  # the first scale need not be the decoder's own
                 self._recorded_waves = MelWaves(recorded, omni)
+            self._ratio = self._settings.frame_rate / recorded.frame_rate
 
     def is_due(self, step: int) -> bool:
         """Before the first step, and after every `eval.sound_every`."""
@@ -86,13 +87,15 @@ class Listening:
                 continue
             for clip in np.flatnonzero(np.minimum(recorded.lengths, made.lengths)):
                 ours, theirs = (mel.mel[clip, : mel.lengths[clip]] for mel in (made, recorded))
+                # What has no code is neither heard nor seen: both are of the same span of the clip.
+                theirs = theirs[: frames_covered(len(ours), self._ratio)]
                 tag = f"eval/{name}/clip_{clip}"
                 waves[f"{tag}/from_codes/{self._waves.name}"] = self._waves(ours), rate
                 if tag not in self._recorded_heard:
                     # What the way from mel to wave costs by itself: it never changes, so once is enough.
                     waves[f"{tag}/from_recorded_mel/{self._waves.name}"] = self._recorded_waves(theirs), rate
                     self._recorded_heard.add(tag)
-                pictures[f"{tag}/recorded_above_from_codes_below"] = mel_image([theirs, ours])
+                pictures[f"{tag}/recorded_above_from_codes_below"] = mel_image([theirs, ours], [SAME_RATE, self._ratio])
         return None if self._waves is None else SoundSamples(waves, pictures)
 
     def _first_batch(self, name: str) -> dict[str, np.ndarray]:

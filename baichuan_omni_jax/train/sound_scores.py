@@ -1,6 +1,7 @@
 """Held-out scores of the tasks that train on sound: sums over a batch's clips, and the means made of them."""
 
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 from typing import NamedTuple
 
 import jax
@@ -10,8 +11,9 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from baichuan_omni_jax.audio.decoder import AudioDecoder, DecodedAudio
 from baichuan_omni_jax.audio.model import AudioTokenizer
-from baichuan_omni_jax.audio.reconstruction import MelTarget, mel_error_sums
+from baichuan_omni_jax.audio.reconstruction import SAME_RATE, MelTarget, mel_error_sums
 from baichuan_omni_jax.config import RunConfig
+from baichuan_omni_jax.config.sound_targets import reconstruction_ratios
 from baichuan_omni_jax.flow.sampler import sample_mel
 from baichuan_omni_jax.nn.lengths import frames_before, keep
 from baichuan_omni_jax.omni.batch import Batch
@@ -31,11 +33,12 @@ def tokenizer_sums(setup: Setup, run: RunConfig) -> Callable[[Arrays, Batch], Su
     their codes.
     """
     compute, reads = setup.task.compute, "llm" in run.branches
+    ratio = reconstruction_ratios(run.tokenizer.mel_scales, setup.task.omni.post_net)[0]
 
     def sums_of(parameters, batch):
         model = setup.assemble(parameters, {})
         target = mel_targets_of(batch, ("scale_0",), compute)[0]
-        sums, made = code_sums(model.audio_encoder, model.audio_decoder, clips_of(batch, compute), target)
+        sums, made = code_sums(model.audio_encoder, model.audio_decoder, clips_of(batch, compute), target, ratio)
         if reads:
             weights, seen = batch["text_weights"], (made.features, made.quantised)
             read = [(transcript_entropies(model, x, made.valid, batch, run) * weights).sum() for x in seen]
@@ -56,9 +59,9 @@ class ThroughCodes(NamedTuple):
 
 
 def code_sums(
-    encoder: AudioTokenizer, decoder: AudioDecoder, clips: Clips, target: MelTarget
+    encoder: AudioTokenizer, decoder: AudioDecoder, clips: Clips, target: MelTarget, ratio: Fraction = SAME_RATE
 ) -> tuple[Sums, ThroughCodes]:
-    """Sums over the clips' valid frames, and what they are of.
+    """Sums over the clips' valid frames, and what they are of. `ratio`: decoded frames for each of the target's.
 
     `mel` (levels + 1,): absolute error of the refined mel from the features as they are, then from the first 1, 2, ...
     levels of their codes; `mel_count` what to divide it by. `used_q` (codes,): how often each code was chosen.
@@ -68,7 +71,7 @@ def code_sums(
     codes, quantised, _ = encoder.quantizer.quantize(features)
     lengths = valid.sum(-1, dtype=jnp.int32)
     decoded = [decoder(x, lengths) for x in (features, *_first_levels(encoder, codes))]
-    errors = [mel_error_sums(each.refined_mel, each.mel_lengths, target) for each in decoded]
+    errors = [mel_error_sums(each.refined_mel, each.mel_lengths, target, ratio) for each in decoded]
     sums = {"mel": jnp.stack([error for error, _, _ in errors]), "mel_count": errors[0][2]}
     for q, size in enumerate(encoder.cfg.codebook_sizes):
         sums[f"used_q{q}"] = _counts(codes[..., q], valid, size)

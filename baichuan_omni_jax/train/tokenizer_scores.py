@@ -20,7 +20,7 @@ class TokenizerScores:
     """Takes windows through `audio_encoder` and `audio_decoder` and sums what `code_sums` counts.
 
     Windows are padded to one of four lengths (`mel_buckets`), so that at most four programs are compiled. `settings`
-    are those of the mel that comes back, which is not stretched. Use it with the branches' mesh set.
+    are those of the mel that comes back, which is compared frame by frame. Use it with the branches' mesh set.
     """
 
     def __init__(self, branches: Mapping[str, nnx.Module], cfg: OmniConfig) -> None:

@@ -6,20 +6,25 @@ import jax
 import numpy as np
 import pytest
 import soundfile
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax.sharding import AxisType
 
-from baichuan_omni_jax.audio.config import AudioConfig
+from baichuan_omni_jax.audio.config import AudioConfig, PostNetConfig
 from baichuan_omni_jax.config import Budgets, ConfigError, DataConfig
+from baichuan_omni_jax.config.sound_targets import reconstruction_targets
 from baichuan_omni_jax.omni.batch import BRANCH_FIELDS, abstract_batch
 from baichuan_omni_jax.sharding import ShardingRules
 from data_pipelines.document import SampleError
-from data_pipelines.features import log_mel
+from data_pipelines.features import log_mel, mel_length
 from data_pipelines.mel_slots import MelSlots, mel_slots, row_key
+from data_pipelines.mel_targets import mel_target
 from data_pipelines.sounds import decode_sound
 from tests.data_pipelines.conftest import BUDGETS, with_config
 from tests.data_pipelines.small_media import document
 
 AUDIO = AudioConfig()
+WAVE = (0.1 * np.random.default_rng(0).standard_normal(60_000)).astype(np.float32)
 WINDOWS = replace(BUDGETS, mel_windows=12)
 
 
@@ -134,6 +139,26 @@ def test_longer_windows_are_cropped_at_whole_code_frames(heard, sample_codes):
     other_seed = decode(with_config(cropped, seed=5), sample_codes, rows)
     for other in (reversed_rows, other_seed):
         assert sorted(other["mel_audio"].ravel()) != sorted(batch["mel_audio"].ravel())
+
+
+@settings(deadline=None, max_examples=30, derandomize=True)
+@given(samples=st.integers(1600, 60_000), crop=st.integers(0, 1000), size=st.sampled_from([104, 160, 256]))
+def test_targets_of_a_crop_begin_when_it_does(samples, crop, size):
+    """Windows of any length, shown whole or in part: frame i of every target is the window's own, i hops after the
+    first code frame shown; an exact decoder of what is shown is right at every frame.
+    """
+    scales = reconstruction_targets(((1024, 256), (400, 160)), PostNetConfig(num_mel_bins=8))
+    slots = MelSlots((size,), 8, 0, targets=scales)
+    wave = WAVE[:samples]
+    shown, skipped = slots.show(np.zeros((mel_length(samples, AUDIO), 1), np.float32), size, (crop,))
+    states = 4 * AUDIO.bridge_length(len(shown)) - 1  # at 50 Hz, of what is shown
+    for name, found in slots.make_targets({16000: wave}, size, skipped).items():
+        settings, whole = scales[name], mel_target(wave, scales[name])
+        first = skipped * 1280 // settings.hop  # a code frame is 80 ms
+        assert first * settings.hop == skipped * 1280
+        np.testing.assert_array_equal(found, whole[first : first + len(found)])
+        assert len(found) >= states * 320 // settings.hop  # codes never cover more than there is
+        assert len(found) <= slots.target_frames(name, size)
 
 
 def test_silent_sound_is_lost_under_its_own_cause(tmp_path, sample_pipeline):

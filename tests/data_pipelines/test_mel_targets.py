@@ -32,6 +32,16 @@ def test_frames_at_every_scale(samples):
         assert np.isfinite(mel).all()
 
 
+def test_part_of_a_clip_has_the_frames_that_the_whole_has_there():
+    wave = np.random.default_rng(0).standard_normal(9000).astype(np.float32)
+    for settings in reconstruction_targets(((1024, 256), (400, 160)), PostNetConfig()).values():
+        whole = mel_target(wave, settings)
+        for first, frames in ((0, 5), (7, 9), (20, 400)):
+            part = mel_target(wave, settings, first * settings.hop, frames * settings.hop + 3)
+            np.testing.assert_array_equal(part, whole[first : first + frames])
+    assert mel_target(wave, settings, 9000).shape == mel_target(wave, settings, 9100).shape == (0, 80)
+
+
 def test_silence_is_the_floor_and_a_tone_its_own_filter():
     settings = flow_target(tiny().flow)
     time = np.arange(24000) / 24000

@@ -3,6 +3,7 @@
 import io
 import json
 import struct
+from fractions import Fraction
 from pathlib import Path
 
 import jax
@@ -70,6 +71,10 @@ def test_a_picture_has_low_filters_below_and_one_scale():
     assert (brightest.max(0) == (14, 5)).all()
     assert (picture[15:21] == 255).all()
     assert (picture[21:] == picture[0, 0]).all()
+    # Frame i of the first stands over the frame of the second at its moment: 0 0 1 1 of 62.5 Hz under four of 100 Hz.
+    steps, four = np.array([[1.0], [2.0], [3.0]]), np.array([[1.0], [1.0], [2.0], [2.0]])
+    picture = mel_image([four, steps], (Fraction(1), Fraction(5, 8)))
+    assert (picture[:3] == picture[9:]).all()
     assert mel_image([np.full((2, 3), np.nan), np.zeros((0, 3))]).shape == (2 * 9 + 6, 6, 3)
 
 

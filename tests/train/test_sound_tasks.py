@@ -146,6 +146,13 @@ def test_settings_that_do_not_fit_are_refused(micro_root):
         assert message in str(refusal(run))
 
 
+def test_flow_matching_refuses_a_mel_of_another_rate_than_the_states(micro_root, tmp_path):
+    omni = dataclasses.replace(tiny(), flow=dataclasses.replace(tiny().flow, hop_length=400))
+    (tmp_path / "config.json").write_text(json.dumps(to_hf(omni)))
+    run = small(FLOW, micro_root, f"model={tmp_path / 'config.json'}", "checkpoint.init_from=")
+    assert "make 60 mel frames a second, the audio decoder 50 states" in str(refusal(run))
+
+
 def refusal(run) -> ConfigError | None:
     omni, compute, mesh = resolve_model(run.model), make_compute(run), one_device()
     with jax.set_mesh(mesh):

@@ -10,6 +10,7 @@ from baichuan_omni_jax.audio.quantizer_training import Quantised, quantised_shar
 from baichuan_omni_jax.audio.reconstruction import reconstruction_loss
 from baichuan_omni_jax.audio.spec_augment import spec_augment
 from baichuan_omni_jax.config import ConfigError
+from baichuan_omni_jax.config.sound_targets import reconstruction_ratios
 from baichuan_omni_jax.nn.param import use
 from baichuan_omni_jax.omni.batch import Batch
 from baichuan_omni_jax.omni.tokenizer_model import TokenizerModel, clips_of, mel_targets_of
@@ -66,7 +67,9 @@ class AudioTokenizerTask(PlainTask):
         states = codebook_states(model, extra["unused"])
         made, valid = model.quantize(key, clips, states, step, settings.quantizer)
         decoded = model.decode(made.features, valid)
-        reconstruction, metrics = reconstruction_loss(decoded, mel_targets_of(batch, self._targets, self.compute))
+        ratios = reconstruction_ratios(settings.mel_scales, self.omni.post_net)
+        targets = mel_targets_of(batch, self._targets, self.compute)
+        reconstruction, metrics = reconstruction_loss(decoded, targets, ratios)
         loss = settings.reconstruction * reconstruction + settings.commitment * made.commitment
         metrics |= {"loss_reconstruction": reconstruction, "loss_commitment": made.commitment}
         if self._reads:

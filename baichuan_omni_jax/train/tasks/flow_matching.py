@@ -6,6 +6,7 @@ from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
 
 from baichuan_omni_jax.config import ConfigError
+from baichuan_omni_jax.config.sound_targets import flow_target
 from baichuan_omni_jax.flow.training import flow_losses
 from baichuan_omni_jax.omni.batch import Batch
 from baichuan_omni_jax.omni.tokenizer_model import clips_of, mel_targets_of
@@ -48,6 +49,12 @@ class FlowMatchingTask(PlainTask):
 
     def check(self, mesh: Mesh) -> None:
         check_sound(self.run, self.omni, mesh, self.compute, BRANCHES, needed=BRANCHES)
+        made, states = flow_target(self.omni.flow).frame_rate, self.omni.audio.state_rate
+        if made != states:
+            raise ConfigError(
+                f"flow.sampling_rate {self.omni.flow.sampling_rate} and flow.hop_length {self.omni.flow.hop_length} "
+                f"make {float(made):g} mel frames a second, the audio decoder {float(states):g} states"
+            )
         if not 0 <= self.run.flow.ema < 1:
             raise ConfigError(f"flow.ema {self.run.flow.ema} must be at least 0 and less than 1")
 
