@@ -4,8 +4,9 @@
         --multihost --set data.root=DATA_ROOT
 
 Sized for 8 chips of v5p; on v5e:4x8 add `--set mesh.fsdp=32`. The encoder and the reader come from released weights
-(`launch/convert_weights.py`), the encoder also from Whisper's (docs/audio.md). Sources: documents with speech, ASR for
-what was said; the data are yours: docs/data.md.
+(`launch/convert_weights.py`), the encoder also from Whisper's (docs/audio.md). Sources, in the shares of the paper's
+hours (arXiv:2502.17239): ASR, spoken questions, translation of speech, text and speech in turns; the data are yours:
+docs/data.md.
 """
 
 from baichuan_omni_jax.config import (
@@ -24,6 +25,10 @@ from baichuan_omni_jax.config import (
 )
 
 STEPS = 100000
+# In which the share of quantized clips grows to all, and the noise on the choice of codes falls to none.
+GROWING = STEPS // 5
+# Thousands of hours.
+HOURS = {"asr": 135, "aqa": 11, "s2tt": 9, "intlv": 52}
 WEIGHTS = "weights/omni"
 
 
@@ -35,7 +40,8 @@ def get_config() -> RunConfig:
         mesh=MeshConfig(fsdp=8),
         data=DataConfig(
             root="data/speech",
-            mixture=mixture_of({"asr": 0.8, "pure_audio": 0.2}),
+            mixture=mixture_of(HOURS),
+            weights_by="tokens",  # 12.5 a second of sound: the nearest to hours
             rows=32,
             budgets=Budgets(tokens=2048, patches=0, audio_frames=1504, audio_targets=1504, mel_windows=4),
             mel_frames=(504, 1000, 2000, 3000),
@@ -57,6 +63,15 @@ def get_config() -> RunConfig:
             init_from=f"audio_encoder={WEIGHTS},llm={WEIGHTS},audio_decoder=random,transcript_adapter=random",
         ),
         tokenizer=TokenizerTraining(
-            quantizer=QuantizerConfig(restart_after=200, init_steps=20, quantised_steps=STEPS // 5)
+            commitment_start=0.05,
+            quantizer=QuantizerConfig(
+                decay=0.99,
+                shrink=0.01,
+                restart_after=200,
+                init_steps=20,
+                temperature=(0.05, 0.0),
+                temperature_steps=GROWING,
+                quantised_steps=GROWING,
+            ),
         ),
     )

@@ -24,6 +24,7 @@ from baichuan_omni_jax.config import (
 )
 
 STEPS = 600
+GROWING = STEPS // 3
 
 
 def get_config() -> RunConfig:
@@ -61,8 +62,16 @@ def get_config() -> RunConfig:
         ),
         tokenizer=TokenizerTraining(
             transcript=0.1,
+            commitment_start=0.05,
             quantizer=QuantizerConfig(
-                decay=0.9, restart_after=20, init_steps=10, quantised_share=0.1, quantised_steps=STEPS // 3
+                decay=0.9,
+                shrink=0.01,
+                restart_after=20,
+                init_steps=10,
+                temperature=(0.05, 0.0),
+                temperature_steps=GROWING,
+                quantised_share=0.1,
+                quantised_steps=GROWING,
             ),
         ),
     )

@@ -1,13 +1,22 @@
 """Training of the residual quantiser: the running means, restarts, schedules and gradients it promises."""
 
+from dataclasses import replace
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from baichuan_omni_jax.audio.codebook_training import Averaging, CodebookState, draw_pool, move, usage
-from baichuan_omni_jax.audio.quantizer_training import kept_levels, quantize_in_training
-from baichuan_omni_jax.config import ConfigError, FlowTraining, MeshConfig
+from baichuan_omni_jax.audio.quantizer_training import (
+    averaging,
+    commitment_weight,
+    kept_levels,
+    level_starts,
+    quantize_in_training,
+)
+from baichuan_omni_jax.config import ConfigError, FlowTraining, MeshConfig, TokenizerTraining
 from baichuan_omni_jax.config.sound import QuantizerConfig
 from baichuan_omni_jax.nn.param import Compute
 from baichuan_omni_jax.sharding import make_mesh
@@ -70,12 +79,72 @@ def test_running_means_are_those_of_the_valid_vectors():
     counts = np.bincount(chosen, minlength=5)
     sums = np.stack([rows[chosen == code].sum(0) for code in range(5)])
     size = 0.9 + 0.1 * counts
-    average = 0.9 * np.asarray(state.embed) + 0.1 * sums
+    average = 0.99 * (0.9 * np.asarray(state.embed) + 0.1 * sums)
     smoothed = (size + 1e-5) * size.sum() / (size.sum() + 5e-5)
     np.testing.assert_allclose(moved.cluster_size, size, rtol=1e-6)
     np.testing.assert_allclose(moved.embed_avg, average, atol=1e-6)
-    np.testing.assert_allclose(moved.embed, 0.99 * average / smoothed[:, None], atol=1e-6)
+    np.testing.assert_allclose(moved.embed, average / smoothed[:, None], atol=1e-6)
     np.testing.assert_array_equal(moved.unused, [0, 0, 0, 0, 1])
+
+
+def test_the_shrink_compounds():
+    """c = (1 - b) (a c + (1 - a) m), step by step: with a 0.99 and b 0.01 codes come to rest at half their mean."""
+    x, valid = clips()
+    codes = jnp.asarray(np.arange(valid.size).reshape(valid.shape) % 2, jnp.int32)
+    rows, chosen = np.asarray(x)[np.asarray(valid)], np.asarray(codes)[np.asarray(valid)]
+    means = np.stack([rows[chosen == code].mean(0) for code in range(2)])
+    counts = np.bincount(chosen, minlength=2)
+
+    @partial(jax.jit, static_argnums=1)
+    def after(state, steps):
+        pool, how = draw_pool(KEY, valid), Averaging(0.99, 0.01, 0)
+        return jax.lax.fori_loop(0, steps, lambda _, state: move(pool, x, valid, codes, state, how, COMPUTE), state)
+
+    state = codebook(2)._replace(cluster_size=jnp.asarray(counts, jnp.float32))
+    state = state._replace(embed_avg=state.embed * counts[:, None])
+    expected = np.asarray(state.embed, np.float64)
+    for _ in range(10):
+        expected = 0.99 * (0.99 * expected + 0.01 * means)
+    np.testing.assert_allclose(after(state, 10).embed, expected, rtol=1e-4, atol=1e-5)
+    rest = np.asarray(after(state, 1000).embed)
+    np.testing.assert_allclose(rest, 0.0099 / 0.0199 * means, rtol=1e-3)
+    assert np.abs(rest / means - 0.5).max() < 0.005
+
+
+def test_the_steps_of_k_means_shrink_nothing():
+    schedule = QuantizerConfig(shrink=0.01, init_steps=4)
+    assert [float(averaging(schedule, jnp.int32(step)).shrink) for step in (0, 3, 4)] == pytest.approx([0, 0, 0.01])
+
+
+def test_the_commitment_follows_the_quantized_share():
+    schedule = QuantizerConfig(quantised_steps=100)
+    weights = [float(commitment_weight(0.05, 0.25, schedule, jnp.int32(step))) for step in (0, 50, 100, 900)]
+    assert weights == pytest.approx([0.05, 0.15, 0.25, 0.25])
+    with pytest.raises(ConfigError, match=r"tokenizer.commitment_start -1.0 must be a finite number of at least 0"):
+        TokenizerTraining(commitment_start=-1.0)
+
+
+def test_levels_are_seeded_with_different_frames():
+    """30 vectors for 16, 8 and 4 codes: where one level has a code, the next has none, which would be 0."""
+    assert level_starts([64, 48, 32]) == [0, 64, 112]
+    x, valid = clips(m=2, g=15)
+    valid = valid | True
+    schedule = replace(NEAREST, init_steps=2)
+    states = train(x, valid, [codebook(16), codebook(8), codebook(4)], schedule, step=0).states
+    for state in states:
+        rows = np.asarray(state.embed)
+        assert np.linalg.norm(rows, axis=1).min() > 1e-3
+        assert len(np.unique(rows.round(4), axis=0)) == len(rows)
+
+
+def test_levels_draw_noise_of_their_own():
+    """Three levels with the same, nearly equal codes: the noise alone chooses, and chooses anew for each."""
+    x, valid = jnp.zeros((4, 200, WIDTH)), jnp.ones((4, 200), bool)
+    same = codebook(8)._replace(embed=1e-6 * codebook(8).embed)
+    schedule = replace(NEAREST, temperature=(1.0, 1.0))
+    codes = np.asarray(train(x + 1.0, valid, [same] * 3, schedule).codes)
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        assert abs((codes[..., one] == codes[..., other]).mean() - 1 / 8) < 0.05
 
 
 def test_unused_codes_become_different_vectors_of_the_batch():

@@ -31,13 +31,12 @@ class CodebookState(NamedTuple):
 
 
 class Averaging(NamedTuple):
-    """How a codebook moves in one step: what stays of the running means, the share by which codes are pulled towards
-    zero, and after how many unused steps a code is placed anew, and again after as many more (0: never). Numbers or
-    scalars.
+    """How a codebook moves in one step: what stays of the running means, the share of themselves that these lose, and
+    after how many unused steps a code is placed anew, and again after as many more (0: never). Numbers or scalars.
     """
 
     decay: Float[Array, ""] | float
-    shrink: float
+    shrink: Float[Array, ""] | float
     restart_after: Int32[Array, ""] | int
 
 
@@ -81,20 +80,23 @@ def move(
 ) -> CodebookState:
     """The codebook after a batch in which the vectors `x` chose `codes`.
 
-    With decay a, count c and sum s of a code's vectors: cluster_size = a cluster_size + (1 - a) c, embed_avg likewise
-    with s, embed = (1 - shrink) embed_avg / cluster_size, the sizes smoothed by `SMOOTHING`. A code unused for
-    `restart_after` steps becomes a vector of the batch, its size 1. Without a valid vector nothing changes.
+    With decay a, shrink b, count c and sum s of a code's vectors: cluster_size = a cluster_size + (1 - a) c,
+    embed_avg = (1 - b) (a embed_avg + (1 - a) s), embed = embed_avg / cluster_size, the sizes smoothed by `SMOOTHING`.
+    So the shrink compounds, as the next mean builds on the shrunk one (arXiv:2502.17239, section 3.1): a code whose
+    vectors have the mean m comes to rest at m (1 - b) (1 - a) / (1 - (1 - b) a), which is 0.50 m for a 0.99, b 0.01.
+    A code unused for `restart_after` steps becomes a vector of the batch, its size 1. Without a valid vector nothing
+    changes.
     """
     size = state.embed.shape[0]
     counts, sums = _sums(x, valid, codes, size, compute)
     decay = averaging.decay
     cluster_size = decay * state.cluster_size + (1 - decay) * counts
-    embed_avg = decay * state.embed_avg + (1 - decay) * sums
+    embed_avg = (1 - averaging.shrink) * (decay * state.embed_avg + (1 - decay) * sums)
     total = cluster_size.sum()
     smoothed = (cluster_size + SMOOTHING) * total / (total + size * SMOOTHING)
     # A code that nothing ever chose stays where it is: its running sum has nothing to say.
     known = (cluster_size > SMOOTHING)[:, None]
-    embed = jnp.where(known, (1 - averaging.shrink) * embed_avg / jnp.maximum(smoothed, 1e-30)[:, None], state.embed)
+    embed = jnp.where(known, embed_avg / jnp.maximum(smoothed, 1e-30)[:, None], state.embed)
     moved = CodebookState(embed, embed_avg, cluster_size, jnp.where(counts > 0, 0, state.unused + 1))
     moved = _restart(pool, x, moved, averaging.restart_after, compute)
     return jax.tree.map(lambda new, old: jnp.where(jnp.any(valid), new, old), moved, state)

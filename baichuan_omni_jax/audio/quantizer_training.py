@@ -57,10 +57,10 @@ def quantize_in_training(
         keys = jax.random.split(key, len(states) + 2)
         pool = draw_pool(keys[-2], valid)
         kept = kept_levels(keys[-1], x.shape[0], len(states), step, config)
+        starts = level_starts([state.embed.shape[0] for state in states])
         residual, seen, total, codes, left, moved = x, 0.0, 0.0, [], [], []
         for level, (level_key, state) in enumerate(zip(keys, states, strict=False)):
-            # Levels begin elsewhere in the pool, so that they are not placed at the same frames.
-            own = pool._replace(start=level * (pool.count // len(states)))
+            own = pool._replace(start=jnp.int32(starts[level]))
             code, chosen, state = _level(level_key, own, residual, valid, state, step, config, compute)
             total = total + chosen
             seen = seen + jnp.where(kept[:, level, None, None], chosen, 0.0)
@@ -88,12 +88,21 @@ def kept_levels(
     return jnp.arange(levels) < count[:, None]
 
 
+def level_starts(sizes: Sequence[int]) -> list[int]:
+    """Returns the number in the pool of each level's first vector: levels never share one, while there are enough.
+
+    Where a level has a code, nothing is left over: a code of the next one at that frame would be 0, as would all others
+    placed so. 64, 48 and 32 codes begin at 0, 64 and 112.
+    """
+    return [sum(sizes[:level]) for level in range(len(sizes))]
+
+
 def averaging(config: QuantizerConfig, step: Int32[Array, ""]) -> Averaging:
-    """How codebooks move in this step: in the first ones as k-means does."""
+    """Returns how codebooks move in this step: in the first ones as k-means does, which shrinks nothing."""
     first = step < config.init_steps
     mean = step.astype(jnp.float32) / (step + 1)
     restart = jnp.where(first & (config.restart_after > 0), 1, config.restart_after)
-    return Averaging(jnp.where(first, mean, config.decay), config.shrink, restart)
+    return Averaging(jnp.where(first, mean, config.decay), jnp.where(first, 0.0, config.shrink), restart)
 
 
 def temperature(config: QuantizerConfig, step: Int32[Array, ""]) -> Float[Array, ""]:
@@ -105,6 +114,11 @@ def temperature(config: QuantizerConfig, step: Int32[Array, ""]) -> Float[Array,
 def quantised_share(config: QuantizerConfig, step: Int32[Array, ""]) -> Float[Array, ""]:
     """The share of clips that see quantised features in this step."""
     return config.quantised_share + (1.0 - config.quantised_share) * _progress(step, config.quantised_steps)
+
+
+def commitment_weight(first: float, last: float, config: QuantizerConfig, step: Int32[Array, ""]) -> Float[Array, ""]:
+    """Returns the weight of the commitment in this step: from `first` to `last` while the quantized share grows."""
+    return first + (last - first) * _progress(step, config.quantised_steps)
 
 
 def _level(key, pool: Pool, residual, valid, state, step, config: QuantizerConfig, compute: Compute):

@@ -97,7 +97,8 @@ class DataConfig:
     manifest writes must lie inside whatever is trusted.
     `sample` asks for the offline sample data set, built at `root` when it is not there yet.
     `tokenizer` is a path to a `tokenizer.json`; empty trains one of `vocab_size` entries on the manifests' own text.
-    `audio_tokenizer` is a checkpoint (`DIR`); empty is a seeded random one, whose codes carry no decodable sound.
+    `audio_tokenizer` is a checkpoint (`DIR`); empty is the one that the codes of `checkpoint.init_from` were made by, or
+    a seeded random one, whose codes carry no decodable sound.
     `max_bad_fraction` is the share of documents that may be unusable before the run stops.
 
     The sources' weights are shares of what is counted by `weights_by`: `documents`, `tokens`, or what is `trainable`:
@@ -195,6 +196,7 @@ class OptimizerConfig:
     """AdamW with linear warm-up and cosine decay. Learning rates are the groups' peaks.
 
     After `decay_steps` (counted from step 0) the rate stays at `final_fraction` of its peak, so a run can go on.
+    `weight_decay` None is 0.1 for the task `omni`, and none for the tasks that train on sound.
     """
 
     groups: tuple[GroupConfig, ...] = (GroupConfig(name="all", pattern=".*", learning_rate=1e-4),)
@@ -204,7 +206,7 @@ class OptimizerConfig:
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
-    weight_decay: float = 0.1
+    weight_decay: float | None = None
     clip_norm: float = 1.0
 
 

@@ -9,7 +9,9 @@ from baichuan_omni_jax.config.errors import ConfigError
 class QuantizerConfig:
     """How the residual quantiser trains, by step (counted from 0).
 
-    `decay` of the running means of each code's vectors; `shrink`, the share by which codes are pulled towards zero.
+    `decay` of the running means of each code's vectors; `shrink`, the share of themselves that these lose in every step
+    after the first ones, on which the next mean builds: codes come to rest at
+    (1 - shrink) (1 - decay) / (1 - (1 - shrink) decay) of the mean of their vectors.
     Codes unused for `restart_after` steps (0: never) are placed anew. The first `init_steps` batches are one pass of
     k-means: the first seeds the codebooks, the running means forget nothing, unused codes are placed anew at once. With
     0, codebooks go on as they are: those of a trained tokenizer.
@@ -74,6 +76,8 @@ class TokenizerTraining:
     `transcript` x cross-entropy of what was said, read by a frozen language model + `commitment` x squared distance
     of the features to their codes.
 
+    The commitment's weight goes from `commitment_start` (None: no other than `commitment`) to `commitment` in the steps
+    in which the quantized share grows (`quantizer.quantised_steps`).
     `mel_scales` are (n_fft, hop) of the target mels at 16 kHz. Without `llm` in the run's branches nothing is read.
     `spec_augment` masks what the encoder hears, never the targets nor held-out sound.
     """
@@ -81,9 +85,16 @@ class TokenizerTraining:
     reconstruction: float = 1.0
     transcript: float = 1.0
     commitment: float = 0.25
+    commitment_start: float | None = None
     mel_scales: tuple[tuple[int, int], ...] = ((1024, 256), (400, 160))
     quantizer: QuantizerConfig = QuantizerConfig()
     spec_augment: SpecAugmentConfig = SpecAugmentConfig()
+
+    def __post_init__(self):
+        for name in ("reconstruction", "transcript", "commitment", "commitment_start"):
+            weight = getattr(self, name)
+            if weight is not None and not 0 <= weight < float("inf"):
+                raise ConfigError(f"tokenizer.{name} {weight} must be a finite number of at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)

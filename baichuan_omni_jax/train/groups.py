@@ -55,10 +55,13 @@ def schedule(config: OptimizerConfig, group: GroupConfig) -> optax.Schedule:
     return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, decay, peak * of("final_fraction"))
 
 
-def make_optimizer(config: OptimizerConfig, labels: Mapping[str, str]) -> optax.GradientTransformation:
+def make_optimizer(
+    config: OptimizerConfig, labels: Mapping[str, str], weight_decay: float = 0.0
+) -> optax.GradientTransformation:
     """AdamW over a flat dict of parameters, a learning rate a group, the gradient clipped to a global norm.
 
-    `labels` maps a parameter's name to its group. Vectors (norm scales, biases) do not decay.
+    `labels` maps a parameter's name to its group. Vectors (norm scales, biases) do not decay, others by
+    `config.weight_decay`, or by `weight_decay` where that is None.
     """
     by_group = {
         group.name: optax.adamw(
@@ -66,7 +69,7 @@ def make_optimizer(config: OptimizerConfig, labels: Mapping[str, str]) -> optax.
             b1=config.b1,
             b2=config.b2,
             eps=config.eps,
-            weight_decay=config.weight_decay,
+            weight_decay=weight_decay if config.weight_decay is None else config.weight_decay,
             mask=lambda parameters: {name: decays(name) for name in parameters},
         )
         for group in config.groups

@@ -85,7 +85,7 @@ def make_setup(run: RunConfig, omni: OmniConfig, mesh: Mesh, compute: Compute) -
         model,
         {name: _cast(shape, frozen_dtype) if name in still else shape for name, shape in named_values(model).items()},
     )
-    return Setup(task, model, groups, make_optimizer(run.optimizer, groups.trainable), mesh)
+    return Setup(task, model, groups, make_optimizer(run.optimizer, groups.trainable, task.weight_decay), mesh)
 
 
 def init_state(run: RunConfig, setup: Setup) -> TrainState:

@@ -11,9 +11,10 @@ from micro import micro_run, one_device, open_micro, place
 
 from baichuan_omni_jax.config import ConfigError, GroupConfig, OptimizerConfig, resolve_model
 from baichuan_omni_jax.nn.param import Buffer, named_variables
-from baichuan_omni_jax.train.groups import Groups, assign_groups, decays, schedule
+from baichuan_omni_jax.train.groups import Groups, assign_groups, decays, make_optimizer, schedule
 from baichuan_omni_jax.train.state import init_state, make_compute, make_setup
 from baichuan_omni_jax.train.step import make_step
+from baichuan_omni_jax.train.tasks import TASKS
 
 VARIABLES = {
     "vision.tower.weight": nnx.Param(jnp.zeros(2)),
@@ -76,6 +77,18 @@ def test_only_matrices_decay():
     assert decays("llm.embedding")
     assert not decays("llm.norm.scale")
     assert not decays("llm.layers.attention.q_proj.bias")
+
+
+def test_weight_decay_goes_by_the_task_unless_it_is_set():
+    """Without a gradient a weight of 1 at rate 0.5 loses half the decay: 0.1 in language stages, nothing in sound."""
+    groups = (dataclasses.replace(group("all", ".*", 0.5), warmup_steps=0, decay_steps=10),)
+    decay = {name: task.weight_decay for name, task in TASKS.items()}
+    assert decay == {"omni": 0.1, "audio_tokenizer": 0.0, "flow_matching": 0.0}
+    for given, usual, left in ((None, 0.0, 1.0), (None, 0.1, 0.95), (0.2, 0.0, 0.9), (0.0, 0.1, 1.0)):
+        optimizer = make_optimizer(OptimizerConfig(groups=groups, weight_decay=given), {"w": "all"}, usual)
+        weights = {"w": jnp.ones(())}
+        change, _ = optimizer.update({"w": jnp.zeros(())}, optimizer.init(weights), weights)
+        assert float(weights["w"] + change["w"]) == pytest.approx(left)
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ from jax.sharding import Mesh, reshard
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from baichuan_omni_jax.audio.codebook_training import CodebookState, usage
-from baichuan_omni_jax.audio.quantizer_training import Quantised, quantised_share, temperature
+from baichuan_omni_jax.audio.quantizer_training import Quantised, commitment_weight, quantised_share, temperature
 from baichuan_omni_jax.audio.reconstruction import reconstruction_loss
 from baichuan_omni_jax.audio.spec_augment import spec_augment
 from baichuan_omni_jax.config import ConfigError
@@ -16,7 +16,7 @@ from baichuan_omni_jax.omni.batch import Batch
 from baichuan_omni_jax.omni.tokenizer_model import TokenizerModel, clips_of, mel_targets_of
 from baichuan_omni_jax.train.flops import Part, step_counts
 from baichuan_omni_jax.train.sound_flops import clip_counts, tokenizer_parts
-from baichuan_omni_jax.train.tasks.sound import check_sound, sound_axes, sound_batch, sound_numbers
+from baichuan_omni_jax.train.tasks.sound import check_sound, sound_axes, sound_batch, sound_numbers, step_key
 from baichuan_omni_jax.train.tasks.task import Metrics, Moved, PlainTask, Values
 from baichuan_omni_jax.train.transcript import transcript_entropies
 
@@ -61,7 +61,7 @@ class AudioTokenizerTask(PlainTask):
 
     def loss(self, model: TokenizerModel, batch: Batch, by, extra):
         settings, clips, step = self.run.tokenizer, clips_of(batch, self.compute), extra["step"]
-        key = jax.random.fold_in(jax.random.key(self.run.train.seed), step)
+        key = step_key(self.run, step)
         masks = jax.random.fold_in(key, _MASKS)
         clips = clips._replace(mel=spec_augment(masks, *clips, settings.spec_augment, self.compute))
         states = codebook_states(model, extra["unused"])
@@ -70,8 +70,11 @@ class AudioTokenizerTask(PlainTask):
         ratios = reconstruction_ratios(settings.mel_scales, self.omni.post_net)
         targets = mel_targets_of(batch, self._targets, self.compute)
         reconstruction, metrics = reconstruction_loss(decoded, targets, ratios)
-        loss = settings.reconstruction * reconstruction + settings.commitment * made.commitment
+        first = settings.commitment if settings.commitment_start is None else settings.commitment_start
+        weight = commitment_weight(first, settings.commitment, settings.quantizer, step)
+        loss = settings.reconstruction * reconstruction + weight * made.commitment
         metrics |= {"loss_reconstruction": reconstruction, "loss_commitment": made.commitment}
+        metrics |= {"commitment_weight": weight}
         if self._reads:
             entropies = transcript_entropies(model, made.features, valid, batch, self.run)
             transcript = (entropies * batch["text_weights"]).sum() / by

@@ -13,7 +13,7 @@ from baichuan_omni_jax.omni.tokenizer_model import clips_of, mel_targets_of
 from baichuan_omni_jax.omni.voice_model import VoiceModel, beside
 from baichuan_omni_jax.train.flops import Part, step_counts
 from baichuan_omni_jax.train.sound_flops import clip_counts, flow_parts
-from baichuan_omni_jax.train.tasks.sound import check_sound, sound_axes, sound_batch, sound_numbers
+from baichuan_omni_jax.train.tasks.sound import check_sound, sound_axes, sound_batch, sound_numbers, step_key
 from baichuan_omni_jax.train.tasks.task import NOTHING, Metrics, PlainTask, Values
 
 BRANCHES = ("audio_encoder", "audio_decoder", "flow")
@@ -69,7 +69,7 @@ class FlowMatchingTask(PlainTask):
 
     def loss(self, model: VoiceModel, batch: Batch, by, extra):
         settings, clips = self.run.flow, clips_of(batch, self.compute)
-        key = jax.random.fold_in(jax.random.key(self.run.train.seed), extra["step"])
+        key = step_key(self.run, extra["step"])
         hidden, lengths = model.hidden(clips)
         mel, lengths = beside(hidden, lengths, mel_targets_of(batch, _TARGETS, self.compute)[0])
         flow, prior = flow_losses(key, model.flow, hidden, mel, lengths, condition_dropout=settings.condition_dropout)

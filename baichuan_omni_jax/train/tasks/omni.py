@@ -16,6 +16,8 @@ from baichuan_omni_jax.train.tasks.task import NOTHING, Metrics, PlainTask
 class OmniTask(PlainTask):
     """Computes the branches of `run.branches`."""
 
+    weight_decay = 0.1
+
     def make_model(self, key: PRNGKeyArray) -> OmniModel:
         return OmniModel(key, self.omni, self.compute, self.run.branches)
 

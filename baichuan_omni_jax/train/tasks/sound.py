@@ -6,6 +6,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Int32, PRNGKeyArray
 
 from baichuan_omni_jax.config import ConfigError, OmniConfig, RunConfig
 from baichuan_omni_jax.config.sound_targets import MelTargetSettings, sound_targets
@@ -16,6 +17,7 @@ from baichuan_omni_jax.train.rows import check_batch
 from baichuan_omni_jax.train.tasks.task import Metrics
 
 _ROWS = ("llm", "audio_encoder")
+_STEPS = 1 << 20  # sets the steps' draws apart from those of the first weights, which split the same key
 
 
 def sound_axes(targets: Sequence[str]) -> dict[str, tuple[str | None, ...]]:
@@ -25,6 +27,11 @@ def sound_axes(targets: Sequence[str]) -> dict[str, tuple[str | None, ...]]:
     for name in targets:
         axes |= {f"target_{name}": ("batch", "media", None, None), f"target_{name}_lengths": ("batch", "media")}
     return axes
+
+
+def step_key(run: RunConfig, step: Int32[Array, ""]) -> PRNGKeyArray:
+    """Returns the key of all that a step draws: it goes by `train.seed` and the step alone."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(run.train.seed), _STEPS), step)
 
 
 def slot_frames(run: RunConfig, omni: OmniConfig) -> int:

@@ -38,6 +38,7 @@ class Task(Protocol):
     run: RunConfig
     omni: OmniConfig
     compute: Compute
+    weight_decay: float  # where the run's optimizer names none
 
     def make_model(self, key: PRNGKeyArray) -> nnx.Module:
         """The model with random parameters."""
@@ -83,6 +84,8 @@ class Task(Protocol):
 
 class PlainTask:
     """The parts of a task that has no state beside parameters and optimizer."""
+
+    weight_decay = 0.0
 
     def __init__(self, run: RunConfig, omni: OmniConfig, compute: Compute):
         self.run, self.omni, self.compute = run, omni, compute
