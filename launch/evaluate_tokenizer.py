@@ -22,8 +22,7 @@ import jax
 import numpy as np
 import soxr
 
-from baichuan_omni_jax.checkpoint import find_checkpoint
-from baichuan_omni_jax.checkpoint.branches import branch_folder, parse_spec
+from baichuan_omni_jax.checkpoint import branch_home, find_checkpoint, parse_spec
 from baichuan_omni_jax.config import ConfigError, MeshConfig, OmniConfig
 from baichuan_omni_jax.config.errors import check_folders, exit_code
 from baichuan_omni_jax.omni.loading import load_for_generation
@@ -176,7 +175,7 @@ def of_codes(wave: np.ndarray, covered: np.ndarray) -> np.ndarray:
 def load(spec: str) -> tuple[dict, OmniConfig]:
     """Encoder and decoder, and flow and its vocoder where there are any. Raises ConfigError naming what is missing."""
     sources = parse_spec(spec, BRANCHES)
-    if "=" not in spec and not (Path(find_checkpoint(spec)) / branch_folder("flow")).exists():
+    if "=" not in spec and branch_home(find_checkpoint(spec), "flow") is None:
         del sources["flow"]
     by_name = ",".join(f"{name}={folder}" for name, folder in sources.items())
     loaded = load_for_generation(by_name, needed=BRANCHES[:2])

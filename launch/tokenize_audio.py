@@ -6,7 +6,8 @@
 The store lies under the data's `.cache`, named by the tokenizer's fingerprint; codes that it has already are kept, and
 after a kill the same command does what is left. Hosts must see the same data root; each works alone, on all its own
 devices, and reads sound in `data.workers` processes. `--verify` reads a store back and compares every checksum.
-Without `data.audio_tokenizer` the tokenizer is a seeded random one: its codes carry no decodable sound.
+Without `data.audio_tokenizer` the tokenizer is the one that the codes of `checkpoint.init_from` were made by, else a
+seeded random one: its codes carry no decodable sound.
 """
 
 import sys
@@ -15,10 +16,12 @@ from dataclasses import replace
 
 import jax
 from absl import app, flags, logging
+from etils import epath
 
 from baichuan_omni_jax.audio.model import AudioTokenizer
 from baichuan_omni_jax.audio.tokenize import WindowEncoder, fingerprint
-from baichuan_omni_jax.checkpoint import load_branches, with_shardings
+from baichuan_omni_jax.checkpoint import find_tokenizer, read_tree, with_shardings
+from baichuan_omni_jax.checkpoint.branches import branch_folder
 from baichuan_omni_jax.config import MeshConfig, OmniConfig, RunConfig, apply_overrides, load_run_config, resolve_model
 from baichuan_omni_jax.config.errors import exit_code
 from baichuan_omni_jax.config.sound_targets import sound_targets
@@ -60,13 +63,15 @@ def tokenizer_mesh(config: MeshConfig) -> jax.sharding.Mesh:
     return make_mesh(MeshConfig(data=data, fsdp=-1), devices)
 
 
-def load_tokenizer(run: RunConfig, omni: OmniConfig, mesh: jax.sharding.Mesh) -> AudioTokenizer:
-    """The run's audio tokenizer, from its checkpoint or seeded random, split over `mesh` by the sharding rules."""
+def load_tokenizer(
+    run: RunConfig, omni: OmniConfig, mesh: jax.sharding.Mesh, home: epath.Path | None
+) -> AudioTokenizer:
+    """The run's audio tokenizer, from the checkpoint `home` or seeded random, split over `mesh` by its rules."""
     compute = Compute()
     make = lambda: AudioTokenizer(jax.random.key(run.train.seed), omni.audio, compute)  # noqa: E731
     abstract = with_shardings(jax.eval_shape(make), mesh, compute.rules, name="audio_encoder")
-    if run.data.audio_tokenizer:
-        return load_branches(run.data.audio_tokenizer, {"audio_encoder": abstract})["audio_encoder"]
+    if home is not None:
+        return read_tree(home / branch_folder("audio_encoder"), abstract, "branch audio_encoder")
     # Drawn whole on every device: the same numbers on any mesh.
     drawn, places = named_values(jax.jit(make)()), named_values(abstract)
     return with_values(abstract, {name: jax.device_put(drawn[name], place.sharding) for name, place in places.items()})
@@ -77,18 +82,22 @@ def ensure_codes(
     omni: OmniConfig,
     pipelines: Sequence[Pipeline],
     settings: Settings,
+    home: epath.Path | None,
     *,
     hosts: Hosts = ALONE,
     relist: bool = False,
-) -> CodeStore:
-    """The store with the codes of all sound of these mixtures of one data root, filled where it lacks any."""
+) -> tuple[CodeStore, AudioTokenizer]:
+    """The store with the codes of all sound of these mixtures of one data root, filled where it lacks any; and the
+    tokenizer that made them. `home` is where `find_tokenizer` found that.
+    """
     mesh = tokenizer_mesh(run.mesh)
     with jax.set_mesh(mesh):
-        model = load_tokenizer(run, omni, mesh)
+        model = load_tokenizer(run, omni, mesh, home)
         tokenizer = Tokenizer(fingerprint(model), WindowEncoder(model, mesh))
         if hosts is not ALONE:
             check_agreement({"the audio tokenizer": tokenizer.fingerprint})
-        return open_or_fill(store_path(pipelines[0], tokenizer), pipelines, tokenizer, settings, hosts, relist)
+        path = store_path(pipelines[0], tokenizer)
+        return open_or_fill(path, pipelines, tokenizer, settings, hosts, relist), model
 
 
 def open_pipelines(run: RunConfig, omni: OmniConfig) -> dict[str, Pipeline]:
@@ -113,7 +122,8 @@ def tokenize() -> None:
     settings = together(lambda: make_settings(run.data.workers))
     alone = jax.process_count() == 1
     hosts = ALONE if alone else Hosts(jax.process_count(), jax.process_index(), leader_first, together)
-    store = ensure_codes(run, omni, pipelines, settings, hosts=hosts, relist=True)
+    home = together(lambda: find_tokenizer(run))
+    store, _ = ensure_codes(run, omni, pipelines, settings, home, hosts=hosts, relist=True)
     if flags.FLAGS.verify:
         leader_first(lambda: store.verify() if is_leader() else None)
     if is_leader():

@@ -11,21 +11,30 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 from absl import app, flags
+from etils import epath
 from tokenize_audio import CONFIG, SET, ensure_codes, join_hosts, open_pipelines, quiet_logs
 
+from baichuan_omni_jax.audio.model import AudioTokenizer
 from baichuan_omni_jax.checkpoint import (
     Parent,
+    TokenizerOrigin,
     Workdir,
     check_run_config,
     find_parent,
+    find_tokenizer,
     initial_tokenizer,
+    keep_tokenizer,
     parent_data_state,
     record_parent,
     stored_tokenizer,
 )
+from baichuan_omni_jax.checkpoint.branches import KEPT
 from baichuan_omni_jax.config import OmniConfig, RunConfig, apply_overrides, load_run_config, resolve_model
 from baichuan_omni_jax.config.errors import exit_code
+from baichuan_omni_jax.nn.param import named_values, with_values
+from baichuan_omni_jax.omni.loading import is_untrained
 from baichuan_omni_jax.train.hosts import check_agreement, leader_first, run_facts, software, together, wait_for
 from baichuan_omni_jax.train.loop import Extras, set_up, train
 from baichuan_omni_jax.train.rows import rows_of_host
@@ -51,7 +60,8 @@ def pretrain() -> None:
     workdir, parent = together(lambda: open_workdir(run))
     begins = run.data.continue_sources and workdir.latest_step() is None
     left = together(lambda: parent_data_state(parent)) if begins else None
-    pipelines = leader_first(lambda: prepare(run, omni, workdir))
+    home = together(lambda: find_tokenizer(run, workdir.path))
+    pipelines, tokenizer = leader_first(lambda: prepare(run, omni, workdir, home))
     check_agreement({name: value for parts in pipelines.values() for name, value in data_facts(*parts).items()})
     shard = Shard(rows_of_host(setup.mesh, compute.rules, run.data.rows))
     context = setup.mesh.shape["context"]
@@ -62,6 +72,8 @@ def pretrain() -> None:
     workdir.write_run_config(run)
     together(lambda: wait_for(workdir.path / "run_config.json"))
     record_parent(workdir.path, parent)
+    if tokenizer is not None:
+        keep_tokenizer(workdir.path, tokenizer, omni, origin_of(home))
     extras = Extras(parent=parent, held_out=held_out, profile=profile, wandb=WANDB.value)
     train(run, omni, workdir, training, extras)
     workdir.close()
@@ -82,19 +94,33 @@ def open_workdir(run: RunConfig) -> tuple[Workdir, Parent]:
     return workdir, find_parent(workdir.path, run.checkpoint.init_from, run.branches)
 
 
-def prepare(run: RunConfig, omni: OmniConfig, workdir: Workdir) -> dict[str, tuple[Pipeline, CodeStore | None]]:
+def prepare(
+    run: RunConfig, omni: OmniConfig, workdir: Workdir, home: epath.Path | None
+) -> tuple[dict[str, tuple[Pipeline, CodeStore | None]], AudioTokenizer | None]:
     """The run's data ("") and held-out data by name, indexed and with audio codes, built where they are not there yet.
+    With it comes the tokenizer of these codes, in numpy, where the workdir does not keep it yet.
 
-    Tasks that train on sound itself need no codes.
+    Tasks that train on sound itself need no codes. `home` is where `find_tokenizer` found the tokenizer.
 
     Without `data.tokenizer` the weights' own is used: the workdir's, then that of `checkpoint.init_from`.
     """
     own = stored_tokenizer(workdir.path) or initial_tokenizer(run.checkpoint.init_from, run.branches) or ""
     run = replace(run, data=replace(run.data, tokenizer=run.data.tokenizer or str(own)))
     pipelines = open_pipelines(run, omni)
-    with_codes = run.task == "omni"
-    store = ensure_codes(run, omni, list(pipelines.values()), Settings(run.data.workers)) if with_codes else None
-    return {name: (pipeline, store) for name, pipeline in pipelines.items()}
+    store = kept = None
+    if run.task == "omni":
+        store, tokenizer = ensure_codes(run, omni, list(pipelines.values()), Settings(run.data.workers), home)
+        if "audio_head" in run.branches and home != workdir.path / KEPT:
+            values = {name: np.asarray(value) for name, value in named_values(tokenizer).items()}
+            kept = with_values(tokenizer, values)
+    return {name: (pipeline, store) for name, pipeline in pipelines.items()}, kept
+
+
+def origin_of(home: epath.Path | None) -> TokenizerOrigin:
+    """Where the run's tokenizer came from, for its workdir."""
+    if home is None:
+        return TokenizerOrigin("", untrained=True)
+    return TokenizerOrigin(str(home), untrained=is_untrained("audio_encoder", Path(home)))
 
 
 def data_facts(pipeline: Pipeline, codes: CodeStore | None) -> dict[str, str]:

@@ -1,21 +1,36 @@
-"""A workdir remembers the checkpoints it started from, and a run finds the tokenizer of its weights."""
+"""A workdir remembers the checkpoints it started from, and a run finds the tokenizers of its weights."""
 
 import json
+import shutil
+from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 from etils import epath
 
 from baichuan_omni_jax.checkpoint import (
     Parent,
+    TokenizerOrigin,
+    Workdir,
+    find_checkpoint,
     find_parent,
+    find_tokenizer,
     initial_tokenizer,
+    keep_tokenizer,
+    load_branches,
     parent_data_state,
     record_parent,
+    save_branches,
     stored_tokenizer,
 )
 from baichuan_omni_jax.checkpoint.run_config import store_run_config
-from baichuan_omni_jax.config import ConfigError, DataConfig, ImagesConfig, RunConfig
+from baichuan_omni_jax.config import CheckpointConfig, ConfigError, DataConfig, ImagesConfig, RunConfig, tiny
+from baichuan_omni_jax.config.errors import RunStoppedError
+from baichuan_omni_jax.convert.tables import abstract_branches
+from baichuan_omni_jax.nn.param import named_values
 from baichuan_omni_jax.omni import loading
+from baichuan_omni_jax.omni.loading import load_for_generation
 
 
 def checkpoint(folder: epath.Path, **trained: int) -> epath.Path:
@@ -86,3 +101,90 @@ def test_stills_are_taken_as_the_run_took_them(tmp_path):
     store_run_config(epath.Path(tmp_path), run)
     assert loading._trained_images(tmp_path / "checkpoints" / "100") == run.data.images
     assert loading._trained_images(tmp_path) == loading._trained_images(None) == ImagesConfig()
+
+
+def zeros(name: str):
+    """A branch of the tiny model, all of it zero: nothing is drawn or compiled."""
+    return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract_branches(tiny(), only=[name])[name])
+
+
+@pytest.fixture(scope="module")
+def heard(tmp_path_factory) -> epath.Path:
+    """A run's workdir: one step of a language model and an audio head, and the seeded tokenizer of its codes."""
+    workdir = epath.Path(tmp_path_factory.mktemp("heard") / "run")
+    branches = {name: zeros(name) for name in ("llm", "audio_head")}
+    save_branches(workdir / "checkpoints" / "3", branches, tiny(), trained=dict.fromkeys(branches, 3))
+    tokenizer = jax.tree.map(lambda x: x + 1, zeros("audio_encoder"))
+    keep_tokenizer(workdir, tokenizer, tiny(), TokenizerOrigin("", untrained=True))
+    return workdir
+
+
+def copy(workdir: epath.Path, folder: Path) -> epath.Path:
+    return epath.Path(shutil.copytree(workdir, folder / "copy"))
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_workdir_brings_the_tokenizer_of_its_codes(heard, moved, tmp_path):
+    """To whoever generates and to the next stage, whole or by branch, also where the workdir was copied to."""
+    workdir = copy(heard, tmp_path) if moved else heard
+    loaded = load_for_generation(str(workdir))
+    assert set(loaded.branches) == {"llm", "audio_head", "audio_encoder"}
+    assert loaded.untrained == ("audio_encoder",)
+    assert all((np.asarray(x) == 1).all() for x in named_values(loaded.branches["audio_encoder"]).values())
+    abstract = {"audio_encoder": abstract_branches(tiny(), only=["audio_encoder"])["audio_encoder"]}
+    assert load_branches(f"audio_encoder={workdir}", abstract).keys() == abstract.keys()
+    step, kept = workdir / "checkpoints" / "3", workdir / "audio_tokenizer"
+    parent = find_parent(tmp_path, f"llm={workdir},audio_encoder={workdir}", ("llm", "audio_encoder"))
+    assert parent.checkpoints == {"llm": str(step), "audio_encoder": str(kept)}
+    assert parent.trained == {"llm": 3, "audio_encoder": 0}
+
+
+def test_a_run_takes_its_own_tokenizer_then_the_named_one_then_that_of_its_first_weights(heard, tmp_path):
+    plain = epath.Path(tmp_path / "tokenizer")
+    save_branches(plain, {"audio_encoder": zeros("audio_encoder")}, tiny(), trained={"audio_encoder": 7})
+    kept = heard / "audio_tokenizer"
+
+    def found(named="", init_from="", workdir=None):
+        run = RunConfig(
+            name="next", data=DataConfig(audio_tokenizer=named), checkpoint=CheckpointConfig(init_from=init_from)
+        )
+        return find_tokenizer(run, workdir)
+
+    assert found() is None  # the seeded one
+    assert found(workdir=tmp_path) is None
+    assert found(init_from=str(heard)) == kept
+    assert found(init_from=f"llm={heard},vision=random,audio_head=random") is None  # its codes are new
+    assert found(named=str(plain), init_from=str(heard)) == plain
+    assert found(named=str(heard)) == kept
+    assert found(named=str(plain), workdir=heard) == kept
+    bare = epath.Path(tmp_path / "bare")
+    save_branches(bare, {"llm": zeros("llm")}, tiny())
+    with pytest.raises(ConfigError, match=r"data.audio_tokenizer .*bare has no branch audio_encoder"):
+        found(named=str(bare))
+    # A stage that goes on with a trained one keeps its steps.
+    keep_tokenizer(tmp_path / "stage", zeros("audio_encoder"), tiny(), TokenizerOrigin(str(plain), untrained=False))
+    info = json.loads((tmp_path / "stage" / "audio_tokenizer" / "branches.json").read_text())
+    assert info["audio_encoder"]["trained"] == 7
+
+
+def test_a_damaged_or_half_written_tokenizer_is_told_from_a_good_one(heard, tmp_path):
+    workdir = copy(heard, tmp_path)
+    half = workdir / "audio_tokenizer.orbax-checkpoint-tmp-0"
+    (half / "params").mkdir(parents=True)
+    run = RunConfig(name="run")
+    Workdir(workdir, keep=1).write_run_config(run)
+    assert not half.exists()
+    assert find_checkpoint(workdir / "audio_tokenizer").name == "audio_tokenizer"
+    (workdir / "audio_tokenizer" / "origin.json").write_text("{}")
+    for use in (lambda: find_tokenizer(run, workdir), lambda: load_for_generation(str(workdir))):
+        with pytest.raises(ConfigError, match=r"audio_tokenizer is damaged: origin.json is missing or changed"):
+            use()
+
+
+def test_a_tokenizer_that_cannot_be_written_ends_the_run_with_one_sentence(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("baichuan_omni_jax.checkpoint.kept_tokenizer.save_branches", full)
+    with pytest.raises(RunStoppedError, match=r"saving the audio tokenizer in .* failed: No space left on device"):
+        keep_tokenizer(tmp_path, {}, tiny(), TokenizerOrigin("", untrained=True))

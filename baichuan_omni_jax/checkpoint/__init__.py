@@ -8,6 +8,7 @@
 
     DIR/run_config.json           the run that owns this workdir
     DIR/parent.json               the checkpoints it started from
+    DIR/audio_tokenizer/          a CKPT: the audio tokenizer that made the run's code frames
     DIR/checkpoints/STEP/         a CKPT, opt_state/ (Orbax) and data.json (the data plan's state)
 
 A checkpoint appears by one rename after every file and its checksum is written, so there is a whole one or none.
@@ -15,6 +16,7 @@ A checkpoint appears by one rename after every file and its checksum is written,
 
 from baichuan_omni_jax.checkpoint.branches import (
     BranchInfo,
+    branch_home,
     find_checkpoint,
     load_branches,
     parse_spec,
@@ -22,6 +24,7 @@ from baichuan_omni_jax.checkpoint.branches import (
     save_branches,
 )
 from baichuan_omni_jax.checkpoint.checksums import verify_checksums, write_checksums
+from baichuan_omni_jax.checkpoint.kept_tokenizer import TokenizerOrigin, find_tokenizer, keep_tokenizer, read_origin
 from baichuan_omni_jax.checkpoint.parent import (
     Parent,
     find_parent,
@@ -39,15 +42,20 @@ __all__ = [
     "BranchInfo",
     "Parent",
     "Restored",
+    "TokenizerOrigin",
     "Workdir",
+    "branch_home",
     "check_run_config",
     "find_checkpoint",
     "find_parent",
+    "find_tokenizer",
     "initial_tokenizer",
+    "keep_tokenizer",
     "load_branches",
     "parent_data_state",
     "parse_spec",
     "read_branch_info",
+    "read_origin",
     "read_tree",
     "record_parent",
     "save_branches",

@@ -16,6 +16,7 @@ from baichuan_omni_jax.config import ConfigError, OmniConfig, to_hf
 
 BRANCHES = "branches.json"
 RANDOM = "random"  # in place of a folder: the branch starts from random weights
+KEPT = "audio_tokenizer"  # of a workdir: the checkpoint of what made the run's code frames
 _OPT_STATE = "opt_state/"
 
 
@@ -35,30 +36,34 @@ def save_branches(
     tokenizer_json: str = "",
     *,
     trained: Mapping[str, int] | None = None,
+    texts: Mapping[str, str] | None = None,
 ) -> None:
     """Writes a checkpoint of `branches` (name -> module) to `path` and returns when it is there.
 
     `tokenizer_json` is the text of a tokenizer.json or a path to one; empty: none. `trained` gives steps by branch
-    (default 0). Raises ConfigError when `path` exists and is not an empty folder.
+    (default 0), `texts` further files by name. Raises ConfigError when `path` exists and is not an empty folder.
     """
     path = epath.Path(path).expanduser().resolve()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ConfigError(f"{path} already exists and is not empty; nothing was written")
     checkpointer = make_checkpointer()
     trees = {branch_folder(name): to_stored(module) for name, module in branches.items()}
-    texts = checkpoint_texts(branches, config, tokenizer_json, trained or {})
-    checkpointer.save(path, args=FolderSave(trees, texts), force=True)
-    checkpointer.close()
+    texts = checkpoint_texts(branches, config, tokenizer_json, trained or {}) | dict(texts or {})
+    try:
+        checkpointer.save(path, args=FolderSave(trees, texts), force=True)
+        checkpointer.wait_until_finished()
+    finally:
+        checkpointer.close()
 
 
 def load_branches(spec: str, abstract: Mapping[str, Any], *, allow_missing: bool = False) -> dict[str, Any]:
     """Reads the branches of `abstract` (name -> abstract module, see `with_shardings`) from where `spec` says.
 
     `spec` is `DIR` or `branch=DIR,branch=DIR`; DIR is a checkpoint, a step of a workdir, or a workdir, which means
-    its newest good step; `branch=random` leaves that branch out. Values come with the dtypes and shardings of
-    `abstract`. Raises ConfigError naming branch and folder when a branch is nowhere (with `allow_missing` it is left
-    out), when a file is damaged, and when a
-    tensor is missing, superfluous or of another shape.
+    its newest good step and the audio tokenizer that it keeps; `branch=random` leaves that branch out. Values come with
+    the dtypes and shardings of `abstract`. Raises ConfigError naming branch and folder when a branch is nowhere (with
+    `allow_missing` it is left out), when a file is damaged, and when a tensor is missing, superfluous or of another
+    shape.
     """
     sources = parse_spec(spec, tuple(abstract))
     folders = {given: find_checkpoint(given) for given in dict.fromkeys(sources.values()) if given != RANDOM}
@@ -67,8 +72,9 @@ def load_branches(spec: str, abstract: Mapping[str, Any], *, allow_missing: bool
         if sources.get(name) == RANDOM:
             continue
         folder = folders.get(sources.get(name))
-        if folder is not None and (folder / branch_folder(name)).exists():
-            loaded[name] = read_tree(folder / branch_folder(name), module, f"branch {name}")
+        home = None if folder is None else branch_home(folder, name)
+        if home is not None:
+            loaded[name] = read_tree(home / branch_folder(name), module, f"branch {name}")
         elif not allow_missing:
             raise ConfigError(_missing(name, folder, spec))
     return loaded
@@ -125,6 +131,18 @@ def read_branch_info(folder: epath.PathLike) -> dict[str, BranchInfo]:
         return {name: BranchInfo(**line) for name, line in json.loads(path.read_text()).items()}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
+
+
+def branch_home(folder: epath.PathLike, name: str) -> epath.Path | None:
+    """Returns the checkpoint that holds branch `name` of `folder`: itself or, for a step of a workdir, what that keeps
+    as the tokenizer of its code frames. None: there is no such branch. Raises ConfigError when the kept one is damaged.
+    """
+    folder = epath.Path(folder)
+    if (folder / branch_folder(name)).exists():
+        return folder
+    kept = folder.parent.parent / KEPT
+    in_workdir = folder.parent.name == "checkpoints"
+    return find_checkpoint(kept) if in_workdir and (kept / branch_folder(name)).exists() else None
 
 
 def branch_folder(name: str) -> str:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 import jax
 from etils import epath
 
-from baichuan_omni_jax.checkpoint.branches import BRANCHES, RANDOM, parse_spec, read_branch_info
+from baichuan_omni_jax.checkpoint.branches import BRANCHES, RANDOM, branch_home, parse_spec, read_branch_info
 from baichuan_omni_jax.checkpoint.run_config import RUN_CONFIG
 from baichuan_omni_jax.checkpoint.steps import committed_steps, step_folder
 from baichuan_omni_jax.config import ConfigError
@@ -51,7 +51,7 @@ def record_parent(workdir: epath.PathLike, parent: Parent) -> None:
 
 def stored_tokenizer(path: epath.PathLike) -> epath.Path | None:
     """The `tokenizer.json` of a checkpoint or of a workdir's newest step; None when there is none."""
-    folder = _newest(epath.Path(path).expanduser().resolve())
+    folder = newest_checkpoint(path)
     tokenizer = folder / "processor" / "tokenizer.json" if folder else None
     return tokenizer if tokenizer is not None and tokenizer.exists() else None
 
@@ -79,19 +79,23 @@ def _resolve(init_from: str, branches: tuple[str, ...]) -> Parent:
     for branch, given in (parse_spec(init_from, branches) if init_from else {}).items():
         if given == RANDOM:
             continue
-        folder = _newest(epath.Path(given).expanduser().resolve())
+        folder = newest_checkpoint(given)
         if folder is None:
             raise ConfigError(f"{given} is neither a checkpoint ({BRANCHES}) nor a workdir with one")
+        folder = branch_home(folder, branch) or folder
         parent.checkpoints[branch] = str(folder)
         info = read_branch_info(folder).get(branch)
         parent.trained[branch] = info.trained if info else 0
-        run_config = folder.parent.parent / RUN_CONFIG
-        if run_config.exists():
+        workdirs = (folder.parent, folder.parent.parent)  # of a kept tokenizer, of a step
+        run_config = next((path / RUN_CONFIG for path in workdirs if (path / RUN_CONFIG).exists()), None)
+        if run_config is not None:
             parent.runs[str(folder)] = json.loads(run_config.read_text())["name"]
     return parent
 
 
-def _newest(path: epath.Path) -> epath.Path | None:
+def newest_checkpoint(path: epath.PathLike) -> epath.Path | None:
+    """Returns the checkpoint meant by `path`: itself, or a workdir's newest step; None: neither. Verifies nothing."""
+    path = epath.Path(path).expanduser().resolve()
     if (path / BRANCHES).exists():
         return path
     steps = committed_steps(path)

@@ -12,7 +12,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from baichuan_omni_jax.checkpoint.branches import branch_folder, checkpoint_texts
+from baichuan_omni_jax.checkpoint.branches import KEPT, branch_folder, checkpoint_texts
 from baichuan_omni_jax.checkpoint.checksums import CHECKSUMS
 from baichuan_omni_jax.checkpoint.run_config import check_run_config, store_run_config
 from baichuan_omni_jax.checkpoint.steps import committed_steps, newest_good, step_folder, steps_folder
@@ -206,7 +206,7 @@ class Workdir:
         """Removes temporary folders, and steps without checksums. Returns whether there were any."""
         found = False
         committed = set(committed_steps(self.path))
-        for path in list(steps_folder(self.path).iterdir()):
+        for path in [*steps_folder(self.path).iterdir(), *self.path.glob(f"{KEPT}{TEMPORARY}*")]:
             unfinished = path.name.isdigit() and int(path.name) not in committed
             if unfinished or TEMPORARY in path.name:
                 log.warning("removing %s, which was left unfinished", path)

@@ -97,8 +97,8 @@ class DataConfig:
     manifest writes must lie inside whatever is trusted.
     `sample` asks for the offline sample data set, built at `root` when it is not there yet.
     `tokenizer` is a path to a `tokenizer.json`; empty trains one of `vocab_size` entries on the manifests' own text.
-    `audio_tokenizer` is a checkpoint (`DIR`); empty is the one that the codes of `checkpoint.init_from` were made by, or
-    a seeded random one, whose codes carry no decodable sound.
+    `audio_tokenizer` is a checkpoint (`DIR`); empty is the one that the codes of `checkpoint.init_from` were made by,
+    else a seeded random one, whose codes carry no decodable sound.
     `max_bad_fraction` is the share of documents that may be unusable before the run stops.
 
     The sources' weights are shares of what is counted by `weights_by`: `documents`, `tokens`, or what is `trainable`:

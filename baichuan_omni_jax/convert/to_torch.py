@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from baichuan_omni_jax.checkpoint import find_checkpoint, parse_spec, read_branch_info
+from baichuan_omni_jax.checkpoint import branch_home, find_checkpoint, parse_spec, read_branch_info
 from baichuan_omni_jax.checkpoint.branches import branch_folder
 from baichuan_omni_jax.config import ConfigError, read_hf
 from baichuan_omni_jax.convert.files import (
@@ -78,7 +78,7 @@ def open_source(spec: str, base: str | None = None) -> Source:
     readers, vocoder_home = {}, None
     for name in ALL_BRANCHES:
         candidates = [folders[sources[key]] for key in (name, f"base of {name}") if key in sources]
-        folder = next((folder for folder in candidates if (folder / branch_folder(name)).is_dir()), None)
+        folder = next((Path(held) for folder in candidates if (held := branch_home(folder, name))), None)
         if folder is not None:
             readers[name] = BranchReader(folder / branch_folder(name))
             if name == VOCODER_BRANCH:

@@ -11,7 +11,14 @@ from flax import nnx
 from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
-from baichuan_omni_jax.checkpoint import find_checkpoint, read_branch_info, read_tree, with_shardings
+from baichuan_omni_jax.checkpoint import (
+    branch_home,
+    find_checkpoint,
+    read_branch_info,
+    read_origin,
+    read_tree,
+    with_shardings,
+)
 from baichuan_omni_jax.checkpoint.branches import BRANCHES, RANDOM, branch_folder, parse_spec
 from baichuan_omni_jax.checkpoint.parent import PARENT
 from baichuan_omni_jax.checkpoint.run_config import RUN_CONFIG
@@ -75,7 +82,7 @@ def load_for_generation(
     with jax.set_mesh(mesh):
         branches = {name: _load(name, folder, cfg, mesh, dtype) for name, folder in folders.items()}
     tokenizer = folders["llm"] / "processor" / "tokenizer.json" if "llm" in folders else None
-    untrained = tuple(name for name, folder in folders.items() if _is_untrained(name, folder))
+    untrained = tuple(name for name, folder in folders.items() if is_untrained(name, folder))
     tokenizer = tokenizer if tokenizer and tokenizer.exists() else None
     return LoadedBranches(branches, cfg, tokenizer, untrained, _trained_images(folders.get("vision")))
 
@@ -105,8 +112,8 @@ def _folders(spec: str) -> dict[str, Path]:
     folders = {}
     for name in (name for name in ALL_BRANCHES if name in sources):
         folder = found[sources[name]]
-        if (folder / branch_folder(name)).exists():
-            folders[name] = folder
+        if home := branch_home(folder, name):
+            folders[name] = Path(home)
         elif by_name and name != VOCODER_BRANCH:
             raise ConfigError(f"checkpoint {folder} has no branch {name}")
     return folders
@@ -151,8 +158,10 @@ def _vocoder_sizes(folder: Path) -> VocoderConfig:
     return read_vocoder_config(folder / VOCODER_CONFIG)
 
 
-def _is_untrained(name: str, folder: Path) -> bool:
+def is_untrained(name: str, folder: Path) -> bool:
     """Whether the branch has its first random weights: never trained, and neither converted nor from a run's parent."""
+    if origin := read_origin(folder):
+        return origin.untrained
     if not (folder / BRANCHES).exists():
         return False
     info = read_branch_info(folder).get(name)
@@ -162,4 +171,4 @@ def _is_untrained(name: str, folder: Path) -> bool:
     if folder.parent.name != "checkpoints" or not parent.exists():
         return True
     origin = json.loads(parent.read_text()).get("checkpoints", {}).get(name)
-    return not origin or _is_untrained(name, Path(origin))
+    return not origin or is_untrained(name, Path(origin))

@@ -24,7 +24,8 @@ from micro import (
 )
 from proofs import HANG
 
-from baichuan_omni_jax.checkpoint import Workdir
+from baichuan_omni_jax.audio.tokenize import fingerprint
+from baichuan_omni_jax.checkpoint import Workdir, find_tokenizer
 from baichuan_omni_jax.config import resolve_model
 from baichuan_omni_jax.omni.model import OmniModel
 from baichuan_omni_jax.train.state import make_compute
@@ -56,6 +57,17 @@ def resumed(pretrain, tmp_path_factory) -> dict:
     found["kill_code"], found["kill_metrics"] = process.returncode, read_metrics(workdir)
     found["end"] = pretrain(workdir, steps)
     return found
+
+
+def test_a_run_keeps_the_tokenizer_that_made_its_codes(finished, pretrain):
+    """What lies in the workdir has the fingerprint that the store of codes is named by; a seeded one is called so."""
+    from baichuan_omni_jax.omni.loading import load_for_generation
+
+    loaded = load_for_generation(str(finished), needed=("audio_encoder",))
+    made_by = fingerprint(loaded.branches["audio_encoder"])
+    assert (pretrain.root / ".cache" / f"codes-{made_by[:12]}").is_dir()
+    assert loaded.untrained == ("audio_encoder",)
+    assert find_tokenizer(micro_run(pretrain.root, f"checkpoint.init_from={finished}")) == finished / "audio_tokenizer"
 
 
 def test_metrics_of_a_whole_run(finished):
