@@ -28,7 +28,7 @@ STEPS = 100000
 # In which the share of quantized clips grows to all, and the noise on the choice of codes falls to none.
 GROWING = STEPS // 5
 # Thousands of hours.
-HOURS = {"asr": 135, "aqa": 11, "s2tt": 9, "intlv": 52}
+HOURS = {"asr": 135.0, "aqa": 11.0, "s2tt": 9.0, "intlv": 52.0}
 WEIGHTS = "weights/omni"
 
 
