@@ -3,9 +3,10 @@
 FFmpeg also reads play lists that name other files, and takes plain text for a terminal recording; these are left out.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from io import BufferedIOBase
 
 import av
 from av.container import InputContainer
@@ -16,19 +17,47 @@ from av.stream import Stream
 from data_pipelines.limits import check_bytes, check_packets
 from data_pipelines.media import Media, reading
 
-FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,mp3,aac,flac,wav,gif,amr"
+FORMATS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,mp3,aac,flac,wav,gif,amr,"
+    "aiff,au,caf,w64,nistsphere"
+)
 
 
 @contextmanager
-def opened(media: Media, kind: str) -> Iterator[InputContainer]:
-    """The open container. What is raised inside becomes SampleError("unreadable_media"), naming `kind`."""
+def opened(media: Media, kind: str, mended: Sequence[tuple[int, bytes]] = ()) -> Iterator[InputContainer]:
+    """The open container. What is raised inside becomes SampleError("unreadable_media"), naming `kind`.
+
+    `mended` has offsets and the bytes to be read there instead of the file's own.
+    """
     with reading(media, kind):
         if media.size == 0:
             raise ValueError("the file is empty")
         check_bytes(media.size, "video", media.name)
-        source = media.open() if media.path is None else str(media.path)
-        with av.open(source, options={"format_whitelist": FORMATS}) as container:
-            yield container
+        with ExitStack() as stack:
+            source = str(media.path)
+            if mended or media.path is None:
+                source = _Mended(stack.enter_context(media.open()), mended)
+            yield stack.enter_context(av.open(source, options={"format_whitelist": FORMATS}))
+
+
+class _Mended:
+    """A file of which some bytes are others."""
+
+    def __init__(self, file: BufferedIOBase, mended: Sequence[tuple[int, bytes]]):
+        self._file, self._mended = file, mended
+        self.seek, self.tell, self.close = file.seek, file.tell, file.close
+
+    def read(self, size: int = -1) -> bytes:
+        """The next `size` bytes, or all."""
+        if not self._mended:
+            return self._file.read(size)
+        place = self.tell()
+        data = bytearray(self._file.read(size))
+        for start, new in self._mended:
+            first, last = max(place, start), min(place + len(data), start + len(new))
+            if first < last:
+                data[first - place : last - place] = new[first - start : last - start]
+        return bytes(data)
 
 
 def header_duration(stream: Stream) -> float | None:
@@ -53,7 +82,9 @@ def demuxed_duration(container: InputContainer, stream: Stream, name: str) -> fl
             starts[packet.stream_index] = min(starts.get(packet.stream_index, start), start)
             ends[packet.stream_index] = max(ends.get(packet.stream_index, end), end)
     length = max(ends.values(), default=0.0) - min(starts.values(), default=0.0)
-    if container.duration is not None and length < container.duration / av.time_base - 1.0:
+    # A clock need not start at 0: headers give the length, or the time at the end.
+    end = max(length, max(ends.values(), default=0.0))
+    if container.duration is not None and end < container.duration / av.time_base - 1.0:
         raise ValueError(f"the file is truncated: {length:.1f} of {container.duration / av.time_base:.1f} s")
     return ends.get(stream.index, 0.0) - starts.get(stream.index, 0.0)
 

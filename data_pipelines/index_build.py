@@ -23,7 +23,7 @@ from data_pipelines.processor import Processor
 from data_pipelines.sources import ManifestSource, Source, cache_folder, open_source
 
 FILE_CAUSES = ("missing_file", "outside_root", "unreadable_media", "too_big_media")
-FORMAT = 5  # of cached indexes: raise it when they hold something else than before
+FORMAT = 6  # of cached indexes: raise it when they hold something else than before
 log = logging.getLogger(__name__)
 
 

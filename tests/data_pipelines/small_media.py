@@ -80,3 +80,30 @@ def _write_track(container, track, wave: np.ndarray) -> None:
 
 def as_base64(path: Path) -> str:
     return base64.b64encode(path.read_bytes()).decode()
+
+
+def write_track(
+    path: Path,
+    wave: np.ndarray,
+    codec: str,
+    rate: int,
+    form: str,
+    start: int = 0,
+    bit_rate: int = 0,
+    **options: str,
+) -> Path:
+    """One mono track of `wave`, its clock beginning at sample `start`.
+
+    `bit_rate` is in bits a second (0: the codec's own), `options` are those of the container.
+    """
+    with av.open(str(path), "w", format=form, options=options) as container:
+        track = container.add_stream(codec, rate=rate, layout="mono")
+        if bit_rate:
+            track.bit_rate = bit_rate
+        step = track.codec_context.frame_size or 1024
+        for place in range(0, len(wave), step):
+            frame = av.AudioFrame.from_ndarray(wave[None, place : place + step], format="flt", layout="mono")
+            frame.sample_rate, frame.pts = rate, start + place
+            container.mux(track.encode(frame))
+        container.mux(track.encode(None))
+    return path
