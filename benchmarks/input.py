@@ -43,7 +43,7 @@ NOTES = {
     "trimmed": "as the peer above, its mels only as long as the clip; it checks no file, makes no targets and no slots",
 }
 STAGES = {  # what of the processor belongs to which stage; what is left is packing, with text and layout
-    "decode": ("load_image", "read_video", "probe_sound", "decode_sound"),
+    "decode": ("load_image", "read_video", "probe_sound", "read_sound"),
     "resize": ("resize_picture",),
     "patchify": ("patchify",),
     "mel": ("log_mel",),

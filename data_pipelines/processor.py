@@ -22,7 +22,7 @@ from data_pipelines.images import SEEN, load_image, probe_image
 from data_pipelines.media import Media, MediaRoot, find_media
 from data_pipelines.prompts import Element, Picture, Sound, Text, Tokens, Video
 from data_pipelines.sequence import Layout, Part, SoundPart, TextPart, VisualPart, audio_targets, lay_out, text_targets
-from data_pipelines.sounds import clip_key, decode_sound, probe_sound
+from data_pipelines.sounds import clip_key, probe_sound, read_sound
 from data_pipelines.token_ids import read_ids
 from data_pipelines.tokenizing import check_tokenizer, encode, plain_tokenizer, tokenizer_fingerprint
 from data_pipelines.turns import document_elements, is_marked, thin_frames
@@ -90,6 +90,7 @@ class _Clip:
     mels: list[np.ndarray]
     waves: list[dict[int, np.ndarray]]
     codes: np.ndarray | None = None
+    damaged: int = 0  # packets of its sound
 
 
 @dataclass(frozen=True)
@@ -251,7 +252,7 @@ class Processor:
             mels=tuple(mel for clip in plan.clips for mel in clip.mels),
             mel_places=tuple(int(place) for (clip, _), place in zip(windows, places, strict=True) if clip.mels),
             waves=tuple(waves for clip in plan.clips for waves in clip.waves),
-            damaged_packets=sum(pictures.damaged for pictures in plan.pictures),
+            damaged_packets=sum(each.damaged for each in (*plan.pictures, *plan.clips)),
         )
 
     def _plan(self, document: Document, pixels: bool = False, mels: bool = False, rates: Sequence[int] = ()) -> _Plan:
@@ -357,18 +358,19 @@ class Processor:
 
     def _clip(self, media: Media, decode: bool, rates: Sequence[int]) -> _Clip:
         audio = self.config.audio
-        samples = probe_sound(media, audio.sampling_rate)
+        # Of the same length by construction, and decoded once.
+        heard = read_sound(media, audio.sampling_rate) if decode else None
+        samples = len(heard.wave) if heard else probe_sound(media, audio.sampling_rate)
         windows = clip_windows(samples, audio)
         if not windows:
             raise SampleError("unreadable_media", f"{media.name} is too short: {samples} samples give no code frame")
         mels, waves = [], []
-        if decode:
-            wave = decode_sound(media, samples, audio.sampling_rate)
-            mels = [log_mel(wave[window.start : window.start + window.samples], audio).T for window in windows]
+        if heard:
+            mels = [log_mel(heard.wave[window.start : window.start + window.samples], audio).T for window in windows]
         if rates:
-            whole = {rate: decode_sound(media, probe_sound(media, rate), rate) for rate in rates}
+            whole = {rate: read_sound(media, rate).wave for rate in rates}
             waves = [_cut(whole, window, audio.sampling_rate) for window in windows]
-        return _Clip(media, samples, windows, mels, waves)
+        return _Clip(media, samples, windows, mels, waves, damaged=heard.damaged if heard else 0)
 
     def _codes(self, clip: _Clip, window: Window, codes: Codes | None) -> Int32[np.ndarray, "n q"]:
         if clip.codes is not None:

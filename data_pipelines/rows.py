@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import grain
 import numpy as np
@@ -38,12 +38,14 @@ _AUDIO_FRAMES = BUDGETED.index("audio_frames")
 class Step:
     """One step's rows of this host: the batch, the documents lost while decoding, and the plan's state after it.
 
-    `lost` maps (source, document) to (manifest line, cause, message); their places are padding.
+    `lost` maps (source, document) to (manifest line, cause, message); their places are padding. `damaged` maps
+    (source, document) to the packets of its media that could not be decoded; the document is used without them.
     """
 
     batch: Batch
     lost: dict[tuple[int, int], tuple[str, str, str]]
     state: dict
+    damaged: dict[tuple[int, int], int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -66,13 +68,17 @@ class RowDecoder:
 
     def __call__(self, rows: list[Row], mel_frames: int = 0) -> tuple[Batch, dict]:
         """The batch of `rows`, its mel slots of `mel_frames`, and the documents that could not be decoded."""
-        batch, lost = empty_rows(len(rows), self.budgets, self.omni, mel_frames, self.mels), {}
+        return self.decode(rows, mel_frames)[:2]
+
+    def decode(self, rows: list[Row], mel_frames: int = 0) -> tuple[Batch, dict, dict]:
+        """The batch of `rows` as above, `lost` and `damaged` as in `Step`."""
+        batch, lost, damaged = empty_rows(len(rows), self.budgets, self.omni, mel_frames, self.mels), {}, {}
         for number, row in enumerate(rows):
             writer = RowWriter(batch, number, self.mels, row_key(row))
             for key, pictures_at in zip(row, self._place_pictures(row), strict=True):
-                self._add(writer, key, pictures_at, lost)
+                self._add(writer, key, pictures_at, lost, damaged)
         tokens = [[int(self.indexes[source].needs(number)[0]) for source, number in row] for row in rows]
-        return self.context.deal(batch, tokens), lost
+        return self.context.deal(batch, tokens), lost, damaged
 
     def mel_frames(self, rows: list[Row]) -> int:
         """The size of the mel slots of a step of these rows, all hosts' among them; 0 without mel slots."""
@@ -87,7 +93,7 @@ class RowDecoder:
         starts = self.layout.starts([size for document in sizes for size in document])
         return np.split(starts, np.cumsum([len(document) for document in sizes])[:-1])
 
-    def _add(self, writer: RowWriter, key: tuple[int, int], pictures_at: np.ndarray, lost: dict) -> None:
+    def _add(self, writer: RowWriter, key: tuple[int, int], pictures_at: np.ndarray, lost: dict, damaged: dict) -> None:
         source, number = key
         index = self.indexes[source]
         needs = index.needs(number)
@@ -101,6 +107,8 @@ class RowDecoder:
             lost[key] = (index.where(number), error.cause, str(error))
             writer.leave(int(needs[0]))
             return
+        if encoded.damaged_packets:
+            damaged[key] = encoded.damaged_packets
         weighed = weigh(encoded, self.weighting, self.loss_weights[source])
         writer.add(weighed, source=source, number=number, pictures_at=pictures_at)
 
@@ -157,8 +165,9 @@ class StepIterator(grain.DatasetIterator):
         rows = next(self._plan)
         self._skip = self._stride - 1
         state = self._plan.state
-        batch, lost = self._decode(self._shard.of(rows), self._decode.mel_frames(rows))
-        info = json.dumps({"state": state, "lost": [[list(key), list(why)] for key, why in lost.items()]})
+        batch, lost, damaged = self._decode.decode(self._shard.of(rows), self._decode.mel_frames(rows))
+        told = {"lost": [[key, why] for key, why in lost.items()], "damaged": list(damaged.items())}
+        info = json.dumps({"state": state} | told)
         return {"batch": batch, "info": np.frombuffer(info.encode(), np.uint8)}
 
     def get_state(self) -> dict:
@@ -182,7 +191,8 @@ def read_steps(dataset: StepDataset, workers: int) -> Iterator[Step]:
         for element in elements:
             info = json.loads(bytes(element["info"]))
             lost = {(source, number): tuple(why) for (source, number), why in info["lost"]}
-            yield Step(element["batch"], lost, info["state"])
+            damaged = {(source, number): packets for (source, number), packets in info["damaged"]}
+            yield Step(element["batch"], lost, info["state"], damaged)
     finally:
         elements.close()  # ends the workers when the reader stops early
 

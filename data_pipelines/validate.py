@@ -8,6 +8,7 @@ wrong, 2 when DIR cannot be used at all.
 | `bad_checksum` | a shard's bytes are not those that were written; records that suffered are told as well |
 | `bad_record` | a record cannot be read, or a medium in it is not what was written |
 | `duplicate_id` | another document has the id |
+| `damaged_packets` | packets of a sound or video cannot be decoded; the document is used without them |
 | `crash` | the process that read the shard died |
 | others | as in docs/data.md: the document cannot be used |
 """
@@ -28,6 +29,7 @@ import numpy as np
 from baichuan_omni_jax.config import ConfigError
 from baichuan_omni_jax.config.errors import exit_code
 from data_pipelines.build.plan import first_of_same_id
+from data_pipelines.containers import Damage
 from data_pipelines.document import Document, SampleError
 from data_pipelines.images import decode_image
 from data_pipelines.jobs import Job, Unit
@@ -37,9 +39,9 @@ from data_pipelines.jobs.runners import add_runner_arguments, chosen_runner
 from data_pipelines.media import Media, find_media
 from data_pipelines.prompts import Element, Picture, Text, Tokens, Video, parse_prompt
 from data_pipelines.shards.dataset import Shard, ShardedDataset, open_dataset
-from data_pipelines.sounds import decode_sound, probe_sound
+from data_pipelines.sounds import read_sound
 from data_pipelines.token_ids import check_ids
-from data_pipelines.videos import decode_frames, probe_video
+from data_pipelines.videos import read_video
 
 NAMED = 10  # ids that are printed of each cause
 RATE = 16000  # Hz that sound is decoded at
@@ -173,20 +175,30 @@ def check_document(document: Document) -> None:
     for media in document.media.values():
         if sha256(media.data).hexdigest() != media.digest:
             raise SampleError("bad_record", f"{media.name} is not what was written")
+    damaged = []
     for element in parse_prompt(document.text):
         if not isinstance(element, Text):
-            _decode(element, find_media(element.reference, document.media))
+            media = find_media(element.reference, document.media)
+            if packets := _decode(element, media):
+                damaged.append(f"{media.name}: {packets} packets are damaged; the rest is used")
+    if damaged:
+        raise SampleError("damaged_packets", "; ".join(damaged))
 
 
-def _decode(element: Element, media: Media) -> None:
+def _decode(element: Element, media: Media) -> int:
+    """Returns how many packets of it are damaged: sounds and videos are used without them."""
     if isinstance(element, Picture):
         decode_image(media)
     elif isinstance(element, Video):
-        decode_frames(media, probe_video(media, FRAMES_PER_SECOND, MAX_FRAMES).times)
+        damage = Damage()
+        for _ in read_video(media, FRAMES_PER_SECOND, MAX_FRAMES, damage)[1]:
+            pass
+        return damage.damaged
     elif isinstance(element, Tokens):
         check_ids(media)
     else:
-        decode_sound(media, probe_sound(media, RATE), RATE)
+        return read_sound(media, RATE).damaged
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -20,6 +20,7 @@ class Step(Protocol):
     batch: dict[str, np.ndarray]
     lost: Losses
     state: dict
+    damaged: dict[DocumentKey, int]  # packets of its media that could not be decoded
 
 
 @runtime_checkable

@@ -148,6 +148,7 @@ class _Loop:
         )
         self.wandb, self.output = extras.wandb, None
         self.lost: dict[DocumentKey, str] = {}
+        self.damaged: dict[DocumentKey, int] = {}
         self.unshared: Losses = {}
         self.last_end = self.idle = 0.0
         self.started_at = None
@@ -207,6 +208,7 @@ class _Loop:
         if before is None or before.is_done():
             self.idle += waited  # at most: the devices may have been at work for a part of it
         self._note_lost(step.lost)
+        self.damaged |= step.damaged
         compiled, sending = self.compiles.count, time.perf_counter()
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
             batch = self.place(step.batch)
@@ -236,6 +238,7 @@ class _Loop:
         speed = self.throughput.of(counts, took)
         skipped = dict(self.data.skipped + Counter(self.lost.values()))
         data = {"skipped": skipped, "handled": dict(self.data.handled), "epochs": pending.epochs}
+        data["damaged_packets"] = sum(self.damaged.values())
         return {"step": pending.step, **numbers, **times, **speed, "compiles": self.compiles.count, **data}
 
     def _write(self, row: Row) -> None:

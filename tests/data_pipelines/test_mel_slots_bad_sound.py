@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import soundfile
-from small_media import tone
+from small_media import tone, write_sound
 
 from baichuan_omni_jax.config import Budgets, DataConfig, SourceConfig, tiny
 from baichuan_omni_jax.config.sound_targets import flow_target, reconstruction_targets
@@ -26,7 +26,8 @@ WAVES = {
     "no_frame": tone(0.02),  # 320 samples, shorter than one transform
     "no_code": tone(0.05),  # five mel frames; eight make a code
 }
-USED = ("plain", "clipped", "overshooting", "equal", "long")
+NAMES = ("damaged", *WAVES)  # one frame of it cannot be decoded
+USED = ("plain", "clipped", "overshooting", "equal", "long", "damaged")
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +36,11 @@ def steps(tmp_path_factory):
     root, omni = tmp_path_factory.mktemp("odd"), tiny()
     for name, wave in WAVES.items():
         soundfile.write(root / f"{name}.wav", wave, RATE, subtype="FLOAT")
+    data = bytearray(write_sound(root / "damaged.flac", 3, RATE).read_bytes())
+    data[len(data) // 2] ^= 0x55
+    (root / "damaged.wav").write_bytes(data)  # what decides is the content
     text = '<audio_start_baichuan>{"path": "%s.wav"}<audio_end_baichuan><trainable_start>said<trainable_end>'
-    lines = [json.dumps({"id": name, "text": text % name}) for name in WAVES]
+    lines = [json.dumps({"id": name, "text": text % name}) for name in NAMES]
     (root / "odd.jsonl").write_text("\n".join(lines))
     config = DataConfig(
         root=str(root),
@@ -61,10 +65,15 @@ def test_unusable_sound_is_counted_by_cause(steps):
     assert pipeline.documents - pipeline.causes().total() - lost.total() == len(USED)
 
 
+def test_damaged_packets_are_counted_by_document(steps):
+    _, steps = steps
+    assert {key: count for step in steps for key, count in step.damaged.items()} == {(0, NAMES.index("damaged")): 1}
+
+
 def test_what_is_left_is_finite_and_the_long_clip_is_cut_in_windows(steps):
     _, steps = steps
     numbers = [int(i) for step in steps for i in np.unique(step.batch["document_ids"]) if i >= 0]
-    assert sorted(list(WAVES)[number] for number in numbers) == sorted(USED)
+    assert sorted(NAMES[number] for number in numbers) == sorted(USED)
     slots = 0
     for step in steps:
         lengths = step.batch["mel_lengths"]

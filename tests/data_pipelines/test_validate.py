@@ -74,6 +74,18 @@ def test_media_that_do_not_decode(built, workers):
     assert not list(built.glob(".validate*"))
 
 
+def test_a_damaged_packet_of_sound_is_told(tmp_path):
+    """Its document can be used all the same."""
+    data = bytearray(write_sound(tmp_path / "s.flac", 3.0).read_bytes())
+    data[len(data) // 2] ^= 0x55
+    (tmp_path / "s.flac").write_bytes(data)
+    (tmp_path / "a.jsonl").write_text(json.dumps({"id": "a", "text": HEARD % "s.flac"}))
+    build_dataset([tmp_path / "a.jsonl"], tmp_path / "out", None, 10, 1 << 20, make_runner("local", 0))
+    (found,) = check(tmp_path / "out")
+    assert (found.id, found.cause) == ("a", "damaged_packets")
+    assert "s.flac: 1 packets are damaged" in found.message
+
+
 def test_cut_shard(copy):
     path = copy / "b-00000.array_record"
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
