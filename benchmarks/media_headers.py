@@ -10,7 +10,8 @@ which must be as many as were measured.
 
 Versions of FFmpeg differ (5.1 plays the encoder's delay of AAC in Matroska, 8 leaves it out as the header says), so
 the length may be that of the command `ffmpeg` or of FFmpeg's libraries as PyAV brings them. Where packets are damaged,
-ffmpeg leaves them out; ours may be as long as the undamaged file, with silence in their places.
+ffmpeg leaves them out; ours may be as long as the undamaged file, with silence in their places. What ffmpeg does not
+open at all (some placeholders of sizes in AIFF, AU, W64 and RF64) may be refused, or be as long as the undamaged file.
 """
 
 import argparse
@@ -403,7 +404,7 @@ def _judge(path: Path, kind: Original, cause: str, sentence: str, seconds: float
     theirs = [decode_peer(path)]
     if abs(seconds - theirs[0]) > CLOSE:
         theirs.append(decode_libraries(path))
-    if damaged:
+    if damaged or not any(theirs):
         theirs.append(kind.seconds)
     close = any(abs(seconds - other) <= CLOSE for other in theirs)
     told = ", ".join(f"{other:.3f}" for other in theirs)
