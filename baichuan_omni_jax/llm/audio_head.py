@@ -18,6 +18,7 @@ from baichuan_omni_jax.nn.encoder import gelu
 from baichuan_omni_jax.nn.linear import Linear
 from baichuan_omni_jax.nn.norm import RMSNorm
 from baichuan_omni_jax.nn.param import Buffer, Compute, normal, split_as, stack, use
+from baichuan_omni_jax.nn.products import gather_weight, look_up, product
 from baichuan_omni_jax.nn.remat import remat
 
 STREAM = ("batch", "media", None)
@@ -39,7 +40,7 @@ class AudioEmbedding(nnx.Module):
         """The embedding of each of the first `count` levels (default: all), in the compute dtype."""
         codes, spec = split_as(codes, self.compute, *STREAM), self.compute.rules.spec(*STREAM)
         return [
-            use(table, self.compute).at[codes[..., q]].get(out_sharding=spec)
+            look_up(gather_weight(table, self.compute), codes[..., q], out=spec)
             for q, table in enumerate(self.tables[:count])
         ]
 
@@ -136,8 +137,7 @@ class AudioHead(nnx.Module):
 
     def _logits(self, head: Linear, x: Float[Array, "b c d"]) -> Float[Array, "b c v"]:
         # Not `head(x)`: a loss wants logits that were never rounded to the compute dtype.
-        weight, spec = use(head.weight, self.compute), self.compute.rules.spec(*STREAM)
-        y = jnp.einsum(head.equation, x, weight, out_sharding=spec, preferred_element_type=jnp.float32)
+        y = product(head.equation, x, head.gathered(), out=self.compute.rules.spec(*STREAM), dtype=jnp.float32)
         return y + use(head.bias, self.compute, jnp.float32)
 
 

@@ -76,7 +76,7 @@ class DecodeModel:
         """
         compute = replace(llm.compute, dtype=jnp.dtype(dtype or llm.compute.dtype))
         layers = tuple(_unstack(llm.layers, jnp.int32(i), llm.cfg, compute) for i in range(llm.cfg.num_layers))
-        head = llm.head_weight(dtype=compute.dtype) if llm.cfg.use_norm_head else _whole(llm.head, compute)
+        head = llm.head_weight(dtype=compute.dtype).value if llm.cfg.use_norm_head else _whole(llm.head, compute)
         weights = DecodeWeights(_whole(llm.embedding, compute), layers, llm.norm, head)
         return cls(weights, llm.cfg, compute)
 

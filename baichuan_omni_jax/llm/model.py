@@ -4,6 +4,8 @@ Differs from the released model in form only: heads are an axis of their own, th
 layers are stacked and scanned, and documents of a packed row do not see each other. Media tokens take plain positions.
 """
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -15,7 +17,8 @@ from baichuan_omni_jax.llm.config import LLMConfig
 from baichuan_omni_jax.nn.chunking import map_chunks
 from baichuan_omni_jax.nn.linear import Linear
 from baichuan_omni_jax.nn.norm import RMSNorm
-from baichuan_omni_jax.nn.param import Compute, gather, gathered, normal, stack, use
+from baichuan_omni_jax.nn.param import Compute, gather, normal, stack
+from baichuan_omni_jax.nn.products import Gathered, gather_rows, gather_weight, look_up, narrow, product
 from baichuan_omni_jax.nn.remat import remat
 from baichuan_omni_jax.nn.rope import rope_angles, rotate
 
@@ -67,13 +70,13 @@ class SwiGLU(nnx.Module):
         self.compute = compute
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-        whole = gathered(self, self.compute)
-        return map_chunks(
-            lambda piece: whole.down_proj(jax.nn.silu(whole.gate_proj(piece)) * whole.up_proj(piece)),
-            x,
-            self.compute.mlp_chunk,
-            self.compute.rules,
-        )
+        # Gathered once for all pieces; their gradients are summed in the weights' fp32 sinks.
+        gate, up, down = (linear.gathered() for linear in (self.gate_proj, self.up_proj, self.down_proj))
+
+        def of_piece(piece):
+            return self.down_proj(jax.nn.silu(self.gate_proj(piece, gate)) * self.up_proj(piece, up), down)
+
+        return map_chunks(of_piece, x, self.compute.mlp_chunk, self.compute.rules)
 
 
 class DecoderLayer(nnx.Module):
@@ -108,10 +111,7 @@ class LanguageModel(nnx.Module):
     def embed(self, tokens: Int32[Array, "b t"]) -> Float[Array, "b t d"]:
         """Token embeddings in the compute dtype."""
         with jax.named_scope("token_embedding"):
-            # fp32, so that the gradients of a token's many places are summed in fp32.
-            table = use(self.embedding, self.compute).astype(jnp.float32)
-            x = table.at[tokens].get(out_sharding=self.compute.rules.spec(*STREAM))
-            return x.astype(self.compute.dtype)
+            return look_up(gather_weight(self.embedding, self.compute), tokens, out=self.compute.rules.spec(*STREAM))
 
     def __call__(
         self, x: Float[Array, "b t d"], positions: Int32[Array, "b t"], segment_ids: Int32[Array, "b t"]
@@ -132,22 +132,26 @@ class LanguageModel(nnx.Module):
         return self.norm(x)
 
     def head_weight(
-        self, rows: Float[Array, "v d"] | None = None, *, dtype: DTypeLike | None = None
-    ) -> Float[Array, "v d"]:
-        """`rows` of the output head as stored (default: all), gathered, in `dtype` (default: the compute dtype).
+        self,
+        rows: Float[Array, "v d"] | None = None,
+        *,
+        dtype: DTypeLike | None = None,
+    ) -> Gathered:
+        """`rows` (v, d) of the output head as stored (default: all), in `dtype` (default: the compute dtype).
 
         L2-normalised where the config asks for NormHead.
         """
         rows = self.head[...] if rows is None else rows
-        dtype = self.compute.dtype if dtype is None else dtype
+        compute = self.compute if dtype is None else replace(self.compute, dtype=jnp.dtype(dtype))
         if not self.cfg.use_norm_head:
-            return gather(rows.astype(dtype), self.head.axes, self.compute)
-        weight = gather(rows, self.head.axes, self.compute)
+            return gather_rows(rows, self.head.axes, compute)
+        weight = gather(rows, self.head.axes, compute)
         norm = jnp.sqrt(jnp.sum(weight * weight, -1, keepdims=True))
-        return (weight / jnp.maximum(norm, 1e-12)).astype(dtype)
+        return narrow(weight / jnp.maximum(norm, 1e-12), compute.dtype)
 
     def logits(self, hidden: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
         """fp32 logits of every position: for generation and tests; training uses the chunked loss."""
         spec = self.compute.rules.spec("batch", "length", "act_vocab")
-        out = jnp.einsum("btd,vd->btv", hidden.astype(self.compute.dtype), self.head_weight(), out_sharding=spec)
-        return out.astype(jnp.float32)
+        return product("btd,vd->btv", hidden.astype(self.compute.dtype), self.head_weight(), out=spec).astype(
+            jnp.float32
+        )

@@ -6,7 +6,8 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from baichuan_omni_jax.nn.linear import Linear
-from baichuan_omni_jax.nn.param import Compute, normal, use, zeros
+from baichuan_omni_jax.nn.param import Compute, normal, zeros
+from baichuan_omni_jax.nn.products import Gathered, add_bias, gather_weight, product
 
 
 class Conv1d(nnx.Module):
@@ -67,17 +68,17 @@ class TransposedConv1d(nnx.Module):
         self.stride, self.rows, self.compute = stride, rows, compute
 
     def __call__(self, x: Float[Array, "b t c"]) -> Float[Array, "b s d"]:
-        pieces = transposed_pieces(x, use(self.weight, self.compute), self.rows, self.compute)
+        pieces = transposed_pieces(x, gather_weight(self.weight, self.compute), self.rows, self.compute)
         spec = self.compute.rules.spec(self.rows, None, None)
-        return overlap_add(pieces, self.stride, spec) + use(self.bias, self.compute)
+        return add_bias(overlap_add(pieces, self.stride, spec), self.bias, self.compute)
 
 
 def transposed_pieces(
-    x: Float[Array, "b t c"], weight: Float[Array, "k c d"], rows: str | None, compute: Compute
+    x: Float[Array, "b t c"], weight: Gathered, rows: str | None, compute: Compute
 ) -> Float[Array, "b t k d"]:
-    """What every frame of `x` adds to the output of a transposed convolution."""
+    """What every frame of `x` adds to the output of a transposed convolution; `weight` is (k, c, d)."""
     spec = compute.rules.spec(rows, None, None, None)
-    return jnp.einsum("btc,kcd->btkd", x.astype(weight.dtype), weight, out_sharding=spec)
+    return product("btc,kcd->btkd", x.astype(weight.value.dtype), weight, out=spec)
 
 
 def overlap_add(pieces: Float[Array, "b t k d"], stride: int, spec: PartitionSpec) -> Float[Array, "b s d"]:

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from baichuan_omni_jax.nn.param import Compute, normal, use, zeros
+from baichuan_omni_jax.nn.param import Compute, normal, zeros
+from baichuan_omni_jax.nn.products import Gathered, add_bias, gather_weight, product
 
 
 class Linear(nnx.Module):
@@ -39,8 +39,13 @@ class Linear(nnx.Module):
         kept = [i for i, letter in enumerate(letters) if letter in equation.split("->")[1]]
         self.bias = zeros(tuple(shape[i] for i in kept), tuple(axes[i] for i in kept)) if bias else None
 
-    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        weight = use(self.weight, self.compute)
+    def __call__(self, x: Float[Array, "..."], weight: Gathered | None = None) -> Float[Array, "..."]:
+        """`weight` is the own one, gathered already: for use inside a loop over pieces of a row."""
+        weight = self.gathered() if weight is None else weight
         spec = self.compute.rules.spec(*self.out)
-        y = jnp.einsum(self.equation, x.astype(self.compute.dtype), weight, out_sharding=spec)
-        return y if self.bias is None else y + use(self.bias, self.compute)
+        y = product(self.equation, x.astype(self.compute.dtype), weight, out=spec)
+        return y if self.bias is None else add_bias(y, self.bias, self.compute)
+
+    def gathered(self) -> Gathered:
+        """The weight as it is computed with."""
+        return gather_weight(self.weight, self.compute)

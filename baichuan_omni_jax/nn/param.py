@@ -52,6 +52,7 @@ def use(parameter: nnx.Variable, compute: Compute, dtype: DTypeLike | None = Non
     """The parameter's value, cast to the compute dtype and gathered over `fsdp` and `context`.
 
     Cast first, so that half the bytes travel. Called inside the layer scan, so that one layer is whole at a time.
+    The gradient has the cast value's dtype: what trains in bf16 goes through `nn/products.py` instead.
     """
     return gather(parameter[...].astype(dtype or compute.dtype), parameter_axes(parameter), compute)
 
@@ -68,11 +69,6 @@ def split_as(x: Array, compute: Compute, *names: str | None) -> Array:
     Free when it already is: the door of a branch, so that a caller may hand in arrays of any placement.
     """
     return reshard(x, compute.rules.spec(*names, *[None] * (x.ndim - len(names))))
-
-
-def gathered(module: Module, compute: Compute) -> Module:
-    """The module with every parameter already cast and gathered: for use inside a loop over pieces of a row."""
-    return jax.tree.map(lambda variable: variable.replace(use(variable, compute)), module, is_leaf=_is_variable)
 
 
 def stack(make: Callable[[PRNGKeyArray], Module], key: PRNGKeyArray, count: int) -> Module:

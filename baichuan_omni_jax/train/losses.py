@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from baichuan_omni_jax.nn.chunking import split_parts
+from baichuan_omni_jax.nn.products import Gathered, product
 from baichuan_omni_jax.sharding import ShardingRules, axis_product
-
 
 def cross_entropy(logits: Float[Array, "... v"], targets: Int32[Array, "..."]) -> Float[Array, "..."]:
     """-log softmax(logits)[target] in fp32. The target is picked by comparison: `v` may be split over devices."""
@@ -27,12 +27,13 @@ def chunked_cross_entropy(
     *,
     chunk: int,
     rules: ShardingRules,
-    weight_of: Callable[[Array], Array],
+    weight_of: Callable[[Array], Gathered],
 ) -> Float[Array, "b t"]:
     """Cross-entropy of each position, fp32, from the logits `hidden @ weight_of(head).T`.
 
     Goes over the vocabulary in pieces: only as many logits are in memory as `chunk` positions of a row and shard have,
     forward and backward (each is recomputed), and only a piece of the head, as stored, is gathered by `weight_of`.
+    Its gradient is fp32 from the product on.
     """
     pieces = _pieces(hidden, head, chunk, rules)
     names = jax.sharding.reshard(jnp.arange(head.shape[0], dtype=jnp.int32), rules.spec("vocab"))
@@ -44,7 +45,7 @@ def chunked_cross_entropy(
         with jax.named_scope("logits"):
             weight, spec = weight_of(rows), rules.spec("batch", "length", "act_vocab")
             x = wide.astype(hidden.dtype)
-            logits = jnp.einsum("btd,vd->btv", x, weight, out_sharding=spec, preferred_element_type=jnp.float32)
+            logits = product("btd,vd->btv", x, weight, out=spec, dtype=jnp.float32)
         picked = jnp.where(names == targets[..., None], logits, 0.0).sum(-1)
         return jax.nn.logsumexp(logits, -1), picked
 

@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32, PRNGKeyArray, UInt8
 
 from baichuan_omni_jax.nn.param import Compute, normal, use
+from baichuan_omni_jax.nn.products import narrow, product
 from baichuan_omni_jax.nn.rope import rope_angles
 from baichuan_omni_jax.vision.config import VisionConfig
 
@@ -64,8 +65,8 @@ class PatchEmbedding(nnx.Module):
             spec = self.compute.rules.spec("batch", "media", None)
             kernel = use(self.kernel, self.compute, jnp.float32)
             if patches.shape[-1] == values:
-                return jnp.einsum("bpv,vd->bpd", patches.astype(dtype), kernel.sum(0).astype(dtype), out_sharding=spec)
+                return product("bpv,vd->bpd", patches.astype(dtype), narrow(kernel.sum(0), dtype), out=spec)
             area = cfg.patch_size**2
             patches = patches.reshape(*patches.shape[:2], cfg.in_channels, slices, area)
             kernel = kernel.reshape(slices, cfg.in_channels, area, cfg.embed_dim)
-            return jnp.einsum("bpcsa,scad->bpd", patches.astype(dtype), kernel.astype(dtype), out_sharding=spec)
+            return product("bpcsa,scad->bpd", patches.astype(dtype), narrow(kernel, dtype), out=spec)

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int32, PRNGKeyArray
 from baichuan_omni_jax.nn.conv import overlap_add, transposed_pieces
 from baichuan_omni_jax.nn.lengths import keep
 from baichuan_omni_jax.nn.param import Compute, normal, ones, use, zeros
+from baichuan_omni_jax.nn.products import narrow
 
 CLIPS = "batch"
 # 13 M parameters in layers as narrow as 4 channels: whole on every device.
@@ -62,7 +63,7 @@ class NormedTransposedConv1d(nnx.Module):
 
     def __call__(self, x: Float[Array, "b t c"]) -> Float[Array, "b s d"]:
         weight = normed(self.weight_v, self.weight_g, self.compute, over=(0, 2), scaled=1)
-        pieces = transposed_pieces(x, weight, CLIPS, self.compute)
+        pieces = transposed_pieces(x, narrow(weight, weight.dtype), CLIPS, self.compute)
         y = overlap_add(pieces, self.stride, self.compute.rules.spec(CLIPS, None, None))
         return y[:, self.cut : self.cut + x.shape[1] * self.stride] + use(self.bias, self.compute)
 

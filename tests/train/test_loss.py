@@ -8,6 +8,7 @@ from micro import micro_run, one_device, open_micro, place
 
 from baichuan_omni_jax.config import Budgets, resolve_model
 from baichuan_omni_jax.nn.param import named_values, with_values
+from baichuan_omni_jax.nn.products import narrow
 from baichuan_omni_jax.omni.model import OmniModel
 from baichuan_omni_jax.sharding import ShardingRules
 from baichuan_omni_jax.train.losses import chunked_cross_entropy, cross_entropy
@@ -257,8 +258,8 @@ def test_chunked_cross_entropy_equals_the_whole(chunk):
     weights = rng.uniform(0, 1, (2, 24)).astype(np.float32)
 
     def chunked(hidden, head):
-        rules = ShardingRules()
-        entropy = chunked_cross_entropy(hidden, head, targets, chunk=chunk, rules=rules, weight_of=lambda rows: rows)
+        rules, weight_of = ShardingRules(), lambda rows: narrow(rows, rows.dtype)
+        entropy = chunked_cross_entropy(hidden, head, targets, chunk=chunk, rules=rules, weight_of=weight_of)
         return (entropy * weights).sum()
 
     def whole(hidden, head):
