@@ -21,7 +21,6 @@ from jax.experimental import topologies
 from rows import emit, row
 
 from baichuan_omni_jax.config import MeshConfig, RunConfig, load_run_config, resolve_model
-from baichuan_omni_jax.nn.param import named_values
 from baichuan_omni_jax.omni.batch import abstract_batch
 from baichuan_omni_jax.sharding import make_mesh
 from baichuan_omni_jax.train.state import abstract_opt_state, make_compute, make_setup
@@ -38,7 +37,7 @@ def compile_step(run: RunConfig, devices: list) -> jax.stages.Compiled:
     omni, mesh, compute = resolve_model(run.model), make_mesh(run.mesh, devices), make_compute(run)
     with jax.set_mesh(mesh):
         setup = make_setup(run, omni, mesh, compute)
-        trainable, frozen = setup.split(named_values(setup.template))
+        trainable, frozen = setup.split(setup.shapes())
         batch = abstract_batch(run.data.rows, run.data.budgets, omni, run.branches, mesh, compute.rules)
         return make_step(setup, run).lower(trainable, frozen, abstract_opt_state(setup), batch).compile()
 

@@ -1,9 +1,11 @@
-"""Stage image_audio_text_1: audio embeddings and audio head learn from speech; all else is frozen.
+"""Stage image_audio_text_1: audio embeddings, audio head and the rows of special tokens learn from speech; all else is
+frozen.
 
     python launch/tpu_pretrain.py --config configs/image_audio_text_1.py --workdir runs/image_audio_text_1 \\
         --multihost --set data.root=DATA_ROOT
 
-Starts from stage image_text_2. Sized for 64 chips (v5p:4x4x4);
+Starts from stage image_text_2; of released weights add `--set train.special_token_rows=false`, as they know the special
+tokens. Sized for 64 chips (v5p:4x4x4);
 `launch/preflight.py` says what other slices take. The data are yours: docs/data.md.
 """
 

@@ -1,9 +1,10 @@
-"""Stage image_text_1: the visual projector learns from captions; all else is frozen.
+"""Stage image_text_1: the visual projector and the rows of special tokens learn from captions; all else is frozen.
 
     python launch/tpu_pretrain.py --config configs/image_text_1.py --workdir runs/image_text_1 \\
         --multihost --set data.root=DATA_ROOT
 
-Starts from converted weights (a released checkpoint, or Qwen2.5 with a vision tower). Sized for 64 chips (v5p:4x4x4);
+Starts from converted weights (a released checkpoint, or Qwen2.5 with a vision tower). Released ones know the special
+tokens: add `--set train.special_token_rows=false`. Sized for 64 chips (v5p:4x4x4);
 `launch/preflight.py` says what other slices take. The data are yours: docs/data.md.
 """
 

@@ -180,7 +180,8 @@ class GroupConfig:
     """Parameters whose path (`llm.layers.attention.q_proj`) matches `pattern` from its start; the first match wins.
 
     `learning_rate` None freezes the group: no gradient, no optimizer state. The schedule's other numbers are those of
-    `OptimizerConfig` where they are None.
+    `OptimizerConfig` where they are None. With `special_tokens_only` the group's tables (`llm.embedding`, `llm.head`)
+    are frozen but for the rows of the special tokens (`train.special_token_rows`); a `weight_decay` of None is 0 there.
     """
 
     name: str
@@ -189,6 +190,8 @@ class GroupConfig:
     warmup_steps: int | None = None
     decay_steps: int | None = None
     final_fraction: float | None = None
+    weight_decay: float | None = None
+    special_tokens_only: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,6 +242,10 @@ class TrainConfig:
     The audio loss has its full weight in a step with at least `audio_full_ratio` frames to predict for every text
     target, and proportionally less below: no frame ever weighs more than `audio_loss_weight / audio_full_ratio` text
     targets (0: always full).
+    `special_token_rows`: whether groups with `special_tokens_only` train; off for weights that know the special tokens,
+    as the released ones do. `special_token_ids` names the tokens; empty: the model's media marks (`OmniConfig.tokens`
+    without the end of text). `frozen_dtype` is what frozen parameters are computed from; checkpoints keep what was lost
+    by rounding to it.
     """
 
     steps: int = 1000
@@ -250,6 +257,8 @@ class TrainConfig:
     audio_full_ratio: float = 0.05
     document_weighting: Literal["token", "sqrt", "document"] = "token"
     frozen_dtype: str = "bfloat16"
+    special_token_rows: bool = True
+    special_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,16 +24,28 @@ PROJECTOR, TOWER = r"vision\.projector\.", r"vision\.tower\."
 LANGUAGE, SPEECH = r"llm\.", r"audio_head\."
 TEXT_ENDS = r"llm\.(embedding|head)$"
 
+# Its two tables are frozen but for the rows of the media marks, which a text model has never seen.
+SPECIAL_TOKENS = "special tokens"
+
 # In order. None freezes; the first matching pattern decides.
 _RATES: dict[str, tuple[tuple[str, str, float | None], ...]] = {
-    "image_text_1": (("projector", PROJECTOR, 1e-3), ("frozen", ".*", None)),
+    "image_text_1": (
+        # The report trains the projector alone; the rows and their rate are ours.
+        (SPECIAL_TOKENS, TEXT_ENDS, 1e-4),
+        ("projector", PROJECTOR, 1e-3),
+        ("frozen", ".*", None),
+    ),
     "image_text_2": (
         ("language", LANGUAGE, 1e-5),
         ("projector", PROJECTOR, 1e-5),
         ("tower", TOWER, 1e-6),
         ("frozen", ".*", None),
     ),
-    "image_audio_text_1": (("speech", SPEECH, 1e-4), ("frozen", ".*", None)),
+    "image_audio_text_1": (
+        (SPECIAL_TOKENS, TEXT_ENDS, 1e-4),
+        ("speech", SPEECH, 1e-4),
+        ("frozen", ".*", None),
+    ),
     "image_audio_text_2": (
         ("tower", TOWER, None),
         ("language", LANGUAGE, 1e-5),
@@ -61,17 +73,26 @@ BY_DOCUMENTS = ("omni_64k", "sft")
 def stage_groups(stage: str, *, scale: float = 1.0, freeze_text_ends: bool = False) -> tuple[GroupConfig, ...]:
     """The optimizer groups of a stage, every rate times `scale` (a small model learns at higher rates).
 
-    `freeze_text_ends` also freezes the text embedding and the output head, the option of the stages that train the
-    language model on sound. The report gives no rate for `sft`: ours is half the one before it.
-    Raises ConfigError on an unknown stage.
+    `freeze_text_ends` also freezes the text embedding and the output head but for the rows of special tokens, the
+    option of the stages that train the language model on sound. The report gives no rate for `sft`: ours is half the
+    one before it.
+    Raises ConfigError on an unknown stage, and for `freeze_text_ends` in one that does not train the language model.
     """
     if stage not in _RATES:
         raise ConfigError(f"stage {stage!r} is not one of {', '.join(STAGES)}")
     rates = _RATES[stage]
     if freeze_text_ends:
-        rates = (("text ends", TEXT_ENDS, None), *rates)
+        if not any(name == "language" for name, _, _ in rates):
+            raise ConfigError(f"stage {stage!r} freezes the whole language model: freeze_text_ends adds nothing")
+        rate = next(rate for name, _, rate in rates if name == "language")
+        rates = ((SPECIAL_TOKENS, TEXT_ENDS, rate), *rates)
     return tuple(
-        GroupConfig(name=name, pattern=pattern, learning_rate=None if rate is None else rate * scale)
+        GroupConfig(
+            name=name,
+            pattern=pattern,
+            learning_rate=None if rate is None else rate * scale,
+            special_tokens_only=name == SPECIAL_TOKENS,
+        )
         for name, pattern, rate in rates
     )
 

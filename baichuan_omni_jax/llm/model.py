@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
 from baichuan_omni_jax.kernels.flash_attention import BlockPlan, Segments, flash_attention, plan_blocks, whole_keys
 from baichuan_omni_jax.llm.config import LLMConfig
+from baichuan_omni_jax.llm.special_rows import SpecialRows
 from baichuan_omni_jax.nn.chunking import map_chunks
 from baichuan_omni_jax.nn.linear import Linear
 from baichuan_omni_jax.nn.norm import RMSNorm
@@ -106,12 +107,15 @@ class LanguageModel(nnx.Module):
         self.layers = stack(lambda k: DecoderLayer(k, cfg, compute), keys[1], cfg.num_layers)
         self.norm = RMSNorm(cfg.hidden_size, eps=cfg.norm_eps, compute=compute)
         self.head = normal(keys[2], (cfg.vocab_size, cfg.hidden_size), ("vocab", "embed"))
+        # Set for a training step in which only these rows of the two tables train.
+        self.special_rows: SpecialRows | None = None
         self.cfg, self.compute = cfg, compute
 
     def embed(self, tokens: Int32[Array, "b t"]) -> Float[Array, "b t d"]:
         """Token embeddings in the compute dtype."""
         with jax.named_scope("token_embedding"):
-            return look_up(gather_weight(self.embedding, self.compute), tokens, out=self.compute.rules.spec(*STREAM))
+            x = look_up(gather_weight(self.embedding, self.compute), tokens, out=self.compute.rules.spec(*STREAM))
+            return x if self.special_rows is None else self.special_rows.substitute(x, tokens, self.compute)
 
     def __call__(
         self, x: Float[Array, "b t d"], positions: Int32[Array, "b t"], segment_ids: Int32[Array, "b t"]
@@ -136,16 +140,17 @@ class LanguageModel(nnx.Module):
         rows: Float[Array, "v d"] | None = None,
         *,
         dtype: DTypeLike | None = None,
+        axes: tuple[str, ...] = ("vocab", "embed"),
     ) -> Gathered:
         """`rows` (v, d) of the output head as stored (default: all), in `dtype` (default: the compute dtype).
 
-        L2-normalised where the config asks for NormHead.
+        L2-normalised where the config asks for NormHead. `axes` are the rows' logical axes.
         """
         rows = self.head[...] if rows is None else rows
         compute = self.compute if dtype is None else replace(self.compute, dtype=jnp.dtype(dtype))
         if not self.cfg.use_norm_head:
-            return gather_rows(rows, self.head.axes, compute)
-        weight = gather(rows, self.head.axes, compute)
+            return gather_rows(rows, axes, compute)
+        weight = gather(rows, axes, compute)
         norm = jnp.sqrt(jnp.sum(weight * weight, -1, keepdims=True))
         return narrow(weight / jnp.maximum(norm, 1e-12), compute.dtype)
 

@@ -108,7 +108,7 @@ def train(
 def _start(run, omni, setup: Setup, workdir: Workdir, compute) -> tuple[TrainState, dict | None]:
     if workdir.latest_step() is None:
         return init_state(run, setup), None
-    found = workdir.restore(None, branches_of(setup.template), abstract_opt_state(setup))
+    found = workdir.restore(None, branches_of(setup.stored), abstract_opt_state(setup))
     return from_saved(setup, found.branches, found.opt_state, found.step), found.data_state
 
 

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int32
 from baichuan_omni_jax.config import RunConfig
 from baichuan_omni_jax.omni.batch import Batch
 from baichuan_omni_jax.omni.model import OmniModel
-from baichuan_omni_jax.train.losses import chunked_cross_entropy, cross_entropy
+from baichuan_omni_jax.train.losses import cross_entropy, text_entropies
 
 Metrics = dict[str, Float[Array, ""]]
 
@@ -32,14 +32,7 @@ def entropies(
     """Cross-entropy of every text slot, and for each audio level of every frame to predict, fp32, not weighted."""
     hidden, audio_logits = model(batch)
     with jax.named_scope("text_loss"):
-        text = chunked_cross_entropy(
-            hidden,
-            model.llm.head[...],
-            batch["text_targets"],
-            chunk=run.compute.loss_chunk,
-            rules=model.compute.rules,
-            weight_of=model.llm.head_weight,
-        )
+        text = text_entropies(model.llm, hidden, batch["text_targets"], run.compute.loss_chunk)
     with jax.named_scope("audio_loss"):
         audio = tuple(cross_entropy(logits, batch["audio_targets"][:, :, q]) for q, logits in enumerate(audio_logits))
     return text, audio

@@ -25,7 +25,7 @@ def make_eval_step(setup: Setup, run: RunConfig, sources: int) -> Callable[[Arra
     """
 
     def sums_of(parameters, batch):
-        model = setup.assemble(parameters, {})
+        model, batch = setup.assemble(parameters, {}), setup.task.weigh(batch)
         rules = model.compute.rules
         text, audio = entropies(model, batch, run)
         weights, source = batch["text_weights"], batch["source_ids"]

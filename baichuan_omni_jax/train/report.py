@@ -8,7 +8,6 @@ from rich.table import Table
 
 from baichuan_omni_jax.config import RunConfig
 from baichuan_omni_jax.loss_shares import shares_table
-from baichuan_omni_jax.nn.param import named_values
 from baichuan_omni_jax.train.data import Data
 from baichuan_omni_jax.train.state import Setup
 
@@ -42,7 +41,7 @@ def print_start_table(console: Console, run: RunConfig, setup: Setup, data: Data
 def _count(setup: Setup) -> dict[tuple[str, str], tuple[int, int]]:
     """(trainable, frozen) parameters by (group, branch)."""
     counts: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
-    sizes = {name: value.size for name, value in named_values(setup.template).items()}
+    sizes = {name: value.size for name, value in setup.shapes().items()}
     for place, names in enumerate((setup.groups.trainable, setup.groups.frozen)):
         for name, group in names.items():
             counts[group, name.split(".")[0]][place] += sizes[name]

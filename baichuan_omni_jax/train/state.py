@@ -1,21 +1,23 @@
 """The training state: flat dicts of arrays by dotted name, and the module they are put back into."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
 from baichuan_omni_jax.checkpoint import load_branches, with_shardings
 from baichuan_omni_jax.config import OmniConfig, RunConfig
+from baichuan_omni_jax.llm.special_rows import ROWS, SpecialRows, put_rows, take_rows
 from baichuan_omni_jax.nn.param import Compute, named_values, named_variables, with_values
-from baichuan_omni_jax.train.groups import Groups, assign_groups, make_optimizer
+from baichuan_omni_jax.train.groups import Groups, assign_groups, make_optimizer, special_ids
 from baichuan_omni_jax.train.tasks import Task, make_task
 
+HOST_MEMORY = "pinned_host"
 # Abstract ones too: shapes stand for arrays until a run starts.
 Arrays = dict[str, Array | jax.ShapeDtypeStruct]
 
@@ -29,17 +31,38 @@ class OptState(NamedTuple):
 
 @dataclass(frozen=True)
 class Setup:
-    """What a step is compiled for: the task, its abstract model (leaves ShapeDtypeStructs), groups and optimizer."""
+    """What a step is compiled for: the task, its abstract model (leaves ShapeDtypeStructs), groups and optimizer.
+
+    `template` is the model as a step computes with it, frozen parameters in `train.frozen_dtype`; `stored` the same as
+    checkpoints hold it, nothing rounded. `special_ids` are the tokens whose rows of `groups.rows` train.
+    """
 
     task: Task
     template: nnx.Module
     groups: Groups
     optimizer: optax.GradientTransformation
     mesh: Mesh
+    stored: nnx.Module
+    special_ids: tuple[int, ...] = ()
 
     def assemble(self, trainable: Arrays, frozen: Arrays) -> nnx.Module:
         """The model with these arrays in it."""
-        return with_values(self.template, trainable | frozen)
+        values = trainable | frozen
+        model = with_values(self.template, values)
+        if self.groups.rows:
+            # By the names of the module's tables: `embedding`, `head`.
+            rows = {table.split(".")[-1]: values[name] for table, name in self.groups.rows.items()}
+            model.llm.special_rows = SpecialRows(self.special_ids, **rows)
+        return model
+
+    def shapes(self) -> Arrays:
+        """Shape, dtype and sharding of every array of `trainable` and `frozen`, by name."""
+        shapes = named_values(self.template)
+        for table, name in self.groups.rows.items():
+            sharding = NamedSharding(self.mesh, self.task.compute.rules.spec(*ROWS))
+            shape = (len(self.special_ids), shapes[table].shape[1])
+            shapes[name] = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+        return shapes
 
     def split(self, values: Arrays) -> tuple[Arrays, Arrays]:
         """All arrays, by whether they train."""
@@ -51,12 +74,17 @@ class Setup:
 
 @dataclass(frozen=True)
 class TrainState:
-    """Everything a step changes or needs, but the batch. `step` counts finished steps."""
+    """Everything a step changes or needs, but the batch. `step` counts finished steps.
+
+    `originals`, in the hosts' memory, are the frozen parameters that `train.frozen_dtype` cannot hold, as they were: no
+    step reads them, every checkpoint does.
+    """
 
     trainable: Arrays
     frozen: Arrays
     opt_state: Any
     step: int
+    originals: Arrays = field(default_factory=dict)
 
 
 def make_compute(run: RunConfig) -> Compute:
@@ -77,33 +105,31 @@ def make_setup(run: RunConfig, omni: OmniConfig, mesh: Mesh, compute: Compute) -
     """
     task = make_task(run, omni, compute)
     model = jax.eval_shape(lambda: task.make_model(jax.random.key(0)))
-    groups = assign_groups(named_variables(model), run.optimizer.groups)
-    model = with_shardings(model, mesh, compute.rules)
+    rows = run.train.special_token_rows
+    groups = assign_groups(named_variables(model), run.optimizer.groups, special_token_rows=rows)
+    stored = with_shardings(model, mesh, compute.rules)
     frozen_dtype = jnp.dtype(run.train.frozen_dtype)
     still = {name for name in groups.frozen if not task.moves(name)}
-    model = with_values(
-        model,
-        {name: _cast(shape, frozen_dtype) if name in still else shape for name, shape in named_values(model).items()},
+    template = with_values(
+        stored,
+        {name: _cast(shape, frozen_dtype) if name in still else shape for name, shape in named_values(stored).items()},
     )
-    return Setup(task, model, groups, make_optimizer(run.optimizer, groups.trainable, task.weight_decay), mesh)
+    optimizer = make_optimizer(run.optimizer, groups.trainable, task.weight_decay)
+    ids = special_ids(run, omni) if groups.rows else ()
+    return Setup(task, template, groups, optimizer, mesh, stored, ids)
 
 
 def init_state(run: RunConfig, setup: Setup) -> TrainState:
     """Step 0: random parameters from `train.seed`, then the branches that `checkpoint.init_from` names."""
-    shapes = named_values(setup.template)
-    shardings = {name: shape.sharding for name, shape in shapes.items()}
-
-    def draw(key):
-        drawn = named_values(setup.task.make_model(key))
-        return {name: value.astype(shapes[name].dtype) for name, value in drawn.items()}
-
-    values = jax.jit(draw, out_shardings=shardings)(jax.random.key(run.train.seed))
+    shardings = {name: shape.sharding for name, shape in named_values(setup.stored).items()}
+    draw = jax.jit(lambda key: named_values(setup.task.make_model(key)), out_shardings=shardings)
+    values = draw(jax.random.key(run.train.seed))
     if run.checkpoint.init_from:
-        loaded = load_branches(run.checkpoint.init_from, branches_of(setup.template))
+        loaded = load_branches(run.checkpoint.init_from, branches_of(setup.stored))
         values |= named_values(loaded)
-    trainable, frozen = setup.split(values)
+    trainable, frozen, originals = _from_stored(setup, values)
     opt_state = jax.jit(lambda trainable: first_opt_state(setup, trainable))(trainable)
-    return TrainState(trainable, frozen, opt_state, 0)
+    return TrainState(trainable, frozen, opt_state, 0, originals)
 
 
 def first_opt_state(setup: Setup, trainable: Arrays) -> Any:
@@ -119,7 +145,7 @@ def branches_of(model: nnx.Module) -> dict[str, nnx.Module]:
 
 def abstract_opt_state(setup: Setup) -> Any:
     """Shapes and shardings of the optimizer's state: the restore target. Moments are placed as their parameters."""
-    trainable, _ = setup.split(named_values(setup.template))
+    trainable, _ = setup.split(setup.shapes())
     shapes = jax.eval_shape(lambda trainable: first_opt_state(setup, trainable), trainable)
     replicated = jax.sharding.NamedSharding(setup.mesh, jax.sharding.PartitionSpec())
 
@@ -132,20 +158,55 @@ def abstract_opt_state(setup: Setup) -> Any:
 
 
 def to_saved(setup: Setup, state: TrainState) -> tuple[dict[str, nnx.Module], Any]:
-    """Branches and optimizer state as a checkpoint holds them."""
+    """Branches and optimizer state as a checkpoint holds them: unrounded, trained rows in their tables."""
     values, opt_state = _exchange(setup, state.trainable | state.frozen, state.opt_state)
-    return branches_of(setup.assemble(values, {})), opt_state
+    values |= state.originals
+    for table, name in setup.groups.rows.items():
+        whole = _move(values[table], named_values(setup.stored)[table].sharding.memory_kind)
+        values[table] = put_rows(whole, values[name], setup.special_ids)
+    return branches_of(with_values(setup.stored, values)), opt_state
 
 
 def saved_values(setup: Setup, state: TrainState) -> Arrays:
-    """All parameters by dotted name, as a checkpoint holds them."""
+    """All parameters by dotted name, to evaluate: those that a checkpoint holds, as a step computes with them."""
     return _exchange(setup, state.trainable | state.frozen, state.opt_state)[0]
 
 
 def from_saved(setup: Setup, branches: dict[str, nnx.Module], opt_state: Any, step: int) -> TrainState:
     """The state of restored branches."""
     values, opt_state = _exchange(setup, named_values(branches), opt_state)
-    return TrainState(*setup.split(values), opt_state, step)
+    trainable, frozen, originals = _from_stored(setup, values)
+    return TrainState(trainable, frozen, opt_state, step, originals)
+
+
+def _from_stored(setup: Setup, values: Arrays) -> tuple[Arrays, Arrays, Arrays]:
+    """(trainable, frozen, originals) of parameters as a checkpoint holds them."""
+    values = dict(values)
+    for table, name in setup.groups.rows.items():
+        values[name], values[table] = take_rows(values[table], setup.special_ids)
+    trainable, frozen = setup.split(values)
+    wanted = named_values(setup.template)
+    wide = {name: value for name, value in frozen.items() if value.dtype != wanted[name].dtype}
+    small = jax.jit(lambda wide: {name: value.astype(wanted[name].dtype) for name, value in wide.items()})(wide)
+    # Two programs: in one, XLA may take the way there and back for nothing.
+    changed = jax.jit(lambda wide, small: {name: (wide[name] != small[name]).any() for name in wide})(wide, small)
+    lost = {name: wide[name] for name, differs in changed.items() if differs}
+    kinds = {memory.kind for memory in jax.local_devices()[0].addressable_memories()}
+    # Devices without a host's memory of that kind keep them.
+    originals = {name: _move(value, HOST_MEMORY) for name, value in lost.items()} if HOST_MEMORY in kinds else lost
+    return trainable, frozen | small, originals
+
+
+def _move(value: Array, memory_kind: str | None) -> Array:
+    """The array in another memory of the same devices, part by part: no host touches another's."""
+    sharding = value.sharding.with_memory_kind(memory_kind)
+    if sharding == value.sharding:
+        return value
+    parts = [
+        jax.device_put(part.data, jax.sharding.SingleDeviceSharding(part.device, memory_kind=memory_kind))
+        for part in value.addressable_shards
+    ]
+    return jax.make_array_from_single_device_arrays(value.shape, sharding, parts)
 
 
 def _exchange(setup: Setup, values: Arrays, opt_state: Any) -> tuple[Arrays, Any]:

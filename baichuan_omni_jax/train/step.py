@@ -33,6 +33,7 @@ def make_gradients(setup: Setup, run: RunConfig) -> Callable[..., Gradients]:
         return gradients, metrics, moved
 
     def of_batch(trainable, frozen, batch, extra=()):
+        batch = task.weigh(batch)
         by, count = task.denominators(batch), run.train.accumulate
         if count == 1:
             return of_part(trainable, frozen, batch, by, extra)

@@ -5,18 +5,12 @@ from jaxtyping import Array, Bool, Float
 from baichuan_omni_jax.config import RunConfig
 from baichuan_omni_jax.omni.batch import Batch
 from baichuan_omni_jax.omni.tokenizer_model import TokenizerModel
-from baichuan_omni_jax.train.losses import chunked_cross_entropy
+from baichuan_omni_jax.train.losses import text_entropies
 
 
 def transcript_entropies(
     model: TokenizerModel, features: Float[Array, "c g f"], valid: Bool[Array, "c g"], batch: Batch, run: RunConfig
 ) -> Float[Array, "b t"]:
     """Cross-entropy of every text slot of the rows whose clips have these features, fp32, not weighted."""
-    return chunked_cross_entropy(
-        model.read(features, valid, batch),
-        model.llm.head[...],
-        batch["text_targets"],
-        chunk=run.compute.loss_chunk,
-        rules=model.compute.rules,
-        weight_of=model.llm.head_weight,
-    )
+    hidden = model.read(features, valid, batch)
+    return text_entropies(model.llm, hidden, batch["text_targets"], run.compute.loss_chunk)

@@ -11,6 +11,18 @@ from proofs import HANG, sized
 SCRIPT = Path(__file__).with_name("step.py")
 
 
+@pytest.mark.slow
+def test_weight_gradients_are_summed_in_fp32(tmp_path):
+    """bf16 compute: each matrix of a layer against float64, and the type of every sum over devices."""
+    meshes = ("2,2,2,1", "1,2,2,2")
+    command = [sys.executable, str(SCRIPT.with_name("weight_gradients.py")), *meshes]
+    done = subprocess.run(
+        command, env=environment(tmp_path / "xla", 8), capture_output=True, text=True, timeout=900, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count(" 0 narrow") == len(meshes), done.stdout
+
+
 @pytest.mark.parametrize(
     "meshes",
     [

@@ -15,10 +15,10 @@ from baichuan_omni_jax.config import STAGES, ConfigError, RunConfig, load_run_co
 from baichuan_omni_jax.nn.param import Compute, named_values, named_variables
 from baichuan_omni_jax.omni.model import OmniModel
 from baichuan_omni_jax.sharding import ShardingRules
-from baichuan_omni_jax.train.groups import assign_groups
+from baichuan_omni_jax.train.groups import assign_groups, special_ids
 from baichuan_omni_jax.train.state import branches_of
 
-# MODEL.md section 8: what trains, by the longest common beginning of its names.
+# What trains in each stage of the report, by the longest common beginning of its names.
 PARTS = ("vision.projector.", "vision.tower.", "llm.", "audio_head.")
 TRAINABLE = {
     "image_text_1": {"vision.projector."},
@@ -44,13 +44,27 @@ def test_stages_train_what_the_recipe_says(suffix):
     assert set(TRAINABLE) == set(STAGES)
     for stage in STAGES:
         groups = assign_groups(variables, config(stage, suffix).optimizer.groups)
-        assert {part for part in PARTS for name in groups.trainable if name.startswith(part)} == TRAINABLE[stage]
+        whole = set(groups.trainable) - set(groups.rows.values())
+        assert {part for part in PARTS for name in whole if name.startswith(part)} == TRAINABLE[stage]
+        # Where nothing of the language model trains, the rows of special tokens do.
+        assert set(groups.rows) == (set() if "llm." in TRAINABLE[stage] else {"llm.embedding", "llm.head"})
+
+
+def test_weights_that_know_the_special_tokens_need_no_rows():
+    variables = named_variables(abstract_model("tiny"))
+    for stage in ("image_text_1", "image_audio_text_1"):
+        groups = assign_groups(variables, config(stage, "_tiny").optimizer.groups, special_token_rows=False)
+        assert not groups.rows
+        assert not any(name.startswith("llm.") for name in groups.trainable)
 
 
 def test_text_ends_can_stay_frozen():
     variables = named_variables(abstract_model("tiny"))
     groups = assign_groups(variables, stage_groups("image_audio_text_2", freeze_text_ends=True))
     assert {name for name in groups.frozen if name.startswith("llm.")} == {"llm.embedding", "llm.head"}
+    assert groups.rows == {"llm.embedding": "llm.embedding_rows", "llm.head": "llm.head_rows"}
+    with pytest.raises(ConfigError, match="image_text_1' freezes the whole language model: freeze_text_ends adds"):
+        stage_groups("image_text_1", freeze_text_ends=True)
 
 
 def test_unknown_stage():
@@ -69,7 +83,10 @@ def test_other_slices_train_the_same_stage():
 
 @pytest.mark.slow
 def test_chain_of_all_stages(sample_dir, tmp_path):
-    """Each stage starts from the one before; what it freezes ends bit-equal to its parent's, the rest has moved."""
+    """Each stage starts from the one before; what it freezes ends bit-equal to its parent's, the rest has moved.
+
+    Of the tables in which only special tokens train, all other rows are bit-equal.
+    """
     root, chain = small_copy(sample_dir, tmp_path / "data"), tmp_path / "chain"
     command = [sys.executable, str(REPOSITORY / "launch" / "run_stages.py"), "--workdir", str(chain), "--tiny"]
     changes = (f"data.root={root}", "data.sample=false", "train.steps=3")
@@ -86,8 +103,12 @@ def test_chain_of_all_stages(sample_dir, tmp_path):
         before, after = read(parent), read(workdir)
         groups = assign_groups(variables, config(stage, "_tiny").optimizer.groups)
         moved = {name for name in after if not np.array_equal(before[name], after[name])}
-        assert moved <= set(groups.trainable)
+        assert moved <= set(groups.trainable) | set(groups.rows)
         assert len(moved) > 0.9 * len(groups.trainable)
+        for table in groups.rows:
+            changed = np.flatnonzero((before[table] != after[table]).any(1))
+            assert set(changed) <= set(special_ids(config(stage, "_tiny"), resolve_model("tiny")))
+            assert len(changed) or table == "llm.embedding"
 
 
 def read(workdir: Path) -> dict[str, np.ndarray]:

@@ -10,7 +10,6 @@ from pathlib import Path
 import jax
 
 from baichuan_omni_jax.config import OmniConfig, RunConfig
-from baichuan_omni_jax.nn.param import named_values
 from baichuan_omni_jax.sharding import make_mesh
 from baichuan_omni_jax.train.preflight.buffers import Temporary, largest_temporaries
 from baichuan_omni_jax.train.state import Setup, abstract_opt_state, make_compute, make_setup
@@ -69,7 +68,7 @@ def set_up(run: RunConfig, omni: OmniConfig, devices: list[jax.Device]) -> tuple
     with jax.set_mesh(mesh):
         setup = make_setup(run, omni, mesh, compute)
         setup.task.check(mesh)
-        trainable, frozen = setup.split(named_values(setup.template))
+        trainable, frozen = setup.split(setup.shapes())
         batch = setup.task.abstract_batch(mesh)
         return setup, Arguments(trainable, frozen, abstract_opt_state(setup), batch)
 

@@ -58,6 +58,9 @@ class Task(Protocol):
     def abstract_batch(self, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and shardings of the largest batch."""
 
+    def weigh(self, batch: Batch) -> Batch:
+        """The batch with the weights that its losses count by."""
+
     def denominators(self, batch: Batch) -> Any:
         """What the losses of a whole global batch are divided by."""
 
@@ -92,6 +95,9 @@ class PlainTask:
 
     def moves(self, name: str) -> bool:
         return False
+
+    def weigh(self, batch: Batch) -> Batch:
+        return batch
 
     def first_extra(self, trainable: Values) -> Any:
         return ()
