@@ -70,7 +70,7 @@ def make_step(
     def gradients_of(trainable, frozen, extra, batch):
         gradients, metrics, moved = gradients_of_batch(trainable, frozen, batch, extra)
         before = {name: frozen[name] for name in moved.values}, extra
-        return gradients, metrics | setup.task.batch_numbers(batch), moved, before
+        return gradients, metrics | setup.task.batch_numbers(setup.task.weigh(batch)), moved, before
 
     def update(gradients, trainable, opt_state, loss, moved, before):
         with jax.named_scope("optimizer"):
