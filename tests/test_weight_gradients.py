@@ -7,7 +7,6 @@ left to differ is how the sum is carried. A bf16 sum over 16 pieces is off by ab
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from micro import one_device
 
 from baichuan_omni_jax.llm.config import LLMConfig
@@ -118,13 +117,12 @@ def test_a_table_of_which_few_rows_are_read():
     assert error(found["table"], expected) <= SUM
 
 
-@pytest.mark.parametrize("name", ["weight", "bias"])
-def test_a_transposed_convolution(name):
+def test_a_transposed_convolution():
     """Every output frame reads the bias; input frame i reaches output frames 2 i + k with weight k."""
     x, dy = draw(0, ROWS, 64, 8), draw(1, ROWS, 2 * 63 + 3, 12)
     with jax.set_mesh(one_device()):
         conv = TransposedConv1d(jax.random.key(2), (3, 8, 12), stride=2, rows="batch", compute=COMPUTE)
         found = gradient_of(lambda conv: conv(x), conv, dy)
     windows = np.stack([wide(dy)[:, k : k + 2 * 63 + 1 : 2] for k in range(3)], 2)
-    expected = {"weight": np.einsum("btc,btkd->kcd", wide(x), windows), "bias": wide(dy).sum((0, 1))}
-    assert error(found[name], expected[name]) <= SUM
+    assert error(found["weight"], np.einsum("btc,btkd->kcd", wide(x), windows)) <= SUM
+    assert error(found["bias"], wide(dy).sum((0, 1))) <= SUM

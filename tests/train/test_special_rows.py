@@ -180,6 +180,7 @@ def test_a_frozen_branch_comes_through_a_stage_unrounded(rounding, batch, tmp_pa
             assert np.array_equal(value[kept], original[name][kept]), name
 
 
+@pytest.mark.slow
 def test_weights_that_bf16_holds_are_kept_as_bf16(rounding, tmp_path):
     """Of a bf16 checkpoint nothing is lost, so nothing is kept beside it; tables with trained rows become fp32."""
     run, setup, _ = rounding
@@ -199,11 +200,11 @@ def test_weights_that_bf16_holds_are_kept_as_bf16(rounding, tmp_path):
 
 @pytest.mark.parametrize("rows", [True, False])
 def test_marks_are_targets_only_where_their_row_of_the_head_trains(batch, rows):
-    """Without it the loss, its denominator and every gradient are those of weights that are 0 at these targets."""
+    """Without it the text weights, which losses, denominators and counts go by, are 0 at these targets."""
     norm = GroupConfig(name="norm", pattern=r"llm\.norm\.", learning_rate=1e-3)
     run = run_of(ROWS, norm, FROZEN, special_token_rows=rows)
     assert untrained_targets(run, OMNI) == (() if rows else MARKS)
-    setup, _ = started(run)
+    setup = make_setup(run, OMNI, one_device(), make_compute(run))
     weights = np.asarray(batch["text_weights"])
     asked = np.isin(np.asarray(batch["text_targets"]), MARKS)
     assert (np.asarray(batch["text_targets"]) == AUDIOGEN_START).any()
@@ -212,6 +213,7 @@ def test_marks_are_targets_only_where_their_row_of_the_head_trains(batch, rows):
     assert float(setup.task.counts(batch)["text_targets"]) == np.count_nonzero(expected)
 
 
+@pytest.mark.slow
 def test_text_loss_of_marks_alone_moves_nothing_before_a_frozen_head(batch):
     """What trains is before the head: a batch whose only targets are marks gives it no gradient at all."""
     norm = GroupConfig(name="norm", pattern=r"llm\.norm\.", learning_rate=1e-3)
