@@ -56,6 +56,7 @@ def serve(arguments: list[str] | None) -> None:
             note=opened.notice,
             system=options.system,
             aloud=opened.chat.model.speaker is not None,
+            hears=opened.hears,
             clients=options.slots,
             limits=limits,
         )

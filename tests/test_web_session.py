@@ -13,10 +13,11 @@ from PIL import Image
 from proofs import wait_for
 
 from baichuan_omni_jax.config import ConfigError, GenerationSettings
-from launch.web.limits import Limits
+from launch.web.limits import Limits, read_turn
 from launch.web.session import BUSY, Session
 from launch.web.sessions import Sessions
 from launch.web.speech import GrowingSpeech
+from tests.data_pipelines.small_media import write_video
 
 SILENT, ALOUD = GenerationSettings(), GenerationSettings(speech=True)
 LIMITS = Limits(files=2, megabytes=0.5, sound_seconds=3, video_seconds=2, characters=40)
@@ -109,6 +110,52 @@ def test_what_is_refused_is_said_and_not_kept(session, tmp_path, text, make, sen
     assert line.strip("*") == view.status
     assert view.status.startswith(f"Not answered: {sentence}")
     assert last(session, "Hello").messages[-1]["content"] == ["heard Hello "]
+
+
+def test_a_film_is_seen_and_heard(session, tmp_path):
+    """Frames, then sound, as in the released demos; the page shows the film once."""
+    film = write_video(tmp_path / "film.mp4", 1.0, sound=0.8)
+    video, audio, text = read_turn("What is it?", [film], LIMITS, say=pytest.fail)
+    assert (video, audio) == ({"type": "video", "path": str(film)}, {"type": "audio", "path": str(film)})
+    assert text == {"type": "text", "text": "What is it?"}
+    view = last(session, "What is it?", [film])
+    shown, text = view.messages[0]["content"]
+    assert Path(shown["path"]).read_bytes() == film.read_bytes()
+    assert text == "What is it?"
+    assert view.messages[1]["content"] == ["heard video audio What is it? "]
+    asked = session._conversation.messages[0]["content"]
+    assert [part["path"] for part in asked[:2]] == [shown["path"]] * 2
+
+
+@pytest.mark.parametrize(
+    ("film", "limits", "hears", "reason"),
+    [
+        ({"sound": 0}, LIMITS, True, "it has no sound track"),
+        ({"sound": 0.8, "volume": 0.0}, LIMITS, True, "it is silent"),
+        ({"sound": 0.8}, Limits(sound_seconds=0.5), True, "it is 1 s long, more than 0.5 s"),
+        ({"sound": 0.8}, LIMITS, False, "the checkpoint has no branches to hear with"),
+        ({"sound": 0.04}, LIMITS, True, "it is too short"),
+    ],
+    ids="mute silent long deaf short".split(),
+)
+def test_a_film_that_is_not_heard_is_seen_and_the_page_says_so(tmp_path, film, limits, hears, reason):
+    session = Session(scripted_chat(), tmp_path / "session", "", limits, hears)
+    path = write_video(tmp_path / "film.mp4", 1.0, **film)
+    view = last(session, "What is it?", [path])
+    assert view.messages[0]["content"][1:] == ["What is it?", f"*The sound of film.mp4 is not heard: {reason}.*"]
+    assert view.messages[1]["content"] == ["heard video What is it? "]
+
+
+def test_a_film_that_is_too_long_is_refused(session, tmp_path):
+    film = write_video(tmp_path / "film.mp4", 3.0, sound=0.5)
+    assert "film.mp4 is 3 s long, more than 2 s" in last(session, "", [film]).status
+
+
+def test_an_upload_is_shown_under_an_ending_of_its_kind(session, picture, tmp_path):
+    """A browser runs what it finds under .html or .svg, were it inside a picture."""
+    view = last(session, "", [picture.rename(tmp_path / "picture.html")])
+    (shown,) = view.messages[0]["content"]
+    assert Path(shown["path"]).name == "picture.html.png"
 
 
 def test_too_many_files(session, picture):

@@ -27,10 +27,12 @@ class OneSentenceParser(argparse.ArgumentParser):
 
 @dataclass(frozen=True)
 class Opened:
-    """`notice` says what the user should know of the checkpoint: untrained branches, what makes the waveform."""
+    """`notice` says what the user should know of the checkpoint: untrained branches, what makes the waveform; `hears`
+    whether it has the branches to hear with."""
 
     chat: OmniChat
     notice: str
+    hears: bool
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -76,7 +78,9 @@ def open_chat(options: argparse.Namespace, settings: GenerationSettings, root: P
         cache_dtype=options.cache_dtype,
         seed=options.seed,
     )
-    return Opened(OmniChat(model, processor, settings=settings, seed=options.seed), _notice(loaded, model.speaker))
+    chat = OmniChat(model, processor, settings=settings, seed=options.seed)
+    hears = {"audio_encoder", "audio_head"} <= loaded.branches.keys()
+    return Opened(chat, _notice(loaded, model.speaker), hears)
 
 
 def _notice(loaded: LoadedBranches, speaker: Speaks | None) -> str:

@@ -12,7 +12,7 @@ from fastapi.responses import StreamingResponse
 
 from baichuan_omni_jax.omni.chat import OmniChat
 
-from .limits import ENDINGS, Limits
+from .limits import Limits
 from .session import Session, View
 from .sessions import Sessions
 
@@ -28,13 +28,14 @@ THEME = gr.themes.Default(
 
 @dataclass(frozen=True, kw_only=True)
 class PageSettings:
-    """`note` stands under the title; `aloud`: whether the checkpoint can speak; so many `clients` are served at a
-    time, and `waiting` more may queue."""
+    """`note` stands under the title; `aloud`, `hears`: whether the checkpoint can speak and hear; so many `clients` are
+    served at a time, and `waiting` more may queue."""
 
     title: str = "Baichuan-Omni"
     note: str = ""
     system: str = ""
     aloud: bool = True
+    hears: bool = True
     clients: int = 8
     waiting: int = 64
     limits: Limits = Limits()
@@ -42,7 +43,7 @@ class PageSettings:
 
 def make_app(chat: OmniChat, folder: Path, settings: PageSettings) -> fastapi.FastAPI:
     """The web application. What users send and hear lies in `folder` while their tab is open."""
-    sessions = Sessions(chat, folder, settings.system, settings.limits)
+    sessions = Sessions(chat, folder, settings.system, settings.limits, settings.hears)
     app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
     @app.get("/speech/{name}.wav")
@@ -88,10 +89,10 @@ class _Page:
                     placeholder="Write, attach a picture, a sound or a video, or speak.",
                 )  # fmt: skip
                 self.player = gr.HTML(elem_id="player")
+                # Any ending may be chosen (`file_types` is left out): what a file is, its content tells.
                 self.box = gr.MultimodalTextbox(
-                    show_label=False, placeholder="Message", file_count="multiple", elem_id="box",
-                    file_types=[ending for endings in ENDINGS.values() for ending in endings],
-                )  # fmt: skip
+                    show_label=False, placeholder="Message", file_count="multiple", elem_id="box"
+                )
                 with gr.Row():
                     self.stop = gr.Button("Stop", size="md", elem_id="stop")
                     self.restart = gr.Button("New conversation", size="md", elem_id="restart")

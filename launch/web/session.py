@@ -23,6 +23,14 @@ from .speech import GrowingSpeech
 
 FAILED = "the server failed at this request, has written down why, and goes on"
 BUSY = "Not answered: the last answer is still being given; stop it first."
+# Endings under which a browser shows a file as what it is. A file of another ending gets one more: under .html or .svg
+# a browser would run what the file holds.
+ENDINGS = {
+    "image": (".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"),
+    "audio": (".aac", ".flac", ".m4a", ".mp3", ".mp4", ".oga", ".ogg", ".opus", ".wav", ".weba", ".webm"),
+    "video": (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm"),
+}
+SHOWN_AS = {"image": ".png", "audio": ".wav", "video": ".mp4"}
 REFRESH = 0.1  # seconds: text may come faster than a page can be drawn
 PATIENCE = 30.0  # seconds in which an answer that was stopped must have ended
 
@@ -41,11 +49,12 @@ class Session:
     """One browser tab's conversation; its files lie in `folder`.
 
     One turn at a time. `stop` and `close` may be called from any thread; both end the answer and free its slot.
+    `hears`: whether the checkpoint can hear the sound of a video.
     """
 
-    def __init__(self, chat: OmniChat, folder: Path, system: str, limits: Limits):
+    def __init__(self, chat: OmniChat, folder: Path, system: str, limits: Limits, hears: bool = True):
         self.folder, self.used, self.closed = folder, time.monotonic(), False
-        self._chat, self._system, self._limits = chat, system, limits
+        self._chat, self._system, self._limits, self._hears = chat, system, limits, hears
         self._turn, self._turns, self._files = threading.Lock(), 0, 0
         self._reply: Reply | None = None
         self._stopped = False
@@ -130,8 +139,9 @@ class Session:
 
     def _answer(self, text: str, files: Sequence[Path], settings: GenerationSettings) -> Iterator[View]:
         asked = self._show("user", text.strip() or ", ".join(path.name for path in files))
-        parts = read_turn(text, files, self._limits)
-        asked["content"] = [self._keep(part) if "path" in part else part["text"] for part in parts]
+        unheard: list[str] = []
+        parts = read_turn(text, files, self._limits, hears=self._hears, say=unheard.append)
+        asked["content"] = [*self._keep(parts), *(f"*{sentence}*" for sentence in unheard)]
         yield self._view("Reading")
         self._turns += 1
         key = jax.random.fold_in(self._chat.key, self._turns)
@@ -177,12 +187,24 @@ class Session:
         messages = [{**message, "content": list(message["content"])} for message in self._messages]
         return View(messages, self.speech, status)
 
-    def _keep(self, part: dict[str, Any]) -> dict[str, str]:
-        """Copies an upload, which may be cleared away, to where it lies as long as the conversation."""
-        path = self._place(Path(part["path"]).name)
-        shutil.copyfile(part["path"], path)
-        part["path"] = str(path)
-        return {"path": str(path)}
+    def _keep(self, parts: list[dict[str, Any]]) -> list[Any]:
+        """Copies uploads, which may be cleared away, to where they lie as long as the conversation.
+
+        Returns what the page shows of the parts: a video and its sound are one file.
+        """
+        shown, copied = [], ("", "")
+        for part in parts:
+            if "path" not in part:
+                shown.append(part["text"])
+            elif part["type"] == "audio" and part["path"] == copied[0]:
+                part["path"] = copied[1]
+            else:
+                path = self._place(_shown_name(part))
+                shutil.copyfile(part["path"], path)
+                copied = (part["path"] if part["type"] == "video" else "", str(path))
+                part["path"] = str(path)
+                shown.append({"path": str(path)})
+        return shown
 
     def _write(self, name: str, samples: np.ndarray, rate: int) -> Path:
         path = self._place(name)
@@ -194,6 +216,12 @@ class Session:
         folder = self.folder / str(self._files)
         folder.mkdir(parents=True)
         return folder / name
+
+
+def _shown_name(part: dict[str, Any]) -> str:
+    """The upload's name, with an ending of its kind."""
+    path = Path(part["path"])
+    return path.name if path.suffix.lower() in ENDINGS[part["type"]] else path.name + SHOWN_AS[part["type"]]
 
 
 def summary(answer: ChatAnswer) -> str:

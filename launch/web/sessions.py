@@ -17,8 +17,8 @@ IDLE = 3600.0  # seconds after which a tab that never said goodbye is forgotten
 class Sessions:
     """Thread-safe. Each session's files lie in a folder of `folder` whose name cannot be guessed."""
 
-    def __init__(self, chat: OmniChat, folder: Path, system: str, limits: Limits):
-        self._chat, self._folder, self._system, self._limits = chat, folder, system, limits
+    def __init__(self, chat: OmniChat, folder: Path, system: str, limits: Limits, hears: bool = True):
+        self._chat, self._folder, self._system, self._limits, self._hears = chat, folder, system, limits, hears
         self._sessions: dict[str, Session] = {}
         self._lock = threading.Lock()
 
@@ -31,7 +31,7 @@ class Sessions:
             if tab not in self._sessions:
                 self._close_idle()
                 folder = self._folder / secrets.token_urlsafe(16)
-                self._sessions[tab] = Session(self._chat, folder, self._system, self._limits)
+                self._sessions[tab] = Session(self._chat, folder, self._system, self._limits, self._hears)
             return self._sessions[tab]
 
     def close(self, tab: str) -> None:

@@ -47,11 +47,12 @@ def write_video(
     header_first: bool = False,
     changing: bool = False,
     codec: str = "",
+    volume: float = 1.0,
     **options: str,
 ) -> Path:
     """5 frames a second, grey of level 20 + 10 * the second they are in; an audio track of `sound` seconds if any.
 
-    With `changing` each frame is another picture. `options` are those of the container.
+    With `changing` each frame is another picture; `volume` 0 makes the sound silent. `options` are the container's.
     """
     rate, webm = 5, path.suffix == ".webm"
     options |= {"movflags": "faststart"} if header_first else {}
@@ -66,7 +67,7 @@ def write_video(
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         container.mux(stream.encode(None))
         if track:
-            _write_track(container, track, tone(sound, 48000))
+            _write_track(container, track, volume * tone(sound, 48000))
     return path
 
 
