@@ -12,6 +12,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from baichuan_omni_jax.config import ConfigError, OmniConfig
+from baichuan_omni_jax.config.files import describe_stand_in
 from data_pipelines.special_tokens import CONVERSATION_TOKENS, MODEL_TOKENS, SPECIAL_TOKENS
 
 # Contractions, words with one leading sign, single digits, runs of signs, line breaks, other white space.
@@ -24,6 +25,8 @@ _SPECIAL = re.compile("|".join(re.escape(name) for name in SPECIAL_TOKENS))
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of a `tokenizer.json`. Raises ConfigError naming the file."""
     try:
+        if found := describe_stand_in(Path(path)):
+            raise ConfigError(f"it is {found}")
         return Tokenizer.from_str(Path(path).read_text(encoding="utf-8"))
     except Exception as error:  # tokenizers raises plain Exception
         raise ConfigError(f"tokenizer {path} cannot be read: {error}") from error

@@ -2,8 +2,9 @@
 
     python launch/tpu_pretrain.py --config configs/tiny.py --workdir runs/tiny [--set train.steps=20 ...]
 
-Started again with the same workdir, it goes on where it stopped; SIGTERM saves and leaves. Numbers go to
-WORKDIR/metrics.jsonl and WORKDIR/tensorboard. Exit code 2: something given cannot be used, the message says what.
+Started again with the same workdir, it goes on where it stopped; SIGTERM saves and leaves. A second run in a workdir
+where one is at work is refused. Numbers go to WORKDIR/metrics.jsonl and WORKDIR/tensorboard. Exit code 2: something
+given cannot be used, the message says what.
 3: the run ended itself, because too many steps in a row were not finite or a checkpoint could not be written.
 """
 
@@ -88,9 +89,10 @@ def read_flags() -> tuple[RunConfig, OmniConfig, range | None]:
 
 
 def open_workdir(run: RunConfig) -> tuple[Workdir, Parent]:
-    """The workdir, which holds no other run, and the checkpoints that the run starts from."""
+    """The workdir, which holds no other run and is held for this one, and the checkpoints that the run starts from."""
     workdir = Workdir(Path(WORKDIR.value), keep=run.checkpoint.keep)
     check_run_config(workdir.path, run)
+    workdir.hold()
     return workdir, find_parent(workdir.path, run.checkpoint.init_from, run.branches)
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from baichuan_omni_jax.config import ConfigError, RequestError
+from baichuan_omni_jax.locks import take_lock
 from baichuan_omni_jax.omni.answer import Finished, TextPiece
 from baichuan_omni_jax.omni.answer_file import answer_questions, read_questions
 from baichuan_omni_jax.omni.reply import Reply
@@ -83,6 +84,25 @@ def test_what_is_answered_is_not_asked_again(tmp_path):
     outcomes, again = run(tmp_path, LINES)
     assert outcomes == {"kept": 5}
     assert again == whole
+
+
+@pytest.mark.parametrize("damage", [bytes(40), bytes(40) + b"\n", b"\xff\xfe\x80\x81\n", b'{"line": 1, "id"\n'])
+def test_what_a_crash_damaged_is_answered_anew(tmp_path, damage):
+    """The second line is gone; the third, behind it, is whole, but the order is the manifest's."""
+    _, whole = run(tmp_path, LINES)
+    first, _, third, *_ = (tmp_path / "out.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "out.jsonl").write_bytes(first + damage + third)
+    outcomes, again = run(tmp_path, LINES)
+    assert again == whole
+    assert outcomes["kept"] == 1
+
+
+def test_two_programs_do_not_write_one_output(tmp_path):
+    lock = take_lock(tmp_path / "out.jsonl", "", note=False)
+    with pytest.raises(ConfigError, match=r"out\.jsonl is being written by another program; nothing was changed"):
+        run(tmp_path, LINES)
+    lock.release()
+    assert len(run(tmp_path, LINES)[1]) == 5
 
 
 @pytest.mark.parametrize(

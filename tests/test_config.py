@@ -113,6 +113,76 @@ def test_unsupported_hf_fields_are_refused_by_name(section, key, value):
     assert f"{section}.{key}".lstrip(".") in str(error.value)
 
 
+def as_transformers_5(values: dict) -> dict:
+    """A config as `PretrainedConfig.save_pretrained` of transformers 5 writes it."""
+    values = dict(values)
+    values["rope_parameters"] = {"rope_theta": values.pop("rope_theta"), "rope_type": "default"}
+    values["dtype"] = values.pop("torch_dtype")
+    values["layer_types"] = ["full_attention"] * values["num_hidden_layers"]
+    del values["rope_scaling"]
+    return values
+
+
+@pytest.mark.parametrize("omni", [tiny(), baichuan_omni_7b()], ids=["tiny", "7b"])
+def test_a_config_of_transformers_5_is_the_same(omni):
+    values = as_transformers_5(to_hf(omni))
+    assert from_hf(values) == omni
+    assert from_hf(values | {"rope_theta": omni.llm.rope_theta, "rope_scaling": values["rope_parameters"]}) == omni
+    assert from_hf(to_hf(omni) | {"rope_scaling": {"type": "default"}}) == omni
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"rope_parameters": {"rope_theta": 1e6, "rope_type": "yarn"}}, "rope_parameters.rope_type = 'yarn' is not"),
+        ({"rope_parameters": {"full_attention": {}}}, "rope_parameters.full_attention = {} is not supported"),
+        ({"rope_parameters": {"rope_theta": 1e4}, "rope_theta": 1e6}, "rope_theta is given twice: 10000.0 in rope_"),
+        ({"rope_parameters": {"rope_type": "default"}}, "rope_theta is missing"),
+        ({"rope_parameters": [1e6]}, "rope_parameters must be an object, not [1000000.0]"),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling.rope_type = 'linear' is not supported"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types holds 'sliding_attention'"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config (fp8) is not supported"),
+        ({"hidden_size": "128"}, "hidden_size must be int, not '128'"),
+        ({"num_attention_heads": 0}, "num_attention_heads = 0 must be above 0"),
+        ({"audio_config": None}, "audio_config.sampling_rate is missing"),
+        ({"visual_config": 7}, "visual_config must be an object, not 7"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_config_that_means_another_model_is_refused(change, sentence):
+    with pytest.raises(ConfigError) as error:
+        from_hf(as_transformers_5(to_hf(tiny())) | change)
+    assert str(error.value).startswith(sentence)
+
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 16060\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (LFS_POINTER, "is a pointer of Git LFS (to 16,060 bytes), not the file itself"),
+        (b"/annex/objects/SHA256E-s1--0.json\n", "is a pointer of git-annex"),
+        (b"\n<!DOCTYPE html><html>", "is a web page, not the file itself"),
+        (b"", "is empty"),
+        (b"[1]", "is no JSON object but list"),
+        (b"\xff\xfe{}", "cannot be read as JSON: 'utf-8' codec can't decode"),
+        (b"{", "cannot be read as JSON"),
+    ],
+    ids="lfs annex html empty list bytes cut".split(),
+)
+def test_what_stands_in_place_of_a_config_is_called_by_its_name(tmp_path, content, sentence):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ConfigError) as error:
+        read_hf(tmp_path / "config.json")
+    assert str(error.value).startswith(f"{tmp_path / 'config.json'} {sentence}")
+
+
+def test_a_mark_of_byte_order_is_no_fault(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(to_hf(tiny())), encoding="utf-8-sig")
+    assert read_hf(tmp_path / "config.json") == tiny()
+
+
 def test_missing_hf_field_is_named():
     values = to_hf(tiny())
     del values["audio_config"]["d_model"]

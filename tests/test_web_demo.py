@@ -147,11 +147,11 @@ def test_a_camera_still_and_a_video_go_with_a_message(serve, open_tab, sample_di
     tab.attach(next(path for path in (sample_dir / "video").iterdir()))
     wait_for(lambda: tab.all("#box .thumbnail-item"))
     tab.write("Look")
-    assert "heard image video Look" in tab.answered()
+    assert "heard image video audio Look" in tab.answered()
     assert tab.all("#chat .user-row img")
     assert tab.all("#chat .user-row video")
     tab.write("Again")
-    assert "heard image video Look Again" in tab.answered(2)
+    assert "heard image video audio Look Again" in tab.answered(2)
 
 
 def test_the_stop_button_ends_an_answer(serve, open_tab):

@@ -6,6 +6,7 @@
     CKPT/params/BRANCH/           one Orbax checkpoint a branch: nested dicts of arrays, no classes
     CKPT/checksums.json           file -> crc32c (a converted checkpoint may lack it)
 
+    DIR/.lock                     locked while a run works in this workdir
     DIR/run_config.json           the run that owns this workdir
     DIR/parent.json               the checkpoints it started from
     DIR/audio_tokenizer/          a CKPT: the audio tokenizer that made the run's code frames

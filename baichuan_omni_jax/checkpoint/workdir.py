@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -20,9 +21,12 @@ from baichuan_omni_jax.checkpoint.trees import leaves_by_name, read_tree, to_sto
 from baichuan_omni_jax.checkpoint.writer import TEMPORARY, FolderSave, make_checkpointer
 from baichuan_omni_jax.config import ConfigError, OmniConfig, RunConfig
 from baichuan_omni_jax.config.errors import RunStoppedError
+from baichuan_omni_jax.locks import FileLock, take_lock
 
 log = logging.getLogger(__name__)
 
+# Locked by the run that works in the folder; the file itself stays.
+LOCK = ".lock"
 # How often the remains of a failed save are removed until none is left, and seconds between.
 _REMOVALS, _PAUSE = 20, 0.2
 
@@ -51,11 +55,25 @@ class Workdir:
         self._damaged: set[int] = set()
         self._saving: threading.Thread | None = None
         self._error: tuple[int, BaseException] | None = None
+        self._lock: FileLock | None = None
         self._checkpointer = make_checkpointer()
         try:
             steps_folder(self.path).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"workdir {self.path} cannot be made: {error}") from error
+
+    def hold(self) -> None:
+        """Keeps other runs out of the workdir until `close`, or until this process is gone, killed or not.
+
+        Process 0 locks for all processes of the run; `hosts.together` tells the others. May be called again.
+
+        Raises ConfigError, naming its process and host, while another run works there.
+        """
+        # A lock is a matter of file systems: a bucket has none.
+        if jax.process_index() or self._lock is not None or "://" in str(self.path):
+            return
+        refusal = f"workdir {self.path} is in use by another run; nothing was changed"
+        self._lock = take_lock(Path(self.path / LOCK), refusal)
 
     def write_run_config(self, run: RunConfig) -> None:
         """Takes the workdir for `run`: call it before anything else, once, at the start.
@@ -126,11 +144,14 @@ class Workdir:
             raise self._failed(step, error) from error
 
     def close(self) -> None:
-        """`wait`, then lets go of Orbax's threads."""
+        """`wait`, then lets go of Orbax's threads and of the lock."""
         try:
             self.wait()
         finally:
             self._checkpointer.close()
+            if self._lock is not None:
+                self._lock.release()
+                self._lock = None
 
     def restore(self, step: int | None, branches: Mapping[str, Any], opt_state: Any) -> Restored:
         """Reads `step`, or with None the newest one whose files are as they were written.

@@ -2,16 +2,18 @@
 
 Three kinds of keys: those that set a size (the tables below, one row a field), those that must have the one value the
 released model uses (`REQUIRED`), and leftovers that the released computation ignores. A key that would change the
-computation and is not supported is refused by name.
+computation and is not supported is refused by name. What transformers 5 writes otherwise (`rope_parameters`) is read
+as the same; `dtype` and `torch_dtype` say how tensors are stored, which the tensors say themselves.
 """
 
-import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from baichuan_omni_jax.audio.config import AudioConfig, PostNetConfig
 from baichuan_omni_jax.config.errors import ConfigError
+from baichuan_omni_jax.config.files import read_json_object
 from baichuan_omni_jax.config.model import OmniConfig, SpecialTokens
+from baichuan_omni_jax.config.overrides import convert_value
 from baichuan_omni_jax.flow.config import FlowConfig
 from baichuan_omni_jax.llm.config import AudioHeadConfig, LLMConfig
 from baichuan_omni_jax.vision.config import PixelLimits, VisionConfig
@@ -98,10 +100,7 @@ CFM_REQUIRED = {"solver": "euler", "t_scheduler": "cosine", "reg_loss_type": "l1
 
 def read_hf(path: Path) -> OmniConfig:
     """`OmniConfig` of the config.json at `path`. Raises ConfigError naming the file and the field."""
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
+    values = read_json_object(Path(path))
     try:
         return from_hf(values)
     except ConfigError as error:
@@ -109,43 +108,35 @@ def read_hf(path: Path) -> OmniConfig:
 
 
 def from_hf(values: dict[str, Any]) -> OmniConfig:
-    """`OmniConfig` of a released config's dict. Raises ConfigError on a missing or unsupported field."""
+    """`OmniConfig` of a released config's dict. Raises ConfigError on a missing, mistyped or unsupported field."""
+    values = {**_released_form(values), **{name: _section(values, name) for name in _SECTIONS}}
     _check_required(values)
-    vision, video = values.get("visual_config", {}), values.get("video_config", {})
-    audio, flow = values.get("audio_config", {}), values.get("flow_matching_config", {})
-    llm = _take(values, LLM_KEYS, "") | {
-        ours: values.get(theirs, default) for ours, (theirs, default) in LLM_OPTIONAL.items()
-    }
-    llm["head_dim"] = values.get("head_dim") or llm["hidden_size"] // llm["num_heads"]
+    vision, video = values["visual_config"], values["video_config"]
+    audio, flow = values["audio_config"], values["flow_matching_config"]
+    heads = {"num_layers": "audio_head_transformer_layers"}
+    llm = _language_sizes(values)
     return OmniConfig(
         vision=VisionConfig(
-            **_take(vision, VISION_KEYS, "visual_config"),
-            image_limits=PixelLimits(**_take(vision, _LIMITS, "visual_config")),
-            frame_limits=PixelLimits(**_take(video, _LIMITS, "video_config")),
-            max_frames=_take(video, {"n": "max_frame_num"}, "video_config")["n"],
+            **_take(vision, VISION_KEYS, "visual_config", VisionConfig),
+            image_limits=PixelLimits(**_take(vision, _LIMITS, "visual_config", PixelLimits)),
+            frame_limits=PixelLimits(**_take(video, _LIMITS, "video_config", PixelLimits)),
+            **_take(video, {"max_frames": "max_frame_num"}, "video_config", VisionConfig),
             frames_per_second=_frame_rate(video),
         ),
         audio=AudioConfig(
-            **_take(audio, AUDIO_KEYS, "audio_config"),
-            codebook_sizes=tuple(_take(audio.get("vq_config", {}), {"s": "codebook_sizes"}, "vq_config")["s"]),
+            **_take(audio, AUDIO_KEYS, "audio_config", AudioConfig),
+            **_take(_section(audio, "vq_config"), {"codebook_sizes": "codebook_sizes"}, "vq_config", AudioConfig),
         ),
-        post_net=PostNetConfig(**_take(values.get("vocoder_config", {}), POST_NET_KEYS, "vocoder_config")),
+        post_net=PostNetConfig(**_take(values["vocoder_config"], POST_NET_KEYS, "vocoder_config", PostNetConfig)),
         llm=LLMConfig(**llm),
         audio_head=AudioHeadConfig(
-            num_layers=_take(audio, {"n": "audio_head_transformer_layers"}, "audio_config")["n"],
-            head_dim=min(128, llm["hidden_size"]),
+            **_take(audio, heads, "audio_config", AudioHeadConfig), head_dim=min(128, llm["hidden_size"])
         ),
         flow=FlowConfig(
-            **_take(flow, FLOW_KEYS, "flow_matching_config"),
-            **_take(flow.get("cfm_params", {}), CFM_KEYS, "flow_matching_config.cfm_params"),
+            **_take(flow, FLOW_KEYS, "flow_matching_config", FlowConfig),
+            **_take(_section(flow, "cfm_params"), CFM_KEYS, "flow_matching_config.cfm_params", FlowConfig),
         ),
-        tokens=SpecialTokens(
-            end_of_text=values.get("eos_token_id", SpecialTokens.end_of_text),
-            **{
-                ours: _take(values.get(section, {}), {"id": key}, section)["id"]
-                for ours, (section, key) in TOKEN_KEYS.items()
-            },
-        ),
+        tokens=_token_ids(values),
     )
 
 
@@ -184,24 +175,94 @@ _LIMITS = {"min_pixels": "min_pixels", "max_pixels": "max_pixels"}
 _SECTIONS = ("audio_config", "visual_config", "video_config", "vocoder_config", "flow_matching_config")
 
 
+def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
+    """A nested object; one that is absent or null is empty."""
+    found = values.get(name)
+    if not isinstance(found, dict | None):
+        raise ConfigError(f"{name} must be an object, not {found!r}")
+    return found or {}
+
+
+def _released_form(values: dict[str, Any]) -> dict[str, Any]:
+    """The keys that transformers 5 and later 4 write otherwise, as the released config has them.
+
+    Raises ConfigError naming what they say of positions, layers or tensors that the computation is not written for.
+    """
+    values = dict(values)
+    thetas = {key: _plain_rope(values, key) for key in ("rope_parameters", "rope_scaling")}
+    thetas["rope_theta"] = values.get("rope_theta")
+    found = {key: theta for key, theta in thetas.items() if theta is not None}
+    for theta in found.values():
+        if theta != next(iter(found.values())):
+            told = " and ".join(f"{theta!r} in {key}" for key, theta in found.items())
+            raise ConfigError(f"rope_theta is given twice: {told}")
+        values["rope_theta"] = theta
+    values["rope_scaling"] = None
+    for layer in values.get("layer_types") or ():
+        if layer != "full_attention":
+            raise ConfigError(f"layer_types holds {layer!r}, which is not supported (only 'full_attention')")
+    if quantization := values.get("quantization_config"):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise ConfigError(f"quantization_config ({method}) is not supported: give the weights before quantization")
+    return values
+
+
+def _plain_rope(values: dict[str, Any], key: str) -> Any:
+    """The base that `rope_parameters` (or the older `rope_scaling`) holds, or None; anything but plain RoPE is refused.
+
+    {"rope_type": "default", "rope_theta": 1e6} -> 1e6
+    """
+    rope = _section(values, key)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", None):
+        raise ConfigError(f"{key}.rope_type = {kind!r} is not supported (only 'default')")
+    for name, value in rope.items():
+        known = name in ("rope_type", "type", "rope_theta") or (name == "partial_rotary_factor" and value == 1)
+        if not known and value is not None:
+            raise ConfigError(f"{key}.{name} = {value!r} is not supported")
+    return rope.get("rope_theta")
+
+
+def _language_sizes(values: dict[str, Any]) -> dict[str, Any]:
+    """The fields of `LLMConfig`; without `head_dim` the width is shared out among the heads."""
+    llm = _take(values, LLM_KEYS, "", LLMConfig)
+    for ours, theirs in LLM_KEYS.items():
+        if llm[ours] <= 0:
+            raise ConfigError(f"{theirs} = {llm[ours]!r} must be above 0")
+    optional = {ours: values.get(theirs, default) for ours, (theirs, default) in LLM_OPTIONAL.items()}
+    optional["head_dim"] = values.get("head_dim") or llm["hidden_size"] // llm["num_heads"]
+    return llm | _take(optional, {ours: ours for ours in optional}, "", LLMConfig)
+
+
+def _token_ids(values: dict[str, Any]) -> SpecialTokens:
+    """The ids of the media marks, and of the end of text: the first, where a list of them is given."""
+    end = values.get("eos_token_id", SpecialTokens.end_of_text)
+    end = {"eos_token_id": end[0] if isinstance(end, list) and end else end}
+    ids = _take(end, {"end_of_text": "eos_token_id"}, "", SpecialTokens)
+    for ours, (section, key) in TOKEN_KEYS.items():
+        ids |= _take(values[section], {ours: key}, section, SpecialTokens)
+    return SpecialTokens(**ids)
+
+
 def _check_required(values: dict[str, Any]) -> None:
     for (section, key), allowed in REQUIRED.items():
-        found = (values.get(section, {}) if section else values).get(key, allowed[0])
+        found = (values[section] if section else values).get(key, allowed[0])
         if found not in allowed:
             name = f"{section}.{key}" if section else key
             raise ConfigError(f"{name} = {found!r} is not supported (only {allowed[0]!r})")
-    cfm = values.get("flow_matching_config", {}).get("cfm_params", {})
+    cfm = _section(values["flow_matching_config"], "cfm_params")
     for key, expected in CFM_REQUIRED.items():
         if cfm.get(key, expected) != expected:
             raise ConfigError(f"flow_matching_config.cfm_params.{key} = {cfm[key]!r} is not supported ({expected!r})")
 
 
-def _take(values: dict[str, Any], keys: dict[str, str], section: str) -> dict[str, Any]:
+def _take(values: dict[str, Any], keys: dict[str, str], section: str, config: type) -> dict[str, Any]:
+    """Fields of the dataclass `config` by name. Raises ConfigError for one that is missing or of another type."""
+    prefix, hints = f"{section}." if section else "", get_type_hints(config)
     missing = [theirs for theirs in keys.values() if theirs not in values]
     if missing:
-        raise ConfigError(f"{section + '.' if section else ''}{missing[0]} is missing")
-    taken = {ours: values[theirs] for ours, theirs in keys.items()}
-    return {ours: tuple(value) if isinstance(value, list) else value for ours, value in taken.items()}
+        raise ConfigError(f"{prefix}{missing[0]} is missing")
+    return {ours: convert_value(hints[ours], values[theirs], prefix + theirs) for ours, theirs in keys.items()}
 
 
 def _give(config: Any, keys: dict[str, str]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def from_dict(cls: type[T], values: Any, where: str = "") -> T:
     hints = typing.get_type_hints(cls)
     for key in values:
         _check_key(key, hints, where)
-    return cls(**{key: _convert(hints[key], value, f"{where}{key}") for key, value in values.items()})
+    return cls(**{key: convert_value(hints[key], value, f"{where}{key}") for key, value in values.items()})
 
 
 def apply_overrides(config: T, overrides: Sequence[str]) -> T:
@@ -62,7 +62,7 @@ def check_kinds(config: Any, where: str = "") -> None:
             for place, item in enumerate(value):
                 check_kinds(item, f"{path}[{place}].")
         elif "Literal[" in str(kind):
-            _convert(kind, value, path)
+            convert_value(kind, value, path)
 
 
 def _replace(config: Any, keys: Sequence[str], text: str, path: str) -> Any:
@@ -70,7 +70,7 @@ def _replace(config: Any, keys: Sequence[str], text: str, path: str) -> Any:
     hints = typing.get_type_hints(type(config))
     _check_key(key, hints, path[: len(path) - len(".".join(keys))])
     if not rest:
-        value = _convert(hints[key], _parse(text, hints[key]), path)
+        value = convert_value(hints[key], _parse(text, hints[key]), path)
     elif dataclasses.is_dataclass(getattr(config, key)):
         value = _replace(getattr(config, key), rest, text, path)
     else:
@@ -95,13 +95,16 @@ def _parse(text: str, kind: Any) -> Any:
         return text
 
 
-def _convert(kind: Any, value: Any, where: str) -> Any:
-    """`value` as an instance of the annotation `kind`; ints pass as floats, lists as tuples."""
+def convert_value(kind: Any, value: Any, where: str) -> Any:
+    """`value` as an instance of the annotation `kind`; ints pass as floats, lists as tuples.
+
+    Raises ConfigError, naming `where`, for a value of another type.
+    """
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        return _convert(next(a for a in args if a is not type(None)), value, where)
+        return convert_value(next(a for a in args if a is not type(None)), value, where)
     if origin is Literal:
         if value not in args:
             raise ConfigError(f"{where} must be one of {', '.join(map(str, args))}, not {value!r}")
@@ -109,11 +112,7 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise ConfigError(f"{where} must be a list, not {value!r}")
-        return tuple(_convert(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-    if origin is typing.Literal:
-        if value not in args:
-            raise ConfigError(f"{where} must be {' or '.join(map(repr, args))}, not {value!r}")
-        return value
+        return tuple(convert_value(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     if dataclasses.is_dataclass(kind):
         return value if isinstance(value, kind) else from_dict(kind, value, f"{where}.")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):

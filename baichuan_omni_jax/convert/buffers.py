@@ -1,8 +1,19 @@
 """Buffers that the released code computes at construction."""
 
 import math
+import re
+from collections.abc import Iterable
 
 import numpy as np
+
+from baichuan_omni_jax.config import ConfigError, OmniConfig
+from baichuan_omni_jax.convert.safetensors_io import TensorSource
+
+# Older versions of transformers saved what rotary positions are computed from, once or in every layer.
+_ROTARY = re.compile(r"(?:.*\.)?rotary(?:_pos)?_emb\.(inv_freq|cos_cached|sin_cached)")
+_VISION, _VISION_BASE = "model.visual_model.", 1e4
+# bf16 keeps 8 bits; fp16 has no small numbers.
+_RELATIVE, _ABSOLUTE = 1e-2, 1e-5
 
 
 def sinusoids(length: int, width: int) -> np.ndarray:
@@ -15,3 +26,27 @@ def sinusoids(length: int, width: int) -> np.ndarray:
     frequencies = np.exp(-step * np.arange(half, dtype=np.float32))
     angles = np.arange(length, dtype=np.float32)[:, None] * frequencies
     return np.concatenate([np.sin(angles), np.cos(angles)], 1)
+
+
+def rotary_buffers(source: TensorSource, cfg: OmniConfig) -> list[str]:
+    """Names of the buffers of rotary positions that `source` holds, which nothing here reads.
+
+    Raises ConfigError for frequencies that are not those of the configuration: the model was trained with others.
+    """
+    found = [(name, match[1]) for name in source.infos if (match := _ROTARY.fullmatch(name))]
+    for name, kind in found:
+        if kind == "inv_freq":
+            vision = cfg.vision.embed_dim // cfg.vision.num_heads // 2, _VISION_BASE
+            width, base = vision if name.startswith(_VISION) else (cfg.llm.head_dim, cfg.llm.rope_theta)
+            expected = base ** -(np.arange(0, width, 2) / width)
+            value = source.read(name).astype(np.float64)
+            if value.shape != expected.shape or not np.allclose(value, expected, _RELATIVE, _ABSOLUTE):
+                raise ConfigError(f"{source.where}: {name} does not hold the frequencies of rope_theta {base:g}")
+    return [name for name, _ in found]
+
+
+def describe_dropped(names: Iterable[str]) -> str:
+    """One line for the user on what `rotary_buffers` found."""
+    names = list(names)
+    many = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"dropped {names[0]}{many}: rotary positions are computed"

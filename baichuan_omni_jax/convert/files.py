@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from baichuan_omni_jax.config import ConfigError
+from baichuan_omni_jax.config.files import describe_stand_in
 from baichuan_omni_jax.convert.rules import Rule
 from baichuan_omni_jax.convert.safetensors_io import SafetensorsFile, TensorInfo, TensorSource
 from baichuan_omni_jax.convert.safetensors_write import SafetensorsWriter
@@ -22,13 +23,23 @@ _NOT_COPIED = frozenset({CONFIG, VOCODER_CONFIG, SOURCE})
 _TOLERANCE = 0.02
 
 
-def copy_companions(source: Path, target: Path) -> list[str]:
-    """Copies tokenizer, processor and code files (not weights, not config.json) and returns their names."""
+def list_companions(source: Path) -> list[str]:
+    """Names of the tokenizer, processor and code files of a folder: not weights, not config.json.
+
+    Raises ConfigError for one that is a pointer of Git LFS or git-annex: it would be found out only when it is used.
+    """
     names = sorted(path.name for path in source.iterdir() if _is_companion(path)) if source.is_dir() else []
     for name in names:
+        if "pointer" in (found := describe_stand_in(source / name)):
+            raise ConfigError(f"{source / name} is {found}")
+    return names
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copies what `list_companions` names. Raises ConfigError as it does."""
+    for name in list_companions(source):
         target.mkdir(exist_ok=True)
         shutil.copyfile(source / name, target / name)
-    return names
 
 
 def save_buffers(folder: Path, source: TensorSource, buffers: Mapping[str, Rule]) -> None:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+from baichuan_omni_jax.convert.buffers import describe_dropped
 from baichuan_omni_jax.convert.plan import Plan
 from baichuan_omni_jax.convert.rules import Rule
 
@@ -22,6 +23,8 @@ def describe_plan(plan: Plan, *, rows: bool = False) -> str:
             lines += [f"  {_row(branch, rule, number)}" for rule, number in tensors.items()]
     if rows:
         lines += [f"  {name} is computed" for name in plan.buffers]
+    if plan.dropped:
+        lines.append(describe_dropped(plan.dropped))
     return "\n".join(lines)
 
 

@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from baichuan_omni_jax.config import ConfigError
+from baichuan_omni_jax.config.files import describe_stand_in, refuse_stand_in
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES: dict[str, np.dtype] = {
@@ -24,6 +25,8 @@ DTYPES: dict[str, np.dtype] = {
     **{f"I{bits}": np.dtype(f"int{bits}") for bits in (8, 16, 32, 64)},
     **{f"U{bits}": np.dtype(f"uint{bits}") for bits in (8, 16, 32, 64)},
 }
+# The format's dtypes of quantized checkpoints: at most 8 bits, which mean nothing without their scales.
+_QUANTIZED = frozenset("F8_E4M3 F8_E4M3FNUZ F8_E5M2 F8_E5M2FNUZ F8_E8M0 F6_E2M3 F6_E3M2 F4".split())
 # The format's own limit of a header.
 _HEADER_BYTES = 100 << 20
 BLOCK_BYTES = 64 << 20
@@ -57,6 +60,7 @@ class SafetensorsFile:
 
     def __init__(self, path: Path):
         self.path, self.where = Path(path), str(path)
+        refuse_stand_in(self.path)
         try:
             self._file = open(path, "rb")  # noqa: SIM115 - open as long as the object is
             self._size = os.fstat(self._file.fileno()).st_size
@@ -104,6 +108,7 @@ class SafetensorsFile:
         return header, 8 + length
 
     def _info(self, name: str, value: object) -> tuple[TensorInfo, int]:
+        self._check_dtype(name, value)
         try:
             dtype, shape, (start, end) = DTYPES[value["dtype"]], tuple(value["shape"]), value["data_offsets"]
             info = TensorInfo(shape, dtype)
@@ -118,6 +123,15 @@ class SafetensorsFile:
             missing = self._start + end - self._size
             raise ConfigError(f"{self.path} is truncated: tensor {name} ends {missing} bytes past the file's end")
         return info, start
+
+    def _check_dtype(self, name: str, value: object) -> None:
+        """Raises ConfigError for a tensor of a quantized checkpoint."""
+        dtype = value.get("dtype") if isinstance(value, dict) else None
+        if isinstance(dtype, str) and dtype in _QUANTIZED:
+            raise ConfigError(
+                f"{self.path}: tensor {name} has dtype {dtype}, of a quantized checkpoint: "
+                "give the weights as they were before (BF16, F16 or F32)"
+            )
 
     def _check_layout(self) -> None:
         """Tensors lie side by side and fill the file, as the format demands."""
@@ -144,6 +158,10 @@ class ShardedSafetensors:
             first = {shard: next(name for name, file in files.items() if file == shard) for shard in absent}
             lost = ", ".join(f"{folder / shard} (with {name})" for shard, name in first.items())
             raise ConfigError(f"{index} names shards that are not there: {lost}")
+        for shard in shards:
+            if found := describe_stand_in(folder / shard):
+                name = next(name for name, file in files.items() if file == shard)
+                raise ConfigError(f"{folder / shard} (with tensor {name}) is {found}")
         self._shards = {shard: SafetensorsFile(folder / shard) for shard in shards}
         problems = [
             f"{folder / file} lacks tensor {name}" for name, file in files.items() if not self._holds(file, name)
@@ -167,6 +185,7 @@ class ShardedSafetensors:
 
     @staticmethod
     def _weight_map(index: Path) -> dict[str, str]:
+        refuse_stand_in(index)
         try:
             files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             if not files or not all(isinstance(file, str) and Path(file).name == file for file in files.values()):
@@ -183,7 +202,9 @@ def open_weights(folder: Path) -> SafetensorsFile | ShardedSafetensors:
         return SafetensorsFile(folder / SINGLE)
     if (folder / INDEX).is_file():
         return ShardedSafetensors(folder / INDEX)
-    raise ConfigError(f"{folder} holds neither {SINGLE} nor {INDEX}")
+    pickled = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
+    also = f", but {pickled[0]}: convert it to safetensors first" if pickled else ""
+    raise ConfigError(f"{folder} holds neither {SINGLE} nor {INDEX}{also}")
 
 
 def blocks_of(shape: tuple[int, ...], itemsize: int) -> Iterator[slice]:

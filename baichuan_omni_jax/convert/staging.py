@@ -27,6 +27,7 @@ def staged_folder(target: Path) -> Iterator[Path]:
     try:
         temporary.mkdir()
         yield temporary
+        check_target(target)  # another program may have filled it meanwhile
         temporary.rename(target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

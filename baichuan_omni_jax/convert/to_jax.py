@@ -14,7 +14,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 from baichuan_omni_jax.checkpoint import BranchInfo, write_checksums
 from baichuan_omni_jax.checkpoint.branches import BRANCHES, branch_folder
 from baichuan_omni_jax.config import ConfigError, OmniConfig, read_hf
-from baichuan_omni_jax.convert.files import CONFIG, PROCESSOR, VOCODER_CONFIG, copy_companions, save_buffers
+from baichuan_omni_jax.convert.buffers import rotary_buffers
+from baichuan_omni_jax.convert.files import (
+    CONFIG,
+    PROCESSOR,
+    VOCODER_CONFIG,
+    copy_companions,
+    list_companions,
+    save_buffers,
+)
 from baichuan_omni_jax.convert.leaf_store import BranchWriter
 from baichuan_omni_jax.convert.plan import Plan, plan_from_tensors
 from baichuan_omni_jax.convert.rules import Entry, Rule
@@ -43,9 +51,14 @@ def plan_to_jax(source: Path, vocoder: Path | None = None, branches: Iterable[st
     """
     cfg = read_hf(source / CONFIG)
     weights = open_weights(source)
+    list_companions(source)
     tables = branch_rules(cfg)
     abstract = abstract_branches(cfg, only=branches)
-    jobs = [Job(weights, plan_from_tensors(weights.infos, tables, abstract, weights.where, only=branches))]
+    dropped = rotary_buffers(weights, cfg)
+    found = {name: info for name, info in weights.infos.items() if name not in dropped}
+    plan = plan_from_tensors(found, tables, abstract, weights.where, only=branches)
+    plan.dropped = dropped
+    jobs = [Job(weights, plan)]
     if vocoder is not None:
         jobs.append(_plan_vocoder(vocoder, cfg))
     return jobs

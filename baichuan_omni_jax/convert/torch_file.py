@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from baichuan_omni_jax.config import ConfigError
+from baichuan_omni_jax.config.files import refuse_stand_in
 from baichuan_omni_jax.convert.safetensors_io import DTYPES, SafetensorsFile, TensorInfo
 
 
@@ -13,6 +14,7 @@ class TorchFile:
 
     def __init__(self, path: Path):
         self.where = str(path)
+        refuse_stand_in(path)
         try:
             import torch
         except ImportError as error:

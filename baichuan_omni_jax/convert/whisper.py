@@ -1,6 +1,5 @@
 """The encoder of a Whisper checkpoint, as Hugging Face has it, for an audio tokenizer that is yet to be trained."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from baichuan_omni_jax.audio.config import AudioConfig
 from baichuan_omni_jax.audio.model import AudioTokenizer
 from baichuan_omni_jax.checkpoint import with_shardings
 from baichuan_omni_jax.config import ConfigError, MeshConfig, OmniConfig
+from baichuan_omni_jax.config.files import read_json_object
 from baichuan_omni_jax.convert.audio_encoder import ENCODER, audio_encoder_rules
 from baichuan_omni_jax.convert.files import CONFIG
 from baichuan_omni_jax.convert.rules import Rule
@@ -53,10 +53,7 @@ def whisper_rules(cfg: OmniConfig, home: str = HOMES[0]) -> list[Rule]:
 
 def check_sizes(path: Path, audio: AudioConfig) -> None:
     """Raises ConfigError where Whisper's `config.json` names another size than the model has."""
-    try:
-        sizes = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
+    sizes = read_json_object(path)
     for name in SIZES:
         if sizes.get(name) != getattr(audio, name):
             raise ConfigError(f"{path}: {name} is {sizes.get(name)}, the model's audio.{name} {getattr(audio, name)}")

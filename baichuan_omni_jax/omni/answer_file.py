@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from baichuan_omni_jax.config import ConfigError, RequestError
+from baichuan_omni_jax.locks import take_lock
 from baichuan_omni_jax.omni.reply import ChatAnswer, Reply
 
 INTERVAL = 5.0  # seconds between two lines of progress
@@ -50,13 +51,30 @@ def answer_questions(
 
     `ask` puts a question to the chat and `record` gives the fields of its answer; what either raises as RequestError is
     the question's answer. Outcomes are `answered`, `kept` (there already) and causes of errors. Each line is written
-    whole. Raises ConfigError when `output` cannot be written, or answers another manifest.
+    whole. Raises ConfigError when `output` cannot be written, answers another manifest, or is being written by another
+    program.
     """
-    done = _read_done(output, questions)
+    lock = take_lock(output, f"{output} is being written by another program; nothing was changed", note=False)
+    try:
+        return _answer(questions, output, ask, record, at_once, report)
+    finally:
+        lock.release()
+
+
+def _answer(
+    questions: list[Question],
+    output: Path,
+    ask: Callable[[Question], Reply],
+    record: Callable[[Question, ChatAnswer], dict[str, Any]],
+    at_once: int,
+    report: Callable[[str], None],
+) -> Counter:
+    """`answer_questions`, alone with the file."""
+    done = _read_done(output, questions, report)
     left = deque(question for question in questions if question.line not in done)
     progress = _Progress(len(questions), len(done), report)
     asked: deque[tuple[Question, Reply | RequestError]] = deque()
-    with _appending(output) as file:
+    with output.open("a", encoding="utf-8") as file:
         while left or asked:
             while left and len(asked) < at_once:
                 question = left.popleft()
@@ -104,37 +122,43 @@ def _refused(error: RequestError) -> dict[str, Any]:
     return {"cause": error.cause, "error": str(error)}
 
 
-def _read_done(output: Path, questions: list[Question]) -> set[int]:
-    """Lines that are answered. A last line that a kill left without its end is cut off."""
-    if not output.exists():
-        return set()
+def _read_done(output: Path, questions: list[Question], report: Callable[[str], None]) -> set[int]:
+    """Lines that are answered.
+
+    A last line that a kill left without its end is cut off, and so is everything from the first line on that a crash of
+    the machine left as zeros or other bytes: what it answered is answered anew.
+    """
     known = {question.line: question.id for question in questions}
     done, whole = set(), 0
     with output.open("rb") as file:
         for number, text in enumerate(file, 1):
             if not text.endswith(b"\n"):
                 break
-            whole += len(text)
             try:
-                values = json.loads(text)
-                line, identifier = values["line"], values["id"]
-                expected = known.get(line)
-            except (ValueError, TypeError, KeyError) as error:
-                raise ConfigError(f"{output}:{number} is no answer; it was not written by this command") from error
-            if expected != identifier:
-                raise ConfigError(f"{output}:{number} answers {identifier!r} of line {line}: another manifest's")
-            done.add(line)
+                values = json.loads(text.decode("utf-8"))
+            except (ValueError, RecursionError) as error:
+                if not done and text.strip(b"\0\n"):  # a file of something else is left alone
+                    raise ConfigError(f"{output}:{number} is no answer; it was not written by this command") from error
+                report(f"{output} is damaged from line {number} on: what follows is answered anew")
+                break
+            done.add(_check_answer(values, known, f"{output}:{number}"))
+            whole += len(text)
     if whole < output.stat().st_size:
         with output.open("rb+") as file:
             file.truncate(whole)
     return done
 
 
-def _appending(output: Path):
+def _check_answer(values: Any, known: Mapping[int, str], where: str) -> int:
+    """The line of the manifest that is answered. Raises ConfigError when it is none of `known` (id by line)."""
     try:
-        return output.open("a", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{output} cannot be written: {error.strerror}") from error
+        line, identifier = values["line"], values["id"]
+        expected = known.get(line)
+    except (TypeError, KeyError) as error:
+        raise ConfigError(f"{where} is no answer; it was not written by this command") from error
+    if expected != identifier:
+        raise ConfigError(f"{where} answers {identifier!r} of line {line}: another manifest's")
+    return line
 
 
 class _Progress:

@@ -20,7 +20,7 @@ from baichuan_omni_jax.train.chips import peak_flops
 from baichuan_omni_jax.train.data import Data, DocumentKey, Losses, Step
 from baichuan_omni_jax.train.evaluate import Evaluation
 from baichuan_omni_jax.train.guard import NonfiniteGuard
-from baichuan_omni_jax.train.hosts import connect, is_leader, share
+from baichuan_omni_jax.train.hosts import connect, is_leader, share, together
 from baichuan_omni_jax.train.metrics import CompileCounter, Row, Throughput, drop_absent_sources
 from baichuan_omni_jax.train.output import Output
 from baichuan_omni_jax.train.report import print_start_table
@@ -85,11 +85,13 @@ def train(
 ) -> TrainState:
     """Trains until `train.steps` or SIGTERM and returns the last state, which has been saved.
 
-    Resumes from the workdir's newest good step. Raises ConfigError as `set_up`, and for a step that cannot be read;
+    Resumes from the workdir's newest good step, and keeps other runs out of the workdir until it is closed. Raises
+    ConfigError as `set_up`, for a step that cannot be read, and while another run works in the workdir;
     RunStoppedError when a step could not be saved, and, with everything saved, when `train.nonfinite_limit` steps in a
     row were not finite.
     """
     console = console or Console(quiet=not is_leader())
+    together(workdir.hold)
     compiles = CompileCounter()
     setup, compute = set_up(run, omni)
     with jax.set_mesh(setup.mesh):

@@ -98,10 +98,11 @@ class MetricsWriter:
             self._wandb.close()
 
     def _keep_until(self, step: int) -> list[Row]:
-        """A run that starts over (step 0) keeps nothing."""
+        """A run that starts over (step 0) keeps nothing. Lines that a crash damaged are dropped, the others kept."""
         if not self._path.exists():
             return []
-        lines = self._path.read_text(encoding="utf-8").splitlines() if step else []
+        # Bytes: what a crash of the machine left need not be UTF-8.
+        lines = self._path.read_bytes().split(b"\n") if step else []
         kept = [row for row in map(_parse, lines) if row is not None and row["step"] <= step]
         partial = self._path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
@@ -109,12 +110,12 @@ class MetricsWriter:
         return kept
 
 
-def _parse(line: str) -> Row | None:
-    """A line's row; None for one that a killed run left half-written."""
+def _parse(line: bytes) -> Row | None:
+    """A line's row; None for one that a killed run or machine left cut, as zeros or as other bytes."""
     try:
-        row = json.loads(line)
-        return row if isinstance(row["step"], int) else None
-    except (ValueError, KeyError, TypeError):
+        row = json.loads(line.decode("utf-8"))
+        return row if isinstance(row, dict) and type(row.get("step")) is int else None
+    except (ValueError, RecursionError):
         return None
 
 

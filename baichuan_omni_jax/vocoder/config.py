@@ -1,12 +1,12 @@
 """Sizes of the HiFT vocoder (`vocoder_config.json`): 24 kHz mel to waveform. Imports neither jax nor flax."""
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from baichuan_omni_jax.config.errors import ConfigError
+from baichuan_omni_jax.config.files import read_json_object
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,10 +91,7 @@ _PLAIN = tuple(name for name in VocoderConfig.__dataclass_fields__ if name not i
 
 def read_vocoder_config(path: Path | str) -> VocoderConfig:
     """`VocoderConfig` of the JSON file at `path`. Raises ConfigError naming the file and the field."""
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
+    values = read_json_object(Path(path))
     try:
         return vocoder_from_json(values)
     except ConfigError as error:

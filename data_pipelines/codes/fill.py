@@ -9,13 +9,12 @@ Steps 1 and 3 are jobs whose units hosts share out; each host works alone, on it
 kill, both go on with the units that are left, and the store ends with the same files.
 """
 
-import fcntl
 import hashlib
 import logging
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -24,6 +23,7 @@ import numpy as np
 from jaxtyping import Float, Int32, Shaped
 
 from baichuan_omni_jax.audio.config import AudioConfig
+from baichuan_omni_jax.locks import take_lock
 from data_pipelines.codes.clips import ENTRY, REFERENCE, open_table, save_table
 from data_pipelines.codes.listing import clip_sources, listed, listing_job, mixture_key
 from data_pipelines.codes.mels import MelReader
@@ -131,11 +131,12 @@ def open_or_fill(
 def _alone_in(path: Path, hosts: Hosts) -> Iterator[None]:
     """Keeps other runs of this machine out until this one is through."""
     path.mkdir(parents=True, exist_ok=True)
-    with (path / ".lock").open("w") as lock:
-        if hosts.host == 0:
-            with suppress(OSError):  # a file system without locks
-                fcntl.flock(lock, fcntl.LOCK_EX)
+    lock = take_lock(path / ".lock", "", wait=True) if hosts.host == 0 else None
+    try:
         yield
+    finally:
+        if lock is not None:
+            lock.release()
 
 
 def _open_or_create(path: Path, audio: AudioConfig, tokenizer: Tokenizer, settings: Settings) -> CodeStore:

@@ -7,7 +7,6 @@
 A unit whose mark in `.units` carries its fingerprint and whose files are there is not done again.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from baichuan_omni_jax.config import ConfigError
+from baichuan_omni_jax.locks import take_lock
 from data_pipelines.jobs.progress import Progress
 
 
@@ -155,12 +155,11 @@ def hold(out: Path, name: str, title: str) -> Iterator[None]:
     Raises ConfigError, which `title` begins, while another one does it.
     """
     (out / ".units").mkdir(parents=True, exist_ok=True)
-    with _lock(out, name).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"{title}: another program is at work in {out}; nothing was changed") from None
+    lock = take_lock(_lock(out, name), f"{title}: another program is at work in {out}; nothing was changed")
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def _lock(out: Path, name: str) -> Path:

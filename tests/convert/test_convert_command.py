@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from baichuan_omni_jax.config import tiny, to_hf
-from baichuan_omni_jax.convert.safetensors_io import SafetensorsFile, open_weights
+from baichuan_omni_jax.convert.safetensors_io import SafetensorsFile, TensorInfo, open_weights
+from baichuan_omni_jax.convert.safetensors_write import write_shards
 from baichuan_omni_jax.convert.synthetic import write_random_checkpoint
 from baichuan_omni_jax.convert.to_jax import convert_to_jax
 from baichuan_omni_jax.vocoder.config import tiny_vocoder, vocoder_to_json
@@ -90,7 +91,23 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-9])
 
 
+def set_pointer(path: Path) -> None:
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 123\n")
+
+
 DAMAGES = {
+    "pointer of a shard": (
+        lambda folder: set_pointer(folder / "model-00002-of-00002.safetensors"),
+        ["model-00002-of-00002.safetensors (with tensor ", "is a pointer of Git LFS (to 123 bytes)"],
+    ),
+    "pointer of the tokenizer": (
+        lambda folder: set_pointer(folder / "tokenizer.json"),
+        ["tokenizer.json is a pointer of Git LFS"],
+    ),
+    "quantized": (
+        lambda folder: set_config(folder, quantization_config={"quant_method": "gptq"}),
+        ["config.json: quantization_config (gptq) is not supported"],
+    ),
     "no such folder": (shutil.rmtree, ["hf/config.json cannot be read"]),
     "no weights": (lambda folder: [p.unlink() for p in folder.glob("model*")], ["holds neither model.safetensors"]),
     "truncated": (lambda folder: cut(folder / "model-00002-of-00002.safetensors"), ["00002-of-00002", "is truncated"]),
@@ -130,6 +147,36 @@ def test_a_source_that_cannot_be_used(command, copy: Path, tmp_path: Path, capsy
     for part in (*parts, str(tmp_path)):
         assert part in told
     assert {path.name for path in tmp_path.iterdir()} <= {"hf"}
+
+
+def with_buffers(folder: Path, target: Path, buffers: dict[str, np.ndarray]) -> Path:
+    """The checkpoint as one file, with buffers that the table does not know."""
+    weights = open_weights(folder)
+    values = {name: weights.read(name) for name in weights.infos} | buffers
+    infos = {name: TensorInfo(value.shape, value.dtype) for name, value in values.items()}
+    target.mkdir()
+    write_shards(target, "model.safetensors", infos, 1 << 30, lambda name: [values[name]])
+    shutil.copyfile(folder / "config.json", target / "config.json")
+    return target
+
+
+def rotary(width: int, base: float) -> np.ndarray:
+    """base^(-2i/width) for each pair of dimensions i (RoFormer, 3.2.2)."""
+    return np.array([base ** (-2 * i / width) for i in range(width // 2)], np.float32)
+
+
+def test_rotary_buffers_of_old_checkpoints_are_dropped(command, checkpoint: Path, tmp_path: Path, capsys) -> None:
+    """tiny() has 3 layers of heads of 32; the vision tower turns half a head of 32 by rows, and half by columns."""
+    name = "model.layers.{}.self_attn.rotary_emb.inv_freq"
+    buffers = {name.format(layer): rotary(32, 1e6) for layer in range(3)}
+    buffers["model.visual_model.rotary_pos_emb.inv_freq"] = rotary(16, 1e4)
+    old = with_buffers(checkpoint, tmp_path / "old", buffers)
+    assert command("to-jax", "--from", old, "--to", tmp_path / "ours", "--branches", "llm,vision") == 0
+    assert f"dropped {name.format(0)} and 3 more: rotary positions are computed" in capsys.readouterr().out
+    other = with_buffers(checkpoint, tmp_path / "other", {name.format(1): rotary(32, 1e4)})
+    assert command("to-jax", "--from", other, "--to", tmp_path / "more") == 2
+    told = capsys.readouterr().err
+    assert f"model.safetensors: {name.format(1)} does not hold the frequencies of rope_theta 1e+06" in told
 
 
 @pytest.mark.slow

@@ -83,7 +83,7 @@ def damage(path: Path, how: str) -> None:
         if how == "shape":
             header["b.weight"]["shape"] = [4, 7]
         elif how == "dtype":
-            header["b.weight"]["dtype"] = "F4"
+            header["b.weight"]["dtype"] = "F3"
         elif how == "gap":
             header["b.weight"]["data_offsets"] = [n + 8 for n in header["b.weight"]["data_offsets"]]
             content += b"x" * 8
@@ -108,6 +108,39 @@ def test_damaged_files_are_refused(tmp_path: Path, how: str, message: str) -> No
     write(tmp_path)
     damage(tmp_path / "model.safetensors", how)
     with pytest.raises(ConfigError, match=message):
+        open_weights(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2", "F4"])
+def test_quantized_weights_are_called_so(tmp_path: Path, dtype: str) -> None:
+    """A header of the format: a dtype of 8 bits or fewer, a shape, and the place of the bytes."""
+    header = json.dumps({"a.weight": {"dtype": dtype, "shape": [2, 4], "data_offsets": [0, 8]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(ConfigError, match=rf"model\.safetensors: tensor a\.weight has dtype {dtype}, of a quantized"):
+        open_weights(tmp_path)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 4976698672\n"
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "model.safetensors.index.json", "model-00002-of-00002.safetensors"]
+)
+def test_a_pointer_instead_of_weights(tmp_path: Path, name: str) -> None:
+    write(tmp_path, shard_bytes=1 << 20 if name == "model.safetensors" else 60)
+    (tmp_path / name).write_bytes(POINTER)
+    with pytest.raises(ConfigError) as error:
+        open_weights(tmp_path)
+    told = str(error.value)
+    assert told.startswith(str(tmp_path / name))
+    assert "is a pointer of Git LFS (to 4,976,698,672 bytes), not the file itself" in told
+    if "00002" in name:
+        assert "(with tensor c)" in told
+
+
+def test_pickled_weights_are_named(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model-00001-of-00002.bin").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"holds neither .*, but pytorch_model-00001-of-00002\.bin: convert it"):
         open_weights(tmp_path)
 
 

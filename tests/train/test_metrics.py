@@ -53,6 +53,29 @@ def test_rows_kept_by_a_resumed_run(tmp_path, step, kept):
     assert [row["step"] for row in writer.kept] == [row["step"] for row in lines(path)] == kept
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b'{"step": 3, "lo',
+        bytes(40),
+        b"\xff\xfe\x80\x81\n",
+        b'{"step": 3, "note": "\xe4\xbd',
+        b"[" * 100_000,
+        b'"step"\n[3]\n{"step": true}\n{"step": 3.0}\n',
+    ],
+    ids="cut zeros bytes character nested other".split(),
+)
+def test_what_a_crash_left_is_dropped_and_whole_rows_stay(tmp_path, damage):
+    rows = [{"step": number, "loss": 1.0} for number in (1, 2)]
+    whole = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    (tmp_path / "metrics.jsonl").write_bytes(whole + damage)
+    writer = MetricsWriter(tmp_path, 9)
+    writer.write({"step": 3, "loss": 2.0})
+    writer.close()
+    assert writer.kept == rows
+    assert lines(tmp_path / "metrics.jsonl") == [*rows, {"step": 3, "loss": 2.0}]
+
+
 def test_speed_and_mfu():
     """Two chips of 1e12 FLOP/s for half a second: shares of 1e12 FLOPs, by branch, and their sum."""
     omni = resolve_model("tiny")

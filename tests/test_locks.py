@@ -1,0 +1,99 @@
+"""One program at a time: locks of files and of workdirs, and what becomes of them when a program dies."""
+
+import errno
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from baichuan_omni_jax.checkpoint import Workdir
+from baichuan_omni_jax.config import ConfigError
+from baichuan_omni_jax.locks import take_lock
+
+ROOT = Path(__file__).resolve().parents[1]
+HOLDER = r"""
+import os, sys, time
+from pathlib import Path
+from baichuan_omni_jax.locks import take_lock
+
+lock = take_lock(Path(sys.argv[1]), "", wait=WAIT)
+if FORK == 0:
+    os.write(1, b"held %d\n" % os.getpid())
+time.sleep(600)
+"""
+
+
+def start(path: Path, fork: str = "os.fork()", wait: bool = False) -> subprocess.Popen:
+    script = HOLDER.replace("FORK", fork).replace("WAIT", str(wait))
+    return subprocess.Popen([sys.executable, "-c", script, path], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """A process that holds `tmp_path/.lock`, and a child that it forked afterwards: (process, the child's id)."""
+    with start(tmp_path / ".lock") as process:
+        try:
+            child = int(process.stdout.readline().removeprefix("held "))
+            yield process, child
+            os.kill(child, signal.SIGKILL)
+        finally:
+            process.kill()
+
+
+def test_a_second_program_is_refused_and_told_who_is_at_work(tmp_path, holder):
+    process, _ = holder
+    with pytest.raises(ConfigError, match=rf"^busy \(process {process.pid} on \S+, since 20\d\d-"):
+        take_lock(tmp_path / ".lock", "busy")
+
+
+def test_a_killed_program_leaves_its_lock_to_the_next(tmp_path, holder):
+    """Though a child of it lives on."""
+    process, child = holder
+    process.kill()
+    process.wait()
+    os.kill(child, 0)
+    take_lock(tmp_path / ".lock", "busy").release()
+
+
+def test_waiting_ends_when_the_other_is_gone(tmp_path, holder):
+    process, _ = holder
+    with start(tmp_path / ".lock", fork="0", wait=True) as waiting:
+        try:
+            process.kill()
+            assert waiting.stdout.readline() == f"held {waiting.pid}\n"
+        finally:
+            waiting.kill()
+
+
+def test_a_file_system_without_locks_is_worked_on(tmp_path, monkeypatch, caplog):
+    def no_locks(*_):
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    take_lock(tmp_path / ".lock", "busy")
+    assert "has no locks" in caplog.text
+
+
+def test_a_workdir_belongs_to_one_run_until_it_is_closed(tmp_path):
+    first, second = Workdir(tmp_path, keep=1), Workdir(tmp_path, keep=1)
+    first.hold()
+    first.hold()
+    with pytest.raises(ConfigError, match=rf"^workdir {tmp_path} is in use by another run; nothing .* \(process "):
+        second.hold()
+    first.close()
+    second.hold()
+    second.close()
+
+
+def test_only_process_0_of_a_run_locks(tmp_path, monkeypatch):
+    """The processes of one run must not refuse each other."""
+    first, second = Workdir(tmp_path, keep=1), Workdir(tmp_path, keep=1)
+    first.hold()
+    monkeypatch.setattr("jax.process_index", lambda: 1)
+    second.hold()
+    monkeypatch.undo()
+    first.close()
