@@ -2,9 +2,11 @@
 
     python launch/convert_weights.py to-jax --from HF_DIR [--vocoder hift.pt] --to DIR
     python launch/convert_weights.py to-torch --from DIR [--base CONVERTED_DIR] --to HF_DIR
+    python launch/convert_weights.py to-qwen2 --from DIR --to HF_DIR
     python launch/convert_weights.py from-whisper --from WHISPER_DIR --to DIR [--model MODEL]
 
-`--dry-run` prints the plan and writes nothing. `from-whisper` makes a new audio tokenizer with Whisper's encoder. Exit
+`--dry-run` prints the plan and writes nothing. `to-qwen2` writes the language model alone, as a `Qwen2ForCausalLM` that
+transformers and vLLM load. `from-whisper` makes a new audio tokenizer with Whisper's encoder. Exit
 code 2: something given cannot be used, the message says what.
 """
 
@@ -23,11 +25,15 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from baichuan_omni_jax.checkpoint import save_branches
 from baichuan_omni_jax.config import ConfigError, resolve_model
 from baichuan_omni_jax.config.errors import exit_code
+from baichuan_omni_jax.config.files import read_json_object
 from baichuan_omni_jax.convert import convert_to_jax, convert_to_torch, open_source, plan_to_jax, plan_to_torch
+from baichuan_omni_jax.convert.files import CONFIG, missing_code
+from baichuan_omni_jax.convert.qwen2 import TOKENIZER, convert_to_qwen2, plan_qwen2
 from baichuan_omni_jax.convert.report import describe_plan
+from baichuan_omni_jax.convert.safetensors_io import SINGLE
 from baichuan_omni_jax.convert.staging import check_target
 from baichuan_omni_jax.convert.tables import MODEL_BRANCHES
-from baichuan_omni_jax.convert.to_torch import ALL_BRANCHES, SHARD_BYTES
+from baichuan_omni_jax.convert.to_torch import ALL_BRANCHES, SHARD_BYTES, Source
 from baichuan_omni_jax.convert.whisper import tokenizer_from_whisper
 
 
@@ -40,22 +46,26 @@ class _Parser(argparse.ArgumentParser):
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = _Parser(prog="convert_weights.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="to-jax | to-torch | from-whisper")
+    commands = parser.add_subparsers(dest="command", required=True, metavar=" | ".join(COMMANDS))
     to_jax = commands.add_parser("to-jax", help="Hugging Face folder -> checkpoint")
     to_jax.add_argument("--from", dest="source", required=True, metavar="HF_DIR")
     to_jax.add_argument("--vocoder", metavar="FILE", help="hift.pt or .safetensors, vocoder_config.json next to it")
     to_jax.add_argument("--branches", default="", metavar="A,B", help=f"only these of {','.join(MODEL_BRANCHES)}")
     to_torch = commands.add_parser("to-torch", help="checkpoint or workdir -> Hugging Face folder")
-    to_torch.add_argument("--from", dest="source", required=True, metavar="DIR", help="DIR or branch=DIR,...")
-    to_torch.add_argument("--base", metavar="DIR", help="where branches and files that --from lacks come from")
-    to_torch.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: as stored")
-    to_torch.add_argument("--shard-mb", type=int, default=SHARD_BYTES >> 20, help="largest file (default %(default)s)")
+    qwen2 = commands.add_parser("to-qwen2", help="language model of a checkpoint or workdir -> Qwen2ForCausalLM folder")
+    for command in (to_torch, qwen2):
+        command.add_argument("--from", dest="source", required=True, metavar="DIR", help="DIR or branch=DIR,...")
+        command.add_argument("--base", metavar="DIR", help="where branches and files that --from lacks come from")
+        command.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: as stored")
+        command.add_argument(
+            "--shard-mb", type=int, default=SHARD_BYTES >> 20, help="largest file (default %(default)s)"
+        )
     whisper = commands.add_parser("from-whisper", help="Whisper checkpoint -> branch audio_encoder, to be trained")
     whisper.add_argument("--from", dest="source", required=True, metavar="WHISPER_DIR", help="as Hugging Face has it")
     whisper.add_argument("--model", default="baichuan_omni_7b", help="name or config.json (default %(default)s)")
-    for command in (to_jax, to_torch, whisper):
+    for command in (to_jax, to_torch, qwen2, whisper):
         command.add_argument("--to", dest="target", required=True, metavar="DIR", help="must not hold anything yet")
-    for command in (to_jax, to_torch):
+    for command in (to_jax, to_torch, qwen2):
         command.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
     return parser.parse_args(arguments)
 
@@ -77,11 +87,7 @@ def to_jax(options: argparse.Namespace) -> None:
 
 
 def to_torch(options: argparse.Namespace) -> None:
-    target = Path(options.target).expanduser()
-    if options.shard_mb < 1:
-        raise ConfigError(f"--shard-mb must be at least 1, not {options.shard_mb}")
-    check_target(target)
-    source = open_source(options.source, options.base)
+    target, source = _open_export(options)
     exports = plan_to_torch(source, options.dtype)
     _say("\n".join(describe_plan(export.plan, rows=options.dry_run) for export in exports.values()))
     if absent := [name for name in ALL_BRANCHES if name not in source.readers]:
@@ -92,6 +98,44 @@ def to_torch(options: argparse.Namespace) -> None:
         with _progress(sum(export.nbytes for export in exports.values())) as advance:
             convert_to_torch(source, target, exports=exports, shard_bytes=options.shard_mb << 20, advance=advance)
         _say(f"wrote {target}")
+        model = exports.get(SINGLE)
+        if model and len(model.dtypes) > 1:
+            kinds = " and ".join(model.dtypes)
+            _say(f"tensors are {kinds}, config.json says {model.dtype}: --dtype writes all of them alike")
+        _say(_what_runs_it(target))
+
+
+def to_qwen2(options: argparse.Namespace) -> None:
+    target, source = _open_export(options)
+    export = plan_qwen2(source, options.dtype)
+    _say(describe_plan(export.plan, rows=options.dry_run))
+    if not options.dry_run:
+        with _progress(export.nbytes) as advance:
+            convert_to_qwen2(source, target, export=export, shard_bytes=options.shard_mb << 20, advance=advance)
+        _say(f"wrote {target}: a Qwen2ForCausalLM of {export.dtype}, for transformers and vLLM without other code")
+        if not (target / TOKENIZER).is_file():
+            _say(f"{source.home} brings no {TOKENIZER}: put the tokenizer's files beside the weights, or name another")
+
+
+def _open_export(options: argparse.Namespace) -> tuple[Path, Source]:
+    """The folder to write, and the branches to read."""
+    target = Path(options.target).expanduser()
+    if options.shard_mb < 1:
+        raise ConfigError(f"--shard-mb must be at least 1, not {options.shard_mb}")
+    check_target(target)
+    return target, open_source(options.source, options.base)
+
+
+def _what_runs_it(folder: Path) -> str:
+    """What the released code needs beside the weights, and this project does not contain."""
+    if not read_json_object(folder / CONFIG).get("auto_map"):
+        return (
+            "its config.json names no code (auto_map): to run it with the released code, export with --base CONVERTED, "
+            "which brings the released config.json, Python files and tokenizer (docs/weights.md)"
+        )
+    if missing := missing_code(folder):
+        return f"the released code needs beside it, from the released folder: {', '.join(missing)} (docs/weights.md)"
+    return "the Python files that its config.json names are beside it (docs/weights.md says what else the demos need)"
 
 
 def from_whisper(options: argparse.Namespace) -> None:
@@ -100,6 +144,9 @@ def from_whisper(options: argparse.Namespace) -> None:
     cfg = resolve_model(options.model)
     save_branches(target, {"audio_encoder": tokenizer_from_whisper(source, cfg)}, cfg)
     _say(f"wrote {target}: audio_encoder with Whisper's encoder; bridge and codebooks are random")
+
+
+COMMANDS = {"to-jax": to_jax, "to-torch": to_torch, "to-qwen2": to_qwen2, "from-whisper": from_whisper}
 
 
 def _say(text: str) -> None:
@@ -122,7 +169,7 @@ def main() -> int:
 
     def command() -> None:
         options = parse(sys.argv[1:])
-        {"to-jax": to_jax, "to-torch": to_torch, "from-whisper": from_whisper}[options.command](options)
+        COMMANDS[options.command](options)
 
     return exit_code(command)
 

@@ -1,6 +1,7 @@
 """The small files around a model's weights, and what a converted checkpoint remembers of its source."""
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from baichuan_omni_jax.config import ConfigError
-from baichuan_omni_jax.config.files import describe_stand_in
+from baichuan_omni_jax.config.files import describe_stand_in, read_json_object
 from baichuan_omni_jax.convert.rules import Rule
 from baichuan_omni_jax.convert.safetensors_io import SafetensorsFile, TensorInfo, TensorSource
 from baichuan_omni_jax.convert.safetensors_write import SafetensorsWriter
@@ -19,6 +20,7 @@ VOCODER = "vocoder.safetensors"
 SOURCE, CARRIED = "source.json", "source_buffers.safetensors"
 _SUFFIXES = frozenset({".json", ".txt", ".model", ".tiktoken", ".jinja", ".py"})
 _NOT_COPIED = frozenset({CONFIG, VOCODER_CONFIG, SOURCE})
+_RELATIVE_IMPORT = re.compile(r"^\s*from \.(\w+)[\w.]* import", re.MULTILINE)
 # A position table that differs by more is another table.
 _TOLERANCE = 0.02
 
@@ -40,6 +42,28 @@ def copy_companions(source: Path, target: Path) -> None:
     for name in list_companions(source):
         target.mkdir(exist_ok=True)
         shutil.copyfile(source / name, target / name)
+
+
+def missing_code(folder: Path) -> list[str]:
+    """Python files that the `config.json` of a Hugging Face folder names (`auto_map`), or that those import, and lacks.
+
+    None of them where the configuration names no code at all: then nothing runs this folder.
+    """
+    named = read_json_object(folder / CONFIG).get("auto_map")
+    classes = [name for name in named.values() if isinstance(name, str)] if isinstance(named, dict) else []
+    # `repository--module.Class` lies elsewhere.
+    left = [name.partition(".")[0] for name in classes if "--" not in name]
+    missing, seen = [], set()
+    while left:
+        if (module := left.pop()) in seen:
+            continue
+        seen.add(module)
+        path = folder / f"{module}.py"
+        if path.is_file():
+            left += _RELATIVE_IMPORT.findall(path.read_text(encoding="utf-8", errors="replace"))
+        else:
+            missing.append(path.name)
+    return sorted(missing)
 
 
 def save_buffers(folder: Path, source: TensorSource, buffers: Mapping[str, Rule]) -> None:

@@ -1,14 +1,17 @@
 """From a checkpoint of branches back to a Hugging Face folder, tensor by tensor."""
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
 from baichuan_omni_jax.checkpoint import branch_home, find_checkpoint, parse_spec, read_branch_info
 from baichuan_omni_jax.checkpoint.branches import branch_folder
 from baichuan_omni_jax.config import ConfigError, read_hf
+from baichuan_omni_jax.config.files import read_json_object
 from baichuan_omni_jax.convert.files import (
     CONFIG,
     PROCESSOR,
@@ -29,6 +32,8 @@ from baichuan_omni_jax.vocoder.config import read_vocoder_config
 Advance = Callable[[int], None]
 ALL_BRANCHES = (*MODEL_BRANCHES, VOCODER_BRANCH)
 SHARD_BYTES = 5 << 30
+_FIRST = "model.embed_tokens.weight"
+_DTYPE_KEYS = ("torch_dtype", "dtype")  # of transformers 4 and 5
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,26 @@ class Export:
     @property
     def nbytes(self) -> int:
         return sum(info.nbytes for info in self.tensors.values())
+
+    @property
+    def dtypes(self) -> list[str]:
+        """Of the tensors, computed buffers left out."""
+        return sorted({info.dtype.name for info in self.plan.tensors.values()})
+
+    @property
+    def dtype(self) -> str:
+        """What `config.json` gives as the dtype: of several that of the token embedding, as transformers does, or else
+        that of most tensors.
+        """
+        first = self.plan.tensors.get(_FIRST)
+        return first.dtype.name if first else _usual_dtype(self.plan).name
+
+    def cast(self, dtype: str | None) -> None:
+        """Makes every tensor `dtype`; with None all stay as they are stored."""
+        if dtype is not None:
+            tensors = self.plan.tensors
+            tensors |= {name: TensorInfo(info.shape, np.dtype(dtype)) for name, info in tensors.items()}
+            self.buffers.update({name: value.astype(dtype) for name, value in self.buffers.items()})
 
 
 def open_source(spec: str, base: str | None = None) -> Source:
@@ -107,11 +132,8 @@ def plan_to_torch(source: Source, dtype: str | None = None) -> dict[str, Export]
         abstract = abstract_branches(cfg, sizes, only=stored)
         plan = plan_from_leaves(stored, branch_rules(cfg, sizes), abstract, str(source.vocoder_home))
         exports[VOCODER] = Export(plan, {})
-    if dtype is not None:
-        for export in exports.values():
-            tensors = export.plan.tensors
-            tensors |= {name: TensorInfo(info.shape, np.dtype(dtype)) for name, info in tensors.items()}
-            export.buffers.update({name: value.astype(dtype) for name, value in export.buffers.items()})
+    for export in exports.values():
+        export.cast(dtype)
     return exports
 
 
@@ -125,27 +147,53 @@ def convert_to_torch(
 ) -> None:
     """Writes the Hugging Face folder `target`. `exports` is what `plan_to_torch` made of the same source.
 
-    Raises ConfigError, and leaves nothing behind then.
+    `config.json` is the source's own, with `torch_dtype` (or `dtype`) that of the tensors (`Export.dtype`). Raises
+    ConfigError, and leaves nothing behind then.
     """
     check_target(target)
     exports = plan_to_torch(source) if exports is None else exports
     with staged_folder(target) as folder:
         for name, export in exports.items():
-            _write_export(folder, name, export, source.readers, shard_bytes, advance)
-        (folder / CONFIG).write_bytes((source.home / CONFIG).read_bytes())
+            write_export(folder, name, export, source.readers, shard_bytes, advance)
+        dtype = exports[SINGLE].dtype if SINGLE in exports else None
+        (folder / CONFIG).write_bytes(_config_bytes(source.home / CONFIG, dtype))
         copy_companions(source.home / PROCESSOR, folder)
         if source.vocoder_home is not None:
             (folder / VOCODER_CONFIG).write_bytes((source.vocoder_home / VOCODER_CONFIG).read_bytes())
 
 
-def _write_export(
-    folder: Path, name: str, export: Export, readers: Mapping[str, BranchReader], shard_bytes: int, advance: Advance
+def _config_bytes(path: Path, dtype: str | None) -> bytes:
+    """The file at `path` byte for byte where it says `dtype` already, else with that changed. None: no tensors."""
+    values = read_json_object(path)
+    stated = {key: dtype for key in _DTYPE_KEYS if key in values} or {_DTYPE_KEYS[0]: dtype}
+    if dtype is None or all(values.get(key) == dtype for key in stated):
+        return path.read_bytes()
+    return json.dumps(values | stated, indent=2, ensure_ascii=False).encode()
+
+
+def write_export(
+    folder: Path,
+    name: str,
+    export: Export,
+    readers: Mapping[str, BranchReader],
+    shard_bytes: int,
+    advance: Advance,
+    changes: Mapping[str, Callable[[np.ndarray], np.ndarray]] = MappingProxyType({}),
 ) -> None:
+    """Writes the tensors of `export` into `folder` as the file `name` or its shards.
+
+    Args:
+        readers: the branches by name.
+        shard_bytes: a file is not larger.
+        advance: hears of bytes that are written.
+        changes: tensor -> what is done to each block of its rows.
+    """
     owners = {entry.name: (readers[branch], entry) for branch, rows in export.plan.entries.items() for entry in rows}
     tensors = export.tensors
 
     def blocks(tensor: str) -> Iterator[np.ndarray]:
         found = [export.buffers[tensor]] if tensor in export.buffers else _blocks(*owners[tensor])
+        found = map(changes[tensor], found) if tensor in changes else found
         return _counted(found, tensors[tensor].dtype, advance)
 
     write_shards(folder, name, tensors, shard_bytes, blocks)
