@@ -9,7 +9,8 @@
 
 The answer goes to standard output as it is made, everything else to standard error. `--out` answers aloud too. A
 manifest's lines have the fields that the flags have (`prompt`, `system`, `image`, `audio`, `video`, or `messages`, or
-`tokens`); started again, the same command goes on after the last line that it answered. docs/generation.md says more.
+`tokens`); media stand before the text, in the order in which they are given. Started again, the same command goes on
+after the last line that it answered. docs/generation.md says more.
 Exit code 2: something given cannot be used, the message says what. 130: Ctrl-C, but for answers that it ends early.
 """
 
@@ -112,7 +113,7 @@ def _settings(options: argparse.Namespace) -> GenerationSettings:
 
 def _values(options: argparse.Namespace) -> dict[str, Any]:
     """The fields of the question that the flags ask."""
-    given = {name: getattr(options, name) for name in ("system", "prompt", "image", "audio", "video")}
+    given = {name: getattr(options, name) for name in ("system", "prompt", "media")}
     values = {name: value for name, value in given.items() if value}
     return values | ({"tokens": read_id_file(options.tokens)} if options.tokens else {})
 
@@ -133,7 +134,8 @@ def _add_flags(task: argparse.ArgumentParser, name: str) -> None:
     add("--prompt", metavar="TEXT", help="what is asked; for tts, what is said")
     add("--system", metavar="TEXT", help="system prompt")
     for kind in ("image", "audio", "video"):
-        add(f"--{kind}", nargs="+", action="extend", metavar="FILE", help=f"{kind} before the prompt")
+        told = f"{kind} before the prompt; all media stand in the order in which they are given here"
+        add(f"--{kind}", dest="media", const=kind, nargs="+", action=_InOrder, metavar="FILE", help=told)
     add("--tokens", type=Path, metavar="FILE.json", help="the prompt as a list of token ids, instead of all above")
     add("--manifest", type=Path, metavar="FILE.jsonl", help="many questions, one a line")
     add("--interactive", action="store_true", help="several turns; /help tells of its commands")
@@ -145,10 +147,18 @@ def _add_flags(task: argparse.ArgumentParser, name: str) -> None:
     add_settings_flags(add)
 
 
+class _InOrder(argparse.Action):
+    """Adds files to one list for media of all kinds: `--image a --audio b --image c` keeps this order."""
+
+    def __call__(self, parser, options, paths, flag=None) -> None:
+        options.media = [*(options.media or []), *({"type": self.const, "path": path} for path in paths)]
+
+
 def _check_flags(options: argparse.Namespace) -> None:
     if bool(options.manifest) != bool(options.output):
         raise ConfigError("--manifest and --output go together")
-    asked = [name for name in ("prompt", "image", "audio", "video", "tokens", "out", "save") if getattr(options, name)]
+    asked = [name for name in ("prompt", "media", "tokens", "out", "save") if getattr(options, name)]
+    asked = [options.media[0]["type"] if name == "media" else name for name in asked]
     if options.manifest and (asked or options.interactive):
         raise ConfigError(f"--manifest brings the questions: --{asked[0] if asked else 'interactive'} is not for it")
     if options.interactive and (options.task != "chat" or options.tokens or options.save):

@@ -66,6 +66,31 @@ def test_what_each_task_asks(launch):
     assert user["content"] == [media[3], {"type": "text", "text": "Describe the video."}]
 
 
+def test_media_keep_the_order_of_the_command_line(launch):
+    """One list for all kinds, whatever flags stand between; the text comes last."""
+    generate = launch("generate")
+    line = (
+        "chat --image a.png --audio b.wav --prompt Why? --image c.png d.png --checkpoint x --video e.mp4 --audio f.wav"
+    )
+    values = generate._values(generate.parse(line.split()))
+    _, (user,) = asked(launch, "chat", **values)
+    kinds = ["image", "audio", "image", "image", "video", "audio"]
+    files = ["a.png", "b.wav", "c.png", "d.png", "e.mp4", "f.wav"]
+    assert user["content"] == [*map(file, kinds, files), {"type": "text", "text": "Why?"}]
+
+
+def test_media_keep_the_order_of_a_manifest(launch):
+    """Of the line's fields, or of the list `media`."""
+    _, (user,) = asked(launch, "chat", audio="a.wav", prompt="Why?", image=["b.png", "c.png"])
+    text = {"type": "text", "text": "Why?"}
+    assert user["content"] == [file("audio", "a.wav"), file("image", "b.png"), file("image", "c.png"), text]
+    media = [file("video", "a.mp4"), file("audio", "b.wav"), file("video", "c.mp4")]
+    _, (user,) = asked(launch, "chat", Path("/data"), media=media, prompt="Why?")
+    assert [part.get("path") for part in user["content"]] == ["/data/a.mp4", "/data/b.wav", "/data/c.mp4", None]
+    _, (user,) = asked(launch, "describe", media=media[1:])
+    assert user["content"][-1] == {"type": "text", "text": "Describe the video."}
+
+
 def test_paths_of_a_manifest_start_at_its_folder(launch):
     _, (user,) = asked(launch, "chat", Path("/data"), prompt="Why?", image="a.png")
     assert user["content"][0]["path"] == "/data/a.png"
@@ -97,6 +122,9 @@ def test_token_ids_to_be_spoken_end_with_the_mark_of_speech(launch):
         ("asr", {"prompt": "a"}, "one recording"),
         ("asr", {"audio": ["a", "b"]}, "one recording"),
         ("asr", {"audio": "a", "image": "b"}, "cannot use image"),
+        ("asr", {"media": [{"type": "video", "path": "a"}]}, "cannot use video"),
+        ("chat", {"media": {"type": "image", "path": "a"}}, "media is no list of"),
+        ("chat", {"media": [{"type": "text", "path": "a"}]}, "media is no list of"),
         ("tts", {"prompt": "a", "audio": "b"}, "cannot use audio"),
         ("tts", {}, "prompt is missing"),
         ("describe", {"prompt": "a"}, "an image or a video"),
@@ -115,6 +143,7 @@ def test_fields_that_a_task_cannot_use(launch, task, values, sentence):
         ("chat --prompt a", "--checkpoint"),
         ("chat --checkpoint x --manifest m", "--manifest and --output go together"),
         ("chat --checkpoint x --manifest m --output o --prompt a", "--prompt is not for it"),
+        ("chat --checkpoint x --manifest m --output o --audio a --image b", "--audio is not for it"),
         ("chat --checkpoint x --manifest m --output o --interactive", "--interactive is not for it"),
         ("asr --checkpoint x --audio a --out o.wav", "does not answer aloud"),
         ("asr --checkpoint x --interactive", "--interactive is for chat"),

@@ -1,6 +1,6 @@
 """What is asked of a task, as fields (of the command line or of a manifest's line), put to the chat."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ TASKS = {
     "tts": "reads the prompt aloud",
     "describe": "describes a picture or a video",
 }
-FIELDS = ("system", "prompt", "image", "audio", "video", "messages", "tokens")
+FIELDS = ("system", "prompt", "image", "audio", "video", "media", "messages", "tokens")
 _MEDIA = ("image", "audio", "video")
 _DESCRIBE = {"image": "Describe the picture.", "video": "Describe the video."}
 
@@ -33,28 +33,35 @@ def ask(
 ) -> Reply:
     """Puts one question, of which `values` are the fields (`FIELDS`; media are paths, or lists of paths, from `base`).
 
+    Media stand before the text, in the order of the fields; `media` is a list of `{"type", "path"}` of all kinds.
+
     Raises RequestError: fields that this task cannot use, and what `OmniChat.reply` raises.
     """
     if unknown := [field for field in values if field not in FIELDS]:
         raise RequestError("bad_message", f"there is no field {unknown[0]!r}; there are {', '.join(FIELDS)}")
+    media = [_based(part, base) for part in _media(values)]
+    kinds = [part["type"] for part in media]
+    fields = [*(field for field in values if field not in (*_MEDIA, "media")), *kinds]
     if "tokens" in values:
+        _only(fields, task, "tokens")
         return _ask_ids(chat, task, values, key)
     if "messages" in values:
+        _only(fields, task, "messages")
         return _ask_messages(chat, task, values, key, base)
     if task == "tts":
-        _only(values, task, "prompt")
+        _only(fields, task, "prompt")
         return chat.speak(_text(values, "prompt"), key=key)
-    media = [_based({"type": kind, "path": path}, base) for kind in _MEDIA for path in _paths(values, kind)]
     if task == "asr":
-        _only(values, task, "prompt", "audio")
+        _only(fields, task, "prompt", "audio")
         if len(media) != 1:
             raise RequestError("bad_message", f"asr takes one recording (audio), not {len(media)}")
         return chat.complete([_part(_text(values, "prompt", ASR_PROMPT)), *media], key=key)
-    if task == "describe" and not (values.get("image") or values.get("video")):
+    seen = next((kind for kind in ("image", "video") if kind in kinds), None)
+    if task == "describe" and not seen:
         raise RequestError("bad_message", "describe takes an image or a video")
     default = "" if media else None
     if task == "describe":
-        default = _DESCRIBE["image" if values.get("image") else "video"]
+        default = _DESCRIBE[seen]
     return chat.reply(user_turn(values, media, default), key=key)
 
 
@@ -66,7 +73,6 @@ def user_turn(values: Mapping[str, Any], media: list[dict], default: str | None)
 
 
 def _ask_messages(chat: OmniChat, task: str, values: Mapping[str, Any], key: jax.Array | None, base: Path) -> Reply:
-    _only(values, task, "messages")
     messages = values["messages"]
     if task != "chat" or not isinstance(messages, list):
         raise RequestError("bad_message", "messages are a list, and for chat")
@@ -86,7 +92,6 @@ def _based(part: Any, base: Path) -> Any:
 
 
 def _ask_ids(chat: OmniChat, task: str, values: Mapping[str, Any], key: jax.Array | None) -> Reply:
-    _only(values, task, "tokens")
     config = chat.model.config
     prompt = encode_ids(values["tokens"], config)
     if task != "tts":
@@ -96,8 +101,8 @@ def _ask_ids(chat: OmniChat, task: str, values: Mapping[str, Any], key: jax.Arra
     return chat.speak_prompt(prompt if ids[-1] == start else encode_ids([*ids, start], config), key=key)
 
 
-def _only(values: Mapping[str, Any], task: str, *fields: str) -> None:
-    if superfluous := [field for field in values if field not in fields]:
+def _only(given: Iterable[str], task: str, *fields: str) -> None:
+    if superfluous := [field for field in given if field not in fields]:
         raise RequestError("bad_message", f"{task} with {' and '.join(fields)} cannot use {superfluous[0]}")
 
 
@@ -108,9 +113,21 @@ def _text(values: Mapping[str, Any], field: str, default: str | None = None) -> 
     return found
 
 
-def _paths(values: Mapping[str, Any], kind: str) -> list[Any]:
-    found = values.get(kind, [])
-    return found if isinstance(found, list) else [found]
+def _media(values: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Parts of all kinds, in the order in which the fields stand."""
+    parts: list[dict[str, Any]] = []
+    for field, found in values.items():
+        if field in _MEDIA:
+            parts += [{"type": field, "path": path} for path in (found if isinstance(found, list) else [found])]
+        elif field == "media":
+            if not isinstance(found, list) or not all(_is_media(part) for part in found):
+                raise RequestError("bad_message", 'media is no list of {"type": "image" | "audio" | "video", "path"}')
+            parts += found
+    return parts
+
+
+def _is_media(part: Any) -> bool:
+    return isinstance(part, dict) and set(part) == {"type", "path"} and part["type"] in _MEDIA
 
 
 def _part(text: str) -> dict[str, str]:

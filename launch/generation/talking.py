@@ -22,7 +22,7 @@ def talk(chat: OmniChat, values: Mapping[str, Any], out: Path | None) -> None:
     say(HELP)
     system = values.get("system", "")
     conversation, turns = Conversation(chat, system), 0
-    media = [{"type": kind, "path": path} for kind in _KINDS for path in values.get(kind, [])]
+    media = list(values.get("media", []))
     line: str | None = values.get("prompt") or _read_line()
     while line is not None and line != "/quit":
         word, _, rest = line.partition(" ")
