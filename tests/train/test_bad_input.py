@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
-from micro import CONFIG, STEPS, contents, micro_run, open_micro, overrides, read_metrics
+from micro import CONFIG, STEPS, contents, micro_run, open_micro, overrides, read_metrics, wait_until
 
 from baichuan_omni_jax.checkpoint import Workdir
 from baichuan_omni_jax.config import ConfigError, apply_overrides, load_run_config, resolve_model
@@ -153,6 +153,23 @@ def test_workdir_of_another_config(refusal, micro_root, tmp_path):
     message = refusal(lambda: Workdir(path, keep=3).write_run_config(other))
     assert f"workdir {path} belongs to another run: compute.loss_chunk is 128 there and 64 here" in message
     assert contents(path) == before
+
+
+@pytest.mark.slow
+def test_a_second_run_is_refused_while_the_first_is_at_work(pretrain, tmp_path):
+    """As a scheduler that tries again starts the same command. A killed run leaves the workdir to the next."""
+    workdir = tmp_path / "run"
+    with pretrain.start(workdir, "train.steps=100000") as first:
+        try:
+            lock = workdir / ".lock"
+            assert wait_until(first, lambda: lock.exists() and lock.read_text().endswith("\n"))
+            second = pretrain(workdir, "train.steps=100000")
+        finally:
+            first.kill()
+    assert second.returncode == 2
+    sentence = f"error: workdir {workdir} is in use by another run; nothing was changed (process {first.pid} on "
+    assert second.stderr.strip().splitlines()[-1].startswith(sentence)
+    Workdir(workdir, keep=1).hold()
 
 
 @pytest.mark.slow
