@@ -1,6 +1,6 @@
 """How much the long tests do, how long a process may take, and what the test processes share.
 
-CI runs every long test at a small size. `benchmarks/proofs.py` runs them at the full size: hundreds of kills,
+CI runs every long test at a small size. `benchmarks/long_tests.py` runs them at the full size: hundreds of kills,
 thousands of damaged files, every shape of every kernel, whole chains of trainings.
 """
 

@@ -1,6 +1,6 @@
 """The long proofs at their full size: does what CI shows a little of hold for all of it?
 
-    python benchmarks/proofs.py [--json] [PROOF ...]
+    python benchmarks/long_tests.py [--json] [PROOF ...]
 
 CI runs each of these at a small size (`sized` in tests/proofs.py); here hundreds of kills, thousands of damaged files,
 every shape of every kernel and the chain of trainings take an hour or more. Needs the extra `test`, and libtpu (extra
