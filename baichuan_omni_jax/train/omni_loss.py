@@ -71,8 +71,8 @@ def level_weights(run: RunConfig, levels: int) -> tuple[float, ...]:
 
 
 def by_source(values: Float[Array, "b m"], source: Int32[Array, "b m"], sources: int) -> Float[Array, "sources"]:
-    """Sums of `values` by the source of each."""
-    return jnp.stack([jnp.where(source == number, values, 0.0).sum() for number in range(sources)])
+    """Sums of `values` by the source of each; a step compiled without data has none."""
+    return jnp.where(source == jnp.arange(sources)[:, None, None], values, 0.0).sum((1, 2))
 
 
 def omni_loss(
