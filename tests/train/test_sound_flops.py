@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from micro import REPOSITORY, one_device
-from test_flops import products
+from test_flops import needed, products
 
 from baichuan_omni_jax.audio.codebook_training import CodebookState
 from baichuan_omni_jax.audio.quantizer_training import quantize_in_training
@@ -34,8 +34,8 @@ def gradient_products(make_model, loss, frozen: tuple[str, ...]) -> tuple[int, l
         values = named_values(model)
         trainable = {name: value for name, value in values.items() if not name.startswith(frozen)}
         still = {name: value for name, value in values.items() if name not in trainable}
-        gradient = jax.grad(lambda trainable, still: loss(with_values(model, still | trainable)))
-        return products(jax.make_jaxpr(gradient)(trainable, still).jaxpr), list(trainable)
+        gradient = jax.value_and_grad(lambda trainable, still: loss(with_values(model, still | trainable)))
+        return products(needed(jax.make_jaxpr(gradient)(trainable, still))), list(trainable)
 
 
 def whole(counts: dict[str, float]) -> dict[str, float]:
