@@ -37,12 +37,12 @@ Run = Ids | tuple[Element, ...]  # tokens, or the elements of one medium
 
 
 def group_media(elements: Sequence[Element | Ids]) -> list[Run]:
-    """Ids as they are, each medium by itself, neighbouring frames of a listed video together."""
+    """Ids as they are, each medium by itself, neighboring frames together unless they are of two listed videos."""
     runs: list[Run] = []
     for element in elements:
         if isinstance(element, Ids):
             runs += [element] if len(element) else []
-        elif _is_frame(element) and runs and not isinstance(runs[-1], Ids) and _is_frame(runs[-1][0]):
+        elif runs and _are_of_one_video(runs[-1], element):
             runs[-1] = (*runs[-1], element)
         else:
             runs.append((element,))
@@ -147,6 +147,11 @@ def _places(runs: Sequence[Run]) -> Iterator[tuple[Span, Run]]:
         size = len(run) if isinstance(run, Ids) else 1
         yield (place, place + size), run
         place += size
+
+
+def _are_of_one_video(run: Run, element: Element) -> bool:
+    together = not isinstance(run, Ids) and _is_frame(run[-1]) and _is_frame(element)
+    return together and run[-1].video == element.video
 
 
 def _is_frame(element: Element) -> bool:

@@ -32,7 +32,7 @@ from data_pipelines.row_limits import RowLimits, needs_of
 from data_pipelines.turns import cut_turns, document_elements, has_frames
 
 POLICIES = typing.get_args(Policy)
-FORMAT = 2  # of what is kept: raise it when the policies give something else than before
+FORMAT = 3  # of what is kept: raise it when the policies give something else than before
 _UNIT = 4096  # documents
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from data_pipelines.chunks import Ids, cut_chunks, group_media
 from data_pipelines.document import Lengths
 from data_pipelines.oversize import Fitter
 from data_pipelines.processor import Processor
-from data_pipelines.prompts import Picture, Reference, Sound
+from data_pipelines.prompts import Picture, Reference, Sound, parse_prompt
 from data_pipelines.row_limits import RowLimits, needs_of
 from data_pipelines.sounds import clip_key
 from data_pipelines.tokenizing import train_tokenizer
@@ -144,3 +144,8 @@ def test_frames_of_a_listed_video_are_one_item():
     )
     runs = group_media([Ids([1, 2]), frame, frame, still, still, frame, sound, Ids([])])
     assert [len(run) for run in runs] == [2, 2, 1, 1, 1, 1]
+
+    # Of two listed videos side by side each may have room in a row where both have none.
+    frame = '<videoframe_start_omni>{"local": "a.png"}<videoframe_end_omni>'
+    video = f"<video_start_baichuan>{frame * 2}<video_end_baichuan>"
+    assert [len(run) for run in group_media(parse_prompt(video + video + frame * 3))] == [2, 2, 3]
