@@ -3,9 +3,9 @@
 A piece ends behind one of `, ! ? . ， 。 ！ ？` and whatever marks, quotes and brackets close there; white space goes
 with the next word, as tokenizers have it. A piece does not end
 
-    inside numbers (`3.14`, `1,000`) and names (`example.com`): a full stop needs white space behind it;
+    inside numbers (`3.14`, `1,000`, `1，000`) and names (`example.com`): a full stop needs white space behind it;
     behind abbreviations and initials (`Dr. Li`, `U.S. law`, `J. K. Lo`, `No. 5`, but `No. Not that.`);
-    inside quotes that close on the same line;
+    inside quotes that close on the same line (a straight one right behind a digit opens none: `6" tall`);
     before the piece takes a least time to speak.
 
 The rule reads characters from left to right and never looks further than the next one, so that it can be asked of a
@@ -52,9 +52,9 @@ _LAST_WORD = re.compile(r"[A-Za-z]+(?:\.[A-Za-z]+)*\.?\Z")
 _PART_OF_WORD = re.compile(r"\.?[A-Za-z]+(?:\.[A-Za-z]+)*\.?|\.")
 _SPOKEN = re.compile(r"[^\W_]")
 _KINDS = {
-    "clauses": {MARK: "，。！？!?", COMMA: ",", STOP: ".", JOINS: "；;…"},
+    "clauses": {MARK: "。！？!?", COMMA: ",，", STOP: ".", JOINS: "；;…"},
     "sentences": {MARK: "。！？…!?", STOP: ".", JOINS: "，；;,", LINE_END: "\n\r"},
-    "all": {MARK: "，。！？；…!?;", COMMA: ",", STOP: ".", LINE_END: "\n\r"},
+    "all": {MARK: "。！？；…!?;", COMMA: ",，", STOP: ".", LINE_END: "\n\r"},
 }
 _ALWAYS = {
     LINE: "\n\r\v\f\x85\u2028\u2029",
@@ -65,8 +65,9 @@ _ALWAYS = {
     QUOTE: '"',
 }
 _ABBREVIATIONS = frozenset(
-    "mr mrs ms dr prof rev hon st jr sr vs etc approx dept est fig vol pp ed eds al inc ltd co corp cf ph.d "
-    "jan feb mar apr jun jul aug sept sep oct nov dec".split()
+    "mr mrs ms dr prof rev hon st jr sr gen col capt lt sgt maj gov sen messrs esq vs etc approx dept univ est "
+    "fig vol vols p pp ed eds al ca viz nos inc ltd co corp bros cf ph.d ave blvd rd mt "
+    "jan feb mar apr jun jul aug sept sep oct nov dec mon tue tues thu thur thurs fri".split()
 )
 # Words as numbers: their last six characters in base 28, `a` 1 to `z` 26 and the full stop 27.
 WORD_BASE, WORD_DOT, WORD_LENGTH = 28, 27, 6
@@ -198,12 +199,13 @@ def _advance(waiting: int, inside: int, word: int, kind: int) -> tuple[bool, int
     return cut, AT_MARK if mark else NUMBER if kind == DIGIT else PLAIN
 
 
-def _quoted(inside: int, kind: int) -> int:
+def _quoted(waiting: int, inside: int, kind: int) -> int:
     """The state of quotes behind a character of this kind; a line end closes them all."""
     straight, depth = divmod(inside, _DEEPEST + 1)
     if kind in (LINE, LINE_END):
         return 0
-    straight ^= kind == QUOTE
+    # Behind a digit it may close quotes, but opens none: inches, seconds.
+    straight ^= kind == QUOTE and (straight or waiting != NUMBER)
     depth = min(_DEEPEST, max(0, depth + (kind == OPENS) - (kind == CLOSES)))
     return straight * (_DEEPEST + 1) + depth
 
@@ -216,8 +218,8 @@ def _transitions(quotes: bool = True) -> tuple[Int32[np.ndarray, "k s"], np.ndar
     for kind in range(KINDS):
         for column in range(columns):
             (waiting, inside), word = divmod(column // 3, QUOTE_STATES), column % 3
-            cut, waiting = _advance(waiting, inside, word, kind)
-            after[kind, column] = 3 * (waiting * QUOTE_STATES + _quoted(inside, kind))
+            cut, now = _advance(waiting, inside, word, kind)
+            after[kind, column] = 3 * (now * QUOTE_STATES + _quoted(waiting, inside, kind))
             cuts[kind, column] = cut and not (quotes and inside)
     return after, cuts
 

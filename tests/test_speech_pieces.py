@@ -15,6 +15,7 @@ from data_pipelines.tokenizing import encode, train_tokenizer
 
 # Words of both languages, all that the rule knows of, and what stands beside marks in real text.
 PARTS = [
+    *(" Gen", " p", '6"', "1，000", "20，"),
     *("one", " two", " Dr", " dr", "U", ".S", " I", " No", "no", " Ph", ".D", "etc", " example", ".com", " said"),
     *("湖水", "很平静", "我们", "他说", "3", "14", "2", "1,000", " 5", "U.S.", " J. K. Lo", "e.g.", "3.14"),
     *(",", ".", "!", "?", "，", "。", "！", "？", "；", ";", "…", "...", "?!", "。”", '."', ".\n", ",“"),
@@ -113,6 +114,21 @@ def test_a_mark_within_a_token_is_told_from_what_follows(tokenizers, pieces_by_t
         ('He said "No. Go." Then left', ['He said "No. Go."', " Then left"]),
         ("“Never closed. So\nit ends. Here", ["“Never closed. So\nit ends.", " Here"]),
         ("Wait... what?! (Yes.) 5 men", ["Wait...", " what?!", " (Yes.)", " 5 men"]),
+        ("共1，000元，你呢？今年20，好。", ["共1，000元，", "你呢？", "今年20，", "好。"]),
+        (
+            'It is 55" wide, so 6\' 2" is it. "In 1999," he',
+            ['It is 55" wide,', " so 6' 2\" is it.", ' "In 1999,"', " he"],
+        ),
+        (
+            "See p. 5, Gen. Lee at Mt. Etna. It’s Bob's. Go",
+            ["See p. 5,", " Gen. Lee at Mt. Etna.", " It’s Bob's.", " Go"],
+        ),
+        (
+            "Cost 3.5% at 12:30, v1.2.3, 3,5 kg. Ask a.b@c.com, ok",
+            [
+                *("Cost 3.5% at 12:30,", " v1.2.3,", " 3,5 kg.", " Ask a.b@c.com,", " ok"),
+            ],
+        ),
     ],
 )
 def test_where_a_piece_ends(text, pieces):
@@ -135,6 +151,7 @@ def test_one_least_length_for_synthesis_reading_and_answers():
         ({"max_pieces": 0}, "max_pieces 0 must be at least 1"),
         ({"voice": "a】b"}, "without 【 and 】"),
         ({"voice": " "}, "must be a name"),
+        ({"voice": "a\u2028b"}, "in one line"),
         ({"voice": "\ud800"}, "not valid Unicode"),
     ],
 )

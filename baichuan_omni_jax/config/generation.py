@@ -81,7 +81,7 @@ class GenerationSettings:
 
 def check_voice(voice: str) -> None:
     """Raises ConfigError for what cannot be the name of a voice: the system prompt holds it between brackets."""
-    if not isinstance(voice, str) or not voice.strip() or any(sign in voice for sign in "【】\n\r"):
+    if not isinstance(voice, str) or len(voice.strip().splitlines()) != 1 or any(sign in voice for sign in "【】\n\r"):
         raise ConfigError(f"voice {voice!r} must be a name in one line, without 【 and 】")
     try:
         voice.encode("utf-8")
