@@ -16,7 +16,7 @@ from data_pipelines.document import Document, SampleError
 from data_pipelines.jobs import Job
 from data_pipelines.media import Media, find_media
 from data_pipelines.prompt_writing import write_prompt
-from data_pipelines.prompts import SPECIAL, Element, Picture, Reference, Sound, Text, Video, parse_prompt
+from data_pipelines.prompts import SPECIAL, Element, Picture, Reference, Sound, Text, Video
 from data_pipelines.sounds import probe_sound
 from data_pipelines.special_tokens import SYSTEM, USER
 from data_pipelines.synthesis.draft import Draft
@@ -30,6 +30,7 @@ from data_pipelines.synthesis.speaking import (
 from data_pipelines.synthesis.splitting import spoken_seconds
 from data_pipelines.synthesis.task_prompts import ANSWER_PICTURE, CONTINUE_PICTURE, choose_prompt
 from data_pipelines.synthesis.units import manifest_job
+from data_pipelines.turns import document_elements
 
 NAME = "crossmodal"
 TYPE = "cross_modal"  # of the new documents
@@ -68,7 +69,7 @@ def cross_modalities(document: Document, draft: Draft, settings: CrossmodalSetti
     Raises SampleError: "has_sound"; "no_picture" for a document without pictures and films; "no_track" for a film
     without sound; "too_short" when nothing would be left to write; as `Speaker` and `find_media`; "bad_prompt".
     """
-    elements = parse_prompt(document.text)
+    elements = document_elements(document)
     if any(isinstance(element, Sound) for element in elements):
         raise SampleError("has_sound", "there is audio in it already")
     kinds = {type(element) for element in elements}
@@ -107,7 +108,8 @@ def speak_sentences(
     chosen = _choose([place for place in places if place != learnt[-1]], len(places), settings, speaker.rng)
     for place in chosen:
         parts[place] = Sound(Reference(path=speaker.say(parts[place].text)))
-    opening = parts.index(Text(USER)) + 1 if Text(USER) in parts else 0
+    users = (Text(USER), Text(USER, trainable=True))
+    opening = next((place + 1 for place, part in enumerate(parts) if part in users), 0)
     prompt = choose_prompt(ANSWER_PICTURE if opening else CONTINUE_PICTURE, speaker.language, speaker.rng)
     return [*parts[:opening], Text(prompt + "\n"), *parts[opening:]]
 

@@ -35,6 +35,27 @@ def test_a_share_of_the_sentences_is_heard(tmp_path):
     assert [type(element) for element in parse_prompt(made[0]["text"])] == [Text, Sound, Sound, Text, Picture, Text]
 
 
+def test_what_trains_whole_is_heard_in_part(tmp_path):
+    """Documents in which nothing is marked: what is still written carries loss, as all of it did."""
+    write_image(tmp_path / "a.png", 56, 56)
+    texts = [
+        image_tag("a.png") + "This is sentence number one. This is sentence number two.",
+        turn(image_tag("a.png") + "What is in the picture?", "Noise, much of it."),
+    ]
+    plain = [text.replace("<trainable_start>", "").replace("<trainable_end>", "") for text in texts]
+    made, skipped = run("crossmodal", write_manifest(tmp_path, plain), tmp_path / "out", "--order", "first", *SHORT)
+    assert not skipped
+    story, asked = (parse_prompt(document["text"]) for document in made)
+    assert [type(element) for element in story] == [Text, Picture, Sound, Text]
+    assert [element.trainable for element in story if isinstance(element, Text)] == [False, True]
+    assert story[-1].text.strip() == "This is sentence number two."
+    roles, task, picture, sound, answer = asked
+    assert (roles, answer) == (Text("<C_Q>", trainable=True), Text("<C_A>Noise, much of it.", trainable=True))
+    assert (task.trainable, task.text.strip() in ANSWER_PICTURE["en"]) == (False, True)
+    assert isinstance(picture, Picture)
+    assert isinstance(sound, Sound)
+
+
 def test_questions_are_heard_and_answers_stay(tmp_path):
     write_image(tmp_path / "a.png", 56, 56)
     text = turn(image_tag("a.png") + "What is in the picture?", "Noise is in it.", "You are kind to all who ask.")
