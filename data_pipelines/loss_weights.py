@@ -4,6 +4,7 @@ Weights are made where a document is decoded, from that document alone, so they 
 step or host. A piece of a document that was too long is a document of its own.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -19,13 +20,18 @@ from data_pipelines.row_limits import AUDIO_TARGETS
 SAMPLE = 1 << 17  # documents of a source that its means are taken from, evenly spread
 
 
-def weigh(document: EncodedDocument, weighting: str, loss_weight: float) -> EncodedDocument:
+def weigh(
+    document: EncodedDocument, weighting: str, loss_weight: float, untrained: Sequence[int] = ()
+) -> EncodedDocument:
     """The document with the weights that `train.document_weighting` and its source's `loss_weight` give it.
 
     A modality's own count decides: text targets for the text, and for each audio level the frames that have a weight
     there (end frames at the first level alone). 4 text targets weigh 1 each by `token`, 1/2 by `sqrt`, 1/4 by
-    `document`, all times `loss_weight`.
+    `document`, all times `loss_weight`. Text targets among `untrained` weigh nothing and are not counted: they are
+    special tokens whose rows of the head do not train.
     """
+    if len(untrained) and (asked := np.isin(document.text_targets, untrained) & (document.text_weights > 0)).any():
+        document = replace(document, text_weights=np.where(asked, 0, document.text_weights).astype(np.float32))
     if (power := POWERS[weighting]) == 0 and loss_weight == 1:
         return document
     text, audio = (_scaled(part, power, loss_weight) for part in (document.text_weights, document.audio_weights))

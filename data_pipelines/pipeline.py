@@ -44,7 +44,8 @@ NAMED = 1000  # skipped documents of a source that the log names; the others are
 class Pipeline:
     """An indexed mixture, ready to be packed. Nothing of its media has been decoded yet.
 
-    `weighting` is what documents count in the loss (`train.document_weighting`).
+    `weighting` is what documents count in the loss (`train.document_weighting`), `untrained` are special tokens that no
+    loss asks for.
     """
 
     config: DataConfig
@@ -53,6 +54,7 @@ class Pipeline:
     indexes: tuple[Index, ...]
     targets: Mapping[str, MelTargetSettings] = field(default_factory=dict)
     weighting: str = "token"
+    untrained: tuple[int, ...] = ()
 
     @property
     def cache(self) -> Path:
@@ -125,6 +127,7 @@ class Pipeline:
             mels,
             tuple(source.loss_weight for source in self.config.mixture),
             self.weighting,
+            self.untrained,
         )
 
     def steps(
@@ -153,11 +156,12 @@ def open_pipeline(
     processor: Processor | None = None,
     targets: Mapping[str, MelTargetSettings] | None = None,
     weighting: str = "token",
+    untrained: tuple[int, ...] = (),
 ) -> Pipeline:
     """Tokenizer, processor and indexes of a mixture; every skipped document is named in the log, once.
 
     With `processor` the documents go through that one: held-out documents need the tokenizer of the training run.
-    `targets` are mels that batches hold beside mel slots; `weighting` is that of `Pipeline`.
+    `targets` are mels that batches hold beside mel slots; `weighting` and `untrained` are those of `Pipeline`.
     Raises ConfigError for a missing manifest or tokenizer, a source with nothing usable, patches that `media_shards`
     does not divide, more unusable documents than `max_bad_fraction`, or a cache that cannot be written.
     """
@@ -172,7 +176,7 @@ def open_pipeline(
             tokenizer = load_or_train_tokenizer(config, omni)
             processor = Processor(omni, tokenizer, config.end_of_text, config.images, config.unmarked)
         indexes = tuple(_open_index(config, source, processor) for source in config.mixture)
-    pipeline = Pipeline(config, omni, processor, indexes, targets or {}, weighting)
+    pipeline = Pipeline(config, omni, processor, indexes, targets or {}, weighting, untrained)
     for index in indexes:
         _name_skipped(index)
     bad = pipeline.causes()

@@ -52,7 +52,8 @@ class Step:
 class RowDecoder:
     """Turns planned rows into a batch. Picklable: it goes to the workers.
 
-    `loss_weights` are the sources' own; `weighting` is `train.document_weighting`.
+    `loss_weights` are the sources' own; `weighting` is `train.document_weighting`; `untrained` are special tokens that
+    no loss asks for.
     """
 
     indexes: tuple[Index, ...]
@@ -65,6 +66,7 @@ class RowDecoder:
     mels: MelSlots
     loss_weights: tuple[float, ...]
     weighting: str = "token"
+    untrained: tuple[int, ...] = ()
 
     def __call__(self, rows: list[Row], mel_frames: int = 0) -> tuple[Batch, dict]:
         """The batch of `rows`, its mel slots of `mel_frames`, and the documents that could not be decoded."""
@@ -109,7 +111,7 @@ class RowDecoder:
             return
         if encoded.damaged_packets:
             damaged[key] = encoded.damaged_packets
-        weighed = weigh(encoded, self.weighting, self.loss_weights[source])
+        weighed = weigh(encoded, self.weighting, self.loss_weights[source], self.untrained)
         writer.add(weighed, source=source, number=number, pictures_at=pictures_at)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float
 
 from baichuan_omni_jax.config import RunConfig
+from baichuan_omni_jax.loss_shares import audio_scale
 from baichuan_omni_jax.train.data import Data
 from baichuan_omni_jax.train.omni_sums import make_eval_step
 from baichuan_omni_jax.train.sound_scores import flow_means, flow_sums, tokenizer_means, tokenizer_sums
@@ -84,7 +85,9 @@ def mean_losses(sums: Mapping[str, np.ndarray], sources: tuple[str, ...], run: R
         alphas = _level_weights(run, sums["audio"].shape[1])
         audio, weight = sums["audio"], sums["audio_weight"]
         losses["loss_audio"] = _weighted(audio.sum(0), weight.sum(0), alphas)
-        losses["loss"] = (text or 0.0) + run.train.audio_loss_weight * (losses["loss_audio"] or 0.0)
+        # As in a training step, but of the sums over all steps: a mixture with few frames does not shout here either.
+        scale = audio_scale(sums["text_weight"].sum(), weight[:, 0].sum(), run.train.audio_full_ratio)
+        losses["loss"] = (text or 0.0) + run.train.audio_loss_weight * scale * (losses["loss_audio"] or 0.0)
         losses |= {f"loss_audio_q{q}": mean(audio[:, q], weight[:, q]) for q in range(len(alphas))}
         for number, source in enumerate(sources):
             losses[f"{source}/loss_audio"] = _weighted(audio[number], weight[number], alphas)

@@ -36,7 +36,7 @@ def tokenizer_sums(setup: Setup, run: RunConfig) -> Callable[[Arrays, Batch], Su
     ratio = reconstruction_ratios(run.tokenizer.mel_scales, setup.task.omni.post_net)[0]
 
     def sums_of(parameters, batch):
-        model = setup.assemble(parameters, {})
+        model, batch = setup.assemble(parameters, {}), setup.task.weigh(batch)
         target = mel_targets_of(batch, ("scale_0",), compute)[0]
         sums, made = code_sums(model.audio_encoder, model.audio_decoder, clips_of(batch, compute), target, ratio)
         if reads:

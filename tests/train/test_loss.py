@@ -1,5 +1,7 @@
 """The losses: packing changes nothing, chunks change nothing, and a batch without targets is harmless."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,10 +9,12 @@ import pytest
 from micro import micro_run, one_device, open_micro, place
 
 from baichuan_omni_jax.config import Budgets, resolve_model
+from baichuan_omni_jax.loss_shares import POWERS
 from baichuan_omni_jax.nn.param import named_values, with_values
 from baichuan_omni_jax.nn.products import narrow
 from baichuan_omni_jax.omni.model import OmniModel
 from baichuan_omni_jax.sharding import ShardingRules
+from baichuan_omni_jax.train.evaluate import mean_losses
 from baichuan_omni_jax.train.losses import chunked_cross_entropy, cross_entropy
 from baichuan_omni_jax.train.omni_loss import denominators, omni_loss, share_metrics
 from baichuan_omni_jax.train.omni_sums import make_eval_step
@@ -160,6 +164,33 @@ def test_weighted_documents_equal_each_alone_weighted_by_hand(losses, documents,
         assert metrics[f"loss/{name}"] == pytest.approx(
             (weight * found[owners == number]).sum() / weight.sum(), rel=1e-5
         )
+
+
+@pytest.mark.parametrize("weighting", ["token", "sqrt", "document"])
+def test_what_a_document_weighs_is_shared_by_targets_that_count(documents, weighting):
+    """Targets that no loss asks for weigh nothing, and the others what they would in a document without them."""
+    spoken, mark = documents[3], 57
+    asked = (spoken.text_targets == mark) & (spoken.text_weights > 0)
+    assert asked.any()
+    without = dataclasses.replace(spoken, text_weights=np.where(asked, 0, spoken.text_weights).astype(np.float32))
+    found, expected = weigh(spoken, weighting, 2.0, (mark, 58)), weigh(without, weighting, 2.0)
+    np.testing.assert_array_equal(found.text_weights, expected.text_weights)
+    np.testing.assert_array_equal(found.audio_weights, expected.audio_weights)
+    count = np.count_nonzero(without.text_weights)
+    assert found.text_weights.sum() == pytest.approx(2 * count ** (1 - POWERS[weighting]) if count else 0)
+
+
+def test_held_out_audio_counts_as_in_a_step(micro_root):
+    """10 frames beside 100 targets with r = 1/2: the audio loss counts a fifth, in training and held out."""
+    run = micro_run(micro_root, "train.audio_full_ratio=0.5", "train.audio_loss_weight=2.0")
+    sums = {name: np.array([value]) for name, value in {"text": 300.0, "text_weight": 100.0}.items()}
+    sums |= {"text_only": sums["text"], "text_only_weight": sums["text_weight"]}
+    sums |= {"audio": np.full((1, LEVELS), 50.0), "audio_weight": np.full((1, LEVELS), 10.0)}
+    means = mean_losses(sums, ("a",), run)
+    assert means["loss"] == pytest.approx(3.0 + 2 * 0.2 * 5.0)
+    assert (means["loss_text"], means["loss_audio"]) == (3.0, 5.0)
+    silent = {**sums, "text": np.zeros(1), "text_weight": np.zeros(1)}
+    assert mean_losses(silent, ("a",), run)["loss"] == pytest.approx(2 * 5.0)
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from baichuan_omni_jax.train.state import (
     to_saved,
 )
 from baichuan_omni_jax.train.step import make_gradients, make_step
+from baichuan_omni_jax.train.tasks import make_task
 
 # Of max|difference| / max|reference| per tensor, fp32.
 TOLERANCE = 1e-5
@@ -211,6 +212,20 @@ def test_marks_are_targets_only_where_their_row_of_the_head_trains(batch, rows):
     expected = weights if rows else np.where(asked, 0, weights)
     np.testing.assert_array_equal(np.asarray(setup.task.weigh(batch)["text_weights"]), expected.astype(np.float32))
     assert float(setup.task.counts(batch)["text_targets"]) == np.count_nonzero(expected)
+
+
+@pytest.mark.parametrize(("rate", "ids"), [(None, MARKS), (1e-3, ())])
+def test_a_frozen_reader_of_transcripts_is_not_asked_for_marks(batch, rate, ids):
+    """The audio tokenizer's text loss goes through a head that is frozen as well: it would shape what is heard."""
+    config = load_run_config(CONFIG.with_name("audio_tokenizer_tiny.py"))
+    reader = dataclasses.replace(config.optimizer.groups[0], learning_rate=rate)
+    optimizer = dataclasses.replace(config.optimizer, groups=(reader, *config.optimizer.groups[1:]))
+    run = dataclasses.replace(config, optimizer=optimizer)
+    weights, asked = np.asarray(batch["text_weights"]), np.isin(np.asarray(batch["text_targets"]), ids)
+    task = make_task(run, OMNI, make_compute(run))
+    np.testing.assert_array_equal(np.asarray(task.weigh(batch)["text_weights"]), np.where(asked, 0, weights))
+    deaf = dataclasses.replace(run, branches=("audio_encoder", "audio_decoder"))
+    assert make_task(deaf, OMNI, make_compute(deaf)).weigh(batch) is batch
 
 
 @pytest.mark.slow

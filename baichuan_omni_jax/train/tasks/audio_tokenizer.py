@@ -91,7 +91,7 @@ class AudioTokenizerTask(PlainTask):
         return tokenizer_parts(self.omni, self._reads)
 
     def counts(self, batch: Batch) -> Metrics:
-        return step_counts(batch) | clip_counts(batch["mel_lengths"], self.omni)
+        return step_counts(self.weigh(batch)) | clip_counts(batch["mel_lengths"], self.omni)
 
     @property
     def _reads(self) -> bool:

@@ -1,7 +1,6 @@
 """The language-model stages: vision, language model, audio embeddings and head over packed rows of all modalities."""
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
 
@@ -9,7 +8,6 @@ from baichuan_omni_jax.config import ConfigError
 from baichuan_omni_jax.omni.batch import BRANCH_FIELDS, Batch, abstract_batch
 from baichuan_omni_jax.omni.model import OmniModel
 from baichuan_omni_jax.train.flops import Part, omni_parts, step_counts
-from baichuan_omni_jax.train.groups import untrained_targets
 from baichuan_omni_jax.train.omni_loss import denominators, fill_metrics, omni_loss, share_metrics
 from baichuan_omni_jax.train.rows import check_batch
 from baichuan_omni_jax.train.tasks.task import NOTHING, Metrics, PlainTask
@@ -34,14 +32,6 @@ class OmniTask(PlainTask):
     def abstract_batch(self, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
         data = self.run.data
         return abstract_batch(data.rows, data.budgets, self.omni, self.run.branches, mesh, self.compute.rules)
-
-    def weigh(self, batch: Batch) -> Batch:
-        """Text weights are 0 where the target is a special token whose row of the head does not train."""
-        ids = untrained_targets(self.run, self.omni)
-        if not ids:
-            return batch
-        asked = (batch["text_targets"][..., None] == jnp.asarray(ids, jnp.int32)).any(-1)
-        return batch | {"text_weights": jnp.where(asked, 0.0, batch["text_weights"])}
 
     def denominators(self, batch: Batch):
         return denominators(batch, self.run)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
@@ -12,6 +13,7 @@ from baichuan_omni_jax.config import OmniConfig, RunConfig
 from baichuan_omni_jax.nn.param import Compute
 from baichuan_omni_jax.omni.batch import Batch
 from baichuan_omni_jax.train.flops import Part
+from baichuan_omni_jax.train.groups import untrained_targets
 
 Metrics = dict[str, Float[Array, ""]]
 Values = Mapping[str, Any]
@@ -97,7 +99,12 @@ class PlainTask:
         return False
 
     def weigh(self, batch: Batch) -> Batch:
-        return batch
+        """Text weights are 0 where the target is a special token whose row of the head does not train."""
+        ids = untrained_targets(self.run, self.omni) if "llm" in self.run.branches else ()
+        if not ids:
+            return batch
+        asked = (batch["text_targets"][..., None] == jnp.asarray(ids, jnp.int32)).any(-1)
+        return batch | {"text_weights": jnp.where(asked, 0.0, batch["text_weights"])}
 
     def first_extra(self, trainable: Values) -> Any:
         return ()
