@@ -88,7 +88,9 @@ def _show(options: argparse.Namespace) -> None:
 
 
 def _show_shares(config: Path, overrides: Sequence[str]) -> None:
-    run = apply_overrides(load_run_config(config), overrides)
+    from baichuan_omni_jax.checkpoint import with_text_tokenizer  # imports jax
+
+    run = with_text_tokenizer(apply_overrides(load_run_config(config), overrides))
     prepare_sample(run.data)
     weighting = run.train.document_weighting
     pipeline = open_pipeline(run.data, resolve_model(run.model), weighting=weighting)

@@ -20,13 +20,14 @@ from etils import epath
 
 from baichuan_omni_jax.audio.model import AudioTokenizer
 from baichuan_omni_jax.audio.tokenize import WindowEncoder, fingerprint
-from baichuan_omni_jax.checkpoint import find_tokenizer, read_tree, with_shardings
+from baichuan_omni_jax.checkpoint import find_tokenizer, read_tree, with_shardings, with_text_tokenizer
 from baichuan_omni_jax.checkpoint.branches import branch_folder
 from baichuan_omni_jax.config import MeshConfig, OmniConfig, RunConfig, apply_overrides, load_run_config, resolve_model
 from baichuan_omni_jax.config.errors import exit_code
 from baichuan_omni_jax.config.sound_targets import sound_targets
 from baichuan_omni_jax.nn.param import Compute, named_values, with_values
 from baichuan_omni_jax.sharding import make_mesh
+from baichuan_omni_jax.train.groups import untrained_targets
 from baichuan_omni_jax.train.hosts import check_agreement, is_leader, join, leader_first, run_facts, software, together
 from data_pipelines.codes import CodeStore
 from data_pipelines.codes.fill import ALONE, Hosts, Settings, Tokenizer, open_or_fill, store_path
@@ -104,7 +105,10 @@ def open_pipelines(run: RunConfig, omni: OmniConfig) -> dict[str, Pipeline]:
     """The pipeline of the run's mixture under "", and those of its held-out mixtures by name."""
     prepare_sample(run.data)
     targets = sound_targets(run, omni)
-    training = open_pipeline(run.data, omni, targets=targets, weighting=run.train.document_weighting)
+    # Known here already, since what a document weighs is shared out among the targets that count.
+    untrained = untrained_targets(run, omni) if run.task == "omni" else ()
+    weighting = run.train.document_weighting
+    training = open_pipeline(run.data, omni, targets=targets, weighting=weighting, untrained=untrained)
     held_out = {
         mixture.name: open_pipeline(replace(run.data, mixture=mixture.sources), omni, training.processor, targets)
         for mixture in (run.eval.mixtures if run.eval.every or run.eval.sound_every else ())
@@ -115,7 +119,8 @@ def open_pipelines(run: RunConfig, omni: OmniConfig) -> dict[str, Pipeline]:
 def tokenize() -> None:
     """The command."""
     join_hosts()
-    run = together(lambda: apply_overrides(load_run_config(CONFIG.value), SET.value))
+    # By the text tokenizer of the run: the index is the run's own, and the same documents fit its rows.
+    run = together(lambda: with_text_tokenizer(apply_overrides(load_run_config(CONFIG.value), SET.value)))
     omni = together(lambda: resolve_model(run.model))
     check_agreement(software() | run_facts(run))
     pipelines = list(leader_first(lambda: open_pipelines(run, omni)).values())

@@ -9,7 +9,6 @@ given cannot be used, the message says what.
 """
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,11 +24,10 @@ from baichuan_omni_jax.checkpoint import (
     check_run_config,
     find_parent,
     find_tokenizer,
-    initial_tokenizer,
     keep_tokenizer,
     parent_data_state,
     record_parent,
-    stored_tokenizer,
+    with_text_tokenizer,
 )
 from baichuan_omni_jax.checkpoint.branches import KEPT
 from baichuan_omni_jax.config import OmniConfig, RunConfig, apply_overrides, load_run_config, resolve_model
@@ -106,8 +104,7 @@ def prepare(
 
     Without `data.tokenizer` the weights' own is used: the workdir's, then that of `checkpoint.init_from`.
     """
-    own = stored_tokenizer(workdir.path) or initial_tokenizer(run.checkpoint.init_from, run.branches) or ""
-    run = replace(run, data=replace(run.data, tokenizer=run.data.tokenizer or str(own)))
+    run = with_text_tokenizer(run, workdir.path)
     pipelines = open_pipelines(run, omni)
     store = kept = None
     if run.task == "omni":

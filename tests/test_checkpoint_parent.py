@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -23,6 +24,7 @@ from baichuan_omni_jax.checkpoint import (
     record_parent,
     save_branches,
     stored_tokenizer,
+    with_text_tokenizer,
 )
 from baichuan_omni_jax.checkpoint.run_config import store_run_config
 from baichuan_omni_jax.config import CheckpointConfig, ConfigError, DataConfig, ImagesConfig, RunConfig, tiny
@@ -91,6 +93,14 @@ def test_the_tokenizer_comes_with_the_language_model(stage, tmp_path):
     assert initial_tokenizer(f"vision={bare},llm={stage}", ("llm", "vision")) == expected
     assert initial_tokenizer(f"vision={bare}", ("llm", "vision")) is None
     assert initial_tokenizer("", ("llm",)) is None
+
+    run = RunConfig(name="next", checkpoint=CheckpointConfig(init_from=str(stage)))
+    own = checkpoint(epath.Path(tmp_path / "next"), llm=1)
+    assert with_text_tokenizer(run).data.tokenizer == str(expected)
+    assert with_text_tokenizer(run, own).data.tokenizer == str(own / "processor" / "tokenizer.json")
+    named = replace(run, data=DataConfig(tokenizer="t.json"))
+    assert with_text_tokenizer(named, own) == named
+    assert with_text_tokenizer(RunConfig(name="first")).data.tokenizer == ""
     assert stored_tokenizer(tmp_path) is None
 
 

@@ -33,6 +33,7 @@ from baichuan_omni_jax.checkpoint.parent import (
     parent_data_state,
     record_parent,
     stored_tokenizer,
+    with_text_tokenizer,
 )
 from baichuan_omni_jax.checkpoint.run_config import MAY_DIFFER, check_run_config
 from baichuan_omni_jax.checkpoint.trees import read_tree, with_shardings
@@ -63,5 +64,6 @@ __all__ = [
     "stored_tokenizer",
     "verify_checksums",
     "with_shardings",
+    "with_text_tokenizer",
     "write_checksums",
 ]

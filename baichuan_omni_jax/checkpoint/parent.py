@@ -1,7 +1,7 @@
 """Where a run's first weights came from: `parent.json` of a workdir, written once, when the workdir is new."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import jax
 from etils import epath
@@ -9,7 +9,7 @@ from etils import epath
 from baichuan_omni_jax.checkpoint.branches import BRANCHES, RANDOM, branch_home, parse_spec, read_branch_info
 from baichuan_omni_jax.checkpoint.run_config import RUN_CONFIG
 from baichuan_omni_jax.checkpoint.steps import committed_steps, step_folder
-from baichuan_omni_jax.config import ConfigError
+from baichuan_omni_jax.config import ConfigError, RunConfig
 
 PARENT = "parent.json"
 
@@ -60,6 +60,17 @@ def initial_tokenizer(init_from: str, branches: tuple[str, ...]) -> epath.Path |
     """The tokenizer that the language model's first weights were trained with, where `init_from` brings one."""
     source = parse_spec(init_from, branches).get("llm") if init_from else None
     return stored_tokenizer(source) if source and source != RANDOM else None
+
+
+def with_text_tokenizer(run: RunConfig, workdir: epath.PathLike | None = None) -> RunConfig:
+    """The run with the text tokenizer of its weights where `data.tokenizer` names none: its workdir's, then that of
+    `checkpoint.init_from`.
+    """
+    if run.data.tokenizer:
+        return run
+    stored = None if workdir is None else stored_tokenizer(workdir)
+    own = stored or initial_tokenizer(run.checkpoint.init_from, run.branches) or ""
+    return replace(run, data=replace(run.data, tokenizer=str(own)))
 
 
 def parent_data_state(parent: Parent) -> dict:

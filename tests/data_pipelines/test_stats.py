@@ -12,6 +12,7 @@ from data_pipelines.build.dataset import build_dataset
 from data_pipelines.jobs.runners import make_runner
 from data_pipelines.measures import DocumentMeasure, MediaMeasure, collect, join
 from data_pipelines.stats import load, main, quantities
+from data_pipelines.tokenizing import train_tokenizer
 
 PICTURE = '<img_start_baichuan>{"local": "a.png"}<img_end_baichuan>'
 SPOKEN = '<audiogen_start_baichuan>{"path": "s.wav"}<audiogen_end_baichuan>'
@@ -79,7 +80,7 @@ def test_the_command(corpus, tmp_path, capsys):
     assert errors[-1].endswith("m.jsonl: no document")
 
 
-def test_shares_of_the_loss_in_a_run(sample_root, capsys):
+def test_shares_of_the_loss_in_a_run(sample_root, tmp_path, capsys):
     """Text and speech of the sample data at equal weights of what is trainable: half the loss each."""
     sources = [{"name": name, "manifest": f"{name}.jsonl"} for name in ("text", "audio")]
     sets = [f"data.root={sample_root}", "data.sample=false", f"data.mixture={sources}", "train.audio_full_ratio=1"]
@@ -89,6 +90,15 @@ def test_shares_of_the_loss_in_a_run(sample_root, capsys):
     rows = {row[0]: row[1:] for row in map(str.split, capsys.readouterr().out.splitlines()) if row}
     assert (rows["text"][4], rows["text"][6]) == ("0.0", "50.0")
     assert (rows["audio"][4], rows["audio"][6]) == ("100.0", "50.0")
+    # Counted by the tokenizer of the weights that the run starts from: here one of letters, so text has more tokens.
+    parent = tmp_path / "parent"
+    (parent / "processor").mkdir(parents=True)
+    (parent / "branches.json").write_text('{"llm": {"parameters": 1, "dtype": "float32", "trained": 1}}')
+    train_tokenizer(["a"], 320).save(str(parent / "processor" / "tokenizer.json"))
+    sets += ["--set", f"checkpoint.init_from=llm={parent}", "--set", "data.budgets.tokens=1024"]
+    assert main(["--config", config, *sets]) == 0
+    letters = {row[0]: row[1:] for row in map(str.split, capsys.readouterr().out.splitlines()) if row}
+    assert float(letters["text"][0]) < 0.8 * float(rows["text"][0])
     assert main(["--config", config, str(sample_root / "text.jsonl")]) == 2
     assert main([]) == 2
 
