@@ -81,8 +81,8 @@ def plan_from_leaves(
 ) -> Plan:
     """The plan that writes the parameters `stored` (by branch) as checkpoint tensors, and its buffers.
 
-    Raises ConfigError naming every parameter that the model lacks or has alone, or has in another shape, and every
-    tensor whose parts differ in dtype.
+    A tensor whose parts differ in dtype (some trained in fp32, others frozen as bf16) becomes fp32: it holds them all.
+    Raises ConfigError naming every parameter that the model lacks or has alone, or has in another shape.
     """
     plan, problems = _expand_all({name: tables[name] for name in stored}, _shapes(abstract, stored))
     for branch, leaves in stored.items():
@@ -100,10 +100,8 @@ def plan_from_leaves(
     for branch, entries in plan.entries.items():
         for entry in entries:
             dtypes = {stored[branch][leaf].dtype for leaf in entry.leaves}
-            if len(dtypes) > 1:
-                problems.append(f"tensor {entry.name} would join dtypes {_kinds(dtypes)}")
-            plan.tensors[entry.name] = TensorInfo(entry.shape, dtypes.pop())
-    raise_problems(problems, where)
+            common = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
+            plan.tensors[entry.name] = TensorInfo(entry.shape, common)
     return plan
 
 

@@ -113,6 +113,25 @@ def test_names_shapes_and_sizes_are_those_of_qwen2(qwen2):
     assert json.loads((qwen2 / "generation_config.json").read_text()) == {"eos_token_id": 0}
 
 
+def test_parts_of_a_tensor_that_were_saved_apart_are_joined_unrounded(tmp_path):
+    """Where a stage trains the queries alone, keys and values of a bf16 checkpoint stay bf16 beside them."""
+    cfg = with_llm(LLM)
+    model = make_llm(cfg.llm)
+    attention = model.layers.attention
+    for name in ("k_proj", "v_proj"):
+        linear = getattr(attention, name)
+        linear.weight[...] = linear.weight[...].astype("bfloat16")
+        linear.bias[...] = linear.bias[...].astype("bfloat16")
+    save_branches(tmp_path / "run", {"llm": model}, cfg)
+    convert_to_torch(open_source(str(tmp_path / "run")), tmp_path / "omni")
+    weights = open_weights(tmp_path / "omni")
+    packed = weights.read("model.layers.0.self_attn.W_pack.bias")
+    assert packed.dtype == np.float32
+    parts = (getattr(attention, f"{name}_proj").bias[...][0] for name in "qkv")
+    expected = np.concatenate([np.asarray(part, np.float32).reshape(-1) for part in parts])
+    np.testing.assert_array_equal(packed, expected)
+
+
 def test_values_are_those_of_the_released_layout(run, qwen2, tmp_path):
     """W_pack of the folder of the whole model holds Q, K and V one below the other."""
     folder, cfg = run
