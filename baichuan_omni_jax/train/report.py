@@ -19,15 +19,7 @@ def print_start_table(console: Console, run: RunConfig, setup: Setup, data: Data
     """Groups with their parameters, learning rates and what is frozen; the sources' shares of the loss; then budgets,
     mesh and data.
     """
-    table = Table(title=f"{run.name}: parameters by group")
-    for column in ("group", "branch", "parameters", "frozen", "peak learning rate"):
-        table.add_column(column, justify="right" if column == "parameters" else "left")
-    rates = {group.name: group.learning_rate for group in run.optimizer.groups}
-    for (group, branch), (trainable, frozen) in sorted(_count(setup).items()):
-        rate = rates[group]
-        peak = "frozen" if rate is None else f"{rate:g}"
-        table.add_row(group, branch, f"{trainable + frozen:,}", f"{frozen:,}", peak)
-    console.print(table)
+    console.print(groups_table(run, setup))
     if run.task == "omni":
         title = f"expected shares of the loss (documents weigh by {run.train.document_weighting})"
         console.print(shares_table(data.loss_shares(run.train), title))
@@ -36,6 +28,19 @@ def print_start_table(console: Console, run: RunConfig, setup: Setup, data: Data
     console.print(f"mesh: {mesh}; {run.data.rows} rows a step, each at most {budgets}")
     documents = f"{data.documents} documents, {data.skipped.total()} skipped"
     console.print(f"data: {documents}; {run.train.steps} steps in {run.compute.dtype}")
+
+
+def groups_table(run: RunConfig, setup: Setup) -> Table:
+    """A group and branch a line: its parameters, how many of them are frozen, and the rate of the others."""
+    table = Table(title=f"{run.name}: parameters by group")
+    for column in ("group", "branch", "parameters", "frozen", "peak learning rate"):
+        table.add_column(column, justify="right" if column == "parameters" else "left")
+    rates = {group.name: group.learning_rate for group in run.optimizer.groups}
+    for (group, branch), (trainable, frozen) in sorted(_count(setup).items()):
+        # A group with a rate may train nothing: rows of special tokens that are turned off.
+        peak = f"{rates[group]:g}" if trainable else "frozen"
+        table.add_row(group, branch, f"{trainable + frozen:,}", f"{frozen:,}", peak)
+    return table
 
 
 def _count(setup: Setup) -> dict[tuple[str, str], tuple[int, int]]:

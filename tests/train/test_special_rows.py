@@ -1,12 +1,14 @@
 """Rows of special tokens that train in frozen tables, and frozen parameters that no stage rounds on their way."""
 
 import dataclasses
+import io
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from micro import CONFIG, one_device
+from rich.console import Console
 
 from baichuan_omni_jax.checkpoint import Workdir, load_branches, read_branch_info, save_branches
 from baichuan_omni_jax.config import Budgets, ConfigError, GroupConfig, load_run_config, resolve_model
@@ -14,6 +16,9 @@ from baichuan_omni_jax.config.stages import TEXT_ENDS
 from baichuan_omni_jax.nn.param import named_values, named_variables
 from baichuan_omni_jax.omni.batch import abstract_batch
 from baichuan_omni_jax.train.groups import assign_groups, special_ids, untrained_targets
+from baichuan_omni_jax.train.preflight.build import Arguments
+from baichuan_omni_jax.train.preflight.report import group_sizes
+from baichuan_omni_jax.train.report import groups_table
 from baichuan_omni_jax.train.state import (
     abstract_opt_state,
     advance,
@@ -240,6 +245,23 @@ def test_text_loss_of_marks_alone_moves_nothing_before_a_frozen_head(batch):
     )
     assert metrics["loss"] == 0
     assert not gradients["llm.norm.scale"].any()
+
+
+@pytest.mark.parametrize(("rows", "rate"), [(True, "0.01"), (False, "frozen")])
+def test_a_group_of_which_nothing_trains_is_shown_as_frozen(rows, rate):
+    norm = GroupConfig(name="norm", pattern=r"llm\.norm\.", learning_rate=1e-3)
+    run = run_of(ROWS, norm, FROZEN, special_token_rows=rows)
+    setup = make_setup(run, OMNI, one_device(), make_compute(run))
+    console = Console(record=True, width=120, quiet=False, file=io.StringIO())
+    console.print(groups_table(run, setup))
+    line = next(line for line in console.export_text().splitlines() if " marks " in line)
+    size = 2 * OMNI.llm.vocab_size * OMNI.llm.hidden_size
+    trained = 2 * len(MARKS) * OMNI.llm.hidden_size if rows else 0
+    assert [cell.strip() for cell in line.split("│")[2:6]] == ["llm", f"{size + trained:,}", f"{size:,}", rate]
+    arguments = Arguments(*setup.split(setup.shapes()), abstract_opt_state(setup), {})
+    marks = next(group for group in group_sizes(run, setup, arguments) if group.name == "marks")
+    assert (marks.learning_rate, marks.parameters) == (1e-2 if rows else None, size + trained)
+    assert marks.optimizer_bytes == 2 * 4 * trained  # two moments, fp32
 
 
 def test_what_cannot_be_is_told():

@@ -116,7 +116,7 @@ def describe(
         chips=setup.mesh.devices.size,
         device_kind=device.device_kind,
         mesh=mesh,
-        groups=_groups(run, setup, arguments),
+        groups=group_sizes(run, setup, arguments),
         batch_bytes=bytes_on_a_chip(arguments.batch),
         args_bytes=memory.args,
         output_bytes=memory.outputs,
@@ -137,10 +137,11 @@ def describe(
     )
 
 
-def _groups(run: RunConfig, setup: Setup, arguments: Arguments) -> tuple[Group, ...]:
-    """In the order of the run's configuration, frozen ones included."""
+def group_sizes(run: RunConfig, setup: Setup, arguments: Arguments) -> tuple[Group, ...]:
+    """In the order of the run's configuration, frozen ones included; one of which nothing trains has no rate."""
     values = arguments.trainable | arguments.frozen
     group_of = setup.groups.trainable | setup.groups.frozen
+    learns = set(setup.groups.trainable.values())
     sizes, own, moments = defaultdict(int), defaultdict(int), defaultdict(int)
     for name, value in values.items():
         sizes[group_of[name]] += value.size
@@ -153,7 +154,7 @@ def _groups(run: RunConfig, setup: Setup, arguments: Arguments) -> tuple[Group, 
         Group(
             name=group.name,
             parameters=sizes[group.name],
-            learning_rate=group.learning_rate,
+            learning_rate=group.learning_rate if group.name in learns else None,
             parameter_bytes=own[group.name],
             optimizer_bytes=moments[group.name],
         )
