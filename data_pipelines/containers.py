@@ -14,7 +14,7 @@ from av.frame import Frame
 from av.packet import Packet
 from av.stream import Stream
 
-from data_pipelines.limits import check_bytes, check_packets
+from data_pipelines.limits import check_bytes
 from data_pipelines.media import Media, reading
 
 FORMATS = (
@@ -37,7 +37,11 @@ def opened(media: Media, kind: str, mended: Sequence[tuple[int, bytes]] = ()) ->
             source = str(media.path)
             if mended or media.path is None:
                 source = _Mended(stack.enter_context(media.open()), mended)
-            yield stack.enter_context(av.open(source, options={"format_whitelist": FORMATS}))
+            try:
+                container = stack.enter_context(av.open(source, options={"format_whitelist": FORMATS}))
+            except av.error.ArgumentError as error:  # FFmpeg's word for formats that are not on the list
+                raise ValueError("its format is none of those that are read") from error
+            yield container
 
 
 class _Mended:
@@ -58,35 +62,6 @@ class _Mended:
             if first < last:
                 data[first - place : last - place] = new[first - start : last - start]
         return bytes(data)
-
-
-def header_duration(stream: Stream) -> float | None:
-    """Seconds that the header gives this stream, or None."""
-    if stream.duration is None or stream.time_base is None:
-        return None
-    return float(stream.duration * stream.time_base)
-
-
-def demuxed_duration(container: InputContainer, stream: Stream, name: str) -> float:
-    """Seconds from the first to the end of the last packet: reads the file through, decodes nothing.
-
-    Raises ValueError when all streams end a second or more before the file's header says, SampleError("too_big_media")
-    for too many packets.
-    """
-    starts: dict[int, float] = {}
-    ends: dict[int, float] = {}
-    for number, packet in enumerate(container.demux()):
-        check_packets(number, name)
-        if packet.pts is not None:
-            start, end = (float(time * packet.time_base) for time in (packet.pts, packet.pts + (packet.duration or 0)))
-            starts[packet.stream_index] = min(starts.get(packet.stream_index, start), start)
-            ends[packet.stream_index] = max(ends.get(packet.stream_index, end), end)
-    length = max(ends.values(), default=0.0) - min(starts.values(), default=0.0)
-    # A clock need not start at 0: headers give the length, or the time at the end.
-    end = max(length, max(ends.values(), default=0.0))
-    if container.duration is not None and end < container.duration / av.time_base - 1.0:
-        raise ValueError(f"the file is truncated: {length:.1f} of {container.duration / av.time_base:.1f} s")
-    return ends.get(stream.index, 0.0) - starts.get(stream.index, 0.0)
 
 
 @dataclass

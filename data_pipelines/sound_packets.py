@@ -5,6 +5,7 @@ the file must not fall short of. MP4 and Matroska tell whether the file is whole
 """
 
 import struct
+import zlib
 from functools import lru_cache
 from io import BufferedIOBase
 
@@ -28,6 +29,8 @@ def tag_bytes(file: BufferedIOBase) -> int:
 
 # FLAC
 
+_UNKNOWN_TOTAL = (1 << 36) - 1  # all bits set, as some streamers leave it; the format itself has 0 for it
+
 
 def flac_promise(file: BufferedIOBase, size: int, start: int) -> Promise:
     """Of a FLAC file that begins at `start`. Its header may count 0 samples: nobody knew."""
@@ -37,7 +40,8 @@ def flac_promise(file: BufferedIOBase, size: int, start: int) -> Promise:
         return Promise()
     least, most = struct.unpack(">HH", block[4:8])
     packed = int.from_bytes(block[14:22], "big")
-    rate, channels, total = packed >> 44, (packed >> 41 & 7) + 1, packed & (1 << 36) - 1
+    rate, channels, total = packed >> 44, (packed >> 41 & 7) + 1, packed & _UNKNOWN_TOTAL
+    total = 0 if total == _UNKNOWN_TOTAL else total
     file.seek(max(start + 42, size - _SEARCHED))
     whole = total > 0 and _last_flac_frame(file.read(), total, most if least == most else 0)
     return Promise(total if whole else None, total, rate, channels)
@@ -186,11 +190,16 @@ def _only_tags(rest: bytes) -> bool:
 
 
 def ogg_promise(file: BufferedIOBase, size: int) -> Promise:
-    """Of an Ogg file with one Opus stream from 0 to an end mark; anything else is known by decoding alone."""
+    """Of an Ogg file with one Opus stream from 0 to an end mark; anything else is known by decoding alone.
+
+    FFmpeg leaves out pages whose checksum is wrong, and says nothing: they are counted here.
+    """
     if size > _WALKED:
         return Promise()
     file.seek(0)
     data = file.read()
+    if damaged := _damaged_pages(data):
+        return Promise(damaged=damaged)
     place = number = total = granule = flags = 0
     serial, begun, packets, early = data[14:18], b"", 0, 0
     while place < len(data):
@@ -224,6 +233,31 @@ def ogg_promise(file: BufferedIOBase, size: int) -> Promise:
     return Promise(max(0, min(total, granule) - early), 0, 48000, channels)
 
 
+def _damaged_pages(data: bytes) -> int:
+    """Whole pages whose bytes are not those of their checksum."""
+    place = damaged = 0
+    while (place := data.find(b"OggS\0", place)) >= 0:
+        count = data[place + 26] if place + 27 <= len(data) else 0
+        end = place + 27 + count + sum(data[place + 27 : place + 27 + count])
+        if end > len(data) or not count:
+            place += 5
+            continue
+        page = data[place : place + 22] + bytes(4) + data[place + 26 : end]
+        wrong = _ogg_checksum(page) != int.from_bytes(data[place + 22 : place + 26], "little")
+        damaged += wrong
+        place = place + 5 if wrong else end  # the length of a damaged page may be wrong as well
+    return damaged
+
+
+_MIRRORED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
+
+
+def _ogg_checksum(page: bytes) -> int:
+    """Zlib's CRC has the same polynomial, with the bits of everything in the other order and inverted."""
+    found = zlib.crc32(page.translate(_MIRRORED), 0xFFFFFFFF) ^ 0xFFFFFFFF
+    return int(f"{found:032b}"[::-1], 2)
+
+
 def _opus_samples(packet: bytes) -> int:
     """How long a packet is, at 48 kHz."""
     if not packet or (packet[0] & 3 == 3 and len(packet) < 2):
@@ -253,21 +287,26 @@ def check_boxes(file: BufferedIOBase, size: int) -> None:
         raise ValueError(f"the file is truncated: {size} of {place} bytes")
 
 
-def check_segment(file: BufferedIOBase, size: int) -> None:
-    """Raises ValueError when the segment of a Matroska or WebM file goes on past the file's end."""
+def check_segment(file: BufferedIOBase, size: int) -> bool:
+    """Whether a Matroska or WebM file says how large its segment is, and holds all of it.
+
+    Raises ValueError when the segment goes on past the file's end.
+    """
     file.seek(4)
     place = 4
     for name in (b"", b"\x18\x53\x80\x67"):
         if file.read(len(name)) != name:
-            return
+            return False
         first = file.read(1)
         more = 8 - first[0].bit_length() if first and first[0] else 8
         rest = file.read(min(more, 7))
         if more > 7 or len(rest) < more:
-            return
+            return False
         length = int.from_bytes(bytes([first[0] & (1 << 7 - more) - 1]) + rest, "big")
         place += len(name) + 1 + more
-        if name and length not in (0, (1 << 7 * (more + 1)) - 1) and place + length > size:
+        known = length not in (0, (1 << 7 * (more + 1)) - 1)
+        if name and known and place + length > size:
             raise ValueError(f"the file is truncated: {size} of {place + length} bytes")
         place = min(place + length, size)
         file.seek(place)
+    return known

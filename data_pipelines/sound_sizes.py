@@ -21,7 +21,7 @@ class Promise:
 
     `samples` is how long the sound is, exactly, and the file is known to hold them; `least` is what the file must not
     fall short of. Both count at `rate` Hz. `mended` are sizes (offset, bytes to be read there) in the place of
-    placeholders, not all of which FFmpeg takes for such.
+    placeholders, not all of which FFmpeg takes for such. `damaged` counts parts that FFmpeg passes over in silence.
     """
 
     samples: int | None = None
@@ -29,6 +29,7 @@ class Promise:
     rate: int = 0
     channels: int = 0
     mended: tuple[tuple[int, bytes], ...] = ()
+    damaged: int = 0
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from data_pipelines.containers import Damage, decode_packets, opened
 from data_pipelines.images import check_size
 from data_pipelines.limits import MAX_FRAME_PIXELS, check_decoded, check_video
 from data_pipelines.media import Media
-from data_pipelines.video_clock import lacks_frames, measured_seconds, promised_seconds
+from data_pipelines.video_clock import is_cut, lacks_frames, measured_seconds, promised_seconds
 
 _SLACK = 1e-3  # seconds; time stamps are rounded to the container's clock
 _JUMP = 4.0  # seconds to the next frame wanted from which on key frames in between are looked for
@@ -119,7 +119,8 @@ class _Frames:
     def turn(self) -> "_Turn":
         """How frames are turned; decodes the first one. Raises ValueError when there is none."""
         if self._last is None and not self._next():
-            raise ValueError("it holds no frame that can be decoded")
+            cut = "the file is truncated: " if is_cut(self.media) else ""
+            raise ValueError(f"{cut}it holds no frame that can be decoded")
         return self._turn
 
     def at(self, times: tuple[float, ...]) -> Iterator[UInt8[np.ndarray, "h w 3"]]:

@@ -223,6 +223,13 @@ def test_other_files_of_plain_samples(form, name, subtype):
     assert "truncated" in refusal(memory(good[: -width * RATE], name))
 
 
+def test_lossless_caf():
+    """Apple's ALAC, whose last packet is shorter than the others: 3 s are eleven of 4096 samples, and 2944."""
+    found = memory(wav(3, "CAF", "ALAC_16"), "memo.caf")
+    assert length(found) == 3 * RATE
+    np.testing.assert_allclose(read_sound(found, RATE).wave, tone(3), atol=2.0**-14)
+
+
 def test_sphere():
     """Of NIST, in its three codes. Cut ones are refused, and so is what Shorten has packed, if it cannot be read."""
     for subtype in ("PCM_16", "ULAW", "ALAW"):
@@ -261,8 +268,8 @@ class TestFlac:
         return good[:18] + packed.to_bytes(8, "big") + good[26:]
 
     def test_counts(self, good):
-        """0 is a writer that could not come back; too few is no end; too many is a file that was cut."""
-        for samples in (3 * RATE, 0, RATE):
+        """0 or all ones is a writer that could not come back; too few is no end; too many is a file that was cut."""
+        for samples in (3 * RATE, 0, RATE, 2**36 - 1):
             assert length(memory(self.counting(good, samples))) == 3 * RATE
         assert "truncated" in refusal(memory(self.counting(good, 4 * RATE)))
         assert "truncated" in refusal(memory(good[: len(good) // 2]))
@@ -293,6 +300,15 @@ class TestOgg:
         """Cut after a page: nothing says that there was more."""
         cut = opus[: opus.rindex(b"OggS")]
         assert length(memory(cut)) / RATE == pytest.approx(3, abs=0.25)
+
+    def test_a_damaged_page_is_left_out_and_counted(self, opus):
+        """0.2 s of 3: FFmpeg passes over a page whose checksum is wrong, and says nothing."""
+        pages = [place for place in range(len(opus)) if opus.startswith(b"OggS", place)]
+        data = bytearray(opus)
+        data[pages[7] + 60] ^= 0xFF
+        found = memory(data)
+        assert length(found) / RATE == pytest.approx(2.8, abs=CLOSE)
+        assert read_sound(found, RATE).damaged == 1
 
     def test_vorbis(self):
         vorbis = wav(3, "OGG", "VORBIS")
@@ -377,6 +393,41 @@ class TestPackets:
         assert len(good.wave) - len(found.wave) in (0, 1024)
         assert len(found.wave) == probe_sound(damage(places[20:21]), 44100)
         assert "packets are damaged" in refusal(damage(places[::3]))
+
+    def test_what_a_decoder_makes_of_damage_is_not_heard(self, tmp_path, monkeypatch):
+        """Noise beyond any sound is a damaged packet; of plain samples it is what the file says, and refused."""
+        path = write_track(tmp_path / "a.aac", tone(3, 44100), "aac", 44100, "adts")
+        decoded, count = sounds._mono, 0
+
+        def mono(frame: av.AudioFrame) -> np.ndarray:
+            nonlocal count
+            count += 1
+            return decoded(frame) * (1e3 if count == 30 else 1)
+
+        good = read_sound(media(path), 44100).wave
+        monkeypatch.setattr(sounds, "_mono", mono)
+        found = read_sound(media(path), 44100)
+        assert (found.damaged, len(found.wave)) == (1, len(good))
+        assert not found.wave[29 * 1024 : 30 * 1024].any()
+        count = 29
+        with pytest.raises(SampleError, match="full scale"):
+            read_sound(memory(wav(3, "WAV", "FLOAT")), RATE)
+
+    def test_a_damaged_cluster_is_no_cut(self, tmp_path):
+        """Matroska whose size says that it is whole, of which the last tenth cannot be found: no truncation."""
+        wave = np.random.default_rng(0).uniform(-0.3, 0.3, 20 * 48000).astype(np.float32)
+        options = {"cluster_time_limit": "2000"}
+        data = write_track(tmp_path / "a.webm", wave, "libopus", 48000, "webm", **options).read_bytes()
+        clusters = [place for place in range(len(data)) if data.startswith(b"\x1f\x43\xb6\x75", place)]
+        assert len(clusters) == 11  # nine of them hold 18 s
+
+        def without(number: int) -> Media:
+            return memory(data[: clusters[number]] + bytes(len(data) - clusters[number]), "a.webm")
+
+        assert length(without(9)) / RATE == pytest.approx(18, abs=0.1)
+        assert read_sound(without(9), RATE).damaged == 1
+        assert "truncated" in refusal(without(5))
+        assert "truncated" in refusal(memory(data[: clusters[9]], "a.webm"))
 
     def test_the_sound_of_a_film_is_its_default_track(self, tmp_path):
         path = tmp_path / "two.mkv"
