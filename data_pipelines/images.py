@@ -4,6 +4,7 @@
 processor takes them. Size and pixels follow the same settings.
 """
 
+import hashlib
 import importlib
 import io
 import struct
@@ -29,6 +30,7 @@ MAX_ASPECT = 200
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 SEEN = ImagesConfig()
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+_JPEG_END = b"\xff\xd9"
 _ORIENTATION = 0x0112  # EXIF and TIFF tag
 _TRANSPOSED = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -112,11 +114,33 @@ def _opened(media: Media, pixels: bool = True) -> Iterator[_Opened]:
             head = file.read(len(SIGNATURE))
             file.seek(0)
             png = read_png(file, pixels) if head == SIGNATURE else None
+            if pixels and head[:3] == b"\xff\xd8\xff":
+                file = _with_end_mark(file, media.name)
             with _open_header(png.stream if png else file, media.name) as image:
                 check_pixels(image.height, image.width, media.name)
                 check_size(image.height, image.width, media.name)
                 _check_preview(image)
                 yield _Opened(image, png)
+
+
+def _with_end_mark(file: io.BufferedIOBase, name: str) -> io.BufferedIOBase:
+    """The JPEG in `file`, with the mark behind its pixels that webcams leave out, where only that is missing.
+
+    What stands behind whole pixels changes none of them; where they are cut it is taken for the rest, and does.
+    """
+    data = file.read()
+    file.seek(0)
+    if data.rfind(b"\xff\xd9") > data.rfind(b"\xff\xda"):  # the end mark, and that of the last scan's beginning
+        return file
+    with _open_header(io.BytesIO(data), name) as image:
+        check_pixels(image.height, image.width, name)
+    data, seen = data.removesuffix(b"\xff"), set()
+    for rest in (b"\x00", b"\x55", b"\xaa", b"\x9c"):
+        with Image.open(io.BytesIO(data + 256 * rest + _JPEG_END), formats=("JPEG",)) as image:
+            seen.add(hashlib.sha256(image.tobytes()).digest())
+        if len(seen) > 1:
+            return file
+    return io.BytesIO(data + _JPEG_END)
 
 
 def _open_header(file: io.BufferedIOBase, name: str) -> AbstractContextManager[Image.Image]:

@@ -260,10 +260,11 @@ def _opened(media: Media, damage: Damage) -> Iterator[_Frames]:
 
 
 def _video_stream(container: InputContainer) -> VideoStream:
-    for stream in container.streams.video:
-        if not stream.disposition & Disposition.attached_pic:  # the cover of a song is no video
-            return stream
-    raise ValueError("it has no video track")
+    """The track marked as default, else the first; the cover of a song is no video."""
+    tracks = [track for track in container.streams.video if not track.disposition & Disposition.attached_pic]
+    if not tracks:
+        raise ValueError("it has no video track")
+    return next((track for track in tracks if track.disposition & Disposition.default), tracks[0])
 
 
 def _probe(frames: _Frames, frames_per_second: float, max_frames: int) -> VideoProbe:

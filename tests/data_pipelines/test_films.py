@@ -7,10 +7,12 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from av.stream import Disposition
 from PIL import Image
 
 from data_pipelines.containers import Damage
 from data_pipelines.document import Document, SampleError
+from data_pipelines.media import Media
 from data_pipelines.prompts import Picture
 from data_pipelines.turns import document_elements, thin_frames
 from data_pipelines.video_clock import is_cut
@@ -252,6 +254,27 @@ class TestLengths:
         with pytest.raises(SampleError, match=name) as caught:
             decode_frames(media(path), probe_video(media(path), 1.0, 32).times)
         assert caught.value.cause == "unreadable_media"
+
+    def test_a_film_cut_before_its_first_frame(self, tmp_path):
+        path = film(tmp_path / "a.mp4", grays(20), codec="mpeg4", movflags="faststart")
+        data = path.read_bytes()
+        with pytest.raises(SampleError, match="the file is truncated: it holds no frame"):
+            probe_video(Media("a.mp4", None, data[: data.index(b"mdat") + 8]), 1.0, 8)
+
+
+def test_the_picture_is_that_of_the_default_track(tmp_path):
+    path = tmp_path / "two.mkv"
+    with av.open(str(path), "w") as container:
+        tracks = [container.add_stream("ffv1", rate=5) for _ in range(2)]
+        for track in tracks:
+            track.width, track.height, track.pix_fmt = 96, 64, "gray"
+        tracks[0].disposition, tracks[1].disposition = Disposition(0), Disposition.default
+        for track, level in zip(tracks, (20, 200), strict=True):
+            frame = av.VideoFrame.from_ndarray(np.full((64, 96), level, np.uint8), format="gray")
+            container.mux(track.encode(frame))
+            container.mux(track.encode(None))
+    (frame,) = decode_frames(media(path), (0.0,))
+    assert (frame == 200).all()
 
 
 def damage_packets(path, numbers):

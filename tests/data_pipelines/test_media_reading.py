@@ -230,6 +230,17 @@ class TestImages:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
         refused(lambda: decode_image(media(path)), "unreadable_media", "is not a readable image")
 
+    @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"quality": 95, "subsampling": 0}])
+    def test_a_jpeg_may_lack_its_end_mark_alone(self, tmp_path, options):
+        """Two bytes, or the second of them, behind pixels that are all there; a little more is a part of them."""
+        path = write_image(tmp_path / "a.jpg", 40, 60, **options)
+        whole, data = decode_image(media(path)), path.read_bytes()
+        assert data[-2:] == b"\xff\xd9"
+        for cut in (data[:-2], data[:-1]):
+            np.testing.assert_array_equal(decode_image(Media("a.jpg", None, cut)), whole)
+        for lost in (6, 40, len(data) // 2):
+            refused(lambda lost=lost: decode_image(Media("a.jpg", None, data[:-lost])), "unreadable_media", "a.jpg")
+
 
 class TestSounds:
     @pytest.mark.parametrize(
