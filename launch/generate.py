@@ -35,6 +35,7 @@ from baichuan_omni_jax.config.errors import check_folders, exit_code
 from baichuan_omni_jax.omni.answer_file import Question, answer_questions, read_questions
 from baichuan_omni_jax.omni.chat import ChatAnswer, Reply
 from data_pipelines.id_prompt import read_id_file
+from data_pipelines.manifest import open_manifest
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,7 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def generate(options: argparse.Namespace) -> None:
     """Does what the options ask for. Raises ConfigError and RequestError."""
-    values, questions = _values(options), read_questions(options.manifest) if options.manifest else []
+    values = _values(options)
+    questions = read_questions(options.manifest, _manifest_bytes) if options.manifest else []
     opened = open_chat(options, _settings(options))
     if opened.notice:
         say(opened.notice)
@@ -68,6 +70,12 @@ def generate(options: argparse.Namespace) -> None:
         answer = show(ask(opened.chat, options.task, values))
         _keep(options, answer)
         say(describe(answer, opened.chat.model))
+
+
+def _manifest_bytes(path: Path) -> bytes:
+    """What a manifest holds, plain or compressed."""
+    with open_manifest(path, str(path)) as file:
+        return file.read()
 
 
 def _keep(options: argparse.Namespace, answer: ChatAnswer) -> None:

@@ -1,5 +1,6 @@
 """launch/generate.py: what each task asks, what flags are refused, and answers end to end."""
 
+import gzip
 import importlib
 import json
 from dataclasses import replace
@@ -185,9 +186,9 @@ def test_settings_of_the_flags(launch):
 
 
 def test_ctrl_c_keeps_what_is_answered(launch, tmp_path, monkeypatch, capsys):
-    """One sentence and code 130; the same command goes on after the last answer."""
-    generate, manifest, output = launch("generate"), tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    manifest.write_text('{"prompt": "one"}\n{"prompt": "two"}\n')
+    """One sentence and code 130; the same command goes on after the last answer. The manifest may be compressed."""
+    generate, manifest, output = launch("generate"), tmp_path / "in.jsonl.gz", tmp_path / "out.jsonl"
+    manifest.write_bytes(gzip.compress(b'{"prompt": "one"}\n{"prompt": "two"}\n'))
     interrupted = [True]
 
     class Request(list):

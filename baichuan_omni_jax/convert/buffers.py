@@ -2,11 +2,11 @@
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 import numpy as np
 
-from baichuan_omni_jax.config import ConfigError, OmniConfig
+from baichuan_omni_jax.config import OmniConfig
 from baichuan_omni_jax.convert.safetensors_io import TensorSource
 
 # Older versions of transformers saved what rotary positions are computed from, once or in every layer.
@@ -28,25 +28,30 @@ def sinusoids(length: int, width: int) -> np.ndarray:
     return np.concatenate([np.sin(angles), np.cos(angles)], 1)
 
 
-def rotary_buffers(source: TensorSource, cfg: OmniConfig) -> list[str]:
-    """Names of the buffers of rotary positions that `source` holds, which nothing here reads.
+def rotary_buffers(source: TensorSource, cfg: OmniConfig) -> dict[str, bool]:
+    """Names of the buffers of rotary positions that `source` holds, which nothing here reads, nor does transformers.
 
-    Raises ConfigError for frequencies that are not those of the configuration: the model was trained with others.
+    With each, whether it is what the configuration gives: false for frequencies of another base, or another size.
     """
+    buffers = {}
     found = [(name, match[1]) for name in source.infos if (match := _ROTARY.fullmatch(name))]
     for name, kind in found:
+        buffers[name] = True
         if kind == "inv_freq":
             vision = cfg.vision.embed_dim // cfg.vision.num_heads // 2, _VISION_BASE
             width, base = vision if name.startswith(_VISION) else (cfg.llm.head_dim, cfg.llm.rope_theta)
             expected = base ** -(np.arange(0, width, 2) / width)
             value = source.read(name).astype(np.float64)
-            if value.shape != expected.shape or not np.allclose(value, expected, _RELATIVE, _ABSOLUTE):
-                raise ConfigError(f"{source.where}: {name} does not hold the frequencies of rope_theta {base:g}")
-    return [name for name, _ in found]
+            same_size = value.shape == expected.shape
+            buffers[name] = same_size and np.allclose(value, expected, _RELATIVE, _ABSOLUTE)
+    return buffers
 
 
-def describe_dropped(names: Iterable[str]) -> str:
+def describe_dropped(buffers: Mapping[str, bool]) -> str:
     """One line for the user on what `rotary_buffers` found."""
-    names = list(names)
+    names = list(buffers)
     many = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    return f"dropped {names[0]}{many}: rotary positions are computed"
+    line = f"dropped {names[0]}{many}: rotary positions are computed"
+    if other := next((name for name, same in buffers.items() if not same), ""):
+        line += f"; {other} does not hold the frequencies of config.json, by which they are"
+    return line

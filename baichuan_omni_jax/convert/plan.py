@@ -23,14 +23,14 @@ Tables = Mapping[str, Iterable[Rule]]
 class Plan:
     """`entries` by branch; `tensors` (theirs) and `leaves` (ours, by branch) with their dtypes; `buffers` by name.
 
-    `dropped` names tensors of the source that nothing reads, and that are not written back.
+    `dropped` names tensors of the source that nothing reads, and that are not written back (`buffers.rotary_buffers`).
     """
 
     entries: dict[str, list[Entry]] = field(default_factory=dict)
     tensors: dict[str, TensorInfo] = field(default_factory=dict)
     leaves: dict[str, dict[str, TensorInfo]] = field(default_factory=dict)
     buffers: dict[str, Rule] = field(default_factory=dict)
-    dropped: list[str] = field(default_factory=list)
+    dropped: dict[str, bool] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:

@@ -29,10 +29,13 @@ class Question:
     error: RequestError | None = None
 
 
-def read_questions(path: Path) -> list[Question]:
-    """Every line that is not empty. `id` defaults to the line's number. Raises ConfigError when it cannot be read."""
+def read_questions(path: Path, read: Callable[[Path], bytes] = Path.read_bytes) -> list[Question]:
+    """Every line that is not empty. `id` defaults to the line's number; `read` gives the bytes of the manifest.
+
+    Raises ConfigError when it cannot be read.
+    """
     try:
-        lines = path.read_bytes().split(b"\n")
+        lines = read(path).split(b"\n")
     except OSError as error:
         raise ConfigError(f"manifest {path} cannot be read: {error.strerror}") from error
     return [_question(line, number) for number, line in enumerate(lines, 1) if line.strip()]
