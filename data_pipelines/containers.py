@@ -15,7 +15,7 @@ from av.packet import Packet
 from av.stream import Stream
 
 from data_pipelines.limits import check_bytes
-from data_pipelines.media import Media, reading
+from data_pipelines.media import Media, UnknownFormatError, reading
 
 FORMATS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,mp3,aac,flac,wav,gif,amr,"
@@ -40,7 +40,7 @@ def opened(media: Media, kind: str, mended: Sequence[tuple[int, bytes]] = ()) ->
             try:
                 container = stack.enter_context(av.open(source, options={"format_whitelist": FORMATS}))
             except av.error.ArgumentError as error:  # FFmpeg's word for formats that are not on the list
-                raise ValueError("its format is none of those that are read") from error
+                raise UnknownFormatError("its format is none of those that are read") from error
             yield container
 
 

@@ -20,7 +20,7 @@ from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 from baichuan_omni_jax.config import ImagesConfig
 from data_pipelines.document import SampleError
 from data_pipelines.limits import check_bytes, check_pixels
-from data_pipelines.media import Media, reading
+from data_pipelines.media import Media, UnknownFormatError, reading
 from data_pipelines.pixels import to_rgb
 from data_pipelines.png import SIGNATURE, Png, read_png
 
@@ -153,8 +153,9 @@ def _open_header(file: io.BufferedIOBase, name: str) -> AbstractContextManager[I
     except Image.DecompressionBombError as error:
         raise SampleError("too_big_media", f"{name} is too large an image: {error}") from error
     except UnidentifiedImageError as error:  # its own text shows the object that was read from
-        kind = _describe_tiff(file) or f"it is none of {', '.join(FORMATS)}, or its header is damaged"
-        raise ValueError(kind) from error
+        if described := _describe_tiff(file):
+            raise ValueError(described) from error
+        raise UnknownFormatError(f"it is none of {', '.join(FORMATS)}, or its header is damaged") from error
 
 
 def _is_heif(file: io.BufferedIOBase) -> bool:

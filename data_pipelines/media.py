@@ -201,6 +201,10 @@ def decode_base64(text: str) -> bytes:
         raise SampleError("unreadable_media", f"base64 media cannot be decoded: {what}") from error
 
 
+class UnknownFormatError(ValueError):
+    """A file is of no format that a reader knows; where its first bytes tell which it is, that says more."""
+
+
 @contextmanager
 def reading(media: Media, kind: str) -> Iterator[None]:
     """Turns whatever a decoder raises inside the block into SampleError("unreadable_media").
