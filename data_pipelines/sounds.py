@@ -289,7 +289,8 @@ class _Track:
         if missing > 1.0 and self.whole and missing <= length / 4:
             self.damage.damaged = max(self.damage.damaged, 1)
         elif missing > 1.0:
-            raise ValueError(f"the file is truncated: {end - min(start, end):.1f} of {length:.1f} s")
+            what = "too much of the file is damaged" if self.whole else "the file is truncated"
+            raise ValueError(f"{what}: {end - min(start, end):.1f} of {length:.1f} s")
 
 
 def _mono(frame: AudioFrame) -> Float32[np.ndarray, "t"]:

@@ -426,7 +426,7 @@ class TestPackets:
 
         assert length(without(9)) / RATE == pytest.approx(18, abs=0.1)
         assert read_sound(without(9), RATE).damaged == 1
-        assert "truncated" in refusal(without(5))
+        assert "too much of the file is damaged: 10.0 of 20.0 s" in refusal(without(5))
         assert "truncated" in refusal(memory(data[: clusters[9]], "a.webm"))
 
     def test_the_sound_of_a_film_is_its_default_track(self, tmp_path):
@@ -452,6 +452,9 @@ class TestRefusals:
             (b"Creative Voice File\x1a", "VOC"),
             (b"FORM\0\1\0\0008SVX", "8SVX"),
             (b"DSD \x1c", "DSD"),
+            (b"\x64\xa3\x02\x00", "IRCAM"),
+            (b" paf", "PARIS"),
+            (b"\x0b\x77", "AC-3"),
         ],
     )
     def test_formats_are_named(self, tmp_path, head, name):
