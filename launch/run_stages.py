@@ -13,12 +13,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 from etils import epath
 
 from baichuan_omni_jax.checkpoint.steps import committed_steps
 from baichuan_omni_jax.config import STAGES, ConfigError, RunConfig, apply_overrides, load_run_config
-from baichuan_omni_jax.config.errors import exit_code
+from baichuan_omni_jax.config.errors import exit_code, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of the stages' workdirs", required=True)
@@ -76,4 +76,4 @@ def _split(arguments: list[str]) -> tuple[list[Path], list[str]]:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run_command(main, files=True)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import jax
-from absl import app, flags, logging
+from absl import flags, logging
 from etils import epath
 
 from baichuan_omni_jax.audio.model import AudioTokenizer
@@ -23,7 +23,7 @@ from baichuan_omni_jax.audio.tokenize import WindowEncoder, fingerprint
 from baichuan_omni_jax.checkpoint import find_tokenizer, read_tree, with_shardings, with_text_tokenizer
 from baichuan_omni_jax.checkpoint.branches import branch_folder
 from baichuan_omni_jax.config import MeshConfig, OmniConfig, RunConfig, apply_overrides, load_run_config, resolve_model
-from baichuan_omni_jax.config.errors import exit_code
+from baichuan_omni_jax.config.errors import exit_code, run_command
 from baichuan_omni_jax.config.sound_targets import sound_targets
 from baichuan_omni_jax.nn.param import Compute, named_values, with_values
 from baichuan_omni_jax.sharding import make_mesh
@@ -153,4 +153,4 @@ if __name__ == "__main__":
     flags.DEFINE_enum("runner", "local", RUNNERS, "what lists the documents: processes of this machine, or Apache Beam")
     flags.DEFINE_integer("part_frames", PART_FRAMES, "code frames of a file of a new store: what a kill costs at most")
     flags.DEFINE_bool("verify", False, "read the store back and compare its checksums")
-    app.run(main)
+    run_command(main)

@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from absl import app, flags
+import tokenize_audio
+from absl import flags
 from etils import epath
 from tokenize_audio import CONFIG, SET, ensure_codes, join_hosts, open_pipelines, quiet_logs
 
@@ -31,7 +32,7 @@ from baichuan_omni_jax.checkpoint import (
 )
 from baichuan_omni_jax.checkpoint.branches import KEPT
 from baichuan_omni_jax.config import OmniConfig, RunConfig, apply_overrides, load_run_config, resolve_model
-from baichuan_omni_jax.config.errors import exit_code
+from baichuan_omni_jax.config.errors import exit_code, run_command
 from baichuan_omni_jax.nn.param import named_values, with_values
 from baichuan_omni_jax.omni.loading import is_untrained
 from baichuan_omni_jax.train.hosts import check_agreement, leader_first, run_facts, software, together, wait_for
@@ -48,6 +49,8 @@ from data_pipelines.training import TrainingData
 WORKDIR = flags.DEFINE_string("workdir", None, "where the run's checkpoints and numbers go", required=True)
 PROFILE = flags.DEFINE_string("profile", "", "START:STOP, steps to trace into WORKDIR/profile")
 WANDB = flags.DEFINE_string("wandb", "", "project on Weights & Biases to send the numbers to as well")
+# The flags imported above are among those that `--help` lists.
+flags.adopt_module_key_flags(tokenize_audio)
 
 
 def pretrain() -> None:
@@ -136,4 +139,4 @@ def main(_) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run_command(main)

@@ -1,8 +1,11 @@
 """The errors that end a command, or one request, with one sentence and without a traceback."""
 
 import gc
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+
+from absl import app, flags
 
 
 class ConfigError(ValueError):
@@ -45,3 +48,32 @@ def exit_code(command: Callable[[], None]) -> int:
     gc.collect()
     print(f"error: {sentence}", file=sys.stderr)
     return code
+
+
+def run_command(main: Callable[[list[str]], None], *, files: bool = False) -> None:
+    """Parses absl's flags and runs `main` with the program's name and what is no flag, of which there is none unless
+    `files`. A command line that cannot be used ends in one sentence and exit code 2, where absl would say 1.
+    """
+
+    def parse(arguments: Sequence[str]) -> list[str]:
+        rest: list[str] = []
+        if code := exit_code(lambda: rest.extend(_parsed(arguments, files))):
+            sys.exit(code)
+        return rest
+
+    app.run(main, flags_parser=parse)
+
+
+def _parsed(arguments: Sequence[str], files: bool) -> list[str]:
+    try:
+        rest = flags.FLAGS(arguments)
+    except flags.UnrecognizedFlagError as error:
+        raise ConfigError(f"there is no flag --{error.flagname} (see --help)") from error
+    except flags.Error as error:
+        missing = re.match(r"flag --(\w+)=None: ", str(error))
+        raise ConfigError(f"--{missing[1]} must be given" if missing else str(error).rstrip(".")) from error
+    # Without `--set` before it an override would be passed over in silence, and the run be another one.
+    if rest[1:] and not files:
+        told = f": write --set {rest[1]}" if "=" in rest[1] else " (see --help)"
+        raise ConfigError(f"{rest[1]!r} belongs to no flag{told}")
+    return rest

@@ -1,6 +1,7 @@
 """`RunConfig`: everything a run decides that is not architecture. One file in `configs/` builds one."""
 
 import runpy
+import traceback
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
@@ -298,14 +299,33 @@ class RunConfig:
 
 
 def load_run_config(path: str | Path) -> RunConfig:
-    """Runs the file at `path` and calls its `get_config()`. Raises ConfigError when there is no such thing."""
+    """Runs the file at `path` and calls its `get_config()`.
+
+    Raises ConfigError when there is no such thing, and with the line where the file fails.
+    """
     if not Path(path).is_file():
         raise ConfigError(f"config file {path} does not exist")
-    namespace = runpy.run_path(str(path))
-    if "get_config" not in namespace:
-        raise ConfigError(f"config file {path} defines no get_config()")
-    config = namespace["get_config"]()
+    try:
+        namespace = runpy.run_path(str(path))
+        if "get_config" not in namespace:
+            raise ConfigError(f"config file {path} defines no get_config()")
+        config = namespace["get_config"]()
+    except ConfigError:
+        raise
+    # The file is the user's, and so is whatever it does wrong: a misspelled field, a name that is not imported.
+    except Exception as error:
+        raise ConfigError(_failure(error, path)) from error
     if not isinstance(config, RunConfig):
         raise ConfigError(f"get_config() of {path} returned {type(config).__name__}, not RunConfig")
     check_kinds(config)
     return config
+
+
+def _failure(error: Exception, path: str | Path) -> str:
+    """One sentence: the file at `path`, the line of it that failed (the innermost, if any), and why."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    why = " ".join(str(error).split()) or "nothing is told"
+    if isinstance(error, SyntaxError) and error.filename == str(path):
+        lines, why = [error.lineno], f"it is not Python: {error.msg}"
+    place = f", line {lines[-1]}" if lines else ""
+    return f"config file {path}{place}: {type(error).__name__}: {why}"
