@@ -84,9 +84,16 @@ def open_chat(options: argparse.Namespace, settings: GenerationSettings, root: P
 
 
 def _notice(loaded: LoadedBranches, speaker: Speaks | None) -> str:
-    lines = []
-    if loaded.untrained:
-        lines.append(f"untrained, so that answers mean nothing: {', '.join(loaded.untrained)}")
+    lines, untrained = [], set(loaded.untrained)
+    # Codes of a seeded tokenizer mean something to the model that learned them, though they decode to no sound.
+    if "audio_head" in loaded.branches and "audio_encoder" in untrained and "audio_head" not in untrained:
+        untrained.remove("audio_encoder")
+        lines.append(
+            "untrained audio tokenizer: its codes mean something to the model trained on them, but are no sound"
+        )
+    if untrained:
+        meaningless = ", ".join(name for name in loaded.untrained if name in untrained)
+        lines.insert(0, f"untrained, so that answers mean nothing: {meaningless}")
     if speaker is not None and speaker.vocoder == "griffin_lim":
         lines.append("no vocoder branch: Griffin and Lim's iteration makes the waveform")
     return "\n".join(lines)
