@@ -75,7 +75,7 @@ def part_time_of(root: Path) -> float:
 
 
 def files_of(root: Path) -> dict[str, bytes]:
-    """Every file of the store."""
+    """Every file of the store; its lock says which process was at work."""
     store = store_of(root)
-    paths = sorted(path for path in store.rglob("*") if path.is_file())
+    paths = sorted(path for path in store.rglob("*") if path.is_file() and path.name != ".lock")
     return {str(path.relative_to(store)): path.read_bytes() for path in paths}
