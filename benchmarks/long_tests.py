@@ -2,9 +2,10 @@
 
     python benchmarks/long_tests.py [--json] [PROOF ...]
 
-CI runs each of these at a small size (`sized` in tests/proofs.py); here hundreds of kills, thousands of damaged files,
-every shape of every kernel and the chain of trainings take an hour or more. Needs the extra `test`, and libtpu (extra
-`preflight`) for `aot`. The value is the number of tests that passed; a failing or missing one makes `ok` false.
+CI runs some of these and `pytest -m slow` all, at a small size (`sized` in tests/proofs.py); here hundreds of kills,
+thousands of damaged files, every shape of every kernel and the chain of trainings take an hour or more. Needs the extra
+`test`, and libtpu (extra `preflight`) for `aot`. The value is the number of tests that passed; a failing or missing one
+makes `ok` false.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """How much the long tests do, how long a process may take, and what the test processes share.
 
-CI runs every long test at a small size. `benchmarks/long_tests.py` runs them at the full size: hundreds of kills,
-thousands of damaged files, every shape of every kernel, whole chains of trainings.
+CI runs some of the long tests and `pytest -m slow` all of them, at a small size. `benchmarks/long_tests.py` runs them
+at the full size: hundreds of kills, thousands of damaged files, every shape of every kernel, whole chains of trainings.
 """
 
 import fcntl
