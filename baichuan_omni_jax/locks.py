@@ -14,7 +14,7 @@ import time
 import weakref
 from pathlib import Path
 
-from baichuan_omni_jax.config.errors import ConfigError
+from baichuan_omni_jax.errors import ConfigError
 
 log = logging.getLogger(__name__)
 

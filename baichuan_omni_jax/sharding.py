@@ -15,7 +15,8 @@ from flax import nnx
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from baichuan_omni_jax.config import ConfigError, MeshConfig
+from baichuan_omni_jax.config import MeshConfig
+from baichuan_omni_jax.errors import ConfigError
 
 MESH_AXES = ("data", "fsdp", "context", "tensor")
 # Mesh axes along which a parameter is stored in parts but computed with whole.

@@ -18,10 +18,10 @@ import numpy as np
 from rows import emit, row
 
 from baichuan_omni_jax.config import DataConfig
-from data_pipelines.context_plan import block_work, deal_blocks, lay_documents
-from data_pipelines.media_layout import PatchLayout
-from data_pipelines.mixture import Item
-from data_pipelines.packer import Packer
+from data_pipelines.packing.context_plan import block_work, deal_blocks, lay_documents
+from data_pipelines.packing.media_layout import PatchLayout
+from data_pipelines.packing.mixture import Item
+from data_pipelines.packing.packer import Packer
 
 MEANS = (3000, 16000)
 SIGMA = 1.2

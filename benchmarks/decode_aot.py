@@ -27,19 +27,19 @@ from rows import emit, row
 
 from baichuan_omni_jax.checkpoint import with_shardings
 from baichuan_omni_jax.config import MeshConfig, OmniConfig, baichuan_omni_7b
+from baichuan_omni_jax.flops.chips import chip_of
+from baichuan_omni_jax.generation import programs as steps
+from baichuan_omni_jax.generation.slots import idle_rows
 from baichuan_omni_jax.llm.audio_head import AudioHeadBranch
 from baichuan_omni_jax.llm.decode import DecodeModel
 from baichuan_omni_jax.llm.depth_decode import DepthDecoder
+from baichuan_omni_jax.llm.kv_cache import init_cache
 from baichuan_omni_jax.llm.model import LanguageModel
-from baichuan_omni_jax.nn.cache import init_cache
 from baichuan_omni_jax.nn.param import Compute
-from baichuan_omni_jax.omni import steps
-from baichuan_omni_jax.omni.rows import idle_rows
 from baichuan_omni_jax.sharding import make_mesh
-from baichuan_omni_jax.speech_pieces import piece_table
-from baichuan_omni_jax.train.chips import chip_of
-from baichuan_omni_jax.train.collectives import collectives_of
 from baichuan_omni_jax.train.preflight import devices_of
+from baichuan_omni_jax.train.preflight.collectives import collectives_of
+from data_pipelines.text.speech_segments import piece_table
 
 GIB, MIB = 2**30, 2**20
 COMPUTE = Compute(dtype=jnp.dtype("bfloat16"), remat="none")

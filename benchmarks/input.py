@@ -27,10 +27,10 @@ import numpy as np
 from rows import emit, row
 
 from baichuan_omni_jax.config import Budgets, DataConfig, OmniConfig, SourceConfig, baichuan_omni_7b, tiny
-from data_pipelines import processor
-from data_pipelines.build.dataset import build_dataset
-from data_pipelines.index import Index
-from data_pipelines.jobs.local import LocalRunner
+from data_pipelines.datasets.builder.build import build_dataset
+from data_pipelines.datasets.jobs.local import LocalRunner
+from data_pipelines.documents import processor
+from data_pipelines.packing.index import Index
 from data_pipelines.pipeline import Pipeline, open_pipeline
 
 MANIFESTS = ("image", "video", "audio", "omni")

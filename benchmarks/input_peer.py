@@ -19,10 +19,10 @@ from tokenizers import Tokenizer
 from torch.utils.data import DataLoader, Dataset
 
 from baichuan_omni_jax.config import Budgets, OmniConfig
-from data_pipelines.features import visual_size
+from data_pipelines.documents.prompts import Picture, Sound, Text, parse_prompt
+from data_pipelines.media.features import visual_size
+from data_pipelines.media.videos import frame_times
 from data_pipelines.pipeline import Pipeline
-from data_pipelines.prompts import Picture, Sound, Text, parse_prompt
-from data_pipelines.videos import frame_times
 
 # For each step: its rows, each a list of manifest lines as (text, media folder); and the frames of its mel slots.
 Rows = list[list[tuple[str, str]]]

@@ -3,11 +3,12 @@
     python benchmarks/loss_shares.py [--json] [--root data/sample]
 
 For configs/tiny.py and the tiny stages from the index of the sample data (built at --root where it is missing): what a
-run's start table and `python -m data_pipelines.stats --config` tell. For the released sizes, whose data are yours, from
-the lengths in `ASSUMED`. The peer is the same mixture as 0.1.0 weighed it: shares of documents, each counting by its
-tokens, the audio loss in full whatever there is of it. Value: the most that a source's share of the loss is away from
-its share in the configuration, in points of a hundred; a goal only where the configuration gives shares of the loss.
-`note` has all shares and, of released sizes, the part of visual tokens beside what a row has room for. Pure arithmetic.
+run's start table and `python -m data_pipelines.tools.stats --config` tell. For the released sizes, whose data are
+yours, from the lengths in `ASSUMED`. The peer is the same mixture as 0.1.0 weighed it: shares of documents, each
+counting by its tokens, the audio loss in full whatever there is of it. Value: the most that a source's share of the
+loss is away from its share in the configuration, in points of a hundred; a goal only where the configuration gives
+shares of the loss. `note` has all shares and, of released sizes, the part of visual tokens beside what a row has room
+for. Pure arithmetic.
 """
 
 import argparse

@@ -23,10 +23,11 @@ import jax
 import numpy as np
 from rows import emit, row
 
-from baichuan_omni_jax.config import GenerationSettings, MeshConfig, OmniConfig, RequestError, tiny
+from baichuan_omni_jax.config import GenerationSettings, MeshConfig, OmniConfig, tiny
+from baichuan_omni_jax.errors import RequestError
+from baichuan_omni_jax.generation.engine import Engine
+from baichuan_omni_jax.generation.events import Answer, Finished, Prompt
 from baichuan_omni_jax.nn.param import Compute
-from baichuan_omni_jax.omni.answer import Answer, Finished, Prompt
-from baichuan_omni_jax.omni.generate import Engine
 from baichuan_omni_jax.omni.model import OmniModel
 from baichuan_omni_jax.sharding import make_mesh
 

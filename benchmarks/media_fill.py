@@ -15,9 +15,9 @@ import numpy as np
 from rows import emit, row
 
 from baichuan_omni_jax.config import DataConfig
-from data_pipelines.media_layout import PatchLayout
-from data_pipelines.mixture import Item
-from data_pipelines.packer import Packer
+from data_pipelines.packing.media_layout import PatchLayout
+from data_pipelines.packing.mixture import Item
+from data_pipelines.packing.packer import Packer
 
 PARTS = (1, 8, 16, 32)
 OPEN_BINS = 8

@@ -21,11 +21,11 @@ import numpy as np
 from rows import emit, row
 
 from baichuan_omni_jax.config import DataConfig, baichuan_omni_7b
-from data_pipelines.media_layout import PatchLayout
-from data_pipelines.mixture import Item, Measured, Mixture
-from data_pipelines.packer import Packer
-from data_pipelines.row_cost import row_cost
-from data_pipelines.row_plan import RowPlan, StepPlan
+from baichuan_omni_jax.flops.row_cost import row_cost
+from data_pipelines.packing.media_layout import PatchLayout
+from data_pipelines.packing.mixture import Item, Measured, Mixture
+from data_pipelines.packing.packer import Packer
+from data_pipelines.packing.row_plan import RowPlan, StepPlan
 
 LENGTH, MEAN, SIGMA, LONGEST = 65536, 3000, 1.0, 65536
 SLACK = 1.25

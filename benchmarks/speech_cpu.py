@@ -27,8 +27,8 @@ from baichuan_omni_jax.audio.decoder import AudioDecoder
 from baichuan_omni_jax.audio.quantizer import ResidualQuantizer
 from baichuan_omni_jax.config import MeshConfig, OmniConfig, baichuan_omni_7b, tiny
 from baichuan_omni_jax.flow.model import FlowDecoder
+from baichuan_omni_jax.generation.speech_decoder import Speaker
 from baichuan_omni_jax.nn.param import Compute, named_variables, with_values
-from baichuan_omni_jax.omni.speech import Speaker
 from baichuan_omni_jax.sharding import make_mesh
 from baichuan_omni_jax.vocoder.config import VocoderConfig, tiny_vocoder
 from baichuan_omni_jax.vocoder.model import Vocoder

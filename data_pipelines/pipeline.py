@@ -12,29 +12,30 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from baichuan_omni_jax.config import ConfigError, DataConfig, OmniConfig, SourceConfig, TrainConfig
+from baichuan_omni_jax.config import DataConfig, OmniConfig, SourceConfig, TrainConfig
+from baichuan_omni_jax.config.mel_targets import MelTargetSettings
 from baichuan_omni_jax.config.overrides import check_kinds
-from baichuan_omni_jax.config.sound_targets import MelTargetSettings
+from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.flops.row_cost import row_cost
 from baichuan_omni_jax.loss_shares import LossShare, predict_shares
-from data_pipelines.commands import describe_causes, file_errors
-from data_pipelines.context_plan import context_plan
-from data_pipelines.document import SampleError
-from data_pipelines.index import Index, Skipped
-from data_pipelines.index_build import load_index
-from data_pipelines.loss_weights import check_loss_weights, source_means
-from data_pipelines.media_layout import check_media_shards, patch_layout
-from data_pipelines.mel_slots import mel_slots
-from data_pipelines.mixture import Mixture
-from data_pipelines.oversize import check_policies, with_pieces
-from data_pipelines.packer import Packer
-from data_pipelines.processor import Codes, Processor
-from data_pipelines.prompts import Text, parse_prompt
-from data_pipelines.row_cost import row_cost
-from data_pipelines.row_limits import budget_vector
-from data_pipelines.row_plan import RowPlan, StepPlan, check_format, check_plan
-from data_pipelines.rows import ALL_ROWS, RowDecoder, Shard, Step, StepDataset, read_steps
-from data_pipelines.sources import Source, cache_folder, open_source
-from data_pipelines.tokenizing import load_tokenizer, train_tokenizer
+from data_pipelines.datasets.sources import Source, cache_folder, open_source
+from data_pipelines.documents.document import SampleError
+from data_pipelines.documents.processor import Codes, Processor
+from data_pipelines.documents.prompts import Text, parse_prompt
+from data_pipelines.packing.context_plan import context_plan
+from data_pipelines.packing.index import Index, Skipped
+from data_pipelines.packing.index_build import load_index
+from data_pipelines.packing.loss_weights import check_loss_weights, source_means
+from data_pipelines.packing.media_layout import check_media_shards, patch_layout
+from data_pipelines.packing.mel_slots import mel_slots
+from data_pipelines.packing.mixture import Mixture
+from data_pipelines.packing.oversize import check_policies, with_pieces
+from data_pipelines.packing.packer import Packer
+from data_pipelines.packing.row_limits import budget_vector
+from data_pipelines.packing.row_plan import RowPlan, StepPlan, check_format, check_plan
+from data_pipelines.packing.rows import ALL_ROWS, RowDecoder, Shard, Step, StepDataset, read_steps
+from data_pipelines.tokenizers.tokenizer import load_tokenizer, train_tokenizer
+from data_pipelines.tools.commands import describe_causes, file_errors
 
 log = logging.getLogger(__name__)
 NAMED = 1000  # skipped documents of a source that the log names; the others are named in the index's file

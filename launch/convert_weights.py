@@ -23,9 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from baichuan_omni_jax.checkpoint import save_branches
-from baichuan_omni_jax.config import ConfigError, resolve_model
-from baichuan_omni_jax.config.errors import exit_code
-from baichuan_omni_jax.config.files import read_json_object
+from baichuan_omni_jax.config import resolve_model
 from baichuan_omni_jax.convert import convert_to_jax, convert_to_torch, open_source, plan_to_jax, plan_to_torch
 from baichuan_omni_jax.convert.files import CONFIG, missing_code
 from baichuan_omni_jax.convert.qwen2 import TOKENIZER, convert_to_qwen2, plan_qwen2
@@ -35,6 +33,8 @@ from baichuan_omni_jax.convert.staging import check_target
 from baichuan_omni_jax.convert.tables import MODEL_BRANCHES
 from baichuan_omni_jax.convert.to_torch import ALL_BRANCHES, SHARD_BYTES, Source
 from baichuan_omni_jax.convert.whisper import tokenizer_from_whisper
+from baichuan_omni_jax.errors import ConfigError, exit_code
+from baichuan_omni_jax.storage import read_json_object
 
 
 class _Parser(argparse.ArgumentParser):

@@ -23,22 +23,22 @@ import numpy as np
 import soxr
 
 from baichuan_omni_jax.checkpoint import branch_home, find_checkpoint, parse_spec
-from baichuan_omni_jax.config import ConfigError, MeshConfig, OmniConfig
-from baichuan_omni_jax.config.errors import check_folders, exit_code
-from baichuan_omni_jax.omni.loading import load_for_generation
-from baichuan_omni_jax.omni.speech import Speaker
+from baichuan_omni_jax.config import MeshConfig, OmniConfig
+from baichuan_omni_jax.errors import ConfigError, check_folders, exit_code
+from baichuan_omni_jax.evaluation import intelligibility
+from baichuan_omni_jax.evaluation.clips import Clip, read_clips
+from baichuan_omni_jax.evaluation.intelligibility import Recognition
+from baichuan_omni_jax.evaluation.tokenizer_scores import TokenizerScores
+from baichuan_omni_jax.generation.loading import load_for_generation
+from baichuan_omni_jax.generation.speech_decoder import Speaker
 from baichuan_omni_jax.sharding import make_mesh
 from baichuan_omni_jax.train.mel_waves import MelWaves
-from baichuan_omni_jax.train.tokenizer_scores import TokenizerScores
-from data_pipelines import intelligibility
-from data_pipelines.clips import Clip, read_clips
-from data_pipelines.commands import add_media_arguments, given_root, trusted_names
-from data_pipelines.document import SampleError
-from data_pipelines.features import clip_windows, log_mel
-from data_pipelines.intelligibility import Recognition
-from data_pipelines.mel_targets import mel_target
-from data_pipelines.sources import trusted_folders
+from data_pipelines.datasets.sources import trusted_folders
+from data_pipelines.documents.document import SampleError
+from data_pipelines.media.features import clip_windows, log_mel
+from data_pipelines.media.mel_targets import mel_target
 from data_pipelines.synthesis.hooks import load_function
+from data_pipelines.tools.commands import add_media_arguments, given_root, trusted_names
 
 BRANCHES = ("audio_encoder", "audio_decoder", "flow")
 DRAWN = 3  # clips on the picture
@@ -72,7 +72,7 @@ def evaluate(options: argparse.Namespace) -> None:
     if options.json:
         options.json.write_text(json.dumps(numbers, indent=2))
     if options.picture:
-        from data_pipelines.tokenizer_picture import draw_tokenizer  # imports matplotlib
+        from data_pipelines.tools.tokenizer_picture import draw_tokenizer  # imports matplotlib
 
         seconds = judge.scores.settings.hop / judge.scores.settings.rate
         draw_tokenizer(judge.drawn, seconds, numbers, cfg.audio.codebook_sizes, options.picture)

@@ -24,18 +24,18 @@ from typing import Any
 import jax
 import soundfile
 from absl import logging
-from generation.asking import TASKS, ask, default_settings
-from generation.opening import OneSentenceParser, Opened, add_model_flags, open_chat, say
-from generation.report import as_record, describe, show
-from generation.settings import add_settings_flags, settings_of
-from generation.talking import talk
 
-from baichuan_omni_jax.config import ConfigError, GenerationSettings, RequestError
-from baichuan_omni_jax.config.errors import check_folders, exit_code
-from baichuan_omni_jax.omni.answer_file import Question, answer_questions, read_questions
-from baichuan_omni_jax.omni.chat import ChatAnswer, Reply
-from data_pipelines.id_prompt import read_id_file
-from data_pipelines.manifest import open_manifest
+from baichuan_omni_jax.cli.generation.asking import TASKS, ask, default_settings
+from baichuan_omni_jax.cli.generation.opening import OneSentenceParser, Opened, add_model_flags, open_chat, say
+from baichuan_omni_jax.cli.generation.report import as_record, describe, show
+from baichuan_omni_jax.cli.generation.settings import add_settings_flags, settings_of
+from baichuan_omni_jax.cli.generation.talking import talk
+from baichuan_omni_jax.config import GenerationSettings
+from baichuan_omni_jax.errors import ConfigError, RequestError, check_folders, exit_code
+from baichuan_omni_jax.generation.batch_requests import Question, answer_questions, read_questions
+from baichuan_omni_jax.generation.chat import ChatAnswer, Reply
+from data_pipelines.documents.id_prompt import read_id_file
+from data_pipelines.documents.manifest import open_manifest
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -26,8 +26,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from baichuan_omni_jax.config import ConfigError, apply_overrides, load_run_config, resolve_model
-from baichuan_omni_jax.config.errors import exit_code
+from baichuan_omni_jax.config import apply_overrides, load_run_config, resolve_model
+from baichuan_omni_jax.errors import ConfigError, exit_code
 from baichuan_omni_jax.train.preflight import Packing, Report, preflight
 from baichuan_omni_jax.train.preflight.tables import print_report
 

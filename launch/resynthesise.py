@@ -18,19 +18,19 @@ import soundfile
 
 from baichuan_omni_jax.audio.tokenize import WindowEncoder
 from baichuan_omni_jax.checkpoint.branches import parse_spec
-from baichuan_omni_jax.config import ConfigError, MeshConfig, OmniConfig
-from baichuan_omni_jax.config.errors import check_folders, exit_code
-from baichuan_omni_jax.config.sound_targets import flow_target
+from baichuan_omni_jax.config import MeshConfig, OmniConfig
+from baichuan_omni_jax.config.mel_targets import flow_target
 from baichuan_omni_jax.convert.tables import VOCODER_BRANCH
-from baichuan_omni_jax.omni.crossfade import CrossFade
-from baichuan_omni_jax.omni.loading import load_for_generation
-from baichuan_omni_jax.omni.speech import NEEDED, Resynthesised, Speaker
+from baichuan_omni_jax.errors import ConfigError, check_folders, exit_code
+from baichuan_omni_jax.generation.crossfade import CrossFade
+from baichuan_omni_jax.generation.loading import load_for_generation
+from baichuan_omni_jax.generation.speech_decoder import NEEDED, Resynthesised, Speaker
 from baichuan_omni_jax.sharding import make_mesh
-from data_pipelines.document import SampleError
-from data_pipelines.features import Window, clip_windows, log_mel
-from data_pipelines.media import Media
-from data_pipelines.mel_targets import mel_target
-from data_pipelines.sounds import decode_sound, probe_sound
+from data_pipelines.documents.document import SampleError
+from data_pipelines.media.audio import decode_sound, probe_sound
+from data_pipelines.media.features import Window, clip_windows, log_mel
+from data_pipelines.media.location import Media
+from data_pipelines.media.mel_targets import mel_target
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -90,7 +90,7 @@ def check_options(options: argparse.Namespace) -> None:
 
 def _draw(options: argparse.Namespace, pieces: list[Resynthesised], windows: list[Window], cfg: OmniConfig) -> None:
     """The recording's 24 kHz mel above the one that was made, each window of which stands where it was heard."""
-    from data_pipelines.mel_picture import draw_mels  # imports matplotlib
+    from data_pipelines.tools.mel_picture import draw_mels  # imports matplotlib
 
     settings, media = flow_target(cfg.flow), Media(str(options.audio), options.audio)
     wave = decode_sound(media, probe_sound(media, settings.rate), settings.rate)

@@ -17,8 +17,8 @@ from absl import flags
 from etils import epath
 
 from baichuan_omni_jax.checkpoint.steps import committed_steps
-from baichuan_omni_jax.config import STAGES, ConfigError, RunConfig, apply_overrides, load_run_config
-from baichuan_omni_jax.config.errors import exit_code, run_command
+from baichuan_omni_jax.config import STAGES, RunConfig, apply_overrides, load_run_config
+from baichuan_omni_jax.errors import ConfigError, exit_code, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of the stages' workdirs", required=True)

@@ -23,16 +23,16 @@ from baichuan_omni_jax.audio.tokenize import WindowEncoder, fingerprint
 from baichuan_omni_jax.checkpoint import find_tokenizer, read_tree, with_shardings, with_text_tokenizer
 from baichuan_omni_jax.checkpoint.branches import branch_folder
 from baichuan_omni_jax.config import MeshConfig, OmniConfig, RunConfig, apply_overrides, load_run_config, resolve_model
-from baichuan_omni_jax.config.errors import exit_code, run_command
-from baichuan_omni_jax.config.sound_targets import sound_targets
+from baichuan_omni_jax.config.mel_targets import sound_targets
+from baichuan_omni_jax.errors import exit_code, run_command
 from baichuan_omni_jax.nn.param import Compute, named_values, with_values
 from baichuan_omni_jax.sharding import make_mesh
 from baichuan_omni_jax.train.groups import untrained_targets
 from baichuan_omni_jax.train.hosts import check_agreement, is_leader, join, leader_first, run_facts, software, together
-from data_pipelines.codes import CodeStore
-from data_pipelines.codes.fill import ALONE, Hosts, Settings, Tokenizer, open_or_fill, store_path
-from data_pipelines.codes.writer import PART_FRAMES
-from data_pipelines.jobs.runners import RUNNERS, make_runner
+from data_pipelines.audio_codes import CodeStore
+from data_pipelines.audio_codes.fill import ALONE, Hosts, Settings, Tokenizer, open_or_fill, store_path
+from data_pipelines.audio_codes.writer import PART_FRAMES
+from data_pipelines.datasets.jobs.runners import RUNNERS, make_runner
 from data_pipelines.pipeline import Pipeline, open_pipeline, prepare_sample
 
 CONFIG = flags.DEFINE_string("config", None, "run configuration file", required=True)

@@ -32,19 +32,19 @@ from baichuan_omni_jax.checkpoint import (
 )
 from baichuan_omni_jax.checkpoint.branches import KEPT
 from baichuan_omni_jax.config import OmniConfig, RunConfig, apply_overrides, load_run_config, resolve_model
-from baichuan_omni_jax.config.errors import exit_code, run_command
+from baichuan_omni_jax.errors import exit_code, run_command
+from baichuan_omni_jax.generation.loading import is_untrained
 from baichuan_omni_jax.nn.param import named_values, with_values
-from baichuan_omni_jax.omni.loading import is_untrained
+from baichuan_omni_jax.train.batch_placer import rows_of_host
 from baichuan_omni_jax.train.hosts import check_agreement, leader_first, run_facts, software, together, wait_for
-from baichuan_omni_jax.train.loop import Extras, set_up, train
-from baichuan_omni_jax.train.rows import rows_of_host
-from baichuan_omni_jax.train.tracing import parse_span
+from baichuan_omni_jax.train.profiling import parse_span
+from baichuan_omni_jax.train.trainer import Extras, set_up, train
 from baichuan_omni_jax.train.wandb import load_wandb
-from data_pipelines.codes import CodeStore
-from data_pipelines.codes.fill import Settings
+from data_pipelines.audio_codes import CodeStore
+from data_pipelines.audio_codes.fill import Settings
+from data_pipelines.packing.rows import Shard
+from data_pipelines.packing.training import TrainingData
 from data_pipelines.pipeline import Pipeline
-from data_pipelines.rows import Shard
-from data_pipelines.training import TrainingData
 
 WORKDIR = flags.DEFINE_string("workdir", None, "where the run's checkpoints and numbers go", required=True)
 PROFILE = flags.DEFINE_string("profile", "", "START:STOP, steps to trace into WORKDIR/profile")

@@ -23,8 +23,7 @@ from absl import logging
 from rich.console import Console
 from rich.table import Table
 
-from baichuan_omni_jax.config import ConfigError
-from baichuan_omni_jax.config.errors import exit_code
+from baichuan_omni_jax.errors import ConfigError, exit_code
 from baichuan_omni_jax.verify import CHECKS, Row, verify, verify_released
 
 

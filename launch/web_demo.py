@@ -12,12 +12,11 @@ from dataclasses import fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from generation.opening import OneSentenceParser, add_model_flags, open_chat
-from generation.settings import add_settings_flags, settings_of
-from web.limits import Limits
-
-from baichuan_omni_jax.config import ConfigError, GenerationSettings
-from baichuan_omni_jax.config.errors import exit_code
+from baichuan_omni_jax.cli.generation.opening import OneSentenceParser, add_model_flags, open_chat
+from baichuan_omni_jax.cli.generation.settings import add_settings_flags, settings_of
+from baichuan_omni_jax.config import GenerationSettings
+from baichuan_omni_jax.errors import ConfigError, exit_code
+from baichuan_omni_jax.serving.limits import Limits
 
 LIMITS = {
     "files": "files of one message",
@@ -42,7 +41,8 @@ def serve(arguments: list[str] | None) -> None:
     limits = Limits(**{name: getattr(options, f"max_{name}") for name in LIMITS})
     try:
         import uvicorn
-        from web.page import PageSettings, make_app
+
+        from baichuan_omni_jax.serving.page import PageSettings, make_app
     except ImportError as error:
         raise ConfigError(f"the page needs Gradio, the extra demo (pip install '.[demo]'): {error}") from error
     with _listen(options.host, options.port) as listening, TemporaryDirectory() as folder:

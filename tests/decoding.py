@@ -12,8 +12,8 @@ from jax.sharding import reshard
 from baichuan_omni_jax.config import tiny
 from baichuan_omni_jax.llm.config import LLMConfig
 from baichuan_omni_jax.llm.decode import DecodeModel
+from baichuan_omni_jax.llm.kv_cache import KVCache
 from baichuan_omni_jax.llm.model import LanguageModel
-from baichuan_omni_jax.nn.cache import KVCache
 from baichuan_omni_jax.nn.param import Compute, named_variables, with_values
 from baichuan_omni_jax.sharding import parameter_sharding
 

@@ -14,7 +14,7 @@ from baichuan_omni_jax.llm.model import LanguageModel
 from baichuan_omni_jax.nn.param import Compute, named_variables, with_values
 from baichuan_omni_jax.sharding import make_mesh, parameter_sharding
 from baichuan_omni_jax.vision.model import VisionModel
-from data_pipelines.tokenizing import train_tokenizer
+from data_pipelines.tokenizers.tokenizer import train_tokenizer
 
 COMPUTE = Compute(remat="none", attention_block=64)
 LEVELS = 8

@@ -19,7 +19,7 @@ from proofs import HANG
 from baichuan_omni_jax.config import MeshConfig, RunConfig, apply_overrides, load_run_config, resolve_model
 from baichuan_omni_jax.omni.batch import BATCH_AXES
 from baichuan_omni_jax.sharding import ShardingRules, make_mesh
-from data_pipelines.codes import CodeStore, write_codes
+from data_pipelines.audio_codes import CodeStore, write_codes
 from data_pipelines.pipeline import Pipeline, open_pipeline
 from tests.windows import windows_of
 

@@ -7,8 +7,8 @@ import numpy as np
 from engine_prompts import TestPrompt
 
 from baichuan_omni_jax.config import GenerationSettings, tiny
-from baichuan_omni_jax.omni.answer import Finished, Frames, TextPiece
-from baichuan_omni_jax.omni.chat import ChatModel, OmniChat
+from baichuan_omni_jax.generation.chat import ChatModel, OmniChat
+from baichuan_omni_jax.generation.events import Finished, Frames, TextPiece
 
 RATE = 24000
 HOP = 1920  # samples of a code frame

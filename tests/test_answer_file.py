@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from baichuan_omni_jax.config import ConfigError, RequestError
+from baichuan_omni_jax.errors import ConfigError, RequestError
+from baichuan_omni_jax.generation.batch_requests import answer_questions, read_questions
+from baichuan_omni_jax.generation.chat_stream import Reply
+from baichuan_omni_jax.generation.events import Finished, TextPiece
 from baichuan_omni_jax.locks import take_lock
-from baichuan_omni_jax.omni.answer import Finished, TextPiece
-from baichuan_omni_jax.omni.answer_file import answer_questions, read_questions
-from baichuan_omni_jax.omni.reply import Reply
 
 
 class Request:

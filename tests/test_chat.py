@@ -5,9 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from baichuan_omni_jax.config import GenerationSettings, RequestError, tiny
-from baichuan_omni_jax.omni.answer import Finished, Frames, Prompt, TextPiece
-from baichuan_omni_jax.omni.chat import AudioChunk, ChatModel, Conversation, OmniChat
+from baichuan_omni_jax.config import GenerationSettings, tiny
+from baichuan_omni_jax.errors import RequestError
+from baichuan_omni_jax.generation.chat import AudioChunk, ChatModel, Conversation, OmniChat
+from baichuan_omni_jax.generation.events import Finished, Frames, Prompt, TextPiece
 
 ALOUD = GenerationSettings(speech=True)
 LEVELS = tiny().audio.levels

@@ -23,7 +23,6 @@ from baichuan_omni_jax.checkpoint import (
 )
 from baichuan_omni_jax.config import (
     CheckpointConfig,
-    ConfigError,
     DataConfig,
     MeshConfig,
     RunConfig,
@@ -32,7 +31,7 @@ from baichuan_omni_jax.config import (
     read_hf,
     tiny,
 )
-from baichuan_omni_jax.config.errors import RunStoppedError
+from baichuan_omni_jax.errors import ConfigError, RunStoppedError
 from baichuan_omni_jax.nn.param import Buffer, normal, stack
 
 TOKENIZER = '{"version": "1.0", "added_tokens": [{"content": "你好"}]}'

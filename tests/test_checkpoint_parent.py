@@ -27,12 +27,12 @@ from baichuan_omni_jax.checkpoint import (
     with_text_tokenizer,
 )
 from baichuan_omni_jax.checkpoint.run_config import store_run_config
-from baichuan_omni_jax.config import CheckpointConfig, ConfigError, DataConfig, ImagesConfig, RunConfig, tiny
-from baichuan_omni_jax.config.errors import RunStoppedError
+from baichuan_omni_jax.config import CheckpointConfig, DataConfig, ImagesConfig, RunConfig, tiny
 from baichuan_omni_jax.convert.tables import abstract_branches
+from baichuan_omni_jax.errors import ConfigError, RunStoppedError
+from baichuan_omni_jax.generation import loading
+from baichuan_omni_jax.generation.loading import load_for_generation
 from baichuan_omni_jax.nn.param import named_values
-from baichuan_omni_jax.omni import loading
-from baichuan_omni_jax.omni.loading import load_for_generation
 
 
 def checkpoint(folder: epath.Path, **trained: int) -> epath.Path:

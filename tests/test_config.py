@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from baichuan_omni_jax.config import (
-    ConfigError,
     RunConfig,
     apply_overrides,
     baichuan_omni_7b,
@@ -22,6 +21,7 @@ from baichuan_omni_jax.config import (
     to_dict,
     to_hf,
 )
+from baichuan_omni_jax.errors import ConfigError
 from tests.golden import golden_path
 
 ROOT = Path(__file__).resolve().parents[1]

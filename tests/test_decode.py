@@ -8,7 +8,7 @@ from decoding import LENGTH, PROMPTS, ROWS, STEPS, TOKENS, decode, distance, rec
 from micro import one_device
 
 from baichuan_omni_jax.llm.decode import DecodeModel
-from baichuan_omni_jax.nn.cache import KVCache, init_cache
+from baichuan_omni_jax.llm.kv_cache import KVCache, init_cache
 
 
 @pytest.fixture(scope="module", autouse=True)

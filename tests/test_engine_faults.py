@@ -25,13 +25,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typecheck import unchecked
 
-from baichuan_omni_jax.config import ConfigError, GenerationSettings, RequestError
-from baichuan_omni_jax.omni import batch_state, steps
-from baichuan_omni_jax.omni.answer import Answer, Finished
-from baichuan_omni_jax.omni.generate import Engine
-from baichuan_omni_jax.omni.request import Request
-from baichuan_omni_jax.omni.text_stream import TextStream
-from data_pipelines.tokenizing import encode
+from baichuan_omni_jax.config import GenerationSettings
+from baichuan_omni_jax.errors import ConfigError, RequestError
+from baichuan_omni_jax.generation import engine_state as batch_state
+from baichuan_omni_jax.generation import programs as steps
+from baichuan_omni_jax.generation.engine import Engine
+from baichuan_omni_jax.generation.events import Answer, Finished
+from baichuan_omni_jax.generation.requests import Request
+from baichuan_omni_jax.generation.text_stream import TextStream
+from data_pipelines.tokenizers.tokenizer import encode
 
 CFG = small_config()
 KEY = jax.random.key(0)

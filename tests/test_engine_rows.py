@@ -8,9 +8,9 @@ import numpy as np
 from engine_prompts import small_config
 
 from baichuan_omni_jax.config import GenerationSettings
+from baichuan_omni_jax.generation.slots import FRAME, MARK, TOKEN, new_row, next_items
 from baichuan_omni_jax.llm.depth_decode import DepthDecoder
-from baichuan_omni_jax.omni.rows import FRAME, MARK, TOKEN, new_row, next_items
-from baichuan_omni_jax.speech_pieces import table_of_texts
+from data_pipelines.text.speech_segments import table_of_texts
 
 CFG = small_config()
 IDS = CFG.tokens

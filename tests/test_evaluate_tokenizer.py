@@ -16,14 +16,14 @@ import soundfile
 
 from baichuan_omni_jax.checkpoint import save_branches
 from baichuan_omni_jax.config import MeshConfig, tiny
-from baichuan_omni_jax.config.sound_targets import decoded_target
+from baichuan_omni_jax.config.mel_targets import decoded_target
+from baichuan_omni_jax.evaluation.clips import read_clips
+from baichuan_omni_jax.evaluation.intelligibility import RATE, Recognition, measure
 from baichuan_omni_jax.nn.param import Compute
-from baichuan_omni_jax.omni.voice_model import VoiceModel
+from baichuan_omni_jax.omni.flow_matching_model import VoiceModel
 from baichuan_omni_jax.sharding import make_mesh
-from data_pipelines.clips import read_clips
-from data_pipelines.document import SampleError
-from data_pipelines.features import clip_windows
-from data_pipelines.intelligibility import RATE, Recognition, measure
+from data_pipelines.documents.document import SampleError
+from data_pipelines.media.features import clip_windows
 
 REPOSITORY = Path(__file__).parents[1]
 SCRIPT = REPOSITORY / "launch" / "evaluate_tokenizer.py"

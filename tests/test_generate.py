@@ -20,11 +20,11 @@ from engine_prompts import (
 from golden import golden_path
 
 from baichuan_omni_jax.config import GenerationSettings, Sampling
+from baichuan_omni_jax.generation.engine import Engine
+from baichuan_omni_jax.generation.events import Answer
+from baichuan_omni_jax.generation.prompt_audio import Hearing
 from baichuan_omni_jax.llm.depth_decode import DepthDecoder
 from baichuan_omni_jax.nn.param import split_as
-from baichuan_omni_jax.omni.answer import Answer
-from baichuan_omni_jax.omni.generate import Engine
-from baichuan_omni_jax.omni.hearing import Hearing
 from baichuan_omni_jax.omni.merge import merge_media
 from baichuan_omni_jax.verify.fixtures import Fixtures, exact_arithmetic
 

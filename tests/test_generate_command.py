@@ -16,11 +16,12 @@ from safetensors.numpy import load_file
 from typecheck import unchecked
 
 from baichuan_omni_jax.checkpoint import save_branches
-from baichuan_omni_jax.config import ConfigError, RequestError, Sampling, tiny
+from baichuan_omni_jax.config import Sampling, tiny
 from baichuan_omni_jax.convert.tables import abstract_branches
 from baichuan_omni_jax.convert.to_jax import convert_to_jax
-from baichuan_omni_jax.omni.answer import Finished, TextPiece
-from baichuan_omni_jax.omni.reply import Reply
+from baichuan_omni_jax.errors import ConfigError, RequestError
+from baichuan_omni_jax.generation.chat_stream import Reply
+from baichuan_omni_jax.generation.events import Finished, TextPiece
 
 LAUNCH = Path(__file__).parents[1] / "launch"
 TRANSCRIBE = {"type": "text", "text": "将语音转录为文本:"}
@@ -44,7 +45,7 @@ class Chat:
 
 
 def asked(launch, task, base=Path(), **values):
-    return launch("generation.asking").ask(Chat(), task, values, None, base)
+    return launch("baichuan_omni_jax.cli.generation.asking").ask(Chat(), task, values, None, base)
 
 
 def file(kind, path):
@@ -237,7 +238,7 @@ def parts(tmp_path_factory):
 
 
 def test_branches_of_several_checkpoints_are_one_model(parts):
-    from baichuan_omni_jax.omni.loading import load_for_generation
+    from baichuan_omni_jax.generation.loading import load_for_generation
 
     loaded = load_for_generation(f"llm={parts}/llm,audio_head={parts}/head")
     assert set(loaded.branches) == {"llm", "audio_head"}
@@ -257,7 +258,7 @@ def test_branches_of_several_checkpoints_are_one_model(parts):
     ],
 )
 def test_checkpoints_that_make_no_model(parts, spec, sentence):
-    from baichuan_omni_jax.omni.loading import load_for_generation
+    from baichuan_omni_jax.generation.loading import load_for_generation
 
     with pytest.raises(ConfigError, match=sentence):
         load_for_generation(spec.format(parts))
@@ -314,7 +315,7 @@ def test_the_command_says_what_the_released_computation_says(launch, golden, tmp
 @pytest.mark.slow
 def test_parts_of_three_runs_hear_and_speak(launch, tmp_path, capsys):
     """A branch of each kind of run, random: text to a wav file, a recording and a picture to text, two turns."""
-    from data_pipelines.tokenizing import train_tokenizer
+    from data_pipelines.tokenizers.tokenizer import train_tokenizer
     from tests.data_pipelines.small_media import write_image, write_sound
 
     cfg, main = tiny(), launch("generate").main

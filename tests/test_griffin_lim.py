@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from baichuan_omni_jax.config.sound_targets import flow_target
+from baichuan_omni_jax.config.mel_targets import flow_target
 from baichuan_omni_jax.flow.config import FlowConfig
 from baichuan_omni_jax.vocoder.griffin_lim import griffin_lim
-from data_pipelines.mel_targets import mel_target
+from data_pipelines.media.mel_targets import mel_target
 
 SETTINGS = flow_target(FlowConfig())
 

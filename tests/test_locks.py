@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from baichuan_omni_jax.checkpoint import Workdir
-from baichuan_omni_jax.config import ConfigError
+from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.locks import take_lock
 
 ROOT = Path(__file__).resolve().parents[1]

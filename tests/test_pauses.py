@@ -1,9 +1,9 @@
-"""launch/web/pauses.py: where an utterance ends, in quiet and in noise, however the sound is cut into pieces."""
+"""Pauses: where an utterance ends, in quiet and in noise, however the sound is cut into pieces."""
 
 import numpy as np
 import pytest
 
-from launch.web.pauses import PauseDetector, PauseSettings
+from baichuan_omni_jax.serving.pauses import PauseDetector, PauseSettings
 
 RATE = 16000
 FRAME = 0.02

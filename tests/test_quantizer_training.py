@@ -16,8 +16,9 @@ from baichuan_omni_jax.audio.quantizer_training import (
     level_starts,
     quantize_in_training,
 )
-from baichuan_omni_jax.config import ConfigError, FlowTraining, MeshConfig, TokenizerTraining
-from baichuan_omni_jax.config.sound import QuantizerConfig
+from baichuan_omni_jax.config import FlowTraining, MeshConfig, TokenizerTraining
+from baichuan_omni_jax.config.audio import QuantizerConfig
+from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.nn.param import Compute
 from baichuan_omni_jax.sharding import make_mesh
 

@@ -13,7 +13,7 @@ import soundfile
 from baichuan_omni_jax.checkpoint import save_branches
 from baichuan_omni_jax.config import tiny
 from baichuan_omni_jax.nn.param import Compute
-from baichuan_omni_jax.omni.voice_model import VoiceModel
+from baichuan_omni_jax.omni.flow_matching_model import VoiceModel
 
 SCRIPT = Path(__file__).parents[1] / "launch" / "resynthesise.py"
 

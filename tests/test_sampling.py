@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typecheck import unchecked
 
-from baichuan_omni_jax.config import ConfigError, GenerationSettings, Sampling
-from baichuan_omni_jax.omni.sampling import FEW, Drawing, draw, key_data
+from baichuan_omni_jax.config import GenerationSettings, Sampling
+from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.generation.sampling import FEW, Drawing, draw, key_data
 
 V = 100
 ALL = np.ones((1, V), bool)

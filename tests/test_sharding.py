@@ -7,7 +7,8 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from baichuan_omni_jax.config import ConfigError, MeshConfig
+from baichuan_omni_jax.config import MeshConfig
+from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.nn.param import Compute, named_values, named_variables, normal, stack, with_values
 from baichuan_omni_jax.omni.merge import merge_media, pick_slots
 from baichuan_omni_jax.sharding import ShardingRules, check_divisible, make_mesh, parameter_axes

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from baichuan_omni_jax.audio.decoder import AudioDecoder
-from baichuan_omni_jax.config import ConfigError, MeshConfig, tiny
+from baichuan_omni_jax.config import MeshConfig, tiny
+from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.flow.model import FlowDecoder
 from baichuan_omni_jax.flow.sampler import cosine_times, sample_mel
 from baichuan_omni_jax.flow.unet import chunk_positions, time_features

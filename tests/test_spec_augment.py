@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from baichuan_omni_jax.audio.spec_augment import spec_augment
-from baichuan_omni_jax.config import ConfigError, MeshConfig, SpecAugmentConfig
+from baichuan_omni_jax.config import MeshConfig, SpecAugmentConfig
+from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.nn.param import Compute
 from baichuan_omni_jax.sharding import make_mesh
 

@@ -11,13 +11,14 @@ from golden import golden_path
 
 from baichuan_omni_jax.audio.decoder import AudioDecoder
 from baichuan_omni_jax.audio.quantizer import ResidualQuantizer
-from baichuan_omni_jax.config import ConfigError, MeshConfig, tiny
+from baichuan_omni_jax.config import MeshConfig, tiny
+from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.flow.model import FlowDecoder
 from baichuan_omni_jax.flow.sampler import sample_mel
+from baichuan_omni_jax.generation import speech_decoder as speech
+from baichuan_omni_jax.generation.crossfade import CrossFade
+from baichuan_omni_jax.generation.speech_decoder import Speaker
 from baichuan_omni_jax.nn.param import Compute, named_variables, with_values
-from baichuan_omni_jax.omni import speech
-from baichuan_omni_jax.omni.crossfade import CrossFade
-from baichuan_omni_jax.omni.speech import Speaker
 from baichuan_omni_jax.sharding import make_mesh
 from baichuan_omni_jax.vocoder.config import VocoderConfig
 from baichuan_omni_jax.vocoder.model import Vocoder, draw_noise, reach

@@ -7,11 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from baichuan_omni_jax.config import READ_AT_LEAST, ConfigError, GenerationSettings
-from baichuan_omni_jax.omni.piece_progress import advance, new_progress, next_piece
-from baichuan_omni_jax.speech_pieces import cut_places, piece_table, spoken_units
-from data_pipelines.synthesis.splitting import split_text
-from data_pipelines.tokenizing import encode, train_tokenizer
+from baichuan_omni_jax.config import READ_AT_LEAST, GenerationSettings
+from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.generation.segment_progress import advance, new_progress, next_piece
+from data_pipelines.text.speech_segments import cut_places, piece_table, spoken_units
+from data_pipelines.text.splitting import split_text
+from data_pipelines.tokenizers.tokenizer import encode, train_tokenizer
 
 # Words of both languages, all that the rule knows of, and what stands beside marks in real text.
 PARTS = [

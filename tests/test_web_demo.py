@@ -22,10 +22,10 @@ from proofs import wait_for
 from baichuan_omni_jax.checkpoint import save_branches
 from baichuan_omni_jax.config import MeshConfig, tiny
 from baichuan_omni_jax.nn.param import Compute
+from baichuan_omni_jax.omni.flow_matching_model import VoiceModel
 from baichuan_omni_jax.omni.model import OmniModel
-from baichuan_omni_jax.omni.voice_model import VoiceModel
 from baichuan_omni_jax.sharding import make_mesh
-from data_pipelines.tokenizing import train_tokenizer
+from data_pipelines.tokenizers.tokenizer import train_tokenizer
 
 pytest.importorskip("gradio", reason="the page needs Gradio: the extra demo")
 pytest.importorskip("selenium", reason="the browser is driven by Selenium: the extra browser")
@@ -110,8 +110,8 @@ def serve(tmp_path):
     """Serves a chat; returns the page's address."""
     import uvicorn
 
-    from launch.web.limits import Limits
-    from launch.web.page import PageSettings, make_app
+    from baichuan_omni_jax.serving.limits import Limits
+    from baichuan_omni_jax.serving.page import PageSettings, make_app
 
     running = []
 

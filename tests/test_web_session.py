@@ -12,11 +12,12 @@ from page_chat import scripted_chat
 from PIL import Image
 from proofs import wait_for
 
-from baichuan_omni_jax.config import ConfigError, GenerationSettings
-from launch.web.limits import Limits, read_turn
-from launch.web.session import BUSY, Session
-from launch.web.sessions import Sessions
-from launch.web.speech import GrowingSpeech
+from baichuan_omni_jax.config import GenerationSettings
+from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.serving.limits import Limits, read_turn
+from baichuan_omni_jax.serving.session import BUSY, Session
+from baichuan_omni_jax.serving.sessions import Sessions
+from baichuan_omni_jax.serving.speech import GrowingSpeech
 from tests.data_pipelines.small_media import write_video
 
 SILENT, ALOUD = GenerationSettings(), GenerationSettings(speech=True)

@@ -20,7 +20,7 @@ from baichuan_omni_jax.audio.codebook_training import (
     seed,
     squared_distances,
 )
-from baichuan_omni_jax.config.sound import QuantizerConfig
+from baichuan_omni_jax.config.audio import QuantizerConfig
 from baichuan_omni_jax.nn.param import Compute, split_as
 
 CLIPS = "batch"

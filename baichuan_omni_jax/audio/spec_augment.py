@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Int32, PRNGKeyArray
 
-from baichuan_omni_jax.config.sound import SpecAugmentConfig
+from baichuan_omni_jax.config.audio import SpecAugmentConfig
 from baichuan_omni_jax.nn.param import Compute, split_as
 
 CLIPS = "batch"

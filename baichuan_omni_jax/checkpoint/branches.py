@@ -12,7 +12,8 @@ from baichuan_omni_jax.checkpoint.checksums import CHECKSUMS, verify_checksums
 from baichuan_omni_jax.checkpoint.steps import committed_steps, newest_good, step_folder
 from baichuan_omni_jax.checkpoint.trees import leaves_by_name, read_tree, to_stored
 from baichuan_omni_jax.checkpoint.writer import FolderSave, make_checkpointer
-from baichuan_omni_jax.config import ConfigError, OmniConfig, to_hf
+from baichuan_omni_jax.config import OmniConfig, to_hf
+from baichuan_omni_jax.errors import ConfigError
 
 BRANCHES = "branches.json"
 RANDOM = "random"  # in place of a folder: the branch starts from random weights

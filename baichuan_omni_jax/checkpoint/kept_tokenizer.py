@@ -21,8 +21,8 @@ from baichuan_omni_jax.checkpoint.branches import (
     save_branches,
 )
 from baichuan_omni_jax.checkpoint.parent import newest_checkpoint
-from baichuan_omni_jax.config import ConfigError, OmniConfig, RunConfig
-from baichuan_omni_jax.config.errors import RunStoppedError
+from baichuan_omni_jax.config import OmniConfig, RunConfig
+from baichuan_omni_jax.errors import ConfigError, RunStoppedError
 
 TOKENIZER_BRANCH = "audio_encoder"
 _CODED = "audio_head"  # the branch whose tables and heads belong to the codes

@@ -9,7 +9,8 @@ from etils import epath
 from baichuan_omni_jax.checkpoint.branches import BRANCHES, RANDOM, branch_home, parse_spec, read_branch_info
 from baichuan_omni_jax.checkpoint.run_config import RUN_CONFIG
 from baichuan_omni_jax.checkpoint.steps import committed_steps, step_folder
-from baichuan_omni_jax.config import ConfigError, RunConfig
+from baichuan_omni_jax.config import RunConfig
+from baichuan_omni_jax.errors import ConfigError
 
 PARENT = "parent.json"
 

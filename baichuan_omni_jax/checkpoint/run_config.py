@@ -6,7 +6,8 @@ from typing import Any
 
 from etils import epath
 
-from baichuan_omni_jax.config import ConfigError, RunConfig, from_dict, to_dict
+from baichuan_omni_jax.config import RunConfig, from_dict, to_dict
+from baichuan_omni_jax.errors import ConfigError
 
 RUN_CONFIG = "run_config.json"
 # A run may be made longer, saved at other steps, and moved to other machines; the rest decides what it computes.

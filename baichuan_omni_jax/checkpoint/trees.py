@@ -14,7 +14,7 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 
-from baichuan_omni_jax.config import ConfigError
+from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.nn.param import dotted
 from baichuan_omni_jax.sharding import ShardingRules, parameter_sharding
 

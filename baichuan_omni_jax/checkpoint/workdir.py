@@ -19,8 +19,8 @@ from baichuan_omni_jax.checkpoint.run_config import check_run_config, store_run_
 from baichuan_omni_jax.checkpoint.steps import committed_steps, newest_good, step_folder, steps_folder
 from baichuan_omni_jax.checkpoint.trees import leaves_by_name, read_tree, to_stored
 from baichuan_omni_jax.checkpoint.writer import TEMPORARY, FolderSave, make_checkpointer
-from baichuan_omni_jax.config import ConfigError, OmniConfig, RunConfig
-from baichuan_omni_jax.config.errors import RunStoppedError
+from baichuan_omni_jax.config import OmniConfig, RunConfig
+from baichuan_omni_jax.errors import ConfigError, RunStoppedError
 from baichuan_omni_jax.locks import FileLock, take_lock
 
 log = logging.getLogger(__name__)

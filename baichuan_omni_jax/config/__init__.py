@@ -3,7 +3,7 @@
 Imports neither jax nor flax, so that data workers can use it.
 """
 
-from baichuan_omni_jax.config.errors import ConfigError, RequestError
+from baichuan_omni_jax.config.audio import FlowTraining, QuantizerConfig, SpecAugmentConfig, TokenizerTraining
 from baichuan_omni_jax.config.generation import READ_AT_LEAST, VOICE, GenerationSettings, Sampling, check_voice
 from baichuan_omni_jax.config.hf import from_hf, read_hf, to_hf
 from baichuan_omni_jax.config.model import MODELS, OmniConfig, SpecialTokens, baichuan_omni_7b, resolve_model, tiny
@@ -25,8 +25,8 @@ from baichuan_omni_jax.config.run import (
     load_run_config,
     released_images,
 )
-from baichuan_omni_jax.config.sound import FlowTraining, QuantizerConfig, SpecAugmentConfig, TokenizerTraining
 from baichuan_omni_jax.config.stages import STAGES, mixture_of, stage_groups, tiny_stage
+from baichuan_omni_jax.errors import ConfigError, RequestError
 
 __all__ = [
     "MODELS",

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, fields
 
-from baichuan_omni_jax.config.errors import ConfigError
+from baichuan_omni_jax.errors import ConfigError
 
 READ_AT_LEAST = 2.5
 """Seconds that a piece of spoken text takes at least: ten Chinese characters, as the released demos read."""

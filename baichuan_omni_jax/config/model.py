@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from baichuan_omni_jax.audio.config import AudioConfig, PostNetConfig
-from baichuan_omni_jax.config.errors import ConfigError
+from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.flow.config import FlowConfig
 from baichuan_omni_jax.llm.config import AudioHeadConfig, LLMConfig
 from baichuan_omni_jax.vision.config import PixelLimits, VisionConfig

@@ -8,7 +8,7 @@ import typing
 from collections.abc import Sequence
 from typing import Any, Literal, TypeVar
 
-from baichuan_omni_jax.config.errors import ConfigError
+from baichuan_omni_jax.errors import ConfigError
 
 T = TypeVar("T")
 

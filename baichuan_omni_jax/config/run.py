@@ -6,9 +6,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
-from baichuan_omni_jax.config.errors import ConfigError
+from baichuan_omni_jax.config.audio import FlowTraining, TokenizerTraining
 from baichuan_omni_jax.config.overrides import check_kinds
-from baichuan_omni_jax.config.sound import FlowTraining, TokenizerTraining
+from baichuan_omni_jax.errors import ConfigError
 
 Policy = Literal["split", "fewer_frames", "chunk", "chunk_text"]
 

@@ -6,7 +6,6 @@ is frozen in all of them and runs offline.
 
 from collections.abc import Mapping
 
-from baichuan_omni_jax.config.errors import ConfigError
 from baichuan_omni_jax.config.run import (
     Budgets,
     CheckpointConfig,
@@ -19,6 +18,7 @@ from baichuan_omni_jax.config.run import (
     SourceConfig,
     TrainConfig,
 )
+from baichuan_omni_jax.errors import ConfigError
 
 PROJECTOR, TOWER = r"vision\.projector\.", r"vision\.tower\."
 LANGUAGE, SPEECH = r"llm\.", r"audio_head\."

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from baichuan_omni_jax.config import ConfigError
-from baichuan_omni_jax.config.files import describe_stand_in, read_json_object
 from baichuan_omni_jax.convert.rules import Rule
 from baichuan_omni_jax.convert.safetensors_io import SafetensorsFile, TensorInfo, TensorSource
 from baichuan_omni_jax.convert.safetensors_write import SafetensorsWriter
+from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.storage import describe_stand_in, read_json_object
 
 CONFIG, VOCODER_CONFIG, PROCESSOR = "config.json", "vocoder_config.json", "processor"
 VOCODER = "vocoder.safetensors"

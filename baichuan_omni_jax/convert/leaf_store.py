@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-from baichuan_omni_jax.config import ConfigError
 from baichuan_omni_jax.convert.safetensors_io import BLOCK_BYTES, TensorInfo
+from baichuan_omni_jax.errors import ConfigError
 
 _METADATA = "_METADATA"
 # Nothing is cached: every slice is touched once. A conversion that is cut off leaves nothing, so nothing is synced.

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from baichuan_omni_jax.config import ConfigError
 from baichuan_omni_jax.convert.rules import Entry, Rule, expand
 from baichuan_omni_jax.convert.safetensors_io import TensorInfo
+from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.nn.param import named_values
 
 _FLOATS = frozenset({"bfloat16", "float16", "float32", "float64"})

@@ -14,8 +14,8 @@ from typing import Protocol, runtime_checkable
 import ml_dtypes
 import numpy as np
 
-from baichuan_omni_jax.config import ConfigError
-from baichuan_omni_jax.config.files import describe_stand_in, refuse_stand_in
+from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.storage import describe_stand_in, refuse_stand_in
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES: dict[str, np.dtype] = {

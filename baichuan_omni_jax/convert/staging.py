@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from baichuan_omni_jax.config import ConfigError
+from baichuan_omni_jax.errors import ConfigError
 
 
 def check_target(target: Path) -> None:

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from baichuan_omni_jax.checkpoint import BranchInfo, write_checksums
 from baichuan_omni_jax.checkpoint.branches import BRANCHES, branch_folder
-from baichuan_omni_jax.config import ConfigError, OmniConfig, read_hf
+from baichuan_omni_jax.config import OmniConfig, read_hf
 from baichuan_omni_jax.convert.buffers import rotary_buffers
 from baichuan_omni_jax.convert.files import (
     CONFIG,
@@ -30,6 +30,7 @@ from baichuan_omni_jax.convert.safetensors_io import TensorSource, blocks_of, op
 from baichuan_omni_jax.convert.staging import check_target, staged_folder
 from baichuan_omni_jax.convert.tables import VOCODER_BRANCH, abstract_branches, branch_rules
 from baichuan_omni_jax.convert.torch_file import open_vocoder
+from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.nn.param import named_variables, with_values
 from baichuan_omni_jax.vocoder.config import VocoderConfig, read_vocoder_config, vocoder_to_json
 

@@ -10,8 +10,7 @@ import numpy as np
 
 from baichuan_omni_jax.checkpoint import branch_home, find_checkpoint, parse_spec, read_branch_info
 from baichuan_omni_jax.checkpoint.branches import branch_folder
-from baichuan_omni_jax.config import ConfigError, read_hf
-from baichuan_omni_jax.config.files import read_json_object
+from baichuan_omni_jax.config import read_hf
 from baichuan_omni_jax.convert.files import (
     CONFIG,
     PROCESSOR,
@@ -27,6 +26,8 @@ from baichuan_omni_jax.convert.safetensors_io import SINGLE, TensorInfo, blocks_
 from baichuan_omni_jax.convert.safetensors_write import write_shards
 from baichuan_omni_jax.convert.staging import check_target, staged_folder
 from baichuan_omni_jax.convert.tables import MODEL_BRANCHES, VOCODER_BRANCH, abstract_branches, branch_rules
+from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.storage import read_json_object
 from baichuan_omni_jax.vocoder.config import read_vocoder_config
 
 Advance = Callable[[int], None]

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
-from baichuan_omni_jax.config import ConfigError
-from baichuan_omni_jax.config.files import refuse_stand_in
 from baichuan_omni_jax.convert.safetensors_io import DTYPES, SafetensorsFile, TensorInfo
+from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.storage import refuse_stand_in
 
 
 class TorchFile:

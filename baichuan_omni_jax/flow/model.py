@@ -4,7 +4,7 @@ import jax
 from flax import nnx
 from jaxtyping import PRNGKeyArray
 
-from baichuan_omni_jax.config import ConfigError
+from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.flow.config import FlowConfig
 from baichuan_omni_jax.flow.prenet import PreNet
 from baichuan_omni_jax.flow.unet import Estimator

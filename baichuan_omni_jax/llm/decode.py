@@ -15,9 +15,9 @@ from jaxtyping import Array, Float, Int32
 from baichuan_omni_jax.kernels.flash_attention import BlockPlan, Segments, flash_attention, plan_blocks
 from baichuan_omni_jax.kernels.platform import platform_of
 from baichuan_omni_jax.llm.config import LLMConfig
+from baichuan_omni_jax.llm.kv_cache import KVCache, LayerCache, attend, read, write
 from baichuan_omni_jax.llm.model import DecoderLayer, LanguageModel
 from baichuan_omni_jax.nn.bits import as_bits, from_bits
-from baichuan_omni_jax.nn.cache import KVCache, LayerCache, attend, read, write
 from baichuan_omni_jax.nn.linear import Linear
 from baichuan_omni_jax.nn.norm import RMSNorm
 from baichuan_omni_jax.nn.param import Compute, split_as, use

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import jax
 
-from baichuan_omni_jax.config import ConfigError
+from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.kernels.flash_attention.residuals import ATTENTION_OUT
 
 POLICIES = {

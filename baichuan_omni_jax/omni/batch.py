@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Shaped
 
-from baichuan_omni_jax.config import Budgets, ConfigError, OmniConfig
+from baichuan_omni_jax.config import Budgets, OmniConfig
+from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.sharding import ShardingRules, axis_product, check_divisible
 
 Batch = dict[str, Shaped[Array, "b ..."]]

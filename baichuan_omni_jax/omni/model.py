@@ -10,7 +10,8 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from baichuan_omni_jax.config import ConfigError, OmniConfig
+from baichuan_omni_jax.config import OmniConfig
+from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.llm.audio_head import AudioHeadBranch
 from baichuan_omni_jax.llm.model import LanguageModel
 from baichuan_omni_jax.nn.param import Compute

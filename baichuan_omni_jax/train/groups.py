@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, fields
 import optax
 from flax import nnx
 
-from baichuan_omni_jax.config import ConfigError, GroupConfig, OmniConfig, OptimizerConfig, RunConfig
+from baichuan_omni_jax.config import GroupConfig, OmniConfig, OptimizerConfig, RunConfig
+from baichuan_omni_jax.errors import ConfigError
 
 # Tables with a row a token: in these, groups with `special_tokens_only` train some rows.
 TOKEN_TABLES = ("llm.embedding", "llm.head")

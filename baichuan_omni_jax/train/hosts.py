@@ -16,7 +16,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from baichuan_omni_jax.checkpoint.run_config import flatten
-from baichuan_omni_jax.config import ConfigError, RunConfig, to_dict
+from baichuan_omni_jax.config import RunConfig, to_dict
+from baichuan_omni_jax.errors import ConfigError
 
 T = TypeVar("T")
 # Where the data lie (the folders of a list have a number each), and how many processes read them.

@@ -9,8 +9,8 @@ from pathlib import Path
 import jax
 from tensorboardX import SummaryWriter
 
-from baichuan_omni_jax.train.flops import Part, flops_by_branch
-from baichuan_omni_jax.train.sound_samples import SoundSamples
+from baichuan_omni_jax.flops.omni import Part, flops_by_branch
+from baichuan_omni_jax.train.audio_samples import SoundSamples
 from baichuan_omni_jax.train.wandb import WandbWriter
 
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"

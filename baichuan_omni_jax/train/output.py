@@ -5,10 +5,10 @@ from pathlib import Path
 from rich.console import Console
 
 from baichuan_omni_jax.config import RunConfig
+from baichuan_omni_jax.train.audio_samples import SoundSamples
 from baichuan_omni_jax.train.goodput import Goodput
 from baichuan_omni_jax.train.metrics import MetricsWriter, Row
 from baichuan_omni_jax.train.report import ProgressLine
-from baichuan_omni_jax.train.sound_samples import SoundSamples
 from baichuan_omni_jax.train.wandb import WandbWriter
 
 

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from baichuan_omni_jax.config import RunConfig
 from baichuan_omni_jax.loss_shares import shares_table
-from baichuan_omni_jax.train.data import Data
+from baichuan_omni_jax.train.input import Data
 from baichuan_omni_jax.train.state import Setup
 
 # Parts of the loss, of all tasks, in the order they are shown.

@@ -3,8 +3,8 @@
 from jaxtyping import Array, Bool, Float
 
 from baichuan_omni_jax.config import RunConfig
+from baichuan_omni_jax.omni.audio_tokenizer_model import TokenizerModel
 from baichuan_omni_jax.omni.batch import Batch
-from baichuan_omni_jax.omni.tokenizer_model import TokenizerModel
 from baichuan_omni_jax.train.losses import text_entropies
 
 

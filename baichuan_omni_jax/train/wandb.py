@@ -5,7 +5,8 @@ import logging
 from pathlib import Path
 from types import ModuleType
 
-from baichuan_omni_jax.config import ConfigError, RunConfig, to_dict
+from baichuan_omni_jax.config import RunConfig, to_dict
+from baichuan_omni_jax.errors import ConfigError
 
 log = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from jax.typing import ArrayLike
 
-from baichuan_omni_jax.config import ConfigError
 from baichuan_omni_jax.convert import SafetensorsFile
+from baichuan_omni_jax.errors import ConfigError
 
 # Of the reference's largest magnitude. fp32 in another order gives about 1e-6, a wrong epsilon 3e-6.
 TOLERANCE = 2e-5

@@ -17,9 +17,10 @@ import numpy as np
 from jaxtyping import Float, Int32
 
 from baichuan_omni_jax.checkpoint import load_branches, with_shardings
-from baichuan_omni_jax.config import ConfigError, OmniConfig, read_hf
+from baichuan_omni_jax.config import OmniConfig, read_hf
 from baichuan_omni_jax.convert.files import CONFIG
 from baichuan_omni_jax.convert.tables import abstract_branches
+from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.verify.fixtures import COMPUTE, exact_arithmetic
 from baichuan_omni_jax.verify.golden import Row, compared
 from baichuan_omni_jax.verify.language import forward

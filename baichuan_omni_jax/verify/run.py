@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
-from baichuan_omni_jax.config import ConfigError
+from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.verify import decoding, language, media
 from baichuan_omni_jax.verify.fixtures import Fixtures, exact_arithmetic
 from baichuan_omni_jax.verify.golden import Golden, Row, unchecked

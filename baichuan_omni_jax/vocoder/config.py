@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from baichuan_omni_jax.config.errors import ConfigError
-from baichuan_omni_jax.config.files import read_json_object
+from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.storage import read_json_object
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 import numpy as np
 from jaxtyping import Float, Float32
 
-from baichuan_omni_jax.config.sound_targets import HIGHEST, MelTargetSettings
+from baichuan_omni_jax.config.mel_targets import HIGHEST, MelTargetSettings
 
 ITERATIONS = 60
 REACH = 8  # frames beyond which a sample hardly changes: twice the four that a window is long

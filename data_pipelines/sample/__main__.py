@@ -6,9 +6,9 @@ import sys
 import time
 from pathlib import Path
 
-from baichuan_omni_jax.config.errors import exit_code
-from data_pipelines.commands import file_errors
+from baichuan_omni_jax.errors import exit_code
 from data_pipelines.sample.build import SUMMARY, build_sample
+from data_pipelines.tools.commands import file_errors
 
 
 def main(arguments: list[str] | None = None) -> int:

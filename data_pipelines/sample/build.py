@@ -10,11 +10,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
-from baichuan_omni_jax.config.errors import ConfigError
-from data_pipelines.prompt_writing import plain_text
+from baichuan_omni_jax.errors import ConfigError
+from data_pipelines.documents.prompt_writing import plain_text
 from data_pipelines.sample.documents import RECIPES, plan_documents
 from data_pipelines.sample.studio import FOLDERS, Studio, produce, record
-from data_pipelines.synthesis.espeak import SAMPLE_RATE
+from data_pipelines.synthesis.speech.espeak import SAMPLE_RATE
 
 VERSION = 3
 """Raised whenever the same seed would give other documents or media: an older folder is then rebuilt."""

@@ -8,7 +8,7 @@ import functools
 import random
 from collections.abc import Callable
 
-from data_pipelines.prompt_writing import (
+from data_pipelines.documents.prompt_writing import (
     Source,
     conversation,
     heard_tag,
@@ -23,7 +23,7 @@ from data_pipelines.prompt_writing import (
 from data_pipelines.sample import scenes, texts
 from data_pipelines.sample.photographs import Crop
 from data_pipelines.sample.studio import Clip, Studio
-from data_pipelines.synthesis.splitting import split_text
+from data_pipelines.text.splitting import split_text
 
 LANGUAGES = ("en", "zh")
 SYSTEM = {"en": "You are a helpful assistant.", "zh": "你是一个乐于助人的助手。"}

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from baichuan_omni_jax.config.errors import ConfigError
+from baichuan_omni_jax.errors import ConfigError
 
 PHOTOGRAPHS = ("china", "flower")
 SIZE = (640, 427)

@@ -13,7 +13,7 @@ import numpy as np
 from data_pipelines.sample.photographs import PHOTOGRAPHS, Crop, random_crop, save
 from data_pipelines.sample.scenes import film_caption
 from data_pipelines.sample.video import MOVES, Film, random_film, write_film
-from data_pipelines.synthesis.espeak import SAMPLE_RATE, speak
+from data_pipelines.synthesis.speech.espeak import SAMPLE_RATE, speak
 
 FOLDERS = ("images", "speech", "video")
 VOICES = {

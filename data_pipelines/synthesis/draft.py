@@ -5,9 +5,9 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data_pipelines.document import Document, SampleError
-from data_pipelines.media import Media, reading
-from data_pipelines.prompt_writing import Source
+from data_pipelines.documents.document import Document, SampleError
+from data_pipelines.documents.prompt_writing import Source
+from data_pipelines.media.location import Media, reading
 
 
 @dataclass

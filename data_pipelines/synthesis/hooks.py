@@ -4,7 +4,7 @@ import importlib
 from collections.abc import Callable
 from functools import lru_cache
 
-from baichuan_omni_jax.config import ConfigError
+from baichuan_omni_jax.errors import ConfigError
 
 
 @lru_cache(maxsize=8)

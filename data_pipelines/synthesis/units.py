@@ -15,14 +15,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from baichuan_omni_jax.config import ConfigError
-from data_pipelines.build.dataset import UNPACKED, list_sources
-from data_pipelines.build.plan import Source, unpack
-from data_pipelines.commands import add_media_arguments, trusted_names
-from data_pipelines.document import Document, SampleError
-from data_pipelines.jobs import Job, Unit
-from data_pipelines.manifest import LineRange, is_blank, open_manifest
+from baichuan_omni_jax.errors import ConfigError
+from data_pipelines.datasets.builder.build import UNPACKED, list_sources
+from data_pipelines.datasets.builder.plan import Source, unpack
+from data_pipelines.datasets.jobs import Job, Unit
+from data_pipelines.documents.document import Document, SampleError
+from data_pipelines.documents.manifest import LineRange, is_blank, open_manifest
 from data_pipelines.synthesis.draft import Draft
+from data_pipelines.tools.commands import add_media_arguments, trusted_names
 
 SKIPPED = "skipped"
 FORMAT = 2  # raise it when the same documents and options give something else than before

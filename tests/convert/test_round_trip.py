@@ -11,7 +11,7 @@ import pytest
 from golden import golden_path
 
 from baichuan_omni_jax.checkpoint import load_branches, read_branch_info, save_branches
-from baichuan_omni_jax.config import ConfigError, OmniConfig, read_hf, tiny
+from baichuan_omni_jax.config import OmniConfig, read_hf, tiny
 from baichuan_omni_jax.convert import (
     SafetensorsFile,
     abstract_branches,
@@ -29,6 +29,7 @@ from baichuan_omni_jax.convert import (
 from baichuan_omni_jax.convert.safetensors_io import TensorInfo
 from baichuan_omni_jax.convert.safetensors_write import write_shards
 from baichuan_omni_jax.convert.synthetic import write_random_checkpoint
+from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.nn.param import named_values
 from baichuan_omni_jax.vocoder.config import tiny_vocoder
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from baichuan_omni_jax.config import ConfigError
 from baichuan_omni_jax.convert.plan import plan_from_leaves, plan_from_tensors
 from baichuan_omni_jax.convert.rules import Rule, expand
 from baichuan_omni_jax.convert.safetensors_io import TensorInfo
+from baichuan_omni_jax.errors import ConfigError
 
 F32, BF16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)
 SHAPES = {"layers.q": (2, 6, 4, 3), "layers.k": (2, 6, 2, 3), "table.0": (5, 6), "table.1": (7, 6), "scale": (6,)}

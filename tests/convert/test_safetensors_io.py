@@ -9,10 +9,10 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from baichuan_omni_jax.config import ConfigError
 from baichuan_omni_jax.convert import safetensors_io
 from baichuan_omni_jax.convert.safetensors_io import SafetensorsFile, TensorInfo, blocks_of, open_weights
 from baichuan_omni_jax.convert.safetensors_write import SafetensorsWriter, write_shards
+from baichuan_omni_jax.errors import ConfigError
 
 VALUES = {
     "b.weight": np.arange(24, dtype=np.float32).reshape(4, 6).astype(ml_dtypes.bfloat16),

@@ -18,8 +18,8 @@ from baichuan_omni_jax.convert.audio_encoder import ENCODER
 from baichuan_omni_jax.convert.synthetic import write_random_checkpoint
 from baichuan_omni_jax.convert.whisper import SIZES
 from baichuan_omni_jax.nn.param import Compute, named_values, with_values
-from baichuan_omni_jax.omni.tokenizer_model import TokenizerModel
-from baichuan_omni_jax.omni.voice_model import VoiceModel
+from baichuan_omni_jax.omni.audio_tokenizer_model import TokenizerModel
+from baichuan_omni_jax.omni.flow_matching_model import VoiceModel
 
 SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "convert_weights.py"
 MODELS = {"audio_tokenizer": TokenizerModel, "flow_matching": VoiceModel}

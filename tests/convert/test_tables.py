@@ -6,11 +6,12 @@ import re
 import pytest
 from golden import golden_path
 
-from baichuan_omni_jax.config import ConfigError, baichuan_omni_7b, from_hf
+from baichuan_omni_jax.config import baichuan_omni_7b, from_hf
 from baichuan_omni_jax.convert import abstract_branches, branch_rules
 from baichuan_omni_jax.convert.plan import plan_from_tensors
 from baichuan_omni_jax.convert.rules import expand
 from baichuan_omni_jax.convert.safetensors_io import DTYPES, TensorInfo
+from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.nn.param import named_values
 
 # How many there are of each numbered part in the released model.

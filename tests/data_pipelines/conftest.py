@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from baichuan_omni_jax.config import Budgets, DataConfig, SourceConfig, tiny
-from data_pipelines.codes import CodeStore, write_codes
+from data_pipelines.audio_codes import CodeStore, write_codes
 from data_pipelines.pipeline import Pipeline, open_pipeline
 from tests.windows import windows_of
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipelines.images import decode_image, probe_image
+from data_pipelines.media.images import decode_image, probe_image
 from tests.data_pipelines.small_media import media
 
 

@@ -4,7 +4,7 @@ import hashlib
 
 import numpy as np
 
-from data_pipelines.synthesis.espeak import SpeechError
+from data_pipelines.synthesis.speech.espeak import SpeechError
 
 
 class ToneSpeech:

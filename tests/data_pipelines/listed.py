@@ -1,9 +1,9 @@
 """Sources that are lists of lengths, and plans over them: what is planned without a file."""
 
-from data_pipelines.media_layout import PatchLayout
-from data_pipelines.mixture import Measured, Mixture
-from data_pipelines.packer import Packer
-from data_pipelines.row_plan import RowPlan
+from data_pipelines.packing.media_layout import PatchLayout
+from data_pipelines.packing.mixture import Measured, Mixture
+from data_pipelines.packing.packer import Packer
+from data_pipelines.packing.row_plan import RowPlan
 
 
 class Listed:

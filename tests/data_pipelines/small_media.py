@@ -8,8 +8,8 @@ import numpy as np
 import soundfile
 from PIL import Image
 
-from data_pipelines.document import Document
-from data_pipelines.media import Media
+from data_pipelines.documents.document import Document
+from data_pipelines.media.location import Media
 
 
 def media(path: Path) -> Media:

@@ -5,7 +5,7 @@ from types import ModuleType
 
 import numpy as np
 
-from data_pipelines.jobs import Job
+from data_pipelines.datasets.jobs import Job
 from data_pipelines.synthesis.units import add_job_arguments
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from baichuan_omni_jax.config import Budgets, tiny
-from data_pipelines.batch import RowWriter, empty_rows
-from data_pipelines.prompts import Picture, Sound, Video, parse_prompt
+from data_pipelines.documents.prompts import Picture, Sound, Video, parse_prompt
+from data_pipelines.packing.batch import RowWriter, empty_rows
 
 OMNI = tiny()
 T = OMNI.tokens

@@ -5,13 +5,14 @@ import json
 import numpy as np
 import pytest
 
-from baichuan_omni_jax.config import RequestError, tiny
-from data_pipelines.chat_prompt import ASR_PROMPT, ChatPrompts
-from data_pipelines.features import log_mel
-from data_pipelines.id_prompt import encode_ids, read_id_file
-from data_pipelines.processor import Processor
-from data_pipelines.special_tokens import ASSISTANT, SPECIAL_TOKENS, SYSTEM, USER
-from data_pipelines.tokenizing import encode, train_tokenizer
+from baichuan_omni_jax.config import tiny
+from baichuan_omni_jax.errors import RequestError
+from data_pipelines.documents.chat_prompt import ASR_PROMPT, ChatPrompts
+from data_pipelines.documents.id_prompt import encode_ids, read_id_file
+from data_pipelines.documents.processor import Processor
+from data_pipelines.media.features import log_mel
+from data_pipelines.tokenizers.special_tokens import ASSISTANT, SPECIAL_TOKENS, SYSTEM, USER
+from data_pipelines.tokenizers.tokenizer import encode, train_tokenizer
 from tests.data_pipelines.small_media import as_base64, tone, write_image, write_sound, write_video
 
 CONFIG = tiny()

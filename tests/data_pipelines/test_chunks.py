@@ -6,14 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from baichuan_omni_jax.config import Budgets, tiny
-from data_pipelines.chunks import Ids, cut_chunks, group_media
-from data_pipelines.document import Lengths
-from data_pipelines.oversize import Fitter
-from data_pipelines.processor import Processor
-from data_pipelines.prompts import Picture, Reference, Sound, parse_prompt
-from data_pipelines.row_limits import RowLimits, needs_of
-from data_pipelines.sounds import clip_key
-from data_pipelines.tokenizing import train_tokenizer
+from data_pipelines.documents.chunks import Ids, cut_chunks, group_media
+from data_pipelines.documents.document import Lengths
+from data_pipelines.documents.processor import Processor
+from data_pipelines.documents.prompts import Picture, Reference, Sound, parse_prompt
+from data_pipelines.media.audio import clip_key
+from data_pipelines.packing.oversize import Fitter
+from data_pipelines.packing.row_limits import RowLimits, needs_of
+from data_pipelines.tokenizers.tokenizer import train_tokenizer
 from tests.data_pipelines.small_media import document, media, write_image, write_sound
 
 CONFIG = tiny()

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from baichuan_omni_jax.config import ConfigError
-from data_pipelines.codes import CodeStore, write_codes
-from data_pipelines.codes.clips import ENTRY, REFERENCE, find, new_records, order_of
-from data_pipelines.codes.writer import part_bounds, write_part
-from data_pipelines.document import SampleError
+from baichuan_omni_jax.errors import ConfigError
+from data_pipelines.audio_codes import CodeStore, write_codes
+from data_pipelines.audio_codes.clips import ENTRY, REFERENCE, find, new_records, order_of
+from data_pipelines.audio_codes.writer import part_bounds, write_part
+from data_pipelines.documents.document import SampleError
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = (8192, 4096, 16)
@@ -238,7 +238,7 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path):
 def test_a_killed_writer_leaves_no_store_and_the_next_one_succeeds(tmp_path):
     script = (
         "import os, signal, sys; from pathlib import Path; import numpy as np;"
-        "from data_pipelines.codes import write_codes\n"
+        "from data_pipelines.audio_codes import write_codes\n"
         "def items():\n"
         "    yield ('0' * 64, 0), np.zeros((5, 3), int)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"

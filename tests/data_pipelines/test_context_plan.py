@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from baichuan_omni_jax.config import Budgets, ConfigError, DataConfig, tiny
+from baichuan_omni_jax.config import Budgets, DataConfig, tiny
+from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.kernels.flash_attention.plan import Segments, plan_row, unpack
-from data_pipelines.batch import empty_rows
-from data_pipelines.context_plan import (
+from data_pipelines.packing.batch import empty_rows
+from data_pipelines.packing.context_plan import (
     INDEX_FIELDS,
     TOKEN_FIELDS,
     ContextPlan,
@@ -20,8 +21,8 @@ from data_pipelines.context_plan import (
     deal_blocks,
     lay_documents,
 )
-from data_pipelines.rows import ALL_ROWS
-from data_pipelines.training import TrainingData
+from data_pipelines.packing.rows import ALL_ROWS
+from data_pipelines.packing.training import TrainingData
 from tests.data_pipelines.conftest import with_config
 
 LENGTH, BLOCK = 128, 8

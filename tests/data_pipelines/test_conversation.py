@@ -11,13 +11,14 @@ from jaxtyping import TypeCheckError
 from small_media import write_image, write_sound
 from synthesis_job import FAKE, run, write_manifest
 
-from baichuan_omni_jax.config import ConfigError, RequestError, tiny
-from data_pipelines.build.__main__ import main as build
-from data_pipelines.chat_prompt import ChatPrompts
-from data_pipelines.conversation import voice_prompt
-from data_pipelines.document import Document
-from data_pipelines.processor import Processor
-from data_pipelines.prompt_writing import (
+from baichuan_omni_jax.config import tiny
+from baichuan_omni_jax.errors import ConfigError, RequestError
+from data_pipelines.datasets.builder.__main__ import main as build
+from data_pipelines.documents.chat_prompt import ChatPrompts
+from data_pipelines.documents.conversation import voice_prompt
+from data_pipelines.documents.document import Document
+from data_pipelines.documents.processor import Processor
+from data_pipelines.documents.prompt_writing import (
     Source,
     conversation,
     heard_tag,
@@ -29,10 +30,10 @@ from data_pipelines.prompt_writing import (
     turn,
     write_prompt,
 )
-from data_pipelines.prompts import NAMES, Picture, Reference, Text, parse_prompt
-from data_pipelines.special_tokens import AUDIOTEXT_START, SPECIAL_TOKENS
+from data_pipelines.documents.prompts import NAMES, Picture, Reference, Text, parse_prompt
 from data_pipelines.synthesis.draft import Draft
-from data_pipelines.tokenizing import encode, train_tokenizer
+from data_pipelines.tokenizers.special_tokens import AUDIOTEXT_START, SPECIAL_TOKENS
+from data_pipelines.tokenizers.tokenizer import encode, train_tokenizer
 
 CONFIG = tiny()
 T = CONFIG.tokens

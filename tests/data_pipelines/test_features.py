@@ -9,8 +9,9 @@ from safetensors.numpy import load_file
 from baichuan_omni_jax.audio.config import AudioConfig
 from baichuan_omni_jax.config import released_images
 from baichuan_omni_jax.vision.config import PixelLimits, VisionConfig
-from data_pipelines.document import SampleError
-from data_pipelines.features import (
+from data_pipelines.documents.document import SampleError
+from data_pipelines.media.audio import decode_sound, probe_sound
+from data_pipelines.media.features import (
     clip_windows,
     log_mel,
     mel_length,
@@ -20,8 +21,7 @@ from data_pipelines.features import (
     split_windows,
     visual_size,
 )
-from data_pipelines.images import decode_image
-from data_pipelines.sounds import decode_sound, probe_sound
+from data_pipelines.media.images import decode_image
 from tests.data_pipelines.small_media import media, picture
 from tests.golden import golden_path
 

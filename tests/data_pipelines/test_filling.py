@@ -10,15 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from baichuan_omni_jax.config import Budgets, ConfigError, DataConfig, SourceConfig, tiny
-from data_pipelines.codes import CodeStore
-from data_pipelines.codes.clips import REFERENCE
-from data_pipelines.codes.fill import Settings, Tokenizer, open_or_fill, store_path
-from data_pipelines.codes.listing import ClipSource, clip_sources, listed, listing_job
-from data_pipelines.codes.mels import MelReader
-from data_pipelines.document import SampleError
-from data_pipelines.jobs import run_job
-from data_pipelines.jobs.local import LocalRunner
+from baichuan_omni_jax.config import Budgets, DataConfig, SourceConfig, tiny
+from baichuan_omni_jax.errors import ConfigError
+from data_pipelines.audio_codes import CodeStore
+from data_pipelines.audio_codes.clips import REFERENCE
+from data_pipelines.audio_codes.fill import Settings, Tokenizer, open_or_fill, store_path
+from data_pipelines.audio_codes.listing import ClipSource, clip_sources, listed, listing_job
+from data_pipelines.audio_codes.mels import MelReader
+from data_pipelines.datasets.jobs import run_job
+from data_pipelines.datasets.jobs.local import LocalRunner
+from data_pipelines.documents.document import SampleError
 from data_pipelines.pipeline import Pipeline, open_pipeline
 from tests.data_pipelines.test_jobs import alive, wait_for
 from tests.windows import windows_of
@@ -134,7 +135,7 @@ def test_held_out_documents_share_the_store(root, fill):
 
 @pytest.mark.slow
 def test_parts_are_the_same_whatever_the_workers(pipeline, fill, monkeypatch):
-    monkeypatch.setattr("data_pipelines.codes.fill.FEW", 0)
+    monkeypatch.setattr("data_pipelines.audio_codes.fill.FEW", 0)
     store, _ = fill(pipeline, workers=2)
     whole = store.meta
     shutil.rmtree(store.path)
@@ -168,7 +169,7 @@ def test_windows_without_codes_are_named_and_left_out(pipeline, tmp_path, caplog
 def test_no_decoder_outlives_a_killed_program(tmp_path):
     """Its workers have nothing to do when it is killed: they wait for a next task, which never comes."""
     code = (
-        "from data_pipelines.codes.mels import MelReader, _Task\n"
+        "from data_pipelines.audio_codes.mels import MelReader, _Task\n"
         "from baichuan_omni_jax.config import tiny\n"
         "if __name__ == '__main__':\n"
         "    reader = MelReader((), tiny().audio, 2)\n"

@@ -10,13 +10,13 @@ import pytest
 from av.stream import Disposition
 from PIL import Image
 
-from data_pipelines.containers import Damage
-from data_pipelines.document import Document, SampleError
-from data_pipelines.media import Media
-from data_pipelines.prompts import Picture
-from data_pipelines.turns import document_elements, thin_frames
-from data_pipelines.video_clock import is_cut
-from data_pipelines.videos import decode_frames, frame_times, probe_video, read_video
+from data_pipelines.documents.document import Document, SampleError
+from data_pipelines.documents.prompts import Picture
+from data_pipelines.documents.turns import document_elements, thin_frames
+from data_pipelines.media.containers import Damage
+from data_pipelines.media.location import Media
+from data_pipelines.media.video_clock import is_cut
+from data_pipelines.media.videos import decode_frames, frame_times, probe_video, read_video
 from tests.data_pipelines.small_media import media
 
 ONE = 1 << 16

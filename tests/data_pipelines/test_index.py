@@ -11,22 +11,23 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from baichuan_omni_jax.config import Budgets, ConfigError, DataConfig, SourceConfig, tiny
-from data_pipelines import columns, index_build
-from data_pipelines.codes.clips import ENTRY
-from data_pipelines.codes.listing import listed, listing_job
-from data_pipelines.columns import BYTES_A_DOCUMENT, BYTES_A_PICTURE, NAMES, make_columns
-from data_pipelines.document import Lengths, SampleError
-from data_pipelines.index_build import load_index
-from data_pipelines.jobs import run_job
-from data_pipelines.jobs.local import LocalRunner
-from data_pipelines.manifest import parse_line
-from data_pipelines.media import MediaRoot
+from baichuan_omni_jax.config import Budgets, DataConfig, SourceConfig, tiny
+from baichuan_omni_jax.errors import ConfigError
+from data_pipelines.audio_codes.clips import ENTRY
+from data_pipelines.audio_codes.listing import listed, listing_job
+from data_pipelines.datasets.jobs import run_job
+from data_pipelines.datasets.jobs.local import LocalRunner
+from data_pipelines.datasets.shards.reader import Shard, write_description
+from data_pipelines.datasets.shards.writer import ShardWriter
+from data_pipelines.documents.document import Lengths, SampleError
+from data_pipelines.documents.manifest import parse_line
+from data_pipelines.documents.processor import Processor
+from data_pipelines.media.location import MediaRoot
+from data_pipelines.packing import columns, index_build
+from data_pipelines.packing.columns import BYTES_A_DOCUMENT, BYTES_A_PICTURE, NAMES, make_columns
+from data_pipelines.packing.index_build import load_index
 from data_pipelines.pipeline import open_pipeline
-from data_pipelines.processor import Processor
-from data_pipelines.shards.dataset import Shard, write_description
-from data_pipelines.shards.writer import ShardWriter
-from data_pipelines.tokenizing import train_tokenizer
+from data_pipelines.tokenizers.tokenizer import train_tokenizer
 from tests.data_pipelines.small_media import write_image, write_sound
 
 IMAGE = '<img_start_baichuan>{"local": "%s"}<img_end_baichuan><trainable_start>a cat<trainable_end>'
@@ -133,7 +134,7 @@ def test_a_damaged_index_is_built_anew(name, damage, root, processor):
 def test_a_stopped_build_goes_on(root, processor, monkeypatch):
     """Parts that were measured are kept; what was not put together is no index."""
     texts = [SPOKEN, IMAGE % "a.png", *[SPOKEN] * 8]
-    monkeypatch.setattr("data_pipelines.sources.PART_BYTES", 300)
+    monkeypatch.setattr("data_pipelines.datasets.sources.PART_BYTES", 300)
     measure, left = Processor.measure, [4]
 
     def stopping(self, document):
@@ -164,7 +165,7 @@ def test_parts_measured_by_processes_are_the_same_index(root, processor, monkeyp
     write(root, [SPOKEN, "{ no json", IMAGE % "a.png", SPOKEN])
     alone = load(root, processor)
     skipped = list(alone.skipped)
-    monkeypatch.setattr("data_pipelines.sources.PART_BYTES", 150)
+    monkeypatch.setattr("data_pipelines.datasets.sources.PART_BYTES", 150)
     shutil.rmtree(root / ".cache")
     shared = load_index(config(root), SourceConfig(name="main", manifest="m.jsonl"), processor, workers=1)
     for name in NAMES:

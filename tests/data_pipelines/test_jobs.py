@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from proofs import HANG, wait_for
 
-from baichuan_omni_jax.config import ConfigError
-from data_pipelines.jobs import Job, Unit, run_job
-from data_pipelines.jobs.runners import make_runner
+from baichuan_omni_jax.errors import ConfigError
+from data_pipelines.datasets.jobs import Job, Unit, run_job
+from data_pipelines.datasets.jobs.runners import make_runner
 
 OTHER_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 HERE = Path(__file__).resolve().parent
@@ -111,8 +111,8 @@ def test_two_programs_in_one_folder(tmp_path, quiet):
 )
 def test_no_process_outlives_the_program(tmp_path, signal_number):
     code = (
-        "from pathlib import Path; import test_jobs; from data_pipelines.jobs import run_job;"
-        "from data_pipelines.jobs.local import LocalRunner\n"
+        "from pathlib import Path; import test_jobs; from data_pipelines.datasets.jobs import run_job;"
+        "from data_pipelines.datasets.jobs.local import LocalRunner\n"
         f"if __name__ == '__main__': run_job(test_jobs.make_job(Path({str(tmp_path)!r}), ['wait'] * 4), LocalRunner(2))"
     )
     script = tmp_path / "script.py"
@@ -152,7 +152,7 @@ def test_names_and_numbers_that_make_no_runner(tmp_path, quiet):
 
 def test_beam_that_is_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "apache_beam", None)
-    monkeypatch.delitem(sys.modules, "data_pipelines.jobs.beam", raising=False)
+    monkeypatch.delitem(sys.modules, "data_pipelines.datasets.jobs.beam", raising=False)
     with pytest.raises(ConfigError, match=r"pip install 'baichuan_omni_jax\[beam\]'"):
         make_runner("beam", 1)
 

@@ -11,17 +11,18 @@ from pathlib import Path
 
 import pytest
 
-from baichuan_omni_jax.config import ConfigError, DataConfig, SourceConfig, tiny
-from data_pipelines.build.__main__ import main as build
-from data_pipelines.document import Document, SampleError
-from data_pipelines.index_build import load_index
-from data_pipelines.manifest import plain_manifest, read_manifest, split_manifest
-from data_pipelines.media import MediaRoot
+from baichuan_omni_jax.config import DataConfig, SourceConfig, tiny
+from baichuan_omni_jax.errors import ConfigError
+from data_pipelines.datasets.builder.__main__ import main as build
+from data_pipelines.datasets.shards.reader import open_dataset
+from data_pipelines.documents.document import Document, SampleError
+from data_pipelines.documents.manifest import plain_manifest, read_manifest, split_manifest
+from data_pipelines.documents.processor import Processor
+from data_pipelines.media.location import MediaRoot
+from data_pipelines.packing.index_build import load_index
 from data_pipelines.pipeline import open_pipeline
-from data_pipelines.processor import Processor
-from data_pipelines.shards.dataset import open_dataset
-from data_pipelines.stats import main as stats
-from data_pipelines.tokenizing import train_tokenizer
+from data_pipelines.tokenizers.tokenizer import train_tokenizer
+from data_pipelines.tools.stats import main as stats
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -219,7 +220,7 @@ def test_a_compressed_source_is_planned_and_built_as_the_plain_one(tmp_path, for
     for folder, file, data in (("plain", "m.jsonl", content), ("packed", name, compress(form, content))):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / file).write_bytes(data)
-    monkeypatch.setattr("data_pipelines.sources.PART_BYTES", 4000)
+    monkeypatch.setattr("data_pipelines.datasets.sources.PART_BYTES", 4000)
     processor = Processor(tiny(), train_tokenizer(["word"], tiny().llm.vocab_size))
     indexes = []
     for folder, file in (("plain", "m.jsonl"), ("packed", name)):
@@ -271,7 +272,8 @@ def test_causes_are_told_on_the_terminal_with_the_first_line_of_each(tmp_path, c
 
 def test_data_workers_import_neither_jax_nor_librosa():
     code = (
-        "import sys; import data_pipelines.processor, data_pipelines.manifest, data_pipelines.qwen_ranks;"
+        "import sys; import data_pipelines.documents.processor, data_pipelines.documents.manifest;"
+        "import data_pipelines.tokenizers.qwen_ranks;"
         "print([name for name in ('jax', 'flax', 'librosa', 'torch') if name in sys.modules])"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 from small_media import media, tone, write_image, write_sound, write_video
 
-from data_pipelines.document import SampleError
-from data_pipelines.media_kind import MediaContent, inspect_media
+from data_pipelines.documents.document import SampleError
+from data_pipelines.media.media_kind import MediaContent, inspect_media
 
 PICTURE, SOUND = MediaContent("image", False), MediaContent("audio", True)
 FILM, MUTE_FILM = MediaContent("video", True), MediaContent("video", False)

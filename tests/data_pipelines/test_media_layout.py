@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from baichuan_omni_jax.config import Budgets, ConfigError, DataConfig, tiny
-from data_pipelines.media_layout import PatchLayout, check_media_shards
+from baichuan_omni_jax.config import Budgets, DataConfig, tiny
+from baichuan_omni_jax.errors import ConfigError
+from data_pipelines.packing.media_layout import PatchLayout, check_media_shards
 
 SIZES = st.lists(st.integers(1, 10).map(lambda n: 4 * n), max_size=20)
 

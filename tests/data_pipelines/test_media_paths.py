@@ -9,19 +9,20 @@ from urllib.parse import quote
 
 import pytest
 
-from baichuan_omni_jax.config import Budgets, ConfigError, DataConfig, RequestError, SourceConfig, tiny
-from data_pipelines import show
-from data_pipelines.build.__main__ import main as build
-from data_pipelines.chat_prompt import ChatPrompts
-from data_pipelines.document import SampleError
-from data_pipelines.media import MediaRoot, decode_base64, find_media
+from baichuan_omni_jax.config import Budgets, DataConfig, SourceConfig, tiny
+from baichuan_omni_jax.errors import ConfigError, RequestError
+from data_pipelines.datasets.builder.__main__ import main as build
+from data_pipelines.datasets.shards.reader import open_dataset
+from data_pipelines.documents.chat_prompt import ChatPrompts
+from data_pipelines.documents.document import SampleError
+from data_pipelines.documents.processor import Processor
+from data_pipelines.documents.prompts import Reference, parse_prompt
+from data_pipelines.media.location import MediaRoot, decode_base64, find_media
 from data_pipelines.pipeline import open_pipeline
-from data_pipelines.processor import Processor
-from data_pipelines.prompts import Reference, parse_prompt
-from data_pipelines.shards.dataset import open_dataset
-from data_pipelines.stats import main as stats
 from data_pipelines.synthesis.__main__ import main as synthesize
-from data_pipelines.tokenizing import train_tokenizer
+from data_pipelines.tokenizers.tokenizer import train_tokenizer
+from data_pipelines.tools import show
+from data_pipelines.tools.stats import main as stats
 from tests.data_pipelines.small_media import write_image, write_sound
 
 ANY = (Path("/"),)

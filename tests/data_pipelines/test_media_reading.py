@@ -10,14 +10,15 @@ import pytest
 import soundfile
 from PIL import Image
 
-from data_pipelines import limits, sounds, videos
-from data_pipelines.document import SampleError
-from data_pipelines.file_kinds import plain_reason
-from data_pipelines.images import decode_image, probe_image
-from data_pipelines.media import Media, find_media
-from data_pipelines.prompts import Reference
-from data_pipelines.sounds import clip_key, decode_sound, probe_sound
-from data_pipelines.videos import decode_frames, frame_times, probe_video, read_video
+from data_pipelines.documents.document import SampleError
+from data_pipelines.documents.prompts import Reference
+from data_pipelines.media import audio as sounds
+from data_pipelines.media import limits, videos
+from data_pipelines.media.audio import clip_key, decode_sound, probe_sound
+from data_pipelines.media.file_kinds import plain_reason
+from data_pipelines.media.images import decode_image, probe_image
+from data_pipelines.media.location import Media, find_media
+from data_pipelines.media.videos import decode_frames, frame_times, probe_video, read_video
 from tests.data_pipelines.small_media import as_base64, media, tone, write_image, write_sound, write_video
 
 RATE = 16000

@@ -11,15 +11,16 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType
 
 from baichuan_omni_jax.audio.config import AudioConfig, PostNetConfig
-from baichuan_omni_jax.config import Budgets, ConfigError, DataConfig
-from baichuan_omni_jax.config.sound_targets import reconstruction_targets
+from baichuan_omni_jax.config import Budgets, DataConfig
+from baichuan_omni_jax.config.mel_targets import reconstruction_targets
+from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.omni.batch import BRANCH_FIELDS, abstract_batch
 from baichuan_omni_jax.sharding import ShardingRules
-from data_pipelines.document import SampleError
-from data_pipelines.features import log_mel, mel_length
-from data_pipelines.mel_slots import MelSlots, mel_slots, row_key
-from data_pipelines.mel_targets import mel_target
-from data_pipelines.sounds import decode_sound
+from data_pipelines.documents.document import SampleError
+from data_pipelines.media.audio import decode_sound
+from data_pipelines.media.features import log_mel, mel_length
+from data_pipelines.media.mel_targets import mel_target
+from data_pipelines.packing.mel_slots import MelSlots, mel_slots, row_key
 from tests.data_pipelines.conftest import BUDGETS, with_config
 from tests.data_pipelines.small_media import document
 

@@ -9,7 +9,7 @@ import soundfile
 from small_media import tone, write_sound
 
 from baichuan_omni_jax.config import Budgets, DataConfig, SourceConfig, tiny
-from baichuan_omni_jax.config.sound_targets import flow_target, reconstruction_targets
+from baichuan_omni_jax.config.mel_targets import flow_target, reconstruction_targets
 from data_pipelines.pipeline import open_pipeline
 
 RATE, SLOT = 16000, 256

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from baichuan_omni_jax.config import ConfigError
-from data_pipelines.mixture import Mixture, epochs_read
-from data_pipelines.shuffle import permute
+from baichuan_omni_jax.errors import ConfigError
+from data_pipelines.packing.mixture import Mixture, epochs_read
+from data_pipelines.packing.shuffle import permute
 from tests.data_pipelines.listed import Listed, stream
 
 WEIGHTS = st.lists(st.floats(0.01, 100), min_size=1, max_size=6)

@@ -6,19 +6,12 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from baichuan_omni_jax.config import (
-    Budgets,
-    ConfigError,
-    DataConfig,
-    RunConfig,
-    SourceConfig,
-    apply_overrides,
-    tiny,
-)
-from data_pipelines.document import Document
+from baichuan_omni_jax.config import Budgets, DataConfig, RunConfig, SourceConfig, apply_overrides, tiny
+from baichuan_omni_jax.errors import ConfigError
+from data_pipelines.documents.document import Document
+from data_pipelines.documents.prompts import Picture, Sound, Text, parse_prompt
+from data_pipelines.documents.turns import cut_turns, document_elements
 from data_pipelines.pipeline import open_pipeline
-from data_pipelines.prompts import Picture, Sound, Text, parse_prompt
-from data_pipelines.turns import cut_turns, document_elements
 from tests.data_pipelines.conftest import store_codes
 from tests.data_pipelines.small_media import write_image, write_sound, write_video
 
@@ -110,7 +103,9 @@ def test_a_long_conversation_is_split_and_loses_nothing(root):
 
 def test_pieces_come_in_rows_and_from_the_cache(root, monkeypatch):
     first = opened(root, [LONG, turn("x")], patches=24)
-    monkeypatch.setattr("data_pipelines.processor.Processor.measure", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(
+        "data_pipelines.documents.processor.Processor.measure", lambda *_: pytest.fail("measured again")
+    )
     again = opened(root, [LONG, turn("x")], patches=24)
     assert first.fingerprint() == again.fingerprint()
     rows = [[item.key for item in row] for row in again.plan(epochs=1)]

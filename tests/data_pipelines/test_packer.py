@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipelines.media_layout import PatchLayout
-from data_pipelines.mixture import Item
-from data_pipelines.packer import PATIENCE, Packer
+from data_pipelines.packing.media_layout import PatchLayout
+from data_pipelines.packing.mixture import Item
+from data_pipelines.packing.packer import PATIENCE, Packer
 from tests.data_pipelines.listed import Listed, row_plan
 
 BUDGETS = [20, 12, 6, 3]

@@ -12,7 +12,6 @@ from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 
 from baichuan_omni_jax.config import (
-    ConfigError,
     DataConfig,
     ImagesConfig,
     RunConfig,
@@ -21,12 +20,13 @@ from baichuan_omni_jax.config import (
     released_images,
     tiny,
 )
-from data_pipelines import images
-from data_pipelines.document import SampleError
-from data_pipelines.images import decode_image, probe_image
-from data_pipelines.media import Media
+from baichuan_omni_jax.errors import ConfigError
+from data_pipelines.documents.document import SampleError
+from data_pipelines.media import images
+from data_pipelines.media.images import decode_image, probe_image
+from data_pipelines.media.location import Media
+from data_pipelines.media.pixels import full_scale
 from data_pipelines.pipeline import open_pipeline
-from data_pipelines.pixels import full_scale
 from tests.data_pipelines.deep_pictures import chunk, pixels_of, png_bytes, profile_bytes, tiff_bytes
 from tests.data_pipelines.small_media import media, picture
 
@@ -336,7 +336,7 @@ class TestPng:
                 decode_image(media(tmp_path / "a.png"))
 
     def test_many_chunks(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("data_pipelines.png._MAX_CHUNKS", 50)
+        monkeypatch.setattr("data_pipelines.media.png._MAX_CHUNKS", 50)
         (tmp_path / "a.png").write_bytes(png_bytes(picture(20, 30), chunk(b"tEXt", b"a\x00b") * 60))
         with pytest.raises(SampleError, match="more than 50 chunks"):
             probe_image(media(tmp_path / "a.png"))

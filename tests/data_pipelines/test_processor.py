@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 
 from baichuan_omni_jax.config import ImagesConfig, OmniConfig, released_images, tiny
-from data_pipelines.document import SampleError
-from data_pipelines.processor import Processor
-from data_pipelines.qwen_ranks import tokenizer_from_ranks
-from data_pipelines.sounds import clip_key
-from data_pipelines.tokenizing import encode, train_tokenizer
+from data_pipelines.documents.document import SampleError
+from data_pipelines.documents.processor import Processor
+from data_pipelines.media.audio import clip_key
+from data_pipelines.tokenizers.qwen_ranks import tokenizer_from_ranks
+from data_pipelines.tokenizers.tokenizer import encode, train_tokenizer
 from tests.data_pipelines.small_media import document, media, write_image, write_sound, write_video
 from tests.golden import golden_path, ranks_path
 

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipelines.prompt_writing import plain_text, turn, write_prompt
-from data_pipelines.prompts import Picture, Reference, Sound, Text, Tokens, Video, parse_prompt
+from data_pipelines.documents.prompt_writing import plain_text, turn, write_prompt
+from data_pipelines.documents.prompts import Picture, Reference, Sound, Text, Tokens, Video, parse_prompt
 
 REFERENCES = st.builds(Reference, path=st.sampled_from(["a.png", "目录/“b”.wav"])) | st.just(Reference(base64="AAAA"))
 MEDIA = st.one_of(

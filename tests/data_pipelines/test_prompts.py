@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from data_pipelines.document import SampleError
-from data_pipelines.prompts import Picture, Reference, Sound, Text, Video, parse_prompt, replace_references
-from data_pipelines.special_tokens import MODEL_TOKENS, SPECIAL_TOKENS
+from data_pipelines.documents.document import SampleError
+from data_pipelines.documents.prompts import Picture, Reference, Sound, Text, Video, parse_prompt, replace_references
+from data_pipelines.tokenizers.special_tokens import MODEL_TOKENS, SPECIAL_TOKENS
 from tests.golden import golden_path
 
 IMAGE = '<img_start_baichuan>{"local": "a.png"}<img_end_baichuan>'

@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from baichuan_omni_jax.config import Budgets, ConfigError, DataConfig, tiny
-from data_pipelines.row_cost import row_cost
-from data_pipelines.row_order import order_rows
-from data_pipelines.row_plan import StepPlan, check_plan
+from baichuan_omni_jax.config import Budgets, DataConfig, tiny
+from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.flops.row_cost import row_cost
+from data_pipelines.packing.row_order import order_rows
+from data_pipelines.packing.row_plan import StepPlan, check_plan
 from tests.data_pipelines.conftest import with_config
 from tests.data_pipelines.listed import Listed, row_plan
 
@@ -173,7 +174,7 @@ def test_another_stage_goes_on_in_its_sources(sample_pipeline):
 
 def test_costs_are_those_of_the_forward_pass(sample_pipeline, sample_codes):
     """A row's cost is what train/flops.py counts of its batch, without the logits of the text."""
-    from baichuan_omni_jax.train.flops import flops_by_part, omni_parts
+    from baichuan_omni_jax.flops.omni import flops_by_part, omni_parts
 
     omni = tiny()
     rows = list(islice(sample_pipeline.plan(), 4))

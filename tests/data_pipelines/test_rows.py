@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from baichuan_omni_jax.config import Budgets, DataConfig, SourceConfig, tiny
+from data_pipelines.packing.rows import Shard
 from data_pipelines.pipeline import open_pipeline
-from data_pipelines.rows import Shard
 from tests.data_pipelines.conftest import BUDGETS, store_codes, with_config
 from tests.data_pipelines.small_media import write_image, write_sound
 

@@ -14,16 +14,17 @@ seqio = pytest.importorskip("seqio", reason="needs the extra seqio (Python 3.11)
 import tensorflow as tf  # noqa: E402
 from micro import CONFIG, REPOSITORY, environment, read_metrics  # noqa: E402
 
-from baichuan_omni_jax.config import ConfigError, tiny  # noqa: E402
-from data_pipelines.jobs.local import LocalRunner  # noqa: E402
-from data_pipelines.processor import Processor  # noqa: E402
-from data_pipelines.prompts import NAMES, escape  # noqa: E402
-from data_pipelines.seqio_cache import Recipe, cache, deal, main  # noqa: E402
-from data_pipelines.seqio_vocabulary import OmniVocabulary, plain  # noqa: E402
-from data_pipelines.shards.dataset import open_dataset  # noqa: E402
-from data_pipelines.tokenizing import encode, load_tokenizer, plain_tokenizer, train_tokenizer  # noqa: E402
+from baichuan_omni_jax.config import tiny  # noqa: E402
+from baichuan_omni_jax.errors import ConfigError  # noqa: E402
+from data_pipelines.datasets.importers.seqio_cache import Recipe, cache, deal, main  # noqa: E402
+from data_pipelines.datasets.importers.seqio_vocabulary import OmniVocabulary, plain  # noqa: E402
+from data_pipelines.datasets.jobs.local import LocalRunner  # noqa: E402
+from data_pipelines.datasets.shards.reader import open_dataset  # noqa: E402
+from data_pipelines.documents.processor import Processor  # noqa: E402
+from data_pipelines.documents.prompts import NAMES, escape  # noqa: E402
+from data_pipelines.tokenizers.tokenizer import encode, load_tokenizer, plain_tokenizer, train_tokenizer  # noqa: E402
 
-MODULE = "data_pipelines.seqio_tasks"
+MODULE = "data_pipelines.datasets.importers.seqio_tasks"
 TEXTS = ["Plain words.", "三加九等于十二。", "a\tb\n\n  c", "<C_Q>Hi<C_A>Hello<|endoftext|>", "naïve café 12345", ""]
 
 

@@ -7,14 +7,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from baichuan_omni_jax.config import ConfigError, tiny
-from data_pipelines import lettering, show
-from data_pipelines.build import __main__ as build
-from data_pipelines.features import patchify, resize_picture
-from data_pipelines.images import decode_image
-from data_pipelines.lettering import Lettering
+from baichuan_omni_jax.config import tiny
+from baichuan_omni_jax.errors import ConfigError
+from data_pipelines.datasets.builder import __main__ as build
+from data_pipelines.media.features import patchify, resize_picture
+from data_pipelines.media.images import decode_image
 from data_pipelines.synthesis import __main__ as synthesis
-from data_pipelines.view import (
+from data_pipelines.text import lettering
+from data_pipelines.text.lettering import Lettering
+from data_pipelines.tools import show
+from data_pipelines.tools.view import (
     AUDIO_LOSS,
     FRAME,
     HEARD,

@@ -12,10 +12,10 @@ import soundfile
 from av.stream import Disposition
 from small_media import media, tone, write_track, write_video
 
-from data_pipelines import sounds
-from data_pipelines.document import SampleError
-from data_pipelines.media import Media
-from data_pipelines.sounds import decode_sound, probe_sound, read_sound
+from data_pipelines.documents.document import SampleError
+from data_pipelines.media import audio as sounds
+from data_pipelines.media.audio import decode_sound, probe_sound, read_sound
+from data_pipelines.media.location import Media
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from media_headers import compare, originals

@@ -8,11 +8,11 @@ import pytest
 from PIL import Image
 from small_media import write_image, write_sound, write_video
 
-from data_pipelines.build.dataset import build_dataset
-from data_pipelines.jobs.runners import make_runner
-from data_pipelines.measures import DocumentMeasure, MediaMeasure, collect, join
-from data_pipelines.stats import load, main, quantities
-from data_pipelines.tokenizing import train_tokenizer
+from data_pipelines.datasets.builder.build import build_dataset
+from data_pipelines.datasets.jobs.runners import make_runner
+from data_pipelines.media.measures import DocumentMeasure, MediaMeasure, collect, join
+from data_pipelines.tokenizers.tokenizer import train_tokenizer
+from data_pipelines.tools.stats import load, main, quantities
 
 PICTURE = '<img_start_baichuan>{"local": "a.png"}<img_end_baichuan>'
 SPOKEN = '<audiogen_start_baichuan>{"path": "s.wav"}<audiogen_end_baichuan>'

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from baichuan_omni_jax.config import ConfigError
-from data_pipelines.prompts import Picture, Text, parse_prompt
+from baichuan_omni_jax.errors import ConfigError
+from data_pipelines.documents.prompts import Picture, Text, parse_prompt
 from data_pipelines.synthesis import __main__ as command
-from data_pipelines.synthesis import captions
-from data_pipelines.synthesis.captions import PROMPTS
+from data_pipelines.synthesis.captions import job as captions
+from data_pipelines.synthesis.captions.job import PROMPTS
 from tests.data_pipelines.synthesis_hooks import job_of
 
 HOOKS = "tests.data_pipelines.synthesis_hooks"

@@ -3,8 +3,8 @@
 from small_media import write_image, write_video
 from synthesis_job import FAKE, SHORT, run, write_manifest
 
-from data_pipelines.prompt_writing import heard_tag, image_tag, trainable, turn, video_tag
-from data_pipelines.prompts import Picture, Sound, Text, Video, parse_prompt
+from data_pipelines.documents.prompt_writing import heard_tag, image_tag, trainable, turn, video_tag
+from data_pipelines.documents.prompts import Picture, Sound, Text, Video, parse_prompt
 from data_pipelines.synthesis.task_prompts import ANSWER_PICTURE, CONTINUE_PICTURE
 
 

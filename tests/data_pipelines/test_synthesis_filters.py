@@ -9,15 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from baichuan_omni_jax.config import ConfigError
-from data_pipelines.manifest import read_manifest
-from data_pipelines.media import find_media
-from data_pipelines.prompts import Sound, parse_prompt
+from baichuan_omni_jax.errors import ConfigError
+from data_pipelines.documents.manifest import read_manifest
+from data_pipelines.documents.prompts import Sound, parse_prompt
+from data_pipelines.media.location import find_media
 from data_pipelines.synthesis import __main__ as command
-from data_pipelines.synthesis import filters
-from data_pipelines.synthesis.languages import detect_language
-from data_pipelines.synthesis.near_duplicates import find_duplicates, likeness, sign
-from data_pipelines.synthesis.speech_check import count_edits, speech_units, spoken_texts
+from data_pipelines.synthesis.filters import job as filters
+from data_pipelines.synthesis.filters.near_duplicates import find_duplicates, likeness, sign
+from data_pipelines.synthesis.filters.speech_check import count_edits, speech_units, spoken_texts
+from data_pipelines.text.languages import detect_language
 from tests.data_pipelines.small_media import write_sound
 from tests.data_pipelines.synthesis_hooks import job_of
 

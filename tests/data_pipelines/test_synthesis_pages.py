@@ -12,21 +12,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from baichuan_omni_jax.config import ConfigError
-from data_pipelines.document import Document, SampleError
-from data_pipelines.prompt_writing import parse_prompt, plain_text
-from data_pipelines.prompts import Picture
+from baichuan_omni_jax.errors import ConfigError
+from data_pipelines.documents.document import Document, SampleError
+from data_pipelines.documents.prompt_writing import parse_prompt, plain_text
+from data_pipelines.documents.prompts import Picture
 from data_pipelines.synthesis import __main__ as command
-from data_pipelines.synthesis import page_prompts, pages
-from data_pipelines.synthesis.chart_picture import draw_chart
-from data_pipelines.synthesis.chart_questions import describe, questions, transcribe
-from data_pipelines.synthesis.charts import Chart, possible_charts
+from data_pipelines.synthesis.charts.chart_picture import draw_chart
+from data_pipelines.synthesis.charts.chart_questions import describe, questions, transcribe
+from data_pipelines.synthesis.charts.kinds import Chart, possible_charts
+from data_pipelines.synthesis.charts.tables import read_table, spell
 from data_pipelines.synthesis.draft import Draft
-from data_pipelines.synthesis.fonts import choose_font, find_fonts
-from data_pipelines.synthesis.layout import PageStyle, balance, normalise, paginate, wrap
-from data_pipelines.synthesis.page_picture import draw_page, measurer
-from data_pipelines.synthesis.pages import PageSettings, make_pages
-from data_pipelines.synthesis.tables import read_table, spell
+from data_pipelines.synthesis.pages import job as pages
+from data_pipelines.synthesis.pages import page_prompts
+from data_pipelines.synthesis.pages.job import PageSettings, make_pages
+from data_pipelines.synthesis.pages.layout import PageStyle, balance, normalise, paginate, wrap
+from data_pipelines.synthesis.pages.page_picture import draw_page, measurer
+from data_pipelines.text.fonts import choose_font, find_fonts
 from tests.data_pipelines.synthesis_hooks import job_of
 
 FONTS = find_fonts()

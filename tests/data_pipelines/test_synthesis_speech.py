@@ -16,22 +16,22 @@ from hypothesis import strategies as st
 from PIL import Image
 from synthesis_job import FAKE, SHORT, read, run, write_manifest
 
-from baichuan_omni_jax.config import ConfigError
-from data_pipelines.build import __main__ as build
-from data_pipelines.document import Document, SampleError
-from data_pipelines.media import Media
-from data_pipelines.prompt_writing import image_tag, plain_text, turn
-from data_pipelines.prompts import Sound, Text, parse_prompt
-from data_pipelines.synthesis import espeak, intlv, text_to_speech, voice_list
+from baichuan_omni_jax.errors import ConfigError
+from data_pipelines.datasets.builder import __main__ as build
+from data_pipelines.documents.document import Document, SampleError
+from data_pipelines.documents.prompt_writing import image_tag, plain_text, turn
+from data_pipelines.documents.prompts import Sound, Text, parse_prompt
+from data_pipelines.media.location import Media
 from data_pipelines.synthesis.__main__ import main
 from data_pipelines.synthesis.draft import Draft
-from data_pipelines.synthesis.intlv import write_intlv
-from data_pipelines.synthesis.itts import write_itts
+from data_pipelines.synthesis.speech import espeak, intlv, text_to_speech, voice_list
+from data_pipelines.synthesis.speech.intlv import write_intlv
+from data_pipelines.synthesis.speech.itts import write_itts
+from data_pipelines.synthesis.speech.text_to_speech import EspeakSpeech, load_speech, voice_text
+from data_pipelines.synthesis.speech.voice_list import SENTENCES
+from data_pipelines.synthesis.speech.voices import VOICES
 from data_pipelines.synthesis.task_prompts import READ_ALOUD, TRANSCRIBE
-from data_pipelines.synthesis.text_to_speech import EspeakSpeech, load_speech, voice_text
 from data_pipelines.synthesis.units import add_job_arguments
-from data_pipelines.synthesis.voice_list import SENTENCES
-from data_pipelines.synthesis.voices import VOICES
 
 STORY = ["The lake is calm tonight. We took a boat, and went home. ", "湖水今晚很平静。我们坐船，然后回家了。"]
 

@@ -5,20 +5,21 @@ import json
 import numpy as np
 import pytest
 
-from baichuan_omni_jax.config import ConfigError, DataConfig, SourceConfig, tiny
-from data_pipelines.build.dataset import build_dataset
-from data_pipelines.document import Document, SampleError
-from data_pipelines.index_build import load_index
-from data_pipelines.jobs.runners import make_runner
-from data_pipelines.media import Media
-from data_pipelines.processor import Processor
-from data_pipelines.prompts import Reference, Text, Tokens, parse_prompt
-from data_pipelines.shards.dataset import Shard, open_dataset, write_description
-from data_pipelines.shards.writer import ShardWriter
-from data_pipelines.token_ids import pack_ids, read_ids
-from data_pipelines.tokenizing import encode, tokenizer_fingerprint, train_tokenizer
-from data_pipelines.validate import validate
-from data_pipelines.view import TEXT, describe
+from baichuan_omni_jax.config import DataConfig, SourceConfig, tiny
+from baichuan_omni_jax.errors import ConfigError
+from data_pipelines.datasets.builder.build import build_dataset
+from data_pipelines.datasets.jobs.runners import make_runner
+from data_pipelines.datasets.shards.reader import Shard, open_dataset, write_description
+from data_pipelines.datasets.shards.writer import ShardWriter
+from data_pipelines.documents.document import Document, SampleError
+from data_pipelines.documents.processor import Processor
+from data_pipelines.documents.prompts import Reference, Text, Tokens, parse_prompt
+from data_pipelines.documents.token_ids import pack_ids, read_ids
+from data_pipelines.media.location import Media
+from data_pipelines.packing.index_build import load_index
+from data_pipelines.tokenizers.tokenizer import encode, tokenizer_fingerprint, train_tokenizer
+from data_pipelines.tools.validate import validate
+from data_pipelines.tools.view import TEXT, describe
 
 QUESTION, ANSWER = "<C_Q>Which animal says meow?<C_A>", "The cat says meow."
 TAGS = (

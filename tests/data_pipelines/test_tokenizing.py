@@ -5,10 +5,11 @@ from dataclasses import replace
 
 import pytest
 
-from baichuan_omni_jax.config import ConfigError, OmniConfig, tiny
-from data_pipelines.qwen_ranks import tokenizer_from_ranks
-from data_pipelines.special_tokens import ASSISTANT, SPECIAL_TOKENS, USER
-from data_pipelines.tokenizing import check_tokenizer, encode, load_tokenizer, train_tokenizer
+from baichuan_omni_jax.config import OmniConfig, tiny
+from baichuan_omni_jax.errors import ConfigError
+from data_pipelines.tokenizers.qwen_ranks import tokenizer_from_ranks
+from data_pipelines.tokenizers.special_tokens import ASSISTANT, SPECIAL_TOKENS, USER
+from data_pipelines.tokenizers.tokenizer import check_tokenizer, encode, load_tokenizer, train_tokenizer
 from tests.golden import golden_path, ranks_path
 
 TEXTS = [

@@ -10,12 +10,12 @@ import pytest
 import soundfile
 from small_media import write_image, write_sound, write_video
 
-from data_pipelines.build.dataset import build_dataset
-from data_pipelines.jobs.runners import make_runner
-from data_pipelines.shards.dataset import Shard, open_dataset, write_description
-from data_pipelines.shards.record import pack_document
-from data_pipelines.shards.writer import ShardWriter
-from data_pipelines.validate import Problem, main, validate
+from data_pipelines.datasets.builder.build import build_dataset
+from data_pipelines.datasets.jobs.runners import make_runner
+from data_pipelines.datasets.shards.reader import Shard, open_dataset, write_description
+from data_pipelines.datasets.shards.record import pack_document
+from data_pipelines.datasets.shards.writer import ShardWriter
+from data_pipelines.tools.validate import Problem, main, validate
 
 PICTURE = '<img_start_baichuan>{"local": "%s"}<img_end_baichuan>'
 HEARD = '<audio_start_baichuan>{"path": "%s"}<audio_end_baichuan>'

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipelines.rows import free_shared_memory
+from data_pipelines.packing.rows import free_shared_memory
 from tests.data_pipelines.conftest import with_config
 from tests.data_pipelines.test_jobs import alive, wait_for
 

@@ -60,7 +60,7 @@ def _collect(ours: Connection, worker, paths: list[Path], outcomes: list[Outcome
 
 
 def _serve(pipe: Connection, paths: list[Path]) -> None:
-    from data_pipelines.document import SampleError
+    from data_pipelines.documents.document import SampleError
 
     decode = {"image": _decode_image, "sound": _decode_sound, "video": _decode_video}
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
@@ -83,8 +83,8 @@ def _peak_mib() -> float:
 
 
 def _decode_image(path: Path) -> None:
-    from data_pipelines.images import decode_image, probe_image
-    from data_pipelines.media import Media
+    from data_pipelines.media.images import decode_image, probe_image
+    from data_pipelines.media.location import Media
 
     media = Media(path.name, path)
     height, width = probe_image(media)
@@ -95,8 +95,8 @@ def _decode_image(path: Path) -> None:
 def _decode_sound(path: Path) -> None:
     import numpy as np
 
-    from data_pipelines.media import Media
-    from data_pipelines.sounds import decode_sound, probe_sound
+    from data_pipelines.media.audio import decode_sound, probe_sound
+    from data_pipelines.media.location import Media
 
     media = Media(path.name, path)
     samples = probe_sound(media, 16000)
@@ -107,8 +107,8 @@ def _decode_sound(path: Path) -> None:
 
 def _decode_video(path: Path) -> None:
     """Its frames and, when those can be used, its sound."""
-    from data_pipelines.media import Media
-    from data_pipelines.videos import read_video
+    from data_pipelines.media.location import Media
+    from data_pipelines.media.videos import read_video
 
     probe, frames = read_video(Media(path.name, path), 1.0, 8)
     assert len([frame.shape for frame in frames]) == len(probe.times)

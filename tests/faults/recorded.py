@@ -14,8 +14,8 @@ from micro import REPOSITORY
 sys.path.insert(0, str(REPOSITORY / "launch"))
 import tpu_pretrain
 
-from baichuan_omni_jax.train import loop
-from baichuan_omni_jax.train.rows import BatchPlacer
+from baichuan_omni_jax.train import trainer as loop
+from baichuan_omni_jax.train.batch_placer import BatchPlacer
 
 
 class RecordingPlacer(BatchPlacer):

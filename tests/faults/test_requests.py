@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from engine_prompts import one_device, small_branches, small_config, tokenizer
 
-from baichuan_omni_jax.config import GenerationSettings, RequestError
+from baichuan_omni_jax.config import GenerationSettings
 from baichuan_omni_jax.convert.tables import abstract_branches
-from baichuan_omni_jax.omni.chat import ChatModel, OmniChat
-from baichuan_omni_jax.omni.generate import Engine
-from baichuan_omni_jax.omni.speech import Speaker
-from data_pipelines.chat_prompt import ChatPrompts
-from data_pipelines.processor import Processor
+from baichuan_omni_jax.errors import RequestError
+from baichuan_omni_jax.generation.chat import ChatModel, OmniChat
+from baichuan_omni_jax.generation.engine import Engine
+from baichuan_omni_jax.generation.speech_decoder import Speaker
+from data_pipelines.documents.chat_prompt import ChatPrompts
+from data_pipelines.documents.processor import Processor
 from tests.data_pipelines.small_media import tone, write_image
 
 CFG = small_config()

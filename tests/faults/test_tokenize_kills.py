@@ -8,7 +8,7 @@ from micro import wait_until
 from proofs import sized
 from tokenized import copy_data, files_of, part_time_of, parts_of, run, start, store_of, without_store
 
-from data_pipelines.codes import CodeStore
+from data_pipelines.audio_codes import CodeStore
 
 pytestmark = pytest.mark.slow
 

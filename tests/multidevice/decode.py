@@ -10,7 +10,7 @@ from decoding import LENGTH, ROWS, decode, distance, small_llm
 
 from baichuan_omni_jax.config import MeshConfig
 from baichuan_omni_jax.llm.decode import DecodeModel
-from baichuan_omni_jax.nn.cache import init_cache
+from baichuan_omni_jax.llm.kv_cache import init_cache
 from baichuan_omni_jax.sharding import make_mesh
 
 

@@ -10,8 +10,8 @@ import numpy as np
 from engine_prompts import media_prompt, random_text, small_branches, small_config, text_prompt, tokenizer
 
 from baichuan_omni_jax.config import GenerationSettings, MeshConfig
-from baichuan_omni_jax.omni.answer import Answer
-from baichuan_omni_jax.omni.generate import Engine
+from baichuan_omni_jax.generation.engine import Engine
+from baichuan_omni_jax.generation.events import Answer
 from baichuan_omni_jax.sharding import make_mesh
 
 CFG = small_config()

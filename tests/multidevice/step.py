@@ -24,8 +24,8 @@ from micro import micro_run, open_micro, place
 from baichuan_omni_jax.config import MeshConfig, resolve_model
 from baichuan_omni_jax.nn.param import named_values
 from baichuan_omni_jax.sharding import MESH_AXES, make_mesh
-from baichuan_omni_jax.train.collectives import Collective, collectives_of
 from baichuan_omni_jax.train.omni_loss import Denominators, omni_loss
+from baichuan_omni_jax.train.preflight.collectives import Collective, collectives_of
 from baichuan_omni_jax.train.state import Setup, init_state, make_compute, make_setup
 from baichuan_omni_jax.train.step import make_gradients
 

@@ -17,16 +17,16 @@ from jax.sharding import AxisType, Mesh
 from micro import CONFIG, STEPS, contents, micro_run, open_micro, overrides, read_metrics, wait_until
 
 from baichuan_omni_jax.checkpoint import Workdir
-from baichuan_omni_jax.config import ConfigError, apply_overrides, load_run_config, resolve_model
-from baichuan_omni_jax.config.errors import exit_code, run_command
+from baichuan_omni_jax.config import apply_overrides, load_run_config, resolve_model
+from baichuan_omni_jax.errors import ConfigError, exit_code, run_command
 from baichuan_omni_jax.sharding import MESH_AXES
-from baichuan_omni_jax.train.loop import train
-from baichuan_omni_jax.train.rows import check_batch
+from baichuan_omni_jax.train.batch_placer import check_batch
 from baichuan_omni_jax.train.state import make_compute
-from baichuan_omni_jax.train.tasks.sound import check_sound
+from baichuan_omni_jax.train.tasks.audio import check_sound
+from baichuan_omni_jax.train.trainer import train
+from data_pipelines.packing.rows import ALL_ROWS
+from data_pipelines.packing.training import TrainingData
 from data_pipelines.pipeline import open_pipeline
-from data_pipelines.rows import ALL_ROWS
-from data_pipelines.training import TrainingData
 
 TINY = resolve_model("tiny")
 

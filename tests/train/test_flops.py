@@ -11,12 +11,12 @@ from jax.interpreters import partial_eval
 from micro import one_device, place
 
 from baichuan_omni_jax.config import Budgets, tiny
+from baichuan_omni_jax.flops.chips import chip_of, peak_flops
+from baichuan_omni_jax.flops.omni import flops_by_branch, flops_by_part, omni_parts, step_counts
 from baichuan_omni_jax.nn.param import Compute, named_values, with_values
 from baichuan_omni_jax.omni.model import OmniModel
 from baichuan_omni_jax.sharding import ShardingRules
-from baichuan_omni_jax.train.chips import chip_of, peak_flops
-from baichuan_omni_jax.train.flops import flops_by_branch, flops_by_part, omni_parts, step_counts
-from data_pipelines.batch import empty_rows
+from data_pipelines.packing.batch import empty_rows
 
 TOKENS, PATCHES, FRAMES, TARGETS = 96, 64, 12, 10
 ROWS = 2

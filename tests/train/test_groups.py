@@ -9,7 +9,8 @@ import pytest
 from flax import nnx
 from micro import micro_run, one_device, open_micro, place
 
-from baichuan_omni_jax.config import ConfigError, GroupConfig, OptimizerConfig, resolve_model
+from baichuan_omni_jax.config import GroupConfig, OptimizerConfig, resolve_model
+from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.nn.param import Buffer, named_variables
 from baichuan_omni_jax.train.groups import Groups, assign_groups, decays, make_optimizer, schedule
 from baichuan_omni_jax.train.state import init_state, make_compute, make_setup

@@ -5,7 +5,8 @@ import json
 import pytest
 from micro import CONFIG
 
-from baichuan_omni_jax.config import ConfigError, apply_overrides, load_run_config
+from baichuan_omni_jax.config import apply_overrides, load_run_config
+from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.train import hosts
 from baichuan_omni_jax.train.hosts import check_agreement, run_facts, software, together
 

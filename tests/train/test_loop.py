@@ -61,7 +61,7 @@ def resumed(pretrain, tmp_path_factory) -> dict:
 
 def test_a_run_keeps_the_tokenizer_that_made_its_codes(finished, pretrain):
     """What lies in the workdir has the fingerprint that the store of codes is named by; a seeded one is called so."""
-    from baichuan_omni_jax.omni.loading import load_for_generation
+    from baichuan_omni_jax.generation.loading import load_for_generation
 
     loaded = load_for_generation(str(finished), needed=("audio_encoder",))
     made_by = fingerprint(loaded.branches["audio_encoder"])

@@ -9,18 +9,18 @@ import pytest
 from micro import micro_run, one_device, open_micro, place
 
 from baichuan_omni_jax.config import Budgets, resolve_model
+from baichuan_omni_jax.evaluation.held_out import mean_losses
+from baichuan_omni_jax.evaluation.omni_losses import make_eval_step
 from baichuan_omni_jax.loss_shares import POWERS
 from baichuan_omni_jax.nn.param import named_values, with_values
 from baichuan_omni_jax.nn.products import narrow
 from baichuan_omni_jax.omni.model import OmniModel
 from baichuan_omni_jax.sharding import ShardingRules
-from baichuan_omni_jax.train.evaluate import mean_losses
 from baichuan_omni_jax.train.losses import chunked_cross_entropy, cross_entropy
 from baichuan_omni_jax.train.omni_loss import denominators, omni_loss, share_metrics
-from baichuan_omni_jax.train.omni_sums import make_eval_step
 from baichuan_omni_jax.train.state import make_compute, make_setup
-from data_pipelines.batch import RowWriter, empty_rows
-from data_pipelines.loss_weights import weigh
+from data_pipelines.packing.batch import RowWriter, empty_rows
+from data_pipelines.packing.loss_weights import weigh
 
 # Of max|difference| / max|reference| per tensor, fp32.
 TOLERANCE = 1e-5

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import pytest
 from micro import CONFIG
 
-from baichuan_omni_jax.config import ConfigError, load_run_config, resolve_model
+from baichuan_omni_jax.config import load_run_config, resolve_model
+from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.flops.omni import flops_by_branch, omni_parts
 from baichuan_omni_jax.train import goodput
-from baichuan_omni_jax.train.flops import flops_by_branch, omni_parts
 from baichuan_omni_jax.train.goodput import Goodput
 from baichuan_omni_jax.train.metrics import MetricsWriter, Throughput
-from baichuan_omni_jax.train.tracing import StepTrace, parse_span
+from baichuan_omni_jax.train.profiling import StepTrace, parse_span
 from baichuan_omni_jax.train.wandb import WandbWriter
 
 COUNTS = {

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from proofs import HANG
 
-from baichuan_omni_jax.config import ConfigError, load_run_config, tiny
+from baichuan_omni_jax.config import load_run_config, tiny
+from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.train.preflight import Packing, devices_of
 from baichuan_omni_jax.train.preflight.buffers import largest_temporaries
 from baichuan_omni_jax.train.preflight.build import Memory, refused

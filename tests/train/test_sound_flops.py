@@ -10,15 +10,15 @@ from test_flops import needed, products
 from baichuan_omni_jax.audio.codebook_training import CodebookState
 from baichuan_omni_jax.audio.quantizer_training import quantize_in_training
 from baichuan_omni_jax.config import QuantizerConfig, baichuan_omni_7b, load_run_config, resolve_model, tiny
+from baichuan_omni_jax.flops.audio import clip_counts, flow_parts, tokenizer_parts
+from baichuan_omni_jax.flops.omni import flops_by_branch, flops_by_part
 from baichuan_omni_jax.flow.training import flow_losses
 from baichuan_omni_jax.nn.param import Compute, named_values, with_values
+from baichuan_omni_jax.omni.audio_tokenizer_model import Clips, TokenizerModel
 from baichuan_omni_jax.omni.batch import BATCH_AXES
-from baichuan_omni_jax.omni.tokenizer_model import Clips, TokenizerModel
-from baichuan_omni_jax.omni.voice_model import VoiceModel
+from baichuan_omni_jax.omni.flow_matching_model import VoiceModel
 from baichuan_omni_jax.sharding import ShardingRules
-from baichuan_omni_jax.train.flops import flops_by_branch, flops_by_part
 from baichuan_omni_jax.train.preflight.packing import Packing
-from baichuan_omni_jax.train.sound_flops import clip_counts, flow_parts, tokenizer_parts
 from baichuan_omni_jax.train.state import make_compute
 from baichuan_omni_jax.train.tasks import make_task
 

@@ -15,14 +15,15 @@ from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
 from baichuan_omni_jax.checkpoint import save_branches
-from baichuan_omni_jax.config import ConfigError, apply_overrides, load_run_config, tiny
-from baichuan_omni_jax.config.sound_targets import flow_target
+from baichuan_omni_jax.config import apply_overrides, load_run_config, tiny
+from baichuan_omni_jax.config.mel_targets import flow_target
 from baichuan_omni_jax.convert.files import VOCODER_CONFIG
+from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.nn.param import Compute
+from baichuan_omni_jax.train.audio_samples import SoundSamples, check_samples
 from baichuan_omni_jax.train.mel_image import mel_image
 from baichuan_omni_jax.train.mel_waves import MelWaves
 from baichuan_omni_jax.train.metrics import MetricsWriter
-from baichuan_omni_jax.train.sound_samples import SoundSamples, check_samples
 from baichuan_omni_jax.vocoder.config import tiny_vocoder, vocoder_to_json
 from baichuan_omni_jax.vocoder.model import Vocoder
 

@@ -13,10 +13,11 @@ from micro import CONFIG, REPOSITORY, Command, numbers, one_device, read_metrics
 
 from baichuan_omni_jax.audio.tokenize import fingerprint
 from baichuan_omni_jax.checkpoint import load_branches, with_shardings
-from baichuan_omni_jax.config import ConfigError, apply_overrides, load_run_config, resolve_model, tiny, to_hf
-from baichuan_omni_jax.config.sound_targets import sound_targets
+from baichuan_omni_jax.config import apply_overrides, load_run_config, resolve_model, tiny, to_hf
+from baichuan_omni_jax.config.mel_targets import sound_targets
 from baichuan_omni_jax.convert import abstract_branches
-from baichuan_omni_jax.train.rows import BatchPlacer
+from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.train.batch_placer import BatchPlacer
 from baichuan_omni_jax.train.state import init_state, make_compute, make_setup
 from baichuan_omni_jax.train.step import make_gradients, make_step
 from data_pipelines.pipeline import open_pipeline

@@ -11,8 +11,9 @@ from micro import CONFIG, one_device
 from rich.console import Console
 
 from baichuan_omni_jax.checkpoint import Workdir, load_branches, read_branch_info, save_branches
-from baichuan_omni_jax.config import Budgets, ConfigError, GroupConfig, load_run_config, resolve_model
+from baichuan_omni_jax.config import Budgets, GroupConfig, load_run_config, resolve_model
 from baichuan_omni_jax.config.stages import TEXT_ENDS
+from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.nn.param import named_values, named_variables
 from baichuan_omni_jax.omni.batch import abstract_batch
 from baichuan_omni_jax.train.groups import assign_groups, special_ids, untrained_targets

@@ -11,7 +11,8 @@ import pytest
 from micro import REPOSITORY, environment, one_device, small_copy
 
 from baichuan_omni_jax.checkpoint import find_parent, load_branches, with_shardings
-from baichuan_omni_jax.config import STAGES, ConfigError, RunConfig, load_run_config, resolve_model, stage_groups
+from baichuan_omni_jax.config import STAGES, RunConfig, load_run_config, resolve_model, stage_groups
+from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.nn.param import Compute, named_values, named_variables
 from baichuan_omni_jax.omni.model import OmniModel
 from baichuan_omni_jax.sharding import ShardingRules

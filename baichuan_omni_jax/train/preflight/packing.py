@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from baichuan_omni_jax.config import OmniConfig, RunConfig
-from baichuan_omni_jax.train.sound_flops import full_slots
-from baichuan_omni_jax.train.tasks.sound import slot_frames
+from baichuan_omni_jax.flops.audio import full_slots
+from baichuan_omni_jax.train.tasks.audio import slot_frames
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,13 @@ from typing import Any
 
 import jax
 
-from baichuan_omni_jax.config import ConfigError, OmniConfig, RunConfig
-from baichuan_omni_jax.train.chips import chip_of
-from baichuan_omni_jax.train.collectives import collectives_of
-from baichuan_omni_jax.train.flops import flops_by_branch, flops_by_part
+from baichuan_omni_jax.config import OmniConfig, RunConfig
+from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.flops.chips import chip_of
+from baichuan_omni_jax.flops.omni import flops_by_branch, flops_by_part
 from baichuan_omni_jax.train.preflight.buffers import Temporary
 from baichuan_omni_jax.train.preflight.build import Arguments, Built, build, bytes_on_a_chip, set_up
+from baichuan_omni_jax.train.preflight.collectives import collectives_of
 from baichuan_omni_jax.train.preflight.packing import Packing
 from baichuan_omni_jax.train.preflight.suggest import suggestions
 from baichuan_omni_jax.train.preflight.topology import devices_of

@@ -5,7 +5,7 @@ from importlib.util import find_spec
 import jax
 from jax.experimental import topologies
 
-from baichuan_omni_jax.config import ConfigError
+from baichuan_omni_jax.errors import ConfigError
 
 # A v4 chip's two cores are one JAX device, as on a v4 slice itself.
 _OPTIONS = {"v4": {"chip_config_name": "megacore"}}

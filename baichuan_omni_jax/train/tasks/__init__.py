@@ -1,6 +1,7 @@
 """What a run trains: the omni model, the audio tokenizer or the flow-matching decoder, all by the same loop."""
 
-from baichuan_omni_jax.config import ConfigError, OmniConfig, RunConfig
+from baichuan_omni_jax.config import OmniConfig, RunConfig
+from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.nn.param import Compute
 from baichuan_omni_jax.train.tasks.audio_tokenizer import AudioTokenizerTask
 from baichuan_omni_jax.train.tasks.flow_matching import FlowMatchingTask

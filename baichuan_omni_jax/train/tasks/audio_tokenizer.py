@@ -9,14 +9,14 @@ from baichuan_omni_jax.audio.codebook_training import CodebookState, usage
 from baichuan_omni_jax.audio.quantizer_training import Quantised, commitment_weight, quantised_share, temperature
 from baichuan_omni_jax.audio.reconstruction import reconstruction_loss
 from baichuan_omni_jax.audio.spec_augment import spec_augment
-from baichuan_omni_jax.config import ConfigError
-from baichuan_omni_jax.config.sound_targets import reconstruction_ratios
+from baichuan_omni_jax.config.mel_targets import reconstruction_ratios
+from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.flops.audio import clip_counts, tokenizer_parts
+from baichuan_omni_jax.flops.omni import Part, step_counts
 from baichuan_omni_jax.nn.param import use
+from baichuan_omni_jax.omni.audio_tokenizer_model import TokenizerModel, clips_of, mel_targets_of
 from baichuan_omni_jax.omni.batch import Batch
-from baichuan_omni_jax.omni.tokenizer_model import TokenizerModel, clips_of, mel_targets_of
-from baichuan_omni_jax.train.flops import Part, step_counts
-from baichuan_omni_jax.train.sound_flops import clip_counts, tokenizer_parts
-from baichuan_omni_jax.train.tasks.sound import check_sound, sound_axes, sound_batch, sound_numbers, step_key
+from baichuan_omni_jax.train.tasks.audio import check_sound, sound_axes, sound_batch, sound_numbers, step_key
 from baichuan_omni_jax.train.tasks.task import Metrics, Moved, PlainTask, Values
 from baichuan_omni_jax.train.transcript import transcript_entropies
 

@@ -5,15 +5,15 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
 
-from baichuan_omni_jax.config import ConfigError
-from baichuan_omni_jax.config.sound_targets import flow_target
+from baichuan_omni_jax.config.mel_targets import flow_target
+from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.flops.audio import clip_counts, flow_parts
+from baichuan_omni_jax.flops.omni import Part, step_counts
 from baichuan_omni_jax.flow.training import flow_losses
+from baichuan_omni_jax.omni.audio_tokenizer_model import clips_of, mel_targets_of
 from baichuan_omni_jax.omni.batch import Batch
-from baichuan_omni_jax.omni.tokenizer_model import clips_of, mel_targets_of
-from baichuan_omni_jax.omni.voice_model import VoiceModel, beside
-from baichuan_omni_jax.train.flops import Part, step_counts
-from baichuan_omni_jax.train.sound_flops import clip_counts, flow_parts
-from baichuan_omni_jax.train.tasks.sound import check_sound, sound_axes, sound_batch, sound_numbers, step_key
+from baichuan_omni_jax.omni.flow_matching_model import VoiceModel, beside
+from baichuan_omni_jax.train.tasks.audio import check_sound, sound_axes, sound_batch, sound_numbers, step_key
 from baichuan_omni_jax.train.tasks.task import NOTHING, Metrics, PlainTask, Values
 
 BRANCHES = ("audio_encoder", "audio_decoder", "flow")

@@ -4,12 +4,12 @@ import jax
 from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
 
-from baichuan_omni_jax.config import ConfigError
+from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.flops.omni import Part, omni_parts, step_counts
 from baichuan_omni_jax.omni.batch import BRANCH_FIELDS, Batch, abstract_batch
 from baichuan_omni_jax.omni.model import OmniModel
-from baichuan_omni_jax.train.flops import Part, omni_parts, step_counts
+from baichuan_omni_jax.train.batch_placer import check_batch
 from baichuan_omni_jax.train.omni_loss import denominators, fill_metrics, omni_loss, share_metrics
-from baichuan_omni_jax.train.rows import check_batch
 from baichuan_omni_jax.train.tasks.task import NOTHING, Metrics, PlainTask
 
 

@@ -10,9 +10,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from baichuan_omni_jax.config import OmniConfig, RunConfig
+from baichuan_omni_jax.flops.omni import Part
 from baichuan_omni_jax.nn.param import Compute
 from baichuan_omni_jax.omni.batch import Batch
-from baichuan_omni_jax.train.flops import Part
 from baichuan_omni_jax.train.groups import untrained_targets
 
 Metrics = dict[str, Float[Array, ""]]

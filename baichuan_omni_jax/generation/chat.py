@@ -1,0 +1,208 @@
+"""Talking to the model: messages of text, pictures, video and sound in; text and speech out, as they are made.
+
+    loaded = load_for_generation("runs/omni")
+    chat = OmniChat(make_chat_model(loaded, tokenizer), ChatPrompts(Processor(loaded.config, tokenizer)))
+    for event in chat.reply([{"role": "user", "content": "What is a star?"}], settings=GenerationSettings(speech=True)):
+        ...                                   # TextPiece(text, ...), AudioChunk(samples, rate), at last Finished(...)
+
+The processor, here `data_pipelines.documents.chat_prompt.ChatPrompts`, reads and encodes media; docs/generation.md has
+all of it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+from jaxtyping import PRNGKeyArray
+
+from baichuan_omni_jax.config import VOICE, GenerationSettings, OmniConfig
+from baichuan_omni_jax.errors import RequestError
+from baichuan_omni_jax.generation.chat_stream import AudioChunk, ChatAnswer, ChatEvent, Reply, Requested, Speaks
+from baichuan_omni_jax.generation.events import Prompt
+from baichuan_omni_jax.generation.tts import Prompts, Reading, one_prompt, sentence_prompts
+
+__all__ = ["AudioChunk", "ChatAnswer", "ChatEvent", "ChatModel", "ChatProcessor", "Conversation", "OmniChat", "Reply"]
+
+Part = Mapping[str, Any]
+Content = str | Sequence[Part]
+Message = Mapping[str, Any]
+
+
+@runtime_checkable
+class Generates(Protocol):
+    """The engine. `submit` raises RequestError for a prompt that it cannot serve."""
+
+    def submit(self, prompt: Prompt, settings: GenerationSettings, key: PRNGKeyArray) -> Requested: ...
+
+
+@runtime_checkable
+class ChatProcessor(Protocol):
+    """What turns messages into prompts. Each method raises RequestError: `bad_message`, `bad_media`."""
+
+    def encode_messages(self, messages: Sequence[Message], spoken: bool = False, voice: str = VOICE) -> Prompt:
+        """A conversation, with the mark of the assistant's turn at its end; `spoken`: of one that answers aloud, by
+        `voice` unless there is a system message."""
+
+    def encode_content(self, content: Content, speak: bool = False) -> Prompt:
+        """Content as it stands, without roles; with `speak` the mark that begins speech stands at its end."""
+
+    def sentences(self, text: str) -> list[str]:
+        """Text cut at punctuation into what is read aloud at once; joined they are the text."""
+
+
+@dataclass(frozen=True)
+class ChatModel:
+    """The engine, the architecture and, where there are branches to speak with, the speaker."""
+
+    engine: Generates
+    config: OmniConfig
+    speaker: Speaks | None = None
+
+
+class OmniChat:
+    """Answers messages; without a processor, encoded prompts alone.
+
+    `settings` and `seed` are those of every answer that is not asked for with its own. The same messages, settings and
+    key give the same answer. Several threads may ask at once: the engine serves them together.
+    """
+
+    def __init__(
+        self,
+        model: ChatModel,
+        processor: ChatProcessor | None,
+        *,
+        settings: GenerationSettings | None = None,
+        seed: int = 0,
+    ):
+        self.model, self.processor = model, processor
+        self.settings = settings or GenerationSettings()
+        self.key = jax.random.key(seed)
+
+    def reply(
+        self,
+        messages: Sequence[Message],
+        stream: bool = True,
+        *,
+        settings: GenerationSettings | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Reply | ChatAnswer:
+        """The assistant's answer to a conversation: piece by piece, or (`stream=False`) whole.
+
+        A message is `{"role": "system" | "user" | "assistant", "content": text or a list of parts}`; parts are
+        `{"type": "text", "text"}`, `{"type": "image" | "audio" | "video"}` with `path`, `bytes` or `base64`, sound also
+        with `samples` (t,) at `rate` Hz, or as `codes` (n, levels) what the assistant said before.
+
+        Raises RequestError: `bad_message` (an unknown role, type or field), `bad_media` (missing, unreadable, silent,
+        too short, too big), `too_long` (more than the cache holds), `no_branch` (media, or an answer in speech, that
+        the checkpoint lacks a branch for).
+        """
+        settings = settings or self.settings
+        prompt = self._encoder().encode_messages(messages, spoken=settings.speech, voice=settings.voice)
+        return self._answered(prompt, stream, settings, key)
+
+    def complete(
+        self,
+        content: Content,
+        stream: bool = True,
+        *,
+        settings: GenerationSettings | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Reply | ChatAnswer:
+        """Goes on where `content`, which has no roles, ends: plain text, or speech recognition (docs/generation.md)."""
+        return self._answered(self._encoder().encode_content(content), stream, settings, key)
+
+    def answer_prompt(
+        self,
+        prompt: Prompt,
+        stream: bool = True,
+        *,
+        settings: GenerationSettings | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Reply | ChatAnswer:
+        """Goes on where an encoded prompt ends."""
+        return self._answered(prompt, stream, settings, key)
+
+    def speak(
+        self,
+        text: str,
+        stream: bool = True,
+        *,
+        settings: GenerationSettings | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Reply | ChatAnswer:
+        """Reads a text aloud, sentence by sentence, each after the speech of those before.
+
+        Raises RequestError as `reply`, and `bad_message` for a text without anything to say.
+        """
+        return self._spoken(sentence_prompts(self._encoder(), self._encoder().sentences(text)), stream, settings, key)
+
+    def speak_prompt(
+        self,
+        prompt: Prompt,
+        stream: bool = True,
+        *,
+        settings: GenerationSettings | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Reply | ChatAnswer:
+        """The speech that an encoded prompt, ending with the mark that begins it, asks for."""
+        return self._spoken(one_prompt(prompt), stream, settings, key)
+
+    def _spoken(
+        self, prompts: Prompts, stream: bool, settings: GenerationSettings | None, key: PRNGKeyArray | None
+    ) -> Reply | ChatAnswer:
+        self._needs_speaker()
+        settings, key = settings or self.settings, self.key if key is None else key
+        return self._taken(Reading(self.model.engine, prompts, settings, key), stream)
+
+    def _answered(
+        self, prompt: Prompt, stream: bool, settings: GenerationSettings | None, key: PRNGKeyArray | None
+    ) -> Reply | ChatAnswer:
+        settings = settings or self.settings
+        if settings.speech:
+            self._needs_speaker()
+        request = self.model.engine.submit(prompt, settings, self.key if key is None else key)
+        return self._taken(request, stream)
+
+    def _taken(self, request: Requested, stream: bool) -> Reply | ChatAnswer:
+        reply = Reply(request, self.model.speaker)
+        return reply if stream else reply.answer()
+
+    def _encoder(self) -> ChatProcessor:
+        if self.processor is None:
+            raise RequestError("bad_message", "the checkpoint brings no text tokenizer: only token ids can be asked")
+        return self.processor
+
+    def _needs_speaker(self) -> None:
+        if self.model.speaker is None:
+            raise RequestError(
+                "no_branch",
+                "the checkpoint cannot speak: speech needs the branches audio_head, audio_encoder, audio_decoder, flow",
+            )
+
+
+class Conversation:
+    """Turns of one conversation with `chat`, and what was said in them: text, and speech as its code frames.
+
+    `messages` is what the next prompt will hold; media given by path are read again for it. A turn is kept when its
+    answer is over: whole, cancelled or let go of. For one user at a time.
+    """
+
+    def __init__(self, chat: OmniChat, system: str = ""):
+        self.chat = chat
+        self.messages: list[Message] = [{"role": "system", "content": system}] if system else []
+
+    def say(
+        self,
+        content: Content,
+        stream: bool = True,
+        *,
+        settings: GenerationSettings | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Reply | ChatAnswer:
+        """The answer to the user's next message. Raises RequestError as `OmniChat.reply`; nothing is kept then."""
+        asked: Message = {"role": "user", "content": content}
+        reply = self.chat.reply([*self.messages, asked], settings=settings, key=key)
+        assert isinstance(reply, Reply)
+        reply.on_end(lambda message: self.messages.extend([asked, message]))
+        return reply if stream else reply.answer()

@@ -1,0 +1,198 @@
+"""One answer as it reaches whoever asked: text and sound piece by piece, or whole."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float32, Int32
+
+from baichuan_omni_jax.errors import RequestError
+from baichuan_omni_jax.generation.events import Answer, Event, Finished, Frames, TextPiece
+
+
+@runtime_checkable
+class Requested(Protocol):
+    """What the engine gives for a prompt: events as they come, and a way to end it early."""
+
+    def __iter__(self) -> Iterator[Event]: ...
+
+    def cancel(self) -> None: ...
+
+
+@runtime_checkable
+class SpeechStream(Protocol):
+    """Code frames in, sound out as far as it is ready; `last` ends a stretch; `close` gives the rest."""
+
+    def push(self, codes: np.ndarray, last: bool = False) -> np.ndarray: ...
+
+    def close(self) -> np.ndarray: ...
+
+
+@runtime_checkable
+class Speaks(Protocol):
+    """What makes sound of code frames at `rate` Hz; `vocoder` names what makes the waveform."""
+
+    rate: int
+    vocoder: str
+
+    def stream(self) -> SpeechStream: ...
+
+
+@dataclass(frozen=True)
+class AudioChunk:
+    """Sound that came next: mono, full scale 1, at `rate` Hz (24000 in released checkpoints)."""
+
+    samples: Float32[np.ndarray, " n"]
+    rate: int
+
+
+ChatEvent = TextPiece | AudioChunk | Finished
+
+
+@dataclass(frozen=True)
+class ChatAnswer(Answer):
+    """One whole answer: text, tokens, code frames, and `samples` (mono, full scale 1) at `rate` Hz made of those.
+
+    `message` is the assistant's message that a later prompt needs; `first_audio` and `seconds` count from the request
+    (None: no sound). `rate` is 0 where nothing could speak.
+    """
+
+    samples: Float32[np.ndarray, " t"]
+    rate: int
+    message: dict[str, Any]
+    first_audio: float | None
+    seconds: float
+
+    @property
+    def codes(self) -> Int32[np.ndarray, "n q"]:
+        """The code frames of all speech, one after the other; (0, 0) without any."""
+        return np.concatenate(self.speech) if self.speech else np.zeros((0, 0), np.int32)
+
+    @property
+    def audio_seconds(self) -> float:
+        return len(self.samples) / self.rate if self.rate else 0.0
+
+    @property
+    def real_time_factor(self) -> float | None:
+        """Seconds taken for a second of speech, all of the request counted; None without speech."""
+        return self.seconds / self.audio_seconds if self.audio_seconds else None
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Text tokens and code frames, each one step of the language model."""
+        return (self.finished.tokens + self.finished.frames) / max(self.finished.total, 1e-9)
+
+
+class Reply:
+    """An iterator of `TextPiece`, `AudioChunk` and at last `Finished`; taking an event does the work for it.
+
+    Letting go of it, or `cancel`, ends the request. Raises RequestError from `next` when the request fails on the way.
+    """
+
+    def __init__(self, request: Requested, speaker: Speaks | None):
+        self._request, self._speaker = request, speaker
+        self._record = _Record()
+        # A generator that knows nothing of this object: it is closed as soon as this object is let go of.
+        self._events = _events(request, speaker, self._record)
+
+    def __iter__(self) -> Iterator[ChatEvent]:
+        return self
+
+    def __next__(self) -> ChatEvent:
+        return next(self._events)
+
+    def cancel(self) -> None:
+        """Ends the request, also from another thread: its last event, `Finished`, follows without further sound."""
+        self._record.cancelled = True
+        self._request.cancel()
+
+    def on_end(self, tell: Callable[[dict[str, Any]], None]) -> None:
+        """`tell` gets the assistant's message when the reply is over, however it ended."""
+        self._record.tell = tell
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """The assistant's message so far: text, and speech as `codes` (n, levels), in the order they were made."""
+        return self._record.message()
+
+    def answer(self) -> ChatAnswer:
+        """Waits for the end and returns the whole answer, with what was taken from the iterator before.
+
+        Raises RequestError `failed` when the reply broke off before its end.
+        """
+        for _ in self:
+            pass
+        record = self._record
+        if not record.events or not isinstance(record.events[-1], Finished):
+            raise RequestError("failed", "the answer broke off before its end")
+        whole = Answer.of(record.events)
+        return ChatAnswer(
+            **{field.name: getattr(whole, field.name) for field in fields(whole)},
+            samples=np.concatenate([np.zeros(0, np.float32), *record.chunks]),
+            rate=self._speaker.rate if self._speaker else 0,
+            message=self.message,
+            first_audio=record.first_audio,
+            seconds=record.seconds,
+        )
+
+
+@dataclass
+class _Record:
+    """What an answer holds so far. Of a stretch of speech, `codes` is a list until the message is asked for."""
+
+    started: float = field(default_factory=time.monotonic)
+    events: list[Event] = field(default_factory=list)
+    chunks: list[np.ndarray] = field(default_factory=list)
+    content: list[dict[str, Any]] = field(default_factory=list)
+    first_audio: float | None = None
+    seconds: float = 0.0
+    cancelled: bool = False
+    tell: Callable[[dict[str, Any]], None] = lambda message: None
+
+    def add(self, event: Event) -> None:
+        self.events.append(event)
+        if isinstance(event, Finished):
+            self.seconds = time.monotonic() - self.started
+        elif isinstance(event, TextPiece):
+            if not self.content or self.content[-1]["type"] != "text":
+                self.content.append({"type": "text", "text": ""})
+            self.content[-1]["text"] += event.text
+        else:
+            if not self.content or self.content[-1].get("whole", True):
+                self.content.append({"type": "audio", "codes": [], "whole": False})
+            self.content[-1]["codes"].append(event.codes)
+            self.content[-1]["whole"] = event.last
+
+    def add_sound(self, samples: Float32[np.ndarray, " n"]) -> None:
+        if self.first_audio is None:
+            self.first_audio = time.monotonic() - self.started
+        self.chunks.append(samples)
+
+    def message(self) -> dict[str, Any]:
+        return {"role": "assistant", "content": [_frozen(part) for part in self.content]}
+
+
+def _events(request: Requested, speaker: Speaks | None, record: _Record) -> Iterator[ChatEvent]:
+    stream = speaker.stream() if speaker else None
+    try:
+        for event in request:
+            if stream and not record.cancelled and not isinstance(event, TextPiece):
+                sound = stream.push(event.codes, event.last) if isinstance(event, Frames) else stream.close()
+                if len(sound):
+                    record.add_sound(sound)
+                    yield AudioChunk(sound, speaker.rate)
+            record.add(event)
+            if not isinstance(event, Frames):
+                yield event
+    except Exception:
+        record.tell = lambda message: None  # what failed is no turn of a conversation
+        raise
+    finally:
+        request.cancel()
+        record.tell(record.message())
+
+
+def _frozen(part: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "audio", "codes": np.concatenate(part["codes"])} if "codes" in part else dict(part)

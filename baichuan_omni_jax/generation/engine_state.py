@@ -1,0 +1,168 @@
+"""The device side of the generating engine: the models it computes with, the state of all slots, and what changes it.
+
+Nothing here knows of requests or threads. Every method is called with the mesh set.
+"""
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Int32, UInt32
+
+from baichuan_omni_jax.config import GenerationSettings, OmniConfig
+from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.generation import programs as steps
+from baichuan_omni_jax.generation.events import Prompt
+from baichuan_omni_jax.generation.prefill import chunk_sizes, lay_pictures
+from baichuan_omni_jax.generation.prompt_audio import Hearing
+from baichuan_omni_jax.generation.slots import Items, Rows, idle_rows, new_row
+from baichuan_omni_jax.llm.decode import DecodeModel
+from baichuan_omni_jax.llm.depth_decode import DepthDecoder
+from baichuan_omni_jax.llm.kv_cache import init_cache
+from baichuan_omni_jax.nn.param import named_values
+from baichuan_omni_jax.sharding import axis_product
+from data_pipelines.text.speech_segments import PieceTable
+
+_PROGRAMS = (steps.see, steps.read, steps.seat, steps.burst)
+_depth = jax.jit(DepthDecoder.of)
+Arrays = TypeVar("Arrays", bound=tuple)
+
+
+class BatchState:
+    """`slots` rows of `length` items each, on the mesh of the branches; `devices` of it hold different rows."""
+
+    def __init__(
+        self,
+        branches: Mapping[str, nnx.Module],
+        cfg: OmniConfig,
+        table: PieceTable,
+        mesh: Mesh,
+        *,
+        slots: int,
+        length: int,
+        burst: int,
+        cache_dtype: str | None,
+    ):
+        head, encoder = branches.get("audio_head"), branches.get("audio_encoder")
+        self._cfg, self._mesh = cfg, mesh
+        # Once, not with each burst: it is some megabytes for a large vocabulary.
+        self._table = jax.device_put(PieceTable(*table), NamedSharding(mesh, PartitionSpec()))
+        self._slots, self._length, self._burst = slots, length, burst
+        self._model = steps.Speakers(DecodeModel.of(branches["llm"]), None if head is None else _depth(head))
+        self._llm = self._model.llm
+        self._vision = branches.get("vision")
+        self._hearing = None if encoder is None else Hearing(encoder, mesh)
+        self._cache_dtype = jnp.dtype(cache_dtype or self._llm.compute.dtype)
+        self._widths = cfg.llm.vocab_size, (cfg.audio.levels, max(cfg.audio.codebook_sizes) + 1)
+        self._state: steps.State | None = None
+        self._buffer: Array | None = None
+        self._compiled_before = _programs()
+        self.devices = axis_product(mesh, self._llm.compute.rules.axes("batch"))
+        self.reset()
+
+    @property
+    def compiles(self) -> int:
+        """Programs compiled since this was made (of all engines, while several live)."""
+        hearing = self._hearing.programs if self._hearing else 0
+        return _programs() - self._compiled_before + hearing
+
+    @property
+    def cache_bytes(self) -> int:
+        return self._state.cache.bytes
+
+    def reset(self) -> None:
+        """An empty cache and idle rows, whatever there was before."""
+        # A step that failed may have left all of it, and its traceback still refers to it: there is no room for both.
+        for array in jax.tree.leaves((self._state, self._buffer)):
+            if not array.is_deleted():
+                array.delete()
+        self._state = self._buffer = None
+        cache = init_cache(self._cfg.llm, self._slots, self._length, self._cache_dtype, self._llm.compute)
+        hidden = np.zeros((self._slots, self._cfg.llm.hidden_size), self._llm.compute.dtype)
+        self._state = steps.State(cache, *self._placed((hidden, self._idle_rows())))
+
+    def hear(self, prompt: Prompt) -> Int32[np.ndarray, "a q"]:
+        """The prompt's code frames, those of its mel windows made of them."""
+        return self._hearing.codes(prompt) if prompt.mels else np.asarray(prompt.audio_codes)
+
+    def see(self, device: int, prompt: Prompt) -> None:
+        """Keeps the embeddings of the prompt's pictures, for `read` of a row of `device`."""
+        shards = axis_product(self._mesh, self._vision.compute.rules.axes("media"))
+        pictures = lay_pictures({device: prompt}, self.devices, shards, self._cfg, self._length)
+        self._buffer = steps.see(self._vision, self._seen(), *self._placed(pictures))
+
+    def read(self, index: int, chunk: steps.Chunk) -> None:
+        """Row `index` of every device reads its part of the chunk."""
+        buffer = None if chunk.seen is None else self._seen()
+        self._state = steps.read(self._model, self._state, np.int32(index), self._placed(chunk), buffer)
+
+    def seat(self, slot: int, prompt: Prompt, settings: GenerationSettings, key: UInt32[np.ndarray, "2"]) -> None:
+        """Row `slot`, which has read the prompt, begins to answer."""
+        self._seat(slot, new_row(prompt.tokens, settings, key, self._cfg.tokens, *self._widths))
+
+    def run(self, alive: Bool[np.ndarray, " b"], count: int, hurry: bool) -> tuple[Items, Int32[np.ndarray, " b"]]:
+        """Up to `count` items of the rows that are `alive`, (n, b, ..), and why rows ended (see `steps.burst`)."""
+        self._state, items, reasons = steps.burst(
+            self._model,
+            self._state,
+            *self._placed((alive,)),
+            np.int32(count),
+            np.bool_(hurry),
+            self._table,
+            tokens=self._cfg.tokens,
+            size=self._burst,
+        )
+        return jax.device_get((items, reasons))
+
+    def warm_up(self, chunk: int) -> None:
+        """Runs every program but those of pictures and sound once, on nothing."""
+        for t in chunk_sizes(self._length, chunk):
+            shape = (self.devices, t)
+            nowhere = np.full(shape, -1, np.int32)
+            text = steps.Chunk(np.zeros(shape, np.int32), nowhere, np.full(self.devices, -1, np.int32))
+            self.read(0, text)
+            if self._vision is not None or self._model.depth is not None:
+                codes = np.zeros((*shape, self._cfg.audio.levels), np.int32)
+                seen = np.full(shape, self._length, np.int32)
+                self.read(0, text._replace(codes=codes, heard=np.zeros(shape, bool), seen=seen))
+        self._seat(0, jax.tree.map(lambda x: x[:1], self._idle_rows()))
+        self.run(np.zeros(self._slots, bool), 1, False)
+
+    def _seat(self, slot: int, row: Rows) -> None:
+        self._state = self._state._replace(rows=steps.seat(self._state.rows, np.int32(slot), row))
+
+    def _idle_rows(self) -> Rows:
+        return idle_rows(self._slots, self._cfg.tokens, *self._widths)
+
+    def _seen(self) -> Array:
+        """Where visual embeddings lie by position, one prompt a device; made when it is first needed."""
+        if self._buffer is None:
+            shape, spec = (self.devices, self._length, self._cfg.llm.hidden_size), self._llm.compute.rules.spec
+            self._buffer = jnp.zeros(shape, self._llm.compute.dtype, out_sharding=spec("batch", "length"))
+        return self._buffer
+
+    def _placed(self, arrays: Arrays) -> Arrays:
+        """Host arrays on the devices, their first dim split as slots are."""
+
+        def place(x: np.ndarray) -> Array:
+            # Every dim is named, as in what programs return: else the same program is traced once more for those.
+            spec = self._llm.compute.rules.spec("batch", *[None] * (x.ndim - 1))
+            return jax.device_put(x, NamedSharding(self._mesh, spec))
+
+        return jax.tree.map(place, arrays)
+
+
+def mesh_of(llm: nnx.Module) -> Mesh:
+    """The mesh that a branch lies on. Raises ConfigError where generating cannot work with it."""
+    sharding = next(iter(named_values(llm).values())).sharding
+    if not isinstance(sharding, NamedSharding) or sharding.mesh.shape.get("context") != 1:
+        raise ConfigError("generating needs the branches on a mesh of this project (sharding.make_mesh) with context 1")
+    return sharding.mesh
+
+
+def _programs() -> int:
+    return sum(program._cache_size() for program in _PROGRAMS)

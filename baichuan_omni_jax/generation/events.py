@@ -1,0 +1,104 @@
+"""What is asked of the generating engine, and what it answers piece by piece."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float32, Int32, UInt8
+
+from baichuan_omni_jax.errors import RequestError
+
+__all__ = ["Answer", "Event", "Finished", "Frames", "Prompt", "RequestError", "TextPiece"]
+
+
+@runtime_checkable
+class Prompt(Protocol):
+    """An encoded prompt of n tokens: what a model reads of `data_pipelines.documents.document.EncodedDocument`.
+
+    Media lie in order of appearance. Slots count from 0 at the first token. Where `audio_codes` of heard sound are not
+    known yet they are zeros, and `mels` (frames, mels) of its windows, with the places of their first code frames in
+    `mel_places`, are what the audio encoder makes them of.
+    """
+
+    tokens: Int32[np.ndarray, "n"]
+    audio_codes: Int32[np.ndarray, "a q"]
+    audio_slots: Int32[np.ndarray, "a"]
+    patches: UInt8[np.ndarray, "p v"]
+    patch_grid: Int32[np.ndarray, "p 2"]
+    patch_frames: Int32[np.ndarray, "p"]
+    visual_slots: Int32[np.ndarray, "v"]
+    mels: tuple[Float32[np.ndarray, "_ mels"], ...]
+    mel_places: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TextPiece:
+    """Text that came next, and its tokens with their log-probabilities (of the model, before penalty and cuts)."""
+
+    text: str
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Frames:
+    """Code frames that came next (12.5 a second); `last` ends a stretch of speech (its end frame is not among them)."""
+
+    codes: Int32[np.ndarray, "n q"]
+    last: bool
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The answer is whole. `reason`: `end` (the model's end of text), `stop` (a stop string), `length`, `cancelled`.
+
+    Seconds count from the request: `first_token`, `first_frame` (None: no speech), `total`. `tokens` and `frames` were
+    generated; `prompt` (tokens) were read.
+    """
+
+    reason: str
+    prompt: int
+    tokens: int
+    frames: int
+    first_token: float | None
+    first_frame: float | None
+    total: float
+    sequence: Int32[np.ndarray, " n"] = field(repr=False)
+    """Prompt and answer as tokens, pads where frames stand."""
+
+
+Event = TextPiece | Frames | Finished
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A whole answer: its text and tokens, and the code frames of each stretch of speech, in order."""
+
+    text: str
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    speech: tuple[Int32[np.ndarray, "_ q"], ...]
+    finished: Finished
+
+    @classmethod
+    def of(cls, events: Iterable[Event]) -> "Answer":
+        """The answer that a request's events make, of which the last is `Finished`."""
+        events = list(events)
+        pieces = [event for event in events if isinstance(event, TextPiece)]
+        speech, stretch = [], []
+        for event in events:
+            if isinstance(event, Frames):
+                stretch.append(event.codes)
+                if event.last:
+                    speech.append(np.concatenate(stretch))
+                    stretch = []
+        if stretch:  # cancelled in mid-speech
+            speech.append(np.concatenate(stretch))
+        return cls(
+            text="".join(piece.text for piece in pieces),
+            tokens=tuple(token for piece in pieces for token in piece.tokens),
+            logprobs=tuple(p for piece in pieces for p in piece.logprobs),
+            speech=tuple(speech),
+            finished=events[-1],
+        )

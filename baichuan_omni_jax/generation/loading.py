@@ -1,0 +1,175 @@
+"""Branches put together from checkpoints, ready to generate: `DIR`, or `branch=DIR,...` each from a run of its own."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from tokenizers import Tokenizer
+
+from baichuan_omni_jax.checkpoint import (
+    branch_home,
+    find_checkpoint,
+    read_branch_info,
+    read_origin,
+    read_tree,
+    with_shardings,
+)
+from baichuan_omni_jax.checkpoint.branches import BRANCHES, RANDOM, branch_folder, parse_spec
+from baichuan_omni_jax.checkpoint.parent import PARENT
+from baichuan_omni_jax.checkpoint.run_config import RUN_CONFIG
+from baichuan_omni_jax.config import ImagesConfig, MeshConfig, OmniConfig, from_dict, read_hf
+from baichuan_omni_jax.convert.files import CONFIG, SOURCE, VOCODER_CONFIG
+from baichuan_omni_jax.convert.tables import MODEL_BRANCHES, VOCODER_BRANCH, abstract_branches
+from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.generation.chat import ChatModel
+from baichuan_omni_jax.generation.engine import Engine
+from baichuan_omni_jax.generation.speech_decoder import NEEDED, Speaker
+from baichuan_omni_jax.nn.param import Compute
+from baichuan_omni_jax.sharding import make_mesh
+from baichuan_omni_jax.vocoder.config import VocoderConfig, read_vocoder_config
+
+ALL_BRANCHES = (*MODEL_BRANCHES, VOCODER_BRANCH)
+# Sections of the configuration that each branch brings from its own checkpoint.
+_SECTIONS = {
+    "llm": ("llm", "tokens"),
+    "vision": ("vision",),
+    "audio_head": ("audio_head",),
+    "audio_encoder": ("audio",),
+    "audio_decoder": ("post_net",),
+    "flow": ("flow",),
+}
+_CODED = ("audio_encoder", "audio_decoder", "audio_head")  # branches that code frames mean the same to
+_SOUND = ("audio_encoder", "audio_decoder", "flow", VOCODER_BRANCH)
+
+
+@dataclass(frozen=True)
+class LoadedBranches:
+    """Modules by branch, the architecture that they make together, and where the language model's tokenizer lies.
+
+    `untrained` names the branches that hold the random weights they began with; `tokenizer` is None where the
+    checkpoint brings none. `images` is how the run that trained the vision branch took stills (the default where the
+    checkpoint is in no run's workdir).
+    """
+
+    branches: dict[str, nnx.Module]
+    config: OmniConfig
+    tokenizer: Path | None
+    untrained: tuple[str, ...]
+    images: ImagesConfig = ImagesConfig()
+
+
+def load_for_generation(
+    spec: str, *, needed: Iterable[str] = ("llm",), mesh: Mesh | None = None, dtype: str = "float32"
+) -> LoadedBranches:
+    """Every branch that `spec` has: `DIR` (a checkpoint or a workdir, whose newest good step counts), or by branch.
+
+    What computes language (`llm`, `vision`, `audio_head`) comes in `dtype`; what hears and speaks in fp32, as its codes
+    must be those of training. `mesh` (default: one device) is what they are placed on. A vocoder lies beside `flow`
+    unless it is named.
+
+    Raises ConfigError: a branch of `needed`, or one named, that is nowhere; a damaged file; checkpoints whose
+    audio codes are not the same.
+    """
+    folders = _folders(spec)
+    if missing := [name for name in needed if name not in folders]:
+        raise ConfigError(f"checkpoint {spec!r} has no branch {missing[0]}; it has {', '.join(folders) or 'none'}")
+    cfg = _joined_config(folders)
+    mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        branches = {name: _load(name, folder, cfg, mesh, dtype) for name, folder in folders.items()}
+    tokenizer = folders["llm"] / "processor" / "tokenizer.json" if "llm" in folders else None
+    untrained = tuple(name for name, folder in folders.items() if is_untrained(name, folder))
+    tokenizer = tokenizer if tokenizer and tokenizer.exists() else None
+    return LoadedBranches(branches, cfg, tokenizer, untrained, _trained_images(folders.get("vision")))
+
+
+def make_chat_model(
+    loaded: LoadedBranches,
+    tokenizer: Tokenizer | None,
+    *,
+    slots: int = 8,
+    length: int = 4096,
+    cache_dtype: str | None = None,
+    seed: int = 0,
+) -> ChatModel:
+    """The engine and, where the branches for it are there, the speaker. See `Engine` for the sizes of the cache."""
+    engine = Engine(loaded.branches, loaded.config, tokenizer, slots=slots, length=length, cache_dtype=cache_dtype)
+    speaks = all(name in loaded.branches for name in (*NEEDED, "audio_head"))
+    return ChatModel(engine, loaded.config, Speaker(loaded.branches, loaded.config, seed=seed) if speaks else None)
+
+
+def _folders(spec: str) -> dict[str, Path]:
+    """Branch -> the checkpoint that holds it."""
+    sources = {name: given for name, given in parse_spec(spec, ALL_BRANCHES).items() if given != RANDOM}
+    by_name = "=" in spec
+    if by_name and "flow" in sources:
+        sources.setdefault(VOCODER_BRANCH, sources["flow"])
+    found = {given: Path(find_checkpoint(given)) for given in dict.fromkeys(sources.values())}
+    folders = {}
+    for name in (name for name in ALL_BRANCHES if name in sources):
+        folder = found[sources[name]]
+        if home := branch_home(folder, name):
+            folders[name] = Path(home)
+        elif by_name and name != VOCODER_BRANCH:
+            raise ConfigError(f"checkpoint {folder} has no branch {name}")
+    return folders
+
+
+def _joined_config(folders: Mapping[str, Path]) -> OmniConfig:
+    """The architecture: of each branch, what its own checkpoint says."""
+    configs = {folder: read_hf(folder / CONFIG) for folder in folders.values()}
+    coded = [folders[name] for name in _CODED if name in folders]
+    for folder in coded:
+        if configs[folder].audio != configs[coded[0]].audio:
+            raise ConfigError(f"{folder / CONFIG} and {coded[0] / CONFIG} describe different audio tokenizers")
+    home = configs[folders.get("llm", next(iter(folders.values())))]
+    sections = {
+        section: getattr(configs[folder], section)
+        for name, folder in folders.items()
+        for section in _SECTIONS.get(name, ())
+    }
+    return replace(home, **sections)
+
+
+def _trained_images(folder: Path | None) -> ImagesConfig:
+    """`data.images` of the run whose workdir the checkpoint `folder` lies in."""
+    path = folder.parent.parent / RUN_CONFIG if folder and folder.parent.name == "checkpoints" else None
+    if path is None or not path.exists():
+        return ImagesConfig()
+    return from_dict(ImagesConfig, json.loads(path.read_text())["data"].get("images", {}), "data.images.")
+
+
+def _load(name: str, folder: Path, cfg: OmniConfig, mesh: Mesh, dtype: str) -> nnx.Module:
+    kind = jnp.dtype("float32" if name in _SOUND else dtype)
+    compute = Compute(dtype=kind, remat="none")
+    vocoder = _vocoder_sizes(folder) if name == VOCODER_BRANCH else None
+    module = abstract_branches(cfg, vocoder, only=[name], compute=compute)[name]
+    placed = with_shardings(module, mesh, compute.rules, dtype=kind, name=name)
+    return read_tree(folder / branch_folder(name), placed, f"branch {name}")
+
+
+def _vocoder_sizes(folder: Path) -> VocoderConfig:
+    if not (folder / VOCODER_CONFIG).is_file():
+        raise ConfigError(f"checkpoint {folder} has a branch {VOCODER_BRANCH} but no {VOCODER_CONFIG}")
+    return read_vocoder_config(folder / VOCODER_CONFIG)
+
+
+def is_untrained(name: str, folder: Path) -> bool:
+    """Whether the branch has its first random weights: never trained, and neither converted nor from a run's parent."""
+    if origin := read_origin(folder):
+        return origin.untrained
+    if not (folder / BRANCHES).exists():
+        return False
+    info = read_branch_info(folder).get(name)
+    if info is None or info.trained or (folder / SOURCE).exists():
+        return False
+    parent = folder.parent.parent / PARENT
+    if folder.parent.name != "checkpoints" or not parent.exists():
+        return True
+    origin = json.loads(parent.read_text()).get("checkpoints", {}).get(name)
+    return not origin or is_untrained(name, Path(origin))

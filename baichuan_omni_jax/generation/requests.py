@@ -1,0 +1,160 @@
+"""A request to the engine: what its caller holds (`Request`), and what the engine does for it (`Job`)."""
+
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable
+
+import numpy as np
+from jaxtyping import UInt32
+from tokenizers import Tokenizer
+
+from baichuan_omni_jax.config import GenerationSettings, SpecialTokens
+from baichuan_omni_jax.generation.events import Event, Finished, Frames, Prompt, RequestError
+from baichuan_omni_jax.generation.slots import END, FRAME, NOTHING, TOKEN, Items
+from baichuan_omni_jax.generation.text_stream import TextStream
+
+_REASONS = {END: "end"}
+
+
+class Request:
+    """The events of one answer, as they are made: `TextPiece`, `Frames`, and `Finished` at the end.
+
+    Whoever waits for the next one runs the engine meanwhile, for all requests. Several threads may each iterate their
+    own. A request that is cancelled, closed or no longer referred to gives its slot back.
+    """
+
+    def __init__(self, job: "Job", serve: Callable[["Job"], None]):
+        self._job, self._serve = job, serve
+        # The engine knows the job alone, so that this object can be collected.
+        weakref.finalize(self, job.cancel).atexit = False
+
+    def __iter__(self) -> "Request":
+        return self
+
+    def __next__(self) -> Event:
+        """Raises RequestError (`failed`) when the engine could not go on with this request."""
+        job = self._job
+        while not job.events:
+            # Events are there before `over` is set: look at them again, another thread may have ended the answer.
+            if job.over and not job.events:
+                raise StopIteration
+            self._serve(job)
+        event = job.events.popleft()
+        if isinstance(event, RequestError):
+            raise event
+        return event
+
+    def cancel(self) -> None:
+        """Ends the answer; never waits. What was made so far is still there, then `Finished("cancelled")`."""
+        self._job.cancel()
+
+    close = cancel
+
+
+class Job:
+    """One request inside the engine. `slot` is its row; `sequence` its tokens so far, pads where frames stand."""
+
+    def __init__(
+        self,
+        prompt: Prompt,
+        settings: GenerationSettings,
+        key: UInt32[np.ndarray, "2"],
+        tokens: SpecialTokens,
+        tokenizer: Tokenizer | None,
+    ):
+        self.prompt, self.settings, self.key = prompt, settings, key
+        self.size = len(prompt.tokens)
+        self.slot: int | None = None
+        self.events: deque[Event | RequestError] = deque()
+        self.over = self.cancelled = False
+        self.tokens = self.frames = 0
+        self._marks, self._text = tokens, TextStream(tokenizer, settings.stop)
+        self._sequence: list[int] = []
+        self._codes: list[np.ndarray] = []
+        self._speaking = int(prompt.tokens[-1]) == tokens.audiogen_start
+        self._began, self._first_token, self._first_frame = time.perf_counter(), None, None
+
+    @property
+    def started(self) -> bool:
+        """Whether it has had anything of its answer."""
+        return bool(self._sequence)
+
+    def cancel(self) -> None:
+        # No lock: this may run wherever an object is collected. The engine looks at it before each step.
+        self.cancelled = True
+
+    def fail(self, message: str) -> None:
+        self.events.append(RequestError("failed", message))
+        self.over = True
+
+    def take(self, items: Items, reason: int) -> None:
+        """Makes events of a step's items (n, ..), and ends when the row has ended (`reason`) or was told to stop."""
+        for kind, token, logprob, codes in zip(*(x.tolist() for x in items[:3]), items.codes, strict=True):
+            if kind == NOTHING:
+                break
+            self._sequence.append(self._marks.audio_pad if kind == FRAME else token)
+            if kind == FRAME:
+                self._frame(codes)
+            elif kind == TOKEN:
+                self._token(token, logprob)
+            else:
+                self._mark(token)
+            if self._text.stopped:
+                return self.finish("stop")
+        self._emit_frames(last=False)
+        if reason:
+            self.finish(_REASONS.get(reason, "length"))
+
+    def finish(self, reason: str) -> None:
+        """Ends the answer with all that was held back."""
+        self._emit(self._text.flush())
+        if self._speaking and reason != "cancelled":
+            self._emit_frames(last=True)
+        if reason == "end" and self.settings.speech and self._sequence[-1] != self._marks.end_of_text:
+            # The text ended before its last speech.
+            self._sequence.append(self._marks.end_of_text)
+        self._emit(
+            Finished(
+                reason="stop" if self._text.stopped else reason,
+                prompt=self.size,
+                tokens=self.tokens,
+                frames=self.frames,
+                first_token=self._first_token,
+                first_frame=self._first_frame,
+                total=self._seconds(),
+                sequence=np.concatenate([self.prompt.tokens, np.array(self._sequence, np.int32)]),
+            )
+        )
+        self.over = True
+
+    def _token(self, token: int, logprob: float) -> None:
+        self.tokens += 1
+        self._first_token = self._first_token or self._seconds()
+        self._emit(self._text.push(token, logprob))
+
+    def _frame(self, codes: np.ndarray) -> None:
+        self.frames += 1
+        self._first_frame = self._first_frame or self._seconds()
+        self._codes.append(codes)
+
+    def _mark(self, token: int) -> None:
+        if token == self._marks.audiogen_start:
+            self._speaking = True
+            self._emit(self._text.flush())
+        elif token == self._marks.audiogen_end:
+            self._emit_frames(last=True)
+            self._speaking = False
+
+    def _emit_frames(self, last: bool) -> None:
+        if self._codes or last:
+            levels = self.prompt.audio_codes.shape[1]
+            self._emit(Frames(np.array(self._codes, np.int32).reshape(-1, levels), last))
+            self._codes = []
+
+    def _emit(self, event: Event | None) -> None:
+        if event is not None:
+            self.events.append(event)
+
+    def _seconds(self) -> float:
+        return time.perf_counter() - self._began

@@ -1,0 +1,102 @@
+"""The rule of `speech_pieces` followed on the device: b rows at once, from token to token.
+
+All of it is arithmetic and look-ups in small arrays, so that it runs in the program that makes the tokens.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int32
+
+from data_pipelines.text.speech_segments import (
+    ENDS,
+    NO,
+    PREFIXES,
+    QUOTE_STATES,
+    SHORT,
+    WORD_BASE,
+    WORD_DOT,
+    WORD_LENGTH,
+    PieceTable,
+)
+
+_NO = (ord("n") - 96) * WORD_BASE + (ord("o") - 96)  # the word `no`
+_POWERS = np.array([WORD_BASE**n for n in range(WORD_LENGTH + 1)], np.int32)
+
+
+class PieceProgress(NamedTuple):
+    """Where the text of b rows stands: units spoken since the last piece, the rule's state, and the word it ends in.
+
+    The word is its last characters as a number, its length up to `WORD_LENGTH` + 1, and whether it is one capital
+    letter.
+    """
+
+    units: Int32[Array, " b"]
+    state: Int32[Array, " b"]
+    word: Int32[Array, " b"]
+    length: Int32[Array, " b"]
+    single: Int32[Array, " b"]
+
+
+class PieceStep(NamedTuple):
+    """What a drawn token comes to: `before`: a piece ends before it, so that it is not written; `within`: it ends
+    inside it, and `token` is what stands before; `progress` behind `token` where it is written."""
+
+    before: Bool[Array, " b"]
+    within: Bool[Array, " b"]
+    token: Int32[Array, " b"]
+    progress: PieceProgress
+
+
+def new_progress(count: int) -> PieceProgress:
+    """Of `count` rows without text, on the host."""
+    return PieceProgress(*(np.zeros(count, np.int32) for _ in PieceProgress._fields))
+
+
+def next_piece(progress: PieceProgress) -> PieceProgress:
+    """The same, when the piece that was being written is over."""
+    return progress._replace(units=jnp.zeros_like(progress.units), state=progress.state % QUOTE_STATES)
+
+
+def advance(
+    table: PieceTable, progress: PieceProgress, token: Int32[Array, " b"], may_end: Bool[Array, " b"]
+) -> PieceStep:
+    """What `token`, drawn next, comes to; a piece may end only where `may_end`."""
+    column = progress.state * 3 + _word_before_stop(table, progress)
+    place = table.cuts[table.row[token], column]
+    prefix = table.prefix[token, jnp.clip(place - 1, 0, PREFIXES - 1)]
+    before = may_end & (place == 0)
+    within = may_end & (place > 0) & (place <= PREFIXES) & (prefix >= 0)
+    token = jnp.where(within, prefix, token)
+
+    word, length, single = _next_word(table, progress, token)
+    after = PieceProgress(
+        progress.units + table.units[token], table.after[table.row[token], column], word, length, single
+    )
+    return PieceStep(before, within, token, after)
+
+
+def _word_before_stop(table: PieceTable, at: PieceProgress) -> Array:
+    """`speech_pieces.ENDS`, `SHORT` or `NO`, if a full stop came next."""
+    last, second = at.word % WORD_BASE, at.word // WORD_BASE % WORD_BASE
+    known = (at.word[:, None] == table.abbreviations).any(-1) & (at.length <= WORD_LENGTH)
+    dotted = (at.length > 2) & (second == WORD_DOT)
+    word = jnp.where(known | dotted | (at.single > 0), SHORT, ENDS)
+    word = jnp.where((at.word == _NO) & (at.length == 2), NO, word)
+    return jnp.where((at.length == 0) | (last == WORD_DOT), ENDS, word)
+
+
+def _next_word(table: PieceTable, at: PieceProgress, token: Array) -> tuple[Array, Array, Array]:
+    """The word that the text ends in behind `token`, as in `PieceProgress`."""
+    part, number, size, dot_first, tail, tail_size, single = jnp.moveaxis(table.words[token], -1, 0)
+    # Part of a word goes on with the word before it, unless two full stops meet.
+    goes_on = (part > 0) & (at.length > 0) & ~((dot_first > 0) & (at.word % WORD_BASE == WORD_DOT))
+    kept = jnp.clip(size, 0, WORD_LENGTH)
+    powers = jnp.asarray(_POWERS)
+    joined = at.word % powers[WORD_LENGTH - kept] * powers[kept] + number
+    return (
+        jnp.where(goes_on, joined, tail),
+        jnp.where(goes_on, jnp.minimum(at.length + size, WORD_LENGTH + 1), tail_size),
+        jnp.where(goes_on, 0, single),
+    )

@@ -1,0 +1,127 @@
+"""The audio tokenizer with the two heads that teach it: sound back to mel, and what was said to a frozen reader.
+
+A packed batch with mel slots (docs/batch.md) in; per clip the quantised features, the decoded mel, and per row the
+language model's hidden states, where the slots of heard sound hold quantised features instead of token embeddings.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray
+
+from baichuan_omni_jax.audio.codebook_training import CodebookState
+from baichuan_omni_jax.audio.decoder import AudioDecoder, DecodedAudio
+from baichuan_omni_jax.audio.model import AudioTokenizer
+from baichuan_omni_jax.audio.quantizer_training import Quantised, quantize_in_training
+from baichuan_omni_jax.audio.reconstruction import MelTarget
+from baichuan_omni_jax.config import OmniConfig
+from baichuan_omni_jax.config.audio import QuantizerConfig
+from baichuan_omni_jax.llm.model import LanguageModel
+from baichuan_omni_jax.nn.linear import Linear
+from baichuan_omni_jax.nn.norm import RMSNorm
+from baichuan_omni_jax.nn.param import Compute, split_as
+from baichuan_omni_jax.omni.batch import Batch
+from baichuan_omni_jax.omni.merge import merge_media
+
+CLIPS = "batch"
+
+
+class Clips(NamedTuple):
+    """The mel slots of a batch's rows as clips, c = b x m: `lengths` are 0 for unused slots."""
+
+    mel: Float[Array, "c f mels"]
+    lengths: Int32[Array, " c"]
+
+
+class TranscriptAdapter(nnx.Module):
+    """Quantised features (code_dim) into the language model's stream: RMSNorm, then a linear map. Only for training."""
+
+    def __init__(self, key: PRNGKeyArray, width_in: int, width: int, eps: float, compute: Compute):
+        self.norm = RMSNorm(width_in, eps=eps, compute=compute)
+        self.proj = Linear(
+            key, "cgf,fd->cgd", (width_in, width), ("small", "embed"), out=(CLIPS, None, None), compute=compute
+        )
+
+    def __call__(self, features: Float[Array, "c g f"]) -> Float[Array, "c g d"]:
+        return self.proj(self.norm(features))
+
+
+class TokenizerModel(nnx.Module):
+    """`audio_encoder`, `audio_decoder` and, with `reads`, the frozen `llm` behind a `transcript_adapter`."""
+
+    def __init__(self, key: PRNGKeyArray, cfg: OmniConfig, compute: Compute, reads: bool = True):
+        keys = jax.random.split(key, 4)
+        self.audio_encoder = AudioTokenizer(keys[0], cfg.audio, compute)
+        self.audio_decoder = AudioDecoder(keys[1], cfg.audio, cfg.post_net, compute)
+        self.branches = ("audio_encoder", "audio_decoder")
+        if reads:
+            sizes = cfg.audio.code_dim, cfg.llm.hidden_size, cfg.llm.norm_eps
+            self.transcript_adapter = TranscriptAdapter(keys[2], *sizes, compute)
+            self.llm = LanguageModel(keys[3], cfg.llm, compute)
+            self.branches += ("transcript_adapter", "llm")
+        self.compute = compute
+
+    def quantize(
+        self,
+        key: PRNGKeyArray,
+        clips: Clips,
+        states: Sequence[CodebookState],
+        step: Int32[Array, ""],
+        config: QuantizerConfig,
+    ) -> tuple[Quantised, Bool[Array, "c g"]]:
+        """The clips' features as they are quantised in training, and which frames are valid."""
+        features, valid = self.audio_encoder.features(clips.mel, clips.lengths)
+        return quantize_in_training(key, features, valid, states, step, config, self.compute), valid
+
+    def decode(self, features: Float[Array, "c g f"], valid: Bool[Array, "c g"]) -> DecodedAudio:
+        """Coarse and refined mel of quantised features."""
+        return self.audio_decoder(features, valid.sum(-1, dtype=jnp.int32))
+
+    def read(self, features: Float[Array, "c g f"], valid: Bool[Array, "c g"], batch: Batch) -> Float[Array, "b t d"]:
+        """The language model's hidden states over the rows, the clips' features in their slots."""
+        x, rules = self.llm.embed(batch["tokens"]), self.compute.rules
+        slots = feature_slots(valid, batch, self.compute)
+        media = self.transcript_adapter(features)
+        media = media.reshape(*slots.shape, -1, out_sharding=rules.spec(CLIPS, None, None))
+        parts = [tuple(split_as(array, self.compute, CLIPS, "media") for array in (media, slots))]
+        with jax.named_scope("reader"):
+            return self.llm(merge_media(x, parts, rules), batch["positions"], batch["segment_ids"])
+
+
+def mel_targets_of(batch: Batch, names: Sequence[str], compute: Compute) -> list[MelTarget]:
+    """The batch's targets of these names, clip by clip as `clips_of`."""
+    targets = []
+    for name in names:
+        mel, lengths = (split_as(batch[f"target_{name}{end}"], compute, CLIPS) for end in ("", "_lengths"))
+        targets.append(MelTarget(*_side_by_side(mel, lengths, compute)))
+    return targets
+
+
+def clips_of(batch: Batch, compute: Compute) -> Clips:
+    """The batch's mel slots side by side, split over the batch axes with their rows."""
+    mel, lengths = split_as(batch["mel"], compute, CLIPS), split_as(batch["mel_lengths"], compute, CLIPS)
+    return Clips(*_side_by_side(mel, lengths, compute))
+
+
+def _side_by_side(x: Array, lengths: Array, compute: Compute) -> tuple[Array, Array]:
+    """Slots (b, m, ...) of rows as items (b m, ...), each on the device of its row."""
+    count, rules = lengths.shape[0] * lengths.shape[1], compute.rules
+    x = x.reshape(count, *x.shape[2:], out_sharding=rules.spec(CLIPS, None, None))
+    return x, lengths.reshape(count, out_sharding=rules.spec(CLIPS))
+
+
+def feature_slots(valid: Bool[Array, "c g"], batch: Batch, compute: Compute) -> Int32[Array, "b n"]:
+    """The row's slot of every frame of its clips (n = clips a row x g), t where a frame is not valid.
+
+    `mel_audio` says which of the row's audio places a clip's first frame has, `audio_index` that place's slot.
+    """
+    first, index = (split_as(batch[name], compute, CLIPS) for name in ("mel_audio", "audio_index"))
+    unused, (rows, clips) = batch["tokens"].shape[1], first.shape
+    spec = compute.rules.spec(CLIPS, None)
+    places = (first[..., None] + jnp.arange(valid.shape[1], dtype=jnp.int32)).reshape(rows, -1, out_sharding=spec)
+    pick = lambda row, places: row.at[places].get(mode="fill", fill_value=unused)  # noqa: E731
+    found = jax.vmap(pick)(index, places)
+    return jnp.where(valid.reshape(rows, clips * valid.shape[1], out_sharding=spec), found, unused)

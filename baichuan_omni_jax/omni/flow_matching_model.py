@@ -1,0 +1,41 @@
+"""From sound to the states that flow matching reads: the frozen audio tokenizer and its decoder, then the flow."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int32, PRNGKeyArray
+
+from baichuan_omni_jax.audio.decoder import AudioDecoder
+from baichuan_omni_jax.audio.model import AudioTokenizer
+from baichuan_omni_jax.audio.reconstruction import MelTarget
+from baichuan_omni_jax.config import OmniConfig
+from baichuan_omni_jax.flow.model import FlowDecoder
+from baichuan_omni_jax.nn.param import Compute
+from baichuan_omni_jax.omni.audio_tokenizer_model import Clips
+
+
+class VoiceModel(nnx.Module):
+    """`audio_encoder`, `audio_decoder` and `flow`: what makes a mel of 24 kHz from a clip, by way of its codes."""
+
+    def __init__(self, key: PRNGKeyArray, cfg: OmniConfig, compute: Compute):
+        keys = jax.random.split(key, 3)
+        self.audio_encoder = AudioTokenizer(keys[0], cfg.audio, compute)
+        self.audio_decoder = AudioDecoder(keys[1], cfg.audio, cfg.post_net, compute)
+        self.flow = FlowDecoder(keys[2], cfg.flow, compute)
+        self.branches = ("audio_encoder", "audio_decoder", "flow")
+
+    def hidden(self, clips: Clips) -> tuple[Float[Array, "c t d"], Int32[Array, " c"]]:
+        """The decoder's states at 50 Hz of the clips' codes, and how many are valid. No gradient passes."""
+        codes, valid = self.audio_encoder.encode(clips.mel, clips.lengths)
+        quantised = self.audio_encoder.quantizer.decode(codes)
+        decoded = self.audio_decoder(quantised, valid.sum(-1, dtype=jnp.int32))
+        return jax.lax.stop_gradient(decoded.hidden), decoded.hidden_lengths
+
+
+def beside(
+    hidden: Float[Array, "c t d"], lengths: Int32[Array, " c"], target: MelTarget
+) -> tuple[Float[Array, "c t mels"], Int32[Array, " c"]]:
+    """The target's mel with as many frames as `hidden` (both come at 50 Hz), and how many of them both have."""
+    frames = hidden.shape[1]
+    mel = jnp.pad(target.mel[:, :frames], ((0, 0), (0, max(0, frames - target.mel.shape[1])), (0, 0)))
+    return mel, jnp.minimum(lengths, target.lengths)

@@ -1,0 +1,237 @@
+"""One conversation of the page: its turns, its microphone, its files."""
+
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import soundfile
+
+from baichuan_omni_jax.config import GenerationSettings
+from baichuan_omni_jax.errors import RequestError
+from baichuan_omni_jax.generation.chat import AudioChunk, ChatAnswer, Conversation, OmniChat, Reply
+from baichuan_omni_jax.generation.events import TextPiece
+
+from .limits import Limits, read_turn
+from .pauses import PauseDetector, PauseSettings
+from .speech import GrowingSpeech
+
+FAILED = "the server failed at this request, has written down why, and goes on"
+BUSY = "Not answered: the last answer is still being given; stop it first."
+# Endings under which a browser shows a file as what it is. A file of another ending gets one more: under .html or .svg
+# a browser would run what the file holds.
+ENDINGS = {
+    "image": (".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"),
+    "audio": (".aac", ".flac", ".m4a", ".mp3", ".mp4", ".oga", ".ogg", ".opus", ".wav", ".weba", ".webm"),
+    "video": (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm"),
+}
+SHOWN_AS = {"image": ".png", "audio": ".wav", "video": ".mp4"}
+REFRESH = 0.1  # seconds: text may come faster than a page can be drawn
+PATIENCE = 30.0  # seconds in which an answer that was stopped must have ended
+
+
+@dataclass(frozen=True)
+class View:
+    """What the page shows: messages of texts and files as Gradio's Chatbot takes them, the answer that is being spoken
+    (None: none is), and one line about how it goes."""
+
+    messages: list[dict[str, Any]]
+    speech: GrowingSpeech | None
+    status: str
+
+
+class Session:
+    """One browser tab's conversation; its files lie in `folder`.
+
+    One turn at a time. `stop` and `close` may be called from any thread; both end the answer and free its slot.
+    `hears`: whether the checkpoint can hear the sound of a video.
+    """
+
+    def __init__(self, chat: OmniChat, folder: Path, system: str, limits: Limits, hears: bool = True):
+        self.folder, self.used, self.closed = folder, time.monotonic(), False
+        self._chat, self._system, self._limits, self._hears = chat, system, limits, hears
+        self._turn, self._turns, self._files = threading.Lock(), 0, 0
+        self._reply: Reply | None = None
+        self._stopped = False
+        self._begin()
+
+    def _begin(self) -> None:
+        self._conversation = Conversation(self._chat, self._system)
+        self._messages: list[dict[str, Any]] = []
+        self._microphone: PauseDetector | None = None
+        self.speech: GrowingSpeech | None = None
+
+    @property
+    def answering(self) -> bool:
+        return self._turn.locked()
+
+    def restart(self) -> View:
+        """Ends the answer and begins a new conversation."""
+        self.stop()
+        if not self._turn.acquire(timeout=PATIENCE):
+            return self._view(BUSY)
+        try:
+            self._begin()
+            return self._view("")
+        finally:
+            self._turn.release()
+
+    def stop(self) -> None:
+        """Ends the answer that is being given; its last view follows."""
+        self._stopped = True
+        if speech := self.speech:
+            speech.hush()
+        if reply := self._reply:
+            reply.cancel()
+
+    def close(self) -> None:
+        """The tab is gone: ends the answer and deletes the session's files."""
+        self.closed = True
+        self.stop()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def hear(self, rate: int, samples: np.ndarray) -> Path | None:
+        """What the microphone heard next, as `PauseDetector.push` takes it; a WAV file of an utterance that has ended.
+
+        While an answer is given and as long as it sounds, nothing is heard: it would be the answer.
+        """
+        if self._microphone is None or self._microphone.rate != rate:
+            longest = min(PauseSettings.longest, self._limits.sound_seconds)
+            self._microphone = PauseDetector(rate, PauseSettings(longest=longest))
+        if self.answering or (self.speech and self.speech.sounds):
+            self._microphone.close()
+            return None
+        said = self._microphone.push(samples)
+        return self._write("spoken.wav", said[0], rate) if said else None
+
+    def switch_off(self) -> Path | None:
+        """The microphone is off: a WAV file of the utterance begun; None when nothing was said."""
+        microphone, self._microphone = self._microphone, None
+        said = microphone.close() if microphone else None
+        return None if said is None else self._write("spoken.wav", said, microphone.rate)
+
+    def answer(self, text: str, files: Sequence[Path], settings: GenerationSettings) -> Iterator[View]:
+        """Answers one turn; each view is newer. What cannot be answered is said in one sentence in the last view.
+
+        Letting go of the iterator ends the answer.
+        """
+        if not self._turn.acquire(blocking=False):
+            yield self._view(BUSY)
+            return
+        try:
+            self._stopped, self.speech = False, None
+            yield from self._answer(text, files, settings)
+        except RequestError as error:
+            yield self._refuse(str(error))
+        except Exception:
+            logging.exception("a request failed")
+            yield self._refuse(FAILED)
+        finally:
+            if self.speech:
+                self.speech.close()
+            self._reply, self.used = None, time.monotonic()
+            self._turn.release()
+
+    def _answer(self, text: str, files: Sequence[Path], settings: GenerationSettings) -> Iterator[View]:
+        asked = self._show("user", text.strip() or ", ".join(path.name for path in files))
+        unheard: list[str] = []
+        parts = read_turn(text, files, self._limits, hears=self._hears, say=unheard.append)
+        asked["content"] = [*self._keep(parts), *(f"*{sentence}*" for sentence in unheard)]
+        yield self._view("Reading")
+        self._turns += 1
+        key = jax.random.fold_in(self._chat.key, self._turns)
+        reply = self._reply = self._conversation.say(parts, settings=settings, key=key)
+        if self._stopped:
+            reply.cancel()
+        yield from self._follow(reply)
+        yield self._finish(reply.answer())
+
+    def _follow(self, reply: Reply) -> Iterator[View]:
+        """Views while the answer comes."""
+        shown, drawn = None, 0.0
+        for event in reply:
+            if isinstance(event, TextPiece):
+                shown = shown or self._show("assistant", "")
+                shown["content"][0] += event.text
+            elif isinstance(event, AudioChunk):
+                self.speech = self.speech or GrowingSpeech(event.rate)
+                self.speech.push(event.samples)
+            if isinstance(event, AudioChunk) or time.monotonic() - drawn > REFRESH:
+                drawn = time.monotonic()
+                yield self._view("Answering")
+
+    def _finish(self, answer: ChatAnswer) -> View:
+        if len(answer.samples) and not self.closed:
+            path = self._write("answer.wav", answer.samples, answer.rate)
+            last = self._messages[-1] if answer.text else self._show("assistant")
+            last["content"].append({"path": str(path)})
+        elif not answer.text:
+            self._show("assistant", "*(an empty answer)*")
+        return self._view(summary(answer))
+
+    def _refuse(self, sentence: str) -> View:
+        line = f"Not answered: {sentence}."
+        self._show("assistant", f"*{line}*")
+        return self._view(line)
+
+    def _show(self, role: str, *content: Any) -> dict[str, Any]:
+        self._messages.append({"role": role, "content": list(content)})
+        return self._messages[-1]
+
+    def _view(self, status: str) -> View:
+        messages = [{**message, "content": list(message["content"])} for message in self._messages]
+        return View(messages, self.speech, status)
+
+    def _keep(self, parts: list[dict[str, Any]]) -> list[Any]:
+        """Copies uploads, which may be cleared away, to where they lie as long as the conversation.
+
+        Returns what the page shows of the parts: a video and its sound are one file.
+        """
+        shown, copied = [], ("", "")
+        for part in parts:
+            if "path" not in part:
+                shown.append(part["text"])
+            elif part["type"] == "audio" and part["path"] == copied[0]:
+                part["path"] = copied[1]
+            else:
+                path = self._place(_shown_name(part))
+                shutil.copyfile(part["path"], path)
+                copied = (part["path"] if part["type"] == "video" else "", str(path))
+                part["path"] = str(path)
+                shown.append({"path": str(path)})
+        return shown
+
+    def _write(self, name: str, samples: np.ndarray, rate: int) -> Path:
+        path = self._place(name)
+        soundfile.write(path, samples, rate)
+        return path
+
+    def _place(self, name: str) -> Path:
+        self._files += 1
+        folder = self.folder / str(self._files)
+        folder.mkdir(parents=True)
+        return folder / name
+
+
+def _shown_name(part: dict[str, Any]) -> str:
+    """The upload's name, with an ending of its kind."""
+    path = Path(part["path"])
+    return path.name if path.suffix.lower() in ENDINGS[part["type"]] else path.name + SHOWN_AS[part["type"]]
+
+
+def summary(answer: ChatAnswer) -> str:
+    """One line: how much was answered, and how fast."""
+    done = answer.finished
+    line = "Stopped. " if done.reason == "cancelled" else ""
+    line += f"{done.tokens} tokens"
+    if done.first_token is not None:
+        line += f", the first after {done.first_token:.2f} s"
+    if answer.first_audio is not None:
+        line += f"; {answer.audio_seconds:.1f} s of speech, the first after {answer.first_audio:.2f} s"
+    return f"{line}; {answer.seconds:.1f} s in all"

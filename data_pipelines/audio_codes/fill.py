@@ -1,0 +1,252 @@
+"""Filling a store of codes for mixtures: what is there stays, what is missing is tokenised, whatever is killed between.
+
+    1. list      every window of sound of the mixtures, by ranges of documents (listing.py)
+    2. plan      those that the store lacks, in parts of equal size: one unit of work a part
+    3. tokenise  each unit: decode and mel in worker processes, codes on the devices, one file
+    4. publish   the index and `meta.json`, from when on readers see the new codes
+
+Steps 1 and 3 are jobs whose units hosts share out; each host works alone, on its own devices. Started again after a
+kill, both go on with the units that are left, and the store ends with the same files.
+"""
+
+import hashlib
+import logging
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from jaxtyping import Float, Int32, Shaped
+
+from baichuan_omni_jax.audio.config import AudioConfig
+from baichuan_omni_jax.locks import take_lock
+from data_pipelines.audio_codes.clips import ENTRY, REFERENCE, open_table, save_table
+from data_pipelines.audio_codes.listing import clip_sources, listed, listing_job, mixture_key
+from data_pipelines.audio_codes.mels import MelReader
+from data_pipelines.audio_codes.store import UNUSED, CodeStore, part_name, read_meta
+from data_pipelines.audio_codes.writer import PART_FRAMES, create_store, part_bounds, publish, starts_of, write_part
+from data_pipelines.datasets.jobs import Job, Unit, run_job
+from data_pipelines.datasets.jobs.job import Runner
+from data_pipelines.datasets.jobs.local import LocalRunner
+from data_pipelines.documents.document import SampleError
+from data_pipelines.pipeline import Pipeline
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+FEW = 2000  # documents or windows of sound that are read sooner than worker processes start
+NAMED = 20  # failures that the log names
+# (row, log-mel (mels, frames)) of any number of windows to (row, codes (g, levels)), in any order.
+Encode = Callable[[Iterable[tuple[int, Float[np.ndarray, "mels f"]]]], Iterator[tuple[int, Int32[np.ndarray, "g q"]]]]
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """The audio tokenizer as this package knows it: what it is, and what it does."""
+
+    fingerprint: str
+    encode: Encode
+
+
+@dataclass(frozen=True)
+class Hosts:
+    """The processes that fill a store together: how many, which one this is, and how they wait for each other.
+
+    `leader_first(work)` does `work` on host 0 and then on the others, `together(work)` on all at once. Both return the
+    host's own result when all have one.
+    """
+
+    count: int = 1
+    host: int = 0
+    leader_first: Callable[[Callable[[], T]], T] = lambda work: work()
+    together: Callable[[Callable[[], T]], T] = lambda work: work()
+
+
+ALONE = Hosts()
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`workers` processes decode, and list unless a `runner` does; `part_frames`: of a new store."""
+
+    workers: int = 0
+    runner: Runner | None = None
+    part_frames: int = PART_FRAMES
+    report: Callable[[str], None] = print
+
+
+def store_path(pipeline: Pipeline, tokenizer: Tokenizer) -> Path:
+    """Where the codes of a data root and a tokenizer are kept."""
+    return pipeline.cache / f"codes-{tokenizer.fingerprint[:12]}"
+
+
+def covers(path: Path, pipelines: Sequence[Pipeline]) -> bool:
+    """Whether the store at `path` was filled for these mixtures. Reads no medium: files that changed go unnoticed."""
+    try:
+        known = read_meta(path)["mixtures"]
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, KeyError):
+        return True  # something is there: opening it tells what is wrong
+    return all(mixture_key(pipeline) in known for pipeline in pipelines)
+
+
+def open_or_fill(
+    path: Path,
+    pipelines: Sequence[Pipeline],
+    tokenizer: Tokenizer,
+    settings: Settings,
+    hosts: Hosts = ALONE,
+    relist: bool = False,
+) -> CodeStore:
+    """The store at `path` with the codes of all sound of `pipelines`: as it is when it was filled for them already.
+
+    With `relist` their documents are gone through in any case, so that files that changed get codes. A clip that cannot
+    be decoded is named in the log and left out; its documents are then counted as `no_codes`.
+    Raises ConfigError when the store is another tokenizer's or damaged, or when a unit of work failed.
+    """
+    if not relist and covers(path, pipelines):
+        return CodeStore(path, tokenizer.fingerprint)
+    audio = pipelines[0].omni.audio
+    with _alone_in(path, hosts):
+        store = hosts.leader_first(lambda: _open_or_create(path, audio, tokenizer, settings))
+        if not relist and covers(path, pipelines):  # another run just did it
+            return store
+        listing = listing_job(pipelines, path / f".listing-{store.meta['index'].removesuffix('.npy')}")
+        documents = sum(unit.size for unit in listing.units)
+        runner = settings.runner or LocalRunner(settings.workers if documents > FEW else 0)
+        _share_out(listing, runner, hosts, settings.report)
+        plan = hosts.leader_first(lambda: _make_plan(listing, store))
+        with MelReader(clip_sources(pipelines), audio, settings.workers if len(plan) > FEW else 0) as mels:
+            work = TokenizePart(plan, tokenizer, mels, audio.levels, store.meta["part_frames"])
+            job = Job("tokenising sound", _units(plan, store, tokenizer), work, path / "frames")
+            _share_out(job, LocalRunner(0), hosts, settings.report)
+        return hosts.leader_first(lambda: _publish(path, job, pipelines, listing.out))
+
+
+@contextmanager
+def _alone_in(path: Path, hosts: Hosts) -> Iterator[None]:
+    """Keeps other runs of this machine out until this one is through."""
+    path.mkdir(parents=True, exist_ok=True)
+    lock = take_lock(path / ".lock", "", wait=True) if hosts.host == 0 else None
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _open_or_create(path: Path, audio: AudioConfig, tokenizer: Tokenizer, settings: Settings) -> CodeStore:
+    if not (path / "meta.json").exists():
+        create_store(
+            path,
+            fingerprint=tokenizer.fingerprint,
+            codebook_sizes=audio.codebook_sizes,
+            window_rule={"seconds": audio.max_audio_seconds, "overlap": audio.split_overlap},
+            part_frames=settings.part_frames,
+        )
+    return CodeStore(path, tokenizer.fingerprint)
+
+
+def _share_out(job: Job, runner: Runner, hosts: Hosts, report: Callable[[str], None]) -> None:
+    """Each host does its share of the units; returns when all are done."""
+    mine = replace(job, units=job.units[hosts.host :: hosts.count])
+    hosts.together(lambda: run_job(mine, runner, report) if mine.units else None)
+
+
+def _make_plan(listing: Job, store: CodeStore) -> Shaped[np.ndarray, "n"]:
+    """The windows to tokenise, memory-mapped: written by the first who asks."""
+    key = hashlib.sha256("".join(unit.fingerprint for unit in listing.units).encode()).hexdigest()[:16]
+    path = listing.out / f"plan-{key}.npy"
+    if not path.exists():
+        save_table(path, listed(listing, store.index))
+    return open_table(path, REFERENCE)
+
+
+def _units(plan: Shaped[np.ndarray, "n"], store: CodeStore, tokenizer: Tokenizer) -> list[Unit]:
+    """One for each part that the plan fills, numbered after those that the store has."""
+    units, part_frames = [], store.meta["part_frames"]
+    for number, (first, last) in enumerate(part_bounds(plan["length"], part_frames), start=len(store.meta["parts"])):
+        digest = hashlib.sha256(f"{tokenizer.fingerprint} {part_frames} {number}".encode() + plan[first:last].tobytes())
+        units.append(Unit(part_name(number), digest.hexdigest(), (number, first, last), last - first))
+    return units
+
+
+@dataclass(frozen=True)
+class TokenizePart:
+    """The work of the tokenising job: rows of the plan to one part of the store."""
+
+    plan: Shaped[np.ndarray, "n"]
+    tokenizer: Tokenizer
+    mels: MelReader
+    levels: int
+    part_frames: int
+
+    def __call__(self, unit: Unit, folder: Path) -> dict:
+        """Writes the part; the summary has the rows without codes and why."""
+        number, first, last = unit.content
+        table = self.plan[first:last]
+        starts, failed = starts_of(table["length"]), {}
+        frames = np.full((int(table["length"].sum()), self.levels), UNUSED, np.int32)
+        for row, codes in self.tokenizer.encode(self._decoded(table, failed)):
+            if len(codes) == table["length"][row]:
+                frames[starts[row] : starts[row] + len(codes)] = codes
+            else:
+                failed[row] = ("changed", f"it gives {len(codes)} code frames, measured {table['length'][row]}")
+        write_part(folder, number, frames, self.part_frames)
+        return {"failed": {str(first + row): why for row, why in sorted(failed.items())}}
+
+    def _decoded(self, table: np.ndarray, failed: dict) -> Iterator[tuple[int, np.ndarray]]:
+        for row, outcome in self.mels(table):
+            if isinstance(outcome, SampleError):
+                failed[row] = (outcome.cause, str(outcome))
+            else:
+                yield row, outcome
+
+
+def _publish(path: Path, job: Job, pipelines: Sequence[Pipeline], listing: Path) -> CodeStore:
+    """Adds what the job wrote to the store. On a second host it finds that done."""
+    meta = read_meta(path)
+    mixtures = sorted({*meta["mixtures"], *map(mixture_key, pipelines)})
+    if mixtures != meta["mixtures"] or any(unit.name not in meta["parts"] for unit in job.units):
+        failed = _failures(job, pipelines)
+        entries = _entries(job, meta["part_frames"], failed)
+        index = np.concatenate([open_table(path / meta["index"], ENTRY), entries])
+        parts = {name: tuple(facts) for name, facts in meta["parts"].items()} | job.files()
+        publish(path, meta, index, parts, mixtures)
+    # A listing that was used up: files may change before the next one.
+    for done in (listing, job.out / ".units", job.out / ".partial"):
+        shutil.rmtree(done, ignore_errors=True)
+    return CodeStore(path)
+
+
+def _failures(job: Job, pipelines: Sequence[Pipeline]) -> list[int]:
+    """Rows of the plan without codes; the log names the first of them and counts all."""
+    sources, plan, failed, causes = clip_sources(pipelines), job.work.plan, [], Counter()
+    for unit in job.units:
+        for row, (cause, message) in job.summary(unit)["failed"].items():
+            failed.append(int(row))
+            causes[cause] += 1
+            if len(failed) <= NAMED:
+                source, document = plan[int(row)].item()[4:]
+                where = sources[source].index.where(document)
+                log.warning("no codes for a window of sound of %s (%s): %s", where, cause, message)
+    if len(failed) > NAMED:
+        log.warning("no codes for %d windows of sound: %s", len(failed), dict(causes))
+    return failed
+
+
+def _entries(job: Job, part_frames: int, failed: Sequence[int]) -> Shaped[np.ndarray, "n"]:
+    """The index of what the job wrote: its plan with the place of each window, but those without codes."""
+    plan = job.work.plan
+    entries, written = np.zeros(len(plan), ENTRY), np.ones(len(plan), bool)
+    for name in ("high", "low", "window", "length"):
+        entries[name] = plan[name]
+    for unit in job.units:
+        number, first, last = unit.content
+        entries["start"][first:last] = number * part_frames + starts_of(plan["length"][first:last])
+    written[list(failed)] = False
+    return entries[written]

@@ -1,0 +1,136 @@
+"""Reading a store of audio codes, and telling what is damaged in it."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import tensorstore as ts
+from jaxtyping import Int32
+
+from baichuan_omni_jax.errors import ConfigError
+from data_pipelines.audio_codes.clips import ENTRY, CodeKey, find, open_table
+from data_pipelines.documents.document import SampleError
+
+FORMAT = 2  # of meta.json: raise it when a store holds something else than before
+UNUSED = -1  # of frames that no window has
+_CACHE_BYTES = 16 << 20
+
+
+class CodeStore:
+    """Codes by clip and window. Picklable: a copy opens the files itself; frames are opened when first read.
+
+    A window's codes are found by binary search in the index: 32 bytes a window, which stay on disk and are shared by
+    all processes that read them.
+    """
+
+    def __init__(self, path: Path, fingerprint: str | None = None):
+        """Raises ConfigError when there is no store at `path`, when its tokenizer is not the one of `fingerprint`, and,
+        naming the file, when one is missing or not of its size."""
+        self.path = Path(path)
+        self._open()
+        if fingerprint is not None and self.meta["fingerprint"] != fingerprint:
+            raise ConfigError(
+                f"audio code store {self.path} was written by tokenizer {self.meta['fingerprint']}, "
+                f"not by {fingerprint}, the one in use"
+            )
+        self._check_sizes()
+
+    def _open(self) -> None:
+        try:
+            self.meta = read_meta(self.path)
+            self.index = open_table(self.path / self.meta["index"], ENTRY)
+        except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+            raise ConfigError(f"audio code store {self.path} cannot be read: {error}") from error
+        self._frames = None
+
+    def __len__(self) -> int:
+        """Windows that have codes."""
+        return len(self.index)
+
+    def __contains__(self, key: CodeKey) -> bool:
+        return find(self.index, key) is not None
+
+    def __getstate__(self) -> dict:
+        return {"path": self.path}
+
+    def __setstate__(self, state: dict) -> None:
+        self.path = state["path"]
+        self._open()
+
+    def lookup(self, key: CodeKey) -> Int32[np.ndarray, "n q"]:
+        """Codes of one window.
+
+        Raises KeyError for one that was never tokenised (only the caller knows its file), and SampleError
+        "damaged_codes", naming the file, when what was written is not what is there.
+        """
+        entry = find(self.index, key)
+        if entry is None:
+            raise KeyError(key)
+        *_, length, start = entry
+        if self._frames is None:
+            self._frames = open_frames(self.path / "frames")
+        try:
+            codes = self._frames[start : start + length].read().result()
+        except ValueError as error:
+            raise SampleError(
+                "damaged_codes", f"{self._parts_of(start, length)} is damaged: {_reason(error)}"
+            ) from error
+        if (codes == UNUSED).any():
+            raise SampleError("damaged_codes", f"{self._parts_of(start, length)} is missing, or lacks frames of {key}")
+        return codes.astype(np.int32)
+
+    def verify(self) -> None:
+        """Reads every file. Raises ConfigError, naming the first one that is not as it was written."""
+        wanted = {"frames/" + name: digest for name, (_, digest) in self.meta["parts"].items()}
+        wanted[self.meta["index"]] = self.meta["index_sha256"]
+        self._check_sizes()
+        for name, digest in wanted.items():
+            if file_digest(self.path / name) != digest:
+                raise ConfigError(f"audio code store {self.path}: {name} is damaged: its checksum is another one")
+
+    def _check_sizes(self) -> None:
+        for name, (size, _) in self.meta["parts"].items():
+            path = self.path / "frames" / name
+            found = path.stat().st_size if path.is_file() else None
+            if found != size:
+                what = "is missing" if found is None else f"is damaged: it has {found} of {size} bytes"
+                raise ConfigError(f"audio code store {self.path}: frames/{name} {what}")
+
+    def _parts_of(self, start: int, length: int) -> str:
+        """The file that holds a window. None lies in two."""
+        return f"audio codes {self.path / 'frames' / part_name(start // self.meta['part_frames'])}"
+
+
+def read_meta(path: Path) -> dict:
+    """`meta.json` of a store. Raises OSError or ValueError when it is not there, or not of this form."""
+    meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+        raise ValueError(f"meta.json is not of format {FORMAT}")
+    missing = [name for name in ("fingerprint", "part_frames", "parts", "index", "index_sha256") if name not in meta]
+    if missing:
+        raise ValueError(f"meta.json has no {missing[0]}")
+    return meta
+
+
+def part_name(number: int) -> str:
+    """The file of part `number`, as zarr names it."""
+    return f"c.{number}.0"
+
+
+def open_frames(path: Path) -> ts.TensorStore:
+    """The array of frames, for reading. Its files are opened when they are read."""
+    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path)}}
+    context = {"cache_pool": {"total_bytes_limit": _CACHE_BYTES}}  # keeps the parts' own indexes
+    return ts.open(spec | {"context": context}, open=True).result()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 in hex. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _reason(error: Exception) -> str:
+    """The last part of TensorStore's nested message: what was wrong."""
+    return str(error).split(": ")[-1].partition(" [")[0]

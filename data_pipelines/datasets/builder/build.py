@@ -1,0 +1,195 @@
+"""Building a dataset: manifests planned, cut into shards, built, and described.
+
+DIR/dataset.json, skipped.jsonl     what the dataset holds, and the documents that it does not; written last
+DIR/NAME-00000.array_record         documents of the manifest NAME.jsonl with their media
+DIR/parts/NAME-00000.…              what its documents were measured to be, and what was skipped of it
+DIR/.units/                         which shards are done; while it is built, what compressed manifests hold
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from baichuan_omni_jax.errors import ConfigError
+from data_pipelines.datasets.builder.plan import PlannedLines, Source, first_of_same_id, plan_lines, unpack
+from data_pipelines.datasets.builder.shard import PARTS, ShardLines, build_shard
+from data_pipelines.datasets.jobs import Job, Unit, run_job
+from data_pipelines.datasets.jobs.job import Runner, hold, refuse_foreign, remove_unit
+from data_pipelines.datasets.shards.reader import DATASET_FILE, Shard, read_description, write_description
+from data_pipelines.datasets.shards.record import SCHEMA
+from data_pipelines.datasets.shards.writer import OPTIONS, SUFFIX
+from data_pipelines.datasets.sources import ANY_FOLDER, media_root, trusted_folders
+from data_pipelines.documents.document_types import is_known_type
+from data_pipelines.documents.manifest import LineRange
+
+SKIPPED_FILE = "skipped.jsonl"
+FORMAT = 2  # raise it when the same manifests and media give other shards than before
+LOCK = "build"
+UNPACKED = ".units/manifests"  # what compressed manifests hold, while shards are built of them
+
+
+def build_dataset(
+    manifests: Sequence[Path],
+    out: Path,
+    root: Path | None,
+    documents: int,
+    size: int,
+    runner: Runner,
+    trusted: Sequence[Path] = ANY_FOLDER,
+) -> dict:
+    """Builds the dataset at `out` (or what is left of it) and returns what its `dataset.json` holds.
+
+    A shard holds at most `documents` documents of one manifest and, unless a single one is larger, about `size` bytes.
+    `root` and `trusted` as in `list_sources`. The result depends on the manifests, the media and these numbers only,
+    not on the runner or on how often it was stopped.
+
+    Raises ConfigError when a manifest cannot be read, when `out` holds anything else, or when a shard cannot be built.
+    """
+    if documents < 1 or size < 1:
+        raise ConfigError("a shard holds at least one document and one byte")
+    sources = list_sources(manifests, root, trusted)
+    refuse_foreign(out, LOCK)
+    with hold(out, LOCK, "building"):
+        sources = unpack(sources, out / UNPACKED)
+        lines = plan_lines(sources, out / ".plan", runner)
+        job = Job("building", _shards(sources, lines, documents, size), build_shard, out)
+        remove_outdated(job)
+        summaries = run_job(job, runner)
+        _join_skipped(job)
+        shards = _describe_shards(job, summaries)
+        write_description(out, shards, {"manifests": [source.name for source in sources], **_sum(summaries)})
+        shutil.rmtree(out / UNPACKED, ignore_errors=True)
+    return read_description(out)
+
+
+def list_sources(manifests: Sequence[Path], root: Path | None, trusted: Sequence[Path] = ANY_FOLDER) -> list[Source]:
+    """The manifests with the shortest names that tell them apart: paths from the folder that all of them are in.
+
+    Media paths are relative to `root`, or to each manifest's folder; links may lead to the folders of `trusted`
+    (`sources.media_root`). Raises ConfigError when one is given twice, or `root` or a trusted folder is no folder.
+    """
+    if root is not None and not root.expanduser().is_dir():
+        raise ConfigError(f"--root {root} is no folder")
+    folders = trusted_folders(trusted, "--trust")
+    # The folder's own name, but not what a link there leads to: media stand beside the link.
+    paths = [path.parent.resolve() / path.name for path in (path.expanduser() for path in manifests)]
+    if doubles := [path for path, count in Counter(paths).items() if count > 1]:
+        raise ConfigError(f"manifest {doubles[0]} is given twice")
+    common = os.path.commonpath([path.parent for path in paths])
+    names = [path.relative_to(common).as_posix() for path in paths]
+    found: list[Source] = []
+    for path, name in zip(paths, names, strict=True):
+        stem = re.sub(r"[^\w.-]+", "-", re.sub(r"(\.jsonl)?(\.(gz|zst|zstd))?$", "", name))
+        same = sum(re.fullmatch(rf"{re.escape(stem)}(~\d+)?", other.shards) is not None for other in found)
+        media = media_root(path, root.expanduser() if root else None, folders)
+        found.append(Source(path, name, media, f"{stem}~{same + 1}" if same else stem, path))
+    return found
+
+
+def _shards(sources: Sequence[Source], lines: Sequence[PlannedLines], documents: int, size: int) -> list[Unit]:
+    """The units of the job: the lines of each source cut into shards."""
+    double, first = first_of_same_id(np.concatenate([own.ids for own in lines]))
+    starts = np.cumsum([0, *map(len, lines)])
+
+    def where(document: int) -> str:
+        owner = int(np.searchsorted(starts, document, "right")) - 1
+        return f"{sources[owner].name}:{lines[owner].numbers[document - starts[owner]]}"
+
+    units = []
+    for source, own, start in zip(sources, lines, starts, strict=False):
+        state = source.state()
+        for number, (begin, end) in enumerate(_cuts(own.sizes, documents, size)):
+            places = np.flatnonzero(double[start + begin : start + end]) + begin
+            doubles = {int(own.numbers[place]): where(int(first[start + place])) for place in places}
+            offset = int(own.offsets[begin])
+            length = (int(own.offsets[end]) if end < len(own) else source.lines.stat().st_size) - offset
+            lines_of = LineRange(source.lines, source.name, source.root, int(own.numbers[begin]), offset, length)
+            fingerprint = hashlib.sha256(
+                json.dumps([FORMAT, SCHEMA, OPTIONS, source.name, lines_of.first, doubles]).encode()
+                + own.contents[begin:end].tobytes()
+            )
+            content = ShardLines(source, lines_of, doubles, state)
+            weight = int(own.sizes[begin:end].sum())
+            units.append(Unit(f"{source.shards}-{number:05d}", fingerprint.hexdigest(), content, weight))
+    return units
+
+
+def _cuts(sizes: np.ndarray, documents: int, size: int) -> Iterator[tuple[int, int]]:
+    """Consecutive lines [begin, end): at most `documents`, and `size` bytes unless one line has more.
+
+    >>> list(_cuts(np.array([3, 3, 3, 9, 1]), 3, 6))
+    [(0, 2), (2, 3), (3, 4), (4, 5)]
+    """
+    ends, begin = np.cumsum(sizes), 0
+    while begin < len(sizes):
+        before = int(ends[begin - 1]) if begin else 0
+        end = int(np.searchsorted(ends, before + size, "right"))
+        end = min(max(end, begin + 1), begin + documents, len(sizes))
+        yield begin, end
+        begin = end
+
+
+def remove_outdated(job: Job) -> None:
+    """Removes the description when it will change, and what earlier units left that are none of this job's."""
+    if any(job.summary(unit) is None for unit in job.units):
+        (job.out / DATASET_FILE).unlink(missing_ok=True)
+    names = {unit.name for unit in job.units}
+    for mark in sorted((job.out / ".units").glob("*.json")):
+        if mark.stem not in names:
+            (job.out / DATASET_FILE).unlink(missing_ok=True)
+            remove_unit(mark)
+
+
+def _join_skipped(job: Job) -> None:
+    partial = job.out / f"{SKIPPED_FILE}.partial"
+    with partial.open("wb") as file:
+        for unit in job.units:
+            with (job.out / PARTS / f"{unit.name}.skipped.jsonl").open("rb") as own:
+                shutil.copyfileobj(own, file)
+    os.replace(partial, job.out / SKIPPED_FILE)
+
+
+def _describe_shards(job: Job, summaries: Sequence[dict]) -> list[Shard]:
+    files = job.files()
+    shards = []
+    for unit, summary in zip(job.units, summaries, strict=True):
+        if summary["documents"]:
+            name = f"{unit.name}{SUFFIX}"
+            shards.append(Shard(name, summary["documents"], *files[name]))
+    return shards
+
+
+def _sum(summaries: Sequence[dict]) -> dict:
+    """What the shards hold in all, by type and together."""
+    types: dict[str, Counter] = {}
+    for summary in summaries:
+        for name, sums in summary["types"].items():
+            types.setdefault(name, Counter()).update(sums)
+    whole = sum((Counter(sums) for sums in types.values()), Counter())
+    skipped = sum((Counter(summary["skipped"]) for summary in summaries), Counter())
+    return {
+        "documents": whole["documents"],
+        "characters": whole["characters"],
+        "pictures": whole["pictures"],
+        "pixels": whole["pixels"],
+        "videos": whole["videos"],
+        "video_hours": round(whole["video_seconds"] / 3600, 4),
+        "sounds": whole["sounds"],
+        "audio_hours": round(whole["audio_seconds"] / 3600, 4),
+        "media_bytes": whole["media_bytes"],
+        "types": {name: _rounded(types[name]) for name in sorted(types)},
+        "unknown_types": sorted(name for name in types if not is_known_type(name)),
+        "unmarked_speech": sum(summary["unmarked"] for summary in summaries),
+        "skipped": dict(sorted(skipped.items())),
+    }
+
+
+def _rounded(sums: Counter) -> dict:
+    return {name: round(value, 3) for name, value in sums.items()}

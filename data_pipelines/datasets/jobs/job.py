@@ -1,0 +1,209 @@
+"""A job: independent units of work, each done once, whatever kills the program in between.
+
+    OUT/NAME-00003.array_record    what unit 3 wrote, and has there only when it is whole
+    OUT/.units/NAME-00003.json     its fingerprint, its files with sizes and SHA-256, its summary: written last
+    OUT/.partial/NAME-00003-…/     what it is writing now
+
+A unit whose mark in `.units` carries its fingerprint and whose files are there is not done again.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.locks import take_lock
+from data_pipelines.datasets.jobs.progress import Progress
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One piece of a job. Picklable.
+
+    `name` is unique in the job and begins the names of its files; `fingerprint` changes with anything that decides what
+    they hold; `size` weighs it in the progress (bytes, documents: any number that grows with the work).
+    """
+
+    name: str
+    fingerprint: str
+    content: Any
+    size: int = 1
+
+
+# Writes files (or a folder of them, named for the unit) into the folder it is given, and returns a JSON-ready summary.
+# Called anywhere, perhaps twice.
+Work = Callable[[Unit, Path], dict]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is done to which units, and where. `title` begins the lines of its progress; `work` is picklable."""
+
+    title: str
+    units: Sequence[Unit]
+    work: Work
+    out: Path
+
+    def summary(self, unit: Unit) -> dict | None:
+        """What `unit` returned when it was done, or None when it has to be done (again)."""
+        mark = read_mark(self._mark(unit))
+        if not mark or mark["fingerprint"] != unit.fingerprint:
+            return None
+        try:
+            whole = all((self.out / name).stat().st_size == size for name, (size, _) in mark["files"].items())
+        except OSError:
+            return None
+        return mark["summary"] if whole else None
+
+    def do(self, unit: Unit) -> dict:
+        """Does one unit and puts its files in place; returns its summary."""
+        partial = self.out / ".partial"
+        partial.mkdir(parents=True, exist_ok=True)
+        # A folder of its own: an engine may have given the same unit to two workers.
+        scratch = Path(tempfile.mkdtemp(prefix=f"{unit.name}-", dir=partial))
+        try:
+            summary = self.work(unit, scratch)
+            files = {}
+            for path in sorted(path for path in scratch.rglob("*") if path.is_file()):
+                files[path.relative_to(scratch).as_posix()] = [path.stat().st_size, _sha256(path)]
+            self._remove_others(unit)
+            for name in files:
+                (self.out / name).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(scratch / name, self.out / name)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        mark = {"fingerprint": unit.fingerprint, "files": files, "summary": summary}
+        write_json(self._mark(unit), mark)
+        return summary
+
+    def files(self) -> dict[str, tuple[int, str]]:
+        """Size and SHA-256 of every file that the units wrote, by name. Every unit must be done."""
+        marks = (read_mark(self._mark(unit)) for unit in self.units)
+        return {name: (size, digest) for mark in marks for name, (size, digest) in mark["files"].items()}
+
+    def _remove_others(self, unit: Unit) -> None:
+        """Removes what a unit of this name wrote when it was another one: its mark first."""
+        mark = read_mark(self._mark(unit))
+        if mark and mark["fingerprint"] != unit.fingerprint:
+            remove_unit(self._mark(unit))
+
+    def _mark(self, unit: Unit) -> Path:
+        return self.out / ".units" / f"{unit.name}.json"
+
+
+Outcomes = Generator[tuple[Unit, dict | Exception], None, None]
+# Does the units it is given, in any order and anywhere; yields each with its summary, or with the error it raised.
+Runner = Callable[[Job, Sequence[Unit]], Outcomes]
+
+
+def run_job(job: Job, runner: Runner, report: Callable[[str], None] = print) -> list[dict]:
+    """Does what is left of a job; returns the summaries of all its units, in their order.
+
+    A unit that fails stops no other. Raises ConfigError, naming the first of them, when any failed: what was done stays
+    done, and the same command does the rest.
+    """
+    names = {unit.name for unit in job.units}
+    if len(names) != len(job.units):
+        raise ConfigError(f"{job.title}: two units of work have the same name")
+    failed: list[tuple[Unit, Exception]] = []
+    # Other hosts may do other units in the same folder.
+    same = hashlib.sha256("\n".join(unit.name for unit in job.units).encode()).hexdigest()[:12]
+    with hold(job.out, same, job.title):
+        _clear_scratch(job)
+        summaries = {unit.name: job.summary(unit) for unit in job.units}
+        left = [unit for unit in job.units if summaries[unit.name] is None]
+        progress = Progress(job, left, report)
+        with closing(runner(job, left)) as outcomes:
+            for unit, outcome in outcomes:
+                if isinstance(outcome, Exception):
+                    failed.append((unit, outcome))
+                else:
+                    summaries[unit.name] = outcome
+                progress.done(unit, outcome)
+        _clear_scratch(job)
+    if failed:
+        unit, error = failed[0]
+        raise ConfigError(f"{job.title}: {len(failed)} of {len(job.units)} shards failed, first {unit.name}: {error}")
+    return [summaries[unit.name] for unit in job.units]
+
+
+def refuse_foreign(out: Path, name: str) -> None:
+    """Raises ConfigError when `out` is a file, or holds anything and was never held under `name`."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out} is a file")
+    # `.units` alone is what a program leaves that was killed before it held anything.
+    entries = {entry.name for entry in out.iterdir()} - {".units"} if out.exists() else set()
+    if entries and not _lock(out, name).exists():
+        entry = min(entries, key=lambda entry: (entry.startswith("."), entry))
+        raise ConfigError(
+            f"--out {out} is not empty and holds {entry!r}, which this program did not write: "
+            "name a new or empty folder; nothing was changed"
+        )
+
+
+@contextmanager
+def hold(out: Path, name: str, title: str) -> Iterator[None]:
+    """Keeps other programs from doing the same in the folder `out`; `name` says what is the same.
+
+    Raises ConfigError, which `title` begins, while another one does it.
+    """
+    (out / ".units").mkdir(parents=True, exist_ok=True)
+    lock = take_lock(_lock(out, name), f"{title}: another program is at work in {out}; nothing was changed")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _lock(out: Path, name: str) -> Path:
+    return out / ".units" / f"{name}.lock"
+
+
+def _clear_scratch(job: Job) -> None:
+    """Removes what programs and processes that were killed were writing for this job's units."""
+    names = {unit.name for unit in job.units}
+    for folder in (job.out / ".partial").glob("*"):
+        if folder.name.rpartition("-")[0] in names:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def read_mark(path: Path) -> dict | None:
+    """A unit's mark: "fingerprint", "files" (name: size and SHA-256), "summary". None where there is none."""
+    try:
+        mark = json.loads(path.read_text(encoding="utf-8"))
+        return mark if {"fingerprint", "files", "summary"} <= mark.keys() else None
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def remove_unit(mark: Path) -> None:
+    """Removes what a unit wrote: its mark first, so that what is left of its files is never taken for whole."""
+    files = (read_mark(mark) or {"files": {}})["files"]
+    mark.unlink(missing_ok=True)
+    for name in files:
+        (mark.parents[1] / name).unlink(missing_ok=True)
+
+
+def describe_error(error: Exception) -> str:
+    """One sentence for what a unit raised."""
+    return str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
+
+
+def write_json(path: Path, values: object) -> None:
+    """Written beside its place and renamed: the file is whole or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_text(json.dumps(values, ensure_ascii=False, indent=1), encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,118 @@
+"""Units of a job in processes of this machine."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from dataclasses import replace
+from multiprocessing.connection import Connection
+
+from data_pipelines.datasets.jobs.job import Job, Outcomes, Unit, describe_error
+
+# Spawned: forking a process that runs threads (JAX, Grain) may deadlock.
+_SPAWN = multiprocessing.get_context("spawn")
+
+
+class HeldPool(ProcessPoolExecutor):
+    """Processes that end with the one that started them, whatever ends it, and leave Ctrl-C to it."""
+
+    def __init__(self, workers: int, initializer: Callable[..., None] | None = None, initargs: tuple = ()):
+        self._held, self._holder = _SPAWN.Pipe(duplex=False)
+        super().__init__(workers, _SPAWN, _hold_on, (self._held, initializer, initargs))
+
+    def let_go(self) -> None:
+        """Ends all of them at once, with what is under way."""
+        self._holder.close()
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        super().shutdown(wait, cancel_futures=cancel_futures)
+        self._holder.close()
+        self._held.close()
+
+
+class LocalRunner:
+    """Runs units in `workers` processes (0: in this one).
+
+    When a process dies (out of memory, a crash inside a decoder) the others go on in new ones. The few units that were
+    under way are tried again together, and those that were under way when a process died again, one at a time: only
+    one that kills its process alone has failed. Processes end with this one, whatever ends it.
+    """
+
+    def __init__(self, workers: int):
+        self.workers = workers
+
+    def __call__(self, job: Job, units: Sequence[Unit]) -> Outcomes:
+        job = replace(job, units=())  # every unit that is sent takes the job along
+        if not self.workers:
+            yield from ((unit, _attempt(job, unit)) for unit in units)
+            return
+        once = yield from self._rounds(job, units)
+        twice = yield from self._rounds(job, once)
+        for unit in twice:
+            if (yield from _run_pool(job, deque([unit]), 1)):
+                yield unit, RuntimeError("the process doing it died three times, at last alone: a crash or no memory")
+
+    def _rounds(self, job: Job, units: Iterable[Unit]) -> Generator[tuple[Unit, dict | Exception], None, list[Unit]]:
+        """Pools, one after the other, until each unit was done or under way when a pool broke; returns the latter."""
+        pending, lost = deque(units), []
+        while pending:
+            lost += yield from _run_pool(job, pending, min(self.workers, len(pending)))
+        return lost
+
+
+def _run_pool(
+    job: Job, pending: deque[Unit], workers: int
+) -> Generator[tuple[Unit, dict | Exception], None, list[Unit]]:
+    """Takes units from `pending` and yields what was done, until none is left or a process dies.
+
+    Returns the units that were under way then.
+    """
+    pool = HeldPool(workers)
+    futures: dict[Future, Unit] = {}
+    broken = False
+    try:
+        while (pending or futures) and not broken:
+            # One more than there are workers, so that none waits for us; not all, of which there may be millions.
+            while pending and len(futures) <= workers:
+                unit = pending.popleft()
+                futures[pool.submit(_attempt, job, unit)] = unit
+            done, _ = wait(futures, return_when=FIRST_COMPLETED)
+            for future in done:
+                if isinstance(future.exception(), BrokenProcessPool):
+                    broken = True
+                else:
+                    yield futures.pop(future), future.exception() or future.result()
+    except BrokenProcessPool:  # of `submit`
+        pending.appendleft(unit)
+    except BaseException:  # Ctrl-C, or the caller has stopped: nobody waits for what is under way
+        pool.let_go()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return list(futures.values())
+
+
+def _attempt(job: Job, unit: Unit) -> dict | Exception:
+    try:
+        return job.do(unit)
+    except Exception as error:
+        return RuntimeError(describe_error(error))  # not every exception survives the way to another process
+
+
+def _hold_on(held: Connection, initializer: Callable[..., None] | None, initargs: tuple) -> None:
+    """In a worker: ends it when the process that started it closes the other end of the pipe, or is no more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes of a terminal
+
+    def watch() -> None:
+        with suppress(EOFError, OSError):
+            held.recv_bytes()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    if initializer:
+        initializer(*initargs)

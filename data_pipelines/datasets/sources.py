@@ -1,0 +1,201 @@
+"""Where documents come from: a JSONL manifest or a built data set, read in parts, or one document at a time."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+from baichuan_omni_jax.config import DataConfig, SourceConfig
+from baichuan_omni_jax.errors import ConfigError
+from data_pipelines.datasets.jobs.job import write_json
+from data_pipelines.datasets.shards.reader import DATASET_FILE, ShardedDataset, open_dataset, read_description
+from data_pipelines.documents.document import Document, SampleError
+from data_pipelines.documents.manifest import LineRange, manifest_stem, parse_line, plain_manifest
+from data_pipelines.media.location import MediaRoot
+
+ANY_FOLDER = (Path("/"),)  # every link is trusted
+PART_BYTES = 64 << 20  # of a manifest
+
+
+class Entry(NamedTuple):
+    """One document of a source, or why it holds none. `place` (int64) and `number` (int32) find it again."""
+
+    place: int
+    number: int
+    where: str
+    document: Document | SampleError
+
+
+@dataclass(frozen=True)
+class Records:
+    """A part of a built data set: one shard of `length` bytes."""
+
+    shard: int
+    length: int
+
+
+class ManifestSource:
+    """The manifest at `root/path`. A place is the byte at which a line begins, a number that of the line, from 1.
+
+    Places count the bytes that a compressed manifest holds, so that compressing it changes neither index nor plan.
+    """
+
+    tokenizer = ""  # lines that hold token ids are checked one by one
+
+    def __init__(self, path: str, root: Path, notes: Path, media: MediaRoot | None = None, media_key: str = ""):
+        """`notes` is a folder where what a manifest's bytes gave is kept: they are read whole only when it changed.
+
+        Media paths are taken from `media` (None: the manifest's folder, with no link that leaves it); `media_key` is
+        what an index of this source depends on for that.
+        """
+        self.path, self.root, self._notes, self.media_key = path, root, notes, media_key
+        self.media = media or MediaRoot((root / path).parent)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the manifest, of a compressed one of what it holds."""
+        return self._survey["sha256"]
+
+    @cached_property
+    def parts(self) -> list[LineRange]:
+        """Whole lines, about `PART_BYTES` each."""
+        return [LineRange(self._lines, self.path, self.media, *numbers) for numbers in self._survey["parts"]]
+
+    def read(self, part: LineRange) -> Iterator[Entry]:
+        """The documents of a part; empty lines are passed over."""
+        for line in part.documents():
+            yield Entry(line.offset, line.number, self.where(line.offset, line.number), line.document)
+
+    def document(self, place: int, number: int) -> Document:
+        """One document. Raises SampleError `bad_json` or `bad_form` when its line is no longer what it was."""
+        with open(self._lines, "rb") as file:
+            file.seek(place)
+            return parse_line(file.readline(), number, self.path, self.media)
+
+    def where(self, place: int, number: int) -> str:
+        return f"{self.path}:{number}"
+
+    @cached_property
+    def _lines(self) -> Path:
+        """The file in which places are counted."""
+        path = self.root / self.path
+        return plain_manifest(path, str(path), self._notes)
+
+    @cached_property
+    def _survey(self) -> dict:
+        path = (self.root / self.path).resolve()
+        stem = Path(manifest_stem(path.name)).name
+        note = self._notes / f"{stem}-{hashlib.sha256(str(path).encode()).hexdigest()[:16]}.lines.json"
+        known = _read_note(note)
+        lines = self._lines
+        try:
+            status = path.stat()
+            told = {"path": str(path), "size": status.st_size, "changed": status.st_mtime_ns, "part": PART_BYTES}
+            if known is not None and all(known.get(name) == value for name, value in told.items()):
+                return known
+            known = told | _survey(lines)
+        except OSError as error:
+            raise ConfigError(f"manifest {self.root / self.path} cannot be read: {error.strerror}") from error
+        write_json(note, known)
+        return known
+
+
+class DatasetSource:
+    """The built data set in the folder `root/path`. A place is shard * 2^32 + record, a number that of the record."""
+
+    media_key = ""  # media are in the shards
+
+    def __init__(self, path: str, root: Path):
+        self.path, self.root = path, root
+        self._dataset: ShardedDataset = open_dataset(root / path)
+        # Of the token ids that it holds; "" where it holds text.
+        self.tokenizer: str = read_description(root / path).get("tokenizer", "")
+
+    @property
+    def fingerprint(self) -> str:
+        return self._dataset.fingerprint
+
+    @property
+    def parts(self) -> list[Records]:
+        """One a shard."""
+        return [Records(number, shard.bytes) for number, shard in enumerate(self._dataset.shards)]
+
+    def read(self, part: Records) -> Iterator[Entry]:
+        """The documents of a shard."""
+        for record, document in enumerate(self._dataset.documents_of(part.shard)):
+            place = part.shard << 32 | record
+            yield Entry(place, record, self.where(place, record), document)
+
+    def document(self, place: int, number: int) -> Document:
+        """One document. Raises SampleError `bad_record` when its shard is damaged there."""
+        return self._dataset.document(place >> 32, number)
+
+    def where(self, place: int, number: int) -> str:
+        return f"{self.path}/{self._dataset.shards[place >> 32].file}:{number}"
+
+
+Source = ManifestSource | DatasetSource
+
+
+def open_source(config: DataConfig, source: SourceConfig) -> Source:
+    """The built data set or the manifest that `source` names. Raises ConfigError for one that cannot be read."""
+    root = Path(config.root).expanduser()
+    if (root / source.manifest / DATASET_FILE).is_file():
+        return DatasetSource(source.manifest, root)
+    trusted = trusted_folders(config.trusted_roots, "data.trusted_roots")
+    folder = root / Path(source.root).expanduser() if source.root else None
+    if folder is not None and not folder.is_dir():
+        raise ConfigError(f"its root {source.root} is no folder")
+    media = media_root(root / source.manifest, folder, trusted)
+    # Not where the data lie: they may be moved.
+    key = json.dumps([source.root, [str(each) for each in trusted]])
+    return ManifestSource(source.manifest, root, cache_folder(config), media, key)
+
+
+def cache_folder(config: DataConfig) -> Path:
+    """Where tokenizer, indexes and codes of a data set are kept."""
+    return Path(config.root).expanduser() / ".cache"
+
+
+def media_root(manifest: Path, root: Path | None, trusted: Sequence[Path]) -> MediaRoot:
+    """Where the media of a manifest are: the one rule of all commands and runs.
+
+    Paths are relative to `root` or, where that is None, to the folder that the manifest lies in; of a manifest that is
+    a link to the folder of the link and, for what is not there, to that of the file it leads to.
+    """
+    if root is not None:
+        return MediaRoot(root.absolute(), tuple(trusted))
+    folder = manifest.parent.absolute()
+    target = manifest.resolve().parent
+    return MediaRoot(folder, tuple(trusted), None if target == folder.resolve() else target)
+
+
+def trusted_folders(names: Sequence[str | Path], option: str) -> tuple[Path, ...]:
+    """The folders that links may lead to. Raises ConfigError, naming `option`, for one that is none."""
+    folders = [Path(name).expanduser() for name in names]
+    if missing := [folder for folder in folders if not folder.is_dir()]:
+        raise ConfigError(f"{option} {missing[0]} is no folder")
+    return tuple(folder.resolve() for folder in folders)
+
+
+def _read_note(path: Path) -> dict | None:
+    try:
+        note = json.loads(path.read_text(encoding="utf-8"))
+        whole = isinstance(note, dict) and isinstance(note.get("sha256"), str) and isinstance(note.get("parts"), list)
+        return note if whole else None
+    except (OSError, ValueError):
+        return None
+
+
+def _survey(path: Path) -> dict:
+    """The manifest's SHA-256 and, for each part, its first line's number, where it begins, and its bytes."""
+    digest, parts, first, offset = hashlib.sha256(), [], 1, 0
+    with path.open("rb") as file:
+        while data := file.read(PART_BYTES) + file.readline():
+            digest.update(data)
+            parts.append([first, offset, len(data)])
+            first, offset = first + data.count(b"\n"), offset + len(data)
+    return {"sha256": digest.hexdigest(), "parts": parts}

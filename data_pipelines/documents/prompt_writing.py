@@ -1,0 +1,149 @@
+"""Writing source prompts: tags, turns, whole prompts from their elements (the inverse of `prompts.parse_prompt`).
+
+    turn(image_tag("cat.jpg") + question, answer)
+
+What the functions here give is `Source`. A plain `str` is text that somebody wrote, in which the name of a special
+token is text: it is escaped where it meets a `Source`, and in the arguments of the functions. (f-strings and `"".join`
+make plain text of everything: use `join`.)
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
+
+from data_pipelines.documents.conversation import VOICE, role_mark, voice_prompt
+from data_pipelines.documents.prompts import (
+    SPECIAL,
+    Element,
+    Picture,
+    Reference,
+    Sound,
+    Text,
+    Tokens,
+    Video,
+    escape,
+    meet_in_a_name,
+    parse_prompt,
+    write_reference,
+)
+from data_pipelines.tokenizers import special_tokens as names
+
+
+class Source(str):
+    """Part of a source prompt. Added to plain text, or plain text to it, it is still one: the text is escaped."""
+
+    __slots__ = ()
+
+    def __add__(self, other: str) -> "Source":
+        return join((self, other))
+
+    def __radd__(self, other: str) -> "Source":
+        return join((other, self))
+
+    def __mul__(self, count: int) -> "Source":
+        return join([self] * count)
+
+
+def join(parts: Iterable[str]) -> Source:
+    """The parts one after the other, plain text among them escaped; no name arises where two of them meet.
+
+    >>> join(["<C_A>", Source("<C_A>"), "<C_", "A>"])
+    '<<literal_omni>C_A><C_A><C_<literal_omni>A>'
+    """
+    written = ""
+    for part in parts:
+        piece = str(part) if isinstance(part, Source) else escape(part)
+        written += names.LITERAL + piece if meet_in_a_name(written, piece) else piece
+    return Source(written)
+
+
+def _tag(kind: str, key: str, path: str) -> Source:
+    return Source(f"<{kind}_start_baichuan>{write_reference(key, Reference(path=path))}<{kind}_end_baichuan>")
+
+
+def image_tag(path: str) -> Source:
+    """A picture."""
+    return _tag("img", "local", path)
+
+
+def video_tag(path: str) -> Source:
+    """A film, of which frames are seen."""
+    return _tag("video", "local", path)
+
+
+def heard_tag(path: str) -> Source:
+    """Sound that the model hears."""
+    return _tag("audio", "path", path)
+
+
+def spoken_tag(path: str) -> Source:
+    """Sound that the model speaks."""
+    return _tag("audiogen", "path", path)
+
+
+def trainable(text: str) -> Source:
+    """Marks text, or speech to be generated, as carrying loss."""
+    return join((Source(names.TRAINABLE_START), text, Source(names.TRAINABLE_END)))
+
+
+def turn(question: str, answer: str, system: str = "", voice: str = VOICE) -> Source:
+    """A conversation of one turn; see `conversation`."""
+    return conversation([(question, answer)], system, voice)
+
+
+def conversation(turns: Sequence[tuple[str, str]], system: str = "", voice: str = VOICE) -> Source:
+    """Questions of the user and trainable answers of the assistant, after an optional system prompt.
+
+    Where an answer holds speech (`spoken_tag`), the conversation has the form of those that are answered aloud: the
+    mark before each answer and, unless there is a `system` prompt, that which names the `voice`.
+    """
+    spoken = any(isinstance(answer, Source) and names.AUDIOGEN_START in answer for _, answer in turns)
+    if spoken and not system:
+        system = voice_prompt(voice)
+    parts = [Source(role_mark("system", spoken)), system] if system else []
+    for question, answer in turns:
+        parts += [Source(role_mark("user", spoken)), question]
+        parts += [Source(role_mark("assistant", spoken)), trainable(answer)]
+    return join(parts)
+
+
+def spoken_answer(pieces: Sequence[str], say: Callable[[str], str]) -> Source:
+    """Pieces of text, each followed by its speech; `say` speaks one and returns the path."""
+    return join(part for piece in pieces for part in (piece, spoken_tag(say(piece))))
+
+
+def write_prompt(elements: Iterable[Element]) -> Source:
+    """The prompt that `parse_prompt` reads as `elements`; frames of one video that stood in a list stand alone."""
+    runs = groupby(elements, key=lambda element: getattr(element, "trainable", False))
+    written = ((learnt, join(map(_write, run))) for learnt, run in runs)
+    return join(trainable(text) if learnt else text for learnt, text in written)
+
+
+def plain_text(prompt: str) -> str:
+    """What a reader would read of a prompt: no media, no marks, a line end for each special token.
+
+    Raises SampleError "bad_prompt".
+    """
+    return text_of(parse_prompt(prompt))
+
+
+def text_of(elements: Iterable[Element]) -> str:
+    """What a reader would read of these elements."""
+    texts = (element for element in elements if isinstance(element, Text))
+    return "".join(each.text if each.plain else SPECIAL.sub("\n", each.text) for each in texts).strip()
+
+
+def _write(element: Element) -> str:
+    if isinstance(element, Text):
+        return element.text if element.plain else Source(element.text)
+    if isinstance(element, Picture):
+        start, end = (names.FRAME_START, names.FRAME_END) if element.frame else (names.IMAGE_START, names.IMAGE_END)
+        return Source(start + write_reference("local", element.reference) + end)
+    if isinstance(element, Video):
+        return Source(names.VIDEO_START + write_reference("local", element.reference) + names.VIDEO_END)
+    if isinstance(element, Tokens):
+        return Source(names.TOKENS_START + write_reference("path", element.reference) + names.TOKENS_END)
+    assert isinstance(element, Sound)
+    start, end = (names.AUDIO_START, names.AUDIO_END)
+    if element.spoken:
+        start, end = names.AUDIOGEN_START, names.AUDIOGEN_END
+    return Source(start + write_reference("path", element.reference) + end)

@@ -1,0 +1,75 @@
+"""Parts of a document: some of its turns with the system prompt, or its videos with fewer frames.
+
+A turn begins at `<C_Q>`; what stands before the first one is the system prompt and stays with every part.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import groupby
+from typing import TypeVar
+
+from data_pipelines.documents.document import Document
+from data_pipelines.documents.prompts import Element, Picture, Sound, Text, Tokens, Video, parse_prompt
+from data_pipelines.tokenizers.special_tokens import TRAINABLE_START, USER
+
+T = TypeVar("T")
+
+
+def document_elements(document: Document, max_frames: int = 0) -> list[Element]:
+    """The elements of the turns and frames that `document` has, its listed videos of at most `max_frames`.
+
+    0 is no limit. Its `span` is cut later, when text is tokens. A document without any `<trainable_start>` is trainable
+    as a whole. Raises SampleError "bad_prompt".
+    """
+    elements = parse_prompt(document.text)
+    if not is_marked(document):
+        learnable = Text | Sound | Tokens
+        elements = [replace(each, trainable=True) if isinstance(each, learnable) else each for each in elements]
+    if document.turns is not None:
+        head, turns = cut_turns(elements)
+        elements = head + [element for turn in turns[slice(*document.turns)] for element in turn]
+    most = min(document.max_frames or max_frames, max_frames or document.max_frames)
+    return thin_frames(elements, most) if most else elements
+
+
+def is_marked(document: Document) -> bool:
+    """Whether the document, of which this may be a piece, says what of it is trainable."""
+    return TRAINABLE_START in document.text
+
+
+def cut_turns(elements: list[Element]) -> tuple[list[Element], list[list[Element]]]:
+    """The system prompt, and the turns with their media; marks of loss stay with what they mark."""
+    parts: list[list[Element]] = [[]]
+    for element in elements:
+        if not isinstance(element, Text) or element.plain:
+            parts[-1].append(element)
+            continue
+        first, *others = element.text.split(USER)
+        if first:
+            parts[-1].append(replace(element, text=first))
+        parts += [[replace(element, text=USER + text)] for text in others]
+    return parts[0], parts[1:]
+
+
+def has_frames(elements: list[Element]) -> bool:
+    """Whether there are videos, as files or frame by frame."""
+    return any(isinstance(each, Video) or _is_frame(each) for each in elements)
+
+
+def thin_frames(elements: Sequence[T], most: int) -> list[T]:
+    """Videos that are listed frame by frame with at most `most` frames each; files are thinned as they are read.
+
+    Of n frames the i-th that stays is number int(i * n / most), as in the released processor. A list between the marks
+    of a video is one, and so are frames that follow each other outside of them.
+    """
+    kept: list[Element] = []
+    for video, run in groupby(elements, key=lambda each: each.video if _is_frame(each) else None):
+        run = list(run)
+        if video is not None and len(run) > most:
+            run = [run[int(place * len(run) / most)] for place in range(most)]
+        kept += run
+    return kept
+
+
+def _is_frame(element: object) -> bool:
+    return isinstance(element, Picture) and element.frame

@@ -1,5 +1,0 @@
-"""Resumable jobs over shards: every unit of work is a pure function that writes the files of one shard."""
-
-from data_pipelines.jobs.job import Job, Unit, Work, run_job
-
-__all__ = ["Job", "Unit", "Work", "run_job"]

@@ -1,0 +1,167 @@
+"""What the model is given of media: resized pictures in patches, Whisper's mel of 30 s windows, and their counts."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import ceil, floor, sqrt
+
+import numpy as np
+from jaxtyping import Float32, Int32, UInt8
+from PIL import Image
+from scipy.sparse import csr_array
+
+from baichuan_omni_jax.audio.config import AudioConfig
+from baichuan_omni_jax.vision.config import PixelLimits, VisionConfig
+from data_pipelines.documents.document import SampleError
+from data_pipelines.media.images import MAX_ASPECT
+
+
+def smart_resize(height: int, width: int, limits: PixelLimits, factor: int = 28) -> tuple[int, int]:
+    """(height, width) that the model sees: multiples of `factor`, area within `limits`, aspect nearly kept.
+
+    >>> smart_resize(200, 133, PixelLimits(min_pixels=3136, max_pixels=12544))
+    (112, 84)
+
+    Raises SampleError("unreadable_media") when one side is more than 200 times the other.
+    """
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        raise SampleError("unreadable_media", f"aspect ratio of {height}x{width} exceeds {MAX_ASPECT}")
+    new_height = max(factor, round(height / factor) * factor)
+    new_width = max(factor, round(width / factor) * factor)
+    if new_height * new_width > limits.max_pixels:
+        shrink = sqrt(height * width / limits.max_pixels)
+        # With small limits the released form floors a very narrow side to nothing: keep one factor of it, and of the
+        # other side what the area allows.
+        longest = limits.max_pixels // factor**2 * factor
+        new_height = min(longest, max(factor, floor(height / shrink / factor) * factor))
+        new_width = min(longest, max(factor, floor(width / shrink / factor) * factor))
+    elif new_height * new_width < limits.min_pixels:
+        grow = sqrt(limits.min_pixels / (height * width))
+        new_height = ceil(height * grow / factor) * factor
+        new_width = ceil(width * grow / factor) * factor
+    return new_height, new_width
+
+
+def visual_size(height: int, width: int, config: VisionConfig, frame: bool) -> tuple[int, int]:
+    """`smart_resize` with the limits of a still or of a frame, to multiples of patch size x merge size."""
+    limits = config.frame_limits if frame else config.image_limits
+    return smart_resize(height, width, limits, config.patch_size * config.spatial_merge_size)
+
+
+def resize_picture(
+    picture: UInt8[np.ndarray, "h w 3"] | Image.Image, height: int, width: int
+) -> UInt8[np.ndarray, "H W 3"]:
+    """Bicubic (Pillow) on uint8 RGB."""
+    image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+
+
+def patchify(
+    picture: UInt8[np.ndarray, "H W 3"], patch: int = 14, merge: int = 2
+) -> tuple[UInt8[np.ndarray, "p v"], Int32[np.ndarray, "p 2"]]:
+    """Patches flattened as (channel, row, column), v = 3 x 14 x 14, and their (row, column) in the patch grid.
+
+    The four patches of one visual token are neighbours. For a picture of 2 x 4 patches the order of the grid is
+    (0,0) (0,1) (1,0) (1,1)  (0,2) (0,3) (1,2) (1,3).
+    """
+    rows, columns, channels = picture.shape[0] // patch, picture.shape[1] // patch, picture.shape[2]
+    blocks = picture.reshape(rows // merge, merge, patch, columns // merge, merge, patch, channels)
+    patches = blocks.transpose(0, 3, 1, 4, 6, 2, 5).reshape(rows * columns, channels * patch**2)
+    grid = np.stack(np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij"), axis=-1)
+    grid = grid.reshape(rows // merge, merge, columns // merge, merge, 2).transpose(0, 2, 1, 3, 4)
+    return np.ascontiguousarray(patches), grid.reshape(-1, 2).astype(np.int32)
+
+
+@dataclass(frozen=True)
+class Window:
+    """At most 30 s of a clip: its number, first sample and length in samples, its mel frames and its code frames."""
+
+    index: int
+    start: int
+    samples: int
+    mel_frames: int
+    code_frames: int
+
+
+def split_windows(samples: int, config: AudioConfig) -> list[tuple[int, int]]:
+    """(start, length) in samples of the windows of a clip, each `split_overlap` seconds into the one before.
+
+    Windows shorter than one FFT are dropped. At 16 kHz without overlap, 36 s are [(0, 480000), (480000, 96000)].
+    """
+    longest = config.max_audio_seconds * config.sampling_rate
+    step = longest - int(config.split_overlap * config.sampling_rate)
+    windows, start = [], 0
+    while True:
+        length = min(longest, samples - start)
+        if length >= config.n_fft:
+            windows.append((start, length))
+        if start + length >= samples:
+            return windows
+        start += step
+
+
+def mel_length(samples: int, config: AudioConfig) -> int:
+    """Valid mel frames of a window of `samples`: 16000 -> 101, at most 3000."""
+    return min(config.max_mel_frames, samples // config.hop_length + 1)
+
+
+def clip_windows(samples: int, config: AudioConfig) -> list[Window]:
+    """The windows of a clip that yield codes; `index` counts all windows, so it names one of them for good."""
+    windows = []
+    for index, (start, length) in enumerate(split_windows(samples, config)):
+        frames = mel_length(length, config)
+        if codes := config.bridge_length(frames):
+            windows.append(Window(index, start, length, frames, codes))
+    return windows
+
+
+@lru_cache(maxsize=4)
+def _mel_filters(rate: int, n_fft: int, mels: int) -> csr_array:
+    """(mels, bins), of which two in a hundred are not zero. A dense product would also start a thread for every core in
+    every worker, which then wait for each other.
+    """
+    from librosa.filters import mel  # takes a second to import
+
+    return csr_array(mel(sr=rate, n_fft=n_fft, n_mels=mels, fmin=0.0, fmax=8000.0, htk=False, norm="slaney"))
+
+
+def log_mel(samples: Float32[np.ndarray, "t"], config: AudioConfig) -> Float32[np.ndarray, "m f"]:
+    """Whisper's log mel of one window of at most 30 s, valid frames only (`mel_length`).
+
+    Periodic Hann, power spectrum, Slaney mels up to 8 kHz, log10 floored at 1e-10 and at the clip's maximum - 8, then
+    (x + 4) / 4. The maximum also sees the frame past the valid ones that still touches the signal, as released.
+    """
+    # Frames that see nothing but padding are skipped: their floor never decides the maximum.
+    touched = min(config.max_mel_frames, (len(samples) + config.n_fft // 2) // config.hop_length + 1)
+    power = _power_spectrum(_reflected(samples, touched, config), config)
+    mel = _mel_filters(config.sampling_rate, config.n_fft, config.num_mel_bins) @ power.T
+    log = np.log10(np.maximum(mel, 1e-10))
+    log = (np.maximum(log, log.max() - 8.0) + 4.0) / 4.0
+    return np.ascontiguousarray(log[:, : mel_length(len(samples), config)], dtype=np.float32)
+
+
+def _reflected(samples: Float32[np.ndarray, "t"], frames: int, config: AudioConfig) -> Float32[np.ndarray, "s"]:
+    """What the first `frames` frames see: the window of 30 s filled up with zeros, reflected at both ends."""
+    longest, half = config.max_audio_seconds * config.sampling_rate, config.n_fft // 2
+    seen = np.zeros((frames - 1) * config.hop_length + config.n_fft, np.float32)
+    inside = min(len(samples), len(seen) - half)
+    seen[half : half + inside] = samples[:inside]
+    seen[:half] = seen[2 * half : half : -1]
+    past = len(seen) - half - longest  # samples beyond the 30 s
+    if past > 0:
+        end = half + longest - 1
+        seen[end + 1 :] = seen[end - past : end][::-1]
+    return seen
+
+
+_FRAMES_AT_ONCE = 256  # their transforms stay in the processor's cache
+
+
+def _power_spectrum(samples: Float32[np.ndarray, "s"], config: AudioConfig) -> Float32[np.ndarray, "f bins"]:
+    frames = np.lib.stride_tricks.sliding_window_view(samples, config.n_fft)[:: config.hop_length]
+    # float64: in the quietest bins a float32 transform is wrong by 1e-5 of the largest mel.
+    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(config.n_fft) / config.n_fft)
+    power = np.empty((len(frames), config.n_fft // 2 + 1), np.float32)
+    for first in range(0, len(frames), _FRAMES_AT_ONCE):
+        some = slice(first, first + _FRAMES_AT_ONCE)
+        power[some] = np.abs(np.fft.rfft(frames[some] * window, axis=-1)) ** 2
+    return power

@@ -1,0 +1,236 @@
+"""Finding the bytes of a media item: in the folder that its paths are relative to, and where links in it may lead."""
+
+import base64
+import binascii
+import hashlib
+import io
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from urllib.parse import unquote, unquote_to_bytes
+
+from data_pipelines.documents.document import SampleError
+from data_pipelines.documents.prompts import Reference
+from data_pipelines.media.file_kinds import HEAD, FileKind, kind_of, plain_reason
+
+
+@dataclass(frozen=True)
+class Media:
+    """The bytes of one media item: the file at `path`, or `data` when `path` is None. `name` is for messages.
+
+    `digest` is the SHA-256 of the bytes in hex where it is known already.
+    """
+
+    name: str
+    path: Path | None
+    data: bytes = b""
+    digest: str = ""
+
+    def open(self) -> io.BufferedIOBase:
+        """A new binary stream at its start. Raises OSError when the file cannot be opened."""
+        return io.BytesIO(self.data) if self.path is None else self.path.open("rb")
+
+    @property
+    def size(self) -> int:
+        """In bytes. Raises OSError when the file is gone."""
+        return len(self.data) if self.path is None else self.path.stat().st_size
+
+    def content_hash(self) -> str:
+        """SHA-256 of the bytes, in hex. Files are remembered by path, size and time of change."""
+        if self.digest:
+            return self.digest
+        if self.path is None:
+            return hashlib.sha256(self.data).hexdigest()
+        with reading(self, "file"):
+            status = self.path.stat()
+            return _hash_file(self.path, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=65536)
+def _hash_file(path: Path, size: int, changed: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class MediaRoot:
+    """The folder that media paths are relative to, and the folders that links inside it may lead to.
+
+    What a document writes must lie inside `folder`; `..` and absolute paths do not leave it. A link inside it may lead
+    anywhere in `folder` itself and in the folders of `trusted`. `beside` is a second folder, with the same rules, for
+    what the first one lacks: a manifest that is a link has media beside the link or beside the file it leads to.
+    """
+
+    folder: Path
+    trusted: tuple[Path, ...] = ()
+    beside: Path | None = None
+
+    def find(self, written: str, name: str) -> tuple[Path, str]:
+        """The file that the path `written` means, links followed, and its path from the folder.
+
+        Raises SampleError "outside_root" and "missing_file" as `find_media`, with `name`.
+        """
+        try:
+            return self._find_in(self.folder, written, name)
+        except SampleError:
+            if self.beside is None:
+                raise
+            try:
+                return self._find_in(self.beside, written, name)
+            except SampleError:
+                pass
+            raise
+
+    def _find_in(self, folder: Path, written: str, name: str) -> tuple[Path, str]:
+        try:
+            top = folder.resolve()
+            # `..` behind a link goes back in what is written, not in the link's target, which it would leave as well.
+            path = Path(os.path.normpath(top / written))
+            tops = (top, Path(os.path.abspath(folder)))
+            inside = next((path.relative_to(each).as_posix() for each in tops if path.is_relative_to(each)), "")
+            real = (top / written).resolve()
+            if not real.is_relative_to(top):
+                if not inside:
+                    raise SampleError("outside_root", f"{name} lies outside the folder that media are taken from")
+                real = path.resolve()
+                if not any(real.is_relative_to(each.resolve()) for each in (top, *self.trusted)):
+                    message = f"{name} lies outside the trusted folders: a link leads there"
+                    raise SampleError("outside_root", message)
+            if not real.is_file():
+                raise SampleError("missing_file", f"{name} {_why_missing(top / written, real)}")
+        except RuntimeError as error:  # of a loop, before Python 3.13
+            raise SampleError("missing_file", f"{name!r} is no usable path: its links lead in a circle") from error
+        except (OSError, ValueError) as error:  # name too long, null byte, no permission
+            raise SampleError("missing_file", f"{name!r} is no usable path: {plain_reason(error)}") from error
+        return real, inside or real.relative_to(top).as_posix()
+
+
+def _why_missing(path: Path, real: Path) -> str:
+    if real.is_dir():
+        return "is a folder"
+    if real.exists():
+        return "is no regular file"
+    return "is a link to a file that does not exist" if path.is_symlink() else "does not exist"
+
+
+def find_media(reference: Reference, root: Path | MediaRoot | Mapping[str, Media]) -> Media:
+    """The media item that `reference` means: a path or `file://` URL, or a name among the media themselves.
+
+    Paths are taken from `root`, which as a plain folder trusts no link that leaves it. Raises SampleError:
+    "outside_root" when the path leaves it, or a link leads out of it and out of what it trusts; "missing_file" when no
+    regular file is there, or it is an address on the network; "unreadable_media" for text that is not base64.
+    """
+    if reference.base64:
+        return Media(name="base64 media", path=None, data=decode_base64(reference.base64))
+    if isinstance(root, Mapping):
+        if reference.path not in root:
+            raise SampleError("missing_file", f"{reference.path!r} is not among the document's media")
+        return root[reference.path]
+    written = local_path(reference.path)
+    absolute = written != reference.path or os.path.isabs(written)
+    # An absolute path is called by its last part, or by where it lies in the root: it tells about the machine.
+    name = _shorten((os.path.basename(written.rstrip("/")) or "/") if absolute else written)
+    media_root = root if isinstance(root, MediaRoot) else MediaRoot(Path(root))
+    path, inside = media_root.find(written, name)
+    return Media(name=inside if absolute else reference.path, path=path)
+
+
+def _shorten(name: str) -> str:
+    return name if len(name) <= 200 else f"{name[:100]}...{name[-97:]}"
+
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
+_DATA_URL = re.compile(r"data:[^,]*,", re.IGNORECASE)
+
+
+def local_path(written: str) -> str:
+    """The path that is written, or that a `file://` URL means.
+
+    Raises SampleError "missing_file" for the URL of another machine, of another scheme, or with bytes that are no text.
+    """
+    if not (found := _SCHEME.match(written)):
+        return written
+    if (scheme := found[1].lower()) != "file":
+        raise SampleError("missing_file", f"{scheme}:// is an address on the network: nothing is downloaded")
+    rest = written[len("file:") :]
+    if rest.startswith("//"):
+        host, slash, path = rest[2:].partition("/")
+        if host.lower() not in ("", "localhost"):
+            raise SampleError("missing_file", f"file://{host} names another machine: write file:/// and the path")
+        rest = slash + path
+    try:
+        return unquote(rest, errors="strict")
+    except UnicodeDecodeError as error:
+        raise SampleError("missing_file", f"{os.path.basename(rest)!r} is not a name in UTF-8") from error
+
+
+_SPACE = re.compile(r"[\t\n\r\f\v ]+")
+
+
+def decode_base64(text: str) -> bytes:
+    """The bytes of base64 or of a `data:` URL.
+
+    White space, which mail and `base64` put after every 76 characters, is passed over; padding may be missing; both
+    alphabets are read, not mixed. Raises SampleError "unreadable_media" for everything else.
+    """
+    if found := _DATA_URL.match(text):
+        head, text = found[0], text[found.end() :]
+        if ";base64" not in head.lower():
+            return unquote_to_bytes(text)
+        text = unquote(text)
+    elif text[:5].lower() == "data:":
+        raise SampleError("unreadable_media", "base64 media cannot be decoded: a data: URL without a comma")
+    text = _SPACE.sub("", text)
+    try:
+        letters = text.rstrip("=").encode("ascii")
+        if len(text) - len(letters) > 2 or (text.endswith("=") and len(text) % 4):
+            raise ValueError("the padding is wrong")
+        if len(letters) % 4 == 1:
+            raise ValueError("it is cut")
+        if not letters:
+            raise ValueError("it is empty")
+        padded = letters + b"=" * (-len(letters) % 4)
+        url_safe = (b"-" in letters or b"_" in letters) and not (b"+" in letters or b"/" in letters)
+        return base64.b64decode(padded, altchars=b"-_" if url_safe else None, validate=True)
+    except (binascii.Error, ValueError) as error:
+        what = "it holds a character that base64 has not" if isinstance(error, binascii.Error | UnicodeError) else error
+        raise SampleError("unreadable_media", f"base64 media cannot be decoded: {what}") from error
+
+
+class UnknownFormatError(ValueError):
+    """A file is of no format that a reader knows; where its first bytes tell which it is, that says more."""
+
+
+@contextmanager
+def reading(media: Media, kind: str) -> Iterator[None]:
+    """Turns whatever a decoder raises inside the block into SampleError("unreadable_media").
+
+    The message names the file's format where its first bytes tell it: alone when such files are never read as `kind`
+    (a zip archive), else beside the reason. A ValueError itself is a reader's own sentence, and always told.
+    """
+    try:
+        yield
+    except SampleError:
+        raise
+    except Exception as error:  # on malformed files the decoders raise nearly anything
+        found = _kind_of(media) if kind in ("image", "sound", "video") else None
+        if found is None:
+            message = f"{media.name} is not a readable {kind}: {plain_reason(error)}"
+        elif kind in found.read_as or (found.read_as and type(error) is ValueError):
+            message = f"{media.name} is not a readable {kind} ({found.name}): {plain_reason(error)}"
+        else:
+            message = f"{media.name} is not a readable {kind}: it is {found.name}"
+        raise SampleError("unreadable_media", message) from error
+
+
+def _kind_of(media: Media) -> FileKind | None:
+    try:
+        with media.open() as file:
+            head = file.read(HEAD)
+    except OSError:
+        return None
+    return kind_of(head)

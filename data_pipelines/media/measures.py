@@ -1,0 +1,175 @@
+"""How large documents and their media are, by headers alone, as tables that many shards' documents fit in."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+from jaxtyping import Float32, Int32, Int64, UInt8
+
+from data_pipelines.documents.document import Document
+from data_pipelines.documents.prompts import Element, Picture, Sound, Text, Tokens, Video, parse_prompt
+from data_pipelines.media.audio import probe_sound
+from data_pipelines.media.images import probe_image
+from data_pipelines.media.limits import MAX_VIDEO_SECONDS
+from data_pipelines.media.location import Media, find_media
+from data_pipelines.media.videos import probe_video
+
+SCHEMA = 1  # of saved tables: raise it when they hold something else than before
+KINDS = ("picture", "frame", "video", "heard", "spoken")
+_CLOCK = 1000  # Hz at which lengths of sound are told
+
+
+@dataclass(frozen=True)
+class MediaMeasure:
+    """One medium: its kind (of `KINDS`), sides in pixels (0: it has none), length in seconds (0: none), bytes."""
+
+    kind: str
+    height: int
+    width: int
+    seconds: float
+    bytes: int
+
+
+@dataclass(frozen=True)
+class DocumentMeasure:
+    """A document's type, characters of text (with the names of special tokens, without media), and media in order.
+
+    Text that is tokenised already counts as neither: only its tokenizer knows how long it is.
+    """
+
+    type: str
+    characters: int
+    media: tuple[MediaMeasure, ...]
+
+
+def measure_document(document: Document) -> DocumentMeasure:
+    """Raises SampleError: "bad_prompt", "missing_file", "outside_root", "unreadable_media", "too_big_media"."""
+    elements = parse_prompt(document.text)
+    characters = sum(len(element.text) for element in elements if isinstance(element, Text))
+    media = [_measure(each, document) for each in elements if not isinstance(each, Text | Tokens)]
+    return DocumentMeasure(document.type, characters, tuple(media))
+
+
+def _measure(element: Element, document: Document) -> MediaMeasure:
+    media = find_media(element.reference, document.media)
+    if isinstance(element, Picture):
+        height, width = probe_image(media)
+        return MediaMeasure("frame" if element.frame else "picture", height, width, 0.0, media.size)
+    if isinstance(element, Video):
+        height, width, seconds = _probe_video(media)
+        return MediaMeasure("video", height, width, seconds, media.size)
+    assert isinstance(element, Sound)
+    seconds = probe_sound(media, _CLOCK) / _CLOCK
+    return MediaMeasure("spoken" if element.spoken else "heard", 0, 0, seconds, media.size)
+
+
+def _probe_video(media: Media) -> tuple[int, int, float]:
+    probe = probe_video(media, 1.0, MAX_VIDEO_SECONDS)
+    return probe.height, probe.width, probe.seconds
+
+
+@dataclass(frozen=True)
+class Measures:
+    """Measures of n documents and their m media as columns.
+
+    `type` numbers into `types`; document i's media begin at `media_places[i]` and end before `media_places[i + 1]`.
+    `kind` numbers into `KINDS`.
+    """
+
+    types: tuple[str, ...]
+    type: Int32[np.ndarray, "n"]
+    characters: Int64[np.ndarray, "n"]
+    media_places: Int64[np.ndarray, "n+1"]
+    kind: UInt8[np.ndarray, "m"]
+    height: Int32[np.ndarray, "m"]
+    width: Int32[np.ndarray, "m"]
+    seconds: Float32[np.ndarray, "m"]
+    bytes: Int64[np.ndarray, "m"]
+
+    def __len__(self) -> int:
+        return len(self.type)
+
+    def media_type(self) -> Int32[np.ndarray, "m"]:
+        """The type of the document that each medium is in."""
+        return np.repeat(self.type, np.diff(self.media_places))
+
+    def save(self, path: Path) -> None:
+        """The same measures give the same bytes."""
+        with path.open("wb") as file:
+            np.savez(file, **(vars(self) | {"schema": np.array(SCHEMA), "types": np.array(json.dumps(self.types))}))
+
+
+def collect(documents: Sequence[DocumentMeasure]) -> Measures:
+    """The table of these documents."""
+    types = sorted({document.type for document in documents})
+    media = [each for document in documents for each in document.media]
+    counts = [len(document.media) for document in documents]
+    return Measures(
+        types=tuple(types),
+        type=np.array([types.index(document.type) for document in documents], np.int32),
+        characters=np.array([document.characters for document in documents], np.int64),
+        media_places=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        kind=np.array([KINDS.index(each.kind) for each in media], np.uint8),
+        height=np.array([each.height for each in media], np.int32),
+        width=np.array([each.width for each in media], np.int32),
+        seconds=np.array([each.seconds for each in media], np.float32),
+        bytes=np.array([each.bytes for each in media], np.int64),
+    )
+
+
+def load_measures(path: Path) -> Measures:
+    """What `Measures.save` wrote. Raises OSError when it cannot be read, ValueError when it is damaged or another."""
+    try:
+        with np.load(path) as arrays:
+            columns = {name: arrays[name] for name in ("schema", *(field.name for field in fields(Measures)))}
+    except (BadZipFile, EOFError, KeyError) as error:
+        raise ValueError(f"it is damaged: {error}") from error
+    if (schema := int(columns.pop("schema"))) != SCHEMA:
+        raise ValueError(f"it has schema {schema}; this program reads {SCHEMA}")
+    return Measures(**(columns | {"types": tuple(json.loads(str(columns["types"])))}))
+
+
+def join(tables: Iterable[Measures]) -> Measures:
+    """One table of several, in order."""
+    tables = list(tables) or [collect([])]
+    types = tuple(sorted({name for table in tables for name in table.types}))
+    numbers = [np.array([types.index(name) for name in table.types], np.int32)[table.type] for table in tables]
+    starts = np.cumsum([0, *(len(table.kind) for table in tables)])
+    places = [table.media_places[:-1] + start for table, start in zip(tables, starts, strict=False)]
+    rest = [field.name for field in fields(Measures) if field.name not in ("types", "type", "media_places")]
+    return Measures(
+        types=types,
+        type=np.concatenate(numbers),
+        media_places=np.concatenate([*places, starts[-1:]]).astype(np.int64),
+        **{name: np.concatenate([getattr(table, name) for table in tables]) for name in rest},
+    )
+
+
+def totals(measures: Measures) -> dict[str, dict[str, int | float]]:
+    """By type: numbers of documents, characters, stills and listed frames, videos and sounds; pixels, times, bytes."""
+    return {name: _sums(measures, number) for number, name in enumerate(measures.types)}
+
+
+def _sums(measures: Measures, number: int) -> dict[str, int | float]:
+    documents, media = measures.type == number, measures.media_type() == number
+    video, still = measures.kind == KINDS.index("video"), measures.kind <= KINDS.index("frame")
+    sound = measures.kind >= KINDS.index("heard")
+    pixels = measures.height.astype(np.int64) * measures.width
+
+    def seconds(which: np.ndarray) -> float:
+        return round(float(measures.seconds[which].sum(dtype=np.float64)), 3)
+
+    return {
+        "documents": int(documents.sum()),
+        "characters": int(measures.characters[documents].sum()),
+        "pictures": int((media & still).sum()),
+        "pixels": int(pixels[media & still].sum()),
+        "videos": int((media & video).sum()),
+        "video_seconds": seconds(media & video),
+        "sounds": int((media & sound).sum()),
+        "audio_seconds": seconds(media & sound),
+        "media_bytes": int(measures.bytes[media].sum()),
+    }

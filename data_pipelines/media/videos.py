@@ -1,0 +1,279 @@
+"""Video files: size and frame times, the frames at those times in RGB, upright.
+
+Times count from the first frame. The container's display matrix (a phone held upright, a mirrored camera) is always
+applied, as the released reader does; that pixels may be wider than high is ignored, as there. Colors are those the
+stream says: its matrix (BT.601 where it says none) and range. Transparent pixels lie over white. A damaged packet costs
+its frames, not the file.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import ceil
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.packet import Packet
+from av.sidedata.sidedata import Type
+from av.stream import Disposition
+from av.video.frame import VideoFrame
+from av.video.reformatter import Colorspace, VideoReformatter
+from av.video.stream import VideoStream
+from jaxtyping import UInt8
+
+from data_pipelines.media.containers import Damage, decode_packets, opened
+from data_pipelines.media.images import check_size
+from data_pipelines.media.limits import MAX_FRAME_PIXELS, check_decoded, check_video
+from data_pipelines.media.location import Media
+from data_pipelines.media.video_clock import is_cut, lacks_frames, measured_seconds, promised_seconds
+
+_SLACK = 1e-3  # seconds; time stamps are rounded to the container's clock
+_JUMP = 4.0  # seconds to the next frame wanted from which on key frames in between are looked for
+_BEFORE = 1.0  # seconds by which a jump ends before the frame wanted: tables of key frames are in decoding order
+# FFmpeg's own decoders of these leave out the alpha channel, which WebM keeps beside the packets.
+_WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+_UNKNOWN_MATRICES = (2, 3)  # colors whose matrix is unspecified, or of a reserved number
+
+
+@dataclass(frozen=True)
+class VideoProbe:
+    """Sides in pixels, the times in seconds of the frames that the model sees, and how long the video is."""
+
+    height: int
+    width: int
+    times: tuple[float, ...]
+    seconds: float
+
+
+def probe_video(media: Media, frames_per_second: float, max_frames: int) -> VideoProbe:
+    """Size, length, and the times of at most `max_frames` frames. Of the pixels, the first frame alone is decoded.
+
+    Raises SampleError: "unreadable_media" for a file without a video track, truncated, or of a size that is refused;
+    "too_big_media" beyond `limits`.
+    """
+    with _opened(media, Damage()) as frames:
+        return _probe(frames, frames_per_second, max_frames)
+
+
+def read_video(
+    media: Media, frames_per_second: float, max_frames: int, damage: Damage | None = None
+) -> tuple[VideoProbe, Iterator[UInt8[np.ndarray, "h w 3"]]]:
+    """What `probe_video` tells, and the RGB frames at its times, one by one: the file is opened once for both.
+
+    `damage` counts packets as they are decoded. Raises SampleError as `probe_video` and, while frames are taken,
+    `decode_frames`.
+    """
+    found = _read(media, frames_per_second, max_frames, damage or Damage())
+    return next(found), found
+
+
+def _read(media: Media, frames_per_second: float, max_frames: int, damage: Damage) -> Iterator:
+    with _opened(media, damage) as frames:
+        probe = _probe(frames, frames_per_second, max_frames)
+        yield probe
+        yield from frames.at(probe.times)
+
+
+def decode_frames(media: Media, times: tuple[float, ...]) -> list[UInt8[np.ndarray, "h w 3"]]:
+    """RGB frames, one for each of the ascending `times`: the first frame at or after it, else the last of the video.
+
+    Raises SampleError: "unreadable_media" when nothing can be decoded, more than a quarter of the packets are damaged,
+    or frames lie behind the file's end; "too_big_media" when too much would have to be decoded for them.
+    """
+    with _opened(media, Damage()) as frames:
+        return list(frames.at(times))
+
+
+def frame_times(duration: float, frames_per_second: float, max_frames: int) -> tuple[float, ...]:
+    """Times in seconds at a fixed rate from 0, always at least one; when too many, `max_frames` spread evenly.
+
+    Places between frames are cut to whole numbers, as in the released processor.
+
+    >>> frame_times(3.5, 1.0, 32), frame_times(8.0, 1.0, 3)
+    ((0.0, 1.0, 2.0, 3.0), (0.0, 3.0, 7.0))
+    """
+    count = max(1, ceil(duration * frames_per_second - _SLACK))
+    places = range(count)
+    if count > max_frames:
+        places = np.linspace(0, count - 1, max_frames).astype(int).tolist()
+    return tuple(place / frames_per_second for place in places)
+
+
+class _Frames:
+    """The frames of an open video, at the times asked for."""
+
+    def __init__(self, container: InputContainer, stream: VideoStream, media: Media, damage: Damage):
+        self.container, self.stream, self.media = container, stream, media
+        self._damage = damage
+        self._convert = VideoReformatter()
+        self._frames = self._decoded()
+        self._pixels = 0  # decoded so far
+        self._start: float | None = None
+        self._last: VideoFrame | None = None
+        self._time = 0.0  # of the last frame
+        self._jumps = True
+        self._turn = _Turn()
+
+    @property
+    def turn(self) -> "_Turn":
+        """How frames are turned; decodes the first one. Raises ValueError when there is none."""
+        if self._last is None and not self._next():
+            cut = "the file is truncated: " if is_cut(self.media) else ""
+            raise ValueError(f"{cut}it holds no frame that can be decoded")
+        return self._turn
+
+    def at(self, times: tuple[float, ...]) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
+        """As `decode_frames`."""
+        picture, shown, turn = None, None, self.turn
+        for wanted in times:
+            self._jump(wanted)
+            while self._time < wanted - _SLACK:
+                if not self._next():
+                    self._check_end(times[-1])
+                    break
+            if shown is not self._last:
+                picture, shown = turn.apply(self._rgb(self._last)), self._last
+            yield picture
+        self._damage.check()
+
+    def _decoded(self) -> Iterator[VideoFrame]:
+        return decode_packets(self.container, self.stream, self._damage, _alpha_decoder(self.stream))
+
+    def _next(self) -> bool:
+        """Decodes one frame; False at the end."""
+        frame = next(self._frames, None)
+        if frame is None:
+            return False
+        self._pixels += frame.height * frame.width
+        check_decoded(self._pixels, self.media.name)
+        if self._start is None:
+            self._start = frame.time or 0.0
+            self._turn = _Turn.of(frame)
+        self._last = frame
+        if frame.time is not None:
+            self._time = frame.time - self._start
+        return True
+
+    def _jump(self, wanted: float) -> None:
+        """Goes on at the last key frame well before `wanted`, when the table of contents names one ahead of here.
+
+        The first frame from there must still lie before `wanted`; if not, everything is decoded from the beginning.
+        """
+        if not self._jumps or wanted - self._time < _JUMP:
+            return
+        place = self._key_frame(wanted - _BEFORE)
+        if place is None:
+            return
+        self._go_to(place)
+        if not self._next() or self._time > wanted + _SLACK:
+            self._jumps = False
+            self._go_to(self.stream.start_time or 0)
+            self._next()
+
+    def _key_frame(self, wanted: float) -> int | None:
+        """Time stamp of the last key frame at or before `wanted`, if that is ahead."""
+        table, unit = self.stream.index_entries, self.stream.time_base
+        number = table.search_timestamp(int((self._start + wanted) / unit), backward=True)
+        if number < 0:
+            return None
+        place = table[number].timestamp
+        return place if float(place * unit) - self._start > self._time + _BEFORE else None
+
+    def _go_to(self, place: int) -> None:
+        self.container.seek(place, stream=self.stream)
+        self._frames = self._decoded()
+
+    def _check_end(self, wanted: float) -> None:
+        """After the last frame, which may stay long: nothing is missing unless the table of frames says so."""
+        self._damage.check()
+        promised = promised_seconds(self.container, self.stream)
+        if promised is not None and self._time < wanted <= promised and lacks_frames(self.stream, self.media):
+            raise ValueError(f"the file is truncated: its last frame is at {self._time:.1f} s of {promised:.1f} s")
+
+    def _rgb(self, frame: VideoFrame) -> UInt8[np.ndarray, "h w 3"]:
+        has_alpha = any(component.is_alpha for component in frame.format.components)
+        matrix = Colorspace.ITU601 if frame.colorspace in _UNKNOWN_MATRICES else None
+        try:
+            pixels = self._convert.reformat(
+                frame, format="rgba" if has_alpha else "rgb24", src_colorspace=matrix, threads=1
+            ).to_ndarray()
+        except OSError as error:
+            raise ValueError(f"its colors ({frame.format.name}, matrix {frame.colorspace}) are not read") from error
+        return _over_white(pixels) if has_alpha else pixels
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """A display matrix by quarters: rows and columns change places, then they are mirrored."""
+
+    transposed: bool = False
+    mirrored: bool = False  # left and right
+    flipped: bool = False  # up and down
+
+    @classmethod
+    def of(cls, frame: VideoFrame) -> "_Turn":
+        """That of a frame's own matrix, which takes a pixel at (x, y) to (a x + c y, b x + d y)."""
+        for each in frame.side_data:
+            if each.type == Type.DISPLAYMATRIX and len(bytes(each)) == 36:
+                a, b, _, c, d, *_ = np.frombuffer(bytes(each), np.int32).tolist()
+                transposed = abs(b) + abs(c) > abs(a) + abs(d)
+                return cls(transposed, (c if transposed else a) < 0, (b if transposed else d) < 0)
+        return cls()
+
+    def sides(self, height: int, width: int) -> tuple[int, int]:
+        return (width, height) if self.transposed else (height, width)
+
+    def apply(self, pixels: UInt8[np.ndarray, "a b 3"]) -> UInt8[np.ndarray, "h w 3"]:
+        pixels = pixels.swapaxes(0, 1) if self.transposed else pixels
+        return np.ascontiguousarray(pixels[:: -1 if self.flipped else 1, :: -1 if self.mirrored else 1])
+
+
+def _over_white(pixels: UInt8[np.ndarray, "h w 4"]) -> UInt8[np.ndarray, "h w 3"]:
+    color, alpha = pixels[..., :3], pixels[..., 3:].astype(np.uint16)
+    if alpha.min() == 255:
+        return np.ascontiguousarray(color)
+    return ((color * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+
+
+def _alpha_decoder(stream: VideoStream) -> Callable[[Packet], list[VideoFrame]] | None:
+    """What decodes a WebM track together with its alpha channel; None where it has none, or nothing here knows how."""
+    name = _WITH_ALPHA.get(stream.codec_context.codec.name, "")
+    if stream.metadata.get("alpha_mode") != "1" or name not in av.codecs_available:
+        return None
+    decoder = av.CodecContext.create(name, "r")
+    decoder.thread_count = 1
+    decoder.options = {"max_pixels": str(MAX_FRAME_PIXELS)}
+    return lambda packet: decoder.decode(packet if packet.size else None)
+
+
+@contextmanager
+def _opened(media: Media, damage: Damage) -> Iterator[_Frames]:
+    with opened(media, "video") as container:
+        stream = _video_stream(container)
+        if stream.codec_context is None:
+            raise ValueError("its video codec is unknown")
+        # Workers are the threads. A file may ask for larger frames than its header says.
+        stream.thread_count = 1
+        stream.codec_context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}
+        yield _Frames(container, stream, media, damage)
+
+
+def _video_stream(container: InputContainer) -> VideoStream:
+    """The track marked as default, else the first; the cover of a song is no video."""
+    tracks = [track for track in container.streams.video if not track.disposition & Disposition.attached_pic]
+    if not tracks:
+        raise ValueError("it has no video track")
+    return next((track for track in tracks if track.disposition & Disposition.default), tracks[0])
+
+
+def _probe(frames: _Frames, frames_per_second: float, max_frames: int) -> VideoProbe:
+    height, width, name = frames.stream.codec_context.height, frames.stream.codec_context.width, frames.media.name
+    duration = promised_seconds(frames.container, frames.stream)
+    check_video(height, width, duration or 0.0, name)
+    if duration is None:
+        duration = measured_seconds(frames.media, frames.stream.index)
+        check_video(height, width, duration, name)
+    height, width = frames.turn.sides(height, width)
+    check_size(height, width, name)
+    return VideoProbe(height, width, frame_times(duration, frames_per_second, max_frames), duration)

@@ -1,0 +1,144 @@
+"""Packed rows: encoded documents laid side by side in arrays of fixed size (the fields of docs/batch.md)."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Int32, Shaped
+
+from baichuan_omni_jax.config import Budgets, OmniConfig
+from data_pipelines.documents.document import EncodedDocument
+from data_pipelines.packing.mel_slots import MelSlots
+
+Batch = dict[str, Shaped[np.ndarray, "b ..."]]
+
+
+def empty_rows(
+    rows: int, budgets: Budgets, omni: OmniConfig, mel_frames: int = 0, slots: MelSlots | None = None
+) -> Batch:
+    """`rows` rows of padding. Unused media slots point to `budgets.tokens`, one past the row.
+
+    With `budgets.mel_windows` there are that many mel slots of `mel_frames` frames, and beside each the targets that
+    `slots` names.
+    """
+    t, p, a, c = budgets.tokens, budgets.patches, budgets.audio_frames, budgets.audio_targets
+    levels, merged = omni.audio.levels, omni.vision.merged_patches
+    zeros = lambda *shape, dtype=np.int32: np.zeros((rows, *shape), dtype)  # noqa: E731
+    unused = lambda *shape: np.full((rows, *shape), t, np.int32)  # noqa: E731
+    mels = {}
+    if m := budgets.mel_windows:
+        mels = {
+            "mel": zeros(m, mel_frames, omni.audio.num_mel_bins, dtype=np.float32),
+            "mel_lengths": zeros(m),
+            "mel_owner": zeros(m),
+            "mel_audio": np.full((rows, m), a, np.int32),
+        }
+        for name, target in (slots.targets if slots else {}).items():
+            mels[f"target_{name}"] = zeros(m, slots.target_frames(name, mel_frames), target.mels, dtype=np.float32)
+            mels[f"target_{name}_lengths"] = zeros(m)
+    return {
+        "tokens": zeros(t),
+        "positions": zeros(t),
+        "segment_ids": zeros(t),
+        "document_ids": np.full((rows, t), -1, np.int32),
+        "source_ids": np.full((rows, t), -1, np.int32),
+        "text_targets": zeros(t),
+        "text_weights": zeros(t, dtype=np.float32),
+        "audio_codes": zeros(a, levels),
+        "audio_index": unused(a),
+        "audio_targets": zeros(c, levels),
+        "audio_weights": zeros(c, levels, dtype=np.float32),
+        "audio_target_index": unused(c),
+        "audio_target_sources": np.full((rows, c), -1, np.int32),
+        "patches": zeros(p, omni.vision.patch_values, dtype=np.uint8),
+        "patch_grid": zeros(p, 2),
+        "patch_segments": zeros(p),
+        "visual_index": unused(p // merged),
+        **mels,
+    }
+
+
+class RowWriter:
+    """Fills one row of a batch, document after document. `mels` and the row's key say what mel slots show."""
+
+    def __init__(self, batch: Batch, row: int, mels: MelSlots | None = None, key: int = 0):
+        self._row = {name: array[row] for name, array in batch.items()}
+        self._mels, self._key = mels, key
+        self._at = {"token": 0, "audio": 0, "target": 0, "patch": 0, "mel": 0}
+        self._segments = self._frames = 0
+
+    def add(
+        self,
+        document: EncodedDocument,
+        *,
+        source: int,
+        number: int,
+        pictures_at: Int32[np.ndarray, "pictures"] | None = None,
+    ) -> None:
+        """Appends a document that fits: segment ids ascend from 1, positions restart, slots move to its place.
+
+        `pictures_at` has the first patch of each of its pictures; without it they follow those that are there.
+        """
+        start = self._at["token"]
+        self._segments += 1
+        tokens = len(document.tokens)
+        self._put("token", document, ("tokens", "text_targets", "text_weights"))
+        place = slice(start, start + tokens)
+        self._row["positions"][place] = np.arange(tokens)
+        self._row["segment_ids"][place] = self._segments
+        self._row["document_ids"][place] = number
+        self._row["source_ids"][place] = source
+        self._at["token"] += tokens
+
+        if document.mels:
+            self._put_mels(document, source, number)
+        self._put("audio", document, ("audio_codes",))
+        self._put_slots("audio", "audio_index", document.audio_slots, start)
+        self._put("target", document, ("audio_targets", "audio_weights"))
+        targets = slice(self._at["target"], self._at["target"] + len(document.audio_targets))
+        self._row["audio_target_sources"][targets] = source
+        self._put_slots("target", "audio_target_index", document.audio_target_slots, start)
+        self._put_pictures(document, pictures_at, start)
+
+    def leave(self, tokens: int) -> None:
+        """Leaves padding in the place of a document that could not be decoded."""
+        self._at["token"] += tokens
+
+    def _put(self, counter: str, document: EncodedDocument, names: Sequence[str]) -> None:
+        for name in names:
+            values = getattr(document, name)
+            self._row[name][self._at[counter] : self._at[counter] + len(values)] = values
+
+    def _put_pictures(self, document: EncodedDocument, pictures_at: np.ndarray | None, start: int) -> None:
+        if not len(document.patches):
+            return
+        sizes = np.array(document.lengths.pictures, np.int64)
+        first_in_document = np.cumsum(sizes) - sizes
+        if pictures_at is None:
+            pictures_at = self._at["patch"] + first_in_document
+        patches = np.repeat(pictures_at - first_in_document, sizes) + np.arange(len(document.patches))
+        self._row["patches"][patches] = document.patches
+        self._row["patch_grid"][patches] = document.patch_grid
+        self._row["patch_segments"][patches] = document.patch_frames + self._frames
+        self._frames += len(sizes)
+        self._at["patch"] = max(self._at["patch"], int(patches.max()) + 1)
+        merged = len(document.patches) // len(document.visual_slots)
+        self._row["visual_index"][patches[::merged] // merged] = document.visual_slots + start
+
+    def _put_mels(self, document: EncodedDocument, *key: int) -> None:
+        size = self._row["mel"].shape[1]
+        for window, (mel, place) in enumerate(zip(document.mels, document.mel_places, strict=True)):
+            slot = self._at["mel"] + window
+            shown, skipped = self._mels.show(mel, size, (self._key, *key, window))
+            self._row["mel"][slot, : len(shown)] = shown
+            self._row["mel_lengths"][slot] = len(shown)
+            self._row["mel_owner"][slot] = self._segments
+            self._row["mel_audio"][slot] = self._at["audio"] + place + skipped
+            if document.waves:
+                for name, target in self._mels.make_targets(document.waves[window], size, skipped).items():
+                    self._row[f"target_{name}"][slot, : len(target)] = target
+                    self._row[f"target_{name}_lengths"][slot] = len(target)
+        self._at["mel"] += len(document.mels)
+
+    def _put_slots(self, counter: str, name: str, slots: np.ndarray, start: int) -> None:
+        self._row[name][self._at[counter] : self._at[counter] + len(slots)] = slots + start
+        self._at[counter] += len(slots)

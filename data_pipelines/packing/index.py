@@ -1,0 +1,198 @@
+"""What every document of a source takes of each budget: what mixture, shuffle and packing work on.
+
+Measured once from headers and cached (index_build.py), so that rows are planned before anything is decoded. Documents
+that cannot be used are named with their cause, so that every manifest line ends up in a row or in a count.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int32, Int64
+
+from baichuan_omni_jax.config import Budgets
+from data_pipelines.datasets.sources import Source
+from data_pipelines.documents.document import Document
+from data_pipelines.packing.columns import SKIPPED_FILE, Columns
+from data_pipelines.packing.mixture import Measured
+from data_pipelines.packing.pieces import NO_PIECES, Pieces
+from data_pipelines.packing.row_limits import AUDIO_TARGETS, RowLimits
+from data_pipelines.tools.commands import first_of_causes
+
+_CHUNK = 1 << 20  # documents looked at together: what memory that takes does not grow with the index
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A document that no row will hold: its manifest line, and why."""
+
+    where: str
+    cause: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Index:
+    """One source's documents, `total` of them, numbered from 0.
+
+    `over` are those that an empty row of `limits` cannot hold, ascending; `pieces` what is made of them, numbered from
+    `total` on. Picklable: columns go as the name of their folder.
+    """
+
+    name: str
+    source: Source
+    columns: Columns
+    limits: RowLimits | None = None
+    over: Int64[np.ndarray, "o"] = field(default_factory=lambda: np.zeros(0, np.int64))
+    pieces: Pieces = NO_PIECES
+
+    @property
+    def manifest(self) -> str:
+        return self.source.path
+
+    @property
+    def total(self) -> int:
+        return len(self.columns)
+
+    @property
+    def usable(self) -> int:
+        """Documents, and pieces of documents, that rows can hold."""
+        return self.total - len(self.over) + len(self.pieces)
+
+    @property
+    def documents(self) -> int:
+        """Manifest lines or records, usable or not."""
+        return self.total + sum(self.columns.meta.get("causes", {}).values())
+
+    @property
+    def digest(self) -> str:
+        """Differs between indexes whose documents, pieces or lengths differ."""
+        pieces = self.pieces
+        parts = (self.over, pieces.documents, pieces.turns, pieces.max_frames, pieces.spans)
+        own = hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()
+        return f"{self.columns.meta.get('digest', '')} {own[:12]}"
+
+    def numbers(self) -> Iterator[int]:
+        """Numbers of all usable documents and pieces, ascending."""
+        over = iter(self.over.tolist())
+        gap = next(over, None)
+        for number in range(self.total + len(self.pieces)):
+            if number == gap:
+                gap = next(over, None)
+            else:
+                yield number
+
+    def document(self, number: int) -> Document:
+        """The document or piece `number`, read from its source."""
+        if number >= self.total:
+            piece = number - self.total
+            return self.pieces.cut(piece, self.document(self.pieces.document(piece)))
+        return self.source.document(int(self.columns.places[number]), int(self.columns.numbers[number]))
+
+    def where(self, number: int) -> str:
+        """The manifest line or the record of a document or piece."""
+        number = self.base(number)
+        return self.source.where(int(self.columns.places[number]), int(self.columns.numbers[number]))
+
+    def base(self, number: int) -> int:
+        """The document that `number` is, or is a piece of."""
+        return number if number < self.total else self.pieces.document(number - self.total)
+
+    def needs(self, number: int) -> Int32[np.ndarray, "budgets"]:
+        """What `number` takes of the budgets, in the order of `Budgets`' fields."""
+        columns, place = self._columns_of(number)
+        return columns.lengths[place]
+
+    def text_targets(self, number: int) -> int:
+        """How many text targets `number` has."""
+        columns, place = self._columns_of(number)
+        return int(columns.text_targets[place])
+
+    def pictures_of(self, number: int) -> list[int]:
+        """Patches of each picture and video frame of `number`, in order."""
+        columns, place = self._columns_of(number)
+        return columns.pictures_of(place)
+
+    def measured(self, numbers: Int64[np.ndarray, "k"]) -> list[list[Measured]]:
+        """As `mixture.Documents` asks: documents as they are, pieces of those that are too long, or nothing."""
+        found = [[each] for each in _measured(self.columns, numbers, 0)]
+        if len(self.over):
+            at = np.searchsorted(self.over, numbers).clip(max=len(self.over) - 1)
+            for place in np.flatnonzero(self.over[at] == numbers).tolist():
+                own = self.pieces.of(int(numbers[place]))
+                found[place] = _measured(self.pieces.columns, np.arange(own.start, own.stop), self.total)
+        return found
+
+    def measured_one(self, number: int) -> Measured:
+        """The document or piece `number`."""
+        needs = tuple(self.needs(number).tolist())
+        return Measured(number, needs, self.pictures_of(number), self.text_targets(number) + needs[AUDIO_TARGETS])
+
+    def within(self, budgets: Budgets, media_shards: int = 1) -> "Index":
+        """The same index for rows of these budgets, their patches in `media_shards` parts that hold whole pictures.
+
+        Documents that an empty row cannot hold are skipped as `too_long`. No column is copied.
+        """
+        limits, over = RowLimits(budgets, media_shards), []
+        for start in range(0, self.total, _CHUNK):
+            places = np.asarray(self.columns.picture_places[start : start + _CHUNK + 1])
+            pictures = self.columns.pictures[places[0] : places[-1]]
+            needs = self.columns.lengths[start : start + _CHUNK]
+            over.append(start + np.flatnonzero(limits.beyond(needs, pictures, np.diff(places))))
+        beyond = np.concatenate([np.zeros(0, np.int64), *over])
+        return replace(self, limits=limits, over=beyond, pieces=NO_PIECES)
+
+    @property
+    def skipped(self) -> Iterator[Skipped]:
+        """Every document that no row will hold: those that cannot be used, then those that are too long."""
+        if self.skipped_file is not None:
+            with self.skipped_file.open(encoding="utf-8") as file:
+                yield from (Skipped(*json.loads(line)) for line in file)
+        for number in self.over.tolist():
+            message = self.pieces.left.get(number)
+            if message or not len(self.pieces.of(number)):
+                message = message or self.limits.why_beyond(self.needs(number).tolist(), self.pictures_of(number))
+                yield Skipped(self.where(number), "too_long", message)
+
+    @property
+    def skipped_file(self) -> Path | None:
+        """Names every document that cannot be used, whatever the budgets."""
+        return None if self.columns.folder is None else self.columns.folder / SKIPPED_FILE
+
+    def causes(self) -> Counter:
+        """How many documents were skipped for each cause."""
+        causes = Counter(self.columns.meta.get("causes", {}))
+        causes["too_long"] = len(self.over) - self.pieces.rescued
+        return +causes
+
+    def examples(self) -> dict[str, str]:
+        """For each cause, one of the documents that were skipped for it and the reason, as one sentence."""
+        found = ((item.where, item.cause, item.message) for item in self.skipped)
+        return first_of_causes(found, self.causes())
+
+    def why_unusable(self) -> str:
+        causes = ", ".join(f"{count} {cause}" for cause, count in self.causes().most_common())
+        return f"skipped {causes} of {self.manifest}" if causes else f"{self.manifest} is empty"
+
+    def _columns_of(self, number: int) -> tuple[Columns, int]:
+        return (self.columns, number) if number < self.total else (self.pieces.columns, number - self.total)
+
+
+def _measured(columns: Columns, places: Int64[np.ndarray, "k"], first: int) -> list[Measured]:
+    """Documents at these places of columns; the document at 0 has the number `first`."""
+    needs = columns.lengths[places].tolist()
+    starts, ends = columns.picture_places[places].tolist(), columns.picture_places[places + 1].tolist()
+    texts = columns.text_targets[places].tolist()
+    return [
+        Measured(
+            first + place,
+            tuple(need),
+            columns.pictures[start:end].tolist() if end > start else [],
+            text + need[AUDIO_TARGETS],
+        )
+        for place, need, start, end, text in zip(places.tolist(), needs, starts, ends, texts, strict=True)
+    ]

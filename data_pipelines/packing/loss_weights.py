@@ -1,0 +1,77 @@
+"""What a document weighs in the loss, and what the documents of a source weigh on average.
+
+Weights are made where a document is decoded, from that document alone, so they are the same whatever shares its row,
+step or host. A piece of a document that was too long is a document of its own.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from jaxtyping import Float32, Int64
+
+from baichuan_omni_jax.config import DataConfig, SourceConfig
+from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.loss_shares import POWERS, SourceMeans
+from data_pipelines.documents.document import EncodedDocument
+from data_pipelines.packing.columns import Columns
+from data_pipelines.packing.index import Index
+from data_pipelines.packing.row_limits import AUDIO_TARGETS
+
+SAMPLE = 1 << 17  # documents of a source that its means are taken from, evenly spread
+
+
+def weigh(
+    document: EncodedDocument, weighting: str, loss_weight: float, untrained: Sequence[int] = ()
+) -> EncodedDocument:
+    """The document with the weights that `train.document_weighting` and its source's `loss_weight` give it.
+
+    A modality's own count decides: text targets for the text, and for each audio level the frames that have a weight
+    there (end frames at the first level alone). 4 text targets weigh 1 each by `token`, 1/2 by `sqrt`, 1/4 by
+    `document`, all times `loss_weight`. Text targets among `untrained` weigh nothing and are not counted: they are
+    special tokens whose rows of the head do not train.
+    """
+    if len(untrained) and (asked := np.isin(document.text_targets, untrained) & (document.text_weights > 0)).any():
+        document = replace(document, text_weights=np.where(asked, 0, document.text_weights).astype(np.float32))
+    if (power := POWERS[weighting]) == 0 and loss_weight == 1:
+        return document
+    text, audio = (_scaled(part, power, loss_weight) for part in (document.text_weights, document.audio_weights))
+    return replace(document, text_weights=text, audio_weights=audio)
+
+
+def _scaled(weights: Float32[np.ndarray, "n ..."], power: float, loss_weight: float) -> Float32[np.ndarray, "n ..."]:
+    counts = np.maximum((weights > 0).sum(0), 1)
+    return (weights * (loss_weight / counts**power)).astype(np.float32)
+
+
+def check_loss_weights(config: DataConfig) -> None:
+    """Raises ConfigError for a `loss_weight` that is not positive."""
+    for source in config.mixture:
+        if not 0 < source.loss_weight < np.inf:
+            raise ConfigError(f"source {source.name}: loss_weight {source.loss_weight} must be positive")
+
+
+def source_means(index: Index, source: SourceConfig, weighting: str) -> SourceMeans:
+    """What a document or piece of the source has on average, from `SAMPLE` of them at most."""
+    tokens, text, audio = _targets(index)
+    # 0 targets weigh 0, whatever the power.
+    weights = [np.where(count > 0, np.maximum(count, 1) ** (1.0 - POWERS[weighting]), 0.0) for count in (text, audio)]
+    means = [float(values.mean()) for values in (tokens, text + audio, *weights)]
+    return SourceMeans(source.name, source.weight, *means[:2], *(source.loss_weight * mean for mean in means[2:]))
+
+
+def _targets(index: Index) -> tuple[Int64[np.ndarray, "k"], Int64[np.ndarray, "k"], Int64[np.ndarray, "k"]]:
+    """Tokens, text targets and audio frames to predict of documents that fit a row, and of pieces."""
+    places = np.unique(np.linspace(0, index.total - 1, min(index.total, SAMPLE)).astype(np.int64))
+    found = [_counts(index.columns, np.setdiff1d(places, index.over))]
+    # As many in a hundred of the pieces as of the documents.
+    share = len(places) / max(index.total, 1)
+    pieces = len(index.pieces)
+    some = max(round(pieces * share), min(pieces, 1))
+    found.append(_counts(index.pieces.columns, np.linspace(0, pieces - 1, some).astype(np.int64)))
+    return tuple(np.concatenate(parts) for parts in zip(*found, strict=True))
+
+
+def _counts(columns: Columns, places: Int64[np.ndarray, "k"]) -> tuple[Int64[np.ndarray, "k"], ...]:
+    lengths = columns.lengths[places].astype(np.int64)
+    return lengths[:, 0], columns.text_targets[places].astype(np.int64), lengths[:, AUDIO_TARGETS]

@@ -1,0 +1,239 @@
+"""The one endless stream of documents: every source in a new order each epoch, sources interleaved by weight.
+
+Next is the source that is furthest behind its share: the smallest (given + what its next document adds) / weight, where
+documents, tokens, or what is trainable of them are counted. With weights 2 and 1 and documents counted: sources 0 0 1,
+0 0 1, ... However long the stream, a source has given its share of it less at most 1 and more at most sources * weight
+/ sum of weights, times the longest document where not documents are counted. (Grain's own `mix` cuts weights to whole
+hundredths of the smallest: with 1 and 1.009 it gives equal shares for ever.)
+"""
+
+import math
+from collections import deque
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Int64
+
+from baichuan_omni_jax.errors import ConfigError
+from data_pipelines.packing.shuffle import permute
+
+DocumentKey = tuple[int, int]
+
+COUNTED = ("documents", "tokens", "trainable")
+_AHEAD = 512  # documents of a source whose lengths are read at once
+
+
+class Measured(NamedTuple):
+    """A document as rows are planned with it: its number in its source, what it takes of each budget (tokens first),
+    the patches of each of its pictures, and how many text targets and audio frames to predict it has.
+    """
+
+    number: int
+    needs: tuple[int, ...]
+    pictures: list[int]
+    trainable: int = 0
+
+
+class Item(NamedTuple):
+    """A document of the stream: (source, number in it), and as in `Measured`."""
+
+    key: DocumentKey
+    needs: tuple[int, ...]
+    pictures: list[int]
+    trainable: int = 0
+
+
+@runtime_checkable
+class Documents(Protocol):
+    """What the stream asks of a source (`data_pipelines.packing.index.Index` is one).
+
+    `total` documents have an order in each epoch, whatever the budgets are; `usable` of what they give can be packed.
+    """
+
+    name: str
+    total: int
+    usable: int
+
+    def measured(self, numbers: Int64[np.ndarray, "k"]) -> list[list[Measured]]:
+        """For each of these documents (numbered below `total`) what it gives: itself, pieces of it, or nothing."""
+
+    def measured_one(self, number: int) -> Measured:
+        """The document or piece with this number."""
+
+    def why_unusable(self) -> str:
+        """Why no document can be used, for a message."""
+
+
+class Mixture:
+    """The stream, read one document after the other; the same on every host. JSON-ready state, restored at once.
+
+    With `epochs` every source is read that many times, one source after the other: for looking at a whole data set.
+    Raises ConfigError for a source without usable documents, two of one name, a weight that is not positive, or
+    anything counted that is not in `COUNTED`.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Documents],
+        weights: Sequence[float | int],
+        seed: int,
+        *,
+        counted: str = "documents",
+        epochs: int | None = None,
+    ):
+        _check(sources, weights, counted)
+        self._sources, self._counted, self._epochs = sources, counted, epochs
+        self._readers = [_Reader(source, number, seed, epochs) for number, source in enumerate(sources)]
+        self._by_name = {source.name: reader for source, reader in zip(sources, self._readers, strict=True)}
+        exact = [Fraction(weight) for weight in weights]
+        # Integers in the proportions of 1 / weight: sums of them are exact for ever.
+        smallest = math.lcm(*(weight.numerator for weight in exact))
+        inverse = [smallest / weight for weight in exact]
+        common = math.lcm(*(each.denominator for each in inverse))
+        self._inverse = [int(each * common) for each in inverse]
+        self._behind = [0] * len(self._readers)  # (given + next) / weight
+        self._count_next()
+
+    def next(self) -> Item | None:
+        """The next document; None after the last epoch."""
+        chosen = self._next_source()
+        if chosen is None:
+            return None
+        reader = self._readers[chosen]
+        item = reader.take(self._cost(reader))
+        self._behind[chosen] = self._due(chosen)
+        return item
+
+    def item(self, key: DocumentKey) -> Item:
+        """One document of the stream again."""
+        source, number = key
+        return Item(key, *self._sources[source].measured_one(number)[1:])
+
+    @property
+    def state(self) -> dict:
+        """By source: `seed` and number of `documents` (their order), `cursor` of them read (over all epochs), `part`
+        pieces of the next one read as well, `given` of what is counted.
+        """
+        return {name: reader.state for name, reader in self._by_name.items()}
+
+    def restore(self, state: Mapping[str, Mapping[str, int]]) -> None:
+        """Goes on where `state` was taken. Raises ConfigError when it is of other sources, documents or seed."""
+        if list(state) != list(self._by_name):
+            raise ConfigError(f"the data's state is of the sources {', '.join(state)}, not {', '.join(self._by_name)}")
+        for name, reader in self._by_name.items():
+            if state[name]["documents"] != reader.documents:
+                raise ConfigError(
+                    f"source {name} has {reader.documents} documents; the data's state is of {state[name]['documents']}"
+                )
+            if state[name]["seed"] != reader.state["seed"]:
+                raise ConfigError(
+                    f"data.seed is {reader.state['seed']}; the data's state is of seed {state[name]['seed']}: "
+                    "in another order documents would come twice or not at all"
+                )
+            reader.restore(state[name])
+        self._count_next()
+
+    def go_on(self, state: Mapping[str, Mapping[str, int]]) -> list[str]:
+        """Starts each source where another mixture's `state` left it; shares are counted anew.
+
+        Returns the names of sources that it does not know, or knows in another order: they start at their first.
+        """
+        new = []
+        for name, reader in self._by_name.items():
+            left = state.get(name)
+            if left is None or any(left[key] != reader.state[key] for key in ("seed", "documents")):
+                new.append(name)
+            else:
+                reader.restore({**left, "given": 0})
+        self._count_next()
+        return new
+
+    def _next_source(self) -> int | None:
+        if self._epochs is None:
+            return self._behind.index(min(self._behind))
+        return next((number for number, reader in enumerate(self._readers) if reader.peek()), None)
+
+    def _cost(self, reader: "_Reader") -> int:
+        item = reader.peek()
+        return {"documents": 1, "tokens": item.needs[0], "trainable": item.trainable}[self._counted]
+
+    def _due(self, source: int) -> int:
+        reader = self._readers[source]
+        return (reader.given + self._cost(reader)) * self._inverse[source] if self._epochs is None else 0
+
+    def _count_next(self) -> None:
+        self._behind = [self._due(source) for source in range(len(self._readers))]
+
+
+def epochs_read(state: Mapping[str, Mapping[str, int]]) -> dict[str, float]:
+    """How often each source has been read, by its name, from a mixture's state."""
+    return {name: source["cursor"] / source["documents"] for name, source in state.items()}
+
+
+class _Reader:
+    """One source, epoch after epoch. The lengths of the next documents are read ahead, many at once."""
+
+    def __init__(self, source: Documents, number: int, seed: int, epochs: int | None):
+        self.documents = source.total
+        self._source, self._number = source, number
+        self._seed = seed
+        self._end = None if epochs is None else epochs * source.total
+        self.restore({"cursor": 0, "part": 0, "given": 0})
+
+    @property
+    def state(self) -> dict:
+        order = {"seed": self._seed, "documents": self.documents}
+        return order | {"cursor": self._cursor, "part": self._part, "given": self.given}
+
+    def restore(self, state: Mapping[str, int]) -> None:
+        self._cursor, self._part, self.given = state["cursor"], state["part"], state["given"]
+        self._read = self._cursor  # documents in `_ahead` or before it
+        self._ahead: deque[tuple[Item, int, int]] = deque()  # with the cursor and the part after each
+        self._skip = self._part
+
+    def peek(self) -> Item | None:
+        """The next document; None when the last epoch is over."""
+        while not self._ahead:
+            if not self._read_ahead():
+                return None
+        return self._ahead[0][0]
+
+    def take(self, counted: int) -> Item:
+        """The next document, which there must be."""
+        self.peek()
+        item, self._cursor, self._part = self._ahead.popleft()
+        self.given += counted
+        return item
+
+    def _read_ahead(self) -> bool:
+        epoch, place = divmod(self._read, self.documents)
+        if self._end is not None and self._read >= self._end:
+            return False
+        places = np.arange(place, min(place + _AHEAD, self.documents), dtype=np.int64)
+        # By name: the order of a source does not depend on the others.
+        numbers = permute(places, self.documents, f"{self._seed} {self._source.name} {epoch}")
+        for found in self._source.measured(numbers):
+            self._read += 1
+            for part, document in enumerate(found, 1):
+                last = part == len(found)
+                item = Item((self._number, document.number), *document[1:])
+                self._ahead.append((item, self._read if last else self._read - 1, 0 if last else part))
+            for _ in range(min(self._skip, len(found))):
+                self._ahead.popleft()
+            self._skip = 0
+        return True
+
+
+def _check(sources: Sequence[Documents], weights: Sequence[float | int], counted: str) -> None:
+    if counted not in COUNTED:
+        raise ConfigError(f"data.weights_by {counted!r} is neither documents nor tokens nor trainable")
+    names = [source.name for source in sources]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ConfigError(f"two sources of the mixture are called {twice[0]}")
+    for source, weight in zip(sources, weights, strict=True):
+        if not source.usable:
+            raise ConfigError(f"source {source.name} has no usable document: {source.why_unusable()}")
+        if not 0 < weight < math.inf:
+            raise ConfigError(f"source {source.name}: weight {weight} must be positive")

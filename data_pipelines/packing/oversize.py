@@ -1,0 +1,226 @@
+"""What is made of documents beyond a budget: the policies of `data.oversize`, in order, on what is still too long.
+
+`split`: consecutive turns together as long as they fit, each piece with the system prompt, its media and its loss; what
+a turn refers to in an earlier piece is no longer seen. Pieces without anything to learn are left out.
+`fewer_frames`: as many frames of each video as fit, at least one, evenly spread.
+`chunk`: stretches that fit, one after the other, which together train on each target of the document once (chunks.py).
+`chunk_text`: the same of documents of text alone.
+What no policy makes fit is skipped. The outcome is kept beside the index, so that documents are measured once.
+"""
+
+import hashlib
+import logging
+import typing
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from baichuan_omni_jax.config import DataConfig
+from baichuan_omni_jax.config.run import Policy
+from baichuan_omni_jax.errors import ConfigError
+from data_pipelines.datasets.jobs import Job, Unit, run_job
+from data_pipelines.datasets.jobs.local import LocalRunner
+from data_pipelines.documents.chunks import Ids, cut_chunks
+from data_pipelines.documents.document import Document, Lengths, SampleError
+from data_pipelines.documents.processor import Processor
+from data_pipelines.documents.turns import cut_turns, document_elements, has_frames
+from data_pipelines.packing.columns import NAMES, Columns, make_columns, write_columns
+from data_pipelines.packing.index import Index
+from data_pipelines.packing.pieces import NO_PIECES, WHOLE, Pieces
+from data_pipelines.packing.row_limits import RowLimits, needs_of
+
+POLICIES = typing.get_args(Policy)
+FORMAT = 3  # of what is kept: raise it when the policies give something else than before
+_UNIT = 4096  # documents
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some turns of a document (`WHOLE`: all), its videos of at most `max_frames` frames (0: as they are), and of that
+    a span of items (`WHOLE`: all).
+    """
+
+    turns: tuple[int, int] = WHOLE
+    max_frames: int = 0
+    span: tuple[int, int] = WHOLE
+
+    def of(self, document: Document) -> Document:
+        turns, span = (None if pair == WHOLE else pair for pair in (self.turns, self.span))
+        return replace(document, turns=turns, max_frames=self.max_frames, span=span)
+
+
+@dataclass
+class Fitted:
+    """What fits of a document, in its order; why something does not (""); the policies that something came of."""
+
+    parts: list[tuple[_Part, Lengths]]
+    left: str
+    policies: list[str]
+
+
+class Fitter:
+    """Applies policies to one document at a time."""
+
+    def __init__(self, policies: Sequence[str], processor: Processor, limits: RowLimits):
+        self._policies, self._processor, self._limits = policies, processor, limits
+
+    def fit(self, document: Document) -> Fitted:
+        """Raises SampleError when the document is no longer what was indexed."""
+        parts, left, policies = [], [_Part()], []
+        for policy in self._policies:
+            tried, left = left, []
+            for part in tried:
+                made, still = getattr(self, f"_{policy}")(document, part)
+                parts += made
+                left += still
+                policies += [policy] if made and policy not in policies else []
+        parts.sort(key=lambda made: (made[0].turns, made[0].span))
+        return Fitted(parts, self._why(document, left[0]) if left else "", policies)
+
+    def _split(self, document: Document, part: _Part) -> tuple[list, list]:
+        count = len(cut_turns(document_elements(document))[1])
+        if part.turns != WHOLE or part.span != WHOLE or count < 2:
+            return [], [part]
+        made, left, start = [], [], 0
+        while start < count:
+            stop, best = start + 1, None
+            while stop <= count:
+                piece = replace(part, turns=(start, stop))
+                lengths = self._measure(document, piece)
+                if lengths is not None and self._beyond(lengths):
+                    break
+                best, stop = (piece, lengths) if lengths is not None else best, stop + 1
+            if best:
+                made.append(best)
+                start = best[0].turns[1]
+            elif stop > count:
+                break  # nothing to learn in what is left
+            else:
+                alone = replace(part, turns=(start, start + 1))
+                left += [alone] * (self._measure(document, alone) is not None)
+                start += 1
+        return made, left
+
+    def _chunk(self, document: Document, part: _Part) -> tuple[list, list]:
+        if part.span != WHOLE:
+            return [], [part]
+        whole = part.of(document)
+        runs = self._processor.runs(whole)
+        sizes = [self._processor.measure_run(run, whole) for run in runs]
+        spans, beyond = cut_chunks(runs, sizes, self._limits)
+        measured = [(replace(part, span=span), self._measure(document, replace(part, span=span))) for span in spans]
+        left = [replace(part, span=span) for span in beyond]
+        made = [(chunk, lengths) for chunk, lengths in measured if lengths is not None]
+        return made, [chunk for chunk in left if self._measure(document, chunk) is not None]
+
+    def _chunk_text(self, document: Document, part: _Part) -> tuple[list, list]:
+        alone = all(isinstance(run, Ids) for run in self._processor.runs(part.of(document)))
+        return self._chunk(document, part) if alone else ([], [part])
+
+    def _measure(self, document: Document, part: _Part) -> Lengths | None:
+        """What a part takes of the budgets; None where it has nothing to learn."""
+        try:
+            return self._processor.measure(part.of(document))
+        except SampleError as error:
+            if error.cause != "no_loss":
+                raise
+            return None
+
+    def _fewer_frames(self, document: Document, part: _Part) -> tuple[list, list]:
+        if not has_frames(document_elements(part.of(document))):
+            return [], [part]
+        fits, low, high = None, 1, self._processor.config.vision.max_frames
+        while low <= high:
+            middle = (low + high) // 2
+            piece = replace(part, max_frames=middle)
+            lengths = self._processor.measure(piece.of(document))
+            if self._beyond(lengths):
+                high = middle - 1
+            else:
+                fits, low = (piece, lengths), middle + 1
+        return ([fits], []) if fits else ([], [part])
+
+    def _beyond(self, lengths: Lengths) -> str:
+        return self._limits.why_beyond(needs_of(lengths), lengths.pictures)
+
+    def _why(self, document: Document, part: _Part) -> str:
+        why = self._beyond(self._processor.measure(part.of(document)))
+        turn = "" if part.turns == WHOLE else f"turn {part.turns[0] + 1} by itself: "
+        item = "" if part.span == WHOLE else f"the medium at its token {part.span[0] + 1}, media counted as one: "
+        return turn + item + why
+
+
+@dataclass(frozen=True)
+class FitPart:
+    """The work on some of an index's long documents: writes their pieces."""
+
+    index: Index
+    policies: tuple[str, ...]
+    processor: Processor
+
+    def __call__(self, unit: Unit, folder: Path) -> dict:
+        fitter = Fitter(self.policies, self.processor, self.index.limits)
+        parts, owners, left, handled = [], [], {}, Counter()
+        for number in unit.content:
+            try:
+                fitted = fitter.fit(self.index.document(number))
+            except SampleError as error:
+                left[number] = str(error)
+                continue
+            parts += fitted.parts
+            owners += [number] * len(fitted.parts)
+            handled.update(fitted.policies)
+            if fitted.left:
+                left[number] = fitted.left
+        write_columns(make_columns([lengths for _, lengths in parts]), folder, f"{unit.name}.")
+        np.save(folder / f"{unit.name}.documents.npy", np.array(owners, np.int64))
+        for name in ("turns", "span"):
+            pairs = np.array([getattr(part, name) for part, _ in parts], np.int32).reshape(-1, 2)
+            np.save(folder / f"{unit.name}.{name}.npy", pairs)
+        np.save(folder / f"{unit.name}.max_frames.npy", np.array([part.max_frames for part, _ in parts], np.int32))
+        return {"left": left, "handled": dict(handled)}
+
+
+def check_policies(config: DataConfig) -> None:
+    """Raises ConfigError for a policy that there is not."""
+    given = {"data.oversize": config.oversize}
+    given |= {f"source {source.name}: oversize": source.oversize or () for source in config.mixture}
+    for name, policies in given.items():
+        for policy in policies:
+            if policy not in POLICIES:
+                raise ConfigError(f"{name} {policy!r} is none of {', '.join(POLICIES)}")
+
+
+def with_pieces(index: Index, policies: Sequence[str], processor: Processor, cache: Path, workers: int) -> Index:
+    """The index with what the policies make of its too long documents; found in `cache` or made by `workers`."""
+    if not policies or not len(index.over):
+        return index
+    told = f"{FORMAT} {index.columns.folder.name} {index.limits} {','.join(policies)}"
+    key = hashlib.sha256(told.encode()).hexdigest()[:16]
+    plain = replace(index, over=NO_PIECES.documents)
+    chunks = [index.over[start : start + _UNIT].tolist() for start in range(0, len(index.over), _UNIT)]
+    units = [Unit(f"long-{place:06d}", key, chunk, len(chunk)) for place, chunk in enumerate(chunks)]
+    out = cache / f"{index.columns.folder.name}-{key}.oversize"
+    job = Job(f"long documents of {index.name}", units, FitPart(plain, tuple(policies), processor), out)
+    summaries = run_job(job, LocalRunner(workers if len(units) > 1 else 0), report=log.info)
+    return replace(index, pieces=_read_pieces(job, summaries))
+
+
+def _read_pieces(job: Job, summaries: list[dict]) -> Pieces:
+    left = {int(number): why for summary in summaries for number, why in summary["left"].items()}
+    handled = sum((Counter(summary["handled"]) for summary in summaries), Counter())
+    try:
+        read = lambda name: [np.load(job.out / f"{unit.name}.{name}.npy") for unit in job.units]  # noqa: E731
+        whole = {name: np.concatenate(read(name)) for name in (*NAMES, "documents", "turns", "max_frames", "span")}
+    except (OSError, ValueError, EOFError) as error:
+        raise ConfigError(f"{job.out} is damaged ({error}): delete it, and it is made anew") from error
+    pictures = [np.diff(places) for places in read("picture_places")]
+    whole["picture_places"] = np.cumsum([0, *np.concatenate(pictures)]).astype(np.int64)
+    columns = Columns(*(whole[name] for name in NAMES))
+    return Pieces(
+        *(whole[name] for name in ("documents", "turns", "max_frames", "span")), columns, left=left, handled=handled
+    )

@@ -1,0 +1,163 @@
+"""Which documents share a row: packing over several budgets at once, decided on lengths alone.
+
+Documents wait in a pool of fixed size. The one that has waited longest goes into the fullest open row that has room for
+it, up to nine tenths of each budget. When none has, the fullest row is topped up from the pool and emitted, and the
+document opens a new one. Topping up: while no two documents of the pool fill what is left, the one is taken that uses
+most of the scarce budget and least of the others; then the two that fit best. No document is cut, none waits for ever.
+
+With rows of 100 tokens, two of them open, and a pool of 3 (documents by their size):
+
+    open [60 25] [70]   pool 33 12 15 + 30    33 fits nowhere: [60 25] is topped up with 15, emitted; [33] is opened
+
+"Fullest" and "scarce" mean the budget of which the documents so far took the largest share.
+"""
+
+from collections.abc import Sequence
+from operator import add, le
+
+import numpy as np
+from jaxtyping import Bool, Int64
+
+from data_pipelines.packing.media_layout import PatchLayout
+from data_pipelines.packing.mixture import Item
+
+RESERVE = 0.1  # share of every budget that only topping up may use: what it has to choose from makes rows full
+PATIENCE = 8  # a row is emitted before so many times `open_bins` others are, full or not
+_CLOSE = 1 / 1024  # of a budget: two documents that leave less end the search
+
+
+class _OpenRow:
+    """A row being filled; `since` counts the rows emitted before it was opened."""
+
+    def __init__(self, items: list[Item], since: int):
+        self.items, self.since = [], since
+        self.used = [0] * len(items[0].needs)
+        self.pictures: list[int] = []
+        for item in items:
+            self.add(item)
+
+    def add(self, item: Item) -> None:
+        self.items.append(item)
+        self.used = list(map(add, self.used, item.needs))
+        self.pictures += item.pictures
+
+    def has_room(self, item: Item, limits: Sequence[int]) -> bool:
+        return all(map(le, map(add, self.used, item.needs), limits))
+
+
+class Packer:
+    """Takes documents one by one and gives rows of them. An empty row must hold each of them."""
+
+    def __init__(self, budgets: Sequence[int], layout: PatchLayout, open_bins: int, look_ahead: int):
+        self._budgets = [int(budget) for budget in budgets]
+        self._limits = [int(budget * (1 - RESERVE)) for budget in self._budgets]
+        self._layout, self._open_bins, self._look_ahead = layout, open_bins, look_ahead
+        self._taken = [0] * len(self._budgets)
+        self._emitted = 0
+        self._pool: list[Item] = []
+        self._rows: list[_OpenRow] = []
+
+    def add(self, item: Item) -> list[Item] | None:
+        """A row, when there is no room for this document without emitting one."""
+        self._taken = list(map(add, self._taken, item.needs))
+        self._pool.append(item)
+        return self._place(self._pool.pop(0)) if len(self._pool) > self._look_ahead else None
+
+    def finish(self) -> list[Item] | None:
+        """The next row when no document comes after; None when all are given."""
+        while self._pool:
+            row = self._place(self._pool.pop(0))
+            if row is not None:
+                return row
+        return self._emit() if self._rows else None
+
+    @property
+    def state(self) -> dict:
+        """JSON-ready: keys of the waiting documents and of each open row's, and a few counts."""
+        return {
+            "pool": [list(item.key) for item in self._pool],
+            "open": [[list(item.key) for item in row.items] for row in self._rows],
+            "since": [row.since for row in self._rows],
+            "taken": self._taken,
+            "emitted": self._emitted,
+        }
+
+    def restore(self, state: dict, pool: list[Item], rows: list[list[Item]]) -> None:
+        """Goes on where `state` was taken; `pool` and `rows` are the documents that it names."""
+        self._pool = list(pool)
+        self._rows = [_OpenRow(items, since) for items, since in zip(rows, state["since"], strict=True)]
+        self._taken, self._emitted = list(state["taken"]), state["emitted"]
+
+    def _place(self, item: Item) -> list[Item] | None:
+        scarce = self._scarce()
+        for row in sorted(self._rows, key=lambda row: -row.used[scarce]):
+            if row.has_room(item, self._limits) and self._lays_out(row, item.pictures):
+                row.add(item)
+                return None
+        emitted = self._emit() if len(self._rows) >= self._open_bins else None
+        self._rows.append(_OpenRow([item], self._emitted))
+        return emitted
+
+    def _emit(self) -> list[Item]:
+        scarce, row = self._scarce(), self._rows[0]
+        if self._emitted - row.since < PATIENCE * self._open_bins:  # rows are in the order in which they were opened
+            row = max(self._rows, key=lambda row: row.used[scarce])
+        self._rows.remove(row)
+        self._emitted += 1
+        self._top_up(row, scarce)
+        return row.items
+
+    def _scarce(self) -> int:
+        """The budget that the documents so far took most of."""
+        shares = [taken / budget if budget else 0 for taken, budget in zip(self._taken, self._budgets, strict=True)]
+        return shares.index(max(shares))
+
+    def _lays_out(self, row: _OpenRow, pictures: list[int]) -> bool:
+        """Whether each picture has a place; in one part all have that the budget has room for."""
+        return not pictures or self._layout.parts == 1 or self._layout.fits(row.pictures + pictures)
+
+    def _top_up(self, row: _OpenRow, scarce: int) -> None:
+        if not self._pool:
+            return
+        needs = np.array([item.needs for item in self._pool], np.int64)
+        waiting = np.ones(len(needs), bool)  # neither taken nor found to have no place for its pictures
+        taken = set()
+        while True:
+            room = np.array(self._budgets) - row.used
+            fits = np.flatnonzero(waiting & (needs <= room).all(1))
+            if not len(fits):
+                break
+            chosen = fits[_choose(needs[fits], room, scarce, _CLOSE * self._budgets[scarce])].tolist()
+            pictures = [self._pool[number].pictures for number in chosen]
+            if self._lays_out(row, [size for sizes in pictures for size in sizes]):
+                taken |= set(chosen)
+                waiting[chosen] = False
+                for number in chosen:
+                    row.add(self._pool[number])
+            else:
+                waiting[max(chosen, key=lambda number: max(self._pool[number].pictures, default=0))] = False
+        self._pool = [item for number, item in enumerate(self._pool) if number not in taken]
+
+
+def _choose(
+    needs: Int64[np.ndarray, "k budgets"], room: Int64[np.ndarray, "budgets"], scarce: int, close: float
+) -> list[int]:
+    """One or two of k documents, each of which fits the room: the best two (or one) if they leave less than `close`."""
+    sizes = needs[:, scarce]
+    sums = np.where(_pairs_that_fit(needs, room), sizes[:, None] + sizes, 0)
+    np.fill_diagonal(sums, sizes)
+    one, other = divmod(int(sums.argmax()), len(sizes))
+    if room[scarce] - sums[one, other] <= close or len(sizes) <= 2:
+        return sorted({one, other})
+    shares = needs / np.maximum(room, 1)
+    others = np.delete(shares, scarce, axis=1).max(1, initial=0)
+    return [int((shares[:, scarce] - others).argmax())]
+
+
+def _pairs_that_fit(
+    needs: Int64[np.ndarray, "k budgets"], room: Int64[np.ndarray, "budgets"]
+) -> Bool[np.ndarray, "k k"]:
+    fit = np.ones((len(needs), len(needs)), bool)
+    for column in np.flatnonzero(2 * needs.max(0) > room):
+        fit &= needs[:, column, None] + needs[:, column] <= room[column]
+    return fit

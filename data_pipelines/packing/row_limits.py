@@ -1,0 +1,75 @@
+"""What an empty row holds: which documents are beyond it, and the sentence that says why."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+from jaxtyping import Bool, Int32, Int64, Integer
+
+from baichuan_omni_jax.config import Budgets
+from data_pipelines.documents.document import Lengths
+from data_pipelines.packing.media_layout import PatchLayout
+
+BUDGETED = tuple(f.name for f in fields(Budgets))
+_PATCHES, AUDIO_TARGETS = BUDGETED.index("patches"), BUDGETED.index("audio_targets")
+
+
+def budget_vector(budgets: Budgets) -> Int64[np.ndarray, "budgets"]:
+    """The budgets in the order of their fields; one that is left out is more than anything needs."""
+    limits = budgets.limits()
+    return np.array([limits.get(name, np.iinfo(np.int32).max) for name in BUDGETED], np.int64)
+
+
+def needs_of(lengths: Lengths) -> list[int]:
+    """What a document takes of each budget, in the order of the budgets' fields."""
+    return [getattr(lengths, name) for name in BUDGETED]
+
+
+@dataclass(frozen=True)
+class RowLimits:
+    """The budgets of a row, its patches in `media_shards` equal parts of which each holds whole pictures."""
+
+    budgets: Budgets
+    media_shards: int = 1
+
+    @property
+    def layout(self) -> PatchLayout:
+        return PatchLayout(self.budgets.patches, self.media_shards)
+
+    def beyond(
+        self,
+        needs: Integer[np.ndarray, "n budgets"],
+        pictures: Integer[np.ndarray, "m"],
+        counts: Int64[np.ndarray, "n"],
+    ) -> Bool[np.ndarray, "n"]:
+        """Which of n documents an empty row cannot hold; `counts` of the m pictures are each document's, in order."""
+        over = (needs > budget_vector(self.budgets)).any(1)
+        layout, ends = self.layout, np.cumsum(counts)
+        some = np.flatnonzero((counts > 0) & ~over)
+        if not len(some) or layout.parts == 1:
+            return over
+        starts = ends - counts
+        largest = np.zeros(len(needs), np.int64)
+        holding = np.flatnonzero(counts)
+        largest[holding] = np.maximum.reduceat(pictures, starts[holding])
+        over |= largest > layout.room
+        # A picture finds every part too full only when each holds more than `room - largest`.
+        safe = (counts <= layout.parts) | (needs[:, _PATCHES] <= layout.parts * (layout.room - largest))
+        for document in np.flatnonzero(~over & ~safe).tolist():
+            over[document] = not layout.fits(pictures[starts[document] : ends[document]].tolist())
+        return over
+
+    def why_beyond(self, needs: Sequence[int] | Int32[np.ndarray, "budgets"], pictures: Sequence[int]) -> str:
+        """Why an empty row cannot hold a document; "" when it can."""
+        for name, size, limit in zip(BUDGETED, needs, budget_vector(self.budgets), strict=True):
+            if size > limit:
+                return f"{size} {name} exceed the row's {limit}"
+        layout = self.layout
+        if layout.fits(pictures):
+            return ""
+        largest = int(np.argmax(pictures))
+        parts = f"the row's {layout.parts} parts (data.media_shards) of {layout.room} patches"
+        if pictures[largest] > layout.room:
+            size = pictures[largest]
+            return f"picture {largest + 1} of the document has {size} patches, too many for one of {parts}"
+        return f"the document's {len(pictures)} pictures of up to {pictures[largest]} patches do not all fit {parts}"

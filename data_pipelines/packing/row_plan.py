@@ -1,0 +1,118 @@
+"""The row plan: documents of the mixture packed into rows, rows ordered into steps. Lengths alone, nothing decoded.
+
+Its state is one small JSON object that holds for all hosts: where each source is, the keys of the documents that wait
+in the pool and in open rows, and how many steps of the window in hand were given. A window's steps are planned together
+and planned again when a state inside it is restored; what came before it never is.
+"""
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+from random import Random
+from typing import Any
+
+from baichuan_omni_jax.config import DataConfig
+from baichuan_omni_jax.errors import ConfigError
+from data_pipelines.packing.mixture import DocumentKey, Item, Mixture
+from data_pipelines.packing.packer import Packer
+from data_pipelines.packing.row_order import order_rows
+
+Row = list[DocumentKey]
+Cost = Callable[[list[Item]], int]
+FORMAT = 2  # of states: raise it when they mean something else than before
+
+
+class RowPlan:
+    """An iterator over rows, as lists of items, in the order in which they are packed."""
+
+    def __init__(self, mixture: Mixture, packer: Packer):
+        self._mixture, self._packer = mixture, packer
+
+    def __iter__(self) -> Iterator[list[Item]]:
+        return self
+
+    def __next__(self) -> list[Item]:
+        """The next row. A finite mixture ends with the rows that are still open."""
+        while (item := self._mixture.next()) is not None:
+            row = self._packer.add(item)
+            if row is not None:
+                return row
+        row = self._packer.finish()
+        if row is None:
+            raise StopIteration
+        return row
+
+    @property
+    def state(self) -> dict:
+        return {"sources": self._mixture.state, "rows": self._packer.state}
+
+    def restore(self, state: dict) -> None:
+        """Goes on exactly where `state` was taken; reads the lengths of the documents it names."""
+        self._mixture.restore(state["sources"])
+        find = lambda keys: [self._mixture.item((source, number)) for source, number in keys]  # noqa: E731
+        packed = state["rows"]
+        self._packer.restore(packed, find(packed["pool"]), [find(row) for row in packed["open"]])
+
+
+class StepPlan:
+    """An iterator over steps of `rows` rows of document keys, the rows of `window` steps ordered together by `cost`.
+
+    A finite mixture's last step may have fewer rows, and its last window fewer steps.
+    """
+
+    def __init__(self, plan: RowPlan, rows: int, window: int = 1, cost: Cost | None = None, seed: int = 0):
+        self._plan, self._rows, self._cost, self._seed = plan, rows, cost, seed
+        self._window = max(window, 1) if cost else 1
+        self._number = self._given = 0  # windows begun and ended; steps given of the one in hand
+        self._before = plan.state
+        self._steps: list[list[Row]] = []
+
+    def __iter__(self) -> Iterator[list[Row]]:
+        return self
+
+    def __next__(self) -> list[Row]:
+        self._fill_window()
+        step = self._steps[self._given]
+        self._given += 1
+        if self._given == len(self._steps):
+            self._number, self._given, self._steps, self._before = self._number + 1, 0, [], self._plan.state
+        return step
+
+    @property
+    def state(self) -> dict:
+        """JSON-ready: the row plan's state before the window in hand, the window's number, and its steps given."""
+        return {"format": FORMAT, "window": self._number, "given": self._given, **self._before}
+
+    def restore(self, state: dict) -> None:
+        """Goes on exactly where `state` was taken. Raises ConfigError when it is of other data or another version."""
+        check_format(state)
+        self._plan.restore(state)
+        self._number, self._given, self._steps = state["window"], state["given"], []
+        self._before = self._plan.state
+
+    def _fill_window(self) -> None:
+        if self._steps:
+            return
+        rows = list(islice(self._plan, self._window * self._rows))
+        if not rows:
+            raise StopIteration
+        if self._window > 1:
+            costs = [self._cost(row) for row in rows]
+            rows = [rows[place] for place in order_rows(costs, self._rows, Random(f"{self._seed} {self._number}"))]
+        keys = [[item.key for item in row] for row in rows]
+        self._steps = [keys[start : start + self._rows] for start in range(0, len(keys), self._rows)]
+
+
+def check_format(state: Any) -> None:
+    """Raises ConfigError when `state` is not one that this version writes."""
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise ConfigError("the data's state (data.json) was written by another version and cannot be gone on from")
+
+
+def check_plan(config: DataConfig) -> None:
+    """Raises ConfigError naming a number of the row plan that cannot be."""
+    for name, least in (("rows", 1), ("open_bins", 1), ("look_ahead", 0), ("order_window", 0)):
+        if getattr(config, name) < least:
+            raise ConfigError(f"data.{name} {getattr(config, name)} must be at least {least}")
+    for name, size in vars(config.budgets).items():
+        if size < (name == "tokens"):
+            raise ConfigError(f"data.budgets.{name} {size} must be at least {int(name == 'tokens')}")

@@ -1,0 +1,221 @@
+"""Steps of packed rows: planned alike on every host, decoded by Grain workers, each host its own rows.
+
+The plan is cheap arithmetic, so every worker runs it whole and decodes every n-th step. With each step comes the
+plan's state after it, which holds for all hosts, so a run resumes with other workers, hosts or mesh.
+"""
+
+import atexit
+import json
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import grain
+import numpy as np
+from absl import flags
+from grain.multiprocessing import SharedMemoryArray
+from jaxtyping import Int32
+
+from baichuan_omni_jax.config import Budgets, OmniConfig
+from data_pipelines.documents.document import Lengths, SampleError
+from data_pipelines.documents.processor import Codes, Processor
+from data_pipelines.packing.batch import Batch, RowWriter, empty_rows
+from data_pipelines.packing.context_plan import ContextPlan
+from data_pipelines.packing.index import Index
+from data_pipelines.packing.loss_weights import weigh
+from data_pipelines.packing.media_layout import PatchLayout
+from data_pipelines.packing.mel_slots import MelSlots, row_key
+from data_pipelines.packing.row_limits import BUDGETED
+from data_pipelines.packing.row_plan import Row, StepPlan
+
+_AUDIO_FRAMES = BUDGETED.index("audio_frames")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step's rows of this host: the batch, the documents lost while decoding, and the plan's state after it.
+
+    `lost` maps (source, document) to (manifest line, cause, message); their places are padding. `damaged` maps
+    (source, document) to the packets of its media that could not be decoded; the document is used without them.
+    """
+
+    batch: Batch
+    lost: dict[tuple[int, int], tuple[str, str, str]]
+    state: dict
+    damaged: dict[tuple[int, int], int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RowDecoder:
+    """Turns planned rows into a batch. Picklable: it goes to the workers.
+
+    `loss_weights` are the sources' own; `weighting` is `train.document_weighting`; `untrained` are special tokens that
+    no loss asks for.
+    """
+
+    indexes: tuple[Index, ...]
+    processor: Processor
+    codes: Codes | None
+    budgets: Budgets
+    omni: OmniConfig
+    layout: PatchLayout
+    context: ContextPlan
+    mels: MelSlots
+    loss_weights: tuple[float, ...]
+    weighting: str = "token"
+    untrained: tuple[int, ...] = ()
+
+    def __call__(self, rows: list[Row], mel_frames: int = 0) -> tuple[Batch, dict]:
+        """The batch of `rows`, its mel slots of `mel_frames`, and the documents that could not be decoded."""
+        return self.decode(rows, mel_frames)[:2]
+
+    def decode(self, rows: list[Row], mel_frames: int = 0) -> tuple[Batch, dict, dict]:
+        """The batch of `rows` as above, `lost` and `damaged` as in `Step`."""
+        batch, lost, damaged = empty_rows(len(rows), self.budgets, self.omni, mel_frames, self.mels), {}, {}
+        for number, row in enumerate(rows):
+            writer = RowWriter(batch, number, self.mels, row_key(row))
+            for key, pictures_at in zip(row, self._place_pictures(row), strict=True):
+                self._add(writer, key, pictures_at, lost, damaged)
+        tokens = [[int(self.indexes[source].needs(number)[0]) for source, number in row] for row in rows]
+        return self.context.deal(batch, tokens), lost, damaged
+
+    def mel_frames(self, rows: list[Row]) -> int:
+        """The size of the mel slots of a step of these rows, all hosts' among them; 0 without mel slots."""
+        if not self.budgets.mel_windows:
+            return 0
+        needs = [self.indexes[source].needs(number) for row in rows for source, number in row]
+        return self.mels.size(max((int(need[_AUDIO_FRAMES]) for need in needs), default=0))
+
+    def _place_pictures(self, row: Row) -> list[Int32[np.ndarray, "_"]]:
+        """The first patch of each picture of each document, as the plan foresaw them."""
+        sizes = [self.indexes[source].pictures_of(number) for source, number in row]
+        starts = self.layout.starts([size for document in sizes for size in document])
+        return np.split(starts, np.cumsum([len(document) for document in sizes])[:-1])
+
+    def _add(self, writer: RowWriter, key: tuple[int, int], pictures_at: np.ndarray, lost: dict, damaged: dict) -> None:
+        source, number = key
+        index = self.indexes[source]
+        needs = index.needs(number)
+        try:
+            with_mels = self.budgets.mel_windows > 0
+            rates = self.mels.rates if with_mels else ()
+            encoded = self.processor.encode(index.document(number), self.codes, mels=with_mels, rates=rates)
+            if not _as_measured(encoded.lengths, index, number):
+                raise SampleError("changed", "the document is not what the index measured")
+        except SampleError as error:
+            lost[key] = (index.where(number), error.cause, str(error))
+            writer.leave(int(needs[0]))
+            return
+        if encoded.damaged_packets:
+            damaged[key] = encoded.damaged_packets
+        weighed = weigh(encoded, self.weighting, self.loss_weights[source], self.untrained)
+        writer.add(weighed, source=source, number=number, pictures_at=pictures_at)
+
+
+def _as_measured(found: Lengths, index: Index, number: int) -> bool:
+    sizes = [found.tokens, found.patches, found.audio_frames, found.audio_targets]
+    as_long = sizes == index.needs(number)[: len(sizes)].tolist() and found.text_targets == index.text_targets(number)
+    return as_long and list(found.pictures) == index.pictures_of(number)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Which rows of every global step a host decodes, by their place in it; None: all."""
+
+    rows: tuple[int, ...] | None = None
+
+    def of(self, rows: list[Row]) -> list[Row]:
+        return rows if self.rows is None else [rows[place] for place in self.rows]
+
+
+ALL_ROWS = Shard()
+
+
+class StepDataset(grain.IterDataset):
+    """Grain's view of the plan: element = one step, decoded. `set_slice` makes a worker decode every n-th step."""
+
+    def __init__(self, plan: Callable[[], StepPlan], decode: RowDecoder, shard: Shard, state: dict | None = None):
+        super().__init__()
+        self._plan, self._decode, self._shard, self._state = plan, decode, shard, state
+        self._slice = slice(0, None, 1)
+
+    def set_slice(self, sl: slice, sequential_slice: bool = False) -> None:
+        del sequential_slice
+        self._slice = sl
+
+    def __iter__(self) -> "StepIterator":
+        plan = self._plan()
+        if self._state is not None:
+            plan.restore(self._state)
+        return StepIterator(plan, self._decode, self._shard, self._slice)
+
+
+class StepIterator(grain.DatasetIterator):
+    """Plans every step, decodes those of its slice. A finite plan's last step may have fewer rows (one host only)."""
+
+    def __init__(self, plan: StepPlan, decode: RowDecoder, shard: Shard, sl: slice):
+        super().__init__()
+        self._plan, self._decode, self._shard = plan, decode, shard
+        self._skip, self._stride = sl.start or 0, sl.step or 1
+
+    def __next__(self) -> dict:
+        for _ in range(self._skip):
+            next(self._plan)
+        rows = next(self._plan)
+        self._skip = self._stride - 1
+        state = self._plan.state
+        batch, lost, damaged = self._decode.decode(self._shard.of(rows), self._decode.mel_frames(rows))
+        told = {"lost": [[key, why] for key, why in lost.items()], "damaged": list(damaged.items())}
+        info = json.dumps({"state": state} | told)
+        return {"batch": batch, "info": np.frombuffer(info.encode(), np.uint8)}
+
+    def get_state(self) -> dict:
+        """Grain asks each worker; a run keeps `Step.state` instead, which holds for any number of workers."""
+        return {"plan": self._plan.state, "skip": self._skip}
+
+    def set_state(self, state: dict) -> None:
+        self._plan.restore(state["plan"])
+        self._skip = state["skip"]
+
+
+def read_steps(dataset: StepDataset, workers: int) -> Iterator[Step]:
+    """Steps in order, decoded by `workers` processes (0: in this one)."""
+    if workers:
+        if not flags.FLAGS.is_parsed():  # Grain reads absl flags; outside an absl app nobody has parsed them
+            flags.FLAGS.mark_as_parsed()
+        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+        dataset = dataset.mp_prefetch(options, _end_with_parent)
+    elements = iter(dataset)
+    try:
+        for element in elements:
+            info = json.loads(bytes(element["info"]))
+            lost = {(source, number): tuple(why) for (source, number), why in info["lost"]}
+            damaged = {(source, number): packets for (source, number), packets in info["damaged"]}
+            yield Step(element["batch"], lost, info["state"], damaged)
+    finally:
+        elements.close()  # ends the workers when the reader stops early
+
+
+@atexit.register
+def free_shared_memory() -> None:
+    """Waits, 10 s at most, until the shared memory of batches that nobody holds any more is free.
+
+    Grain frees it in a thread, which the end of the program would cut off; Python then warns of what was leaked.
+    """
+    thread = getattr(SharedMemoryArray, "_del_thread_pool", None)
+    if thread is not None:
+        thread.apply_async(int).wait(10)
+
+
+def _end_with_parent(*_: int) -> None:
+    """In a worker: ends it when the process that started it was killed, where Grain's would wait for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes of a terminal
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

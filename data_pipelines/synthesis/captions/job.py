@@ -1,0 +1,120 @@
+"""Captions of pictures by a program of the user's: a caption document for every picture and language.
+
+`--captioner package.module:factory` names a callable without arguments that returns a `Captioner`.
+"""
+
+import random
+from argparse import ArgumentParser, Namespace
+from dataclasses import astuple, dataclass
+from functools import partial
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from data_pipelines.datasets.jobs import Job
+from data_pipelines.documents.document import Document, SampleError
+from data_pipelines.documents.prompt_writing import image_tag, turn
+from data_pipelines.documents.prompts import Picture, parse_prompt
+from data_pipelines.media.images import decode_image
+from data_pipelines.media.location import Media, find_media
+from data_pipelines.synthesis.draft import Draft
+from data_pipelines.synthesis.hooks import load_hook
+from data_pipelines.synthesis.units import manifest_job
+
+NAME = "captions"
+PROMPTS = {
+    "en": (
+        "Describe the picture.",
+        "Describe this image in one or two sentences.",
+        "What can be seen in the picture?",
+        "Write a caption for this photo.",
+        "Give a detailed description of the image.",
+    ),
+    "zh": (
+        "描述这张图片。",
+        "用一两句话描述这张图。",
+        "图片里有什么？",
+        "为这张照片写一句说明。",
+        "详细描述这张图片的内容。",
+    ),
+}
+
+
+@runtime_checkable
+class Captioner(Protocol):
+    """What writes captions. The same arguments should give the same caption, in every process and in any order."""
+
+    def caption(self, image: np.ndarray, prompt: str, language: str) -> str:
+        """What `prompt` asks of `image`, RGB uint8 (height, width, 3), in `language` ("en", "zh")."""
+
+
+@dataclass(frozen=True)
+class CaptionSettings:
+    """Which captioner, in which languages; `seed` chooses the prompts."""
+
+    captioner: str
+    languages: tuple[str, ...] = ("en", "zh")
+    seed: int = 0
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The job's own options."""
+    add = parser.add_argument
+    add("--captioner", metavar="MODULE:FACTORY", required=True, help="what returns an object with a method caption")
+    add("--languages", nargs="+", choices=tuple(PROMPTS), default=tuple(PROMPTS), help="a caption in each (en zh)")
+    add("--seed", type=int, default=0, help="another seed chooses other prompts (default 0)")
+
+
+def make_job(options: Namespace) -> Job:
+    """The job of `options`. Raises ConfigError when the captioner cannot be loaded."""
+    settings = CaptionSettings(options.captioner, tuple(sorted(set(options.languages))), options.seed)
+    _load(settings)
+    return manifest_job(NAME, partial(make_captions, settings=settings), options, repr(astuple(settings)))
+
+
+def make_captions(document: Document, draft: Draft, settings: CaptionSettings) -> None:
+    """Adds a document for each picture and language; frames of videos are passed over.
+
+    A picture that cannot be decoded, or that the captioner fails on, is skipped by itself: "unreadable_media" and the
+    like, "captioner_failed", "empty_caption". Raises SampleError "no_picture" for a document that has none.
+    """
+    captioner = _load(settings)
+    elements = parse_prompt(document.text)
+    pictures = [element for element in elements if isinstance(element, Picture) and not element.frame]
+    if not pictures:
+        raise SampleError("no_picture", "there is no picture in it")
+    for number, picture in enumerate(pictures):
+        rng = random.Random(f"{settings.seed}/{document.id}/{number}")
+        try:
+            media = find_media(picture.reference, document.media)
+            image = decode_image(media)
+        except SampleError as error:
+            draft.skip(error.cause, str(error))
+            continue
+        path = ""
+        for language in settings.languages:
+            prompt = rng.choice(PROMPTS[language])
+            try:
+                words = _ask(captioner, image, prompt, language, media)
+            except SampleError as error:
+                draft.skip(error.cause, str(error))
+                continue
+            path = path or draft.link(media)
+            draft.add(turn(image_tag(path) + prompt, words), "caption")
+
+
+def _ask(captioner: Captioner, image: np.ndarray, prompt: str, language: str, media: Media) -> str:
+    name = f"{media.name} ({language})"
+    try:
+        words = captioner.caption(image, prompt, language)
+    except Exception as error:  # the user's program may raise anything
+        raise SampleError("captioner_failed", f"{name}: {error or type(error).__name__}") from error
+    if not isinstance(words, str):
+        raise SampleError("captioner_failed", f"{name}: a caption is text, not {type(words).__name__}")
+    if not (words := words.strip()):
+        raise SampleError("empty_caption", f"{name}: the caption is empty")
+    return words
+
+
+def _load(settings: CaptionSettings) -> Captioner:
+    return load_hook("--captioner", settings.captioner, "caption")

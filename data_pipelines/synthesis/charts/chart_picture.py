@@ -1,0 +1,133 @@
+"""Charts drawn by matplotlib."""
+
+import random
+from decimal import Decimal
+
+import numpy as np
+from matplotlib import colormaps, rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.text import Text
+from PIL import Image
+
+from data_pipelines.synthesis.charts.kinds import MAX_WRITTEN, Chart
+from data_pipelines.synthesis.charts.tables import Series, spell
+from data_pipelines.synthesis.pages.page_picture import GRID
+
+DPI = 100
+_PALETTES = ("tab10", "Set2", "Dark2", "Paired")
+_LIGHTEST = 0.75  # brightness of a colour that is seen on white
+
+
+def draw_chart(chart: Chart, rng: random.Random, font: str) -> Image.Image:
+    """The picture of a chart, its sides multiples of 28 pixels, in a size and in colours that `rng` chooses."""
+    crowded = len(chart.table.labels) > 8 or max(map(len, chart.table.labels)) > 10
+    width = GRID * rng.randrange(24 if crowded else 18, 31)
+    height = GRID * rng.randrange(15, 22)
+    settings = {"font.size": rng.choice((9, 10, 11, 12)), "axes.unicode_minus": False, "axes.grid": rng.random() < 0.5}
+    # A dollar sign in a label is no formula.
+    with rc_context({**settings, "axes.axisbelow": True, "grid.alpha": 0.4, "text.parse_math": False}):
+        figure = Figure((width / DPI, height / DPI), dpi=DPI, layout="constrained")
+        axes = figure.add_subplot()
+        colours = _colours(rng, max(len(chart.series), len(chart.table.labels) if chart.kind == "pie" else 1))
+        _DRAW[chart.kind](axes, chart, colours, rng)
+        if chart.table.title:
+            axes.set_title(chart.table.title)
+        if chart.kind != "pie" and len(chart.series) > 1 and chart.kind != "scatter":
+            axes.legend()
+        _set_font(figure, font)
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
+
+
+def _colours(rng: random.Random, count: int) -> list:
+    palette = colormaps[rng.choice(_PALETTES)].colors
+    colours = [(red, green, blue) for red, green, blue in palette if 0.3 * red + 0.6 * green + 0.1 * blue <= _LIGHTEST]
+    start = rng.randrange(len(colours))
+    return [colours[(start + i) % len(colours)] for i in range(count)]
+
+
+def _bars(axes: Axes, chart: Chart, colours: list, rng: random.Random) -> None:
+    across = rng.random() < 0.3 and len(chart.series) == 1
+    places, share = np.arange(len(chart.table.labels)), 0.8 / len(chart.series)
+    for i, (series, colour) in enumerate(zip(chart.series, colours, strict=True)):
+        values, at = list(map(float, series.values)), places + (i - (len(chart.series) - 1) / 2) * share
+        draw = axes.barh if across else axes.bar
+        bars = draw(at, values, share, color=colour, label=series.name)
+        axes.bar_label(bars, labels=list(map(spell, series.values)), padding=2)
+    axes.margins(**({"x": 0.15} if across else {"y": 0.15}))
+    (axes.set_yticks if across else axes.set_xticks)(places, chart.table.labels)
+    names = (chart.series[0].name if len(chart.series) == 1 else "", chart.table.header)
+    axes.set(xlabel=names[0], ylabel=names[1]) if across else axes.set(xlabel=names[1], ylabel=names[0])
+    if across:
+        axes.invert_yaxis()
+    else:
+        _turn_labels(axes, chart)
+
+
+def _lines(axes: Axes, chart: Chart, colours: list, rng: random.Random) -> None:
+    places, marker = range(len(chart.table.labels)), rng.choice("os^D")
+    for series, colour in zip(chart.series, colours, strict=True):
+        axes.plot(places, list(map(float, series.values)), color=colour, marker=marker, label=series.name)
+        if chart.written:
+            others = [other for other in chart.series if other is not series]
+            for place in places:
+                _write_value(axes, place, series.values, _lies_low(place, series.values, others))
+    axes.margins(y=0.15)
+    axes.set_xticks(places, chart.table.labels)
+    axes.set(xlabel=chart.table.header, ylabel=chart.series[0].name if len(chart.series) == 1 else "")
+    _turn_labels(axes, chart)
+
+
+def _lies_low(place: int, values: tuple[Decimal, ...], others: list[Series]) -> bool:
+    """Whether there is more room below a point than above: under the other line, or where the line has a dip."""
+    if others:
+        return values[place] < others[0].values[place]
+    neighbours = values[max(place - 1, 0) : place] + values[place + 1 : place + 2]
+    return all(value > values[place] for value in neighbours)
+
+
+def _write_value(axes: Axes, place: int, values: tuple[Decimal, ...], below: bool) -> None:
+    shift, side = (-6, "top") if below else (5, "bottom")
+    point = (place, float(values[place]))
+    axes.annotate(spell(values[place]), point, (0, shift), textcoords="offset points", ha="center", va=side)
+
+
+def _points(axes: Axes, chart: Chart, colours: list, rng: random.Random) -> None:
+    x, y = (list(map(float, series.values)) for series in chart.series)
+    axes.scatter(x, y, color=colours[0], marker=rng.choice("os^D"), s=rng.randrange(20, 60))
+    if len(x) <= MAX_WRITTEN:
+        for label, *point in zip(chart.table.labels, x, y, strict=True):
+            axes.annotate(label, point, (4, 4), textcoords="offset points")
+    axes.margins(0.12)
+    axes.set(xlabel=chart.series[0].name, ylabel=chart.series[1].name)
+
+
+def _pie(axes: Axes, chart: Chart, colours: list, rng: random.Random) -> None:
+    (series,) = chart.series
+    numbers = [spell(value) for value in series.values]
+    labels = [f"{label}: {value}" for label, value in zip(chart.table.labels, numbers, strict=True)]
+    values, turn, edges = list(map(float, series.values)), rng.randrange(360), {"edgecolor": "white"}
+    axes.pie(values, labels=labels, colors=colours, startangle=turn, wedgeprops=edges)
+    axes.set_xlabel(series.name)
+
+
+_DRAW = {"bar": _bars, "line": _lines, "scatter": _points, "pie": _pie}
+
+
+def _turn_labels(axes: Axes, chart: Chart) -> None:
+    if sum(map(len, chart.table.labels)) > 50 or max(map(len, chart.table.labels)) > 12:
+        axes.tick_params("x", rotation=40)
+        for label in axes.get_xticklabels():
+            label.set_horizontalalignment("right")
+
+
+def _set_font(figure: Figure, font: str) -> None:
+    """One font file for all that is written; sizes stay."""
+    for axes in figure.axes:  # asking for the labels of the ticks makes them
+        axes.get_xticklabels(), axes.get_yticklabels()
+    for text in figure.findobj(Text):
+        text.set_fontproperties(FontProperties(fname=font, size=text.get_size()))

@@ -1,0 +1,159 @@
+"""Cross-modal documents: sentences about pictures become speech; a film's sound track stands beside the film.
+
+Of a document with pictures a share of the sentences is heard instead of written; a task prompt comes first, and loss
+stays on what is still written. In a document with films each film is followed by its own track as audio.
+"""
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from random import Random
+
+from baichuan_omni_jax.errors import ConfigError
+from data_pipelines.datasets.jobs import Job
+from data_pipelines.documents.document import Document, SampleError
+from data_pipelines.documents.prompt_writing import write_prompt
+from data_pipelines.documents.prompts import SPECIAL, Element, Picture, Reference, Sound, Text, Video
+from data_pipelines.documents.turns import document_elements
+from data_pipelines.media.audio import probe_sound
+from data_pipelines.media.containers import opened
+from data_pipelines.media.location import Media, find_media
+from data_pipelines.synthesis.draft import Draft
+from data_pipelines.synthesis.speech.speaking import (
+    Speaker,
+    SpeechSettings,
+    add_speech_arguments,
+    sentences_of,
+    speech_settings,
+)
+from data_pipelines.synthesis.task_prompts import ANSWER_PICTURE, CONTINUE_PICTURE, choose_prompt
+from data_pipelines.synthesis.units import manifest_job
+from data_pipelines.text.splitting import spoken_seconds
+from data_pipelines.tokenizers.special_tokens import SYSTEM, USER
+
+NAME = "crossmodal"
+TYPE = "cross_modal"  # of the new documents
+ORDERS = ("random", "first")
+
+_RATE = 16000  # Hz, at which tracks are measured
+
+
+@dataclass(frozen=True)
+class CrossmodalSettings:
+    """`share` of the sentences is spoken: any of them, or the `first` ones."""
+
+    speech: SpeechSettings
+    share: float = 0.25
+    order: str = "random"
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The job's own options."""
+    add_speech_arguments(parser)
+    parser.add_argument("--share", type=float, default=0.25, help="of the sentences that are spoken (default 0.25)")
+    parser.add_argument("--order", choices=ORDERS, default="random", help="which sentences (default random)")
+
+
+def make_job(options: Namespace) -> Job:
+    """The job of `options`. Raises ConfigError."""
+    if not 0 < options.share < 1:
+        raise ConfigError(f"--share {options.share} must lie between 0 and 1")
+    settings = CrossmodalSettings(speech_settings(options), options.share, options.order)
+    return manifest_job(NAME, partial(cross_modalities, settings=settings), options, str(settings))
+
+
+def cross_modalities(document: Document, draft: Draft, settings: CrossmodalSettings) -> None:
+    """Adds the cross-modal form of a document.
+
+    Raises SampleError: "has_sound"; "no_picture" for a document without pictures and films; "no_track" for a film
+    without sound; "too_short" when nothing would be left to write; as `Speaker` and `find_media`; "bad_prompt".
+    """
+    elements = document_elements(document)
+    if any(isinstance(element, Sound) for element in elements):
+        raise SampleError("has_sound", "there is audio in it already")
+    kinds = {type(element) for element in elements}
+    if Video in kinds:
+        new = add_tracks(elements, document)
+    elif Picture in kinds:
+        new = speak_sentences(elements, document, draft, settings)
+    else:
+        raise SampleError("no_picture", "there is neither a picture nor a film in it")
+    draft.add(write_prompt(_link_media(new, document, draft)), TYPE)
+
+
+def add_tracks(elements: Sequence[Element], document: Document) -> list[Element]:
+    """Each film followed by its own sound as heard audio, of the same file. Raises SampleError "no_track"."""
+    new: list[Element] = []
+    for element in elements:
+        new.append(element)
+        if isinstance(element, Video):
+            _check_track(find_media(element.reference, document.media))
+            new.append(Sound(element.reference))
+    return new
+
+
+def speak_sentences(
+    elements: Sequence[Element], document: Document, draft: Draft, settings: CrossmodalSettings
+) -> list[Element]:
+    """A share of the sentences replaced by their speech, at least one; the last one that carries loss stays written.
+
+    The system prompt is never spoken. Raises SampleError as `cross_modalities`.
+    """
+    parts, places = _sentences(elements, settings.speech)
+    learnt = [place for place in places if parts[place].trainable]
+    if not learnt or len(places) < 2:
+        raise SampleError("too_short", "nothing would be left to write when a sentence is spoken")
+    speaker = Speaker.of(settings.speech, document, draft, "".join(parts[place].text for place in places))
+    chosen = _choose([place for place in places if place != learnt[-1]], len(places), settings, speaker.rng)
+    for place in chosen:
+        parts[place] = Sound(Reference(path=speaker.say(parts[place].text)))
+    users = (Text(USER), Text(USER, trainable=True))
+    opening = next((place + 1 for place, part in enumerate(parts) if part in users), 0)
+    prompt = choose_prompt(ANSWER_PICTURE if opening else CONTINUE_PICTURE, speaker.language, speaker.rng)
+    return [*parts[:opening], Text(prompt + "\n"), *parts[opening:]]
+
+
+def _choose(candidates: list[int], sentences: int, settings: CrossmodalSettings, rng: Random) -> list[int]:
+    count = min(max(1, round(settings.share * sentences)), len(candidates))
+    return candidates[:count] if settings.order == "first" else sorted(rng.sample(candidates, count))
+
+
+def _sentences(elements: Sequence[Element], settings: SpeechSettings) -> tuple[list[Element], list[int]]:
+    """The elements with texts cut into sentences and special tokens, and the places of what may be spoken."""
+    parts: list[Element] = []
+    places: list[int] = []
+    system = False
+    for element in elements:
+        if not isinstance(element, Text):
+            parts.append(element)
+            continue
+        for run in filter(None, [element.text] if element.plain else SPECIAL.split(element.text)):
+            special = not element.plain and bool(SPECIAL.fullmatch(run))
+            system = run == SYSTEM if special else system
+            for text in [run] if special else sentences_of(run, settings):
+                if not special and not system and spoken_seconds(text):
+                    places.append(len(parts))
+                parts.append(replace(element, text=text))
+    return parts, places
+
+
+def _check_track(media: Media) -> None:
+    with opened(media, "video") as container:
+        if not container.streams.audio:
+            raise SampleError("no_track", f"{media.name} has no sound")
+    probe_sound(media, _RATE)
+
+
+def _link_media(elements: Sequence[Element], document: Document, draft: Draft) -> list[Element]:
+    """The elements with media of the source kept beside the new documents, each file once. Speech is there already."""
+    kept: dict[Reference, Reference] = {}
+    films = {element.reference for element in elements if isinstance(element, Video)}
+    new: list[Element] = []
+    for element in elements:
+        if isinstance(element, Picture | Video) or (isinstance(element, Sound) and element.reference in films):
+            if element.reference not in kept:
+                kept[element.reference] = Reference(path=draft.link(find_media(element.reference, document.media)))
+            element = replace(element, reference=kept[element.reference])
+        new.append(element)
+    return new

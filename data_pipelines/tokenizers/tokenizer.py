@@ -1,0 +1,112 @@
+"""Text tokenizers: reading one, training one on our own text, checking one against a model.
+
+All are byte-level BPE with the Qwen split rule and NFC. Released special tokens map to one id each wherever their names
+stand in the text.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from baichuan_omni_jax.config import OmniConfig
+from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.storage import describe_stand_in
+from data_pipelines.tokenizers.special_tokens import CONVERSATION_TOKENS, MODEL_TOKENS, SPECIAL_TOKENS
+
+# Contractions, words with one leading sign, single digits, runs of signs, line breaks, other white space.
+SPLIT_RULE = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_SPECIAL = re.compile("|".join(re.escape(name) for name in SPECIAL_TOKENS))
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of a `tokenizer.json`. Raises ConfigError naming the file."""
+    try:
+        if found := describe_stand_in(Path(path)):
+            raise ConfigError(f"it is {found}")
+        return Tokenizer.from_str(Path(path).read_text(encoding="utf-8"))
+    except Exception as error:  # tokenizers raises plain Exception
+        raise ConfigError(f"tokenizer {path} cannot be read: {error}") from error
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A tokenizer of at most `vocab_size` entries: special tokens (ids 0..58), the 256 bytes, then merges of `texts`.
+
+    The same texts give the same tokenizer. Special-token names in the texts are left out of the training.
+    Raises ConfigError when `vocab_size` has no room for special tokens and bytes.
+    """
+    least = len(SPECIAL_TOKENS) + 256
+    if vocab_size < least:
+        raise ConfigError(f"a trained tokenizer has at least {least} entries, not {vocab_size}")
+    tokenizer = byte_level(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        show_progress=False,
+        special_tokens=added_tokens(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
+    tokenizer.train_from_iterator(_plain(texts), trainer)
+    return tokenizer
+
+
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Token ids of `text`; names of special tokens in it become their ids, nothing is added."""
+    return tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def plain_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
+    """The same, except that names of special tokens are text as any other: for text that strangers write."""
+    plain = Tokenizer.from_str(tokenizer.to_str())
+    plain.encode_special_tokens = True
+    return plain
+
+
+def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
+    """Differs between tokenizers that differ in anything (32 hex digits)."""
+    return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()[:32]
+
+
+def check_tokenizer(tokenizer: Tokenizer, config: OmniConfig) -> None:
+    """Raises ConfigError, naming the token, unless the tokenizer's ids are the model's and fit its vocabulary."""
+    for field, name in MODEL_TOKENS.items():
+        found, expected = tokenizer.token_to_id(name), getattr(config.tokens, field)
+        if found != expected:
+            has = "does not have it" if found is None else f"gives it id {found}"
+            raise ConfigError(f"the model's tokens.{field} is {expected}, but the tokenizer {has} ({name})")
+    for name in CONVERSATION_TOKENS:
+        if tokenizer.token_to_id(name) is None:
+            raise ConfigError(f"the tokenizer does not have {name}, a mark of conversations")
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values())
+    if largest >= config.llm.vocab_size:
+        name = tokenizer.id_to_token(largest)
+        raise ConfigError(
+            f"the tokenizer's token {name!r} has id {largest}, outside llm.vocab_size {config.llm.vocab_size}"
+        )
+
+
+def byte_level(model: models.Model) -> Tokenizer:
+    """A tokenizer around `model`: NFC, the Qwen split rule, bytes written as printable characters."""
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT_RULE), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def added_tokens(names: Iterable[str]) -> list[AddedToken]:
+    """Special tokens that match their exact names only."""
+    return [AddedToken(name, normalized=False, special=True) for name in names]
+
+
+def _plain(texts: Iterable[str]) -> Iterator[str]:
+    for text in texts:
+        yield from filter(None, _SPECIAL.split(text))

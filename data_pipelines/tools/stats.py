@@ -1,0 +1,254 @@
+"""`python -m data_pipelines.tools.stats DIR|MANIFEST...`: what documents and media there are, how large, by type.
+
+A built dataset tells what its builder measured; of a manifest every media file's header is read. `--plot` draws the
+distributions, which needs matplotlib (extra `show`). `--config FILE` tells instead which share of the loss each source
+of a run's mixture will have, text and audio, from the run's index (made where it is missing).
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from baichuan_omni_jax.config import apply_overrides, load_run_config, resolve_model
+from baichuan_omni_jax.errors import ConfigError, exit_code
+from baichuan_omni_jax.loss_shares import shares_table
+from data_pipelines.datasets.builder.build import SKIPPED_FILE, list_sources
+from data_pipelines.datasets.builder.plan import RANGE, Source, unpack
+from data_pipelines.datasets.builder.shard import PARTS
+from data_pipelines.datasets.jobs import Job, Unit, run_job
+from data_pipelines.datasets.jobs.runners import make_runner
+from data_pipelines.datasets.shards.reader import read_description
+from data_pipelines.datasets.shards.writer import SUFFIX
+from data_pipelines.datasets.sources import ANY_FOLDER
+from data_pipelines.documents.document import SampleError
+from data_pipelines.documents.manifest import split_manifest
+from data_pipelines.media.measures import KINDS, Measures, collect, join, load_measures, measure_document
+from data_pipelines.pipeline import open_pipeline, prepare_sample
+from data_pipelines.tools.commands import (
+    add_media_arguments,
+    describe_causes,
+    first_of_causes,
+    skipped_lines,
+    trusted_names,
+)
+
+FORMATS = (".png", ".pdf", ".svg")
+PERCENTILES = (5, 50, 95, 100)
+
+
+class Quantity(NamedTuple):
+    """Something that is measured of each document or medium: its name with the unit, its values, the type of each."""
+
+    name: str
+    values: np.ndarray
+    types: np.ndarray
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 with one sentence when something given cannot be used."""
+    options = _parser().parse_args(arguments)
+    return exit_code(lambda: _show(options))
+
+
+def _show(options: argparse.Namespace) -> None:
+    if bool(options.config) == bool(options.sources):
+        raise ConfigError("give data sets and manifests to look at, or --config with a run's configuration")
+    if options.config:
+        _show_shares(options.config, options.set)
+        return
+    draw = _drawing(options.plot) if options.plot else None  # first of all: measuring may take long
+    measures, skipped, examples = load(options.sources, options.root, options.workers, trusted_names(options))
+    causes = describe_causes(skipped, examples)
+    if not len(measures):
+        names = ", ".join(map(str, options.sources))
+        raise ConfigError(
+            f"no document of {names} can be used: {'; '.join(causes)}" if causes else f"{names}: no document"
+        )
+    console = Console(width=max(110, Console().width), highlight=False)
+    console.print(modality_table(measures))
+    for quantity in quantities(measures):
+        if len(quantity.values):
+            console.print(distribution_table(quantity, measures.types))
+    if skipped:
+        print(f"{sum(skipped.values())} documents are skipped:")
+        for line in causes:
+            print(f"  {line}")
+    if draw:
+        draw(measures.types, quantities(measures), options.plot)
+        print(f"{options.plot}: distributions of {len(measures)} documents")
+
+
+def _show_shares(config: Path, overrides: Sequence[str]) -> None:
+    from baichuan_omni_jax.checkpoint import with_text_tokenizer  # imports jax
+
+    run = with_text_tokenizer(apply_overrides(load_run_config(config), overrides))
+    prepare_sample(run.data)
+    weighting = run.train.document_weighting
+    pipeline = open_pipeline(run.data, resolve_model(run.model), weighting=weighting)
+    title = f"{run.name}: expected shares, {run.data.weights_by} by weight, documents weighing by {weighting}"
+    Console(highlight=False).print(shares_table(pipeline.loss_shares(run.train), title))
+
+
+def _drawing(path: Path):
+    """What draws. Raises ConfigError when nothing could be drawn at `path`."""
+    if path.suffix not in FORMATS:
+        raise ConfigError(f"--plot {path} does not end in {', '.join(FORMATS)}")
+    if not path.parent.is_dir():
+        raise ConfigError(f"--plot {path}: the folder {path.parent} does not exist")
+    try:
+        from data_pipelines.tools.stats_drawing import draw
+    except ImportError as error:
+        raise ConfigError("--plot needs matplotlib: pip install 'baichuan_omni_jax[show]'") from error
+    return draw
+
+
+def load(
+    sources: Sequence[Path], root: Path | None, workers: int, trusted: Sequence[Path] = ANY_FOLDER
+) -> tuple[Measures, Counter, dict[str, str]]:
+    """Measures of all documents of datasets (folders) and manifests (files), how many were skipped by cause, and one
+    sentence for each cause.
+
+    `root` and `trusted` as in `list_sources`. Raises ConfigError when one of them cannot be read.
+    """
+    folders = [path for path in sources if path.is_dir()]
+    manifests = [path for path in sources if not path.is_dir()]
+    tables, skipped, examples = [], Counter(), {}
+    for folder in folders:
+        description = read_description(folder)
+        tables += [_load_part(folder, shard["file"]) for shard in description["shards"]]
+        causes = description.get("skipped", {})  # seqio_cache skips nothing
+        skipped.update(causes)
+        if causes and (folder / SKIPPED_FILE).is_file():
+            examples = first_of_causes(skipped_lines(folder / SKIPPED_FILE), causes) | examples
+    if manifests:
+        measured, causes, found = _measure_manifests(list_sources(manifests, root, trusted), workers)
+        tables += measured
+        skipped += causes
+        examples = found | examples
+    return join(tables), skipped, examples
+
+
+def _load_part(folder: Path, shard: str) -> Measures:
+    path = folder / PARTS / f"{shard.removesuffix(SUFFIX)}.npz"
+    try:
+        return load_measures(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+
+
+def _measure_manifests(sources: Sequence[Source], workers: int) -> tuple[list[Measures], Counter, dict[str, str]]:
+    with tempfile.TemporaryDirectory() as scratch:
+        ranges = [
+            lines
+            for source in unpack(sources, Path(scratch) / "manifests")
+            for lines in split_manifest(source.lines, source.name, source.root, RANGE // 64)
+        ]
+        units = [Unit(f"lines-{i:05d}", "", lines, lines.length) for i, lines in enumerate(ranges)]
+        job = Job("measuring", units, measure_range, Path(scratch))
+        summaries = run_job(job, make_runner("local", workers))
+        tables = [load_measures(job.out / f"{unit.name}.npz") for unit in units]
+    skipped = sum((Counter(summary["causes"]) for summary in summaries), Counter())
+    examples = [tuple(one) for summary in summaries for one in summary["examples"]]
+    return tables, skipped, first_of_causes(examples, skipped)
+
+
+def measure_range(unit: Unit, folder: Path) -> dict:
+    """The work on a range of manifest lines: measures of its documents.
+
+    Returns {"causes": how many are skipped, by cause, "examples": (where, cause, message) of the first of each}.
+    """
+    measured, skipped, examples = [], Counter(), []
+    for line in unit.content.documents():
+        try:
+            if isinstance(line.document, SampleError):
+                raise line.document
+            measured.append(measure_document(line.document))
+        except SampleError as error:
+            if error.cause not in skipped:
+                examples.append((f"{unit.content.name}:{line.number}", error.cause, str(error)))
+            skipped[error.cause] += 1
+    collect(measured).save(folder / f"{unit.name}.npz")
+    return {"causes": dict(skipped), "examples": examples}
+
+
+def quantities(measures: Measures) -> list[Quantity]:
+    """All that is measured of documents and media, those without a value too."""
+    types = measures.media_type()
+    stills, video, sound = (np.isin(measures.kind, _numbers(kinds)) for kinds in (_STILLS, _VIDEO, _SOUNDS))
+    side = np.sqrt(measures.height.astype(np.float64) * measures.width)
+    return [
+        Quantity("characters of a document", measures.characters, measures.type),
+        Quantity("media of a document", np.diff(measures.media_places), measures.type),
+        Quantity("pictures: square root of the pixels", side[stills], types[stills]),
+        Quantity("videos: square root of the pixels", side[video], types[video]),
+        Quantity("videos: seconds", measures.seconds[video], types[video]),
+        Quantity("sounds: seconds", measures.seconds[sound], types[sound]),
+        Quantity("media: KiB", measures.bytes / 1024, types),
+    ]
+
+
+_STILLS, _VIDEO, _SOUNDS = ("picture", "frame"), ("video",), ("heard", "spoken")
+
+
+def _numbers(kinds: Sequence[str]) -> list[int]:
+    return [KINDS.index(kind) for kind in kinds]
+
+
+def modality_table(measures: Measures) -> Table:
+    """How many documents and media of each kind there are, by type."""
+    table = _table("documents and media", "documents", *KINDS, "video h", "heard h", "spoken h", "MiB")
+    types = measures.media_type()
+    for number, name in [*enumerate(measures.types), (None, "all")]:
+        own = np.ones(len(types), bool) if number is None else types == number
+        documents = len(measures) if number is None else int((measures.type == number).sum())
+        counts = [int((own & (measures.kind == kind)).sum()) for kind in range(len(KINDS))]
+        seconds = [measures.seconds[own & (measures.kind == KINDS.index(kind))] for kind in (*_VIDEO, *_SOUNDS)]
+        hours = [f"{part.sum(dtype=np.float64) / 3600:.2f}" for part in seconds]
+        size = f"{measures.bytes[own].sum() / 2**20:.1f}"
+        table.add_row(name or "(no type)", str(documents), *map(str, counts), *hours, size)
+    return table
+
+
+def distribution_table(quantity: Quantity, types: Sequence[str]) -> Table:
+    """Percentiles of a quantity, by type."""
+    table = _table(quantity.name, "count", "mean", *(f"{percent} %" for percent in PERCENTILES[:-1]), "most")
+    for number, name in [*enumerate(types), (None, "all")]:
+        values = quantity.values if number is None else quantity.values[quantity.types == number]
+        if len(values):
+            cells = [np.mean(values), *np.percentile(values, PERCENTILES)]
+            table.add_row(name or "(no type)", str(len(values)), *(f"{cell:.1f}" for cell in cells))
+    return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table.add_column("type")
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m data_pipelines.tools.stats", description=__doc__)
+    add = parser.add_argument
+    add("sources", metavar="DIR|MANIFEST", type=Path, nargs="*", help="built datasets, JSONL manifests")
+    add("--config", metavar="FILE", type=Path, help="tells the shares of the loss in this run instead")
+    add("--set", metavar="KEY=VALUE", action="append", default=[], help="with --config: overrides one of its keys")
+    add_media_arguments(parser)
+    add("--plot", metavar="PICTURE", type=Path, help="draws the distributions: .png, .pdf or .svg")
+    cores = os.cpu_count() or 1
+    add("--workers", type=int, default=cores, metavar="N", help=f"processes (default {cores}, one for each core)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

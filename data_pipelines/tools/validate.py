@@ -1,0 +1,215 @@
+"""`python -m data_pipelines.tools.validate DIR`: reads a built dataset through and tells what is wrong, by cause.
+
+Every file's size and checksum, every record, every medium decoded. Exit code 0 when all is well, 1 when anything is
+wrong, 2 when DIR cannot be used at all.
+
+| cause | |
+|---|---|
+| `bad_checksum` | a shard's bytes are not those that were written; records that suffered are told as well |
+| `bad_record` | a record cannot be read, or a medium in it is not what was written |
+| `duplicate_id` | another document has the id |
+| `damaged_packets` | packets of a sound or video cannot be decoded; the document is used without them |
+| `crash` | the process that read the shard died |
+| others | as in docs/data.md: the document cannot be used |
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from hashlib import file_digest, sha256
+from pathlib import Path
+
+import numpy as np
+
+from baichuan_omni_jax.errors import ConfigError, exit_code
+from data_pipelines.datasets.builder.plan import first_of_same_id
+from data_pipelines.datasets.jobs import Job, Unit
+from data_pipelines.datasets.jobs.job import Runner
+from data_pipelines.datasets.jobs.progress import Progress
+from data_pipelines.datasets.jobs.runners import add_runner_arguments, chosen_runner
+from data_pipelines.datasets.shards.reader import Shard, ShardedDataset, open_dataset
+from data_pipelines.documents.document import Document, SampleError
+from data_pipelines.documents.prompts import Element, Picture, Text, Tokens, Video, parse_prompt
+from data_pipelines.documents.token_ids import check_ids
+from data_pipelines.media.audio import read_sound
+from data_pipelines.media.containers import Damage
+from data_pipelines.media.images import decode_image
+from data_pipelines.media.location import Media, find_media
+from data_pipelines.media.videos import read_video
+
+NAMED = 10  # ids that are printed of each cause
+RATE = 16000  # Hz that sound is decoded at
+FRAMES_PER_SECOND, MAX_FRAMES = 1.0, 32
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong: the record it is in (or a shard), the document's id where it is known, its cause, a sentence."""
+
+    where: str
+    id: str | None
+    cause: str
+    message: str
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit code."""
+    options = _parser().parse_args(arguments)
+    found: list[Problem] = []
+    return exit_code(lambda: _validate(options, found)) or int(bool(found))
+
+
+def _validate(options: argparse.Namespace, found: list[Problem]) -> None:
+    dataset = open_dataset(options.folder)
+    found += validate(dataset, chosen_runner(options))
+    if options.report:
+        lines = [json.dumps(asdict(problem), ensure_ascii=False) + "\n" for problem in found]
+        try:
+            options.report.write_text("".join(lines), encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"--report {options.report} cannot be written: {error.strerror}") from error
+    for cause, count in Counter(problem.cause for problem in found).most_common():
+        print(f"{cause}: {count}")
+        ofthis = [problem for problem in found if problem.cause == cause]
+        for problem in ofthis[:NAMED]:
+            print(f"  {problem.where}{f' id {problem.id!r}' if problem.id else ''}: {problem.message}")
+        if count > NAMED:
+            print(f"  ... and {count - NAMED} more")
+    wrong = f"{len(found)} problems" if found else "nothing is wrong"
+    print(f"{options.folder}: {len(dataset)} documents in {len(dataset.shards)} shards, {wrong}")
+
+
+def validate(dataset: ShardedDataset, runner: Runner) -> list[Problem]:
+    """Everything that is wrong with the dataset, shard after shard; progress is printed."""
+    units = [Unit(f"shard-{i:05d}", "", (dataset, i), shard.bytes) for i, shard in enumerate(dataset.shards)]
+    problems: list[list[Problem]] = [[] for _ in units]
+    ids = [np.zeros((shard.documents, 2), np.uint64) for shard in dataset.shards]
+    numbers = {unit.name: number for number, unit in enumerate(units)}
+    # Beside the shards, so that Beam's workers share it too.
+    with tempfile.TemporaryDirectory(dir=_writable(dataset.folder), prefix=".validate-") as scratch:
+        job = Job("validating", units, check_shard, Path(scratch))
+        progress = Progress(job, units, print)
+        with closing(runner(job, units)) as outcomes:
+            for unit, outcome in outcomes:
+                progress.done(unit, outcome)
+                number = numbers[unit.name]
+                if isinstance(outcome, Exception):
+                    problems[number] = [Problem(dataset.shards[number].file, None, "crash", str(outcome))]
+                else:
+                    problems[number] = [Problem(*problem) for problem in outcome["problems"]]
+                    ids[number] = np.frombuffer(bytes.fromhex(outcome["ids"]), "<u8").reshape(-1, 2)
+    return [problem for own in problems for problem in own] + _doubles(dataset, ids)
+
+
+def _doubles(dataset: ShardedDataset, ids: Sequence[np.ndarray]) -> list[Problem]:
+    """Documents with the id of an earlier one; `ids` has the hashes of each shard's, zeros where one is not known."""
+    double, first = first_of_same_id(np.concatenate([np.zeros((0, 2), np.uint64), *ids]))
+    starts = np.cumsum([0, *map(len, ids)])
+
+    def place(document: int) -> tuple[int, int]:
+        shard = int(np.searchsorted(starts, document, "right")) - 1
+        return shard, document - int(starts[shard])
+
+    def where(document: int) -> str:
+        shard, record = place(document)
+        return f"{dataset.shards[shard].file} record {record}"
+
+    return [
+        Problem(
+            where(number),
+            dataset.document(*place(number)).id,
+            "duplicate_id",
+            f"{where(int(first[number]))} has the same id",
+        )
+        for number in np.flatnonzero(double).tolist()
+    ]
+
+
+def _writable(folder: Path) -> Path | None:
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".validate-"):
+            return folder
+    except OSError:
+        return None
+
+
+def check_shard(unit: Unit, folder: Path) -> dict:
+    """The work on one shard. Returns {"problems": [...], "ids": hashes of the records' ids, 32 hex digits each}."""
+    dataset, number = unit.content
+    shard = dataset.shards[number]
+    problems = [*_check_file(dataset.folder / shard.file, shard)]
+    identifiers: list[str] = []
+    for record, document in enumerate(dataset.documents_of(number)):
+        known = isinstance(document, Document)
+        identifiers.append(sha256(document.id.encode()).hexdigest()[:32] if known else "0" * 32)
+        try:
+            if isinstance(document, SampleError):
+                raise document
+            check_document(document)
+        except SampleError as error:
+            where = f"{shard.file} record {record}"
+            problems.append(Problem(where, document.id if known else None, error.cause, str(error)))
+    return {"problems": [list(asdict(problem).values()) for problem in problems], "ids": "".join(identifiers)}
+
+
+def _check_file(path: Path, shard: Shard) -> Sequence[Problem]:
+    try:
+        with path.open("rb") as file:
+            digest, size = file_digest(file, "sha256").hexdigest(), file.tell()
+    except OSError as error:
+        return [Problem(shard.file, None, "bad_checksum", f"it cannot be read: {error.strerror}")]
+    if digest == shard.sha256:
+        return []
+    changed = f"it has {size} of {shard.bytes} bytes" if size != shard.bytes else "its bytes are not those written"
+    return [Problem(shard.file, None, "bad_checksum", changed)]
+
+
+def check_document(document: Document) -> None:
+    """Decodes every medium of a document of a shard. Raises SampleError for the first thing that is wrong."""
+    for media in document.media.values():
+        if sha256(media.data).hexdigest() != media.digest:
+            raise SampleError("bad_record", f"{media.name} is not what was written")
+    damaged = []
+    for element in parse_prompt(document.text):
+        if not isinstance(element, Text):
+            media = find_media(element.reference, document.media)
+            if packets := _decode(element, media):
+                damaged.append(f"{media.name}: {packets} packets are damaged; the rest is used")
+    if damaged:
+        raise SampleError("damaged_packets", "; ".join(damaged))
+
+
+def _decode(element: Element, media: Media) -> int:
+    """Returns how many packets of it are damaged: sounds and videos are used without them."""
+    if isinstance(element, Picture):
+        decode_image(media)
+    elif isinstance(element, Video):
+        damage = Damage()
+        for _ in read_video(media, FRAMES_PER_SECOND, MAX_FRAMES, damage)[1]:
+            pass
+        return damage.damaged
+    elif isinstance(element, Tokens):
+        check_ids(media)
+    else:
+        return read_sound(media, RATE).damaged
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m data_pipelines.tools.validate", description=__doc__.splitlines()[0]
+    )
+    add = parser.add_argument
+    add("folder", metavar="DIR", type=Path, help="a folder that holds dataset.json")
+    add("--report", metavar="FILE", type=Path, help="writes every problem there, one JSON object a line")
+    add_runner_arguments(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

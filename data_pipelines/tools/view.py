@@ -1,0 +1,255 @@
+"""What a picture of packed rows shows, as plain arrays: `drawing.py` turns them into a figure."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from itertools import islice
+
+import numpy as np
+from jaxtyping import Float32, Int32, UInt8
+
+from baichuan_omni_jax.config import Budgets, OmniConfig
+from baichuan_omni_jax.errors import ConfigError
+from data_pipelines.documents.chunks import Ids
+from data_pipelines.documents.document import Document, EncodedDocument, SampleError
+from data_pipelines.documents.processor import Processor
+from data_pipelines.documents.prompts import Element, Picture, Sound, Text, Tokens, Video
+from data_pipelines.media.audio import decode_sound
+from data_pipelines.media.features import log_mel
+from data_pipelines.packing.batch import Batch, RowWriter, empty_rows
+from data_pipelines.packing.index import Index
+from data_pipelines.pipeline import Pipeline
+
+PADDING, TEXT, MARK, IMAGE, FRAME, HEARD, SPOKEN = range(7)
+"""What a slot of a row holds. A mark is the start or the end of a media item."""
+
+NO_LOSS, TEXT_LOSS, AUDIO_LOSS = range(3)
+"""What a slot of a row has to predict."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A document's place in a row."""
+
+    start: int
+    stop: int
+    document: Document
+
+
+@dataclass(frozen=True)
+class RowView:
+    """One packed row of t slots: its documents, what each slot holds and predicts, {budget: (used, size)}."""
+
+    segments: list[Segment]
+    contents: Int32[np.ndarray, "t"]
+    losses: Int32[np.ndarray, "t"]
+    fill: dict[str, tuple[int, int]]
+
+    def describe_fill(self) -> str:
+        """How full each budget is: `tokens 1010/1024 (99 %), ...`."""
+        return ", ".join(
+            f"{name.replace('_', ' ')} {used}/{size} ({100 * used / size:.0f} %)"
+            for name, (used, size) in self.fill.items()
+            if size
+        )
+
+
+@dataclass(frozen=True)
+class PictureView:
+    """A picture put together again from its patches; `centres` is (x, y) in pixels of each visual token, in order."""
+
+    kind: int
+    pixels: UInt8[np.ndarray, "h w 3"]
+    centres: Float32[np.ndarray, "v 2"]
+
+
+@dataclass(frozen=True)
+class MelView:
+    """One window of a clip, at most 30 s: its log mel, start and length in seconds, and its code frames."""
+
+    kind: int
+    name: str
+    mel: Float32[np.ndarray, "mels frames"]
+    start: float
+    seconds: float
+    code_frames: int
+
+
+@dataclass(frozen=True)
+class DocumentView:
+    """One document by itself: its sequence as a row without padding, its prompt, its media."""
+
+    document: Document
+    row: RowView
+    elements: list[Element | Ids]
+    pictures: list[PictureView]
+    mels: list[MelView]
+
+
+class BlankCodes:
+    """Stands in for the store of audio codes: all codes are 0, as many as each window of the documents has.
+
+    A picture of the data shows where code frames lie, not which they are, so it needs no audio tokenizer.
+    """
+
+    def __init__(self, processor: Processor, documents: Iterable[Document]):
+        self._levels = processor.config.audio.levels
+        self._frames: dict[tuple[str, int], int] = {}
+        for document in documents:
+            try:
+                self._frames |= {item.key: item.window.code_frames for item in processor.audio_items(document)}
+            except SampleError:  # encoding the document tells what is wrong with it
+                continue
+
+    def lookup(self, key: tuple[str, int]) -> Int32[np.ndarray, "n q"]:
+        return np.zeros((self._frames[key], self._levels), np.int32)
+
+
+def view_rows(pipeline: Pipeline, rows: int) -> tuple[list[RowView], list[str]]:
+    """The mixture's first `rows` rows as a run would pack them, and a line about each document lost on the way.
+
+    Fewer rows when the row plan ends before. Raises ConfigError for a source without usable documents.
+    """
+    plan = pipeline.plan()
+    planned = [[item.key for item in row] for row in islice(plan, rows)]
+    documents = [pipeline.indexes[source].document(number) for row in planned for source, number in row]
+    batch, lost = pipeline.decoder(BlankCodes(pipeline.processor, documents))(planned)
+    views = [_view_row(batch, i, pipeline.indexes, pipeline.omni, pipeline.config.budgets) for i in range(len(planned))]
+    return views, [f"lost {where} ({cause}): {message}" for where, cause, message in lost.values()]
+
+
+def find_document(pipeline: Pipeline, name: str) -> Document:
+    """The document with id `name`. Raises ConfigError when no manifest has it."""
+    for index in pipeline.indexes:
+        for part in index.source.parts:
+            for entry in index.source.read(part):
+                if isinstance(entry.document, Document) and entry.document.id == name:
+                    return entry.document
+    raise ConfigError(f"no document has the id {name!r} in {', '.join(index.manifest for index in pipeline.indexes)}")
+
+
+def richest_document(row: RowView) -> Document:
+    """The document of a row that has most modalities; of several the longest. Raises ConfigError for an empty row."""
+    if not row.segments:
+        raise ConfigError("the first row is empty: none of its documents could be decoded")
+
+    def richness(segment: Segment) -> tuple[int, int]:
+        kinds = set(row.contents[segment.start : segment.stop].tolist())
+        return len(kinds), segment.stop - segment.start
+
+    return max(row.segments, key=richness).document
+
+
+def view_document(document: Document, processor: Processor) -> DocumentView:
+    """One document by itself. Raises ConfigError when it cannot be used, saying why."""
+    try:
+        encoded = processor.encode(document, BlankCodes(processor, [document]))
+        mels = _mels(document, processor)
+    except SampleError as error:
+        raise ConfigError(f"document {document.id} ({document.where}) cannot be used: {error}") from error
+    row = _view_alone(document, encoded, processor.config)
+    return DocumentView(document, row, processor.elements(document), _pictures(encoded, processor.config), mels)
+
+
+def describe(element: Element | Ids) -> tuple[int, str, bool]:
+    """(what it is, its text or file, whether it is to be learnt) of one element of a prompt."""
+    if isinstance(element, Text):
+        return TEXT, element.text, element.trainable
+    if isinstance(element, Ids):
+        return TEXT, f"[{len(element)} tokens of a longer text]", element.trainable
+    name = element.reference.path or "base64 media"
+    if isinstance(element, Sound):
+        return (SPOKEN if element.spoken else HEARD), name, element.spoken and element.trainable
+    if isinstance(element, Tokens):
+        return TEXT, f"[{name}: token ids]", element.trainable
+    video = isinstance(element, Video) or (isinstance(element, Picture) and element.frame)
+    return (FRAME if video else IMAGE), name, False
+
+
+def reassemble(
+    patches: UInt8[np.ndarray, "p v"], grid: Int32[np.ndarray, "p 2"], patch: int
+) -> UInt8[np.ndarray, "h w 3"]:
+    """Every patch put where its (row, column) says: a picture only if order and layout of the patches are right."""
+    height, width = (grid.max(0) + 1) * patch
+    pixels = np.zeros((height, width, 3), np.uint8)
+    for values, (row, column) in zip(patches, grid * patch, strict=True):
+        pixels[row : row + patch, column : column + patch] = values.reshape(3, patch, patch).transpose(1, 2, 0)
+    return pixels
+
+
+def _view_alone(document: Document, encoded: EncodedDocument, omni: OmniConfig) -> RowView:
+    budgets = Budgets(**{field.name: getattr(encoded.lengths, field.name) for field in fields(Budgets)})
+    batch = empty_rows(1, budgets, omni)
+    RowWriter(batch, 0).add(encoded, source=0, number=0)
+    tokens = len(encoded.tokens)
+    contents, losses = _contents(batch, 0, omni), _losses(batch, 0)
+    return RowView([Segment(0, tokens, document)], contents, losses, _fill(batch, 0, budgets))
+
+
+def _view_row(batch: Batch, row: int, indexes: tuple[Index, ...], omni: OmniConfig, budgets: Budgets) -> RowView:
+    segments = []
+    for segment in range(1, int(batch["segment_ids"][row].max(initial=0)) + 1):
+        slots = np.flatnonzero(batch["segment_ids"][row] == segment)
+        source, number = (int(batch[name][row, slots[0]]) for name in ("source_ids", "document_ids"))
+        segments.append(Segment(int(slots[0]), int(slots[-1]) + 1, indexes[source].document(number)))
+    return RowView(segments, _contents(batch, row, omni), _losses(batch, row), _fill(batch, row, budgets))
+
+
+def _contents(batch: Batch, row: int, omni: OmniConfig) -> Int32[np.ndarray, "t"]:
+    tokens, ids = batch["tokens"][row], omni.tokens
+    contents = np.where(batch["segment_ids"][row] > 0, TEXT, PADDING)
+    starts = [ids.audio_start, ids.audiogen_start]
+    marks = [*starts, ids.audio_end, ids.audiogen_end, ids.image_start, ids.image_end]
+    contents[np.isin(tokens, marks) & (contents == TEXT)] = MARK
+    visual = _used(batch["visual_index"][row], len(tokens))
+    contents[visual] = np.where(tokens[visual] == ids.video_place, FRAME, IMAGE)
+    # Heard and spoken frames have the same pad; the last start mark before them tells which they are.
+    last_start = np.maximum.accumulate(np.where(np.isin(tokens, starts), np.arange(len(tokens)), 0))
+    audio = _used(batch["audio_index"][row], len(tokens))
+    contents[audio] = np.where(tokens[last_start[audio]] == ids.audiogen_start, SPOKEN, HEARD)
+    return contents.astype(np.int32)
+
+
+def _losses(batch: Batch, row: int) -> Int32[np.ndarray, "t"]:
+    losses = np.where(batch["text_weights"][row] > 0, TEXT_LOSS, NO_LOSS)
+    losses[_used(batch["audio_target_index"][row], len(losses))] = AUDIO_LOSS
+    return losses.astype(np.int32)
+
+
+def _fill(batch: Batch, row: int, budgets: Budgets) -> dict[str, tuple[int, int]]:
+    used = {
+        "tokens": int(np.count_nonzero(batch["segment_ids"][row])),
+        "patches": int(np.count_nonzero(batch["patch_segments"][row])),
+        "audio_frames": len(_used(batch["audio_index"][row], budgets.tokens)),
+        "audio_targets": len(_used(batch["audio_target_index"][row], budgets.tokens)),
+    }
+    return {name: (count, getattr(budgets, name)) for name, count in used.items()}
+
+
+def _used(slots: Int32[np.ndarray, "n"], length: int) -> Int32[np.ndarray, "m"]:
+    return slots[slots < length]
+
+
+def _pictures(encoded: EncodedDocument, omni: OmniConfig) -> list[PictureView]:
+    views, patch, merged = [], omni.vision.patch_size, omni.vision.merged_patches
+    for number in range(1, int(encoded.patch_frames.max(initial=0)) + 1):
+        own = np.flatnonzero(encoded.patch_frames == number)
+        pixels = reassemble(encoded.patches[own], encoded.patch_grid[own], patch)
+        corners = encoded.patch_grid[own].reshape(-1, merged, 2)
+        centres = ((corners.mean(1) + 0.5) * patch)[:, ::-1].astype(np.float32)
+        token = encoded.tokens[encoded.visual_slots[own[0] // merged]]
+        views.append(PictureView(FRAME if token == omni.tokens.video_place else IMAGE, pixels, centres))
+    return views
+
+
+def _mels(document: Document, processor: Processor) -> list[MelView]:
+    sounds = [describe(element)[0] for element in processor.elements(document) if isinstance(element, Sound)]
+    audio = processor.config.audio
+    views, clip, previous = [], -1, None
+    for item in processor.audio_items(document):
+        if previous is None or item.window.index <= previous.window.index:  # windows start again: the next clip
+            clip += 1
+        previous, window = item, item.window
+        wave = decode_sound(item.media, item.samples, audio.sampling_rate)[window.start :][: window.samples]
+        seconds = (window.start / audio.sampling_rate, window.samples / audio.sampling_rate)
+        views.append(MelView(sounds[clip], item.media.name, log_mel(wave, audio), *seconds, window.code_frames))
+    return views
