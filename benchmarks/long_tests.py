@@ -2,10 +2,10 @@
 
     python benchmarks/long_tests.py [--json] [PROOF ...]
 
-CI runs some of these and `pytest -m slow` all, at a small size (`sized` in tests/proofs.py); here hundreds of kills,
-thousands of damaged files, every shape of every kernel and the chain of trainings take an hour or more. Needs the extra
-`test`, and libtpu (extra `preflight`) for `aot`. The value is the number of tests that passed; a failing or missing one
-makes `ok` false.
+CI runs some of these and `pytest -m slow` all, at a small size (`sized` in tests/helpers/proofs.py); here hundreds of
+kills, thousands of damaged files, every shape of every kernel and the chain of trainings take an hour or more. Needs
+the extra `test`, and libtpu (extra `preflight`) for `aot`. The value is the number of tests that passed; a failing or
+missing one makes `ok` false.
 """
 
 import argparse
@@ -24,13 +24,16 @@ ROOT = Path(__file__).resolve().parents[1]
 PROOFS = {
     "kills": (
         "faults/test_kills.py faults/test_build_kills.py faults/test_tokenize_kills.py faults/test_synthesis.py "
-        "test_checkpoint_processes.py"
+        "checkpoint/test_processes.py"
     ),
     "damage": "faults/test_damage.py faults/test_full_disk.py faults/test_media.py faults/test_requests.py",
     "meshes": "multidevice faults/test_other_meshes.py",
     "kernels": "kernels/test_attention_tpu.py kernels/test_attention_gpu.py kernels/test_rvq_pallas.py",
-    "aot": "kernels/test_attention_aot.py test_decode_aot.py train/test_preflight.py multidevice/test_two_slices.py",
-    "trainings": "train/test_stages.py train/test_survival.py train/test_loop.py train/test_sound_tasks.py",
+    "aot": (
+        "kernels/test_attention_aot.py generation/test_decode_aot.py train/test_preflight.py "
+        "multidevice/test_two_slices.py"
+    ),
+    "trainings": "train/test_stages.py train/test_survival.py train/test_loop.py train/test_audio_tasks.py",
 }
 
 

@@ -2,7 +2,8 @@
 
 import pytest
 from hypothesis import settings
-from proofs import built_once
+
+from tests.helpers.proofs import built_once
 
 # How long an example takes says more of the machine than of the code.
 settings.register_profile("any machine", deadline=None)
@@ -20,7 +21,7 @@ def sample_dir(tmp_path_factory):
 @pytest.fixture(scope="session")
 def micro_root(sample_dir, tmp_path_factory):
     """The data root of `micro.Command`."""
-    from micro import small_copy
+    from tests.helpers.micro import small_copy
 
     return built_once(tmp_path_factory, "micro", lambda path: small_copy(sample_dir, path))
 
@@ -34,7 +35,7 @@ def compiled(tmp_path_factory):
 @pytest.fixture(scope="session")
 def pretrain(micro_root, compiled):
     """The training command; all its processes share their compiled programs."""
-    from micro import Command
+    from tests.helpers.micro import Command
 
     return Command(micro_root, compiled)
 
@@ -42,7 +43,7 @@ def pretrain(micro_root, compiled):
 @pytest.fixture(scope="session")
 def quick_pretrain(micro_root, compiled):
     """The training command compiled with few optimizations: for tests whose time would else be compilation."""
-    from micro import Command
+    from tests.helpers.micro import Command
 
     return Command(micro_root, compiled, quick=True)
 
@@ -53,7 +54,7 @@ def finished(pretrain, tmp_path_factory):
 
     Tests copy it before they change anything.
     """
-    from micro import STEPS
+    from tests.helpers.micro import STEPS
 
     def run(workdir):
         done = pretrain(workdir, f"train.steps={STEPS}")

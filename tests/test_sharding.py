@@ -12,7 +12,7 @@ from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.nn.param import Compute, named_values, named_variables, normal, stack, with_values
 from baichuan_omni_jax.omni.merge import merge_media, pick_slots
 from baichuan_omni_jax.sharding import ShardingRules, check_divisible, make_mesh, parameter_axes
-from tests.typecheck import unchecked
+from tests.helpers.typecheck import unchecked
 
 
 def test_spec_names_mesh_axes():

@@ -8,7 +8,6 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from golden import golden_path
 
 from baichuan_omni_jax.checkpoint import load_branches, read_branch_info, save_branches
 from baichuan_omni_jax.config import OmniConfig, read_hf, tiny
@@ -32,6 +31,7 @@ from baichuan_omni_jax.convert.synthetic import write_random_checkpoint
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.nn.param import named_values
 from baichuan_omni_jax.vocoder.config import tiny_vocoder
+from tests.helpers.golden import golden_path
 
 TOKENIZER = {"tokenizer.json": '{"version": "1.0"}', "tokenizer_config.json": "{}", "modeling_omni.py": "# code\n"}
 

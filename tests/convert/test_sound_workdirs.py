@@ -8,7 +8,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from micro import one_device
 from safetensors.numpy import save_file
 
 from baichuan_omni_jax.checkpoint import load_branches, save_branches
@@ -20,6 +19,7 @@ from baichuan_omni_jax.convert.whisper import SIZES
 from baichuan_omni_jax.nn.param import Compute, named_values, with_values
 from baichuan_omni_jax.omni.audio_tokenizer_model import TokenizerModel
 from baichuan_omni_jax.omni.flow_matching_model import VoiceModel
+from tests.helpers.micro import one_device
 
 SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "convert_weights.py"
 MODELS = {"audio_tokenizer": TokenizerModel, "flow_matching": VoiceModel}

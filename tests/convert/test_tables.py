@@ -4,7 +4,6 @@ import json
 import re
 
 import pytest
-from golden import golden_path
 
 from baichuan_omni_jax.config import baichuan_omni_7b, from_hf
 from baichuan_omni_jax.convert import abstract_branches, branch_rules
@@ -13,6 +12,7 @@ from baichuan_omni_jax.convert.rules import expand
 from baichuan_omni_jax.convert.safetensors_io import DTYPES, TensorInfo
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.nn.param import named_values
+from tests.helpers.golden import golden_path
 
 # How many there are of each numbered part in the released model.
 COUNTS = {

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from golden import golden_path
 from safetensors.numpy import load_file, save_file
-from typecheck import unchecked
 
 from baichuan_omni_jax.verify import CHECKS, Golden, verify
 from baichuan_omni_jax.verify import run as run_module
 from baichuan_omni_jax.verify.language import slots_of
 from baichuan_omni_jax.verify.media import patch_places, settle_ties
+from tests.helpers.golden import golden_path
+from tests.helpers.typecheck import unchecked
 
 SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "verify_parity.py"
 CODEBOOK = "audio_tokenizer.audio_bridge_model.vq_list.0.codebook.embed"
@@ -73,7 +73,7 @@ def test_the_goldens_pass(tmp_path):
 @pytest.mark.slow
 def test_any_sizes(tmp_path):
     """Weights and references are unrelated, so values differ; names and shapes must not."""
-    from golden_folder import write_fixtures
+    from tests.helpers.golden_folder import write_fixtures
 
     rows = [row for _, lines in verify(write_fixtures(tmp_path / "other")) for row in lines]
     assert {row.check for row in rows} == set(CHECKS)

@@ -10,7 +10,7 @@ import pytest
 from baichuan_omni_jax.config import Budgets, DataConfig, SourceConfig, tiny
 from data_pipelines.audio_codes import CodeStore, write_codes
 from data_pipelines.pipeline import Pipeline, open_pipeline
-from tests.windows import windows_of
+from tests.helpers.windows import windows_of
 
 SOURCES = {"text": 2.0, "image": 2.0, "video": 1.0, "audio": 3.0, "omni": 2.0}
 BUDGETS = Budgets(tokens=512, patches=768, audio_frames=192, audio_targets=96)

@@ -4,9 +4,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from micro import contents
-from proofs import sized
-from uninterrupted import EVERY, STEPS, assert_same_run, committed, resumed_from
+
+from tests.helpers.faults.uninterrupted import EVERY, STEPS, assert_same_run, committed, resumed_from
+from tests.helpers.micro import contents
+from tests.helpers.proofs import sized
 
 pytestmark = pytest.mark.slow
 

@@ -4,9 +4,10 @@ import resource
 from pathlib import Path
 
 import pytest
-from micro import wait_until
-from proofs import HANG
-from uninterrupted import EVERY, STEPS, assert_same_run, committed, leftovers, resumed_from
+
+from tests.helpers.faults.uninterrupted import EVERY, STEPS, assert_same_run, committed, leftovers, resumed_from
+from tests.helpers.micro import wait_until
+from tests.helpers.proofs import HANG
 
 pytestmark = pytest.mark.slow
 

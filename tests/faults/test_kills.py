@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from kills import EVERY, Kill, Moment, kill_at
-from proofs import sized
-from uninterrupted import STEPS, assert_same_run, last_step, leftovers, resumed_from
+
+from tests.helpers.faults.kills import EVERY, Kill, Moment, kill_at
+from tests.helpers.faults.uninterrupted import STEPS, assert_same_run, last_step, leftovers, resumed_from
+from tests.helpers.proofs import sized
 
 pytestmark = pytest.mark.slow
 

@@ -6,10 +6,11 @@ import zlib
 from collections import Counter
 
 import pytest
-from media_files import kind_of, originals
-from media_worker import decode_all
-from mutations import mutants
-from proofs import sized
+
+from tests.helpers.faults.media_files import kind_of, originals
+from tests.helpers.faults.media_worker import decode_all
+from tests.helpers.faults.mutations import mutants
+from tests.helpers.proofs import sized
 
 CAUSES = {"unreadable_media", "too_big_media", "silent_audio", "changed"}
 SECONDS = 300  # after which a file hangs its reader; the slowest took well under one

@@ -5,9 +5,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from micro import Command, read_metrics
-from proofs import sized
-from uninterrupted import committed, resumed_from
+
+from tests.helpers.faults.uninterrupted import committed, resumed_from
+from tests.helpers.micro import Command, read_metrics
+from tests.helpers.proofs import sized
 
 pytestmark = pytest.mark.slow
 
@@ -28,7 +29,7 @@ EQUAL = ("tokens", "fill_tokens", "fill_patches", "fill_audio", "flops_llm", "fl
 @pytest.fixture(scope="module")
 def train(micro_root, tmp_path_factory):
     """Trains a workdir up to a step on some devices. Compiled with few optimizations, which is most of the time."""
-    recorded = Path(__file__).with_name("recorded.py")
+    recorded = Path(__file__).parents[1] / "helpers" / "faults" / "recorded.py"
     command = Command(micro_root, tmp_path_factory.mktemp("xla"), recorded, quick=True)
 
     def run(workdir: Path, steps: int, devices: int) -> str:

@@ -8,7 +8,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from engine_prompts import one_device, small_branches, small_config, tokenizer
 
 from baichuan_omni_jax.config import GenerationSettings
 from baichuan_omni_jax.convert.tables import abstract_branches
@@ -18,7 +17,8 @@ from baichuan_omni_jax.generation.engine import Engine
 from baichuan_omni_jax.generation.speech_decoder import Speaker
 from data_pipelines.documents.chat_prompt import ChatPrompts
 from data_pipelines.documents.processor import Processor
-from tests.data_pipelines.small_media import tone, write_image
+from tests.helpers.engine_prompts import one_device, small_branches, small_config, tokenizer
+from tests.helpers.small_media import tone, write_image
 
 CFG = small_config()
 SILENT = replace(GenerationSettings().greedy(), max_tokens=8)

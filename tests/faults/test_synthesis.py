@@ -11,7 +11,8 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
-from proofs import HANG, sized, wait_for
+
+from tests.helpers.proofs import HANG, sized, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS, UNIT = sized(40, 80), 4  # ten or twenty units

@@ -4,11 +4,11 @@ import random
 import time
 
 import pytest
-from micro import wait_until
-from proofs import sized
-from tokenized import copy_data, files_of, part_time_of, parts_of, run, start, store_of, without_store
 
 from data_pipelines.audio_codes import CodeStore
+from tests.helpers.micro import wait_until
+from tests.helpers.proofs import sized
+from tests.helpers.tokenized import copy_data, files_of, part_time_of, parts_of, run, start, store_of, without_store
 
 pytestmark = pytest.mark.slow
 

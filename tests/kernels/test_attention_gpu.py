@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from proofs import sized
-from typecheck import unchecked
 
 from baichuan_omni_jax.kernels.flash_attention import Segments, flash_attention, pallas_gpu, plan_blocks, reference
 from baichuan_omni_jax.kernels.flash_attention.cases import REAL, SMALL, Case, Heads
 from baichuan_omni_jax.kernels.platform import UnsupportedError
+from tests.helpers.proofs import sized
+from tests.helpers.typecheck import unchecked
 
 CARD = AbstractDevice("NVIDIA H200", num_cores=132, platform="gpu")
 H200 = AbstractMesh((), (), (), abstract_device=CARD)

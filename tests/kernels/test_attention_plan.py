@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layouts import BLOCK, LENGTH, permuted, row, segments_of
-from typecheck import unchecked
 
 from baichuan_omni_jax.kernels.flash_attention import Segments, plan_blocks
 from baichuan_omni_jax.kernels.flash_attention.plan import FIRST, INTERIOR, LAST, unpack
 from baichuan_omni_jax.kernels.flash_attention.reference import visible
+from tests.helpers.layouts import BLOCK, LENGTH, permuted, row, segments_of
+from tests.helpers.typecheck import unchecked
 
 
 @functools.partial(jax.jit, static_argnames="causal")

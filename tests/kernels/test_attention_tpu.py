@@ -8,13 +8,13 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from proofs import sized
-from typecheck import unchecked
 
 from baichuan_omni_jax.kernels.flash_attention import Segments, pallas_tpu, plan_blocks, reference, tuning
 from baichuan_omni_jax.kernels.flash_attention.cases import SMALL, Case, Heads
 from baichuan_omni_jax.kernels.flash_attention.plan import FIRST, LAST, unpack
 from baichuan_omni_jax.nn.remat import remat
+from tests.helpers.proofs import sized
+from tests.helpers.typecheck import unchecked
 
 # Of an array's largest value. fp32 products are summed in another order; bf16 rounds the softmax's weights too.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layouts import BLOCK, LENGTH, permuted, row, segments_of
-from typecheck import unchecked
 
 from baichuan_omni_jax.kernels.flash_attention import BlockPlan, Segments, flash_attention, plan_blocks
 from baichuan_omni_jax.kernels.flash_attention.cases import SMALL
+from tests.helpers.layouts import BLOCK, LENGTH, permuted, row, segments_of
+from tests.helpers.typecheck import unchecked
 
 
 def random_inputs(t: int, heads: int, kv_heads: int, rows: int, width: int = 8):

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
-from typecheck import unchecked
 
 from baichuan_omni_jax.config import MeshConfig
 from baichuan_omni_jax.kernels.rvq_lookup import prepare_codebooks, rvq_lookup, xla
 from baichuan_omni_jax.kernels.rvq_lookup.levels import lookup_blocks
 from baichuan_omni_jax.sharding import make_mesh
+from tests.helpers.typecheck import unchecked
 
 IMPLEMENTATIONS = ("xla", "reference")
 

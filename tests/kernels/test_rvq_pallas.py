@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
-from typecheck import unchecked
 
 from baichuan_omni_jax.kernels.rvq_lookup import pallas_gpu, pallas_tpu, reference
 from baichuan_omni_jax.kernels.rvq_lookup.cases import RELEASED, SMALL, Case
+from tests.helpers.typecheck import unchecked
 
 KERNELS = {"tpu": pallas_tpu, "gpu": pallas_gpu}
 reference_lookup = jax.jit(reference.lookup)

@@ -5,10 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from micro import environment
-from proofs import HANG
 
-SCRIPT = Path(__file__).with_name("engine.py")
+from tests.helpers.micro import environment
+from tests.helpers.proofs import HANG
+
+SCRIPT = Path(__file__).parents[1] / "helpers" / "multidevice" / "engine.py"
 
 
 @pytest.mark.slow

@@ -4,10 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from micro import environment
-from proofs import HANG
+from tests.helpers.micro import environment
+from tests.helpers.proofs import HANG
 
-SCRIPT = Path(__file__).with_name("quantizer.py")
+SCRIPT = Path(__file__).parents[1] / "helpers" / "multidevice" / "quantizer.py"
 
 
 def test_codebooks_on_eight_devices_equal_one(tmp_path):

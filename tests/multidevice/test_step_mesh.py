@@ -5,10 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from micro import environment, small_copy
-from proofs import HANG, sized
 
-SCRIPT = Path(__file__).with_name("step.py")
+from tests.helpers.micro import environment, small_copy
+from tests.helpers.proofs import HANG, sized
+
+SCRIPT = Path(__file__).parents[1] / "helpers" / "multidevice" / "step.py"
 
 
 @pytest.mark.slow

@@ -1,8 +1,9 @@
 """Codes do not depend on devices or hosts: 8 devices, and two hosts that share the work, write the same store. Slow."""
 
 import pytest
-from proofs import HANG
-from tokenized import copy_data, files_of, parts_of, run, start_hosts, without_store
+
+from tests.helpers.proofs import HANG
+from tests.helpers.tokenized import copy_data, files_of, parts_of, run, start_hosts, without_store
 
 pytestmark = pytest.mark.slow
 

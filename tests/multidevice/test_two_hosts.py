@@ -7,10 +7,10 @@ import time
 from pathlib import Path
 
 import pytest
-from micro import Command, read_metrics, small_copy
-from proofs import HANG
 
 from baichuan_omni_jax.checkpoint import Workdir
+from tests.helpers.micro import Command, read_metrics, small_copy
+from tests.helpers.proofs import HANG
 
 pytestmark = pytest.mark.slow
 

@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from proofs import HANG
+
+from tests.helpers.proofs import HANG
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PROGRAM = """

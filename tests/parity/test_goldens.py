@@ -1,10 +1,10 @@
 """Every golden tensor against our computation with weights converted by the tables: the checks of verify_parity.py."""
 
 import pytest
-from golden import golden_path
 
 from baichuan_omni_jax.verify import CHECKS, Fixtures, run_check
 from baichuan_omni_jax.verify.decoding import WAVE_TOLERANCE
+from tests.helpers.golden import golden_path
 
 # Seen: at most 2.2e-6, and 1.4e-6 but for the flow. A wrong epsilon shows at about 3e-6.
 TOLERANCE = 2.5e-6

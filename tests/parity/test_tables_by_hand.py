@@ -1,11 +1,8 @@
 """The conversion tables give every parameter the values that a mapping spelled out by hand gives it."""
 
-import golden_decoders
-import golden_weights
 import jax
 import numpy as np
 import pytest
-from golden import golden_path
 
 from baichuan_omni_jax.config import MeshConfig
 from baichuan_omni_jax.convert import (
@@ -17,6 +14,8 @@ from baichuan_omni_jax.convert import (
 from baichuan_omni_jax.nn.param import named_values
 from baichuan_omni_jax.sharding import make_mesh
 from baichuan_omni_jax.vocoder.config import read_vocoder_config
+from tests.helpers import golden_decoders, golden_weights
+from tests.helpers.golden import golden_path
 
 ORACLES = {
     "vision": golden_weights.vision,

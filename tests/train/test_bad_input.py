@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from absl import flags
 from jax.sharding import AxisType, Mesh
-from micro import CONFIG, STEPS, contents, micro_run, open_micro, overrides, read_metrics, wait_until
 
 from baichuan_omni_jax.checkpoint import Workdir
 from baichuan_omni_jax.config import apply_overrides, load_run_config, resolve_model
@@ -27,6 +26,7 @@ from baichuan_omni_jax.train.trainer import train
 from data_pipelines.packing.rows import ALL_ROWS
 from data_pipelines.packing.training import TrainingData
 from data_pipelines.pipeline import open_pipeline
+from tests.helpers.micro import CONFIG, STEPS, contents, micro_run, open_micro, overrides, read_metrics, wait_until
 
 TINY = resolve_model("tiny")
 

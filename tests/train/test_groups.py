@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from micro import micro_run, one_device, open_micro, place
 
 from baichuan_omni_jax.config import GroupConfig, OptimizerConfig, resolve_model
 from baichuan_omni_jax.errors import ConfigError
@@ -16,6 +15,7 @@ from baichuan_omni_jax.train.groups import Groups, assign_groups, decays, make_o
 from baichuan_omni_jax.train.state import init_state, make_compute, make_setup
 from baichuan_omni_jax.train.step import make_step
 from baichuan_omni_jax.train.tasks import TASKS
+from tests.helpers.micro import micro_run, one_device, open_micro, place
 
 VARIABLES = {
     "vision.tower.weight": nnx.Param(jnp.zeros(2)),

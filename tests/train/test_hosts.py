@@ -3,12 +3,12 @@
 import json
 
 import pytest
-from micro import CONFIG
 
 from baichuan_omni_jax.config import apply_overrides, load_run_config
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.train import hosts
 from baichuan_omni_jax.train.hosts import check_agreement, run_facts, software, together
+from tests.helpers.micro import CONFIG
 
 
 @pytest.fixture

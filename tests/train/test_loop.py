@@ -9,7 +9,13 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from micro import (
+
+from baichuan_omni_jax.audio.tokenize import fingerprint
+from baichuan_omni_jax.checkpoint import Workdir, find_tokenizer
+from baichuan_omni_jax.config import resolve_model
+from baichuan_omni_jax.omni.model import OmniModel
+from baichuan_omni_jax.train.state import make_compute
+from tests.helpers.micro import (
     STEPS,
     TIMES,
     contents,
@@ -22,13 +28,7 @@ from micro import (
     saved_arrays,
     wait_until,
 )
-from proofs import HANG
-
-from baichuan_omni_jax.audio.tokenize import fingerprint
-from baichuan_omni_jax.checkpoint import Workdir, find_tokenizer
-from baichuan_omni_jax.config import resolve_model
-from baichuan_omni_jax.omni.model import OmniModel
-from baichuan_omni_jax.train.state import make_compute
+from tests.helpers.proofs import HANG
 
 LEVELS = [f"loss_audio_q{level}" for level in range(8)]
 KEYS = ["step", "loss", "loss_text", "loss_audio", *LEVELS, "tokens", "fill_tokens", "fill_patches", "fill_audio"]

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from micro import micro_run, one_device, open_micro, place
 
 from baichuan_omni_jax.config import Budgets, resolve_model
 from baichuan_omni_jax.evaluation.held_out import mean_losses
@@ -21,6 +20,7 @@ from baichuan_omni_jax.train.omni_loss import denominators, omni_loss, share_met
 from baichuan_omni_jax.train.state import make_compute, make_setup
 from data_pipelines.packing.batch import RowWriter, empty_rows
 from data_pipelines.packing.loss_weights import weigh
+from tests.helpers.micro import micro_run, one_device, open_micro, place
 
 # Of max|difference| / max|reference| per tensor, fp32.
 TOLERANCE = 1e-5

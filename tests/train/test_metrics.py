@@ -8,7 +8,6 @@ from types import ModuleType, SimpleNamespace
 import jax
 import jax.numpy as jnp
 import pytest
-from micro import CONFIG
 
 from baichuan_omni_jax.config import load_run_config, resolve_model
 from baichuan_omni_jax.errors import ConfigError
@@ -18,6 +17,7 @@ from baichuan_omni_jax.train.goodput import Goodput
 from baichuan_omni_jax.train.metrics import MetricsWriter, Throughput
 from baichuan_omni_jax.train.profiling import StepTrace, parse_span
 from baichuan_omni_jax.train.wandb import WandbWriter
+from tests.helpers.micro import CONFIG
 
 COUNTS = {
     "tokens": 200.0,

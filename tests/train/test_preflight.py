@@ -9,7 +9,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from proofs import HANG
 
 from baichuan_omni_jax.config import load_run_config, tiny
 from baichuan_omni_jax.errors import ConfigError
@@ -18,6 +17,7 @@ from baichuan_omni_jax.train.preflight.buffers import largest_temporaries
 from baichuan_omni_jax.train.preflight.build import Memory, refused
 from baichuan_omni_jax.train.preflight.suggest import suggestions
 from baichuan_omni_jax.train.preflight.tables import short_scope
+from tests.helpers.proofs import HANG
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MICRO = REPOSITORY / "configs" / "micro.py"

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from micro import CONFIG, one_device
 from rich.console import Console
 
 from baichuan_omni_jax.checkpoint import Workdir, load_branches, read_branch_info, save_branches
@@ -32,6 +31,7 @@ from baichuan_omni_jax.train.state import (
 )
 from baichuan_omni_jax.train.step import make_gradients, make_step
 from baichuan_omni_jax.train.tasks import make_task
+from tests.helpers.micro import CONFIG, one_device
 
 # Of max|difference| / max|reference| per tensor, fp32.
 TOLERANCE = 1e-5

@@ -8,7 +8,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from micro import REPOSITORY, environment, one_device, small_copy
 
 from baichuan_omni_jax.checkpoint import find_parent, load_branches, with_shardings
 from baichuan_omni_jax.config import STAGES, RunConfig, load_run_config, resolve_model, stage_groups
@@ -18,6 +17,7 @@ from baichuan_omni_jax.omni.model import OmniModel
 from baichuan_omni_jax.sharding import ShardingRules
 from baichuan_omni_jax.train.groups import assign_groups, special_ids
 from baichuan_omni_jax.train.state import branches_of
+from tests.helpers.micro import REPOSITORY, environment, one_device, small_copy
 
 # What trains in each stage of the report, by the longest common beginning of its names.
 PARTS = ("vision.projector.", "vision.tower.", "llm.", "audio_head.")

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from micro import CONFIG, one_device
 
 from baichuan_omni_jax.config import Budgets, load_run_config, resolve_model
 from baichuan_omni_jax.omni.batch import abstract_batch
 from baichuan_omni_jax.train.state import init_state, make_compute, make_setup
 from baichuan_omni_jax.train.step import make_gradients, make_step
+from tests.helpers.micro import CONFIG, one_device
 
 # Of max|difference| / max|reference| per tensor, fp32.
 TOLERANCE = 1e-6

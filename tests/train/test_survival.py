@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from micro import STEPS, numbers, read_metrics, saved_arrays
 
 from baichuan_omni_jax.checkpoint import Workdir
+from tests.helpers.micro import STEPS, numbers, read_metrics, saved_arrays
 
 pytestmark = pytest.mark.slow
 
@@ -29,7 +29,7 @@ def get_config():
 
 @pytest.fixture(scope="module")
 def evaluated(pretrain, tmp_path_factory) -> Path:
-    from micro import CONFIG as MICRO
+    from tests.helpers.micro import CONFIG as MICRO
 
     folder = tmp_path_factory.mktemp("evaluated")
     (folder / "config.py").write_text(f"MICRO = {str(MICRO)!r}\n{CONFIG}")

@@ -1,0 +1,204 @@
+"""Configurations: overrides, dicts, the Hugging Face form, and what is refused."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from baichuan_omni_jax.config import (
+    RunConfig,
+    apply_overrides,
+    baichuan_omni_7b,
+    from_dict,
+    from_hf,
+    load_run_config,
+    read_hf,
+    resolve_model,
+    tiny,
+    to_dict,
+    to_hf,
+)
+from baichuan_omni_jax.errors import ConfigError
+from tests.helpers.golden import golden_path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_overrides_reach_nested_fields_and_keep_types():
+    run = RunConfig(name="x")
+    changed = apply_overrides(
+        run,
+        ["train.steps=20", "data.budgets.tokens=1024", "optimizer.clip_norm=2", "data.tokenizer=7", "data.sample=true"],
+    )
+    assert changed.train.steps == 20
+    assert changed.data.budgets.tokens == 1024
+    assert changed.optimizer.clip_norm == 2.0
+    assert isinstance(changed.optimizer.clip_norm, float)
+    assert changed.data.tokenizer == "7"
+    assert changed.data.sample is True
+    assert run.train.steps == 1000
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.step=20", "unknown config key train.step; the nearest known one is train.steps"),
+        ("trian.steps=20", "unknown config key trian; the nearest known one is train"),
+        ("train.steps=2.5", "train.steps must be int, not 2.5"),
+        ("data.weights_by=words", "data.weights_by must be one of documents, tokens, trainable, not 'words'"),
+        ("train.document_weighting=1", "train.document_weighting must be one of token, sqrt, document, not 1"),
+        ("train.steps=true", "train.steps must be int, not True"),
+        ("train.steps.more=1", "train.steps.more: steps is a int and has no field 'more'"),
+        ("train.steps", "'train.steps' is not of the form key=value"),
+        ("data.mixture=3", "data.mixture must be a list, not 3"),
+    ],
+)
+def test_bad_overrides_are_told(override, message):
+    with pytest.raises(ConfigError) as error:
+        apply_overrides(RunConfig(name="x"), [override])
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
+def test_every_config_loads_and_survives_json(path):
+    run = load_run_config(path)
+    assert from_dict(RunConfig, json.loads(json.dumps(to_dict(run)))) == run
+    assert f"configs/{path.name}" in path.read_text(encoding="utf-8").split('"""')[1], "its launch command"
+    resolve_model(run.model)
+
+
+def test_missing_config_and_model_are_told(tmp_path):
+    with pytest.raises(ConfigError, match=r"config file .*none\.py does not exist"):
+        load_run_config(tmp_path / "none.py")
+    (tmp_path / "empty.py").write_text("")
+    with pytest.raises(ConfigError, match=r"empty\.py defines no get_config"):
+        load_run_config(tmp_path / "empty.py")
+    with pytest.raises(ConfigError, match="model 'huge' is neither a variant"):
+        resolve_model("huge")
+
+
+@pytest.mark.parametrize("omni", [tiny(), baichuan_omni_7b()], ids=["tiny", "7b"])
+def test_hf_round_trip(omni):
+    assert from_hf(json.loads(json.dumps(to_hf(omni)))) == omni
+
+
+def test_the_golden_config_is_read():
+    omni = read_hf(golden_path("omni_a/config.json"))
+    assert (omni.llm.num_kv_heads, omni.vision.depth, omni.audio.codebook_sizes[:2]) == (2, 3, (64, 48))
+    assert (omni.tokens.audiogen_start, omni.vision.frame_limits.max_pixels) == (472, 602112)
+    assert from_hf(to_hf(omni)) == omni
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("", "position_embedding_type", "alibi"),
+        ("", "sparse_attention_heads", [0, 1]),
+        ("", "use_sliding_window", True),
+        ("flow_matching_config", "use_hires_mel", False),
+        ("flow_matching_config", "unet_use_omni_attn", True),
+        ("flow_matching_config", "use_hidden_states_before_dconv2", False),
+        ("flow_matching_config", "spk_emb_dim", 64),
+        ("flow_matching_config", "prenet_target_mel_length_scale_ratio", 2.0),
+    ],
+)
+def test_unsupported_hf_fields_are_refused_by_name(section, key, value):
+    values = to_hf(tiny())
+    (values[section] if section else values)[key] = value
+    with pytest.raises(ConfigError) as error:
+        from_hf(values)
+    assert f"{section}.{key}".lstrip(".") in str(error.value)
+
+
+def as_transformers_5(values: dict) -> dict:
+    """A config as `PretrainedConfig.save_pretrained` of transformers 5 writes it."""
+    values = dict(values)
+    values["rope_parameters"] = {"rope_theta": values.pop("rope_theta"), "rope_type": "default"}
+    values["dtype"] = values.pop("torch_dtype")
+    values["layer_types"] = ["full_attention"] * values["num_hidden_layers"]
+    del values["rope_scaling"]
+    return values
+
+
+@pytest.mark.parametrize("omni", [tiny(), baichuan_omni_7b()], ids=["tiny", "7b"])
+def test_a_config_of_transformers_5_is_the_same(omni):
+    values = as_transformers_5(to_hf(omni))
+    assert from_hf(values) == omni
+    assert from_hf(values | {"rope_theta": omni.llm.rope_theta, "rope_scaling": values["rope_parameters"]}) == omni
+    assert from_hf(to_hf(omni) | {"rope_scaling": {"type": "default"}}) == omni
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"rope_parameters": {"rope_theta": 1e6, "rope_type": "yarn"}}, "rope_parameters.rope_type = 'yarn' is not"),
+        ({"rope_parameters": {"full_attention": {}}}, "rope_parameters.full_attention = {} is not supported"),
+        ({"rope_parameters": {"rope_theta": 1e4}, "rope_theta": 1e6}, "rope_theta is given twice: 10000.0 in rope_"),
+        ({"rope_parameters": {"rope_type": "default"}}, "rope_theta is missing"),
+        ({"rope_parameters": [1e6]}, "rope_parameters must be an object, not [1000000.0]"),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling.rope_type = 'linear' is not supported"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types holds 'sliding_attention'"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config (fp8) is not supported"),
+        ({"hidden_size": "128"}, "hidden_size must be int, not '128'"),
+        ({"num_attention_heads": 0}, "num_attention_heads = 0 must be above 0"),
+        ({"audio_config": None}, "audio_config.sampling_rate is missing"),
+        ({"visual_config": 7}, "visual_config must be an object, not 7"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_config_that_means_another_model_is_refused(change, sentence):
+    with pytest.raises(ConfigError) as error:
+        from_hf(as_transformers_5(to_hf(tiny())) | change)
+    assert str(error.value).startswith(sentence)
+
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 16060\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (LFS_POINTER, "is a pointer of Git LFS (to 16,060 bytes), not the file itself"),
+        (b"/annex/objects/SHA256E-s1--0.json\n", "is a pointer of git-annex"),
+        (b"\n<!DOCTYPE html><html>", "is a web page, not the file itself"),
+        (b"", "is empty"),
+        (b"[1]", "is no JSON object but list"),
+        (b"\xff\xfe{}", "cannot be read as JSON: 'utf-8' codec can't decode"),
+        (b"{", "cannot be read as JSON"),
+    ],
+    ids="lfs annex html empty list bytes cut".split(),
+)
+def test_what_stands_in_place_of_a_config_is_called_by_its_name(tmp_path, content, sentence):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ConfigError) as error:
+        read_hf(tmp_path / "config.json")
+    assert str(error.value).startswith(f"{tmp_path / 'config.json'} {sentence}")
+
+
+def test_a_mark_of_byte_order_is_no_fault(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(to_hf(tiny())), encoding="utf-8-sig")
+    assert read_hf(tmp_path / "config.json") == tiny()
+
+
+def test_missing_hf_field_is_named():
+    values = to_hf(tiny())
+    del values["audio_config"]["d_model"]
+    with pytest.raises(ConfigError, match=r"audio_config\.d_model is missing"):
+        from_hf(values)
+
+
+def test_parts_that_do_not_fit_are_refused():
+    omni = tiny()
+    with pytest.raises(ConfigError, match=r"vision\.out_dim 64 must equal llm\.hidden_size 128"):
+        replace(omni, vision=replace(omni.vision, out_dim=64))
+    with pytest.raises(ConfigError, match=r"tokens\.audiogen_end lies outside llm\.vocab_size 58"):
+        replace(omni, llm=replace(omni.llm, vocab_size=58))
+
+
+def test_importing_the_configuration_imports_no_jax():
+    code = "import sys, baichuan_omni_jax.config; print([m for m in ('jax', 'flax', 'numpy') if m in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert found.stdout.strip() == "[]"

@@ -1,0 +1,120 @@
+"""A file is what its content is, whatever it is called."""
+
+import struct
+import zipfile
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_pipelines.documents.document import SampleError
+from data_pipelines.media.media_kind import MediaContent, inspect_media
+from tests.helpers.small_media import media, tone, write_image, write_sound, write_video
+
+PICTURE, SOUND = MediaContent("image", False), MediaContent("audio", True)
+FILM, MUTE_FILM = MediaContent("video", True), MediaContent("video", False)
+
+
+def write_voice(path: Path, codec: str, form: str) -> Path:
+    """Half a second of sound alone in a container that may hold pictures too."""
+    rate = 8000 if codec.startswith("amr") else 48000
+    with av.open(str(path), "w", format=form) as container:
+        track = container.add_stream(codec, rate=rate, layout="mono")
+        for start in range(0, rate // 2, 960):
+            part = tone(0.5, rate)[None, start : start + 960]
+            frame = av.AudioFrame.from_ndarray(part, format="flt", layout="mono")
+            frame.sample_rate, frame.pts = rate, start
+            container.mux(track.encode(frame))
+        container.mux(track.encode(None))
+    return path
+
+
+def add_cover(path: Path, jpeg: bytes) -> Path:
+    """An MP3 with a cover: an ID3v2.3 tag of one frame APIC (encoding, type of the picture, its kind, its bytes)."""
+    body = b"\0image/jpeg\0\x03\0" + jpeg
+    frame = b"APIC" + struct.pack(">I", len(body)) + b"\0\0" + body
+    size = bytes((len(frame) >> shift) & 0x7F for shift in (21, 14, 7, 0))
+    path.write_bytes(b"ID3\x03\0\0" + size + frame + path.read_bytes())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "form"),
+    [
+        ("voice.webm", "libopus", "webm"),
+        ("voice.weba", "libopus", "webm"),
+        ("voice.mp4", "aac", "mp4"),
+        ("voice.3gp", "aac", "3gp"),
+        ("voice.mov", "aac", "mov"),
+        ("voice.mkv", "flac", "matroska"),
+        ("voice", "aac", "mp4"),
+        ("voice.png", "libopus", "ogg"),
+    ],
+)
+def test_a_container_without_a_picture_is_a_sound(tmp_path, name, codec, form):
+    assert inspect_media(media(write_voice(tmp_path / name, codec, form))) == SOUND
+
+
+@pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.mp3", "a.aiff", "sound"])
+def test_formats_of_sound_alone(tmp_path, name):
+    form = {"sound": "AIFF"}.get(name)
+    assert inspect_media(media(write_sound(tmp_path / name, 0.3, format=form))) == SOUND
+
+
+def test_a_cover_does_not_make_a_song_a_video(tmp_path):
+    write_image(tmp_path / "cover.jpg", 40, 40)
+    song = add_cover(write_sound(tmp_path / "song.mp3", 0.5), (tmp_path / "cover.jpg").read_bytes())
+    with av.open(str(song)) as container:
+        assert container.streams.video, "the cover is there"
+    assert inspect_media(media(song)) == SOUND
+
+
+@pytest.mark.parametrize(("name", "form"), [("a.jfif", "JPEG"), ("a", "PNG"), ("a.mp4", "WEBP"), ("a.txt", "BMP")])
+def test_pictures(tmp_path, name, form):
+    assert inspect_media(media(write_image(tmp_path / name, 30, 40, format=form))) == PICTURE
+
+
+def test_an_animation_is_a_picture(tmp_path):
+    frames = [Image.fromarray(np.full((30, 40), level, np.uint8)) for level in (0, 255)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    assert inspect_media(media(tmp_path / "a.gif")) == PICTURE
+
+
+def test_a_still_in_an_iso_file_is_a_picture(tmp_path):
+    """A box of its length, `ftyp`, the brand, a version and the brands it goes with (ISO 14496-12, 4.3)."""
+    (tmp_path / "a.mp4").write_bytes(struct.pack(">I", 24) + b"ftypheic\0\0\0\0mif1heic")
+    assert inspect_media(media(tmp_path / "a.mp4")) == PICTURE
+
+
+def test_videos_with_and_without_sound(tmp_path):
+    assert inspect_media(media(write_video(tmp_path / "a.mp4", 0.6, sound=0.5))) == FILM
+    assert inspect_media(media(write_video(tmp_path / "a.webm", 0.6).rename(tmp_path / "film"))) == MUTE_FILM
+    assert inspect_media(media(write_video(tmp_path / "a.avi", 0.6).rename(tmp_path / "a.jpg"))) == MUTE_FILM
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("notes.bin", b"only text", r"notes\.bin is neither a picture nor a sound nor a video"),
+        ("noise", bytes(range(256)) * 40, r"noise is neither a picture nor a sound nor a video"),
+        ("film.mp4", b"only text", r"film\.mp4 is not a readable video: its content is that of no"),
+        ("voice.wav", b"only text", r"voice\.wav is not a readable sound"),
+        ("empty.png", b"", r"empty\.png is empty"),
+        ("cut.aiff", b"FORM\0\0\1\0AIFFCOMM", r"cut\.aiff is not a readable sound"),
+    ],
+)
+def test_what_is_none_is_refused_by_name(tmp_path, name, content, sentence):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(SampleError, match=sentence) as error:
+        inspect_media(media(tmp_path / name))
+    assert error.value.cause == "unreadable_media"
+
+
+def test_an_archive_is_none(tmp_path):
+    write_image(tmp_path / "a.png", 30, 40)
+    with zipfile.ZipFile(tmp_path / "photos", "w") as archive:
+        archive.write(tmp_path / "a.png", "a.png")
+    with pytest.raises(SampleError, match="photos is neither a picture nor a sound nor a video"):
+        inspect_media(media(tmp_path / "photos"))

@@ -1,0 +1,121 @@
+"""Packing on lengths alone: nothing lost, nothing cut, nothing too large, nothing waiting for ever."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_pipelines.packing.media_layout import PatchLayout
+from data_pipelines.packing.mixture import Item
+from data_pipelines.packing.packer import PATIENCE, Packer
+from tests.helpers.listed import Listed, row_plan
+
+BUDGETS = [20, 12, 6, 3]
+LAYOUT = PatchLayout(12, 3)
+# What a document takes of each budget; its patches are in pictures of at most 4.
+LENGTHS = st.lists(st.tuples(*(st.integers(int(i == 0), b) for i, b in enumerate(BUDGETS))), min_size=1, max_size=60)
+
+
+def pictures_of(need):
+    """A document's patches as pictures of 4, the last one smaller."""
+    return [min(4, need[1] - done) for done in range(0, need[1], 4)] if len(need) > 1 else []
+
+
+def listed(lengths, name="a"):
+    return Listed(name, lengths, [pictures_of(need) for need in lengths])
+
+
+def rows_of(lengths, budgets=BUDGETS, layout=LAYOUT, open_bins=3, look_ahead=5):
+    """All rows of documents in this order."""
+    packer = Packer(budgets, layout, open_bins, look_ahead)
+    items = [Item((0, n), tuple(need), pictures_of(need)) for n, need in enumerate(lengths)]
+    rows = [row for item in items if (row := packer.add(item)) is not None]
+    while (row := packer.finish()) is not None:
+        rows.append(row)
+    return [[item.key[1] for item in row] for row in rows]
+
+
+@given(LENGTHS, st.integers(1, 5), st.integers(0, 20))
+@settings(max_examples=30)
+def test_every_document_is_in_one_row_and_no_row_is_over_a_budget(lengths, open_bins, look_ahead):
+    rows = rows_of(lengths, open_bins=open_bins, look_ahead=look_ahead)
+    assert Counter(number for row in rows for number in row) == Counter(range(len(lengths)))
+    for row in rows:
+        assert row
+        assert (sum(np.array(lengths[number]) for number in row) <= BUDGETS).all()
+        assert LAYOUT.fits([size for number in row for size in pictures_of(lengths[number])])
+
+
+@given(st.lists(LENGTHS, min_size=1, max_size=3), st.integers(1, 4), st.integers(0, 9), st.integers(0, 30))
+@settings(max_examples=15)
+def test_a_restored_plan_goes_on_with_the_same_rows(lengths, open_bins, look_ahead, done):
+    def make():
+        sources = [listed(own, str(number)) for number, own in enumerate(lengths)]
+        return row_plan(sources, BUDGETS, layout=LAYOUT, open_bins=open_bins, look_ahead=look_ahead, epochs=1)
+
+    whole = make()
+    rows = list(whole)
+    first, second = make(), make()
+    done = min(done, len(rows))
+    assert [next(first) for _ in range(done)] == rows[:done]
+    second.restore(first.state)
+    assert second.state == first.state
+    assert list(second) == rows[done:]
+
+
+def test_the_pool_fills_rows():
+    """Log-normal documents: a pool makes rows full that without one leave a part empty."""
+    sizes = np.random.default_rng(0).lognormal(4, 1, 3000).clip(1, 1000).astype(int)
+
+    def fill(open_bins, look_ahead):
+        rows = rows_of(sizes[:, None].tolist(), [1000], PatchLayout(0), open_bins, look_ahead)
+        return np.mean([sizes[row].sum() for row in rows[: -open_bins - 1]]) / 1000
+
+    assert fill(8, 64) > 0.998 > fill(8, 0)
+    assert fill(1, 0) < fill(8, 0)
+
+
+def test_several_budgets_are_filled_together():
+    """Text, pictures and sound in rows with a quarter more room for media than they take on average."""
+    rng = np.random.default_rng(0)
+    tokens = rng.lognormal(4, 1, 3000).clip(1, 1000).astype(int)
+    kinds = rng.integers(3, size=3000)
+    needs = np.stack([tokens, tokens * 3 * (kinds == 1), tokens // 2 * (kinds == 2)], 1)
+    budgets = np.ceil(1.25 * 1000 * needs.mean(0) / tokens.mean()).astype(int)
+    budgets = np.maximum(budgets, needs.max(0))
+    rows = rows_of(needs.tolist(), [1000, *budgets[1:].tolist()], PatchLayout(int(budgets[1])), 8, 64)
+    assert np.mean([tokens[row].sum() for row in rows[:-9]]) > 0.99 * 1000
+
+
+def test_the_example_of_the_docstring():
+    packer = Packer([100], PatchLayout(0), open_bins=2, look_ahead=3)
+    items = [Item((0, size), (size,), []) for size in (60, 70, 25, 33, 12, 15, 30)]
+    assert [packer.add(item) for item in items[:-1]] == [None] * 6
+    assert packer.state["open"] == [[[0, 60], [0, 25]], [[0, 70]]]
+    assert packer.state["pool"] == [[0, 33], [0, 12], [0, 15]]
+    assert [item.key[1] for item in packer.add(items[-1])] == [60, 25, 15]
+    assert packer.state["open"] == [[[0, 70]], [[0, 33]]]
+
+
+def test_a_full_second_budget_closes_a_row():
+    assert rows_of([[1, 3], [1, 0], [1, 2]], [9, 3], PatchLayout(3), 1, 0) == [[0], [1, 2]]
+
+
+def test_a_picture_without_a_whole_place_goes_to_another_row():
+    def rows(documents, parts):
+        return rows_of(documents, [90, 12], PatchLayout(12, parts), open_bins=1, look_ahead=3)
+
+    assert max(map(len, rows([[1, 3]] * 12, 1))) == 4
+    assert max(map(len, rows([[1, 3]] * 12, 3))) == 3
+    # Pictures of 2 share a part that larger ones leave them.
+    assert max(map(len, rows([[1, 4], [1, 2]] * 6, 3))) == 4
+
+
+@pytest.mark.parametrize("open_bins", [1, 3])
+def test_no_row_stays_open_for_ever(open_bins):
+    """One document takes all of a budget that all others need some of: its row is never the fullest."""
+    lengths = [[1, 10], *[[6, 1]] * 1500]
+    rows = rows_of(lengths, [20, 10], PatchLayout(10), open_bins, look_ahead=4)
+    assert next(place for place, row in enumerate(rows) if 0 in row) <= PATIENCE * open_bins

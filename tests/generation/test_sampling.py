@@ -1,0 +1,135 @@
+"""Drawing tokens: against the same rules written out in numpy, row by row."""
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from baichuan_omni_jax.config import GenerationSettings, Sampling
+from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.generation.sampling import FEW, Drawing, draw, key_data
+from tests.helpers.typecheck import unchecked
+
+V = 100
+ALL = np.ones((1, V), bool)
+_run = jax.jit(draw)
+
+
+def run(logits, held, how, keys, steps, allowed=ALL):
+    return _run(logits, held, Drawing.of(how), keys, np.asarray(steps, np.int32), allowed)
+
+
+def kept_probabilities(logits: np.ndarray, held: np.ndarray, how: Sampling) -> np.ndarray:
+    """The distribution that one row is drawn from, in double precision."""
+    x = logits.astype(np.float64)
+    x = np.where(held, np.where(x > 0, x / how.repetition_penalty, x * how.repetition_penalty), x)
+    order = np.argsort(-x, kind="stable")
+    kept = np.zeros(len(x), bool)
+    if how.temperature == 0:
+        kept[order[0]] = True
+        return kept.astype(float)
+    p = np.exp((x - x.max()) / how.temperature)
+    if how.top_k:
+        p[order[how.top_k :]] = 0
+    p /= p.sum()
+    before = np.cumsum(p[order]) - p[order]
+    kept[order[before < how.top_p]] = True
+    return np.where(kept, p, 0) / p[kept].sum()
+
+
+def rows_of(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
+    return 3 * rng.standard_normal((count, V)).astype(np.float32), rng.random((count, V)) < 0.2
+
+
+def keys_of(seed: int, count: int) -> np.ndarray:
+    return np.stack([key_data(key) for key in jax.random.split(jax.random.key(seed), count)])
+
+
+samplings = st.builds(
+    Sampling,
+    temperature=st.sampled_from([0.0, 0.3, 1.0, 2.0]),
+    top_k=st.sampled_from([0, 1, 5, FEW, FEW + 1, V, 10 * V]),
+    top_p=st.sampled_from([0.05, 0.5, 0.85, 1.0]),
+    repetition_penalty=st.sampled_from([1.0, 1.3]),
+)
+
+
+@settings(max_examples=25)
+@given(st.integers(0, 2**16), st.lists(samplings, min_size=4, max_size=4))
+def test_draws_stay_within_the_kept_tokens_and_tell_the_model_s_probability(seed, how):
+    rng = np.random.default_rng(seed)
+    logits, held = rows_of(rng, 4)
+    tokens, logprobs = run(logits, held, how, keys_of(seed, 4), range(4))
+    log_p = logits - np.log(np.exp(logits.astype(np.float64)).sum(-1, keepdims=True))
+    for row, token in enumerate(np.asarray(tokens)):
+        assert kept_probabilities(logits[row], held[row], how[row])[token] > 0
+        assert abs(logprobs[row] - log_p[row, token]) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        Sampling(temperature=0.8, top_k=20, top_p=0.85, repetition_penalty=1.1),
+        Sampling(temperature=1.0),
+        Sampling(temperature=1.5, top_p=0.7),
+    ],
+)
+def test_draws_come_as_often_as_their_probability_says(how):
+    logits, held = (np.repeat(x, 4, 0) for x in rows_of(np.random.default_rng(3), 1))
+    keys, n = np.repeat(keys_of(0, 1), 4, 0), 4000
+    tokens = [run(logits, held, [how] * 4, keys, range(step, step + 4))[0] for step in range(0, n, 4)]
+    expected = kept_probabilities(logits[0], held[0], how)
+    found = np.bincount(np.concatenate(tokens), minlength=V) / n
+    # Five standard deviations of a share of n draws; of rare tokens three draws more.
+    assert (np.abs(found - expected) <= 5 * np.sqrt(expected * (1 - expected) / n) + 3 / n).all()
+    assert not found[expected == 0].any()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"repetition_penalty": 0.0},
+        {"repetition_penalty": float("inf")},
+    ],
+)
+def test_settings_that_cannot_be_drawn_by_are_refused(change):
+    with pytest.raises(ConfigError, match="finite"):
+        Sampling(**change)
+
+
+@pytest.mark.parametrize("stop", ["###", ("",), (3,)])
+def test_stop_strings_are_strings_and_not_empty(stop):
+    with unchecked(), pytest.raises(ConfigError, match="must be a tuple of strings"):
+        GenerationSettings(stop=stop)
+
+
+def test_a_draw_depends_on_its_own_row_alone():
+    rng = np.random.default_rng(5)
+    logits, held = rows_of(rng, 4)
+    keys, steps = keys_of(1, 4), np.array([7, 7, 8, 9])
+    how = [
+        Sampling(temperature=1.0, top_k=5),
+        Sampling(temperature=1.0),
+        Sampling(),
+        Sampling(temperature=2.0, top_k=70),
+    ]
+    together = np.asarray(run(logits, held, how, keys, steps)[0])
+    for row in range(4):
+        others = [how[row]] + [Sampling(temperature=1.0, top_p=0.5)] * 3
+        order = [row, *(i for i in range(4) if i != row)]
+        again = run(logits[order], held[order], others, keys[order], steps[order])[0]
+        assert int(again[0]) == together[row]
+
+
+def test_what_is_not_allowed_is_never_chosen_and_ties_take_the_first():
+    logits, none_held = np.zeros((4, V), np.float32), np.zeros((4, V), bool)
+    allowed = np.arange(V)[None] >= 3
+    how = [Sampling(), Sampling(temperature=1.0, top_k=1)] * 2
+    tokens, _ = run(logits, none_held, how, keys_of(0, 4), range(4), allowed)
+    assert np.asarray(tokens).tolist() == [3] * 4

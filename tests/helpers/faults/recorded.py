@@ -1,0 +1,39 @@
+"""launch/tpu_pretrain.py, which also tells the documents of every row that is on the mesh: WORKDIR/documents.jsonl.
+
+One line a step: a list of rows, each a list of [source, document] in the order in which the row was packed.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from absl import app
+
+from tests.helpers.micro import REPOSITORY
+
+sys.path.insert(0, str(REPOSITORY / "launch"))
+import tpu_pretrain
+
+from baichuan_omni_jax.train import trainer as loop
+from baichuan_omni_jax.train.batch_placer import BatchPlacer
+
+
+class RecordingPlacer(BatchPlacer):
+    def __call__(self, batch):
+        placed = super().__call__(batch)
+        fields = [np.asarray(placed[name]) for name in ("segment_ids", "source_ids", "document_ids")]
+        with open(Path(tpu_pretrain.WORKDIR.value) / "documents.jsonl", "a") as file:
+            file.write(json.dumps([documents(*row) for row in zip(*fields, strict=True)]) + "\n")
+        return placed
+
+
+def documents(segments: np.ndarray, sources: np.ndarray, numbers: np.ndarray) -> list[list[int]]:
+    """A row's documents by ascending segment id: its tokens may be dealt to context shards in any order."""
+    _, first = np.unique(segments, return_index=True)
+    return [[int(sources[slot]), int(numbers[slot])] for slot in first if segments[slot] > 0]
+
+
+if __name__ == "__main__":
+    loop.BatchPlacer = RecordingPlacer
+    app.run(tpu_pretrain.main)

@@ -1,0 +1,185 @@
+"""The tasks that train on sound, run as a user runs them: what moves, what stays, and exact resumption."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from baichuan_omni_jax.audio.tokenize import fingerprint
+from baichuan_omni_jax.checkpoint import load_branches, with_shardings
+from baichuan_omni_jax.config import apply_overrides, load_run_config, resolve_model, tiny, to_hf
+from baichuan_omni_jax.config.mel_targets import sound_targets
+from baichuan_omni_jax.convert import abstract_branches
+from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.train.batch_placer import BatchPlacer
+from baichuan_omni_jax.train.state import init_state, make_compute, make_setup
+from baichuan_omni_jax.train.step import make_gradients, make_step
+from data_pipelines.pipeline import open_pipeline
+from tests.helpers import tokenized
+from tests.helpers.micro import CONFIG, REPOSITORY, Command, numbers, one_device, read_metrics, saved_arrays
+
+TOKENIZER, FLOW = (REPOSITORY / "configs" / f"{name}_tiny.py" for name in ("audio_tokenizer", "flow_matching"))
+SMALL = ("data.workers=0", "data.sample=false", "eval.every=0", "data.mel_frames=(256,)", "data.rows=1")
+
+
+def small(config, root, *changes: str):
+    return apply_overrides(load_run_config(config), [*SMALL, f"data.root={root}", *changes])
+
+
+@pytest.fixture(scope="module")
+def two_levels(tmp_path_factory) -> str:
+    """The tiny model with two codebooks, as an override: levels are most of what these tests compile."""
+    omni = dataclasses.replace(tiny(), audio=dataclasses.replace(tiny().audio, codebook_sizes=(64, 48)))
+    path = tmp_path_factory.mktemp("model") / "config.json"
+    path.write_text(json.dumps(to_hf(omni)))
+    return f"model={path}"
+
+
+@pytest.fixture(scope="module")
+def tokenizer_step(micro_root, quick_compile, two_levels):
+    """(run, setup, state, batch) of the tokenizer's first step."""
+    run = small(TOKENIZER, micro_root, two_levels)
+    omni, mesh, compute = resolve_model(run.model), one_device(), make_compute(run)
+    pipeline = open_pipeline(run.data, omni, targets=sound_targets(run, omni))
+    with jax.set_mesh(mesh):
+        setup = make_setup(run, omni, mesh, compute)
+        setup.task.check(mesh)
+        state = init_state(run, setup)
+        place = BatchPlacer(1, setup.task.batch_axes(), mesh, compute.rules)
+        return run, setup, state, place(next(pipeline.steps(None)).batch)
+
+
+@pytest.mark.slow
+def test_the_transcript_reaches_the_ears_through_a_reader_that_stays(tokenizer_step):
+    """With the transcript's loss alone: gradients in encoder, bridge and adapter, none in the reader."""
+    run, setup, state, batch = tokenizer_step
+    settings = dataclasses.replace(run.tokenizer, reconstruction=0.0, commitment=0.0, transcript=1.0)
+    quantizer = dataclasses.replace(settings.quantizer, quantised_share=1.0, level_dropout=0.0)
+    run = dataclasses.replace(run, tokenizer=dataclasses.replace(settings, quantizer=quantizer))
+    with jax.set_mesh(setup.mesh):
+        setup = make_setup(run, setup.task.omni, setup.mesh, setup.task.compute)
+        gradients, metrics, moved = jax.jit(make_gradients(setup, run))(
+            state.trainable, state.frozen, batch, state.opt_state.extra
+        )
+    assert metrics["loss"] == metrics["loss_transcript"] > 0
+    size = lambda prefix: sum(float(jnp.abs(g).sum()) for name, g in gradients.items() if name.startswith(prefix))  # noqa: E731
+    assert size("audio_encoder.encoder.") > 0
+    assert size("audio_encoder.bridge.") > 0
+    assert size("transcript_adapter.") > 0
+    assert size("audio_decoder.") == 0
+    assert not any(name.startswith("llm.") for name in gradients)
+    assert {name.rsplit(".", 1)[1] for name in moved.values} == {"embed", "embed_avg", "cluster_size"}
+
+
+@pytest.mark.slow
+def test_a_clip_that_is_not_a_number_changes_nothing(tokenizer_step):
+    """NaN in one mel: the step counts as not finite; parameters, codebooks and state stay bit for bit."""
+    run, setup, state, batch = tokenizer_step
+    mel = np.array(batch["mel"])
+    mel[0, 0, 3] = np.nan
+    poisoned = batch | {"mel": jax.device_put(mel, batch["mel"].sharding)}
+    with jax.set_mesh(setup.mesh):
+        step = make_step(setup, run)
+        trainable, moved, opt_state, numbers = step(state.trainable, state.frozen, state.opt_state, poisoned)
+    assert numbers["nonfinite"] == 1
+    assert moved
+    pairs = [(state.trainable, trainable), (state.opt_state, opt_state)]
+    pairs.append(({name: state.frozen[name] for name in moved}, moved))
+    for before, after in pairs:
+        for one, other in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.slow
+def test_tokenizer_run_and_resumption(quick_pretrain, two_levels, tmp_path):
+    """Six steps at once, and three and three: the same numbers and arrays, masks among them. The reader stays, the
+    codebooks move.
+    """
+    masks = "tokenizer.spec_augment.mask_time_prob=0.1"
+    changes = [*SMALL, two_levels, "checkpoint.every=3", "checkpoint.keep=3", masks]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert quick_pretrain(whole, *changes, "train.steps=6", config=TOKENIZER).returncode == 0
+    for steps in (3, 6):
+        assert quick_pretrain(parts, *changes, f"train.steps={steps}", config=TOKENIZER).returncode == 0
+    assert numbers(parts) == numbers(whole)
+    ends = [saved_arrays(workdir, 6) for workdir in (whole, parts)]
+    assert all(np.array_equal(ends[0][name], value) for name, value in ends[1].items())
+    first = saved_arrays(whole, 3)
+    still = [name for name in first if name.startswith("llm")]
+    assert still
+    assert all(np.array_equal(first[name], ends[0][name]) for name in still)
+    assert not any(np.array_equal(first[name], ends[0][name]) for name in first if "embed_avg" in name)
+    assert all(np.isfinite(row["loss"]) for row in read_metrics(whole))
+
+
+@pytest.mark.slow
+def test_flow_saves_the_mean_and_resumes_from_the_weights(quick_pretrain, tmp_path):
+    """Two and two steps equal four; the branch holds the running mean, the optimizer's state the weights."""
+    changes = [*SMALL, "checkpoint.every=2", "checkpoint.keep=3", "checkpoint.init_from="]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert quick_pretrain(whole, *changes, "train.steps=4", config=FLOW).returncode == 0
+    for steps in (2, 4):
+        assert quick_pretrain(parts, *changes, f"train.steps={steps}", config=FLOW).returncode == 0
+    assert numbers(parts) == numbers(whole)
+    ends = [saved_arrays(workdir, 4) for workdir in (whole, parts)]
+    assert all(np.array_equal(ends[0][name], value) for name, value in ends[1].items())
+    before = saved_arrays(whole, 2)
+    frozen = [name for name in before if name.startswith("audio_")]
+    assert frozen
+    assert all(np.array_equal(before[name], ends[0][name]) for name in frozen)
+    name = next(name for name in ends[0] if name.startswith("flow") and name.endswith("['in_fc1']['weight']"))
+    kept = next(value for key, value in ends[0].items() if "mean" in key and "in_fc1" in key and "weight" in key)
+    assert not np.array_equal(ends[0][name], kept)
+
+
+def test_settings_that_do_not_fit_are_refused(micro_root):
+    for change, message in (
+        ("data.budgets.mel_windows=0", "data.budgets.mel_windows must be at least 1"),
+        ("train.accumulate=2", "train.accumulate must be 1"),
+        ("branches=('audio_encoder','llm')", "branches audio_encoder, llm: task audio_tokenizer has"),
+        ("tokenizer.mel_scales=((100,200),)", "tokenizer.mel_scales"),
+    ):
+        run = small(TOKENIZER, micro_root, change)
+        assert message in str(refusal(run))
+
+
+def test_flow_matching_refuses_a_mel_of_another_rate_than_the_states(micro_root, tmp_path):
+    omni = dataclasses.replace(tiny(), flow=dataclasses.replace(tiny().flow, hop_length=400))
+    (tmp_path / "config.json").write_text(json.dumps(to_hf(omni)))
+    run = small(FLOW, micro_root, f"model={tmp_path / 'config.json'}", "checkpoint.init_from=")
+    assert "make 60 mel frames a second, the audio decoder 50 states" in str(refusal(run))
+
+
+def refusal(run) -> ConfigError | None:
+    omni, compute, mesh = resolve_model(run.model), make_compute(run), one_device()
+    with jax.set_mesh(mesh):
+        try:
+            make_setup(run, omni, mesh, compute).task.check(mesh)
+        except ConfigError as error:
+            return error
+
+
+@pytest.mark.slow
+def test_a_trained_tokenizer_makes_the_codes_of_a_language_stage(pretrain, quick_pretrain, tmp_path):
+    """Its workdir as `data.audio_tokenizer`: the store is by its fingerprint, and the micro omni run trains on it."""
+    workdir, root = tmp_path / "tokenizer", tmp_path / "data"
+    assert quick_pretrain(workdir, *SMALL, "train.steps=2", "checkpoint.every=2", config=TOKENIZER).returncode == 0
+    shutil.copytree(pretrain.root, root, ignore=shutil.ignore_patterns(".cache"))
+    trained = f"data.audio_tokenizer={workdir}"
+    out = tokenized.run(root, pretrain.cache, "--set", trained)
+    run = apply_overrides(load_run_config(CONFIG), [trained])
+    with jax.set_mesh(one_device()):
+        model = make_compute(run)
+        abstract = abstract_branches(resolve_model(run.model), only=["audio_encoder"], compute=model)["audio_encoder"]
+        placed = with_shardings(abstract, one_device(), model.rules, name="audio_encoder")
+        tokenizer = load_branches(str(workdir), {"audio_encoder": placed})["audio_encoder"]
+        assert f"of tokenizer {fingerprint(tokenizer)}" in out
+    written = tokenized.files_of(root)
+    done = Command(root, pretrain.cache)(tmp_path / "omni", trained, "train.steps=2")
+    assert done.returncode == 0, done.stderr
+    assert tokenized.files_of(root) == written
+    assert all(np.isfinite(row["loss_audio"]) for row in read_metrics(tmp_path / "omni") if "loss_audio" in row)
