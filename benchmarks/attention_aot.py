@@ -54,7 +54,7 @@ def abstract(mesh: Mesh, spec: P):
 
 
 def attend(q, k, v, ids, positions, *, heads: Heads, block: int, gather_kv: bool = True):
-    segments = Segments.of_row(ids, positions)
+    segments = Segments.from_row(ids, positions)
     plan = plan_blocks(segments, heads.causal, block, block, gather_kv=gather_kv)
     return flash_attention(
         q,

@@ -29,7 +29,7 @@ def planned(ids: np.ndarray, positions: np.ndarray, causal: bool, block: int) ->
 
     @jax.jit
     def build(ids, positions):
-        plan = plan_blocks(Segments.of_row(ids, positions), causal, block, block)
+        plan = plan_blocks(Segments.from_row(ids, positions), causal, block, block)
         return plan.by_query[:, 0], plan.count[:, 0]
 
     blocks = ids.shape[1] // block

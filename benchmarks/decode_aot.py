@@ -35,14 +35,14 @@ from baichuan_omni_jax.llm.decode import DecodeModel
 from baichuan_omni_jax.llm.depth_decode import DepthDecoder
 from baichuan_omni_jax.llm.kv_cache import init_cache
 from baichuan_omni_jax.llm.model import LanguageModel
-from baichuan_omni_jax.nn.param import Compute
+from baichuan_omni_jax.nn.param import ComputePolicy
 from baichuan_omni_jax.sharding import make_mesh
 from baichuan_omni_jax.train.preflight import devices_of
 from baichuan_omni_jax.train.preflight.collectives import collectives_of
 from data_pipelines.text.speech_segments import piece_table
 
 GIB, MIB = 2**30, 2**20
-COMPUTE = Compute(dtype=jnp.dtype("bfloat16"), remat="none")
+COMPUTE = ComputePolicy(dtype=jnp.dtype("bfloat16"), remat="none")
 BURST = 8
 
 

@@ -36,7 +36,7 @@ from baichuan_omni_jax.llm.config import AudioHeadConfig, LLMConfig
 from baichuan_omni_jax.llm.decode import DecodeModel
 from baichuan_omni_jax.llm.kv_cache import KVCache, init_cache
 from baichuan_omni_jax.llm.model import LanguageModel
-from baichuan_omni_jax.nn.param import Compute
+from baichuan_omni_jax.nn.param import ComputePolicy
 from baichuan_omni_jax.sharding import make_mesh
 
 SHORT, LONG = 16, 1024
@@ -206,7 +206,7 @@ def measure(abstract: LanguageModel, new: int, repeats: int) -> list[dict]:
 def measure_recompiles(prompts: int) -> dict:
     """The engine over prompts of different lengths."""
     cfg = tiny()
-    llm = jax.jit(lambda key: LanguageModel(key, cfg.llm, Compute(remat="none")))(jax.random.key(0))
+    llm = jax.jit(lambda key: LanguageModel(key, cfg.llm, ComputePolicy(remat="none")))(jax.random.key(0))
     engine = Engine({"llm": llm}, cfg, None, slots=2, length=512)
     engine.warm_up()
     before = engine.compiles
@@ -253,7 +253,7 @@ def main() -> int:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     cfg = LLMConfig(**{name: getattr(args, name) for name in SIZES}, qkv_pack=False)
     # Outside the mesh, to which the shapes would else be bound.
-    abstract = jax.eval_shape(lambda: LanguageModel(jax.random.key(0), cfg, Compute(remat="none")))
+    abstract = jax.eval_shape(lambda: LanguageModel(jax.random.key(0), cfg, ComputePolicy(remat="none")))
     with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])), torch.inference_mode():
         rows = [*measure(abstract, args.new, args.repeats), measure_recompiles(args.prompts)]
     return emit(rows, args.json)

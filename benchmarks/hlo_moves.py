@@ -1,4 +1,4 @@
-"""How many bytes a compiled TPU program only moves: copies and transposes in its optimised HLO text."""
+"""How many bytes a compiled TPU program only moves: copies and transposes in its optimized HLO text."""
 
 import math
 import re

@@ -27,7 +27,7 @@ from baichuan_omni_jax.config import GenerationSettings, MeshConfig, OmniConfig,
 from baichuan_omni_jax.errors import RequestError
 from baichuan_omni_jax.generation.engine import Engine
 from baichuan_omni_jax.generation.events import Answer, Finished, Prompt
-from baichuan_omni_jax.nn.param import Compute
+from baichuan_omni_jax.nn.param import ComputePolicy
 from baichuan_omni_jax.omni.model import OmniModel
 from baichuan_omni_jax.sharding import make_mesh
 
@@ -144,7 +144,9 @@ def resident_mib() -> float:
 def measure(count: int, bad: float, at_once: int) -> list[dict]:
     cfg = tiny()
     with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
-        model = jax.jit(lambda key: OmniModel(key, cfg, Compute(remat="none", attention_block=64)))(jax.random.key(0))
+        model = jax.jit(lambda key: OmniModel(key, cfg, ComputePolicy(remat="none", attention_block=64)))(
+            jax.random.key(0)
+        )
     branches = {"llm": model.llm, "vision": model.vision, "audio_head": model.audio_head}
     engine = Engine(branches, cfg, None, slots=8, length=LENGTH)
     engine.warm_up()

@@ -4,7 +4,7 @@
 
 Time: 512 frames, codebooks 8192, 4096, 2048, 1024 x5 of width 5120, once for normal frames (the codes nearest to them
 are hardly nearer than others: the most candidates) and once for frames that are sums of codes plus noise. Codebooks are
-prepared once, as for the tokenising of a data set; torch.cdist has no such form, and its own preparation (the codes'
+prepared once, as for the tokenizing of a data set; torch.cdist has no such form, and its own preparation (the codes'
 norms) is a hundredth of its work. Both give the codes alone. The two take turns, with pauses for the threads of the
 one to rest.
 

@@ -28,7 +28,7 @@ from baichuan_omni_jax.audio.quantizer import ResidualQuantizer
 from baichuan_omni_jax.config import MeshConfig, OmniConfig, baichuan_omni_7b, tiny
 from baichuan_omni_jax.flow.model import FlowDecoder
 from baichuan_omni_jax.generation.speech_decoder import Speaker
-from baichuan_omni_jax.nn.param import Compute, named_variables, with_values
+from baichuan_omni_jax.nn.param import ComputePolicy, named_variables, with_values
 from baichuan_omni_jax.sharding import make_mesh
 from baichuan_omni_jax.vocoder.config import VocoderConfig, tiny_vocoder
 from baichuan_omni_jax.vocoder.model import Vocoder
@@ -40,7 +40,7 @@ SIZES = {"released": (baichuan_omni_7b, VocoderConfig), "tiny": (tiny, tiny_voco
 
 def make_speaker(sizes: str, dtype: str) -> tuple[Speaker, OmniConfig]:
     cfg, vocoder = (make() for make in SIZES[sizes])
-    compute, key = Compute(dtype=jnp.dtype(dtype), remat="none"), jax.random.key(0)
+    compute, key = ComputePolicy(dtype=jnp.dtype(dtype), remat="none"), jax.random.key(0)
     makers = {
         "quantizer": lambda: ResidualQuantizer(key, cfg.audio, compute),
         "audio_decoder": lambda: AudioDecoder(key, cfg.audio, cfg.post_net, compute),

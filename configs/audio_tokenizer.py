@@ -71,7 +71,7 @@ def get_config() -> RunConfig:
                 init_steps=20,
                 temperature=(0.05, 0.0),
                 temperature_steps=GROWING,
-                quantised_steps=GROWING,
+                quantized_steps=GROWING,
             ),
         ),
     )

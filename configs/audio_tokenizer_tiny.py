@@ -2,7 +2,7 @@
 
     python launch/tpu_pretrain.py --config configs/audio_tokenizer_tiny.py --workdir runs/audio_tokenizer_tiny
 
-Encoder, quantiser and decoder learn from random weights. The reader of the transcripts is the language model of
+Encoder, quantizer and decoder learn from random weights. The reader of the transcripts is the language model of
 configs/tiny.py (`--set checkpoint.init_from=llm=runs/tiny`), else a frozen random one, which still asks for features
 that tell sounds apart.
 """
@@ -70,8 +70,8 @@ def get_config() -> RunConfig:
                 init_steps=10,
                 temperature=(0.05, 0.0),
                 temperature_steps=GROWING,
-                quantised_share=0.1,
-                quantised_steps=GROWING,
+                quantized_share=0.1,
+                quantized_steps=GROWING,
             ),
         ),
     )

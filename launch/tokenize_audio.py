@@ -25,7 +25,7 @@ from baichuan_omni_jax.checkpoint.branches import branch_folder
 from baichuan_omni_jax.config import MeshConfig, OmniConfig, RunConfig, apply_overrides, load_run_config, resolve_model
 from baichuan_omni_jax.config.mel_targets import sound_targets
 from baichuan_omni_jax.errors import exit_code, run_command
-from baichuan_omni_jax.nn.param import Compute, named_values, with_values
+from baichuan_omni_jax.nn.param import ComputePolicy, named_values, with_values
 from baichuan_omni_jax.sharding import make_mesh
 from baichuan_omni_jax.train.groups import untrained_targets
 from baichuan_omni_jax.train.hosts import check_agreement, is_leader, join, leader_first, run_facts, software, together
@@ -68,7 +68,7 @@ def load_tokenizer(
     run: RunConfig, omni: OmniConfig, mesh: jax.sharding.Mesh, home: epath.Path | None
 ) -> AudioTokenizer:
     """The run's audio tokenizer, from the checkpoint `home` or seeded random, split over `mesh` by its rules."""
-    compute = Compute()
+    compute = ComputePolicy()
     make = lambda: AudioTokenizer(jax.random.key(run.train.seed), omni.audio, compute)  # noqa: E731
     abstract = with_shardings(jax.eval_shape(make), mesh, compute.rules, name="audio_encoder")
     if home is not None:

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from baichuan_omni_jax.config import MeshConfig
 from baichuan_omni_jax.errors import ConfigError
-from baichuan_omni_jax.nn.param import Compute, named_values, named_variables, normal, stack, with_values
+from baichuan_omni_jax.nn.param import ComputePolicy, named_values, named_variables, normal, stack, with_values
 from baichuan_omni_jax.omni.merge import merge_media, pick_slots
 from baichuan_omni_jax.sharding import ShardingRules, check_divisible, make_mesh, parameter_axes
 from tests.helpers.typecheck import unchecked
@@ -79,7 +79,7 @@ def test_stacked_parameters_get_a_layers_axis_and_names():
 
 
 def test_compute_is_static_and_hashable():
-    assert hash(Compute()) == hash(Compute())
+    assert hash(ComputePolicy()) == hash(ComputePolicy())
 
 
 def test_media_replace_their_slots_and_unused_ones_do_nothing():

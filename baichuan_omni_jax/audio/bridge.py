@@ -8,7 +8,7 @@ from baichuan_omni_jax.audio.config import AudioConfig
 from baichuan_omni_jax.audio.encoder import CLIPS
 from baichuan_omni_jax.nn.linear import Linear
 from baichuan_omni_jax.nn.norm import LayerNorm
-from baichuan_omni_jax.nn.param import Compute
+from baichuan_omni_jax.nn.param import ComputePolicy
 
 
 class AudioBridge(nnx.Module):
@@ -17,7 +17,7 @@ class AudioBridge(nnx.Module):
     `gate_proj` and `up_proj` are (4, d, 4d); the checkpoint holds them as convolutions (4d, d, 4).
     """
 
-    def __init__(self, key: PRNGKeyArray, cfg: AudioConfig, compute: Compute):
+    def __init__(self, key: PRNGKeyArray, cfg: AudioConfig, compute: ComputePolicy):
         keys = jax.random.split(key, 3)
         k, d, f, out = cfg.avg_pooler, cfg.d_model, cfg.code_dim, (CLIPS, None, None)
         axes = ("kernel", "embed", "small")

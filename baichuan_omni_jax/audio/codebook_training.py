@@ -1,7 +1,7 @@
 """Training of one codebook: running means of the vectors that chose each code, and a new place for unused codes.
 
 Sums go over the valid vectors of the global batch, so a codebook is the same on any mesh, and a code that any device
-uses counts as used. A codebook that nothing was quantised with yet is seeded with vectors of the batch.
+uses counts as used. A codebook that nothing was quantized with yet is seeded with vectors of the batch.
 """
 
 from typing import NamedTuple
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Float32, Int32, PRNGKeyArray
 
-from baichuan_omni_jax.nn.param import Compute
+from baichuan_omni_jax.nn.param import ComputePolicy
 
 CLIPS = "batch"
 SMOOTHING = 1e-5  # Laplace: counts a code has before anything chose it
@@ -63,7 +63,7 @@ def squared_distances(x: Float32[Array, "m g d"], embed: Float32[Array, "k d"]) 
     return 0.5 * jnp.sum(embed * embed, -1) - products
 
 
-def seed(pool: Pool, x: Float32[Array, "m g d"], state: CodebookState, compute: Compute) -> CodebookState:
+def seed(pool: Pool, x: Float32[Array, "m g d"], state: CodebookState, compute: ComputePolicy) -> CodebookState:
     """Every code a vector of the batch, each as often as any other."""
     embed = _draw(pool, x, jnp.arange(state.embed.shape[0]), compute)
     return CodebookState(embed, embed, jnp.ones_like(state.cluster_size), jnp.zeros_like(state.unused))
@@ -76,7 +76,7 @@ def move(
     codes: Int32[Array, "m g"],
     state: CodebookState,
     averaging: Averaging,
-    compute: Compute,
+    compute: ComputePolicy,
 ) -> CodebookState:
     """The codebook after a batch in which the vectors `x` chose `codes`.
 
@@ -109,7 +109,7 @@ def usage(state: CodebookState, window: int) -> tuple[Float[Array, ""], Float[Ar
     return jnp.mean(state.unused < window, dtype=jnp.float32), jnp.exp(entropy)
 
 
-def _restart(pool: Pool, x, state: CodebookState, after, compute: Compute) -> CodebookState:
+def _restart(pool: Pool, x, state: CodebookState, after, compute: ComputePolicy) -> CodebookState:
     dead = (state.unused > 0) & (state.unused % jnp.maximum(after, 1) == 0) & (jnp.asarray(after) > 0)
 
     def place():
@@ -125,7 +125,7 @@ def _restart(pool: Pool, x, state: CodebookState, after, compute: Compute) -> Co
     return jax.lax.cond(jnp.any(dead), place, lambda: state)
 
 
-def _draw(pool: Pool, x, numbers: Int32[Array, " k"], compute: Compute) -> Float32[Array, "k d"]:
+def _draw(pool: Pool, x, numbers: Int32[Array, " k"], compute: ComputePolicy) -> Float32[Array, "k d"]:
     """Vectors of the pool, one for each of `numbers`: equal numbers get the same one, others another one until all
     are taken.
     """
@@ -133,7 +133,7 @@ def _draw(pool: Pool, x, numbers: Int32[Array, " k"], compute: Compute) -> Float
     return _rows(x, pool.places[numbers % jnp.maximum(pool.count, 1)], compute)
 
 
-def _sums(x, valid, codes, size: int, compute: Compute) -> tuple[Float32[Array, " k"], Float32[Array, "k d"]]:
+def _sums(x, valid, codes, size: int, compute: ComputePolicy) -> tuple[Float32[Array, " k"], Float32[Array, "k d"]]:
     """How many vectors of the global batch chose each code, and their sum."""
 
     def local(x, valid, codes):
@@ -146,7 +146,7 @@ def _sums(x, valid, codes, size: int, compute: Compute) -> tuple[Float32[Array, 
     return _by_shard(local, (x, valid, codes), clips, (P(None), P(None, None)))
 
 
-def _rows(x, places: Int32[Array, " k"], compute: Compute) -> Float32[Array, "k d"]:
+def _rows(x, places: Int32[Array, " k"], compute: ComputePolicy) -> Float32[Array, "k d"]:
     """Vectors of the global batch by their place in it, (clip, frame) counted as one."""
 
     def local(x, places):

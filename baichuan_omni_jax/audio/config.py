@@ -1,4 +1,4 @@
-"""Sizes of the audio tokenizer: Whisper encoder, bridge, residual quantiser, and the decoder back to mel."""
+"""Sizes of the audio tokenizer: Whisper encoder, bridge, residual quantizer, and the decoder back to mel."""
 
 from dataclasses import dataclass
 from fractions import Fraction

@@ -1,6 +1,6 @@
 """The branch `audio_decoder` (`audio_tokenizer.audio_decoder.*`): codes at 12.5 Hz back to states and mel.
 
-An item's result never depends on its batch: normalisations count its own frames, and the coarse mel is resized by its
+An item's result never depends on its batch: normalizations count its own frames, and the coarse mel is resized by its
 own lengths. The released code counts the padding of the batch, which `padded=True` repeats.
 """
 
@@ -20,7 +20,7 @@ from baichuan_omni_jax.nn.encoder import EncoderLayer, EncoderSizes, run_encoder
 from baichuan_omni_jax.nn.lengths import frames_before, keep, resize_nearest
 from baichuan_omni_jax.nn.linear import Linear
 from baichuan_omni_jax.nn.norm import GroupNorm, LayerNorm
-from baichuan_omni_jax.nn.param import Compute, split_as, stack
+from baichuan_omni_jax.nn.param import ComputePolicy, split_as, stack
 
 
 class DecodedAudio(NamedTuple):
@@ -50,7 +50,7 @@ class UpsampleBlock(nnx.Module):
         *,
         stride: int,
         eps: float,
-        compute: Compute,
+        compute: ComputePolicy,
         channels: tuple[str, str] = ("small", "embed"),
     ):
         self.conv = TransposedConv1d(key, shape, stride=stride, rows=CLIPS, compute=compute, channels=channels)
@@ -75,7 +75,7 @@ class AudioDecoder(nnx.Module):
     `proj_decoder` lies under `audio_tokenizer.audio_bridge_model` in the checkpoint, all else under `audio_decoder`.
     """
 
-    def __init__(self, key: PRNGKeyArray, cfg: AudioConfig, post_net: PostNetConfig, compute: Compute):
+    def __init__(self, key: PRNGKeyArray, cfg: AudioConfig, post_net: PostNetConfig, compute: ComputePolicy):
         keys = jax.random.split(key, 5)
         d, k, eps = cfg.d_model, cfg.decoder_kernel_size, cfg.norm_eps
         self.sizes = EncoderSizes(
@@ -106,19 +106,19 @@ class AudioDecoder(nnx.Module):
         self.cfg, self.post_net_cfg, self.compute = cfg, post_net, compute
 
     def __call__(
-        self, quantised: Float[Array, "m g c"], code_lengths: Int32[Array, " m"], *, padded: bool = False
+        self, quantized: Float[Array, "m g c"], code_lengths: Int32[Array, " m"], *, padded: bool = False
     ) -> DecodedAudio:
         """From sums of codes (`ResidualQuantizer.decode`), (m, g, code_dim), of which `code_lengths` (m,) are valid.
 
         `padded` computes the released, batch dependent variant. Raises ValueError on shapes that do not fit.
         """
-        if quantised.shape[-1] != self.cfg.code_dim or code_lengths.shape != quantised.shape[:1]:
+        if quantized.shape[-1] != self.cfg.code_dim or code_lengths.shape != quantized.shape[:1]:
             raise ValueError(
-                f"quantised {quantised.shape} and code_lengths {code_lengths.shape}: expected (items, frames, "
+                f"quantized {quantized.shape} and code_lengths {code_lengths.shape}: expected (items, frames, "
                 f"{self.cfg.code_dim}) and (items,)"
             )
-        quantised = split_as(quantised, self.compute, CLIPS)
-        return self.decode_embedded(self.proj_decoder(quantised), code_lengths, padded=padded)
+        quantized = split_as(quantized, self.compute, CLIPS)
+        return self.decode_embedded(self.proj_decoder(quantized), code_lengths, padded=padded)
 
     def decode_embedded(
         self, embedded: Float[Array, "m g d"], code_lengths: Int32[Array, " m"], *, padded: bool = False

@@ -14,7 +14,7 @@ from baichuan_omni_jax.nn.conv import Conv1d
 from baichuan_omni_jax.nn.encoder import EncoderLayer, EncoderSizes, gelu, run_encoder
 from baichuan_omni_jax.nn.lengths import frames_before
 from baichuan_omni_jax.nn.norm import LayerNorm
-from baichuan_omni_jax.nn.param import Compute, split_as, stack
+from baichuan_omni_jax.nn.param import ComputePolicy, split_as, stack
 
 CLIPS = "batch"
 # Spread of the random convolutions: as large as the sinusoids added to them, or every clip of an untrained encoder
@@ -40,7 +40,7 @@ def encoder_lengths(mel_lengths: Int32[Array, " m"], stride: int) -> Int32[Array
 class AudioEncoder(nnx.Module):
     """Two convolutions, sinusoidal positions, pre-norm layers over the clip's own frames, LayerNorm."""
 
-    def __init__(self, key: PRNGKeyArray, cfg: AudioConfig, compute: Compute):
+    def __init__(self, key: PRNGKeyArray, cfg: AudioConfig, compute: ComputePolicy):
         keys = jax.random.split(key, 3)
         self.sizes = EncoderSizes(
             width=cfg.d_model,

@@ -1,4 +1,4 @@
-"""The branch `audio_encoder`: from mel windows to codes at 12.5 Hz (encoder, bridge, residual quantiser)."""
+"""The branch `audio_encoder`: from mel windows to codes at 12.5 Hz (encoder, bridge, residual quantizer)."""
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +10,13 @@ from baichuan_omni_jax.audio.config import AudioConfig
 from baichuan_omni_jax.audio.encoder import CLIPS, AudioEncoder, encoder_lengths
 from baichuan_omni_jax.audio.quantizer import Codebooks, ResidualQuantizer
 from baichuan_omni_jax.nn.lengths import frames_before
-from baichuan_omni_jax.nn.param import Compute, split_as
+from baichuan_omni_jax.nn.param import ComputePolicy, split_as
 
 
 class AudioTokenizer(nnx.Module):
-    """Whisper encoder -> bridge -> residual quantiser. Clips are split over the batch axes."""
+    """Whisper encoder -> bridge -> residual quantizer. Clips are split over the batch axes."""
 
-    def __init__(self, key: PRNGKeyArray, cfg: AudioConfig, compute: Compute):
+    def __init__(self, key: PRNGKeyArray, cfg: AudioConfig, compute: ComputePolicy):
         keys = jax.random.split(key, 3)
         self.encoder = AudioEncoder(keys[0], cfg, compute)
         self.bridge = AudioBridge(keys[1], cfg, compute)
@@ -26,7 +26,7 @@ class AudioTokenizer(nnx.Module):
     def features(
         self, mel: Float[Array, "m f mels"], mel_lengths: Int32[Array, " m"], *, padded: bool = False
     ) -> tuple[Float[Array, "m g d"], Bool[Array, "m g"]]:
-        """What the quantiser reads, (m, bridge frames, code_dim), and which of it is valid. Differentiable.
+        """What the quantizer reads, (m, bridge frames, code_dim), and which of it is valid. Differentiable.
 
         `padded`: the released, batch dependent convolutions (see `AudioEncoder`).
         """

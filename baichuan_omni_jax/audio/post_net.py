@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 from baichuan_omni_jax.audio.config import PostNetConfig
 from baichuan_omni_jax.nn.conv import Conv1d
 from baichuan_omni_jax.nn.norm import GroupNorm
-from baichuan_omni_jax.nn.param import Compute
+from baichuan_omni_jax.nn.param import ComputePolicy
 
 CLIPS = "batch"
 KERNEL = 5
@@ -20,7 +20,7 @@ WHOLE = ("small", "small")
 class PostNetBlock(nnx.Module):
     """Convolution -> GroupNorm -> Mish (`layers.3i`, `layers.3i+1` of the checkpoint)."""
 
-    def __init__(self, key: PRNGKeyArray, width_in: int, width: int, eps: float, compute: Compute):
+    def __init__(self, key: PRNGKeyArray, width_in: int, width: int, eps: float, compute: ComputePolicy):
         shape = (KERNEL, width_in, width)
         self.conv = Conv1d(key, shape, padding=KERNEL // 2, rows=CLIPS, compute=compute, channels=WHOLE)
         self.norm = GroupNorm(width, eps=eps, compute=compute)
@@ -32,7 +32,7 @@ class PostNetBlock(nnx.Module):
 class PostNet(nnx.Module):
     """What to add to a coarse mel: blocks of widths `channels[:-1]`, then a 1x1 convolution (the last of `layers`)."""
 
-    def __init__(self, key: PRNGKeyArray, cfg: PostNetConfig, eps: float, compute: Compute):
+    def __init__(self, key: PRNGKeyArray, cfg: PostNetConfig, eps: float, compute: ComputePolicy):
         widths = (cfg.num_mel_bins, *cfg.channels[:-1])
         keys = jax.random.split(key, len(widths))
         self.blocks = nnx.List([PostNetBlock(keys[i], *pair, eps, compute) for i, pair in enumerate(pairwise(widths))])

@@ -1,4 +1,4 @@
-"""The residual vector quantiser (`audio_bridge_model.vq_list.*`): eight codebooks, each for what the last left over."""
+"""The residual vector quantizer (`audio_bridge_model.vq_list.*`): eight codebooks, each for what the last left over."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int32, PRNGKeyArray
 from baichuan_omni_jax.audio.config import AudioConfig
 from baichuan_omni_jax.audio.encoder import CLIPS
 from baichuan_omni_jax.kernels.rvq_lookup import Prepared, prepare_codebooks, rvq_lookup
-from baichuan_omni_jax.nn.param import Buffer, Compute, split_as, use
+from baichuan_omni_jax.nn.param import Buffer, ComputePolicy, split_as, use
 
 # Spread of the first random codebook, and of each next one relative to it. Codes as long as the vectors themselves
 # would be chosen for being short, so these are shorter: half and more of each codebook is used on speech.
@@ -31,7 +31,7 @@ class Codebook(nnx.Module):
 class ResidualQuantizer(nnx.Module):
     """`codebook_sizes` levels over vectors of `code_dim`. Untrained codebooks are normal, narrower level by level."""
 
-    def __init__(self, key: PRNGKeyArray, cfg: AudioConfig, compute: Compute):
+    def __init__(self, key: PRNGKeyArray, cfg: AudioConfig, compute: ComputePolicy):
         keys = jax.random.split(key, cfg.levels)
         self.levels = nnx.List(
             [Codebook(keys[q], size, cfg.code_dim, SPREAD * DECAY**q) for q, size in enumerate(cfg.codebook_sizes)]
@@ -51,7 +51,7 @@ class ResidualQuantizer(nnx.Module):
     ) -> tuple[Int32[Array, "m g q"], Float[Array, "m g d"], Float[Array, "m g q"]]:
         """Codes, the sum of the chosen codes, and the norm of what is left after each level. No gradient passes.
 
-        `codebooks` are this quantiser's `prepared()` ones, where they were made before.
+        `codebooks` are this quantizer's `prepared()` ones, where they were made before.
         """
         with jax.named_scope("quantize"):
             x = split_as(x, self.compute, CLIPS)

@@ -1,4 +1,4 @@
-"""Training of the residual quantiser: codes that move with the data, gradients that pass straight through.
+"""Training of the residual quantizer: codes that move with the data, gradients that pass straight through.
 
 The released checkpoint holds what this makes (`embed`, `embed_avg`, `cluster_size`); the recipe is MODEL.md section 8.
 Nothing is mutated: codebooks come in as arguments and go out as results.
@@ -21,15 +21,15 @@ from baichuan_omni_jax.audio.codebook_training import (
     squared_distances,
 )
 from baichuan_omni_jax.config.audio import QuantizerConfig
-from baichuan_omni_jax.nn.param import Compute, split_as
+from baichuan_omni_jax.nn.param import ComputePolicy, split_as
 
 CLIPS = "batch"
 
 
-class Quantised(NamedTuple):
+class Quantized(NamedTuple):
     """What a training step makes of features (m, g, d).
 
-    `features`: quantised where the clip sees that, with the gradient of the features that came in. `commitment`: the
+    `features`: quantized where the clip sees that, with the gradient of the features that came in. `commitment`: the
     mean over valid frames and width of (features - sum of codes)^2, whose gradient moves the features only.
     `residuals` (levels,): the same mean after each level. `states` are the codebooks after the step.
     """
@@ -48,9 +48,9 @@ def quantize_in_training(
     states: Sequence[CodebookState],
     step: Int32[Array, ""],
     config: QuantizerConfig,
-    compute: Compute,
-) -> Quantised:
-    """One training step of the quantiser on clips, split over the batch axes; invalid frames count for nothing."""
+    compute: ComputePolicy,
+) -> Quantized:
+    """One training step of the quantizer on clips, split over the batch axes; invalid frames count for nothing."""
     with jax.named_scope("quantize_in_training"):
         x = split_as(jax.lax.stop_gradient(features).astype(jnp.float32), compute, CLIPS)
         valid = split_as(valid, compute, CLIPS)
@@ -71,7 +71,7 @@ def quantize_in_training(
         seen = jnp.where(kept[:, :1, None], seen, x)
         commitment = _mean((features.astype(jnp.float32) - total) ** 2, valid)
         out = features + jax.lax.stop_gradient(seen.astype(features.dtype) - features)
-    return Quantised(out, commitment, jnp.stack(left), jnp.stack(codes, -1), tuple(moved))
+    return Quantized(out, commitment, jnp.stack(left), jnp.stack(codes, -1), tuple(moved))
 
 
 def kept_levels(
@@ -84,7 +84,7 @@ def kept_levels(
         jax.random.randint(count, (clips,), 1, levels + 1),
         levels,
     )
-    count = jnp.where(jax.random.uniform(sees, (clips,)) < quantised_share(config, step), some, 0)
+    count = jnp.where(jax.random.uniform(sees, (clips,)) < quantized_share(config, step), some, 0)
     return jnp.arange(levels) < count[:, None]
 
 
@@ -111,17 +111,17 @@ def temperature(config: QuantizerConfig, step: Int32[Array, ""]) -> Float[Array,
     return start + (end - start) * _progress(step, config.temperature_steps)
 
 
-def quantised_share(config: QuantizerConfig, step: Int32[Array, ""]) -> Float[Array, ""]:
-    """The share of clips that see quantised features in this step."""
-    return config.quantised_share + (1.0 - config.quantised_share) * _progress(step, config.quantised_steps)
+def quantized_share(config: QuantizerConfig, step: Int32[Array, ""]) -> Float[Array, ""]:
+    """The share of clips that see quantized features in this step."""
+    return config.quantized_share + (1.0 - config.quantized_share) * _progress(step, config.quantized_steps)
 
 
 def commitment_weight(first: float, last: float, config: QuantizerConfig, step: Int32[Array, ""]) -> Float[Array, ""]:
     """Returns the weight of the commitment in this step: from `first` to `last` while the quantized share grows."""
-    return first + (last - first) * _progress(step, config.quantised_steps)
+    return first + (last - first) * _progress(step, config.quantized_steps)
 
 
-def _level(key, pool: Pool, residual, valid, state, step, config: QuantizerConfig, compute: Compute):
+def _level(key, pool: Pool, residual, valid, state, step, config: QuantizerConfig, compute: ComputePolicy):
     """Codes (m, g), the chosen vectors, and the level's codebook after the step."""
     if config.init_steps:
         # A first batch without a vector has nothing to seed with.

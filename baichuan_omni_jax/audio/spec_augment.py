@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Int32, PRNGKeyArray
 
 from baichuan_omni_jax.config.audio import SpecAugmentConfig
-from baichuan_omni_jax.nn.param import Compute, split_as
+from baichuan_omni_jax.nn.param import ComputePolicy, split_as
 
 CLIPS = "batch"
 
@@ -15,7 +15,7 @@ def spec_augment(
     mel: Float[Array, "c f mels"],
     lengths: Int32[Array, " c"],
     config: SpecAugmentConfig,
-    compute: Compute,
+    compute: ComputePolicy,
 ) -> Float[Array, "c f mels"]:
     """Whisper's log mel with what `config` masks at 0, in the first `lengths` frames of each clip.
 

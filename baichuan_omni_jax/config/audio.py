@@ -7,7 +7,7 @@ from baichuan_omni_jax.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizerConfig:
-    """How the residual quantiser trains, by step (counted from 0).
+    """How the residual quantizer trains, by step (counted from 0).
 
     `decay` of the running means of each code's vectors; `shrink`, the share of themselves that these lose in every step
     after the first ones, on which the next mean builds: codes come to rest at
@@ -17,8 +17,8 @@ class QuantizerConfig:
     0, codebooks go on as they are: those of a trained tokenizer.
     `temperature` of the Gumbel noise on distances, in units of the mean squared residual, falls linearly from the first
     to the second number in `temperature_steps` (both 0: always the nearest code). `level_dropout` is the share of clips
-    of which only the first few levels are kept, their number drawn evenly. The share of clips that see quantised
-    features grows linearly from `quantised_share` to 1 in `quantised_steps`; the others see them as they were.
+    of which only the first few levels are kept, their number drawn evenly. The share of clips that see quantized
+    features grows linearly from `quantized_share` to 1 in `quantized_steps`; the others see them as they were.
     """
 
     decay: float = 0.99
@@ -28,14 +28,14 @@ class QuantizerConfig:
     temperature: tuple[float, float] = (0.0, 0.0)
     temperature_steps: int = 10000
     level_dropout: float = 0.1
-    quantised_share: float = 0.1
-    quantised_steps: int = 10000
+    quantized_share: float = 0.1
+    quantized_steps: int = 10000
 
     def __post_init__(self):
-        for name in ("decay", "shrink", "level_dropout", "quantised_share"):
+        for name in ("decay", "shrink", "level_dropout", "quantized_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"quantizer.{name} {getattr(self, name)} must lie between 0 and 1")
-        for name in ("restart_after", "init_steps", "temperature_steps", "quantised_steps"):
+        for name in ("restart_after", "init_steps", "temperature_steps", "quantized_steps"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"quantizer.{name} {getattr(self, name)} must be at least 0")
         if min(self.temperature) < 0:
@@ -77,7 +77,7 @@ class TokenizerTraining:
     of the features to their codes.
 
     The commitment's weight goes from `commitment_start` (None: no other than `commitment`) to `commitment` in the steps
-    in which the quantized share grows (`quantizer.quantised_steps`).
+    in which the quantized share grows (`quantizer.quantized_steps`).
     `mel_scales` are (n_fft, hop) of the target mels at 16 kHz. Without `llm` in the run's branches nothing is read.
     `spec_augment` masks what the encoder hears, never the targets nor held-out sound.
     """

@@ -21,7 +21,7 @@ from baichuan_omni_jax.convert.vocoder import vocoder_rules
 from baichuan_omni_jax.flow.model import FlowDecoder
 from baichuan_omni_jax.llm.audio_head import AudioHeadBranch
 from baichuan_omni_jax.llm.model import LanguageModel
-from baichuan_omni_jax.nn.param import Compute
+from baichuan_omni_jax.nn.param import ComputePolicy
 from baichuan_omni_jax.vision.model import VisionModel
 from baichuan_omni_jax.vocoder.config import VocoderConfig
 from baichuan_omni_jax.vocoder.model import Vocoder
@@ -49,7 +49,7 @@ def abstract_branches(
     vocoder: VocoderConfig | None = None,
     *,
     only: Iterable[str] = (),
-    compute: Compute | None = None,
+    compute: ComputePolicy | None = None,
 ) -> dict[str, nnx.Module]:
     """Branch -> its module with shapes for values (`jax.eval_shape`): what the tables must cover.
 
@@ -57,12 +57,12 @@ def abstract_branches(
     """
     names = tuple(only) or (*MODEL_BRANCHES, *([VOCODER_BRANCH] if vocoder else []))
     mesh = jax.sharding.get_mesh()
-    return {name: _abstract(name, cfg, vocoder, compute or Compute(), mesh) for name in names}
+    return {name: _abstract(name, cfg, vocoder, compute or ComputePolicy(), mesh) for name in names}
 
 
 @cache
 def _abstract(
-    name: str, cfg: OmniConfig, vocoder: VocoderConfig | None, compute: Compute, mesh: jax.sharding.Mesh
+    name: str, cfg: OmniConfig, vocoder: VocoderConfig | None, compute: ComputePolicy, mesh: jax.sharding.Mesh
 ) -> nnx.Module:
     # `mesh` is the one in use: it is part of every array's type.
     makers: dict[str, Callable[[Any], nnx.Module]] = {

@@ -15,7 +15,7 @@ from baichuan_omni_jax.convert.rules import Rule
 from baichuan_omni_jax.convert.safetensors_io import open_weights
 from baichuan_omni_jax.convert.to_jax import load_branch_from_safetensors
 from baichuan_omni_jax.errors import ConfigError
-from baichuan_omni_jax.nn.param import Compute
+from baichuan_omni_jax.nn.param import ComputePolicy
 from baichuan_omni_jax.sharding import make_mesh
 from baichuan_omni_jax.storage import read_json_object
 
@@ -35,7 +35,7 @@ def tokenizer_from_whisper(folder: Path, cfg: OmniConfig, seed: int = 0) -> Audi
     if home is None:
         raise ConfigError(f"{weights.where} holds no Whisper encoder: there is no tensor {HOMES[0]}.conv1.weight")
     check_sizes(folder / CONFIG, cfg.audio)
-    mesh, compute = make_mesh(MeshConfig(), jax.devices()[:1]), Compute()
+    mesh, compute = make_mesh(MeshConfig(), jax.devices()[:1]), ComputePolicy()
     with jax.set_mesh(mesh):
         tokenizer = jax.jit(lambda: AudioTokenizer(jax.random.key(seed), cfg.audio, compute))()
         abstract = with_shardings(jax.eval_shape(lambda: tokenizer.encoder), mesh, compute.rules)

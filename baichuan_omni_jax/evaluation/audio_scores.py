@@ -40,7 +40,7 @@ def tokenizer_sums(setup: Setup, run: RunConfig) -> Callable[[Arrays, Batch], Su
         target = mel_targets_of(batch, ("scale_0",), compute)[0]
         sums, made = code_sums(model.audio_encoder, model.audio_decoder, clips_of(batch, compute), target, ratio)
         if reads:
-            weights, seen = batch["text_weights"], (made.features, made.quantised)
+            weights, seen = batch["text_weights"], (made.features, made.quantized)
             read = [(transcript_entropies(model, x, made.valid, batch, run) * weights).sum() for x in seen]
             sums |= {"transcript": jnp.stack(read), "transcript_weight": weights.sum()}
         return sums
@@ -54,7 +54,7 @@ class ThroughCodes(NamedTuple):
     features: Float[Array, "c g f"]
     valid: Bool[Array, "c g"]
     codes: Int32[Array, "c g q"]
-    quantised: Float[Array, "c g f"]
+    quantized: Float[Array, "c g f"]
     decoded: DecodedAudio
 
 
@@ -68,25 +68,25 @@ def code_sums(
     `distance` and `distance_count`: commitment.
     """
     features, valid = encoder.features(clips.mel, clips.lengths)
-    codes, quantised, _ = encoder.quantizer.quantize(features)
+    codes, quantized, _ = encoder.quantizer.quantize(features)
     lengths = valid.sum(-1, dtype=jnp.int32)
     decoded = [decoder(x, lengths) for x in (features, *_first_levels(encoder, codes))]
     errors = [mel_error_sums(each.refined_mel, each.mel_lengths, target, ratio) for each in decoded]
     sums = {"mel": jnp.stack([error for error, _, _ in errors]), "mel_count": errors[0][2]}
     for q, size in enumerate(encoder.cfg.codebook_sizes):
         sums[f"used_q{q}"] = _counts(codes[..., q], valid, size)
-    distance = jnp.where(valid[..., None], (features - quantised).astype(jnp.float32) ** 2, 0)
+    distance = jnp.where(valid[..., None], (features - quantized).astype(jnp.float32) ** 2, 0)
     sums |= {"distance": distance.sum(), "distance_count": valid.sum(dtype=jnp.float32) * distance.shape[-1]}
-    return sums, ThroughCodes(features, valid, codes, quantised, decoded[-1])
+    return sums, ThroughCodes(features, valid, codes, quantized, decoded[-1])
 
 
 def tokenizer_means(sums: Mapping[str, np.ndarray], code_rate: float) -> dict[str, float]:
     """Of all levels and with the first ones only `mel_mae`, `mel_mae_q0`, ...; of the features as they are
-    `mel_mae_unquantised`; `commitment`; for each level the share of codes used, `codes_used_q*`, and `perplexity_q*`;
-    `bits_per_second` by the codes' own frequencies; `loss_transcript` and `loss_transcript_unquantised`.
+    `mel_mae_unquantized`; `commitment`; for each level the share of codes used, `codes_used_q*`, and `perplexity_q*`;
+    `bits_per_second` by the codes' own frequencies; `loss_transcript` and `loss_transcript_unquantized`.
     """
     mel = sums["mel"] / max(float(sums["mel_count"]), 1.0)
-    means = {"mel_mae": mel[-1], "mel_mae_unquantised": mel[0], "bits_per_second": 0.0}
+    means = {"mel_mae": mel[-1], "mel_mae_unquantized": mel[0], "bits_per_second": 0.0}
     means |= {f"mel_mae_q{q}": value for q, value in enumerate(mel[1:])}
     means["commitment"] = sums["distance"] / max(float(sums["distance_count"]), 1.0)
     for q in range(len(mel) - 1):
@@ -96,8 +96,8 @@ def tokenizer_means(sums: Mapping[str, np.ndarray], code_rate: float) -> dict[st
         means |= {f"codes_used_q{q}": (counts > 0).mean(), f"perplexity_q{q}": np.exp(entropy)}
         means["bits_per_second"] += code_rate * entropy / np.log(2)
     if "transcript" in sums:
-        unquantised, quantised = sums["transcript"] / max(float(sums["transcript_weight"]), 1.0)
-        means |= {"loss_transcript": quantised, "loss_transcript_unquantised": unquantised}
+        unquantized, quantized = sums["transcript"] / max(float(sums["transcript_weight"]), 1.0)
+        means |= {"loss_transcript": quantized, "loss_transcript_unquantized": unquantized}
     return {name: float(value) for name, value in means.items()}
 
 

@@ -8,7 +8,7 @@ from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.flow.config import FlowConfig
 from baichuan_omni_jax.flow.prenet import PreNet
 from baichuan_omni_jax.flow.unet import Estimator
-from baichuan_omni_jax.nn.param import Compute
+from baichuan_omni_jax.nn.param import ComputePolicy
 
 
 class FlowDecoder(nnx.Module):
@@ -17,7 +17,7 @@ class FlowDecoder(nnx.Module):
     Raises ConfigError where the pre-net's output is not as wide as the mel.
     """
 
-    def __init__(self, key: PRNGKeyArray, cfg: FlowConfig, compute: Compute):
+    def __init__(self, key: PRNGKeyArray, cfg: FlowConfig, compute: ComputePolicy):
         if cfg.prenet_out_dim != cfg.in_channels:
             raise ConfigError(
                 f"flow.prenet_out_dim {cfg.prenet_out_dim} must equal flow.in_channels {cfg.in_channels}: "

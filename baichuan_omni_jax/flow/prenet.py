@@ -10,7 +10,7 @@ from baichuan_omni_jax.nn.encoder import EncoderLayer, EncoderSizes, run_encoder
 from baichuan_omni_jax.nn.lengths import frames_before, keep
 from baichuan_omni_jax.nn.linear import Linear
 from baichuan_omni_jax.nn.norm import RMSNorm
-from baichuan_omni_jax.nn.param import Compute, split_as, stack
+from baichuan_omni_jax.nn.param import ComputePolicy, split_as, stack
 
 CLIPS = "batch"
 NORM_EPS = 1e-6
@@ -22,7 +22,7 @@ class PreNet(nnx.Module):
     The checkpoint's `positional_embedding` is not used by the released computation, and not kept here.
     """
 
-    def __init__(self, key: PRNGKeyArray, cfg: FlowConfig, compute: Compute):
+    def __init__(self, key: PRNGKeyArray, cfg: FlowConfig, compute: ComputePolicy):
         keys = jax.random.split(key, 4)
         d, out = cfg.prenet_d_model, (CLIPS, None, None)
 

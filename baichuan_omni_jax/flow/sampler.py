@@ -6,7 +6,7 @@ from jaxtyping import Array, Float, Int32
 
 from baichuan_omni_jax.flow.model import FlowDecoder
 from baichuan_omni_jax.flow.unet import CLIPS
-from baichuan_omni_jax.nn.param import Compute, split_as
+from baichuan_omni_jax.nn.param import ComputePolicy, split_as
 
 
 def cosine_times(steps: int) -> Float[Array, " steps_and_one"]:
@@ -61,7 +61,7 @@ def sample_around(
         return jax.lax.scan(step, x, (times[:-1], times[1:]))[0]
 
 
-def _side_by_side(x: Array, y: Array, compute: Compute) -> Array:
+def _side_by_side(x: Array, y: Array, compute: ComputePolicy) -> Array:
     """Rows x0, y0, x1, y1, …: every device keeps its own items."""
     spec = compute.rules.spec(CLIPS, *[None] * (x.ndim - 1))
     return jnp.stack([x, y], 1).reshape(2 * x.shape[0], *x.shape[1:], out_sharding=spec)

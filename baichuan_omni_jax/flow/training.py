@@ -6,7 +6,7 @@ from jaxtyping import Array, Float, Float32, Int32, PRNGKeyArray
 
 from baichuan_omni_jax.flow.model import FlowDecoder
 from baichuan_omni_jax.nn.lengths import frames_before, keep
-from baichuan_omni_jax.nn.param import Compute, split_as
+from baichuan_omni_jax.nn.param import ComputePolicy, split_as
 
 CLIPS = "batch"
 
@@ -42,7 +42,7 @@ def flow_losses(
     return flow, prior
 
 
-def _draw(key, mel: Float32[Array, "b t mels"], dropout, compute: Compute):
+def _draw(key, mel: Float32[Array, "b t mels"], dropout, compute: ComputePolicy):
     """Noise like `mel`, times and what is dropped, clip by clip: the same on any mesh."""
 
     def of_clip(clip):

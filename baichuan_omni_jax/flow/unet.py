@@ -16,7 +16,7 @@ from baichuan_omni_jax.nn.encoder import EncoderLayer, EncoderSizes, run_encoder
 from baichuan_omni_jax.nn.lengths import frames_before, keep
 from baichuan_omni_jax.nn.linear import Linear
 from baichuan_omni_jax.nn.norm import LayerNorm
-from baichuan_omni_jax.nn.param import Compute, split_as, stack
+from baichuan_omni_jax.nn.param import ComputePolicy, split_as, stack
 
 CLIPS = "batch"
 ATTENTION_CHUNK = 100
@@ -44,7 +44,7 @@ def chunk_positions(frames: int) -> Int32[Array, " t"]:
 class CausalBlock(nnx.Module):
     """Causal convolution -> LayerNorm over channels -> Mish (`block.0`, `.2`); zero past the length, in and out."""
 
-    def __init__(self, key: PRNGKeyArray, width_in: int, width: int, compute: Compute):
+    def __init__(self, key: PRNGKeyArray, width_in: int, width: int, compute: ComputePolicy):
         self.conv = _causal_conv(key, width_in, width, compute)
         self.norm = LayerNorm(width, eps=NORM_EPS, compute=compute)
 
@@ -55,7 +55,7 @@ class CausalBlock(nnx.Module):
 class ResnetBlock(nnx.Module):
     """Two causal blocks with the time added between them (`mlp.1`), plus a 1x1 shortcut (`res_conv`)."""
 
-    def __init__(self, key: PRNGKeyArray, width_in: int, width: int, compute: Compute):
+    def __init__(self, key: PRNGKeyArray, width_in: int, width: int, compute: ComputePolicy):
         keys = jax.random.split(key, 4)
         self.block1 = CausalBlock(keys[0], width_in, width, compute)
         self.block2 = CausalBlock(keys[1], width, width, compute)
@@ -72,7 +72,7 @@ class ResnetBlock(nnx.Module):
 class Stage(nnx.Module):
     """A ResNet block and `n_blocks` transformer layers: `{down,mid,up}_blocks.i.0` and `.1.j`, j stacked."""
 
-    def __init__(self, key: PRNGKeyArray, width_in: int, sizes: EncoderSizes, n_blocks: int, compute: Compute):
+    def __init__(self, key: PRNGKeyArray, width_in: int, sizes: EncoderSizes, n_blocks: int, compute: ComputePolicy):
         keys = jax.random.split(key)
         self.resnet = ResnetBlock(keys[0], width_in, sizes.width, compute)
         self.layers = stack(lambda k: EncoderLayer(k, sizes, compute), keys[1], n_blocks)
@@ -94,7 +94,7 @@ class Estimator(nnx.Module):
     The skip is the down stage's output before its convolution. Raises ConfigError on more than one resolution.
     """
 
-    def __init__(self, key: PRNGKeyArray, cfg: FlowConfig, compute: Compute):
+    def __init__(self, key: PRNGKeyArray, cfg: FlowConfig, compute: ComputePolicy):
         if len(cfg.channels) != 1:
             raise ConfigError(f"flow.channels {cfg.channels}: only one resolution is supported")
         keys = jax.random.split(key, 9)
@@ -158,9 +158,9 @@ class Estimator(nnx.Module):
             raise ValueError(f"time {time.shape} and lengths {lengths.shape} do not fit {x.shape[0]} items")
 
 
-def _causal_conv(key: PRNGKeyArray, width_in: int, width: int, compute: Compute) -> Conv1d:
+def _causal_conv(key: PRNGKeyArray, width_in: int, width: int, compute: ComputePolicy) -> Conv1d:
     return Conv1d(key, (KERNEL, width_in, width), causal=True, rows=CLIPS, compute=compute)
 
 
-def _time_linear(key: PRNGKeyArray, shape: tuple[int, int], compute: Compute) -> Linear:
+def _time_linear(key: PRNGKeyArray, shape: tuple[int, int], compute: ComputePolicy) -> Linear:
     return Linear(key, "bd,df->bf", shape, ("small", "embed"), out=(CLIPS, None), compute=compute, bias=True)

@@ -29,7 +29,7 @@ from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.generation.chat import ChatModel
 from baichuan_omni_jax.generation.engine import Engine
 from baichuan_omni_jax.generation.speech_decoder import NEEDED, Speaker
-from baichuan_omni_jax.nn.param import Compute
+from baichuan_omni_jax.nn.param import ComputePolicy
 from baichuan_omni_jax.sharding import make_mesh
 from baichuan_omni_jax.vocoder.config import VocoderConfig, read_vocoder_config
 
@@ -146,7 +146,7 @@ def _trained_images(folder: Path | None) -> ImagesConfig:
 
 def _load(name: str, folder: Path, cfg: OmniConfig, mesh: Mesh, dtype: str) -> nnx.Module:
     kind = jnp.dtype("float32" if name in _SOUND else dtype)
-    compute = Compute(dtype=kind, remat="none")
+    compute = ComputePolicy(dtype=kind, remat="none")
     vocoder = _vocoder_sizes(folder) if name == VOCODER_BRANCH else None
     module = abstract_branches(cfg, vocoder, only=[name], compute=compute)[name]
     placed = with_shardings(module, mesh, compute.rules, dtype=kind, name=name)

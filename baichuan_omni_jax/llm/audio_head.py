@@ -17,7 +17,7 @@ from baichuan_omni_jax.llm.config import AudioHeadConfig
 from baichuan_omni_jax.nn.encoder import gelu
 from baichuan_omni_jax.nn.linear import Linear
 from baichuan_omni_jax.nn.norm import RMSNorm
-from baichuan_omni_jax.nn.param import Buffer, Compute, normal, split_as, stack, use
+from baichuan_omni_jax.nn.param import Buffer, ComputePolicy, normal, split_as, stack, use
 from baichuan_omni_jax.nn.products import gather_weight, look_up, product
 from baichuan_omni_jax.nn.remat import remat
 
@@ -29,7 +29,7 @@ HEADS = ("batch", "media", None, None, None)
 class AudioEmbedding(nnx.Module):
     """One table a level, (size_q + 1, d): the last row is the end of speech, which only level 0 uses."""
 
-    def __init__(self, key: PRNGKeyArray, codebook_sizes: tuple[int, ...], width: int, compute: Compute):
+    def __init__(self, key: PRNGKeyArray, codebook_sizes: tuple[int, ...], width: int, compute: ComputePolicy):
         keys = jax.random.split(key, len(codebook_sizes))
         self.tables = nnx.List(
             [normal(keys[q], (size + 1, width), ("codes", "embed")) for q, size in enumerate(codebook_sizes)]
@@ -55,7 +55,7 @@ class AudioEmbedding(nnx.Module):
 class DepthAttention(nnx.Module):
     """Causal attention over the depth positions of one frame; all projections biased."""
 
-    def __init__(self, key: PRNGKeyArray, width: int, head_dim: int, compute: Compute):
+    def __init__(self, key: PRNGKeyArray, width: int, head_dim: int, compute: ComputePolicy):
         keys = jax.random.split(key, 4)
         shape, axes, into = (width, width // head_dim, head_dim), ("embed", "small", "small"), "bcqd,dnh->bcqnh"
         self.q_proj = Linear(keys[0], into, shape, axes, out=HEADS, compute=compute, bias=True)
@@ -80,7 +80,7 @@ class DepthLayer(nnx.Module):
     The released code never adds the MLP's biases; they are carried for the checkpoint's sake.
     """
 
-    def __init__(self, key: PRNGKeyArray, width: int, depth: int, cfg: AudioHeadConfig, compute: Compute):
+    def __init__(self, key: PRNGKeyArray, width: int, depth: int, cfg: AudioHeadConfig, compute: ComputePolicy):
         keys = jax.random.split(key, 3)
         d, f = width, 2 * width
         self.attention_norm = RMSNorm(d, eps=cfg.norm_eps, compute=compute)
@@ -103,7 +103,12 @@ class AudioHead(nnx.Module):
     """Depth layers, RMSNorm, and a biased linear head a level, (d, size_q + 1)."""
 
     def __init__(
-        self, key: PRNGKeyArray, cfg: AudioHeadConfig, codebook_sizes: tuple[int, ...], width: int, compute: Compute
+        self,
+        key: PRNGKeyArray,
+        cfg: AudioHeadConfig,
+        codebook_sizes: tuple[int, ...],
+        width: int,
+        compute: ComputePolicy,
     ):
         keys = jax.random.split(key, 1 + len(codebook_sizes))
         depth = len(codebook_sizes)
@@ -145,7 +150,12 @@ class AudioHeadBranch(nnx.Module):
     """The branch `audio_head`: `embedding`, read where audio enters the stream, and `head`, where it leaves."""
 
     def __init__(
-        self, key: PRNGKeyArray, cfg: AudioHeadConfig, codebook_sizes: tuple[int, ...], width: int, compute: Compute
+        self,
+        key: PRNGKeyArray,
+        cfg: AudioHeadConfig,
+        codebook_sizes: tuple[int, ...],
+        width: int,
+        compute: ComputePolicy,
     ):
         keys = jax.random.split(key)
         self.embedding = AudioEmbedding(keys[0], codebook_sizes, width, compute)

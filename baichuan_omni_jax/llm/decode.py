@@ -20,7 +20,7 @@ from baichuan_omni_jax.llm.model import DecoderLayer, LanguageModel
 from baichuan_omni_jax.nn.bits import as_bits, from_bits
 from baichuan_omni_jax.nn.linear import Linear
 from baichuan_omni_jax.nn.norm import RMSNorm
-from baichuan_omni_jax.nn.param import Compute, split_as, use
+from baichuan_omni_jax.nn.param import ComputePolicy, split_as, use
 from baichuan_omni_jax.nn.rope import rope_angles, rotate
 
 STREAM = ("batch", None, None)
@@ -64,7 +64,7 @@ class DecodeModel:
     activations travels between devices.
     """
 
-    def __init__(self, weights: DecodeWeights, cfg: LLMConfig, compute: Compute):
+    def __init__(self, weights: DecodeWeights, cfg: LLMConfig, compute: ComputePolicy):
         self.weights, self.cfg, self.compute = weights, cfg, compute
 
     @classmethod
@@ -182,7 +182,7 @@ def _sum_of_products(x: Float[Array, "... i"], weight: Float[Array, "o i"]) -> F
     return wide.sum(-1).reshape(*x.shape[:-1], -1)
 
 
-def _seen(positions: Int32[Array, "b t"], length: int, compute: Compute) -> tuple[Segments, BlockPlan]:
+def _seen(positions: Int32[Array, "b t"], length: int, compute: ComputePolicy) -> tuple[Segments, BlockPlan]:
     """What a prefill's items see of a cache of `length` entries: the row's, up to their own position."""
     entries = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (positions.shape[0], length))
     entries = split_as(entries, compute, "batch")
@@ -191,13 +191,13 @@ def _seen(positions: Int32[Array, "b t"], length: int, compute: Compute) -> tupl
     return segments, plan_blocks(segments, causal=True)
 
 
-def _whole(variable: nnx.Variable, compute: Compute) -> Array:
+def _whole(variable: nnx.Variable, compute: ComputePolicy) -> Array:
     """As `use`, but the very same buffer where it already is so."""
     return jax.device_put(variable[...].astype(compute.dtype), compute.rules.gathered_spec(*variable.axes))
 
 
 @partial(jax.jit, static_argnums=(2, 3))
-def _unstack(layers: DecoderLayer, index: Int32[Array, ""], cfg: LLMConfig, compute: Compute) -> DecodeLayer:
+def _unstack(layers: DecoderLayer, index: Int32[Array, ""], cfg: LLMConfig, compute: ComputePolicy) -> DecodeLayer:
     """Layer `index` of the stacked layers."""
     layer = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), layers)
     attention, mlp = layer.attention, layer.mlp

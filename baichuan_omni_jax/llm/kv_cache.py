@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int32, Shaped
 
 from baichuan_omni_jax.llm.config import LLMConfig
 from baichuan_omni_jax.nn.bits import as_bits, from_bits
-from baichuan_omni_jax.nn.param import Compute
+from baichuan_omni_jax.nn.param import ComputePolicy
 from baichuan_omni_jax.sharding import check_divisible
 
 # Heads before length, so that a head's entries lie side by side: what both products of attention read.
@@ -50,7 +50,7 @@ class KVCache(NamedTuple):
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
 
-def init_cache(cfg: LLMConfig, batch: int, length: int, dtype: DTypeLike, compute: Compute) -> KVCache:
+def init_cache(cfg: LLMConfig, batch: int, length: int, dtype: DTypeLike, compute: ComputePolicy) -> KVCache:
     """An empty cache of `batch` rows of `length` positions, rows split over data x fsdp, heads over `tensor`.
 
     `dtype`: a float type, or int8: each entry's head then has a scale of its own, its largest value / 127.

@@ -18,7 +18,7 @@ from baichuan_omni_jax.llm.special_rows import SpecialRows
 from baichuan_omni_jax.nn.chunking import map_chunks
 from baichuan_omni_jax.nn.linear import Linear
 from baichuan_omni_jax.nn.norm import RMSNorm
-from baichuan_omni_jax.nn.param import Compute, gather, normal, stack
+from baichuan_omni_jax.nn.param import ComputePolicy, gather, normal, stack
 from baichuan_omni_jax.nn.products import Gathered, gather_rows, gather_weight, look_up, narrow, product
 from baichuan_omni_jax.nn.remat import remat
 from baichuan_omni_jax.nn.rope import rope_angles, rotate
@@ -32,7 +32,7 @@ HIDDEN = ("batch", "length", "act_mlp")
 class Attention(nnx.Module):
     """Grouped-query attention with biased Q, K, V and no output bias."""
 
-    def __init__(self, key: PRNGKeyArray, cfg: LLMConfig, compute: Compute):
+    def __init__(self, key: PRNGKeyArray, cfg: LLMConfig, compute: ComputePolicy):
         keys = jax.random.split(key, 4)
         d, n, k, h = cfg.hidden_size, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
         in_axes, kv_axes = ("embed", "heads", "head_dim"), ("embed", "kv_heads", "head_dim")
@@ -62,7 +62,7 @@ class Attention(nnx.Module):
 class SwiGLU(nnx.Module):
     """down(silu(gate(x)) * up(x)), no biases."""
 
-    def __init__(self, key: PRNGKeyArray, cfg: LLMConfig, compute: Compute):
+    def __init__(self, key: PRNGKeyArray, cfg: LLMConfig, compute: ComputePolicy):
         keys = jax.random.split(key, 3)
         d, f = cfg.hidden_size, cfg.intermediate_size
         self.gate_proj = Linear(keys[0], "btd,df->btf", (d, f), ("embed", "mlp"), out=HIDDEN, compute=compute)
@@ -83,7 +83,7 @@ class SwiGLU(nnx.Module):
 class DecoderLayer(nnx.Module):
     """RMSNorm -> attention -> residual -> RMSNorm -> SwiGLU -> residual."""
 
-    def __init__(self, key: PRNGKeyArray, cfg: LLMConfig, compute: Compute):
+    def __init__(self, key: PRNGKeyArray, cfg: LLMConfig, compute: ComputePolicy):
         keys = jax.random.split(key)
         self.attention_norm = RMSNorm(cfg.hidden_size, eps=cfg.norm_eps, compute=compute)
         self.attention = Attention(keys[0], cfg, compute)
@@ -100,7 +100,7 @@ class DecoderLayer(nnx.Module):
 class LanguageModel(nnx.Module):
     """Token embedding, stacked decoder layers, final norm, untied head."""
 
-    def __init__(self, key: PRNGKeyArray, cfg: LLMConfig, compute: Compute):
+    def __init__(self, key: PRNGKeyArray, cfg: LLMConfig, compute: ComputePolicy):
         keys = jax.random.split(key, 3)
         # The table is looked up by row, so its rows stay whole on each device; the head's are split over `tensor`.
         self.embedding = normal(keys[0], (cfg.vocab_size, cfg.hidden_size), ("codes", "embed"))
@@ -124,7 +124,7 @@ class LanguageModel(nnx.Module):
 
         A left-padded batch is the same call: segment_ids = attention_mask, positions = its cumulative sum.
         """
-        segments = whole_keys(Segments.of_row(segment_ids, positions))
+        segments = whole_keys(Segments.from_row(segment_ids, positions))
         block = self.compute.attention_block
         plan = plan_blocks(segments, causal=True, block_q=block, block_kv=block)
         angles = rope_angles(positions, self.cfg.head_dim, self.cfg.rope_theta)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from baichuan_omni_jax.nn.param import Compute
+from baichuan_omni_jax.nn.param import ComputePolicy
 from baichuan_omni_jax.nn.products import gather_rows, look_up
 
 # Logical axes of rows: few, so never split by vocabulary.
@@ -32,7 +32,7 @@ class SpecialRows:
     head: Float[Array, "n d"] | None = None
 
     def substitute(
-        self, x: Float[Array, "b t d"], tokens: Int32[Array, "b t"], compute: Compute
+        self, x: Float[Array, "b t d"], tokens: Int32[Array, "b t"], compute: ComputePolicy
     ) -> Float[Array, "b t d"]:
         """`x`, the tokens' embeddings, with those of special tokens replaced by their rows."""
         if self.embedding is None:

@@ -6,7 +6,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from baichuan_omni_jax.nn.linear import Linear
-from baichuan_omni_jax.nn.param import Compute, normal, zeros
+from baichuan_omni_jax.nn.param import ComputePolicy, normal, zeros
 from baichuan_omni_jax.nn.products import Gathered, add_bias, gather_weight, product
 
 
@@ -25,7 +25,7 @@ class Conv1d(nnx.Module):
         stride: int = 1,
         padding: int = 0,
         rows: str | None,
-        compute: Compute,
+        compute: ComputePolicy,
         bias: bool = True,
         gain: float = 1.0,
         causal: bool = False,
@@ -58,7 +58,7 @@ class TransposedConv1d(nnx.Module):
         *,
         stride: int,
         rows: str | None,
-        compute: Compute,
+        compute: ComputePolicy,
         channels: tuple[str, str] = ("small", "embed"),
     ):
         # About kernel / stride frames of the input meet in one of the output.
@@ -74,7 +74,7 @@ class TransposedConv1d(nnx.Module):
 
 
 def transposed_pieces(
-    x: Float[Array, "b t c"], weight: Gathered, rows: str | None, compute: Compute
+    x: Float[Array, "b t c"], weight: Gathered, rows: str | None, compute: ComputePolicy
 ) -> Float[Array, "b t k d"]:
     """What every frame of `x` adds to the output of a transposed convolution; `weight` is (k, c, d)."""
     spec = compute.rules.spec(rows, None, None, None)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int32, PRNGKeyArray
 from baichuan_omni_jax.kernels.flash_attention import BlockPlan, Segments, flash_attention, plan_blocks
 from baichuan_omni_jax.nn.linear import Linear
 from baichuan_omni_jax.nn.norm import LayerNorm, RMSNorm
-from baichuan_omni_jax.nn.param import Compute
+from baichuan_omni_jax.nn.param import ComputePolicy
 from baichuan_omni_jax.nn.remat import remat
 from baichuan_omni_jax.nn.rope import rotate
 
@@ -56,7 +56,7 @@ class EncoderSizes:
 class EncoderAttention(nnx.Module):
     """Multi-head attention, biases of Q, K, V by choice, rotary where angles are given."""
 
-    def __init__(self, key: PRNGKeyArray, sizes: EncoderSizes, compute: Compute):
+    def __init__(self, key: PRNGKeyArray, sizes: EncoderSizes, compute: ComputePolicy):
         keys = jax.random.split(key, 4)
         d, n, h = sizes.width, sizes.heads, sizes.head_dim
 
@@ -93,7 +93,7 @@ class EncoderAttention(nnx.Module):
 class FeedForward(nnx.Module):
     """fc2(activation(fc1(x))), both biased."""
 
-    def __init__(self, key: PRNGKeyArray, sizes: EncoderSizes, compute: Compute):
+    def __init__(self, key: PRNGKeyArray, sizes: EncoderSizes, compute: ComputePolicy):
         keys = jax.random.split(key)
         d, f, out = sizes.width, sizes.ffn, (*sizes.rows, None)
         self.fc1 = Linear(keys[0], "btd,df->btf", (d, f), ("embed", "small"), out=out, compute=compute, bias=True)
@@ -107,7 +107,7 @@ class FeedForward(nnx.Module):
 class EncoderLayer(nnx.Module):
     """Norm -> attention -> residual -> norm -> feed-forward -> residual."""
 
-    def __init__(self, key: PRNGKeyArray, sizes: EncoderSizes, compute: Compute):
+    def __init__(self, key: PRNGKeyArray, sizes: EncoderSizes, compute: ComputePolicy):
         keys = jax.random.split(key)
         self.attention_norm = sizes.norm(sizes.width, eps=sizes.eps, compute=compute)
         self.attention = EncoderAttention(keys[0], sizes, compute)
@@ -130,14 +130,14 @@ def run_encoder(
     positions: Int32[Array, "b t"],
     *,
     sizes: EncoderSizes,
-    compute: Compute,
+    compute: ComputePolicy,
     angles: Float[Array, "b t half"] | None = None,
 ) -> Float[Array, "b t d"]:
     """`x` through the stacked `layers`. Tokens see their own segment (earlier positions only, if causal); 0 is padding.
 
     No segment may straddle shards: nothing is gathered.
     """
-    segments = Segments.of_row(segment_ids, positions)
+    segments = Segments.from_row(segment_ids, positions)
     block = compute.attention_block
     plan = plan_blocks(segments, causal=sizes.causal, block_q=block, block_kv=block, gather_kv=False)
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from baichuan_omni_jax.nn.param import Compute, normal, zeros
+from baichuan_omni_jax.nn.param import ComputePolicy, normal, zeros
 from baichuan_omni_jax.nn.products import Gathered, add_bias, gather_weight, product
 
 
@@ -26,7 +26,7 @@ class Linear(nnx.Module):
         axes: tuple[str, ...],
         *,
         out: Sequence[str | None],
-        compute: Compute,
+        compute: ComputePolicy,
         bias: bool = False,
         gain: float = 1.0,
     ):

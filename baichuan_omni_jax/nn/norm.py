@@ -5,13 +5,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from baichuan_omni_jax.nn.param import Compute, ones, use, zeros
+from baichuan_omni_jax.nn.param import ComputePolicy, ones, use, zeros
 
 
 class RMSNorm(nnx.Module):
     """x / sqrt(mean(x^2) + eps) * scale."""
 
-    def __init__(self, width: int, *, eps: float, compute: Compute):
+    def __init__(self, width: int, *, eps: float, compute: ComputePolicy):
         self.scale = ones((width,), ("norm",))
         self.eps, self.compute = eps, compute
 
@@ -25,7 +25,7 @@ class RMSNorm(nnx.Module):
 class LayerNorm(nnx.Module):
     """(x - mean) / sqrt(var + eps) * scale + bias."""
 
-    def __init__(self, width: int, *, eps: float, compute: Compute):
+    def __init__(self, width: int, *, eps: float, compute: ComputePolicy):
         self.scale = ones((width,), ("norm",))
         self.bias = zeros((width,), ("norm",))
         self.eps, self.compute = eps, compute
@@ -45,7 +45,7 @@ class GroupNorm(nnx.Module):
     One group (PyTorch's `GroupNorm(1, width)`). With every frame counted, padding moves the statistics.
     """
 
-    def __init__(self, width: int, *, eps: float, compute: Compute):
+    def __init__(self, width: int, *, eps: float, compute: ComputePolicy):
         self.scale = ones((width,), ("norm",))
         self.bias = zeros((width,), ("norm",))
         self.eps, self.compute = eps, compute

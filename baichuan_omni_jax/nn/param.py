@@ -21,7 +21,7 @@ class Buffer(nnx.Variable):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compute:
+class ComputePolicy:
     """How modules compute: sharding rules, compute dtype, and which kernels. Static: part of every module's type."""
 
     rules: ShardingRules = ShardingRules()
@@ -48,7 +48,7 @@ def ones(shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
     return nnx.Param(jnp.ones(shape, jnp.float32), axes=axes)
 
 
-def use(parameter: nnx.Variable, compute: Compute, dtype: DTypeLike | None = None) -> Float[Array, "..."]:
+def use(parameter: nnx.Variable, compute: ComputePolicy, dtype: DTypeLike | None = None) -> Float[Array, "..."]:
     """The parameter's value, cast to the compute dtype and gathered over `fsdp` and `context`.
 
     Cast first, so that half the bytes travel. Called inside the layer scan, so that one layer is whole at a time.
@@ -57,13 +57,13 @@ def use(parameter: nnx.Variable, compute: Compute, dtype: DTypeLike | None = Non
     return gather(parameter[...].astype(dtype or compute.dtype), parameter_axes(parameter), compute)
 
 
-def gather(value: Float[Array, "..."], axes: Sequence[str], compute: Compute) -> Float[Array, "..."]:
+def gather(value: Float[Array, "..."], axes: Sequence[str], compute: ComputePolicy) -> Float[Array, "..."]:
     """A parameter's value, or rows of it, whole over `fsdp` and `context`; `axes` are its logical axes."""
     with jax.named_scope("gather_weight"):
         return reshard(value, compute.rules.gathered_spec(*axes))
 
 
-def split_as(x: Array, compute: Compute, *names: str | None) -> Array:
+def split_as(x: Array, compute: ComputePolicy, *names: str | None) -> Array:
     """`x` split over devices as the logical axes `names` say; dims beyond the names stay whole.
 
     Free when it already is: the door of a branch, so that a caller may hand in arrays of any placement.

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec, reshard
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
-from baichuan_omni_jax.nn.param import Compute
+from baichuan_omni_jax.nn.param import ComputePolicy
 from baichuan_omni_jax.sharding import parameter_axes
 
 
@@ -31,12 +31,12 @@ class Gathered(NamedTuple):
     sink: Float[Array, "..."]
 
 
-def gather_weight(parameter: nnx.Variable, compute: Compute) -> Gathered:
+def gather_weight(parameter: nnx.Variable, compute: ComputePolicy) -> Gathered:
     """The parameter in the compute dtype, whole over `data, fsdp, context`. Cast first: half the bytes travel."""
     return gather_rows(parameter[...], parameter_axes(parameter), compute)
 
 
-def gather_rows(value: Float[Array, "..."], axes: tuple[str, ...], compute: Compute) -> Gathered:
+def gather_rows(value: Float[Array, "..."], axes: tuple[str, ...], compute: ComputePolicy) -> Gathered:
     """The same of a stored array, or of rows of it; `axes` are its logical axes."""
     with jax.named_scope("gather_weight"):
         return narrow(value, compute.dtype, compute.rules.gathered_spec(*axes))
@@ -105,7 +105,7 @@ def look_up(table: Gathered, rows: Int32[Array, "..."], *, out: PartitionSpec) -
     return take(*table, rows)
 
 
-def add_bias(y: Float[Array, "... d"], bias: nnx.Variable, compute: Compute) -> Float[Array, "... d"]:
+def add_bias(y: Float[Array, "... d"], bias: nnx.Variable, compute: ComputePolicy) -> Float[Array, "... d"]:
     """`y + bias` in y's dtype; the bias is rounded to the compute dtype, its gradient is summed in fp32."""
     small = gather_weight(bias, compute)
     # Only the sink is differentiated: the value's gradient would be a second one of the same bias.

@@ -1,7 +1,7 @@
 """The audio tokenizer with the two heads that teach it: sound back to mel, and what was said to a frozen reader.
 
-A packed batch with mel slots (docs/batch.md) in; per clip the quantised features, the decoded mel, and per row the
-language model's hidden states, where the slots of heard sound hold quantised features instead of token embeddings.
+A packed batch with mel slots (docs/batch.md) in; per clip the quantized features, the decoded mel, and per row the
+language model's hidden states, where the slots of heard sound hold quantized features instead of token embeddings.
 """
 
 from collections.abc import Sequence
@@ -15,14 +15,14 @@ from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray
 from baichuan_omni_jax.audio.codebook_training import CodebookState
 from baichuan_omni_jax.audio.decoder import AudioDecoder, DecodedAudio
 from baichuan_omni_jax.audio.model import AudioTokenizer
-from baichuan_omni_jax.audio.quantizer_training import Quantised, quantize_in_training
+from baichuan_omni_jax.audio.quantizer_training import Quantized, quantize_in_training
 from baichuan_omni_jax.audio.reconstruction import MelTarget
 from baichuan_omni_jax.config import OmniConfig
 from baichuan_omni_jax.config.audio import QuantizerConfig
 from baichuan_omni_jax.llm.model import LanguageModel
 from baichuan_omni_jax.nn.linear import Linear
 from baichuan_omni_jax.nn.norm import RMSNorm
-from baichuan_omni_jax.nn.param import Compute, split_as
+from baichuan_omni_jax.nn.param import ComputePolicy, split_as
 from baichuan_omni_jax.omni.batch import Batch
 from baichuan_omni_jax.omni.merge import merge_media
 
@@ -37,9 +37,9 @@ class Clips(NamedTuple):
 
 
 class TranscriptAdapter(nnx.Module):
-    """Quantised features (code_dim) into the language model's stream: RMSNorm, then a linear map. Only for training."""
+    """Quantized features (code_dim) into the language model's stream: RMSNorm, then a linear map. Only for training."""
 
-    def __init__(self, key: PRNGKeyArray, width_in: int, width: int, eps: float, compute: Compute):
+    def __init__(self, key: PRNGKeyArray, width_in: int, width: int, eps: float, compute: ComputePolicy):
         self.norm = RMSNorm(width_in, eps=eps, compute=compute)
         self.proj = Linear(
             key, "cgf,fd->cgd", (width_in, width), ("small", "embed"), out=(CLIPS, None, None), compute=compute
@@ -52,7 +52,7 @@ class TranscriptAdapter(nnx.Module):
 class TokenizerModel(nnx.Module):
     """`audio_encoder`, `audio_decoder` and, with `reads`, the frozen `llm` behind a `transcript_adapter`."""
 
-    def __init__(self, key: PRNGKeyArray, cfg: OmniConfig, compute: Compute, reads: bool = True):
+    def __init__(self, key: PRNGKeyArray, cfg: OmniConfig, compute: ComputePolicy, reads: bool = True):
         keys = jax.random.split(key, 4)
         self.audio_encoder = AudioTokenizer(keys[0], cfg.audio, compute)
         self.audio_decoder = AudioDecoder(keys[1], cfg.audio, cfg.post_net, compute)
@@ -71,13 +71,13 @@ class TokenizerModel(nnx.Module):
         states: Sequence[CodebookState],
         step: Int32[Array, ""],
         config: QuantizerConfig,
-    ) -> tuple[Quantised, Bool[Array, "c g"]]:
-        """The clips' features as they are quantised in training, and which frames are valid."""
+    ) -> tuple[Quantized, Bool[Array, "c g"]]:
+        """The clips' features as they are quantized in training, and which frames are valid."""
         features, valid = self.audio_encoder.features(clips.mel, clips.lengths)
         return quantize_in_training(key, features, valid, states, step, config, self.compute), valid
 
     def decode(self, features: Float[Array, "c g f"], valid: Bool[Array, "c g"]) -> DecodedAudio:
-        """Coarse and refined mel of quantised features."""
+        """Coarse and refined mel of quantized features."""
         return self.audio_decoder(features, valid.sum(-1, dtype=jnp.int32))
 
     def read(self, features: Float[Array, "c g f"], valid: Bool[Array, "c g"], batch: Batch) -> Float[Array, "b t d"]:
@@ -91,7 +91,7 @@ class TokenizerModel(nnx.Module):
             return self.llm(merge_media(x, parts, rules), batch["positions"], batch["segment_ids"])
 
 
-def mel_targets_of(batch: Batch, names: Sequence[str], compute: Compute) -> list[MelTarget]:
+def mel_targets_of(batch: Batch, names: Sequence[str], compute: ComputePolicy) -> list[MelTarget]:
     """The batch's targets of these names, clip by clip as `clips_of`."""
     targets = []
     for name in names:
@@ -100,20 +100,20 @@ def mel_targets_of(batch: Batch, names: Sequence[str], compute: Compute) -> list
     return targets
 
 
-def clips_of(batch: Batch, compute: Compute) -> Clips:
+def clips_of(batch: Batch, compute: ComputePolicy) -> Clips:
     """The batch's mel slots side by side, split over the batch axes with their rows."""
     mel, lengths = split_as(batch["mel"], compute, CLIPS), split_as(batch["mel_lengths"], compute, CLIPS)
     return Clips(*_side_by_side(mel, lengths, compute))
 
 
-def _side_by_side(x: Array, lengths: Array, compute: Compute) -> tuple[Array, Array]:
+def _side_by_side(x: Array, lengths: Array, compute: ComputePolicy) -> tuple[Array, Array]:
     """Slots (b, m, ...) of rows as items (b m, ...), each on the device of its row."""
     count, rules = lengths.shape[0] * lengths.shape[1], compute.rules
     x = x.reshape(count, *x.shape[2:], out_sharding=rules.spec(CLIPS, None, None))
     return x, lengths.reshape(count, out_sharding=rules.spec(CLIPS))
 
 
-def feature_slots(valid: Bool[Array, "c g"], batch: Batch, compute: Compute) -> Int32[Array, "b n"]:
+def feature_slots(valid: Bool[Array, "c g"], batch: Batch, compute: ComputePolicy) -> Int32[Array, "b n"]:
     """The row's slot of every frame of its clips (n = clips a row x g), t where a frame is not valid.
 
     `mel_audio` says which of the row's audio places a clip's first frame has, `audio_index` that place's slot.

@@ -10,14 +10,14 @@ from baichuan_omni_jax.audio.model import AudioTokenizer
 from baichuan_omni_jax.audio.reconstruction import MelTarget
 from baichuan_omni_jax.config import OmniConfig
 from baichuan_omni_jax.flow.model import FlowDecoder
-from baichuan_omni_jax.nn.param import Compute
+from baichuan_omni_jax.nn.param import ComputePolicy
 from baichuan_omni_jax.omni.audio_tokenizer_model import Clips
 
 
 class VoiceModel(nnx.Module):
     """`audio_encoder`, `audio_decoder` and `flow`: what makes a mel of 24 kHz from a clip, by way of its codes."""
 
-    def __init__(self, key: PRNGKeyArray, cfg: OmniConfig, compute: Compute):
+    def __init__(self, key: PRNGKeyArray, cfg: OmniConfig, compute: ComputePolicy):
         keys = jax.random.split(key, 3)
         self.audio_encoder = AudioTokenizer(keys[0], cfg.audio, compute)
         self.audio_decoder = AudioDecoder(keys[1], cfg.audio, cfg.post_net, compute)
@@ -27,8 +27,8 @@ class VoiceModel(nnx.Module):
     def hidden(self, clips: Clips) -> tuple[Float[Array, "c t d"], Int32[Array, " c"]]:
         """The decoder's states at 50 Hz of the clips' codes, and how many are valid. No gradient passes."""
         codes, valid = self.audio_encoder.encode(clips.mel, clips.lengths)
-        quantised = self.audio_encoder.quantizer.decode(codes)
-        decoded = self.audio_decoder(quantised, valid.sum(-1, dtype=jnp.int32))
+        quantized = self.audio_encoder.quantizer.decode(codes)
+        decoded = self.audio_decoder(quantized, valid.sum(-1, dtype=jnp.int32))
         return jax.lax.stop_gradient(decoded.hidden), decoded.hidden_lengths
 
 

@@ -14,7 +14,7 @@ from baichuan_omni_jax.config import OmniConfig
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.llm.audio_head import AudioHeadBranch
 from baichuan_omni_jax.llm.model import LanguageModel
-from baichuan_omni_jax.nn.param import Compute
+from baichuan_omni_jax.nn.param import ComputePolicy
 from baichuan_omni_jax.omni.batch import Batch
 from baichuan_omni_jax.omni.merge import merge_media, pick_slots
 from baichuan_omni_jax.vision.model import VisionModel
@@ -29,7 +29,7 @@ class OmniModel(nnx.Module):
     branch that there is not, or without `llm`.
     """
 
-    def __init__(self, key: PRNGKeyArray, cfg: OmniConfig, compute: Compute, branches: Sequence[str] = BRANCHES):
+    def __init__(self, key: PRNGKeyArray, cfg: OmniConfig, compute: ComputePolicy, branches: Sequence[str] = BRANCHES):
         unknown = [name for name in branches if name not in BRANCHES]
         if unknown or "llm" not in branches:
             raise ConfigError(f"branches {', '.join(branches)}: llm and any of {', '.join(BRANCHES)} are a model")

@@ -130,8 +130,8 @@ def _tokenizer_mels(setup: Setup, run: RunConfig) -> Mels:
         model = setup.assemble(parameters, {})
         clips = clips_of(batch, compute)
         features, valid = model.audio_encoder.features(clips.mel, clips.lengths)
-        _, quantised, _ = model.audio_encoder.quantizer.quantize(features)
-        decoded = model.decode(quantised, valid)
+        _, quantized, _ = model.audio_encoder.quantizer.quantize(features)
+        decoded = model.decode(quantized, valid)
         target = mel_targets_of(batch, ("scale_0",), compute)[0]
         return _first(run.eval.sounds, target, MelTarget(decoded.refined_mel, decoded.mel_lengths))
 

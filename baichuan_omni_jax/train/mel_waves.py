@@ -15,7 +15,7 @@ from baichuan_omni_jax.config.mel_targets import MelTargetSettings, flow_target
 from baichuan_omni_jax.convert.files import VOCODER_CONFIG
 from baichuan_omni_jax.convert.tables import abstract_branches
 from baichuan_omni_jax.errors import ConfigError
-from baichuan_omni_jax.nn.param import Compute
+from baichuan_omni_jax.nn.param import ComputePolicy
 from baichuan_omni_jax.sharding import make_mesh
 from baichuan_omni_jax.vocoder.config import VocoderConfig, read_vocoder_config
 from baichuan_omni_jax.vocoder.griffin_lim import griffin_lim
@@ -49,7 +49,7 @@ class MelWaves:
     def _load(self, vocoder: str, omni: OmniConfig) -> None:
         home, self._sizes = check_vocoder(vocoder, omni)
         with jax.set_mesh(self._mesh):
-            compute = Compute()
+            compute = ComputePolicy()
             abstract = abstract_branches(omni, self._sizes, only=["vocoder"], compute=compute)["vocoder"]
             placed = with_shardings(abstract, self._mesh, compute.rules, name="vocoder")
             model = load_branches(f"vocoder={home}", {"vocoder": placed})["vocoder"]

@@ -13,7 +13,7 @@ from jaxtyping import Array
 from baichuan_omni_jax.checkpoint import load_branches, with_shardings
 from baichuan_omni_jax.config import OmniConfig, RunConfig
 from baichuan_omni_jax.llm.special_rows import ROWS, SpecialRows, put_rows, take_rows
-from baichuan_omni_jax.nn.param import Compute, named_values, named_variables, with_values
+from baichuan_omni_jax.nn.param import ComputePolicy, named_values, named_variables, with_values
 from baichuan_omni_jax.train.groups import Groups, assign_groups, make_optimizer, special_ids
 from baichuan_omni_jax.train.tasks import Task, make_task
 
@@ -87,9 +87,9 @@ class TrainState:
     originals: Arrays = field(default_factory=dict)
 
 
-def make_compute(run: RunConfig) -> Compute:
+def make_compute(run: RunConfig) -> ComputePolicy:
     """The static settings of every module."""
-    return Compute(
+    return ComputePolicy(
         dtype=jnp.dtype(run.compute.dtype),
         remat=run.compute.remat,
         attention=run.compute.attention or None,
@@ -98,7 +98,7 @@ def make_compute(run: RunConfig) -> Compute:
     )
 
 
-def make_setup(run: RunConfig, omni: OmniConfig, mesh: Mesh, compute: Compute) -> Setup:
+def make_setup(run: RunConfig, omni: OmniConfig, mesh: Mesh, compute: ComputePolicy) -> Setup:
     """Task, abstract model, groups and optimizer of a run.
 
     Raises ConfigError on an unknown task, and where mesh, groups and model do not fit.

@@ -16,7 +16,7 @@ from baichuan_omni_jax.config import OmniConfig, RunConfig
 from baichuan_omni_jax.errors import RunStoppedError
 from baichuan_omni_jax.evaluation.held_out import Evaluation
 from baichuan_omni_jax.flops.chips import peak_flops
-from baichuan_omni_jax.nn.param import Compute
+from baichuan_omni_jax.nn.param import ComputePolicy
 from baichuan_omni_jax.sharding import make_mesh
 from baichuan_omni_jax.train.audio_samples import Listening, check_samples
 from baichuan_omni_jax.train.batch_placer import BatchPlacer
@@ -62,7 +62,7 @@ class Extras:
 NOTHING = Extras()
 
 
-def set_up(run: RunConfig, omni: OmniConfig) -> tuple[Setup, Compute]:
+def set_up(run: RunConfig, omni: OmniConfig) -> tuple[Setup, ComputePolicy]:
     """Checks that mesh, budgets, groups and model fit, on shapes alone: before anything is read or written.
 
     Raises ConfigError naming what does not fit.

@@ -1,4 +1,4 @@
-"""What a frozen reader makes of quantised features: the cross-entropy of what was said."""
+"""What a frozen reader makes of quantized features: the cross-entropy of what was said."""
 
 from jaxtyping import Array, Bool, Float
 

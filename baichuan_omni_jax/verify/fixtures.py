@@ -22,13 +22,13 @@ from baichuan_omni_jax.convert import (
 from baichuan_omni_jax.convert.files import CONFIG, VOCODER, VOCODER_CONFIG
 from baichuan_omni_jax.convert.safetensors_io import TensorInfo, TensorSource
 from baichuan_omni_jax.convert.tables import VOCODER_BRANCH
-from baichuan_omni_jax.nn.param import Compute, split_as
+from baichuan_omni_jax.nn.param import ComputePolicy, split_as
 from baichuan_omni_jax.sharding import make_mesh
 from baichuan_omni_jax.verify.golden import Golden
 from baichuan_omni_jax.vocoder.config import VocoderConfig, read_vocoder_config
 
 # Small blocks, so that short rows too are made of several.
-COMPUTE = Compute(remat="none", attention_block=64)
+COMPUTE = ComputePolicy(remat="none", attention_block=64)
 _NOT_GOLDEN = (VOCODER, "model*.safetensors")
 
 

@@ -1,4 +1,4 @@
-"""Checks of what sees and hears: vision tower, audio encoder, bridge, quantiser."""
+"""Checks of what sees and hears: vision tower, audio encoder, bridge, quantizer."""
 
 from collections.abc import Sequence
 
@@ -76,7 +76,7 @@ def audio_encoder_single(fixtures: Fixtures, gold: Golden) -> None:
 
 
 def audio_quantizer(fixtures: Fixtures, gold: Golden) -> None:
-    """Bridge, quantiser and back: the sum of the codes, and what the audio decoder reads."""
+    """Bridge, quantizer and back: the sum of the codes, and what the audio decoder reads."""
     states, lengths = gold.input("hidden_states"), gold.input("bridge_length")
     # The released code fills the last group of four up with zeros; only whole groups are valid.
     states = np.pad(states, ((0, 0), (0, -states.shape[1] % fixtures.config.audio.avg_pooler), (0, 0)))

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int32, PRNGKeyArray, UInt8
 from baichuan_omni_jax.nn.encoder import EncoderLayer, EncoderSizes, gelu, quick_gelu, run_encoder
 from baichuan_omni_jax.nn.linear import Linear
 from baichuan_omni_jax.nn.norm import LayerNorm
-from baichuan_omni_jax.nn.param import Compute, split_as, stack
+from baichuan_omni_jax.nn.param import ComputePolicy, split_as, stack
 from baichuan_omni_jax.vision.config import VisionConfig
 from baichuan_omni_jax.vision.patches import PatchEmbedding, grid_angles
 
@@ -25,7 +25,7 @@ ROWS = ("batch", "media")
 class VisionTower(nnx.Module):
     """Patch embedding and `depth` pre-norm layers with 2-D rotary positions; no norm at the end."""
 
-    def __init__(self, key: PRNGKeyArray, cfg: VisionConfig, compute: Compute):
+    def __init__(self, key: PRNGKeyArray, cfg: VisionConfig, compute: ComputePolicy):
         keys = jax.random.split(key)
         self.sizes = EncoderSizes(
             width=cfg.embed_dim,
@@ -60,9 +60,9 @@ class VisionTower(nnx.Module):
 
 
 class Projector(nnx.Module):
-    """LayerNorm -> 4 neighbouring patches side by side -> linear -> GELU -> linear into the language model's width."""
+    """LayerNorm -> 4 neighboring patches side by side -> linear -> GELU -> linear into the language model's width."""
 
-    def __init__(self, key: PRNGKeyArray, cfg: VisionConfig, compute: Compute):
+    def __init__(self, key: PRNGKeyArray, cfg: VisionConfig, compute: ComputePolicy):
         keys = jax.random.split(key)
         g, d, f = cfg.merged_patches, cfg.embed_dim, cfg.merged_patches * cfg.embed_dim
         out = (*ROWS, None)
@@ -84,7 +84,7 @@ class Projector(nnx.Module):
 class VisionModel(nnx.Module):
     """The branch `vision`: `tower` and `projector`."""
 
-    def __init__(self, key: PRNGKeyArray, cfg: VisionConfig, compute: Compute):
+    def __init__(self, key: PRNGKeyArray, cfg: VisionConfig, compute: ComputePolicy):
         keys = jax.random.split(key)
         self.tower = VisionTower(keys[0], cfg, compute)
         self.projector = Projector(keys[1], cfg, compute)
@@ -98,8 +98,8 @@ class VisionModel(nnx.Module):
     ) -> Float[Array, "b tokens d"]:
         """Visual embeddings (b, p/4, out_dim), zero for padding.
 
-        `patches` holds 588 uint8 values of one temporal slice, or normalised floats of one slice or of both (1176), in
-        the order that groups 2x2 neighbours; `patch_grid` each patch's row and column in its frame; `patch_segments`
+        `patches` holds 588 uint8 values of one temporal slice, or normalized floats of one slice or of both (1176), in
+        the order that groups 2x2 neighbors; `patch_grid` each patch's row and column in its frame; `patch_segments`
         the frame's id, 0 for padding. Raises ValueError on other shapes.
         """
         if patches.shape[:2] != patch_segments.shape or patch_grid.shape != (*patches.shape[:2], 2):

@@ -1,4 +1,4 @@
-"""Patches as the tower receives them: normalising pixels, embedding, and the rotary angles of a patch's place."""
+"""Patches as the tower receives them: normalizing pixels, embedding, and the rotary angles of a patch's place."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int32, PRNGKeyArray, UInt8
 
-from baichuan_omni_jax.nn.param import Compute, normal, use
+from baichuan_omni_jax.nn.param import ComputePolicy, normal, use
 from baichuan_omni_jax.nn.products import narrow, product
 from baichuan_omni_jax.nn.rope import rope_angles
 from baichuan_omni_jax.vision.config import VisionConfig
@@ -16,7 +16,7 @@ from baichuan_omni_jax.vision.config import VisionConfig
 THETA = 10000.0
 
 
-def normalise_pixels(
+def normalize_pixels(
     patches: UInt8[Array, "b p v"], mean: Sequence[float], std: Sequence[float]
 ) -> Float[Array, "b p v"]:
     """(pixel / 255 - mean) / std per channel, fp32. A patch's values are ordered (channel, row, column)."""
@@ -40,14 +40,14 @@ class PatchEmbedding(nnx.Module):
     still shows the same slice at both times, so for one slice the kernel's two are summed.
     """
 
-    def __init__(self, key: PRNGKeyArray, cfg: VisionConfig, compute: Compute):
+    def __init__(self, key: PRNGKeyArray, cfg: VisionConfig, compute: ComputePolicy):
         shape = (cfg.temporal_patch_size, cfg.patch_values, cfg.embed_dim)
         std = (cfg.temporal_patch_size * cfg.patch_values) ** -0.5
         self.kernel = normal(key, shape, ("kernel", "small", "embed"), std=std)
         self.cfg, self.compute = cfg, compute
 
     def __call__(self, patches: Float[Array, "b p v"] | UInt8[Array, "b p v"]) -> Float[Array, "b p d"]:
-        """Embeds 588 values a patch (uint8 pixels or normalised floats) or 1176 normalised (channel, temporal, 14, 14).
+        """Embeds 588 values a patch (uint8 pixels or normalized floats) or 1176 normalized (channel, temporal, 14, 14).
 
         Raises ValueError on another number of values, or on uint8 pixels of two slices.
         """
@@ -55,12 +55,12 @@ class PatchEmbedding(nnx.Module):
         pixels = patches.dtype == jnp.uint8
         if patches.shape[-1] not in ((values,) if pixels else (values, values * slices)):
             raise ValueError(
-                f"patches {patches.dtype} {patches.shape}: expected {values} uint8 or normalised values a patch, "
-                f"or {values * slices} normalised ones"
+                f"patches {patches.dtype} {patches.shape}: expected {values} uint8 or normalized values a patch, "
+                f"or {values * slices} normalized ones"
             )
         with jax.named_scope("patch_embedding"):
             if pixels:
-                patches = normalise_pixels(patches, cfg.image_mean, cfg.image_std)
+                patches = normalize_pixels(patches, cfg.image_mean, cfg.image_std)
             dtype = self.compute.dtype
             spec = self.compute.rules.spec("batch", "media", None)
             kernel = use(self.kernel, self.compute, jnp.float32)

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
 from baichuan_omni_jax.nn.conv import overlap_add, transposed_pieces
 from baichuan_omni_jax.nn.lengths import keep
-from baichuan_omni_jax.nn.param import Compute, normal, ones, use, zeros
+from baichuan_omni_jax.nn.param import ComputePolicy, normal, ones, use, zeros
 from baichuan_omni_jax.nn.products import narrow
 
 CLIPS = "batch"
@@ -34,7 +34,7 @@ class NormedConv1d(nnx.Module):
     `weight_v` (kernel, in, out) and `weight_g` (out,) are the checkpoint's (out, in, kernel) and (out, 1, 1).
     """
 
-    def __init__(self, key: PRNGKeyArray, shape: tuple[int, int, int], *, dilation: int = 1, compute: Compute):
+    def __init__(self, key: PRNGKeyArray, shape: tuple[int, int, int], *, dilation: int = 1, compute: ComputePolicy):
         kernel, width_in, width = shape
         self.weight_v = normal(key, shape, WHOLE, std=(kernel * width_in) ** -0.5)
         self.weight_g = ones((width,), ("small",))
@@ -51,10 +51,10 @@ class NormedTransposedConv1d(nnx.Module):
     """(b, t, in) -> (b, t * stride, out): transposed convolution without (kernel - stride) / 2 frames on each side.
 
     `weight_v` (kernel, in, out) is the checkpoint's (in, out, kernel), `weight_g` (in,) its (in, 1, 1): PyTorch
-    normalises over all axes but the first, which is a transposed convolution's input.
+    normalizes over all axes but the first, which is a transposed convolution's input.
     """
 
-    def __init__(self, key: PRNGKeyArray, shape: tuple[int, int, int], *, stride: int, compute: Compute):
+    def __init__(self, key: PRNGKeyArray, shape: tuple[int, int, int], *, stride: int, compute: ComputePolicy):
         kernel, width_in, width = shape
         self.weight_v = normal(key, shape, WHOLE, std=(kernel * width_in / stride) ** -0.5)
         self.weight_g = ones((width_in,), ("small",))
@@ -74,7 +74,7 @@ class StridedConv1d(nnx.Module):
     A stride u > 1 has kernel 2u and padding u // 2; stride 1 is a 1x1 convolution.
     """
 
-    def __init__(self, key: PRNGKeyArray, width_in: int, width: int, *, stride: int, compute: Compute):
+    def __init__(self, key: PRNGKeyArray, width_in: int, width: int, *, stride: int, compute: ComputePolicy):
         kernel = 2 * stride if stride > 1 else 1
         self.weight = normal(key, (kernel, width_in, width), WHOLE, std=(kernel * width_in) ** -0.5)
         self.bias = zeros((width,), ("small",))
@@ -89,7 +89,7 @@ class StridedConv1d(nnx.Module):
 class Snake(nnx.Module):
     """x + sin²(alpha x) / (alpha + 1e-9), one alpha a channel; zero stays zero."""
 
-    def __init__(self, width: int, compute: Compute):
+    def __init__(self, width: int, compute: ComputePolicy):
         self.alpha = ones((width,), ("small",))
         self.compute = compute
 
@@ -101,7 +101,7 @@ class Snake(nnx.Module):
 class ResidualBlock(nnx.Module):
     """Per dilation: Snake -> dilated convolution -> Snake -> convolution, added to what came in."""
 
-    def __init__(self, key: PRNGKeyArray, kernel: int, width: int, dilations: tuple[int, ...], compute: Compute):
+    def __init__(self, key: PRNGKeyArray, kernel: int, width: int, dilations: tuple[int, ...], compute: ComputePolicy):
         keys = jax.random.split(key, 2 * len(dilations))
         shape = (kernel, width, width)
         convs = [NormedConv1d(keys[2 * i], shape, dilation=d, compute=compute) for i, d in enumerate(dilations)]
@@ -120,7 +120,7 @@ class ResidualBlock(nnx.Module):
 
 
 def normed(
-    v: nnx.Param, g: nnx.Param, compute: Compute, *, over: tuple[int, int], scaled: int = 2
+    v: nnx.Param, g: nnx.Param, compute: ComputePolicy, *, over: tuple[int, int], scaled: int = 2
 ) -> Float[Array, "k c d"]:
     """g * v / |v|, in fp32, then cast: the norm over the axes `over`, g along the axis `scaled`."""
     direction, gain = use(v, compute, jnp.float32), use(g, compute, jnp.float32)

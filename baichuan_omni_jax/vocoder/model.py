@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
 from baichuan_omni_jax.nn.lengths import keep
-from baichuan_omni_jax.nn.param import Compute, split_as
+from baichuan_omni_jax.nn.param import ComputePolicy, split_as
 from baichuan_omni_jax.vocoder.config import VocoderConfig
 from baichuan_omni_jax.vocoder.layers import CLIPS, NormedConv1d, NormedTransposedConv1d, ResidualBlock, StridedConv1d
 from baichuan_omni_jax.vocoder.source import F0_KERNEL, F0_LAYERS, F0Predictor, HarmonicSource
@@ -31,7 +31,7 @@ class Vocoder(nnx.Module):
     `m_source.l_linear` is `source.linear`.
     """
 
-    def __init__(self, key: PRNGKeyArray, cfg: VocoderConfig, compute: Compute):
+    def __init__(self, key: PRNGKeyArray, cfg: VocoderConfig, compute: ComputePolicy):
         keys = jax.random.split(key, 8)
         stages = range(len(cfg.upsample_rates))
         self.f0_predictor = F0Predictor(keys[0], cfg, compute)
@@ -60,12 +60,12 @@ class Vocoder(nnx.Module):
         self.cfg, self.compute = cfg, compute
 
     @staticmethod
-    def _up(key: PRNGKeyArray, cfg: VocoderConfig, i: int, compute: Compute) -> NormedTransposedConv1d:
+    def _up(key: PRNGKeyArray, cfg: VocoderConfig, i: int, compute: ComputePolicy) -> NormedTransposedConv1d:
         shape = (cfg.upsample_kernel_sizes[i], cfg.channels(i - 1), cfg.channels(i))
         return NormedTransposedConv1d(key, shape, stride=cfg.upsample_rates[i], compute=compute)
 
     @staticmethod
-    def _resblocks(key: PRNGKeyArray, cfg: VocoderConfig, width: int, compute: Compute) -> list[ResidualBlock]:
+    def _resblocks(key: PRNGKeyArray, cfg: VocoderConfig, width: int, compute: ComputePolicy) -> list[ResidualBlock]:
         sizes = list(zip(cfg.resblock_kernel_sizes, cfg.resblock_dilation_sizes, strict=True))
         keys = jax.random.split(key, len(sizes))
         return [ResidualBlock(keys[n], k, width, d, compute) for n, (k, d) in enumerate(sizes)]

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
 from baichuan_omni_jax.nn.lengths import keep
 from baichuan_omni_jax.nn.linear import Linear
-from baichuan_omni_jax.nn.param import Compute
+from baichuan_omni_jax.nn.param import ComputePolicy
 from baichuan_omni_jax.vocoder.config import VocoderConfig
 from baichuan_omni_jax.vocoder.layers import CLIPS, NormedConv1d
 
@@ -18,7 +18,7 @@ Pair = tuple[Array, Array]
 class F0Predictor(nnx.Module):
     """Five convolutions with ELU (`condnet.0, .2, …`), a Linear (`classifier`), absolute value: Hz per mel frame."""
 
-    def __init__(self, key: PRNGKeyArray, cfg: VocoderConfig, compute: Compute):
+    def __init__(self, key: PRNGKeyArray, cfg: VocoderConfig, compute: ComputePolicy):
         keys = jax.random.split(key, F0_LAYERS + 1)
         widths = (cfg.in_channels, *[cfg.f0_cond_channels] * F0_LAYERS)
         shapes = [(F0_KERNEL, widths[i], widths[i + 1]) for i in range(F0_LAYERS)]
@@ -45,7 +45,7 @@ class F0Predictor(nnx.Module):
 class HarmonicSource(nnx.Module):
     """Sines at f0 and its overtones where voiced, noise everywhere, mixed by `l_linear` and tanh."""
 
-    def __init__(self, key: PRNGKeyArray, cfg: VocoderConfig, compute: Compute):
+    def __init__(self, key: PRNGKeyArray, cfg: VocoderConfig, compute: ComputePolicy):
         out = (CLIPS, None, None)
         self.linear = Linear(
             key, "bsj,jd->bsd", (cfg.harmonics, 1), ("small", "small"), out=out, compute=compute, bias=True

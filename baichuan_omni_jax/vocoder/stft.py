@@ -1,4 +1,4 @@
-"""Short-time Fourier transform and its inverse: periodic Hann window, centred frames, as products with small tables.
+"""Short-time Fourier transform and its inverse: periodic Hann window, centered frames, as products with small tables.
 
 Each item has its own length: its signal is mirrored at its own end, and its windows are added up as if it were alone.
 """

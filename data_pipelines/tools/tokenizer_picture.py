@@ -48,9 +48,9 @@ def draw_tokenizer(
     axes = figure.add_subplot(grid[rows, 1])
     errors = [numbers[f"mel_mae_q{q}"] for q in levels]
     axes.plot(levels + 1, errors, "o-", color=_BLUE, label="from codes")
-    axes.axhline(numbers["mel_mae_unquantised"], color=_ORANGE, linestyle="--", label="not quantised")
+    axes.axhline(numbers["mel_mae_unquantized"], color=_ORANGE, linestyle="--", label="not quantized")
     axes.set_xticks(levels + 1)
-    axes.set_ylim(0, 1.2 * max(*errors, numbers["mel_mae_unquantised"]))
+    axes.set_ylim(0, 1.2 * max(*errors, numbers["mel_mae_unquantized"]))
     axes.set_xlabel("levels kept")
     axes.set_ylabel("mel error (mean absolute)")
     axes.legend(fontsize=8)

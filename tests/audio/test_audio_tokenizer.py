@@ -10,7 +10,7 @@ import pytest
 from baichuan_omni_jax.audio.encoder import sinusoids
 from baichuan_omni_jax.audio.model import AudioTokenizer
 from baichuan_omni_jax.config import MeshConfig, tiny
-from baichuan_omni_jax.nn.param import Compute
+from baichuan_omni_jax.nn.param import ComputePolicy
 from baichuan_omni_jax.sharding import make_mesh
 
 CFG = tiny().audio
@@ -32,7 +32,7 @@ def _one_device():
 
 @functools.cache
 def tokenizer() -> AudioTokenizer:
-    return jax.jit(lambda: AudioTokenizer(jax.random.key(0), CFG, Compute(attention_block=64)))()
+    return jax.jit(lambda: AudioTokenizer(jax.random.key(0), CFG, ComputePolicy(attention_block=64)))()
 
 
 def sounds(clips: int, frames: int) -> np.ndarray:
@@ -68,16 +68,16 @@ def test_untrained_codes_are_diverse():
 
 def test_bfloat16_traces_and_differentiates():
     """Types only; values and gradients are compared across meshes and with the goldens."""
-    compute = Compute(dtype=jnp.dtype("bfloat16"))
+    compute = ComputePolicy(dtype=jnp.dtype("bfloat16"))
     abstract = jax.eval_shape(lambda: AudioTokenizer(jax.random.key(0), CFG, compute))
     mel, lengths = jnp.asarray(sounds(2, 64)), jnp.array([64, 20], jnp.int32)
 
     def loss(model):
         features, valid = model.features(mel, lengths)
         assert features.dtype == jnp.bfloat16
-        codes, quantised, _ = model.quantizer.quantize(features)
-        assert (codes.dtype, quantised.dtype) == (jnp.int32, jnp.bfloat16)
-        return jnp.where(valid[..., None], (features - quantised).astype(jnp.float32) ** 2, 0).mean()
+        codes, quantized, _ = model.quantizer.quantize(features)
+        assert (codes.dtype, quantized.dtype) == (jnp.int32, jnp.bfloat16)
+        return jnp.where(valid[..., None], (features - quantized).astype(jnp.float32) ** 2, 0).mean()
 
     gradient = jax.eval_shape(jax.grad(loss), abstract)
     assert gradient.encoder.conv1.linear.weight.dtype == jnp.float32

@@ -16,7 +16,7 @@ from baichuan_omni_jax.flow.sampler import cosine_times, sample_mel
 from baichuan_omni_jax.flow.unet import chunk_positions, time_features
 from baichuan_omni_jax.nn.conv import overlap_add
 from baichuan_omni_jax.nn.lengths import resize_nearest
-from baichuan_omni_jax.nn.param import Compute, named_variables, with_values
+from baichuan_omni_jax.nn.param import ComputePolicy, named_variables, with_values
 from baichuan_omni_jax.sharding import make_mesh
 from baichuan_omni_jax.vocoder.config import (
     VocoderConfig,
@@ -29,7 +29,7 @@ from baichuan_omni_jax.vocoder.model import Vocoder
 from baichuan_omni_jax.vocoder.source import accumulated_turns, divided
 from baichuan_omni_jax.vocoder.stft import istft, stft
 
-CFG, COMPUTE, KEY = tiny(), Compute(attention_block=64), jax.random.key(0)
+CFG, COMPUTE, KEY = tiny(), ComputePolicy(attention_block=64), jax.random.key(0)
 WHOLE = COMPUTE.rules.spec(None, None, None)
 # Few layers of each kind: compiling is what these tests wait for.
 FLOW = dataclasses.replace(CFG.flow, num_mid_blocks=1, n_blocks=1, prenet_layers=1)
@@ -132,7 +132,7 @@ def test_vocoder_item_in_a_batch_equals_alone():
 
 @pytest.mark.slow
 def test_bfloat16_traces_and_differentiates():
-    compute = Compute(dtype=jnp.dtype("bfloat16"))
+    compute = ComputePolicy(dtype=jnp.dtype("bfloat16"))
     decoder = jax.eval_shape(lambda: AudioDecoder(KEY, CFG.audio, CFG.post_net, compute))
     flow = jax.eval_shape(lambda: FlowDecoder(KEY, FLOW, compute))
     vocoder = jax.eval_shape(lambda: Vocoder(KEY, VOCODER, compute))

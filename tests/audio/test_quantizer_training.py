@@ -1,4 +1,4 @@
-"""Training of the residual quantiser: the running means, restarts, schedules and gradients it promises."""
+"""Training of the residual quantizer: the running means, restarts, schedules and gradients it promises."""
 
 from dataclasses import replace
 from functools import partial
@@ -19,11 +19,11 @@ from baichuan_omni_jax.audio.quantizer_training import (
 from baichuan_omni_jax.config import FlowTraining, MeshConfig, TokenizerTraining
 from baichuan_omni_jax.config.audio import QuantizerConfig
 from baichuan_omni_jax.errors import ConfigError
-from baichuan_omni_jax.nn.param import Compute
+from baichuan_omni_jax.nn.param import ComputePolicy
 from baichuan_omni_jax.sharding import make_mesh
 
-WIDTH, KEY, COMPUTE = 6, jax.random.key(0), Compute()
-NEAREST = QuantizerConfig(level_dropout=0.0, quantised_share=1.0, init_steps=0, restart_after=0, decay=0.5)
+WIDTH, KEY, COMPUTE = 6, jax.random.key(0), ComputePolicy()
+NEAREST = QuantizerConfig(level_dropout=0.0, quantized_share=1.0, init_steps=0, restart_after=0, decay=0.5)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -118,7 +118,7 @@ def test_the_steps_of_k_means_shrink_nothing():
 
 
 def test_the_commitment_follows_the_quantized_share():
-    schedule = QuantizerConfig(quantised_steps=100)
+    schedule = QuantizerConfig(quantized_steps=100)
     weights = [float(commitment_weight(0.05, 0.25, schedule, jnp.int32(step))) for step in (0, 50, 100, 900)]
     assert weights == pytest.approx([0.05, 0.15, 0.25, 0.25])
     with pytest.raises(ConfigError, match=r"tokenizer.commitment_start -1.0 must be a finite number of at least 0"):
@@ -184,14 +184,14 @@ def test_degenerate_batches_leave_finite_codebooks(batch):
 
 def test_the_first_batch_seeds_and_k_means_follows():
     rng = np.random.default_rng(3)
-    centres = 10 * rng.standard_normal((8, WIDTH))
+    centers = 10 * rng.standard_normal((8, WIDTH))
     valid, states = jnp.ones((8, 16), bool), [codebook(24)]
     schedule = QuantizerConfig(init_steps=8, restart_after=50, level_dropout=0.0)
     for step in range(8):
-        x = jnp.asarray(centres[rng.integers(0, 8, (8, 16))] + 0.1 * rng.standard_normal((8, 16, WIDTH)), jnp.float32)
+        x = jnp.asarray(centers[rng.integers(0, 8, (8, 16))] + 0.1 * rng.standard_normal((8, 16, WIDTH)), jnp.float32)
         result = train(x, valid, states, schedule, step, jax.random.fold_in(KEY, step))
         states = result.states
-    assert float(result.residuals[0]) < 0.02  # the spread within a centre is 0.01
+    assert float(result.residuals[0]) < 0.02  # the spread within a center is 0.01
     assert len(np.unique(result.codes)) > 0.7 * 24
     _, perplexity = usage(states[0], 1)
     # A trained codebook is not seeded: without steps of k-means the first batch finds its nearest codes.
@@ -231,7 +231,7 @@ def test_nearest_codes_of_what_is_left():
 
 
 def test_shares_of_clips_follow_the_schedules():
-    schedule = QuantizerConfig(quantised_share=0.1, quantised_steps=100, level_dropout=0.5)
+    schedule = QuantizerConfig(quantized_share=0.1, quantized_steps=100, level_dropout=0.5)
     kept = lambda step: np.asarray(kept_levels(KEY, 4000, 8, jnp.int32(step), schedule))  # noqa: E731
     for step, share in ((0, 0.1), (50, 0.55), (100, 1.0), (1000, 1.0)):
         assert abs(kept(step)[:, 0].mean() - share) < 0.03

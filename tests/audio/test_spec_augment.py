@@ -10,7 +10,7 @@ import pytest
 from baichuan_omni_jax.audio.spec_augment import spec_augment
 from baichuan_omni_jax.config import MeshConfig, SpecAugmentConfig
 from baichuan_omni_jax.errors import ConfigError
-from baichuan_omni_jax.nn.param import Compute
+from baichuan_omni_jax.nn.param import ComputePolicy
 from baichuan_omni_jax.sharding import make_mesh
 
 CLIPS, FRAMES, BANDS, KEY = 400, 90, 24, jax.random.key(0)
@@ -37,7 +37,7 @@ def mesh():
 def masked(config, key=KEY, lengths=LENGTHS):
     """Which values are masked (c, f, mels); the others are as they were."""
     mel = np.ones((len(lengths), FRAMES, BANDS), np.float32)
-    made = np.asarray(augment(key, jnp.asarray(mel), jnp.asarray(lengths), config, Compute()))
+    made = np.asarray(augment(key, jnp.asarray(mel), jnp.asarray(lengths), config, ComputePolicy()))
     assert set(np.unique(made)) <= {0.0, 1.0}
     return made == 0
 

@@ -19,7 +19,7 @@ from baichuan_omni_jax.config import MeshConfig, tiny
 from baichuan_omni_jax.config.mel_targets import decoded_target
 from baichuan_omni_jax.evaluation.clips import read_clips
 from baichuan_omni_jax.evaluation.intelligibility import RATE, Recognition, measure
-from baichuan_omni_jax.nn.param import Compute
+from baichuan_omni_jax.nn.param import ComputePolicy
 from baichuan_omni_jax.omni.flow_matching_model import VoiceModel
 from baichuan_omni_jax.sharding import make_mesh
 from data_pipelines.documents.document import SampleError
@@ -109,7 +109,7 @@ def test_measures_fall_with_noise():
 def checkpoint(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("voice") / "ckpt"
     with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
-        model = jax.jit(lambda: VoiceModel(jax.random.key(0), tiny(), Compute()))()
+        model = jax.jit(lambda: VoiceModel(jax.random.key(0), tiny(), ComputePolicy()))()
         save_branches(path, {name: getattr(model, name) for name in model.branches}, tiny())
     return path
 

@@ -12,7 +12,7 @@ import soundfile
 
 from baichuan_omni_jax.checkpoint import save_branches
 from baichuan_omni_jax.config import tiny
-from baichuan_omni_jax.nn.param import Compute
+from baichuan_omni_jax.nn.param import ComputePolicy
 from baichuan_omni_jax.omni.flow_matching_model import VoiceModel
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "resynthesise.py"
@@ -25,7 +25,7 @@ def checkpoint(tmp_path_factory):
 
     path = tmp_path_factory.mktemp("voice") / "ckpt"
     with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
-        model = jax.jit(lambda: VoiceModel(jax.random.key(0), tiny(), Compute()))()
+        model = jax.jit(lambda: VoiceModel(jax.random.key(0), tiny(), ComputePolicy()))()
         save_branches(path, {name: getattr(model, name) for name in model.branches}, tiny())
     return path
 

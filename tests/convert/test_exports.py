@@ -18,7 +18,7 @@ from baichuan_omni_jax.convert.to_torch import convert_to_torch, open_source, pl
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.llm.config import LLMConfig
 from baichuan_omni_jax.llm.model import LanguageModel
-from baichuan_omni_jax.nn.param import Compute
+from baichuan_omni_jax.nn.param import ComputePolicy
 from baichuan_omni_jax.verify import released
 from data_pipelines.tokenizers.tokenizer import train_tokenizer
 
@@ -32,7 +32,7 @@ LLM = LLMConfig(
     intermediate_size=112,
     rope_theta=5e5,
 )
-COMPUTE = Compute(attention_block=32, remat="none")
+COMPUTE = ComputePolicy(attention_block=32, remat="none")
 # transformers.models.qwen2: every tensor of a layer, and its shape from the sizes above.
 LAYER = {
     "self_attn.q_proj.weight": (96, 96),

@@ -16,7 +16,7 @@ from baichuan_omni_jax.convert import abstract_branches, branch_rules, load_bran
 from baichuan_omni_jax.convert.audio_encoder import ENCODER
 from baichuan_omni_jax.convert.synthetic import write_random_checkpoint
 from baichuan_omni_jax.convert.whisper import SIZES
-from baichuan_omni_jax.nn.param import Compute, named_values, with_values
+from baichuan_omni_jax.nn.param import ComputePolicy, named_values, with_values
 from baichuan_omni_jax.omni.audio_tokenizer_model import TokenizerModel
 from baichuan_omni_jax.omni.flow_matching_model import VoiceModel
 from tests.helpers.micro import one_device
@@ -47,7 +47,7 @@ def test_there_and_back_to_the_byte(command, task, tmp_path, capsys):
     """A checkpoint as the task saves it, in fp32: every tensor comes back but those that only training has."""
     rng, omni = np.random.default_rng(0), tiny()
     with jax.set_mesh(one_device()):
-        model = jax.eval_shape(lambda: MODELS[task](jax.random.key(0), omni, Compute()))
+        model = jax.eval_shape(lambda: MODELS[task](jax.random.key(0), omni, ComputePolicy()))
         shapes = named_values(model)
         values = {name: rng.standard_normal(shape.shape).astype(np.float32) for name, shape in shapes.items()}
         model = with_values(model, values)

@@ -11,7 +11,7 @@ from baichuan_omni_jax.config import QuantizerConfig, baichuan_omni_7b, load_run
 from baichuan_omni_jax.flops.audio import clip_counts, flow_parts, tokenizer_parts
 from baichuan_omni_jax.flops.omni import flops_by_branch, flops_by_part
 from baichuan_omni_jax.flow.training import flow_losses
-from baichuan_omni_jax.nn.param import Compute, named_values, with_values
+from baichuan_omni_jax.nn.param import ComputePolicy, named_values, with_values
 from baichuan_omni_jax.omni.audio_tokenizer_model import Clips, TokenizerModel
 from baichuan_omni_jax.omni.batch import BATCH_AXES
 from baichuan_omni_jax.omni.flow_matching_model import VoiceModel
@@ -29,7 +29,7 @@ CODES = FRAMES // 8
 def gradient_products(make_model, loss, frozen: tuple[str, ...]) -> tuple[int, list[str]]:
     """FLOPs of the gradient of `loss(model)` with whole attention matrices, and what trains: all but `frozen`."""
     with jax.set_mesh(one_device()):
-        compute = Compute(rules=ShardingRules(), remat="none", attention="reference")
+        compute = ComputePolicy(rules=ShardingRules(), remat="none", attention="reference")
         model = jax.eval_shape(lambda: make_model(jax.random.key(0), compute))
         values = named_values(model)
         trainable = {name: value for name, value in values.items() if not name.startswith(frozen)}

@@ -12,7 +12,7 @@ from jax.interpreters import partial_eval
 from baichuan_omni_jax.config import Budgets, tiny
 from baichuan_omni_jax.flops.chips import chip_of, peak_flops
 from baichuan_omni_jax.flops.omni import flops_by_branch, flops_by_part, omni_parts, step_counts
-from baichuan_omni_jax.nn.param import Compute, named_values, with_values
+from baichuan_omni_jax.nn.param import ComputePolicy, named_values, with_values
 from baichuan_omni_jax.omni.model import OmniModel
 from baichuan_omni_jax.sharding import ShardingRules
 from data_pipelines.packing.batch import empty_rows
@@ -69,7 +69,7 @@ def traced(omni, batch, trainable_prefixes) -> tuple[int, list[str]]:
     """FLOPs of the gradient of a loss that reads all text and audio logits, with whole attention matrices."""
     mesh = one_device()
     with jax.set_mesh(mesh):
-        compute = Compute(rules=ShardingRules(), remat="none", attention="reference")
+        compute = ComputePolicy(rules=ShardingRules(), remat="none", attention="reference")
         model = jax.eval_shape(lambda: OmniModel(jax.random.key(0), omni, compute))
         values = named_values(model)
         names = [name for name in values if name.startswith(trainable_prefixes) and "unused" not in name]

@@ -17,14 +17,14 @@ from baichuan_omni_jax.flow.sampler import sample_mel
 from baichuan_omni_jax.generation import speech_decoder as speech
 from baichuan_omni_jax.generation.crossfade import CrossFade
 from baichuan_omni_jax.generation.speech_decoder import Speaker
-from baichuan_omni_jax.nn.param import Compute, named_variables, with_values
+from baichuan_omni_jax.nn.param import ComputePolicy, named_variables, with_values
 from baichuan_omni_jax.sharding import make_mesh
 from baichuan_omni_jax.vocoder.config import VocoderConfig
 from baichuan_omni_jax.vocoder.model import Vocoder, draw_noise, reach
 from baichuan_omni_jax.vocoder.streaming import WaveStream
 from tests.helpers.golden import golden_path
 
-KEY, COMPUTE = jax.random.key(0), Compute(attention="reference", remat="none")
+KEY, COMPUTE = jax.random.key(0), ComputePolicy(attention="reference", remat="none")
 # Few layers of each kind: compiling is what these tests wait for.
 VOCODER = VocoderConfig(
     in_channels=20,

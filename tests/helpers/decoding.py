@@ -14,7 +14,7 @@ from baichuan_omni_jax.llm.config import LLMConfig
 from baichuan_omni_jax.llm.decode import DecodeModel
 from baichuan_omni_jax.llm.kv_cache import KVCache
 from baichuan_omni_jax.llm.model import LanguageModel
-from baichuan_omni_jax.nn.param import Compute, named_variables, with_values
+from baichuan_omni_jax.nn.param import ComputePolicy, named_variables, with_values
 from baichuan_omni_jax.sharding import parameter_sharding
 
 LENGTH, STEPS = 20, 6
@@ -29,7 +29,7 @@ ROWS = np.arange(len(TOKENS))
 def small_llm(**changes) -> LanguageModel:
     """Random weights for the mesh that is set; norm scales around 1, biases around 0."""
     cfg = LLMConfig(**{**vars(tiny().llm), **SIZES, **changes})
-    compute, mesh = Compute(attention_block=8, remat="none"), jax.sharding.get_mesh()
+    compute, mesh = ComputePolicy(attention_block=8, remat="none"), jax.sharding.get_mesh()
     abstract, rng = jax.eval_shape(lambda: LanguageModel(jax.random.key(0), cfg, compute)), np.random.default_rng(1)
 
     def draw(name: str, variable) -> jax.Array:

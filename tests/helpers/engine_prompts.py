@@ -11,12 +11,12 @@ from baichuan_omni_jax.audio.model import AudioTokenizer
 from baichuan_omni_jax.config import MeshConfig, OmniConfig, tiny
 from baichuan_omni_jax.llm.audio_head import AudioHeadBranch
 from baichuan_omni_jax.llm.model import LanguageModel
-from baichuan_omni_jax.nn.param import Compute, named_variables, with_values
+from baichuan_omni_jax.nn.param import ComputePolicy, named_variables, with_values
 from baichuan_omni_jax.sharding import make_mesh, parameter_sharding
 from baichuan_omni_jax.vision.model import VisionModel
 from data_pipelines.tokenizers.tokenizer import train_tokenizer
 
-COMPUTE = Compute(remat="none", attention_block=64)
+COMPUTE = ComputePolicy(remat="none", attention_block=64)
 LEVELS = 8
 TEXTS = ("To be, or not to be. That is it!", "What? Say no more, please.", "你好，世界。再见！好吗？" * 9)
 

@@ -21,7 +21,7 @@ def row(lengths: list[int], length: int = LENGTH, *, ids: list[int] | None = Non
 
 def segments_of(*rows: tuple[np.ndarray, np.ndarray]) -> Segments:
     ids, positions = (jnp.asarray(np.stack(x)) for x in zip(*rows, strict=True))
-    return Segments.of_row(ids, positions)
+    return Segments.from_row(ids, positions)
 
 
 def permuted(segments: Segments, order: list[int], block: int = BLOCK) -> Segments:

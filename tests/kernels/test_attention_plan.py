@@ -99,7 +99,7 @@ def test_the_cost_of_a_plan_grows_with_the_number_of_block_pairs():
         ids = jax.ShapeDtypeStruct((1, 4096), jnp.int32)
 
         def build(ids):
-            plan = plan_blocks(Segments.of_row(ids, ids), True, block, block)
+            plan = plan_blocks(Segments.from_row(ids, ids), True, block, block)
             return plan.by_query, plan.by_key, plan.count
 
         return jax.jit(build).lower(ids).compile().cost_analysis()["flops"]
@@ -119,10 +119,10 @@ def test_the_cost_of_a_plan_grows_with_the_number_of_block_pairs():
 def test_what_cannot_be_planned(length, positions, block, message):
     ids, positions = jnp.ones((1, length), jnp.int32), jnp.ones((1, positions), jnp.int32)
     with unchecked(), pytest.raises(ValueError, match=message):
-        plan_blocks(Segments.of_row(ids, positions), True, block, block)
+        plan_blocks(Segments.from_row(ids, positions), True, block, block)
 
 
 def test_too_many_blocks():
     ids = jax.ShapeDtypeStruct((1, 8193), jnp.int32)
     with pytest.raises(ValueError, match="at most 8192 fit a packed pair"):
-        jax.eval_shape(lambda ids: plan_blocks(Segments.of_row(ids, ids), True, 1, 1).count, ids)
+        jax.eval_shape(lambda ids: plan_blocks(Segments.from_row(ids, ids), True, 1, 1).count, ids)

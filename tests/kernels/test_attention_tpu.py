@@ -124,7 +124,7 @@ def test_every_case(name, dtype):
 
 def test_the_plan_lists_blocks_that_see_nothing_after_the_visited():
     ids = jnp.asarray([[0, 0, 1, 1, 0, 0, 2, 0]], jnp.int32)
-    plan = jax.jit(lambda ids: plan_blocks(Segments.of_row(ids, ids), False, 2, 2))(ids)
+    plan = jax.jit(lambda ids: plan_blocks(Segments.from_row(ids, ids), False, 2, 2))(ids)
     count = int(plan.count[0, 0])
     for pairs, side in ((plan.by_query, 0), (plan.by_key, 1)):
         blocks, flags = np.asarray(unpack(pairs[0, 0])[side]), np.asarray(unpack(pairs[0, 0])[2])
@@ -147,6 +147,6 @@ def test_what_it_cannot_compute(dtype, width, length, block, message):
     ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
     x = jax.ShapeDtypeStruct((1, length, 2, width), dtype)
     with unchecked():
-        plan = jax.eval_shape(lambda ids: plan_blocks(Segments.of_row(ids, ids), True, block, block), ids)
+        plan = jax.eval_shape(lambda ids: plan_blocks(Segments.from_row(ids, ids), True, block, block), ids)
         reason = pallas_tpu.unsupported(x, x, plan)
     assert re.fullmatch(message, reason.split(". ")[0])

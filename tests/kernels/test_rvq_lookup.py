@@ -44,13 +44,13 @@ def random_case(rows: int, width: int, sizes: list[int], seed: int):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_equals_the_definition(implementation):
     x, codebooks = random_case(300, 24, [64, 48, 17, 1], seed=0)
-    codes, quantised, norms = rvq_lookup(jnp.asarray(x), arrays(codebooks), implementation=implementation)
-    want_codes, want_quantised, want_norms, margins = definition(x, codebooks)
+    codes, quantized, norms = rvq_lookup(jnp.asarray(x), arrays(codebooks), implementation=implementation)
+    want_codes, want_quantized, want_norms, margins = definition(x, codebooks)
     assert margins.min() > 1e-5
     np.testing.assert_array_equal(codes, want_codes)
-    np.testing.assert_allclose(quantised, want_quantised, atol=1e-5)
+    np.testing.assert_allclose(quantized, want_quantized, atol=1e-5)
     np.testing.assert_allclose(norms, want_norms, rtol=1e-5)
-    assert (codes.dtype, quantised.dtype, norms.dtype) == (jnp.int32, jnp.float32, jnp.float32)
+    assert (codes.dtype, quantized.dtype, norms.dtype) == (jnp.int32, jnp.float32, jnp.float32)
 
 
 @settings(max_examples=8)
@@ -66,10 +66,10 @@ def test_any_sizes_and_blocks_with_ties(rows, width, sizes, block, seed):
     rng = np.random.default_rng(seed)
     x = rng.integers(-2, 3, (rows, width)).astype(np.float32)
     codebooks = [rng.integers(-2, 3, (size, width)).astype(np.float32) for size in sizes]
-    want_codes, want_quantised, _, _ = definition(x, codebooks)
-    codes, quantised, _ = xla.lookup(jnp.asarray(x), arrays(codebooks), block_rows=block)
+    want_codes, want_quantized, _, _ = definition(x, codebooks)
+    codes, quantized, _ = xla.lookup(jnp.asarray(x), arrays(codebooks), block_rows=block)
     np.testing.assert_array_equal(codes, want_codes)
-    np.testing.assert_array_equal(quantised, want_quantised)
+    np.testing.assert_array_equal(quantized, want_quantized)
 
 
 def test_blocks_of_rows_are_even():
@@ -118,8 +118,8 @@ def test_no_gradient_passes():
 
 
 def test_no_rows():
-    codes, quantised, norms = rvq_lookup(jnp.zeros((0, 4)), [jnp.zeros((3, 4))] * 2)
-    assert (codes.shape, quantised.shape, norms.shape) == ((0, 2), (0, 4), (0, 2))
+    codes, quantized, norms = rvq_lookup(jnp.zeros((0, 4)), [jnp.zeros((3, 4))] * 2)
+    assert (codes.shape, quantized.shape, norms.shape) == ((0, 2), (0, 4), (0, 2))
 
 
 def test_never_holds_rows_by_codes_by_width():

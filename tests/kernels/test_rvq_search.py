@@ -10,8 +10,8 @@ from baichuan_omni_jax.kernels.rvq_lookup import xla
 
 def near_copies(rng, rows, size, width):
     """Frames and codes around one far point, apart by far less than bf16 resolves there."""
-    centre = 100 * rng.standard_normal(width)
-    return centre + 0.01 * rng.standard_normal((rows, width)), centre + 0.01 * rng.standard_normal((size, width))
+    center = 100 * rng.standard_normal(width)
+    return center + 0.01 * rng.standard_normal((rows, width)), center + 0.01 * rng.standard_normal((size, width))
 
 
 def normal(rng, rows, size, width):

@@ -1,4 +1,4 @@
-"""The quantiser trains alike on any mesh."""
+"""The quantizer trains alike on any mesh."""
 
 import subprocess
 import sys

@@ -13,7 +13,7 @@ from baichuan_omni_jax.llm.model import SwiGLU
 from baichuan_omni_jax.nn.chunking import map_chunks
 from baichuan_omni_jax.nn.conv import TransposedConv1d
 from baichuan_omni_jax.nn.linear import Linear
-from baichuan_omni_jax.nn.param import Compute, named_values, normal, with_values
+from baichuan_omni_jax.nn.param import ComputePolicy, named_values, normal, with_values
 from baichuan_omni_jax.nn.products import gather_weight, look_up
 from tests.helpers.micro import one_device
 
@@ -21,7 +21,7 @@ from tests.helpers.micro import one_device
 SUM, LAYER = 1e-5, 3e-3
 ROWS, LENGTH, PIECES = 2, 256, 16
 BFLOAT = jnp.dtype("bfloat16")
-COMPUTE = Compute(dtype=BFLOAT, mlp_chunk=LENGTH // PIECES)
+COMPUTE = ComputePolicy(dtype=BFLOAT, mlp_chunk=LENGTH // PIECES)
 
 
 def draw(seed: int, *shape: int) -> jax.Array:

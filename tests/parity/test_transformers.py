@@ -29,7 +29,7 @@ from baichuan_omni_jax.convert import branch_rules, load_branch_from_safetensors
 from baichuan_omni_jax.convert.safetensors_io import TensorInfo
 from baichuan_omni_jax.llm.config import AudioHeadConfig, LLMConfig
 from baichuan_omni_jax.llm.model import LanguageModel
-from baichuan_omni_jax.nn.param import Compute, named_values
+from baichuan_omni_jax.nn.param import ComputePolicy, named_values
 from baichuan_omni_jax.sharding import make_mesh
 from baichuan_omni_jax.vision.config import VisionConfig
 from baichuan_omni_jax.vision.model import VisionModel
@@ -42,7 +42,7 @@ whisper = pytest.importorskip("transformers.models.whisper.modeling_whisper", re
 
 # An epsilon of the norms ten times too large or small shows at 1.2e-5 to 2.5e-5.
 TOLERANCE = 1e-5
-COMPUTE = Compute(attention_block=32, remat="none")
+COMPUTE = ComputePolicy(attention_block=32, remat="none")
 KEY = jax.random.key(0)
 SEEDS = (0, 1)
 FAST_TO_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}

@@ -18,7 +18,7 @@ from baichuan_omni_jax.config import apply_overrides, load_run_config, tiny
 from baichuan_omni_jax.config.mel_targets import flow_target
 from baichuan_omni_jax.convert.files import VOCODER_CONFIG
 from baichuan_omni_jax.errors import ConfigError
-from baichuan_omni_jax.nn.param import Compute
+from baichuan_omni_jax.nn.param import ComputePolicy
 from baichuan_omni_jax.train.audio_samples import SoundSamples, check_samples
 from baichuan_omni_jax.train.mel_image import mel_image
 from baichuan_omni_jax.train.mel_waves import MelWaves
@@ -56,7 +56,7 @@ def vocoder(tmp_path_factory) -> Path:
     """A checkpoint with a random vocoder."""
     path = tmp_path_factory.mktemp("vocoder") / "ckpt"
     with jax.set_mesh(one_device()):
-        model = jax.jit(lambda: Vocoder(jax.random.key(0), tiny_vocoder(), Compute()))()
+        model = jax.jit(lambda: Vocoder(jax.random.key(0), tiny_vocoder(), ComputePolicy()))()
         save_branches(path, {"vocoder": model}, tiny())
     (path / VOCODER_CONFIG).write_text(json.dumps(vocoder_to_json(tiny_vocoder())))
     return path

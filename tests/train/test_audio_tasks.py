@@ -58,7 +58,7 @@ def test_the_transcript_reaches_the_ears_through_a_reader_that_stays(tokenizer_s
     """With the transcript's loss alone: gradients in encoder, bridge and adapter, none in the reader."""
     run, setup, state, batch = tokenizer_step
     settings = dataclasses.replace(run.tokenizer, reconstruction=0.0, commitment=0.0, transcript=1.0)
-    quantizer = dataclasses.replace(settings.quantizer, quantised_share=1.0, level_dropout=0.0)
+    quantizer = dataclasses.replace(settings.quantizer, quantized_share=1.0, level_dropout=0.0)
     run = dataclasses.replace(run, tokenizer=dataclasses.replace(settings, quantizer=quantizer))
     with jax.set_mesh(setup.mesh):
         setup = make_setup(run, setup.task.omni, setup.mesh, setup.task.compute)

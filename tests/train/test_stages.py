@@ -12,7 +12,7 @@ import pytest
 from baichuan_omni_jax.checkpoint import find_parent, load_branches, with_shardings
 from baichuan_omni_jax.config import STAGES, RunConfig, load_run_config, resolve_model, stage_groups
 from baichuan_omni_jax.errors import ConfigError
-from baichuan_omni_jax.nn.param import Compute, named_values, named_variables
+from baichuan_omni_jax.nn.param import ComputePolicy, named_values, named_variables
 from baichuan_omni_jax.omni.model import OmniModel
 from baichuan_omni_jax.sharding import ShardingRules
 from baichuan_omni_jax.train.groups import assign_groups, special_ids
@@ -36,7 +36,7 @@ def config(stage: str, suffix: str = "") -> RunConfig:
 
 
 def abstract_model(name: str) -> OmniModel:
-    return jax.eval_shape(lambda: OmniModel(jax.random.key(0), resolve_model(name), Compute()))
+    return jax.eval_shape(lambda: OmniModel(jax.random.key(0), resolve_model(name), ComputePolicy()))
 
 
 @pytest.mark.parametrize("suffix", ["", "_tiny"])

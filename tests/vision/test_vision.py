@@ -1,4 +1,4 @@
-"""The vision branch: pixels against normalised values, one temporal slice against two, and padding."""
+"""The vision branch: pixels against normalized values, one temporal slice against two, and padding."""
 
 import functools
 
@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from baichuan_omni_jax.config import MeshConfig, tiny
-from baichuan_omni_jax.nn.param import Compute
+from baichuan_omni_jax.nn.param import ComputePolicy
 from baichuan_omni_jax.sharding import make_mesh
 from baichuan_omni_jax.vision.model import VisionModel
-from baichuan_omni_jax.vision.patches import grid_angles, normalise_pixels
+from baichuan_omni_jax.vision.patches import grid_angles, normalize_pixels
 from tests.helpers.typecheck import unchecked
 
 CFG = tiny().vision
@@ -28,7 +28,7 @@ def _one_device():
 
 @functools.cache
 def model() -> VisionModel:
-    return jax.jit(lambda: VisionModel(jax.random.key(0), CFG, Compute(attention_block=8)))()
+    return jax.jit(lambda: VisionModel(jax.random.key(0), CFG, ComputePolicy(attention_block=8)))()
 
 
 @jax.jit
@@ -36,22 +36,22 @@ def run(model, patches, grid=GRID, ids=IDS):
     return model(patches, grid, ids)
 
 
-def normalised(pixels: np.ndarray) -> np.ndarray:
+def normalized(pixels: np.ndarray) -> np.ndarray:
     channels = (pixels.reshape(*pixels.shape[:2], 3, -1) / 255.0 - np.array(CFG.image_mean)[:, None]) / np.array(
         CFG.image_std
     )[:, None]
     return channels.reshape(pixels.shape).astype(np.float32)
 
 
-def test_pixels_are_normalised_per_channel():
+def test_pixels_are_normalized_per_channel():
     np.testing.assert_allclose(
-        normalise_pixels(jnp.asarray(PIXELS), CFG.image_mean, CFG.image_std), normalised(PIXELS), atol=1e-5
+        normalize_pixels(jnp.asarray(PIXELS), CFG.image_mean, CFG.image_std), normalized(PIXELS), atol=1e-5
     )
 
 
 @pytest.mark.slow
 def test_a_still_as_pixels_equals_two_equal_slices():
-    slices = normalised(PIXELS).reshape(1, 24, 3, 1, 196).repeat(2, 3).reshape(1, 24, 1176)
+    slices = normalized(PIXELS).reshape(1, 24, 3, 1, 196).repeat(2, 3).reshape(1, 24, 1176)
     np.testing.assert_allclose(run(model(), PIXELS), run(model(), slices), atol=1e-5)
 
 
@@ -72,14 +72,14 @@ def test_padding_is_zero_and_changes_nothing():
 
 @pytest.mark.slow
 def test_no_gradient_flows_into_padding():
-    gradient = jax.jit(jax.grad(lambda x: jnp.square(model()(x, GRID, IDS)).sum()))(normalised(PIXELS))
+    gradient = jax.jit(jax.grad(lambda x: jnp.square(model()(x, GRID, IDS)).sum()))(normalized(PIXELS))
     assert np.abs(gradient[:, :16]).max(-1).min() > 0
     np.testing.assert_array_equal(gradient[:, 16:], 0)
 
 
 def test_errors():
     pixels = jnp.asarray(PIXELS)
-    with pytest.raises(ValueError, match="expected 588 uint8 or normalised values a patch, or 1176"):
+    with pytest.raises(ValueError, match="expected 588 uint8 or normalized values a patch, or 1176"):
         model()(pixels[..., :100], GRID, IDS)
     with unchecked(), pytest.raises(ValueError, match="rows and patches must agree"):
         model()(pixels, GRID[:, :12], IDS)

@@ -51,7 +51,7 @@ class Case:
         return ids, positions
 
     def segments(self, seed: int = 0) -> Segments:
-        return Segments.of_row(*(jnp.asarray(x) for x in self.ids_and_positions(seed)))
+        return Segments.from_row(*(jnp.asarray(x) for x in self.ids_and_positions(seed)))
 
     def arrays(self, dtype=jnp.float32, seed: int = 0) -> list[jax.Array]:
         """Standard normal q, k, v and a cotangent for the output: (rows, length, heads, head_dim)."""

@@ -100,7 +100,7 @@ def _attend(static, q, k, v, q_tokens, kv_tokens, pairs):
 
 def _forward(static: Static, q, k, v, q_tokens, kv_tokens, pairs):
     by_query, _, count = pairs
-    out, lse = named(*forward(static, Visits.of(by_query, count), q, k, v, q_tokens, kv_tokens))
+    out, lse = named(*forward(static, Visits.from_pairs(by_query, count), q, k, v, q_tokens, kv_tokens))
     return (out, lse), (q, k, v, q_tokens, kv_tokens, pairs, out, lse)
 
 
@@ -113,8 +113,8 @@ def _backward(static: Static, saved, cotangents):
     # In base 2; and such that a query that sees nothing gets weights of 0.
     lse = jnp.where(lse > UNSEEN, lse * jnp.log2(jnp.e), -UNSEEN)
     arrays += [d_out, lse, delta]
-    d_q = backward_dq(static, Visits.of(by_query, count), *arrays)
-    d_k, d_v = backward_dkv(static, Visits.of(by_key, count), *arrays)
+    d_q = backward_dq(static, Visits.from_pairs(by_query, count), *arrays)
+    d_k, d_v = backward_dkv(static, Visits.from_pairs(by_key, count), *arrays)
     return d_q, d_k, d_v, None, None, None
 
 

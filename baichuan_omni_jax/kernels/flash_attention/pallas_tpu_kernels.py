@@ -52,7 +52,7 @@ class Visits(NamedTuple):
     steps: Array
 
     @classmethod
-    def of(cls, pairs: Array, count: Array) -> "Visits":
+    def from_pairs(cls, pairs: Array, count: Array) -> "Visits":
         """From a plan's list (b, N) and count (b,)."""
         unvisited = (jnp.arange(pairs.shape[1]) >= count[:, None]) & (pairs & FIRST > 0)
         return cls(pairs.reshape(-1), count, count + unvisited.sum(1, dtype=jnp.int32))

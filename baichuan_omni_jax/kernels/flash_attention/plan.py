@@ -32,7 +32,7 @@ class Segments(NamedTuple):
     kv_pos: Int32[Array, "b s"]
 
     @classmethod
-    def of_row(cls, ids: Int32[Array, "b t"], positions: Int32[Array, "b t"]) -> "Segments":
+    def from_row(cls, ids: Int32[Array, "b t"], positions: Int32[Array, "b t"]) -> "Segments":
         """Self-attention: queries and keys are the same tokens."""
         return cls(ids, positions, ids, positions)
 

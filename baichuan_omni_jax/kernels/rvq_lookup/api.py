@@ -39,14 +39,14 @@ def prepare_codebooks(
 def rvq_lookup(
     x: Float[Array, "n d"], codebooks: Sequence[Float[Array, "_ d"] | Prepared], *, implementation: str | None = None
 ) -> tuple[Int32[Array, "n q"], Float[Array, "n d"], Float[Array, "n q"]]:
-    """Residual vector quantisation: codes, the sum of the chosen codes, and what is left after each level.
+    """Residual vector quantization: codes, the sum of the chosen codes, and what is left after each level.
 
     Level by level the code nearest to the residual by Euclidean distance (fp32, the first index on a tie) is
     subtracted from it; the residual keeps the dtype of `x`. `codebooks[q]` is (size_q, d), or that prepared by
     `prepare_codebooks`. The third result is the L2
     norm of the residual after each level, fp32. Nothing is differentiated: gradients stop here.
 
-    x = [3.1], codebooks [[0], [4]] and [[-1], [0]]: codes [1, 0], quantised [3], residual norms [0.9, 0.1].
+    x = [3.1], codebooks [[0], [4]] and [[-1], [0]]: codes [1, 0], quantized [3], residual norms [0.9, 0.1].
 
     `implementation`: None picks by platform and support; a name never falls back.
     Raises ValueError on an unknown implementation, no or empty codebooks, other widths, or an `x` split along d, and

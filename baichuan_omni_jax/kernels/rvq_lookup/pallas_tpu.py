@@ -46,8 +46,8 @@ def lookup(
     padded = [jnp.pad(jnp.asarray(c, jnp.float32), ((0, 0), (0, -width % tile))) for c in codebooks]
     levels = [_Level(codebook, half_norms(codebook)[None]) for codebook in padded]
     x = jnp.pad(x, ((0, 0), (0, -width % tile)))
-    codes, quantised, norms = lookup_blocks(x, levels, partial(_nearest, tile=tile, interpret=interpret), BLOCK_ROWS)
-    return codes, quantised[:, :width], norms
+    codes, quantized, norms = lookup_blocks(x, levels, partial(_nearest, tile=tile, interpret=interpret), BLOCK_ROWS)
+    return codes, quantized[:, :width], norms
 
 
 def _width_tile(width: int) -> int:
@@ -111,7 +111,7 @@ def _kernel(x_ref, codebook_ref, half_norms_ref, code_ref, products_ref, least_r
     def _compare():
         scores = half_norms_ref[...] - products_ref[...]
         code = lax.broadcasted_iota(jnp.int32, scores.shape, 1) + j * scores.shape[1]
-        scores = jnp.where(code < size, scores, jnp.inf)  # what lies beyond the last code is not initialised
+        scores = jnp.where(code < size, scores, jnp.inf)  # what lies beyond the last code is not initialized
         least = jnp.min(scores, 1, keepdims=True)
         first = jnp.min(jnp.where(scores == least, code, size), 1, keepdims=True)
         less = least < least_ref[...]

@@ -2,7 +2,7 @@
 
 from baichuan_omni_jax.config import OmniConfig, RunConfig
 from baichuan_omni_jax.errors import ConfigError
-from baichuan_omni_jax.nn.param import Compute
+from baichuan_omni_jax.nn.param import ComputePolicy
 from baichuan_omni_jax.train.tasks.audio_tokenizer import AudioTokenizerTask
 from baichuan_omni_jax.train.tasks.flow_matching import FlowMatchingTask
 from baichuan_omni_jax.train.tasks.omni import OmniTask
@@ -17,7 +17,7 @@ TASKS: dict[str, type[Task]] = {
 __all__ = ["TASKS", "Moved", "Task", "make_task"]
 
 
-def make_task(run: RunConfig, omni: OmniConfig, compute: Compute) -> Task:
+def make_task(run: RunConfig, omni: OmniConfig, compute: ComputePolicy) -> Task:
     """The task that `run.task` names. Raises ConfigError on an unknown one, or settings that do not fit it."""
     if run.task not in TASKS:
         raise ConfigError(f"task {run.task!r} is not one of {', '.join(TASKS)}")

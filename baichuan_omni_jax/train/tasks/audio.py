@@ -11,7 +11,7 @@ from jaxtyping import Array, Int32, PRNGKeyArray
 from baichuan_omni_jax.config import OmniConfig, RunConfig
 from baichuan_omni_jax.config.mel_targets import MelTargetSettings, sound_targets
 from baichuan_omni_jax.errors import ConfigError
-from baichuan_omni_jax.nn.param import Compute
+from baichuan_omni_jax.nn.param import ComputePolicy
 from baichuan_omni_jax.omni.batch import BRANCH_FIELDS, Batch, abstract_batch
 from baichuan_omni_jax.sharding import ShardingRules
 from baichuan_omni_jax.train.batch_placer import check_batch
@@ -59,7 +59,7 @@ def slot_target_frames(target: MelTargetSettings, mel_frames: int, omni: OmniCon
 
 
 def check_sound(
-    run: RunConfig, omni: OmniConfig, mesh: Mesh, compute: Compute, branches: Sequence[str], needed: Sequence[str]
+    run: RunConfig, omni: OmniConfig, mesh: Mesh, compute: ComputePolicy, branches: Sequence[str], needed: Sequence[str]
 ) -> None:
     """Raises ConfigError where branches, budgets, accumulation or mesh do not fit a task that trains on sound."""
     unknown = [name for name in run.branches if name not in branches]

@@ -6,7 +6,7 @@ from jax.sharding import Mesh, reshard
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from baichuan_omni_jax.audio.codebook_training import CodebookState, usage
-from baichuan_omni_jax.audio.quantizer_training import Quantised, commitment_weight, quantised_share, temperature
+from baichuan_omni_jax.audio.quantizer_training import Quantized, commitment_weight, quantized_share, temperature
 from baichuan_omni_jax.audio.reconstruction import reconstruction_loss
 from baichuan_omni_jax.audio.spec_augment import spec_augment
 from baichuan_omni_jax.config.mel_targets import reconstruction_ratios
@@ -80,7 +80,7 @@ class AudioTokenizerTask(PlainTask):
             transcript = (entropies * batch["text_weights"]).sum() / by
             loss = loss + settings.transcript * transcript
             metrics |= {"loss_transcript": transcript}
-        metrics |= self._quantiser_numbers(made, step)
+        metrics |= self._quantizer_numbers(made, step)
         moved = Moved(self._moved(made.states), {"step": step + 1, "unused": [state.unused for state in made.states]})
         return loss, ({"loss": loss} | metrics, moved)
 
@@ -111,9 +111,9 @@ class AudioTokenizerTask(PlainTask):
             for name in MOVING
         }
 
-    def _quantiser_numbers(self, made: Quantised, step) -> Metrics:
+    def _quantizer_numbers(self, made: Quantized, step) -> Metrics:
         config = self.run.tokenizer.quantizer
-        numbers = {"quantised_share": quantised_share(config, step), "temperature": temperature(config, step)}
+        numbers = {"quantized_share": quantized_share(config, step), "temperature": temperature(config, step)}
         for q, state in enumerate(made.states):
             used, perplexity = usage(state, max(config.restart_after, 1))
             numbers |= {f"codes_used_q{q}": used, f"perplexity_q{q}": perplexity, f"residual_q{q}": made.residuals[q]}

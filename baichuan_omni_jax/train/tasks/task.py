@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from baichuan_omni_jax.config import OmniConfig, RunConfig
 from baichuan_omni_jax.flops.omni import Part
-from baichuan_omni_jax.nn.param import Compute
+from baichuan_omni_jax.nn.param import ComputePolicy
 from baichuan_omni_jax.omni.batch import Batch
 from baichuan_omni_jax.train.groups import untrained_targets
 
@@ -39,7 +39,7 @@ class Task(Protocol):
 
     run: RunConfig
     omni: OmniConfig
-    compute: Compute
+    compute: ComputePolicy
     weight_decay: float  # where the run's optimizer names none
 
     def make_model(self, key: PRNGKeyArray) -> nnx.Module:
@@ -92,7 +92,7 @@ class PlainTask:
 
     weight_decay = 0.0
 
-    def __init__(self, run: RunConfig, omni: OmniConfig, compute: Compute):
+    def __init__(self, run: RunConfig, omni: OmniConfig, compute: ComputePolicy):
         self.run, self.omni, self.compute = run, omni, compute
 
     def moves(self, name: str) -> bool:

@@ -15,14 +15,14 @@ from baichuan_omni_jax.audio.model import AudioTokenizer
 from baichuan_omni_jax.config import MeshConfig, tiny
 from baichuan_omni_jax.llm.audio_head import AudioHeadBranch
 from baichuan_omni_jax.llm.model import LanguageModel
-from baichuan_omni_jax.nn.param import Compute, named_variables, with_values
+from baichuan_omni_jax.nn.param import ComputePolicy, named_variables, with_values
 from baichuan_omni_jax.sharding import ShardingRules, make_mesh, parameter_sharding
 from baichuan_omni_jax.vision.model import VisionModel
 
 # Compiling is nearly all of the time.
 jax.config.update("jax_disable_most_optimizations", True)
 TOLERANCE = 1e-5
-CFG, COMPUTE, RULES = tiny(), Compute(attention_block=16), ShardingRules()
+CFG, COMPUTE, RULES = tiny(), ComputePolicy(attention_block=16), ShardingRules()
 MESHES = (
     (MeshConfig(), slice(0, 1)),
     (MeshConfig(data=1, fsdp=2, context=2, tensor=2), slice(0, 8)),
@@ -44,16 +44,16 @@ def vision(rng: np.random.Generator):
 
 
 def audio(rng: np.random.Generator):
-    """Four clips, one of them an unused slot: features before and after the quantiser, and the codes."""
+    """Four clips, one of them an unused slot: features before and after the quantizer, and the codes."""
     mel = rng.standard_normal((4, 90, CFG.audio.num_mel_bins)).astype(np.float32)
     inputs = (mel, ("batch",)), (np.array([90, 37, 0, 64], np.int32), ("batch",))
 
     def run(model, mel, lengths):
         features, valid = model.features(mel, lengths)
-        codes, quantised, _ = model.quantizer.quantize(features)
+        codes, quantized, _ = model.quantizer.quantize(features)
         decoded = model.quantizer.decode(codes)
         keep = valid[..., None]
-        return tuple(jnp.where(keep, x, 0) for x in (features, codes.astype(jnp.float32), quantised, decoded))
+        return tuple(jnp.where(keep, x, 0) for x in (features, codes.astype(jnp.float32), quantized, decoded))
 
     return lambda key: AudioTokenizer(key, CFG.audio, COMPUTE), run, inputs
 

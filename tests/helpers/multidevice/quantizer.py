@@ -1,4 +1,4 @@
-"""Twenty steps of quantiser training on one device and on eight: prints the largest difference of the codebooks, and
+"""Twenty steps of quantizer training on one device and on eight: prints the largest difference of the codebooks, and
 of mels masked for the encoder.
 
 Run by test_quantizer_mesh.py with eight CPU devices. Each clip lies in a region of its own, so on eight
@@ -13,7 +13,7 @@ from baichuan_omni_jax.audio.codebook_training import CodebookState
 from baichuan_omni_jax.audio.quantizer_training import quantize_in_training
 from baichuan_omni_jax.audio.spec_augment import spec_augment
 from baichuan_omni_jax.config import MeshConfig, QuantizerConfig, SpecAugmentConfig
-from baichuan_omni_jax.nn.param import Compute
+from baichuan_omni_jax.nn.param import ComputePolicy
 from baichuan_omni_jax.sharding import make_mesh
 
 WIDTH, SIZES, STEPS = 16, (64, 32), 20
@@ -36,7 +36,7 @@ def train(mesh: jax.sharding.Mesh) -> tuple[CodebookState, ...]:
             x = (regions + rng.standard_normal((8, 30, WIDTH))).astype(np.float32)
             valid = np.arange(30) < rng.integers(5, 31, (8, 1))
             key = jax.random.fold_in(jax.random.key(0), step)
-            made = run(key, jnp.asarray(x), jnp.asarray(valid), states, jnp.int32(step), CONFIG, Compute())
+            made = run(key, jnp.asarray(x), jnp.asarray(valid), states, jnp.int32(step), CONFIG, ComputePolicy())
             states = made.states
     return jax.tree.map(np.asarray, states)
 
@@ -45,7 +45,7 @@ def masked(mesh: jax.sharding.Mesh) -> np.ndarray:
     """Ones, but for what is masked."""
     with jax.set_mesh(mesh):
         lengths = jnp.arange(30, 38, dtype=jnp.int32)
-        return np.asarray(mask(jax.random.key(0), jnp.ones((8, 40, WIDTH)), lengths, MASKS, Compute()))
+        return np.asarray(mask(jax.random.key(0), jnp.ones((8, 40, WIDTH)), lengths, MASKS, ComputePolicy()))
 
 
 def main() -> None:

@@ -31,7 +31,7 @@ from baichuan_omni_jax.config import (
 )
 from baichuan_omni_jax.config.stages import TEXT_ENDS
 from baichuan_omni_jax.llm.model import DecoderLayer
-from baichuan_omni_jax.nn.param import Compute, named_values
+from baichuan_omni_jax.nn.param import ComputePolicy, named_values
 from baichuan_omni_jax.omni.batch import abstract_batch
 from baichuan_omni_jax.sharding import MESH_AXES, make_mesh
 from baichuan_omni_jax.train.state import init_state, make_compute, make_setup, to_saved
@@ -69,7 +69,7 @@ def main() -> int:
 
 def errors_of_layer(context: int) -> tuple[dict[str, float], dict[str, float]]:
     """Errors of the attention's projections, with their biases, and of the MLP's matrices."""
-    compute = Compute(dtype=BFLOAT, mlp_chunk=TOKENS // PIECES // context)
+    compute = ComputePolicy(dtype=BFLOAT, mlp_chunk=TOKENS // PIECES // context)
     layer = jax.jit(lambda: DecoderLayer(jax.random.key(2), resolve_model("tiny").llm, compute))()
     place = lambda value, *names: reshard(value, compute.rules.spec("batch", "length", *names))  # noqa: E731
     sums = {}
