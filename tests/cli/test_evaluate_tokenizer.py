@@ -139,7 +139,7 @@ def test_numbers_of_an_untrained_tokenizer(checkpoint, manifest, tmp_path):
     pytest.importorskip("matplotlib", reason="the extra `show` brings it")
     numbers, page = tmp_path / "numbers.json", tmp_path / "page.png"
     by_decoder = f"audio_encoder={checkpoint},audio_decoder={checkpoint}"
-    hook = "test_evaluate_tokenizer:hears_half"
+    hook = "tests.cli.test_evaluate_tokenizer:hears_half"
     done = run("--checkpoint", by_decoder, "--manifest", manifest, "--json", numbers, "--picture", page, "--asr", hook)
     assert done.returncode == 0, done.stderr
     found = json.loads(numbers.read_text())
@@ -151,7 +151,7 @@ def test_numbers_of_an_untrained_tokenizer(checkpoint, manifest, tmp_path):
     assert found["mel_mae"] == found["mel_mae_q7"] > 0
     assert 0 < found["bits_per_second"] <= found["bits_per_second_at_most"] == pytest.approx(12.5 * 36.585, rel=1e-3)
     assert page.stat().st_size > 10_000
-    hook = "test_evaluate_tokenizer:hears_recordings"
+    hook = "tests.cli.test_evaluate_tokenizer:hears_recordings"
     done = run("--checkpoint", checkpoint, "--manifest", manifest, "--limit", 1, "--asr", hook, "--json", numbers)
     assert done.returncode == 0, done.stderr
     assert "24000 Hz by griffin_lim" in done.stdout

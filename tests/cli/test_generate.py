@@ -45,7 +45,8 @@ class Chat:
 
 
 def asked(launch, task, base=Path(), **values):
-    return launch("baichuan_omni_jax.cli.generation.asking").ask(Chat(), task, values, None, base)
+    with unchecked():  # `Chat` is a double
+        return launch("baichuan_omni_jax.cli.generation.asking").ask(Chat(), task, values, None, base)
 
 
 def file(kind, path):

@@ -7,7 +7,7 @@ from data_pipelines.synthesis.__main__ import main
 # The texts of the tests have short sentences.
 SHORT = ("--shortest", "1")
 # Tones instead of speech: no eSpeak is needed, and they take no time.
-FAKE = ("--tts", "fake_speech:make", *SHORT)
+FAKE = ("--tts", "tests.helpers.fake_speech:make", *SHORT)
 
 
 def write_manifest(folder, texts, name="m.jsonl"):
