@@ -331,7 +331,7 @@ def with_checksums(data: bytes) -> bytes:
 
 def decode_ours(path: Path, film: bool) -> tuple[str, str, float, int]:
     """Cause and sentence of the refusal, or seconds of sound and damaged packets; runs in a process of its own."""
-    from data_pipelines.documents.document import SampleError
+    from data_pipelines.errors import SampleError
     from data_pipelines.media.audio import probe_sound, read_sound
     from data_pipelines.media.location import Media
     from data_pipelines.media.videos import decode_frames, probe_video

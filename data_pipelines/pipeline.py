@@ -19,9 +19,9 @@ from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.flops.row_cost import row_cost
 from baichuan_omni_jax.loss_shares import LossShare, predict_shares
 from data_pipelines.datasets.sources import Source, cache_folder, open_source
-from data_pipelines.documents.document import SampleError
 from data_pipelines.documents.processor import Codes, Processor
 from data_pipelines.documents.prompts import Text, parse_prompt
+from data_pipelines.errors import SampleError, describe_causes, file_errors
 from data_pipelines.packing.context_plan import context_plan
 from data_pipelines.packing.index import Index, Skipped
 from data_pipelines.packing.index_build import load_index
@@ -35,7 +35,6 @@ from data_pipelines.packing.row_limits import budget_vector
 from data_pipelines.packing.row_plan import RowPlan, StepPlan, check_format, check_plan
 from data_pipelines.packing.rows import ALL_ROWS, RowDecoder, Shard, Step, StepDataset, read_steps
 from data_pipelines.tokenizers.tokenizer import load_tokenizer, train_tokenizer
-from data_pipelines.tools.commands import describe_causes, file_errors
 
 log = logging.getLogger(__name__)
 NAMED = 1000  # skipped documents of a source that the log names; the others are named in the index's file

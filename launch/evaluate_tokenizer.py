@@ -34,7 +34,7 @@ from baichuan_omni_jax.generation.speech_decoder import Speaker
 from baichuan_omni_jax.sharding import make_mesh
 from baichuan_omni_jax.train.mel_waves import MelWaves
 from data_pipelines.datasets.sources import trusted_folders
-from data_pipelines.documents.document import SampleError
+from data_pipelines.errors import SampleError
 from data_pipelines.media.features import clip_windows, log_mel
 from data_pipelines.media.mel_targets import mel_target
 from data_pipelines.synthesis.hooks import load_function

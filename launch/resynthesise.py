@@ -26,7 +26,7 @@ from baichuan_omni_jax.generation.crossfade import CrossFade
 from baichuan_omni_jax.generation.loading import load_for_generation
 from baichuan_omni_jax.generation.speech_decoder import NEEDED, Resynthesised, Speaker
 from baichuan_omni_jax.sharding import make_mesh
-from data_pipelines.documents.document import SampleError
+from data_pipelines.errors import SampleError
 from data_pipelines.media.audio import decode_sound, probe_sound
 from data_pipelines.media.features import Window, clip_windows, log_mel
 from data_pipelines.media.location import Media

@@ -9,10 +9,11 @@ import numpy as np
 from jaxtyping import Float32
 
 from data_pipelines.datasets.sources import ANY_FOLDER, media_root
-from data_pipelines.documents.document import Document, SampleError
+from data_pipelines.documents.document import Document
 from data_pipelines.documents.manifest import read_manifest
 from data_pipelines.documents.prompt_writing import text_of
 from data_pipelines.documents.prompts import Element, Sound, Text, parse_prompt
+from data_pipelines.errors import SampleError
 from data_pipelines.media.audio import decode_sound, probe_sound
 from data_pipelines.media.location import Media, find_media
 from data_pipelines.synthesis.filters.speech_check import spoken_texts

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Float32
 
-from data_pipelines.documents.document import SampleError
+from data_pipelines.errors import SampleError
 from data_pipelines.synthesis.filters.speech_check import count_edits, speech_units
 from data_pipelines.text.languages import language_of
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from baichuan_omni_jax.errors import ConfigError, RequestError
-from data_pipelines.documents.document import SampleError
+from data_pipelines.errors import SampleError
 from data_pipelines.media.audio import decode_sound, probe_sound
 from data_pipelines.media.images import probe_image
 from data_pipelines.media.location import Media

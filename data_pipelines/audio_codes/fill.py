@@ -32,7 +32,7 @@ from data_pipelines.audio_codes.writer import PART_FRAMES, create_store, part_bo
 from data_pipelines.datasets.jobs import Job, Unit, run_job
 from data_pipelines.datasets.jobs.job import Runner
 from data_pipelines.datasets.jobs.local import LocalRunner
-from data_pipelines.documents.document import SampleError
+from data_pipelines.errors import SampleError
 from data_pipelines.pipeline import Pipeline
 
 log = logging.getLogger(__name__)

@@ -13,8 +13,8 @@ from jaxtyping import Int64, Shaped
 
 from data_pipelines.audio_codes.clips import REFERENCE, key_fields, new_records
 from data_pipelines.datasets.jobs import Job, Unit
-from data_pipelines.documents.document import SampleError
 from data_pipelines.documents.processor import AudioItem, Processor
+from data_pipelines.errors import SampleError
 from data_pipelines.packing.index import Index
 from data_pipelines.packing.row_limits import BUDGETED
 from data_pipelines.pipeline import Pipeline

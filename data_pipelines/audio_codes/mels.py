@@ -14,7 +14,7 @@ from baichuan_omni_jax.audio.config import AudioConfig
 from data_pipelines.audio_codes.clips import key_fields
 from data_pipelines.audio_codes.listing import ClipSource
 from data_pipelines.datasets.jobs.local import HeldPool
-from data_pipelines.documents.document import SampleError
+from data_pipelines.errors import SampleError
 from data_pipelines.media.audio import decode_sound
 from data_pipelines.media.features import log_mel
 

@@ -10,7 +10,7 @@ from jaxtyping import Int32
 
 from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.audio_codes.clips import ENTRY, CodeKey, find, open_table
-from data_pipelines.documents.document import SampleError
+from data_pipelines.errors import SampleError
 
 FORMAT = 2  # of meta.json: raise it when a store holds something else than before
 UNUSED = -1  # of frames that no window has

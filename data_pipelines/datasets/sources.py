@@ -12,8 +12,9 @@ from baichuan_omni_jax.config import DataConfig, SourceConfig
 from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.datasets.jobs.job import write_json
 from data_pipelines.datasets.shards.reader import DATASET_FILE, ShardedDataset, open_dataset, read_description
-from data_pipelines.documents.document import Document, SampleError
+from data_pipelines.documents.document import Document
 from data_pipelines.documents.manifest import LineRange, manifest_stem, parse_line, plain_manifest
+from data_pipelines.errors import SampleError
 from data_pipelines.media.location import MediaRoot
 
 ANY_FOLDER = (Path("/"),)  # every link is trusted

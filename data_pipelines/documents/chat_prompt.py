@@ -22,9 +22,10 @@ from jaxtyping import Float, Int32
 from baichuan_omni_jax.config import VOICE, OmniConfig
 from baichuan_omni_jax.errors import ConfigError, RequestError
 from data_pipelines.documents.conversation import ROLES, opening_elements, role_mark
-from data_pipelines.documents.document import EncodedDocument, SampleError
+from data_pipelines.documents.document import EncodedDocument
 from data_pipelines.documents.processor import Processor, Said
 from data_pipelines.documents.prompts import Element, Picture, Reference, Sound, Text, Video
+from data_pipelines.errors import SampleError
 from data_pipelines.media.file_kinds import plain_reason
 from data_pipelines.media.limits import MAX_SAMPLING_RATE
 from data_pipelines.media.location import Media, MediaRoot, find_media, local_path

@@ -12,23 +12,6 @@ if TYPE_CHECKING:
     from data_pipelines.media.location import Media, MediaRoot
 
 
-class SampleError(Exception):
-    """One document cannot be used. `cause` is the word it is counted under; the message says what was wrong.
-
-    Causes: `bad_json` (no JSON), `bad_form` (JSON of another form), `bad_prompt`, `missing_file`, `outside_root`,
-    `unreadable_media`, `too_big_media` (beyond `limits`), `silent_audio`, `too_long`, `no_loss`, `unmarked` (where
-    data.unmarked refuses it), `changed` (media or codes are not what the index measured), `no_codes`, `damaged_codes`
-    (of the store), `bad_record` (of a shard), `other_tokenizer` (of token ids).
-    """
-
-    def __init__(self, cause: str, message: str):
-        super().__init__(message)
-        self.cause = cause
-
-    def __reduce__(self):
-        return SampleError, (self.cause, str(self))
-
-
 @dataclass(frozen=True)
 class Document:
     """One document: `text` is the source prompt in the released form, `where` the manifest line it comes from.

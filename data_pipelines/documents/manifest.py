@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from baichuan_omni_jax.errors import ConfigError
-from data_pipelines.documents.document import Document, SampleError
+from data_pipelines.documents.document import Document
+from data_pipelines.errors import SampleError
 from data_pipelines.media.file_kinds import HEAD, is_utf16, kind_of
 from data_pipelines.media.location import MediaRoot
 

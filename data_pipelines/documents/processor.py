@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from baichuan_omni_jax.config import ImagesConfig, OmniConfig
 from data_pipelines.documents.chunks import Ids, Run, cut_span, group_media
-from data_pipelines.documents.document import Document, EncodedDocument, Lengths, SampleError
+from data_pipelines.documents.document import Document, EncodedDocument, Lengths
 from data_pipelines.documents.prompts import Element, Picture, Sound, Text, Tokens, Video
 from data_pipelines.documents.sequence import (
     Layout,
@@ -29,6 +29,7 @@ from data_pipelines.documents.sequence import (
 )
 from data_pipelines.documents.token_ids import read_ids
 from data_pipelines.documents.turns import document_elements, is_marked, thin_frames
+from data_pipelines.errors import SampleError
 from data_pipelines.media.audio import clip_key, probe_sound, read_sound
 from data_pipelines.media.containers import Damage
 from data_pipelines.media.features import Window, clip_windows, log_mel, patchify, resize_picture, visual_size

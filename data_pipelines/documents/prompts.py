@@ -18,7 +18,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from data_pipelines.documents.document import SampleError
+from data_pipelines.errors import SampleError
 from data_pipelines.tokenizers import special_tokens as names
 
 

@@ -26,7 +26,7 @@ from av.packet import Packet
 from av.stream import Discard, Disposition
 from jaxtyping import Float32
 
-from data_pipelines.documents.document import SampleError
+from data_pipelines.errors import SampleError
 from data_pipelines.media.audio_packets import (
     check_boxes,
     check_segment,

@@ -11,7 +11,7 @@ from scipy.sparse import csr_array
 
 from baichuan_omni_jax.audio.config import AudioConfig
 from baichuan_omni_jax.vision.config import PixelLimits, VisionConfig
-from data_pipelines.documents.document import SampleError
+from data_pipelines.errors import SampleError
 from data_pipelines.media.images import MAX_ASPECT
 
 

@@ -18,7 +18,7 @@ from jaxtyping import UInt8
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
 from baichuan_omni_jax.config import ImagesConfig
-from data_pipelines.documents.document import SampleError
+from data_pipelines.errors import SampleError
 from data_pipelines.media.limits import check_bytes, check_pixels
 from data_pipelines.media.location import Media, UnknownFormatError, reading
 from data_pipelines.media.pixels import to_rgb

@@ -4,7 +4,7 @@ They are far above what a row of 65536 tokens can use (it holds 87 minutes of so
 worker. Headers can lie, so decoders count along.
 """
 
-from data_pipelines.documents.document import SampleError
+from data_pipelines.errors import SampleError
 
 MAX_BYTES = {"image": 2**28, "sound": 2**31, "video": 2**33}
 

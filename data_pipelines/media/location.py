@@ -13,8 +13,8 @@ from functools import lru_cache
 from pathlib import Path
 from urllib.parse import unquote, unquote_to_bytes
 
-from data_pipelines.documents.document import SampleError
 from data_pipelines.documents.prompts import Reference
+from data_pipelines.errors import SampleError
 from data_pipelines.media.file_kinds import HEAD, FileKind, kind_of, plain_reason
 
 

@@ -12,7 +12,7 @@ from av.container import InputContainer
 from av.stream import Disposition
 from PIL import Image
 
-from data_pipelines.documents.document import SampleError
+from data_pipelines.errors import SampleError
 from data_pipelines.media.audio import probe_sound
 from data_pipelines.media.containers import opened
 from data_pipelines.media.images import FORMATS

@@ -17,11 +17,11 @@ from jaxtyping import Int32, Int64
 from baichuan_omni_jax.config import Budgets
 from data_pipelines.datasets.sources import Source
 from data_pipelines.documents.document import Document
+from data_pipelines.errors import first_of_causes
 from data_pipelines.packing.columns import SKIPPED_FILE, Columns
 from data_pipelines.packing.mixture import Measured
 from data_pipelines.packing.pieces import NO_PIECES, Pieces
 from data_pipelines.packing.row_limits import AUDIO_TARGETS, RowLimits
-from data_pipelines.tools.commands import first_of_causes
 
 _CHUNK = 1 << 20  # documents looked at together: what memory that takes does not grow with the index
 

@@ -17,9 +17,9 @@ from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.datasets.jobs import Job, Unit, run_job
 from data_pipelines.datasets.jobs.local import LocalRunner
 from data_pipelines.datasets.sources import ManifestSource, Source, cache_folder, open_source
-from data_pipelines.documents.document import SampleError
 from data_pipelines.documents.manifest import manifest_stem
 from data_pipelines.documents.processor import Processor
+from data_pipelines.errors import SampleError
 from data_pipelines.packing.columns import (
     SKIPPED_FILE,
     Columns,

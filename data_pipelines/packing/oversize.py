@@ -24,9 +24,10 @@ from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.datasets.jobs import Job, Unit, run_job
 from data_pipelines.datasets.jobs.local import LocalRunner
 from data_pipelines.documents.chunks import Ids, cut_chunks
-from data_pipelines.documents.document import Document, Lengths, SampleError
+from data_pipelines.documents.document import Document, Lengths
 from data_pipelines.documents.processor import Processor
 from data_pipelines.documents.turns import cut_turns, document_elements, has_frames
+from data_pipelines.errors import SampleError
 from data_pipelines.packing.columns import NAMES, Columns, make_columns, write_columns
 from data_pipelines.packing.index import Index
 from data_pipelines.packing.pieces import NO_PIECES, WHOLE, Pieces

@@ -20,8 +20,9 @@ from grain.multiprocessing import SharedMemoryArray
 from jaxtyping import Int32
 
 from baichuan_omni_jax.config import Budgets, OmniConfig
-from data_pipelines.documents.document import Lengths, SampleError
+from data_pipelines.documents.document import Lengths
 from data_pipelines.documents.processor import Codes, Processor
+from data_pipelines.errors import SampleError
 from data_pipelines.packing.batch import Batch, RowWriter, empty_rows
 from data_pipelines.packing.context_plan import ContextPlan
 from data_pipelines.packing.index import Index

@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 
 from baichuan_omni_jax.errors import exit_code
+from data_pipelines.errors import file_errors
 from data_pipelines.sample.build import SUMMARY, build_sample
-from data_pipelines.tools.commands import file_errors
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -13,12 +13,13 @@ from data_pipelines.datasets.builder.build import UNPACKED
 from data_pipelines.datasets.jobs import run_job
 from data_pipelines.datasets.jobs.job import hold, refuse_foreign
 from data_pipelines.datasets.jobs.runners import add_runner_arguments, chosen_runner
+from data_pipelines.errors import describe_causes, first_of_causes
 from data_pipelines.synthesis.captions import job as captions
 from data_pipelines.synthesis.filters import job as filters
 from data_pipelines.synthesis.pages import job as pages
 from data_pipelines.synthesis.speech import asr, crossmodal, dialogue, intlv, itts, tts, voice_list
 from data_pipelines.synthesis.units import add_job_arguments, assemble
-from data_pipelines.tools.commands import describe_causes, first_of_causes, run_job_command, skipped_lines
+from data_pipelines.tools.commands import run_job_command, skipped_lines
 
 LOCK = "synthesis"
 JOBS = (intlv, itts, asr, tts, dialogue, crossmodal, pages, captions, filters)  # modules, one a job

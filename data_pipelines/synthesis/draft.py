@@ -5,8 +5,9 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data_pipelines.documents.document import Document, SampleError
+from data_pipelines.documents.document import Document
 from data_pipelines.documents.prompt_writing import Source
+from data_pipelines.errors import SampleError
 from data_pipelines.media.location import Media, reading
 
 

@@ -19,8 +19,9 @@ from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.datasets.builder.build import UNPACKED, list_sources
 from data_pipelines.datasets.builder.plan import Source, unpack
 from data_pipelines.datasets.jobs import Job, Unit
-from data_pipelines.documents.document import Document, SampleError
+from data_pipelines.documents.document import Document
 from data_pipelines.documents.manifest import LineRange, is_blank, open_manifest
+from data_pipelines.errors import SampleError
 from data_pipelines.synthesis.draft import Draft
 from data_pipelines.tools.commands import add_media_arguments, trusted_names
 

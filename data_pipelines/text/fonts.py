@@ -9,7 +9,7 @@ from pathlib import Path
 from matplotlib import font_manager
 
 from baichuan_omni_jax.errors import ConfigError
-from data_pipelines.documents.document import SampleError
+from data_pipelines.errors import SampleError
 from data_pipelines.text.lettering import CHINESE_FAMILIES
 
 _OWN = ("DejaVu Sans", "DejaVu Serif")  # come with matplotlib; no Chinese

@@ -15,8 +15,9 @@ from baichuan_omni_jax.config import Budgets, DataConfig, SourceConfig, resolve_
 from baichuan_omni_jax.errors import ConfigError, exit_code
 from data_pipelines.datasets.sources import trusted_folders
 from data_pipelines.documents.manifest import manifest_stem
+from data_pipelines.errors import file_errors
 from data_pipelines.pipeline import Pipeline, open_pipeline
-from data_pipelines.tools.commands import add_media_arguments, file_errors, given_root, trusted_names
+from data_pipelines.tools.commands import add_media_arguments, given_root, trusted_names
 from data_pipelines.tools.view import find_document, richest_document, view_document, view_rows
 
 

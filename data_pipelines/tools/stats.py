@@ -29,17 +29,11 @@ from data_pipelines.datasets.jobs.runners import make_runner
 from data_pipelines.datasets.shards.reader import read_description
 from data_pipelines.datasets.shards.writer import SUFFIX
 from data_pipelines.datasets.sources import ANY_FOLDER
-from data_pipelines.documents.document import SampleError
 from data_pipelines.documents.manifest import split_manifest
+from data_pipelines.errors import SampleError, describe_causes, first_of_causes
 from data_pipelines.media.measures import KINDS, Measures, collect, join, load_measures, measure_document
 from data_pipelines.pipeline import open_pipeline, prepare_sample
-from data_pipelines.tools.commands import (
-    add_media_arguments,
-    describe_causes,
-    first_of_causes,
-    skipped_lines,
-    trusted_names,
-)
+from data_pipelines.tools.commands import add_media_arguments, skipped_lines, trusted_names
 
 FORMATS = (".png", ".pdf", ".svg")
 PERCENTILES = (5, 50, 95, 100)

@@ -33,9 +33,10 @@ from data_pipelines.datasets.jobs.job import Runner
 from data_pipelines.datasets.jobs.progress import Progress
 from data_pipelines.datasets.jobs.runners import add_runner_arguments, chosen_runner
 from data_pipelines.datasets.shards.reader import Shard, ShardedDataset, open_dataset
-from data_pipelines.documents.document import Document, SampleError
+from data_pipelines.documents.document import Document
 from data_pipelines.documents.prompts import Element, Picture, Text, Tokens, Video, parse_prompt
 from data_pipelines.documents.token_ids import check_ids
+from data_pipelines.errors import SampleError
 from data_pipelines.media.audio import read_sound
 from data_pipelines.media.containers import Damage
 from data_pipelines.media.images import decode_image

@@ -10,9 +10,10 @@ from jaxtyping import Float32, Int32, UInt8
 from baichuan_omni_jax.config import Budgets, OmniConfig
 from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.documents.chunks import Ids
-from data_pipelines.documents.document import Document, EncodedDocument, SampleError
+from data_pipelines.documents.document import Document, EncodedDocument
 from data_pipelines.documents.processor import Processor
 from data_pipelines.documents.prompts import Element, Picture, Sound, Text, Tokens, Video
+from data_pipelines.errors import SampleError
 from data_pipelines.media.audio import decode_sound
 from data_pipelines.media.features import log_mel
 from data_pipelines.packing.batch import Batch, RowWriter, empty_rows

@@ -22,7 +22,7 @@ from baichuan_omni_jax.evaluation.intelligibility import RATE, Recognition, meas
 from baichuan_omni_jax.nn.param import ComputePolicy
 from baichuan_omni_jax.omni.flow_matching_model import VoiceModel
 from baichuan_omni_jax.sharding import make_mesh
-from data_pipelines.documents.document import SampleError
+from data_pipelines.errors import SampleError
 from data_pipelines.media.features import clip_windows
 
 REPOSITORY = Path(__file__).parents[2]

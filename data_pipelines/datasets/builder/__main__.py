@@ -12,15 +12,9 @@ from pathlib import Path
 from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.datasets.builder.build import SKIPPED_FILE, build_dataset
 from data_pipelines.datasets.jobs.runners import add_runner_arguments, chosen_runner
+from data_pipelines.errors import describe_causes, first_of_causes
 from data_pipelines.tokenizers.special_tokens import AUDIOTEXT_START
-from data_pipelines.tools.commands import (
-    add_media_arguments,
-    describe_causes,
-    first_of_causes,
-    run_job_command,
-    skipped_lines,
-    trusted_names,
-)
+from data_pipelines.tools.commands import add_media_arguments, run_job_command, skipped_lines, trusted_names
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 

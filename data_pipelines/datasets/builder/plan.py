@@ -17,9 +17,10 @@ from jaxtyping import Bool, Int64, UInt64
 from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.datasets.jobs import Job, Unit, run_job
 from data_pipelines.datasets.jobs.job import Runner
-from data_pipelines.documents.document import Document, SampleError
+from data_pipelines.documents.document import Document
 from data_pipelines.documents.manifest import parse_line, plain_manifest, split_manifest
 from data_pipelines.documents.prompts import Reference, Text, parse_prompt
+from data_pipelines.errors import SampleError
 from data_pipelines.media.location import MediaRoot, find_media
 
 RANGE = 1 << 25  # bytes of manifest of one unit of planning

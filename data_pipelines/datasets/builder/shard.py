@@ -11,9 +11,10 @@ from data_pipelines.datasets.builder.plan import Source
 from data_pipelines.datasets.jobs import Unit
 from data_pipelines.datasets.shards.writer import SUFFIX, ShardWriter
 from data_pipelines.documents.conversation import misses_marks
-from data_pipelines.documents.document import Document, SampleError
+from data_pipelines.documents.document import Document
 from data_pipelines.documents.manifest import LineRange
 from data_pipelines.documents.prompts import Reference, Text, parse_prompt, replace_references
+from data_pipelines.errors import SampleError
 from data_pipelines.media.location import Media, find_media, reading
 from data_pipelines.media.measures import DocumentMeasure, collect, measure_document, totals
 

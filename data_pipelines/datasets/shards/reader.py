@@ -16,7 +16,8 @@ from array_record.python.array_record_module import ArrayRecordReader
 from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.datasets.jobs.job import write_json
 from data_pipelines.datasets.shards.record import unpack_document
-from data_pipelines.documents.document import Document, SampleError
+from data_pipelines.documents.document import Document
+from data_pipelines.errors import SampleError
 from data_pipelines.media.file_kinds import plain_reason
 
 DATASET_FILE = "dataset.json"

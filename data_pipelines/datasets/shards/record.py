@@ -12,7 +12,8 @@ import json
 import struct
 from collections.abc import Mapping
 
-from data_pipelines.documents.document import Document, SampleError
+from data_pipelines.documents.document import Document
+from data_pipelines.errors import SampleError
 from data_pipelines.media.file_kinds import plain_reason
 from data_pipelines.media.location import Media
 

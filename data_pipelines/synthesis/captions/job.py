@@ -12,9 +12,10 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from data_pipelines.datasets.jobs import Job
-from data_pipelines.documents.document import Document, SampleError
+from data_pipelines.documents.document import Document
 from data_pipelines.documents.prompt_writing import image_tag, turn
 from data_pipelines.documents.prompts import Picture, parse_prompt
+from data_pipelines.errors import SampleError
 from data_pipelines.media.images import decode_image
 from data_pipelines.media.location import Media, find_media
 from data_pipelines.synthesis.draft import Draft

@@ -23,9 +23,10 @@ import numpy as np
 
 from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.datasets.jobs import Job, Unit
-from data_pipelines.documents.document import Document, SampleError
+from data_pipelines.documents.document import Document
 from data_pipelines.documents.prompt_writing import plain_text, write_prompt
 from data_pipelines.documents.prompts import Element, Reference, Text
+from data_pipelines.errors import SampleError
 from data_pipelines.media.location import Media, find_media
 from data_pipelines.synthesis.draft import Draft
 from data_pipelines.synthesis.filters.rules import ASR, KEPT, REJECTED, Rules, Verdict, judge

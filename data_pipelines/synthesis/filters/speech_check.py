@@ -10,9 +10,10 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from data_pipelines.documents.document import Document, SampleError
+from data_pipelines.documents.document import Document
 from data_pipelines.documents.prompt_writing import text_of
 from data_pipelines.documents.prompts import Element, Sound, Text
+from data_pipelines.errors import SampleError
 from data_pipelines.media.audio import decode_sound, probe_sound
 from data_pipelines.media.location import find_media
 from data_pipelines.synthesis.task_prompts import READ_ALOUD

@@ -15,9 +15,10 @@ from PIL import Image
 
 from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.datasets.jobs import Job
-from data_pipelines.documents.document import Document, SampleError
+from data_pipelines.documents.document import Document
 from data_pipelines.documents.prompt_writing import Source, conversation, image_tag, join, plain_text, trainable, turn
 from data_pipelines.documents.prompts import Text, parse_prompt
+from data_pipelines.errors import SampleError
 from data_pipelines.synthesis.charts.chart_questions import describe, questions, transcribe
 from data_pipelines.synthesis.charts.kinds import KINDS, possible_charts
 from data_pipelines.synthesis.charts.tables import read_table

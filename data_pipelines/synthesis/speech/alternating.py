@@ -7,8 +7,9 @@ from itertools import pairwise
 
 from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.datasets.jobs import Job
-from data_pipelines.documents.document import Document, SampleError
+from data_pipelines.documents.document import Document
 from data_pipelines.documents.prompt_writing import Source
+from data_pipelines.errors import SampleError
 from data_pipelines.synthesis.draft import Draft
 from data_pipelines.synthesis.speech.speaking import (
     Speaker,

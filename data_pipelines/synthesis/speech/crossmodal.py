@@ -12,10 +12,11 @@ from random import Random
 
 from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.datasets.jobs import Job
-from data_pipelines.documents.document import Document, SampleError
+from data_pipelines.documents.document import Document
 from data_pipelines.documents.prompt_writing import write_prompt
 from data_pipelines.documents.prompts import SPECIAL, Element, Picture, Reference, Sound, Text, Video
 from data_pipelines.documents.turns import document_elements
+from data_pipelines.errors import SampleError
 from data_pipelines.media.audio import probe_sound
 from data_pipelines.media.containers import opened
 from data_pipelines.media.location import Media, find_media

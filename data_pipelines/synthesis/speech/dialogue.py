@@ -13,7 +13,7 @@ from functools import partial
 from baichuan_omni_jax.config import VOICE, GenerationSettings, check_voice
 from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.datasets.jobs import Job
-from data_pipelines.documents.document import Document, SampleError
+from data_pipelines.documents.document import Document
 from data_pipelines.documents.prompt_writing import (
     Source,
     conversation,
@@ -25,6 +25,7 @@ from data_pipelines.documents.prompt_writing import (
 )
 from data_pipelines.documents.prompts import SPECIAL, Element, Picture, Reference, Text, Video, parse_prompt
 from data_pipelines.documents.turns import cut_turns
+from data_pipelines.errors import SampleError
 from data_pipelines.media.location import find_media
 from data_pipelines.synthesis.draft import Draft
 from data_pipelines.synthesis.speech.speaking import (

@@ -11,9 +11,10 @@ import soundfile
 
 from baichuan_omni_jax.config import READ_AT_LEAST
 from baichuan_omni_jax.errors import ConfigError
-from data_pipelines.documents.document import Document, SampleError
+from data_pipelines.documents.document import Document
 from data_pipelines.documents.prompt_writing import text_of
 from data_pipelines.documents.prompts import Text, parse_prompt
+from data_pipelines.errors import SampleError
 from data_pipelines.synthesis.draft import Draft
 from data_pipelines.synthesis.speech.text_to_speech import INCLUDED, load_speech, voice_text
 from data_pipelines.synthesis.speech.voices import LANGUAGES

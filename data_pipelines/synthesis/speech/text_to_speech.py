@@ -11,7 +11,7 @@ import numpy as np
 import soxr
 
 from baichuan_omni_jax.errors import ConfigError
-from data_pipelines.documents.document import SampleError
+from data_pipelines.errors import SampleError
 from data_pipelines.synthesis.hooks import load_hook
 from data_pipelines.synthesis.speech.espeak import SAMPLE_RATE, SpeechError, check_installed, speak
 from data_pipelines.synthesis.speech.voices import VOICES, parse_voice

@@ -19,7 +19,7 @@ from data_pipelines.audio_codes.listing import ClipSource, clip_sources, listed,
 from data_pipelines.audio_codes.mels import MelReader
 from data_pipelines.datasets.jobs import run_job
 from data_pipelines.datasets.jobs.local import LocalRunner
-from data_pipelines.documents.document import SampleError
+from data_pipelines.errors import SampleError
 from data_pipelines.pipeline import Pipeline, open_pipeline
 from tests.data_pipelines.datasets.test_jobs import alive, wait_for
 from tests.helpers.windows import windows_of

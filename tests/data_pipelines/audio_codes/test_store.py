@@ -15,7 +15,7 @@ from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.audio_codes import CodeStore, write_codes
 from data_pipelines.audio_codes.clips import ENTRY, REFERENCE, find, new_records, order_of
 from data_pipelines.audio_codes.writer import part_bounds, write_part
-from data_pipelines.documents.document import SampleError
+from data_pipelines.errors import SampleError
 
 ROOT = Path(__file__).resolve().parents[3]
 SIZES = (8192, 4096, 16)

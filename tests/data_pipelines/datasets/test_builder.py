@@ -17,7 +17,8 @@ from data_pipelines.datasets.builder.plan import first_of_same_id
 from data_pipelines.datasets.builder.shard import gather
 from data_pipelines.datasets.jobs.runners import make_runner
 from data_pipelines.datasets.shards.reader import open_dataset
-from data_pipelines.documents.document import Document, SampleError
+from data_pipelines.documents.document import Document
+from data_pipelines.errors import SampleError
 from data_pipelines.media.measures import load_measures
 from tests.helpers.small_media import as_base64, write_image, write_sound, write_video
 

@@ -10,7 +10,8 @@ from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.datasets.shards.reader import OPEN_FILES, Shard, ShardedDataset, open_dataset, write_description
 from data_pipelines.datasets.shards.record import pack_document, unpack_document
 from data_pipelines.datasets.shards.writer import ShardWriter
-from data_pipelines.documents.document import Document, SampleError
+from data_pipelines.documents.document import Document
+from data_pipelines.errors import SampleError
 from data_pipelines.media.location import Media
 
 OUTSIDE = '{"schema": 1, "fingerprint": "", "shards": [{"file": "../a", "documents": 1, "bytes": 1, "sha256": ""}]}'

@@ -15,9 +15,10 @@ from baichuan_omni_jax.config import DataConfig, SourceConfig, tiny
 from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.datasets.builder.__main__ import main as build
 from data_pipelines.datasets.shards.reader import open_dataset
-from data_pipelines.documents.document import Document, SampleError
+from data_pipelines.documents.document import Document
 from data_pipelines.documents.manifest import plain_manifest, read_manifest, split_manifest
 from data_pipelines.documents.processor import Processor
+from data_pipelines.errors import SampleError
 from data_pipelines.media.location import MediaRoot
 from data_pipelines.packing.index_build import load_index
 from data_pipelines.pipeline import open_pipeline

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from baichuan_omni_jax.config import ImagesConfig, OmniConfig, released_images, tiny
-from data_pipelines.documents.document import SampleError
 from data_pipelines.documents.processor import Processor
+from data_pipelines.errors import SampleError
 from data_pipelines.media.audio import clip_key
 from data_pipelines.tokenizers.qwen_ranks import tokenizer_from_ranks
 from data_pipelines.tokenizers.tokenizer import encode, train_tokenizer

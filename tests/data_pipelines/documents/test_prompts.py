@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from data_pipelines.documents.document import SampleError
 from data_pipelines.documents.prompts import Picture, Reference, Sound, Text, Video, parse_prompt, replace_references
+from data_pipelines.errors import SampleError
 from data_pipelines.tokenizers.special_tokens import MODEL_TOKENS, SPECIAL_TOKENS
 from tests.helpers.golden import golden_path
 

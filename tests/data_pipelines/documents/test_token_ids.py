@@ -11,10 +11,11 @@ from data_pipelines.datasets.builder.build import build_dataset
 from data_pipelines.datasets.jobs.runners import make_runner
 from data_pipelines.datasets.shards.reader import Shard, open_dataset, write_description
 from data_pipelines.datasets.shards.writer import ShardWriter
-from data_pipelines.documents.document import Document, SampleError
+from data_pipelines.documents.document import Document
 from data_pipelines.documents.processor import Processor
 from data_pipelines.documents.prompts import Reference, Text, Tokens, parse_prompt
 from data_pipelines.documents.token_ids import pack_ids, read_ids
+from data_pipelines.errors import SampleError
 from data_pipelines.media.location import Media
 from data_pipelines.packing.index_build import load_index
 from data_pipelines.tokenizers.tokenizer import encode, tokenizer_fingerprint, train_tokenizer

@@ -11,7 +11,7 @@ import pytest
 import soundfile
 from av.stream import Disposition
 
-from data_pipelines.documents.document import SampleError
+from data_pipelines.errors import SampleError
 from data_pipelines.media import audio as sounds
 from data_pipelines.media.audio import decode_sound, probe_sound, read_sound
 from data_pipelines.media.location import Media

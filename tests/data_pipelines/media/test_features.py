@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 from baichuan_omni_jax.audio.config import AudioConfig
 from baichuan_omni_jax.config import released_images
 from baichuan_omni_jax.vision.config import PixelLimits, VisionConfig
-from data_pipelines.documents.document import SampleError
+from data_pipelines.errors import SampleError
 from data_pipelines.media.audio import decode_sound, probe_sound
 from data_pipelines.media.features import (
     clip_windows,

@@ -21,7 +21,7 @@ from baichuan_omni_jax.config import (
     tiny,
 )
 from baichuan_omni_jax.errors import ConfigError
-from data_pipelines.documents.document import SampleError
+from data_pipelines.errors import SampleError
 from data_pipelines.media import images
 from data_pipelines.media.images import decode_image, probe_image
 from data_pipelines.media.location import Media

@@ -14,9 +14,9 @@ from baichuan_omni_jax.errors import ConfigError, RequestError
 from data_pipelines.datasets.builder.__main__ import main as build
 from data_pipelines.datasets.shards.reader import open_dataset
 from data_pipelines.documents.chat_prompt import ChatPrompts
-from data_pipelines.documents.document import SampleError
 from data_pipelines.documents.processor import Processor
 from data_pipelines.documents.prompts import Reference, parse_prompt
+from data_pipelines.errors import SampleError
 from data_pipelines.media.location import MediaRoot, decode_base64, find_media
 from data_pipelines.pipeline import open_pipeline
 from data_pipelines.synthesis.__main__ import main as synthesize

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines.documents.document import SampleError
+from data_pipelines.errors import SampleError
 from data_pipelines.media.media_kind import MediaContent, inspect_media
 from tests.helpers.small_media import media, tone, write_image, write_sound, write_video
 

@@ -10,8 +10,8 @@ import pytest
 import soundfile
 from PIL import Image
 
-from data_pipelines.documents.document import SampleError
 from data_pipelines.documents.prompts import Reference
+from data_pipelines.errors import SampleError
 from data_pipelines.media import audio as sounds
 from data_pipelines.media import limits, videos
 from data_pipelines.media.audio import clip_key, decode_sound, probe_sound

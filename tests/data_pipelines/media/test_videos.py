@@ -10,9 +10,10 @@ import pytest
 from av.stream import Disposition
 from PIL import Image
 
-from data_pipelines.documents.document import Document, SampleError
+from data_pipelines.documents.document import Document
 from data_pipelines.documents.prompts import Picture
 from data_pipelines.documents.turns import document_elements, thin_frames
+from data_pipelines.errors import SampleError
 from data_pipelines.media.containers import Damage
 from data_pipelines.media.location import Media
 from data_pipelines.media.video_clock import is_cut

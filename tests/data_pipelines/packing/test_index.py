@@ -19,9 +19,10 @@ from data_pipelines.datasets.jobs import run_job
 from data_pipelines.datasets.jobs.local import LocalRunner
 from data_pipelines.datasets.shards.reader import Shard, write_description
 from data_pipelines.datasets.shards.writer import ShardWriter
-from data_pipelines.documents.document import Lengths, SampleError
+from data_pipelines.documents.document import Lengths
 from data_pipelines.documents.manifest import parse_line
 from data_pipelines.documents.processor import Processor
+from data_pipelines.errors import SampleError
 from data_pipelines.media.location import MediaRoot
 from data_pipelines.packing import columns, index_build
 from data_pipelines.packing.columns import BYTES_A_DOCUMENT, BYTES_A_PICTURE, NAMES, make_columns

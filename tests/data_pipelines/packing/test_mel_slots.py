@@ -16,7 +16,7 @@ from baichuan_omni_jax.config.mel_targets import reconstruction_targets
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.omni.batch import BRANCH_FIELDS, abstract_batch
 from baichuan_omni_jax.sharding import ShardingRules
-from data_pipelines.documents.document import SampleError
+from data_pipelines.errors import SampleError
 from data_pipelines.media.audio import decode_sound
 from data_pipelines.media.features import log_mel, mel_length
 from data_pipelines.media.mel_targets import mel_target

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from baichuan_omni_jax.errors import ConfigError
-from data_pipelines.documents.document import Document, SampleError
+from data_pipelines.documents.document import Document
 from data_pipelines.documents.prompt_writing import parse_prompt, plain_text
 from data_pipelines.documents.prompts import Picture
+from data_pipelines.errors import SampleError
 from data_pipelines.synthesis import __main__ as command
 from data_pipelines.synthesis.charts.chart_picture import draw_chart
 from data_pipelines.synthesis.charts.chart_questions import describe, questions, transcribe

@@ -16,9 +16,10 @@ from PIL import Image
 
 from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.datasets.builder import __main__ as build
-from data_pipelines.documents.document import Document, SampleError
+from data_pipelines.documents.document import Document
 from data_pipelines.documents.prompt_writing import image_tag, plain_text, turn
 from data_pipelines.documents.prompts import Sound, Text, parse_prompt
+from data_pipelines.errors import SampleError
 from data_pipelines.media.location import Media
 from data_pipelines.synthesis.__main__ import main
 from data_pipelines.synthesis.draft import Draft

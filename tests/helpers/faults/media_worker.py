@@ -60,7 +60,7 @@ def _collect(ours: Connection, worker, paths: list[Path], outcomes: list[Outcome
 
 
 def _serve(pipe: Connection, paths: list[Path]) -> None:
-    from data_pipelines.documents.document import SampleError
+    from data_pipelines.errors import SampleError
 
     decode = {"image": _decode_image, "sound": _decode_sound, "video": _decode_video}
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
