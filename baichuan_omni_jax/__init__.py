@@ -3,4 +3,4 @@
 This file imports neither jax nor flax: data workers import the package for its configuration alone.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
