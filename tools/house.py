@@ -5,9 +5,10 @@
     python tools/house.py --functions 20        # also the longest functions
     python tools/house.py --under data_pipelines/packing
 
-Files are the modules of the two packages and `launch/`; an `__init__.py` that holds nothing but a docstring is not counted. Imports
-inside functions count, imports for type checkers do not. The contracts are `[tool.importlinter]` of pyproject.toml; `lint-imports`
-enforces them, this script counts what is left without needing more than Python. It always exits with 0.
+Files are the modules of the two packages and `launch/`; an `__init__.py` that holds nothing but a docstring is not
+counted. Imports inside functions count, imports for type checkers do not. The contracts are `[tool.importlinter]` of
+pyproject.toml; `lint-imports` enforces them, this script counts what is left and needs nothing but Python. It always
+exits with 0.
 """
 
 import argparse
@@ -188,7 +189,7 @@ def reachable(graph: dict[str, list[str]], start: str) -> set[str]:
 def broken_imports(modules: list[Module], root: Path = ROOT) -> list[tuple[str, str, str]]:
     """Lists (contract, importer, imported) for direct imports that a contract of pyproject.toml forbids.
 
-    Indirect imports are left to `lint-imports`: each of them goes over one edge that is listed here or is a chain of its own.
+    Indirect imports are left to `lint-imports`.
     """
     settings = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]
     edges = [(m.name, i) for m in modules for i in sorted(m.imports) if m.name.startswith(PACKAGES)]
