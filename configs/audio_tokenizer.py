@@ -4,9 +4,10 @@
         --multihost --set data.root=DATA_ROOT
 
 Sized for 8 chips of v5p; on v5e:4x8 add `--set mesh.fsdp=32`. The encoder and the reader come from released weights
-(`launch/convert_weights.py`), the encoder also from Whisper's (docs/audio.md). Sources, in the shares of the paper's
-hours (arXiv:2502.17239): ASR, spoken questions, translation of speech, text and speech in turns; the data are yours:
-docs/data.md. A document has at most `mel_windows` clips: cut those of text and speech in turns so, or raise it.
+(`launch/convert_weights.py`), the encoder also from Whisper's (docs/how-to/audio.md). Sources, in the shares of the
+paper's hours (arXiv:2502.17239): ASR, spoken questions, translation of speech, text and speech in turns; the data are
+yours: docs/how-to/data.md. A document has at most `mel_windows` clips: cut those of text and speech in turns so, or
+raise it.
 """
 
 from baichuan_omni_jax.config import (

@@ -1,4 +1,4 @@
-"""Moves weights between a Hugging Face folder and a checkpoint of ours (docs/weights.md).
+"""Moves weights between a Hugging Face folder and a checkpoint of ours (docs/how-to/weights.md).
 
     python launch/convert_weights.py to-jax --from HF_DIR [--vocoder hift.pt] --to DIR
     python launch/convert_weights.py to-torch --from DIR [--base CONVERTED_DIR] --to HF_DIR
@@ -131,11 +131,13 @@ def _what_runs_it(folder: Path) -> str:
     if not read_json_object(folder / CONFIG).get("auto_map"):
         return (
             "its config.json names no code (auto_map): to run it with the released code, export with --base CONVERTED, "
-            "which brings the released config.json, Python files and tokenizer (docs/weights.md)"
+            "which brings the released config.json, Python files and tokenizer (docs/how-to/weights.md)"
         )
     if missing := missing_code(folder):
-        return f"the released code needs beside it, from the released folder: {', '.join(missing)} (docs/weights.md)"
-    return "the Python files that its config.json names are beside it (docs/weights.md says what else the demos need)"
+        return f"the released code also needs, from the released folder: {', '.join(missing)} (docs/how-to/weights.md)"
+    return (
+        "the Python files that its config.json names are beside it (what else the demos need: docs/how-to/weights.md)"
+    )
 
 
 def from_whisper(options: argparse.Namespace) -> None:

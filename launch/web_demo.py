@@ -2,7 +2,7 @@
 
     python launch/web_demo.py --checkpoint DIR [--host 127.0.0.1] [--port 7860] [--max-megabytes 32] ...
 
-Needs the extra `demo` (Gradio). Listens on this machine alone unless told otherwise; see docs/web_demo.md.
+Needs the extra `demo` (Gradio). Listens on this machine alone unless told otherwise; see docs/how-to/web-page.md.
 """
 
 import os

@@ -1,7 +1,7 @@
 """Weights between the released PyTorch checkpoint and ours: tables of rules, and what reads and writes by them.
 
 `branch_rules` are the tables, `load_branch_from_safetensors` fills a module by one, `convert_to_jax` and
-`convert_to_torch` move whole checkpoints; docs/weights.md is the user's view.
+`convert_to_torch` move whole checkpoints; docs/how-to/weights.md is the user's view.
 """
 
 from baichuan_omni_jax.convert.rules import Rule

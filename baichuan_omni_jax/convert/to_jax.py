@@ -73,7 +73,7 @@ def convert_to_jax(
     jobs: list[Job] | None = None,
     advance: Advance = lambda done: None,
 ) -> None:
-    """Writes the checkpoint `target` (docs/weights.md) from the Hugging Face folder `source`.
+    """Writes the checkpoint `target` (docs/how-to/weights.md) from the Hugging Face folder `source`.
 
     `jobs` is what `plan_to_jax` made of the same arguments; `advance` hears of bytes that are done. Raises ConfigError,
     and leaves nothing behind then.

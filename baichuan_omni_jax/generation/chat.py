@@ -5,8 +5,8 @@
     for event in chat.reply([{"role": "user", "content": "What is a star?"}], settings=GenerationSettings(speech=True)):
         ...                                   # TextPiece(text, ...), AudioChunk(samples, rate), at last Finished(...)
 
-The processor, here `data_pipelines.documents.chat_prompt.ChatPrompts`, reads and encodes media; docs/generation.md has
-all of it.
+The processor, here `data_pipelines.documents.chat_prompt.ChatPrompts`, reads and encodes media; docs/how-to/generate.md
+has all of it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -109,7 +109,7 @@ class OmniChat:
         settings: GenerationSettings | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Reply | ChatAnswer:
-        """Goes on where `content`, which has no roles, ends: plain text, or speech recognition (docs/generation.md)."""
+        """Goes on where `content`, which has no roles, ends: plain text or speech recognition."""
         return self._answered(self._encoder().encode_content(content), stream, settings, key)
 
     def answer_prompt(

@@ -1,7 +1,8 @@
 """The audio tokenizer with the two heads that teach it: sound back to mel, and what was said to a frozen reader.
 
-A packed batch with mel slots (docs/batch.md) in; per clip the quantized features, the decoded mel, and per row the
-language model's hidden states, where the slots of heard sound hold quantized features instead of token embeddings.
+A packed batch with mel slots (docs/reference/batch.md) in; per clip the quantized features, the decoded mel, and per
+row the language model's hidden states, where the slots of heard audio hold quantized features instead of token
+embeddings.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The fields of a packed batch (docs/batch.md): their logical axes, their shapes, and which branch reads them."""
+"""The fields of a packed batch (docs/reference/batch.md): logical axes, shapes, and which branch reads them."""
 
 from collections.abc import Sequence
 

@@ -1,7 +1,7 @@
 """The branches joined: media embeddings merged into the language model's row, audio predicted from its hidden states.
 
-A packed batch (docs/batch.md) in, hidden states and audio logits out. Text logits are left to the caller: training
-computes them in chunks inside the loss, generation for one position.
+A packed batch (docs/reference/batch.md) in, hidden states and audio logits out. Text logits are left to the caller:
+training computes them in chunks inside the loss, generation for one position.
 """
 
 from collections.abc import Sequence

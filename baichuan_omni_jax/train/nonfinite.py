@@ -1,6 +1,6 @@
 """Steps whose loss or gradient was not finite: counted, their batches kept for inspection, and too many end the run.
 
-WORKDIR/nonfinite/step_N/host_P.npz     the rows of host P: every field of docs/batch.md
+WORKDIR/nonfinite/step_N/host_P.npz     the rows of host P: every field of docs/reference/batch.md
 WORKDIR/nonfinite/step_N/host_P.json    the step's numbers, and the manifest line of every document in these rows
 """
 

@@ -1,4 +1,4 @@
-"""Packed rows: encoded documents laid side by side in arrays of fixed size (the fields of docs/batch.md)."""
+"""Packed rows: encoded documents laid side by side in arrays of fixed size (the fields of docs/reference/batch.md)."""
 
 from collections.abc import Sequence
 

@@ -10,7 +10,7 @@ wrong, 2 when DIR cannot be used at all.
 | `duplicate_id` | another document has the id |
 | `damaged_packets` | packets of a sound or video cannot be decoded; the document is used without them |
 | `crash` | the process that read the shard died |
-| others | as in docs/data.md: the document cannot be used |
+| others | as in docs/how-to/data.md: the document cannot be used |
 """
 
 import argparse

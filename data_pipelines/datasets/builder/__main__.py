@@ -60,7 +60,7 @@ def describe(dataset: Mapping) -> list[str]:
         lines.append(f"types outside the known ones: {', '.join(name or '(no type)' for name in unknown)}")
     if unmarked := dataset["unmarked_speech"]:
         lines.append(
-            f"{unmarked} conversations answer aloud without {AUDIOTEXT_START} before each answer (docs/data.md)"
+            f"{unmarked} conversations answer aloud without {AUDIOTEXT_START} before each answer (docs/how-to/data.md)"
         )
     if skipped := dataset["skipped"]:
         lines.append(f"{sum(skipped.values())} documents are skipped:")
