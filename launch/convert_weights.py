@@ -22,16 +22,17 @@ from absl import logging
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from baichuan_omni_jax.branches import CONVERTED_BRANCHES, MODEL_BRANCHES
 from baichuan_omni_jax.checkpoint import save_branches
+from baichuan_omni_jax.checkpoint.branches import CONFIG
 from baichuan_omni_jax.config import resolve_model
 from baichuan_omni_jax.convert import convert_to_jax, convert_to_torch, open_source, plan_to_jax, plan_to_torch
-from baichuan_omni_jax.convert.files import CONFIG, missing_code
+from baichuan_omni_jax.convert.files import missing_code
 from baichuan_omni_jax.convert.qwen2 import TOKENIZER, convert_to_qwen2, plan_qwen2
 from baichuan_omni_jax.convert.report import describe_plan
 from baichuan_omni_jax.convert.safetensors_io import SINGLE
 from baichuan_omni_jax.convert.staging import check_target
-from baichuan_omni_jax.convert.tables import MODEL_BRANCHES
-from baichuan_omni_jax.convert.to_torch import ALL_BRANCHES, SHARD_BYTES, Source
+from baichuan_omni_jax.convert.to_torch import SHARD_BYTES, Source
 from baichuan_omni_jax.convert.whisper import tokenizer_from_whisper
 from baichuan_omni_jax.errors import ConfigError, exit_code
 from baichuan_omni_jax.storage import read_json_object
@@ -90,7 +91,7 @@ def to_torch(options: argparse.Namespace) -> None:
     target, source = _open_export(options)
     exports = plan_to_torch(source, options.dtype)
     _say("\n".join(describe_plan(export.plan, rows=options.dry_run) for export in exports.values()))
-    if absent := [name for name in ALL_BRANCHES if name not in source.readers]:
+    if absent := [name for name in CONVERTED_BRANCHES if name not in source.readers]:
         _say(f"not there, so not written: {', '.join(absent)}")
     if source.left_out:
         _say(f"left out, the released model has no place for it: {', '.join(source.left_out)}")

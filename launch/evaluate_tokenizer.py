@@ -22,6 +22,7 @@ import jax
 import numpy as np
 import soxr
 
+from baichuan_omni_jax.branches import SPEECH_BRANCHES
 from baichuan_omni_jax.checkpoint import branch_home, find_checkpoint, parse_spec
 from baichuan_omni_jax.config import MeshConfig, OmniConfig
 from baichuan_omni_jax.errors import ConfigError, check_folders, exit_code
@@ -40,7 +41,6 @@ from data_pipelines.media.mel_targets import mel_target
 from data_pipelines.synthesis.hooks import load_function
 from data_pipelines.tools.commands import add_media_arguments, given_root, trusted_names
 
-BRANCHES = ("audio_encoder", "audio_decoder", "flow")
 DRAWN = 3  # clips on the picture
 
 
@@ -174,11 +174,11 @@ def of_codes(wave: np.ndarray, covered: np.ndarray) -> np.ndarray:
 
 def load(spec: str) -> tuple[dict, OmniConfig]:
     """Encoder and decoder, and flow and its vocoder where there are any. Raises ConfigError naming what is missing."""
-    sources = parse_spec(spec, BRANCHES)
+    sources = parse_spec(spec, SPEECH_BRANCHES)
     if "=" not in spec and branch_home(find_checkpoint(spec), "flow") is None:
         del sources["flow"]
     by_name = ",".join(f"{name}={folder}" for name, folder in sources.items())
-    loaded = load_for_generation(by_name, needed=BRANCHES[:2])
+    loaded = load_for_generation(by_name, needed=SPEECH_BRANCHES[:2])
     return loaded.branches, loaded.config
 
 
@@ -198,7 +198,7 @@ def check_options(options: argparse.Namespace) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--checkpoint", metavar="DIR|branch=DIR,...", required=True, help=f"where {', '.join(BRANCHES)} are")
+    add("--checkpoint", metavar="DIR|branch=DIR,...", required=True, help=f"where {', '.join(SPEECH_BRANCHES)} are")
     add("--manifest", metavar="FILE.jsonl", type=Path, required=True, help="documents with the clips")
     add_media_arguments(parser)
     add("--limit", metavar="N", type=int, help="as many clips at most")

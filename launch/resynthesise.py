@@ -17,14 +17,14 @@ import numpy as np
 import soundfile
 
 from baichuan_omni_jax.audio.tokenize import WindowEncoder
+from baichuan_omni_jax.branches import SPEECH_BRANCHES, VOCODER_BRANCH
 from baichuan_omni_jax.checkpoint.branches import parse_spec
 from baichuan_omni_jax.config import MeshConfig, OmniConfig
 from baichuan_omni_jax.config.mel_targets import flow_target
-from baichuan_omni_jax.convert.tables import VOCODER_BRANCH
 from baichuan_omni_jax.errors import ConfigError, check_folders, exit_code
 from baichuan_omni_jax.generation.crossfade import CrossFade
 from baichuan_omni_jax.generation.loading import load_for_generation
-from baichuan_omni_jax.generation.speech_decoder import NEEDED, Resynthesised, Speaker
+from baichuan_omni_jax.generation.speech_decoder import Resynthesised, Speaker
 from baichuan_omni_jax.sharding import make_mesh
 from data_pipelines.errors import SampleError
 from data_pipelines.media.audio import decode_sound, probe_sound
@@ -42,8 +42,10 @@ def main(arguments: list[str] | None = None) -> int:
 def resynthesise(options: argparse.Namespace) -> None:
     """Does what the options ask for. Raises ConfigError naming the file or the branch that cannot be used."""
     check_options(options)
-    sources = parse_spec(options.checkpoint, (*NEEDED, VOCODER_BRANCH))
-    loaded = load_for_generation(",".join(f"{name}={folder}" for name, folder in sources.items()), needed=NEEDED)
+    sources = parse_spec(options.checkpoint, (*SPEECH_BRANCHES, VOCODER_BRANCH))
+    loaded = load_for_generation(
+        ",".join(f"{name}={folder}" for name, folder in sources.items()), needed=SPEECH_BRANCHES
+    )
     cfg, speaker = loaded.config, Speaker(loaded.branches, loaded.config)
     windows, mels = read_windows(options.audio, cfg)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
@@ -112,7 +114,7 @@ def mels_in_place(mels: list[np.ndarray], starts: list[int], like: np.ndarray) -
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--checkpoint", metavar="DIR|branch=DIR,...", required=True, help=f"where {', '.join(NEEDED)} are")
+    add("--checkpoint", metavar="DIR|branch=DIR,...", required=True, help=f"where {', '.join(SPEECH_BRANCHES)} are")
     add("--audio", metavar="FILE", type=Path, required=True, help="the recording")
     add("--out", metavar="FILE.wav", type=Path, required=True, help="where the waveform goes")
     add("--picture", metavar="FILE.png", type=Path, help="both mels; needs matplotlib (the show extra)")

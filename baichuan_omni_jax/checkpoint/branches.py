@@ -15,7 +15,9 @@ from baichuan_omni_jax.checkpoint.writer import FolderSave, make_checkpointer
 from baichuan_omni_jax.config import OmniConfig, to_hf
 from baichuan_omni_jax.errors import ConfigError
 
-BRANCHES = "branches.json"
+# Files of a checkpoint. A converted one also has `SOURCE`, what is remembered of the released model's own files.
+BRANCHES_FILE, CONFIG, VOCODER_CONFIG, PROCESSOR = "branches.json", "config.json", "vocoder_config.json", "processor"
+SOURCE = "source.json"
 RANDOM = "random"  # in place of a folder: the branch starts from random weights
 KEPT = "audio_tokenizer"  # of a workdir: the checkpoint of what made the run's code frames
 _OPT_STATE = "opt_state/"
@@ -110,13 +112,13 @@ def find_checkpoint(path: epath.PathLike) -> epath.Path:
     warning.
     """
     path = epath.Path(path).expanduser().resolve()
-    if (path / BRANCHES).exists():
+    if (path / BRANCHES_FILE).exists():
         bad = verify_checksums(path, skip=(_OPT_STATE,)) if (path / CHECKSUMS).exists() else None
         if bad:
             raise ConfigError(f"checkpoint {path} is damaged: {bad} is missing or changed")
         return path
     if not (path / "checkpoints").is_dir():
-        raise ConfigError(f"{path} is neither a checkpoint ({BRANCHES}) nor a workdir (checkpoints/)")
+        raise ConfigError(f"{path} is neither a checkpoint ({BRANCHES_FILE}) nor a workdir (checkpoints/)")
     step, bad = newest_good(path, committed_steps(path), skip=(_OPT_STATE,))
     if step is None:
         raise ConfigError(
@@ -127,7 +129,7 @@ def find_checkpoint(path: epath.PathLike) -> epath.Path:
 
 def read_branch_info(folder: epath.PathLike) -> dict[str, BranchInfo]:
     """`branches.json` of a checkpoint folder. Raises ConfigError when it cannot be read."""
-    path = epath.Path(folder) / BRANCHES
+    path = epath.Path(folder) / BRANCHES_FILE
     try:
         return {name: BranchInfo(**line) for name, line in json.loads(path.read_text()).items()}
     except (OSError, ValueError, TypeError, AttributeError) as error:
@@ -156,11 +158,11 @@ def checkpoint_texts(
     """The text files of a checkpoint, by relative name."""
     info = {name: asdict(_describe(module, trained.get(name, 0))) for name, module in branches.items()}
     texts = {
-        "config.json": json.dumps(to_hf(config), indent=2, ensure_ascii=False),
-        BRANCHES: json.dumps(info, indent=2),
+        CONFIG: json.dumps(to_hf(config), indent=2, ensure_ascii=False),
+        BRANCHES_FILE: json.dumps(info, indent=2),
     }
     if tokenizer_json:
-        texts["processor/tokenizer.json"] = _tokenizer_text(tokenizer_json)
+        texts[f"{PROCESSOR}/tokenizer.json"] = _tokenizer_text(tokenizer_json)
     return texts
 
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 import jax
 from etils import epath
 
-from baichuan_omni_jax.checkpoint.branches import BRANCHES, RANDOM, branch_home, parse_spec, read_branch_info
+from baichuan_omni_jax.checkpoint.branches import BRANCHES_FILE, RANDOM, branch_home, parse_spec, read_branch_info
 from baichuan_omni_jax.checkpoint.run_config import RUN_CONFIG
 from baichuan_omni_jax.checkpoint.steps import committed_steps, step_folder
 from baichuan_omni_jax.config import RunConfig
@@ -93,7 +93,7 @@ def _resolve(init_from: str, branches: tuple[str, ...]) -> Parent:
             continue
         folder = newest_checkpoint(given)
         if folder is None:
-            raise ConfigError(f"{given} is neither a checkpoint ({BRANCHES}) nor a workdir with one")
+            raise ConfigError(f"{given} is neither a checkpoint ({BRANCHES_FILE}) nor a workdir with one")
         folder = branch_home(folder, branch) or folder
         parent.checkpoints[branch] = str(folder)
         info = read_branch_info(folder).get(branch)
@@ -108,7 +108,7 @@ def _resolve(init_from: str, branches: tuple[str, ...]) -> Parent:
 def newest_checkpoint(path: epath.PathLike) -> epath.Path | None:
     """Returns the checkpoint meant by `path`: itself, or a workdir's newest step; None: neither. Verifies nothing."""
     path = epath.Path(path).expanduser().resolve()
-    if (path / BRANCHES).exists():
+    if (path / BRANCHES_FILE).exists():
         return path
     steps = committed_steps(path)
     return step_folder(path, steps[-1]) if steps else None

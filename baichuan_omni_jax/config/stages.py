@@ -6,6 +6,7 @@ is frozen in all of them and runs offline.
 
 from collections.abc import Mapping
 
+from baichuan_omni_jax.branches import BRANCHES
 from baichuan_omni_jax.config.run import (
     Budgets,
     CheckpointConfig,
@@ -20,9 +21,9 @@ from baichuan_omni_jax.config.run import (
 )
 from baichuan_omni_jax.errors import ConfigError
 
-PROJECTOR, TOWER = r"vision\.projector\.", r"vision\.tower\."
-LANGUAGE, SPEECH = r"llm\.", r"audio_head\."
-TEXT_ENDS = r"llm\.(embedding|head)$"
+PROJECTOR, TOWER = BRANCHES["vision"].pattern("projector"), BRANCHES["vision"].pattern("tower")
+LANGUAGE, SPEECH = BRANCHES["llm"].pattern(), BRANCHES["audio_head"].pattern()
+TEXT_ENDS = LANGUAGE + "(embedding|head)$"
 
 # Its two tables are frozen but for the rows of the media marks, which a text model has never seen.
 SPECIAL_TOKENS = "special tokens"

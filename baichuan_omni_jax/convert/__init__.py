@@ -6,7 +6,7 @@
 
 from baichuan_omni_jax.convert.rules import Rule
 from baichuan_omni_jax.convert.safetensors_io import SafetensorsFile, open_weights
-from baichuan_omni_jax.convert.tables import abstract_branches, branch_rules
+from baichuan_omni_jax.convert.tables import branch_rules
 from baichuan_omni_jax.convert.to_jax import convert_to_jax, load_branch_from_safetensors, plan_to_jax
 from baichuan_omni_jax.convert.to_torch import convert_to_torch, open_source, plan_to_torch
 from baichuan_omni_jax.convert.torch_file import open_vocoder
@@ -14,7 +14,6 @@ from baichuan_omni_jax.convert.torch_file import open_vocoder
 __all__ = [
     "Rule",
     "SafetensorsFile",
-    "abstract_branches",
     "branch_rules",
     "convert_to_jax",
     "convert_to_torch",

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import numpy as np
 
+from baichuan_omni_jax.checkpoint.branches import CONFIG, SOURCE, VOCODER_CONFIG
 from baichuan_omni_jax.convert.rules import Rule
 from baichuan_omni_jax.convert.safetensors_io import SafetensorsFile, TensorInfo, TensorSource
 from baichuan_omni_jax.convert.safetensors_write import SafetensorsWriter
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.storage import describe_stand_in, read_json_object
 
-CONFIG, VOCODER_CONFIG, PROCESSOR = "config.json", "vocoder_config.json", "processor"
 VOCODER = "vocoder.safetensors"
-# Buffers that the source held: name -> dtype. Those that computing does not give back to the bit lie in the other file.
-SOURCE, CARRIED = "source.json", "source_buffers.safetensors"
+# Source buffers that computing does not give back to the bit. `SOURCE` has the dtype of each of them.
+CARRIED = "source_buffers.safetensors"
 _SUFFIXES = frozenset({".json", ".txt", ".model", ".tiktoken", ".jinja", ".py"})
 _NOT_COPIED = frozenset({CONFIG, VOCODER_CONFIG, SOURCE})
 _RELATIVE_IMPORT = re.compile(r"^\s*from \.(\w+)[\w.]* import", re.MULTILINE)

@@ -12,14 +12,15 @@ from typing import Any
 
 import numpy as np
 
+from baichuan_omni_jax.branches import abstract_branches
+from baichuan_omni_jax.checkpoint.branches import CONFIG, PROCESSOR
 from baichuan_omni_jax.config import OmniConfig, read_hf
 from baichuan_omni_jax.config.hf import LLM_KEYS
-from baichuan_omni_jax.convert.files import CONFIG, PROCESSOR, list_companions
+from baichuan_omni_jax.convert.files import list_companions
 from baichuan_omni_jax.convert.llm import llm_rules
 from baichuan_omni_jax.convert.plan import plan_from_leaves
 from baichuan_omni_jax.convert.safetensors_io import SINGLE
 from baichuan_omni_jax.convert.staging import check_target, staged_folder
-from baichuan_omni_jax.convert.tables import abstract_branches
 from baichuan_omni_jax.convert.to_torch import SHARD_BYTES, Advance, Export, Source, write_export
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.storage import read_json_object

@@ -7,12 +7,14 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from baichuan_omni_jax.branches import VOCODER_BRANCH, abstract_branches
+from baichuan_omni_jax.checkpoint.branches import CONFIG, VOCODER_CONFIG
 from baichuan_omni_jax.config import OmniConfig, to_hf
-from baichuan_omni_jax.convert.files import CONFIG, VOCODER, VOCODER_CONFIG
+from baichuan_omni_jax.convert.files import VOCODER
 from baichuan_omni_jax.convert.rules import expand
 from baichuan_omni_jax.convert.safetensors_io import SINGLE, TensorInfo, blocks_of
 from baichuan_omni_jax.convert.safetensors_write import plan_shards, write_shards
-from baichuan_omni_jax.convert.tables import VOCODER_BRANCH, abstract_branches, branch_rules
+from baichuan_omni_jax.convert.tables import branch_rules
 from baichuan_omni_jax.nn.param import named_values
 from baichuan_omni_jax.vocoder.config import VocoderConfig, vocoder_to_json
 

@@ -11,24 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from baichuan_omni_jax.branches import VOCODER_BRANCH, abstract_branches
 from baichuan_omni_jax.checkpoint import BranchInfo, write_checksums
-from baichuan_omni_jax.checkpoint.branches import BRANCHES, branch_folder
+from baichuan_omni_jax.checkpoint.branches import BRANCHES_FILE, CONFIG, PROCESSOR, VOCODER_CONFIG, branch_folder
 from baichuan_omni_jax.config import OmniConfig, read_hf
 from baichuan_omni_jax.convert.buffers import rotary_buffers
-from baichuan_omni_jax.convert.files import (
-    CONFIG,
-    PROCESSOR,
-    VOCODER_CONFIG,
-    copy_companions,
-    list_companions,
-    save_buffers,
-)
+from baichuan_omni_jax.convert.files import copy_companions, list_companions, save_buffers
 from baichuan_omni_jax.convert.leaf_store import BranchWriter
 from baichuan_omni_jax.convert.plan import Plan, plan_from_tensors
 from baichuan_omni_jax.convert.rules import Entry, Rule
 from baichuan_omni_jax.convert.safetensors_io import TensorSource, blocks_of, open_weights
 from baichuan_omni_jax.convert.staging import check_target, staged_folder
-from baichuan_omni_jax.convert.tables import VOCODER_BRANCH, abstract_branches, branch_rules
+from baichuan_omni_jax.convert.tables import branch_rules
 from baichuan_omni_jax.convert.torch_file import open_vocoder
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.nn.param import named_variables, with_values
@@ -91,7 +85,7 @@ def convert_to_jax(
             (folder / VOCODER_CONFIG).write_text(json.dumps(sizes, indent=1))
         copy_companions(source, folder / PROCESSOR)
         info = {name: asdict(line) for job in jobs for name, line in describe(job.plan).items()}
-        (folder / BRANCHES).write_text(json.dumps(info, indent=2))
+        (folder / BRANCHES_FILE).write_text(json.dumps(info, indent=2))
         write_checksums(folder)
 
 

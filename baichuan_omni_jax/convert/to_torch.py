@@ -8,30 +8,23 @@ from types import MappingProxyType
 
 import numpy as np
 
+from baichuan_omni_jax.branches import CONVERTED_BRANCHES, VOCODER_BRANCH, abstract_branches
 from baichuan_omni_jax.checkpoint import branch_home, find_checkpoint, parse_spec, read_branch_info
-from baichuan_omni_jax.checkpoint.branches import branch_folder
+from baichuan_omni_jax.checkpoint.branches import CONFIG, PROCESSOR, VOCODER_CONFIG, branch_folder
 from baichuan_omni_jax.config import read_hf
-from baichuan_omni_jax.convert.files import (
-    CONFIG,
-    PROCESSOR,
-    VOCODER,
-    VOCODER_CONFIG,
-    copy_companions,
-    load_buffers,
-)
+from baichuan_omni_jax.convert.files import VOCODER, copy_companions, load_buffers
 from baichuan_omni_jax.convert.leaf_store import BranchReader
 from baichuan_omni_jax.convert.plan import Plan, plan_from_leaves
 from baichuan_omni_jax.convert.rules import Entry
 from baichuan_omni_jax.convert.safetensors_io import SINGLE, TensorInfo, blocks_of
 from baichuan_omni_jax.convert.safetensors_write import write_shards
 from baichuan_omni_jax.convert.staging import check_target, staged_folder
-from baichuan_omni_jax.convert.tables import MODEL_BRANCHES, VOCODER_BRANCH, abstract_branches, branch_rules
+from baichuan_omni_jax.convert.tables import branch_rules
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.storage import read_json_object
 from baichuan_omni_jax.vocoder.config import read_vocoder_config
 
 Advance = Callable[[int], None]
-ALL_BRANCHES = (*MODEL_BRANCHES, VOCODER_BRANCH)
 SHARD_BYTES = 5 << 30
 _FIRST = "model.embed_tokens.weight"
 _DTYPE_KEYS = ("torch_dtype", "dtype")  # of transformers 4 and 5
@@ -92,9 +85,9 @@ def open_source(spec: str, base: str | None = None) -> Source:
 
     Small files come from `base` where there is one. Raises ConfigError, also where configurations differ.
     """
-    sources = parse_spec(spec, ALL_BRANCHES)
+    sources = parse_spec(spec, CONVERTED_BRANCHES)
     if base is not None:
-        sources |= {f"base of {name}": base for name in ALL_BRANCHES}
+        sources |= {f"base of {name}": base for name in CONVERTED_BRANCHES}
     folders = {given: Path(find_checkpoint(given)) for given in dict.fromkeys(sources.values())}
     home = folders[base] if base is not None else next(iter(folders.values()))
     configs = {folder: read_hf(folder / CONFIG) for folder in folders.values()}
@@ -102,7 +95,7 @@ def open_source(spec: str, base: str | None = None) -> Source:
         if config != configs[home]:
             raise ConfigError(f"{folder / CONFIG} and {home / CONFIG} describe different models")
     readers, vocoder_home = {}, None
-    for name in ALL_BRANCHES:
+    for name in CONVERTED_BRANCHES:
         candidates = [folders[sources[key]] for key in (name, f"base of {name}") if key in sources]
         folder = next((Path(held) for folder in candidates if (held := branch_home(folder, name))), None)
         if folder is not None:
@@ -112,7 +105,7 @@ def open_source(spec: str, base: str | None = None) -> Source:
     if not readers:
         raise ConfigError(f"checkpoint {spec!r} holds no branch that can be converted")
     there = {name: None for folder in folders.values() for name in read_branch_info(folder)}
-    return Source(readers, home, vocoder_home, tuple(name for name in there if name not in ALL_BRANCHES))
+    return Source(readers, home, vocoder_home, tuple(name for name in there if name not in CONVERTED_BRANCHES))
 
 
 def plan_to_torch(source: Source, dtype: str | None = None) -> dict[str, Export]:

@@ -8,9 +8,9 @@ import jax
 from baichuan_omni_jax.audio.config import AudioConfig
 from baichuan_omni_jax.audio.model import AudioTokenizer
 from baichuan_omni_jax.checkpoint import with_shardings
+from baichuan_omni_jax.checkpoint.branches import CONFIG
 from baichuan_omni_jax.config import MeshConfig, OmniConfig
 from baichuan_omni_jax.convert.audio_encoder import ENCODER, audio_encoder_rules
-from baichuan_omni_jax.convert.files import CONFIG
 from baichuan_omni_jax.convert.rules import Rule
 from baichuan_omni_jax.convert.safetensors_io import open_weights
 from baichuan_omni_jax.convert.to_jax import load_branch_from_safetensors

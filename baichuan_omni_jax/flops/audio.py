@@ -18,14 +18,16 @@ from jaxtyping import Array, Int
 
 from baichuan_omni_jax.audio.config import AudioConfig
 from baichuan_omni_jax.audio.post_net import KERNEL as POST_NET_KERNEL
+from baichuan_omni_jax.branches import BRANCHES
 from baichuan_omni_jax.config import OmniConfig, RunConfig
 from baichuan_omni_jax.config.mel_targets import sound_targets
 from baichuan_omni_jax.flops.omni import Part, language_parts
 from baichuan_omni_jax.flow.unet import ATTENTION_CHUNK
 from baichuan_omni_jax.flow.unet import KERNEL as FLOW_KERNEL
 
-_ENCODER, _BRIDGE, _TOKENIZER = "audio_encoder.encoder.", "audio_encoder.bridge.", "audio_encoder."
-_DECODER, _PRENET, _ESTIMATOR = "audio_decoder.", "flow.prenet.", "flow.estimator."
+_TOKENIZER, _DECODER = BRANCHES["audio_encoder"].path(), BRANCHES["audio_decoder"].path()
+_ENCODER, _BRIDGE = (BRANCHES["audio_encoder"].path(part) for part in ("encoder", "bridge"))
+_PRENET, _ESTIMATOR = (BRANCHES["flow"].path(part) for part in ("prenet", "estimator"))
 
 Lengths = Int[np.ndarray, "..."] | Int[Array, "..."]
 
@@ -73,7 +75,7 @@ def tokenizer_parts(omni: OmniConfig, reads: bool) -> tuple[Part, ...]:
     parts = (*_encoder(omni.audio), *_states(omni), *_mel(omni))
     if not reads:
         return parts
-    adapter = "transcript_adapter."
+    adapter = BRANCHES["transcript_adapter"].path()
     sizes = {f"{adapter}proj.weight": omni.audio.code_dim * omni.llm.hidden_size}
     return (
         *parts,
@@ -91,7 +93,7 @@ def _encoder(cfg: AudioConfig) -> tuple[Part, ...]:
     d, f, k = cfg.d_model, cfg.code_dim, cfg.kernel_size
     conv1, conv2, layers = (f"{_ENCODER}{name}." for name in ("conv1", "conv2", "layers"))
     gate, up, down = (f"{_BRIDGE}{name}_proj." for name in ("gate", "up", "down"))
-    levels = {f"audio_encoder.quantizer.levels.{q}.embed": size * f for q, size in enumerate(cfg.codebook_sizes)}
+    levels = {f"{_TOKENIZER}quantizer.levels.{q}.embed": size * f for q, size in enumerate(cfg.codebook_sizes)}
     return (
         Part("encoder", "mel", (), "mel_frames", {f"{conv1}linear.weight": k * cfg.num_mel_bins * d}),
         Part("encoder", "convolution", (conv1,), "encoder_frames", {f"{conv2}linear.weight": k * d * d}),

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+from baichuan_omni_jax.branches import BRANCHES
 from baichuan_omni_jax.config import OmniConfig
 from baichuan_omni_jax.omni.batch import Batch
 
@@ -109,7 +110,7 @@ def _flops(parts, counts, trainable) -> Iterator[tuple[Part, tuple]]:
 def _vision(omni: OmniConfig) -> tuple[Part, ...]:
     cfg, g = omni.vision, omni.vision.merged_patches
     d, f = cfg.embed_dim, cfg.embed_dim * cfg.mlp_ratio
-    tower, projector = "vision.tower.", "vision.projector."
+    tower, projector = BRANCHES["vision"].path("tower"), BRANCHES["vision"].path("projector")
     attention = {f"attention.{x}_proj.weight": d * d for x in "qkvo"}
     layer = attention | {"mlp.fc1.weight": d * f, "mlp.fc2.weight": f * d}
     norm, fc1 = f"{projector}norm.", f"{projector}fc1."
@@ -137,9 +138,10 @@ def _vision(omni: OmniConfig) -> tuple[Part, ...]:
 
 
 # What writes into the language model's stream, and the stream up to its last norm.
-_MEDIA = ("vision.", "audio_head.embedding.", "audio_encoder.", "transcript_adapter.")
-_STREAM = (*_MEDIA, "llm.embedding", "llm.layers.")
-_HIDDEN = (*_STREAM, "llm.norm.")
+_LLM = BRANCHES["llm"]
+_MEDIA = tuple(branch.path() + branch.stream for branch in BRANCHES.values() if branch.stream is not None)
+_STREAM = (*_MEDIA, "llm.embedding", _LLM.path("layers"))
+_HIDDEN = (*_STREAM, _LLM.path("norm"))
 
 
 def language_parts(omni: OmniConfig) -> tuple[Part, ...]:
@@ -156,11 +158,11 @@ def language_parts(omni: OmniConfig) -> tuple[Part, ...]:
             "layers",
             _STREAM,
             "tokens",
-            {f"llm.layers.{name}": cfg.num_layers * size for name, size in layer.items()},
+            {f"{_LLM.path('layers')}{name}": cfg.num_layers * size for name, size in layer.items()},
             pairs="causal_pairs",
             attention=cfg.num_layers * 2 * wide,
         ),
-        Part("llm", "logits", _HIDDEN, "text_targets", {"llm.head": d * cfg.vocab_size}),
+        Part("llm", "logits", _HIDDEN, "text_targets", {f"{_LLM.path()}head": d * cfg.vocab_size}),
     )
 
 
@@ -173,7 +175,7 @@ def _audio(omni: OmniConfig) -> tuple[Part, ...]:
     levels = len(sizes)
     layer = {f"attention.{x}_proj.weight": d * d for x in "qkvo"}
     layer |= {f"linear{i}.weight": 2 * d * d for i in (1, 2)}
-    head = "audio_head.head."
+    head = BRANCHES["audio_head"].path("head")
     return (
         Part(
             "audio",

@@ -22,6 +22,7 @@ from flax import nnx
 from jaxtyping import PRNGKeyArray
 from tokenizers import Tokenizer
 
+from baichuan_omni_jax.branches import PROMPT_BRANCHES
 from baichuan_omni_jax.config import GenerationSettings, OmniConfig
 from baichuan_omni_jax.errors import ConfigError, RequestError
 from baichuan_omni_jax.generation.engine_state import BatchState, mesh_of
@@ -33,8 +34,6 @@ from baichuan_omni_jax.generation.sampling import key_data
 from data_pipelines.text.speech_segments import piece_table
 
 log = logging.getLogger(__name__)
-
-READS = ("llm", "vision", "audio_head", "audio_encoder")
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ class Engine:
         self.cfg, self.tokenizer = cfg, tokenizer
         self._slots, self._length, self._chunk, self._burst = slots, length, chunk, burst
         self._mesh = mesh_of(branches["llm"])
-        self._branches = frozenset(branches) & frozenset(READS)
+        self._branches = frozenset(branches) & frozenset(PROMPT_BRANCHES)
         table = piece_table(tokenizer, cfg.llm.vocab_size)
         sizes = {"slots": slots, "length": length, "burst": burst, "cache_dtype": cache_dtype}
         with jax.set_mesh(self._mesh):

@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
+from baichuan_omni_jax.branches import BRANCHES, CONVERTED_BRANCHES, SPEECH_BRANCHES, VOCODER_BRANCH, abstract_branches
 from baichuan_omni_jax.checkpoint import (
     branch_home,
     find_checkpoint,
@@ -19,32 +20,25 @@ from baichuan_omni_jax.checkpoint import (
     read_tree,
     with_shardings,
 )
-from baichuan_omni_jax.checkpoint.branches import BRANCHES, RANDOM, branch_folder, parse_spec
+from baichuan_omni_jax.checkpoint.branches import (
+    BRANCHES_FILE,
+    CONFIG,
+    RANDOM,
+    SOURCE,
+    VOCODER_CONFIG,
+    branch_folder,
+    parse_spec,
+)
 from baichuan_omni_jax.checkpoint.parent import PARENT
 from baichuan_omni_jax.checkpoint.run_config import RUN_CONFIG
 from baichuan_omni_jax.config import ImagesConfig, MeshConfig, OmniConfig, from_dict, read_hf
-from baichuan_omni_jax.convert.files import CONFIG, SOURCE, VOCODER_CONFIG
-from baichuan_omni_jax.convert.tables import MODEL_BRANCHES, VOCODER_BRANCH, abstract_branches
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.generation.chat import ChatModel
 from baichuan_omni_jax.generation.engine import Engine
-from baichuan_omni_jax.generation.speech_decoder import NEEDED, Speaker
+from baichuan_omni_jax.generation.speech_decoder import Speaker
 from baichuan_omni_jax.nn.param import ComputePolicy
 from baichuan_omni_jax.sharding import make_mesh
 from baichuan_omni_jax.vocoder.config import VocoderConfig, read_vocoder_config
-
-ALL_BRANCHES = (*MODEL_BRANCHES, VOCODER_BRANCH)
-# Sections of the configuration that each branch brings from its own checkpoint.
-_SECTIONS = {
-    "llm": ("llm", "tokens"),
-    "vision": ("vision",),
-    "audio_head": ("audio_head",),
-    "audio_encoder": ("audio",),
-    "audio_decoder": ("post_net",),
-    "flow": ("flow",),
-}
-_CODED = ("audio_encoder", "audio_decoder", "audio_head")  # branches that code frames mean the same to
-_SOUND = ("audio_encoder", "audio_decoder", "flow", VOCODER_BRANCH)
 
 
 @dataclass(frozen=True)
@@ -99,19 +93,19 @@ def make_chat_model(
 ) -> ChatModel:
     """The engine and, where the branches for it are there, the speaker. See `Engine` for the sizes of the cache."""
     engine = Engine(loaded.branches, loaded.config, tokenizer, slots=slots, length=length, cache_dtype=cache_dtype)
-    speaks = all(name in loaded.branches for name in (*NEEDED, "audio_head"))
+    speaks = all(name in loaded.branches for name in (*SPEECH_BRANCHES, "audio_head"))
     return ChatModel(engine, loaded.config, Speaker(loaded.branches, loaded.config, seed=seed) if speaks else None)
 
 
 def _folders(spec: str) -> dict[str, Path]:
     """Branch -> the checkpoint that holds it."""
-    sources = {name: given for name, given in parse_spec(spec, ALL_BRANCHES).items() if given != RANDOM}
+    sources = {name: given for name, given in parse_spec(spec, CONVERTED_BRANCHES).items() if given != RANDOM}
     by_name = "=" in spec
     if by_name and "flow" in sources:
         sources.setdefault(VOCODER_BRANCH, sources["flow"])
     found = {given: Path(find_checkpoint(given)) for given in dict.fromkeys(sources.values())}
     folders = {}
-    for name in (name for name in ALL_BRANCHES if name in sources):
+    for name in (name for name in CONVERTED_BRANCHES if name in sources):
         folder = found[sources[name]]
         if home := branch_home(folder, name):
             folders[name] = Path(home)
@@ -123,7 +117,7 @@ def _folders(spec: str) -> dict[str, Path]:
 def _joined_config(folders: Mapping[str, Path]) -> OmniConfig:
     """The architecture: of each branch, what its own checkpoint says."""
     configs = {folder: read_hf(folder / CONFIG) for folder in folders.values()}
-    coded = [folders[name] for name in _CODED if name in folders]
+    coded = [folders[name] for name, branch in BRANCHES.items() if branch.audio_codes and name in folders]
     for folder in coded:
         if configs[folder].audio != configs[coded[0]].audio:
             raise ConfigError(f"{folder / CONFIG} and {coded[0] / CONFIG} describe different audio tokenizers")
@@ -131,7 +125,7 @@ def _joined_config(folders: Mapping[str, Path]) -> OmniConfig:
     sections = {
         section: getattr(configs[folder], section)
         for name, folder in folders.items()
-        for section in _SECTIONS.get(name, ())
+        for section in BRANCHES[name].sections
     }
     return replace(home, **sections)
 
@@ -145,7 +139,7 @@ def _trained_images(folder: Path | None) -> ImagesConfig:
 
 
 def _load(name: str, folder: Path, cfg: OmniConfig, mesh: Mesh, dtype: str) -> nnx.Module:
-    kind = jnp.dtype("float32" if name in _SOUND else dtype)
+    kind = jnp.dtype("float32" if BRANCHES[name].dtype == "float32" else dtype)
     compute = ComputePolicy(dtype=kind, remat="none")
     vocoder = _vocoder_sizes(folder) if name == VOCODER_BRANCH else None
     module = abstract_branches(cfg, vocoder, only=[name], compute=compute)[name]
@@ -163,7 +157,7 @@ def is_untrained(name: str, folder: Path) -> bool:
     """Whether the branch has its first random weights: never trained, and neither converted nor from a run's parent."""
     if origin := read_origin(folder):
         return origin.untrained
-    if not (folder / BRANCHES).exists():
+    if not (folder / BRANCHES_FILE).exists():
         return False
     info = read_branch_info(folder).get(name)
     if info is None or info.trained or (folder / SOURCE).exists():

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Float32, Int32, PRNGKeyArray
 
 from baichuan_omni_jax.audio.decoder import AudioDecoder
 from baichuan_omni_jax.audio.quantizer import ResidualQuantizer
+from baichuan_omni_jax.branches import SPEECH_BRANCHES
 from baichuan_omni_jax.config import MeshConfig, OmniConfig
 from baichuan_omni_jax.config.mel_targets import flow_target
 from baichuan_omni_jax.errors import ConfigError
@@ -26,7 +27,6 @@ from baichuan_omni_jax.vocoder import griffin_lim
 from baichuan_omni_jax.vocoder.model import reach
 from baichuan_omni_jax.vocoder.streaming import HiftWindow, WaveStream, Window, window_wave
 
-NEEDED = ("audio_encoder", "audio_decoder", "flow")
 WINDOW = 4
 
 
@@ -59,7 +59,7 @@ class Speaker:
     """
 
     def __init__(self, branches: Mapping[str, Any], cfg: OmniConfig, *, seed: int = 0, window: int = WINDOW):
-        if missing := [name for name in NEEDED if name not in branches]:
+        if missing := [name for name in SPEECH_BRANCHES if name not in branches]:
             raise ConfigError(f"speech needs the branch {missing[0]}; there are {', '.join(branches) or 'none'}")
         self.cfg, self.settings, self.window, self.compiles = cfg, flow_target(cfg.flow), window, 0
         self.rate = self.settings.rate

@@ -18,6 +18,7 @@ from baichuan_omni_jax.audio.decoder import AudioDecoder, DecodedAudio
 from baichuan_omni_jax.audio.model import AudioTokenizer
 from baichuan_omni_jax.audio.quantizer_training import Quantized, quantize_in_training
 from baichuan_omni_jax.audio.reconstruction import MelTarget
+from baichuan_omni_jax.branches import AUDIO_TOKENIZER_BRANCHES, build_branch
 from baichuan_omni_jax.config import OmniConfig
 from baichuan_omni_jax.config.audio import QuantizerConfig
 from baichuan_omni_jax.llm.model import LanguageModel
@@ -53,16 +54,17 @@ class TranscriptAdapter(nnx.Module):
 class TokenizerModel(nnx.Module):
     """`audio_encoder`, `audio_decoder` and, with `reads`, the frozen `llm` behind a `transcript_adapter`."""
 
+    audio_encoder: AudioTokenizer
+    audio_decoder: AudioDecoder
+    transcript_adapter: TranscriptAdapter
+    llm: LanguageModel
+
     def __init__(self, key: PRNGKeyArray, cfg: OmniConfig, compute: ComputePolicy, reads: bool = True):
         keys = jax.random.split(key, 4)
-        self.audio_encoder = AudioTokenizer(keys[0], cfg.audio, compute)
-        self.audio_decoder = AudioDecoder(keys[1], cfg.audio, cfg.post_net, compute)
-        self.branches = ("audio_encoder", "audio_decoder")
-        if reads:
-            sizes = cfg.audio.code_dim, cfg.llm.hidden_size, cfg.llm.norm_eps
-            self.transcript_adapter = TranscriptAdapter(keys[2], *sizes, compute)
-            self.llm = LanguageModel(keys[3], cfg.llm, compute)
-            self.branches += ("transcript_adapter", "llm")
+        # The optional branches come last in the list, so that the keys of the others do not depend on them.
+        self.branches = AUDIO_TOKENIZER_BRANCHES if reads else AUDIO_TOKENIZER_BRANCHES[:2]
+        for name, own in zip(self.branches, keys, strict=False):
+            setattr(self, name, build_branch(name, own, cfg, compute))
         self.compute = compute
 
     def quantize(

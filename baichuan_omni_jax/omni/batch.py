@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Shaped
 
+from baichuan_omni_jax.branches import BRANCHES
 from baichuan_omni_jax.config import Budgets, OmniConfig
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.sharding import ShardingRules, axis_product, check_divisible
@@ -14,25 +15,19 @@ from baichuan_omni_jax.sharding import ShardingRules, axis_product, check_divisi
 Batch = dict[str, Shaped[Array, "b ..."]]
 
 _TOKEN, _MEDIA = ("batch", "length"), ("batch", "media")
-_LLM = ("tokens", "positions", "segment_ids", "document_ids", "source_ids", "text_targets", "text_weights")
+_LLM = BRANCHES["llm"].batch_fields
 
-# Logical axes of every field, by the branch that reads it. Only rows with `budgets.mel_windows` have the encoder's.
-BRANCH_FIELDS: dict[str, dict[str, tuple[str | None, ...]]] = {
-    "llm": dict.fromkeys(_LLM, _TOKEN),
-    "audio_head": {
-        **dict.fromkeys(("audio_codes", "audio_targets", "audio_weights"), (*_MEDIA, None)),
-        **dict.fromkeys(("audio_index", "audio_target_index", "audio_target_sources"), _MEDIA),
-    },
-    "vision": {
-        **dict.fromkeys(("patches", "patch_grid"), (*_MEDIA, None)),
-        **dict.fromkeys(("patch_segments", "visual_index"), _MEDIA),
-    },
-    "audio_encoder": {
-        "mel": (*_MEDIA, None, None),
-        **dict.fromkeys(("mel_lengths", "mel_owner", "mel_audio"), _MEDIA),
-    },
+# Logical axes of every field. Only rows with `budgets.mel_windows` have the audio encoder's.
+BATCH_AXES: dict[str, tuple[str | None, ...]] = {
+    **dict.fromkeys(_LLM, _TOKEN),
+    **dict.fromkeys(("audio_codes", "audio_targets", "audio_weights", "patches", "patch_grid"), (*_MEDIA, None)),
+    **dict.fromkeys(("audio_index", "audio_target_index", "audio_target_sources"), _MEDIA),
+    **dict.fromkeys(("patch_segments", "visual_index"), _MEDIA),
+    "mel": (*_MEDIA, None, None),
+    **dict.fromkeys(("mel_lengths", "mel_owner", "mel_audio"), _MEDIA),
 }
-BATCH_AXES = {name: axes for fields in BRANCH_FIELDS.values() for name, axes in fields.items()}
+# The same by the branch that reads the field.
+BRANCH_FIELDS = {branch.name: {name: BATCH_AXES[name] for name in branch.batch_fields} for branch in BRANCHES.values()}
 
 
 def abstract_batch(

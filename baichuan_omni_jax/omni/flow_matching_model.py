@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int32, PRNGKeyArray
 from baichuan_omni_jax.audio.decoder import AudioDecoder
 from baichuan_omni_jax.audio.model import AudioTokenizer
 from baichuan_omni_jax.audio.reconstruction import MelTarget
+from baichuan_omni_jax.branches import FLOW_MATCHING_BRANCHES, build_branch
 from baichuan_omni_jax.config import OmniConfig
 from baichuan_omni_jax.flow.model import FlowDecoder
 from baichuan_omni_jax.nn.param import ComputePolicy
@@ -17,12 +18,15 @@ from baichuan_omni_jax.omni.audio_tokenizer_model import Clips
 class VoiceModel(nnx.Module):
     """`audio_encoder`, `audio_decoder` and `flow`: what makes a mel of 24 kHz from a clip, by way of its codes."""
 
+    audio_encoder: AudioTokenizer
+    audio_decoder: AudioDecoder
+    flow: FlowDecoder
+
     def __init__(self, key: PRNGKeyArray, cfg: OmniConfig, compute: ComputePolicy):
         keys = jax.random.split(key, 3)
-        self.audio_encoder = AudioTokenizer(keys[0], cfg.audio, compute)
-        self.audio_decoder = AudioDecoder(keys[1], cfg.audio, cfg.post_net, compute)
-        self.flow = FlowDecoder(keys[2], cfg.flow, compute)
-        self.branches = ("audio_encoder", "audio_decoder", "flow")
+        self.branches = FLOW_MATCHING_BRANCHES
+        for name, own in zip(self.branches, keys, strict=True):
+            setattr(self, name, build_branch(name, own, cfg, compute))
 
     def hidden(self, clips: Clips) -> tuple[Float[Array, "c t d"], Int32[Array, " c"]]:
         """The decoder's states at 50 Hz of the clips' codes, and how many are valid. No gradient passes."""

@@ -10,6 +10,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from baichuan_omni_jax.branches import OMNI_BRANCHES, build_branch
 from baichuan_omni_jax.config import OmniConfig
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.llm.audio_head import AudioHeadBranch
@@ -19,8 +20,6 @@ from baichuan_omni_jax.omni.batch import Batch
 from baichuan_omni_jax.omni.merge import merge_media, pick_slots
 from baichuan_omni_jax.vision.model import VisionModel
 
-BRANCHES = ("vision", "llm", "audio_head")
-
 
 class OmniModel(nnx.Module):
     """Vision, language model, audio embeddings and head: everything that a language-model step computes.
@@ -29,18 +28,20 @@ class OmniModel(nnx.Module):
     branch that there is not, or without `llm`.
     """
 
-    def __init__(self, key: PRNGKeyArray, cfg: OmniConfig, compute: ComputePolicy, branches: Sequence[str] = BRANCHES):
-        unknown = [name for name in branches if name not in BRANCHES]
+    vision: VisionModel
+    llm: LanguageModel
+    audio_head: AudioHeadBranch
+
+    def __init__(
+        self, key: PRNGKeyArray, cfg: OmniConfig, compute: ComputePolicy, branches: Sequence[str] = OMNI_BRANCHES
+    ):
+        unknown = [name for name in branches if name not in OMNI_BRANCHES]
         if unknown or "llm" not in branches:
-            raise ConfigError(f"branches {', '.join(branches)}: llm and any of {', '.join(BRANCHES)} are a model")
-        keys = dict(zip(BRANCHES, jax.random.split(key, len(BRANCHES)), strict=True))
-        self.branches = tuple(name for name in BRANCHES if name in branches)
-        if "vision" in branches:
-            self.vision = VisionModel(keys["vision"], cfg.vision, compute)
-        self.llm = LanguageModel(keys["llm"], cfg.llm, compute)
-        if "audio_head" in branches:
-            sizes, width = cfg.audio.codebook_sizes, cfg.llm.hidden_size
-            self.audio_head = AudioHeadBranch(keys["audio_head"], cfg.audio_head, sizes, width, compute)
+            raise ConfigError(f"branches {', '.join(branches)}: llm and any of {', '.join(OMNI_BRANCHES)} are a model")
+        keys = dict(zip(OMNI_BRANCHES, jax.random.split(key, len(OMNI_BRANCHES)), strict=True))
+        self.branches = tuple(name for name in OMNI_BRANCHES if name in branches)
+        for name in self.branches:
+            setattr(self, name, build_branch(name, keys[name], cfg, compute))
         self.compute = compute
 
     def embed(self, batch: Batch) -> Float[Array, "b t d"]:

@@ -8,12 +8,11 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Float32
 
+from baichuan_omni_jax.branches import abstract_branches
 from baichuan_omni_jax.checkpoint import find_checkpoint, load_branches, with_shardings
-from baichuan_omni_jax.checkpoint.branches import branch_folder
+from baichuan_omni_jax.checkpoint.branches import VOCODER_CONFIG, branch_folder
 from baichuan_omni_jax.config import MeshConfig, OmniConfig
 from baichuan_omni_jax.config.mel_targets import MelTargetSettings, flow_target
-from baichuan_omni_jax.convert.files import VOCODER_CONFIG
-from baichuan_omni_jax.convert.tables import abstract_branches
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.nn.param import ComputePolicy
 from baichuan_omni_jax.sharding import make_mesh

@@ -10,18 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from baichuan_omni_jax.branches import VOCODER_BRANCH, abstract_branches
+from baichuan_omni_jax.checkpoint.branches import CONFIG, VOCODER_CONFIG
 from baichuan_omni_jax.config import MeshConfig, OmniConfig, read_hf
 from baichuan_omni_jax.convert import (
     SafetensorsFile,
-    abstract_branches,
     branch_rules,
     load_branch_from_safetensors,
     open_weights,
     plan_to_jax,
 )
-from baichuan_omni_jax.convert.files import CONFIG, VOCODER, VOCODER_CONFIG
+from baichuan_omni_jax.convert.files import VOCODER
 from baichuan_omni_jax.convert.safetensors_io import TensorInfo, TensorSource
-from baichuan_omni_jax.convert.tables import VOCODER_BRANCH
 from baichuan_omni_jax.nn.param import ComputePolicy, split_as
 from baichuan_omni_jax.sharding import make_mesh
 from baichuan_omni_jax.verify.golden import Golden

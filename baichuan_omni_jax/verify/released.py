@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int32
 
+from baichuan_omni_jax.branches import abstract_branches
 from baichuan_omni_jax.checkpoint import load_branches, with_shardings
+from baichuan_omni_jax.checkpoint.branches import CONFIG
 from baichuan_omni_jax.config import OmniConfig, read_hf
-from baichuan_omni_jax.convert.files import CONFIG
-from baichuan_omni_jax.convert.tables import abstract_branches
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.verify.fixtures import COMPUTE, exact_arithmetic
 from baichuan_omni_jax.verify.golden import Row, compared

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from etils import epath
 
+from baichuan_omni_jax.branches import abstract_branches
 from baichuan_omni_jax.checkpoint import (
     Parent,
     TokenizerOrigin,
@@ -28,7 +29,6 @@ from baichuan_omni_jax.checkpoint import (
 )
 from baichuan_omni_jax.checkpoint.run_config import store_run_config
 from baichuan_omni_jax.config import CheckpointConfig, DataConfig, ImagesConfig, RunConfig, tiny
-from baichuan_omni_jax.convert.tables import abstract_branches
 from baichuan_omni_jax.errors import ConfigError, RunStoppedError
 from baichuan_omni_jax.generation import loading
 from baichuan_omni_jax.generation.loading import load_for_generation

@@ -13,9 +13,9 @@ import pytest
 import soundfile
 from safetensors.numpy import load_file
 
+from baichuan_omni_jax.branches import abstract_branches
 from baichuan_omni_jax.checkpoint import save_branches
 from baichuan_omni_jax.config import Sampling, tiny
-from baichuan_omni_jax.convert.tables import abstract_branches
 from baichuan_omni_jax.convert.to_jax import convert_to_jax
 from baichuan_omni_jax.errors import ConfigError, RequestError
 from baichuan_omni_jax.generation.chat_stream import Reply

@@ -9,11 +9,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from baichuan_omni_jax.branches import abstract_branches
 from baichuan_omni_jax.checkpoint import load_branches, read_branch_info, save_branches
 from baichuan_omni_jax.config import OmniConfig, read_hf, tiny
 from baichuan_omni_jax.convert import (
     SafetensorsFile,
-    abstract_branches,
     branch_rules,
     convert_to_jax,
     convert_to_torch,

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from baichuan_omni_jax.branches import abstract_branches
 from baichuan_omni_jax.checkpoint import load_branches, save_branches
 from baichuan_omni_jax.config import tiny
-from baichuan_omni_jax.convert import abstract_branches, branch_rules, load_branch_from_safetensors, open_weights
+from baichuan_omni_jax.convert import branch_rules, load_branch_from_safetensors, open_weights
 from baichuan_omni_jax.convert.audio_encoder import ENCODER
 from baichuan_omni_jax.convert.synthetic import write_random_checkpoint
 from baichuan_omni_jax.convert.whisper import SIZES

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 import pytest
 
+from baichuan_omni_jax.branches import abstract_branches
 from baichuan_omni_jax.config import GenerationSettings
-from baichuan_omni_jax.convert.tables import abstract_branches
 from baichuan_omni_jax.errors import RequestError
 from baichuan_omni_jax.generation.chat import ChatModel, OmniChat
 from baichuan_omni_jax.generation.engine import Engine

@@ -14,9 +14,9 @@ from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
 from baichuan_omni_jax.checkpoint import save_branches
+from baichuan_omni_jax.checkpoint.branches import VOCODER_CONFIG
 from baichuan_omni_jax.config import apply_overrides, load_run_config, tiny
 from baichuan_omni_jax.config.mel_targets import flow_target
-from baichuan_omni_jax.convert.files import VOCODER_CONFIG
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.nn.param import ComputePolicy
 from baichuan_omni_jax.train.audio_samples import SoundSamples, check_samples

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from baichuan_omni_jax.audio.tokenize import fingerprint
+from baichuan_omni_jax.branches import abstract_branches
 from baichuan_omni_jax.checkpoint import load_branches, with_shardings
 from baichuan_omni_jax.config import apply_overrides, load_run_config, resolve_model, tiny, to_hf
 from baichuan_omni_jax.config.mel_targets import sound_targets
-from baichuan_omni_jax.convert import abstract_branches
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.train.batch_placer import BatchPlacer
 from baichuan_omni_jax.train.state import init_state, make_compute, make_setup

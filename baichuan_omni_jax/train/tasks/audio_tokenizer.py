@@ -9,6 +9,7 @@ from baichuan_omni_jax.audio.codebook_training import CodebookState, usage
 from baichuan_omni_jax.audio.quantizer_training import Quantized, commitment_weight, quantized_share, temperature
 from baichuan_omni_jax.audio.reconstruction import reconstruction_loss
 from baichuan_omni_jax.audio.spec_augment import spec_augment
+from baichuan_omni_jax.branches import AUDIO_TOKENIZER_BRANCHES, BRANCHES
 from baichuan_omni_jax.config.mel_targets import reconstruction_ratios
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.flops.audio import clip_counts, tokenizer_parts
@@ -20,8 +21,7 @@ from baichuan_omni_jax.train.tasks.audio import check_sound, sound_axes, sound_b
 from baichuan_omni_jax.train.tasks.task import Metrics, Moved, PlainTask, Values
 from baichuan_omni_jax.train.transcript import transcript_entropies
 
-BRANCHES = ("audio_encoder", "audio_decoder", "transcript_adapter", "llm")
-CODEBOOKS = "audio_encoder.quantizer.levels."
+CODEBOOKS = BRANCHES["audio_encoder"].path("quantizer", "levels")
 MOVING = ("embed", "embed_avg", "cluster_size")
 _MASKS = 1 << 16  # sets the masks' draws apart from the levels'
 
@@ -43,7 +43,9 @@ class AudioTokenizerTask(PlainTask):
         return {"step": jnp.zeros((), jnp.int32), "unused": [jnp.zeros(size, jnp.int32) for size in sizes]}
 
     def check(self, mesh: Mesh) -> None:
-        check_sound(self.run, self.omni, mesh, self.compute, BRANCHES, needed=BRANCHES[:2])
+        check_sound(
+            self.run, self.omni, mesh, self.compute, AUDIO_TOKENIZER_BRANCHES, needed=AUDIO_TOKENIZER_BRANCHES[:2]
+        )
         if ("llm" in self.run.branches) != ("transcript_adapter" in self.run.branches):
             raise ConfigError("branches: llm reads transcripts through transcript_adapter; name both or neither")
         scales = self.run.tokenizer.mel_scales

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
 
+from baichuan_omni_jax.branches import FLOW_MATCHING_BRANCHES
 from baichuan_omni_jax.config.mel_targets import flow_target
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.flops.audio import clip_counts, flow_parts
@@ -16,7 +17,6 @@ from baichuan_omni_jax.omni.flow_matching_model import VoiceModel, beside
 from baichuan_omni_jax.train.tasks.audio import check_sound, sound_axes, sound_batch, sound_numbers, step_key
 from baichuan_omni_jax.train.tasks.task import NOTHING, Metrics, PlainTask, Values
 
-BRANCHES = ("audio_encoder", "audio_decoder", "flow")
 _TARGETS = ("flow",)
 
 
@@ -48,7 +48,7 @@ class FlowMatchingTask(PlainTask):
         return {**values, **mean}, extra | {"mean": {name: values[name] for name in mean}}
 
     def check(self, mesh: Mesh) -> None:
-        check_sound(self.run, self.omni, mesh, self.compute, BRANCHES, needed=BRANCHES)
+        check_sound(self.run, self.omni, mesh, self.compute, FLOW_MATCHING_BRANCHES, needed=FLOW_MATCHING_BRANCHES)
         made, states = flow_target(self.omni.flow).frame_rate, self.omni.audio.state_rate
         if made != states:
             raise ConfigError(
