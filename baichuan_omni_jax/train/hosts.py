@@ -31,6 +31,9 @@ def join(coordinator: str = "", hosts: int = 0, host: int = -1) -> None:
     On a TPU slice, under Slurm and under Open MPI nothing needs to be given. Elsewhere `coordinator` is `HOST:PORT` of
     host 0, `hosts` how many there are and `host` which one this is. Raises ConfigError when they cannot be found.
     """
+    # Hosts of CPU devices run a program where they send it: with XLA's threads between, two hosts were seen to wait for
+    # each other without end on a busy machine (jax 0.10.2). Accelerators are not concerned.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
         jax.distributed.initialize(
             coordinator or None, num_processes=hosts or None, process_id=None if host < 0 else host
