@@ -3,7 +3,7 @@
     python benchmarks/loss_shares.py [--json] [--root data/sample]
 
 For configs/tiny.py and the tiny stages from the index of the sample data (built at --root where it is missing): what a
-run's start table and `python -m data_pipelines.tools.stats --config` tell. For the released sizes, whose data are
+run's start table and `baichuan-omni data stats --config` tell. For the released sizes, whose data are
 yours, from the lengths in `ASSUMED`. The peer is the same mixture as 0.1.0 weighed it: shares of documents, each
 counting by its tokens, the audio loss in full whatever there is of it. Value: the most that a source's share of the
 loss is away from its share in the configuration, in points of a hundred; a goal only where the configuration gives

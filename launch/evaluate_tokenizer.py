@@ -38,8 +38,7 @@ from data_pipelines.datasets.sources import trusted_folders
 from data_pipelines.errors import SampleError
 from data_pipelines.media.features import clip_windows, log_mel
 from data_pipelines.media.mel_targets import mel_target
-from data_pipelines.synthesis.hooks import load_function
-from data_pipelines.tools.commands import add_media_arguments, given_root, trusted_names
+from data_pipelines.tools.commands import add_media_arguments, given_root, load_function, trusted_names
 
 DRAWN = 3  # clips on the picture
 
@@ -72,7 +71,7 @@ def evaluate(options: argparse.Namespace) -> None:
     if options.json:
         options.json.write_text(json.dumps(numbers, indent=2))
     if options.picture:
-        from data_pipelines.tools.tokenizer_picture import draw_tokenizer  # imports matplotlib
+        from data_pipelines.tools.pictures import draw_tokenizer  # imports matplotlib
 
         seconds = judge.scores.settings.hop / judge.scores.settings.rate
         draw_tokenizer(judge.drawn, seconds, numbers, cfg.audio.codebook_sizes, options.picture)

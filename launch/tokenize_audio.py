@@ -30,10 +30,10 @@ from baichuan_omni_jax.sharding import make_mesh
 from baichuan_omni_jax.train.groups import untrained_targets
 from baichuan_omni_jax.train.hosts import check_agreement, is_leader, join, leader_first, run_facts, software, together
 from data_pipelines.audio_codes import CodeStore
-from data_pipelines.audio_codes.fill import ALONE, Hosts, Settings, Tokenizer, open_or_fill, store_path
+from data_pipelines.audio_codes.build import ALONE, Hosts, Settings, Tokenizer, open_or_fill, store_path
 from data_pipelines.audio_codes.writer import PART_FRAMES
-from data_pipelines.datasets.jobs.runners import RUNNERS, make_runner
 from data_pipelines.pipeline import Pipeline, open_pipeline, prepare_sample
+from data_pipelines.tools.commands import RUNNERS, make_runner
 
 CONFIG = flags.DEFINE_string("config", None, "run configuration file", required=True)
 SET = flags.DEFINE_multi_string("set", [], "override of one key, as in data.root=DIR; may be repeated")

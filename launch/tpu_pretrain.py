@@ -41,7 +41,7 @@ from baichuan_omni_jax.train.profiling import parse_span
 from baichuan_omni_jax.train.trainer import Extras, set_up, train
 from baichuan_omni_jax.train.wandb import load_wandb
 from data_pipelines.audio_codes import CodeStore
-from data_pipelines.audio_codes.fill import Settings
+from data_pipelines.audio_codes.build import Settings
 from data_pipelines.packing.rows import Shard
 from data_pipelines.packing.training import TrainingData
 from data_pipelines.pipeline import Pipeline

@@ -16,7 +16,7 @@ from data_pipelines.documents.prompts import Element, Sound, Text, parse_prompt
 from data_pipelines.errors import SampleError
 from data_pipelines.media.audio import decode_sound, probe_sound
 from data_pipelines.media.location import Media, find_media
-from data_pipelines.synthesis.filters.speech_check import spoken_texts
+from data_pipelines.synthesis.filters.rules import spoken_texts
 
 SPOKEN_TYPES = ("tts", "itts")
 

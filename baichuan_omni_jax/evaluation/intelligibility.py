@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from data_pipelines.errors import SampleError
-from data_pipelines.synthesis.filters.speech_check import count_edits, speech_units
+from data_pipelines.synthesis.filters.rules import count_edits, speech_units
 from data_pipelines.text.languages import language_of
 
 RATE = 16000  # Hz, of both measures

@@ -5,8 +5,7 @@ CODES/frames/           TensorStore zarr3 array, int16 (frames, levels); one fil
 CODES/index-3.npy       sorted by clip and window: where their frames are
 """
 
-from data_pipelines.audio_codes.clips import CodeKey
-from data_pipelines.audio_codes.store import CodeStore
+from data_pipelines.audio_codes.store import CodeKey, CodeStore
 from data_pipelines.audio_codes.writer import write_codes
 
 __all__ = ["CodeKey", "CodeStore", "write_codes"]

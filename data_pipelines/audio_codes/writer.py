@@ -14,8 +14,18 @@ import tensorstore as ts
 from jaxtyping import Int64, Integer, Shaped
 
 from baichuan_omni_jax.errors import ConfigError
-from data_pipelines.audio_codes.clips import ENTRY, CodeKey, key_fields, order_of, save_table
-from data_pipelines.audio_codes.store import FORMAT, UNUSED, file_digest, part_name, read_meta
+from data_pipelines.audio_codes.store import (
+    ENTRY,
+    FORMAT,
+    UNUSED,
+    CodeKey,
+    file_digest,
+    key_fields,
+    order_of,
+    part_name,
+    read_meta,
+    save_table,
+)
 from data_pipelines.datasets.jobs.job import write_json
 
 # 23 hours of sound, 16 MB: what a kill costs at most, and few files for 10^8 clips.

@@ -29,7 +29,7 @@ from data_pipelines.errors import SampleError
 from data_pipelines.media.file_kinds import plain_reason
 from data_pipelines.media.limits import MAX_SAMPLING_RATE
 from data_pipelines.media.location import Media, MediaRoot, find_media, local_path
-from data_pipelines.synthesis.task_prompts import TRANSCRIBE
+from data_pipelines.synthesis.prompts import TRANSCRIBE
 from data_pipelines.text.splitting import split_text
 from data_pipelines.tokenizers.special_tokens import AUDIOGEN_START
 

@@ -13,7 +13,7 @@ from rich.progress import track
 from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.documents.prompt_writing import plain_text
 from data_pipelines.sample.documents import RECIPES, plan_documents
-from data_pipelines.sample.studio import FOLDERS, Studio, produce, record
+from data_pipelines.sample.media_plan import FOLDERS, Studio, produce, record
 from data_pipelines.synthesis.speech.espeak import SAMPLE_RATE
 
 VERSION = 3

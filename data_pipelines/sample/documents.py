@@ -21,8 +21,8 @@ from data_pipelines.documents.prompt_writing import (
     video_tag,
 )
 from data_pipelines.sample import scenes, texts
+from data_pipelines.sample.media_plan import Clip, Studio
 from data_pipelines.sample.photographs import Crop
-from data_pipelines.sample.studio import Clip, Studio
 from data_pipelines.text.splitting import split_text
 
 LANGUAGES = ("en", "zh")

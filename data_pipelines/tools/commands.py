@@ -1,13 +1,43 @@
-"""What the commands have in common: where media lie, what was skipped and why, files that cannot be read or written."""
+"""What the commands have in common: arguments, exit codes, media folders, runners, what was skipped and why."""
 
 import argparse
+import importlib
 import json
+import os
+import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 from baichuan_omni_jax.errors import ConfigError, exit_code
+from data_pipelines.datasets.jobs.job import Runner
+from data_pipelines.datasets.jobs.local import LocalRunner
 from data_pipelines.errors import file_errors
+
+
+def run_command(
+    name: str,
+    description: str | None,
+    add_arguments: Callable[[argparse.ArgumentParser], None],
+    run: Callable[[argparse.Namespace], int],
+    arguments: Sequence[str] | None = None,
+) -> int:
+    """Runs one command by itself, as `baichuan-omni data NAME` runs it.
+
+    Args:
+        name: the subcommand's word.
+        description: what `--help` says first; its first line is enough.
+        add_arguments: adds the command's arguments to a parser.
+        run: does the work of parsed arguments and returns the exit code.
+        arguments: the command line without the program's name; default: that of this process.
+
+    Returns:
+        The exit code: 0, 2 with one sentence on stderr for what cannot be used, 130 after Ctrl-C of a job.
+    """
+    parser = argparse.ArgumentParser(prog=f"baichuan-omni data {name}", description=description)
+    add_arguments(parser)
+    return run(parser.parse_args(arguments))
 
 
 def run_job_command(command: Callable[[], None], out: Path) -> int:
@@ -58,3 +88,71 @@ def skipped_lines(path: Path) -> Iterator[tuple[str, str, str]]:
         for line in file:
             values = json.loads(line)
             yield values["where"], values["cause"], values["message"]
+
+
+RUNNERS = ("local", "beam")
+
+
+def make_runner(name: str, workers: int, beam_arguments: Sequence[str] = ()) -> Runner:
+    """The runner called `name`, with `workers` processes (0: in this one); `beam_arguments` are Beam's own options.
+
+    Raises ConfigError for an unknown name, for fewer than 0 workers, and when Apache Beam is asked for and missing.
+    """
+    if workers < 0:
+        raise ConfigError(f"--workers {workers} must be at least 0")
+    if name == "local":
+        if beam_arguments:
+            raise ConfigError("--beam-args need --runner beam")
+        return LocalRunner(workers)
+    if name == "beam":
+        from data_pipelines.datasets.jobs.beam import BeamRunner  # Beam takes seconds to import, and is an extra
+
+        return BeamRunner(workers, beam_arguments)
+    raise ConfigError(f"unknown runner {name!r}: {' or '.join(RUNNERS)}")
+
+
+def add_runner_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds `--runner`, `--workers` and `--beam-args`; `chosen_runner` makes a runner of what was given."""
+    add = parser.add_argument
+    add("--runner", choices=RUNNERS, default="local", help="processes of this machine (default) or Apache Beam")
+    cores = os.cpu_count() or 1
+    add("--workers", type=int, default=cores, metavar="N", help=f"processes (default {cores}, one for each core)")
+    add("--beam-args", default="", metavar="OPTIONS", help="Beam's own, as in --beam-args='--runner=FlinkRunner'")
+
+
+def chosen_runner(options: argparse.Namespace) -> Runner:
+    """The runner that parsed arguments ask for. Raises ConfigError as `make_runner`."""
+    return make_runner(options.runner, options.workers, shlex.split(options.beam_args))
+
+
+@lru_cache(maxsize=8)
+def load_hook(option: str, name: str, *methods: str) -> object:
+    """What the factory called `name` returns, made once a process; `option` names where it was given.
+
+    Raises ConfigError when there is none, or when what it returns lacks one of `methods`.
+    """
+    make = load_function(option, name, "factory")
+    try:
+        hook = make()
+    except Exception as error:  # the user's program may raise anything
+        raise _not_loaded(option, name, error) from error
+    for method in methods:
+        if not callable(getattr(hook, method, None)):
+            raise ConfigError(f"{option} {name}: what it returns has no method {method}")
+    return hook
+
+
+def load_function(option: str, name: str, word: str = "function") -> Callable:
+    """What is called `name`, `package.module:function`. Raises ConfigError when there is none; it is called `word`."""
+    module, separator, function = name.partition(":")
+    if not (module and separator and function):
+        raise ConfigError(f"{option} {name}: not of the form package.module:{word}")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except Exception as error:  # as above: importing runs it
+        raise _not_loaded(option, name, error) from error
+
+
+def _not_loaded(option: str, name: str, error: Exception) -> ConfigError:
+    kind = "" if isinstance(error, ImportError | AttributeError) else f"{type(error).__name__}: "
+    return ConfigError(f"{option} {name} cannot be loaded: {kind}{error}")

@@ -1,4 +1,4 @@
-"""`python -m data_pipelines.tools.stats DIR|MANIFEST...`: what documents and media there are, how large, by type.
+"""Prints what documents and media there are and how large, by type.
 
 A built dataset tells what its builder measured; of a manifest every media file's header is read. `--plot` draws the
 distributions, which needs matplotlib (extra `show`). `--config FILE` tells instead which share of the loss each source
@@ -6,13 +6,14 @@ of a run's mixture will have, text and audio, from the run's index (made where i
 """
 
 import argparse
+import importlib
 import os
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -21,22 +22,31 @@ from rich.table import Table
 from baichuan_omni_jax.config import apply_overrides, load_run_config, resolve_model
 from baichuan_omni_jax.errors import ConfigError, exit_code
 from baichuan_omni_jax.loss_shares import shares_table
-from data_pipelines.datasets.builder.build import SKIPPED_FILE, list_sources
-from data_pipelines.datasets.builder.plan import RANGE, Source, unpack
-from data_pipelines.datasets.builder.shard import PARTS
+from data_pipelines.datasets.builder.build import PARTS, SKIPPED_FILE, list_sources
+from data_pipelines.datasets.builder.plan import RANGE, Manifest, unpack
 from data_pipelines.datasets.jobs import Job, Unit, run_job
-from data_pipelines.datasets.jobs.runners import make_runner
 from data_pipelines.datasets.shards.reader import read_description
-from data_pipelines.datasets.shards.writer import SUFFIX
+from data_pipelines.datasets.shards.record import SUFFIX
 from data_pipelines.datasets.sources import ANY_FOLDER
 from data_pipelines.documents.manifest import split_manifest
 from data_pipelines.errors import SampleError, describe_causes, first_of_causes
 from data_pipelines.media.measures import KINDS, Measures, collect, join, load_measures, measure_document
 from data_pipelines.pipeline import open_pipeline, prepare_sample
-from data_pipelines.tools.commands import add_media_arguments, skipped_lines, trusted_names
+from data_pipelines.tools.commands import (
+    add_media_arguments,
+    make_runner,
+    run_command,
+    skipped_lines,
+    trusted_names,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 FORMATS = (".png", ".pdf", ".svg")
 PERCENTILES = (5, 50, 95, 100)
+# Of the figure: bins of a histogram, histograms beside each other, types with a color of their own (the rest is gray).
+BINS, COLUMNS, MAX_TYPES = 40, 2, 19
 
 
 class Quantity(NamedTuple):
@@ -47,10 +57,26 @@ class Quantity(NamedTuple):
     types: np.ndarray
 
 
-def main(arguments: list[str] | None = None) -> int:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments."""
+    add = parser.add_argument
+    add("sources", metavar="DIR|MANIFEST", type=Path, nargs="*", help="built datasets, JSONL manifests")
+    add("--config", metavar="FILE", type=Path, help="tells the shares of the loss in this run instead")
+    add("--set", metavar="KEY=VALUE", action="append", default=[], help="with --config: overrides one of its keys")
+    add_media_arguments(parser)
+    add("--plot", metavar="PICTURE", type=Path, help="draws the distributions: .png, .pdf or .svg")
+    cores = os.cpu_count() or 1
+    add("--workers", type=int, default=cores, metavar="N", help=f"processes (default {cores}, one for each core)")
+
+
+def run(arguments: argparse.Namespace) -> int:
     """Returns the exit code: 0, or 2 with one sentence when something given cannot be used."""
-    options = _parser().parse_args(arguments)
-    return exit_code(lambda: _show(options))
+    return exit_code(lambda: _show(arguments))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command by itself; returns the exit code."""
+    return run_command("stats", __doc__, add_arguments, run, arguments)
 
 
 def _show(options: argparse.Namespace) -> None:
@@ -59,7 +85,8 @@ def _show(options: argparse.Namespace) -> None:
     if options.config:
         _show_shares(options.config, options.set)
         return
-    draw = _drawing(options.plot) if options.plot else None  # first of all: measuring may take long
+    if options.plot:
+        _check_plot(options.plot)
     measures, skipped, examples = load(options.sources, options.root, options.workers, trusted_names(options))
     causes = describe_causes(skipped, examples)
     if not len(measures):
@@ -76,8 +103,8 @@ def _show(options: argparse.Namespace) -> None:
         print(f"{sum(skipped.values())} documents are skipped:")
         for line in causes:
             print(f"  {line}")
-    if draw:
-        draw(measures.types, quantities(measures), options.plot)
+    if options.plot:
+        draw_distributions(measures.types, quantities(measures), options.plot)
         print(f"{options.plot}: distributions of {len(measures)} documents")
 
 
@@ -92,17 +119,16 @@ def _show_shares(config: Path, overrides: Sequence[str]) -> None:
     Console(highlight=False).print(shares_table(pipeline.loss_shares(run.train), title))
 
 
-def _drawing(path: Path):
-    """What draws. Raises ConfigError when nothing could be drawn at `path`."""
+def _check_plot(path: Path) -> None:
+    """Raises ConfigError when nothing could be drawn at `path`: before measuring, which may take long."""
     if path.suffix not in FORMATS:
         raise ConfigError(f"--plot {path} does not end in {', '.join(FORMATS)}")
     if not path.parent.is_dir():
         raise ConfigError(f"--plot {path}: the folder {path.parent} does not exist")
     try:
-        from data_pipelines.tools.stats_drawing import draw
+        importlib.import_module("matplotlib.figure")
     except ImportError as error:
         raise ConfigError("--plot needs matplotlib: pip install 'baichuan_omni_jax[show]'") from error
-    return draw
 
 
 def load(
@@ -139,7 +165,7 @@ def _load_part(folder: Path, shard: str) -> Measures:
         raise ConfigError(f"{path} cannot be read: {error}") from error
 
 
-def _measure_manifests(sources: Sequence[Source], workers: int) -> tuple[list[Measures], Counter, dict[str, str]]:
+def _measure_manifests(sources: Sequence[Manifest], workers: int) -> tuple[list[Measures], Counter, dict[str, str]]:
     with tempfile.TemporaryDirectory() as scratch:
         ranges = [
             lines
@@ -231,17 +257,64 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m data_pipelines.tools.stats", description=__doc__)
-    add = parser.add_argument
-    add("sources", metavar="DIR|MANIFEST", type=Path, nargs="*", help="built datasets, JSONL manifests")
-    add("--config", metavar="FILE", type=Path, help="tells the shares of the loss in this run instead")
-    add("--set", metavar="KEY=VALUE", action="append", default=[], help="with --config: overrides one of its keys")
-    add_media_arguments(parser)
-    add("--plot", metavar="PICTURE", type=Path, help="draws the distributions: .png, .pdf or .svg")
-    cores = os.cpu_count() or 1
-    add("--workers", type=int, default=cores, metavar="N", help=f"processes (default {cores}, one for each core)")
-    return parser
+def draw_distributions(types: Sequence[str], quantities: Sequence[Quantity], path: Path) -> None:
+    """Draws a histogram of each quantity that has values, types stacked, in logarithmic bins.
+
+    Needs matplotlib, which only the functions that draw import. Raises ConfigError when `path` cannot be written.
+    """
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    shown = [quantity for quantity in quantities if len(quantity.values)]
+    table = matplotlib.colormaps["tab20"].colors
+    colors = [table[number % 20] if number < MAX_TYPES else (0.6, 0.6, 0.6) for number in range(len(types))]
+    rows = -(-len(shown) // COLUMNS)
+    height = 3.0 * rows + 1.2
+    # A canvas of its own: pyplot would look for a display, and keep every figure.
+    figure = Figure(figsize=(14, height), dpi=100)
+    FigureCanvasAgg(figure)
+    figure.subplots_adjust(0.04, 1.3 / height, 0.99, 1 - 0.4 / height, wspace=0.09, hspace=0.28)
+    for axes, quantity in zip(figure.subplots(max(rows, 1), COLUMNS, squeeze=False).flat, shown, strict=False):
+        _draw_histogram(axes, quantity, colors)
+    for axes in figure.axes[len(shown) :]:
+        axes.set_visible(False)
+    handles = [Patch(facecolor=color, label=name or "(no type)") for name, color in zip(types, colors, strict=True)]
+    figure.legend(handles=handles, loc="lower center", ncols=8, fontsize=9, frameon=False)
+    try:
+        # A dollar sign in a type's name is no formula.
+        with matplotlib.rc_context({"text.parse_math": False}):
+            figure.savefig(path)
+    except OSError as error:
+        raise ConfigError(f"--plot {path}: {error}") from error
+
+
+def _draw_histogram(axes: "Axes", quantity: Quantity, colors: Sequence) -> None:
+    """Zeros have no place on a logarithmic axis: the title tells how many there are."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    present = quantity.values > 0
+    values, types = quantity.values[present], quantity.types[present]
+    zeros = f", {(~present).sum()} more are 0" if not present.all() else ""
+    median = f", median {np.median(values):.4g}" if len(values) else ""
+    axes.set_title(f"{quantity.name} ({len(values)}{median}{zeros})", fontsize=10, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    if not len(values):
+        return
+    edges = np.geomspace(values.min(), max(values.max(), values.min() * 1.1), BINS + 1)
+    bottom = np.zeros(BINS)
+    for number, color in enumerate(colors):
+        counts, _ = np.histogram(values[types == number], edges)
+        if counts.any():
+            axes.stairs(bottom + counts, edges, baseline=bottom, fill=True, color=color)
+            bottom = bottom + counts
+    axes.set_xscale("log")
+    axes.set_xlim(edges[0], edges[-1])
+    axes.set_ylim(0, None)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`python -m data_pipelines.tools.validate DIR`: reads a built dataset through and tells what is wrong, by cause.
+"""Reads a built data set through and prints what is wrong, by cause.
 
 Every file's size and checksum, every record, every medium decoded. Exit code 0 when all is well, 1 when anything is
 wrong, 2 when DIR cannot be used at all.
@@ -29,9 +29,7 @@ import numpy as np
 from baichuan_omni_jax.errors import ConfigError, exit_code
 from data_pipelines.datasets.builder.plan import first_of_same_id
 from data_pipelines.datasets.jobs import Job, Unit
-from data_pipelines.datasets.jobs.job import Runner
-from data_pipelines.datasets.jobs.progress import Progress
-from data_pipelines.datasets.jobs.runners import add_runner_arguments, chosen_runner
+from data_pipelines.datasets.jobs.job import Progress, Runner
 from data_pipelines.datasets.shards.reader import Shard, ShardedDataset, open_dataset
 from data_pipelines.documents.document import Document
 from data_pipelines.documents.prompts import Element, Picture, Text, Tokens, Video, parse_prompt
@@ -42,6 +40,7 @@ from data_pipelines.media.containers import Damage
 from data_pipelines.media.images import decode_image
 from data_pipelines.media.location import Media, find_media
 from data_pipelines.media.videos import read_video
+from data_pipelines.tools.commands import add_runner_arguments, chosen_runner, run_command
 
 NAMED = 10  # ids that are printed of each cause
 RATE = 16000  # Hz that sound is decoded at
@@ -58,11 +57,23 @@ class Problem:
     message: str
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code."""
-    options = _parser().parse_args(arguments)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments."""
+    add = parser.add_argument
+    add("folder", metavar="DIR", type=Path, help="a folder that holds dataset.json")
+    add("--report", metavar="FILE", type=Path, help="writes every problem there, one JSON object a line")
+    add_runner_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Returns the exit code: 0 when all is well, 1 when anything is wrong, 2 for what is no data set."""
     found: list[Problem] = []
-    return exit_code(lambda: _validate(options, found)) or int(bool(found))
+    return exit_code(lambda: _validate(arguments, found)) or int(bool(found))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command by itself; returns the exit code."""
+    return run_command("validate", __doc__, add_arguments, run, arguments)
 
 
 def _validate(options: argparse.Namespace, found: list[Problem]) -> None:
@@ -199,17 +210,6 @@ def _decode(element: Element, media: Media) -> int:
     else:
         return read_sound(media, RATE).damaged
     return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_pipelines.tools.validate", description=__doc__.splitlines()[0]
-    )
-    add = parser.add_argument
-    add("folder", metavar="DIR", type=Path, help="a folder that holds dataset.json")
-    add("--report", metavar="FILE", type=Path, help="writes every problem there, one JSON object a line")
-    add_runner_arguments(parser)
-    return parser
 
 
 if __name__ == "__main__":

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from data_pipelines.datasets.jobs.job import read_mark
-from data_pipelines.datasets.jobs.runners import make_runner
 from data_pipelines.datasets.shards.reader import ShardedDataset, open_dataset
 from data_pipelines.documents.document import Document
 from data_pipelines.errors import SampleError
+from data_pipelines.tools.commands import make_runner
 from data_pipelines.tools.validate import validate
 from tests.helpers.proofs import HANG, sized, wait_for
 

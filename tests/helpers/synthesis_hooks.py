@@ -1,20 +1,19 @@
 """Stand-ins for the programs that users bring, named by dotted path in the tests of synthesis; jobs without a run."""
 
 from argparse import ArgumentParser
-from types import ModuleType
 
 import numpy as np
 
 from data_pipelines.datasets.jobs import Job
-from data_pipelines.synthesis.units import add_job_arguments
+from data_pipelines.synthesis.units import SynthesisTask, add_job_arguments
 
 
-def job_of(module: ModuleType, *arguments: object) -> Job:
+def job_of(task: SynthesisTask, *arguments: object) -> Job:
     """The job that the command would run."""
     parser = ArgumentParser()
     add_job_arguments(parser)
-    module.add_arguments(parser)
-    return module.make_job(parser.parse_args(list(map(str, arguments))))
+    task.add_arguments(parser)
+    return task.make_job(parser.parse_args(list(map(str, arguments))))
 
 
 class BrightnessCaptioner:

@@ -1,7 +1,7 @@
 """The windows of sound of a mixture, for stores whose codes are made up."""
 
 from data_pipelines.audio_codes import CodeKey
-from data_pipelines.audio_codes.listing import clip_sources
+from data_pipelines.audio_codes.windows import clip_sources
 from data_pipelines.documents.processor import AudioItem
 from data_pipelines.pipeline import Pipeline
 

@@ -27,7 +27,7 @@ RANGE = 1 << 25  # bytes of manifest of one unit of planning
 
 
 @dataclass(frozen=True)
-class Source:
+class Manifest:
     """A manifest: the file, what documents and messages call it, where its media are, what its shards are called.
 
     `lines` is the file in which places are counted: another one where the manifest is compressed (`unpack`).
@@ -48,7 +48,7 @@ class Source:
         return [status.st_size, status.st_mtime_ns]
 
 
-def unpack(sources: Sequence[Source], folder: Path) -> list[Source]:
+def unpack(sources: Sequence[Manifest], folder: Path) -> list[Manifest]:
     """The sources, what compressed ones hold in files in `folder`. Raises ConfigError for one that cannot be read."""
     return [replace(source, lines=plain_manifest(source.path, source.name, folder)) for source in sources]
 
@@ -74,7 +74,7 @@ class PlannedLines:
 _COLUMNS = ("numbers", "offsets", "sizes", "ids", "contents")
 
 
-def plan_lines(sources: Sequence[Source], folder: Path, runner: Runner) -> list[PlannedLines]:
+def plan_lines(sources: Sequence[Manifest], folder: Path, runner: Runner) -> list[PlannedLines]:
     """The lines of each source. `folder` holds what is known until it is done, and is then removed.
 
     Raises ConfigError when a manifest cannot be read, or changes meanwhile.

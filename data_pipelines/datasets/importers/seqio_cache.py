@@ -1,6 +1,6 @@
 """A seqio Task or Mixture as a data set of token ids, without TensorFlow after.
 
-    python -m data_pipelines.datasets.importers.seqio_cache --mixture omni_mixture \\
+    baichuan-omni data import-seqio --mixture omni_mixture \\
         --module data_pipelines.datasets.importers.seqio_tasks \\
         --tokenizer tokenizer.json --out data/omni_mixture --documents 20000
 
@@ -26,14 +26,13 @@ from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.datasets.builder.build import remove_outdated
 from data_pipelines.datasets.jobs import Job, Unit, run_job
 from data_pipelines.datasets.jobs.job import Runner, hold, refuse_foreign
-from data_pipelines.datasets.jobs.runners import add_runner_arguments, chosen_runner
 from data_pipelines.datasets.shards.reader import Shard, write_description
-from data_pipelines.datasets.shards.writer import SUFFIX, ShardWriter
+from data_pipelines.datasets.shards.record import SUFFIX, ShardWriter
 from data_pipelines.documents.document import Document
 from data_pipelines.documents.token_ids import pack_ids
 from data_pipelines.tokenizers.special_tokens import TOKENS_END, TOKENS_START, TRAINABLE_END, TRAINABLE_START
 from data_pipelines.tokenizers.tokenizer import load_tokenizer, tokenizer_fingerprint
-from data_pipelines.tools.commands import run_job_command
+from data_pipelines.tools.commands import add_runner_arguments, chosen_runner, run_command, run_job_command
 
 LOCK = "seqio"
 SHARD_DOCUMENTS = 10_000
@@ -215,25 +214,8 @@ def _units(recipe: Recipe, rates: Mapping[str, float], documents: int | None, sh
     return units
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0, 2 with one sentence when something given cannot be used, 130 after Ctrl-C."""
-    options = _parser().parse_args(arguments)
-    return run_job_command(lambda: _cache(options), options.out)
-
-
-def _cache(options: argparse.Namespace) -> None:
-    recipe = Recipe(options.mixture, tuple(options.module), options.tokenizer, options.split, options.seed)
-    told = cache(recipe, options.out, options.documents, options.shards, chosen_runner(options))
-    print(f"{options.out}: {told['documents']} documents, {told['tokens']} tokens of tokenizer {told['tokenizer']}")
-    whole = sum(told["rates"].values())
-    for task, count in told["tasks"].items():
-        print(f"  {task:<30}{count:>10}  {count / told['documents']:.4f} (asked {told['rates'][task] / whole:.4f})")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_pipelines.datasets.importers.seqio_cache", description=__doc__.partition("\n")[0]
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments."""
     add = parser.add_argument
     add("--mixture", required=True, metavar="NAME", help="a registered Mixture or Task")
     add("--module", action="append", default=[], metavar="M", help="a module that registers it; may be repeated")
@@ -244,7 +226,25 @@ def _parser() -> argparse.ArgumentParser:
     add("--shards", type=int, default=0, metavar="N", help=f"files (default: one for {SHARD_DOCUMENTS} documents)")
     add("--seed", type=int, help="of sources and preprocessors that draw; they must take one")
     add_runner_arguments(parser)
-    return parser
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Returns the exit code: 0, 2 with one sentence when something given cannot be used, 130 after Ctrl-C."""
+    return run_job_command(lambda: _cache(arguments), arguments.out)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command by itself; returns the exit code."""
+    return run_command("import-seqio", __doc__, add_arguments, run, arguments)
+
+
+def _cache(options: argparse.Namespace) -> None:
+    recipe = Recipe(options.mixture, tuple(options.module), options.tokenizer, options.split, options.seed)
+    told = cache(recipe, options.out, options.documents, options.shards, chosen_runner(options))
+    print(f"{options.out}: {told['documents']} documents, {told['tokens']} tokens of tokenizer {told['tokenizer']}")
+    whole = sum(told["rates"].values())
+    for task, count in told["tasks"].items():
+        print(f"  {task:<30}{count:>10}  {count / told['documents']:.4f} (asked {told['rates'][task] / whole:.4f})")
 
 
 if __name__ == "__main__":

@@ -28,10 +28,18 @@ from data_pipelines.documents.prompt_writing import plain_text, write_prompt
 from data_pipelines.documents.prompts import Element, Reference, Text
 from data_pipelines.errors import SampleError
 from data_pipelines.media.location import Media, find_media
-from data_pipelines.synthesis.draft import Draft
 from data_pipelines.synthesis.filters.rules import ASR, KEPT, REJECTED, Rules, Verdict, judge
-from data_pipelines.synthesis.hooks import load_hook
-from data_pipelines.synthesis.units import SKIPPED, add_up, explain, join_part, json_line, manifest_units
+from data_pipelines.synthesis.units import (
+    SKIPPED,
+    Draft,
+    SynthesisTask,
+    add_up,
+    explain,
+    join_part,
+    json_line,
+    manifest_units,
+)
+from data_pipelines.tools.commands import load_hook
 
 NAME = "filters"
 LANGUAGES = ("en", "zh", "mixed", "other")
@@ -202,3 +210,12 @@ def _near_duplicates() -> ModuleType:
         return importlib.import_module("data_pipelines.synthesis.filters.near_duplicates")
     except ImportError as error:
         raise ConfigError("near-duplicates need datasketch: pip install baichuan_omni_jax[synthesis]") from error
+
+
+FILTERS = SynthesisTask(
+    NAME,
+    "Filters: languages and lengths, near-duplicates, and speech that does not say what it should.",
+    add_arguments,
+    make_job,
+    finish,
+)

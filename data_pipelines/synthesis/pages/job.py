@@ -19,14 +19,23 @@ from data_pipelines.documents.document import Document
 from data_pipelines.documents.prompt_writing import Source, conversation, image_tag, join, plain_text, trainable, turn
 from data_pipelines.documents.prompts import Text, parse_prompt
 from data_pipelines.errors import SampleError
-from data_pipelines.synthesis.charts.chart_questions import describe, questions, transcribe
-from data_pipelines.synthesis.charts.kinds import KINDS, possible_charts
-from data_pipelines.synthesis.charts.tables import read_table
-from data_pipelines.synthesis.draft import Draft
+from data_pipelines.synthesis.charts.questions import describe, questions, transcribe
+from data_pipelines.synthesis.charts.tables import KINDS, possible_charts, read_table
 from data_pipelines.synthesis.pages import page_prompts
-from data_pipelines.synthesis.pages.layout import Page, PageStyle, balance, normalise, paginate, wrap
-from data_pipelines.synthesis.pages.page_picture import GRID, draw_page, encode, measurer, wear
-from data_pipelines.synthesis.units import manifest_job
+from data_pipelines.synthesis.pages.layout import (
+    GRID,
+    Page,
+    PageStyle,
+    balance,
+    draw_page,
+    encode,
+    measurer,
+    normalise,
+    paginate,
+    wear,
+    wrap,
+)
+from data_pipelines.synthesis.units import Draft, SynthesisTask, manifest_job
 
 NAME = "pages"
 TYPES = ("ocr", "chart", "interleaved", "qa")
@@ -146,7 +155,7 @@ def _interleave(text: str, style: PageStyle, draft: Draft, settings: PageSetting
 
 
 def _make_chart(document: Document, draft: Draft, settings: PageSettings, rng: random.Random) -> None:
-    from data_pipelines.synthesis.charts.chart_picture import draw_chart
+    from data_pipelines.synthesis.charts.drawing import draw_chart
     from data_pipelines.text.fonts import choose_font
 
     table = read_table(plain_text(document.text))
@@ -210,3 +219,11 @@ def _keep(
     """Writes a picture, worn or not; returns its tag."""
     worn = rng.random() < settings.worn
     return image_tag(draft.save(*encode(wear(picture, rng, paper) if worn else picture, worn, rng)))
+
+
+PAGES = SynthesisTask(
+    NAME,
+    "Pictures of text and of tables: OCR, question and interleaved documents from text, charts from tables.",
+    add_arguments,
+    make_job,
+)

@@ -20,7 +20,7 @@ from data_pipelines.errors import SampleError
 from data_pipelines.media.audio import probe_sound
 from data_pipelines.media.containers import opened
 from data_pipelines.media.location import Media, find_media
-from data_pipelines.synthesis.draft import Draft
+from data_pipelines.synthesis.prompts import ANSWER_PICTURE, CONTINUE_PICTURE, choose_prompt
 from data_pipelines.synthesis.speech.speaking import (
     Speaker,
     SpeechSettings,
@@ -28,8 +28,7 @@ from data_pipelines.synthesis.speech.speaking import (
     sentences_of,
     speech_settings,
 )
-from data_pipelines.synthesis.task_prompts import ANSWER_PICTURE, CONTINUE_PICTURE, choose_prompt
-from data_pipelines.synthesis.units import manifest_job
+from data_pipelines.synthesis.units import Draft, SynthesisTask, manifest_job
 from data_pipelines.text.splitting import spoken_seconds
 from data_pipelines.tokenizers.special_tokens import SYSTEM, USER
 
@@ -158,3 +157,11 @@ def _link_media(elements: Sequence[Element], document: Document, draft: Draft) -
             element = replace(element, reference=kept[element.reference])
         new.append(element)
     return new
+
+
+CROSSMODAL = SynthesisTask(
+    NAME,
+    "Cross-modal documents: sentences about pictures become speech; a film's sound track stands beside the film.",
+    add_arguments,
+    make_job,
+)

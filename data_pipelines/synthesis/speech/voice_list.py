@@ -14,8 +14,8 @@ from baichuan_omni_jax.config import resolve_model
 from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.errors import file_errors
 from data_pipelines.media.features import log_mel
-from data_pipelines.synthesis.speech.text_to_speech import INCLUDED, TextToSpeech, load_speech, voice_text
-from data_pipelines.synthesis.speech.voices import LANGUAGES
+from data_pipelines.synthesis.speech.espeak import LANGUAGES
+from data_pipelines.synthesis.speech.speaking import INCLUDED, TextToSpeech, load_speech, voice_text
 
 SENTENCES = {"en": "The lake is calm tonight, isn't it?", "zh": "今晚的湖水很平静，对吗？"}
 _READ = {"en": SENTENCES["en"], "zh": "Jīnwǎn de húshuǐ hěn píngjìng, duì ma?"}  # few machines have a Chinese font

@@ -13,7 +13,7 @@ import pytest
 
 from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.audio_codes import CodeStore, write_codes
-from data_pipelines.audio_codes.clips import ENTRY, REFERENCE, find, new_records, order_of
+from data_pipelines.audio_codes.store import ENTRY, REFERENCE, find, new_records, order_of
 from data_pipelines.audio_codes.writer import part_bounds, write_part
 from data_pipelines.errors import SampleError
 

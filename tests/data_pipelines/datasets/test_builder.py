@@ -11,15 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from baichuan_omni_jax.errors import ConfigError
-from data_pipelines.datasets.builder.__main__ import main
-from data_pipelines.datasets.builder.build import build_dataset, list_sources
+from data_pipelines.datasets.builder.build import build_dataset, gather, list_sources
+from data_pipelines.datasets.builder.command import main
 from data_pipelines.datasets.builder.plan import first_of_same_id
-from data_pipelines.datasets.builder.shard import gather
-from data_pipelines.datasets.jobs.runners import make_runner
 from data_pipelines.datasets.shards.reader import open_dataset
 from data_pipelines.documents.document import Document
 from data_pipelines.errors import SampleError
 from data_pipelines.media.measures import load_measures
+from data_pipelines.tools.commands import make_runner
 from tests.helpers.small_media import as_base64, write_image, write_sound, write_video
 
 PICTURE = '<img_start_baichuan>{"local": "%s"}<img_end_baichuan>'
@@ -295,7 +294,7 @@ def test_a_damaged_table_of_measures(built, tmp_path, size):
 
 
 def test_media_too_large_for_a_record(corpus, monkeypatch):
-    monkeypatch.setattr("data_pipelines.datasets.builder.shard.MAX_MEDIA_BYTES", 10_000)
+    monkeypatch.setattr("data_pipelines.datasets.builder.build.MAX_MEDIA_BYTES", 10_000)
     document = Document("d", "", PICTURE % "media/a.png" + HEARD % "media/s.wav", "m:1", corpus)
     with pytest.raises(SampleError, match=r"more than 10000 bytes in all, with media/s\.wav") as error:
         gather(document)

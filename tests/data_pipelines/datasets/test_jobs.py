@@ -12,7 +12,7 @@ import pytest
 
 from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.datasets.jobs import Job, Unit, run_job
-from data_pipelines.datasets.jobs.runners import make_runner
+from data_pipelines.tools.commands import make_runner
 from tests.helpers.proofs import HANG, wait_for
 
 OTHER_SIGNALS = (signal.SIGTERM, signal.SIGINT)

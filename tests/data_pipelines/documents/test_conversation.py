@@ -11,7 +11,7 @@ from jaxtyping import TypeCheckError
 
 from baichuan_omni_jax.config import tiny
 from baichuan_omni_jax.errors import ConfigError, RequestError
-from data_pipelines.datasets.builder.__main__ import main as build
+from data_pipelines.datasets.builder.command import main as build
 from data_pipelines.documents.chat_prompt import ChatPrompts
 from data_pipelines.documents.conversation import voice_prompt
 from data_pipelines.documents.document import Document
@@ -29,7 +29,7 @@ from data_pipelines.documents.prompt_writing import (
     write_prompt,
 )
 from data_pipelines.documents.prompts import NAMES, Picture, Reference, Text, parse_prompt
-from data_pipelines.synthesis.draft import Draft
+from data_pipelines.synthesis.units import Draft
 from data_pipelines.tokenizers.special_tokens import AUDIOTEXT_START, SPECIAL_TOKENS
 from data_pipelines.tokenizers.tokenizer import encode, train_tokenizer
 from tests.helpers.small_media import write_image, write_sound

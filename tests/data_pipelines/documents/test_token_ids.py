@@ -8,9 +8,8 @@ import pytest
 from baichuan_omni_jax.config import DataConfig, SourceConfig, tiny
 from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.datasets.builder.build import build_dataset
-from data_pipelines.datasets.jobs.runners import make_runner
 from data_pipelines.datasets.shards.reader import Shard, open_dataset, write_description
-from data_pipelines.datasets.shards.writer import ShardWriter
+from data_pipelines.datasets.shards.record import ShardWriter
 from data_pipelines.documents.document import Document
 from data_pipelines.documents.processor import Processor
 from data_pipelines.documents.prompts import Reference, Text, Tokens, parse_prompt
@@ -19,8 +18,9 @@ from data_pipelines.errors import SampleError
 from data_pipelines.media.location import Media
 from data_pipelines.packing.index_build import load_index
 from data_pipelines.tokenizers.tokenizer import encode, tokenizer_fingerprint, train_tokenizer
+from data_pipelines.tools.commands import make_runner
+from data_pipelines.tools.row_views import TEXT, describe
 from data_pipelines.tools.validate import validate
-from data_pipelines.tools.view import TEXT, describe
 
 QUESTION, ANSWER = "<C_Q>Which animal says meow?<C_A>", "The cat says meow."
 TAGS = (

@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+from argparse import ArgumentParser
 from dataclasses import replace
 from pathlib import Path
 from urllib.parse import quote
@@ -11,7 +12,7 @@ import pytest
 
 from baichuan_omni_jax.config import Budgets, DataConfig, SourceConfig, tiny
 from baichuan_omni_jax.errors import ConfigError, RequestError
-from data_pipelines.datasets.builder.__main__ import main as build
+from data_pipelines.datasets.builder.command import main as build
 from data_pipelines.datasets.shards.reader import open_dataset
 from data_pipelines.documents.chat_prompt import ChatPrompts
 from data_pipelines.documents.processor import Processor
@@ -19,9 +20,9 @@ from data_pipelines.documents.prompts import Reference, parse_prompt
 from data_pipelines.errors import SampleError
 from data_pipelines.media.location import MediaRoot, decode_base64, find_media
 from data_pipelines.pipeline import open_pipeline
-from data_pipelines.synthesis.__main__ import main as synthesize
+from data_pipelines.synthesis.command import main as synthesize
 from data_pipelines.tokenizers.tokenizer import train_tokenizer
-from data_pipelines.tools import show
+from data_pipelines.tools import visualize
 from data_pipelines.tools.stats import main as stats
 from tests.helpers.small_media import write_image, write_sound
 
@@ -215,7 +216,9 @@ class TestOneRule:
         path = str(data / manifest)
         assert build([path, "--out", str(corpus / "built"), "--workers", "0", *given]) == 0
         assert stats([path, "--workers", "0", *given]) == 0
-        shown = show._data_config(show._parser().parse_args([path, "--out", str(corpus / "row.png"), *given]))
+        parser = ArgumentParser()
+        visualize.add_arguments(parser)
+        shown = visualize._data_config(parser.parse_args([path, "--out", str(corpus / "row.png"), *given]))
         assert open_pipeline(shown, tiny()).causes() == {}
         assert synthesize(["filters", path, "--out", str(corpus / "kept"), "--workers", "0", *given]) == 0
         assert (corpus / "kept/kept.jsonl").read_text().count("\n") == 1

@@ -8,9 +8,8 @@ from PIL import Image
 
 from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.documents.prompts import Picture, Text, parse_prompt
-from data_pipelines.synthesis import __main__ as command
-from data_pipelines.synthesis.captions import job as captions
-from data_pipelines.synthesis.captions.job import PROMPTS
+from data_pipelines.synthesis import command
+from data_pipelines.synthesis.captions import CAPTIONS, PROMPTS
 from tests.helpers.synthesis_hooks import job_of
 
 HOOKS = "tests.helpers.synthesis_hooks"
@@ -98,7 +97,7 @@ def test_one_language_and_another_seed(manifest, tmp_path):
 )
 def test_hooks_that_cannot_be_used_are_refused(hook, named):
     with pytest.raises(ConfigError, match=named):
-        job_of(captions, "m.jsonl", "--out", "o", "--captioner", hook)
+        job_of(CAPTIONS, "m.jsonl", "--out", "o", "--captioner", hook)
 
 
 def test_the_command_tells_what_is_wrong(manifest, tmp_path, capsys):

@@ -13,10 +13,10 @@ from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.documents.manifest import read_manifest
 from data_pipelines.documents.prompts import Sound, parse_prompt
 from data_pipelines.media.location import find_media
-from data_pipelines.synthesis import __main__ as command
-from data_pipelines.synthesis.filters import job as filters
+from data_pipelines.synthesis import command
+from data_pipelines.synthesis.filters.job import FILTERS
 from data_pipelines.synthesis.filters.near_duplicates import find_duplicates, likeness, sign
-from data_pipelines.synthesis.filters.speech_check import count_edits, speech_units, spoken_texts
+from data_pipelines.synthesis.filters.rules import count_edits, speech_units, spoken_texts
 from data_pipelines.text.languages import detect_language
 from tests.helpers.small_media import write_sound
 from tests.helpers.synthesis_hooks import job_of
@@ -187,4 +187,4 @@ def test_speech_is_sorted_by_its_errors(tmp_path):
 )
 def test_rules_that_keep_nothing_are_refused(options, named):
     with pytest.raises(ConfigError, match=named):
-        job_of(filters, "m.jsonl", "--out", "o", *options)
+        job_of(FILTERS, "m.jsonl", "--out", "o", *options)

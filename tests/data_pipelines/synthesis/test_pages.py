@@ -17,17 +17,14 @@ from data_pipelines.documents.document import Document
 from data_pipelines.documents.prompt_writing import parse_prompt, plain_text
 from data_pipelines.documents.prompts import Picture
 from data_pipelines.errors import SampleError
-from data_pipelines.synthesis import __main__ as command
-from data_pipelines.synthesis.charts.chart_picture import draw_chart
-from data_pipelines.synthesis.charts.chart_questions import describe, questions, transcribe
-from data_pipelines.synthesis.charts.kinds import Chart, possible_charts
-from data_pipelines.synthesis.charts.tables import read_table, spell
-from data_pipelines.synthesis.draft import Draft
-from data_pipelines.synthesis.pages import job as pages
+from data_pipelines.synthesis import command
+from data_pipelines.synthesis.charts.drawing import draw_chart
+from data_pipelines.synthesis.charts.questions import describe, questions, transcribe
+from data_pipelines.synthesis.charts.tables import Chart, possible_charts, read_table, spell
 from data_pipelines.synthesis.pages import page_prompts
-from data_pipelines.synthesis.pages.job import PageSettings, make_pages
-from data_pipelines.synthesis.pages.layout import PageStyle, balance, normalise, paginate, wrap
-from data_pipelines.synthesis.pages.page_picture import draw_page, measurer
+from data_pipelines.synthesis.pages.job import PAGES, PageSettings, make_pages
+from data_pipelines.synthesis.pages.layout import PageStyle, balance, draw_page, measurer, normalise, paginate, wrap
+from data_pipelines.synthesis.units import Draft
 from data_pipelines.text.fonts import choose_font, find_fonts
 from tests.helpers.synthesis_hooks import job_of
 
@@ -292,4 +289,4 @@ def test_every_line_ends_in_an_output_or_is_skipped_with_any_number_of_workers(t
 )
 def test_options_that_make_no_page_are_refused(options, named):
     with pytest.raises(ConfigError, match=named):
-        job_of(pages, "m.jsonl", "--out", "o", *options)
+        job_of(PAGES, "m.jsonl", "--out", "o", *options)

@@ -15,22 +15,20 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from baichuan_omni_jax.errors import ConfigError
-from data_pipelines.datasets.builder import __main__ as build
+from data_pipelines.datasets.builder import command as build
 from data_pipelines.documents.document import Document
 from data_pipelines.documents.prompt_writing import image_tag, plain_text, turn
 from data_pipelines.documents.prompts import Sound, Text, parse_prompt
 from data_pipelines.errors import SampleError
 from data_pipelines.media.location import Media
-from data_pipelines.synthesis.__main__ import main
-from data_pipelines.synthesis.draft import Draft
-from data_pipelines.synthesis.speech import espeak, intlv, text_to_speech, voice_list
-from data_pipelines.synthesis.speech.intlv import write_intlv
-from data_pipelines.synthesis.speech.itts import write_itts
-from data_pipelines.synthesis.speech.text_to_speech import EspeakSpeech, load_speech, voice_text
+from data_pipelines.synthesis.command import main
+from data_pipelines.synthesis.prompts import READ_ALOUD, TRANSCRIBE
+from data_pipelines.synthesis.speech import espeak, speaking, voice_list
+from data_pipelines.synthesis.speech.espeak import VOICES
+from data_pipelines.synthesis.speech.speaking import EspeakSpeech, load_speech, voice_text
+from data_pipelines.synthesis.speech.tasks import INTLV, write_intlv, write_itts
 from data_pipelines.synthesis.speech.voice_list import SENTENCES
-from data_pipelines.synthesis.speech.voices import VOICES
-from data_pipelines.synthesis.task_prompts import READ_ALOUD, TRANSCRIBE
-from data_pipelines.synthesis.units import add_job_arguments
+from data_pipelines.synthesis.units import Draft, add_job_arguments
 from tests.helpers.fake_speech import BrokenSpeech
 from tests.helpers.synthesis_job import FAKE, SHORT, read, run, write_manifest
 
@@ -41,7 +39,7 @@ def digests(folder):
     return {
         path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in folder.rglob("*")
-        if path.is_file() and path.suffix != ".lock"
+        if path.is_file()
     }
 
 
@@ -80,7 +78,7 @@ def test_resampling_forgets_what_it_did_before(monkeypatch):
     rng, speech, voice = np.random.default_rng(0), EspeakSpeech(16000), VOICES["en"][0]
 
     def say(samples) -> np.ndarray:
-        monkeypatch.setattr(text_to_speech, "speak", lambda *arguments, **options: samples.astype(np.int16))
+        monkeypatch.setattr(speaking, "speak", lambda *arguments, **options: samples.astype(np.int16))
         return voice_text(speech, "...", voice, "en")[0]
 
     clips = [rng.normal(0, 3000, 66150 + length) for length in range(1, 120, 8)]
@@ -218,16 +216,10 @@ def test_the_user_s_own_voices_and_languages(tmp_path):
     [
         (("--tts", "festival"), "neither espeak nor espeak-24k nor of the form package.module:factory"),
         (("--tts", "no_such_module:make"), "cannot be loaded: No module named 'no_such_module'"),
-        (("--tts", "tests.helpers.fake_speech:no_such"), "has no attribute 'no_such'"),
-        (("--tts", "tests.helpers.fake_speech:make_nothing"), "has no method voices"),
-        (
-            ("--tts", "tests.helpers.fake_speech:break_down"),
-            "fake_speech:break_down cannot be loaded: RuntimeError: no model",
-        ),
-        (
-            (*FAKE, "--voices", "hoarse"),
-            "--voices hoarse: tests.helpers.fake_speech:make has no such voice, but deep, shrill",
-        ),
+        (("--tts", "fake_speech:no_such"), "has no attribute 'no_such'"),
+        (("--tts", "fake_speech:make_nothing"), "has no method voices"),
+        (("--tts", "fake_speech:break_down"), "fake_speech:break_down cannot be loaded: RuntimeError: no model"),
+        ((*FAKE, "--voices", "hoarse"), "--voices hoarse: fake_speech:make has no such voice, but deep, shrill"),
         ((*FAKE, "--language", "fr"), "has no voice that speaks fr"),
         ((*FAKE, "--longest", "0.1"), "--longest 0.1"),
         ((*FAKE, "--pieces", "2"), "--pieces 2"),
@@ -238,9 +230,9 @@ def test_options_that_cannot_be_used(tmp_path, options, message):
     manifest = write_manifest(tmp_path, STORY)
     parser = argparse.ArgumentParser()
     add_job_arguments(parser)
-    intlv.add_arguments(parser)
+    INTLV.add_arguments(parser)
     with pytest.raises(ConfigError, match=re.escape(message)):
-        intlv.make_job(parser.parse_args([str(manifest), "--out", str(tmp_path / "out"), *options]))
+        INTLV.make_job(parser.parse_args([str(manifest), "--out", str(tmp_path / "out"), *options]))
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipelines.synthesis.speech.alternating import group_pieces
+from data_pipelines.synthesis.speech.tasks import group_pieces
 from data_pipelines.text.splitting import split_text, spoken_seconds
 
 ALPHABET = [*"ab Z1.,;!?。，！？；…“”\"'「」()（）\n湖水很平静", "Dr.", "e.g.", "3.14", "Ж", "é", "😀", "\u3000"]

@@ -1,4 +1,4 @@
-"""`python -m data_pipelines.tools.show MANIFEST... --out row.png`: draws packed rows and one document.
+"""Draws packed rows and one document.
 
 A manifest is a JSONL file, media beside it, or the folder of a built dataset; several lie side by side.
 Rows are packed as a run would pack them: documents, what each token is, where there is loss, what is padding. Below
@@ -17,38 +17,17 @@ from data_pipelines.datasets.sources import trusted_folders
 from data_pipelines.documents.manifest import manifest_stem
 from data_pipelines.errors import file_errors
 from data_pipelines.pipeline import Pipeline, open_pipeline
-from data_pipelines.tools.commands import add_media_arguments, given_root, trusted_names
-from data_pipelines.tools.view import find_document, richest_document, view_document, view_rows
+from data_pipelines.tools.commands import (
+    add_media_arguments,
+    given_root,
+    run_command,
+    trusted_names,
+)
+from data_pipelines.tools.row_views import find_document, richest_document, view_document, view_rows
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 with one sentence when the input cannot be used."""
-    options = _parser().parse_args(arguments)
-    return exit_code(lambda: show(options))
-
-
-def show(options: argparse.Namespace) -> None:
-    """Draws what `options` ask for and prints a line a row. Raises ConfigError."""
-    _check_matplotlib()
-    if options.rows < 1 or options.length < 1:
-        raise ConfigError(f"--rows {options.rows} and --length {options.length} must be at least 1")
-    with file_errors(options.out):
-        pipeline = open_pipeline(_data_config(options), resolve_model(options.model))
-        rows, lost = view_rows(pipeline, options.rows)
-        chosen = find_document(pipeline, options.document) if options.document else richest_document(rows[0])
-        document = view_document(chosen, pipeline.processor)
-        from data_pipelines.tools.drawing import draw  # imports matplotlib
-
-        draw(rows, document, options.out, notes=_notes(pipeline, lost))
-    for line in lost:
-        print(line, file=sys.stderr)
-    for number, row in enumerate(rows):
-        print(f"row {number}: {len(row.segments)} documents; {row.describe_fill()}")
-    print(f"{options.out}: {len(rows)} rows and document {chosen.id} ({chosen.where})")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m data_pipelines.tools.show", description=__doc__)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments."""
     add = parser.add_argument
     add(
         "manifests", metavar="MANIFEST", type=Path, nargs="+", help="JSONL, media beside it, or the folder of a dataset"
@@ -64,7 +43,36 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", default="tiny", help="tiny, baichuan_omni_7b or a config.json: sizes and limits of the media")
     add("--tokenizer", default="", help="a tokenizer.json (default: one trained on the manifests' text)")
     add("--seed", type=int, default=0, help="seed of the shuffle (default 0)")
-    return parser
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Returns the exit code: 0, or 2 with one sentence when something given cannot be used."""
+    return exit_code(lambda: visualize(arguments))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command by itself; returns the exit code."""
+    return run_command("visualize", __doc__, add_arguments, run, arguments)
+
+
+def visualize(options: argparse.Namespace) -> None:
+    """Draws what `options` ask for and prints a line a row. Raises ConfigError."""
+    _check_matplotlib()
+    if options.rows < 1 or options.length < 1:
+        raise ConfigError(f"--rows {options.rows} and --length {options.length} must be at least 1")
+    with file_errors(options.out):
+        pipeline = open_pipeline(_data_config(options), resolve_model(options.model))
+        rows, lost = view_rows(pipeline, options.rows)
+        chosen = find_document(pipeline, options.document) if options.document else richest_document(rows[0])
+        document = view_document(chosen, pipeline.processor)
+        from data_pipelines.tools.row_drawing import draw  # imports matplotlib
+
+        draw(rows, document, options.out, notes=_notes(pipeline, lost))
+    for line in lost:
+        print(line, file=sys.stderr)
+    for number, row in enumerate(rows):
+        print(f"row {number}: {len(row.segments)} documents; {row.describe_fill()}")
+    print(f"{options.out}: {len(rows)} rows and document {chosen.id} ({chosen.where})")
 
 
 def _data_config(options: argparse.Namespace) -> DataConfig:

@@ -9,14 +9,14 @@ from PIL import Image
 
 from baichuan_omni_jax.config import tiny
 from baichuan_omni_jax.errors import ConfigError
-from data_pipelines.datasets.builder import __main__ as build
+from data_pipelines.datasets.builder import command as build
 from data_pipelines.media.features import patchify, resize_picture
 from data_pipelines.media.images import decode_image
-from data_pipelines.synthesis import __main__ as synthesis
+from data_pipelines.synthesis import command as synthesis
 from data_pipelines.text import lettering
 from data_pipelines.text.lettering import Lettering
-from data_pipelines.tools import show
-from data_pipelines.tools.view import (
+from data_pipelines.tools import visualize
+from data_pipelines.tools.row_views import (
     AUDIO_LOSS,
     FRAME,
     HEARD,
@@ -38,7 +38,7 @@ OMNI = tiny()
 
 
 def run(*arguments):
-    return show.main([str(argument) for argument in arguments])
+    return visualize.main([str(argument) for argument in arguments])
 
 
 def test_a_picture_is_drawn(sample_root, tmp_path, capsys):

@@ -14,7 +14,7 @@ from matplotlib.patheffects import withStroke
 
 from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.text.lettering import Lettering
-from data_pipelines.tools.view import (
+from data_pipelines.tools.row_views import (
     AUDIO_LOSS,
     FRAME,
     HEARD,

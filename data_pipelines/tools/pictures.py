@@ -1,4 +1,4 @@
-"""What an audio tokenizer does to sound, on one page: mels before and after, codes used and error level by level."""
+"""Pictures of mels and of what an audio tokenizer does to audio, as figures of matplotlib (extra `show`)."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,6 +6,21 @@ from pathlib import Path
 import matplotlib.figure
 import numpy as np
 from jaxtyping import Float
+
+
+def draw_mels(mels: Mapping[str, Float[np.ndarray, "_ mels"]], seconds: float, out: Path) -> None:
+    """Draws each mel (frames, mels) of `seconds` a frame under its name into the file `out`; NaN stays blank."""
+    figure = matplotlib.figure.Figure(figsize=(10, 2.2 * len(mels)), layout="constrained")
+    low, high = min(map(np.nanmin, mels.values())), max(map(np.nanmax, mels.values()))
+    for axes, (name, mel) in zip(
+        figure.subplots(len(mels), sharex=True, squeeze=False)[:, 0], mels.items(), strict=True
+    ):
+        extent = (0, len(mel) * seconds, 0, mel.shape[1])
+        axes.imshow(mel.T, origin="lower", aspect="auto", extent=extent, vmin=low, vmax=high, interpolation="nearest")
+        axes.set_ylabel(f"{name}\nmel filter")
+    axes.set_xlabel("seconds")
+    figure.savefig(out, dpi=100)
+
 
 _BLUE, _ORANGE = "#3b6ea5", "#d98032"
 

@@ -18,9 +18,8 @@ from data_pipelines.documents.prompts import Picture, parse_prompt
 from data_pipelines.errors import SampleError
 from data_pipelines.media.images import decode_image
 from data_pipelines.media.location import Media, find_media
-from data_pipelines.synthesis.draft import Draft
-from data_pipelines.synthesis.hooks import load_hook
-from data_pipelines.synthesis.units import manifest_job
+from data_pipelines.synthesis.units import Draft, SynthesisTask, manifest_job
+from data_pipelines.tools.commands import load_hook
 
 NAME = "captions"
 PROMPTS = {
@@ -119,3 +118,11 @@ def _ask(captioner: Captioner, image: np.ndarray, prompt: str, language: str, me
 
 def _load(settings: CaptionSettings) -> Captioner:
     return load_hook("--captioner", settings.captioner, "caption")
+
+
+CAPTIONS = SynthesisTask(
+    NAME,
+    "Captions of pictures by a program of the user's: a caption document for every picture and language.",
+    add_arguments,
+    make_job,
+)

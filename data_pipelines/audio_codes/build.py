@@ -24,10 +24,17 @@ from jaxtyping import Float, Int32, Shaped
 
 from baichuan_omni_jax.audio.config import AudioConfig
 from baichuan_omni_jax.locks import take_lock
-from data_pipelines.audio_codes.clips import ENTRY, REFERENCE, open_table, save_table
-from data_pipelines.audio_codes.listing import clip_sources, listed, listing_job, mixture_key
-from data_pipelines.audio_codes.mels import MelReader
-from data_pipelines.audio_codes.store import UNUSED, CodeStore, part_name, read_meta
+from data_pipelines.audio_codes.store import (
+    ENTRY,
+    REFERENCE,
+    UNUSED,
+    CodeStore,
+    open_table,
+    part_name,
+    read_meta,
+    save_table,
+)
+from data_pipelines.audio_codes.windows import MelReader, clip_sources, listed, listing_job, mixture_key
 from data_pipelines.audio_codes.writer import PART_FRAMES, create_store, part_bounds, publish, starts_of, write_part
 from data_pipelines.datasets.jobs import Job, Unit, run_job
 from data_pipelines.datasets.jobs.job import Runner

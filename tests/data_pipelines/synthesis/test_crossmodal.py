@@ -2,7 +2,7 @@
 
 from data_pipelines.documents.prompt_writing import heard_tag, image_tag, trainable, turn, video_tag
 from data_pipelines.documents.prompts import Picture, Sound, Text, Video, parse_prompt
-from data_pipelines.synthesis.task_prompts import ANSWER_PICTURE, CONTINUE_PICTURE
+from data_pipelines.synthesis.prompts import ANSWER_PICTURE, CONTINUE_PICTURE
 from tests.helpers.small_media import write_image, write_video
 from tests.helpers.synthesis_job import FAKE, SHORT, run, write_manifest
 

@@ -13,10 +13,9 @@ import pytest
 from baichuan_omni_jax.config import Budgets, DataConfig, SourceConfig, tiny
 from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.audio_codes import CodeStore
-from data_pipelines.audio_codes.clips import REFERENCE
-from data_pipelines.audio_codes.fill import Settings, Tokenizer, open_or_fill, store_path
-from data_pipelines.audio_codes.listing import ClipSource, clip_sources, listed, listing_job
-from data_pipelines.audio_codes.mels import MelReader
+from data_pipelines.audio_codes.build import Settings, Tokenizer, open_or_fill, store_path
+from data_pipelines.audio_codes.store import REFERENCE
+from data_pipelines.audio_codes.windows import ClipSource, MelReader, clip_sources, listed, listing_job
 from data_pipelines.datasets.jobs import run_job
 from data_pipelines.datasets.jobs.local import LocalRunner
 from data_pipelines.errors import SampleError
@@ -135,7 +134,7 @@ def test_held_out_documents_share_the_store(root, fill):
 
 @pytest.mark.slow
 def test_parts_are_the_same_whatever_the_workers(pipeline, fill, monkeypatch):
-    monkeypatch.setattr("data_pipelines.audio_codes.fill.FEW", 0)
+    monkeypatch.setattr("data_pipelines.audio_codes.build.FEW", 0)
     store, _ = fill(pipeline, workers=2)
     whole = store.meta
     shutil.rmtree(store.path)
@@ -169,7 +168,7 @@ def test_windows_without_codes_are_named_and_left_out(pipeline, tmp_path, caplog
 def test_no_decoder_outlives_a_killed_program(tmp_path):
     """Its workers have nothing to do when it is killed: they wait for a next task, which never comes."""
     code = (
-        "from data_pipelines.audio_codes.mels import MelReader, _Task\n"
+        "from data_pipelines.audio_codes.windows import MelReader, _Task\n"
         "from baichuan_omni_jax.config import tiny\n"
         "if __name__ == '__main__':\n"
         "    reader = MelReader((), tiny().audio, 2)\n"

@@ -5,8 +5,7 @@ from decimal import Decimal
 
 import numpy as np
 
-from data_pipelines.synthesis.charts.kinds import Chart
-from data_pipelines.synthesis.charts.tables import Series, spell
+from data_pipelines.synthesis.charts.tables import Chart, Series, spell
 
 Pair = tuple[str, str]  # a question and its answer
 

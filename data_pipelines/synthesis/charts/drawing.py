@@ -12,9 +12,8 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.text import Text
 from PIL import Image
 
-from data_pipelines.synthesis.charts.kinds import MAX_WRITTEN, Chart
-from data_pipelines.synthesis.charts.tables import Series, spell
-from data_pipelines.synthesis.pages.page_picture import GRID
+from data_pipelines.synthesis.charts.tables import MAX_WRITTEN, Chart, Series, spell
+from data_pipelines.synthesis.pages.layout import GRID
 
 DPI = 100
 _PALETTES = ("tab10", "Set2", "Dark2", "Paired")
