@@ -28,7 +28,7 @@ import torch
 import transformers
 from rows import emit, row
 
-from baichuan_omni_jax.config import GenerationSettings, MeshConfig, OmniConfig, tiny
+from baichuan_omni_jax.config import GenerationConfig, MeshConfig, OmniConfig, tiny
 from baichuan_omni_jax.convert import branch_rules, load_branch_from_safetensors
 from baichuan_omni_jax.convert.safetensors_io import TensorInfo
 from baichuan_omni_jax.generation.engine import Engine
@@ -210,7 +210,7 @@ def measure_recompiles(prompts: int) -> dict:
     engine = Engine({"llm": llm}, cfg, None, slots=2, length=512)
     engine.warm_up()
     before = engine.compiles
-    settings = dataclasses.replace(GenerationSettings().greedy(), max_tokens=4)
+    settings = dataclasses.replace(GenerationConfig().greedy(), max_tokens=4)
     rng = np.random.default_rng(0)
     lengths = rng.choice(np.arange(1, 500), prompts, replace=False)
     keys = jax.random.split(jax.random.key(1), prompts)

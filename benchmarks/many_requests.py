@@ -23,7 +23,7 @@ import jax
 import numpy as np
 from rows import emit, row
 
-from baichuan_omni_jax.config import GenerationSettings, MeshConfig, OmniConfig, tiny
+from baichuan_omni_jax.config import GenerationConfig, MeshConfig, OmniConfig, tiny
 from baichuan_omni_jax.errors import RequestError
 from baichuan_omni_jax.generation.engine import Engine
 from baichuan_omni_jax.generation.events import Answer, Finished, Prompt
@@ -42,7 +42,7 @@ class Asked:
     """A request; `cause`: why it must be refused, or None. `dropped`: its client goes after the first event."""
 
     prompt: Prompt
-    settings: GenerationSettings
+    settings: GenerationConfig
     cause: str | None
     dropped: bool
 
@@ -81,7 +81,7 @@ def spoil(prompt: SimpleNamespace, cause: str, cfg: OmniConfig) -> None:
 
 def make_requests(count: int, bad: float, cfg: OmniConfig) -> Iterator[Asked]:
     rng = np.random.default_rng(0)
-    base = GenerationSettings(max_tokens=16, piece_tokens=6, piece_frames=12)
+    base = GenerationConfig(max_tokens=16, piece_tokens=6, piece_frames=12)
     spoilt = set(rng.choice(count, round(bad * count), replace=False).tolist())
     for n in range(count):
         pictures, codes = (int(x) for x in (rng.integers(0, 3), rng.integers(0, 20)))

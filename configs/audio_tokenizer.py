@@ -20,7 +20,7 @@ from baichuan_omni_jax.config import (
     OptimizerConfig,
     QuantizerConfig,
     RunConfig,
-    TokenizerTraining,
+    TokenizerTrainConfig,
     TrainConfig,
     mixture_of,
 )
@@ -63,7 +63,7 @@ def get_config() -> RunConfig:
             every=1000,
             init_from=f"audio_encoder={WEIGHTS},llm={WEIGHTS},audio_decoder=random,transcript_adapter=random",
         ),
-        tokenizer=TokenizerTraining(
+        tokenizer=TokenizerTrainConfig(
             commitment_start=0.05,
             quantizer=QuantizerConfig(
                 decay=0.99,

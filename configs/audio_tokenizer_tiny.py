@@ -19,7 +19,7 @@ from baichuan_omni_jax.config import (
     QuantizerConfig,
     RunConfig,
     SourceConfig,
-    TokenizerTraining,
+    TokenizerTrainConfig,
     TrainConfig,
 )
 
@@ -60,7 +60,7 @@ def get_config() -> RunConfig:
             # No clip of omni.jsonl is in audio.jsonl.
             mixtures=(EvalMixture(name="speech", sources=(SourceConfig(name="omni", manifest="omni.jsonl"),)),),
         ),
-        tokenizer=TokenizerTraining(
+        tokenizer=TokenizerTrainConfig(
             transcript=0.1,
             commitment_start=0.05,
             quantizer=QuantizerConfig(

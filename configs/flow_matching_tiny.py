@@ -12,7 +12,7 @@ from baichuan_omni_jax.config import (
     DataConfig,
     EvalConfig,
     EvalMixture,
-    FlowTraining,
+    FlowTrainConfig,
     GroupConfig,
     OptimizerConfig,
     RunConfig,
@@ -59,5 +59,5 @@ def get_config() -> RunConfig:
             # No clip of omni.jsonl is in audio.jsonl.
             mixtures=(EvalMixture(name="speech", sources=(SourceConfig(name="omni", manifest="omni.jsonl"),)),),
         ),
-        flow=FlowTraining(ema=0.99),
+        flow=FlowTrainConfig(ema=0.99),
     )

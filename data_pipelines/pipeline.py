@@ -13,7 +13,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from baichuan_omni_jax.config import DataConfig, OmniConfig, SourceConfig, TrainConfig
-from baichuan_omni_jax.config.mel_targets import MelTargetSettings
+from baichuan_omni_jax.config.mel_targets import MelTargetSpec
 from baichuan_omni_jax.config.overrides import check_kinds
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.flops.row_cost import row_cost
@@ -52,7 +52,7 @@ class Pipeline:
     omni: OmniConfig
     processor: Processor
     indexes: tuple[Index, ...]
-    targets: Mapping[str, MelTargetSettings] = field(default_factory=dict)
+    targets: Mapping[str, MelTargetSpec] = field(default_factory=dict)
     weighting: str = "token"
     untrained: tuple[int, ...] = ()
 
@@ -154,7 +154,7 @@ def open_pipeline(
     config: DataConfig,
     omni: OmniConfig,
     processor: Processor | None = None,
-    targets: Mapping[str, MelTargetSettings] | None = None,
+    targets: Mapping[str, MelTargetSpec] | None = None,
     weighting: str = "token",
     untrained: tuple[int, ...] = (),
 ) -> Pipeline:

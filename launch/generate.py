@@ -30,7 +30,7 @@ from baichuan_omni_jax.cli.generation.opening import OneSentenceParser, Opened, 
 from baichuan_omni_jax.cli.generation.report import as_record, describe, show
 from baichuan_omni_jax.cli.generation.settings import add_settings_flags, settings_of
 from baichuan_omni_jax.cli.generation.talking import talk
-from baichuan_omni_jax.config import GenerationSettings
+from baichuan_omni_jax.config import GenerationConfig
 from baichuan_omni_jax.errors import ConfigError, RequestError, check_folders, exit_code
 from baichuan_omni_jax.generation.batch_requests import Question, answer_questions, read_questions
 from baichuan_omni_jax.generation.chat import ChatAnswer, Reply
@@ -114,7 +114,7 @@ def _answer_manifest(options: argparse.Namespace, opened: Opened, questions: lis
     say(f"{options.output}: {counts}; {metrics.tokens_per_s:.1f} tokens/s, {metrics.compiles} programs compiled")
 
 
-def _settings(options: argparse.Namespace) -> GenerationSettings:
+def _settings(options: argparse.Namespace) -> GenerationConfig:
     aloud = options.task != "tts" and bool(options.speech or options.out)
     return settings_of(options, default_settings(options.task, aloud))
 

@@ -23,7 +23,7 @@ from baichuan_omni_jax.audio.tokenize import WindowEncoder, fingerprint
 from baichuan_omni_jax.checkpoint import find_tokenizer, read_tree, with_shardings, with_text_tokenizer
 from baichuan_omni_jax.checkpoint.branches import branch_folder
 from baichuan_omni_jax.config import MeshConfig, OmniConfig, RunConfig, apply_overrides, load_run_config, resolve_model
-from baichuan_omni_jax.config.mel_targets import sound_targets
+from baichuan_omni_jax.config.mel_targets import run_mel_targets
 from baichuan_omni_jax.errors import exit_code, run_command
 from baichuan_omni_jax.nn.param import ComputePolicy, named_values, with_values
 from baichuan_omni_jax.sharding import make_mesh
@@ -104,14 +104,14 @@ def ensure_codes(
 def open_pipelines(run: RunConfig, omni: OmniConfig) -> dict[str, Pipeline]:
     """The pipeline of the run's mixture under "", and those of its held-out mixtures by name."""
     prepare_sample(run.data)
-    targets = sound_targets(run, omni)
+    targets = run_mel_targets(run, omni)
     # Known here already, since what a document weighs is shared out among the targets that count.
     untrained = untrained_targets(run, omni) if run.task == "omni" else ()
     weighting = run.train.document_weighting
     training = open_pipeline(run.data, omni, targets=targets, weighting=weighting, untrained=untrained)
     held_out = {
         mixture.name: open_pipeline(replace(run.data, mixture=mixture.sources), omni, training.processor, targets)
-        for mixture in (run.eval.mixtures if run.eval.every or run.eval.sound_every else ())
+        for mixture in (run.eval.mixtures if run.eval.every or run.eval.audio_every else ())
     }
     return {"": training} | held_out
 

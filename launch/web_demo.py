@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 
 from baichuan_omni_jax.cli.generation.opening import OneSentenceParser, add_model_flags, open_chat
 from baichuan_omni_jax.cli.generation.settings import add_settings_flags, settings_of
-from baichuan_omni_jax.config import GenerationSettings
+from baichuan_omni_jax.config import GenerationConfig
 from baichuan_omni_jax.errors import ConfigError, exit_code
 from baichuan_omni_jax.serving.limits import Limits
 
@@ -48,7 +48,7 @@ def serve(arguments: list[str] | None) -> None:
     with _listen(options.host, options.port) as listening, TemporaryDirectory() as folder:
         os.environ["GRADIO_TEMP_DIR"] = f"{folder}/uploads"
         root = Path(folder) / "sessions"
-        opened = open_chat(options, settings_of(options, GenerationSettings()), root)
+        opened = open_chat(options, settings_of(options, GenerationConfig()), root)
         if opened.chat.processor is None:
             raise ConfigError(f"checkpoint {options.checkpoint} brings no tokenizer: give one with --tokenizer")
         settings = PageSettings(

@@ -3,8 +3,8 @@
 Imports neither jax nor flax, so that data workers can use it.
 """
 
-from baichuan_omni_jax.config.audio import FlowTraining, QuantizerConfig, SpecAugmentConfig, TokenizerTraining
-from baichuan_omni_jax.config.generation import READ_AT_LEAST, VOICE, GenerationSettings, Sampling, check_voice
+from baichuan_omni_jax.config.audio import FlowTrainConfig, QuantizerConfig, SpecAugmentConfig, TokenizerTrainConfig
+from baichuan_omni_jax.config.generation import READ_AT_LEAST, VOICE, GenerationConfig, SamplingConfig, check_voice
 from baichuan_omni_jax.config.hf import from_hf, read_hf, to_hf
 from baichuan_omni_jax.config.model import MODELS, OmniConfig, SpecialTokens, baichuan_omni_7b, resolve_model, tiny
 from baichuan_omni_jax.config.overrides import apply_overrides, from_dict, to_dict
@@ -40,8 +40,8 @@ __all__ = [
     "DataConfig",
     "EvalConfig",
     "EvalMixture",
-    "FlowTraining",
-    "GenerationSettings",
+    "FlowTrainConfig",
+    "GenerationConfig",
     "GroupConfig",
     "ImagesConfig",
     "MeshConfig",
@@ -50,11 +50,11 @@ __all__ = [
     "QuantizerConfig",
     "RequestError",
     "RunConfig",
-    "Sampling",
+    "SamplingConfig",
     "SourceConfig",
     "SpecAugmentConfig",
     "SpecialTokens",
-    "TokenizerTraining",
+    "TokenizerTrainConfig",
     "TrainConfig",
     "apply_overrides",
     "baichuan_omni_7b",

@@ -71,7 +71,7 @@ class SpecAugmentConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizerTraining:
+class TokenizerTrainConfig:
     """The loss of the audio tokenizer: `reconstruction` x (L1 + L2 of coarse and refined mel at every scale) +
     `transcript` x cross-entropy of what was said, read by a frozen language model + `commitment` x squared distance
     of the features to their codes.
@@ -98,7 +98,7 @@ class TokenizerTraining:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FlowTraining:
+class FlowTrainConfig:
     """The loss of the flow-matching decoder: flow matching + `prior` x L1 of the pre-net's mel.
 
     A share `condition_dropout` of the clips sees no condition. `ema` is the decay of the running mean of the weights,

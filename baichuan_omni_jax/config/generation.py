@@ -13,7 +13,7 @@ VOICE = "邻家女声"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling:
+class SamplingConfig:
     """How one token is drawn from its logits.
 
     First the logits of what the sequence already holds are divided by `repetition_penalty` where positive, multiplied
@@ -37,7 +37,7 @@ class Sampling:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerationSettings:
+class GenerationConfig:
     """How one answer is generated; the defaults are those of the released demos.
 
     `speech` answers aloud: a piece of text, at most `piece_tokens`, then its speech, at most `piece_frames` code frames
@@ -53,10 +53,10 @@ class GenerationSettings:
     voice: str = VOICE
     max_tokens: int = 1024
     stop: tuple[str, ...] = ()
-    text: Sampling = Sampling(temperature=0.8, top_k=20, top_p=0.85, repetition_penalty=1.1)
-    first_piece: Sampling = Sampling(temperature=0.8, top_k=20, top_p=0.85, repetition_penalty=1.1)
-    piece: Sampling = Sampling(temperature=0.3, top_k=20, top_p=0.85, repetition_penalty=1.05)
-    codes: Sampling = Sampling(temperature=0.5, top_k=5, top_p=0.85, repetition_penalty=1.3)
+    text: SamplingConfig = SamplingConfig(temperature=0.8, top_k=20, top_p=0.85, repetition_penalty=1.1)
+    first_piece: SamplingConfig = SamplingConfig(temperature=0.8, top_k=20, top_p=0.85, repetition_penalty=1.1)
+    piece: SamplingConfig = SamplingConfig(temperature=0.3, top_k=20, top_p=0.85, repetition_penalty=1.05)
+    codes: SamplingConfig = SamplingConfig(temperature=0.5, top_k=5, top_p=0.85, repetition_penalty=1.3)
     piece_tokens: int = 50
     piece_frames: int = 500
     piece_seconds: float = READ_AT_LEAST
@@ -73,10 +73,12 @@ class GenerationSettings:
         if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
             raise ConfigError(f"stop {self.stop!r} must be a tuple of strings, none of them empty")
 
-    def greedy(self) -> "GenerationSettings":
+    def greedy(self) -> "GenerationConfig":
         """The same, with nothing drawn and no penalty."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return GenerationSettings(**{k: Sampling() if isinstance(v, Sampling) else v for k, v in values.items()})
+        return GenerationConfig(
+            **{k: SamplingConfig() if isinstance(v, SamplingConfig) else v for k, v in values.items()}
+        )
 
 
 def check_voice(voice: str) -> None:

@@ -12,7 +12,7 @@ HIGHEST = 8000.0  # Hz, of the highest filter
 
 
 @dataclass(frozen=True)
-class MelTargetSettings:
+class MelTargetSpec:
     """Rate in Hz, window and hop in samples, number of filters (Slaney, 0 to 8 kHz), and the least magnitude."""
 
     rate: int
@@ -31,19 +31,17 @@ class MelTargetSettings:
         return Fraction(self.rate, self.hop)
 
 
-def sound_targets(run: RunConfig, omni: OmniConfig) -> dict[str, MelTargetSettings]:
+def run_mel_targets(run: RunConfig, omni: OmniConfig) -> dict[str, MelTargetSpec]:
     """What a run's batches hold beside mel slots, by name: `scale_0`, `scale_1`, … or `flow`."""
     if run.task == "audio_tokenizer":
         return reconstruction_targets(run.tokenizer.mel_scales, omni.post_net)
     return {"flow": flow_target(omni.flow)} if run.task == "flow_matching" else {}
 
 
-def reconstruction_targets(
-    scales: tuple[tuple[int, int], ...], post_net: PostNetConfig
-) -> dict[str, MelTargetSettings]:
+def reconstruction_targets(scales: tuple[tuple[int, int], ...], post_net: PostNetConfig) -> dict[str, MelTargetSpec]:
     """What the audio decoder learns to make, at every (n_fft, hop)."""
     rate, mels = post_net.sampling_rate, post_net.num_mel_bins
-    return {f"scale_{i}": MelTargetSettings(rate, n_fft, hop, mels, 1e-6) for i, (n_fft, hop) in enumerate(scales)}
+    return {f"scale_{i}": MelTargetSpec(rate, n_fft, hop, mels, 1e-6) for i, (n_fft, hop) in enumerate(scales)}
 
 
 def reconstruction_ratios(scales: tuple[tuple[int, int], ...], post_net: PostNetConfig) -> tuple[Fraction, ...]:
@@ -52,11 +50,11 @@ def reconstruction_ratios(scales: tuple[tuple[int, int], ...], post_net: PostNet
     return tuple(made / target.frame_rate for target in reconstruction_targets(scales, post_net).values())
 
 
-def decoded_target(post_net: PostNetConfig) -> MelTargetSettings:
+def decoded_target(post_net: PostNetConfig) -> MelTargetSpec:
     """What the audio decoder's refined mel is by itself: the post-net's own window and hop."""
     return reconstruction_targets(((post_net.n_fft, post_net.hop_length),), post_net)["scale_0"]
 
 
-def flow_target(flow: FlowConfig) -> MelTargetSettings:
+def flow_target(flow: FlowConfig) -> MelTargetSpec:
     """What the flow-matching decoder makes and the vocoder reads: windows of four hops."""
-    return MelTargetSettings(flow.sampling_rate, 4 * flow.hop_length, flow.hop_length, flow.in_channels, 1e-5)
+    return MelTargetSpec(flow.sampling_rate, 4 * flow.hop_length, flow.hop_length, flow.in_channels, 1e-5)

@@ -12,6 +12,14 @@ from baichuan_omni_jax.errors import ConfigError
 
 T = TypeVar("T")
 
+# Keys of a run that have been renamed: whoever still writes the old one is told the new one.
+RENAMED = {
+    "eval.sound_every": "eval.audio_every",
+    "eval.sounds": "eval.audio_samples",
+    "tokenizer.quantizer.quantised_share": "tokenizer.quantizer.quantized_share",
+    "tokenizer.quantizer.quantised_steps": "tokenizer.quantizer.quantized_steps",
+}
+
 
 def to_dict(config: Any) -> Any:
     """Dataclasses to dicts and tuples to lists, ready for JSON."""
@@ -80,6 +88,8 @@ def _replace(config: Any, keys: Sequence[str], text: str, path: str) -> Any:
 
 def _check_key(key: str, known: Any, where: str) -> None:
     if key not in known:
+        if new := RENAMED.get(f"{where}{key!s}"):
+            raise ConfigError(f"config key {where}{key!s} is now {new}")
         near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.0)
         raise ConfigError(f"unknown config key {where}{key!s}; the nearest known one is {where}{near[0]}")
 

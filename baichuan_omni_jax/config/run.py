@@ -1,13 +1,14 @@
 """`RunConfig`: everything a run decides that is not architecture. One file in `configs/` builds one."""
 
+import re
 import runpy
 import traceback
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
-from baichuan_omni_jax.config.audio import FlowTraining, TokenizerTraining
-from baichuan_omni_jax.config.overrides import check_kinds
+from baichuan_omni_jax.config.audio import FlowTrainConfig, TokenizerTrainConfig
+from baichuan_omni_jax.config.overrides import RENAMED, check_kinds
 from baichuan_omni_jax.errors import ConfigError
 
 Policy = Literal["split", "fewer_frames", "chunk", "chunk_text"]
@@ -163,15 +164,15 @@ class EvalMixture:
 class EvalConfig:
     """Held-out loss: every `every` steps (0: never) over the first `steps` steps of each mixture.
 
-    In tasks that train on sound, every `sound_every` steps (0: never) the first `sounds` clips of each mixture go to
+    In tasks that train on audio, every `audio_every` steps (0: never) the first `audio_samples` clips of each go to
     TensorBoard as they come back from their codes, as WAV and as pictures of their mels. `vocoder` is a checkpoint with
     a HiFT vocoder for the mels of flow matching; empty: Griffin-Lim.
     """
 
     every: int = 0
     steps: int = 1
-    sound_every: int = 0
-    sounds: int = 2
+    audio_every: int = 0
+    audio_samples: int = 2
     vocoder: str = ""
     mixtures: tuple[EvalMixture, ...] = ()
 
@@ -294,8 +295,8 @@ class RunConfig:
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
-    tokenizer: TokenizerTraining = TokenizerTraining()
-    flow: FlowTraining = FlowTraining()
+    tokenizer: TokenizerTrainConfig = TokenizerTrainConfig()
+    flow: FlowTrainConfig = FlowTrainConfig()
 
 
 def load_run_config(path: str | Path) -> RunConfig:
@@ -327,5 +328,9 @@ def _failure(error: Exception, path: str | Path) -> str:
     why = " ".join(str(error).split()) or "nothing is told"
     if isinstance(error, SyntaxError) and error.filename == str(path):
         lines, why = [error.lineno], f"it is not Python: {error.msg}"
+    # A misspelled field may be one that was renamed: all that Python says of it is its last word.
+    renamed = {old.rpartition(".")[2]: new for old, new in RENAMED.items()}
+    if (unknown := re.search(r"unexpected keyword argument '(\w+)'", why)) and unknown[1] in renamed:
+        why += f": it is now {renamed[unknown[1]]}"
     place = f", line {lines[-1]}" if lines else ""
     return f"config file {path}{place}: {type(error).__name__}: {why}"

@@ -20,7 +20,7 @@ from baichuan_omni_jax.audio.config import AudioConfig
 from baichuan_omni_jax.audio.post_net import KERNEL as POST_NET_KERNEL
 from baichuan_omni_jax.branches import BRANCHES
 from baichuan_omni_jax.config import OmniConfig, RunConfig
-from baichuan_omni_jax.config.mel_targets import sound_targets
+from baichuan_omni_jax.config.mel_targets import run_mel_targets
 from baichuan_omni_jax.flops.omni import Part, language_parts
 from baichuan_omni_jax.flow.unet import ATTENTION_CHUNK
 from baichuan_omni_jax.flow.unet import KERNEL as FLOW_KERNEL
@@ -64,7 +64,7 @@ def clip_counts(mel_lengths: Lengths, omni: OmniConfig, flow_lengths: Lengths | 
 def full_slots(run: RunConfig, omni: OmniConfig, slot_frames: int) -> dict[str, float]:
     """The counts of a global batch whose mel slots, of `slot_frames`, are all full."""
     clips = np.full(run.data.rows * run.data.budgets.mel_windows, slot_frames, np.int64)
-    target = sound_targets(run, omni).get("flow")
+    target = run_mel_targets(run, omni).get("flow")
     samples = clips * omni.audio.hop_length
     flow = samples * target.rate // omni.audio.sampling_rate // target.hop if target else None
     return {name: float(count) for name, count in clip_counts(clips, omni, flow).items()}

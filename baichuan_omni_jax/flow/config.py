@@ -8,7 +8,7 @@ class FlowConfig:
     """Pre-net, U-Net estimator and sampler of the conditional flow-matching decoder.
 
     `condition_dropout` and the two loss weights are what the released decoder was trained with, kept for its
-    `config.json`; a run here has its own (`config.FlowTraining`). `sigma_min` is the spread that is left at time 1.
+    `config.json`; a run here has its own (`config.FlowTrainConfig`). `sigma_min` is the spread that is left at time 1.
     """
 
     sampling_rate: int = 24000

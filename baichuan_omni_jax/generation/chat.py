@@ -2,7 +2,7 @@
 
     loaded = load_for_generation("runs/omni")
     chat = OmniChat(make_chat_model(loaded, tokenizer), ChatPrompts(Processor(loaded.config, tokenizer)))
-    for event in chat.reply([{"role": "user", "content": "What is a star?"}], settings=GenerationSettings(speech=True)):
+    for event in chat.reply([{"role": "user", "content": "What is a star?"}], settings=GenerationConfig(speech=True)):
         ...                                   # TextPiece(text, ...), AudioChunk(samples, rate), at last Finished(...)
 
 The processor, here `data_pipelines.documents.chat_prompt.ChatPrompts`, reads and encodes media; docs/how-to/generate.md
@@ -16,7 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 from jaxtyping import PRNGKeyArray
 
-from baichuan_omni_jax.config import VOICE, GenerationSettings, OmniConfig
+from baichuan_omni_jax.config import VOICE, GenerationConfig, OmniConfig
 from baichuan_omni_jax.errors import RequestError
 from baichuan_omni_jax.generation.chat_stream import AudioChunk, ChatAnswer, ChatEvent, Reply, Requested, Speaks
 from baichuan_omni_jax.generation.events import Prompt
@@ -33,7 +33,7 @@ Message = Mapping[str, Any]
 class Generates(Protocol):
     """The engine. `submit` raises RequestError for a prompt that it cannot serve."""
 
-    def submit(self, prompt: Prompt, settings: GenerationSettings, key: PRNGKeyArray) -> Requested: ...
+    def submit(self, prompt: Prompt, settings: GenerationConfig, key: PRNGKeyArray) -> Requested: ...
 
 
 @runtime_checkable
@@ -72,11 +72,11 @@ class OmniChat:
         model: ChatModel,
         processor: ChatProcessor | None,
         *,
-        settings: GenerationSettings | None = None,
+        settings: GenerationConfig | None = None,
         seed: int = 0,
     ):
         self.model, self.processor = model, processor
-        self.settings = settings or GenerationSettings()
+        self.settings = settings or GenerationConfig()
         self.key = jax.random.key(seed)
 
     def reply(
@@ -84,7 +84,7 @@ class OmniChat:
         messages: Sequence[Message],
         stream: bool = True,
         *,
-        settings: GenerationSettings | None = None,
+        settings: GenerationConfig | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Reply | ChatAnswer:
         """The assistant's answer to a conversation: piece by piece, or (`stream=False`) whole.
@@ -106,7 +106,7 @@ class OmniChat:
         content: Content,
         stream: bool = True,
         *,
-        settings: GenerationSettings | None = None,
+        settings: GenerationConfig | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Reply | ChatAnswer:
         """Goes on where `content`, which has no roles, ends: plain text or speech recognition."""
@@ -117,7 +117,7 @@ class OmniChat:
         prompt: Prompt,
         stream: bool = True,
         *,
-        settings: GenerationSettings | None = None,
+        settings: GenerationConfig | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Reply | ChatAnswer:
         """Goes on where an encoded prompt ends."""
@@ -128,7 +128,7 @@ class OmniChat:
         text: str,
         stream: bool = True,
         *,
-        settings: GenerationSettings | None = None,
+        settings: GenerationConfig | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Reply | ChatAnswer:
         """Reads a text aloud, sentence by sentence, each after the speech of those before.
@@ -142,21 +142,21 @@ class OmniChat:
         prompt: Prompt,
         stream: bool = True,
         *,
-        settings: GenerationSettings | None = None,
+        settings: GenerationConfig | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Reply | ChatAnswer:
         """The speech that an encoded prompt, ending with the mark that begins it, asks for."""
         return self._spoken(one_prompt(prompt), stream, settings, key)
 
     def _spoken(
-        self, prompts: Prompts, stream: bool, settings: GenerationSettings | None, key: PRNGKeyArray | None
+        self, prompts: Prompts, stream: bool, settings: GenerationConfig | None, key: PRNGKeyArray | None
     ) -> Reply | ChatAnswer:
         self._needs_speaker()
         settings, key = settings or self.settings, self.key if key is None else key
         return self._taken(Reading(self.model.engine, prompts, settings, key), stream)
 
     def _answered(
-        self, prompt: Prompt, stream: bool, settings: GenerationSettings | None, key: PRNGKeyArray | None
+        self, prompt: Prompt, stream: bool, settings: GenerationConfig | None, key: PRNGKeyArray | None
     ) -> Reply | ChatAnswer:
         settings = settings or self.settings
         if settings.speech:
@@ -197,7 +197,7 @@ class Conversation:
         content: Content,
         stream: bool = True,
         *,
-        settings: GenerationSettings | None = None,
+        settings: GenerationConfig | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Reply | ChatAnswer:
         """The answer to the user's next message. Raises RequestError as `OmniChat.reply`; nothing is kept then."""

@@ -1,7 +1,7 @@
 """The generating engine: many requests at once, each answered in text and speech as it comes.
 
     engine = Engine(branches, cfg, tokenizer, slots=8, length=4096)
-    for event in engine.submit(prompt, GenerationSettings(speech=True), jax.random.key(0)):
+    for event in engine.submit(prompt, GenerationConfig(speech=True), jax.random.key(0)):
         ...                                     # TextPiece, Frames, at last Finished
 
 A request takes one of `slots` rows of the cache. Its prompt is read in chunks while other rows go on; then it takes
@@ -23,7 +23,7 @@ from jaxtyping import PRNGKeyArray
 from tokenizers import Tokenizer
 
 from baichuan_omni_jax.branches import PROMPT_BRANCHES
-from baichuan_omni_jax.config import GenerationSettings, OmniConfig
+from baichuan_omni_jax.config import GenerationConfig, OmniConfig
 from baichuan_omni_jax.errors import ConfigError, RequestError
 from baichuan_omni_jax.generation.engine_state import BatchState, mesh_of
 from baichuan_omni_jax.generation.events import Answer, Prompt
@@ -96,7 +96,7 @@ class Engine:
         self._running: dict[int, Job] = {}
         self._busy, self._tokens, self._frames = 0.0, 0, 0
 
-    def submit(self, prompt: Prompt, settings: GenerationSettings, key: PRNGKeyArray) -> Request:
+    def submit(self, prompt: Prompt, settings: GenerationConfig, key: PRNGKeyArray) -> Request:
         """Puts a request in line; iterate it to have it served. The same key gives the same answer in any company.
 
         Raises RequestError: `too_long`, `no_branch`, `bad_media`, `bad_message`.
@@ -110,7 +110,7 @@ class Engine:
         return Request(job, self._serve)
 
     def generate(
-        self, prompts: Sequence[Prompt], settings: GenerationSettings, keys: Sequence[PRNGKeyArray] | PRNGKeyArray
+        self, prompts: Sequence[Prompt], settings: GenerationConfig, keys: Sequence[PRNGKeyArray] | PRNGKeyArray
     ) -> list[Answer]:
         """The whole answers to several prompts, served together. Raises RequestError for the first it cannot serve."""
         requests = [self.submit(prompt, settings, key) for prompt, key in zip(prompts, keys, strict=True)]

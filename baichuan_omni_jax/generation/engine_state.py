@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Int32, UInt32
 
-from baichuan_omni_jax.config import GenerationSettings, OmniConfig
+from baichuan_omni_jax.config import GenerationConfig, OmniConfig
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.generation import programs as steps
 from baichuan_omni_jax.generation.events import Prompt
@@ -100,7 +100,7 @@ class BatchState:
         buffer = None if chunk.seen is None else self._seen()
         self._state = steps.read(self._model, self._state, np.int32(index), self._placed(chunk), buffer)
 
-    def seat(self, slot: int, prompt: Prompt, settings: GenerationSettings, key: UInt32[np.ndarray, "2"]) -> None:
+    def seat(self, slot: int, prompt: Prompt, settings: GenerationConfig, key: UInt32[np.ndarray, "2"]) -> None:
         """Row `slot`, which has read the prompt, begins to answer."""
         self._seat(slot, new_row(prompt.tokens, settings, key, self._cfg.tokens, *self._widths))
 

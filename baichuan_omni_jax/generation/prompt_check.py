@@ -4,13 +4,13 @@ from collections.abc import Collection
 
 import numpy as np
 
-from baichuan_omni_jax.config import GenerationSettings, OmniConfig
+from baichuan_omni_jax.config import GenerationConfig, OmniConfig
 from baichuan_omni_jax.errors import RequestError
 from baichuan_omni_jax.generation.events import Prompt
 
 
 def check_prompt(
-    prompt: Prompt, settings: GenerationSettings, cfg: OmniConfig, branches: Collection[str], length: int
+    prompt: Prompt, settings: GenerationConfig, cfg: OmniConfig, branches: Collection[str], length: int
 ) -> None:
     """Raises RequestError: `too_long` for the cache of `length`, `no_branch`, `bad_media`, `bad_message`."""
     tokens = np.asarray(prompt.tokens)
@@ -25,7 +25,7 @@ def check_prompt(
     _check_pictures(prompt, cfg)
 
 
-def _check_branches(prompt: Prompt, settings: GenerationSettings, cfg: OmniConfig, branches: Collection[str]) -> None:
+def _check_branches(prompt: Prompt, settings: GenerationConfig, cfg: OmniConfig, branches: Collection[str]) -> None:
     speech = settings.speech or int(prompt.tokens[-1]) == cfg.tokens.audiogen_start
     needs = (
         ("vision", len(prompt.patches), "pictures"),

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import UInt32
 from tokenizers import Tokenizer
 
-from baichuan_omni_jax.config import GenerationSettings, SpecialTokens
+from baichuan_omni_jax.config import GenerationConfig, SpecialTokens
 from baichuan_omni_jax.generation.events import Event, Finished, Frames, Prompt, RequestError
 from baichuan_omni_jax.generation.slots import END, FRAME, NOTHING, TOKEN, Items
 from baichuan_omni_jax.generation.text_stream import TextStream
@@ -58,7 +58,7 @@ class Job:
     def __init__(
         self,
         prompt: Prompt,
-        settings: GenerationSettings,
+        settings: GenerationConfig,
         key: UInt32[np.ndarray, "2"],
         tokens: SpecialTokens,
         tokenizer: Tokenizer | None,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32, UInt32
 
-from baichuan_omni_jax.config import Sampling
+from baichuan_omni_jax.config import SamplingConfig
 
 # Rows whose `top_k` is at most this are drawn without their whole vocabulary being sorted.
 FEW = 64
@@ -19,7 +19,7 @@ _LEAST_TEMPERATURE = 1e-6
 
 
 class Drawing(NamedTuple):
-    """`Sampling` of several rows, an array a field."""
+    """`SamplingConfig` of several rows, an array a field."""
 
     temperature: Float[Array, " b"]
     top_k: Int32[Array, " b"]
@@ -27,7 +27,7 @@ class Drawing(NamedTuple):
     repetition_penalty: Float[Array, " b"]
 
     @classmethod
-    def of(cls, rows: Sequence[Sampling]) -> "Drawing":
+    def of(cls, rows: Sequence[SamplingConfig]) -> "Drawing":
         """The settings of one row after the other, on the host."""
         floats = (("temperature", np.float32), ("top_k", np.int32), ("top_p", np.float32))
         types = dict(floats, repetition_penalty=np.float32)
@@ -50,7 +50,7 @@ def draw(
     """A token of each row, and its log-probability by the logits alone, before penalty and cuts.
 
     `held` are the tokens that the row's sequence already has, which `repetition_penalty` meets; those that are not
-    `allowed` are never chosen. The same key and step give the same draw. Order of the cuts: see `Sampling`.
+    `allowed` are never chosen. The same key and step give the same draw. Order of the cuts: see `SamplingConfig`.
     """
     logits = logits.astype(jnp.float32)
     scores = _penalised(logits, held, how.repetition_penalty)

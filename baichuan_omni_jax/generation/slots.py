@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32, UInt32
 
-from baichuan_omni_jax.config import GenerationSettings, SpecialTokens
+from baichuan_omni_jax.config import GenerationConfig, SpecialTokens
 from baichuan_omni_jax.generation.sampling import Drawing, draw
 from baichuan_omni_jax.generation.segment_progress import PieceProgress, advance, new_progress, next_piece
 from baichuan_omni_jax.llm.depth_decode import DepthDecoder
@@ -74,7 +74,7 @@ class Items(NamedTuple):
 
 def new_row(
     prompt: Int32[np.ndarray, " n"],
-    settings: GenerationSettings,
+    settings: GenerationConfig,
     key: UInt32[np.ndarray, "2"],
     tokens: SpecialTokens,
     vocab: int,
@@ -119,7 +119,7 @@ def new_row(
 def idle_rows(count: int, tokens: SpecialTokens, vocab: int, codes: tuple[int, int]) -> Rows:
     """`count` rows that do nothing, on the host."""
     prompt = np.array([tokens.end_of_text], np.int32)
-    one = new_row(prompt, GenerationSettings(), np.zeros(2, np.uint32), tokens, vocab, codes)
+    one = new_row(prompt, GenerationConfig(), np.zeros(2, np.uint32), tokens, vocab, codes)
     return jax.tree.map(lambda x: np.repeat(x, count, 0), one._replace(active=np.zeros(1, bool)))
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32, PRNGKeyArray
 
-from baichuan_omni_jax.config import GenerationSettings
+from baichuan_omni_jax.config import GenerationConfig
 from baichuan_omni_jax.errors import RequestError
 from baichuan_omni_jax.generation.events import Event, Finished, Frames, Prompt
 
@@ -38,7 +38,7 @@ class Reading:
     Raises RequestError here for what the engine refuses of the first prompt, and when iterated for the others.
     """
 
-    def __init__(self, engine: Any, prompts: Prompts, settings: GenerationSettings, key: PRNGKeyArray):
+    def __init__(self, engine: Any, prompts: Prompts, settings: GenerationConfig, key: PRNGKeyArray):
         self._engine, self._prompts, self._settings, self._key = engine, prompts, settings, key
         self._cancelled = False
         self._request = self._submit(next(prompts))

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import soundfile
 
-from baichuan_omni_jax.config import GenerationSettings
+from baichuan_omni_jax.config import GenerationConfig
 from baichuan_omni_jax.errors import RequestError
 from baichuan_omni_jax.generation.chat import AudioChunk, ChatAnswer, Conversation, OmniChat, Reply
 from baichuan_omni_jax.generation.events import TextPiece
@@ -116,7 +116,7 @@ class Session:
         said = microphone.close() if microphone else None
         return None if said is None else self._write("spoken.wav", said, microphone.rate)
 
-    def answer(self, text: str, files: Sequence[Path], settings: GenerationSettings) -> Iterator[View]:
+    def answer(self, text: str, files: Sequence[Path], settings: GenerationConfig) -> Iterator[View]:
         """Answers one turn; each view is newer. What cannot be answered is said in one sentence in the last view.
 
         Letting go of the iterator ends the answer.
@@ -138,7 +138,7 @@ class Session:
             self._reply, self.used = None, time.monotonic()
             self._turn.release()
 
-    def _answer(self, text: str, files: Sequence[Path], settings: GenerationSettings) -> Iterator[View]:
+    def _answer(self, text: str, files: Sequence[Path], settings: GenerationConfig) -> Iterator[View]:
         asked = self._show("user", text.strip() or ", ".join(path.name for path in files))
         unheard: list[str] = []
         parts = read_turn(text, files, self._limits, hears=self._hears, say=unheard.append)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Float32, Int32, UInt8
 
 from baichuan_omni_jax.audio.reconstruction import SAME_RATE, MelTarget, frames_covered
 from baichuan_omni_jax.config import OmniConfig, RunConfig
-from baichuan_omni_jax.config.mel_targets import decoded_target, flow_target, sound_targets
+from baichuan_omni_jax.config.mel_targets import decoded_target, flow_target, run_mel_targets
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.evaluation.audio_scores import SAMPLING_SEED
 from baichuan_omni_jax.flow.sampler import sample_mel
@@ -43,7 +43,7 @@ class SoundSamples:
 
 
 class Listening:
-    """Makes the samples of the first `eval.sounds` clips of every mixture. `place` puts a batch on the mesh.
+    """Makes the samples of the first `eval.audio_samples` clips of every mixture. `place` puts a batch on the mesh.
 
     Like an evaluation it changes nothing of what follows. Every host takes part; only the leading one makes sounds.
     """
@@ -61,22 +61,22 @@ class Listening:
         self._waves = self._recorded_waves = None
         if is_leader():
             self._waves = self._recorded_waves = MelWaves(self._settings, omni, run.eval.vocoder)
-            recorded = next(iter(sound_targets(run, omni).values()))
+            recorded = next(iter(run_mel_targets(run, omni).values()))
             if recorded != self._settings:  # the first scale need not be the decoder's own
                 self._recorded_waves = MelWaves(recorded, omni)
             self._ratio = self._settings.frame_rate / recorded.frame_rate
 
     def is_due(self, step: int) -> bool:
-        """Before the first step, and after every `eval.sound_every`."""
-        every = self._run.eval.sound_every
+        """Before the first step, and after every `eval.audio_every`."""
+        every = self._run.eval.audio_every
         return bool(self._mixtures) and every > 0 and step % every == 0
 
     @property
     def sentence(self) -> str:
         """What there is to hear, and what makes it."""
         return (
-            f"held-out sound: TensorBoard has {self._run.eval.sounds} clips of each mixture every "
-            f"{self._run.eval.sound_every} steps, {self._settings.rate} Hz by {self._waves.name}"
+            f"held-out sound: TensorBoard has {self._run.eval.audio_samples} clips of each mixture every "
+            f"{self._run.eval.audio_every} steps, {self._settings.rate} Hz by {self._waves.name}"
         )
 
     def __call__(self, state: TrainState) -> SoundSamples | None:
@@ -108,14 +108,16 @@ class Listening:
 
 
 def check_samples(run: RunConfig, omni: OmniConfig) -> None:
-    """Raises ConfigError where `eval.sound_every`, `sounds` and `vocoder` do not fit the task, or each other."""
+    """Raises ConfigError where `eval.audio_every`, `audio_samples` and `vocoder` do not fit the task, or each other."""
     wanted = run.eval
-    if wanted.sound_every <= 0:
+    if wanted.audio_every <= 0:
         return
     if run.task not in SOUND_TASKS:
-        raise ConfigError(f"eval.sound_every {wanted.sound_every}: task {run.task} is none of {', '.join(SOUND_TASKS)}")
-    if not wanted.mixtures or wanted.sounds < 1:
-        raise ConfigError(f"eval.sound_every {wanted.sound_every} needs eval.mixtures and eval.sounds of at least 1")
+        raise ConfigError(f"eval.audio_every {wanted.audio_every}: task {run.task} is none of {', '.join(SOUND_TASKS)}")
+    if not wanted.mixtures or wanted.audio_samples < 1:
+        raise ConfigError(
+            f"eval.audio_every {wanted.audio_every} needs eval.mixtures and eval.audio_samples of at least 1"
+        )
     if wanted.vocoder and run.task == "audio_tokenizer":
         raise ConfigError(f"eval.vocoder {wanted.vocoder}: a vocoder reads the mel of flow_matching, not the decoder's")
     if wanted.vocoder:
@@ -133,7 +135,7 @@ def _tokenizer_mels(setup: Setup, run: RunConfig) -> Mels:
         _, quantized, _ = model.audio_encoder.quantizer.quantize(features)
         decoded = model.decode(quantized, valid)
         target = mel_targets_of(batch, ("scale_0",), compute)[0]
-        return _first(run.eval.sounds, target, MelTarget(decoded.refined_mel, decoded.mel_lengths))
+        return _first(run.eval.audio_samples, target, MelTarget(decoded.refined_mel, decoded.mel_lengths))
 
     return mels_of
 
@@ -148,7 +150,7 @@ def _flow_mels(setup: Setup, run: RunConfig) -> Mels:
         mel, lengths = beside(hidden, lengths, mel_targets_of(batch, ("flow",), compute)[0])
         noise = jax.random.normal(jax.random.key(SAMPLING_SEED), mel.shape)
         sampled = sample_mel(model.flow, hidden, lengths, noise)
-        return _first(run.eval.sounds, MelTarget(mel, lengths), MelTarget(sampled, lengths))
+        return _first(run.eval.audio_samples, MelTarget(mel, lengths), MelTarget(sampled, lengths))
 
     return mels_of
 

@@ -12,7 +12,7 @@ from baichuan_omni_jax.branches import abstract_branches
 from baichuan_omni_jax.checkpoint import find_checkpoint, load_branches, with_shardings
 from baichuan_omni_jax.checkpoint.branches import VOCODER_CONFIG, branch_folder
 from baichuan_omni_jax.config import MeshConfig, OmniConfig
-from baichuan_omni_jax.config.mel_targets import MelTargetSettings, flow_target
+from baichuan_omni_jax.config.mel_targets import MelTargetSpec, flow_target
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.nn.param import ComputePolicy
 from baichuan_omni_jax.sharding import make_mesh
@@ -29,7 +29,7 @@ class MelWaves:
     `vocoder` is a checkpoint with the branch `vocoder` (see `check_vocoder`); empty: Griffin-Lim.
     """
 
-    def __init__(self, settings: MelTargetSettings, omni: OmniConfig, vocoder: str = "") -> None:
+    def __init__(self, settings: MelTargetSpec, omni: OmniConfig, vocoder: str = "") -> None:
         self.name = "hift" if vocoder else "griffin_lim"
         self._settings, self._mesh = settings, make_mesh(MeshConfig(), jax.local_devices()[:1])
         if vocoder:

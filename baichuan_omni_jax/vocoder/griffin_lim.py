@@ -3,13 +3,13 @@
 import numpy as np
 from jaxtyping import Float, Float32
 
-from baichuan_omni_jax.config.mel_targets import HIGHEST, MelTargetSettings
+from baichuan_omni_jax.config.mel_targets import HIGHEST, MelTargetSpec
 
 ITERATIONS = 60
 REACH = 8  # frames beyond which a sample hardly changes: twice the four that a window is long
 
 
-def griffin_lim(mel: Float[np.ndarray, "s mels"], settings: MelTargetSettings) -> Float32[np.ndarray, " t"]:
+def griffin_lim(mel: Float[np.ndarray, "s mels"], settings: MelTargetSpec) -> Float32[np.ndarray, " t"]:
     """Samples at `settings.rate` Hz in ±1, `hop` for each frame of a natural-log magnitude mel."""
     import librosa  # takes a second
 

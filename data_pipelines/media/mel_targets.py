@@ -5,13 +5,13 @@ from functools import lru_cache
 import numpy as np
 from jaxtyping import Float32
 
-from baichuan_omni_jax.config.mel_targets import HIGHEST, MelTargetSettings
+from baichuan_omni_jax.config.mel_targets import HIGHEST, MelTargetSpec
 
 _POWER_FLOOR = 1e-9  # under the root
 
 
 def mel_target(
-    samples: Float32[np.ndarray, "t"], settings: MelTargetSettings, start: int = 0, length: int | None = None
+    samples: Float32[np.ndarray, "t"], settings: MelTargetSpec, start: int = 0, length: int | None = None
 ) -> Float32[np.ndarray, "s mels"]:
     """The mel of a clip at the settings' rate, or of the `length` samples from `start` on: `settings.frames` of them.
 
@@ -33,7 +33,7 @@ def mel_target(
 
 
 @lru_cache(maxsize=8)
-def _filters(settings: MelTargetSettings) -> Float32[np.ndarray, "mels f"]:
+def _filters(settings: MelTargetSpec) -> Float32[np.ndarray, "mels f"]:
     from librosa.filters import mel  # takes a second to import, and most data has no such targets
 
     return mel(sr=settings.rate, n_fft=settings.n_fft, n_mels=settings.mels, fmin=0.0, fmax=HIGHEST, norm="slaney")

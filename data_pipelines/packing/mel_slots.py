@@ -16,7 +16,7 @@ from jaxtyping import Float32
 
 from baichuan_omni_jax.audio.config import AudioConfig
 from baichuan_omni_jax.config import DataConfig
-from baichuan_omni_jax.config.mel_targets import MelTargetSettings
+from baichuan_omni_jax.config.mel_targets import MelTargetSpec
 from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.media.mel_targets import mel_target
 
@@ -33,7 +33,7 @@ class MelSlots:
     seed: int
     rate: int = 16000
     hop: int = 160
-    targets: Mapping[str, MelTargetSettings] = field(default_factory=dict)
+    targets: Mapping[str, MelTargetSpec] = field(default_factory=dict)
 
     @property
     def rates(self) -> tuple[int, ...]:
@@ -77,9 +77,7 @@ def row_key(row: Sequence[tuple[int, int]]) -> int:
     return zlib.crc32(np.asarray(row, np.int64).tobytes())
 
 
-def mel_slots(
-    config: DataConfig, audio: AudioConfig, targets: Mapping[str, MelTargetSettings] | None = None
-) -> MelSlots:
+def mel_slots(config: DataConfig, audio: AudioConfig, targets: Mapping[str, MelTargetSpec] | None = None) -> MelSlots:
     """The slots of a run. Raises ConfigError for sizes that do not ascend or are longer than a window."""
     sizes, per_code = config.mel_frames or (audio.max_mel_frames,), audio.stride_size * audio.avg_pooler
     if sorted(set(sizes)) != list(sizes) or sizes[0] < per_code or sizes[-1] > audio.max_mel_frames:

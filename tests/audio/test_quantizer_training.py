@@ -16,7 +16,7 @@ from baichuan_omni_jax.audio.quantizer_training import (
     level_starts,
     quantize_in_training,
 )
-from baichuan_omni_jax.config import FlowTraining, MeshConfig, TokenizerTraining
+from baichuan_omni_jax.config import FlowTrainConfig, MeshConfig, TokenizerTrainConfig
 from baichuan_omni_jax.config.audio import QuantizerConfig
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.nn.param import ComputePolicy
@@ -68,7 +68,7 @@ def test_settings_that_are_refused():
         with pytest.raises(ConfigError, match=message):
             QuantizerConfig(**change)
     with pytest.raises(ConfigError, match=r"flow.condition_dropout 2\.0 must lie between 0 and 1"):
-        FlowTraining(condition_dropout=2.0)
+        FlowTrainConfig(condition_dropout=2.0)
 
 
 def test_running_means_are_those_of_the_valid_vectors():
@@ -122,7 +122,7 @@ def test_the_commitment_follows_the_quantized_share():
     weights = [float(commitment_weight(0.05, 0.25, schedule, jnp.int32(step))) for step in (0, 50, 100, 900)]
     assert weights == pytest.approx([0.05, 0.15, 0.25, 0.25])
     with pytest.raises(ConfigError, match=r"tokenizer.commitment_start -1.0 must be a finite number of at least 0"):
-        TokenizerTraining(commitment_start=-1.0)
+        TokenizerTrainConfig(commitment_start=-1.0)
 
 
 def test_levels_are_seeded_with_different_frames():

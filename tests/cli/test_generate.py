@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 from baichuan_omni_jax.branches import abstract_branches
 from baichuan_omni_jax.checkpoint import save_branches
-from baichuan_omni_jax.config import Sampling, tiny
+from baichuan_omni_jax.config import SamplingConfig, tiny
 from baichuan_omni_jax.convert.to_jax import convert_to_jax
 from baichuan_omni_jax.errors import ConfigError, RequestError
 from baichuan_omni_jax.generation.chat_stream import Reply
@@ -177,14 +177,14 @@ def test_settings_of_the_flags(launch):
     def settings(line):
         return generate._settings(generate.parse(f"{line} --checkpoint x".split()))
 
-    assert settings("asr --audio a").text == Sampling()
+    assert settings("asr --audio a").text == SamplingConfig()
     assert settings("chat --prompt a --out o.wav").speech
     assert settings("describe --image a --out o.wav").speech
     assert not settings("chat --prompt a").speech
     assert not settings("tts --prompt a --out o.wav").speech
     changed = settings("chat --prompt a --set text.top_k=3 --set stop=('x',) --max-tokens 7")
     assert (changed.text.top_k, changed.stop, changed.max_tokens) == (3, ("x",), 7)
-    assert settings("chat --prompt a --greedy").text == Sampling()
+    assert settings("chat --prompt a --greedy").text == SamplingConfig()
 
 
 def test_ctrl_c_keeps_what_is_answered(launch, tmp_path, monkeypatch, capsys):

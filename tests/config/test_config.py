@@ -1,6 +1,7 @@
 """Configurations: overrides, dicts, the Hugging Face form, and what is refused."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -21,6 +22,7 @@ from baichuan_omni_jax.config import (
     to_dict,
     to_hf,
 )
+from baichuan_omni_jax.config.overrides import RENAMED
 from baichuan_omni_jax.errors import ConfigError
 from tests.helpers.golden import golden_path
 
@@ -60,6 +62,28 @@ def test_bad_overrides_are_told(override, message):
     with pytest.raises(ConfigError) as error:
         apply_overrides(RunConfig(name="x"), [override])
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_a_renamed_key_is_refused_with_its_new_name(tmp_path, old, new):
+    run, message = RunConfig(name="x"), f"config key {re.escape(old)} is now {re.escape(new)}$"
+    with pytest.raises(ConfigError, match=message):
+        apply_overrides(run, [f"{old}=1"])
+    *sections, key = new.split(".")
+    values = section = to_dict(run)
+    for name in sections:
+        section = section[name]
+    section[old.rpartition(".")[2]] = section.pop(key)
+    with pytest.raises(ConfigError, match=message):
+        from_dict(RunConfig, values)
+
+
+def test_a_config_file_with_a_renamed_field_is_told_the_new_name(tmp_path):
+    (tmp_path / "old.py").write_text(
+        "from baichuan_omni_jax.config import EvalConfig\n\n\ndef get_config():\n    return EvalConfig(sound_every=3)\n"
+    )
+    with pytest.raises(ConfigError, match=r"old\.py, line 5: TypeError: .*'sound_every': it is now eval\.audio_every$"):
+        load_run_config(tmp_path / "old.py")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)

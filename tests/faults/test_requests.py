@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from baichuan_omni_jax.branches import abstract_branches
-from baichuan_omni_jax.config import GenerationSettings
+from baichuan_omni_jax.config import GenerationConfig
 from baichuan_omni_jax.errors import RequestError
 from baichuan_omni_jax.generation.chat import ChatModel, OmniChat
 from baichuan_omni_jax.generation.engine import Engine
@@ -21,8 +21,8 @@ from tests.helpers.engine_prompts import one_device, small_branches, small_confi
 from tests.helpers.small_media import tone, write_image
 
 CFG = small_config()
-SILENT = replace(GenerationSettings().greedy(), max_tokens=8)
-ALOUD = replace(GenerationSettings(speech=True).greedy(), max_tokens=4, piece_tokens=2, piece_frames=3)
+SILENT = replace(GenerationConfig().greedy(), max_tokens=8)
+ALOUD = replace(GenerationConfig(speech=True).greedy(), max_tokens=4, piece_tokens=2, piece_frames=3)
 GROWTH = 32 << 20  # bytes between the 100th and the last request: the allocator's own, not 8 MB of media a request
 
 
@@ -32,7 +32,7 @@ class Case:
 
     name: str
     content: list
-    settings: GenerationSettings = SILENT
+    settings: GenerationConfig = SILENT
     cause: str = ""
     role: str = "user"
     leaves: bool = False

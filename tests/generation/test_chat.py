@@ -5,12 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from baichuan_omni_jax.config import GenerationSettings, tiny
+from baichuan_omni_jax.config import GenerationConfig, tiny
 from baichuan_omni_jax.errors import RequestError
 from baichuan_omni_jax.generation.chat import AudioChunk, ChatModel, Conversation, OmniChat
 from baichuan_omni_jax.generation.events import Finished, Frames, Prompt, TextPiece
 
-ALOUD = GenerationSettings(speech=True)
+ALOUD = GenerationConfig(speech=True)
 LEVELS = tiny().audio.levels
 HOP = 1920  # samples of a code frame at 24 kHz
 

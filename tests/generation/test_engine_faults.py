@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from baichuan_omni_jax.config import GenerationSettings
+from baichuan_omni_jax.config import GenerationConfig
 from baichuan_omni_jax.errors import ConfigError, RequestError
 from baichuan_omni_jax.generation import engine_state as batch_state
 from baichuan_omni_jax.generation import programs as steps
@@ -37,8 +37,8 @@ from tests.helpers.typecheck import unchecked
 
 CFG = small_config()
 KEY = jax.random.key(0)
-SILENT = replace(GenerationSettings().greedy(), max_tokens=10)
-ALOUD = replace(GenerationSettings(speech=True).greedy(), max_tokens=9, piece_tokens=4, piece_frames=5)
+SILENT = replace(GenerationConfig().greedy(), max_tokens=10)
+ALOUD = replace(GenerationConfig(speech=True).greedy(), max_tokens=9, piece_tokens=4, piece_frames=5)
 PICTURE = media_prompt(np.random.default_rng(1), CFG, codes=0)
 SOUND = media_prompt(np.random.default_rng(1), CFG, pictures=(4,), mels=90)
 

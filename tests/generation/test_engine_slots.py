@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from baichuan_omni_jax.config import GenerationSettings
+from baichuan_omni_jax.config import GenerationConfig
 from baichuan_omni_jax.generation.slots import FRAME, MARK, TOKEN, new_row, next_items
 from baichuan_omni_jax.llm.depth_decode import DepthDecoder
 from data_pipelines.text.speech_segments import table_of_texts
@@ -22,10 +22,10 @@ TEXTS = {COMMA: ",", QUOTED: ",so", SILENT_SIGN: " -"}
 TABLE = table_of_texts([TEXTS.get(i, "" if i in (START, STOP, EOT) else " word") for i in range(V)])
 END_CODE = CFG.audio.codebook_sizes[0]
 ALOUD = replace(
-    GenerationSettings(speech=True).greedy(), max_tokens=20, piece_tokens=3, piece_frames=2, piece_seconds=0.5
+    GenerationConfig(speech=True).greedy(), max_tokens=20, piece_tokens=3, piece_frames=2, piece_seconds=0.5
 )
 LONG = replace(ALOUD, piece_tokens=9)
-SILENT = replace(GenerationSettings().greedy(), max_tokens=3)
+SILENT = replace(GenerationConfig().greedy(), max_tokens=3)
 
 
 class Script(DepthDecoder):
@@ -46,7 +46,7 @@ def step(rows, logits, codes):
     return next_items(rows, logits, hidden, Script(codes), table, IDS, LENGTH)
 
 
-def play(*rows: tuple[list[int], GenerationSettings, list[int]]) -> list[tuple[list, int]]:
+def play(*rows: tuple[list[int], GenerationConfig, list[int]]) -> list[tuple[list, int]]:
     """What rows write: (prompt, settings, what is drawn: tokens, or level-0 codes while it speaks) -> items, reason."""
     zero = np.zeros(2, np.uint32)
     new = [new_row(np.array(prompt, np.int32), how, zero, IDS, V, (8, W)) for prompt, how, _ in rows]

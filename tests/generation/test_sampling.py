@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from baichuan_omni_jax.config import GenerationSettings, Sampling
+from baichuan_omni_jax.config import GenerationConfig, SamplingConfig
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.generation.sampling import FEW, Drawing, draw, key_data
 from tests.helpers.typecheck import unchecked
@@ -20,7 +20,7 @@ def run(logits, held, how, keys, steps, allowed=ALL):
     return _run(logits, held, Drawing.of(how), keys, np.asarray(steps, np.int32), allowed)
 
 
-def kept_probabilities(logits: np.ndarray, held: np.ndarray, how: Sampling) -> np.ndarray:
+def kept_probabilities(logits: np.ndarray, held: np.ndarray, how: SamplingConfig) -> np.ndarray:
     """The distribution that one row is drawn from, in double precision."""
     x = logits.astype(np.float64)
     x = np.where(held, np.where(x > 0, x / how.repetition_penalty, x * how.repetition_penalty), x)
@@ -47,7 +47,7 @@ def keys_of(seed: int, count: int) -> np.ndarray:
 
 
 samplings = st.builds(
-    Sampling,
+    SamplingConfig,
     temperature=st.sampled_from([0.0, 0.3, 1.0, 2.0]),
     top_k=st.sampled_from([0, 1, 5, FEW, FEW + 1, V, 10 * V]),
     top_p=st.sampled_from([0.05, 0.5, 0.85, 1.0]),
@@ -70,9 +70,9 @@ def test_draws_stay_within_the_kept_tokens_and_tell_the_model_s_probability(seed
 @pytest.mark.parametrize(
     "how",
     [
-        Sampling(temperature=0.8, top_k=20, top_p=0.85, repetition_penalty=1.1),
-        Sampling(temperature=1.0),
-        Sampling(temperature=1.5, top_p=0.7),
+        SamplingConfig(temperature=0.8, top_k=20, top_p=0.85, repetition_penalty=1.1),
+        SamplingConfig(temperature=1.0),
+        SamplingConfig(temperature=1.5, top_p=0.7),
     ],
 )
 def test_draws_come_as_often_as_their_probability_says(how):
@@ -100,13 +100,13 @@ def test_draws_come_as_often_as_their_probability_says(how):
 )
 def test_settings_that_cannot_be_drawn_by_are_refused(change):
     with pytest.raises(ConfigError, match="finite"):
-        Sampling(**change)
+        SamplingConfig(**change)
 
 
 @pytest.mark.parametrize("stop", ["###", ("",), (3,)])
 def test_stop_strings_are_strings_and_not_empty(stop):
     with unchecked(), pytest.raises(ConfigError, match="must be a tuple of strings"):
-        GenerationSettings(stop=stop)
+        GenerationConfig(stop=stop)
 
 
 def test_a_draw_depends_on_its_own_row_alone():
@@ -114,14 +114,14 @@ def test_a_draw_depends_on_its_own_row_alone():
     logits, held = rows_of(rng, 4)
     keys, steps = keys_of(1, 4), np.array([7, 7, 8, 9])
     how = [
-        Sampling(temperature=1.0, top_k=5),
-        Sampling(temperature=1.0),
-        Sampling(),
-        Sampling(temperature=2.0, top_k=70),
+        SamplingConfig(temperature=1.0, top_k=5),
+        SamplingConfig(temperature=1.0),
+        SamplingConfig(),
+        SamplingConfig(temperature=2.0, top_k=70),
     ]
     together = np.asarray(run(logits, held, how, keys, steps)[0])
     for row in range(4):
-        others = [how[row]] + [Sampling(temperature=1.0, top_p=0.5)] * 3
+        others = [how[row]] + [SamplingConfig(temperature=1.0, top_p=0.5)] * 3
         order = [row, *(i for i in range(4) if i != row)]
         again = run(logits[order], held[order], others, keys[order], steps[order])[0]
         assert int(again[0]) == together[row]
@@ -130,6 +130,6 @@ def test_a_draw_depends_on_its_own_row_alone():
 def test_what_is_not_allowed_is_never_chosen_and_ties_take_the_first():
     logits, none_held = np.zeros((4, V), np.float32), np.zeros((4, V), bool)
     allowed = np.arange(V)[None] >= 3
-    how = [Sampling(), Sampling(temperature=1.0, top_k=1)] * 2
+    how = [SamplingConfig(), SamplingConfig(temperature=1.0, top_k=1)] * 2
     tokens, _ = run(logits, none_held, how, keys_of(0, 4), range(4), allowed)
     assert np.asarray(tokens).tolist() == [3] * 4

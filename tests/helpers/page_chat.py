@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from baichuan_omni_jax.config import GenerationSettings, tiny
+from baichuan_omni_jax.config import GenerationConfig, tiny
 from baichuan_omni_jax.generation.chat import ChatModel, OmniChat
 from baichuan_omni_jax.generation.events import Finished, Frames, TextPiece
 from tests.helpers.engine_prompts import TestPrompt
@@ -24,7 +24,7 @@ class Asked(TestPrompt):
 class Request:
     """Says "heard" and what it was asked, word by word, `pace` seconds each; aloud, half a second of sound first."""
 
-    def __init__(self, prompt: str, settings: GenerationSettings, pace: float):
+    def __init__(self, prompt: str, settings: GenerationConfig, pace: float):
         self.words = ["heard", *prompt.split()]
         self.settings, self.pace = settings, pace
         self.cancelled = threading.Event()

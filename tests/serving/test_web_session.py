@@ -10,7 +10,7 @@ import pytest
 import soundfile
 from PIL import Image
 
-from baichuan_omni_jax.config import GenerationSettings
+from baichuan_omni_jax.config import GenerationConfig
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.serving.limits import Limits, read_turn
 from baichuan_omni_jax.serving.session import BUSY, Session
@@ -20,7 +20,7 @@ from tests.helpers.page_chat import scripted_chat
 from tests.helpers.proofs import wait_for
 from tests.helpers.small_media import write_video
 
-SILENT, ALOUD = GenerationSettings(), GenerationSettings(speech=True)
+SILENT, ALOUD = GenerationConfig(), GenerationConfig(speech=True)
 LIMITS = Limits(files=2, megabytes=0.5, sound_seconds=3.0, video_seconds=2.0, characters=40)
 
 

@@ -29,7 +29,7 @@ from tests.helpers.micro import REPOSITORY, numbers, one_device
 
 TOKENIZER, FLOW = (REPOSITORY / "configs" / f"{name}_tiny.py" for name in ("audio_tokenizer", "flow_matching"))
 SMALL = ("data.workers=0", "data.sample=false", "eval.every=0", "data.mel_frames=(256,)", "data.rows=1")
-LISTEN = ("eval.sound_every=2", "eval.sounds=1")
+LISTEN = ("eval.audio_every=2", "eval.audio_samples=1")
 
 
 def events(workdir: Path) -> dict[tuple[str, int], object]:
@@ -96,8 +96,12 @@ def test_samples_are_read_back_from_the_events(tmp_path):
 
 def test_settings_that_do_not_fit_are_refused():
     for config, changes, message in (
-        (TOKENIZER, ["eval.mixtures=()"], "eval.sound_every 2 needs eval.mixtures"),
-        (TOKENIZER, ["eval.sounds=0"], "eval.sound_every 2 needs eval.mixtures and eval.sounds of at least 1"),
+        (TOKENIZER, ["eval.mixtures=()"], "eval.audio_every 2 needs eval.mixtures"),
+        (
+            TOKENIZER,
+            ["eval.audio_samples=0"],
+            "eval.audio_every 2 needs eval.mixtures and eval.audio_samples of at least 1",
+        ),
         (TOKENIZER, ["eval.vocoder=hift"], "a vocoder reads the mel of flow_matching"),
         (FLOW, ["eval.vocoder=nowhere"], "is neither a checkpoint"),
         (REPOSITORY / "configs" / "micro.py", [], "task omni is none of audio_tokenizer, flow_matching"),

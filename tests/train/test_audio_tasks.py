@@ -13,7 +13,7 @@ from baichuan_omni_jax.audio.tokenize import fingerprint
 from baichuan_omni_jax.branches import abstract_branches
 from baichuan_omni_jax.checkpoint import load_branches, with_shardings
 from baichuan_omni_jax.config import apply_overrides, load_run_config, resolve_model, tiny, to_hf
-from baichuan_omni_jax.config.mel_targets import sound_targets
+from baichuan_omni_jax.config.mel_targets import run_mel_targets
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.train.batch_placer import BatchPlacer
 from baichuan_omni_jax.train.state import init_state, make_compute, make_setup
@@ -44,7 +44,7 @@ def tokenizer_step(micro_root, quick_compile, two_levels):
     """(run, setup, state, batch) of the tokenizer's first step."""
     run = small(TOKENIZER, micro_root, two_levels)
     omni, mesh, compute = resolve_model(run.model), one_device(), make_compute(run)
-    pipeline = open_pipeline(run.data, omni, targets=sound_targets(run, omni))
+    pipeline = open_pipeline(run.data, omni, targets=run_mel_targets(run, omni))
     with jax.set_mesh(mesh):
         setup = make_setup(run, omni, mesh, compute)
         setup.task.check(mesh)

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from baichuan_omni_jax.config import GenerationSettings, Sampling
+from baichuan_omni_jax.config import GenerationConfig, SamplingConfig
 from baichuan_omni_jax.errors import RequestError
 from baichuan_omni_jax.generation.chat import OmniChat, Reply
 from data_pipelines.documents.chat_prompt import ASR_PROMPT
@@ -23,10 +23,10 @@ _MEDIA = ("image", "audio", "video")
 _DESCRIBE = {"image": "Describe the picture.", "video": "Describe the video."}
 
 
-def default_settings(task: str, speech: bool) -> GenerationSettings:
+def default_settings(task: str, speech: bool) -> GenerationConfig:
     """The released demos' settings; of several transcripts the likeliest is wanted."""
-    settings = GenerationSettings(speech=speech)
-    return GenerationSettings(text=Sampling()) if task == "asr" else settings
+    settings = GenerationConfig(speech=speech)
+    return GenerationConfig(text=SamplingConfig()) if task == "asr" else settings
 
 
 def ask(

@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import jax
 
-from baichuan_omni_jax.config import GenerationSettings, ImagesConfig, MeshConfig, released_images
+from baichuan_omni_jax.config import GenerationConfig, ImagesConfig, MeshConfig, released_images
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.generation.chat import OmniChat
 from baichuan_omni_jax.generation.chat_stream import Speaks
@@ -54,7 +54,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, metavar="N", help="of what is drawn (default %(default)s)")
 
 
-def open_chat(options: argparse.Namespace, settings: GenerationSettings, root: Path | None = None) -> Opened:
+def open_chat(options: argparse.Namespace, settings: GenerationConfig, root: Path | None = None) -> Opened:
     """Reads the checkpoint. `root`: the only folder that messages may name files of.
 
     Raises ConfigError naming the flag, the file or the branch that cannot be used.

@@ -3,7 +3,7 @@
 import argparse
 from dataclasses import replace
 
-from baichuan_omni_jax.config import GenerationSettings, apply_overrides
+from baichuan_omni_jax.config import GenerationConfig, apply_overrides
 from baichuan_omni_jax.errors import ConfigError
 
 
@@ -17,11 +17,11 @@ def add_settings_flags(add) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="a field of GenerationSettings, as codes.top_k=3",
+        help="a field of GenerationConfig, as codes.top_k=3",
     )
 
 
-def settings_of(options: argparse.Namespace, default: GenerationSettings) -> GenerationSettings:
+def settings_of(options: argparse.Namespace, default: GenerationConfig) -> GenerationConfig:
     """`default` with what the flags change. Raises ConfigError naming the field that cannot be set."""
     settings = apply_overrides(default, options.set)
     if options.max_tokens is not None:

@@ -9,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Int32, PRNGKeyArray
 
 from baichuan_omni_jax.config import OmniConfig, RunConfig
-from baichuan_omni_jax.config.mel_targets import MelTargetSettings, sound_targets
+from baichuan_omni_jax.config.mel_targets import MelTargetSpec, run_mel_targets
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.nn.param import ComputePolicy
 from baichuan_omni_jax.omni.batch import BRANCH_FIELDS, Batch, abstract_batch
@@ -42,7 +42,7 @@ def slot_frames(run: RunConfig, omni: OmniConfig) -> int:
 
 def sound_batch(run: RunConfig, omni: OmniConfig, mesh: Mesh, rules: ShardingRules) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and shardings of a batch with the largest slots."""
-    data, frames, targets = run.data, slot_frames(run, omni), sound_targets(run, omni)
+    data, frames, targets = run.data, slot_frames(run, omni), run_mel_targets(run, omni)
     shapes = abstract_batch(
         data.rows, data.budgets, omni, ("llm", "audio_encoder", "audio_head"), mesh, rules, mel_frames=frames
     )
@@ -53,7 +53,7 @@ def sound_batch(run: RunConfig, omni: OmniConfig, mesh: Mesh, rules: ShardingRul
     return {name: shapes[name] for name in sound_axes(tuple(targets))}
 
 
-def slot_target_frames(target: MelTargetSettings, mel_frames: int, omni: OmniConfig) -> int:
+def slot_target_frames(target: MelTargetSpec, mel_frames: int, omni: OmniConfig) -> int:
     """Frames of a target's slot beside a mel slot of `mel_frames`."""
     return target.frames(mel_frames * omni.audio.hop_length * target.rate // omni.audio.sampling_rate)
 

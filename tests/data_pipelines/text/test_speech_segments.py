@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from baichuan_omni_jax.config import READ_AT_LEAST, GenerationSettings
+from baichuan_omni_jax.config import READ_AT_LEAST, GenerationConfig
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.generation.segment_progress import advance, new_progress, next_piece
 from data_pipelines.text.speech_segments import cut_places, piece_table, spoken_units
@@ -139,7 +139,7 @@ def test_where_a_piece_ends(text, pieces):
 
 def test_one_least_length_for_synthesis_reading_and_answers():
     """Ten Chinese characters, as the released demos read."""
-    assert READ_AT_LEAST == GenerationSettings().piece_seconds == 2.5
+    assert READ_AT_LEAST == GenerationConfig().piece_seconds == 2.5
     text = "一二三四五六七八九，一二三四五六七八九十，好。"
     assert split_text(text) == ["一二三四五六七八九，一二三四五六七八九十，", "好。"]
     assert cut_places(text, READ_AT_LEAST) == [len(text) - 2]
@@ -158,4 +158,4 @@ def test_one_least_length_for_synthesis_reading_and_answers():
 )
 def test_settings_that_make_no_sense(values, message):
     with pytest.raises(ConfigError, match=message):
-        GenerationSettings(**values)
+        GenerationConfig(**values)

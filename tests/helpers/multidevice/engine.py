@@ -8,15 +8,15 @@ from dataclasses import replace
 import jax
 import numpy as np
 
-from baichuan_omni_jax.config import GenerationSettings, MeshConfig
+from baichuan_omni_jax.config import GenerationConfig, MeshConfig
 from baichuan_omni_jax.generation.engine import Engine
 from baichuan_omni_jax.generation.events import Answer
 from baichuan_omni_jax.sharding import make_mesh
 from tests.helpers.engine_prompts import media_prompt, random_text, small_branches, small_config, text_prompt, tokenizer
 
 CFG = small_config()
-ALOUD = replace(GenerationSettings(speech=True).greedy(), max_tokens=9, piece_tokens=4, piece_frames=5)
-DRAWN = replace(GenerationSettings(speech=True), max_tokens=9, piece_tokens=4, piece_frames=5)
+ALOUD = replace(GenerationConfig(speech=True).greedy(), max_tokens=9, piece_tokens=4, piece_frames=5)
+DRAWN = replace(GenerationConfig(speech=True), max_tokens=9, piece_tokens=4, piece_frames=5)
 MESHES = {"data2_tensor2": MeshConfig(data=2, tensor=2), "data2_fsdp2_tensor2": MeshConfig(data=2, fsdp=2, tensor=2)}
 
 
