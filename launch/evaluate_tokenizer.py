@@ -38,7 +38,7 @@ from data_pipelines.datasets.sources import trusted_folders
 from data_pipelines.errors import SampleError
 from data_pipelines.media.features import clip_windows, log_mel
 from data_pipelines.media.mel_targets import mel_target
-from data_pipelines.tools.commands import add_media_arguments, given_root, load_function, trusted_names
+from data_pipelines.tools.commands import add_media_arguments, load_function, root_from_options, trusted_from_options
 
 DRAWN = 3  # clips on the picture
 
@@ -57,7 +57,7 @@ def evaluate(options: argparse.Namespace) -> None:
         branches, cfg = load(options.checkpoint)
         judge = Judge(branches, cfg, hear)
         skipped: Counter = Counter()
-        root, trusted = given_root(options), trusted_folders(trusted_names(options), "--trust")
+        root, trusted = root_from_options(options), trusted_folders(trusted_from_options(options), "--trust")
         for clip in read_clips(options.manifest.expanduser(), root, skipped, trusted):
             if judge.clips == options.limit:
                 break

@@ -30,7 +30,14 @@ from baichuan_omni_jax.sharding import make_mesh
 from baichuan_omni_jax.train.groups import untrained_targets
 from baichuan_omni_jax.train.hosts import check_agreement, is_leader, join, leader_first, run_facts, software, together
 from data_pipelines.audio_codes import CodeStore
-from data_pipelines.audio_codes.build import ALONE, Hosts, Settings, Tokenizer, open_or_fill, store_path
+from data_pipelines.audio_codes.build import (
+    SINGLE_HOST,
+    CodeBuildOptions,
+    CodeEncoder,
+    Hosts,
+    open_or_build,
+    store_path,
+)
 from data_pipelines.audio_codes.writer import PART_FRAMES
 from data_pipelines.pipeline import Pipeline, open_pipeline, prepare_sample
 from data_pipelines.tools.commands import RUNNERS, make_runner
@@ -82,10 +89,10 @@ def ensure_codes(
     run: RunConfig,
     omni: OmniConfig,
     pipelines: Sequence[Pipeline],
-    settings: Settings,
+    settings: CodeBuildOptions,
     home: epath.Path | None,
     *,
-    hosts: Hosts = ALONE,
+    hosts: Hosts = SINGLE_HOST,
     relist: bool = False,
 ) -> tuple[CodeStore, AudioTokenizer]:
     """The store with the codes of all sound of these mixtures of one data root, filled where it lacks any; and the
@@ -94,11 +101,11 @@ def ensure_codes(
     mesh = tokenizer_mesh(run.mesh)
     with jax.set_mesh(mesh):
         model = load_tokenizer(run, omni, mesh, home)
-        tokenizer = Tokenizer(fingerprint(model), WindowEncoder(model, mesh))
-        if hosts is not ALONE:
+        tokenizer = CodeEncoder(fingerprint(model), WindowEncoder(model, mesh))
+        if hosts is not SINGLE_HOST:
             check_agreement({"the audio tokenizer": tokenizer.fingerprint})
         path = store_path(pipelines[0], tokenizer)
-        return open_or_fill(path, pipelines, tokenizer, settings, hosts, relist), model
+        return open_or_build(path, pipelines, tokenizer, settings, hosts, relist), model
 
 
 def open_pipelines(run: RunConfig, omni: OmniConfig) -> dict[str, Pipeline]:
@@ -126,7 +133,7 @@ def tokenize() -> None:
     pipelines = list(leader_first(lambda: open_pipelines(run, omni)).values())
     settings = together(lambda: make_settings(run.data.workers))
     alone = jax.process_count() == 1
-    hosts = ALONE if alone else Hosts(jax.process_count(), jax.process_index(), leader_first, together)
+    hosts = SINGLE_HOST if alone else Hosts(jax.process_count(), jax.process_index(), leader_first, together)
     home = together(lambda: find_tokenizer(run))
     store, _ = ensure_codes(run, omni, pipelines, settings, home, hosts=hosts, relist=True)
     if flags.FLAGS.verify:
@@ -136,11 +143,11 @@ def tokenize() -> None:
         print(f"of tokenizer {store.meta['fingerprint']}" + (", all as written" if flags.FLAGS.verify else ""))
 
 
-def make_settings(workers: int) -> Settings:
+def make_settings(workers: int) -> CodeBuildOptions:
     """What the command line says of the work. Only host 0 talks."""
     given, report = flags.FLAGS, print if is_leader() else lambda _: None
     beam = make_runner("beam", workers) if given.runner == "beam" else None
-    return Settings(workers, beam, given.part_frames, report)
+    return CodeBuildOptions(workers, beam, given.part_frames, report)
 
 
 def main(_) -> None:

@@ -41,7 +41,7 @@ from baichuan_omni_jax.train.profiling import parse_span
 from baichuan_omni_jax.train.trainer import Extras, set_up, train
 from baichuan_omni_jax.train.wandb import load_wandb
 from data_pipelines.audio_codes import CodeStore
-from data_pipelines.audio_codes.build import Settings
+from data_pipelines.audio_codes.build import CodeBuildOptions
 from data_pipelines.packing.rows import Shard
 from data_pipelines.packing.training import TrainingData
 from data_pipelines.pipeline import Pipeline
@@ -111,7 +111,7 @@ def prepare(
     pipelines = open_pipelines(run, omni)
     store = kept = None
     if run.task == "omni":
-        store, tokenizer = ensure_codes(run, omni, list(pipelines.values()), Settings(run.data.workers), home)
+        store, tokenizer = ensure_codes(run, omni, list(pipelines.values()), CodeBuildOptions(run.data.workers), home)
         if "audio_head" in run.branches and home != workdir.path / KEPT:
             values = {name: np.asarray(value) for name, value in named_values(tokenizer).items()}
             kept = with_values(tokenizer, values)

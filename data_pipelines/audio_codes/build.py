@@ -51,7 +51,7 @@ Encode = Callable[[Iterable[tuple[int, Float[np.ndarray, "mels f"]]]], Iterator[
 
 
 @dataclass(frozen=True)
-class Tokenizer:
+class CodeEncoder:
     """The audio tokenizer as this package knows it: what it is, and what it does."""
 
     fingerprint: str
@@ -62,21 +62,21 @@ class Tokenizer:
 class Hosts:
     """The processes that fill a store together: how many, which one this is, and how they wait for each other.
 
-    `leader_first(work)` does `work` on host 0 and then on the others, `together(work)` on all at once. Both return the
-    host's own result when all have one.
+    `process_zero_first(work)` does `work` on host 0 and then on the others, `on_all_hosts(work)` on all at once. Both
+    return the host's own result when all have one.
     """
 
     count: int = 1
     host: int = 0
-    leader_first: Callable[[Callable[[], T]], T] = lambda work: work()
-    together: Callable[[Callable[[], T]], T] = lambda work: work()
+    process_zero_first: Callable[[Callable[[], T]], T] = lambda work: work()
+    on_all_hosts: Callable[[Callable[[], T]], T] = lambda work: work()
 
 
-ALONE = Hosts()
+SINGLE_HOST = Hosts()
 
 
 @dataclass(frozen=True)
-class Settings:
+class CodeBuildOptions:
     """`workers` processes decode, and list unless a `runner` does; `part_frames`: of a new store."""
 
     workers: int = 0
@@ -85,7 +85,7 @@ class Settings:
     report: Callable[[str], None] = print
 
 
-def store_path(pipeline: Pipeline, tokenizer: Tokenizer) -> Path:
+def store_path(pipeline: Pipeline, tokenizer: CodeEncoder) -> Path:
     """Where the codes of a data root and a tokenizer are kept."""
     return pipeline.cache / f"codes-{tokenizer.fingerprint[:12]}"
 
@@ -101,12 +101,12 @@ def covers(path: Path, pipelines: Sequence[Pipeline]) -> bool:
     return all(mixture_key(pipeline) in known for pipeline in pipelines)
 
 
-def open_or_fill(
+def open_or_build(
     path: Path,
     pipelines: Sequence[Pipeline],
-    tokenizer: Tokenizer,
-    settings: Settings,
-    hosts: Hosts = ALONE,
+    tokenizer: CodeEncoder,
+    settings: CodeBuildOptions,
+    hosts: Hosts = SINGLE_HOST,
     relist: bool = False,
 ) -> CodeStore:
     """The store at `path` with the codes of all sound of `pipelines`: as it is when it was filled for them already.
@@ -118,24 +118,24 @@ def open_or_fill(
     if not relist and covers(path, pipelines):
         return CodeStore(path, tokenizer.fingerprint)
     audio = pipelines[0].omni.audio
-    with _alone_in(path, hosts):
-        store = hosts.leader_first(lambda: _open_or_create(path, audio, tokenizer, settings))
+    with _exclusive(path, hosts):
+        store = hosts.process_zero_first(lambda: _open_or_create(path, audio, tokenizer, settings))
         if not relist and covers(path, pipelines):  # another run just did it
             return store
         listing = listing_job(pipelines, path / f".listing-{store.meta['index'].removesuffix('.npy')}")
         documents = sum(unit.size for unit in listing.units)
         runner = settings.runner or LocalRunner(settings.workers if documents > FEW else 0)
         _share_out(listing, runner, hosts, settings.report)
-        plan = hosts.leader_first(lambda: _make_plan(listing, store))
+        plan = hosts.process_zero_first(lambda: _make_plan(listing, store))
         with MelReader(clip_sources(pipelines), audio, settings.workers if len(plan) > FEW else 0) as mels:
             work = TokenizePart(plan, tokenizer, mels, audio.levels, store.meta["part_frames"])
             job = Job("tokenising sound", _units(plan, store, tokenizer), work, path / "frames")
             _share_out(job, LocalRunner(0), hosts, settings.report)
-        return hosts.leader_first(lambda: _publish(path, job, pipelines, listing.out))
+        return hosts.process_zero_first(lambda: _publish(path, job, pipelines, listing.out))
 
 
 @contextmanager
-def _alone_in(path: Path, hosts: Hosts) -> Iterator[None]:
+def _exclusive(path: Path, hosts: Hosts) -> Iterator[None]:
     """Keeps other runs of this machine out until this one is through."""
     path.mkdir(parents=True, exist_ok=True)
     lock = take_lock(path / ".lock", "", wait=True) if hosts.host == 0 else None
@@ -146,7 +146,7 @@ def _alone_in(path: Path, hosts: Hosts) -> Iterator[None]:
             lock.release()
 
 
-def _open_or_create(path: Path, audio: AudioConfig, tokenizer: Tokenizer, settings: Settings) -> CodeStore:
+def _open_or_create(path: Path, audio: AudioConfig, tokenizer: CodeEncoder, settings: CodeBuildOptions) -> CodeStore:
     if not (path / "meta.json").exists():
         create_store(
             path,
@@ -161,7 +161,7 @@ def _open_or_create(path: Path, audio: AudioConfig, tokenizer: Tokenizer, settin
 def _share_out(job: Job, runner: Runner, hosts: Hosts, report: Callable[[str], None]) -> None:
     """Each host does its share of the units; returns when all are done."""
     mine = replace(job, units=job.units[hosts.host :: hosts.count])
-    hosts.together(lambda: run_job(mine, runner, report) if mine.units else None)
+    hosts.on_all_hosts(lambda: run_job(mine, runner, report) if mine.units else None)
 
 
 def _make_plan(listing: Job, store: CodeStore) -> Shaped[np.ndarray, "n"]:
@@ -173,7 +173,7 @@ def _make_plan(listing: Job, store: CodeStore) -> Shaped[np.ndarray, "n"]:
     return open_table(path, REFERENCE)
 
 
-def _units(plan: Shaped[np.ndarray, "n"], store: CodeStore, tokenizer: Tokenizer) -> list[Unit]:
+def _units(plan: Shaped[np.ndarray, "n"], store: CodeStore, tokenizer: CodeEncoder) -> list[Unit]:
     """One for each part that the plan fills, numbered after those that the store has."""
     units, part_frames = [], store.meta["part_frames"]
     for number, (first, last) in enumerate(part_bounds(plan["length"], part_frames), start=len(store.meta["parts"])):
@@ -187,7 +187,7 @@ class TokenizePart:
     """The work of the tokenising job: rows of the plan to one part of the store."""
 
     plan: Shaped[np.ndarray, "n"]
-    tokenizer: Tokenizer
+    tokenizer: CodeEncoder
     mels: MelReader
     levels: int
     part_frames: int

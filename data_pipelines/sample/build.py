@@ -13,7 +13,7 @@ from rich.progress import track
 from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.documents.prompt_writing import plain_text
 from data_pipelines.sample.documents import RECIPES, plan_documents
-from data_pipelines.sample.media_plan import FOLDERS, Studio, produce, record
+from data_pipelines.sample.media_plan import FOLDERS, MediaPlan, produce, record
 from data_pipelines.synthesis.speech.espeak import SAMPLE_RATE
 
 VERSION = 3
@@ -43,12 +43,12 @@ def build_sample(out: str | Path, *, seed: int = 0, progress: bool = True) -> Pa
         shutil.rmtree(partial)
     for folder in FOLDERS:
         (partial / folder).mkdir(parents=True)
-    studio, manifests = plan_documents(seed)
-    seconds = _produce_all(studio, partial, progress)
+    plan, manifests = plan_documents(seed)
+    seconds = _produce_all(plan, partial, progress)
     for source, manifest in SAMPLE_SOURCES:
         lines = [json.dumps(document, ensure_ascii=False) + "\n" for document in manifests[source]]
         (partial / manifest).write_text("".join(lines), encoding="utf-8")
-    summary = _summarise(studio, manifests, seconds, seed)
+    summary = _summarize(plan, manifests, seconds, seed)
     (partial / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     if out.exists():
         shutil.rmtree(out)
@@ -76,21 +76,21 @@ def _refuse_foreign(folder: Path) -> None:
         )
 
 
-def _produce_all(studio: Studio, root: Path, progress: bool) -> float:
+def _produce_all(plan: MediaPlan, root: Path, progress: bool) -> float:
     """Makes every planned file; returns the seconds of sound."""
-    recordings = record(studio)
-    paths = [clip.path for clip in studio.clips] + list(studio.speech) + list(studio.images)
+    recordings = record(plan)
+    paths = [clip.path for clip in plan.videos] + list(plan.speech) + list(plan.images)
     # Threads, not processes: the encoders release the interpreter lock, and the caller may be a JAX program that must
     # neither be forked nor imported again.
     with ThreadPoolExecutor(max_workers=2) as pool:
-        made = pool.map(lambda path: produce(studio, recordings, path, root), paths)
+        made = pool.map(lambda path: produce(plan, recordings, path, root), paths)
         console = Console(stderr=True)
         for _ in track(made, "sample data", len(paths), console=console, disable=not progress, transient=True):
             pass
     return sum(map(len, recordings.values())) / SAMPLE_RATE
 
 
-def _summarise(studio: Studio, manifests: dict[str, list[dict]], seconds: float, seed: int) -> dict:
+def _summarize(plan: MediaPlan, manifests: dict[str, list[dict]], seconds: float, seed: int) -> dict:
     documents = [document for source in manifests.values() for document in source]
     return {
         "version": VERSION,
@@ -98,9 +98,9 @@ def _summarise(studio: Studio, manifests: dict[str, list[dict]], seconds: float,
         "documents": len(documents),
         "by_source": {source: len(entries) for source, entries in manifests.items()},
         "by_type": dict(sorted(Counter(document["type"] for document in documents).items())),
-        "images": len(studio.images),
-        "speech_clips": len(studio.speech),
-        "videos": len(studio.clips),
+        "images": len(plan.images),
+        "speech_clips": len(plan.speech),
+        "videos": len(plan.videos),
         "audio_seconds": round(seconds, 1),
         "text_characters": sum(len(plain_text(document["text"])) for document in documents),
     }

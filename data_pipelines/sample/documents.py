@@ -1,6 +1,6 @@
 """The documents of every type as source prompts in the released form, and how many of each the data set holds.
 
-A maker takes the studio (which names the media) and a random generator, and returns one prompt. Text and speech between
+A maker takes the plan (which names the media) and a random generator, and returns one prompt. Text and speech between
 `<trainable_start>` and `<trainable_end>` carry loss; end-of-text is added by the pipeline.
 """
 
@@ -21,7 +21,7 @@ from data_pipelines.documents.prompt_writing import (
     video_tag,
 )
 from data_pipelines.sample import scenes, texts
-from data_pipelines.sample.media_plan import Clip, Studio
+from data_pipelines.sample.media_plan import MediaPlan, VideoFile
 from data_pipelines.sample.photographs import Crop
 from data_pipelines.text.splitting import split_text
 
@@ -31,97 +31,97 @@ TRANSCRIBE = "将语音转录为文本:"  # the released prompt, its colon inclu
 DESCRIBE = {"en": "Describe the picture.", "zh": "描述这张图片。"}
 DESCRIBE_VIDEO = {"en": "Describe the video.", "zh": "描述这段视频。"}
 
-Maker = Callable[[Studio, random.Random], Source]
+Maker = Callable[[MediaPlan, random.Random], Source]
 
 
 def _system(rng: random.Random, language: str) -> str:
     return SYSTEM[language] if rng.random() < 0.2 else ""
 
 
-def text(studio: Studio, rng: random.Random) -> Source:
+def text(plan: MediaPlan, rng: random.Random) -> Source:
     return trainable(texts.paragraph(rng, rng.choice(LANGUAGES)))
 
 
-def caption(studio: Studio, rng: random.Random) -> Source:
+def caption(plan: MediaPlan, rng: random.Random) -> Source:
     language = rng.choice(LANGUAGES)
-    path, crop = studio.photo(rng)
+    path, crop = plan.add_image(rng)
     words = scenes.caption(rng, crop, language)
     if rng.random() < 0.5:
         return image_tag(path) + trainable(words)
     return turn(image_tag(path) + DESCRIBE[language], words)
 
 
-def qa(studio: Studio, rng: random.Random) -> Source:
+def qa(plan: MediaPlan, rng: random.Random) -> Source:
     language = rng.choice(LANGUAGES)
-    path, crop = studio.photo(rng)
+    path, crop = plan.add_image(rng)
     (question, answer), *others = rng.sample(scenes.questions(crop, language), rng.choice([1, 2, 3]))
     return conversation([(image_tag(path) + question, answer), *others], _system(rng, language))
 
 
-def interleaved(studio: Studio, rng: random.Random) -> Source:
+def interleaved(plan: MediaPlan, rng: random.Random) -> Source:
     """Several pictures in running text, all of it trainable."""
     language = rng.choice(LANGUAGES)
     index = LANGUAGES.index(language)
     story = texts.sentences(rng, 3)
     prompt = trainable(story[0][index])
     for pair in story[1:]:
-        path, crop = studio.photo(rng)
+        path, crop = plan.add_image(rng)
         shown = texts.join([scenes.short_caption(crop, language), pair[index]], language)
         prompt += image_tag(path) + trainable(shown)
     return prompt
 
 
-def asr(studio: Studio, rng: random.Random) -> Source:
+def asr(plan: MediaPlan, rng: random.Random) -> Source:
     language = rng.choice(LANGUAGES)
     words = texts.sentence(rng)[LANGUAGES.index(language)]
-    return TRANSCRIBE + heard_tag(studio.say(rng, words, language)) + trainable(words)
+    return TRANSCRIBE + heard_tag(plan.add_speech(rng, words, language)) + trainable(words)
 
 
-def tts(studio: Studio, rng: random.Random) -> Source:
+def tts(plan: MediaPlan, rng: random.Random) -> Source:
     """Text, then its speech, without an instruction: the released form."""
     language = rng.choice(LANGUAGES)
     words = texts.sentence(rng)[LANGUAGES.index(language)]
-    return words + trainable(spoken_tag(studio.say(rng, words, language)))
+    return words + trainable(spoken_tag(plan.add_speech(rng, words, language)))
 
 
-def s2tt(studio: Studio, rng: random.Random) -> Source:
+def s2tt(plan: MediaPlan, rng: random.Random) -> Source:
     """Speech in one language, its translation in the other."""
     source, target = rng.choice([(0, 1), (1, 0)])
     pair = texts.sentence(rng)
     ask = ("将语音翻译成英文：", "将语音翻译成中文：")[target]
-    return ask + heard_tag(studio.say(rng, pair[source], LANGUAGES[source])) + trainable(pair[target])
+    return ask + heard_tag(plan.add_speech(rng, pair[source], LANGUAGES[source])) + trainable(pair[target])
 
 
-def aqa(studio: Studio, rng: random.Random) -> Source:
+def aqa(plan: MediaPlan, rng: random.Random) -> Source:
     language = rng.choice(LANGUAGES)
     question, answer = texts.dialogue(rng)[LANGUAGES.index(language)]
-    return turn(heard_tag(studio.say(rng, question, language)), answer, _system(rng, language))
+    return turn(heard_tag(plan.add_speech(rng, question, language)), answer, _system(rng, language))
 
 
-def dialogue(studio: Studio, rng: random.Random) -> Source:
+def dialogue(plan: MediaPlan, rng: random.Random) -> Source:
     """One or two spoken questions, answered aloud: each piece of an answer is written, then spoken."""
     language = rng.choice(LANGUAGES)
     question, answer = texts.dialogue(rng)[LANGUAGES.index(language)]
     asks, answers = random.Random(), random.Random()
     asks.setstate(rng.getstate())
-    heard = heard_tag(studio.say(rng, question, language))
+    heard = heard_tag(plan.add_speech(rng, question, language))
     answers.setstate(rng.getstate())
-    turns = [(heard, _aloud(studio, rng, answer, language))]
+    turns = [(heard, _aloud(plan, rng, answer, language))]
     # A second turn, in the same two voices, is drawn apart: the documents that follow do not depend on it.
-    apart = random.Random(f"{question}/{len(studio.speech)}")
+    apart = random.Random(f"{question}/{len(plan.speech)}")
     if apart.random() < 0.3:
         question, answer = texts.dialogue(apart)[LANGUAGES.index(language)]
-        turns.append((heard_tag(studio.say(asks, question, language)), _aloud(studio, answers, answer, language)))
+        turns.append((heard_tag(plan.add_speech(asks, question, language)), _aloud(plan, answers, answer, language)))
     return conversation(turns, _system(rng, language))
 
 
-def _aloud(studio: Studio, rng: random.Random, answer: str, language: str) -> Source:
+def _aloud(plan: MediaPlan, rng: random.Random, answer: str, language: str) -> Source:
     """The answer in pieces, all in one voice."""
     voice = rng.getstate()
 
     def say(piece: str) -> str:
         rng.setstate(voice)
-        return studio.say(rng, piece.strip(), language)
+        return plan.add_speech(rng, piece.strip(), language)
 
     return spoken_answer(split_text(answer), say)
 
@@ -131,85 +131,85 @@ def _story(rng: random.Random, count: int) -> tuple[list[str], str]:
     return [pair[LANGUAGES.index(language)] for pair in texts.sentences(rng, count)], language
 
 
-def intlv(studio: Studio, rng: random.Random) -> Source:
+def intlv(plan: MediaPlan, rng: random.Random) -> Source:
     """audio_1 text_2 audio_3 text_4: one story, heard and written in turns; loss on the written parts."""
     words, language = _story(rng, rng.choice([2, 4]))
     parts = zip(words[::2], words[1::2], strict=True)
-    return join(heard_tag(studio.say(rng, heard, language)) + trainable(written) for heard, written in parts)
+    return join(heard_tag(plan.add_speech(rng, heard, language)) + trainable(written) for heard, written in parts)
 
 
-def itts(studio: Studio, rng: random.Random) -> Source:
+def itts(plan: MediaPlan, rng: random.Random) -> Source:
     """text_1 audio_1 text_2 audio_2: every sentence is followed by its speech; loss on all but the first text."""
     words, language = _story(rng, 2)
-    first, second = (spoken_tag(studio.say(rng, sentence, language)) for sentence in words)
+    first, second = (spoken_tag(plan.add_speech(rng, sentence, language)) for sentence in words)
     return words[0] + trainable(first + words[1] + second)
 
 
-def pure_audio(studio: Studio, rng: random.Random) -> Source:
+def pure_audio(plan: MediaPlan, rng: random.Random) -> Source:
     words, language = _story(rng, 2)
-    return trainable(join(spoken_tag(studio.say(rng, sentence, language)) for sentence in words))
+    return trainable(join(spoken_tag(plan.add_speech(rng, sentence, language)) for sentence in words))
 
 
-def _clip(studio: Studio, rng: random.Random, cuts: bool = True) -> Clip:
-    return rng.choice([clip for clip in studio.clips if cuts or clip.film.move != "cut"])
+def _clip(plan: MediaPlan, rng: random.Random, cuts: bool = True) -> VideoFile:
+    return rng.choice([clip for clip in plan.videos if cuts or clip.video.move != "cut"])
 
 
-def video_caption(studio: Studio, rng: random.Random) -> Source:
-    language, clip = rng.choice(LANGUAGES), _clip(studio, rng)
-    words = scenes.film_caption(clip.film, language)
+def video_caption(plan: MediaPlan, rng: random.Random) -> Source:
+    language, clip = rng.choice(LANGUAGES), _clip(plan, rng)
+    words = scenes.video_caption_text(clip.video, language)
     if rng.random() < 0.5:
         return video_tag(clip.path) + trainable(words)
     return turn(video_tag(clip.path) + DESCRIBE_VIDEO[language], words)
 
 
-def video_qa(studio: Studio, rng: random.Random) -> Source:
-    language, clip = rng.choice(LANGUAGES), _clip(studio, rng)
-    question, answer = rng.choice(scenes.film_questions(clip.film, language))
+def video_qa(plan: MediaPlan, rng: random.Random) -> Source:
+    language, clip = rng.choice(LANGUAGES), _clip(plan, rng)
+    question, answer = rng.choice(scenes.video_questions(clip.video, language))
     return turn(video_tag(clip.path) + question, answer, _system(rng, language))
 
 
-def image_audio_text(studio: Studio, rng: random.Random) -> Source:
+def image_audio_text(plan: MediaPlan, rng: random.Random) -> Source:
     """A picture and a spoken question about it."""
     language = rng.choice(LANGUAGES)
-    path, crop = studio.photo(rng)
+    path, crop = plan.add_image(rng)
     question, answer = rng.choice(scenes.questions(crop, language))
-    return turn(image_tag(path) + heard_tag(studio.say(rng, question, language)), answer)
+    return turn(image_tag(path) + heard_tag(plan.add_speech(rng, question, language)), answer)
 
 
-def video_audio_text(studio: Studio, rng: random.Random) -> Source:
-    """A film with its own sound track, and a written question about either."""
-    clip = _clip(studio, rng)
+def video_audio_text(plan: MediaPlan, rng: random.Random) -> Source:
+    """A video with its own sound track, and a written question about either."""
+    clip = _clip(plan, rng)
     said = {"en": ("What does the voice say?", clip.track.text), "zh": ("视频里的声音说了什么？", clip.track.text)}
-    question, answer = rng.choice([said[clip.language], *scenes.film_questions(clip.film, clip.language)])
+    question, answer = rng.choice([said[clip.language], *scenes.video_questions(clip.video, clip.language)])
     return turn(video_tag(clip.path) + heard_tag(clip.path) + question, answer)
 
 
-def _same_place(crop: Crop, clip: Clip, language: str) -> scenes.Answer:
-    same = crop.photo == clip.film.first.photo
+def _same_place(crop: Crop, clip: VideoFile, language: str) -> scenes.Answer:
+    same = crop.photo == clip.video.first.photo
     if language == "zh":
         return "图片和视频拍的是同一个地方吗？", "是的，是同一个地方。" if same else "不是，是两个不同的地方。"
     question = "Do the picture and the video show the same place?"
     return question, "Yes, they show the same place." if same else "No, they show two different places."
 
 
-def mixed(studio: Studio, rng: random.Random, *, modalities: str) -> Source:
+def mixed(plan: MediaPlan, rng: random.Random, *, modalities: str) -> Source:
     """Any of picture (i), video (v), spoken question (a) and spoken answer (s) in one turn, with text."""
     language = rng.choice(LANGUAGES)
     media = Source()
     if "i" in modalities:
-        path, crop = studio.photo(rng)
+        path, crop = plan.add_image(rng)
         media += image_tag(path)
         question, answer = rng.choice(scenes.questions(crop, language))
     if "v" in modalities:
-        clip = _clip(studio, rng, cuts="i" not in modalities)
+        clip = _clip(plan, rng, cuts="i" not in modalities)
         media += video_tag(clip.path)
-        question, answer = rng.choice(scenes.film_questions(clip.film, language))
+        question, answer = rng.choice(scenes.video_questions(clip.video, language))
     if "i" in modalities and "v" in modalities:
         question, answer = _same_place(crop, clip, language)
     if "a" in modalities:
-        question = heard_tag(studio.say(rng, question, language))
+        question = heard_tag(plan.add_speech(rng, question, language))
     if "s" in modalities:
-        answer = _aloud(studio, rng, answer, language)
+        answer = _aloud(plan, rng, answer, language)
     return turn(media + question, answer, _system(rng, language))
 
 
@@ -238,13 +238,13 @@ RECIPES: dict[str, list[tuple[str, int, Maker]]] = {
 }
 """Source -> (document type, how many, maker)."""
 
-FILMS = 36
+VIDEOS = 36
 
 
-def plan_documents(seed: int) -> tuple[Studio, dict[str, list[dict[str, str]]]]:
+def plan_documents(seed: int) -> tuple[MediaPlan, dict[str, list[dict[str, str]]]]:
     """Every document of the data set by source, in manifest order, and the media they need. The same for a seed."""
-    studio = Studio()
-    studio.shoot(random.Random(f"{seed}/films"), FILMS)
+    plan = MediaPlan()
+    plan.add_videos(random.Random(f"{seed}/films"), VIDEOS)
     manifests = {}
     for source, recipes in RECIPES.items():
         rng = random.Random(f"{seed}/{source}")
@@ -252,8 +252,8 @@ def plan_documents(seed: int) -> tuple[Studio, dict[str, list[dict[str, str]]]]:
         for kind, count, maker in recipes:
             for _ in range(count):
                 number = made[kind] = made.get(kind, 0) + 1
-                documents.append({"id": f"{kind}-{number:04d}", "type": kind, "text": maker(studio, rng)})
+                documents.append({"id": f"{kind}-{number:04d}", "type": kind, "text": maker(plan, rng)})
         # Shuffled: a reader that takes the first documents of a manifest sees every type.
         rng.shuffle(documents)
         manifests[source] = documents
-    return studio, manifests
+    return plan, manifests

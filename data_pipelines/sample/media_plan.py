@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from data_pipelines.sample.photographs import PHOTOGRAPHS, Crop, random_crop, save
-from data_pipelines.sample.scenes import film_caption
-from data_pipelines.sample.video import MOVES, Film, random_film, write_film
+from data_pipelines.sample.scenes import video_caption_text
+from data_pipelines.sample.video import MOVES, VideoPlan, random_video, write_video
 from data_pipelines.synthesis.speech.espeak import SAMPLE_RATE, speak
 
 FOLDERS = ("images", "speech", "video")
@@ -34,24 +34,24 @@ class Utterance:
 
 
 @dataclass(frozen=True)
-class Clip:
-    """A film and the words of its sound track."""
+class VideoFile:
+    """A video and the words of its sound track."""
 
     path: str
-    film: Film
+    video: VideoPlan
     language: str
     track: Utterance
 
 
 @dataclass
-class Studio:
-    """Names media files and remembers how each is to be made: `images`, `speech` and `clips`, by relative path."""
+class MediaPlan:
+    """Names media files and remembers how each is to be made: `images`, `speech` and `videos`, by relative path."""
 
     images: dict[str, Crop] = field(default_factory=dict)
     speech: dict[str, Utterance] = field(default_factory=dict)
-    clips: list[Clip] = field(default_factory=list)
+    videos: list[VideoFile] = field(default_factory=list)
 
-    def photo(self, rng: random.Random) -> tuple[str, Crop]:
+    def add_image(self, rng: random.Random) -> tuple[str, Crop]:
         """A new picture; returns its path and what it is a crop of."""
         crop = random_crop(rng, rng.choice(PHOTOGRAPHS))
         suffix = "png" if rng.random() < 0.3 else "jpg"
@@ -59,41 +59,41 @@ class Studio:
         self.images[path] = crop
         return path, crop
 
-    def say(self, rng: random.Random, text: str, language: str) -> str:
+    def add_speech(self, rng: random.Random, text: str, language: str) -> str:
         """A new clip of speech; returns its path."""
         utterance = _utterance(rng, text, language, (160, 190))
         path = f"speech/{language}_{len(self.speech):04d}.wav"
         self.speech[path] = utterance
         return path
 
-    def shoot(self, rng: random.Random, count: int) -> None:
-        """Adds `count` films, every camera move about equally often."""
+    def add_videos(self, rng: random.Random, count: int) -> None:
+        """Adds `count` videos, every camera move about equally often."""
         for index in range(count):
-            film, language = random_film(rng, MOVES[index % len(MOVES)]), rng.choice(("en", "zh"))
-            # A little faster than other speech: the whole sentence should fit the longest film.
-            track = _utterance(rng, film_caption(film, language), language, (175, 195))
-            self.clips.append(Clip(f"video/{film.move}_{index:03d}.mp4", film, language, track))
+            video, language = random_video(rng, MOVES[index % len(MOVES)]), rng.choice(("en", "zh"))
+            # A little faster than other speech: the whole sentence should fit the longest video.
+            track = _utterance(rng, video_caption_text(video, language), language, (175, 195))
+            self.videos.append(VideoFile(f"video/{video.move}_{index:03d}.mp4", video, language, track))
 
 
 def _utterance(rng: random.Random, text: str, language: str, rates: tuple[int, int]) -> Utterance:
     return Utterance(text, rng.choice(VOICES[language]), rng.randint(*rates), rng.randint(35, 65))
 
 
-def record(studio: Studio) -> dict[str, np.ndarray]:
+def record(plan: MediaPlan) -> dict[str, np.ndarray]:
     """Speaks all that is planned; returns the samples (int16, `SAMPLE_RATE` Hz) by the path they belong to."""
-    spoken = {clip.path: clip.track for clip in studio.clips} | studio.speech
+    spoken = {clip.path: clip.track for clip in plan.videos} | plan.speech
     return {path: _speak(utterance) for path, utterance in spoken.items()}
 
 
-def produce(studio: Studio, recordings: dict[str, np.ndarray], path: str, root: Path) -> None:
+def produce(plan: MediaPlan, recordings: dict[str, np.ndarray], path: str, root: Path) -> None:
     """Writes one planned file under `root`."""
-    if path in studio.images:
-        save(studio.images[path], root / path)
-    elif path in studio.speech:
+    if path in plan.images:
+        save(plan.images[path], root / path)
+    elif path in plan.speech:
         _write_wave(recordings[path], root / path)
     else:
-        film = next(clip.film for clip in studio.clips if clip.path == path)
-        write_film(film, recordings[path], SAMPLE_RATE, root / path)
+        video = next(clip.video for clip in plan.videos if clip.path == path)
+        write_video(video, recordings[path], SAMPLE_RATE, root / path)
 
 
 def _speak(utterance: Utterance) -> np.ndarray:

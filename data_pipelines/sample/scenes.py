@@ -1,4 +1,4 @@
-"""Captions, questions and answers about crops and films, in English and Chinese, true by what photographs.py knows."""
+"""Captions, questions and answers about crops and videos, in English and Chinese, true by what photographs.py knows."""
 
 import random
 
@@ -11,7 +11,7 @@ from data_pipelines.sample.photographs import (
     place,
     visible_parts,
 )
-from data_pipelines.sample.video import Film, view
+from data_pipelines.sample.video import VideoPlan, view
 
 Answer = tuple[str, str]
 """A question and its answer."""
@@ -168,39 +168,39 @@ def questions(crop: Crop, language: str) -> list[Answer]:
     return found
 
 
-def film_caption(film: Film, language: str) -> str:
-    """What a film shows from its first picture to its last; short enough to be its spoken track."""
-    first, last = visible_parts(film.first)[:2], visible_parts(film.last)[:2]
-    if film.move == "cut":
+def video_caption_text(video: VideoPlan, language: str) -> str:
+    """What a video shows from its first picture to its last; short enough to be its spoken track."""
+    first, last = visible_parts(video.first)[:2], visible_parts(video.last)[:2]
+    if video.move == "cut":
         if language == "zh":
             return f"先是{listing(first[:1], 'zh')}，然后是{listing(last[:1], 'zh')}。"
         return f"First we see {listing(first[:1], 'en')}, then {listing(last[:1], 'en')}."
-    move = MOVES[film.move][_language(language)]
+    move = MOVES[video.move][_language(language)]
     if first[0] == last[0]:
         # A pan that ends as it began has passed over something else.
-        between = [part for part in visible_parts(view(film, 0.5))[:2] if part not in first]
+        between = [part for part in visible_parts(view(video, 0.5))[:2] if part not in first]
         thing = listing((first[:1] + between + first[1:])[:2], language)
         return f"镜头{move}，我们看到{thing}。" if language == "zh" else f"The camera {move} and shows {thing}."
     start, end = known(first[0], language), listing(last[:1], language)
     return f"镜头{move}，从{start}到{end}。" if language == "zh" else f"The camera {move}, from {start} to {end}."
 
 
-def film_questions(film: Film, language: str) -> list[Answer]:
-    """Questions about time and movement in a film, with their answers."""
-    first, last = listing(visible_parts(film.first)[:1], language), listing(visible_parts(film.last)[:1], language)
-    cut = film.move == "cut"
+def video_questions(video: VideoPlan, language: str) -> list[Answer]:
+    """Questions about time and movement in a video, with their answers."""
+    first, last = listing(visible_parts(video.first)[:1], language), listing(visible_parts(video.last)[:1], language)
+    cut = video.move == "cut"
     if language == "zh":
-        move = "镜头没有移动，画面切换了一次。" if cut else f"镜头{MOVES[film.move][1]}。"
+        move = "镜头没有移动，画面切换了一次。" if cut else f"镜头{MOVES[video.move][1]}。"
         return [
             ("镜头怎么移动？", move),
             ("视频开头是什么？", f"开头是{first}。"),
             ("视频最后出现什么？", f"最后是{last}。"),
-            ("视频里发生了什么？", film_caption(film, "zh")),
+            ("视频里发生了什么？", video_caption_text(video, "zh")),
         ]
-    move = "It does not move, the picture changes once." if cut else f"The camera {MOVES[film.move][0]}."
+    move = "It does not move, the picture changes once." if cut else f"The camera {MOVES[video.move][0]}."
     return [
         ("How does the camera move?", move),
         ("What comes first in the video?", f"First we see {first}."),
         ("What is seen at the end of the video?", f"At the end we see {last}."),
-        ("What happens in this video?", film_caption(film, "en")),
+        ("What happens in this video?", video_caption_text(video, "en")),
     ]

@@ -1,4 +1,4 @@
-"""Short films made of the photographs: a camera that pans, zooms or cuts over them, with a spoken track.
+"""Short videos made of the photographs: a camera that pans, zooms or cuts over them, with a spoken track.
 
 Encoded with PyAV as MP4: H.264 where the installed FFmpeg has libx264, MPEG-4 part 2 elsewhere; AAC sound.
 """
@@ -20,7 +20,7 @@ _SIZES = ((160, 120), (192, 144), (224, 160), (160, 160), (144, 192))
 
 
 @dataclass(frozen=True)
-class Film:
+class VideoPlan:
     """A camera move from the crop `first` to the crop `last`; a `cut` shows the one, then the other."""
 
     move: str
@@ -28,23 +28,23 @@ class Film:
     last: Crop
 
 
-def random_film(rng: random.Random, move: str) -> Film:
-    """A film with this move whose two ends show something that can be named."""
+def random_video(rng: random.Random, move: str) -> VideoPlan:
+    """A video with this move whose two ends show something that can be named."""
     while True:
         size = rng.choice(_SIZES)
         photo = rng.choice(["china", "flower"])
         if move == "cut":
             other = "flower" if photo == "china" else "china"
-            film = Film(move, _end(rng, photo, size), _end(rng, other, size))
+            video = VideoPlan(move, _end(rng, photo, size), _end(rng, other, size))
         elif move in ("in", "out"):
             near = _end(rng, photo, size, heights=(110, 170))
             centre = ((near.box[0] + near.box[2]) / 2, (near.box[1] + near.box[3]) / 2)
             far = _crop(photo, size, centre, rng.uniform(300, 400))
-            film = Film(move, far, near) if move == "in" else Film(move, near, far)
+            video = VideoPlan(move, far, near) if move == "in" else VideoPlan(move, near, far)
         else:
-            film = _pan(rng, move, photo, size)
-        if visible_parts(film.first) and visible_parts(film.last):
-            return film
+            video = _pan(rng, move, photo, size)
+        if visible_parts(video.first) and visible_parts(video.last):
+            return video
 
 
 def _crop(photo: str, size: tuple[int, int], centre: tuple[float, float], height: float) -> Crop:
@@ -57,7 +57,7 @@ def _end(rng: random.Random, photo: str, size: tuple[int, int], heights=(160, 30
     return _crop(photo, size, centre, rng.uniform(*heights))
 
 
-def _pan(rng: random.Random, move: str, photo: str, size: tuple[int, int]) -> Film:
+def _pan(rng: random.Random, move: str, photo: str, size: tuple[int, int]) -> VideoPlan:
     horizontal = move in ("left", "right")
     height = rng.uniform(150, 260) if horizontal else rng.uniform(130, 190)
     across = rng.uniform(0.3, 0.7)
@@ -65,35 +65,35 @@ def _pan(rng: random.Random, move: str, photo: str, size: tuple[int, int]) -> Fi
     for along in (0.0, 1.0) if move in ("right", "down") else (1.0, 0.0):
         x, y = (along, across) if horizontal else (across, along)
         ends.append(_crop(photo, size, (x * SIZE[0], y * SIZE[1]), height))
-    return Film(move, *ends)
+    return VideoPlan(move, *ends)
 
 
-def view(film: Film, ratio: float) -> Crop:
-    """What the camera sees when `ratio` (0-1) of the film has passed."""
-    if film.move == "cut":
-        return film.first if ratio < 0.5 else film.last
-    box = tuple(round((1 - ratio) * a + ratio * b) for a, b in zip(film.first.box, film.last.box, strict=True))
-    return Crop(film.first.photo, box, film.first.size)
+def view(video: VideoPlan, ratio: float) -> Crop:
+    """What the camera sees when `ratio` (0-1) of the video has passed."""
+    if video.move == "cut":
+        return video.first if ratio < 0.5 else video.last
+    box = tuple(round((1 - ratio) * a + ratio * b) for a, b in zip(video.first.box, video.last.box, strict=True))
+    return Crop(video.first.photo, box, video.first.size)
 
 
-def frames(film: Film, count: int) -> list[np.ndarray]:
+def frames(video: VideoPlan, count: int) -> list[np.ndarray]:
     """`count` RGB frames, uint8 (height, width, 3)."""
-    return [np.asarray(render(view(film, index / max(count - 1, 1)))) for index in range(count)]
+    return [np.asarray(render(view(video, index / max(count - 1, 1)))) for index in range(count)]
 
 
-def film_seconds(samples: np.ndarray, sample_rate: int) -> float:
-    """How long the film of a spoken track lasts: the track, within `SECONDS`, rounded up to whole half seconds."""
+def video_seconds(samples: np.ndarray, sample_rate: int) -> float:
+    """How long the video of a spoken track lasts: the track, within `SECONDS`, rounded up to whole half seconds."""
     return float(np.clip(np.ceil(2 * len(samples) / sample_rate) / 2, *SECONDS))
 
 
-def write_film(film: Film, samples: np.ndarray, sample_rate: int, path: Path) -> None:
-    """Encodes a film with its spoken track (mono int16 samples at `sample_rate` Hz), as long as the film or cut."""
-    seconds = film_seconds(samples, sample_rate)
+def write_video(video: VideoPlan, samples: np.ndarray, sample_rate: int, path: Path) -> None:
+    """Encodes a video with its spoken track (mono int16 samples at `sample_rate` Hz), as long as the video or cut."""
+    seconds = video_seconds(samples, sample_rate)
     track = np.zeros(round(seconds * sample_rate), np.int16)
     track[: len(samples)] = samples[: len(track)]
     with av.open(str(path), "w", format="mp4") as container:
-        picture, sound = _add_video(container, film.first.size), _add_sound(container, sample_rate)
-        for index, pixels in enumerate(frames(film, round(seconds * FRAME_RATE))):
+        picture, sound = _add_video(container, video.first.size), _add_sound(container, sample_rate)
+        for index, pixels in enumerate(frames(video, round(seconds * FRAME_RATE))):
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
             frame.pts, frame.time_base = index, Fraction(1, FRAME_RATE)
             container.mux(picture.encode(frame))
@@ -106,7 +106,7 @@ def write_film(film: Film, samples: np.ndarray, sample_rate: int, path: Path) ->
 
 def _add_video(container, size: tuple[int, int]):
     codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
-    # One thread, and no macroblock tree, whose results vary from run to run: the same film gives the same bytes.
+    # One thread, and no macroblock tree, whose results vary from run to run: the same video gives the same bytes.
     h264 = {"crf": "24", "preset": "veryfast", "mbtree": "0"} if codec == "libx264" else {}
     options = {"threads": "1"} | h264
     stream = container.add_stream(codec, rate=FRAME_RATE, options=options)

@@ -49,7 +49,7 @@ class Captioner(Protocol):
 
 
 @dataclass(frozen=True)
-class CaptionSettings:
+class CaptionConfig:
     """Which captioner, in which languages; `seed` chooses the prompts."""
 
     captioner: str
@@ -67,12 +67,12 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def make_job(options: Namespace) -> Job:
     """The job of `options`. Raises ConfigError when the captioner cannot be loaded."""
-    settings = CaptionSettings(options.captioner, tuple(sorted(set(options.languages))), options.seed)
+    settings = CaptionConfig(options.captioner, tuple(sorted(set(options.languages))), options.seed)
     _load(settings)
     return manifest_job(NAME, partial(make_captions, settings=settings), options, repr(astuple(settings)))
 
 
-def make_captions(document: Document, draft: Draft, settings: CaptionSettings) -> None:
+def make_captions(document: Document, draft: Draft, settings: CaptionConfig) -> None:
     """Adds a document for each picture and language; frames of videos are passed over.
 
     A picture that cannot be decoded, or that the captioner fails on, is skipped by itself: "unreadable_media" and the
@@ -116,7 +116,7 @@ def _ask(captioner: Captioner, image: np.ndarray, prompt: str, language: str, me
     return words
 
 
-def _load(settings: CaptionSettings) -> Captioner:
+def _load(settings: CaptionConfig) -> Captioner:
     return load_hook("--captioner", settings.captioner, "caption")
 
 

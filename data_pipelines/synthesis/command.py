@@ -21,9 +21,9 @@ from data_pipelines.synthesis.speech.tasks import ASR, DIALOGUE, INTLV, ITTS, TT
 from data_pipelines.synthesis.units import SynthesisTask, add_job_arguments
 from data_pipelines.tools.commands import (
     add_runner_arguments,
-    chosen_runner,
     run_command,
     run_job_command,
+    runner_from_options,
     skipped_lines,
 )
 
@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _synthesize(options: argparse.Namespace, task: SynthesisTask) -> None:
     """Runs one task's job, puts the manifests together and prints what was made and what was not."""
     refuse_foreign(options.out, LOCK)
-    job, runner = task.make_job(options), chosen_runner(options)
+    job, runner = task.make_job(options), runner_from_options(options)
     with hold(options.out, LOCK, job.title):
         sums = task.finish(job, run_job(job, runner))
     for part, count in sorted(sums["made"].items()):

@@ -24,7 +24,7 @@ from data_pipelines.documents.manifest import LineRange, is_blank, open_manifest
 from data_pipelines.documents.prompt_writing import Source
 from data_pipelines.errors import SampleError
 from data_pipelines.media.location import Media, reading
-from data_pipelines.tools.commands import add_media_arguments, trusted_names
+from data_pipelines.tools.commands import add_media_arguments, trusted_from_options
 
 
 @dataclass
@@ -172,7 +172,7 @@ def manifest_units(name: str, options: Namespace, settings: str) -> tuple[Unit, 
     if options.unit < 1:
         raise ConfigError(f"--unit {options.unit}: a unit has at least 1 document")
     units = []
-    sources = list_sources(options.manifests, options.root, trusted_names(options))
+    sources = list_sources(options.manifests, options.root, trusted_from_options(options))
     for source in sources:
         if any(path.is_relative_to(options.out.resolve()) for path in (source.path, source.path.resolve())):
             raise ConfigError(f"--out {options.out} holds the manifest {source.path}: name another folder")

@@ -67,12 +67,12 @@ def add_media_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def trusted_names(options: argparse.Namespace) -> list[Path]:
+def trusted_from_options(options: argparse.Namespace) -> list[Path]:
     """The folders of `--trust`, or the file system's root where none was given."""
     return options.trust or [Path("/")]
 
 
-def given_root(options: argparse.Namespace) -> Path | None:
+def root_from_options(options: argparse.Namespace) -> Path | None:
     """The folder of `--root`. Raises ConfigError where it is none."""
     if options.root is None:
         return None
@@ -112,7 +112,7 @@ def make_runner(name: str, workers: int, beam_arguments: Sequence[str] = ()) -> 
 
 
 def add_runner_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds `--runner`, `--workers` and `--beam-args`; `chosen_runner` makes a runner of what was given."""
+    """Adds `--runner`, `--workers` and `--beam-args`; `runner_from_options` makes a runner of what was given."""
     add = parser.add_argument
     add("--runner", choices=RUNNERS, default="local", help="processes of this machine (default) or Apache Beam")
     cores = os.cpu_count() or 1
@@ -120,7 +120,7 @@ def add_runner_arguments(parser: argparse.ArgumentParser) -> None:
     add("--beam-args", default="", metavar="OPTIONS", help="Beam's own, as in --beam-args='--runner=FlinkRunner'")
 
 
-def chosen_runner(options: argparse.Namespace) -> Runner:
+def runner_from_options(options: argparse.Namespace) -> Runner:
     """The runner that parsed arguments ask for. Raises ConfigError as `make_runner`."""
     return make_runner(options.runner, options.workers, shlex.split(options.beam_args))
 

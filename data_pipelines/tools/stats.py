@@ -37,7 +37,7 @@ from data_pipelines.tools.commands import (
     make_runner,
     run_command,
     skipped_lines,
-    trusted_names,
+    trusted_from_options,
 )
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def _show(options: argparse.Namespace) -> None:
         return
     if options.plot:
         _check_plot(options.plot)
-    measures, skipped, examples = load(options.sources, options.root, options.workers, trusted_names(options))
+    measures, skipped, examples = load(options.sources, options.root, options.workers, trusted_from_options(options))
     causes = describe_causes(skipped, examples)
     if not len(measures):
         names = ", ".join(map(str, options.sources))

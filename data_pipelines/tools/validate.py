@@ -40,7 +40,7 @@ from data_pipelines.media.containers import Damage
 from data_pipelines.media.images import decode_image
 from data_pipelines.media.location import Media, find_media
 from data_pipelines.media.videos import read_video
-from data_pipelines.tools.commands import add_runner_arguments, chosen_runner, run_command
+from data_pipelines.tools.commands import add_runner_arguments, run_command, runner_from_options
 
 NAMED = 10  # ids that are printed of each cause
 RATE = 16000  # Hz that sound is decoded at
@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _validate(options: argparse.Namespace, found: list[Problem]) -> None:
     dataset = open_dataset(options.folder)
-    found += validate(dataset, chosen_runner(options))
+    found += validate(dataset, runner_from_options(options))
     if options.report:
         lines = [json.dumps(asdict(problem), ensure_ascii=False) + "\n" for problem in found]
         try:

@@ -19,9 +19,9 @@ from data_pipelines.errors import file_errors
 from data_pipelines.pipeline import Pipeline, open_pipeline
 from data_pipelines.tools.commands import (
     add_media_arguments,
-    given_root,
+    root_from_options,
     run_command,
-    trusted_names,
+    trusted_from_options,
 )
 from data_pipelines.tools.row_views import find_document, richest_document, view_document, view_rows
 
@@ -81,7 +81,7 @@ def _data_config(options: argparse.Namespace) -> DataConfig:
         raise ConfigError(f"manifests must lie in one folder, not in {', '.join(sorted(map(str, folders)))}")
     if not options.out.parent.is_dir():
         raise ConfigError(f"--out {options.out}: the folder {options.out.parent} does not exist")
-    root = given_root(options)
+    root = root_from_options(options)
     length = options.length
     default = Budgets()  # the released proportions
 
@@ -90,7 +90,7 @@ def _data_config(options: argparse.Namespace) -> DataConfig:
 
     return DataConfig(
         root=str(folders.pop()),
-        trusted_roots=tuple(map(str, trusted_folders(trusted_names(options), "--trust"))),
+        trusted_roots=tuple(map(str, trusted_folders(trusted_from_options(options), "--trust"))),
         mixture=tuple(
             SourceConfig(name=Path(manifest_stem(path.name)).name, manifest=path.name, root=str(root or ""))
             for path in options.manifests

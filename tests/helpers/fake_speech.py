@@ -15,7 +15,7 @@ class ToneSpeech:
     def voices(self, language: str) -> tuple[str, ...]:
         return {"en": ("deep", "shrill"), "mars": ("Bork",)}.get(language, ())
 
-    def synthesise(self, text: str, voice: str, language: str) -> tuple[np.ndarray, int]:
+    def synthesize(self, text: str, voice: str, language: str) -> tuple[np.ndarray, int]:
         if "shibboleth" in text:
             raise SpeechError("cannot say shibboleth")
         digest = hashlib.sha256(f"{voice} {text}".encode()).digest()
@@ -30,7 +30,7 @@ def make() -> ToneSpeech:
 class BrokenSpeech(ToneSpeech):
     """Answers as no back end may, in the way that the text names."""
 
-    def synthesise(self, text: str, voice: str, language: str) -> tuple[np.ndarray, int]:
+    def synthesize(self, text: str, voice: str, language: str) -> tuple[np.ndarray, int]:
         wave = np.full(4800, 0.5, np.float32)
         return {
             "rate": (wave, 44100),

@@ -15,11 +15,11 @@ from data_pipelines.tokenizers.special_tokens import AUDIOTEXT_START
 from data_pipelines.tools.commands import (
     add_media_arguments,
     add_runner_arguments,
-    chosen_runner,
     run_command,
     run_job_command,
+    runner_from_options,
     skipped_lines,
-    trusted_names,
+    trusted_from_options,
 )
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
@@ -27,8 +27,8 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 def _build(options: argparse.Namespace) -> None:
     size = _bytes(options.shard_bytes)
-    runner = chosen_runner(options)
-    manifests, trusted = options.manifests, trusted_names(options)
+    runner = runner_from_options(options)
+    manifests, trusted = options.manifests, trusted_from_options(options)
     dataset = build_dataset(manifests, options.out, options.root, options.shard_documents, size, runner, trusted)
     for line in describe(dataset):
         print(line)

@@ -32,7 +32,7 @@ from data_pipelines.documents.document import Document
 from data_pipelines.documents.token_ids import pack_ids
 from data_pipelines.tokenizers.special_tokens import TOKENS_END, TOKENS_START, TRAINABLE_END, TRAINABLE_START
 from data_pipelines.tokenizers.tokenizer import load_tokenizer, tokenizer_fingerprint
-from data_pipelines.tools.commands import add_runner_arguments, chosen_runner, run_command, run_job_command
+from data_pipelines.tools.commands import add_runner_arguments, run_command, run_job_command, runner_from_options
 
 LOCK = "seqio"
 SHARD_DOCUMENTS = 10_000
@@ -240,7 +240,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _cache(options: argparse.Namespace) -> None:
     recipe = Recipe(options.mixture, tuple(options.module), options.tokenizer, options.split, options.seed)
-    told = cache(recipe, options.out, options.documents, options.shards, chosen_runner(options))
+    told = cache(recipe, options.out, options.documents, options.shards, runner_from_options(options))
     print(f"{options.out}: {told['documents']} documents, {told['tokens']} tokens of tokenizer {told['tokenizer']}")
     whole = sum(told["rates"].values())
     for task, count in told["tasks"].items():

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 
 from data_pipelines.errors import SampleError
-from data_pipelines.synthesis.pages.layout import normalise
+from data_pipelines.synthesis.pages.layout import normalize
 
 MAX_ROWS = 40
 MAX_NAME = 60  # characters of a title, a label, the name of a column
@@ -110,7 +110,7 @@ def _json_rows(text: str) -> tuple[str, list[list]]:
 
 
 def _clean(cell: object) -> str:
-    return normalise("" if cell is None else str(cell)).replace("\n", " ")
+    return normalize("" if cell is None else str(cell)).replace("\n", " ")
 
 
 KINDS = ("bar", "line", "scatter", "pie")

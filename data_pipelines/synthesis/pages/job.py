@@ -30,7 +30,7 @@ from data_pipelines.synthesis.pages.layout import (
     draw_page,
     encode,
     measurer,
-    normalise,
+    normalize,
     paginate,
     wear,
     wrap,
@@ -50,7 +50,7 @@ PAPERS = ((255, 255, 255), (250, 247, 238), (238, 242, 246), (245, 245, 245))
 
 
 @dataclass(frozen=True)
-class PageSettings:
+class PageConfig:
     """How pages look and what is made of them. `letters` are the smallest and the largest font size in pixels."""
 
     types: tuple[str, ...] = TYPES
@@ -65,7 +65,7 @@ class PageSettings:
 
 def add_arguments(parser: ArgumentParser) -> None:
     """The job's own options."""
-    add, default = parser.add_argument, PageSettings()
+    add, default = parser.add_argument, PageConfig()
     add("--types", nargs="+", choices=TYPES, default=TYPES, help=f"what to make (default {' '.join(TYPES)})")
     add("--languages", nargs="+", choices=LANGUAGES, default=LANGUAGES, help="of the prompts (default en zh)")
     add("--font", metavar="FILE", type=Path, nargs="+", default=(), help="fonts to use besides the installed ones")
@@ -85,7 +85,7 @@ def make_job(options: Namespace) -> Job:
         from data_pipelines.text.fonts import find_fonts  # imports matplotlib, which an extra brings
     except ImportError as error:
         raise ConfigError("pages need matplotlib: pip install baichuan_omni_jax[synthesis]") from error
-    settings = PageSettings(
+    settings = PageConfig(
         types=tuple(sorted(set(options.types))),
         languages=tuple(sorted(set(options.languages))),
         fonts=find_fonts(options.font),
@@ -105,7 +105,7 @@ def make_job(options: Namespace) -> Job:
     return manifest_job(NAME, partial(make_pages, settings=settings), options, f"{astuple(settings)} {digests}")
 
 
-def make_pages(document: Document, draft: Draft, settings: PageSettings) -> None:
+def make_pages(document: Document, draft: Draft, settings: PageConfig) -> None:
     """Adds to the draft what `settings` ask for.
 
     Raises SampleError: "no_font", "bad_script" (`fonts.choose_font`), "bad_table", "bad_prompt", "has_media",
@@ -120,8 +120,8 @@ def make_pages(document: Document, draft: Draft, settings: PageSettings) -> None
         raise SampleError("too_short", f"no {' or '.join(settings.types)} can be made of it")
 
 
-def _make_text_pages(document: Document, draft: Draft, settings: PageSettings, rng: random.Random) -> None:
-    text = normalise(_text_alone(document))
+def _make_text_pages(document: Document, draft: Draft, settings: PageConfig, rng: random.Random) -> None:
+    text = normalize(_text_alone(document))
     style = _choose_style(text, settings, rng)
     language = rng.choice(settings.languages)
     if "ocr" in settings.types or "qa" in settings.types:
@@ -136,7 +136,7 @@ def _make_text_pages(document: Document, draft: Draft, settings: PageSettings, r
         _interleave(text, style, draft, settings, rng)
 
 
-def _interleave(text: str, style: PageStyle, draft: Draft, settings: PageSettings, rng: random.Random) -> None:
+def _interleave(text: str, style: PageStyle, draft: Draft, settings: PageConfig, rng: random.Random) -> None:
     """Parts of the text in turns as pages and as text to be learnt, `MAX_PARTS` or one more in a document."""
     paragraphs = text.split("\n")
     parts = paragraphs if len(paragraphs) > 1 else page_prompts.sentences(text)
@@ -154,7 +154,7 @@ def _interleave(text: str, style: PageStyle, draft: Draft, settings: PageSetting
         draft.add(prompt, "interleaved")
 
 
-def _make_chart(document: Document, draft: Draft, settings: PageSettings, rng: random.Random) -> None:
+def _make_chart(document: Document, draft: Draft, settings: PageConfig, rng: random.Random) -> None:
     from data_pipelines.synthesis.charts.drawing import draw_chart
     from data_pipelines.text.fonts import choose_font
 
@@ -192,7 +192,7 @@ def _text_alone(document: Document) -> str:
     return plain_text(document.text)
 
 
-def _choose_style(text: str, settings: PageSettings, rng: random.Random) -> PageStyle:
+def _choose_style(text: str, settings: PageConfig, rng: random.Random) -> PageStyle:
     from data_pipelines.text.fonts import choose_font
 
     if not text:
@@ -214,7 +214,7 @@ def _set(text: str, style: PageStyle) -> list[Page]:
 
 
 def _keep(
-    picture: Image.Image, draft: Draft, settings: PageSettings, rng: random.Random, paper: tuple[int, int, int]
+    picture: Image.Image, draft: Draft, settings: PageConfig, rng: random.Random, paper: tuple[int, int, int]
 ) -> Source:
     """Writes a picture, worn or not; returns its tag."""
     worn = rng.random() < settings.worn

@@ -65,7 +65,7 @@ class Page:
         return "".join(line.text + "\n" * line.ends for _, _, line in self.lines).strip()
 
 
-def normalise(text: str) -> str:
+def normalize(text: str) -> str:
     """Composed characters, single spaces, single line ends; control characters left out."""
     text = unicodedata.normalize("NFC", text.replace("\r\n", "\n"))
     text = re.sub(r"[^\S\n]+", " ", text)

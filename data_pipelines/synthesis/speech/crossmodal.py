@@ -22,11 +22,11 @@ from data_pipelines.media.containers import opened
 from data_pipelines.media.location import Media, find_media
 from data_pipelines.synthesis.prompts import ANSWER_PICTURE, CONTINUE_PICTURE, choose_prompt
 from data_pipelines.synthesis.speech.speaking import (
-    Speaker,
-    SpeechSettings,
+    DocumentSpeaker,
+    SpeechConfig,
     add_speech_arguments,
     sentences_of,
-    speech_settings,
+    speech_config,
 )
 from data_pipelines.synthesis.units import Draft, SynthesisTask, manifest_job
 from data_pipelines.text.splitting import spoken_seconds
@@ -40,10 +40,10 @@ _RATE = 16000  # Hz, at which tracks are measured
 
 
 @dataclass(frozen=True)
-class CrossmodalSettings:
+class CrossmodalConfig:
     """`share` of the sentences is spoken: any of them, or the `first` ones."""
 
-    speech: SpeechSettings
+    speech: SpeechConfig
     share: float = 0.25
     order: str = "random"
 
@@ -59,15 +59,15 @@ def make_job(options: Namespace) -> Job:
     """The job of `options`. Raises ConfigError."""
     if not 0 < options.share < 1:
         raise ConfigError(f"--share {options.share} must lie between 0 and 1")
-    settings = CrossmodalSettings(speech_settings(options), options.share, options.order)
+    settings = CrossmodalConfig(speech_config(options), options.share, options.order)
     return manifest_job(NAME, partial(cross_modalities, settings=settings), options, str(settings))
 
 
-def cross_modalities(document: Document, draft: Draft, settings: CrossmodalSettings) -> None:
+def cross_modalities(document: Document, draft: Draft, settings: CrossmodalConfig) -> None:
     """Adds the cross-modal form of a document.
 
     Raises SampleError: "has_sound"; "no_picture" for a document without pictures and films; "no_track" for a film
-    without sound; "too_short" when nothing would be left to write; as `Speaker` and `find_media`; "bad_prompt".
+    without sound; "too_short" when nothing would be left to write; as `DocumentSpeaker` and `find_media`; "bad_prompt".
     """
     elements = document_elements(document)
     if any(isinstance(element, Sound) for element in elements):
@@ -94,7 +94,7 @@ def add_tracks(elements: Sequence[Element], document: Document) -> list[Element]
 
 
 def speak_sentences(
-    elements: Sequence[Element], document: Document, draft: Draft, settings: CrossmodalSettings
+    elements: Sequence[Element], document: Document, draft: Draft, settings: CrossmodalConfig
 ) -> list[Element]:
     """A share of the sentences replaced by their speech, at least one; the last one that carries loss stays written.
 
@@ -104,7 +104,9 @@ def speak_sentences(
     learnt = [place for place in places if parts[place].trainable]
     if not learnt or len(places) < 2:
         raise SampleError("too_short", "nothing would be left to write when a sentence is spoken")
-    speaker = Speaker.of(settings.speech, document, draft, "".join(parts[place].text for place in places))
+    speaker = DocumentSpeaker.for_document(
+        settings.speech, document, draft, "".join(parts[place].text for place in places)
+    )
     chosen = _choose([place for place in places if place != learnt[-1]], len(places), settings, speaker.rng)
     for place in chosen:
         parts[place] = Sound(Reference(path=speaker.say(parts[place].text)))
@@ -114,12 +116,12 @@ def speak_sentences(
     return [*parts[:opening], Text(prompt + "\n"), *parts[opening:]]
 
 
-def _choose(candidates: list[int], sentences: int, settings: CrossmodalSettings, rng: Random) -> list[int]:
+def _choose(candidates: list[int], sentences: int, settings: CrossmodalConfig, rng: Random) -> list[int]:
     count = min(max(1, round(settings.share * sentences)), len(candidates))
     return candidates[:count] if settings.order == "first" else sorted(rng.sample(candidates, count))
 
 
-def _sentences(elements: Sequence[Element], settings: SpeechSettings) -> tuple[list[Element], list[int]]:
+def _sentences(elements: Sequence[Element], settings: SpeechConfig) -> tuple[list[Element], list[int]]:
     """The elements with texts cut into sentences and special tokens, and the places of what may be spoken."""
     parts: list[Element] = []
     places: list[int] = []

@@ -47,7 +47,7 @@ class TextToSpeech(Protocol):
     def voices(self, language: str) -> Sequence[str]:
         """Names of the voices that speak `language` ("en", "zh", ...); empty when none does."""
 
-    def synthesise(self, text: str, voice: str, language: str) -> tuple[np.ndarray, int]:
+    def synthesize(self, text: str, voice: str, language: str) -> tuple[np.ndarray, int]:
         """Mono samples (t,), float32 in [-1, 1] or int16, and their rate in Hz, 16000 or 24000.
 
         Raises SpeechError for a text or a voice that it cannot speak.
@@ -67,7 +67,7 @@ class EspeakSpeech:
     def voices(self, language: str) -> Sequence[str]:
         return VOICES.get(language, ())
 
-    def synthesise(self, text: str, voice: str, language: str) -> tuple[np.ndarray, int]:
+    def synthesize(self, text: str, voice: str, language: str) -> tuple[np.ndarray, int]:
         try:
             asked = parse_voice(voice, language)
         except ValueError as error:
@@ -85,13 +85,13 @@ INCLUDED = {"espeak": lambda: EspeakSpeech(16000), "espeak-24k": lambda: EspeakS
 def load_speech(name: str) -> TextToSpeech:
     """The back end called `name`: an included one, or what `package.module:factory` returns; made once a process.
 
-    Raises ConfigError when there is none, or it lacks `voices` or `synthesise`.
+    Raises ConfigError when there is none, or it lacks `voices` or `synthesize`.
     """
     if name in INCLUDED:
         return INCLUDED[name]()
     if ":" not in name:
         raise ConfigError(f"--tts {name}: neither {' nor '.join(INCLUDED)} nor of the form package.module:factory")
-    return load_hook("--tts", name, "voices", "synthesise")
+    return load_hook("--tts", name, "voices", "synthesize")
 
 
 def voice_text(speech: TextToSpeech, text: str, voice: str, language: str) -> tuple[np.ndarray, int]:
@@ -101,7 +101,7 @@ def voice_text(speech: TextToSpeech, text: str, voice: str, language: str) -> tu
     ConfigError when the back end breaks the interface.
     """
     try:
-        samples, rate = speech.synthesise(text, voice, language)
+        samples, rate = speech.synthesize(text, voice, language)
     except SpeechError as error:
         raise SampleError("unspeakable", str(error)) from error
     name = type(speech).__name__
@@ -119,7 +119,7 @@ def voice_text(speech: TextToSpeech, text: str, voice: str, language: str) -> tu
 
 
 @dataclass(frozen=True)
-class SpeechSettings:
+class SpeechConfig:
     """Who speaks, and into what a text is cut. `voices` empty: all; `language` empty: what the text is in.
 
     A piece takes about `shortest` to `longest` seconds.
@@ -134,8 +134,8 @@ class SpeechSettings:
 
 
 def add_speech_arguments(parser: ArgumentParser) -> None:
-    """The options that become `SpeechSettings`."""
-    add, default = parser.add_argument, SpeechSettings()
+    """The options that become `SpeechConfig`."""
+    add, default = parser.add_argument, SpeechConfig()
     add("--tts", default=default.tts, help=f"{', '.join(INCLUDED)} or package.module:factory (default {default.tts})")
     add("--voices", metavar="NAME", nargs="+", default=(), help="draw from these alone (default: all it has)")
     add("--language", default="", help="what everything is spoken in (default: zh or en, by the text's script)")
@@ -144,9 +144,9 @@ def add_speech_arguments(parser: ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="another seed draws other voices and prompts (default 0)")
 
 
-def speech_settings(options: Namespace) -> SpeechSettings:
+def speech_config(options: Namespace) -> SpeechConfig:
     """Raises ConfigError for lengths that make no pieces, and for a back end or a voice that there is not."""
-    settings = SpeechSettings(
+    settings = SpeechConfig(
         tts=options.tts,
         voices=tuple(options.voices),
         language=options.language,
@@ -185,31 +185,31 @@ def text_alone(document: Document) -> str:
     return text
 
 
-def pieces_of(text: str, settings: SpeechSettings) -> list[str]:
+def pieces_of(text: str, settings: SpeechConfig) -> list[str]:
     """The text cut at any punctuation; the pieces joined are the text."""
     return split_text(text, settings.shortest, settings.longest)
 
 
-def sentences_of(text: str, settings: SpeechSettings) -> list[str]:
+def sentences_of(text: str, settings: SpeechConfig) -> list[str]:
     """The text cut where sentences end, long sentences also within; the pieces joined are the text."""
     return split_text(text, settings.shortest, settings.longest, sentences=True)
 
 
 @dataclass
-class Speaker:
+class DocumentSpeaker:
     """Speaks the pieces of one document, into its draft, with one voice for each language.
 
     Which voice is drawn by the seed and the document's id: it does not depend on other documents.
     """
 
-    settings: SpeechSettings
+    settings: SpeechConfig
     draft: Draft
     language: str
     rng: random.Random
     _voices: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, settings: SpeechSettings, document: Document, draft: Draft, text: str) -> "Speaker":
+    def for_document(cls, settings: SpeechConfig, document: Document, draft: Draft, text: str) -> "DocumentSpeaker":
         """The speaker of a document with this text. Raises SampleError "unknown_language"."""
         language = settings.language or language_of(text)
         if not language:
@@ -235,14 +235,14 @@ class Speaker:
 
 
 def spoken_sentences(
-    document: Document, draft: Draft, settings: SpeechSettings, prompts: dict[str, tuple[str, ...]]
+    document: Document, draft: Draft, settings: SpeechConfig, prompts: dict[str, tuple[str, ...]]
 ) -> Iterator[tuple[str, str, str]]:
     """Each sentence of a text: a task prompt in its language, its words, the path of its speech.
 
-    Raises SampleError as `text_alone` and `Speaker`.
+    Raises SampleError as `text_alone` and `DocumentSpeaker`.
     """
     text = text_alone(document)
-    speaker = Speaker.of(settings, document, draft, text)
+    speaker = DocumentSpeaker.for_document(settings, document, draft, text)
     for sentence in sentences_of(text, settings):
         prompt = choose_prompt(prompts, speaker.language, speaker.rng)
         yield prompt, sentence.strip(), speaker.say(sentence)

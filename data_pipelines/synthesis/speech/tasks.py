@@ -37,12 +37,12 @@ from data_pipelines.errors import SampleError
 from data_pipelines.media.location import find_media
 from data_pipelines.synthesis.prompts import READ_ALOUD, TRANSCRIBE
 from data_pipelines.synthesis.speech.speaking import (
-    Speaker,
-    SpeechSettings,
+    DocumentSpeaker,
+    SpeechConfig,
     add_speech_arguments,
     pieces_of,
     sentences_of,
-    speech_settings,
+    speech_config,
     spoken_sentences,
     text_alone,
 )
@@ -60,20 +60,20 @@ PromptWriter = Callable[[Sequence[str], Callable[[str], str]], Source]
 # --- ASR and TTS: one document a sentence ---
 
 
-def transcribe(document: Document, draft: Draft, settings: SpeechSettings) -> None:
+def transcribe(document: Document, draft: Draft, settings: SpeechConfig) -> None:
     """Adds an ASR document for each sentence of a text. Raises SampleError as `spoken_sentences`."""
     for prompt, words, path in spoken_sentences(document, draft, settings, TRANSCRIBE):
         draft.add(prompt + heard_tag(path) + trainable(words), "asr")
 
 
-def read_aloud(document: Document, draft: Draft, settings: SpeechSettings) -> None:
+def read_aloud(document: Document, draft: Draft, settings: SpeechConfig) -> None:
     """Adds a TTS document for each sentence of a text. Raises SampleError as `spoken_sentences`."""
     for prompt, words, path in spoken_sentences(document, draft, settings, READ_ALOUD):
         draft.add(prompt + words + trainable(spoken_tag(path)), "tts")
 
 
 def _sentence_job(options: Namespace, name: str, maker: Callable) -> Job:
-    settings = speech_settings(options)
+    settings = speech_config(options)
     return manifest_job(name, partial(maker, settings=settings), options, str(settings))
 
 
@@ -98,7 +98,7 @@ def write_itts(pieces: Sequence[str], say: Callable[[str], str]) -> Source:
     return first + trainable(spoken_tag(say(first)) + spoken_answer(others, say))
 
 
-def alternate(document: Document, draft: Draft, write: PromptWriter, settings: SpeechSettings, size: int) -> None:
+def alternate(document: Document, draft: Draft, write: PromptWriter, settings: SpeechConfig, size: int) -> None:
     """Adds the documents of a text that alternate between speech and text.
 
     Args:
@@ -109,13 +109,13 @@ def alternate(document: Document, draft: Draft, write: PromptWriter, settings: S
         size: the most pieces of one document, at least `MIN_PIECES`.
 
     Raises:
-        SampleError: "too_short" for a text of one piece, and as `text_alone` and `Speaker`.
+        SampleError: "too_short" for a text of one piece, and as `text_alone` and `DocumentSpeaker`.
     """
     text = text_alone(document)
     pieces = pieces_of(text, settings)
     if len(pieces) < 2:
         raise SampleError("too_short", "it is one piece, so nothing would alternate")
-    speaker = Speaker.of(settings, document, draft, text)
+    speaker = DocumentSpeaker.for_document(settings, document, draft, text)
     for group in group_pieces(pieces, size):
         draft.add(write(group, speaker.say), draft.name)
 
@@ -137,7 +137,7 @@ def _add_alternating_arguments(parser: ArgumentParser) -> None:
 
 
 def _alternating_job(options: Namespace, name: str, write: PromptWriter) -> Job:
-    settings = speech_settings(options)
+    settings = speech_config(options)
     if options.pieces < MIN_PIECES:
         raise ConfigError(f"--pieces {options.pieces} must be at least {MIN_PIECES}")
     maker = partial(alternate, write=write, settings=settings, size=options.pieces)
@@ -148,10 +148,10 @@ def _alternating_job(options: Namespace, name: str, write: PromptWriter) -> Job:
 
 
 @dataclass(frozen=True)
-class DialogueSettings:
+class DialogueConfig:
     """Who speaks, and how the system prompt calls the voice that answers."""
 
-    speech: SpeechSettings
+    speech: SpeechConfig
     voice: str = VOICE
 
 
@@ -165,16 +165,16 @@ def _dialogue_job(options: Namespace) -> Job:
         check_voice(options.voice)
     except ConfigError as error:
         raise ConfigError(f"--voice: {error}") from error
-    settings = DialogueSettings(speech_settings(options), options.voice)
+    settings = DialogueConfig(speech_config(options), options.voice)
     return manifest_job("dialogue", partial(speak_dialogue, settings=settings), options, str(settings))
 
 
-def speak_dialogue(document: Document, draft: Draft, settings: DialogueSettings) -> None:
+def speak_dialogue(document: Document, draft: Draft, settings: DialogueConfig) -> None:
     """Adds the spoken form of a conversation; the system prompt stays written, or one names the voice that answers.
 
     Raises SampleError: "has_sound" for one with audio (or token ids) in it; "no_turns" for what is no conversation;
     "no_text" for a turn without anything to speak; "too_long" for an answer of more pieces than an answer may have; as
-    `Speaker` and `find_media`; "bad_prompt".
+    `DocumentSpeaker` and `find_media`; "bad_prompt".
     """
     # Refuse what cannot be spoken before any speech is made: a clip costs a second.
     elements = parse_prompt(document.text)
@@ -189,7 +189,9 @@ def speak_dialogue(document: Document, draft: Draft, settings: DialogueSettings)
     if any(not isinstance(element, Text) for _, answer in pairs for element in answer):
         raise SampleError("has_media", "an answer with images cannot be spoken")
     # Speak turn by turn, in order: each language's voice is drawn when it is first needed.
-    speaker = Speaker.of(settings.speech, document, draft, " ".join(text_of(side) for pair in pairs for side in pair))
+    speaker = DocumentSpeaker.for_document(
+        settings.speech, document, draft, " ".join(text_of(side) for pair in pairs for side in pair)
+    )
     kept: dict[Reference, Reference] = {}
     spoken = [
         (_hear(question, document, draft, speaker, kept), _say(text_of(answer), speaker)) for question, answer in pairs
@@ -213,7 +215,11 @@ def _cut_turn(turn: Sequence[Element]) -> tuple[list[Element], list[Element]]:
 
 
 def _hear(
-    question: Sequence[Element], document: Document, draft: Draft, speaker: Speaker, kept: dict[Reference, Reference]
+    question: Sequence[Element],
+    document: Document,
+    draft: Draft,
+    speaker: DocumentSpeaker,
+    kept: dict[Reference, Reference],
 ) -> Source:
     """Writes images and videos, each file kept once, then the words as speech, a clip for a few sentences."""
     media = [element for element in question if not isinstance(element, Text)]
@@ -225,7 +231,7 @@ def _hear(
     return join([shown, *heard])
 
 
-def _say(answer: str, speaker: Speaker) -> Source:
+def _say(answer: str, speaker: DocumentSpeaker) -> Source:
     pieces = pieces_of(answer, speaker.settings)
     if len(pieces) > MAX_ANSWER_PIECES:
         raise SampleError("too_long", f"an answer has {len(pieces)} pieces to speak, not {MAX_ANSWER_PIECES} at most")

@@ -13,7 +13,7 @@ import pytest
 from baichuan_omni_jax.config import Budgets, DataConfig, SourceConfig, tiny
 from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.audio_codes import CodeStore
-from data_pipelines.audio_codes.build import Settings, Tokenizer, open_or_fill, store_path
+from data_pipelines.audio_codes.build import CodeBuildOptions, CodeEncoder, open_or_build, store_path
 from data_pipelines.audio_codes.store import REFERENCE
 from data_pipelines.audio_codes.windows import ClipSource, MelReader, clip_sources, listed, listing_job
 from data_pipelines.datasets.jobs import run_job
@@ -69,9 +69,9 @@ def fill(tmp_path):
     """Fills a store in the test's own folder: (store, windows that were encoded)."""
 
     def run(*pipelines: Pipeline, workers=0, fingerprint="abc", **options) -> tuple[CodeStore, int]:
-        encoder, settings = Encoder(), Settings(workers, part_frames=512, report=lambda _: None)
-        tokenizer = Tokenizer(fingerprint, encoder)
-        return open_or_fill(tmp_path / "store", pipelines, tokenizer, settings, **options), encoder.windows
+        encoder, settings = Encoder(), CodeBuildOptions(workers, part_frames=512, report=lambda _: None)
+        tokenizer = CodeEncoder(fingerprint, encoder)
+        return open_or_build(tmp_path / "store", pipelines, tokenizer, settings, **options), encoder.windows
 
     return run
 
@@ -142,7 +142,7 @@ def test_parts_are_the_same_whatever_the_workers(pipeline, fill, monkeypatch):
 
 
 def test_each_tokenizer_has_a_store_of_its_own(pipeline):
-    paths = {store_path(pipeline, Tokenizer(letter * 32, Encoder())) for letter in "ab"}
+    paths = {store_path(pipeline, CodeEncoder(letter * 32, Encoder())) for letter in "ab"}
     assert len(paths) == 2
     assert all(path.parent == pipeline.cache for path in paths)
 
@@ -153,9 +153,9 @@ def test_windows_without_codes_are_named_and_left_out(pipeline, tmp_path, caplog
         for row, mel in windows:
             yield row, codes_of(mel)[: None if row else -1]
 
-    settings = Settings(report=lambda _: None)
+    settings = CodeBuildOptions(report=lambda _: None)
     with caplog.at_level(logging.WARNING):
-        store = open_or_fill(tmp_path / "store", [pipeline], Tokenizer("abc", encode), settings)
+        store = open_or_build(tmp_path / "store", [pipeline], CodeEncoder("abc", encode), settings)
     key, item = next(iter(windows_of(pipeline).items()))
     assert len(store) == len(keys_of(pipeline)) - 1
     assert key not in store
@@ -227,4 +227,4 @@ def test_a_decoder_that_ends_its_process_costs_its_own_windows(pipeline):
 
 def test_parts_of_no_whole_chunks_are_refused(pipeline, tmp_path):
     with pytest.raises(ConfigError, match="a part's 100 frames must be a multiple of 512"):
-        open_or_fill(tmp_path / "s", [pipeline], Tokenizer("a", Encoder()), Settings(part_frames=100))
+        open_or_build(tmp_path / "s", [pipeline], CodeEncoder("a", Encoder()), CodeBuildOptions(part_frames=100))

@@ -135,8 +135,8 @@ def test_the_order_of_interleaved_speech(documents):
 
 
 def test_manifests_depend_on_the_seed_alone(sample_dir):
-    (studio, same), (_, other) = plan_documents(0), plan_documents(1)
-    assert plan_documents(0)[0] == studio
+    (plan, same), (_, other) = plan_documents(0), plan_documents(1)
+    assert plan_documents(0)[0] == plan
     for source, manifest in SAMPLE_SOURCES:
         lines = [json.loads(line) for line in (sample_dir / manifest).read_text("utf-8").splitlines()]
         assert lines == same[source]

@@ -22,8 +22,8 @@ from data_pipelines.synthesis.charts.drawing import draw_chart
 from data_pipelines.synthesis.charts.questions import describe, questions, transcribe
 from data_pipelines.synthesis.charts.tables import Chart, possible_charts, read_table, spell
 from data_pipelines.synthesis.pages import page_prompts
-from data_pipelines.synthesis.pages.job import PAGES, PageSettings, make_pages
-from data_pipelines.synthesis.pages.layout import PageStyle, balance, draw_page, measurer, normalise, paginate, wrap
+from data_pipelines.synthesis.pages.job import PAGES, PageConfig, make_pages
+from data_pipelines.synthesis.pages.layout import PageStyle, balance, draw_page, measurer, normalize, paginate, wrap
 from data_pipelines.synthesis.units import Draft
 from data_pipelines.text.fonts import choose_font, find_fonts
 from tests.helpers.synthesis_hooks import job_of
@@ -49,7 +49,7 @@ def length(text: str) -> float:
 
 def draft_of(one: Document, **options) -> Draft:
     draft = Draft(one, "pages", "pages-00000", 0)
-    make_pages(one, draft, PageSettings(**{"fonts": FONTS, **options}))
+    make_pages(one, draft, PageConfig(**{"fonts": FONTS, **options}))
     return draft
 
 
@@ -72,7 +72,7 @@ def test_scripts_that_must_be_shaped_are_refused(text):
 @settings(max_examples=60, deadline=None)
 @given(TEXTS, st.integers(1, 40), st.integers(1, 2))
 def test_no_character_is_lost_between_lines_and_pages(text, width, columns):
-    text = normalise(text)
+    text = normalize(text)
     lines = list(wrap(text, width, length))
     assert "".join(line.text + "\n" * line.ends for line in lines).strip() == text
     assert all(len(line.text.rstrip(" ")) <= width for line in lines)
