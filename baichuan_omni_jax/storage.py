@@ -1,28 +1,50 @@
-"""Files that a user gives: JSON read with one sentence for whatever is wrong, and stand-ins for files never fetched.
+"""Files: what stands in for one that was never fetched, JSON, writes that are whole or not at all, locks.
 
 A clone without Git LFS, a download that ended at a login page or an interrupted copy leave files of the right name that
 hold something else. Decoders would call each of them corrupt; here they are called what they are.
+
+A lock is the operating system's (`flock`) on a file that stays where it is: it goes with the process, also with a
+killed one, and no child of the process keeps it. Network file systems that know `flock` (NFS, Lustre mounted with it)
+tell hosts apart as well; where there are no locks at all, the log says so and work goes on without one.
 """
 
+import errno
+import fcntl
 import json
+import logging
+import os
+import shutil
+import socket
+import time
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any
 
 from baichuan_omni_jax.errors import ConfigError
+
+if TYPE_CHECKING:
+    from etils import epath
+
+log = logging.getLogger(__name__)
 
 _LFS = b"version https://git-lfs.github.com/spec/"
 # First bytes, after white space and in lower case, of what servers send instead of a file.
 _PAGES = {b"<!doctype": "a web page", b"<html": "a web page", b"<?xml": "a message in XML"}
-_HEAD = 512  # bytes: a pointer is shorter
+_HEAD_BYTES = 512  # a pointer is shorter
+
+_TAKEN = (errno.EWOULDBLOCK, errno.EACCES)
+_NOTE_BYTES = 400
 
 
 def describe_stand_in(path: Path) -> str:
-    """What stands in the place of the file `path`, as the end of "PATH is ..."; nothing when it may be the file itself.
+    """Describes what stands in the place of the file `path`, as the end of "PATH is ..."; "" where it may be the file.
 
     Raises OSError when it cannot be opened.
     """
     with open(path, "rb") as file:
-        head = file.read(_HEAD)
+        head = file.read(_HEAD_BYTES)
     if not head:
         return "empty: it was never written, or never fetched"
     if head.startswith(_LFS):
@@ -32,6 +54,12 @@ def describe_stand_in(path: Path) -> str:
     start = head.lstrip().lower()
     page = next((name for first, name in _PAGES.items() if start.startswith(first)), "")
     return f"{page}, not the file itself: the download of it failed" if page else ""
+
+
+def _pointed_size(head: bytes) -> str:
+    """Returns the size that a pointer gives for its file, as a part of a sentence."""
+    sizes = [line[5:] for line in head.decode("utf-8", "replace").splitlines() if line.startswith("size ")]
+    return f" (to {int(sizes[0]):,} bytes)" if sizes and sizes[0].isdigit() else ""
 
 
 def refuse_stand_in(path: Path) -> None:
@@ -45,7 +73,7 @@ def refuse_stand_in(path: Path) -> None:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in the file `path`, UTF-8 with or without a mark of byte order.
+    """Reads the JSON object in the file `path`, UTF-8 with or without a mark of byte order.
 
     Raises ConfigError naming the file: it cannot be read, is a stand-in, no UTF-8, no JSON, or no object.
     """
@@ -63,7 +91,133 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return values
 
 
-def _pointed_size(head: bytes) -> str:
-    """The size that a pointer gives for its file, as it is said in a sentence."""
-    sizes = [line[5:] for line in head.decode("utf-8", "replace").splitlines() if line.startswith("size ")]
-    return f" (to {int(sizes[0]):,} bytes)" if sizes and sizes[0].isdigit() else ""
+@contextmanager
+def atomic_write(path: "Path | epath.Path", mode: str = "w", *, suffix: str = ".partial") -> Iterator[IO[Any]]:
+    """Opens a file beside `path` that takes its place when the block ends; after an error there is only the old one.
+
+    Args:
+        path: the file to write, on a file system or in a bucket. Its folder exists.
+        mode: `w` (text, UTF-8) or `wb`.
+        suffix: what the file beside it is called while it is written. Where several processes may write the same file,
+            one that is each process' own.
+    """
+    partial = path.with_name(f"{path.name}{suffix}")
+    try:
+        with partial.open(mode, **({} if "b" in mode else {"encoding": "utf-8"})) as file:
+            yield file
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: "Path | epath.Path", values: object) -> None:
+    """Writes `values` as JSON, whole or not at all, whichever other process writes it too; makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path, suffix=f".{os.getpid()}.partial") as file:
+        file.write(json.dumps(values, ensure_ascii=False, indent=1))
+
+
+def check_target(target: Path) -> None:
+    """Raises ConfigError when `target` is there and is not an empty folder, or has no place to be."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"{target} already exists and is not empty; nothing was written")
+    above = next(folder for folder in target.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise ConfigError(f"{target} cannot be made: {above} is not a folder")
+
+
+@contextmanager
+def staged_folder(target: Path) -> Iterator[Path]:
+    """Makes a folder beside `target` that takes its place at the end, or vanishes when anything is raised.
+
+    Raises ConfigError as `check_target` does, and where the folders above it cannot be made.
+    """
+    check_target(target)
+    made = _make_parents(target)
+    temporary = target.with_name(f".{target.name}.part-{os.getpid()}")
+    try:
+        temporary.mkdir()
+        yield temporary
+        check_target(target)  # another program may have filled it meanwhile
+        temporary.rename(target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        for folder in made:
+            folder.rmdir()
+        raise
+
+
+def _make_parents(target: Path) -> list[Path]:
+    """Makes the folders above `target`; returns those that were not there, deepest first."""
+    made = [folder for folder in target.parents if not folder.exists()]
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{target.parent} cannot be made: {error.strerror}") from error
+    return made
+
+
+class FileLock:
+    """A lock that is held until `release`, or until the process is gone. Made by `take_lock`."""
+
+    def __init__(self, descriptor: int):
+        self._descriptor = descriptor
+        _HELD.add(self)
+
+    def release(self) -> None:
+        """Lets the next program in. May be called again."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def __del__(self) -> None:
+        self.release()
+
+
+_HELD: "weakref.WeakSet[FileLock]" = weakref.WeakSet()
+
+
+def take_lock(path: Path, refusal: str, *, wait: bool = False, note: bool = True) -> FileLock:
+    """Locks the file `path`, which is made where it is not there.
+
+    Args:
+        path: a file that nothing else is kept in, unless `note` is off.
+        refusal: the sentence for when another program has the lock; who that is follows in brackets.
+        wait: waits for the other program instead of refusing.
+        note: writes into the file who holds it.
+
+    Returns:
+        The lock, held. Where the file system has no locks, one that keeps nobody out, with a warning.
+
+    Raises:
+        ConfigError: another program has the lock, or the file cannot be written.
+    """
+    try:
+        lock = FileLock(os.open(path, os.O_RDWR | os.O_CREAT, 0o666))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
+    try:
+        fcntl.flock(lock._descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        if error.errno in _TAKEN:
+            holder = os.pread(lock._descriptor, _NOTE_BYTES, 0).decode("utf-8", "replace").strip() if note else ""
+            lock.release()
+            raise ConfigError(f"{refusal}{f' ({holder})' if holder else ''}") from None
+        log.warning("the file system of %s has no locks (%s): two programs there do not see each other", path, error)
+        return lock
+    if note:
+        # For the sentence that another program is refused with.
+        since = time.strftime("%Y-%m-%d %H:%M:%S %z")
+        os.ftruncate(lock._descriptor, 0)
+        os.pwrite(lock._descriptor, f"process {os.getpid()} on {socket.gethostname()}, since {since}\n".encode(), 0)
+    return lock
+
+
+def _forget_in_child() -> None:
+    """Releases the locks that a forked child shares with its parent: it would hold them on when the parent is gone."""
+    for lock in list(_HELD):
+        lock.release()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)

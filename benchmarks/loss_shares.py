@@ -19,7 +19,7 @@ from pathlib import Path
 from rows import emit, row
 
 from baichuan_omni_jax.config import DataConfig, RunConfig, load_run_config, resolve_model
-from baichuan_omni_jax.loss_shares import POWERS, LossShare, SourceMeans, predict_shares
+from baichuan_omni_jax.config.loss_shares import POWERS, LossShare, SourceMeans, predict_shares
 from data_pipelines.pipeline import open_pipeline, prepare_sample
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"

@@ -13,11 +13,11 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from baichuan_omni_jax.config import DataConfig, OmniConfig, SourceConfig, TrainConfig
+from baichuan_omni_jax.config.loss_shares import LossShare, predict_shares
 from baichuan_omni_jax.config.mel_targets import MelTargetSpec
 from baichuan_omni_jax.config.overrides import check_kinds
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.flops.row_cost import row_cost
-from baichuan_omni_jax.loss_shares import LossShare, predict_shares
 from data_pipelines.datasets.sources import Source, cache_folder, open_source
 from data_pipelines.documents.processor import Codes, Processor
 from data_pipelines.documents.prompts import Text, parse_prompt

@@ -31,11 +31,10 @@ from baichuan_omni_jax.convert.files import missing_code
 from baichuan_omni_jax.convert.qwen2 import TOKENIZER, convert_to_qwen2, plan_qwen2
 from baichuan_omni_jax.convert.report import describe_plan
 from baichuan_omni_jax.convert.safetensors_io import SINGLE
-from baichuan_omni_jax.convert.staging import check_target
 from baichuan_omni_jax.convert.to_torch import SHARD_BYTES, Source
 from baichuan_omni_jax.convert.whisper import tokenizer_from_whisper
 from baichuan_omni_jax.errors import ConfigError, exit_code
-from baichuan_omni_jax.storage import read_json_object
+from baichuan_omni_jax.storage import check_target, read_json_object
 
 
 class _Parser(argparse.ArgumentParser):

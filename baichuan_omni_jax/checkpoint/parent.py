@@ -11,6 +11,7 @@ from baichuan_omni_jax.checkpoint.run_config import RUN_CONFIG
 from baichuan_omni_jax.checkpoint.steps import committed_steps, step_folder
 from baichuan_omni_jax.config import RunConfig
 from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.storage import write_json
 
 PARENT = "parent.json"
 
@@ -45,9 +46,7 @@ def record_parent(workdir: epath.PathLike, parent: Parent) -> None:
     path = epath.Path(workdir) / PARENT
     if jax.process_index() or path.exists():
         return
-    temporary = path.with_name(f"{PARENT}.tmp")
-    temporary.write_text(json.dumps(asdict(parent), indent=1))
-    temporary.replace(path)
+    write_json(path, asdict(parent))
 
 
 def stored_tokenizer(path: epath.PathLike) -> epath.Path | None:

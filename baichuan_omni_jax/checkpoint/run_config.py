@@ -8,6 +8,7 @@ from etils import epath
 
 from baichuan_omni_jax.config import RunConfig, from_dict, to_dict
 from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.storage import write_json
 
 RUN_CONFIG = "run_config.json"
 # A run may be made longer, saved at other steps, and moved to other machines; the rest decides what it computes.
@@ -37,9 +38,7 @@ def check_run_config(workdir: epath.Path, run: RunConfig) -> None:
 
 def store_run_config(workdir: epath.Path, run: RunConfig) -> None:
     """Writes `run_config.json` at once or not at all."""
-    temporary = workdir / f"{RUN_CONFIG}.tmp"
-    temporary.write_text(json.dumps(to_dict(run), indent=1))
-    temporary.replace(workdir / RUN_CONFIG)
+    write_json(workdir / RUN_CONFIG, to_dict(run))
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -21,7 +21,7 @@ from baichuan_omni_jax.checkpoint.trees import leaves_by_name, read_tree, to_sto
 from baichuan_omni_jax.checkpoint.writer import TEMPORARY, FolderSave, make_checkpointer
 from baichuan_omni_jax.config import OmniConfig, RunConfig
 from baichuan_omni_jax.errors import ConfigError, RunStoppedError
-from baichuan_omni_jax.locks import FileLock, take_lock
+from baichuan_omni_jax.storage import FileLock, take_lock
 
 log = logging.getLogger(__name__)
 

@@ -20,10 +20,9 @@ from baichuan_omni_jax.convert.files import list_companions
 from baichuan_omni_jax.convert.llm import llm_rules
 from baichuan_omni_jax.convert.plan import plan_from_leaves
 from baichuan_omni_jax.convert.safetensors_io import SINGLE
-from baichuan_omni_jax.convert.staging import check_target, staged_folder
 from baichuan_omni_jax.convert.to_torch import SHARD_BYTES, Advance, Export, Source, write_export
 from baichuan_omni_jax.errors import ConfigError
-from baichuan_omni_jax.storage import read_json_object
+from baichuan_omni_jax.storage import check_target, read_json_object, staged_folder
 
 LLM = "llm"
 CONTEXT = 65536  # items that the released model was trained to; its config.json says 8192, which servers would clip at

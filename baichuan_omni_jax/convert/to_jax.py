@@ -21,11 +21,11 @@ from baichuan_omni_jax.convert.leaf_store import BranchWriter
 from baichuan_omni_jax.convert.plan import Plan, plan_from_tensors
 from baichuan_omni_jax.convert.rules import Entry, Rule
 from baichuan_omni_jax.convert.safetensors_io import TensorSource, blocks_of, open_weights
-from baichuan_omni_jax.convert.staging import check_target, staged_folder
 from baichuan_omni_jax.convert.tables import branch_rules
 from baichuan_omni_jax.convert.torch_file import open_vocoder
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.nn.param import named_variables, with_values
+from baichuan_omni_jax.storage import check_target, staged_folder
 from baichuan_omni_jax.vocoder.config import VocoderConfig, read_vocoder_config, vocoder_to_json
 
 Advance = Callable[[int], None]

@@ -18,10 +18,9 @@ from baichuan_omni_jax.convert.plan import Plan, plan_from_leaves
 from baichuan_omni_jax.convert.rules import Entry
 from baichuan_omni_jax.convert.safetensors_io import SINGLE, TensorInfo, blocks_of
 from baichuan_omni_jax.convert.safetensors_write import write_shards
-from baichuan_omni_jax.convert.staging import check_target, staged_folder
 from baichuan_omni_jax.convert.tables import branch_rules
 from baichuan_omni_jax.errors import ConfigError
-from baichuan_omni_jax.storage import read_json_object
+from baichuan_omni_jax.storage import check_target, read_json_object, staged_folder
 from baichuan_omni_jax.vocoder.config import read_vocoder_config
 
 Advance = Callable[[int], None]

@@ -15,9 +15,9 @@ import numpy as np
 from jaxtyping import Float
 
 from baichuan_omni_jax.config import RunConfig
+from baichuan_omni_jax.config.loss_shares import audio_scale
 from baichuan_omni_jax.evaluation.audio_scores import flow_means, flow_sums, tokenizer_means, tokenizer_sums
 from baichuan_omni_jax.evaluation.omni_losses import make_eval_step
-from baichuan_omni_jax.loss_shares import audio_scale
 from baichuan_omni_jax.train.input import Data
 from baichuan_omni_jax.train.state import Setup, TrainState, saved_values
 

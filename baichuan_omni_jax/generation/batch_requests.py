@@ -14,7 +14,7 @@ from typing import Any
 
 from baichuan_omni_jax.errors import ConfigError, RequestError
 from baichuan_omni_jax.generation.chat_stream import ChatAnswer, Reply
-from baichuan_omni_jax.locks import take_lock
+from baichuan_omni_jax.storage import take_lock
 
 INTERVAL = 5.0  # seconds between two lines of progress
 

@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from baichuan_omni_jax.config import TrainConfig
-from baichuan_omni_jax.loss_shares import LossShare
+from baichuan_omni_jax.config.loss_shares import LossShare
 
 DocumentKey = tuple[int, int]  # source, number in it
 Losses = dict[DocumentKey, tuple[str, str, str]]  # to manifest line, cause, message

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import jax
 from tensorboardX import SummaryWriter
 
 from baichuan_omni_jax.flops.omni import Part, flops_by_branch
+from baichuan_omni_jax.storage import atomic_write
 from baichuan_omni_jax.train.audio_samples import SoundSamples
 from baichuan_omni_jax.train.wandb import WandbWriter
 
@@ -104,9 +104,8 @@ class MetricsWriter:
         # Bytes: what a crash of the machine left need not be UTF-8.
         lines = self._path.read_bytes().split(b"\n") if step else []
         kept = [row for row in map(_parse, lines) if row is not None and row["step"] <= step]
-        partial = self._path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        os.replace(partial, self._path)
+        with atomic_write(self._path) as file:
+            file.write("".join(json.dumps(row) + "\n" for row in kept))
         return kept
 
 

@@ -7,7 +7,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from baichuan_omni_jax.config import RunConfig
-from baichuan_omni_jax.loss_shares import shares_table
+from baichuan_omni_jax.config.loss_shares import shares_table
 from baichuan_omni_jax.train.input import Data
 from baichuan_omni_jax.train.state import Setup
 

@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Float, Int32, Shaped
 
 from baichuan_omni_jax.audio.config import AudioConfig
-from baichuan_omni_jax.locks import take_lock
+from baichuan_omni_jax.storage import take_lock
 from data_pipelines.audio_codes.store import (
     ENTRY,
     REFERENCE,

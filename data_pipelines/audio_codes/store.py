@@ -10,6 +10,7 @@ import tensorstore as ts
 from jaxtyping import Bool, Int32, Int64, Shaped
 
 from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.storage import atomic_write
 from data_pipelines.errors import SampleError
 
 # SHA-256 of the clip's bytes in hex, number of the window from 0.
@@ -59,10 +60,8 @@ def new_records(table: Shaped[np.ndarray, "n"], known: Shaped[np.ndarray, "_"]) 
 
 def save_table(path: Path, table: Shaped[np.ndarray, "n"]) -> None:
     """Writes a table as .npy beside its place and renames it."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
+    with atomic_write(path, "wb") as file:
         np.save(file, table)
-    partial.replace(path)
 
 
 def open_table(path: Path, dtype: np.dtype) -> Shaped[np.ndarray, "n"]:

@@ -14,6 +14,7 @@ import tensorstore as ts
 from jaxtyping import Int64, Integer, Shaped
 
 from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.storage import write_json
 from data_pipelines.audio_codes.store import (
     ENTRY,
     FORMAT,
@@ -26,7 +27,6 @@ from data_pipelines.audio_codes.store import (
     read_meta,
     save_table,
 )
-from data_pipelines.datasets.jobs.job import write_json
 
 # 23 hours of sound, 16 MB: what a kill costs at most, and few files for 10^8 clips.
 PART_FRAMES = 1 << 20

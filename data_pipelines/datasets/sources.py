@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from baichuan_omni_jax.config import DataConfig, SourceConfig
 from baichuan_omni_jax.errors import ConfigError
-from data_pipelines.datasets.jobs.job import write_json
+from baichuan_omni_jax.storage import write_json
 from data_pipelines.datasets.shards.reader import DATASET_FILE, ShardedDataset, open_dataset, read_description
 from data_pipelines.documents.document import Document
 from data_pipelines.documents.manifest import LineRange, manifest_stem, parse_line, plain_manifest

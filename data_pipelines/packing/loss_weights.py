@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 from baichuan_omni_jax.config import DataConfig, SourceConfig
+from baichuan_omni_jax.config.loss_shares import POWERS, SourceMeans
 from baichuan_omni_jax.errors import ConfigError
-from baichuan_omni_jax.loss_shares import POWERS, SourceMeans
 from data_pipelines.documents.document import EncodedDocument
 from data_pipelines.packing.columns import Columns
 from data_pipelines.packing.index import Index

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from baichuan_omni_jax.config import TrainConfig
-from baichuan_omni_jax.loss_shares import LossShare
+from baichuan_omni_jax.config.loss_shares import LossShare
 from data_pipelines.audio_codes import CodeStore
 from data_pipelines.packing.context_plan import check
 from data_pipelines.packing.mixture import epochs_read

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.storage import atomic_write
 from data_pipelines.datasets.builder.build import UNPACKED, list_sources
 from data_pipelines.datasets.builder.plan import Manifest, unpack
 from data_pipelines.datasets.jobs import Job, Unit
@@ -218,13 +219,11 @@ def add_up(summaries: Sequence[dict], keys: Sequence[str]) -> dict[str, Counter]
 def join_part(job: Job, part: str, name: str) -> None:
     """Writes the manifest `name`: what every unit has in its manifest `part`."""
     path = job.out / name
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
+    with atomic_write(path, "wb") as file:
         for unit in job.units:
             if (own := job.out / unit.name / f"{part}.jsonl").is_file():
                 with own.open("rb") as lines:
                     shutil.copyfileobj(lines, file)
-    os.replace(partial, path)
 
 
 def explain(where: str, document: Document | SampleError, error: SampleError) -> dict:

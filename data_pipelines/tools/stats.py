@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from baichuan_omni_jax.config import apply_overrides, load_run_config, resolve_model
+from baichuan_omni_jax.config.loss_shares import shares_table
 from baichuan_omni_jax.errors import ConfigError, exit_code
-from baichuan_omni_jax.loss_shares import shares_table
 from data_pipelines.datasets.builder.build import PARTS, SKIPPED_FILE, list_sources
 from data_pipelines.datasets.builder.plan import RANGE, Manifest, unpack
 from data_pipelines.datasets.jobs import Job, Unit, run_job

@@ -9,7 +9,7 @@ from baichuan_omni_jax.errors import ConfigError, RequestError
 from baichuan_omni_jax.generation.batch_requests import answer_questions, read_questions
 from baichuan_omni_jax.generation.chat_stream import Reply
 from baichuan_omni_jax.generation.events import Finished, TextPiece
-from baichuan_omni_jax.locks import take_lock
+from baichuan_omni_jax.storage import take_lock
 
 
 class Request:

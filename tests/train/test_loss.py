@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from baichuan_omni_jax.config import Budgets, resolve_model
+from baichuan_omni_jax.config.loss_shares import POWERS
 from baichuan_omni_jax.evaluation.held_out import mean_losses
 from baichuan_omni_jax.evaluation.omni_losses import make_eval_step
-from baichuan_omni_jax.loss_shares import POWERS
 from baichuan_omni_jax.nn.param import named_values, with_values
 from baichuan_omni_jax.nn.products import narrow
 from baichuan_omni_jax.omni.model import OmniModel

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.storage import atomic_write
 from data_pipelines.datasets.builder.plan import Manifest, PlannedLines, first_of_same_id, plan_lines, unpack
 from data_pipelines.datasets.jobs import Job, Unit, run_job
 from data_pipelines.datasets.jobs.job import Runner, hold, refuse_foreign, remove_unit
@@ -261,12 +262,10 @@ def remove_outdated(job: Job) -> None:
 
 
 def _join_skipped(job: Job) -> None:
-    partial = job.out / f"{SKIPPED_FILE}.partial"
-    with partial.open("wb") as file:
+    with atomic_write(job.out / SKIPPED_FILE, "wb") as file:
         for unit in job.units:
             with (job.out / PARTS / f"{unit.name}.skipped.jsonl").open("rb") as own:
                 shutil.copyfileobj(own, file)
-    os.replace(partial, job.out / SKIPPED_FILE)
 
 
 def _describe_shards(job: Job, summaries: Sequence[dict]) -> list[Shard]:

@@ -10,7 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from baichuan_omni_jax.errors import ConfigError
-from data_pipelines.datasets.jobs.job import Job, Outcomes, Unit, write_json
+from baichuan_omni_jax.storage import write_json
+from data_pipelines.datasets.jobs.job import Job, Outcomes, Unit
 from data_pipelines.datasets.jobs.local import LocalRunner
 
 try:

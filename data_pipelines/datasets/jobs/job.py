@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from baichuan_omni_jax.errors import ConfigError
-from baichuan_omni_jax.locks import take_lock
+from baichuan_omni_jax.storage import take_lock, write_json
 
 
 @dataclass(frozen=True)
@@ -194,14 +194,6 @@ def remove_unit(mark: Path) -> None:
 def describe_error(error: Exception) -> str:
     """One sentence for what a unit raised."""
     return str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
-
-
-def write_json(path: Path, values: object) -> None:
-    """Written beside its place and renamed: the file is whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(values, ensure_ascii=False, indent=1), encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _sha256(path: Path) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from array_record.python.array_record_module import ArrayRecordReader
 
 from baichuan_omni_jax.errors import ConfigError
-from data_pipelines.datasets.jobs.job import write_json
+from baichuan_omni_jax.storage import write_json
 from data_pipelines.datasets.shards.record import unpack_document
 from data_pipelines.documents.document import Document
 from data_pipelines.errors import SampleError

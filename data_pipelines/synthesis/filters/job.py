@@ -9,19 +9,17 @@ Near-duplicates are found among the kept documents of all manifests, when every 
 
 import importlib
 import json
-import os
 from argparse import ArgumentParser, Namespace
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import TextIO
 
 import numpy as np
 
 from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.storage import atomic_write
 from data_pipelines.datasets.jobs import Job, Unit
 from data_pipelines.documents.document import Document
 from data_pipelines.documents.prompt_writing import plain_text, write_prompt
@@ -159,7 +157,7 @@ def _write_sorted(job: Job, first: np.ndarray, likeness: np.ndarray) -> int:
     repeats = first != np.arange(len(first))
     originals = dict.fromkeys(first[repeats].tolist(), "")  # number -> id
     number = 0
-    with _replacing(job.out / f"{KEPT}.jsonl") as kept, _replacing(job.out / f"{REJECTED}.jsonl") as rejected:
+    with atomic_write(job.out / f"{KEPT}.jsonl") as kept, atomic_write(job.out / f"{REJECTED}.jsonl") as rejected:
         for unit in job.units:
             rejected.write((job.out / unit.name / f"{REJECTED}.jsonl").read_text(encoding="utf-8"))
             with (job.out / unit.name / f"{KEPT}.jsonl").open(encoding="utf-8") as lines:
@@ -175,15 +173,6 @@ def _write_sorted(job: Job, first: np.ndarray, likeness: np.ndarray) -> int:
                             originals[number] = values["id"]
                     number += 1
     return int(repeats.sum())
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[TextIO]:
-    """A text file that takes its place when it is whole."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        yield file
-    os.replace(partial, path)
 
 
 def _reject(document: Document, verdict: Verdict) -> dict:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from rich.table import Table
 
-from baichuan_omni_jax.config import TrainConfig
+from baichuan_omni_jax.config.run import TrainConfig
 
 # A document's weight in a modality is the number of its targets there, to the power of 1 - this.
 POWERS = {"token": 0.0, "sqrt": 0.5, "document": 1.0}

@@ -12,13 +12,13 @@ import pytest
 
 from baichuan_omni_jax.checkpoint import Workdir
 from baichuan_omni_jax.errors import ConfigError
-from baichuan_omni_jax.locks import take_lock
+from baichuan_omni_jax.storage import take_lock
 
 ROOT = Path(__file__).resolve().parents[1]
 HOLDER = r"""
 import os, sys, time
 from pathlib import Path
-from baichuan_omni_jax.locks import take_lock
+from baichuan_omni_jax.storage import take_lock
 
 lock = take_lock(Path(sys.argv[1]), "", wait=WAIT)
 if FORK == 0:
