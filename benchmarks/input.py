@@ -43,8 +43,8 @@ NOTES = {
     "trimmed": "as the peer above, its mels only as long as the clip; it checks no file, makes no targets and no slots",
 }
 STAGES = {  # what of the processor belongs to which stage; what is left is packing, with text and layout
-    "decode": ("load_image", "read_video", "probe_sound", "read_sound"),
-    "resize": ("resize_picture",),
+    "decode": ("load_image", "read_video", "probe_audio", "read_audio"),
+    "resize": ("resize_image",),
     "patchify": ("patchify",),
     "mel": ("log_mel",),
 }

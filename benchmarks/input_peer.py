@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from torch.utils.data import DataLoader, Dataset
 
 from baichuan_omni_jax.config import Budgets, OmniConfig
-from data_pipelines.documents.prompts import Picture, Sound, Text, parse_prompt
+from data_pipelines.documents.prompts import AudioElement, ImageElement, TextElement, parse_prompt
 from data_pipelines.media.features import visual_size
 from data_pipelines.media.videos import frame_times
 from data_pipelines.pipeline import Pipeline
@@ -48,13 +48,13 @@ class LooseFiles(Dataset):
         ids, patches, mels = [], [], []
         for text, folder in self.rows[number]:
             for element in parse_prompt(text):
-                if isinstance(element, Text):
+                if isinstance(element, TextElement):
                     ids += self.tokenizer.encode(element.text, add_special_tokens=False).ids
                     continue
                 path = Path(folder) / element.reference.path
-                if isinstance(element, Sound):
+                if isinstance(element, AudioElement):
                     mels.append(self._log_mel(path))
-                elif isinstance(element, Picture):
+                elif isinstance(element, ImageElement):
                     image = Image.open(path).convert("RGB")
                     patches.append(self._patches(image, image.height, image.width, element.frame))
                 else:

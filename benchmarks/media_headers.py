@@ -332,7 +332,7 @@ def with_checksums(data: bytes) -> bytes:
 def decode_ours(path: Path, film: bool) -> tuple[str, str, float, int]:
     """Cause and sentence of the refusal, or seconds of sound and damaged packets; runs in a process of its own."""
     from data_pipelines.errors import SampleError
-    from data_pipelines.media.audio import probe_sound, read_sound
+    from data_pipelines.media.audio import probe_audio, read_audio
     from data_pipelines.media.location import Media
     from data_pipelines.media.videos import decode_frames, probe_video
 
@@ -343,8 +343,8 @@ def decode_ours(path: Path, film: bool) -> tuple[str, str, float, int]:
             found = len(decode_frames(media, times))
             if found != len(times):
                 return "", f"{found} frames of {len(times)}", 0.0, 0
-        samples = probe_sound(media, RATE)
-        heard = read_sound(media, RATE)
+        samples = probe_audio(media, RATE)
+        heard = read_audio(media, RATE)
     except SampleError as error:
         return error.cause, str(error), 0.0, 0
     differs = f"measured {samples}, decoded {len(heard.wave)} samples" if samples != len(heard.wave) else ""

@@ -20,7 +20,7 @@ from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.flops.row_cost import row_cost
 from data_pipelines.datasets.sources import Source, cache_folder, open_source
 from data_pipelines.documents.processor import Codes, Processor
-from data_pipelines.documents.prompts import Text, parse_prompt
+from data_pipelines.documents.prompts import TextElement, parse_prompt
 from data_pipelines.errors import SampleError, describe_causes, file_errors
 from data_pipelines.packing.context_plan import context_plan
 from data_pipelines.packing.index import Index, Skipped
@@ -239,7 +239,7 @@ def _texts(source: Source) -> Iterator[str]:
                 elements = parse_prompt(entry.document.text)
             except SampleError:
                 continue
-            yield from (element.text for element in elements if isinstance(element, Text))
+            yield from (element.text for element in elements if isinstance(element, TextElement))
 
 
 def prepare_sample(config: DataConfig) -> None:

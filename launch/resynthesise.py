@@ -27,7 +27,7 @@ from baichuan_omni_jax.generation.loading import load_for_generation
 from baichuan_omni_jax.generation.speech_decoder import Resynthesised, Speaker
 from baichuan_omni_jax.sharding import make_mesh
 from data_pipelines.errors import SampleError
-from data_pipelines.media.audio import decode_sound, probe_sound
+from data_pipelines.media.audio import decode_audio, probe_audio
 from data_pipelines.media.features import Window, clip_windows, log_mel
 from data_pipelines.media.location import Media
 from data_pipelines.media.mel_targets import mel_target
@@ -72,7 +72,7 @@ def read_windows(path: Path, cfg: OmniConfig) -> tuple[list[Window], list[np.nda
     """A recording's windows and their log mels (frames, mels). Raises ConfigError when it cannot be heard."""
     media, audio = Media(str(path), path), cfg.audio
     try:
-        wave = decode_sound(media, probe_sound(media, audio.sampling_rate), audio.sampling_rate)
+        wave = decode_audio(media, probe_audio(media, audio.sampling_rate), audio.sampling_rate)
     except SampleError as error:
         raise ConfigError(f"--audio: {error}") from error
     windows = clip_windows(len(wave), audio)
@@ -95,7 +95,7 @@ def _draw(options: argparse.Namespace, pieces: list[Resynthesised], windows: lis
     from data_pipelines.tools.pictures import draw_mels  # imports matplotlib
 
     settings, media = flow_target(cfg.flow), Media(str(options.audio), options.audio)
-    wave = decode_sound(media, probe_sound(media, settings.rate), settings.rate)
+    wave = decode_audio(media, probe_audio(media, settings.rate), settings.rate)
     recorded, seconds = mel_target(wave, settings), settings.hop / settings.rate
     starts = [round(window.start / cfg.audio.sampling_rate / seconds) for window in windows]
     made = mels_in_place([piece.mel for piece in pieces], starts, recorded)

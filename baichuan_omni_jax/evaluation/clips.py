@@ -12,9 +12,9 @@ from data_pipelines.datasets.sources import ANY_FOLDER, media_root
 from data_pipelines.documents.document import Document
 from data_pipelines.documents.manifest import read_manifest
 from data_pipelines.documents.prompt_writing import text_of
-from data_pipelines.documents.prompts import Element, Sound, Text, parse_prompt
+from data_pipelines.documents.prompts import AudioElement, Element, TextElement, parse_prompt
 from data_pipelines.errors import SampleError
-from data_pipelines.media.audio import decode_sound, probe_sound
+from data_pipelines.media.audio import decode_audio, probe_audio
 from data_pipelines.media.location import Media, find_media
 from data_pipelines.synthesis.filters.rules import spoken_texts
 
@@ -30,8 +30,8 @@ class Clip:
     text: str
 
     def samples(self, rate: int) -> Float32[np.ndarray, " t"]:
-        """Mono, full scale 1, at `rate` Hz. Raises SampleError as `decode_sound`."""
-        return decode_sound(self.media, probe_sound(self.media, rate), rate)
+        """Mono, full scale 1, at `rate` Hz. Raises SampleError as `decode_audio`."""
+        return decode_audio(self.media, probe_audio(self.media, rate), rate)
 
 
 def read_clips(
@@ -59,10 +59,10 @@ def read_clips(
             yield Clip(f"{line.document.id}/{number}" if len(sounds) > 1 else line.document.id, media, text)
 
 
-def _sounds(document: Document) -> list[tuple[Sound, str]]:
+def _sounds(document: Document) -> list[tuple[AudioElement, str]]:
     elements = parse_prompt(document.text)
     kind = document.type.lower()
-    sounds = [element for element in elements if isinstance(element, Sound)]
+    sounds = [element for element in elements if isinstance(element, AudioElement)]
     if kind in SPOKEN_TYPES:
         return [(sound, text) for text, sound in spoken_texts(elements)]
     text = _learnt(elements) if kind == "asr" and len(sounds) == 1 else ""
@@ -71,4 +71,4 @@ def _sounds(document: Document) -> list[tuple[Sound, str]]:
 
 def _learnt(elements: list[Element]) -> str:
     """The text that carries loss."""
-    return text_of(element for element in elements if isinstance(element, Text) and element.trainable)
+    return text_of(element for element in elements if isinstance(element, TextElement) and element.trainable)

@@ -7,7 +7,7 @@ from typing import Any
 
 from baichuan_omni_jax.errors import ConfigError, RequestError
 from data_pipelines.errors import SampleError
-from data_pipelines.media.audio import decode_sound, probe_sound
+from data_pipelines.media.audio import decode_audio, probe_audio
 from data_pipelines.media.images import probe_image
 from data_pipelines.media.location import Media
 from data_pipelines.media.media_kind import MediaContent, inspect_media
@@ -94,24 +94,24 @@ def _check_length(media: Media, kind: str, limits: Limits) -> None:
         probe_image(media)
         return
     longest = limits.sound_seconds if kind == "audio" else limits.video_seconds
-    seconds = probe_sound(media, RATE) / RATE if kind == "audio" else probe_video(media, 1.0, 1).seconds
+    seconds = probe_audio(media, RATE) / RATE if kind == "audio" else probe_video(media, 1.0, 1).seconds
     if seconds > longest:
         raise RequestError("bad_media", f"{media.name} is {seconds:.0f} s long, more than {longest:g} s")
 
 
 def _why_unheard(media: Media, content: MediaContent, limits: Limits, hears: bool) -> str:
     """Why a video's sound is not part of the message; nothing when it is. Its frames are seen in any case."""
-    if not content.has_sound:
+    if not content.has_audio:
         return "it has no sound track"
     if not hears:
         return "the checkpoint has no branches to hear with"
     try:
-        samples = probe_sound(media, RATE)
+        samples = probe_audio(media, RATE)
         if samples / RATE > limits.sound_seconds:
             return f"it is {samples / RATE:.0f} s long, more than {limits.sound_seconds:g} s"
         if samples / RATE < LEAST:
             return "it is too short"
-        decode_sound(media, samples, RATE)
+        decode_audio(media, samples, RATE)
     except SampleError as error:
         return "it is silent" if error.cause == "silent_audio" else str(error)
     return ""

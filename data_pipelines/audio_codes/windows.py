@@ -18,7 +18,7 @@ from data_pipelines.datasets.jobs import Job, Unit
 from data_pipelines.datasets.jobs.local import HeldPool
 from data_pipelines.documents.processor import AudioItem, Processor
 from data_pipelines.errors import SampleError
-from data_pipelines.media.audio import decode_sound
+from data_pipelines.media.audio import decode_audio
 from data_pipelines.media.features import log_mel
 from data_pipelines.packing.index import Index
 from data_pipelines.packing.row_limits import BUDGETED
@@ -207,7 +207,7 @@ class _Decoder:
         try:
             if clip not in waves:
                 waves.clear()
-                waves[clip] = decode_sound(item.media, item.samples, self.audio.sampling_rate)
+                waves[clip] = decode_audio(item.media, item.samples, self.audio.sampling_rate)
             window = item.window
             return log_mel(waves[clip][window.start : window.start + window.samples], self.audio)
         except SampleError as error:

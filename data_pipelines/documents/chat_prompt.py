@@ -24,11 +24,11 @@ from baichuan_omni_jax.errors import ConfigError, RequestError
 from data_pipelines.documents.conversation import ROLES, opening_elements, role_mark
 from data_pipelines.documents.document import EncodedDocument
 from data_pipelines.documents.processor import Processor, Said
-from data_pipelines.documents.prompts import Element, Picture, Reference, Sound, Text, Video
+from data_pipelines.documents.prompts import AudioElement, Element, ImageElement, TextElement, VideoElement
 from data_pipelines.errors import SampleError
 from data_pipelines.media.file_kinds import plain_reason
 from data_pipelines.media.limits import MAX_SAMPLING_RATE
-from data_pipelines.media.location import Media, MediaRoot, find_media, local_path
+from data_pipelines.media.location import Media, MediaReference, MediaRoot, find_media, local_path
 from data_pipelines.synthesis.prompts import TRANSCRIBE
 from data_pipelines.text.splitting import split_text
 from data_pipelines.tokenizers.special_tokens import AUDIOGEN_START
@@ -74,7 +74,7 @@ class ChatPrompts:
             for number, message in enumerate(messages):
                 asked.add_message(message, number)
             if messages[-1]["role"] != "assistant":
-                asked.elements.append(Text(role_mark("assistant", spoken)))
+                asked.elements.append(TextElement(role_mark("assistant", spoken)))
             return self.processor.encode_prompt(asked.elements, asked.media)
 
     def encode_content(self, content: str | Sequence[Part], speak: bool = False) -> EncodedDocument:
@@ -86,7 +86,7 @@ class ChatPrompts:
         with _one_door():
             asked.add_content(content, "the prompt", spoken_codes=True)
             if speak:
-                asked.elements.append(Text(AUDIOGEN_START))
+                asked.elements.append(TextElement(AUDIOGEN_START))
             if not asked.elements:
                 raise RequestError("bad_message", "the prompt is empty")
             return self.processor.encode_prompt(asked.elements, asked.media)
@@ -113,7 +113,7 @@ class _Asked:
             raise RequestError("bad_message", f"{where} has role {role!r}; there are {', '.join(ROLES)}")
         if role == "system" and number:
             raise RequestError("bad_message", f"{where} is a system message, which only the first one can be")
-        self.elements.append(Text(role_mark(role, self._spoken)))
+        self.elements.append(TextElement(role_mark(role, self._spoken)))
         self.add_content(message["content"], where, said=role == "assistant")
 
     def add_content(self, content: Any, where: str, said: bool = False, spoken_codes: bool = False) -> None:
@@ -130,8 +130,8 @@ class _Asked:
                 self.elements.append(Said(codes, said or spoken_codes))
             else:
                 reference = self._add_media(part, source, f"{kind} of {where}")
-                made = {"image": Picture, "video": Video}
-                self.elements.append(made[kind](reference) if kind in made else Sound(reference, spoken=said))
+                made = {"image": ImageElement, "video": VideoElement}
+                self.elements.append(made[kind](reference) if kind in made else AudioElement(reference, spoken=said))
 
     def _add_text(self, text: Any, where: str) -> None:
         if not isinstance(text, str):
@@ -141,9 +141,9 @@ class _Asked:
         except UnicodeEncodeError as error:
             raise RequestError("bad_message", f"the text of {where} is not valid Unicode: {error.reason}") from error
         if text:
-            self.elements.append(Text(text, plain=True))
+            self.elements.append(TextElement(text, plain=True))
 
-    def _add_media(self, part: Part, source: str, name: str) -> Reference:
+    def _add_media(self, part: Part, source: str, name: str) -> MediaReference:
         value = part[source]
         if source == "samples":
             media = Media(name, None, _wave_file(value, part.get("rate"), name))
@@ -154,16 +154,16 @@ class _Asked:
         elif not isinstance(value, str | Path) or not str(value):
             raise RequestError("bad_message", f"{source} of {name} is no text")
         elif source == "base64":
-            media = Media(name, None, find_media(Reference(base64=str(value)), Path()).data)
+            media = Media(name, None, find_media(MediaReference(base64=str(value)), Path()).data)
         else:
             media = self._file(str(value))
         key = str(len(self.media))
         self.media[key] = media
-        return Reference(path=key)
+        return MediaReference(path=key)
 
     def _file(self, path: str) -> Media:
         if self._root is not None:
-            return find_media(Reference(path=path), self._root)
+            return find_media(MediaReference(path=path), self._root)
         try:
             found = Path(local_path(path)).expanduser()
             usable = found.is_file()

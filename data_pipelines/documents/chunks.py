@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from data_pipelines.documents.document import Lengths
-from data_pipelines.documents.prompts import Element, Picture
+from data_pipelines.documents.prompts import Element, ImageElement
 from data_pipelines.packing.row_limits import RowLimits, needs_of
 
 Span = tuple[int, int]
@@ -155,7 +155,7 @@ def _are_of_one_video(run: Run, element: Element) -> bool:
 
 
 def _is_frame(element: Element) -> bool:
-    return isinstance(element, Picture) and element.frame
+    return isinstance(element, ImageElement) and element.frame
 
 
 def _sum(one: Lengths, other: Lengths) -> Lengths:

@@ -13,7 +13,7 @@ A conversation has a system prompt of its own or the voice's, never both: what a
 from typing import Literal
 
 from baichuan_omni_jax.config import VOICE, check_voice
-from data_pipelines.documents.prompts import Element, Sound, Text
+from data_pipelines.documents.prompts import AudioElement, Element, TextElement
 from data_pipelines.tokenizers.special_tokens import ASSISTANT, AUDIOTEXT_START, SYSTEM, USER
 
 Role = Literal["system", "user", "assistant"]
@@ -45,11 +45,11 @@ def opening_elements(system: bool, spoken: bool, voice: str = VOICE) -> list[Ele
     """What stands before the first turn: the voice's system prompt, unless there is a `system` prompt already."""
     if system or not spoken:
         return []
-    return [Text(role_mark("system", spoken)), Text(voice_prompt(voice), plain=True)]
+    return [TextElement(role_mark("system", spoken)), TextElement(voice_prompt(voice), plain=True)]
 
 
 def misses_marks(elements: list[Element]) -> bool:
     """Whether a conversation is answered aloud and does not say so before each answer."""
-    marks = "".join(each.text for each in elements if isinstance(each, Text) and not each.plain)
-    aloud = any(isinstance(each, Sound) and each.spoken for each in elements)
+    marks = "".join(each.text for each in elements if isinstance(each, TextElement) and not each.plain)
+    aloud = any(isinstance(each, AudioElement) and each.spoken for each in elements)
     return aloud and ASSISTANT in marks and marks.count(ASSISTANT) != marks.count(AUDIOTEXT_START + ASSISTANT)

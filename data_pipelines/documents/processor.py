@@ -16,11 +16,18 @@ from tokenizers import Tokenizer
 from baichuan_omni_jax.config import ImagesConfig, OmniConfig
 from data_pipelines.documents.chunks import Ids, Run, cut_span, group_media
 from data_pipelines.documents.document import Document, EncodedDocument, Lengths
-from data_pipelines.documents.prompts import Element, Picture, Sound, Text, Tokens, Video
+from data_pipelines.documents.prompts import (
+    AudioElement,
+    Element,
+    ImageElement,
+    TextElement,
+    TokensElement,
+    VideoElement,
+)
 from data_pipelines.documents.sequence import (
+    AudioPart,
     Layout,
     Part,
-    SoundPart,
     TextPart,
     VisualPart,
     audio_targets,
@@ -30,9 +37,9 @@ from data_pipelines.documents.sequence import (
 from data_pipelines.documents.token_ids import read_ids
 from data_pipelines.documents.turns import document_elements, is_marked, thin_frames
 from data_pipelines.errors import SampleError
-from data_pipelines.media.audio import clip_key, probe_sound, read_sound
+from data_pipelines.media.audio import clip_key, probe_audio, read_audio
 from data_pipelines.media.containers import Damage
-from data_pipelines.media.features import Window, clip_windows, log_mel, patchify, resize_picture, visual_size
+from data_pipelines.media.features import Window, clip_windows, log_mel, patchify, resize_image, visual_size
 from data_pipelines.media.images import SEEN, load_image, probe_image
 from data_pipelines.media.location import Media, MediaRoot, find_media
 from data_pipelines.media.videos import probe_video, read_video
@@ -295,7 +302,7 @@ class Processor:
         pictures: list[_Pictures] = []
         clips: list[_Clip] = []
         for element in elements:
-            if isinstance(element, Text):
+            if isinstance(element, TextElement):
                 tokenizer = self._plain_tokenizer if element.plain else self.tokenizer
                 parts.append(TextPart(encode(tokenizer, element.text), element.trainable))
                 continue
@@ -304,15 +311,15 @@ class Processor:
                 continue
             if isinstance(element, Said):
                 clips.append(_said(element.codes))
-                parts.append(SoundPart(len(element.codes), element.spoken))
+                parts.append(AudioPart(len(element.codes), element.spoken))
                 continue
             media = find_media(element.reference, root)
-            if isinstance(element, Tokens):
+            if isinstance(element, TokensElement):
                 parts.append(TextPart(self._ids(media), element.trainable))
-            elif isinstance(element, Sound):
+            elif isinstance(element, AudioElement):
                 clips.append(self._clip(media, mels, rates))
                 count = sum(window.code_frames for window in clips[-1].windows)
-                parts.append(SoundPart(count, element.spoken, element.trainable))
+                parts.append(AudioPart(count, element.spoken, element.trainable))
             else:
                 pictures.append(self._pictures(element, media, max_frames, pixels))
                 parts += [self._visual_part(pictures[-1])] * pictures[-1].count
@@ -320,7 +327,7 @@ class Processor:
 
     def _as_ids(self, element: Element, root: Path | MediaRoot | Mapping[str, Media]) -> Element | Ids:
         """Text as its ids, a medium as it is."""
-        if not isinstance(element, Text | Tokens):
+        if not isinstance(element, TextElement | TokensElement):
             return element
         ids = self._read([element], root, 0, False, False, ())[0][0].ids
         return Ids(ids, element.trainable)
@@ -333,16 +340,18 @@ class Processor:
         return read_ids(media, self.tokenizer_fingerprint, self.config.llm.vocab_size)
 
     def _ending(self, document: Document, elements: list[Element], parts: list[Part | Element | Ids]) -> list[TextPart]:
-        last, end = elements[-1] if elements else Text(""), self.config.tokens.end_of_text
-        ended = isinstance(last, Text | Tokens) and parts and list(parts[-1].ids[-1:]) == [end]
+        last, end = elements[-1] if elements else TextElement(""), self.config.tokens.end_of_text
+        ended = isinstance(last, TextElement | TokensElement) and parts and list(parts[-1].ids[-1:]) == [end]
         if not self.end_of_text or ended:
             return []
-        trainable = not is_marked(document) or (isinstance(last, Text | Sound | Tokens) and last.trainable)
+        trainable = not is_marked(document) or (
+            isinstance(last, TextElement | AudioElement | TokensElement) and last.trainable
+        )
         return [TextPart([end], trainable)]
 
-    def _pictures(self, element: Picture | Video, media: Media, max_frames: int, decode: bool) -> _Pictures:
+    def _pictures(self, element: ImageElement | VideoElement, media: Media, max_frames: int, decode: bool) -> _Pictures:
         vision, damage = self.config.vision, Damage()
-        if isinstance(element, Video):
+        if isinstance(element, VideoElement):
             most = min(max_frames or vision.max_frames, vision.max_frames)
             if decode:
                 probe, found = read_video(media, vision.frames_per_second, most, damage)
@@ -355,7 +364,7 @@ class Processor:
             count, frame = 1, element.frame
         height, width = visual_size(*sides, vision, frame=frame)
         cut = partial(patchify, patch=vision.patch_size, merge=vision.spatial_merge_size)
-        decoded = [cut(resize_picture(picture, height, width)) for picture in found]
+        decoded = [cut(resize_image(picture, height, width)) for picture in found]
         return _Pictures(height, width, count, frame, decoded, damage.damaged)
 
     def _visual_part(self, pictures: _Pictures) -> VisualPart:
@@ -369,8 +378,8 @@ class Processor:
     def _clip(self, media: Media, decode: bool, rates: Sequence[int]) -> _Clip:
         audio = self.config.audio
         # Of the same length by construction, and decoded once.
-        heard = read_sound(media, audio.sampling_rate) if decode else None
-        samples = len(heard.wave) if heard else probe_sound(media, audio.sampling_rate)
+        heard = read_audio(media, audio.sampling_rate) if decode else None
+        samples = len(heard.wave) if heard else probe_audio(media, audio.sampling_rate)
         windows = clip_windows(samples, audio)
         if not windows:
             raise SampleError("unreadable_media", f"{media.name} is too short: {samples} samples give no code frame")
@@ -378,7 +387,7 @@ class Processor:
         if heard:
             mels = [log_mel(heard.wave[window.start : window.start + window.samples], audio).T for window in windows]
         if rates:
-            whole = {rate: read_sound(media, rate).wave for rate in rates}
+            whole = {rate: read_audio(media, rate).wave for rate in rates}
             waves = [_cut(whole, window, audio.sampling_rate) for window in windows]
         return _Clip(media, samples, windows, mels, waves, damaged=heard.damaged if heard else 0)
 
@@ -416,8 +425,8 @@ def _first_part(element: Element | Ids | None) -> Part | None:
     """What begins as the element does; of media the start mark alone matters."""
     if isinstance(element, Ids):
         return TextPart(element.ids, element.trainable)
-    if isinstance(element, Sound):
-        return SoundPart(0, element.spoken, element.trainable)
+    if isinstance(element, AudioElement):
+        return AudioPart(0, element.spoken, element.trainable)
     return None if element is None else VisualPart(0)
 
 

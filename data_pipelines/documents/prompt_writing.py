@@ -13,13 +13,12 @@ from itertools import groupby
 from data_pipelines.documents.conversation import VOICE, role_mark, voice_prompt
 from data_pipelines.documents.prompts import (
     SPECIAL,
+    AudioElement,
     Element,
-    Picture,
-    Reference,
-    Sound,
-    Text,
-    Tokens,
-    Video,
+    ImageElement,
+    TextElement,
+    TokensElement,
+    VideoElement,
     escape,
     meet_in_a_name,
     parse_prompt,
@@ -70,12 +69,12 @@ def video_tag(path: str) -> Source:
     return _tag("video", "local", path)
 
 
-def heard_tag(path: str) -> Source:
+def audio_tag(path: str) -> Source:
     """Sound that the model hears."""
     return _tag("audio", "path", path)
 
 
-def spoken_tag(path: str) -> Source:
+def speech_tag(path: str) -> Source:
     """Sound that the model speaks."""
     return _tag("audiogen", "path", path)
 
@@ -93,7 +92,7 @@ def turn(question: str, answer: str, system: str = "", voice: str = VOICE) -> So
 def conversation(turns: Sequence[tuple[str, str]], system: str = "", voice: str = VOICE) -> Source:
     """Questions of the user and trainable answers of the assistant, after an optional system prompt.
 
-    Where an answer holds speech (`spoken_tag`), the conversation has the form of those that are answered aloud: the
+    Where an answer holds speech (`speech_tag`), the conversation has the form of those that are answered aloud: the
     mark before each answer and, unless there is a `system` prompt, that which names the `voice`.
     """
     spoken = any(isinstance(answer, Source) and names.AUDIOGEN_START in answer for _, answer in turns)
@@ -108,7 +107,7 @@ def conversation(turns: Sequence[tuple[str, str]], system: str = "", voice: str 
 
 def spoken_answer(pieces: Sequence[str], say: Callable[[str], str]) -> Source:
     """Pieces of text, each followed by its speech; `say` speaks one and returns the path."""
-    return join(part for piece in pieces for part in (piece, spoken_tag(say(piece))))
+    return join(part for piece in pieces for part in (piece, speech_tag(say(piece))))
 
 
 def write_prompt(elements: Iterable[Element]) -> Source:
@@ -128,21 +127,21 @@ def plain_text(prompt: str) -> str:
 
 def text_of(elements: Iterable[Element]) -> str:
     """What a reader would read of these elements."""
-    texts = (element for element in elements if isinstance(element, Text))
+    texts = (element for element in elements if isinstance(element, TextElement))
     return "".join(each.text if each.plain else SPECIAL.sub("\n", each.text) for each in texts).strip()
 
 
 def _write(element: Element) -> str:
-    if isinstance(element, Text):
+    if isinstance(element, TextElement):
         return element.text if element.plain else Source(element.text)
-    if isinstance(element, Picture):
+    if isinstance(element, ImageElement):
         start, end = (names.FRAME_START, names.FRAME_END) if element.frame else (names.IMAGE_START, names.IMAGE_END)
         return Source(start + write_reference("local", element.reference) + end)
-    if isinstance(element, Video):
+    if isinstance(element, VideoElement):
         return Source(names.VIDEO_START + write_reference("local", element.reference) + names.VIDEO_END)
-    if isinstance(element, Tokens):
+    if isinstance(element, TokensElement):
         return Source(names.TOKENS_START + write_reference("path", element.reference) + names.TOKENS_END)
-    assert isinstance(element, Sound)
+    assert isinstance(element, AudioElement)
     start, end = (names.AUDIO_START, names.AUDIO_END)
     if element.spoken:
         start, end = names.AUDIOGEN_START, names.AUDIOGEN_END

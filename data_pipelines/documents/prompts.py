@@ -4,13 +4,17 @@ A source prompt is text with media tags, JSON between a start and an end mark, a
 
     <C_Q><img_start_baichuan>{"local": "cat.jpg"}<img_end_baichuan>What?<C_A><trainable_start>A cat.<trainable_end>
 
-becomes `[Text("<C_Q>"), Picture(cat.jpg), Text("What?<C_A>"), Text("A cat.", trainable=True)]`.
+becomes
+
+    [TextElement("<C_Q>"), ImageElement(cat.jpg), TextElement("What?<C_A>"), TextElement("A cat.", trainable=True)]
 
 Where such a name is text that somebody wrote, `<literal_omni>` stands behind its first character:
 
     <C_Q>What is <<literal_omni>C_A>?<C_A>
 
-is `[Text("<C_Q>"), Text("What is <C_A>?", plain=True), Text("<C_A>")]`.
+is
+
+    [TextElement("<C_Q>"), TextElement("What is <C_A>?", plain=True), TextElement("<C_A>")]
 """
 
 import json
@@ -19,19 +23,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from data_pipelines.errors import SampleError
+from data_pipelines.media.location import MediaReference
 from data_pipelines.tokenizers import special_tokens as names
 
 
 @dataclass(frozen=True)
-class Reference:
-    """Where the bytes of a media item are: a path, or the bytes themselves as `base64` text (the other one is "")."""
-
-    path: str = ""
-    base64: str = ""
-
-
-@dataclass(frozen=True)
-class Text:
+class TextElement:
     """Text between media; names of special tokens in it stand for their tokens, unless it is `plain`."""
 
     text: str
@@ -40,42 +37,42 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Picture:
+class ImageElement:
     """A still image, or one frame of a video that the prompt lists frame by frame.
 
     `video` numbers the prompt's lists of frames from 1; a frame outside of them has 0.
     """
 
-    reference: Reference
+    reference: MediaReference
     frame: bool = False
     video: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)
-class Video:
+class VideoElement:
     """A video file, of which frames are taken at a fixed rate."""
 
-    reference: Reference
+    reference: MediaReference
 
 
 @dataclass(frozen=True)
-class Sound:
+class AudioElement:
     """Audio that the model hears, or that it speaks (`spoken`); `trainable` only matters for spoken audio."""
 
-    reference: Reference
+    reference: MediaReference
     spoken: bool = False
     trainable: bool = False
 
 
 @dataclass(frozen=True)
-class Tokens:
+class TokensElement:
     """Text that is tokenised already: its ids are in a file of their own (`token_ids`)."""
 
-    reference: Reference
+    reference: MediaReference
     trainable: bool = False
 
 
-Element = Text | Picture | Video | Sound | Tokens
+Element = TextElement | ImageElement | VideoElement | AudioElement | TokensElement
 
 _CLOSING = {
     names.IMAGE_START: names.IMAGE_END,
@@ -113,21 +110,21 @@ def meet_in_a_name(left: str, right: str) -> bool:
     return any(match.start() < len(left) < match.end() for match in _NAME.finditer(left + right))
 
 
-def read_text(text: str, trainable: bool = False) -> list[Text]:
+def read_text(text: str, trainable: bool = False) -> list[TextElement]:
     """The text between two marks: as one element or, where it holds escaped names, cut at special tokens."""
     if names.LITERAL not in text:
-        return [Text(text, trainable)] if text else []
-    found: list[Text] = []
+        return [TextElement(text, trainable)] if text else []
+    found: list[TextElement] = []
     for part in filter(None, SPECIAL.split(text)):
         plain = names.LITERAL in part
         if found and not plain and not found[-1].plain:
-            found[-1] = Text(found[-1].text + part, trainable)
+            found[-1] = TextElement(found[-1].text + part, trainable)
         else:
-            found.append(Text(part.replace(names.LITERAL, ""), trainable, plain))
+            found.append(TextElement(part.replace(names.LITERAL, ""), trainable, plain))
     return [each for each in found if each.text]
 
 
-def write_reference(key: str, reference: Reference) -> str:
+def write_reference(key: str, reference: MediaReference) -> str:
     """The JSON of a tag. `<` is spelt by its number, so that no path can hold a mark."""
     values = {"base64": reference.base64} if reference.base64 else {key: reference.path}
     return json.dumps(values).replace("<", "\\u003c")
@@ -146,7 +143,7 @@ def parse_prompt(prompt: str) -> list[Element]:
     return _Parser(_SPLIT.split(prompt)).run()
 
 
-def replace_references(prompt: str, change: Callable[[Reference], Reference]) -> str:
+def replace_references(prompt: str, change: Callable[[MediaReference], MediaReference]) -> str:
     """The prompt with other media: a tag for which `change` gives another reference is written anew.
 
     All else stays as it is, byte for byte. Raises SampleError("bad_prompt").
@@ -207,12 +204,12 @@ class _Parser:
     def _media(self, mark: str) -> Element:
         reference = _read_reference(mark, self._content(mark))
         if mark == names.VIDEO_START:
-            return Video(reference)
+            return VideoElement(reference)
         if mark in (names.IMAGE_START, names.FRAME_START):
-            return Picture(reference, frame=mark == names.FRAME_START)
+            return ImageElement(reference, frame=mark == names.FRAME_START)
         if mark == names.TOKENS_START:
-            return Tokens(reference, self.trainable)
-        return Sound(reference, spoken=mark == names.AUDIOGEN_START, trainable=self.trainable)
+            return TokensElement(reference, self.trainable)
+        return AudioElement(reference, spoken=mark == names.AUDIOGEN_START, trainable=self.trainable)
 
     def _content(self, mark: str) -> str:
         """Text up to the end mark, which must be the next mark."""
@@ -242,7 +239,7 @@ class _Parser:
             self.elements.append(replace(self._media(mark), video=self.videos))
 
 
-def _read_reference(mark: str, content: str) -> Reference:
+def _read_reference(mark: str, content: str) -> MediaReference:
     try:
         values = json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -252,7 +249,7 @@ def _read_reference(mark: str, content: str) -> Reference:
         if isinstance(value, str) and value:
             _check_unicode(value, "the name of a file")
             inline = key == "base64" or value[:5].lower() == "data:"
-            return Reference(base64=value) if inline else Reference(path=value)
+            return MediaReference(base64=value) if inline else MediaReference(path=value)
     raise SampleError("bad_prompt", f"{mark} names no file (one of {', '.join(_KEYS)}): {_shorten(content)}")
 
 

@@ -29,7 +29,7 @@ class VisualPart:
 
 
 @dataclass(frozen=True)
-class SoundPart:
+class AudioPart:
     """One clip of `count` code frames, heard or spoken."""
 
     count: int
@@ -37,7 +37,7 @@ class SoundPart:
     trainable: bool = False
 
 
-Part = TextPart | VisualPart | SoundPart
+Part = TextPart | VisualPart | AudioPart
 
 
 @dataclass
@@ -93,7 +93,7 @@ def lay_out(parts: Iterable[Part], tokens: SpecialTokens, following: Part | None
     return layout
 
 
-def _add_sound(layout: Layout, part: SoundPart, tokens: SpecialTokens) -> None:
+def _add_sound(layout: Layout, part: AudioPart, tokens: SpecialTokens) -> None:
     learnt = part.spoken and part.trainable
     if learnt:
         layout.spoken.append((len(layout.tokens), len(layout.audio_slots), part.count))

@@ -9,7 +9,15 @@ from itertools import groupby
 from typing import TypeVar
 
 from data_pipelines.documents.document import Document
-from data_pipelines.documents.prompts import Element, Picture, Sound, Text, Tokens, Video, parse_prompt
+from data_pipelines.documents.prompts import (
+    AudioElement,
+    Element,
+    ImageElement,
+    TextElement,
+    TokensElement,
+    VideoElement,
+    parse_prompt,
+)
 from data_pipelines.tokenizers.special_tokens import TRAINABLE_START, USER
 
 T = TypeVar("T")
@@ -23,7 +31,7 @@ def document_elements(document: Document, max_frames: int = 0) -> list[Element]:
     """
     elements = parse_prompt(document.text)
     if not is_marked(document):
-        learnable = Text | Sound | Tokens
+        learnable = TextElement | AudioElement | TokensElement
         elements = [replace(each, trainable=True) if isinstance(each, learnable) else each for each in elements]
     if document.turns is not None:
         head, turns = cut_turns(elements)
@@ -41,7 +49,7 @@ def cut_turns(elements: list[Element]) -> tuple[list[Element], list[list[Element
     """The system prompt, and the turns with their media; marks of loss stay with what they mark."""
     parts: list[list[Element]] = [[]]
     for element in elements:
-        if not isinstance(element, Text) or element.plain:
+        if not isinstance(element, TextElement) or element.plain:
             parts[-1].append(element)
             continue
         first, *others = element.text.split(USER)
@@ -53,7 +61,7 @@ def cut_turns(elements: list[Element]) -> tuple[list[Element], list[list[Element
 
 def has_frames(elements: list[Element]) -> bool:
     """Whether there are videos, as files or frame by frame."""
-    return any(isinstance(each, Video) or _is_frame(each) for each in elements)
+    return any(isinstance(each, VideoElement) or _is_frame(each) for each in elements)
 
 
 def thin_frames(elements: Sequence[T], most: int) -> list[T]:
@@ -72,4 +80,4 @@ def thin_frames(elements: Sequence[T], most: int) -> list[T]:
 
 
 def _is_frame(element: object) -> bool:
-    return isinstance(element, Picture) and element.frame
+    return isinstance(element, ImageElement) and element.frame

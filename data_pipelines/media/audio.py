@@ -47,7 +47,7 @@ from data_pipelines.media.audio_sizes import (
     wave_promise,
 )
 from data_pipelines.media.containers import Damage, opened
-from data_pipelines.media.limits import MAX_SOUND_SAMPLES, check_bytes, check_packets, check_sound
+from data_pipelines.media.limits import MAX_AUDIO_SAMPLES, check_audio, check_bytes, check_packets
 from data_pipelines.media.location import Media, reading
 
 TOLERANCE = 0.1  # seconds by which decoded audio may differ from what was promised or measured
@@ -61,7 +61,7 @@ _REMEMBERED = 65536  # lengths of files that had to be decoded for it, by the ha
 
 
 @dataclass(frozen=True)
-class DecodedSound:
+class DecodedAudio:
     """Mono samples, full scale 1, and how many damaged packets of the file are missing or silent in them."""
 
     wave: Float32[np.ndarray, "t"]
@@ -73,7 +73,7 @@ def clip_key(media: Media, window: int) -> tuple[str, int]:
     return media.content_hash(), window
 
 
-def probe_sound(media: Media, rate: int) -> int:
+def probe_audio(media: Media, rate: int) -> int:
     """Length in samples at `rate` Hz: that of the header where it promises one, else what decoding gives.
 
     Raises SampleError: "unreadable_media" for a file without audio, one that ends before its header says, an empty one;
@@ -88,10 +88,10 @@ def probe_sound(media: Media, rate: int) -> int:
     return _convert_length(samples, found, rate)
 
 
-def read_sound(media: Media, rate: int) -> DecodedSound:
-    """The whole sound at `rate` Hz, of the length that `probe_sound` gives.
+def read_audio(media: Media, rate: int) -> DecodedAudio:
+    """The whole sound at `rate` Hz, of the length that `probe_audio` gives.
 
-    Raises SampleError: as `probe_sound`; "unreadable_media" when it cannot be decoded or holds values that are no
+    Raises SampleError: as `probe_audio`; "unreadable_media" when it cannot be decoded or holds values that are no
     sound; "silent_audio" when it is silent throughout.
     """
     with _opened(media) as track:
@@ -107,7 +107,7 @@ def read_sound(media: Media, rate: int) -> DecodedSound:
     if damaged := track.damage.damaged:
         _tell(media.name, damaged)
     with reading(media, "sound"):
-        return DecodedSound(_resampled(wave, found, rate), damaged)
+        return DecodedAudio(_resampled(wave, found, rate), damaged)
 
 
 @lru_cache(maxsize=4096)
@@ -115,13 +115,13 @@ def _tell(name: str, damaged: int) -> None:
     log.warning("%s: packets of sound that are damaged, left out or silent: %d", name, damaged)
 
 
-def decode_sound(media: Media, samples: int, rate: int) -> Float32[np.ndarray, "t"]:
-    """The wave of `read_sound`, exactly `samples` long (the probed length).
+def decode_audio(media: Media, samples: int, rate: int) -> Float32[np.ndarray, "t"]:
+    """The wave of `read_audio`, exactly `samples` long (the probed length).
 
-    Raises SampleError as `read_sound`, and "changed" when it is longer or shorter by more than 0.1 s: the file is not
+    Raises SampleError as `read_audio`, and "changed" when it is longer or shorter by more than 0.1 s: the file is not
     the one that was measured.
     """
-    wave = read_sound(media, rate).wave
+    wave = read_audio(media, rate).wave
     if abs(len(wave) - samples) > TOLERANCE * rate:
         raise SampleError("changed", f"{media.name} decodes to {len(wave)} samples at {rate} Hz, measured {samples}")
     return _fitted(wave, samples)
@@ -195,9 +195,9 @@ class _Track:
         for rate, block in self._decoded():
             samples += len(block)
             seconds += len(block) / rate
-            if samples > MAX_SOUND_SAMPLES:
-                raise SampleError("too_big_media", f"{self.name} holds more than {MAX_SOUND_SAMPLES} samples of sound")
-            check_sound(round(seconds * rate), rate, 1, self.name)
+            if samples > MAX_AUDIO_SAMPLES:
+                raise SampleError("too_big_media", f"{self.name} holds more than {MAX_AUDIO_SAMPLES} samples of sound")
+            check_audio(round(seconds * rate), rate, 1, self.name)
             left = self._promised(rate)
             # What a decoder gives beyond the promise is the filling of its last packet.
             block = block if left is None else block[: max(0, left - samples + len(block))]
@@ -316,7 +316,7 @@ def _opened(media: Media) -> Iterator[_Track]:
             raise ValueError("the file is empty")
         promise = _header_promise(media)
         if promise.rate:
-            check_sound(promise.samples or promise.least, promise.rate, promise.channels, media.name)
+            check_audio(promise.samples or promise.least, promise.rate, promise.channels, media.name)
     with opened(media, "sound", promise.mended) as container:
         stream = _audio_stream(container, media.name)
         if promise.samples is None and not promise.least:
@@ -324,7 +324,7 @@ def _opened(media: Media) -> Iterator[_Track]:
             promise = promise if samples is None else Promise(samples, 0, stream.rate)
         elif promise.rate != stream.rate:
             promise = replace(promise, samples=None)  # the decoder reads another thing than the header
-        check_sound(promise.samples or 0, stream.rate, stream.channels, media.name)
+        check_audio(promise.samples or 0, stream.rate, stream.channels, media.name)
         if not any(not other.disposition & Disposition.attached_pic for other in container.streams.video):
             check_bytes(media.size, "sound", media.name)
         yield _Track(container, stream, media.name, promise, partial(_check_whole, media))

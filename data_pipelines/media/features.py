@@ -47,7 +47,7 @@ def visual_size(height: int, width: int, config: VisionConfig, frame: bool) -> t
     return smart_resize(height, width, limits, config.patch_size * config.spatial_merge_size)
 
 
-def resize_picture(
+def resize_image(
     picture: UInt8[np.ndarray, "h w 3"] | Image.Image, height: int, width: int
 ) -> UInt8[np.ndarray, "H W 3"]:
     """Bicubic (Pillow) on uint8 RGB."""

@@ -10,8 +10,8 @@ MAX_BYTES = {"image": 2**28, "sound": 2**31, "video": 2**33}
 
 MAX_PIXELS = 89_478_485  # of a still: above it Pillow suspects a decompression bomb
 MAX_FRAME_PIXELS = 139_264 * 16**2  # of a video: the largest frame that H.264 knows (8192x4352)
-MAX_SOUND_SECONDS = 2 * 3600
-MAX_SOUND_SAMPLES = MAX_SOUND_SECONDS * 48_000  # at the file's own rate
+MAX_AUDIO_SECONDS = 2 * 3600
+MAX_AUDIO_SAMPLES = MAX_AUDIO_SECONDS * 48_000  # at the file's own rate
 MAX_SAMPLING_RATE = 768_000
 MAX_CHANNELS = 32
 MAX_VIDEO_SECONDS = 24 * 3600
@@ -29,10 +29,10 @@ def check_pixels(height: int, width: int, name: str) -> None:
     _check(height * width, MAX_PIXELS, name, f"pixels ({height}x{width})")
 
 
-def check_sound(samples: int, rate: int, channels: int, name: str) -> None:
+def check_audio(samples: int, rate: int, channels: int, name: str) -> None:
     """Raises SampleError("too_big_media") for a sound too long, with too many samples or channels, or too fine."""
-    _check(samples / rate, MAX_SOUND_SECONDS, name, "seconds of sound")
-    _check(samples, MAX_SOUND_SAMPLES, name, "samples of sound")
+    _check(samples / rate, MAX_AUDIO_SECONDS, name, "seconds of sound")
+    _check(samples, MAX_AUDIO_SAMPLES, name, "samples of sound")
     _check(rate, MAX_SAMPLING_RATE, name, "samples a second")
     _check(channels, MAX_CHANNELS, name, "channels")
 

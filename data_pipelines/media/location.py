@@ -13,9 +13,16 @@ from functools import lru_cache
 from pathlib import Path
 from urllib.parse import unquote, unquote_to_bytes
 
-from data_pipelines.documents.prompts import Reference
 from data_pipelines.errors import SampleError
 from data_pipelines.media.file_kinds import HEAD, FileKind, kind_of, plain_reason
+
+
+@dataclass(frozen=True)
+class MediaReference:
+    """Where the bytes of a media item are: a path, or the bytes themselves as `base64` text (the other one is "")."""
+
+    path: str = ""
+    base64: str = ""
 
 
 @dataclass(frozen=True)
@@ -117,7 +124,7 @@ def _why_missing(path: Path, real: Path) -> str:
     return "is a link to a file that does not exist" if path.is_symlink() else "does not exist"
 
 
-def find_media(reference: Reference, root: Path | MediaRoot | Mapping[str, Media]) -> Media:
+def find_media(reference: MediaReference, root: Path | MediaRoot | Mapping[str, Media]) -> Media:
     """The media item that `reference` means: a path or `file://` URL, or a name among the media themselves.
 
     Paths are taken from `root`, which as a plain folder trusts no link that leaves it. Raises SampleError:

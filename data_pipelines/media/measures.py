@@ -10,8 +10,16 @@ import numpy as np
 from jaxtyping import Float32, Int32, Int64, UInt8
 
 from data_pipelines.documents.document import Document
-from data_pipelines.documents.prompts import Element, Picture, Sound, Text, Tokens, Video, parse_prompt
-from data_pipelines.media.audio import probe_sound
+from data_pipelines.documents.prompts import (
+    AudioElement,
+    Element,
+    ImageElement,
+    TextElement,
+    TokensElement,
+    VideoElement,
+    parse_prompt,
+)
+from data_pipelines.media.audio import probe_audio
 from data_pipelines.media.images import probe_image
 from data_pipelines.media.limits import MAX_VIDEO_SECONDS
 from data_pipelines.media.location import Media, find_media
@@ -48,21 +56,21 @@ class DocumentMeasure:
 def measure_document(document: Document) -> DocumentMeasure:
     """Raises SampleError: "bad_prompt", "missing_file", "outside_root", "unreadable_media", "too_big_media"."""
     elements = parse_prompt(document.text)
-    characters = sum(len(element.text) for element in elements if isinstance(element, Text))
-    media = [_measure(each, document) for each in elements if not isinstance(each, Text | Tokens)]
+    characters = sum(len(element.text) for element in elements if isinstance(element, TextElement))
+    media = [_measure(each, document) for each in elements if not isinstance(each, TextElement | TokensElement)]
     return DocumentMeasure(document.type, characters, tuple(media))
 
 
 def _measure(element: Element, document: Document) -> MediaMeasure:
     media = find_media(element.reference, document.media)
-    if isinstance(element, Picture):
+    if isinstance(element, ImageElement):
         height, width = probe_image(media)
         return MediaMeasure("frame" if element.frame else "picture", height, width, 0.0, media.size)
-    if isinstance(element, Video):
+    if isinstance(element, VideoElement):
         height, width, seconds = _probe_video(media)
         return MediaMeasure("video", height, width, seconds, media.size)
-    assert isinstance(element, Sound)
-    seconds = probe_sound(media, _CLOCK) / _CLOCK
+    assert isinstance(element, AudioElement)
+    seconds = probe_audio(media, _CLOCK) / _CLOCK
     return MediaMeasure("spoken" if element.spoken else "heard", 0, 0, seconds, media.size)
 
 

@@ -13,7 +13,7 @@ from av.stream import Disposition
 from PIL import Image
 
 from data_pipelines.errors import SampleError
-from data_pipelines.media.audio import probe_sound
+from data_pipelines.media.audio import probe_audio
 from data_pipelines.media.containers import opened
 from data_pipelines.media.images import FORMATS
 from data_pipelines.media.location import Media
@@ -33,7 +33,7 @@ class MediaContent:
     """What kind a file is, and whether it has a track of sound (a video may lack one)."""
 
     kind: MediaKind
-    has_sound: bool
+    has_audio: bool
 
 
 def inspect_media(media: Media) -> MediaContent:
@@ -81,19 +81,19 @@ def _from_tracks(media: Media) -> MediaContent | None:
 
 
 def _judge_tracks(container: InputContainer) -> MediaContent | None:
-    has_sound = len(container.streams.audio) > 0
+    has_audio = len(container.streams.audio) > 0
     moving = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
     # A recorder that was given no camera may still announce a track of pictures, without a size.
     shown = [s for s in moving if s.codec_context is None or (s.codec_context.width and s.codec_context.height)]
-    if shown or (moving and not has_sound):
-        return MediaContent("video", has_sound)
-    return MediaContent("audio", True) if has_sound else None
+    if shown or (moving and not has_audio):
+        return MediaContent("video", has_audio)
+    return MediaContent("audio", True) if has_audio else None
 
 
 def _from_sound_file(media: Media, head: bytes) -> MediaContent:
     """Formats of sound that are no containers of FFmpeg's here (AIFF and others)."""
     try:
-        probe_sound(media, _RATE)
+        probe_audio(media, _RATE)
     except SampleError as error:
         if error.cause == "too_big_media" or head.startswith(_SOUND_HEADS) or head[8:12] == b"WAVE":
             raise

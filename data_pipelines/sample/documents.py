@@ -10,12 +10,12 @@ from collections.abc import Callable
 
 from data_pipelines.documents.prompt_writing import (
     Source,
+    audio_tag,
     conversation,
-    heard_tag,
     image_tag,
     join,
+    speech_tag,
     spoken_answer,
-    spoken_tag,
     trainable,
     turn,
     video_tag,
@@ -74,14 +74,14 @@ def interleaved(plan: MediaPlan, rng: random.Random) -> Source:
 def asr(plan: MediaPlan, rng: random.Random) -> Source:
     language = rng.choice(LANGUAGES)
     words = texts.sentence(rng)[LANGUAGES.index(language)]
-    return TRANSCRIBE + heard_tag(plan.add_speech(rng, words, language)) + trainable(words)
+    return TRANSCRIBE + audio_tag(plan.add_speech(rng, words, language)) + trainable(words)
 
 
 def tts(plan: MediaPlan, rng: random.Random) -> Source:
     """Text, then its speech, without an instruction: the released form."""
     language = rng.choice(LANGUAGES)
     words = texts.sentence(rng)[LANGUAGES.index(language)]
-    return words + trainable(spoken_tag(plan.add_speech(rng, words, language)))
+    return words + trainable(speech_tag(plan.add_speech(rng, words, language)))
 
 
 def s2tt(plan: MediaPlan, rng: random.Random) -> Source:
@@ -89,13 +89,13 @@ def s2tt(plan: MediaPlan, rng: random.Random) -> Source:
     source, target = rng.choice([(0, 1), (1, 0)])
     pair = texts.sentence(rng)
     ask = ("将语音翻译成英文：", "将语音翻译成中文：")[target]
-    return ask + heard_tag(plan.add_speech(rng, pair[source], LANGUAGES[source])) + trainable(pair[target])
+    return ask + audio_tag(plan.add_speech(rng, pair[source], LANGUAGES[source])) + trainable(pair[target])
 
 
 def aqa(plan: MediaPlan, rng: random.Random) -> Source:
     language = rng.choice(LANGUAGES)
     question, answer = texts.dialogue(rng)[LANGUAGES.index(language)]
-    return turn(heard_tag(plan.add_speech(rng, question, language)), answer, _system(rng, language))
+    return turn(audio_tag(plan.add_speech(rng, question, language)), answer, _system(rng, language))
 
 
 def dialogue(plan: MediaPlan, rng: random.Random) -> Source:
@@ -104,14 +104,14 @@ def dialogue(plan: MediaPlan, rng: random.Random) -> Source:
     question, answer = texts.dialogue(rng)[LANGUAGES.index(language)]
     asks, answers = random.Random(), random.Random()
     asks.setstate(rng.getstate())
-    heard = heard_tag(plan.add_speech(rng, question, language))
+    heard = audio_tag(plan.add_speech(rng, question, language))
     answers.setstate(rng.getstate())
     turns = [(heard, _aloud(plan, rng, answer, language))]
     # A second turn, in the same two voices, is drawn apart: the documents that follow do not depend on it.
     apart = random.Random(f"{question}/{len(plan.speech)}")
     if apart.random() < 0.3:
         question, answer = texts.dialogue(apart)[LANGUAGES.index(language)]
-        turns.append((heard_tag(plan.add_speech(asks, question, language)), _aloud(plan, answers, answer, language)))
+        turns.append((audio_tag(plan.add_speech(asks, question, language)), _aloud(plan, answers, answer, language)))
     return conversation(turns, _system(rng, language))
 
 
@@ -135,19 +135,19 @@ def intlv(plan: MediaPlan, rng: random.Random) -> Source:
     """audio_1 text_2 audio_3 text_4: one story, heard and written in turns; loss on the written parts."""
     words, language = _story(rng, rng.choice([2, 4]))
     parts = zip(words[::2], words[1::2], strict=True)
-    return join(heard_tag(plan.add_speech(rng, heard, language)) + trainable(written) for heard, written in parts)
+    return join(audio_tag(plan.add_speech(rng, heard, language)) + trainable(written) for heard, written in parts)
 
 
 def itts(plan: MediaPlan, rng: random.Random) -> Source:
     """text_1 audio_1 text_2 audio_2: every sentence is followed by its speech; loss on all but the first text."""
     words, language = _story(rng, 2)
-    first, second = (spoken_tag(plan.add_speech(rng, sentence, language)) for sentence in words)
+    first, second = (speech_tag(plan.add_speech(rng, sentence, language)) for sentence in words)
     return words[0] + trainable(first + words[1] + second)
 
 
 def pure_audio(plan: MediaPlan, rng: random.Random) -> Source:
     words, language = _story(rng, 2)
-    return trainable(join(spoken_tag(plan.add_speech(rng, sentence, language)) for sentence in words))
+    return trainable(join(speech_tag(plan.add_speech(rng, sentence, language)) for sentence in words))
 
 
 def _clip(plan: MediaPlan, rng: random.Random, cuts: bool = True) -> VideoFile:
@@ -173,7 +173,7 @@ def image_audio_text(plan: MediaPlan, rng: random.Random) -> Source:
     language = rng.choice(LANGUAGES)
     path, crop = plan.add_image(rng)
     question, answer = rng.choice(scenes.questions(crop, language))
-    return turn(image_tag(path) + heard_tag(plan.add_speech(rng, question, language)), answer)
+    return turn(image_tag(path) + audio_tag(plan.add_speech(rng, question, language)), answer)
 
 
 def video_audio_text(plan: MediaPlan, rng: random.Random) -> Source:
@@ -181,7 +181,7 @@ def video_audio_text(plan: MediaPlan, rng: random.Random) -> Source:
     clip = _clip(plan, rng)
     said = {"en": ("What does the voice say?", clip.track.text), "zh": ("视频里的声音说了什么？", clip.track.text)}
     question, answer = rng.choice([said[clip.language], *scenes.video_questions(clip.video, clip.language)])
-    return turn(video_tag(clip.path) + heard_tag(clip.path) + question, answer)
+    return turn(video_tag(clip.path) + audio_tag(clip.path) + question, answer)
 
 
 def _same_place(crop: Crop, clip: VideoFile, language: str) -> scenes.Answer:
@@ -207,7 +207,7 @@ def mixed(plan: MediaPlan, rng: random.Random, *, modalities: str) -> Source:
     if "i" in modalities and "v" in modalities:
         question, answer = _same_place(crop, clip, language)
     if "a" in modalities:
-        question = heard_tag(plan.add_speech(rng, question, language))
+        question = audio_tag(plan.add_speech(rng, question, language))
     if "s" in modalities:
         answer = _aloud(plan, rng, answer, language)
     return turn(media + question, answer, _system(rng, language))

@@ -14,7 +14,7 @@ import numpy as np
 from data_pipelines.datasets.jobs import Job
 from data_pipelines.documents.document import Document
 from data_pipelines.documents.prompt_writing import image_tag, turn
-from data_pipelines.documents.prompts import Picture, parse_prompt
+from data_pipelines.documents.prompts import ImageElement, parse_prompt
 from data_pipelines.errors import SampleError
 from data_pipelines.media.images import decode_image
 from data_pipelines.media.location import Media, find_media
@@ -80,7 +80,7 @@ def make_captions(document: Document, draft: Draft, settings: CaptionConfig) -> 
     """
     captioner = _load(settings)
     elements = parse_prompt(document.text)
-    pictures = [element for element in elements if isinstance(element, Picture) and not element.frame]
+    pictures = [element for element in elements if isinstance(element, ImageElement) and not element.frame]
     if not pictures:
         raise SampleError("no_picture", "there is no picture in it")
     for number, picture in enumerate(pictures):

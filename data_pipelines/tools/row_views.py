@@ -12,9 +12,16 @@ from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.documents.chunks import Ids
 from data_pipelines.documents.document import Document, EncodedDocument
 from data_pipelines.documents.processor import Processor
-from data_pipelines.documents.prompts import Element, Picture, Sound, Text, Tokens, Video
+from data_pipelines.documents.prompts import (
+    AudioElement,
+    Element,
+    ImageElement,
+    TextElement,
+    TokensElement,
+    VideoElement,
+)
 from data_pipelines.errors import SampleError
-from data_pipelines.media.audio import decode_sound
+from data_pipelines.media.audio import decode_audio
 from data_pipelines.media.features import log_mel
 from data_pipelines.packing.batch import Batch, RowWriter, empty_rows
 from data_pipelines.packing.index import Index
@@ -153,16 +160,16 @@ def view_document(document: Document, processor: Processor) -> DocumentView:
 
 def describe(element: Element | Ids) -> tuple[int, str, bool]:
     """(what it is, its text or file, whether it is to be learnt) of one element of a prompt."""
-    if isinstance(element, Text):
+    if isinstance(element, TextElement):
         return TEXT, element.text, element.trainable
     if isinstance(element, Ids):
         return TEXT, f"[{len(element)} tokens of a longer text]", element.trainable
     name = element.reference.path or "base64 media"
-    if isinstance(element, Sound):
+    if isinstance(element, AudioElement):
         return (SPOKEN if element.spoken else HEARD), name, element.spoken and element.trainable
-    if isinstance(element, Tokens):
+    if isinstance(element, TokensElement):
         return TEXT, f"[{name}: token ids]", element.trainable
-    video = isinstance(element, Video) or (isinstance(element, Picture) and element.frame)
+    video = isinstance(element, VideoElement) or (isinstance(element, ImageElement) and element.frame)
     return (FRAME if video else IMAGE), name, False
 
 
@@ -243,14 +250,14 @@ def _pictures(encoded: EncodedDocument, omni: OmniConfig) -> list[PictureView]:
 
 
 def _mels(document: Document, processor: Processor) -> list[MelView]:
-    sounds = [describe(element)[0] for element in processor.elements(document) if isinstance(element, Sound)]
+    sounds = [describe(element)[0] for element in processor.elements(document) if isinstance(element, AudioElement)]
     audio = processor.config.audio
     views, clip, previous = [], -1, None
     for item in processor.audio_items(document):
         if previous is None or item.window.index <= previous.window.index:  # windows start again: the next clip
             clip += 1
         previous, window = item, item.window
-        wave = decode_sound(item.media, item.samples, audio.sampling_rate)[window.start :][: window.samples]
+        wave = decode_audio(item.media, item.samples, audio.sampling_rate)[window.start :][: window.samples]
         seconds = (window.start / audio.sampling_rate, window.samples / audio.sampling_rate)
         views.append(MelView(sounds[clip], item.media.name, log_mel(wave, audio), *seconds, window.code_frames))
     return views

@@ -32,10 +32,17 @@ from data_pipelines.datasets.jobs import Job, Unit
 from data_pipelines.datasets.jobs.job import Progress, Runner
 from data_pipelines.datasets.shards.reader import Shard, ShardedDataset, open_dataset
 from data_pipelines.documents.document import Document
-from data_pipelines.documents.prompts import Element, Picture, Text, Tokens, Video, parse_prompt
+from data_pipelines.documents.prompts import (
+    Element,
+    ImageElement,
+    TextElement,
+    TokensElement,
+    VideoElement,
+    parse_prompt,
+)
 from data_pipelines.documents.token_ids import check_ids
 from data_pipelines.errors import SampleError
-from data_pipelines.media.audio import read_sound
+from data_pipelines.media.audio import read_audio
 from data_pipelines.media.containers import Damage
 from data_pipelines.media.images import decode_image
 from data_pipelines.media.location import Media, find_media
@@ -188,7 +195,7 @@ def check_document(document: Document) -> None:
             raise SampleError("bad_record", f"{media.name} is not what was written")
     damaged = []
     for element in parse_prompt(document.text):
-        if not isinstance(element, Text):
+        if not isinstance(element, TextElement):
             media = find_media(element.reference, document.media)
             if packets := _decode(element, media):
                 damaged.append(f"{media.name}: {packets} packets are damaged; the rest is used")
@@ -198,17 +205,17 @@ def check_document(document: Document) -> None:
 
 def _decode(element: Element, media: Media) -> int:
     """Returns how many packets of it are damaged: sounds and videos are used without them."""
-    if isinstance(element, Picture):
+    if isinstance(element, ImageElement):
         decode_image(media)
-    elif isinstance(element, Video):
+    elif isinstance(element, VideoElement):
         damage = Damage()
         for _ in read_video(media, FRAMES_PER_SECOND, MAX_FRAMES, damage)[1]:
             pass
         return damage.damaged
-    elif isinstance(element, Tokens):
+    elif isinstance(element, TokensElement):
         check_ids(media)
     else:
-        return read_sound(media, RATE).damaged
+        return read_audio(media, RATE).damaged
     return 0
 
 

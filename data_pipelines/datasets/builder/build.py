@@ -30,9 +30,9 @@ from data_pipelines.documents.conversation import misses_marks
 from data_pipelines.documents.document import Document
 from data_pipelines.documents.document_types import is_known_type
 from data_pipelines.documents.manifest import LineRange
-from data_pipelines.documents.prompts import Reference, Text, parse_prompt, replace_references
+from data_pipelines.documents.prompts import TextElement, parse_prompt, replace_references
 from data_pipelines.errors import SampleError
-from data_pipelines.media.location import Media, find_media, reading
+from data_pipelines.media.location import Media, MediaReference, find_media, reading
 from data_pipelines.media.measures import DocumentMeasure, collect, measure_document, totals
 
 MAX_MEDIA_BYTES = 1 << 30  # of one document: it is held in memory, here and when it is read
@@ -105,9 +105,9 @@ def gather(document: Document) -> Document:
     Media that stand in the text as base64 get the names `base64-1`, ... and are named in the text instead. Raises
     SampleError as `parse_prompt` and `find_media`, and "too_big_media" when there are too many bytes for one record.
     """
-    references = [each.reference for each in parse_prompt(document.text) if not isinstance(each, Text)]
+    references = [each.reference for each in parse_prompt(document.text) if not isinstance(each, TextElement)]
     media: dict[str, Media] = {}
-    names: dict[Reference, Reference] = {}
+    names: dict[MediaReference, MediaReference] = {}
     paths = {reference.path for reference in references}
     files: dict[str, Path | None] = {}
     left = MAX_MEDIA_BYTES
@@ -119,7 +119,7 @@ def gather(document: Document) -> Document:
         name = found.name if reference.path else _new_name(paths | media.keys())
         if name != reference.path and name in paths | media.keys() and files.get(name) != found.path:
             name = reference.path
-        names[reference] = Reference(path=name)
+        names[reference] = MediaReference(path=name)
         if name not in media:
             media[name], files[name] = _read(found, name, left), found.path
             left -= len(media[name].data)

@@ -19,9 +19,9 @@ from data_pipelines.datasets.jobs import Job, Unit, run_job
 from data_pipelines.datasets.jobs.job import Runner
 from data_pipelines.documents.document import Document
 from data_pipelines.documents.manifest import parse_line, plain_manifest, split_manifest
-from data_pipelines.documents.prompts import Reference, Text, parse_prompt
+from data_pipelines.documents.prompts import TextElement, parse_prompt
 from data_pipelines.errors import SampleError
-from data_pipelines.media.location import MediaRoot, find_media
+from data_pipelines.media.location import MediaReference, MediaRoot, find_media
 
 RANGE = 1 << 25  # bytes of manifest of one unit of planning
 
@@ -121,14 +121,14 @@ def _look_up(document: Document) -> tuple[int, str]:
         return 0, ""
     size, states = 0, []
     for element in elements:
-        if not isinstance(element, Text) and element.reference.path:
+        if not isinstance(element, TextElement) and element.reference.path:
             found, state = _file_state(element.reference, document.media)
             size += found
             states.append(state)
     return size, "\n".join(states)
 
 
-def _file_state(reference: Reference, root: MediaRoot) -> tuple[int, str]:
+def _file_state(reference: MediaReference, root: MediaRoot) -> tuple[int, str]:
     try:
         status = os.stat(find_media(reference, root).path)
     except SampleError as error:

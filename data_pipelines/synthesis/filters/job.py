@@ -23,9 +23,9 @@ from baichuan_omni_jax.storage import atomic_write
 from data_pipelines.datasets.jobs import Job, Unit
 from data_pipelines.documents.document import Document
 from data_pipelines.documents.prompt_writing import plain_text, write_prompt
-from data_pipelines.documents.prompts import Element, Reference, Text
+from data_pipelines.documents.prompts import Element, TextElement
 from data_pipelines.errors import SampleError
-from data_pipelines.media.location import Media, find_media
+from data_pipelines.media.location import Media, MediaReference, find_media
 from data_pipelines.synthesis.filters.rules import ASR, KEPT, REJECTED, Rules, Verdict, judge
 from data_pipelines.synthesis.units import (
     SKIPPED,
@@ -185,10 +185,10 @@ def _carry(document: Document, verdict: Verdict, draft: Draft) -> tuple[dict, li
     elements: list[Element] = []
     media: list[Media] = []
     for element in verdict.elements:
-        if not isinstance(element, Text):
+        if not isinstance(element, TextElement):
             media.append(find_media(element.reference, document.media))
             if not element.reference.base64:
-                element = replace(element, reference=Reference(path=draft.link(media[-1])))
+                element = replace(element, reference=MediaReference(path=draft.link(media[-1])))
         elements.append(element)
     values = {"id": document.id, "type": verdict.type, "text": write_prompt(elements), "where": document.where}
     return values | ({} if verdict.score is None else {"score": verdict.score}), media

@@ -11,9 +11,9 @@ import numpy as np
 
 from data_pipelines.documents.document import Document
 from data_pipelines.documents.prompt_writing import plain_text, text_of
-from data_pipelines.documents.prompts import Element, Sound, Text, parse_prompt
+from data_pipelines.documents.prompts import AudioElement, Element, TextElement, parse_prompt
 from data_pipelines.errors import SampleError
-from data_pipelines.media.audio import decode_sound, probe_sound
+from data_pipelines.media.audio import decode_audio, probe_audio
 from data_pipelines.media.location import find_media
 from data_pipelines.synthesis.prompts import READ_ALOUD, TRANSCRIBE, choose_prompt
 from data_pipelines.text.languages import detect_language, language_of
@@ -31,7 +31,7 @@ class Transcriber(Protocol):
         """What is said in `samples`, float32 (t,) in [-1, 1] at `rate` Hz, in `language` ("en", "zh")."""
 
 
-def spoken_texts(elements: Sequence[Element]) -> list[tuple[str, Sound]]:
+def spoken_texts(elements: Sequence[Element]) -> list[tuple[str, AudioElement]]:
     """Every sound that is spoken, with the text right before it, less our own prompts to read aloud.
 
     TTS is (text, audio), ITTS (text, audio, text, audio, ...).
@@ -40,9 +40,9 @@ def spoken_texts(elements: Sequence[Element]) -> list[tuple[str, Sound]]:
     """
     pairs, texts = [], []
     for element in elements:
-        if isinstance(element, Text):
+        if isinstance(element, TextElement):
             texts.append(element)
-        elif isinstance(element, Sound) and element.spoken:
+        elif isinstance(element, AudioElement) and element.spoken:
             pairs.append((_without_prompt(text_of(texts)), element))
             texts = []
     if not pairs or not all(text for text, _ in pairs):
@@ -65,7 +65,7 @@ def check_speech(document: Document, elements: Sequence[Element], transcriber: T
     edits = units = 0
     for text, sound in spoken_texts(elements):
         media = find_media(sound.reference, document.media)
-        samples = decode_sound(media, probe_sound(media, RATE), RATE)
+        samples = decode_audio(media, probe_audio(media, RATE), RATE)
         language = language_of(text) or "en"
         try:
             heard = transcriber.transcribe(samples, RATE, language)
@@ -146,7 +146,7 @@ def judge(document: Document, rules: Rules) -> Verdict:
     elements = tuple(parse_prompt(document.text))
     kept = Verdict(KEPT, document.type, elements)
     text = plain_text(document.text)
-    if text or not any(not isinstance(element, Text) for element in elements):
+    if text or not any(not isinstance(element, TextElement) for element in elements):
         language = detect_language(text)
         if not rules.shortest <= len(text) <= rules.longest:
             return replace(kept, part=REJECTED, cause="length", score=len(text))
@@ -173,5 +173,5 @@ def _to_transcribe(document: Document, elements: Sequence[Element]) -> tuple[Ele
     heard: list[Element] = []
     for text, sound in spoken_texts(elements):
         prompt = choose_prompt(TRANSCRIBE, language_of(text), rng)
-        heard += [Text(prompt), Sound(sound.reference), Text(text, trainable=True, plain=True)]
+        heard += [TextElement(prompt), AudioElement(sound.reference), TextElement(text, trainable=True, plain=True)]
     return tuple(heard)

@@ -17,7 +17,7 @@ from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.datasets.jobs import Job
 from data_pipelines.documents.document import Document
 from data_pipelines.documents.prompt_writing import Source, conversation, image_tag, join, plain_text, trainable, turn
-from data_pipelines.documents.prompts import Text, parse_prompt
+from data_pipelines.documents.prompts import TextElement, parse_prompt
 from data_pipelines.errors import SampleError
 from data_pipelines.synthesis.charts.questions import describe, questions, transcribe
 from data_pipelines.synthesis.charts.tables import KINDS, possible_charts, read_table
@@ -187,7 +187,7 @@ def _ask(picture: Source, asked: list[tuple[str, str]], rng: random.Random) -> S
 
 
 def _text_alone(document: Document) -> str:
-    if any(not isinstance(element, Text) for element in parse_prompt(document.text)):
+    if any(not isinstance(element, TextElement) for element in parse_prompt(document.text)):
         raise SampleError("has_media", "only text can be set on pages")
     return plain_text(document.text)
 

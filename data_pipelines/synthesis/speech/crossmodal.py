@@ -14,12 +14,12 @@ from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.datasets.jobs import Job
 from data_pipelines.documents.document import Document
 from data_pipelines.documents.prompt_writing import write_prompt
-from data_pipelines.documents.prompts import SPECIAL, Element, Picture, Reference, Sound, Text, Video
+from data_pipelines.documents.prompts import SPECIAL, AudioElement, Element, ImageElement, TextElement, VideoElement
 from data_pipelines.documents.turns import document_elements
 from data_pipelines.errors import SampleError
-from data_pipelines.media.audio import probe_sound
+from data_pipelines.media.audio import probe_audio
 from data_pipelines.media.containers import opened
-from data_pipelines.media.location import Media, find_media
+from data_pipelines.media.location import Media, MediaReference, find_media
 from data_pipelines.synthesis.prompts import ANSWER_PICTURE, CONTINUE_PICTURE, choose_prompt
 from data_pipelines.synthesis.speech.speaking import (
     DocumentSpeaker,
@@ -70,12 +70,12 @@ def cross_modalities(document: Document, draft: Draft, settings: CrossmodalConfi
     without sound; "too_short" when nothing would be left to write; as `DocumentSpeaker` and `find_media`; "bad_prompt".
     """
     elements = document_elements(document)
-    if any(isinstance(element, Sound) for element in elements):
+    if any(isinstance(element, AudioElement) for element in elements):
         raise SampleError("has_sound", "there is audio in it already")
     kinds = {type(element) for element in elements}
-    if Video in kinds:
+    if VideoElement in kinds:
         new = add_tracks(elements, document)
-    elif Picture in kinds:
+    elif ImageElement in kinds:
         new = speak_sentences(elements, document, draft, settings)
     else:
         raise SampleError("no_picture", "there is neither a picture nor a film in it")
@@ -87,9 +87,9 @@ def add_tracks(elements: Sequence[Element], document: Document) -> list[Element]
     new: list[Element] = []
     for element in elements:
         new.append(element)
-        if isinstance(element, Video):
+        if isinstance(element, VideoElement):
             _check_track(find_media(element.reference, document.media))
-            new.append(Sound(element.reference))
+            new.append(AudioElement(element.reference))
     return new
 
 
@@ -109,11 +109,11 @@ def speak_sentences(
     )
     chosen = _choose([place for place in places if place != learnt[-1]], len(places), settings, speaker.rng)
     for place in chosen:
-        parts[place] = Sound(Reference(path=speaker.say(parts[place].text)))
-    users = (Text(USER), Text(USER, trainable=True))
+        parts[place] = AudioElement(MediaReference(path=speaker.say(parts[place].text)))
+    users = (TextElement(USER), TextElement(USER, trainable=True))
     opening = next((place + 1 for place, part in enumerate(parts) if part in users), 0)
     prompt = choose_prompt(ANSWER_PICTURE if opening else CONTINUE_PICTURE, speaker.language, speaker.rng)
-    return [*parts[:opening], Text(prompt + "\n"), *parts[opening:]]
+    return [*parts[:opening], TextElement(prompt + "\n"), *parts[opening:]]
 
 
 def _choose(candidates: list[int], sentences: int, settings: CrossmodalConfig, rng: Random) -> list[int]:
@@ -127,7 +127,7 @@ def _sentences(elements: Sequence[Element], settings: SpeechConfig) -> tuple[lis
     places: list[int] = []
     system = False
     for element in elements:
-        if not isinstance(element, Text):
+        if not isinstance(element, TextElement):
             parts.append(element)
             continue
         for run in filter(None, [element.text] if element.plain else SPECIAL.split(element.text)):
@@ -144,18 +144,20 @@ def _check_track(media: Media) -> None:
     with opened(media, "video") as container:
         if not container.streams.audio:
             raise SampleError("no_track", f"{media.name} has no sound")
-    probe_sound(media, _RATE)
+    probe_audio(media, _RATE)
 
 
 def _link_media(elements: Sequence[Element], document: Document, draft: Draft) -> list[Element]:
     """The elements with media of the source kept beside the new documents, each file once. Speech is there already."""
-    kept: dict[Reference, Reference] = {}
-    films = {element.reference for element in elements if isinstance(element, Video)}
+    kept: dict[MediaReference, MediaReference] = {}
+    films = {element.reference for element in elements if isinstance(element, VideoElement)}
     new: list[Element] = []
     for element in elements:
-        if isinstance(element, Picture | Video) or (isinstance(element, Sound) and element.reference in films):
+        if isinstance(element, ImageElement | VideoElement) or (
+            isinstance(element, AudioElement) and element.reference in films
+        ):
             if element.reference not in kept:
-                kept[element.reference] = Reference(path=draft.link(find_media(element.reference, document.media)))
+                kept[element.reference] = MediaReference(path=draft.link(find_media(element.reference, document.media)))
             element = replace(element, reference=kept[element.reference])
         new.append(element)
     return new

@@ -16,7 +16,7 @@ from baichuan_omni_jax.config import READ_AT_LEAST
 from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.documents.document import Document
 from data_pipelines.documents.prompt_writing import text_of
-from data_pipelines.documents.prompts import Text, parse_prompt
+from data_pipelines.documents.prompts import TextElement, parse_prompt
 from data_pipelines.errors import SampleError
 from data_pipelines.synthesis.prompts import choose_prompt
 from data_pipelines.synthesis.speech.espeak import (
@@ -174,7 +174,7 @@ def text_alone(document: Document) -> str:
     "bad_prompt".
     """
     elements = parse_prompt(document.text)
-    if any(not isinstance(element, Text) for element in elements):
+    if any(not isinstance(element, TextElement) for element in elements):
         raise SampleError("has_media", "only a document of text alone can be spoken")
     marks = "".join(element.text for element in elements if not element.plain)
     if any(role in marks for role in (SYSTEM, USER, ASSISTANT)):

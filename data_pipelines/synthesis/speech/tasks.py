@@ -22,19 +22,19 @@ from data_pipelines.datasets.jobs import Job
 from data_pipelines.documents.document import Document
 from data_pipelines.documents.prompt_writing import (
     Source,
+    audio_tag,
     conversation,
-    heard_tag,
     join,
+    speech_tag,
     spoken_answer,
-    spoken_tag,
     text_of,
     trainable,
     write_prompt,
 )
-from data_pipelines.documents.prompts import SPECIAL, Element, Picture, Reference, Text, Video, parse_prompt
+from data_pipelines.documents.prompts import SPECIAL, Element, ImageElement, TextElement, VideoElement, parse_prompt
 from data_pipelines.documents.turns import cut_turns
 from data_pipelines.errors import SampleError
-from data_pipelines.media.location import find_media
+from data_pipelines.media.location import MediaReference, find_media
 from data_pipelines.synthesis.prompts import READ_ALOUD, TRANSCRIBE
 from data_pipelines.synthesis.speech.speaking import (
     DocumentSpeaker,
@@ -63,13 +63,13 @@ PromptWriter = Callable[[Sequence[str], Callable[[str], str]], Source]
 def transcribe(document: Document, draft: Draft, settings: SpeechConfig) -> None:
     """Adds an ASR document for each sentence of a text. Raises SampleError as `spoken_sentences`."""
     for prompt, words, path in spoken_sentences(document, draft, settings, TRANSCRIBE):
-        draft.add(prompt + heard_tag(path) + trainable(words), "asr")
+        draft.add(prompt + audio_tag(path) + trainable(words), "asr")
 
 
 def read_aloud(document: Document, draft: Draft, settings: SpeechConfig) -> None:
     """Adds a TTS document for each sentence of a text. Raises SampleError as `spoken_sentences`."""
     for prompt, words, path in spoken_sentences(document, draft, settings, READ_ALOUD):
-        draft.add(prompt + words + trainable(spoken_tag(path)), "tts")
+        draft.add(prompt + words + trainable(speech_tag(path)), "tts")
 
 
 def _sentence_job(options: Namespace, name: str, maker: Callable) -> Job:
@@ -89,13 +89,13 @@ def write_intlv(pieces: Sequence[str], say: Callable[[str], str]) -> Source:
     if len(heard) > len(written):
         written[-1] += heard.pop()
     turns = zip(heard, written, strict=True)
-    return join(heard_tag(say(first)) + trainable(second) for first, second in turns)
+    return join(audio_tag(say(first)) + trainable(second) for first, second in turns)
 
 
 def write_itts(pieces: Sequence[str], say: Callable[[str], str]) -> Source:
     """Writes the ITTS prompt of one or more pieces; `say` speaks one and returns the path."""
     first, *others = pieces
-    return first + trainable(spoken_tag(say(first)) + spoken_answer(others, say))
+    return first + trainable(speech_tag(say(first)) + spoken_answer(others, say))
 
 
 def alternate(document: Document, draft: Draft, write: PromptWriter, settings: SpeechConfig, size: int) -> None:
@@ -178,7 +178,7 @@ def speak_dialogue(document: Document, draft: Draft, settings: DialogueConfig) -
     """
     # Refuse what cannot be spoken before any speech is made: a clip costs a second.
     elements = parse_prompt(document.text)
-    if any(not isinstance(element, Text | Picture | Video) for element in elements):
+    if any(not isinstance(element, TextElement | ImageElement | VideoElement) for element in elements):
         raise SampleError("has_sound", "there is audio, or token ids, in it already")
     head, turns = cut_turns(elements)
     pairs = [_cut_turn(turn) for turn in turns]
@@ -186,13 +186,13 @@ def speak_dialogue(document: Document, draft: Draft, settings: DialogueConfig) -
         raise SampleError("no_turns", "it is no conversation of questions and their answers")
     if any(not spoken_seconds(text_of(side)) for pair in pairs for side in pair):
         raise SampleError("no_text", "a turn has nothing to speak")
-    if any(not isinstance(element, Text) for _, answer in pairs for element in answer):
+    if any(not isinstance(element, TextElement) for _, answer in pairs for element in answer):
         raise SampleError("has_media", "an answer with images cannot be spoken")
     # Speak turn by turn, in order: each language's voice is drawn when it is first needed.
     speaker = DocumentSpeaker.for_document(
         settings.speech, document, draft, " ".join(text_of(side) for pair in pairs for side in pair)
     )
-    kept: dict[Reference, Reference] = {}
+    kept: dict[MediaReference, MediaReference] = {}
     spoken = [
         (_hear(question, document, draft, speaker, kept), _say(text_of(answer), speaker)) for question, answer in pairs
     ]
@@ -204,7 +204,7 @@ def _cut_turn(turn: Sequence[Element]) -> tuple[list[Element], list[Element]]:
     sides: tuple[list[Element], list[Element]] = [], []
     answers = False
     for element in turn:
-        if not isinstance(element, Text) or element.plain:
+        if not isinstance(element, TextElement) or element.plain:
             sides[answers].append(element)
             continue
         for part in filter(None, SPECIAL.split(element.text)):
@@ -219,15 +219,15 @@ def _hear(
     document: Document,
     draft: Draft,
     speaker: DocumentSpeaker,
-    kept: dict[Reference, Reference],
+    kept: dict[MediaReference, MediaReference],
 ) -> Source:
     """Writes images and videos, each file kept once, then the words as speech, a clip for a few sentences."""
-    media = [element for element in question if not isinstance(element, Text)]
+    media = [element for element in question if not isinstance(element, TextElement)]
     for element in media:
         if element.reference not in kept:
-            kept[element.reference] = Reference(path=draft.link(find_media(element.reference, document.media)))
+            kept[element.reference] = MediaReference(path=draft.link(find_media(element.reference, document.media)))
     shown = write_prompt(replace(element, reference=kept[element.reference]) for element in media)
-    heard = (heard_tag(speaker.say(text)) for text in sentences_of(text_of(question), speaker.settings))
+    heard = (audio_tag(speaker.say(text)) for text in sentences_of(text_of(question), speaker.settings))
     return join([shown, *heard])
 
 

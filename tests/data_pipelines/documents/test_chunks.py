@@ -9,8 +9,9 @@ from baichuan_omni_jax.config import Budgets, tiny
 from data_pipelines.documents.chunks import Ids, cut_chunks, group_media
 from data_pipelines.documents.document import Lengths
 from data_pipelines.documents.processor import Processor
-from data_pipelines.documents.prompts import Picture, Reference, Sound, parse_prompt
+from data_pipelines.documents.prompts import AudioElement, ImageElement, parse_prompt
 from data_pipelines.media.audio import clip_key
+from data_pipelines.media.location import MediaReference
 from data_pipelines.packing.oversize import Fitter
 from data_pipelines.packing.row_limits import RowLimits, needs_of
 from data_pipelines.tokenizers.tokenizer import train_tokenizer
@@ -114,7 +115,7 @@ def find(whole, chunk, start):
 
 def chunks_of(sizes, tokens):
     """Chunks of text (numbers of tokens) and media (negative: so many tokens) in rows of `tokens`."""
-    picture = lambda: (Picture(Reference(path="a.png")),)  # noqa: E731
+    picture = lambda: (ImageElement(MediaReference(path="a.png")),)  # noqa: E731
     runs = [Ids([1] * size) if size > 0 else picture() for size in sizes]
     lengths = [Lengths(tokens=abs(size)) for size in sizes]
     return cut_chunks(runs, lengths, RowLimits(Budgets(tokens=tokens, patches=0, audio_frames=0, audio_targets=0)))
@@ -138,9 +139,9 @@ def test_where_chunks_begin(sizes, chunks, beyond):
 
 def test_frames_of_a_listed_video_are_one_item():
     frame, still, sound = (
-        Picture(Reference(path="f"), frame=True),
-        Picture(Reference(path="p")),
-        Sound(Reference(path="s")),
+        ImageElement(MediaReference(path="f"), frame=True),
+        ImageElement(MediaReference(path="p")),
+        AudioElement(MediaReference(path="s")),
     )
     runs = group_media([Ids([1, 2]), frame, frame, still, still, frame, sound, Ids([])])
     assert [len(run) for run in runs] == [2, 2, 1, 1, 1, 1]

@@ -18,17 +18,18 @@ from data_pipelines.documents.document import Document
 from data_pipelines.documents.processor import Processor
 from data_pipelines.documents.prompt_writing import (
     Source,
+    audio_tag,
     conversation,
-    heard_tag,
     image_tag,
     join,
     plain_text,
-    spoken_tag,
+    speech_tag,
     trainable,
     turn,
     write_prompt,
 )
-from data_pipelines.documents.prompts import NAMES, Picture, Reference, Text, parse_prompt
+from data_pipelines.documents.prompts import NAMES, ImageElement, TextElement, parse_prompt
+from data_pipelines.media.location import MediaReference
 from data_pipelines.synthesis.units import Draft
 from data_pipelines.tokenizers.special_tokens import AUDIOTEXT_START, SPECIAL_TOKENS
 from data_pipelines.tokenizers.tokenizer import encode, train_tokenizer
@@ -114,14 +115,14 @@ def test_a_system_message_stays_as_it_is(prompts):
 
 
 def test_documents_have_the_same_form():
-    answer = "Good day," + spoken_tag("a0.wav") + " sir." + spoken_tag("a1.wav")
-    written = conversation([(heard_tag("u0.wav"), answer), (heard_tag("u1.wav"), "Yes.")])
+    answer = "Good day," + speech_tag("a0.wav") + " sir." + speech_tag("a1.wav")
+    written = conversation([(audio_tag("u0.wav"), answer), (audio_tag("u1.wav"), "Yes.")])
     assert re.sub("<trainable_(start|end)>", "", written) == SECOND + "Yes."
     assert written.count("<C_A><trainable_start>") == 2
-    assert turn(heard_tag("u0.wav"), "Yes.") == WRITTEN + "<trainable_start>Yes.<trainable_end>"
-    own = turn("Hi.", "Yes." + spoken_tag("a.wav"), "Be kind.")
+    assert turn(audio_tag("u0.wav"), "Yes.") == WRITTEN + "<trainable_start>Yes.<trainable_end>"
+    own = turn("Hi.", "Yes." + speech_tag("a.wav"), "Be kind.")
     assert own.startswith("<B_SYS>Be kind.<C_Q>Hi.<audiotext_start_baichuan><C_A><trainable_start>Yes.<audiogen_start")
-    assert "【小明】" in turn("Hi.", spoken_tag("a.wav"), voice="小明")
+    assert "【小明】" in turn("Hi.", speech_tag("a.wav"), voice="小明")
 
 
 # Pieces of names among other characters, so that whole ones arise often.
@@ -156,7 +157,7 @@ def test_parts_of_text_stay_text_where_they_meet(parts):
     for part in parts:
         whole += part
     picture, *texts = parse_prompt(whole)
-    assert picture == Picture(Reference(path="a.png"))
+    assert picture == ImageElement(MediaReference(path="a.png"))
     assert "".join(each.text for each in texts) == "".join(parts)
     assert plain_text(whole) == "".join(parts).strip()
     assert parse_prompt(join(parts)) == texts
@@ -164,8 +165,10 @@ def test_parts_of_text_stay_text_where_they_meet(parts):
 
 def test_names_in_paths_are_no_marks():
     path = 'x<img_end_baichuan>"<trainable_start>.png'
-    assert parse_prompt(image_tag(path)) == [Picture(Reference(path=path))]
-    assert parse_prompt(write_prompt([Picture(Reference(path=path))])) == [Picture(Reference(path=path))]
+    assert parse_prompt(image_tag(path)) == [ImageElement(MediaReference(path=path))]
+    assert parse_prompt(write_prompt([ImageElement(MediaReference(path=path))])) == [
+        ImageElement(MediaReference(path=path))
+    ]
 
 
 def test_a_document_whose_text_lost_its_type_is_a_mistake(tmp_path):
@@ -181,7 +184,7 @@ def test_text_of_users_is_text_in_what_synthesis_makes(tmp_path):
     for job in ("itts", "intlv", "asr", "tts"):
         made, skipped = run(job, manifest, tmp_path / job, *FAKE)
         assert not skipped
-        texts = [each for one in made for each in parse_prompt(one["text"]) if isinstance(each, Text)]
+        texts = [each for one in made for each in parse_prompt(one["text"]) if isinstance(each, TextElement)]
         assert not any("<C_A>" in each.text and not each.plain for each in texts)
         if job == "itts":
             assert "".join(each.text for each in texts) == trap
@@ -198,7 +201,7 @@ def test_dialogues_become_spoken_ones(tmp_path):
         turn("你好吗？", "我很好。", "你是助手。"),
         "Not a turn.",
         turn("Hi.", "?"),
-        turn(heard_tag("s"), "A."),
+        turn(audio_tag("s"), "A."),
     ]
     made, skipped = run("dialogue", write_manifest(tmp_path, list(map(str, texts))), tmp_path / "out", *FAKE)
     assert [line["cause"] for line in skipped] == ["no_voice", "no_turns", "no_text", "has_sound"]
@@ -220,8 +223,8 @@ def test_dialogues_become_spoken_ones(tmp_path):
 
 def test_a_build_tells_of_spoken_answers_without_their_mark(tmp_path, capsys):
     write_sound(tmp_path / "a.wav", 0.5)
-    good = turn("Hi.", "Yes." + spoken_tag("a.wav"))
-    texts = [good, good.replace(AUDIOTEXT_START, ""), turn("Hi.", "Yes."), "Hi." + trainable(spoken_tag("a.wav"))]
+    good = turn("Hi.", "Yes." + speech_tag("a.wav"))
+    texts = [good, good.replace(AUDIOTEXT_START, ""), turn("Hi.", "Yes."), "Hi." + trainable(speech_tag("a.wav"))]
     manifest = write_manifest(tmp_path, list(map(str, texts)))
     assert build([str(manifest), "--out", str(tmp_path / "built"), "--workers", "0"]) == 0
     assert "1 conversations answer aloud without <audiotext_start_baichuan>" in capsys.readouterr().out

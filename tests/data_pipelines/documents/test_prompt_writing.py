@@ -5,17 +5,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipelines.documents.prompt_writing import plain_text, turn, write_prompt
-from data_pipelines.documents.prompts import Picture, Reference, Sound, Text, Tokens, Video, parse_prompt
-
-REFERENCES = st.builds(Reference, path=st.sampled_from(["a.png", "目录/“b”.wav"])) | st.just(Reference(base64="AAAA"))
-MEDIA = st.one_of(
-    st.builds(Picture, REFERENCES, st.booleans()),
-    st.builds(Video, REFERENCES),
-    st.builds(lambda reference: Sound(reference), REFERENCES),
-    st.builds(lambda reference, learnt: Sound(reference, True, learnt), REFERENCES, st.booleans()),
-    st.builds(Tokens, REFERENCES, st.booleans()),
+from data_pipelines.documents.prompts import (
+    AudioElement,
+    ImageElement,
+    TextElement,
+    TokensElement,
+    VideoElement,
+    parse_prompt,
 )
-TEXTS = st.builds(Text, st.sampled_from(["one ", "二\n", "<C_Q>", '{"path"}']), st.booleans())
+from data_pipelines.media.location import MediaReference
+
+REFERENCES = st.builds(MediaReference, path=st.sampled_from(["a.png", "目录/“b”.wav"])) | st.just(
+    MediaReference(base64="AAAA")
+)
+MEDIA = st.one_of(
+    st.builds(ImageElement, REFERENCES, st.booleans()),
+    st.builds(VideoElement, REFERENCES),
+    st.builds(lambda reference: AudioElement(reference), REFERENCES),
+    st.builds(lambda reference, learnt: AudioElement(reference, True, learnt), REFERENCES, st.booleans()),
+    st.builds(TokensElement, REFERENCES, st.booleans()),
+)
+TEXTS = st.builds(TextElement, st.sampled_from(["one ", "二\n", "<C_Q>", '{"path"}']), st.booleans())
 
 
 @settings(max_examples=60, deadline=None)

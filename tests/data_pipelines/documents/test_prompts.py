@@ -4,8 +4,16 @@ import json
 
 import pytest
 
-from data_pipelines.documents.prompts import Picture, Reference, Sound, Text, Video, parse_prompt, replace_references
+from data_pipelines.documents.prompts import (
+    AudioElement,
+    ImageElement,
+    TextElement,
+    VideoElement,
+    parse_prompt,
+    replace_references,
+)
 from data_pipelines.errors import SampleError
+from data_pipelines.media.location import MediaReference
 from data_pipelines.tokenizers.special_tokens import MODEL_TOKENS, SPECIAL_TOKENS
 from tests.helpers.golden import golden_path
 
@@ -21,7 +29,7 @@ def test_special_tokens_are_the_released_names_in_id_order():
 
 def test_text_and_trainable_marks():
     prompt = "<C_Q>Hi.<C_A><trainable_start>Hello<|endoftext|><trainable_end>"
-    assert parse_prompt(prompt) == [Text("<C_Q>Hi.<C_A>"), Text("Hello<|endoftext|>", trainable=True)]
+    assert parse_prompt(prompt) == [TextElement("<C_Q>Hi.<C_A>"), TextElement("Hello<|endoftext|>", trainable=True)]
     assert parse_prompt("") == []
 
 
@@ -33,19 +41,19 @@ def test_every_kind_of_media():
         '<trainable_start>so<audiogen_start_baichuan>{"path": "b.wav"}<audiogen_end_baichuan><trainable_end>'
     )
     assert parse_prompt(prompt) == [
-        Picture(Reference(path="a.png")),
-        Picture(Reference(base64="AAAA")),
-        Sound(Reference(path="x/a.wav")),
-        Video(Reference(path="v.mp4")),
-        Text("so", trainable=True),
-        Sound(Reference(path="b.wav"), spoken=True, trainable=True),
+        ImageElement(MediaReference(path="a.png")),
+        ImageElement(MediaReference(base64="AAAA")),
+        AudioElement(MediaReference(path="x/a.wav")),
+        VideoElement(MediaReference(path="v.mp4")),
+        TextElement("so", trainable=True),
+        AudioElement(MediaReference(path="b.wav"), spoken=True, trainable=True),
     ]
 
 
 def test_a_list_of_frames_drops_the_marks_around_it():
-    frame = Picture(Reference(path="f.png"), frame=True)
+    frame = ImageElement(MediaReference(path="f.png"), frame=True)
     listed = f"<video_start_baichuan>{FRAME}\n{FRAME}<video_end_baichuan>then"
-    assert parse_prompt(listed) == [frame, frame, Text("then")]
+    assert parse_prompt(listed) == [frame, frame, TextElement("then")]
     assert parse_prompt(FRAME) == [frame]
 
 
@@ -83,7 +91,10 @@ def test_references_are_replaced_where_they_stand():
     """All else stays byte for byte: white space, other tags, tags that keep their reference."""
     prompt = f'<C_Q><img_start_baichuan>{{"base64": "AAAA"}}<img_end_baichuan> a{IMAGE}<video_start_baichuan> {FRAME}'
     prompt += f" {FRAME.replace('f.png', 'g.png')}<video_end_baichuan><trainable_start>"
-    names = {Reference(base64="AAAA"): Reference(path="new"), Reference(path="g.png"): Reference(path="猫")}
+    names = {
+        MediaReference(base64="AAAA"): MediaReference(path="new"),
+        MediaReference(path="g.png"): MediaReference(path="猫"),
+    }
     assert replace_references(prompt, lambda reference: names.get(reference, reference)) == prompt.replace(
         '{"base64": "AAAA"}', '{"path": "new"}'
     ).replace('{"path": "g.png"}', '{"path": "\\u732b"}')

@@ -12,10 +12,10 @@ from data_pipelines.datasets.shards.reader import Shard, open_dataset, write_des
 from data_pipelines.datasets.shards.record import ShardWriter
 from data_pipelines.documents.document import Document
 from data_pipelines.documents.processor import Processor
-from data_pipelines.documents.prompts import Reference, Text, Tokens, parse_prompt
+from data_pipelines.documents.prompts import TextElement, TokensElement, parse_prompt
 from data_pipelines.documents.token_ids import pack_ids, read_ids
 from data_pipelines.errors import SampleError
-from data_pipelines.media.location import Media
+from data_pipelines.media.location import Media, MediaReference
 from data_pipelines.packing.index_build import load_index
 from data_pipelines.tokenizers.tokenizer import encode, tokenizer_fingerprint, train_tokenizer
 from data_pipelines.tools.commands import make_runner
@@ -42,9 +42,9 @@ def tokenised(processor: Processor, answer: str = ANSWER) -> tuple[Document, dic
 
 def test_tags_of_ids_are_elements():
     assert parse_prompt(f"A{TAGS}") == [
-        Text("A"),
-        Tokens(Reference(path="inputs")),
-        Tokens(Reference(path="targets"), trainable=True),
+        TextElement("A"),
+        TokensElement(MediaReference(path="inputs")),
+        TokensElement(MediaReference(path="targets"), trainable=True),
     ]
     assert describe(parse_prompt(TAGS)[1]) == (TEXT, "[targets: token ids]", True)
 

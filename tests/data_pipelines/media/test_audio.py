@@ -13,7 +13,7 @@ from av.stream import Disposition
 
 from data_pipelines.errors import SampleError
 from data_pipelines.media import audio as sounds
-from data_pipelines.media.audio import decode_sound, probe_sound, read_sound
+from data_pipelines.media.audio import decode_audio, probe_audio, read_audio
 from data_pipelines.media.location import Media
 from tests.helpers.small_media import media, tone, write_track, write_video
 
@@ -30,15 +30,15 @@ def memory(data: bytes, name: str = "a") -> Media:
 
 def length(found: Media, rate: int = RATE) -> int:
     """Samples measured, which must be those decoded."""
-    samples = probe_sound(found, rate)
-    assert len(read_sound(found, rate).wave) == samples
-    assert len(decode_sound(found, samples, rate)) == samples
+    samples = probe_audio(found, rate)
+    assert len(read_audio(found, rate).wave) == samples
+    assert len(decode_audio(found, samples, rate)) == samples
     return samples
 
 
 def refusal(found: Media) -> str:
     with pytest.raises(SampleError) as caught:
-        decode_sound(found, probe_sound(found, RATE), RATE)
+        decode_audio(found, probe_audio(found, RATE), RATE)
     assert caught.value.cause == "unreadable_media"
     return str(caught.value)
 
@@ -76,17 +76,17 @@ class TestNothingElseIsHeard:
         loud = memory(wav(subtype="FLOAT"), "loud.wav")
         for original in originals():
             found = memory(original.data, original.name)
-            first = read_sound(found, RATE)
-            decode_sound(loud, 3 * RATE, RATE)
-            again = read_sound(found, RATE)
+            first = read_audio(found, RATE)
+            decode_audio(loud, 3 * RATE, RATE)
+            again = read_audio(found, RATE)
             np.testing.assert_array_equal(first.wave, again.wave)
             assert first.damaged == 0
             assert 0.2 < np.abs(first.wave).max() < 0.6, original.name
-            assert len(first.wave) == probe_sound(found, RATE)
+            assert len(first.wave) == probe_audio(found, RATE)
 
     @pytest.mark.parametrize("share", [0.1, 0.3, 0.7, 0.95])
     def test_a_cut_mp3_is_truncated_by_its_own_count_of_frames(self, tmp_path, share):
-        read_sound(memory(mp3(tmp_path, 4)), RATE)
+        read_audio(memory(mp3(tmp_path, 4)), RATE)
         whole = mp3(tmp_path, 10, loud=0.1)
         assert "truncated" in refusal(memory(whole[: int(len(whole) * share)]))
 
@@ -95,9 +95,9 @@ class TestNothingElseIsHeard:
         streamed = memory(mp3(tmp_path, 10, loud=0.1, xing="0"))
         waves = []
         for _ in range(3):
-            waves.append(read_sound(streamed, RATE).wave)
-            read_sound(memory(mp3(tmp_path, 14)), RATE)
-        assert len(waves[0]) == probe_sound(streamed, RATE) == 576 * (len(streamed.data) // 216)
+            waves.append(read_audio(streamed, RATE).wave)
+            read_audio(memory(mp3(tmp_path, 14)), RATE)
+        assert len(waves[0]) == probe_audio(streamed, RATE) == 576 * (len(streamed.data) // 216)
         assert np.abs(waves[0]).max() < 0.1
         for wave in waves:
             np.testing.assert_array_equal(wave, waves[0])
@@ -106,7 +106,7 @@ class TestNothingElseIsHeard:
         """Past what the decoder gave the wave is silence, and only for the 0.1 s that a promise may be off."""
         promise = sounds.Promise(3 * RATE + 1000, 0, RATE, 1)
         monkeypatch.setattr(sounds, "_header_promise", lambda media: promise)
-        found = read_sound(memory(wav()), RATE)
+        found = read_audio(memory(wav()), RATE)
         assert (len(found.wave), found.damaged) == (3 * RATE + 1000, 1)
         assert not found.wave[3 * RATE :].any()
         promise = sounds.Promise(3 * RATE + 2000, 0, RATE, 1)
@@ -219,7 +219,7 @@ def test_other_files_of_plain_samples(form, name, subtype):
     assert length(memory(good, name)) == 3 * RATE
     width = {"PCM_16": 2, "PCM_24": 3, "FLOAT": 4, "ULAW": 1}[subtype]
     error = 2.0**-14 if subtype != "ULAW" else 0.02
-    np.testing.assert_allclose(read_sound(memory(good), RATE).wave, tone(3), atol=error)
+    np.testing.assert_allclose(read_audio(memory(good), RATE).wave, tone(3), atol=error)
     assert "truncated" in refusal(memory(good[: -width * RATE], name))
 
 
@@ -227,7 +227,7 @@ def test_lossless_caf():
     """Apple's ALAC, whose last packet is shorter than the others: 3 s are eleven of 4096 samples, and 2944."""
     found = memory(wav(3, "CAF", "ALAC_16"), "memo.caf")
     assert length(found) == 3 * RATE
-    np.testing.assert_allclose(read_sound(found, RATE).wave, tone(3), atol=2.0**-14)
+    np.testing.assert_allclose(read_audio(found, RATE).wave, tone(3), atol=2.0**-14)
 
 
 def test_sphere():
@@ -279,9 +279,9 @@ class TestFlac:
         """With the few that FFmpeg takes for its rest; all others are as they were, at their places."""
         data = bytearray(good)
         data[len(data) // 2] ^= 0x55
-        found, whole = read_sound(memory(data), RATE), read_sound(memory(good), RATE).wave
+        found, whole = read_audio(memory(data), RATE), read_audio(memory(good), RATE).wave
         assert found.damaged == 1
-        assert len(found.wave) == probe_sound(memory(data), RATE) == 3 * RATE
+        assert len(found.wave) == probe_audio(memory(data), RATE) == 3 * RATE
         differs = np.flatnonzero(found.wave != whole)
         assert 0 < np.ptp(differs) < 4 * 4096 < differs.min() < 2 * RATE
 
@@ -308,7 +308,7 @@ class TestOgg:
         data[pages[7] + 60] ^= 0xFF
         found = memory(data)
         assert length(found) / RATE == pytest.approx(2.8, abs=CLOSE)
-        assert read_sound(found, RATE).damaged == 1
+        assert read_audio(found, RATE).damaged == 1
 
     def test_vorbis(self):
         vorbis = wav(3, "OGG", "VORBIS")
@@ -357,7 +357,7 @@ class TestPackets:
         wave = np.zeros(44100, np.float32)
         wave[22050] = 0.9
         path = write_track(tmp_path / "a.m4a", wave, "aac", 44100, "mp4", movflags="faststart")
-        heard = read_sound(media(path), 44100).wave
+        heard = read_audio(media(path), 44100).wave
         assert abs(int(np.abs(heard).argmax()) - 22050) < 5
 
     @pytest.mark.parametrize("name", ["a.m4a", "parts.mp4", "a.mkv", "a.avi"])
@@ -371,13 +371,13 @@ class TestPackets:
 
     def test_amr(self):
         """Frames of 20 ms at 8 kHz, here of 12.2 kbit/s: 31 bytes behind the head."""
-        assert probe_sound(memory(b"#!AMR\n" + 50 * (b"\x3c" + bytes(31)), "a.amr"), 8000) == 8000
+        assert probe_audio(memory(b"#!AMR\n" + 50 * (b"\x3c" + bytes(31)), "a.amr"), 8000) == 8000
 
     @pytest.mark.parametrize(("name", "form"), [("a.m4a", "mp4"), ("a.mkv", "matroska")])
     def test_a_damaged_packet_costs_itself(self, tmp_path, name, form):
         """One of a hundred and thirty; when a third is damaged the file is refused."""
         path = write_track(tmp_path / name, tone(3, 44100), "aac", 44100, form)
-        good, data = read_sound(media(path), 44100), bytearray(path.read_bytes())
+        good, data = read_audio(media(path), 44100), bytearray(path.read_bytes())
         with av.open(str(path)) as container:
             packets = [bytes(packet) for packet in container.demux(audio=0) if packet.size]
         places = [data.index(packet) for packet in packets if len(packet) > 60][10:]
@@ -388,10 +388,10 @@ class TestPackets:
                 damaged[place : place + 40] = b"\xff" * 40
             return memory(damaged, name)
 
-        found = read_sound(damage(places[20:21]), 44100)
+        found = read_audio(damage(places[20:21]), 44100)
         assert found.damaged == 1
         assert len(good.wave) - len(found.wave) in (0, 1024)
-        assert len(found.wave) == probe_sound(damage(places[20:21]), 44100)
+        assert len(found.wave) == probe_audio(damage(places[20:21]), 44100)
         assert "packets are damaged" in refusal(damage(places[::3]))
 
     def test_what_a_decoder_makes_of_damage_is_not_heard(self, tmp_path, monkeypatch):
@@ -404,14 +404,14 @@ class TestPackets:
             count += 1
             return decoded(frame) * (1e3 if count == 30 else 1)
 
-        good = read_sound(media(path), 44100).wave
+        good = read_audio(media(path), 44100).wave
         monkeypatch.setattr(sounds, "_mono", mono)
-        found = read_sound(media(path), 44100)
+        found = read_audio(media(path), 44100)
         assert (found.damaged, len(found.wave)) == (1, len(good))
         assert not found.wave[29 * 1024 : 30 * 1024].any()
         count = 29
         with pytest.raises(SampleError, match="full scale"):
-            read_sound(memory(wav(3, "WAV", "FLOAT")), RATE)
+            read_audio(memory(wav(3, "WAV", "FLOAT")), RATE)
 
     def test_a_damaged_cluster_is_no_cut(self, tmp_path):
         """Matroska whose size says that it is whole, of which the last tenth cannot be found: no truncation."""
@@ -425,7 +425,7 @@ class TestPackets:
             return memory(data[: clusters[number]] + bytes(len(data) - clusters[number]), "a.webm")
 
         assert length(without(9)) / RATE == pytest.approx(18, abs=0.1)
-        assert read_sound(without(9), RATE).damaged == 1
+        assert read_audio(without(9), RATE).damaged == 1
         assert "too much of the file is damaged: 10.0 of 20.0 s" in refusal(without(5))
         assert "truncated" in refusal(memory(data[: clusters[9]], "a.webm"))
 
@@ -438,7 +438,7 @@ class TestPackets:
                 frame = av.AudioFrame.from_ndarray(loud * tone(2)[None], format="flt", layout="mono")
                 frame.sample_rate, frame.pts = RATE, 0
                 film.mux(track.encode(frame))
-        assert np.abs(read_sound(media(path), RATE).wave).max() == pytest.approx(0.1, abs=0.01)
+        assert np.abs(read_audio(media(path), RATE).wave).max() == pytest.approx(0.1, abs=0.01)
 
 
 class TestRefusals:

@@ -10,13 +10,13 @@ from baichuan_omni_jax.audio.config import AudioConfig
 from baichuan_omni_jax.config import released_images
 from baichuan_omni_jax.vision.config import PixelLimits, VisionConfig
 from data_pipelines.errors import SampleError
-from data_pipelines.media.audio import decode_sound, probe_sound
+from data_pipelines.media.audio import decode_audio, probe_audio
 from data_pipelines.media.features import (
     clip_windows,
     log_mel,
     mel_length,
     patchify,
-    resize_picture,
+    resize_image,
     smart_resize,
     split_windows,
     visual_size,
@@ -68,7 +68,7 @@ def normalised(patches):
 @pytest.mark.parametrize("name", ["china_200x133", "flower_90x240", "flower_gray_57x43"])
 def test_patches_are_the_released_ones(name, features):
     pixels = decode_image(media(golden_path(f"processor/media/{name}.png")), released_images())
-    patches, grid = patchify(resize_picture(pixels, *visual_size(*pixels.shape[:2], VISION, frame=False)))
+    patches, grid = patchify(resize_image(pixels, *visual_size(*pixels.shape[:2], VISION, frame=False)))
     assert relative_error(normalised(patches), features[f"patches_{name}"]) < 1e-6
     assert [1, *grid.max(0) + 1] == features[f"grid_{name}"].tolist()
 
@@ -84,8 +84,8 @@ def test_patch_order_groups_two_by_two():
 
 def test_mel_is_the_released_one(features):
     speech = media(golden_path("processor/media/speech_zh.wav"))
-    samples = probe_sound(speech, 16000)
-    mel = log_mel(decode_sound(speech, samples, 16000), AUDIO)
+    samples = probe_audio(speech, 16000)
+    mel = log_mel(decode_audio(speech, samples, 16000), AUDIO)
     assert mel.shape == (128, features["speech_frames"]) == (128, mel_length(samples, AUDIO))
     assert mel.dtype == np.float32
     assert relative_error(mel, features["speech_fbank"]) < 1e-5

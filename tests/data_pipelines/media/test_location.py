@@ -16,9 +16,9 @@ from data_pipelines.datasets.builder.command import main as build
 from data_pipelines.datasets.shards.reader import open_dataset
 from data_pipelines.documents.chat_prompt import ChatPrompts
 from data_pipelines.documents.processor import Processor
-from data_pipelines.documents.prompts import Reference, parse_prompt
+from data_pipelines.documents.prompts import parse_prompt
 from data_pipelines.errors import SampleError
-from data_pipelines.media.location import MediaRoot, decode_base64, find_media
+from data_pipelines.media.location import MediaReference, MediaRoot, decode_base64, find_media
 from data_pipelines.pipeline import open_pipeline
 from data_pipelines.synthesis.command import main as synthesize
 from data_pipelines.tokenizers.tokenizer import train_tokenizer
@@ -31,7 +31,7 @@ PICTURE = '<img_start_baichuan>{"local": "%s"}<img_end_baichuan><trainable_start
 
 
 def find(path: str, root: Path, trusted=ANY) -> Path:
-    return find_media(Reference(path=path), MediaRoot(root, trusted)).path
+    return find_media(MediaReference(path=path), MediaRoot(root, trusted)).path
 
 
 def refused(path: str, root: Path, trusted=ANY) -> tuple[str, str]:
@@ -104,7 +104,7 @@ class TestLinks:
     def test_root_that_is_itself_a_link(self, linked):
         (linked / "data").symlink_to("set")
         for path in ("own/c.png", str(linked / "data/own/c.png"), str(linked / "set/own/c.png")):
-            found = find_media(Reference(path=path), MediaRoot(linked / "data", ()))
+            found = find_media(MediaReference(path=path), MediaRoot(linked / "data", ()))
             assert (found.path, found.name) == ((linked / "set/own/c.png").resolve(), "own/c.png")
         assert find(str(linked / "data/one.png"), linked / "data") == (linked / "store/a.png").resolve()
 
@@ -124,7 +124,7 @@ class TestUrls:
         folder.mkdir(parents=True)
         write_image(folder / "100% a#b.png", 40, 60)
         path = str(folder / "100% a#b.png")
-        found = find_media(Reference(path=form.format(quote(path) if form != "{}" else path)), tmp_path / "a set")
+        found = find_media(MediaReference(path=form.format(quote(path) if form != "{}" else path)), tmp_path / "a set")
         assert (found.path, found.name) == ((folder / "100% a#b.png").resolve(), "图/100% a#b.png")
 
     @pytest.mark.parametrize(

@@ -10,14 +10,13 @@ import pytest
 import soundfile
 from PIL import Image
 
-from data_pipelines.documents.prompts import Reference
 from data_pipelines.errors import SampleError
 from data_pipelines.media import audio as sounds
 from data_pipelines.media import limits, videos
-from data_pipelines.media.audio import clip_key, decode_sound, probe_sound
+from data_pipelines.media.audio import clip_key, decode_audio, probe_audio
 from data_pipelines.media.file_kinds import plain_reason
 from data_pipelines.media.images import decode_image, probe_image
-from data_pipelines.media.location import Media, find_media
+from data_pipelines.media.location import Media, MediaReference, find_media
 from data_pipelines.media.videos import decode_frames, frame_times, probe_video, read_video
 from tests.helpers.small_media import as_base64, media, tone, write_image, write_sound, write_video
 
@@ -36,17 +35,17 @@ class TestPaths:
         write_image(tmp_path / "a.png", 20, 30)
         (tmp_path / "sub").mkdir()
         for path in ("a.png", "sub/../a.png", str(tmp_path / "a.png")):
-            assert find_media(Reference(path=path), tmp_path).path == (tmp_path / "a.png").resolve()
+            assert find_media(MediaReference(path=path), tmp_path).path == (tmp_path / "a.png").resolve()
 
     def test_base64_media_decode(self, tmp_path):
         data = as_base64(write_image(tmp_path / "a.png", 20, 30))
         for text in (data, "data:image/png;base64," + data):
-            found = find_media(Reference(base64=text), tmp_path)
+            found = find_media(MediaReference(base64=text), tmp_path)
             assert probe_image(found) == (20, 30)
             assert found.content_hash() == media(tmp_path / "a.png").content_hash()
-        sound = find_media(Reference(base64=as_base64(write_sound(tmp_path / "a.wav", 0.5))), tmp_path)
-        assert len(decode_sound(sound, probe_sound(sound, RATE), RATE)) == 8000
-        video = find_media(Reference(base64=as_base64(write_video(tmp_path / "a.mp4", 2))), tmp_path)
+        sound = find_media(MediaReference(base64=as_base64(write_sound(tmp_path / "a.wav", 0.5))), tmp_path)
+        assert len(decode_audio(sound, probe_audio(sound, RATE), RATE)) == 8000
+        video = find_media(MediaReference(base64=as_base64(write_video(tmp_path / "a.mp4", 2))), tmp_path)
         assert len(decode_frames(video, probe_video(video, 1.0, 8).times)) == 2
 
     def test_outside_the_root(self, tmp_path):
@@ -55,19 +54,19 @@ class TestPaths:
         outside = write_image(tmp_path / "a.png", 20, 30)
         (root / "link.png").symlink_to(outside)
         for path in ("../a.png", str(outside), "link.png", "../missing.png", "../root-2/a.png"):
-            refused(lambda path=path: find_media(Reference(path=path), root), "outside_root", "lies outside")
+            refused(lambda path=path: find_media(MediaReference(path=path), root), "outside_root", "lies outside")
 
     def test_missing(self, tmp_path):
         (tmp_path / "loop").symlink_to(tmp_path / "loop")
         for path in ("no.png", ".", "loop", "n" * 5000, "null\0byte"):
             refused(
-                lambda path=path: find_media(Reference(path=path), tmp_path),
+                lambda path=path: find_media(MediaReference(path=path), tmp_path),
                 "missing_file",
                 "does not exist|no usable path|is a folder",
             )
 
     def test_bad_base64(self, tmp_path):
-        refused(lambda: find_media(Reference(base64="???"), tmp_path), "unreadable_media", "base64")
+        refused(lambda: find_media(MediaReference(base64="???"), tmp_path), "unreadable_media", "base64")
 
 
 class TestOtherFiles:
@@ -87,7 +86,7 @@ class TestOtherFiles:
 
 
 def as_sound(found):
-    return probe_sound(found, RATE)
+    return probe_audio(found, RATE)
 
 
 def as_video(found):
@@ -257,9 +256,9 @@ class TestSounds:
     )
     def test_probe_is_the_decoded_length(self, tmp_path, name, rate):
         found = media(write_sound(tmp_path / name, 1.5, rate))
-        samples = probe_sound(found, RATE)
+        samples = probe_audio(found, RATE)
         assert abs(samples - 24000) < 0.1 * RATE
-        wave = decode_sound(found, samples, RATE)
+        wave = decode_audio(found, samples, RATE)
         assert (wave.dtype, wave.shape) == (np.float32, (samples,))
         expected = tone(samples / RATE)[2000:-3000]
         assert np.abs(np.fft.rfft(wave[2000:-3000])).argmax() == np.abs(np.fft.rfft(expected)).argmax()
@@ -267,34 +266,34 @@ class TestSounds:
     def test_int16_is_divided_by_32768(self, tmp_path):
         values = np.arange(-3000, 3000, dtype=np.int16)
         soundfile.write(tmp_path / "a.wav", values, RATE)
-        np.testing.assert_array_equal(decode_sound(media(tmp_path / "a.wav"), 6000, RATE), values / np.float32(32768))
+        np.testing.assert_array_equal(decode_audio(media(tmp_path / "a.wav"), 6000, RATE), values / np.float32(32768))
 
     def test_channels_are_averaged(self, tmp_path):
         soundfile.write(tmp_path / "a.wav", np.stack([tone(1), -0.5 * tone(1)], axis=1), RATE)
-        np.testing.assert_allclose(decode_sound(media(tmp_path / "a.wav"), RATE, RATE), 0.25 * tone(1), atol=1e-4)
+        np.testing.assert_allclose(decode_audio(media(tmp_path / "a.wav"), RATE, RATE), 0.25 * tone(1), atol=1e-4)
 
     @pytest.mark.parametrize("name", ["a.mp4", "a.webm"])
     def test_the_track_of_a_video(self, tmp_path, name):
         found = media(write_video(tmp_path / name, 3, sound=2))
-        samples = probe_sound(found, RATE)
+        samples = probe_audio(found, RATE)
         assert abs(samples - 2 * RATE) < 0.1 * RATE
-        wave = decode_sound(found, samples, RATE)
+        wave = decode_audio(found, samples, RATE)
         assert len(wave) == samples
         assert 0.3 < np.abs(wave[RATE // 2 : RATE]).max() < 0.7
 
     def test_another_length_than_measured(self, tmp_path):
         found = media(write_sound(tmp_path / "a.wav", 1))
-        assert len(decode_sound(found, RATE + 1000, RATE)) == RATE + 1000
-        refused(lambda: decode_sound(found, RATE - 1601, RATE), "changed", "decodes to 16000 samples")
+        assert len(decode_audio(found, RATE + 1000, RATE)) == RATE + 1000
+        refused(lambda: decode_audio(found, RATE - 1601, RATE), "changed", "decodes to 16000 samples")
 
     def test_not_a_number(self, tmp_path):
         wave = tone(1)
         wave[100] = np.nan
         soundfile.write(tmp_path / "a.wav", wave, RATE, subtype="FLOAT")
         found = media(tmp_path / "a.wav")
-        refused(lambda: decode_sound(found, probe_sound(found, RATE), RATE), "unreadable_media", "not finite")
+        refused(lambda: decode_audio(found, probe_audio(found, RATE), RATE), "unreadable_media", "not finite")
         soundfile.write(tmp_path / "a.wav", 32768 * tone(1), RATE, subtype="FLOAT")
-        refused(lambda: decode_sound(found, RATE, RATE), "unreadable_media", "of 1.64e[+]04, where full scale is 1")
+        refused(lambda: decode_audio(found, RATE, RATE), "unreadable_media", "of 1.64e[+]04, where full scale is 1")
 
     def test_unreadable(self, tmp_path):
         (tmp_path / "text.wav").write_text("not a sound, but long enough to look like one " * 100)
@@ -306,32 +305,32 @@ class TestSounds:
         soundfile.write(tmp_path / "nothing.wav", np.zeros(0, np.float32), RATE)
         names = ("text.wav", "text.txt", "list.m3u8", "empty.wav", "image.mp3", "mute.mp4", "nothing.wav")
         for name in names:
-            refused(lambda name=name: probe_sound(media(tmp_path / name), RATE), "unreadable_media", name)
+            refused(lambda name=name: probe_audio(media(tmp_path / name), RATE), "unreadable_media", name)
 
     def test_truncated(self, tmp_path):
         path = write_sound(tmp_path / "a.wav", 1)
         path.write_bytes(path.read_bytes()[:10000])
-        refused(lambda: probe_sound(media(path), RATE), "unreadable_media", "truncated: 10000 of 32044 bytes")
+        refused(lambda: probe_audio(media(path), RATE), "unreadable_media", "truncated: 10000 of 32044 bytes")
         path = write_sound(tmp_path / "a.flac", 2)
-        samples = probe_sound(media(path), RATE)
+        samples = probe_audio(media(path), RATE)
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-        refused(lambda: decode_sound(media(path), samples, RATE), "unreadable_media", "a.flac")
+        refused(lambda: decode_audio(media(path), samples, RATE), "unreadable_media", "a.flac")
 
     def test_too_big(self, tmp_path, monkeypatch):
         soundfile.write(tmp_path / "a.wav", np.zeros(7201, np.int16), 1)
-        refused(lambda: probe_sound(media(tmp_path / "a.wav"), RATE), "too_big_media", "7201 seconds of sound")
+        refused(lambda: probe_audio(media(tmp_path / "a.wav"), RATE), "too_big_media", "7201 seconds of sound")
         soundfile.write(tmp_path / "many.wav", np.zeros((10, 33), np.int16), RATE)
-        refused(lambda: probe_sound(media(tmp_path / "many.wav"), RATE), "too_big_media", "33 channels")
+        refused(lambda: probe_audio(media(tmp_path / "many.wav"), RATE), "too_big_media", "33 channels")
         film, song = media(write_video(tmp_path / "a.mp4", 2, sound=2)), media(write_sound(tmp_path / "a.flac", 2))
-        monkeypatch.setattr(limits, "MAX_SOUND_SECONDS", 1)
+        monkeypatch.setattr(limits, "MAX_AUDIO_SECONDS", 1)
         for found in (film, song):
-            refused(lambda found=found: probe_sound(found, RATE), "too_big_media", "seconds of sound, more than 1")
+            refused(lambda found=found: probe_audio(found, RATE), "too_big_media", "seconds of sound, more than 1")
         monkeypatch.undo()
-        monkeypatch.setattr(sounds, "MAX_SOUND_SAMPLES", 10000)  # as if the header had claimed less
+        monkeypatch.setattr(sounds, "MAX_AUDIO_SAMPLES", 10000)  # as if the header had claimed less
         for found in (film, song):
-            refused(lambda found=found: decode_sound(found, 32000, RATE), "too_big_media", "more than 10000 samples")
+            refused(lambda found=found: decode_audio(found, 32000, RATE), "too_big_media", "more than 10000 samples")
         monkeypatch.setitem(limits.MAX_BYTES, "sound", 1000)
-        refused(lambda: probe_sound(song, RATE), "too_big_media", "bytes of one sound")
+        refused(lambda: probe_audio(song, RATE), "too_big_media", "bytes of one sound")
 
     def test_silence(self, tmp_path):
         for name, loudest in (("zeros.wav", 0), ("dither.wav", 1), ("a.flac", 1)):
@@ -339,11 +338,11 @@ class TestSounds:
             wave[100] = -loudest
             soundfile.write(tmp_path / name, wave, RATE)
             refused(
-                lambda name=name: decode_sound(media(tmp_path / name), RATE, RATE), "silent_audio", f"{name} is sil"
+                lambda name=name: decode_audio(media(tmp_path / name), RATE, RATE), "silent_audio", f"{name} is sil"
             )
         wave[100] = -2
         soundfile.write(tmp_path / "quiet.wav", wave, RATE)
-        assert decode_sound(media(tmp_path / "quiet.wav"), RATE, RATE).min() < 0
+        assert decode_audio(media(tmp_path / "quiet.wav"), RATE, RATE).min() < 0
 
     def test_keys_follow_the_content(self, tmp_path):
         path = write_sound(tmp_path / "a.wav", 1)
@@ -438,8 +437,8 @@ class TestVideos:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
         assert probe_video(media(path), 1.0, 32).times == times
         refused(lambda: decode_frames(media(path), times), "unreadable_media", "a.mp4")
-        samples = probe_sound(media(path), RATE)
-        refused(lambda: decode_sound(media(path), samples, RATE), "unreadable_media", "a.mp4")
+        samples = probe_audio(media(path), RATE)
+        refused(lambda: decode_audio(media(path), samples, RATE), "unreadable_media", "a.mp4")
 
     def test_the_cover_of_a_song_is_no_video(self, tmp_path):
         cover = b"\0image/png\0\3\0" + write_image(tmp_path / "cover.png", 20, 20).read_bytes()
@@ -448,4 +447,4 @@ class TestVideos:
         song = write_sound(tmp_path / "a.mp3", 1, 44100).read_bytes()
         (tmp_path / "song.mp3").write_bytes(b"ID3\3\0\0" + size + frame + song)
         refused(lambda: probe_video(media(tmp_path / "song.mp3"), 1.0, 8), "unreadable_media", "no video track")
-        assert probe_sound(media(tmp_path / "song.mp3"), RATE) > 0
+        assert probe_audio(media(tmp_path / "song.mp3"), RATE) > 0

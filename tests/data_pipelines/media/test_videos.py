@@ -11,7 +11,7 @@ from av.stream import Disposition
 from PIL import Image
 
 from data_pipelines.documents.document import Document
-from data_pipelines.documents.prompts import Picture
+from data_pipelines.documents.prompts import ImageElement
 from data_pipelines.documents.turns import document_elements, thin_frames
 from data_pipelines.errors import SampleError
 from data_pipelines.media.containers import Damage
@@ -334,7 +334,7 @@ class TestChoice:
 
         def kept(text, most=32, **part):
             elements = document_elements(Document("x", "", text, "x:1", {}, **part), most)
-            return [int(each.reference.path) for each in elements if isinstance(each, Picture)]
+            return [int(each.reference.path) for each in elements if isinstance(each, ImageElement)]
 
         chosen = [int(place * 50 / 32) for place in range(32)]
         assert kept(listed) == kept(whole) == chosen

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from baichuan_omni_jax.config import Budgets, tiny
-from data_pipelines.documents.prompts import Picture, Sound, Video, parse_prompt
+from data_pipelines.documents.prompts import AudioElement, ImageElement, VideoElement, parse_prompt
 from data_pipelines.packing.batch import RowWriter, empty_rows
 
 OMNI = tiny()
@@ -21,11 +21,11 @@ def modalities(text):
     """What a prompt holds besides text."""
     found = set()
     for element in parse_prompt(text):
-        if isinstance(element, Sound):
+        if isinstance(element, AudioElement):
             found.add("spoken" if element.spoken else "heard")
-        elif isinstance(element, Video) or (isinstance(element, Picture) and element.frame):
+        elif isinstance(element, VideoElement) or (isinstance(element, ImageElement) and element.frame):
             found.add("video")
-        elif isinstance(element, Picture):
+        elif isinstance(element, ImageElement):
             found.add("image")
     return found
 

@@ -17,7 +17,7 @@ from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.omni.batch import BRANCH_FIELDS, abstract_batch
 from baichuan_omni_jax.sharding import ShardingRules
 from data_pipelines.errors import SampleError
-from data_pipelines.media.audio import decode_sound
+from data_pipelines.media.audio import decode_audio
 from data_pipelines.media.features import log_mel, mel_length
 from data_pipelines.media.mel_targets import mel_target
 from data_pipelines.packing.mel_slots import MelSlots, mel_slots, row_key
@@ -57,7 +57,7 @@ def test_each_window_is_joined_to_its_codes(heard, sample_codes):
         slot = 0
         for segment, (source, number) in enumerate(documents, start=1):
             for item in pipeline.processor.audio_items(pipeline.indexes[source].document(number)):
-                wave = decode_sound(item.media, item.samples, audio.sampling_rate)
+                wave = decode_audio(item.media, item.samples, audio.sampling_rate)
                 expected = log_mel(wave[item.window.start :][: item.window.samples], audio).T
                 length, place = batch["mel_lengths"][row, slot], batch["mel_audio"][row, slot]
                 np.testing.assert_array_equal(batch["mel"][row, slot, :length], expected)

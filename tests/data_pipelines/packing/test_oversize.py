@@ -9,7 +9,7 @@ import pytest
 from baichuan_omni_jax.config import Budgets, DataConfig, RunConfig, SourceConfig, apply_overrides, tiny
 from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.documents.document import Document
-from data_pipelines.documents.prompts import Picture, Sound, Text, parse_prompt
+from data_pipelines.documents.prompts import AudioElement, ImageElement, TextElement, parse_prompt
 from data_pipelines.documents.turns import cut_turns, document_elements
 from data_pipelines.pipeline import open_pipeline
 from tests.data_pipelines.conftest import store_codes
@@ -64,11 +64,11 @@ def documents(pipeline):
 def test_turns_are_cut_with_their_media_and_loss():
     head, turns = cut_turns(parse_prompt(LONG))
     assert [element.text for element in head] == [SYSTEM]
-    kinds = [[type(element) for element in each if not isinstance(element, Text)] for each in turns]
-    assert kinds == [[Picture], [], [Sound], [Picture]]
+    kinds = [[type(element) for element in each if not isinstance(element, TextElement)] for each in turns]
+    assert kinds == [[ImageElement], [], [AudioElement], [ImageElement]]
     for each in turns:
         assert each[0].text.startswith("<C_Q>")
-        assert [element.text for element in each if isinstance(element, Text) and element.trainable] == ["yes"]
+        assert [element.text for element in each if isinstance(element, TextElement) and element.trainable] == ["yes"]
     assert cut_turns(parse_prompt("no roles"))[1] == []
 
 
@@ -84,11 +84,15 @@ def test_a_long_conversation_is_split_and_loses_nothing(root):
     assert [piece.turns for piece in pieces] == [(0, 3), (3, 4)]
     assert [piece.where for piece in pieces] == [index.where(2), index.where(3)]
     assert index.where(2).endswith(":1")
-    texts = [[element.text for element in document_elements(piece) if isinstance(element, Text)] for piece in pieces]
+    texts = [
+        [element.text for element in document_elements(piece) if isinstance(element, TextElement)] for piece in pieces
+    ]
     assert all(each[0] == SYSTEM for each in texts)
     kept = Counter(text for each in texts for text in each if text != SYSTEM)
     assert kept == Counter(
-        text for each in cut_turns(parse_prompt(LONG))[1] for text in [e.text for e in each if isinstance(e, Text)]
+        text
+        for each in cut_turns(parse_prompt(LONG))[1]
+        for text in [e.text for e in each if isinstance(e, TextElement)]
     )
     encode = lambda document: whole.processor.encode(document, store)  # noqa: E731
     store = store_codes(whole, root / "codes")
@@ -131,7 +135,7 @@ def test_a_video_has_as_many_frames_as_fit(root):
 def test_listed_frames_are_spread_evenly():
     text = FRAME.replace("a.png", "0") + "".join(FRAME.replace("a.png", str(n)) for n in range(1, 9)) + "go"
     document = Document("x", "", text, "x:1", {}, max_frames=3)
-    kept = [element.reference.path for element in document_elements(document) if isinstance(element, Picture)]
+    kept = [element.reference.path for element in document_elements(document) if isinstance(element, ImageElement)]
     assert kept == ["0", "3", "6"]  # int(i * 9 / 3)
 
 

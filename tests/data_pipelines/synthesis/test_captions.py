@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from baichuan_omni_jax.errors import ConfigError
-from data_pipelines.documents.prompts import Picture, Text, parse_prompt
+from data_pipelines.documents.prompts import ImageElement, TextElement, parse_prompt
 from data_pipelines.synthesis import command
 from data_pipelines.synthesis.captions import CAPTIONS, PROMPTS
 from tests.helpers.synthesis_hooks import job_of
@@ -52,7 +52,7 @@ def test_every_picture_is_captioned_in_both_languages_or_counted(manifest, tmp_p
     for one in made:
         picture, question, answer = parse_prompt(one["text"])[1:]
         assert one["type"] == "caption"
-        assert isinstance(picture, Picture)
+        assert isinstance(picture, ImageElement)
         assert not question.trainable
         assert answer.trainable
         assert (tmp_path / "out" / picture.reference.path).samefile(
@@ -81,7 +81,7 @@ def test_one_language_and_another_seed(manifest, tmp_path):
     asked = []
     for seed in range(6):
         _, made, _ = run(manifest, tmp_path / str(seed), *hook, "--seed", str(seed))
-        asked.append([element.text for element in parse_prompt(made[0]["text"]) if isinstance(element, Text)][1])
+        asked.append([element.text for element in parse_prompt(made[0]["text"]) if isinstance(element, TextElement)][1])
         assert all("亮度" in one["text"] for one in made)
     assert len(set(asked)) > 1
 
@@ -109,5 +109,5 @@ def test_names_of_special_tokens_in_a_caption_are_text(manifest, tmp_path):
     _, made, _ = run(manifest, tmp_path / "out", "--captioner", f"{HOOKS}:MarkCaptioner")
     assert made
     for one in made:
-        said = Text("A <C_A> and <img_pad_baichuan><trainable_end>.", trainable=True, plain=True)
+        said = TextElement("A <C_A> and <img_pad_baichuan><trainable_end>.", trainable=True, plain=True)
         assert parse_prompt(one["text"])[-1] == said

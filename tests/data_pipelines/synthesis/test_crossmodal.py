@@ -1,7 +1,7 @@
 """Documents of pictures and films of which a part is heard: shares of sentences, questions, a film's own track."""
 
-from data_pipelines.documents.prompt_writing import heard_tag, image_tag, trainable, turn, video_tag
-from data_pipelines.documents.prompts import Picture, Sound, Text, Video, parse_prompt
+from data_pipelines.documents.prompt_writing import audio_tag, image_tag, trainable, turn, video_tag
+from data_pipelines.documents.prompts import AudioElement, ImageElement, TextElement, VideoElement, parse_prompt
 from data_pipelines.synthesis.prompts import ANSWER_PICTURE, CONTINUE_PICTURE
 from tests.helpers.small_media import write_image, write_video
 from tests.helpers.synthesis_job import FAKE, SHORT, run, write_manifest
@@ -21,17 +21,26 @@ def test_a_share_of_the_sentences_is_heard(tmp_path):
             assert document["type"] == "cross_modal"
             assert prompt.text.removesuffix("\n") in CONTINUE_PICTURE[language]
             assert not prompt.trainable
-            assert sum(isinstance(element, Sound) for element in elements) == heard
-            assert sum(isinstance(element, Picture) for element in elements) == 1
-            written = "".join(element.text for element in elements if isinstance(element, Text))
+            assert sum(isinstance(element, AudioElement) for element in elements) == heard
+            assert sum(isinstance(element, ImageElement) for element in elements) == 1
+            written = "".join(element.text for element in elements if isinstance(element, TextElement))
             assert sum(sentence.strip() in written for sentence in all_of_them) == 8 - heard
-            assert all(element.trainable for element in elements if isinstance(element, Text))
-            assert not any(element.spoken or element.trainable for element in elements if isinstance(element, Sound))
+            assert all(element.trainable for element in elements if isinstance(element, TextElement))
+            assert not any(
+                element.spoken or element.trainable for element in elements if isinstance(element, AudioElement)
+            )
             for element in elements:
-                if not isinstance(element, Text):
+                if not isinstance(element, TextElement):
                     assert (tmp_path / str(share) / element.reference.path).is_file()
     made, _ = run("crossmodal", manifest, tmp_path / "first", "--order", "first", *SHORT)
-    assert [type(element) for element in parse_prompt(made[0]["text"])] == [Text, Sound, Sound, Text, Picture, Text]
+    assert [type(element) for element in parse_prompt(made[0]["text"])] == [
+        TextElement,
+        AudioElement,
+        AudioElement,
+        TextElement,
+        ImageElement,
+        TextElement,
+    ]
 
 
 def test_what_trains_whole_is_heard_in_part(tmp_path):
@@ -45,14 +54,17 @@ def test_what_trains_whole_is_heard_in_part(tmp_path):
     made, skipped = run("crossmodal", write_manifest(tmp_path, plain), tmp_path / "out", "--order", "first", *SHORT)
     assert not skipped
     story, asked = (parse_prompt(document["text"]) for document in made)
-    assert [type(element) for element in story] == [Text, Picture, Sound, Text]
-    assert [element.trainable for element in story if isinstance(element, Text)] == [False, True]
+    assert [type(element) for element in story] == [TextElement, ImageElement, AudioElement, TextElement]
+    assert [element.trainable for element in story if isinstance(element, TextElement)] == [False, True]
     assert story[-1].text.strip() == "This is sentence number two."
     roles, task, picture, sound, answer = asked
-    assert (roles, answer) == (Text("<C_Q>", trainable=True), Text("<C_A>Noise, much of it.", trainable=True))
+    assert (roles, answer) == (
+        TextElement("<C_Q>", trainable=True),
+        TextElement("<C_A>Noise, much of it.", trainable=True),
+    )
     assert (task.trainable, task.text.strip() in ANSWER_PICTURE["en"]) == (False, True)
-    assert isinstance(picture, Picture)
-    assert isinstance(sound, Sound)
+    assert isinstance(picture, ImageElement)
+    assert isinstance(sound, AudioElement)
 
 
 def test_questions_are_heard_and_answers_stay(tmp_path):
@@ -63,15 +75,15 @@ def test_questions_are_heard_and_answers_stay(tmp_path):
     system, asked = opening.text.split("<C_Q>")
     assert system == "<B_SYS>You are kind to all who ask."
     assert asked.strip() in ANSWER_PICTURE["en"]
-    assert isinstance(sound, Sound)
-    assert (answer_mark.text, answer) == ("<C_A>", Text("Noise is in it.", trainable=True))
+    assert isinstance(sound, AudioElement)
+    assert (answer_mark.text, answer) == ("<C_A>", TextElement("Noise is in it.", trainable=True))
 
 
 def test_the_track_of_a_film_stands_beside_it(tmp_path):
     write_video(tmp_path / "loud.mp4", 2.0, sound=2.0)
     write_video(tmp_path / "mute.mp4", 2.0)
     text = turn(video_tag("loud.mp4") + "What is it?", "A film.")
-    sound = image_tag("a.png") + heard_tag("s.wav")
+    sound = image_tag("a.png") + audio_tag("s.wav")
     manifest = write_manifest(
         tmp_path,
         [
@@ -82,10 +94,10 @@ def test_the_track_of_a_film_stands_beside_it(tmp_path):
     made, skipped = run("crossmodal", manifest, tmp_path / "out", *FAKE)
     assert [document["type"] for document in made] == ["cross_modal"]
     _, film, track, question, answer = parse_prompt(made[0]["text"])
-    assert (film, track) == (Video(track.reference), Sound(film.reference))
+    assert (film, track) == (VideoElement(track.reference), AudioElement(film.reference))
     assert (tmp_path / "out" / film.reference.path).read_bytes() == (tmp_path / "loud.mp4").read_bytes()
     assert question.text == "What is it?<C_A>"
-    assert answer == Text("A film.", trainable=True)
+    assert answer == TextElement("A film.", trainable=True)
     causes = ["no_track", "missing_file", "too_short", "outside_root", "no_picture", "has_sound"]
     assert [(line["id"], line["cause"]) for line in skipped] == [
         (f"d{number}", cause) for number, cause in enumerate(causes, start=1)

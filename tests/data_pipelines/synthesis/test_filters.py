@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.documents.manifest import read_manifest
-from data_pipelines.documents.prompts import Sound, parse_prompt
+from data_pipelines.documents.prompts import AudioElement, parse_prompt
 from data_pipelines.media.location import find_media
 from data_pipelines.synthesis import command
 from data_pipelines.synthesis.filters.job import FILTERS
@@ -166,13 +166,13 @@ def test_speech_is_sorted_by_its_errors(tmp_path):
     asr = sorted_["asr"][0]
     prompt, heard, answer = parse_prompt(asr["text"])
     assert asr["type"] == "asr"
-    assert isinstance(heard, Sound)
+    assert isinstance(heard, AudioElement)
     assert not heard.spoken
     assert (answer.text, answer.trainable, prompt.trainable) == ("One, two, three, four.", True, False)
     for name in ("kept", "asr"):
         for line in read_manifest(f"{name}.jsonl", tmp_path / "out"):
             for element in parse_prompt(line.document.text):
-                if isinstance(element, Sound):
+                if isinstance(element, AudioElement):
                     assert find_media(element.reference, line.document.media).path.stat().st_size > 44
 
 

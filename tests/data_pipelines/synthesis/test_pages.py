@@ -15,7 +15,7 @@ from PIL import Image
 from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.documents.document import Document
 from data_pipelines.documents.prompt_writing import parse_prompt, plain_text
-from data_pipelines.documents.prompts import Picture
+from data_pipelines.documents.prompts import ImageElement
 from data_pipelines.errors import SampleError
 from data_pipelines.synthesis import command
 from data_pipelines.synthesis.charts.drawing import draw_chart
@@ -123,7 +123,7 @@ def test_ocr_answers_are_the_text_and_interleaved_parts_are_told_once():
     assert " ".join(answers) == text
     assert len(by_type["interleaved"]) == 5
     learnt = "".join(plain_text(prompt) for prompt in by_type["interleaved"])
-    pictures = sum(isinstance(e, Picture) for prompt in by_type["interleaved"] for e in parse_prompt(prompt))
+    pictures = sum(isinstance(e, ImageElement) for prompt in by_type["interleaved"] for e in parse_prompt(prompt))
     assert pictures == 40 - learnt.count("Sentence")
     assert all(learnt.count(f"number {i} is") <= 1 for i in range(40))
     assert by_type["qa"]
@@ -273,7 +273,7 @@ def test_every_line_ends_in_an_output_or_is_skipped_with_any_number_of_workers(t
     assert sorted(one["cause"] for one in skipped) == ["bad_json", "bad_script", "bad_table"]
     for one in made:
         for element in parse_prompt(one["text"]):
-            if isinstance(element, Picture):
+            if isinstance(element, ImageElement):
                 with Image.open(BytesIO((tmp_path / "a" / element.reference.path).read_bytes())) as image:
                     assert image.width % 28 == 0
 

@@ -18,7 +18,7 @@ from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.datasets.builder import command as build
 from data_pipelines.documents.document import Document
 from data_pipelines.documents.prompt_writing import image_tag, plain_text, turn
-from data_pipelines.documents.prompts import Sound, Text, parse_prompt
+from data_pipelines.documents.prompts import AudioElement, TextElement, parse_prompt
 from data_pipelines.errors import SampleError
 from data_pipelines.media.location import Media
 from data_pipelines.synthesis.command import main
@@ -138,12 +138,12 @@ def test_loss_marks_of_intlv(count):
     """MODEL.md §8: audio_1 text_2 audio_3 text_4 ..., no loss on audio."""
     pieces = [f"{number}. " for number in range(count)]
     elements = parse_prompt(write_intlv(pieces, lambda piece: f"{piece.strip()}wav"))
-    assert [type(element) for element in elements] == [Sound, Text] * (count // 2)
+    assert [type(element) for element in elements] == [AudioElement, TextElement] * (count // 2)
     heard, written = elements[::2], elements[1::2]
     assert not any(sound.spoken or sound.trainable for sound in heard)
     assert all(text.trainable for text in written)
     whole = [text for pair in zip((sound.reference.path for sound in heard), written, strict=True) for text in pair]
-    said = [item.text if isinstance(item, Text) else item.removesuffix("wav") + " " for item in whole]
+    said = [item.text if isinstance(item, TextElement) else item.removesuffix("wav") + " " for item in whole]
     assert "".join(said) == "".join(pieces)
 
 
@@ -152,7 +152,7 @@ def test_loss_marks_of_itts(count):
     """MODEL.md §8: text_1 audio_1 text_2 audio_2 ..., loss on text and audio except the first text."""
     pieces = [f"{number}. " for number in range(count)]
     elements = parse_prompt(write_itts(pieces, lambda piece: f"{piece.strip()}wav"))
-    assert [type(element) for element in elements] == [Text, Sound] * count
+    assert [type(element) for element in elements] == [TextElement, AudioElement] * count
     assert [element.trainable for element in elements] == [False] + [True] * (2 * count - 1)
     assert all(sound.spoken for sound in elements[1::2])
     assert [text.text for text in elements[::2]] == pieces
@@ -167,7 +167,7 @@ def test_documents_of_every_job_from_text(tmp_path):
         assert (made[0]["id"], made[0]["type"]) == (first, job)
         for document in made:
             for element in parse_prompt(document["text"]):
-                if isinstance(element, Sound):
+                if isinstance(element, AudioElement):
                     info = soundfile.info(tmp_path / job / element.reference.path)
                     assert (info.samplerate, info.channels) == (16000, 1)
                     assert 0.3 < info.duration < 8
@@ -183,7 +183,7 @@ def test_documents_of_every_job_from_text(tmp_path):
     for document, sentence, language in zip(asr, sentences, ("en", "en", "zh", "zh"), strict=True):
         prompt, heard, words = parse_prompt(document["text"])
         assert prompt.text in TRANSCRIBE[language]
-        assert (heard.spoken, words) == (False, Text(sentence, trainable=True))
+        assert (heard.spoken, words) == (False, TextElement(sentence, trainable=True))
     for document, sentence, language in zip(tts, sentences, ("en", "en", "zh", "zh"), strict=True):
         prompt, spoken = parse_prompt(document["text"])
         assert prompt.text.removesuffix(sentence) in READ_ALOUD[language]

@@ -10,7 +10,7 @@ from PIL import Image
 from baichuan_omni_jax.config import tiny
 from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.datasets.builder import command as build
-from data_pipelines.media.features import patchify, resize_picture
+from data_pipelines.media.features import patchify, resize_image
 from data_pipelines.media.images import decode_image
 from data_pipelines.synthesis import command as synthesis
 from data_pipelines.text import lettering
@@ -101,7 +101,7 @@ def test_one_document_of_all_modalities(sample_pipeline):
     first = view.pictures[0]
     name = view.elements[1].reference.path
     original = decode_image(media(document.media.folder / name))
-    np.testing.assert_array_equal(first.pixels, resize_picture(original, *first.pixels.shape[:2]))
+    np.testing.assert_array_equal(first.pixels, resize_image(original, *first.pixels.shape[:2]))
 
 
 def test_the_richest_document_of_a_row(sample_pipeline):

@@ -95,12 +95,12 @@ def _decode_image(path: Path) -> None:
 def _decode_sound(path: Path) -> None:
     import numpy as np
 
-    from data_pipelines.media.audio import decode_sound, probe_sound
+    from data_pipelines.media.audio import decode_audio, probe_audio
     from data_pipelines.media.location import Media
 
     media = Media(path.name, path)
-    samples = probe_sound(media, 16000)
-    wave = decode_sound(media, samples, 16000)
+    samples = probe_audio(media, 16000)
+    wave = decode_audio(media, samples, 16000)
     assert wave.shape == (samples,)
     assert np.isfinite(wave).all()
 
