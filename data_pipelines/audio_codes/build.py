@@ -36,8 +36,7 @@ from data_pipelines.audio_codes.store import (
 )
 from data_pipelines.audio_codes.windows import MelReader, clip_sources, listed, listing_job, mixture_key
 from data_pipelines.audio_codes.writer import PART_FRAMES, create_store, part_bounds, publish, starts_of, write_part
-from data_pipelines.datasets.jobs import Job, Unit, run_job
-from data_pipelines.datasets.jobs.job import Runner
+from data_pipelines.datasets.jobs.job import Job, Runner, Unit, run_job
 from data_pipelines.datasets.jobs.local import LocalRunner
 from data_pipelines.errors import SampleError
 from data_pipelines.pipeline import Pipeline
@@ -86,12 +85,14 @@ class CodeBuildOptions:
 
 
 def store_path(pipeline: Pipeline, tokenizer: CodeEncoder) -> Path:
-    """Where the codes of a data root and a tokenizer are kept."""
+    """Returns where the codes of a data root and a tokenizer are kept."""
     return pipeline.cache / f"codes-{tokenizer.fingerprint[:12]}"
 
 
 def covers(path: Path, pipelines: Sequence[Pipeline]) -> bool:
-    """Whether the store at `path` was filled for these mixtures. Reads no medium: files that changed go unnoticed."""
+    """Returns whether the store at `path` was filled for these mixtures. Reads no medium: files that changed go
+    unnoticed.
+    """
     try:
         known = read_meta(path)["mixtures"]
     except FileNotFoundError:
@@ -109,7 +110,7 @@ def open_or_build(
     hosts: Hosts = SINGLE_HOST,
     relist: bool = False,
 ) -> CodeStore:
-    """The store at `path` with the codes of all sound of `pipelines`: as it is when it was filled for them already.
+    """Opens the store at `path` with the codes of all audio of `pipelines`; builds what is missing.
 
     With `relist` their documents are gone through in any case, so that files that changed get codes. A clip that cannot
     be decoded is named in the log and left out; its documents are then counted as `no_codes`.
@@ -159,13 +160,13 @@ def _open_or_create(path: Path, audio: AudioConfig, tokenizer: CodeEncoder, sett
 
 
 def _share_out(job: Job, runner: Runner, hosts: Hosts, report: Callable[[str], None]) -> None:
-    """Each host does its share of the units; returns when all are done."""
+    """Shares the units out among the hosts; returns when all are done."""
     mine = replace(job, units=job.units[hosts.host :: hosts.count])
     hosts.on_all_hosts(lambda: run_job(mine, runner, report) if mine.units else None)
 
 
-def _make_plan(listing: Job, store: CodeStore) -> Shaped[np.ndarray, "n"]:
-    """The windows to tokenise, memory-mapped: written by the first who asks."""
+def _make_plan(listing: Job, store: CodeStore) -> Shaped[np.ndarray, " n"]:
+    """Opens the windows to tokenize, memory-mapped; the first host writes them."""
     key = hashlib.sha256("".join(unit.fingerprint for unit in listing.units).encode()).hexdigest()[:16]
     path = listing.out / f"plan-{key}.npy"
     if not path.exists():
@@ -173,8 +174,8 @@ def _make_plan(listing: Job, store: CodeStore) -> Shaped[np.ndarray, "n"]:
     return open_table(path, REFERENCE)
 
 
-def _units(plan: Shaped[np.ndarray, "n"], store: CodeStore, tokenizer: CodeEncoder) -> list[Unit]:
-    """One for each part that the plan fills, numbered after those that the store has."""
+def _units(plan: Shaped[np.ndarray, " n"], store: CodeStore, tokenizer: CodeEncoder) -> list[Unit]:
+    """Returns one unit for each part that the plan fills, numbered after those that the store has."""
     units, part_frames = [], store.meta["part_frames"]
     for number, (first, last) in enumerate(part_bounds(plan["length"], part_frames), start=len(store.meta["parts"])):
         digest = hashlib.sha256(f"{tokenizer.fingerprint} {part_frames} {number}".encode() + plan[first:last].tobytes())
@@ -186,7 +187,7 @@ def _units(plan: Shaped[np.ndarray, "n"], store: CodeStore, tokenizer: CodeEncod
 class TokenizePart:
     """The work of the tokenising job: rows of the plan to one part of the store."""
 
-    plan: Shaped[np.ndarray, "n"]
+    plan: Shaped[np.ndarray, " n"]
     tokenizer: CodeEncoder
     mels: MelReader
     levels: int
@@ -231,7 +232,7 @@ def _publish(path: Path, job: Job, pipelines: Sequence[Pipeline], listing: Path)
 
 
 def _failures(job: Job, pipelines: Sequence[Pipeline]) -> list[int]:
-    """Rows of the plan without codes; the log names the first of them and counts all."""
+    """Returns the rows of the plan without codes; logs the first of them and counts all."""
     sources, plan, failed, causes = clip_sources(pipelines), job.work.plan, [], Counter()
     for unit in job.units:
         for row, (cause, message) in job.summary(unit)["failed"].items():
@@ -246,8 +247,8 @@ def _failures(job: Job, pipelines: Sequence[Pipeline]) -> list[int]:
     return failed
 
 
-def _entries(job: Job, part_frames: int, failed: Sequence[int]) -> Shaped[np.ndarray, "n"]:
-    """The index of what the job wrote: its plan with the place of each window, but those without codes."""
+def _entries(job: Job, part_frames: int, failed: Sequence[int]) -> Shaped[np.ndarray, " n"]:
+    """Returns the index of what the job wrote: its plan with the place of each window, but those without codes."""
     plan = job.work.plan
     entries, written = np.zeros(len(plan), ENTRY), np.ones(len(plan), bool)
     for name in ("high", "low", "window", "length"):

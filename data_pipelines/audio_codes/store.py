@@ -28,8 +28,8 @@ def key_fields(key: CodeKey) -> tuple[int, int, int]:
     return int(key[0][:16], 16), int(key[0][16:32], 16), key[1]
 
 
-def find(table: Shaped[np.ndarray, "n"], key: CodeKey) -> tuple | None:
-    """The record of `key` in a sorted table as a tuple, or None. Reads about log2(n) records."""
+def find(table: Shaped[np.ndarray, " n"], key: CodeKey) -> tuple | None:
+    """Returns the record of `key` in a sorted table as a tuple, or None. Reads about log2(n) records."""
     fields = key_fields(key)
     place = bisect_left(table, fields, key=_key_of)
     if place == len(table) or _key_of(table[place]) != fields:
@@ -41,13 +41,13 @@ def _key_of(record: np.void) -> tuple[int, int, int]:
     return record.item()[:3]
 
 
-def order_of(*tables: Shaped[np.ndarray, "_"]) -> Int64[np.ndarray, "n"]:
-    """The order that sorts the tables, one after the other, by their keys; equal ones keep theirs."""
+def order_of(*tables: Shaped[np.ndarray, " _"]) -> Int64[np.ndarray, " n"]:
+    """Returns the order that sorts the tables, one after the other, by their keys; equal ones keep theirs."""
     return np.lexsort([np.concatenate([table[name] for table in tables]) for name in ("window", "low", "high")])
 
 
-def new_records(table: Shaped[np.ndarray, "n"], known: Shaped[np.ndarray, "_"]) -> Bool[np.ndarray, "n"]:
-    """Which records of a table are the first with their key, and have one that is not in `known` either."""
+def new_records(table: Shaped[np.ndarray, " n"], known: Shaped[np.ndarray, " _"]) -> Bool[np.ndarray, " n"]:
+    """Returns which records of a table are the first with their key, and have one that is not in `known` either."""
     order = order_of(known, table)
     repeated = np.ones(max(len(order) - 1, 0), bool)
     for name, _ in _KEY:
@@ -58,14 +58,14 @@ def new_records(table: Shaped[np.ndarray, "n"], known: Shaped[np.ndarray, "_"]) 
     return new[len(known) :]
 
 
-def save_table(path: Path, table: Shaped[np.ndarray, "n"]) -> None:
+def save_table(path: Path, table: Shaped[np.ndarray, " n"]) -> None:
     """Writes a table as .npy beside its place and renames it."""
     with atomic_write(path, "wb") as file:
         np.save(file, table)
 
 
-def open_table(path: Path, dtype: np.dtype) -> Shaped[np.ndarray, "n"]:
-    """A saved table, memory-mapped. Raises OSError or ValueError when it cannot be read."""
+def open_table(path: Path, dtype: np.dtype) -> Shaped[np.ndarray, " n"]:
+    """Returns a saved table, memory-mapped. Raises OSError or ValueError when it cannot be read."""
     table = np.load(path, mmap_mode="r")
     if table.dtype != dtype or table.ndim != 1:
         raise ValueError(f"{path.name} holds {table.dtype}, not a table of {dtype.itemsize} bytes a record")
@@ -119,7 +119,7 @@ class CodeStore:
         self._open()
 
     def lookup(self, key: CodeKey) -> Int32[np.ndarray, "n q"]:
-        """Codes of one window.
+        """Returns the codes of one window.
 
         Raises KeyError for one that was never tokenised (only the caller knows its file), and SampleError
         "damaged_codes", naming the file, when what was written is not what is there.
@@ -158,7 +158,7 @@ class CodeStore:
                 raise ConfigError(f"audio code store {self.path}: frames/{name} {what}")
 
     def _parts_of(self, start: int, length: int) -> str:
-        """The file that holds a window. None lies in two."""
+        """Returns the file that holds a window. None lies in two."""
         return f"audio codes {self.path / 'frames' / part_name(start // self.meta['part_frames'])}"
 
 
@@ -174,23 +174,23 @@ def read_meta(path: Path) -> dict:
 
 
 def part_name(number: int) -> str:
-    """The file of part `number`, as zarr names it."""
+    """Returns the file of part `number`, as zarr names it."""
     return f"c.{number}.0"
 
 
 def open_frames(path: Path) -> ts.TensorStore:
-    """The array of frames, for reading. Its files are opened when they are read."""
+    """Returns the array of frames, for reading. Its files are opened when they are read."""
     spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path)}}
     context = {"cache_pool": {"total_bytes_limit": _CACHE_BYTES}}  # keeps the parts' own indexes
     return ts.open(spec | {"context": context}, open=True).result()
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 in hex. Raises OSError."""
+    """Returns a file's SHA-256 in hex. Raises OSError."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _reason(error: Exception) -> str:
-    """The last part of TensorStore's nested message: what was wrong."""
+    """Returns the last part of TensorStore's nested message: what was wrong."""
     return str(error).split(": ")[-1].partition(" [")[0]

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int64, Shaped
 
 from baichuan_omni_jax.audio.config import AudioConfig
 from data_pipelines.audio_codes.store import REFERENCE, key_fields, new_records
-from data_pipelines.datasets.jobs import Job, Unit
+from data_pipelines.datasets.jobs.job import Job, Unit
 from data_pipelines.datasets.jobs.local import HeldPool
 from data_pipelines.documents.processor import AudioItem, Processor
 from data_pipelines.errors import SampleError
@@ -40,18 +40,20 @@ class ClipSource:
         """Documents and pieces of documents, usable or not."""
         return self.index.total + len(self.index.pieces)
 
-    def with_sound(self, first: int, last: int) -> Int64[np.ndarray, "k"]:
-        """The numbers from `first` up to `last` of documents and pieces that rows can hold and that have sound."""
+    def with_sound(self, first: int, last: int) -> Int64[np.ndarray, " k"]:
+        """Returns the numbers from `first` up to `last` of documents and pieces that rows can hold and that
+        have sound.
+        """
         numbers = np.setdiff1d(np.arange(first, last), self.index.over)
         return numbers[np.array([self.index.needs(number)[_WINDOWS] > 0 for number in numbers.tolist()], bool)]
 
     def items(self, number: int) -> list[AudioItem]:
-        """The windows of sound of a document or piece. Raises SampleError."""
+        """Returns the windows of sound of a document or piece. Raises SampleError."""
         return self.processor.audio_items(self.index.document(number))
 
 
 def clip_sources(pipelines: Sequence[Pipeline]) -> tuple[ClipSource, ...]:
-    """All sources of these mixtures."""
+    """Returns all sources of these mixtures."""
     return tuple(ClipSource(index, pipeline.processor) for pipeline in pipelines for index in pipeline.indexes)
 
 
@@ -74,7 +76,9 @@ class ListClips:
         return {"windows": len(found)}
 
     def _windows(self, source: int, number: int) -> list[tuple]:
-        """A document whose media changed since it was indexed has none here: decoding it tells."""
+        """Lists the windows of one document; one whose media changed since it was indexed has none: decoding it
+        tells.
+        """
         try:
             items = self.sources[source].items(number)
             return [(*key_fields(item.key), item.window.code_frames, source, number) for item in items]
@@ -83,7 +87,7 @@ class ListClips:
 
 
 def listing_job(pipelines: Sequence[Pipeline], out: Path, documents: int = DOCUMENTS) -> Job:
-    """The job that lists the sound of these mixtures into `out`, `documents` of a source at a time."""
+    """Returns the job that lists the sound of these mixtures into `out`, `documents` of a source at a time."""
     sources = clip_sources(pipelines)
     key = hashlib.sha256(repr([mixture_key(pipeline) for pipeline in pipelines]).encode()).hexdigest()
     units = [
@@ -95,8 +99,10 @@ def listing_job(pipelines: Sequence[Pipeline], out: Path, documents: int = DOCUM
     return Job("listing sound", units, ListClips(sources), out)
 
 
-def listed(job: Job, known: Shaped[np.ndarray, "m"]) -> Shaped[np.ndarray, "n"]:
-    """The windows that a finished listing found and the index `known` lacks, each with the first document of it."""
+def listed(job: Job, known: Shaped[np.ndarray, " m"]) -> Shaped[np.ndarray, " n"]:
+    """Returns the windows that a finished listing found and the index `known` lacks, each with the first document of
+    it.
+    """
     tables = [np.load(job.out / f"{unit.name}.npy") for unit in job.units]
     table = np.concatenate([np.zeros(0, REFERENCE), *tables])
     return table[new_records(table, known)]
@@ -137,8 +143,8 @@ class MelReader:
     def __exit__(self, *_: object) -> None:
         self._stop()
 
-    def __call__(self, table: Shaped[np.ndarray, "n"]) -> Iterator[tuple[int, Outcome]]:
-        """(row, log-mel or why there is none) of every row of a table of references, in order."""
+    def __call__(self, table: Shaped[np.ndarray, " n"]) -> Iterator[tuple[int, Outcome]]:
+        """Yields (row, log-mel or why there is none) of every row of a table of references, in order."""
         for task, outcomes in self._in_order(_tasks(table)):
             yield from zip(task.rows, outcomes, strict=True)
 
@@ -192,7 +198,7 @@ class _Decoder:
     audio: AudioConfig
 
     def __call__(self, task: _Task) -> list[Outcome]:
-        """Each of the task's windows, decoded once a clip."""
+        """Decodes the task's windows, each clip once."""
         try:
             items = {key_fields(item.key): item for item in self.sources[task.source].items(task.document)}
         except SampleError as error:
@@ -227,8 +233,8 @@ def _work(task: _Task) -> list[Outcome]:
     return _decode(task)
 
 
-def _tasks(table: Shaped[np.ndarray, "n"]) -> Iterator[_Task]:
-    """Rows of the same document together, at most `WINDOWS` of them."""
+def _tasks(table: Shaped[np.ndarray, " n"]) -> Iterator[_Task]:
+    """Groups rows of the same document, at most `WINDOWS` of them."""
     group: list[tuple[int, tuple]] = []
     for row, record in _records(table):
         if group and (record[4:] != group[0][1][4:] or len(group) == WINDOWS):
@@ -239,7 +245,7 @@ def _tasks(table: Shaped[np.ndarray, "n"]) -> Iterator[_Task]:
         yield _task(group)
 
 
-def _records(table: Shaped[np.ndarray, "n"]) -> Iterable[tuple[int, tuple]]:
+def _records(table: Shaped[np.ndarray, " n"]) -> Iterable[tuple[int, tuple]]:
     return ((row, record.item()) for row, record in enumerate(table))
 
 

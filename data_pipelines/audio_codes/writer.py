@@ -36,7 +36,9 @@ CHUNK_FRAMES = 512  # what is read and checked at once
 def create_store(
     path: Path, *, fingerprint: str, codebook_sizes: tuple[int, ...], window_rule: dict, part_frames: int
 ) -> None:
-    """An empty store at `path`. Raises ConfigError when `part_frames` are not whole chunks or codes exceed int16."""
+    """Makes an empty store at `path`. Raises ConfigError when `part_frames` are not whole chunks or codes
+    exceed int16.
+    """
     if part_frames % CHUNK_FRAMES or part_frames <= 0:
         raise ConfigError(f"a part's {part_frames} frames must be a multiple of {CHUNK_FRAMES}")
     if max(codebook_sizes) > np.iinfo(np.int16).max + 1:
@@ -53,7 +55,7 @@ def create_store(
 
 
 def publish(
-    path: Path, meta: dict, index: Shaped[np.ndarray, "n"], parts: Mapping[str, tuple[int, str]], mixtures: list[str]
+    path: Path, meta: dict, index: Shaped[np.ndarray, " n"], parts: Mapping[str, tuple[int, str]], mixtures: list[str]
 ) -> None:
     """Makes `index` (any order) and `parts` (file -> size, SHA-256), old and new ones, what the store holds.
 
@@ -93,8 +95,9 @@ def write_part(folder: Path, number: int, codes: Integer[np.ndarray, "n q"], par
         return (Path(scratch) / part_name(0)).rename(folder / part_name(number))
 
 
-def part_bounds(lengths: Integer[np.ndarray, "n"], part_frames: int) -> list[tuple[int, int]]:
-    """First window and end of each part that windows of these `lengths` fill in order; none lies in two parts.
+def part_bounds(lengths: Integer[np.ndarray, " n"], part_frames: int) -> list[tuple[int, int]]:
+    """Returns the first window and the end of each part that windows of these `lengths` fill in order; none lies in two
+    parts.
 
     >>> part_bounds(np.array([300, 300, 500, 100]), 1024)
     [(0, 2), (2, 4)]
@@ -151,8 +154,8 @@ def write_codes(
         raise
 
 
-def starts_of(lengths: Integer[np.ndarray, "n"]) -> Int64[np.ndarray, "n"]:
-    """Where each of the windows begins that lie one after the other."""
+def starts_of(lengths: Integer[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
+    """Returns where each of the windows begins that lie one after the other."""
     return np.cumsum(lengths, dtype=np.int64) - lengths
 
 

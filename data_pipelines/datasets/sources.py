@@ -11,7 +11,7 @@ from typing import NamedTuple
 from baichuan_omni_jax.config import DataConfig, SourceConfig
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.storage import write_json
-from data_pipelines.datasets.shards.reader import DATASET_FILE, ShardedDataset, open_dataset, read_description
+from data_pipelines.datasets.shards import DATASET_FILE, ShardedDataset, open_dataset, read_description
 from data_pipelines.documents.document import Document
 from data_pipelines.documents.manifest import LineRange, manifest_stem, parse_line, plain_manifest
 from data_pipelines.errors import SampleError
@@ -66,12 +66,12 @@ class ManifestSource:
         return [LineRange(self._lines, self.path, self.media, *numbers) for numbers in self._survey["parts"]]
 
     def read(self, part: LineRange) -> Iterator[Entry]:
-        """The documents of a part; empty lines are passed over."""
+        """Yields the documents of a part, passing over empty lines."""
         for line in part.documents():
             yield Entry(line.offset, line.number, self.where(line.offset, line.number), line.document)
 
     def document(self, place: int, number: int) -> Document:
-        """One document. Raises SampleError `bad_json` or `bad_form` when its line is no longer what it was."""
+        """Returns one document. Raises SampleError `bad_json` or `bad_form` when its line is no longer what it was."""
         with open(self._lines, "rb") as file:
             file.seek(place)
             return parse_line(file.readline(), number, self.path, self.media)
@@ -125,13 +125,13 @@ class DatasetSource:
         return [Records(number, shard.bytes) for number, shard in enumerate(self._dataset.shards)]
 
     def read(self, part: Records) -> Iterator[Entry]:
-        """The documents of a shard."""
+        """Yields the documents of a shard."""
         for record, document in enumerate(self._dataset.documents_of(part.shard)):
             place = part.shard << 32 | record
             yield Entry(place, record, self.where(place, record), document)
 
     def document(self, place: int, number: int) -> Document:
-        """One document. Raises SampleError `bad_record` when its shard is damaged there."""
+        """Returns one document. Raises SampleError `bad_record` when its shard is damaged there."""
         return self._dataset.document(place >> 32, number)
 
     def where(self, place: int, number: int) -> str:
@@ -142,7 +142,7 @@ Source = ManifestSource | DatasetSource
 
 
 def open_source(config: DataConfig, source: SourceConfig) -> Source:
-    """The built data set or the manifest that `source` names. Raises ConfigError for one that cannot be read."""
+    """Opens the built data set or the manifest that `source` names. Raises ConfigError for one that cannot be read."""
     root = Path(config.root).expanduser()
     if (root / source.manifest / DATASET_FILE).is_file():
         return DatasetSource(source.manifest, root)
@@ -157,12 +157,12 @@ def open_source(config: DataConfig, source: SourceConfig) -> Source:
 
 
 def cache_folder(config: DataConfig) -> Path:
-    """Where tokenizer, indexes and codes of a data set are kept."""
+    """Returns where tokenizer, indexes and codes of a data set are kept."""
     return Path(config.root).expanduser() / ".cache"
 
 
 def media_root(manifest: Path, root: Path | None, trusted: Sequence[Path]) -> MediaRoot:
-    """Where the media of a manifest are: the one rule of all commands and runs.
+    """Returns where the media of a manifest are: the one rule of all commands and runs.
 
     Paths are relative to `root` or, where that is None, to the folder that the manifest lies in; of a manifest that is
     a link to the folder of the link and, for what is not there, to that of the file it leads to.
@@ -175,7 +175,7 @@ def media_root(manifest: Path, root: Path | None, trusted: Sequence[Path]) -> Me
 
 
 def trusted_folders(names: Sequence[str | Path], option: str) -> tuple[Path, ...]:
-    """The folders that links may lead to. Raises ConfigError, naming `option`, for one that is none."""
+    """Returns the folders that links may lead to. Raises ConfigError, naming `option`, for one that is none."""
     folders = [Path(name).expanduser() for name in names]
     if missing := [folder for folder in folders if not folder.is_dir()]:
         raise ConfigError(f"{option} {missing[0]} is no folder")
@@ -192,7 +192,7 @@ def _read_note(path: Path) -> dict | None:
 
 
 def _survey(path: Path) -> dict:
-    """The manifest's SHA-256 and, for each part, its first line's number, where it begins, and its bytes."""
+    """Returns the manifest's SHA-256 and, for each part, its first line's number, where it begins, and its bytes."""
     digest, parts, first, offset = hashlib.sha256(), [], 1, 0
     with path.open("rb") as file:
         while data := file.read(PART_BYTES) + file.readline():

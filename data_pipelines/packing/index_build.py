@@ -14,7 +14,7 @@ from pathlib import Path
 
 from baichuan_omni_jax.config import DataConfig, SourceConfig
 from baichuan_omni_jax.errors import ConfigError
-from data_pipelines.datasets.jobs import Job, Unit, run_job
+from data_pipelines.datasets.jobs.job import Job, Unit, run_job
 from data_pipelines.datasets.jobs.local import LocalRunner
 from data_pipelines.datasets.sources import ManifestSource, Source, cache_folder, open_source
 from data_pipelines.documents.manifest import manifest_stem

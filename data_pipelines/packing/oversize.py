@@ -21,7 +21,7 @@ import numpy as np
 from baichuan_omni_jax.config import DataConfig
 from baichuan_omni_jax.config.run import Policy
 from baichuan_omni_jax.errors import ConfigError
-from data_pipelines.datasets.jobs import Job, Unit, run_job
+from data_pipelines.datasets.jobs.job import Job, Unit, run_job
 from data_pipelines.datasets.jobs.local import LocalRunner
 from data_pipelines.documents.chunks import Ids, cut_chunks
 from data_pipelines.documents.document import Document, Lengths

@@ -2,6 +2,6 @@
 
 import sys
 
-from data_pipelines.sample.command import main
+from data_pipelines.sample.build import main
 
 sys.exit(main())

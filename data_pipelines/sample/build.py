@@ -1,8 +1,10 @@
 """Builds the sample data set: plan, make the media, write the manifests; complete when `sample.json` is there."""
 
+import argparse
 import json
 import os
 import shutil
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,11 +12,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
-from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.errors import ConfigError, exit_code
 from data_pipelines.documents.prompt_writing import plain_text
+from data_pipelines.errors import file_errors
 from data_pipelines.sample.documents import RECIPES, plan_documents
-from data_pipelines.sample.media_plan import FOLDERS, MediaPlan, produce, record
+from data_pipelines.sample.media import FOLDERS, MediaPlan, produce, record
 from data_pipelines.synthesis.speech.espeak import SAMPLE_RATE
+from data_pipelines.tools.commands import run_command
 
 VERSION = 3
 """Raised whenever the same seed would give other documents or media: an older folder is then rebuilt."""
@@ -57,7 +61,7 @@ def build_sample(out: str | Path, *, seed: int = 0, progress: bool = True) -> Pa
 
 
 def _read_summary(out: Path) -> tuple[int, int] | None:
-    """(version, seed) of a complete data set, None when there is none."""
+    """Returns (version, seed) of a complete data set, None when there is none."""
     try:
         summary = json.loads((out / SUMMARY).read_text(encoding="utf-8"))
         return summary["version"], summary["seed"]
@@ -104,3 +108,33 @@ def _summarize(plan: MediaPlan, manifests: dict[str, list[dict]], seconds: float
         "audio_seconds": round(seconds, 1),
         "text_characters": sum(len(plain_text(document["text"])) for document in documents),
     }
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments."""
+    parser.add_argument("out", metavar="OUT", type=Path, help="a new or empty folder, or an earlier sample data set")
+    parser.add_argument("--seed", type=int, default=0, help="another seed gives other documents (default 0)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Returns the exit code: 0, or 2 with one sentence when the folder or the installation cannot be used."""
+    return exit_code(lambda: _build(arguments.out, arguments.seed))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command by itself; returns the exit code."""
+    return run_command("sample", __doc__, add_arguments, run, arguments)
+
+
+def _build(folder: Path, seed: int) -> None:
+    begin = time.perf_counter()
+    with file_errors(folder):
+        out = build_sample(folder, seed=seed)
+    summary = json.loads((out / SUMMARY).read_text(encoding="utf-8"))
+    print(f"{out}: {summary['documents']} documents ({time.perf_counter() - begin:.1f} s)")
+    for kind, count in summary["by_type"].items():
+        print(f"  {kind:<18}{count:>5}")
+    print(
+        f"  {summary['images']} images, {summary['speech_clips']} speech clips, {summary['videos']} videos, "
+        f"{summary['audio_seconds']:.0f} s of sound, {summary['text_characters']} characters of text"
+    )

@@ -21,7 +21,7 @@ from data_pipelines.documents.prompt_writing import (
     video_tag,
 )
 from data_pipelines.sample import scenes, texts
-from data_pipelines.sample.media_plan import MediaPlan, VideoFile
+from data_pipelines.sample.media import MediaPlan, VideoFile
 from data_pipelines.sample.photographs import Crop
 from data_pipelines.text.splitting import split_text
 
@@ -59,7 +59,7 @@ def qa(plan: MediaPlan, rng: random.Random) -> Source:
 
 
 def interleaved(plan: MediaPlan, rng: random.Random) -> Source:
-    """Several pictures in running text, all of it trainable."""
+    """Shows several images in running text, all of it trainable."""
     language = rng.choice(LANGUAGES)
     index = LANGUAGES.index(language)
     story = texts.sentences(rng, 3)
@@ -85,7 +85,7 @@ def tts(plan: MediaPlan, rng: random.Random) -> Source:
 
 
 def s2tt(plan: MediaPlan, rng: random.Random) -> Source:
-    """Speech in one language, its translation in the other."""
+    """Pairs speech in one language with its translation in the other."""
     source, target = rng.choice([(0, 1), (1, 0)])
     pair = texts.sentence(rng)
     ask = ("将语音翻译成英文：", "将语音翻译成中文：")[target]
@@ -99,7 +99,7 @@ def aqa(plan: MediaPlan, rng: random.Random) -> Source:
 
 
 def dialogue(plan: MediaPlan, rng: random.Random) -> Source:
-    """One or two spoken questions, answered aloud: each piece of an answer is written, then spoken."""
+    """Asks one or two spoken questions, answered in speech: each piece of an answer is written, then spoken."""
     language = rng.choice(LANGUAGES)
     question, answer = texts.dialogue(rng)[LANGUAGES.index(language)]
     asks, answers = random.Random(), random.Random()
@@ -116,7 +116,7 @@ def dialogue(plan: MediaPlan, rng: random.Random) -> Source:
 
 
 def _aloud(plan: MediaPlan, rng: random.Random, answer: str, language: str) -> Source:
-    """The answer in pieces, all in one voice."""
+    """Speaks the answer in pieces, all in one voice."""
     voice = rng.getstate()
 
     def say(piece: str) -> str:
@@ -169,7 +169,7 @@ def video_qa(plan: MediaPlan, rng: random.Random) -> Source:
 
 
 def image_audio_text(plan: MediaPlan, rng: random.Random) -> Source:
-    """A picture and a spoken question about it."""
+    """Shows an image and asks a spoken question about it."""
     language = rng.choice(LANGUAGES)
     path, crop = plan.add_image(rng)
     question, answer = rng.choice(scenes.questions(crop, language))
@@ -177,7 +177,7 @@ def image_audio_text(plan: MediaPlan, rng: random.Random) -> Source:
 
 
 def video_audio_text(plan: MediaPlan, rng: random.Random) -> Source:
-    """A video with its own sound track, and a written question about either."""
+    """Shows a video with its own audio track and asks a written question about either."""
     clip = _clip(plan, rng)
     said = {"en": ("What does the voice say?", clip.track.text), "zh": ("视频里的声音说了什么？", clip.track.text)}
     question, answer = rng.choice([said[clip.language], *scenes.video_questions(clip.video, clip.language)])
@@ -193,7 +193,7 @@ def _same_place(crop: Crop, clip: VideoFile, language: str) -> scenes.Answer:
 
 
 def mixed(plan: MediaPlan, rng: random.Random, *, modalities: str) -> Source:
-    """Any of picture (i), video (v), spoken question (a) and spoken answer (s) in one turn, with text."""
+    """Mixes any of image (i), video (v), spoken question (a) and spoken answer (s) in one turn, with text."""
     language = rng.choice(LANGUAGES)
     media = Source()
     if "i" in modalities:
@@ -242,9 +242,11 @@ VIDEOS = 36
 
 
 def plan_documents(seed: int) -> tuple[MediaPlan, dict[str, list[dict[str, str]]]]:
-    """Every document of the data set by source, in manifest order, and the media they need. The same for a seed."""
+    """Plans every document of the data set by source, in manifest order, and the media they need: the same for
+    a seed.
+    """
     plan = MediaPlan()
-    plan.add_videos(random.Random(f"{seed}/films"), VIDEOS)
+    plan.add_videos(random.Random(f"{seed}/films"), VIDEOS, scenes.video_caption_text)
     manifests = {}
     for source, recipes in RECIPES.items():
         rng = random.Random(f"{seed}/{source}")

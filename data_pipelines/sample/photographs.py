@@ -71,7 +71,7 @@ class Crop:
 
 @functools.cache
 def photograph(name: str) -> Image.Image:
-    """The photograph `name` as RGB, 640x427. Raises ConfigError when scikit-learn is not installed."""
+    """Opens the photograph `name` as RGB, 640x427. Raises ConfigError when scikit-learn is not installed."""
     # Found by path: importing scikit-learn (and SciPy with it) to open two files would cost seconds.
     spec = importlib.util.find_spec("sklearn")
     if spec is None or not spec.submodule_search_locations:
@@ -102,7 +102,7 @@ def _part_pixels(photo: str, part: str) -> np.ndarray:
 
 
 def render(crop: Crop) -> Image.Image:
-    """The pixels of a crop, RGB or, for a grey one, L."""
+    """Renders the pixels of a crop, RGB or, for a grey one, L."""
     image = photograph(crop.photo).resize(crop.size, Image.Resampling.BICUBIC, box=crop.box, reducing_gap=3.0)
     if crop.mirrored:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -121,7 +121,7 @@ def _inside(crop: Crop, part: str) -> np.ndarray:
 
 
 def visible_parts(crop: Crop) -> list[str]:
-    """Parts that a viewer would name, the most prominent first.
+    """Lists the parts that a viewer would name, the most prominent first.
 
     A part counts when most of it is inside and not tiny, or when it fills a good share of the crop.
     """
@@ -137,7 +137,7 @@ def visible_parts(crop: Crop) -> list[str]:
 
 
 def absent_parts(crop: Crop, margin: int = 16) -> list[str]:
-    """Parts of either photograph that are certainly not in the crop, not even `margin` pixels outside it."""
+    """Lists the parts of either photograph that are certainly not in the crop, not even `margin` pixels outside it."""
     left, top, right, bottom = crop.box
     window = np.s_[max(0, top - margin) : bottom + margin, max(0, left - margin) : right + margin]
     here = [part for part in OUTLINES[crop.photo] if not part_mask(crop.photo, part)[window].any()]
@@ -147,7 +147,7 @@ def absent_parts(crop: Crop, margin: int = 16) -> list[str]:
 
 
 def place(crop: Crop, part: str) -> tuple[int, int] | None:
-    """Where a visible part is centred: (row, column), each 0, 1 or 2 for the thirds of the picture.
+    """Returns where a visible part is centered: (row, column), each 0, 1 or 2 for the thirds of the picture.
 
     None for a part that is in no one place: a background, or one that is not at its own centre.
     """
@@ -161,7 +161,9 @@ def place(crop: Crop, part: str) -> tuple[int, int] | None:
 
 
 def dominant_colour(crop: Crop) -> str:
-    """The commonest of red, orange, yellow, green, teal, blue, brown, white, grey, black among the crop's pixels."""
+    """Returns the commonest of red, orange, yellow, green, teal, blue, brown, white, grey, black among the crop's
+    pixels.
+    """
     image = render(crop).convert("RGB").resize((32, 32))
     hue, saturation, value = np.asarray(image.convert("HSV"), np.int32).reshape(-1, 3).T
     names = np.full(hue.shape, "grey", dtype=object)
@@ -189,7 +191,7 @@ def orientation(crop: Crop) -> str:
 
 
 def box_around(photo: str, centre: tuple[float, float], width: float, height: float) -> tuple[int, int, int, int]:
-    """A box of about this size around `centre` (x, y), moved and shrunk to lie inside the photograph."""
+    """Returns a box of about this size around `centre` (x, y), moved and shrunk to lie inside the photograph."""
     width, height = round(min(width, SIZE[0])), round(min(height, SIZE[1]))
     left = round(min(max(centre[0] - width / 2, 0), SIZE[0] - width))
     top = round(min(max(centre[1] - height / 2, 0), SIZE[1] - height))
@@ -197,14 +199,14 @@ def box_around(photo: str, centre: tuple[float, float], width: float, height: fl
 
 
 def part_centre(rng: random.Random, photo: str, part: str) -> tuple[float, float]:
-    """The place (x, y) of a random pixel of a part."""
+    """Returns the place (x, y) of a random pixel of a part."""
     pixels = _part_pixels(photo, part)
     row, column = divmod(int(pixels[rng.randrange(len(pixels))]), SIZE[0])
     return float(column), float(row)
 
 
 def random_crop(rng: random.Random, photo: str, *, grey_share: float = 0.1) -> Crop:
-    """A crop around a random part in which something can be named; 56-300 pixels a side when saved."""
+    """Draws a crop around a random part in which something can be named; 56-300 pixels a side when saved."""
     while True:
         part = rng.choice(list(OUTLINES[photo]))
         aspect = rng.choice([0.6, 0.75, 1.0, 1.0, 4 / 3, 1.5, 1.8])

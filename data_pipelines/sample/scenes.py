@@ -2,6 +2,7 @@
 
 import random
 
+from data_pipelines.sample.media import VideoPlan, view
 from data_pipelines.sample.photographs import (
     Crop,
     absent_parts,
@@ -11,7 +12,6 @@ from data_pipelines.sample.photographs import (
     place,
     visible_parts,
 )
-from data_pipelines.sample.video import VideoPlan, view
 
 Answer = tuple[str, str]
 """A question and its answer."""
@@ -67,7 +67,7 @@ def _capital(text: str) -> str:
 
 
 def known(part: str, language: str) -> str:
-    """The noun of a part already spoken of: `a calm lake` -> `the calm lake`, `一朵大花` -> `大花`."""
+    """Returns the noun of a part already spoken of: `a calm lake` -> `the calm lake`, `一朵大花` -> `大花`."""
     noun = NOUNS[part][_language(language)]
     if language == "zh":
         return noun[2:] if noun.startswith("一") else noun  # 一 and its measure word
@@ -82,7 +82,7 @@ def listing(parts: list[str], language: str) -> str:
 
 
 def caption(rng: random.Random, crop: Crop, language: str) -> str:
-    """What a crop shows, in one to three sentences."""
+    """Describes what a crop shows, in one to three sentences."""
     parts = visible_parts(crop)
     thing = listing(parts[:3], language)
     kind = orientation(crop)
@@ -98,7 +98,7 @@ def caption(rng: random.Random, crop: Crop, language: str) -> str:
 
 
 def _place_sentence(crop: Crop, language: str) -> str:
-    """Empty where no part of the crop has a place of its own."""
+    """Says where a part is; empty where no part of the crop has a place of its own."""
     part, where = _placed(crop)
     if not part:
         return ""
@@ -107,7 +107,7 @@ def _place_sentence(crop: Crop, language: str) -> str:
 
 
 def _placed(crop: Crop) -> tuple[str, tuple[str, str]]:
-    """The largest part that has a place, and the place's names; empty strings when there is none."""
+    """Returns the largest part that has a place, and the place's names; empty strings when there is none."""
     for part in visible_parts(crop):
         spot = place(crop, part)
         if spot:
@@ -130,13 +130,13 @@ def _light_sentence(crop: Crop, language: str) -> str:
 
 
 def short_caption(crop: Crop, language: str, limit: int = 2) -> str:
-    """One sentence that can be spoken in a few seconds."""
+    """Writes one sentence that can be spoken in a few seconds."""
     thing = listing(visible_parts(crop)[:limit], language)
     return f"This picture shows {thing}." if language == "en" else f"这张图片里有{thing}。"
 
 
 def questions(crop: Crop, language: str) -> list[Answer]:
-    """Every question of this module whose answer is known for the crop; they also read well aloud."""
+    """Asks every question of this module whose answer is known for the crop; they also read well aloud."""
     here, absent = visible_parts(crop), absent_parts(crop)
     light, (part, where) = LIGHT[brightness(crop)], _placed(crop)
     shape, colour = orientation(crop), dominant_colour(crop)
@@ -169,7 +169,7 @@ def questions(crop: Crop, language: str) -> list[Answer]:
 
 
 def video_caption_text(video: VideoPlan, language: str) -> str:
-    """What a video shows from its first picture to its last; short enough to be its spoken track."""
+    """Describes what a video shows from its first picture to its last; short enough to be its spoken track."""
     first, last = visible_parts(video.first)[:2], visible_parts(video.last)[:2]
     if video.move == "cut":
         if language == "zh":
@@ -186,7 +186,7 @@ def video_caption_text(video: VideoPlan, language: str) -> str:
 
 
 def video_questions(video: VideoPlan, language: str) -> list[Answer]:
-    """Questions about time and movement in a video, with their answers."""
+    """Asks questions about time and movement in a video, with their answers."""
     first, last = listing(visible_parts(video.first)[:1], language), listing(visible_parts(video.last)[:1], language)
     cut = video.move == "cut"
     if language == "zh":

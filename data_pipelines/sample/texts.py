@@ -182,23 +182,23 @@ def _fill(rng: random.Random, template: Pair) -> Pair:
 
 
 def sentence(rng: random.Random) -> Pair:
-    """One sentence of any topic: 1.5-5 s when spoken."""
+    """Writes one sentence of any topic: 1.5-5 s when spoken."""
     return _fill(rng, rng.choice(TOPICS[rng.choice(list(TOPICS))]))
 
 
 def sentences(rng: random.Random, count: int) -> list[Pair]:
-    """`count` different sentences of one topic, in the order of its table, which reads as a small story."""
+    """Writes `count` different sentences of one topic, in the order of its table, which reads as a small story."""
     templates = TOPICS[rng.choice(list(TOPICS))]
     return [_fill(rng, templates[index]) for index in sorted(rng.sample(range(len(templates)), count))]
 
 
 def join(texts: list[str], language: str) -> str:
-    """Sentences as running text: a space between English ones, none between Chinese ones."""
+    """Joins sentences as running text: a space between English ones, none between Chinese ones."""
     return (" " if language == "en" else "").join(texts)
 
 
 def paragraph(rng: random.Random, language: str) -> str:
-    """A text document: a story, sums, or questions with answers; 60-400 characters."""
+    """Writes a text document: a story, sums, or questions with answers; 60-400 characters."""
     index = ("en", "zh").index(language)
     kind = rng.choice(["story", "story", "story", "sums", "questions"])
     if kind == "story":
@@ -218,7 +218,7 @@ def _sum(rng: random.Random) -> Pair:
 
 
 def dialogue(rng: random.Random) -> tuple[Pair, Pair]:
-    """((English question, its answer), (Chinese question, its answer)); the answer is true and short."""
+    """Writes ((English question, its answer), (Chinese question, its answer)); the answer is true and short."""
     kind = rng.choice(["sum", "day", "opposite", "fact", "fact"])
     if kind == "fact":
         return rng.choice(FACTS)

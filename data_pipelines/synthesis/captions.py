@@ -11,33 +11,18 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from data_pipelines.datasets.jobs import Job
+from data_pipelines.datasets.jobs.job import Job
 from data_pipelines.documents.document import Document
 from data_pipelines.documents.prompt_writing import image_tag, turn
 from data_pipelines.documents.prompts import ImageElement, parse_prompt
 from data_pipelines.errors import SampleError
 from data_pipelines.media.images import decode_image
 from data_pipelines.media.location import Media, find_media
+from data_pipelines.synthesis.prompts import DESCRIBE_IMAGE
 from data_pipelines.synthesis.units import Draft, SynthesisTask, manifest_job
 from data_pipelines.tools.commands import load_hook
 
 NAME = "captions"
-PROMPTS = {
-    "en": (
-        "Describe the picture.",
-        "Describe this image in one or two sentences.",
-        "What can be seen in the picture?",
-        "Write a caption for this photo.",
-        "Give a detailed description of the image.",
-    ),
-    "zh": (
-        "描述这张图片。",
-        "用一两句话描述这张图。",
-        "图片里有什么？",
-        "为这张照片写一句说明。",
-        "详细描述这张图片的内容。",
-    ),
-}
 
 
 @runtime_checkable
@@ -45,7 +30,9 @@ class Captioner(Protocol):
     """What writes captions. The same arguments should give the same caption, in every process and in any order."""
 
     def caption(self, image: np.ndarray, prompt: str, language: str) -> str:
-        """What `prompt` asks of `image`, RGB uint8 (height, width, 3), in `language` ("en", "zh")."""
+        """Returns the caption that `prompt` asks of `image`, RGB uint8 (height, width, 3), in `language` ("en",
+        "zh").
+        """
 
 
 @dataclass(frozen=True)
@@ -58,15 +45,21 @@ class CaptionConfig:
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """The job's own options."""
+    """Adds the task's own options."""
     add = parser.add_argument
     add("--captioner", metavar="MODULE:FACTORY", required=True, help="what returns an object with a method caption")
-    add("--languages", nargs="+", choices=tuple(PROMPTS), default=tuple(PROMPTS), help="a caption in each (en zh)")
+    add(
+        "--languages",
+        nargs="+",
+        choices=tuple(DESCRIBE_IMAGE),
+        default=tuple(DESCRIBE_IMAGE),
+        help="a caption in each (en zh)",
+    )
     add("--seed", type=int, default=0, help="another seed chooses other prompts (default 0)")
 
 
 def make_job(options: Namespace) -> Job:
-    """The job of `options`. Raises ConfigError when the captioner cannot be loaded."""
+    """Makes the job of `options`. Raises ConfigError when the captioner cannot be loaded."""
     settings = CaptionConfig(options.captioner, tuple(sorted(set(options.languages))), options.seed)
     _load(settings)
     return manifest_job(NAME, partial(make_captions, settings=settings), options, repr(astuple(settings)))
@@ -93,7 +86,7 @@ def make_captions(document: Document, draft: Draft, settings: CaptionConfig) -> 
             continue
         path = ""
         for language in settings.languages:
-            prompt = rng.choice(PROMPTS[language])
+            prompt = rng.choice(DESCRIBE_IMAGE[language])
             try:
                 words = _ask(captioner, image, prompt, language, media)
             except SampleError as error:

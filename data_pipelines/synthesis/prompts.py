@@ -34,6 +34,41 @@ ANSWER_PICTURE = {
 """The same for a conversation."""
 
 
+DESCRIBE_IMAGE = {
+    "en": (
+        "Describe the picture.",
+        "Describe this image in one or two sentences.",
+        "What can be seen in the picture?",
+        "Write a caption for this photo.",
+        "Give a detailed description of the image.",
+    ),
+    "zh": (
+        "描述这张图片。",
+        "用一两句话描述这张图。",
+        "图片里有什么？",
+        "为这张照片写一句说明。",
+        "详细描述这张图片的内容。",
+    ),
+}
+READ_PAGE = {
+    "en": (
+        "Read the text in the picture.",
+        "What does the picture say?",
+        "Transcribe all text of this page.",
+        "Extract the text from this image.",
+    ),
+    "zh": ("读出图片中的文字。", "图片上写了什么？", "请转写这一页的全部文字。", "提取这张图片里的文字。"),
+}
+DESCRIBE_CHART = {
+    "en": ("Describe the chart.", "What does this chart show?", "Summarise the figure."),
+    "zh": ("描述这张图表。", "这张图表说明了什么？", "概括这张图的内容。"),
+}
+TRANSCRIBE_CHART = {
+    "en": ("Write the data of the chart as a table.", "Turn the chart into comma-separated values."),
+    "zh": ("把图表中的数据写成表格。", "将这张图表转换为逗号分隔的数据。"),
+}
+
+
 def choose_prompt(prompts: dict[str, tuple[str, ...]], language: str, rng: random.Random) -> str:
-    """A prompt in the language of the text; for a text in another one, in either."""
+    """Chooses a prompt in the language of the text; for a text in another one, in either."""
     return rng.choice(prompts.get(language) or [prompt for choices in prompts.values() for prompt in choices])

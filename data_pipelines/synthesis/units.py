@@ -19,7 +19,7 @@ from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.storage import atomic_write
 from data_pipelines.datasets.builder.build import UNPACKED, list_sources
 from data_pipelines.datasets.builder.plan import Manifest, unpack
-from data_pipelines.datasets.jobs import Job, Unit
+from data_pipelines.datasets.jobs.job import Job, Unit
 from data_pipelines.documents.document import Document
 from data_pipelines.documents.manifest import LineRange, is_blank, open_manifest
 from data_pipelines.documents.prompt_writing import Source
@@ -44,7 +44,7 @@ class Draft:
     _media: dict[str, bytes | Media] = field(default_factory=dict)
 
     def add(self, text: Source, type: str, part: str = "") -> None:
-        """A new document. `part` names the manifest it goes to (default: the job's own).
+        """Adds a new document. `part` names the manifest it goes to (default: the job's own).
 
         Its id is the source's with the part's name behind it, and a number from the second document of a part on.
         """
@@ -150,7 +150,7 @@ class MakeDocuments:
 
 
 def add_job_arguments(parser: ArgumentParser) -> None:
-    """The arguments that every job has."""
+    """Adds the arguments that every task has."""
     parser.add_argument("manifests", metavar="MANIFEST", type=Path, nargs="+", help="JSONL; also .gz or .zst")
     add_media_arguments(parser)
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="manifests and media go there")
@@ -160,12 +160,12 @@ def add_job_arguments(parser: ArgumentParser) -> None:
 
 
 def manifest_job(name: str, maker: Maker, options: Namespace, settings: str) -> Job:
-    """The job that puts every document of `options.manifests` through `maker`; see `manifest_units`."""
+    """Makes the job that puts every document of `options.manifests` through `maker`; see `manifest_units`."""
     return Job(name, manifest_units(name, options, settings), MakeDocuments(name, maker), options.out)
 
 
 def manifest_units(name: str, options: Namespace, settings: str) -> tuple[Unit, ...]:
-    """The documents of `options.manifests` in units of `options.unit`, whose contents are `LineRange`s.
+    """Cuts the documents of `options.manifests` into units of `options.unit`, whose contents are `LineRange`s.
 
     `settings` says all that, besides the documents, decides what comes out: a unit whose lines or settings changed is
     done again. Raises ConfigError for a manifest that cannot be read, is given twice, or lies where the job writes.
@@ -212,7 +212,7 @@ def assemble(job: Job, summaries: Sequence[dict]) -> dict[str, Counter]:
 
 
 def add_up(summaries: Sequence[dict], keys: Sequence[str]) -> dict[str, Counter]:
-    """The counts of all units under each of the keys of their summaries."""
+    """Adds up the counts of all units under each of the keys of their summaries."""
     return {key: sum((Counter(one[key]) for one in summaries), Counter()) for key in keys}
 
 
@@ -227,13 +227,13 @@ def join_part(job: Job, part: str, name: str) -> None:
 
 
 def explain(where: str, document: Document | SampleError, error: SampleError) -> dict:
-    """A line of the skipped documents."""
+    """Makes a line of the skipped documents."""
     identifier = document.id if isinstance(document, Document) else None
     return {"id": identifier, "where": where, "cause": error.cause, "message": str(error)}
 
 
 def json_line(values: dict) -> str:
-    """A line of a manifest."""
+    """Writes a line of a manifest."""
     return json.dumps(values, ensure_ascii=False) + "\n"
 
 

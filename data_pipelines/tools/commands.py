@@ -41,7 +41,7 @@ def run_command(
 
 
 def run_job_command(command: Callable[[], None], out: Path) -> int:
-    """The exit code of a command that runs a job into the folder `out`: as `exit_code`, and 130 after Ctrl-C."""
+    """Runs a command whose job writes into the folder `out`; returns its exit code, 130 after Ctrl-C."""
 
     def run() -> None:
         with file_errors(out):
@@ -68,12 +68,12 @@ def add_media_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def trusted_from_options(options: argparse.Namespace) -> list[Path]:
-    """The folders of `--trust`, or the file system's root where none was given."""
+    """Returns the folders of `--trust`, or the file system's root where none was given."""
     return options.trust or [Path("/")]
 
 
 def root_from_options(options: argparse.Namespace) -> Path | None:
-    """The folder of `--root`. Raises ConfigError where it is none."""
+    """Returns the folder of `--root`. Raises ConfigError where it is none."""
     if options.root is None:
         return None
     root = options.root.expanduser()
@@ -83,7 +83,7 @@ def root_from_options(options: argparse.Namespace) -> Path | None:
 
 
 def skipped_lines(path: Path) -> Iterator[tuple[str, str, str]]:
-    """(where, cause, message) of each line of a file of skipped documents."""
+    """Yields (where, cause, message) of each line of a file of skipped documents."""
     with path.open(encoding="utf-8") as file:
         for line in file:
             values = json.loads(line)
@@ -94,7 +94,8 @@ RUNNERS = ("local", "beam")
 
 
 def make_runner(name: str, workers: int, beam_arguments: Sequence[str] = ()) -> Runner:
-    """The runner called `name`, with `workers` processes (0: in this one); `beam_arguments` are Beam's own options.
+    """Makes the runner called `name`, with `workers` processes (0: in this one); `beam_arguments` are Beam's own
+    options.
 
     Raises ConfigError for an unknown name, for fewer than 0 workers, and when Apache Beam is asked for and missing.
     """
@@ -121,13 +122,13 @@ def add_runner_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def runner_from_options(options: argparse.Namespace) -> Runner:
-    """The runner that parsed arguments ask for. Raises ConfigError as `make_runner`."""
+    """Returns the runner that parsed arguments ask for. Raises ConfigError as `make_runner`."""
     return make_runner(options.runner, options.workers, shlex.split(options.beam_args))
 
 
 @lru_cache(maxsize=8)
 def load_hook(option: str, name: str, *methods: str) -> object:
-    """What the factory called `name` returns, made once a process; `option` names where it was given.
+    """Loads what the factory called `name` returns, made once a process; `option` names where it was given.
 
     Raises ConfigError when there is none, or when what it returns lacks one of `methods`.
     """
@@ -143,7 +144,9 @@ def load_hook(option: str, name: str, *methods: str) -> object:
 
 
 def load_function(option: str, name: str, word: str = "function") -> Callable:
-    """What is called `name`, `package.module:function`. Raises ConfigError when there is none; it is called `word`."""
+    """Loads what is called `name`, `package.module:function`. Raises ConfigError when there is none; it is called
+    `word`.
+    """
     module, separator, function = name.partition(":")
     if not (module and separator and function):
         raise ConfigError(f"{option} {name}: not of the form package.module:{word}")

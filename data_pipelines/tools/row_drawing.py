@@ -110,7 +110,7 @@ def _headline(text: str, notes: list[str] = (), size: int = 15) -> Block:
 
 
 def _legend(colours: dict) -> Block:
-    """A line a strip, in the order of the strips."""
+    """Draws a line a strip, in the order of the strips."""
     types = [Patch(facecolor=colour, label=kind or "no type") for kind, colour in colours.items()]
     lines = [
         ("document", types),
@@ -169,7 +169,7 @@ def _strips(page: Page, bottom: float, height: float, row: RowView, colours: dic
 
 
 def _segment(page: Page, axes, segment, colours: dict) -> None:
-    """A document's box with its id in it where there is room, and its edges drawn through all strips."""
+    """Draws a document's box with its id in it where there is room, and its edges drawn through all strips."""
     width = segment.stop - segment.start
     colour = colours[segment.document.type]
     axes.add_patch(Rectangle((segment.start, 2.06), width, 0.88, facecolor=colour, edgecolor="white", linewidth=1))
@@ -198,7 +198,7 @@ def _document(view: DocumentView, colours: dict) -> list[Block]:
 
 
 def _prompt(view: DocumentView) -> Block:
-    """The prompt's elements, one a line; what is to be learnt is marked."""
+    """Draws the prompt's elements, one a line; what is to be learnt is marked."""
     shown, left_out = view.elements[:MOST_LINES], len(view.elements) - MOST_LINES
 
     def draw_it(page: Page, bottom: float) -> None:
@@ -218,7 +218,7 @@ def _prompt(view: DocumentView) -> Block:
 
 
 def _pictures(pictures: list[PictureView]) -> list[Block]:
-    """Pictures to one scale, with the number of each visual token in its cell of 2 x 2 patches."""
+    """Draws images to one scale, with the number of each visual token in its cell of 2 x 2 patches."""
     shown = pictures[:MOST_PICTURES]
     title = "Pictures, put together again from their patches; in each cell of 2 x 2 patches the number of its token"
     if len(pictures) > len(shown):
@@ -287,7 +287,7 @@ def _caption(text: str) -> Block:
 
 
 def _runs(flags: np.ndarray) -> list[tuple[int, int]]:
-    """(start, stop) of each run of True."""
+    """Returns (start, stop) of each run of True."""
     edges = np.flatnonzero(np.diff(np.concatenate([[0], flags.astype(np.int8), [0]])))
     return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
 

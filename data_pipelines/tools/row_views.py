@@ -48,12 +48,12 @@ class RowView:
     """One packed row of t slots: its documents, what each slot holds and predicts, {budget: (used, size)}."""
 
     segments: list[Segment]
-    contents: Int32[np.ndarray, "t"]
-    losses: Int32[np.ndarray, "t"]
+    contents: Int32[np.ndarray, " t"]
+    losses: Int32[np.ndarray, " t"]
     fill: dict[str, tuple[int, int]]
 
     def describe_fill(self) -> str:
-        """How full each budget is: `tokens 1010/1024 (99 %), ...`."""
+        """Describes how full each budget is: `tokens 1010/1024 (99 %), ...`."""
         return ", ".join(
             f"{name.replace('_', ' ')} {used}/{size} ({100 * used / size:.0f} %)"
             for name, (used, size) in self.fill.items()
@@ -113,7 +113,7 @@ class BlankCodes:
 
 
 def view_rows(pipeline: Pipeline, rows: int) -> tuple[list[RowView], list[str]]:
-    """The mixture's first `rows` rows as a run would pack them, and a line about each document lost on the way.
+    """Packs the mixture's first `rows` rows as a run would pack them, and a line about each document lost on the way.
 
     Fewer rows when the row plan ends before. Raises ConfigError for a source without usable documents.
     """
@@ -126,7 +126,7 @@ def view_rows(pipeline: Pipeline, rows: int) -> tuple[list[RowView], list[str]]:
 
 
 def find_document(pipeline: Pipeline, name: str) -> Document:
-    """The document with id `name`. Raises ConfigError when no manifest has it."""
+    """Finds the document with id `name`. Raises ConfigError when no manifest has it."""
     for index in pipeline.indexes:
         for part in index.source.parts:
             for entry in index.source.read(part):
@@ -136,7 +136,9 @@ def find_document(pipeline: Pipeline, name: str) -> Document:
 
 
 def richest_document(row: RowView) -> Document:
-    """The document of a row that has most modalities; of several the longest. Raises ConfigError for an empty row."""
+    """Chooses the document of a row that has most modalities; of several the longest. Raises ConfigError for an empty
+    row.
+    """
     if not row.segments:
         raise ConfigError("the first row is empty: none of its documents could be decoded")
 
@@ -148,7 +150,7 @@ def richest_document(row: RowView) -> Document:
 
 
 def view_document(document: Document, processor: Processor) -> DocumentView:
-    """One document by itself. Raises ConfigError when it cannot be used, saying why."""
+    """Returns one document by itself. Raises ConfigError when it cannot be used, saying why."""
     try:
         encoded = processor.encode(document, BlankCodes(processor, [document]))
         mels = _mels(document, processor)
@@ -159,7 +161,7 @@ def view_document(document: Document, processor: Processor) -> DocumentView:
 
 
 def describe(element: Element | Ids) -> tuple[int, str, bool]:
-    """(what it is, its text or file, whether it is to be learnt) of one element of a prompt."""
+    """Returns (what it is, its text or file, whether it is learned) of one element of a prompt."""
     if isinstance(element, TextElement):
         return TEXT, element.text, element.trainable
     if isinstance(element, Ids):
@@ -176,7 +178,7 @@ def describe(element: Element | Ids) -> tuple[int, str, bool]:
 def reassemble(
     patches: UInt8[np.ndarray, "p v"], grid: Int32[np.ndarray, "p 2"], patch: int
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Every patch put where its (row, column) says: a picture only if order and layout of the patches are right."""
+    """Puts every patch where its (row, column) says: a picture only if order and layout of the patches are right."""
     height, width = (grid.max(0) + 1) * patch
     pixels = np.zeros((height, width, 3), np.uint8)
     for values, (row, column) in zip(patches, grid * patch, strict=True):
@@ -202,7 +204,7 @@ def _view_row(batch: Batch, row: int, indexes: tuple[Index, ...], omni: OmniConf
     return RowView(segments, _contents(batch, row, omni), _losses(batch, row), _fill(batch, row, budgets))
 
 
-def _contents(batch: Batch, row: int, omni: OmniConfig) -> Int32[np.ndarray, "t"]:
+def _contents(batch: Batch, row: int, omni: OmniConfig) -> Int32[np.ndarray, " t"]:
     tokens, ids = batch["tokens"][row], omni.tokens
     contents = np.where(batch["segment_ids"][row] > 0, TEXT, PADDING)
     starts = [ids.audio_start, ids.audiogen_start]
@@ -217,7 +219,7 @@ def _contents(batch: Batch, row: int, omni: OmniConfig) -> Int32[np.ndarray, "t"
     return contents.astype(np.int32)
 
 
-def _losses(batch: Batch, row: int) -> Int32[np.ndarray, "t"]:
+def _losses(batch: Batch, row: int) -> Int32[np.ndarray, " t"]:
     losses = np.where(batch["text_weights"][row] > 0, TEXT_LOSS, NO_LOSS)
     losses[_used(batch["audio_target_index"][row], len(losses))] = AUDIO_LOSS
     return losses.astype(np.int32)
@@ -233,7 +235,7 @@ def _fill(batch: Batch, row: int, budgets: Budgets) -> dict[str, tuple[int, int]
     return {name: (count, getattr(budgets, name)) for name, count in used.items()}
 
 
-def _used(slots: Int32[np.ndarray, "n"], length: int) -> Int32[np.ndarray, "m"]:
+def _used(slots: Int32[np.ndarray, " n"], length: int) -> Int32[np.ndarray, " m"]:
     return slots[slots < length]
 
 

@@ -24,9 +24,8 @@ from baichuan_omni_jax.config.loss_shares import shares_table
 from baichuan_omni_jax.errors import ConfigError, exit_code
 from data_pipelines.datasets.builder.build import PARTS, SKIPPED_FILE, list_sources
 from data_pipelines.datasets.builder.plan import RANGE, Manifest, unpack
-from data_pipelines.datasets.jobs import Job, Unit, run_job
-from data_pipelines.datasets.shards.reader import read_description
-from data_pipelines.datasets.shards.record import SUFFIX
+from data_pipelines.datasets.jobs.job import Job, Unit, run_job
+from data_pipelines.datasets.shards import SUFFIX, read_description
 from data_pipelines.datasets.sources import ANY_FOLDER
 from data_pipelines.documents.manifest import split_manifest
 from data_pipelines.errors import SampleError, describe_causes, first_of_causes
@@ -182,7 +181,7 @@ def _measure_manifests(sources: Sequence[Manifest], workers: int) -> tuple[list[
 
 
 def measure_range(unit: Unit, folder: Path) -> dict:
-    """The work on a range of manifest lines: measures of its documents.
+    """Measures the documents of a range of manifest lines.
 
     Returns {"causes": how many are skipped, by cause, "examples": (where, cause, message) of the first of each}.
     """
@@ -201,7 +200,7 @@ def measure_range(unit: Unit, folder: Path) -> dict:
 
 
 def quantities(measures: Measures) -> list[Quantity]:
-    """All that is measured of documents and media, those without a value too."""
+    """Lists all that is measured of documents and media, those without a value too."""
     types = measures.media_type()
     stills, video, sound = (np.isin(measures.kind, _numbers(kinds)) for kinds in (_STILLS, _VIDEO, _SOUNDS))
     side = np.sqrt(measures.height.astype(np.float64) * measures.width)
@@ -224,7 +223,7 @@ def _numbers(kinds: Sequence[str]) -> list[int]:
 
 
 def modality_table(measures: Measures) -> Table:
-    """How many documents and media of each kind there are, by type."""
+    """Tabulates how many documents and media of each kind there are, by type."""
     table = _table("documents and media", "documents", *KINDS, "video h", "heard h", "spoken h", "MiB")
     types = measures.media_type()
     for number, name in [*enumerate(measures.types), (None, "all")]:
@@ -239,7 +238,7 @@ def modality_table(measures: Measures) -> Table:
 
 
 def distribution_table(quantity: Quantity, types: Sequence[str]) -> Table:
-    """Percentiles of a quantity, by type."""
+    """Tabulates percentiles of a quantity, by type."""
     table = _table(quantity.name, "count", "mean", *(f"{percent} %" for percent in PERCENTILES[:-1]), "most")
     for number, name in [*enumerate(types), (None, "all")]:
         values = quantity.values if number is None else quantity.values[quantity.types == number]

@@ -28,9 +28,8 @@ import numpy as np
 
 from baichuan_omni_jax.errors import ConfigError, exit_code
 from data_pipelines.datasets.builder.plan import first_of_same_id
-from data_pipelines.datasets.jobs import Job, Unit
-from data_pipelines.datasets.jobs.job import Progress, Runner
-from data_pipelines.datasets.shards.reader import Shard, ShardedDataset, open_dataset
+from data_pipelines.datasets.jobs.job import Job, Progress, Runner, Unit
+from data_pipelines.datasets.shards import Shard, ShardedDataset, open_dataset
 from data_pipelines.documents.document import Document
 from data_pipelines.documents.prompts import (
     Element,
@@ -158,7 +157,7 @@ def _writable(folder: Path) -> Path | None:
 
 
 def check_shard(unit: Unit, folder: Path) -> dict:
-    """The work on one shard. Returns {"problems": [...], "ids": hashes of the records' ids, 32 hex digits each}."""
+    """Checks one shard. Returns {"problems": [...], "ids": hashes of the records' ids, 32 hex digits each}."""
     dataset, number = unit.content
     shard = dataset.shards[number]
     problems = [*_check_file(dataset.folder / shard.file, shard)]

@@ -4,7 +4,7 @@ from argparse import ArgumentParser
 
 import numpy as np
 
-from data_pipelines.datasets.jobs import Job
+from data_pipelines.datasets.jobs.job import Job
 from data_pipelines.synthesis.units import SynthesisTask, add_job_arguments
 
 

@@ -21,10 +21,16 @@ import numpy as np
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.storage import atomic_write
 from data_pipelines.datasets.builder.plan import Manifest, PlannedLines, first_of_same_id, plan_lines, unpack
-from data_pipelines.datasets.jobs import Job, Unit, run_job
-from data_pipelines.datasets.jobs.job import Runner, hold, refuse_foreign, remove_unit
-from data_pipelines.datasets.shards.reader import DATASET_FILE, Shard, read_description, write_description
-from data_pipelines.datasets.shards.record import OPTIONS, SCHEMA, SUFFIX, ShardWriter
+from data_pipelines.datasets.jobs.job import Job, Runner, Unit, hold, refuse_foreign, remove_unit, run_job
+from data_pipelines.datasets.shards import (
+    DATASET_FILE,
+    OPTIONS,
+    SUFFIX,
+    Shard,
+    ShardWriter,
+    read_description,
+    write_description,
+)
 from data_pipelines.datasets.sources import ANY_FOLDER, media_root, trusted_folders
 from data_pipelines.documents.conversation import misses_marks
 from data_pipelines.documents.document import Document
@@ -53,7 +59,7 @@ class ShardLines:
 
 
 def build_shard(unit: Unit, folder: Path) -> dict:
-    """The work on one shard: `NAME.array_record`, `parts/NAME.npz`, `parts/NAME.skipped.jsonl` below `folder`.
+    """Builds one shard: `NAME.array_record`, `parts/NAME.npz`, `parts/NAME.skipped.jsonl` below `folder`.
 
     Returns {"documents", "unmarked" (of them, conversations that are spoken without the marks of such), "types" (sums
     by type), "skipped" (counts by cause)}. A document that cannot be used is
@@ -100,7 +106,7 @@ def _add(document: Document | SampleError, double: str | None, writer: ShardWrit
 
 
 def gather(document: Document) -> Document:
-    """The document with its media in memory under the names that its text uses.
+    """Reads the media of a document into memory under the names that its text uses.
 
     Media that stand in the text as base64 get the names `base64-1`, ... and are named in the text instead. Raises
     SampleError as `parse_prompt` and `find_media`, and "too_big_media" when there are too many bytes for one record.
@@ -184,7 +190,8 @@ def build_dataset(
 
 
 def list_sources(manifests: Sequence[Path], root: Path | None, trusted: Sequence[Path] = ANY_FOLDER) -> list[Manifest]:
-    """The manifests with the shortest names that tell them apart: paths from the folder that all of them are in.
+    """Returns the manifests with the shortest names that tell them apart: paths from the folder that all of them are
+    in.
 
     Media paths are relative to `root`, or to each manifest's folder; links may lead to the folders of `trusted`
     (`sources.media_root`). Raises ConfigError when one is given twice, or `root` or a trusted folder is no folder.
@@ -208,7 +215,7 @@ def list_sources(manifests: Sequence[Path], root: Path | None, trusted: Sequence
 
 
 def _shards(sources: Sequence[Manifest], lines: Sequence[PlannedLines], documents: int, size: int) -> list[Unit]:
-    """The units of the job: the lines of each source cut into shards."""
+    """Cuts the lines of each manifest into shards: the units of the job."""
     double, first = first_of_same_id(np.concatenate([own.ids for own in lines]))
     starts = np.cumsum([0, *map(len, lines)])
 
@@ -236,7 +243,7 @@ def _shards(sources: Sequence[Manifest], lines: Sequence[PlannedLines], document
 
 
 def _cuts(sizes: np.ndarray, documents: int, size: int) -> Iterator[tuple[int, int]]:
-    """Consecutive lines [begin, end): at most `documents`, and `size` bytes unless one line has more.
+    """Cuts consecutive lines [begin, end): at most `documents`, and `size` bytes unless one line has more.
 
     >>> list(_cuts(np.array([3, 3, 3, 9, 1]), 3, 6))
     [(0, 2), (2, 3), (3, 4), (4, 5)]
@@ -279,7 +286,7 @@ def _describe_shards(job: Job, summaries: Sequence[dict]) -> list[Shard]:
 
 
 def _sum(summaries: Sequence[dict]) -> dict:
-    """What the shards hold in all, by type and together."""
+    """Sums up what the shards hold, by type and together."""
     types: dict[str, Counter] = {}
     for summary in summaries:
         for name, sums in summary["types"].items():

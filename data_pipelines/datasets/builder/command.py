@@ -5,6 +5,7 @@ it was when the same command is given again, and one whose manifests or media ch
 """
 
 import argparse
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -94,3 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command by itself; returns the exit code."""
     return run_command("build", __doc__, add_arguments, run, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -15,8 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Int64, UInt64
 
 from baichuan_omni_jax.errors import ConfigError
-from data_pipelines.datasets.jobs import Job, Unit, run_job
-from data_pipelines.datasets.jobs.job import Runner
+from data_pipelines.datasets.jobs.job import Job, Runner, Unit, run_job
 from data_pipelines.documents.document import Document
 from data_pipelines.documents.manifest import parse_line, plain_manifest, split_manifest
 from data_pipelines.documents.prompts import TextElement, parse_prompt
@@ -40,7 +39,7 @@ class Manifest:
     lines: Path
 
     def state(self) -> list[int]:
-        """Size and time of change. Raises ConfigError when the file is gone."""
+        """Returns size and time of change. Raises ConfigError when the file is gone."""
         try:
             status = self.path.stat()
         except OSError as error:
@@ -49,7 +48,9 @@ class Manifest:
 
 
 def unpack(sources: Sequence[Manifest], folder: Path) -> list[Manifest]:
-    """The sources, what compressed ones hold in files in `folder`. Raises ConfigError for one that cannot be read."""
+    """Unpacks what compressed manifests hold into files in `folder`; returns all of them. Raises ConfigError for one
+    that cannot be read.
+    """
     return [replace(source, lines=plain_manifest(source.path, source.name, folder)) for source in sources]
 
 
@@ -61,9 +62,9 @@ class PlannedLines:
     together with size and time of change of the files it names.
     """
 
-    numbers: Int64[np.ndarray, "n"]
-    offsets: Int64[np.ndarray, "n"]
-    sizes: Int64[np.ndarray, "n"]
+    numbers: Int64[np.ndarray, " n"]
+    offsets: Int64[np.ndarray, " n"]
+    sizes: Int64[np.ndarray, " n"]
     ids: UInt64[np.ndarray, "n 2"]
     contents: UInt64[np.ndarray, "n 2"]
 
@@ -75,7 +76,7 @@ _COLUMNS = ("numbers", "offsets", "sizes", "ids", "contents")
 
 
 def plan_lines(sources: Sequence[Manifest], folder: Path, runner: Runner) -> list[PlannedLines]:
-    """The lines of each source. `folder` holds what is known until it is done, and is then removed.
+    """Lists the lines of each manifest. `folder` holds what is known until it is done, and is then removed.
 
     Raises ConfigError when a manifest cannot be read, or changes meanwhile.
     """
@@ -96,7 +97,7 @@ def plan_lines(sources: Sequence[Manifest], folder: Path, runner: Runner) -> lis
 
 
 def _plan_range(unit: Unit, folder: Path) -> dict:
-    """The work on one range of lines."""
+    """Does the work on one range of lines: writes its columns."""
     lines, rows = unit.content, []
     for number, offset, line in lines.lines():
         try:
@@ -114,7 +115,7 @@ def _plan_range(unit: Unit, folder: Path) -> dict:
 
 
 def _look_up(document: Document) -> tuple[int, str]:
-    """Bytes of the media that stand in files, and what tells whether these files are still the same."""
+    """Returns the bytes of the media that stand in files, and what tells whether these files are still the same."""
     try:
         elements = parse_prompt(document.text)
     except SampleError:
@@ -151,8 +152,8 @@ def _empty() -> dict:
     return {name: np.zeros(0, np.int64) for name in _COLUMNS[:3]} | {name: _hashes([]) for name in _COLUMNS[3:]}
 
 
-def first_of_same_id(ids: UInt64[np.ndarray, "n 2"]) -> tuple[Bool[np.ndarray, "n"], Int64[np.ndarray, "n"]]:
-    """Which documents have the id of an earlier one, and the number of the first with its id for every one.
+def first_of_same_id(ids: UInt64[np.ndarray, "n 2"]) -> tuple[Bool[np.ndarray, " n"], Int64[np.ndarray, " n"]]:
+    """Returns which documents have the id of an earlier one, and the number of the first with its id for every one.
 
     >>> first_of_same_id(np.array([[1, 2], [3, 4], [1, 2], [0, 0], [0, 0]], np.uint64))
     (array([False, False,  True, False, False]), array([0, 1, 0, 3, 4]))

@@ -24,10 +24,8 @@ from typing import Any
 
 from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.datasets.builder.build import remove_outdated
-from data_pipelines.datasets.jobs import Job, Unit, run_job
-from data_pipelines.datasets.jobs.job import Runner, hold, refuse_foreign
-from data_pipelines.datasets.shards.reader import Shard, write_description
-from data_pipelines.datasets.shards.record import SUFFIX, ShardWriter
+from data_pipelines.datasets.jobs.job import Job, Runner, Unit, hold, refuse_foreign, run_job
+from data_pipelines.datasets.shards import SUFFIX, Shard, ShardWriter, write_description
 from data_pipelines.documents.document import Document
 from data_pipelines.documents.token_ids import pack_ids
 from data_pipelines.tokenizers.special_tokens import TOKENS_END, TOKENS_START, TRAINABLE_END, TRAINABLE_START
@@ -83,7 +81,7 @@ class CacheShard:
 
 
 def deal(rates: Mapping[str, float], documents: int | None) -> Iterator[str]:
-    """The task of each of `documents` documents (None: endless): next is the one furthest behind its rate.
+    """Yields the task of each of `documents` documents (None: endless): next is the one furthest behind its rate.
 
     >>> "".join(deal({"a": 3.0, "b": 1.0}, 8))
     'aaabaaab'
@@ -101,7 +99,7 @@ def deal(rates: Mapping[str, float], documents: int | None) -> Iterator[str]:
 def document_of(
     example: Mapping[str, Any], task: str, where: str, fingerprint: str
 ) -> tuple[Document, dict[str, bytes]]:
-    """An example as a document that refers to its ids, and the ids."""
+    """Writes an example as a document that refers to its ids, and the ids."""
     media = {name: pack_ids(example[name], fingerprint) for name in _FEATURES if len(example.get(name, ()))}
     tags = {name: f'{TOKENS_START}{{"path": "{name}"}}{TOKENS_END}' for name in media}
     text = f"{tags.get('inputs', '')}{TRAINABLE_START}{tags.get('targets', '')}{TRAINABLE_END}"
@@ -109,8 +107,9 @@ def document_of(
 
 
 def load_rates(recipe: Recipe) -> dict[str, float]:
-    """The tasks of the recipe and their rates. Raises ConfigError for names that nobody registered, features that are
-    not ours, and another vocabulary."""
+    """Returns the tasks of the recipe and their rates. Raises ConfigError for names that nobody registered, features
+    that are not ours, and another vocabulary.
+    """
     seqio = _import_seqio(recipe)
     try:
         provider = seqio.get_mixture_or_task(recipe.mixture)

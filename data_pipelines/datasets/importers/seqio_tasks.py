@@ -31,7 +31,7 @@ _PAIR = re.compile(r"Question: (.+)\nAnswer: (.+)")
 
 
 def read_texts(folder: Path) -> Iterator[str]:
-    """The text of each line of the manifest, without marks."""
+    """Yields the text of each line of the manifest, without marks."""
     with (folder / "text.jsonl").open(encoding="utf-8") as lines:
         for line in lines:
             yield plain_text(json.loads(line)["text"])
@@ -47,12 +47,12 @@ def text_lines(split: str, shuffle_files: bool) -> tf.data.Dataset:
 
 
 def as_targets(dataset: tf.data.Dataset) -> tf.data.Dataset:
-    """Text to learn whole."""
+    """Maps text to targets: all of it is learned."""
     return dataset.map(lambda example: {"targets": plain(example["text"])}, num_parallel_calls=tf.data.AUTOTUNE)
 
 
 def as_turn(dataset: tf.data.Dataset) -> tf.data.Dataset:
-    """A question of the user, which is read, and the answer to it, which is learnt."""
+    """Maps a pair to inputs, the question of the user, and targets, the answer that is learned."""
 
     def turn(example: dict) -> dict:
         question, answer = plain(example["question"]), plain(example["answer"])

@@ -21,7 +21,7 @@ TOKENIZER_VARIABLE = "OMNI_TOKENIZER"  # the environment variable that `default_
 
 
 def plain(text: tf.Tensor) -> tf.Tensor:
-    """Text that somebody wrote, for a feature: names of special tokens in it stay text (`prompts.escape`)."""
+    """Returns text that somebody wrote, for a feature: names of special tokens in it stay text (`prompts.escape`)."""
     return tf.strings.regex_replace(text, NAME_PATTERN, ESCAPED)
 
 
@@ -69,7 +69,7 @@ class OmniVocabulary(seqio.Vocabulary):
         return self.tokenizer.decode(list(ids), skip_special_tokens=False)
 
     def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
-        """Bytes that are no UTF-8 become U+FFFD."""
+        """Encodes text in a TensorFlow graph; bytes that are no UTF-8 become U+FFFD."""
 
         def ids(text: bytes | np.ndarray) -> np.ndarray:
             content = text if isinstance(text, bytes) else text.item()  # an array where TensorFlow runs eagerly
@@ -80,7 +80,7 @@ class OmniVocabulary(seqio.Vocabulary):
         return encoded
 
     def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
-        """A string, or of ids (batch, n) as many."""
+        """Decodes ids (n,) to a string, ids (batch, n) to as many."""
         decode = lambda rows: self._decode(rows.tolist())  # noqa: E731
         if ids.shape.rank == 1:
             return tf.ensure_shape(tf.numpy_function(decode, [ids], tf.string), [])
@@ -88,7 +88,7 @@ class OmniVocabulary(seqio.Vocabulary):
 
 
 def default_vocabulary() -> OmniVocabulary:
-    """The vocabulary of the `tokenizer.json` that OMNI_TOKENIZER names, for modules that register tasks.
+    """Returns the vocabulary of the `tokenizer.json` that OMNI_TOKENIZER names, for modules that register tasks.
 
     `data_pipelines.datasets.importers.seqio_cache --tokenizer` sets it. Raises ConfigError.
     """

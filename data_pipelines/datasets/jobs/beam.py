@@ -66,7 +66,7 @@ def _do(unit: Unit, job: Job) -> None:
 
 
 def _outcome(job: Job, unit: Unit) -> dict | Exception:
-    """What a worker left of a unit: its summary, or the error that it met."""
+    """Returns what a worker left of a unit: its summary, or the error that it met."""
     try:
         message = json.loads(_failure(job, unit).read_text(encoding="utf-8"))["error"]
         _failure(job, unit).unlink()

@@ -52,7 +52,7 @@ class Job:
     out: Path
 
     def summary(self, unit: Unit) -> dict | None:
-        """What `unit` returned when it was done, or None when it has to be done (again)."""
+        """Returns what `unit` returned when it was done, or None when it has to be done (again)."""
         mark = read_mark(self._mark(unit))
         if not mark or mark["fingerprint"] != unit.fingerprint:
             return None
@@ -84,7 +84,7 @@ class Job:
         return summary
 
     def files(self) -> dict[str, tuple[int, str]]:
-        """Size and SHA-256 of every file that the units wrote, by name. Every unit must be done."""
+        """Returns size and SHA-256 of every file that the units wrote, by name. Every unit must be done."""
         marks = (read_mark(self._mark(unit)) for unit in self.units)
         return {name: (size, digest) for mark in marks for name, (size, digest) in mark["files"].items()}
 
@@ -175,7 +175,7 @@ def _clear_scratch(job: Job) -> None:
 
 
 def read_mark(path: Path) -> dict | None:
-    """A unit's mark: "fingerprint", "files" (name: size and SHA-256), "summary". None where there is none."""
+    """Reads a unit's mark: "fingerprint", "files" (name: size and SHA-256), "summary". None where there is none."""
     try:
         mark = json.loads(path.read_text(encoding="utf-8"))
         return mark if {"fingerprint", "files", "summary"} <= mark.keys() else None
@@ -192,7 +192,7 @@ def remove_unit(mark: Path) -> None:
 
 
 def describe_error(error: Exception) -> str:
-    """One sentence for what a unit raised."""
+    """Returns one sentence for what a unit raised."""
     return str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
 
 

@@ -21,7 +21,7 @@ _LIGHTEST = 0.75  # brightness of a colour that is seen on white
 
 
 def draw_chart(chart: Chart, rng: random.Random, font: str) -> Image.Image:
-    """The picture of a chart, its sides multiples of 28 pixels, in a size and in colours that `rng` chooses."""
+    """Draws a chart, its sides multiples of 28 pixels, in a size and in colours that `rng` chooses."""
     crowded = len(chart.table.labels) > 8 or max(map(len, chart.table.labels)) > 10
     width = GRID * rng.randrange(24 if crowded else 18, 31)
     height = GRID * rng.randrange(15, 22)
@@ -82,7 +82,9 @@ def _lines(axes: Axes, chart: Chart, colours: list, rng: random.Random) -> None:
 
 
 def _lies_low(place: int, values: tuple[Decimal, ...], others: list[Series]) -> bool:
-    """Whether there is more room below a point than above: under the other line, or where the line has a dip."""
+    """Returns whether there is more room below a point than above: under the other line, or where the line has
+    a dip.
+    """
     if others:
         return values[place] < others[0].values[place]
     neighbours = values[max(place - 1, 0) : place] + values[place + 1 : place + 2]
@@ -125,7 +127,7 @@ def _turn_labels(axes: Axes, chart: Chart) -> None:
 
 
 def _set_font(figure: Figure, font: str) -> None:
-    """One font file for all that is written; sizes stay."""
+    """Sets one font file for all that is written; sizes stay."""
     for axes in figure.axes:  # asking for the labels of the ticks makes them
         axes.get_xticklabels(), axes.get_yticklabels()
     for text in figure.findobj(Text):

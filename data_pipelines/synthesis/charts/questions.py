@@ -88,7 +88,7 @@ Fact = tuple[str, dict[str, str]]  # what is true of a chart (a key of the table
 
 
 def questions(chart: Chart, rng: random.Random, language: str) -> list[Pair]:
-    """Every kind of question that the chart can answer, in an order that `rng` chooses."""
+    """Asks every kind of question that the chart can answer, in an order that `rng` chooses."""
     facts = [*_facts(chart), *_readings(chart, rng)]
     if chart.kind != "scatter":  # points may lie upon each other
         facts.append(("count", {"count": str(len(chart.table.labels))}))
@@ -97,7 +97,7 @@ def questions(chart: Chart, rng: random.Random, language: str) -> list[Pair]:
 
 
 def describe(chart: Chart, language: str) -> str:
-    """What the chart shows, its extremes and its trend."""
+    """Describes what the chart shows, its extremes and its trend."""
     names = [series.name for series in chart.series]
     whole = {
         "kind": _KIND[language][chart.kind],
@@ -110,7 +110,7 @@ def describe(chart: Chart, language: str) -> str:
 
 
 def transcribe(chart: Chart) -> str:
-    """The numbers of a chart on which all are written, as lines of comma-separated values."""
+    """Transcribes the numbers of a chart on which all are written, as lines of comma-separated values."""
     header = [chart.table.header, *(series.name for series in chart.series)]
     columns = [chart.table.labels, *([spell(value) for value in series.values] for series in chart.series)]
     return "\n".join(", ".join(row) for row in [header, *zip(*columns, strict=True)])
@@ -159,7 +159,7 @@ def _trend(chart: Chart) -> list[Fact]:
 
 
 def _readings(chart: Chart, rng: random.Random) -> list[Fact]:
-    """A number read off the chart, and the difference of two."""
+    """Asks for a number read off the chart, and the difference of two."""
     if not chart.written:
         return []
     series = rng.choice(chart.series)

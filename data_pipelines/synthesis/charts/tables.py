@@ -47,7 +47,9 @@ class Table:
 
 
 def read_table(text: str) -> Table:
-    """The table in a document's text. Raises SampleError "bad_table" when there is none, or none that can be drawn."""
+    """Reads the table in a document's text. Raises SampleError "bad_table" when there is none, or none that can be
+    drawn.
+    """
     try:
         title, rows = _json_rows(text) if text.lstrip()[:1] in ("{", "[") else _csv_rows(text)
     except (ValueError, RecursionError, csv.Error) as error:
@@ -70,7 +72,9 @@ def read_table(text: str) -> Table:
 
 
 def number(cell: str | int | Decimal | None) -> Decimal | None:
-    """The number in a cell, commas between thousands left out; None when there is none, or one too long to print."""
+    """Reads the number in a cell, commas between thousands left out; None when there is none, or one too long
+    to print.
+    """
     try:
         value = Decimal(re.sub(r"(?<=\d),(?=\d{3})", "", str(cell).strip()))
     except InvalidOperation:
@@ -81,7 +85,7 @@ def number(cell: str | int | Decimal | None) -> Decimal | None:
 
 
 def spell(value: Decimal) -> str:
-    """A number as it is written on the chart and in answers: no exponent, no zeros behind the last digit.
+    """Spells a number as it is written on the chart and in answers: no exponent, no zeros behind the last digit.
 
     >>> spell(Decimal("1200.50")), spell(Decimal("3E2"))
     ('1200.5', '300')
@@ -136,7 +140,7 @@ class Chart:
 
 
 def possible_charts(table: Table) -> list[Chart]:
-    """Every chart that suits the table; none for a table that is too large for all of them."""
+    """Returns every chart that suits the table; none for a table that is too large for all of them."""
     charts, rows, series = [], len(table.labels), table.series
     for count in range(1, 4):
         if count <= len(series) and count * rows <= MAX_WRITTEN:
@@ -148,6 +152,6 @@ def possible_charts(table: Table) -> list[Chart]:
 
 
 def _slices(series: Series) -> bool:
-    """Whether the numbers are parts of a whole that can be seen."""
+    """Returns whether the numbers are parts of a whole that can be seen."""
     whole = sum(series.values)
     return whole > 0 and min(series.values) >= MIN_SLICE * whole

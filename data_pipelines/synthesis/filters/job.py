@@ -20,7 +20,7 @@ import numpy as np
 
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.storage import atomic_write
-from data_pipelines.datasets.jobs import Job, Unit
+from data_pipelines.datasets.jobs.job import Job, Unit
 from data_pipelines.documents.document import Document
 from data_pipelines.documents.prompt_writing import plain_text, write_prompt
 from data_pipelines.documents.prompts import Element, TextElement
@@ -45,7 +45,7 @@ _SIGNATURES = "signatures.npy"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """The job's own options."""
+    """Adds the task's own options."""
     add, default = parser.add_argument, Rules()
     add("--languages", nargs="+", choices=LANGUAGES, default=default.languages, help="to keep (en zh mixed)")
     add("--shortest", metavar="CHARACTERS", type=int, default=default.shortest, help="of the plain text (default 2)")
@@ -57,7 +57,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def make_job(options: Namespace) -> Job:
-    """The job of `options`. Raises ConfigError for rules that keep nothing, a missing hook or library."""
+    """Makes the job of `options`. Raises ConfigError for rules that keep nothing, a missing hook or library."""
     rules = Rules(
         tuple(sorted(set(options.languages))),
         options.shortest,
@@ -136,7 +136,7 @@ def finish(job: Job, summaries: Sequence[dict]) -> dict[str, Counter]:
 
 
 def _find_duplicates(job: Job, counts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """For each kept document the number of the first one it repeats, and how like that it is."""
+    """Returns for each kept document the number of the first one it repeats, and how like that it is."""
     near = _near_duplicates()
     path = job.out / f"{NAME}-{_SIGNATURES}.partial"
     try:
@@ -181,7 +181,7 @@ def _reject(document: Document, verdict: Verdict) -> dict:
 
 
 def _carry(document: Document, verdict: Verdict, draft: Draft) -> tuple[dict, list[Media]]:
-    """The line of a document whose media are linked into the output, and these media."""
+    """Makes the line of a document whose media are linked into the output, and these media."""
     elements: list[Element] = []
     media: list[Media] = []
     for element in verdict.elements:

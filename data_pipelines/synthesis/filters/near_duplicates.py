@@ -24,8 +24,10 @@ CHUNK = 1 << 13  # signatures looked at together
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd, so that runs of one length do not collide by construction
 
 
-def sign(text: str, media: Sequence[str] = ()) -> UInt32[np.ndarray, "places"]:
-    """The signature of a text with media, given by the SHA-256 of each; letter case and white space do not count."""
+def sign(text: str, media: Sequence[str] = ()) -> UInt32[np.ndarray, " places"]:
+    """Returns the signature of a text with media, given by the SHA-256 of each; letter case and white space do not
+    count.
+    """
     plain = "".join(unicodedata.normalize("NFKC", text).lower().split())
     salt = hashlib.sha256("\n".join(media).encode()).digest()[:8]
     characters = np.frombuffer(plain.encode("utf-32-le", errors="replace"), np.uint32).astype(np.uint64)
@@ -39,8 +41,8 @@ def sign(text: str, media: Sequence[str] = ()) -> UInt32[np.ndarray, "places"]:
     return signature.hashvalues
 
 
-def likeness(signatures: UInt32[np.ndarray, "n p"], some: Int64[np.ndarray, "m"], others: Int64[np.ndarray, "m"]):
-    """Estimated Jaccard index (m,) of each document of `some` with its one of `others`."""
+def likeness(signatures: UInt32[np.ndarray, "n p"], some: Int64[np.ndarray, " m"], others: Int64[np.ndarray, " m"]):
+    """Estimates the Jaccard index (m,) of each document of `some` with its one of `others`."""
     found = np.ones(len(some))
     for place in range(0, len(some), CHUNK):
         here = slice(place, place + CHUNK)
@@ -48,8 +50,8 @@ def likeness(signatures: UInt32[np.ndarray, "n p"], some: Int64[np.ndarray, "m"]
     return found
 
 
-def find_duplicates(signatures: UInt32[np.ndarray, "n p"], threshold: float) -> Int64[np.ndarray, "n"]:
-    """For each document the first one that it is a duplicate of, itself where there is none.
+def find_duplicates(signatures: UInt32[np.ndarray, "n p"], threshold: float) -> Int64[np.ndarray, " n"]:
+    """Returns for each document the first one that it is a duplicate of, itself where there is none.
 
     Documents are alike when their signatures agree in `threshold` of the places, and duplicates when a chain of alike
     ones joins them. Those of one bucket are compared with its first, what is unlike that with the first of the rest,
@@ -81,12 +83,14 @@ def _empty() -> MinHash:
 
 @lru_cache
 def _bands(threshold: float) -> tuple[int, int]:
-    """(bands, places of each) so that hardly a pair is missed; false ones are found out when they are compared."""
+    """Chooses (bands, places of each) so that hardly a pair is missed; false ones are found out when they are
+    compared.
+    """
     index = MinHashLSH(threshold=threshold, num_perm=PLACES, weights=(0.1, 0.9))
     return index.b, index.r
 
 
-def _band_keys(signatures: UInt32[np.ndarray, "n p"], start: int, rows: int) -> UInt64[np.ndarray, "n"]:
+def _band_keys(signatures: UInt32[np.ndarray, "n p"], start: int, rows: int) -> UInt64[np.ndarray, " n"]:
     keys = np.zeros(len(signatures), np.uint64)
     for place in range(0, len(signatures), CHUNK):
         chunk = signatures[place : place + CHUNK, start : start + rows].astype(np.uint64)
@@ -98,13 +102,13 @@ def _band_keys(signatures: UInt32[np.ndarray, "n p"], start: int, rows: int) -> 
     return keys
 
 
-def _join(first: Int64[np.ndarray, "n"], one: int, other: int) -> None:
+def _join(first: Int64[np.ndarray, " n"], one: int, other: int) -> None:
     """Union-find: the smaller document stands for both."""
     low, high = sorted((_root(first, one), _root(first, other)))
     first[high] = low
 
 
-def _root(first: Int64[np.ndarray, "n"], one: int) -> int:
+def _root(first: Int64[np.ndarray, " n"], one: int) -> int:
     while first[one] != one:
         first[one] = first[first[one]]
         one = int(first[one])

@@ -28,11 +28,11 @@ class Transcriber(Protocol):
     """What recognises speech."""
 
     def transcribe(self, samples: np.ndarray, rate: int, language: str) -> str:
-        """What is said in `samples`, float32 (t,) in [-1, 1] at `rate` Hz, in `language` ("en", "zh")."""
+        """Returns the words spoken in `samples`, float32 (t,) in [-1, 1] at `rate` Hz, in `language` ("en", "zh")."""
 
 
 def spoken_texts(elements: Sequence[Element]) -> list[tuple[str, AudioElement]]:
-    """Every sound that is spoken, with the text right before it, less our own prompts to read aloud.
+    """Pairs every audio that is spoken, with the text right before it, less our own prompts to read aloud.
 
     TTS is (text, audio), ITTS (text, audio, text, audio, ...).
 
@@ -58,7 +58,8 @@ def _without_prompt(text: str) -> str:
 
 
 def check_speech(document: Document, elements: Sequence[Element], transcriber: Transcriber) -> float:
-    """The error rate of all its speech: edits over units, which are characters in Chinese, words in English.
+    """Measures the error rate of a document's speech: edits over units, which are characters in Chinese, words in
+    English.
 
     Raises SampleError: "no_speech"; what reading the sounds raises; "transcriber_failed".
     """
@@ -81,7 +82,8 @@ def check_speech(document: Document, elements: Sequence[Element], transcriber: T
 
 
 def speech_units(text: str, language: str) -> list[str]:
-    """Characters of Chinese, words of English: small letters, no punctuation, widths of characters made one.
+    """Cuts text into characters (Chinese) or words (English): small letters, no punctuation, widths of characters made
+    one.
 
     >>> speech_units("Don't go, 小明！", "en"), speech_units("你好，Ｂ！", "zh")
     (["don't", 'go', '小明'], ['你', '好', 'b'])
@@ -142,7 +144,9 @@ class Verdict:
 
 
 def judge(document: Document, rules: Rules) -> Verdict:
-    """The verdict on one document by itself. Raises SampleError when it cannot be read, or its speech not checked."""
+    """Gives the verdict on one document by itself. Raises SampleError when it cannot be read, or its speech not
+    checked.
+    """
     elements = tuple(parse_prompt(document.text))
     kept = Verdict(KEPT, document.type, elements)
     text = plain_text(document.text)
@@ -168,7 +172,7 @@ def _judge_speech(document: Document, kept: Verdict, rules: Rules) -> Verdict:
 
 
 def _to_transcribe(document: Document, elements: Sequence[Element]) -> tuple[Element, ...]:
-    """The speech of a document heard, each piece with its text to be written."""
+    """Turns spoken audio into heard audio, each piece with its text to be written."""
     rng = random.Random(document.id)
     heard: list[Element] = []
     for text, sound in spoken_texts(elements):

@@ -6,6 +6,7 @@ is set on pages. Both are drawn in sizes, fonts and colours that the seed and th
 
 import hashlib
 import random
+import re
 from argparse import ArgumentParser, Namespace
 from dataclasses import astuple, dataclass, replace
 from functools import partial
@@ -14,14 +15,13 @@ from pathlib import Path
 from PIL import Image
 
 from baichuan_omni_jax.errors import ConfigError
-from data_pipelines.datasets.jobs import Job
+from data_pipelines.datasets.jobs.job import Job
 from data_pipelines.documents.document import Document
 from data_pipelines.documents.prompt_writing import Source, conversation, image_tag, join, plain_text, trainable, turn
 from data_pipelines.documents.prompts import TextElement, parse_prompt
 from data_pipelines.errors import SampleError
 from data_pipelines.synthesis.charts.questions import describe, questions, transcribe
 from data_pipelines.synthesis.charts.tables import KINDS, possible_charts, read_table
-from data_pipelines.synthesis.pages import page_prompts
 from data_pipelines.synthesis.pages.layout import (
     GRID,
     Page,
@@ -35,6 +35,7 @@ from data_pipelines.synthesis.pages.layout import (
     wear,
     wrap,
 )
+from data_pipelines.synthesis.prompts import DESCRIBE_CHART, READ_PAGE, TRANSCRIBE_CHART
 from data_pipelines.synthesis.units import Draft, SynthesisTask, manifest_job
 
 NAME = "pages"
@@ -46,6 +47,13 @@ TABLE = "table"  # type of the documents that hold one
 MAX_QUESTIONS = 3  # of one document
 MAX_PARTS = 8  # of one interleaved document
 INKS = ((0, 0, 0), (20, 20, 60), (60, 30, 20), (40, 40, 40))
+_LINE = {"en": "What does line {} say?", "zh": "第{}行写的是什么？"}
+_LAST = {"en": "What does the last line say?", "zh": "最后一行写的是什么？"}
+_COUNT = {"en": ("How many lines of text are there?", "{} lines."), "zh": ("图中有多少行文字？", "{}行。")}
+_NEXT = {"en": "Which sentence comes after “{}”?", "zh": "“{}”的后一句是什么？"}
+
+MAX_COUNTED = 20  # lines that one can be asked to count
+_SENTENCE = re.compile(r".+?(?:[.!?]+(?=\s|$)|[。！？]+[”’」』]?|$)")
 PAPERS = ((255, 255, 255), (250, 247, 238), (238, 242, 246), (245, 245, 245))
 
 
@@ -64,7 +72,7 @@ class PageConfig:
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """The job's own options."""
+    """Adds the task's own options."""
     add, default = parser.add_argument, PageConfig()
     add("--types", nargs="+", choices=TYPES, default=TYPES, help=f"what to make (default {' '.join(TYPES)})")
     add("--languages", nargs="+", choices=LANGUAGES, default=LANGUAGES, help="of the prompts (default en zh)")
@@ -77,7 +85,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def make_job(options: Namespace) -> Job:
-    """The job of `options`.
+    """Makes the job of `options`.
 
     Raises ConfigError for sizes that make no page, a font that cannot be read, and where matplotlib is missing.
     """
@@ -127,9 +135,9 @@ def _make_text_pages(document: Document, draft: Draft, settings: PageConfig, rng
     if "ocr" in settings.types or "qa" in settings.types:
         for page in _set(text, style):
             picture = _keep(draw_page(page, style), draft, settings, rng, style.paper)
-            asked = page_prompts.page_questions(page, style.columns, rng, language)
+            asked = page_questions(page, style.columns, rng, language)
             if "ocr" in settings.types:
-                draft.add(turn(picture + rng.choice(page_prompts.READ[language]), page.text), "ocr")
+                draft.add(turn(picture + rng.choice(READ_PAGE[language]), page.text), "ocr")
             if "qa" in settings.types and asked:
                 draft.add(_ask(picture, asked, rng), "qa")
     if "interleaved" in settings.types:
@@ -137,9 +145,9 @@ def _make_text_pages(document: Document, draft: Draft, settings: PageConfig, rng
 
 
 def _interleave(text: str, style: PageStyle, draft: Draft, settings: PageConfig, rng: random.Random) -> None:
-    """Parts of the text in turns as pages and as text to be learnt, `MAX_PARTS` or one more in a document."""
+    """Sets parts of the text in turns as pages and as text to be learnt, `MAX_PARTS` or one more in a document."""
     paragraphs = text.split("\n")
-    parts = paragraphs if len(paragraphs) > 1 else page_prompts.sentences(text)
+    parts = paragraphs if len(paragraphs) > 1 else sentences(text)
     if len(parts) < 2:
         return
     style = replace(style, columns=1)
@@ -170,9 +178,9 @@ def _make_chart(document: Document, draft: Draft, settings: PageConfig, rng: ran
     picture = _keep(draw_chart(chart, rng, font), draft, settings, rng, (255, 255, 255))
     if "chart" in settings.types:
         if chart.written and rng.random() < 0.5:
-            draft.add(turn(picture + rng.choice(page_prompts.TRANSCRIBE_CHART[language]), transcribe(chart)), "chart")
+            draft.add(turn(picture + rng.choice(TRANSCRIBE_CHART[language]), transcribe(chart)), "chart")
         else:
-            asked = picture + rng.choice(page_prompts.DESCRIBE_CHART[language])
+            asked = picture + rng.choice(DESCRIBE_CHART[language])
             draft.add(turn(asked, describe(chart, language)), "chart")
     if "qa" in settings.types and (asked := questions(chart, rng, language)):
         draft.add(_ask(picture, asked, rng), "qa")
@@ -219,6 +227,34 @@ def _keep(
     """Writes a picture, worn or not; returns its tag."""
     worn = rng.random() < settings.worn
     return image_tag(draft.save(*encode(wear(picture, rng, paper) if worn else picture, worn, rng)))
+
+
+def sentences(text: str) -> list[str]:
+    """Returns the sentences of a text, in order; a line end ends one, too."""
+    found = (match.strip() for line in text.split("\n") for match in _SENTENCE.findall(line))
+    return [sentence for sentence in found if sentence]
+
+
+def page_questions(page: Page, columns: int, rng: random.Random, language: str) -> list[tuple[str, str]]:
+    """Asks questions about a page and their answers, in an order that `rng` chooses: a line, how many, the next
+    sentence.
+    """
+    lines = [line.text.strip() for _, _, line in page.lines]
+    asked = []
+    if columns == 1 and len(lines) >= 2:
+        place = rng.randrange(min(len(lines), MAX_COUNTED) - 1)
+        asked.append((_LINE[language].format(place + 1), lines[place]))
+        asked.append((_LAST[language], lines[-1]))
+        if len(lines) <= MAX_COUNTED:
+            question, answer = _COUNT[language]
+            asked.append((question, answer.format(len(lines))))
+    whole = sentences(page.text)
+    before = [i for i in range(len(whole) - 1) if whole.count(whole[i]) == 1]
+    if before:
+        place = rng.choice(before)
+        asked.append((_NEXT[language].format(whole[place]), whole[place + 1]))
+    rng.shuffle(asked)
+    return asked
 
 
 PAGES = SynthesisTask(

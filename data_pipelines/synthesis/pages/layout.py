@@ -74,7 +74,7 @@ def normalize(text: str) -> str:
 
 
 def wrap(text: str, width: int, measure: Callable[[str], float]) -> Iterator[Line]:
-    """The lines of a normalised text, none wider than `width` where a single character is not.
+    """Breaks a normalized text into lines, none wider than `width` where a single character is not.
 
     `measure` tells the width of a text. Breaks stand at spaces and beside Chinese characters; a longer word is cut.
     """
@@ -115,7 +115,7 @@ def paginate(lines: Iterator[Line], style: PageStyle) -> Iterator[Page]:
 
 
 def balance(pages: list[Page], style: PageStyle) -> list[Page]:
-    """The pages, the columns of the last one of about equal height."""
+    """Balances the columns of the last page to about equal height."""
     if style.columns == 1 or not pages:
         return pages
     lines = [line for _, _, line in pages[-1].lines]
@@ -130,12 +130,12 @@ GRID = 28  # pixels of a visual token: a picture of whole tokens is not resized
 
 
 def measurer(style: PageStyle) -> Callable[[str], float]:
-    """The function that tells how many pixels wide a text is."""
+    """Returns the function that tells how many pixels wide a text is."""
     return _font(style.font, style.size).getlength
 
 
 def draw_page(page: Page, style: PageStyle) -> Image.Image:
-    """A page with its text, cut below the last line, its height a multiple of 28."""
+    """Draws a page with its text, cut below the last line, its height a multiple of 28."""
     height = min(style.height, -(-(page.bottom + style.margin) // GRID) * GRID)
     image = Image.new("RGB", (style.width, height), style.paper)
     draw, font = ImageDraw.Draw(image), _font(style.font, style.size)
@@ -149,7 +149,7 @@ def draw_page(page: Page, style: PageStyle) -> Image.Image:
 
 
 def wear(image: Image.Image, rng: random.Random, paper: tuple[int, int, int]) -> Image.Image:
-    """The picture a little turned, blurred, noisy and unevenly lit: all of it readable still."""
+    """Wears an image: a little turned, blurred, noisy and unevenly lit: all of it readable still."""
     turned = image.rotate(rng.uniform(-1.5, 1.5), Image.Resampling.BICUBIC, fillcolor=paper)
     blurred = turned.filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.6)))
     noise = np.random.default_rng(rng.getrandbits(32))
@@ -159,7 +159,7 @@ def wear(image: Image.Image, rng: random.Random, paper: tuple[int, int, int]) ->
 
 
 def encode(image: Image.Image, worn: bool, rng: random.Random) -> tuple[bytes, str]:
-    """(file, suffix): PNG for a clean picture, JPEG for a worn one."""
+    """Encodes an image as (file, suffix): PNG for a clean one, JPEG for a worn one."""
     file = BytesIO()
     if worn:
         image.save(file, "JPEG", quality=rng.randrange(60, 91))

@@ -11,7 +11,7 @@ from functools import partial
 from random import Random
 
 from baichuan_omni_jax.errors import ConfigError
-from data_pipelines.datasets.jobs import Job
+from data_pipelines.datasets.jobs.job import Job
 from data_pipelines.documents.document import Document
 from data_pipelines.documents.prompt_writing import write_prompt
 from data_pipelines.documents.prompts import SPECIAL, AudioElement, Element, ImageElement, TextElement, VideoElement
@@ -49,14 +49,14 @@ class CrossmodalConfig:
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """The job's own options."""
+    """Adds the task's own options."""
     add_speech_arguments(parser)
     parser.add_argument("--share", type=float, default=0.25, help="of the sentences that are spoken (default 0.25)")
     parser.add_argument("--order", choices=ORDERS, default="random", help="which sentences (default random)")
 
 
 def make_job(options: Namespace) -> Job:
-    """The job of `options`. Raises ConfigError."""
+    """Makes the job of `options`. Raises ConfigError."""
     if not 0 < options.share < 1:
         raise ConfigError(f"--share {options.share} must lie between 0 and 1")
     settings = CrossmodalConfig(speech_config(options), options.share, options.order)
@@ -83,7 +83,7 @@ def cross_modalities(document: Document, draft: Draft, settings: CrossmodalConfi
 
 
 def add_tracks(elements: Sequence[Element], document: Document) -> list[Element]:
-    """Each film followed by its own sound as heard audio, of the same file. Raises SampleError "no_track"."""
+    """Returns each video followed by its own sound as heard audio, of the same file. Raises SampleError "no_track"."""
     new: list[Element] = []
     for element in elements:
         new.append(element)
@@ -96,7 +96,7 @@ def add_tracks(elements: Sequence[Element], document: Document) -> list[Element]
 def speak_sentences(
     elements: Sequence[Element], document: Document, draft: Draft, settings: CrossmodalConfig
 ) -> list[Element]:
-    """A share of the sentences replaced by their speech, at least one; the last one that carries loss stays written.
+    """Replaces a share of the sentences by their speech, at least one; the last one that carries loss stays written.
 
     The system prompt is never spoken. Raises SampleError as `cross_modalities`.
     """
@@ -122,7 +122,7 @@ def _choose(candidates: list[int], sentences: int, settings: CrossmodalConfig, r
 
 
 def _sentences(elements: Sequence[Element], settings: SpeechConfig) -> tuple[list[Element], list[int]]:
-    """The elements with texts cut into sentences and special tokens, and the places of what may be spoken."""
+    """Cuts the texts among the elements into sentences and special tokens, and the places of what may be spoken."""
     parts: list[Element] = []
     places: list[int] = []
     system = False
@@ -148,7 +148,7 @@ def _check_track(media: Media) -> None:
 
 
 def _link_media(elements: Sequence[Element], document: Document, draft: Draft) -> list[Element]:
-    """The elements with media of the source kept beside the new documents, each file once. Speech is there already."""
+    """Keeps media of the source beside the new documents, each file once. Speech is there already."""
     kept: dict[MediaReference, MediaReference] = {}
     films = {element.reference for element in elements if isinstance(element, VideoElement)}
     new: list[Element] = []

@@ -35,7 +35,7 @@ class Voice:
 
 
 def _table() -> dict[str, tuple[str, ...]]:
-    """Every variant twice in each language: once as it is, once low and fast or high and slow."""
+    """Lists every variant twice in each language: once as it is, once low and fast or high and slow."""
     english, chinese = [], []
     for place, variant in enumerate(_VARIANTS):
         changed = ("low/fast", "high/slow")[place % 2]
@@ -50,7 +50,7 @@ VOICES = _table()
 
 
 def parse_voice(name: str, language: str) -> Voice:
-    """The voice called `name`. Raises ValueError when it has another form or speaks another language."""
+    """Returns the voice called `name`. Raises ValueError when it has another form or speaks another language."""
     parts = name.split("/")
     if len(parts) != 4 or parts[2] not in PITCHES or parts[3] not in RATES:
         raise ValueError(
@@ -81,7 +81,7 @@ def check_installed() -> None:
         raise ConfigError("speech synthesis needs the espeakng-loader wheel: pip install espeakng-loader")
 
 
-def speak(text: str, voice: str, *, rate: int = 175, pitch: int = 50) -> Int16[np.ndarray, "t"]:
+def speak(text: str, voice: str, *, rate: int = 175, pitch: int = 50) -> Int16[np.ndarray, " t"]:
     """Speaks `text`: mono samples at `SAMPLE_RATE`, the same for the same arguments in every process.
 
     `voice` is an eSpeak name (`en-us`, `cmn+f2`, ...), `rate` in words a minute (80-450), `pitch` 0-100. Raises
@@ -119,7 +119,7 @@ class _Server:
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def ask(self, request: dict) -> bytes:
-        """The bytes of the samples. Raises SpeechError as it was answered; OSError when the process is gone."""
+        """Returns the bytes of the samples. Raises SpeechError as it was answered; OSError when the process is gone."""
         self.process.stdin.write(json.dumps(request).encode() + b"\n")
         self.process.stdin.flush()
         head = self.process.stdout.readline()

@@ -30,7 +30,7 @@ Callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.
 
 
 def load() -> ctypes.CDLL:
-    """The initialised library. Exits with a message when its data cannot be used."""
+    """Loads the library and initializes it. Exits with a message when its data cannot be used."""
     library = ctypes.CDLL(str(espeakng_loader.get_library_path()))
     data = str(espeakng_loader.get_data_path()).encode()
     if library.espeak_Initialize(AUDIO_OUTPUT_SYNCHRONOUS, 0, data, INITIALIZE_DONT_EXIT) != 22050:
@@ -43,7 +43,7 @@ def load() -> ctypes.CDLL:
 
 
 def speak(library: ctypes.CDLL, text: str, voice: str, rate: int, pitch: int) -> bytes:
-    """The samples of one utterance. Raises ValueError for an unknown voice or a text without sound."""
+    """Speaks one utterance; returns its samples. Raises ValueError for an unknown voice or a text without sound."""
     chunks: list[bytes] = []
 
     def receive(samples, count, _events) -> int:

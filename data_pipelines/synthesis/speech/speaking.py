@@ -45,7 +45,7 @@ class TextToSpeech(Protocol):
     """A back end. The same arguments must give the same samples, in every process and in any order."""
 
     def voices(self, language: str) -> Sequence[str]:
-        """Names of the voices that speak `language` ("en", "zh", ...); empty when none does."""
+        """Returns the names of the voices that speak `language` ("en", "zh", ...); empty when none does."""
 
     def synthesize(self, text: str, voice: str, language: str) -> tuple[np.ndarray, int]:
         """Mono samples (t,), float32 in [-1, 1] or int16, and their rate in Hz, 16000 or 24000.
@@ -83,7 +83,7 @@ INCLUDED = {"espeak": lambda: EspeakSpeech(16000), "espeak-24k": lambda: EspeakS
 
 @lru_cache(maxsize=4)
 def load_speech(name: str) -> TextToSpeech:
-    """The back end called `name`: an included one, or what `package.module:factory` returns; made once a process.
+    """Loads the back end called `name`: an included one, or what `package.module:factory` returns; made once a process.
 
     Raises ConfigError when there is none, or it lacks `voices` or `synthesize`.
     """
@@ -95,7 +95,7 @@ def load_speech(name: str) -> TextToSpeech:
 
 
 def voice_text(speech: TextToSpeech, text: str, voice: str, language: str) -> tuple[np.ndarray, int]:
-    """Speech as int16 samples (t,), and its rate in Hz.
+    """Speaks a text: returns speech as int16 samples (t,), and its rate in Hz.
 
     Raises SampleError: "unspeakable" for what the back end refuses, "silent_audio" for an answer without sound. Raises
     ConfigError when the back end breaks the interface.
@@ -134,7 +134,7 @@ class SpeechConfig:
 
 
 def add_speech_arguments(parser: ArgumentParser) -> None:
-    """The options that become `SpeechConfig`."""
+    """Adds the options that become `SpeechConfig`."""
     add, default = parser.add_argument, SpeechConfig()
     add("--tts", default=default.tts, help=f"{', '.join(INCLUDED)} or package.module:factory (default {default.tts})")
     add("--voices", metavar="NAME", nargs="+", default=(), help="draw from these alone (default: all it has)")
@@ -168,7 +168,7 @@ def speech_config(options: Namespace) -> SpeechConfig:
 
 
 def text_alone(document: Document) -> str:
-    """The text of a document that holds nothing else.
+    """Returns the text of a document of text alone.
 
     Raises SampleError: "has_media"; "has_turns" for a conversation; "no_text" when there is nothing to speak;
     "bad_prompt".
@@ -186,12 +186,12 @@ def text_alone(document: Document) -> str:
 
 
 def pieces_of(text: str, settings: SpeechConfig) -> list[str]:
-    """The text cut at any punctuation; the pieces joined are the text."""
+    """Cuts a text at any punctuation; the pieces joined are the text."""
     return split_text(text, settings.shortest, settings.longest)
 
 
 def sentences_of(text: str, settings: SpeechConfig) -> list[str]:
-    """The text cut where sentences end, long sentences also within; the pieces joined are the text."""
+    """Cuts a text where sentences end, long sentences also within; the pieces joined are the text."""
     return split_text(text, settings.shortest, settings.longest, sentences=True)
 
 
@@ -210,7 +210,7 @@ class DocumentSpeaker:
 
     @classmethod
     def for_document(cls, settings: SpeechConfig, document: Document, draft: Draft, text: str) -> "DocumentSpeaker":
-        """The speaker of a document with this text. Raises SampleError "unknown_language"."""
+        """Makes the speaker of a document with this text. Raises SampleError "unknown_language"."""
         language = settings.language or language_of(text)
         if not language:
             raise SampleError("unknown_language", "it is neither Chinese nor English; --language says what to speak")
@@ -237,7 +237,7 @@ class DocumentSpeaker:
 def spoken_sentences(
     document: Document, draft: Draft, settings: SpeechConfig, prompts: dict[str, tuple[str, ...]]
 ) -> Iterator[tuple[str, str, str]]:
-    """Each sentence of a text: a task prompt in its language, its words, the path of its speech.
+    """Speaks each sentence of a text; yields a task prompt in its language, its words, the path of its speech.
 
     Raises SampleError as `text_alone` and `DocumentSpeaker`.
     """

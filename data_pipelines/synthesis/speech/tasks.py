@@ -18,7 +18,7 @@ from itertools import pairwise
 
 from baichuan_omni_jax.config import VOICE, GenerationConfig, check_voice
 from baichuan_omni_jax.errors import ConfigError
-from data_pipelines.datasets.jobs import Job
+from data_pipelines.datasets.jobs.job import Job
 from data_pipelines.documents.document import Document
 from data_pipelines.documents.prompt_writing import (
     Source,

@@ -16,7 +16,7 @@ from data_pipelines.audio_codes import CodeStore
 from data_pipelines.audio_codes.build import CodeBuildOptions, CodeEncoder, open_or_build, store_path
 from data_pipelines.audio_codes.store import REFERENCE
 from data_pipelines.audio_codes.windows import ClipSource, MelReader, clip_sources, listed, listing_job
-from data_pipelines.datasets.jobs import run_job
+from data_pipelines.datasets.jobs.job import run_job
 from data_pipelines.datasets.jobs.local import LocalRunner
 from data_pipelines.errors import SampleError
 from data_pipelines.pipeline import Pipeline, open_pipeline

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from baichuan_omni_jax.errors import ConfigError
-from data_pipelines.datasets.jobs import Job, Unit, run_job
+from data_pipelines.datasets.jobs.job import Job, Unit, run_job
 from data_pipelines.tools.commands import make_runner
 from tests.helpers.proofs import HANG, wait_for
 

@@ -7,8 +7,16 @@ from pathlib import Path
 import pytest
 
 from baichuan_omni_jax.errors import ConfigError
-from data_pipelines.datasets.shards.reader import OPEN_FILES, Shard, ShardedDataset, open_dataset, write_description
-from data_pipelines.datasets.shards.record import ShardWriter, pack_document, unpack_document
+from data_pipelines.datasets.shards import (
+    OPEN_FILES,
+    Shard,
+    ShardedDataset,
+    ShardWriter,
+    open_dataset,
+    pack_document,
+    unpack_document,
+    write_description,
+)
 from data_pipelines.documents.document import Document
 from data_pipelines.errors import SampleError
 from data_pipelines.media.location import Media

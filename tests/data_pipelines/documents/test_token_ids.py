@@ -8,8 +8,7 @@ import pytest
 from baichuan_omni_jax.config import DataConfig, SourceConfig, tiny
 from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.datasets.builder.build import build_dataset
-from data_pipelines.datasets.shards.reader import Shard, open_dataset, write_description
-from data_pipelines.datasets.shards.record import ShardWriter
+from data_pipelines.datasets.shards import Shard, ShardWriter, open_dataset, write_description
 from data_pipelines.documents.document import Document
 from data_pipelines.documents.processor import Processor
 from data_pipelines.documents.prompts import TextElement, TokensElement, parse_prompt

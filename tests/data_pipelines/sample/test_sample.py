@@ -13,7 +13,7 @@ from PIL import Image
 from data_pipelines.documents.prompt_writing import plain_text
 from data_pipelines.sample import SAMPLE_SOURCES, build, build_sample
 from data_pipelines.sample import documents as documents_module
-from data_pipelines.sample.command import main
+from data_pipelines.sample.build import main
 from data_pipelines.sample.documents import plan_documents
 from data_pipelines.sample.photographs import Crop, absent_parts, dominant_colour, visible_parts
 from data_pipelines.text.splitting import split_text

@@ -9,7 +9,8 @@ from PIL import Image
 from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.documents.prompts import ImageElement, TextElement, parse_prompt
 from data_pipelines.synthesis import command
-from data_pipelines.synthesis.captions import CAPTIONS, PROMPTS
+from data_pipelines.synthesis.captions import CAPTIONS
+from data_pipelines.synthesis.prompts import DESCRIBE_IMAGE
 from tests.helpers.synthesis_hooks import job_of
 
 HOOKS = "tests.helpers.synthesis_hooks"
@@ -59,7 +60,7 @@ def test_every_picture_is_captioned_in_both_languages_or_counted(manifest, tmp_p
             manifest.parent / ("light.png" if "150" in answer.text else "white.png")
         )
         language = "zh" if answer.text.startswith("亮度") else "en"
-        assert question.text.removesuffix("<C_A>") in PROMPTS[language]
+        assert question.text.removesuffix("<C_A>") in DESCRIBE_IMAGE[language]
         words.setdefault(one["id"].partition("-")[0], []).append(answer.text)
     assert words == {
         "both": ["Brightness 150", "亮度150", "Brightness 250", "亮度250"],

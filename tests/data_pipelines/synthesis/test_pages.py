@@ -21,8 +21,7 @@ from data_pipelines.synthesis import command
 from data_pipelines.synthesis.charts.drawing import draw_chart
 from data_pipelines.synthesis.charts.questions import describe, questions, transcribe
 from data_pipelines.synthesis.charts.tables import Chart, possible_charts, read_table, spell
-from data_pipelines.synthesis.pages import page_prompts
-from data_pipelines.synthesis.pages.job import PAGES, PageConfig, make_pages
+from data_pipelines.synthesis.pages.job import PAGES, PageConfig, make_pages, page_questions
 from data_pipelines.synthesis.pages.layout import PageStyle, balance, draw_page, measurer, normalize, paginate, wrap
 from data_pipelines.synthesis.units import Draft
 from data_pipelines.text.fonts import choose_font, find_fonts
@@ -140,7 +139,7 @@ def test_page_questions_are_answered_by_the_page():
     style = page_style(height=392)
     (page,) = paginate(wrap("First one. Second two. Third three.\nLast.", 100, measurer(style)), style)
     lines = [line.text.strip() for _, _, line in page.lines]
-    asked = dict(page_prompts.page_questions(page, 1, random.Random(1), "en"))
+    asked = dict(page_questions(page, 1, random.Random(1), "en"))
     assert asked["What does the last line say?"] == "Last."
     assert asked["How many lines of text are there?"] == f"{len(lines)} lines."
     (ask,) = [ask for ask in asked if ask.startswith("What does line")]

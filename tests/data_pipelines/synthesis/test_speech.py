@@ -21,13 +21,13 @@ from data_pipelines.documents.prompt_writing import image_tag, plain_text, turn
 from data_pipelines.documents.prompts import AudioElement, TextElement, parse_prompt
 from data_pipelines.errors import SampleError
 from data_pipelines.media.location import Media
-from data_pipelines.synthesis.command import main
+from data_pipelines.synthesis import command
+from data_pipelines.synthesis.command import SENTENCES, main
 from data_pipelines.synthesis.prompts import READ_ALOUD, TRANSCRIBE
-from data_pipelines.synthesis.speech import espeak, speaking, voice_list
+from data_pipelines.synthesis.speech import espeak, speaking
 from data_pipelines.synthesis.speech.espeak import VOICES
 from data_pipelines.synthesis.speech.speaking import EspeakSpeech, load_speech, voice_text
 from data_pipelines.synthesis.speech.tasks import INTLV, write_intlv, write_itts
-from data_pipelines.synthesis.speech.voice_list import SENTENCES
 from data_pipelines.synthesis.units import Draft, add_job_arguments
 from tests.helpers.fake_speech import BrokenSpeech
 from tests.helpers.synthesis_job import FAKE, SHORT, read, run, write_manifest
@@ -364,7 +364,7 @@ def test_media_that_can_neither_be_linked_nor_copied(tmp_path):
 
 
 def test_the_voices_are_listed_and_drawn(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(voice_list, "SHOWN", 1)
+    monkeypatch.setattr(command, "SHOWN", 1)
     assert main(["voices", "--picture", str(tmp_path / "voices.png")]) == 0
     printed = capsys.readouterr().out.split("\n")
     assert {line.strip() for line in printed if line.startswith("  ")} == {*VOICES["en"], *VOICES["zh"]}
@@ -372,4 +372,4 @@ def test_the_voices_are_listed_and_drawn(tmp_path, capsys, monkeypatch):
         assert len(picture.convert("RGB").getcolors(1000)) > 40, "it shows no spectrogram"
     for path in (tmp_path / "no" / "voices.png", tmp_path / "voices.docx"):
         with pytest.raises(ConfigError, match=f"{path.name}: a folder that exists, and one of "):
-            voice_list.draw_voices(EspeakSpeech(16000), path)
+            command.draw_voices(EspeakSpeech(16000), path)

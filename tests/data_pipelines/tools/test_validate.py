@@ -10,8 +10,7 @@ import pytest
 import soundfile
 
 from data_pipelines.datasets.builder.build import build_dataset
-from data_pipelines.datasets.shards.reader import Shard, open_dataset, write_description
-from data_pipelines.datasets.shards.record import ShardWriter, pack_document
+from data_pipelines.datasets.shards import Shard, ShardWriter, open_dataset, pack_document, write_description
 from data_pipelines.tools.commands import make_runner
 from data_pipelines.tools.validate import Problem, main, validate
 from tests.helpers.small_media import write_image, write_sound, write_video

@@ -1,17 +1,29 @@
-"""Short videos made of the photographs: a camera that pans, zooms or cuts over them, with a spoken track.
+"""The media of a data set while it is planned: what has to be made, under which path; and the making itself.
 
-Encoded with PyAV as MP4: H.264 where the installed FFmpeg has libx264, MPEG-4 part 2 elsewhere; AAC sound.
+Planning only draws random numbers and names files, so the manifests depend on the seed alone; `produce` does the work.
 """
 
 import random
-from dataclasses import dataclass
+import wave
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
 
-from data_pipelines.sample.photographs import SIZE, Crop, box_around, render, visible_parts
+from data_pipelines.sample.photographs import (
+    PHOTOGRAPHS,
+    SIZE,
+    Crop,
+    box_around,
+    random_crop,
+    render,
+    save,
+    visible_parts,
+)
+from data_pipelines.synthesis.speech.espeak import SAMPLE_RATE, speak
 
 FRAME_RATE = 8
 SECONDS = (2.0, 6.0)
@@ -29,7 +41,7 @@ class VideoPlan:
 
 
 def random_video(rng: random.Random, move: str) -> VideoPlan:
-    """A video with this move whose two ends show something that can be named."""
+    """Draws a video with this move whose two ends show something that can be named."""
     while True:
         size = rng.choice(_SIZES)
         photo = rng.choice(["china", "flower"])
@@ -69,7 +81,7 @@ def _pan(rng: random.Random, move: str, photo: str, size: tuple[int, int]) -> Vi
 
 
 def view(video: VideoPlan, ratio: float) -> Crop:
-    """What the camera sees when `ratio` (0-1) of the video has passed."""
+    """Returns what the camera sees when `ratio` (0-1) of the video has passed."""
     if video.move == "cut":
         return video.first if ratio < 0.5 else video.last
     box = tuple(round((1 - ratio) * a + ratio * b) for a, b in zip(video.first.box, video.last.box, strict=True))
@@ -77,12 +89,14 @@ def view(video: VideoPlan, ratio: float) -> Crop:
 
 
 def frames(video: VideoPlan, count: int) -> list[np.ndarray]:
-    """`count` RGB frames, uint8 (height, width, 3)."""
+    """Renders `count` RGB frames, uint8 (height, width, 3)."""
     return [np.asarray(render(view(video, index / max(count - 1, 1)))) for index in range(count)]
 
 
 def video_seconds(samples: np.ndarray, sample_rate: int) -> float:
-    """How long the video of a spoken track lasts: the track, within `SECONDS`, rounded up to whole half seconds."""
+    """Returns how long the video of a spoken track lasts: the track, within `SECONDS`, rounded up to whole half
+    seconds.
+    """
     return float(np.clip(np.ceil(2 * len(samples) / sample_rate) / 2, *SECONDS))
 
 
@@ -120,3 +134,98 @@ def _add_sound(container, sample_rate: int):
     stream.codec_context.layout = "mono"
     stream.bit_rate = 48000
     return stream
+
+
+FOLDERS = ("images", "speech", "video")
+VOICES = {
+    "en": ("en-us", "en-gb-scotland", "en-gb-x-rp", "en-029", "en-us+f1", "en-us+m3", "en+f4"),
+    "zh": ("cmn", "cmn+f1", "cmn+m3", "cmn+f4"),
+}
+"""eSpeak voices by language. `cmn` is Mandarin; `+f1`, `+m3` are female and male variants of a voice."""
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """Words to be spoken by one voice."""
+
+    text: str
+    voice: str
+    rate: int
+    pitch: int
+
+
+@dataclass(frozen=True)
+class VideoFile:
+    """A video and the words of its sound track."""
+
+    path: str
+    video: VideoPlan
+    language: str
+    track: Utterance
+
+
+@dataclass
+class MediaPlan:
+    """Names media files and remembers how each is to be made: `images`, `speech` and `videos`, by relative path."""
+
+    images: dict[str, Crop] = field(default_factory=dict)
+    speech: dict[str, Utterance] = field(default_factory=dict)
+    videos: list[VideoFile] = field(default_factory=list)
+
+    def add_image(self, rng: random.Random) -> tuple[str, Crop]:
+        """Adds a new image; returns its path and what it is a crop of."""
+        crop = random_crop(rng, rng.choice(PHOTOGRAPHS))
+        suffix = "png" if rng.random() < 0.3 else "jpg"
+        path = f"images/{crop.photo}_{len(self.images):04d}.{suffix}"
+        self.images[path] = crop
+        return path, crop
+
+    def add_speech(self, rng: random.Random, text: str, language: str) -> str:
+        """Adds a new clip of speech; returns its path."""
+        utterance = _utterance(rng, text, language, (160, 190))
+        path = f"speech/{language}_{len(self.speech):04d}.wav"
+        self.speech[path] = utterance
+        return path
+
+    def add_videos(self, rng: random.Random, count: int, describe: Callable[[VideoPlan, str], str]) -> None:
+        """Adds `count` videos, every camera move about equally often; `describe` writes what the track of one says."""
+        for index in range(count):
+            video, language = random_video(rng, MOVES[index % len(MOVES)]), rng.choice(("en", "zh"))
+            # A little faster than other speech: the whole sentence should fit the longest video.
+            track = _utterance(rng, describe(video, language), language, (175, 195))
+            self.videos.append(VideoFile(f"video/{video.move}_{index:03d}.mp4", video, language, track))
+
+
+def _utterance(rng: random.Random, text: str, language: str, rates: tuple[int, int]) -> Utterance:
+    return Utterance(text, rng.choice(VOICES[language]), rng.randint(*rates), rng.randint(35, 65))
+
+
+def record(plan: MediaPlan) -> dict[str, np.ndarray]:
+    """Speaks all that is planned; returns the samples (int16, `SAMPLE_RATE` Hz) by the path they belong to."""
+    spoken = {clip.path: clip.track for clip in plan.videos} | plan.speech
+    return {path: _speak(utterance) for path, utterance in spoken.items()}
+
+
+def produce(plan: MediaPlan, recordings: dict[str, np.ndarray], path: str, root: Path) -> None:
+    """Writes one planned file under `root`."""
+    if path in plan.images:
+        save(plan.images[path], root / path)
+    elif path in plan.speech:
+        _write_wave(recordings[path], root / path)
+    else:
+        video = next(clip.video for clip in plan.videos if clip.path == path)
+        write_video(video, recordings[path], SAMPLE_RATE, root / path)
+
+
+def _speak(utterance: Utterance) -> np.ndarray:
+    """Speaks an utterance; one shorter than a second ends in silence."""
+    samples = speak(utterance.text, utterance.voice, rate=utterance.rate, pitch=utterance.pitch)
+    return np.pad(samples, (0, max(0, SAMPLE_RATE - len(samples))))
+
+
+def _write_wave(samples: np.ndarray, path: Path) -> None:
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(SAMPLE_RATE)
+        file.writeframes(samples.astype("<i2").tobytes())

@@ -4,24 +4,121 @@ DIR/dataset.json                   schema, shards with their documents, bytes an
 DIR/documents-00000.array_record   one record a document (record.py)
 """
 
+import hashlib
 import json
+import struct
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
+from types import TracebackType
 
-from array_record.python.array_record_module import ArrayRecordReader
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.storage import write_json
-from data_pipelines.datasets.shards.record import unpack_document
 from data_pipelines.documents.document import Document
 from data_pipelines.errors import SampleError
 from data_pipelines.media.file_kinds import plain_reason
+from data_pipelines.media.location import Media
+
+RECORD_SCHEMA = 1  # raise it when a record holds something else than before
+_LENGTH = struct.Struct("<I")
+
+
+def pack_document(document: Document, media: Mapping[str, bytes]) -> bytes:
+    """Packs the record of `document`, whose text refers to `media` by name. The same document gives the same bytes."""
+    header = {
+        "schema": RECORD_SCHEMA,
+        "id": document.id,
+        "type": document.type,
+        "text": document.text,
+        "where": document.where,
+        "media": [[name, len(data), hashlib.sha256(data).hexdigest()] for name, data in media.items()],
+    }
+    encoded = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    return b"".join([_LENGTH.pack(len(encoded)), encoded, *media.values()])
+
+
+def _why(error: Exception) -> str:
+    return f"its header lacks {error}" if isinstance(error, KeyError) else plain_reason(error)
+
+
+def unpack_document(record: bytes, where: str) -> Document:
+    """Unpacks the document of a record, its media in memory. `where` names the record in messages.
+
+    Raises SampleError "bad_record" when it is damaged or of another schema.
+    """
+    try:
+        (length,) = _LENGTH.unpack_from(record)
+        header = json.loads(record[_LENGTH.size : _LENGTH.size + length])
+        if header["schema"] != RECORD_SCHEMA:
+            raise SampleError(
+                "bad_record", f"{where} has schema {header['schema']}; this program reads {RECORD_SCHEMA}"
+            )
+        media, place = {}, _LENGTH.size + length
+        for name, size, digest in header["media"]:
+            media[name] = Media(name, None, record[place : place + size], digest)
+            place += size
+        if place != len(record):
+            raise SampleError("bad_record", f"{where} has {len(record)} bytes where its header says {place}")
+        return Document(header["id"], header["type"], header["text"], header["where"], media)
+    except (struct.error, ValueError, KeyError, TypeError) as error:
+        raise SampleError("bad_record", f"{where} is damaged: {_why(error)}") from error
+
+
+SUFFIX = ".array_record"
+# A group is read and decompressed as a whole, so each document has its own: one random read costs one document. What
+# zstd cannot make smaller (nearly all media) is stored as it is. The same records give the same bytes.
+OPTIONS = "group_size:1,zstd:3"
+
+
+class ShardWriter:
+    """Writes documents to a new file at `path`, in order; a context manager. `documents` counts them.
+
+    The file is whole after `close`. Raises OSError when the disk does not take it.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.documents = 0
+        with _io_errors(path):
+            self._writer = ArrayRecordWriter(str(path), OPTIONS)
+
+    def write(self, document: Document, media: Mapping[str, bytes]) -> None:
+        """Adds `document`, whose text refers to `media` by name."""
+        record = pack_document(document, media)
+        with _io_errors(self.path):
+            self._writer.write(record)
+        self.documents += 1
+
+    def close(self) -> None:
+        """Writes what is left. Must be called; more than once does nothing."""
+        if self._writer.is_open():
+            with _io_errors(self.path):
+                self._writer.close()
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None:
+            self.close()
+
+
+@contextmanager
+def _io_errors(path: Path) -> Iterator[None]:
+    """Turns what ArrayRecord raises into OSError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
+
 
 DATASET_FILE = "dataset.json"
-SCHEMA = 1  # of dataset.json: raise it when its fields mean something else than before
+DATASET_SCHEMA = 1  # of dataset.json: raise it when its fields mean something else than before
 OPEN_FILES = 64  # a process keeps so many files open; each holds 8 bytes a record in memory
 # No read-ahead, no threads: documents are read one at a time, in any order.
 _OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
@@ -53,7 +150,7 @@ class ShardedDataset:
         return sum(shard.documents for shard in self.shards)
 
     def document(self, shard: int, record: int) -> Document:
-        """One document, its media in memory.
+        """Returns one document, its media in memory.
 
         Raises SampleError "bad_record" when the shard is cut, missing or damaged at that place; IndexError when it
         never held so many.
@@ -69,7 +166,9 @@ class ShardedDataset:
         return unpack_document(content, where)
 
     def documents_of(self, shard: int) -> Iterator[Document | SampleError]:
-        """The documents of a shard in order; in place of one that cannot be read, the error that `document` raises."""
+        """Yields the documents of a shard in order; in place of one that cannot be read, the error that `document`
+        raises.
+        """
         for record in range(self.shards[shard].documents):
             try:
                 yield self.document(shard, record)
@@ -86,7 +185,7 @@ class ShardedDataset:
         return reader
 
     def _name(self, number: int) -> str:
-        """What messages call a shard: by its folder's own name, not by where on this machine that lies."""
+        """Returns what messages call a shard: by its folder's own name, not by where on this machine that lies."""
         return f"{self.folder.resolve().name}/{self.shards[number].file}"
 
     def _open(self, number: int) -> ArrayRecordReader:
@@ -108,19 +207,21 @@ class ShardedDataset:
 
 
 def open_dataset(folder: str | Path) -> ShardedDataset:
-    """The dataset at `folder`; reads its `dataset.json`. Raises ConfigError when that is missing or of another form."""
+    """Opens the data set at `folder`; reads its `dataset.json`. Raises ConfigError when that is missing or of another
+    form.
+    """
     description = read_description(folder)
     shards = [Shard(**shard) for shard in description["shards"]]
     return ShardedDataset(Path(folder), shards, description["fingerprint"])
 
 
 def read_description(folder: str | Path) -> dict:
-    """All that `folder/dataset.json` holds. Raises ConfigError when it is not there or not of this form."""
+    """Reads all that `folder/dataset.json` holds. Raises ConfigError when it is not there or not of this form."""
     path = Path(folder) / DATASET_FILE
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
-        if description["schema"] != SCHEMA:
-            raise ConfigError(f"{path} has schema {description['schema']}; this program reads {SCHEMA}")
+        if description["schema"] != DATASET_SCHEMA:
+            raise ConfigError(f"{path} has schema {description['schema']}; this program reads {DATASET_SCHEMA}")
         files = [Shard(**shard).file for shard in description["shards"]]
         if outside := [file for file in files if Path(file).name != file]:
             raise ConfigError(f"{path} names a shard outside its folder: {outside[0]!r}")
@@ -137,5 +238,10 @@ def read_description(folder: str | Path) -> dict:
 def write_description(folder: Path, shards: Sequence[Shard], details: dict) -> None:
     """Writes `folder/dataset.json`; `details` are what it tells besides the shards. Written last: it ends the build."""
     digest = sha256("\n".join(shard.sha256 for shard in shards).encode()).hexdigest()
-    description = {"schema": SCHEMA, "fingerprint": digest[:32], **details, "shards": [asdict(each) for each in shards]}
+    description = {
+        "schema": DATASET_SCHEMA,
+        "fingerprint": digest[:32],
+        **details,
+        "shards": [asdict(each) for each in shards],
+    }
     write_json(folder / DATASET_FILE, description)

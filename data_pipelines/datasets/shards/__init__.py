@@ -1,1 +1,0 @@
-"""Documents with their media in ArrayRecord shards: one record a document, one `dataset.json` a folder."""
