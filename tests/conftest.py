@@ -1,5 +1,7 @@
 """Fixtures that several test files share. The package is imported inside: the type checks' import hook comes later."""
 
+import signal
+
 import pytest
 from hypothesis import settings
 
@@ -8,6 +10,9 @@ from tests.helpers.proofs import built_once
 # How long an example takes says more of the machine than of the code.
 settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
+# A shell that starts tests in the background ignores SIGINT, and the programs that they start and interrupt would too.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
