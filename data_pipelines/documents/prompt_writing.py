@@ -24,6 +24,7 @@ from data_pipelines.documents.prompts import (
     parse_prompt,
     write_reference,
 )
+from data_pipelines.media.location import MediaReference
 from data_pipelines.tokenizers import special_tokens as names
 
 
@@ -56,7 +57,7 @@ def join(parts: Iterable[str]) -> Source:
 
 
 def _tag(kind: str, key: str, path: str) -> Source:
-    return Source(f"<{kind}_start_baichuan>{write_reference(key, Reference(path=path))}<{kind}_end_baichuan>")
+    return Source(f"<{kind}_start_baichuan>{write_reference(key, MediaReference(path=path))}<{kind}_end_baichuan>")
 
 
 def image_tag(path: str) -> Source:

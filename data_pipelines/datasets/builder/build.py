@@ -233,7 +233,7 @@ def _shards(sources: Sequence[Manifest], lines: Sequence[PlannedLines], document
             length = (int(own.offsets[end]) if end < len(own) else source.lines.stat().st_size) - offset
             lines_of = LineRange(source.lines, source.name, source.root, int(own.numbers[begin]), offset, length)
             fingerprint = hashlib.sha256(
-                json.dumps([FORMAT, SCHEMA, OPTIONS, source.name, lines_of.first, doubles]).encode()
+                json.dumps([FORMAT, RECORD_SCHEMA, OPTIONS, source.name, lines_of.first, doubles]).encode()
                 + own.contents[begin:end].tobytes()
             )
             content = ShardLines(source, lines_of, doubles, state)
