@@ -20,7 +20,7 @@ from rows import emit, row
 from baichuan_omni_jax.config import DataConfig
 from data_pipelines.packing.context_plan import block_work, deal_blocks, lay_documents
 from data_pipelines.packing.media_layout import PatchLayout
-from data_pipelines.packing.mixture import Item
+from data_pipelines.packing.mixture import DocumentLengths
 from data_pipelines.packing.packer import Packer
 
 MEANS = (3000, 16000)
@@ -35,9 +35,9 @@ def packed_rows(mean: float, length: int, rows: int, seed: int) -> Iterator[list
     enough = 2 * rows * max(1, round(length / mean)) + 100 * OPEN_BINS
     sizes = np.clip(rng.lognormal(np.log(mean) - SIGMA**2 / 2, SIGMA, enough).round(), 1, length).astype(np.int64)
     packer = Packer([length], PatchLayout(0), OPEN_BINS, DataConfig().look_ahead)
-    packed = (packer.add(Item((0, number), (size,), [])) for number, size in enumerate(sizes.tolist()))
+    packed = (packer.add(DocumentLengths(number, (size,), [])) for number, size in enumerate(sizes.tolist()))
     for line in islice((line for line in packed if line), rows):
-        yield [item.needs[0] for item in line]
+        yield [item.lengths[0] for item in line]
 
 
 def contiguous(blocks: int, shards: int) -> np.ndarray:

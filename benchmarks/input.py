@@ -130,7 +130,7 @@ def open_peers(data: Path, pipeline: Pipeline, epochs: int) -> dict[str, Iterabl
     rows, frames = [], []
     for step in pipeline.step_plan(epochs=epochs):
         frames += [decoder.mel_frames(step)] * len(step)
-        rows += [[lines[index.document(number).where] for _, number in row] for row in step]
+        rows += [[lines[index.document(number).location] for _, number in row] for row in step]
     tokenizer = pipeline.processor.tokenizer.to_str()
     return {name: loader(rows, frames, tokenizer, pipeline, name == "trimmed") for name in ("padded", "trimmed")}
 

@@ -16,7 +16,7 @@ from rows import emit, row
 
 from baichuan_omni_jax.config import DataConfig
 from data_pipelines.packing.media_layout import PatchLayout
-from data_pipelines.packing.mixture import Item
+from data_pipelines.packing.mixture import DocumentLengths
 from data_pipelines.packing.packer import Packer
 
 PARTS = (1, 8, 16, 32)
@@ -50,13 +50,13 @@ def pack(given: list[tuple[int, list[int]]], budgets: list[int], parts: int) -> 
     layout = PatchLayout(budgets[1], parts)
     kept = [document for document in given if layout.fits(document[1])]
     needs = [(tokens, sum(sizes)) for tokens, sizes in kept]
-    items = [Item((0, i), need, sizes) for i, (need, (_, sizes)) in enumerate(zip(needs, kept, strict=True))]
+    items = [DocumentLengths(i, need, sizes) for i, (need, (_, sizes)) in enumerate(zip(needs, kept, strict=True))]
     packer = Packer(budgets, layout, OPEN_BINS, DataConfig().look_ahead)
     start = time.perf_counter()
     rows = [line for item in items if (line := packer.add(item))]
     while line := packer.finish():
         rows.append(line)
-    fills = [sum(item.needs[1] for item in line) / budgets[1] for line in rows]
+    fills = [sum(item.lengths[1] for item in line) / budgets[1] for line in rows]
     cost = 1e3 * (time.perf_counter() - start) / len(fills)
     return float(np.mean(fills[: -2 * OPEN_BINS])), len(given) - len(kept), cost
 

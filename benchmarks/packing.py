@@ -23,7 +23,7 @@ from rows import emit, row
 from baichuan_omni_jax.config import DataConfig, baichuan_omni_7b
 from baichuan_omni_jax.flops.row_cost import row_cost
 from data_pipelines.packing.media_layout import PatchLayout
-from data_pipelines.packing.mixture import Item, Measured, Mixture
+from data_pipelines.packing.mixture import DocumentLengths, Mixture
 from data_pipelines.packing.packer import Packer
 from data_pipelines.packing.row_plan import RowPlan, StepPlan
 
@@ -40,12 +40,14 @@ class Listed:
         self.name, self.total, self.usable = "documents", len(lengths), len(lengths)
         self._lengths = lengths
 
-    def measured(self, numbers: np.ndarray) -> list[list[Measured]]:
+    def expand(self, numbers: np.ndarray) -> list[list[DocumentLengths]]:
         needs = self._lengths[numbers].tolist()
-        return [[Measured(number, tuple(need), [])] for number, need in zip(numbers.tolist(), needs, strict=True)]
+        return [
+            [DocumentLengths(number, tuple(need), [])] for number, need in zip(numbers.tolist(), needs, strict=True)
+        ]
 
-    def measured_one(self, number: int) -> Measured:
-        return Measured(number, tuple(self._lengths[number].tolist()), [])
+    def document_lengths(self, number: int) -> DocumentLengths:
+        return DocumentLengths(number, tuple(self._lengths[number].tolist()), [])
 
     def why_unusable(self) -> str:
         return "there is none"
@@ -75,22 +77,22 @@ def plan_of(lengths: np.ndarray, budgets: list[int], seed: int, epochs: int | No
     return RowPlan(mixture, Packer(budgets, PatchLayout(0), OPEN_BINS, LOOK_AHEAD))
 
 
-def pack(lengths: np.ndarray, budgets: list[int], seed: int) -> tuple[list[list[Item]], float]:
+def pack(lengths: np.ndarray, budgets: list[int], seed: int) -> tuple[list[list[DocumentLengths]], float]:
     """All rows of one epoch, and the seconds it took. Fails when a document is lost, doubled or cut."""
     start = time.perf_counter()
     rows = list(plan_of(lengths, budgets, seed, epochs=1))
     seconds = time.perf_counter() - start
     assert Counter(item.key[1] for line in rows for item in line) == Counter(range(len(lengths)))
-    assert Counter(item.needs for line in rows for item in line) == Counter(map(tuple, lengths.tolist()))
+    assert Counter(item.lengths for line in rows for item in line) == Counter(map(tuple, lengths.tolist()))
     return rows, seconds
 
 
-def fill_of(rows: list[list[Item]], budgets: list[int]) -> tuple[float, int]:
+def fill_of(rows: list[list[DocumentLengths]], budgets: list[int]) -> tuple[float, int]:
     """Mean fill of the binding budget (the fullest) over all rows but those that only the end of the documents closed,
     and the number of these.
     """
     last = OPEN_BINS + LOOK_AHEAD * MEAN // LENGTH + 1
-    used = np.array([np.sum([item.needs for item in line], 0) for line in rows[:-last]]) / budgets
+    used = np.array([np.sum([item.lengths for item in line], 0) for line in rows[:-last]]) / budgets
     return float(used.mean(0).max()), last
 
 
@@ -133,7 +135,7 @@ def straggler_row(lengths: np.ndarray, seed: int, windows: int) -> dict:
         steps = list(islice(plan, windows * WINDOW))
         sizes = [[[needs[number] for _, number in line] for line in step] for step in steps]
         flops = np.array(
-            [[cost([Item((0, 0), tuple(n.tolist()), []) for n in line]) for line in step] for step in sizes]
+            [[cost([DocumentLengths(0, tuple(n.tolist()), []) for n in line]) for line in step] for step in sizes]
         )
         return flops.max(1) / flops.mean(1)
 

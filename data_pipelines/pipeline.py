@@ -33,7 +33,7 @@ from data_pipelines.packing.oversize import check_policies, with_pieces
 from data_pipelines.packing.packer import Packer
 from data_pipelines.packing.row_limits import budget_vector
 from data_pipelines.packing.row_plan import RowPlan, StepPlan, check_format, check_plan
-from data_pipelines.packing.rows import ALL_ROWS, RowDecoder, Shard, Step, StepDataset, read_steps
+from data_pipelines.packing.rows import ALL_ROWS, RowDecoder, RowShard, Step, StepDataset, read_steps
 from data_pipelines.tokenizers.tokenizer import load_tokenizer, train_tokenizer
 
 log = logging.getLogger(__name__)
@@ -90,26 +90,26 @@ class Pipeline:
         means = [source_means(index, source, self.weighting) for index, source in sources]
         return predict_shares(means, self.config.weights_by, train)
 
-    def plan(self, *, epochs: int | None = None, left: Mapping | None = None) -> RowPlan:
+    def plan(self, *, epochs: int | None = None, resume_state: Mapping | None = None) -> RowPlan:
         """The rows: endless by the mixture's weights, or `epochs` times every document.
 
-        With `left`, the state of another run's data, each source goes on where that run left it. Raises ConfigError
-        when it is of another version.
+        With `resume_state`, the state of another run's data, each source continues where that run left it. Raises
+        ConfigError when it is of another version.
         """
         config = self.config
         weights = [source.weight for source in config.mixture]
         mixture = Mixture(self.indexes, weights, config.seed, counted=config.weights_by, epochs=epochs)
-        if left is not None:
-            check_format(left)
-            for name in mixture.go_on(left["sources"]):
+        if resume_state is not None:
+            check_format(resume_state)
+            for name in mixture.continue_from(resume_state["sources"]):
                 log.warning("source %s starts anew: the run before had none of this name, documents and seed", name)
         budgets = budget_vector(config.budgets).tolist()
         return RowPlan(mixture, Packer(budgets, patch_layout(config), config.open_bins, config.look_ahead))
 
-    def step_plan(self, *, epochs: int | None = None, left: Mapping | None = None) -> StepPlan:
+    def step_plan(self, *, epochs: int | None = None, resume_state: Mapping | None = None) -> StepPlan:
         """The rows of `plan` in steps of `config.rows`."""
         config = self.config
-        plan = self.plan(epochs=epochs, left=left)
+        plan = self.plan(epochs=epochs, resume_state=resume_state)
         return StepPlan(plan, config.rows, config.order_window, row_cost(self.omni), config.seed)
 
     def decoder(self, codes: Codes | None, context_shards: int = 1) -> RowDecoder:
@@ -135,17 +135,19 @@ class Pipeline:
         codes: Codes | None,
         *,
         state: dict | None = None,
-        shard: Shard = ALL_ROWS,
+        shard: RowShard = ALL_ROWS,
         epochs: int | None = None,
-        left: Mapping | None = None,
+        resume_state: Mapping | None = None,
         context_shards: int = 1,
     ) -> Iterator[Step]:
-        """Steps of `config.rows` rows in all, this host's decoded, from `state` on; `epochs` and `left` as in `plan`.
+        """Steps of `config.rows` rows in all, this host's decoded, from `state` on.
+
+        `epochs` and `resume_state` are those of `plan`.
 
         Tokens come dealt to `context_shards`, the mesh's `context`; which documents share a row does not depend on it.
         Raises ConfigError when rows cannot be dealt to so many.
         """
-        plan = partial(self.step_plan, epochs=epochs, left=left if state is None else None)
+        plan = partial(self.step_plan, epochs=epochs, resume_state=resume_state if state is None else None)
         dataset = StepDataset(plan, self.decoder(codes, context_shards), shard, state)
         return read_steps(dataset, self.config.workers)
 
@@ -199,7 +201,7 @@ def _name_skipped(index: Index) -> None:
         for line in describe_causes(causes, index.examples()):
             log.warning("source %s: %s", index.name, line)
     for item in islice(index.skipped, NAMED):
-        log.warning("skipped %s (%s): %s", item.where, item.cause, item.message)
+        log.warning("skipped %s (%s): %s", item.location, item.cause, item.message)
     more = index.causes().total() - NAMED
     if more > 0:
         log.warning("%s: %d more documents are skipped; %s names the unusable", index.name, more, index.skipped_file)

@@ -42,7 +42,7 @@ from baichuan_omni_jax.train.trainer import Extras, set_up, train
 from baichuan_omni_jax.train.wandb import load_wandb
 from data_pipelines.audio_codes import CodeStore
 from data_pipelines.audio_codes.build import CodeBuildOptions
-from data_pipelines.packing.rows import Shard
+from data_pipelines.packing.rows import RowShard
 from data_pipelines.packing.training import TrainingData
 from data_pipelines.pipeline import Pipeline
 
@@ -65,7 +65,7 @@ def pretrain() -> None:
     home = together(lambda: find_tokenizer(run, workdir.path))
     pipelines, tokenizer = leader_first(lambda: prepare(run, omni, workdir, home))
     check_agreement({name: value for parts in pipelines.values() for name, value in data_facts(*parts).items()})
-    shard = Shard(rows_of_host(setup.mesh, compute.rules, run.data.rows))
+    shard = RowShard(rows_of_host(setup.mesh, compute.rules, run.data.rows))
     context = setup.mesh.shape["context"]
     held_out = together(
         lambda: {name: TrainingData(*parts, shard, context) for name, parts in pipelines.items() if name}

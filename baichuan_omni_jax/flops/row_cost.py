@@ -6,13 +6,24 @@ a multiple that hardly differs between rows. Integers, so that all hosts order r
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Protocol
 
-from baichuan_omni_jax.config import OmniConfig
-from data_pipelines.packing.mixture import Item
-from data_pipelines.packing.row_limits import BUDGETED
+from baichuan_omni_jax.config import Budgets, OmniConfig
 
-_TOKENS, _PATCHES, _TARGETS = (BUDGETED.index(name) for name in ("tokens", "patches", "audio_targets"))
+_TOKENS, _PATCHES, _TARGETS = (
+    [field.name for field in fields(Budgets)].index(name) for name in ("tokens", "patches", "audio_targets")
+)
+
+
+class DocumentLengths(Protocol):
+    """A document of a row: what it takes of each budget (in the order of `Budgets`), the patches of its images."""
+
+    @property
+    def lengths(self) -> Sequence[int]: ...
+
+    @property
+    def image_patches(self) -> Sequence[int]: ...
 
 
 @dataclass(frozen=True)
@@ -27,16 +38,16 @@ class RowCost:
     patch_pair: int
     audio_target: int
 
-    def __call__(self, row: Sequence[Item]) -> int:
+    def __call__(self, row: Sequence[DocumentLengths]) -> int:
         """FLOPs of a row of these documents."""
-        return sum(map(self.of, row))
+        return sum(map(self.document_cost, row))
 
-    def of(self, item: Item) -> int:
+    def document_cost(self, item: DocumentLengths) -> int:
         """FLOPs of one document: n tokens see n (n + 1) / 2 pairs, a picture of p patches p^2."""
-        tokens = item.needs[_TOKENS]
+        tokens = item.lengths[_TOKENS]
         flops = tokens * self.token + tokens * (tokens + 1) // 2 * self.pair
-        flops += item.needs[_TARGETS] * self.audio_target
-        flops += item.needs[_PATCHES] * self.patch + self.patch_pair * sum(size * size for size in item.pictures)
+        flops += item.lengths[_TARGETS] * self.audio_target
+        flops += item.lengths[_PATCHES] * self.patch + self.patch_pair * sum(size * size for size in item.image_patches)
         return flops
 
 

@@ -18,7 +18,7 @@ class Step(Protocol):
     """What the loop asks of a step of data (data_pipelines.packing.rows.Step is one): this host's rows of it."""
 
     batch: dict[str, np.ndarray]
-    lost: Losses
+    failed: Losses
     state: dict
     damaged: dict[DocumentKey, int]  # packets of its media that could not be decoded
 
@@ -41,8 +41,8 @@ class Data(Protocol):
     def epochs(self, state: dict) -> dict[str, float]:
         """How often each source has been read when the data's state is this one."""
 
-    def where(self, source: int, number: int) -> str:
+    def location(self, source: int, number: int) -> str:
         """The manifest line of a document."""
 
-    def check_lost(self, causes: Counter) -> None:
+    def check_failed(self, causes: Counter) -> None:
         """Raises ConfigError when too many documents turned out unusable."""

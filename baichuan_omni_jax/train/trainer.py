@@ -142,14 +142,14 @@ class _Loop:
         self.listening = Listening(run, setup, place, extras.held_out)
         # Steps that the branches had been trained for when this run began.
         self.before = extras.parent.trained
-        self.guard = NonfiniteGuard(workdir.path, run.train.nonfinite_limit, data.where)
+        self.guard = NonfiniteGuard(workdir.path, run.train.nonfinite_limit, data.location)
         self.trace = StepTrace(workdir.path, extras.profile)
         device = setup.mesh.devices.flat[0]
         self.throughput = Throughput(
             setup.task.parts(), setup.groups.trainable, setup.mesh.devices.size, peak_flops(device.device_kind)
         )
         self.wandb, self.output = extras.wandb, None
-        self.lost: dict[DocumentKey, str] = {}
+        self.failed: dict[DocumentKey, str] = {}
         self.damaged: dict[DocumentKey, int] = {}
         self.unshared: Losses = {}
         self.last_end = self.idle = 0.0
@@ -209,7 +209,7 @@ class _Loop:
         waited = time.perf_counter() - began
         if before is None or before.is_done():
             self.idle += waited  # at most: the devices may have been at work for a part of it
-        self._note_lost(step.lost)
+        self._note_lost(step.failed)
         self.damaged |= step.damaged
         compiled, sending = self.compiles.count, time.perf_counter()
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
@@ -238,7 +238,7 @@ class _Loop:
         drop_absent_sources(numbers)
         times = {"step_time_s": took, "data_wait_s": pending.waited, "productive_s": productive}
         speed = self.throughput.of(counts, took)
-        skipped = dict(self.data.skipped + Counter(self.lost.values()))
+        skipped = dict(self.data.skipped + Counter(self.failed.values()))
         data = {"skipped": skipped, "handled": dict(self.data.handled), "epochs": pending.epochs}
         data["damaged_packets"] = sum(self.damaged.values())
         return {"step": pending.step, **numbers, **times, **speed, "compiles": self.compiles.count, **data}
@@ -256,21 +256,21 @@ class _Loop:
     def _note_lost(self, lost: Losses) -> None:
         """Counts documents that could not be decoded. On several hosts the limit is checked when they have told."""
         for key, (where, cause, message) in lost.items():
-            if key not in self.lost:
-                self.lost[key] = cause
+            if key not in self.failed:
+                self.failed[key] = cause
                 log.warning("skipped %s (%s): %s", where, cause, message)
                 self.unshared[key] = (where, cause, message)
         if lost and jax.process_count() == 1:
-            self.data.check_lost(Counter(self.lost.values()))
+            self.data.check_failed(Counter(self.failed.values()))
 
     def _share_lost(self) -> None:
         """Every host learns what the others could not decode; all raise alike when it is too much."""
         if jax.process_count() == 1:
             return
         for text in share(json.dumps([[*key, cause] for key, (_, cause, _) in self.unshared.items()])):
-            self.lost |= {(source, number): cause for source, number, cause in json.loads(text)}
+            self.failed |= {(source, number): cause for source, number, cause in json.loads(text)}
         self.unshared = {}
-        self.data.check_lost(Counter(self.lost.values()))
+        self.data.check_failed(Counter(self.failed.values()))
 
     def _save(self, state: TrainState, data_state: dict) -> None:
         self._share_lost()

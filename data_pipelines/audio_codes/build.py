@@ -240,7 +240,7 @@ def _failures(job: Job, pipelines: Sequence[Pipeline]) -> list[int]:
             causes[cause] += 1
             if len(failed) <= NAMED:
                 source, document = plan[int(row)].item()[4:]
-                where = sources[source].index.where(document)
+                where = sources[source].index.location(document)
                 log.warning("no codes for a window of sound of %s (%s): %s", where, cause, message)
     if len(failed) > NAMED:
         log.warning("no codes for %d windows of sound: %s", len(failed), dict(causes))

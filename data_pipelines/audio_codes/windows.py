@@ -45,7 +45,7 @@ class ClipSource:
         have sound.
         """
         numbers = np.setdiff1d(np.arange(first, last), self.index.over)
-        return numbers[np.array([self.index.needs(number)[_WINDOWS] > 0 for number in numbers.tolist()], bool)]
+        return numbers[np.array([self.index.lengths(number)[_WINDOWS] > 0 for number in numbers.tolist()], bool)]
 
     def items(self, number: int) -> list[AudioItem]:
         """Returns the windows of sound of a document or piece. Raises SampleError."""

@@ -35,7 +35,7 @@ def pack_document(document: Document, media: Mapping[str, bytes]) -> bytes:
         "id": document.id,
         "type": document.type,
         "text": document.text,
-        "where": document.where,
+        "where": document.location,
         "media": [[name, len(data), hashlib.sha256(data).hexdigest()] for name, data in media.items()],
     }
     encoded = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()

@@ -26,7 +26,7 @@ class Entry(NamedTuple):
 
     place: int
     number: int
-    where: str
+    location: str
     document: Document | SampleError
 
 
@@ -68,7 +68,7 @@ class ManifestSource:
     def read(self, part: LineRange) -> Iterator[Entry]:
         """Yields the documents of a part, passing over empty lines."""
         for line in part.documents():
-            yield Entry(line.offset, line.number, self.where(line.offset, line.number), line.document)
+            yield Entry(line.offset, line.number, self.location(line.offset, line.number), line.document)
 
     def document(self, place: int, number: int) -> Document:
         """Returns one document. Raises SampleError `bad_json` or `bad_form` when its line is no longer what it was."""
@@ -76,7 +76,7 @@ class ManifestSource:
             file.seek(place)
             return parse_line(file.readline(), number, self.path, self.media)
 
-    def where(self, place: int, number: int) -> str:
+    def location(self, place: int, number: int) -> str:
         return f"{self.path}:{number}"
 
     @cached_property
@@ -128,13 +128,13 @@ class DatasetSource:
         """Yields the documents of a shard."""
         for record, document in enumerate(self._dataset.documents_of(part.shard)):
             place = part.shard << 32 | record
-            yield Entry(place, record, self.where(place, record), document)
+            yield Entry(place, record, self.location(place, record), document)
 
     def document(self, place: int, number: int) -> Document:
         """Returns one document. Raises SampleError `bad_record` when its shard is damaged there."""
         return self._dataset.document(place >> 32, number)
 
-    def where(self, place: int, number: int) -> str:
+    def location(self, place: int, number: int) -> str:
         return f"{self.path}/{self._dataset.shards[place >> 32].file}:{number}"
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from data_pipelines.documents.document import Lengths
 from data_pipelines.documents.prompts import Element, ImageElement
-from data_pipelines.packing.row_limits import RowLimits, needs_of
+from data_pipelines.packing.row_limits import RowLimits, budget_lengths
 
 Span = tuple[int, int]
 NOTHING = Lengths(tokens=0)
@@ -113,7 +113,7 @@ class _Planner:
             self.chunks.append((self._start, place))
 
     def is_beyond(self, size: Lengths) -> bool:
-        return bool(self._limits.why_beyond(needs_of(size), size.pictures))
+        return bool(self._limits.why_exceeds(budget_lengths(size), size.image_patches))
 
     def add_medium(self, place: int, size: Lengths) -> None:
         """One medium, which an empty row holds."""

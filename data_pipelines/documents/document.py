@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Document:
-    """One document: `text` is the source prompt in the released form, `where` the manifest line it comes from.
+    """One document: `text` is the source prompt in the released form, `location` the manifest line it comes from.
 
     `media` tells the folder that media paths in the text are relative to or, for a document of a shard, the media
     themselves by the name the text uses. A piece of a longer document has the system prompt and the turns from
@@ -25,7 +25,7 @@ class Document:
     id: str
     type: str
     text: str
-    where: str
+    location: str
     media: "Path | MediaRoot | Mapping[str, Media]"
     turns: tuple[int, int] | None = None
     max_frames: int = 0
@@ -38,7 +38,7 @@ class Lengths:
 
     `tokens` row slots; `patches` 14x14 patches; `audio_frames` code frames (12.5 Hz) heard or spoken; `audio_targets`
     spoken frames that carry loss, one end frame a clip included; `mel_windows` windows of at most 30 s; `items` media.
-    `pictures` has the patches of each picture and video frame, in order: none may be cut. `text_targets`, of which
+    `image_patches` has the patches of each image and video frame, in order: none may be cut. `text_targets`, of which
     there is no budget, are the positions with a text target.
     """
 
@@ -48,7 +48,7 @@ class Lengths:
     audio_targets: int = 0
     mel_windows: int = 0
     items: int = 0
-    pictures: tuple[int, ...] = ()
+    image_patches: tuple[int, ...] = ()
     text_targets: int = 0
 
     @property
@@ -96,6 +96,6 @@ class EncodedDocument:
             patches=len(self.patches),
             audio_frames=len(self.audio_codes),
             audio_targets=len(self.audio_targets),
-            pictures=tuple(np.bincount(self.patch_frames)[1:].tolist()),
+            image_patches=tuple(np.bincount(self.patch_frames)[1:].tolist()),
             text_targets=int(np.count_nonzero(self.text_weights)),
         )

@@ -280,7 +280,7 @@ def parse_line(line: bytes, number: int, manifest: str, root: MediaRoot) -> Docu
         (identifier + kind).encode()
     except UnicodeEncodeError as error:
         raise SampleError("bad_form", f"{where}: id or type is not Unicode: {error.reason}") from error
-    return Document(id=identifier, type=kind, text=values["text"], where=where, media=root)
+    return Document(id=identifier, type=kind, text=values["text"], location=where, media=root)
 
 
 def _why_no_json(content: bytes, error: Exception) -> str:

@@ -195,13 +195,13 @@ class Processor:
             audio_targets=plan.layout.audio_targets,
             mel_windows=sum(len(clip.windows) for clip in plan.clips),
             items=len(sizes) + len(plan.clips),
-            pictures=tuple(sizes),
+            image_patches=tuple(sizes),
             text_targets=plan.layout.text_targets,
         )
 
     def runs(self, document: Document) -> list[Run]:
         """All items of a document whatever its `span`: text as ids, end of text included, and media."""
-        key = (document.id, document.where, document.text, document.turns, document.max_frames)
+        key = (document.id, document.location, document.text, document.turns, document.max_frames)
         if self._last_runs[0] != key:
             elements = document_elements(document, self.config.vision.max_frames)
             found = [self._as_ids(element, document.media) for element in elements]

@@ -149,7 +149,7 @@ class _Frames:
         check_decoded(self._pixels, self.media.name)
         if self._start is None:
             self._start = frame.time or 0.0
-            self._turn = _Turn.of(frame)
+            self._turn = _Turn.from_frame(frame)
         self._last = frame
         if frame.time is not None:
             self._time = frame.time - self._start
@@ -212,7 +212,7 @@ class _Turn:
     flipped: bool = False  # up and down
 
     @classmethod
-    def of(cls, frame: VideoFrame) -> "_Turn":
+    def from_frame(cls, frame: VideoFrame) -> "_Turn":
         """That of a frame's own matrix, which takes a pixel at (x, y) to (a x + c y, b x + d y)."""
         for each in frame.side_data:
             if each.type == Type.DISPLAYMATRIX and len(bytes(each)) == 36:

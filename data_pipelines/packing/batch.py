@@ -72,11 +72,11 @@ class RowWriter:
         *,
         source: int,
         number: int,
-        pictures_at: Int32[np.ndarray, "pictures"] | None = None,
+        image_starts: Int32[np.ndarray, "pictures"] | None = None,
     ) -> None:
         """Appends a document that fits: segment ids ascend from 1, positions restart, slots move to its place.
 
-        `pictures_at` has the first patch of each of its pictures; without it they follow those that are there.
+        `image_starts` has the first patch of each of its pictures; without it they follow those that are there.
         """
         start = self._at["token"]
         self._segments += 1
@@ -97,7 +97,7 @@ class RowWriter:
         targets = slice(self._at["target"], self._at["target"] + len(document.audio_targets))
         self._row["audio_target_sources"][targets] = source
         self._put_slots("target", "audio_target_index", document.audio_target_slots, start)
-        self._put_pictures(document, pictures_at, start)
+        self._put_pictures(document, image_starts, start)
 
     def leave(self, tokens: int) -> None:
         """Leaves padding in the place of a document that could not be decoded."""
@@ -108,14 +108,14 @@ class RowWriter:
             values = getattr(document, name)
             self._row[name][self._at[counter] : self._at[counter] + len(values)] = values
 
-    def _put_pictures(self, document: EncodedDocument, pictures_at: np.ndarray | None, start: int) -> None:
+    def _put_pictures(self, document: EncodedDocument, image_starts: np.ndarray | None, start: int) -> None:
         if not len(document.patches):
             return
-        sizes = np.array(document.lengths.pictures, np.int64)
+        sizes = np.array(document.lengths.image_patches, np.int64)
         first_in_document = np.cumsum(sizes) - sizes
-        if pictures_at is None:
-            pictures_at = self._at["patch"] + first_in_document
-        patches = np.repeat(pictures_at - first_in_document, sizes) + np.arange(len(document.patches))
+        if image_starts is None:
+            image_starts = self._at["patch"] + first_in_document
+        patches = np.repeat(image_starts - first_in_document, sizes) + np.arange(len(document.patches))
         self._row["patches"][patches] = document.patches
         self._row["patch_grid"][patches] = document.patch_grid
         self._row["patch_segments"][patches] = document.patch_frames + self._frames

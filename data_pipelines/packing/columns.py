@@ -6,8 +6,8 @@
     FOLDER/text_targets.npy     (n,) int32      how many text targets it has
     FOLDER/places.npy           (n,) int64      where its source has it
     FOLDER/numbers.npy          (n,) int32      its line or record
-    FOLDER/pictures.npy         (m,) int32      patches of each picture and video frame, document after document
-    FOLDER/picture_places.npy   (n + 1,) int64  document i's begin at [i] and end before [i + 1]
+    FOLDER/image_patches.npy    (m,) int32      patches of each image and video frame, document after document
+    FOLDER/image_offsets.npy   (n + 1,) int64  document i's begin at [i] and end before [i + 1]
     FOLDER/skipped.jsonl        [where, cause, message] of each document that cannot be used
     FOLDER/meta.json            counts and sizes; written last
 """
@@ -21,41 +21,41 @@ import numpy as np
 from jaxtyping import Int32, Int64
 
 from data_pipelines.documents.document import Lengths
-from data_pipelines.packing.row_limits import BUDGETED, needs_of
+from data_pipelines.packing.row_limits import BUDGETED, budget_lengths
 
 SKIPPED_FILE, META_FILE = "skipped.jsonl", "meta.json"
-BYTES_A_DOCUMENT = 4 * len(BUDGETED) + 4 + 8 + 4 + 8
-BYTES_A_PICTURE = 4
+BYTES_PER_DOCUMENT = 4 * len(BUDGETED) + 4 + 8 + 4 + 8
+BYTES_PER_IMAGE = 4
 _DTYPES = {
     "lengths": np.int32,
     "text_targets": np.int32,
     "places": np.int64,
     "numbers": np.int32,
-    "pictures": np.int32,
-    "picture_places": np.int64,
+    "image_patches": np.int32,
+    "image_offsets": np.int64,
 }
 NAMES = tuple(_DTYPES)
 
 
 @dataclass(frozen=True)
 class Columns:
-    """n documents with m pictures. Pickled as its folder where it has one."""
+    """n documents with m images. Pickled as its folder where it has one."""
 
     lengths: Int32[np.ndarray, "n budgets"]
     text_targets: Int32[np.ndarray, "n"]
     places: Int64[np.ndarray, "n"]
     numbers: Int32[np.ndarray, "n"]
-    pictures: Int32[np.ndarray, "m"]
-    picture_places: Int64[np.ndarray, "n+1"]
+    image_patches: Int32[np.ndarray, "m"]
+    image_offsets: Int64[np.ndarray, "n+1"]
     folder: Path | None = None
     meta: dict = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def pictures_of(self, document: int) -> list[int]:
+    def patches_of(self, document: int) -> list[int]:
         """Patches of each picture and video frame of a document, in order."""
-        return self.pictures[slice(*self.picture_places[document : document + 2])].tolist()
+        return self.image_patches[slice(*self.image_offsets[document : document + 2])].tolist()
 
     def __reduce__(self):
         return (open_columns, (self.folder,)) if self.folder else (Columns, tuple(getattr(self, n) for n in NAMES))
@@ -67,12 +67,12 @@ def make_columns(
     """Columns in memory of documents with these lengths; without places and numbers they count from 0."""
     count = range(len(lengths))
     return Columns(
-        np.array([needs_of(each) for each in lengths], np.int32).reshape(-1, len(BUDGETED)),
+        np.array([budget_lengths(each) for each in lengths], np.int32).reshape(-1, len(BUDGETED)),
         np.array([each.text_targets for each in lengths], np.int32),
         np.array(count if places is None else places, np.int64),
         np.array(count if numbers is None else numbers, np.int32),
-        np.array([size for each in lengths for size in each.pictures], np.int32),
-        np.cumsum([0, *(len(each.pictures) for each in lengths)]).astype(np.int64),
+        np.array([size for each in lengths for size in each.image_patches], np.int32),
+        np.cumsum([0, *(len(each.image_patches) for each in lengths)]).astype(np.int64),
     )
 
 
@@ -87,7 +87,7 @@ def open_columns(folder: Path) -> Columns:
     try:
         meta = json.loads((folder / META_FILE).read_text(encoding="utf-8"))
         counts = {name: meta["documents"] for name in NAMES}
-        counts |= {"pictures": meta["pictures"], "picture_places": meta["documents"] + 1}
+        counts |= {"image_patches": meta["images"], "image_offsets": meta["documents"] + 1}
         if (folder / SKIPPED_FILE).stat().st_size != meta["skipped_bytes"]:
             raise ValueError(f"{folder / SKIPPED_FILE} is cut")
         arrays = {name: _open(folder / f"{name}.npy", _DTYPES[name], count) for name, count in counts.items()}
@@ -106,11 +106,11 @@ def _open(path: Path, dtype: type, count: int) -> np.ndarray:
 class ColumnsWriter:
     """Puts columns one after the other into a folder, without holding more than one of them."""
 
-    def __init__(self, folder: Path, documents: int, pictures: int):
-        self._counts = {"documents": documents, "pictures": pictures}
-        self._folder, self._at, self._pictures_at = folder, 0, 0
+    def __init__(self, folder: Path, documents: int, images: int):
+        self._counts = {"documents": documents, "images": images}
+        self._folder, self._at, self._images_at = folder, 0, 0
         shapes = {name: (documents,) for name in NAMES}
-        shapes |= {"lengths": (documents, len(BUDGETED)), "pictures": (pictures,), "picture_places": (documents + 1,)}
+        shapes |= {"lengths": (documents, len(BUDGETED)), "image_patches": (images,), "image_offsets": (documents + 1,)}
         for name, shape in shapes.items():
             if not shape[0]:
                 np.save(folder / f"{name}.npy", np.zeros(shape, _DTYPES[name]))
@@ -120,13 +120,13 @@ class ColumnsWriter:
     def add(self, folder: Path, prefix: str) -> None:
         """Appends columns that `write_columns` wrote."""
         part = {name: np.load(folder / f"{prefix}{name}.npy") for name in NAMES}
-        documents, pictures = len(part["lengths"]), len(part["pictures"])
+        documents, images = len(part["lengths"]), len(part["image_patches"])
         for name, array in part.items():
-            start = self._pictures_at if name == "pictures" else self._at
+            start = self._images_at if name == "image_patches" else self._at
             if len(array):
-                values = array + self._pictures_at if name == "picture_places" else array
+                values = array + self._images_at if name == "image_offsets" else array
                 self._arrays[name][start : start + len(array)] = values
-        self._at, self._pictures_at = self._at + documents, self._pictures_at + pictures
+        self._at, self._images_at = self._at + documents, self._images_at + images
 
     def close(self, meta: dict) -> None:
         """Everything to disk, `meta` last."""

@@ -19,7 +19,7 @@ from data_pipelines.datasets.sources import Source
 from data_pipelines.documents.document import Document
 from data_pipelines.errors import first_of_causes
 from data_pipelines.packing.columns import SKIPPED_FILE, Columns
-from data_pipelines.packing.mixture import Measured
+from data_pipelines.packing.mixture import DocumentLengths
 from data_pipelines.packing.pieces import NO_PIECES, Pieces
 from data_pipelines.packing.row_limits import AUDIO_TARGETS, RowLimits
 
@@ -30,7 +30,7 @@ _CHUNK = 1 << 20  # documents looked at together: what memory that takes does no
 class Skipped:
     """A document that no row will hold: its manifest line, and why."""
 
-    where: str
+    location: str
     cause: str
     message: str
 
@@ -93,16 +93,16 @@ class Index:
             return self.pieces.cut(piece, self.document(self.pieces.document(piece)))
         return self.source.document(int(self.columns.places[number]), int(self.columns.numbers[number]))
 
-    def where(self, number: int) -> str:
+    def location(self, number: int) -> str:
         """The manifest line or the record of a document or piece."""
         number = self.base(number)
-        return self.source.where(int(self.columns.places[number]), int(self.columns.numbers[number]))
+        return self.source.location(int(self.columns.places[number]), int(self.columns.numbers[number]))
 
     def base(self, number: int) -> int:
         """The document that `number` is, or is a piece of."""
         return number if number < self.total else self.pieces.document(number - self.total)
 
-    def needs(self, number: int) -> Int32[np.ndarray, "budgets"]:
+    def lengths(self, number: int) -> Int32[np.ndarray, "budgets"]:
         """What `number` takes of the budgets, in the order of `Budgets`' fields."""
         columns, place = self._columns_of(number)
         return columns.lengths[place]
@@ -112,25 +112,27 @@ class Index:
         columns, place = self._columns_of(number)
         return int(columns.text_targets[place])
 
-    def pictures_of(self, number: int) -> list[int]:
+    def image_patches(self, number: int) -> list[int]:
         """Patches of each picture and video frame of `number`, in order."""
         columns, place = self._columns_of(number)
-        return columns.pictures_of(place)
+        return columns.patches_of(place)
 
-    def measured(self, numbers: Int64[np.ndarray, "k"]) -> list[list[Measured]]:
-        """As `mixture.Documents` asks: documents as they are, pieces of those that are too long, or nothing."""
+    def expand(self, numbers: Int64[np.ndarray, "k"]) -> list[list[DocumentLengths]]:
+        """Gives documents as they are, pieces of those that are too long, or nothing (`mixture.Documents`)."""
         found = [[each] for each in _measured(self.columns, numbers, 0)]
         if len(self.over):
             at = np.searchsorted(self.over, numbers).clip(max=len(self.over) - 1)
             for place in np.flatnonzero(self.over[at] == numbers).tolist():
-                own = self.pieces.of(int(numbers[place]))
+                own = self.pieces.for_document(int(numbers[place]))
                 found[place] = _measured(self.pieces.columns, np.arange(own.start, own.stop), self.total)
         return found
 
-    def measured_one(self, number: int) -> Measured:
+    def document_lengths(self, number: int) -> DocumentLengths:
         """The document or piece `number`."""
-        needs = tuple(self.needs(number).tolist())
-        return Measured(number, needs, self.pictures_of(number), self.text_targets(number) + needs[AUDIO_TARGETS])
+        needs = tuple(self.lengths(number).tolist())
+        return DocumentLengths(
+            number, needs, self.image_patches(number), self.text_targets(number) + needs[AUDIO_TARGETS]
+        )
 
     def within(self, budgets: Budgets, media_shards: int = 1) -> "Index":
         """The same index for rows of these budgets, their patches in `media_shards` parts that hold whole pictures.
@@ -139,10 +141,10 @@ class Index:
         """
         limits, over = RowLimits(budgets, media_shards), []
         for start in range(0, self.total, _CHUNK):
-            places = np.asarray(self.columns.picture_places[start : start + _CHUNK + 1])
-            pictures = self.columns.pictures[places[0] : places[-1]]
+            places = np.asarray(self.columns.image_offsets[start : start + _CHUNK + 1])
+            pictures = self.columns.image_patches[places[0] : places[-1]]
             needs = self.columns.lengths[start : start + _CHUNK]
-            over.append(start + np.flatnonzero(limits.beyond(needs, pictures, np.diff(places))))
+            over.append(start + np.flatnonzero(limits.exceeds(needs, pictures, np.diff(places))))
         beyond = np.concatenate([np.zeros(0, np.int64), *over])
         return replace(self, limits=limits, over=beyond, pieces=NO_PIECES)
 
@@ -154,9 +156,9 @@ class Index:
                 yield from (Skipped(*json.loads(line)) for line in file)
         for number in self.over.tolist():
             message = self.pieces.left.get(number)
-            if message or not len(self.pieces.of(number)):
-                message = message or self.limits.why_beyond(self.needs(number).tolist(), self.pictures_of(number))
-                yield Skipped(self.where(number), "too_long", message)
+            if message or not len(self.pieces.for_document(number)):
+                message = message or self.limits.why_exceeds(self.lengths(number).tolist(), self.image_patches(number))
+                yield Skipped(self.location(number), "too_long", message)
 
     @property
     def skipped_file(self) -> Path | None:
@@ -171,7 +173,7 @@ class Index:
 
     def examples(self) -> dict[str, str]:
         """For each cause, one of the documents that were skipped for it and the reason, as one sentence."""
-        found = ((item.where, item.cause, item.message) for item in self.skipped)
+        found = ((item.location, item.cause, item.message) for item in self.skipped)
         return first_of_causes(found, self.causes())
 
     def why_unusable(self) -> str:
@@ -182,16 +184,16 @@ class Index:
         return (self.columns, number) if number < self.total else (self.pieces.columns, number - self.total)
 
 
-def _measured(columns: Columns, places: Int64[np.ndarray, "k"], first: int) -> list[Measured]:
+def _measured(columns: Columns, places: Int64[np.ndarray, "k"], first: int) -> list[DocumentLengths]:
     """Documents at these places of columns; the document at 0 has the number `first`."""
     needs = columns.lengths[places].tolist()
-    starts, ends = columns.picture_places[places].tolist(), columns.picture_places[places + 1].tolist()
+    starts, ends = columns.image_offsets[places].tolist(), columns.image_offsets[places + 1].tolist()
     texts = columns.text_targets[places].tolist()
     return [
-        Measured(
+        DocumentLengths(
             first + place,
             tuple(need),
-            columns.pictures[start:end].tolist() if end > start else [],
+            columns.image_patches[start:end].tolist() if end > start else [],
             text + need[AUDIO_TARGETS],
         )
         for place, need, start, end, text in zip(places.tolist(), needs, starts, ends, texts, strict=True)

@@ -31,7 +31,7 @@ from data_pipelines.packing.columns import (
 from data_pipelines.packing.index import Index
 
 FILE_CAUSES = ("missing_file", "outside_root", "unreadable_media", "too_big_media")
-FORMAT = 6  # of cached indexes: raise it when they hold something else than before
+FORMAT = 7  # of cached indexes: raise it when they hold something else than before
 log = logging.getLogger(__name__)
 
 
@@ -52,13 +52,13 @@ class MeasurePart:
                     lengths.append(self.processor.measure(entry.document))
                 except SampleError as error:
                     causes[error.cause] += 1
-                    skipped.write(json.dumps([entry.where, error.cause, str(error)]) + "\n")
+                    skipped.write(json.dumps([entry.location, error.cause, str(error)]) + "\n")
                     continue
                 places.append(entry.place)
                 numbers.append(entry.number)
         columns = make_columns(lengths, places, numbers)
         write_columns(columns, folder, f"{unit.name}.")
-        return {"documents": len(columns), "pictures": len(columns.pictures), "causes": dict(causes)}
+        return {"documents": len(columns), "images": len(columns.image_patches), "causes": dict(causes)}
 
 
 def load_index(config: DataConfig, entry: SourceConfig, processor: Processor, workers: int = 0) -> Index:
@@ -106,7 +106,7 @@ def _build(source: Source, processor: Processor, folder: Path, workers: int) -> 
     whole = job.out / "whole"
     shutil.rmtree(whole, ignore_errors=True)
     whole.mkdir()
-    sums = {name: sum(summary[name] for summary in summaries) for name in ("documents", "pictures")}
+    sums = {name: sum(summary[name] for summary in summaries) for name in ("documents", "images")}
     writer = ColumnsWriter(whole, **sums)
     with (whole / SKIPPED_FILE).open("wb") as skipped:
         for unit in job.units:

@@ -25,24 +25,21 @@ COUNTED = ("documents", "tokens", "trainable")
 _AHEAD = 512  # documents of a source whose lengths are read at once
 
 
-class Measured(NamedTuple):
-    """A document as rows are planned with it: its number in its source, what it takes of each budget (tokens first),
-    the patches of each of its pictures, and how many text targets and audio frames to predict it has.
+class DocumentLengths(NamedTuple):
+    """Holds what rows are planned from: the number of a document in its source, what it takes of each budget (tokens
+    first), the patches of each of its images, how many text targets and audio frames to predict it has, and its source.
     """
 
     number: int
-    needs: tuple[int, ...]
-    pictures: list[int]
+    lengths: tuple[int, ...]
+    image_patches: list[int]
     trainable: int = 0
+    source: int = 0
 
-
-class Item(NamedTuple):
-    """A document of the stream: (source, number in it), and as in `Measured`."""
-
-    key: DocumentKey
-    needs: tuple[int, ...]
-    pictures: list[int]
-    trainable: int = 0
+    @property
+    def key(self) -> DocumentKey:
+        """Names the document in the whole mixture: (source, number)."""
+        return self.source, self.number
 
 
 @runtime_checkable
@@ -56,10 +53,10 @@ class Documents(Protocol):
     total: int
     usable: int
 
-    def measured(self, numbers: Int64[np.ndarray, "k"]) -> list[list[Measured]]:
+    def expand(self, numbers: Int64[np.ndarray, "k"]) -> list[list[DocumentLengths]]:
         """For each of these documents (numbered below `total`) what it gives: itself, pieces of it, or nothing."""
 
-    def measured_one(self, number: int) -> Measured:
+    def document_lengths(self, number: int) -> DocumentLengths:
         """The document or piece with this number."""
 
     def why_unusable(self) -> str:
@@ -96,7 +93,7 @@ class Mixture:
         self._behind = [0] * len(self._readers)  # (given + next) / weight
         self._count_next()
 
-    def next(self) -> Item | None:
+    def next(self) -> DocumentLengths | None:
         """The next document; None after the last epoch."""
         chosen = self._next_source()
         if chosen is None:
@@ -106,10 +103,10 @@ class Mixture:
         self._behind[chosen] = self._due(chosen)
         return item
 
-    def item(self, key: DocumentKey) -> Item:
+    def document(self, key: DocumentKey) -> DocumentLengths:
         """One document of the stream again."""
         source, number = key
-        return Item(key, *self._sources[source].measured_one(number)[1:])
+        return DocumentLengths(*self._sources[source].document_lengths(number)[:4], source)
 
     @property
     def state(self) -> dict:
@@ -135,7 +132,7 @@ class Mixture:
             reader.restore(state[name])
         self._count_next()
 
-    def go_on(self, state: Mapping[str, Mapping[str, int]]) -> list[str]:
+    def continue_from(self, state: Mapping[str, Mapping[str, int]]) -> list[str]:
         """Starts each source where another mixture's `state` left it; shares are counted anew.
 
         Returns the names of sources that it does not know, or knows in another order: they start at their first.
@@ -157,7 +154,7 @@ class Mixture:
 
     def _cost(self, reader: "_Reader") -> int:
         item = reader.peek()
-        return {"documents": 1, "tokens": item.needs[0], "trainable": item.trainable}[self._counted]
+        return {"documents": 1, "tokens": item.lengths[0], "trainable": item.trainable}[self._counted]
 
     def _due(self, source: int) -> int:
         reader = self._readers[source]
@@ -190,17 +187,17 @@ class _Reader:
     def restore(self, state: Mapping[str, int]) -> None:
         self._cursor, self._part, self.given = state["cursor"], state["part"], state["given"]
         self._read = self._cursor  # documents in `_ahead` or before it
-        self._ahead: deque[tuple[Item, int, int]] = deque()  # with the cursor and the part after each
+        self._ahead: deque[tuple[DocumentLengths, int, int]] = deque()  # with the cursor and the part after each
         self._skip = self._part
 
-    def peek(self) -> Item | None:
+    def peek(self) -> DocumentLengths | None:
         """The next document; None when the last epoch is over."""
         while not self._ahead:
             if not self._read_ahead():
                 return None
         return self._ahead[0][0]
 
-    def take(self, counted: int) -> Item:
+    def take(self, counted: int) -> DocumentLengths:
         """The next document, which there must be."""
         self.peek()
         item, self._cursor, self._part = self._ahead.popleft()
@@ -214,11 +211,11 @@ class _Reader:
         places = np.arange(place, min(place + _AHEAD, self.documents), dtype=np.int64)
         # By name: the order of a source does not depend on the others.
         numbers = permute(places, self.documents, f"{self._seed} {self._source.name} {epoch}")
-        for found in self._source.measured(numbers):
+        for found in self._source.expand(numbers):
             self._read += 1
             for part, document in enumerate(found, 1):
                 last = part == len(found)
-                item = Item((self._number, document.number), *document[1:])
+                item = DocumentLengths(*document[:4], self._number)
                 self._ahead.append((item, self._read if last else self._read - 1, 0 if last else part))
             for _ in range(min(self._skip, len(found))):
                 self._ahead.popleft()

@@ -31,10 +31,10 @@ from data_pipelines.errors import SampleError
 from data_pipelines.packing.columns import NAMES, Columns, make_columns, write_columns
 from data_pipelines.packing.index import Index
 from data_pipelines.packing.pieces import NO_PIECES, WHOLE, Pieces
-from data_pipelines.packing.row_limits import RowLimits, needs_of
+from data_pipelines.packing.row_limits import RowLimits, budget_lengths
 
 POLICIES = typing.get_args(Policy)
-FORMAT = 3  # of what is kept: raise it when the policies give something else than before
+FORMAT = 4  # of what is kept: raise it when the policies give something else than before
 _UNIT = 4096  # documents
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class _Part:
     max_frames: int = 0
     span: tuple[int, int] = WHOLE
 
-    def of(self, document: Document) -> Document:
+    def cut_from(self, document: Document) -> Document:
         turns, span = (None if pair == WHOLE else pair for pair in (self.turns, self.span))
         return replace(document, turns=turns, max_frames=self.max_frames, span=span)
 
@@ -109,7 +109,7 @@ class Fitter:
     def _chunk(self, document: Document, part: _Part) -> tuple[list, list]:
         if part.span != WHOLE:
             return [], [part]
-        whole = part.of(document)
+        whole = part.cut_from(document)
         runs = self._processor.runs(whole)
         sizes = [self._processor.measure_run(run, whole) for run in runs]
         spans, beyond = cut_chunks(runs, sizes, self._limits)
@@ -119,26 +119,26 @@ class Fitter:
         return made, [chunk for chunk in left if self._measure(document, chunk) is not None]
 
     def _chunk_text(self, document: Document, part: _Part) -> tuple[list, list]:
-        alone = all(isinstance(run, Ids) for run in self._processor.runs(part.of(document)))
+        alone = all(isinstance(run, Ids) for run in self._processor.runs(part.cut_from(document)))
         return self._chunk(document, part) if alone else ([], [part])
 
     def _measure(self, document: Document, part: _Part) -> Lengths | None:
         """What a part takes of the budgets; None where it has nothing to learn."""
         try:
-            return self._processor.measure(part.of(document))
+            return self._processor.measure(part.cut_from(document))
         except SampleError as error:
             if error.cause != "no_loss":
                 raise
             return None
 
     def _fewer_frames(self, document: Document, part: _Part) -> tuple[list, list]:
-        if not has_frames(document_elements(part.of(document))):
+        if not has_frames(document_elements(part.cut_from(document))):
             return [], [part]
         fits, low, high = None, 1, self._processor.config.vision.max_frames
         while low <= high:
             middle = (low + high) // 2
             piece = replace(part, max_frames=middle)
-            lengths = self._processor.measure(piece.of(document))
+            lengths = self._processor.measure(piece.cut_from(document))
             if self._beyond(lengths):
                 high = middle - 1
             else:
@@ -146,10 +146,10 @@ class Fitter:
         return ([fits], []) if fits else ([], [part])
 
     def _beyond(self, lengths: Lengths) -> str:
-        return self._limits.why_beyond(needs_of(lengths), lengths.pictures)
+        return self._limits.why_exceeds(budget_lengths(lengths), lengths.image_patches)
 
     def _why(self, document: Document, part: _Part) -> str:
-        why = self._beyond(self._processor.measure(part.of(document)))
+        why = self._beyond(self._processor.measure(part.cut_from(document)))
         turn = "" if part.turns == WHOLE else f"turn {part.turns[0] + 1} by itself: "
         item = "" if part.span == WHOLE else f"the medium at its token {part.span[0] + 1}, media counted as one: "
         return turn + item + why
@@ -219,8 +219,8 @@ def _read_pieces(job: Job, summaries: list[dict]) -> Pieces:
         whole = {name: np.concatenate(read(name)) for name in (*NAMES, "documents", "turns", "max_frames", "span")}
     except (OSError, ValueError, EOFError) as error:
         raise ConfigError(f"{job.out} is damaged ({error}): delete it, and it is made anew") from error
-    pictures = [np.diff(places) for places in read("picture_places")]
-    whole["picture_places"] = np.cumsum([0, *np.concatenate(pictures)]).astype(np.int64)
+    pictures = [np.diff(places) for places in read("image_offsets")]
+    whole["image_offsets"] = np.cumsum([0, *np.concatenate(pictures)]).astype(np.int64)
     columns = Columns(*(whole[name] for name in NAMES))
     return Pieces(
         *(whole[name] for name in ("documents", "turns", "max_frames", "span")), columns, left=left, handled=handled

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Bool, Int64
 
 from data_pipelines.packing.media_layout import PatchLayout
-from data_pipelines.packing.mixture import Item
+from data_pipelines.packing.mixture import DocumentLengths
 
 RESERVE = 0.1  # share of every budget that only topping up may use: what it has to choose from makes rows full
 PATIENCE = 8  # a row is emitted before so many times `open_bins` others are, full or not
@@ -29,20 +29,20 @@ _CLOSE = 1 / 1024  # of a budget: two documents that leave less end the search
 class _OpenRow:
     """A row being filled; `since` counts the rows emitted before it was opened."""
 
-    def __init__(self, items: list[Item], since: int):
+    def __init__(self, items: list[DocumentLengths], since: int):
         self.items, self.since = [], since
-        self.used = [0] * len(items[0].needs)
-        self.pictures: list[int] = []
+        self.used = [0] * len(items[0].lengths)
+        self.image_patches: list[int] = []
         for item in items:
             self.add(item)
 
-    def add(self, item: Item) -> None:
+    def add(self, item: DocumentLengths) -> None:
         self.items.append(item)
-        self.used = list(map(add, self.used, item.needs))
-        self.pictures += item.pictures
+        self.used = list(map(add, self.used, item.lengths))
+        self.image_patches += item.image_patches
 
-    def has_room(self, item: Item, limits: Sequence[int]) -> bool:
-        return all(map(le, map(add, self.used, item.needs), limits))
+    def has_room(self, item: DocumentLengths, limits: Sequence[int]) -> bool:
+        return all(map(le, map(add, self.used, item.lengths), limits))
 
 
 class Packer:
@@ -54,16 +54,16 @@ class Packer:
         self._layout, self._open_bins, self._look_ahead = layout, open_bins, look_ahead
         self._taken = [0] * len(self._budgets)
         self._emitted = 0
-        self._pool: list[Item] = []
+        self._pool: list[DocumentLengths] = []
         self._rows: list[_OpenRow] = []
 
-    def add(self, item: Item) -> list[Item] | None:
+    def add(self, item: DocumentLengths) -> list[DocumentLengths] | None:
         """A row, when there is no room for this document without emitting one."""
-        self._taken = list(map(add, self._taken, item.needs))
+        self._taken = list(map(add, self._taken, item.lengths))
         self._pool.append(item)
         return self._place(self._pool.pop(0)) if len(self._pool) > self._look_ahead else None
 
-    def finish(self) -> list[Item] | None:
+    def finish(self) -> list[DocumentLengths] | None:
         """The next row when no document comes after; None when all are given."""
         while self._pool:
             row = self._place(self._pool.pop(0))
@@ -82,23 +82,23 @@ class Packer:
             "emitted": self._emitted,
         }
 
-    def restore(self, state: dict, pool: list[Item], rows: list[list[Item]]) -> None:
+    def restore(self, state: dict, pool: list[DocumentLengths], rows: list[list[DocumentLengths]]) -> None:
         """Goes on where `state` was taken; `pool` and `rows` are the documents that it names."""
         self._pool = list(pool)
         self._rows = [_OpenRow(items, since) for items, since in zip(rows, state["since"], strict=True)]
         self._taken, self._emitted = list(state["taken"]), state["emitted"]
 
-    def _place(self, item: Item) -> list[Item] | None:
+    def _place(self, item: DocumentLengths) -> list[DocumentLengths] | None:
         scarce = self._scarce()
         for row in sorted(self._rows, key=lambda row: -row.used[scarce]):
-            if row.has_room(item, self._limits) and self._lays_out(row, item.pictures):
+            if row.has_room(item, self._limits) and self._lays_out(row, item.image_patches):
                 row.add(item)
                 return None
         emitted = self._emit() if len(self._rows) >= self._open_bins else None
         self._rows.append(_OpenRow([item], self._emitted))
         return emitted
 
-    def _emit(self) -> list[Item]:
+    def _emit(self) -> list[DocumentLengths]:
         scarce, row = self._scarce(), self._rows[0]
         if self._emitted - row.since < PATIENCE * self._open_bins:  # rows are in the order in which they were opened
             row = max(self._rows, key=lambda row: row.used[scarce])
@@ -114,12 +114,12 @@ class Packer:
 
     def _lays_out(self, row: _OpenRow, pictures: list[int]) -> bool:
         """Whether each picture has a place; in one part all have that the budget has room for."""
-        return not pictures or self._layout.parts == 1 or self._layout.fits(row.pictures + pictures)
+        return not pictures or self._layout.parts == 1 or self._layout.fits(row.image_patches + pictures)
 
     def _top_up(self, row: _OpenRow, scarce: int) -> None:
         if not self._pool:
             return
-        needs = np.array([item.needs for item in self._pool], np.int64)
+        needs = np.array([item.lengths for item in self._pool], np.int64)
         waiting = np.ones(len(needs), bool)  # neither taken nor found to have no place for its pictures
         taken = set()
         while True:
@@ -128,14 +128,14 @@ class Packer:
             if not len(fits):
                 break
             chosen = fits[_choose(needs[fits], room, scarce, _CLOSE * self._budgets[scarce])].tolist()
-            pictures = [self._pool[number].pictures for number in chosen]
+            pictures = [self._pool[number].image_patches for number in chosen]
             if self._lays_out(row, [size for sizes in pictures for size in sizes]):
                 taken |= set(chosen)
                 waiting[chosen] = False
                 for number in chosen:
                     row.add(self._pool[number])
             else:
-                waiting[max(chosen, key=lambda number: max(self._pool[number].pictures, default=0))] = False
+                waiting[max(chosen, key=lambda number: max(self._pool[number].image_patches, default=0))] = False
         self._pool = [item for number, item in enumerate(self._pool) if number not in taken]
 
 

@@ -42,7 +42,7 @@ class Pieces:
     def document(self, piece: int) -> int:
         return int(self.documents[piece])
 
-    def of(self, document: int) -> range:
+    def for_document(self, document: int) -> range:
         """The pieces of a document."""
         return range(*np.searchsorted(self.documents, [document, document + 1]).tolist())
 

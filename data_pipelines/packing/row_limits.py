@@ -20,7 +20,7 @@ def budget_vector(budgets: Budgets) -> Int64[np.ndarray, "budgets"]:
     return np.array([limits.get(name, np.iinfo(np.int32).max) for name in BUDGETED], np.int64)
 
 
-def needs_of(lengths: Lengths) -> list[int]:
+def budget_lengths(lengths: Lengths) -> list[int]:
     """What a document takes of each budget, in the order of the budgets' fields."""
     return [getattr(lengths, name) for name in BUDGETED]
 
@@ -36,7 +36,7 @@ class RowLimits:
     def layout(self) -> PatchLayout:
         return PatchLayout(self.budgets.patches, self.media_shards)
 
-    def beyond(
+    def exceeds(
         self,
         needs: Integer[np.ndarray, "n budgets"],
         pictures: Integer[np.ndarray, "m"],
@@ -59,7 +59,7 @@ class RowLimits:
             over[document] = not layout.fits(pictures[starts[document] : ends[document]].tolist())
         return over
 
-    def why_beyond(self, needs: Sequence[int] | Int32[np.ndarray, "budgets"], pictures: Sequence[int]) -> str:
+    def why_exceeds(self, needs: Sequence[int] | Int32[np.ndarray, "budgets"], pictures: Sequence[int]) -> str:
         """Why an empty row cannot hold a document; "" when it can."""
         for name, size, limit in zip(BUDGETED, needs, budget_vector(self.budgets), strict=True):
             if size > limit:

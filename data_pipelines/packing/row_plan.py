@@ -12,12 +12,12 @@ from typing import Any
 
 from baichuan_omni_jax.config import DataConfig
 from baichuan_omni_jax.errors import ConfigError
-from data_pipelines.packing.mixture import DocumentKey, Item, Mixture
+from data_pipelines.packing.mixture import DocumentKey, DocumentLengths, Mixture
 from data_pipelines.packing.packer import Packer
 from data_pipelines.packing.row_order import order_rows
 
-Row = list[DocumentKey]
-Cost = Callable[[list[Item]], int]
+PackedRow = list[DocumentKey]
+Cost = Callable[[list[DocumentLengths]], int]
 FORMAT = 2  # of states: raise it when they mean something else than before
 
 
@@ -27,10 +27,10 @@ class RowPlan:
     def __init__(self, mixture: Mixture, packer: Packer):
         self._mixture, self._packer = mixture, packer
 
-    def __iter__(self) -> Iterator[list[Item]]:
+    def __iter__(self) -> Iterator[list[DocumentLengths]]:
         return self
 
-    def __next__(self) -> list[Item]:
+    def __next__(self) -> list[DocumentLengths]:
         """The next row. A finite mixture ends with the rows that are still open."""
         while (item := self._mixture.next()) is not None:
             row = self._packer.add(item)
@@ -48,7 +48,7 @@ class RowPlan:
     def restore(self, state: dict) -> None:
         """Goes on exactly where `state` was taken; reads the lengths of the documents it names."""
         self._mixture.restore(state["sources"])
-        find = lambda keys: [self._mixture.item((source, number)) for source, number in keys]  # noqa: E731
+        find = lambda keys: [self._mixture.document((source, number)) for source, number in keys]  # noqa: E731
         packed = state["rows"]
         self._packer.restore(packed, find(packed["pool"]), [find(row) for row in packed["open"]])
 
@@ -64,12 +64,12 @@ class StepPlan:
         self._window = max(window, 1) if cost else 1
         self._number = self._given = 0  # windows begun and ended; steps given of the one in hand
         self._before = plan.state
-        self._steps: list[list[Row]] = []
+        self._steps: list[list[PackedRow]] = []
 
-    def __iter__(self) -> Iterator[list[Row]]:
+    def __iter__(self) -> Iterator[list[PackedRow]]:
         return self
 
-    def __next__(self) -> list[Row]:
+    def __next__(self) -> list[PackedRow]:
         self._fill_window()
         step = self._steps[self._given]
         self._given += 1

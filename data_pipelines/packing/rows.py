@@ -30,21 +30,21 @@ from data_pipelines.packing.loss_weights import weigh
 from data_pipelines.packing.media_layout import PatchLayout
 from data_pipelines.packing.mel_slots import MelSlots, row_key
 from data_pipelines.packing.row_limits import BUDGETED
-from data_pipelines.packing.row_plan import Row, StepPlan
+from data_pipelines.packing.row_plan import PackedRow, StepPlan
 
 _AUDIO_FRAMES = BUDGETED.index("audio_frames")
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step's rows of this host: the batch, the documents lost while decoding, and the plan's state after it.
+    """One step's rows of this host: the batch, the documents failed while decoding, and the plan's state after it.
 
-    `lost` maps (source, document) to (manifest line, cause, message); their places are padding. `damaged` maps
+    `failed` maps (source, document) to (manifest line, cause, message); their places are padding. `damaged` maps
     (source, document) to the packets of its media that could not be decoded; the document is used without them.
     """
 
     batch: Batch
-    lost: dict[tuple[int, int], tuple[str, str, str]]
+    failed: dict[tuple[int, int], tuple[str, str, str]]
     state: dict
     damaged: dict[tuple[int, int], int] = field(default_factory=dict)
 
@@ -69,37 +69,39 @@ class RowDecoder:
     weighting: str = "token"
     untrained: tuple[int, ...] = ()
 
-    def __call__(self, rows: list[Row], mel_frames: int = 0) -> tuple[Batch, dict]:
+    def __call__(self, rows: list[PackedRow], mel_frames: int = 0) -> tuple[Batch, dict]:
         """The batch of `rows`, its mel slots of `mel_frames`, and the documents that could not be decoded."""
         return self.decode(rows, mel_frames)[:2]
 
-    def decode(self, rows: list[Row], mel_frames: int = 0) -> tuple[Batch, dict, dict]:
-        """The batch of `rows` as above, `lost` and `damaged` as in `Step`."""
-        batch, lost, damaged = empty_rows(len(rows), self.budgets, self.omni, mel_frames, self.mels), {}, {}
+    def decode(self, rows: list[PackedRow], mel_frames: int = 0) -> tuple[Batch, dict, dict]:
+        """The batch of `rows` as above, `failed` and `damaged` as in `Step`."""
+        batch, failed, damaged = empty_rows(len(rows), self.budgets, self.omni, mel_frames, self.mels), {}, {}
         for number, row in enumerate(rows):
             writer = RowWriter(batch, number, self.mels, row_key(row))
-            for key, pictures_at in zip(row, self._place_pictures(row), strict=True):
-                self._add(writer, key, pictures_at, lost, damaged)
-        tokens = [[int(self.indexes[source].needs(number)[0]) for source, number in row] for row in rows]
-        return self.context.deal(batch, tokens), lost, damaged
+            for key, image_starts in zip(row, self._place_pictures(row), strict=True):
+                self._add(writer, key, image_starts, failed, damaged)
+        tokens = [[int(self.indexes[source].lengths(number)[0]) for source, number in row] for row in rows]
+        return self.context.deal(batch, tokens), failed, damaged
 
-    def mel_frames(self, rows: list[Row]) -> int:
+    def mel_frames(self, rows: list[PackedRow]) -> int:
         """The size of the mel slots of a step of these rows, all hosts' among them; 0 without mel slots."""
         if not self.budgets.mel_windows:
             return 0
-        needs = [self.indexes[source].needs(number) for row in rows for source, number in row]
+        needs = [self.indexes[source].lengths(number) for row in rows for source, number in row]
         return self.mels.size(max((int(need[_AUDIO_FRAMES]) for need in needs), default=0))
 
-    def _place_pictures(self, row: Row) -> list[Int32[np.ndarray, "_"]]:
+    def _place_pictures(self, row: PackedRow) -> list[Int32[np.ndarray, "_"]]:
         """The first patch of each picture of each document, as the plan foresaw them."""
-        sizes = [self.indexes[source].pictures_of(number) for source, number in row]
+        sizes = [self.indexes[source].image_patches(number) for source, number in row]
         starts = self.layout.starts([size for document in sizes for size in document])
         return np.split(starts, np.cumsum([len(document) for document in sizes])[:-1])
 
-    def _add(self, writer: RowWriter, key: tuple[int, int], pictures_at: np.ndarray, lost: dict, damaged: dict) -> None:
+    def _add(
+        self, writer: RowWriter, key: tuple[int, int], image_starts: np.ndarray, failed: dict, damaged: dict
+    ) -> None:
         source, number = key
         index = self.indexes[source]
-        needs = index.needs(number)
+        needs = index.lengths(number)
         try:
             with_mels = self.budgets.mel_windows > 0
             rates = self.mels.rates if with_mels else ()
@@ -107,38 +109,38 @@ class RowDecoder:
             if not _as_measured(encoded.lengths, index, number):
                 raise SampleError("changed", "the document is not what the index measured")
         except SampleError as error:
-            lost[key] = (index.where(number), error.cause, str(error))
+            failed[key] = (index.location(number), error.cause, str(error))
             writer.leave(int(needs[0]))
             return
         if encoded.damaged_packets:
             damaged[key] = encoded.damaged_packets
         weighed = weigh(encoded, self.weighting, self.loss_weights[source], self.untrained)
-        writer.add(weighed, source=source, number=number, pictures_at=pictures_at)
+        writer.add(weighed, source=source, number=number, image_starts=image_starts)
 
 
 def _as_measured(found: Lengths, index: Index, number: int) -> bool:
     sizes = [found.tokens, found.patches, found.audio_frames, found.audio_targets]
-    as_long = sizes == index.needs(number)[: len(sizes)].tolist() and found.text_targets == index.text_targets(number)
-    return as_long and list(found.pictures) == index.pictures_of(number)
+    as_long = sizes == index.lengths(number)[: len(sizes)].tolist() and found.text_targets == index.text_targets(number)
+    return as_long and list(found.image_patches) == index.image_patches(number)
 
 
 @dataclass(frozen=True)
-class Shard:
+class RowShard:
     """Which rows of every global step a host decodes, by their place in it; None: all."""
 
     rows: tuple[int, ...] | None = None
 
-    def of(self, rows: list[Row]) -> list[Row]:
+    def select(self, rows: list[PackedRow]) -> list[PackedRow]:
         return rows if self.rows is None else [rows[place] for place in self.rows]
 
 
-ALL_ROWS = Shard()
+ALL_ROWS = RowShard()
 
 
 class StepDataset(grain.IterDataset):
     """Grain's view of the plan: element = one step, decoded. `set_slice` makes a worker decode every n-th step."""
 
-    def __init__(self, plan: Callable[[], StepPlan], decode: RowDecoder, shard: Shard, state: dict | None = None):
+    def __init__(self, plan: Callable[[], StepPlan], decode: RowDecoder, shard: RowShard, state: dict | None = None):
         super().__init__()
         self._plan, self._decode, self._shard, self._state = plan, decode, shard, state
         self._slice = slice(0, None, 1)
@@ -157,7 +159,7 @@ class StepDataset(grain.IterDataset):
 class StepIterator(grain.DatasetIterator):
     """Plans every step, decodes those of its slice. A finite plan's last step may have fewer rows (one host only)."""
 
-    def __init__(self, plan: StepPlan, decode: RowDecoder, shard: Shard, sl: slice):
+    def __init__(self, plan: StepPlan, decode: RowDecoder, shard: RowShard, sl: slice):
         super().__init__()
         self._plan, self._decode, self._shard = plan, decode, shard
         self._skip, self._stride = sl.start or 0, sl.step or 1
@@ -168,9 +170,9 @@ class StepIterator(grain.DatasetIterator):
         rows = next(self._plan)
         self._skip = self._stride - 1
         state = self._plan.state
-        batch, lost, damaged = self._decode.decode(self._shard.of(rows), self._decode.mel_frames(rows))
-        told = {"lost": [[key, why] for key, why in lost.items()], "damaged": list(damaged.items())}
-        info = json.dumps({"state": state} | told)
+        batch, failed, damaged = self._decode.decode(self._shard.select(rows), self._decode.mel_frames(rows))
+        outcome = {"failed": [[key, why] for key, why in failed.items()], "damaged": list(damaged.items())}
+        info = json.dumps({"state": state} | outcome)
         return {"batch": batch, "info": np.frombuffer(info.encode(), np.uint8)}
 
     def get_state(self) -> dict:
@@ -193,9 +195,9 @@ def read_steps(dataset: StepDataset, workers: int) -> Iterator[Step]:
     try:
         for element in elements:
             info = json.loads(bytes(element["info"]))
-            lost = {(source, number): tuple(why) for (source, number), why in info["lost"]}
+            failed = {(source, number): tuple(why) for (source, number), why in info["failed"]}
             damaged = {(source, number): packets for (source, number), packets in info["damaged"]}
-            yield Step(element["batch"], lost, info["state"], damaged)
+            yield Step(element["batch"], failed, info["state"], damaged)
     finally:
         elements.close()  # ends the workers when the reader stops early
 

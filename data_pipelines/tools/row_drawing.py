@@ -184,7 +184,7 @@ def _segment(page: Page, axes, segment, colours: dict) -> None:
 def _document(view: DocumentView, colours: dict) -> list[Block]:
     document = view.document
     tokens = len(view.row.contents)
-    title = f"Document {document.id} ({document.where}, {tokens} tokens)"
+    title = f"Document {document.id} ({document.location}, {tokens} tokens)"
 
     def strips(page: Page, bottom: float) -> None:
         _strips(page, bottom + 0.42, 0.72, view.row, colours, labels=False)

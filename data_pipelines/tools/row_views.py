@@ -155,7 +155,7 @@ def view_document(document: Document, processor: Processor) -> DocumentView:
         encoded = processor.encode(document, BlankCodes(processor, [document]))
         mels = _mels(document, processor)
     except SampleError as error:
-        raise ConfigError(f"document {document.id} ({document.where}) cannot be used: {error}") from error
+        raise ConfigError(f"document {document.id} ({document.location}) cannot be used: {error}") from error
     row = _view_alone(document, encoded, processor.config)
     return DocumentView(document, row, processor.elements(document), _pictures(encoded, processor.config), mels)
 

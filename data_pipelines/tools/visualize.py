@@ -72,7 +72,7 @@ def visualize(options: argparse.Namespace) -> None:
         print(line, file=sys.stderr)
     for number, row in enumerate(rows):
         print(f"row {number}: {len(row.segments)} documents; {row.describe_fill()}")
-    print(f"{options.out}: {len(rows)} rows and document {chosen.id} ({chosen.where})")
+    print(f"{options.out}: {len(rows)} rows and document {chosen.id} ({chosen.location})")
 
 
 def _data_config(options: argparse.Namespace) -> DataConfig:

@@ -109,7 +109,7 @@ def test_every_damaged_file_is_in_a_row_or_counted(files, tmp_path):
     for step in pipeline.steps(None, epochs=1):
         firsts = (step.batch["segment_ids"] > 0) & (step.batch["positions"] == 0)
         kept += int(firsts.sum())
-        lost.update(cause for _, cause, _ in step.lost.values())
+        lost.update(cause for _, cause, _ in step.failed.values())
     skipped = pipeline.causes()
     assert kept + lost.total() + skipped.total() == len(paths)
     assert set(lost) | set(skipped) <= CAUSES | {"too_long"}

@@ -1,7 +1,7 @@
 """Sources that are lists of lengths, and plans over them: what is planned without a file."""
 
 from data_pipelines.packing.media_layout import PatchLayout
-from data_pipelines.packing.mixture import Measured, Mixture
+from data_pipelines.packing.mixture import DocumentLengths, Mixture
 from data_pipelines.packing.packer import Packer
 from data_pipelines.packing.row_plan import RowPlan
 
@@ -17,17 +17,17 @@ class Listed:
         pictures = pictures or [[] for _ in needs]
         gives = gives or {}
         known = [*zip(needs, pictures, strict=True), *(piece for pieces in gives.values() for piece in pieces)]
-        self._known = [Measured(n, tuple(map(int, need)), list(sizes)) for n, (need, sizes) in enumerate(known)]
+        self._known = [DocumentLengths(n, tuple(map(int, need)), list(sizes)) for n, (need, sizes) in enumerate(known)]
         self._gives, first = {}, self.total
         for number, pieces in gives.items():
             self._gives[number] = range(first, first + len(pieces))
             first += len(pieces)
         self.usable = self.total - len(gives) + sum(len(pieces) for pieces in gives.values())
 
-    def measured(self, numbers):
+    def expand(self, numbers):
         return [[self._known[one] for one in self._gives.get(n, [n])] for n in numbers.tolist()]
 
-    def measured_one(self, number):
+    def document_lengths(self, number):
         return self._known[number]
 
     def why_unusable(self):

@@ -17,7 +17,7 @@ def media(path: Path) -> Media:
 
 
 def document(text: str, root: Path) -> Document:
-    return Document(id="d", type="", text=text, where="m.jsonl:1", media=root)
+    return Document(id="d", type="", text=text, location="m.jsonl:1", media=root)
 
 
 def picture(height: int, width: int, seed: int = 0) -> np.ndarray:

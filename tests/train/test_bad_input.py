@@ -258,9 +258,9 @@ def test_too_many_bad_documents(refusal, damaged_root):
     assert message == "1 of 120 documents are unusable (1 bad_json), more than data.max_bad_fraction 0.005"
     run = micro_run(damaged_root, "data.max_bad_fraction=0.01")
     data = TrainingData(*open_micro(run, damaged_root / "codes"), ALL_ROWS)
-    data.check_lost(Counter())
+    data.check_failed(Counter())
     with pytest.raises(ConfigError, match=r"2 of 120 documents are unusable \(1 bad_json, 1 unreadable\)"):
-        data.check_lost(Counter({"unreadable": 1}))
+        data.check_failed(Counter({"unreadable": 1}))
 
 
 @pytest.mark.slow

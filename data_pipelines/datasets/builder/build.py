@@ -98,7 +98,7 @@ def _add(document: Document | SampleError, double: str | None, writer: ShardWrit
     if isinstance(document, SampleError):
         raise document
     if double is not None:
-        raise SampleError("duplicate_id", f"{document.where} has the id {document.id!r} of {double}")
+        raise SampleError("duplicate_id", f"{document.location} has the id {document.id!r} of {double}")
     whole = gather(document)
     measure = measure_document(whole)
     writer.write(whole, {name: media.data for name, media in whole.media.items()})

@@ -176,7 +176,7 @@ def _write_sorted(job: Job, first: np.ndarray, likeness: np.ndarray) -> int:
 
 
 def _reject(document: Document, verdict: Verdict) -> dict:
-    values = {"id": document.id, "type": document.type, "text": document.text, "where": document.where}
+    values = {"id": document.id, "type": document.type, "text": document.text, "where": document.location}
     return {**values, "cause": verdict.cause, "score": verdict.score}
 
 
@@ -190,7 +190,7 @@ def _carry(document: Document, verdict: Verdict, draft: Draft) -> tuple[dict, li
             if not element.reference.base64:
                 element = replace(element, reference=MediaReference(path=draft.link(media[-1])))
         elements.append(element)
-    values = {"id": document.id, "type": verdict.type, "text": write_prompt(elements), "where": document.where}
+    values = {"id": document.id, "type": verdict.type, "text": write_prompt(elements), "where": document.location}
     return values | ({} if verdict.score is None else {"score": verdict.score}), media
 
 

@@ -116,7 +116,7 @@ def test_documents_with_their_media(corpus, built):
         "base64-1": (corpus / "media/b.jpg").read_bytes(),
     }
     assert qa.text == PICTURE % "media/a.png" + "What?" + PICTURE.replace("local", "path") % "base64-1" + "And?"
-    assert (qa.type, qa.where) == ("qa", "one.jsonl:2")
+    assert (qa.type, qa.location) == ("qa", "one.jsonl:2")
     assert {name: media.data for name, media in documents["asr"].media.items()} == {"media/s.wav": sound}
     assert list(documents["video"].media) == ["media/v.mp4"]
     assert list(documents["frames"].media) == ["media/a.png", "media/b.jpg"]

@@ -51,12 +51,12 @@ def dataset(tmp_path) -> ShardedDataset:
 
 def expected(number: int) -> tuple:
     document, media = make_document(number)
-    return document.id, document.type, document.text, document.where, media
+    return document.id, document.type, document.text, document.location, media
 
 
 def contents(document: Document) -> tuple:
     media = {name: one.data for name, one in document.media.items()}
-    return document.id, document.type, document.text, document.where, media
+    return document.id, document.type, document.text, document.location, media
 
 
 def test_documents_at_any_place(dataset):

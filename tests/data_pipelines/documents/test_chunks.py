@@ -13,7 +13,7 @@ from data_pipelines.documents.prompts import AudioElement, ImageElement, parse_p
 from data_pipelines.media.audio import clip_key
 from data_pipelines.media.location import MediaReference
 from data_pipelines.packing.oversize import Fitter
-from data_pipelines.packing.row_limits import RowLimits, needs_of
+from data_pipelines.packing.row_limits import RowLimits, budget_lengths
 from data_pipelines.tokenizers.tokenizer import train_tokenizer
 from tests.helpers.small_media import document, media, write_image, write_sound
 
@@ -80,10 +80,13 @@ def test_chunks_are_the_document_cut_between_tokens_and_media(processor, root, c
     place = {"tokens": 0, "audio": 0, "patches": 0, "targets": 0}
     weights, audio_weights = 0.0, 0.0
     for part, lengths in fitted.parts:
-        chunk = processor.encode(part.of(found), codes)
-        assert limits.why_beyond(needs_of(lengths), lengths.pictures) == ""
+        chunk = processor.encode(part.cut_from(found), codes)
+        assert limits.why_exceeds(budget_lengths(lengths), lengths.image_patches) == ""
         assert chunk.lengths.tokens == lengths.tokens
-        assert (chunk.lengths.text_targets, chunk.lengths.pictures) == (lengths.text_targets, lengths.pictures)
+        assert (chunk.lengths.text_targets, chunk.lengths.image_patches) == (
+            lengths.text_targets,
+            lengths.image_patches,
+        )
         start = find(whole, chunk, place["tokens"])
         skipped = slice(place["tokens"], start)
         assert not whole.text_weights[skipped].any()

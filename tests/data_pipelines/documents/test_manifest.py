@@ -33,9 +33,9 @@ def test_documents_and_their_defaults(tmp_path):
     lines = ['\ufeff{"text": "a", "id": "x", "type": "asr"}', "", '{"text": "猫", "extra": 1}', '{"text": "", "id": 0}']
     (tmp_path / "sub/m.jsonl").write_text("\n".join(lines), encoding="utf-8")
     assert [line.document for line in read_manifest("sub/m.jsonl", tmp_path)] == [
-        Document(id="x", type="asr", text="a", where="sub/m.jsonl:1", media=MediaRoot(tmp_path / "sub")),
-        Document(id="sub/m-3", type="", text="猫", where="sub/m.jsonl:3", media=MediaRoot(tmp_path / "sub")),
-        Document(id="0", type="", text="", where="sub/m.jsonl:4", media=MediaRoot(tmp_path / "sub")),
+        Document(id="x", type="asr", text="a", location="sub/m.jsonl:1", media=MediaRoot(tmp_path / "sub")),
+        Document(id="sub/m-3", type="", text="猫", location="sub/m.jsonl:3", media=MediaRoot(tmp_path / "sub")),
+        Document(id="0", type="", text="", location="sub/m.jsonl:4", media=MediaRoot(tmp_path / "sub")),
     ]
 
 

@@ -178,7 +178,12 @@ def test_listed_frames_beyond_the_model_s_are_left_out(processor, root):
     listed = "".join(f'<videoframe_start_omni>{{"path": "{n}.png"}}<videoframe_end_omni>' for n in range(20))
     found = document(f"<video_start_baichuan>{listed}<video_end_baichuan>{trainable('cat')}", root)
     encoded = processor.encode(found, None)
-    assert CONFIG.vision.max_frames == len(processor.measure(found).pictures) == len(encoded.lengths.pictures) == 8
+    assert (
+        CONFIG.vision.max_frames
+        == len(processor.measure(found).image_patches)
+        == len(encoded.lengths.image_patches)
+        == 8
+    )
     seen = [int(encoded.patches[encoded.patch_frames == frame].mean()) // 10 for frame in range(1, 9)]
     assert seen == [0, 2, 5, 7, 10, 12, 15, 17]
 

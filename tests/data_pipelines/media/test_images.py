@@ -404,7 +404,7 @@ def test_the_settings_of_a_run_reach_its_index(tmp_path):
         pipeline = open_pipeline(config, tiny())
         (index,) = pipeline.indexes
         grids.append((pipeline.processor.encode(index.document(0), None).patch_grid.max(0) + 1).tolist())
-        assert index.pictures_of(0) == [np.prod(grids[-1])]
+        assert index.image_patches(0) == [np.prod(grids[-1])]
     assert grids == [[8, 2], [2, 8]]
     assert sum(path.is_dir() for path in (tmp_path / ".cache").glob("all-*")) == 2
 

@@ -246,7 +246,7 @@ class TestOneRule:
         write_image(data / "sub/images/a.png", 56, 84)
         write_image(data / "images/a.png", 84, 112)
         needs = [
-            open_pipeline(run_config(data, manifest="sub/m.jsonl", root=root), tiny()).indexes[0].pictures_of(0)
+            open_pipeline(run_config(data, manifest="sub/m.jsonl", root=root), tiny()).indexes[0].image_patches(0)
             for root in ("", ".")
         ]
         assert needs == [[4 * 6], [4 * 12]]  # patches of 14x14

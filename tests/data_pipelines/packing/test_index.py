@@ -24,7 +24,7 @@ from data_pipelines.documents.processor import Processor
 from data_pipelines.errors import SampleError
 from data_pipelines.media.location import MediaRoot
 from data_pipelines.packing import columns, index_build
-from data_pipelines.packing.columns import BYTES_A_DOCUMENT, BYTES_A_PICTURE, NAMES, make_columns
+from data_pipelines.packing.columns import BYTES_PER_DOCUMENT, BYTES_PER_IMAGE, NAMES, make_columns
 from data_pipelines.packing.index_build import load_index
 from data_pipelines.pipeline import open_pipeline
 from data_pipelines.tokenizers.tokenizer import train_tokenizer
@@ -76,10 +76,10 @@ def test_lengths_are_those_of_the_encoded_documents(sample_pipeline, sample_code
         for number in range(0, index.total, 17):
             lengths = sample_pipeline.processor.encode(index.document(number), sample_codes).lengths
             found = [lengths.tokens, lengths.patches, lengths.audio_frames, lengths.audio_targets]
-            assert index.needs(number)[:4].tolist() == found
+            assert index.lengths(number)[:4].tolist() == found
             assert index.text_targets(number) == lengths.text_targets
-            assert index.measured_one(number).trainable == lengths.text_targets + lengths.audio_targets
-            assert index.pictures_of(number) == list(lengths.pictures)
+            assert index.document_lengths(number).trainable == lengths.text_targets + lengths.audio_targets
+            assert index.image_patches(number) == list(lengths.image_patches)
 
 
 def test_documents_are_found_by_their_place(root, processor):
@@ -88,7 +88,7 @@ def test_documents_are_found_by_their_place(root, processor):
     (root / "m.jsonl").write_bytes(b"\xef\xbb\xbf" + (root / "m.jsonl").read_bytes())
     index = load(root, processor)
     assert [index.document(i).text for i in index.numbers()] == [texts[0], texts[3]]
-    assert [index.document(i).where for i in index.numbers()] == ["m.jsonl:1", "m.jsonl:4"]
+    assert [index.document(i).location for i in index.numbers()] == ["m.jsonl:1", "m.jsonl:4"]
 
 
 def test_a_second_load_measures_nothing(root, processor, monkeypatch):
@@ -98,7 +98,7 @@ def test_a_second_load_measures_nothing(root, processor, monkeypatch):
     assert isinstance(second.columns.lengths, np.memmap)
     for name in NAMES:
         np.testing.assert_array_equal(getattr(first.columns, name), getattr(second.columns, name))
-    assert [second.pictures_of(i) for i in range(2)] == [first.pictures_of(i) for i in range(2)] == [[24], []]
+    assert [second.image_patches(i) for i in range(2)] == [first.image_patches(i) for i in range(2)] == [[24], []]
     assert (list(first.skipped), first.name, first.digest) == (list(second.skipped), second.name, second.digest)
 
 
@@ -106,7 +106,7 @@ def test_another_manifest_or_processor_is_measured_anew(root, processor, tokeniz
     assert load(write(root, [SPOKEN]), processor).usable == 1
     assert load(write(root, [SPOKEN, SPOKEN]), processor).usable == 2
     longer, shorter = load(root, processor), load(root, Processor(tiny(), tokenizer, end_of_text=False))
-    assert (longer.needs(0) - shorter.needs(0)).tolist() == [1, 0, 0, 0, 0, 0]
+    assert (longer.lengths(0) - shorter.lengths(0)).tolist() == [1, 0, 0, 0, 0, 0]
 
 
 def test_an_index_of_another_format_is_measured_anew(root, processor, monkeypatch):
@@ -120,14 +120,14 @@ def test_an_index_of_another_format_is_measured_anew(root, processor, monkeypatc
 @pytest.mark.parametrize("damage", ["cut", "emptied", "removed"])
 def test_a_damaged_index_is_built_anew(name, damage, root, processor):
     whole = load(write(root, [IMAGE % "a.png", SPOKEN, "{ no json"]), processor)
-    told = [whole.needs(0).tolist(), list(whole.skipped), whole.pictures_of(0)]
+    told = [whole.lengths(0).tolist(), list(whole.skipped), whole.image_patches(0)]
     (path,) = (root / ".cache").glob(f"m-*/{name}")
     content = path.read_bytes()
     path.unlink()
     if damage != "removed":
         path.write_bytes(content[: len(content) - 3] if damage == "cut" else b"")
     again = load(root, processor)
-    assert [again.needs(0).tolist(), list(again.skipped), again.pictures_of(0)] == told
+    assert [again.lengths(0).tolist(), list(again.skipped), again.image_patches(0)] == told
     assert path.read_bytes() == content
 
 
@@ -156,8 +156,8 @@ def test_a_stopped_build_goes_on(root, processor, monkeypatch):
         index = load(root, processor)
     assert 0 < len(measured) < len(texts)
     assert [index.document(i).text for i in index.numbers()] == texts
-    assert [index.document(i).where for i in index.numbers()] == [f"m.jsonl:{i + 1}" for i in range(len(texts))]
-    assert index.pictures_of(1) == [24]
+    assert [index.document(i).location for i in index.numbers()] == [f"m.jsonl:{i + 1}" for i in range(len(texts))]
+    assert index.image_patches(1) == [24]
     assert not list((root / ".cache").glob("*.building"))
 
 
@@ -175,18 +175,18 @@ def test_parts_measured_by_processes_are_the_same_index(root, processor, monkeyp
 
 def test_bytes_of_a_document():
     """100 million documents of two pictures fit a host's memory, of which they need none."""
-    made = make_columns([Lengths(tokens=9, patches=8, pictures=(4, 4))] * 1000)
+    made = make_columns([Lengths(tokens=9, patches=8, image_patches=(4, 4))] * 1000)
     held = sum(getattr(made, name).nbytes for name in NAMES)
-    assert held == 1000 * (BYTES_A_DOCUMENT + 2 * BYTES_A_PICTURE) + 8
-    assert f"{BYTES_A_DOCUMENT} bytes a document and {BYTES_A_PICTURE} a picture" in columns.__doc__
-    assert 10**8 * (BYTES_A_DOCUMENT + 2 * BYTES_A_PICTURE) == 5.6e9
+    assert held == 1000 * (BYTES_PER_DOCUMENT + 2 * BYTES_PER_IMAGE) + 8
+    assert f"{BYTES_PER_DOCUMENT} bytes a document and {BYTES_PER_IMAGE} a picture" in columns.__doc__
+    assert 10**8 * (BYTES_PER_DOCUMENT + 2 * BYTES_PER_IMAGE) == 5.6e9
 
 
 def test_an_index_goes_to_workers_as_its_folder(root, processor):
     index = load(write(root, [SPOKEN] * 500), processor).within(Budgets())
     sent = pickle.dumps(index)
     assert len(sent) < 3000
-    assert pickle.loads(sent).document(400).where == "m.jsonl:401"
+    assert pickle.loads(sent).document(400).location == "m.jsonl:401"
     assert index.within(Budgets()).columns is index.columns, "no column is copied"
 
 
@@ -212,8 +212,10 @@ def test_a_built_data_set(root, processor, tmp_path):
     np.testing.assert_array_equal(index.columns.lengths, whole.columns.lengths)
     np.testing.assert_array_equal(index.columns.text_targets, whole.columns.text_targets)
     assert [index.document(i).text for i in index.numbers()] == [IMAGE % "a.png", SPOKEN]
-    assert [index.where(i) for i in index.numbers()] == [f"set/documents-0000{i}.array_record:0" for i in range(2)]
-    assert [(item.where, item.cause) for item in index.skipped] == [("set/documents-00000.array_record:1", "no_loss")]
+    assert [index.location(i) for i in index.numbers()] == [f"set/documents-0000{i}.array_record:0" for i in range(2)]
+    assert [(item.location, item.cause) for item in index.skipped] == [
+        ("set/documents-00000.array_record:1", "no_loss")
+    ]
 
 
 def test_bad_lines_are_counted_by_cause_and_named(root, processor):
@@ -223,13 +225,13 @@ def test_bad_lines_are_counted_by_cause_and_named(root, processor):
     assert index.causes() == Counter(cause for _, cause, _ in BAD)
     for place, (skipped, (_, cause, message)) in enumerate(zip(index.skipped, BAD, strict=True)):
         line = 2 * place + 1
-        assert (skipped.where, skipped.cause) == (f"m.jsonl:{line}", cause)
+        assert (skipped.location, skipped.cause) == (f"m.jsonl:{line}", cause)
         assert message.replace("{}", str(line), message.count("m.jsonl")) in skipped.message
 
 
 def test_too_long_documents_move_to_the_skipped(root, processor):
     index = load(write(root, [SPOKEN, IMAGE % "a.png", NOTHING]), processor)
-    speech, picture = index.needs(0), index.needs(1)
+    speech, picture = index.lengths(0), index.lengths(1)
     roomy = Budgets(tokens=99, patches=99, audio_frames=99, audio_targets=99)
     assert index.within(roomy).usable == 2
     exact = index.within(Budgets(tokens=99, patches=int(picture[1]), audio_frames=3, audio_targets=4))
@@ -237,7 +239,7 @@ def test_too_long_documents_move_to_the_skipped(root, processor):
     short = index.within(Budgets(tokens=99, patches=int(picture[1]) - 1, audio_frames=99, audio_targets=99))
     assert [short.document(i).text for i in short.numbers()] == [SPOKEN]
     late = list(short.skipped)[-1]
-    assert (late.where, late.cause) == ("m.jsonl:2", "too_long")
+    assert (late.location, late.cause) == ("m.jsonl:2", "too_long")
     assert late.message == f"{picture[1]} patches exceed the row's {picture[1] - 1}"
     silent = index.within(Budgets(tokens=99, patches=99, audio_frames=99, audio_targets=int(speech[3]) - 1))
     assert list(silent.skipped)[-1].message == "4 audio_targets exceed the row's 3"
@@ -248,19 +250,19 @@ def test_pictures_that_no_part_of_a_row_holds(root, processor):
     write_image(root / "b.png", 112, 84)  # 48 patches; a.png has 24
     both = (IMAGE % "a.png").removesuffix("<trainable_start>a cat<trainable_end>") + IMAGE % "b.png"
     index = load(write(root, [IMAGE % "a.png", both, both + IMAGE % "b.png", SPOKEN]), processor)
-    assert [index.pictures_of(i) for i in range(4)] == [[24], [24, 48], [24, 48, 48], []]
+    assert [index.image_patches(i) for i in range(4)] == [[24], [24, 48], [24, 48, 48], []]
     budgets = Budgets(tokens=999, patches=192, audio_frames=99, audio_targets=99)
     assert index.within(budgets).usable == index.within(budgets, 4).usable == 4
     tight = replace(budgets, patches=128)
     kept = index.within(tight, 2)
-    assert [kept.pictures_of(i) for i in kept.numbers()] == [[24], [24, 48], []]
-    assert [kept.document(i).where for i in kept.numbers()] == ["m.jsonl:1", "m.jsonl:2", "m.jsonl:4"]
+    assert [kept.image_patches(i) for i in kept.numbers()] == [[24], [24, 48], []]
+    assert [kept.document(i).location for i in kept.numbers()] == ["m.jsonl:1", "m.jsonl:2", "m.jsonl:4"]
     late = list(kept.skipped)[-1]
-    assert (late.where, late.cause) == ("m.jsonl:3", "too_long")
+    assert (late.location, late.cause) == ("m.jsonl:3", "too_long")
     parts = "the row's 2 parts (data.media_shards) of 64 patches"
     assert late.message == f"the document's 3 pictures of up to 48 patches do not all fit {parts}"
     narrow = index.within(tight, 4)
-    assert [narrow.pictures_of(i) for i in narrow.numbers()] == [[24], []]
+    assert [narrow.image_patches(i) for i in narrow.numbers()] == [[24], []]
     parts = "the row's 4 parts (data.media_shards) of 32 patches"
     assert [item.message for item in narrow.skipped] == [
         f"picture 2 of the document has 48 patches, too many for one of {parts}"

@@ -113,7 +113,7 @@ def test_a_step_takes_the_smallest_size_that_holds_its_longest_window(heard):
 
 
 def test_a_size_holds_every_window_with_its_code_frames():
-    """Measured are code frames; the longest window that gives as many must fit."""
+    """DocumentLengths are code frames; the longest window that gives as many must fit."""
     slots = MelSlots((*range(8, 3000, 8), 3000), 8, 0)
     for frames in range(1, 3001):
         assert frames <= slots.size(AUDIO.bridge_length(frames)) <= frames + 16

@@ -59,7 +59,7 @@ def steps(tmp_path_factory):
 def test_unusable_sound_is_counted_by_cause(steps):
     """Some when it is measured, the rest when it is decoded, whose rows stay as padding; nothing twice."""
     pipeline, steps = steps
-    lost = Counter(cause for step in steps for _, cause, _ in step.lost.values())
+    lost = Counter(cause for step in steps for _, cause, _ in step.failed.values())
     assert pipeline.causes() == {"unreadable_media": 2}  # no_frame and no_code give no code
     assert lost == {"silent_audio": 1, "unreadable_media": 2}
     assert pipeline.documents - pipeline.causes().total() - lost.total() == len(USED)

@@ -164,7 +164,7 @@ def test_another_mixture_goes_on_where_each_source_was_left():
     read = stream(before, 45)
     a, c = source(40, "a"), source(20, "c")
     after = Mixture([c, a, source(5, "new")], [1, 4, 1], 7)
-    assert after.go_on(json.loads(json.dumps(before.state))) == ["new"]
+    assert after.continue_from(json.loads(json.dumps(before.state))) == ["new"]
     counts = Counter(stream(after, 30)), Counter(number for number, _ in stream(Mixture([c, a], [1, 4], 7), 30))
     assert sum(counts[0][key] for key in counts[0] if key[0] == 1) == 20, "shares are counted anew"
     old = {(0 if which == 2 else 1, number) for which, number in read if which != 1}
@@ -176,7 +176,7 @@ def test_a_source_of_other_documents_starts_anew():
     before = Mixture([source(40)], [1], 7)
     stream(before, 10)
     after = Mixture([source(41)], [1], 7)
-    assert after.go_on(before.state) == ["a"]
+    assert after.continue_from(before.state) == ["a"]
     assert epochs_read(after.state) == {"a": 0.0}
     with pytest.raises(ConfigError, match=r"source a has 41 documents; the data's state is of 40"):
         after.restore(before.state)

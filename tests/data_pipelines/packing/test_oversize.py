@@ -74,7 +74,7 @@ def test_turns_are_cut_with_their_media_and_loss():
 
 def test_a_long_conversation_is_split_and_loses_nothing(root):
     whole = opened(root, [LONG, turn("x")])
-    lengths = whole.indexes[0].needs(0)
+    lengths = whole.indexes[0].lengths(0)
     limit = int(lengths[0]) - 1
     pipeline = opened(root, [LONG, turn("x")], tokens=limit)
     (index,) = pipeline.indexes
@@ -82,8 +82,8 @@ def test_a_long_conversation_is_split_and_loses_nothing(root):
     assert list(index.numbers()) == [1, 2, 3]
     pieces = documents(pipeline)[1:]
     assert [piece.turns for piece in pieces] == [(0, 3), (3, 4)]
-    assert [piece.where for piece in pieces] == [index.where(2), index.where(3)]
-    assert index.where(2).endswith(":1")
+    assert [piece.location for piece in pieces] == [index.location(2), index.location(3)]
+    assert index.location(2).endswith(":1")
     texts = [
         [element.text for element in document_elements(piece) if isinstance(element, TextElement)] for piece in pieces
     ]
@@ -101,8 +101,8 @@ def test_a_long_conversation_is_split_and_loses_nothing(root):
     assert loss[0] + 1 == sum(loss[1:])
     for number, piece in zip((2, 3), pieces, strict=True):
         found = encode(piece).lengths
-        assert found.tokens == index.needs(number)[0] <= limit
-        assert list(found.pictures) == index.pictures_of(number)
+        assert found.tokens == index.lengths(number)[0] <= limit
+        assert list(found.image_patches) == index.image_patches(number)
 
 
 def test_pieces_come_in_rows_and_from_the_cache(root, monkeypatch):
@@ -122,14 +122,14 @@ def test_pieces_come_in_rows_and_from_the_cache(root, monkeypatch):
 def test_a_video_has_as_many_frames_as_fit(root):
     text = f"{VIDEO}what?<trainable_start>red<trainable_end>"
     whole = opened(root, [text])
-    frames = whole.indexes[0].pictures_of(0)
+    frames = whole.indexes[0].image_patches(0)
     assert len(frames) > 3
     pipeline = opened(root, [text], patches=frames[0] * 3)
     (index,) = pipeline.indexes
     assert pipeline.handled() == {"fewer_frames": 1}
-    assert [index.pictures_of(number) for number in index.numbers()] == [frames[:3]]
+    assert [index.image_patches(number) for number in index.numbers()] == [frames[:3]]
     encoded = pipeline.processor.encode(documents(pipeline)[0], store_codes(pipeline, root / "codes3"))
-    assert list(encoded.lengths.pictures) == frames[:3]
+    assert list(encoded.lengths.image_patches) == frames[:3]
 
 
 def test_listed_frames_are_spread_evenly():
@@ -154,12 +154,12 @@ def test_policies_are_tried_in_order_and_the_rest_is_skipped(root):
     assert [piece.turns for piece in documents(pipeline)] == [(0, 1), (1, 2), (0, 1), (2, 3)]
     assert [piece.max_frames > 0 for piece in documents(pipeline)] == [False, True, False, False]
     for number in index.numbers():
-        assert index.needs(number)[0] <= 60
+        assert index.lengths(number)[0] <= 60
     partly, whole = pipeline.skipped
-    assert partly.where.endswith(":2")
+    assert partly.location.endswith(":2")
     assert partly.message.startswith("turn 2 by itself: ")
     assert partly.message.endswith(" tokens exceed the row's 60")
-    assert whole.where.endswith(":3")
+    assert whole.location.endswith(":3")
     alone = opened(root, texts, policies=("fewer_frames",), tokens=60)
     assert (alone.handled(), alone.causes()) == ({"fewer_frames": 1}, {"too_long": 2})
 
@@ -180,7 +180,7 @@ def learnt(pipeline, path):
     store = store_codes(pipeline, path)
     for number in index.numbers():
         encoded = pipeline.processor.encode(index.document(number), store)
-        assert len(encoded.tokens) == index.needs(number)[0]
+        assert len(encoded.tokens) == index.lengths(number)[0]
         assert np.count_nonzero(encoded.text_weights) == index.text_targets(number)
         total += index.text_targets(number)
     return total
@@ -193,7 +193,7 @@ def test_long_text_is_chunked_by_default(root, text, tmp_path):
     (index,) = pipeline.indexes
     assert (pipeline.handled(), pipeline.causes()) == ({"chunk_text": 1}, {})
     assert learnt(whole, tmp_path / "whole") == learnt(pipeline, tmp_path / "chunks")
-    sizes = [int(index.needs(number)[0]) for number in index.numbers()]
+    sizes = [int(index.lengths(number)[0]) for number in index.numbers()]
     assert sizes[:-1] == [32] * (len(sizes) - 1)
     plan = pipeline.step_plan()
     first = [next(plan) for _ in range(5)]
@@ -217,16 +217,16 @@ def test_media_are_chunked_where_it_is_asked_for(root, tmp_path):
     ):
         (index,) = pipeline.indexes
         assert (pipeline.handled(), pipeline.causes()) == ({"chunk": 1}, {})
-        assert [index.pictures_of(number) for number in index.numbers()] == [[], [24], [24]]
+        assert [index.image_patches(number) for number in index.numbers()] == [[], [24], [24]]
         assert learnt(pipeline, tmp_path / str(id(pipeline))) == learnt(whole, tmp_path / f"whole-{id(pipeline)}")
 
 
 def test_a_medium_that_no_row_holds_gets_fewer_frames_or_is_named(root):
     text = BOOK + VIDEO + "what? red"
-    frames = opened(root, [VIDEO + "a"]).indexes[0].pictures_of(0)
+    frames = opened(root, [VIDEO + "a"]).indexes[0].image_patches(0)
     both = opened(root, [text], ("chunk", "fewer_frames"), tokens=64, patches=frames[0] * 2)
     assert (both.handled(), both.causes()) == ({"chunk": 1, "fewer_frames": 1}, {})
-    assert [len(both.indexes[0].pictures_of(number)) for number in both.indexes[0].numbers()][-1] == 2
+    assert [len(both.indexes[0].image_patches(number)) for number in both.indexes[0].numbers()][-1] == 2
     alone = opened(root, [text], ("chunk",), tokens=64, patches=frames[0] * 2)
     (left,) = alone.skipped
     assert "the medium at its token" in left.message

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipelines.packing.media_layout import PatchLayout
-from data_pipelines.packing.mixture import Item
+from data_pipelines.packing.mixture import DocumentLengths
 from data_pipelines.packing.packer import PATIENCE, Packer
 from tests.helpers.listed import Listed, row_plan
 
@@ -18,19 +18,19 @@ LAYOUT = PatchLayout(12, 3)
 LENGTHS = st.lists(st.tuples(*(st.integers(int(i == 0), b) for i, b in enumerate(BUDGETS))), min_size=1, max_size=60)
 
 
-def pictures_of(need):
+def image_patches(need):
     """A document's patches as pictures of 4, the last one smaller."""
     return [min(4, need[1] - done) for done in range(0, need[1], 4)] if len(need) > 1 else []
 
 
 def listed(lengths, name="a"):
-    return Listed(name, lengths, [pictures_of(need) for need in lengths])
+    return Listed(name, lengths, [image_patches(need) for need in lengths])
 
 
 def rows_of(lengths, budgets=BUDGETS, layout=LAYOUT, open_bins=3, look_ahead=5):
     """All rows of documents in this order."""
     packer = Packer(budgets, layout, open_bins, look_ahead)
-    items = [Item((0, n), tuple(need), pictures_of(need)) for n, need in enumerate(lengths)]
+    items = [DocumentLengths(n, tuple(need), image_patches(need)) for n, need in enumerate(lengths)]
     rows = [row for item in items if (row := packer.add(item)) is not None]
     while (row := packer.finish()) is not None:
         rows.append(row)
@@ -45,7 +45,7 @@ def test_every_document_is_in_one_row_and_no_row_is_over_a_budget(lengths, open_
     for row in rows:
         assert row
         assert (sum(np.array(lengths[number]) for number in row) <= BUDGETS).all()
-        assert LAYOUT.fits([size for number in row for size in pictures_of(lengths[number])])
+        assert LAYOUT.fits([size for number in row for size in image_patches(lengths[number])])
 
 
 @given(st.lists(LENGTHS, min_size=1, max_size=3), st.integers(1, 4), st.integers(0, 9), st.integers(0, 30))
@@ -91,7 +91,7 @@ def test_several_budgets_are_filled_together():
 
 def test_the_example_of_the_docstring():
     packer = Packer([100], PatchLayout(0), open_bins=2, look_ahead=3)
-    items = [Item((0, size), (size,), []) for size in (60, 70, 25, 33, 12, 15, 30)]
+    items = [DocumentLengths(size, (size,), []) for size in (60, 70, 25, 33, 12, 15, 30)]
     assert [packer.add(item) for item in items[:-1]] == [None] * 6
     assert packer.state["open"] == [[[0, 60], [0, 25]], [[0, 70]]]
     assert packer.state["pool"] == [[0, 33], [0, 12], [0, 15]]

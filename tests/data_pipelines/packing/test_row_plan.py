@@ -23,11 +23,11 @@ NAMES = "abcd"
 
 
 def tokens(row):
-    return sum(item.needs[0] for item in row)
+    return sum(item.lengths[0] for item in row)
 
 
 def squares(row):
-    return sum(item.needs[0] ** 2 for item in row)
+    return sum(item.lengths[0] ** 2 for item in row)
 
 
 @st.composite
@@ -165,11 +165,11 @@ def test_another_stage_goes_on_in_its_sources(sample_pipeline):
     waiting = {tuple(key) for keys in (state["rows"]["pool"], *state["rows"]["open"]) for key in keys}
     mixture = tuple(replace(source, weight=1.0) for source in sample_pipeline.config.mixture)
     stage = with_config(sample_pipeline, mixture=mixture)
-    after = {key for step in islice(stage.step_plan(left=state), 3) for row in step for key in row}
+    after = {key for step in islice(stage.step_plan(resume_state=state), 3) for row in step for key in row}
     assert before
     assert not after & (before | waiting)
     with pytest.raises(ConfigError, match="written by another version"):
-        stage.step_plan(left={"place": 3, "open": []})
+        stage.step_plan(resume_state={"place": 3, "open": []})
 
 
 def test_costs_are_those_of_the_forward_pass(sample_pipeline, sample_codes):
@@ -181,14 +181,14 @@ def test_costs_are_those_of_the_forward_pass(sample_pipeline, sample_codes):
     for row in rows:
         counts = dict.fromkeys(("text_targets", "audio_frames"), 0) | {
             "tokens": tokens(row),
-            "causal_pairs": sum(item.needs[0] * (item.needs[0] + 1) // 2 for item in row),
-            "patches": sum(item.needs[1] for item in row),
-            "patch_pairs": sum(size**2 for item in row for size in item.pictures),
-            "audio_targets": sum(item.needs[3] for item in row),
+            "causal_pairs": sum(item.lengths[0] * (item.lengths[0] + 1) // 2 for item in row),
+            "patches": sum(item.lengths[1] for item in row),
+            "patch_pairs": sum(size**2 for item in row for size in item.image_patches),
+            "audio_targets": sum(item.lengths[3] for item in row),
         }
         parts = flops_by_part(omni_parts(omni), counts, ())
         assert row_cost(omni)(row) == pytest.approx(sum(parts.values()), rel=1e-12)
     batch, _ = sample_pipeline.decoder(sample_codes)([[item.key for item in row] for row in rows])
     segments, positions = batch["segment_ids"], batch["positions"]
     pairs = np.where(segments > 0, positions + 1, 0).sum(1)
-    assert pairs.tolist() == [sum(item.needs[0] * (item.needs[0] + 1) // 2 for item in row) for row in rows]
+    assert pairs.tolist() == [sum(item.lengths[0] * (item.lengths[0] + 1) // 2 for item in row) for row in rows]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from baichuan_omni_jax.config import Budgets, DataConfig, SourceConfig, tiny
-from data_pipelines.packing.rows import Shard
+from data_pipelines.packing.rows import RowShard
 from data_pipelines.pipeline import open_pipeline
 from tests.data_pipelines.conftest import BUDGETS, store_codes, with_config
 from tests.helpers.small_media import write_image, write_sound
@@ -31,7 +31,7 @@ def assert_same(steps, others):
     assert len(steps) == len(others)
     for step, other in zip(steps, others, strict=True):
         assert step.state == other.state
-        assert step.lost == other.lost
+        assert step.failed == other.failed
         assert_same_batch(step.batch, other.batch)
 
 
@@ -52,13 +52,13 @@ def alone(sample_pipeline, sample_codes):
 def test_workers_change_nothing(workers, sample_pipeline, sample_codes, alone):
     steps = read(with_config(sample_pipeline, rows=4, workers=workers), sample_codes, 6)
     assert_same(steps, alone)
-    assert not any(step.lost for step in steps)
+    assert not any(step.failed for step in steps)
 
 
 @pytest.mark.parametrize("hosts", [[(0, 1), (2, 3)], [(0, 2), (1, 3)], [(0,), (1, 2, 3)]], ids=str)
 def test_hosts_share_the_rows_of_one_global_order(hosts, sample_pipeline, sample_codes, alone):
     pipeline = with_config(sample_pipeline, rows=4)
-    shards = [read(pipeline, sample_codes, 4, shard=Shard(rows)) for rows in hosts]
+    shards = [read(pipeline, sample_codes, 4, shard=RowShard(rows)) for rows in hosts]
     for whole, *parts in zip(alone, *shards, strict=False):
         for rows, part in zip(hosts, parts, strict=True):
             assert_same_batch(part.batch, {name: values[list(rows)] for name, values in whole.batch.items()})
@@ -74,7 +74,7 @@ def test_a_restored_run_goes_on_with_the_same_steps(done, sample_pipeline, sampl
 
 def test_a_run_resumes_with_other_workers_and_hosts(sample_pipeline, sample_codes, alone):
     pipeline = with_config(sample_pipeline, rows=4, workers=2)
-    steps = read(pipeline, sample_codes, 3, state=alone[2].state, shard=Shard((2, 3)))
+    steps = read(pipeline, sample_codes, 3, state=alone[2].state, shard=RowShard((2, 3)))
     for step, whole in zip(steps, alone[3:], strict=True):
         assert_same_batch(step.batch, {name: values[2:] for name, values in whole.batch.items()})
         assert step.state == whole.state
@@ -95,13 +95,13 @@ def test_every_document_is_in_one_row_or_skipped(sample_root, sample_pipeline, s
     assert pipeline.causes()["too_long"] > 5
     found = Counter()
     for step in read(pipeline, sample_codes, epochs=1):
-        assert not step.lost
+        assert not step.failed
         batch = step.batch
         firsts = (batch["segment_ids"] > 0) & (batch["positions"] == 0)
         found.update(zip(batch["source_ids"][firsts].tolist(), batch["document_ids"][firsts].tolist(), strict=True))
     assert found == Counter((source, n) for source, index in enumerate(indexes) for n in index.numbers())
     for index in indexes:
-        named = [index.where(n) for n in index.numbers()] + [item.where for item in index.skipped]
+        named = [index.location(n) for n in index.numbers()] + [item.location for item in index.skipped]
         with open(sample_root / index.manifest, "rb") as manifest:
             assert len(named) == len(set(named)) == index.documents == sum(1 for _ in manifest)
 
@@ -133,13 +133,13 @@ def test_documents_that_fail_at_decode_leave_padding_and_are_told(small, tmp_pat
     write_image(tmp_path / "c.png", 112, 84)
     write_sound(tmp_path / "s.wav", 0.3)
     (step,) = read(with_config(pipeline, workers=workers), codes, epochs=1)
-    assert {key: (where, cause) for key, (where, cause, _) in step.lost.items()} == {
+    assert {key: (where, cause) for key, (where, cause, _) in step.failed.items()} == {
         (0, 1): ("m.jsonl:2", "missing_file"),
         (0, 2): ("m.jsonl:3", "changed"),
         (0, 3): ("m.jsonl:4", "no_codes"),
     }
-    assert "b.png does not exist" in step.lost[0, 1][2]
-    assert "s.wav: window 0 has no codes" in step.lost[0, 3][2]
+    assert "b.png does not exist" in step.failed[0, 1][2]
+    assert "s.wav: window 0 has no codes" in step.failed[0, 3][2]
     assert step.state == whole.state
     gone = np.isin(whole.batch["document_ids"], [1, 2, 3])
     assert not step.batch["segment_ids"][gone].any()
@@ -164,7 +164,7 @@ def test_what_is_lost_changes_no_dealt_order(small, tmp_path):
     ((whole,), (straight,)) = (read(pipeline, codes, epochs=1, context_shards=n) for n in (4, 1))
     (tmp_path / "b.png").unlink()
     (step,) = read(pipeline, codes, epochs=1, context_shards=4)
-    assert set(step.lost) == {(0, 1)}
+    assert set(step.failed) == {(0, 1)}
     kept = whole.batch["document_ids"] != 1
     assert 0 < kept.sum() < kept.size
     assert not step.batch["segment_ids"][~kept].any()
@@ -213,7 +213,7 @@ def test_pictures_that_changed_places(tmp_path):
     write_image(tmp_path / "a.png", 112, 84)
     write_image(tmp_path / "b.png", 56, 84)
     (step,) = read(pipeline, codes, epochs=1)
-    assert step.lost[0, 0][1:] == ("changed", "the document is not what the index measured")
+    assert step.failed[0, 0][1:] == ("changed", "the document is not what the index measured")
 
 
 def test_a_budget_of_nothing(small):
