@@ -25,6 +25,7 @@ from data_pipelines.datasets.jobs.job import Job, Runner, Unit, hold, refuse_for
 from data_pipelines.datasets.shards import (
     DATASET_FILE,
     OPTIONS,
+    RECORD_SCHEMA,
     SUFFIX,
     Shard,
     ShardWriter,
