@@ -1,8 +1,8 @@
-"""Filling a store of codes for mixtures: what is there stays, what is missing is tokenised, whatever is killed between.
+"""Filling a store of codes for mixtures: what is there stays, what is missing is tokenized, whatever is killed between.
 
     1. list      every window of sound of the mixtures, by ranges of documents (listing.py)
     2. plan      those that the store lacks, in parts of equal size: one unit of work a part
-    3. tokenise  each unit: decode and mel in worker processes, codes on the devices, one file
+    3. tokenize  each unit: decode and mel in worker processes, codes on the devices, one file
     4. publish   the index and `meta.json`, from when on readers see the new codes
 
 Steps 1 and 3 are jobs whose units hosts share out; each host works alone, on its own devices. Started again after a
@@ -130,7 +130,7 @@ def open_or_build(
         plan = hosts.process_zero_first(lambda: _make_plan(listing, store))
         with MelReader(clip_sources(pipelines), audio, settings.workers if len(plan) > FEW else 0) as mels:
             work = TokenizePart(plan, tokenizer, mels, audio.levels, store.meta["part_frames"])
-            job = Job("tokenising sound", _units(plan, store, tokenizer), work, path / "frames")
+            job = Job("tokenizing sound", _units(plan, store, tokenizer), work, path / "frames")
             _share_out(job, LocalRunner(0), hosts, settings.report)
         return hosts.process_zero_first(lambda: _publish(path, job, pipelines, listing.out))
 
@@ -185,7 +185,7 @@ def _units(plan: Shaped[np.ndarray, " n"], store: CodeStore, tokenizer: CodeEnco
 
 @dataclass(frozen=True)
 class TokenizePart:
-    """The work of the tokenising job: rows of the plan to one part of the store."""
+    """The work of the tokenizing job: rows of the plan to one part of the store."""
 
     plan: Shaped[np.ndarray, " n"]
     tokenizer: CodeEncoder

@@ -121,7 +121,7 @@ class CodeStore:
     def lookup(self, key: CodeKey) -> Int32[np.ndarray, "n q"]:
         """Returns the codes of one window.
 
-        Raises KeyError for one that was never tokenised (only the caller knows its file), and SampleError
+        Raises KeyError for one that was never tokenized (only the caller knows its file), and SampleError
         "damaged_codes", naming the file, when what was written is not what is there.
         """
         entry = find(self.index, key)

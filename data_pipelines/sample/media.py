@@ -50,8 +50,8 @@ def random_video(rng: random.Random, move: str) -> VideoPlan:
             video = VideoPlan(move, _end(rng, photo, size), _end(rng, other, size))
         elif move in ("in", "out"):
             near = _end(rng, photo, size, heights=(110, 170))
-            centre = ((near.box[0] + near.box[2]) / 2, (near.box[1] + near.box[3]) / 2)
-            far = _crop(photo, size, centre, rng.uniform(300, 400))
+            center = ((near.box[0] + near.box[2]) / 2, (near.box[1] + near.box[3]) / 2)
+            far = _crop(photo, size, center, rng.uniform(300, 400))
             video = VideoPlan(move, far, near) if move == "in" else VideoPlan(move, near, far)
         else:
             video = _pan(rng, move, photo, size)
@@ -59,14 +59,14 @@ def random_video(rng: random.Random, move: str) -> VideoPlan:
             return video
 
 
-def _crop(photo: str, size: tuple[int, int], centre: tuple[float, float], height: float) -> Crop:
+def _crop(photo: str, size: tuple[int, int], center: tuple[float, float], height: float) -> Crop:
     height = min(height, SIZE[1], SIZE[0] * size[1] / size[0])
-    return Crop(photo, box_around(photo, centre, height * size[0] / size[1], height), size)
+    return Crop(photo, box_around(photo, center, height * size[0] / size[1], height), size)
 
 
 def _end(rng: random.Random, photo: str, size: tuple[int, int], heights=(160, 300)) -> Crop:
-    centre = (rng.uniform(0.2, 0.8) * SIZE[0], rng.uniform(0.2, 0.8) * SIZE[1])
-    return _crop(photo, size, centre, rng.uniform(*heights))
+    center = (rng.uniform(0.2, 0.8) * SIZE[0], rng.uniform(0.2, 0.8) * SIZE[1])
+    return _crop(photo, size, center, rng.uniform(*heights))
 
 
 def _pan(rng: random.Random, move: str, photo: str, size: tuple[int, int]) -> VideoPlan:

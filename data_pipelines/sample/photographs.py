@@ -1,7 +1,7 @@
 """The two photographs that ship in scikit-learn: crops of them, and what is known to be true of a crop.
 
 What each picture shows is annotated by hand as outlines of its parts (pixel coordinates of the 640x427 originals); what
-a crop shows follows from the outlines inside it, its colours and brightness from its pixels.
+a crop shows follows from the outlines inside it, its colors and brightness from its pixels.
 """
 
 import functools
@@ -66,7 +66,7 @@ class Crop:
     box: tuple[int, int, int, int]
     size: tuple[int, int]
     mirrored: bool = False
-    grey: bool = False
+    gray: bool = False
 
 
 @functools.cache
@@ -102,11 +102,11 @@ def _part_pixels(photo: str, part: str) -> np.ndarray:
 
 
 def render(crop: Crop) -> Image.Image:
-    """Renders the pixels of a crop, RGB or, for a grey one, L."""
+    """Renders the pixels of a crop, RGB or, for a gray one, L."""
     image = photograph(crop.photo).resize(crop.size, Image.Resampling.BICUBIC, box=crop.box, reducing_gap=3.0)
     if crop.mirrored:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return image.convert("L") if crop.grey else image
+    return image.convert("L") if crop.gray else image
 
 
 def save(crop: Crop, path: Path) -> None:
@@ -149,7 +149,7 @@ def absent_parts(crop: Crop, margin: int = 16) -> list[str]:
 def place(crop: Crop, part: str) -> tuple[int, int] | None:
     """Returns where a visible part is centered: (row, column), each 0, 1 or 2 for the thirds of the picture.
 
-    None for a part that is in no one place: a background, or one that is not at its own centre.
+    None for a part that is in no one place: a background, or one that is not at its own center.
     """
     if part == "leaves":
         return None
@@ -160,8 +160,8 @@ def place(crop: Crop, part: str) -> tuple[int, int] | None:
     return 3 * row // inside.shape[0], 3 * column // inside.shape[1]
 
 
-def dominant_colour(crop: Crop) -> str:
-    """Returns the commonest of red, orange, yellow, green, teal, blue, brown, white, grey, black among the crop's
+def dominant_color(crop: Crop) -> str:
+    """Returns the commonest of red, orange, yellow, green, teal, blue, brown, white, gray, black among the crop's
     pixels.
     """
     image = render(crop).convert("RGB").resize((32, 32))
@@ -169,10 +169,10 @@ def dominant_colour(crop: Crop) -> str:
     names = np.full(hue.shape, "grey", dtype=object)
     bounds = [(12, "red"), (28, "orange"), (44, "yellow"), (105, "green"), (135, "teal"), (175, "blue"), (256, "red")]
     degrees = np.searchsorted([bound for bound, _ in bounds], hue, side="right")
-    coloured = saturation > 50
-    names[coloured] = np.array([name for _, name in bounds], dtype=object)[degrees[coloured]]
-    names[coloured & np.isin(names, ["red", "orange", "yellow"]) & (value < 130)] = "brown"
-    names[~coloured & (value > 205)] = "white"
+    colored = saturation > 50
+    names[colored] = np.array([name for _, name in bounds], dtype=object)[degrees[colored]]
+    names[colored & np.isin(names, ["red", "orange", "yellow"]) & (value < 130)] = "brown"
+    names[~colored & (value > 205)] = "white"
     names[value < 45] = "black"
     words, counts = np.unique(names.astype(str), return_counts=True)
     return str(words[counts.argmax()])
@@ -190,31 +190,31 @@ def orientation(crop: Crop) -> str:
     return "wide" if ratio > 1.15 else "tall" if ratio < 1 / 1.15 else "square"
 
 
-def box_around(photo: str, centre: tuple[float, float], width: float, height: float) -> tuple[int, int, int, int]:
-    """Returns a box of about this size around `centre` (x, y), moved and shrunk to lie inside the photograph."""
+def box_around(photo: str, center: tuple[float, float], width: float, height: float) -> tuple[int, int, int, int]:
+    """Returns a box of about this size around `center` (x, y), moved and shrunk to lie inside the photograph."""
     width, height = round(min(width, SIZE[0])), round(min(height, SIZE[1]))
-    left = round(min(max(centre[0] - width / 2, 0), SIZE[0] - width))
-    top = round(min(max(centre[1] - height / 2, 0), SIZE[1] - height))
+    left = round(min(max(center[0] - width / 2, 0), SIZE[0] - width))
+    top = round(min(max(center[1] - height / 2, 0), SIZE[1] - height))
     return left, top, left + width, top + height
 
 
-def part_centre(rng: random.Random, photo: str, part: str) -> tuple[float, float]:
+def part_center(rng: random.Random, photo: str, part: str) -> tuple[float, float]:
     """Returns the place (x, y) of a random pixel of a part."""
     pixels = _part_pixels(photo, part)
     row, column = divmod(int(pixels[rng.randrange(len(pixels))]), SIZE[0])
     return float(column), float(row)
 
 
-def random_crop(rng: random.Random, photo: str, *, grey_share: float = 0.1) -> Crop:
+def random_crop(rng: random.Random, photo: str, *, gray_share: float = 0.1) -> Crop:
     """Draws a crop around a random part in which something can be named; 56-300 pixels a side when saved."""
     while True:
         part = rng.choice(list(OUTLINES[photo]))
         aspect = rng.choice([0.6, 0.75, 1.0, 1.0, 4 / 3, 1.5, 1.8])
         height = rng.uniform(90, 420)
-        box = box_around(photo, part_centre(rng, photo, part), height * aspect, height)
+        box = box_around(photo, part_center(rng, photo, part), height * aspect, height)
         aspect = (box[2] - box[0]) / (box[3] - box[1])
         short = rng.randrange(56, 169)
         size = (round(short * aspect), short) if aspect >= 1 else (short, round(short / aspect))
-        crop = Crop(photo, box, size, mirrored=rng.random() < 0.3, grey=rng.random() < grey_share)
+        crop = Crop(photo, box, size, mirrored=rng.random() < 0.3, gray=rng.random() < gray_share)
         if max(size) <= 300 and visible_parts(crop):
             return crop

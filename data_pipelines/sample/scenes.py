@@ -7,7 +7,7 @@ from data_pipelines.sample.photographs import (
     Crop,
     absent_parts,
     brightness,
-    dominant_colour,
+    dominant_color,
     orientation,
     place,
     visible_parts,
@@ -29,7 +29,7 @@ NOUNS = {
     "bud": ("a small bud", "一个小花苞"),
     "leaves": ("blurred dark leaves", "模糊的深色叶子"),
 }
-COLOURS = {
+COLORS = {
     "red": "红色",
     "orange": "橙色",
     "yellow": "黄色",
@@ -87,12 +87,12 @@ def caption(rng: random.Random, crop: Crop, language: str) -> str:
     thing = listing(parts[:3], language)
     kind = orientation(crop)
     if language == "en":
-        article = "A black and white" if crop.grey else f"A {kind}"
+        article = "A black and white" if crop.gray else f"A {kind}"
         first = rng.choice([f"{article} picture of {thing}.", f"{article} photo that shows {thing}."])
     else:
-        article = "黑白" if crop.grey else SHAPES[kind][1]
+        article = "黑白" if crop.gray else SHAPES[kind][1]
         first = rng.choice([f"一张{article}照片，拍的是{thing}。", f"这张{article}图片里有{thing}。"])
-    extra = rng.sample([_place_sentence, _colour_sentence, _light_sentence], rng.choice([1, 1, 2]))
+    extra = rng.sample([_place_sentence, _color_sentence, _light_sentence], rng.choice([1, 1, 2]))
     joint = " " if language == "en" else ""
     return joint.join(filter(None, [first, *(sentence(crop, language) for sentence in extra)]))
 
@@ -119,9 +119,9 @@ def _be(part: str) -> str:
     return "are" if part in ("trees", "leaves") else "is"
 
 
-def _colour_sentence(crop: Crop, language: str) -> str:
-    colour = dominant_colour(crop)
-    return f"The main colour is {colour}." if language == "en" else f"主要颜色是{COLOURS[colour]}。"
+def _color_sentence(crop: Crop, language: str) -> str:
+    color = dominant_color(crop)
+    return f"The main colour is {color}." if language == "en" else f"主要颜色是{COLORS[color]}。"
 
 
 def _light_sentence(crop: Crop, language: str) -> str:
@@ -139,15 +139,15 @@ def questions(crop: Crop, language: str) -> list[Answer]:
     """Asks every question of this module whose answer is known for the crop; they also read well aloud."""
     here, absent = visible_parts(crop), absent_parts(crop)
     light, (part, where) = LIGHT[brightness(crop)], _placed(crop)
-    shape, colour = orientation(crop), dominant_colour(crop)
+    shape, color = orientation(crop), dominant_color(crop)
     subject = known(part, language) if part else ""
     if language == "zh":
         found = [
             ("图片里有什么？", f"图片里有{listing(here[:3], 'zh')}。"),
-            ("这张图片的主要颜色是什么？", f"主要颜色是{COLOURS[colour]}。"),
+            ("这张图片的主要颜色是什么？", f"主要颜色是{COLORS[color]}。"),
             ("画面是亮还是暗？", f"画面{light[1]}。"),
             ("这张照片是横的、竖的还是方的？", f"这张照片是{SHAPES[shape][1]}。"),
-            ("这是彩色照片吗？", "不是，是黑白照片。" if crop.grey else "是的，是彩色照片。"),
+            ("这是彩色照片吗？", "不是，是黑白照片。" if crop.gray else "是的，是彩色照片。"),
         ]
         found += [(f"{subject}在哪里？", f"{subject}在画面的{where[1]}。")] if part else []
         found += [(f"图片里有{known(part, 'zh')}吗？", f"有，图片里有{NOUNS[part][1]}。") for part in here[:2]]
@@ -155,10 +155,10 @@ def questions(crop: Crop, language: str) -> list[Answer]:
         return found
     found = [
         ("What is in the picture?", f"I see {listing(here[:3], 'en')}."),
-        ("What is the main colour of this picture?", f"The main colour is {colour}."),
+        ("What is the main colour of this picture?", f"The main colour is {color}."),
         ("Is the picture bright or dark?", f"The picture is {light[0]}."),
         ("Is this photo wide, tall or square?", f"The photo is {SHAPES[shape][0]}."),
-        ("Is this a colour photo?", "No, it is black and white." if crop.grey else "Yes, it is in colour."),
+        ("Is this a colour photo?", "No, it is black and white." if crop.gray else "Yes, it is in colour."),
     ]
     if part:
         be = _be(part)

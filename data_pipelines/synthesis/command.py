@@ -92,7 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
 SENTENCES = {"en": "The lake is calm tonight, isn't it?", "zh": "今晚的湖水很平静，对吗？"}
 _READ = {"en": SENTENCES["en"], "zh": "Jīnwǎn de húshuǐ hěn píngjìng, duì ma?"}  # few machines have a Chinese font
 SHOWN = 5  # voices of each language in the picture
-COLOURS = 96  # of a PNG
+COLORS = 96  # of a PNG
 
 
 def _add_voice_arguments(parser: argparse.ArgumentParser) -> None:
@@ -147,7 +147,7 @@ def draw_voices(speech: TextToSpeech, path: Path) -> None:
         figure.savefig(path)
     if path.suffix == ".png":
         with Image.open(path) as picture:  # a third of the size, and hardly another picture
-            palette = picture.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)
+            palette = picture.convert("RGB").quantize(COLORS, dither=Image.Dither.NONE)
         palette.save(path, optimize=True)
 
 

@@ -86,10 +86,10 @@ def draw(rows: list[RowView], document: DocumentView, path: Path, notes: list[st
     """
     lettering = Lettering()
     types = dict.fromkeys(segment.document.type for row in rows for segment in row.segments)
-    colours = {kind: _pale(i, len(types)) for i, kind in enumerate(sorted(types))}
-    blocks = [_headline("Packed rows", notes), _legend(colours)]
-    blocks += [_row(number, row, colours) for number, row in enumerate(rows)]
-    blocks += _document(document, colours)
+    colors = {kind: _pale(i, len(types)) for i, kind in enumerate(sorted(types))}
+    blocks = [_headline("Packed rows", notes), _legend(colors)]
+    blocks += [_row(number, row, colors) for number, row in enumerate(rows)]
+    blocks += _document(document, colors)
     with matplotlib.rc_context({"text.parse_math": False, "font.family": lettering.families}):
         page = Page(blocks, lettering)
         if lettering.replaced:
@@ -109,9 +109,9 @@ def _headline(text: str, notes: list[str] = (), size: int = 15) -> Block:
     return Block(0.42 + 0.22 * len(notes), draw_it)
 
 
-def _legend(colours: dict) -> Block:
+def _legend(colors: dict) -> Block:
     """Draws a line a strip, in the order of the strips."""
-    types = [Patch(facecolor=colour, label=kind or "no type") for kind, colour in colours.items()]
+    types = [Patch(facecolor=color, label=kind or "no type") for kind, color in colors.items()]
     lines = [
         ("document", types),
         ("holds", [_chip(*named) for named in CONTENTS.values()]),
@@ -132,21 +132,21 @@ def _legend(colours: dict) -> Block:
     return Block(0.27 * len(lines) + 0.15, draw_it)
 
 
-def _chip(name: str, colour: str) -> Patch:
+def _chip(name: str, color: str) -> Patch:
     padding = name == "padding"
-    return Patch(facecolor=colour, edgecolor="#999999", hatch="////" if padding else None, label=name, linewidth=0.5)
+    return Patch(facecolor=color, edgecolor="#999999", hatch="////" if padding else None, label=name, linewidth=0.5)
 
 
-def _row(number: int, row: RowView, colours: dict) -> Block:
+def _row(number: int, row: RowView, colors: dict) -> Block:
     def draw_it(page: Page, bottom: float) -> None:
         page.text(LEFT, bottom + 1.62, f"row {number}", size=10.5, weight="bold")
         page.text(LEFT + 0.65, bottom + 1.62, f"{len(row.segments)} documents; filled: {row.describe_fill()}", size=10)
-        _strips(page, bottom + 0.42, 1.17, row, colours)
+        _strips(page, bottom + 0.42, 1.17, row, colors)
 
     return Block(1.92, draw_it)
 
 
-def _strips(page: Page, bottom: float, height: float, row: RowView, colours: dict, labels: bool = True) -> None:
+def _strips(page: Page, bottom: float, height: float, row: RowView, colors: dict, labels: bool = True) -> None:
     """Documents, contents and losses of a row above each other, over the slots of the row."""
     slots = len(row.contents)
     axes = page.axes(LEFT, bottom, WIDTH - LEFT - MARGIN, height)
@@ -162,17 +162,17 @@ def _strips(page: Page, bottom: float, height: float, row: RowView, colours: dic
         extent = (0, slots, place + 0.06, place + 0.94)
         axes.imshow(table[values][None], extent=extent, aspect="auto", interpolation="nearest")
     for segment in row.segments if labels else ():
-        _segment(page, axes, segment, colours)
+        _segment(page, axes, segment, colors)
     for start, stop in _runs(row.contents == PADDING):
         shape = {"facecolor": "#ffffff", "edgecolor": "#9aa0a8", "hatch": "////", "linewidth": 0.5}
         axes.add_patch(Rectangle((start, 0.06), stop - start, 2.88 if labels else 1.88, **shape))
 
 
-def _segment(page: Page, axes, segment, colours: dict) -> None:
+def _segment(page: Page, axes, segment, colors: dict) -> None:
     """Draws a document's box with its id in it where there is room, and its edges drawn through all strips."""
     width = segment.stop - segment.start
-    colour = colours[segment.document.type]
-    axes.add_patch(Rectangle((segment.start, 2.06), width, 0.88, facecolor=colour, edgecolor="white", linewidth=1))
+    color = colors[segment.document.type]
+    axes.add_patch(Rectangle((segment.start, 2.06), width, 0.88, facecolor=color, edgecolor="white", linewidth=1))
     axes.plot([segment.start] * 2, [0, 3], color="#20242a", linewidth=0.9)
     inches = width / (axes.get_xlim()[1]) * (WIDTH - LEFT - MARGIN)
     if label := page.lettering.fit(segment.document.id, segment.document.type, inches - 0.05, size=7.5):
@@ -181,13 +181,13 @@ def _segment(page: Page, axes, segment, colours: dict) -> None:
         )
 
 
-def _document(view: DocumentView, colours: dict) -> list[Block]:
+def _document(view: DocumentView, colors: dict) -> list[Block]:
     document = view.document
     tokens = len(view.row.contents)
     title = f"Document {document.id} ({document.location}, {tokens} tokens)"
 
     def strips(page: Page, bottom: float) -> None:
-        _strips(page, bottom + 0.42, 0.72, view.row, colours, labels=False)
+        _strips(page, bottom + 0.42, 0.72, view.row, colors, labels=False)
 
     blocks = [_headline(title), _prompt(view), Block(1.3, strips)]
     if view.pictures:
@@ -198,18 +198,18 @@ def _document(view: DocumentView, colours: dict) -> list[Block]:
 
 
 def _prompt(view: DocumentView) -> Block:
-    """Draws the prompt's elements, one a line; what is to be learnt is marked."""
+    """Draws the prompt's elements, one a line; what is to be learned is marked."""
     shown, left_out = view.elements[:MOST_LINES], len(view.elements) - MOST_LINES
 
     def draw_it(page: Page, bottom: float) -> None:
         for place, element in enumerate(shown):
-            kind, text, learnt = describe(element)
-            name, colour = CONTENTS[kind]
+            kind, text, learned = describe(element)
+            name, color = CONTENTS[kind]
             height = bottom + 0.08 + 0.23 * (len(shown) - place - 1 + (left_out > 0))
-            page.axes(LEFT, height + 0.015, 0.16, 0.14).set(xticks=[], yticks=[], facecolor=colour)
+            page.axes(LEFT, height + 0.015, 0.16, 0.14).set(xticks=[], yticks=[], facecolor=color)
             page.text(LEFT + 0.26, height, name, size=10)
-            if learnt:
-                page.text(LEFT + 1.35, height, "learnt", size=10, color=LOSSES[TEXT_LOSS][1], weight="bold")
+            if learned:
+                page.text(LEFT + 1.35, height, "learned", size=10, color=LOSSES[TEXT_LOSS][1], weight="bold")
             page.text(LEFT + 2.0, height, page.lettering.shorten(text, 110), size=10)
         if left_out > 0:
             page.text(LEFT + 0.26, bottom + 0.08, f"... and {left_out} more parts", size=10, color="#666666")
@@ -249,8 +249,8 @@ def _picture(axes, picture: PictureView) -> None:
     for edge in range(28, height, 28):
         axes.axhline(edge, color="white", linewidth=0.5, alpha=0.6)
     outline = [withStroke(linewidth=1.6, foreground="#202020")]
-    if len(picture.centres) <= 64:  # more would be a blur
-        for number, (x, y) in enumerate(picture.centres):
+    if len(picture.centers) <= 64:  # more would be a blur
+        for number, (x, y) in enumerate(picture.centers):
             axes.text(x, y, str(number), size=7.5, color="white", ha="center", va="center", path_effects=outline)
 
 
@@ -293,5 +293,5 @@ def _runs(flags: np.ndarray) -> list[tuple[int, int]]:
 
 
 def _pale(place: int, of: int) -> tuple[float, float, float]:
-    """Neighbouring places get hues far apart: 0.38 of the circle."""
+    """Neighboring places get hues far apart: 0.38 of the circle."""
     return tuple(hsv_to_rgb(((place * 0.382) % 1.0, 0.28 if place % 2 else 0.42, 0.96)))

@@ -63,11 +63,11 @@ class RowView:
 
 @dataclass(frozen=True)
 class PictureView:
-    """A picture put together again from its patches; `centres` is (x, y) in pixels of each visual token, in order."""
+    """A picture put together again from its patches; `centers` is (x, y) in pixels of each visual token, in order."""
 
     kind: int
     pixels: UInt8[np.ndarray, "h w 3"]
-    centres: Float32[np.ndarray, "v 2"]
+    centers: Float32[np.ndarray, "v 2"]
 
 
 @dataclass(frozen=True)
@@ -245,9 +245,9 @@ def _pictures(encoded: EncodedDocument, omni: OmniConfig) -> list[PictureView]:
         own = np.flatnonzero(encoded.patch_frames == number)
         pixels = reassemble(encoded.patches[own], encoded.patch_grid[own], patch)
         corners = encoded.patch_grid[own].reshape(-1, merged, 2)
-        centres = ((corners.mean(1) + 0.5) * patch)[:, ::-1].astype(np.float32)
+        centers = ((corners.mean(1) + 0.5) * patch)[:, ::-1].astype(np.float32)
         token = encoded.tokens[encoded.visual_slots[own[0] // merged]]
-        views.append(PictureView(FRAME if token == omni.tokens.video_place else IMAGE, pixels, centres))
+        views.append(PictureView(FRAME if token == omni.tokens.video_place else IMAGE, pixels, centers))
     return views
 
 

@@ -17,7 +17,7 @@ def job_of(task: SynthesisTask, *arguments: object) -> Job:
 
 
 class BrightnessCaptioner:
-    """Says how bright a picture is; fails on dark ones, has nothing to say about grey ones."""
+    """Says how bright a picture is; fails on dark ones, has nothing to say about gray ones."""
 
     def caption(self, image: np.ndarray, prompt: str, language: str) -> str:
         level = int(image.mean())

@@ -17,11 +17,11 @@ from data_pipelines.synthesis.pages.layout import GRID
 
 DPI = 100
 _PALETTES = ("tab10", "Set2", "Dark2", "Paired")
-_LIGHTEST = 0.75  # brightness of a colour that is seen on white
+_LIGHTEST = 0.75  # brightness of a color that is seen on white
 
 
 def draw_chart(chart: Chart, rng: random.Random, font: str) -> Image.Image:
-    """Draws a chart, its sides multiples of 28 pixels, in a size and in colours that `rng` chooses."""
+    """Draws a chart, its sides multiples of 28 pixels, in a size and in colors that `rng` chooses."""
     crowded = len(chart.table.labels) > 8 or max(map(len, chart.table.labels)) > 10
     width = GRID * rng.randrange(24 if crowded else 18, 31)
     height = GRID * rng.randrange(15, 22)
@@ -30,8 +30,8 @@ def draw_chart(chart: Chart, rng: random.Random, font: str) -> Image.Image:
     with rc_context({**settings, "axes.axisbelow": True, "grid.alpha": 0.4, "text.parse_math": False}):
         figure = Figure((width / DPI, height / DPI), dpi=DPI, layout="constrained")
         axes = figure.add_subplot()
-        colours = _colours(rng, max(len(chart.series), len(chart.table.labels) if chart.kind == "pie" else 1))
-        _DRAW[chart.kind](axes, chart, colours, rng)
+        colors = _colors(rng, max(len(chart.series), len(chart.table.labels) if chart.kind == "pie" else 1))
+        _DRAW[chart.kind](axes, chart, colors, rng)
         if chart.table.title:
             axes.set_title(chart.table.title)
         if chart.kind != "pie" and len(chart.series) > 1 and chart.kind != "scatter":
@@ -42,20 +42,20 @@ def draw_chart(chart: Chart, rng: random.Random, font: str) -> Image.Image:
     return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
 
 
-def _colours(rng: random.Random, count: int) -> list:
+def _colors(rng: random.Random, count: int) -> list:
     palette = colormaps[rng.choice(_PALETTES)].colors
-    colours = [(red, green, blue) for red, green, blue in palette if 0.3 * red + 0.6 * green + 0.1 * blue <= _LIGHTEST]
-    start = rng.randrange(len(colours))
-    return [colours[(start + i) % len(colours)] for i in range(count)]
+    colors = [(red, green, blue) for red, green, blue in palette if 0.3 * red + 0.6 * green + 0.1 * blue <= _LIGHTEST]
+    start = rng.randrange(len(colors))
+    return [colors[(start + i) % len(colors)] for i in range(count)]
 
 
-def _bars(axes: Axes, chart: Chart, colours: list, rng: random.Random) -> None:
+def _bars(axes: Axes, chart: Chart, colors: list, rng: random.Random) -> None:
     across = rng.random() < 0.3 and len(chart.series) == 1
     places, share = np.arange(len(chart.table.labels)), 0.8 / len(chart.series)
-    for i, (series, colour) in enumerate(zip(chart.series, colours, strict=True)):
+    for i, (series, color) in enumerate(zip(chart.series, colors, strict=True)):
         values, at = list(map(float, series.values)), places + (i - (len(chart.series) - 1) / 2) * share
         draw = axes.barh if across else axes.bar
-        bars = draw(at, values, share, color=colour, label=series.name)
+        bars = draw(at, values, share, color=color, label=series.name)
         axes.bar_label(bars, labels=list(map(spell, series.values)), padding=2)
     axes.margins(**({"x": 0.15} if across else {"y": 0.15}))
     (axes.set_yticks if across else axes.set_xticks)(places, chart.table.labels)
@@ -67,10 +67,10 @@ def _bars(axes: Axes, chart: Chart, colours: list, rng: random.Random) -> None:
         _turn_labels(axes, chart)
 
 
-def _lines(axes: Axes, chart: Chart, colours: list, rng: random.Random) -> None:
+def _lines(axes: Axes, chart: Chart, colors: list, rng: random.Random) -> None:
     places, marker = range(len(chart.table.labels)), rng.choice("os^D")
-    for series, colour in zip(chart.series, colours, strict=True):
-        axes.plot(places, list(map(float, series.values)), color=colour, marker=marker, label=series.name)
+    for series, color in zip(chart.series, colors, strict=True):
+        axes.plot(places, list(map(float, series.values)), color=color, marker=marker, label=series.name)
         if chart.written:
             others = [other for other in chart.series if other is not series]
             for place in places:
@@ -87,8 +87,8 @@ def _lies_low(place: int, values: tuple[Decimal, ...], others: list[Series]) -> 
     """
     if others:
         return values[place] < others[0].values[place]
-    neighbours = values[max(place - 1, 0) : place] + values[place + 1 : place + 2]
-    return all(value > values[place] for value in neighbours)
+    neighbors = values[max(place - 1, 0) : place] + values[place + 1 : place + 2]
+    return all(value > values[place] for value in neighbors)
 
 
 def _write_value(axes: Axes, place: int, values: tuple[Decimal, ...], below: bool) -> None:
@@ -97,9 +97,9 @@ def _write_value(axes: Axes, place: int, values: tuple[Decimal, ...], below: boo
     axes.annotate(spell(values[place]), point, (0, shift), textcoords="offset points", ha="center", va=side)
 
 
-def _points(axes: Axes, chart: Chart, colours: list, rng: random.Random) -> None:
+def _points(axes: Axes, chart: Chart, colors: list, rng: random.Random) -> None:
     x, y = (list(map(float, series.values)) for series in chart.series)
-    axes.scatter(x, y, color=colours[0], marker=rng.choice("os^D"), s=rng.randrange(20, 60))
+    axes.scatter(x, y, color=colors[0], marker=rng.choice("os^D"), s=rng.randrange(20, 60))
     if len(x) <= MAX_WRITTEN:
         for label, *point in zip(chart.table.labels, x, y, strict=True):
             axes.annotate(label, point, (4, 4), textcoords="offset points")
@@ -107,12 +107,12 @@ def _points(axes: Axes, chart: Chart, colours: list, rng: random.Random) -> None
     axes.set(xlabel=chart.series[0].name, ylabel=chart.series[1].name)
 
 
-def _pie(axes: Axes, chart: Chart, colours: list, rng: random.Random) -> None:
+def _pie(axes: Axes, chart: Chart, colors: list, rng: random.Random) -> None:
     (series,) = chart.series
     numbers = [spell(value) for value in series.values]
     labels = [f"{label}: {value}" for label, value in zip(chart.table.labels, numbers, strict=True)]
     values, turn, edges = list(map(float, series.values)), rng.randrange(360), {"edgecolor": "white"}
-    axes.pie(values, labels=labels, colors=colours, startangle=turn, wedgeprops=edges)
+    axes.pie(values, labels=labels, colors=colors, startangle=turn, wedgeprops=edges)
     axes.set_xlabel(series.name)
 
 

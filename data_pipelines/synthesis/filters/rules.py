@@ -25,7 +25,7 @@ _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
 
 @runtime_checkable
 class Transcriber(Protocol):
-    """What recognises speech."""
+    """What recognizes speech."""
 
     def transcribe(self, samples: np.ndarray, rate: int, language: str) -> str:
         """Returns the words spoken in `samples`, float32 (t,) in [-1, 1] at `rate` Hz, in `language` ("en", "zh")."""

@@ -1,7 +1,7 @@
 """Pictures of text and of tables: OCR, question and interleaved documents from text, charts from tables.
 
 A document of type `table` holds CSV or JSON rows (`tables.py`) and becomes a chart; any other must be text alone and
-is set on pages. Both are drawn in sizes, fonts and colours that the seed and the document's id choose.
+is set on pages. Both are drawn in sizes, fonts and colors that the seed and the document's id choose.
 """
 
 import hashlib
@@ -145,7 +145,7 @@ def _make_text_pages(document: Document, draft: Draft, settings: PageConfig, rng
 
 
 def _interleave(text: str, style: PageStyle, draft: Draft, settings: PageConfig, rng: random.Random) -> None:
-    """Sets parts of the text in turns as pages and as text to be learnt, `MAX_PARTS` or one more in a document."""
+    """Sets parts of the text in turns as pages and as text to be learned, `MAX_PARTS` or one more in a document."""
     paragraphs = text.split("\n")
     parts = paragraphs if len(paragraphs) > 1 else sentences(text)
     if len(parts) < 2:

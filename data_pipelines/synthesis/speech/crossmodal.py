@@ -101,13 +101,13 @@ def speak_sentences(
     The system prompt is never spoken. Raises SampleError as `cross_modalities`.
     """
     parts, places = _sentences(elements, settings.speech)
-    learnt = [place for place in places if parts[place].trainable]
-    if not learnt or len(places) < 2:
+    learned = [place for place in places if parts[place].trainable]
+    if not learned or len(places) < 2:
         raise SampleError("too_short", "nothing would be left to write when a sentence is spoken")
     speaker = DocumentSpeaker.for_document(
         settings.speech, document, draft, "".join(parts[place].text for place in places)
     )
-    chosen = _choose([place for place in places if place != learnt[-1]], len(places), settings, speaker.rng)
+    chosen = _choose([place for place in places if place != learned[-1]], len(places), settings, speaker.rng)
     for place in chosen:
         parts[place] = AudioElement(MediaReference(path=speaker.say(parts[place].text)))
     users = (TextElement(USER), TextElement(USER, trainable=True))

@@ -34,7 +34,7 @@ def load() -> ctypes.CDLL:
     library = ctypes.CDLL(str(espeakng_loader.get_library_path()))
     data = str(espeakng_loader.get_data_path()).encode()
     if library.espeak_Initialize(AUDIO_OUTPUT_SYNCHRONOUS, 0, data, INITIALIZE_DONT_EXIT) != 22050:
-        sys.exit(f"eSpeak NG could not be initialised with the data at {data.decode()}")
+        sys.exit(f"eSpeak NG could not be initialized with the data at {data.decode()}")
     arguments = [ctypes.c_char_p, ctypes.c_size_t, ctypes.c_uint, ctypes.c_int, ctypes.c_uint, ctypes.c_uint]
     library.espeak_Synth.argtypes = [*arguments, ctypes.c_void_p, ctypes.c_void_p]
     library.espeak_ng_SetRandSeed.argtypes = [ctypes.c_long]

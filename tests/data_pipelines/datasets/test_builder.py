@@ -56,7 +56,7 @@ def corpus(tmp_path_factory) -> Path:
             {"id": "qa", "type": "qa", "text": PICTURE % "media/a.png" + "What?" + BASE64 % data + "And?"},
             {"id": "asr", "type": "asr", "text": HEARD % "media/s.wav" + "A tone."},
             "",
-            {"id": "video", "type": "video QA", "text": VIDEO % "media/v.mp4" + HEARD % "media/v.mp4" + "Grey."},
+            {"id": "video", "type": "video QA", "text": VIDEO % "media/v.mp4" + HEARD % "media/v.mp4" + "Gray."},
             {"id": "frames", "type": "odd", "text": FRAMES % (FRAME % "media/a.png" + FRAME % "media/b.jpg")},
             {"id": "tts", "type": "tts", "text": "Say." + SPOKEN % "media/s.wav"},
             {"id": "cut", "text": PICTURE % "media/cut.png"},

@@ -127,14 +127,14 @@ def test_documents_hold_the_ids_of_their_text(cached, root):
         encoded = processor.encode(document, None)
         *ids, end = encoded.tokens.tolist()
         assert end == processor.config.tokens.end_of_text
-        learnt = encoded.text_weights.sum()
+        learned = encoded.text_weights.sum()
         seen.add(document.type)
         if document.type == "omni_text":
             assert tuple(ids) in texts
-            assert learnt == len(ids)  # the first token is not predicted, the end is
+            assert learned == len(ids)  # the first token is not predicted, the end is
         else:
             assert processor.tokenizer.decode(ids, skip_special_tokens=False).startswith("<C_Q>")
-            assert 0 < learnt < len(ids)
+            assert 0 < learned < len(ids)
     assert seen == set(tasks.RATES)
 
 

@@ -15,7 +15,7 @@ from data_pipelines.sample import SAMPLE_SOURCES, build, build_sample
 from data_pipelines.sample import documents as documents_module
 from data_pipelines.sample.build import main
 from data_pipelines.sample.documents import plan_documents
-from data_pipelines.sample.photographs import Crop, absent_parts, dominant_colour, visible_parts
+from data_pipelines.sample.photographs import Crop, absent_parts, dominant_color, visible_parts
 from data_pipelines.text.splitting import split_text
 
 MEDIA = re.compile(r"<(img|video|audio|audiogen)_start_baichuan>(\{.*?\})<\1_end_baichuan>")
@@ -94,7 +94,7 @@ def test_every_document_is_well_formed_and_carries_loss(documents):
         assert marks
         assert marks == ["<trainable_start>", "<trainable_end>"] * (len(marks) // 2), document["id"]
         outside = re.sub(r"<trainable_start>.*?<trainable_end>", "", text, flags=re.DOTALL)
-        assert "audiogen" not in outside, "speech to be generated is to be learnt"
+        assert "audiogen" not in outside, "speech to be generated is to be learned"
         inside = "".join(re.findall(r"<trainable_start>(.*?)<trainable_end>", text, flags=re.DOTALL))
         assert "<audio_start" not in inside, "speech that is heard carries no loss"
         assert "<img_start" not in inside
@@ -149,7 +149,7 @@ def test_what_is_said_of_a_crop_is_true():
     assert "flower" in absent_parts(whole)
     heart = Crop("flower", (250, 160, 360, 270), (112, 112))
     assert {"flower", "heart"} == set(visible_parts(heart))
-    assert dominant_colour(heart) in ("orange", "red")
+    assert dominant_color(heart) in ("orange", "red")
     assert {"bud", "tower"} <= set(absent_parts(heart))
     corner = Crop("flower", (0, 0, 120, 120), (84, 84))
     assert visible_parts(corner) == ["leaves"]

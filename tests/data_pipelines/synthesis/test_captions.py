@@ -28,7 +28,7 @@ def manifest(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no picture")
     documents = {
         "both": tag("light.png") + tag("white.png"),
-        "some": tag("dark.png") + tag("white.png") + tag("grey.png"),
+        "some": tag("dark.png") + tag("white.png") + tag("gray.png"),
         "bad": tag("broken.png"),
         "none": "text alone",
         "frames": f"<videoframe_start_omni>{json.dumps({'local': 'light.png'})}<videoframe_end_omni>",

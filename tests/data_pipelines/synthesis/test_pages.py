@@ -121,10 +121,10 @@ def test_ocr_answers_are_the_text_and_interleaved_parts_are_told_once():
     answers = [prompt.partition("<trainable_start>")[2].partition("<trainable_end>")[0] for prompt in by_type["ocr"]]
     assert " ".join(answers) == text
     assert len(by_type["interleaved"]) == 5
-    learnt = "".join(plain_text(prompt) for prompt in by_type["interleaved"])
+    learned = "".join(plain_text(prompt) for prompt in by_type["interleaved"])
     pictures = sum(isinstance(e, ImageElement) for prompt in by_type["interleaved"] for e in parse_prompt(prompt))
-    assert pictures == 40 - learnt.count("Sentence")
-    assert all(learnt.count(f"number {i} is") <= 1 for i in range(40))
+    assert pictures == 40 - learned.count("Sentence")
+    assert all(learned.count(f"number {i} is") <= 1 for i in range(40))
     assert by_type["qa"]
 
 

@@ -47,8 +47,8 @@ def test_a_picture_is_drawn(sample_root, tmp_path, capsys):
     with Image.open(out) as image:
         assert image.width == 1500
         assert image.height > 800
-        colours = image.convert("RGB").getcolors(1 << 24)
-    assert len(colours) > 1000, "photographs and mels have many"
+        colors = image.convert("RGB").getcolors(1 << 24)
+    assert len(colors) > 1000, "photographs and mels have many"
     printed = capsys.readouterr().out
     assert "row 1: " in printed
     assert "tokens" in printed
