@@ -52,12 +52,14 @@ def unpack_document(record: bytes, where: str) -> Document:
     Raises SampleError "bad_record" when it is damaged or of another schema.
     """
     try:
+        # The header first: it says how many bytes follow for each medium.
         (length,) = _LENGTH.unpack_from(record)
         header = json.loads(record[_LENGTH.size : _LENGTH.size + length])
         if header["schema"] != RECORD_SCHEMA:
             raise SampleError(
                 "bad_record", f"{where} has schema {header['schema']}; this program reads {RECORD_SCHEMA}"
             )
+        # Media are slices of the record; that they end where it ends shows that none is cut.
         media, place = {}, _LENGTH.size + length
         for name, size, digest in header["media"]:
             media[name] = Media(name, None, record[place : place + size], digest)
@@ -177,6 +179,7 @@ class ShardedDataset:
 
     def _reader(self, shard: int) -> ArrayRecordReader:
         reader = self._readers.get(shard)
+        # A shard's file is opened when it is first read, and the one opened longest ago is let go of.
         if reader is None:
             reader = self._readers[shard] = self._open(shard)
             # Dropped, not closed: another thread may be reading from it.
@@ -222,6 +225,7 @@ def read_description(folder: str | Path) -> dict:
         description = json.loads(path.read_text(encoding="utf-8"))
         if description["schema"] != DATASET_SCHEMA:
             raise ConfigError(f"{path} has schema {description['schema']}; this program reads {DATASET_SCHEMA}")
+        # A name with a folder in it would read, or later remove, what is not the data set's.
         files = [Shard(**shard).file for shard in description["shards"]]
         if outside := [file for file in files if Path(file).name != file]:
             raise ConfigError(f"{path} names a shard outside its folder: {outside[0]!r}")

@@ -90,14 +90,15 @@ class ManifestSource:
         path = (self.root / self.path).resolve()
         stem = Path(manifest_stem(path.name)).name
         note = self._notes / f"{stem}-{hashlib.sha256(str(path).encode()).hexdigest()[:16]}.lines.json"
+        # The note holds as long as size and time of change do: reading 10^9 lines for their digest takes minutes.
         known = _read_note(note)
         lines = self._lines
         try:
             status = path.stat()
-            told = {"path": str(path), "size": status.st_size, "changed": status.st_mtime_ns, "part": PART_BYTES}
-            if known is not None and all(known.get(name) == value for name, value in told.items()):
+            facts = {"path": str(path), "size": status.st_size, "changed": status.st_mtime_ns, "part": PART_BYTES}
+            if known is not None and all(known.get(name) == value for name, value in facts.items()):
                 return known
-            known = told | _survey(lines)
+            known = facts | _survey(lines)
         except OSError as error:
             raise ConfigError(f"manifest {self.root / self.path} cannot be read: {error.strerror}") from error
         write_json(note, known)
@@ -144,6 +145,7 @@ Source = ManifestSource | DatasetSource
 def open_source(config: DataConfig, source: SourceConfig) -> Source:
     """Opens the built data set or the manifest that `source` names. Raises ConfigError for one that cannot be read."""
     root = Path(config.root).expanduser()
+    # A folder with `dataset.json` is a built data set; anything else is read as a manifest.
     if (root / source.manifest / DATASET_FILE).is_file():
         return DatasetSource(source.manifest, root)
     trusted = trusted_folders(config.trusted_roots, "data.trusted_roots")
@@ -195,6 +197,7 @@ def _survey(path: Path) -> dict:
     """Returns the manifest's SHA-256 and, for each part, its first line's number, where it begins, and its bytes."""
     digest, parts, first, offset = hashlib.sha256(), [], 1, 0
     with path.open("rb") as file:
+        # Whole lines: a part ends at the first line end behind `PART_BYTES`.
         while data := file.read(PART_BYTES) + file.readline():
             digest.update(data)
             parts.append([first, offset, len(data)])

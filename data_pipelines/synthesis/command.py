@@ -18,7 +18,7 @@ from baichuan_omni_jax.audio.config import AudioConfig
 from baichuan_omni_jax.config import resolve_model
 from baichuan_omni_jax.errors import ConfigError, exit_code
 from data_pipelines.datasets.builder.build import UNPACKED
-from data_pipelines.datasets.jobs.job import hold, refuse_foreign, run_job
+from data_pipelines.datasets.jobs.job import folder_lock, refuse_foreign, run_job
 from data_pipelines.errors import describe_causes, file_errors, first_of_causes
 from data_pipelines.media.features import log_mel
 from data_pipelines.synthesis.captions import CAPTIONS
@@ -67,7 +67,7 @@ def _synthesize(options: argparse.Namespace, task: SynthesisTask) -> None:
     """Runs one task's job, puts the manifests together and prints what was made and what was not."""
     refuse_foreign(options.out, LOCK)
     job, runner = task.make_job(options), runner_from_options(options)
-    with hold(options.out, LOCK, job.title):
+    with folder_lock(options.out, LOCK, job.title):
         sums = task.finish(job, run_job(job, runner))
     for part, count in sorted(sums["made"].items()):
         print(f"{options.out / part}.jsonl: {count} documents")

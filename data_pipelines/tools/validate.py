@@ -28,7 +28,7 @@ import numpy as np
 
 from baichuan_omni_jax.errors import ConfigError, exit_code
 from data_pipelines.datasets.builder.plan import first_of_same_id
-from data_pipelines.datasets.jobs.job import Job, Progress, Runner, Unit
+from data_pipelines.datasets.jobs.job import Job, JobProgress, Runner, Unit
 from data_pipelines.datasets.shards import Shard, ShardedDataset, open_dataset
 from data_pipelines.documents.document import Document
 from data_pipelines.documents.prompts import (
@@ -111,7 +111,7 @@ def validate(dataset: ShardedDataset, runner: Runner) -> list[Problem]:
     # Beside the shards, so that Beam's workers share it too.
     with tempfile.TemporaryDirectory(dir=_writable(dataset.folder), prefix=".validate-") as scratch:
         job = Job("validating", units, check_shard, Path(scratch))
-        progress = Progress(job, units, print)
+        progress = JobProgress(job, units, print)
         with closing(runner(job, units)) as outcomes:
             for unit, outcome in outcomes:
                 progress.done(unit, outcome)

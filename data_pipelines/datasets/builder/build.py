@@ -21,7 +21,7 @@ import numpy as np
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.storage import atomic_write
 from data_pipelines.datasets.builder.plan import Manifest, PlannedLines, first_of_same_id, plan_lines, unpack
-from data_pipelines.datasets.jobs.job import Job, Runner, Unit, hold, refuse_foreign, remove_unit, run_job
+from data_pipelines.datasets.jobs.job import Job, Runner, Unit, folder_lock, refuse_foreign, remove_unit, run_job
 from data_pipelines.datasets.shards import (
     DATASET_FILE,
     OPTIONS,
@@ -69,6 +69,7 @@ def build_shard(unit: Unit, folder: Path) -> dict:
     content: ShardLines = unit.content
     if content.source.state() != content.state:
         raise ConfigError(f"manifest {content.source.name} changed while it was being built: start again")
+    # Each document is written or skipped, never both: `_add` measures before it writes.
     measures: list[DocumentMeasure] = []
     skipped: list[dict] = []
     unmarked = 0
@@ -82,6 +83,7 @@ def build_shard(unit: Unit, folder: Path) -> dict:
                 identifier = None if isinstance(document, SampleError) else document.id
                 where = f"{content.source.name}:{number}"
                 skipped.append({"where": where, "id": identifier, "cause": error.cause, "message": str(error)})
+    # A shard without documents is no file; its list of skipped lines is kept all the same.
     if not measures:
         path.unlink()
     table = collect(measures)
@@ -112,6 +114,7 @@ def gather(document: Document) -> Document:
     Media that stand in the text as base64 get the names `base64-1`, ... and are named in the text instead. Raises
     SampleError as `parse_prompt` and `find_media`, and "too_big_media" when there are too many bytes for one record.
     """
+    # Names first: every file that the text refers to by path keeps that path, base64 gets a name nobody uses.
     references = [each.reference for each in parse_prompt(document.text) if not isinstance(each, TextElement)]
     media: dict[str, Media] = {}
     names: dict[MediaReference, MediaReference] = {}
@@ -153,7 +156,7 @@ def _new_name(taken: set[str]) -> str:
 SKIPPED_FILE = "skipped.jsonl"
 FORMAT = 2  # raise it when the same manifests and media give other shards than before
 LOCK = "build"
-UNPACKED = ".units/manifests"  # what compressed manifests hold, while shards are built of them
+UNPACKED = ".units/manifests"  # what compressed manifests folder_lock, while shards are built of them
 
 
 def build_dataset(
@@ -165,24 +168,39 @@ def build_dataset(
     runner: Runner,
     trusted: Sequence[Path] = ANY_FOLDER,
 ) -> dict:
-    """Builds the dataset at `out` (or what is left of it) and returns what its `dataset.json` holds.
+    """Builds the data set at `out`, or what is missing of it.
 
-    A shard holds at most `documents` documents of one manifest and, unless a single one is larger, about `size` bytes.
-    `root` and `trusted` as in `list_sources`. The result depends on the manifests, the media and these numbers only,
-    not on the runner or on how often it was stopped.
+    The result depends on the manifests, the media and the sizes of a shard only, not on the runner or on how often the
+    build was stopped.
 
-    Raises ConfigError when a manifest cannot be read, when `out` holds anything else, or when a shard cannot be built.
+    Args:
+        manifests: JSONL files, one document a line; also compressed.
+        out: the data set's folder, new, empty or of an earlier build.
+        root: what media paths are relative to; None: each manifest's folder.
+        documents: the most documents of a shard.
+        size: the bytes from which a shard is full; a document that is larger has a shard of its own.
+        runner: does the shards.
+        trusted: the folders that links among the media may lead to.
+
+    Returns:
+        What its `dataset.json` holds.
+
+    Raises:
+        ConfigError: when a manifest cannot be read, `out` holds anything else, or a shard cannot be built.
     """
     if documents < 1 or size < 1:
         raise ConfigError("a shard holds at least one document and one byte")
     sources = list_sources(manifests, root, trusted)
     refuse_foreign(out, LOCK)
-    with hold(out, LOCK, "building"):
+    with folder_lock(out, LOCK, "building"):
+        # 1. Plan: which lines go into which shard follows from the files alone.
         sources = unpack(sources, out / UNPACKED)
         lines = plan_lines(sources, out / ".plan", runner)
         job = Job("building", _shards(sources, lines, documents, size), build_shard, out)
+        # 2. Build: `dataset.json` goes before the first shard that it would no longer describe.
         remove_outdated(job)
         summaries = run_job(job, runner)
+        # 3. Describe: written last, so that a folder with `dataset.json` is a whole data set.
         _join_skipped(job)
         shards = _describe_shards(job, summaries)
         write_description(out, shards, {"manifests": [source.name for source in sources], **_sum(summaries)})
@@ -208,6 +226,7 @@ def list_sources(manifests: Sequence[Path], root: Path | None, trusted: Sequence
     names = [path.relative_to(common).as_posix() for path in paths]
     found: list[Manifest] = []
     for path, name in zip(paths, names, strict=True):
+        # Shards are files: a name is made of what every file system takes, and numbered where two become the same.
         stem = re.sub(r"[^\w.-]+", "-", re.sub(r"(\.jsonl)?(\.(gz|zst|zstd))?$", "", name))
         same = sum(re.fullmatch(rf"{re.escape(stem)}(~\d+)?", other.shards) is not None for other in found)
         media = media_root(path, root.expanduser() if root else None, folders)
@@ -217,6 +236,7 @@ def list_sources(manifests: Sequence[Path], root: Path | None, trusted: Sequence
 
 def _shards(sources: Sequence[Manifest], lines: Sequence[PlannedLines], documents: int, size: int) -> list[Unit]:
     """Cuts the lines of each manifest into shards: the units of the job."""
+    # Ids are unique over all manifests, so doubles are found over all of them together.
     double, first = first_of_same_id(np.concatenate([own.ids for own in lines]))
     starts = np.cumsum([0, *map(len, lines)])
 
@@ -233,6 +253,7 @@ def _shards(sources: Sequence[Manifest], lines: Sequence[PlannedLines], document
             offset = int(own.offsets[begin])
             length = (int(own.offsets[end]) if end < len(own) else source.lines.stat().st_size) - offset
             lines_of = LineRange(source.lines, source.name, source.root, int(own.numbers[begin]), offset, length)
+            # Everything that decides the shard's bytes: a shard is built again when, and only when, this changes.
             fingerprint = hashlib.sha256(
                 json.dumps([FORMAT, RECORD_SCHEMA, OPTIONS, source.name, lines_of.first, doubles]).encode()
                 + own.contents[begin:end].tobytes()
@@ -287,7 +308,7 @@ def _describe_shards(job: Job, summaries: Sequence[dict]) -> list[Shard]:
 
 
 def _sum(summaries: Sequence[dict]) -> dict:
-    """Sums up what the shards hold, by type and together."""
+    """Sums up what the shards folder_lock, by type and together."""
     types: dict[str, Counter] = {}
     for summary in summaries:
         for name, sums in summary["types"].items():

@@ -80,6 +80,7 @@ def plan_lines(sources: Sequence[Manifest], folder: Path, runner: Runner) -> lis
 
     Raises ConfigError when a manifest cannot be read, or changes meanwhile.
     """
+    # Ranges of equal size: a manifest of any length is planned by all processes together.
     units, owners = [], []
     for owner, source in enumerate(sources):
         fingerprint = f"{source.path} {source.name} {source.root} {source.state()} {RANGE}"
@@ -88,6 +89,7 @@ def plan_lines(sources: Sequence[Manifest], folder: Path, runner: Runner) -> lis
             owners.append(owner)
     job = Job("planning", units, _plan_range, folder)
     run_job(job, runner)
+    # Joined in the order of the file, whoever was done first.
     parts: list[list[dict]] = [[_empty()] for _ in sources]
     for owner, unit in zip(owners, units, strict=True):
         with np.load(folder / f"{unit.name}.npz") as arrays:
@@ -105,6 +107,7 @@ def _plan_range(unit: Unit, folder: Path) -> dict:
         except SampleError:
             rows.append((number, offset, len(line), bytes(16), _hash(line)))
             continue
+        # Media are looked up, not read: a change of size or time is what says that the line's shard is outdated.
         size, state = _look_up(document)
         rows.append((number, offset, len(line) + size, _hash(document.id.encode()), _hash(line + state.encode())))
     columns = list(zip(*rows, strict=True)) or [()] * len(_COLUMNS)
@@ -160,6 +163,7 @@ def first_of_same_id(ids: UInt64[np.ndarray, "n 2"]) -> tuple[Bool[np.ndarray, "
     """
     numbers = np.arange(len(ids))
     order = np.lexsort((ids[:, 1], ids[:, 0]))  # stable: of the same ids the first comes first
+    # Of a run of equal ids the first row begins it; a row without an id (zeros) always begins its own.
     ordered = ids[order]
     begins = np.ones(len(ids), bool)
     begins[1:] = (ordered[1:] != ordered[:-1]).any(1) | ~ordered[1:].any(1)

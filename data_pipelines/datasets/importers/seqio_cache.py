@@ -24,7 +24,7 @@ from typing import Any
 
 from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.datasets.builder.build import remove_outdated
-from data_pipelines.datasets.jobs.job import Job, Runner, Unit, hold, refuse_foreign, run_job
+from data_pipelines.datasets.jobs.job import Job, Runner, Unit, folder_lock, refuse_foreign, run_job
 from data_pipelines.datasets.shards import SUFFIX, Shard, ShardWriter, write_description
 from data_pipelines.documents.document import Document
 from data_pipelines.documents.token_ids import pack_ids
@@ -60,6 +60,7 @@ class CacheShard:
     recipe: Recipe
 
     def __call__(self, unit: Unit, folder: Path) -> dict:
+        # Every shard has its own part of every task, so that shards are independent and none repeats another.
         number, shards, documents = unit.content
         rates = load_rates(self.recipe)
         streams = {task: _examples(task, self.recipe, number, shards, documents is None) for task in rates}
@@ -86,6 +87,7 @@ def deal(rates: Mapping[str, float], documents: int | None) -> Iterator[str]:
     >>> "".join(deal({"a": 3.0, "b": 1.0}, 8))
     'aaabaaab'
     """
+    # Fractions: in floating point a tie would be decided by rounding, and the order by the machine.
     exact = {task: Fraction(rate) for task, rate in rates.items()}
     due = {task: 1 / rate for task, rate in exact.items()}
     place = 0
@@ -166,8 +168,21 @@ def _import_seqio(recipe: Recipe) -> Any:
 
 
 def cache(recipe: Recipe, out: Path, documents: int | None, shards: int, runner: Runner) -> dict:
-    """Caches `documents` in all (None, of a Task alone: every example once) in `shards` files at `out` (0: a file for
-    `SHARD_DOCUMENTS`); returns how many are of each task, and their tokens."""
+    """Caches a Task or Mixture as a data set of token ids.
+
+    Args:
+        recipe: what is cached, and with which tokenizer.
+        out: the data set's folder.
+        documents: how many in all; None, of a Task alone: every example once.
+        shards: how many files; 0: one for `SHARD_DOCUMENTS`.
+        runner: does the shards.
+
+    Returns:
+        What `dataset.json` holds besides the shards: documents of each task, rates, tokens.
+
+    Raises:
+        ConfigError: for a mixture without `documents`, fewer documents than shards, and as `load_rates`.
+    """
     rates = load_rates(recipe)
     if documents is None and len(rates) > 1:
         raise ConfigError(f"{recipe.mixture} is a mixture, which has no end: say how many --documents")
@@ -176,7 +191,7 @@ def cache(recipe: Recipe, out: Path, documents: int | None, shards: int, runner:
         raise ConfigError(f"{documents} documents cannot fill {shards} shards")
     refuse_foreign(out, LOCK)
     job = Job(f"caching {recipe.mixture}", _units(recipe, rates, documents, shards), CacheShard(recipe), out)
-    with hold(out, LOCK, job.title):
+    with folder_lock(out, LOCK, job.title):
         remove_outdated(job)
         return _describe(recipe, rates, job, run_job(job, runner))
 
@@ -239,11 +254,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _cache(options: argparse.Namespace) -> None:
     recipe = Recipe(options.mixture, tuple(options.module), options.tokenizer, options.split, options.seed)
-    told = cache(recipe, options.out, options.documents, options.shards, runner_from_options(options))
-    print(f"{options.out}: {told['documents']} documents, {told['tokens']} tokens of tokenizer {told['tokenizer']}")
-    whole = sum(told["rates"].values())
-    for task, count in told["tasks"].items():
-        print(f"  {task:<30}{count:>10}  {count / told['documents']:.4f} (asked {told['rates'][task] / whole:.4f})")
+    summary = cache(recipe, options.out, options.documents, options.shards, runner_from_options(options))
+    counts = f"{summary['documents']} documents, {summary['tokens']} tokens"
+    print(f"{options.out}: {counts} of tokenizer {summary['tokenizer']}")
+    whole = sum(summary["rates"].values())
+    for task, count in summary["tasks"].items():
+        share, rate = count / summary["documents"], summary["rates"][task] / whole
+        print(f"  {task:<30}{count:>10}  {share:.4f} (rate {rate:.4f})")
 
 
 if __name__ == "__main__":

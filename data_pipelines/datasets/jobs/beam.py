@@ -37,6 +37,7 @@ class BeamRunner:
         """Yields when the pipeline has ended. Raises ConfigError, with Beam's message, when it ended badly."""
         if not units:
             return
+        # One pipeline for all units: its end is the only moment at which Beam tells anything reliably.
         try:
             with beam.Pipeline(options=PipelineOptions(self.arguments)) as pipeline:
                 # Reshuffled: otherwise one worker would do all that one Create emits.
@@ -44,6 +45,7 @@ class BeamRunner:
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[-1]  # after the workers' tracebacks
             raise ConfigError(f"{job.title}: Apache Beam failed: {reason}") from error
+        # What became of each unit is read from the shared folder, not from the pipeline.
         for unit in units:
             yield unit, _outcome(job, unit)
 

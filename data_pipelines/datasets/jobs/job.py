@@ -17,7 +17,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.storage import take_lock, write_json
@@ -62,17 +62,22 @@ class Job:
             return None
         return mark["summary"] if whole else None
 
-    def do(self, unit: Unit) -> dict:
-        """Does one unit and puts its files in place; returns its summary."""
+    def run_unit(self, unit: Unit) -> dict:
+        """Does one unit and puts its files in place; returns its summary.
+
+        The order is what makes a kill at any moment harmless: files first, the mark that vouches for them last.
+        """
         partial = self.out / ".partial"
         partial.mkdir(parents=True, exist_ok=True)
         # A folder of its own: an engine may have given the same unit to two workers.
         scratch = Path(tempfile.mkdtemp(prefix=f"{unit.name}-", dir=partial))
         try:
             summary = self.work(unit, scratch)
+            # Digests are taken before the files move: what the mark says is what the work wrote.
             files = {}
             for path in sorted(path for path in scratch.rglob("*") if path.is_file()):
                 files[path.relative_to(scratch).as_posix()] = [path.stat().st_size, _sha256(path)]
+            # What an earlier unit of this name left goes first, so that no mark ever covers files of two builds.
             self._remove_others(unit)
             for name in files:
                 (self.out / name).parent.mkdir(parents=True, exist_ok=True)
@@ -104,23 +109,34 @@ Runner = Callable[[Job, Sequence[Unit]], Outcomes]
 
 
 def run_job(job: Job, runner: Runner, report: Callable[[str], None] = print) -> list[dict]:
-    """Does what is left of a job; returns the summaries of all its units, in their order.
+    """Does what remains of a job.
 
-    A unit that fails stops no other. Raises ConfigError, naming the first of them, when any failed: what was done stays
-    done, and the same command does the rest.
+    Args:
+        job: the units, the work on one of them, and the folder that their files go to.
+        runner: does the units that are not done yet, in any order, perhaps on other machines.
+        report: takes the lines of progress.
+
+    Returns:
+        The summaries of all units, in their order, also of those that an earlier run did.
+
+    Raises:
+        ConfigError: naming the first unit that failed, when any did. A unit that fails stops no other: what was done
+            stays done, and the same command does the rest.
     """
     names = {unit.name for unit in job.units}
     if len(names) != len(job.units):
         raise ConfigError(f"{job.title}: two units of work have the same name")
     failed: list[tuple[Unit, Exception]] = []
-    # Other hosts may do other units in the same folder.
+    # The lock is of these units, not of the folder: other hosts may do other units in it.
     same = hashlib.sha256("\n".join(unit.name for unit in job.units).encode()).hexdigest()[:12]
-    with hold(job.out, same, job.title):
+    with folder_lock(job.out, same, job.title):
         _clear_scratch(job)
+        # What an earlier run finished is kept: its marks are read, its work is not repeated.
         summaries = {unit.name: job.summary(unit) for unit in job.units}
-        left = [unit for unit in job.units if summaries[unit.name] is None]
-        progress = Progress(job, left, report)
-        with closing(runner(job, left)) as outcomes:
+        remaining = [unit for unit in job.units if summaries[unit.name] is None]
+        progress = JobProgress(job, remaining, report)
+        # Closing the generator ends the runner's processes, also when this loop is left by Ctrl-C.
+        with closing(runner(job, remaining)) as outcomes:
             for unit, outcome in outcomes:
                 if isinstance(outcome, Exception):
                     failed.append((unit, outcome))
@@ -149,7 +165,7 @@ def refuse_foreign(out: Path, name: str) -> None:
 
 
 @contextmanager
-def hold(out: Path, name: str, title: str) -> Iterator[None]:
+def folder_lock(out: Path, name: str, title: str) -> Iterator[None]:
     """Keeps other programs from doing the same in the folder `out`; `name` says what is the same.
 
     Raises ConfigError, which `title` begins, while another one does it.
@@ -201,24 +217,21 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-if TYPE_CHECKING:
-    from data_pipelines.datasets.jobs.job import Job, Unit
-
 INTERVAL = 5.0  # seconds between two lines
 
 
-class Progress:
+class JobProgress:
     """Reports a job's progress, at most every `INTERVAL` seconds, and its end."""
 
-    def __init__(self, job: "Job", left: Sequence["Unit"], report: Callable[[str], None]):
+    def __init__(self, job: Job, remaining: Sequence[Unit], report: Callable[[str], None]):
         self._title, self._report = job.title, report
-        self._units, self._kept, self._done = len(job.units), len(job.units) - len(left), 0
-        self._size, self._size_done = sum(unit.size for unit in left), 0
+        self._units, self._kept, self._done = len(job.units), len(job.units) - len(remaining), 0
+        self._size, self._size_done = sum(unit.size for unit in remaining), 0
         self._start = self._last = time.monotonic()
         if self._kept:
             report(f"{self._title}: {self._kept} of {self._units} shards are done already")
 
-    def done(self, unit: "Unit", outcome: dict | Exception) -> None:
+    def done(self, unit: Unit, outcome: dict | Exception) -> None:
         """Counts a unit; a failed one is reported at once."""
         now = time.monotonic()
         self._done += 1

@@ -48,9 +48,12 @@ class LocalRunner:
 
     def __call__(self, job: Job, units: Sequence[Unit]) -> Outcomes:
         job = replace(job, units=())  # every unit that is sent takes the job along
+        # In this process: for tests, and where a pool would take longer to start than the work does.
         if not self.workers:
             yield from ((unit, _attempt(job, unit)) for unit in units)
             return
+        # A pool that broke tells not which of the units under way killed its process. Two rounds over them clear the
+        # innocent; what is still suspect then runs alone, where the answer is certain.
         once = yield from self._rounds(job, units)
         twice = yield from self._rounds(job, once)
         for unit in twice:
@@ -99,7 +102,7 @@ def _run_pool(
 
 def _attempt(job: Job, unit: Unit) -> dict | Exception:
     try:
-        return job.do(unit)
+        return job.run_unit(unit)
     except Exception as error:
         return RuntimeError(describe_error(error))  # not every exception survives the way to another process
 
