@@ -7,7 +7,7 @@ a multiple that hardly differs between rows. Integers, so that all hosts order r
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from baichuan_omni_jax.config import Budgets, OmniConfig
 
@@ -16,6 +16,7 @@ _TOKENS, _PATCHES, _TARGETS = (
 )
 
 
+@runtime_checkable
 class DocumentLengths(Protocol):
     """A document of a row: what it takes of each budget (in the order of `Budgets`), the patches of its images."""
 
