@@ -5,7 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int32, Shaped
 
+from baichuan_omni_jax.branches import BRANCHES
 from baichuan_omni_jax.config import Budgets, OmniConfig
+from baichuan_omni_jax.omni.batch import FIELDS, BatchSizes, empty_batch
 from data_pipelines.documents.document import EncodedDocument
 from data_pipelines.packing.mel_slots import MelSlots
 
@@ -20,41 +22,16 @@ def empty_rows(
     With `budgets.mel_windows` there are that many mel slots of `mel_frames` frames, and beside each the targets that
     `slots` names.
     """
-    t, p, a, c = budgets.tokens, budgets.patches, budgets.audio_frames, budgets.audio_targets
-    levels, merged = omni.audio.levels, omni.vision.merged_patches
-    zeros = lambda *shape, dtype=np.int32: np.zeros((rows, *shape), dtype)  # noqa: E731
-    unused = lambda *shape: np.full((rows, *shape), t, np.int32)  # noqa: E731
-    mels = {}
-    if m := budgets.mel_windows:
-        mels = {
-            "mel": zeros(m, mel_frames, omni.audio.num_mel_bins, dtype=np.float32),
-            "mel_lengths": zeros(m),
-            "mel_owner": zeros(m),
-            "mel_audio": np.full((rows, m), a, np.int32),
-        }
-        for name, target in (slots.targets if slots else {}).items():
-            mels[f"target_{name}"] = zeros(m, slots.target_frames(name, mel_frames), target.mels, dtype=np.float32)
-            mels[f"target_{name}_lengths"] = zeros(m)
-    return {
-        "tokens": zeros(t),
-        "positions": zeros(t),
-        "segment_ids": zeros(t),
-        "document_ids": np.full((rows, t), -1, np.int32),
-        "source_ids": np.full((rows, t), -1, np.int32),
-        "text_targets": zeros(t),
-        "text_weights": zeros(t, dtype=np.float32),
-        "audio_codes": zeros(a, levels),
-        "audio_index": unused(a),
-        "audio_targets": zeros(c, levels),
-        "audio_weights": zeros(c, levels, dtype=np.float32),
-        "audio_target_index": unused(c),
-        "audio_target_sources": np.full((rows, c), -1, np.int32),
-        "patches": zeros(p, omni.vision.patch_values, dtype=np.uint8),
-        "patch_grid": zeros(p, 2),
-        "patch_segments": zeros(p),
-        "visual_index": unused(p // merged),
-        **mels,
-    }
+    sizes = BatchSizes.from_config(budgets, omni, mel_frames)
+    # Every row has the fields of every branch, but mels only where the audio tokenizer runs in the step.
+    absent = () if budgets.mel_windows else BRANCHES["audio_encoder"].batch_fields
+    batch = empty_batch([name for name in FIELDS if name not in absent], rows, sizes)
+    if budgets.mel_windows and slots:
+        for name, target in slots.targets.items():
+            shape = rows, budgets.mel_windows, slots.target_frames(name, mel_frames), target.mels
+            batch[f"target_{name}"] = np.zeros(shape, np.float32)
+            batch[f"target_{name}_lengths"] = np.zeros(shape[:2], np.int32)
+    return batch
 
 
 class RowWriter:
