@@ -5,7 +5,6 @@ import importlib
 import json
 import os
 import shlex
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -44,14 +43,13 @@ def run_job_command(command: Callable[[], None], out: Path) -> int:
     """Runs a command whose job writes into the folder `out`; returns its exit code, 130 after Ctrl-C."""
 
     def run() -> None:
-        with file_errors(out):
-            command()
+        try:
+            with file_errors(out):
+                command()
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("stopped: the same command goes on from here") from None
 
-    try:
-        return exit_code(run)
-    except KeyboardInterrupt:
-        print("stopped: the same command goes on from here", file=sys.stderr)
-        return 130
+    return exit_code(run)
 
 
 def add_media_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,6 +1,5 @@
-"""launch/evaluate_tokenizer.py: its numbers for untrained branches, what it skips, and the measures by themselves."""
+"""`baichuan-omni evaluate tokenizer`: numbers of untrained branches, what it skips, the measures by themselves."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -15,6 +14,8 @@ import pytest
 import soundfile
 
 from baichuan_omni_jax.checkpoint import save_branches
+from baichuan_omni_jax.cli import evaluate
+from baichuan_omni_jax.cli.main import main
 from baichuan_omni_jax.config import MeshConfig, tiny
 from baichuan_omni_jax.config.mel_targets import decoded_target
 from baichuan_omni_jax.evaluation.clips import read_clips
@@ -27,6 +28,7 @@ from data_pipelines.media.features import clip_windows
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPT = REPOSITORY / "launch" / "evaluate_tokenizer.py"
+COMMAND = ("evaluate", "tokenizer")
 SAID = "The plums are fresh."
 
 
@@ -54,14 +56,6 @@ def manifest(tmp_path_factory) -> Path:
     lines = [asr(name) for name in (*waves, "missing")]
     (folder / "clips.jsonl").write_text("\n".join([*lines, "{"]))
     return folder / "clips.jsonl"
-
-
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("evaluate_tokenizer", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_clips_of_a_manifest_and_what_is_said_in_them(manifest):
@@ -160,20 +154,20 @@ def test_numbers_of_an_untrained_tokenizer(checkpoint, manifest, tmp_path):
     assert "wer_original" not in found  # rates of both are of the same clips
 
 
-def test_waves_are_compared_where_they_belong(script):
+def test_waves_are_compared_where_they_belong():
     """Each window's in its own place, cut where the clip ends; and which samples of the clip they are of."""
     waves = [np.array([1, 2, 3], np.float32), np.array([4, 5, 6], np.float32)]
-    whole, covered = script.in_place(waves, [0, 4], 6)
+    whole, covered = evaluate.in_place(waves, [0, 4], 6)
     np.testing.assert_array_equal(whole, [1, 2, 3, 0, 4, 5])
     np.testing.assert_array_equal(covered, [True, True, True, False, True, True])
-    whole, covered = script.in_place(waves, [0, 4], 6, 1.5)
+    whole, covered = evaluate.in_place(waves, [0, 4], 6, 1.5)
     np.testing.assert_array_equal(whole, [1, 2, 3, 0, 0, 0, 4, 5, 6])
     np.testing.assert_array_equal(covered, [True, True, False, False, True, True])
-    np.testing.assert_array_equal(script.of_codes(np.arange(5), covered), [0, 1, 4])
+    np.testing.assert_array_equal(evaluate.of_codes(np.arange(5), covered), [0, 1, 4])
 
 
 @pytest.mark.parametrize("samples", [17_283, 480_000 + 23_477])
-def test_measures_of_an_exact_decoder_compare_a_recording_with_itself(script, monkeypatch, samples):
+def test_measures_of_an_exact_decoder_compare_a_recording_with_itself(monkeypatch, samples):
     """Whatever the length, one window or two: the same samples, but for what has no code; mels alike on the picture."""
     wave = (0.1 * np.random.default_rng(0).standard_normal(samples)).astype(np.float32)
     audio, settings, spans = tiny().audio, decoded_target(tiny().post_net), iter(clip_windows(samples, tiny().audio))
@@ -190,8 +184,8 @@ def test_measures_of_an_exact_decoder_compare_a_recording_with_itself(script, mo
             return exact(mel, target)
 
     pairs = []
-    monkeypatch.setattr(script.intelligibility, "measure", lambda *pair: pairs.append(pair) or {})
-    judge = script.Judge.__new__(script.Judge)
+    monkeypatch.setattr(evaluate.intelligibility, "measure", lambda *pair: pairs.append(pair) or {})
+    judge = evaluate.Judge.__new__(evaluate.Judge)
     fields = {"scores": Exact(settings=settings), "_audio": audio, "_speaker": None, "_heard": {}, "drawn": []}
     vars(judge).update(fields, clips=0, _seconds=0.0, _measures={})
     vars(judge)["_waves"] = type("Waves", (), {"name": "exact", "__call__": staticmethod(recorded)})()
@@ -204,19 +198,19 @@ def test_measures_of_an_exact_decoder_compare_a_recording_with_itself(script, mo
     np.testing.assert_array_equal(target, made)
 
 
-def test_files_that_cannot_be_written_are_named_first(script, tmp_path, capsys):
+def test_files_that_cannot_be_written_are_named_first(tmp_path, capsys):
     given = ["--checkpoint", "nowhere", "--manifest", "nowhere"]
     for arguments, sentence in (
         (["--json", str(tmp_path / "no" / "n.json")], f"there is no folder {tmp_path / 'no'}"),
         (["--picture", str(tmp_path / "no" / "p.png")], f"there is no folder {tmp_path / 'no'}"),
         (["--limit", "0"], "--limit must be at least 1, not 0"),
     ):
-        assert script.main([*given, *arguments]) == 2
+        assert main([*COMMAND, *given, *arguments]) == 2
         assert sentence in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_what_cannot_be_used_is_named(script, checkpoint, manifest, tmp_path, capsys):
+def test_what_cannot_be_used_is_named(checkpoint, manifest, tmp_path, capsys):
     (tmp_path / "none.jsonl").write_text("{")
     for arguments, sentence in (
         (("--checkpoint", f"flow={checkpoint}", "--manifest", manifest), "has no branch audio_encoder"),
@@ -224,5 +218,5 @@ def test_what_cannot_be_used_is_named(script, checkpoint, manifest, tmp_path, ca
         (("--checkpoint", checkpoint, "--manifest", tmp_path / "none.jsonl"), "holds no clip that can be used"),
         (("--checkpoint", checkpoint, "--manifest", manifest, "--asr", "json:hear"), "--asr json:hear cannot be"),
     ):
-        assert script.main(list(map(str, arguments))) == 2
+        assert main([*COMMAND, *map(str, arguments)]) == 2
         assert sentence in capsys.readouterr().err.splitlines()[-1]

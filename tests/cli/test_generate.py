@@ -1,7 +1,6 @@
-"""launch/generate.py: what each task asks, what flags are refused, and answers end to end."""
+"""baichuan-omni generate: what each task asks, what flags are refused, and answers end to end."""
 
 import gzip
-import importlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,9 @@ from safetensors.numpy import load_file
 
 from baichuan_omni_jax.branches import abstract_branches
 from baichuan_omni_jax.checkpoint import save_branches
+from baichuan_omni_jax.cli import generate
+from baichuan_omni_jax.cli.generation.asking import ask
+from baichuan_omni_jax.cli.main import main, make_parser
 from baichuan_omni_jax.config import SamplingConfig, tiny
 from baichuan_omni_jax.convert.to_jax import convert_to_jax
 from baichuan_omni_jax.errors import ConfigError, RequestError
@@ -23,15 +25,7 @@ from baichuan_omni_jax.generation.events import Finished, TextPiece
 from tests.helpers.golden import golden_path
 from tests.helpers.typecheck import unchecked
 
-LAUNCH = Path(__file__).parents[2] / "launch"
 TRANSCRIBE = {"type": "text", "text": "将语音转录为文本:"}
-
-
-@pytest.fixture
-def launch(monkeypatch):
-    """Modules of launch/ by name."""
-    monkeypatch.syspath_prepend(str(LAUNCH))
-    return importlib.import_module
 
 
 class Chat:
@@ -44,70 +38,73 @@ class Chat:
         return lambda asked, key=None: (method, asked)
 
 
-def asked(launch, task, base=Path(), **values):
+def asked(task, base=Path(), **values):
     with unchecked():  # `Chat` is a double
-        return launch("baichuan_omni_jax.cli.generation.asking").ask(Chat(), task, values, None, base)
+        return ask(Chat(), task, values, None, base)
+
+
+def parse(line):
+    return make_parser().parse_args(["generate", *line.split()])
 
 
 def file(kind, path):
     return {"type": kind, "path": path}
 
 
-def test_what_each_task_asks(launch):
+def test_what_each_task_asks():
     text = {"type": "text", "text": "Why?"}
-    assert asked(launch, "chat", prompt="Why?") == ("reply", [{"role": "user", "content": [text]}])
+    assert asked("chat", prompt="Why?") == ("reply", [{"role": "user", "content": [text]}])
     media = [file("image", "a.png"), file("image", "b.png"), file("audio", "c.wav"), file("video", "d.mp4")]
     method, (system, user) = asked(
-        launch, "chat", system="Be kind.", prompt="Why?", image=["a.png", "b.png"], audio="c.wav", video=["d.mp4"]
+        "chat", system="Be kind.", prompt="Why?", image=["a.png", "b.png"], audio="c.wav", video=["d.mp4"]
     )
     assert (method, system) == ("reply", {"role": "system", "content": "Be kind."})
     assert user["content"] == [*media, text]
-    assert asked(launch, "chat", audio="c.wav") == ("reply", [{"role": "user", "content": [media[2]]}])
-    assert asked(launch, "asr", audio="c.wav") == ("complete", [TRANSCRIBE, media[2]])
-    assert asked(launch, "tts", prompt="Good morning.") == ("speak", "Good morning.")
-    _, (user,) = asked(launch, "describe", video="d.mp4")
+    assert asked("chat", audio="c.wav") == ("reply", [{"role": "user", "content": [media[2]]}])
+    assert asked("asr", audio="c.wav") == ("complete", [TRANSCRIBE, media[2]])
+    assert asked("tts", prompt="Good morning.") == ("speak", "Good morning.")
+    _, (user,) = asked("describe", video="d.mp4")
     assert user["content"] == [media[3], {"type": "text", "text": "Describe the video."}]
 
 
-def test_media_keep_the_order_of_the_command_line(launch):
+def test_media_keep_the_order_of_the_command_line():
     """One list for all kinds, whatever flags stand between; the text comes last."""
-    generate = launch("generate")
     line = (
         "chat --image a.png --audio b.wav --prompt Why? --image c.png d.png --checkpoint x --video e.mp4 --audio f.wav"
     )
-    values = generate._values(generate.parse(line.split()))
-    _, (user,) = asked(launch, "chat", **values)
+    values = generate._values(parse(line))
+    _, (user,) = asked("chat", **values)
     kinds = ["image", "audio", "image", "image", "video", "audio"]
     files = ["a.png", "b.wav", "c.png", "d.png", "e.mp4", "f.wav"]
     assert user["content"] == [*map(file, kinds, files), {"type": "text", "text": "Why?"}]
 
 
-def test_media_keep_the_order_of_a_manifest(launch):
+def test_media_keep_the_order_of_a_manifest():
     """Of the line's fields, or of the list `media`."""
-    _, (user,) = asked(launch, "chat", audio="a.wav", prompt="Why?", image=["b.png", "c.png"])
+    _, (user,) = asked("chat", audio="a.wav", prompt="Why?", image=["b.png", "c.png"])
     text = {"type": "text", "text": "Why?"}
     assert user["content"] == [file("audio", "a.wav"), file("image", "b.png"), file("image", "c.png"), text]
     media = [file("video", "a.mp4"), file("audio", "b.wav"), file("video", "c.mp4")]
-    _, (user,) = asked(launch, "chat", Path("/data"), media=media, prompt="Why?")
+    _, (user,) = asked("chat", Path("/data"), media=media, prompt="Why?")
     assert [part.get("path") for part in user["content"]] == ["/data/a.mp4", "/data/b.wav", "/data/c.mp4", None]
-    _, (user,) = asked(launch, "describe", media=media[1:])
+    _, (user,) = asked("describe", media=media[1:])
     assert user["content"][-1] == {"type": "text", "text": "Describe the video."}
 
 
-def test_paths_of_a_manifest_start_at_its_folder(launch):
-    _, (user,) = asked(launch, "chat", Path("/data"), prompt="Why?", image="a.png")
+def test_paths_of_a_manifest_start_at_its_folder():
+    _, (user,) = asked("chat", Path("/data"), prompt="Why?", image="a.png")
     assert user["content"][0]["path"] == "/data/a.png"
     messages = [{"role": "user", "content": [file("image", "/b.png"), file("audio", "c.wav")]}]
-    _, (user,) = asked(launch, "chat", Path("/data"), messages=messages)
+    _, (user,) = asked("chat", Path("/data"), messages=messages)
     assert [part["path"] for part in user["content"]] == ["/b.png", "/data/c.wav"]
 
 
-def test_token_ids_to_be_spoken_end_with_the_mark_of_speech(launch):
+def test_token_ids_to_be_spoken_end_with_the_mark_of_speech():
     start = tiny().tokens.audiogen_start
     for ids in ([5, 6], [5, 6, start]):
-        method, prompt = asked(launch, "tts", tokens=ids)
+        method, prompt = asked("tts", tokens=ids)
         assert (method, prompt.tokens.tolist()) == ("speak_prompt", [5, 6, start])
-    method, prompt = asked(launch, "chat", tokens=[5, 6])
+    method, prompt = asked("chat", tokens=[5, 6])
     assert (method, prompt.tokens.tolist()) == ("answer_prompt", [5, 6])
 
 
@@ -133,9 +130,9 @@ def test_token_ids_to_be_spoken_end_with_the_mark_of_speech(launch):
         ("describe", {"prompt": "a"}, "an image or a video"),
     ],
 )
-def test_fields_that_a_task_cannot_use(launch, task, values, sentence):
+def test_fields_that_a_task_cannot_use(task, values, sentence):
     with pytest.raises(RequestError, match=sentence) as error:
-        asked(launch, task, **values)
+        asked(task, **values)
     assert error.value.cause == "bad_message"
 
 
@@ -166,16 +163,15 @@ def test_fields_that_a_task_cannot_use(launch, task, values, sentence):
         ("chat --checkpoint x --prompt a --data 64", "--data 64 --tensor 1 needs 64 devices"),
     ],
 )
-def test_flags_that_cannot_be_used_are_one_sentence(launch, arguments, sentence, capsys):
-    assert launch("generate").main(arguments.split()) == 2
+def test_flags_that_cannot_be_used_are_one_sentence(arguments, sentence, capsys):
+    assert main(["generate", *arguments.split()]) == 2
     assert sentence in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_settings_of_the_flags(launch):
-    generate = launch("generate")
+def test_settings_of_the_flags():
 
     def settings(line):
-        return generate._settings(generate.parse(f"{line} --checkpoint x".split()))
+        return generate._settings(parse(f"{line} --checkpoint x"))
 
     assert settings("asr --audio a").text == SamplingConfig()
     assert settings("chat --prompt a --out o.wav").speech
@@ -187,9 +183,9 @@ def test_settings_of_the_flags(launch):
     assert settings("chat --prompt a --greedy").text == SamplingConfig()
 
 
-def test_ctrl_c_keeps_what_is_answered(launch, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_keeps_what_is_answered(tmp_path, monkeypatch, capsys):
     """One sentence and code 130; the same command goes on after the last answer. The manifest may be compressed."""
-    generate, manifest, output = launch("generate"), tmp_path / "in.jsonl.gz", tmp_path / "out.jsonl"
+    manifest, output = tmp_path / "in.jsonl.gz", tmp_path / "out.jsonl"
     manifest.write_bytes(gzip.compress(b'{"prompt": "one"}\n{"prompt": "two"}\n'))
     interrupted = [True]
 
@@ -210,13 +206,13 @@ def test_ctrl_c_keeps_what_is_answered(launch, tmp_path, monkeypatch, capsys):
     model = SimpleNamespace(engine=SimpleNamespace(metrics=metrics))
     chat = SimpleNamespace(model=model, key=jax.random.key(0), reply=reply)
     monkeypatch.setattr(generate, "open_chat", lambda *_: SimpleNamespace(chat=chat, notice=""))
-    command = ["chat", "--checkpoint", "x", "--manifest", str(manifest), "--output", str(output)]
+    command = ["generate", "chat", "--checkpoint", "x", "--manifest", str(manifest), "--output", str(output)]
     with unchecked():
-        assert generate.main(command) == 130
+        assert main(command) == 130
         assert capsys.readouterr().err == f"stopped: {output} keeps what is answered, the same command goes on\n"
         assert [json.loads(line)["text"] for line in output.read_text().splitlines()] == ["one"]
         interrupted.append(False)
-        assert generate.main(command) == 0
+        assert main(command) == 0
     assert [json.loads(line)["text"] for line in output.read_text().splitlines()] == ["one", "two"]
 
 
@@ -278,23 +274,26 @@ def golden_tensors(name):
 
 
 @pytest.mark.slow
-def test_the_command_says_what_the_released_computation_says(launch, golden, tmp_path, capsys):
+def test_the_command_says_what_the_released_computation_says(golden, tmp_path, capsys):
     """Token for token and code for code, alone and in a batch; the end frame is a mark, not a frame. HiFT speaks."""
     text, audio = golden_tensors("generate_text"), golden_tensors("generate_audio")
-    main, end = launch("generate").main, audio["codes"][-1, 0]
+    end = audio["codes"][-1, 0]
     expected, frames = text["sequence"][0, text["prompt"].shape[1] :].tolist(), audio["codes"][:-1].tolist()
     assert end == 64
     (tmp_path / "text.json").write_text(json.dumps(text["prompt"][0].tolist()))
     (tmp_path / "audio.json").write_text(json.dumps(audio["prompt"][0].tolist()))
     flags = ["--checkpoint", str(golden), "--greedy", "--length", "128", "--max-tokens", str(len(expected))]
 
-    assert main(["chat", *flags, "--tokens", str(tmp_path / "text.json"), "--save", str(tmp_path / "a.json")]) == 0
+    assert (
+        main(["generate", "chat", *flags, "--tokens", str(tmp_path / "text.json"), "--save", str(tmp_path / "a.json")])
+        == 0
+    )
     assert capsys.readouterr().out.split() == [str(token) for token in expected]
     assert json.loads((tmp_path / "a.json").read_text())["tokens"] == expected
 
     sound, saved = tmp_path / "b.wav", tmp_path / "b.json"
     speak = ["--tokens", str(tmp_path / "audio.json"), "--out", str(sound), "--save", str(saved)]
-    assert main(["tts", *flags, *speak]) == 0
+    assert main(["generate", "tts", *flags, *speak]) == 0
     told = capsys.readouterr().err
     assert "Griffin" not in told
     assert "untrained" not in told
@@ -306,7 +305,7 @@ def test_the_command_says_what_the_released_computation_says(launch, golden, tmp
     prompts = [text["prompt"][0].tolist(), [7, 8, 9], "no ids", text["prompt"][0].tolist(), audio["prompt"][0].tolist()]
     manifest, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     manifest.write_text("".join(json.dumps({"tokens": ids}) + "\n" for ids in prompts))
-    assert main(["chat", *flags, "--manifest", str(manifest), "--output", str(output)]) == 0
+    assert main(["generate", "chat", *flags, "--manifest", str(manifest), "--output", str(output)]) == 0
     first, _, refused, again, spoken = map(json.loads, output.read_text().splitlines())
     assert first["tokens"] == again["tokens"] == expected
     assert refused["cause"] == "bad_message"
@@ -314,12 +313,12 @@ def test_the_command_says_what_the_released_computation_says(launch, golden, tmp
 
 
 @pytest.mark.slow
-def test_parts_of_three_runs_hear_and_speak(launch, tmp_path, capsys):
+def test_parts_of_three_runs_hear_and_speak(tmp_path, capsys):
     """A branch of each kind of run, random: text to a wav file, a recording and a picture to text, two turns."""
     from data_pipelines.tokenizers.tokenizer import train_tokenizer
     from tests.helpers.small_media import write_image, write_sound
 
-    cfg, main = tiny(), launch("generate").main
+    cfg = tiny()
     words = train_tokenizer(["the cat sat on the mat"] * 3, 330).to_str()
     runs = {"main": ("llm", "vision", "audio_head"), "ears": ("audio_encoder", "audio_decoder"), "flow": ("flow",)}
     for run, names in runs.items():
@@ -329,7 +328,7 @@ def test_parts_of_three_runs_hear_and_speak(launch, tmp_path, capsys):
     sizes = ["--set", "piece_tokens=3", "--set", "piece_frames=5"]
 
     spoken = ["--prompt", "the cat", "--out", str(tmp_path / "a.wav")]
-    assert main(["tts", *flags, *sizes, *spoken]) == 0
+    assert main(["generate", "tts", *flags, *sizes, *spoken]) == 0
     told = capsys.readouterr().err
     assert "untrained, so that answers mean nothing: vision, audio_encoder, audio_decoder, audio_head, flow" in told
     assert "Griffin" in told
@@ -339,16 +338,16 @@ def test_parts_of_three_runs_hear_and_speak(launch, tmp_path, capsys):
     assert info.frames > 0
 
     recording, picture = write_sound(tmp_path / "s.wav", 1), write_image(tmp_path / "p.png", 56, 84)
-    assert main(["asr", *flags, "--audio", str(recording), "--save", str(tmp_path / "s.json")]) == 0
+    assert main(["generate", "asr", *flags, "--audio", str(recording), "--save", str(tmp_path / "s.json")]) == 0
     assert len(json.loads((tmp_path / "s.json").read_text())["tokens"]) > 0
-    assert main(["describe", *flags, "--image", str(picture)]) == 0
+    assert main(["generate", "describe", *flags, "--image", str(picture)]) == 0
 
     lines = iter(["and?", "/image none.png", "see?", "/quit"])
     mp = pytest.MonkeyPatch()
     mp.setattr("builtins.input", lambda prompt: next(lines))
     with mp.context():
         talk = ["--interactive", "--prompt", "the mat", "--out", str(tmp_path / "t.wav")]
-        assert main(["chat", *flags, *sizes, *talk]) == 0
+        assert main(["generate", "chat", *flags, *sizes, *talk]) == 0
     mp.undo()
     assert "error: 'none.png' does not exist" in capsys.readouterr().err
     assert (tmp_path / "t-1.wav").exists()

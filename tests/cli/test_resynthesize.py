@@ -1,6 +1,5 @@
-"""launch/resynthesise.py: codes and sound of untrained branches, and the sentence for what cannot be used."""
+"""baichuan-omni resynthesize: codes and sound of untrained branches, and the sentence for what cannot be used."""
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +10,13 @@ import pytest
 import soundfile
 
 from baichuan_omni_jax.checkpoint import save_branches
+from baichuan_omni_jax.cli.main import main
+from baichuan_omni_jax.cli.resynthesize import mels_in_place
 from baichuan_omni_jax.config import tiny
 from baichuan_omni_jax.nn.param import ComputePolicy
 from baichuan_omni_jax.omni.flow_matching_model import VoiceModel
 
-SCRIPT = Path(__file__).parents[2] / "launch" / "resynthesise.py"
+SCRIPT = Path(__file__).parents[2] / "launch" / "resynthesize.py"
 
 
 @pytest.fixture(scope="module")
@@ -51,28 +52,20 @@ def test_two_windows_of_sound_come_back(checkpoint, tmp_path):
     assert abs(len(spoken) / rate - len(found) / 12.5) < 0.1
 
 
-def load_script():
-    spec = importlib.util.spec_from_file_location("resynthesise", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    return script
-
-
 def test_a_picture_shows_each_window_where_it_was_heard():
     mels = [np.full((3, 2), 1.0, np.float32), np.full((3, 2), 2.0, np.float32)]
-    drawn = load_script().mels_in_place(mels, [0, 4], np.zeros((6, 2), np.float32))
+    drawn = mels_in_place(mels, [0, 4], np.zeros((6, 2), np.float32))
     np.testing.assert_array_equal(drawn[:, 0], [1, 1, 1, np.nan, 2, 2])
 
 
 def test_files_that_cannot_be_written_are_named_first(tmp_path, capsys):
-    script = load_script()
     given = ["--checkpoint", "nowhere", "--audio", "nowhere.wav", "--out"]
     for arguments, sentence in (
         ([str(tmp_path / "no" / "out.wav")], f"there is no folder {tmp_path / 'no'}"),
         ([str(tmp_path / "out.speech")], "waveforms are written as .wav"),
         ([str(tmp_path / "out.wav"), "--codes", str(tmp_path / "no" / "c.npy")], f"--codes {tmp_path / 'no'}"),
     ):
-        assert script.main([*given, *arguments]) == 2
+        assert main(["resynthesize", *given, *arguments]) == 2
         assert sentence in capsys.readouterr().err
 
 

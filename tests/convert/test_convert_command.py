@@ -1,15 +1,14 @@
-"""launch/convert_weights.py: what it prints, and one sentence and nothing left behind for whatever cannot be used."""
+"""baichuan-omni convert: what it prints, and one sentence and nothing left behind for whatever cannot be used."""
 
-import importlib.util
 import json
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from baichuan_omni_jax.cli.main import main
 from baichuan_omni_jax.config import tiny, to_hf
 from baichuan_omni_jax.convert.safetensors_io import SafetensorsFile, TensorInfo, open_weights
 from baichuan_omni_jax.convert.safetensors_write import write_shards
@@ -22,17 +21,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def command():
-    """The script's `main` with these arguments -> exit code."""
-    spec = importlib.util.spec_from_file_location("convert_weights", ROOT / "launch" / "convert_weights.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    """`baichuan-omni convert` with these arguments -> exit code."""
 
     def run(*arguments: object) -> int:
-        before, sys.argv = sys.argv, ["convert_weights.py", *map(str, arguments)]
-        try:
-            return script.main()
-        finally:
-            sys.argv = before
+        return main(["convert", *map(str, arguments)])
 
     return run
 

@@ -1,8 +1,6 @@
 """What sound training starts from, Whisper's encoder, and what it leaves, in the released names and back."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import jax
@@ -12,6 +10,7 @@ from safetensors.numpy import save_file
 
 from baichuan_omni_jax.branches import abstract_branches
 from baichuan_omni_jax.checkpoint import load_branches, save_branches
+from baichuan_omni_jax.cli.main import main
 from baichuan_omni_jax.config import tiny
 from baichuan_omni_jax.convert import branch_rules, load_branch_from_safetensors, open_weights
 from baichuan_omni_jax.convert.audio_encoder import ENCODER
@@ -22,23 +21,15 @@ from baichuan_omni_jax.omni.audio_tokenizer_model import TokenizerModel
 from baichuan_omni_jax.omni.flow_matching_model import VoiceModel
 from tests.helpers.micro import one_device
 
-SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "convert_weights.py"
 MODELS = {"audio_tokenizer": TokenizerModel, "flow_matching": VoiceModel}
 
 
 @pytest.fixture(scope="module")
 def command():
-    """The script's `main` with these arguments -> exit code."""
-    spec = importlib.util.spec_from_file_location("convert_weights", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    """`baichuan-omni convert` with these arguments -> exit code."""
 
     def run(*arguments: object) -> int:
-        before, sys.argv = sys.argv, ["convert_weights.py", *map(str, arguments)]
-        try:
-            return script.main()
-        finally:
-            sys.argv = before
+        return main(["convert", *map(str, arguments)])
 
     return run
 

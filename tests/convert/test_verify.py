@@ -1,6 +1,5 @@
-"""launch/verify_parity.py: it passes on the goldens, for any sizes, and fails on whatever is wrong or left out."""
+"""baichuan-omni verify: it passes on the goldens, for any sizes, and fails on whatever is wrong or left out."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from baichuan_omni_jax.cli.main import main
 from baichuan_omni_jax.verify import CHECKS, Golden, verify
 from baichuan_omni_jax.verify import run as run_module
 from baichuan_omni_jax.verify.language import slots_of
@@ -24,10 +24,7 @@ CODEBOOK = "audio_tokenizer.audio_bridge_model.vq_list.0.codebook.embed"
 
 @pytest.fixture(scope="module")
 def command():
-    spec = importlib.util.spec_from_file_location("verify_parity", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    return lambda *arguments: script.main([*map(str, arguments)])
+    return lambda *arguments: main(["verify", *map(str, arguments)])
 
 
 @pytest.fixture

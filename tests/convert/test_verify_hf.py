@@ -1,6 +1,5 @@
-"""launch/verify_parity.py --hf against a stand-in of the released code: its tensor names around transformers' Qwen2."""
+"""baichuan-omni verify --hf against a stand-in of the released code: its tensor names around transformers' Qwen2."""
 
-import importlib.util
 import json
 import sys
 from dataclasses import replace
@@ -9,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from baichuan_omni_jax.cli.main import main
 from baichuan_omni_jax.config import tiny, to_hf
 from baichuan_omni_jax.convert import convert_to_jax, plan_to_jax
 
@@ -63,10 +63,7 @@ CFG = replace(CFG, llm=replace(CFG.llm, num_layers=2, vocab_size=320))
 
 @pytest.fixture(scope="module")
 def command():
-    spec = importlib.util.spec_from_file_location("verify_parity", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    return lambda *arguments: script.main([*map(str, arguments)])
+    return lambda *arguments: main(["verify", *map(str, arguments)])
 
 
 @pytest.fixture(scope="module", autouse=True)

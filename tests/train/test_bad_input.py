@@ -12,12 +12,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from absl import flags
 from jax.sharding import AxisType, Mesh
 
 from baichuan_omni_jax.checkpoint import Workdir
 from baichuan_omni_jax.config import apply_overrides, load_run_config, resolve_model
-from baichuan_omni_jax.errors import ConfigError, exit_code, run_command
+from baichuan_omni_jax.errors import ConfigError, exit_code
 from baichuan_omni_jax.sharding import MESH_AXES
 from baichuan_omni_jax.train.batch_placer import check_batch
 from baichuan_omni_jax.train.state import make_compute
@@ -106,34 +105,6 @@ def test_config_files_that_fail(refusal, tmp_path, text, message):
     path = tmp_path / "mine.py"
     path.write_text(text)
     assert refusal(lambda: load_run_config(path)).startswith(f"config file {path}{message}")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--config=a.py"], "--workdir must be given"),
-        (["--config=a.py", "--workdir=w", "--steps", "5"], "there is no flag --steps (see --help)"),
-        (
-            ["--config=a.py", "--workdir=w", "train.steps=5"],
-            "'train.steps=5' belongs to no flag: write --set train.steps=5",
-        ),
-        (["--config=a.py", "--workdir=w", "more"], "'more' belongs to no flag (see --help)"),
-        (["--config=a.py", "--workdir=w", "--hosts=many"], "flag --hosts=many: invalid literal"),
-    ],
-)
-def test_command_lines_that_cannot_be_used(monkeypatch, capsys, arguments, message):
-    """As absl reads them, in flags of their own: one sentence and exit code 2, and the command does not begin."""
-    own = flags.FlagValues()
-    for name in ("config", "workdir"):
-        flags.DEFINE_string(name, None, name, flag_values=own, required=True)
-    flags.DEFINE_multi_string("set", [], "set", flag_values=own)
-    flags.DEFINE_integer("hosts", 0, "hosts", flag_values=own)
-    monkeypatch.setattr(flags, "FLAGS", own)
-    monkeypatch.setattr("absl.app.run", lambda main, flags_parser: main(flags_parser(["command", *arguments])))
-    with pytest.raises(SystemExit) as ended:
-        run_command(lambda _: pytest.fail("the command began"))
-    assert ended.value.code == 2
-    assert only_sentence(capsys.readouterr().err).startswith(message)
 
 
 def test_missing_manifest(refusal, micro_root):

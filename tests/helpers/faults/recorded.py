@@ -1,4 +1,4 @@
-"""launch/tpu_pretrain.py, which also tells the documents of every row that is on the mesh: WORKDIR/documents.jsonl.
+"""`baichuan-omni train`, which also tells the documents of every row that is on the mesh: WORKDIR/documents.jsonl.
 
 One line a step: a list of rows, each a list of [source, document] in the order in which the row was packed.
 """
@@ -8,22 +8,19 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from absl import app
 
-from tests.helpers.micro import REPOSITORY
-
-sys.path.insert(0, str(REPOSITORY / "launch"))
-import tpu_pretrain
-
+from baichuan_omni_jax.cli.main import main
 from baichuan_omni_jax.train import trainer as loop
 from baichuan_omni_jax.train.batch_placer import BatchPlacer
+
+WORKDIR = Path(sys.argv[sys.argv.index("--workdir") + 1]) if "--workdir" in sys.argv else Path()
 
 
 class RecordingPlacer(BatchPlacer):
     def __call__(self, batch):
         placed = super().__call__(batch)
         fields = [np.asarray(placed[name]) for name in ("segment_ids", "source_ids", "document_ids")]
-        with open(Path(tpu_pretrain.WORKDIR.value) / "documents.jsonl", "a") as file:
+        with open(WORKDIR / "documents.jsonl", "a") as file:
             file.write(json.dumps([documents(*row) for row in zip(*fields, strict=True)]) + "\n")
         return placed
 
@@ -36,4 +33,4 @@ def documents(segments: np.ndarray, sources: np.ndarray, numbers: np.ndarray) ->
 
 if __name__ == "__main__":
     loop.BatchPlacer = RecordingPlacer
-    app.run(tpu_pretrain.main)
+    sys.exit(main(["train", *sys.argv[1:]]))

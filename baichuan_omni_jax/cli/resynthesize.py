@@ -1,6 +1,6 @@
 """Speech → codes → mel → 24 kHz waveform: hears a recording, keeps its codes alone, and speaks it again.
 
-    python launch/resynthesise.py --checkpoint audio_encoder=DIR,audio_decoder=DIR,flow=DIR --audio in.wav --out out.wav
+    baichuan-omni resynthesize --checkpoint audio_encoder=DIR,audio_decoder=DIR,flow=DIR --audio in.wav --out out.wav
         [--picture mels.png] [--codes codes.npy]
 
 DIR is a checkpoint or a workdir. Where the checkpoint of `flow` also has a vocoder (HiFT), that makes the waveform,
@@ -8,7 +8,6 @@ else Griffin-Lim; the last line says which. Recordings beyond 30 s go window by 
 """
 
 import argparse
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,9 +18,10 @@ import soundfile
 from baichuan_omni_jax.audio.tokenize import WindowEncoder
 from baichuan_omni_jax.branches import SPEECH_BRANCHES, VOCODER_BRANCH
 from baichuan_omni_jax.checkpoint.branches import parse_spec
+from baichuan_omni_jax.cli.common import check_folders
 from baichuan_omni_jax.config import MeshConfig, OmniConfig
 from baichuan_omni_jax.config.mel_targets import flow_target
-from baichuan_omni_jax.errors import ConfigError, check_folders, exit_code
+from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.generation.crossfade import CrossFade
 from baichuan_omni_jax.generation.loading import load_for_generation
 from baichuan_omni_jax.generation.speech_decoder import Resynthesised, Speaker
@@ -33,13 +33,7 @@ from data_pipelines.media.location import Media
 from data_pipelines.media.mel_targets import mel_target
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 with one sentence when something given cannot be used."""
-    options = _parser().parse_args(arguments)
-    return exit_code(lambda: resynthesise(options))
-
-
-def resynthesise(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> None:
     """Does what the options ask for. Raises ConfigError naming the file or the branch that cannot be used."""
     check_options(options)
     sources = parse_spec(options.checkpoint, (*SPEECH_BRANCHES, VOCODER_BRANCH))
@@ -111,16 +105,10 @@ def mels_in_place(mels: list[np.ndarray], starts: list[int], like: np.ndarray) -
     return whole
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--checkpoint", metavar="DIR|branch=DIR,...", required=True, help=f"where {', '.join(SPEECH_BRANCHES)} are")
     add("--audio", metavar="FILE", type=Path, required=True, help="the recording")
     add("--out", metavar="FILE.wav", type=Path, required=True, help="where the waveform goes")
     add("--picture", metavar="FILE.png", type=Path, help="both mels; needs matplotlib (the show extra)")
     add("--codes", metavar="FILE.npy", type=Path, help="the codes, int32 (frames, levels)")
-    return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

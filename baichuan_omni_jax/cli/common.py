@@ -1,0 +1,86 @@
+"""What all commands share: the parser, flags that mean the same everywhere, logging, checks before the work."""
+
+import argparse
+import difflib
+import re
+from collections.abc import Sequence
+from typing import NoReturn
+
+from absl import logging
+
+from baichuan_omni_jax.errors import ConfigError
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Refuses a command line with one sentence, as ConfigError; `--help` shows every flag."""
+
+    def __init__(self, *args, **options):
+        # An abbreviation that fits one flag today fits two, or another, tomorrow.
+        options.setdefault("allow_abbrev", False)
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(*args, **options)
+
+    def parse_known_args(self, args=None, namespace=None):  # ty: argparse's own overloads
+        """Parses as argparse does, but leaves nothing over: the parser that knows the flags says what is wrong."""
+        options, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(_describe_unknown(unknown[0], list(self._option_string_actions)))
+        return options, unknown
+
+    def error(self, message: str) -> NoReturn:
+        if missing := re.match(r"the following arguments are required: ([^,]+)", message):
+            message = f"{missing[1]} must be given"
+        message = message.removeprefix("argument ")
+        raise ConfigError(message if "write --set" in message else f"{message} (see --help)")
+
+
+def _describe_unknown(argument: str, known: Sequence[str]) -> str:
+    """Says why `argument` belongs to no flag, and which flag or spelling was likely meant."""
+    if argument.startswith("-") and len(argument) > 1:
+        flag = argument.partition("=")[0]
+        nearest = difflib.get_close_matches(flag, known, n=1, cutoff=0.75)
+        return f"there is no flag {flag}" + (f"; the nearest known one is {nearest[0]}" if nearest else "")
+    # Without `--set` before it an override would be passed over in silence, and the run be another one.
+    return f"{argument!r} belongs to no flag" + (f": write --set {argument}" if "=" in argument else "")
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds `--config` and `--set`, which name a run in every command that reads one."""
+    parser.add_argument("--config", required=True, metavar="FILE", help="the run's file, as in configs/")
+    add_set_argument(parser, "override of one key, as data.root=DIR; may be repeated")
+
+
+def add_set_argument(parser: argparse._ActionsContainer, help: str) -> None:
+    """Adds `--set KEY=VALUE`, collected in `options.set`."""
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=help)
+
+
+def add_host_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags by which several hosts find each other (`join_hosts`)."""
+    add = parser.add_argument_group("several hosts").add_argument
+    add("--multihost", action="store_true", help="join the other hosts of the slice (jax.distributed) first")
+    add("--coordinator", default="", metavar="HOST:PORT", help="of host 0; found by itself on TPU, Slurm and Open MPI")
+    add("--hosts", type=int, default=0, metavar="N", help="how many hosts there are, where --coordinator is given")
+    add("--host", type=int, default=-1, metavar="N", help="which of them this one is, from 0, with --coordinator")
+
+
+def join_hosts(options: argparse.Namespace) -> None:
+    """Joins the other hosts where `--multihost` says that there are any: before anything else of JAX."""
+    if options.multihost:
+        from baichuan_omni_jax.train.hosts import join
+
+        join(options.coordinator, options.hosts, options.host)
+
+
+def start_logging() -> None:
+    """Lets through warnings alone, in absl's form: Orbax and Grain would tell every file they touch."""
+    logging.use_absl_handler()
+    logging.set_verbosity(logging.WARNING)
+
+
+def check_folders(options: object, *names: str) -> None:
+    """Before minutes of work: raises ConfigError naming the first file `options.NAME` (or None) without a folder."""
+    for name in names:
+        path = getattr(options, name)
+        if path and not path.parent.is_dir():
+            raise ConfigError(f"--{name} {path}: there is no folder {path.parent}")

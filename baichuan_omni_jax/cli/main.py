@@ -1,0 +1,111 @@
+"""The command `baichuan-omni`: finds the subcommand, and imports that alone."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from baichuan_omni_jax import __version__
+from baichuan_omni_jax.cli.common import CommandParser
+from baichuan_omni_jax.errors import exit_code
+
+
+@dataclass(frozen=True)
+class Command:
+    """One subcommand: the module that has its `add_arguments(parser)` and `run(options)`, and a line of help."""
+
+    module: str
+    help: str
+
+
+CLI = "baichuan_omni_jax.cli"
+COMMANDS: dict[str, Command] = {
+    "train": Command(f"{CLI}.train", "train a run of configs/, or go on with it"),
+    "stages": Command(f"{CLI}.stages", "train stages one after the other, each from the weights of the one before"),
+    "preflight": Command(f"{CLI}.preflight", "tell whether a run fits a TPU slice, without a TPU"),
+    "tokenize": Command(f"{CLI}.tokenize_audio", "fill the store of audio codes of a run's data"),
+    "generate": Command(f"{CLI}.generate", "chat, transcribe, speak or describe with a checkpoint"),
+    "serve": Command(f"{CLI}.serve", "serve the web page to talk to a checkpoint"),
+    "evaluate": Command(f"{CLI}.evaluate", "measure a checkpoint"),
+    "resynthesize": Command(f"{CLI}.resynthesize", "turn speech into codes and back into a waveform"),
+    "convert": Command(f"{CLI}.weights", "move weights between Hugging Face folders and checkpoints"),
+    "verify": Command(f"{CLI}.verify", "compare converted weights with the released computation"),
+}
+
+
+class _LazyParser(CommandParser):
+    """The parser of a subcommand, whose module is imported when its arguments are parsed."""
+
+    def __init__(self, *args, module: str = "", **options):
+        super().__init__(*args, **options)
+        self._module = module
+
+    def fill(self) -> None:
+        """Adds what the module says: its docstring above the flags, its flags, what runs it."""
+        if not self._module:
+            return
+        module, self._module = importlib.import_module(self._module), ""
+        self.description = module.__doc__
+        self.set_defaults(run=module.run)
+        module.add_arguments(self)
+
+    def parse_known_args(self, args=None, namespace=None):
+        self.fill()
+        return super().parse_known_args(args, namespace)
+
+
+class _PrintCompletion(argparse.Action):
+    """`--print-completion SHELL`: writes the completions of all subcommands for that shell, and leaves."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        import shtab
+
+        fill_all(parser)
+        print(shtab.complete(parser, str(values)))
+        parser.exit(0)
+
+
+def fill_all(parser: argparse.ArgumentParser) -> None:
+    """Imports the modules of all subcommands, so that `parser` knows every flag."""
+    if isinstance(parser, _LazyParser):
+        parser.fill()
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for own in action.choices.values():
+                fill_all(own)
+
+
+def make_parser() -> CommandParser:
+    """The parser of all subcommands, of which each is filled when it is chosen."""
+    parser = CommandParser(prog="baichuan-omni", description="Baichuan-Omni-1.5 in JAX: data, training, generation.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    parser.add_argument(
+        "--print-completion",
+        action=_PrintCompletion,
+        choices=("bash", "zsh", "tcsh"),
+        help='completions for that shell, as in: eval "$(baichuan-omni --print-completion bash)"',
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_LazyParser)
+    for name, command in COMMANDS.items():
+        commands.add_parser(name, module=command.module, help=command.help)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Returns:
+        The exit code: 0; 1 where the command itself found something wanting (`verify`, `preflight`, `data validate`);
+        2 where something given cannot be used and 3 where a run ended itself, with one sentence; 130 after Ctrl-C.
+    """
+
+    def run() -> int | None:
+        options = make_parser().parse_args(arguments)
+        return options.run(options)
+
+    return exit_code(run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

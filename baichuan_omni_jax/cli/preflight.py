@@ -1,0 +1,74 @@
+"""Does a run fit a TPU slice? Compiles its real training step for the slice, without a TPU.
+
+    pip install -e '.[preflight]'
+    baichuan-omni preflight --config configs/omni_64k.py --topology v5p:4x4x4 [--json FILE] [--plot FILE.png]
+
+Prints, for one chip, memory by part, parameters and optimizer by group and collectives, and the step's model FLOPs;
+what to change where it does not fit. Exit code 0: it fits. 1: it does not. 2: something given cannot be used, the
+message says what.
+"""
+
+import argparse
+import json
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+from baichuan_omni_jax.cli.common import add_run_arguments, check_folders
+from baichuan_omni_jax.errors import ConfigError
+
+# Before JAX starts: compiling is a matter for the CPU, and others may use libtpu at the same time. Without the last
+# three libtpu looks for the TPU machine that this is not, and complains at length.
+ENVIRONMENT = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "TPU_SKIP_MDS_QUERY": "1",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_run_arguments(parser)
+    add = parser.add_argument
+    add("--topology", required=True, metavar="TYPE:AxBxC", help="the slice, such as v5p:4x4x4")
+    add("--slices", type=int, metavar="N", help="how many of them; default: mesh.slices of the config")
+    add("--json", type=Path, metavar="FILE", help="also write the report here")
+    add("--plot", type=Path, metavar="FILE.png", help="also draw it (needs the extra `show`)")
+    add("--mean", type=float, metavar="N", help="tokens of a document, for the FLOPs")
+    add("--sigma", type=float, metavar="X", help="spread of the lengths' logarithm")
+    add("--picture", type=int, metavar="N", help="patches of a picture, for the FLOPs")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Returns 0 where the run fits, 1 where it does not. Raises ConfigError naming what cannot be used."""
+    check_outputs(options)
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    # Only now: these import JAX.
+    from rich.console import Console
+
+    from baichuan_omni_jax.config import apply_overrides, load_run_config, resolve_model
+    from baichuan_omni_jax.train.preflight import Packing, preflight
+    from baichuan_omni_jax.train.preflight.tables import print_report
+
+    slices = [] if options.slices is None else [f"mesh.slices={options.slices}"]
+    run = apply_overrides(load_run_config(options.config), [*options.set, *slices])
+    given = {name: getattr(options, name) for name in ("mean", "sigma", "picture")}
+    packing = Packing(**{name: value for name, value in given.items() if value is not None})
+    report = preflight(run, resolve_model(run.model), options.topology, packing)
+    print_report(Console(), report)
+    if options.json:
+        options.json.write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
+    if options.plot:
+        from baichuan_omni_jax.train.preflight.plot import plot
+
+        plot(report, options.plot)
+    return 0 if report.fits else 1
+
+
+def check_outputs(options: argparse.Namespace) -> None:
+    """Before minutes of compiling: raises ConfigError for files that could not be written."""
+    check_folders(options, "json", "plot")
+    if options.plot and find_spec("matplotlib") is None:
+        raise ConfigError("--plot needs matplotlib: pip install 'baichuan_omni_jax[show]'")

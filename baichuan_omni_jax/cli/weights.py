@@ -1,0 +1,161 @@
+"""Moves weights between a Hugging Face folder and a checkpoint of ours (docs/how-to/weights.md).
+
+    baichuan-omni convert to-jax --from HF_DIR [--vocoder hift.pt] --to DIR
+    baichuan-omni convert to-torch --from DIR [--base CONVERTED_DIR] --to HF_DIR
+    baichuan-omni convert to-qwen2 --from DIR --to HF_DIR
+    baichuan-omni convert from-whisper --from WHISPER_DIR --to DIR [--model MODEL]
+
+`--dry-run` prints the plan and writes nothing. `to-qwen2` writes the language model alone, as a `Qwen2ForCausalLM` that
+transformers and vLLM load. `from-whisper` makes a new audio tokenizer with Whisper's encoder. Exit
+code 2: something given cannot be used, the message says what.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from baichuan_omni_jax.branches import CONVERTED_BRANCHES, MODEL_BRANCHES
+from baichuan_omni_jax.checkpoint import save_branches
+from baichuan_omni_jax.checkpoint.branches import CONFIG
+from baichuan_omni_jax.cli.common import start_logging
+from baichuan_omni_jax.config import resolve_model
+from baichuan_omni_jax.convert import convert_to_jax, convert_to_torch, open_source, plan_to_jax, plan_to_torch
+from baichuan_omni_jax.convert.files import missing_code
+from baichuan_omni_jax.convert.qwen2 import TOKENIZER, convert_to_qwen2, plan_qwen2
+from baichuan_omni_jax.convert.report import describe_plan
+from baichuan_omni_jax.convert.safetensors_io import SINGLE
+from baichuan_omni_jax.convert.to_torch import SHARD_BYTES, Source
+from baichuan_omni_jax.convert.whisper import tokenizer_from_whisper
+from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.storage import check_target, read_json_object
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(dest="command", required=True, metavar=" | ".join(COMMANDS))
+    to_jax = commands.add_parser("to-jax", help="Hugging Face folder -> checkpoint")
+    to_jax.add_argument("--from", dest="source", required=True, metavar="HF_DIR", help="the released folder")
+    to_jax.add_argument("--vocoder", metavar="FILE", help="hift.pt or .safetensors, vocoder_config.json next to it")
+    to_jax.add_argument("--branches", default="", metavar="A,B", help=f"only these of {','.join(MODEL_BRANCHES)}")
+    to_torch = commands.add_parser("to-torch", help="checkpoint or workdir -> Hugging Face folder")
+    qwen2 = commands.add_parser("to-qwen2", help="language model of a checkpoint or workdir -> Qwen2ForCausalLM folder")
+    for command in (to_torch, qwen2):
+        command.add_argument("--from", dest="source", required=True, metavar="DIR", help="DIR or branch=DIR,...")
+        command.add_argument("--base", metavar="DIR", help="where branches and files that --from lacks come from")
+        command.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: as stored")
+        command.add_argument(
+            "--shard-mb", type=int, default=SHARD_BYTES >> 20, help="largest file (default %(default)s)"
+        )
+    whisper = commands.add_parser("from-whisper", help="Whisper checkpoint -> branch audio_encoder, to be trained")
+    whisper.add_argument("--from", dest="source", required=True, metavar="WHISPER_DIR", help="as Hugging Face has it")
+    whisper.add_argument("--model", default="baichuan_omni_7b", help="name or config.json (default %(default)s)")
+    for command in (to_jax, to_torch, qwen2, whisper):
+        command.add_argument("--to", dest="target", required=True, metavar="DIR", help="must not hold anything yet")
+    for command in (to_jax, to_torch, qwen2):
+        command.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
+
+
+def to_jax(options: argparse.Namespace) -> None:
+    source, target = Path(options.source).expanduser(), Path(options.target).expanduser()
+    vocoder = Path(options.vocoder).expanduser() if options.vocoder else None
+    branches = tuple(filter(None, options.branches.split(",")))
+    for name in branches:
+        if name not in MODEL_BRANCHES:
+            raise ConfigError(f"--branches names {name!r}; the model has {', '.join(MODEL_BRANCHES)}")
+    check_target(target)
+    jobs = plan_to_jax(source, vocoder, branches)
+    _say("\n".join(describe_plan(job.plan, rows=options.dry_run) for job in jobs))
+    if not options.dry_run:
+        with _progress(sum(job.plan.nbytes for job in jobs)) as advance:
+            convert_to_jax(source, target, vocoder=vocoder, jobs=jobs, advance=advance)
+        _say(f"wrote {target}")
+
+
+def to_torch(options: argparse.Namespace) -> None:
+    target, source = _open_export(options)
+    exports = plan_to_torch(source, options.dtype)
+    _say("\n".join(describe_plan(export.plan, rows=options.dry_run) for export in exports.values()))
+    if absent := [name for name in CONVERTED_BRANCHES if name not in source.readers]:
+        _say(f"not there, so not written: {', '.join(absent)}")
+    if source.left_out:
+        _say(f"left out, the released model has no place for it: {', '.join(source.left_out)}")
+    if not options.dry_run:
+        with _progress(sum(export.nbytes for export in exports.values())) as advance:
+            convert_to_torch(source, target, exports=exports, shard_bytes=options.shard_mb << 20, advance=advance)
+        _say(f"wrote {target}")
+        model = exports.get(SINGLE)
+        if model and len(model.dtypes) > 1:
+            kinds = " and ".join(model.dtypes)
+            _say(f"tensors are {kinds}, config.json says {model.dtype}: --dtype writes all of them alike")
+        _say(_what_runs_it(target))
+
+
+def to_qwen2(options: argparse.Namespace) -> None:
+    target, source = _open_export(options)
+    export = plan_qwen2(source, options.dtype)
+    _say(describe_plan(export.plan, rows=options.dry_run))
+    if not options.dry_run:
+        with _progress(export.nbytes) as advance:
+            convert_to_qwen2(source, target, export=export, shard_bytes=options.shard_mb << 20, advance=advance)
+        _say(f"wrote {target}: a Qwen2ForCausalLM of {export.dtype}, for transformers and vLLM without other code")
+        if not (target / TOKENIZER).is_file():
+            _say(f"{source.home} brings no {TOKENIZER}: put the tokenizer's files beside the weights, or name another")
+
+
+def _open_export(options: argparse.Namespace) -> tuple[Path, Source]:
+    """The folder to write, and the branches to read."""
+    target = Path(options.target).expanduser()
+    if options.shard_mb < 1:
+        raise ConfigError(f"--shard-mb must be at least 1, not {options.shard_mb}")
+    check_target(target)
+    return target, open_source(options.source, options.base)
+
+
+def _what_runs_it(folder: Path) -> str:
+    """What the released code needs beside the weights, and this project does not contain."""
+    if not read_json_object(folder / CONFIG).get("auto_map"):
+        return (
+            "its config.json names no code (auto_map): to run it with the released code, export with --base CONVERTED, "
+            "which brings the released config.json, Python files and tokenizer (docs/how-to/weights.md)"
+        )
+    if missing := missing_code(folder):
+        return f"the released code also needs, from the released folder: {', '.join(missing)} (docs/how-to/weights.md)"
+    return (
+        "the Python files that its config.json names are beside it (what else the demos need: docs/how-to/weights.md)"
+    )
+
+
+def from_whisper(options: argparse.Namespace) -> None:
+    source, target = Path(options.source).expanduser(), Path(options.target).expanduser()
+    check_target(target)
+    cfg = resolve_model(options.model)
+    save_branches(target, {"audio_encoder": tokenizer_from_whisper(source, cfg)}, cfg)
+    _say(f"wrote {target}: audio_encoder with Whisper's encoder; bridge and codebooks are random")
+
+
+COMMANDS = {"to-jax": to_jax, "to-torch": to_torch, "to-qwen2": to_qwen2, "from-whisper": from_whisper}
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr: share done, bytes, bytes a second, time left."""
+    columns = (TextColumn("converting"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+        task = progress.add_task("converting", total=total)
+        yield lambda done: progress.advance(task, done)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Converts as the options say. Raises ConfigError naming what cannot be used."""
+    start_logging()
+    # Conversion is the host's work: an accelerator, if there is one, is left alone.
+    jax.config.update("jax_platforms", "cpu")
+    COMMANDS[options.command](options)
