@@ -3,7 +3,7 @@
 import argparse
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from baichuan_omni_jax import __version__
@@ -19,8 +19,16 @@ class Command:
     help: str
 
 
-CLI = "baichuan_omni_jax.cli"
-COMMANDS: dict[str, Command] = {
+@dataclass(frozen=True)
+class Group:
+    """Subcommands under one word."""
+
+    commands: dict[str, Command]
+    help: str
+
+
+CLI, DATA = "baichuan_omni_jax.cli", "data_pipelines"
+COMMANDS: dict[str, Command | Group] = {
     "train": Command(f"{CLI}.train", "train a run of configs/, or go on with it"),
     "stages": Command(f"{CLI}.stages", "train stages one after the other, each from the weights of the one before"),
     "preflight": Command(f"{CLI}.preflight", "tell whether a run fits a TPU slice, without a TPU"),
@@ -31,6 +39,18 @@ COMMANDS: dict[str, Command] = {
     "resynthesize": Command(f"{CLI}.resynthesize", "turn speech into codes and back into a waveform"),
     "convert": Command(f"{CLI}.weights", "move weights between Hugging Face folders and checkpoints"),
     "verify": Command(f"{CLI}.verify", "compare converted weights with the released computation"),
+    "data": Group(
+        {
+            "build": Command(f"{DATA}.datasets.builder.command", "write shards with the media inside, from manifests"),
+            "validate": Command(f"{DATA}.tools.validate", "read a built dataset through and tell what is wrong"),
+            "stats": Command(f"{DATA}.tools.stats", "count documents and media, by type and size; shares of the loss"),
+            "visualize": Command(f"{DATA}.tools.visualize", "draw packed rows and one document"),
+            "sample": Command(f"{DATA}.sample.build", "write the offline sample data set"),
+            "synthesize": Command(f"{DATA}.synthesis.command", "make new documents from those of manifests"),
+            "import-seqio": Command(f"{DATA}.datasets.importers.seqio_cache", "write a seqio mixture as a data set"),
+        },
+        "build, check, show and make data sets",
+    ),
 }
 
 
@@ -86,10 +106,17 @@ def make_parser() -> CommandParser:
         choices=("bash", "zsh", "tcsh"),
         help='completions for that shell, as in: eval "$(baichuan-omni --print-completion bash)"',
     )
-    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_LazyParser)
-    for name, command in COMMANDS.items():
-        commands.add_parser(name, module=command.module, help=command.help)
+    _add_commands(parser, COMMANDS)
     return parser
+
+
+def _add_commands(parser: argparse.ArgumentParser, commands: Mapping[str, Command | Group]) -> None:
+    choices = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_LazyParser)
+    for name, command in commands.items():
+        if isinstance(command, Group):
+            _add_commands(choices.add_parser(name, help=command.help, description=command.help), command.commands)
+        else:
+            choices.add_parser(name, module=command.module, help=command.help)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
