@@ -235,7 +235,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--module", action="append", default=[], metavar="M", help="a module that registers it; may be repeated")
     add("--tokenizer", required=True, metavar="FILE", help="the tokenizer.json that training will use (data.tokenizer)")
     add("--out", required=True, type=Path, metavar="DIR", help="the data set's folder")
-    add("--split", default="train")
+    add("--split", default="train", metavar="NAME", help="of the mixture (default %(default)s)")
     add("--documents", type=int, metavar="N", help="how many in all (default, of a Task: every example once)")
     add("--shards", type=int, default=0, metavar="N", help=f"files (default: one for {SHARD_DOCUMENTS} documents)")
     add("--seed", type=int, help="of sources and preprocessors that draw; they must take one")
