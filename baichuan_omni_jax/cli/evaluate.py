@@ -36,8 +36,7 @@ from baichuan_omni_jax.sharding import make_mesh
 from baichuan_omni_jax.train.mel_waves import MelWaves
 from data_pipelines.datasets.sources import trusted_folders
 from data_pipelines.errors import SampleError
-from data_pipelines.media.features import clip_windows, log_mel
-from data_pipelines.media.mel_targets import mel_target
+from data_pipelines.media.features import clip_windows, log_mel, mel_target
 from data_pipelines.tools.commands import add_media_arguments, load_function, root_from_options, trusted_from_options
 
 DRAWN = 3  # clips on the picture

@@ -32,8 +32,8 @@ from baichuan_omni_jax.config import GenerationConfig
 from baichuan_omni_jax.errors import ConfigError, RequestError
 from baichuan_omni_jax.generation.batch_requests import Question, answer_questions, read_questions
 from baichuan_omni_jax.generation.chat import ChatAnswer, Reply
-from data_pipelines.documents.id_prompt import read_id_file
 from data_pipelines.documents.manifest import open_manifest
+from data_pipelines.documents.token_ids import read_id_file
 
 
 def run(options: argparse.Namespace) -> None:

@@ -28,9 +28,8 @@ from baichuan_omni_jax.generation.speech_decoder import Resynthesised, Speaker
 from baichuan_omni_jax.sharding import make_mesh
 from data_pipelines.errors import SampleError
 from data_pipelines.media.audio import decode_audio, probe_audio
-from data_pipelines.media.features import Window, clip_windows, log_mel
+from data_pipelines.media.features import Window, clip_windows, log_mel, mel_target
 from data_pipelines.media.location import Media
-from data_pipelines.media.mel_targets import mel_target
 
 
 def run(options: argparse.Namespace) -> None:

@@ -21,13 +21,13 @@ from jaxtyping import Float, Int32
 
 from baichuan_omni_jax.config import VOICE, OmniConfig
 from baichuan_omni_jax.errors import ConfigError, RequestError
-from data_pipelines.documents.conversation import ROLES, opening_elements, role_mark
 from data_pipelines.documents.document import EncodedDocument
 from data_pipelines.documents.processor import Processor, Said
+from data_pipelines.documents.prompt_writing import ROLES, opening_elements, role_mark
 from data_pipelines.documents.prompts import AudioElement, Element, ImageElement, TextElement, VideoElement
 from data_pipelines.errors import SampleError
+from data_pipelines.media.containers import MAX_SAMPLING_RATE
 from data_pipelines.media.file_kinds import plain_reason
-from data_pipelines.media.limits import MAX_SAMPLING_RATE
 from data_pipelines.media.location import Media, MediaReference, MediaRoot, find_media, local_path
 from data_pipelines.synthesis.prompts import TRANSCRIBE
 from data_pipelines.text.splitting import split_text

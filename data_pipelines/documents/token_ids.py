@@ -1,12 +1,20 @@
-"""Text that is tokenised already, as a media item: 16 bytes of the tokenizer's fingerprint, then int32 ids.
+"""Text that is tokenized already: as a media item of a document, and as a prompt for a model without a tokenizer.
 
-<trainable_start><tokens_start_omni>{"path": "targets"}<tokens_end_omni><trainable_end>
+An item has 16 bytes of the tokenizer's fingerprint, then int32 ids:
+
+    <trainable_start><tokens_start_omni>{"path": "targets"}<tokens_end_omni><trainable_end>
 """
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from baichuan_omni_jax.config import OmniConfig
+from baichuan_omni_jax.errors import RequestError
+from data_pipelines.documents.document import EncodedDocument
 from data_pipelines.errors import SampleError
 from data_pipelines.media.location import Media, reading
 
@@ -45,3 +53,45 @@ def _unpack_ids(media: Media) -> tuple[str, np.ndarray]:
         if ids.min(initial=0) < 0:
             raise ValueError("it has ids outside the vocabulary")
     return content[:_FINGERPRINT].hex(), ids
+
+
+def encode_ids(ids: Any, config: OmniConfig) -> EncodedDocument:
+    """Token ids as a prompt; no tokenizer is needed. Raises RequestError "bad_message" for ids that cannot stand alone.
+
+    Pads of media would need their media: messages have those.
+    """
+    whole = isinstance(ids, Sequence) and all(isinstance(token, int) and not isinstance(token, bool) for token in ids)
+    if not whole or not ids:
+        raise RequestError("bad_message", "the token ids are no list of whole numbers")
+    if min(ids) < 0 or max(ids) >= config.llm.vocab_size:
+        raise RequestError("bad_message", f"a token id lies outside the vocabulary of {config.llm.vocab_size}")
+    tokens, special = np.asarray(ids, np.int32), config.tokens
+    if np.isin(tokens, (special.audio_pad, special.image_pad, special.video_place)).any():
+        raise RequestError("bad_message", "the token ids hold pads of media, without their media")
+    n, levels = len(ids), config.audio.levels
+    codes, slots = np.zeros((0, levels), np.int32), np.zeros(0, np.int32)
+    return EncodedDocument(
+        tokens=tokens,
+        text_targets=np.zeros(n, np.int32),
+        text_weights=np.zeros(n, np.float32),
+        audio_codes=codes,
+        audio_slots=slots,
+        audio_targets=codes,
+        audio_weights=codes.astype(np.float32),
+        audio_target_slots=slots,
+        patches=np.zeros((0, config.vision.patch_values), np.uint8),
+        patch_grid=np.zeros((0, 2), np.int32),
+        patch_frames=slots,
+        visual_slots=slots,
+    )
+
+
+def read_id_file(path: Path) -> list[Any]:
+    """The list of a JSON file. Raises RequestError "bad_message"."""
+    try:
+        ids = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RequestError("bad_message", f"token ids {path} cannot be read: {error}") from error
+    if not isinstance(ids, list):
+        raise RequestError("bad_message", f"token ids {path} are no list")
+    return ids

@@ -46,8 +46,7 @@ from data_pipelines.media.audio_sizes import (
     w64_promise,
     wave_promise,
 )
-from data_pipelines.media.containers import Damage, opened
-from data_pipelines.media.limits import MAX_AUDIO_SAMPLES, check_audio, check_bytes, check_packets
+from data_pipelines.media.containers import MAX_AUDIO_SAMPLES, Damage, check_audio, check_bytes, check_packets, opened
 from data_pipelines.media.location import Media, reading
 
 TOLERANCE = 0.1  # seconds by which decoded audio may differ from what was promised or measured

@@ -19,10 +19,9 @@ from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
 from baichuan_omni_jax.config import ImagesConfig
 from data_pipelines.errors import SampleError
-from data_pipelines.media.limits import check_bytes, check_pixels
+from data_pipelines.media.containers import check_bytes, check_pixels
 from data_pipelines.media.location import Media, UnknownFormatError, reading
-from data_pipelines.media.pixels import to_rgb
-from data_pipelines.media.png import SIGNATURE, Png, read_png
+from data_pipelines.media.pixels import SIGNATURE, Png, read_png, to_rgb
 
 MIN_PIXELS = 256  # an image of this area or less is refused at loading, before any resizing
 MAX_ASPECT = 200

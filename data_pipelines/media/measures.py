@@ -20,8 +20,8 @@ from data_pipelines.documents.prompts import (
     parse_prompt,
 )
 from data_pipelines.media.audio import probe_audio
+from data_pipelines.media.containers import MAX_VIDEO_SECONDS
 from data_pipelines.media.images import probe_image
-from data_pipelines.media.limits import MAX_VIDEO_SECONDS
 from data_pipelines.media.location import Media, find_media
 from data_pipelines.media.videos import probe_video
 

@@ -13,8 +13,7 @@ from av.container import InputContainer
 from av.packet import Packet
 from av.video.stream import VideoStream
 
-from data_pipelines.media.containers import opened
-from data_pipelines.media.limits import check_packets
+from data_pipelines.media.containers import check_packets, opened
 from data_pipelines.media.location import Media
 
 _PROMISING = {"mov", "matroska", "flv"}  # formats whose length is what the header says; of others FFmpeg guesses it

@@ -22,9 +22,8 @@ from av.video.reformatter import Colorspace, VideoReformatter
 from av.video.stream import VideoStream
 from jaxtyping import UInt8
 
-from data_pipelines.media.containers import Damage, decode_packets, opened
+from data_pipelines.media.containers import MAX_FRAME_PIXELS, Damage, check_decoded, check_video, decode_packets, opened
 from data_pipelines.media.images import check_size
-from data_pipelines.media.limits import MAX_FRAME_PIXELS, check_decoded, check_video
 from data_pipelines.media.location import Media
 from data_pipelines.media.video_clock import is_cut, lacks_frames, measured_seconds, promised_seconds
 

@@ -28,9 +28,8 @@ from data_pipelines.documents.document import Document, Lengths
 from data_pipelines.documents.processor import Processor
 from data_pipelines.documents.turns import cut_turns, document_elements, has_frames
 from data_pipelines.errors import SampleError
-from data_pipelines.packing.columns import NAMES, Columns, make_columns, write_columns
+from data_pipelines.packing.columns import NAMES, NO_PIECES, WHOLE, Columns, Pieces, make_columns, write_columns
 from data_pipelines.packing.index import Index
-from data_pipelines.packing.pieces import NO_PIECES, WHOLE, Pieces
 from data_pipelines.packing.row_limits import RowLimits, budget_lengths
 
 POLICIES = typing.get_args(Policy)

@@ -27,8 +27,7 @@ from data_pipelines.packing.batch import Batch, RowWriter, empty_rows
 from data_pipelines.packing.context_plan import ContextPlan
 from data_pipelines.packing.index import Index
 from data_pipelines.packing.loss_weights import weigh
-from data_pipelines.packing.media_layout import PatchLayout
-from data_pipelines.packing.mel_slots import MelSlots, row_key
+from data_pipelines.packing.media_layout import MelSlots, PatchLayout, row_key
 from data_pipelines.packing.row_limits import BUDGETED
 from data_pipelines.packing.row_plan import PackedRow, StepPlan
 

@@ -13,7 +13,7 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.patheffects import withStroke
 
 from baichuan_omni_jax.errors import ConfigError
-from data_pipelines.text.lettering import Lettering
+from data_pipelines.text.fonts import Lettering
 from data_pipelines.tools.row_views import (
     AUDIO_LOSS,
     FRAME,

@@ -19,8 +19,7 @@ from baichuan_omni_jax.flow.model import FlowDecoder
 from baichuan_omni_jax.flow.training import flow_losses
 from baichuan_omni_jax.nn.param import ComputePolicy, named_values, with_values
 from baichuan_omni_jax.sharding import make_mesh
-from data_pipelines.media.features import mel_length
-from data_pipelines.media.mel_targets import mel_target
+from data_pipelines.media.features import mel_length, mel_target
 
 COMPUTE, KEY = ComputePolicy(attention_block=16, remat="none"), jax.random.key(0)
 WAVE = (0.1 * np.random.default_rng(0).standard_normal(48_000)).astype(np.float32)

@@ -6,7 +6,7 @@ import pytest
 from baichuan_omni_jax.config.mel_targets import flow_target
 from baichuan_omni_jax.flow.config import FlowConfig
 from baichuan_omni_jax.vocoder.griffin_lim import griffin_lim
-from data_pipelines.media.mel_targets import mel_target
+from data_pipelines.media.features import mel_target
 
 SETTINGS = flow_target(FlowConfig())
 

@@ -33,10 +33,9 @@ from data_pipelines.datasets.shards import (
     write_description,
 )
 from data_pipelines.datasets.sources import ANY_FOLDER, media_root, trusted_folders
-from data_pipelines.documents.conversation import misses_marks
-from data_pipelines.documents.document import Document
-from data_pipelines.documents.document_types import is_known_type
+from data_pipelines.documents.document import Document, is_known_type
 from data_pipelines.documents.manifest import LineRange
+from data_pipelines.documents.prompt_writing import misses_marks
 from data_pipelines.documents.prompts import TextElement, parse_prompt, replace_references
 from data_pipelines.errors import SampleError
 from data_pipelines.media.location import Media, MediaReference, find_media, reading

@@ -13,7 +13,6 @@ from baichuan_omni_jax.config import tiny
 from baichuan_omni_jax.errors import ConfigError, RequestError
 from data_pipelines.datasets.builder.command import main as build
 from data_pipelines.documents.chat_prompt import ChatPrompts
-from data_pipelines.documents.conversation import voice_prompt
 from data_pipelines.documents.document import Document
 from data_pipelines.documents.processor import Processor
 from data_pipelines.documents.prompt_writing import (
@@ -26,6 +25,7 @@ from data_pipelines.documents.prompt_writing import (
     speech_tag,
     trainable,
     turn,
+    voice_prompt,
     write_prompt,
 )
 from data_pipelines.documents.prompts import NAMES, ImageElement, TextElement, parse_prompt

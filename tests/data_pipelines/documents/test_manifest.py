@@ -20,7 +20,7 @@ from data_pipelines.documents.manifest import plain_manifest, read_manifest, spl
 from data_pipelines.documents.processor import Processor
 from data_pipelines.errors import SampleError
 from data_pipelines.media.location import MediaRoot
-from data_pipelines.packing.index_build import load_index
+from data_pipelines.packing.index import load_index
 from data_pipelines.pipeline import open_pipeline
 from data_pipelines.tokenizers.tokenizer import train_tokenizer
 from data_pipelines.tools.stats import main as stats
@@ -274,7 +274,7 @@ def test_causes_are_told_on_the_terminal_with_the_first_line_of_each(tmp_path, c
 def test_data_workers_import_neither_jax_nor_librosa():
     code = (
         "import sys; import data_pipelines.documents.processor, data_pipelines.documents.manifest;"
-        "import data_pipelines.tokenizers.qwen_ranks;"
+        "import data_pipelines.tokenizers.tokenizer;"
         "print([name for name in ('jax', 'flax', 'librosa', 'torch') if name in sys.modules])"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)

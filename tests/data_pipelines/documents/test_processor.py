@@ -13,8 +13,7 @@ from baichuan_omni_jax.config import ImagesConfig, OmniConfig, released_images, 
 from data_pipelines.documents.processor import Processor
 from data_pipelines.errors import SampleError
 from data_pipelines.media.audio import clip_key
-from data_pipelines.tokenizers.qwen_ranks import tokenizer_from_ranks
-from data_pipelines.tokenizers.tokenizer import encode, train_tokenizer
+from data_pipelines.tokenizers.tokenizer import encode, tokenizer_from_ranks, train_tokenizer
 from tests.helpers.golden import golden_path, ranks_path
 from tests.helpers.small_media import document, media, write_image, write_sound, write_video
 

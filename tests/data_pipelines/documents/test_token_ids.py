@@ -15,7 +15,7 @@ from data_pipelines.documents.prompts import TextElement, TokensElement, parse_p
 from data_pipelines.documents.token_ids import pack_ids, read_ids
 from data_pipelines.errors import SampleError
 from data_pipelines.media.location import Media, MediaReference
-from data_pipelines.packing.index_build import load_index
+from data_pipelines.packing.index import load_index
 from data_pipelines.tokenizers.tokenizer import encode, tokenizer_fingerprint, train_tokenizer
 from data_pipelines.tools.commands import make_runner
 from data_pipelines.tools.row_views import TEXT, describe

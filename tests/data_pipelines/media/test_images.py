@@ -336,7 +336,7 @@ class TestPng:
                 decode_image(media(tmp_path / "a.png"))
 
     def test_many_chunks(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("data_pipelines.media.png._MAX_CHUNKS", 50)
+        monkeypatch.setattr("data_pipelines.media.pixels._MAX_CHUNKS", 50)
         (tmp_path / "a.png").write_bytes(png_bytes(picture(20, 30), chunk(b"tEXt", b"a\x00b") * 60))
         with pytest.raises(SampleError, match="more than 50 chunks"):
             probe_image(media(tmp_path / "a.png"))

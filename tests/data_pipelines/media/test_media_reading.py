@@ -12,7 +12,8 @@ from PIL import Image
 
 from data_pipelines.errors import SampleError
 from data_pipelines.media import audio as sounds
-from data_pipelines.media import limits, videos
+from data_pipelines.media import containers as limits
+from data_pipelines.media import videos
 from data_pipelines.media.audio import clip_key, decode_audio, probe_audio
 from data_pipelines.media.file_kinds import plain_reason
 from data_pipelines.media.images import decode_image, probe_image

@@ -23,9 +23,10 @@ from data_pipelines.documents.manifest import parse_line
 from data_pipelines.documents.processor import Processor
 from data_pipelines.errors import SampleError
 from data_pipelines.media.location import MediaRoot
-from data_pipelines.packing import columns, index_build
+from data_pipelines.packing import columns
+from data_pipelines.packing import index as index_build
 from data_pipelines.packing.columns import BYTES_PER_DOCUMENT, BYTES_PER_IMAGE, NAMES, make_columns
-from data_pipelines.packing.index_build import load_index
+from data_pipelines.packing.index import load_index
 from data_pipelines.pipeline import open_pipeline
 from data_pipelines.tokenizers.tokenizer import train_tokenizer
 from tests.helpers.small_media import write_image, write_sound

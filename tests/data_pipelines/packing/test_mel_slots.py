@@ -18,9 +18,8 @@ from baichuan_omni_jax.omni.batch import BRANCH_FIELDS, abstract_batch
 from baichuan_omni_jax.sharding import ShardingRules
 from data_pipelines.errors import SampleError
 from data_pipelines.media.audio import decode_audio
-from data_pipelines.media.features import log_mel, mel_length
-from data_pipelines.media.mel_targets import mel_target
-from data_pipelines.packing.mel_slots import MelSlots, mel_slots, row_key
+from data_pipelines.media.features import log_mel, mel_length, mel_target
+from data_pipelines.packing.media_layout import MelSlots, mel_slots, row_key
 from tests.data_pipelines.conftest import BUDGETS, with_config
 from tests.helpers.small_media import document
 

@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from baichuan_omni_jax.errors import ConfigError
-from data_pipelines.packing.mixture import Mixture, epochs_read
-from data_pipelines.packing.shuffle import permute
+from data_pipelines.packing.mixture import Mixture, epochs_read, permute
 from tests.helpers.listed import Listed, stream
 
 WEIGHTS = st.lists(st.floats(0.01, 100), min_size=1, max_size=6)

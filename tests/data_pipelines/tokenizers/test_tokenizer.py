@@ -7,9 +7,14 @@ import pytest
 
 from baichuan_omni_jax.config import OmniConfig, tiny
 from baichuan_omni_jax.errors import ConfigError
-from data_pipelines.tokenizers.qwen_ranks import tokenizer_from_ranks
 from data_pipelines.tokenizers.special_tokens import ASSISTANT, SPECIAL_TOKENS, USER
-from data_pipelines.tokenizers.tokenizer import check_tokenizer, encode, load_tokenizer, train_tokenizer
+from data_pipelines.tokenizers.tokenizer import (
+    check_tokenizer,
+    encode,
+    load_tokenizer,
+    tokenizer_from_ranks,
+    train_tokenizer,
+)
 from tests.helpers.golden import golden_path, ranks_path
 
 TEXTS = [

@@ -13,8 +13,8 @@ from data_pipelines.datasets.builder import command as build
 from data_pipelines.media.features import patchify, resize_image
 from data_pipelines.media.images import decode_image
 from data_pipelines.synthesis import command as synthesis
-from data_pipelines.text import lettering
-from data_pipelines.text.lettering import Lettering
+from data_pipelines.text import fonts as lettering
+from data_pipelines.text.fonts import Lettering
 from data_pipelines.tools import visualize
 from data_pipelines.tools.row_views import (
     AUDIO_LOSS,
