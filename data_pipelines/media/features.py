@@ -1,4 +1,4 @@
-"""What the model is given of media: images in patches, Whisper's mel of 30 s windows, mels that decoders learn to make."""
+"""Features that the model is given of media: patches, Whisper mels of 30 s windows; mels that decoders learn."""
 
 from dataclasses import dataclass
 from functools import lru_cache
