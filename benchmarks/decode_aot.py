@@ -38,7 +38,7 @@ from baichuan_omni_jax.llm.model import LanguageModel
 from baichuan_omni_jax.nn.param import ComputePolicy
 from baichuan_omni_jax.sharding import make_mesh
 from baichuan_omni_jax.train.preflight import devices_of
-from baichuan_omni_jax.train.preflight.collectives import collectives_of
+from baichuan_omni_jax.train.preflight.hlo import collectives_of
 from data_pipelines.text.speech_segments import piece_table
 
 GIB, MIB = 2**30, 2**20

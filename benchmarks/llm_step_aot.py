@@ -23,7 +23,7 @@ from rows import emit, row
 from baichuan_omni_jax.config import MeshConfig, RunConfig, load_run_config, resolve_model
 from baichuan_omni_jax.omni.batch import abstract_batch
 from baichuan_omni_jax.sharding import make_mesh
-from baichuan_omni_jax.train.state import abstract_opt_state, make_compute, make_setup
+from baichuan_omni_jax.train.state import abstract_opt_state, make_compute, make_step_spec
 from baichuan_omni_jax.train.step import make_step
 
 GIB = 2**30
@@ -36,10 +36,10 @@ def compile_step(run: RunConfig, devices: list) -> jax.stages.Compiled:
     """The training step of `run` for `devices` of a topology."""
     omni, mesh, compute = resolve_model(run.model), make_mesh(run.mesh, devices), make_compute(run)
     with jax.set_mesh(mesh):
-        setup = make_setup(run, omni, mesh, compute)
-        trainable, frozen = setup.split(setup.shapes())
+        spec = make_step_spec(run, omni, mesh, compute)
+        trainable, frozen = spec.split(spec.shapes())
         batch = abstract_batch(run.data.rows, run.data.budgets, omni, run.branches, mesh, compute.rules)
-        return make_step(setup, run).lower(trainable, frozen, abstract_opt_state(setup), batch).compile()
+        return make_step(spec, run).lower(trainable, frozen, abstract_opt_state(spec), batch).compile()
 
 
 def measure(topology: str, context: int, length: int) -> dict:

@@ -65,7 +65,7 @@ class Workdir:
     def hold(self) -> None:
         """Keeps other runs out of the workdir until `close`, or until this process is gone, killed or not.
 
-        Process 0 locks for all processes of the run; `hosts.together` tells the others. May be called again.
+        Process 0 locks for all processes of the run; `hosts.on_all_hosts` tells the others. May be called again.
 
         Raises ConfigError, naming its process and host, while another run works there.
         """

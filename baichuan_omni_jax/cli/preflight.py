@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
 
     from baichuan_omni_jax.config import apply_overrides, load_run_config, resolve_model
     from baichuan_omni_jax.train.preflight import Packing, preflight
-    from baichuan_omni_jax.train.preflight.tables import print_report
+    from baichuan_omni_jax.train.preflight.render import print_report
 
     slices = [] if options.slices is None else [f"mesh.slices={options.slices}"]
     run = apply_overrides(load_run_config(options.config), [*options.set, *slices])
@@ -61,7 +61,7 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         options.json.write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
     if options.plot:
-        from baichuan_omni_jax.train.preflight.plot import plot
+        from baichuan_omni_jax.train.preflight.render import plot
 
         plot(report, options.plot)
     return 0 if report.fits else 1

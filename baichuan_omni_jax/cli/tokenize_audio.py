@@ -27,7 +27,7 @@ from baichuan_omni_jax.config.mel_targets import run_mel_targets
 from baichuan_omni_jax.nn.param import ComputePolicy, named_values, with_values
 from baichuan_omni_jax.sharding import make_mesh
 from baichuan_omni_jax.train.groups import untrained_targets
-from baichuan_omni_jax.train.hosts import check_agreement, is_leader, leader_first, run_facts, software, together
+from baichuan_omni_jax.train.hosts import check_agreement, is_process_zero, process_zero_first, run_facts, version_facts, on_all_hosts
 from data_pipelines.audio_codes import CodeStore
 from data_pipelines.audio_codes.build import (
     SINGLE_HOST,
@@ -135,24 +135,24 @@ def run(options: argparse.Namespace) -> None:
 def tokenize(options: argparse.Namespace) -> None:
     """Does the work of this host, which has joined the others."""
     # By the text tokenizer of the run: the index is the run's own, and the same documents fit its rows.
-    run = together(lambda: with_text_tokenizer(apply_overrides(load_run_config(options.config), options.set)))
-    omni = together(lambda: resolve_model(run.model))
-    check_agreement(software() | run_facts(run))
-    pipelines = list(leader_first(lambda: open_pipelines(run, omni)).values())
-    settings = together(lambda: make_settings(options, run.data.workers))
+    run = on_all_hosts(lambda: with_text_tokenizer(apply_overrides(load_run_config(options.config), options.set)))
+    omni = on_all_hosts(lambda: resolve_model(run.model))
+    check_agreement(version_facts() | run_facts(run))
+    pipelines = list(process_zero_first(lambda: open_pipelines(run, omni)).values())
+    settings = on_all_hosts(lambda: make_settings(options, run.data.workers))
     alone = jax.process_count() == 1
-    hosts = SINGLE_HOST if alone else Hosts(jax.process_count(), jax.process_index(), leader_first, together)
-    home = together(lambda: find_tokenizer(run))
+    hosts = SINGLE_HOST if alone else Hosts(jax.process_count(), jax.process_index(), process_zero_first, on_all_hosts)
+    home = on_all_hosts(lambda: find_tokenizer(run))
     store, _ = ensure_codes(run, omni, pipelines, settings, home, hosts=hosts, relist=True)
     if options.verify:
-        leader_first(lambda: store.verify() if is_leader() else None)
-    if is_leader():
+        process_zero_first(lambda: store.verify() if is_process_zero() else None)
+    if is_process_zero():
         print(f"{store.path}: {len(store)} windows, {store.meta['frames']} code frames", end=" ")
         print(f"of tokenizer {store.meta['fingerprint']}" + (", all as written" if options.verify else ""))
 
 
 def make_settings(options: argparse.Namespace, workers: int) -> CodeBuildOptions:
     """What the command line says of the work. Only host 0 talks."""
-    report = print if is_leader() else lambda _: None
+    report = print if is_process_zero() else lambda _: None
     beam = make_runner("beam", workers) if options.runner == "beam" else None
     return CodeBuildOptions(workers, beam, options.part_frames, report)

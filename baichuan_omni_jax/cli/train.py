@@ -33,10 +33,10 @@ from baichuan_omni_jax.cli.tokenize_audio import ensure_codes, open_pipelines
 from baichuan_omni_jax.config import OmniConfig, RunConfig, apply_overrides, load_run_config, resolve_model
 from baichuan_omni_jax.generation.loading import is_untrained
 from baichuan_omni_jax.nn.param import named_values, with_values
-from baichuan_omni_jax.train.batch_placer import rows_of_host
-from baichuan_omni_jax.train.hosts import check_agreement, leader_first, run_facts, software, together, wait_for
+from baichuan_omni_jax.train.input import rows_of_host
+from baichuan_omni_jax.train.hosts import check_agreement, process_zero_first, run_facts, version_facts, on_all_hosts, wait_for
 from baichuan_omni_jax.train.profiling import parse_span
-from baichuan_omni_jax.train.trainer import Extras, set_up, train
+from baichuan_omni_jax.train.trainer import RunOptions, set_up, train
 from baichuan_omni_jax.train.wandb import load_wandb
 from data_pipelines.audio_codes import CodeStore
 from data_pipelines.audio_codes.build import CodeBuildOptions
@@ -63,28 +63,28 @@ def run(options: argparse.Namespace) -> None:
 
 def pretrain(options: argparse.Namespace) -> None:
     """Trains as one of the hosts, which have joined each other."""
-    run, omni, profile = together(lambda: read_options(options))
-    check_agreement(software() | run_facts(run))
+    run, omni, profile = on_all_hosts(lambda: read_options(options))
+    check_agreement(version_facts() | run_facts(run))
     # Everything that can refuse the run comes before it claims the workdir.
-    setup, compute = together(lambda: set_up(run, omni))
-    workdir, parent = together(lambda: open_workdir(run, Path(options.workdir)))
+    spec, compute = on_all_hosts(lambda: set_up(run, omni))
+    workdir, parent = on_all_hosts(lambda: open_workdir(run, Path(options.workdir)))
     begins = run.data.continue_sources and workdir.latest_step() is None
-    left = together(lambda: parent_data_state(parent)) if begins else None
-    home = together(lambda: find_tokenizer(run, workdir.path))
-    pipelines, tokenizer = leader_first(lambda: prepare(run, omni, workdir, home))
+    left = on_all_hosts(lambda: parent_data_state(parent)) if begins else None
+    home = on_all_hosts(lambda: find_tokenizer(run, workdir.path))
+    pipelines, tokenizer = process_zero_first(lambda: prepare(run, omni, workdir, home))
     check_agreement({name: value for parts in pipelines.values() for name, value in data_facts(*parts).items()})
-    shard = RowShard(rows_of_host(setup.mesh, compute.rules, run.data.rows))
-    context = setup.mesh.shape["context"]
-    held_out = together(
+    shard = RowShard(rows_of_host(spec.mesh, compute.rules, run.data.rows))
+    context = spec.mesh.shape["context"]
+    held_out = on_all_hosts(
         lambda: {name: TrainingData(*parts, shard, context) for name, parts in pipelines.items() if name}
     )
-    training = together(lambda: TrainingData(*pipelines[""], shard, context, left))
+    training = on_all_hosts(lambda: TrainingData(*pipelines[""], shard, context, left))
     workdir.write_run_config(run)
-    together(lambda: wait_for(workdir.path / "run_config.json"))
+    on_all_hosts(lambda: wait_for(workdir.path / "run_config.json"))
     record_parent(workdir.path, parent)
     if tokenizer is not None:
         keep_tokenizer(workdir.path, tokenizer, omni, origin_of(home))
-    extras = Extras(parent=parent, held_out=held_out, profile=profile, wandb=options.wandb)
+    extras = RunOptions(parent=parent, held_out=held_out, profile=profile, wandb=options.wandb)
     train(run, omni, workdir, training, extras)
     workdir.close()
 

@@ -19,24 +19,24 @@ from baichuan_omni_jax.nn.lengths import frames_before, keep
 from baichuan_omni_jax.omni.audio_tokenizer_model import Clips, clips_of, mel_targets_of
 from baichuan_omni_jax.omni.batch import Batch
 from baichuan_omni_jax.omni.flow_matching_model import beside
-from baichuan_omni_jax.train.state import Arrays, Setup
+from baichuan_omni_jax.train.state import Arrays, StepSpec
 from baichuan_omni_jax.train.transcript import transcript_entropies
 
 Sums = dict[str, Float[Array, "..."]]
 SAMPLING_SEED = 0  # of the noise that a held-out mel is sampled from: the same at every evaluation
 
 
-def tokenizer_sums(setup: Setup, run: RunConfig) -> Callable[[Arrays, Batch], Sums]:
+def tokenizer_sums(spec: StepSpec, run: RunConfig) -> Callable[[Arrays, Batch], Sums]:
     """The compiled (parameters, batch) -> sums over the batch's valid frames.
 
     Those of `code_sums`; `transcript` (2,), `transcript_weight`: cross-entropy from the features as they are, and from
     their codes.
     """
-    compute, reads = setup.task.compute, "llm" in run.branches
-    ratio = reconstruction_ratios(run.tokenizer.mel_scales, setup.task.omni.post_net)[0]
+    compute, reads = spec.task.compute, "llm" in run.branches
+    ratio = reconstruction_ratios(run.tokenizer.mel_scales, spec.task.omni.post_net)[0]
 
     def sums_of(parameters, batch):
-        model, batch = setup.assemble(parameters, {}), setup.task.weigh(batch)
+        model, batch = spec.assemble(parameters, {}), spec.task.weigh(batch)
         target = mel_targets_of(batch, ("scale_0",), compute)[0]
         sums, made = code_sums(model.audio_encoder, model.audio_decoder, clips_of(batch, compute), target, ratio)
         if reads:
@@ -101,12 +101,12 @@ def tokenizer_means(sums: Mapping[str, np.ndarray], code_rate: float) -> dict[st
     return {name: float(value) for name, value in means.items()}
 
 
-def flow_sums(setup: Setup, run: RunConfig) -> Callable[[Arrays, Batch], Sums]:
+def flow_sums(spec: StepSpec, run: RunConfig) -> Callable[[Arrays, Batch], Sums]:
     """The compiled (parameters, batch) -> summed absolute errors of the pre-net's and the sampled mel, and counts."""
-    compute = setup.task.compute
+    compute = spec.task.compute
 
     def sums_of(parameters, batch):
-        model = setup.assemble(parameters, {})
+        model = spec.assemble(parameters, {})
         hidden, lengths = model.hidden(clips_of(batch, compute))
         mel, lengths = beside(hidden, lengths, mel_targets_of(batch, ("flow",), compute)[0])
         noise = jax.random.normal(jax.random.key(SAMPLING_SEED), mel.shape)

@@ -18,8 +18,8 @@ from baichuan_omni_jax.config import RunConfig
 from baichuan_omni_jax.config.loss_shares import audio_scale
 from baichuan_omni_jax.evaluation.audio_scores import flow_means, flow_sums, tokenizer_means, tokenizer_sums
 from baichuan_omni_jax.evaluation.omni_losses import make_eval_step
-from baichuan_omni_jax.train.input import Data
-from baichuan_omni_jax.train.state import Setup, TrainState, saved_values
+from baichuan_omni_jax.train.input import TrainingData
+from baichuan_omni_jax.train.state import StepSpec, TrainState, saved_values
 
 Sums = dict[str, Float[np.ndarray, "..."]]
 
@@ -31,10 +31,10 @@ class Evaluation:
     nothing of what follows. `place` puts a batch on the mesh.
     """
 
-    def __init__(self, run: RunConfig, setup: Setup, place: Callable, mixtures: Mapping[str, Data]) -> None:
+    def __init__(self, run: RunConfig, spec: StepSpec, place: Callable, mixtures: Mapping[str, TrainingData]) -> None:
         self._run, self._place, self._mixtures = run, place, mixtures
         sources = max((len(data.sources) for data in mixtures.values()), default=1)
-        self._setup, self._sums_of = setup, make_sums(setup, run, sources)
+        self._setup, self._sums_of = spec, make_sums(spec, run, sources)
 
     def is_due(self, step: int) -> bool:
         """Before the first step, and after every `eval.every`."""
@@ -49,7 +49,7 @@ class Evaluation:
             losses |= {f"eval/{name}/{key}": value for key, value in means.items()}
         return losses
 
-    def _sums(self, state: TrainState, data: Data) -> Sums:
+    def _sums(self, state: TrainState, data: TrainingData) -> Sums:
         total: Sums = {}
         parameters = saved_values(self._setup, state)
         with closing(data.steps(None)) as steps:
@@ -60,17 +60,17 @@ class Evaluation:
         return total
 
 
-def make_sums(setup: Setup, run: RunConfig, sources: int) -> Callable[..., Sums]:
+def make_sums(spec: StepSpec, run: RunConfig, sources: int) -> Callable[..., Sums]:
     """The task's compiled (parameters, batch) -> sums."""
     if run.task == "audio_tokenizer":
-        return tokenizer_sums(setup, run)
-    return flow_sums(setup, run) if run.task == "flow_matching" else make_eval_step(setup, run, sources)
+        return tokenizer_sums(spec, run)
+    return flow_sums(spec, run) if run.task == "flow_matching" else make_eval_step(spec, run, sources)
 
 
-def make_means(setup: Setup, run: RunConfig, sums: Sums, sources: tuple[str, ...]) -> dict[str, float]:
+def make_means(spec: StepSpec, run: RunConfig, sums: Sums, sources: tuple[str, ...]) -> dict[str, float]:
     """The task's numbers from its sums."""
     if run.task == "audio_tokenizer":
-        return tokenizer_means(sums, setup.task.omni.audio.code_rate)
+        return tokenizer_means(sums, spec.task.omni.audio.code_rate)
     return flow_means(sums) if run.task == "flow_matching" else mean_losses(sums, sources, run)
 
 

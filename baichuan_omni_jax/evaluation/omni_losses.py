@@ -10,13 +10,13 @@ from baichuan_omni_jax.config import RunConfig
 from baichuan_omni_jax.omni.batch import Batch
 from baichuan_omni_jax.omni.merge import segments_with_media
 from baichuan_omni_jax.train.omni_loss import by_source, entropies
-from baichuan_omni_jax.train.state import Arrays, Setup
+from baichuan_omni_jax.train.state import Arrays, StepSpec
 
 # Of a batch, see `make_eval_step`.
 Sums = dict[str, Float[Array, "..."]]
 
 
-def make_eval_step(setup: Setup, run: RunConfig, sources: int) -> Callable[[Arrays, Batch], Sums]:
+def make_eval_step(spec: StepSpec, run: RunConfig, sources: int) -> Callable[[Arrays, Batch], Sums]:
     """The compiled (parameters, batch) -> sums of a batch whose `source_ids` are 0 .. `sources` - 1.
 
     `parameters` are all of them by dotted name, trainable and frozen. Sums, each with the weights to divide it by:
@@ -25,7 +25,7 @@ def make_eval_step(setup: Setup, run: RunConfig, sources: int) -> Callable[[Arra
     """
 
     def sums_of(parameters, batch):
-        model, batch = setup.assemble(parameters, {}), setup.task.weigh(batch)
+        model, batch = spec.assemble(parameters, {}), spec.task.weigh(batch)
         rules = model.compute.rules
         text, audio = entropies(model, batch, run)
         weights, source = batch["text_weights"], batch["source_ids"]

@@ -1,6 +1,6 @@
-"""Model FLOPs of the tasks that train on sound: what a clip holds at every rate, and the products that read it.
+"""Model FLOPs of the tasks that train on audio: what a clip holds at every rate, and the products that read it.
 
-The rules are those of `train/flops.py`. Rates of a clip of 3000 mel frames, released sizes:
+The rules are those of `flops/terms.py`. Rates of a clip of 3000 mel frames, released sizes:
 
     mel frames 3000 -> encoder 1500 -> codes 375 -> decoder 1499 (4 x 375 - 1) -> decoded mel 1873 (5/8 of 2 x 1499)
                                                     flow  1499
@@ -14,26 +14,26 @@ import math
 from typing import Any
 
 import numpy as np
-from jaxtyping import Array, Int
 
 from baichuan_omni_jax.audio.config import AudioConfig
-from baichuan_omni_jax.audio.post_net import KERNEL as POST_NET_KERNEL
 from baichuan_omni_jax.branches import BRANCHES
 from baichuan_omni_jax.config import OmniConfig, RunConfig
 from baichuan_omni_jax.config.mel_targets import run_mel_targets
-from baichuan_omni_jax.flops.omni import Part, language_parts
-from baichuan_omni_jax.flow.unet import ATTENTION_CHUNK
-from baichuan_omni_jax.flow.unet import KERNEL as FLOW_KERNEL
+from baichuan_omni_jax.flops.terms import FlopTerm, language_terms
+
+# Those of `audio/post_net.py` and `flow/unet.py`, which import jax; tests/flops holds them equal.
+POST_NET_KERNEL, FLOW_KERNEL, ATTENTION_CHUNK = 5, 3, 100
 
 _TOKENIZER, _DECODER = BRANCHES["audio_encoder"].path(), BRANCHES["audio_decoder"].path()
 _ENCODER, _BRIDGE = (BRANCHES["audio_encoder"].path(part) for part in ("encoder", "bridge"))
 _PRENET, _ESTIMATOR = (BRANCHES["flow"].path(part) for part in ("prenet", "estimator"))
 
-Lengths = Int[np.ndarray, "..."] | Int[Array, "..."]
+# Integers (any shape), of numpy on the host or of jax on device; naming jax's type would import it.
+Lengths = Any
 
 
-def clip_counts(mel_lengths: Lengths, omni: OmniConfig, flow_lengths: Lengths | None = None) -> dict[str, Any]:
-    """What clips of so many mel frames (0: an unused slot) hold, summed as fp32, on the host or on device.
+def count_clips(mel_lengths: Lengths, omni: OmniConfig, flow_lengths: Lengths | None = None) -> dict[str, Any]:
+    """Counts what clips of so many mel frames (0: an unused slot) hold, summed as fp32.
 
     `clips`, `mel_frames`, `encoder_frames`, `code_frames`, `decoder_frames`, `decoded_mel_frames`; pairs that attention
     sees: `encoder_pairs`, `decoder_pairs`. With `flow_lengths`, the frames of the 24 kHz mels, also `flow_frames`,
@@ -62,42 +62,42 @@ def clip_counts(mel_lengths: Lengths, omni: OmniConfig, flow_lengths: Lengths | 
 
 
 def full_slots(run: RunConfig, omni: OmniConfig, slot_frames: int) -> dict[str, float]:
-    """The counts of a global batch whose mel slots, of `slot_frames`, are all full."""
+    """Counts a global batch whose mel slots, of `slot_frames`, are all full."""
     clips = np.full(run.data.rows * run.data.budgets.mel_windows, slot_frames, np.int64)
     target = run_mel_targets(run, omni).get("flow")
     samples = clips * omni.audio.hop_length
     flow = samples * target.rate // omni.audio.sampling_rate // target.hop if target else None
-    return {name: float(count) for name, count in clip_counts(clips, omni, flow).items()}
+    return {name: float(count) for name, count in count_clips(clips, omni, flow).items()}
 
 
-def tokenizer_parts(omni: OmniConfig, reads: bool) -> tuple[Part, ...]:
-    """Every matrix product of a step of the audio tokenizer, those of the reader of transcripts only if it `reads`."""
-    parts = (*_encoder(omni.audio), *_states(omni), *_mel(omni))
+def tokenizer_terms(omni: OmniConfig, reads: bool) -> tuple[FlopTerm, ...]:
+    """Lists every matrix product of a step of the audio tokenizer, those of the frozen LM only if it `reads`."""
+    terms = (*_encoder(omni.audio), *_states(omni), *_mel(omni))
     if not reads:
-        return parts
+        return terms
     adapter = BRANCHES["transcript_adapter"].path()
     sizes = {f"{adapter}proj.weight": omni.audio.code_dim * omni.llm.hidden_size}
     return (
-        *parts,
-        Part("llm", "adapter", (_TOKENIZER, f"{adapter}norm."), "code_frames", sizes),
-        *language_parts(omni),
+        *terms,
+        FlopTerm("llm", "adapter", (_TOKENIZER, f"{adapter}norm."), "code_frames", sizes),
+        *language_terms(omni),
     )
 
 
-def flow_parts(omni: OmniConfig) -> tuple[Part, ...]:
-    """Every matrix product of a step of flow matching: the frozen tokenizer up to the decoder's states, the flow."""
+def flow_terms(omni: OmniConfig) -> tuple[FlopTerm, ...]:
+    """Lists every matrix product of a flow-matching step: the frozen tokenizer up to the decoder's states, the flow."""
     return (*_encoder(omni.audio), *_states(omni), *_prenet(omni), *_estimator(omni))
 
 
-def _encoder(cfg: AudioConfig) -> tuple[Part, ...]:
+def _encoder(cfg: AudioConfig) -> tuple[FlopTerm, ...]:
     d, f, k = cfg.d_model, cfg.code_dim, cfg.kernel_size
     conv1, conv2, layers = (f"{_ENCODER}{name}." for name in ("conv1", "conv2", "layers"))
     gate, up, down = (f"{_BRIDGE}{name}_proj." for name in ("gate", "up", "down"))
     levels = {f"{_TOKENIZER}quantizer.levels.{q}.embed": size * f for q, size in enumerate(cfg.codebook_sizes)}
     return (
-        Part("encoder", "mel", (), "mel_frames", {f"{conv1}linear.weight": k * cfg.num_mel_bins * d}),
-        Part("encoder", "convolution", (conv1,), "encoder_frames", {f"{conv2}linear.weight": k * d * d}),
-        Part(
+        FlopTerm("encoder", "mel", (), "mel_frames", {f"{conv1}linear.weight": k * cfg.num_mel_bins * d}),
+        FlopTerm("encoder", "convolution", (conv1,), "encoder_frames", {f"{conv2}linear.weight": k * d * d}),
+        FlopTerm(
             "encoder",
             "layers",
             (conv1, conv2, layers),
@@ -106,21 +106,21 @@ def _encoder(cfg: AudioConfig) -> tuple[Part, ...]:
             pairs="encoder_pairs",
             attention=cfg.encoder_layers * 2 * d,
         ),
-        Part("encoder", "bridge in", (_ENCODER,), "code_frames", {f"{x}weight": f * f for x in (gate, up)}),
-        Part("encoder", "bridge out", (_ENCODER, gate, up), "code_frames", {f"{down}weight": f * f}),
-        Part("quantizer", "codes", (), "code_frames", levels),
+        FlopTerm("encoder", "bridge in", (_ENCODER,), "code_frames", {f"{x}weight": f * f for x in (gate, up)}),
+        FlopTerm("encoder", "bridge out", (_ENCODER, gate, up), "code_frames", {f"{down}weight": f * f}),
+        FlopTerm("quantizer", "codes", (), "code_frames", levels),
     )
 
 
-def _states(omni: OmniConfig) -> tuple[Part, ...]:
-    """The decoder up to its states at 50 Hz."""
+def _states(omni: OmniConfig) -> tuple[FlopTerm, ...]:
+    """Lists the decoder up to its states at 50 Hz."""
     cfg = omni.audio
     d, k = cfg.d_model, cfg.decoder_kernel_size
     proj, dconv, layers = (f"{_DECODER}{name}." for name in ("proj_decoder", "dconv1", "layers"))
     return (
-        Part("decoder", "in", (_TOKENIZER,), "code_frames", {f"{proj}weight": cfg.code_dim * d}),
-        Part("decoder", "upsampling", (_TOKENIZER, proj), "code_frames", {f"{dconv}conv.weight": k * d * d}),
-        Part(
+        FlopTerm("decoder", "in", (_TOKENIZER,), "code_frames", {f"{proj}weight": cfg.code_dim * d}),
+        FlopTerm("decoder", "upsampling", (_TOKENIZER, proj), "code_frames", {f"{dconv}conv.weight": k * d * d}),
+        FlopTerm(
             "decoder",
             "layers",
             (_TOKENIZER, proj, dconv, layers),
@@ -132,8 +132,8 @@ def _states(omni: OmniConfig) -> tuple[Part, ...]:
     )
 
 
-def _mel(omni: OmniConfig) -> tuple[Part, ...]:
-    """From the decoder's states to coarse and refined mel. The post-net is taken as one."""
+def _mel(omni: OmniConfig) -> tuple[FlopTerm, ...]:
+    """Lists what leads from the decoder's states to coarse and refined mel. The post-net is taken as one."""
     cfg, post = omni.audio, omni.post_net
     d, mels, before = cfg.d_model, post.num_mel_bins, (_TOKENIZER, _DECODER)
     widths = (mels, *post.channels[:-1])
@@ -144,19 +144,19 @@ def _mel(omni: OmniConfig) -> tuple[Part, ...]:
     last = {f"{_DECODER}post_net.out.linear.weight": widths[-1] * mels}
     coarse = {f"{_DECODER}dconv2.conv.weight": cfg.decoder_kernel_size * d * mels}
     return (
-        Part("decoder", "coarse mel", before, "decoder_frames", coarse),
-        Part("decoder", "post-net", before, "decoded_mel_frames", blocks | last),
+        FlopTerm("decoder", "coarse mel", before, "decoder_frames", coarse),
+        FlopTerm("decoder", "post-net", before, "decoded_mel_frames", blocks | last),
     )
 
 
-def _prenet(omni: OmniConfig) -> tuple[Part, ...]:
+def _prenet(omni: OmniConfig) -> tuple[FlopTerm, ...]:
     cfg = omni.flow
     d, layers = cfg.prenet_d_model, f"{_PRENET}layers."
     fc1, fc2 = f"{_PRENET}in_fc1.", f"{_PRENET}in_fc2."
     return (
-        Part("flow", "pre-net in", (), "flow_frames", {f"{fc1}weight": cfg.prenet_in_dim * 4 * d}),
-        Part("flow", "pre-net in", (fc1,), "flow_frames", {f"{fc2}weight": 4 * d * d}),
-        Part(
+        FlopTerm("flow", "pre-net in", (), "flow_frames", {f"{fc1}weight": cfg.prenet_in_dim * 4 * d}),
+        FlopTerm("flow", "pre-net in", (fc1,), "flow_frames", {f"{fc2}weight": 4 * d * d}),
+        FlopTerm(
             "flow",
             "pre-net layers",
             (fc1, fc2, layers),
@@ -165,12 +165,14 @@ def _prenet(omni: OmniConfig) -> tuple[Part, ...]:
             pairs="flow_pairs",
             attention=cfg.prenet_layers * 2 * d,
         ),
-        Part("flow", "pre-net out", (_PRENET,), "flow_frames", {f"{_PRENET}out_proj.weight": d * cfg.prenet_out_dim}),
+        FlopTerm(
+            "flow", "pre-net out", (_PRENET,), "flow_frames", {f"{_PRENET}out_proj.weight": d * cfg.prenet_out_dim}
+        ),
     )
 
 
-def _estimator(omni: OmniConfig) -> tuple[Part, ...]:
-    """Gradients pass from the estimator into the pre-net, not into the noisy mel or the time."""
+def _estimator(omni: OmniConfig) -> tuple[FlopTerm, ...]:
+    """Lists the velocity estimator: gradients pass from it into the pre-net, not into the noisy mel or the time."""
     cfg, whole = omni.flow, (_PRENET, _ESTIMATOR)
     w, heads, k = cfg.channels[0], cfg.num_heads * cfg.attention_head_dim, FLOW_KERNEL
     stages = {"down": (1, 2 * cfg.in_channels), "mid": (cfg.num_mid_blocks, w), "up": (1, 2 * w)}
@@ -188,9 +190,9 @@ def _estimator(omni: OmniConfig) -> tuple[Part, ...]:
     times = {f"{_ESTIMATOR}{name}.resnet.time_proj.weight": 4 * w * w * n for name, (n, _) in stages.items()}
     time1, time2 = f"{_ESTIMATOR}time_fc1.", f"{_ESTIMATOR}time_fc2."
     return (
-        Part("flow", "estimator in", (_PRENET,), "flow_frames", first),
-        Part("flow", "estimator convolutions", whole, "flow_frames", convs),
-        Part(
+        FlopTerm("flow", "estimator in", (_PRENET,), "flow_frames", first),
+        FlopTerm("flow", "estimator convolutions", whole, "flow_frames", convs),
+        FlopTerm(
             "flow",
             "estimator layers",
             whole,
@@ -199,21 +201,21 @@ def _estimator(omni: OmniConfig) -> tuple[Part, ...]:
             pairs="flow_chunk_pairs",
             attention=count * cfg.n_blocks * 2 * heads,
         ),
-        Part("flow", "time", (), "clips", {f"{time1}weight": 2 * cfg.in_channels * 4 * w}),
-        Part("flow", "time", (time1,), "clips", {f"{time2}weight": (4 * w) ** 2}),
-        Part("flow", "time of stages", (time1, time2), "clips", times),
+        FlopTerm("flow", "time", (), "clips", {f"{time1}weight": 2 * cfg.in_channels * 4 * w}),
+        FlopTerm("flow", "time", (time1,), "clips", {f"{time2}weight": (4 * w) ** 2}),
+        FlopTerm("flow", "time of stages", (time1, time2), "clips", times),
     )
 
 
 def _layers(path: str, count: int, d: int, heads: int, ffn: int) -> dict[str, int]:
-    """Multiply-adds a frame of `count` transformer layers of width d."""
+    """Counts multiply-adds a frame of `count` transformer layers of width d."""
     layer = {f"attention.{x}_proj.weight": d * heads for x in "qkvo"}
     layer |= {"mlp.fc1.weight": d * ffn, "mlp.fc2.weight": ffn * d}
     return {f"{path}{name}": count * size for name, size in layer.items()}
 
 
 def _upsampled(frames: Lengths, kernel: int, stride: int) -> Lengths:
-    """Frames that `UpsampleBlock` makes."""
+    """Counts the frames that `UpsampleBlock` makes."""
     return (frames > 0) * ((frames - 1) * stride + kernel - max(0, kernel - stride))
 
 

@@ -1,24 +1,26 @@
 """What a packed row costs: FLOPs of a forward pass over it, from lengths and the architecture alone.
 
-Counted as `baichuan_omni_jax.flops.omni` does, but for the logits, of which the index does not know how many the loss
-reads: 2 FLOPs a multiply-add, padding free, attention by what each document or picture sees. The backward pass costs
-a multiple that hardly differs between rows. Integers, so that all hosts order rows alike.
+Counted by the formulas of `terms`, but for the logits, of which the index does not know how many the loss reads. The
+backward pass costs a multiple that hardly differs between rows. Integers, so that all hosts order rows alike.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from fractions import Fraction
 from typing import Protocol, runtime_checkable
 
 from baichuan_omni_jax.config import Budgets, OmniConfig
+from baichuan_omni_jax.flops.terms import forward_flops, omni_terms
 
-_TOKENS, _PATCHES, _TARGETS = (
-    [field.name for field in fields(Budgets)].index(name) for name in ("tokens", "patches", "audio_targets")
-)
+_BUDGETED = [field.name for field in fields(Budgets)]
+_TOKENS, _PATCHES, _TARGETS = (_BUDGETED.index(name) for name in ("tokens", "patches", "audio_targets"))
 
 
 @runtime_checkable
 class DocumentLengths(Protocol):
-    """A document of a row: what it takes of each budget (in the order of `Budgets`), the patches of its images."""
+    """A document as rows are planned with it: what it takes of each budget, in the order of `Budgets`' fields, and the
+    patches of each of its images.
+    """
 
     @property
     def lengths(self) -> Sequence[int]: ...
@@ -43,36 +45,33 @@ class RowCost:
         """FLOPs of a row of these documents."""
         return sum(map(self.document_cost, row))
 
-    def document_cost(self, item: DocumentLengths) -> int:
-        """FLOPs of one document: n tokens see n (n + 1) / 2 pairs, a picture of p patches p^2."""
-        tokens = item.lengths[_TOKENS]
+    def document_cost(self, document: DocumentLengths) -> int:
+        """FLOPs of one document: n tokens see n (n + 1) / 2 pairs, an image of p patches p^2."""
+        tokens, patches = document.lengths[_TOKENS], document.lengths[_PATCHES]
         flops = tokens * self.token + tokens * (tokens + 1) // 2 * self.pair
-        flops += item.lengths[_TARGETS] * self.audio_target
-        flops += item.lengths[_PATCHES] * self.patch + self.patch_pair * sum(size * size for size in item.image_patches)
-        return flops
+        flops += document.lengths[_TARGETS] * self.audio_target
+        return flops + patches * self.patch + self.patch_pair * sum(size * size for size in document.image_patches)
 
 
 def row_cost(omni: OmniConfig) -> RowCost:
-    """The costs of this architecture."""
-    llm, vision = omni.llm, omni.vision
-    wide, narrow = llm.num_heads * llm.head_dim, llm.num_kv_heads * llm.head_dim
-    layer = llm.hidden_size * (2 * wide + 2 * narrow + 3 * llm.intermediate_size)
-    d, merged = vision.embed_dim, vision.merged_patches
-    tower = vision.depth * (4 * d * d + 2 * d * d * vision.mlp_ratio)
-    projector = merged * d * (merged * d + vision.out_dim)
+    """The costs of this architecture.
+
+    >>> from baichuan_omni_jax.config import baichuan_omni_7b
+    >>> cost = row_cost(baichuan_omni_7b())
+    >>> cost.token // 10**9, cost.patch // 10**9  # GFLOPs of a token's products, of a patch's
+    (13, 1)
+    """
+    per_item = forward_flops(omni_terms(omni))
+    whole = {name: _integer(flops) for name, flops in per_item.items()}
     return RowCost(
-        token=2 * llm.num_layers * layer,
-        pair=2 * llm.num_layers * 2 * wide,
-        patch=2 * (vision.patch_values * d + tower + projector // merged),
-        patch_pair=2 * vision.depth * 2 * d,
-        audio_target=2 * _depth(omni),
+        token=whole["tokens"],
+        pair=whole["causal_pairs"],
+        patch=whole["patches"],
+        patch_pair=whole["patch_pairs"],
+        audio_target=whole["audio_targets"],
     )
 
 
-def _depth(omni: OmniConfig) -> int:
-    """Multiply-adds of the depth transformer and its heads a frame: a sequence of one position a level."""
-    d, sizes, layers = omni.llm.hidden_size, omni.audio.codebook_sizes, omni.audio_head.num_layers
-    levels = len(sizes)
-    positions = levels * (4 * d * d + 2 * 2 * d * d)
-    pairs = levels * (levels + 1) // 2 * 2 * d
-    return layers * (positions + pairs) + sum(d * (size + 1) for size in sizes)
+def _integer(flops: Fraction) -> int:
+    """Rounds down, should a width not divide: the order of rows needs no more."""
+    return int(flops)

@@ -24,11 +24,11 @@ from baichuan_omni_jax.flow.sampler import sample_mel
 from baichuan_omni_jax.omni.audio_tokenizer_model import clips_of, mel_targets_of
 from baichuan_omni_jax.omni.batch import Batch
 from baichuan_omni_jax.omni.flow_matching_model import beside
-from baichuan_omni_jax.train.hosts import is_leader
-from baichuan_omni_jax.train.input import Data
+from baichuan_omni_jax.train.hosts import is_process_zero
+from baichuan_omni_jax.train.input import TrainingData
 from baichuan_omni_jax.train.mel_image import mel_image
 from baichuan_omni_jax.train.mel_waves import MelWaves, check_vocoder
-from baichuan_omni_jax.train.state import Arrays, Setup, TrainState, saved_values
+from baichuan_omni_jax.train.state import Arrays, StepSpec, TrainState, saved_values
 
 SOUND_TASKS = ("audio_tokenizer", "flow_matching")
 Mels = Callable[[Arrays, Batch], tuple[MelTarget, MelTarget]]
@@ -48,18 +48,18 @@ class Listening:
     Like an evaluation it changes nothing of what follows. Every host takes part; only the leading one makes sounds.
     """
 
-    def __init__(self, run: RunConfig, setup: Setup, place: Callable, mixtures: Mapping[str, Data]) -> None:
-        self._run, self._setup, self._place, self._mixtures = run, setup, place, mixtures
+    def __init__(self, run: RunConfig, spec: StepSpec, place: Callable, mixtures: Mapping[str, TrainingData]) -> None:
+        self._run, self._setup, self._place, self._mixtures = run, spec, place, mixtures
         self._batches: dict[str, dict[str, np.ndarray]] = {}
         self._recorded_heard: set[str] = set()
         if not self.is_due(0):
             return
-        omni = setup.task.omni
-        made = {"audio_tokenizer": _tokenizer_mels, "flow_matching": _flow_mels}[run.task](setup, run)
+        omni = spec.task.omni
+        made = {"audio_tokenizer": _tokenizer_mels, "flow_matching": _flow_mels}[run.task](spec, run)
         self._mels = jax.jit(made)
         self._settings = decoded_target(omni.post_net) if run.task == "audio_tokenizer" else flow_target(omni.flow)
         self._waves = self._recorded_waves = None
-        if is_leader():
+        if is_process_zero():
             self._waves = self._recorded_waves = MelWaves(self._settings, omni, run.eval.vocoder)
             recorded = next(iter(run_mel_targets(run, omni).values()))
             if recorded != self._settings:  # the first scale need not be the decoder's own
@@ -124,12 +124,12 @@ def check_samples(run: RunConfig, omni: OmniConfig) -> None:
         check_vocoder(wanted.vocoder, omni)
 
 
-def _tokenizer_mels(setup: Setup, run: RunConfig) -> Mels:
+def _tokenizer_mels(spec: StepSpec, run: RunConfig) -> Mels:
     """(parameters, batch) -> the mels of the first clips as recorded, at the first scale, and as decoded."""
-    compute = setup.task.compute
+    compute = spec.task.compute
 
     def mels_of(parameters, batch):
-        model = setup.assemble(parameters, {})
+        model = spec.assemble(parameters, {})
         clips = clips_of(batch, compute)
         features, valid = model.audio_encoder.features(clips.mel, clips.lengths)
         _, quantized, _ = model.audio_encoder.quantizer.quantize(features)
@@ -140,12 +140,12 @@ def _tokenizer_mels(setup: Setup, run: RunConfig) -> Mels:
     return mels_of
 
 
-def _flow_mels(setup: Setup, run: RunConfig) -> Mels:
+def _flow_mels(spec: StepSpec, run: RunConfig) -> Mels:
     """(parameters, batch) -> the 24 kHz mels of the first clips as recorded and as sampled."""
-    compute = setup.task.compute
+    compute = spec.task.compute
 
     def mels_of(parameters, batch):
-        model = setup.assemble(parameters, {})
+        model = spec.assemble(parameters, {})
         hidden, lengths = model.hidden(clips_of(batch, compute))
         mel, lengths = beside(hidden, lengths, mel_targets_of(batch, ("flow",), compute)[0])
         noise = jax.random.normal(jax.random.key(SAMPLING_SEED), mel.shape)

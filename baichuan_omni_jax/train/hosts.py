@@ -42,7 +42,7 @@ def join(coordinator: str = "", hosts: int = 0, host: int = -1) -> None:
         raise ConfigError(f"the hosts of this run cannot join: {error}") from error
 
 
-def connect(mesh: Mesh) -> None:
+def warm_up_collectives(mesh: Mesh) -> None:
     """Opens the connections between hosts that the collectives of a step need, while all hosts are at the same place.
 
     Gloo opens one at the first use and waits 30 s for the others, who may be that much slower at compiling the step.
@@ -54,16 +54,16 @@ def connect(mesh: Mesh) -> None:
     sums = jax.shard_map(
         lambda x: [jax.lax.psum(x, group) for group in groups], mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False
     )
-    share("")
+    all_gather_str("")
     jax.block_until_ready(jax.jit(sums)(np.float32(1)))
 
 
-def is_leader() -> bool:
+def is_process_zero() -> bool:
     """Whether this is the host that writes numbers and talks to the user."""
     return jax.process_index() == 0
 
 
-def share(text: str) -> list[str]:
+def all_gather_str(text: str) -> list[str]:
     """`text` of every host, in the order of hosts. Every host must call it."""
     if jax.process_count() == 1:
         return [text]
@@ -74,25 +74,25 @@ def share(text: str) -> list[str]:
     return [bytes(row[:length]).decode() for row, length in zip(gathered, lengths, strict=True)]
 
 
-def together(work: Callable[[], T]) -> T:
+def on_all_hosts(work: Callable[[], T]) -> T:
     """`work()` on every host. Where one raises ConfigError all do, so that none waits for a host that has left."""
     result, message = _attempt(work)
     _raise_on_all(message)
     return result
 
 
-def leader_first(work: Callable[[], T]) -> T:
+def process_zero_first(work: Callable[[], T]) -> T:
     """`work()` on host 0, then on the others: for work that builds something once and finds it afterwards.
 
-    Raises ConfigError as `together`.
+    Raises ConfigError as `on_all_hosts`.
     """
-    result = together(lambda: work() if is_leader() else None)
-    return together(lambda: result if is_leader() else work())
+    result = on_all_hosts(lambda: work() if is_process_zero() else None)
+    return on_all_hosts(lambda: result if is_process_zero() else work())
 
 
 def check_agreement(facts: Mapping[str, str]) -> None:
     """Raises ConfigError on every host, naming the first of `facts` that is not the same on all, and both values."""
-    told = [json.loads(text) for text in share(json.dumps(dict(facts)))]
+    told = [json.loads(text) for text in all_gather_str(json.dumps(dict(facts)))]
     for host, other in enumerate(told):
         for name in [*told[0], *(name for name in other if name not in told[0])]:
             here, there = told[0].get(name, "absent"), other.get(name, "absent")
@@ -100,8 +100,8 @@ def check_agreement(facts: Mapping[str, str]) -> None:
                 raise ConfigError(f"the hosts disagree on {name}: {here} on host 0, {there} on host {host}")
 
 
-def software() -> dict[str, str]:
-    """What runs on this host: version of JAX, and a hash of this project's sources."""
+def version_facts() -> dict[str, str]:
+    """Collects what runs on this host: version of JAX, and a hash of this project's sources."""
     digest = hashlib.sha256()
     root = Path(__file__).resolve().parents[2]
     for path in sorted(path for package in _PACKAGES for path in (root / package).rglob("*.py")):
@@ -137,6 +137,6 @@ def _attempt(work: Callable[[], T]) -> tuple[T | None, str]:
 
 
 def _raise_on_all(message: str) -> None:
-    for host, text in enumerate(share(message)):
+    for host, text in enumerate(all_gather_str(message)):
         if text:
             raise ConfigError(f"host {host}: {text}")

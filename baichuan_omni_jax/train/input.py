@@ -1,31 +1,51 @@
-"""What the training loop asks of its data; the library imports no data pipeline."""
+"""A step's rows on their way in: what training expects of a data set, and how the rows are split over the mesh.
 
+The library imports no data pipeline: `TrainingData` and `DataStep` are what `data_pipelines.packing` provides.
+"""
+
+import math
 from collections import Counter
-from collections.abc import Iterator
-from typing import Protocol, runtime_checkable
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
+import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
-from baichuan_omni_jax.config import TrainConfig
+from baichuan_omni_jax.config import OmniConfig, RunConfig, TrainConfig
 from baichuan_omni_jax.config.loss_shares import LossShare
+from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.omni.batch import abstract_batch
+from baichuan_omni_jax.sharding import ShardingRules
 
 DocumentKey = tuple[int, int]  # source, number in it
-Losses = dict[DocumentKey, tuple[str, str, str]]  # to manifest line, cause, message
+FailedDocuments = dict[DocumentKey, tuple[str, str, str]]  # to manifest line, cause, message
+BatchAxes = Mapping[str, tuple[str | None, ...]]
 
 
 @runtime_checkable
-class Step(Protocol):
-    """What the loop asks of a step of data (data_pipelines.packing.rows.Step is one): this host's rows of it."""
+class DataStep(Protocol):
+    """A step of data: this host's rows, the documents that failed to decode, and the data's state after it.
 
-    batch: dict[str, np.ndarray]
-    failed: Losses
-    state: dict
-    damaged: dict[DocumentKey, int]  # packets of its media that could not be decoded
+    `damaged` counts the packets of a document's media that could not be decoded; the document is used without them.
+    """
+
+    @property
+    def batch(self) -> dict[str, np.ndarray]: ...
+
+    @property
+    def failed(self) -> FailedDocuments: ...
+
+    @property
+    def state(self) -> dict[str, Any]: ...
+
+    @property
+    def damaged(self) -> dict[DocumentKey, int]: ...
 
 
 @runtime_checkable
-class Data(Protocol):
-    """What the loop asks of a data set: names and counts for the reports, and steps from a state on."""
+class TrainingData(Protocol):
+    """A data set: names and counts for the reports, and steps from a state on."""
 
     documents: int
     skipped: Counter
@@ -33,16 +53,89 @@ class Data(Protocol):
     sources: tuple[str, ...]
     tokenizer_json: str
 
-    def steps(self, state: dict | None) -> Iterator[Step]: ...
+    def steps(self, state: dict | None) -> Iterator[DataStep]:
+        """Yields steps from `state` on (None: from the start). The iterator's `close` ends its workers."""
+        ...
 
-    def loss_shares(self, train: TrainConfig) -> list[LossShare]:
-        """Which share of the loss each source is expected to have."""
+    def loss_shares(self, train: TrainConfig) -> Sequence[LossShare]:
+        """Predicts the share of the loss that each source has."""
+        ...
 
     def epochs(self, state: dict) -> dict[str, float]:
-        """How often each source has been read when the data's state is this one."""
+        """Counts how often each source has been read when the data's state is this one."""
+        ...
 
     def location(self, source: int, number: int) -> str:
-        """The manifest line of a document."""
+        """Names the manifest line of a document."""
+        ...
 
     def check_failed(self, causes: Counter) -> None:
         """Raises ConfigError when too many documents turned out unusable."""
+        ...
+
+
+def check_batch(run: RunConfig, omni: OmniConfig, mesh: Mesh, rules: ShardingRules) -> None:
+    """Raises ConfigError naming the number of the configuration that the mesh, or another number, does not divide."""
+    for name, value in {
+        "train.accumulate": run.train.accumulate,
+        "train.nonfinite_limit": run.train.nonfinite_limit,
+        "eval.steps": run.eval.steps,
+        "data.media_shards": run.data.media_shards,
+        "data.context_block": run.data.context_block,
+    }.items():
+        if value < 1:
+            raise ConfigError(f"{name} must be at least 1, not {value}")
+    shape, data = mesh.shape, run.data
+    # Every part of an accumulated step must have rows on every device.
+    parts = {"mesh.data": shape["data"], "mesh.fsdp": shape["fsdp"], "train.accumulate": run.train.accumulate}
+    _check_divisible("data.rows", data.rows, parts)
+    if shape["context"] > 1:
+        parts = {"mesh.context": shape["context"], "data.context_block": data.context_block}
+        _check_divisible("data.budgets.tokens", data.budgets.tokens, parts)
+    if "vision" in run.branches:
+        media = {f"mesh.{axis}": shape[axis] for axis in rules.axes("media")}
+        _check_divisible("data.media_shards", data.media_shards, media)
+    # The fields' own shapes are checked where they are made.
+    abstract_batch(data.rows, data.budgets, omni, run.branches, mesh, rules)
+
+
+def _check_divisible(name: str, size: int, parts: Mapping[str, int]) -> None:
+    product = math.prod(parts.values())
+    if size % product:
+        named = " x ".join(f"{part} {count}" for part, count in parts.items())
+        raise ConfigError(f"{name} {size} is not divisible by {product} ({named})")
+
+
+def rows_of_host(mesh: Mesh, rules: ShardingRules, rows: int) -> tuple[int, ...]:
+    """Lists which of a global batch's `rows` this host's devices hold a part of, ascending.
+
+    Two hosts share rows where `context` or `tensor` spans both: each then decodes them whole.
+    """
+    sharding = NamedSharding(mesh, rules.spec("batch"))
+    parts = sharding.addressable_devices_indices_map((rows,)).values()
+    return tuple(sorted({row for part in parts if part is not None for row in range(rows)[part[0]]}))
+
+
+class BatchPlacer:
+    """Puts batches on the mesh: the fields of `axes`, split as their logical axes say.
+
+    A call takes this host's rows (`rows_of_host`, in that order, all other axes whole).
+    """
+
+    def __init__(self, rows: int, axes: BatchAxes, mesh: Mesh, rules: ShardingRules) -> None:
+        self._total = rows
+        self._here = {row: place for place, row in enumerate(rows_of_host(mesh, rules, rows))}
+        self._shardings = {name: NamedSharding(mesh, rules.spec(*names)) for name, names in axes.items()}
+
+    def __call__(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+        """Returns the global batch."""
+        return {name: self._put(batch[name], sharding) for name, sharding in self._shardings.items()}
+
+    def _put(self, value: np.ndarray, sharding: NamedSharding) -> jax.Array:
+        def part_of_device(index: tuple[slice, ...]) -> np.ndarray:
+            # A device's rows are consecutive in the global batch, and so among this host's.
+            wanted = range(self._total)[index[0]]
+            start = self._here[wanted[0]]
+            return value[(slice(start, start + len(wanted)), *index[1:])]
+
+        return jax.make_array_from_callback((self._total, *value.shape[1:]), sharding, part_of_device)

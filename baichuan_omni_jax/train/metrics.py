@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 from tensorboardX import SummaryWriter
 
-from baichuan_omni_jax.flops.omni import Part, flops_by_branch
+from baichuan_omni_jax.flops.terms import FlopTerm, flops_by_branch
 from baichuan_omni_jax.storage import atomic_write
 from baichuan_omni_jax.train.audio_samples import SoundSamples
 from baichuan_omni_jax.train.wandb import WandbWriter
@@ -43,7 +43,7 @@ class Throughput:
     chip, None where it is not known (then there is no MFU).
     """
 
-    def __init__(self, parts: Sequence[Part], trainable: Collection[str], chips: int, peak: float | None) -> None:
+    def __init__(self, parts: Sequence[FlopTerm], trainable: Collection[str], chips: int, peak: float | None) -> None:
         self._parts, self._trainable, self._chips, self._peak = parts, frozenset(trainable), chips, peak
 
     def of(self, counts: Mapping[str, float], seconds: float) -> dict[str, float]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from baichuan_omni_jax.train.hosts import is_leader
+from baichuan_omni_jax.train.hosts import is_process_zero
 
 
 class NonfiniteGuard:
@@ -54,7 +54,7 @@ class NonfiniteGuard:
         documents = [self._where(*pair) for pair in np.unique(pairs, axis=0).tolist()]
         told = {key: repr(value) for key, value in numbers.items()}
         (folder / f"{name}.json").write_text(json.dumps({"numbers": told, "documents": documents}, indent=1))
-        if is_leader():
+        if is_process_zero():
             there = sorted(self._folder.glob("step_*"), key=lambda path: int(path.name.removeprefix("step_")))
             for old in there[: -self._limit - 1]:
                 shutil.rmtree(old)

@@ -8,46 +8,46 @@ from rich.table import Table
 
 from baichuan_omni_jax.config import RunConfig
 from baichuan_omni_jax.config.loss_shares import shares_table
-from baichuan_omni_jax.train.input import Data
-from baichuan_omni_jax.train.state import Setup
+from baichuan_omni_jax.train.input import TrainingData
+from baichuan_omni_jax.train.state import StepSpec
 
 # Parts of the loss, of all tasks, in the order they are shown.
 _PARTS = ("text", "audio", "reconstruction", "transcript", "commitment", "flow", "prior")
 
 
-def print_start_table(console: Console, run: RunConfig, setup: Setup, data: Data) -> None:
+def print_start_table(console: Console, run: RunConfig, spec: StepSpec, data: TrainingData) -> None:
     """Groups with their parameters, learning rates and what is frozen; the sources' shares of the loss; then budgets,
     mesh and data.
     """
-    console.print(groups_table(run, setup))
+    console.print(groups_table(run, spec))
     if run.task == "omni":
         title = f"expected shares of the loss (documents weigh by {run.train.document_weighting})"
         console.print(shares_table(data.loss_shares(run.train), title))
-    mesh = ", ".join(f"{axis} {size}" for axis, size in setup.mesh.shape.items())
+    mesh = ", ".join(f"{axis} {size}" for axis, size in spec.mesh.shape.items())
     budgets = ", ".join(f"{size} {name}" for name, size in run.data.budgets.limits().items())
     console.print(f"mesh: {mesh}; {run.data.rows} rows a step, each at most {budgets}")
     documents = f"{data.documents} documents, {data.skipped.total()} skipped"
     console.print(f"data: {documents}; {run.train.steps} steps in {run.compute.dtype}")
 
 
-def groups_table(run: RunConfig, setup: Setup) -> Table:
+def groups_table(run: RunConfig, spec: StepSpec) -> Table:
     """A group and branch a line: its parameters, how many of them are frozen, and the rate of the others."""
     table = Table(title=f"{run.name}: parameters by group")
     for column in ("group", "branch", "parameters", "frozen", "peak learning rate"):
         table.add_column(column, justify="right" if column == "parameters" else "left")
     rates = {group.name: group.learning_rate for group in run.optimizer.groups}
-    for (group, branch), (trainable, frozen) in sorted(_count(setup).items()):
+    for (group, branch), (trainable, frozen) in sorted(_count(spec).items()):
         # A group with a rate may train nothing: rows of special tokens that are turned off.
         peak = f"{rates[group]:g}" if trainable else "frozen"
         table.add_row(group, branch, f"{trainable + frozen:,}", f"{frozen:,}", peak)
     return table
 
 
-def _count(setup: Setup) -> dict[tuple[str, str], tuple[int, int]]:
+def _count(spec: StepSpec) -> dict[tuple[str, str], tuple[int, int]]:
     """(trainable, frozen) parameters by (group, branch)."""
     counts: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
-    sizes = {name: value.size for name, value in setup.shapes().items()}
-    for place, names in enumerate((setup.groups.trainable, setup.groups.frozen)):
+    sizes = {name: value.size for name, value in spec.shapes().items()}
+    for place, names in enumerate((spec.groups.trainable, spec.groups.frozen)):
         for name, group in names.items():
             counts[group, name.split(".")[0]][place] += sizes[name]
     return {key: (trainable, frozen) for key, (trainable, frozen) in counts.items()}

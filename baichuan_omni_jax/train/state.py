@@ -30,7 +30,7 @@ class OptState(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Setup:
+class StepSpec:
     """What a step is compiled for: the task, its abstract model (leaves ShapeDtypeStructs), groups and optimizer.
 
     `template` is the model as a step computes with it, frozen parameters in `train.frozen_dtype`; `stored` the same as
@@ -98,7 +98,7 @@ def make_compute(run: RunConfig) -> ComputePolicy:
     )
 
 
-def make_setup(run: RunConfig, omni: OmniConfig, mesh: Mesh, compute: ComputePolicy) -> Setup:
+def make_step_spec(run: RunConfig, omni: OmniConfig, mesh: Mesh, compute: ComputePolicy) -> StepSpec:
     """Task, abstract model, groups and optimizer of a run.
 
     Raises ConfigError on an unknown task, and where mesh, groups and model do not fit.
@@ -116,25 +116,25 @@ def make_setup(run: RunConfig, omni: OmniConfig, mesh: Mesh, compute: ComputePol
     )
     optimizer = make_optimizer(run.optimizer, groups.trainable, task.weight_decay)
     ids = special_ids(run, omni) if groups.rows else ()
-    return Setup(task, template, groups, optimizer, mesh, stored, ids)
+    return StepSpec(task, template, groups, optimizer, mesh, stored, ids)
 
 
-def init_state(run: RunConfig, setup: Setup) -> TrainState:
+def init_state(run: RunConfig, spec: StepSpec) -> TrainState:
     """Step 0: random parameters from `train.seed`, then the branches that `checkpoint.init_from` names."""
-    shardings = {name: shape.sharding for name, shape in named_values(setup.stored).items()}
-    draw = jax.jit(lambda key: named_values(setup.task.make_model(key)), out_shardings=shardings)
+    shardings = {name: shape.sharding for name, shape in named_values(spec.stored).items()}
+    draw = jax.jit(lambda key: named_values(spec.task.make_model(key)), out_shardings=shardings)
     values = draw(jax.random.key(run.train.seed))
     if run.checkpoint.init_from:
-        loaded = load_branches(run.checkpoint.init_from, branches_of(setup.stored))
+        loaded = load_branches(run.checkpoint.init_from, branches_of(spec.stored))
         values |= named_values(loaded)
-    trainable, frozen, originals = _from_stored(setup, values)
-    opt_state = jax.jit(lambda trainable: first_opt_state(setup, trainable))(trainable)
+    trainable, frozen, originals = _from_stored(spec, values)
+    opt_state = jax.jit(lambda trainable: first_opt_state(spec, trainable))(trainable)
     return TrainState(trainable, frozen, opt_state, 0, originals)
 
 
-def first_opt_state(setup: Setup, trainable: Arrays) -> Any:
+def first_opt_state(spec: StepSpec, trainable: Arrays) -> Any:
     """The optimizer's state at step 0, with the task's where it has one."""
-    optimizer, extra = setup.optimizer.init(trainable), setup.task.first_extra(trainable)
+    optimizer, extra = spec.optimizer.init(trainable), spec.task.first_extra(trainable)
     return OptState(optimizer, extra) if jax.tree.leaves(extra) else optimizer
 
 
@@ -143,11 +143,11 @@ def branches_of(model: nnx.Module) -> dict[str, nnx.Module]:
     return {name: getattr(model, name) for name in model.branches}
 
 
-def abstract_opt_state(setup: Setup) -> Any:
+def abstract_opt_state(spec: StepSpec) -> Any:
     """Shapes and shardings of the optimizer's state: the restore target. Moments are placed as their parameters."""
-    trainable, _ = setup.split(setup.shapes())
-    shapes = jax.eval_shape(lambda trainable: first_opt_state(setup, trainable), trainable)
-    replicated = jax.sharding.NamedSharding(setup.mesh, jax.sharding.PartitionSpec())
+    trainable, _ = spec.split(spec.shapes())
+    shapes = jax.eval_shape(lambda trainable: first_opt_state(spec, trainable), trainable)
+    replicated = jax.sharding.NamedSharding(spec.mesh, jax.sharding.PartitionSpec())
 
     def place(path, leaf):
         name = next((key.key for key in reversed(path) if getattr(key, "key", None) in trainable), None)
@@ -157,35 +157,35 @@ def abstract_opt_state(setup: Setup) -> Any:
     return jax.tree_util.tree_map_with_path(place, shapes)
 
 
-def to_saved(setup: Setup, state: TrainState) -> tuple[dict[str, nnx.Module], Any]:
+def to_checkpoint(spec: StepSpec, state: TrainState) -> tuple[dict[str, nnx.Module], Any]:
     """Branches and optimizer state as a checkpoint holds them: unrounded, trained rows in their tables."""
-    values, opt_state = _exchange(setup, state.trainable | state.frozen, state.opt_state)
+    values, opt_state = _exchange(spec, state.trainable | state.frozen, state.opt_state)
     values |= state.originals
-    for table, name in setup.groups.rows.items():
-        whole = _move(values[table], named_values(setup.stored)[table].sharding.memory_kind)
-        values[table] = put_rows(whole, values[name], setup.special_ids)
-    return branches_of(with_values(setup.stored, values)), opt_state
+    for table, name in spec.groups.rows.items():
+        whole = _move(values[table], named_values(spec.stored)[table].sharding.memory_kind)
+        values[table] = put_rows(whole, values[name], spec.special_ids)
+    return branches_of(with_values(spec.stored, values)), opt_state
 
 
-def saved_values(setup: Setup, state: TrainState) -> Arrays:
+def saved_values(spec: StepSpec, state: TrainState) -> Arrays:
     """All parameters by dotted name, to evaluate: those that a checkpoint holds, as a step computes with them."""
-    return _exchange(setup, state.trainable | state.frozen, state.opt_state)[0]
+    return _exchange(spec, state.trainable | state.frozen, state.opt_state)[0]
 
 
-def from_saved(setup: Setup, branches: dict[str, nnx.Module], opt_state: Any, step: int) -> TrainState:
+def from_checkpoint(spec: StepSpec, branches: dict[str, nnx.Module], opt_state: Any, step: int) -> TrainState:
     """The state of restored branches."""
-    values, opt_state = _exchange(setup, named_values(branches), opt_state)
-    trainable, frozen, originals = _from_stored(setup, values)
+    values, opt_state = _exchange(spec, named_values(branches), opt_state)
+    trainable, frozen, originals = _from_stored(spec, values)
     return TrainState(trainable, frozen, opt_state, step, originals)
 
 
-def _from_stored(setup: Setup, values: Arrays) -> tuple[Arrays, Arrays, Arrays]:
+def _from_stored(spec: StepSpec, values: Arrays) -> tuple[Arrays, Arrays, Arrays]:
     """(trainable, frozen, originals) of parameters as a checkpoint holds them."""
     values = dict(values)
-    for table, name in setup.groups.rows.items():
-        values[name], values[table] = take_rows(values[table], setup.special_ids)
-    trainable, frozen = setup.split(values)
-    wanted = named_values(setup.template)
+    for table, name in spec.groups.rows.items():
+        values[name], values[table] = take_rows(values[table], spec.special_ids)
+    trainable, frozen = spec.split(values)
+    wanted = named_values(spec.template)
     wide = {name: value for name, value in frozen.items() if value.dtype != wanted[name].dtype}
     small = jax.jit(lambda wide: {name: value.astype(wanted[name].dtype) for name, value in wide.items()})(wide)
     # Two programs: in one, XLA may take the way there and back for nothing.
@@ -209,10 +209,10 @@ def _move(value: Array, memory_kind: str | None) -> Array:
     return jax.make_array_from_single_device_arrays(value.shape, sharding, parts)
 
 
-def _exchange(setup: Setup, values: Arrays, opt_state: Any) -> tuple[Arrays, Any]:
+def _exchange(spec: StepSpec, values: Arrays, opt_state: Any) -> tuple[Arrays, Any]:
     if not isinstance(opt_state, OptState):
         return values, opt_state
-    values, extra = setup.task.saved(values, opt_state.extra)
+    values, extra = spec.task.saved(values, opt_state.extra)
     return dict(values), opt_state._replace(extra=extra)
 
 

@@ -11,23 +11,23 @@ from jaxtyping import Array, Bool
 from baichuan_omni_jax.config import RunConfig
 from baichuan_omni_jax.nn.chunking import split_parts
 from baichuan_omni_jax.omni.batch import Batch
-from baichuan_omni_jax.train.state import Arrays, OptState, Setup
+from baichuan_omni_jax.train.state import Arrays, OptState, StepSpec
 from baichuan_omni_jax.train.tasks import Moved
 from baichuan_omni_jax.train.tasks.task import Metrics
 
 Gradients = tuple[Arrays, Metrics, Moved]
 
 
-def make_gradients(setup: Setup, run: RunConfig) -> Callable[..., Gradients]:
+def make_gradients(spec: StepSpec, run: RunConfig) -> Callable[..., Gradients]:
     """(trainable, frozen, batch, extra) -> (gradients, losses, what moved).
 
     The batch goes in `train.accumulate` parts, one after the other, summed in fp32. `extra` is the task's own state.
     """
-    task = setup.task
+    task = spec.task
 
     def of_part(trainable, frozen, batch, by, extra):
         def loss(trainable):
-            return task.loss(setup.assemble(trainable, frozen), batch, by, extra)
+            return task.loss(spec.assemble(trainable, frozen), batch, by, extra)
 
         gradients, (metrics, moved) = jax.grad(loss, has_aux=True)(trainable)
         return gradients, metrics, moved
@@ -53,7 +53,7 @@ def make_gradients(setup: Setup, run: RunConfig) -> Callable[..., Gradients]:
 
 
 def make_step(
-    setup: Setup, run: RunConfig
+    spec: StepSpec, run: RunConfig
 ) -> Callable[[Arrays, Arrays, Any, Batch], tuple[Arrays, Arrays, Any, Metrics]]:
     """The compiled step: (trainable, frozen, opt_state, batch) -> (trainable, moved, opt_state, metrics).
 
@@ -65,24 +65,24 @@ def make_step(
     (jax 0.10.2; https://github.com/jax-ml/jax/issues/39741 looks like it), and a resumed run must repeat the
     uninterrupted one exactly.
     """
-    gradients_of_batch = make_gradients(setup, run)
+    gradients_of_batch = make_gradients(spec, run)
 
     def gradients_of(trainable, frozen, extra, batch):
         gradients, metrics, moved = gradients_of_batch(trainable, frozen, batch, extra)
         before = {name: frozen[name] for name in moved.values}, extra
-        return gradients, metrics | setup.task.batch_numbers(setup.task.weigh(batch)), moved, before
+        return gradients, metrics | spec.task.batch_numbers(spec.task.weigh(batch)), moved, before
 
     def update(gradients, trainable, opt_state, loss, moved, before):
         with jax.named_scope("optimizer"):
             norm = optax.global_norm(gradients)
             finite = jnp.isfinite(norm) & jnp.isfinite(loss)
-            updates, new_state = setup.optimizer.update(gradients, opt_state, trainable)
+            updates, new_state = spec.optimizer.update(gradients, opt_state, trainable)
             after = optax.apply_updates(trainable, updates)
-            values, extra = moved.values, setup.task.finish(moved.extra, after)
+            values, extra = moved.values, spec.task.finish(moved.extra, after)
             new, old = (after, new_state, values, extra), (trainable, opt_state, *before)
             return *_where(finite, new, old), {"gradient_norm": norm, "nonfinite": 1.0 - finite}
 
-    on_cpu = setup.mesh.devices.flat[0].platform == "cpu"
+    on_cpu = spec.mesh.devices.flat[0].platform == "cpu"
     if on_cpu:
         gradients_of, update = jax.jit(gradients_of), jax.jit(update)
 

@@ -19,25 +19,24 @@ from baichuan_omni_jax.flops.chips import peak_flops
 from baichuan_omni_jax.nn.param import ComputePolicy
 from baichuan_omni_jax.sharding import make_mesh
 from baichuan_omni_jax.train.audio_samples import Listening, check_samples
-from baichuan_omni_jax.train.batch_placer import BatchPlacer
-from baichuan_omni_jax.train.hosts import connect, is_leader, share, together
-from baichuan_omni_jax.train.input import Data, DocumentKey, Losses, Step
+from baichuan_omni_jax.train.hosts import all_gather_str, is_process_zero, on_all_hosts, warm_up_collectives
+from baichuan_omni_jax.train.input import BatchPlacer, DataStep, DocumentKey, FailedDocuments, TrainingData
 from baichuan_omni_jax.train.metrics import CompileCounter, Row, Throughput, drop_absent_sources
 from baichuan_omni_jax.train.nonfinite import NonfiniteGuard
 from baichuan_omni_jax.train.output import Output
 from baichuan_omni_jax.train.profiling import StepTrace
 from baichuan_omni_jax.train.report import print_start_table
 from baichuan_omni_jax.train.state import (
-    Setup,
+    StepSpec,
     TrainState,
     abstract_opt_state,
     advance,
     branches_of,
-    from_saved,
+    from_checkpoint,
     init_state,
     make_compute,
-    make_setup,
-    to_saved,
+    make_step_spec,
+    to_checkpoint,
 )
 from baichuan_omni_jax.train.step import make_step
 from baichuan_omni_jax.train.stopping import StopSignal
@@ -46,7 +45,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Extras:
+class RunOptions:
     """What a start may add to a run without changing what it computes.
 
     `parent` is where the first weights came from: their branches' steps are counted on. `held_out` has the data of
@@ -54,33 +53,33 @@ class Extras:
     """
 
     parent: Parent = Parent()
-    held_out: Mapping[str, Data] = field(default_factory=dict)
+    held_out: Mapping[str, TrainingData] = field(default_factory=dict)
     profile: range | None = None
     wandb: str = ""
 
 
-NOTHING = Extras()
+NOTHING = RunOptions()
 
 
-def set_up(run: RunConfig, omni: OmniConfig) -> tuple[Setup, ComputePolicy]:
+def set_up(run: RunConfig, omni: OmniConfig) -> tuple[StepSpec, ComputePolicy]:
     """Checks that mesh, budgets, groups and model fit, on shapes alone: before anything is read or written.
 
     Raises ConfigError naming what does not fit.
     """
     mesh, compute = make_mesh(run.mesh), make_compute(run)
     with jax.set_mesh(mesh):
-        setup = make_setup(run, omni, mesh, compute)
-        setup.task.check(mesh)
+        spec = make_step_spec(run, omni, mesh, compute)
+        spec.task.check(mesh)
         check_samples(run, omni)
-        return setup, compute
+        return spec, compute
 
 
 def train(
     run: RunConfig,
     omni: OmniConfig,
     workdir: Workdir,
-    data: Data,
-    extras: Extras = NOTHING,
+    data: TrainingData,
+    extras: RunOptions = NOTHING,
     console: Console | None = None,
 ) -> TrainState:
     """Trains until `train.steps` or SIGTERM and returns the last state, which has been saved.
@@ -90,28 +89,28 @@ def train(
     RunStoppedError when a step could not be saved, and, with everything saved, when `train.nonfinite_limit` steps in a
     row were not finite.
     """
-    console = console or Console(quiet=not is_leader())
-    together(workdir.hold)
+    console = console or Console(quiet=not is_process_zero())
+    on_all_hosts(workdir.hold)
     compiles = CompileCounter()
-    setup, compute = set_up(run, omni)
-    with jax.set_mesh(setup.mesh):
-        state, data_state = _start(run, omni, setup, workdir, compute)
+    spec, compute = set_up(run, omni)
+    with jax.set_mesh(spec.mesh):
+        state, data_state = _start(run, omni, spec, workdir, compute)
         if state.step:
             console.print(f"{workdir.path}: resumed from step {state.step}")
-        print_start_table(console, run, setup, data)
+        print_start_table(console, run, spec, data)
         if state.step >= run.train.steps:
             console.print(f"{workdir.path} is finished: step {state.step} of train.steps {run.train.steps}")
             return state
-        connect(setup.mesh)
-        place = BatchPlacer(run.data.rows, setup.task.batch_axes(), setup.mesh, compute.rules)
-        return _Loop(run, omni, setup, workdir, data, extras, console, compiles, place).go(state, data_state)
+        warm_up_collectives(spec.mesh)
+        place = BatchPlacer(run.data.rows, spec.task.batch_axes(), spec.mesh, compute.rules)
+        return _Loop(run, omni, spec, workdir, data, extras, console, compiles, place).go(state, data_state)
 
 
-def _start(run, omni, setup: Setup, workdir: Workdir, compute) -> tuple[TrainState, dict | None]:
+def _start(run, omni, spec: StepSpec, workdir: Workdir, compute) -> tuple[TrainState, dict | None]:
     if workdir.latest_step() is None:
-        return init_state(run, setup), None
-    found = workdir.restore(None, branches_of(setup.stored), abstract_opt_state(setup))
-    return from_saved(setup, found.branches, found.opt_state, found.step), found.data_state
+        return init_state(run, spec), None
+    found = workdir.restore(None, branches_of(spec.stored), abstract_opt_state(spec))
+    return from_checkpoint(spec, found.branches, found.opt_state, found.step), found.data_state
 
 
 @dataclass(frozen=True)
@@ -133,30 +132,30 @@ class _Pending:
 class _Loop:
     """One run in progress. A step's numbers are read only after the next step has been sent to the devices."""
 
-    def __init__(self, run, omni, setup, workdir, data, extras, console, compiles, place):
-        self.run, self.omni, self.setup, self.workdir, self.data = run, omni, setup, workdir, data
+    def __init__(self, run, omni, spec, workdir, data, extras, console, compiles, place):
+        self.run, self.omni, self.spec, self.workdir, self.data = run, omni, spec, workdir, data
         self.console, self.compiles, self.place = console, compiles, place
-        self.step = make_step(setup, run)
-        self.counts = jax.jit(setup.task.counts)
-        self.evaluation = Evaluation(run, setup, place, extras.held_out)
-        self.listening = Listening(run, setup, place, extras.held_out)
+        self.step = make_step(spec, run)
+        self.counts = jax.jit(spec.task.counts)
+        self.evaluation = Evaluation(run, spec, place, extras.held_out)
+        self.listening = Listening(run, spec, place, extras.held_out)
         # Steps that the branches had been trained for when this run began.
         self.before = extras.parent.trained
         self.guard = NonfiniteGuard(workdir.path, run.train.nonfinite_limit, data.location)
         self.trace = StepTrace(workdir.path, extras.profile)
-        device = setup.mesh.devices.flat[0]
+        device = spec.mesh.devices.flat[0]
         self.throughput = Throughput(
-            setup.task.parts(), setup.groups.trainable, setup.mesh.devices.size, peak_flops(device.device_kind)
+            spec.task.parts(), spec.groups.trainable, spec.mesh.devices.size, peak_flops(device.device_kind)
         )
         self.wandb, self.output = extras.wandb, None
         self.failed: dict[DocumentKey, str] = {}
         self.damaged: dict[DocumentKey, int] = {}
-        self.unshared: Losses = {}
+        self.unshared: FailedDocuments = {}
         self.last_end = self.idle = 0.0
         self.started_at = None
 
     def go(self, state: TrainState, data_state: dict | None) -> TrainState:
-        if is_leader():
+        if is_process_zero():
             self.output = Output(self.run, self.workdir.path, state.step, self.wandb, self.console)
             if self.listening.is_due(0):
                 self.console.print(self.listening.sentence)
@@ -200,7 +199,7 @@ class _Loop:
         self._say_why_it_ended(state, stop)
         return state
 
-    def _send(self, state: TrainState, steps: Iterator[Step], before: _Pending | None):
+    def _send(self, state: TrainState, steps: Iterator[DataStep], before: _Pending | None):
         """Reads a step's rows and sends it to the devices: the new state, the data's, and what to read later."""
         number = state.step + 1
         self.trace.before(number)
@@ -209,7 +208,7 @@ class _Loop:
         waited = time.perf_counter() - began
         if before is None or before.is_done():
             self.idle += waited  # at most: the devices may have been at work for a part of it
-        self._note_lost(step.failed)
+        self._note_failed(step.failed)
         self.damaged |= step.damaged
         compiled, sending = self.compiles.count, time.perf_counter()
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
@@ -253,28 +252,28 @@ class _Loop:
         if self.output is not None:
             self.output.write_samples(state.step, samples)
 
-    def _note_lost(self, lost: Losses) -> None:
+    def _note_failed(self, failed: FailedDocuments) -> None:
         """Counts documents that could not be decoded. On several hosts the limit is checked when they have told."""
-        for key, (where, cause, message) in lost.items():
+        for key, (where, cause, message) in failed.items():
             if key not in self.failed:
                 self.failed[key] = cause
                 log.warning("skipped %s (%s): %s", where, cause, message)
                 self.unshared[key] = (where, cause, message)
-        if lost and jax.process_count() == 1:
+        if failed and jax.process_count() == 1:
             self.data.check_failed(Counter(self.failed.values()))
 
-    def _share_lost(self) -> None:
+    def _share_failed(self) -> None:
         """Every host learns what the others could not decode; all raise alike when it is too much."""
         if jax.process_count() == 1:
             return
-        for text in share(json.dumps([[*key, cause] for key, (_, cause, _) in self.unshared.items()])):
+        for text in all_gather_str(json.dumps([[*key, cause] for key, (_, cause, _) in self.unshared.items()])):
             self.failed |= {(source, number): cause for source, number, cause in json.loads(text)}
         self.unshared = {}
         self.data.check_failed(Counter(self.failed.values()))
 
     def _save(self, state: TrainState, data_state: dict) -> None:
-        self._share_lost()
-        branches, opt_state = to_saved(self.setup, state)
+        self._share_failed()
+        branches, opt_state = to_checkpoint(self.spec, state)
         trained = dict(self.before)
         for name in {path.split(".")[0] for path in state.trainable}:
             trained[name] = trained.get(name, 0) + state.step

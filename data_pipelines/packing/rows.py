@@ -36,7 +36,7 @@ _AUDIO_FRAMES = BUDGETED.index("audio_frames")
 
 @dataclass(frozen=True)
 class Step:
-    """One step's rows of this host: the batch, the documents failed while decoding, and the plan's state after it.
+    """One step's rows of this host: the batch, the documents that failed to decode, and the plan's state after it.
 
     `failed` maps (source, document) to (manifest line, cause, message); their places are padding. `damaged` maps
     (source, document) to the packets of its media that could not be decoded; the document is used without them.

@@ -1,22 +1,34 @@
 """Model FLOPs of the tasks that train on sound, against every product of the traced gradient; counts of clips."""
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from baichuan_omni_jax.audio import post_net
 from baichuan_omni_jax.audio.codebook_training import CodebookState
 from baichuan_omni_jax.audio.quantizer_training import quantize_in_training
 from baichuan_omni_jax.config import QuantizerConfig, baichuan_omni_7b, load_run_config, resolve_model, tiny
-from baichuan_omni_jax.flops.audio import clip_counts, flow_parts, tokenizer_parts
-from baichuan_omni_jax.flops.omni import flops_by_branch, flops_by_part
+from baichuan_omni_jax.flops.audio import (
+    ATTENTION_CHUNK,
+    FLOW_KERNEL,
+    POST_NET_KERNEL,
+    count_clips,
+    flow_terms,
+    tokenizer_terms,
+)
+from baichuan_omni_jax.flops.terms import flops_by_branch, flops_by_term
+from baichuan_omni_jax.flow import unet
 from baichuan_omni_jax.flow.training import flow_losses
 from baichuan_omni_jax.nn.param import ComputePolicy, named_values, with_values
 from baichuan_omni_jax.omni.audio_tokenizer_model import Clips, TokenizerModel
 from baichuan_omni_jax.omni.batch import BATCH_AXES
 from baichuan_omni_jax.omni.flow_matching_model import VoiceModel
 from baichuan_omni_jax.sharding import ShardingRules
-from baichuan_omni_jax.train.preflight.packing import Packing
+from baichuan_omni_jax.train.preflight import Packing
 from baichuan_omni_jax.train.state import make_compute
 from baichuan_omni_jax.train.tasks import make_task
 from tests.flops.test_omni_flops import needed, products
@@ -52,7 +64,7 @@ def clips(omni) -> Clips:
 
 
 def counts_of(omni, flow_lengths=None) -> dict[str, float]:
-    found = clip_counts(np.full(CLIPS, FRAMES), omni, flow_lengths)
+    found = count_clips(np.full(CLIPS, FRAMES), omni, flow_lengths)
     return whole({name: float(value) for name, value in found.items()})
 
 
@@ -80,10 +92,10 @@ def test_the_tokenizer_counts_the_products_of_its_gradient():
     found, trainable = gradient_products(lambda key, compute: TokenizerModel(key, omni, compute), loss, frozen)
     counts = counts_of(omni) | dict.fromkeys(("tokens", "text_targets"), CLIPS * TOKENS)
     counts["causal_pairs"] = CLIPS * TOKENS**2
-    expected = flops_by_branch(tokenizer_parts(omni, reads=True), counts, trainable)
+    expected = flops_by_branch(tokenizer_terms(omni, reads=True), counts, trainable)
     assert sum(expected.values()) == pytest.approx(found, rel=1e-9)
     del expected["llm"]
-    assert flops_by_branch(tokenizer_parts(omni, reads=False), counts, trainable) == expected
+    assert flops_by_branch(tokenizer_terms(omni, reads=False), counts, trainable) == expected
 
 
 @pytest.mark.slow
@@ -100,10 +112,10 @@ def test_flow_matching_counts_the_products_of_its_gradient():
         return flow + prior
 
     found, trainable = gradient_products(lambda key, compute: VoiceModel(key, omni, compute), loss, ("audio_",))
-    parts = flops_by_part(flow_parts(omni), counts_of(omni, np.full(CLIPS, FRAMES)), trainable)
+    parts = flops_by_term(flow_terms(omni), counts_of(omni, np.full(CLIPS, FRAMES)), trainable)
     # The decoded mel is made by the trace, and used by nothing.
-    mel = [part for part in tokenizer_parts(omni, reads=False) if part.name in ("coarse mel", "post-net")]
-    parts |= flops_by_part(mel, counts_of(omni), ())
+    mel = [part for part in tokenizer_terms(omni, reads=False) if part.name in ("coarse mel", "post-net")]
+    parts |= flops_by_term(mel, counts_of(omni), ())
     del parts["quantizer codes"]
     assert sum(parts.values()) == pytest.approx(found, rel=1e-9)
 
@@ -112,8 +124,8 @@ def test_counts_of_clips_of_several_lengths():
     """By hand at the released rates; pairs against a count of what each query sees. An unused slot counts nothing."""
     omni = baichuan_omni_7b()
     lengths, flow = np.asarray([[3000, 0], [801, 7]]), np.asarray([[1500, 0], [390, 3]])
-    found = clip_counts(lengths, omni, flow)
-    on_device = jax.jit(lambda lengths, flow: clip_counts(lengths, omni, flow))(lengths, flow)
+    found = count_clips(lengths, omni, flow)
+    on_device = jax.jit(lambda lengths, flow: count_clips(lengths, omni, flow))(lengths, flow)
     assert {name: float(value) for name, value in on_device.items()} == {
         name: float(value) for name, value in found.items()
     }
@@ -128,6 +140,19 @@ def test_counts_of_clips_of_several_lengths():
     assert found["flow_frames"] == 1499 + 390 + 3
     seen = sum(min(n, (i // 100 + 1) * 100) for n in (1499, 390, 3) for i in range(n))
     assert found["flow_chunk_pairs"] == seen
+
+
+def test_kernel_sizes_are_those_of_the_modules():
+    """They stand twice, since the formulas import no jax."""
+    assert (POST_NET_KERNEL, FLOW_KERNEL, ATTENTION_CHUNK) == (post_net.KERNEL, unet.KERNEL, unet.ATTENTION_CHUNK)
+
+
+def test_formulas_need_no_jax():
+    """Data pipelines read them in processes that never load it."""
+    program = (
+        "import sys, baichuan_omni_jax.flops.audio, baichuan_omni_jax.flops.row_cost; sys.exit('jax' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, check=False).returncode == 0
 
 
 @pytest.mark.parametrize("name", ["audio_tokenizer", "flow_matching"])

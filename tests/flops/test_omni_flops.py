@@ -10,8 +10,9 @@ import pytest
 from jax.interpreters import partial_eval
 
 from baichuan_omni_jax.config import Budgets, tiny
+from baichuan_omni_jax.flops.batch_counts import count_batch
 from baichuan_omni_jax.flops.chips import chip_of, peak_flops
-from baichuan_omni_jax.flops.omni import flops_by_branch, flops_by_part, omni_parts, step_counts
+from baichuan_omni_jax.flops.terms import flops_by_branch, flops_by_term, omni_terms
 from baichuan_omni_jax.nn.param import ComputePolicy, named_values, with_values
 from baichuan_omni_jax.omni.model import OmniModel
 from baichuan_omni_jax.sharding import ShardingRules
@@ -102,7 +103,7 @@ def whole_attention(omni) -> dict[str, float]:
 def test_flops_equal_the_products_of_the_traced_gradient(stage, omni, batch):
     expected, trainable = traced(omni, batch, STAGES[stage])
     counts = whole_attention(omni)
-    parts = flops_by_part(omni_parts(omni), counts, trainable)
+    parts = flops_by_term(omni_terms(omni), counts, trainable)
     # The trace holds 8 x 8 pairs of levels a frame, the count 8 x 9 / 2.
     parts["audio depth attention"] *= 64 / 36
     assert sum(parts.values()) == pytest.approx(expected, rel=1e-9)
@@ -144,7 +145,7 @@ def test_counts_of_a_packed_batch(batch):
     filled, expected = packed_rows({name: value for name, value in batch.items() if name != "patches"})
     mesh = one_device()
     with jax.set_mesh(mesh):
-        found = jax.jit(step_counts)(place(filled, mesh, ShardingRules()))
+        found = jax.jit(count_batch)(place(filled, mesh, ShardingRules()))
     assert {name: int(value) for name, value in found.items()} == expected
 
 
@@ -155,7 +156,7 @@ def test_causal_pairs_of_one_long_document_do_not_overflow():
     batch = {name: jnp.asarray(row) for name in ("tokens", "segment_ids", "patch_segments")}
     batch |= {"positions": jnp.arange(length)[None], "text_weights": jnp.ones((1, length))}
     batch |= {"audio_index": jnp.asarray(row), "audio_weights": jnp.ones((1, 1, 8))}
-    found = jax.jit(step_counts)(batch)
+    found = jax.jit(count_batch)(batch)
     assert float(found["causal_pairs"]) == pytest.approx(length * (length + 1) / 2, rel=1e-6)
     assert float(found["patch_pairs"]) == pytest.approx(length**2, rel=1e-6)
 
@@ -164,8 +165,8 @@ def test_branches_are_the_sums_of_their_parts(omni):
     counts = {name: value / 2 for name, value in whole_attention(omni).items()}
     trainable = ["llm.embedding", "llm.head"]
     parts, branches = (
-        flops_by_part(omni_parts(omni), counts, trainable),
-        flops_by_branch(omni_parts(omni), counts, trainable),
+        flops_by_term(omni_terms(omni), counts, trainable),
+        flops_by_branch(omni_terms(omni), counts, trainable),
     )
     for branch, total in branches.items():
         assert total == pytest.approx(sum(value for name, value in parts.items() if name.startswith(branch)))
@@ -176,7 +177,7 @@ def test_a_larger_model_counts_its_own_sizes(omni):
     """Only what depends on the changed size changes, in proportion."""
     counts = whole_attention(omni)
     deeper = replace(omni, llm=replace(omni.llm, num_layers=2 * omni.llm.num_layers))
-    small, large = (flops_by_part(omni_parts(cfg), counts, ()) for cfg in (omni, deeper))
+    small, large = (flops_by_term(omni_terms(cfg), counts, ()) for cfg in (omni, deeper))
     changed = {name: large[name] / small[name] for name in small if large[name] != small[name]}
     assert changed == {"llm layers linear": 2.0, "llm layers attention": 2.0}
 

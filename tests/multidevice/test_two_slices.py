@@ -18,7 +18,7 @@ from baichuan_omni_jax.config import Budgets, MeshConfig, OptimizerConfig, load_
 from baichuan_omni_jax.nn.param import named_values
 from baichuan_omni_jax.omni.batch import abstract_batch
 from baichuan_omni_jax.sharding import make_mesh
-from baichuan_omni_jax.train.state import abstract_opt_state, make_compute, make_setup
+from baichuan_omni_jax.train.state import abstract_opt_state, make_compute, make_step_spec
 from baichuan_omni_jax.train.step import make_step
 
 run = load_run_config("configs/micro.py")
@@ -29,10 +29,10 @@ devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2", 
 mesh, omni, compute = make_mesh(run.mesh, devices), resolve_model(run.model), make_compute(run)
 assert [{device.slice_index for device in part.flat} for part in mesh.devices] == [{0}, {1}]
 with jax.set_mesh(mesh):
-    setup = make_setup(run, omni, mesh, compute)
-    trainable, frozen = setup.split(named_values(setup.template))
+    spec = make_step_spec(run, omni, mesh, compute)
+    trainable, frozen = spec.split(named_values(spec.template))
     batch = abstract_batch(4, data.budgets, omni, run.branches, mesh, compute.rules)
-    compiled = make_step(setup, run).lower(trainable, frozen, abstract_opt_state(setup), batch).compile()
+    compiled = make_step(spec, run).lower(trainable, frozen, abstract_opt_state(spec), batch).compile()
 print("temporaries", compiled.memory_analysis().temp_size_in_bytes)
 """
 

@@ -15,8 +15,8 @@ from baichuan_omni_jax.checkpoint import load_branches, with_shardings
 from baichuan_omni_jax.config import apply_overrides, load_run_config, resolve_model, tiny, to_hf
 from baichuan_omni_jax.config.mel_targets import run_mel_targets
 from baichuan_omni_jax.errors import ConfigError
-from baichuan_omni_jax.train.batch_placer import BatchPlacer
-from baichuan_omni_jax.train.state import init_state, make_compute, make_setup
+from baichuan_omni_jax.train.input import BatchPlacer
+from baichuan_omni_jax.train.state import init_state, make_compute, make_step_spec
 from baichuan_omni_jax.train.step import make_gradients, make_step
 from data_pipelines.pipeline import open_pipeline
 from tests.helpers import tokenized
@@ -41,28 +41,28 @@ def two_levels(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def tokenizer_step(micro_root, quick_compile, two_levels):
-    """(run, setup, state, batch) of the tokenizer's first step."""
+    """(run, spec, state, batch) of the tokenizer's first step."""
     run = small(TOKENIZER, micro_root, two_levels)
     omni, mesh, compute = resolve_model(run.model), one_device(), make_compute(run)
     pipeline = open_pipeline(run.data, omni, targets=run_mel_targets(run, omni))
     with jax.set_mesh(mesh):
-        setup = make_setup(run, omni, mesh, compute)
-        setup.task.check(mesh)
-        state = init_state(run, setup)
-        place = BatchPlacer(1, setup.task.batch_axes(), mesh, compute.rules)
-        return run, setup, state, place(next(pipeline.steps(None)).batch)
+        spec = make_step_spec(run, omni, mesh, compute)
+        spec.task.check(mesh)
+        state = init_state(run, spec)
+        place = BatchPlacer(1, spec.task.batch_axes(), mesh, compute.rules)
+        return run, spec, state, place(next(pipeline.steps(None)).batch)
 
 
 @pytest.mark.slow
 def test_the_transcript_reaches_the_ears_through_a_reader_that_stays(tokenizer_step):
     """With the transcript's loss alone: gradients in encoder, bridge and adapter, none in the reader."""
-    run, setup, state, batch = tokenizer_step
+    run, spec, state, batch = tokenizer_step
     settings = dataclasses.replace(run.tokenizer, reconstruction=0.0, commitment=0.0, transcript=1.0)
     quantizer = dataclasses.replace(settings.quantizer, quantized_share=1.0, level_dropout=0.0)
     run = dataclasses.replace(run, tokenizer=dataclasses.replace(settings, quantizer=quantizer))
-    with jax.set_mesh(setup.mesh):
-        setup = make_setup(run, setup.task.omni, setup.mesh, setup.task.compute)
-        gradients, metrics, moved = jax.jit(make_gradients(setup, run))(
+    with jax.set_mesh(spec.mesh):
+        spec = make_step_spec(run, spec.task.omni, spec.mesh, spec.task.compute)
+        gradients, metrics, moved = jax.jit(make_gradients(spec, run))(
             state.trainable, state.frozen, batch, state.opt_state.extra
         )
     assert metrics["loss"] == metrics["loss_transcript"] > 0
@@ -78,12 +78,12 @@ def test_the_transcript_reaches_the_ears_through_a_reader_that_stays(tokenizer_s
 @pytest.mark.slow
 def test_a_clip_that_is_not_a_number_changes_nothing(tokenizer_step):
     """NaN in one mel: the step counts as not finite; parameters, codebooks and state stay bit for bit."""
-    run, setup, state, batch = tokenizer_step
+    run, spec, state, batch = tokenizer_step
     mel = np.array(batch["mel"])
     mel[0, 0, 3] = np.nan
     poisoned = batch | {"mel": jax.device_put(mel, batch["mel"].sharding)}
-    with jax.set_mesh(setup.mesh):
-        step = make_step(setup, run)
+    with jax.set_mesh(spec.mesh):
+        step = make_step(spec, run)
         trainable, moved, opt_state, numbers = step(state.trainable, state.frozen, state.opt_state, poisoned)
     assert numbers["nonfinite"] == 1
     assert moved
@@ -158,7 +158,7 @@ def refusal(run) -> ConfigError | None:
     omni, compute, mesh = resolve_model(run.model), make_compute(run), one_device()
     with jax.set_mesh(mesh):
         try:
-            make_setup(run, omni, mesh, compute).task.check(mesh)
+            make_step_spec(run, omni, mesh, compute).task.check(mesh)
         except ConfigError as error:
             return error
 

@@ -18,7 +18,7 @@ from baichuan_omni_jax.checkpoint import Workdir
 from baichuan_omni_jax.config import apply_overrides, load_run_config, resolve_model
 from baichuan_omni_jax.errors import ConfigError, exit_code
 from baichuan_omni_jax.sharding import MESH_AXES
-from baichuan_omni_jax.train.batch_placer import check_batch
+from baichuan_omni_jax.train.input import check_batch
 from baichuan_omni_jax.train.state import make_compute
 from baichuan_omni_jax.train.tasks.audio import check_sound
 from baichuan_omni_jax.train.trainer import train

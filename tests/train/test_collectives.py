@@ -2,7 +2,7 @@
 
 import pytest
 
-from baichuan_omni_jax.train.preflight.collectives import Collective, collectives_of
+from baichuan_omni_jax.train.preflight.hlo import Collective, collectives_of
 
 MESH = {"data": 1, "fsdp": 2, "context": 4, "tensor": 1}
 TEXT = """HloModule jit_step, is_scheduled=true

@@ -12,7 +12,7 @@ from baichuan_omni_jax.config import GroupConfig, OptimizerConfig, resolve_model
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.nn.param import Buffer, named_variables
 from baichuan_omni_jax.train.groups import Groups, assign_groups, decays, make_optimizer, schedule
-from baichuan_omni_jax.train.state import init_state, make_compute, make_setup
+from baichuan_omni_jax.train.state import init_state, make_compute, make_step_spec
 from baichuan_omni_jax.train.step import make_step
 from baichuan_omni_jax.train.tasks import TASKS
 from tests.helpers.micro import micro_run, one_device, open_micro, place
@@ -102,10 +102,10 @@ def test_frozen_parameters_stay_bit_for_bit(micro_root, tmp_path, quick_compile)
     mesh, omni = one_device(), resolve_model(run.model)
     with jax.set_mesh(mesh):
         compute = make_compute(run)
-        setup = make_setup(run, omni, mesh, compute)
-        state = init_state(run, setup)
+        spec = make_step_spec(run, omni, mesh, compute)
+        state = init_state(run, spec)
         before = jax.tree.map(np.array, (state.trainable, state.frozen))
-        step, steps = make_step(setup, run), pipeline.steps(codes)
+        step, steps = make_step(spec, run), pipeline.steps(codes)
         trainable, opt_state = state.trainable, state.opt_state
         spoken = (each.batch for each in steps if each.batch["audio_weights"].any())
         for _ in range(2):
@@ -123,6 +123,6 @@ def test_frozen_parameters_stay_bit_for_bit(micro_root, tmp_path, quick_compile)
     }
     assert set(trainable) <= moments
     assert not set(state.frozen) & moments
-    buffers = {name for name, variable in named_variables(setup.template).items() if isinstance(variable, Buffer)}
+    buffers = {name for name, variable in named_variables(spec.template).items() if isinstance(variable, Buffer)}
     assert buffers
     assert buffers <= set(state.frozen)

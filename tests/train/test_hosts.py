@@ -7,7 +7,7 @@ import pytest
 from baichuan_omni_jax.config import apply_overrides, load_run_config
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.train import hosts
-from baichuan_omni_jax.train.hosts import check_agreement, run_facts, software, together
+from baichuan_omni_jax.train.hosts import check_agreement, on_all_hosts, run_facts, version_facts
 from tests.helpers.micro import CONFIG
 
 
@@ -15,7 +15,7 @@ from tests.helpers.micro import CONFIG
 def two_hosts(monkeypatch):
     """Host 1 says what the test puts here; host 0 is this process."""
     other = []
-    monkeypatch.setattr(hosts, "share", lambda text: [text, *other])
+    monkeypatch.setattr(hosts, "all_gather_str", lambda text: [text, *other])
     monkeypatch.setattr(hosts.jax, "process_count", lambda: 2)
     return other
 
@@ -25,8 +25,8 @@ def facts(*changes: str) -> dict[str, str]:
 
 
 def test_hosts_with_the_same_configuration_agree(two_hosts):
-    two_hosts.append(json.dumps(facts("data.root=elsewhere", "data.workers=3") | software()))
-    check_agreement(facts() | software())
+    two_hosts.append(json.dumps(facts("data.root=elsewhere", "data.workers=3") | version_facts()))
+    check_agreement(facts() | version_facts())
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_a_fact_that_one_host_lacks(two_hosts):
 def test_an_error_of_one_host_is_raised_on_all(two_hosts):
     two_hosts.append("manifest text.jsonl cannot be read")
     with pytest.raises(ConfigError, match=r"^host 1: manifest text\.jsonl cannot be read"):
-        together(lambda: 3)
+        on_all_hosts(lambda: 3)
 
 
 def test_alone_an_error_is_as_it_was():
@@ -60,4 +60,4 @@ def test_alone_an_error_is_as_it_was():
         raise ConfigError("no such file")
 
     with pytest.raises(ConfigError, match=r"^no such file$"):
-        together(work)
+        on_all_hosts(work)

@@ -17,7 +17,7 @@ from baichuan_omni_jax.omni.model import OmniModel
 from baichuan_omni_jax.sharding import ShardingRules
 from baichuan_omni_jax.train.losses import chunked_cross_entropy, cross_entropy
 from baichuan_omni_jax.train.omni_loss import denominators, omni_loss, share_metrics
-from baichuan_omni_jax.train.state import make_compute, make_setup
+from baichuan_omni_jax.train.state import make_compute, make_step_spec
 from data_pipelines.packing.batch import RowWriter, empty_rows
 from data_pipelines.packing.loss_weights import weigh
 from tests.helpers.micro import micro_run, one_device, open_micro, place
@@ -261,8 +261,8 @@ def test_held_out_sums_tell_sources_and_kinds_apart(losses, documents):
         writer.add(document, source=number, number=0)
     metrics, _ = losses(batch, np.ones(1 + LEVELS))
     with jax.set_mesh(losses.mesh), jax.default_matmul_precision("highest"):
-        setup = make_setup(losses.run, losses.omni, losses.mesh, losses.compute)
-        step = make_eval_step(setup, losses.run, len(documents))
+        spec = make_step_spec(losses.run, losses.omni, losses.mesh, losses.compute)
+        step = make_eval_step(spec, losses.run, len(documents))
         sums = step(named_values(losses.model), place(batch, losses.mesh, losses.compute.rules))
     sums = jax.tree.map(np.asarray, sums)
 

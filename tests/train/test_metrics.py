@@ -11,7 +11,7 @@ import pytest
 
 from baichuan_omni_jax.config import load_run_config, resolve_model
 from baichuan_omni_jax.errors import ConfigError
-from baichuan_omni_jax.flops.omni import flops_by_branch, omni_parts
+from baichuan_omni_jax.flops.terms import flops_by_branch, omni_terms
 from baichuan_omni_jax.train import goodput
 from baichuan_omni_jax.train.goodput import Goodput
 from baichuan_omni_jax.train.metrics import MetricsWriter, Throughput
@@ -81,7 +81,7 @@ def test_speed_and_mfu():
     """Two chips of 1e12 FLOP/s for half a second: shares of 1e12 FLOPs, by branch, and their sum."""
     omni = resolve_model("tiny")
     trainable = {"llm.layers.attention.q_proj.weight"}
-    parts = omni_parts(omni)
+    parts = omni_terms(omni)
     found = Throughput(parts, trainable, 2, 1e12).of(COUNTS, 0.5)
     flops = flops_by_branch(parts, COUNTS, trainable)
     assert found["tokens_per_s_per_chip"] == 200.0
@@ -92,7 +92,7 @@ def test_speed_and_mfu():
 
 
 def test_no_mfu_where_the_peak_is_not_known():
-    found = Throughput(omni_parts(resolve_model("tiny")), set(), 1, None).of(COUNTS, 0.5)
+    found = Throughput(omni_terms(resolve_model("tiny")), set(), 1, None).of(COUNTS, 0.5)
     assert not [name for name in found if name.startswith("mfu")]
 
 

@@ -13,10 +13,10 @@ import pytest
 from baichuan_omni_jax.config import load_run_config, tiny
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.train.preflight import Packing, devices_of
-from baichuan_omni_jax.train.preflight.buffers import largest_temporaries
-from baichuan_omni_jax.train.preflight.build import Memory, refused
-from baichuan_omni_jax.train.preflight.suggest import suggestions
-from baichuan_omni_jax.train.preflight.tables import short_scope
+from baichuan_omni_jax.train.preflight.compile import Memory, refused
+from baichuan_omni_jax.train.preflight.hlo import largest_temporaries
+from baichuan_omni_jax.train.preflight.render import short_scope
+from baichuan_omni_jax.train.preflight.report import suggestions
 from tests.helpers.proofs import HANG
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -109,7 +109,7 @@ def test_packing_of_the_language_model_alone_has_no_media():
 
 
 def test_missing_libtpu_is_said(monkeypatch):
-    monkeypatch.setattr("baichuan_omni_jax.train.preflight.topology.find_spec", lambda name: None)
+    monkeypatch.setattr("baichuan_omni_jax.train.preflight.compile.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"libtpu is not installed: pip install"):
         devices_of("v5p:2x2x1")
 
@@ -158,5 +158,5 @@ def test_micro_run_on_four_chips(tmp_path):
     assert all(group["optimizer_bytes"] >= 2 * group["parameter_bytes"] * 0.99 for group in report["groups"])
     gathers = [one for one in report["collectives"] if one["kind"] == "all-gather"]
     assert any("fsdp" in one["axes"] for one in gathers)
-    assert report["model_flops"]["total"] == pytest.approx(sum(report["flops_by_part"].values()))
+    assert report["model_flops"]["total"] == pytest.approx(sum(report["flops_by_term"].values()))
     assert (tmp_path / "report.png").stat().st_size > 10_000

@@ -16,18 +16,18 @@ from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.nn.param import named_values, named_variables
 from baichuan_omni_jax.omni.batch import abstract_batch
 from baichuan_omni_jax.train.groups import assign_groups, special_ids, untrained_targets
-from baichuan_omni_jax.train.preflight.build import Arguments
+from baichuan_omni_jax.train.preflight.compile import StepArguments
 from baichuan_omni_jax.train.preflight.report import group_sizes
 from baichuan_omni_jax.train.report import groups_table
 from baichuan_omni_jax.train.state import (
     abstract_opt_state,
     advance,
     branches_of,
-    from_saved,
+    from_checkpoint,
     init_state,
     make_compute,
-    make_setup,
-    to_saved,
+    make_step_spec,
+    to_checkpoint,
 )
 from baichuan_omni_jax.train.step import make_gradients, make_step
 from baichuan_omni_jax.train.tasks import make_task
@@ -61,9 +61,9 @@ OMNI = resolve_model(run_of(ALL).model)
 
 
 def started(run):
-    """(setup, state at step 0) on one device, whose mesh is the current one."""
-    setup = make_setup(run, OMNI, one_device(), make_compute(run))
-    return setup, init_state(run, setup)
+    """(spec, state at step 0) on one device, whose mesh is the current one."""
+    spec = make_step_spec(run, OMNI, one_device(), make_compute(run))
+    return spec, init_state(run, spec)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -87,10 +87,10 @@ def batch(mesh):
 
 @pytest.fixture(scope="module")
 def rounding(mesh):
-    """A run that trains the rows alone and computes from bf16: (run, setup, its step)."""
+    """A run that trains the rows alone and computes from bf16: (run, spec, its step)."""
     run = run_of(ROWS, FROZEN, frozen_dtype="bfloat16")
-    setup, _ = started(run)
-    return run, setup, make_step(setup, run)
+    spec, _ = started(run)
+    return run, spec, make_step(spec, run)
 
 
 def relative(value, reference) -> float:
@@ -98,17 +98,17 @@ def relative(value, reference) -> float:
     return float(np.abs(value - reference).max() / np.abs(reference).max())
 
 
-def saved_tables(setup, state) -> dict[str, np.ndarray]:
-    return jax.tree.map(np.asarray, named_values(to_saved(setup, state)[0]))
+def saved_tables(spec, state) -> dict[str, np.ndarray]:
+    return jax.tree.map(np.asarray, named_values(to_checkpoint(spec, state)[0]))
 
 
 def test_rows_learn_as_they_would_in_a_table_that_trains(batch):
     """Loss and gradient of the rows against those of the whole model, all of it trainable."""
     whole_run, run = run_of(ALL), run_of(ROWS, FROZEN)
     whole_setup, whole = started(whole_run)
-    setup, state = started(run)
+    spec, state = started(run)
     expected, metrics, _ = jax.jit(make_gradients(whole_setup, whole_run))(whole.trainable, whole.frozen, batch)
-    found, own, _ = jax.jit(make_gradients(setup, run))(state.trainable, state.frozen, batch)
+    found, own, _ = jax.jit(make_gradients(spec, run))(state.trainable, state.frozen, batch)
     assert float(own["loss"]) == pytest.approx(float(metrics["loss"]), rel=TOLERANCE)
     assert set(found) == {"llm.embedding_rows", "llm.head_rows"}
     for table in ("llm.embedding", "llm.head"):
@@ -117,16 +117,16 @@ def test_rows_learn_as_they_would_in_a_table_that_trains(batch):
 
 def test_only_the_rows_train_and_have_a_state(rounding, batch):
     """Two steps: of the saved model nothing but the rows of marks changed, bit for bit."""
-    run, setup, step = rounding
-    state = init_state(run, setup)
-    before = saved_tables(setup, state)
+    run, spec, step = rounding
+    state = init_state(run, spec)
+    before = saved_tables(spec, state)
     for _ in range(2):
         trainable, moved, opt_state, _ = step(state.trainable, state.frozen, state.opt_state, batch)
         state = advance(state, trainable, moved, opt_state)
     rows = (len(MARKS), OMNI.llm.hidden_size)
     shapes = {leaf.shape for leaf in jax.tree.leaves(state.opt_state)}
     assert shapes == {(), rows}
-    after = saved_tables(setup, state)
+    after = saved_tables(spec, state)
     assert set(after) == set(before)
     for name, value in after.items():
         if name not in ("llm.embedding", "llm.head"):
@@ -141,16 +141,16 @@ def test_only_the_rows_train_and_have_a_state(rounding, batch):
 
 def test_a_resumed_run_goes_on_exactly(rounding, batch, tmp_path):
     """A step from files against the same step without the stop; the files hold whole tables."""
-    run, setup, step = rounding
-    state = init_state(run, setup)
+    run, spec, step = rounding
+    state = init_state(run, spec)
     first = advance(state, *step(state.trainable, state.frozen, state.opt_state, batch)[:3])
     workdir = Workdir(tmp_path, keep=1)
-    branches, opt_state = to_saved(setup, first)
+    branches, opt_state = to_checkpoint(spec, first)
     workdir.save(1, branches, opt_state, {}, OMNI)
     workdir.wait()
-    found = workdir.restore(None, branches_of(setup.stored), abstract_opt_state(setup))
+    found = workdir.restore(None, branches_of(spec.stored), abstract_opt_state(spec))
     workdir.close()
-    resumed = from_saved(setup, found.branches, found.opt_state, found.step)
+    resumed = from_checkpoint(spec, found.branches, found.opt_state, found.step)
     assert set(resumed.originals) == set(first.originals)
     goes_on = [step(each.trainable, each.frozen, each.opt_state, batch) for each in (first, resumed)]
     for a, b in zip(*map(jax.tree.leaves, goes_on), strict=True):
@@ -160,19 +160,19 @@ def test_a_resumed_run_goes_on_exactly(rounding, batch, tmp_path):
 
 def test_a_frozen_branch_comes_through_a_stage_unrounded(rounding, batch, tmp_path):
     """A stage that computes from bf16 starts from fp32 weights; the next stage trains them from exactly these."""
-    run, setup, step = rounding
-    parent = init_state(run_of(ALL, seed=5), make_setup(run_of(ALL), OMNI, one_device(), make_compute(run)))
+    run, spec, step = rounding
+    parent = init_state(run_of(ALL, seed=5), make_step_spec(run_of(ALL), OMNI, one_device(), make_compute(run)))
     original = jax.tree.map(np.asarray, parent.trainable)
-    model = setup.assemble(parent.trainable | {name: None for name in setup.groups.rows.values()}, {})
+    model = spec.assemble(parent.trainable | {name: None for name in spec.groups.rows.values()}, {})
     save_branches(tmp_path / "parent", branches_of(model), OMNI)
 
     from_parent = dataclasses.replace(run.checkpoint, init_from=str(tmp_path / "parent"))
-    state = init_state(dataclasses.replace(run, checkpoint=from_parent), setup)
+    state = init_state(dataclasses.replace(run, checkpoint=from_parent), spec)
     assert {str(value.dtype) for value in state.frozen.values()} == {"bfloat16"}
     assert {value.sharding.memory_kind for value in state.originals.values()} == {"pinned_host"}
     state = advance(state, *step(state.trainable, state.frozen, state.opt_state, batch)[:3])
     workdir = Workdir(tmp_path / "stage", keep=1)
-    workdir.save(1, *to_saved(setup, state), {}, OMNI)
+    workdir.save(1, *to_checkpoint(spec, state), {}, OMNI)
     workdir.close()
 
     # The next stage, and one after it that freezes again.
@@ -183,25 +183,25 @@ def test_a_frozen_branch_comes_through_a_stage_unrounded(rounding, batch, tmp_pa
         )
         values = saved_tables(*started(following))
         for name, value in values.items():
-            kept = np.delete(np.arange(len(value)), MARKS) if name in setup.groups.rows else slice(None)
+            kept = np.delete(np.arange(len(value)), MARKS) if name in spec.groups.rows else slice(None)
             assert np.array_equal(value[kept], original[name][kept]), name
 
 
 @pytest.mark.slow
 def test_weights_that_bf16_holds_are_kept_as_bf16(rounding, tmp_path):
     """Of a bf16 checkpoint nothing is lost, so nothing is kept beside it; tables with trained rows become fp32."""
-    run, setup, _ = rounding
-    narrow = {name: jnp.zeros(shape.shape, jnp.bfloat16) + 0.75 for name, shape in named_values(setup.stored).items()}
-    model = setup.assemble(narrow | {name: None for name in setup.groups.rows.values()}, {})
+    run, spec, _ = rounding
+    narrow = {name: jnp.zeros(shape.shape, jnp.bfloat16) + 0.75 for name, shape in named_values(spec.stored).items()}
+    model = spec.assemble(narrow | {name: None for name in spec.groups.rows.values()}, {})
     save_branches(tmp_path / "parent", branches_of(model), OMNI)
     from_parent = dataclasses.replace(run.checkpoint, init_from=str(tmp_path / "parent"))
-    state = init_state(dataclasses.replace(run, checkpoint=from_parent), setup)
+    state = init_state(dataclasses.replace(run, checkpoint=from_parent), spec)
     assert not state.originals
-    branches, _ = to_saved(setup, state)
+    branches, _ = to_checkpoint(spec, state)
     save_branches(tmp_path / "saved", branches, OMNI)
     assert read_branch_info(tmp_path / "saved")["llm"].dtype == "bfloat16+float32"
     assert branches["llm"].layers.mlp.up_proj.weight.dtype == jnp.bfloat16
-    loaded = load_branches(str(tmp_path / "saved"), branches_of(setup.stored))
+    loaded = load_branches(str(tmp_path / "saved"), branches_of(spec.stored))
     assert all((value == 0.75).all() for value in named_values(loaded).values())
 
 
@@ -211,13 +211,13 @@ def test_marks_are_targets_only_where_their_row_of_the_head_trains(batch, rows):
     norm = GroupConfig(name="norm", pattern=r"llm\.norm\.", learning_rate=1e-3)
     run = run_of(ROWS, norm, FROZEN, special_token_rows=rows)
     assert untrained_targets(run, OMNI) == (() if rows else MARKS)
-    setup = make_setup(run, OMNI, one_device(), make_compute(run))
+    spec = make_step_spec(run, OMNI, one_device(), make_compute(run))
     weights = np.asarray(batch["text_weights"])
     asked = np.isin(np.asarray(batch["text_targets"]), MARKS)
     assert (np.asarray(batch["text_targets"]) == AUDIOGEN_START).any()
     expected = weights if rows else np.where(asked, 0, weights)
-    np.testing.assert_array_equal(np.asarray(setup.task.weigh(batch)["text_weights"]), expected.astype(np.float32))
-    assert float(setup.task.counts(batch)["text_targets"]) == np.count_nonzero(expected)
+    np.testing.assert_array_equal(np.asarray(spec.task.weigh(batch)["text_weights"]), expected.astype(np.float32))
+    assert float(spec.task.counts(batch)["text_targets"]) == np.count_nonzero(expected)
 
 
 @pytest.mark.parametrize(("rate", "ids"), [(None, MARKS), (1e-3, ())])
@@ -239,9 +239,9 @@ def test_text_loss_of_marks_alone_moves_nothing_before_a_frozen_head(batch):
     """What trains is before the head: a batch whose only targets are marks gives it no gradient at all."""
     norm = GroupConfig(name="norm", pattern=r"llm\.norm\.", learning_rate=1e-3)
     run = run_of(ROWS, norm, FROZEN, special_token_rows=False)
-    setup, state = started(run)
+    spec, state = started(run)
     marks = jnp.full_like(batch["text_targets"], AUDIOGEN_START)
-    gradients, metrics, _ = jax.jit(make_gradients(setup, run))(
+    gradients, metrics, _ = jax.jit(make_gradients(spec, run))(
         state.trainable, state.frozen, batch | {"text_targets": marks}
     )
     assert metrics["loss"] == 0
@@ -252,21 +252,21 @@ def test_text_loss_of_marks_alone_moves_nothing_before_a_frozen_head(batch):
 def test_a_group_of_which_nothing_trains_is_shown_as_frozen(rows, rate):
     norm = GroupConfig(name="norm", pattern=r"llm\.norm\.", learning_rate=1e-3)
     run = run_of(ROWS, norm, FROZEN, special_token_rows=rows)
-    setup = make_setup(run, OMNI, one_device(), make_compute(run))
+    spec = make_step_spec(run, OMNI, one_device(), make_compute(run))
     console = Console(record=True, width=120, quiet=False, file=io.StringIO())
-    console.print(groups_table(run, setup))
+    console.print(groups_table(run, spec))
     line = next(line for line in console.export_text().splitlines() if " marks " in line)
     size = 2 * OMNI.llm.vocab_size * OMNI.llm.hidden_size
     trained = 2 * len(MARKS) * OMNI.llm.hidden_size if rows else 0
     assert [cell.strip() for cell in line.split("│")[2:6]] == ["llm", f"{size + trained:,}", f"{size:,}", rate]
-    arguments = Arguments(*setup.split(setup.shapes()), abstract_opt_state(setup), {})
-    marks = next(group for group in group_sizes(run, setup, arguments) if group.name == "marks")
+    arguments = StepArguments(*spec.split(spec.shapes()), abstract_opt_state(spec), {})
+    marks = next(group for group in group_sizes(run, spec, arguments) if group.name == "marks")
     assert (marks.learning_rate, marks.parameters) == (1e-2 if rows else None, size + trained)
     assert marks.optimizer_bytes == 2 * 4 * trained  # two moments, fp32
 
 
 def test_what_cannot_be_is_told():
-    names = make_setup(run_of(ALL), OMNI, one_device(), make_compute(run_of(ALL))).template
+    names = make_step_spec(run_of(ALL), OMNI, one_device(), make_compute(run_of(ALL))).template
     wrong = dataclasses.replace(ROWS, pattern=r"llm\.")
     with pytest.raises(ConfigError, match=r"group 'marks' is special_tokens_only, but llm\.\S+ has no rows of tokens"):
         assign_groups(named_variables(names), (wrong, FROZEN))

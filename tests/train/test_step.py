@@ -9,7 +9,7 @@ import pytest
 
 from baichuan_omni_jax.config import Budgets, load_run_config, resolve_model
 from baichuan_omni_jax.omni.batch import abstract_batch
-from baichuan_omni_jax.train.state import init_state, make_compute, make_setup
+from baichuan_omni_jax.train.state import init_state, make_compute, make_step_spec
 from baichuan_omni_jax.train.step import make_gradients, make_step
 from tests.helpers.micro import CONFIG, one_device
 
@@ -19,14 +19,14 @@ TOLERANCE = 1e-6
 
 @pytest.fixture(scope="module")
 def text_run(quick_compile):
-    """Micro, the language model alone: (run, setup, state, a batch of 4 rows with 2 documents each)."""
+    """Micro, the language model alone: (run, spec, state, a batch of 4 rows with 2 documents each)."""
     run = load_run_config(CONFIG)
     data = dataclasses.replace(run.data, rows=4, budgets=Budgets(tokens=64, patches=0, audio_frames=0, audio_targets=0))
     run = dataclasses.replace(run, branches=("llm",), data=data, optimizer=type(run.optimizer)(warmup_steps=0))
     omni, mesh, compute = resolve_model(run.model), one_device(), make_compute(run)
     with jax.set_mesh(mesh):
-        setup = make_setup(run, omni, mesh, compute)
-        state = init_state(run, setup)
+        spec = make_step_spec(run, omni, mesh, compute)
+        state = init_state(run, spec)
         shapes = abstract_batch(4, data.budgets, omni, run.branches, mesh, compute.rules)
     rng = np.random.default_rng(0)
     first = rng.integers(1, 63, (4, 1))
@@ -37,18 +37,18 @@ def text_run(quick_compile):
     values["positions"] = np.where(slots < first, slots, slots - first)
     values["text_weights"] = rng.uniform(0, 1, (4, 64))
     place = lambda name: jax.device_put(values[name].astype(shapes[name].dtype), shapes[name].sharding)  # noqa: E731
-    return run, setup, state, {name: place(name) for name in shapes}
+    return run, spec, state, {name: place(name) for name in shapes}
 
 
 @pytest.mark.slow
 def test_parts_add_up_to_the_whole_batch(text_run):
     """Losses and gradients in one part and in two."""
-    run, setup, state, batch = text_run
+    run, spec, state, batch = text_run
     results = []
     for parts in (1, 2):
         changed = dataclasses.replace(run, train=dataclasses.replace(run.train, accumulate=parts))
-        with jax.set_mesh(setup.mesh), jax.default_matmul_precision("highest"):
-            results.append(jax.jit(make_gradients(setup, changed))(state.trainable, state.frozen, batch)[:2])
+        with jax.set_mesh(spec.mesh), jax.default_matmul_precision("highest"):
+            results.append(jax.jit(make_gradients(spec, changed))(state.trainable, state.frozen, batch)[:2])
     (whole, expected), (gradients, metrics) = results
     assert float(metrics["loss"]) == pytest.approx(float(expected["loss"]), rel=TOLERANCE)
     for name, gradient in gradients.items():
@@ -57,12 +57,12 @@ def test_parts_add_up_to_the_whole_batch(text_run):
 
 def test_a_step_that_is_not_finite_changes_nothing(text_run):
     """An infinite weight makes the loss NaN: parameters and optimizer state stay bit for bit; the next step updates."""
-    run, setup, state, batch = text_run
+    run, spec, state, batch = text_run
     weights = np.array(batch["text_weights"])
     weights[1, 3] = np.inf
     poisoned = batch | {"text_weights": jax.device_put(weights, batch["text_weights"].sharding)}
-    with jax.set_mesh(setup.mesh):
-        step = make_step(setup, run)
+    with jax.set_mesh(spec.mesh):
+        step = make_step(spec, run)
         trainable, _, opt_state, metrics = step(state.trainable, state.frozen, state.opt_state, poisoned)
         assert metrics["nonfinite"] == 1
         assert not np.isfinite(metrics["loss"])

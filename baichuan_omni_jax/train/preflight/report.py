@@ -1,22 +1,29 @@
 """What preflight finds out about a run on a topology: bytes on one chip, collectives and model FLOPs of one step."""
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 
 from baichuan_omni_jax.config import OmniConfig, RunConfig
 from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.flops.audio import full_slots
 from baichuan_omni_jax.flops.chips import chip_of
-from baichuan_omni_jax.flops.omni import flops_by_branch, flops_by_part
-from baichuan_omni_jax.train.preflight.buffers import Temporary
-from baichuan_omni_jax.train.preflight.build import Arguments, Built, build, bytes_on_a_chip, set_up
-from baichuan_omni_jax.train.preflight.collectives import collectives_of
-from baichuan_omni_jax.train.preflight.packing import Packing
-from baichuan_omni_jax.train.preflight.suggest import suggestions
-from baichuan_omni_jax.train.preflight.topology import devices_of
-from baichuan_omni_jax.train.state import Setup
+from baichuan_omni_jax.flops.terms import flops_by_branch, flops_by_term
+from baichuan_omni_jax.train.preflight.compile import (
+    Memory,
+    StepArguments,
+    abstract_step,
+    bytes_on_a_chip,
+    compile_for_devices,
+    devices_of,
+)
+from baichuan_omni_jax.train.preflight.hlo import Temporary, collectives_of
+from baichuan_omni_jax.train.state import StepSpec
+from baichuan_omni_jax.train.tasks.audio import slot_frames
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +77,7 @@ class Report:
     largest: tuple[Temporary, ...]
     collectives: tuple[Traffic, ...] | None
     model_flops: dict[str, float]
-    flops_by_part: dict[str, float]
+    flops_by_term: dict[str, float]
     counts: dict[str, int]
     packing: str
     suggestions: list[str]
@@ -86,38 +93,103 @@ class Report:
         return plain
 
 
+@dataclass(frozen=True)
+class Packing:
+    """Log-normal document lengths (mean and sigma of the logarithm), pictures of `picture` patches each.
+
+    Rows are full: documents one after the other, the last one cut at the row's end; every media budget used up.
+    """
+
+    mean: float = 3000.0
+    sigma: float = 1.2
+    picture: int = 1024
+    seed: int = 0
+
+    def sentence(self) -> str:
+        """What is assumed, for people."""
+        return (
+            f"full rows of log-normal documents (mean {self.mean:g} tokens, sigma {self.sigma:g}), all media budgets "
+            f"used, pictures of {self.picture} patches, a text loss on every slot that holds no picture or sound"
+        )
+
+    def counts(self, run: RunConfig, omni: OmniConfig) -> dict[str, int]:
+        """What the rows of one step hold, under the names of the task's `counts`."""
+        rng, budgets, rows = np.random.default_rng(self.seed), run.data.budgets, run.data.rows
+        vision, sound, hears = "vision" in run.branches, "audio_head" in run.branches, run.task != "omni"
+        patches, frames, targets = (
+            budgets.patches * vision,
+            budgets.audio_frames * sound,
+            budgets.audio_targets * sound,
+        )
+        lengths = [length for _ in range(rows) for length in self._row(rng, budgets.tokens)]
+        media = patches // omni.vision.merged_patches + budgets.audio_frames * (sound or hears)
+        return {
+            "tokens": rows * budgets.tokens,
+            "causal_pairs": sum(length * (length + 1) // 2 for length in lengths),
+            "text_targets": rows * max(budgets.tokens - media, 0),
+            "patches": rows * patches,
+            "patch_pairs": rows * self._patch_pairs(patches, run.data.media_shards),
+            "audio_frames": rows * frames,
+            "audio_targets": rows * targets,
+            **(full_slots(run, omni, slot_frames(run, omni)) if hears else {}),
+        }
+
+    def _row(self, rng: np.random.Generator, room: int) -> list[int]:
+        """Lengths of the documents of one row of `room` tokens."""
+        lengths = []
+        while room:
+            drawn = rng.lognormal(math.log(self.mean) - self.sigma**2 / 2, self.sigma)
+            lengths.append(min(max(int(drawn), 1), room))
+            room -= lengths[-1]
+        return lengths
+
+    def _patch_pairs(self, patches: int, shards: int) -> int:
+        """Pairs of patches of one picture; each media shard ends with a smaller one where `picture` leaves a rest."""
+        part = patches // shards
+        whole, rest = divmod(part, self.picture)
+        return shards * (whole * self.picture**2 + rest**2)
+
+
 def preflight(run: RunConfig, omni: OmniConfig, topology: str, packing: Packing | None = None) -> Report:
     """Compiles the run's step for `mesh.slices` slices of `topology` and reports. Needs libtpu, but no TPU.
 
     Raises ConfigError where the topology is unknown, or mesh, budgets, groups and model do not fit it.
     """
-    setup, arguments = set_up(run, omni, devices_of(topology, run.mesh.slices))
-    return describe(run, omni, topology, setup, arguments, build(setup, run, arguments), packing or Packing())
+    spec, arguments = abstract_step(run, omni, devices_of(topology, run.mesh.slices))
+    return describe(
+        run, omni, topology, spec, arguments, compile_for_devices(spec, run, arguments), packing or Packing()
+    )
 
 
 def describe(
-    run: RunConfig, omni: OmniConfig, topology: str, setup: Setup, arguments: Arguments, built: Built, packing: Packing
+    run: RunConfig,
+    omni: OmniConfig,
+    topology: str,
+    spec: StepSpec,
+    arguments: StepArguments,
+    built: CompiledStep,
+    packing: Packing,
 ) -> Report:
     """The report of a step that has been compiled."""
-    memory, mesh = built.memory, dict(setup.mesh.shape)
-    device = setup.mesh.devices.flat[0]
+    memory, mesh = built.memory, dict(spec.mesh.shape)
+    device = spec.mesh.devices.flat[0]
     chip = chip_of(device.device_kind)
     if chip is None:
         raise ConfigError(f"{topology}: {device.device_kind} is not a chip whose memory is known")
     available = memory.available or chip.hbm_bytes
     counts = packing.counts(run, omni)
-    trainable = setup.groups.trainable
-    parts = setup.task.parts()
+    trainable = spec.groups.trainable
+    parts = spec.task.parts()
     branches = flops_by_branch(parts, counts, trainable)
     total = sum(branches.values())
     return Report(
         name=run.name,
         topology=topology,
         slices=run.mesh.slices,
-        chips=setup.mesh.devices.size,
+        chips=spec.mesh.devices.size,
         device_kind=device.device_kind,
         mesh=mesh,
-        groups=group_sizes(run, setup, arguments),
+        groups=group_sizes(run, spec, arguments),
         batch_bytes=bytes_on_a_chip(arguments.batch),
         args_bytes=memory.args,
         output_bytes=memory.outputs,
@@ -128,8 +200,8 @@ def describe(
         fits=memory.available is None and memory.peak <= available,
         largest=tuple(built.largest),
         collectives=_traffic(built.hlo, mesh) if built.hlo else None,
-        model_flops=branches | {"total": total, "per_chip": total / setup.mesh.devices.size},
-        flops_by_part=flops_by_part(parts, counts, trainable),
+        model_flops=branches | {"total": total, "per_chip": total / spec.mesh.devices.size},
+        flops_by_term=flops_by_term(parts, counts, trainable),
         counts=counts,
         packing=packing.sentence(),
         suggestions=[] if memory.peak <= available else suggestions(run, mesh, memory, available),
@@ -138,17 +210,17 @@ def describe(
     )
 
 
-def group_sizes(run: RunConfig, setup: Setup, arguments: Arguments) -> tuple[Group, ...]:
+def group_sizes(run: RunConfig, spec: StepSpec, arguments: StepArguments) -> tuple[Group, ...]:
     """In the order of the run's configuration, frozen ones included; one of which nothing trains has no rate."""
     values = arguments.trainable | arguments.frozen
-    group_of = setup.groups.trainable | setup.groups.frozen
-    learns = set(setup.groups.trainable.values())
+    group_of = spec.groups.trainable | spec.groups.frozen
+    learns = set(spec.groups.trainable.values())
     sizes, own, moments = defaultdict(int), defaultdict(int), defaultdict(int)
     for name, value in values.items():
         sizes[group_of[name]] += value.size
         own[group_of[name]] += bytes_on_a_chip(value)
     for path, leaf in jax.tree_util.tree_flatten_with_path(arguments.opt_state)[0]:
-        name = next((key.key for key in reversed(path) if getattr(key, "key", None) in setup.groups.trainable), None)
+        name = next((key.key for key in reversed(path) if getattr(key, "key", None) in spec.groups.trainable), None)
         if name is not None:
             moments[group_of[name]] += bytes_on_a_chip(leaf)
     return tuple(
@@ -172,3 +244,64 @@ def _traffic(hlo: str, mesh: dict[str, int]) -> tuple[Traffic, ...]:
         entry[1] += one.times * one.bytes
     traffic = [Traffic(kind=k, axes=a, count=count, bytes=size) for (k, a), (count, size) in found.items()]
     return tuple(sorted(traffic, key=lambda one: -one.bytes))
+
+
+# Positions of a row a chip has wide intermediates of at a time.
+CHUNK = 1024
+GIB = 2**30
+
+
+def suggestions(run: RunConfig, mesh: dict[str, int], memory: Memory, available: int) -> list[str]:
+    """Sentences with the `--set` that does it, for a step that needs more than `available` bytes."""
+    found = [*_compute(run, mesh), *_rows(run, mesh), *_arguments(run, memory, available), *_mesh(run, mesh)]
+    missing = (memory.peak - available) / GIB
+    return [f"{missing:.1f} GiB too much a chip", *found, "more chips: a larger --topology"]
+
+
+def _compute(run: RunConfig, mesh: dict[str, int]) -> list[str]:
+    """Settings that trade time for memory and leave the numbers as they are."""
+    compute, part, found = run.compute, run.data.budgets.tokens // mesh["context"], []
+    if compute.remat != "full":
+        found.append(f"recompute whole layers: --set compute.remat=full (now {compute.remat})")
+    for name, value in (("mlp_chunk", compute.mlp_chunk), ("loss_chunk", compute.loss_chunk)):
+        if min(value or part, part) > CHUNK:
+            found.append(f"smaller pieces of a row: --set compute.{name}={CHUNK} (now {value or 'the whole row'})")
+    return found
+
+
+def _rows(run: RunConfig, mesh: dict[str, int]) -> list[str]:
+    groups = mesh["data"] * mesh["fsdp"]
+    at_once = run.data.rows // run.train.accumulate // groups
+    if at_once < 2:
+        return []
+    return [
+        f"one row at a time: --set train.accumulate={run.data.rows // groups} (now {at_once} rows a chip at a time; "
+        "accumulated gradients are fp32, split like the parameters)"
+    ]
+
+
+def _arguments(run: RunConfig, memory: Memory, available: int) -> list[str]:
+    found = []
+    frozen = any(group.learning_rate is None for group in run.optimizer.groups)
+    if frozen and run.train.frozen_dtype != "bfloat16":
+        found.append(
+            f"frozen parameters in half the bytes: --set train.frozen_dtype=bfloat16 (now {run.train.frozen_dtype})"
+        )
+    if memory.args > available / 2:
+        found.append("parameters and optimizer take most: freeze a group, or use more chips along fsdp or context")
+    return found
+
+
+def _mesh(run: RunConfig, mesh: dict[str, int]) -> list[str]:
+    """Rows over more chips, at the same number of chips; smaller budgets."""
+    found, budgets = [], run.data.budgets
+    if mesh["fsdp"] % 2 == 0 and budgets.tokens % (2 * mesh["context"] * run.data.context_block) == 0:
+        half, twice = mesh["fsdp"] // 2, mesh["context"] * 2
+        accumulate = run.data.rows // (mesh["data"] * half)
+        found.append(
+            f"shorter parts of a row a chip: --set mesh.fsdp={half} --set mesh.context={twice} "
+            f"--set train.accumulate={accumulate} (data.media_shards a multiple of {twice * mesh['tensor']})"
+        )
+    if "vision" in run.branches and budgets.patches > budgets.tokens:
+        found.append(f"fewer patches a row: --set data.budgets.patches={budgets.patches // 2}")
+    return found

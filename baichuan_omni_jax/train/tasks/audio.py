@@ -14,7 +14,7 @@ from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.nn.param import ComputePolicy
 from baichuan_omni_jax.omni.batch import BRANCH_FIELDS, Batch, abstract_batch
 from baichuan_omni_jax.sharding import ShardingRules
-from baichuan_omni_jax.train.batch_placer import check_batch
+from baichuan_omni_jax.train.input import check_batch
 from baichuan_omni_jax.train.tasks.task import Metrics
 
 _ROWS = ("llm", "audio_encoder")

@@ -12,8 +12,9 @@ from baichuan_omni_jax.audio.spec_augment import spec_augment
 from baichuan_omni_jax.branches import AUDIO_TOKENIZER_BRANCHES, BRANCHES
 from baichuan_omni_jax.config.mel_targets import reconstruction_ratios
 from baichuan_omni_jax.errors import ConfigError
-from baichuan_omni_jax.flops.audio import clip_counts, tokenizer_parts
-from baichuan_omni_jax.flops.omni import Part, step_counts
+from baichuan_omni_jax.flops.audio import count_clips, tokenizer_terms
+from baichuan_omni_jax.flops.batch_counts import count_batch
+from baichuan_omni_jax.flops.terms import FlopTerm
 from baichuan_omni_jax.nn.param import use
 from baichuan_omni_jax.omni.audio_tokenizer_model import TokenizerModel, clips_of, mel_targets_of
 from baichuan_omni_jax.omni.batch import Batch
@@ -89,11 +90,11 @@ class AudioTokenizerTask(PlainTask):
     def batch_numbers(self, batch: Batch) -> Metrics:
         return sound_numbers(batch, self.omni)
 
-    def parts(self) -> tuple[Part, ...]:
-        return tokenizer_parts(self.omni, self._reads)
+    def parts(self) -> tuple[FlopTerm, ...]:
+        return tokenizer_terms(self.omni, self._reads)
 
     def counts(self, batch: Batch) -> Metrics:
-        return step_counts(self.weigh(batch)) | clip_counts(batch["mel_lengths"], self.omni)
+        return count_batch(self.weigh(batch)) | count_clips(batch["mel_lengths"], self.omni)
 
     @property
     def _reads(self) -> bool:

@@ -8,8 +8,9 @@ from jaxtyping import PRNGKeyArray
 from baichuan_omni_jax.branches import FLOW_MATCHING_BRANCHES
 from baichuan_omni_jax.config.mel_targets import flow_target
 from baichuan_omni_jax.errors import ConfigError
-from baichuan_omni_jax.flops.audio import clip_counts, flow_parts
-from baichuan_omni_jax.flops.omni import Part, step_counts
+from baichuan_omni_jax.flops.audio import count_clips, flow_terms
+from baichuan_omni_jax.flops.batch_counts import count_batch
+from baichuan_omni_jax.flops.terms import FlopTerm
 from baichuan_omni_jax.flow.training import flow_losses
 from baichuan_omni_jax.omni.audio_tokenizer_model import clips_of, mel_targets_of
 from baichuan_omni_jax.omni.batch import Batch
@@ -79,8 +80,8 @@ class FlowMatchingTask(PlainTask):
     def batch_numbers(self, batch: Batch) -> Metrics:
         return sound_numbers(batch, self.omni)
 
-    def parts(self) -> tuple[Part, ...]:
-        return flow_parts(self.omni)
+    def parts(self) -> tuple[FlopTerm, ...]:
+        return flow_terms(self.omni)
 
     def counts(self, batch: Batch) -> Metrics:
-        return step_counts(batch) | clip_counts(batch["mel_lengths"], self.omni, batch["target_flow_lengths"])
+        return count_batch(batch) | count_clips(batch["mel_lengths"], self.omni, batch["target_flow_lengths"])

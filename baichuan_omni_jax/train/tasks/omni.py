@@ -5,10 +5,11 @@ from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
 
 from baichuan_omni_jax.errors import ConfigError
-from baichuan_omni_jax.flops.omni import Part, omni_parts, step_counts
+from baichuan_omni_jax.flops.batch_counts import count_batch
+from baichuan_omni_jax.flops.terms import FlopTerm, omni_terms
 from baichuan_omni_jax.omni.batch import BRANCH_FIELDS, Batch, abstract_batch
 from baichuan_omni_jax.omni.model import OmniModel
-from baichuan_omni_jax.train.batch_placer import check_batch
+from baichuan_omni_jax.train.input import check_batch
 from baichuan_omni_jax.train.omni_loss import denominators, fill_metrics, omni_loss, share_metrics
 from baichuan_omni_jax.train.tasks.task import NOTHING, Metrics, PlainTask
 
@@ -43,8 +44,8 @@ class OmniTask(PlainTask):
     def batch_numbers(self, batch: Batch) -> Metrics:
         return fill_metrics(batch) | share_metrics(batch, self.run)
 
-    def parts(self) -> tuple[Part, ...]:
-        return omni_parts(self.omni)
+    def parts(self) -> tuple[FlopTerm, ...]:
+        return omni_terms(self.omni)
 
     def counts(self, batch: Batch) -> Metrics:
-        return step_counts(self.weigh(batch))
+        return count_batch(self.weigh(batch))

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from baichuan_omni_jax.config import OmniConfig, RunConfig
-from baichuan_omni_jax.flops.omni import Part
+from baichuan_omni_jax.flops.terms import FlopTerm
 from baichuan_omni_jax.nn.param import ComputePolicy
 from baichuan_omni_jax.omni.batch import Batch
 from baichuan_omni_jax.train.groups import untrained_targets
@@ -80,7 +80,7 @@ class Task(Protocol):
     def batch_numbers(self, batch: Batch) -> Metrics:
         """What the batch held, for the report."""
 
-    def parts(self) -> tuple[Part, ...]:
+    def parts(self) -> tuple[FlopTerm, ...]:
         """Every matrix product of a step: what model FLOPs are counted from."""
 
     def counts(self, batch: Batch) -> Metrics:

@@ -173,7 +173,7 @@ def test_another_stage_goes_on_in_its_sources(sample_pipeline):
 
 def test_costs_are_those_of_the_forward_pass(sample_pipeline, sample_codes):
     """A row's cost is what train/flops.py counts of its batch, without the logits of the text."""
-    from baichuan_omni_jax.flops.omni import flops_by_part, omni_parts
+    from baichuan_omni_jax.flops.terms import flops_by_term, omni_terms
 
     omni = tiny()
     rows = list(islice(sample_pipeline.plan(), 4))
@@ -185,7 +185,7 @@ def test_costs_are_those_of_the_forward_pass(sample_pipeline, sample_codes):
             "patch_pairs": sum(size**2 for item in row for size in item.image_patches),
             "audio_targets": sum(item.lengths[3] for item in row),
         }
-        parts = flops_by_part(omni_parts(omni), counts, ())
+        parts = flops_by_term(omni_terms(omni), counts, ())
         assert row_cost(omni)(row) == pytest.approx(sum(parts.values()), rel=1e-12)
     batch, _ = sample_pipeline.decoder(sample_codes)([[item.key for item in row] for row in rows])
     segments, positions = batch["segment_ids"], batch["positions"]

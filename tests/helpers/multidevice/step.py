@@ -24,8 +24,8 @@ from baichuan_omni_jax.config import MeshConfig, resolve_model
 from baichuan_omni_jax.nn.param import named_values
 from baichuan_omni_jax.sharding import MESH_AXES, make_mesh
 from baichuan_omni_jax.train.omni_loss import Denominators, omni_loss
-from baichuan_omni_jax.train.preflight.collectives import Collective, collectives_of
-from baichuan_omni_jax.train.state import Setup, init_state, make_compute, make_setup
+from baichuan_omni_jax.train.preflight.hlo import Collective, collectives_of
+from baichuan_omni_jax.train.state import StepSpec, init_state, make_compute, make_step_spec
 from baichuan_omni_jax.train.step import make_gradients
 from tests.helpers.micro import micro_run, open_micro, place
 
@@ -121,12 +121,12 @@ def one_by_one(run, omni, pipeline, store, keys, values, power) -> dict[str, np.
     scale = min(1.0, audio_sum[0] / (run.train.audio_full_ratio * text_sum))
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
-        setup = make_setup(run, omni, mesh, compute := make_compute(run))
+        spec = make_step_spec(run, omni, mesh, compute := make_compute(run))
         ones = Denominators(jnp.ones(()), jnp.ones(audio.shape[1]), jnp.ones(()), jnp.ones(len(run.data.mixture)))
-        loss_of = lambda trainable, frozen, batch: omni_loss(setup.assemble(trainable, frozen), batch, run, ones)[0]  # noqa: E731
+        loss_of = lambda trainable, frozen, batch: omni_loss(spec.assemble(trainable, frozen), batch, run, ones)[0]  # noqa: E731
         gradient_of = jax.jit(jax.value_and_grad(loss_of))
-        trainable, frozen = setup.split(
-            {name: jax.device_put(values[name], each.sharding) for name, each in named_values(setup.template).items()}
+        trainable, frozen = spec.split(
+            {name: jax.device_put(values[name], each.sharding) for name, each in named_values(spec.template).items()}
         )
         total = {}
         for row, of_text, of_audio in zip(rows, text_each, audio_each, strict=True):
@@ -145,18 +145,18 @@ def run_on(sizes, run, omni, batch, values):
     mesh = make_mesh(MeshConfig(**dict(zip(MESH_AXES, sizes, strict=True))), jax.devices()[: math.prod(sizes)])
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
         compute = make_compute(run)
-        setup = make_setup(run, omni, mesh, compute)
+        spec = make_step_spec(run, omni, mesh, compute)
         if values is None:
-            state = init_state(run, setup)
+            state = init_state(run, spec)
             values = jax.tree.map(np.asarray, state.trainable | state.frozen)
         placed = {
-            name: jax.device_put(values[name], shape.sharding) for name, shape in named_values(setup.template).items()
+            name: jax.device_put(values[name], shape.sharding) for name, shape in named_values(spec.template).items()
         }
-        arguments = (*setup.split(placed), place(batch, mesh, compute.rules))
-        compiled = jax.jit(lambda *arguments: make_gradients(setup, run)(*arguments)[:2]).lower(*arguments).compile()
+        arguments = (*spec.split(placed), place(batch, mesh, compute.rules))
+        compiled = jax.jit(lambda *arguments: make_gradients(spec, run)(*arguments)[:2]).lower(*arguments).compile()
         gradients, metrics = compiled(*arguments)
     arrays = metrics | {f"gradient of {name}": value for name, value in gradients.items()}
-    return jax.tree.map(np.asarray, arrays), values, (compiled.as_text(), mesh.shape, bytes_of_layer(setup, mesh))
+    return jax.tree.map(np.asarray, arrays), values, (compiled.as_text(), mesh.shape, bytes_of_layer(spec, mesh))
 
 
 def distance(value: np.ndarray, reference: np.ndarray) -> float:
@@ -186,9 +186,9 @@ def named(collective: Collective) -> str:
     return next((name for _, name in (*IN_LAYERS, *OUTSIDE) if name in collective.scope), collective.scope)
 
 
-def bytes_of_layer(setup: Setup, mesh: Mesh) -> int:
+def bytes_of_layer(spec: StepSpec, mesh: Mesh) -> int:
     """Bytes of one language model layer's parameters, fp32, of one tensor shard."""
-    layers = {name: shape for name, shape in named_values(setup.template).items() if name.startswith("llm.layers.")}
+    layers = {name: shape for name, shape in named_values(spec.template).items() if name.startswith("llm.layers.")}
     parts = lambda shape: mesh.shape["tensor"] if "tensor" in str(shape.sharding.spec) else 1  # noqa: E731
     return sum(4 * math.prod(shape.shape[1:]) // parts(shape) for shape in layers.values())
 

@@ -34,7 +34,7 @@ from baichuan_omni_jax.llm.model import DecoderLayer
 from baichuan_omni_jax.nn.param import ComputePolicy, named_values
 from baichuan_omni_jax.omni.batch import abstract_batch
 from baichuan_omni_jax.sharding import MESH_AXES, make_mesh
-from baichuan_omni_jax.train.state import init_state, make_compute, make_setup, to_saved
+from baichuan_omni_jax.train.state import init_state, make_compute, make_step_spec, to_checkpoint
 from baichuan_omni_jax.train.step import make_gradients
 from tests.helpers.micro import CONFIG
 from tests.nn.test_weight_gradients import BFLOAT, LAYER, SUM, draw, error, gradient_of, mlp_gradients, wide
@@ -115,8 +115,8 @@ def rows_on(mesh) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     )
     rng, omni = np.random.default_rng(0), resolve_model(run.model)
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
-        setup = make_setup(run, omni, mesh, make_compute(run))
-        state = init_state(run, setup)
+        spec = make_step_spec(run, omni, mesh, make_compute(run))
+        state = init_state(run, spec)
         shapes = abstract_batch(run.data.rows, run.data.budgets, omni, run.branches, mesh, make_compute(run).rules)
         # All special tokens are among the first ids.
         values = {name: rng.integers(30, 62, shape.shape) for name, shape in shapes.items() if "t" in name}
@@ -126,8 +126,8 @@ def rows_on(mesh) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
             name: jax.device_put(np.broadcast_to(values[name], shape.shape).astype(shape.dtype), shape.sharding)
             for name, shape in shapes.items()
         }
-        gradients, _, _ = jax.jit(make_gradients(setup, run))(state.trainable, state.frozen, batch)
-        saved = named_values(to_saved(setup, state)[0])
+        gradients, _, _ = jax.jit(make_gradients(spec, run))(state.trainable, state.frozen, batch)
+        saved = named_values(to_checkpoint(spec, state)[0])
     return jax.tree.map(np.asarray, gradients), jax.tree.map(np.asarray, saved)
 
 
@@ -140,11 +140,11 @@ def reductions_of_step(mesh) -> list[tuple[str, str]]:
     run = language_run(dtype="bfloat16", loss_chunk=64, attention_block=32, mlp_chunk=16)
     run = dataclasses.replace(run, train=dataclasses.replace(run.train, accumulate=2))
     omni, compute = resolve_model(run.model), make_compute(run)
-    setup = make_setup(run, omni, mesh, compute)
+    spec = make_step_spec(run, omni, mesh, compute)
     batch = abstract_batch(run.data.rows, run.data.budgets, omni, run.branches, mesh, compute.rules)
-    arguments = (*setup.split(setup.shapes()), batch)
+    arguments = (*spec.split(spec.shapes()), batch)
     with tempfile.TemporaryDirectory() as folder:
-        lowered = jax.jit(lambda *arguments: make_gradients(setup, run)(*arguments)[0]).lower(*arguments)
+        lowered = jax.jit(lambda *arguments: make_gradients(spec, run)(*arguments)[0]).lower(*arguments)
         dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True, "xla_dump_hlo_pass_re": "spmd-partitioning"}
         lowered.compile(compiler_options=dump)
         text = "\n".join(path.read_text() for path in Path(folder).glob("*after_spmd-partitioning*"))

@@ -5,16 +5,21 @@ import re
 import tempfile
 import time
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import jax
+from jax.experimental import topologies
 
 from baichuan_omni_jax.config import OmniConfig, RunConfig
+from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.sharding import make_mesh
-from baichuan_omni_jax.train.preflight.buffers import Temporary, largest_temporaries
-from baichuan_omni_jax.train.state import Setup, abstract_opt_state, make_compute, make_setup
+from baichuan_omni_jax.train.preflight.hlo import Temporary, largest_temporaries
+from baichuan_omni_jax.train.state import StepSpec, abstract_opt_state, make_compute, make_step_spec
 from baichuan_omni_jax.train.step import make_step
 
+# A v4 chip's two cores are one JAX device, as on a v4 slice itself.
+_OPTIONS = {"v4": {"chip_config_name": "megacore"}}
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 # "... (480.00G) exceeds available HBM (95.73G)" and, of older compilers, "Used 480.00G of 95.73G hbm".
 _REFUSALS = (
@@ -24,7 +29,7 @@ _REFUSALS = (
 
 
 @dataclass(frozen=True)
-class Arguments:
+class StepArguments:
     """What a step is given, as shapes with shardings."""
 
     trainable: dict[str, jax.ShapeDtypeStruct]
@@ -53,7 +58,7 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Built:
+class CompiledStep:
     """A compiled step, its HLO text "" where it was refused, and the seconds that tracing and compiling took."""
 
     memory: Memory
@@ -62,15 +67,15 @@ class Built:
     seconds: float
 
 
-def set_up(run: RunConfig, omni: OmniConfig, devices: list[jax.Device]) -> tuple[Setup, Arguments]:
+def abstract_step(run: RunConfig, omni: OmniConfig, devices: list[jax.Device]) -> tuple[StepSpec, StepArguments]:
     """The run's step on these devices. Raises ConfigError where mesh, budgets, groups and model do not fit."""
     mesh, compute = make_mesh(run.mesh, devices), make_compute(run)
     with jax.set_mesh(mesh):
-        setup = make_setup(run, omni, mesh, compute)
-        setup.task.check(mesh)
-        trainable, frozen = setup.split(setup.shapes())
-        batch = setup.task.abstract_batch(mesh)
-        return setup, Arguments(trainable, frozen, abstract_opt_state(setup), batch)
+        spec = make_step_spec(run, omni, mesh, compute)
+        spec.task.check(mesh)
+        trainable, frozen = spec.split(spec.shapes())
+        batch = spec.task.abstract_batch(mesh)
+        return spec, StepArguments(trainable, frozen, abstract_opt_state(spec), batch)
 
 
 def bytes_on_a_chip(tree: object) -> int:
@@ -79,12 +84,12 @@ def bytes_on_a_chip(tree: object) -> int:
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
-def build(setup: Setup, run: RunConfig, arguments: Arguments) -> Built:
+def compile_for_devices(spec: StepSpec, run: RunConfig, arguments: StepArguments) -> CompiledStep:
     """Compiles the step. A program that the compiler refuses for want of memory is a result, not an error."""
     start = time.monotonic()
-    with jax.set_mesh(setup.mesh), tempfile.TemporaryDirectory(prefix="preflight") as folder:
+    with jax.set_mesh(spec.mesh), tempfile.TemporaryDirectory(prefix="preflight") as folder:
         given = (arguments.trainable, arguments.frozen, arguments.opt_state, arguments.batch)
-        lowered = make_step(setup, run).lower(*given)
+        lowered = make_step(spec, run).lower(*given)
         dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True, "xla_dump_hlo_module_re": "jit_step"}
         try:
             memory = _memory(lowered.compile(compiler_options=dump).memory_analysis())
@@ -94,7 +99,7 @@ def build(setup: Setup, run: RunConfig, arguments: Arguments) -> Built:
                 raise
         hlo = _dumped(folder, "*after_optimizations.txt")
         largest = largest_temporaries(_dumped(folder, "*after_optimizations-buffer-assignment.txt"), hlo)
-    return Built(memory, hlo if memory.available is None else "", largest, time.monotonic() - start)
+    return CompiledStep(memory, hlo if memory.available is None else "", largest, time.monotonic() - start)
 
 
 def _memory(stats) -> Memory:
@@ -114,3 +119,24 @@ def refused(message: str, arguments: int) -> Memory | None:
 def _dumped(folder: str, pattern: str) -> str:
     found = sorted(Path(folder).glob(pattern))
     return found[0].read_text(encoding="utf-8") if found else ""
+
+
+def devices_of(topology: str, slices: int = 1) -> list[jax.Device]:
+    """The devices of `slices` slices of a topology such as `v5p:4x4x4`.
+
+    Raises ConfigError when libtpu is missing or does not know the topology.
+    """
+    if slices < 1:
+        raise ConfigError(f"mesh.slices must be at least 1, not {slices}")
+    if find_spec("libtpu") is None:
+        raise ConfigError("libtpu is not installed: pip install 'baichuan_omni_jax[preflight]'")
+    options = _OPTIONS.get(topology.partition(":")[0], {})
+    if slices > 1:
+        options = options | {"num_slices": slices}
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices)
+    except (RuntimeError, ValueError) as error:
+        why = " ".join(str(error).split())
+        raise ConfigError(
+            f"--topology {topology} is not one that libtpu knows (such as v5p:4x4x4, v5e:4x8, v6e:4x8): {why}"
+        ) from error

@@ -1,0 +1,192 @@
+"""Model FLOPs of a training step: what the mathematics needs, counted from what the batch really holds. Needs no jax.
+
+A matrix product of m multiply-adds is 2 m FLOPs; norms, activations, softmax, rotary angles and table look-ups are left
+out. Padding costs nothing, attention costs what each document or image sees, and logits are counted where the loss
+reads them. The backward pass adds 2 m for each trainable weight, 2 m where a gradient passes through to something
+trainable before it (a stack of layers is taken as one: if any of it trains, gradients pass through all of it), and
+8 h instead of 4 h FLOPs a pair of attention. Recomputation is not counted: this is what MFU divides by.
+
+    document of 3 tokens: 3 tokens, 1 + 2 + 3 = 6 causal pairs; image of 4 patches: 4 patches, 16 pairs
+"""
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from fractions import Fraction
+from typing import NamedTuple
+
+from baichuan_omni_jax.branches import BRANCHES
+from baichuan_omni_jax.config import OmniConfig
+
+
+class FlopTerm(NamedTuple):
+    """Matrix products that work on the same items.
+
+    `weights`: multiply-adds an item of `items` (a count, times `per_item`), by the weight's path; `attention`:
+    multiply-adds a pair of `pairs`. `upstream`: path prefixes of what lies before it in the forward pass, itself
+    included: where any of that trains, gradients pass through these products.
+    """
+
+    branch: str
+    name: str
+    upstream: tuple[str, ...]
+    items: str
+    weights: dict[str, int]
+    per_item: Fraction = Fraction(1)
+    pairs: str = ""
+    attention: int = 0
+
+
+def flops_by_branch(
+    terms: Iterable[FlopTerm], counts: Mapping[str, float], trainable: Collection[str]
+) -> dict[str, float]:
+    """Sums a step's FLOPs by the terms' branches: of a language-model step `vision` (tower, projector), `llm` and
+    `audio` (depth transformer, its heads).
+
+    `terms` and `counts` (of the whole global batch) are the task's; `trainable` names the parameters that train
+    (`StepSpec.groups.trainable`); empty counts a forward pass alone.
+    """
+    total: dict[str, float] = {}
+    for term, linear, attention in _flops(terms, counts, trainable):
+        total[term.branch] = total.get(term.branch, 0.0) + linear + attention
+    return total
+
+
+def flops_by_term(
+    terms: Iterable[FlopTerm], counts: Mapping[str, float], trainable: Collection[str]
+) -> dict[str, float]:
+    """Sums as `flops_by_branch`, split further: `llm layers linear`, `llm layers attention`, `llm logits`, ..."""
+    found: dict[str, float] = {}
+    for term, linear, attention in _flops(terms, counts, trainable):
+        name = f"{term.branch} {term.name}"
+        of_term = {f"{name} linear": linear, f"{name} attention": attention} if term.pairs else {name: linear}
+        found |= {key: found.get(key, 0.0) + value for key, value in of_term.items()}
+    return found
+
+
+def forward_flops(terms: Iterable[FlopTerm]) -> dict[str, Fraction]:
+    """Sums a forward pass's FLOPs for each item that is counted: `tokens`, `causal_pairs`, `patches`, ..."""
+    found: dict[str, Fraction] = defaultdict(Fraction)
+    for term in terms:
+        found[term.items] += 2 * sum(term.weights.values()) * term.per_item
+        if term.pairs:
+            found[term.pairs] += 2 * term.attention
+    return found
+
+
+def _flops(
+    terms: Iterable[FlopTerm], counts: Mapping[str, float], trainable: Collection[str]
+) -> Iterator[tuple[FlopTerm, float, float]]:
+    """Each term with the FLOPs of its weights and those of its attention."""
+    for term in terms:
+        # Forward, and backward as far as anything learns from it: through the product, and for the weight itself.
+        passes = any(name.startswith(term.upstream) for name in trainable)
+        products = sum(size * (1 + passes + (name in trainable)) for name, size in term.weights.items())
+        linear = float(2 * products * term.per_item) * counts[term.items]
+        attention = 2.0 * term.attention * (1 + 2 * passes) * counts[term.pairs] if term.pairs else 0.0
+        yield term, linear, attention
+
+
+def omni_terms(omni: OmniConfig) -> tuple[FlopTerm, ...]:
+    """Lists every matrix product of a language-model step, in the order in which data flows."""
+    return (*_vision(omni), *language_terms(omni), *_audio(omni))
+
+
+def _flops(parts, counts, trainable) -> Iterator[tuple[FlopTerm, tuple]]:
+    """Per part, the FLOPs of its weights and those of its attention."""
+    for part in parts:
+        passes = any(name.startswith(part.before) for name in trainable)
+        products = sum(size * (1 + passes + (name in trainable)) for name, size in part.weights.items())
+        linear = 2 * products * part.per_item * counts[part.items]
+        attention = 2 * part.attention * (1 + 2 * passes) * counts[part.pairs] if part.pairs else 0
+        yield part, (linear, attention)
+
+
+def _vision(omni: OmniConfig) -> tuple[FlopTerm, ...]:
+    cfg, g = omni.vision, omni.vision.merged_patches
+    d, f = cfg.embed_dim, cfg.embed_dim * cfg.mlp_ratio
+    tower, projector = BRANCHES["vision"].path("tower"), BRANCHES["vision"].path("projector")
+    attention = {f"attention.{x}_proj.weight": d * d for x in "qkvo"}
+    layer = attention | {"mlp.fc1.weight": d * f, "mlp.fc2.weight": f * d}
+    norm, fc1 = f"{projector}norm.", f"{projector}fc1."
+    return (
+        FlopTerm("vision", "patches", (), "patches", {f"{tower}patch_embedding.kernel": cfg.patch_values * d}),
+        FlopTerm(
+            "vision",
+            "tower",
+            (tower,),
+            "patches",
+            {f"{tower}layers.{name}": cfg.depth * size for name, size in layer.items()},
+            pairs="patch_pairs",
+            attention=cfg.depth * 2 * d,
+        ),
+        FlopTerm(
+            "vision", "projector in", (tower, norm), "patches", {f"{fc1}weight": (g * d) ** 2}, per_item=Fraction(1, g)
+        ),
+        FlopTerm(
+            "vision",
+            "projector out",
+            (tower, norm, fc1),
+            "patches",
+            {f"{projector}fc2.weight": g * d * cfg.out_dim},
+            per_item=Fraction(1, g),
+        ),
+    )
+
+
+# What writes into the language model's stream, and the stream up to its last norm.
+_LLM = BRANCHES["llm"]
+_MEDIA = tuple(branch.path() + branch.stream for branch in BRANCHES.values() if branch.stream is not None)
+_STREAM = (*_MEDIA, "llm.embedding", _LLM.path("layers"))
+_HIDDEN = (*_STREAM, _LLM.path("norm"))
+
+
+def language_terms(omni: OmniConfig) -> tuple[FlopTerm, ...]:
+    """Lists the language model's layers and logits."""
+    cfg = omni.llm
+    d, wide, narrow = cfg.hidden_size, cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
+    layer = {
+        f"attention.{x}_proj.weight": d * size for x, size in zip("qkvo", (wide, narrow, narrow, wide), strict=True)
+    }
+    layer |= {f"mlp.{x}_proj.weight": d * cfg.intermediate_size for x in ("gate", "up", "down")}
+    return (
+        FlopTerm(
+            "llm",
+            "layers",
+            _STREAM,
+            "tokens",
+            {f"{_LLM.path('layers')}{name}": cfg.num_layers * size for name, size in layer.items()},
+            pairs="causal_pairs",
+            attention=cfg.num_layers * 2 * wide,
+        ),
+        FlopTerm("llm", "logits", _HIDDEN, "text_targets", {f"{_LLM.path()}head": d * cfg.vocab_size}),
+    )
+
+
+def _audio(omni: OmniConfig) -> tuple[FlopTerm, ...]:
+    """Lists the depth transformer: a frame is a sequence of one position a level, with as many pairs for every frame.
+
+    An end frame, of which the loss reads level 0 alone, counts as a whole one.
+    """
+    d, sizes, layers = omni.llm.hidden_size, omni.audio.codebook_sizes, omni.audio_head.num_layers
+    levels = len(sizes)
+    layer = {f"attention.{x}_proj.weight": d * d for x in "qkvo"}
+    layer |= {f"linear{i}.weight": 2 * d * d for i in (1, 2)}
+    head = BRANCHES["audio_head"].path("head")
+    return (
+        FlopTerm(
+            "audio",
+            "depth",
+            (*_HIDDEN, f"{head}layers."),
+            "audio_targets",
+            {f"{head}layers.{name}": layers * levels * size for name, size in layer.items()},
+            pairs="audio_targets",
+            attention=layers * (levels * (levels + 1) // 2) * 2 * d,
+        ),
+        FlopTerm(
+            "audio",
+            "logits",
+            (*_HIDDEN, f"{head}layers.", f"{head}norm."),
+            "audio_targets",
+            {f"{head}heads.{q}.weight": d * (size + 1) for q, size in enumerate(sizes)},
+        ),
+    )
