@@ -14,6 +14,7 @@ from baichuan_omni_jax.flops.audio import full_slots
 from baichuan_omni_jax.flops.chips import chip_of
 from baichuan_omni_jax.flops.terms import flops_by_branch, flops_by_term
 from baichuan_omni_jax.train.preflight.compile import (
+    CompiledStep,
     Memory,
     StepArguments,
     abstract_step,
