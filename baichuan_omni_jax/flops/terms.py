@@ -37,7 +37,7 @@ class FlopTerm(NamedTuple):
 
 
 def flops_by_branch(
-    terms: Iterable[FlopTerm], counts: Mapping[str, float], trainable: Collection[str]
+    terms: Iterable[FlopTerm], counts: Mapping[str, int | float], trainable: Collection[str]
 ) -> dict[str, float]:
     """Sums a step's FLOPs by the terms' branches: of a language-model step `vision` (tower, projector), `llm` and
     `audio` (depth transformer, its heads).
@@ -52,7 +52,7 @@ def flops_by_branch(
 
 
 def flops_by_term(
-    terms: Iterable[FlopTerm], counts: Mapping[str, float], trainable: Collection[str]
+    terms: Iterable[FlopTerm], counts: Mapping[str, int | float], trainable: Collection[str]
 ) -> dict[str, float]:
     """Sums as `flops_by_branch`, split further: `llm layers linear`, `llm layers attention`, `llm logits`, ..."""
     found: dict[str, float] = {}
@@ -74,7 +74,7 @@ def forward_flops(terms: Iterable[FlopTerm]) -> dict[str, Fraction]:
 
 
 def _flops(
-    terms: Iterable[FlopTerm], counts: Mapping[str, float], trainable: Collection[str]
+    terms: Iterable[FlopTerm], counts: Mapping[str, int | float], trainable: Collection[str]
 ) -> Iterator[tuple[FlopTerm, float, float]]:
     """Each term with the FLOPs of its weights and those of its attention."""
     for term in terms:
@@ -89,16 +89,6 @@ def _flops(
 def omni_terms(omni: OmniConfig) -> tuple[FlopTerm, ...]:
     """Lists every matrix product of a language-model step, in the order in which data flows."""
     return (*_vision(omni), *language_terms(omni), *_audio(omni))
-
-
-def _flops(parts, counts, trainable) -> Iterator[tuple[FlopTerm, tuple]]:
-    """Per part, the FLOPs of its weights and those of its attention."""
-    for part in parts:
-        passes = any(name.startswith(part.before) for name in trainable)
-        products = sum(size * (1 + passes + (name in trainable)) for name, size in part.weights.items())
-        linear = 2 * products * part.per_item * counts[part.items]
-        attention = 2 * part.attention * (1 + 2 * passes) * counts[part.pairs] if part.pairs else 0
-        yield part, (linear, attention)
 
 
 def _vision(omni: OmniConfig) -> tuple[FlopTerm, ...]:
