@@ -27,7 +27,14 @@ from baichuan_omni_jax.config.mel_targets import run_mel_targets
 from baichuan_omni_jax.nn.param import ComputePolicy, named_values, with_values
 from baichuan_omni_jax.sharding import make_mesh
 from baichuan_omni_jax.train.groups import untrained_targets
-from baichuan_omni_jax.train.hosts import check_agreement, is_process_zero, process_zero_first, run_facts, version_facts, on_all_hosts
+from baichuan_omni_jax.train.hosts import (
+    check_agreement,
+    is_process_zero,
+    on_all_hosts,
+    process_zero_first,
+    run_facts,
+    version_facts,
+)
 from data_pipelines.audio_codes import CodeStore
 from data_pipelines.audio_codes.build import (
     SINGLE_HOST,

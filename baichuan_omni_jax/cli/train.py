@@ -33,8 +33,15 @@ from baichuan_omni_jax.cli.tokenize_audio import ensure_codes, open_pipelines
 from baichuan_omni_jax.config import OmniConfig, RunConfig, apply_overrides, load_run_config, resolve_model
 from baichuan_omni_jax.generation.loading import is_untrained
 from baichuan_omni_jax.nn.param import named_values, with_values
+from baichuan_omni_jax.train.hosts import (
+    check_agreement,
+    on_all_hosts,
+    process_zero_first,
+    run_facts,
+    version_facts,
+    wait_for,
+)
 from baichuan_omni_jax.train.input import rows_of_host
-from baichuan_omni_jax.train.hosts import check_agreement, process_zero_first, run_facts, version_facts, on_all_hosts, wait_for
 from baichuan_omni_jax.train.profiling import parse_span
 from baichuan_omni_jax.train.trainer import RunOptions, set_up, train
 from baichuan_omni_jax.train.wandb import load_wandb
