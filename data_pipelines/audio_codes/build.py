@@ -1,6 +1,6 @@
-"""Filling a store of codes for mixtures: what is there stays, what is missing is tokenized, whatever is killed between.
+"""Builds a store of audio codes for mixtures: what is there stays, what is missing is tokenized, whatever is killed.
 
-    1. list      every window of sound of the mixtures, by ranges of documents (listing.py)
+    1. list      every window of audio of the mixtures, by ranges of documents (`windows.py`)
     2. plan      those that the store lacks, in parts of equal size: one unit of work a part
     3. tokenize  each unit: decode and mel in worker processes, codes on the devices, one file
     4. publish   the index and `meta.json`, from when on readers see the new codes
@@ -43,7 +43,7 @@ from data_pipelines.pipeline import Pipeline
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-FEW = 2000  # documents or windows of sound that are read sooner than worker processes start
+FEW = 2000  # documents or windows of audio that are read sooner than worker processes start
 NAMED = 20  # failures that the log names
 # (row, log-mel (mels, frames)) of any number of windows to (row, codes (g, levels)), in any order.
 Encode = Callable[[Iterable[tuple[int, Float[np.ndarray, "mels f"]]]], Iterator[tuple[int, Int32[np.ndarray, "g q"]]]]
@@ -59,7 +59,7 @@ class CodeEncoder:
 
 @dataclass(frozen=True)
 class Hosts:
-    """The processes that fill a store together: how many, which one this is, and how they wait for each other.
+    """The processes that build a store together: how many, which one this is, and how they wait for each other.
 
     `process_zero_first(work)` does `work` on host 0 and then on the others, `on_all_hosts(work)` on all at once. Both
     return the host's own result when all have one.
@@ -76,12 +76,16 @@ SINGLE_HOST = Hosts()
 
 @dataclass(frozen=True)
 class CodeBuildOptions:
-    """`workers` processes decode, and list unless a `runner` does; `part_frames`: of a new store."""
+    """How a store is built. Nothing here changes what it holds, but for `part_frames` of a new one."""
 
     workers: int = 0
+    """Processes that decode and, without a `runner`, list; 0: this one."""
     runner: Runner | None = None
+    """What lists instead, as Apache Beam."""
     part_frames: int = PART_FRAMES
+    """Code frames of one file of a new store, a multiple of `writer.CHUNK_FRAMES`."""
     report: Callable[[str], None] = print
+    """Takes the lines of progress."""
 
 
 def store_path(pipeline: Pipeline, tokenizer: CodeEncoder) -> Path:
@@ -90,7 +94,7 @@ def store_path(pipeline: Pipeline, tokenizer: CodeEncoder) -> Path:
 
 
 def covers(path: Path, pipelines: Sequence[Pipeline]) -> bool:
-    """Returns whether the store at `path` was filled for these mixtures. Reads no medium: files that changed go
+    """Returns whether the store at `path` was built for these mixtures. Reads no medium: files that changed go
     unnoticed.
     """
     try:
@@ -106,33 +110,50 @@ def open_or_build(
     path: Path,
     pipelines: Sequence[Pipeline],
     tokenizer: CodeEncoder,
-    settings: CodeBuildOptions,
+    options: CodeBuildOptions,
     hosts: Hosts = SINGLE_HOST,
     relist: bool = False,
 ) -> CodeStore:
     """Opens the store at `path` with the codes of all audio of `pipelines`; builds what is missing.
 
-    With `relist` their documents are gone through in any case, so that files that changed get codes. A clip that cannot
-    be decoded is named in the log and left out; its documents are then counted as `no_codes`.
-    Raises ConfigError when the store is another tokenizer's or damaged, or when a unit of work failed.
+    A clip that cannot be decoded is named in the log and left out; its documents are then counted as `no_codes`.
+
+    Args:
+        path: the store's folder; need not exist.
+        pipelines: the mixtures whose audio is to have codes; all have the audio settings of the first.
+        tokenizer: makes the codes. Its fingerprint is the store's.
+        options: processes, runner and progress.
+        hosts: those that build together; each does its share of the units on its own devices.
+        relist: goes through the documents in any case, so that files that changed get codes.
+
+    Returns:
+        The store, on every host.
+
+    Raises:
+        ConfigError: when the store is another tokenizer's or damaged, or when a unit of work failed.
     """
     if not relist and covers(path, pipelines):
         return CodeStore(path, tokenizer.fingerprint)
     audio = pipelines[0].omni.audio
     with _exclusive(path, hosts):
-        store = hosts.process_zero_first(lambda: _open_or_create(path, audio, tokenizer, settings))
+        # Host 0 makes the folder; the others find it made.
+        store = hosts.process_zero_first(lambda: _open_or_create(path, audio, tokenizer, options))
         if not relist and covers(path, pipelines):  # another run just did it
             return store
+        # 1. List. The folder is named for the index that it is compared with: a listing is used up by publishing.
         listing = listing_job(pipelines, path / f".listing-{store.meta['index'].removesuffix('.npy')}")
         documents = sum(unit.size for unit in listing.units)
-        runner = settings.runner or LocalRunner(settings.workers if documents > FEW else 0)
-        _share_out(listing, runner, hosts, settings.report)
+        runner = options.runner or LocalRunner(options.workers if documents > FEW else 0)
+        _share_out(listing, runner, hosts, options.report)
+        # 2. Plan: one table, the same for all hosts, so that parts are numbered alike everywhere.
         plan = hosts.process_zero_first(lambda: _make_plan(listing, store))
-        with MelReader(clip_sources(pipelines), audio, settings.workers if len(plan) > FEW else 0) as mels:
+        # 3. Tokenize: units run in this process, which has the devices; worker processes decode ahead of it.
+        with MelReader(clip_sources(pipelines), audio, options.workers if len(plan) > FEW else 0) as mels:
             work = TokenizePart(plan, tokenizer, mels, audio.levels, store.meta["part_frames"])
-            job = Job("tokenizing sound", _units(plan, store, tokenizer), work, path / "frames")
-            _share_out(job, LocalRunner(0), hosts, settings.report)
-        return hosts.process_zero_first(lambda: _publish(path, job, pipelines, listing.out))
+            job = Job("tokenizing audio", _units(plan, store, tokenizer), work, path / "frames")
+            _share_out(job, LocalRunner(0), hosts, options.report)
+        # 4. Publish: readers see nothing of all this before.
+        return hosts.process_zero_first(lambda: _publish(path, job, plan, pipelines, listing.out))
 
 
 @contextmanager
@@ -147,14 +168,14 @@ def _exclusive(path: Path, hosts: Hosts) -> Iterator[None]:
             lock.release()
 
 
-def _open_or_create(path: Path, audio: AudioConfig, tokenizer: CodeEncoder, settings: CodeBuildOptions) -> CodeStore:
+def _open_or_create(path: Path, audio: AudioConfig, tokenizer: CodeEncoder, options: CodeBuildOptions) -> CodeStore:
     if not (path / "meta.json").exists():
         create_store(
             path,
             fingerprint=tokenizer.fingerprint,
             codebook_sizes=audio.codebook_sizes,
             window_rule={"seconds": audio.max_audio_seconds, "overlap": audio.split_overlap},
-            part_frames=settings.part_frames,
+            part_frames=options.part_frames,
         )
     return CodeStore(path, tokenizer.fingerprint)
 
@@ -197,6 +218,8 @@ class TokenizePart:
         """Writes the part; the summary has the rows without codes and why."""
         number, first, last = unit.content
         table = self.plan[first:last]
+        # Windows have their places before they have codes: the encoder answers in any order. What stays `UNUSED` is the
+        # frames of windows that failed, which the index will not name.
         starts, failed = starts_of(table["length"]), {}
         frames = np.full((int(table["length"].sum()), self.levels), UNUSED, np.int32)
         for row, codes in self.tokenizer.encode(self._decoded(table, failed)):
@@ -215,13 +238,17 @@ class TokenizePart:
                 yield row, outcome
 
 
-def _publish(path: Path, job: Job, pipelines: Sequence[Pipeline], listing: Path) -> CodeStore:
+def _publish(
+    path: Path, job: Job, plan: Shaped[np.ndarray, " n"], pipelines: Sequence[Pipeline], listing: Path
+) -> CodeStore:
     """Adds what the job wrote to the store. On a second host it finds that done."""
+    # Any host may come second here, and a run that was killed after publishing comes here again: nothing is added
+    # twice.
     meta = read_meta(path)
     mixtures = sorted({*meta["mixtures"], *map(mixture_key, pipelines)})
     if mixtures != meta["mixtures"] or any(unit.name not in meta["parts"] for unit in job.units):
-        failed = _failures(job, pipelines)
-        entries = _entries(job, meta["part_frames"], failed)
+        failed = _failures(job, plan, pipelines)
+        entries = _entries(job, plan, meta["part_frames"], failed)
         index = np.concatenate([open_table(path / meta["index"], ENTRY), entries])
         parts = {name: tuple(facts) for name, facts in meta["parts"].items()} | job.files()
         publish(path, meta, index, parts, mixtures)
@@ -231,9 +258,9 @@ def _publish(path: Path, job: Job, pipelines: Sequence[Pipeline], listing: Path)
     return CodeStore(path)
 
 
-def _failures(job: Job, pipelines: Sequence[Pipeline]) -> list[int]:
+def _failures(job: Job, plan: Shaped[np.ndarray, " n"], pipelines: Sequence[Pipeline]) -> list[int]:
     """Returns the rows of the plan without codes; logs the first of them and counts all."""
-    sources, plan, failed, causes = clip_sources(pipelines), job.work.plan, [], Counter()
+    sources, failed, causes = clip_sources(pipelines), [], Counter()
     for unit in job.units:
         for row, (cause, message) in job.summary(unit)["failed"].items():
             failed.append(int(row))
@@ -241,15 +268,16 @@ def _failures(job: Job, pipelines: Sequence[Pipeline]) -> list[int]:
             if len(failed) <= NAMED:
                 source, document = plan[int(row)].item()[4:]
                 where = sources[source].index.location(document)
-                log.warning("no codes for a window of sound of %s (%s): %s", where, cause, message)
+                log.warning("no codes for a window of audio of %s (%s): %s", where, cause, message)
     if len(failed) > NAMED:
-        log.warning("no codes for %d windows of sound: %s", len(failed), dict(causes))
+        log.warning("no codes for %d windows of audio: %s", len(failed), dict(causes))
     return failed
 
 
-def _entries(job: Job, part_frames: int, failed: Sequence[int]) -> Shaped[np.ndarray, " n"]:
+def _entries(
+    job: Job, plan: Shaped[np.ndarray, " n"], part_frames: int, failed: Sequence[int]
+) -> Shaped[np.ndarray, " n"]:
     """Returns the index of what the job wrote: its plan with the place of each window, but those without codes."""
-    plan = job.work.plan
     entries, written = np.zeros(len(plan), ENTRY), np.ones(len(plan), bool)
     for name in ("high", "low", "window", "length"):
         entries[name] = plan[name]

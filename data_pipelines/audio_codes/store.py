@@ -1,4 +1,8 @@
-"""Reading a store of audio codes, and telling what is damaged in it."""
+"""Reads a store of audio codes and tells what is damaged in it; its tables of clips, searched where they lie on disk.
+
+A window of a clip is known by the first 128 bits of the SHA-256 of its file and by its number. Among 10^8 clips two
+share such a prefix with a probability of 10^-23. Tables are records of one size, sorted by that key.
+"""
 
 import hashlib
 import json
@@ -48,6 +52,8 @@ def order_of(*tables: Shaped[np.ndarray, " _"]) -> Int64[np.ndarray, " n"]:
 
 def new_records(table: Shaped[np.ndarray, " n"], known: Shaped[np.ndarray, " _"]) -> Bool[np.ndarray, " n"]:
     """Returns which records of a table are the first with their key, and have one that is not in `known` either."""
+    # Sorted together, equal keys stand side by side, those of `known` first: a record is new where it differs from the
+    # one before.
     order = order_of(known, table)
     repeated = np.ones(max(len(order) - 1, 0), bool)
     for name, _ in _KEY:
@@ -124,12 +130,14 @@ class CodeStore:
         Raises KeyError for one that was never tokenized (only the caller knows its file), and SampleError
         "damaged_codes", naming the file, when what was written is not what is there.
         """
+        # Where the frames are: a binary search in the memory-mapped index.
         entry = find(self.index, key)
         if entry is None:
             raise KeyError(key)
         *_, length, start = entry
         if self._frames is None:
             self._frames = open_frames(self.path / "frames")
+        # What TensorStore reads is checked by the chunk's checksum; a missing file reads as `UNUSED`.
         try:
             codes = self._frames[start : start + length].read().result()
         except ValueError as error:

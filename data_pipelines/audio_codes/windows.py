@@ -1,8 +1,12 @@
-"""Log-mels of many windows of sound, decoded by worker processes ahead of whoever reads them, in order."""
+"""The windows of audio that a mixture refers to: listed by ranges of documents, decoded to log-mels in order.
+
+Hosts list different ranges; what they find is one table, in the order of sources and documents, each window once. Mels
+are decoded by worker processes ahead of whoever reads them.
+"""
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -40,15 +44,15 @@ class ClipSource:
         """Documents and pieces of documents, usable or not."""
         return self.index.total + len(self.index.pieces)
 
-    def with_sound(self, first: int, last: int) -> Int64[np.ndarray, " k"]:
+    def with_audio(self, first: int, last: int) -> Int64[np.ndarray, " k"]:
         """Returns the numbers from `first` up to `last` of documents and pieces that rows can hold and that
-        have sound.
+        have audio.
         """
         numbers = np.setdiff1d(np.arange(first, last), self.index.over)
         return numbers[np.array([self.index.lengths(number)[_WINDOWS] > 0 for number in numbers.tolist()], bool)]
 
     def items(self, number: int) -> list[AudioItem]:
-        """Returns the windows of sound of a document or piece. Raises SampleError."""
+        """Returns the windows of audio of a document or piece. Raises SampleError."""
         return self.processor.audio_items(self.index.document(number))
 
 
@@ -70,7 +74,7 @@ class ListClips:
 
     def __call__(self, unit: Unit, folder: Path) -> dict:
         source, first, last = unit.content
-        numbers = self.sources[source].with_sound(first, last)
+        numbers = self.sources[source].with_audio(first, last)
         found = [reference for number in numbers.tolist() for reference in self._windows(source, number)]
         np.save(folder / f"{unit.name}.npy", np.array(found, REFERENCE))
         return {"windows": len(found)}
@@ -87,7 +91,7 @@ class ListClips:
 
 
 def listing_job(pipelines: Sequence[Pipeline], out: Path, documents: int = DOCUMENTS) -> Job:
-    """Returns the job that lists the sound of these mixtures into `out`, `documents` of a source at a time."""
+    """Returns the job that lists the audio of these mixtures into `out`, `documents` of a source at a time."""
     sources = clip_sources(pipelines)
     key = hashlib.sha256(repr([mixture_key(pipeline) for pipeline in pipelines]).encode()).hexdigest()
     units = [
@@ -96,13 +100,14 @@ def listing_job(pipelines: Sequence[Pipeline], out: Path, documents: int = DOCUM
         for first in range(0, len(source), documents)
         for last in [min(first + documents, len(source))]
     ]
-    return Job("listing sound", units, ListClips(sources), out)
+    return Job("listing audio", units, ListClips(sources), out)
 
 
 def listed(job: Job, known: Shaped[np.ndarray, " m"]) -> Shaped[np.ndarray, " n"]:
     """Returns the windows that a finished listing found and the index `known` lacks, each with the first document of
     it.
     """
+    # In the order of the units, which is that of the documents: the first document with a clip stands for it.
     tables = [np.load(job.out / f"{unit.name}.npy") for unit in job.units]
     table = np.concatenate([np.zeros(0, REFERENCE), *tables])
     return table[new_records(table, known)]
@@ -152,6 +157,7 @@ class MelReader:
         if not self._workers:
             yield from ((task, self._decode(task)) for task in tasks)
             return
+        # A window of tasks under way, read in order: workers are never idle, memory is bounded by `AHEAD`.
         waiting: deque[tuple[_Task, Future]] = deque()
         while True:
             while len(waiting) < AHEAD * self._workers and (task := next(tasks, None)):
@@ -203,12 +209,13 @@ class _Decoder:
             items = {key_fields(item.key): item for item in self.sources[task.source].items(task.document)}
         except SampleError as error:
             return [error] * len(task.keys)
+        # Windows of one clip follow each other, so one decoded clip is held at a time.
         waves: dict[tuple[int, int], Any] = {}
         return [self._mel(items.get(key), waves, key) for key in task.keys]
 
     def _mel(self, item: Any, waves: dict, key: tuple[int, int, int]) -> Outcome:
         if item is None:
-            return SampleError("changed", "its sound is not what it was a moment ago")
+            return SampleError("changed", "its audio is not what it was a moment ago")
         clip = key[:2]
         try:
             if clip not in waves:
@@ -236,17 +243,13 @@ def _work(task: _Task) -> list[Outcome]:
 def _tasks(table: Shaped[np.ndarray, " n"]) -> Iterator[_Task]:
     """Groups rows of the same document, at most `WINDOWS` of them."""
     group: list[tuple[int, tuple]] = []
-    for row, record in _records(table):
+    for row, record in ((row, record.item()) for row, record in enumerate(table)):
         if group and (record[4:] != group[0][1][4:] or len(group) == WINDOWS):
             yield _task(group)
             group = []
         group.append((row, record))
     if group:
         yield _task(group)
-
-
-def _records(table: Shaped[np.ndarray, " n"]) -> Iterable[tuple[int, tuple]]:
-    return ((row, record.item()) for row, record in enumerate(table))
 
 
 def _task(group: list[tuple[int, tuple]]) -> _Task:

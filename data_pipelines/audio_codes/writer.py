@@ -1,4 +1,4 @@
-"""Writing a store of audio codes: its array, its parts, and the index that makes them count.
+"""Writes a store of audio codes: its array, its parts, and the index that makes them count.
 
 Any number of writers write parts, each part by one of them. A part counts from the moment that one of them, the last,
 has written `meta.json`: until then nobody reads it, and a writer that was killed leaves nothing behind that matters.
@@ -28,7 +28,7 @@ from data_pipelines.audio_codes.store import (
     save_table,
 )
 
-# 23 hours of sound, 16 MB: what a kill costs at most, and few files for 10^8 clips.
+# 23 hours of audio, 16 MB: what a kill costs at most, and few files for 10^8 clips.
 PART_FRAMES = 1 << 20
 CHUNK_FRAMES = 512  # what is read and checked at once
 
@@ -59,8 +59,16 @@ def publish(
 ) -> None:
     """Makes `index` (any order) and `parts` (file -> size, SHA-256), old and new ones, what the store holds.
 
-    `mixtures` names the data whose sound is in it. Readers see the store as it was, or as it is now.
+    Readers see the store as it was, or as it is now.
+
+    Args:
+        path: the store's folder.
+        meta: what `meta.json` held so far.
+        index: records of `store.ENTRY`, in any order.
+        parts: size in bytes and SHA-256 of every file of frames.
+        mixtures: keys of the data whose audio is in the store.
     """
+    # A new index beside the old one, which readers may have mapped; the array's shape grows, its files stay.
     generation = int(meta.get("index", "index-0.npy").removeprefix("index-").removesuffix(".npy")) + 1
     table = path / f"index-{generation}.npy"
     save_table(table, index[order_of(index)])
@@ -74,6 +82,7 @@ def publish(
         "mixtures": mixtures,
         "parts": {name: list(facts) for name, facts in parts.items()},
     }
+    # From here on the new codes count.
     write_json(path / "meta.json", meta)
     for old in path.glob("index-*.npy"):
         if old != table:
@@ -87,6 +96,7 @@ def write_part(folder: Path, number: int, codes: Integer[np.ndarray, "n q"], par
     """
     if codes.size and not UNUSED <= codes.min() <= codes.max() <= np.iinfo(np.int16).max:
         raise ValueError(f"codes from {codes.min()} to {codes.max()} do not fit the store's int16")
+    # Written as an array of this part alone, whose only file then takes its number: writers need no common array.
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         metadata = _array(part_frames, part_frames, codes.shape[1])
         kvstore = {"driver": "file", "path": scratch}
@@ -122,9 +132,18 @@ def write_codes(
     window_rule: dict,
     part_frames: int = PART_FRAMES,
 ) -> None:
-    """Writes a store of codes that are in memory. Raises ConfigError when something is at `path`.
+    """Writes a store of codes that are in memory; a failure leaves nothing.
 
-    A failure leaves nothing.
+    Args:
+        path: the store's folder; must not exist.
+        items: key of a window (SHA-256 of the clip in hex, number of the window), its codes (frames, levels).
+        fingerprint: of the audio tokenizer that made the codes.
+        codebook_sizes: codes of each level; at most 2^15.
+        window_rule: how clips are cut: `seconds` and `overlap`.
+        part_frames: code frames of one file, a multiple of `CHUNK_FRAMES`.
+
+    Raises:
+        ConfigError: when something is at `path`, or the sizes do not fit.
     """
     if path.exists():
         raise ConfigError(f"audio code store {path} exists already")

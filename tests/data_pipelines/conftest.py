@@ -17,7 +17,7 @@ BUDGETS = Budgets(tokens=512, patches=768, audio_frames=192, audio_targets=96)
 
 
 def random_codes(pipeline: Pipeline):
-    """(key, codes) of every window of sound in the mixture."""
+    """(key, codes) of every window of audio in the mixture."""
     rng = np.random.default_rng(0)
     sizes = pipeline.omni.audio.codebook_sizes
     for key, item in windows_of(pipeline).items():

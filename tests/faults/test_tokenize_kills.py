@@ -47,7 +47,7 @@ def test_kills_cost_nothing_that_was_written(whole, tmp_path):
     assert kept == sorted(kept)
     assert KILLS - 2 <= kept[-1] < parts_of(root)
     out = run(other, cache)
-    assert f"tokenising sound: {kept[-1]} of {parts_of(root)} shards are done already" in out
+    assert f"tokenizing audio: {kept[-1]} of {parts_of(root)} shards are done already" in out
     assert files_of(other) == files_of(root)
 
 
@@ -72,5 +72,5 @@ def test_what_is_there_is_not_tokenised_again(whole, tmp_path):
         key = (f"{high:016x}{low:016x}" + "0" * 32, window)
         assert (one.lookup(key) == two.lookup(key)).all()
     again = run(other, cache)
-    assert "tokenising sound" not in again
+    assert "tokenizing audio" not in again
     assert files_of(other) == now

@@ -1,4 +1,4 @@
-"""The windows of sound of a mixture, for stores whose codes are made up."""
+"""The windows of audio of a mixture, for stores whose codes are made up."""
 
 from data_pipelines.audio_codes import CodeKey
 from data_pipelines.audio_codes.windows import clip_sources
@@ -11,6 +11,6 @@ def windows_of(pipeline: Pipeline) -> dict[CodeKey, AudioItem]:
     return {
         item.key: item
         for source in clip_sources([pipeline])
-        for number in source.with_sound(0, len(source)).tolist()
+        for number in source.with_audio(0, len(source)).tolist()
         for item in source.items(number)
     }

@@ -36,6 +36,6 @@ def test_two_hosts_write_the_same_store(one, tmp_path):
             process.kill()
     assert [process.returncode for process in hosts] == [0, 0], outputs
     shares = [parts_of(root) - parts_of(root) // 2, parts_of(root) // 2]
-    assert f"tokenising sound: {shares[0]} of {shares[0]} shards" in outputs[0][0]
+    assert f"tokenizing audio: {shares[0]} of {shares[0]} shards" in outputs[0][0]
     assert "code frames" not in outputs[1][0], "only host 0 talks"
     assert files_of(other) == files_of(root)

@@ -160,7 +160,7 @@ def test_windows_without_codes_are_named_and_left_out(pipeline, tmp_path, caplog
     assert len(store) == len(keys_of(pipeline)) - 1
     assert key not in store
     (told,) = [record.getMessage() for record in caplog.records]
-    assert told.startswith("no codes for a window of sound of omni.jsonl:")
+    assert told.startswith("no codes for a window of audio of omni.jsonl:")
     assert f"(changed): it gives {item.window.code_frames - 1} code frames" in told
 
 
@@ -189,7 +189,7 @@ def test_no_decoder_outlives_a_killed_program(tmp_path):
 def test_mels_say_why_there_is_none(pipeline):
     """A clip that is not what was listed."""
     source = clip_sources([pipeline])[0]
-    number = int(source.with_sound(0, len(source))[0])
+    number = int(source.with_audio(0, len(source))[0])
     table = np.array([(1, 2, 0, 5, 0, number)], REFERENCE)
     with MelReader((source,), AUDIO, 0) as mels:
         ((row, why),) = list(mels(table))
@@ -210,7 +210,7 @@ class Deadly(ClipSource):
 @pytest.mark.slow
 def test_a_decoder_that_ends_its_process_costs_its_own_windows(pipeline):
     source = clip_sources([pipeline])[0]
-    numbers = source.with_sound(0, len(source)).tolist()
+    numbers = source.with_audio(0, len(source)).tolist()
     deadly = Deadly(source.index, source.processor)
     object.__setattr__(deadly, "deadly", numbers[2])
     keys = [(number, item) for number in numbers for item in source.items(number)]
