@@ -1,4 +1,4 @@
-"""Captions of pictures by a program of the user's: a caption document for every picture and language.
+"""Captions of images by a program of the user's: a caption document for every image and language.
 
 `--captioner package.module:factory` names a callable without arguments that returns a `Captioner`.
 """
@@ -60,35 +60,37 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def make_job(options: Namespace) -> Job:
     """Makes the job of `options`. Raises ConfigError when the captioner cannot be loaded."""
-    settings = CaptionConfig(options.captioner, tuple(sorted(set(options.languages))), options.seed)
-    _load(settings)
-    return manifest_job(NAME, partial(make_captions, settings=settings), options, repr(astuple(settings)))
+    config = CaptionConfig(options.captioner, tuple(sorted(set(options.languages))), options.seed)
+    _load(config)
+    return manifest_job(NAME, partial(make_captions, config=config), options, repr(astuple(config)))
 
 
-def make_captions(document: Document, draft: Draft, settings: CaptionConfig) -> None:
-    """Adds a document for each picture and language; frames of videos are passed over.
+def make_captions(document: Document, draft: Draft, config: CaptionConfig) -> None:
+    """Adds a document for each image and language; frames of videos are passed over.
 
-    A picture that cannot be decoded, or that the captioner fails on, is skipped by itself: "unreadable_media" and the
+    An image that cannot be decoded, or that the captioner fails on, is skipped by itself: "unreadable_media" and the
     like, "captioner_failed", "empty_caption". Raises SampleError "no_picture" for a document that has none.
     """
-    captioner = _load(settings)
+    captioner = _load(config)
     elements = parse_prompt(document.text)
-    pictures = [element for element in elements if isinstance(element, ImageElement) and not element.frame]
-    if not pictures:
-        raise SampleError("no_picture", "there is no picture in it")
-    for number, picture in enumerate(pictures):
-        rng = random.Random(f"{settings.seed}/{document.id}/{number}")
+    images = [element for element in elements if isinstance(element, ImageElement) and not element.frame]
+    if not images:
+        raise SampleError("no_picture", "there is no image in it")
+    for number, element in enumerate(images):
+        # A generator for each image: its prompts do not change when another image fails.
+        rng = random.Random(f"{config.seed}/{document.id}/{number}")
         try:
-            media = find_media(picture.reference, document.media)
+            media = find_media(element.reference, document.media)
             image = decode_image(media)
         except SampleError as error:
             draft.skip(error.cause, str(error))
             continue
+        # The image is linked once, and only when a caption was written.
         path = ""
-        for language in settings.languages:
+        for language in config.languages:
             prompt = rng.choice(DESCRIBE_IMAGE[language])
             try:
-                words = _ask(captioner, image, prompt, language, media)
+                words = _write_caption(captioner, image, prompt, language, media)
             except SampleError as error:
                 draft.skip(error.cause, str(error))
                 continue
@@ -96,7 +98,7 @@ def make_captions(document: Document, draft: Draft, settings: CaptionConfig) -> 
             draft.add(turn(image_tag(path) + prompt, words), "caption")
 
 
-def _ask(captioner: Captioner, image: np.ndarray, prompt: str, language: str, media: Media) -> str:
+def _write_caption(captioner: Captioner, image: np.ndarray, prompt: str, language: str, media: Media) -> str:
     name = f"{media.name} ({language})"
     try:
         words = captioner.caption(image, prompt, language)
@@ -109,13 +111,13 @@ def _ask(captioner: Captioner, image: np.ndarray, prompt: str, language: str, me
     return words
 
 
-def _load(settings: CaptionConfig) -> Captioner:
-    return load_hook("--captioner", settings.captioner, "caption")
+def _load(config: CaptionConfig) -> Captioner:
+    return load_hook("--captioner", config.captioner, "caption")
 
 
 CAPTIONS = SynthesisTask(
     NAME,
-    "Captions of pictures by a program of the user's: a caption document for every picture and language.",
+    "Captions of images by a program of the user's: a caption document for every image and language.",
     add_arguments,
     make_job,
 )

@@ -1,4 +1,4 @@
-"""Jobs over ranges of manifest lines: the units, the work on one of them, the manifests put together at the end.
+"""Tasks that make documents of documents: drafts, units of manifest lines, the manifests put together at the end.
 
 OUT/NAME.jsonl, OUT/skipped-NAME.jsonl       all units' documents, and all that were skipped, in manifest order
 OUT/NAME-00003/NAME.jsonl, .../skipped.jsonl what unit 3 made
@@ -117,6 +117,8 @@ class MakeDocuments:
 
     def __call__(self, unit: Unit, folder: Path) -> dict:
         """Writes a unit's files; returns {"made": documents by manifest, "skipped": documents by cause}."""
+        # Line by line, in the order of the manifest: what comes out does not depend on how lines are cut into units,
+        # but for the folders of media.
         made, skipped = Counter(), Counter()
         (folder / unit.name).mkdir()
         parts: dict[str, list[str]] = {}
@@ -140,6 +142,7 @@ class MakeDocuments:
 
     def _make(self, draft: Draft, folder: Path) -> list[SampleError]:
         """Makes the documents of one draft, all of them or none; returns what was skipped."""
+        # Media are written last: a document that fails half-way leaves no file.
         try:
             self.maker(draft.source, draft)
             draft.write_media(folder)
@@ -159,47 +162,58 @@ def add_job_arguments(parser: ArgumentParser) -> None:
     )
 
 
-def manifest_job(name: str, maker: Maker, options: Namespace, settings: str) -> Job:
-    """Makes the job that puts every document of `options.manifests` through `maker`; see `manifest_units`."""
-    return Job(name, manifest_units(name, options, settings), MakeDocuments(name, maker), options.out)
+def manifest_job(name: str, maker: Maker, options: Namespace, config: str) -> Job:
+    """Makes the job that puts every document of `options.manifests` through `maker`.
+
+    Args:
+        name: the task's word, the first part of the units' names and of the manifest's.
+        maker: adds to a draft what it makes of one document.
+        options: of `add_job_arguments`.
+        config: all that, besides the documents, decides what comes out, as text.
+
+    Raises:
+        ConfigError: as `manifest_units`.
+    """
+    return Job(name, manifest_units(name, options, config), MakeDocuments(name, maker), options.out)
 
 
-def manifest_units(name: str, options: Namespace, settings: str) -> tuple[Unit, ...]:
+def manifest_units(name: str, options: Namespace, config: str) -> tuple[Unit, ...]:
     """Cuts the documents of `options.manifests` into units of `options.unit`, whose contents are `LineRange`s.
 
-    `settings` says all that, besides the documents, decides what comes out: a unit whose lines or settings changed is
+    `config` tells all that, besides the documents, decides what comes out: a unit whose lines or config changed is
     done again. Raises ConfigError for a manifest that cannot be read, is given twice, or lies where the job writes.
     """
     if options.unit < 1:
         raise ConfigError(f"--unit {options.unit}: a unit has at least 1 document")
+    # A manifest in the output would be read and written by the same job.
     units = []
-    sources = list_sources(options.manifests, options.root, trusted_from_options(options))
-    for source in sources:
-        if any(path.is_relative_to(options.out.resolve()) for path in (source.path, source.path.resolve())):
-            raise ConfigError(f"--out {options.out} holds the manifest {source.path}: name another folder")
-    for source in unpack(sources, options.out / UNPACKED):
-        for lines, content in _ranges(source, options.unit):
+    manifests = list_sources(options.manifests, options.root, trusted_from_options(options))
+    for manifest in manifests:
+        if any(path.is_relative_to(options.out.resolve()) for path in (manifest.path, manifest.path.resolve())):
+            raise ConfigError(f"--out {options.out} holds the manifest {manifest.path}: name another folder")
+    for manifest in unpack(manifests, options.out / UNPACKED):
+        for lines, content in _ranges(manifest, options.unit):
             # Documents without an id are named by the manifest and their line.
-            told = f"{FORMAT} {name} {settings}\0{source.root}\0{source.name}\0{lines.first}\0"
-            fingerprint = hashlib.sha256(told.encode(errors="surrogateescape") + content).hexdigest()
+            facts = f"{FORMAT} {name} {config}\0{manifest.root}\0{manifest.name}\0{lines.first}\0"
+            fingerprint = hashlib.sha256(facts.encode(errors="surrogateescape") + content).hexdigest()
             units.append(Unit(f"{name}-{len(units):05d}", fingerprint, lines, lines.length))
     return tuple(units)
 
 
-def _ranges(source: Manifest, size: int) -> Iterator[tuple[LineRange, bytes]]:
-    """`size` lines at a time, empty ones not counted, with their bytes."""
+def _ranges(manifest: Manifest, size: int) -> Iterator[tuple[LineRange, bytes]]:
+    """Yields `size` lines at a time, empty ones not counted, with their bytes."""
     first, offset, number, count, lines = 1, 0, 0, 0, []
-    with open_manifest(source.lines, source.name) as file:
+    with open_manifest(manifest.lines, manifest.name) as file:
         for number, line in enumerate(file, start=1):
             lines.append(line)
             count += not is_blank(line)
             if count == size:
                 content = b"".join(lines)
-                yield LineRange(source.lines, source.name, source.root, first, offset, len(content)), content
+                yield LineRange(manifest.lines, manifest.name, manifest.root, first, offset, len(content)), content
                 first, offset, count, lines = number + 1, offset + len(content), 0, []
     if lines:
         content = b"".join(lines)
-        yield LineRange(source.lines, source.name, source.root, first, offset, len(content)), content
+        yield LineRange(manifest.lines, manifest.name, manifest.root, first, offset, len(content)), content
 
 
 def assemble(job: Job, summaries: Sequence[dict]) -> dict[str, Counter]:

@@ -25,9 +25,9 @@ def draw_chart(chart: Chart, rng: random.Random, font: str) -> Image.Image:
     crowded = len(chart.table.labels) > 8 or max(map(len, chart.table.labels)) > 10
     width = GRID * rng.randrange(24 if crowded else 18, 31)
     height = GRID * rng.randrange(15, 22)
-    settings = {"font.size": rng.choice((9, 10, 11, 12)), "axes.unicode_minus": False, "axes.grid": rng.random() < 0.5}
+    style = {"font.size": rng.choice((9, 10, 11, 12)), "axes.unicode_minus": False, "axes.grid": rng.random() < 0.5}
     # A dollar sign in a label is no formula.
-    with rc_context({**settings, "axes.axisbelow": True, "grid.alpha": 0.4, "text.parse_math": False}):
+    with rc_context({**style, "axes.axisbelow": True, "grid.alpha": 0.4, "text.parse_math": False}):
         figure = Figure((width / DPI, height / DPI), dpi=DPI, layout="constrained")
         axes = figure.add_subplot()
         colors = _colors(rng, max(len(chart.series), len(chart.table.labels) if chart.kind == "pie" else 1))

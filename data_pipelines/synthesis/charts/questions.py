@@ -89,6 +89,7 @@ Fact = tuple[str, dict[str, str]]  # what is true of a chart (a key of the table
 
 def questions(chart: Chart, rng: random.Random, language: str) -> list[Pair]:
     """Asks every kind of question that the chart can answer, in an order that `rng` chooses."""
+    # Facts first, words later: every question is a true statement about the table in another form.
     facts = [*_facts(chart), *_readings(chart, rng)]
     if chart.kind != "scatter":  # points may lie upon each other
         facts.append(("count", {"count": str(len(chart.table.labels))}))
@@ -121,7 +122,7 @@ def _words(chart: Chart, values: dict[str, str]) -> dict[str, str]:
 
 
 def _facts(chart: Chart) -> list[Fact]:
-    """Extremes and trends that can be seen in the picture."""
+    """Extremes and trends that can be seen in the chart."""
     if chart.kind == "scatter":
         return _trend(chart)
     facts, ending = [], "" if chart.written else "_unwritten"

@@ -13,6 +13,7 @@ import json
 import re
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
+from typing import Literal
 
 from data_pipelines.errors import SampleError
 from data_pipelines.synthesis.pages.layout import normalize
@@ -51,13 +52,16 @@ def read_table(text: str) -> Table:
     drawn.
     """
     try:
+        # JSON by its first character: CSV whose first cell begins so would be no table of ours.
         title, rows = _json_rows(text) if text.lstrip()[:1] in ("{", "[") else _csv_rows(text)
     except (ValueError, RecursionError, csv.Error) as error:
         raise SampleError("bad_table", f"the table cannot be read: {error}") from error
+    # The form: rows of one length, few enough for a chart.
     if len(rows) < 3 or len(rows) > MAX_ROWS + 1 or len(rows[0]) < 2:
         raise SampleError("bad_table", f"a table has a header and 2 to {MAX_ROWS} rows of at least 2 columns")
     if any(len(row) != len(rows[0]) for row in rows):
         raise SampleError("bad_table", "the rows of the table differ in length")
+    # The columns: a name and numbers alone, others are left out.
     header, *names = (_clean(cell) for cell in rows[0])
     labels = tuple(_clean(row[0]) for row in rows[1:])
     columns = [[number(row[i]) for row in rows[1:]] for i in range(1, len(rows[0]))]
@@ -117,7 +121,7 @@ def _clean(cell: object) -> str:
     return normalize("" if cell is None else str(cell)).replace("\n", " ")
 
 
-KINDS = ("bar", "line", "scatter", "pie")
+ChartKind = Literal["bar", "line", "scatter", "pie"]
 MAX_WRITTEN = 16  # numbers that fit on a chart
 MAX_SLICES = 8
 MIN_SLICE = Decimal("0.03")  # of the whole: a smaller one has no room for its number
@@ -130,7 +134,7 @@ class Chart:
     `written` says that every number stands beside its mark.
     """
 
-    kind: str
+    kind: ChartKind
     table: Table
     series: tuple[Series, ...]
 

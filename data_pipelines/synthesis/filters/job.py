@@ -93,6 +93,7 @@ class FilterDocuments:
         skipped, rejected, signatures = Counter(), Counter(), []
         for number, line in enumerate(unit.content.documents()):
             where, document = f"{unit.content.name}:{line.number}", line.document
+            # A verdict of each document by itself; near-duplicates need all of them and come at the end (`finish`).
             try:
                 if isinstance(document, SampleError):
                     raise document
@@ -124,6 +125,7 @@ def finish(job: Job, summaries: Sequence[dict]) -> dict[str, Counter]:
     sums = add_up(summaries, ("made", SKIPPED, REJECTED))
     join_part(job, ASR, f"{ASR}.jsonl")
     join_part(job, SKIPPED, f"{SKIPPED}-{job.title}.jsonl")
+    # Signatures of all units lie in one table, in manifest order, so that "the first" is the first of the manifests.
     counts = [one["made"][KEPT] for one in summaries]
     if job.work.rules.duplicates and sum(counts):
         first, likeness = _find_duplicates(job, counts)
@@ -154,6 +156,7 @@ def _find_duplicates(job: Job, counts: Sequence[int]) -> tuple[np.ndarray, np.nd
 
 def _write_sorted(job: Job, first: np.ndarray, likeness: np.ndarray) -> int:
     """Writes kept.jsonl and rejected.jsonl; returns how many documents repeat another."""
+    # One pass: a repeated document names its original, which is always met before it.
     repeats = first != np.arange(len(first))
     originals = dict.fromkeys(first[repeats].tolist(), "")  # number -> id
     number = 0

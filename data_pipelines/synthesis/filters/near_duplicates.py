@@ -31,6 +31,7 @@ def sign(text: str, media: Sequence[str] = ()) -> UInt32[np.ndarray, " places"]:
     plain = "".join(unicodedata.normalize("NFKC", text).lower().split())
     salt = hashlib.sha256("\n".join(media).encode()).digest()[:8]
     characters = np.frombuffer(plain.encode("utf-32-le", errors="replace"), np.uint32).astype(np.uint64)
+    # A polynomial hash of every run of characters, begun with the media: texts of other media share no run.
     runs = np.full(max(len(characters) - RUN + 1, 1), np.frombuffer(salt, np.uint64)[0])
     for shift in range(min(RUN, len(characters))):
         runs = runs * _MULTIPLIER + characters[shift : shift + len(runs)]
@@ -60,6 +61,7 @@ def find_duplicates(signatures: UInt32[np.ndarray, "n p"], threshold: float) -> 
     first = np.arange(len(signatures))
     bands, rows = _bands(threshold)
     for band in range(bands):
+        # Sorting brings the members of a bucket together; no table of buckets is held.
         keys = _band_keys(signatures, band * rows, rows)
         left = np.argsort(keys, kind="stable")  # by bucket, in the order of the documents inside
         while len(left):

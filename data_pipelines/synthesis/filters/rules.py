@@ -61,11 +61,11 @@ def check_speech(document: Document, elements: Sequence[Element], transcriber: T
     """Measures the error rate of a document's speech: edits over units, which are characters in Chinese, words in
     English.
 
-    Raises SampleError: "no_speech"; what reading the sounds raises; "transcriber_failed".
+    Raises SampleError: "no_speech"; what reading the audio raises; "transcriber_failed".
     """
     edits = units = 0
-    for text, sound in spoken_texts(elements):
-        media = find_media(sound.reference, document.media)
+    for text, audio in spoken_texts(elements):
+        media = find_media(audio.reference, document.media)
         samples = decode_audio(media, probe_audio(media, RATE), RATE)
         language = language_of(text) or "en"
         try:
@@ -74,10 +74,10 @@ def check_speech(document: Document, elements: Sequence[Element], transcriber: T
             raise SampleError("transcriber_failed", f"{media.name}: {error or type(error).__name__}") from error
         if not isinstance(heard, str):
             raise SampleError("transcriber_failed", f"{media.name}: it heard {type(heard).__name__}, not text")
-        said = speech_units(text, language)
-        edits, units = edits + count_edits(said, speech_units(heard, language)), units + len(said)
+        wanted = speech_units(text, language)
+        edits, units = edits + count_edits(wanted, speech_units(heard, language)), units + len(wanted)
     if not units:
-        raise SampleError("no_speech", "its text has nothing that can be said")
+        raise SampleError("no_speech", "its text has nothing that can be spoken")
     return edits / units
 
 
@@ -175,7 +175,7 @@ def _to_transcribe(document: Document, elements: Sequence[Element]) -> tuple[Ele
     """Turns spoken audio into heard audio, each piece with its text to be written."""
     rng = random.Random(document.id)
     heard: list[Element] = []
-    for text, sound in spoken_texts(elements):
+    for text, audio in spoken_texts(elements):
         prompt = choose_prompt(TRANSCRIBE, language_of(text), rng)
-        heard += [TextElement(prompt), AudioElement(sound.reference), TextElement(text, trainable=True, plain=True)]
+        heard += [TextElement(prompt), AudioElement(audio.reference), TextElement(text, trainable=True, plain=True)]
     return tuple(heard)

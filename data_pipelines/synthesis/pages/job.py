@@ -1,4 +1,4 @@
-"""Pictures of text and of tables: OCR, question and interleaved documents from text, charts from tables.
+"""Images of text and of tables: OCR, question and interleaved documents from text, charts from tables.
 
 A document of type `table` holds CSV or JSON rows (`tables.py`) and becomes a chart; any other must be text alone and
 is set on pages. Both are drawn in sizes, fonts and colors that the seed and the document's id choose.
@@ -11,6 +11,7 @@ from argparse import ArgumentParser, Namespace
 from dataclasses import astuple, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 from PIL import Image
 
@@ -21,7 +22,7 @@ from data_pipelines.documents.prompt_writing import Source, conversation, image_
 from data_pipelines.documents.prompts import TextElement, parse_prompt
 from data_pipelines.errors import SampleError
 from data_pipelines.synthesis.charts.questions import describe, questions, transcribe
-from data_pipelines.synthesis.charts.tables import KINDS, possible_charts, read_table
+from data_pipelines.synthesis.charts.tables import ChartKind, possible_charts, read_table
 from data_pipelines.synthesis.pages.layout import (
     GRID,
     Page,
@@ -59,16 +60,24 @@ PAPERS = ((255, 255, 255), (250, 247, 238), (238, 242, 246), (245, 245, 245))
 
 @dataclass(frozen=True)
 class PageConfig:
-    """How pages look and what is made of them. `letters` are the smallest and the largest font size in pixels."""
+    """How pages look and what is made of them."""
 
     types: tuple[str, ...] = TYPES
+    """Types of the documents that are made."""
     languages: tuple[str, ...] = LANGUAGES
+    """Languages of the prompts."""
     fonts: tuple[str, ...] = ()
+    """Font files to choose from."""
     widths: tuple[int, ...] = (448, 560, 672, 784)
+    """Pixels: multiples of `GRID`, so that no page is resized."""
     letters: tuple[int, int] = (14, 26)
+    """Smallest and largest font size in pixels."""
     columns: int = 2
+    """At most so many, on a page wide enough."""
     worn: float = 0.3
+    """Share of the pages that are turned, blurred, noisy."""
     seed: int = 0
+    """Another seed gives other pages."""
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -93,7 +102,7 @@ def make_job(options: Namespace) -> Job:
         from data_pipelines.text.fonts import find_fonts  # imports matplotlib, which an extra brings
     except ImportError as error:
         raise ConfigError("pages need matplotlib: pip install baichuan_omni_jax[synthesis]") from error
-    settings = PageConfig(
+    config = PageConfig(
         types=tuple(sorted(set(options.types))),
         languages=tuple(sorted(set(options.languages))),
         fonts=find_fonts(options.font),
@@ -103,48 +112,50 @@ def make_job(options: Namespace) -> Job:
         worn=options.worn,
         seed=options.seed,
     )
-    if any(width % GRID or not 224 <= width <= 2800 for width in settings.widths):
-        raise ConfigError(f"--widths {settings.widths} must be multiples of {GRID} between 224 and 2800")
-    if not 8 <= settings.letters[0] <= settings.letters[1] <= min(settings.widths) // 14:
-        raise ConfigError(f"--letters {settings.letters} must lie between 8 and a 14th of the narrowest page")
-    if not 0 <= settings.worn <= 1 or settings.columns < 1:
-        raise ConfigError(f"--worn {settings.worn} is a share of 1, and --columns {settings.columns} at least 1")
-    digests = [hashlib.sha256(Path(font).read_bytes()).hexdigest() for font in settings.fonts]
-    return manifest_job(NAME, partial(make_pages, settings=settings), options, f"{astuple(settings)} {digests}")
+    if any(width % GRID or not 224 <= width <= 2800 for width in config.widths):
+        raise ConfigError(f"--widths {config.widths} must be multiples of {GRID} between 224 and 2800")
+    if not 8 <= config.letters[0] <= config.letters[1] <= min(config.widths) // 14:
+        raise ConfigError(f"--letters {config.letters} must lie between 8 and a 14th of the narrowest page")
+    if not 0 <= config.worn <= 1 or config.columns < 1:
+        raise ConfigError(f"--worn {config.worn} is a share of 1, and --columns {config.columns} at least 1")
+    # The fonts' bytes, not their paths, decide what the pages are.
+    digests = [hashlib.sha256(Path(font).read_bytes()).hexdigest() for font in config.fonts]
+    return manifest_job(NAME, partial(make_pages, config=config), options, f"{astuple(config)} {digests}")
 
 
-def make_pages(document: Document, draft: Draft, settings: PageConfig) -> None:
-    """Adds to the draft what `settings` ask for.
+def make_pages(document: Document, draft: Draft, config: PageConfig) -> None:
+    """Adds to the draft what `config` ask for.
 
     Raises SampleError: "no_font", "bad_script" (`fonts.choose_font`), "bad_table", "bad_prompt", "has_media",
     "no_text", "too_short" for text of which nothing that was asked for can be made.
     """
-    rng = random.Random(f"{settings.seed}/{document.id}")
+    rng = random.Random(f"{config.seed}/{document.id}")
     if document.type == TABLE:
-        _make_chart(document, draft, settings, rng)
+        _make_chart(document, draft, config, rng)
     else:
-        _make_text_pages(document, draft, settings, rng)
+        _make_text_pages(document, draft, config, rng)
     if not draft.documents:
-        raise SampleError("too_short", f"no {' or '.join(settings.types)} can be made of it")
+        raise SampleError("too_short", f"no {' or '.join(config.types)} can be made of it")
 
 
-def _make_text_pages(document: Document, draft: Draft, settings: PageConfig, rng: random.Random) -> None:
+def _make_text_pages(document: Document, draft: Draft, config: PageConfig, rng: random.Random) -> None:
+    # One style for all pages of a document, as in a book.
     text = normalize(_text_alone(document))
-    style = _choose_style(text, settings, rng)
-    language = rng.choice(settings.languages)
-    if "ocr" in settings.types or "qa" in settings.types:
+    style = _choose_style(text, config, rng)
+    language = rng.choice(config.languages)
+    if "ocr" in config.types or "qa" in config.types:
         for page in _set(text, style):
-            picture = _keep(draw_page(page, style), draft, settings, rng, style.paper)
-            asked = page_questions(page, style.columns, rng, language)
-            if "ocr" in settings.types:
-                draft.add(turn(picture + rng.choice(READ_PAGE[language]), page.text), "ocr")
-            if "qa" in settings.types and asked:
-                draft.add(_ask(picture, asked, rng), "qa")
-    if "interleaved" in settings.types:
-        _interleave(text, style, draft, settings, rng)
+            image = _keep(draw_page(page, style), draft, config, rng, style.paper)
+            pairs = page_questions(page, style.columns, rng, language)
+            if "ocr" in config.types:
+                draft.add(turn(image + rng.choice(READ_PAGE[language]), page.text), "ocr")
+            if "qa" in config.types and pairs:
+                draft.add(_question_turns(image, pairs, rng), "qa")
+    if "interleaved" in config.types:
+        _interleave(text, style, draft, config, rng)
 
 
-def _interleave(text: str, style: PageStyle, draft: Draft, settings: PageConfig, rng: random.Random) -> None:
+def _interleave(text: str, style: PageStyle, draft: Draft, config: PageConfig, rng: random.Random) -> None:
     """Sets parts of the text in turns as pages and as text to be learned, `MAX_PARTS` or one more in a document."""
     paragraphs = text.split("\n")
     parts = paragraphs if len(paragraphs) > 1 else sentences(text)
@@ -156,42 +167,44 @@ def _interleave(text: str, style: PageStyle, draft: Draft, settings: PageConfig,
         drawn, prompt = rng.random() < 0.5, Source()
         for part in parts[start:stop]:
             pages = _set(part, style) if drawn else []
-            pictures = (_keep(draw_page(page, style), draft, settings, rng, style.paper) for page in pages)
-            prompt += join(pictures) if drawn else trainable(part)
+            images = (_keep(draw_page(page, style), draft, config, rng, style.paper) for page in pages)
+            prompt += join(images) if drawn else trainable(part)
             drawn = not drawn
         draft.add(prompt, "interleaved")
 
 
-def _make_chart(document: Document, draft: Draft, settings: PageConfig, rng: random.Random) -> None:
+def _make_chart(document: Document, draft: Draft, config: PageConfig, rng: random.Random) -> None:
     from data_pipelines.synthesis.charts.drawing import draw_chart
     from data_pipelines.text.fonts import choose_font
 
+    # A kind first, then a chart of it: otherwise bars, of which a table allows most, would crowd out the others.
     table = read_table(plain_text(document.text))
-    font = choose_font(rng, settings.fonts, table.words + "0123456789")
+    font = choose_font(rng, config.fonts, table.words + "0123456789")
     kinds: dict[str, list] = {}
     for chart in possible_charts(table):
         kinds.setdefault(chart.kind, []).append(chart)
     if not kinds:
-        raise SampleError("bad_table", f"no chart of the kinds {', '.join(KINDS)} can hold the table")
+        raise SampleError("bad_table", f"no chart of the kinds {', '.join(get_args(ChartKind))} can hold the table")
     chart = rng.choice(kinds[rng.choice(sorted(kinds))])
-    language = rng.choice(settings.languages)
-    picture = _keep(draw_chart(chart, rng, font), draft, settings, rng, (255, 255, 255))
-    if "chart" in settings.types:
+    language = rng.choice(config.languages)
+    image = _keep(draw_chart(chart, rng, font), draft, config, rng, (255, 255, 255))
+    # What is drawn serves every type of document: transcription or description, questions, running text.
+    if "chart" in config.types:
         if chart.written and rng.random() < 0.5:
-            draft.add(turn(picture + rng.choice(TRANSCRIBE_CHART[language]), transcribe(chart)), "chart")
+            draft.add(turn(image + rng.choice(TRANSCRIBE_CHART[language]), transcribe(chart)), "chart")
         else:
-            asked = picture + rng.choice(DESCRIBE_CHART[language])
-            draft.add(turn(asked, describe(chart, language)), "chart")
-    if "qa" in settings.types and (asked := questions(chart, rng, language)):
-        draft.add(_ask(picture, asked, rng), "qa")
-    if "interleaved" in settings.types:
+            request = image + rng.choice(DESCRIBE_CHART[language])
+            draft.add(turn(request, describe(chart, language)), "chart")
+    if "qa" in config.types and (pairs := questions(chart, rng, language)):
+        draft.add(_question_turns(image, pairs, rng), "qa")
+    if "interleaved" in config.types:
         title = trainable(table.title) if table.title else ""
-        draft.add(title + picture + trainable(describe(chart, language)), "interleaved")
+        draft.add(title + image + trainable(describe(chart, language)), "interleaved")
 
 
-def _ask(picture: Source, asked: list[tuple[str, str]], rng: random.Random) -> Source:
-    chosen = asked[: rng.randint(1, MAX_QUESTIONS)]
-    return conversation([(picture * (i == 0) + question, answer) for i, (question, answer) in enumerate(chosen)])
+def _question_turns(image: Source, pairs: list[tuple[str, str]], rng: random.Random) -> Source:
+    chosen = pairs[: rng.randint(1, MAX_QUESTIONS)]
+    return conversation([(image * (i == 0) + question, answer) for i, (question, answer) in enumerate(chosen)])
 
 
 def _text_alone(document: Document) -> str:
@@ -200,15 +213,15 @@ def _text_alone(document: Document) -> str:
     return plain_text(document.text)
 
 
-def _choose_style(text: str, settings: PageConfig, rng: random.Random) -> PageStyle:
+def _choose_style(text: str, config: PageConfig, rng: random.Random) -> PageStyle:
     from data_pipelines.text.fonts import choose_font
 
     if not text:
         raise SampleError("no_text", "there is no text in it")
-    font = choose_font(rng, settings.fonts, text)
-    width, size = rng.choice(settings.widths), rng.randint(*settings.letters)
+    font = choose_font(rng, config.fonts, text)
+    width, size = rng.choice(config.widths), rng.randint(*config.letters)
     height = round(width * rng.choice((1.0, 1.25, 1.4)) / GRID) * GRID
-    most = min(settings.columns, width // (16 * size)) if len(text) >= MANY_COLUMNS else 1
+    most = min(config.columns, width // (16 * size)) if len(text) >= MANY_COLUMNS else 1
     columns = rng.randint(1, max(1, most))
     dark = rng.random() < 0.1
     ink, paper = rng.choice(INKS), rng.choice(PAPERS)
@@ -222,11 +235,11 @@ def _set(text: str, style: PageStyle) -> list[Page]:
 
 
 def _keep(
-    picture: Image.Image, draft: Draft, settings: PageConfig, rng: random.Random, paper: tuple[int, int, int]
+    image: Image.Image, draft: Draft, config: PageConfig, rng: random.Random, paper: tuple[int, int, int]
 ) -> Source:
-    """Writes a picture, worn or not; returns its tag."""
-    worn = rng.random() < settings.worn
-    return image_tag(draft.save(*encode(wear(picture, rng, paper) if worn else picture, worn, rng)))
+    """Writes an image, worn or not; returns its tag."""
+    worn = rng.random() < config.worn
+    return image_tag(draft.save(*encode(wear(image, rng, paper) if worn else image, worn, rng)))
 
 
 def sentences(text: str) -> list[str]:
@@ -240,26 +253,26 @@ def page_questions(page: Page, columns: int, rng: random.Random, language: str) 
     sentence.
     """
     lines = [line.text.strip() for _, _, line in page.lines]
-    asked = []
+    pairs = []
     if columns == 1 and len(lines) >= 2:
         place = rng.randrange(min(len(lines), MAX_COUNTED) - 1)
-        asked.append((_LINE[language].format(place + 1), lines[place]))
-        asked.append((_LAST[language], lines[-1]))
+        pairs.append((_LINE[language].format(place + 1), lines[place]))
+        pairs.append((_LAST[language], lines[-1]))
         if len(lines) <= MAX_COUNTED:
             question, answer = _COUNT[language]
-            asked.append((question, answer.format(len(lines))))
+            pairs.append((question, answer.format(len(lines))))
     whole = sentences(page.text)
     before = [i for i in range(len(whole) - 1) if whole.count(whole[i]) == 1]
     if before:
         place = rng.choice(before)
-        asked.append((_NEXT[language].format(whole[place]), whole[place + 1]))
-    rng.shuffle(asked)
-    return asked
+        pairs.append((_NEXT[language].format(whole[place]), whole[place + 1]))
+    rng.shuffle(pairs)
+    return pairs
 
 
 PAGES = SynthesisTask(
     NAME,
-    "Pictures of text and of tables: OCR, question and interleaved documents from text, charts from tables.",
+    "Images of text and of tables: OCR, question and interleaved documents from text, charts from tables.",
     add_arguments,
     make_job,
 )

@@ -1,7 +1,7 @@
-"""Cross-modal documents: sentences about pictures become speech; a film's sound track stands beside the film.
+"""Cross-modal documents: sentences about images become speech; a video's audio track stands beside the video.
 
-Of a document with pictures a share of the sentences is heard instead of written; a task prompt comes first, and loss
-stays on what is still written. In a document with films each film is followed by its own track as audio.
+Of a document with images a share of the sentences is heard instead of written; a task prompt comes first, and loss
+stays on what is still written. In a document with videos each is followed by its own track as audio.
 """
 
 from argparse import ArgumentParser, Namespace
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from random import Random
+from typing import Literal, get_args
 
 from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.datasets.jobs.job import Job
@@ -34,40 +35,44 @@ from data_pipelines.tokenizers.special_tokens import SYSTEM, USER
 
 NAME = "crossmodal"
 TYPE = "cross_modal"  # of the new documents
-ORDERS = ("random", "first")
+SentenceOrder = Literal["random", "first"]
 
 _RATE = 16000  # Hz, at which tracks are measured
 
 
 @dataclass(frozen=True)
 class CrossmodalConfig:
-    """`share` of the sentences is spoken: any of them, or the `first` ones."""
+    """Which of the sentences are spoken, and by whom."""
 
     speech: SpeechConfig
     share: float = 0.25
-    order: str = "random"
+    """Of the sentences, at least one; the last that carries loss is never spoken."""
+    order: SentenceOrder = "random"
+    """Any of them, or the first ones."""
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Adds the task's own options."""
     add_speech_arguments(parser)
     parser.add_argument("--share", type=float, default=0.25, help="of the sentences that are spoken (default 0.25)")
-    parser.add_argument("--order", choices=ORDERS, default="random", help="which sentences (default random)")
+    parser.add_argument(
+        "--order", choices=get_args(SentenceOrder), default="random", help="which sentences (default random)"
+    )
 
 
 def make_job(options: Namespace) -> Job:
     """Makes the job of `options`. Raises ConfigError."""
     if not 0 < options.share < 1:
         raise ConfigError(f"--share {options.share} must lie between 0 and 1")
-    settings = CrossmodalConfig(speech_config(options), options.share, options.order)
-    return manifest_job(NAME, partial(cross_modalities, settings=settings), options, str(settings))
+    config = CrossmodalConfig(speech_config(options), options.share, options.order)
+    return manifest_job(NAME, partial(cross_modalities, config=config), options, str(config))
 
 
-def cross_modalities(document: Document, draft: Draft, settings: CrossmodalConfig) -> None:
+def cross_modalities(document: Document, draft: Draft, config: CrossmodalConfig) -> None:
     """Adds the cross-modal form of a document.
 
-    Raises SampleError: "has_sound"; "no_picture" for a document without pictures and films; "no_track" for a film
-    without sound; "too_short" when nothing would be left to write; as `DocumentSpeaker` and `find_media`; "bad_prompt".
+    Raises SampleError: "has_sound"; "no_picture" for a document without images and videos; "no_track" for a video
+    without audio; "too_short" when nothing would be left to write; as `DocumentSpeaker` and `find_media`; "bad_prompt".
     """
     elements = document_elements(document)
     if any(isinstance(element, AudioElement) for element in elements):
@@ -76,14 +81,14 @@ def cross_modalities(document: Document, draft: Draft, settings: CrossmodalConfi
     if VideoElement in kinds:
         new = add_tracks(elements, document)
     elif ImageElement in kinds:
-        new = speak_sentences(elements, document, draft, settings)
+        new = speak_sentences(elements, document, draft, config)
     else:
-        raise SampleError("no_picture", "there is neither a picture nor a film in it")
+        raise SampleError("no_picture", "there is neither an image nor a video in it")
     draft.add(write_prompt(_link_media(new, document, draft)), TYPE)
 
 
 def add_tracks(elements: Sequence[Element], document: Document) -> list[Element]:
-    """Returns each video followed by its own sound as heard audio, of the same file. Raises SampleError "no_track"."""
+    """Returns each video followed by its own track as heard audio, of the same file. Raises SampleError "no_track"."""
     new: list[Element] = []
     for element in elements:
         new.append(element)
@@ -94,34 +99,36 @@ def add_tracks(elements: Sequence[Element], document: Document) -> list[Element]
 
 
 def speak_sentences(
-    elements: Sequence[Element], document: Document, draft: Draft, settings: CrossmodalConfig
+    elements: Sequence[Element], document: Document, draft: Draft, config: CrossmodalConfig
 ) -> list[Element]:
     """Replaces a share of the sentences by their speech, at least one; the last one that carries loss stays written.
 
     The system prompt is never spoken. Raises SampleError as `cross_modalities`.
     """
-    parts, places = _sentences(elements, settings.speech)
+    # What may be spoken: sentences outside the system prompt, less the last one that carries loss.
+    parts, places = _sentences(elements, config.speech)
     learned = [place for place in places if parts[place].trainable]
     if not learned or len(places) < 2:
         raise SampleError("too_short", "nothing would be left to write when a sentence is spoken")
     speaker = DocumentSpeaker.for_document(
-        settings.speech, document, draft, "".join(parts[place].text for place in places)
+        config.speech, document, draft, "".join(parts[place].text for place in places)
     )
-    chosen = _choose([place for place in places if place != learned[-1]], len(places), settings, speaker.rng)
+    chosen = _choose([place for place in places if place != learned[-1]], len(places), config, speaker.rng)
     for place in chosen:
         parts[place] = AudioElement(MediaReference(path=speaker.say(parts[place].text)))
+    # In a conversation the task prompt opens the first turn of the user, elsewhere the document.
     users = (TextElement(USER), TextElement(USER, trainable=True))
     opening = next((place + 1 for place, part in enumerate(parts) if part in users), 0)
     prompt = choose_prompt(ANSWER_PICTURE if opening else CONTINUE_PICTURE, speaker.language, speaker.rng)
     return [*parts[:opening], TextElement(prompt + "\n"), *parts[opening:]]
 
 
-def _choose(candidates: list[int], sentences: int, settings: CrossmodalConfig, rng: Random) -> list[int]:
-    count = min(max(1, round(settings.share * sentences)), len(candidates))
-    return candidates[:count] if settings.order == "first" else sorted(rng.sample(candidates, count))
+def _choose(candidates: list[int], sentences: int, config: CrossmodalConfig, rng: Random) -> list[int]:
+    count = min(max(1, round(config.share * sentences)), len(candidates))
+    return candidates[:count] if config.order == "first" else sorted(rng.sample(candidates, count))
 
 
-def _sentences(elements: Sequence[Element], settings: SpeechConfig) -> tuple[list[Element], list[int]]:
+def _sentences(elements: Sequence[Element], config: SpeechConfig) -> tuple[list[Element], list[int]]:
     """Cuts the texts among the elements into sentences and special tokens, and the places of what may be spoken."""
     parts: list[Element] = []
     places: list[int] = []
@@ -133,7 +140,7 @@ def _sentences(elements: Sequence[Element], settings: SpeechConfig) -> tuple[lis
         for run in filter(None, [element.text] if element.plain else SPECIAL.split(element.text)):
             special = not element.plain and bool(SPECIAL.fullmatch(run))
             system = run == SYSTEM if special else system
-            for text in [run] if special else sentences_of(run, settings):
+            for text in [run] if special else sentences_of(run, config):
                 if not special and not system and spoken_seconds(text):
                     places.append(len(parts))
                 parts.append(replace(element, text=text))
@@ -143,18 +150,18 @@ def _sentences(elements: Sequence[Element], settings: SpeechConfig) -> tuple[lis
 def _check_track(media: Media) -> None:
     with opened(media, "video") as container:
         if not container.streams.audio:
-            raise SampleError("no_track", f"{media.name} has no sound")
+            raise SampleError("no_track", f"{media.name} has no audio")
     probe_audio(media, _RATE)
 
 
 def _link_media(elements: Sequence[Element], document: Document, draft: Draft) -> list[Element]:
     """Keeps media of the source beside the new documents, each file once. Speech is there already."""
     kept: dict[MediaReference, MediaReference] = {}
-    films = {element.reference for element in elements if isinstance(element, VideoElement)}
+    videos = {element.reference for element in elements if isinstance(element, VideoElement)}
     new: list[Element] = []
     for element in elements:
         if isinstance(element, ImageElement | VideoElement) or (
-            isinstance(element, AudioElement) and element.reference in films
+            isinstance(element, AudioElement) and element.reference in videos
         ):
             if element.reference not in kept:
                 kept[element.reference] = MediaReference(path=draft.link(find_media(element.reference, document.media)))
@@ -165,7 +172,7 @@ def _link_media(elements: Sequence[Element], document: Document, draft: Draft) -
 
 CROSSMODAL = SynthesisTask(
     NAME,
-    "Cross-modal documents: sentences about pictures become speech; a film's sound track stands beside the film.",
+    "Cross-modal documents: sentences about images become speech; a video's audio track stands beside the video.",
     add_arguments,
     make_job,
 )

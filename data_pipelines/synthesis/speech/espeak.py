@@ -27,7 +27,7 @@ _VARIANTS = ("plain", "m1", "m2", "m3", "m4", "m6", "m8", "f1", "f2", "f3", "f4"
 
 @dataclass(frozen=True)
 class Voice:
-    """What eSpeak is told: its name for the voice, pitch 0-100, rate in words a minute."""
+    """What eSpeak takes: its name for the voice, pitch 0-100, rate in words a minute."""
 
     espeak: str
     pitch: int

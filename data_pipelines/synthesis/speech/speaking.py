@@ -1,4 +1,7 @@
-"""What the jobs that speak have in common: their options, the text of a document, its speaker."""
+"""Speech for documents: back ends of text to speech, the options of tasks that speak, the speaker of a document.
+
+`--tts package.module:factory` names a callable without arguments that returns a `TextToSpeech`.
+"""
 
 import io
 import random
@@ -37,7 +40,7 @@ from data_pipelines.tools.commands import load_hook
 RATES = (16000, 24000)
 """Hz a back end may speak at: the audio tokenizer's rate, the vocoder's."""
 QUIET = 1e-3
-"""Sound whose largest sample lies below this share of full scale holds no speech."""
+"""Audio whose largest sample lies below this share of full scale holds no speech."""
 
 
 @runtime_checkable
@@ -48,14 +51,14 @@ class TextToSpeech(Protocol):
         """Returns the names of the voices that speak `language` ("en", "zh", ...); empty when none does."""
 
     def synthesize(self, text: str, voice: str, language: str) -> tuple[np.ndarray, int]:
-        """Mono samples (t,), float32 in [-1, 1] or int16, and their rate in Hz, 16000 or 24000.
+        """Returns mono samples (t,), float32 in [-1, 1] or int16, and their rate in Hz, 16000 or 24000.
 
         Raises SpeechError for a text or a voice that it cannot speak.
         """
 
 
 class EspeakSpeech:
-    """eSpeak NG, resampled to `rate` by soxr; its voices are named in `voices.py`.
+    """eSpeak NG, resampled to `rate` by soxr; its voices are named in `espeak.py`.
 
     Raises ConfigError when its wheel is missing.
     """
@@ -69,10 +72,10 @@ class EspeakSpeech:
 
     def synthesize(self, text: str, voice: str, language: str) -> tuple[np.ndarray, int]:
         try:
-            asked = parse_voice(voice, language)
+            known = parse_voice(voice, language)
         except ValueError as error:
             raise SpeechError(str(error)) from error
-        samples = speak(text, asked.espeak, rate=asked.rate, pitch=asked.pitch)
+        samples = speak(text, known.espeak, rate=known.rate, pitch=known.pitch)
         # In float32: soxr adds noise to 16-bit output, and not always the same.
         return soxr.resample(samples.astype(np.float32) / 32768, SAMPLE_RATE, self.rate), self.rate
 
@@ -95,15 +98,26 @@ def load_speech(name: str) -> TextToSpeech:
 
 
 def voice_text(speech: TextToSpeech, text: str, voice: str, language: str) -> tuple[np.ndarray, int]:
-    """Speaks a text: returns speech as int16 samples (t,), and its rate in Hz.
+    """Speaks a text and checks what the back end answers.
 
-    Raises SampleError: "unspeakable" for what the back end refuses, "silent_audio" for an answer without sound. Raises
-    ConfigError when the back end breaks the interface.
+    Args:
+        speech: the back end.
+        text: what is spoken.
+        voice: one of the back end's voices.
+        language: the language of the text: "en", "zh", ...
+
+    Returns:
+        Samples (t,), int16, and their rate in Hz.
+
+    Raises:
+        SampleError: "unspeakable" for what the back end refuses, "silent_audio" for an answer without sound.
+        ConfigError: when the back end breaks the interface.
     """
     try:
         samples, rate = speech.synthesize(text, voice, language)
     except SpeechError as error:
         raise SampleError("unspeakable", str(error)) from error
+    # A user's program: what it may not answer is refused by its name.
     name = type(speech).__name__
     if rate not in RATES:
         raise ConfigError(f"{name} speaks at {rate} Hz: it must be {' or '.join(map(str, RATES))}")
@@ -120,17 +134,20 @@ def voice_text(speech: TextToSpeech, text: str, voice: str, language: str) -> tu
 
 @dataclass(frozen=True)
 class SpeechConfig:
-    """Who speaks, and into what a text is cut. `voices` empty: all; `language` empty: what the text is in.
-
-    A piece takes about `shortest` to `longest` seconds.
-    """
+    """Who speaks, and into what a text is cut."""
 
     tts: str = "espeak"
+    """The back end: one of `INCLUDED` or `package.module:factory`."""
     voices: tuple[str, ...] = ()
+    """Voices to draw from; empty: all that speak the language."""
     language: str = ""
+    """What everything is spoken in; empty: what the text is in."""
     shortest: float = READ_AT_LEAST
+    """Seconds that a piece takes at least, about."""
     longest: float = LONGEST
+    """Seconds that a piece takes at most, about."""
     seed: int = 0
+    """Another seed draws other voices and prompts."""
 
 
 def add_speech_arguments(parser: ArgumentParser) -> None:
@@ -145,8 +162,10 @@ def add_speech_arguments(parser: ArgumentParser) -> None:
 
 
 def speech_config(options: Namespace) -> SpeechConfig:
-    """Raises ConfigError for lengths that make no pieces, and for a back end or a voice that there is not."""
-    settings = SpeechConfig(
+    """Reads the options. Raises ConfigError for lengths that make no pieces, and for a back end or a voice that
+    there is not.
+    """
+    config = SpeechConfig(
         tts=options.tts,
         voices=tuple(options.voices),
         language=options.language,
@@ -154,17 +173,17 @@ def speech_config(options: Namespace) -> SpeechConfig:
         longest=options.longest,
         seed=options.seed,
     )
-    if not 0 <= settings.shortest <= settings.longest or settings.longest < HAN_SECONDS:
-        raise ConfigError(f"--shortest {settings.shortest} and --longest {settings.longest}: no piece is that long")
-    speech = load_speech(settings.tts)
-    languages = {settings.language} if settings.language else set(LANGUAGES)
+    if not 0 <= config.shortest <= config.longest or config.longest < HAN_SECONDS:
+        raise ConfigError(f"--shortest {config.shortest} and --longest {config.longest}: no piece is that long")
+    speech = load_speech(config.tts)
+    languages = {config.language} if config.language else set(LANGUAGES)
     known = [voice for language in sorted(languages) for voice in speech.voices(language)]
     if not known:
-        raise ConfigError(f"--tts {settings.tts} has no voice that speaks {settings.language or 'en or zh'}")
-    for voice in settings.voices:
+        raise ConfigError(f"--tts {config.tts} has no voice that speaks {config.language or 'en or zh'}")
+    for voice in config.voices:
         if voice not in known:
-            raise ConfigError(f"--voices {voice}: {settings.tts} has no such voice, but {', '.join(known)}")
-    return settings
+            raise ConfigError(f"--voices {voice}: {config.tts} has no such voice, but {', '.join(known)}")
+    return config
 
 
 def text_alone(document: Document) -> str:
@@ -185,14 +204,14 @@ def text_alone(document: Document) -> str:
     return text
 
 
-def pieces_of(text: str, settings: SpeechConfig) -> list[str]:
+def pieces_of(text: str, config: SpeechConfig) -> list[str]:
     """Cuts a text at any punctuation; the pieces joined are the text."""
-    return split_text(text, settings.shortest, settings.longest)
+    return split_text(text, config.shortest, config.longest)
 
 
-def sentences_of(text: str, settings: SpeechConfig) -> list[str]:
+def sentences_of(text: str, config: SpeechConfig) -> list[str]:
     """Cuts a text where sentences end, long sentences also within; the pieces joined are the text."""
-    return split_text(text, settings.shortest, settings.longest, sentences=True)
+    return split_text(text, config.shortest, config.longest, sentences=True)
 
 
 @dataclass
@@ -202,48 +221,50 @@ class DocumentSpeaker:
     Which voice is drawn by the seed and the document's id: it does not depend on other documents.
     """
 
-    settings: SpeechConfig
+    config: SpeechConfig
     draft: Draft
     language: str
     rng: random.Random
     _voices: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def for_document(cls, settings: SpeechConfig, document: Document, draft: Draft, text: str) -> "DocumentSpeaker":
+    def for_document(cls, config: SpeechConfig, document: Document, draft: Draft, text: str) -> "DocumentSpeaker":
         """Makes the speaker of a document with this text. Raises SampleError "unknown_language"."""
-        language = settings.language or language_of(text)
+        language = config.language or language_of(text)
         if not language:
             raise SampleError("unknown_language", "it is neither Chinese nor English; --language says what to speak")
-        return cls(settings, draft, language, random.Random(f"{settings.seed}/{draft.name}/{document.id}"))
+        return cls(config, draft, language, random.Random(f"{config.seed}/{draft.name}/{document.id}"))
 
     def say(self, text: str) -> str:
         """Speaks `text`; returns the path of a FLAC file. Raises SampleError as `voice_text`, and "no_voice"."""
+        # A piece in Chinese characters of an English text is spoken by a Chinese voice, unless the options say
+        # otherwise.
         language = self.language
-        if not self.settings.language and HAN.search(text):
+        if not self.config.language and HAN.search(text):
             language = "zh"
         if language not in self._voices:
             self._voices[language] = self.rng.choice(self._choices(language))
-        samples, rate = voice_text(load_speech(self.settings.tts), text.strip(), self._voices[language], language)
+        samples, rate = voice_text(load_speech(self.config.tts), text.strip(), self._voices[language], language)
         return self.draft.save(_encode(samples, rate), ".flac")
 
     def _choices(self, language: str) -> list[str]:
-        voices = load_speech(self.settings.tts).voices(language)
-        chosen = [voice for voice in voices if not self.settings.voices or voice in self.settings.voices]
+        voices = load_speech(self.config.tts).voices(language)
+        chosen = [voice for voice in voices if not self.config.voices or voice in self.config.voices]
         if not chosen:
-            raise SampleError("no_voice", f"none of the voices asked for speaks {language!r}")
+            raise SampleError("no_voice", f"none of the chosen voices speaks {language!r}")
         return chosen
 
 
 def spoken_sentences(
-    document: Document, draft: Draft, settings: SpeechConfig, prompts: dict[str, tuple[str, ...]]
+    document: Document, draft: Draft, config: SpeechConfig, prompts: dict[str, tuple[str, ...]]
 ) -> Iterator[tuple[str, str, str]]:
     """Speaks each sentence of a text; yields a task prompt in its language, its words, the path of its speech.
 
     Raises SampleError as `text_alone` and `DocumentSpeaker`.
     """
     text = text_alone(document)
-    speaker = DocumentSpeaker.for_document(settings, document, draft, text)
-    for sentence in sentences_of(text, settings):
+    speaker = DocumentSpeaker.for_document(config, document, draft, text)
+    for sentence in sentences_of(text, config):
         prompt = choose_prompt(prompts, speaker.language, speaker.rng)
         yield prompt, sentence.strip(), speaker.say(sentence)
 

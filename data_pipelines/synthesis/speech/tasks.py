@@ -60,21 +60,21 @@ PromptWriter = Callable[[Sequence[str], Callable[[str], str]], Source]
 # --- ASR and TTS: one document a sentence ---
 
 
-def transcribe(document: Document, draft: Draft, settings: SpeechConfig) -> None:
+def transcribe(document: Document, draft: Draft, config: SpeechConfig) -> None:
     """Adds an ASR document for each sentence of a text. Raises SampleError as `spoken_sentences`."""
-    for prompt, words, path in spoken_sentences(document, draft, settings, TRANSCRIBE):
+    for prompt, words, path in spoken_sentences(document, draft, config, TRANSCRIBE):
         draft.add(prompt + audio_tag(path) + trainable(words), "asr")
 
 
-def read_aloud(document: Document, draft: Draft, settings: SpeechConfig) -> None:
+def read_aloud(document: Document, draft: Draft, config: SpeechConfig) -> None:
     """Adds a TTS document for each sentence of a text. Raises SampleError as `spoken_sentences`."""
-    for prompt, words, path in spoken_sentences(document, draft, settings, READ_ALOUD):
+    for prompt, words, path in spoken_sentences(document, draft, config, READ_ALOUD):
         draft.add(prompt + words + trainable(speech_tag(path)), "tts")
 
 
 def _sentence_job(options: Namespace, name: str, maker: Callable) -> Job:
-    settings = speech_config(options)
-    return manifest_job(name, partial(maker, settings=settings), options, str(settings))
+    config = speech_config(options)
+    return manifest_job(name, partial(maker, config=config), options, str(config))
 
 
 # --- INTLV and ITTS: pieces of one text in turns ---
@@ -98,24 +98,24 @@ def write_itts(pieces: Sequence[str], say: Callable[[str], str]) -> Source:
     return first + trainable(speech_tag(say(first)) + spoken_answer(others, say))
 
 
-def alternate(document: Document, draft: Draft, write: PromptWriter, settings: SpeechConfig, size: int) -> None:
+def alternate(document: Document, draft: Draft, write: PromptWriter, config: SpeechConfig, size: int) -> None:
     """Adds the documents of a text that alternate between speech and text.
 
     Args:
         document: text alone.
         draft: where the new documents and their speech go.
         write: `write_intlv` or `write_itts`.
-        settings: who speaks, and into what the text is cut.
+        config: who speaks, and into what the text is cut.
         size: the most pieces of one document, at least `MIN_PIECES`.
 
     Raises:
         SampleError: "too_short" for a text of one piece, and as `text_alone` and `DocumentSpeaker`.
     """
     text = text_alone(document)
-    pieces = pieces_of(text, settings)
+    pieces = pieces_of(text, config)
     if len(pieces) < 2:
         raise SampleError("too_short", "it is one piece, so nothing would alternate")
-    speaker = DocumentSpeaker.for_document(settings, document, draft, text)
+    speaker = DocumentSpeaker.for_document(config, document, draft, text)
     for group in group_pieces(pieces, size):
         draft.add(write(group, speaker.say), draft.name)
 
@@ -137,11 +137,11 @@ def _add_alternating_arguments(parser: ArgumentParser) -> None:
 
 
 def _alternating_job(options: Namespace, name: str, write: PromptWriter) -> Job:
-    settings = speech_config(options)
+    config = speech_config(options)
     if options.pieces < MIN_PIECES:
         raise ConfigError(f"--pieces {options.pieces} must be at least {MIN_PIECES}")
-    maker = partial(alternate, write=write, settings=settings, size=options.pieces)
-    return manifest_job(name, maker, options, f"{settings} {options.pieces}")
+    maker = partial(alternate, write=write, config=config, size=options.pieces)
+    return manifest_job(name, maker, options, f"{config} {options.pieces}")
 
 
 # --- Dialogue: questions heard, answers written and spoken ---
@@ -165,11 +165,11 @@ def _dialogue_job(options: Namespace) -> Job:
         check_voice(options.voice)
     except ConfigError as error:
         raise ConfigError(f"--voice: {error}") from error
-    settings = DialogueConfig(speech_config(options), options.voice)
-    return manifest_job("dialogue", partial(speak_dialogue, settings=settings), options, str(settings))
+    config = DialogueConfig(speech_config(options), options.voice)
+    return manifest_job("dialogue", partial(speak_dialogue, config=config), options, str(config))
 
 
-def speak_dialogue(document: Document, draft: Draft, settings: DialogueConfig) -> None:
+def speak_dialogue(document: Document, draft: Draft, config: DialogueConfig) -> None:
     """Adds the spoken form of a conversation; the system prompt stays written, or one names the voice that answers.
 
     Raises SampleError: "has_sound" for one with audio (or token ids) in it; "no_turns" for what is no conversation;
@@ -190,13 +190,13 @@ def speak_dialogue(document: Document, draft: Draft, settings: DialogueConfig) -
         raise SampleError("has_media", "an answer with images cannot be spoken")
     # Speak turn by turn, in order: each language's voice is drawn when it is first needed.
     speaker = DocumentSpeaker.for_document(
-        settings.speech, document, draft, " ".join(text_of(side) for pair in pairs for side in pair)
+        config.speech, document, draft, " ".join(text_of(side) for pair in pairs for side in pair)
     )
     kept: dict[MediaReference, MediaReference] = {}
     spoken = [
         (_hear(question, document, draft, speaker, kept), _say(text_of(answer), speaker)) for question, answer in pairs
     ]
-    draft.add(conversation(spoken, text_of(head), settings.voice), "dialogue")
+    draft.add(conversation(spoken, text_of(head), config.voice), "dialogue")
 
 
 def _cut_turn(turn: Sequence[Element]) -> tuple[list[Element], list[Element]]:
@@ -227,12 +227,12 @@ def _hear(
         if element.reference not in kept:
             kept[element.reference] = MediaReference(path=draft.link(find_media(element.reference, document.media)))
     shown = write_prompt(replace(element, reference=kept[element.reference]) for element in media)
-    heard = (audio_tag(speaker.say(text)) for text in sentences_of(text_of(question), speaker.settings))
+    heard = (audio_tag(speaker.say(text)) for text in sentences_of(text_of(question), speaker.config))
     return join([shown, *heard])
 
 
 def _say(answer: str, speaker: DocumentSpeaker) -> Source:
-    pieces = pieces_of(answer, speaker.settings)
+    pieces = pieces_of(answer, speaker.config)
     if len(pieces) > MAX_ANSWER_PIECES:
         raise SampleError("too_long", f"an answer has {len(pieces)} pieces to speak, not {MAX_ANSWER_PIECES} at most")
     return spoken_answer(pieces, speaker.say)
