@@ -69,7 +69,7 @@ def evaluate_tokenizer(options: argparse.Namespace) -> None:
     if options.json:
         options.json.write_text(json.dumps(numbers, indent=2))
     if options.picture:
-        from data_pipelines.tools.pictures import draw_tokenizer  # imports matplotlib
+        from data_pipelines.tools.figures import draw_tokenizer  # imports matplotlib
 
         seconds = judge.scores.settings.hop / judge.scores.settings.rate
         draw_tokenizer(judge.drawn, seconds, numbers, cfg.audio.codebook_sizes, options.picture)

@@ -85,7 +85,7 @@ def check_options(options: argparse.Namespace) -> None:
 
 def _draw(options: argparse.Namespace, pieces: list[Resynthesised], windows: list[Window], cfg: OmniConfig) -> None:
     """The recording's 24 kHz mel above the one that was made, each window of which stands where it was heard."""
-    from data_pipelines.tools.pictures import draw_mels  # imports matplotlib
+    from data_pipelines.tools.figures import draw_mels  # imports matplotlib
 
     settings, media = flow_target(cfg.flow), Media(str(options.audio), options.audio)
     wave = decode_audio(media, probe_audio(media, settings.rate), settings.rate)

@@ -14,40 +14,24 @@ from matplotlib.patheffects import withStroke
 
 from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.text.fonts import Lettering
-from data_pipelines.tools.row_views import (
-    AUDIO_LOSS,
-    FRAME,
-    HEARD,
-    IMAGE,
-    MARK,
-    NO_LOSS,
-    PADDING,
-    SPOKEN,
-    TEXT,
-    TEXT_LOSS,
-    DocumentView,
-    MelView,
-    PictureView,
-    RowView,
-    describe,
-)
+from data_pipelines.tools.row_views import DocumentView, ImageView, MelView, RowView, SlotContent, SlotLoss, describe
 
 CONTENTS = {
-    TEXT: ("text", "#b9c6d8"),
-    MARK: ("start or end mark", "#3a3f47"),
-    IMAGE: ("image", "#2a9d6f"),
-    FRAME: ("video frame", "#2f6fc4"),
-    HEARD: ("audio heard", "#f2a65a"),
-    SPOKEN: ("audio spoken", "#c9457a"),
-    PADDING: ("padding", "#ffffff"),
+    SlotContent.TEXT: ("text", "#b9c6d8"),
+    SlotContent.MARK: ("start or end mark", "#3a3f47"),
+    SlotContent.IMAGE: ("image", "#2a9d6f"),
+    SlotContent.FRAME: ("video frame", "#2f6fc4"),
+    SlotContent.AUDIO: ("audio", "#f2a65a"),
+    SlotContent.SPEECH: ("speech", "#c9457a"),
+    SlotContent.PADDING: ("padding", "#ffffff"),
 }
 LOSSES = {
-    TEXT_LOSS: ("text", "#5b4bb5"),
-    AUDIO_LOSS: ("audio codes", "#e0362c"),
-    NO_LOSS: ("nothing", "#eceef1"),
+    SlotLoss.TEXT: ("text", "#5b4bb5"),
+    SlotLoss.AUDIO: ("audio codes", "#e0362c"),
+    SlotLoss.NONE: ("nothing", "#eceef1"),
 }
 WIDTH, MARGIN, LEFT = 15.0, 0.3, 1.05  # inches: the figure, its margins, where strips begin
-MOST_LINES, MOST_PICTURES, MOST_MELS, MOST_TYPES = 12, 10, 3, 14
+MAX_LINES, MAX_IMAGES, MAX_MELS, MAX_TYPES = 12, 10, 3, 14
 DPI = 100
 
 
@@ -124,9 +108,9 @@ def _legend(colors: dict) -> Block:
             page.text(MARGIN, lower + 0.05, title, size=9.5, weight="bold")
             axes = page.axes(LEFT + 0.1, lower, WIDTH - LEFT - MARGIN, 0.26)
             axes.axis("off")
-            shape = {"ncol": MOST_TYPES + 1, "columnspacing": 0.9, "handlelength": 1.2, "fontsize": 8.5}
-            if len(handles) > MOST_TYPES:
-                handles = [*handles[:MOST_TYPES], Patch(alpha=0, label="...")]
+            shape = {"ncol": MAX_TYPES + 1, "columnspacing": 0.9, "handlelength": 1.2, "fontsize": 8.5}
+            if len(handles) > MAX_TYPES:
+                handles = [*handles[:MAX_TYPES], Patch(alpha=0, label="...")]
             axes.legend(handles=handles, loc="center left", frameon=False, borderpad=0, borderaxespad=0, **shape)
 
     return Block(0.27 * len(lines) + 0.15, draw_it)
@@ -163,7 +147,7 @@ def _strips(page: Page, bottom: float, height: float, row: RowView, colors: dict
         axes.imshow(table[values][None], extent=extent, aspect="auto", interpolation="nearest")
     for segment in row.segments if labels else ():
         _segment(page, axes, segment, colors)
-    for start, stop in _runs(row.contents == PADDING):
+    for start, stop in _runs(row.contents == SlotContent.PADDING):
         shape = {"facecolor": "#ffffff", "edgecolor": "#9aa0a8", "hatch": "////", "linewidth": 0.5}
         axes.add_patch(Rectangle((start, 0.06), stop - start, 2.88 if labels else 1.88, **shape))
 
@@ -190,8 +174,8 @@ def _document(view: DocumentView, colors: dict) -> list[Block]:
         _strips(page, bottom + 0.42, 0.72, view.row, colors, labels=False)
 
     blocks = [_headline(title), _prompt(view), Block(1.3, strips)]
-    if view.pictures:
-        blocks += _pictures(view.pictures)
+    if view.images:
+        blocks += _draw_images(view.images)
     if view.mels:
         blocks += _mels(view.mels)
     return blocks
@@ -199,7 +183,7 @@ def _document(view: DocumentView, colors: dict) -> list[Block]:
 
 def _prompt(view: DocumentView) -> Block:
     """Draws the prompt's elements, one a line; what is to be learned is marked."""
-    shown, left_out = view.elements[:MOST_LINES], len(view.elements) - MOST_LINES
+    shown, left_out = view.elements[:MAX_LINES], len(view.elements) - MAX_LINES
 
     def draw_it(page: Page, bottom: float) -> None:
         for place, element in enumerate(shown):
@@ -209,7 +193,7 @@ def _prompt(view: DocumentView) -> Block:
             page.axes(LEFT, height + 0.015, 0.16, 0.14).set(xticks=[], yticks=[], facecolor=color)
             page.text(LEFT + 0.26, height, name, size=10)
             if learned:
-                page.text(LEFT + 1.35, height, "learned", size=10, color=LOSSES[TEXT_LOSS][1], weight="bold")
+                page.text(LEFT + 1.35, height, "learned", size=10, color=LOSSES[SlotLoss.TEXT][1], weight="bold")
             page.text(LEFT + 2.0, height, page.lettering.shorten(text, 110), size=10)
         if left_out > 0:
             page.text(LEFT + 0.26, bottom + 0.08, f"... and {left_out} more parts", size=10, color="#666666")
@@ -217,50 +201,50 @@ def _prompt(view: DocumentView) -> Block:
     return Block(0.23 * (len(shown) + (left_out > 0)) + 0.18, draw_it)
 
 
-def _pictures(pictures: list[PictureView]) -> list[Block]:
+def _draw_images(images: list[ImageView]) -> list[Block]:
     """Draws images to one scale, with the number of each visual token in its cell of 2 x 2 patches."""
-    shown = pictures[:MOST_PICTURES]
-    title = "Pictures, put together again from their patches; in each cell of 2 x 2 patches the number of its token"
-    if len(pictures) > len(shown):
-        title += f" (the first {len(shown)} of {len(pictures)})"
+    shown = images[:MAX_IMAGES]
+    title = "Images, put together again from their patches; in each cell of 2 x 2 patches the number of its token"
+    if len(images) > len(shown):
+        title += f" (the first {len(shown)} of {len(images)})"
     gap, room = 0.2, WIDTH - LEFT - MARGIN
-    across = sum(picture.pixels.shape[1] for picture in shown)
-    tallest = max(picture.pixels.shape[0] for picture in shown)
+    across = sum(image.pixels.shape[1] for image in shown)
+    tallest = max(image.pixels.shape[0] for image in shown)
     scale = min((room - gap * (len(shown) - 1)) / across, 2.1 / tallest)
 
     def draw_it(page: Page, bottom: float) -> None:
         left = LEFT
-        for number, picture in enumerate(shown, start=1):
-            height, width = (scale * side for side in picture.pixels.shape[:2])
+        for number, image in enumerate(shown, start=1):
+            height, width = (scale * side for side in image.pixels.shape[:2])
             axes = page.axes(left, bottom + 0.15 + scale * tallest - height, width, height)
-            _picture(axes, picture)
-            axes.set_title(f"{number}: {CONTENTS[picture.kind][0]}", fontsize=9, pad=3, color=CONTENTS[picture.kind][1])
+            _draw_image(axes, image)
+            axes.set_title(f"{number}: {CONTENTS[image.kind][0]}", fontsize=9, pad=3, color=CONTENTS[image.kind][1])
             left += width + gap
 
     return [_caption(title), Block(scale * tallest + 0.42, draw_it)]
 
 
-def _picture(axes, picture: PictureView) -> None:
-    height, width = picture.pixels.shape[:2]
-    axes.imshow(picture.pixels, extent=(0, width, height, 0), interpolation="nearest")
+def _draw_image(axes, image: ImageView) -> None:
+    height, width = image.pixels.shape[:2]
+    axes.imshow(image.pixels, extent=(0, width, height, 0), interpolation="nearest")
     axes.set(xticks=[], yticks=[])
     for edge in range(28, width, 28):
         axes.axvline(edge, color="white", linewidth=0.5, alpha=0.6)
     for edge in range(28, height, 28):
         axes.axhline(edge, color="white", linewidth=0.5, alpha=0.6)
     outline = [withStroke(linewidth=1.6, foreground="#202020")]
-    if len(picture.centers) <= 64:  # more would be a blur
-        for number, (x, y) in enumerate(picture.centers):
+    if len(image.centers) <= 64:  # more would be a blur
+        for number, (x, y) in enumerate(image.centers):
             axes.text(x, y, str(number), size=7.5, color="white", ha="center", va="center", path_effects=outline)
 
 
 def _mels(mels: list[MelView]) -> list[Block]:
-    shown = mels[:MOST_MELS]
-    title = "Log mel of each window of sound"
+    shown = mels[:MAX_MELS]
+    title = "Log mel of each window of audio"
     if len(mels) > len(shown):
         title += f" (the first {len(shown)} of {len(mels)})"
     gap = 0.65
-    slot = (WIDTH - LEFT - MARGIN - gap * (MOST_MELS - 1)) / len(shown) if len(shown) > 1 else WIDTH - LEFT - MARGIN
+    slot = (WIDTH - LEFT - MARGIN - gap * (MAX_MELS - 1)) / len(shown) if len(shown) > 1 else WIDTH - LEFT - MARGIN
     scale = min(slot / max(view.seconds for view in shown), 2.5)  # inches a second
 
     def draw_it(page: Page, bottom: float) -> None:

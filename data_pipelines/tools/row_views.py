@@ -1,7 +1,8 @@
-"""What a picture of packed rows shows, as plain arrays: `drawing.py` turns them into a figure."""
+"""What the figure of packed rows shows, as plain arrays: `row_drawing.py` turns them into a figure."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from enum import IntEnum
 from itertools import islice
 
 import numpy as np
@@ -27,11 +28,25 @@ from data_pipelines.packing.batch import Batch, RowWriter, empty_rows
 from data_pipelines.packing.index import Index
 from data_pipelines.pipeline import Pipeline
 
-PADDING, TEXT, MARK, IMAGE, FRAME, HEARD, SPOKEN = range(7)
-"""What a slot of a row holds. A mark is the start or the end of a media item."""
 
-NO_LOSS, TEXT_LOSS, AUDIO_LOSS = range(3)
-"""What a slot of a row has to predict."""
+class SlotContent(IntEnum):
+    """What a slot of a row holds. A mark is the start or the end of a media item; speech is audio to be generated."""
+
+    PADDING = 0
+    TEXT = 1
+    MARK = 2
+    IMAGE = 3
+    FRAME = 4
+    AUDIO = 5
+    SPEECH = 6
+
+
+class SlotLoss(IntEnum):
+    """What a slot of a row has to predict."""
+
+    NONE = 0
+    TEXT = 1
+    AUDIO = 2
 
 
 @dataclass(frozen=True)
@@ -62,10 +77,10 @@ class RowView:
 
 
 @dataclass(frozen=True)
-class PictureView:
-    """A picture put together again from its patches; `centers` is (x, y) in pixels of each visual token, in order."""
+class ImageView:
+    """An image put together again from its patches; `centers` is (x, y) in pixels of each visual token, in order."""
 
-    kind: int
+    kind: SlotContent
     pixels: UInt8[np.ndarray, "h w 3"]
     centers: Float32[np.ndarray, "v 2"]
 
@@ -74,7 +89,7 @@ class PictureView:
 class MelView:
     """One window of a clip, at most 30 s: its log mel, start and length in seconds, and its code frames."""
 
-    kind: int
+    kind: SlotContent
     name: str
     mel: Float32[np.ndarray, "mels frames"]
     start: float
@@ -89,14 +104,14 @@ class DocumentView:
     document: Document
     row: RowView
     elements: list[Element | Ids]
-    pictures: list[PictureView]
+    images: list[ImageView]
     mels: list[MelView]
 
 
 class BlankCodes:
     """Stands in for the store of audio codes: all codes are 0, as many as each window of the documents has.
 
-    A picture of the data shows where code frames lie, not which they are, so it needs no audio tokenizer.
+    The figure shows where code frames lie, not which they are, so it needs no audio tokenizer.
     """
 
     def __init__(self, processor: Processor, documents: Iterable[Document]):
@@ -113,16 +128,16 @@ class BlankCodes:
 
 
 def view_rows(pipeline: Pipeline, rows: int) -> tuple[list[RowView], list[str]]:
-    """Packs the mixture's first `rows` rows as a run would pack them, and a line about each document lost on the way.
+    """Packs the mixture's first `rows` rows as a run would pack them, and a line about each document that failed.
 
     Fewer rows when the row plan ends before. Raises ConfigError for a source without usable documents.
     """
     plan = pipeline.plan()
     planned = [[item.key for item in row] for row in islice(plan, rows)]
     documents = [pipeline.indexes[source].document(number) for row in planned for source, number in row]
-    batch, lost = pipeline.decoder(BlankCodes(pipeline.processor, documents))(planned)
+    batch, failed = pipeline.decoder(BlankCodes(pipeline.processor, documents))(planned)
     views = [_view_row(batch, i, pipeline.indexes, pipeline.omni, pipeline.config.budgets) for i in range(len(planned))]
-    return views, [f"lost {where} ({cause}): {message}" for where, cause, message in lost.values()]
+    return views, [f"failed: {where} ({cause}): {message}" for where, cause, message in failed.values()]
 
 
 def find_document(pipeline: Pipeline, name: str) -> Document:
@@ -157,28 +172,28 @@ def view_document(document: Document, processor: Processor) -> DocumentView:
     except SampleError as error:
         raise ConfigError(f"document {document.id} ({document.location}) cannot be used: {error}") from error
     row = _view_alone(document, encoded, processor.config)
-    return DocumentView(document, row, processor.elements(document), _pictures(encoded, processor.config), mels)
+    return DocumentView(document, row, processor.elements(document), _images(encoded, processor.config), mels)
 
 
-def describe(element: Element | Ids) -> tuple[int, str, bool]:
+def describe(element: Element | Ids) -> tuple[SlotContent, str, bool]:
     """Returns (what it is, its text or file, whether it is learned) of one element of a prompt."""
     if isinstance(element, TextElement):
-        return TEXT, element.text, element.trainable
+        return SlotContent.TEXT, element.text, element.trainable
     if isinstance(element, Ids):
-        return TEXT, f"[{len(element)} tokens of a longer text]", element.trainable
+        return SlotContent.TEXT, f"[{len(element)} tokens of a longer text]", element.trainable
     name = element.reference.path or "base64 media"
     if isinstance(element, AudioElement):
-        return (SPOKEN if element.spoken else HEARD), name, element.spoken and element.trainable
+        return (SlotContent.SPEECH if element.spoken else SlotContent.AUDIO), name, element.spoken and element.trainable
     if isinstance(element, TokensElement):
-        return TEXT, f"[{name}: token ids]", element.trainable
+        return SlotContent.TEXT, f"[{name}: token ids]", element.trainable
     video = isinstance(element, VideoElement) or (isinstance(element, ImageElement) and element.frame)
-    return (FRAME if video else IMAGE), name, False
+    return (SlotContent.FRAME if video else SlotContent.IMAGE), name, False
 
 
 def reassemble(
     patches: UInt8[np.ndarray, "p v"], grid: Int32[np.ndarray, "p 2"], patch: int
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Puts every patch where its (row, column) says: a picture only if order and layout of the patches are right."""
+    """Puts every patch where its (row, column) says: an image only if order and layout of the patches are right."""
     height, width = (grid.max(0) + 1) * patch
     pixels = np.zeros((height, width, 3), np.uint8)
     for values, (row, column) in zip(patches, grid * patch, strict=True):
@@ -206,22 +221,22 @@ def _view_row(batch: Batch, row: int, indexes: tuple[Index, ...], omni: OmniConf
 
 def _contents(batch: Batch, row: int, omni: OmniConfig) -> Int32[np.ndarray, " t"]:
     tokens, ids = batch["tokens"][row], omni.tokens
-    contents = np.where(batch["segment_ids"][row] > 0, TEXT, PADDING)
+    contents = np.where(batch["segment_ids"][row] > 0, SlotContent.TEXT, SlotContent.PADDING)
     starts = [ids.audio_start, ids.audiogen_start]
     marks = [*starts, ids.audio_end, ids.audiogen_end, ids.image_start, ids.image_end]
-    contents[np.isin(tokens, marks) & (contents == TEXT)] = MARK
+    contents[np.isin(tokens, marks) & (contents == SlotContent.TEXT)] = SlotContent.MARK
     visual = _used(batch["visual_index"][row], len(tokens))
-    contents[visual] = np.where(tokens[visual] == ids.video_place, FRAME, IMAGE)
+    contents[visual] = np.where(tokens[visual] == ids.video_place, SlotContent.FRAME, SlotContent.IMAGE)
     # Heard and spoken frames have the same pad; the last start mark before them tells which they are.
     last_start = np.maximum.accumulate(np.where(np.isin(tokens, starts), np.arange(len(tokens)), 0))
     audio = _used(batch["audio_index"][row], len(tokens))
-    contents[audio] = np.where(tokens[last_start[audio]] == ids.audiogen_start, SPOKEN, HEARD)
+    contents[audio] = np.where(tokens[last_start[audio]] == ids.audiogen_start, SlotContent.SPEECH, SlotContent.AUDIO)
     return contents.astype(np.int32)
 
 
 def _losses(batch: Batch, row: int) -> Int32[np.ndarray, " t"]:
-    losses = np.where(batch["text_weights"][row] > 0, TEXT_LOSS, NO_LOSS)
-    losses[_used(batch["audio_target_index"][row], len(losses))] = AUDIO_LOSS
+    losses = np.where(batch["text_weights"][row] > 0, SlotLoss.TEXT, SlotLoss.NONE)
+    losses[_used(batch["audio_target_index"][row], len(losses))] = SlotLoss.AUDIO
     return losses.astype(np.int32)
 
 
@@ -239,7 +254,7 @@ def _used(slots: Int32[np.ndarray, " n"], length: int) -> Int32[np.ndarray, " m"
     return slots[slots < length]
 
 
-def _pictures(encoded: EncodedDocument, omni: OmniConfig) -> list[PictureView]:
+def _images(encoded: EncodedDocument, omni: OmniConfig) -> list[ImageView]:
     views, patch, merged = [], omni.vision.patch_size, omni.vision.merged_patches
     for number in range(1, int(encoded.patch_frames.max(initial=0)) + 1):
         own = np.flatnonzero(encoded.patch_frames == number)
@@ -247,12 +262,14 @@ def _pictures(encoded: EncodedDocument, omni: OmniConfig) -> list[PictureView]:
         corners = encoded.patch_grid[own].reshape(-1, merged, 2)
         centers = ((corners.mean(1) + 0.5) * patch)[:, ::-1].astype(np.float32)
         token = encoded.tokens[encoded.visual_slots[own[0] // merged]]
-        views.append(PictureView(FRAME if token == omni.tokens.video_place else IMAGE, pixels, centers))
+        views.append(
+            ImageView(SlotContent.FRAME if token == omni.tokens.video_place else SlotContent.IMAGE, pixels, centers)
+        )
     return views
 
 
 def _mels(document: Document, processor: Processor) -> list[MelView]:
-    sounds = [describe(element)[0] for element in processor.elements(document) if isinstance(element, AudioElement)]
+    kinds = [describe(element)[0] for element in processor.elements(document) if isinstance(element, AudioElement)]
     audio = processor.config.audio
     views, clip, previous = [], -1, None
     for item in processor.audio_items(document):
@@ -261,5 +278,5 @@ def _mels(document: Document, processor: Processor) -> list[MelView]:
         previous, window = item, item.window
         wave = decode_audio(item.media, item.samples, audio.sampling_rate)[window.start :][: window.samples]
         seconds = (window.start / audio.sampling_rate, window.samples / audio.sampling_rate)
-        views.append(MelView(sounds[clip], item.media.name, log_mel(wave, audio), *seconds, window.code_frames))
+        views.append(MelView(kinds[clip], item.media.name, log_mel(wave, audio), *seconds, window.code_frames))
     return views

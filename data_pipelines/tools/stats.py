@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--config", metavar="FILE", type=Path, help="tells the shares of the loss in this run instead")
     add("--set", metavar="KEY=VALUE", action="append", default=[], help="with --config: overrides one of its keys")
     add_media_arguments(parser)
-    add("--plot", metavar="PICTURE", type=Path, help="draws the distributions: .png, .pdf or .svg")
+    add("--plot", metavar="FIGURE", type=Path, help="draws the distributions: .png, .pdf or .svg")
     cores = os.cpu_count() or 1
     add("--workers", type=int, default=cores, metavar="N", help=f"processes (default {cores}, one for each core)")
 
@@ -202,20 +202,20 @@ def measure_range(unit: Unit, folder: Path) -> dict:
 def quantities(measures: Measures) -> list[Quantity]:
     """Lists all that is measured of documents and media, those without a value too."""
     types = measures.media_type()
-    stills, video, sound = (np.isin(measures.kind, _numbers(kinds)) for kinds in (_STILLS, _VIDEO, _SOUNDS))
+    images, video, audio = (np.isin(measures.kind, _numbers(kinds)) for kinds in (_IMAGES, _VIDEO, _AUDIO))
     side = np.sqrt(measures.height.astype(np.float64) * measures.width)
     return [
         Quantity("characters of a document", measures.characters, measures.type),
         Quantity("media of a document", np.diff(measures.media_places), measures.type),
-        Quantity("pictures: square root of the pixels", side[stills], types[stills]),
+        Quantity("images: square root of the pixels", side[images], types[images]),
         Quantity("videos: square root of the pixels", side[video], types[video]),
         Quantity("videos: seconds", measures.seconds[video], types[video]),
-        Quantity("sounds: seconds", measures.seconds[sound], types[sound]),
+        Quantity("audio: seconds", measures.seconds[audio], types[audio]),
         Quantity("media: KiB", measures.bytes / 1024, types),
     ]
 
 
-_STILLS, _VIDEO, _SOUNDS = ("picture", "frame"), ("video",), ("heard", "spoken")
+_IMAGES, _VIDEO, _AUDIO = ("picture", "frame"), ("video",), ("heard", "spoken")
 
 
 def _numbers(kinds: Sequence[str]) -> list[int]:
@@ -230,7 +230,7 @@ def modality_table(measures: Measures) -> Table:
         own = np.ones(len(types), bool) if number is None else types == number
         documents = len(measures) if number is None else int((measures.type == number).sum())
         counts = [int((own & (measures.kind == kind)).sum()) for kind in range(len(KINDS))]
-        seconds = [measures.seconds[own & (measures.kind == KINDS.index(kind))] for kind in (*_VIDEO, *_SOUNDS)]
+        seconds = [measures.seconds[own & (measures.kind == KINDS.index(kind))] for kind in (*_VIDEO, *_AUDIO)]
         hours = [f"{part.sum(dtype=np.float64) / 3600:.2f}" for part in seconds]
         size = f"{measures.bytes[own].sum() / 2**20:.1f}"
         table.add_row(name or "(no type)", str(documents), *map(str, counts), *hours, size)

@@ -5,10 +5,10 @@ wrong, 2 when DIR cannot be used at all.
 
 | cause | |
 |---|---|
-| `bad_checksum` | a shard's bytes are not those that were written; records that suffered are told as well |
+| `bad_checksum` | a shard's bytes are not those that were written; records that suffered are named as well |
 | `bad_record` | a record cannot be read, or a medium in it is not what was written |
 | `duplicate_id` | another document has the id |
-| `damaged_packets` | packets of a sound or video cannot be decoded; the document is used without them |
+| `damaged_packets` | packets of audio or a video cannot be decoded; the document is used without them |
 | `crash` | the process that read the shard died |
 | others | as in docs/how-to/data.md: the document cannot be used |
 """
@@ -49,7 +49,7 @@ from data_pipelines.media.videos import read_video
 from data_pipelines.tools.commands import add_runner_arguments, run_command, runner_from_options
 
 NAMED = 10  # ids that are printed of each cause
-RATE = 16000  # Hz that sound is decoded at
+RATE = 16000  # Hz that audio is decoded at
 FRAMES_PER_SECOND, MAX_FRAMES = 1.0, 32
 
 
@@ -93,8 +93,8 @@ def _validate(options: argparse.Namespace, found: list[Problem]) -> None:
             raise ConfigError(f"--report {options.report} cannot be written: {error.strerror}") from error
     for cause, count in Counter(problem.cause for problem in found).most_common():
         print(f"{cause}: {count}")
-        ofthis = [problem for problem in found if problem.cause == cause]
-        for problem in ofthis[:NAMED]:
+        of_cause = [problem for problem in found if problem.cause == cause]
+        for problem in of_cause[:NAMED]:
             print(f"  {problem.where}{f' id {problem.id!r}' if problem.id else ''}: {problem.message}")
         if count > NAMED:
             print(f"  ... and {count - NAMED} more")
@@ -203,7 +203,7 @@ def check_document(document: Document) -> None:
 
 
 def _decode(element: Element, media: Media) -> int:
-    """Returns how many packets of it are damaged: sounds and videos are used without them."""
+    """Returns how many packets of it are damaged: audio and videos are used without them."""
     if isinstance(element, ImageElement):
         decode_image(media)
     elif isinstance(element, VideoElement):

@@ -2,7 +2,7 @@
 
 A manifest is a JSONL file, media beside it, or the folder of a built dataset; several lie side by side.
 Rows are packed as a run would pack them: documents, what each token is, where there is loss, what is padding. Below
-them one document: its prompt, its pictures put together again from the patches, the log mel of its sounds. No audio
+them one document: its prompt, its images put together again from the patches, the log mels of its audio. No audio
 codes are needed. Needs matplotlib, which comes with the `show` extra.
 """
 
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "manifests", metavar="MANIFEST", type=Path, nargs="+", help="JSONL, media beside it, or the folder of a dataset"
     )
     add_media_arguments(parser)
-    add("--out", metavar="PICTURE", type=Path, required=True, help="where to write: .png, .pdf or .svg")
+    add("--out", metavar="FIGURE", type=Path, required=True, help="where to write: .png, .pdf or .svg")
     add("--rows", type=int, default=3, help="rows to draw (default 3)")
     add("--document", metavar="ID", help="the document to draw (default: the first row's with most modalities)")
     add("--length", type=int, default=1024, help="tokens of a row (default 1024)")
@@ -62,13 +62,13 @@ def visualize(options: argparse.Namespace) -> None:
         raise ConfigError(f"--rows {options.rows} and --length {options.length} must be at least 1")
     with file_errors(options.out):
         pipeline = open_pipeline(_data_config(options), resolve_model(options.model))
-        rows, lost = view_rows(pipeline, options.rows)
+        rows, failed = view_rows(pipeline, options.rows)
         chosen = find_document(pipeline, options.document) if options.document else richest_document(rows[0])
         document = view_document(chosen, pipeline.processor)
         from data_pipelines.tools.row_drawing import draw  # imports matplotlib
 
-        draw(rows, document, options.out, notes=_notes(pipeline, lost))
-    for line in lost:
+        draw(rows, document, options.out, notes=_notes(pipeline, failed))
+    for line in failed:
         print(line, file=sys.stderr)
     for number, row in enumerate(rows):
         print(f"row {number}: {len(row.segments)} documents; {row.describe_fill()}")
@@ -109,13 +109,13 @@ def _data_config(options: argparse.Namespace) -> DataConfig:
     )
 
 
-def _notes(pipeline: Pipeline, lost: list[str]) -> list[str]:
+def _notes(pipeline: Pipeline, failed: list[str]) -> list[str]:
     notes = []
     if causes := pipeline.causes():
         named = ", ".join(f"{count} {cause}" for cause, count in causes.most_common())
         notes.append(f"{sum(causes.values())} of {pipeline.documents} documents are skipped: {named}")
-    if lost:
-        notes.append(f"{len(lost)} documents of these rows could not be decoded and left padding")
+    if failed:
+        notes.append(f"{len(failed)} documents of these rows could not be decoded and left padding")
     return notes
 
 

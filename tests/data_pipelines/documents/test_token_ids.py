@@ -18,7 +18,7 @@ from data_pipelines.media.location import Media, MediaReference
 from data_pipelines.packing.index import load_index
 from data_pipelines.tokenizers.tokenizer import encode, tokenizer_fingerprint, train_tokenizer
 from data_pipelines.tools.commands import make_runner
-from data_pipelines.tools.row_views import TEXT, describe
+from data_pipelines.tools.row_views import SlotContent, describe
 from data_pipelines.tools.validate import validate
 
 QUESTION, ANSWER = "<C_Q>Which animal says meow?<C_A>", "The cat says meow."
@@ -45,7 +45,7 @@ def test_tags_of_ids_are_elements():
         TokensElement(MediaReference(path="inputs")),
         TokensElement(MediaReference(path="targets"), trainable=True),
     ]
-    assert describe(parse_prompt(TAGS)[1]) == (TEXT, "[targets: token ids]", True)
+    assert describe(parse_prompt(TAGS)[1]) == (SlotContent.TEXT, "[targets: token ids]", True)
 
 
 @pytest.mark.parametrize("ending", ["", "<|endoftext|>"])

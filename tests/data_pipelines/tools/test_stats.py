@@ -52,10 +52,10 @@ def test_values(corpus):
     values = {quantity.name: quantity.values.tolist() for quantity in quantities(measures)}
     assert values["characters of a document"] == [4, 3, 3, 0]
     assert values["media of a document"] == [0, 2, 1, 1]
-    assert values["pictures: square root of the pixels"] == [60.0, 60.0]
+    assert values["images: square root of the pixels"] == [60.0, 60.0]
     assert values["videos: square root of the pixels"] == pytest.approx([(64 * 96) ** 0.5])
     assert values["videos: seconds"] == pytest.approx([2.0], abs=0.2)
-    assert values["sounds: seconds"] == [1.5]
+    assert values["audio: seconds"] == [1.5]
     kib = (corpus / "a.png").stat().st_size / 1024
     assert values["media: KiB"][:2] == [kib, kib]
 

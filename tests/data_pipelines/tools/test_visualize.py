@@ -17,15 +17,8 @@ from data_pipelines.text import fonts as lettering
 from data_pipelines.text.fonts import Lettering
 from data_pipelines.tools import visualize
 from data_pipelines.tools.row_views import (
-    AUDIO_LOSS,
-    FRAME,
-    HEARD,
-    IMAGE,
-    MARK,
-    PADDING,
-    SPOKEN,
-    TEXT,
-    TEXT_LOSS,
+    SlotContent,
+    SlotLoss,
     find_document,
     reassemble,
     richest_document,
@@ -72,18 +65,24 @@ def test_documents_of_a_built_dataset_are_drawn(tmp_path, capsys):
 
 
 def test_contents_and_losses_are_those_of_the_batch(sample_pipeline, sample_codes):
-    rows, lost = view_rows(sample_pipeline, 4)
-    assert not lost
+    rows, failed = view_rows(sample_pipeline, 4)
+    assert not failed
     steps = sample_pipeline.steps(sample_codes)
     batches = [next(steps).batch, next(steps).batch]
     for number, row in enumerate(rows):
         batch = {name: values[number % 2] for name, values in batches[number // 2].items()}
         length = len(row.contents)
-        assert (row.contents == PADDING).sum() == (batch["segment_ids"] == 0).sum()
-        assert np.isin(row.contents, [IMAGE, FRAME]).sum() == (batch["visual_index"] < length).sum()
-        assert np.isin(row.contents, [HEARD, SPOKEN]).sum() == (batch["audio_index"] < length).sum()
-        assert (row.losses == AUDIO_LOSS).sum() == (batch["audio_target_index"] < length).sum()
-        np.testing.assert_array_equal(row.losses == TEXT_LOSS, batch["text_weights"] > 0)
+        assert (row.contents == SlotContent.PADDING).sum() == (batch["segment_ids"] == 0).sum()
+        assert (
+            np.isin(row.contents, [SlotContent.IMAGE, SlotContent.FRAME]).sum()
+            == (batch["visual_index"] < length).sum()
+        )
+        assert (
+            np.isin(row.contents, [SlotContent.AUDIO, SlotContent.SPEECH]).sum()
+            == (batch["audio_index"] < length).sum()
+        )
+        assert (row.losses == SlotLoss.AUDIO).sum() == (batch["audio_target_index"] < length).sum()
+        np.testing.assert_array_equal(row.losses == SlotLoss.TEXT, batch["text_weights"] > 0)
         assert row.fill["tokens"] == ((batch["segment_ids"] > 0).sum(), length)
         assert row.segments[-1].stop == (batch["segment_ids"] > 0).sum()
 
@@ -91,14 +90,21 @@ def test_contents_and_losses_are_those_of_the_batch(sample_pipeline, sample_code
 def test_one_document_of_all_modalities(sample_pipeline):
     document = find_document(sample_pipeline, "mixed-0048")
     view = view_document(document, sample_pipeline.processor)
-    assert set(view.row.contents.tolist()) == {TEXT, MARK, IMAGE, FRAME, HEARD, SPOKEN}
-    assert [p.kind for p in view.pictures] == [IMAGE] + [FRAME] * (len(view.pictures) - 1)
-    assert [m.kind for m in view.mels] == [HEARD, SPOKEN]
+    assert set(view.row.contents.tolist()) == {
+        SlotContent.TEXT,
+        SlotContent.MARK,
+        SlotContent.IMAGE,
+        SlotContent.FRAME,
+        SlotContent.AUDIO,
+        SlotContent.SPEECH,
+    }
+    assert [p.kind for p in view.images] == [SlotContent.IMAGE] + [SlotContent.FRAME] * (len(view.images) - 1)
+    assert [m.kind for m in view.mels] == [SlotContent.AUDIO, SlotContent.SPEECH]
     spoken = view.mels[1]
     assert spoken.mel.shape == (OMNI.audio.num_mel_bins, int(spoken.seconds * 100) + 1)
-    assert (view.row.contents == SPOKEN).sum() == spoken.code_frames
+    assert (view.row.contents == SlotContent.SPEECH).sum() == spoken.code_frames
     assert view.row.fill["audio_targets"] == (spoken.code_frames + 1, spoken.code_frames + 1)
-    first = view.pictures[0]
+    first = view.images[0]
     name = view.elements[1].reference.path
     original = decode_image(media(document.media.folder / name))
     np.testing.assert_array_equal(first.pixels, resize_image(original, *first.pixels.shape[:2]))

@@ -1,4 +1,4 @@
-"""Pictures of mels and of what an audio tokenizer does to audio, as figures of matplotlib (extra `show`)."""
+"""Figures of mels and of what an audio tokenizer does to audio (matplotlib, the extra `show`)."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
