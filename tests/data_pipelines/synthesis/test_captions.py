@@ -23,7 +23,7 @@ def tag(path):
 @pytest.fixture
 def manifest(tmp_path):
     """Pictures of four brightnesses, one that is no picture, and a document without any."""
-    for name, level in (("dark", 20), ("grey", 70), ("light", 150), ("white", 250)):
+    for name, level in (("dark", 20), ("gray", 70), ("light", 150), ("white", 250)):
         Image.fromarray(np.full((30, 40, 3), level, np.uint8)).save(tmp_path / f"{name}.png")
     (tmp_path / "broken.png").write_bytes(b"no picture")
     documents = {
