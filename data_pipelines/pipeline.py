@@ -19,14 +19,15 @@ from baichuan_omni_jax.config.overrides import check_kinds
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.flops.row_cost import row_cost
 from data_pipelines.datasets.sources import Source, cache_folder, open_source
-from data_pipelines.documents.processor import Codes, Processor
+from data_pipelines.documents.media_items import Codes
+from data_pipelines.documents.processor import Processor
 from data_pipelines.documents.prompts import TextElement, parse_prompt
 from data_pipelines.errors import SampleError, describe_causes, file_errors
-from data_pipelines.packing.context_plan import context_plan
+from data_pipelines.packing.context_plan import check_context, context_plan
 from data_pipelines.packing.index import Index, Skipped, load_index
 from data_pipelines.packing.loss_weights import check_loss_weights, source_means
 from data_pipelines.packing.media_layout import check_media_shards, mel_slots, patch_layout
-from data_pipelines.packing.mixture import Mixture
+from data_pipelines.packing.mixture import Mixture, epochs_read
 from data_pipelines.packing.oversize import check_policies, with_pieces
 from data_pipelines.packing.packer import Packer
 from data_pipelines.packing.row_limits import budget_vector
@@ -148,6 +149,54 @@ class Pipeline:
         plan = partial(self.step_plan, epochs=epochs, resume_state=resume_state if state is None else None)
         dataset = StepDataset(plan, self.decoder(codes, context_shards), shard, state)
         return read_steps(dataset, self.config.workers)
+
+
+class TrainingData:
+    """Endless steps of a pipeline's mixture: `shard` is this host's part, tokens come dealt to `context_shards`.
+
+    With `resume_state`, the last state of another run's data, each source continues where that run left it.
+    `handled` counts the documents beyond a budget that a policy made fit. Raises ConfigError when rows cannot be dealt
+    to so many shards.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        codes: Codes | None,
+        shard: RowShard,
+        context_shards: int = 1,
+        resume_state: dict | None = None,
+    ):
+        check_context(pipeline.config, context_shards)
+        self._pipeline, self._codes, self._shard, self._context_shards = pipeline, codes, shard, context_shards
+        self._resume_state = resume_state
+        self.documents = pipeline.documents
+        self.skipped = pipeline.causes()
+        self.handled = pipeline.handled()
+        self.tokenizer_json = pipeline.processor.tokenizer.to_str()
+        self.sources = tuple(source.name for source in pipeline.config.mixture)
+
+    def location(self, source: int, number: int) -> str:
+        """The manifest line of a document."""
+        return self._pipeline.indexes[source].location(number)
+
+    def loss_shares(self, train: TrainConfig) -> list[LossShare]:
+        """Which share of the loss each source has, as foreseen from the index."""
+        return self._pipeline.loss_shares(train)
+
+    def steps(self, state: dict | None) -> Iterator[Step]:
+        """Steps from the plan's `state` on (None: from the start)."""
+        options = {"shard": self._shard, "context_shards": self._context_shards, "resume_state": self._resume_state}
+        return self._pipeline.steps(self._codes, state=state, **options)
+
+    def epochs(self, state: dict) -> dict[str, float]:
+        """How often each source has been read when the plan's state is this one."""
+        return epochs_read(state["sources"])
+
+    def check_failed(self, causes: Counter) -> None:
+        """Raises ConfigError when documents skipped by the index and lost at decode exceed `max_bad_fraction`."""
+        bad = self.skipped + causes
+        check_bad_fraction(bad.total(), self.documents, self._pipeline.config.max_bad_fraction, bad)
 
 
 def open_pipeline(

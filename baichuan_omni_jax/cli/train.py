@@ -48,8 +48,7 @@ from baichuan_omni_jax.train.wandb import load_wandb
 from data_pipelines.audio_codes import CodeStore
 from data_pipelines.audio_codes.build import CodeBuildOptions
 from data_pipelines.packing.rows import RowShard
-from data_pipelines.packing.training import TrainingData
-from data_pipelines.pipeline import Pipeline
+from data_pipelines.pipeline import Pipeline, TrainingData
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -20,7 +20,8 @@ from baichuan_omni_jax.audio.config import AudioConfig
 from data_pipelines.audio_codes.store import REFERENCE, key_fields, new_records
 from data_pipelines.datasets.jobs.job import Job, Unit
 from data_pipelines.datasets.jobs.local import HeldPool
-from data_pipelines.documents.processor import AudioItem, Processor
+from data_pipelines.documents.media_items import AudioItem
+from data_pipelines.documents.processor import Processor
 from data_pipelines.errors import SampleError
 from data_pipelines.media.audio import decode_audio
 from data_pipelines.media.features import log_mel

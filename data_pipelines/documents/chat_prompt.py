@@ -22,18 +22,16 @@ from jaxtyping import Float, Int32
 from baichuan_omni_jax.config import VOICE, OmniConfig
 from baichuan_omni_jax.errors import ConfigError, RequestError
 from data_pipelines.documents.document import EncodedDocument
-from data_pipelines.documents.processor import Processor, Said
+from data_pipelines.documents.media_items import PrecomputedAudio
+from data_pipelines.documents.processor import Processor
 from data_pipelines.documents.prompt_writing import ROLES, opening_elements, role_mark
 from data_pipelines.documents.prompts import AudioElement, Element, ImageElement, TextElement, VideoElement
 from data_pipelines.errors import SampleError
 from data_pipelines.media.containers import MAX_SAMPLING_RATE
 from data_pipelines.media.file_kinds import plain_reason
 from data_pipelines.media.location import Media, MediaReference, MediaRoot, find_media, local_path
-from data_pipelines.synthesis.prompts import TRANSCRIBE
 from data_pipelines.text.splitting import split_text
 from data_pipelines.tokenizers.special_tokens import AUDIOGEN_START
-
-ASR_PROMPT = TRANSCRIBE["zh"][0]  # the released one; the sound follows it
 
 _FILES = ("path", "bytes", "base64")
 # What a part may hold besides its type: one of these.
@@ -101,7 +99,7 @@ class _Asked:
 
     def __init__(self, root: MediaRoot | None, config: OmniConfig, spoken: bool = False):
         self._root, self._sizes, self._spoken = root, config.audio.codebook_sizes, spoken
-        self.elements: list[Element | Said] = []
+        self.elements: list[Element | PrecomputedAudio] = []
         self.media: dict[str, Media] = {}
 
     def add_message(self, message: Message, number: int) -> None:
@@ -127,7 +125,7 @@ class _Asked:
                 self._add_text(part["text"], where)
             elif source == "codes":
                 codes = _read_codes(part["codes"], self._sizes, where)
-                self.elements.append(Said(codes, said or spoken_codes))
+                self.elements.append(PrecomputedAudio(codes, said or spoken_codes))
             else:
                 reference = self._add_media(part, source, f"{kind} of {where}")
                 made = {"image": ImageElement, "video": VideoElement}

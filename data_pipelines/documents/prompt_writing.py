@@ -41,6 +41,7 @@ from data_pipelines.tokenizers.special_tokens import ASSISTANT, AUDIOTEXT_START,
 
 Role = Literal["system", "user", "assistant"]
 ROLES: tuple[Role, ...] = ("system", "user", "assistant")
+ASR_PROMPT = "将语音转录为文本:"  # as released, its colon included; the audio follows it
 
 
 def role_mark(role: Role, spoken: bool) -> str:

@@ -72,12 +72,12 @@ class ContextPlan:
 
 
 def context_plan(config: DataConfig, shards: int) -> ContextPlan:
-    """The plan of a run on a mesh with `shards` along `context`. Raises ConfigError as `check` does."""
-    check(config, shards)
+    """The plan of a run on a mesh with `shards` along `context`. Raises ConfigError as `check_context` does."""
+    check_context(config, shards)
     return ContextPlan(shards, config.context_block, config.context_plan)
 
 
-def check(config: DataConfig, shards: int) -> None:
+def check_context(config: DataConfig, shards: int) -> None:
     """Raises ConfigError when rows cannot be dealt to `shards` context shards as `config` asks."""
     if config.context_plan not in PLANS:
         raise ConfigError(f"data.context_plan {config.context_plan!r} is none of {', '.join(PLANS)}")

@@ -3,9 +3,17 @@
 `split`: consecutive turns together as long as they fit, each piece with the system prompt, its media and its loss; what
 a turn refers to in an earlier piece is no longer seen. Pieces without anything to learn are left out.
 `fewer_frames`: as many frames of each video as fit, at least one, evenly spread.
-`chunk`: stretches that fit, one after the other, which together train on each target of the document once (chunks.py).
+`chunk`: stretches that fit, one after the other, which together train on each target of the document once.
 `chunk_text`: the same of documents of text alone.
 What no policy makes fit is skipped. The outcome is kept beside the index, so that documents are measured once.
+
+A chunk is a span of items (`documents.parts`), so no medium is ever cut. Its tokens and targets are those of the whole
+document in these places, and its last position has the first token of the next chunk for its target: all chunks
+together train on what the whole document would, each target once. Positions begin at 0 in each. Rows of 10 tokens, an
+image of 4 with its two marks, text of 3 before it, of 6 after it:
+
+    items       t t t I t t t t t t      the image and its text are 12 tokens: too many with what stands before it
+    chunks      t t t | I t t t t | t t
 """
 
 import hashlib
@@ -23,10 +31,9 @@ from baichuan_omni_jax.config.run import Policy
 from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.datasets.jobs.job import Job, Unit, run_job
 from data_pipelines.datasets.jobs.local import LocalRunner
-from data_pipelines.documents.chunks import Ids, cut_chunks
 from data_pipelines.documents.document import Document, Lengths
+from data_pipelines.documents.parts import Ids, Run, Span, cut_turns, document_elements, has_frames, place_runs
 from data_pipelines.documents.processor import Processor
-from data_pipelines.documents.turns import cut_turns, document_elements, has_frames
 from data_pipelines.errors import SampleError
 from data_pipelines.packing.columns import NAMES, NO_PIECES, WHOLE, Columns, Pieces, make_columns, write_columns
 from data_pipelines.packing.index import Index
@@ -36,6 +43,7 @@ POLICIES = typing.get_args(Policy)
 FORMAT = 4  # of what is kept: raise it when the policies give something else than before
 _UNIT = 4096  # documents
 log = logging.getLogger(__name__)
+_NOTHING = Lengths(tokens=0)
 
 
 @dataclass(frozen=True)
@@ -224,3 +232,83 @@ def _read_pieces(job: Job, summaries: list[dict]) -> Pieces:
     return Pieces(
         *(whole[name] for name in ("documents", "turns", "max_frames", "span")), columns, left=left, handled=handled
     )
+
+
+def cut_chunks(runs: Sequence[Run], sizes: Sequence[Lengths], limits: RowLimits) -> tuple[list[Span], list[Span]]:
+    """Spans that an empty row holds, and those of media that none does, each with (some of) the text after it.
+
+    `sizes` are what each run takes by itself. A chunk is as long as a row, but is cut before its last medium rather
+    than in that one's text, unless it begins with it.
+    """
+    planner = _Planner(limits)
+    beyond, skip = [], 0
+    for number, ((start, stop), run, size) in enumerate(
+        (*placed, size) for placed, size in zip(place_runs(runs), sizes, strict=True)
+    ):
+        if isinstance(run, Ids):
+            planner.add_text(start + skip, stop)
+            skip = 0
+        elif planner.is_beyond(size):
+            # What the medium is followed by goes with it: half a row at most, so that fewer frames may make it fit.
+            after = runs[number + 1] if number + 1 < len(runs) else ()
+            skip = min(len(after), limits.budgets.tokens // 2) if isinstance(after, Ids) else 0
+            planner.close(start)
+            planner.begin(stop + skip)
+            beyond.append((start, stop + skip))
+        else:
+            planner.add_medium(start, size)
+    planner.close(planner.end)
+    return planner.chunks, beyond
+
+
+class _Planner:
+    """Collects items into chunks from left to right. `end` is the place after the items so far."""
+
+    def __init__(self, limits: RowLimits):
+        self._limits, self._tokens = limits, limits.budgets.tokens
+        self.chunks: list[Span] = []
+        self.begin(0)
+
+    def begin(self, place: int, size: Lengths = _NOTHING, items: int = 0) -> None:
+        """A new chunk at `place`, which has `items` items of `size` already."""
+        self._start, self.end, self._size = place, place + items, size
+        self._boundary: int | None = None  # where the last media begin that have text before them in the chunk
+        self._since = _NOTHING  # what has come since, those media included
+        self._in_text = False
+
+    def close(self, place: int) -> None:
+        """Ends the chunk at `place`; one without an item is none."""
+        if place > self._start:
+            self.chunks.append((self._start, place))
+
+    def is_beyond(self, size: Lengths) -> bool:
+        return bool(self._limits.why_exceeds(budget_lengths(size), size.image_patches))
+
+    def add_medium(self, place: int, size: Lengths) -> None:
+        """One medium, which an empty row holds."""
+        if self.is_beyond(_sum(self._size, size)):
+            self.close(place)
+            self.begin(place, size, 1)
+            return
+        if self._in_text:
+            self._boundary, self._since, self._in_text = place, _NOTHING, False
+        self._size, self._since, self.end = _sum(self._size, size), _sum(self._since, size), place + 1
+
+    def add_text(self, start: int, stop: int) -> None:
+        """The tokens from `start` until `stop`."""
+        while self._size.tokens + stop - start > self._tokens:
+            if self._boundary is not None:
+                place, since = self._boundary, self._since
+                self.close(place)
+                self.begin(place, since, start - place)
+                continue
+            start += self._tokens - self._size.tokens
+            self.close(start)
+            self.begin(start)
+        text = Lengths(tokens=stop - start)
+        self._in_text = self._in_text or stop > start
+        self._size, self._since, self.end = _sum(self._size, text), _sum(self._since, text), stop
+
+
+def _sum(one: Lengths, other: Lengths) -> Lengths:
+    return Lengths(**{name: value + getattr(other, name) for name, value in vars(one).items()})

@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable
 
 from data_pipelines.documents.prompt_writing import (
+    ASR_PROMPT,
     Source,
     audio_tag,
     conversation,
@@ -27,7 +28,6 @@ from data_pipelines.text.splitting import split_text
 
 LANGUAGES = ("en", "zh")
 SYSTEM = {"en": "You are a helpful assistant.", "zh": "你是一个乐于助人的助手。"}
-TRANSCRIBE = "将语音转录为文本:"  # the released prompt, its colon included
 DESCRIBE = {"en": "Describe the picture.", "zh": "描述这张图片。"}
 DESCRIBE_VIDEO = {"en": "Describe the video.", "zh": "描述这段视频。"}
 
@@ -74,7 +74,7 @@ def interleaved(plan: MediaPlan, rng: random.Random) -> Source:
 def asr(plan: MediaPlan, rng: random.Random) -> Source:
     language = rng.choice(LANGUAGES)
     words = texts.sentence(rng)[LANGUAGES.index(language)]
-    return TRANSCRIBE + audio_tag(plan.add_speech(rng, words, language)) + trainable(words)
+    return ASR_PROMPT + audio_tag(plan.add_speech(rng, words, language)) + trainable(words)
 
 
 def tts(plan: MediaPlan, rng: random.Random) -> Source:

@@ -2,8 +2,10 @@
 
 import random
 
+from data_pipelines.documents.prompt_writing import ASR_PROMPT
+
 TRANSCRIBE = {
-    "zh": ("将语音转录为文本:", "请把听到的话写下来：", "请转写这段语音："),
+    "zh": (ASR_PROMPT, "请把听到的话写下来：", "请转写这段语音："),
     "en": ("Transcribe the speech into text:", "Write down what you hear:", "What is said in this recording?"),
 }
 READ_ALOUD = {

@@ -10,8 +10,8 @@ from jaxtyping import Float32, Int32, UInt8
 
 from baichuan_omni_jax.config import Budgets, OmniConfig
 from baichuan_omni_jax.errors import ConfigError
-from data_pipelines.documents.chunks import Ids
 from data_pipelines.documents.document import Document, EncodedDocument
+from data_pipelines.documents.parts import Ids
 from data_pipelines.documents.processor import Processor
 from data_pipelines.documents.prompts import (
     AudioElement,

@@ -28,8 +28,8 @@ from data_pipelines.datasets.jobs.job import Job, Unit, run_job
 from data_pipelines.datasets.shards import SUFFIX, read_description
 from data_pipelines.datasets.sources import ANY_FOLDER
 from data_pipelines.documents.manifest import split_manifest
+from data_pipelines.documents.measures import KINDS, Measures, collect, join, load_measures, measure_document
 from data_pipelines.errors import SampleError, describe_causes, first_of_causes
-from data_pipelines.media.measures import KINDS, Measures, collect, join, load_measures, measure_document
 from data_pipelines.pipeline import open_pipeline, prepare_sample
 from data_pipelines.tools.commands import (
     add_media_arguments,

@@ -2,7 +2,7 @@
 
 from data_pipelines.audio_codes import CodeKey
 from data_pipelines.audio_codes.windows import clip_sources
-from data_pipelines.documents.processor import AudioItem
+from data_pipelines.documents.media_items import AudioItem
 from data_pipelines.pipeline import Pipeline
 
 

@@ -23,8 +23,7 @@ from baichuan_omni_jax.train.state import make_compute
 from baichuan_omni_jax.train.tasks.audio import check_sound
 from baichuan_omni_jax.train.trainer import train
 from data_pipelines.packing.rows import ALL_ROWS
-from data_pipelines.packing.training import TrainingData
-from data_pipelines.pipeline import open_pipeline
+from data_pipelines.pipeline import TrainingData, open_pipeline
 from tests.helpers.micro import CONFIG, STEPS, contents, micro_run, open_micro, overrides, read_metrics, wait_until
 
 TINY = resolve_model("tiny")

@@ -9,7 +9,7 @@ import jax
 from baichuan_omni_jax.config import GenerationConfig, SamplingConfig
 from baichuan_omni_jax.errors import RequestError
 from baichuan_omni_jax.generation.chat import OmniChat, Reply
-from data_pipelines.documents.chat_prompt import ASR_PROMPT
+from data_pipelines.documents.prompt_writing import ASR_PROMPT
 from data_pipelines.documents.token_ids import encode_ids
 
 TASKS = {

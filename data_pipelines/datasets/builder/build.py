@@ -35,11 +35,11 @@ from data_pipelines.datasets.shards import (
 from data_pipelines.datasets.sources import ANY_FOLDER, media_root, trusted_folders
 from data_pipelines.documents.document import Document, is_known_type
 from data_pipelines.documents.manifest import LineRange
+from data_pipelines.documents.measures import DocumentMeasure, collect, measure_document, totals
 from data_pipelines.documents.prompt_writing import misses_marks
 from data_pipelines.documents.prompts import TextElement, parse_prompt, replace_references
 from data_pipelines.errors import SampleError
 from data_pipelines.media.location import Media, MediaReference, find_media, reading
-from data_pipelines.media.measures import DocumentMeasure, collect, measure_document, totals
 
 MAX_MEDIA_BYTES = 1 << 30  # of one document: it is held in memory, here and when it is read
 PARTS = "parts"  # folder for what the shards' documents were measured to be, and for what was skipped

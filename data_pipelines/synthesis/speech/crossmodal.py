@@ -14,9 +14,9 @@ from typing import Literal, get_args
 from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.datasets.jobs.job import Job
 from data_pipelines.documents.document import Document
+from data_pipelines.documents.parts import document_elements
 from data_pipelines.documents.prompt_writing import write_prompt
 from data_pipelines.documents.prompts import SPECIAL, AudioElement, Element, ImageElement, TextElement, VideoElement
-from data_pipelines.documents.turns import document_elements
 from data_pipelines.errors import SampleError
 from data_pipelines.media.audio import probe_audio
 from data_pipelines.media.containers import opened

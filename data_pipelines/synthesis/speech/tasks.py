@@ -20,6 +20,7 @@ from baichuan_omni_jax.config import VOICE, GenerationConfig, check_voice
 from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.datasets.jobs.job import Job
 from data_pipelines.documents.document import Document
+from data_pipelines.documents.parts import cut_turns
 from data_pipelines.documents.prompt_writing import (
     Source,
     audio_tag,
@@ -32,7 +33,6 @@ from data_pipelines.documents.prompt_writing import (
     write_prompt,
 )
 from data_pipelines.documents.prompts import SPECIAL, Element, ImageElement, TextElement, VideoElement, parse_prompt
-from data_pipelines.documents.turns import cut_turns
 from data_pipelines.errors import SampleError
 from data_pipelines.media.location import MediaReference, find_media
 from data_pipelines.synthesis.prompts import READ_ALOUD, TRANSCRIBE

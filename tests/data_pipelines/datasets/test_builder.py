@@ -16,8 +16,8 @@ from data_pipelines.datasets.builder.command import main
 from data_pipelines.datasets.builder.plan import first_of_same_id
 from data_pipelines.datasets.shards import open_dataset
 from data_pipelines.documents.document import Document
+from data_pipelines.documents.measures import load_measures
 from data_pipelines.errors import SampleError
-from data_pipelines.media.measures import load_measures
 from data_pipelines.tools.commands import make_runner
 from tests.helpers.small_media import as_base64, write_image, write_sound, write_video
 

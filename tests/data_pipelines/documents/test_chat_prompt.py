@@ -7,8 +7,9 @@ import pytest
 
 from baichuan_omni_jax.config import tiny
 from baichuan_omni_jax.errors import RequestError
-from data_pipelines.documents.chat_prompt import ASR_PROMPT, ChatPrompts
+from data_pipelines.documents.chat_prompt import ChatPrompts
 from data_pipelines.documents.processor import Processor
+from data_pipelines.documents.prompt_writing import ASR_PROMPT
 from data_pipelines.documents.token_ids import encode_ids, read_id_file
 from data_pipelines.media.features import log_mel
 from data_pipelines.tokenizers.special_tokens import ASSISTANT, SPECIAL_TOKENS, SYSTEM, USER

@@ -6,13 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from baichuan_omni_jax.config import Budgets, tiny
-from data_pipelines.documents.chunks import Ids, cut_chunks, group_media
 from data_pipelines.documents.document import Lengths
+from data_pipelines.documents.parts import Ids, group_media
 from data_pipelines.documents.processor import Processor
 from data_pipelines.documents.prompts import AudioElement, ImageElement, parse_prompt
 from data_pipelines.media.audio import clip_key
 from data_pipelines.media.location import MediaReference
-from data_pipelines.packing.oversize import Fitter
+from data_pipelines.packing.oversize import Fitter, cut_chunks
 from data_pipelines.packing.row_limits import RowLimits, budget_lengths
 from data_pipelines.tokenizers.tokenizer import train_tokenizer
 from tests.helpers.small_media import document, media, write_image, write_sound

@@ -17,12 +17,12 @@ from data_pipelines.packing.context_plan import (
     TOKEN_FIELDS,
     ContextPlan,
     block_work,
-    check,
+    check_context,
     deal_blocks,
     lay_documents,
 )
 from data_pipelines.packing.rows import ALL_ROWS
-from data_pipelines.packing.training import TrainingData
+from data_pipelines.pipeline import TrainingData
 from tests.data_pipelines.conftest import with_config
 
 LENGTH, BLOCK = 128, 8
@@ -173,9 +173,9 @@ def test_a_step_is_dealt(sample_pipeline, sample_codes):
 def test_rows_that_cannot_be_dealt(changes, message):
     config = DataConfig(budgets=Budgets(tokens=768), **changes)
     with pytest.raises(ConfigError, match=message):
-        check(config, 2)
-    check(DataConfig(budgets=Budgets(tokens=768), context_block=128), 2)
-    check(DataConfig(budgets=Budgets(tokens=768)), 1)
+        check_context(config, 2)
+    check_context(DataConfig(budgets=Budgets(tokens=768), context_block=128), 2)
+    check_context(DataConfig(budgets=Budgets(tokens=768)), 1)
 
 
 def test_a_run_is_refused_before_its_first_step(sample_pipeline, sample_codes):

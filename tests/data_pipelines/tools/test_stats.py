@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from data_pipelines.datasets.builder.build import build_dataset
-from data_pipelines.media.measures import DocumentMeasure, MediaMeasure, collect, join
+from data_pipelines.documents.measures import DocumentMeasure, MediaMeasure, collect, join
 from data_pipelines.tokenizers.tokenizer import train_tokenizer
 from data_pipelines.tools.commands import make_runner
 from data_pipelines.tools.stats import load, main, quantities

@@ -1,10 +1,11 @@
-"""Parts of a document: some of its turns with the system prompt, or its videos with fewer frames.
+"""Parts of a document: some of its turns with the system prompt, videos of fewer frames, spans of its items.
 
-A turn begins at `<C_Q>`; what stands before the first one is the system prompt and stays with every part.
+A turn begins at `<C_Q>`; what stands before the first one is the system prompt and stays with every part. Items are
+what a span counts: each token of text, end of text included, and each medium, a video listed frame by frame being one.
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TypeVar
 
@@ -21,6 +22,7 @@ from data_pipelines.documents.prompts import (
 from data_pipelines.tokenizers.special_tokens import TRAINABLE_START, USER
 
 T = TypeVar("T")
+Span = tuple[int, int]
 
 
 def document_elements(document: Document, max_frames: int = 0) -> list[Element]:
@@ -81,3 +83,60 @@ def thin_frames(elements: Sequence[T], most: int) -> list[T]:
 
 def _is_frame(element: object) -> bool:
     return isinstance(element, ImageElement) and element.frame
+
+
+@dataclass(frozen=True)
+class Ids:
+    """Text as the ids of its tokens: so many items."""
+
+    ids: Sequence[int]
+    trainable: bool = False
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+Run = Ids | tuple[Element, ...]  # tokens, or the elements of one medium
+
+
+def group_media(elements: Sequence[Element | Ids]) -> list[Run]:
+    """Ids as they are, each medium by itself, neighboring frames together unless they are of two listed videos."""
+    runs: list[Run] = []
+    for element in elements:
+        if isinstance(element, Ids):
+            runs += [element] if len(element) else []
+        elif runs and _are_of_one_video(runs[-1], element):
+            runs[-1] = (*runs[-1], element)
+        else:
+            runs.append((element,))
+    return runs
+
+
+def cut_span(runs: Sequence[Run], span: Span) -> tuple[list[Element | Ids], Element | Ids | None]:
+    """The elements of a span of items, and the one after it (None at the document's end)."""
+    found: list[Element | Ids] = []
+    for (start, stop), run in place_runs(runs):
+        if start >= span[1]:
+            return found, run if isinstance(run, Ids) else run[0]
+        first, last = max(span[0] - start, 0), min(span[1], stop) - start
+        if isinstance(run, Ids):
+            found += [Ids(run.ids[first:last], run.trainable)] if first < last else []
+            if stop > span[1]:
+                return found, Ids(run.ids[last:], run.trainable)
+        elif first < last:
+            found += run
+    return found, None
+
+
+def place_runs(runs: Sequence[Run]) -> Iterator[tuple[Span, Run]]:
+    """Gives the places of each run among the items, and the run."""
+    place = 0
+    for run in runs:
+        size = len(run) if isinstance(run, Ids) else 1
+        yield (place, place + size), run
+        place += size
+
+
+def _are_of_one_video(run: Run, element: Element) -> bool:
+    together = not isinstance(run, Ids) and _is_frame(run[-1]) and _is_frame(element)
+    return together and run[-1].video == element.video
