@@ -1,4 +1,4 @@
-"""A small real data set, built offline: photographs, synthesized speech, films, and documents about them."""
+"""A small real data set, built offline: photographs, synthesized speech, videos, and documents about them."""
 
 from data_pipelines.sample.build import SAMPLE_SOURCES, build_sample
 

@@ -37,6 +37,7 @@ def build_sample(out: str | Path, *, seed: int = 0, progress: bool = True) -> Pa
     ConfigError when `out` holds anything that is not sample data, or when a wheel of the `sample` extra is missing.
     """
     out = Path(out).expanduser().resolve()
+    # Complete and of this seed: nothing to do. Anything that is not ours is never replaced.
     if _read_summary(out) == (VERSION, seed):
         return out
     _refuse_foreign(out)
@@ -45,6 +46,7 @@ def build_sample(out: str | Path, *, seed: int = 0, progress: bool = True) -> Pa
     out.parent.mkdir(parents=True, exist_ok=True)
     if partial.exists():
         shutil.rmtree(partial)
+    # Everything is planned before anything is made: documents decide which media there are.
     for folder in FOLDERS:
         (partial / folder).mkdir(parents=True)
     plan, manifests = plan_documents(seed)
@@ -54,6 +56,7 @@ def build_sample(out: str | Path, *, seed: int = 0, progress: bool = True) -> Pa
         (partial / manifest).write_text("".join(lines), encoding="utf-8")
     summary = _summarize(plan, manifests, seconds, seed)
     (partial / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    # The summary is the last file, the rename the last step: a kill leaves the old data set or the new one.
     if out.exists():
         shutil.rmtree(out)
     os.replace(partial, out)
@@ -81,7 +84,7 @@ def _refuse_foreign(folder: Path) -> None:
 
 
 def _produce_all(plan: MediaPlan, root: Path, progress: bool) -> float:
-    """Makes every planned file; returns the seconds of sound."""
+    """Makes every planned file; returns the seconds of audio."""
     recordings = record(plan)
     paths = [clip.path for clip in plan.videos] + list(plan.speech) + list(plan.images)
     # Threads, not processes: the encoders release the interpreter lock, and the caller may be a JAX program that must
@@ -136,5 +139,5 @@ def _build(folder: Path, seed: int) -> None:
         print(f"  {kind:<18}{count:>5}")
     print(
         f"  {summary['images']} images, {summary['speech_clips']} speech clips, {summary['videos']} videos, "
-        f"{summary['audio_seconds']:.0f} s of sound, {summary['text_characters']} characters of text"
+        f"{summary['audio_seconds']:.0f} s of audio, {summary['text_characters']} characters of text"
     )

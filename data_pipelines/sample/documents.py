@@ -39,10 +39,12 @@ def _system(rng: random.Random, language: str) -> str:
 
 
 def text(plan: MediaPlan, rng: random.Random) -> Source:
+    """Writes a paragraph, all of it trainable."""
     return trainable(texts.paragraph(rng, rng.choice(LANGUAGES)))
 
 
 def caption(plan: MediaPlan, rng: random.Random) -> Source:
+    """Shows an image and describes it, with a request before it or without."""
     language = rng.choice(LANGUAGES)
     path, crop = plan.add_image(rng)
     words = scenes.caption(rng, crop, language)
@@ -52,6 +54,7 @@ def caption(plan: MediaPlan, rng: random.Random) -> Source:
 
 
 def qa(plan: MediaPlan, rng: random.Random) -> Source:
+    """Shows an image and asks one to three questions about it, a turn each."""
     language = rng.choice(LANGUAGES)
     path, crop = plan.add_image(rng)
     (question, answer), *others = rng.sample(scenes.questions(crop, language), rng.choice([1, 2, 3]))
@@ -72,13 +75,14 @@ def interleaved(plan: MediaPlan, rng: random.Random) -> Source:
 
 
 def asr(plan: MediaPlan, rng: random.Random) -> Source:
+    """Asks for the words of a clip of speech, in the released form."""
     language = rng.choice(LANGUAGES)
     words = texts.sentence(rng)[LANGUAGES.index(language)]
     return ASR_PROMPT + audio_tag(plan.add_speech(rng, words, language)) + trainable(words)
 
 
 def tts(plan: MediaPlan, rng: random.Random) -> Source:
-    """Text, then its speech, without an instruction: the released form."""
+    """Writes text, then speaks it, without an instruction: the released form."""
     language = rng.choice(LANGUAGES)
     words = texts.sentence(rng)[LANGUAGES.index(language)]
     return words + trainable(speech_tag(plan.add_speech(rng, words, language)))
@@ -93,6 +97,7 @@ def s2tt(plan: MediaPlan, rng: random.Random) -> Source:
 
 
 def aqa(plan: MediaPlan, rng: random.Random) -> Source:
+    """Asks a spoken question, answered in writing."""
     language = rng.choice(LANGUAGES)
     question, answer = texts.dialogue(rng)[LANGUAGES.index(language)]
     return turn(audio_tag(plan.add_speech(rng, question, language)), answer, _system(rng, language))
@@ -106,16 +111,18 @@ def dialogue(plan: MediaPlan, rng: random.Random) -> Source:
     asks.setstate(rng.getstate())
     heard = audio_tag(plan.add_speech(rng, question, language))
     answers.setstate(rng.getstate())
-    turns = [(heard, _aloud(plan, rng, answer, language))]
+    turns = [(heard, _speak_answer(plan, rng, answer, language))]
     # A second turn, in the same two voices, is drawn apart: the documents that follow do not depend on it.
     apart = random.Random(f"{question}/{len(plan.speech)}")
     if apart.random() < 0.3:
         question, answer = texts.dialogue(apart)[LANGUAGES.index(language)]
-        turns.append((audio_tag(plan.add_speech(asks, question, language)), _aloud(plan, answers, answer, language)))
+        turns.append(
+            (audio_tag(plan.add_speech(asks, question, language)), _speak_answer(plan, answers, answer, language))
+        )
     return conversation(turns, _system(rng, language))
 
 
-def _aloud(plan: MediaPlan, rng: random.Random, answer: str, language: str) -> Source:
+def _speak_answer(plan: MediaPlan, rng: random.Random, answer: str, language: str) -> Source:
     """Speaks the answer in pieces, all in one voice."""
     voice = rng.getstate()
 
@@ -132,30 +139,32 @@ def _story(rng: random.Random, count: int) -> tuple[list[str], str]:
 
 
 def intlv(plan: MediaPlan, rng: random.Random) -> Source:
-    """audio_1 text_2 audio_3 text_4: one story, heard and written in turns; loss on the written parts."""
+    """Tells audio_1 text_2 audio_3 text_4: one story, heard and written in turns; loss on the written parts."""
     words, language = _story(rng, rng.choice([2, 4]))
     parts = zip(words[::2], words[1::2], strict=True)
     return join(audio_tag(plan.add_speech(rng, heard, language)) + trainable(written) for heard, written in parts)
 
 
 def itts(plan: MediaPlan, rng: random.Random) -> Source:
-    """text_1 audio_1 text_2 audio_2: every sentence is followed by its speech; loss on all but the first text."""
+    """Tells text_1 audio_1 text_2 audio_2: every sentence is followed by its speech; loss on all but the first text."""
     words, language = _story(rng, 2)
     first, second = (speech_tag(plan.add_speech(rng, sentence, language)) for sentence in words)
     return words[0] + trainable(first + words[1] + second)
 
 
 def pure_audio(plan: MediaPlan, rng: random.Random) -> Source:
+    """Speaks a story without any text; loss on the audio."""
     words, language = _story(rng, 2)
     return trainable(join(speech_tag(plan.add_speech(rng, sentence, language)) for sentence in words))
 
 
-def _clip(plan: MediaPlan, rng: random.Random, cuts: bool = True) -> VideoFile:
+def _choose_video(plan: MediaPlan, rng: random.Random, cuts: bool = True) -> VideoFile:
     return rng.choice([clip for clip in plan.videos if cuts or clip.video.move != "cut"])
 
 
 def video_caption(plan: MediaPlan, rng: random.Random) -> Source:
-    language, clip = rng.choice(LANGUAGES), _clip(plan, rng)
+    """Shows a video and describes it, with a request before it or without."""
+    language, clip = rng.choice(LANGUAGES), _choose_video(plan, rng)
     words = scenes.video_caption_text(clip.video, language)
     if rng.random() < 0.5:
         return video_tag(clip.path) + trainable(words)
@@ -163,7 +172,8 @@ def video_caption(plan: MediaPlan, rng: random.Random) -> Source:
 
 
 def video_qa(plan: MediaPlan, rng: random.Random) -> Source:
-    language, clip = rng.choice(LANGUAGES), _clip(plan, rng)
+    """Shows a video and asks a question about it."""
+    language, clip = rng.choice(LANGUAGES), _choose_video(plan, rng)
     question, answer = rng.choice(scenes.video_questions(clip.video, language))
     return turn(video_tag(clip.path) + question, answer, _system(rng, language))
 
@@ -178,9 +188,9 @@ def image_audio_text(plan: MediaPlan, rng: random.Random) -> Source:
 
 def video_audio_text(plan: MediaPlan, rng: random.Random) -> Source:
     """Shows a video with its own audio track and asks a written question about either."""
-    clip = _clip(plan, rng)
-    said = {"en": ("What does the voice say?", clip.track.text), "zh": ("视频里的声音说了什么？", clip.track.text)}
-    question, answer = rng.choice([said[clip.language], *scenes.video_questions(clip.video, clip.language)])
+    clip = _choose_video(plan, rng)
+    spoken = {"en": ("What does the voice say?", clip.track.text), "zh": ("视频里的声音说了什么？", clip.track.text)}
+    question, answer = rng.choice([spoken[clip.language], *scenes.video_questions(clip.video, clip.language)])
     return turn(video_tag(clip.path) + audio_tag(clip.path) + question, answer)
 
 
@@ -201,7 +211,7 @@ def mixed(plan: MediaPlan, rng: random.Random, *, modalities: str) -> Source:
         media += image_tag(path)
         question, answer = rng.choice(scenes.questions(crop, language))
     if "v" in modalities:
-        clip = _clip(plan, rng, cuts="i" not in modalities)
+        clip = _choose_video(plan, rng, cuts="i" not in modalities)
         media += video_tag(clip.path)
         question, answer = rng.choice(scenes.video_questions(clip.video, language))
     if "i" in modalities and "v" in modalities:
@@ -209,7 +219,7 @@ def mixed(plan: MediaPlan, rng: random.Random, *, modalities: str) -> Source:
     if "a" in modalities:
         question = audio_tag(plan.add_speech(rng, question, language))
     if "s" in modalities:
-        answer = _aloud(plan, rng, answer, language)
+        answer = _speak_answer(plan, rng, answer, language)
     return turn(media + question, answer, _system(rng, language))
 
 
@@ -245,10 +255,12 @@ def plan_documents(seed: int) -> tuple[MediaPlan, dict[str, list[dict[str, str]]
     """Plans every document of the data set by source, in manifest order, and the media they need: the same for
     a seed.
     """
+    # Videos first: documents refer to them, while images and speech are planned by the document that needs them.
     plan = MediaPlan()
     plan.add_videos(random.Random(f"{seed}/films"), VIDEOS, scenes.video_caption_text)
     manifests = {}
     for source, recipes in RECIPES.items():
+        # A generator for each source: a change to one leaves the others' documents as they are.
         rng = random.Random(f"{seed}/{source}")
         documents, made = [], {}
         for kind, count, maker in recipes:

@@ -42,6 +42,7 @@ class VideoPlan:
 
 def random_video(rng: random.Random, move: str) -> VideoPlan:
     """Draws a video with this move whose two ends show something that can be named."""
+    # Drawn until both ends show something that a caption can name.
     while True:
         size = rng.choice(_SIZES)
         photo = rng.choice(["china", "flower"])
@@ -102,23 +103,25 @@ def video_seconds(samples: np.ndarray, sample_rate: int) -> float:
 
 def write_video(video: VideoPlan, samples: np.ndarray, sample_rate: int, path: Path) -> None:
     """Encodes a video with its spoken track (mono int16 samples at `sample_rate` Hz), as long as the video or cut."""
+    # The video lasts as long as its track: padded with silence, or cut.
     seconds = video_seconds(samples, sample_rate)
     track = np.zeros(round(seconds * sample_rate), np.int16)
     track[: len(samples)] = samples[: len(track)]
     with av.open(str(path), "w", format="mp4") as container:
-        picture, sound = _add_video(container, video.first.size), _add_sound(container, sample_rate)
+        images, audio = _add_video_stream(container, video.first.size), _add_audio_stream(container, sample_rate)
+        # Images, then audio: the container interleaves by time.
         for index, pixels in enumerate(frames(video, round(seconds * FRAME_RATE))):
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
             frame.pts, frame.time_base = index, Fraction(1, FRAME_RATE)
-            container.mux(picture.encode(frame))
-        container.mux(picture.encode(None))
+            container.mux(images.encode(frame))
+        container.mux(images.encode(None))
         frame = av.AudioFrame.from_ndarray(track[None], format="s16", layout="mono")
         frame.sample_rate, frame.pts, frame.time_base = sample_rate, 0, Fraction(1, sample_rate)
-        container.mux(sound.encode(frame))
-        container.mux(sound.encode(None))
+        container.mux(audio.encode(frame))
+        container.mux(audio.encode(None))
 
 
-def _add_video(container, size: tuple[int, int]):
+def _add_video_stream(container, size: tuple[int, int]):
     codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
     # One thread, and no macroblock tree, whose results vary from run to run: the same video gives the same bytes.
     h264 = {"crf": "24", "preset": "veryfast", "mbtree": "0"} if codec == "libx264" else {}
@@ -129,7 +132,7 @@ def _add_video(container, size: tuple[int, int]):
     return stream
 
 
-def _add_sound(container, sample_rate: int):
+def _add_audio_stream(container, sample_rate: int):
     stream = container.add_stream("aac", rate=sample_rate)
     stream.codec_context.layout = "mono"
     stream.bit_rate = 48000
@@ -156,7 +159,7 @@ class Utterance:
 
 @dataclass(frozen=True)
 class VideoFile:
-    """A video and the words of its sound track."""
+    """A video and the words of its audio track."""
 
     path: str
     video: VideoPlan

@@ -125,6 +125,7 @@ def visible_parts(crop: Crop) -> list[str]:
 
     A part counts when most of it is inside and not tiny, or when it fills a good share of the crop.
     """
+    # Two ways to be seen: nearly whole and not tiny, or large in the crop.
     shares = {}
     for part in OUTLINES[crop.photo]:
         inside = _inside(crop, part)
@@ -165,6 +166,7 @@ def dominant_color(crop: Crop) -> str:
     pixels.
     """
     image = render(crop).convert("RGB").resize((32, 32))
+    # By hue where there is any, by brightness where there is none; dark warm hues are brown to the eye.
     hue, saturation, value = np.asarray(image.convert("HSV"), np.int32).reshape(-1, 3).T
     names = np.full(hue.shape, "grey", dtype=object)
     bounds = [(12, "red"), (28, "orange"), (44, "yellow"), (105, "green"), (135, "teal"), (175, "blue"), (256, "red")]
@@ -207,6 +209,7 @@ def part_center(rng: random.Random, photo: str, part: str) -> tuple[float, float
 
 def random_crop(rng: random.Random, photo: str, *, gray_share: float = 0.1) -> Crop:
     """Draws a crop around a random part in which something can be named; 56-300 pixels a side when saved."""
+    # Drawn until something can be named and the saved size is in range.
     while True:
         part = rng.choice(list(OUTLINES[photo]))
         aspect = rng.choice([0.6, 0.75, 1.0, 1.0, 4 / 3, 1.5, 1.8])

@@ -171,7 +171,7 @@ Pair = tuple[str, str]
 
 
 def _fill(rng: random.Random, template: Pair) -> Pair:
-    """Gives every slot one value, the same in both languages; `{Friend}` is `{friend}` with a capital letter."""
+    """Fills every slot with one value, the same in both languages; `{Friend}` is `{friend}` with a capital letter."""
     english, chinese = template
     for name, values in SLOTS.items():
         first, second = rng.sample(values, 2)
