@@ -43,7 +43,7 @@ COMMANDS: dict[str, Command | Group] = {
         {
             "build": Command(f"{DATA}.datasets.builder.command", "write shards with the media inside, from manifests"),
             "validate": Command(f"{DATA}.tools.validate", "read a built dataset through and tell what is wrong"),
-            "stats": Command(f"{DATA}.tools.stats", "count documents and media, by type and size; shares of the loss"),
+            "stats": Command(f"{CLI}.data_stats", "count documents and media, by type and size; shares of the loss"),
             "visualize": Command(f"{DATA}.tools.visualize", "draw packed rows and one document"),
             "sample": Command(f"{DATA}.sample.build", "write the offline sample data set"),
             "synthesize": Command(f"{DATA}.synthesis.command", "make new documents from those of manifests"),

@@ -1,8 +1,7 @@
 """Prints what documents and media there are and how large, by type.
 
 A built dataset tells what its builder measured; of a manifest every media file's header is read. `--plot` draws the
-distributions, which needs matplotlib (extra `show`). `--config FILE` tells instead which share of the loss each source
-of a run's mixture will have, text and audio, from the run's index (made where it is missing).
+distributions, which needs matplotlib (extra `show`).
 """
 
 import argparse
@@ -19,8 +18,6 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from baichuan_omni_jax.config import apply_overrides, load_run_config, resolve_model
-from baichuan_omni_jax.config.loss_shares import shares_table
 from baichuan_omni_jax.errors import ConfigError, exit_code
 from data_pipelines.datasets.builder.build import PARTS, SKIPPED_FILE, list_sources
 from data_pipelines.datasets.builder.plan import RANGE, Manifest, unpack
@@ -30,7 +27,6 @@ from data_pipelines.datasets.sources import ANY_FOLDER
 from data_pipelines.documents.manifest import split_manifest
 from data_pipelines.documents.measures import KINDS, Measures, collect, join, load_measures, measure_document
 from data_pipelines.errors import SampleError, describe_causes, first_of_causes
-from data_pipelines.pipeline import open_pipeline, prepare_sample
 from data_pipelines.tools.commands import (
     add_media_arguments,
     make_runner,
@@ -60,8 +56,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
     add = parser.add_argument
     add("sources", metavar="DIR|MANIFEST", type=Path, nargs="*", help="built datasets, JSONL manifests")
-    add("--config", metavar="FILE", type=Path, help="tells the shares of the loss in this run instead")
-    add("--set", metavar="KEY=VALUE", action="append", default=[], help="with --config: overrides one of its keys")
     add_media_arguments(parser)
     add("--plot", metavar="FIGURE", type=Path, help="draws the distributions: .png, .pdf or .svg")
     cores = os.cpu_count() or 1
@@ -79,11 +73,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _show(options: argparse.Namespace) -> None:
-    if bool(options.config) == bool(options.sources):
-        raise ConfigError("give data sets and manifests to look at, or --config with a run's configuration")
-    if options.config:
-        _show_shares(options.config, options.set)
-        return
+    """Prints the tables. Raises ConfigError for sources of which nothing can be used."""
+    if not options.sources:
+        raise ConfigError("give data sets or manifests to look at")
     if options.plot:
         _check_plot(options.plot)
     measures, skipped, examples = load(options.sources, options.root, options.workers, trusted_from_options(options))
@@ -105,17 +97,6 @@ def _show(options: argparse.Namespace) -> None:
     if options.plot:
         draw_distributions(measures.types, quantities(measures), options.plot)
         print(f"{options.plot}: distributions of {len(measures)} documents")
-
-
-def _show_shares(config: Path, overrides: Sequence[str]) -> None:
-    from baichuan_omni_jax.checkpoint import with_text_tokenizer  # imports jax
-
-    run = with_text_tokenizer(apply_overrides(load_run_config(config), overrides))
-    prepare_sample(run.data)
-    weighting = run.train.document_weighting
-    pipeline = open_pipeline(run.data, resolve_model(run.model), weighting=weighting)
-    title = f"{run.name}: expected shares, {run.data.weights_by} by weight, documents weighing by {weighting}"
-    Console(highlight=False).print(shares_table(pipeline.loss_shares(run.train), title))
 
 
 def _check_plot(path: Path) -> None:
