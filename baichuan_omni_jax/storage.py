@@ -103,7 +103,7 @@ def atomic_write(path: "Path | epath.Path", mode: str = "w", *, suffix: str = ".
     """
     partial = path.with_name(f"{path.name}{suffix}")
     try:
-        with partial.open(mode, **({} if "b" in mode else {"encoding": "utf-8"})) as file:
+        with partial.open(mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
         partial.replace(path)
     except BaseException:

@@ -59,7 +59,7 @@ class Arrays:
     """A state dict as the source of a conversion."""
 
     values: Mapping[str, np.ndarray]
-    where: str = "the state dict"
+    location: str = "the state dict"
 
     @property
     def infos(self) -> Mapping[str, TensorInfo]:

@@ -26,11 +26,10 @@ from baichuan_omni_jax.cli.common import start_logging
 from baichuan_omni_jax.config import resolve_model
 from baichuan_omni_jax.convert import convert_to_jax, convert_to_torch, open_source, plan_to_jax, plan_to_torch
 from baichuan_omni_jax.convert.files import missing_code
-from baichuan_omni_jax.convert.qwen2 import TOKENIZER, convert_to_qwen2, plan_qwen2
-from baichuan_omni_jax.convert.report import describe_plan
+from baichuan_omni_jax.convert.plan import describe_plan
 from baichuan_omni_jax.convert.safetensors_io import SINGLE
-from baichuan_omni_jax.convert.to_torch import SHARD_BYTES, Source
-from baichuan_omni_jax.convert.whisper import tokenizer_from_whisper
+from baichuan_omni_jax.convert.to_jax import tokenizer_from_whisper
+from baichuan_omni_jax.convert.to_torch import SHARD_BYTES, TOKENIZER, CheckpointSource, convert_to_qwen2, plan_qwen2
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.storage import check_target, read_json_object
 
@@ -68,7 +67,7 @@ def to_jax(options: argparse.Namespace) -> None:
             raise ConfigError(f"--branches names {name!r}; the model has {', '.join(MODEL_BRANCHES)}")
     check_target(target)
     jobs = plan_to_jax(source, vocoder, branches)
-    _say("\n".join(describe_plan(job.plan, rows=options.dry_run) for job in jobs))
+    _say("\n".join(describe_plan(job.plan, rules=options.dry_run) for job in jobs))
     if not options.dry_run:
         with _progress(sum(job.plan.nbytes for job in jobs)) as advance:
             convert_to_jax(source, target, vocoder=vocoder, jobs=jobs, advance=advance)
@@ -78,7 +77,7 @@ def to_jax(options: argparse.Namespace) -> None:
 def to_torch(options: argparse.Namespace) -> None:
     target, source = _open_export(options)
     exports = plan_to_torch(source, options.dtype)
-    _say("\n".join(describe_plan(export.plan, rows=options.dry_run) for export in exports.values()))
+    _say("\n".join(describe_plan(export.plan, rules=options.dry_run) for export in exports.values()))
     if absent := [name for name in CONVERTED_BRANCHES if name not in source.readers]:
         _say(f"not there, so not written: {', '.join(absent)}")
     if source.left_out:
@@ -97,7 +96,7 @@ def to_torch(options: argparse.Namespace) -> None:
 def to_qwen2(options: argparse.Namespace) -> None:
     target, source = _open_export(options)
     export = plan_qwen2(source, options.dtype)
-    _say(describe_plan(export.plan, rows=options.dry_run))
+    _say(describe_plan(export.plan, rules=options.dry_run))
     if not options.dry_run:
         with _progress(export.nbytes) as advance:
             convert_to_qwen2(source, target, export=export, shard_bytes=options.shard_mb << 20, advance=advance)
@@ -106,7 +105,7 @@ def to_qwen2(options: argparse.Namespace) -> None:
             _say(f"{source.home} brings no {TOKENIZER}: put the tokenizer's files beside the weights, or name another")
 
 
-def _open_export(options: argparse.Namespace) -> tuple[Path, Source]:
+def _open_export(options: argparse.Namespace) -> tuple[Path, CheckpointSource]:
     """The folder to write, and the branches to read."""
     target = Path(options.target).expanduser()
     if options.shard_mb < 1:

@@ -7,9 +7,8 @@
 from baichuan_omni_jax.convert.rules import Rule
 from baichuan_omni_jax.convert.safetensors_io import SafetensorsFile, open_weights
 from baichuan_omni_jax.convert.tables import branch_rules
-from baichuan_omni_jax.convert.to_jax import convert_to_jax, load_branch_from_safetensors, plan_to_jax
+from baichuan_omni_jax.convert.to_jax import convert_to_jax, load_branch_from_safetensors, open_vocoder, plan_to_jax
 from baichuan_omni_jax.convert.to_torch import convert_to_torch, open_source, plan_to_torch
-from baichuan_omni_jax.convert.torch_file import open_vocoder
 
 __all__ = [
     "Rule",

@@ -10,8 +10,7 @@ import numpy as np
 
 from baichuan_omni_jax.checkpoint.branches import CONFIG, SOURCE, VOCODER_CONFIG
 from baichuan_omni_jax.convert.rules import Rule
-from baichuan_omni_jax.convert.safetensors_io import SafetensorsFile, TensorInfo, TensorSource
-from baichuan_omni_jax.convert.safetensors_write import SafetensorsWriter
+from baichuan_omni_jax.convert.safetensors_io import SafetensorsFile, SafetensorsWriter, TensorInfo, TensorSource
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.storage import describe_stand_in, read_json_object
 
@@ -26,7 +25,7 @@ _TOLERANCE = 0.02
 
 
 def list_companions(source: Path) -> list[str]:
-    """Names of the tokenizer, processor and code files of a folder: not weights, not config.json.
+    """Lists the tokenizer, processor and code files of a folder by name: not weights, not config.json.
 
     Raises ConfigError for one that is a pointer of Git LFS or git-annex: it would be found out only when it is used.
     """
@@ -45,9 +44,9 @@ def copy_companions(source: Path, target: Path) -> None:
 
 
 def missing_code(folder: Path) -> list[str]:
-    """Python files that the `config.json` of a Hugging Face folder names (`auto_map`), or that those import, and lacks.
+    """Lists Python files that a Hugging Face folder lacks, though its `config.json` (`auto_map`) or code names them.
 
-    None of them where the configuration names no code at all: then nothing runs this folder.
+    Empty where the configuration names no code at all: then nothing runs this folder.
     """
     named = read_json_object(folder / CONFIG).get("auto_map")
     classes = [name for name in named.values() if isinstance(name, str)] if isinstance(named, dict) else []
@@ -67,16 +66,25 @@ def missing_code(folder: Path) -> list[str]:
 
 
 def save_buffers(folder: Path, source: TensorSource, buffers: Mapping[str, Rule]) -> None:
-    """Remembers the buffers that the source held, as a dtype where computing gives their very bytes, else whole."""
+    """Writes down which buffers the source held: the dtype where computing gives their very bytes, else all of it.
+
+    Args:
+        folder: the checkpoint to write into.
+        source: the tensors as they were.
+        buffers: the buffers among them, with the rule that computes each.
+
+    Raises:
+        ConfigError: a buffer is another table than the one that is computed.
+    """
     dtypes, carried, problems = {}, {}, []
     for name, rule in buffers.items():
         found = source.read(name)
         dtypes[name] = found.dtype.name
-        if not _same_bytes(found, rule.restore().astype(found.dtype)):
+        if not _same_bytes(found, rule.restored().astype(found.dtype)):
             carried[name] = found
-            problems += _check_buffer(name, found, rule.restore())
+            problems += _check_buffer(name, found, rule.restored())
     if problems:
-        raise ConfigError(f"{source.where} cannot be converted: {'; '.join(problems)}")
+        raise ConfigError(f"{source.location} cannot be converted: {'; '.join(problems)}")
     (folder / SOURCE).write_text(json.dumps({"buffers": dtypes}, indent=1))
     if carried:
         infos = {name: TensorInfo(value.shape, value.dtype) for name, value in carried.items()}
@@ -87,14 +95,14 @@ def save_buffers(folder: Path, source: TensorSource, buffers: Mapping[str, Rule]
 
 
 def load_buffers(folder: Path, buffers: Mapping[str, Rule], dtype: np.dtype) -> dict[str, np.ndarray]:
-    """The buffers to write back: those the source held, or where nothing is known of one, all, in `dtype`."""
+    """Returns the buffers to write back: those the source held, or where nothing is known of one, all, in `dtype`."""
     if not (folder / SOURCE).is_file():
-        return {name: rule.restore().astype(dtype) for name, rule in buffers.items()}
+        return {name: rule.restored().astype(dtype) for name, rule in buffers.items()}
     try:
         dtypes = json.loads((folder / SOURCE).read_text())["buffers"]
         carried = SafetensorsFile(folder / CARRIED) if (folder / CARRIED).is_file() else None
         return {
-            name: carried.read(name) if carried and name in carried.infos else rule.restore().astype(dtypes[name])
+            name: carried.read(name) if carried and name in carried.infos else rule.restored().astype(dtypes[name])
             for name, rule in buffers.items()
             if name in dtypes
         }
@@ -112,7 +120,7 @@ def _same_bytes(left: np.ndarray, right: np.ndarray) -> bool:
 
 
 def _check_buffer(name: str, found: np.ndarray, computed: np.ndarray) -> list[str]:
-    """A buffer may be longer or rounded otherwise, but must be the table that we compute."""
+    """Lists what is wrong: a buffer may be longer or rounded otherwise, but must be the table that we compute."""
     if found.ndim != 2 or found.shape[1] != computed.shape[1]:
         return [f"buffer {name} has shape {list(found.shape)}, the computed one {list(computed.shape)}"]
     rows = min(len(found), len(computed))

@@ -79,7 +79,7 @@ class BranchReader:
         self.infos = {name: TensorInfo(tuple(x.shape), x.dtype.numpy_dtype) for name, x in self._arrays.items()}
 
     def read(self, name: str, index: Index) -> np.ndarray:
-        """The values at `index` of a parameter."""
+        """Reads the values at `index` of a parameter. Raises ConfigError where they are damaged."""
         try:
             return self._arrays[name][index].read().result()
         except (OSError, ValueError) as error:

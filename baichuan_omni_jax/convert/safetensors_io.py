@@ -1,15 +1,15 @@
-"""Safetensors files read lazily: headers at once, a tensor or a block of its rows when it is asked for.
+"""Safetensors files: read lazily, a tensor or a block of its rows when it is asked for; written as the data comes.
 
 Files are read with pread, never mapped: a mapped 15 GB checkpoint would count as the process' memory. bf16 stays bf16.
 """
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
@@ -25,6 +25,7 @@ DTYPES: dict[str, np.dtype] = {
     **{f"I{bits}": np.dtype(f"int{bits}") for bits in (8, 16, 32, 64)},
     **{f"U{bits}": np.dtype(f"uint{bits}") for bits in (8, 16, 32, 64)},
 }
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # The format's dtypes of quantized checkpoints: at most 8 bits, which mean nothing without their scales.
 _QUANTIZED = frozenset("F8_E4M3 F8_E4M3FNUZ F8_E5M2 F8_E5M2FNUZ F8_E8M0 F6_E2M3 F6_E3M2 F4".split())
 # The format's own limit of a header.
@@ -41,25 +42,30 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
+        """Returns how many bytes the tensor takes."""
         return prod(self.shape) * self.dtype.itemsize
 
 
 @runtime_checkable
 class TensorSource(Protocol):
-    """Named tensors somewhere: what a conversion reads. `where` names the source in errors."""
+    """Named tensors somewhere: what a conversion reads. `location` names the source in errors."""
 
-    where: str
-    infos: Mapping[str, TensorInfo]
+    @property
+    def location(self) -> str: ...
+
+    @property
+    def infos(self) -> Mapping[str, TensorInfo]: ...
 
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:
-        """A tensor, or the rows of its first axis from `rows.start` to `rows.stop`."""
+        """Reads a tensor, or the rows of its first axis from `rows.start` to `rows.stop`."""
+        ...
 
 
 class SafetensorsFile:
     """One file. The header is read and checked at once, tensors when they are asked for. Raises ConfigError."""
 
     def __init__(self, path: Path):
-        self.path, self.where = Path(path), str(path)
+        self.path, self.location = Path(path), str(path)
         refuse_stand_in(self.path)
         try:
             self._file = open(path, "rb")  # noqa: SIM115 - open as long as the object is
@@ -75,7 +81,7 @@ class SafetensorsFile:
         self._check_layout()
 
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:
-        """A tensor, or some rows of it. Raises ConfigError naming file and tensor when the file gives out."""
+        """Reads a tensor, or some rows of it. Raises ConfigError naming file and tensor when the file gives out."""
         info = self.infos[name]
         start, shape = self._offsets[name], info.shape
         if rows is not None:
@@ -86,7 +92,9 @@ class SafetensorsFile:
         done = 0
         while done < bytes_.size:
             # One call of the kernel moves at most 2 GiB.
-            got = os.preadv(self._file.fileno(), [bytes_[done : done + (1 << 30)]], self._start + start + done)
+            got = os.preadv(
+                self._file.fileno(), [memoryview(bytes_[done : done + (1 << 30)])], self._start + start + done
+            )
             if not got:
                 raise ConfigError(f"{self.path} ends inside tensor {name}")
             done += got
@@ -107,7 +115,7 @@ class SafetensorsFile:
             raise ConfigError(f"{self.path} is corrupt: its header is not JSON ({error})") from error
         return header, 8 + length
 
-    def _info(self, name: str, value: object) -> tuple[TensorInfo, int]:
+    def _info(self, name: str, value: Any) -> tuple[TensorInfo, int]:
         self._check_dtype(name, value)
         try:
             dtype, shape, (start, end) = DTYPES[value["dtype"]], tuple(value["shape"]), value["data_offsets"]
@@ -134,7 +142,7 @@ class SafetensorsFile:
             )
 
     def _check_layout(self) -> None:
-        """Tensors lie side by side and fill the file, as the format demands."""
+        """Raises ConfigError unless tensors lie side by side and fill the file, as the format demands."""
         end = 0
         for name in sorted(self.infos, key=lambda name: (self._offsets[name], self.infos[name].nbytes)):
             if self._offsets[name] != end:
@@ -150,7 +158,7 @@ class ShardedSafetensors:
     """The files of a `model.safetensors.index.json` as one. Raises ConfigError for what index and files disagree on."""
 
     def __init__(self, index: Path):
-        self.where, folder = str(index), Path(index).parent
+        self.location, folder = str(index), Path(index).parent
         files = self._weight_map(index)
         shards = sorted(set(files.values()))
         absent = [shard for shard in shards if not (folder / shard).is_file()]
@@ -174,6 +182,7 @@ class ShardedSafetensors:
         self.infos = {name: self._shards[file].infos[name] for name, file in files.items()}
 
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+        """Reads a tensor, or some rows of it. See `SafetensorsFile.read`."""
         return self._shards[self._files[name]].read(name, rows)
 
     def close(self) -> None:
@@ -196,7 +205,7 @@ class ShardedSafetensors:
 
 
 def open_weights(folder: Path) -> SafetensorsFile | ShardedSafetensors:
-    """The weights of a Hugging Face folder: `model.safetensors` or the shards of its index. Raises ConfigError."""
+    """Opens a Hugging Face folder's weights: `model.safetensors` or the shards of its index. Raises ConfigError."""
     folder = Path(folder)
     if (folder / SINGLE).is_file():
         return SafetensorsFile(folder / SINGLE)
@@ -208,6 +217,89 @@ def open_weights(folder: Path) -> SafetensorsFile | ShardedSafetensors:
 
 
 def blocks_of(shape: tuple[int, ...], itemsize: int) -> Iterator[slice]:
-    """Rows of the first axis in blocks of at most `BLOCK_BYTES`; a row is never cut."""
+    """Cuts the rows of the first axis into blocks of at most `BLOCK_BYTES`; a row is never cut."""
     count = max(1, BLOCK_BYTES // max(1, prod(shape[1:]) * itemsize))
     return (slice(start, min(start + count, shape[0])) for start in range(0, shape[0], count))
+
+
+class SafetensorsWriter:
+    """Writes one file tensor by tensor, in the order of `order(infos)`. Its header is known before any data is."""
+
+    def __init__(self, path: Path, infos: Mapping[str, TensorInfo]):
+        self._file = open(path, "wb")  # noqa: SIM115 - closed by `close`
+        self._left = self.order(infos)
+        self._infos = infos
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name in self._left:
+            info, start = infos[name], end
+            end += info.nbytes
+            header[name] = {"dtype": _NAMES[info.dtype], "shape": list(info.shape), "data_offsets": [start, end]}
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        self._file.write(len(text).to_bytes(8, "little") + text)
+
+    @staticmethod
+    def order(infos: Mapping[str, TensorInfo]) -> list[str]:
+        """Sorts by falling item size, so that every tensor is aligned, then by name, as the reference writer does."""
+        return sorted(infos, key=lambda name: (-infos[name].dtype.itemsize, name))
+
+    def write(self, name: str, blocks: Iterable[np.ndarray]) -> None:
+        """Writes the next tensor, given as blocks of rows or whole."""
+        assert name == self._left.pop(0), name
+        written = 0
+        for block in blocks:
+            block = np.ascontiguousarray(block)
+            self._file.write(memoryview(block.reshape(-1).view(np.uint8)))
+            written += block.nbytes
+        assert written == self._infos[name].nbytes, (name, written)
+
+    def close(self) -> None:
+        assert not self._left, self._left
+        self._file.close()
+
+
+def write_shards(
+    folder: Path,
+    name: str,
+    infos: Mapping[str, TensorInfo],
+    shard_bytes: int,
+    blocks: Callable[[str], Iterable[np.ndarray]],
+) -> None:
+    """Writes tensors as one file, or where it would be too large as shards and an index.
+
+    Args:
+        folder: where the files are written.
+        name: the file's name, `model.safetensors`; shards are `model-00001-of-00002.safetensors`, ….
+        infos: the tensors' shapes and dtypes.
+        shard_bytes: how large a file may be.
+        blocks: called once a tensor; gives its values, whole or by blocks of rows.
+    """
+    shards = plan_shards(infos, shard_bytes)
+    stem = name.removesuffix(".safetensors")
+    names = [f"{stem}-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    if len(shards) == 1:
+        names = [name]
+    for file, shard in zip(names, shards, strict=True):
+        writer = SafetensorsWriter(folder / file, shard)
+        for tensor in writer.order(shard):
+            writer.write(tensor, blocks(tensor))
+        writer.close()
+    if len(shards) > 1:
+        files = {tensor: file for file, shard in zip(names, shards, strict=True) for tensor in shard}
+        total = sum(info.nbytes for info in infos.values())
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
+        (folder / f"{name}.index.json").write_text(json.dumps(index, indent=2))
+
+
+def plan_shards(infos: Mapping[str, TensorInfo], shard_bytes: int) -> list[dict[str, TensorInfo]]:
+    """Cuts tensors, in the given order, into shards of at most `shard_bytes` (a larger tensor has one to itself)."""
+    shards: list[dict[str, TensorInfo]] = [{}]
+    room = shard_bytes
+    for name, info in infos.items():
+        if shards[-1] and info.nbytes > room:
+            shards.append({})
+            room = shard_bytes
+        shards[-1][name] = info
+        room -= info.nbytes
+    return shards

@@ -12,8 +12,7 @@ from baichuan_omni_jax.checkpoint.branches import CONFIG, VOCODER_CONFIG
 from baichuan_omni_jax.config import OmniConfig, to_hf
 from baichuan_omni_jax.convert.files import VOCODER
 from baichuan_omni_jax.convert.rules import expand
-from baichuan_omni_jax.convert.safetensors_io import SINGLE, TensorInfo, blocks_of
-from baichuan_omni_jax.convert.safetensors_write import plan_shards, write_shards
+from baichuan_omni_jax.convert.safetensors_io import SINGLE, TensorInfo, blocks_of, plan_shards, write_shards
 from baichuan_omni_jax.convert.tables import branch_rules
 from baichuan_omni_jax.nn.param import named_values
 from baichuan_omni_jax.vocoder.config import VocoderConfig, vocoder_to_json
@@ -68,5 +67,5 @@ def _model_tensors(
         entries, problems = expand(rules, {n: x.shape for n, x in named_values(abstract[branch]).items()}, branch)
         assert not problems, problems
         infos |= {prefix + entry.name: TensorInfo(entry.shape, BF16) for entry in entries}
-        buffers |= {rule.theirs: rule.restore().astype(BF16) for rule in rules if rule.restore}
+        buffers |= {rule.tensor: rule.restored().astype(BF16) for rule in rules if rule.restore}
     return infos | {name: TensorInfo(x.shape, BF16) for name, x in buffers.items()}, buffers

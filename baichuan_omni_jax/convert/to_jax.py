@@ -1,7 +1,10 @@
-"""From a Hugging Face folder (and a vocoder's file) to a checkpoint of branches; memory holds one tensor at a time."""
+"""From a Hugging Face folder (and a vocoder's file) to a checkpoint of branches; memory holds one tensor at a time.
+
+Also one branch straight into memory, and the encoder of a Whisper checkpoint for an audio tokenizer yet to be trained.
+"""
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,49 +14,66 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from baichuan_omni_jax.audio.config import AudioConfig
+from baichuan_omni_jax.audio.model import AudioTokenizer
 from baichuan_omni_jax.branches import VOCODER_BRANCH, abstract_branches
-from baichuan_omni_jax.checkpoint import BranchInfo, write_checksums
+from baichuan_omni_jax.checkpoint import BranchInfo, with_shardings, write_checksums
 from baichuan_omni_jax.checkpoint.branches import BRANCHES_FILE, CONFIG, PROCESSOR, VOCODER_CONFIG, branch_folder
-from baichuan_omni_jax.config import OmniConfig, read_hf
-from baichuan_omni_jax.convert.buffers import rotary_buffers
+from baichuan_omni_jax.config import MeshConfig, OmniConfig, read_hf
 from baichuan_omni_jax.convert.files import copy_companions, list_companions, save_buffers
 from baichuan_omni_jax.convert.leaf_store import BranchWriter
-from baichuan_omni_jax.convert.plan import Plan, plan_from_tensors
+from baichuan_omni_jax.convert.plan import Advance, Plan, plan_from_tensors, rotary_buffers
 from baichuan_omni_jax.convert.rules import Entry, Rule
-from baichuan_omni_jax.convert.safetensors_io import TensorSource, blocks_of, open_weights
-from baichuan_omni_jax.convert.tables import branch_rules
-from baichuan_omni_jax.convert.torch_file import open_vocoder
+from baichuan_omni_jax.convert.safetensors_io import (
+    DTYPES,
+    SafetensorsFile,
+    TensorInfo,
+    TensorSource,
+    blocks_of,
+    open_weights,
+)
+from baichuan_omni_jax.convert.tables import AUDIO_ENCODER, audio_encoder_rules, branch_rules
 from baichuan_omni_jax.errors import ConfigError
-from baichuan_omni_jax.nn.param import named_variables, with_values
-from baichuan_omni_jax.storage import check_target, staged_folder
+from baichuan_omni_jax.nn.param import ComputePolicy, named_variables, with_values
+from baichuan_omni_jax.sharding import make_mesh
+from baichuan_omni_jax.storage import check_target, read_json_object, refuse_stand_in, staged_folder
 from baichuan_omni_jax.vocoder.config import VocoderConfig, read_vocoder_config, vocoder_to_json
 
-Advance = Callable[[int], None]
+# Where the encoder lies in a Whisper checkpoint with a language model's head, and in one without.
+_WHISPER_HOMES = ("model.encoder", "encoder")
+WHISPER_SIZES = ("num_mel_bins", "d_model", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim")
 
 
 @dataclass(frozen=True)
-class Job:
-    """A source of tensors and what becomes of them."""
+class ConversionJob:
+    """A source of tensors and the plan of what becomes of them."""
 
     source: TensorSource
     plan: Plan
 
 
-def plan_to_jax(source: Path, vocoder: Path | None = None, branches: Iterable[str] = ()) -> list[Job]:
-    """Reads every header and config of a conversion. `branches` (default: all) of the model, and the vocoder if given.
+def plan_to_jax(source: Path, vocoder: Path | None = None, branches: Iterable[str] = ()) -> list[ConversionJob]:
+    """Plans a conversion: reads every header and configuration, and no tensor.
 
-    Raises ConfigError naming the file and every tensor that does not fit.
+    Args:
+        source: a Hugging Face folder.
+        vocoder: a vocoder's file, where it is converted too.
+        branches: those of the model that are converted; default: all.
+
+    Raises:
+        ConfigError: names the file and every tensor that does not fit.
     """
     cfg = read_hf(source / CONFIG)
     weights = open_weights(source)
+    # A tokenizer that was never fetched is refused now, not after the weights have been moved.
     list_companions(source)
     tables = branch_rules(cfg)
     abstract = abstract_branches(cfg, only=branches)
     dropped = rotary_buffers(weights, cfg)
     found = {name: info for name, info in weights.infos.items() if name not in dropped}
-    plan = plan_from_tensors(found, tables, abstract, weights.where, only=branches)
+    plan = plan_from_tensors(found, tables, abstract, weights.location, only=branches)
     plan.dropped = dropped
-    jobs = [Job(weights, plan)]
+    jobs = [ConversionJob(weights, plan)]
     if vocoder is not None:
         jobs.append(_plan_vocoder(vocoder, cfg))
     return jobs
@@ -64,13 +84,20 @@ def convert_to_jax(
     target: Path,
     *,
     vocoder: Path | None = None,
-    jobs: list[Job] | None = None,
+    jobs: list[ConversionJob] | None = None,
     advance: Advance = lambda done: None,
 ) -> None:
-    """Writes the checkpoint `target` (docs/how-to/weights.md) from the Hugging Face folder `source`.
+    """Converts a Hugging Face folder to a checkpoint of branches (docs/how-to/weights.md), whole or not at all.
 
-    `jobs` is what `plan_to_jax` made of the same arguments; `advance` hears of bytes that are done. Raises ConfigError,
-    and leaves nothing behind then.
+    Args:
+        source: the Hugging Face folder.
+        target: the checkpoint to write; a folder that is not there, or empty.
+        vocoder: a vocoder's file, where it is converted too.
+        jobs: what `plan_to_jax` made of the same arguments (default: made here).
+        advance: called with the bytes that are done, for a progress bar.
+
+    Raises:
+        ConfigError: something given cannot be used; nothing is left behind.
     """
     check_target(target)
     jobs = plan_to_jax(source, vocoder) if jobs is None else jobs
@@ -90,7 +117,7 @@ def convert_to_jax(
 
 
 def describe(plan: Plan) -> dict[str, BranchInfo]:
-    """The lines of `branches.json`."""
+    """Returns the lines of `branches.json`."""
     lines = {}
     for branch, leaves in plan.leaves.items():
         dtypes = sorted({info.dtype.name for info in leaves.values()})
@@ -102,24 +129,37 @@ def describe(plan: Plan) -> dict[str, BranchInfo]:
 def load_branch_from_safetensors(
     source: TensorSource, rules: Iterable[Rule], abstract: Any, *, branch: str = "branch", dtype: Any = None
 ) -> Any:
-    """The module `abstract` filled from `source` by a branch's `rules`; tensors of other branches are left alone.
+    """Fills a branch's module in memory; tensors of other branches are left alone.
 
-    In memory, on the current mesh (whole on each device, or as the abstract parameter says), in `dtype` or else in the
-    abstract parameter's. Raises ConfigError as a conversion would.
+    Args:
+        source: the tensors.
+        rules: the branch's table (`branch_rules`).
+        abstract: the module with shapes for values (`abstract_branches`).
+        branch: its name in errors.
+        dtype: of the parameters (default: as in `abstract`).
+
+    Returns:
+        The module on the mesh in use, each parameter whole on every device or split as `abstract` says.
+
+    Raises:
+        ConfigError: tensors do not fit, as in a conversion.
     """
     rules = tuple(rules)
     found = {name: info for name, info in source.infos.items() if any(rule.pattern.fullmatch(name) for rule in rules)}
-    plan = plan_from_tensors(found, {branch: rules}, {branch: abstract}, source.where)
+    plan = plan_from_tensors(found, {branch: rules}, {branch: abstract}, source.location)
     variables = named_variables(abstract)
     values = {name: np.empty(info.shape, info.dtype) for name, info in plan.leaves[branch].items()}
+    # Stacked parameters are filled layer by layer in host memory, then placed once.
     for entry in plan.entries[branch]:
         for leaf, index, value in pieces(entry, source, plan.leaves[branch]):
             values[leaf][index] = value
     return with_values(abstract, {name: _place(value, variables[name], dtype) for name, value in values.items()})
 
 
-def pieces(entry: Entry, source: TensorSource, leaves: Mapping[str, Any]):
-    """(parameter, index, value) of a checkpoint tensor: block by block of rows where its rows stay rows."""
+def pieces(
+    entry: Entry, source: TensorSource, leaves: Mapping[str, TensorInfo]
+) -> Iterator[tuple[str, tuple[int | slice, ...], np.ndarray]]:
+    """Reads a checkpoint tensor as (parameter, index, value): by blocks of rows where they stay rows, else whole."""
     rule, depth = entry.rule, len(entry.index)
     shapes = [leaves[leaf].shape[depth:] for leaf in entry.leaves]
     info = source.infos[entry.name]
@@ -134,24 +174,25 @@ def pieces(entry: Entry, source: TensorSource, leaves: Mapping[str, Any]):
 
 
 def vocoder_sizes(vocoder: Path) -> VocoderConfig:
-    """The sizes in the `vocoder_config.json` next to a vocoder's file; where there is none, the released ones."""
+    """Reads the `vocoder_config.json` next to a vocoder's file; where there is none, returns the released sizes."""
     path = vocoder.with_name(VOCODER_CONFIG)
     return read_vocoder_config(path) if path.is_file() else VocoderConfig()
 
 
-def _plan_vocoder(vocoder: Path, cfg: OmniConfig) -> Job:
+def _plan_vocoder(vocoder: Path, cfg: OmniConfig) -> ConversionJob:
     sizes, file = vocoder_sizes(vocoder), open_vocoder(vocoder)
     if sizes.in_channels != cfg.flow.in_channels:
         raise ConfigError(
             f"vocoder {vocoder} reads {sizes.in_channels} mels (in_channels), the model makes {cfg.flow.in_channels}"
         )
     rules, abstract = branch_rules(cfg, sizes)[VOCODER_BRANCH], abstract_branches(cfg, sizes, only=[VOCODER_BRANCH])
-    plan = plan_from_tensors(file.infos, {VOCODER_BRANCH: rules}, abstract, file.where)
-    return Job(file, plan)
+    plan = plan_from_tensors(file.infos, {VOCODER_BRANCH: rules}, abstract, file.location)
+    return ConversionJob(file, plan)
 
 
-def _write_branch(folder: Path, branch: str, job: Job, advance: Advance) -> None:
+def _write_branch(folder: Path, branch: str, job: ConversionJob, advance: Advance) -> None:
     entries, leaves = job.plan.entries[branch], job.plan.leaves[branch]
+    # Stacked parameters are cut between layers, as each layer is a checkpoint tensor of its own.
     depth = {leaf: len(entry.index) for entry in entries for leaf in entry.leaves}
     writer = BranchWriter(folder, leaves, depth)
     for entry in entries:
@@ -168,3 +209,93 @@ def _place(value: np.ndarray, variable: Any, dtype: Any) -> jax.Array:
     if sharding is None and not mesh.empty:
         sharding = NamedSharding(mesh, PartitionSpec())
     return jax.device_put(value, sharding)
+
+
+class TorchFile:
+    """The tensors of a `.pt` file, a flat state dict: what the released vocoder comes as.
+
+    Needs torch (the extra `parity`). Read with `weights_only=True`: no code of it runs. Raises ConfigError.
+    """
+
+    def __init__(self, path: Path):
+        self.location = str(path)
+        refuse_stand_in(path)
+        try:
+            import torch
+        except ImportError as error:
+            raise ConfigError(
+                f"{path} needs torch: pip install 'baichuan_omni_jax[parity]', or give safetensors"
+            ) from error
+        try:
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises whatever its parts raise
+            first = str(error).strip().splitlines()[:1] or [type(error).__name__]
+            raise ConfigError(f"{path} cannot be loaded with weights_only=True: {first[0]}") from error
+        odd = [name for name, x in tensors.items() if not torch.is_tensor(x)] if isinstance(tensors, dict) else ["it"]
+        if odd:
+            raise ConfigError(f"{path} is not a flat dict of tensors: {', '.join(map(str, odd))}")
+        self._arrays = {name: _to_numpy(tensor, torch) for name, tensor in tensors.items()}
+        self.infos = {name: TensorInfo(x.shape, x.dtype) for name, x in self._arrays.items()}
+
+    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+        """Returns a tensor, or some rows of it."""
+        return self._arrays[name][slice(None) if rows is None else rows]
+
+
+def open_vocoder(path: Path) -> SafetensorsFile | TorchFile:
+    """Opens the vocoder's weights, by the file's ending. Raises ConfigError."""
+    if path.suffix == ".safetensors":
+        return SafetensorsFile(path)
+    if path.suffix not in (".pt", ".pth"):
+        raise ConfigError(f"vocoder {path} is neither .safetensors nor .pt")
+    if not path.is_file():
+        raise ConfigError(f"vocoder {path} is not there")
+    return TorchFile(path)
+
+
+def _to_numpy(tensor: Any, torch: Any) -> np.ndarray:
+    tensor = tensor.detach().contiguous()
+    # numpy has no bfloat16 of its own, so torch does not convert it: the bits are read as those of ml_dtypes.
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(DTYPES["BF16"])
+    return tensor.numpy()
+
+
+def tokenizer_from_whisper(folder: Path, cfg: OmniConfig, seed: int = 0) -> AudioTokenizer:
+    """Makes the branch `audio_encoder`, fp32: a Whisper checkpoint's encoder, random bridge and codebooks.
+
+    Whisper's decoder is not read. Raises ConfigError naming the file, and the size or the tensors that do not fit.
+    """
+    weights = open_weights(folder)
+    home = next((home for home in _WHISPER_HOMES if f"{home}.conv1.weight" in weights.infos), None)
+    if home is None:
+        raise ConfigError(
+            f"{weights.location} holds no Whisper encoder: there is no tensor {_WHISPER_HOMES[0]}.conv1.weight"
+        )
+    check_sizes(folder / CONFIG, cfg.audio)
+    mesh, compute = make_mesh(MeshConfig(), jax.devices()[:1]), ComputePolicy()
+    with jax.set_mesh(mesh):
+        tokenizer = jax.jit(lambda: AudioTokenizer(jax.random.key(seed), cfg.audio, compute))()
+        abstract = with_shardings(jax.eval_shape(lambda: tokenizer.encoder), mesh, compute.rules)
+        rules = whisper_rules(cfg, home)
+        tokenizer.encoder = load_branch_from_safetensors(weights, rules, abstract, branch="audio_encoder")
+    return tokenizer
+
+
+def whisper_rules(cfg: OmniConfig, home: str = _WHISPER_HOMES[0]) -> list[Rule]:
+    """Lists the rules of Whisper's encoder at `home`: the released model has its names. Positions are computed."""
+    rules = [rule for rule in audio_encoder_rules(cfg) if not rule.restore]
+    # The encoder's alone, without the branch's own prefix: bridge and codebooks are not Whisper's.
+    return [
+        Rule(rule.tensor.replace(AUDIO_ENCODER, home), rule.parameters[0].removeprefix("encoder."), rule.transform)
+        for rule in rules
+        if rule.tensor.startswith(f"{AUDIO_ENCODER}.")
+    ]
+
+
+def check_sizes(path: Path, audio: AudioConfig) -> None:
+    """Raises ConfigError where Whisper's `config.json` names another size than the model has."""
+    sizes = read_json_object(path)
+    for name in WHISPER_SIZES:
+        if sizes.get(name) != getattr(audio, name):
+            raise ConfigError(f"{path}: {name} is {sizes.get(name)}, the model's audio.{name} {getattr(audio, name)}")

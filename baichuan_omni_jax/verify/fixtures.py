@@ -101,7 +101,7 @@ class _Overlay:
     """Tensors of a source, some of them replaced."""
 
     def __init__(self, source: TensorSource, replaced: Mapping[str, np.ndarray]):
-        self.where, self._source, self._replaced = source.where, source, replaced
+        self.location, self._source, self._replaced = source.location, source, replaced
         self.infos = {**source.infos, **{name: TensorInfo(x.shape, x.dtype) for name, x in replaced.items()}}
 
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:

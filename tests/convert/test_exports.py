@@ -12,9 +12,14 @@ from tokenizers import Tokenizer
 from baichuan_omni_jax.checkpoint import save_branches
 from baichuan_omni_jax.config import OmniConfig, tiny, to_hf
 from baichuan_omni_jax.convert.files import missing_code
-from baichuan_omni_jax.convert.qwen2 import convert_to_qwen2, plan_qwen2
 from baichuan_omni_jax.convert.safetensors_io import open_weights
-from baichuan_omni_jax.convert.to_torch import convert_to_torch, open_source, plan_to_torch
+from baichuan_omni_jax.convert.to_torch import (
+    convert_to_qwen2,
+    convert_to_torch,
+    open_source,
+    plan_qwen2,
+    plan_to_torch,
+)
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.llm.config import LLMConfig
 from baichuan_omni_jax.llm.model import LanguageModel

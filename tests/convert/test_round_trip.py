@@ -25,8 +25,7 @@ from baichuan_omni_jax.convert import (
     plan_to_torch,
     safetensors_io,
 )
-from baichuan_omni_jax.convert.safetensors_io import TensorInfo
-from baichuan_omni_jax.convert.safetensors_write import write_shards
+from baichuan_omni_jax.convert.safetensors_io import TensorInfo, write_shards
 from baichuan_omni_jax.convert.synthetic import write_random_checkpoint
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.nn.param import named_values

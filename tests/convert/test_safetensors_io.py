@@ -10,8 +10,14 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from baichuan_omni_jax.convert import safetensors_io
-from baichuan_omni_jax.convert.safetensors_io import SafetensorsFile, TensorInfo, blocks_of, open_weights
-from baichuan_omni_jax.convert.safetensors_write import SafetensorsWriter, write_shards
+from baichuan_omni_jax.convert.safetensors_io import (
+    SafetensorsFile,
+    SafetensorsWriter,
+    TensorInfo,
+    blocks_of,
+    open_weights,
+    write_shards,
+)
 from baichuan_omni_jax.errors import ConfigError
 
 VALUES = {

@@ -13,9 +13,9 @@ from baichuan_omni_jax.checkpoint import load_branches, save_branches
 from baichuan_omni_jax.cli.main import main
 from baichuan_omni_jax.config import tiny
 from baichuan_omni_jax.convert import branch_rules, load_branch_from_safetensors, open_weights
-from baichuan_omni_jax.convert.audio_encoder import ENCODER
 from baichuan_omni_jax.convert.synthetic import write_random_checkpoint
-from baichuan_omni_jax.convert.whisper import SIZES
+from baichuan_omni_jax.convert.tables import AUDIO_ENCODER
+from baichuan_omni_jax.convert.to_jax import WHISPER_SIZES
 from baichuan_omni_jax.nn.param import ComputePolicy, named_values, with_values
 from baichuan_omni_jax.omni.audio_tokenizer_model import TokenizerModel
 from baichuan_omni_jax.omni.flow_matching_model import VoiceModel
@@ -63,11 +63,13 @@ def write_whisper(folder: Path, home: str = "model.encoder", **sizes: int) -> Pa
     """The encoder of a random tiny model as a Whisper checkpoint; `folder`/released is that model."""
     write_random_checkpoint(folder / "released", tiny())
     released = open_weights(folder / "released")
-    names = {name: name.replace(ENCODER, home) for name in released.infos if name.startswith(f"{ENCODER}.")}
+    names = {name: name.replace(AUDIO_ENCODER, home) for name in released.infos if name.startswith(f"{AUDIO_ENCODER}.")}
     tensors = {theirs: released.read(name).astype(np.float16) for name, theirs in names.items()}
     tensors[f"{home}.embed_positions.weight"] = tensors.pop(f"{home}.positional_embedding")
     save_file(tensors | {"proj_out.weight": np.zeros((2, 2), np.float16)}, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps({name: getattr(tiny().audio, name) for name in SIZES} | sizes))
+    (folder / "config.json").write_text(
+        json.dumps({name: getattr(tiny().audio, name) for name in WHISPER_SIZES} | sizes)
+    )
     return folder
 
 

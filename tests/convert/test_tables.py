@@ -74,7 +74,7 @@ def test_the_released_names_are_covered_exactly() -> None:
         entries, problems = expand(rules, shapes, branch)
         assert not problems
         ours |= {entry.name: entry.shape for entry in entries}
-        ours |= {rule.theirs: rule.restore().shape for rule in rules if rule.restore}
+        ours |= {rule.tensor: rule.restore().shape for rule in rules if rule.restore}
     assert set(ours) == released_names(list(small))
     assert {name: ours[name] for name in SHAPES} == SHAPES
     # Names and shapes as a file's header would give them pass the engine, and one name fewer does not.
@@ -91,5 +91,5 @@ def test_every_golden_shape() -> None:
     for branch, rules in branch_rules(cfg).items():
         shapes = {name: value.shape for name, value in named_values(abstract[branch]).items()}
         ours |= {entry.name: list(entry.shape) for entry in expand(rules, shapes, branch)[0]}
-        ours |= {rule.theirs: list(rule.restore().shape) for rule in rules if rule.restore}
+        ours |= {rule.tensor: list(rule.restore().shape) for rule in rules if rule.restore}
     assert ours == json.loads(golden_path("omni_a/shapes.json").read_text())

@@ -64,7 +64,7 @@ class Arrays:
     """A state dict as a source of a conversion."""
 
     values: Tensors
-    where: str = "the state dict"
+    location: str = "the state dict"
 
     @property
     def infos(self) -> Mapping[str, TensorInfo]:
@@ -345,7 +345,9 @@ def test_audio_encoder(seed):
         return whisper.WhisperEncoder(config)
 
     cfg = replace(tiny(), audio=sizes)
-    rules = [rule for rule in branch_rules(cfg)["audio_encoder"] if any(x.startswith("encoder.") for x in rule.targets)]
+    rules = [
+        rule for rule in branch_rules(cfg)["audio_encoder"] if any(x.startswith("encoder.") for x in rule.parameters)
+    ]
     abstract = jax.eval_shape(lambda: {"encoder": AudioEncoder(KEY, sizes, COMPUTE)})
     names = {"": "audio_tokenizer.audio_model."}
     model = randomised(encoder(longest // 2), seed)
