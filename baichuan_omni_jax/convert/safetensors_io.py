@@ -92,9 +92,7 @@ class SafetensorsFile:
         done = 0
         while done < bytes_.size:
             # One call of the kernel moves at most 2 GiB.
-            got = os.preadv(
-                self._file.fileno(), [memoryview(bytes_[done : done + (1 << 30)])], self._start + start + done
-            )
+            got = os.preadv(self._file.fileno(), [bytes_[done : done + (1 << 30)].data], self._start + start + done)
             if not got:
                 raise ConfigError(f"{self.path} ends inside tensor {name}")
             done += got
@@ -250,7 +248,7 @@ class SafetensorsWriter:
         written = 0
         for block in blocks:
             block = np.ascontiguousarray(block)
-            self._file.write(memoryview(block.reshape(-1).view(np.uint8)))
+            self._file.write(block.reshape(-1).view(np.uint8).data)
             written += block.nbytes
         assert written == self._infos[name].nbytes, (name, written)
 
