@@ -5,8 +5,8 @@ Imports neither jax nor flax, so that data workers can use it.
 
 from baichuan_omni_jax.config.audio import FlowTrainConfig, QuantizerConfig, SpecAugmentConfig, TokenizerTrainConfig
 from baichuan_omni_jax.config.generation import READ_AT_LEAST, VOICE, GenerationConfig, SamplingConfig, check_voice
-from baichuan_omni_jax.config.hf import from_hf, read_hf, to_hf
-from baichuan_omni_jax.config.model import MODELS, OmniConfig, SpecialTokens, baichuan_omni_7b, resolve_model, tiny
+from baichuan_omni_jax.config.hf import from_hf, read_hf, resolve_model, to_hf
+from baichuan_omni_jax.config.model import MODELS, OmniConfig, SpecialTokens, baichuan_omni_7b, tiny
 from baichuan_omni_jax.config.overrides import apply_overrides, from_dict, to_dict
 from baichuan_omni_jax.config.run import (
     Budgets,

@@ -1,12 +1,12 @@
-"""How answers are generated: how tokens and codes are drawn, how long they may grow, when they end."""
+"""How answers are generated: how tokens and codes are sampled, how long they may grow, when they end."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 
 from baichuan_omni_jax.errors import ConfigError
 
 READ_AT_LEAST = 2.5
-"""Seconds that a piece of spoken text takes at least: ten Chinese characters, as the released demos read."""
+"""Seconds that a segment of spoken text takes at least: ten Chinese characters, as the released demos read."""
 
 VOICE = "邻家女声"
 """The voice that the system prompt of every released speech demo names."""
@@ -14,17 +14,16 @@ VOICE = "邻家女声"
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """How one token is drawn from its logits.
+    """How one token is sampled from its logits: the repetition penalty, then temperature, then top-k, then top-p.
 
-    First the logits of what the sequence already holds are divided by `repetition_penalty` where positive, multiplied
-    where negative (1: no penalty); then `temperature` divides them (0: the likeliest is taken, nothing is drawn); then
-    all but the `top_k` likeliest are left out (0: none), then all but the fewest likeliest whose probabilities reach
-    `top_p` together.
+    The defaults sample nothing: the likeliest token is taken.
     """
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
+    temperature: float = 0.0  # divides the logits; 0: the likeliest is taken
+    top_k: int = 0  # all but so many of the likeliest are left out; 0: none
+    top_p: float = 1.0  # all but the fewest likeliest whose probabilities reach this together are left out; 1: none
+    # The logits of what the sequence already holds are divided by it where positive, multiplied where negative; 1: no
+    # penalty.
     repetition_penalty: float = 1.0
 
     def __post_init__(self):
@@ -40,27 +39,24 @@ class SamplingConfig:
 class GenerationConfig:
     """How one answer is generated; the defaults are those of the released demos.
 
-    `speech` answers aloud: a piece of text, at most `piece_tokens`, then its speech, at most `piece_frames` code frames
-    (12.5 a second), in turn, `max_pieces` times at most. The first piece, drawn by `first_piece`, ends where the model
-    begins to speak; later ones, drawn by `piece`, also at punctuation (`speech_pieces`), once they take about
-    `piece_seconds` to speak: no less than the pieces that the model was trained on (`--shortest` of the synthesis).
-    `voice` is named to the model by the system prompt of a conversation that has none of its own. Without `speech` the
-    answer is text alone, drawn by `text`. Either way at most `max_tokens` text tokens, and no further than one of the
-    strings `stop`, which is left out.
+    A spoken answer is a segment of text, then its speech, in turn. The first segment ends where the model begins to
+    speak; later ones also at punctuation (`speech_segments`), once they take about `piece_seconds` to speak.
     """
 
-    speech: bool = False
-    voice: str = VOICE
-    max_tokens: int = 1024
-    stop: tuple[str, ...] = ()
+    speech: bool = False  # whether the answer is spoken; else it is text alone
+    voice: str = VOICE  # named to the model by the system prompt of a conversation that has none of its own
+    max_tokens: int = 1024  # text tokens of the whole answer
+    stop: tuple[str, ...] = ()  # the answer goes no further than one of these strings, which is left out
+    # How an answer of text alone is sampled, then the first and the later text segments of a spoken one, then codes.
     text: SamplingConfig = SamplingConfig(temperature=0.8, top_k=20, top_p=0.85, repetition_penalty=1.1)
     first_piece: SamplingConfig = SamplingConfig(temperature=0.8, top_k=20, top_p=0.85, repetition_penalty=1.1)
     piece: SamplingConfig = SamplingConfig(temperature=0.3, top_k=20, top_p=0.85, repetition_penalty=1.05)
     codes: SamplingConfig = SamplingConfig(temperature=0.5, top_k=5, top_p=0.85, repetition_penalty=1.3)
-    piece_tokens: int = 50
-    piece_frames: int = 500
+    piece_tokens: int = 50  # text tokens of a segment, at most
+    piece_frames: int = 500  # code frames of a segment's speech, at most: 40 s at 12.5 a second
+    # Seconds: no less than the segments that the model was trained on (`--shortest` of the synthesis).
     piece_seconds: float = READ_AT_LEAST
-    max_pieces: int = 100
+    max_pieces: int = 100  # segments of an answer
 
     def __post_init__(self):
         for name in ("max_tokens", "piece_tokens", "piece_frames", "max_pieces"):
@@ -74,11 +70,9 @@ class GenerationConfig:
             raise ConfigError(f"stop {self.stop!r} must be a tuple of strings, none of them empty")
 
     def greedy(self) -> "GenerationConfig":
-        """The same, with nothing drawn and no penalty."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return GenerationConfig(
-            **{k: SamplingConfig() if isinstance(v, SamplingConfig) else v for k, v in values.items()}
-        )
+        """Returns the same, with nothing sampled and no penalty."""
+        likeliest = SamplingConfig()
+        return replace(self, text=likeliest, first_piece=likeliest, piece=likeliest, codes=likeliest)
 
 
 def check_voice(voice: str) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from baichuan_omni_jax.audio.config import AudioConfig, PostNetConfig
-from baichuan_omni_jax.config.model import OmniConfig, SpecialTokens
+from baichuan_omni_jax.config.model import MODELS, OmniConfig, SpecialTokens
 from baichuan_omni_jax.config.overrides import convert_value
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.flow.config import FlowConfig
@@ -99,7 +99,7 @@ CFM_REQUIRED = {"solver": "euler", "t_scheduler": "cosine", "reg_loss_type": "l1
 
 
 def read_hf(path: Path) -> OmniConfig:
-    """`OmniConfig` of the config.json at `path`. Raises ConfigError naming the file and the field."""
+    """Reads the config.json at `path`. Raises ConfigError naming the file and the field."""
     values = read_json_object(Path(path))
     try:
         return from_hf(values)
@@ -107,8 +107,20 @@ def read_hf(path: Path) -> OmniConfig:
         raise ConfigError(f"{path}: {error}") from error
 
 
+def resolve_model(name: str) -> OmniConfig:
+    """Returns the variant called `name`, or that of the Hugging Face `config.json` at that path.
+
+    Raises ConfigError for neither.
+    """
+    if name in MODELS:
+        return MODELS[name]()
+    if Path(name).is_file():
+        return read_hf(Path(name))
+    raise ConfigError(f"model {name!r} is neither a variant ({', '.join(MODELS)}) nor a config.json that exists")
+
+
 def from_hf(values: dict[str, Any]) -> OmniConfig:
-    """`OmniConfig` of a released config's dict. Raises ConfigError on a missing, mistyped or unsupported field."""
+    """Reads a released config's dict. Raises ConfigError on a missing, mistyped or unsupported field."""
     values = {**_released_form(values), **{name: _section(values, name) for name in _SECTIONS}}
     _check_required(values)
     vision, video = values["visual_config"], values["video_config"]
@@ -141,7 +153,7 @@ def from_hf(values: dict[str, Any]) -> OmniConfig:
 
 
 def to_hf(config: OmniConfig) -> dict[str, Any]:
-    """The released config's dict of `config`; `from_hf` of it gives `config` back.
+    """Writes `config` as a released config's dict; `from_hf` of it gives `config` back.
 
     Raises ConfigError for an audio head whose head width the released code cannot express (it is always 128).
     """
@@ -150,7 +162,7 @@ def to_hf(config: OmniConfig) -> dict[str, Any]:
             f"audio_head.head_dim {config.audio_head.head_dim} has no place in a Hugging Face config (always 128)"
         )
     values: dict[str, Any] = {"architectures": ["OmniForCausalLM"], "model_type": "omni", "torch_dtype": "bfloat16"}
-    sections = {name: {"enable": True} for name in _SECTIONS}
+    sections: dict[str, dict[str, Any]] = {name: {"enable": True} for name in _SECTIONS}
     for (section, key), allowed in REQUIRED.items():
         (sections[section] if section else values)[key] = allowed[0]
     values |= _give(config.llm, LLM_KEYS) | {"head_dim": config.llm.head_dim}
@@ -176,7 +188,7 @@ _SECTIONS = ("audio_config", "visual_config", "video_config", "vocoder_config", 
 
 
 def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
-    """A nested object; one that is absent or null is empty."""
+    """Returns a nested object; one that is absent or null is empty."""
     found = values.get(name)
     if not isinstance(found, dict | None):
         raise ConfigError(f"{name} must be an object, not {found!r}")
@@ -184,7 +196,7 @@ def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _released_form(values: dict[str, Any]) -> dict[str, Any]:
-    """The keys that transformers 5 and later 4 write otherwise, as the released config has them.
+    """Rewrites the keys that transformers 5 and later 4 write otherwise, as the released config has them.
 
     Raises ConfigError naming what they say of positions, layers or tensors that the computation is not written for.
     """
@@ -194,8 +206,8 @@ def _released_form(values: dict[str, Any]) -> dict[str, Any]:
     found = {key: theta for key, theta in thetas.items() if theta is not None}
     for theta in found.values():
         if theta != next(iter(found.values())):
-            told = " and ".join(f"{theta!r} in {key}" for key, theta in found.items())
-            raise ConfigError(f"rope_theta is given twice: {told}")
+            both = " and ".join(f"{theta!r} in {key}" for key, theta in found.items())
+            raise ConfigError(f"rope_theta is given twice: {both}")
         values["rope_theta"] = theta
     values["rope_scaling"] = None
     for layer in values.get("layer_types") or ():
@@ -208,7 +220,7 @@ def _released_form(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain_rope(values: dict[str, Any], key: str) -> Any:
-    """The base that `rope_parameters` (or the older `rope_scaling`) holds, or None; anything but plain RoPE is refused.
+    """Returns the base that `rope_parameters` (or the older `rope_scaling`) holds, or None; refuses all but plain RoPE.
 
     {"rope_type": "default", "rope_theta": 1e6} -> 1e6
     """
@@ -224,7 +236,7 @@ def _plain_rope(values: dict[str, Any], key: str) -> Any:
 
 
 def _language_sizes(values: dict[str, Any]) -> dict[str, Any]:
-    """The fields of `LLMConfig`; without `head_dim` the width is shared out among the heads."""
+    """Reads the fields of `LLMConfig`; without `head_dim` the width is shared out among the heads."""
     llm = _take(values, LLM_KEYS, "", LLMConfig)
     for ours, theirs in LLM_KEYS.items():
         if llm[ours] <= 0:
@@ -235,7 +247,7 @@ def _language_sizes(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _token_ids(values: dict[str, Any]) -> SpecialTokens:
-    """The ids of the media marks, and of the end of text: the first, where a list of them is given."""
+    """Reads the ids of the media marks, and of the end of text: the first, where a list of them is given."""
     end = values.get("eos_token_id", SpecialTokens.end_of_text)
     end = {"eos_token_id": end[0] if isinstance(end, list) and end else end}
     ids = _take(end, {"end_of_text": "eos_token_id"}, "", SpecialTokens)
@@ -257,7 +269,7 @@ def _check_required(values: dict[str, Any]) -> None:
 
 
 def _take(values: dict[str, Any], keys: dict[str, str], section: str, config: type) -> dict[str, Any]:
-    """Fields of the dataclass `config` by name. Raises ConfigError for one that is missing or of another type."""
+    """Reads fields of the dataclass `config` by name. Raises ConfigError for one that is missing or of another type."""
     prefix, hints = f"{section}." if section else "", get_type_hints(config)
     missing = [theirs for theirs in keys.values() if theirs not in values]
     if missing:

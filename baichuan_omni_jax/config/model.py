@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from pathlib import Path
 
 from baichuan_omni_jax.audio.config import AudioConfig, PostNetConfig
 from baichuan_omni_jax.errors import ConfigError
@@ -15,30 +14,30 @@ from baichuan_omni_jax.vision.config import PixelLimits, VisionConfig
 class SpecialTokens:
     """Token ids that the model gives a meaning to (defaults: the released vocabulary)."""
 
-    end_of_text: int = 151643
-    audio_start: int = 151676
+    end_of_text: int = 151643  # ends a document, or an answer
+    audio_start: int = 151676  # stand around audio that is heard
     audio_end: int = 151677
-    audio_pad: int = 151678
-    image_start: int = 151679
+    audio_pad: int = 151678  # the place of one code frame, heard or spoken
+    image_start: int = 151679  # stand around an image, or a video frame
     image_end: int = 151680
-    image_pad: int = 151681
-    video_place: int = 151694
-    video_start: int = 151695
+    image_pad: int = 151681  # the place of one visual token of an image
+    video_place: int = 151694  # the place of one visual token of a video frame
+    video_start: int = 151695  # stand around the frames of a video; the released processor drops them
     video_end: int = 151696
-    audiogen_start: int = 151700
+    audiogen_start: int = 151700  # stand around audio that is spoken; code frames follow the first
     audiogen_end: int = 151701
 
 
 @dataclass(frozen=True, kw_only=True)
 class OmniConfig:
-    """The whole model. The defaults are the released 7B sizes."""
+    """The whole model but its vocoder. The defaults are the released 7B sizes."""
 
-    vision: VisionConfig = VisionConfig()
-    audio: AudioConfig = AudioConfig()
-    post_net: PostNetConfig = PostNetConfig()
-    llm: LLMConfig = LLMConfig()
-    audio_head: AudioHeadConfig = AudioHeadConfig()
-    flow: FlowConfig = FlowConfig()
+    vision: VisionConfig = VisionConfig()  # tower and projector
+    audio: AudioConfig = AudioConfig()  # the audio tokenizer: encoder, bridge, quantizer, and the decoder's layers
+    post_net: PostNetConfig = PostNetConfig()  # the audio decoder's 16 kHz mel
+    llm: LLMConfig = LLMConfig()  # the language model
+    audio_head: AudioHeadConfig = AudioHeadConfig()  # what predicts code frames from the language model's states
+    flow: FlowConfig = FlowConfig()  # the flow-matching decoder's 24 kHz mel
     tokens: SpecialTokens = SpecialTokens()
 
     def __post_init__(self):
@@ -62,7 +61,7 @@ class OmniConfig:
 
 
 def baichuan_omni_7b() -> OmniConfig:
-    """The released sizes: 7.6 B language model, 0.7 B vision tower, Whisper-large tokenizer."""
+    """Returns the released sizes: 7.6 B language model, 0.7 B vision tower, Whisper-large tokenizer."""
     return OmniConfig()
 
 
@@ -85,7 +84,7 @@ TRAINED_TOKENS = SpecialTokens(
 
 
 def tiny() -> OmniConfig:
-    """Every part of the architecture at a size that a laptop trains in minutes (about 4 M parameters)."""
+    """Returns every part of the architecture at a size that a laptop trains in minutes (about 4 M parameters)."""
     return OmniConfig(
         vision=VisionConfig(
             depth=2,
@@ -137,14 +136,3 @@ def tiny() -> OmniConfig:
 
 
 MODELS: dict[str, Callable[[], OmniConfig]] = {"tiny": tiny, "baichuan_omni_7b": baichuan_omni_7b}
-
-
-def resolve_model(name: str) -> OmniConfig:
-    """The variant called `name`, or the Hugging Face `config.json` at that path. Raises ConfigError for neither."""
-    from baichuan_omni_jax.config.hf import read_hf  # hf.py builds OmniConfig, so it is imported late
-
-    if name in MODELS:
-        return MODELS[name]()
-    if Path(name).is_file():
-        return read_hf(Path(name))
-    raise ConfigError(f"model {name!r} is neither a variant ({', '.join(MODELS)}) nor a config.json that exists")

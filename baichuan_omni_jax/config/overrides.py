@@ -22,7 +22,7 @@ RENAMED = {
 
 
 def to_dict(config: Any) -> Any:
-    """Dataclasses to dicts and tuples to lists, ready for JSON."""
+    """Turns dataclasses to dicts and tuples to lists, ready for JSON."""
     if dataclasses.is_dataclass(config):
         return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
     if isinstance(config, tuple | list):
@@ -31,7 +31,7 @@ def to_dict(config: Any) -> Any:
 
 
 def from_dict(cls: type[T], values: Any, where: str = "") -> T:
-    """The inverse of `to_dict`. Raises ConfigError on an unknown key or a value of another type."""
+    """Makes a `cls` of its `to_dict`. Raises ConfigError on an unknown or renamed key, or a value of another type."""
     if not isinstance(values, dict):
         raise ConfigError(f"{where or cls.__name__} must be a mapping, not {type(values).__name__}")
     hints = typing.get_type_hints(cls)
@@ -46,7 +46,8 @@ def apply_overrides(config: T, overrides: Sequence[str]) -> T:
     >>> apply_overrides(RunConfig(name="x"), ["train.steps=20", "data.budgets.tokens=1024"]).train.steps
     20
 
-    Raises ConfigError, naming the nearest known key, when a key does not exist or a value has another type.
+    Raises ConfigError when a key does not exist, naming the nearest known one, or the new one of a key that was
+    renamed, and when a value has another type.
     """
     for item in overrides:
         path, equals, text = item.partition("=")
@@ -106,7 +107,7 @@ def _parse(text: str, kind: Any) -> Any:
 
 
 def convert_value(kind: Any, value: Any, where: str) -> Any:
-    """`value` as an instance of the annotation `kind`; ints pass as floats, lists as tuples.
+    """Returns `value` as an instance of the annotation `kind`; ints pass as floats, lists as tuples.
 
     Raises ConfigError, naming `where`, for a value of another type.
     """
@@ -123,7 +124,7 @@ def convert_value(kind: Any, value: Any, where: str) -> Any:
         if not isinstance(value, list | tuple):
             raise ConfigError(f"{where} must be a list, not {value!r}")
         return tuple(convert_value(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return value if isinstance(value, kind) else from_dict(kind, value, f"{where}.")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

@@ -1,4 +1,8 @@
-"""`RunConfig`: everything a run decides that is not architecture. One file in `configs/` builds one."""
+"""`RunConfig`: everything a run decides that is not architecture. One file in `configs/` builds one.
+
+Every field says on its own line, or right above it, what it is, its unit, and why the default is what it is. Paths may
+begin with `~`.
+"""
 
 import re
 import runpy
@@ -7,287 +11,244 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
+from baichuan_omni_jax.branches import OMNI_BRANCHES, BranchName
 from baichuan_omni_jax.config.audio import FlowTrainConfig, TokenizerTrainConfig
 from baichuan_omni_jax.config.overrides import RENAMED, check_kinds
 from baichuan_omni_jax.errors import ConfigError
 
-Policy = Literal["split", "fewer_frames", "chunk", "chunk_text"]
+Task = Literal["omni", "audio_tokenizer", "flow_matching"]
+Dtype = Literal["bfloat16", "float32"]
+# What is tried on a document beyond a budget: `split` between its turns; `fewer_frames` of its videos; `chunk` into
+# stretches that fit, before media where it has any; `chunk_text`, the same of documents of text alone.
+OversizePolicy = Literal["split", "fewer_frames", "chunk", "chunk_text"]
+# How a still becomes RGB: as a person sees it, or as the released processor takes it.
+ImageRendering = Literal["seen", "released"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Devices along each mesh axis; the product must be the number of devices. -1 on one axis takes what is left.
+    """Devices along each mesh axis; their product must be the number of devices. -1 on one axis takes what is left."""
 
-    With `slices` > 1 the devices are that many TPU slices joined by the data-centre network, and `data`, a multiple of
-    `slices`, is the only axis that crosses from one to another.
-    """
-
-    data: int = 1
-    fsdp: int = 1
-    context: int = 1
-    tensor: int = 1
-    slices: int = 1
+    data: int = 1  # whole copies of the model, which share out the rows; the only axis that crosses slices
+    fsdp: int = 1  # rows are shared out and parameters split: the first axis to grow, as it saves memory at little cost
+    context: int = 1  # splits each row's tokens: for rows too long for one chip
+    tensor: int = 1  # splits heads and MLP widths: the most communication, so the last axis to grow
+    slices: int = 1  # TPU slices joined by the data-center network; `data` must be a multiple of it
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    """One source of documents and its weight in the mixture.
+    """One source of documents and its weight in the mixture."""
 
-    `manifest`, below `DataConfig.root`, is a JSONL file or the folder of a built data set (`dataset.json`). `name` is
-    its own: metrics and the plan's state go by it. A manifest's media paths are relative to the folder it lies in or to
-    `root`, a folder below `DataConfig.root`; a data set has its media inside.
-    """
-
-    name: str
-    manifest: str
-    weight: float = 1.0
+    name: str  # its own among all sources: metrics and the plan's state go by it
+    manifest: str  # below `DataConfig.root`: a JSONL file, or the folder of a built data set (`dataset.json`)
+    weight: float = 1.0  # its share of the mixture, relative to the others'; see `DataConfig.weights_by`
+    # The folder below `DataConfig.root` that media paths are relative to, beside the manifest's own; a built data set
+    # has its media inside.
     root: str = ""
-    # Multiplies the weight in the loss of all that its documents train on, text and audio.
-    loss_weight: float = 1.0
-    # What is tried on its documents beyond a budget; None: `DataConfig.oversize`.
-    oversize: tuple[Policy, ...] | None = None
+    loss_weight: float = 1.0  # multiplies the loss weight of all that its documents train on, text and audio
+    oversize: tuple[OversizePolicy, ...] | None = None  # None: `DataConfig.oversize`
 
 
 @dataclass(frozen=True, kw_only=True)
 class Budgets:
     """What one packed row holds at most. Static shapes: every row of a run has exactly these sizes.
 
-    `tokens` is the row length; `patches` counts 14x14 patches (four become one token); `audio_frames` counts code
-    frames heard or spoken; `audio_targets` counts frames to predict, one end frame for each spoken clip included.
-
-    Two may be left out (0: no limit, and no arrays): `mel_windows`, windows of at most 30 s of sound that the batch
-    holds as log mel; `items`, media (pictures, video frames, clips).
+    The defaults are those of the released model's longest stage, 64k tokens (arXiv:2501.15368).
     """
 
-    tokens: int = 65536
-    patches: int = 65536
-    audio_frames: int = 16384
-    audio_targets: int = 8192
+    tokens: int = 65536  # the row's length; visual tokens and code frames included
+    patches: int = 65536  # of 14x14 pixels, four of which become one token; 0: no images
+    audio_frames: int = 16384  # code frames (12.5 a second) read or spoken
+    audio_targets: int = 8192  # code frames to predict, one end frame for each spoken clip included
+    # Windows of at most 30 s of audio that the batch holds as log mel, for the tasks that train on audio. 0: no arrays.
     mel_windows: int = 0
-    items: int = 0
+    items: int = 0  # media: images, video frames, clips. 0: no limit
 
     def limits(self) -> dict[str, int]:
-        """What a row is held to, by name: the budgets without those that are left out."""
+        """Returns what a row is held to, by name: the budgets without those that are left out."""
         sizes = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: size for name, size in sizes.items() if size or name not in ("mel_windows", "items")}
 
 
-Rendering = Literal["seen", "released"]
-
-
 @dataclass(frozen=True, kw_only=True)
 class ImagesConfig:
-    """How stills become RGB: as a person sees them (`seen`), or as the released processor takes them (`released`)."""
+    """How stills become RGB. The data index is made anew when it changes."""
 
-    orientation: Rendering = "seen"  # EXIF orientation is applied; released: pixels as they are stored
-    alpha: Rendering = "seen"  # transparent pixels lie over white; released: transparency is dropped
-    depth: Rendering = "seen"  # more than 8 bits, and floats, are scaled to 8; released: as Pillow converts them
-    profile: Rendering = "seen"  # an ICC profile is converted to sRGB; released: it is ignored
+    orientation: ImageRendering = "seen"  # EXIF orientation is applied; released: pixels as they are stored
+    alpha: ImageRendering = "seen"  # transparent pixels lie over white; released: transparency is dropped
+    depth: ImageRendering = "seen"  # more than 8 bits, and floats, are scaled to 8; released: as Pillow converts them
+    profile: ImageRendering = "seen"  # an ICC profile is converted to sRGB; released: it is ignored
 
 
 def released_images() -> ImagesConfig:
-    """Stills with the bytes of the released processor: for comparisons with it."""
+    """Returns how the released processor takes stills, byte for byte: for comparisons with it."""
     return ImagesConfig(orientation="released", alpha="released", depth="released", profile="released")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What is read and how rows are made. Paths may start with `~`; `root` is the folder that manifests lie below.
+    """What is read and how rows are made."""
 
-    `trusted_roots` are the folders that links inside a source's folder of media may lead to; that folder itself always
-    is one. The default trusts every link, since whoever made the folder made it; `()` none that leaves it. What a
-    manifest writes must lie inside whatever is trusted.
-    `sample` asks for the offline sample data set, built at `root` when it is not there yet.
-    `tokenizer` is a path to a `tokenizer.json`; empty trains one of `vocab_size` entries on the manifests' own text.
-    `audio_tokenizer` is a checkpoint (`DIR`); empty is the one that the codes of `checkpoint.init_from` were made by,
-    else a seeded random one, whose codes carry no decodable sound.
-    `max_bad_fraction` is the share of documents that may be unusable before the run stops.
-
-    The sources' weights are shares of what is counted by `weights_by`: `documents`, `tokens`, or what is `trainable`:
-    text targets and audio frames to predict. With `continue_sources` each source goes on where the run of
-    `checkpoint.init_from` left it; else it starts anew.
-    `oversize` names what is tried, in order, on a document beyond a budget: `split` between its turns, `fewer_frames`
-    of its videos, `chunk` into stretches that fit, before media where it has any, `chunk_text` the same of documents of
-    text alone. What then is still too long is skipped.
-    `unmarked` documents, in which nothing is marked as trainable, train on `all` of their text and speech, or are
-    skipped (`refuse`).
-
-    Rows: `open_bins` are filled at a time, from the next documents of the stream and a pool of `look_ahead` more.
-    The rows of `order_window` steps are ordered together so that all ranks have equal work in each step (1: as packed).
-
-    On a mesh with `context` > 1 rows are cut in blocks of `context_block` tokens; `context_plan` says which shard gets
-    which: `balanced` deals them by attention work, `contiguous` keeps their order.
-    `media_shards`: a row's patches lie in this many equal parts, and no picture in two of them. A multiple of the
-    mesh's context x tensor; which documents share a row depends on it, so it stays when the mesh changes.
-
-    `images`: how stills are taken; the index is made anew when it changes.
-
-    `mel_frames`: with `budgets.mel_windows`, how many mel frames a window's slot has, in ascending sizes; a step takes
-    the smallest that holds its longest window, and longer windows are cropped. Empty: a whole window of 30 s.
-    """
-
-    root: str = "data"
+    # --- What is read.
+    root: str = "data"  # the folder that manifests lie below
+    # Folders that links inside a source's folder of media may lead to; that folder itself always is one. The default
+    # trusts every link, since whoever made the folder made it; `()` none. What a manifest names must lie inside.
     trusted_roots: tuple[str, ...] = ("/",)
-    sample: bool = False
+    sample: bool = False  # builds the offline sample data set at `root` when it is not there yet
     mixture: tuple[SourceConfig, ...] = ()
-    rows: int = 16
-    budgets: Budgets = Budgets()
+    # What the sources' weights are shares of; `trainable` counts text targets and audio frames to predict.
     weights_by: Literal["documents", "tokens", "trainable"] = "documents"
-    continue_sources: bool = False
-    oversize: tuple[Policy, ...] = ("chunk_text",)
-    unmarked: Literal["all", "refuse"] = "all"
-    open_bins: int = 8
-    look_ahead: int = 128
-    order_window: int = 1
-    seed: int = 0
-    workers: int = 2
+    continue_sources: bool = False  # each source goes on where the run of `checkpoint.init_from` left it
+    seed: int = 0  # of the order of documents
+    workers: int = 2  # decoding processes a host; 0: in the training process
+    # A `tokenizer.json`. "": that of the weights the run starts from, else one trained on the manifests' own text, of
+    # the model's `llm.vocab_size` entries.
     tokenizer: str = ""
+    # A checkpoint. "": the one that the codes of `checkpoint.init_from` were made by, else a seeded random one, whose
+    # codes carry no decodable audio.
     audio_tokenizer: str = ""
-    end_of_text: bool = True
-    max_bad_fraction: float = 0.05
-    context_block: int = 512
-    context_plan: str = "balanced"
-    media_shards: int = 1
-    mel_frames: tuple[int, ...] = ()
     images: ImagesConfig = ImagesConfig()
+
+    # --- Which documents, and what becomes of long ones.
+    end_of_text: bool = True  # appends the end of text to documents that lack it, so that answers learn to end
+    # Documents in which nothing is marked as trainable: train on all of their text and speech, as the released model's
+    # do, or skip them.
+    unmarked: Literal["all", "refuse"] = "all"
+    # What is tried, in order, on a document beyond a budget. What then is still too long is skipped.
+    oversize: tuple[OversizePolicy, ...] = ("chunk_text",)
+    max_bad_fraction: float = 0.05  # the share of documents that may be unusable before the run stops
+
+    # --- Rows.
+    rows: int = 16  # a step, over all devices
+    budgets: Budgets = Budgets()
+    open_bins: int = 8  # rows that are filled at a time: more fill better and mix documents further apart
+    look_ahead: int = 128  # further documents of the stream that a row may be filled from
+    order_window: int = 1  # steps whose rows are ordered together so that all ranks have equal work; 1: as packed
+    # Mel frames that a window's slot may have (with `budgets.mel_windows`), ascending; a step takes the smallest that
+    # holds its longest window, longer ones are cropped. (): a whole window of 30 s.
+    mel_frames: tuple[int, ...] = ()
+
+    # --- Rows over a mesh with `context` > 1.
+    context_block: int = 512  # tokens; rows are cut in blocks of so many, which are dealt to the shards
+    # Deals blocks by attention work, or keeps their order.
+    context_plan: Literal["balanced", "contiguous"] = "balanced"
+    # A row's patches lie in so many equal parts, and no image in two of them: a multiple of the mesh's context x
+    # tensor. Which documents share a row depends on it, so it stays when the mesh changes.
+    media_shards: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalMixture:
-    """Held-out documents under one name: sources as in `DataConfig.mixture`, read from the same root."""
+    """Held-out documents under one name."""
 
-    name: str
-    sources: tuple[SourceConfig, ...]
+    name: str  # a part of the metrics' keys
+    sources: tuple[SourceConfig, ...]  # as in `DataConfig.mixture`, from the same root
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """Held-out loss: every `every` steps (0: never) over the first `steps` steps of each mixture.
+    """Held-out loss, and in tasks that train on audio what clips sound like."""
 
-    In tasks that train on audio, every `audio_every` steps (0: never) the first `audio_samples` clips of each go to
-    TensorBoard as they come back from their codes, as WAV and as pictures of their mels. `vocoder` is a checkpoint with
-    a HiFT vocoder for the mels of flow matching; empty: Griffin-Lim.
-    """
-
-    every: int = 0
-    steps: int = 1
+    every: int = 0  # steps between evaluations; 0: never
+    steps: int = 1  # the first so many of each mixture, the same in every evaluation
+    # Steps between samples of audio in TensorBoard, clips as they come back from their codes, as WAV and as mels; 0:
+    # never.
     audio_every: int = 0
-    audio_samples: int = 2
-    vocoder: str = ""
+    audio_samples: int = 2  # the first so many clips of each mixture
+    vocoder: str = ""  # a checkpoint with a HiFT vocoder, for the mels of flow matching; "": Griffin-Lim
     mixtures: tuple[EvalMixture, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class GroupConfig:
-    """Parameters whose path (`llm.layers.attention.q_proj`) matches `pattern` from its start; the first match wins.
+    r"""Parameters that train alike: those whose path matches `pattern`, unless a group before matches."""
 
-    `learning_rate` None freezes the group: no gradient, no optimizer state. The schedule's other numbers are those of
-    `OptimizerConfig` where they are None. With `special_tokens_only` the group's tables (`llm.embedding`, `llm.head`)
-    are frozen but for the rows of the special tokens (`train.special_token_rows`); a `weight_decay` of None is 0 there.
-    """
-
-    name: str
-    pattern: str
-    learning_rate: float | None
-    warmup_steps: int | None = None
+    name: str  # a part of the metrics' keys
+    pattern: str  # a regular expression that a path (`llm.layers.attention.q_proj.weight`) begins with
+    learning_rate: float | None  # at its peak; None freezes the group: no gradient, no optimizer state
+    warmup_steps: int | None = None  # None, here and below: as in `OptimizerConfig`
     decay_steps: int | None = None
     final_fraction: float | None = None
-    weight_decay: float | None = None
+    weight_decay: float | None = None  # None is 0 with `special_tokens_only`
+    # The group's tables (`llm.embedding`, `llm.head`) are frozen but for the rows of the special tokens.
     special_tokens_only: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay. Learning rates are the groups' peaks.
-
-    After `decay_steps` (counted from step 0) the rate stays at `final_fraction` of its peak, so a run can go on.
-    `weight_decay` None is 0.1 for the task `omni`, and none for the tasks that train on sound.
-    """
+    """AdamW with linear warm-up and cosine decay. The moments' decays are those that 7B language models train with."""
 
     groups: tuple[GroupConfig, ...] = (GroupConfig(name="all", pattern=".*", learning_rate=1e-4),)
-    warmup_steps: int = 100
-    decay_steps: int = 10000
-    final_fraction: float = 0.1
+    warmup_steps: int = 100  # from 0 to the peak
+    decay_steps: int = 10000  # counted from step 0; then the rate stays, so that a run can go on
+    final_fraction: float = 0.1  # of the peak, at the end of the decay
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
-    weight_decay: float | None = None
-    clip_norm: float = 1.0
+    weight_decay: float | None = None  # None: 0.1 for the task `omni`, none for the tasks that train on audio
+    clip_norm: float = 1.0  # of the global gradient
 
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeConfig:
-    """How the step is computed. `attention` and `rvq` name a kernel implementation; empty picks by platform.
+    """How the step is computed: none of it changes what is learnt, but for rounding."""
 
-    `loss_chunk`: as many vocabulary logits are in memory at once as this many positions of a row have per shard (all
-    positions, a piece of the vocabulary at a time). `mlp_chunk`: how many positions of a row per shard have the MLP's
-    wide intermediates in memory at once (0: the whole row).
-    """
-
-    dtype: str = "bfloat16"
-    remat: str = "full"
+    dtype: Dtype = "bfloat16"  # of products and activations; trainable weights, norms, softmax and losses are fp32
+    # What a layer keeps for its backward pass: nothing but its input, its attention's output too, or everything.
+    remat: Literal["full", "attention_out", "none"] = "full"
+    # Positions of a row and shard; as many vocabulary logits are in memory at once as these would have.
     loss_chunk: int = 1024
-    mlp_chunk: int = 0
-    attention: str = ""
-    attention_block: int = 512
+    mlp_chunk: int = 0  # positions of a row and shard that have the MLP's wide intermediates at once; 0: all
+    # Which kernel computes attention. "": the best that the platform supports; a name never falls back.
+    attention: Literal["", "pallas_tpu", "pallas_gpu", "xla", "reference"] = ""
+    attention_block: int = 512  # tokens a side of the blocks that attention is planned by
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Length and seed of a run, and the weights of its losses (`audio_level_weights` empty: 1/levels each).
-
-    A step's rows go through the model in `accumulate` equal parts, one after the other, and update it once.
-    A step whose loss or gradient is not finite updates nothing; `nonfinite_limit` of them in a row end the run.
-
-    `document_weighting` says what a document counts in the loss of each modality: as much as it has targets there
-    (`token`), the square root of that (`sqrt`), or as much as any other (`document`).
-    The audio loss has its full weight in a step with at least `audio_full_ratio` frames to predict for every text
-    target, and proportionally less below: no frame ever weighs more than `audio_loss_weight / audio_full_ratio` text
-    targets (0: always full).
-    `special_token_rows`: whether groups with `special_tokens_only` train; off for weights that know the special tokens,
-    as the released ones do. `special_token_ids` names the tokens; empty: the model's media marks (`OmniConfig.tokens`
-    without the end of text). `frozen_dtype` is what frozen parameters are computed from; checkpoints keep what was lost
-    by rounding to it.
-    """
+    """Length and seed of a run, and the weights of its losses."""
 
     steps: int = 1000
-    accumulate: int = 1
-    nonfinite_limit: int = 3
-    seed: int = 0
-    audio_loss_weight: float = 1.0
-    audio_level_weights: tuple[float, ...] = ()
+    accumulate: int = 1  # parts that a step's rows go through the model in, one after the other, for one update
+    nonfinite_limit: int = 3  # steps in a row whose loss or gradient is not finite, and which update nothing: then stop
+    seed: int = 0  # of first weights, and of what a step draws
+    audio_loss_weight: float = 1.0  # of the audio loss beside the text loss
+    audio_level_weights: tuple[float, ...] = ()  # of each level's loss within it; (): 1 / levels each
+    # The audio loss has its full weight in a step with at least so many frames to predict for every text target, and
+    # proportionally less below: no frame ever weighs more than `audio_loss_weight / audio_full_ratio` text targets. 0:
+    # always full.
     audio_full_ratio: float = 0.05
+    # A document counts in each modality's loss by its targets there, the square root of them, or as any other.
     document_weighting: Literal["token", "sqrt", "document"] = "token"
-    frozen_dtype: str = "bfloat16"
+    # What frozen parameters are computed from; checkpoints keep what was lost by rounding to it.
+    frozen_dtype: Dtype = "bfloat16"
+    # Whether groups with `special_tokens_only` train; off for weights that know the special tokens, as the released do.
     special_token_rows: bool = True
-    special_token_ids: tuple[int, ...] = ()
+    special_token_ids: tuple[int, ...] = ()  # (): the media marks of `OmniConfig.tokens`, without the end of text
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When to save and how many steps to keep. `init_from` is `DIR` or `branch=DIR,...`; empty is random.
+    """When to save, how many to keep, and what to start from."""
 
-    `branch=random` leaves a branch as it was drawn.
-    """
-
-    every: int = 100
-    keep: int = 3
+    every: int = 100  # steps
+    keep: int = 3  # newest steps
+    # `DIR` or `branch=DIR,...`, a checkpoint or a workdir; `branch=random` leaves a branch as it was drawn. "": all.
     init_from: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """A training run. `model` names a variant of `OmniConfig` or a Hugging Face config.json by path.
-
-    `task` is what trains: `omni`, the language model with its senses; `audio_tokenizer`, with the settings `tokenizer`;
-    `flow_matching`, with the settings `flow`. `branches` are those the step computes. Of `omni`, `llm` is among them:
-    without `vision` or `audio_head` the model lacks these parameters and the batch their media.
-    """
+    """A training run."""
 
     name: str
-    model: str = "baichuan_omni_7b"
-    task: str = "omni"
-    branches: tuple[str, ...] = ("vision", "llm", "audio_head")
+    model: str = "baichuan_omni_7b"  # a variant of `OmniConfig`, or the path of a Hugging Face config.json
+    # What trains: the language model with vision and audio, the audio tokenizer, or the flow-matching decoder.
+    task: Task = "omni"
+    # What the step computes. Of `omni`, `llm` is among them: without `vision` or `audio_head` the model lacks these
+    # parameters and the batch their media.
+    branches: tuple[BranchName, ...] = OMNI_BRANCHES
     mesh: MeshConfig = MeshConfig()
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -295,8 +256,8 @@ class RunConfig:
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
-    tokenizer: TokenizerTrainConfig = TokenizerTrainConfig()
-    flow: FlowTrainConfig = FlowTrainConfig()
+    tokenizer: TokenizerTrainConfig = TokenizerTrainConfig()  # of the task `audio_tokenizer`
+    flow: FlowTrainConfig = FlowTrainConfig()  # of the task `flow_matching`
 
 
 def load_run_config(path: str | Path) -> RunConfig:

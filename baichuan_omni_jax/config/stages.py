@@ -14,7 +14,7 @@ from baichuan_omni_jax.config.run import (
     DataConfig,
     GroupConfig,
     OptimizerConfig,
-    Policy,
+    OversizePolicy,
     RunConfig,
     SourceConfig,
     TrainConfig,
@@ -99,7 +99,7 @@ def stage_groups(stage: str, *, scale: float = 1.0, freeze_text_ends: bool = Fal
 
 
 def mixture_of(
-    shares: Mapping[str, float], *, oversize: Mapping[str, tuple[Policy, ...]] | None = None
+    shares: Mapping[str, float], *, oversize: Mapping[str, tuple[OversizePolicy, ...]] | None = None
 ) -> tuple[SourceConfig, ...]:
     """Sources `NAME.jsonl` with these shares; `oversize` are the policies of those that have their own."""
     policies = oversize or {}

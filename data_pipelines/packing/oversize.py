@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from baichuan_omni_jax.config import DataConfig
-from baichuan_omni_jax.config.run import Policy
+from baichuan_omni_jax.config.run import OversizePolicy
 from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.datasets.jobs.job import Job, Unit, run_job
 from data_pipelines.datasets.jobs.local import LocalRunner
@@ -39,7 +39,7 @@ from data_pipelines.packing.columns import NAMES, NO_PIECES, WHOLE, Columns, Pie
 from data_pipelines.packing.index import Index
 from data_pipelines.packing.row_limits import RowLimits, budget_lengths
 
-POLICIES = typing.get_args(Policy)
+POLICIES = typing.get_args(OversizePolicy)
 FORMAT = 4  # of what is kept: raise it when the policies give something else than before
 _UNIT = 4096  # documents
 log = logging.getLogger(__name__)
