@@ -12,7 +12,7 @@ import soundfile
 from av.stream import Disposition
 
 from data_pipelines.errors import SampleError
-from data_pipelines.media import audio as sounds
+from data_pipelines.media import audio_track
 from data_pipelines.media.audio import decode_audio, probe_audio, read_audio
 from data_pipelines.media.location import Media
 from tests.helpers.small_media import media, tone, write_track, write_video
@@ -104,12 +104,12 @@ class TestNothingElseIsHeard:
 
     def test_a_library_that_fills_less_than_it_was_asked_for(self, monkeypatch):
         """Past what the decoder gave the wave is silence, and only for the 0.1 s that a promise may be off."""
-        promise = sounds.Promise(3 * RATE + 1000, 0, RATE, 1)
-        monkeypatch.setattr(sounds, "_header_promise", lambda media: promise)
+        promise = audio_track.Promise(3 * RATE + 1000, 0, RATE, 1)
+        monkeypatch.setattr(audio_track, "_header_promise", lambda media: promise)
         found = read_audio(memory(wav()), RATE)
         assert (len(found.wave), found.damaged) == (3 * RATE + 1000, 1)
         assert not found.wave[3 * RATE :].any()
-        promise = sounds.Promise(3 * RATE + 2000, 0, RATE, 1)
+        promise = audio_track.Promise(3 * RATE + 2000, 0, RATE, 1)
         assert "truncated" in refusal(memory(wav()))
 
 
@@ -397,7 +397,7 @@ class TestPackets:
     def test_what_a_decoder_makes_of_damage_is_not_heard(self, tmp_path, monkeypatch):
         """Noise beyond any sound is a damaged packet; of plain samples it is what the file says, and refused."""
         path = write_track(tmp_path / "a.aac", tone(3, 44100), "aac", 44100, "adts")
-        decoded, count = sounds._mono, 0
+        decoded, count = audio_track._mono, 0
 
         def mono(frame: av.AudioFrame) -> np.ndarray:
             nonlocal count
@@ -405,7 +405,7 @@ class TestPackets:
             return decoded(frame) * (1e3 if count == 30 else 1)
 
         good = read_audio(media(path), 44100).wave
-        monkeypatch.setattr(sounds, "_mono", mono)
+        monkeypatch.setattr(audio_track, "_mono", mono)
         found = read_audio(media(path), 44100)
         assert (found.damaged, len(found.wave)) == (1, len(good))
         assert not found.wave[29 * 1024 : 30 * 1024].any()

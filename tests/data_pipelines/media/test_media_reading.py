@@ -11,9 +11,8 @@ import soundfile
 from PIL import Image
 
 from data_pipelines.errors import SampleError
-from data_pipelines.media import audio as sounds
+from data_pipelines.media import audio_track, videos
 from data_pipelines.media import containers as limits
-from data_pipelines.media import videos
 from data_pipelines.media.audio import clip_key, decode_audio, probe_audio
 from data_pipelines.media.file_kinds import plain_reason
 from data_pipelines.media.images import decode_image, probe_image
@@ -327,7 +326,7 @@ class TestSounds:
         for found in (film, song):
             refused(lambda found=found: probe_audio(found, RATE), "too_big_media", "seconds of sound, more than 1")
         monkeypatch.undo()
-        monkeypatch.setattr(sounds, "MAX_AUDIO_SAMPLES", 10000)  # as if the header had claimed less
+        monkeypatch.setattr(audio_track, "MAX_AUDIO_SAMPLES", 10000)  # as if the header had claimed less
         for found in (film, song):
             refused(lambda found=found: decode_audio(found, 32000, RATE), "too_big_media", "more than 10000 samples")
         monkeypatch.setitem(limits.MAX_BYTES, "sound", 1000)
