@@ -17,13 +17,61 @@ from operator import add, le
 
 import numpy as np
 from jaxtyping import Bool, Int64
+from numpy.typing import ArrayLike
 
 from data_pipelines.packing.media_layout import PatchLayout
 from data_pipelines.packing.mixture import DocumentLengths
 
+OPEN_BINS, LOOK_AHEAD = 8, 128  # rows open and documents waiting at once: the defaults of `DataConfig`
 RESERVE = 0.1  # share of every budget that only topping up may use: what it has to choose from makes rows full
 PATIENCE = 8  # a row is emitted before so many times `open_bins` others are, full or not
 _CLOSE = 1 / 1024  # of a budget: two documents that leave less end the search
+
+
+def pack(
+    lengths: ArrayLike, budgets: ArrayLike, *, open_bins: int = OPEN_BINS, look_ahead: int = LOOK_AHEAD
+) -> list[list[int]]:
+    """Packs documents into rows under one budget or several.
+
+    A row is full where any of its budgets is. Documents are taken in order and may wait a little, so that rows become
+    full; the same lengths give the same rows.
+
+    Args:
+        lengths: (n,), how long each document is, or (n, k), what it takes of each of k budgets, such as tokens and
+            patches. Whole numbers, at least 0.
+        budgets: what a row holds: one number, or k of them.
+        open_bins: how many rows are filled at once.
+        look_ahead: how many documents wait for a row; more make rows fuller, and take longer.
+
+    Returns:
+        The rows, each a list of places in `lengths`; every document is in one of them.
+
+    Raises:
+        ValueError: arrays whose shapes do not belong together, or a document that is longer than an empty row.
+
+    >>> pack([60, 70, 25, 33, 12, 15, 30], 100, open_bins=2, look_ahead=3)
+    [[0, 2, 5], [1, 4], [3, 6]]
+    >>> pack([[10, 64], [20, 0], [30, 96], [5, 0]], [40, 128])  # tokens and patches
+    [[0, 1, 3], [2]]
+    """
+    needs, limits = np.asarray(lengths), np.atleast_1d(np.asarray(budgets))
+    needs = needs.reshape(-1, 1) if needs.ndim == 1 else needs
+    if needs.ndim != 2 or limits.ndim != 1 or (len(needs) and needs.shape[1] != len(limits)):
+        raise ValueError(f"lengths of shape {np.shape(lengths)} do not go with {limits.size} budgets: (n, budgets)")
+    if not len(needs):
+        return []
+    if not np.issubdtype(needs.dtype, np.integer) or not np.issubdtype(limits.dtype, np.integer) or needs.min() < 0:
+        raise ValueError("lengths and budgets are whole numbers, lengths of at least 0")
+    if len(over := np.flatnonzero((needs > limits).any(1))):
+        raise ValueError(
+            f"document {over[0]} takes {needs[over[0]].tolist()}, more than a row holds: {limits.tolist()}"
+        )
+    packer = Packer(limits.tolist(), PatchLayout(0), open_bins, look_ahead)
+    documents = (DocumentLengths(number, tuple(taken), []) for number, taken in enumerate(needs.tolist()))
+    rows = [row for document in documents if (row := packer.add(document))]
+    while row := packer.finish():
+        rows.append(row)
+    return [[document.number for document in row] for row in rows]
 
 
 class _OpenRow:

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_pipelines.packing import pack
 from data_pipelines.packing.media_layout import PatchLayout
 from data_pipelines.packing.mixture import DocumentLengths
 from data_pipelines.packing.packer import PATIENCE, Packer
@@ -119,3 +120,32 @@ def test_no_row_stays_open_for_ever(open_bins):
     lengths = [[1, 10], *[[6, 1]] * 1500]
     rows = rows_of(lengths, [20, 10], PatchLayout(10), open_bins, look_ahead=4)
     assert next(place for place, row in enumerate(rows) if 0 in row) <= PATIENCE * open_bins
+
+
+@given(LENGTHS, st.integers(1, 5), st.integers(0, 20))
+@settings(max_examples=15)
+def test_pack_gives_the_rows_of_a_run(lengths, open_bins, look_ahead):
+    """The door for lengths alone is the packer of training, images aside."""
+    rows = pack(lengths, BUDGETS, open_bins=open_bins, look_ahead=look_ahead)
+    assert rows == rows_of(lengths, layout=PatchLayout(BUDGETS[1]), open_bins=open_bins, look_ahead=look_ahead)
+    assert rows == pack(np.array(lengths), np.array(BUDGETS), open_bins=open_bins, look_ahead=look_ahead)
+
+
+def test_pack_takes_one_length_a_document_or_none_at_all():
+    assert pack([3, 4], 9) == pack([[3], [4]], [9]) == [[0, 1]]
+    assert pack([], 9) == pack([], [9, 9]) == []
+
+
+@pytest.mark.parametrize(
+    ("lengths", "budgets", "message"),
+    [
+        ([5, 12], 9, r"document 1 takes \[12\], more than a row holds: \[9\]"),
+        ([[5, 1]], 9, "do not go with 1 budgets"),
+        ([5], [9, 9], "do not go with 2 budgets"),
+        ([0.5], 9, "whole numbers"),
+        ([-1], 9, "whole numbers"),
+    ],
+)
+def test_pack_refuses_what_it_cannot_pack(lengths, budgets, message):
+    with pytest.raises(ValueError, match=message):
+        pack(lengths, budgets)
