@@ -276,7 +276,7 @@ def _failures(job: Job, plan: Shaped[np.ndarray, " n"], pipelines: Sequence[Pipe
 
 def _entries(
     job: Job, plan: Shaped[np.ndarray, " n"], part_frames: int, failed: Sequence[int]
-) -> Shaped[np.ndarray, " n"]:
+) -> Shaped[np.ndarray, " k"]:
     """Returns the index of what the job wrote: its plan with the place of each window, but those without codes."""
     entries, written = np.zeros(len(plan), ENTRY), np.ones(len(plan), bool)
     for name in ("high", "low", "window", "length"):

@@ -127,6 +127,7 @@ def draw_voices(speech: TextToSpeech, path: Path) -> None:
     kinds = figure.canvas.get_supported_filetypes()
     if path.suffix.lstrip(".") not in kinds or not path.parent.is_dir():
         raise ConfigError(f"--picture {path}: a folder that exists, and one of {', '.join(sorted(kinds))}")
+    # Mels as the released model takes them, all on one time scale.
     audio = resolve_model("baichuan_omni_7b").audio
     shown = _shown(speech)
     mels = [_mel(speech, voice, language, audio) for language, voice in shown]

@@ -104,7 +104,8 @@ def make_runner(name: str, workers: int, beam_arguments: Sequence[str] = ()) -> 
             raise ConfigError("--beam-args need --runner beam")
         return LocalRunner(workers)
     if name == "beam":
-        from data_pipelines.datasets.jobs.beam import BeamRunner  # Beam takes seconds to import, and is an extra
+        # Beam takes seconds to import, and is an extra.
+        from data_pipelines.datasets.jobs.beam import BeamRunner
 
         return BeamRunner(workers, beam_arguments)
     raise ConfigError(f"unknown runner {name!r}: {' or '.join(RUNNERS)}")
@@ -130,6 +131,7 @@ def load_hook(option: str, name: str, *methods: str) -> object:
 
     Raises ConfigError when there is none, or when what it returns lacks one of `methods`.
     """
+    # Loaded and made once a process: a recognizer takes seconds to load.
     make = load_function(option, name, "factory")
     try:
         hook = make()

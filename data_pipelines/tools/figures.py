@@ -31,9 +31,17 @@ Pair = tuple[str, Float[np.ndarray, "_ mels"], Float[np.ndarray, "_ mels"]]
 def draw_tokenizer(
     pairs: Sequence[Pair], seconds: float, numbers: Mapping[str, float], sizes: Sequence[int], out: Path
 ) -> None:
-    """Draws `pairs` of mels (`seconds` a frame), and of `numbers` `codes_used_q*`, `perplexity_q*` and `mel_mae_q*` by
-    level, whose codebooks have `sizes` codes, into the file `out`.
+    """Draws what a tokenizer does to clips, and how its levels are used.
+
+    Args:
+        pairs: clips with their mels before and after.
+        seconds: of one frame.
+        numbers: the scores `codes_used_qN` (a share), `perplexity_qN` (of codes), `mel_mae_qN` (with N + 1 levels) of
+            every level, and `mel_mae_unquantised`.
+        sizes: codes of each level's codebook.
+        out: the file, of a format that matplotlib writes.
     """
+    # Two strips a clip on one color scale, what is lost shows as a difference; below them the levels of the quantizer.
     rows = 2 * len(pairs)
     figure = matplotlib.figure.Figure(figsize=(11, 1.6 * rows + 3.2), layout="constrained")
     grid = figure.add_gridspec(rows + 1, 2, height_ratios=[*[1.6] * rows, 3.2])
@@ -50,6 +58,7 @@ def draw_tokenizer(
             axes.set_title(f"{name}, {what}", loc="left", fontsize=9)
             if below:
                 axes.set_xlabel("seconds")
+    # How many of each level's codes are used, and how evenly.
     levels = np.arange(len(sizes))
     axes = figure.add_subplot(grid[rows, 0])
     share = [100 * numbers[f"codes_used_q{q}"] for q in levels]
@@ -61,6 +70,7 @@ def draw_tokenizer(
     axes.set_ylabel("% of the codes")
     axes.legend(fontsize=8)
     axes = figure.add_subplot(grid[rows, 1])
+    # What every further level wins, beside the error without quantizing.
     errors = [numbers[f"mel_mae_q{q}"] for q in levels]
     axes.plot(levels + 1, errors, "o-", color=_BLUE, label="from codes")
     axes.axhline(numbers["mel_mae_unquantized"], color=_ORANGE, linestyle="--", label="not quantized")

@@ -68,9 +68,11 @@ def draw(rows: list[RowView], document: DocumentView, path: Path, notes: list[st
     `notes` stand under the headline. Raises ConfigError when matplotlib does not know the format of `path`, OSError
     when it cannot be written.
     """
+    # Types get colors in the order of their names: the same data are drawn alike.
     lettering = Lettering()
     types = dict.fromkeys(segment.document.type for row in rows for segment in row.segments)
     colors = {kind: _pale(i, len(types)) for i, kind in enumerate(sorted(types))}
+    # The page from top to bottom; its height follows from the blocks.
     blocks = [_headline("Packed rows", notes), _legend(colors)]
     blocks += [_row(number, row, colors) for number, row in enumerate(rows)]
     blocks += _document(document, colors)
@@ -141,6 +143,7 @@ def _strips(page: Page, bottom: float, height: float, row: RowView, colors: dict
     axes.set_xlabel("slot of the row" if labels else "slot of the document", fontsize=9, labelpad=1)
     for spine in axes.spines.values():
         spine.set_visible(False)
+    # Colors are looked up by kind and stretched over the slots: one image a strip, whatever the row's length.
     for place, values, palette in ((1, row.contents, CONTENTS), (0, row.losses, LOSSES)):
         table = np.array([to_rgb(palette[kind][1]) for kind in range(len(palette))])
         extent = (0, slots, place + 0.06, place + 0.94)
@@ -207,6 +210,7 @@ def _draw_images(images: list[ImageView]) -> list[Block]:
     title = "Images, put together again from their patches; in each cell of 2 x 2 patches the number of its token"
     if len(images) > len(shown):
         title += f" (the first {len(shown)} of {len(images)})"
+    # One scale for all, so that sizes can be compared; the row must fit in width and in height.
     gap, room = 0.2, WIDTH - LEFT - MARGIN
     across = sum(image.pixels.shape[1] for image in shown)
     tallest = max(image.pixels.shape[0] for image in shown)
@@ -243,6 +247,7 @@ def _mels(mels: list[MelView]) -> list[Block]:
     title = "Log mel of each window of audio"
     if len(mels) > len(shown):
         title += f" (the first {len(shown)} of {len(mels)})"
+    # One time scale for all windows.
     gap = 0.65
     slot = (WIDTH - LEFT - MARGIN - gap * (MAX_MELS - 1)) / len(shown) if len(shown) > 1 else WIDTH - LEFT - MARGIN
     scale = min(slot / max(view.seconds for view in shown), 2.5)  # inches a second

@@ -132,6 +132,7 @@ def view_rows(pipeline: Pipeline, rows: int) -> tuple[list[RowView], list[str]]:
 
     Fewer rows when the row plan ends before. Raises ConfigError for a source without usable documents.
     """
+    # The plan and the decoder of a run, with codes that are all 0: nothing here packs in a way of its own.
     plan = pipeline.plan()
     planned = [[item.key for item in row] for row in islice(plan, rows)]
     documents = [pipeline.indexes[source].document(number) for row in planned for source, number in row]
@@ -202,6 +203,7 @@ def reassemble(
 
 
 def _view_alone(document: Document, encoded: EncodedDocument, omni: OmniConfig) -> RowView:
+    # A row that the document fills exactly: no padding, every budget as large as what it takes.
     budgets = Budgets(**{field.name: getattr(encoded.lengths, field.name) for field in fields(Budgets)})
     batch = empty_rows(1, budgets, omni)
     RowWriter(batch, 0).add(encoded, source=0, number=0)
@@ -221,6 +223,7 @@ def _view_row(batch: Batch, row: int, indexes: tuple[Index, ...], omni: OmniConf
 
 def _contents(batch: Batch, row: int, omni: OmniConfig) -> Int32[np.ndarray, " t"]:
     tokens, ids = batch["tokens"][row], omni.tokens
+    # From the general to the special: padding or text, then the marks among the text, then what media indices point to.
     contents = np.where(batch["segment_ids"][row] > 0, SlotContent.TEXT, SlotContent.PADDING)
     starts = [ids.audio_start, ids.audiogen_start]
     marks = [*starts, ids.audio_end, ids.audiogen_end, ids.image_start, ids.image_end]
@@ -259,6 +262,7 @@ def _images(encoded: EncodedDocument, omni: OmniConfig) -> list[ImageView]:
     for number in range(1, int(encoded.patch_frames.max(initial=0)) + 1):
         own = np.flatnonzero(encoded.patch_frames == number)
         pixels = reassemble(encoded.patches[own], encoded.patch_grid[own], patch)
+        # The center of a token is the mean of its merged patches, in the order that the model merges them.
         corners = encoded.patch_grid[own].reshape(-1, merged, 2)
         centers = ((corners.mean(1) + 0.5) * patch)[:, ::-1].astype(np.float32)
         token = encoded.tokens[encoded.visual_slots[own[0] // merged]]
@@ -269,6 +273,7 @@ def _images(encoded: EncodedDocument, omni: OmniConfig) -> list[ImageView]:
 
 
 def _mels(document: Document, processor: Processor) -> list[MelView]:
+    # Windows of one clip ascend; where their numbers start again, the next clip begins.
     kinds = [describe(element)[0] for element in processor.elements(document) if isinstance(element, AudioElement)]
     audio = processor.config.audio
     views, clip, previous = [], -1, None

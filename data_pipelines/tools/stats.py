@@ -119,6 +119,7 @@ def load(
 
     `root` and `trusted` as in `list_sources`. Raises ConfigError when one of them cannot be read.
     """
+    # Built data sets were measured when they were built; manifests are measured now, from headers.
     folders = [path for path in sources if path.is_dir()]
     manifests = [path for path in sources if not path.is_dir()]
     tables, skipped, examples = [], Counter(), {}
@@ -282,6 +283,7 @@ def _draw_histogram(axes: "Axes", quantity: Quantity, colors: Sequence) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     if not len(values):
         return
+    # Sizes and lengths spread over powers of ten: equal bins would show one bar.
     edges = np.geomspace(values.min(), max(values.max(), values.min() * 1.1), BINS + 1)
     bottom = np.zeros(BINS)
     for number, color in enumerate(colors):

@@ -104,6 +104,7 @@ def _validate(options: argparse.Namespace, found: list[Problem]) -> None:
 
 def validate(dataset: ShardedDataset, runner: Runner) -> list[Problem]:
     """Everything that is wrong with the dataset, shard after shard; progress is printed."""
+    # Units without fingerprints in a folder that goes away: validation is never resumed, what it saw may have changed.
     units = [Unit(f"shard-{i:05d}", "", (dataset, i), shard.bytes) for i, shard in enumerate(dataset.shards)]
     problems: list[list[Problem]] = [[] for _ in units]
     ids = [np.zeros((shard.documents, 2), np.uint64) for shard in dataset.shards]
@@ -160,6 +161,7 @@ def check_shard(unit: Unit, folder: Path) -> dict:
     """Checks one shard. Returns {"problems": [...], "ids": hashes of the records' ids, 32 hex digits each}."""
     dataset, number = unit.content
     shard = dataset.shards[number]
+    # The file first, then every record of it: a wrong checksum alone does not tell which documents suffer.
     problems = [*_check_file(dataset.folder / shard.file, shard)]
     identifiers: list[str] = []
     for record, document in enumerate(dataset.documents_of(number)):
@@ -192,6 +194,7 @@ def check_document(document: Document) -> None:
     for media in document.media.values():
         if sha256(media.data).hexdigest() != media.digest:
             raise SampleError("bad_record", f"{media.name} is not what was written")
+    # Every medium as the pipeline reads it, whole: headers may be right where samples are not.
     damaged = []
     for element in parse_prompt(document.text):
         if not isinstance(element, TextElement):

@@ -60,6 +60,7 @@ def visualize(options: argparse.Namespace) -> None:
     _check_matplotlib()
     if options.rows < 1 or options.length < 1:
         raise ConfigError(f"--rows {options.rows} and --length {options.length} must be at least 1")
+    # Rows first, then one document of them: the richest, or the one that is named.
     with file_errors(options.out):
         pipeline = open_pipeline(_data_config(options), resolve_model(options.model))
         rows, failed = view_rows(pipeline, options.rows)
@@ -76,6 +77,7 @@ def visualize(options: argparse.Namespace) -> None:
 
 
 def _data_config(options: argparse.Namespace) -> DataConfig:
+    # A run's data have one root: manifests of several folders could not be packed into one row.
     folders = {manifest.parent.resolve() for manifest in options.manifests}
     if len(folders) > 1:
         raise ConfigError(f"manifests must lie in one folder, not in {', '.join(sorted(map(str, folders)))}")

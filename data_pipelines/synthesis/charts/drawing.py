@@ -22,6 +22,7 @@ _LIGHTEST = 0.75  # brightness of a color that is seen on white
 
 def draw_chart(chart: Chart, rng: random.Random, font: str) -> Image.Image:
     """Draws a chart, its sides multiples of 28 pixels, in a size and in colors that `rng` chooses."""
+    # The size follows the labels, all sides whole visual tokens: the image is then not resized.
     crowded = len(chart.table.labels) > 8 or max(map(len, chart.table.labels)) > 10
     width = GRID * rng.randrange(24 if crowded else 18, 31)
     height = GRID * rng.randrange(15, 22)
@@ -50,6 +51,7 @@ def _colors(rng: random.Random, count: int) -> list:
 
 
 def _bars(axes: Axes, chart: Chart, colors: list, rng: random.Random) -> None:
+    # One series may lie on its side, where long labels have room.
     across = rng.random() < 0.3 and len(chart.series) == 1
     places, share = np.arange(len(chart.table.labels)), 0.8 / len(chart.series)
     for i, (series, color) in enumerate(zip(chart.series, colors, strict=True)):

@@ -98,6 +98,7 @@ def count_edits(first: Sequence[str], second: Sequence[str]) -> int:
     >>> count_edits("kitten", "sitting")
     3
     """
+    # One row of the table at a time: `diagonal` is what stood to the upper left.
     row = list(range(len(second) + 1))
     for i, one in enumerate(first, start=1):
         diagonal, row[0] = row[0], i
@@ -147,6 +148,7 @@ def judge(document: Document, rules: Rules) -> Verdict:
     """Gives the verdict on one document by itself. Raises SampleError when it cannot be read, or its speech not
     checked.
     """
+    # Text by its length and language; a document of media alone has neither.
     elements = tuple(parse_prompt(document.text))
     kept = Verdict(KEPT, document.type, elements)
     text = plain_text(document.text)

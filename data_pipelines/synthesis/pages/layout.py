@@ -78,6 +78,7 @@ def wrap(text: str, width: int, measure: Callable[[str], float]) -> Iterator[Lin
 
     `measure` tells the width of a text. Breaks stand at spaces and beside Chinese characters; a longer word is cut.
     """
+    # Greedy: a piece goes on the line while it fits; the spaces behind it may stand in the margin.
     for paragraph in text.split("\n"):
         line, used = "", 0.0
         for piece in _fitting(_PIECE.findall(paragraph), width, measure):
@@ -101,6 +102,7 @@ def paginate(lines: Iterator[Line], style: PageStyle) -> Iterator[Page]:
     placed: list[tuple[int, int, Line]] = []
     column, y, bottom = 0, style.margin, 0
     for line in lines:
+        # A full column: the next one, or the next page. A page takes one line at least, however large.
         if y + LEADING * style.size > style.height - style.margin and y > style.margin:
             column, y = column + 1, style.margin
             if column == style.columns:
@@ -118,6 +120,7 @@ def balance(pages: list[Page], style: PageStyle) -> list[Page]:
     """Balances the columns of the last page to about equal height."""
     if style.columns == 1 or not pages:
         return pages
+    # The least height at which the last page's lines still fit on one page.
     lines = [line for _, _, line in pages[-1].lines]
     for height in range(2 * style.margin, style.height, style.size):
         last = list(paginate(iter(lines), replace(style, height=height)))
@@ -150,6 +153,7 @@ def draw_page(page: Page, style: PageStyle) -> Image.Image:
 
 def wear(image: Image.Image, rng: random.Random, paper: tuple[int, int, int]) -> Image.Image:
     """Wears an image: a little turned, blurred, noisy and unevenly lit: all of it readable still."""
+    # As a scanner or a camera would: turned, out of focus, unevenly lit, noisy.
     turned = image.rotate(rng.uniform(-1.5, 1.5), Image.Resampling.BICUBIC, fillcolor=paper)
     blurred = turned.filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.6)))
     noise = np.random.default_rng(rng.getrandbits(32))

@@ -36,6 +36,7 @@ class Voice:
 
 def _table() -> dict[str, tuple[str, ...]]:
     """Lists every variant twice in each language: once as it is, once low and fast or high and slow."""
+    # Accents go round over the variants, so that no accent has all the high or all the low voices.
     english, chinese = [], []
     for place, variant in enumerate(_VARIANTS):
         changed = ("low/fast", "high/slow")[place % 2]

@@ -83,6 +83,7 @@ def write(content: bytes) -> None:
 def main() -> None:
     library = load()
     for line in sys.stdin:
+        # The child speaks and ends, and with it the library's state of this utterance.
         child = os.fork()
         if child == 0:
             signal.alarm(TIME_LIMIT)
