@@ -1,4 +1,4 @@
-"""Builds that SIGKILL ends at random moments end with the same bytes; damaged shards are told, never trusted."""
+"""Builds that SIGKILL ends at random moments end with the same bytes; damaged shards are reported, never trusted."""
 
 import json
 import os
@@ -183,10 +183,10 @@ def damage(content: bytes, rng: random.Random) -> bytes:
     return content[:place] + rng.randbytes(min(rng.randrange(1, 5000), len(content) - place)) + content[place + 5000 :]
 
 
-def test_damaged_shards_are_told_and_never_trusted(whole, tmp_path):
-    """Each document of a damaged shard is either the one that was written, or told as `bad_record`."""
+def test_damaged_shards_are_reported_and_never_trusted(whole, tmp_path):
+    """Each document of a damaged shard is either the one that was written, or reported as `bad_record`."""
     folder = shutil.copytree(whole, tmp_path / "dataset")
-    rng, dataset, told = random.Random(SEED), open_dataset(folder), 0
+    rng, dataset, reported = random.Random(SEED), open_dataset(folder), 0
     for _ in range(DAMAGES):
         number = rng.randrange(len(dataset.shards))
         path = folder / dataset.shards[number].file
@@ -201,10 +201,10 @@ def test_damaged_shards_are_told_and_never_trusted(whole, tmp_path):
                 assert path.name in str(one)
             else:
                 assert one == other
-        told += any(isinstance(one, SampleError) for one in found)
+        reported += any(isinstance(one, SampleError) for one in found)
         path.write_bytes(content)
-    print(f"{told} of {DAMAGES} damages cost a document; the others fell between records")
-    assert told >= DAMAGES / 2
+    print(f"{reported} of {DAMAGES} damages cost a document; the others fell between records")
+    assert reported >= DAMAGES / 2
 
 
 def test_validate_finds_every_damaged_shard(whole, tmp_path):

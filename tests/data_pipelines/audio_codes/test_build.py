@@ -1,4 +1,4 @@
-"""Filling a store of codes for mixtures: what is there is kept, what is missing is made, what cannot be is told."""
+"""Building a store of codes for mixtures: what is there is kept, what is missing is made, what cannot be is message."""
 
 import logging
 import os
@@ -159,9 +159,9 @@ def test_windows_without_codes_are_named_and_left_out(pipeline, tmp_path, caplog
     key, item = next(iter(windows_of(pipeline).items()))
     assert len(store) == len(keys_of(pipeline)) - 1
     assert key not in store
-    (told,) = [record.getMessage() for record in caplog.records]
-    assert told.startswith("no codes for a window of audio of omni.jsonl:")
-    assert f"(changed): it gives {item.window.code_frames - 1} code frames" in told
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message.startswith("no codes for a window of audio of omni.jsonl:")
+    assert f"(changed): it gives {item.window.code_frames - 1} code frames" in message
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The store of audio codes: what is written is read, and what is damaged is told by name."""
+"""The store of audio codes: what is written is read, and what is damaged is reported by name."""
 
 import hashlib
 import json
@@ -161,7 +161,7 @@ def cut_a_part(store):
 
 
 @pytest.mark.parametrize(
-    ("damage", "told"),
+    ("damage", "message"),
     [
         (break_meta, "cannot be read: "),
         (list_meta, "cannot be read: meta.json is not of format 2"),
@@ -172,10 +172,10 @@ def cut_a_part(store):
         (cut_a_part, r"frames/c\.2\.0 is damaged: it has \d+ of \d+ bytes"),
     ],
 )
-def test_a_damaged_store_is_refused(damage, told, tmp_path):
+def test_a_damaged_store_is_refused(damage, message, tmp_path):
     write(tmp_path / "store", items().items())
     damage(tmp_path / "store")
-    with pytest.raises(ConfigError, match=rf"audio code store .*store:? {told}"):
+    with pytest.raises(ConfigError, match=rf"audio code store .*store:? {message}"):
         CodeStore(tmp_path / "store", "abc")
 
 

@@ -123,21 +123,21 @@ def test_documents_with_their_media(corpus, built):
 
 
 def test_what_the_description_tells(built):
-    told = json.loads((built / "dataset.json").read_text())
-    assert told["schema"] == 1
-    assert told["skipped"] == SKIPPED
-    assert (told["pictures"], told["videos"], told["sounds"]) == (4, 1, 3)
-    assert told["pixels"] == 2 * 40 * 60 + 2 * 80 * 50
-    assert told["audio_hours"] == pytest.approx((2 * 1.5 + 3) / 3600, abs=1e-4)
-    assert told["video_hours"] == pytest.approx(3 / 3600, abs=1e-4)
-    assert told["types"]["asr"]["documents"] == 1
-    assert told["unknown_types"] == ["", "odd"]
-    assert [shard["file"] for shard in told["shards"]] == [
+    description = json.loads((built / "dataset.json").read_text())
+    assert description["schema"] == 1
+    assert description["skipped"] == SKIPPED
+    assert (description["pictures"], description["videos"], description["sounds"]) == (4, 1, 3)
+    assert description["pixels"] == 2 * 40 * 60 + 2 * 80 * 50
+    assert description["audio_hours"] == pytest.approx((2 * 1.5 + 3) / 3600, abs=1e-4)
+    assert description["video_hours"] == pytest.approx(3 / 3600, abs=1e-4)
+    assert description["types"]["asr"]["documents"] == 1
+    assert description["unknown_types"] == ["", "odd"]
+    assert [shard["file"] for shard in description["shards"]] == [
         "one-00000.array_record",
         "one-00001.array_record",
         "two-00000.array_record",
     ]
-    assert sum(shard["documents"] for shard in told["shards"]) == told["documents"] == 7
+    assert sum(shard["documents"] for shard in description["shards"]) == description["documents"] == 7
 
 
 def test_what_is_skipped_is_named(built):
@@ -175,8 +175,8 @@ def test_the_same_on_beam(corpus, built, tmp_path, monkeypatch):
 def test_a_build_that_is_whole_stays(copies):
     root, out = copies
     before = {path: path.stat().st_mtime_ns for path in out.glob("*.array_record")}
-    told = build(root, out)
-    assert told == json.loads((out / "dataset.json").read_text())
+    description = build(root, out)
+    assert description == json.loads((out / "dataset.json").read_text())
     assert {path: path.stat().st_mtime_ns for path in out.glob("*.array_record")} == before
 
 
@@ -260,8 +260,8 @@ def test_a_root_and_names(corpus, tmp_path):
         (tmp_path / name).mkdir()
         write_manifest(tmp_path / name / "m.jsonl", [{"text": PICTURE % "media/a.png"}])
     manifests = [tmp_path / "x/m.jsonl", tmp_path / "y/m.jsonl"]
-    told = build_dataset(manifests, tmp_path / "out", corpus, 10, 1 << 20, make_runner("local", 0))
-    assert (told["documents"], told["manifests"]) == (2, ["x/m.jsonl", "y/m.jsonl"])
+    description = build_dataset(manifests, tmp_path / "out", corpus, 10, 1 << 20, make_runner("local", 0))
+    assert (description["documents"], description["manifests"]) == (2, ["x/m.jsonl", "y/m.jsonl"])
     dataset = open_dataset(tmp_path / "out")
     assert [dataset.document(shard, 0).id for shard in range(2)] == ["x/m-1", "y/m-1"]
     slashes = [tmp_path / "a/b.jsonl", tmp_path / "a-b.jsonl"]
@@ -272,8 +272,8 @@ def test_shards_are_cut_by_bytes(corpus, tmp_path):
     """Random pixels: a picture is larger than a shard, and so has one of its own."""
     documents = [{"text": PICTURE % "media/a.png"} for _ in range(3)]
     manifest = write_manifest(tmp_path / "m.jsonl", documents)
-    told = build_dataset([manifest], tmp_path / "out", corpus, 10, 5000, make_runner("local", 0))
-    assert [shard["documents"] for shard in told["shards"]] == [1, 1, 1]
+    description = build_dataset([manifest], tmp_path / "out", corpus, 10, 5000, make_runner("local", 0))
+    assert [shard["documents"] for shard in description["shards"]] == [1, 1, 1]
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2)), max_size=30))

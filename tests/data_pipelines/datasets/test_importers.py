@@ -85,9 +85,9 @@ def test_text_that_somebody_wrote_stays_text(vocabulary):
         escaped = plain(tf.constant(text)).numpy().decode()
         assert escaped == escape(text)
         assert list(vocabulary.encode(escaped)) == encode(ids_of_plain, text)
-    asked = vocabulary.encode("<C_Q>" + escape("Who is <C_A>?") + "<C_A>")
+    tokens = vocabulary.encode("<C_Q>" + escape("Who is <C_A>?") + "<C_A>")
     marks = [vocabulary.tokenizer.token_to_id(name) for name in ("<C_Q>", "<C_A>")]
-    assert list(asked) == [marks[0], *encode(ids_of_plain, "Who is <C_A>?"), marks[1]]
+    assert list(tokens) == [marks[0], *encode(ids_of_plain, "Who is <C_A>?"), marks[1]]
 
 
 def test_decoding_stops_at_the_end(vocabulary):
@@ -107,12 +107,12 @@ def test_tasks_are_dealt_by_their_rates():
         assert abs(dealt[:stop].count("a") - 0.7 * stop) <= 2
 
 
-def test_sampled_rates_are_within_2_percent_of_the_asked(cached):
+def test_sampled_rates_are_within_2_percent_of_the_wanted(cached):
     """Counted in what was written, not in what was reported."""
-    folder, told = cached
+    folder, summary = cached
     dataset = open_dataset(folder)
     types = [document.type for shard in range(2) for document in dataset.documents_of(shard)]
-    assert len(types) == 2000 == told["documents"]
+    assert len(types) == 2000 == summary["documents"]
     for task, share in {"omni_text": 0.75, "omni_questions": 0.25}.items():
         assert types.count(task) / 2000 == pytest.approx(share, rel=0.02)
 
@@ -150,16 +150,16 @@ def test_a_stopped_job_goes_on_and_ends_with_the_same_shards(cached, recipe, tmp
 
 
 def test_a_task_alone_is_read_once(root, recipe, tmp_path):
-    told = cache(Recipe("omni_text", (MODULE,), recipe.tokenizer), tmp_path / "text", None, 3, LocalRunner(0))
-    assert told["documents"] == len((root / "text.jsonl").read_text(encoding="utf-8").splitlines())
+    summary = cache(Recipe("omni_text", (MODULE,), recipe.tokenizer), tmp_path / "text", None, 3, LocalRunner(0))
+    assert summary["documents"] == len((root / "text.jsonl").read_text(encoding="utf-8").splitlines())
 
 
-def test_what_is_asked_wrongly_is_one_sentence(root, recipe, tmp_path, capsys):
-    for change, told in {
+def test_what_is_wrong_is_one_sentence(root, recipe, tmp_path, capsys):
+    for change, message in {
         "mixture": "no task or mixture 'x' is registered; there are omni_mixture, omni_questions, omni_text",
         "split": "task omni_questions has no split 'x'; it has train",
     }.items():
-        with pytest.raises(ConfigError, match=told):
+        with pytest.raises(ConfigError, match=message):
             cache(Recipe(**(recipe.__dict__ | {change: "x"})), tmp_path / "out", 10, 1, LocalRunner(0))
     with pytest.raises(ConfigError, match="omni_mixture is a mixture, which has no end"):
         cache(recipe, tmp_path / "out", None, 1, LocalRunner(0))

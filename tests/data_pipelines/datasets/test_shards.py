@@ -108,7 +108,7 @@ def test_damaged_shards(dataset, damage, message):
 
 
 def test_flipped_bits_cost_their_records_only(dataset):
-    """Each flip either leaves every document as it was, or is told for the one it is in."""
+    """Each flip either leaves every document as it was, or is reported for the one it is in."""
     path = dataset.folder / "a.array_record"
     whole, rng, found = path.read_bytes(), random.Random(1), 0
     for _ in range(100):

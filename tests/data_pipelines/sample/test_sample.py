@@ -53,7 +53,7 @@ def test_every_file_is_referenced_and_opens(sample_dir, documents):
     named = {path for document in documents for _, path in media_of(document)}
     made = {path.relative_to(sample_dir).as_posix() for path in sample_dir.glob("*/*")}
     assert named <= made
-    # A film may be left out by chance, a picture or a clip of speech never.
+    # A video may be left out by chance, an image or a clip of speech never.
     assert all(path.startswith("video/") for path in made - named)
     for path in made:
         check_file(sample_dir / path)
@@ -72,19 +72,19 @@ def check_file(path):
         assert 1 <= len(samples) / 22050 <= 6, path
         assert np.abs(samples).max() > 3000, f"{path} is silent"
     else:
-        check_film(path)
+        check_video(path)
 
 
-def check_film(path):
-    with av.open(str(path)) as film:
-        pictures = [frame.to_ndarray(format="gray") for frame in film.decode(video=0)]
-    with av.open(str(path)) as film:
-        sound = np.concatenate([frame.to_ndarray().ravel() for frame in film.decode(audio=0)])
-        rate = film.streams.audio[0].rate
-    assert 16 <= len(pictures) <= 48
-    assert abs(len(pictures) / 8 - len(sound) / rate) < 0.3
-    assert np.abs(sound).max() > 0.1
-    assert np.abs(pictures[0].astype(int) - pictures[-1]).mean() > 5, f"{path} does not move"
+def check_video(path):
+    with av.open(str(path)) as video:
+        images = [frame.to_ndarray(format="gray") for frame in video.decode(video=0)]
+    with av.open(str(path)) as video:
+        audio = np.concatenate([frame.to_ndarray().ravel() for frame in video.decode(audio=0)])
+        rate = video.streams.audio[0].rate
+    assert 16 <= len(images) <= 48
+    assert abs(len(images) / 8 - len(audio) / rate) < 0.3
+    assert np.abs(audio).max() > 0.1
+    assert np.abs(images[0].astype(int) - images[-1]).mean() > 5, f"{path} does not move"
 
 
 def test_every_document_is_well_formed_and_carries_loss(documents):

@@ -1,4 +1,4 @@
-"""Captions by a hook: both languages, failures by picture, prompts that carry no loss."""
+"""Captions by a hook: both languages, failures by image, prompts that carry no loss."""
 
 import json
 
@@ -22,7 +22,7 @@ def tag(path):
 
 @pytest.fixture
 def manifest(tmp_path):
-    """Pictures of four brightnesses, one that is no picture, and a document without any."""
+    """Images of four brightnesses, one that is no image, and a document without any."""
     for name, level in (("dark", 20), ("gray", 70), ("light", 150), ("white", 250)):
         Image.fromarray(np.full((30, 40, 3), level, np.uint8)).save(tmp_path / f"{name}.png")
     (tmp_path / "broken.png").write_bytes(b"no picture")
@@ -46,17 +46,17 @@ def run(manifest, out, *options):
 _FILES = ("captions.jsonl", "skipped-captions.jsonl")
 
 
-def test_every_picture_is_captioned_in_both_languages_or_counted(manifest, tmp_path):
+def test_every_image_is_captioned_in_both_languages_or_counted(manifest, tmp_path):
     code, made, skipped = run(manifest, tmp_path / "out", "--captioner", f"{HOOKS}:BrightnessCaptioner")
     assert code == 0
     words = {}
     for one in made:
-        picture, question, answer = parse_prompt(one["text"])[1:]
+        image, question, answer = parse_prompt(one["text"])[1:]
         assert one["type"] == "caption"
-        assert isinstance(picture, ImageElement)
+        assert isinstance(image, ImageElement)
         assert not question.trainable
         assert answer.trainable
-        assert (tmp_path / "out" / picture.reference.path).samefile(
+        assert (tmp_path / "out" / image.reference.path).samefile(
             manifest.parent / ("light.png" if "150" in answer.text else "white.png")
         )
         language = "zh" if answer.text.startswith("亮度") else "en"
@@ -79,12 +79,14 @@ def test_every_picture_is_captioned_in_both_languages_or_counted(manifest, tmp_p
 
 def test_one_language_and_another_seed(manifest, tmp_path):
     hook = ("--captioner", f"{HOOKS}:BrightnessCaptioner", "--languages", "zh")
-    asked = []
+    prompts = []
     for seed in range(6):
         _, made, _ = run(manifest, tmp_path / str(seed), *hook, "--seed", str(seed))
-        asked.append([element.text for element in parse_prompt(made[0]["text"]) if isinstance(element, TextElement)][1])
+        prompts.append(
+            [element.text for element in parse_prompt(made[0]["text"]) if isinstance(element, TextElement)][1]
+        )
         assert all("亮度" in one["text"] for one in made)
-    assert len(set(asked)) > 1
+    assert len(set(prompts)) > 1
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Documents of pictures and films of which a part is heard: shares of sentences, questions, a film's own track."""
+"""Documents of images and videos of which a part is heard: shares of sentences, questions, a video's own track."""
 
 from data_pipelines.documents.prompt_writing import audio_tag, image_tag, trainable, turn, video_tag
 from data_pipelines.documents.prompts import AudioElement, ImageElement, TextElement, VideoElement, parse_prompt
@@ -53,18 +53,18 @@ def test_what_trains_whole_is_heard_in_part(tmp_path):
     plain = [text.replace("<trainable_start>", "").replace("<trainable_end>", "") for text in texts]
     made, skipped = run("crossmodal", write_manifest(tmp_path, plain), tmp_path / "out", "--order", "first", *SHORT)
     assert not skipped
-    story, asked = (parse_prompt(document["text"]) for document in made)
+    story, dialogue = (parse_prompt(document["text"]) for document in made)
     assert [type(element) for element in story] == [TextElement, ImageElement, AudioElement, TextElement]
     assert [element.trainable for element in story if isinstance(element, TextElement)] == [False, True]
     assert story[-1].text.strip() == "This is sentence number two."
-    roles, task, picture, sound, answer = asked
+    roles, task, image, audio, answer = dialogue
     assert (roles, answer) == (
         TextElement("<C_Q>", trainable=True),
         TextElement("<C_A>Noise, much of it.", trainable=True),
     )
     assert (task.trainable, task.text.strip() in ANSWER_PICTURE["en"]) == (False, True)
-    assert isinstance(picture, ImageElement)
-    assert isinstance(sound, AudioElement)
+    assert isinstance(image, ImageElement)
+    assert isinstance(audio, AudioElement)
 
 
 def test_questions_are_heard_and_answers_stay(tmp_path):
@@ -72,14 +72,14 @@ def test_questions_are_heard_and_answers_stay(tmp_path):
     text = turn(image_tag("a.png") + "What is in the picture?", "Noise is in it.", "You are kind to all who ask.")
     made, _ = run("crossmodal", write_manifest(tmp_path, [text]), tmp_path / "out", *FAKE)
     opening, _, sound, answer_mark, answer = parse_prompt(made[0]["text"])
-    system, asked = opening.text.split("<C_Q>")
+    system, task = opening.text.split("<C_Q>")
     assert system == "<B_SYS>You are kind to all who ask."
-    assert asked.strip() in ANSWER_PICTURE["en"]
+    assert task.strip() in ANSWER_PICTURE["en"]
     assert isinstance(sound, AudioElement)
     assert (answer_mark.text, answer) == ("<C_A>", TextElement("Noise is in it.", trainable=True))
 
 
-def test_the_track_of_a_film_stands_beside_it(tmp_path):
+def test_the_track_of_a_video_stands_beside_it(tmp_path):
     write_video(tmp_path / "loud.mp4", 2.0, sound=2.0)
     write_video(tmp_path / "mute.mp4", 2.0)
     text = turn(video_tag("loud.mp4") + "What is it?", "A film.")
@@ -93,9 +93,9 @@ def test_the_track_of_a_film_stands_beside_it(tmp_path):
     )
     made, skipped = run("crossmodal", manifest, tmp_path / "out", *FAKE)
     assert [document["type"] for document in made] == ["cross_modal"]
-    _, film, track, question, answer = parse_prompt(made[0]["text"])
-    assert (film, track) == (VideoElement(track.reference), AudioElement(film.reference))
-    assert (tmp_path / "out" / film.reference.path).read_bytes() == (tmp_path / "loud.mp4").read_bytes()
+    _, video, track, question, answer = parse_prompt(made[0]["text"])
+    assert (video, track) == (VideoElement(track.reference), AudioElement(video.reference))
+    assert (tmp_path / "out" / video.reference.path).read_bytes() == (tmp_path / "loud.mp4").read_bytes()
     assert question.text == "What is it?<C_A>"
     assert answer == TextElement("A film.", trainable=True)
     causes = ["no_track", "missing_file", "too_short", "outside_root", "no_picture", "has_sound"]

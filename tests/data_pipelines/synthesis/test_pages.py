@@ -112,7 +112,7 @@ def test_a_page_shows_its_lines_and_nothing_outside():
     assert not (dark & ~inside).any()
 
 
-def test_ocr_answers_are_the_text_and_interleaved_parts_are_told_once():
+def test_ocr_answers_are_the_text_and_interleaved_parts_come_once():
     text = " ".join(f"Sentence number {i} is here." for i in range(40))
     draft = draft_of(document(text), widths=(448,), letters=(14, 16), worn=0.0)
     by_type: dict[str, list[str]] = {}
@@ -139,14 +139,14 @@ def test_page_questions_are_answered_by_the_page():
     style = page_style(height=392)
     (page,) = paginate(wrap("First one. Second two. Third three.\nLast.", 100, measurer(style)), style)
     lines = [line.text.strip() for _, _, line in page.lines]
-    asked = dict(page_questions(page, 1, random.Random(1), "en"))
-    assert asked["What does the last line say?"] == "Last."
-    assert asked["How many lines of text are there?"] == f"{len(lines)} lines."
-    (ask,) = [ask for ask in asked if ask.startswith("What does line")]
-    assert asked[ask] == lines[int(ask.split()[3]) - 1]
-    (ask,) = [ask for ask in asked if ask.startswith("Which sentence")]
+    answers = dict(page_questions(page, 1, random.Random(1), "en"))
+    assert answers["What does the last line say?"] == "Last."
+    assert answers["How many lines of text are there?"] == f"{len(lines)} lines."
+    (ask,) = [ask for ask in answers if ask.startswith("What does line")]
+    assert answers[ask] == lines[int(ask.split()[3]) - 1]
+    (ask,) = [ask for ask in answers if ask.startswith("Which sentence")]
     following = {"First one.": "Second two.", "Second two.": "Third three.", "Third three.": "Last."}
-    assert asked[ask] == following[ask.partition("“")[2].partition("”")[0]]
+    assert answers[ask] == following[ask.partition("“")[2].partition("”")[0]]
 
 
 def test_tables_are_read_from_csv_and_json():
@@ -189,31 +189,31 @@ def charts(text: str, kind: str) -> list[Chart]:
 
 def test_chart_answers_follow_from_the_table():
     chart = charts(RAIN, "bar")[0]
-    asked = dict(questions(chart, random.Random(0), "en"))
-    assert asked["Which city has the highest “May”?"] == "Lagos, with 215."
-    assert asked["Which city has the lowest “May”?"] == "Rome, with 34."
-    assert asked["How many values of city does the chart show?"] == "3."
+    answers = dict(questions(chart, random.Random(0), "en"))
+    assert answers["Which city has the highest “May”?"] == "Lagos, with 215."
+    assert answers["Which city has the lowest “May”?"] == "Rome, with 34."
+    assert answers["How many values of city does the chart show?"] == "3."
     values = {"Oslo": Decimal(53), "Rome": Decimal(34), "Lagos": Decimal(215)}
-    (ask,) = [ask for ask in asked if ask.startswith("By how much")]
+    (ask,) = [ask for ask in answers if ask.startswith("By how much")]
     more, less = ask.removeprefix("By how much is “May” higher for ").removesuffix("?").split(" than for ")
-    assert asked[ask] == f"By {values[more] - values[less]}."
+    assert answers[ask] == f"By {values[more] - values[less]}."
     assert values[more] > values[less]
     (line,) = charts(COPIES, "line")
-    asked = dict(questions(line, random.Random(0), "zh"))
-    assert asked["从“2018”到“2021”，“copies”是上升还是下降？"] == "上升，从12升到17。"
+    answers = dict(questions(line, random.Random(0), "zh"))
+    assert answers["从“2018”到“2021”，“copies”是上升还是下降？"] == "上升，从12升到17。"
     assert describe(line, "en").endswith("From 2018 to 2021, “copies” rises from 12 to 17.")
     assert transcribe(line).splitlines()[:2] == ["year, copies", "2018, 12"]
 
 
-def test_what_cannot_be_seen_is_not_asked():
+def test_what_cannot_be_seen_is_no_question():
     tie = charts("k,v\na,5\nb,5\nc,1\n", "bar")[0]
     assert not any("highest" in ask for ask, _ in questions(tie, random.Random(0), "en"))
     many = "day,n\n" + "".join(f"{i},{100 + i}\n" for i in range(30)) + "30,129.1\n"
     (line,) = charts(many, "line")
-    asked = dict(questions(line, random.Random(0), "en"))
+    answers = dict(questions(line, random.Random(0), "en"))
     assert not line.written
-    assert not any(ask.startswith(("What is", "By how much")) or "highest" in ask for ask in asked)
-    assert asked["Does “n” rise or fall from 0 to 30?"] == "It rises."
+    assert not any(ask.startswith(("What is", "By how much")) or "highest" in ask for ask in answers)
+    assert answers["Does “n” rise or fall from 0 to 30?"] == "It rises."
     (scatter,) = charts("p,x,y\n" + "".join(f"{i},{i},{-2 * i}\n" for i in range(6)), "scatter")
     assert describe(scatter, "en").endswith("The higher “x”, the lower “y”.")
 

@@ -273,9 +273,9 @@ def test_bad_documents_are_skipped_and_counted(tmp_path, capsys):
         ("d6", "bad_prompt"),
         (None, "bad_json"),
     ]
-    told = capsys.readouterr().out
-    assert "7 skipped:\n" in told
-    assert "  1 bad_json, the first: m.jsonl:8 is not JSON: Expecting value at character 1\n" in told
+    printed = capsys.readouterr().out
+    assert "7 skipped:\n" in printed
+    assert "  1 bad_json, the first: m.jsonl:8 is not JSON: Expecting value at character 1\n" in printed
 
 
 def test_the_same_output_from_any_number_of_workers(tmp_path):

@@ -72,7 +72,7 @@ def test_media_that_do_not_decode(built, workers):
     assert not list(built.glob(".validate*"))
 
 
-def test_a_damaged_packet_of_sound_is_told(tmp_path):
+def test_a_damaged_packet_of_audio_is_reported(tmp_path):
     """Its document can be used all the same."""
     data = bytearray(write_sound(tmp_path / "s.flac", 3.0).read_bytes())
     data[len(data) // 2] ^= 0x55
@@ -136,7 +136,7 @@ def test_double_ids(copy):
 
 
 def test_a_decoder_that_crashes(copy, monkeypatch):
-    """What the process of a shard took with it is told of the shard; others are read."""
+    """What the process of a shard took with it is reported of the shard; others are read."""
 
     def runner(job, units):
         for unit, outcome in make_runner("local", 0)(job, units):

@@ -34,7 +34,7 @@ def run(*arguments):
     return visualize.main([str(argument) for argument in arguments])
 
 
-def test_a_picture_is_drawn(sample_root, tmp_path, capsys):
+def test_a_figure_is_drawn(sample_root, tmp_path, capsys):
     out = tmp_path / "row.png"
     assert run(sample_root / "omni.jsonl", "--out", out, "--rows", 2, "--length", 512) == 0
     with Image.open(out) as image:
@@ -142,7 +142,7 @@ def test_labels_fit_their_boxes(inches, label):
     assert Lettering().fit("video_qa-0007", "qa", inches, size=7.5) == label
 
 
-def test_bad_documents_are_counted_in_the_picture(tmp_path, capsys):
+def test_bad_documents_are_counted_in_the_figure(tmp_path, capsys):
     lines = [
         "{",
         json.dumps({"text": "no loss<trainable_start><trainable_end>"}),
