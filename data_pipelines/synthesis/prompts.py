@@ -12,7 +12,7 @@ READ_ALOUD = {
     "zh": ("将文本转换为语音：", "请朗读下面的文字：", "请把这句话读出来："),
     "en": ("Convert the text into speech: ", "Read this aloud: ", "Say the following: "),
 }
-CONTINUE_PICTURE = {
+CONTINUE_IMAGES = {
     "zh": (
         "文中有些句子是语音。请看图、听语音，把文字补充完整。",
         "请结合图片和听到的内容，写出其余的文字。",
@@ -25,7 +25,7 @@ CONTINUE_PICTURE = {
     ),
 }
 """Sentences about pictures are heard; the others are to be written."""
-ANSWER_PICTURE = {
+ANSWER_IMAGES = {
     "zh": ("对话中有些话是语音。请看图、听语音，然后回答。", "请结合图片和听到的内容回答。", "请先听，再看图回答。"),
     "en": (
         "Some of this conversation is spoken. Look at the pictures, listen, and answer.",

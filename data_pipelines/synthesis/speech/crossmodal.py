@@ -21,7 +21,7 @@ from data_pipelines.errors import SampleError
 from data_pipelines.media.audio import probe_audio
 from data_pipelines.media.containers import opened
 from data_pipelines.media.location import Media, MediaReference, find_media
-from data_pipelines.synthesis.prompts import ANSWER_PICTURE, CONTINUE_PICTURE, choose_prompt
+from data_pipelines.synthesis.prompts import ANSWER_IMAGES, CONTINUE_IMAGES, choose_prompt
 from data_pipelines.synthesis.speech.speaking import (
     DocumentSpeaker,
     SpeechConfig,
@@ -119,7 +119,7 @@ def speak_sentences(
     # In a conversation the task prompt opens the first turn of the user, elsewhere the document.
     users = (TextElement(USER), TextElement(USER, trainable=True))
     opening = next((place + 1 for place, part in enumerate(parts) if part in users), 0)
-    prompt = choose_prompt(ANSWER_PICTURE if opening else CONTINUE_PICTURE, speaker.language, speaker.rng)
+    prompt = choose_prompt(ANSWER_IMAGES if opening else CONTINUE_IMAGES, speaker.language, speaker.rng)
     return [*parts[:opening], TextElement(prompt + "\n"), *parts[opening:]]
 
 

@@ -107,7 +107,7 @@ def test_tasks_are_dealt_by_their_rates():
         assert abs(dealt[:stop].count("a") - 0.7 * stop) <= 2
 
 
-def test_sampled_rates_are_within_2_percent_of_the_wanted(cached):
+def test_sampled_rates_are_within_2_percent(cached):
     """Counted in what was written, not in what was reported."""
     folder, summary = cached
     dataset = open_dataset(folder)

@@ -2,7 +2,7 @@
 
 from data_pipelines.documents.prompt_writing import audio_tag, image_tag, trainable, turn, video_tag
 from data_pipelines.documents.prompts import AudioElement, ImageElement, TextElement, VideoElement, parse_prompt
-from data_pipelines.synthesis.prompts import ANSWER_PICTURE, CONTINUE_PICTURE
+from data_pipelines.synthesis.prompts import ANSWER_IMAGES, CONTINUE_IMAGES
 from tests.helpers.small_media import write_image, write_video
 from tests.helpers.synthesis_job import FAKE, SHORT, run, write_manifest
 
@@ -19,7 +19,7 @@ def test_a_share_of_the_sentences_is_heard(tmp_path):
         for document, language, all_of_them in zip(made, ("en", "zh"), (sentences, chinese), strict=True):
             prompt, *elements = parse_prompt(document["text"])
             assert document["type"] == "cross_modal"
-            assert prompt.text.removesuffix("\n") in CONTINUE_PICTURE[language]
+            assert prompt.text.removesuffix("\n") in CONTINUE_IMAGES[language]
             assert not prompt.trainable
             assert sum(isinstance(element, AudioElement) for element in elements) == heard
             assert sum(isinstance(element, ImageElement) for element in elements) == 1
@@ -62,7 +62,7 @@ def test_what_trains_whole_is_heard_in_part(tmp_path):
         TextElement("<C_Q>", trainable=True),
         TextElement("<C_A>Noise, much of it.", trainable=True),
     )
-    assert (task.trainable, task.text.strip() in ANSWER_PICTURE["en"]) == (False, True)
+    assert (task.trainable, task.text.strip() in ANSWER_IMAGES["en"]) == (False, True)
     assert isinstance(image, ImageElement)
     assert isinstance(audio, AudioElement)
 
@@ -74,7 +74,7 @@ def test_questions_are_heard_and_answers_stay(tmp_path):
     opening, _, sound, answer_mark, answer = parse_prompt(made[0]["text"])
     system, task = opening.text.split("<C_Q>")
     assert system == "<B_SYS>You are kind to all who ask."
-    assert task.strip() in ANSWER_PICTURE["en"]
+    assert task.strip() in ANSWER_IMAGES["en"]
     assert isinstance(sound, AudioElement)
     assert (answer_mark.text, answer) == ("<C_A>", TextElement("Noise is in it.", trainable=True))
 
