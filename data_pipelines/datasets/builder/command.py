@@ -52,9 +52,9 @@ def describe(dataset: Mapping) -> list[str]:
     size = sum(shard["bytes"] for shard in dataset["shards"])
     lines = [
         f"{dataset['documents']} documents in {len(dataset['shards'])} shards, {size / 2**20:.1f} MiB: "
-        f"{dataset['pictures']} pictures ({dataset['pixels'] / 1e6:.1f} megapixels), "
+        f"{dataset['pictures']} images ({dataset['pixels'] / 1e6:.1f} megapixels), "
         f"{dataset['videos']} videos ({dataset['video_hours']:.2f} h), "
-        f"{dataset['sounds']} sounds ({dataset['audio_hours']:.2f} h), {dataset['characters']} characters"
+        f"{dataset['sounds']} audio clips ({dataset['audio_hours']:.2f} h), {dataset['characters']} characters"
     ]
     lines += [f"  {name or '(no type)':<20}{sums['documents']:>10}" for name, sums in dataset["types"].items()]
     if unknown := dataset["unknown_types"]:

@@ -1,4 +1,4 @@
-"""Building a store of codes for mixtures: what is there is kept, what is missing is made, what cannot be is reported."""
+"""Building a store of codes for mixtures: what is there is kept, what is missing is made, failures are reported."""
 
 import logging
 import os
