@@ -102,7 +102,7 @@ def covers(path: Path, pipelines: Sequence[Pipeline]) -> bool:
     except FileNotFoundError:
         return False
     except (OSError, ValueError, KeyError):
-        return True  # something is there: opening it tells what is wrong
+        return True  # something is there: opening it raises what is wrong
     return all(mixture_key(pipeline) in known for pipeline in pipelines)
 
 

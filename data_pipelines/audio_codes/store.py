@@ -1,4 +1,4 @@
-"""Reads a store of audio codes and tells what is damaged in it; its tables of clips, searched where they lie on disk.
+"""Reads a store of audio codes and reports what is damaged in it; its tables of clips, searched where they lie on disk.
 
 A window of a clip is known by the first 128 bits of the SHA-256 of its file and by its number. Among 10^8 clips two
 share such a prefix with a probability of 10^-23. Tables are records of one size, sorted by that key.

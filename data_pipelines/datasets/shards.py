@@ -240,7 +240,7 @@ def read_description(folder: str | Path) -> dict:
 
 
 def write_description(folder: Path, shards: Sequence[Shard], details: dict) -> None:
-    """Writes `folder/dataset.json`; `details` are what it tells besides the shards. Written last: it ends the build."""
+    """Writes `folder/dataset.json`; `details` are what it holds besides the shards. Written last: it ends the build."""
     digest = sha256("\n".join(shard.sha256 for shard in shards).encode()).hexdigest()
     description = {
         "schema": DATASET_SCHEMA,

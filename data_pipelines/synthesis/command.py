@@ -102,7 +102,7 @@ def _add_voice_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def list_voices(options: argparse.Namespace) -> None:
-    """Prints each language's voices, and draws the picture that is asked for. Raises ConfigError."""
+    """Prints each language's voices, and draws the figure where `--picture` names one. Raises ConfigError."""
     speech = load_speech(options.tts)
     for language in LANGUAGES:
         names = speech.voices(language)

@@ -1,4 +1,4 @@
-"""What the new documents ask for, in English and in Chinese. The released ASR prompt comes first, as it is."""
+"""Task prompts of the new documents, in English and in Chinese. The released ASR prompt comes first, as it is."""
 
 import random
 

@@ -180,7 +180,7 @@ def manifest_job(name: str, maker: Maker, options: Namespace, config: str) -> Jo
 def manifest_units(name: str, options: Namespace, config: str) -> tuple[Unit, ...]:
     """Cuts the documents of `options.manifests` into units of `options.unit`, whose contents are `LineRange`s.
 
-    `config` tells all that, besides the documents, decides what comes out: a unit whose lines or config changed is
+    `config` holds all that, besides the documents, decides what comes out: a unit whose lines or config changed is
     done again. Raises ConfigError for a manifest that cannot be read, is given twice, or lies where the job writes.
     """
     if options.unit < 1:
@@ -253,7 +253,7 @@ def json_line(values: dict) -> str:
 
 @dataclass(frozen=True)
 class SynthesisTask:
-    """One task of the command: the word that asks for it, its help, its own options, its job.
+    """One task of the command: its word, its help, its own options, its job.
 
     `make_job` makes the job that parsed options ask for (`manifest_job` around a picklable maker) and raises
     ConfigError; `finish` writes the manifests when all units are done.

@@ -95,7 +95,7 @@ def make_runner(name: str, workers: int, beam_arguments: Sequence[str] = ()) -> 
     """Makes the runner called `name`, with `workers` processes (0: in this one); `beam_arguments` are Beam's own
     options.
 
-    Raises ConfigError for an unknown name, for fewer than 0 workers, and when Apache Beam is asked for and missing.
+    Raises ConfigError for an unknown name, for fewer than 0 workers, and when Apache Beam is chosen and missing.
     """
     if workers < 0:
         raise ConfigError(f"--workers {workers} must be at least 0")

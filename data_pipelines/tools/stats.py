@@ -1,6 +1,6 @@
 """Prints what documents and media there are and how large, by type.
 
-A built dataset tells what its builder measured; of a manifest every media file's header is read. `--plot` draws the
+Of a built data set its builder's measures are read; of a manifest every media file's header is read. `--plot` draws the
 distributions, which needs matplotlib (extra `show`).
 """
 

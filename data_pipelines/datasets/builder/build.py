@@ -124,7 +124,7 @@ def gather(document: Document) -> Document:
         if reference in names:
             continue
         found = find_media(reference, document.media)
-        # Absolute paths and URLs tell about the machine: the shard knows the file by its place in the root.
+        # Absolute paths and URLs reveal the machine: the shard knows the file by its place in the root.
         name = found.name if reference.path else _new_name(paths | media.keys())
         if name != reference.path and name in paths | media.keys() and files.get(name) != found.path:
             name = reference.path

@@ -48,7 +48,7 @@ def _build(options: argparse.Namespace) -> None:
 
 
 def describe(dataset: Mapping) -> list[str]:
-    """Lines that tell what a `dataset.json` says."""
+    """Describes what a `dataset.json` holds, in lines."""
     size = sum(shard["bytes"] for shard in dataset["shards"])
     lines = [
         f"{dataset['documents']} documents in {len(dataset['shards'])} shards, {size / 2**20:.1f} MiB: "
@@ -60,9 +60,8 @@ def describe(dataset: Mapping) -> list[str]:
     if unknown := dataset["unknown_types"]:
         lines.append(f"types outside the known ones: {', '.join(name or '(no type)' for name in unknown)}")
     if unmarked := dataset["unmarked_speech"]:
-        lines.append(
-            f"{unmarked} conversations answer aloud without {AUDIOTEXT_START} before each answer (docs/data.md)"
-        )
+        what = f"{unmarked} conversations answer in speech without {AUDIOTEXT_START} before each answer"
+        lines.append(f"{what} (docs/how-to/data.md)")
     if skipped := dataset["skipped"]:
         lines.append(f"{sum(skipped.values())} documents are skipped:")
     return lines

@@ -107,7 +107,7 @@ def _plan_range(unit: Unit, folder: Path) -> dict:
         except SampleError:
             rows.append((number, offset, len(line), bytes(16), _hash(line)))
             continue
-        # Media are looked up, not read: a change of size or time is what says that the line's shard is outdated.
+        # Media are looked up, not read: a change of size or time means that the line's shard is outdated.
         size, state = _look_up(document)
         rows.append((number, offset, len(line) + size, _hash(document.id.encode()), _hash(line + state.encode())))
     columns = list(zip(*rows, strict=True)) or [()] * len(_COLUMNS)
@@ -118,7 +118,7 @@ def _plan_range(unit: Unit, folder: Path) -> dict:
 
 
 def _look_up(document: Document) -> tuple[int, str]:
-    """Returns the bytes of the media that stand in files, and what tells whether these files are still the same."""
+    """Returns the bytes of the media that stand in files, and by what a change of these files is noticed."""
     try:
         elements = parse_prompt(document.text)
     except SampleError:

@@ -197,7 +197,7 @@ def cache(recipe: Recipe, out: Path, documents: int | None, shards: int, runner:
 
 
 def _describe(recipe: Recipe, rates: Mapping[str, float], job: Job, summaries: Sequence[dict]) -> dict:
-    """Writes `dataset.json`; returns what it tells besides the shards."""
+    """Writes `dataset.json`; returns what it holds besides the shards."""
     files, counts = job.files(), Counter()
     for summary in summaries:
         counts.update(summary["documents"])

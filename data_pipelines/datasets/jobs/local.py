@@ -52,7 +52,7 @@ class LocalRunner:
         if not self.workers:
             yield from ((unit, _attempt(job, unit)) for unit in units)
             return
-        # A pool that broke tells not which of the units under way killed its process. Two rounds over them clear the
+        # A pool that broke does not say which of the units under way killed its process. Two rounds over them clear the
         # innocent; what is still suspect then runs alone, where the answer is certain.
         once = yield from self._rounds(job, units)
         twice = yield from self._rounds(job, once)

@@ -1,4 +1,7 @@
-"""What a filter says of one document: kept, to be heard instead of spoken, or rejected, and why."""
+"""Filter rules: the verdict on one document, and synthetic speech checked by a recognizer.
+
+`--transcriber package.module:factory` names a callable without arguments that returns a `Transcriber`.
+"""
 
 import random
 import re

@@ -53,7 +53,7 @@ _LAST = {"en": "What does the last line say?", "zh": "最后一行写的是什�
 _COUNT = {"en": ("How many lines of text are there?", "{} lines."), "zh": ("图中有多少行文字？", "{}行。")}
 _NEXT = {"en": "Which sentence comes after “{}”?", "zh": "“{}”的后一句是什么？"}
 
-MAX_COUNTED = 20  # lines that one can be asked to count
+MAX_COUNTED = 20  # lines that a question may let count
 _SENTENCE = re.compile(r".+?(?:[.!?]+(?=\s|$)|[。！？]+[”’」』]?|$)")
 PAPERS = ((255, 255, 255), (250, 247, 238), (238, 242, 246), (245, 245, 245))
 
@@ -127,7 +127,7 @@ def make_pages(document: Document, draft: Draft, config: PageConfig) -> None:
     """Adds to the draft what `config` ask for.
 
     Raises SampleError: "no_font", "bad_script" (`fonts.choose_font`), "bad_table", "bad_prompt", "has_media",
-    "no_text", "too_short" for text of which nothing that was asked for can be made.
+    "no_text", "too_short" for text of which nothing of `config.types` can be made.
     """
     rng = random.Random(f"{config.seed}/{document.id}")
     if document.type == TABLE:

@@ -227,5 +227,5 @@ def test_a_build_tells_of_spoken_answers_without_their_mark(tmp_path, capsys):
     texts = [good, good.replace(AUDIOTEXT_START, ""), turn("Hi.", "Yes."), "Hi." + trainable(speech_tag("a.wav"))]
     manifest = write_manifest(tmp_path, list(map(str, texts)))
     assert build([str(manifest), "--out", str(tmp_path / "built"), "--workers", "0"]) == 0
-    assert "1 conversations answer aloud without <audiotext_start_baichuan>" in capsys.readouterr().out
+    assert "1 conversations answer in speech without <audiotext_start_baichuan>" in capsys.readouterr().out
     assert json.loads((tmp_path / "built" / "dataset.json").read_text())["unmarked_speech"] == 1
