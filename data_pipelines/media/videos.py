@@ -213,12 +213,13 @@ class _Turn:
     @classmethod
     def from_frame(cls, frame: VideoFrame) -> "_Turn":
         """That of a frame's own matrix, which takes a pixel at (x, y) to (a x + c y, b x + d y)."""
-        for each in frame.side_data:
-            if each.type == Type.DISPLAYMATRIX and len(bytes(each)) == 36:
-                a, b, _, c, d, *_ = np.frombuffer(bytes(each), np.int32).tolist()
-                transposed = abs(b) + abs(c) > abs(a) + abs(d)
-                return cls(transposed, (c if transposed else a) < 0, (b if transposed else d) < 0)
-        return cls()
+        # By key: iterating gives the data in PyAV 18 and their types in 19.
+        matrix = frame.side_data.get(Type.DISPLAYMATRIX)
+        if matrix is None or len(bytes(matrix)) != 36:
+            return cls()
+        a, b, _, c, d, *_ = np.frombuffer(bytes(matrix), np.int32).tolist()
+        transposed = abs(b) + abs(c) > abs(a) + abs(d)
+        return cls(transposed, (c if transposed else a) < 0, (b if transposed else d) < 0)
 
     def sides(self, height: int, width: int) -> tuple[int, int]:
         return (width, height) if self.transposed else (height, width)
