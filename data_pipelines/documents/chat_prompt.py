@@ -76,7 +76,9 @@ class ChatPrompts:
             return self.processor.encode_prompt(asked.elements, asked.media)
 
     def encode_content(self, content: str | Sequence[Part], speak: bool = False) -> EncodedDocument:
-        """Content as it stands, without roles: `ASR_PROMPT` and a sound, or text and what was spoken of it as `codes`.
+        """Encodes content as it stands, without roles.
+
+        Such as `ASR_PROMPT` and an audio file, or text and what was spoken of it as `codes`.
 
         `speak` puts the mark that begins speech at its end. Raises RequestError as `encode_messages`.
         """
@@ -115,7 +117,7 @@ class _Asked:
         self.add_content(message["content"], where, said=role == "assistant")
 
     def add_content(self, content: Any, where: str, said: bool = False, spoken_codes: bool = False) -> None:
-        """`said` sound stands as speech of the assistant, and so does other sound by codes where `spoken_codes`."""
+        """`said` audio stands as speech of the assistant, and so does other audio by codes where `spoken_codes`."""
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         if not isinstance(parts, Sequence):
             raise RequestError("bad_message", f"the content of {where} is neither text nor a list of parts")
@@ -199,7 +201,7 @@ def _read_codes(codes: Any, sizes: Sequence[int], where: str) -> Int32[np.ndarra
 
 
 def _wave_file(samples: Any, rate: Any, name: str) -> bytes:
-    """Samples as the bytes of a wav file, so that they take the way of every sound. 2-D: (t, channels)."""
+    """Samples as the bytes of a wav file, so that they take the way of all audio. 2-D: (t, channels)."""
     wave = _array(samples, f"samples of {name}")
     if isinstance(rate, bool) or not isinstance(rate, int | np.integer) or not 0 < rate <= MAX_SAMPLING_RATE:
         raise RequestError("bad_message", f"rate of {name} is {rate!r}, not samples a second")

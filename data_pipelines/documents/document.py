@@ -53,7 +53,7 @@ class Lengths:
 
     @property
     def trainable(self) -> int:
-        """Everything that carries loss, a frame of sound as one."""
+        """Everything that carries loss, a frame of audio as one."""
         return self.text_targets + self.audio_targets
 
 
@@ -61,12 +61,12 @@ class Lengths:
 class EncodedDocument:
     """A decoded document, its slots counted from 0 at its own first token.
 
-    n tokens, a code frames, q levels, c frames to predict, p patches, v visual tokens, w windows of sound.
+    n tokens, a code frames, q levels, c frames to predict, p patches, v visual tokens, w windows of audio.
 
     Targets are already shifted: `text_targets[i]` is what position i must predict, 0 with weight 0 where nothing is.
     `audio_targets[j]` is predicted at slot `audio_target_slots[j]`; an end frame has class `codebook_sizes[0]` at
-    level 0, zeros above, and weight at level 0 only. `patch_frames` numbers the pictures of the document from 1;
-    patches come grouped 2x2, so the four of one visual token are neighbours, and `patch_grid` is their (row, column).
+    level 0, zeros above, and weight at level 0 only. `patch_frames` numbers the images of the document from 1;
+    patches come grouped 2x2, so the four of one visual token are neighbors, and `patch_grid` is their (row, column).
     `mels`, when they were asked for, are the log mels (frames, mels) of the windows, whose code frames begin at
     `mel_places` among the a; `waves` their samples by rate in Hz. `damaged_packets` counts packets of its media that
     could not be decoded: the document is used without them.
@@ -103,23 +103,23 @@ class EncodedDocument:
 
 DOCUMENT_TYPES: dict[str, str] = {
     "text": "text without media",
-    "caption": "a picture and its description",
-    "qa": "a picture, questions and answers",
-    "ocr": "a picture of text, and the text",
-    "chart": "a picture of a chart or table, and what it shows",
-    "interleaved": "text with pictures in between",
+    "caption": "an image and its description",
+    "qa": "an image, questions and answers",
+    "ocr": "an image of text, and the text",
+    "chart": "an image of a chart or table, and what it shows",
+    "interleaved": "text with images in between",
     "asr": "speech, and its text",
     "aqa": "a spoken question, and its answer",
     "s2tt": "speech, and its text in another language",
     "tts": "text, and its speech to be generated",
     "intlv": "text and speech in turns, loss on the text",
     "itts": "text and speech in turns, loss on the speech",
-    "pure_audio": "sound alone",
+    "pure_audio": "audio alone",
     "dialogue": "a conversation that is answered aloud, piece by piece",
     "video_caption": "a video and its description",
     "video_qa": "a video, questions and answers",
     "temporal_grounding": "a video, and when something happens in it",
-    "cross_modal": "pictures or video, with part of the text spoken",
+    "cross_modal": "images or video, with part of the text spoken",
     "instruction": "turns of any of these, answered as told",
 }
 

@@ -26,8 +26,8 @@ from data_pipelines.media.location import Media, find_media
 from data_pipelines.media.videos import probe_video
 
 SCHEMA = 1  # of saved tables: raise it when they hold something else than before
-KINDS = ("picture", "frame", "video", "heard", "spoken")
-_CLOCK = 1000  # Hz at which lengths of sound are told
+KINDS = ("image", "frame", "video", "audio", "speech")  # stills, listed frames, files; audio heard, speech to generate
+_CLOCK = 1000  # Hz at which lengths of audio are told
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class MediaMeasure:
 class DocumentMeasure:
     """A document's type, characters of text (with the names of special tokens, without media), and media in order.
 
-    Text that is tokenised already counts as neither: only its tokenizer knows how long it is.
+    Text that is tokenized already counts as neither: only its tokenizer knows how long it is.
     """
 
     type: str
@@ -65,13 +65,13 @@ def _measure(element: Element, document: Document) -> MediaMeasure:
     media = find_media(element.reference, document.media)
     if isinstance(element, ImageElement):
         height, width = probe_image(media)
-        return MediaMeasure("frame" if element.frame else "picture", height, width, 0.0, media.size)
+        return MediaMeasure("frame" if element.frame else "image", height, width, 0.0, media.size)
     if isinstance(element, VideoElement):
         height, width, seconds = _probe_video(media)
         return MediaMeasure("video", height, width, seconds, media.size)
     assert isinstance(element, AudioElement)
     seconds = probe_audio(media, _CLOCK) / _CLOCK
-    return MediaMeasure("spoken" if element.spoken else "heard", 0, 0, seconds, media.size)
+    return MediaMeasure("speech" if element.spoken else "audio", 0, 0, seconds, media.size)
 
 
 def _probe_video(media: Media) -> tuple[int, int, float]:
@@ -157,14 +157,14 @@ def join(tables: Iterable[Measures]) -> Measures:
 
 
 def totals(measures: Measures) -> dict[str, dict[str, int | float]]:
-    """By type: numbers of documents, characters, stills and listed frames, videos and sounds; pixels, times, bytes."""
+    """Sums by type: documents, characters, stills and listed frames, videos, audio clips; pixels, times, bytes."""
     return {name: _sums(measures, number) for number, name in enumerate(measures.types)}
 
 
 def _sums(measures: Measures, number: int) -> dict[str, int | float]:
     documents, media = measures.type == number, measures.media_type() == number
     video, still = measures.kind == KINDS.index("video"), measures.kind <= KINDS.index("frame")
-    sound = measures.kind >= KINDS.index("heard")
+    audio = measures.kind >= KINDS.index("audio")
     pixels = measures.height.astype(np.int64) * measures.width
 
     def seconds(which: np.ndarray) -> float:
@@ -177,7 +177,7 @@ def _sums(measures: Measures, number: int) -> dict[str, int | float]:
         "pixels": int(pixels[media & still].sum()),
         "videos": int((media & video).sum()),
         "video_seconds": seconds(media & video),
-        "sounds": int((media & sound).sum()),
-        "audio_seconds": seconds(media & sound),
+        "sounds": int((media & audio).sum()),
+        "audio_seconds": seconds(media & audio),
         "media_bytes": int(measures.bytes[media].sum()),
     }

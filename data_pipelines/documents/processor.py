@@ -157,7 +157,7 @@ class Processor:
         return cut_span(self.runs(document), document.span)[0]
 
     def audio_items(self, document: Document) -> list[AudioItem]:
-        """The windows of sound that the document refers to, in order. Raises SampleError as `measure`."""
+        """The windows of audio that the document refers to, in order. Raises SampleError as `measure`."""
         return [
             AudioItem(clip.media, clip.samples, window)
             for clip in self._plan(document).clips
@@ -167,10 +167,10 @@ class Processor:
     def encode(
         self, document: Document, codes: Codes | None, mels: bool = False, rates: Sequence[int] = ()
     ) -> EncodedDocument:
-        """The document with pixels decoded and sound as codes, if asked also as log mels, and as samples of `rates`.
+        """The document with pixels decoded and audio as codes, if asked also as log mels, and as samples of `rates`.
 
         Without `codes` all code frames are zeros, to be filled in by a tokenizer that runs on the mels.
-        Raises SampleError: what `measure` raises; "no_codes" when the store lacks a window of its sound; "changed"
+        Raises SampleError: what `measure` raises; "no_codes" when the store lacks a window of its audio; "changed"
         when codes are not of the measured length or the model's codebooks; "silent_audio" where mels are asked for.
         """
         return self._encoded(self._plan(document, pixels=True, mels=mels, rates=rates), codes)
@@ -178,7 +178,7 @@ class Processor:
     def encode_prompt(
         self, elements: Sequence[Element | PrecomputedAudio], media: Mapping[str, Media]
     ) -> EncodedDocument:
-        """Elements to be continued: no loss, no end of text, pixels decoded, sound heard as log mels.
+        """Elements to be continued: no loss, no end of text, pixels decoded, audio heard as log mels.
 
         Their references name `media`. Raises SampleError as `encode`.
         """

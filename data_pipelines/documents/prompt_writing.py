@@ -112,22 +112,22 @@ def _tag(kind: str, key: str, path: str) -> Source:
 
 
 def image_tag(path: str) -> Source:
-    """A picture."""
+    """An image."""
     return _tag("img", "local", path)
 
 
 def video_tag(path: str) -> Source:
-    """A film, of which frames are seen."""
+    """A video, of which frames are seen."""
     return _tag("video", "local", path)
 
 
 def audio_tag(path: str) -> Source:
-    """Sound that the model hears."""
+    """Audio that the model hears."""
     return _tag("audio", "path", path)
 
 
 def speech_tag(path: str) -> Source:
-    """Sound that the model speaks."""
+    """Audio that the model speaks."""
     return _tag("audiogen", "path", path)
 
 
@@ -165,8 +165,8 @@ def spoken_answer(pieces: Sequence[str], say: Callable[[str], str]) -> Source:
 def write_prompt(elements: Iterable[Element]) -> Source:
     """The prompt that `parse_prompt` reads as `elements`; frames of one video that stood in a list stand alone."""
     runs = groupby(elements, key=lambda element: getattr(element, "trainable", False))
-    written = ((learnt, join(map(_write, run))) for learnt, run in runs)
-    return join(trainable(text) if learnt else text for learnt, text in written)
+    written = ((learned, join(map(_write, run))) for learned, run in runs)
+    return join(trainable(text) if learned else text for learned, text in written)
 
 
 def plain_text(prompt: str) -> str:

@@ -66,7 +66,7 @@ class AudioElement:
 
 @dataclass(frozen=True)
 class TokensElement:
-    """Text that is tokenised already: its ids are in a file of their own (`token_ids`)."""
+    """Text that is tokenized already: its ids are in a file of their own (`token_ids`)."""
 
     reference: MediaReference
     trainable: bool = False
@@ -125,7 +125,7 @@ def read_text(text: str, trainable: bool = False) -> list[TextElement]:
 
 
 def write_reference(key: str, reference: MediaReference) -> str:
-    """The JSON of a tag. `<` is spelt by its number, so that no path can hold a mark."""
+    """The JSON of a tag. `<` is spelled by its number, so that no path can hold a mark."""
     values = {"base64": reference.base64} if reference.base64 else {key: reference.path}
     return json.dumps(values).replace("<", "\\u003c")
 

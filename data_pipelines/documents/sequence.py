@@ -22,7 +22,7 @@ class TextPart:
 
 @dataclass(frozen=True)
 class VisualPart:
-    """One picture of `count` visual tokens; `frame` when it belongs to a video."""
+    """One image of `count` visual tokens; `frame` when it belongs to a video."""
 
     count: int
     frame: bool = False
@@ -94,11 +94,11 @@ def lay_out(parts: Iterable[Part], tokens: SpecialTokens, following: Part | None
 
 
 def _add_sound(layout: Layout, part: AudioPart, tokens: SpecialTokens) -> None:
-    learnt = part.spoken and part.trainable
-    if learnt:
+    learned = part.spoken and part.trainable
+    if learned:
         layout.spoken.append((len(layout.tokens), len(layout.audio_slots), part.count))
     start, end = (tokens.audiogen_start, tokens.audiogen_end) if part.spoken else (tokens.audio_start, tokens.audio_end)
-    slots = _add_media(layout, start, tokens.audio_pad, end, part.count, start_predicted=learnt)
+    slots = _add_media(layout, start, tokens.audio_pad, end, part.count, start_predicted=learned)
     layout.audio_slots += slots
 
 

@@ -53,10 +53,10 @@ def probe_audio(media: Media, rate: int) -> int:
 
 
 def read_audio(media: Media, rate: int) -> DecodedAudio:
-    """The whole sound at `rate` Hz, of the length that `probe_audio` gives.
+    """The whole clip at `rate` Hz, of the length that `probe_audio` gives.
 
     Raises SampleError: as `probe_audio`; "unreadable_media" when it cannot be decoded or holds values that are no
-    sound; "silent_audio" when it is silent throughout.
+    audio; "silent_audio" when it is silent throughout.
     """
     with open_track(media) as track:
         wave, found = _decode(track)
@@ -70,13 +70,13 @@ def read_audio(media: Media, rate: int) -> DecodedAudio:
         raise SampleError("silent_audio", f"{media.name} is silent: no sample exceeds {SILENCE:.1g}")
     if damaged := track.damage.damaged:
         _tell(media.name, damaged)
-    with reading(media, "sound"):
+    with reading(media, "audio"):
         return DecodedAudio(_resampled(wave, found, rate), damaged)
 
 
 @lru_cache(maxsize=4096)
 def _tell(name: str, damaged: int) -> None:
-    log.warning("%s: packets of sound that are damaged, left out or silent: %d", name, damaged)
+    log.warning("%s: packets of audio that are damaged, left out or silent: %d", name, damaged)
 
 
 def decode_audio(media: Media, samples: int, rate: int) -> Float32[np.ndarray, "t"]:

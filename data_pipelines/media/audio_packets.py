@@ -1,4 +1,4 @@
-"""Lengths of compressed sound files, found from the headers of their packets without decoding: FLAC, MP3, Ogg Opus.
+"""Lengths of compressed audio files, found from the headers of their packets without decoding: FLAC, MP3, Ogg Opus.
 
 A number in a header is taken for the length only where the packets up to the file's end agree with it; else it is what
 the file must not fall short of. MP4 and Matroska tell whether the file is whole.
@@ -268,7 +268,7 @@ def _opus_samples(packet: bytes) -> int:
     return count * ((480, 960)[code & 1] if code < 16 else (120, 240, 480, 960)[code & 3])
 
 
-# Whether a film is whole
+# Whether a video is whole
 
 
 def check_boxes(file: BufferedIOBase, size: int) -> None:

@@ -1,4 +1,4 @@
-"""Lengths that the headers of uncompressed sound files promise: WAV and its kin, AIFF, AU, CAF, W64, NIST SPHERE.
+"""Lengths that the headers of uncompressed audio files promise: WAV and its kin, AIFF, AU, CAF, W64, NIST SPHERE.
 
 Recorders often cannot or do not write the sizes of a header rightly. `data_bytes` decides what is a promise.
 """
@@ -19,7 +19,7 @@ _W64_TAIL = b"\xf3\xac\xd3\x11\x8c\xd1\x00\xc0\x4f\x8e\xdb\x8a"  # of the names 
 class Promise:
     """What a header says. Zeros and None where it says nothing.
 
-    `samples` is how long the sound is, exactly, and the file is known to hold them; `least` is what the file must not
+    `samples` is how long the audio is, exactly, and the file is known to hold them; `least` is what the file must not
     fall short of. Both count at `rate` Hz. `mended` are sizes (offset, bytes to be read there) in the place of
     placeholders, not all of which FFmpeg takes for such. `damaged` counts parts that FFmpeg passes over in silence.
     """
@@ -42,10 +42,10 @@ class _Form:
 
 
 def data_bytes(declared: int, start: int, size: int) -> int:
-    """Bytes of sound in a file of `size` bytes whose header declares `declared` bytes from `start` on.
+    """Bytes of audio in a file of `size` bytes whose header declares `declared` bytes from `start` on.
 
     0 and everything from 0x7FFF0000 on are what writers leave that never came back to the header (to a pipe, or
-    stopped): the sound goes to the end of the file. A size that is the whole file's, with or without its first 8
+    stopped): the audio goes to the end of the file. A size that is the whole file's, with or without its first 8
     bytes, or too large by at most 64 bytes, is a writer's habit. Any other is a promise.
 
     Raises ValueError when the file is shorter than its promise.
@@ -62,7 +62,7 @@ def data_bytes(declared: int, start: int, size: int) -> int:
 
 
 def check_riff(file: BufferedIOBase, size: int) -> Promise:
-    """The promise of a RIFF file that is no WAVE (an AVI film): its size alone."""
+    """The promise of a RIFF file that is no WAVE (an AVI video): its size alone."""
     file.seek(4)
     data_bytes(int.from_bytes(file.read(4), "little"), 8, size)
     return Promise()
@@ -217,7 +217,7 @@ def _chunks(file: BufferedIOBase, place: int, size: int, order: str) -> Iterator
 
 
 def _ends_in_chunks(file: BufferedIOBase, place: int, size: int) -> bool:
-    """Whether what follows an empty `data` is no sound but chunks, up to the last byte of the file."""
+    """Whether what follows an empty `data` is no audio but chunks, up to the last byte of the file."""
     end = place
     for name, length, start in _chunks(file, place, size, "<"):
         if not name.isalnum() and not name.strip().isalnum():

@@ -80,7 +80,7 @@ class AudioTrack:
             samples += len(block)
             seconds += len(block) / rate
             if samples > MAX_AUDIO_SAMPLES:
-                raise SampleError("too_big_media", f"{self.name} holds more than {MAX_AUDIO_SAMPLES} samples of sound")
+                raise SampleError("too_big_media", f"{self.name} holds more than {MAX_AUDIO_SAMPLES} samples of audio")
             check_audio(round(seconds * rate), rate, 1, self.name)
             left = self._promised(rate)
             # What a decoder gives beyond the promise is the filling of its last packet.
@@ -105,7 +105,7 @@ class AudioTrack:
         """What the decoder gives, packet by packet. A damaged one costs itself alone.
 
         Silence stands for it where the length is promised, or known (FLAC), so that the rest keeps its time. Else
-        nothing does: what could not be decoded may have been no sound at all.
+        nothing does: what could not be decoded may have been no audio at all.
         """
         before = given = 0
         keeps = self.promise.samples is not None
@@ -191,17 +191,17 @@ def _mono(frame: AudioFrame) -> Float32[np.ndarray, "t"]:
 
 @contextmanager
 def open_track(media: Media) -> Iterator[AudioTrack]:
-    """The sound of a file, ready to be decoded.
+    """The audio of a file, ready to be decoded.
 
-    Raises SampleError: "unreadable_media" for a file without sound or a truncated one, "too_big_media" beyond `limits`.
+    Raises SampleError: "unreadable_media" for a file without audio or a truncated one, "too_big_media" beyond `limits`.
     """
-    with reading(media, "sound"):
+    with reading(media, "audio"):
         if media.size == 0:
             raise ValueError("the file is empty")
         promise = _header_promise(media)
         if promise.rate:
             check_audio(promise.samples or promise.least, promise.rate, promise.channels, media.name)
-    with opened(media, "sound", promise.mended) as container:
+    with opened(media, "audio", promise.mended) as container:
         stream = _audio_stream(container, media.name)
         if promise.samples is None and not promise.least:
             samples = _table_length(container, stream)
@@ -210,7 +210,7 @@ def open_track(media: Media) -> Iterator[AudioTrack]:
             promise = replace(promise, samples=None)  # the decoder reads another thing than the header
         check_audio(promise.samples or 0, stream.rate, stream.channels, media.name)
         if not any(not other.disposition & Disposition.attached_pic for other in container.streams.video):
-            check_bytes(media.size, "sound", media.name)
+            check_bytes(media.size, "audio", media.name)
         yield AudioTrack(container, stream, media.name, promise, partial(_check_whole, media))
 
 
@@ -240,7 +240,7 @@ def _header_promise(media: Media) -> Promise:
 
 
 def _check_whole(media: Media) -> bool:
-    """Whether a Matroska file is whole by its own size; raises ValueError for a film that goes on past its end."""
+    """Whether a Matroska file is whole by its own size; raises ValueError for a video that goes on past its end."""
     with media.open() as file:
         head = file.read(8)
         if head[4:] == b"ftyp":

@@ -20,9 +20,9 @@ from av.packet import Packet
 from av.stream import Stream
 
 from data_pipelines.errors import SampleError
-from data_pipelines.media.location import Media, UnknownFormatError, reading
+from data_pipelines.media.location import Media, UnknownFormatError, kind_name, reading
 
-MAX_BYTES = {"image": 2**28, "sound": 2**31, "video": 2**33}
+MAX_BYTES = {"image": 2**28, "audio": 2**31, "video": 2**33}
 
 MAX_PIXELS = 89_478_485  # of a still: above it Pillow suspects a decompression bomb
 MAX_FRAME_PIXELS = 139_264 * 16**2  # of a video: the largest frame that H.264 knows (8192x4352)
@@ -37,7 +37,7 @@ MAX_DECODED_PIXELS = 5 * 10**11  # of the frames between those that are wanted: 
 
 def check_bytes(size: int, kind: str, name: str) -> None:
     """Raises SampleError("too_big_media") when a file of this kind (a key of MAX_BYTES) has too many bytes."""
-    _check(size, MAX_BYTES[kind], name, f"bytes of one {kind}")
+    _check(size, MAX_BYTES[kind], name, f"bytes of one {kind_name(kind)}")
 
 
 def check_pixels(height: int, width: int, name: str) -> None:
@@ -46,9 +46,9 @@ def check_pixels(height: int, width: int, name: str) -> None:
 
 
 def check_audio(samples: int, rate: int, channels: int, name: str) -> None:
-    """Raises SampleError("too_big_media") for a sound too long, with too many samples or channels, or too fine."""
-    _check(samples / rate, MAX_AUDIO_SECONDS, name, "seconds of sound")
-    _check(samples, MAX_AUDIO_SAMPLES, name, "samples of sound")
+    """Raises SampleError("too_big_media") for audio too long, with too many samples or channels, or too fine."""
+    _check(samples / rate, MAX_AUDIO_SECONDS, name, "seconds of audio")
+    _check(samples, MAX_AUDIO_SAMPLES, name, "samples of audio")
     _check(rate, MAX_SAMPLING_RATE, name, "samples a second")
     _check(channels, MAX_CHANNELS, name, "channels")
 

@@ -49,23 +49,23 @@ def visual_size(height: int, width: int, config: VisionConfig, frame: bool) -> t
 
 
 def resize_image(
-    picture: UInt8[np.ndarray, "h w 3"] | Image.Image, height: int, width: int
+    image: UInt8[np.ndarray, "h w 3"] | Image.Image, height: int, width: int
 ) -> UInt8[np.ndarray, "H W 3"]:
     """Bicubic (Pillow) on uint8 RGB."""
-    image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
-    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+    opened = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    return np.asarray(opened.resize((width, height), Image.Resampling.BICUBIC))
 
 
 def patchify(
-    picture: UInt8[np.ndarray, "H W 3"], patch: int = 14, merge: int = 2
+    image: UInt8[np.ndarray, "H W 3"], patch: int = 14, merge: int = 2
 ) -> tuple[UInt8[np.ndarray, "p v"], Int32[np.ndarray, "p 2"]]:
     """Patches flattened as (channel, row, column), v = 3 x 14 x 14, and their (row, column) in the patch grid.
 
-    The four patches of one visual token are neighbours. For a picture of 2 x 4 patches the order of the grid is
+    The four patches of one visual token are neighbors. For an image of 2 x 4 patches the order of the grid is
     (0,0) (0,1) (1,0) (1,1)  (0,2) (0,3) (1,2) (1,3).
     """
-    rows, columns, channels = picture.shape[0] // patch, picture.shape[1] // patch, picture.shape[2]
-    blocks = picture.reshape(rows // merge, merge, patch, columns // merge, merge, patch, channels)
+    rows, columns, channels = image.shape[0] // patch, image.shape[1] // patch, image.shape[2]
+    blocks = image.reshape(rows // merge, merge, patch, columns // merge, merge, patch, channels)
     patches = blocks.transpose(0, 3, 1, 4, 6, 2, 5).reshape(rows * columns, channels * patch**2)
     grid = np.stack(np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij"), axis=-1)
     grid = grid.reshape(rows // merge, merge, columns // merge, merge, 2).transpose(0, 2, 1, 3, 4)
@@ -176,7 +176,7 @@ def mel_target(
 ) -> Float32[np.ndarray, "s mels"]:
     """The mel of a clip at the settings' rate, or of the `length` samples from `start` on: `settings.frames` of them.
 
-    Periodic Hann, not centred: half of n_fft - hop samples are reflected at both ends of the clip. Part of a clip has
+    Periodic Hann, not centered: half of n_fft - hop samples are reflected at both ends of the clip. Part of a clip has
     the frames that the whole has there, as it is heard with what lies around it. A clip too short to be reflected is
     padded with zeros first.
     """

@@ -8,13 +8,13 @@ import struct
 from dataclasses import dataclass
 
 HEAD = 512  # bytes that `kind_of` looks at: a tar archive is known by its bytes 257 to 262
-_STILL, _SOUND, _FILM = frozenset({"image"}), frozenset({"sound"}), frozenset({"sound", "video"})
+_STILL, _AUDIO, _VIDEO = frozenset({"image"}), frozenset({"audio"}), frozenset({"audio", "video"})
 _NO_MEDIA: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
 class FileKind:
-    """What a file is: "a PNG picture". `read_as` names the kinds of media that files of this kind are read as."""
+    """What a file is: "a PNG image". `read_as` names the kinds of media that files of this kind are read as."""
 
     name: str
     read_as: frozenset[str] = _NO_MEDIA
@@ -55,106 +55,106 @@ _MAGIC: tuple[tuple[int, bytes, FileKind], ...] = (
     (0, b"MZ", FileKind("a program")),
     (0, b"#EXTM3U", FileKind("a play list")),
     (0, b"[playlist]", FileKind("a play list")),
-    # Pictures.
-    (0, b"\x89PNG\r\n\x1a\n", FileKind("a PNG picture", _STILL)),
-    (0, b"\xff\xd8\xff", FileKind("a JPEG picture", _STILL)),
-    (0, b"GIF8", FileKind("a GIF picture", frozenset({"image", "video"}))),
-    (8, b"CR\x02", FileKind("a raw picture of a camera (CR2)")),
-    (0, b"II*\x00", FileKind("a TIFF picture", _STILL)),
-    (0, b"MM\x00*", FileKind("a TIFF picture", _STILL)),
-    (0, b"II+\x00", FileKind("a BigTIFF picture", _STILL)),
-    (0, b"MM\x00+", FileKind("a BigTIFF picture", _STILL)),
-    (0, b"FUJIFILMCCD-RAW", FileKind("a raw picture of a camera (RAF)")),
-    (0, b"IIU\x00", FileKind("a raw picture of a camera (RW2)")),
-    (0, b"IIRO", FileKind("a raw picture of a camera (ORF)")),
-    (0, b"IIRS", FileKind("a raw picture of a camera (ORF)")),
-    (0, b"FOVb", FileKind("a raw picture of a camera (X3F)")),
-    (0, b"\xff\x0a", FileKind("a JPEG XL picture")),
-    (0, b"\x00\x00\x00\x0cJXL ", FileKind("a JPEG XL picture")),
-    (0, b"\x00\x00\x00\x0cjP  ", FileKind("a JPEG 2000 picture")),
-    (0, b"\xff\x4f\xff\x51", FileKind("a JPEG 2000 picture")),
-    (0, b"8BPS", FileKind("a Photoshop picture")),
-    (0, b"gimp xcf", FileKind("a GIMP picture")),
+    # Images.
+    (0, b"\x89PNG\r\n\x1a\n", FileKind("a PNG image", _STILL)),
+    (0, b"\xff\xd8\xff", FileKind("a JPEG image", _STILL)),
+    (0, b"GIF8", FileKind("a GIF image", frozenset({"image", "video"}))),
+    (8, b"CR\x02", FileKind("a raw image of a camera (CR2)")),
+    (0, b"II*\x00", FileKind("a TIFF image", _STILL)),
+    (0, b"MM\x00*", FileKind("a TIFF image", _STILL)),
+    (0, b"II+\x00", FileKind("a BigTIFF image", _STILL)),
+    (0, b"MM\x00+", FileKind("a BigTIFF image", _STILL)),
+    (0, b"FUJIFILMCCD-RAW", FileKind("a raw image of a camera (RAF)")),
+    (0, b"IIU\x00", FileKind("a raw image of a camera (RW2)")),
+    (0, b"IIRO", FileKind("a raw image of a camera (ORF)")),
+    (0, b"IIRS", FileKind("a raw image of a camera (ORF)")),
+    (0, b"FOVb", FileKind("a raw image of a camera (X3F)")),
+    (0, b"\xff\x0a", FileKind("a JPEG XL image")),
+    (0, b"\x00\x00\x00\x0cJXL ", FileKind("a JPEG XL image")),
+    (0, b"\x00\x00\x00\x0cjP  ", FileKind("a JPEG 2000 image")),
+    (0, b"\xff\x4f\xff\x51", FileKind("a JPEG 2000 image")),
+    (0, b"8BPS", FileKind("a Photoshop image")),
+    (0, b"gimp xcf", FileKind("a GIMP image")),
     (0, b"\x00\x00\x01\x00", FileKind("an icon (ICO)")),
     (0, b"icns", FileKind("an icon (ICNS)")),
-    (0, b"v/1\x01", FileKind("an OpenEXR picture")),
-    (0, b"#?RADIANCE", FileKind("a Radiance HDR picture")),
-    (0, b"qoif", FileKind("a QOI picture")),
-    (0, b"DDS ", FileKind("a DDS picture")),
-    (0, b"SIMPLE  =", FileKind("a FITS picture")),
-    (128, b"DICM", FileKind("a DICOM picture")),
+    (0, b"v/1\x01", FileKind("an OpenEXR image")),
+    (0, b"#?RADIANCE", FileKind("a Radiance HDR image")),
+    (0, b"qoif", FileKind("a QOI image")),
+    (0, b"DDS ", FileKind("a DDS image")),
+    (0, b"SIMPLE  =", FileKind("a FITS image")),
+    (128, b"DICM", FileKind("a DICOM image")),
     (0, b"AT&TFORM", FileKind("a DjVu file")),
     (0, b"\xd7\xcd\xc6\x9a", FileKind("a WMF drawing")),
-    # Sounds.
-    (0, b"fLaC", FileKind("a FLAC sound", _SOUND)),
-    (0, b"OggS", FileKind("an Ogg file", _FILM)),
-    (0, b"ID3", FileKind("an MP3 sound", _SOUND)),
-    (0, b"RF64", FileKind("an RF64 sound", _SOUND)),
-    (0, b"BW64", FileKind("a BW64 sound", _SOUND)),
-    (0, b"riff\x2e\x91\xcf\x11", FileKind("a Wave64 sound", _SOUND)),
-    (0, b".snd", FileKind("an AU sound", _SOUND)),
-    (0, b"dns.", FileKind("an AU sound of little-endian order")),
-    (0, b"caff", FileKind("a CAF sound", _SOUND)),
-    (0, b"NIST_1A", FileKind("a SPHERE sound", _SOUND)),
-    (0, b"#!AMR", FileKind("an AMR sound", _SOUND)),
-    (0, b"#!SILK", FileKind("a SILK sound")),
-    (1, b"#!SILK", FileKind("a SILK sound")),
-    (0, b"MThd", FileKind("a MIDI file, notes without sound")),
-    (0, b"MAC ", FileKind("a Monkey's Audio sound")),
-    (0, b"wvpk", FileKind("a WavPack sound")),
-    (0, b"TTA1", FileKind("a True Audio sound")),
-    (0, b"MPCK", FileKind("a Musepack sound")),
-    (0, b"MP+", FileKind("a Musepack sound")),
-    (0, b"PVF", FileKind("a PVF sound")),
-    (0, b"\x64\xa3\x01\x00", FileKind("an IRCAM sound")),
-    (0, b"\x64\xa3\x02\x00", FileKind("an IRCAM sound")),
-    (0, b" paf", FileKind("a PARIS sound")),
-    (0, b"fap ", FileKind("a PARIS sound")),
+    # Audio.
+    (0, b"fLaC", FileKind("a FLAC audio file", _AUDIO)),
+    (0, b"OggS", FileKind("an Ogg file", _VIDEO)),
+    (0, b"ID3", FileKind("an MP3 audio file", _AUDIO)),
+    (0, b"RF64", FileKind("an RF64 audio file", _AUDIO)),
+    (0, b"BW64", FileKind("a BW64 audio file", _AUDIO)),
+    (0, b"riff\x2e\x91\xcf\x11", FileKind("a Wave64 audio file", _AUDIO)),
+    (0, b".snd", FileKind("an AU audio file", _AUDIO)),
+    (0, b"dns.", FileKind("an AU audio file of little-endian order")),
+    (0, b"caff", FileKind("a CAF audio file", _AUDIO)),
+    (0, b"NIST_1A", FileKind("a SPHERE audio file", _AUDIO)),
+    (0, b"#!AMR", FileKind("an AMR audio file", _AUDIO)),
+    (0, b"#!SILK", FileKind("a SILK audio file")),
+    (1, b"#!SILK", FileKind("a SILK audio file")),
+    (0, b"MThd", FileKind("a MIDI file, notes without audio")),
+    (0, b"MAC ", FileKind("a Monkey's Audio file")),
+    (0, b"wvpk", FileKind("a WavPack audio file")),
+    (0, b"TTA1", FileKind("a True Audio file")),
+    (0, b"MPCK", FileKind("a Musepack audio file")),
+    (0, b"MP+", FileKind("a Musepack audio file")),
+    (0, b"PVF", FileKind("a PVF audio file")),
+    (0, b"\x64\xa3\x01\x00", FileKind("an IRCAM audio file")),
+    (0, b"\x64\xa3\x02\x00", FileKind("an IRCAM audio file")),
+    (0, b" paf", FileKind("a PARIS audio file")),
+    (0, b"fap ", FileKind("a PARIS audio file")),
     (0, b"MATLAB 5.0", FileKind("a MATLAB file")),
     (0, b"Extended Instrument:", FileKind("an instrument of a tracker")),
-    (0, b"\x0b\x77", FileKind("an AC-3 sound")),
-    (0, b"2BIT", FileKind("an AVR sound")),
-    (0, b"OFR ", FileKind("an OptimFROG sound")),
-    (0, b"ajkg", FileKind("a Shorten sound")),
-    (0, b"qoaf", FileKind("a QOA sound")),
-    (0, b"DSD ", FileKind("a DSD sound")),
-    (0, b"FRM8", FileKind("a DSD sound")),
-    (0, b"Creative Voice File", FileKind("a VOC sound")),
-    (0, b".ra\xfd", FileKind("a RealAudio sound")),
-    (0, b"Extended Module:", FileKind("a tracker module, notes without sound")),
-    (0, b"IMPM", FileKind("a tracker module, notes without sound")),
-    # Films.
-    (0, b"\x1a\x45\xdf\xa3", FileKind("a Matroska or WebM file", _FILM)),
-    (0, b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", FileKind("a Windows Media file", _FILM)),
-    (0, b"FLV\x01", FileKind("a Flash video", _FILM)),
+    (0, b"\x0b\x77", FileKind("an AC-3 audio file")),
+    (0, b"2BIT", FileKind("an AVR audio file")),
+    (0, b"OFR ", FileKind("an OptimFROG audio file")),
+    (0, b"ajkg", FileKind("a Shorten audio file")),
+    (0, b"qoaf", FileKind("a QOA audio file")),
+    (0, b"DSD ", FileKind("a DSD audio file")),
+    (0, b"FRM8", FileKind("a DSD audio file")),
+    (0, b"Creative Voice File", FileKind("a VOC audio file")),
+    (0, b".ra\xfd", FileKind("a RealAudio file")),
+    (0, b"Extended Module:", FileKind("a tracker module, notes without audio")),
+    (0, b"IMPM", FileKind("a tracker module, notes without audio")),
+    # Videos.
+    (0, b"\x1a\x45\xdf\xa3", FileKind("a Matroska or WebM file", _VIDEO)),
+    (0, b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", FileKind("a Windows Media file", _VIDEO)),
+    (0, b"FLV\x01", FileKind("a Flash video", _VIDEO)),
     (0, b".RMF", FileKind("a RealMedia file")),
-    (0, b"\x00\x00\x01\xba", FileKind("an MPEG program stream", _FILM)),
+    (0, b"\x00\x00\x01\xba", FileKind("an MPEG program stream", _VIDEO)),
     (0, b"\x00\x00\x01\xb3", FileKind("an MPEG video stream", frozenset({"video"}))),
-    (4, b"moov", FileKind("a QuickTime file", _FILM)),
-    (4, b"mdat", FileKind("a QuickTime file", _FILM)),
+    (4, b"moov", FileKind("a QuickTime file", _VIDEO)),
+    (4, b"mdat", FileKind("a QuickTime file", _VIDEO)),
     (0, b"FWS", FileKind("a Flash program")),
     (0, b"CWS", FileKind("a Flash program")),
 )
 # Files of chunks say at byte 8 what they hold; ISO media files name their brand there.
 _RIFF = {
-    b"WAVE": FileKind("a WAV sound", _SOUND),
-    b"WEBP": FileKind("a WebP picture", _STILL),
-    b"AVI ": FileKind("an AVI video", _FILM),
-    b"AIFF": FileKind("an AIFF sound", _SOUND),
-    b"AIFC": FileKind("an AIFF sound", _SOUND),
-    b"8SVX": FileKind("an IFF 8SVX sound"),
-    b"16SV": FileKind("an IFF 16SV sound"),
-    b"RMID": FileKind("a MIDI file, notes without sound"),
-    b"sfbk": FileKind("a SoundFont, instruments without sound"),
+    b"WAVE": FileKind("a WAV audio file", _AUDIO),
+    b"WEBP": FileKind("a WebP image", _STILL),
+    b"AVI ": FileKind("an AVI video", _VIDEO),
+    b"AIFF": FileKind("an AIFF audio file", _AUDIO),
+    b"AIFC": FileKind("an AIFF audio file", _AUDIO),
+    b"8SVX": FileKind("an IFF 8SVX audio file"),
+    b"16SV": FileKind("an IFF 16SV audio file"),
+    b"RMID": FileKind("a MIDI file, notes without audio"),
+    b"sfbk": FileKind("a SoundFont, instruments without audio"),
 }
 _BRANDS = {
-    b"avif": FileKind("an AVIF picture", _STILL),
-    b"avis": FileKind("an AVIF picture", _STILL),
-    b"crx ": FileKind("a raw picture of a camera (CR3)"),
-    b"M4A ": FileKind("an M4A sound", _SOUND),
-    b"qt  ": FileKind("a QuickTime video", _FILM),
-    b"jp2 ": FileKind("a JPEG 2000 picture"),
-} | {brand: FileKind("a HEIC picture", _STILL) for brand in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1")}
+    b"avif": FileKind("an AVIF image", _STILL),
+    b"avis": FileKind("an AVIF image", _STILL),
+    b"crx ": FileKind("a raw image of a camera (CR3)"),
+    b"M4A ": FileKind("an M4A audio file", _AUDIO),
+    b"qt  ": FileKind("a QuickTime video", _VIDEO),
+    b"jp2 ": FileKind("a JPEG 2000 image"),
+} | {brand: FileKind("a HEIC image", _STILL) for brand in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1")}
 
 
 def kind_of(head: bytes) -> FileKind | None:
@@ -171,13 +171,13 @@ def kind_of(head: bytes) -> FileKind | None:
     if head[:4] in (b"RIFF", b"FORM", b"RIFX"):
         return _RIFF.get(head[8:12])
     if head[4:8] == b"ftyp":
-        return _BRANDS.get(head[8:12], FileKind("an MP4 file", _FILM))
+        return _BRANDS.get(head[8:12], FileKind("an MP4 file", _VIDEO))
     if head[:1] == b"\x47" and head[188:189] == b"\x47":
-        return FileKind("an MPEG transport stream", _FILM)
+        return FileKind("an MPEG transport stream", _VIDEO)
     if is_utf16(head):
         return FileKind("a text in UTF-16")
     if len(head) > 1 and head[0] == 0xFF and head[1] & 0xE0 == 0xE0:
-        return FileKind("an AAC sound" if head[1] & 0x06 == 0 else "an MP3 sound", _SOUND)
+        return FileKind("an AAC audio file" if head[1] & 0x06 == 0 else "an MP3 audio file", _AUDIO)
     return _kind_of_text(head)
 
 
@@ -200,7 +200,7 @@ def _kind_of_text(head: bytes) -> FileKind | None:
     if text.startswith(b"<?xml"):
         return FileKind("a text of XML")
     if re.match(rb"p[1-7]\s", text):
-        return FileKind("a Netpbm picture", _STILL)
+        return FileKind("a Netpbm image", _STILL)
     if re.match(rb'[{\[]\s*["{\[\]}]', text):
         return FileKind("a text of JSON")
     # The last character may be cut.

@@ -40,7 +40,7 @@ _TRANSPOSED = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# TIFF tags: what an IFD is of the picture, further IFDs inside it, DNG's version.
+# TIFF tags: what an IFD is of the image, further IFDs inside it, DNG's version.
 _REDUCED, _SUB_IFDS, _DNG = 254, 330, 50706
 
 
@@ -60,7 +60,7 @@ class _Opened:
         try:
             found.load(self.png.exif if self.png else self.image.info.get("exif") or b"")
             value = found.get(_ORIENTATION)
-        except Exception:  # damaged EXIF: Pillow raises nearly anything, and pictures are shown without it
+        except Exception:  # damaged EXIF: Pillow raises nearly anything, and images are shown without it
             return 1
         return value if value in _TRANSPOSED else 1
 
@@ -176,11 +176,11 @@ def _load_heif() -> None:
 
 
 def _check_preview(image: Image.Image) -> None:
-    """Cameras write raw pictures as TIFFs whose first picture is a small preview of the real one."""
+    """Cameras write raw images as TIFFs whose first image is a small preview of the real one."""
     tags = getattr(image, "tag_v2", {})
     reduced = tags.get(_REDUCED, 0)
     if _DNG in tags or (isinstance(reduced, int) and reduced & 1 and _SUB_IFDS in tags):
-        raise ValueError("it is a raw picture of a camera (DNG, NEF, ARW and the like), which is not read")
+        raise ValueError("it is a raw image of a camera (DNG, NEF, ARW and the like), which is not read")
 
 
 def _describe_tiff(file: io.BufferedIOBase) -> str:
@@ -201,7 +201,7 @@ def _describe_tiff(file: io.BufferedIOBase) -> str:
 
 
 def check_size(height: int, width: int, name: str) -> None:
-    """Raises SampleError("unreadable_media") for sides that are no picture: too small or too narrow."""
+    """Raises SampleError("unreadable_media") for sides that are no image: too small or too narrow."""
     if height * width <= MIN_PIXELS:
         raise SampleError("unreadable_media", f"{name} is {height}x{width}: at most {MIN_PIXELS} pixels")
     if max(height, width) > MAX_ASPECT * min(height, width):

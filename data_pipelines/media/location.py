@@ -212,6 +212,11 @@ class UnknownFormatError(ValueError):
     """A file is of no format that a reader knows; where its first bytes tell which it is, that says more."""
 
 
+def kind_name(kind: str) -> str:
+    """Names a kind of media in a message: "audio" alone is no thing that can be read."""
+    return "audio file" if kind == "audio" else kind
+
+
 @contextmanager
 def reading(media: Media, kind: str) -> Iterator[None]:
     """Turns whatever a decoder raises inside the block into SampleError("unreadable_media").
@@ -224,13 +229,14 @@ def reading(media: Media, kind: str) -> Iterator[None]:
     except SampleError:
         raise
     except Exception as error:  # on malformed files the decoders raise nearly anything
-        found = _kind_of(media) if kind in ("image", "sound", "video") else None
+        name = kind_name(kind)
+        found = _kind_of(media) if kind in ("image", "audio", "video") else None
         if found is None:
-            message = f"{media.name} is not a readable {kind}: {plain_reason(error)}"
+            message = f"{media.name} is not a readable {name}: {plain_reason(error)}"
         elif kind in found.read_as or (found.read_as and type(error) is ValueError):
-            message = f"{media.name} is not a readable {kind} ({found.name}): {plain_reason(error)}"
+            message = f"{media.name} is not a readable {name} ({found.name}): {plain_reason(error)}"
         else:
-            message = f"{media.name} is not a readable {kind}: it is {found.name}"
+            message = f"{media.name} is not a readable {name}: it is {found.name}"
         raise SampleError("unreadable_media", message) from error
 
 

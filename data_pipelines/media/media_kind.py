@@ -1,12 +1,12 @@
-"""What a file holds, by its content: a picture, a sound or a video. Its name and ending decide nothing.
+"""What a file holds, by its content: an image, an audio file or a video. Its name and ending decide nothing.
 
-Browsers and telephones give one container to different things: a voice as `.webm` or `.mp4` without a picture, a
+Browsers and telephones give one container to different things: a voice as `.webm` or `.mp4` without an image, a
 JPEG as `.jfif`, a download without any ending.
 """
 
 import mimetypes
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from av.container import InputContainer
 from av.stream import Disposition
@@ -16,30 +16,29 @@ from data_pipelines.errors import SampleError
 from data_pipelines.media.audio import probe_audio
 from data_pipelines.media.containers import opened
 from data_pipelines.media.images import FORMATS
-from data_pipelines.media.location import Media
+from data_pipelines.media.location import Media, kind_name
 
 MediaKind = Literal["image", "audio", "video"]
 
-_RATE = 16_000  # Hz at which a sound is measured: any would do
+_RATE = 16_000  # Hz at which an audio file is measured: any would do
 # Brands of ISO media files that hold stills. FFmpeg would show them as videos of one frame.
 _STILL_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1", b"avif", b"avis")
-# First bytes of formats that hold sound alone, so that what is wrong with such a file is said of a sound.
+# First bytes of formats that hold audio alone, so that what is wrong with such a file is said of an audio file.
 _SOUND_HEADS = (b"fLaC", b"ID3", b"FORM", b".snd", b"caff", b"riff", b"NIST_1A", b"RF64", b"#!AMR")
-_WORDS = {"image": "picture", "audio": "sound", "video": "video"}
 
 
 @dataclass(frozen=True)
 class MediaContent:
-    """What kind a file is, and whether it has a track of sound (a video may lack one)."""
+    """What kind a file is, and whether it has a track of audio (a video may lack one)."""
 
     kind: MediaKind
     has_audio: bool
 
 
 def inspect_media(media: Media) -> MediaContent:
-    """Opens the file as a picture, a container and a sound, in this order, and tells what it is.
+    """Opens the file as an image, a container and an audio file, in this order, and tells what it is.
 
-    A cover on a song is no video, and neither is a track without a size. An animation (GIF, WebP) is a picture.
+    A cover on a song is no video, and neither is a track without a size. An animation (GIF, WebP) is an image.
 
     Raises SampleError: "unreadable_media" for a file that is none of them, is empty or cannot be opened;
     "too_big_media" beyond `limits`.
@@ -51,7 +50,7 @@ def inspect_media(media: Media) -> MediaContent:
         raise SampleError("missing_file", f"{media.name} cannot be opened: {error.strerror}") from error
     if not head:
         raise SampleError("unreadable_media", f"{media.name} is empty")
-    # Pictures first: FFmpeg takes a GIF or a HEIC for a video.
+    # Images first: FFmpeg takes a GIF or a HEIC for a video.
     if _is_still(media, head):
         return MediaContent("image", False)
     return _from_tracks(media) or _from_sound_file(media, head)
@@ -83,7 +82,7 @@ def _from_tracks(media: Media) -> MediaContent | None:
 def _judge_tracks(container: InputContainer) -> MediaContent | None:
     has_audio = len(container.streams.audio) > 0
     moving = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
-    # A recorder that was given no camera may still announce a track of pictures, without a size.
+    # A recorder that was given no camera may still announce a track of images, without a size.
     shown = [s for s in moving if s.codec_context is None or (s.codec_context.width and s.codec_context.height)]
     if shown or (moving and not has_audio):
         return MediaContent("video", has_audio)
@@ -91,7 +90,7 @@ def _judge_tracks(container: InputContainer) -> MediaContent | None:
 
 
 def _from_sound_file(media: Media, head: bytes) -> MediaContent:
-    """Formats of sound that are no containers of FFmpeg's here (AIFF and others)."""
+    """Formats of audio that are no containers of FFmpeg's here (AIFF and others)."""
     try:
         probe_audio(media, _RATE)
     except SampleError as error:
@@ -104,6 +103,6 @@ def _from_sound_file(media: Media, head: bytes) -> MediaContent:
 def _say_unknown(name: str) -> str:
     """The ending says what its owner takes the file for, which helps them to see what is wrong with it."""
     claimed = (mimetypes.guess_type(name)[0] or "").partition("/")[0]
-    if claimed in _WORDS:
-        return f"{name} is not a readable {_WORDS[claimed]}: its content is that of no picture, sound or video"
-    return f"{name} is neither a picture nor a sound nor a video that can be read"
+    if claimed in get_args(MediaKind):
+        return f"{name} is not a readable {kind_name(claimed)}: its content is that of no image, audio or video file"
+    return f"{name} is neither an image nor an audio file nor a video that can be read"

@@ -28,7 +28,7 @@ from PIL import Image, ImageCms, ImageFile
 from baichuan_omni_jax.config import ImagesConfig
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
-MAX_PROFILE = 1 << 24  # bytes of an ICC profile: above it the picture is read without
+MAX_PROFILE = 1 << 24  # bytes of an ICC profile: above it the image is read without
 _MAX_CHUNKS = 1 << 19  # of one file: 256 MiB of pixels in the usual pieces are 32,768
 _PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 _MAX_NOTE = 1 << 24  # bytes of a chunk that is read beside the pixels
@@ -48,7 +48,7 @@ class Png:
 
     @property
     def key_scale(self) -> int:
-        """What the transparent color of a gray picture is multiplied by to be one of the 8-bit levels it is read as."""
+        """What the transparent color of a gray image is multiplied by to be one of the 8-bit levels it is read as."""
         return 255 // (2**self.bits - 1) if self.bits in (2, 4) else 1
 
 
@@ -149,7 +149,7 @@ def full_scale(largest: int, declared: int, stored: int) -> int:
 
 
 def _in_eight_bits(image: Image.Image, png: Png | None, reopen: Reopen) -> Image.Image:
-    """The picture with 8 bits a channel; one that has them already as it is."""
+    """The image with 8 bits a channel; one that has them already as it is."""
     if image.mode == "F":
         return _scale_floats(image)
     if image.mode.startswith("I"):
@@ -282,7 +282,7 @@ def _opaque(shown: Bool[np.ndarray, "..."]) -> UInt8[np.ndarray, "..."]:
 
 
 def _alpha(image: Image.Image, png: Png | None) -> Image.Image | None:
-    """How opaque each pixel of an 8-bit picture is; None when all are."""
+    """How opaque each pixel of an 8-bit image is; None when all are."""
     key = image.info.get("transparency")
     if image.mode in ("LA", "RGBA", "PA", "La", "RGBa"):
         alpha = image.getchannel(len(image.getbands()) - 1)
@@ -307,7 +307,7 @@ def _colors(image: Image.Image) -> Image.Image:
 
 
 def _to_srgb(color: Image.Image, profile: bytes) -> Image.Image:
-    """By its ICC profile; unchanged when that is damaged, or of another kind of colors than the picture's."""
+    """By its ICC profile; unchanged when that is damaged, or of another kind of colors than the image's."""
     mode, transform = _transform(profile if color.mode != "LAB" else b"", color.mode)
     if transform is None:
         return color
@@ -319,13 +319,13 @@ def _to_srgb(color: Image.Image, profile: bytes) -> Image.Image:
 
 @lru_cache(maxsize=16)
 def _transform(profile: bytes, mode: str) -> tuple[str, ImageCms.ImageCmsTransform | None]:
-    """The mode that a picture is to be in, and the way from there to sRGB; None when there is nothing to do."""
+    """The mode that an image is to be in, and the way from there to sRGB; None when there is nothing to do."""
     kinds = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile)) if profile else ImageCms.createProfile("LAB")
         source = source if isinstance(source, ImageCms.ImageCmsProfile) else ImageCms.ImageCmsProfile(source)
         kind = kinds.get(source.profile.xcolor_space.strip(), "")
-        # Gray pictures often bring the profile of the colors that they were made from.
+        # Gray images often bring the profile of the colors that they were made from.
         if kind != mode and (kind, mode) != ("RGB", "L"):
             return mode, None
         transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), kind, "RGB")

@@ -124,7 +124,7 @@ class _Frames:
 
     def at(self, times: tuple[float, ...]) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
         """As `decode_frames`."""
-        picture, shown, turn = None, None, self.turn
+        image, shown, turn = None, None, self.turn
         for wanted in times:
             self._jump(wanted)
             while self._time < wanted - _SLACK:
@@ -132,8 +132,8 @@ class _Frames:
                     self._check_end(times[-1])
                     break
             if shown is not self._last:
-                picture, shown = turn.apply(self._rgb(self._last)), self._last
-            yield picture
+                image, shown = turn.apply(self._rgb(self._last)), self._last
+            yield image
         self._damage.check()
 
     def _decoded(self) -> Iterator[VideoFrame]:

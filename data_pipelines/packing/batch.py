@@ -49,11 +49,11 @@ class RowWriter:
         *,
         source: int,
         number: int,
-        image_starts: Int32[np.ndarray, "pictures"] | None = None,
+        image_starts: Int32[np.ndarray, "images"] | None = None,
     ) -> None:
         """Appends a document that fits: segment ids ascend from 1, positions restart, slots move to its place.
 
-        `image_starts` has the first patch of each of its pictures; without it they follow those that are there.
+        `image_starts` has the first patch of each of its images; without it they follow those that are there.
         """
         start = self._at["token"]
         self._segments += 1

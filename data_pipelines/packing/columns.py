@@ -1,6 +1,6 @@
 """An index's numbers as columns on disk: memory-mapped, so that many processes share them and none holds them.
 
-48 bytes a document and 4 a picture or video frame: 100 million documents with two pictures each are 5.6 GB.
+48 bytes a document and 4 an image or video frame: 100 million documents with two images each are 5.6 GB.
 
     FOLDER/lengths.npy          (n, 6) int32    what each document takes of the budgets
     FOLDER/text_targets.npy     (n,) int32      how many text targets it has
@@ -58,7 +58,7 @@ class Columns:
         return len(self.lengths)
 
     def patches_of(self, document: int) -> list[int]:
-        """Patches of each picture and video frame of a document, in order."""
+        """Patches of each image and video frame of a document, in order."""
         return self.image_patches[slice(*self.image_offsets[document : document + 2])].tolist()
 
     def __reduce__(self):

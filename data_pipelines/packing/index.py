@@ -131,7 +131,7 @@ class Index:
         return int(columns.text_targets[place])
 
     def image_patches(self, number: int) -> list[int]:
-        """Patches of each picture and video frame of `number`, in order."""
+        """Patches of each image and video frame of `number`, in order."""
         columns, place = self._columns_of(number)
         return columns.patches_of(place)
 
@@ -153,16 +153,16 @@ class Index:
         )
 
     def within(self, budgets: Budgets, media_shards: int = 1) -> "Index":
-        """The same index for rows of these budgets, their patches in `media_shards` parts that hold whole pictures.
+        """The same index for rows of these budgets, their patches in `media_shards` parts that hold whole images.
 
         Documents that an empty row cannot hold are skipped as `too_long`. No column is copied.
         """
         limits, over = RowLimits(budgets, media_shards), []
         for start in range(0, self.total, _CHUNK):
             places = np.asarray(self.columns.image_offsets[start : start + _CHUNK + 1])
-            pictures = self.columns.image_patches[places[0] : places[-1]]
+            images = self.columns.image_patches[places[0] : places[-1]]
             needs = self.columns.lengths[start : start + _CHUNK]
-            over.append(start + np.flatnonzero(limits.exceeds(needs, pictures, np.diff(places))))
+            over.append(start + np.flatnonzero(limits.exceeds(needs, images, np.diff(places))))
         beyond = np.concatenate([np.zeros(0, np.int64), *over])
         return replace(self, limits=limits, over=beyond, pieces=NO_PIECES)
 

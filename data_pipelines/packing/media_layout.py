@@ -32,7 +32,7 @@ from data_pipelines.media.features import mel_target
 
 @dataclass(frozen=True)
 class PatchLayout:
-    """The `patches` places of a row in `parts` equal parts. One part: pictures lie one after the other."""
+    """The `patches` places of a row in `parts` equal parts. One part: images lie one after the other."""
 
     patches: int
     parts: int = 1
@@ -42,40 +42,40 @@ class PatchLayout:
         """Patches of a part."""
         return self.patches // self.parts
 
-    def fits(self, pictures: Sequence[int]) -> bool:
-        """Whether pictures of these sizes can be placed in one row."""
-        largest, total = max(pictures, default=0), sum(pictures)
+    def fits(self, images: Sequence[int]) -> bool:
+        """Whether images of these sizes can be placed in one row."""
+        largest, total = max(images, default=0), sum(images)
         if largest > self.room or total > self.parts * self.room:
             return False
-        # A picture finds every part too full only when each holds more than `room - largest`.
-        if len(pictures) <= self.parts or total <= self.parts * (self.room - largest):
+        # An image finds every part too full only when each holds more than `room - largest`.
+        if len(images) <= self.parts or total <= self.parts * (self.room - largest):
             return True
-        return self._parts_of(pictures) is not None
+        return self._parts_of(images) is not None
 
-    def starts(self, pictures: Sequence[int]) -> Int32[np.ndarray, "n"]:
-        """First place of each of a row's n pictures, given their sizes in row order. Raises ValueError: no room."""
-        parts = self._parts_of(pictures)
+    def starts(self, images: Sequence[int]) -> Int32[np.ndarray, "n"]:
+        """First place of each of a row's n images, given their sizes in row order. Raises ValueError: no room."""
+        parts = self._parts_of(images)
         if parts is None:
-            raise ValueError(f"{len(pictures)} pictures do not fit {self.parts} parts of {self.room} patches")
+            raise ValueError(f"{len(images)} images do not fit {self.parts} parts of {self.room} patches")
         free = [part * self.room for part in range(self.parts)]
-        starts = np.zeros(len(pictures), np.int32)
-        for picture, (size, part) in enumerate(zip(pictures, parts, strict=True)):
-            starts[picture] = free[part]
+        starts = np.zeros(len(images), np.int32)
+        for image, (size, part) in enumerate(zip(images, parts, strict=True)):
+            starts[image] = free[part]
             free[part] += size
         return starts
 
-    def _parts_of(self, pictures: Sequence[int]) -> list[int] | None:
+    def _parts_of(self, images: Sequence[int]) -> list[int] | None:
         """Best fit, largest first: of what was tried it fills parts best. Equal sizes keep their order."""
-        parts = [0] * len(pictures)
+        parts = [0] * len(images)
         left = [(self.room, part) for part in range(self.parts)]  # ascending: the fullest part first
-        for picture in sorted(range(len(pictures)), key=lambda picture: -pictures[picture]):
-            size = pictures[picture]
+        for image in sorted(range(len(images)), key=lambda image: -images[image]):
+            size = images[image]
             fullest = bisect_left(left, (size, 0))
             if fullest == len(left):
                 return None
             room, part = left.pop(fullest)
             insort(left, (room - size, part))
-            parts[picture] = part
+            parts[image] = part
         return parts
 
 
@@ -100,7 +100,7 @@ def check_media_shards(config: DataConfig, omni: OmniConfig) -> None:
 class MelSlots:
     """The sizes of slots, ascending, in mel frames, and the seed of crops. `per_code` mel frames make a code frame.
 
-    `rate` and `hop` are the mel's, in Hz and samples; `targets` what decoders learn to make of the same sound, by name.
+    `rate` and `hop` are the mel's, in Hz and samples; `targets` what decoders learn to make of the same audio, by name.
     """
 
     sizes: tuple[int, ...]

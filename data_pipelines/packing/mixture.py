@@ -265,7 +265,7 @@ def _feistel(values: UInt64[np.ndarray, "k"], half: int, keys: UInt64[np.ndarray
 
 
 def _mix(values: UInt64[np.ndarray, "k"], key: UInt64[np.ndarray, "1"]) -> UInt64[np.ndarray, "k"]:
-    """A hash of 64 bits: splitmix64's finaliser (Steele, Lea, Flood 2014)."""
+    """A hash of 64 bits: splitmix64's finalizer (Steele, Lea, Flood 2014)."""
     mixed = values + (key + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     mixed = (mixed ^ mixed >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ mixed >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)

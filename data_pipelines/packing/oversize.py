@@ -226,8 +226,8 @@ def _read_pieces(job: Job, summaries: list[dict]) -> Pieces:
         whole = {name: np.concatenate(read(name)) for name in (*NAMES, "documents", "turns", "max_frames", "span")}
     except (OSError, ValueError, EOFError) as error:
         raise ConfigError(f"{job.out} is damaged ({error}): delete it, and it is made anew") from error
-    pictures = [np.diff(places) for places in read("image_offsets")]
-    whole["image_offsets"] = np.cumsum([0, *np.concatenate(pictures)]).astype(np.int64)
+    images = [np.diff(places) for places in read("image_offsets")]
+    whole["image_offsets"] = np.cumsum([0, *np.concatenate(images)]).astype(np.int64)
     columns = Columns(*(whole[name] for name in NAMES))
     return Pieces(
         *(whole[name] for name in ("documents", "turns", "max_frames", "span")), columns, left=left, handled=handled

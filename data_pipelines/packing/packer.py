@@ -160,15 +160,15 @@ class Packer:
         shares = [taken / budget if budget else 0 for taken, budget in zip(self._taken, self._budgets, strict=True)]
         return shares.index(max(shares))
 
-    def _lays_out(self, row: _OpenRow, pictures: list[int]) -> bool:
-        """Whether each picture has a place; in one part all have that the budget has room for."""
-        return not pictures or self._layout.parts == 1 or self._layout.fits(row.image_patches + pictures)
+    def _lays_out(self, row: _OpenRow, images: list[int]) -> bool:
+        """Whether each image has a place; in one part all have that the budget has room for."""
+        return not images or self._layout.parts == 1 or self._layout.fits(row.image_patches + images)
 
     def _top_up(self, row: _OpenRow, scarce: int) -> None:
         if not self._pool:
             return
         needs = np.array([item.lengths for item in self._pool], np.int64)
-        waiting = np.ones(len(needs), bool)  # neither taken nor found to have no place for its pictures
+        waiting = np.ones(len(needs), bool)  # neither taken nor found to have no place for its images
         taken = set()
         while True:
             room = np.array(self._budgets) - row.used
@@ -176,8 +176,8 @@ class Packer:
             if not len(fits):
                 break
             chosen = fits[_choose(needs[fits], room, scarce, _CLOSE * self._budgets[scarce])].tolist()
-            pictures = [self._pool[number].image_patches for number in chosen]
-            if self._lays_out(row, [size for sizes in pictures for size in sizes]):
+            images = [self._pool[number].image_patches for number in chosen]
+            if self._lays_out(row, [size for sizes in images for size in sizes]):
                 taken |= set(chosen)
                 waiting[chosen] = False
                 for number in chosen:

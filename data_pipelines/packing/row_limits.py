@@ -27,7 +27,7 @@ def budget_lengths(lengths: Lengths) -> list[int]:
 
 @dataclass(frozen=True)
 class RowLimits:
-    """The budgets of a row, its patches in `media_shards` equal parts of which each holds whole pictures."""
+    """The budgets of a row, its patches in `media_shards` equal parts of which each holds whole images."""
 
     budgets: Budgets
     media_shards: int = 1
@@ -39,10 +39,10 @@ class RowLimits:
     def exceeds(
         self,
         needs: Integer[np.ndarray, "n budgets"],
-        pictures: Integer[np.ndarray, "m"],
+        images: Integer[np.ndarray, "m"],
         counts: Int64[np.ndarray, "n"],
     ) -> Bool[np.ndarray, "n"]:
-        """Which of n documents an empty row cannot hold; `counts` of the m pictures are each document's, in order."""
+        """Which of n documents an empty row cannot hold; `counts` of the m images are each document's, in order."""
         over = (needs > budget_vector(self.budgets)).any(1)
         layout, ends = self.layout, np.cumsum(counts)
         some = np.flatnonzero((counts > 0) & ~over)
@@ -51,25 +51,25 @@ class RowLimits:
         starts = ends - counts
         largest = np.zeros(len(needs), np.int64)
         holding = np.flatnonzero(counts)
-        largest[holding] = np.maximum.reduceat(pictures, starts[holding])
+        largest[holding] = np.maximum.reduceat(images, starts[holding])
         over |= largest > layout.room
-        # A picture finds every part too full only when each holds more than `room - largest`.
+        # An image finds every part too full only when each holds more than `room - largest`.
         safe = (counts <= layout.parts) | (needs[:, _PATCHES] <= layout.parts * (layout.room - largest))
         for document in np.flatnonzero(~over & ~safe).tolist():
-            over[document] = not layout.fits(pictures[starts[document] : ends[document]].tolist())
+            over[document] = not layout.fits(images[starts[document] : ends[document]].tolist())
         return over
 
-    def why_exceeds(self, needs: Sequence[int] | Int32[np.ndarray, "budgets"], pictures: Sequence[int]) -> str:
+    def why_exceeds(self, needs: Sequence[int] | Int32[np.ndarray, "budgets"], images: Sequence[int]) -> str:
         """Why an empty row cannot hold a document; "" when it can."""
         for name, size, limit in zip(BUDGETED, needs, budget_vector(self.budgets), strict=True):
             if size > limit:
                 return f"{size} {name} exceed the row's {limit}"
         layout = self.layout
-        if layout.fits(pictures):
+        if layout.fits(images):
             return ""
-        largest = int(np.argmax(pictures))
+        largest = int(np.argmax(images))
         parts = f"the row's {layout.parts} parts (data.media_shards) of {layout.room} patches"
-        if pictures[largest] > layout.room:
-            size = pictures[largest]
-            return f"picture {largest + 1} of the document has {size} patches, too many for one of {parts}"
-        return f"the document's {len(pictures)} pictures of up to {pictures[largest]} patches do not all fit {parts}"
+        if images[largest] > layout.room:
+            size = images[largest]
+            return f"image {largest + 1} of the document has {size} patches, too many for one of {parts}"
+        return f"the document's {len(images)} images of up to {images[largest]} patches do not all fit {parts}"

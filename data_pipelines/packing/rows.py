@@ -91,7 +91,7 @@ class RowDecoder:
         return self.mels.size(max((int(need[_AUDIO_FRAMES]) for need in needs), default=0))
 
     def _place_pictures(self, row: PackedRow) -> list[Int32[np.ndarray, "_"]]:
-        """The first patch of each picture of each document, as the plan foresaw them."""
+        """The first patch of each image of each document, as the plan foresaw them."""
         sizes = [self.indexes[source].image_patches(number) for source, number in row]
         starts = self.layout.starts([size for document in sizes for size in document])
         return np.split(starts, np.cumsum([len(document) for document in sizes])[:-1])

@@ -138,7 +138,7 @@ def table_of_texts(texts: Sequence[str]) -> PieceTable:
     """The rule for tokens that are these texts ("" for one that is no text).
 
     Exact where texts are split as Qwen does: a mark begins a token or stands among signs alone. A mark that is itself
-    spelt by several tokens, byte by byte, is not seen.
+    spelled by several tokens, byte by byte, is not seen.
     """
     # Tokens whose characters are of the same kinds share a row.
     parts = set(_PARTS.values())

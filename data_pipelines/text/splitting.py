@@ -98,7 +98,7 @@ def _join_short(pieces: list[str], shortest: float, longest: float, last: bool) 
 
 
 def _may_join(pair: tuple[str, str], side: int, shortest: float, longest: float) -> bool:
-    """Whether two neighbours become one: for the sake of the first (`side` 0) or the second one (-1)."""
+    """Whether two neighbors become one: for the sake of the first (`side` 0) or the second one (-1)."""
     seconds = [spoken_seconds(piece) for piece in pair]
     if not all(seconds):  # nothing to speak in one of them
         return True

@@ -197,7 +197,7 @@ def quantities(measures: Measures) -> list[Quantity]:
     ]
 
 
-_IMAGES, _VIDEO, _AUDIO = ("picture", "frame"), ("video",), ("heard", "spoken")
+_IMAGES, _VIDEO, _AUDIO = ("image", "frame"), ("video",), ("audio", "speech")
 
 
 def _numbers(kinds: Sequence[str]) -> list[int]:
@@ -206,7 +206,7 @@ def _numbers(kinds: Sequence[str]) -> list[int]:
 
 def modality_table(measures: Measures) -> Table:
     """Tabulates how many documents and media of each kind there are, by type."""
-    table = _table("documents and media", "documents", *KINDS, "video h", "heard h", "spoken h", "MiB")
+    table = _table("documents and media", "documents", *KINDS, "video h", "audio h", "speech h", "MiB")
     types = measures.media_type()
     for number, name in [*enumerate(measures.types), (None, "all")]:
         own = np.ones(len(types), bool) if number is None else types == number

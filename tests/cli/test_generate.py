@@ -316,7 +316,7 @@ def test_the_command_says_what_the_released_computation_says(golden, tmp_path, c
 def test_parts_of_three_runs_hear_and_speak(tmp_path, capsys):
     """A branch of each kind of run, random: text to a wav file, a recording and a picture to text, two turns."""
     from data_pipelines.tokenizers.tokenizer import train_tokenizer
-    from tests.helpers.small_media import write_image, write_sound
+    from tests.helpers.small_media import write_audio, write_image
 
     cfg = tiny()
     words = train_tokenizer(["the cat sat on the mat"] * 3, 330).to_str()
@@ -337,7 +337,7 @@ def test_parts_of_three_runs_hear_and_speak(tmp_path, capsys):
     assert (info.samplerate, info.channels) == (24000, 1)
     assert info.frames > 0
 
-    recording, picture = write_sound(tmp_path / "s.wav", 1), write_image(tmp_path / "p.png", 56, 84)
+    recording, picture = write_audio(tmp_path / "s.wav", 1), write_image(tmp_path / "p.png", 56, 84)
     assert main(["generate", "asr", *flags, "--audio", str(recording), "--save", str(tmp_path / "s.json")]) == 0
     assert len(json.loads((tmp_path / "s.json").read_text())["tokens"]) > 0
     assert main(["generate", "describe", *flags, "--image", str(picture)]) == 0

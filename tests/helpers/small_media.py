@@ -20,12 +20,12 @@ def document(text: str, root: Path) -> Document:
     return Document(id="d", type="", text=text, location="m.jsonl:1", media=root)
 
 
-def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
+def noise_image(height: int, width: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
 def write_image(path: Path, height: int, width: int, **options) -> Path:
-    Image.fromarray(picture(height, width)).save(path, **options)
+    Image.fromarray(noise_image(height, width)).save(path, **options)
     return path
 
 
@@ -33,7 +33,7 @@ def tone(seconds: float, rate: int = 16000) -> np.ndarray:
     return (0.5 * np.sin(2 * np.pi * 440 * np.arange(round(seconds * rate)) / rate)).astype(np.float32)
 
 
-def write_sound(path: Path, seconds: float, rate: int = 16000, **options) -> Path:
+def write_audio(path: Path, seconds: float, rate: int = 16000, **options) -> Path:
     soundfile.write(path, tone(seconds, rate), rate, **options)
     return path
 
@@ -43,23 +43,23 @@ def write_video(
     seconds: float,
     height: int = 64,
     width: int = 96,
-    sound: float = 0,
+    audio: float = 0,
     header_first: bool = False,
     changing: bool = False,
     codec: str = "",
     volume: float = 1.0,
     **options: str,
 ) -> Path:
-    """5 frames a second, grey of level 20 + 10 * the second they are in; an audio track of `sound` seconds if any.
+    """5 frames a second, grey of level 20 + 10 * the second they are in; an audio track of `audio` seconds if any.
 
-    With `changing` each frame is another picture; `volume` 0 makes the sound silent. `options` are the container's.
+    With `changing` each frame is another image; `volume` 0 makes the audio silent. `options` are the container's.
     """
     rate, webm = 5, path.suffix == ".webm"
     options |= {"movflags": "faststart"} if header_first else {}
     with av.open(str(path), "w", options=options) as container:
         stream = container.add_stream(codec or ("libvpx" if webm else "mpeg4"), rate=rate)
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-        track = container.add_stream("libopus" if webm else "aac", rate=48000) if sound else None
+        track = container.add_stream("libopus" if webm else "aac", rate=48000) if audio else None
         for i in range(round(seconds * rate)):
             pixels = np.full((height, width, 3), 20 + (i if changing else 10 * (i // rate)) % 200, np.uint8)
             if changing:
@@ -67,7 +67,7 @@ def write_video(
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         container.mux(stream.encode(None))
         if track:
-            _write_track(container, track, volume * tone(sound, 48000))
+            _write_track(container, track, volume * tone(audio, 48000))
     return path
 
 

@@ -35,7 +35,7 @@ def picture(tmp_path) -> Path:
     return tmp_path / "teal.png"
 
 
-def write_sound(path: Path, seconds: float, rate: int = 16000) -> Path:
+def write_audio(path: Path, seconds: float, rate: int = 16000) -> Path:
     soundfile.write(path, np.random.default_rng(0).uniform(-0.1, 0.1, round(seconds * rate)), rate)
     return path
 
@@ -93,10 +93,10 @@ def test_sound_that_comes_later_is_streamed_too():
     [
         (" ", None, "there is nothing to answer"),
         ("x" * 41, None, "the text has 41 characters, more than 40"),
-        ("", lambda p: p.write_text("no picture"), "file.bin is neither a picture nor a sound nor a video"),
+        ("", lambda p: p.write_text("no picture"), "file.bin is neither an image nor an audio file nor a video"),
         ("", lambda p: p.with_suffix(".png").write_bytes(bytes(600_000)), "file.png has 0.6 MB, more than 0.5"),
-        ("", lambda p: write_sound(p.with_suffix(".wav"), 3.5), "file.wav is 4 s long, more than 3 s"),
-        ("", lambda p: p.with_suffix(".wav").write_bytes(b"no sound"), "file.wav is not a readable sound"),
+        ("", lambda p: write_audio(p.with_suffix(".wav"), 3.5), "file.wav is 4 s long, more than 3 s"),
+        ("", lambda p: p.with_suffix(".wav").write_bytes(b"no sound"), "file.wav is not a readable audio file"),
         ("", lambda p: p.with_suffix(".mp4").write_bytes(b"no film"), "file.mp4 is not a readable video"),
         ("break", None, "the server failed at this request"),
     ],
@@ -115,7 +115,7 @@ def test_what_is_refused_is_said_and_not_kept(session, tmp_path, text, make, sen
 
 def test_a_film_is_seen_and_heard(session, tmp_path):
     """Frames, then sound, as in the released demos; the page shows the film once."""
-    film = write_video(tmp_path / "film.mp4", 1.0, sound=0.8)
+    film = write_video(tmp_path / "film.mp4", 1.0, audio=0.8)
     video, audio, text = read_turn("What is it?", [film], LIMITS, say=pytest.fail)
     assert (video, audio) == ({"type": "video", "path": str(film)}, {"type": "audio", "path": str(film)})
     assert text == {"type": "text", "text": "What is it?"}
@@ -131,11 +131,11 @@ def test_a_film_is_seen_and_heard(session, tmp_path):
 @pytest.mark.parametrize(
     ("film", "limits", "hears", "reason"),
     [
-        ({"sound": 0}, LIMITS, True, "it has no sound track"),
-        ({"sound": 0.8, "volume": 0.0}, LIMITS, True, "it is silent"),
-        ({"sound": 0.8}, Limits(sound_seconds=0.5), True, "it is 1 s long, more than 0.5 s"),
-        ({"sound": 0.8}, LIMITS, False, "the checkpoint has no branches to hear with"),
-        ({"sound": 0.04}, LIMITS, True, "it is too short"),
+        ({"audio": 0}, LIMITS, True, "it has no sound track"),
+        ({"audio": 0.8, "volume": 0.0}, LIMITS, True, "it is silent"),
+        ({"audio": 0.8}, Limits(sound_seconds=0.5), True, "it is 1 s long, more than 0.5 s"),
+        ({"audio": 0.8}, LIMITS, False, "the checkpoint has no branches to hear with"),
+        ({"audio": 0.04}, LIMITS, True, "it is too short"),
     ],
     ids="mute silent long deaf short".split(),
 )
@@ -148,7 +148,7 @@ def test_a_film_that_is_not_heard_is_seen_and_the_page_says_so(tmp_path, film, l
 
 
 def test_a_film_that_is_too_long_is_refused(session, tmp_path):
-    film = write_video(tmp_path / "film.mp4", 3.0, sound=0.5)
+    film = write_video(tmp_path / "film.mp4", 3.0, audio=0.5)
     assert "film.mp4 is 3 s long, more than 2 s" in last(session, "", [film]).status
 
 

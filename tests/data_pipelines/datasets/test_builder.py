@@ -19,7 +19,7 @@ from data_pipelines.documents.document import Document
 from data_pipelines.documents.measures import load_measures
 from data_pipelines.errors import SampleError
 from data_pipelines.tools.commands import make_runner
-from tests.helpers.small_media import as_base64, write_image, write_sound, write_video
+from tests.helpers.small_media import as_base64, write_audio, write_image, write_video
 
 PICTURE = '<img_start_baichuan>{"local": "%s"}<img_end_baichuan>'
 HEARD = '<audio_start_baichuan>{"path": "%s"}<audio_end_baichuan>'
@@ -43,8 +43,8 @@ def corpus(tmp_path_factory) -> Path:
     (root / "media").mkdir()
     write_image(root / "media/a.png", 40, 60)
     write_image(root / "media/b.jpg", 80, 50)
-    write_sound(root / "media/s.wav", 1.5)
-    write_video(root / "media/v.mp4", 3, sound=3)
+    write_audio(root / "media/s.wav", 1.5)
+    write_video(root / "media/v.mp4", 3, audio=3)
     (root / "media/cut.png").write_bytes((root / "media/a.png").read_bytes()[:20])
     (root / "media/empty.wav").write_bytes(b"")
     (root / "secret.png").symlink_to("/etc/hostname")

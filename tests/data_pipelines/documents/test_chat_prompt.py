@@ -14,14 +14,14 @@ from data_pipelines.documents.token_ids import encode_ids, read_id_file
 from data_pipelines.media.features import log_mel
 from data_pipelines.tokenizers.special_tokens import ASSISTANT, SPECIAL_TOKENS, SYSTEM, USER
 from data_pipelines.tokenizers.tokenizer import encode, train_tokenizer
-from tests.helpers.small_media import as_base64, tone, write_image, write_sound, write_video
+from tests.helpers.small_media import as_base64, tone, write_audio, write_image, write_video
 
 CONFIG = tiny()
 T = CONFIG.tokens
 LEVELS = CONFIG.audio.levels
 S, Q, A = (SPECIAL_TOKENS.index(name) for name in (SYSTEM, USER, ASSISTANT))
 HEARD = [T.audio_start, *[T.audio_pad] * 3, T.audio_end]
-PICTURE = [T.image_start, *[T.image_pad] * 6, T.image_end]
+IMAGE = [T.image_start, *[T.image_pad] * 6, T.image_end]
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +31,9 @@ def prompts():
 
 @pytest.fixture
 def root(tmp_path):
-    """A 56 x 84 picture (6 visual tokens), 0.25 s of sound (26 mel frames, 3 code frames), 3 s of video."""
+    """A 56 x 84 image (6 visual tokens), 0.25 s of audio (26 mel frames, 3 code frames), 3 s of video."""
     write_image(tmp_path / "a.png", 56, 84)
-    write_sound(tmp_path / "s.wav", 0.25)
+    write_audio(tmp_path / "s.wav", 0.25)
     write_video(tmp_path / "v.mp4", 3)
     return tmp_path
 
@@ -91,7 +91,7 @@ def test_media_stand_where_they_were_said(prompts, root):
         ]
     )
     text, tokens = ids(prompts, "cat"), prompt.tokens.tolist()
-    start = [Q, *PICTURE, *text, *HEARD]
+    start = [Q, *IMAGE, *text, *HEARD]
     assert tokens[: len(start)] == start
     assert tokens.count(T.image_start) == 4
     assert (prompt.tokens == T.video_place).sum() == 3 * 6
@@ -103,7 +103,7 @@ def test_media_stand_where_they_were_said(prompts, root):
     assert not prompt.audio_codes.any()
 
 
-def test_sound_as_samples_is_the_sound_of_a_file(prompts, root):
+def test_audio_as_samples_is_the_audio_of_a_file(prompts, root):
     """Floats, 16-bit numbers and two channels of the same at 16 kHz: the mel of the file, to a 16-bit step."""
     wave = tone(0.25)
     whole = (wave * 32768).astype(np.int16)
@@ -116,7 +116,7 @@ def test_sound_as_samples_is_the_sound_of_a_file(prompts, root):
 
 
 def test_what_was_spoken_stands_as_its_codes(prompts, root):
-    """Earlier speech between heard sounds: its codes are given, those of the sounds are places of mels."""
+    """Earlier speech between heard audio files: its codes are given, those of the audio files are places of mels."""
     heard = {"type": "audio", "path": str(root / "s.wav")}
     said = {"role": "assistant", "content": [{"type": "text", "text": "cat"}, {"type": "audio", "codes": codes(2)}]}
     prompt = prompts.encode_messages([user(heard), said, user(heard)])
@@ -128,7 +128,7 @@ def test_what_was_spoken_stands_as_its_codes(prompts, root):
     np.testing.assert_array_equal(np.flatnonzero(prompt.tokens == T.audio_pad), prompt.audio_slots)
 
 
-def test_sound_heard_may_come_as_codes(prompts):
+def test_audio_heard_may_come_as_codes(prompts):
     prompt = prompts.encode_messages([user({"type": "audio", "codes": codes(3).tolist()})])
     assert prompt.tokens.tolist() == [Q, *HEARD, A]
     np.testing.assert_array_equal(prompt.audio_codes, codes(3))

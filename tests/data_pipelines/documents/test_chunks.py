@@ -15,7 +15,7 @@ from data_pipelines.media.location import MediaReference
 from data_pipelines.packing.oversize import Fitter, cut_chunks
 from data_pipelines.packing.row_limits import RowLimits, budget_lengths
 from data_pipelines.tokenizers.tokenizer import train_tokenizer
-from tests.helpers.small_media import document, media, write_image, write_sound
+from tests.helpers.small_media import document, media, write_audio, write_image
 
 CONFIG = tiny()
 WORDS = ["the cat sat on the mat ", "猫坐在垫子上。", "\n\n", "3.14 ", "<C_Q>who?<C_A>", "🐈 "]
@@ -36,7 +36,7 @@ class Codes(dict):
 def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("chunks")
     write_image(root / "a.png", 56, 84)
-    write_sound(root / "s.wav", 0.25)
+    write_audio(root / "s.wav", 0.25)
     return root
 
 
@@ -51,8 +51,8 @@ def processor():
     return Processor(CONFIG, train_tokenizer(["the cat sat on the mat"] * 3, 330))
 
 
-def marked(text, learnt):
-    return f"<trainable_start>{text}<trainable_end>" if learnt else text
+def marked(text, learned):
+    return f"<trainable_start>{text}<trainable_end>" if learned else text
 
 
 STRETCHES = st.tuples(st.lists(st.sampled_from(WORDS + MEDIA), min_size=1, max_size=12).map("".join), st.booleans())
@@ -62,9 +62,9 @@ STRETCHES = st.tuples(st.lists(st.sampled_from(WORDS + MEDIA), min_size=1, max_s
 @settings(max_examples=60)
 def test_chunks_are_the_document_cut_between_tokens_and_media(processor, root, codes, stretches, unmarked):
     """Arrays of all chunks, one after the other, are those of the whole; what is left out has nothing to learn."""
-    text = "".join(text if unmarked else marked(text, learnt) for text, learnt in stretches)
+    text = "".join(text if unmarked else marked(text, learned) for text, learned in stretches)
     found = document(text, root)
-    if not unmarked and not any(learnt for _, learnt in stretches):
+    if not unmarked and not any(learned for _, learned in stretches):
         return
     limits = RowLimits(BUDGETS)
     frames = text.count(MEDIA[1] * 4)  # a listed video of four frames is too much for a row
@@ -118,8 +118,8 @@ def find(whole, chunk, start):
 
 def chunks_of(sizes, tokens):
     """Chunks of text (numbers of tokens) and media (negative: so many tokens) in rows of `tokens`."""
-    picture = lambda: (ImageElement(MediaReference(path="a.png")),)  # noqa: E731
-    runs = [Ids([1] * size) if size > 0 else picture() for size in sizes]
+    image = lambda: (ImageElement(MediaReference(path="a.png")),)  # noqa: E731
+    runs = [Ids([1] * size) if size > 0 else image() for size in sizes]
     lengths = [Lengths(tokens=abs(size)) for size in sizes]
     return cut_chunks(runs, lengths, RowLimits(Budgets(tokens=tokens, patches=0, audio_frames=0, audio_targets=0)))
 
@@ -128,11 +128,11 @@ def chunks_of(sizes, tokens):
     ("sizes", "chunks", "beyond"),
     [
         ([25], [(0, 10), (10, 20), (20, 25)], []),
-        ([3, -6, 6], [(0, 3), (3, 8), (8, 10)], []),  # the docstring's example: cut before the picture
+        ([3, -6, 6], [(0, 3), (3, 8), (8, 10)], []),  # the docstring's example: cut before the image
         ([3, -2, 2, -2, 4], [(0, 6), (6, 11)], []),  # 3 + 2 + 2, then 2 + 4: before the last medium
-        ([3, -2, -2, 5], [(0, 3), (3, 10)], []),  # two pictures that stand together stay together
+        ([3, -2, -2, 5], [(0, 3), (3, 10)], []),  # two images that stand together stay together
         ([-10, 1], [(0, 1), (1, 2)], []),
-        ([3, -11, 4, -2], [(0, 3), (8, 9)], [(3, 8)]),  # no row holds the picture: out with the text after it
+        ([3, -11, 4, -2], [(0, 3), (8, 9)], [(3, 8)]),  # no row holds the image: out with the text after it
         ([2, -11, 20], [(0, 2), (8, 18), (18, 23)], [(2, 8)]),  # but with half a row of text at most
     ],
 )

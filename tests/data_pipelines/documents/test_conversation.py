@@ -33,7 +33,7 @@ from data_pipelines.media.location import MediaReference
 from data_pipelines.synthesis.units import Draft
 from data_pipelines.tokenizers.special_tokens import AUDIOTEXT_START, SPECIAL_TOKENS
 from data_pipelines.tokenizers.tokenizer import encode, train_tokenizer
-from tests.helpers.small_media import write_image, write_sound
+from tests.helpers.small_media import write_audio, write_image
 from tests.helpers.synthesis_job import FAKE, run, write_manifest
 
 CONFIG = tiny()
@@ -63,18 +63,18 @@ def user(*content):
     return {"role": "user", "content": list(content)}
 
 
-def sound_ids(start, end, frames):
+def audio_ids(start, end, frames):
     return [start, *[T.audio_pad] * frames, end]
 
 
 def ids_of(prompts, source):
-    """Token ids of a source prompt whose sounds have 3 code frames, 2 where they are spoken."""
+    """Token ids of a source prompt whose audio files have 3 code frames, 2 where they are spoken."""
     found = []
     for part in re.split(r"(<audio(?:gen)?_start_baichuan>.*?<audio(?:gen)?_end_baichuan>)", source):
         if part.startswith("<audio_start"):
-            found += sound_ids(T.audio_start, T.audio_end, 3)
+            found += audio_ids(T.audio_start, T.audio_end, 3)
         elif part.startswith("<audiogen_start"):
-            found += sound_ids(T.audiogen_start, T.audiogen_end, 2)
+            found += audio_ids(T.audiogen_start, T.audiogen_end, 2)
         else:
             found += encode(prompts.processor.tokenizer, part)
     return found
@@ -85,8 +85,8 @@ def test_the_mark_of_spoken_answers_is_the_released_token():
     assert 151643 + SPECIAL_TOKENS.index(AUDIOTEXT_START) == 151697
 
 
-def test_a_conversation_answered_aloud(prompts, tmp_path):
-    write_sound(tmp_path / "u0.wav", 0.25)
+def test_a_conversation_answered_in_speech(prompts, tmp_path):
+    write_audio(tmp_path / "u0.wav", 0.25)
     heard = {"type": "audio", "path": str(tmp_path / "u0.wav")}
     speech = {"type": "audio", "codes": np.ones((2, CONFIG.audio.levels), np.int32)}
     said = [{"type": "text", "text": "Good day,"}, speech, {"type": "text", "text": " sir."}, speech]
@@ -146,8 +146,8 @@ def test_any_text_is_text_in_documents_as_in_chat(prompts, question, answer, sys
     assert document.tokens.tolist() == expected
     assert parse_prompt(write_prompt(elements)) == elements
     assert "".join(each.text for each in parse_prompt(trainable(answer))) == answer
-    learnt = "".join(each.text for each in elements if each.trainable)
-    assert learnt == answer
+    learned = "".join(each.text for each in elements if each.trainable)
+    assert learned == answer
 
 
 @config(max_examples=100)
@@ -156,8 +156,8 @@ def test_parts_of_text_stay_text_where_they_meet(parts):
     whole = Source() + image_tag("a.png")
     for part in parts:
         whole += part
-    picture, *texts = parse_prompt(whole)
-    assert picture == ImageElement(MediaReference(path="a.png"))
+    image, *texts = parse_prompt(whole)
+    assert image == ImageElement(MediaReference(path="a.png"))
     assert "".join(each.text for each in texts) == "".join(parts)
     assert plain_text(whole) == "".join(parts).strip()
     assert parse_prompt(join(parts)) == texts
@@ -194,7 +194,7 @@ def test_text_of_users_is_text_in_what_synthesis_makes(tmp_path):
 
 def test_dialogues_become_spoken_ones(tmp_path):
     write_image(tmp_path / "a.png", 56, 56)
-    answer = "It is a picture of noise. There is a little bit of everything in it, and it says <C_Q>."
+    answer = "It is an image of noise. There is a little bit of everything in it, and it says <C_Q>."
     asked = conversation([(image_tag("a.png") + "What is it?", answer), ("Is it a good one?", "Yes, it is good.")])
     texts = [
         asked,
@@ -212,7 +212,7 @@ def test_dialogues_become_spoken_ones(tmp_path):
     spoken = re.sub(r"<(audiogen|audio|img)_start_baichuan>(\{.*?\})<\1_end_baichuan>", r"|\1|", text)
     first, second = re.findall("<trainable_start>(.*?)<trainable_end>", spoken)
     pieces = [
-        "It is a picture of noise.",
+        "It is an image of noise.",
         " There is a little bit of everything in it,",
         " and it says <<literal_omni>C_Q>.",
     ]
@@ -222,7 +222,7 @@ def test_dialogues_become_spoken_ones(tmp_path):
 
 
 def test_a_build_tells_of_spoken_answers_without_their_mark(tmp_path, capsys):
-    write_sound(tmp_path / "a.wav", 0.5)
+    write_audio(tmp_path / "a.wav", 0.5)
     good = turn("Hi.", "Yes." + speech_tag("a.wav"))
     texts = [good, good.replace(AUDIOTEXT_START, ""), turn("Hi.", "Yes."), "Hi." + trainable(speech_tag("a.wav"))]
     manifest = write_manifest(tmp_path, list(map(str, texts)))

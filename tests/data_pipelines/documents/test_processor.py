@@ -15,7 +15,7 @@ from data_pipelines.errors import SampleError
 from data_pipelines.media.audio import clip_key
 from data_pipelines.tokenizers.tokenizer import encode, tokenizer_from_ranks, train_tokenizer
 from tests.helpers.golden import golden_path, ranks_path
-from tests.helpers.small_media import document, media, write_image, write_sound, write_video
+from tests.helpers.small_media import document, media, write_audio, write_image, write_video
 
 CONFIG = tiny()
 T = CONFIG.tokens
@@ -51,9 +51,9 @@ def processor(tokenizer):
 
 @pytest.fixture
 def root(tmp_path):
-    """A 56 x 84 picture (6 visual tokens), 0.25 s of sound (26 mel frames, 3 code frames), 3 s of video."""
+    """A 56 x 84 image (6 visual tokens), 0.25 s of audio (26 mel frames, 3 code frames), 3 s of video."""
     write_image(tmp_path / "a.png", 56, 84)
-    write_sound(tmp_path / "s.wav", 0.25)
+    write_audio(tmp_path / "s.wav", 0.25)
     write_video(tmp_path / "v.mp4", 3)
     return tmp_path
 
@@ -129,7 +129,7 @@ def test_tts(processor, root):
     assert encoded.audio_weights.tolist() == [[1.0] * LEVELS] * 3 + [[1.0] + [0.0] * (LEVELS - 1)]
 
 
-def test_itts_trains_text_and_sound_but_the_first_text(processor, root):
+def test_itts_trains_text_and_audio_but_the_first_text(processor, root):
     one, two = ids(processor, "the cat"), ids(processor, "sat")
     encoded = run(processor, f"the cat{trainable(SPOKEN + 'sat' + SPOKEN)}", root)
     start = len(one)
@@ -143,7 +143,7 @@ def test_itts_trains_text_and_sound_but_the_first_text(processor, root):
     np.testing.assert_array_equal(encoded.audio_targets[4:7], encoded.audio_codes[3:])
 
 
-def test_intlv_has_no_loss_on_sound(processor, root):
+def test_intlv_has_no_loss_on_audio(processor, root):
     encoded = run(processor, trainable(f"{HEARD}cat{HEARD}sat"), root)
     first, second = ids(processor, "cat"), ids(processor, "sat")
     n = 5 + len(first)
@@ -151,7 +151,7 @@ def test_intlv_has_no_loss_on_sound(processor, root):
     assert len(encoded.audio_targets) == 0
 
 
-def test_spoken_sound_outside_the_marks_carries_no_loss(processor, root):
+def test_spoken_audio_outside_the_marks_carries_no_loss(processor, root):
     encoded = run(processor, f"the{SPOKEN}{trainable('cat')}", root)
     assert len(encoded.audio_targets) == 0
     assert predicted(encoded)[0] == len(ids(processor, "the")) + 5
@@ -187,7 +187,7 @@ def test_listed_frames_beyond_the_model_s_are_left_out(processor, root):
     assert seen == [0, 2, 5, 7, 10, 12, 15, 17]
 
 
-def test_turned_pictures_are_measured_as_they_are_encoded(processor, tokenizer, root):
+def test_turned_images_are_measured_as_they_are_encoded(processor, tokenizer, root):
     exif = Image.Exif()
     exif[0x0112] = 6
     write_image(root / "turned.png", 56, 112, exif=exif)
@@ -212,8 +212,8 @@ def test_damaged_packets_of_a_video_are_counted(processor, root):
     assert encoded.patch_frames.max() == 3
 
 
-def test_the_sound_of_a_video(processor, root):
-    write_video(root / "w.mp4", 2, sound=2)
+def test_the_audio_of_a_video(processor, root):
+    write_video(root / "w.mp4", 2, audio=2)
     text = '<audio_start_baichuan>{"path": "w.mp4"}<audio_end_baichuan>' + trainable("cat")
     (item,) = processor.audio_items(document(text, root))
     store = codes_of(root / "w.mp4", item.window.code_frames)
@@ -236,7 +236,7 @@ def test_random_documents_have_a_slot_for_every_pad(processor, root):
 
 
 def test_long_clips_are_windows_between_one_pair_of_marks(processor, root):
-    path = write_sound(root / "long.wav", 31)
+    path = write_audio(root / "long.wav", 31)
     found = document('<audiogen_start_baichuan>{"path": "long.wav"}<audiogen_end_baichuan>', root)
     found = replace(found, text=trainable(found.text))
     items = processor.audio_items(found)
@@ -253,7 +253,7 @@ def test_long_clips_are_windows_between_one_pair_of_marks(processor, root):
 
 
 @pytest.mark.parametrize(
-    ("text", "added", "learnt"),
+    ("text", "added", "learned"),
     [
         ("the cat", 1, False),
         (trainable("the cat"), 1, True),
@@ -262,14 +262,14 @@ def test_long_clips_are_windows_between_one_pair_of_marks(processor, root):
         (trainable("the") + IMAGE, 1, False),
     ],
 )
-def test_end_of_text(tokenizer, root, text, added, learnt):
+def test_end_of_text(tokenizer, root, text, added, learned):
     plain, ending = (Processor(CONFIG, tokenizer, end_of_text=choice) for choice in (False, True))
     text = trainable("x") * 2 + text
     before, after = run(plain, text, root), run(ending, text, root)
     assert len(after.tokens) == len(before.tokens) + added
     if added:
         assert after.tokens[-1] == T.end_of_text
-        assert after.text_weights[-2] == learnt
+        assert after.text_weights[-2] == learned
 
 
 def test_fingerprint_and_pickle(processor, tokenizer):
@@ -316,14 +316,14 @@ def test_documents_without_marks_train_whole(tokenizer, root):
         (IMAGE.replace("a.png", "b.png"), "missing_file", "b.png does not exist"),
         (IMAGE.replace("a.png", "../b.png"), "outside_root", "lies outside"),
         (IMAGE.replace("a.png", "s.wav"), "unreadable_media", "s.wav is not a readable image"),
-        (HEARD.replace("s.wav", "a.png"), "unreadable_media", "a.png is not a readable sound"),
+        (HEARD.replace("s.wav", "a.png"), "unreadable_media", "a.png is not a readable audio file"),
         (VIDEO.replace("v.mp4", "s.wav"), "unreadable_media", "s.wav is not a readable video"),
         (HEARD.replace("s.wav", "blip.wav"), "unreadable_media", "blip.wav is too short: 800 samples"),
         ("<trainable_start>x", "bad_prompt", "never closed"),
     ],
 )
 def test_bad_documents(processor, root, text, cause, message):
-    write_sound(root / "blip.wav", 0.05)
+    write_audio(root / "blip.wav", 0.05)
     for call in (processor.measure, processor.audio_items, lambda found: processor.encode(found, Store())):
         with pytest.raises(SampleError, match=message) as caught:
             call(document(text, root))
@@ -345,7 +345,7 @@ def test_bad_codes(processor, root):
 
 def test_a_file_that_changed_has_no_codes(processor, root):
     store = codes_of(root / "s.wav")
-    write_sound(root / "s.wav", 0.5)
+    write_audio(root / "s.wav", 0.5)
     with pytest.raises(SampleError, match="has no codes"):
         processor.encode(document(f"{HEARD}{trainable('cat')}", root), store)
 

@@ -22,7 +22,7 @@ MEDIA = st.one_of(
     st.builds(ImageElement, REFERENCES, st.booleans()),
     st.builds(VideoElement, REFERENCES),
     st.builds(lambda reference: AudioElement(reference), REFERENCES),
-    st.builds(lambda reference, learnt: AudioElement(reference, True, learnt), REFERENCES, st.booleans()),
+    st.builds(lambda reference, learned: AudioElement(reference, True, learned), REFERENCES, st.booleans()),
     st.builds(TokensElement, REFERENCES, st.booleans()),
 )
 TEXTS = st.builds(TextElement, st.sampled_from(["one ", "二\n", "<C_Q>", '{"path"}']), st.booleans())

@@ -1,4 +1,4 @@
-"""Documents whose text is tokenised already: the same sequence as from text, and no other tokenizer."""
+"""Documents whose text is tokenized already: the same sequence as from text, and no other tokenizer."""
 
 import json
 
@@ -75,7 +75,7 @@ def test_ids_that_cannot_be_used(content, cause, told):
 
 
 def test_ids_in_files_are_built_and_validated(processor, tmp_path):
-    """Text that is tokenised already is no medium, and whose ids they are is for the run to say."""
+    """Text that is tokenized already is no medium, and whose ids they are is for the run to say."""
     for name, data in tokenised(processor)[1].items():
         (tmp_path / name).write_bytes(data)
     (tmp_path / "cut").write_bytes(b"no ids")

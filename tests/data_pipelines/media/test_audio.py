@@ -1,4 +1,4 @@
-"""How long a sound is, by what its format says, and that nothing is heard that is not in the file."""
+"""How long an audio file is, by what its format says, and that nothing is heard that is not in the file."""
 
 import io
 import struct
@@ -56,7 +56,7 @@ def mp3(folder: Path, seconds: float, loud: float = 1.0, xing: str = "1") -> byt
 
 
 class TestNothingElseIsHeard:
-    """What a decoder did not fill is never returned: not memory of the process, not another file's sound."""
+    """What a decoder did not fill is never returned: not memory of the process, not another file's audio."""
 
     @pytest.fixture(autouse=True)
     def poisoned(self, monkeypatch):
@@ -117,9 +117,9 @@ class TestMp3:
     def test_tags_junk_and_joined_files(self, tmp_path):
         """Ten seconds with an encoder's delay and filling that the header counts: exactly ten seconds."""
         song = mp3(tmp_path, 10)
-        picture = b"APIC" + struct.pack(">I", 300_000) + bytes(2) + bytes(300_000)
-        size = bytes(len(picture) >> shift & 127 for shift in (21, 14, 7, 0))
-        tag = b"ID3\3\0\0" + size + picture
+        image = b"APIC" + struct.pack(">I", 300_000) + bytes(2) + bytes(300_000)
+        size = bytes(len(image) >> shift & 127 for shift in (21, 14, 7, 0))
+        tag = b"ID3\3\0\0" + size + image
         old, ape = b"TAG" + bytes(125), b"APETAGEX" + struct.pack("<IIII", 2000, 40, 0, 0) + bytes(8 + 40)
         for data in (song, tag + song, song + old, song + ape, song + ape + old, tag + tag + song + old):
             assert length(memory(data)) == 10 * RATE
@@ -183,7 +183,7 @@ class TestWav:
             assert length(self.sized(riff, data)) == 3 * RATE
 
     def test_the_chunk_is_the_promise(self):
-        """Chunks behind it are no sound; sizes of RIFF that are wrong harm nothing; a shorter file is truncated."""
+        """Chunks behind it are no audio; sizes of RIFF that are wrong harm nothing; a shorter file is truncated."""
         size = len(self.good) - 44
         note = b"LIST" + struct.pack("<I", 5) + b"notes"  # without the byte that makes it even
         assert length(self.sized(20, size, note)) == length(self.sized(0xFFFF, size, note + b"\0")) == 3 * RATE
@@ -361,7 +361,7 @@ class TestPackets:
         assert abs(int(np.abs(heard).argmax()) - 22050) < 5
 
     @pytest.mark.parametrize("name", ["a.m4a", "parts.mp4", "a.mkv", "a.avi"])
-    def test_cut_films_are_truncated(self, tmp_path, name):
+    def test_cut_videos_are_truncated(self, tmp_path, name):
         options = {"a.m4a": {"movflags": "faststart"}, "parts.mp4": STREAMED["parts.mp4"][3]}.get(name, {})
         form = {"mkv": "matroska", "avi": "avi"}.get(name[-3:], "mp4")
         codec = "libmp3lame" if form == "avi" else "aac"
@@ -395,7 +395,7 @@ class TestPackets:
         assert "packets are damaged" in refusal(damage(places[::3]))
 
     def test_what_a_decoder_makes_of_damage_is_not_heard(self, tmp_path, monkeypatch):
-        """Noise beyond any sound is a damaged packet; of plain samples it is what the file says, and refused."""
+        """Noise beyond any audio is a damaged packet; of plain samples it is what the file says, and refused."""
         path = write_track(tmp_path / "a.aac", tone(3, 44100), "aac", 44100, "adts")
         decoded, count = audio_track._mono, 0
 
@@ -429,15 +429,15 @@ class TestPackets:
         assert "too much of the file is damaged: 10.0 of 20.0 s" in refusal(without(5))
         assert "truncated" in refusal(memory(data[: clusters[9]], "a.webm"))
 
-    def test_the_sound_of_a_film_is_its_default_track(self, tmp_path):
+    def test_the_audio_of_a_video_is_its_default_track(self, tmp_path):
         path = tmp_path / "two.mkv"
-        with av.open(str(path), "w") as film:
-            tracks = [film.add_stream("pcm_f32le", rate=RATE, layout="mono") for _ in range(2)]
+        with av.open(str(path), "w") as video:
+            tracks = [video.add_stream("pcm_f32le", rate=RATE, layout="mono") for _ in range(2)]
             tracks[0].disposition, tracks[1].disposition = Disposition(0), Disposition.default
             for track, loud in zip(tracks, (0.8, 0.2), strict=True):
                 frame = av.AudioFrame.from_ndarray(loud * tone(2)[None], format="flt", layout="mono")
                 frame.sample_rate, frame.pts = RATE, 0
-                film.mux(track.encode(frame))
+                video.mux(track.encode(frame))
         assert np.abs(read_audio(media(path), RATE).wave).max() == pytest.approx(0.1, abs=0.01)
 
 
@@ -479,7 +479,7 @@ class TestRefusals:
             assert "<" not in message
             assert "Errno" not in message
 
-    def test_a_film_without_sound(self, tmp_path):
+    def test_a_video_without_audio(self, tmp_path):
         assert "no audio track" in refusal(media(write_video(tmp_path / "mute.mp4", 1)))
 
 

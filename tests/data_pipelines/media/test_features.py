@@ -23,7 +23,7 @@ from data_pipelines.media.features import (
 )
 from data_pipelines.media.images import decode_image
 from tests.helpers.golden import golden_path
-from tests.helpers.small_media import media, picture
+from tests.helpers.small_media import media, noise_image
 
 VISION, AUDIO = VisionConfig(), AudioConfig()
 
@@ -74,7 +74,7 @@ def test_patches_are_the_released_ones(name, features):
 
 
 def test_patch_order_groups_two_by_two():
-    pixels = picture(28, 56)
+    pixels = noise_image(28, 56)
     patches, grid = patchify(pixels)
     assert grid.tolist() == [[0, 0], [0, 1], [1, 0], [1, 1], [0, 2], [0, 3], [1, 2], [1, 3]]
     for values, (row, column) in zip(patches, grid, strict=True):

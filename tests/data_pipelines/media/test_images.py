@@ -27,10 +27,10 @@ from data_pipelines.media.images import decode_image, probe_image
 from data_pipelines.media.location import Media
 from data_pipelines.media.pixels import full_scale
 from data_pipelines.pipeline import open_pipeline
-from tests.helpers.deep_pictures import chunk, pixels_of, png_bytes, profile_bytes, tiff_bytes
-from tests.helpers.small_media import media, picture
+from tests.helpers.deep_images import chunk, pixels_of, png_bytes, profile_bytes, tiff_bytes
+from tests.helpers.small_media import media, noise_image
 
-# EXIF: where the stored picture's first row and first column lie in what is seen.
+# EXIF: where the stored image's first row and first column lie in what is seen.
 SIDES = {
     1: ("top", "left"),
     2: ("top", "right"),
@@ -66,7 +66,7 @@ def stored_as(upright, orientation):
 class TestOrientation:
     @pytest.mark.parametrize("orientation", SIDES)
     def test_each_of_the_eight(self, tmp_path, orientation):
-        upright, exif = picture(20, 30), Image.Exif()
+        upright, exif = noise_image(20, 30), Image.Exif()
         exif[0x0112] = orientation
         stored = stored_as(upright, orientation)
         for name, options in (("a.png", {}), ("a.webp", {"lossless": True}), ("a.tif", {})):
@@ -80,15 +80,15 @@ class TestOrientation:
     def test_released_pixels_are_as_stored(self, tmp_path):
         exif = Image.Exif()
         exif[0x0112] = 6
-        Image.fromarray(picture(20, 30)).save(tmp_path / "a.png", exif=exif)
+        Image.fromarray(noise_image(20, 30)).save(tmp_path / "a.png", exif=exif)
         for settings in (ImagesConfig(orientation="released"), released_images()):
             assert probe_image(media(tmp_path / "a.png"), settings) == (20, 30)
-            np.testing.assert_array_equal(decode_image(media(tmp_path / "a.png"), settings), picture(20, 30))
+            np.testing.assert_array_equal(decode_image(media(tmp_path / "a.png"), settings), noise_image(20, 30))
 
     def test_exif_behind_the_pixels_or_damaged(self, tmp_path):
         entry = struct.pack(">2sHIHHHIHHI", b"MM", 42, 8, 1, 0x0112, 3, 1, 6, 0, 0)
         for data, size in ((entry, (30, 20)), (entry[:15], (20, 30)), (b"MM junk", (20, 30))):
-            found = pixels_of(tmp_path / "a.png", png_bytes(picture(20, 30), after=chunk(b"eXIf", data)))
+            found = pixels_of(tmp_path / "a.png", png_bytes(noise_image(20, 30), after=chunk(b"eXIf", data)))
             assert found.shape[:2] == size
 
 
@@ -282,8 +282,8 @@ class TestProfiles:
 
     def test_srgb_under_any_name_moves_nothing(self, tmp_path):
         profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-        Image.fromarray(picture(40, 40)).save(tmp_path / "a.png", icc_profile=profile)
-        np.testing.assert_array_equal(decode_image(media(tmp_path / "a.png")), picture(40, 40))
+        Image.fromarray(noise_image(40, 40)).save(tmp_path / "a.png", icc_profile=profile)
+        np.testing.assert_array_equal(decode_image(media(tmp_path / "a.png")), noise_image(40, 40))
 
     def test_profiles_that_do_not_fit_are_ignored(self, tmp_path):
         good = profile_bytes(ADOBE, 2.2)
@@ -312,12 +312,12 @@ class TestPng:
         notes.add_text("workflow", "{}" * (1 << 20), zip=True)
         notes.add_itxt("prompt", "a" * (3 << 20), zip=True)
         notes.add_text("plain", "b" * (2 << 20))
-        Image.fromarray(picture(20, 30)).save(tmp_path / "a.png", pnginfo=notes)
+        Image.fromarray(noise_image(20, 30)).save(tmp_path / "a.png", pnginfo=notes)
         bomb = chunk(b"zTXt", b"a\x00\x00" + zlib.compress(bytes(1 << 26)))
-        (tmp_path / "b.png").write_bytes(png_bytes(picture(20, 30), bomb, after=bomb))
+        (tmp_path / "b.png").write_bytes(png_bytes(noise_image(20, 30), bomb, after=bomb))
         for name in ("a.png", "b.png"):
             assert probe_image(media(tmp_path / name)) == (20, 30)
-            np.testing.assert_array_equal(decode_image(media(tmp_path / name)), picture(20, 30))
+            np.testing.assert_array_equal(decode_image(media(tmp_path / name)), noise_image(20, 30))
 
     def test_large_profiles(self, tmp_path):
         padded = profile_bytes(ADOBE, 2.2) + bytes(2 << 20)
@@ -329,7 +329,7 @@ class TestPng:
             assert (np.abs(found[0, 0] - COLOR).max() > 5) == changes
 
     def test_cut_anywhere(self, tmp_path):
-        whole = png_bytes(picture(40, 40), chunk(b"tEXt", b"a\x00" + b"b" * 100))
+        whole = png_bytes(noise_image(40, 40), chunk(b"tEXt", b"a\x00" + b"b" * 100))
         for size in (9, 20, 40, 100, 200, len(whole) // 2, len(whole) - 40):
             (tmp_path / "a.png").write_bytes(whole[:size])
             with pytest.raises(SampleError, match=r"a\.png is not a readable image"):
@@ -337,7 +337,7 @@ class TestPng:
 
     def test_many_chunks(self, tmp_path, monkeypatch):
         monkeypatch.setattr("data_pipelines.media.pixels._MAX_CHUNKS", 50)
-        (tmp_path / "a.png").write_bytes(png_bytes(picture(20, 30), chunk(b"tEXt", b"a\x00b") * 60))
+        (tmp_path / "a.png").write_bytes(png_bytes(noise_image(20, 30), chunk(b"tEXt", b"a\x00b") * 60))
         with pytest.raises(SampleError, match="more than 50 chunks"):
             probe_image(media(tmp_path / "a.png"))
 
@@ -361,8 +361,8 @@ class TestRefusals:
         assert "extra heif" in told
         floats = tiff_bytes(np.zeros((20, 30, 3), np.float32))
         assert "3 samples of 32 bits (floating point)" in self.message(tmp_path, "a.tif", floats)
-        assert "raw picture of a camera" in self.message(tmp_path, "a.dng", tiff_bytes(RAMP, t50706=1))
-        assert "raw picture of a camera" in self.message(tmp_path, "a.nef", tiff_bytes(RAMP, t254=1, t330=8))
+        assert "raw image of a camera" in self.message(tmp_path, "a.dng", tiff_bytes(RAMP, t50706=1))
+        assert "raw image of a camera" in self.message(tmp_path, "a.nef", tiff_bytes(RAMP, t254=1, t330=8))
         self.message(tmp_path, "a.bin", bytes(range(256)))
 
     def test_planes_of_16_bits(self, tmp_path):
@@ -391,10 +391,10 @@ def test_settings_of_a_run():
 
 
 def test_the_settings_of_a_run_reach_its_index(tmp_path):
-    """Each setting has an index of its own: of a turned picture of 28 x 112, 8 x 2 patches or 2 x 8."""
+    """Each setting has an index of its own: of a turned image of 28 x 112, 8 x 2 patches or 2 x 8."""
     exif = Image.Exif()
     exif[0x0112] = 6
-    Image.fromarray(picture(28, 112)).save(tmp_path / "a.png", exif=exif)
+    Image.fromarray(noise_image(28, 112)).save(tmp_path / "a.png", exif=exif)
     text = '<img_start_baichuan>{"path": "a.png"}<img_end_baichuan><trainable_start>cat<trainable_end>'
     (tmp_path / "all.jsonl").write_text(json.dumps({"text": text}))
     grids = []

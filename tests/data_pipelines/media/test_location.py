@@ -24,10 +24,10 @@ from data_pipelines.synthesis.command import main as synthesize
 from data_pipelines.tokenizers.tokenizer import train_tokenizer
 from data_pipelines.tools import visualize
 from data_pipelines.tools.stats import main as stats
-from tests.helpers.small_media import write_image, write_sound
+from tests.helpers.small_media import write_audio, write_image
 
 ANY = (Path("/"),)
-PICTURE = '<img_start_baichuan>{"local": "%s"}<img_end_baichuan><trainable_start>A cat.<trainable_end>'
+IMAGE = '<img_start_baichuan>{"local": "%s"}<img_end_baichuan><trainable_start>A cat.<trainable_end>'
 
 
 def find(path: str, root: Path, trusted=ANY) -> Path:
@@ -44,7 +44,7 @@ def refused(path: str, root: Path, trusted=ANY) -> tuple[str, str]:
 
 @pytest.fixture
 def linked(tmp_path) -> Path:
-    """`set/`: a folder and a picture that are links out of it, a link within it, a broken one and a circle."""
+    """`set/`: a folder and an image that are links out of it, a link within it, a broken one and a circle."""
     (tmp_path / "store/deep").mkdir(parents=True)
     (tmp_path / "set/own").mkdir(parents=True)
     for name in ("store/a.png", "store/deep/b.png", "set/own/c.png", "outside.png"):
@@ -144,7 +144,7 @@ class TestUrls:
 
     def test_a_shard_names_files_by_their_place_in_the_root(self, tmp_path, capsys):
         write_image(tmp_path / "a.png", 40, 60)
-        texts = [PICTURE % (tmp_path / "a.png"), PICTURE % (tmp_path / "a.png").as_uri(), PICTURE % "a.png"]
+        texts = [IMAGE % (tmp_path / "a.png"), IMAGE % (tmp_path / "a.png").as_uri(), IMAGE % "a.png"]
         lines = [json.dumps({"id": str(number), "text": text}) for number, text in enumerate([*texts, texts[0] * 2])]
         (tmp_path / "m.jsonl").write_text("\n".join(lines))
         assert build([str(tmp_path / "m.jsonl"), "--out", str(tmp_path / "out"), "--workers", "0"]) == 0
@@ -203,8 +203,8 @@ class TestOneRule:
     def corpus(self, tmp_path) -> Path:
         (tmp_path / "data/sub/images").mkdir(parents=True)
         write_image(tmp_path / "data/sub/images/a.png", 40, 60)
-        (tmp_path / "data/sub/m.jsonl").write_text(json.dumps({"text": PICTURE % "images/a.png"}) + "\n")
-        (tmp_path / "data/n.jsonl").write_text(json.dumps({"text": PICTURE % "a.png"}) + "\n")
+        (tmp_path / "data/sub/m.jsonl").write_text(json.dumps({"text": IMAGE % "images/a.png"}) + "\n")
+        (tmp_path / "data/n.jsonl").write_text(json.dumps({"text": IMAGE % "a.png"}) + "\n")
         return tmp_path
 
     @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ class TestOneRule:
         assert needs == [[4 * 6], [4 * 12]]  # patches of 14x14
 
     def test_trusted_roots_of_a_run(self, linked):
-        (linked / "set/m.jsonl").write_text("".join(json.dumps({"text": PICTURE % "one.png"}) + "\n" for _ in "ab"))
+        (linked / "set/m.jsonl").write_text("".join(json.dumps({"text": IMAGE % "one.png"}) + "\n" for _ in "ab"))
         config = run_config(linked / "set", manifest="m.jsonl")
         assert open_pipeline(config, tiny()).causes() == {}
         with pytest.raises(ConfigError, match="2 outside_root"):
@@ -262,7 +262,7 @@ class TestOneRule:
             open_pipeline(replace(config, trusted_roots=(str(linked / "nowhere"),)), tiny())
 
     def test_trust_of_a_command(self, linked, capsys):
-        (linked / "set/m.jsonl").write_text(json.dumps({"text": PICTURE % "images/a.png"}) + "\n")
+        (linked / "set/m.jsonl").write_text(json.dumps({"text": IMAGE % "images/a.png"}) + "\n")
         arguments = [str(linked / "set/m.jsonl"), "--workers", "0", "--out"]
         assert build([*arguments, str(linked / "o1"), "--trust", str(linked / "set")]) == 2
         assert "1 outside_root, the first: m.jsonl:1: images/a.png lies outside the trusted" in capsys.readouterr().err
@@ -277,8 +277,8 @@ class TestLinkedManifests:
         """A snapshot of the Hugging Face cache has media beside its links; a short cut to a set has them in the set."""
         (tmp_path / "real/images").mkdir(parents=True)
         write_image(tmp_path / "real/images/a.png", 40, 60)
-        write_sound(tmp_path / "real/s.wav", 1)
-        (tmp_path / "real/m.jsonl").write_text(json.dumps({"text": PICTURE % "images/a.png"}) + "\n")
+        write_audio(tmp_path / "real/s.wav", 1)
+        (tmp_path / "real/m.jsonl").write_text(json.dumps({"text": IMAGE % "images/a.png"}) + "\n")
         (tmp_path / "here").mkdir()
         (tmp_path / "here/m.jsonl").symlink_to("../real/m.jsonl")
         assert build([str(tmp_path / "here/m.jsonl"), "--out", str(tmp_path / "o1"), "--workers", "0"]) == 0

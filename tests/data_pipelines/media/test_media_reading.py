@@ -1,4 +1,4 @@
-"""Probing and decoding images, sounds and videos, and every way in which a file is refused."""
+"""Probing and decoding images, audio files and videos, and every way in which a file is refused."""
 
 import gzip
 import re
@@ -18,7 +18,7 @@ from data_pipelines.media.file_kinds import plain_reason
 from data_pipelines.media.images import decode_image, probe_image
 from data_pipelines.media.location import Media, MediaReference, find_media
 from data_pipelines.media.videos import decode_frames, frame_times, probe_video, read_video
-from tests.helpers.small_media import as_base64, media, tone, write_image, write_sound, write_video
+from tests.helpers.small_media import as_base64, media, tone, write_audio, write_image, write_video
 
 RATE = 16000
 KEY = {"encryption_key": "0f" * 16, "encryption_kid": "f0" * 16}
@@ -43,7 +43,7 @@ class TestPaths:
             found = find_media(MediaReference(base64=text), tmp_path)
             assert probe_image(found) == (20, 30)
             assert found.content_hash() == media(tmp_path / "a.png").content_hash()
-        sound = find_media(MediaReference(base64=as_base64(write_sound(tmp_path / "a.wav", 0.5))), tmp_path)
+        sound = find_media(MediaReference(base64=as_base64(write_audio(tmp_path / "a.wav", 0.5))), tmp_path)
         assert len(decode_audio(sound, probe_audio(sound, RATE), RATE)) == 8000
         video = find_media(MediaReference(base64=as_base64(write_video(tmp_path / "a.mp4", 2))), tmp_path)
         assert len(decode_frames(video, probe_video(video, 1.0, 8).times)) == 2
@@ -74,18 +74,18 @@ class TestOtherFiles:
         """By what they are, whatever their name claims."""
         names = {"a.zip": "a zip archive", "b.gz": "a gzip file", "c.pdf": "a PDF file", "d.enc": "an encrypted file"}
         with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
-            archive.writestr("a.png", b"picture")
-        (tmp_path / "b.gz").write_bytes(gzip.compress(b"picture"))
+            archive.writestr("a.png", b"image")
+        (tmp_path / "b.gz").write_bytes(gzip.compress(b"image"))
         (tmp_path / "c.pdf").write_bytes(b"%PDF-1.7 /Encrypt")
         (tmp_path / "d.enc").write_bytes(b"Salted__" + bytes(range(200)))
         for name, what in names.items():
             data = (tmp_path / name).read_bytes()
-            for probe, suffix in ((probe_image, "jpg"), (as_sound, "mp3"), (as_video, "mp4")):
+            for probe, suffix in ((probe_image, "jpg"), (as_audio, "mp3"), (as_video, "mp4")):
                 found = Media(f"x.{suffix}", None, data)
                 refused(lambda probe=probe, found=found: probe(found), "unreadable_media", f"x.{suffix} .*it is {what}")
 
 
-def as_sound(found):
+def as_audio(found):
     return probe_audio(found, RATE)
 
 
@@ -105,19 +105,19 @@ class TestKindsOfFiles:
         [
             (b"", "an empty file"),
             (bytes(600), "a file of zeros"),
-            (_at(0, b"\x00\x00\x00\x0cJXL \x0d\x0a\x87\x0a"), "a JPEG XL picture"),
-            (_at(0, b"\xff\x0a"), "a JPEG XL picture"),
+            (_at(0, b"\x00\x00\x00\x0cJXL \x0d\x0a\x87\x0a"), "a JPEG XL image"),
+            (_at(0, b"\xff\x0a"), "a JPEG XL image"),
             (b"<?xml version='1.0'?><svg xmlns='http://www.w3.org/2000/svg'/>", "an SVG drawing"),
             (b"<svg width='1'/>", "an SVG drawing"),
-            (_at(0, b"II*\x00\x10\x00\x00\x00CR\x02\x00"), "a raw picture of a camera (CR2)"),
-            (_at(0, b"FUJIFILMCCD-RAW "), "a raw picture of a camera (RAF)"),
-            (_at(0, b"\x00\x00\x00\x18ftypcrx "), "a raw picture of a camera (CR3)"),
-            (_at(128, b"DICM"), "a DICOM picture"),
+            (_at(0, b"II*\x00\x10\x00\x00\x00CR\x02\x00"), "a raw image of a camera (CR2)"),
+            (_at(0, b"FUJIFILMCCD-RAW "), "a raw image of a camera (RAF)"),
+            (_at(0, b"\x00\x00\x00\x18ftypcrx "), "a raw image of a camera (CR3)"),
+            (_at(128, b"DICM"), "a DICOM image"),
             (_at(257, b"ustar\x0000"), "a tar archive"),
-            (_at(0, b"MThd\x00\x00\x00\x06"), "a MIDI file, notes without sound"),
-            (_at(0, b"MAC \x96\x0f"), "a Monkey's Audio sound"),
-            (_at(0, b"wvpk"), "a WavPack sound"),
-            (_at(0, b"\x02#!SILK_V3"), "a SILK sound"),
+            (_at(0, b"MThd\x00\x00\x00\x06"), "a MIDI file, notes without audio"),
+            (_at(0, b"MAC \x96\x0f"), "a Monkey's Audio audio file"),
+            (_at(0, b"wvpk"), "a WavPack audio file"),
+            (_at(0, b"\x02#!SILK_V3"), "a SILK audio file"),
             (_at(0, b".RMF\x00\x00"), "a RealMedia file"),
             (_at(0, b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X"), "what macOS keeps beside a file"),
             (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n", "a pointer to a file in Git LFS"),
@@ -132,22 +132,22 @@ class TestKindsOfFiles:
         ids=lambda value: value if isinstance(value, str) else "",
     )
     def test_what_no_decoder_reads_is_named(self, data, what):
-        for name, probe in (("x.jpg", probe_image), ("x.mp3", as_sound), ("x.mp4", as_video)):
+        for name, probe in (("x.jpg", probe_image), ("x.mp3", as_audio), ("x.mp4", as_video)):
             found = Media(name, None, data)
             refused(lambda probe=probe, found=found: probe(found), "unreadable_media", re.escape(f"it is {what}"))
 
     def test_media_of_another_kind_are_named(self, tmp_path):
         write_image(tmp_path / "a.png", 40, 60).rename(tmp_path / "a.mp3")
         refused(
-            lambda: as_sound(media(tmp_path / "a.mp3")),
+            lambda: as_audio(media(tmp_path / "a.mp3")),
             "unreadable_media",
-            "a.mp3 is not a readable sound: it is a PNG picture$",
+            "a.mp3 is not a readable audio file: it is a PNG image$",
         )
-        write_sound(tmp_path / "s.flac", 1).rename(tmp_path / "s.png")
+        write_audio(tmp_path / "s.flac", 1).rename(tmp_path / "s.png")
         refused(
             lambda: probe_image(media(tmp_path / "s.png")),
             "unreadable_media",
-            "s.png is not a readable image: it is a FLAC sound$",
+            "s.png is not a readable image: it is a FLAC audio file$",
         )
 
     def test_no_path_and_no_python_object_is_told(self, tmp_path):
@@ -160,12 +160,12 @@ class TestKindsOfFiles:
             path = folder / f"{number}.bin"
             path.write_bytes(head + bytes(range(256)) * 4)
             for found in (media(path), Media(path.name, None, path.read_bytes())):
-                for probe in (probe_image, as_sound, as_video):
+                for probe in (probe_image, as_audio, as_video):
                     try:
                         probe(found)
                     except SampleError as error:
                         messages.append(str(error))
-        assert len(messages) > 45, "a header alone may pass for a picture"
+        assert len(messages) > 45, "a header alone may pass for an image"
         for message in messages:
             assert re.match(r"\d\.bin is not a readable ", message)
             assert not re.search(r"<\w|object at|0x[0-9a-f]{6}|PosixPath|b'|/|\n", message), message
@@ -226,10 +226,10 @@ class TestImages:
         refused(lambda: probe_image(media(path)), "too_big_media", "large.png has [0-9]+ bytes of one image")
 
     def test_unreadable(self, tmp_path):
-        (tmp_path / "text.jpg").write_text("not a picture")
+        (tmp_path / "text.jpg").write_text("not an image")
         (tmp_path / "empty.png").touch()
-        write_sound(tmp_path / "sound.wav", 1).rename(tmp_path / "sound.png")
-        for name in ("text.jpg", "empty.png", "sound.png"):
+        write_audio(tmp_path / "audio.wav", 1).rename(tmp_path / "audio.png")
+        for name in ("text.jpg", "empty.png", "audio.png"):
             refused(lambda name=name: probe_image(media(tmp_path / name)), "unreadable_media", f"{name} is not a read")
 
     @pytest.mark.parametrize("name", ["a.png", "a.jpg"])
@@ -250,12 +250,12 @@ class TestImages:
             refused(lambda lost=lost: decode_image(Media("a.jpg", None, data[:-lost])), "unreadable_media", "a.jpg")
 
 
-class TestSounds:
+class TestAudioFiles:
     @pytest.mark.parametrize(
         ("name", "rate"), [("a.wav", 16000), ("a.flac", 22050), ("a.ogg", 48000), ("a.mp3", 44100)]
     )
     def test_probe_is_the_decoded_length(self, tmp_path, name, rate):
-        found = media(write_sound(tmp_path / name, 1.5, rate))
+        found = media(write_audio(tmp_path / name, 1.5, rate))
         samples = probe_audio(found, RATE)
         assert abs(samples - 24000) < 0.1 * RATE
         wave = decode_audio(found, samples, RATE)
@@ -274,7 +274,7 @@ class TestSounds:
 
     @pytest.mark.parametrize("name", ["a.mp4", "a.webm"])
     def test_the_track_of_a_video(self, tmp_path, name):
-        found = media(write_video(tmp_path / name, 3, sound=2))
+        found = media(write_video(tmp_path / name, 3, audio=2))
         samples = probe_audio(found, RATE)
         assert abs(samples - 2 * RATE) < 0.1 * RATE
         wave = decode_audio(found, samples, RATE)
@@ -282,7 +282,7 @@ class TestSounds:
         assert 0.3 < np.abs(wave[RATE // 2 : RATE]).max() < 0.7
 
     def test_another_length_than_measured(self, tmp_path):
-        found = media(write_sound(tmp_path / "a.wav", 1))
+        found = media(write_audio(tmp_path / "a.wav", 1))
         assert len(decode_audio(found, RATE + 1000, RATE)) == RATE + 1000
         refused(lambda: decode_audio(found, RATE - 1601, RATE), "changed", "decodes to 16000 samples")
 
@@ -296,9 +296,9 @@ class TestSounds:
         refused(lambda: decode_audio(found, RATE, RATE), "unreadable_media", "of 1.64e[+]04, where full scale is 1")
 
     def test_unreadable(self, tmp_path):
-        (tmp_path / "text.wav").write_text("not a sound, but long enough to look like one " * 100)
+        (tmp_path / "text.wav").write_text("not an audio file, but long enough to look like one " * 100)
         (tmp_path / "text.txt").write_text("plain text " * 1000)
-        (tmp_path / "list.m3u8").write_text(f"#EXTM3U\n#EXTINF:1\n{write_sound(tmp_path / 'a.wav', 1)}\n")
+        (tmp_path / "list.m3u8").write_text(f"#EXTM3U\n#EXTINF:1\n{write_audio(tmp_path / 'a.wav', 1)}\n")
         (tmp_path / "empty.wav").touch()
         write_image(tmp_path / "image.png", 60, 60).rename(tmp_path / "image.mp3")
         write_video(tmp_path / "mute.mp4", 1)
@@ -308,29 +308,29 @@ class TestSounds:
             refused(lambda name=name: probe_audio(media(tmp_path / name), RATE), "unreadable_media", name)
 
     def test_truncated(self, tmp_path):
-        path = write_sound(tmp_path / "a.wav", 1)
+        path = write_audio(tmp_path / "a.wav", 1)
         path.write_bytes(path.read_bytes()[:10000])
         refused(lambda: probe_audio(media(path), RATE), "unreadable_media", "truncated: 10000 of 32044 bytes")
-        path = write_sound(tmp_path / "a.flac", 2)
+        path = write_audio(tmp_path / "a.flac", 2)
         samples = probe_audio(media(path), RATE)
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
         refused(lambda: decode_audio(media(path), samples, RATE), "unreadable_media", "a.flac")
 
     def test_too_big(self, tmp_path, monkeypatch):
         soundfile.write(tmp_path / "a.wav", np.zeros(7201, np.int16), 1)
-        refused(lambda: probe_audio(media(tmp_path / "a.wav"), RATE), "too_big_media", "7201 seconds of sound")
+        refused(lambda: probe_audio(media(tmp_path / "a.wav"), RATE), "too_big_media", "7201 seconds of audio")
         soundfile.write(tmp_path / "many.wav", np.zeros((10, 33), np.int16), RATE)
         refused(lambda: probe_audio(media(tmp_path / "many.wav"), RATE), "too_big_media", "33 channels")
-        film, song = media(write_video(tmp_path / "a.mp4", 2, sound=2)), media(write_sound(tmp_path / "a.flac", 2))
+        film, song = media(write_video(tmp_path / "a.mp4", 2, audio=2)), media(write_audio(tmp_path / "a.flac", 2))
         monkeypatch.setattr(limits, "MAX_AUDIO_SECONDS", 1)
         for found in (film, song):
-            refused(lambda found=found: probe_audio(found, RATE), "too_big_media", "seconds of sound, more than 1")
+            refused(lambda found=found: probe_audio(found, RATE), "too_big_media", "seconds of audio, more than 1")
         monkeypatch.undo()
         monkeypatch.setattr(audio_track, "MAX_AUDIO_SAMPLES", 10000)  # as if the header had claimed less
         for found in (film, song):
             refused(lambda found=found: decode_audio(found, 32000, RATE), "too_big_media", "more than 10000 samples")
-        monkeypatch.setitem(limits.MAX_BYTES, "sound", 1000)
-        refused(lambda: probe_audio(song, RATE), "too_big_media", "bytes of one sound")
+        monkeypatch.setitem(limits.MAX_BYTES, "audio", 1000)
+        refused(lambda: probe_audio(song, RATE), "too_big_media", "bytes of one audio")
 
     def test_silence(self, tmp_path):
         for name, loudest in (("zeros.wav", 0), ("dither.wav", 1), ("a.flac", 1)):
@@ -345,11 +345,11 @@ class TestSounds:
         assert decode_audio(media(tmp_path / "quiet.wav"), RATE, RATE).min() < 0
 
     def test_keys_follow_the_content(self, tmp_path):
-        path = write_sound(tmp_path / "a.wav", 1)
+        path = write_audio(tmp_path / "a.wav", 1)
         first = clip_key(media(path), 0)
         assert first == (media(path).content_hash(), 0) != clip_key(media(path), 1)
         assert clip_key(Media("copy", None, path.read_bytes()), 0) == first
-        write_sound(path, 2)
+        write_audio(path, 2)
         assert clip_key(media(path), 0) != first
 
 
@@ -413,26 +413,26 @@ class TestVideos:
         found = media(path)
         refused(lambda: decode_frames(found, probe_video(found, 1.0, 8).times), "unreadable_media", "a.mp4")
 
-    def test_a_longer_sound_track_adds_no_frames(self, tmp_path):
+    def test_a_longer_audio_track_adds_no_frames(self, tmp_path):
         for name in ("a.mp4", "a.webm"):
-            assert len(probe_video(media(write_video(tmp_path / name, 2, sound=4)), 1.0, 32).times) == 2
+            assert len(probe_video(media(write_video(tmp_path / name, 2, audio=4)), 1.0, 32).times) == 2
 
     def test_unreadable(self, tmp_path):
         (tmp_path / "text.mp4").write_text("not a video " * 100)
         (tmp_path / "empty.mp4").touch()
         write_image(tmp_path / "image.png", 60, 60)
-        write_sound(tmp_path / "sound.mp3", 1, 44100)
+        write_audio(tmp_path / "audio.mp3", 1, 44100)
         path = write_video(tmp_path / "cut.mp4", 3)
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
         write_video(tmp_path / "small.mp4", 1, height=16, width=16)
-        for name in ("text.mp4", "empty.mp4", "image.png", "sound.mp3", "cut.mp4", "small.mp4"):
+        for name in ("text.mp4", "empty.mp4", "image.png", "audio.mp3", "cut.mp4", "small.mp4"):
             refused(lambda name=name: probe_video(media(tmp_path / name), 1.0, 8), "unreadable_media", name)
 
     def test_truncated_after_its_header(self, tmp_path):
         path = write_video(tmp_path / "a.webm", 12)
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 3])
         refused(lambda: probe_video(media(path), 1.0, 32), "unreadable_media", "truncated")
-        path = write_video(tmp_path / "a.mp4", 12, sound=12, header_first=True)
+        path = write_video(tmp_path / "a.mp4", 12, audio=12, header_first=True)
         times = probe_video(media(path), 1.0, 32).times
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
         assert probe_video(media(path), 1.0, 32).times == times
@@ -444,7 +444,7 @@ class TestVideos:
         cover = b"\0image/png\0\3\0" + write_image(tmp_path / "cover.png", 20, 20).read_bytes()
         frame = b"APIC" + struct.pack(">I", len(cover)) + b"\0\0" + cover
         size = bytes(len(frame) >> shift & 127 for shift in (21, 14, 7, 0))
-        song = write_sound(tmp_path / "a.mp3", 1, 44100).read_bytes()
+        song = write_audio(tmp_path / "a.mp3", 1, 44100).read_bytes()
         (tmp_path / "song.mp3").write_bytes(b"ID3\3\0\0" + size + frame + song)
         refused(lambda: probe_video(media(tmp_path / "song.mp3"), 1.0, 8), "unreadable_media", "no video track")
         assert probe_audio(media(tmp_path / "song.mp3"), RATE) > 0

@@ -21,7 +21,7 @@ from data_pipelines.media.videos import decode_frames, frame_times, probe_video,
 from tests.helpers.small_media import media
 
 ONE = 1 << 16
-# Of MP4: (x, y) is shown at (a x + c y + x0, b x + d y + y0); the picture is 96 wide and 64 high.
+# Of MP4: (x, y) is shown at (a x + c y + x0, b x + d y + y0); the image is 96 wide and 64 high.
 MATRICES = {
     "none": (ONE, 0, 0, 0, ONE, 0, 0, 0),
     "90": (0, ONE, 0, -ONE, 0, 0, 64, 0),
@@ -256,14 +256,14 @@ class TestLengths:
             decode_frames(media(path), probe_video(media(path), 1.0, 32).times)
         assert caught.value.cause == "unreadable_media"
 
-    def test_a_film_cut_before_its_first_frame(self, tmp_path):
+    def test_a_video_cut_before_its_first_frame(self, tmp_path):
         path = film(tmp_path / "a.mp4", grays(20), codec="mpeg4", movflags="faststart")
         data = path.read_bytes()
         with pytest.raises(SampleError, match="the file is truncated: it holds no frame"):
             probe_video(Media("a.mp4", None, data[: data.index(b"mdat") + 8]), 1.0, 8)
 
 
-def test_the_picture_is_that_of_the_default_track(tmp_path):
+def test_the_image_is_that_of_the_default_track(tmp_path):
     path = tmp_path / "two.mkv"
     with av.open(str(path), "w") as container:
         tracks = [container.add_stream("ffv1", rate=5) for _ in range(2)]

@@ -89,7 +89,7 @@ def test_every_subset_of_modalities(subset, sample_pipeline, sample_codes, by_su
     assert (T.audio_start in tokens[:length]) == ("heard" in subset)
     assert (T.audiogen_start in tokens[:length]) == ("spoken" in subset)
     assert row["text_weights"].sum() > 0
-    # All speech of the sample's documents is learnt: every frame is predicted, one end frame a clip.
+    # All speech of the sample's documents is learned: every frame is predicted, one end frame a clip.
     frames, clips = len(used(row["audio_target_index"])), np.count_nonzero(tokens[:length] == T.audiogen_start)
     assert (frames > 0) == ("spoken" in subset)
     ends = row["audio_targets"][:frames, 0] == OMNI.audio.codebook_sizes[0]
@@ -156,7 +156,7 @@ def test_segments_ascend_and_the_rest_is_padding(mixed):
     assert (row["document_ids"][length:] == -1).all()
     assert (row["source_ids"][length:] == -1).all()
     frames = row["patch_segments"][row["patch_segments"] > 0]
-    assert set(np.diff(frames)) <= {0, 1}, "every picture of the row has its own number"
+    assert set(np.diff(frames)) <= {0, 1}, "every image of the row has its own number"
 
 
 def test_a_row_without_documents():

@@ -29,7 +29,7 @@ from data_pipelines.packing.columns import BYTES_PER_DOCUMENT, BYTES_PER_IMAGE, 
 from data_pipelines.packing.index import load_index
 from data_pipelines.pipeline import open_pipeline
 from data_pipelines.tokenizers.tokenizer import train_tokenizer
-from tests.helpers.small_media import write_image, write_sound
+from tests.helpers.small_media import write_audio, write_image
 
 IMAGE = '<img_start_baichuan>{"local": "%s"}<img_end_baichuan><trainable_start>a cat<trainable_end>'
 SPOKEN = 'hi<trainable_start><audiogen_start_baichuan>{"path": "s.wav"}<audiogen_end_baichuan><trainable_end>'
@@ -57,7 +57,7 @@ def processor(tokenizer):
 @pytest.fixture
 def root(tmp_path):
     write_image(tmp_path / "a.png", 56, 84)
-    write_sound(tmp_path / "s.wav", 0.25)
+    write_audio(tmp_path / "s.wav", 0.25)
     return tmp_path
 
 
@@ -175,11 +175,11 @@ def test_parts_measured_by_processes_are_the_same_index(root, processor, monkeyp
 
 
 def test_bytes_of_a_document():
-    """100 million documents of two pictures fit a host's memory, of which they need none."""
+    """100 million documents of two images fit a host's memory, of which they need none."""
     made = make_columns([Lengths(tokens=9, patches=8, image_patches=(4, 4))] * 1000)
     held = sum(getattr(made, name).nbytes for name in NAMES)
     assert held == 1000 * (BYTES_PER_DOCUMENT + 2 * BYTES_PER_IMAGE) + 8
-    assert f"{BYTES_PER_DOCUMENT} bytes a document and {BYTES_PER_IMAGE} a picture" in columns.__doc__
+    assert f"{BYTES_PER_DOCUMENT} bytes a document and {BYTES_PER_IMAGE} an image" in columns.__doc__
     assert 10**8 * (BYTES_PER_DOCUMENT + 2 * BYTES_PER_IMAGE) == 5.6e9
 
 
@@ -232,22 +232,22 @@ def test_bad_lines_are_counted_by_cause_and_named(root, processor):
 
 def test_too_long_documents_move_to_the_skipped(root, processor):
     index = load(write(root, [SPOKEN, IMAGE % "a.png", NOTHING]), processor)
-    speech, picture = index.lengths(0), index.lengths(1)
+    speech, image = index.lengths(0), index.lengths(1)
     roomy = Budgets(tokens=99, patches=99, audio_frames=99, audio_targets=99)
     assert index.within(roomy).usable == 2
-    exact = index.within(Budgets(tokens=99, patches=int(picture[1]), audio_frames=3, audio_targets=4))
+    exact = index.within(Budgets(tokens=99, patches=int(image[1]), audio_frames=3, audio_targets=4))
     assert exact.usable == 2, "exactly full is not too long"
-    short = index.within(Budgets(tokens=99, patches=int(picture[1]) - 1, audio_frames=99, audio_targets=99))
+    short = index.within(Budgets(tokens=99, patches=int(image[1]) - 1, audio_frames=99, audio_targets=99))
     assert [short.document(i).text for i in short.numbers()] == [SPOKEN]
     late = list(short.skipped)[-1]
     assert (late.location, late.cause) == ("m.jsonl:2", "too_long")
-    assert late.message == f"{picture[1]} patches exceed the row's {picture[1] - 1}"
+    assert late.message == f"{image[1]} patches exceed the row's {image[1] - 1}"
     silent = index.within(Budgets(tokens=99, patches=99, audio_frames=99, audio_targets=int(speech[3]) - 1))
     assert list(silent.skipped)[-1].message == "4 audio_targets exceed the row's 3"
     assert silent.causes() == {"no_loss": 1, "too_long": 1}
 
 
-def test_pictures_that_no_part_of_a_row_holds(root, processor):
+def test_images_that_no_part_of_a_row_holds(root, processor):
     write_image(root / "b.png", 112, 84)  # 48 patches; a.png has 24
     both = (IMAGE % "a.png").removesuffix("<trainable_start>a cat<trainable_end>") + IMAGE % "b.png"
     index = load(write(root, [IMAGE % "a.png", both, both + IMAGE % "b.png", SPOKEN]), processor)
@@ -261,12 +261,12 @@ def test_pictures_that_no_part_of_a_row_holds(root, processor):
     late = list(kept.skipped)[-1]
     assert (late.location, late.cause) == ("m.jsonl:3", "too_long")
     parts = "the row's 2 parts (data.media_shards) of 64 patches"
-    assert late.message == f"the document's 3 pictures of up to 48 patches do not all fit {parts}"
+    assert late.message == f"the document's 3 images of up to 48 patches do not all fit {parts}"
     narrow = index.within(tight, 4)
     assert [narrow.image_patches(i) for i in narrow.numbers()] == [[24], []]
     parts = "the row's 4 parts (data.media_shards) of 32 patches"
     assert [item.message for item in narrow.skipped] == [
-        f"picture 2 of the document has 48 patches, too many for one of {parts}"
+        f"image 2 of the document has 48 patches, too many for one of {parts}"
     ] * 2
 
 
@@ -314,9 +314,9 @@ def test_an_empty_mixture(tmp_path):
         open_pipeline(DataConfig(root=str(tmp_path)), tiny())
 
 
-def test_sound_that_vanished_is_passed_over_when_tokenising(root, tmp_path):
+def test_audio_that_vanished_is_passed_over_when_tokenising(root, tmp_path):
     """Its documents are lost at decode and named there; the rest gets its codes."""
-    write_sound(root / "other.wav", 0.25)
+    write_audio(root / "other.wav", 0.25)
     write(root, [SPOKEN, SPOKEN.replace("s.wav", "other.wav")])
     pipeline = open_pipeline(config(root), tiny())
     (root / "s.wav").write_bytes((root / "other.wav").read_bytes())

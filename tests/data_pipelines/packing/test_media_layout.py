@@ -1,4 +1,4 @@
-"""Pictures in a row's parts: whole, apart, in order, and wherever they must fit they do."""
+"""Images in a row's parts: whole, apart, in order, and wherever they must fit they do."""
 
 from dataclasses import replace
 
@@ -15,18 +15,18 @@ SIZES = st.lists(st.integers(1, 10).map(lambda n: 4 * n), max_size=20)
 
 
 @given(SIZES, st.sampled_from([1, 2, 3, 8]), st.sampled_from([12, 40, 64]))
-def test_pictures_lie_apart_and_whole_in_one_part(sizes, parts, room):
+def test_images_lie_apart_and_whole_in_one_part(sizes, parts, room):
     layout = PatchLayout(parts * room, parts)
     if not layout.fits(sizes):
-        with pytest.raises(ValueError, match=f"{len(sizes)} pictures do not fit {parts} parts of {room} patches"):
+        with pytest.raises(ValueError, match=f"{len(sizes)} images do not fit {parts} parts of {room} patches"):
             layout.starts(sizes)
         return
     starts = layout.starts(sizes)
     owner = np.full(parts * room, -1)
-    for picture, (start, size) in enumerate(zip(starts.tolist(), sizes, strict=True)):
+    for image, (start, size) in enumerate(zip(starts.tolist(), sizes, strict=True)):
         assert start // room == (start + size - 1) // room, "in two parts"
-        assert (owner[start : start + size] == -1).all(), "two pictures in one place"
-        owner[start : start + size] = picture
+        assert (owner[start : start + size] == -1).all(), "two images in one place"
+        owner[start : start + size] = image
     for part in owner.reshape(parts, room):
         used = part[part >= 0]
         assert (np.diff(used) >= 0).all(), "in the order of the row"
@@ -35,8 +35,8 @@ def test_pictures_lie_apart_and_whole_in_one_part(sizes, parts, room):
 
 @settings(max_examples=50)
 @given(SIZES, st.sampled_from([2, 5]))
-def test_small_pictures_always_fit(sizes, parts):
-    """What the index relies on: a picture finds no part only when all hold more than a part less the largest."""
+def test_small_images_always_fit(sizes, parts):
+    """What the index relies on: an image finds no part only when all hold more than a part less the largest."""
     largest = max(sizes, default=0)
     assert PatchLayout(parts * largest, parts).fits(sizes) or len(sizes) > parts
     room = -(-sum(sizes) // parts) + largest
@@ -45,7 +45,7 @@ def test_small_pictures_always_fit(sizes, parts):
 
 @settings(max_examples=30)
 @given(SIZES)
-def test_one_part_has_pictures_one_after_the_other(sizes):
+def test_one_part_has_images_one_after_the_other(sizes):
     layout = PatchLayout(400, 1)
     assert layout.fits(sizes) == (sum(sizes) <= 400)
     if layout.fits(sizes):

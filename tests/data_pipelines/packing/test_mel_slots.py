@@ -37,7 +37,7 @@ def decode(pipeline, codes, rows):
 
 @pytest.fixture(scope="module")
 def heard(sample_pipeline):
-    """The sample mixture with room for mels, and rows of it that hold sound."""
+    """The sample mixture with room for mels, and rows of it that hold audio."""
     pipeline = with_config(sample_pipeline, budgets=WINDOWS, rows=3)
     return pipeline, next(pipeline.step_plan())
 
@@ -86,10 +86,10 @@ def test_without_codes_only_their_values_are_missing(heard, sample_codes):
     for row in range(len(rows)):
         at_slot = np.zeros((BUDGETS.tokens + 2, pipeline.omni.audio.levels), int)
         at_slot[full["audio_index"][row]] = full["audio_codes"][row]
-        learnt = (full["audio_weights"][row] > 0).all(1)
-        targets = at_slot[full["audio_target_index"][row][learnt] + 1]
-        np.testing.assert_array_equal(targets, full["audio_targets"][row][learnt])
-        assert learnt.any()
+        learned = (full["audio_weights"][row] > 0).all(1)
+        targets = at_slot[full["audio_target_index"][row][learned] + 1]
+        np.testing.assert_array_equal(targets, full["audio_targets"][row][learned])
+        assert learned.any()
 
 
 def test_a_step_takes_the_smallest_size_that_holds_its_longest_window(heard):
@@ -161,7 +161,7 @@ def test_targets_of_a_crop_begin_when_it_does(samples, crop, size):
         assert len(found) <= slots.target_frames(name, size)
 
 
-def test_silent_sound_is_lost_under_its_own_cause(tmp_path, sample_pipeline):
+def test_silent_audio_is_lost_under_its_own_cause(tmp_path, sample_pipeline):
     soundfile.write(tmp_path / "s.wav", np.zeros(16000, np.int16), 16000)
     text = '<audio_start_baichuan>{"path": "s.wav"}<audio_end_baichuan><trainable_start>x<trainable_end>'
     processor = sample_pipeline.processor

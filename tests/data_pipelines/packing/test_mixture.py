@@ -33,7 +33,7 @@ def test_an_order_has_every_number_once(size, seed):
 
 
 def test_an_order_is_random():
-    """Neighbours in the order are no neighbours before it, and each number is as likely at each place."""
+    """Neighbours in the order are no neighbors before it, and each number is as likely at each place."""
     found = permute(np.arange(100_000, dtype=np.int64), 100_000, "x")
     assert abs(np.corrcoef(found[:-1], found[1:])[0, 1]) < 0.02  # 1 / sqrt(100000) = 0.003
     firsts = Counter(int(permute(np.zeros(1, np.int64), 5, str(seed))[0]) for seed in range(500))

@@ -13,7 +13,7 @@ from data_pipelines.documents.parts import cut_turns, document_elements
 from data_pipelines.documents.prompts import AudioElement, ImageElement, TextElement, parse_prompt
 from data_pipelines.pipeline import open_pipeline
 from tests.data_pipelines.conftest import store_codes
-from tests.helpers.small_media import write_image, write_sound, write_video
+from tests.helpers.small_media import write_audio, write_image, write_video
 
 BOTH = ("split", "fewer_frames")
 SYSTEM = "<B_SYS>be kind"
@@ -34,7 +34,7 @@ LONG = SYSTEM + turn("a b c", media=IMAGE) + turn("d e f") + turn("g h i", media
 def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("long")
     write_image(root / "a.png", 56, 84)  # 24 patches, 6 tokens
-    write_sound(root / "s.wav", 0.5)
+    write_audio(root / "s.wav", 0.5)
     write_video(root / "v.mp4", seconds=8)
     return root
 
@@ -97,7 +97,7 @@ def test_a_long_conversation_is_split_and_loses_nothing(root):
     encode = lambda document: whole.processor.encode(document, store)  # noqa: E731
     store = store_codes(whole, root / "codes")
     loss = [encode(document).text_weights.sum() for document in (documents(whole)[0], *pieces)]
-    # The end of text is learnt after each answer that ends a document: once more for each further piece.
+    # The end of text is learned after each answer that ends a document: once more for each further piece.
     assert loss[0] + 1 == sum(loss[1:])
     for number, piece in zip((2, 3), pieces, strict=True):
         found = encode(piece).lengths
@@ -174,7 +174,7 @@ BOOK = "the cat sat on the mat " * 40 + "猫坐在垫子上。" * 20
 WORDS = "see " * 30
 
 
-def learnt(pipeline, path):
+def learned(pipeline, path):
     """Text targets of all documents and pieces; each one's arrays are as long as measured."""
     (index,), total = pipeline.indexes, 0
     store = store_codes(pipeline, path)
@@ -188,11 +188,11 @@ def learnt(pipeline, path):
 
 @pytest.mark.parametrize("text", [BOOK, f"once{turn('x', BOOK)}"], ids=["unmarked", "marked"])
 def test_long_text_is_chunked_by_default(root, text, tmp_path):
-    """Nothing is skipped, all is learnt, rows are full, and a plan that stops among the chunks goes on."""
+    """Nothing is skipped, all is learned, rows are full, and a plan that stops among the chunks goes on."""
     whole, pipeline = opened(root, [text], policies=None), opened(root, [text], policies=None, tokens=32)
     (index,) = pipeline.indexes
     assert (pipeline.handled(), pipeline.causes()) == ({"chunk_text": 1}, {})
-    assert learnt(whole, tmp_path / "whole") == learnt(pipeline, tmp_path / "chunks")
+    assert learned(whole, tmp_path / "whole") == learned(pipeline, tmp_path / "chunks")
     sizes = [int(index.lengths(number)[0]) for number in index.numbers()]
     assert sizes[:-1] == [32] * (len(sizes) - 1)
     plan = pipeline.step_plan()
@@ -206,7 +206,7 @@ def test_long_text_is_chunked_by_default(root, text, tmp_path):
 
 
 def test_media_are_chunked_where_it_is_asked_for(root, tmp_path):
-    """Interleaved documents are cut before a picture, in a source's own policies too; by default they are skipped."""
+    """Interleaved documents are cut before an image, in a source's own policies too; by default they are skipped."""
     text = IMAGE + WORDS + IMAGE + WORDS
     skipped = opened(root, [text, turn("x")], policies=None, tokens=60)
     assert skipped.causes() == {"too_long": 1}
@@ -218,7 +218,7 @@ def test_media_are_chunked_where_it_is_asked_for(root, tmp_path):
         (index,) = pipeline.indexes
         assert (pipeline.handled(), pipeline.causes()) == ({"chunk": 1}, {})
         assert [index.image_patches(number) for number in index.numbers()] == [[], [24], [24]]
-        assert learnt(pipeline, tmp_path / str(id(pipeline))) == learnt(whole, tmp_path / f"whole-{id(pipeline)}")
+        assert learned(pipeline, tmp_path / str(id(pipeline))) == learned(whole, tmp_path / f"whole-{id(pipeline)}")
 
 
 def test_a_medium_that_no_row_holds_gets_fewer_frames_or_is_named(root):

@@ -15,12 +15,12 @@ from tests.helpers.listed import Listed, row_plan
 
 BUDGETS = [20, 12, 6, 3]
 LAYOUT = PatchLayout(12, 3)
-# What a document takes of each budget; its patches are in pictures of at most 4.
+# What a document takes of each budget; its patches are in images of at most 4.
 LENGTHS = st.lists(st.tuples(*(st.integers(int(i == 0), b) for i, b in enumerate(BUDGETS))), min_size=1, max_size=60)
 
 
 def image_patches(need):
-    """A document's patches as pictures of 4, the last one smaller."""
+    """A document's patches as images of 4, the last one smaller."""
     return [min(4, need[1] - done) for done in range(0, need[1], 4)] if len(need) > 1 else []
 
 
@@ -79,7 +79,7 @@ def test_the_pool_fills_rows():
 
 
 def test_several_budgets_are_filled_together():
-    """Text, pictures and sound in rows with a quarter more room for media than they take on average."""
+    """Text, images and audio in rows with a quarter more room for media than they take on average."""
     rng = np.random.default_rng(0)
     tokens = rng.lognormal(4, 1, 3000).clip(1, 1000).astype(int)
     kinds = rng.integers(3, size=3000)
@@ -104,13 +104,13 @@ def test_a_full_second_budget_closes_a_row():
     assert rows_of([[1, 3], [1, 0], [1, 2]], [9, 3], PatchLayout(3), 1, 0) == [[0], [1, 2]]
 
 
-def test_a_picture_without_a_whole_place_goes_to_another_row():
+def test_a_image_without_a_whole_place_goes_to_another_row():
     def rows(documents, parts):
         return rows_of(documents, [90, 12], PatchLayout(12, parts), open_bins=1, look_ahead=3)
 
     assert max(map(len, rows([[1, 3]] * 12, 1))) == 4
     assert max(map(len, rows([[1, 3]] * 12, 3))) == 3
-    # Pictures of 2 share a part that larger ones leave them.
+    # Images of 2 share a part that larger ones leave them.
     assert max(map(len, rows([[1, 4], [1, 2]] * 6, 3))) == 4
 
 

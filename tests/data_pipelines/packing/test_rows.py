@@ -12,7 +12,7 @@ from baichuan_omni_jax.config import Budgets, DataConfig, SourceConfig, tiny
 from data_pipelines.packing.rows import RowShard
 from data_pipelines.pipeline import open_pipeline
 from tests.data_pipelines.conftest import BUDGETS, store_codes, with_config
-from tests.helpers.small_media import write_image, write_sound
+from tests.helpers.small_media import write_audio, write_image
 
 IMAGE = '<img_start_baichuan>{"local": "%s"}<img_end_baichuan><trainable_start>the cat<trainable_end>'
 SPOKEN = 'hi<trainable_start><audiogen_start_baichuan>{"path": "s.wav"}<audiogen_end_baichuan><trainable_end>'
@@ -111,7 +111,7 @@ def small(tmp_path):
     """Five documents of which media will vanish, and their codes."""
     for name in ("a.png", "b.png", "c.png"):
         write_image(tmp_path / name, 56, 84)
-    write_sound(tmp_path / "s.wav", 0.25)
+    write_audio(tmp_path / "s.wav", 0.25)
     texts = [IMAGE % "a.png", IMAGE % "b.png", IMAGE % "c.png", SPOKEN, "<trainable_start>the mat<trainable_end>"]
     (tmp_path / "m.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
     config = DataConfig(
@@ -131,7 +131,7 @@ def test_documents_that_fail_at_decode_leave_padding_and_are_told(small, tmp_pat
     ((whole,), budget) = read(pipeline, codes, epochs=1), pipeline.config.budgets.tokens
     (tmp_path / "b.png").unlink()
     write_image(tmp_path / "c.png", 112, 84)
-    write_sound(tmp_path / "s.wav", 0.3)
+    write_audio(tmp_path / "s.wav", 0.3)
     (step,) = read(with_config(pipeline, workers=workers), codes, epochs=1)
     assert {key: (where, cause) for key, (where, cause, _) in step.failed.items()} == {
         (0, 1): ("m.jsonl:2", "missing_file"),
@@ -147,7 +147,7 @@ def test_documents_that_fail_at_decode_leave_padding_and_are_told(small, tmp_pat
     kept = ~gone
     np.testing.assert_array_equal(step.batch["tokens"][kept], whole.batch["tokens"][kept])
     np.testing.assert_array_equal(step.batch["positions"][kept], whole.batch["positions"][kept])
-    # What is left keeps its place among the pictures, too.
+    # What is left keeps its place among the images, too.
     shown, left = (np.flatnonzero(found.batch["visual_index"] < budget) for found in (whole, step))
     np.testing.assert_array_equal(left, [i for i in shown if not gone[0, whole.batch["visual_index"][0, i]]])
     patches = (4 * left[:, None] + np.arange(4)).ravel()
@@ -173,8 +173,8 @@ def test_what_is_lost_changes_no_dealt_order(small, tmp_path):
     assert (whole.batch["document_ids"] != straight.batch["document_ids"]).any()
 
 
-def test_pictures_lie_whole_in_parts(sample_pipeline, sample_codes):
-    """The same rows with one part and with eight: each visual token has its patches, each picture is in one part."""
+def test_images_lie_whole_in_parts(sample_pipeline, sample_codes):
+    """The same rows with one part and with eight: each visual token has its patches, each image is in one part."""
     eight = with_config(sample_pipeline, media_shards=8)
     rows = [[item.key for item in row] for row in islice(eight.plan(), 3)]
     (whole, _), (parted, lost) = (pipeline.decoder(sample_codes)(rows) for pipeline in (sample_pipeline, eight))
@@ -194,13 +194,13 @@ def test_pictures_lie_whole_in_parts(sample_pipeline, sample_codes):
             np.testing.assert_array_equal(one, other)
         segments = parted["patch_segments"][row]
         np.testing.assert_array_equal(np.flatnonzero(segments), np.sort(shown[1]))
-        for picture in range(1, segments.max() + 1):
-            assert len(set(np.flatnonzero(segments == picture) // (p // 8))) == 1
+        for image in range(1, segments.max() + 1):
+            assert len(set(np.flatnonzero(segments == image) // (p // 8))) == 1
     assert (parted["patches"] != whole["patches"]).any(), "padding between parts"
 
 
-def test_pictures_that_changed_places(tmp_path):
-    """Two pictures of other sizes, as many patches as before: their places in the row no longer fit them."""
+def test_images_that_changed_places(tmp_path):
+    """Two images of other sizes, as many patches as before: their places in the row no longer fit them."""
     write_image(tmp_path / "a.png", 56, 84)
     write_image(tmp_path / "b.png", 112, 84)
     pair = (IMAGE % "a.png").removesuffix("<trainable_start>the cat<trainable_end>") + IMAGE % "b.png"

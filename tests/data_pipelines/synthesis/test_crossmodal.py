@@ -80,7 +80,7 @@ def test_questions_are_heard_and_answers_stay(tmp_path):
 
 
 def test_the_track_of_a_video_stands_beside_it(tmp_path):
-    write_video(tmp_path / "loud.mp4", 2.0, sound=2.0)
+    write_video(tmp_path / "loud.mp4", 2.0, audio=2.0)
     write_video(tmp_path / "mute.mp4", 2.0)
     text = turn(video_tag("loud.mp4") + "What is it?", "A film.")
     sound = image_tag("a.png") + audio_tag("s.wav")

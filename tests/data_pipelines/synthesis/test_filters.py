@@ -18,7 +18,7 @@ from data_pipelines.synthesis.filters.job import FILTERS
 from data_pipelines.synthesis.filters.near_duplicates import find_duplicates, likeness, sign
 from data_pipelines.synthesis.filters.rules import count_edits, speech_units, spoken_texts
 from data_pipelines.text.languages import detect_language
-from tests.helpers.small_media import write_sound
+from tests.helpers.small_media import write_audio
 from tests.helpers.synthesis_hooks import job_of
 
 HOOKS = "tests.helpers.synthesis_hooks"
@@ -149,7 +149,7 @@ def test_speech_is_sorted_by_its_errors(tmp_path):
     """The stand-in hears 4, 3, 2 and 0 of the 4 words: error rates 0, 0.25, 0.5 and 1."""
     documents = []
     for tenths in (4, 3, 2, 0.4):
-        write_sound(tmp_path / f"{tenths}.wav", tenths / 10)
+        write_audio(tmp_path / f"{tenths}.wav", tenths / 10)
         documents.append({"id": f"t{tenths}", "type": "tts", "text": speech("One, two, three, four.", f"{tenths}.wav")})
     documents.append({"id": "gone", "type": "tts", "text": speech("One.", "missing.wav")})
     documents.append({"id": "other", "type": "aqa", "text": speech("Something else.", "4.wav")})

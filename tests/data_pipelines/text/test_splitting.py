@@ -25,8 +25,8 @@ def test_pieces_are_the_text_and_as_long_as_asked(text, shortest, longest, sente
     for place, length in enumerate(lengths):
         # The last piece is as short as what is left, as the last of an answer is.
         if length < shortest and (sentences or place < len(lengths) - 1):
-            neighbours = [lengths[other] for other in (place - 1, place + 1) if 0 <= other < len(lengths)]
-            assert all(length + other > longest - 1e-9 for other in neighbours), "a short piece that had room elsewhere"
+            neighbors = [lengths[other] for other in (place - 1, place + 1) if 0 <= other < len(lengths)]
+            assert all(length + other > longest - 1e-9 for other in neighbors), "a short piece that had room elsewhere"
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from data_pipelines.datasets.builder.build import build_dataset
 from data_pipelines.documents.measures import DocumentMeasure, MediaMeasure, collect, join
 from data_pipelines.tools.commands import make_runner
 from data_pipelines.tools.stats import load, main, quantities
-from tests.helpers.small_media import write_image, write_sound, write_video
+from tests.helpers.small_media import write_audio, write_image, write_video
 
 PICTURE = '<img_start_baichuan>{"local": "a.png"}<img_end_baichuan>'
 SPOKEN = '<audiogen_start_baichuan>{"path": "s.wav"}<audiogen_end_baichuan>'
@@ -22,7 +22,7 @@ VIDEO = '<video_start_baichuan>{"local": "v.mp4"}<video_end_baichuan>'
 def corpus(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("corpus")
     write_image(root / "a.png", 90, 40)
-    write_sound(root / "s.wav", 1.5)
+    write_audio(root / "s.wav", 1.5)
     write_video(root / "v.mp4", 2)
     documents = [
         {"type": "text", "text": "four"},
@@ -80,7 +80,7 @@ def test_the_command(corpus, tmp_path, capsys):
 
 
 def test_tables_of_no_or_many_types():
-    picture = MediaMeasure("picture", 10, 20, 0.0, 5)
+    picture = MediaMeasure("image", 10, 20, 0.0, 5)
     one, two = collect([DocumentMeasure("b", 1, (picture,))]), collect([DocumentMeasure("a", 2, (picture, picture))])
     both = join([one, collect([]), two])
     assert both.types == ("a", "b")

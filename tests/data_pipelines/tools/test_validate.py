@@ -13,7 +13,7 @@ from data_pipelines.datasets.builder.build import build_dataset
 from data_pipelines.datasets.shards import Shard, ShardWriter, open_dataset, pack_document, write_description
 from data_pipelines.tools.commands import make_runner
 from data_pipelines.tools.validate import Problem, main, validate
-from tests.helpers.small_media import write_image, write_sound, write_video
+from tests.helpers.small_media import write_audio, write_image, write_video
 
 PICTURE = '<img_start_baichuan>{"local": "%s"}<img_end_baichuan>'
 HEARD = '<audio_start_baichuan>{"path": "%s"}<audio_end_baichuan>'
@@ -25,7 +25,7 @@ def built(tmp_path_factory) -> Path:
     """Three shards: two pictures and a text, a sound and a video, a picture whose end is missing and a NaN."""
     root = tmp_path_factory.mktemp("corpus")
     write_image(root / "a.png", 40, 60)
-    write_sound(root / "s.wav", 1.0)
+    write_audio(root / "s.wav", 1.0)
     write_video(root / "v.mp4", 2)
     picture = (root / "a.png").read_bytes()
     (root / "cut.png").write_bytes(picture[: len(picture) // 2])  # its header is whole
@@ -74,7 +74,7 @@ def test_media_that_do_not_decode(built, workers):
 
 def test_a_damaged_packet_of_audio_is_reported(tmp_path):
     """Its document can be used all the same."""
-    data = bytearray(write_sound(tmp_path / "s.flac", 3.0).read_bytes())
+    data = bytearray(write_audio(tmp_path / "s.flac", 3.0).read_bytes())
     data[len(data) // 2] ^= 0x55
     (tmp_path / "s.flac").write_bytes(data)
     (tmp_path / "a.jsonl").write_text(json.dumps({"id": "a", "text": HEARD % "s.flac"}))

@@ -25,7 +25,7 @@ from data_pipelines.tools.row_views import (
     view_document,
     view_rows,
 )
-from tests.helpers.small_media import media, picture
+from tests.helpers.small_media import media, noise_image
 
 OMNI = tiny()
 
@@ -118,7 +118,7 @@ def test_the_richest_document_of_a_row(sample_pipeline):
 
 
 def test_a_wrong_patch_order_is_seen():
-    pixels = picture(56, 84)
+    pixels = noise_image(56, 84)
     patches, grid = patchify(pixels)
     np.testing.assert_array_equal(reassemble(patches, grid, 14), pixels)
     assert (reassemble(patches, np.roll(grid, 1, axis=0), 14) != pixels).any()

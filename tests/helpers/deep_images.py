@@ -84,7 +84,7 @@ def _xyz(values: tuple[float, float, float], fixed) -> bytes:
 
 
 def pixels_of(path: Path, data: bytes, *settings) -> np.ndarray:
-    """The picture of these bytes as it is read, its probed size checked."""
+    """The image of these bytes as it is read, its probed size checked."""
     path.write_bytes(data)
     pixels = decode_image(media(path), *settings)
     assert probe_image(media(path), *settings) == pixels.shape[:2]

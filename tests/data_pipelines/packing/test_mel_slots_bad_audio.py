@@ -1,4 +1,4 @@
-"""Sound that nobody should train on, and sound that only looks odd: what becomes of it on its way to mel slots."""
+"""Audio that nobody should train on, and audio that only looks odd: what becomes of it on its way to mel slots."""
 
 import json
 from collections import Counter
@@ -10,7 +10,7 @@ import soundfile
 from baichuan_omni_jax.config import Budgets, DataConfig, SourceConfig, tiny
 from baichuan_omni_jax.config.mel_targets import flow_target, reconstruction_targets
 from data_pipelines.pipeline import open_pipeline
-from tests.helpers.small_media import tone, write_sound
+from tests.helpers.small_media import tone, write_audio
 
 RATE, SLOT = 16000, 256
 SQUARE = np.sign(tone(2)) * np.float32(1)
@@ -18,7 +18,7 @@ WAVES = {
     "plain": tone(2),
     "clipped": SQUARE,  # every sample at full scale
     "overshooting": 1.5 * SQUARE,  # as lossy codecs do
-    "equal": np.full(2 * RATE, 0.25, np.float32),  # no sound, but no silence either
+    "equal": np.full(2 * RATE, 0.25, np.float32),  # no audio, but no silence either
     "long": tone(70),
     "silent": 0 * tone(2),
     "nan": np.where(np.arange(2 * RATE) == 9, np.nan, tone(2)).astype(np.float32),
@@ -36,7 +36,7 @@ def steps(tmp_path_factory):
     root, omni = tmp_path_factory.mktemp("odd"), tiny()
     for name, wave in WAVES.items():
         soundfile.write(root / f"{name}.wav", wave, RATE, subtype="FLOAT")
-    data = bytearray(write_sound(root / "damaged.flac", 3, RATE).read_bytes())
+    data = bytearray(write_audio(root / "damaged.flac", 3, RATE).read_bytes())
     data[len(data) // 2] ^= 0x55
     (root / "damaged.wav").write_bytes(data)  # what decides is the content
     text = '<audio_start_baichuan>{"path": "%s.wav"}<audio_end_baichuan><trainable_start>said<trainable_end>'
@@ -56,7 +56,7 @@ def steps(tmp_path_factory):
     return pipeline, list(pipeline.steps(None, epochs=1))
 
 
-def test_unusable_sound_is_counted_by_cause(steps):
+def test_unusable_audio_is_counted_by_cause(steps):
     """Some when it is measured, the rest when it is decoded, whose rows stay as padding; nothing twice."""
     pipeline, steps = steps
     lost = Counter(cause for step in steps for _, cause, _ in step.failed.values())
@@ -86,7 +86,7 @@ def test_what_is_left_is_finite_and_the_long_clip_is_cut_in_windows(steps):
     assert slots == len(USED) - 1 + 3  # 30 + 30 + 10 s
 
 
-def test_full_scale_sound_stays_in_range(steps):
+def test_full_scale_audio_stays_in_range(steps):
     """Whisper's mel ends 2 below its loudest value, which here lies below 2.5; the target's floor holds."""
     pipeline, steps = steps
     heard = [step.batch["mel"][step.batch["mel_lengths"] > 0] for step in steps]
