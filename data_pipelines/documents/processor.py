@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 from baichuan_omni_jax.config import ImagesConfig, OmniConfig
 from data_pipelines.documents.document import Document, EncodedDocument, Lengths
+from data_pipelines.documents.loss_weights import audio_targets, text_targets
 from data_pipelines.documents.media_items import (
     AudioClip,
     AudioItem,
@@ -32,16 +33,7 @@ from data_pipelines.documents.prompts import (
     TextElement,
     TokensElement,
 )
-from data_pipelines.documents.sequence import (
-    AudioPart,
-    Layout,
-    Part,
-    TextPart,
-    VisualPart,
-    audio_targets,
-    lay_out,
-    text_targets,
-)
+from data_pipelines.documents.sequence import AudioPart, Layout, Part, TextPart, VisualPart, lay_out
 from data_pipelines.documents.token_ids import read_ids
 from data_pipelines.errors import SampleError
 from data_pipelines.media.images import SEEN

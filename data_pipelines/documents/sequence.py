@@ -1,13 +1,10 @@
-"""The token sequence of one document: slots of its media, what each position predicts, what of it carries loss.
+"""The token sequence of one document: slots of its media, and which of its tokens are predicted.
 
 A layout is made of counts alone, so that measuring and encoding a document share it.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-
-import numpy as np
-from jaxtyping import Float32, Int32
 
 from baichuan_omni_jax.config import SpecialTokens
 
@@ -107,38 +104,3 @@ def _add_media(layout: Layout, start: int, pad: int, end: int, count: int, start
     layout.tokens += [start, *[pad] * count, end]
     layout.predicted += [start_predicted, *[False] * (count + 1)]
     return range(first, first + count)
-
-
-def text_targets(layout: Layout) -> tuple[Int32[np.ndarray, "n"], Float32[np.ndarray, "n"]]:
-    """(targets, weights), shifted: target i is token i + 1 where that token is predicted, else 0 with weight 0.
-
-    Tokens [7, 8, 9] of which 8 and 9 are predicted give targets [8, 9, 0] and weights [1, 1, 0]. Of a part of a
-    document the last position has the target that it has in the whole.
-    """
-    after, predicted = layout.following
-    weights = np.array([*layout.predicted, predicted][1:], np.float32)
-    following = np.array([*layout.tokens, after][1:], np.int32)
-    return np.where(weights > 0, following, 0).astype(np.int32), weights
-
-
-def audio_targets(
-    layout: Layout, codes: Int32[np.ndarray, "a q"], end_class: int
-) -> tuple[Int32[np.ndarray, "c q"], Float32[np.ndarray, "c q"], Int32[np.ndarray, "c"]]:
-    """(frames, weights, slots) to be predicted; `codes` are all code frames of the document.
-
-    A clip of frames A B after its start mark at slot 4 (frames at 5 and 6) gives: A at slot 4, B at 5, and the end
-    frame (`end_class` at level 0, the only level with weight) at 6.
-    """
-    levels = codes.shape[1]
-    frames = np.zeros((layout.audio_targets, levels), np.int32)
-    weights = np.ones((layout.audio_targets, levels), np.float32)
-    slots = np.zeros(layout.audio_targets, np.int32)
-    place = 0
-    for start, first, count in layout.spoken:
-        end = place + count
-        frames[place:end] = codes[first : first + count]
-        frames[end, 0] = end_class
-        weights[end, 1:] = 0.0
-        slots[place : end + 1] = np.arange(start, start + count + 1)
-        place = end + 1
-    return frames, weights, slots

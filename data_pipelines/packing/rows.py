@@ -21,13 +21,13 @@ from jaxtyping import Int32
 
 from baichuan_omni_jax.config import Budgets, OmniConfig
 from data_pipelines.documents.document import Lengths
+from data_pipelines.documents.loss_weights import weigh
 from data_pipelines.documents.media_items import Codes
 from data_pipelines.documents.processor import Processor
 from data_pipelines.errors import SampleError
 from data_pipelines.packing.batch import Batch, RowWriter, empty_rows
 from data_pipelines.packing.context_plan import ContextPlan
 from data_pipelines.packing.index import Index
-from data_pipelines.packing.loss_weights import weigh
 from data_pipelines.packing.media_layout import MelSlots, PatchLayout, row_key
 from data_pipelines.packing.row_limits import BUDGETED
 from data_pipelines.packing.row_plan import PackedRow, StepPlan

@@ -18,8 +18,8 @@ from baichuan_omni_jax.sharding import ShardingRules
 from baichuan_omni_jax.train.losses import chunked_cross_entropy, cross_entropy
 from baichuan_omni_jax.train.omni_loss import denominators, omni_loss, share_metrics
 from baichuan_omni_jax.train.state import make_compute, make_step_spec
+from data_pipelines.documents.loss_weights import weigh
 from data_pipelines.packing.batch import RowWriter, empty_rows
-from data_pipelines.packing.loss_weights import weigh
 from tests.helpers.micro import micro_run, one_device, open_micro, place
 
 # Of max|difference| / max|reference| per tensor, fp32.

@@ -1,47 +1,16 @@
-"""What a document weighs in the loss, and what the documents of a source weigh on average.
-
-Weights are made where a document is decoded, from that document alone, so they are the same whatever shares its row,
-step or host. A piece of a document that was too long is a document of its own.
-"""
-
-from collections.abc import Sequence
-from dataclasses import replace
+"""What documents of a source weigh in the loss on average, from the index: shares are known before training."""
 
 import numpy as np
-from jaxtyping import Float32, Int64
+from jaxtyping import Int64
 
 from baichuan_omni_jax.config import DataConfig, SourceConfig
 from baichuan_omni_jax.config.loss_shares import POWERS, SourceMeans
 from baichuan_omni_jax.errors import ConfigError
-from data_pipelines.documents.document import EncodedDocument
 from data_pipelines.packing.columns import Columns
 from data_pipelines.packing.index import Index
 from data_pipelines.packing.row_limits import AUDIO_TARGETS
 
 SAMPLE = 1 << 17  # documents of a source that its means are taken from, evenly spread
-
-
-def weigh(
-    document: EncodedDocument, weighting: str, loss_weight: float, untrained: Sequence[int] = ()
-) -> EncodedDocument:
-    """The document with the weights that `train.document_weighting` and its source's `loss_weight` give it.
-
-    A modality's own count decides: text targets for the text, and for each audio level the frames that have a weight
-    there (end frames at the first level alone). 4 text targets weigh 1 each by `token`, 1/2 by `sqrt`, 1/4 by
-    `document`, all times `loss_weight`. Text targets among `untrained` weigh nothing and are not counted: they are
-    special tokens whose rows of the head do not train.
-    """
-    if len(untrained) and (asked := np.isin(document.text_targets, untrained) & (document.text_weights > 0)).any():
-        document = replace(document, text_weights=np.where(asked, 0, document.text_weights).astype(np.float32))
-    if (power := POWERS[weighting]) == 0 and loss_weight == 1:
-        return document
-    text, audio = (_scaled(part, power, loss_weight) for part in (document.text_weights, document.audio_weights))
-    return replace(document, text_weights=text, audio_weights=audio)
-
-
-def _scaled(weights: Float32[np.ndarray, "n ..."], power: float, loss_weight: float) -> Float32[np.ndarray, "n ..."]:
-    counts = np.maximum((weights > 0).sum(0), 1)
-    return (weights * (loss_weight / counts**power)).astype(np.float32)
 
 
 def check_loss_weights(config: DataConfig) -> None:
