@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 from jaxtyping import Float, Int32, Shaped
@@ -57,6 +57,16 @@ class CodeEncoder:
     encode: Encode
 
 
+class HostCall(Protocol):
+    """Does work on this host in step with the others; returns the host's own result."""
+
+    def __call__(self, work: Callable[[], T], /) -> T: ...
+
+
+def _at_once(work: Callable[[], T], /) -> T:
+    return work()
+
+
 @dataclass(frozen=True)
 class Hosts:
     """The processes that build a store together: how many, which one this is, and how they wait for each other.
@@ -67,8 +77,8 @@ class Hosts:
 
     count: int = 1
     host: int = 0
-    process_zero_first: Callable[[Callable[[], T]], T] = lambda work: work()
-    on_all_hosts: Callable[[Callable[[], T]], T] = lambda work: work()
+    process_zero_first: HostCall = _at_once
+    on_all_hosts: HostCall = _at_once
 
 
 SINGLE_HOST = Hosts()
@@ -262,7 +272,7 @@ def _failures(job: Job, plan: Shaped[np.ndarray, " n"], pipelines: Sequence[Pipe
     """Returns the rows of the plan without codes; logs the first of them and counts all."""
     sources, failed, causes = clip_sources(pipelines), [], Counter()
     for unit in job.units:
-        for row, (cause, message) in job.summary(unit)["failed"].items():
+        for row, (cause, message) in job.result(unit)["failed"].items():
             failed.append(int(row))
             causes[cause] += 1
             if len(failed) <= NAMED:

@@ -8,6 +8,7 @@ import hashlib
 import json
 from bisect import bisect_left
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import tensorstore as ts
@@ -42,7 +43,8 @@ def find(table: Shaped[np.ndarray, " n"], key: CodeKey) -> tuple | None:
 
 
 def _key_of(record: np.void) -> tuple[int, int, int]:
-    return record.item()[:3]
+    # The item of a structured record is a tuple; numpy types it as bytes too.
+    return cast(tuple, record.item())[:3]
 
 
 def order_of(*tables: Shaped[np.ndarray, " _"]) -> Int64[np.ndarray, " n"]:

@@ -229,7 +229,7 @@ class _Decoder:
 
 
 # What a worker process decodes with: sent once, when it starts.
-_decode: Callable[[_Task], list[Outcome]] | None = None
+_decode: Callable[[_Task], list[Outcome]]
 
 
 def _start(decode: _Decoder) -> None:

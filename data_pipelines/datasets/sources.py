@@ -65,6 +65,11 @@ class ManifestSource:
         """Whole lines, about `PART_BYTES` each."""
         return [LineRange(self._lines, self.path, self.media, *numbers) for numbers in self._survey["parts"]]
 
+    def entries(self) -> Iterator[Entry]:
+        """Yields all documents, part after part."""
+        for part in self.parts:
+            yield from self.read(part)
+
     def read(self, part: LineRange) -> Iterator[Entry]:
         """Yields the documents of a part, passing over empty lines."""
         for line in part.documents():
@@ -124,6 +129,11 @@ class DatasetSource:
     def parts(self) -> list[Records]:
         """One a shard."""
         return [Records(number, shard.bytes) for number, shard in enumerate(self._dataset.shards)]
+
+    def entries(self) -> Iterator[Entry]:
+        """Yields all documents, part after part."""
+        for part in self.parts:
+            yield from self.read(part)
 
     def read(self, part: Records) -> Iterator[Entry]:
         """Yields the documents of a shard."""

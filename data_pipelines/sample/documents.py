@@ -78,14 +78,14 @@ def asr(plan: MediaPlan, rng: random.Random) -> Source:
     """Asks for the words of a clip of speech, in the released form."""
     language = rng.choice(LANGUAGES)
     words = texts.sentence(rng)[LANGUAGES.index(language)]
-    return ASR_PROMPT + audio_tag(plan.add_speech(rng, words, language)) + trainable(words)
+    return join([ASR_PROMPT, audio_tag(plan.add_speech(rng, words, language)), trainable(words)])
 
 
 def tts(plan: MediaPlan, rng: random.Random) -> Source:
     """Writes text, then speaks it, without an instruction: the released form."""
     language = rng.choice(LANGUAGES)
     words = texts.sentence(rng)[LANGUAGES.index(language)]
-    return words + trainable(speech_tag(plan.add_speech(rng, words, language)))
+    return join([words, trainable(speech_tag(plan.add_speech(rng, words, language)))])
 
 
 def s2tt(plan: MediaPlan, rng: random.Random) -> Source:
@@ -93,7 +93,7 @@ def s2tt(plan: MediaPlan, rng: random.Random) -> Source:
     source, target = rng.choice([(0, 1), (1, 0)])
     pair = texts.sentence(rng)
     ask = ("将语音翻译成英文：", "将语音翻译成中文：")[target]
-    return ask + audio_tag(plan.add_speech(rng, pair[source], LANGUAGES[source])) + trainable(pair[target])
+    return join([ask, audio_tag(plan.add_speech(rng, pair[source], LANGUAGES[source])), trainable(pair[target])])
 
 
 def aqa(plan: MediaPlan, rng: random.Random) -> Source:
@@ -149,7 +149,7 @@ def itts(plan: MediaPlan, rng: random.Random) -> Source:
     """Tells text_1 audio_1 text_2 audio_2: every sentence is followed by its speech; loss on all but the first text."""
     words, language = _story(rng, 2)
     first, second = (speech_tag(plan.add_speech(rng, sentence, language)) for sentence in words)
-    return words[0] + trainable(first + words[1] + second)
+    return join([words[0], trainable(first + words[1] + second)])
 
 
 def pure_audio(plan: MediaPlan, rng: random.Random) -> Source:
@@ -205,17 +205,22 @@ def _same_place(crop: Crop, clip: VideoFile, language: str) -> scenes.Answer:
 def mixed(plan: MediaPlan, rng: random.Random, *, modalities: str) -> Source:
     """Mixes any of image (i), video (v), spoken question (a) and spoken answer (s) in one turn, with text."""
     language = rng.choice(LANGUAGES)
-    media = Source()
+    media, pair = Source(), ("", "")
+    crop: Crop | None = None
+    clip: VideoFile | None = None
+    # The last medium is what the question is about; an image and a video together are compared.
     if "i" in modalities:
         path, crop = plan.add_image(rng)
         media += image_tag(path)
-        question, answer = rng.choice(scenes.questions(crop, language))
+        pair = rng.choice(scenes.questions(crop, language))
     if "v" in modalities:
         clip = _choose_video(plan, rng, cuts="i" not in modalities)
         media += video_tag(clip.path)
-        question, answer = rng.choice(scenes.video_questions(clip.video, language))
-    if "i" in modalities and "v" in modalities:
-        question, answer = _same_place(crop, clip, language)
+        pair = rng.choice(scenes.video_questions(clip.video, language))
+    if crop and clip:
+        pair = _same_place(crop, clip, language)
+    # Then either side of the turn is spoken, or both.
+    question, answer = pair
     if "a" in modalities:
         question = audio_tag(plan.add_speech(rng, question, language))
     if "s" in modalities:

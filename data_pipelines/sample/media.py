@@ -85,8 +85,9 @@ def view(video: VideoPlan, ratio: float) -> Crop:
     """Returns what the camera sees when `ratio` (0-1) of the video has passed."""
     if video.move == "cut":
         return video.first if ratio < 0.5 else video.last
-    box = tuple(round((1 - ratio) * a + ratio * b) for a, b in zip(video.first.box, video.last.box, strict=True))
-    return Crop(video.first.photo, box, video.first.size)
+    sides = zip(video.first.box, video.last.box, strict=True)
+    left, top, right, bottom = (round((1 - ratio) * a + ratio * b) for a, b in sides)
+    return Crop(video.first.photo, (left, top, right, bottom), video.first.size)
 
 
 def frames(video: VideoPlan, count: int) -> list[np.ndarray]:

@@ -111,7 +111,10 @@ def render(crop: Crop) -> Image.Image:
 
 def save(crop: Crop, path: Path) -> None:
     """Writes a crop as JPEG or PNG, by the path's suffix."""
-    render(crop).save(path, **({"quality": 88} if path.suffix == ".jpg" else {"compress_level": 6}))
+    if path.suffix == ".jpg":
+        render(crop).save(path, quality=88)
+    else:
+        render(crop).save(path, compress_level=6)
 
 
 def _inside(crop: Crop, part: str) -> np.ndarray:

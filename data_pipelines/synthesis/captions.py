@@ -30,9 +30,10 @@ class Captioner(Protocol):
     """What writes captions. The same arguments should give the same caption, in every process and in any order."""
 
     def caption(self, image: np.ndarray, prompt: str, language: str) -> str:
-        """Returns the caption that `prompt` asks of `image`, RGB uint8 (height, width, 3), in `language` ("en",
-        "zh").
+        """Returns a caption of `image`, RGB uint8 (height, width, 3), as `prompt` wants it, in `language`
+        ("en", "zh").
         """
+        ...
 
 
 @dataclass(frozen=True)

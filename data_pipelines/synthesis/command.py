@@ -157,7 +157,7 @@ def _shown(speech: TextToSpeech) -> list[tuple[str, str]]:
     pairs: list[tuple[str, str]] = []
     for language in LANGUAGES:
         names: Sequence[str] = speech.voices(language)
-        places = np.linspace(0, len(names) - 1, min(SHOWN, len(names))).round().astype(int).tolist()
+        places: list[int] = np.linspace(0, len(names) - 1, min(SHOWN, len(names))).round().astype(int).tolist()
         pairs += [(language, names[place]) for place in places]
     return pairs
 

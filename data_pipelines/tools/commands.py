@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from baichuan_omni_jax.errors import ConfigError, exit_code
 from data_pipelines.datasets.jobs.job import Runner
@@ -126,7 +127,7 @@ def runner_from_options(options: argparse.Namespace) -> Runner:
 
 
 @lru_cache(maxsize=8)
-def load_hook(option: str, name: str, *methods: str) -> object:
+def load_hook(option: str, name: str, *methods: str) -> Any:
     """Loads what the factory called `name` returns, made once a process; `option` names where it was given.
 
     Raises ConfigError when there is none, or when what it returns lacks one of `methods`.

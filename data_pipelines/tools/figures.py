@@ -12,13 +12,12 @@ def draw_mels(mels: Mapping[str, Float[np.ndarray, "_ mels"]], seconds: float, o
     """Draws each mel (frames, mels) of `seconds` a frame under its name into the file `out`; NaN stays blank."""
     figure = matplotlib.figure.Figure(figsize=(10, 2.2 * len(mels)), layout="constrained")
     low, high = min(map(np.nanmin, mels.values())), max(map(np.nanmax, mels.values()))
-    for axes, (name, mel) in zip(
-        figure.subplots(len(mels), sharex=True, squeeze=False)[:, 0], mels.items(), strict=True
-    ):
+    strips = figure.subplots(len(mels), sharex=True, squeeze=False)[:, 0]
+    for axes, (name, mel) in zip(strips, mels.items(), strict=True):
         extent = (0, len(mel) * seconds, 0, mel.shape[1])
         axes.imshow(mel.T, origin="lower", aspect="auto", extent=extent, vmin=low, vmax=high, interpolation="nearest")
         axes.set_ylabel(f"{name}\nmel filter")
-    axes.set_xlabel("seconds")
+    strips[-1].set_xlabel("seconds")
     figure.savefig(out, dpi=100)
 
 
@@ -61,17 +60,17 @@ def draw_tokenizer(
     # How many of each level's codes are used, and how evenly.
     levels = np.arange(len(sizes))
     axes = figure.add_subplot(grid[rows, 0])
-    share = [100 * numbers[f"codes_used_q{q}"] for q in levels]
-    even = [100 * numbers[f"perplexity_q{q}"] / sizes[q] for q in levels]
+    share = [100 * numbers[f"codes_used_q{q}"] for q in range(len(sizes))]
+    even = [100 * numbers[f"perplexity_q{q}"] / sizes[q] for q in range(len(sizes))]
     axes.bar(levels - 0.2, share, 0.4, color=_BLUE, label="used at least once")
     axes.bar(levels + 0.2, even, 0.4, color=_ORANGE, label="perplexity")
-    axes.set_xticks(levels, [f"{q + 1}\n{sizes[q]}" for q in levels])
+    axes.set_xticks(levels, [f"{q + 1}\n{sizes[q]}" for q in range(len(sizes))])
     axes.set_xlabel("level, and its codes")
     axes.set_ylabel("% of the codes")
     axes.legend(fontsize=8)
     axes = figure.add_subplot(grid[rows, 1])
     # What every further level wins, beside the error without quantizing.
-    errors = [numbers[f"mel_mae_q{q}"] for q in levels]
+    errors = [numbers[f"mel_mae_q{q}"] for q in range(len(sizes))]
     axes.plot(levels + 1, errors, "o-", color=_BLUE, label="from codes")
     axes.axhline(numbers["mel_mae_unquantized"], color=_ORANGE, linestyle="--", label="not quantized")
     axes.set_xticks(levels + 1)

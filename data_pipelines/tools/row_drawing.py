@@ -1,6 +1,6 @@
 """Figures of packed rows and of one document (matplotlib, which only this module and `lettering.py` import)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,7 +62,7 @@ class Page:
         self.figure.text(left / WIDTH, bottom / self.height, self.lettering.drawable(text), va="bottom", **style)
 
 
-def draw(rows: list[RowView], document: DocumentView, path: Path, notes: list[str] = ()) -> None:
+def draw(rows: list[RowView], document: DocumentView, path: Path, notes: Sequence[str] = ()) -> None:
     """Writes the figure of `rows` and, below them, of `document` to `path`.
 
     `notes` stand under the headline. Raises ConfigError when matplotlib does not know the format of `path`, OSError
@@ -86,7 +86,7 @@ def draw(rows: list[RowView], document: DocumentView, path: Path, notes: list[st
             raise ConfigError(f"--out {path}: {error}") from error
 
 
-def _headline(text: str, notes: list[str] = (), size: int = 15) -> Block:
+def _headline(text: str, notes: Sequence[str] = (), size: int = 15) -> Block:
     def draw_it(page: Page, bottom: float) -> None:
         for line, note in enumerate(reversed(notes)):
             page.text(MARGIN, bottom + 0.05 + 0.22 * line, note, size=10, color="#a02020")
@@ -145,7 +145,7 @@ def _strips(page: Page, bottom: float, height: float, row: RowView, colors: dict
         spine.set_visible(False)
     # Colors are looked up by kind and stretched over the slots: one image a strip, whatever the row's length.
     for place, values, palette in ((1, row.contents, CONTENTS), (0, row.losses, LOSSES)):
-        table = np.array([to_rgb(palette[kind][1]) for kind in range(len(palette))])
+        table = np.array([to_rgb(color) for _, (_, color) in sorted(palette.items())])
         extent = (0, slots, place + 0.06, place + 0.94)
         axes.imshow(table[values][None], extent=extent, aspect="auto", interpolation="nearest")
     for segment in row.segments if labels else ():

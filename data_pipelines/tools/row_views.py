@@ -144,10 +144,9 @@ def view_rows(pipeline: Pipeline, rows: int) -> tuple[list[RowView], list[str]]:
 def find_document(pipeline: Pipeline, name: str) -> Document:
     """Finds the document with id `name`. Raises ConfigError when no manifest has it."""
     for index in pipeline.indexes:
-        for part in index.source.parts:
-            for entry in index.source.read(part):
-                if isinstance(entry.document, Document) and entry.document.id == name:
-                    return entry.document
+        for entry in index.source.entries():
+            if isinstance(entry.document, Document) and entry.document.id == name:
+                return entry.document
     raise ConfigError(f"no document has the id {name!r} in {', '.join(index.manifest for index in pipeline.indexes)}")
 
 

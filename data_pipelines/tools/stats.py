@@ -12,7 +12,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 from rich.console import Console
@@ -245,11 +245,12 @@ def draw_distributions(types: Sequence[str], quantities: Sequence[Quantity], pat
     """
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
     shown = [quantity for quantity in quantities if len(quantity.values)]
-    table = matplotlib.colormaps["tab20"].colors
+    table = cast(ListedColormap, matplotlib.colormaps["tab20"]).colors
     colors = [table[number % 20] if number < MAX_TYPES else (0.6, 0.6, 0.6) for number in range(len(types))]
     rows = -(-len(shown) // COLUMNS)
     height = 3.0 * rows + 1.2

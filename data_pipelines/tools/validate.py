@@ -18,7 +18,7 @@ import json
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from hashlib import file_digest, sha256
@@ -191,6 +191,8 @@ def _check_file(path: Path, shard: Shard) -> Sequence[Problem]:
 
 def check_document(document: Document) -> None:
     """Decodes every medium of a document of a shard. Raises SampleError for the first thing that is wrong."""
+    if not isinstance(document.media, Mapping):
+        raise TypeError("the media of a document of a shard are in memory")
     for media in document.media.values():
         if sha256(media.data).hexdigest() != media.digest:
             raise SampleError("bad_record", f"{media.name} is not what was written")

@@ -76,6 +76,8 @@ def build_shard(unit: Unit, folder: Path) -> dict:
     with ShardWriter(path) as writer:
         for number, _, document in content.lines.documents():
             try:
+                if isinstance(document, SampleError):
+                    raise document
                 measures.append(_add(document, content.doubles.get(number), writer))
                 unmarked += misses_marks(parse_prompt(document.text))
             except SampleError as error:
@@ -95,20 +97,18 @@ def build_shard(unit: Unit, folder: Path) -> dict:
     return {**counts, "types": totals(table), "skipped": dict(sorted(causes.items()))}
 
 
-def _add(document: Document | SampleError, double: str | None, writer: ShardWriter) -> DocumentMeasure:
+def _add(document: Document, double: str | None, writer: ShardWriter) -> DocumentMeasure:
     """Writes a document; returns how large it is. Raises SampleError when it is skipped."""
-    if isinstance(document, SampleError):
-        raise document
     if double is not None:
         raise SampleError("duplicate_id", f"{document.location} has the id {document.id!r} of {double}")
-    whole = gather(document)
+    whole, media = gather(document)
     measure = measure_document(whole)
-    writer.write(whole, {name: media.data for name, media in whole.media.items()})
+    writer.write(whole, media)
     return measure
 
 
-def gather(document: Document) -> Document:
-    """Reads the media of a document into memory under the names that its text uses.
+def gather(document: Document) -> tuple[Document, dict[str, bytes]]:
+    """Reads the media of a document into memory; returns it with the bytes of each under the names that its text uses.
 
     Media that stand in the text as base64 get the names `base64-1`, ... and are named in the text instead. Raises
     SampleError as `parse_prompt` and `find_media`, and "too_big_media" when there are too many bytes for one record.
@@ -131,9 +131,10 @@ def gather(document: Document) -> Document:
         names[reference] = MediaReference(path=name)
         if name not in media:
             media[name], files[name] = _read(found, name, left), found.path
-            left -= len(media[name].data)
+            left -= media[name].size
     text = replace_references(document.text, lambda reference: names[reference])
-    return replace(document, text=text, media=media)
+    whole = replace(document, text=text, media=media)
+    return whole, {name: held.data or b"" for name, held in media.items()}
 
 
 def _read(found: Media, name: str, left: int) -> Media:

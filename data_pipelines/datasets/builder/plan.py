@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 from jaxtyping import Bool, Int64, UInt64
@@ -113,7 +114,8 @@ def _plan_range(unit: Unit, folder: Path) -> dict:
     columns = list(zip(*rows, strict=True)) or [()] * len(_COLUMNS)
     arrays = {name: np.array(column, np.int64) for name, column in zip(_COLUMNS[:3], columns[:3], strict=True)}
     arrays |= {name: _hashes(column) for name, column in zip(_COLUMNS[3:], columns[3:], strict=True)}
-    np.savez(folder / f"{unit.name}.npz", **arrays)
+    # Any: the stubs take a mapping for savez' own options too.
+    np.savez(folder / f"{unit.name}.npz", **cast(dict[str, Any], arrays))
     return {"lines": len(rows)}
 
 
@@ -126,15 +128,18 @@ def _look_up(document: Document) -> tuple[int, str]:
     size, states = 0, []
     for element in elements:
         if not isinstance(element, TextElement) and element.reference.path:
-            found, state = _file_state(element.reference, document.media)
+            found, state = _file_state(element.reference, document)
             size += found
             states.append(state)
     return size, "\n".join(states)
 
 
-def _file_state(reference: MediaReference, root: MediaRoot) -> tuple[int, str]:
+def _file_state(reference: MediaReference, document: Document) -> tuple[int, str]:
     try:
-        status = os.stat(find_media(reference, root).path)
+        path = find_media(reference, document.media).path
+        if path is None:  # not of a manifest: its media are files
+            return 0, ""
+        status = os.stat(path)
     except SampleError as error:
         return 0, error.cause
     except OSError as error:

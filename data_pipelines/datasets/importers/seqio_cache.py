@@ -92,7 +92,7 @@ def deal(rates: Mapping[str, float], documents: int | None) -> Iterator[str]:
     due = {task: 1 / rate for task, rate in exact.items()}
     place = 0
     while documents is None or place < documents:
-        task = min(due, key=due.get)
+        task = min(due, key=due.__getitem__)
         due[task] += 1 / exact[task]
         place += 1
         yield task

@@ -62,6 +62,13 @@ class Job:
             return None
         return mark["summary"] if whole else None
 
+    def result(self, unit: Unit) -> dict:
+        """Returns the summary of a unit that is done. Raises ConfigError when it is not."""
+        summary = self.summary(unit)
+        if summary is None:
+            raise ConfigError(f"{self.title}: what {unit.name} wrote in {self.out} is gone")
+        return summary
+
     def run_unit(self, unit: Unit) -> dict:
         """Does one unit and puts its files in place; returns its summary.
 
@@ -90,7 +97,7 @@ class Job:
 
     def files(self) -> dict[str, tuple[int, str]]:
         """Returns size and SHA-256 of every file that the units wrote, by name. Every unit must be done."""
-        marks = (read_mark(self._mark(unit)) for unit in self.units)
+        marks = (read_mark(self._mark(unit)) or {"files": {}} for unit in self.units)
         return {name: (size, digest) for mark in marks for name, (size, digest) in mark["files"].items()}
 
     def _remove_others(self, unit: Unit) -> None:
@@ -132,8 +139,9 @@ def run_job(job: Job, runner: Runner, report: Callable[[str], None] = print) -> 
     with folder_lock(job.out, same, job.title):
         _clear_scratch(job)
         # What an earlier run finished is kept: its marks are read, its work is not repeated.
-        summaries = {unit.name: job.summary(unit) for unit in job.units}
-        remaining = [unit for unit in job.units if summaries[unit.name] is None]
+        known = ((unit.name, job.summary(unit)) for unit in job.units)
+        summaries = {name: summary for name, summary in known if summary is not None}
+        remaining = [unit for unit in job.units if unit.name not in summaries]
         progress = JobProgress(job, remaining, report)
         # Closing the generator ends the runner's processes, also when this loop is left by Ctrl-C.
         with closing(runner(job, remaining)) as outcomes:

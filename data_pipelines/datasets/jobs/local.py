@@ -82,16 +82,17 @@ def _run_pool(
         while (pending or futures) and not broken:
             # One more than there are workers, so that none waits for us; not all, of which there may be millions.
             while pending and len(futures) <= workers:
-                unit = pending.popleft()
-                futures[pool.submit(_attempt, job, unit)] = unit
+                futures[pool.submit(_attempt, job, pending[0])] = pending[0]
+                pending.popleft()
             done, _ = wait(futures, return_when=FIRST_COMPLETED)
             for future in done:
-                if isinstance(future.exception(), BrokenProcessPool):
+                error = future.exception()
+                if isinstance(error, BrokenProcessPool):
                     broken = True
                 else:
-                    yield futures.pop(future), future.exception() or future.result()
-    except BrokenProcessPool:  # of `submit`
-        pending.appendleft(unit)
+                    yield futures.pop(future), error if isinstance(error, Exception) else future.result()
+    except BrokenProcessPool:  # of `submit`: the unit is pending still
+        pass
     except BaseException:  # Ctrl-C, or the caller has stopped: nobody waits for what is under way
         pool.let_go()
         raise

@@ -2,11 +2,13 @@
 
 import random
 from decimal import Decimal
+from typing import Any, cast
 
 import numpy as np
 from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.text import Text
@@ -28,7 +30,9 @@ def draw_chart(chart: Chart, rng: random.Random, font: str) -> Image.Image:
     height = GRID * rng.randrange(15, 22)
     style = {"font.size": rng.choice((9, 10, 11, 12)), "axes.unicode_minus": False, "axes.grid": rng.random() < 0.5}
     # A dollar sign in a label is no formula.
-    with rc_context({**style, "axes.axisbelow": True, "grid.alpha": 0.4, "text.parse_math": False}):
+    # Any: matplotlib types the keys as literals.
+    rc: Any = {**style, "axes.axisbelow": True, "grid.alpha": 0.4, "text.parse_math": False}
+    with rc_context(rc):
         figure = Figure((width / DPI, height / DPI), dpi=DPI, layout="constrained")
         axes = figure.add_subplot()
         colors = _colors(rng, max(len(chart.series), len(chart.table.labels) if chart.kind == "pie" else 1))
@@ -44,7 +48,7 @@ def draw_chart(chart: Chart, rng: random.Random, font: str) -> Image.Image:
 
 
 def _colors(rng: random.Random, count: int) -> list:
-    palette = colormaps[rng.choice(_PALETTES)].colors
+    palette = cast(ListedColormap, colormaps[rng.choice(_PALETTES)]).colors
     colors = [(red, green, blue) for red, green, blue in palette if 0.3 * red + 0.6 * green + 0.1 * blue <= _LIGHTEST]
     start = rng.randrange(len(colors))
     return [colors[(start + i) % len(colors)] for i in range(count)]
@@ -59,7 +63,7 @@ def _bars(axes: Axes, chart: Chart, colors: list, rng: random.Random) -> None:
         draw = axes.barh if across else axes.bar
         bars = draw(at, values, share, color=color, label=series.name)
         axes.bar_label(bars, labels=list(map(spell, series.values)), padding=2)
-    axes.margins(**({"x": 0.15} if across else {"y": 0.15}))
+    axes.margins(x=0.15 if across else None, y=None if across else 0.15)
     (axes.set_yticks if across else axes.set_xticks)(places, chart.table.labels)
     names = (chart.series[0].name if len(chart.series) == 1 else "", chart.table.header)
     axes.set(xlabel=names[0], ylabel=names[1]) if across else axes.set(xlabel=names[1], ylabel=names[0])
@@ -104,7 +108,7 @@ def _points(axes: Axes, chart: Chart, colors: list, rng: random.Random) -> None:
     axes.scatter(x, y, color=colors[0], marker=rng.choice("os^D"), s=rng.randrange(20, 60))
     if len(x) <= MAX_WRITTEN:
         for label, *point in zip(chart.table.labels, x, y, strict=True):
-            axes.annotate(label, point, (4, 4), textcoords="offset points")
+            axes.annotate(label, (point[0], point[1]), (4, 4), textcoords="offset points")
     axes.margins(0.12)
     axes.set(xlabel=chart.series[0].name, ylabel=chart.series[1].name)
 
@@ -133,4 +137,4 @@ def _set_font(figure: Figure, font: str) -> None:
     for axes in figure.axes:  # asking for the labels of the ticks makes them
         axes.get_xticklabels(), axes.get_yticklabels()
     for text in figure.findobj(Text):
-        text.set_fontproperties(FontProperties(fname=font, size=text.get_size()))
+        text.set_fontproperties(FontProperties(fname=font, size=text.get_fontsize()))

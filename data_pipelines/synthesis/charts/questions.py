@@ -94,7 +94,8 @@ def questions(chart: Chart, rng: random.Random, language: str) -> list[Pair]:
     if chart.kind != "scatter":  # points may lie upon each other
         facts.append(("count", {"count": str(len(chart.table.labels))}))
     rng.shuffle(facts)
-    return [tuple(form.format_map(_words(chart, values)) for form in _ASK[language][key]) for key, values in facts]
+    forms = ((*_ASK[language][key], _words(chart, values)) for key, values in facts)
+    return [(question.format_map(words), answer.format_map(words)) for question, answer, words in forms]
 
 
 def describe(chart: Chart, language: str) -> str:

@@ -66,7 +66,11 @@ def read_table(text: str) -> Table:
     labels = tuple(_clean(row[0]) for row in rows[1:])
     columns = [[number(row[i]) for row in rows[1:]] for i in range(1, len(rows[0]))]
     kept = zip(names, columns, strict=True)
-    series = tuple(Series(name, tuple(column)) for name, column in kept if name and None not in column)
+    series = tuple(
+        Series(name, tuple(value for value in column if value is not None))
+        for name, column in kept
+        if name and None not in column
+    )
     if any(len(name) > MAX_NAME for name in (_clean(title), header, *names, *labels)):
         raise SampleError("bad_table", f"a title, a label or a column's name is longer than {MAX_NAME} characters")
     named = [one.name for one in series]

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from types import ModuleType
+from typing import cast
 
 import numpy as np
 
@@ -127,8 +128,9 @@ def finish(job: Job, summaries: Sequence[dict]) -> dict[str, Counter]:
     join_part(job, SKIPPED, f"{SKIPPED}-{job.title}.jsonl")
     # Signatures of all units lie in one table, in manifest order, so that "the first" is the first of the manifests.
     counts = [one["made"][KEPT] for one in summaries]
-    if job.work.rules.duplicates and sum(counts):
-        first, likeness = _find_duplicates(job, counts)
+    threshold = cast(FilterDocuments, job.work).rules.duplicates  # the job is `make_job`'s
+    if threshold and sum(counts):
+        first, likeness = _find_duplicates(job, counts, threshold)
     else:
         first, likeness = np.arange(sum(counts)), np.ones(sum(counts))
     repeated = _write_sorted(job, first, likeness)
@@ -137,7 +139,7 @@ def finish(job: Job, summaries: Sequence[dict]) -> dict[str, Counter]:
     return {key: +counter for key, counter in sums.items()}
 
 
-def _find_duplicates(job: Job, counts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+def _find_duplicates(job: Job, counts: Sequence[int], threshold: float) -> tuple[np.ndarray, np.ndarray]:
     """Returns for each kept document the number of the first one it repeats, and how like that it is."""
     near = _near_duplicates()
     path = job.out / f"{NAME}-{_SIGNATURES}.partial"
@@ -148,7 +150,7 @@ def _find_duplicates(job: Job, counts: Sequence[int]) -> tuple[np.ndarray, np.nd
             if count:
                 signatures[start : start + count] = np.load(job.out / unit.name / _SIGNATURES)
             start += count
-        first = near.find_duplicates(signatures, job.work.rules.duplicates)
+        first = near.find_duplicates(signatures, threshold)
         return first, near.likeness(signatures, np.arange(len(first)), first)
     finally:
         path.unlink(missing_ok=True)

@@ -13,6 +13,7 @@ import hashlib
 import unicodedata
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any, cast
 
 import numpy as np
 from datasketch import MinHash, MinHashLSH
@@ -37,7 +38,8 @@ def sign(text: str, media: Sequence[str] = ()) -> UInt32[np.ndarray, " places"]:
         runs = runs * _MULTIPLIER + characters[shift : shift + len(runs)]
     hashed = np.unique((runs * _MULTIPLIER) >> np.uint64(32))
     empty = _empty()
-    signature = MinHash(PLACES, hashfunc=int, permutations=empty.permutations, scheme=empty.scheme)
+    scheme = cast(Any, empty.scheme)  # datasketch types it as str where it takes a literal
+    signature = MinHash(PLACES, hashfunc=int, permutations=empty.permutations, scheme=scheme)
     signature.update_batch(hashed.tolist())
     return signature.hashvalues
 

@@ -198,7 +198,7 @@ def _make_chart(document: Document, draft: Draft, config: PageConfig, rng: rando
     if "qa" in config.types and (pairs := questions(chart, rng, language)):
         draft.add(_question_turns(image, pairs, rng), "qa")
     if "interleaved" in config.types:
-        title = trainable(table.title) if table.title else ""
+        title = trainable(table.title) if table.title else Source()
         draft.add(title + image + trainable(describe(chart, language)), "interleaved")
 
 

@@ -106,16 +106,15 @@ def speak_sentences(
     The system prompt is never spoken. Raises SampleError as `cross_modalities`.
     """
     # What may be spoken: sentences outside the system prompt, less the last one that carries loss.
-    parts, places = _sentences(elements, config.speech)
-    learned = [place for place in places if parts[place].trainable]
-    if not learned or len(places) < 2:
+    parts, sentences = _sentences(elements, config.speech)
+    learned = [place for place, sentence in sentences.items() if sentence.trainable]
+    if not learned or len(sentences) < 2:
         raise SampleError("too_short", "nothing would be left to write when a sentence is spoken")
-    speaker = DocumentSpeaker.for_document(
-        config.speech, document, draft, "".join(parts[place].text for place in places)
-    )
-    chosen = _choose([place for place in places if place != learned[-1]], len(places), config, speaker.rng)
+    text = "".join(sentence.text for sentence in sentences.values())
+    speaker = DocumentSpeaker.for_document(config.speech, document, draft, text)
+    chosen = _choose([place for place in sentences if place != learned[-1]], len(sentences), config, speaker.rng)
     for place in chosen:
-        parts[place] = AudioElement(MediaReference(path=speaker.say(parts[place].text)))
+        parts[place] = AudioElement(MediaReference(path=speaker.say(sentences[place].text)))
     # In a conversation the task prompt opens the first turn of the user, elsewhere the document.
     users = (TextElement(USER), TextElement(USER, trainable=True))
     opening = next((place + 1 for place, part in enumerate(parts) if part in users), 0)
@@ -128,10 +127,10 @@ def _choose(candidates: list[int], sentences: int, config: CrossmodalConfig, rng
     return candidates[:count] if config.order == "first" else sorted(rng.sample(candidates, count))
 
 
-def _sentences(elements: Sequence[Element], config: SpeechConfig) -> tuple[list[Element], list[int]]:
-    """Cuts the texts among the elements into sentences and special tokens, and the places of what may be spoken."""
+def _sentences(elements: Sequence[Element], config: SpeechConfig) -> tuple[list[Element], dict[int, TextElement]]:
+    """Cuts the texts among the elements into sentences and special tokens; returns what may be spoken by its place."""
     parts: list[Element] = []
-    places: list[int] = []
+    sentences: dict[int, TextElement] = {}
     system = False
     for element in elements:
         if not isinstance(element, TextElement):
@@ -141,10 +140,11 @@ def _sentences(elements: Sequence[Element], config: SpeechConfig) -> tuple[list[
             special = not element.plain and bool(SPECIAL.fullmatch(run))
             system = run == SYSTEM if special else system
             for text in [run] if special else sentences_of(run, config):
+                sentence = replace(element, text=text)
                 if not special and not system and spoken_seconds(text):
-                    places.append(len(parts))
-                parts.append(replace(element, text=text))
-    return parts, places
+                    sentences[len(parts)] = sentence
+                parts.append(sentence)
+    return parts, sentences
 
 
 def _check_track(media: Media) -> None:

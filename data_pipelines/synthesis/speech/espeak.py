@@ -9,6 +9,7 @@ import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, cast
 
 import numpy as np
 from jaxtyping import Int16
@@ -118,27 +119,30 @@ class _Server:
         self.owner = os.getpid()
         command = [sys.executable, str(_SERVER)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        # Both are pipes; the types leave it open.
+        self.stdin = cast(IO[bytes], self.process.stdin)
+        self.stdout = cast(IO[bytes], self.process.stdout)
 
     def ask(self, request: dict) -> bytes:
         """Returns the bytes of the samples. Raises SpeechError as it was answered; OSError when the process is gone."""
-        self.process.stdin.write(json.dumps(request).encode() + b"\n")
-        self.process.stdin.flush()
-        head = self.process.stdout.readline()
+        self.stdin.write(json.dumps(request).encode() + b"\n")
+        self.stdin.flush()
+        head = self.stdout.readline()
         if not head:
             raise OSError(f"exit code {self.process.wait()}")
         answer = json.loads(head)
         if "error" in answer:
             raise SpeechError(answer["error"])
-        samples = self.process.stdout.read(answer["bytes"])
+        samples = self.stdout.read(answer["bytes"])
         if len(samples) < answer["bytes"]:
             raise OSError(f"exit code {self.process.wait()}")
         return samples
 
     def close(self) -> None:
         if self.owner == os.getpid():
-            self.process.stdin.close()
+            self.stdin.close()
             self.process.wait()
-            self.process.stdout.close()
+            self.stdout.close()
 
 
 atexit.register(close)

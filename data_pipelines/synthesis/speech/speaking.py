@@ -49,12 +49,14 @@ class TextToSpeech(Protocol):
 
     def voices(self, language: str) -> Sequence[str]:
         """Returns the names of the voices that speak `language` ("en", "zh", ...); empty when none does."""
+        ...
 
     def synthesize(self, text: str, voice: str, language: str) -> tuple[np.ndarray, int]:
         """Returns mono samples (t,), float32 in [-1, 1] or int16, and their rate in Hz, 16000 or 24000.
 
         Raises SpeechError for a text or a voice that it cannot speak.
         """
+        ...
 
 
 class EspeakSpeech:
@@ -193,9 +195,10 @@ def text_alone(document: Document) -> str:
     "bad_prompt".
     """
     elements = parse_prompt(document.text)
-    if any(not isinstance(element, TextElement) for element in elements):
+    texts = [element for element in elements if isinstance(element, TextElement)]
+    if len(texts) < len(elements):
         raise SampleError("has_media", "only a document of text alone can be spoken")
-    marks = "".join(element.text for element in elements if not element.plain)
+    marks = "".join(element.text for element in texts if not element.plain)
     if any(role in marks for role in (SYSTEM, USER, ASSISTANT)):
         raise SampleError("has_turns", "a conversation is not read aloud")
     text = text_of(elements)

@@ -63,13 +63,13 @@ PromptWriter = Callable[[Sequence[str], Callable[[str], str]], Source]
 def transcribe(document: Document, draft: Draft, config: SpeechConfig) -> None:
     """Adds an ASR document for each sentence of a text. Raises SampleError as `spoken_sentences`."""
     for prompt, words, path in spoken_sentences(document, draft, config, TRANSCRIBE):
-        draft.add(prompt + audio_tag(path) + trainable(words), "asr")
+        draft.add(join([prompt, audio_tag(path), trainable(words)]), "asr")
 
 
 def read_aloud(document: Document, draft: Draft, config: SpeechConfig) -> None:
     """Adds a TTS document for each sentence of a text. Raises SampleError as `spoken_sentences`."""
     for prompt, words, path in spoken_sentences(document, draft, config, READ_ALOUD):
-        draft.add(prompt + words + trainable(speech_tag(path)), "tts")
+        draft.add(join([prompt + words, trainable(speech_tag(path))]), "tts")
 
 
 def _sentence_job(options: Namespace, name: str, maker: Callable) -> Job:
@@ -95,7 +95,7 @@ def write_intlv(pieces: Sequence[str], say: Callable[[str], str]) -> Source:
 def write_itts(pieces: Sequence[str], say: Callable[[str], str]) -> Source:
     """Writes the ITTS prompt of one or more pieces; `say` speaks one and returns the path."""
     first, *others = pieces
-    return first + trainable(speech_tag(say(first)) + spoken_answer(others, say))
+    return join([first, trainable(speech_tag(say(first)) + spoken_answer(others, say))])
 
 
 def alternate(document: Document, draft: Draft, write: PromptWriter, config: SpeechConfig, size: int) -> None:

@@ -304,7 +304,7 @@ def test_media_too_large_for_a_record(corpus, monkeypatch):
 def test_base64_of_the_same_bytes_and_taken_names(corpus):
     data = as_base64(corpus / "media/a.png")
     shutil.copy(corpus / "media/b.jpg", corpus / "base64-1")
-    whole = gather(Document("d", "", PICTURE % "base64-1" + BASE64 % data + BASE64 % data, "m:1", corpus))
+    whole, _ = gather(Document("d", "", PICTURE % "base64-1" + BASE64 % data + BASE64 % data, "m:1", corpus))
     assert list(whole.media) == ["base64-1", "base64-2"]
     assert whole.text.count('"base64-2"') == 2
     assert whole.media["base64-2"].data == (corpus / "media/a.png").read_bytes()

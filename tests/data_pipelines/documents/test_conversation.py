@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from hypothesis import config, given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 
@@ -135,7 +135,7 @@ TEXTS = st.lists(
 ).map("".join)
 
 
-@config(max_examples=80, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(question=TEXTS, answer=TEXTS, system=TEXTS)
 def test_any_text_is_text_in_documents_as_in_chat(prompts, question, answer, system):
     messages = [{"role": "system", "content": system}] if system else []
@@ -150,7 +150,7 @@ def test_any_text_is_text_in_documents_as_in_chat(prompts, question, answer, sys
     assert learned == answer
 
 
-@config(max_examples=100)
+@settings(max_examples=100)
 @given(parts=st.lists(TEXTS, max_size=4))
 def test_parts_of_text_stay_text_where_they_meet(parts):
     whole = Source() + image_tag("a.png")

@@ -6,7 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import config, given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from baichuan_omni_jax.errors import ConfigError
@@ -45,7 +45,7 @@ def test_languages(text, language):
     assert detect_language(text) == language
 
 
-@config(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.text("abc", max_size=8), st.text("abc", max_size=8))
 def test_edits_are_a_distance(first, second):
     edits = count_edits(first, second)
@@ -94,7 +94,7 @@ def test_case_space_and_width_do_not_count_but_media_do():
     np.testing.assert_array_equal(sign("", ["ab" * 32]), sign(" ", ["ab" * 32]))
 
 
-@config(max_examples=15, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.integers(0, 1000), st.lists(st.integers(0, 9), min_size=1, max_size=40))
 def test_the_first_of_equal_documents_stays(seed, kinds):
     base = np.random.default_rng(seed).integers(0, 2**32, (10, 128), dtype=np.uint32)

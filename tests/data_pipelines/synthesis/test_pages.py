@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import config, given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -68,7 +68,7 @@ def test_scripts_that_must_be_shaped_are_refused(text):
     assert refused.value.cause == "bad_script"
 
 
-@config(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(TEXTS, st.integers(1, 40), st.integers(1, 2))
 def test_no_character_is_lost_between_lines_and_pages(text, width, columns):
     text = normalize(text)
