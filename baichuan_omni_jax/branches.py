@@ -98,7 +98,7 @@ _ROWS = (
     ),
     Branch(
         name="audio_encoder",
-        module="baichuan_omni_jax.audio.model:AudioTokenizer",
+        module="baichuan_omni_jax.audio.encoder:AudioEncoderBranch",
         arguments=lambda cfg, _: (cfg.audio,),
         sections=("audio",),
         batch_fields=("mel", "mel_lengths", "mel_owner", "mel_audio"),

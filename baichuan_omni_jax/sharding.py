@@ -13,7 +13,8 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.experimental import mesh_utils
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, reshard
+from jaxtyping import Array
 
 from baichuan_omni_jax.config import MeshConfig
 from baichuan_omni_jax.errors import ConfigError
@@ -126,6 +127,16 @@ def _within_slice(sizes: Sequence[int], devices: Sequence[jax.Device]) -> np.nda
 def axis_product(mesh: Mesh | AbstractMesh, axes: Sequence[str]) -> int:
     """Devices along `axes`."""
     return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def placement(spec: PartitionSpec) -> PartitionSpec | None:
+    """Returns `spec` where a mesh is set, else None: what `out_sharding=` wants on one device without a mesh."""
+    return None if jax.sharding.get_abstract_mesh().empty else spec
+
+
+def place(x: Array, spec: PartitionSpec) -> Array:
+    """Returns `x` split over devices as `spec` says; as it is where no mesh is set. Free where it already is so."""
+    return x if jax.sharding.get_abstract_mesh().empty else reshard(x, spec)
 
 
 def check_divisible(

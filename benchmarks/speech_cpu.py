@@ -24,7 +24,7 @@ import numpy as np
 from rows import emit, row
 
 from baichuan_omni_jax.audio.decoder import AudioDecoder
-from baichuan_omni_jax.audio.quantizer import ResidualQuantizer
+from baichuan_omni_jax.audio.encoder import ResidualQuantizer
 from baichuan_omni_jax.config import MeshConfig, OmniConfig, baichuan_omni_7b, tiny
 from baichuan_omni_jax.flow.model import FlowDecoder
 from baichuan_omni_jax.generation.speech_decoder import Speaker

@@ -2,6 +2,7 @@
 
 import signal
 
+import numpy as np
 import pytest
 from hypothesis import settings
 
@@ -66,3 +67,18 @@ def finished(pretrain, tmp_path_factory):
         assert done.returncode == 0, done.stderr
 
     return built_once(tmp_path_factory, "finished", run)
+
+
+@pytest.fixture
+def exact():
+    """Products in fp32, so that two programs differ by the order of sums alone."""
+    import jax
+
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+@pytest.fixture
+def rng():
+    """The same numbers for each test, whichever ran before it."""
+    return np.random.default_rng(0)

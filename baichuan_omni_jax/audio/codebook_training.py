@@ -11,9 +11,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Float32, Int32, PRNGKeyArray
 
-from baichuan_omni_jax.nn.param import ComputePolicy
+from baichuan_omni_jax.nn.param import CLIPS, ComputePolicy
 
-CLIPS = "batch"
 SMOOTHING = 1e-5  # Laplace: counts a code has before anything chose it
 
 
@@ -41,12 +40,14 @@ class Averaging(NamedTuple):
 
 
 class Pool(NamedTuple):
-    """Vectors of the global batch to place codes at: `places` (n,), (clip, frame) counted as one, are of all vectors in
-    random order, the `count` valid ones first. The first code gets number `start` of these, the next one the next.
+    """Vectors of the global batch to place codes at.
+
+    `places` (n,), (clip, frame) counted as one, are of all vectors in random order, the `valid_count` valid ones first.
+    The first code gets number `start` of these, the next one the next.
     """
 
     places: Int32[Array, " n"]
-    count: Int32[Array, ""]
+    valid_count: Int32[Array, ""]
     start: Int32[Array, ""]
 
 
@@ -130,7 +131,7 @@ def _draw(pool: Pool, x, numbers: Int32[Array, " k"], compute: ComputePolicy) ->
     are taken.
     """
     numbers = pool.start + jnp.maximum(numbers, 0)
-    return _rows(x, pool.places[numbers % jnp.maximum(pool.count, 1)], compute)
+    return _rows(x, pool.places[numbers % jnp.maximum(pool.valid_count, 1)], compute)
 
 
 def _sums(x, valid, codes, size: int, compute: ComputePolicy) -> tuple[Float32[Array, " k"], Float32[Array, "k d"]]:

@@ -2,21 +2,30 @@
 
 A clip's result never depends on what it is batched with: mel frames and the first convolution's output are zero past
 the clip's end, as if it were alone. The released code leaves the latter non-zero, which `padded=True` repeats.
+
+The bridge of the audio tokenizer (`audio_tokenizer.audio_bridge_model.*`): four 50 Hz states -> one at 12.5 Hz.
+
+The residual vector quantizer (`audio_bridge_model.vq_list.*`): eight codebooks, each for what the last left over.
+
+The branch `audio_encoder`: from mel windows to codes at 12.5 Hz (encoder, bridge, residual quantizer).
 """
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int32, PRNGKeyArray
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray
 
 from baichuan_omni_jax.audio.config import AudioConfig
-from baichuan_omni_jax.nn.conv import Conv1d
-from baichuan_omni_jax.nn.encoder import EncoderLayer, EncoderSizes, gelu, run_encoder
-from baichuan_omni_jax.nn.lengths import frames_before
-from baichuan_omni_jax.nn.norm import LayerNorm
-from baichuan_omni_jax.nn.param import ComputePolicy, split_as, stack
+from baichuan_omni_jax.kernels.rvq_lookup import Prepared, prepare_codebooks, rvq_lookup
+from baichuan_omni_jax.nn.conv import Conv1d, frames_before
+from baichuan_omni_jax.nn.encoder import EncoderLayer, EncoderSizes, run_encoder
+from baichuan_omni_jax.nn.layers import LayerNorm, gelu
+from baichuan_omni_jax.nn.linear import Linear
+from baichuan_omni_jax.nn.param import CLIPS, Buffer, ComputePolicy, split_as, stack, use
+from baichuan_omni_jax.sharding import placement
 
-CLIPS = "batch"
 # Spread of the random convolutions: as large as the sinusoids added to them, or every clip of an untrained encoder
 # would sound alike.
 GAINS = (3.0, 4.0)
@@ -83,3 +92,139 @@ class AudioEncoder(nnx.Module):
         ids = real.astype(jnp.int32)
         x = run_encoder(self.layers, x, ids, jnp.zeros_like(ids), sizes=self.sizes, compute=self.compute)
         return jnp.where(real[..., None], self.norm(x), 0)
+
+
+class AudioBridge(nnx.Module):
+    """LayerNorm(down(silu(gate(x)) * up(x)) + the four states side by side).
+
+    `gate_proj` and `up_proj` are (4, d, 4d); the checkpoint holds them as convolutions (4d, d, 4).
+    """
+
+    def __init__(self, key: PRNGKeyArray, cfg: AudioConfig, compute: ComputePolicy):
+        keys = jax.random.split(key, 3)
+        k, d, f, out = cfg.avg_pooler, cfg.d_model, cfg.code_dim, (CLIPS, None, None)
+        axes = ("kernel", "embed", "small")
+        self.gate_proj = Linear(keys[0], "mgkd,kdf->mgf", (k, d, f), axes, out=out, compute=compute)
+        self.up_proj = Linear(keys[1], "mgkd,kdf->mgf", (k, d, f), axes, out=out, compute=compute)
+        self.down_proj = Linear(keys[2], "mgf,fe->mge", (f, f), ("small", "embed"), out=out, compute=compute)
+        self.norm = LayerNorm(f, eps=cfg.norm_eps, compute=compute)
+        self.pool, self.compute = k, compute
+
+    def __call__(self, x: Float[Array, "m t d"]) -> Float[Array, "m g f"]:
+        """(m, t, d) -> (m, t // 4, 4d); a trailing partial group is dropped."""
+        with jax.named_scope("audio_bridge"):
+            m, t, d = x.shape
+            groups = t // self.pool
+            spec = self.compute.spec(CLIPS, None, None)
+            x = x[:, : groups * self.pool].reshape(m, groups, self.pool, d)
+            y = self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+            return self.norm(y + x.reshape(m, groups, self.pool * d, out_sharding=spec))
+
+
+# Spread of the first random codebook, and of each next one relative to it. Codes as long as the vectors themselves
+# would be chosen for being short, so these are shorter: half and more of each codebook is used on speech.
+SPREAD, DECAY = 0.5, 0.9
+
+Codebooks = tuple[Float[Array | np.ndarray, "_ d"] | Prepared, ...]
+
+
+class Codebook(nnx.Module):
+    """`embed` (codes, d) and the running sums it is made of: `embed_avg` (codes, d), `cluster_size` (codes,)."""
+
+    def __init__(self, key: PRNGKeyArray, size: int, width: int, std: float):
+        embed = std * jax.random.normal(key, (size, width), jnp.float32)
+        self.embed = Buffer(embed, axes=("codes", "embed"))
+        self.embed_avg = Buffer(embed, axes=("codes", "embed"))
+        self.cluster_size = Buffer(jnp.ones((size,), jnp.float32), axes=("codes",))
+
+
+class ResidualQuantizer(nnx.Module):
+    """`codebook_sizes` levels over vectors of `code_dim`. Untrained codebooks are normal, narrower level by level."""
+
+    def __init__(self, key: PRNGKeyArray, cfg: AudioConfig, compute: ComputePolicy):
+        keys = jax.random.split(key, cfg.levels)
+        self.levels = nnx.List(
+            [Codebook(keys[q], size, cfg.code_dim, SPREAD * DECAY**q) for q, size in enumerate(cfg.codebook_sizes)]
+        )
+        self.compute = compute
+
+    def codebooks(self) -> tuple[Float[Array, "_ d"], ...]:
+        """The codes of every level, fp32, whole on every device."""
+        return tuple(use(level.embed, self.compute, jnp.float32) for level in self.levels)
+
+    def prepared(self) -> Codebooks:
+        """The codebooks for many calls of `quantize`: what their lookup needs of them is computed once."""
+        return prepare_codebooks(self.codebooks())
+
+    def quantize(
+        self, x: Float[Array, "m g d"], codebooks: Codebooks | None = None
+    ) -> tuple[Int32[Array, "m g q"], Float[Array, "m g d"], Float[Array, "m g q"]]:
+        """Codes, the sum of the chosen codes, and the norm of what is left after each level. No gradient passes.
+
+        `codebooks` are this quantizer's `prepared()` ones, where they were made before.
+        """
+        with jax.named_scope("quantize"):
+            x = split_as(x, self.compute, CLIPS)
+            m, g, d = x.shape
+            codes, chosen, norms = (
+                _reshape(result, (m, g, result.shape[-1]))
+                for result in rvq_lookup(_reshape(x, (m * g, d)), codebooks or self.codebooks())
+            )
+            return codes, chosen, norms
+
+    def decode(self, codes: Int32[Array, "m g q"]) -> Float[Array, "m g d"]:
+        """Sum of the chosen codes, fp32."""
+        codes = split_as(codes, self.compute, CLIPS)
+        spec = self.compute.spec(CLIPS, None, None)
+        with jax.named_scope("dequantize"):
+            first, *others = (
+                table.at[codes[..., q]].get(out_sharding=spec) for q, table in enumerate(self.codebooks())
+            )
+            return sum(others, start=first)
+
+
+def _reshape(x: Array, shape: tuple[int, ...]) -> Array:
+    """Joins or cuts the leading axis (clips, frames), which stays split as it was."""
+    spec = jax.typeof(x).sharding.spec
+    return x.reshape(shape, out_sharding=placement(PartitionSpec(spec[0], *[None] * (len(shape) - 1))))
+
+
+class AudioEncoderBranch(nnx.Module):
+    """Whisper encoder -> bridge -> residual quantizer. Clips are split over the batch axes."""
+
+    def __init__(self, key: PRNGKeyArray, cfg: AudioConfig, compute: ComputePolicy):
+        keys = jax.random.split(key, 3)
+        self.encoder = AudioEncoder(keys[0], cfg, compute)
+        self.bridge = AudioBridge(keys[1], cfg, compute)
+        self.quantizer = ResidualQuantizer(keys[2], cfg, compute)
+        self.cfg, self.compute = cfg, compute
+
+    def features(
+        self, mel: Float[Array, "m f mels"], mel_lengths: Int32[Array, " m"], *, padded: bool = False
+    ) -> tuple[Float[Array, "m g d"], Bool[Array, "m g"]]:
+        """What the quantizer reads, (m, bridge frames, code_dim), and which of it is valid. Differentiable.
+
+        `padded`: the released, batch dependent convolutions (see `AudioEncoder`).
+        """
+        with jax.named_scope("audio_encoder"):
+            features = self.bridge(self.encoder(mel, mel_lengths, padded=padded))
+        mel_lengths = split_as(mel_lengths, self.compute, CLIPS)
+        lengths = encoder_lengths(mel_lengths, self.cfg.stride_size) // self.cfg.avg_pooler
+        return features, frames_before(lengths, features.shape[1])
+
+    def encode(
+        self,
+        mel: Float[Array, "m f mels"],
+        mel_lengths: Int32[Array, " m"],
+        *,
+        padded: bool = False,
+        codebooks: Codebooks | None = None,
+    ) -> tuple[Int32[Array, "m g q"], Bool[Array, "m g"]]:
+        """Codes (m, bridge frames, levels) and which frames are valid; codes of the others are 0.
+
+        One window of at most 30 s a row; `mel_lengths` counts its valid mel frames, 0 for an unused slot.
+        `codebooks`: see `ResidualQuantizer.quantize`.
+        """
+        features, valid = self.features(mel, mel_lengths, padded=padded)
+        codes, _, _ = self.quantizer.quantize(features, codebooks)
+        return jnp.where(valid[..., None], codes, 0), valid

@@ -21,9 +21,7 @@ from baichuan_omni_jax.audio.codebook_training import (
     squared_distances,
 )
 from baichuan_omni_jax.config.audio import QuantizerConfig
-from baichuan_omni_jax.nn.param import ComputePolicy, split_as
-
-CLIPS = "batch"
+from baichuan_omni_jax.nn.param import CLIPS, ComputePolicy, split_as
 
 
 class Quantized(NamedTuple):
@@ -125,7 +123,7 @@ def _level(key, pool: Pool, residual, valid, state, step, config: QuantizerConfi
     """Codes (m, g), the chosen vectors, and the level's codebook after the step."""
     if config.init_steps:
         # A first batch without a vector has nothing to seed with.
-        first = (step == 0) & (pool.count > 0)
+        first = (step == 0) & (pool.valid_count > 0)
         state = jax.lax.cond(first, lambda: seed(pool, residual, state, compute), lambda: state)
     scores = squared_distances(residual, state.embed)
     if max(config.temperature) > 0:

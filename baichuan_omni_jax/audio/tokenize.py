@@ -10,9 +10,8 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int32
 
 from baichuan_omni_jax.audio.config import AudioConfig
-from baichuan_omni_jax.audio.encoder import CLIPS
-from baichuan_omni_jax.audio.model import AudioTokenizer
-from baichuan_omni_jax.nn.param import named_values
+from baichuan_omni_jax.audio.encoder import AudioEncoderBranch
+from baichuan_omni_jax.nn.param import CLIPS, named_values
 from baichuan_omni_jax.sharding import axis_product
 
 WINDOWS_PER_DEVICE = 8
@@ -20,7 +19,7 @@ WINDOWS_PER_DEVICE = 8
 IN_FLIGHT = 2
 
 
-def fingerprint(tokenizer: AudioTokenizer) -> str:
+def fingerprint(tokenizer: AudioEncoderBranch) -> str:
     """Changes with any parameter or number of its configuration: what codes were written by (32 hex digits)."""
     digest = hashlib.sha256(repr(tokenizer.cfg).encode())
     for name, value in sorted(named_values(tokenizer).items()):
@@ -42,7 +41,7 @@ class WindowEncoder:
     order, and there is one program a length (`mel_buckets`). Call it with the mesh set.
     """
 
-    def __init__(self, tokenizer: AudioTokenizer, mesh: Mesh, windows_per_device: int = WINDOWS_PER_DEVICE):
+    def __init__(self, tokenizer: AudioEncoderBranch, mesh: Mesh, windows_per_device: int = WINDOWS_PER_DEVICE):
         rules = tokenizer.compute.rules
         self._cfg, self._tokenizer = tokenizer.cfg, tokenizer
         self._batch = windows_per_device * axis_product(mesh, rules.axes(CLIPS))
@@ -78,6 +77,5 @@ class WindowEncoder:
         return self.encode(self._tokenizer, self._codebooks, *jax.device_put((mel, lengths), tuple(self._split)))
 
     def _finish(self, group: list[tuple[int, np.ndarray]], codes: Array) -> Iterator[tuple[int, np.ndarray]]:
-        codes = np.asarray(codes)
-        for (name, window), row in zip(group, codes, strict=False):
+        for (name, window), row in zip(group, np.asarray(codes), strict=False):
             yield name, row[: self._cfg.bridge_length(window.shape[1])]

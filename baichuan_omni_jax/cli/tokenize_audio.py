@@ -17,7 +17,7 @@ from dataclasses import replace
 import jax
 from etils import epath
 
-from baichuan_omni_jax.audio.model import AudioTokenizer
+from baichuan_omni_jax.audio.encoder import AudioEncoderBranch
 from baichuan_omni_jax.audio.tokenize import WindowEncoder, fingerprint
 from baichuan_omni_jax.checkpoint import find_tokenizer, read_tree, with_shardings, with_text_tokenizer
 from baichuan_omni_jax.checkpoint.branches import branch_folder
@@ -82,10 +82,10 @@ def tokenizer_mesh(config: MeshConfig) -> jax.sharding.Mesh:
 
 def load_tokenizer(
     run: RunConfig, omni: OmniConfig, mesh: jax.sharding.Mesh, home: epath.Path | None
-) -> AudioTokenizer:
+) -> AudioEncoderBranch:
     """The run's audio tokenizer, from the checkpoint `home` or seeded random, split over `mesh` by its rules."""
     compute = ComputePolicy()
-    make = lambda: AudioTokenizer(jax.random.key(run.train.seed), omni.audio, compute)  # noqa: E731
+    make = lambda: AudioEncoderBranch(jax.random.key(run.train.seed), omni.audio, compute)  # noqa: E731
     abstract = with_shardings(jax.eval_shape(make), mesh, compute.rules, name="audio_encoder")
     if home is not None:
         return read_tree(home / branch_folder("audio_encoder"), abstract, "branch audio_encoder")
@@ -103,7 +103,7 @@ def ensure_codes(
     *,
     hosts: Hosts = SINGLE_HOST,
     relist: bool = False,
-) -> tuple[CodeStore, AudioTokenizer]:
+) -> tuple[CodeStore, AudioEncoderBranch]:
     """The store with the codes of all sound of these mixtures of one data root, filled where it lacks any; and the
     tokenizer that made them. `home` is where `find_tokenizer` found that.
     """

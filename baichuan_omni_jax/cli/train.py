@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from etils import epath
 
-from baichuan_omni_jax.audio.model import AudioTokenizer
+from baichuan_omni_jax.audio.encoder import AudioEncoderBranch
 from baichuan_omni_jax.checkpoint import (
     Parent,
     TokenizerOrigin,
@@ -113,7 +113,7 @@ def open_workdir(run: RunConfig, path: Path) -> tuple[Workdir, Parent]:
 
 def prepare(
     run: RunConfig, omni: OmniConfig, workdir: Workdir, home: epath.Path | None
-) -> tuple[dict[str, tuple[Pipeline, CodeStore | None]], AudioTokenizer | None]:
+) -> tuple[dict[str, tuple[Pipeline, CodeStore | None]], AudioEncoderBranch | None]:
     """The run's data ("") and held-out data by name, indexed and with audio codes, built where they are not there yet.
     With it comes the tokenizer of these codes, in numpy, where the workdir does not keep it yet.
 

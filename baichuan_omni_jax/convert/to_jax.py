@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from baichuan_omni_jax.audio.config import AudioConfig
-from baichuan_omni_jax.audio.model import AudioTokenizer
+from baichuan_omni_jax.audio.encoder import AudioEncoderBranch
 from baichuan_omni_jax.branches import VOCODER_BRANCH, abstract_branches
 from baichuan_omni_jax.checkpoint import BranchInfo, with_shardings, write_checksums
 from baichuan_omni_jax.checkpoint.branches import BRANCHES_FILE, CONFIG, PROCESSOR, VOCODER_CONFIG, branch_folder
@@ -261,7 +261,7 @@ def _to_numpy(tensor: Any, torch: Any) -> np.ndarray:
     return tensor.numpy()
 
 
-def tokenizer_from_whisper(folder: Path, cfg: OmniConfig, seed: int = 0) -> AudioTokenizer:
+def tokenizer_from_whisper(folder: Path, cfg: OmniConfig, seed: int = 0) -> AudioEncoderBranch:
     """Makes the branch `audio_encoder`, fp32: a Whisper checkpoint's encoder, random bridge and codebooks.
 
     Whisper's decoder is not read. Raises ConfigError naming the file, and the size or the tensors that do not fit.
@@ -275,7 +275,7 @@ def tokenizer_from_whisper(folder: Path, cfg: OmniConfig, seed: int = 0) -> Audi
     check_sizes(folder / CONFIG, cfg.audio)
     mesh, compute = make_mesh(MeshConfig(), jax.devices()[:1]), ComputePolicy()
     with jax.set_mesh(mesh):
-        tokenizer = jax.jit(lambda: AudioTokenizer(jax.random.key(seed), cfg.audio, compute))()
+        tokenizer = jax.jit(lambda: AudioEncoderBranch(jax.random.key(seed), cfg.audio, compute))()
         abstract = with_shardings(jax.eval_shape(lambda: tokenizer.encoder), mesh, compute.rules)
         rules = whisper_rules(cfg, home)
         tokenizer.encoder = load_branch_from_safetensors(weights, rules, abstract, branch="audio_encoder")

@@ -10,12 +10,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
 from baichuan_omni_jax.audio.decoder import AudioDecoder, DecodedAudio
-from baichuan_omni_jax.audio.model import AudioTokenizer
-from baichuan_omni_jax.audio.reconstruction import SAME_RATE, MelTarget, mel_error_sums
+from baichuan_omni_jax.audio.encoder import AudioEncoderBranch
+from baichuan_omni_jax.audio.mel_training import SAME_RATE, MelTarget, mel_error_sums
 from baichuan_omni_jax.config import RunConfig
 from baichuan_omni_jax.config.mel_targets import reconstruction_ratios
-from baichuan_omni_jax.flow.sampler import sample_mel
-from baichuan_omni_jax.nn.lengths import frames_before, keep
+from baichuan_omni_jax.flow.matching import sample_mel
+from baichuan_omni_jax.nn.conv import frames_before, keep
 from baichuan_omni_jax.omni.audio_tokenizer_model import Clips, clips_of, mel_targets_of
 from baichuan_omni_jax.omni.batch import Batch
 from baichuan_omni_jax.omni.flow_matching_model import beside
@@ -59,7 +59,7 @@ class ThroughCodes(NamedTuple):
 
 
 def code_sums(
-    encoder: AudioTokenizer, decoder: AudioDecoder, clips: Clips, target: MelTarget, ratio: Fraction = SAME_RATE
+    encoder: AudioEncoderBranch, decoder: AudioDecoder, clips: Clips, target: MelTarget, ratio: Fraction = SAME_RATE
 ) -> tuple[Sums, ThroughCodes]:
     """Sums over the clips' valid frames, and what they are of. `ratio`: decoded frames for each of the target's.
 
@@ -123,7 +123,7 @@ def flow_means(sums: Mapping[str, np.ndarray]) -> dict[str, float]:
     return {"mel_mae": float(sums["sampled"]) / count, "mel_mae_prior": float(sums["prior"]) / count}
 
 
-def _first_levels(encoder: AudioTokenizer, codes) -> list[Float[Array, "c g d"]]:
+def _first_levels(encoder: AudioEncoderBranch, codes) -> list[Float[Array, "c g d"]]:
     """The sum of the chosen codes of the first 1, 2, ... levels."""
     total, sums, spec = 0.0, [], encoder.compute.rules.spec("batch", None, None)
     for q, table in enumerate(encoder.quantizer.codebooks()):

@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float, Float32, Int32
 
-from baichuan_omni_jax.audio.reconstruction import MelTarget
+from baichuan_omni_jax.audio.mel_training import MelTarget
 from baichuan_omni_jax.audio.tokenize import mel_buckets
 from baichuan_omni_jax.config import OmniConfig
 from baichuan_omni_jax.config.mel_targets import decoded_target

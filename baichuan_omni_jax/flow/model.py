@@ -1,14 +1,223 @@
-"""The branch `flow` (`audio_tokenizer.audio_flow_matching_decoder.*`): pre-net and estimator."""
+"""The pre-net (`audio_flow_matching_decoder.prenet.*`): decoder states at 50 Hz -> mu, a first guess of the mel.
+
+The estimator (`audio_flow_matching_decoder.conditional_decoder.*`): the velocity of a noisy mel.
+
+A 1-D U-Net of one resolution. Everything is causal in chunks of 100 frames (2 s): convolutions read the past only, a
+query attends to the keys of its own chunk and earlier ones.
+
+The branch `flow` (`audio_tokenizer.audio_flow_matching_decoder.*`): pre-net and estimator.
+"""
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.flow.config import FlowConfig
-from baichuan_omni_jax.flow.prenet import PreNet
-from baichuan_omni_jax.flow.unet import Estimator
-from baichuan_omni_jax.nn.param import ComputePolicy
+from baichuan_omni_jax.nn.conv import Conv1d, frames_before, keep
+from baichuan_omni_jax.nn.encoder import EncoderLayer, EncoderSizes, run_encoder
+from baichuan_omni_jax.nn.layers import LayerNorm, RMSNorm
+from baichuan_omni_jax.nn.linear import Linear
+from baichuan_omni_jax.nn.param import CLIPS, ComputePolicy, split_as, stack
+
+PRENET_EPS = 1e-6
+
+
+class PreNet(nnx.Module):
+    """Linear -> SiLU -> Linear (`in_mlp.0`, `in_mlp.2`), causal Whisper layers with RMSNorm, RMSNorm, Linear.
+
+    The checkpoint's `positional_embedding` is not used by the released computation, and not kept here.
+    """
+
+    def __init__(self, key: PRNGKeyArray, cfg: FlowConfig, compute: ComputePolicy):
+        keys = jax.random.split(key, 4)
+        d, out = cfg.prenet_d_model, (CLIPS, None, None)
+
+        def linear(key: PRNGKeyArray, shape: tuple[int, int], axes: tuple[str, str], bias: bool = True) -> Linear:
+            return Linear(key, "btd,df->btf", shape, axes, out=out, compute=compute, bias=bias)
+
+        self.sizes = EncoderSizes(
+            width=d,
+            heads=cfg.prenet_attention_heads,
+            ffn=cfg.prenet_ffn_dim,
+            eps=PRENET_EPS,
+            rows=(CLIPS, None),
+            key_bias=False,
+            causal=True,
+            norm=RMSNorm,
+        )
+        self.in_fc1 = linear(keys[0], (cfg.prenet_in_dim, 4 * d), ("embed", "small"))
+        self.in_fc2 = linear(keys[1], (4 * d, d), ("small", "embed"))
+        self.layers = stack(lambda k: EncoderLayer(k, self.sizes, compute), keys[2], cfg.prenet_layers)
+        self.norm = RMSNorm(d, eps=PRENET_EPS, compute=compute)
+        self.out_proj = linear(keys[3], (d, cfg.prenet_out_dim), ("embed", "small"), bias=False)
+        self.cfg, self.compute = cfg, compute
+
+    def __call__(self, hidden: Float[Array, "b t d"], lengths: Int32[Array, " b"]) -> Float[Array, "b t mels"]:
+        """mu (b, t, mels), zero past each length; as many frames as `hidden`.
+
+        Raises ValueError on shapes that do not fit.
+        """
+        if hidden.shape[-1] != self.cfg.prenet_in_dim or lengths.shape != hidden.shape[:1]:
+            raise ValueError(
+                f"hidden {hidden.shape} and lengths {lengths.shape}: expected (items, frames, "
+                f"{self.cfg.prenet_in_dim}) and (items,)"
+            )
+        hidden, lengths = split_as(hidden, self.compute, CLIPS), split_as(lengths, self.compute, CLIPS)
+        with jax.named_scope("flow_prenet"):
+            x = self.in_fc2(jax.nn.silu(self.in_fc1(hidden)))
+            ids = frames_before(lengths, x.shape[1]).astype(jnp.int32)
+            positions = jnp.zeros_like(ids) + jnp.arange(x.shape[1], dtype=jnp.int32)
+            x = run_encoder(self.layers, x, ids, positions, sizes=self.sizes, compute=self.compute)
+            return keep(self.out_proj(self.norm(x)), lengths)
+
+
+ATTENTION_CHUNK = 100
+KERNEL = 3
+NORM_EPS = 1e-5
+TIME_SCALE = 1000.0
+
+
+def time_features(time: Float[Array, " b"], width: int) -> Float[Array, "b width"]:
+    """[sin, cos] of 1000 t * 10000^(-i / (width/2 - 1)), fp32. width 4: frequencies 1 and 0.0001."""
+    half = width // 2
+    frequency = 10000.0 ** (-jnp.arange(half, dtype=jnp.float32) / (half - 1))
+    angles = TIME_SCALE * time.astype(jnp.float32)[:, None] * frequency
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
+
+
+def chunk_positions(frames: int) -> Int32[Array, " t"]:
+    """A frame's position for attention is its chunk: causal by chunks then means "own chunk or earlier".
+
+    With chunks of 2, frames 0..4 have positions 0 0 1 1 2: frame 2 sees frames 0 to 3.
+    """
+    return jnp.arange(frames, dtype=jnp.int32) // ATTENTION_CHUNK
+
+
+class CausalBlock(nnx.Module):
+    """Causal convolution -> LayerNorm over channels -> Mish (`block.0`, `.2`); zero past the length, in and out."""
+
+    def __init__(self, key: PRNGKeyArray, width_in: int, width: int, compute: ComputePolicy):
+        self.conv = _causal_conv(key, width_in, width, compute)
+        self.norm = LayerNorm(width, eps=NORM_EPS, compute=compute)
+
+    def __call__(self, x: Float[Array, "b t c"], lengths: Int32[Array, " b"]) -> Float[Array, "b t d"]:
+        return keep(jax.nn.mish(self.norm(self.conv(keep(x, lengths)))), lengths)
+
+
+class ResnetBlock(nnx.Module):
+    """Two causal blocks with the time added between them (`mlp.1`), plus a 1x1 shortcut (`res_conv`)."""
+
+    def __init__(self, key: PRNGKeyArray, width_in: int, width: int, compute: ComputePolicy):
+        keys = jax.random.split(key, 4)
+        self.block1 = CausalBlock(keys[0], width_in, width, compute)
+        self.block2 = CausalBlock(keys[1], width, width, compute)
+        self.time_proj = _time_linear(keys[2], (4 * width, width), compute)
+        self.shortcut = Conv1d(keys[3], (1, width_in, width), rows=CLIPS, compute=compute)
+
+    def __call__(
+        self, x: Float[Array, "b t c"], time: Float[Array, "b e"], lengths: Int32[Array, " b"]
+    ) -> Float[Array, "b t d"]:
+        y = self.block1(x, lengths) + self.time_proj(jax.nn.mish(time))[:, None]
+        return self.block2(y, lengths) + self.shortcut(keep(x, lengths))
+
+
+class Stage(nnx.Module):
+    """A ResNet block and `n_blocks` transformer layers: `{down,mid,up}_blocks.i.0` and `.1.j`, j stacked."""
+
+    def __init__(self, key: PRNGKeyArray, width_in: int, sizes: EncoderSizes, n_blocks: int, compute: ComputePolicy):
+        keys = jax.random.split(key)
+        self.resnet = ResnetBlock(keys[0], width_in, sizes.width, compute)
+        self.layers = stack(lambda k: EncoderLayer(k, sizes, compute), keys[1], n_blocks)
+        self.sizes, self.compute = sizes, compute
+
+    def __call__(
+        self, x: Float[Array, "b t c"], time: Float[Array, "b e"], lengths: Int32[Array, " b"]
+    ) -> Float[Array, "b t d"]:
+        with jax.named_scope("resnet"):
+            x = self.resnet(x, time, lengths)
+        ids = frames_before(lengths, x.shape[1]).astype(jnp.int32)
+        positions = jnp.zeros_like(ids) + chunk_positions(x.shape[1])
+        return run_encoder(self.layers, x, ids, positions, sizes=self.sizes, compute=self.compute)
+
+
+class Estimator(nnx.Module):
+    """Down stage -> causal convolution -> mid stages -> up stage on [current, skip] -> causal convolution -> out.
+
+    The skip is the down stage's output before its convolution. Raises ConfigError on more than one resolution.
+    """
+
+    def __init__(self, key: PRNGKeyArray, cfg: FlowConfig, compute: ComputePolicy):
+        if len(cfg.channels) != 1:
+            raise ConfigError(f"flow.channels {cfg.channels}: only one resolution is supported")
+        keys = jax.random.split(key, 9)
+        width, width_in = cfg.channels[0], 2 * cfg.in_channels
+        sizes = EncoderSizes(
+            width=width,
+            heads=cfg.num_heads,
+            ffn=4 * width,
+            eps=NORM_EPS,
+            rows=(CLIPS, None),
+            key_bias=False,
+            query_value_bias=False,
+            causal=True,
+            head_width=cfg.attention_head_dim,
+        )
+        self.time_fc1 = _time_linear(keys[0], (width_in, 4 * width), compute)
+        self.time_fc2 = _time_linear(keys[1], (4 * width, 4 * width), compute)
+        self.down = Stage(keys[2], width_in, sizes, cfg.n_blocks, compute)
+        self.down_conv = _causal_conv(keys[3], width, width, compute)
+        self.mid = stack(lambda k: Stage(k, width, sizes, cfg.n_blocks, compute), keys[4], cfg.num_mid_blocks)
+        self.up = Stage(keys[5], 2 * width, sizes, cfg.n_blocks, compute)
+        self.up_conv = _causal_conv(keys[6], width, width, compute)
+        self.final_block = CausalBlock(keys[7], width, width, compute)
+        self.final_proj = Conv1d(
+            keys[8], (1, width, cfg.in_channels), rows=CLIPS, compute=compute, channels=("embed", "small")
+        )
+        self.cfg, self.compute = cfg, compute
+
+    def __call__(
+        self,
+        x: Float[Array, "b t mels"],
+        mu: Float[Array, "b t mels"],
+        time: Float[Array, " b"],
+        lengths: Int32[Array, " b"],
+    ) -> Float[Array, "b t mels"]:
+        """The velocity (b, t, mels) at `time` (b,) in [0, 1], zero past each length. `mu` zero: no condition.
+
+        Raises ValueError on shapes that do not fit.
+        """
+        self._check(x, mu, time, lengths)
+        x, mu, time, lengths = (split_as(a, self.compute, CLIPS) for a in (x, mu, time, lengths))
+        with jax.named_scope("estimator"):
+            x = jnp.concatenate([x, mu], -1).astype(self.compute.dtype)
+            time = self.time_fc2(jax.nn.silu(self.time_fc1(time_features(time, x.shape[-1]))))
+            with jax.named_scope("down"):
+                skip = self.down(x, time, lengths)
+                x = self.down_conv(keep(skip, lengths))
+            with jax.named_scope("mid"):
+                x, _ = jax.lax.scan(lambda x, stage: (stage(x, time, lengths), None), x, self.mid)
+            with jax.named_scope("up"):
+                x = self.up(jnp.concatenate([x, skip], -1), time, lengths)
+                x = self.up_conv(keep(x, lengths))
+            return keep(self.final_proj(self.final_block(x, lengths)), lengths)
+
+    def _check(self, x: Array, mu: Array, time: Array, lengths: Array) -> None:
+        if x.shape != mu.shape or x.shape[-1] != self.cfg.in_channels:
+            raise ValueError(
+                f"x {x.shape} and mu {mu.shape}: expected the same (items, frames, {self.cfg.in_channels})"
+            )
+        if time.shape != x.shape[:1] or lengths.shape != x.shape[:1]:
+            raise ValueError(f"time {time.shape} and lengths {lengths.shape} do not fit {x.shape[0]} items")
+
+
+def _causal_conv(key: PRNGKeyArray, width_in: int, width: int, compute: ComputePolicy) -> Conv1d:
+    return Conv1d(key, (KERNEL, width_in, width), causal=True, rows=CLIPS, compute=compute)
+
+
+def _time_linear(key: PRNGKeyArray, shape: tuple[int, int], compute: ComputePolicy) -> Linear:
+    return Linear(key, "bd,df->bf", shape, ("small", "embed"), out=(CLIPS, None), compute=compute, bias=True)
 
 
 class FlowDecoder(nnx.Module):

@@ -58,18 +58,26 @@ class LoadedBranches:
 
 
 def load_for_generation(
-    spec: str, *, needed: Iterable[str] = ("llm",), mesh: Mesh | None = None, dtype: str = "float32"
+    spec: str,
+    *,
+    needed: Iterable[str] = ("llm",),
+    only: Iterable[str] | None = None,
+    mesh: Mesh | None = None,
+    dtype: str = "float32",
 ) -> LoadedBranches:
     """Every branch that `spec` has: `DIR` (a checkpoint or a workdir, whose newest good step counts), or by branch.
 
     What computes language (`llm`, `vision`, `audio_head`) comes in `dtype`; what hears and speaks in fp32, as its codes
     must be those of training. `mesh` (default: one device) is what they are placed on. A vocoder lies beside `flow`
-    unless it is named.
+    unless it is named. `only` leaves all other branches where they are.
 
     Raises ConfigError: a branch of `needed`, or one named, that is nowhere; a damaged file; checkpoints whose
     audio codes are not the same.
     """
     folders = _folders(spec)
+    if only is not None:
+        wanted = set(only)
+        folders = {name: folder for name, folder in folders.items() if name in wanted}
     if missing := [name for name in needed if name not in folders]:
         raise ConfigError(f"checkpoint {spec!r} has no branch {missing[0]}; it has {', '.join(folders) or 'none'}")
     cfg = _joined_config(folders)

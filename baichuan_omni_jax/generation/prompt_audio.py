@@ -4,15 +4,15 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int32
 
-from baichuan_omni_jax.audio.model import AudioTokenizer
+from baichuan_omni_jax.audio.encoder import AudioEncoderBranch
 from baichuan_omni_jax.audio.tokenize import WindowEncoder
 from baichuan_omni_jax.generation.events import Prompt
 
 
 class Hearing:
-    """`AudioTokenizer` for prompts, on `mesh`. One program for each of the lengths that windows are padded to."""
+    """`AudioEncoderBranch` for prompts, on `mesh`. One program for each of the lengths that windows are padded to."""
 
-    def __init__(self, tokenizer: AudioTokenizer, mesh: Mesh):
+    def __init__(self, tokenizer: AudioEncoderBranch, mesh: Mesh):
         self._cfg = tokenizer.cfg
         # One window a device: a prompt has few, and empty places cost as much as taken ones.
         self._encode = WindowEncoder(tokenizer, mesh, windows_per_device=1)

@@ -13,18 +13,17 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Float32, Int32, PRNGKeyArray
 
 from baichuan_omni_jax.audio.decoder import AudioDecoder
-from baichuan_omni_jax.audio.quantizer import ResidualQuantizer
+from baichuan_omni_jax.audio.encoder import ResidualQuantizer
 from baichuan_omni_jax.branches import SPEECH_BRANCHES
 from baichuan_omni_jax.config import MeshConfig, OmniConfig
 from baichuan_omni_jax.config.mel_targets import flow_target
 from baichuan_omni_jax.errors import ConfigError
-from baichuan_omni_jax.flow.model import FlowDecoder
-from baichuan_omni_jax.flow.sampler import sample_around
-from baichuan_omni_jax.flow.unet import ATTENTION_CHUNK
+from baichuan_omni_jax.flow.matching import sample_around
+from baichuan_omni_jax.flow.model import ATTENTION_CHUNK, FlowDecoder
 from baichuan_omni_jax.generation.crossfade import SECONDS, CrossFade
 from baichuan_omni_jax.sharding import make_mesh
-from baichuan_omni_jax.vocoder import griffin_lim
 from baichuan_omni_jax.vocoder.model import reach
+from baichuan_omni_jax.vocoder.stft import GRIFFIN_LIM_REACH, griffin_lim
 from baichuan_omni_jax.vocoder.streaming import HiftWindow, WaveStream, Window, window_wave
 
 WINDOW = 4
@@ -76,7 +75,7 @@ class Speaker:
         self.chunk = math.lcm(ATTENTION_CHUNK, states) // states
         self.frames = self.chunk * states  # mel frames of a chunk
         self.fade = round(SECONDS * self.rate)
-        self.reach = reach(self._hift.cfg) if self._hift else griffin_lim.REACH
+        self.reach = reach(self._hift.cfg) if self._hift else GRIFFIN_LIM_REACH
 
     def stream(self) -> "SpeechStream":
         """A new stream, with a state of its own; any number may be in use."""
@@ -112,7 +111,7 @@ class Speaker:
     def windows(self, frames: int) -> Window:
         """What makes the waveform of windows of at most `frames` mel frames of one stretch."""
         if self._hift is None:
-            return lambda mel, start, last: griffin_lim.griffin_lim(mel, self.settings)
+            return lambda mel, start, last: griffin_lim(mel, self.settings)
         return HiftWindow(partial(self._window_wave, self._hift, self._keys[1]), self._hift.cfg, frames)
 
     def wave_stream(self) -> WaveStream:

@@ -14,11 +14,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
 from baichuan_omni_jax.llm.config import AudioHeadConfig
-from baichuan_omni_jax.nn.encoder import gelu
-from baichuan_omni_jax.nn.linear import Linear
-from baichuan_omni_jax.nn.norm import RMSNorm
+from baichuan_omni_jax.nn.layers import RMSNorm, gelu
+from baichuan_omni_jax.nn.linear import Linear, gather_weight, look_up, product
 from baichuan_omni_jax.nn.param import Buffer, ComputePolicy, normal, split_as, stack, use
-from baichuan_omni_jax.nn.products import gather_weight, look_up, product
 from baichuan_omni_jax.nn.remat import remat
 
 STREAM = ("batch", "media", None)

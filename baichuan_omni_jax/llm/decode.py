@@ -12,16 +12,14 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
+from baichuan_omni_jax.kernels.backends import platform_of
 from baichuan_omni_jax.kernels.flash_attention import BlockPlan, Segments, flash_attention, plan_blocks
-from baichuan_omni_jax.kernels.platform import platform_of
 from baichuan_omni_jax.llm.config import LLMConfig
 from baichuan_omni_jax.llm.kv_cache import KVCache, LayerCache, attend, read, write
 from baichuan_omni_jax.llm.model import DecoderLayer, LanguageModel
-from baichuan_omni_jax.nn.bits import as_bits, from_bits
-from baichuan_omni_jax.nn.linear import Linear
-from baichuan_omni_jax.nn.norm import RMSNorm
+from baichuan_omni_jax.nn.layers import RMSNorm, rope_angles, rotate
+from baichuan_omni_jax.nn.linear import Linear, as_bits, from_bits
 from baichuan_omni_jax.nn.param import ComputePolicy, split_as, use
-from baichuan_omni_jax.nn.rope import rope_angles, rotate
 
 STREAM = ("batch", None, None)
 HEADS = ("batch", None, "act_heads", None)

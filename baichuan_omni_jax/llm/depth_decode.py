@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 from baichuan_omni_jax.llm.audio_head import AudioHeadBranch, DepthLayer
-from baichuan_omni_jax.nn.encoder import gelu
+from baichuan_omni_jax.nn.layers import gelu
 from baichuan_omni_jax.nn.linear import Linear
 from baichuan_omni_jax.nn.param import use
 

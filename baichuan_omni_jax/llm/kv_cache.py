@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32, Shaped
 
 from baichuan_omni_jax.llm.config import LLMConfig
-from baichuan_omni_jax.nn.bits import as_bits, from_bits
+from baichuan_omni_jax.nn.linear import as_bits, from_bits
 from baichuan_omni_jax.nn.param import ComputePolicy
 from baichuan_omni_jax.sharding import check_divisible
 

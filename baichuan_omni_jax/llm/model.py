@@ -15,13 +15,10 @@ from jaxtyping import Array, Float, Int32, PRNGKeyArray
 from baichuan_omni_jax.kernels.flash_attention import BlockPlan, Segments, flash_attention, plan_blocks, whole_keys
 from baichuan_omni_jax.llm.config import LLMConfig
 from baichuan_omni_jax.llm.special_rows import SpecialRows
-from baichuan_omni_jax.nn.chunking import map_chunks
-from baichuan_omni_jax.nn.linear import Linear
-from baichuan_omni_jax.nn.norm import RMSNorm
+from baichuan_omni_jax.nn.layers import RMSNorm, rope_angles, rotate
+from baichuan_omni_jax.nn.linear import Gathered, Linear, gather_rows, gather_weight, look_up, narrow, product
 from baichuan_omni_jax.nn.param import ComputePolicy, gather, normal, stack
-from baichuan_omni_jax.nn.products import Gathered, gather_rows, gather_weight, look_up, narrow, product
-from baichuan_omni_jax.nn.remat import remat
-from baichuan_omni_jax.nn.rope import rope_angles, rotate
+from baichuan_omni_jax.nn.remat import map_chunks, remat
 
 STREAM = ("batch", "length", "act_embed")
 HEADS = ("batch", "length", "act_heads", None)

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+from baichuan_omni_jax.nn.linear import gather_rows, look_up
 from baichuan_omni_jax.nn.param import ComputePolicy
-from baichuan_omni_jax.nn.products import gather_rows, look_up
 
 # Logical axes of rows: few, so never split by vocabulary.
 ROWS = ("codes", "embed")

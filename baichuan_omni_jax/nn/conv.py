@@ -1,13 +1,42 @@
-"""1-D convolutions over the time axis, as one matrix product over windows: channels last, weight (kernel, in, out)."""
+"""The time axis: items of different lengths in one array, and 1-D convolutions. Channels last.
+
+Items of different lengths in one array: which frames are an item's own, and nearest resizing.
+
+1-D convolutions over the time axis, as one matrix product over windows: channels last, weight (kernel, in, out).
+"""
 
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray
 
-from baichuan_omni_jax.nn.linear import Linear
+from baichuan_omni_jax.nn.linear import Gathered, Linear, add_bias, gather_weight, product
 from baichuan_omni_jax.nn.param import ComputePolicy, normal, zeros
-from baichuan_omni_jax.nn.products import Gathered, add_bias, gather_weight, product
+
+
+def frames_before(lengths: Int32[Array, " m"], frames: int) -> Bool[Array, "m t"]:
+    """True for the first `lengths[i]` of `frames` frames: lengths [1, 3], 3 frames -> [[1, 0, 0], [1, 1, 1]]."""
+    return jnp.arange(frames) < lengths[:, None]
+
+
+def keep(x: Float[Array, "m t ..."], lengths: Int32[Array, " m"]) -> Float[Array, "m t ..."]:
+    """`x`, zero past each item's length."""
+    real = frames_before(lengths, x.shape[1])
+    return jnp.where(real.reshape(*real.shape, *[1] * (x.ndim - 2)), x, 0)
+
+
+def resize_nearest(
+    x: Float[Array, "m t c"], lengths: Int32[Array, " m"], new_lengths: Int32[Array, " m"], frames: int
+) -> Float[Array, "m s c"]:
+    """Each item's first `lengths` frames stretched to `new_lengths`, in an array of `frames` frames.
+
+    Frame i is frame floor(i * (length / new length)) of the input, the ratio rounded to fp32 as PyTorch does; past the
+    new length it repeats the last one. 4 frames to 3: frames 0, 1, 2 of [0, 1.33, 2.67].
+    """
+    ratio = lengths.astype(jnp.float32) / jnp.maximum(new_lengths, 1).astype(jnp.float32)
+    index = jnp.floor(jnp.arange(frames, dtype=jnp.float32) * ratio[:, None]).astype(jnp.int32)
+    last = jnp.maximum(lengths - 1, 0)
+    return jnp.take_along_axis(x, jnp.minimum(index, last[:, None])[..., None], 1)
 
 
 class Conv1d(nnx.Module):
@@ -69,7 +98,7 @@ class TransposedConv1d(nnx.Module):
 
     def __call__(self, x: Float[Array, "b t c"]) -> Float[Array, "b s d"]:
         pieces = transposed_pieces(x, gather_weight(self.weight, self.compute), self.rows, self.compute)
-        spec = self.compute.rules.spec(self.rows, None, None)
+        spec = self.compute.spec(self.rows, None, None)
         return add_bias(overlap_add(pieces, self.stride, spec), self.bias, self.compute)
 
 
@@ -77,11 +106,11 @@ def transposed_pieces(
     x: Float[Array, "b t c"], weight: Gathered, rows: str | None, compute: ComputePolicy
 ) -> Float[Array, "b t k d"]:
     """What every frame of `x` adds to the output of a transposed convolution; `weight` is (k, c, d)."""
-    spec = compute.rules.spec(rows, None, None, None)
+    spec = compute.spec(rows, None, None, None)
     return product("btc,kcd->btkd", x.astype(weight.value.dtype), weight, out=spec)
 
 
-def overlap_add(pieces: Float[Array, "b t k d"], stride: int, spec: PartitionSpec) -> Float[Array, "b s d"]:
+def overlap_add(pieces: Float[Array, "b t k d"], stride: int, spec: PartitionSpec | None) -> Float[Array, "b s d"]:
     """The sum of pieces of k frames that start `stride` frames apart: (t - 1) stride + k frames, split as `spec`.
 
     Pieces are cut in blocks of `stride` frames, and block j of piece i lands in block i + j of the result: no scatter.
@@ -89,7 +118,7 @@ def overlap_add(pieces: Float[Array, "b t k d"], stride: int, spec: PartitionSpe
     b, t, k, d = pieces.shape
     blocks = -(-k // stride)
     pieces = jnp.pad(pieces, ((0, 0), (0, 0), (0, blocks * stride - k), (0, 0)))
-    total = 0
+    total = jnp.zeros((), pieces.dtype)
     for j in range(blocks):
         block = pieces[:, :, j * stride : (j + 1) * stride]
         total = total + jnp.pad(block, ((0, 0), (j, blocks - 1 - j), (0, 0), (0, 0)))

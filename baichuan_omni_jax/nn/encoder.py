@@ -12,21 +12,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
 from baichuan_omni_jax.kernels.flash_attention import BlockPlan, Segments, flash_attention, plan_blocks
+from baichuan_omni_jax.nn.layers import LayerNorm, RMSNorm, gelu, rotate
 from baichuan_omni_jax.nn.linear import Linear
-from baichuan_omni_jax.nn.norm import LayerNorm, RMSNorm
 from baichuan_omni_jax.nn.param import ComputePolicy
 from baichuan_omni_jax.nn.remat import remat
-from baichuan_omni_jax.nn.rope import rotate
-
-
-def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """x * Phi(x), by the error function."""
-    return jax.nn.gelu(x, approximate=False)
-
-
-def quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """x * sigmoid(1.702 x)."""
-    return x * jax.nn.sigmoid(1.702 * x)
 
 
 @dataclass(frozen=True, kw_only=True)

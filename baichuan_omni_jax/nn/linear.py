@@ -1,12 +1,142 @@
-"""A weight and its einsum."""
+"""Linear layers and embedding lookups that compute in a narrow dtype and collect their gradients in fp32.
+
+Products with weights that compute in a narrow dtype and collect their gradients in fp32.
+
+A weight is stored in fp32 and used as bf16. Differentiated as it stands, `einsum(x, weight)` gives a gradient of the
+weight's dtype: every piece of a row adds to a sum in bf16, and so does every device. Each addition rounds to 8 bits, so
+what is lost grows with pieces and devices. Here a weight comes with a second array, its *sink*: fp32 zeros that no
+forward pass reads. The backward pass of a product gives the sink the gradient, as the fp32 that the matrix unit sums
+in. Loops and devices then add fp32 numbers, and what arrives at the stored parameter was never rounded.
+
+    stored fp32 --cast, gather--> value bf16 --.
+           ^                                    product --> y
+           '---- reshard <------ sink fp32 <---'            (backward: d sink = x^T dy, fp32)
+
+Rows of 16-bit tables, moved as bits on a CPU: XLA's CPU casts a whole bf16 table to fp32 to read or write a row.
+
+Elsewhere nothing is changed: a TPU would copy the whole table, cast or not.
+
+A weight and its einsum.
+"""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, PRNGKeyArray
+from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int32, PRNGKeyArray, Shaped
 
+from baichuan_omni_jax.kernels.backends import platform_of
 from baichuan_omni_jax.nn.param import ComputePolicy, normal, zeros
-from baichuan_omni_jax.nn.products import Gathered, add_bias, gather_weight, product
+from baichuan_omni_jax.sharding import parameter_axes, place, placement
+
+
+class Gathered(NamedTuple):
+    """A weight to compute with: `value` in the compute dtype, and `sink` of its shape, where its gradient is summed."""
+
+    value: Float[Array, "..."]
+    sink: Float[Array, "..."]
+
+
+def gather_weight(parameter: nnx.Variable, compute: ComputePolicy) -> Gathered:
+    """The parameter in the compute dtype, whole over `data, fsdp, context`. Cast first: half the bytes travel."""
+    return gather_rows(parameter[...], parameter_axes(parameter), compute)
+
+
+def gather_rows(value: Float[Array, "..."], axes: tuple[str, ...], compute: ComputePolicy) -> Gathered:
+    """The same of a stored array, or of rows of it; `axes` are its logical axes."""
+    with jax.named_scope("gather_weight"):
+        return narrow(value, compute.dtype, compute.rules.gathered_spec(*axes))
+
+
+def narrow(value: Float[Array, "..."], dtype: DTypeLike, spec: PartitionSpec | None = None) -> Gathered:
+    """`value` in `dtype`, placed as `spec` (default: where it is); its gradient comes back placed as it was."""
+    stored = jax.typeof(value)
+    target = stored.sharding.spec if spec is None else spec
+
+    @jax.custom_vjp
+    def narrowed(value):
+        small = place(value.astype(dtype), target)
+        return Gathered(small, jnp.zeros_like(small, jnp.float32))
+
+    def backward(_, cotangent: Gathered):
+        total = cotangent.sink + cotangent.value.astype(jnp.float32)
+        return (place(total, stored.sharding.spec).astype(stored.dtype),)
+
+    narrowed.defvjp(lambda value: (narrowed(value), None), backward)
+    return narrowed(value)
+
+
+def product(
+    equation: str,
+    x: Float[Array, "..."],
+    weight: Gathered,
+    *,
+    out: PartitionSpec | None,
+    dtype: DTypeLike | None = None,
+) -> Float[Array, "..."]:
+    """`einsum(equation, x, weight)`, placed as `out`, in `dtype` (default: x's and the weight's); fp32 weight gradient.
+
+    Every letter of an operand is one of the other operand's or of the result's: "btd,df->btf".
+    """
+    operands, result = equation.split("->")
+    left, right = operands.split(",")
+    of_x, of_weight = jax.typeof(x), placement(jax.typeof(weight.value).sharding.spec)
+
+    @jax.custom_vjp
+    def multiply(x, value, sink):
+        return jnp.einsum(equation, x, value, out_sharding=out, preferred_element_type=dtype)
+
+    def backward(kept, dy):
+        x, value = kept
+        dx = jnp.einsum(f"{result},{right}->{left}", dy, value, out_sharding=placement(of_x.sharding.spec))
+        # The result's type is the sum's: over positions here, and over the devices that have the other positions.
+        gradient = jnp.einsum(
+            f"{left},{result}->{right}", x, dy, out_sharding=of_weight, preferred_element_type=jnp.float32
+        )
+        return dx.astype(of_x.dtype), None, gradient
+
+    multiply.defvjp(lambda x, value, sink: (multiply(x, value, sink), (x, value)), backward)
+    return multiply(x, *weight)
+
+
+def look_up(table: Gathered, rows: Int32[Array, "..."], *, out: PartitionSpec | None) -> Float[Array, "... d"]:
+    """`table[rows]`, placed as `out`. The gradients of a row's many places are summed in fp32."""
+
+    @jax.custom_vjp
+    def take(value, sink, rows):
+        return value.at[rows].get(out_sharding=out)
+
+    def backward(kept, dy):
+        value, rows = kept
+        zeros = jnp.zeros_like(value, jnp.float32)
+        _, scatter = jax.vjp(lambda table: table.at[rows].get(out_sharding=out), zeros)
+        return None, *scatter(dy.astype(jnp.float32)), None
+
+    take.defvjp(lambda value, sink, rows: (take(value, sink, rows), (value, rows)), backward)
+    return take(*table, rows)
+
+
+def add_bias(y: Float[Array, "... d"], bias: nnx.Variable, compute: ComputePolicy) -> Float[Array, "... d"]:
+    """`y + bias` in y's dtype; the bias is rounded to the compute dtype, its gradient is summed in fp32."""
+    small = gather_weight(bias, compute)
+    # Only the sink is differentiated: the value's gradient would be a second one of the same bias.
+    wide = jax.lax.stop_gradient(small.value).astype(jnp.float32) + small.sink
+    return (y.astype(jnp.float32) + wide).astype(y.dtype)
+
+
+def as_bits(x: Shaped[Array, "*dims"]) -> Shaped[Array, "*dims"]:
+    """The same bits as uint16 where `x` is of a 16-bit type and on a CPU, else `x`."""
+    tricked = x.dtype.itemsize == 2 and platform_of(x) == "cpu"
+    return jax.lax.bitcast_convert_type(x, jnp.uint16) if tricked else x
+
+
+def from_bits(bits: Shaped[Array, "*dims"], dtype: DTypeLike) -> Shaped[Array, "*dims"]:
+    """Undoes `as_bits` of an array of `dtype`."""
+    return bits if bits.dtype == dtype else jax.lax.bitcast_convert_type(bits, dtype)
 
 
 class Linear(nnx.Module):
@@ -42,7 +172,7 @@ class Linear(nnx.Module):
     def __call__(self, x: Float[Array, "..."], weight: Gathered | None = None) -> Float[Array, "..."]:
         """`weight` is the own one, gathered already: for use inside a loop over pieces of a row."""
         weight = self.gathered() if weight is None else weight
-        spec = self.compute.rules.spec(*self.out)
+        spec = self.compute.spec(*self.out)
         y = product(self.equation, x.astype(self.compute.dtype), weight, out=spec)
         return y if self.bias is None else add_bias(y, self.bias, self.compute)
 

@@ -2,16 +2,20 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import reshard
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from baichuan_omni_jax.sharding import ShardingRules, parameter_axes
+from baichuan_omni_jax.kernels.backends import Implementation
+from baichuan_omni_jax.sharding import ShardingRules, parameter_axes, place, placement
+
+# The logical axis that clips, one item of sound or speech each, are split along.
+CLIPS = "batch"
 
 Module = TypeVar("Module")
 
@@ -27,9 +31,13 @@ class ComputePolicy:
     rules: ShardingRules = ShardingRules()
     dtype: jnp.dtype = jnp.dtype("float32")
     remat: str = "full"
-    attention: str | None = None
+    attention: Implementation | None = None
     attention_block: int = 512
     mlp_chunk: int = 0
+
+    def spec(self, *names: str | None) -> PartitionSpec | None:
+        """Returns how an array of these logical axes is split, for `out_sharding=`; None where no mesh is set."""
+        return placement(self.rules.spec(*names))
 
 
 def normal(key: PRNGKeyArray, shape: tuple[int, ...], axes: tuple[str, ...], *, std: float = 0.02) -> nnx.Param:
@@ -60,7 +68,7 @@ def use(parameter: nnx.Variable, compute: ComputePolicy, dtype: DTypeLike | None
 def gather(value: Float[Array, "..."], axes: Sequence[str], compute: ComputePolicy) -> Float[Array, "..."]:
     """A parameter's value, or rows of it, whole over `fsdp` and `context`; `axes` are its logical axes."""
     with jax.named_scope("gather_weight"):
-        return reshard(value, compute.rules.gathered_spec(*axes))
+        return place(value, compute.rules.gathered_spec(*axes))
 
 
 def split_as(x: Array, compute: ComputePolicy, *names: str | None) -> Array:
@@ -68,7 +76,26 @@ def split_as(x: Array, compute: ComputePolicy, *names: str | None) -> Array:
 
     Free when it already is: the door of a branch, so that a caller may hand in arrays of any placement.
     """
-    return reshard(x, compute.rules.spec(*names, *[None] * (x.ndim - len(names))))
+    return place(x, compute.rules.spec(*names, *[None] * (x.ndim - len(names))))
+
+
+def initialize(make: Callable[..., Module], key: PRNGKeyArray, *sizes: Any) -> Module:
+    """Constructs `make(key, *sizes)` in one compiled program: eagerly each of its arrays would be a program of its own.
+
+    >>> from baichuan_omni_jax.nn.layers import RMSNorm
+    >>> norm = initialize(lambda key: RMSNorm(4, eps=1e-6, compute=ComputePolicy()), jax.random.key(0))
+    >>> norm(jnp.ones((1, 4))).shape
+    (1, 4)
+
+    Args:
+        make: a module's class, such as `VisionModel`, or a function that constructs it.
+        key: the random key of its weights.
+        sizes: what the constructor takes beside the key: its configuration and the `ComputePolicy`.
+
+    Returns:
+        The module, parameters in fp32: on the mesh in use, or on the default device where none is set.
+    """
+    return jax.jit(lambda key: make(key, *sizes))(key)
 
 
 def stack(make: Callable[[PRNGKeyArray], Module], key: PRNGKeyArray, count: int) -> Module:

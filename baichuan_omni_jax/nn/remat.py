@@ -1,11 +1,23 @@
-"""What a scanned layer keeps for its backward pass, by name."""
+"""Trading computation for memory: what a layer keeps for its backward pass, and rows worked through in chunks.
+
+What a scanned layer keeps for its backward pass, by name.
+
+Working through a row piece by piece, so that wide intermediates exist for one piece at a time.
+
+Every context shard cuts its own part of the row, so all shards work on each piece together:
+8 positions, 2 shards, chunk 2:  piece 0 = positions 0 1 | 4 5, piece 1 = positions 2 3 | 6 7.
+"""
 
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Shaped
 
 from baichuan_omni_jax.errors import ConfigError
-from baichuan_omni_jax.kernels.flash_attention.residuals import ATTENTION_OUT
+from baichuan_omni_jax.kernels.flash_attention.plan import ATTENTION_OUT
+from baichuan_omni_jax.sharding import ShardingRules, axis_product, placement
 
 POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -22,3 +34,59 @@ def remat(function: Callable, policy: str) -> Callable:
     if policy not in POLICIES:
         raise ConfigError(f"compute.remat {policy!r} is not one of {', '.join(POLICIES)}")
     return function if policy == "none" else jax.checkpoint(function, policy=POLICIES[policy])
+
+
+def split_chunks(x: Shaped[Array, "b t ..."], chunk: int, rules: ShardingRules) -> Shaped[Array, "pieces b p ..."]:
+    """(b, t, ...) -> (pieces, b, shards * c, ...); c is the largest divisor of a shard's part that is <= chunk."""
+    mesh = jax.typeof(x).sharding.mesh
+    shards = 1 if mesh.empty else axis_product(mesh, rules.axes("length"))
+    local = x.shape[1] // shards
+    size = _largest_divisor(local, chunk)
+    rest = x.shape[2:]
+    x = x.reshape(x.shape[0], shards, local // size, size, *rest, out_sharding=placement(_spec(rules)))
+    x = jnp.moveaxis(x, 2, 0)
+    batch, length = _spec(rules)
+    return x.reshape(x.shape[0], x.shape[1], shards * size, *rest, out_sharding=placement(P(None, batch, length)))
+
+
+def join_chunks(pieces: Float[Array, "pieces b p ..."], rules: ShardingRules) -> Float[Array, "b t ..."]:
+    """The inverse of `split_chunks`."""
+    mesh = jax.typeof(pieces).sharding.mesh
+    shards = 1 if mesh.empty else axis_product(mesh, rules.axes("length"))
+    count, b, piece, *rest = pieces.shape
+    batch, length = _spec(rules)
+    x = pieces.reshape(count, b, shards, piece // shards, *rest, out_sharding=placement(P(None, batch, length)))
+    return jnp.moveaxis(x, 0, 2).reshape(b, count * piece, *rest, out_sharding=placement(P(batch, length)))
+
+
+def split_parts(x: Shaped[Array, "n ..."], count: int) -> Shaped[Array, "parts m ..."]:
+    """(n, ...) -> (count, n / count, ...): every device cuts what it has of the first dim, so nothing moves.
+
+    8 rows on 2 devices, count 2: part 0 = rows 0 1 | 4 5, part 1 = rows 2 3 | 6 7. `count` divides a device's rows.
+    """
+    sharding = jax.typeof(x).sharding
+    first, *rest = sharding.spec if x.ndim == len(sharding.spec) else (None,) * x.ndim
+    axes = () if first is None else (first,) if isinstance(first, str) else first
+    shards = 1 if sharding.mesh.empty else axis_product(sharding.mesh, axes)
+    x = x.reshape(shards, count, -1, *x.shape[1:], out_sharding=placement(P(first, None, None, *rest)))
+    return jnp.moveaxis(x, 1, 0).reshape(count, -1, *x.shape[3:], out_sharding=placement(P(None, first, *rest)))
+
+
+def map_chunks(
+    function: Callable[[Array], Array], x: Float[Array, "b t d"], chunk: int, rules: ShardingRules
+) -> Float[Array, "b t e"]:
+    """`function` of each piece (b, p, d), recomputed in the backward pass; `chunk` 0 applies it to the whole row."""
+    if not chunk:
+        return function(x)
+    _, pieces = jax.lax.scan(
+        lambda _, piece: (None, jax.checkpoint(function)(piece)), None, split_chunks(x, chunk, rules)
+    )
+    return join_chunks(pieces, rules)
+
+
+def _spec(rules: ShardingRules) -> P:
+    return rules.spec("batch", "length")
+
+
+def _largest_divisor(length: int, at_most: int) -> int:
+    return max(size for size in range(1, min(length, at_most) + 1) if length % size == 0)

@@ -15,15 +15,15 @@ from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray
 
 from baichuan_omni_jax.audio.codebook_training import CodebookState
 from baichuan_omni_jax.audio.decoder import AudioDecoder, DecodedAudio
-from baichuan_omni_jax.audio.model import AudioTokenizer
+from baichuan_omni_jax.audio.encoder import AudioEncoderBranch
+from baichuan_omni_jax.audio.mel_training import MelTarget
 from baichuan_omni_jax.audio.quantizer_training import Quantized, quantize_in_training
-from baichuan_omni_jax.audio.reconstruction import MelTarget
 from baichuan_omni_jax.branches import AUDIO_TOKENIZER_BRANCHES, build_branch
 from baichuan_omni_jax.config import OmniConfig
 from baichuan_omni_jax.config.audio import QuantizerConfig
 from baichuan_omni_jax.llm.model import LanguageModel
+from baichuan_omni_jax.nn.layers import RMSNorm
 from baichuan_omni_jax.nn.linear import Linear
-from baichuan_omni_jax.nn.norm import RMSNorm
 from baichuan_omni_jax.nn.param import ComputePolicy, split_as
 from baichuan_omni_jax.omni.batch import Batch
 from baichuan_omni_jax.omni.merge import merge_media
@@ -54,7 +54,7 @@ class TranscriptAdapter(nnx.Module):
 class TokenizerModel(nnx.Module):
     """`audio_encoder`, `audio_decoder` and, with `reads`, the frozen `llm` behind a `transcript_adapter`."""
 
-    audio_encoder: AudioTokenizer
+    audio_encoder: AudioEncoderBranch
     audio_decoder: AudioDecoder
     transcript_adapter: TranscriptAdapter
     llm: LanguageModel

@@ -6,8 +6,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
 from baichuan_omni_jax.audio.decoder import AudioDecoder
-from baichuan_omni_jax.audio.model import AudioTokenizer
-from baichuan_omni_jax.audio.reconstruction import MelTarget
+from baichuan_omni_jax.audio.encoder import AudioEncoderBranch
+from baichuan_omni_jax.audio.mel_training import MelTarget
 from baichuan_omni_jax.branches import FLOW_MATCHING_BRANCHES, build_branch
 from baichuan_omni_jax.config import OmniConfig
 from baichuan_omni_jax.flow.model import FlowDecoder
@@ -18,7 +18,7 @@ from baichuan_omni_jax.omni.audio_tokenizer_model import Clips
 class VoiceModel(nnx.Module):
     """`audio_encoder`, `audio_decoder` and `flow`: what makes a mel of 24 kHz from a clip, by way of its codes."""
 
-    audio_encoder: AudioTokenizer
+    audio_encoder: AudioEncoderBranch
     audio_decoder: AudioDecoder
     flow: FlowDecoder
 

@@ -15,12 +15,12 @@ from jax.sharding import PartitionSpec as P
 from jax.sharding import reshard
 from jaxtyping import Array, Float, Float32, Int32, UInt8
 
-from baichuan_omni_jax.audio.reconstruction import SAME_RATE, MelTarget, frames_covered
+from baichuan_omni_jax.audio.mel_training import SAME_RATE, MelTarget, frames_covered
 from baichuan_omni_jax.config import OmniConfig, RunConfig
 from baichuan_omni_jax.config.mel_targets import decoded_target, flow_target, run_mel_targets
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.evaluation.audio_scores import SAMPLING_SEED
-from baichuan_omni_jax.flow.sampler import sample_mel
+from baichuan_omni_jax.flow.matching import sample_mel
 from baichuan_omni_jax.omni.audio_tokenizer_model import clips_of, mel_targets_of
 from baichuan_omni_jax.omni.batch import Batch
 from baichuan_omni_jax.omni.flow_matching_model import beside

@@ -9,8 +9,8 @@ from jaxtyping import Array, Float, Int32
 
 from baichuan_omni_jax.llm.model import LanguageModel
 from baichuan_omni_jax.llm.special_rows import ROWS
-from baichuan_omni_jax.nn.chunking import split_parts
-from baichuan_omni_jax.nn.products import Gathered, product
+from baichuan_omni_jax.nn.linear import Gathered, product
+from baichuan_omni_jax.nn.remat import split_parts
 from baichuan_omni_jax.sharding import ShardingRules, axis_product
 
 # The logit of what cannot be chosen: finite, as a piece of the vocabulary may hold nothing else.

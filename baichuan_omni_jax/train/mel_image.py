@@ -6,7 +6,7 @@ from fractions import Fraction
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from baichuan_omni_jax.audio.reconstruction import SAME_RATE, same_moments
+from baichuan_omni_jax.audio.mel_training import SAME_RATE, same_moments
 
 # Colours from the least to the greatest value: black, violet, red, orange, pale yellow.
 _COLOURS = np.array([[0, 0, 4], [81, 18, 124], [183, 55, 121], [252, 137, 97], [252, 253, 191]])

@@ -17,7 +17,7 @@ from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.nn.param import ComputePolicy
 from baichuan_omni_jax.sharding import make_mesh
 from baichuan_omni_jax.vocoder.config import VocoderConfig, read_vocoder_config
-from baichuan_omni_jax.vocoder.griffin_lim import griffin_lim
+from baichuan_omni_jax.vocoder.stft import griffin_lim
 from baichuan_omni_jax.vocoder.streaming import HiftWindow, window_wave
 
 _FRAMES = 250  # mels are padded to a multiple of it, so that few programs are compiled

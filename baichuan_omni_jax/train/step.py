@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, Bool
 
 from baichuan_omni_jax.config import RunConfig
-from baichuan_omni_jax.nn.chunking import split_parts
+from baichuan_omni_jax.nn.remat import split_parts
 from baichuan_omni_jax.omni.batch import Batch
 from baichuan_omni_jax.train.state import Arrays, OptState, StepSpec
 from baichuan_omni_jax.train.tasks import Moved

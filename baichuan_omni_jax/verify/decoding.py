@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from baichuan_omni_jax.flow.sampler import sample_mel
+from baichuan_omni_jax.flow.matching import sample_mel
 from baichuan_omni_jax.verify.fixtures import Fixtures
 from baichuan_omni_jax.verify.golden import TOLERANCE, Golden
 

@@ -5,12 +5,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
-from baichuan_omni_jax.nn.conv import overlap_add, transposed_pieces
-from baichuan_omni_jax.nn.lengths import keep
-from baichuan_omni_jax.nn.param import ComputePolicy, normal, ones, use, zeros
-from baichuan_omni_jax.nn.products import narrow
+from baichuan_omni_jax.nn.conv import keep, overlap_add, transposed_pieces
+from baichuan_omni_jax.nn.linear import narrow
+from baichuan_omni_jax.nn.param import CLIPS, ComputePolicy, normal, ones, use, zeros
 
-CLIPS = "batch"
 # 13 M parameters in layers as narrow as 4 channels: whole on every device.
 WHOLE = ("small", "small", "small")
 SNAKE_EPS = 1e-9
@@ -64,7 +62,7 @@ class NormedTransposedConv1d(nnx.Module):
     def __call__(self, x: Float[Array, "b t c"]) -> Float[Array, "b s d"]:
         weight = normed(self.weight_v, self.weight_g, self.compute, over=(0, 2), scaled=1)
         pieces = transposed_pieces(x, narrow(weight, weight.dtype), CLIPS, self.compute)
-        y = overlap_add(pieces, self.stride, self.compute.rules.spec(CLIPS, None, None))
+        y = overlap_add(pieces, self.stride, self.compute.spec(CLIPS, None, None))
         return y[:, self.cut : self.cut + x.shape[1] * self.stride] + use(self.bias, self.compute)
 
 

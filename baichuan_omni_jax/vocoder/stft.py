@@ -1,15 +1,17 @@
 """Short-time Fourier transform and its inverse: periodic Hann window, centered frames, as products with small tables.
 
 Each item has its own length: its signal is mirrored at its own end, and its windows are added up as if it were alone.
+
+A waveform from a mel without a trained vocoder: phases by Griffin and Lim's iteration. Rough, but audible.
 """
 
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Float32, Int32
 
-from baichuan_omni_jax.nn.conv import overlap_add
-from baichuan_omni_jax.nn.lengths import frames_before, keep
+from baichuan_omni_jax.config.mel_targets import HIGHEST, MelTargetSpec
+from baichuan_omni_jax.nn.conv import frames_before, keep, overlap_add
 
 
 def hann(n_fft: int) -> Float[np.ndarray, " n"]:
@@ -18,7 +20,7 @@ def hann(n_fft: int) -> Float[np.ndarray, " n"]:
 
 
 def stft(
-    x: Float[Array, "b s"], lengths: Int32[Array, " b"], *, n_fft: int, hop: int, spec: PartitionSpec
+    x: Float[Array, "b s"], lengths: Int32[Array, " b"], *, n_fft: int, hop: int, spec: PartitionSpec | None
 ) -> Float[Array, "b t c"]:
     """[real, imaginary] (b, s / hop + 1, n_fft + 2) of signals with `lengths` samples; zero past length / hop + 1.
 
@@ -44,7 +46,7 @@ def istft(
     *,
     n_fft: int,
     hop: int,
-    spec: PartitionSpec,
+    spec: PartitionSpec | None,
 ) -> Float[Array, "b s"]:
     """Signals (b, (t - 1) hop) of spectra (b, t, n_fft / 2 + 1) of which `frames` (b,) are valid.
 
@@ -73,3 +75,36 @@ def _inverse_table(n_fft: int) -> Float[Array, "c n"]:
     twice = np.where(np.arange(n_fft // 2 + 1) % (n_fft // 2) == 0, 1, 2)[:, None] / n_fft
     table = np.concatenate([twice * np.cos(angles), -twice * np.sin(angles)])
     return jnp.asarray(table * hann(n_fft), jnp.float32)
+
+
+GRIFFIN_LIM_ITERATIONS = 60
+GRIFFIN_LIM_REACH = 8  # frames beyond which a sample hardly changes: twice the four that a window is long
+
+
+def griffin_lim(mel: Float[np.ndarray, "s mels"], settings: MelTargetSpec) -> Float32[np.ndarray, " t"]:
+    """Samples at `settings.rate` Hz in ±1, `hop` for each frame of a natural-log magnitude mel."""
+    import librosa  # takes a second
+
+    frames = len(mel)
+    if not frames:
+        return np.zeros(0, np.float32)
+    magnitude = librosa.feature.inverse.mel_to_stft(
+        np.exp(mel.T.astype(np.float64)),
+        sr=settings.rate,
+        n_fft=settings.n_fft,
+        power=1.0,
+        fmin=0.0,
+        fmax=HIGHEST,
+    )
+    wave = librosa.griffinlim(
+        magnitude,
+        n_iter=GRIFFIN_LIM_ITERATIONS,
+        hop_length=settings.hop,
+        n_fft=settings.n_fft,
+        center=False,
+        random_state=0,
+    )
+    # The mel's frames begin half a window less half a hop before their samples.
+    start = (settings.n_fft - settings.hop) // 2
+    wave = np.pad(wave, (0, max(0, start + frames * settings.hop - len(wave))))[start : start + frames * settings.hop]
+    return np.clip(wave, -1.0, 1.0).astype(np.float32)

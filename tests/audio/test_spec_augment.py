@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from baichuan_omni_jax.audio.spec_augment import spec_augment
+from baichuan_omni_jax.audio.mel_training import spec_augment
 from baichuan_omni_jax.config import MeshConfig, SpecAugmentConfig
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.nn.param import ComputePolicy

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from baichuan_omni_jax.audio import post_net
+from baichuan_omni_jax.audio import decoder as audio_decoder
 from baichuan_omni_jax.audio.codebook_training import CodebookState
 from baichuan_omni_jax.audio.quantizer_training import quantize_in_training
 from baichuan_omni_jax.config import QuantizerConfig, baichuan_omni_7b, load_run_config, resolve_model, tiny
@@ -21,8 +21,8 @@ from baichuan_omni_jax.flops.audio import (
     tokenizer_terms,
 )
 from baichuan_omni_jax.flops.terms import flops_by_branch, flops_by_term
-from baichuan_omni_jax.flow import unet
-from baichuan_omni_jax.flow.training import flow_losses
+from baichuan_omni_jax.flow import model as flow_model
+from baichuan_omni_jax.flow.matching import flow_losses
 from baichuan_omni_jax.nn.param import ComputePolicy, named_values, with_values
 from baichuan_omni_jax.omni.audio_tokenizer_model import Clips, TokenizerModel
 from baichuan_omni_jax.omni.batch import BATCH_AXES
@@ -144,7 +144,11 @@ def test_counts_of_clips_of_several_lengths():
 
 def test_kernel_sizes_are_those_of_the_modules():
     """They stand twice, since the formulas import no jax."""
-    assert (POST_NET_KERNEL, FLOW_KERNEL, ATTENTION_CHUNK) == (post_net.KERNEL, unet.KERNEL, unet.ATTENTION_CHUNK)
+    assert (POST_NET_KERNEL, FLOW_KERNEL, ATTENTION_CHUNK) == (
+        audio_decoder.KERNEL,
+        flow_model.KERNEL,
+        flow_model.ATTENTION_CHUNK,
+    )
 
 
 def test_formulas_need_no_jax():

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from baichuan_omni_jax.audio.decoder import AudioDecoder
-from baichuan_omni_jax.audio.quantizer import ResidualQuantizer
+from baichuan_omni_jax.audio.encoder import ResidualQuantizer
 from baichuan_omni_jax.config import MeshConfig, tiny
 from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.flow.matching import sample_mel
 from baichuan_omni_jax.flow.model import FlowDecoder
-from baichuan_omni_jax.flow.sampler import sample_mel
 from baichuan_omni_jax.generation import speech_decoder as speech
 from baichuan_omni_jax.generation.crossfade import CrossFade
 from baichuan_omni_jax.generation.speech_decoder import Speaker

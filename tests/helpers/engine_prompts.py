@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from baichuan_omni_jax.audio.model import AudioTokenizer
+from baichuan_omni_jax.audio.encoder import AudioEncoderBranch
 from baichuan_omni_jax.config import MeshConfig, OmniConfig, tiny
 from baichuan_omni_jax.llm.audio_head import AudioHeadBranch
 from baichuan_omni_jax.llm.model import LanguageModel
@@ -97,7 +97,7 @@ def small_branches(mesh: Mesh, cfg: OmniConfig) -> dict:
         "llm": lambda: LanguageModel(jax.random.key(0), cfg.llm, COMPUTE),
         "audio_head": lambda: AudioHeadBranch(jax.random.key(0), *head),
         "vision": lambda: VisionModel(jax.random.key(0), cfg.vision, COMPUTE),
-        "audio_encoder": lambda: AudioTokenizer(jax.random.key(0), cfg.audio, COMPUTE),
+        "audio_encoder": lambda: AudioEncoderBranch(jax.random.key(0), cfg.audio, COMPUTE),
     }
     branches, rng = {name: jax.eval_shape(function) for name, function in make.items()}, np.random.default_rng(1)
     for branch, module in branches.items():

@@ -11,9 +11,9 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from baichuan_omni_jax.kernels.backends import UnsupportedError
 from baichuan_omni_jax.kernels.flash_attention import Segments, flash_attention, pallas_gpu, plan_blocks, reference
 from baichuan_omni_jax.kernels.flash_attention.cases import REAL, SMALL, Case, Heads
-from baichuan_omni_jax.kernels.platform import UnsupportedError
 from tests.helpers.proofs import sized
 from tests.helpers.typecheck import unchecked
 

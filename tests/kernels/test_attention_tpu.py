@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from baichuan_omni_jax.kernels.flash_attention import Segments, pallas_tpu, plan_blocks, reference, tuning
+from baichuan_omni_jax.kernels.flash_attention import Segments, pallas_tpu, plan_blocks, reference
 from baichuan_omni_jax.kernels.flash_attention.cases import SMALL, Case, Heads
 from baichuan_omni_jax.kernels.flash_attention.plan import FIRST, LAST, unpack
 from baichuan_omni_jax.nn.remat import remat
@@ -84,7 +84,7 @@ def test_bidirectional_with_unequal_blocks_that_do_not_divide_the_row():
 @pytest.mark.slow
 def test_padding_only_and_rows_one_at_a_time(monkeypatch):
     """Where the rows' pairs together exceed scalar memory."""
-    monkeypatch.setattr(tuning, "MAX_PAIRS", 4)
+    monkeypatch.setattr(pallas_tpu, "MAX_PAIRS", 4)
     attend.clear_cache()
     assert_same_as_reference(Case("rows", TINY, 256, 128, ((), (256,))))
 

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from baichuan_omni_jax.config import MeshConfig
 from baichuan_omni_jax.kernels.rvq_lookup import prepare_codebooks, rvq_lookup, xla
-from baichuan_omni_jax.kernels.rvq_lookup.levels import lookup_blocks
+from baichuan_omni_jax.kernels.rvq_lookup.reference import lookup_blocks
 from baichuan_omni_jax.sharding import make_mesh
 from tests.helpers.typecheck import unchecked
 

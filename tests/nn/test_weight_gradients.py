@@ -10,11 +10,10 @@ import numpy as np
 
 from baichuan_omni_jax.llm.config import LLMConfig
 from baichuan_omni_jax.llm.model import SwiGLU
-from baichuan_omni_jax.nn.chunking import map_chunks
 from baichuan_omni_jax.nn.conv import TransposedConv1d
-from baichuan_omni_jax.nn.linear import Linear
+from baichuan_omni_jax.nn.linear import Linear, gather_weight, look_up
 from baichuan_omni_jax.nn.param import ComputePolicy, named_values, normal, with_values
-from baichuan_omni_jax.nn.products import gather_weight, look_up
+from baichuan_omni_jax.nn.remat import map_chunks
 from tests.helpers.micro import one_device
 
 # Relative RMS of a gradient: of a sum in fp32, and where bf16 activations come from two programs.

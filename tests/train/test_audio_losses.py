@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from baichuan_omni_jax.audio.config import AudioConfig, PostNetConfig
 from baichuan_omni_jax.audio.decoder import DecodedAudio
-from baichuan_omni_jax.audio.reconstruction import MelTarget, mel_errors, reconstruction_loss
+from baichuan_omni_jax.audio.mel_training import MelTarget, mel_errors, reconstruction_loss
 from baichuan_omni_jax.config import MeshConfig, tiny
 from baichuan_omni_jax.config.mel_targets import reconstruction_ratios, reconstruction_targets
+from baichuan_omni_jax.flow.matching import flow_losses
 from baichuan_omni_jax.flow.model import FlowDecoder
-from baichuan_omni_jax.flow.training import flow_losses
 from baichuan_omni_jax.nn.param import ComputePolicy, named_values, with_values
 from baichuan_omni_jax.sharding import make_mesh
 from data_pipelines.media.features import mel_length, mel_target

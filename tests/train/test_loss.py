@@ -11,8 +11,8 @@ from baichuan_omni_jax.config import Budgets, resolve_model
 from baichuan_omni_jax.config.loss_shares import POWERS
 from baichuan_omni_jax.evaluation.held_out import mean_losses
 from baichuan_omni_jax.evaluation.omni_losses import make_eval_step
+from baichuan_omni_jax.nn.linear import narrow
 from baichuan_omni_jax.nn.param import named_values, with_values
-from baichuan_omni_jax.nn.products import narrow
 from baichuan_omni_jax.omni.model import OmniModel
 from baichuan_omni_jax.sharding import ShardingRules
 from baichuan_omni_jax.train.losses import chunked_cross_entropy, cross_entropy

@@ -70,7 +70,8 @@ class Case:
         padding = self.length - sum(documents)
         ids = np.repeat(np.arange(1, len(documents) + 1), documents)
         positions = [np.arange(size) for size in documents]
-        return tuple(np.pad(x, (0, padding)).astype(np.int32) for x in (ids, np.concatenate([[], *positions])))
+        padded = [np.pad(x, (0, padding)).astype(np.int32) for x in (ids, np.concatenate([[], *positions]))]
+        return padded[0], padded[1]
 
 
 def permute_blocks(x: np.ndarray, order: np.ndarray, block: int) -> np.ndarray:

@@ -23,8 +23,7 @@ from baichuan_omni_jax.kernels.flash_attention.pallas_gpu_kernels import (
     dq_kernel,
     forward_kernel,
 )
-from baichuan_omni_jax.kernels.flash_attention.plan import INTERIOR, BlockPlan, Segments, unpack
-from baichuan_omni_jax.kernels.flash_attention.residuals import named
+from baichuan_omni_jax.kernels.flash_attention.plan import INTERIOR, BlockPlan, Segments, named, unpack
 
 _MAX_HEAD_DIM = 128
 _BLOCK_BITS = 13

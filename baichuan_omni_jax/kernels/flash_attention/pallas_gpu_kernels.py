@@ -7,7 +7,7 @@ Scores are in base 2: exp2 is what the hardware has.
 
 import math
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -71,9 +71,9 @@ class Tokens(NamedTuple):
     Bounds: lowest id, that id's first position, highest id, that id's last position; of tokens that are no padding.
     """
 
-    ids: object
-    positions: object
-    bounds: object
+    ids: Any
+    positions: Any
+    bounds: Any
 
 
 def forward_kernel(q_ref, k_ref, v_ref, q_tokens, kv_tokens, start_ref, others_ref, out_ref, lse_ref, *, shape: Shape):

@@ -1,17 +1,19 @@
-"""Attention on TPU: the kernels' layout, their derivative, and what they cannot compute.
+"""How much of the TPU's on-chip memory the attention kernels take.
+
+Attention on TPU: the kernels' layout, their derivative, and what they cannot compute.
 
 The kernels want tokens last, (b, heads, h, t). XLA lets the projections write and read that layout directly, so the
 transposes here move nothing.
 """
 
 from functools import partial
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from baichuan_omni_jax.kernels.flash_attention import tuning
 from baichuan_omni_jax.kernels.flash_attention.pallas_tpu_kernels import (
     UNSEEN,
     Static,
@@ -20,8 +22,27 @@ from baichuan_omni_jax.kernels.flash_attention.pallas_tpu_kernels import (
     backward_dq,
     forward,
 )
-from baichuan_omni_jax.kernels.flash_attention.plan import BlockPlan, Segments
-from baichuan_omni_jax.kernels.flash_attention.residuals import named
+from baichuan_omni_jax.kernels.flash_attention.plan import BlockPlan, Segments, named
+
+# v5e and v6e have 128 MiB of VMEM a core, v5p and 7x 64.
+VMEM_LIMIT_BYTES = 48 * 2**20
+_BLOCKS_BYTES = 20 * 2**20
+# int32, prefetched to the 1 MiB of scalar memory.
+MAX_PAIRS = 160 * 1024
+_MAX_HEADS = 8
+
+
+def kv_heads_a_step(kv_heads: int, group: int, head_dim: int, block_q: int, block_kv: int, dtype) -> int:
+    """How many key heads (with their `group` of query heads) share a grid step, its mask and its overhead.
+
+    The backward kernels decide: q, d_out and dq, k, v and their gradients, double-buffered, and fp32 sums.
+    """
+    size = jnp.dtype(dtype).itemsize
+    a_query, a_key = 3 * 2 * size + 4, 4 * 2 * size + 2 * 4
+    a_head = head_dim * (group * block_q * a_query + block_kv * a_key)
+    fits = max(1, min(_BLOCKS_BYTES // a_head, _MAX_HEADS // group))
+    return max(n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and n <= fits)
+
 
 _LANES = 128
 
@@ -43,8 +64,8 @@ def attention(
     b, t, n, h = q.shape
     kv_heads = k.shape[2]
     group = n // kv_heads
-    a_step = tuning.kv_heads_a_step(kv_heads, group, h, plan.block_q, plan.block_kv, q.dtype)
-    static = Static(plan.causal, scale, plan.block_q, plan.block_kv, a_step, group, tuning.VMEM_LIMIT_BYTES, interpret)
+    a_step = kv_heads_a_step(kv_heads, group, h, plan.block_q, plan.block_kv, q.dtype)
+    static = Static(plan.causal, scale, plan.block_q, plan.block_kv, a_step, group, VMEM_LIMIT_BYTES, interpret)
 
     def tokens_last(x, block: int):
         x = _padded(x, block).transpose(0, 2, 3, 1)
@@ -59,11 +80,15 @@ def attention(
         _tokens(segments.kv_ids, segments.kv_pos, plan.block_kv),
         (plan.by_query[:, 0], plan.by_key[:, 0], plan.count[:, 0]),
     )
-    if plan.by_query.size > tuning.MAX_PAIRS:
-        one = lambda row: jax.tree.map(lambda x: x[0], _attend(static, *jax.tree.map(lambda x: x[None], row)))  # noqa: E731
-        out, lse = lax.map(one, arrays)
+    if plan.by_query.size > MAX_PAIRS:
+        # Scalar memory holds the pairs of so many rows: row by row beyond.
+        def attend_row(row: tuple[Any, ...]) -> tuple[Array, Array]:
+            return jax.tree.map(lambda x: x[0], _attend(static, *jax.tree.map(lambda x: x[None], row)))
+
+        results = lax.map(attend_row, arrays)
     else:
-        out, lse = _attend(static, *arrays)
+        results = _attend(static, *arrays)
+    out, lse = cast(tuple[Array, Array], results)  # custom_vjp hides the type
     out = out.reshape(b, n, h, -1).transpose(0, 3, 1, 2)[:, :t]
     return out, lse.reshape(b, n, -1).transpose(0, 2, 1)[:, :t]
 
@@ -76,8 +101,8 @@ def unsupported(q: Array, k: Array, plan: BlockPlan) -> str | None:
         return f"the head dim must be a multiple of 16, not {q.shape[3]}"
     if plan.block_q % _LANES or plan.block_kv % _LANES:
         return f"blocks must be multiples of {_LANES}, not {plan.block_q} x {plan.block_kv}"
-    if plan.by_query.shape[-1] > tuning.MAX_PAIRS:
-        return f"{plan.by_query.shape[-1]} block pairs a row; {tuning.MAX_PAIRS} fit scalar memory. Use larger blocks"
+    if plan.by_query.shape[-1] > MAX_PAIRS:
+        return f"{plan.by_query.shape[-1]} block pairs a row; {MAX_PAIRS} fit scalar memory. Use larger blocks"
     return None
 
 
@@ -94,7 +119,7 @@ def _tokens(ids: Array, positions: Array, block: int) -> Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(static, q, k, v, q_tokens, kv_tokens, pairs):
+def _attend(static: Static, q, k, v, q_tokens, kv_tokens, pairs):
     return _forward(static, q, k, v, q_tokens, kv_tokens, pairs)[0]
 
 

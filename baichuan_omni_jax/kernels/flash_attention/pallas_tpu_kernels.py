@@ -48,7 +48,7 @@ class Visits(NamedTuple):
     """
 
     pairs: Array
-    count: Array
+    real: Array
     steps: Array
 
     @classmethod
@@ -64,7 +64,7 @@ def forward(static: Static, visits: Visits, q, k, v, q_tokens, kv_tokens) -> tup
     q (b, groups, heads, h, t); k, v (b, groups, kv_heads, h, s); tokens (b, 8, t): ids, positions, zeros.
     """
     row = (*q.shape[:3], q.shape[4])
-    return _visit(
+    out, lse = _visit(
         _forward_kernel,
         static,
         visits,
@@ -78,6 +78,7 @@ def forward(static: Static, visits: Visits, q, k, v, q_tokens, kv_tokens) -> tup
             pltpu.VMEM((static.heads, q.shape[3], static.block_q), jnp.float32),
         ],
     )
+    return out, lse
 
 
 def backward_dq(static: Static, visits: Visits, q, k, v, q_tokens, kv_tokens, d_out, lse, delta) -> Array:
@@ -100,7 +101,7 @@ def backward_dkv(
 ) -> tuple[Array, Array]:
     """dk and dv like k, summed over each key head's group of query heads."""
     accumulator = pltpu.VMEM((static.kv_heads, k.shape[3], static.block_kv), jnp.float32)
-    return _visit(
+    d_k, d_v = _visit(
         _dkv_kernel,
         static,
         visits,
@@ -110,6 +111,7 @@ def backward_dkv(
         side="key",
         scratch=[accumulator, accumulator],
     )
+    return d_k, d_v
 
 
 def _visit(kernel: Callable, static: Static, visits: Visits, *, queries, keys, out, side, scratch) -> tuple[Array, ...]:

@@ -1,4 +1,6 @@
-"""Which blocks of queries and keys can hold a visible pair: built once per row, used by every layer.
+"""What a layer may keep so that its backward pass need not run attention forward again.
+
+Which blocks of queries and keys can hold a visible pair: built once per row, used by every layer.
 
 A query sees a key when both have the same non-zero segment id and, if causal, the key's position is not later. With
 blocks of 2 and two documents of 3 tokens, causal:
@@ -14,7 +16,19 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Int32
+
+ATTENTION_OUT = "attention_out"
+
+
+def named(out: Array, lse: Array) -> tuple[Array, Array]:
+    """Output and log-sum-exp under the name that remat policies know.
+
+    Named inside the derivative rule: what the backward kernels read is what is kept.
+    """
+    return checkpoint_name(out, ATTENTION_OUT), checkpoint_name(lse, ATTENTION_OUT)
+
 
 # A pair is one int32: query block, key block, three flags.
 FIRST, LAST, INTERIOR = 1, 2, 4

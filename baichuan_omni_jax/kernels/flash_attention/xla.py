@@ -12,8 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from baichuan_omni_jax.kernels.flash_attention.plan import BlockPlan, Segments, blocks_of, unpack
-from baichuan_omni_jax.kernels.flash_attention.residuals import named
+from baichuan_omni_jax.kernels.flash_attention.plan import BlockPlan, Segments, blocks_of, named, unpack
 
 _MASKED = -1e30
 

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Float32, Int32
 
-from baichuan_omni_jax.kernels.rvq_lookup.levels import half_norms, lookup_blocks
+from baichuan_omni_jax.kernels.rvq_lookup.reference import half_norms, lookup_blocks
 
 BLOCK_ROWS = 16384  # rows on their way through the levels at once; offsets into a block stay below 2^31
 # 8 warps hold 128 x 128 sums in 64 registers a thread; a step's operands are 2 x 16 KiB of fp32 and their bf16 parts.

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Float32, Int32
 
-from baichuan_omni_jax.kernels.rvq_lookup.levels import half_norms, lookup_blocks
+from baichuan_omni_jax.kernels.rvq_lookup.reference import half_norms, lookup_blocks
 
 BLOCK_ROWS = 8192  # rows on their way through the levels at once
 # A tile of fp32 operands takes 1 and 2 MiB, twice for the next one's copy, its scores 2 MiB: within 16 MiB of VMEM, and

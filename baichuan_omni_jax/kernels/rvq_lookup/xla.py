@@ -15,10 +15,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, BFloat16, Bool, Float, Float32, Int32
 
-from baichuan_omni_jax.kernels.rvq_lookup.levels import half_norms, lookup_blocks
+from baichuan_omni_jax.kernels.rvq_lookup.reference import half_norms, lookup_blocks
 
 SEARCHED = 2**20  # numbers in a codebook from which a search is worth what it compiles to; below, fp32 products of all
 BLOCK_ROWS = 2048  # rows searched at once: memory of (block, largest codebook)
@@ -37,8 +38,13 @@ class Prepared(NamedTuple):
     errors: Float32[Array, " k"] | None  # |c - c'|
 
     @property
-    def shape(self) -> tuple[int, int]:
+    def shape(self) -> tuple[int, ...]:
         return self.codebook.shape
+
+
+def unsupported(x: Array, codebooks: Sequence[Array]) -> str | None:
+    """Nothing: it runs everywhere."""
+    return None
 
 
 def lookup(
@@ -49,7 +55,7 @@ def lookup(
     return lookup_blocks(x, levels, nearest, block_rows)
 
 
-def prepare(codebook: Float[Array, "k d"]) -> Prepared:
+def prepare(codebook: Float[Array | np.ndarray, "k d"]) -> Prepared:
     """What a lookup needs of a codebook; keeps it once more in bf16."""
     codebook = jnp.asarray(codebook, jnp.float32)
     rounded, errors = _round(codebook) if codebook.size >= SEARCHED else (None, None)
@@ -93,6 +99,8 @@ def search(
 
 def _lowest(x: Float32[Array, "n d"], level: Prepared) -> Float32[Array, "n k"]:
     """The lowest that each score can be."""
+    if level.rounded is None or level.errors is None:
+        raise ValueError("a small codebook has nothing to search")
     rounded, error = _round(x)
     length = jnp.linalg.norm(rounded.astype(jnp.float32), axis=-1)
     summing = x.shape[1] * 2.0**-24

@@ -6,9 +6,8 @@ from jax.sharding import Mesh, reshard
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from baichuan_omni_jax.audio.codebook_training import CodebookState, usage
+from baichuan_omni_jax.audio.mel_training import reconstruction_loss, spec_augment
 from baichuan_omni_jax.audio.quantizer_training import Quantized, commitment_weight, quantized_share, temperature
-from baichuan_omni_jax.audio.reconstruction import reconstruction_loss
-from baichuan_omni_jax.audio.spec_augment import spec_augment
 from baichuan_omni_jax.branches import AUDIO_TOKENIZER_BRANCHES, BRANCHES
 from baichuan_omni_jax.config.mel_targets import reconstruction_ratios
 from baichuan_omni_jax.errors import ConfigError

@@ -11,7 +11,7 @@ from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.flops.audio import count_clips, flow_terms
 from baichuan_omni_jax.flops.batch_counts import count_batch
 from baichuan_omni_jax.flops.terms import FlopTerm
-from baichuan_omni_jax.flow.training import flow_losses
+from baichuan_omni_jax.flow.matching import flow_losses
 from baichuan_omni_jax.omni.audio_tokenizer_model import clips_of, mel_targets_of
 from baichuan_omni_jax.omni.batch import Batch
 from baichuan_omni_jax.omni.flow_matching_model import VoiceModel, beside

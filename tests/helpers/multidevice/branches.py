@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from baichuan_omni_jax.audio.model import AudioTokenizer
+from baichuan_omni_jax.audio.encoder import AudioEncoderBranch
 from baichuan_omni_jax.config import MeshConfig, tiny
 from baichuan_omni_jax.llm.audio_head import AudioHeadBranch
 from baichuan_omni_jax.llm.model import LanguageModel
@@ -55,7 +55,7 @@ def audio(rng: np.random.Generator):
         keep = valid[..., None]
         return tuple(jnp.where(keep, x, 0) for x in (features, codes.astype(jnp.float32), quantized, decoded))
 
-    return lambda key: AudioTokenizer(key, CFG.audio, COMPUTE), run, inputs
+    return lambda key: AudioEncoderBranch(key, CFG.audio, COMPUTE), run, inputs
 
 
 def audio_head(rng: np.random.Generator):

@@ -1,9 +1,14 @@
-"""RMSNorm and LayerNorm over the last axis, GroupNorm over an item, in fp32."""
+"""The small parts of layers, computed in fp32: norms, rotary positions, activations.
+
+RMSNorm and LayerNorm over the last axis, GroupNorm over an item, in fp32.
+
+Rotary position embedding, half-split, angles and rotation in fp32.
+"""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int32
 
 from baichuan_omni_jax.nn.param import ComputePolicy, ones, use, zeros
 
@@ -59,3 +64,29 @@ class GroupNorm(nnx.Module):
             wide = wide * jax.lax.rsqrt(variance + self.eps)
             wide = wide * use(self.scale, self.compute, jnp.float32) + use(self.bias, self.compute, jnp.float32)
             return wide.astype(x.dtype)
+
+
+def rope_angles(positions: Int32[Array, "b t"], head_dim: int, theta: float) -> Float[Array, "b t half"]:
+    """Angle of each position and frequency: position * theta^(-2i / head_dim), i = 0 .. head_dim/2 - 1.
+
+    head_dim 4, theta 100: frequencies 1 and 0.1, so position 3 has angles [3, 0.3].
+    """
+    frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    return positions[..., None].astype(jnp.float32) * frequency
+
+
+def rotate(x: Float[Array, "b t n h"], angles: Float[Array, "b t half"]) -> Float[Array, "b t n h"]:
+    """Turns (x1, x2), the two halves of h, by each angle: (x1 cos - x2 sin, x2 cos + x1 sin)."""
+    cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+    first, second = jnp.split(x.astype(jnp.float32), 2, -1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x.dtype)
+
+
+def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """x * Phi(x), by the error function."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+def quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """x * sigmoid(1.702 x)."""
+    return x * jax.nn.sigmoid(1.702 * x)

@@ -1,4 +1,4 @@
-"""The audio tokenizer untrained: lengths, unused slots, and codes that are worth predicting."""
+"""The audio encoder untrained: lengths, unused slots, padding, and codes that are worth predicting."""
 
 import functools
 
@@ -7,11 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from baichuan_omni_jax.audio.encoder import sinusoids
-from baichuan_omni_jax.audio.model import AudioTokenizer
-from baichuan_omni_jax.config import MeshConfig, tiny
-from baichuan_omni_jax.nn.param import ComputePolicy
-from baichuan_omni_jax.sharding import make_mesh
+from baichuan_omni_jax.audio.encoder import AudioEncoderBranch, sinusoids
+from baichuan_omni_jax.config import tiny
+from baichuan_omni_jax.nn.param import ComputePolicy, initialize
+from tests.helpers.untrained import AUDIO, COMPUTE, KEY, assert_close, normal, untrained
 
 CFG = tiny().audio
 
@@ -24,15 +23,9 @@ def quickly_compiled():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-@pytest.fixture(autouse=True)
-def _one_device():
-    with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
-        yield
-
-
 @functools.cache
-def tokenizer() -> AudioTokenizer:
-    return jax.jit(lambda: AudioTokenizer(jax.random.key(0), CFG, ComputePolicy(attention_block=64)))()
+def tokenizer() -> AudioEncoderBranch:
+    return initialize(AudioEncoderBranch, jax.random.key(0), CFG, ComputePolicy(attention_block=64))
 
 
 def sounds(clips: int, frames: int) -> np.ndarray:
@@ -69,7 +62,7 @@ def test_untrained_codes_are_diverse():
 def test_bfloat16_traces_and_differentiates():
     """Types only; values and gradients are compared across meshes and with the goldens."""
     compute = ComputePolicy(dtype=jnp.dtype("bfloat16"))
-    abstract = jax.eval_shape(lambda: AudioTokenizer(jax.random.key(0), CFG, compute))
+    abstract = jax.eval_shape(lambda: AudioEncoderBranch(jax.random.key(0), CFG, compute))
     mel, lengths = jnp.asarray(sounds(2, 64)), jnp.array([64, 20], jnp.int32)
 
     def loss(model):
@@ -92,3 +85,18 @@ def test_sinusoids():
 def test_errors():
     with pytest.raises(ValueError, match=r"expected \(clips, frames, 32\) and \(clips,\)"):
         tokenizer().encode(jnp.zeros((2, 10, 31)), jnp.zeros(2, jnp.int32))
+
+
+@pytest.mark.usefixtures("exact")
+def test_a_clip_in_a_batch_equals_the_clip_alone(rng):
+    """Of an odd number of frames too, whose last one the strided convolution reads beside the padding."""
+    small = untrained(lambda: AudioEncoderBranch(KEY, AUDIO, COMPUTE))
+    features = jax.jit(lambda branch, mel, lengths: branch.features(mel, lengths)[0])
+    mel = normal(rng, 3, 64, AUDIO.num_mel_bins)
+    batch = features(small, mel, np.array([64, 41, 0], np.int32))
+    alone = features(small, mel[1:2, :41], np.array([41], np.int32))
+    assert AUDIO.bridge_length(41) == alone.shape[1] == 5
+    assert_close(batch[1, :5], alone[0])
+    other = mel.copy()
+    other[1, 41:], other[0] = 9.0, -other[0]
+    np.testing.assert_array_equal(features(small, other, np.array([64, 41, 0], np.int32))[1, :5], batch[1, :5])
