@@ -59,8 +59,8 @@ def rvq_lookup(
 
     >>> codebooks = [jnp.array([[0.0], [4.0]]), jnp.array([[-1.0], [0.0]])]
     >>> codes, quantized, norms = rvq_lookup(jnp.array([[3.1]]), codebooks)
-    >>> codes.tolist(), quantized.tolist(), norms.round(2).tolist()
-    ([[1, 0]], [[3.0]], [[0.9, 0.1]])
+    >>> codes.tolist(), quantized.tolist(), [round(norm, 3) for norm in norms[0].tolist()]
+    ([[1, 0]], [[3.0]], [0.9, 0.1])
 
     Args:
         x: vectors (n, d), floating point.
@@ -87,7 +87,8 @@ def rvq_lookup(
         lambda name: BACK_ENDS[name].unsupported(x, plain),
     )
     # Only the XLA implementation reads what was prepared.
-    books = tuple(codebooks if name == "xla" else plain)
+    pairs = zip(codebooks, plain, strict=True)
+    books = tuple(book if name == "xla" and isinstance(book, Prepared) else array for book, array in pairs)
     lookup = BACK_ENDS[name].lookup
     x, books = jax.lax.stop_gradient((x, books))
     if not x.shape[0]:
