@@ -32,7 +32,7 @@ def test_an_item_in_a_batch_equals_the_item_alone(decoder, rng):
 
 def test_its_layers_are_causal(decoder, rng):
     """States depend on no later frame (GroupNorm before them counts the whole item)."""
-    x, lengths = normal(rng, 1, 24, AUDIO.d_model), np.array([24], np.int32)
+    x, lengths = normal(rng, 1, 24, AUDIO.d_model), jnp.array([24], jnp.int32)
     later = x.copy()
     later[:, 15:] += 1
     states = jax.jit(lambda decoder, x: decoder.states(x, lengths))
