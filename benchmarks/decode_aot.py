@@ -28,8 +28,8 @@ from rows import emit, row
 from baichuan_omni_jax.checkpoint import with_shardings
 from baichuan_omni_jax.config import MeshConfig, OmniConfig, baichuan_omni_7b
 from baichuan_omni_jax.flops.chips import chip_of
-from baichuan_omni_jax.generation import programs as steps
-from baichuan_omni_jax.generation.slots import idle_rows
+from baichuan_omni_jax.generation import programs
+from baichuan_omni_jax.generation.slots import idle_slots
 from baichuan_omni_jax.llm.audio_head import AudioHeadBranch
 from baichuan_omni_jax.llm.decode import DecodeModel
 from baichuan_omni_jax.llm.depth_decode import DepthDecoder
@@ -60,11 +60,11 @@ def make_branches(cfg: OmniConfig) -> dict:
     return {"llm": LanguageModel(key, cfg.llm, COMPUTE), "audio_head": AudioHeadBranch(key, *head, COMPUTE)}
 
 
-def make_speakers(branches: dict) -> steps.Speakers:
-    return steps.Speakers(DecodeModel.of(branches["llm"]), DepthDecoder.of(branches["audio_head"]))
+def make_speakers(branches: dict) -> programs.DecodeModels:
+    return programs.DecodeModels(DecodeModel.of(branches["llm"]), DepthDecoder.of(branches["audio_head"]))
 
 
-def abstract_engine(cfg: OmniConfig, mesh: Mesh, sizes: Sizes) -> tuple[steps.Speakers, steps.State]:
+def abstract_engine(cfg: OmniConfig, mesh: Mesh, sizes: Sizes) -> tuple[programs.DecodeModels, programs.EngineState]:
     """What an engine on `mesh` computes with and what its slots hold, as shapes with shardings. With the mesh set."""
     branches = {
         name: with_shardings(module, mesh, COMPUTE.rules, dtype=COMPUTE.dtype, name=name)
@@ -74,27 +74,30 @@ def abstract_engine(cfg: OmniConfig, mesh: Mesh, sizes: Sizes) -> tuple[steps.Sp
     cache = jax.eval_shape(partial(init_cache, cfg.llm, sizes.slots, sizes.length, sizes.cache_dtype, COMPUTE))
     widths = cfg.llm.vocab_size, (cfg.audio.levels, max(cfg.audio.codebook_sizes) + 1)
     hidden = np.zeros((sizes.slots, cfg.llm.hidden_size), COMPUTE.dtype)
-    rows = idle_rows(sizes.slots, cfg.tokens, *widths)
-    return _typed(speakers, mesh), steps.State(_typed(cache, mesh), *_split((hidden, rows), mesh))
+    rows = idle_slots(sizes.slots, cfg.tokens, *widths)
+    return _typed(speakers, mesh), programs.EngineState(_typed(cache, mesh), *_split((hidden, rows), mesh))
 
 
-def lower_burst(cfg: OmniConfig, mesh: Mesh, sizes: Sizes) -> jax.stages.Lowered:
+def lower_decode_steps(cfg: OmniConfig, mesh: Mesh, sizes: Sizes) -> jax.stages.Lowered:
     speakers, state = abstract_engine(cfg, mesh, sizes)
     alive, table = np.zeros(sizes.slots, bool), piece_table(None, cfg.llm.vocab_size)
     told = _split(alive, mesh), np.int32(BURST), np.bool_(False), table
-    return steps.burst.lower(speakers, state, *told, tokens=cfg.tokens, size=BURST)
+    return programs.decode_steps.lower(speakers, state, *told, tokens=cfg.tokens, size=BURST)
 
 
-def lower_read(cfg: OmniConfig, mesh: Mesh, sizes: Sizes) -> jax.stages.Lowered:
+def lower_prefill(cfg: OmniConfig, mesh: Mesh, sizes: Sizes) -> jax.stages.Lowered:
     speakers, state = abstract_engine(cfg, mesh, sizes)
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
     shape = devices, sizes.chunk
-    whole, chunk = np.zeros(shape, np.int32), steps.Chunk(*[np.zeros(shape, np.int32)] * 2, np.zeros(devices, np.int32))
+    whole, chunk = (
+        np.zeros(shape, np.int32),
+        programs.Chunk(*[np.zeros(shape, np.int32)] * 2, np.zeros(devices, np.int32)),
+    )
     chunk = chunk._replace(
-        codes=np.zeros((*shape, cfg.audio.levels), np.int32), heard=np.zeros(shape, bool), seen=whole
+        codes=np.zeros((*shape, cfg.audio.levels), np.int32), is_audio=np.zeros(shape, bool), visual_slots=whole
     )
     buffer = np.zeros((devices, sizes.length, cfg.llm.hidden_size), COMPUTE.dtype)
-    return steps.read.lower(speakers, state, np.int32(0), _split(chunk, mesh), _split(buffer, mesh))
+    return programs.prefill.lower(speakers, state, np.int32(0), _split(chunk, mesh), _split(buffer, mesh))
 
 
 def _typed(tree, mesh: Mesh):
@@ -142,7 +145,7 @@ def measure(topology: str, tensor: int, sizes: Sizes, cfg: OmniConfig) -> list[d
         )
         return line, compiled
 
-    burst, compiled = built("burst", lower_burst)
+    burst, compiled = built("burst", lower_decode_steps)
     moved, count = traffic(compiled.as_text(), mesh)
     travels = row(
         f"decode_aot_traffic_{chip.name}",
@@ -150,7 +153,7 @@ def measure(topology: str, tensor: int, sizes: Sizes, cfg: OmniConfig) -> list[d
         f"MiB of collectives an item of {sizes.slots} slots",
         note=f"{where}: {count} collectives, {moved / MIB / sizes.slots:.3f} MiB a token",
     )
-    return [burst, travels, built("read", lower_read)[0]]
+    return [burst, travels, built("read", lower_prefill)[0]]
 
 
 def main() -> int:

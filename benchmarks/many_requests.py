@@ -26,7 +26,7 @@ from rows import emit, row
 from baichuan_omni_jax.config import GenerationConfig, MeshConfig, OmniConfig, tiny
 from baichuan_omni_jax.errors import RequestError
 from baichuan_omni_jax.generation.engine import Engine
-from baichuan_omni_jax.generation.events import Answer, Finished, Prompt
+from baichuan_omni_jax.generation.events import Finished, GenerationResult, Prompt
 from baichuan_omni_jax.nn.param import ComputePolicy
 from baichuan_omni_jax.omni.model import OmniModel
 from baichuan_omni_jax.sharding import make_mesh
@@ -133,7 +133,7 @@ class Clients:
         if asked.dropped:
             next(request)
             return "dropped", None
-        return "answered", Answer.of(request).finished
+        return "answered", GenerationResult.from_events(request).finished
 
 
 def resident_mib() -> float:

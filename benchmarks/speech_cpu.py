@@ -27,7 +27,7 @@ from baichuan_omni_jax.audio.decoder import AudioDecoder
 from baichuan_omni_jax.audio.encoder import ResidualQuantizer
 from baichuan_omni_jax.config import MeshConfig, OmniConfig, baichuan_omni_7b, tiny
 from baichuan_omni_jax.flow.model import FlowDecoder
-from baichuan_omni_jax.generation.speech_decoder import Speaker
+from baichuan_omni_jax.generation.speech_decoder import SpeechDecoder
 from baichuan_omni_jax.nn.param import ComputePolicy, named_variables, with_values
 from baichuan_omni_jax.sharding import make_mesh
 from baichuan_omni_jax.vocoder.config import VocoderConfig, tiny_vocoder
@@ -38,7 +38,7 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 SIZES = {"released": (baichuan_omni_7b, VocoderConfig), "tiny": (tiny, tiny_vocoder)}
 
 
-def make_speaker(sizes: str, dtype: str) -> tuple[Speaker, OmniConfig]:
+def make_speaker(sizes: str, dtype: str) -> tuple[SpeechDecoder, OmniConfig]:
     cfg, vocoder = (make() for make in SIZES[sizes])
     compute, key = ComputePolicy(dtype=jnp.dtype(dtype), remat="none"), jax.random.key(0)
     makers = {
@@ -49,7 +49,9 @@ def make_speaker(sizes: str, dtype: str) -> tuple[Speaker, OmniConfig]:
     }
     with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
         branches = {name: untrained(make) for name, make in makers.items()}
-        return Speaker(branches | {"audio_encoder": SimpleNamespace(quantizer=branches.pop("quantizer"))}, cfg), cfg
+        return SpeechDecoder(
+            branches | {"audio_encoder": SimpleNamespace(quantizer=branches.pop("quantizer"))}, cfg
+        ), cfg
 
 
 def untrained(make):
@@ -63,7 +65,7 @@ def untrained(make):
     return with_values(abstract, values)
 
 
-def measure(speaker: Speaker, codes: np.ndarray, stream: int, repeats: int, now: Clock) -> dict[str, float]:
+def measure(speaker: SpeechDecoder, codes: np.ndarray, stream: int, repeats: int, now: Clock) -> dict[str, float]:
     """Medians of seconds, by part, `stream` code frames of them streamed; one more turn, the first, compiles."""
     taken: dict[str, list[float]] = {}
     for _ in range(repeats + 1):
@@ -72,7 +74,7 @@ def measure(speaker: Speaker, codes: np.ndarray, stream: int, repeats: int, now:
     return {name: statistics.median(seconds[1:]) for name, seconds in taken.items()}
 
 
-def as_a_whole(speaker: Speaker, codes: np.ndarray, now: Clock) -> dict[str, float]:
+def as_a_whole(speaker: SpeechDecoder, codes: np.ndarray, now: Clock) -> dict[str, float]:
     times = [now()]
     mu = speaker.guessed(codes)
     times.append(now())
@@ -83,7 +85,7 @@ def as_a_whole(speaker: Speaker, codes: np.ndarray, now: Clock) -> dict[str, flo
     return dict(zip(("decoder", "flow", "vocoder", "total"), (*np.diff(times), times[-1] - times[0]), strict=True))
 
 
-def as_a_stream(speaker: Speaker, codes: np.ndarray, now: Clock) -> dict[str, float]:
+def as_a_stream(speaker: SpeechDecoder, codes: np.ndarray, now: Clock) -> dict[str, float]:
     stream, begin, first = speaker.stream(), now(), None
     for frame in range(len(codes)):
         if len(stream.push(codes[frame : frame + 1])) and first is None:

@@ -31,7 +31,7 @@ from baichuan_omni_jax.evaluation.clips import Clip, read_clips
 from baichuan_omni_jax.evaluation.intelligibility import Recognition
 from baichuan_omni_jax.evaluation.tokenizer_scores import TokenizerScores
 from baichuan_omni_jax.generation.loading import load_for_generation
-from baichuan_omni_jax.generation.speech_decoder import Speaker
+from baichuan_omni_jax.generation.speech_decoder import SpeechDecoder
 from baichuan_omni_jax.sharding import make_mesh
 from baichuan_omni_jax.train.mel_waves import MelWaves
 from data_pipelines.datasets.sources import trusted_folders
@@ -84,7 +84,7 @@ class Judge:
 
     def __init__(self, branches: dict, cfg: OmniConfig, hear: Callable | None) -> None:
         self.scores, self._audio = TokenizerScores(branches, cfg), cfg.audio
-        self._speaker = Speaker(branches, cfg) if "flow" in branches else None
+        self._speaker = SpeechDecoder(branches, cfg) if "flow" in branches else None
         self._waves = MelWaves(self.scores.settings, cfg)
         self._heard = {name: Recognition(hear) for name in ("original", "from_codes")} if hear else {}
         self._measures = defaultdict(list)

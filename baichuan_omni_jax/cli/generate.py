@@ -31,7 +31,7 @@ from baichuan_omni_jax.cli.generation.talking import talk
 from baichuan_omni_jax.config import GenerationConfig
 from baichuan_omni_jax.errors import ConfigError, RequestError
 from baichuan_omni_jax.generation.batch_requests import Question, answer_questions, read_questions
-from baichuan_omni_jax.generation.chat import ChatAnswer, Reply
+from baichuan_omni_jax.generation.chat import ChatAnswer, ChatStream
 from data_pipelines.documents.manifest import open_manifest
 from data_pipelines.documents.token_ids import read_id_file
 
@@ -92,7 +92,7 @@ def _answer_manifest(options: argparse.Namespace, opened: Opened, questions: lis
             fields["audio"] = str(path)
         return fields
 
-    def put(question: Question) -> Reply:
+    def put(question: Question) -> ChatStream:
         return ask(chat, options.task, question.values, jax.random.fold_in(chat.key, question.line), base)
 
     try:

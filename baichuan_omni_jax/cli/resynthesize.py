@@ -24,7 +24,7 @@ from baichuan_omni_jax.config.mel_targets import flow_target
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.generation.crossfade import CrossFade
 from baichuan_omni_jax.generation.loading import load_for_generation
-from baichuan_omni_jax.generation.speech_decoder import Resynthesised, Speaker
+from baichuan_omni_jax.generation.speech_decoder import DecodedSpeech, SpeechDecoder
 from baichuan_omni_jax.sharding import make_mesh
 from data_pipelines.errors import SampleError
 from data_pipelines.media.audio import decode_audio, probe_audio
@@ -39,7 +39,7 @@ def run(options: argparse.Namespace) -> None:
     loaded = load_for_generation(
         ",".join(f"{name}={folder}" for name, folder in sources.items()), needed=SPEECH_BRANCHES
     )
-    cfg, speaker = loaded.config, Speaker(loaded.branches, loaded.config)
+    cfg, speaker = loaded.config, SpeechDecoder(loaded.branches, loaded.config)
     windows, mels = read_windows(options.audio, cfg)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     with jax.set_mesh(mesh):
@@ -83,7 +83,7 @@ def check_options(options: argparse.Namespace) -> None:
         raise ConfigError("--picture needs matplotlib: pip install '.[show]'")
 
 
-def _draw(options: argparse.Namespace, pieces: list[Resynthesised], windows: list[Window], cfg: OmniConfig) -> None:
+def _draw(options: argparse.Namespace, pieces: list[DecodedSpeech], windows: list[Window], cfg: OmniConfig) -> None:
     """The recording's 24 kHz mel above the one that was made, each window of which stands where it was heard."""
     from data_pipelines.tools.figures import draw_mels  # imports matplotlib
 

@@ -53,7 +53,7 @@ def serve(options: argparse.Namespace) -> None:
             title=options.title,
             note=opened.notice,
             system=options.system,
-            aloud=opened.chat.model.speaker is not None,
+            aloud=opened.chat.model.speech_decoder is not None,
             hears=opened.hears,
             clients=options.slots,
             limits=limits,

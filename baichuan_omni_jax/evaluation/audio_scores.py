@@ -18,7 +18,7 @@ from baichuan_omni_jax.flow.matching import sample_mel
 from baichuan_omni_jax.nn.conv import frames_before, keep
 from baichuan_omni_jax.omni.audio_tokenizer_model import Clips, clips_of, mel_targets_of
 from baichuan_omni_jax.omni.batch import Batch
-from baichuan_omni_jax.omni.flow_matching_model import beside
+from baichuan_omni_jax.omni.flow_matching_model import match_lengths
 from baichuan_omni_jax.train.state import Arrays, StepSpec
 from baichuan_omni_jax.train.transcript import transcript_entropies
 
@@ -108,7 +108,7 @@ def flow_sums(spec: StepSpec, run: RunConfig) -> Callable[[Arrays, Batch], Sums]
     def sums_of(parameters, batch):
         model = spec.assemble(parameters, {})
         hidden, lengths = model.hidden(clips_of(batch, compute))
-        mel, lengths = beside(hidden, lengths, mel_targets_of(batch, ("flow",), compute)[0])
+        mel, lengths = match_lengths(hidden, lengths, mel_targets_of(batch, ("flow",), compute)[0])
         noise = jax.random.normal(jax.random.key(SAMPLING_SEED), mel.shape)
         made = {"prior": model.flow.prenet(hidden, lengths), "sampled": sample_mel(model.flow, hidden, lengths, noise)}
         sums = {name: jnp.abs(keep(x.astype(jnp.float32) - mel, lengths)).sum() for name, x in made.items()}

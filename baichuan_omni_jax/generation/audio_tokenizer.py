@@ -12,7 +12,7 @@ from baichuan_omni_jax.audio.tokenize import WindowEncoder
 from baichuan_omni_jax.config import MeshConfig, OmniConfig
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.generation.loading import load_for_generation
-from baichuan_omni_jax.generation.speech_decoder import Speaker
+from baichuan_omni_jax.generation.speech_decoder import SpeechDecoder
 from baichuan_omni_jax.sharding import make_mesh
 from data_pipelines.media.features import clip_windows, log_mel
 
@@ -41,7 +41,7 @@ class AudioTokenizer:
         self.cfg, self.branches, self._seed = cfg, dict(branches), seed
         self._mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])
         self._encoder: WindowEncoder | None = None
-        self._speaker: Speaker | None = None
+        self._speaker: SpeechDecoder | None = None
         self._decoder = jax.jit(lambda quantizer, decoder, codes, lengths: decoder(quantizer.decode(codes), lengths))
 
     @classmethod
@@ -115,7 +115,7 @@ class AudioTokenizer:
         Raises ConfigError where `audio_decoder` or `flow` is missing, ValueError on codes that are not the codebooks'.
         """
         if self._speaker is None:
-            self._speaker = Speaker(self.branches, self.cfg, seed=self._seed)
+            self._speaker = SpeechDecoder(self.branches, self.cfg, seed=self._seed)
         spoken = self._speaker.speak(np.asarray(codes))
         return spoken.wave, spoken.rate
 

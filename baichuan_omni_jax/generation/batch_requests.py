@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from baichuan_omni_jax.errors import ConfigError, RequestError
-from baichuan_omni_jax.generation.chat_stream import ChatAnswer, Reply
+from baichuan_omni_jax.generation.chat_stream import ChatAnswer, ChatStream
 from baichuan_omni_jax.storage import take_lock
 
 INTERVAL = 5.0  # seconds between two lines of progress
@@ -44,7 +44,7 @@ def read_questions(path: Path, read: Callable[[Path], bytes] = Path.read_bytes) 
 def answer_questions(
     questions: list[Question],
     output: Path,
-    ask: Callable[[Question], Reply],
+    ask: Callable[[Question], ChatStream],
     record: Callable[[Question, ChatAnswer], dict[str, Any]],
     *,
     at_once: int,
@@ -67,7 +67,7 @@ def answer_questions(
 def _answer(
     questions: list[Question],
     output: Path,
-    ask: Callable[[Question], Reply],
+    ask: Callable[[Question], ChatStream],
     record: Callable[[Question, ChatAnswer], dict[str, Any]],
     at_once: int,
     report: Callable[[str], None],
@@ -76,7 +76,7 @@ def _answer(
     done = _read_done(output, questions, report)
     left = deque(question for question in questions if question.line not in done)
     progress = _Progress(len(questions), len(done), report)
-    asked: deque[tuple[Question, Reply | RequestError]] = deque()
+    asked: deque[tuple[Question, ChatStream | RequestError]] = deque()
     with output.open("a", encoding="utf-8") as file:
         while left or asked:
             while left and len(asked) < at_once:
@@ -101,7 +101,7 @@ def _question(line: bytes, number: int) -> Question:
     return Question(number, identifier, values)
 
 
-def _put(question: Question, ask: Callable[[Question], Reply]) -> Reply | RequestError:
+def _put(question: Question, ask: Callable[[Question], ChatStream]) -> ChatStream | RequestError:
     if question.error is not None:
         return question.error
     try:
@@ -111,7 +111,7 @@ def _put(question: Question, ask: Callable[[Question], Reply]) -> Reply | Reques
 
 
 def _outcome(
-    question: Question, reply: Reply | RequestError, record: Callable[[Question, ChatAnswer], dict[str, Any]]
+    question: Question, reply: ChatStream | RequestError, record: Callable[[Question, ChatAnswer], dict[str, Any]]
 ) -> dict[str, Any]:
     if isinstance(reply, RequestError):
         return _refused(reply)

@@ -3,7 +3,7 @@
     loaded = load_for_generation("runs/omni")
     chat = OmniChat(make_chat_model(loaded, tokenizer), ChatPrompts(Processor(loaded.config, tokenizer)))
     for event in chat.reply([{"role": "user", "content": "What is a star?"}], settings=GenerationConfig(speech=True)):
-        ...                                   # TextPiece(text, ...), AudioChunk(samples, rate), at last Finished(...)
+        ...                                   # TextDelta(text, ...), AudioChunk(samples, rate), at last Finished(...)
 
 The processor, here `data_pipelines.documents.chat_prompt.ChatPrompts`, reads and encodes media; docs/how-to/generate.md
 has all of it.
@@ -18,11 +18,27 @@ from jaxtyping import PRNGKeyArray
 
 from baichuan_omni_jax.config import VOICE, GenerationConfig, OmniConfig
 from baichuan_omni_jax.errors import RequestError
-from baichuan_omni_jax.generation.chat_stream import AudioChunk, ChatAnswer, ChatEvent, Reply, Requested, Speaks
+from baichuan_omni_jax.generation.chat_stream import (
+    AudioChunk,
+    ChatAnswer,
+    ChatEvent,
+    ChatStream,
+    EventSource,
+    SpeechSynthesizer,
+)
 from baichuan_omni_jax.generation.events import Prompt
-from baichuan_omni_jax.generation.tts import Prompts, Reading, one_prompt, sentence_prompts
+from baichuan_omni_jax.generation.tts import Prompts, TtsRequest, one_prompt, sentence_prompts
 
-__all__ = ["AudioChunk", "ChatAnswer", "ChatEvent", "ChatModel", "ChatProcessor", "Conversation", "OmniChat", "Reply"]
+__all__ = [
+    "AudioChunk",
+    "ChatAnswer",
+    "ChatEvent",
+    "ChatModel",
+    "ChatProcessor",
+    "ChatStream",
+    "Conversation",
+    "OmniChat",
+]
 
 Part = Mapping[str, Any]
 Content = str | Sequence[Part]
@@ -30,10 +46,10 @@ Message = Mapping[str, Any]
 
 
 @runtime_checkable
-class Generates(Protocol):
+class GenerationBackend(Protocol):
     """The engine. `submit` raises RequestError for a prompt that it cannot serve."""
 
-    def submit(self, prompt: Prompt, settings: GenerationConfig, key: PRNGKeyArray) -> Requested: ...
+    def submit(self, prompt: Prompt, settings: GenerationConfig, key: PRNGKeyArray) -> EventSource: ...
 
 
 @runtime_checkable
@@ -55,9 +71,9 @@ class ChatProcessor(Protocol):
 class ChatModel:
     """The engine, the architecture and, where there are branches to speak with, the speaker."""
 
-    engine: Generates
+    engine: GenerationBackend
     config: OmniConfig
-    speaker: Speaks | None = None
+    speech_decoder: SpeechSynthesizer | None = None
 
 
 class OmniChat:
@@ -86,7 +102,7 @@ class OmniChat:
         *,
         settings: GenerationConfig | None = None,
         key: PRNGKeyArray | None = None,
-    ) -> Reply | ChatAnswer:
+    ) -> ChatStream | ChatAnswer:
         """The assistant's answer to a conversation: piece by piece, or (`stream=False`) whole.
 
         A message is `{"role": "system" | "user" | "assistant", "content": text or a list of parts}`; parts are
@@ -108,7 +124,7 @@ class OmniChat:
         *,
         settings: GenerationConfig | None = None,
         key: PRNGKeyArray | None = None,
-    ) -> Reply | ChatAnswer:
+    ) -> ChatStream | ChatAnswer:
         """Goes on where `content`, which has no roles, ends: plain text or speech recognition."""
         return self._answered(self._encoder().encode_content(content), stream, settings, key)
 
@@ -119,7 +135,7 @@ class OmniChat:
         *,
         settings: GenerationConfig | None = None,
         key: PRNGKeyArray | None = None,
-    ) -> Reply | ChatAnswer:
+    ) -> ChatStream | ChatAnswer:
         """Goes on where an encoded prompt ends."""
         return self._answered(prompt, stream, settings, key)
 
@@ -130,7 +146,7 @@ class OmniChat:
         *,
         settings: GenerationConfig | None = None,
         key: PRNGKeyArray | None = None,
-    ) -> Reply | ChatAnswer:
+    ) -> ChatStream | ChatAnswer:
         """Reads a text aloud, sentence by sentence, each after the speech of those before.
 
         Raises RequestError as `reply`, and `bad_message` for a text without anything to say.
@@ -144,28 +160,28 @@ class OmniChat:
         *,
         settings: GenerationConfig | None = None,
         key: PRNGKeyArray | None = None,
-    ) -> Reply | ChatAnswer:
+    ) -> ChatStream | ChatAnswer:
         """The speech that an encoded prompt, ending with the mark that begins it, asks for."""
         return self._spoken(one_prompt(prompt), stream, settings, key)
 
     def _spoken(
         self, prompts: Prompts, stream: bool, settings: GenerationConfig | None, key: PRNGKeyArray | None
-    ) -> Reply | ChatAnswer:
+    ) -> ChatStream | ChatAnswer:
         self._needs_speaker()
         settings, key = settings or self.settings, self.key if key is None else key
-        return self._taken(Reading(self.model.engine, prompts, settings, key), stream)
+        return self._taken(TtsRequest(self.model.engine, prompts, settings, key), stream)
 
     def _answered(
         self, prompt: Prompt, stream: bool, settings: GenerationConfig | None, key: PRNGKeyArray | None
-    ) -> Reply | ChatAnswer:
+    ) -> ChatStream | ChatAnswer:
         settings = settings or self.settings
         if settings.speech:
             self._needs_speaker()
         request = self.model.engine.submit(prompt, settings, self.key if key is None else key)
         return self._taken(request, stream)
 
-    def _taken(self, request: Requested, stream: bool) -> Reply | ChatAnswer:
-        reply = Reply(request, self.model.speaker)
+    def _taken(self, request: EventSource, stream: bool) -> ChatStream | ChatAnswer:
+        reply = ChatStream(request, self.model.speech_decoder)
         return reply if stream else reply.answer()
 
     def _encoder(self) -> ChatProcessor:
@@ -174,7 +190,7 @@ class OmniChat:
         return self.processor
 
     def _needs_speaker(self) -> None:
-        if self.model.speaker is None:
+        if self.model.speech_decoder is None:
             raise RequestError(
                 "no_branch",
                 "the checkpoint cannot speak: speech needs the branches audio_head, audio_encoder, audio_decoder, flow",
@@ -199,10 +215,10 @@ class Conversation:
         *,
         settings: GenerationConfig | None = None,
         key: PRNGKeyArray | None = None,
-    ) -> Reply | ChatAnswer:
+    ) -> ChatStream | ChatAnswer:
         """The answer to the user's next message. Raises RequestError as `OmniChat.reply`; nothing is kept then."""
         asked: Message = {"role": "user", "content": content}
         reply = self.chat.reply([*self.messages, asked], settings=settings, key=key)
-        assert isinstance(reply, Reply)
+        assert isinstance(reply, ChatStream)
         reply.on_end(lambda message: self.messages.extend([asked, message]))
         return reply if stream else reply.answer()

@@ -9,11 +9,11 @@ import numpy as np
 from jaxtyping import Float32, Int32
 
 from baichuan_omni_jax.errors import RequestError
-from baichuan_omni_jax.generation.events import Answer, Event, Finished, Frames, TextPiece
+from baichuan_omni_jax.generation.events import AudioCodes, Event, Finished, GenerationResult, TextDelta
 
 
 @runtime_checkable
-class Requested(Protocol):
+class EventSource(Protocol):
     """What the engine gives for a prompt: events as they come, and a way to end it early."""
 
     def __iter__(self) -> Iterator[Event]: ...
@@ -31,7 +31,7 @@ class SpeechStream(Protocol):
 
 
 @runtime_checkable
-class Speaks(Protocol):
+class SpeechSynthesizer(Protocol):
     """What makes sound of code frames at `rate` Hz; `vocoder` names what makes the waveform."""
 
     rate: int
@@ -48,11 +48,11 @@ class AudioChunk:
     rate: int
 
 
-ChatEvent = TextPiece | AudioChunk | Finished
+ChatEvent = TextDelta | AudioChunk | Finished
 
 
 @dataclass(frozen=True)
-class ChatAnswer(Answer):
+class ChatAnswer(GenerationResult):
     """One whole answer: text, tokens, code frames, and `samples` (mono, full scale 1) at `rate` Hz made of those.
 
     `message` is the assistant's message that a later prompt needs; `first_audio` and `seconds` count from the request
@@ -85,13 +85,13 @@ class ChatAnswer(Answer):
         return (self.finished.tokens + self.finished.frames) / max(self.finished.total, 1e-9)
 
 
-class Reply:
-    """An iterator of `TextPiece`, `AudioChunk` and at last `Finished`; taking an event does the work for it.
+class ChatStream:
+    """An iterator of `TextDelta`, `AudioChunk` and at last `Finished`; taking an event does the work for it.
 
     Letting go of it, or `cancel`, ends the request. Raises RequestError from `next` when the request fails on the way.
     """
 
-    def __init__(self, request: Requested, speaker: Speaks | None):
+    def __init__(self, request: EventSource, speaker: SpeechSynthesizer | None):
         self._request, self._speaker = request, speaker
         self._record = _Record()
         # A generator that knows nothing of this object: it is closed as soon as this object is let go of.
@@ -127,7 +127,7 @@ class Reply:
         record = self._record
         if not record.events or not isinstance(record.events[-1], Finished):
             raise RequestError("failed", "the answer broke off before its end")
-        whole = Answer.of(record.events)
+        whole = GenerationResult.from_events(record.events)
         return ChatAnswer(
             **{field.name: getattr(whole, field.name) for field in fields(whole)},
             samples=np.concatenate([np.zeros(0, np.float32), *record.chunks]),
@@ -155,7 +155,7 @@ class _Record:
         self.events.append(event)
         if isinstance(event, Finished):
             self.seconds = time.monotonic() - self.started
-        elif isinstance(event, TextPiece):
+        elif isinstance(event, TextDelta):
             if not self.content or self.content[-1]["type"] != "text":
                 self.content.append({"type": "text", "text": ""})
             self.content[-1]["text"] += event.text
@@ -174,17 +174,17 @@ class _Record:
         return {"role": "assistant", "content": [_frozen(part) for part in self.content]}
 
 
-def _events(request: Requested, speaker: Speaks | None, record: _Record) -> Iterator[ChatEvent]:
+def _events(request: EventSource, speaker: SpeechSynthesizer | None, record: _Record) -> Iterator[ChatEvent]:
     stream = speaker.stream() if speaker else None
     try:
         for event in request:
-            if stream and not record.cancelled and not isinstance(event, TextPiece):
-                sound = stream.push(event.codes, event.last) if isinstance(event, Frames) else stream.close()
+            if stream and not record.cancelled and not isinstance(event, TextDelta):
+                sound = stream.push(event.codes, event.last) if isinstance(event, AudioCodes) else stream.close()
                 if len(sound):
                     record.add_sound(sound)
                     yield AudioChunk(sound, speaker.rate)
             record.add(event)
-            if not isinstance(event, Frames):
+            if not isinstance(event, AudioCodes):
                 yield event
     except Exception:
         record.tell = lambda message: None  # what failed is no turn of a conversation

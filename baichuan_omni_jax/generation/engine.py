@@ -2,7 +2,7 @@
 
     engine = Engine(branches, cfg, tokenizer, slots=8, length=4096)
     for event in engine.submit(prompt, GenerationConfig(speech=True), jax.random.key(0)):
-        ...                                     # TextPiece, Frames, at last Finished
+        ...                                     # TextDelta, AudioCodes, at last Finished
 
 A request takes one of `slots` rows of the cache. Its prompt is read in chunks while other rows go on; then it takes
 part in the steps of all rows, several of them in one program, until its answer ends and the row is free for the next.
@@ -25,11 +25,11 @@ from tokenizers import Tokenizer
 from baichuan_omni_jax.branches import PROMPT_BRANCHES
 from baichuan_omni_jax.config import GenerationConfig, OmniConfig
 from baichuan_omni_jax.errors import ConfigError, RequestError
-from baichuan_omni_jax.generation.engine_state import BatchState, mesh_of
-from baichuan_omni_jax.generation.events import Answer, Prompt
-from baichuan_omni_jax.generation.prefill import Joining
+from baichuan_omni_jax.generation.engine_state import DeviceState, mesh_of
+from baichuan_omni_jax.generation.events import GenerationResult, Prompt
+from baichuan_omni_jax.generation.prefill import PrefillGroup
 from baichuan_omni_jax.generation.prompt_check import check_prompt
-from baichuan_omni_jax.generation.requests import Job, Request
+from baichuan_omni_jax.generation.requests import ActiveRequest, Request
 from baichuan_omni_jax.generation.sampling import key_data
 from data_pipelines.text.speech_segments import piece_table
 
@@ -56,7 +56,7 @@ class Engine:
 
     `slots` requests are answered at a time, each in a cache of `length` items (prompt and answer; one a token, visual
     token or code frame), kept in `cache_dtype` (a float type or int8; default: the language model's compute dtype).
-    `chunk` items of prompts are read, and `burst` items of every answer made, before the engine looks around.
+    `chunk` items of prompts are read, and `steps_per_call` items of every answer made, before the engine looks around.
 
     The language model and the audio head are copied in the form that decoding reads; drop them where nothing else
     needs them. Works on the mesh that they lie on, slots over data x fsdp, heads over tensor; context must be 1.
@@ -73,27 +73,27 @@ class Engine:
         length: int = 4096,
         cache_dtype: str | None = None,
         chunk: int = 1024,
-        burst: int = 8,
+        steps_per_call: int = 8,
     ):
         if "llm" not in branches:
             raise ConfigError("generating needs the branch llm")
-        for name, size in (("slots", slots), ("length", length), ("chunk", chunk), ("burst", burst)):
+        for name, size in (("slots", slots), ("length", length), ("chunk", chunk), ("steps_per_call", steps_per_call)):
             if size < 1:
                 raise ConfigError(f"{name} {size} must be at least 1")
         if chunk & (chunk - 1):
             raise ConfigError(f"chunk {chunk} is not a power of two")
         self.cfg, self.tokenizer = cfg, tokenizer
-        self._slots, self._length, self._chunk, self._burst = slots, length, chunk, burst
+        self._slots, self._length, self._chunk, self._steps_per_call = slots, length, chunk, steps_per_call
         self._mesh = mesh_of(branches["llm"])
         self._branches = frozenset(branches) & frozenset(PROMPT_BRANCHES)
         table = piece_table(tokenizer, cfg.llm.vocab_size)
-        sizes = {"slots": slots, "length": length, "burst": burst, "cache_dtype": cache_dtype}
+        sizes = {"slots": slots, "length": length, "steps_per_call": steps_per_call, "cache_dtype": cache_dtype}
         with jax.set_mesh(self._mesh):
-            self._batch = BatchState(branches, cfg, table, self._mesh, **sizes)
+            self._device = DeviceState(branches, cfg, table, self._mesh, **sizes)
         self._lock = threading.Lock()
-        self._waiting: deque[Job] = deque()
-        self._joining: Joining | None = None
-        self._running: dict[int, Job] = {}
+        self._waiting: deque[ActiveRequest] = deque()
+        self._prefill_group: PrefillGroup | None = None
+        self._running: dict[int, ActiveRequest] = {}
         self._busy, self._tokens, self._frames = 0.0, 0, 0
 
     def submit(self, prompt: Prompt, settings: GenerationConfig, key: PRNGKeyArray) -> Request:
@@ -104,17 +104,17 @@ class Engine:
         if settings.stop and self.tokenizer is None:
             raise RequestError("bad_message", "stop strings need a tokenizer, the engine has none")
         check_prompt(prompt, settings, self.cfg, self._branches, self._length)
-        job = Job(prompt, settings, key_data(key), self.cfg.tokens, self.tokenizer)
+        request = ActiveRequest(prompt, settings, key_data(key), self.cfg.tokens, self.tokenizer)
         with self._lock:
-            self._waiting.append(job)
-        return Request(job, self._serve)
+            self._waiting.append(request)
+        return Request(request, self._serve)
 
     def generate(
         self, prompts: Sequence[Prompt], settings: GenerationConfig, keys: Sequence[PRNGKeyArray] | PRNGKeyArray
-    ) -> list[Answer]:
+    ) -> list[GenerationResult]:
         """The whole answers to several prompts, served together. Raises RequestError for the first it cannot serve."""
         requests = [self.submit(prompt, settings, key) for prompt, key in zip(prompts, keys, strict=True)]
-        return [Answer.of(request) for request in requests]
+        return [GenerationResult.from_events(request) for request in requests]
 
     def warm_up(self) -> None:
         """Compiles every program of text and speech; those of pictures and sound wait for the first of their size.
@@ -122,34 +122,34 @@ class Engine:
         Does nothing while requests are served: they compile what they need.
         """
         with self._lock, jax.set_mesh(self._mesh):
-            if not (self._running or self._joining):
-                self._batch.warm_up(self._chunk)
+            if not (self._running or self._prefill_group):
+                self._device.warm_up(self._chunk)
 
     @property
     def compiles(self) -> int:
         """Programs compiled since the engine was made (of all engines, while several live)."""
-        return self._batch.compiles
+        return self._device.compiles
 
     @property
     def metrics(self) -> EngineMetrics:
         with self._lock:
             self._sweep()
-            joining = len(self._joining.jobs) if self._joining else 0
+            group = len(self._prefill_group.requests) if self._prefill_group else 0
             return EngineMetrics(
                 compiles=self.compiles,
-                cache_bytes=self._batch.cache_bytes,
+                cache_bytes=self._device.cache_bytes,
                 slots=self._slots,
-                in_use=len(self._running) + joining,
+                in_use=len(self._running) + group,
                 waiting=len(self._waiting),
                 tokens=self._tokens,
                 frames=self._frames,
                 tokens_per_s=(self._tokens + self._frames) / self._busy if self._busy else 0.0,
             )
 
-    def _serve(self, job: Job) -> None:
-        """Runs a step, unless another thread's step has served `job` meanwhile."""
+    def _serve(self, request: ActiveRequest) -> None:
+        """Runs a step, unless another thread's step has served `request` meanwhile."""
         with self._lock:
-            if job.events or job.over:
+            if request.events or request.over:
                 return
             began = time.perf_counter()
             try:
@@ -165,88 +165,91 @@ class Engine:
     def _step(self) -> None:
         self._sweep()
         budget = self._chunk
-        while budget > 0 and (self._joining or self._let_in()):
-            budget -= self._read_on()
+        while budget > 0 and (self._prefill_group or self._admit()):
+            budget -= self._prefill_chunk()
         if self._running:
-            new = not all(job.started for job in self._running.values())
-            self._run_burst(self._running, 1 if new else self._burst)
-            self._running = {slot: job for slot, job in self._running.items() if not job.over}
+            new = not all(request.started for request in self._running.values())
+            self._decode(self._running, 1 if new else self._steps_per_call)
+            self._running = {slot: request for slot, request in self._running.items() if not request.over}
 
     def _sweep(self) -> None:
         """Ends what was cancelled."""
-        joining = self._joining.jobs if self._joining else {}
-        for job in (*self._waiting, *joining.values(), *self._running.values()):
-            if job.cancelled:
-                job.finish("cancelled")
-        self._waiting = deque(job for job in self._waiting if not job.over)
-        self._running = {slot: job for slot, job in self._running.items() if not job.over}
-        if self._joining:
-            self._joining.jobs = {device: job for device, job in joining.items() if not job.over}
+        group = self._prefill_group.requests if self._prefill_group else {}
+        for request in (*self._waiting, *group.values(), *self._running.values()):
+            if request.cancelled:
+                request.finish("cancelled")
+        self._waiting = deque(request for request in self._waiting if not request.over)
+        self._running = {slot: request for slot, request in self._running.items() if not request.over}
+        if self._prefill_group:
+            self._prefill_group.requests = {device: request for device, request in group.items() if not request.over}
 
-    def _let_in(self) -> bool:
+    def _admit(self) -> bool:
         """Gives free slots to those who waited longest, as many as can read together; False when there are none."""
         free = [slot for slot in range(self._slots) if slot not in self._running]
         if not free or not self._waiting:
             return False
-        devices = self._batch.devices
+        devices = self._device.devices
         here = self._slots // devices
         index = free[0] % here
-        jobs = {}
+        requests = {}
         for slot in free:
             if slot % here == index and self._waiting:
-                job = self._waiting.popleft()
-                job.slot, jobs[slot // here] = slot, job
-        self._joining = Joining(index, jobs, devices, self._length)
-        self._take_in_media(self._joining)
+                request = self._waiting.popleft()
+                request.slot, requests[slot // here] = slot, request
+        self._prefill_group = PrefillGroup(index, requests, devices, self._length)
+        self._encode_media(self._prefill_group)
         return True
 
-    def _take_in_media(self, joining: Joining) -> None:
+    def _encode_media(self, group: PrefillGroup) -> None:
         """Hears and sees what the prompts hold. A prompt whose media cannot be taken in is given up alone."""
         codes = {}
-        for device, job in list(joining.jobs.items()):
+        for device, request in list(group.requests.items()):
             try:
-                codes[device] = self._batch.hear(job.prompt)
-                if len(job.prompt.patches):
-                    self._batch.see(device, job.prompt)
+                codes[device] = self._device.encode_audio(request.prompt)
+                if len(request.prompt.patches):
+                    self._device.encode_images(device, request.prompt)
             except Exception as error:
                 log.exception("the media of a prompt could not be taken in")
-                job.fail(f"the media of the prompt could not be taken in: {error}")
-                del joining.jobs[device]
-        if any(len(job.prompt.audio_slots) or len(job.prompt.patches) for job in joining.jobs.values()):
-            joining.place_media(codes)
+                request.fail(f"the media of the prompt could not be taken in: {error}")
+                del group.requests[device]
+        if any(len(request.prompt.audio_slots) or len(request.prompt.patches) for request in group.requests.values()):
+            group.place_media(codes)
 
-    def _read_on(self) -> int:
+    def _prefill_chunk(self) -> int:
         """Reads the next chunk of those that join, and seats them after their last; returns the items it cost."""
-        joining, cost = self._joining, 0
-        if not joining.done:
-            chunk = joining.chunk(self._chunk)
-            self._batch.read(joining.index, chunk)
+        group, cost = self._prefill_group, 0
+        if not group.done:
+            chunk = group.chunk(self._chunk)
+            self._device.prefill(group.index, chunk)
             cost = chunk.tokens.size
-        if joining.done:
-            for job in joining.jobs.values():
-                self._batch.seat(job.slot, job.prompt, job.settings, job.key)
-                self._running[job.slot] = job
+        if group.done:
+            for request in group.requests.values():
+                self._device.insert(request.slot, request.prompt, request.settings, request.key)
+                self._running[request.slot] = request
             # Only now: what fails on the way must find them, or nobody would ever serve them.
-            self._joining = None
+            self._prefill_group = None
         return cost
 
-    def _run_burst(self, jobs: Mapping[int, Job], count: int) -> None:
+    def _decode(self, requests: Mapping[int, ActiveRequest], count: int) -> None:
         alive = np.zeros(self._slots, bool)
-        alive[list(jobs)] = True
-        items, reasons = self._batch.run(alive, count, hurry=bool(self._waiting))
-        for slot, job in jobs.items():
-            before = job.tokens, job.frames
-            job.take(jax.tree.map(lambda x, slot=slot: x[:, slot], items), int(reasons[slot]))
-            self._tokens += job.tokens - before[0]
-            self._frames += job.frames - before[1]
+        alive[list(requests)] = True
+        items, reasons = self._device.decode_steps(alive, count, stop_early=bool(self._waiting))
+        for slot, request in requests.items():
+            before = request.tokens, request.frames
+            request.take(jax.tree.map(lambda x, slot=slot: x[:, slot], items), int(reasons[slot]))
+            self._tokens += request.tokens - before[0]
+            self._frames += request.frames - before[1]
 
     def _abandon(self, error: BaseException) -> None:
         """Gives up what was being served: the arrays that it lived in are lost. Those who wait are served next."""
         if isinstance(error, Exception):  # else somebody interrupted it, which is no error
             log.error("generating failed", exc_info=error)
-        for job in (*self._running.values(), *(self._joining.jobs.values() if self._joining else ())):
-            if not job.over:
-                job.fail(f"the engine failed while it served this request: {error}")
-        self._running, self._joining = {}, None
+        for request in (
+            *self._running.values(),
+            *(self._prefill_group.requests.values() if self._prefill_group else ()),
+        ):
+            if not request.over:
+                request.fail(f"the engine failed while it served this request: {error}")
+        self._running, self._prefill_group = {}, None
         with jax.set_mesh(self._mesh):
-            self._batch.reset()
+            self._device.reset()

@@ -15,11 +15,11 @@ from jaxtyping import Array, Bool, Int32, UInt32
 
 from baichuan_omni_jax.config import GenerationConfig, OmniConfig
 from baichuan_omni_jax.errors import ConfigError
-from baichuan_omni_jax.generation import programs as steps
+from baichuan_omni_jax.generation import programs
 from baichuan_omni_jax.generation.events import Prompt
-from baichuan_omni_jax.generation.prefill import chunk_sizes, lay_pictures
-from baichuan_omni_jax.generation.prompt_audio import Hearing
-from baichuan_omni_jax.generation.slots import Items, Rows, idle_rows, new_row
+from baichuan_omni_jax.generation.prefill import chunk_sizes, lay_out_images
+from baichuan_omni_jax.generation.prompt_audio import PromptAudioEncoder
+from baichuan_omni_jax.generation.slots import SlotState, StepOutput, idle_slots, init_slot
 from baichuan_omni_jax.llm.decode import DecodeModel
 from baichuan_omni_jax.llm.depth_decode import DepthDecoder
 from baichuan_omni_jax.llm.kv_cache import init_cache
@@ -27,12 +27,12 @@ from baichuan_omni_jax.nn.param import named_values
 from baichuan_omni_jax.sharding import axis_product
 from data_pipelines.text.speech_segments import PieceTable
 
-_PROGRAMS = (steps.see, steps.read, steps.seat, steps.burst)
+_PROGRAMS = (programs.encode_images, programs.prefill, programs.insert, programs.decode_steps)
 _depth = jax.jit(DepthDecoder.of)
 Arrays = TypeVar("Arrays", bound=tuple)
 
 
-class BatchState:
+class DeviceState:
     """`slots` rows of `length` items each, on the mesh of the branches; `devices` of it hold different rows."""
 
     def __init__(
@@ -44,21 +44,21 @@ class BatchState:
         *,
         slots: int,
         length: int,
-        burst: int,
+        steps_per_call: int,
         cache_dtype: str | None,
     ):
         head, encoder = branches.get("audio_head"), branches.get("audio_encoder")
         self._cfg, self._mesh = cfg, mesh
-        # Once, not with each burst: it is some megabytes for a large vocabulary.
+        # Once, not with each call: it is some megabytes for a large vocabulary.
         self._table = jax.device_put(PieceTable(*table), NamedSharding(mesh, PartitionSpec()))
-        self._slots, self._length, self._burst = slots, length, burst
-        self._model = steps.Speakers(DecodeModel.of(branches["llm"]), None if head is None else _depth(head))
+        self._slots, self._length, self._steps_per_call = slots, length, steps_per_call
+        self._model = programs.DecodeModels(DecodeModel.of(branches["llm"]), None if head is None else _depth(head))
         self._llm = self._model.llm
         self._vision = branches.get("vision")
-        self._hearing = None if encoder is None else Hearing(encoder, mesh)
+        self._audio_encoder = None if encoder is None else PromptAudioEncoder(encoder, mesh)
         self._cache_dtype = jnp.dtype(cache_dtype or self._llm.compute.dtype)
         self._widths = cfg.llm.vocab_size, (cfg.audio.levels, max(cfg.audio.codebook_sizes) + 1)
-        self._state: steps.State | None = None
+        self._state: programs.EngineState | None = None
         self._buffer: Array | None = None
         self._compiled_before = _programs()
         self.devices = axis_product(mesh, self._llm.compute.rules.axes("batch"))
@@ -67,8 +67,8 @@ class BatchState:
     @property
     def compiles(self) -> int:
         """Programs compiled since this was made (of all engines, while several live)."""
-        hearing = self._hearing.programs if self._hearing else 0
-        return _programs() - self._compiled_before + hearing
+        audio = self._audio_encoder.programs if self._audio_encoder else 0
+        return _programs() - self._compiled_before + audio
 
     @property
     def cache_bytes(self) -> int:
@@ -83,62 +83,64 @@ class BatchState:
         self._state = self._buffer = None
         cache = init_cache(self._cfg.llm, self._slots, self._length, self._cache_dtype, self._llm.compute)
         hidden = np.zeros((self._slots, self._cfg.llm.hidden_size), self._llm.compute.dtype)
-        self._state = steps.State(cache, *self._placed((hidden, self._idle_rows())))
+        self._state = programs.EngineState(cache, *self._placed((hidden, self._idle_slots())))
 
-    def hear(self, prompt: Prompt) -> Int32[np.ndarray, "a q"]:
+    def encode_audio(self, prompt: Prompt) -> Int32[np.ndarray, "a q"]:
         """The prompt's code frames, those of its mel windows made of them."""
-        return self._hearing.codes(prompt) if prompt.mels else np.asarray(prompt.audio_codes)
+        return self._audio_encoder.encode(prompt) if prompt.mels else np.asarray(prompt.audio_codes)
 
-    def see(self, device: int, prompt: Prompt) -> None:
-        """Keeps the embeddings of the prompt's pictures, for `read` of a row of `device`."""
+    def encode_images(self, device: int, prompt: Prompt) -> None:
+        """Keeps the embeddings of the prompt's images, for `prefill` of a row of `device`."""
         shards = axis_product(self._mesh, self._vision.compute.rules.axes("media"))
-        pictures = lay_pictures({device: prompt}, self.devices, shards, self._cfg, self._length)
-        self._buffer = steps.see(self._vision, self._seen(), *self._placed(pictures))
+        images = lay_out_images({device: prompt}, self.devices, shards, self._cfg, self._length)
+        self._buffer = programs.encode_images(self._vision, self._image_buffer(), *self._placed(images))
 
-    def read(self, index: int, chunk: steps.Chunk) -> None:
+    def prefill(self, index: int, chunk: programs.Chunk) -> None:
         """Row `index` of every device reads its part of the chunk."""
-        buffer = None if chunk.seen is None else self._seen()
-        self._state = steps.read(self._model, self._state, np.int32(index), self._placed(chunk), buffer)
+        buffer = None if chunk.visual_slots is None else self._image_buffer()
+        self._state = programs.prefill(self._model, self._state, np.int32(index), self._placed(chunk), buffer)
 
-    def seat(self, slot: int, prompt: Prompt, settings: GenerationConfig, key: UInt32[np.ndarray, "2"]) -> None:
+    def insert(self, slot: int, prompt: Prompt, settings: GenerationConfig, key: UInt32[np.ndarray, "2"]) -> None:
         """Row `slot`, which has read the prompt, begins to answer."""
-        self._seat(slot, new_row(prompt.tokens, settings, key, self._cfg.tokens, *self._widths))
+        self._insert(slot, init_slot(prompt.tokens, settings, key, self._cfg.tokens, *self._widths))
 
-    def run(self, alive: Bool[np.ndarray, " b"], count: int, hurry: bool) -> tuple[Items, Int32[np.ndarray, " b"]]:
-        """Up to `count` items of the rows that are `alive`, (n, b, ..), and why rows ended (see `steps.burst`)."""
-        self._state, items, reasons = steps.burst(
+    def decode_steps(
+        self, alive: Bool[np.ndarray, " b"], count: int, stop_early: bool
+    ) -> tuple[StepOutput, Int32[np.ndarray, " b"]]:
+        """Up to `count` items of the rows that are `alive`, (n, b, ..), and why rows ended."""
+        self._state, items, reasons = programs.decode_steps(
             self._model,
             self._state,
             *self._placed((alive,)),
             np.int32(count),
-            np.bool_(hurry),
+            np.bool_(stop_early),
             self._table,
             tokens=self._cfg.tokens,
-            size=self._burst,
+            size=self._steps_per_call,
         )
         return jax.device_get((items, reasons))
 
     def warm_up(self, chunk: int) -> None:
-        """Runs every program but those of pictures and sound once, on nothing."""
+        """Runs every program but those of images and sound once, on nothing."""
         for t in chunk_sizes(self._length, chunk):
             shape = (self.devices, t)
             nowhere = np.full(shape, -1, np.int32)
-            text = steps.Chunk(np.zeros(shape, np.int32), nowhere, np.full(self.devices, -1, np.int32))
-            self.read(0, text)
+            text = programs.Chunk(np.zeros(shape, np.int32), nowhere, np.full(self.devices, -1, np.int32))
+            self.prefill(0, text)
             if self._vision is not None or self._model.depth is not None:
                 codes = np.zeros((*shape, self._cfg.audio.levels), np.int32)
-                seen = np.full(shape, self._length, np.int32)
-                self.read(0, text._replace(codes=codes, heard=np.zeros(shape, bool), seen=seen))
-        self._seat(0, jax.tree.map(lambda x: x[:1], self._idle_rows()))
-        self.run(np.zeros(self._slots, bool), 1, False)
+                visual_slots = np.full(shape, self._length, np.int32)
+                self.prefill(0, text._replace(codes=codes, is_audio=np.zeros(shape, bool), visual_slots=visual_slots))
+        self._insert(0, jax.tree.map(lambda x: x[:1], self._idle_slots()))
+        self.decode_steps(np.zeros(self._slots, bool), 1, False)
 
-    def _seat(self, slot: int, row: Rows) -> None:
-        self._state = self._state._replace(rows=steps.seat(self._state.rows, np.int32(slot), row))
+    def _insert(self, slot: int, row: SlotState) -> None:
+        self._state = self._state._replace(rows=programs.insert(self._state.rows, np.int32(slot), row))
 
-    def _idle_rows(self) -> Rows:
-        return idle_rows(self._slots, self._cfg.tokens, *self._widths)
+    def _idle_slots(self) -> SlotState:
+        return idle_slots(self._slots, self._cfg.tokens, *self._widths)
 
-    def _seen(self) -> Array:
+    def _image_buffer(self) -> Array:
         """Where visual embeddings lie by position, one prompt a device; made when it is first needed."""
         if self._buffer is None:
             shape, spec = (self.devices, self._length, self._cfg.llm.hidden_size), self._llm.compute.rules.spec

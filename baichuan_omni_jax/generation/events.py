@@ -9,7 +9,7 @@ from jaxtyping import Float32, Int32, UInt8
 
 from baichuan_omni_jax.errors import RequestError
 
-__all__ = ["Answer", "Event", "Finished", "Frames", "Prompt", "RequestError", "TextPiece"]
+__all__ = ["AudioCodes", "Event", "Finished", "GenerationResult", "Prompt", "RequestError", "TextDelta"]
 
 
 @runtime_checkable
@@ -33,7 +33,7 @@ class Prompt(Protocol):
 
 
 @dataclass(frozen=True)
-class TextPiece:
+class TextDelta:
     """Text that came next, and its tokens with their log-probabilities (of the model, before penalty and cuts)."""
 
     text: str
@@ -42,7 +42,7 @@ class TextPiece:
 
 
 @dataclass(frozen=True)
-class Frames:
+class AudioCodes:
     """Code frames that came next (12.5 a second); `last` ends a stretch of speech (its end frame is not among them)."""
 
     codes: Int32[np.ndarray, "n q"]
@@ -51,13 +51,14 @@ class Frames:
 
 @dataclass(frozen=True)
 class Finished:
-    """The answer is whole. `reason`: `end` (the model's end of text), `stop` (a stop string), `length`, `cancelled`.
+    """The answer is whole. `finish_reason` is `end` (the model's end of text), `stop` (a stop string), `length` or
+    `cancelled`.
 
     Seconds count from the request: `first_token`, `first_frame` (None: no speech), `total`. `tokens` and `frames` were
     generated; `prompt` (tokens) were read.
     """
 
-    reason: str
+    finish_reason: str
     prompt: int
     tokens: int
     frames: int
@@ -68,11 +69,11 @@ class Finished:
     """Prompt and answer as tokens, pads where frames stand."""
 
 
-Event = TextPiece | Frames | Finished
+Event = TextDelta | AudioCodes | Finished
 
 
 @dataclass(frozen=True)
-class Answer:
+class GenerationResult:
     """A whole answer: its text and tokens, and the code frames of each stretch of speech, in order."""
 
     text: str
@@ -82,13 +83,13 @@ class Answer:
     finished: Finished
 
     @classmethod
-    def of(cls, events: Iterable[Event]) -> "Answer":
+    def from_events(cls, events: Iterable[Event]) -> "GenerationResult":
         """The answer that a request's events make, of which the last is `Finished`."""
         events = list(events)
-        pieces = [event for event in events if isinstance(event, TextPiece)]
+        pieces = [event for event in events if isinstance(event, TextDelta)]
         speech, stretch = [], []
         for event in events:
-            if isinstance(event, Frames):
+            if isinstance(event, AudioCodes):
                 stretch.append(event.codes)
                 if event.last:
                     speech.append(np.concatenate(stretch))

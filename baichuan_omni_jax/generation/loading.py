@@ -35,7 +35,7 @@ from baichuan_omni_jax.config import ImagesConfig, MeshConfig, OmniConfig, from_
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.generation.chat import ChatModel
 from baichuan_omni_jax.generation.engine import Engine
-from baichuan_omni_jax.generation.speech_decoder import Speaker
+from baichuan_omni_jax.generation.speech_decoder import SpeechDecoder
 from baichuan_omni_jax.nn.param import ComputePolicy
 from baichuan_omni_jax.sharding import make_mesh
 from baichuan_omni_jax.vocoder.config import VocoderConfig, read_vocoder_config
@@ -102,7 +102,9 @@ def make_chat_model(
     """The engine and, where the branches for it are there, the speaker. See `Engine` for the sizes of the cache."""
     engine = Engine(loaded.branches, loaded.config, tokenizer, slots=slots, length=length, cache_dtype=cache_dtype)
     speaks = all(name in loaded.branches for name in (*SPEECH_BRANCHES, "audio_head"))
-    return ChatModel(engine, loaded.config, Speaker(loaded.branches, loaded.config, seed=seed) if speaks else None)
+    return ChatModel(
+        engine, loaded.config, SpeechDecoder(loaded.branches, loaded.config, seed=seed) if speaks else None
+    )
 
 
 def _folders(spec: str) -> dict[str, Path]:

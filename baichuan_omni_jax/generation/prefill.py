@@ -1,4 +1,4 @@
-"""Prompts in chunks of few sizes, so that reading them compiles few programs; their pictures laid out likewise."""
+"""Prompts in chunks of few sizes, so that reading them compiles few programs; their images laid out likewise."""
 
 from collections.abc import Mapping
 
@@ -8,7 +8,7 @@ from jaxtyping import Bool, Int32
 from baichuan_omni_jax.config import OmniConfig
 from baichuan_omni_jax.generation.events import Prompt
 from baichuan_omni_jax.generation.programs import Chunk
-from baichuan_omni_jax.generation.requests import Job
+from baichuan_omni_jax.generation.requests import ActiveRequest
 
 LEAST_TOKENS, LEAST_PATCHES = 32, 256
 
@@ -31,19 +31,19 @@ class Media:
 
     def __init__(self, prompt: Prompt, codes: Int32[np.ndarray, "a q"], length: int):
         n = len(prompt.tokens)
-        self.heard: Bool[np.ndarray, " n"] = np.zeros(n, bool)
+        self.is_audio: Bool[np.ndarray, " n"] = np.zeros(n, bool)
         self.codes: Int32[np.ndarray, "n q"] = np.zeros((n, codes.shape[1]), np.int32)
-        self.seen: Int32[np.ndarray, " n"] = np.full(n, length, np.int32)
-        self.heard[prompt.audio_slots] = True
+        self.visual_slots: Int32[np.ndarray, " n"] = np.full(n, length, np.int32)
+        self.is_audio[prompt.audio_slots] = True
         self.codes[prompt.audio_slots] = codes
-        self.seen[prompt.visual_slots] = prompt.visual_slots
+        self.visual_slots[prompt.visual_slots] = prompt.visual_slots
 
 
-class Joining:
-    """Jobs that read their prompts together: `jobs` by device, in row `index` of each, on `devices` in all."""
+class PrefillGroup:
+    """Requests that read their prompts together: `requests` by device, in row `index` of each, on `devices` in all."""
 
-    def __init__(self, index: int, jobs: Mapping[int, Job], devices: int, length: int):
-        self.index, self.jobs = index, dict(jobs)
+    def __init__(self, index: int, requests: Mapping[int, ActiveRequest], devices: int, length: int):
+        self.index, self.requests = index, dict(requests)
         self._devices, self._length = devices, length
         self._media: dict[int, Media] = {}
         self._at = 0
@@ -54,12 +54,14 @@ class Joining:
 
     @property
     def _size(self) -> int:
-        """Of the longest prompt; jobs may be taken out while they read."""
-        return max((job.size for job in self.jobs.values()), default=0)
+        """Of the longest prompt; requests may be taken out while they read."""
+        return max((request.size for request in self.requests.values()), default=0)
 
     def place_media(self, codes: Mapping[int, Int32[np.ndarray, "a q"]]) -> None:
         """Makes chunks have media, with each prompt's `codes`."""
-        self._media = {device: Media(job.prompt, codes[device], self._length) for device, job in self.jobs.items()}
+        self._media = {
+            device: Media(request.prompt, codes[device], self._length) for device, request in self.requests.items()
+        }
 
     def chunk(self, most: int) -> Chunk:
         """The next at most `most` items of every prompt, on the host."""
@@ -70,12 +72,12 @@ class Joining:
             positions=np.full(shape, -1, np.int32),
             last=np.full(self._devices, -1, np.int32),
         )
-        for device, job in self.jobs.items():
-            here = slice(self._at, min(self._at + count, job.size))
+        for device, request in self.requests.items():
+            here = slice(self._at, min(self._at + count, request.size))
             n = max(here.stop - here.start, 0)
-            chunk.tokens[device, :n] = job.prompt.tokens[here]
+            chunk.tokens[device, :n] = request.prompt.tokens[here]
             chunk.positions[device, :n] = np.arange(here.start, here.start + n)
-            if self._at < job.size <= self._at + count:
+            if self._at < request.size <= self._at + count:
                 chunk.last[device] = n - 1
         if self._media:
             chunk = self._with_media(chunk, slice(self._at, self._at + count))
@@ -84,20 +86,20 @@ class Joining:
 
     def _with_media(self, chunk: Chunk, here: slice) -> Chunk:
         shape, levels = chunk.tokens.shape, next(iter(self._media.values())).codes.shape[1]
-        codes, heard = np.zeros((*shape, levels), np.int32), np.zeros(shape, bool)
-        seen = np.full(shape, self._length, np.int32)
+        codes, is_audio = np.zeros((*shape, levels), np.int32), np.zeros(shape, bool)
+        visual_slots = np.full(shape, self._length, np.int32)
         for device, media in self._media.items():
-            for whole, part in ((codes, media.codes), (heard, media.heard), (seen, media.seen)):
+            for whole, part in ((codes, media.codes), (is_audio, media.is_audio), (visual_slots, media.visual_slots)):
                 whole[device, : len(part[here])] = part[here]
-        return chunk._replace(codes=codes, heard=heard, seen=seen)
+        return chunk._replace(codes=codes, is_audio=is_audio, visual_slots=visual_slots)
 
 
-def lay_pictures(
+def lay_out_images(
     prompts: Mapping[int, Prompt], devices: int, shards: int, cfg: OmniConfig, length: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Patches (g, p, v), their grid, their pictures' ids and the slots (g, p / 4) of their tokens, for `devices` rows.
+    """Patches (g, p, v), their grid, their images' ids and the slots (g, p / 4) of their tokens, for `devices` rows.
 
-    p is cut into `shards` equal parts, none of which cuts a picture. An unused slot is `length`.
+    p is cut into `shards` equal parts, none of which cuts an image. An unused slot is `length`.
     """
     sizes = {device: np.bincount(prompt.patch_frames)[1:] for device, prompt in prompts.items()}
     p = bucket(max(int(x.sum()) for x in sizes.values()), LEAST_PATCHES)
@@ -108,16 +110,16 @@ def lay_pictures(
     grid, ids = np.zeros((devices, p, 2), np.int32), np.zeros((devices, p), np.int32)
     slots = np.full((devices, p // merged), length, np.int32)
     for device, prompt in prompts.items():
-        pictures = sizes[device]
-        starts = _starts(pictures, p, shards)
-        at = np.repeat(starts - (np.cumsum(pictures) - pictures), pictures) + np.arange(pictures.sum())
+        images = sizes[device]
+        starts = _starts(images, p, shards)
+        at = np.repeat(starts - (np.cumsum(images) - images), images) + np.arange(images.sum())
         patches[device, at], grid[device, at], ids[device, at] = prompt.patches, prompt.patch_grid, prompt.patch_frames
         slots[device, at[::merged] // merged] = prompt.visual_slots
     return patches, grid, ids, slots
 
 
 def _starts(sizes: np.ndarray, places: int, shards: int) -> np.ndarray | None:
-    """The first place of each picture, in the first of `shards` equal parts that has room; None if one finds none."""
+    """The first place of each image, in the first of `shards` equal parts that has room; None if one finds none."""
     room = places // shards
     used, starts = [0] * shards, []
     for size in sizes.tolist():

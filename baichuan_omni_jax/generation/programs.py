@@ -1,4 +1,4 @@
-"""The programs of the generating engine: pictures seen, prompts read into the cache, rows seated, many steps at once.
+"""The programs of the generating engine: images encoded, prompts prefilled, rows inserted, many decoding steps at once.
 
 Rows of a batch are split over data x fsdp. Reading works on one row of every device, which goes by its number there;
 what else the device holds goes on undisturbed.
@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int32, UInt8
 
 from baichuan_omni_jax.config import SpecialTokens
-from baichuan_omni_jax.generation.slots import FRAME, Items, Rows, next_items
+from baichuan_omni_jax.generation.slots import OutputKind, SlotState, StepOutput, advance
 from baichuan_omni_jax.llm.decode import DecodeModel
 from baichuan_omni_jax.llm.depth_decode import DepthDecoder
 from baichuan_omni_jax.llm.kv_cache import KVCache
@@ -24,38 +24,38 @@ from baichuan_omni_jax.vision.model import VisionModel
 from data_pipelines.text.speech_segments import PieceTable
 
 
-class Speakers(NamedTuple):
+class DecodeModels(NamedTuple):
     """What a step computes with: the language model and, where the checkpoint has it, the audio head."""
 
     llm: DecodeModel
     depth: DepthDecoder | None
 
 
-class State(NamedTuple):
+class EngineState(NamedTuple):
     """What all slots hold; every program takes it and gives it back. `hidden` is each row's last item's."""
 
     cache: KVCache
     hidden: Float[Array, "b d"]
-    rows: Rows
+    rows: SlotState
 
 
 class Chunk(NamedTuple):
     """Up to t items of g prompts, one a device. `last` is the place of a prompt's last item, -1 where it is not here.
 
-    `positions` are -1 at padding; `codes` count where `heard`; `seen` is the position of a visual token, elsewhere the
-    cache's length. Prompts of text alone have None for the three.
+    `positions` are -1 at padding; `codes` count where `is_audio`; `visual_slots` is the position of a visual token,
+    elsewhere the cache's length. Prompts of text alone have None for the three.
     """
 
     tokens: Int32[Array, "g t"]
     positions: Int32[Array, "g t"]
     last: Int32[Array, " g"]
     codes: Int32[Array, "g t q"] | None = None
-    heard: Bool[Array, "g t"] | None = None
-    seen: Int32[Array, "g t"] | None = None
+    is_audio: Bool[Array, "g t"] | None = None
+    visual_slots: Int32[Array, "g t"] | None = None
 
 
 @jax.jit
-def see(
+def encode_images(
     vision: VisionModel,
     buffer: Float[Array, "g s d"],
     patches: UInt8[Array, "g p v"],
@@ -70,9 +70,13 @@ def see(
 
 
 @partial(jax.jit, donate_argnames="state")
-def read(
-    speakers: Speakers, state: State, index: Int32[Array, ""], chunk: Chunk, buffer: Float[Array, "g s d"] | None
-) -> State:
+def prefill(
+    speakers: DecodeModels,
+    state: EngineState,
+    index: Int32[Array, ""],
+    chunk: Chunk,
+    buffer: Float[Array, "g s d"] | None,
+) -> EngineState:
     """Row `index` of every device reads its part of a chunk. A row without items there stays as it is."""
     llm, depth = speakers
     x = llm.embed(chunk.tokens)
@@ -89,11 +93,11 @@ def read(
     cache = _local(_put_rows, (specs, specs, P()), specs)(state.cache, part, index)
     last = _local(_last_hidden, (rows, rows, rows, P()), rows)(hidden, state.hidden, chunk.last, index)
     hidden = _local(_put_rows, (rows, rows, P()), rows)(state.hidden, last, index)
-    return State(cache, hidden, state.rows)
+    return EngineState(cache, hidden, state.rows)
 
 
 @partial(jax.jit, donate_argnames="rows")
-def seat(rows: Rows, slot: Int32[Array, ""], new: Rows) -> Rows:
+def insert(rows: SlotState, slot: Int32[Array, ""], new: SlotState) -> SlotState:
     """Row `slot` begins anew as `new`, one row."""
 
     def put(old: Array, new: Array) -> Array:
@@ -106,26 +110,26 @@ def seat(rows: Rows, slot: Int32[Array, ""], new: Rows) -> Rows:
 
 
 @partial(jax.jit, static_argnames=("tokens", "size"), donate_argnames="state")
-def burst(
-    speakers: Speakers,
-    state: State,
+def decode_steps(
+    speakers: DecodeModels,
+    state: EngineState,
     alive: Bool[Array, " b"],
     steps: Int32[Array, ""],
-    hurry: Bool[Array, ""],
+    stop_early: Bool[Array, ""],
     table: PieceTable,
     *,
     tokens: SpecialTokens,
     size: int,
-) -> tuple[State, Items, Int32[Array, " b"]]:
+) -> tuple[EngineState, StepOutput, Int32[Array, " b"]]:
     """Up to `steps` (at most `size`) items of every active row: what they are (size, b, ..), and why rows ended.
 
-    Ends before when no row is active, with `hurry` when any row ends. Rows that are not `alive` are ended first.
+    Ends before when no row is active, with `stop_early` when any row ends. Rows that are not `alive` are ended first.
     """
     llm, depth = speakers
     split = llm.compute.rules.spec("batch")
     rows = state.rows._replace(active=state.rows.active & split_as(alive, llm.compute, "batch"))
     started, b = rows.active, rows.active.shape[0]
-    levels = rows.codes_held.shape[1]
+    levels = rows.seen_codes.shape[1]
     step = _local(
         partial(_step, length=state.cache.length, tokens=tokens), (split, split, split, P(), P()), (split,) * 4
     )
@@ -133,38 +137,42 @@ def burst(
     def go_on(carry):
         n, state, _ = carry
         ended = (started & ~state.rows.active).any()
-        return (n < steps) & state.rows.active.any() & ~(hurry & ended)
+        return (n < steps) & state.rows.active.any() & ~(stop_early & ended)
 
     def one_step(carry):
         n, state, log = carry
         rows, items, frames, positions = step(state.rows, _logits(llm, state), state.hidden, depth, table)
-        is_frame = items.kind == FRAME
+        is_frame = items.kind == OutputKind.FRAME
         x = llm.embed(items.token[:, None])
         if depth is not None:
             x = jnp.where(is_frame[:, None, None], frames[:, None].astype(x.dtype), x)
         hidden, cache = llm(x, positions[:, None], state.cache)
         log = jax.tree.map(lambda log, item: log.at[n].set(item), log, items)
-        return n + 1, State(cache, hidden[:, 0].astype(state.hidden.dtype), rows), log
+        return n + 1, EngineState(cache, hidden[:, 0].astype(state.hidden.dtype), rows), log
 
     empty = lambda dtype, *rest: jnp.zeros(  # noqa: E731
         (size, b, *rest), dtype, out_sharding=P(None, *split, *[None] * len(rest))
     )
-    log = Items(empty(jnp.int32), empty(jnp.int32), empty(jnp.float32), empty(jnp.int32, levels))
-    _, state, log = jax.lax.while_loop(go_on, one_step, (jnp.int32(0), State(state.cache, state.hidden, rows), log))
+    log = StepOutput(empty(jnp.int32), empty(jnp.int32), empty(jnp.float32), empty(jnp.int32, levels))
+    _, state, log = jax.lax.while_loop(
+        go_on, one_step, (jnp.int32(0), EngineState(state.cache, state.hidden, rows), log)
+    )
     return state, log, state.rows.reason
 
 
-def _step(rows: Rows, logits: Array, hidden: Array, depth, table: PieceTable, *, length: int, tokens: SpecialTokens):
-    after, items = next_items(rows, logits, hidden, depth, table, tokens, length)
+def _step(
+    rows: SlotState, logits: Array, hidden: Array, depth, table: PieceTable, *, length: int, tokens: SpecialTokens
+):
+    after, items = advance(rows, logits, hidden, depth, table, tokens, length)
     frames = jnp.zeros(hidden.shape, hidden.dtype) if depth is None else depth.embed(items.codes)
     return after, items, frames, jnp.where(after.active, rows.position, -1)
 
 
-def _logits(llm: DecodeModel, state: State) -> Array:
+def _logits(llm: DecodeModel, state: EngineState) -> Array:
     """Of every row, whole on its device; zeros when no row is about to draw a token."""
     rows, split = state.rows, llm.compute.rules.spec("batch", None)
     wanted = (rows.active & ~rows.speaking & ~rows.turn).any()
-    shape = (state.hidden.shape[0], rows.held.shape[1])
+    shape = (state.hidden.shape[0], rows.seen_tokens.shape[1])
     return jax.lax.cond(
         wanted,
         lambda: jax.sharding.reshard(llm.logits(state.hidden), split),
@@ -175,9 +183,9 @@ def _logits(llm: DecodeModel, state: State) -> Array:
 def _place_media(x: Array, chunk: Chunk, buffer: Array, depth: DepthDecoder | None) -> Array:
     """Token embeddings (g, t, d) with those of code frames and of visual tokens in their places."""
     if depth is not None:
-        x = jnp.where(chunk.heard[..., None], depth.embed(chunk.codes).astype(x.dtype), x)
-    seen = jax.vmap(lambda row, at: row.at[at].get(mode="fill", fill_value=0))(buffer, chunk.seen)
-    return jnp.where((chunk.seen < buffer.shape[1])[..., None], seen.astype(x.dtype), x)
+        x = jnp.where(chunk.is_audio[..., None], depth.embed(chunk.codes).astype(x.dtype), x)
+    visual_slots = jax.vmap(lambda row, at: row.at[at].get(mode="fill", fill_value=0))(buffer, chunk.visual_slots)
+    return jnp.where((chunk.visual_slots < buffer.shape[1])[..., None], visual_slots.astype(x.dtype), x)
 
 
 def _row(x: Array, index: Array) -> Array:

@@ -9,7 +9,7 @@ from baichuan_omni_jax.audio.tokenize import WindowEncoder
 from baichuan_omni_jax.generation.events import Prompt
 
 
-class Hearing:
+class PromptAudioEncoder:
     """`AudioEncoderBranch` for prompts, on `mesh`. One program for each of the lengths that windows are padded to."""
 
     def __init__(self, tokenizer: AudioEncoderBranch, mesh: Mesh):
@@ -22,7 +22,7 @@ class Hearing:
         """Compiled so far."""
         return self._encode.encode._cache_size()
 
-    def codes(self, prompt: Prompt) -> Int32[np.ndarray, "a q"]:
+    def encode(self, prompt: Prompt) -> Int32[np.ndarray, "a q"]:
         """The prompt's `audio_codes`, those of its `mels` filled in. Call it with the mesh set."""
         codes = np.array(prompt.audio_codes, np.int32)
         windows = ((place, mel.T) for place, mel in zip(prompt.mel_places, prompt.mels, strict=True))

@@ -1,4 +1,4 @@
-"""A request to the engine: what its caller holds (`Request`), and what the engine does for it (`Job`)."""
+"""A request to the engine: what its caller holds (`Request`), and what the engine does for it (`ActiveRequest`)."""
 
 import time
 import weakref
@@ -10,49 +10,47 @@ from jaxtyping import UInt32
 from tokenizers import Tokenizer
 
 from baichuan_omni_jax.config import GenerationConfig, SpecialTokens
-from baichuan_omni_jax.generation.events import Event, Finished, Frames, Prompt, RequestError
-from baichuan_omni_jax.generation.slots import END, FRAME, NOTHING, TOKEN, Items
+from baichuan_omni_jax.generation.events import AudioCodes, Event, Finished, Prompt, RequestError
+from baichuan_omni_jax.generation.slots import FinishReason, OutputKind, StepOutput
 from baichuan_omni_jax.generation.text_stream import TextStream
-
-_REASONS = {END: "end"}
 
 
 class Request:
-    """The events of one answer, as they are made: `TextPiece`, `Frames`, and `Finished` at the end.
+    """The events of one answer, as they are made: `TextDelta`, `AudioCodes`, and `Finished` at the end.
 
     Whoever waits for the next one runs the engine meanwhile, for all requests. Several threads may each iterate their
     own. A request that is cancelled, closed or no longer referred to gives its slot back.
     """
 
-    def __init__(self, job: "Job", serve: Callable[["Job"], None]):
-        self._job, self._serve = job, serve
-        # The engine knows the job alone, so that this object can be collected.
-        weakref.finalize(self, job.cancel).atexit = False
+    def __init__(self, active: "ActiveRequest", serve: Callable[["ActiveRequest"], None]):
+        self._active, self._serve = active, serve
+        # The engine knows the active request alone, so that this object can be collected.
+        weakref.finalize(self, active.cancel).atexit = False
 
     def __iter__(self) -> "Request":
         return self
 
     def __next__(self) -> Event:
         """Raises RequestError (`failed`) when the engine could not go on with this request."""
-        job = self._job
-        while not job.events:
+        active = self._active
+        while not active.events:
             # Events are there before `over` is set: look at them again, another thread may have ended the answer.
-            if job.over and not job.events:
+            if active.over and not active.events:
                 raise StopIteration
-            self._serve(job)
-        event = job.events.popleft()
+            self._serve(active)
+        event = active.events.popleft()
         if isinstance(event, RequestError):
             raise event
         return event
 
     def cancel(self) -> None:
         """Ends the answer; never waits. What was made so far is still there, then `Finished("cancelled")`."""
-        self._job.cancel()
+        self._active.cancel()
 
     close = cancel
 
 
-class Job:
+class ActiveRequest:
     """One request inside the engine. `slot` is its row; `sequence` its tokens so far, pads where frames stand."""
 
     def __init__(
@@ -88,15 +86,15 @@ class Job:
         self.events.append(RequestError("failed", message))
         self.over = True
 
-    def take(self, items: Items, reason: int) -> None:
+    def take(self, items: StepOutput, reason: int) -> None:
         """Makes events of a step's items (n, ..), and ends when the row has ended (`reason`) or was told to stop."""
         for kind, token, logprob, codes in zip(*(x.tolist() for x in items[:3]), items.codes, strict=True):
-            if kind == NOTHING:
+            if kind == OutputKind.NONE:
                 break
-            self._sequence.append(self._marks.audio_pad if kind == FRAME else token)
-            if kind == FRAME:
+            self._sequence.append(self._marks.audio_pad if kind == OutputKind.FRAME else token)
+            if kind == OutputKind.FRAME:
                 self._frame(codes)
-            elif kind == TOKEN:
+            elif kind == OutputKind.TOKEN:
                 self._token(token, logprob)
             else:
                 self._mark(token)
@@ -104,7 +102,7 @@ class Job:
                 return self.finish("stop")
         self._emit_frames(last=False)
         if reason:
-            self.finish(_REASONS.get(reason, "length"))
+            self.finish("end" if reason == FinishReason.END else "length")
 
     def finish(self, reason: str) -> None:
         """Ends the answer with all that was held back."""
@@ -116,7 +114,7 @@ class Job:
             self._sequence.append(self._marks.end_of_text)
         self._emit(
             Finished(
-                reason="stop" if self._text.stopped else reason,
+                finish_reason="stop" if self._text.stopped else reason,
                 prompt=self.size,
                 tokens=self.tokens,
                 frames=self.frames,
@@ -149,7 +147,7 @@ class Job:
     def _emit_frames(self, last: bool) -> None:
         if self._codes or last:
             levels = self.prompt.audio_codes.shape[1]
-            self._emit(Frames(np.array(self._codes, np.int32).reshape(-1, levels), last))
+            self._emit(AudioCodes(np.array(self._codes, np.int32).reshape(-1, levels), last))
             self._codes = []
 
     def _emit(self, event: Event | None) -> None:

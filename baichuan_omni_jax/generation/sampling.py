@@ -14,11 +14,11 @@ from jaxtyping import Array, Bool, Float, Int32, UInt32
 from baichuan_omni_jax.config import SamplingConfig
 
 # Rows whose `top_k` is at most this are drawn without their whole vocabulary being sorted.
-FEW = 64
+MAX_FAST_TOP_K = 64
 _LEAST_TEMPERATURE = 1e-6
 
 
-class Drawing(NamedTuple):
+class SamplingParams(NamedTuple):
     """`SamplingConfig` of several rows, an array a field."""
 
     temperature: Float[Array, " b"]
@@ -27,7 +27,7 @@ class Drawing(NamedTuple):
     repetition_penalty: Float[Array, " b"]
 
     @classmethod
-    def of(cls, rows: Sequence[SamplingConfig]) -> "Drawing":
+    def from_settings(cls, rows: Sequence[SamplingConfig]) -> "SamplingParams":
         """The settings of one row after the other, on the host."""
         floats = (("temperature", np.float32), ("top_k", np.int32), ("top_p", np.float32))
         types = dict(floats, repetition_penalty=np.float32)
@@ -35,35 +35,35 @@ class Drawing(NamedTuple):
 
 
 def key_data(key: Array) -> UInt32[np.ndarray, "2"]:
-    """What `draw` takes for a row: two words made of any kind of JAX key."""
+    """What `sample` takes for a row: two words made of any kind of JAX key."""
     return np.asarray(jax.random.bits(key, (2,), jnp.uint32))
 
 
-def draw(
+def sample(
     logits: Float[Array, "b v"],
-    held: Bool[Array, "b v"],
-    how: Drawing,
+    seen_tokens: Bool[Array, "b v"],
+    params: SamplingParams,
     keys: UInt32[Array, "b 2"],
     step: Int32[Array, " b"],
     allowed: Bool[Array, "#b v"] | None = None,
 ) -> tuple[Int32[Array, " b"], Float[Array, " b"]]:
     """A token of each row, and its log-probability by the logits alone, before penalty and cuts.
 
-    `held` are the tokens that the row's sequence already has, which `repetition_penalty` meets; those that are not
-    `allowed` are never chosen. The same key and step give the same draw. Order of the cuts: see `SamplingConfig`.
+    `seen_tokens` are the tokens that the row's sequence already has, which `repetition_penalty` meets; those that are
+    not `allowed` are never chosen. The same key and step give the same draw. Order of the cuts: see `SamplingConfig`.
     """
     logits = logits.astype(jnp.float32)
-    scores = _penalised(logits, held, how.repetition_penalty)
+    scores = _penalized(logits, seen_tokens, params.repetition_penalty)
     if allowed is not None:
         scores = jnp.where(allowed, scores, -jnp.inf)
     tokens = jnp.argmax(scores, -1).astype(jnp.int32)
-    drawn = how.temperature > 0
+    drawn = params.temperature > 0
     keys = jax.vmap(_step_key)(keys, step)
-    few = drawn & (how.top_k > 0) & (how.top_k <= FEW)
-    for rows, width in ((few, min(FEW, logits.shape[-1])), (drawn & ~few, logits.shape[-1])):
+    few = drawn & (params.top_k > 0) & (params.top_k <= MAX_FAST_TOP_K)
+    for rows, width in ((few, min(MAX_FAST_TOP_K, logits.shape[-1])), (drawn & ~few, logits.shape[-1])):
         chosen = jax.lax.cond(
             rows.any(),
-            lambda width=width: _draw_among(scores, width, how, keys),
+            lambda width=width: _sample_among(scores, width, params, keys),
             lambda tokens=tokens: tokens,
         )
         tokens = jnp.where(rows, chosen, tokens)
@@ -71,21 +71,21 @@ def draw(
     return tokens, jnp.take_along_axis(logits, tokens[:, None], -1)[:, 0] - total
 
 
-def _penalised(logits: Array, held: Array, penalty: Array) -> Array:
+def _penalized(logits: Array, seen_tokens: Array, penalty: Array) -> Array:
     penalty = penalty[:, None]
-    return jnp.where(held, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+    return jnp.where(seen_tokens, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def _draw_among(scores: Array, width: int, how: Drawing, keys: Array) -> Array:
+def _sample_among(scores: Array, width: int, params: SamplingParams, keys: Array) -> Array:
     """A token of each row among its `width` likeliest, of which its settings leave some."""
     best, ids = jax.lax.top_k(scores, width)
     # The likeliest score 0, so that no temperature makes anything infinite.
-    best = (best - best[:, :1]) / jnp.maximum(how.temperature, _LEAST_TEMPERATURE)[:, None]
+    best = (best - best[:, :1]) / jnp.maximum(params.temperature, _LEAST_TEMPERATURE)[:, None]
     rank = jnp.arange(width)
-    best = jnp.where((rank < how.top_k[:, None]) | (how.top_k[:, None] == 0), best, -jnp.inf)
+    best = jnp.where((rank < params.top_k[:, None]) | (params.top_k[:, None] == 0), best, -jnp.inf)
     likely = jax.nn.softmax(best, -1)
     before = jnp.cumsum(likely, -1) - likely
-    kept = (before < how.top_p[:, None]) | (how.top_p[:, None] >= 1) | (rank == 0)
+    kept = (before < params.top_p[:, None]) | (params.top_p[:, None] >= 1) | (rank == 0)
     noise = jax.vmap(lambda key: jax.random.gumbel(key, (width,), jnp.float32))(keys)
     place = jnp.argmax(jnp.where(kept, best + noise, -jnp.inf), -1)
     return jnp.take_along_axis(ids, place[:, None], -1)[:, 0].astype(jnp.int32)

@@ -25,7 +25,7 @@ _NO = (ord("n") - 96) * WORD_BASE + (ord("o") - 96)  # the word `no`
 _POWERS = np.array([WORD_BASE**n for n in range(WORD_LENGTH + 1)], np.int32)
 
 
-class PieceProgress(NamedTuple):
+class SegmentProgress(NamedTuple):
     """Where the text of b rows stands: units spoken since the last piece, the rule's state, and the word it ends in.
 
     The word is its last characters as a number, its length up to `WORD_LENGTH` + 1, and whether it is one capital
@@ -39,29 +39,29 @@ class PieceProgress(NamedTuple):
     single: Int32[Array, " b"]
 
 
-class PieceStep(NamedTuple):
+class SegmentStep(NamedTuple):
     """What a drawn token comes to: `before`: a piece ends before it, so that it is not written; `within`: it ends
     inside it, and `token` is what stands before; `progress` behind `token` where it is written."""
 
     before: Bool[Array, " b"]
     within: Bool[Array, " b"]
     token: Int32[Array, " b"]
-    progress: PieceProgress
+    progress: SegmentProgress
 
 
-def new_progress(count: int) -> PieceProgress:
+def init_progress(count: int) -> SegmentProgress:
     """Of `count` rows without text, on the host."""
-    return PieceProgress(*(np.zeros(count, np.int32) for _ in PieceProgress._fields))
+    return SegmentProgress(*(np.zeros(count, np.int32) for _ in SegmentProgress._fields))
 
 
-def next_piece(progress: PieceProgress) -> PieceProgress:
+def next_segment(progress: SegmentProgress) -> SegmentProgress:
     """The same, when the piece that was being written is over."""
     return progress._replace(units=jnp.zeros_like(progress.units), state=progress.state % QUOTE_STATES)
 
 
-def advance(
-    table: PieceTable, progress: PieceProgress, token: Int32[Array, " b"], may_end: Bool[Array, " b"]
-) -> PieceStep:
+def advance_segment(
+    table: PieceTable, progress: SegmentProgress, token: Int32[Array, " b"], may_end: Bool[Array, " b"]
+) -> SegmentStep:
     """What `token`, drawn next, comes to; a piece may end only where `may_end`."""
     column = progress.state * 3 + _word_before_stop(table, progress)
     place = table.cuts[table.row[token], column]
@@ -71,13 +71,13 @@ def advance(
     token = jnp.where(within, prefix, token)
 
     word, length, single = _next_word(table, progress, token)
-    after = PieceProgress(
+    after = SegmentProgress(
         progress.units + table.units[token], table.after[table.row[token], column], word, length, single
     )
-    return PieceStep(before, within, token, after)
+    return SegmentStep(before, within, token, after)
 
 
-def _word_before_stop(table: PieceTable, at: PieceProgress) -> Array:
+def _word_before_stop(table: PieceTable, at: SegmentProgress) -> Array:
     """`speech_pieces.ENDS`, `SHORT` or `NO`, if a full stop came next."""
     last, second = at.word % WORD_BASE, at.word // WORD_BASE % WORD_BASE
     known = (at.word[:, None] == table.abbreviations).any(-1) & (at.length <= WORD_LENGTH)
@@ -87,8 +87,8 @@ def _word_before_stop(table: PieceTable, at: PieceProgress) -> Array:
     return jnp.where((at.length == 0) | (last == WORD_DOT), ENDS, word)
 
 
-def _next_word(table: PieceTable, at: PieceProgress, token: Array) -> tuple[Array, Array, Array]:
-    """The word that the text ends in behind `token`, as in `PieceProgress`."""
+def _next_word(table: PieceTable, at: SegmentProgress, token: Array) -> tuple[Array, Array, Array]:
+    """The word that the text ends in behind `token`, as in `SegmentProgress`."""
     part, number, size, dot_first, tail, tail_size, single = jnp.moveaxis(table.words[token], -1, 0)
     # Part of a word goes on with the word before it, unless two full stops meet.
     goes_on = (part > 0) & (at.length > 0) & ~((dot_first > 0) & (at.word % WORD_BASE == WORD_DOT))

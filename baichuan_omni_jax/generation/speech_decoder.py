@@ -30,7 +30,7 @@ WINDOW = 4
 
 
 @dataclass(frozen=True)
-class Resynthesised:
+class DecodedSpeech:
     """Codes (g, levels) of a stretch of speech, its mel (s, mels) and the waveform, both of `rate` Hz."""
 
     codes: Int32[np.ndarray, "g q"]
@@ -47,7 +47,7 @@ class Models(NamedTuple):
     flow: FlowDecoder
 
 
-class Speaker:
+class SpeechDecoder:
     """Speaks codes by the branches `audio_encoder` (its codebooks), `audio_decoder`, `flow` and `vocoder`.
 
     Without a vocoder (HiFT) Griffin and Lim's iteration makes the waveform; `vocoder` says which: `hift`,
@@ -81,12 +81,12 @@ class Speaker:
         """A new stream, with a state of its own; any number may be in use."""
         return SpeechStream(self)
 
-    def speak(self, codes: Int32[np.ndarray, "g q"]) -> Resynthesised:
+    def speak(self, codes: Int32[np.ndarray, "g q"]) -> DecodedSpeech:
         """One stretch of speech as a whole. Raises ValueError on codes that are not the codebooks'."""
         codes = self.checked(codes)
         mel = self.sampled(self.guessed(codes), 0) if len(codes) else np.zeros((0, self.settings.mels), np.float32)
         wave = self.windows(self.padded_frames(len(mel)))(mel, 0, True) if len(mel) else np.zeros(0, np.float32)
-        return Resynthesised(codes, mel, wave, self.rate)
+        return DecodedSpeech(codes, mel, wave, self.rate)
 
     def padded_frames(self, frames: int) -> int:
         """Mel frames of the program that is used for `frames`: the least number of chunks that holds them."""
@@ -154,11 +154,11 @@ class Speaker:
 class SpeechStream:
     """Codes in as they are made, float32 samples out as soon as they are sure.
 
-    The first samples of a stretch leave when `Speaker.chunk` + 1 code frames are there: whether there is another frame
-    decides how its mel ends. Stretches follow each other with a cross-fade of 10 ms, the length of which they share.
+    The first samples of a stretch leave when `SpeechDecoder.chunk` + 1 code frames are there: whether there is another
+    frame decides how its mel ends. Stretches follow each other with a cross-fade of 10 ms, whose length they share.
     """
 
-    def __init__(self, speaker: Speaker):
+    def __init__(self, speaker: SpeechDecoder):
         self._speaker, self._fade = speaker, CrossFade(speaker.fade)
         self._stretch: _Stretch | None = None
         self._closed = False
@@ -190,7 +190,7 @@ class SpeechStream:
 class _Stretch:
     """One stretch of speech: its codes so far, and how many chunks of them have been spoken."""
 
-    def __init__(self, speaker: Speaker):
+    def __init__(self, speaker: SpeechDecoder):
         self._speaker, self._waves = speaker, speaker.wave_stream()
         self._codes, self._chunks = np.zeros((0, speaker.cfg.audio.levels), np.int32), 0
 

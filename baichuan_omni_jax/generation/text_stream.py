@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from tokenizers import Tokenizer
 
-from baichuan_omni_jax.generation.events import TextPiece
+from baichuan_omni_jax.generation.events import TextDelta
 
 _UNFINISHED = "\ufffd"
 # A character is at most four bytes, so at most three tokens wait for its last one.
@@ -25,14 +25,14 @@ class TextStream:
         self._tokens: list[tuple[int, float, int]] = []
         self.stopped = False
 
-    def push(self, token: int, logprob: float) -> TextPiece | None:
+    def push(self, token: int, logprob: float) -> TextDelta | None:
         """The next token; returns what may be shown now, if anything."""
         self._waiting.append(token)
         self._tokens.append((token, logprob, -1))
         self._read(last=False)
         return self._cut() or self._release(len(self._text) - self._held())
 
-    def flush(self) -> TextPiece | None:
+    def flush(self) -> TextDelta | None:
         """The rest: nothing more comes, or speech comes in between."""
         self._read(last=True)
         return self._cut() or self._release(len(self._text))
@@ -50,7 +50,7 @@ class TextStream:
         sizes = (size for stop in self._stop for size in range(1, len(stop)) if self._text.endswith(stop[:size]))
         return max(sizes, default=0)
 
-    def _cut(self) -> TextPiece | None:
+    def _cut(self) -> TextDelta | None:
         found = [at for at in (self._text.find(stop) for stop in self._stop) if at >= 0]
         if not found:
             return None
@@ -61,7 +61,7 @@ class TextStream:
         self._tokens = [(token, p, min(end, len(self._text))) for token, p, end in kept]
         return self._release(len(self._text))
 
-    def _release(self, count: int) -> TextPiece | None:
+    def _release(self, count: int) -> TextDelta | None:
         out = [token for token in self._tokens if 0 <= token[2] <= count]
         if not out:
             return None
@@ -71,5 +71,5 @@ class TextStream:
         return _piece(text, out)
 
 
-def _piece(text: str, tokens: Iterable[tuple[int, float, int]]) -> TextPiece:
-    return TextPiece(text, tuple(token for token, _, _ in tokens), tuple(p for _, p, _ in tokens))
+def _piece(text: str, tokens: Iterable[tuple[int, float, int]]) -> TextDelta:
+    return TextDelta(text, tuple(token for token, _, _ in tokens), tuple(p for _, p, _ in tokens))

@@ -8,7 +8,7 @@ from jaxtyping import Int32, PRNGKeyArray
 
 from baichuan_omni_jax.config import GenerationConfig
 from baichuan_omni_jax.errors import RequestError
-from baichuan_omni_jax.generation.events import Event, Finished, Frames, Prompt
+from baichuan_omni_jax.generation.events import AudioCodes, Event, Finished, Prompt
 
 Prompts = Generator[Prompt, Int32[np.ndarray, "n q"], None]
 """Prompts that end with the mark that begins speech; each is told the code frames of the one before."""
@@ -32,7 +32,7 @@ def one_prompt(prompt: Prompt) -> Prompts:
     yield prompt
 
 
-class Reading:
+class TtsRequest:
     """The frames of each prompt's speech as events, at last one `Finished` for all; text that follows is left out.
 
     Raises RequestError here for what the engine refuses of the first prompt, and when iterated for the others.
@@ -52,7 +52,7 @@ class Reading:
         while not self._cancelled:
             codes = []
             for event in self._request:
-                if isinstance(event, Frames):
+                if isinstance(event, AudioCodes):
                     codes.append(event.codes)
                     yield event
                     if event.last:
@@ -64,7 +64,7 @@ class Reading:
                 self._request = self._submit(self._prompts.send(said))
             except StopIteration:
                 break
-        cut = any(each.reason == "length" for each in ended)
+        cut = any(each.finish_reason == "length" for each in ended)
         yield _together(ended, "cancelled" if self._cancelled else "length" if cut else "end")
 
     def _submit(self, prompt: Prompt) -> Any:
@@ -74,7 +74,7 @@ class Reading:
 def _together(ended: Sequence[Finished], reason: str) -> Finished:
     """One `Finished` for requests that came one after the other; no text is given."""
     return Finished(
-        reason=reason,
+        finish_reason=reason,
         prompt=sum(each.prompt for each in ended),
         tokens=0,
         frames=sum(each.frames for each in ended),

@@ -15,7 +15,7 @@ from baichuan_omni_jax.nn.param import ComputePolicy
 from baichuan_omni_jax.omni.audio_tokenizer_model import Clips
 
 
-class VoiceModel(nnx.Module):
+class FlowMatchingModel(nnx.Module):
     """`audio_encoder`, `audio_decoder` and `flow`: what makes a mel of 24 kHz from a clip, by way of its codes."""
 
     audio_encoder: AudioEncoderBranch
@@ -36,7 +36,7 @@ class VoiceModel(nnx.Module):
         return jax.lax.stop_gradient(decoded.hidden), decoded.hidden_lengths
 
 
-def beside(
+def match_lengths(
     hidden: Float[Array, "c t d"], lengths: Int32[Array, " c"], target: MelTarget
 ) -> tuple[Float[Array, "c t mels"], Int32[Array, " c"]]:
     """The target's mel with as many frames as `hidden` (both come at 50 Hz), and how many of them both have."""

@@ -15,8 +15,8 @@ import soundfile
 
 from baichuan_omni_jax.config import GenerationConfig
 from baichuan_omni_jax.errors import RequestError
-from baichuan_omni_jax.generation.chat import AudioChunk, ChatAnswer, Conversation, OmniChat, Reply
-from baichuan_omni_jax.generation.events import TextPiece
+from baichuan_omni_jax.generation.chat import AudioChunk, ChatAnswer, ChatStream, Conversation, OmniChat
+from baichuan_omni_jax.generation.events import TextDelta
 
 from .limits import Limits, read_turn
 from .pauses import PauseDetector, PauseSettings
@@ -57,7 +57,7 @@ class Session:
         self.folder, self.used, self.closed = folder, time.monotonic(), False
         self._chat, self._system, self._limits, self._hears = chat, system, limits, hears
         self._turn, self._turns, self._files = threading.Lock(), 0, 0
-        self._reply: Reply | None = None
+        self._reply: ChatStream | None = None
         self._stopped = False
         self._begin()
 
@@ -152,11 +152,11 @@ class Session:
         yield from self._follow(reply)
         yield self._finish(reply.answer())
 
-    def _follow(self, reply: Reply) -> Iterator[View]:
+    def _follow(self, reply: ChatStream) -> Iterator[View]:
         """Views while the answer comes."""
         shown, drawn = None, 0.0
         for event in reply:
-            if isinstance(event, TextPiece):
+            if isinstance(event, TextDelta):
                 shown = shown or self._show("assistant", "")
                 shown["content"][0] += event.text
             elif isinstance(event, AudioChunk):
@@ -228,7 +228,7 @@ def _shown_name(part: dict[str, Any]) -> str:
 def summary(answer: ChatAnswer) -> str:
     """One line: how much was answered, and how fast."""
     done = answer.finished
-    line = "Stopped. " if done.reason == "cancelled" else ""
+    line = "Stopped. " if done.finish_reason == "cancelled" else ""
     line += f"{done.tokens} tokens"
     if done.first_token is not None:
         line += f", the first after {done.first_token:.2f} s"

@@ -23,7 +23,7 @@ from baichuan_omni_jax.evaluation.audio_scores import SAMPLING_SEED
 from baichuan_omni_jax.flow.matching import sample_mel
 from baichuan_omni_jax.omni.audio_tokenizer_model import clips_of, mel_targets_of
 from baichuan_omni_jax.omni.batch import Batch
-from baichuan_omni_jax.omni.flow_matching_model import beside
+from baichuan_omni_jax.omni.flow_matching_model import match_lengths
 from baichuan_omni_jax.train.hosts import is_process_zero
 from baichuan_omni_jax.train.input import TrainingData
 from baichuan_omni_jax.train.mel_image import mel_image
@@ -147,7 +147,7 @@ def _flow_mels(spec: StepSpec, run: RunConfig) -> Mels:
     def mels_of(parameters, batch):
         model = spec.assemble(parameters, {})
         hidden, lengths = model.hidden(clips_of(batch, compute))
-        mel, lengths = beside(hidden, lengths, mel_targets_of(batch, ("flow",), compute)[0])
+        mel, lengths = match_lengths(hidden, lengths, mel_targets_of(batch, ("flow",), compute)[0])
         noise = jax.random.normal(jax.random.key(SAMPLING_SEED), mel.shape)
         sampled = sample_mel(model.flow, hidden, lengths, noise)
         return _first(run.eval.audio_samples, MelTarget(mel, lengths), MelTarget(sampled, lengths))

@@ -21,7 +21,7 @@ from baichuan_omni_jax.config.mel_targets import decoded_target
 from baichuan_omni_jax.evaluation.clips import read_clips
 from baichuan_omni_jax.evaluation.intelligibility import RATE, Recognition, measure
 from baichuan_omni_jax.nn.param import ComputePolicy
-from baichuan_omni_jax.omni.flow_matching_model import VoiceModel
+from baichuan_omni_jax.omni.flow_matching_model import FlowMatchingModel
 from baichuan_omni_jax.sharding import make_mesh
 from data_pipelines.errors import SampleError
 from data_pipelines.media.features import clip_windows
@@ -103,7 +103,7 @@ def test_measures_fall_with_noise():
 def checkpoint(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("voice") / "ckpt"
     with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
-        model = jax.jit(lambda: VoiceModel(jax.random.key(0), tiny(), ComputePolicy()))()
+        model = jax.jit(lambda: FlowMatchingModel(jax.random.key(0), tiny(), ComputePolicy()))()
         save_branches(path, {name: getattr(model, name) for name in model.branches}, tiny())
     return path
 

@@ -20,8 +20,8 @@ from baichuan_omni_jax.cli.main import main, make_parser
 from baichuan_omni_jax.config import SamplingConfig, tiny
 from baichuan_omni_jax.convert.to_jax import convert_to_jax
 from baichuan_omni_jax.errors import ConfigError, RequestError
-from baichuan_omni_jax.generation.chat_stream import Reply
-from baichuan_omni_jax.generation.events import Finished, TextPiece
+from baichuan_omni_jax.generation.chat_stream import ChatStream
+from baichuan_omni_jax.generation.events import Finished, TextDelta
 from tests.helpers.golden import golden_path
 from tests.helpers.typecheck import unchecked
 
@@ -200,7 +200,7 @@ def test_ctrl_c_keeps_what_is_answered(tmp_path, monkeypatch, capsys):
     def reply(messages, key):
         text = messages[0]["content"][0]["text"]
         end = Finished("end", 1, 1, 0, 0.1, None, 0.2, np.zeros(2, np.int32))
-        return Reply(Request([TextPiece(text, (1,), (0.0,)), end]), None)
+        return ChatStream(Request([TextDelta(text, (1,), (0.0,)), end]), None)
 
     metrics = SimpleNamespace(tokens_per_s=1.0, compiles=0)
     model = SimpleNamespace(engine=SimpleNamespace(metrics=metrics))

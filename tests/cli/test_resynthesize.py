@@ -14,7 +14,7 @@ from baichuan_omni_jax.cli.main import main
 from baichuan_omni_jax.cli.resynthesize import mels_in_place
 from baichuan_omni_jax.config import tiny
 from baichuan_omni_jax.nn.param import ComputePolicy
-from baichuan_omni_jax.omni.flow_matching_model import VoiceModel
+from baichuan_omni_jax.omni.flow_matching_model import FlowMatchingModel
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "resynthesize.py"
 
@@ -26,7 +26,7 @@ def checkpoint(tmp_path_factory):
 
     path = tmp_path_factory.mktemp("voice") / "ckpt"
     with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
-        model = jax.jit(lambda: VoiceModel(jax.random.key(0), tiny(), ComputePolicy()))()
+        model = jax.jit(lambda: FlowMatchingModel(jax.random.key(0), tiny(), ComputePolicy()))()
         save_branches(path, {name: getattr(model, name) for name in model.branches}, tiny())
     return path
 

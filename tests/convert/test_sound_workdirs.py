@@ -18,10 +18,10 @@ from baichuan_omni_jax.convert.tables import AUDIO_ENCODER
 from baichuan_omni_jax.convert.to_jax import WHISPER_SIZES
 from baichuan_omni_jax.nn.param import ComputePolicy, named_values, with_values
 from baichuan_omni_jax.omni.audio_tokenizer_model import TokenizerModel
-from baichuan_omni_jax.omni.flow_matching_model import VoiceModel
+from baichuan_omni_jax.omni.flow_matching_model import FlowMatchingModel
 from tests.helpers.micro import one_device
 
-MODELS = {"audio_tokenizer": TokenizerModel, "flow_matching": VoiceModel}
+MODELS = {"audio_tokenizer": TokenizerModel, "flow_matching": FlowMatchingModel}
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from baichuan_omni_jax.config import GenerationConfig
 from baichuan_omni_jax.errors import RequestError
 from baichuan_omni_jax.generation.chat import ChatModel, OmniChat
 from baichuan_omni_jax.generation.engine import Engine
-from baichuan_omni_jax.generation.speech_decoder import Speaker
+from baichuan_omni_jax.generation.speech_decoder import SpeechDecoder
 from data_pipelines.documents.chat_prompt import ChatPrompts
 from data_pipelines.documents.processor import Processor
 from tests.helpers.engine_prompts import one_device, small_branches, small_config, tokenizer
@@ -78,7 +78,7 @@ def small_chats() -> tuple[OmniChat, OmniChat]:
     sound = {name: jax.tree.map(draw, m) for name, m in abstract_branches(CFG, only=["audio_decoder", "flow"]).items()}
     engine = Engine(branches, CFG, tokenizer(), slots=8, length=192, chunk=64)
     prompts = ChatPrompts(Processor(CFG, tokenizer()))
-    speaking = ChatModel(engine, CFG, Speaker(branches | sound, CFG))
+    speaking = ChatModel(engine, CFG, SpeechDecoder(branches | sound, CFG))
     return OmniChat(speaking, prompts), OmniChat(ChatModel(engine, CFG), prompts)
 
 

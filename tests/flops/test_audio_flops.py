@@ -26,7 +26,7 @@ from baichuan_omni_jax.flow.matching import flow_losses
 from baichuan_omni_jax.nn.param import ComputePolicy, named_values, with_values
 from baichuan_omni_jax.omni.audio_tokenizer_model import Clips, TokenizerModel
 from baichuan_omni_jax.omni.batch import BATCH_AXES
-from baichuan_omni_jax.omni.flow_matching_model import VoiceModel
+from baichuan_omni_jax.omni.flow_matching_model import FlowMatchingModel
 from baichuan_omni_jax.sharding import ShardingRules
 from baichuan_omni_jax.train.preflight import Packing
 from baichuan_omni_jax.train.state import make_compute
@@ -111,7 +111,7 @@ def test_flow_matching_counts_the_products_of_its_gradient():
         flow, prior = flow_losses(jax.random.key(0), model.flow, hidden, mel, lengths, condition_dropout=0.2)
         return flow + prior
 
-    found, trainable = gradient_products(lambda key, compute: VoiceModel(key, omni, compute), loss, ("audio_",))
+    found, trainable = gradient_products(lambda key, compute: FlowMatchingModel(key, omni, compute), loss, ("audio_",))
     parts = flops_by_term(flow_terms(omni), counts_of(omni, np.full(CLIPS, FRAMES)), trainable)
     # The decoded mel is made by the trace, and used by nothing.
     mel = [part for part in tokenizer_terms(omni, reads=False) if part.name in ("coarse mel", "post-net")]

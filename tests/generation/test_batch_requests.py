@@ -7,8 +7,8 @@ import pytest
 
 from baichuan_omni_jax.errors import ConfigError, RequestError
 from baichuan_omni_jax.generation.batch_requests import answer_questions, read_questions
-from baichuan_omni_jax.generation.chat_stream import Reply
-from baichuan_omni_jax.generation.events import Finished, TextPiece
+from baichuan_omni_jax.generation.chat_stream import ChatStream
+from baichuan_omni_jax.generation.events import Finished, TextDelta
 from baichuan_omni_jax.storage import take_lock
 
 
@@ -23,7 +23,7 @@ class Request:
         self.log.append(("served", self.text))
         if self.text == "lost":
             raise RequestError("failed", "the engine failed")
-        yield TextPiece(self.text, (1,), (0.0,))
+        yield TextDelta(self.text, (1,), (0.0,))
         yield Finished("end", 1, 1, 0, 0.1, None, 0.2, np.zeros(2, np.int32))
 
     def cancel(self):
@@ -38,9 +38,9 @@ def run(folder, lines, output="out.jsonl", at_once=2, log=None):
     def ask(question):
         if "prompt" not in question.values:
             raise RequestError("bad_message", "prompt is missing")
-        return Reply(Request(question.values["prompt"], log), None)
+        return ChatStream(Request(question.values["prompt"], log), None)
 
-    record = lambda question, answer: {"text": answer.text, "finish": answer.finished.reason}  # noqa: E731
+    record = lambda question, answer: {"text": answer.text, "finish": answer.finished.finish_reason}  # noqa: E731
     outcomes = answer_questions(read_questions(manifest), folder / output, ask, record, at_once=at_once)
     return outcomes, [json.loads(line) for line in (folder / output).read_text().splitlines()]
 

@@ -8,7 +8,7 @@ import pytest
 from baichuan_omni_jax.config import GenerationConfig, tiny
 from baichuan_omni_jax.errors import RequestError
 from baichuan_omni_jax.generation.chat import AudioChunk, ChatModel, Conversation, OmniChat
-from baichuan_omni_jax.generation.events import Finished, Frames, Prompt, TextPiece
+from baichuan_omni_jax.generation.events import AudioCodes, Finished, Prompt, TextDelta
 
 ALOUD = GenerationConfig(speech=True)
 LEVELS = tiny().audio.levels
@@ -53,7 +53,7 @@ class Engine:
         return self.requests[-1]
 
 
-class Speaker:
+class FakeSpeechDecoder:
     """A frame sounds as its first code; one frame of each stretch is held back until it ends."""
 
     rate, vocoder = 24000, "griffin_lim"
@@ -104,16 +104,16 @@ class Processor:
 
 def make_chat(*events, speaker=True):
     engine = Engine(*events)
-    return OmniChat(ChatModel(engine, tiny(), Speaker() if speaker else None), Processor()), engine
+    return OmniChat(ChatModel(engine, tiny(), FakeSpeechDecoder() if speaker else None), Processor()), engine
 
 
 SPOKEN = (
-    TextPiece("Hi", (1,), (-0.5,)),
-    TextPiece(", ", (2,), (-0.25,)),
-    Frames(codes(2, 1), False),
-    Frames(codes(1, 1), True),
-    TextPiece("you.", (3,), (-1.0,)),
-    Frames(codes(2, 3), True),
+    TextDelta("Hi", (1,), (-0.5,)),
+    TextDelta(", ", (2,), (-0.25,)),
+    AudioCodes(codes(2, 1), False),
+    AudioCodes(codes(1, 1), True),
+    TextDelta("you.", (3,), (-1.0,)),
+    AudioCodes(codes(2, 3), True),
     finished(),
 )
 QUESTION = [{"role": "user", "content": "Hello?"}]
@@ -123,7 +123,7 @@ def test_pieces_come_as_they_are_made():
     """Sound of a stretch is there before the text that follows it was asked for."""
     chat, _ = make_chat(*SPOKEN)
     kinds = [type(event) for event in chat.reply(QUESTION, settings=ALOUD)]
-    assert kinds == [TextPiece, TextPiece, AudioChunk, AudioChunk, TextPiece, AudioChunk, Finished]
+    assert kinds == [TextDelta, TextDelta, AudioChunk, AudioChunk, TextDelta, AudioChunk, Finished]
 
 
 def test_a_whole_answer():
@@ -135,7 +135,7 @@ def test_a_whole_answer():
     np.testing.assert_array_equal(answer.codes, np.concatenate([codes(3, 1), codes(2, 3)]))
     assert answer.rate == 24000
     np.testing.assert_array_equal(answer.samples, np.repeat(np.float32([1, 1, 1, 3, 3]), HOP))
-    assert answer.finished.reason == "end"
+    assert answer.finished.finish_reason == "end"
     assert 0 <= answer.first_audio <= answer.seconds
     assert answer.real_time_factor == pytest.approx(answer.seconds / 0.4)
 
@@ -193,15 +193,15 @@ def test_cancelling_ends_the_sound_and_keeps_what_was_said():
     reply.cancel()
     events = list(reply)
     assert [type(event) for event in events] == [Finished]
-    assert events[0].reason == "cancelled"
+    assert events[0].finish_reason == "cancelled"
     assert engine.requests[0].cancelled
     assert talk.messages[-1] == {"role": "assistant", "content": [{"type": "text", "text": "Hi"}]}
 
 
 def test_a_failed_answer_is_no_turn():
     """The engine gives up in the middle: the reply raises, has no whole answer, and nothing is kept."""
-    chat, engine = make_chat(TextPiece("Hi", (1,), (0.0,)), finished())
-    engine.events = (TextPiece("Hi", (1,), (0.0,)), RequestError("failed", "out of memory"))
+    chat, engine = make_chat(TextDelta("Hi", (1,), (0.0,)), finished())
+    engine.events = (TextDelta("Hi", (1,), (0.0,)), RequestError("failed", "out of memory"))
     talk = Conversation(chat)
     reply = talk.say("Hello?")
     with pytest.raises(RequestError, match="out of memory"):
@@ -231,22 +231,24 @@ def test_speech_without_a_speaker_is_refused():
 
 def test_a_text_is_read_sentence_by_sentence_after_what_was_said():
     """What the model would write after a sentence's speech is cut off."""
-    chat, engine = make_chat(Frames(codes(2), False), Frames(codes(1), True), TextPiece("no", (7,), (0.0,)), finished())
+    chat, engine = make_chat(
+        AudioCodes(codes(2), False), AudioCodes(codes(1), True), TextDelta("no", (7,), (0.0,)), finished()
+    )
     answer = chat.speak("One. |Two.| ", stream=False)
     first, second = engine.prompts
     assert first == [{"type": "text", "text": "One. "}]
     assert [part["type"] for part in second] == ["text", "audio", "text"]
     np.testing.assert_array_equal(second[1]["codes"], codes(3))
     assert answer.text == ""
-    assert answer.finished.reason == "end"
+    assert answer.finished.finish_reason == "end"
     assert len(answer.codes) == 6
     assert len(answer.samples) == 6 * HOP
 
 
 def test_speech_that_was_cut_short_says_so(monkeypatch):
     monkeypatch.setattr(Request, "cancel", lambda self: None)  # it is over when its last frames are seen
-    chat, _ = make_chat(Frames(codes(2), True), finished("length"))
-    assert chat.speak("One. |Two.", stream=False).finished.reason == "length"
+    chat, _ = make_chat(AudioCodes(codes(2), True), finished("length"))
+    assert chat.speak("One. |Two.", stream=False).finished.finish_reason == "length"
 
 
 def test_nothing_to_read_is_refused():

@@ -18,14 +18,15 @@ SLOTS, CHUNK = 8, 128
 COMPILE = f"""
 import json
 import jax
-from decode_aot import Sizes, lower_burst, lower_read, traffic
+from decode_aot import Sizes, lower_decode_steps, lower_prefill, traffic
 from baichuan_omni_jax.config import MeshConfig, tiny
 from baichuan_omni_jax.sharding import make_mesh
 from baichuan_omni_jax.train.preflight import devices_of
 
 mesh = make_mesh(MeshConfig(data=2, tensor=2), devices_of("v5e:2x2"))
 with jax.set_mesh(mesh):
-    burst, read = (lower(tiny(), mesh, Sizes({SLOTS}, 256, {CHUNK}, "bfloat16")) for lower in (lower_burst, lower_read))
+    sizes = Sizes({SLOTS}, 256, {CHUNK}, "bfloat16")
+    burst, read = (lower(tiny(), mesh, sizes) for lower in (lower_decode_steps, lower_prefill))
     text = read.as_text()
     print(json.dumps({{
         "kernel": "tpu_custom_call" in text,

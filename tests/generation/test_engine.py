@@ -10,8 +10,8 @@ import pytest
 
 from baichuan_omni_jax.config import GenerationConfig, SamplingConfig
 from baichuan_omni_jax.generation.engine import Engine
-from baichuan_omni_jax.generation.events import Answer
-from baichuan_omni_jax.generation.prompt_audio import Hearing
+from baichuan_omni_jax.generation.events import GenerationResult
+from baichuan_omni_jax.generation.prompt_audio import PromptAudioEncoder
 from baichuan_omni_jax.llm.depth_decode import DepthDecoder
 from baichuan_omni_jax.nn.param import split_as
 from baichuan_omni_jax.omni.merge import merge_media
@@ -60,15 +60,15 @@ def eight(mels: int = 0) -> list[tuple]:
     ]
 
 
-def answer_all(engine, asked) -> list[Answer]:
+def answer_all(engine, asked) -> list[GenerationResult]:
     requests = [engine.submit(*request, jax.random.key(7)) for request in asked]
-    return [Answer.of(request) for request in requests]
+    return [GenerationResult.from_events(request) for request in requests]
 
 
-def same(a: Answer, b: Answer) -> bool:
+def same(a: GenerationResult, b: GenerationResult) -> bool:
     return (
         a.finished.sequence.tolist() == b.finished.sequence.tolist()
-        and a.finished.reason == b.finished.reason
+        and a.finished.finish_reason == b.finished.finish_reason
         and a.text == b.text
         and [x.tolist() for x in a.speech] == [x.tolist() for x in b.speech]
     )
@@ -79,7 +79,7 @@ def test_eight_unequal_prompts_together_are_eight_alone(engine):
     together = answer_all(engine, asked)
     for one, answer in zip(asked, together, strict=True):
         assert same(answer, *answer_all(engine, [one]))
-    assert {answer.finished.reason for answer in together} >= {"length"}
+    assert {answer.finished.finish_reason for answer in together} >= {"length"}
     assert sum(len(answer.speech) for answer in together) > 8
     # More than there are slots, in another order: rows that were freed are used again.
     again = answer_all(engine, asked[::-1] + asked)
@@ -102,9 +102,9 @@ def test_so_do_answers_to_what_was_heard(engine, branches):
 
 
 @cache
-def hearing(tokenizer) -> Hearing:
+def prompt_audio_encoder(tokenizer) -> PromptAudioEncoder:
     """One for all prompts, so that it is compiled once."""
-    return Hearing(tokenizer, one_device())
+    return PromptAudioEncoder(tokenizer, one_device())
 
 
 def check_recomputed(branches, prompt, answer) -> None:
@@ -113,7 +113,7 @@ def check_recomputed(branches, prompt, answer) -> None:
     codes = np.concatenate([prompt.audio_codes, *answer.speech]).astype(np.int32)
     if prompt.mels:
         with jax.set_mesh(one_device()):
-            codes[: len(prompt.audio_codes)] = hearing(branches["audio_encoder"]).codes(prompt)
+            codes[: len(prompt.audio_codes)] = prompt_audio_encoder(branches["audio_encoder"]).encode(prompt)
     slots = np.concatenate([prompt.audio_slots, spoken]).astype(np.int32)
     logits, levels = recompute(branches, prompt, sequence, codes, slots)
     at = 0
@@ -203,7 +203,7 @@ def test_a_request_draws_the_same_in_any_company(engine):
     )
     assert same(first[0], alone)
     assert same(second[-1], alone)
-    other_key = Answer.of(engine.submit(prompt, settings, jax.random.key(8)))
+    other_key = GenerationResult.from_events(engine.submit(prompt, settings, jax.random.key(8)))
     assert not same(other_key, alone)
 
 
@@ -240,5 +240,5 @@ def test_the_golden_answers_alone_and_among_others():
         if found := answers.get(tuple(said.tolist())):
             # The reference's last frame is the one whose level 0 says the end.
             assert codes[-1, 0] == cfg.audio.codebook_sizes[0]
-            assert found.finished.reason == "end"
+            assert found.finished.finish_reason == "end"
             assert found.speech[0].tolist() == codes[:-1].tolist()

@@ -14,10 +14,9 @@ from hypothesis import strategies as st
 
 from baichuan_omni_jax.config import GenerationConfig
 from baichuan_omni_jax.errors import ConfigError, RequestError
-from baichuan_omni_jax.generation import engine_state as batch_state
-from baichuan_omni_jax.generation import programs as steps
+from baichuan_omni_jax.generation import engine_state, programs
 from baichuan_omni_jax.generation.engine import Engine
-from baichuan_omni_jax.generation.events import Answer, Finished
+from baichuan_omni_jax.generation.events import Finished, GenerationResult
 from baichuan_omni_jax.generation.requests import Request
 from baichuan_omni_jax.generation.text_stream import TextStream
 from data_pipelines.tokenizers.tokenizer import encode
@@ -128,8 +127,8 @@ def test_an_engine_needs_a_language_model_on_a_mesh(branches):
 
 
 def test_an_answer_ends_where_the_cache_does(engine):
-    answer = Answer.of(engine.submit(text_prompt([5] * 90), replace(SILENT, max_tokens=50), KEY))
-    assert answer.finished.reason == "length"
+    answer = GenerationResult.from_events(engine.submit(text_prompt([5] * 90), replace(SILENT, max_tokens=50), KEY))
+    assert answer.finished.finish_reason == "length"
     # Six places of the cache, and the token drawn from the last, which needs none.
     assert answer.finished.tokens == 7
 
@@ -146,7 +145,7 @@ def test_cancelled_and_dropped_requests_give_their_slots_back(engine, prompts):
     gc.collect()
     assert engine.metrics.in_use == 1
     assert isinstance(list(cancelled)[-1], Finished)
-    assert list(waiting)[-1].reason == "cancelled"
+    assert list(waiting)[-1].finish_reason == "cancelled"
     assert list(kept)[-1].tokens == 60
     assert (engine.metrics.in_use, engine.metrics.waiting) == (0, 0)
 
@@ -162,9 +161,9 @@ def test_a_request_that_is_cancelled_while_it_waits_never_runs(engine, prompts):
 def test_a_request_that_is_cancelled_while_its_prompt_is_read_is_read_no_further(engine, prompts, monkeypatch):
     """Three chunks of 32: it goes after the first, and what was in line takes its slot."""
     long, chunks = engine.submit(text_prompt([5] * 90), SILENT, KEY), []
-    read = steps.read
+    read = programs.prefill
     with monkeypatch.context() as patched:
-        patched.setattr(steps, "read", lambda *args: chunks.append(args[2]) or read(*args))
+        patched.setattr(programs, "prefill", lambda *args: chunks.append(args[2]) or read(*args))
         other = engine.submit(prompts[0], SILENT, KEY)
         engine._serve(long._job)
         assert (len(chunks), engine.metrics.in_use) == (1, 1)
@@ -196,10 +195,10 @@ def test_the_last_event_is_not_lost_when_another_thread_makes_it():
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
 def test_what_breaks_off_before_a_prompt_is_seated_ends_its_request(engine, prompts, monkeypatch, caplog, error):
     """Its owner would wait for ever. Whoever interrupts the engine did so on purpose: there is nothing to log."""
-    made, caches, gone = batch_state.init_cache, [], []
+    made, caches, gone = engine_state.init_cache, [], []
 
     def seat(*_):
-        caches.append(engine._batch._state.cache.layers[0].k)
+        caches.append(engine._device._state.cache.layers[0].k)
         raise error("in the middle")
 
     def init_cache(*args):
@@ -208,8 +207,8 @@ def test_what_breaks_off_before_a_prompt_is_seated_ends_its_request(engine, prom
 
     first, second = engine.submit(prompts[0], SILENT, KEY), engine.submit(prompts[1], SILENT, KEY)
     with monkeypatch.context() as patched:
-        patched.setattr(steps, "seat", seat)
-        patched.setattr(batch_state, "init_cache", init_cache)
+        patched.setattr(programs, "insert", seat)
+        patched.setattr(engine_state, "init_cache", init_cache)
         with pytest.raises(KeyboardInterrupt) if error is KeyboardInterrupt else nullcontext():
             engine._serve(first._job)
     assert first._job.over
@@ -222,35 +221,35 @@ def test_what_breaks_off_before_a_prompt_is_seated_ends_its_request(engine, prom
 
 
 def test_a_step_that_fails_fails_what_it_served_and_the_engine_goes_on(engine, prompts, monkeypatch):
-    expected = Answer.of(engine.submit(prompts[0], SILENT, KEY))
+    expected = GenerationResult.from_events(engine.submit(prompts[0], SILENT, KEY))
     with monkeypatch.context() as patched:
-        patched.setattr(steps, "burst", lambda *_, **__: 1 / 0)
+        patched.setattr(programs, "decode_steps", lambda *_, **__: 1 / 0)
         request = engine.submit(prompts[0], SILENT, KEY)
         with pytest.raises(RequestError, match="division") as found:
             list(request)
     assert found.value.cause == "failed"
     assert list(request) == []
-    again = Answer.of(engine.submit(prompts[0], SILENT, KEY))
+    again = GenerationResult.from_events(engine.submit(prompts[0], SILENT, KEY))
     assert again.tokens == expected.tokens
     assert engine.metrics.in_use == 0
 
 
 def test_media_that_cannot_be_taken_in_fail_their_request_alone(engine, prompts, monkeypatch):
-    good = Answer.of(engine.submit(prompts[0], SILENT, KEY))
+    good = GenerationResult.from_events(engine.submit(prompts[0], SILENT, KEY))
     with monkeypatch.context() as patched:
-        patched.setattr(steps, "see", lambda *_: 1 / 0)
+        patched.setattr(programs, "encode_images", lambda *_: 1 / 0)
         first, second = engine.submit(PICTURE, SILENT, KEY), engine.submit(prompts[0], SILENT, KEY)
         with pytest.raises(RequestError, match="could not be taken in"):
             list(first)
-        assert Answer.of(second).tokens == good.tokens
+        assert GenerationResult.from_events(second).tokens == good.tokens
 
 
 def test_several_threads_are_served_at_once(engine, prompts):
-    alone = [Answer.of(engine.submit(prompt, ALOUD, KEY)) for prompt in prompts]
+    alone = [GenerationResult.from_events(engine.submit(prompt, ALOUD, KEY)) for prompt in prompts]
     found = {}
 
     def ask(n: int) -> None:
-        found[n] = Answer.of(engine.submit(prompts[n % 4], ALOUD, KEY))
+        found[n] = GenerationResult.from_events(engine.submit(prompts[n % 4], ALOUD, KEY))
 
     threads = [threading.Thread(target=ask, args=(n,)) for n in range(12)]
     for thread in threads:
@@ -263,10 +262,10 @@ def test_several_threads_are_served_at_once(engine, prompts):
 
 
 def test_a_stop_string_ends_the_answer_before_it(engine, prompts):
-    whole = Answer.of(engine.submit(prompts[0], replace(SILENT, max_tokens=30), KEY))
+    whole = GenerationResult.from_events(engine.submit(prompts[0], replace(SILENT, max_tokens=30), KEY))
     stop = whole.text[6:9]
-    answer = Answer.of(engine.submit(prompts[0], replace(SILENT, max_tokens=30, stop=(stop,)), KEY))
-    assert answer.finished.reason == "stop"
+    answer = GenerationResult.from_events(engine.submit(prompts[0], replace(SILENT, max_tokens=30, stop=(stop,)), KEY))
+    assert answer.finished.finish_reason == "stop"
     assert answer.text == whole.text[: whole.text.index(stop)]
     assert len(answer.finished.sequence) < len(whole.finished.sequence)
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from baichuan_omni_jax.config import GenerationConfig
-from baichuan_omni_jax.generation.slots import FRAME, MARK, TOKEN, new_row, next_items
+from baichuan_omni_jax.generation.slots import OutputKind, advance, init_slot
 from baichuan_omni_jax.llm.depth_decode import DepthDecoder
 from data_pipelines.text.speech_segments import table_of_texts
 from tests.helpers.engine_prompts import small_config
@@ -43,13 +43,13 @@ class Script(DepthDecoder):
 def step(rows, logits, codes):
     hidden = jnp.zeros((len(logits), 1))
     table = jax.tree.map(jnp.asarray, TABLE)
-    return next_items(rows, logits, hidden, Script(codes), table, IDS, LENGTH)
+    return advance(rows, logits, hidden, Script(codes), table, IDS, LENGTH)
 
 
 def play(*rows: tuple[list[int], GenerationConfig, list[int]]) -> list[tuple[list, int]]:
     """What rows write: (prompt, settings, what is drawn: tokens, or level-0 codes while it speaks) -> items, reason."""
     zero = np.zeros(2, np.uint32)
-    new = [new_row(np.array(prompt, np.int32), how, zero, IDS, V, (8, W)) for prompt, how, _ in rows]
+    new = [init_slot(np.array(prompt, np.int32), how, zero, IDS, V, (8, W)) for prompt, how, _ in rows]
     state = jax.tree.map(lambda *x: np.concatenate(x), *new)
     scripts, written = [list(script) for *_, script in rows], [[] for _ in rows]
     while np.asarray(state.active).any():
@@ -61,9 +61,9 @@ def play(*rows: tuple[list[int], GenerationConfig, list[int]]) -> list[tuple[lis
         draws = np.asarray(state.active & ~state.turn & ~(state.speaking & (state.frames >= state.piece_frames)))
         state, items = step(state, logits, codes)
         for row, (kind, token) in enumerate(zip(np.asarray(items.kind), np.asarray(items.token), strict=True)):
-            if kind in (TOKEN, MARK):
+            if kind in (OutputKind.TOKEN, OutputKind.MARK):
                 written[row].append(int(token))
-            elif kind == FRAME:
+            elif kind == OutputKind.FRAME:
                 written[row].append(f"frame {int(items.codes[row, 0])}")
             if draws[row]:
                 scripts[row] = scripts[row][1:]
@@ -137,13 +137,13 @@ def test_rows_take_their_turns_each_by_itself():
 
 
 def test_a_penalty_knows_each_level_s_codes_of_this_speech_alone():
-    one = new_row(np.array([START], np.int32), ALOUD, np.zeros(2, np.uint32), IDS, V, (8, W))
+    one = init_slot(np.array([START], np.int32), ALOUD, np.zeros(2, np.uint32), IDS, V, (8, W))
     b = len(CASES)  # as above, so that nothing is compiled again
     rows = jax.tree.map(lambda x: np.repeat(x, b, 0), one)
     nothing, codes = np.zeros((b, V), np.float32), np.full((b, 8), 4, np.int32)
     rows, _ = step(rows, nothing, codes)
-    held = np.asarray(rows.codes_held)
-    assert held[:, :, 4].all()
-    assert held.sum() == b * 8
+    seen_tokens = np.asarray(rows.seen_codes)
+    assert seen_tokens[:, :, 4].all()
+    assert seen_tokens.sum() == b * 8
     rows, _ = step(rows._replace(speaking=np.zeros(b, bool), turn=np.ones(b, bool)), nothing, codes)
-    assert not np.asarray(rows.codes_held).any()
+    assert not np.asarray(rows.seen_codes).any()

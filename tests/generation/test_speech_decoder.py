@@ -16,7 +16,7 @@ from baichuan_omni_jax.flow.matching import sample_mel
 from baichuan_omni_jax.flow.model import FlowDecoder
 from baichuan_omni_jax.generation import speech_decoder as speech
 from baichuan_omni_jax.generation.crossfade import CrossFade
-from baichuan_omni_jax.generation.speech_decoder import Speaker
+from baichuan_omni_jax.generation.speech_decoder import SpeechDecoder
 from baichuan_omni_jax.nn.param import ComputePolicy, named_variables, with_values
 from baichuan_omni_jax.sharding import make_mesh
 from baichuan_omni_jax.vocoder.config import VocoderConfig
@@ -83,7 +83,7 @@ def speaker(branches):
     """All it does is padded to two chunks: one program instead of two for each step. The slow tests pad as users do."""
     with pytest.MonkeyPatch.context() as patch, jax.default_matmul_precision("highest"):
         patch.setattr(speech, "_padded", lambda count, step: 2 * step)
-        yield Speaker(branches, CFG)
+        yield SpeechDecoder(branches, CFG)
 
 
 def some_codes(frames: int, seed: int = 0, cfg=CFG) -> np.ndarray:
@@ -181,7 +181,9 @@ def test_the_key_alone_decides_the_noise(branches, speaker, monkeypatch):
     assert CFG.flow.diffusion_steps == 10
     codes = some_codes(45)
     once, again = speaker.speak(codes), speaker.speak(codes)
-    monkeypatch.setattr(speaker, "_keys", Speaker(branches, CFG, seed=1)._keys)  # with the programs compiled already
+    monkeypatch.setattr(
+        speaker, "_keys", SpeechDecoder(branches, CFG, seed=1)._keys
+    )  # with the programs compiled already
     other = speaker.speak(codes)
     np.testing.assert_array_equal(once.mel, again.mel)
     np.testing.assert_array_equal(once.wave, again.wave)
@@ -193,7 +195,7 @@ def test_the_key_alone_decides_the_noise(branches, speaker, monkeypatch):
 def test_without_a_vocoder_griffin_and_lim_speak(branches):
     """As long, and about as loud (a factor of 1.5 each fifth of a second); its windows do not share phases."""
     cfg = dataclasses.replace(CFG, flow=dataclasses.replace(CFG.flow, hop_length=480))
-    speaker = Speaker({name: branches[name] for name in branches if name != "vocoder"}, cfg)
+    speaker = SpeechDecoder({name: branches[name] for name in branches if name != "vocoder"}, cfg)
     assert (speaker.vocoder, speaker.rate) == ("griffin_lim", 24000)
     mel = -3 + 0.5 * np.random.default_rng(0).standard_normal((60, 20)).astype(np.float32)
     whole = speaker.windows(200)(mel, 0, True)
@@ -209,7 +211,7 @@ def test_without_a_vocoder_griffin_and_lim_speak(branches):
 
 def test_what_cannot_be_spoken_is_refused(branches, speaker):
     with pytest.raises(ConfigError, match="speech needs the branch flow; there are audio_encoder, audio_decoder"):
-        Speaker({name: branches[name] for name in ("audio_encoder", "audio_decoder")}, CFG)
+        SpeechDecoder({name: branches[name] for name in ("audio_encoder", "audio_decoder")}, CFG)
     with pytest.raises(ValueError, match=r"codes \(3, 7\): expected \(frames, 8\)"):
         speaker.speak(some_codes(3)[:, :7])
     wrong = some_codes(3)
@@ -235,7 +237,7 @@ def test_the_fixtures_speak_alike_whole_and_streamed(monkeypatch):
     with exact_arithmetic():
         names = ("audio_encoder", "audio_decoder", "flow", "vocoder")
         models = {name: fixtures.branch(name) for name in names}
-        speaker, codes = Speaker(models, fixtures.config), some_codes(60, cfg=fixtures.config)
+        speaker, codes = SpeechDecoder(models, fixtures.config), some_codes(60, cfg=fixtures.config)
         whole = speaker.speak(codes)
         noise_key, wave_key = jax.random.split(jax.random.key(0))
 

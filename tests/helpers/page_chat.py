@@ -7,7 +7,7 @@ import numpy as np
 
 from baichuan_omni_jax.config import GenerationConfig, tiny
 from baichuan_omni_jax.generation.chat import ChatModel, OmniChat
-from baichuan_omni_jax.generation.events import Finished, Frames, TextPiece
+from baichuan_omni_jax.generation.events import AudioCodes, Finished, TextDelta
 from tests.helpers.engine_prompts import TestPrompt
 
 RATE = 24000
@@ -31,11 +31,11 @@ class Request:
 
     def __iter__(self):
         if self.settings.speech:
-            yield Frames(np.zeros((6, tiny().audio.levels), np.int32), True)
+            yield AudioCodes(np.zeros((6, tiny().audio.levels), np.int32), True)
         for count, word in enumerate(self.words):
             if self.cancelled.wait(self.pace):
                 break
-            yield TextPiece(f"{word} ", (count,), (0.0,))
+            yield TextDelta(f"{word} ", (count,), (0.0,))
         reason = "cancelled" if self.cancelled.is_set() else "end"
         yield Finished(reason, 3, len(self.words), 6, 0.1, 0.2, 1.0, np.zeros(0, np.int32))
 
@@ -56,7 +56,7 @@ class Engine:
         return self.requests[-1]
 
 
-class Speaker:
+class FakeSpeechDecoder:
     """A tone."""
 
     rate, vocoder = RATE, "griffin_lim"
@@ -87,4 +87,4 @@ class Processor:
 
 
 def scripted_chat(pace: float = 0.0) -> OmniChat:
-    return OmniChat(ChatModel(Engine(pace), tiny(), Speaker()), Processor())
+    return OmniChat(ChatModel(Engine(pace), tiny(), FakeSpeechDecoder()), Processor())

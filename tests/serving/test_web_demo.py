@@ -19,7 +19,7 @@ from PIL import Image
 from baichuan_omni_jax.checkpoint import save_branches
 from baichuan_omni_jax.config import MeshConfig, tiny
 from baichuan_omni_jax.nn.param import ComputePolicy
-from baichuan_omni_jax.omni.flow_matching_model import VoiceModel
+from baichuan_omni_jax.omni.flow_matching_model import FlowMatchingModel
 from baichuan_omni_jax.omni.model import OmniModel
 from baichuan_omni_jax.sharding import make_mesh
 from data_pipelines.tokenizers.tokenizer import train_tokenizer
@@ -209,7 +209,7 @@ def checkpoint(tmp_path_factory):
     path, cfg, key = tmp_path_factory.mktemp("page") / "checkpoint", tiny(), jax.random.key(0)
     with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
         omni = jax.jit(lambda: OmniModel(key, cfg, ComputePolicy()))()
-        voice = jax.jit(lambda: VoiceModel(key, cfg, ComputePolicy()))()
+        voice = jax.jit(lambda: FlowMatchingModel(key, cfg, ComputePolicy()))()
         branches = {name: getattr(model, name) for model in (omni, voice) for name in model.branches}
         tokenizer = train_tokenizer([(ROOT / "README.md").read_text()], cfg.llm.vocab_size)
         save_branches(path, branches, cfg, tokenizer.to_str())

@@ -8,7 +8,7 @@ import jax
 
 from baichuan_omni_jax.config import GenerationConfig, SamplingConfig
 from baichuan_omni_jax.errors import RequestError
-from baichuan_omni_jax.generation.chat import OmniChat, Reply
+from baichuan_omni_jax.generation.chat import ChatStream, OmniChat
 from data_pipelines.documents.prompt_writing import ASR_PROMPT
 from data_pipelines.documents.token_ids import encode_ids
 
@@ -31,7 +31,7 @@ def default_settings(task: str, speech: bool) -> GenerationConfig:
 
 def ask(
     chat: OmniChat, task: str, values: Mapping[str, Any], key: jax.Array | None = None, base: Path = Path()
-) -> Reply:
+) -> ChatStream:
     """Puts one question, of which `values` are the fields (`FIELDS`; media are paths, or lists of paths, from `base`).
 
     Media stand before the text, in the order of the fields; `media` is a list of `{"type", "path"}` of all kinds.
@@ -73,7 +73,9 @@ def user_turn(values: Mapping[str, Any], media: list[dict], default: str | None)
     return [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": content}]
 
 
-def _ask_messages(chat: OmniChat, task: str, values: Mapping[str, Any], key: jax.Array | None, base: Path) -> Reply:
+def _ask_messages(
+    chat: OmniChat, task: str, values: Mapping[str, Any], key: jax.Array | None, base: Path
+) -> ChatStream:
     messages = values["messages"]
     if task != "chat" or not isinstance(messages, list):
         raise RequestError("bad_message", "messages are a list, and for chat")
@@ -92,7 +94,7 @@ def _based(part: Any, base: Path) -> Any:
     return part | {"path": str(base / part["path"])} if usable else part
 
 
-def _ask_ids(chat: OmniChat, task: str, values: Mapping[str, Any], key: jax.Array | None) -> Reply:
+def _ask_ids(chat: OmniChat, task: str, values: Mapping[str, Any], key: jax.Array | None) -> ChatStream:
     config = chat.model.config
     prompt = encode_ids(values["tokens"], config)
     if task != "tts":

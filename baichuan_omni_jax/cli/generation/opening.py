@@ -11,7 +11,7 @@ import jax
 from baichuan_omni_jax.config import GenerationConfig, ImagesConfig, MeshConfig, released_images
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.generation.chat import OmniChat
-from baichuan_omni_jax.generation.chat_stream import Speaks
+from baichuan_omni_jax.generation.chat_stream import SpeechSynthesizer
 from baichuan_omni_jax.generation.loading import LoadedBranches, load_for_generation, make_chat_model
 from baichuan_omni_jax.sharding import make_mesh
 from data_pipelines.documents.chat_prompt import ChatPrompts
@@ -81,10 +81,10 @@ def open_chat(options: argparse.Namespace, settings: GenerationConfig, root: Pat
     )
     chat = OmniChat(model, processor, settings=settings, seed=options.seed)
     hears = {"audio_encoder", "audio_head"} <= loaded.branches.keys()
-    return Opened(chat, _notice(loaded, model.speaker), hears)
+    return Opened(chat, _notice(loaded, model.speech_decoder), hears)
 
 
-def _notice(loaded: LoadedBranches, speaker: Speaks | None) -> str:
+def _notice(loaded: LoadedBranches, speaker: SpeechSynthesizer | None) -> str:
     lines, untrained = [], set(loaded.untrained)
     # Codes of a seeded tokenizer mean something to the model that learned them, though they decode to no sound.
     if "audio_head" in loaded.branches and "audio_encoder" in untrained and "audio_head" not in untrained:

@@ -3,17 +3,17 @@
 import signal
 from typing import Any
 
-from baichuan_omni_jax.generation.chat import ChatAnswer, ChatModel, Reply
-from baichuan_omni_jax.generation.events import TextPiece
+from baichuan_omni_jax.generation.chat import ChatAnswer, ChatModel, ChatStream
+from baichuan_omni_jax.generation.events import TextDelta
 
 
-def show(reply: Reply) -> ChatAnswer:
+def show(reply: ChatStream) -> ChatAnswer:
     """Prints the text as it is made, or at the end the tokens where there is no tokenizer; Ctrl-C ends the answer."""
     # Raised inside the engine, KeyboardInterrupt would cost it all that it is doing.
     before = signal.signal(signal.SIGINT, lambda *_: reply.cancel())
     try:
         for event in reply:
-            if isinstance(event, TextPiece):
+            if isinstance(event, TextDelta):
                 print(event.text, end="", flush=True)
     finally:
         signal.signal(signal.SIGINT, before)
@@ -33,7 +33,7 @@ def describe(answer: ChatAnswer, model: ChatModel) -> str:
         speed.append(f"first audio {answer.first_audio:.2f} s")
         speed.append(f"real-time factor {answer.real_time_factor:.2f} ({answer.audio_seconds:.1f} s of speech)")
     cache = f"cache {metrics.cache_bytes / 2**20:.1f} MiB, {metrics.compiles} programs compiled"
-    return f"{finished.prompt} tokens read, {made} made: {finished.reason}\n{', '.join(speed)}\n{cache}"
+    return f"{finished.prompt} tokens read, {made} made: {finished.finish_reason}\n{', '.join(speed)}\n{cache}"
 
 
 def as_record(answer: ChatAnswer) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def as_record(answer: ChatAnswer) -> dict[str, Any]:
     finished = answer.finished
     fields = {
         "text": answer.text,
-        "finish": finished.reason,
+        "finish": finished.finish_reason,
         "tokens": list(answer.tokens),
         "logprobs": [round(value, 5) for value in answer.logprobs],
         "prompt_tokens": finished.prompt,

@@ -14,7 +14,7 @@ from baichuan_omni_jax.flops.terms import FlopTerm
 from baichuan_omni_jax.flow.matching import flow_losses
 from baichuan_omni_jax.omni.audio_tokenizer_model import clips_of, mel_targets_of
 from baichuan_omni_jax.omni.batch import Batch
-from baichuan_omni_jax.omni.flow_matching_model import VoiceModel, beside
+from baichuan_omni_jax.omni.flow_matching_model import FlowMatchingModel, match_lengths
 from baichuan_omni_jax.train.tasks.audio import check_sound, sound_axes, sound_batch, sound_numbers, step_key
 from baichuan_omni_jax.train.tasks.task import NOTHING, Metrics, PlainTask, Values
 
@@ -28,8 +28,8 @@ class FlowMatchingTask(PlainTask):
     the mean, which is what one samples with; the weights themselves are saved in its place among `extra`.
     """
 
-    def make_model(self, key: PRNGKeyArray) -> VoiceModel:
-        return VoiceModel(key, self.omni, self.compute)
+    def make_model(self, key: PRNGKeyArray) -> FlowMatchingModel:
+        return FlowMatchingModel(key, self.omni, self.compute)
 
     def first_extra(self, trainable: Values):
         mean = {name: value.astype(jnp.float32) for name, value in trainable.items()} if self.run.flow.ema else {}
@@ -68,11 +68,11 @@ class FlowMatchingTask(PlainTask):
     def denominators(self, batch: Batch):
         return ()
 
-    def loss(self, model: VoiceModel, batch: Batch, by, extra):
+    def loss(self, model: FlowMatchingModel, batch: Batch, by, extra):
         settings, clips = self.run.flow, clips_of(batch, self.compute)
         key = step_key(self.run, extra["step"])
         hidden, lengths = model.hidden(clips)
-        mel, lengths = beside(hidden, lengths, mel_targets_of(batch, _TARGETS, self.compute)[0])
+        mel, lengths = match_lengths(hidden, lengths, mel_targets_of(batch, _TARGETS, self.compute)[0])
         flow, prior = flow_losses(key, model.flow, hidden, mel, lengths, condition_dropout=settings.condition_dropout)
         loss = flow + settings.prior * prior
         return loss, ({"loss": loss, "loss_flow": flow, "loss_prior": prior}, NOTHING._replace(extra=extra))

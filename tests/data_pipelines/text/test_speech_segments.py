@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from baichuan_omni_jax.config import READ_AT_LEAST, GenerationConfig
 from baichuan_omni_jax.errors import ConfigError
-from baichuan_omni_jax.generation.segment_progress import advance, new_progress, next_piece
+from baichuan_omni_jax.generation.segment_progress import advance_segment, init_progress, next_segment
 from data_pipelines.text.speech_segments import cut_places, piece_table, spoken_units
 from data_pipelines.text.splitting import split_text
 from data_pipelines.tokenizers.tokenizer import encode, train_tokenizer
@@ -52,7 +52,7 @@ def follow(table, progress, tokens, count, least):
 
     def step(progress, token):
         ripe = (progress.units > 0) & (progress.units >= least)
-        found = advance(table, progress, token[None], ripe)
+        found = advance_segment(table, progress, token[None], ripe)
         return found.progress, found
 
     _, steps = jax.lax.scan(step, progress, tokens)
@@ -66,7 +66,7 @@ def pieces_by_tokens(tokenizers):
     tables = [jax.tree.map(jnp.asarray, piece_table(tokenizer, 1000)) for tokenizer in tokenizers]
 
     def cut(which: int, text: str, least: float) -> list[str]:
-        tokenizer, progress, pieces = tokenizers[which], new_progress(1), []
+        tokenizer, progress, pieces = tokenizers[which], init_progress(1), []
         while True:
             # The model goes on with what was not written.
             rest = encode(tokenizer, text[len("".join(pieces)) :])
@@ -79,7 +79,7 @@ def pieces_by_tokens(tokenizers):
             within = bool(steps.within[end, 0])
             pieces.append(tokenizer.decode([*rest[:end], *([int(steps.token[end, 0])] if within else [])]))
             at = end if within else end - 1
-            progress = jax.tree.map(np.asarray, next_piece(jax.tree.map(lambda x, at=at: x[at], steps.progress)))
+            progress = jax.tree.map(np.asarray, next_segment(jax.tree.map(lambda x, at=at: x[at], steps.progress)))
         last = tokenizer.decode(rest)
         if pieces and not spoken_units(last):  # the engine ends an answer without speaking this
             return [*pieces[:-1], pieces[-1] + last]

@@ -10,7 +10,7 @@ import numpy as np
 
 from baichuan_omni_jax.config import GenerationConfig, MeshConfig
 from baichuan_omni_jax.generation.engine import Engine
-from baichuan_omni_jax.generation.events import Answer
+from baichuan_omni_jax.generation.events import GenerationResult
 from baichuan_omni_jax.sharding import make_mesh
 from tests.helpers.engine_prompts import media_prompt, random_text, small_branches, small_config, text_prompt, tokenizer
 
@@ -31,7 +31,7 @@ def answers(config: MeshConfig) -> list[tuple]:
     asked += [(media_prompt(rng, CFG, mels=90), ALOUD), (text_prompt([70, CFG.tokens.audiogen_start]), DRAWN)]
     asked += asked[:3]
     requests = [engine.submit(prompt, how, key) for prompt, how in asked]
-    return [Answer.of(request) for request in requests]
+    return [GenerationResult.from_events(request) for request in requests]
 
 
 def main() -> None:
