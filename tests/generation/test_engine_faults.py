@@ -118,7 +118,7 @@ def test_what_the_checkpoint_cannot_do_is_refused(branches, prompt, how, missing
 def test_an_engine_needs_a_language_model_on_a_mesh(branches):
     with pytest.raises(ConfigError, match="branch llm"):
         Engine({}, CFG, None)
-    for sizes, words in (({"chunk": 100}, "power of two"), ({"chunk": 0}, "chunk 0"), ({"burst": 0}, "burst 0")):
+    for sizes, words in (({"chunk": 100}, "power of two"), ({"chunk": 0}, "chunk 0"), ({"steps_per_call": 0}, "steps_per_call 0")):
         with pytest.raises(ConfigError, match=words):
             Engine(branches, CFG, None, **sizes)
     nowhere = jax.tree.map(lambda x: jax.device_put(np.asarray(x), jax.devices()[0]), branches["llm"])
@@ -165,7 +165,7 @@ def test_a_request_that_is_cancelled_while_its_prompt_is_read_is_read_no_further
     with monkeypatch.context() as patched:
         patched.setattr(programs, "prefill", lambda *args: chunks.append(args[2]) or read(*args))
         other = engine.submit(prompts[0], SILENT, KEY)
-        engine._serve(long._job)
+        engine._serve(long._active)
         assert (len(chunks), engine.metrics.in_use) == (1, 1)
         long.cancel()
         assert [type(event) for event in long] == [Finished]
@@ -210,8 +210,8 @@ def test_what_breaks_off_before_a_prompt_is_seated_ends_its_request(engine, prom
         patched.setattr(programs, "insert", seat)
         patched.setattr(engine_state, "init_cache", init_cache)
         with pytest.raises(KeyboardInterrupt) if error is KeyboardInterrupt else nullcontext():
-            engine._serve(first._job)
-    assert first._job.over
+            engine._serve(first._active)
+    assert first._active.over
     with pytest.raises(RequestError, match="in the middle"):
         next(first)
     assert gone == [True]  # two caches may be more than there is room for
