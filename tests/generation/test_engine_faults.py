@@ -118,9 +118,10 @@ def test_what_the_checkpoint_cannot_do_is_refused(branches, prompt, how, missing
 def test_an_engine_needs_a_language_model_on_a_mesh(branches):
     with pytest.raises(ConfigError, match="branch llm"):
         Engine({}, CFG, None)
-    for sizes, words in (({"chunk": 100}, "power of two"), ({"chunk": 0}, "chunk 0"), ({"steps_per_call": 0}, "steps_per_call 0")):
+    wrong = (("chunk", 100, "power of two"), ("chunk", 0, "chunk 0"), ("steps_per_call", 0, "steps_per_call 0"))
+    for name, size, words in wrong:
         with pytest.raises(ConfigError, match=words):
-            Engine(branches, CFG, None, **sizes)
+            Engine(branches, CFG, None, **{name: size})
     nowhere = jax.tree.map(lambda x: jax.device_put(np.asarray(x), jax.devices()[0]), branches["llm"])
     with pytest.raises(ConfigError, match="mesh"):
         Engine({"llm": nowhere}, CFG, None)
