@@ -2,8 +2,9 @@
 
 import argparse
 import importlib
+import inspect
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from baichuan_omni_jax import __version__
@@ -13,10 +14,23 @@ from baichuan_omni_jax.errors import exit_code
 
 @dataclass(frozen=True)
 class Command:
-    """One subcommand: the module that has its `add_arguments(parser)` and `run(options)`, and a line of help."""
+    """One subcommand: its module, and a line of help.
+
+    The module has `add_arguments(parser)` and `run(options)`, and its docstring is the text above the flags. A module
+    of several commands has `add_NAME_arguments` and `run_NAME` of this one, and the text is that of `run_NAME`.
+    """
 
     module: str
     help: str
+    name: str = ""
+
+    def load(self) -> tuple[str | None, Callable[[argparse.ArgumentParser], None], Callable]:
+        """Imports the module; returns the text above the flags, what adds the flags, and what runs the command."""
+        module = importlib.import_module(self.module)
+        if not self.name:
+            return module.__doc__, module.add_arguments, module.run
+        run = getattr(module, f"run_{self.name}")
+        return inspect.getdoc(run), getattr(module, f"add_{self.name}_arguments"), run
 
 
 @dataclass(frozen=True)
@@ -30,15 +44,15 @@ class Group:
 CLI, DATA = "baichuan_omni_jax.cli", "data_pipelines"
 COMMANDS: dict[str, Command | Group] = {
     "train": Command(f"{CLI}.train", "train a run of configs/, or go on with it"),
-    "stages": Command(f"{CLI}.stages", "train stages one after the other, each from the weights of the one before"),
+    "stages": Command(f"{CLI}.train", "train stages one after the other, each from the last one's weights", "stages"),
     "preflight": Command(f"{CLI}.preflight", "tell whether a run fits a TPU slice, without a TPU"),
     "tokenize": Command(f"{CLI}.tokenize_audio", "fill the store of audio codes of a run's data"),
     "generate": Command(f"{CLI}.generate", "chat, transcribe, speak or describe with a checkpoint"),
     "serve": Command(f"{CLI}.serve", "serve the web page to talk to a checkpoint"),
     "evaluate": Command(f"{CLI}.evaluate", "measure a checkpoint"),
     "resynthesize": Command(f"{CLI}.resynthesize", "turn speech into codes and back into a waveform"),
-    "convert": Command(f"{CLI}.weights", "move weights between Hugging Face folders and checkpoints"),
-    "verify": Command(f"{CLI}.verify", "compare converted weights with the released computation"),
+    "convert": Command(f"{CLI}.weights", "move weights between Hugging Face folders and checkpoints", "convert"),
+    "verify": Command(f"{CLI}.weights", "compare converted weights with the released computation", "verify"),
     "data": Group(
         {
             "build": Command(f"{DATA}.datasets.builder.command", "write shards with the media inside, from manifests"),
@@ -57,18 +71,17 @@ COMMANDS: dict[str, Command | Group] = {
 class _LazyParser(CommandParser):
     """The parser of a subcommand, whose module is imported when its arguments are parsed."""
 
-    def __init__(self, *args, module: str = "", **options):
+    def __init__(self, *args, command: Command | None = None, **options):
         super().__init__(*args, **options)
-        self._module = module
+        self._command = command
 
     def fill(self) -> None:
-        """Adds what the module says: its docstring above the flags, its flags, what runs it."""
-        if not self._module:
-            return
-        module, self._module = importlib.import_module(self._module), ""
-        self.description = module.__doc__
-        self.set_defaults(run=module.run)
-        module.add_arguments(self)
+        """Adds what the command's module says: the text above the flags, the flags, what runs it."""
+        if command := self._command:
+            self._command = None
+            self.description, add_arguments, run = command.load()
+            self.set_defaults(run=run)
+            add_arguments(self)
 
     def parse_known_args(self, args=None, namespace=None):
         self.fill()
@@ -116,7 +129,7 @@ def _add_commands(parser: argparse.ArgumentParser, commands: Mapping[str, Comman
         if isinstance(command, Group):
             _add_commands(choices.add_parser(name, help=command.help, description=command.help), command.commands)
         else:
-            choices.add_parser(name, module=command.module, help=command.help)
+            choices.add_parser(name, command=command, help=command.help)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -4,17 +4,19 @@
 
 Started again with the same workdir, it goes on where it stopped; SIGTERM saves and leaves. A second run in a workdir
 where one is at work is refused. Numbers go to WORKDIR/metrics.jsonl and WORKDIR/tensorboard. Exit code 2: something
-given cannot be used, the message says what.
-3: the run ended itself, because too many steps in a row were not finite or a checkpoint could not be written.
+given cannot be used, the message says what. 3: the run ended itself, because too many steps in a row were not finite or
+a checkpoint could not be written.
 """
 
 import argparse
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 from etils import epath
 
-from baichuan_omni_jax.audio.encoder import AudioEncoderBranch
 from baichuan_omni_jax.checkpoint import (
     Parent,
     TokenizerOrigin,
@@ -25,14 +27,18 @@ from baichuan_omni_jax.checkpoint import (
     keep_tokenizer,
     parent_data_state,
     record_parent,
-    with_text_tokenizer,
 )
-from baichuan_omni_jax.checkpoint.branches import KEPT
-from baichuan_omni_jax.cli.common import add_host_arguments, add_run_arguments, join_hosts, start_logging
-from baichuan_omni_jax.cli.tokenize_audio import ensure_codes, open_pipelines
-from baichuan_omni_jax.config import OmniConfig, RunConfig, apply_overrides, load_run_config, resolve_model
+from baichuan_omni_jax.checkpoint.steps import committed_steps
+from baichuan_omni_jax.cli.common import (
+    add_host_arguments,
+    add_run_arguments,
+    add_set_argument,
+    join_hosts,
+    start_logging,
+)
+from baichuan_omni_jax.config import STAGES, OmniConfig, RunConfig, apply_overrides, load_run_config, resolve_model
+from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.generation.loading import is_untrained
-from baichuan_omni_jax.nn.param import named_values, with_values
 from baichuan_omni_jax.train.hosts import (
     check_agreement,
     on_all_hosts,
@@ -43,15 +49,17 @@ from baichuan_omni_jax.train.hosts import (
 )
 from baichuan_omni_jax.train.input import rows_of_host
 from baichuan_omni_jax.train.profiling import parse_span
+from baichuan_omni_jax.train.run_data import open_run_data
 from baichuan_omni_jax.train.trainer import RunOptions, set_up, train
 from baichuan_omni_jax.train.wandb import load_wandb
-from data_pipelines.audio_codes import CodeStore
-from data_pipelines.audio_codes.build import CodeBuildOptions
 from data_pipelines.packing.rows import RowShard
-from data_pipelines.pipeline import Pipeline, TrainingData
+from data_pipelines.pipeline import TrainingData
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `train`."""
     add_run_arguments(parser)
     add = parser.add_argument
     add("--workdir", required=True, metavar="DIR", help="where the run's checkpoints and numbers go")
@@ -64,27 +72,26 @@ def run(options: argparse.Namespace) -> None:
     """Trains to the run's last step, or until it is stopped. Raises ConfigError and RunStoppedError."""
     start_logging()
     join_hosts(options)
-    pretrain(options)
-
-
-def pretrain(options: argparse.Namespace) -> None:
-    """Trains as one of the hosts, which have joined each other."""
     run, omni, profile = on_all_hosts(lambda: read_options(options))
     check_agreement(version_facts() | run_facts(run))
     # Everything that can refuse the run comes before it claims the workdir.
     spec, compute = on_all_hosts(lambda: set_up(run, omni))
     workdir, parent = on_all_hosts(lambda: open_workdir(run, Path(options.workdir)))
     begins = run.data.continue_sources and workdir.latest_step() is None
-    left = on_all_hosts(lambda: parent_data_state(parent)) if begins else None
+    continue_from = on_all_hosts(lambda: parent_data_state(parent)) if begins else None
+
+    # Data: process 0 indexes and encodes what is missing, the others find it done. Then each reads its own rows.
     home = on_all_hosts(lambda: find_tokenizer(run, workdir.path))
-    pipelines, tokenizer = process_zero_first(lambda: prepare(run, omni, workdir, home))
-    check_agreement({name: value for parts in pipelines.values() for name, value in data_facts(*parts).items()})
+    data, tokenizer = process_zero_first(lambda: open_run_data(run, omni, workdir.path, home))
+    check_agreement({name: value for mixture in data.values() for name, value in mixture.facts().items()})
     shard = RowShard(rows_of_host(spec.mesh, compute.rules, run.data.rows))
     context = spec.mesh.shape["context"]
     held_out = on_all_hosts(
-        lambda: {name: TrainingData(*parts, shard, context) for name, parts in pipelines.items() if name}
+        lambda: {name: TrainingData(*mixture, shard, context) for name, mixture in data.items() if name}
     )
-    training = on_all_hosts(lambda: TrainingData(*pipelines[""], shard, context, left))
+    training = on_all_hosts(lambda: TrainingData(*data[""], shard, context, continue_from))
+
+    # What the workdir says of the run, before its first step: a restart reads it.
     workdir.write_run_config(run)
     on_all_hosts(lambda: wait_for(workdir.path / "run_config.json"))
     record_parent(workdir.path, parent)
@@ -111,27 +118,6 @@ def open_workdir(run: RunConfig, path: Path) -> tuple[Workdir, Parent]:
     return workdir, find_parent(workdir.path, run.checkpoint.init_from, run.branches)
 
 
-def prepare(
-    run: RunConfig, omni: OmniConfig, workdir: Workdir, home: epath.Path | None
-) -> tuple[dict[str, tuple[Pipeline, CodeStore | None]], AudioEncoderBranch | None]:
-    """The run's data ("") and held-out data by name, indexed and with audio codes, built where they are not there yet.
-    With it comes the tokenizer of these codes, in numpy, where the workdir does not keep it yet.
-
-    Tasks that train on sound itself need no codes. `home` is where `find_tokenizer` found the tokenizer.
-
-    Without `data.tokenizer` the weights' own is used: the workdir's, then that of `checkpoint.init_from`.
-    """
-    run = with_text_tokenizer(run, workdir.path)
-    pipelines = open_pipelines(run, omni)
-    store = kept = None
-    if run.task == "omni":
-        store, tokenizer = ensure_codes(run, omni, list(pipelines.values()), CodeBuildOptions(run.data.workers), home)
-        if "audio_head" in run.branches and home != workdir.path / KEPT:
-            values = {name: np.asarray(value) for name, value in named_values(tokenizer).items()}
-            kept = with_values(tokenizer, values)
-    return {name: (pipeline, store) for name, pipeline in pipelines.items()}, kept
-
-
 def origin_of(home: epath.Path | None) -> TokenizerOrigin:
     """Where the run's tokenizer came from, for its workdir."""
     if home is None:
@@ -139,9 +125,63 @@ def origin_of(home: epath.Path | None) -> TokenizerOrigin:
     return TokenizerOrigin(str(home), untrained=is_untrained("audio_encoder", Path(home)))
 
 
-def data_facts(pipeline: Pipeline, codes: CodeStore | None) -> dict[str, str]:
-    """What hosts that read rows of one global order must have alike."""
-    if codes is None:
-        return pipeline.fingerprint()
-    codes_of = f"{codes.meta['frames']} frames of tokenizer {codes.meta['fingerprint']}"
-    return pipeline.fingerprint() | {f"the audio codes {codes.path.name}": codes_of}
+def add_stages_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `stages`."""
+    add = parser.add_argument
+    add("files", nargs="*", metavar="CONFIG", help="the stages' files; what follows -- goes to every `train`")
+    add("--workdir", required=True, type=Path, metavar="DIR", help="folder of the stages' workdirs")
+    add("--tiny", action="store_true", help="the recipe's stages on the tiny model")
+    add_set_argument(parser, "override of one key in every stage, as data.root=DIR; may be repeated")
+
+
+def run_stages(options: argparse.Namespace) -> int:
+    """Trains stages one after the other, each from the weights of the one before: `baichuan-omni train` for each.
+
+        baichuan-omni stages --workdir runs/recipe --tiny
+        baichuan-omni stages --workdir runs/recipe configs/omni_64k.py configs/sft.py -- --multihost
+
+    Without files, the six stages of the recipe (`--tiny`: on the tiny model). A stage's workdir is WORKDIR/NAME of its
+    configuration; the first starts from its own `checkpoint.init_from`. Started again, finished stages are passed over.
+    What follows `--` goes to every `train`. Exit code: that of the first stage that did not finish.
+    """
+    files, passed_on = split_files(options.files)
+    # Every configuration is read before any stage starts.
+    stages = [(file, apply_overrides(load_run_config(file), options.set)) for file in files or recipe(options.tiny)]
+    names = [run.name for _, run in stages]
+    if len(set(names)) != len(names):
+        raise ConfigError(f"two stages of the chain have one name: {', '.join(names)}")
+    parent = None
+    for number, (file, run) in enumerate(stages, 1):
+        workdir = options.workdir / run.name
+        print(f"stage {number} of {len(stages)}: {run.name}" + (f", from {parent}" if parent else ""), flush=True)
+        changes = [*options.set, *([f"checkpoint.init_from={parent}"] if parent else [])]
+        if code := train_stage(file, workdir, changes, passed_on):
+            return code
+        if max(committed_steps(epath.Path(workdir)), default=0) < run.train.steps:
+            print(f"stage {run.name} was stopped before its end: the same command goes on", flush=True)
+            return 0
+        parent = workdir
+    return 0
+
+
+def train_stage(file: Path, workdir: Path, changes: Sequence[str], passed_on: Sequence[str]) -> int:
+    """Trains one stage in a process of its own, which SIGTERM reaches; returns its exit code."""
+    command = [sys.executable, "-m", "baichuan_omni_jax", "train", "--config", str(file)]
+    command += ["--workdir", str(workdir), *passed_on]
+    command += [part for change in changes for part in ("--set", change)]
+    with subprocess.Popen(command) as stage:
+        signal.signal(signal.SIGTERM, lambda *_: stage.terminate())
+        return stage.wait()
+
+
+def recipe(tiny: bool) -> list[Path]:
+    """The files of the recipe's six stages: of the checkout that this package lies in, or of the current folder."""
+    configs = ROOT / "configs"
+    folder = configs if configs.is_dir() else Path("configs")
+    return [folder / f"{stage}{'_tiny' if tiny else ''}.py" for stage in STAGES]
+
+
+def split_files(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """Configuration files, and what stood behind `--`: the first flag and all after it."""
+    first = next((i for i, argument in enumerate(arguments) if argument.startswith("-")), len(arguments))
+    return [Path(argument) for argument in arguments[:first]], list(arguments[first:])

@@ -1,23 +1,18 @@
-"""Moves weights between a Hugging Face folder and a checkpoint of ours (docs/how-to/weights.md).
-
-    baichuan-omni convert to-jax --from HF_DIR [--vocoder hift.pt] --to DIR
-    baichuan-omni convert to-torch --from DIR [--base CONVERTED_DIR] --to HF_DIR
-    baichuan-omni convert to-qwen2 --from DIR --to HF_DIR
-    baichuan-omni convert from-whisper --from WHISPER_DIR --to DIR [--model MODEL]
-
-`--dry-run` prints the plan and writes nothing. `to-qwen2` writes the language model alone, as a `Qwen2ForCausalLM` that
-transformers and vLLM load. `from-whisper` makes a new audio tokenizer with Whisper's encoder. Exit
-code 2: something given cannot be used, the message says what.
-"""
+"""Commands on weights: `convert` between Hugging Face folders and checkpoints, `verify` what was converted."""
 
 import argparse
+import json
+import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import jax
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
 
 from baichuan_omni_jax.branches import CONVERTED_BRANCHES, MODEL_BRANCHES
 from baichuan_omni_jax.checkpoint import save_branches
@@ -32,9 +27,11 @@ from baichuan_omni_jax.convert.to_jax import tokenizer_from_whisper
 from baichuan_omni_jax.convert.to_torch import SHARD_BYTES, TOKENIZER, CheckpointSource, convert_to_qwen2, plan_qwen2
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.storage import check_target, read_json_object
+from baichuan_omni_jax.verify import CHECKS, Row, verify, verify_released
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the commands of `convert` and their flags."""
     commands = parser.add_subparsers(dest="command", required=True, metavar=" | ".join(COMMANDS))
     to_jax = commands.add_parser("to-jax", help="Hugging Face folder -> checkpoint")
     to_jax.add_argument("--from", dest="source", required=True, metavar="HF_DIR", help="the released folder")
@@ -152,9 +149,113 @@ def _progress(total: int) -> Iterator[Callable[[int], None]]:
         yield lambda done: progress.advance(task, done)
 
 
-def run(options: argparse.Namespace) -> None:
-    """Converts as the options say. Raises ConfigError naming what cannot be used."""
+def run_convert(options: argparse.Namespace) -> None:
+    """Moves weights between a Hugging Face folder and a checkpoint of ours (docs/how-to/weights.md).
+
+        baichuan-omni convert to-jax --from HF_DIR [--vocoder hift.pt] --to DIR
+        baichuan-omni convert to-torch --from DIR [--base CONVERTED_DIR] --to HF_DIR
+        baichuan-omni convert to-qwen2 --from DIR --to HF_DIR
+        baichuan-omni convert from-whisper --from WHISPER_DIR --to DIR [--model MODEL]
+
+    `--dry-run` prints the plan and writes nothing. `to-qwen2` writes the language model alone, as a `Qwen2ForCausalLM`
+    that transformers and vLLM load. `from-whisper` makes a new audio tokenizer with Whisper's encoder. Exit code 2:
+    something given cannot be used, the message says what.
+    """
     start_logging()
     # Conversion is the host's work: an accelerator, if there is one, is left alone.
     jax.config.update("jax_platforms", "cpu")
     COMMANDS[options.command](options)
+
+
+def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `verify`."""
+    parser.add_argument("--fixtures", metavar="DIR", type=Path, help="config, weights and golden files")
+    parser.add_argument("--hf", metavar="HF_DIR", type=Path, help="released weights and code; the code is run")
+    parser.add_argument("--checkpoint", metavar="DIR", type=Path, help="what HF_DIR was converted to")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="also write the report here")
+    parser.add_argument("--only", default="", metavar="A,B", help=f"only these of {', '.join(CHECKS)}")
+
+
+def compare(options: argparse.Namespace) -> bool:
+    """Prints and writes the report; True when every line of it passed."""
+    _check_sources(options)
+    if options.json and not options.json.parent.is_dir():
+        raise ConfigError(f"--json {options.json}: {options.json.parent} is not a folder")
+    start, rows = time.monotonic(), []
+    with Console(stderr=True).status("comparing" if options.hf else "converting") as status:
+        if options.hf:
+            rows += verify_released(options.hf, options.checkpoint)
+        else:
+            for name, lines in verify(options.fixtures, tuple(filter(None, options.only.split(",")))):
+                rows += lines
+                status.update(f"{name} done, {len(rows)} tensors compared")
+    seconds = time.monotonic() - start
+    show(rows, seconds)
+    if options.json:
+        write(options, rows, seconds)
+    return all(row.passed for row in rows)
+
+
+def _check_sources(options: argparse.Namespace) -> None:
+    if not (options.fixtures or options.hf or options.checkpoint):
+        raise ConfigError("nothing to compare: give --fixtures DIR, or --hf HF_DIR and --checkpoint DIR")
+    if options.fixtures and (options.hf or options.checkpoint):
+        raise ConfigError("--fixtures and --hf with --checkpoint are two comparisons: give one of them")
+    if not options.fixtures and not (options.hf and options.checkpoint):
+        raise ConfigError("--hf HF_DIR and --checkpoint DIR go together: one is missing")
+    if options.hf and options.only:
+        raise ConfigError("--only chooses among the checks of --fixtures; --hf has one")
+
+
+def show(rows: list[Row], seconds: float) -> None:
+    table = Table("check", "tensor")
+    for heading in ("max abs error", "relative error", "tolerance"):
+        table.add_column(heading, justify="right")
+    table.add_column("pass")
+    table.add_column("note")
+    for row in rows:
+        numbers = (f"{x:.2g}" for x in (row.max_abs_error, row.relative_error, row.tolerance))
+        passed = "yes" if row.passed else "[bold red]NO[/]"
+        table.add_row(row.check, row.tensor, *numbers, passed, row.note)
+    # Never narrower than its rows: a report piped into a file is read there.
+    console = Console()
+    console = console if console.is_terminal else Console(width=140)
+    console.print(table)
+    failed = sum(not row.passed for row in rows)
+    console.print(f"{len(rows)} comparisons, {failed} failed, {seconds:.0f} s", highlight=False)
+
+
+def write(options: argparse.Namespace, rows: list[Row], seconds: float) -> None:
+    report = {
+        **{name: str(path) for name in ("fixtures", "hf", "checkpoint") if (path := getattr(options, name))},
+        "passed": all(row.passed for row in rows),
+        "seconds": round(seconds, 1),
+        "rows": [{name: _plain(value) for name, value in asdict(row).items()} | {"passed": row.passed} for row in rows],
+    }
+    try:
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    except OSError as error:
+        raise ConfigError(f"--json {options.json} cannot be written: {error.strerror}") from error
+
+
+def _plain(value: object) -> object:
+    """JSON knows no infinity: what could not be compared is null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def run_verify(options: argparse.Namespace) -> int:
+    """Proves a conversion: golden inputs through converted weights, against golden outputs of the released model.
+
+        baichuan-omni verify --fixtures DIR [--json FILE] [--only vision,rvq]
+        baichuan-omni verify --hf HF_DIR --checkpoint DIR [--json FILE]
+
+    Converts DIR/model.safetensors and DIR/vocoder.safetensors by the tables of `baichuan_omni_jax/convert/`, runs every
+    check in fp32 on the CPU and prints a table. With --hf the reference is the released PyTorch code, which is run from
+    HF_DIR (needs the extra `parity`), and the language model of the converted checkpoint DIR is held against it. Exit
+    code 0: all passed. 1: one failed, or a golden tensor was not checked. 2: something given cannot be used, the
+    message says what.
+    """
+    start_logging()
+    # The reference was computed on a CPU in fp32; an accelerator, if there is one, is left alone.
+    jax.config.update("jax_platforms", "cpu")
+    return 0 if compare(options) else 1

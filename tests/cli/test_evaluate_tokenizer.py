@@ -14,12 +14,13 @@ import pytest
 import soundfile
 
 from baichuan_omni_jax.checkpoint import save_branches
-from baichuan_omni_jax.cli import evaluate
 from baichuan_omni_jax.cli.main import main
 from baichuan_omni_jax.config import MeshConfig, tiny
 from baichuan_omni_jax.config.mel_targets import decoded_target
+from baichuan_omni_jax.evaluation import intelligibility
 from baichuan_omni_jax.evaluation.clips import read_clips
 from baichuan_omni_jax.evaluation.intelligibility import RATE, Recognition, measure
+from baichuan_omni_jax.evaluation.tokenizer_evaluator import TokenizerEvaluator, join_windows, samples_with_codes
 from baichuan_omni_jax.nn.param import ComputePolicy
 from baichuan_omni_jax.omni.flow_matching_model import FlowMatchingModel
 from baichuan_omni_jax.sharding import make_mesh
@@ -157,13 +158,13 @@ def test_numbers_of_an_untrained_tokenizer(checkpoint, manifest, tmp_path):
 def test_waves_are_compared_where_they_belong():
     """Each window's in its own place, cut where the clip ends; and which samples of the clip they are of."""
     waves = [np.array([1, 2, 3], np.float32), np.array([4, 5, 6], np.float32)]
-    whole, covered = evaluate.in_place(waves, [0, 4], 6)
+    whole, covered = join_windows(waves, [0, 4], 6)
     np.testing.assert_array_equal(whole, [1, 2, 3, 0, 4, 5])
     np.testing.assert_array_equal(covered, [True, True, True, False, True, True])
-    whole, covered = evaluate.in_place(waves, [0, 4], 6, 1.5)
+    whole, covered = join_windows(waves, [0, 4], 6, 1.5)
     np.testing.assert_array_equal(whole, [1, 2, 3, 0, 0, 0, 4, 5, 6])
     np.testing.assert_array_equal(covered, [True, True, False, False, True, True])
-    np.testing.assert_array_equal(evaluate.of_codes(np.arange(5), covered), [0, 1, 4])
+    np.testing.assert_array_equal(samples_with_codes(np.arange(5), covered), [0, 1, 4])
 
 
 @pytest.mark.parametrize("samples", [17_283, 480_000 + 23_477])
@@ -184,17 +185,23 @@ def test_measures_of_an_exact_decoder_compare_a_recording_with_itself(monkeypatc
             return exact(mel, target)
 
     pairs = []
-    monkeypatch.setattr(evaluate.intelligibility, "measure", lambda *pair: pairs.append(pair) or {})
-    judge = evaluate.Judge.__new__(evaluate.Judge)
-    fields = {"scores": Exact(settings=settings), "_audio": audio, "_speaker": None, "_heard": {}, "drawn": []}
-    vars(judge).update(fields, clips=0, _seconds=0.0, _measures={})
-    vars(judge)["_waves"] = type("Waves", (), {"name": "exact", "__call__": staticmethod(recorded)})()
-    judge.add(SimpleNamespace(name="clip", text="", samples=lambda rate: wave), Counter())
+    monkeypatch.setattr(intelligibility, "measure", lambda *pair: pairs.append(pair) or {})
+    evaluator = TokenizerEvaluator.__new__(TokenizerEvaluator)
+    fields = {
+        "scores": Exact(settings=settings),
+        "_audio": audio,
+        "_speech_decoder": None,
+        "_recognitions": {},
+        "mels": [],
+    }
+    vars(evaluator).update(fields, clips=0, _seconds=0.0, _measures={})
+    vars(evaluator)["_waves"] = type("Waves", (), {"name": "exact", "__call__": staticmethod(recorded)})()
+    evaluator.add(SimpleNamespace(name="clip", text="", samples=lambda rate: wave), Counter())
     ((original, again),) = pairs
     np.testing.assert_array_equal(original, again)
     windows = clip_windows(samples, audio)
     assert samples - 0.1 * len(windows) * RATE < len(original) < samples
-    ((_, target, made),) = judge.drawn
+    ((_, target, made),) = evaluator.mels
     np.testing.assert_array_equal(target, made)
 
 
