@@ -152,6 +152,7 @@ class CodeStore:
 
     def verify(self) -> None:
         """Reads every file. Raises ConfigError, naming the first one that is not as it was written."""
+        # Sizes first: a file that is cut is named without reading the others.
         wanted = {"frames/" + name: digest for name, (_, digest) in self.meta["parts"].items()}
         wanted[self.meta["index"]] = self.meta["index_sha256"]
         self._check_sizes()

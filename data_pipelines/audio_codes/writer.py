@@ -36,8 +36,17 @@ CHUNK_FRAMES = 512  # what is read and checked at once
 def create_store(
     path: Path, *, fingerprint: str, codebook_sizes: tuple[int, ...], window_rule: dict, part_frames: int
 ) -> None:
-    """Makes an empty store at `path`. Raises ConfigError when `part_frames` are not whole chunks or codes
-    exceed int16.
+    """Makes an empty store.
+
+    Args:
+        path: its folder.
+        fingerprint: of the audio tokenizer.
+        codebook_sizes: codes of each level, coarse to fine.
+        window_rule: how clips are cut: `seconds` of a window and `overlap`.
+        part_frames: code frames of one file.
+
+    Raises:
+        ConfigError: when `part_frames` are not whole chunks, or codes exceed int16.
     """
     if part_frames % CHUNK_FRAMES or part_frames <= 0:
         raise ConfigError(f"a part's {part_frames} frames must be a multiple of {CHUNK_FRAMES}")
@@ -90,9 +99,19 @@ def publish(
 
 
 def write_part(folder: Path, number: int, codes: Integer[np.ndarray, "n q"], part_frames: int) -> Path:
-    """Writes part `number`, its first frames `codes` (`UNUSED` where there is none), into `folder`; returns its file.
+    """Writes one part of the store. The same codes give the same bytes.
 
-    The same codes give the same bytes. Raises ValueError for codes that the store cannot hold.
+    Args:
+        folder: where the file goes.
+        number: the part's.
+        codes: (n, levels), of at most `part_frames` frames; `UNUSED` where there is none.
+        part_frames: frames of the whole part; what `codes` lack is `UNUSED`.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: for codes that the store cannot hold.
     """
     if codes.size and not UNUSED <= codes.min() <= codes.max() <= np.iinfo(np.int16).max:
         raise ValueError(f"codes from {codes.min()} to {codes.max()} do not fit the store's int16")
@@ -157,6 +176,7 @@ def write_codes(
             window_rule=window_rule,
             part_frames=part_frames,
         )
+        # In the order given: places follow from lengths, then parts are written one by one.
         found = [(key, np.asarray(codes)) for key, codes in items]
         index = np.array([(*key_fields(key), len(codes), 0) for key, codes in found], ENTRY)
         lengths = index["length"]
@@ -180,6 +200,7 @@ def starts_of(lengths: Integer[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
 
 def _array(frames: int, part_frames: int, levels: int) -> dict:
     """zarr.json: a file a part, in it chunks with a checksum each."""
+    # Shards of zarr3: chunks are what is read and checked, files are what a file system can bear.
     plain = {"name": "bytes", "configuration": {"endian": "little"}}
     codecs = [plain, {"name": "crc32c"}]
     sharding = {"chunk_shape": [CHUNK_FRAMES, levels], "codecs": codecs, "index_codecs": codecs}

@@ -42,10 +42,6 @@ def pack_document(document: Document, media: Mapping[str, bytes]) -> bytes:
     return b"".join([_LENGTH.pack(len(encoded)), encoded, *media.values()])
 
 
-def _why(error: Exception) -> str:
-    return f"its header lacks {error}" if isinstance(error, KeyError) else plain_reason(error)
-
-
 def unpack_document(record: bytes, where: str) -> Document:
     """Unpacks the document of a record, its media in memory. `where` names the record in messages.
 
@@ -68,7 +64,8 @@ def unpack_document(record: bytes, where: str) -> Document:
             raise SampleError("bad_record", f"{where} has {len(record)} bytes where its header says {place}")
         return Document(header["id"], header["type"], header["text"], header["where"], media)
     except (struct.error, ValueError, KeyError, TypeError) as error:
-        raise SampleError("bad_record", f"{where} is damaged: {_why(error)}") from error
+        reason = f"its header lacks {error}" if isinstance(error, KeyError) else plain_reason(error)
+        raise SampleError("bad_record", f"{where} is damaged: {reason}") from error
 
 
 SUFFIX = ".array_record"

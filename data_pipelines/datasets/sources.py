@@ -82,6 +82,7 @@ class ManifestSource:
             return parse_line(file.readline(), number, self.path, self.media)
 
     def location(self, place: int, number: int) -> str:
+        """Returns what messages call a document: manifest and line."""
         return f"{self.path}:{number}"
 
     @cached_property
@@ -146,6 +147,7 @@ class DatasetSource:
         return self._dataset.document(place >> 32, number)
 
     def location(self, place: int, number: int) -> str:
+        """Returns what messages call a document: shard and record."""
         return f"{self.path}/{self._dataset.shards[place >> 32].file}:{number}"
 
 

@@ -103,7 +103,14 @@ def video_seconds(samples: np.ndarray, sample_rate: int) -> float:
 
 
 def write_video(video: VideoPlan, samples: np.ndarray, sample_rate: int, path: Path) -> None:
-    """Encodes a video with its spoken track (mono int16 samples at `sample_rate` Hz), as long as the video or cut."""
+    """Encodes a video with its spoken track.
+
+    Args:
+        video: the camera's move.
+        samples: mono int16 (t,), the track; cut where it is longer than the longest video.
+        sample_rate: of the track in Hz.
+        path: the MP4 file to write.
+    """
     # The video lasts as long as its track: padded with silence, or cut.
     seconds = video_seconds(samples, sample_rate)
     track = np.zeros(round(seconds * sample_rate), np.int16)
@@ -211,7 +218,14 @@ def record(plan: MediaPlan) -> dict[str, np.ndarray]:
 
 
 def produce(plan: MediaPlan, recordings: dict[str, np.ndarray], path: str, root: Path) -> None:
-    """Writes one planned file under `root`."""
+    """Writes one planned file.
+
+    Args:
+        plan: says what the file is.
+        recordings: the speech of all files, by path (`record`).
+        path: the file's, relative to `root`.
+        root: the data set's folder.
+    """
     if path in plan.images:
         save(plan.images[path], root / path)
     elif path in plan.speech:

@@ -196,7 +196,17 @@ def orientation(crop: Crop) -> str:
 
 
 def box_around(photo: str, center: tuple[float, float], width: float, height: float) -> tuple[int, int, int, int]:
-    """Returns a box of about this size around `center` (x, y), moved and shrunk to lie inside the photograph."""
+    """Returns a box moved and shrunk to lie inside a photograph.
+
+    Args:
+        photo: which one; all have `SIZE`.
+        center: (x, y) that the box is to lie around, in pixels.
+        width: of the box in pixels, at most the photograph's.
+        height: likewise.
+
+    Returns:
+        Left, top, right and bottom.
+    """
     width, height = round(min(width, SIZE[0])), round(min(height, SIZE[1]))
     left = round(min(max(center[0] - width / 2, 0), SIZE[0] - width))
     top = round(min(max(center[1] - height / 2, 0), SIZE[1] - height))

@@ -56,22 +56,31 @@ class Page:
             block.draw(self, bottom)
 
     def axes(self, left: float, bottom: float, width: float, height: float):
+        """Adds axes with these sides, in inches."""
         return self.figure.add_axes((left / WIDTH, bottom / self.height, width / WIDTH, height / self.height))
 
     def text(self, left: float, bottom: float, text: str, **style) -> None:
+        """Writes a line of text; `style` as matplotlib takes it."""
         self.figure.text(left / WIDTH, bottom / self.height, self.lettering.drawable(text), va="bottom", **style)
 
 
 def draw(rows: list[RowView], document: DocumentView, path: Path, notes: Sequence[str] = ()) -> None:
-    """Writes the figure of `rows` and, below them, of `document` to `path`.
+    """Writes the figure of packed rows and, below them, of one document.
 
-    `notes` stand under the headline. Raises ConfigError when matplotlib does not know the format of `path`, OSError
-    when it cannot be written.
+    Args:
+        rows: packed rows, drawn one below the other.
+        document: one of their documents, or another.
+        path: the file; its suffix is the format.
+        notes: stand under the headline.
+
+    Raises:
+        ConfigError: when matplotlib does not know the format.
+        OSError: when the file cannot be written.
     """
     # Types get colors in the order of their names: the same data are drawn alike.
     lettering = Lettering()
     types = dict.fromkeys(segment.document.type for row in rows for segment in row.segments)
-    colors = {kind: _pale(i, len(types)) for i, kind in enumerate(sorted(types))}
+    colors = {kind: _pale(i) for i, kind in enumerate(sorted(types))}
     # The page from top to bottom; its height follows from the blocks.
     blocks = [_headline("Packed rows", notes), _legend(colors)]
     blocks += [_row(number, row, colors) for number, row in enumerate(rows)]
@@ -150,7 +159,10 @@ def _strips(page: Page, bottom: float, height: float, row: RowView, colors: dict
         axes.imshow(table[values][None], extent=extent, aspect="auto", interpolation="nearest")
     for segment in row.segments if labels else ():
         _segment(page, axes, segment, colors)
-    for start, stop in _runs(row.contents == SlotContent.PADDING):
+    # Runs of padding, by the slots where it begins and ends, are hatched over all strips.
+    padding = np.concatenate([[0], (row.contents == SlotContent.PADDING).astype(np.int8), [0]])
+    edges = np.flatnonzero(np.diff(padding))
+    for start, stop in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
         shape = {"facecolor": "#ffffff", "edgecolor": "#9aa0a8", "hatch": "////", "linewidth": 0.5}
         axes.add_patch(Rectangle((start, 0.06), stop - start, 2.88 if labels else 1.88, **shape))
 
@@ -275,12 +287,6 @@ def _caption(text: str) -> Block:
     return Block(0.3, lambda page, bottom: page.text(LEFT, bottom + 0.04, text, size=10.5, weight="bold"))
 
 
-def _runs(flags: np.ndarray) -> list[tuple[int, int]]:
-    """Returns (start, stop) of each run of True."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], flags.astype(np.int8), [0]])))
-    return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
-
-
-def _pale(place: int, of: int) -> tuple[float, float, float]:
-    """Neighboring places get hues far apart: 0.38 of the circle."""
+def _pale(place: int) -> tuple[float, float, float]:
+    """Chooses a pale color; neighboring places get hues far apart, 0.38 of the circle."""
     return tuple(hsv_to_rgb(((place * 0.382) % 1.0, 0.28 if place % 2 else 0.42, 0.96)))

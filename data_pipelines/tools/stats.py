@@ -12,7 +12,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 from rich.console import Console
@@ -114,10 +114,19 @@ def _check_plot(path: Path) -> None:
 def load(
     sources: Sequence[Path], root: Path | None, workers: int, trusted: Sequence[Path] = ANY_FOLDER
 ) -> tuple[Measures, Counter, dict[str, str]]:
-    """Measures of all documents of datasets (folders) and manifests (files), how many were skipped by cause, and one
-    sentence for each cause.
+    """Reads or measures all documents of data sets (folders) and manifests (files).
 
-    `root` and `trusted` as in `list_sources`. Raises ConfigError when one of them cannot be read.
+    Args:
+        sources: built data sets and JSONL manifests.
+        root: what media paths of manifests are relative to; None: each manifest's folder.
+        workers: processes that measure; 0: this one.
+        trusted: the folders that links among the media may lead to.
+
+    Returns:
+        The measures, how many documents were skipped by cause, and one sentence for each cause.
+
+    Raises:
+        ConfigError: when one of the sources cannot be read.
     """
     # Built data sets were measured when they were built; manifests are measured now, from headers.
     folders = [path for path in sources if path.is_dir()]
@@ -125,7 +134,12 @@ def load(
     tables, skipped, examples = [], Counter(), {}
     for folder in folders:
         description = read_description(folder)
-        tables += [_load_part(folder, shard["file"]) for shard in description["shards"]]
+        for shard in description["shards"]:
+            path = folder / PARTS / f"{shard['file'].removesuffix(SUFFIX)}.npz"
+            try:
+                tables.append(load_measures(path))
+            except (OSError, ValueError) as error:
+                raise ConfigError(f"{path} cannot be read: {error}") from error
         causes = description.get("skipped", {})  # seqio_cache skips nothing
         skipped.update(causes)
         if causes and (folder / SKIPPED_FILE).is_file():
@@ -136,14 +150,6 @@ def load(
         skipped += causes
         examples = found | examples
     return join(tables), skipped, examples
-
-
-def _load_part(folder: Path, shard: str) -> Measures:
-    path = folder / PARTS / f"{shard.removesuffix(SUFFIX)}.npz"
-    try:
-        return load_measures(path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
 
 
 def _measure_manifests(sources: Sequence[Manifest], workers: int) -> tuple[list[Measures], Counter, dict[str, str]]:
@@ -245,12 +251,11 @@ def draw_distributions(types: Sequence[str], quantities: Sequence[Quantity], pat
     """
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
     shown = [quantity for quantity in quantities if len(quantity.values)]
-    table = cast(ListedColormap, matplotlib.colormaps["tab20"]).colors
+    table = cast(Any, matplotlib.colormaps["tab20"]).colors  # a list, which the type of a colormap leaves open
     colors = [table[number % 20] if number < MAX_TYPES else (0.6, 0.6, 0.6) for number in range(len(types))]
     rows = -(-len(shown) // COLUMNS)
     height = 3.0 * rows + 1.2

@@ -57,7 +57,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def visualize(options: argparse.Namespace) -> None:
     """Draws what `options` ask for and prints a line a row. Raises ConfigError."""
-    _check_matplotlib()
+    try:
+        importlib.import_module("matplotlib")
+    except ImportError as error:
+        raise ConfigError("drawing needs matplotlib: pip install baichuan_omni_jax[show]") from error
     if options.rows < 1 or options.length < 1:
         raise ConfigError(f"--rows {options.rows} and --length {options.length} must be at least 1")
     # Rows first, then one document of them: the richest, or the one that is named.
@@ -119,13 +122,6 @@ def _notes(pipeline: Pipeline, failed: list[str]) -> list[str]:
     if failed:
         notes.append(f"{len(failed)} documents of these rows could not be decoded and left padding")
     return notes
-
-
-def _check_matplotlib() -> None:
-    try:
-        importlib.import_module("matplotlib")
-    except ImportError as error:
-        raise ConfigError("drawing needs matplotlib: pip install baichuan_omni_jax[show]") from error
 
 
 if __name__ == "__main__":

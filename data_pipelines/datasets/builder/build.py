@@ -87,6 +87,7 @@ def build_shard(unit: Unit, folder: Path) -> dict:
     # A shard without documents is no file; its list of skipped lines is kept all the same.
     if not measures:
         path.unlink()
+    # Beside the shard: what statistics read later, and what the manifest's author must know.
     table = collect(measures)
     (folder / PARTS).mkdir()
     table.save(folder / PARTS / f"{unit.name}.npz")
@@ -132,6 +133,7 @@ def gather(document: Document) -> tuple[Document, dict[str, bytes]]:
         if name not in media:
             media[name], files[name] = _read(found, name, left), found.path
             left -= media[name].size
+    # The text then names what the record holds, and nothing of this machine.
     text = replace_references(document.text, lambda reference: names[reference])
     whole = replace(document, text=text, media=media)
     return whole, {name: held.data or b"" for name, held in media.items()}
@@ -270,6 +272,7 @@ def _cuts(sizes: np.ndarray, documents: int, size: int) -> Iterator[tuple[int, i
     >>> list(_cuts(np.array([3, 3, 3, 9, 1]), 3, 6))
     [(0, 2), (2, 3), (3, 4), (4, 5)]
     """
+    # A shard ends where the next line would exceed the bytes or the count, whichever comes first.
     ends, begin = np.cumsum(sizes), 0
     while begin < len(sizes):
         before = int(ends[begin - 1]) if begin else 0
@@ -283,6 +286,7 @@ def remove_outdated(job: Job) -> None:
     """Removes the description when it will change, and what earlier units left that are none of this job's."""
     if any(job.summary(unit) is None for unit in job.units):
         (job.out / DATASET_FILE).unlink(missing_ok=True)
+    # Marks of units that this job has not: of a manifest that is gone, or of shards cut elsewhere.
     names = {unit.name for unit in job.units}
     for mark in sorted((job.out / ".units").glob("*.json")):
         if mark.stem not in names:
@@ -309,6 +313,7 @@ def _describe_shards(job: Job, summaries: Sequence[dict]) -> list[Shard]:
 
 def _sum(summaries: Sequence[dict]) -> dict:
     """Sums up what the shards folder_lock, by type and together."""
+    # By type, then over all types; keys that no document has are 0.
     types: dict[str, Counter] = {}
     for summary in summaries:
         for name, sums in summary["types"].items():
@@ -325,12 +330,8 @@ def _sum(summaries: Sequence[dict]) -> dict:
         "sounds": whole["sounds"],
         "audio_hours": round(whole["audio_seconds"] / 3600, 4),
         "media_bytes": whole["media_bytes"],
-        "types": {name: _rounded(types[name]) for name in sorted(types)},
+        "types": {name: {key: round(value, 3) for key, value in types[name].items()} for name in sorted(types)},
         "unknown_types": sorted(name for name in types if not is_known_type(name)),
         "unmarked_speech": sum(summary["unmarked"] for summary in summaries),
         "skipped": dict(sorted(skipped.items())),
     }
-
-
-def _rounded(sums: Counter) -> dict:
-    return {name: round(value, 3) for name, value in sums.items()}

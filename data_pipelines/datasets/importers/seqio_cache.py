@@ -101,7 +101,17 @@ def deal(rates: Mapping[str, float], documents: int | None) -> Iterator[str]:
 def document_of(
     example: Mapping[str, Any], task: str, where: str, fingerprint: str
 ) -> tuple[Document, dict[str, bytes]]:
-    """Writes an example as a document that refers to its ids, and the ids."""
+    """Writes an example as a document that refers to its ids, and the ids.
+
+    Args:
+        example: token ids (n,) under `targets` and, perhaps, `inputs`.
+        task: the document's type.
+        where: mixture, split, shard and record, from which its id is made.
+        fingerprint: of the tokenizer, which the ids carry along.
+
+    Returns:
+        The document, whose text names the ids as media, and the bytes of these media.
+    """
     media = {name: pack_ids(example[name], fingerprint) for name in _FEATURES if len(example.get(name, ()))}
     tags = {name: f'{TOKENS_START}{{"path": "{name}"}}{TOKENS_END}' for name in media}
     text = f"{tags.get('inputs', '')}{TRAINABLE_START}{tags.get('targets', '')}{TRAINABLE_END}"
@@ -112,6 +122,7 @@ def load_rates(recipe: Recipe) -> dict[str, float]:
     """Returns the tasks of the recipe and their rates. Raises ConfigError for names that nobody registered, features
     that are not ours, and another vocabulary.
     """
+    # Importing registers: tasks are found by name only afterwards.
     seqio = _import_seqio(recipe)
     try:
         provider = seqio.get_mixture_or_task(recipe.mixture)
@@ -198,6 +209,7 @@ def cache(recipe: Recipe, out: Path, documents: int | None, shards: int, runner:
 
 def _describe(recipe: Recipe, rates: Mapping[str, float], job: Job, summaries: Sequence[dict]) -> dict:
     """Writes `dataset.json`; returns what it holds besides the shards."""
+    # As any built data set, with the tokenizer of its ids: a run with another one refuses it.
     files, counts = job.files(), Counter()
     for summary in summaries:
         counts.update(summary["documents"])
@@ -222,6 +234,7 @@ def _units(recipe: Recipe, rates: Mapping[str, float], documents: int | None, sh
     units = []
     for number in range(shards):
         share = None if documents is None else documents * (number + 1) // shards - documents * number // shards
+        # All that decides a shard's documents: a shard is cached again when any of it changes.
         decides = [recipe.mixture, recipe.modules, recipe.split, recipe.seed, recipe.fingerprint, dict(rates)]
         decides += [number, shards, share]
         units.append(Unit(f"documents-{number:05d}", repr(decides), (number, shards, share), share or 1))

@@ -53,6 +53,7 @@ class Job:
 
     def summary(self, unit: Unit) -> dict | None:
         """Returns what `unit` returned when it was done, or None when it has to be done (again)."""
+        # The mark vouches for the files by their sizes: digests would read all of a data set at every start.
         mark = read_mark(self._mark(unit))
         if not mark or mark["fingerprint"] != unit.fingerprint:
             return None
@@ -85,7 +86,9 @@ class Job:
             for path in sorted(path for path in scratch.rglob("*") if path.is_file()):
                 files[path.relative_to(scratch).as_posix()] = [path.stat().st_size, _sha256(path)]
             # What an earlier unit of this name left goes first, so that no mark ever covers files of two builds.
-            self._remove_others(unit)
+            earlier = read_mark(self._mark(unit))
+            if earlier and earlier["fingerprint"] != unit.fingerprint:
+                remove_unit(self._mark(unit))
             for name in files:
                 (self.out / name).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(scratch / name, self.out / name)
@@ -99,12 +102,6 @@ class Job:
         """Returns size and SHA-256 of every file that the units wrote, by name. Every unit must be done."""
         marks = (read_mark(self._mark(unit)) or {"files": {}} for unit in self.units)
         return {name: (size, digest) for mark in marks for name, (size, digest) in mark["files"].items()}
-
-    def _remove_others(self, unit: Unit) -> None:
-        """Removes what a unit of this name wrote when it was another one: its mark first."""
-        mark = read_mark(self._mark(unit))
-        if mark and mark["fingerprint"] != unit.fingerprint:
-            remove_unit(self._mark(unit))
 
     def _mark(self, unit: Unit) -> Path:
         return self.out / ".units" / f"{unit.name}.json"
@@ -249,14 +246,14 @@ class JobProgress:
         finished = self._kept + self._done
         if now - self._last >= INTERVAL or finished == self._units:
             self._last = now
-            self._report(f"{self._title}: {finished} of {self._units} shards, {self._times(now - self._start)}")
-
-    def _times(self, spent: float) -> str:
-        left = spent * (self._size - self._size_done) / max(self._size_done, 1)
-        return f"{_span(spent)} so far, about {_span(left)} left" if left else f"{_span(spent)} in all"
+            # The time that is left, by the sizes of the units: few large ones may come last.
+            spent = now - self._start
+            left = spent * (self._size - self._size_done) / max(self._size_done, 1)
+            times = f"{_span(spent)} so far, about {_span(left)} left" if left else f"{_span(spent)} in all"
+            self._report(f"{self._title}: {finished} of {self._units} shards, {times}")
 
 
 def _span(seconds: float) -> str:
-    """0:00:07 and the like."""
+    """Writes a time as 0:00:07."""
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"

@@ -22,6 +22,7 @@ class HeldPool(ProcessPoolExecutor):
     """Processes that end with the one that started them, whatever ends it, and leave Ctrl-C to it."""
 
     def __init__(self, workers: int, initializer: Callable[..., None] | None = None, initargs: tuple = ()):
+        # A pipe that nobody writes to: its end tells the workers that this process is gone.
         self._held, self._holder = _SPAWN.Pipe(duplex=False)
         super().__init__(workers, _SPAWN, _hold_on, (self._held, initializer, initargs))
 
@@ -110,7 +111,9 @@ def _attempt(job: Job, unit: Unit) -> dict | Exception:
 
 def _hold_on(held: Connection, initializer: Callable[..., None] | None, initargs: tuple) -> None:
     """In a worker: ends it when the process that started it closes the other end of the pipe, or is no more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes of a terminal
+    # Ctrl-C goes to all processes of a terminal, and the main one decides what it means: a worker that died of it would
+    # look like a crash.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:
         with suppress(EOFError, OSError):

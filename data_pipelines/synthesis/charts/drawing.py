@@ -8,7 +8,6 @@ import numpy as np
 from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.text import Text
@@ -48,7 +47,8 @@ def draw_chart(chart: Chart, rng: random.Random, font: str) -> Image.Image:
 
 
 def _colors(rng: random.Random, count: int) -> list:
-    palette = cast(ListedColormap, colormaps[rng.choice(_PALETTES)]).colors
+    # Any: the palettes are lists of colors, which the type of a colormap leaves open.
+    palette = cast(Any, colormaps[rng.choice(_PALETTES)]).colors
     colors = [(red, green, blue) for red, green, blue in palette if 0.3 * red + 0.6 * green + 0.1 * blue <= _LIGHTEST]
     start = rng.randrange(len(colors))
     return [colors[(start + i) % len(colors)] for i in range(count)]
@@ -135,6 +135,7 @@ def _turn_labels(axes: Axes, chart: Chart) -> None:
 def _set_font(figure: Figure, font: str) -> None:
     """Sets one font file for all that is written; sizes stay."""
     for axes in figure.axes:  # asking for the labels of the ticks makes them
-        axes.get_xticklabels(), axes.get_yticklabels()
+        axes.get_xticklabels()
+        axes.get_yticklabels()
     for text in figure.findobj(Text):
         text.set_fontproperties(FontProperties(fname=font, size=text.get_fontsize()))

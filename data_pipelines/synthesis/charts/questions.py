@@ -5,7 +5,7 @@ from decimal import Decimal
 
 import numpy as np
 
-from data_pipelines.synthesis.charts.tables import Chart, Series, spell
+from data_pipelines.synthesis.charts.tables import Chart, spell
 
 Pair = tuple[str, str]  # a question and its answer
 
@@ -123,11 +123,12 @@ def _words(chart: Chart, values: dict[str, str]) -> dict[str, str]:
 
 
 def _facts(chart: Chart) -> list[Fact]:
-    """Extremes and trends that can be seen in the chart."""
+    """Finds extremes and trends that can be seen in the chart."""
     if chart.kind == "scatter":
         return _trend(chart)
     facts, ending = [], "" if chart.written else "_unwritten"
     for series in chart.series:
+        # A lead that cannot be read off is no fact: where no numbers are written, a share of the range.
         spread = max(series.values) - min(series.values)
         lead = Decimal(0) if chart.written else VISIBLE * spread
         ordered = sorted(zip(series.values, chart.table.labels, strict=True), key=lambda pair: pair[0])
@@ -135,24 +136,17 @@ def _facts(chart: Chart) -> list[Fact]:
             if abs(value - next_value) > lead:
                 facts.append((key + ending, {"series": series.name, "label": label, "value": spell(value)}))
         if chart.kind == "line" and abs(series.values[-1] - series.values[0]) > lead:
-            facts.append((_direction(series) + ending, _ends(chart, series)))
+            labels, (start, *_, end) = chart.table.labels, series.values
+            ends = {"label": labels[0], "other": labels[-1], "first": spell(start), "last": spell(end)}
+            facts.append((("rise" if end > start else "fall") + ending, {"series": series.name, **ends}))
     return facts
-
-
-def _direction(series: Series) -> str:
-    return "rise" if series.values[-1] > series.values[0] else "fall"
-
-
-def _ends(chart: Chart, series: Series) -> dict[str, str]:
-    labels, values = chart.table.labels, series.values
-    numbers = {"first": spell(values[0]), "last": spell(values[-1])}
-    return {"series": series.name, "label": labels[0], "other": labels[-1], **numbers}
 
 
 def _trend(chart: Chart) -> list[Fact]:
     x, y = (np.array(list(map(float, series.values))) for series in chart.series)
     if x.std() == 0 or y.std() == 0:
         return []
+    # Between a trend and none lies what nobody should be asked about.
     correlation = float(np.corrcoef(x, y)[0, 1])
     values = {"series": chart.series[1].name}
     if abs(correlation) <= UNCLEAR:

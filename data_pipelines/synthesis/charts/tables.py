@@ -144,22 +144,23 @@ class Chart:
 
     @property
     def written(self) -> bool:
+        """Whether every number stands beside its mark."""
         return self.kind != "scatter" and len(self.series) * len(self.table.labels) <= MAX_WRITTEN
 
 
 def possible_charts(table: Table) -> list[Chart]:
     """Returns every chart that suits the table; none for a table that is too large for all of them."""
     charts, rows, series = [], len(table.labels), table.series
+
+    def pie(one: Series) -> bool:
+        whole = sum(one.values)
+        return whole > 0 and min(one.values) >= MIN_SLICE * whole
+
+    # Bars while their numbers can be written, lines from three points on, a scatter from five, a pie of visible parts.
     for count in range(1, 4):
         if count <= len(series) and count * rows <= MAX_WRITTEN:
             charts.append(Chart("bar", table, series[:count]))
     charts += [Chart("line", table, series[:count]) for count in (1, 2) if count <= len(series) and rows >= 3]
     if len(series) >= 2 and rows >= 5:
         charts.append(Chart("scatter", table, series[:2]))
-    return charts + [Chart("pie", table, (one,)) for one in series if rows <= MAX_SLICES and _slices(one)]
-
-
-def _slices(series: Series) -> bool:
-    """Returns whether the numbers are parts of a whole that can be seen."""
-    whole = sum(series.values)
-    return whole > 0 and min(series.values) >= MIN_SLICE * whole
+    return charts + [Chart("pie", table, (one,)) for one in series if rows <= MAX_SLICES and pie(one)]

@@ -67,13 +67,16 @@ def find_duplicates(signatures: UInt32[np.ndarray, "n p"], threshold: float) -> 
         keys = _band_keys(signatures, band * rows, rows)
         left = np.argsort(keys, kind="stable")  # by bucket, in the order of the documents inside
         while len(left):
+            # The heads of the buckets stand for them in this round; they are done, the others are compared with them.
             starts = np.flatnonzero(np.append(True, keys[left[1:]] != keys[left[:-1]]))
             heads = np.repeat(left[starts], np.diff(np.append(starts, len(left))))
             others = left != heads
             left, heads = left[others], heads[others]
             alike = likeness(signatures, left, heads) >= threshold
+            # Union-find: of two chains that meet, the smaller document stands for both.
             for one, head in zip(left[alike].tolist(), heads[alike].tolist(), strict=True):
-                _join(first, one, head)
+                low, high = sorted((_root(first, one), _root(first, head)))
+                first[high] = low
             left = left[~alike]
     for i in range(len(first)):  # ascending: what it points to is resolved already
         first[i] = first[first[i]]
@@ -104,12 +107,6 @@ def _band_keys(signatures: UInt32[np.ndarray, "n p"], start: int, rows: int) -> 
             mixed ^= mixed >> np.uint64(29)
         keys[place : place + CHUNK] = mixed
     return keys
-
-
-def _join(first: Int64[np.ndarray, " n"], one: int, other: int) -> None:
-    """Union-find: the smaller document stands for both."""
-    low, high = sorted((_root(first, one), _root(first, other)))
-    first[high] = low
 
 
 def _root(first: Int64[np.ndarray, " n"], one: int) -> int:

@@ -32,6 +32,7 @@ class Transcriber(Protocol):
 
     def transcribe(self, samples: np.ndarray, rate: int, language: str) -> str:
         """Returns the words spoken in `samples`, float32 (t,) in [-1, 1] at `rate` Hz, in `language` ("en", "zh")."""
+        ...
 
 
 def spoken_texts(elements: Sequence[Element]) -> list[tuple[str, AudioElement]]:

@@ -139,8 +139,10 @@ def make_pages(document: Document, draft: Draft, config: PageConfig) -> None:
 
 
 def _make_text_pages(document: Document, draft: Draft, config: PageConfig, rng: random.Random) -> None:
+    if any(not isinstance(element, TextElement) for element in parse_prompt(document.text)):
+        raise SampleError("has_media", "only text can be set on pages")
     # One style for all pages of a document, as in a book.
-    text = normalize(_text_alone(document))
+    text = normalize(plain_text(document.text))
     style = _choose_style(text, config, rng)
     language = rng.choice(config.languages)
     if "ocr" in config.types or "qa" in config.types:
@@ -207,12 +209,6 @@ def _question_turns(image: Source, pairs: list[tuple[str, str]], rng: random.Ran
     return conversation([(image * (i == 0) + question, answer) for i, (question, answer) in enumerate(chosen)])
 
 
-def _text_alone(document: Document) -> str:
-    if any(not isinstance(element, TextElement) for element in parse_prompt(document.text)):
-        raise SampleError("has_media", "only text can be set on pages")
-    return plain_text(document.text)
-
-
 def _choose_style(text: str, config: PageConfig, rng: random.Random) -> PageStyle:
     from data_pipelines.text.fonts import choose_font
 
@@ -252,6 +248,7 @@ def page_questions(page: Page, columns: int, rng: random.Random, language: str) 
     """Asks questions about a page and their answers, in an order that `rng` chooses: a line, how many, the next
     sentence.
     """
+    # Lines are only counted where a reader can count them: in one column, and not too many.
     lines = [line.text.strip() for _, _, line in page.lines]
     pairs = []
     if columns == 1 and len(lines) >= 2:
@@ -261,6 +258,7 @@ def page_questions(page: Page, columns: int, rng: random.Random, language: str) 
         if len(lines) <= MAX_COUNTED:
             question, answer = _COUNT[language]
             pairs.append((question, answer.format(len(lines))))
+    # A sentence that stands twice has no one that follows it.
     whole = sentences(page.text)
     before = [i for i in range(len(whole) - 1) if whole.count(whole[i]) == 1]
     if before:

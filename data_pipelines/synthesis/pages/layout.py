@@ -37,10 +37,12 @@ class PageStyle:
 
     @property
     def margin(self) -> int:
+        """Pixels around and between columns."""
         return max(20, 2 * self.size)
 
     @property
     def column_width(self) -> int:
+        """Pixels that a line may take."""
         return (self.width - (self.columns + 1) * self.margin) // self.columns
 
 

@@ -8,7 +8,6 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from random import Random
 from typing import Literal, get_args
 
 from baichuan_omni_jax.errors import ConfigError
@@ -103,7 +102,17 @@ def speak_sentences(
 ) -> list[Element]:
     """Replaces a share of the sentences by their speech, at least one; the last one that carries loss stays written.
 
-    The system prompt is never spoken. Raises SampleError as `cross_modalities`.
+    Args:
+        elements: of the document.
+        document: whose id, with the seed, decides which sentences are spoken.
+        draft: where the speech goes.
+        config: which share, in which order, by whom.
+
+    Returns:
+        The new elements: a task prompt, and speech where sentences were. The system prompt is never spoken.
+
+    Raises:
+        SampleError: as `cross_modalities`.
     """
     # What may be spoken: sentences outside the system prompt, less the last one that carries loss.
     parts, sentences = _sentences(elements, config.speech)
@@ -112,7 +121,9 @@ def speak_sentences(
         raise SampleError("too_short", "nothing would be left to write when a sentence is spoken")
     text = "".join(sentence.text for sentence in sentences.values())
     speaker = DocumentSpeaker.for_document(config.speech, document, draft, text)
-    chosen = _choose([place for place in sentences if place != learned[-1]], len(sentences), config, speaker.rng)
+    candidates = [place for place in sentences if place != learned[-1]]
+    count = min(max(1, round(config.share * len(sentences))), len(candidates))
+    chosen = candidates[:count] if config.order == "first" else sorted(speaker.rng.sample(candidates, count))
     for place in chosen:
         parts[place] = AudioElement(MediaReference(path=speaker.say(sentences[place].text)))
     # In a conversation the task prompt opens the first turn of the user, elsewhere the document.
@@ -120,11 +131,6 @@ def speak_sentences(
     opening = next((place + 1 for place, part in enumerate(parts) if part in users), 0)
     prompt = choose_prompt(ANSWER_IMAGES if opening else CONTINUE_IMAGES, speaker.language, speaker.rng)
     return [*parts[:opening], TextElement(prompt + "\n"), *parts[opening:]]
-
-
-def _choose(candidates: list[int], sentences: int, config: CrossmodalConfig, rng: Random) -> list[int]:
-    count = min(max(1, round(config.share * sentences)), len(candidates))
-    return candidates[:count] if config.order == "first" else sorted(rng.sample(candidates, count))
 
 
 def _sentences(elements: Sequence[Element], config: SpeechConfig) -> tuple[list[Element], dict[int, TextElement]]:

@@ -86,6 +86,12 @@ def check_installed() -> None:
 def speak(text: str, voice: str, *, rate: int = 175, pitch: int = 50) -> Int16[np.ndarray, " t"]:
     """Speaks `text`: mono samples at `SAMPLE_RATE`, the same for the same arguments in every process.
 
+    Args:
+        text: of any length; what has no letters is an error.
+        voice: eSpeak's name, as `en-us` or `cmn+f1`.
+        rate: words a minute.
+        pitch: 0-100.
+
     `voice` is an eSpeak name (`en-us`, `cmn+f2`, ...), `rate` in words a minute (80-450), `pitch` 0-100. Raises
     ConfigError when the wheel is not installed and SpeechError for an unknown voice or a text without sound.
     """
@@ -93,6 +99,7 @@ def speak(text: str, voice: str, *, rate: int = 175, pitch: int = 50) -> Int16[n
     request = {"text": text, "voice": voice, "rate": rate, "pitch": pitch}
     with _lock:
         # A fork of the process that started it would mix its requests with that one's.
+        # A process that forked from the one that has the server needs its own: the pipes would be shared.
         if _server is None or _server.owner != os.getpid():
             _server = _Server()
         try:

@@ -66,6 +66,7 @@ def speak(library: ctypes.CDLL, text: str, voice: str, rate: int, pitch: int) ->
 
 
 def answer(library: ctypes.CDLL, request: dict) -> None:
+    """Speaks one request; writes its samples, or the error."""
     try:
         samples = speak(library, **request)
     except ValueError as error:
@@ -75,12 +76,14 @@ def answer(library: ctypes.CDLL, request: dict) -> None:
 
 
 def write(content: bytes) -> None:
+    """Writes to stdout until all is taken: a pipe takes what fits."""
     view = memoryview(content)
     while view:
         view = view[os.write(1, view) :]
 
 
 def main() -> None:
+    """Answers requests until stdin closes."""
     library = load()
     for line in sys.stdin:
         # The child speaks and ends, and with it the library's state of this utterance.

@@ -232,7 +232,17 @@ class DocumentSpeaker:
 
     @classmethod
     def for_document(cls, config: SpeechConfig, document: Document, draft: Draft, text: str) -> "DocumentSpeaker":
-        """Makes the speaker of a document with this text. Raises SampleError "unknown_language"."""
+        """Makes the speaker of a document.
+
+        Args:
+            config: who speaks.
+            document: whose id, with the seed, decides the voices.
+            draft: where the speech goes.
+            text: of the document; its script decides the language where `config` names none.
+
+        Raises:
+            SampleError: "unknown_language".
+        """
         language = config.language or language_of(text)
         if not language:
             raise SampleError("unknown_language", "it is neither Chinese nor English; --language says what to speak")
@@ -248,7 +258,9 @@ class DocumentSpeaker:
         if language not in self._voices:
             self._voices[language] = self.rng.choice(self._choices(language))
         samples, rate = voice_text(load_speech(self.config.tts), text.strip(), self._voices[language], language)
-        return self.draft.save(_encode(samples, rate), ".flac")
+        file = io.BytesIO()
+        soundfile.write(file, samples, rate, format="FLAC", subtype="PCM_16")
+        return self.draft.save(file.getvalue(), ".flac")
 
     def _choices(self, language: str) -> list[str]:
         voices = load_speech(self.config.tts).voices(language)
@@ -261,18 +273,22 @@ class DocumentSpeaker:
 def spoken_sentences(
     document: Document, draft: Draft, config: SpeechConfig, prompts: dict[str, tuple[str, ...]]
 ) -> Iterator[tuple[str, str, str]]:
-    """Speaks each sentence of a text; yields a task prompt in its language, its words, the path of its speech.
+    """Speaks each sentence of a text.
 
-    Raises SampleError as `text_alone` and `DocumentSpeaker`.
+    Args:
+        document: text alone.
+        draft: where the speech goes.
+        config: who speaks, and into what the text is cut.
+        prompts: task prompts by language, of which each sentence gets one.
+
+    Yields:
+        A task prompt in the language of the text, the words of the sentence, the path of its speech.
+
+    Raises:
+        SampleError: as `text_alone` and `DocumentSpeaker`.
     """
     text = text_alone(document)
     speaker = DocumentSpeaker.for_document(config, document, draft, text)
     for sentence in sentences_of(text, config):
         prompt = choose_prompt(prompts, speaker.language, speaker.rng)
         yield prompt, sentence.strip(), speaker.say(sentence)
-
-
-def _encode(samples: np.ndarray, rate: int) -> bytes:
-    file = io.BytesIO()
-    soundfile.write(file, samples, rate, format="FLAC", subtype="PCM_16")
-    return file.getvalue()

@@ -85,6 +85,7 @@ def write_intlv(pieces: Sequence[str], say: Callable[[str], str]) -> Source:
 
     A last piece that nothing would follow is written behind the one before.
     """
+    # Even pieces are heard, odd ones written.
     heard, written = list(pieces[::2]), list(pieces[1::2])
     if len(heard) > len(written):
         written[-1] += heard.pop()
@@ -126,6 +127,7 @@ def group_pieces(pieces: Sequence[str], size: int) -> list[Sequence[str]]:
     >>> group_pieces("abcdefg", 3)
     ['abc', 'de', 'fg']
     """
+    # As few groups as can be, their bounds rounded up: sizes differ by one at most.
     count = -(-len(pieces) // size)
     bounds = [-(-len(pieces) * place // count) for place in range(count + 1)]
     return [pieces[start:end] for start, end in pairwise(bounds)]
