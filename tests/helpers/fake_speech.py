@@ -1,4 +1,4 @@
-"""A back end of text to speech that needs no synthesizer: `--tts fake_speech:make`."""
+"""A back end of text to speech that needs no synthesizer: `--tts tests.helpers.fake_speech:make`."""
 
 import hashlib
 

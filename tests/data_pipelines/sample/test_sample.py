@@ -172,7 +172,7 @@ def test_a_folder_with_other_things_is_refused(tmp_path, capsys):
 def test_a_half_built_folder_is_built_anew(tmp_path, monkeypatch, capsys):
     recipes = {source: [] for source, _ in SAMPLE_SOURCES}
     monkeypatch.setattr("data_pipelines.sample.documents.RECIPES", recipes)
-    monkeypatch.setattr("data_pipelines.sample.documents.FILMS", 1)
+    monkeypatch.setattr("data_pipelines.sample.documents.VIDEOS", 1)
     out = tmp_path / "data"
     (out / "images").mkdir(parents=True)
     (out / "images" / "left_over.jpg").write_bytes(b"")

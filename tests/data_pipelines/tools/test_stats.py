@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from baichuan_omni_jax.cli.main import main as omni_main
 from data_pipelines.datasets.builder.build import build_dataset
 from data_pipelines.documents.measures import DocumentMeasure, MediaMeasure, collect, join
+from data_pipelines.tokenizers.tokenizer import train_tokenizer
 from data_pipelines.tools.commands import make_runner
 from data_pipelines.tools.stats import load, main, quantities
 from tests.helpers.small_media import write_audio, write_image, write_video
@@ -77,6 +79,29 @@ def test_the_command(corpus, tmp_path, capsys):
     errors = capsys.readouterr().err.splitlines()
     assert ["--plot" in line for line in errors] == [True, True, False, False]
     assert errors[-1].endswith("m.jsonl: no document")
+
+
+def test_shares_of_the_loss_in_a_run(sample_root, tmp_path, capsys):
+    """Text and speech of the sample data at equal weights of what is trainable: half the loss each."""
+    sources = [{"name": name, "manifest": f"{name}.jsonl"} for name in ("text", "audio")]
+    sets = [f"data.root={sample_root}", "data.sample=false", f"data.mixture={sources}", "train.audio_full_ratio=1"]
+    config = str(Path(__file__).parents[3] / "configs" / "micro.py")
+    sets = [part for each in (*sets, "data.weights_by=trainable") for part in ("--set", each)]
+    assert omni_main(["data", "stats", "--config", config, *sets]) == 0
+    rows = {row[0]: row[1:] for row in map(str.split, capsys.readouterr().out.splitlines()) if row}
+    assert (rows["text"][4], rows["text"][6]) == ("0.0", "50.0")
+    assert (rows["audio"][4], rows["audio"][6]) == ("100.0", "50.0")
+    # Counted by the tokenizer of the weights that the run starts from: here one of letters, so text has more tokens.
+    parent = tmp_path / "parent"
+    (parent / "processor").mkdir(parents=True)
+    (parent / "branches.json").write_text('{"llm": {"parameters": 1, "dtype": "float32", "trained": 1}}')
+    train_tokenizer(["a"], 320).save(str(parent / "processor" / "tokenizer.json"))
+    sets += ["--set", f"checkpoint.init_from=llm={parent}", "--set", "data.budgets.tokens=1024"]
+    assert omni_main(["data", "stats", "--config", config, *sets]) == 0
+    letters = {row[0]: row[1:] for row in map(str.split, capsys.readouterr().out.splitlines()) if row}
+    assert float(letters["text"][0]) < 0.8 * float(rows["text"][0])
+    assert omni_main(["data", "stats", "--config", config, str(sample_root / "text.jsonl")]) == 2
+    assert omni_main(["data", "stats"]) == 2
 
 
 def test_tables_of_no_or_many_types():
