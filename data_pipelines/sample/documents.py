@@ -57,6 +57,7 @@ def qa(plan: MediaPlan, rng: random.Random) -> Source:
     """Shows an image and asks one to three questions about it, a turn each."""
     language = rng.choice(LANGUAGES)
     path, crop = plan.add_image(rng)
+    # The image stands before the first question alone; later turns refer back to it.
     (question, answer), *others = rng.sample(scenes.questions(crop, language), rng.choice([1, 2, 3]))
     return conversation([(image_tag(path) + question, answer), *others], _system(rng, language))
 
@@ -65,6 +66,7 @@ def interleaved(plan: MediaPlan, rng: random.Random) -> Source:
     """Shows several images in running text, all of it trainable."""
     language = rng.choice(LANGUAGES)
     index = LANGUAGES.index(language)
+    # Sentences of one story, so that the text runs on over the images between them.
     story = texts.sentences(rng, 3)
     prompt = trainable(story[0][index])
     for pair in story[1:]:
@@ -90,6 +92,7 @@ def tts(plan: MediaPlan, rng: random.Random) -> Source:
 
 def s2tt(plan: MediaPlan, rng: random.Random) -> Source:
     """Pairs speech in one language with its translation in the other."""
+    # Every sentence is known in both languages, so either can be the spoken one.
     source, target = rng.choice([(0, 1), (1, 0)])
     pair = texts.sentence(rng)
     ask = ("将语音翻译成英文：", "将语音翻译成中文：")[target]
@@ -107,6 +110,7 @@ def dialogue(plan: MediaPlan, rng: random.Random) -> Source:
     """Asks one or two spoken questions, answered in speech: each piece of an answer is written, then spoken."""
     language = rng.choice(LANGUAGES)
     question, answer = texts.dialogue(rng)[LANGUAGES.index(language)]
+    # Copies of the generator where each voice is drawn: whoever speaks again draws the same voice.
     asks, answers = random.Random(), random.Random()
     asks.setstate(rng.getstate())
     heard = audio_tag(plan.add_speech(rng, question, language))
@@ -124,6 +128,7 @@ def dialogue(plan: MediaPlan, rng: random.Random) -> Source:
 
 def _speak_answer(plan: MediaPlan, rng: random.Random, answer: str, language: str) -> Source:
     """Speaks the answer in pieces, all in one voice."""
+    # The state is set back before each piece: all pieces draw the same voice.
     voice = rng.getstate()
 
     def say(piece: str) -> str:
@@ -140,6 +145,7 @@ def _story(rng: random.Random, count: int) -> tuple[list[str], str]:
 
 def intlv(plan: MediaPlan, rng: random.Random) -> Source:
     """Tells audio_1 text_2 audio_3 text_4: one story, heard and written in turns; loss on the written parts."""
+    # An even number: every piece that is heard is followed by one that is written.
     words, language = _story(rng, rng.choice([2, 4]))
     parts = zip(words[::2], words[1::2], strict=True)
     return join(audio_tag(plan.add_speech(rng, heard, language)) + trainable(written) for heard, written in parts)

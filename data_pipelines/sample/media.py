@@ -71,6 +71,7 @@ def _end(rng: random.Random, photo: str, size: tuple[int, int], heights=(160, 30
 
 
 def _pan(rng: random.Random, move: str, photo: str, size: tuple[int, int]) -> VideoPlan:
+    # The camera goes from edge to edge along one axis and stays where it is on the other.
     horizontal = move in ("left", "right")
     height = rng.uniform(150, 260) if horizontal else rng.uniform(130, 190)
     across = rng.uniform(0.3, 0.7)
@@ -186,6 +187,7 @@ class MediaPlan:
     def add_image(self, rng: random.Random) -> tuple[str, Crop]:
         """Adds a new image; returns its path and what it is a crop of."""
         crop = random_crop(rng, rng.choice(PHOTOGRAPHS))
+        # Both formats, as in real data: PNG keeps pixels, JPEG is what photographs come in.
         suffix = "png" if rng.random() < 0.3 else "jpg"
         path = f"images/{crop.photo}_{len(self.images):04d}.{suffix}"
         self.images[path] = crop
@@ -213,6 +215,7 @@ def _utterance(rng: random.Random, text: str, language: str, rates: tuple[int, i
 
 def record(plan: MediaPlan) -> dict[str, np.ndarray]:
     """Speaks all that is planned; returns the samples (int16, `SAMPLE_RATE` Hz) by the path they belong to."""
+    # One after the other: eSpeak is one process, and the order does not change what it says.
     spoken = {clip.path: clip.track for clip in plan.videos} | plan.speech
     return {path: _speak(utterance) for path, utterance in spoken.items()}
 
@@ -237,6 +240,7 @@ def produce(plan: MediaPlan, recordings: dict[str, np.ndarray], path: str, root:
 
 def _speak(utterance: Utterance) -> np.ndarray:
     """Speaks an utterance; one shorter than a second ends in silence."""
+    # Below a second the audio tokenizer would have too few frames to be worth a clip.
     samples = speak(utterance.text, utterance.voice, rate=utterance.rate, pitch=utterance.pitch)
     return np.pad(samples, (0, max(0, SAMPLE_RATE - len(samples))))
 

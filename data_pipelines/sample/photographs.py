@@ -144,6 +144,7 @@ def absent_parts(crop: Crop, margin: int = 16) -> list[str]:
     """Lists the parts of either photograph that are certainly not in the crop, not even `margin` pixels outside it."""
     left, top, right, bottom = crop.box
     window = np.s_[max(0, top - margin) : bottom + margin, max(0, left - margin) : right + margin]
+    # Of this photograph what lies outside a margin around the crop: an edge of it might be seen.
     here = [part for part in OUTLINES[crop.photo] if not part_mask(crop.photo, part)[window].any()]
     other = PHOTOGRAPHS[1 - PHOTOGRAPHS.index(crop.photo)]
     # Of the other photograph only what nobody could find here: leaves or trees would make the answer arguable.
@@ -158,6 +159,7 @@ def place(crop: Crop, part: str) -> tuple[int, int] | None:
     if part == "leaves":
         return None
     inside = _inside(crop, part)
+    # The mean of the pixels; a part with a hole there, or in two pieces, has no one place.
     row, column = (int(indices.mean()) for indices in np.nonzero(inside))
     if not inside[row, column]:
         return None

@@ -68,6 +68,7 @@ def _capital(text: str) -> str:
 
 def known(part: str, language: str) -> str:
     """Returns the noun of a part already spoken of: `a calm lake` -> `the calm lake`, `一朵大花` -> `大花`."""
+    # The indefinite article of first mention goes: 一 with its measure word, or "a".
     noun = NOUNS[part][_language(language)]
     if language == "zh":
         return noun[2:] if noun.startswith("一") else noun  # 一 and its measure word
@@ -92,6 +93,7 @@ def caption(rng: random.Random, crop: Crop, language: str) -> str:
     else:
         article = "黑白" if crop.gray else SHAPES[kind][1]
         first = rng.choice([f"一张{article}照片，拍的是{thing}。", f"这张{article}图片里有{thing}。"])
+    # One or two more sentences, each true of the crop; one that says nothing of it is left out.
     extra = rng.sample([_place_sentence, _color_sentence, _light_sentence], rng.choice([1, 1, 2]))
     joint = " " if language == "en" else ""
     return joint.join(filter(None, [first, *(sentence(crop, language) for sentence in extra)]))
@@ -176,6 +178,7 @@ def video_caption_text(video: VideoPlan, language: str) -> str:
         if language == "zh":
             return f"先是{listing(first[:1], 'zh')}，然后是{listing(last[:1], 'zh')}。"
         return f"First we see {listing(first[:1], 'en')}, then {listing(last[:1], 'en')}."
+    # A move is told by what it passes or, where the ends differ, by where it begins and ends.
     move = MOVES[video.move][_language(language)]
     if first[0] == last[0]:
         # A pan that ends as it began has passed over something else.

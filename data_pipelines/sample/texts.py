@@ -172,6 +172,7 @@ Pair = tuple[str, str]
 
 def _fill(rng: random.Random, template: Pair) -> Pair:
     """Fills every slot with one value, the same in both languages; `{Friend}` is `{friend}` with a capital letter."""
+    # Two different values a slot are drawn whether the template has it or not: a new slot changes later draws alike.
     english, chinese = template
     for name, values in SLOTS.items():
         first, second = rng.sample(values, 2)
@@ -199,6 +200,7 @@ def join(texts: list[str], language: str) -> str:
 
 def paragraph(rng: random.Random, language: str) -> str:
     """Writes a text document: a story, sums, or questions with answers; 60-400 characters."""
+    # Stories are the commonest; sums and questions teach what can be checked.
     index = ("en", "zh").index(language)
     kind = rng.choice(["story", "story", "story", "sums", "questions"])
     if kind == "story":

@@ -72,6 +72,7 @@ def make_captions(document: Document, draft: Draft, config: CaptionConfig) -> No
     An image that cannot be decoded, or that the captioner fails on, is skipped by itself: "unreadable_media" and the
     like, "captioner_failed", "empty_caption". Raises SampleError "no_picture" for a document that has none.
     """
+    # Frames of videos are no stills: a caption of one would not be the video's.
     captioner = _load(config)
     elements = parse_prompt(document.text)
     images = [element for element in elements if isinstance(element, ImageElement) and not element.frame]
@@ -101,6 +102,7 @@ def make_captions(document: Document, draft: Draft, config: CaptionConfig) -> No
 
 def _write_caption(captioner: Captioner, image: np.ndarray, prompt: str, language: str, media: Media) -> str:
     name = f"{media.name} ({language})"
+    # A user's program: what it raises costs this caption, what it answers is checked before it is text to learn.
     try:
         words = captioner.caption(image, prompt, language)
     except Exception as error:  # the user's program may raise anything

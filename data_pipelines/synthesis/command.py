@@ -65,12 +65,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _synthesize(options: argparse.Namespace, task: SynthesisTask) -> None:
     """Runs one task's job, puts the manifests together and prints what was made and what was not."""
+    # One task at a time in a folder: its manifests and media would be another's too.
     refuse_foreign(options.out, LOCK)
     job, runner = task.make_job(options), runner_from_options(options)
     with folder_lock(options.out, LOCK, job.title):
         sums = task.finish(job, run_job(job, runner))
     for part, count in sorted(sums["made"].items()):
         print(f"{options.out / part}.jsonl: {count} documents")
+    # What was not made is named by cause, with the first document of each.
     for key, name in (("rejected", "rejected"), ("skipped", f"skipped-{job.title}")):
         if counts := sums.get(key):
             path = options.out / f"{name}.jsonl"
@@ -129,6 +131,7 @@ def draw_voices(speech: TextToSpeech, path: Path) -> None:
         raise ConfigError(f"--picture {path}: a folder that exists, and one of {', '.join(sorted(kinds))}")
     # Mels as the released model takes them, all on one time scale.
     audio = resolve_model("baichuan_omni_7b").audio
+    # English voices on the left, Chinese on the right, over the length of the list.
     shown = _shown(speech)
     mels = [_mel(speech, voice, language, audio) for language, voice in shown]
     seconds = max(mel.shape[1] for mel in mels) * audio.hop_length / audio.sampling_rate

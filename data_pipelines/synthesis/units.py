@@ -89,6 +89,7 @@ class Draft:
 
 
 def _link_or_copy(media: Media, target: Path) -> None:
+    # A hard link costs no bytes, and the output is whole when the source is moved.
     if media.path is not None:
         try:
             os.link(media.path, target)
@@ -202,6 +203,7 @@ def manifest_units(name: str, options: Namespace, config: str) -> tuple[Unit, ..
 
 def _ranges(manifest: Manifest, size: int) -> Iterator[tuple[LineRange, bytes]]:
     """Yields `size` lines at a time, empty ones not counted, with their bytes."""
+    # Cut by documents, not by bytes: the cost of a unit is what is made of its documents.
     first, offset, number, count, lines = 1, 0, 0, 0, []
     with open_manifest(manifest.lines, manifest.name) as file:
         for number, line in enumerate(file, start=1):
@@ -218,6 +220,7 @@ def _ranges(manifest: Manifest, size: int) -> Iterator[tuple[LineRange, bytes]]:
 
 def assemble(job: Job, summaries: Sequence[dict]) -> dict[str, Counter]:
     """Puts the units' manifests together, in order of the units; returns the sums of their summaries."""
+    # The task's own manifest always, also an empty one; others where a maker wrote into them.
     sums = add_up(summaries, ("made", SKIPPED))
     for part in [job.title, *(part for part in sums["made"] if part != job.title)]:
         join_part(job, part, f"{part}.jsonl")

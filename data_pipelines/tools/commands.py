@@ -148,6 +148,7 @@ def load_function(option: str, name: str, word: str = "function") -> Callable:
     """Loads what is called `name`, `package.module:function`. Raises ConfigError when there is none; it is called
     `word`.
     """
+    # The form first: importing a name without a colon would raise something less helpful.
     module, separator, function = name.partition(":")
     if not (module and separator and function):
         raise ConfigError(f"{option} {name}: not of the form package.module:{word}")

@@ -169,6 +169,7 @@ def _strips(page: Page, bottom: float, height: float, row: RowView, colors: dict
 
 def _segment(page: Page, axes, segment, colors: dict) -> None:
     """Draws a document's box with its id in it where there is room, and its edges drawn through all strips."""
+    # The id where it fits, else the type, else nothing (`Lettering.fit`).
     width = segment.stop - segment.start
     color = colors[segment.document.type]
     axes.add_patch(Rectangle((segment.start, 2.06), width, 0.88, facecolor=color, edgecolor="white", linewidth=1))
@@ -241,6 +242,7 @@ def _draw_images(images: list[ImageView]) -> list[Block]:
 
 
 def _draw_image(axes, image: ImageView) -> None:
+    # A grid of visual tokens over the image, the number of each in its cell: order and place can be checked by eye.
     height, width = image.pixels.shape[:2]
     axes.imshow(image.pixels, extent=(0, width, height, 0), interpolation="nearest")
     axes.set(xticks=[], yticks=[])

@@ -78,6 +78,7 @@ def _show(options: argparse.Namespace) -> None:
         raise ConfigError("give data sets or manifests to look at")
     if options.plot:
         _check_plot(options.plot)
+    # Every table goes by type; what was skipped stands below them, with one example a cause.
     measures, skipped, examples = load(options.sources, options.root, options.workers, trusted_from_options(options))
     causes = describe_causes(skipped, examples)
     if not len(measures):
@@ -159,6 +160,7 @@ def _measure_manifests(sources: Sequence[Manifest], workers: int) -> tuple[list[
             for source in unpack(sources, Path(scratch) / "manifests")
             for lines in split_manifest(source.lines, source.name, source.root, RANGE // 64)
         ]
+        # Small ranges: every medium of them is opened, so that a few lines are seconds of work.
         units = [Unit(f"lines-{i:05d}", "", lines, lines.length) for i, lines in enumerate(ranges)]
         job = Job("measuring", units, measure_range, Path(scratch))
         summaries = run_job(job, make_runner("local", workers))
@@ -191,6 +193,7 @@ def quantities(measures: Measures) -> list[Quantity]:
     """Lists all that is measured of documents and media, those without a value too."""
     types = measures.media_type()
     images, video, audio = (np.isin(measures.kind, _numbers(kinds)) for kinds in (_IMAGES, _VIDEO, _AUDIO))
+    # A side, not an area: what a user knows of images is how wide they are.
     side = np.sqrt(measures.height.astype(np.float64) * measures.width)
     return [
         Quantity("characters of a document", measures.characters, measures.type),

@@ -91,6 +91,7 @@ def _validate(options: argparse.Namespace, found: list[Problem]) -> None:
             options.report.write_text("".join(lines), encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"--report {options.report} cannot be written: {error.strerror}") from error
+    # By cause, the most frequent first, with the first records of each: a damaged disk gives thousands.
     for cause, count in Counter(problem.cause for problem in found).most_common():
         print(f"{cause}: {count}")
         of_cause = [problem for problem in found if problem.cause == cause]

@@ -87,6 +87,7 @@ def _data_config(options: argparse.Namespace) -> DataConfig:
     if not options.out.parent.is_dir():
         raise ConfigError(f"--out {options.out}: the folder {options.out.parent} does not exist")
     root = root_from_options(options)
+    # Budgets that are not given keep the released proportions to the row's length.
     length = options.length
     default = Budgets()  # the released proportions
 

@@ -42,6 +42,7 @@ def spoken_texts(elements: Sequence[Element]) -> list[tuple[str, AudioElement]]:
 
     Raises SampleError "no_speech" when there is none, or one that no text comes before.
     """
+    # What stands between two pieces of speech is the text of the second.
     pairs, texts = [], []
     for element in elements:
         if isinstance(element, TextElement):
@@ -67,6 +68,7 @@ def check_speech(document: Document, elements: Sequence[Element], transcriber: T
 
     Raises SampleError: "no_speech"; what reading the audio raises; "transcriber_failed".
     """
+    # Over all speech of a document together: short pieces do not weigh more than long ones.
     edits = units = 0
     for text, audio in spoken_texts(elements):
         media = find_media(audio.reference, document.media)
@@ -168,6 +170,7 @@ def judge(document: Document, rules: Rules) -> Verdict:
 
 
 def _judge_speech(document: Document, kept: Verdict, rules: Rules) -> Verdict:
+    # Good speech stays; worse speech can still be listened to, with its text as the answer; the rest is noise.
     transcriber = load_hook("--transcriber", rules.transcriber, "transcribe")
     score = round(check_speech(document, kept.elements, transcriber), 4)
     if score <= rules.asr_above:

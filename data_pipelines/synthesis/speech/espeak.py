@@ -53,6 +53,7 @@ VOICES = _table()
 
 def parse_voice(name: str, language: str) -> Voice:
     """Returns the voice called `name`. Raises ValueError when it has another form or speaks another language."""
+    # Any name of the form, not only those of the list: a user may know other accents.
     parts = name.split("/")
     if len(parts) != 4 or parts[2] not in PITCHES or parts[3] not in RATES:
         raise ValueError(

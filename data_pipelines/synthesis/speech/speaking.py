@@ -177,6 +177,7 @@ def speech_config(options: Namespace) -> SpeechConfig:
     )
     if not 0 <= config.shortest <= config.longest or config.longest < HAN_SECONDS:
         raise ConfigError(f"--shortest {config.shortest} and --longest {config.longest}: no piece is that long")
+    # Voices are checked before anything is spoken: a job over 10^6 documents must not end at the first of them.
     speech = load_speech(config.tts)
     languages = {config.language} if config.language else set(LANGUAGES)
     known = [voice for language in sorted(languages) for voice in speech.voices(language)]
@@ -198,6 +199,7 @@ def text_alone(document: Document) -> str:
     texts = [element for element in elements if isinstance(element, TextElement)]
     if len(texts) < len(elements):
         raise SampleError("has_media", "only a document of text alone can be spoken")
+    # Roles are marks where somebody wrote a prompt, text where they are escaped.
     marks = "".join(element.text for element in texts if not element.plain)
     if any(role in marks for role in (SYSTEM, USER, ASSISTANT)):
         raise SampleError("has_turns", "a conversation is not read aloud")

@@ -102,7 +102,7 @@ def test_every_document_is_well_formed_and_carries_loss(documents):
 
 
 def test_spoken_answers_have_the_released_form(documents):
-    """MODEL.md §9: the mark before each answer, the voice named unless there is another system prompt; else neither."""
+    """The mark before each answer, the voice named unless there is another system prompt; else neither."""
     aloud = 0
     for document in documents:
         text = document["text"]

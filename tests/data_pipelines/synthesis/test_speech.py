@@ -149,7 +149,7 @@ def test_loss_marks_of_intlv(count):
 
 @given(count=st.integers(2, 9))
 def test_loss_marks_of_itts(count):
-    """MODEL.md §8: text_1 audio_1 text_2 audio_2 ..., loss on text and audio except the first text."""
+    """text_1 audio_1 text_2 audio_2 ...: loss on text and audio except the first text."""
     pieces = [f"{number}. " for number in range(count)]
     elements = parse_prompt(write_itts(pieces, lambda piece: f"{piece.strip()}wav"))
     assert [type(element) for element in elements] == [TextElement, AudioElement] * count
