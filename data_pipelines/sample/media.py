@@ -240,7 +240,6 @@ def produce(plan: MediaPlan, recordings: dict[str, np.ndarray], path: str, root:
 
 def _speak(utterance: Utterance) -> np.ndarray:
     """Speaks an utterance; one shorter than a second ends in silence."""
-    # Below a second the audio tokenizer would have too few frames to be worth a clip.
     samples = speak(utterance.text, utterance.voice, rate=utterance.rate, pitch=utterance.pitch)
     return np.pad(samples, (0, max(0, SAMPLE_RATE - len(samples))))
 

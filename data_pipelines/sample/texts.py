@@ -200,7 +200,6 @@ def join(texts: list[str], language: str) -> str:
 
 def paragraph(rng: random.Random, language: str) -> str:
     """Writes a text document: a story, sums, or questions with answers; 60-400 characters."""
-    # Stories are the commonest; sums and questions teach what can be checked.
     index = ("en", "zh").index(language)
     kind = rng.choice(["story", "story", "story", "sums", "questions"])
     if kind == "story":
