@@ -24,18 +24,22 @@ from baichuan_omni_jax.checkpoint.branches import (
     read_branch_info,
     save_branches,
 )
-from baichuan_omni_jax.checkpoint.checksums import verify_checksums, write_checksums
-from baichuan_omni_jax.checkpoint.kept_tokenizer import TokenizerOrigin, find_tokenizer, keep_tokenizer, read_origin
-from baichuan_omni_jax.checkpoint.parent import (
+from baichuan_omni_jax.checkpoint.provenance import (
+    MAY_DIFFER,
     Parent,
+    TokenizerOrigin,
+    check_run_config,
     find_parent,
+    find_tokenizer,
     initial_tokenizer,
+    keep_tokenizer,
     parent_data_state,
+    read_origin,
     record_parent,
     stored_tokenizer,
     with_text_tokenizer,
 )
-from baichuan_omni_jax.checkpoint.run_config import MAY_DIFFER, check_run_config
+from baichuan_omni_jax.checkpoint.steps import verify_checksums, write_checksums
 from baichuan_omni_jax.checkpoint.trees import read_tree, with_shardings
 from baichuan_omni_jax.checkpoint.workdir import Restored, Workdir
 

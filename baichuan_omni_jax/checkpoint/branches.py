@@ -8,10 +8,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from baichuan_omni_jax.checkpoint.checksums import CHECKSUMS, verify_checksums
-from baichuan_omni_jax.checkpoint.steps import committed_steps, newest_good, step_folder
-from baichuan_omni_jax.checkpoint.trees import leaves_by_name, read_tree, to_stored
-from baichuan_omni_jax.checkpoint.writer import FolderSave, make_checkpointer
+from baichuan_omni_jax.checkpoint.steps import CHECKSUMS, committed_steps, newest_good, step_folder, verify_checksums
+from baichuan_omni_jax.checkpoint.trees import FolderSave, leaves_by_name, make_checkpointer, read_tree, to_stored
 from baichuan_omni_jax.config import OmniConfig, to_hf
 from baichuan_omni_jax.errors import ConfigError
 
@@ -25,11 +23,11 @@ _OPT_STATE = "opt_state/"
 
 @dataclass(frozen=True, kw_only=True)
 class BranchInfo:
-    """A line of `branches.json`. `trained` counts optimizer steps, 0 for random weights; `dtype` joins several by +."""
+    """A line of `branches.json`."""
 
-    parameters: int
-    dtype: str
-    trained: int
+    parameters: int  # values of all its tensors
+    dtype: str  # several are joined by +
+    trained: int  # optimizer steps; 0 for random weights
 
 
 def save_branches(
@@ -41,10 +39,18 @@ def save_branches(
     trained: Mapping[str, int] | None = None,
     texts: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes a checkpoint of `branches` (name -> module) to `path` and returns when it is there.
+    """Writes a checkpoint, whole or not at all, and returns when it is there.
 
-    `tokenizer_json` is the text of a tokenizer.json or a path to one; empty: none. `trained` gives steps by branch
-    (default 0), `texts` further files by name. Raises ConfigError when `path` exists and is not an empty folder.
+    Args:
+        path: the folder to write, which is not there, or empty.
+        branches: name -> module.
+        config: the model's sizes.
+        tokenizer_json: the text of a tokenizer.json or a path to one; "": none.
+        trained: branch -> optimizer steps (default 0).
+        texts: further files, name -> contents.
+
+    Raises:
+        ConfigError: `path` exists and is not an empty folder.
     """
     path = epath.Path(path).expanduser().resolve()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -60,21 +66,29 @@ def save_branches(
 
 
 def load_branches(spec: str, abstract: Mapping[str, Any], *, allow_missing: bool = False) -> dict[str, Any]:
-    """Reads the branches of `abstract` (name -> abstract module, see `with_shardings`) from where `spec` says.
+    """Reads branches of checkpoints.
 
-    `spec` is `DIR` or `branch=DIR,branch=DIR`; DIR is a checkpoint, a step of a workdir, or a workdir, which means
-    its newest good step and the audio tokenizer that it keeps; `branch=random` leaves that branch out. Values come with
-    the dtypes and shardings of `abstract`. Raises ConfigError naming branch and folder when a branch is nowhere (with
-    `allow_missing` it is left out), when a file is damaged, and when a tensor is missing, superfluous or of another
-    shape.
+    Args:
+        spec: `DIR` or `branch=DIR,branch=DIR`. DIR is a checkpoint, a step of a workdir, or a workdir, which means its
+            newest good step and the audio tokenizer that it keeps; `branch=random` leaves that branch out.
+        abstract: the branches to read, name -> abstract module (see `with_shardings`).
+        allow_missing: leaves out a branch that is nowhere.
+
+    Returns:
+        Name -> module, with the dtypes and shardings of `abstract`.
+
+    Raises:
+        ConfigError: names branch and folder: a branch is nowhere, a file is damaged, a tensor is missing, superfluous
+            or of another shape.
     """
     sources = parse_spec(spec, tuple(abstract))
     folders = {given: find_checkpoint(given) for given in dict.fromkeys(sources.values()) if given != RANDOM}
     loaded = {}
     for name, module in abstract.items():
-        if sources.get(name) == RANDOM:
+        given = sources.get(name, "")
+        if given == RANDOM:
             continue
-        folder = folders.get(sources.get(name))
+        folder = folders.get(given)
         home = None if folder is None else branch_home(folder, name)
         if home is not None:
             loaded[name] = read_tree(home / branch_folder(name), module, f"branch {name}")
@@ -84,7 +98,7 @@ def load_branches(spec: str, abstract: Mapping[str, Any], *, allow_missing: bool
 
 
 def parse_spec(spec: str, branches: Sequence[str]) -> dict[str, str]:
-    """Branch -> folder of `DIR` (every branch) or `branch=DIR,...` (those named). Raises ConfigError.
+    """Parses to branch -> folder a `DIR` (every branch) or `branch=DIR,...` (those named). Raises ConfigError.
 
     >>> parse_spec("llm=a,vision=b", ("llm", "vision", "audio_head"))
     {'llm': 'a', 'vision': 'b'}
@@ -106,7 +120,7 @@ def parse_spec(spec: str, branches: Sequence[str]) -> dict[str, str]:
 
 
 def find_checkpoint(path: epath.PathLike) -> epath.Path:
-    """The checkpoint folder meant by `path`: itself, or the newest good step of a workdir. Verifies its parameters.
+    """Finds the checkpoint meant by `path`: itself, or the newest good step of a workdir. Verifies its parameters.
 
     Raises ConfigError when there is none or a file is damaged; a workdir's damaged steps are passed over, with a
     warning.
@@ -128,7 +142,7 @@ def find_checkpoint(path: epath.PathLike) -> epath.Path:
 
 
 def read_branch_info(folder: epath.PathLike) -> dict[str, BranchInfo]:
-    """`branches.json` of a checkpoint folder. Raises ConfigError when it cannot be read."""
+    """Reads `branches.json` of a checkpoint folder. Raises ConfigError when it cannot be read."""
     path = epath.Path(folder) / BRANCHES_FILE
     try:
         return {name: BranchInfo(**line) for name, line in json.loads(path.read_text()).items()}
@@ -137,8 +151,10 @@ def read_branch_info(folder: epath.PathLike) -> dict[str, BranchInfo]:
 
 
 def branch_home(folder: epath.PathLike, name: str) -> epath.Path | None:
-    """Returns the checkpoint that holds branch `name` of `folder`: itself or, for a step of a workdir, what that keeps
-    as the tokenizer of its code frames. None: there is no such branch. Raises ConfigError when the kept one is damaged.
+    """Returns the checkpoint that holds branch `name` of `folder`; None: there is no such branch.
+
+    It is the folder itself or, for a step of a workdir, what that keeps as the tokenizer of its code frames. Raises
+    ConfigError when the kept one is damaged.
     """
     folder = epath.Path(folder)
     if (folder / branch_folder(name)).exists():
@@ -149,13 +165,14 @@ def branch_home(folder: epath.PathLike, name: str) -> epath.Path | None:
 
 
 def branch_folder(name: str) -> str:
+    """Returns where a branch lies in a checkpoint."""
     return f"params/{name}"
 
 
 def checkpoint_texts(
     branches: Mapping[str, Any], config: OmniConfig, tokenizer_json: str, trained: Mapping[str, int]
 ) -> dict[str, str]:
-    """The text files of a checkpoint, by relative name."""
+    """Returns the text files of a checkpoint, by relative name."""
     info = {name: asdict(_describe(module, trained.get(name, 0))) for name, module in branches.items()}
     texts = {
         CONFIG: json.dumps(to_hf(config), indent=2, ensure_ascii=False),

@@ -14,11 +14,16 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from baichuan_omni_jax.checkpoint.branches import KEPT, branch_folder, checkpoint_texts
-from baichuan_omni_jax.checkpoint.checksums import CHECKSUMS
-from baichuan_omni_jax.checkpoint.run_config import check_run_config, store_run_config
-from baichuan_omni_jax.checkpoint.steps import committed_steps, newest_good, step_folder, steps_folder
-from baichuan_omni_jax.checkpoint.trees import leaves_by_name, read_tree, to_stored
-from baichuan_omni_jax.checkpoint.writer import TEMPORARY, FolderSave, make_checkpointer
+from baichuan_omni_jax.checkpoint.provenance import check_run_config, store_run_config
+from baichuan_omni_jax.checkpoint.steps import CHECKSUMS, committed_steps, newest_good, step_folder, steps_folder
+from baichuan_omni_jax.checkpoint.trees import (
+    TEMPORARY,
+    FolderSave,
+    leaves_by_name,
+    make_checkpointer,
+    read_tree,
+    to_stored,
+)
 from baichuan_omni_jax.config import OmniConfig, RunConfig
 from baichuan_omni_jax.errors import ConfigError, RunStoppedError
 from baichuan_omni_jax.storage import FileLock, take_lock
@@ -27,16 +32,16 @@ log = logging.getLogger(__name__)
 
 # Locked by the run that works in the folder; the file itself stays.
 LOCK = ".lock"
-# How often the remains of a failed save are removed until none is left, and seconds between.
+# Attempts to remove the remains of a failed save until none is left, and seconds between.
 _REMOVALS, _PAUSE = 20, 0.2
 
 
 class Restored(NamedTuple):
-    """A step read back: modules by branch, the optimizer's state, the data plan's state, the step."""
+    """A step read back."""
 
-    branches: dict[str, Any]
-    opt_state: Any
-    data_state: dict[str, Any]
+    branches: dict[str, Any]  # branch -> module
+    opt_state: Any  # the optimizer's state
+    data_state: dict[str, Any]  # the data plan's state
     step: int
 
 
@@ -90,13 +95,15 @@ class Workdir:
         ocp.multihost.sync_global_processes("workdir_taken")
 
     def steps(self) -> list[int]:
-        """Steps that were saved completely, ascending, without those that `restore` found damaged."""
+        """Lists the steps that were saved completely, ascending, without those that `restore` found damaged."""
         return [step for step in committed_steps(self.path) if step not in self._damaged]
 
     def latest_step(self) -> int | None:
+        """Returns the newest step; None where there is none."""
         return max(self.steps(), default=None)
 
     def has_step(self, step: int) -> bool:
+        """Tells whether a step was saved completely."""
         return step in self.steps()
 
     def save(
@@ -112,9 +119,19 @@ class Workdir:
     ) -> None:
         """Starts saving a step and returns when every array is copied: its buffers may then be donated.
 
-        `branches` is name -> module; `data_state` is any JSON; `tokenizer_json` is text or a path; `trained` gives
-        steps by branch for `branches.json` (default: `step` for each). Waits for the save before this one. A step
-        that is there already is left as it is. Raises RunStoppedError when this save or the one before failed.
+        Waits for the save before this one. A step that is there already is left as it is.
+
+        Args:
+            step: finished steps of the run.
+            branches: name -> module.
+            opt_state: any tree of arrays.
+            data_state: the data plan's state, any JSON.
+            config: the model's sizes.
+            tokenizer_json: the text of a tokenizer.json or a path to one; "": none.
+            trained: branch -> optimizer steps, for `branches.json` (default: `step` for each).
+
+        Raises:
+            RunStoppedError: this save or the one before failed.
         """
         self.wait()
         if self.has_step(step):
@@ -154,12 +171,19 @@ class Workdir:
                 self._lock = None
 
     def restore(self, step: int | None, branches: Mapping[str, Any], opt_state: Any) -> Restored:
-        """Reads `step`, or with None the newest one whose files are as they were written.
+        """Reads a step back. Damaged steps are named in a warning.
 
-        `branches` (name -> module) and `opt_state` are abstract: leaves are `jax.ShapeDtypeStruct` with a sharding
-        (`with_shardings`), and values come with that dtype and sharding. Damaged steps are named in a warning.
-        Raises ConfigError when no step is left, naming the folder and the first bad file, and when a tensor is
-        missing, superfluous or of another shape, naming it and both shapes.
+        Args:
+            step: which; None: the newest one whose files are as they were written.
+            branches: name -> abstract module: leaves are `jax.ShapeDtypeStruct` with a sharding (`with_shardings`).
+            opt_state: the optimizer's state, as abstract.
+
+        Returns:
+            The step, its arrays with those dtypes and shardings.
+
+        Raises:
+            ConfigError: no step is left (names the folder and the first bad file); a tensor is missing, superfluous or
+                of another shape (names it and both shapes).
         """
         self.wait()
         there = self.steps()
@@ -190,7 +214,7 @@ class Workdir:
         return f"{steps_folder(self.path)} holds {named}" + (f": {bad} is missing or changed" if bad else "")
 
     def _finish(self, step: int) -> None:
-        """In the background: waits for the rename, then removes what is no longer kept."""
+        """Waits in the background for the rename, then removes what is no longer kept."""
         try:
             self._checkpointer.wait_until_finished()
             if jax.process_index() == 0:
@@ -213,9 +237,9 @@ class Workdir:
                 folder.rmtree()
 
     def _remove_failed(self) -> None:
-        """A full disk must not stay full of what could not be finished.
+        """Removes what could not be finished: a full disk must not stay full of it.
 
-        Orbax tells of the first write that fails, while others go on adding files for a moment.
+        Orbax reports the first write that fails, while others go on adding files for a moment.
         """
         for _ in range(_REMOVALS):
             with suppress(OSError):

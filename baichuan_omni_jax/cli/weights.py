@@ -27,7 +27,7 @@ from baichuan_omni_jax.convert.to_jax import tokenizer_from_whisper
 from baichuan_omni_jax.convert.to_torch import SHARD_BYTES, TOKENIZER, CheckpointSource, convert_to_qwen2, plan_qwen2
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.storage import check_target, read_json_object
-from baichuan_omni_jax.verify import CHECKS, Row, verify, verify_released
+from baichuan_omni_jax.verify import CHECKS, Comparison, verify, verify_released
 
 
 def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
@@ -207,7 +207,7 @@ def _check_sources(options: argparse.Namespace) -> None:
         raise ConfigError("--only chooses among the checks of --fixtures; --hf has one")
 
 
-def show(rows: list[Row], seconds: float) -> None:
+def show(rows: list[Comparison], seconds: float) -> None:
     table = Table("check", "tensor")
     for heading in ("max abs error", "relative error", "tolerance"):
         table.add_column(heading, justify="right")
@@ -225,7 +225,7 @@ def show(rows: list[Row], seconds: float) -> None:
     console.print(f"{len(rows)} comparisons, {failed} failed, {seconds:.0f} s", highlight=False)
 
 
-def write(options: argparse.Namespace, rows: list[Row], seconds: float) -> None:
+def write(options: argparse.Namespace, rows: list[Comparison], seconds: float) -> None:
     report = {
         **{name: str(path) for name in ("fixtures", "hf", "checkpoint") if (path := getattr(options, name))},
         "passed": all(row.passed for row in rows),

@@ -29,8 +29,7 @@ from baichuan_omni_jax.checkpoint.branches import (
     branch_folder,
     parse_spec,
 )
-from baichuan_omni_jax.checkpoint.parent import PARENT
-from baichuan_omni_jax.checkpoint.run_config import RUN_CONFIG
+from baichuan_omni_jax.checkpoint.provenance import PARENT, RUN_CONFIG
 from baichuan_omni_jax.config import ImagesConfig, MeshConfig, OmniConfig, from_dict, read_hf
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.generation.chat import ChatModel

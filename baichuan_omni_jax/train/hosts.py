@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from baichuan_omni_jax.checkpoint.run_config import flatten
+from baichuan_omni_jax.checkpoint.provenance import flatten
 from baichuan_omni_jax.config import RunConfig, to_dict
 from baichuan_omni_jax.errors import ConfigError
 

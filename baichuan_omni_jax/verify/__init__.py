@@ -4,9 +4,7 @@
 `launch/verify_parity.py` is the command of both. Sizes come from the folder.
 """
 
-from baichuan_omni_jax.verify.fixtures import Fixtures, exact_arithmetic
-from baichuan_omni_jax.verify.golden import Golden, Row
-from baichuan_omni_jax.verify.released import verify_released
-from baichuan_omni_jax.verify.run import CHECKS, run_check, verify
+from baichuan_omni_jax.verify.fixtures import Comparison, Fixtures, Golden, exact_arithmetic
+from baichuan_omni_jax.verify.run import CHECKS, run_check, verify, verify_released
 
-__all__ = ["CHECKS", "Fixtures", "Golden", "Row", "exact_arithmetic", "run_check", "verify", "verify_released"]
+__all__ = ["CHECKS", "Comparison", "Fixtures", "Golden", "exact_arithmetic", "run_check", "verify", "verify_released"]

@@ -1,4 +1,4 @@
-"""Checks of what sees and hears: vision tower, audio encoder, bridge, quantizer."""
+"""Checks of the branches around the language model: vision, audio encoder, quantizer, decoder, flow, vocoder."""
 
 from collections.abc import Sequence
 
@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from baichuan_omni_jax.flow.matching import sample_mel
 from baichuan_omni_jax.kernels.rvq_lookup import rvq_lookup
 from baichuan_omni_jax.nn.param import split_as
-from baichuan_omni_jax.verify.fixtures import COMPUTE, Fixtures
-from baichuan_omni_jax.verify.golden import Golden
+from baichuan_omni_jax.verify.fixtures import COMPUTE, TOLERANCE, Fixtures, Golden
 from baichuan_omni_jax.vision.model import ROWS
 
 # Two codes whose distances differ by less, relatively, are the same to fp32.
@@ -17,10 +17,10 @@ NEAR_TIE = 1e-5
 
 
 def patch_places(grids: np.ndarray, merge: int) -> tuple[np.ndarray, np.ndarray]:
-    """Row and column (p, 2) of each patch, and the number of its frame (p,), counted from 1.
+    """Returns row and column (p, 2) of each patch, and the number of its frame (p,), counted from 1.
 
     `grids` holds (frames, rows, columns) of each image; patches come in the order that groups `merge` x `merge`
-    neighbours, and every temporal slice is a frame of its own.
+    neighbors, and every temporal slice is a frame of its own.
     """
     places, frames = [np.zeros((0, 2), np.int32)], [np.zeros((0,), np.int32)]
     for height, width in [(h, w) for t, h, w in grids for _ in range(t)]:
@@ -32,7 +32,7 @@ def patch_places(grids: np.ndarray, merge: int) -> tuple[np.ndarray, np.ndarray]
 
 
 def vision(fixtures: Fixtures, gold: Golden) -> None:
-    """Tower and projector over all images as one row."""
+    """Checks tower and projector over all images as one row."""
     places, frames = patch_places(gold.input("grid_thw"), fixtures.config.vision.spatial_merge_size)
 
     @jax.jit
@@ -47,7 +47,7 @@ def vision(fixtures: Fixtures, gold: Golden) -> None:
 
 
 def audio_encoder(fixtures: Fixtures, gold: Golden) -> None:
-    """The encoder over a padded batch, with the released batch dependence."""
+    """Checks the encoder over a padded batch, with the released batch dependence."""
     cfg, mel, frames = fixtures.config.audio, gold.input("mel").transpose(0, 2, 1), gold.input("frames")
     run = jax.jit(lambda tokenizer, mel, frames: tokenizer.encoder(mel, frames, padded=True))
     gold.compare("hidden_states", run(fixtures.branch("audio_encoder"), mel, frames))
@@ -56,7 +56,7 @@ def audio_encoder(fixtures: Fixtures, gold: Golden) -> None:
 
 
 def audio_encoder_single(fixtures: Fixtures, gold: Golden) -> None:
-    """Clips of one batch, each of which must come out as it does alone: the padding is noise that must not matter."""
+    """Checks clips of one batch, each of which must come out as it does alone: the padding is noise."""
     cfg, clips, tokenizer = fixtures.config.audio, fixtures.golden("audio_encoder"), fixtures.branch("audio_encoder")
     mel, frames = clips.input("mel").transpose(0, 2, 1), clips.input("frames")
     mel = np.where(np.arange(mel.shape[1])[:, None] < frames[:, None, None], mel, 5.0).astype(np.float32)
@@ -76,7 +76,7 @@ def audio_encoder_single(fixtures: Fixtures, gold: Golden) -> None:
 
 
 def audio_quantizer(fixtures: Fixtures, gold: Golden) -> None:
-    """Bridge, quantizer and back: the sum of the codes, and what the audio decoder reads."""
+    """Checks bridge, quantizer and back: the sum of the codes, and what the audio decoder reads."""
     states, lengths = gold.input("hidden_states"), gold.input("bridge_length")
     # The released code fills the last group of four up with zeros; only whole groups are valid.
     states = np.pad(states, ((0, 0), (0, -states.shape[1] % fixtures.config.audio.avg_pooler), (0, 0)))
@@ -102,7 +102,7 @@ def audio_quantizer(fixtures: Fixtures, gold: Golden) -> None:
 
 
 def rvq(fixtures: Fixtures, gold: Golden) -> None:
-    """The residual lookup alone."""
+    """Checks the residual lookup alone."""
     x, codebooks = gold.input("x"), fixtures.branch("audio_encoder").quantizer.codebooks()
     codes, _, _ = jax.jit(rvq_lookup)(jnp.asarray(x), codebooks)
     _codes_equal(fixtures, gold, "codes", np.asarray(codes), x)
@@ -117,7 +117,7 @@ def _codes_equal(fixtures: Fixtures, gold: Golden, name: str, ours: np.ndarray, 
 def settle_ties(
     ours: np.ndarray, reference: np.ndarray, x: np.ndarray, codebooks: Sequence[np.ndarray]
 ) -> tuple[np.ndarray, int]:
-    """Our codes (n, q) with the reference's where the two are equal to fp32 rounding, and how many rows that are.
+    """Returns our codes (n, q), the reference's where both are as near to fp32 rounding, and in how many rows.
 
     They are where at every level of our row no code is nearer than ours by more than `NEAR_TIE`, and the first code
     that differs is as near as the reference's.
@@ -141,3 +141,91 @@ def _as_near(ours: np.ndarray, reference: np.ndarray, residual: np.ndarray, code
         same = same and code == theirs
         residual = residual - codebook[code]
     return True
+
+
+FLOW_TOLERANCE = 1e-4
+# A bit of f0 more or less, summed over thousands of samples, moves the phase of the highest harmonic.
+WAVE_TOLERANCE = 2e-3
+# What stands in padding of ours: it must not matter.
+PADDING = 7.0
+
+_decode = jax.jit(
+    lambda decoder, x, lengths, padded: decoder.decode_embedded(x, lengths, padded=padded), static_argnums=3
+)
+
+
+def audio_decoder(fixtures: Fixtures, gold: Golden) -> None:
+    """Checks the decoder over a padded batch, with the released batch dependence."""
+    lengths = gold.input("bridge_length")
+    items = np.split(gold.input("decoder_emb"), np.cumsum(lengths)[:-1])
+    out = _decode(fixtures.branch("audio_decoder"), padded_items(items), lengths, True)
+    real = np.arange(out.hidden.shape[1]) < np.asarray(out.hidden_lengths)[:, None]
+    gold.equal("output_length_before_dconv2", out.hidden_lengths)
+    gold.equal("mel_length", out.mel_lengths)
+    gold.compare("hidden_states_before_dconv2", np.asarray(out.hidden)[real])
+    gold.compare("coarse_mel", out.coarse_mel)
+    gold.compare("refined_mel", out.refined_mel)
+
+
+def audio_decoder_single(fixtures: Fixtures, gold: Golden) -> None:
+    """Checks items of one batch, each of which must come out as it does alone."""
+    items = [gold.input(f"decoder_emb_{i}") for i in gold.items("decoder_emb")]
+    lengths = np.array([len(item) for item in items], np.int32)
+    out = _decode(fixtures.branch("audio_decoder"), padded_items(items), lengths, False)
+    hidden, coarse, refined = (np.asarray(x) for x in (out.hidden, out.coarse_mel, out.refined_mel))
+    for i, (states, frames) in enumerate(zip(out.hidden_lengths.tolist(), out.mel_lengths.tolist(), strict=True)):
+        gold.compare(f"hidden_states_before_dconv2_{i}", hidden[i, :states])
+        gold.compare(f"coarse_mel_{i}", coarse[i, :frames])
+        gold.compare(f"refined_mel_{i}", refined[i, :frames])
+        gold.equal(f"mel_length_{i}", np.array([frames]))
+
+
+def padded_items(items: Sequence[np.ndarray]) -> np.ndarray:
+    """Pads items (length, width) to (items, longest, width)."""
+    x = np.full((len(items), max(map(len, items)), items[0].shape[-1]), PADDING, np.float32)
+    for row, item in zip(x, items, strict=True):
+        row[: len(item)] = item
+    return x
+
+
+def flow_matching(fixtures: Fixtures, gold: Golden) -> None:
+    """Checks the pre-net, the estimator once, and the whole sampling; mels are last here and in the middle there."""
+    lengths, noise = gold.input("lengths"), gold.input("noise").transpose(0, 2, 1)
+    time = np.full(len(lengths), gold.input("t"), np.float32)
+    real = np.arange(noise.shape[1]) < lengths[:, None]
+    hidden = np.where(real[..., None], gold.input("hidden_states"), PADDING).astype(np.float32)
+
+    @jax.jit
+    def run(decoder, hidden, lengths, noise, time):
+        mu = decoder.prenet(hidden, lengths)
+        velocity = decoder.estimator(noise, mu, time, lengths)
+        return mu, velocity.swapaxes(1, 2), sample_mel(decoder, hidden, lengths, noise).swapaxes(1, 2)
+
+    mu, velocity, mel = run(fixtures.branch("flow"), hidden, lengths, noise, time)
+    gold.equal("prenet_lengths", lengths, "as given: one mel frame a state")
+    gold.compare("prenet_out", mu)
+    gold.compare("estimator_out", velocity)
+    gold.compare("mel", mel, FLOW_TOLERANCE)
+
+
+_f0 = jax.jit(lambda vocoder, mel, lengths: vocoder.f0_predictor(mel, lengths))
+_source = jax.jit(lambda vocoder, f0, phase, noise: vocoder.source(f0, phase, noise))
+_filter = jax.jit(lambda vocoder, mel, lengths, source: vocoder.filter(mel, lengths, source))
+
+
+def vocoder(fixtures: Fixtures, gold: Golden) -> None:
+    """Checks F0, source and wave: from the reference's own f0 and source as close as anywhere, and end to end."""
+    replaced = {name: gold.input(name) for name in gold.names if name in fixtures.vocoder_weights.infos}
+    mel, noise = gold.input("mel").transpose(0, 2, 1), gold.input("sine_noise").transpose(0, 2, 1)
+    lengths, phase = np.full(len(mel), mel.shape[1], np.int32), gold.input("phase")[..., 0]
+    model = fixtures.vocoder_with(replaced)
+    f0 = np.asarray(_f0(model, mel, lengths))
+    gold.compare("f0", f0)
+    # Everything as host arrays, so that each step is compiled once.
+    source = np.asarray(_source(model, gold.reference("f0"), phase, noise))
+    wave = _filter(model, mel, lengths, gold.reference("source")[:, 0])
+    gold.compare("source", source[:, None], TOLERANCE, "from the reference's f0")
+    gold.compare("wav", wave, TOLERANCE, "from the reference's source")
+    source = np.asarray(_source(model, f0, phase, noise))
+    gold.compare("source", source[:, None], WAVE_TOLERANCE, "from the mel")
+    gold.compare("wav", _filter(model, mel, lengths, source), WAVE_TOLERANCE, "from the mel")

@@ -236,7 +236,7 @@ def test_error_of_a_background_save_surfaces(tmp_path: Path, monkeypatch) -> Non
     def fail(folder: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("baichuan_omni_jax.checkpoint.writer.write_checksums", fail)
+    monkeypatch.setattr("baichuan_omni_jax.checkpoint.trees.write_checksums", fail)
     save(workdir, 1, *make_state())
     with pytest.raises(RunStoppedError, match=r"saving step 1 .* failed: disk full"):
         workdir.wait()

@@ -27,7 +27,7 @@ from baichuan_omni_jax.checkpoint import (
     stored_tokenizer,
     with_text_tokenizer,
 )
-from baichuan_omni_jax.checkpoint.run_config import store_run_config
+from baichuan_omni_jax.checkpoint.provenance import store_run_config
 from baichuan_omni_jax.config import CheckpointConfig, DataConfig, ImagesConfig, RunConfig, tiny
 from baichuan_omni_jax.errors import ConfigError, RunStoppedError
 from baichuan_omni_jax.generation import loading
@@ -195,6 +195,6 @@ def test_a_tokenizer_that_cannot_be_written_ends_the_run_with_one_sentence(tmp_p
     def full(*_, **__):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("baichuan_omni_jax.checkpoint.kept_tokenizer.save_branches", full)
+    monkeypatch.setattr("baichuan_omni_jax.checkpoint.provenance.save_branches", full)
     with pytest.raises(RunStoppedError, match=r"saving the audio tokenizer in .* failed: No space left on device"):
         keep_tokenizer(tmp_path, {}, tiny(), TokenizerOrigin("", untrained=True))

@@ -157,7 +157,7 @@ def test_comparisons(tmp_path):
     gold.compare("x", np.array([1.0, np.nan]), 1.0)
     gold.compare("x", np.zeros((2, 1)), 1.0)
     gold.equal("n", np.array([3, 70000001]))
-    rows = gold.rows()
+    rows = gold.comparisons()
     assert [row.passed for row in rows] == [True, False, False, False, False]
     assert (rows[0].max_abs_error, rows[0].relative_error) == (1.0, 0.25)
     assert rows[3].note == "shape [2, 1], not [2]"

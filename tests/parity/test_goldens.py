@@ -3,7 +3,7 @@
 import pytest
 
 from baichuan_omni_jax.verify import CHECKS, Fixtures, run_check
-from baichuan_omni_jax.verify.decoding import WAVE_TOLERANCE
+from baichuan_omni_jax.verify.media import WAVE_TOLERANCE
 from tests.helpers.golden import golden_path
 
 # Seen: at most 2.2e-6, and 1.4e-6 but for the flow. A wrong epsilon shows at about 3e-6.

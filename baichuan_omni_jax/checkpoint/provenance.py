@@ -1,0 +1,231 @@
+"""Where a workdir's run comes from: its configuration, the checkpoints it started from, its audio tokenizer.
+
+    DIR/run_config.json           the run that owns the workdir; any other is refused
+    DIR/parent.json               the checkpoints of its first weights, written once, when the workdir is new
+    DIR/audio_tokenizer/          a checkpoint with the branch audio_encoder, and origin.json: where it came from
+
+The audio tokenizer is what made the run's code frames: what the model hears and says means nothing without it. It is
+kept once, when the run begins, whichever tokenizer it is (a seeded random one too), and `DIR/checkpoints/STEP/` finds
+it there as if it were one of its own branches.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field, replace
+from fnmatch import fnmatch
+from typing import Any
+
+import jax
+from etils import epath
+
+from baichuan_omni_jax.checkpoint.branches import (
+    BRANCHES_FILE,
+    KEPT,
+    RANDOM,
+    branch_home,
+    find_checkpoint,
+    parse_spec,
+    read_branch_info,
+    save_branches,
+)
+from baichuan_omni_jax.checkpoint.steps import committed_steps, step_folder
+from baichuan_omni_jax.config import OmniConfig, RunConfig, from_dict, to_dict
+from baichuan_omni_jax.errors import ConfigError, RunStoppedError
+from baichuan_omni_jax.storage import write_json
+
+RUN_CONFIG, PARENT, _ORIGIN = "run_config.json", "parent.json", "origin.json"
+# A run may be made longer, saved at other steps, and moved to other machines; the rest decides what it computes.
+MAY_DIFFER = ("train.steps", "checkpoint.*", "eval.*", "mesh.*", "data.workers", "data.root", "data.trusted_roots*")
+_ABSENT = "absent"
+TOKENIZER_BRANCH = "audio_encoder"
+_CODED = "audio_head"  # the branch whose tables and heads belong to the codes
+
+
+def check_run_config(workdir: epath.Path, run: RunConfig) -> None:
+    """Raises ConfigError, naming the first key that differs, when `workdir` holds another run. A new one passes."""
+    path = workdir / RUN_CONFIG
+    if not path.exists():
+        return
+    try:
+        # Through RunConfig, so that a field added since has its default.
+        stored = flatten(to_dict(from_dict(RunConfig, json.loads(path.read_text()))))
+    except ValueError as error:
+        raise ConfigError(f"{path} is not a run config: {error}") from error
+    given = flatten(to_dict(run))
+    for key in [*given, *(key for key in stored if key not in given)]:
+        old, new = stored.get(key, _ABSENT), given.get(key, _ABSENT)
+        if old != new and not any(fnmatch(key, pattern) for pattern in MAY_DIFFER):
+            raise ConfigError(
+                f"workdir {workdir} belongs to another run: {key} is {old!r} there and {new!r} here "
+                f"(only {', '.join(MAY_DIFFER)} may differ)"
+            )
+
+
+def store_run_config(workdir: epath.Path, run: RunConfig) -> None:
+    """Writes `run_config.json`, whole or not at all."""
+    write_json(workdir / RUN_CONFIG, to_dict(run))
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Turns nested dicts and lists into one dict by dotted path: {"train": {"steps": 3}} -> {"train.steps": 3}."""
+    if isinstance(value, list):
+        value = {str(index): item for index, item in enumerate(value)}
+    if not isinstance(value, dict):
+        return {prefix[:-1]: value}
+    return {key: leaf for name, item in value.items() for key, leaf in flatten(item, f"{prefix}{name}.").items()}
+
+
+@dataclass(frozen=True)
+class Parent:
+    """Where a run's first weights came from. All empty for a run that started from random weights."""
+
+    checkpoints: dict[str, str] = field(default_factory=dict)  # branch -> the checkpoint folder it was read from
+    runs: dict[str, str] = field(default_factory=dict)  # such a folder -> the name of the run that wrote it
+    trained: dict[str, int] = field(default_factory=dict)  # branch -> steps that it had been trained for
+
+
+def find_parent(workdir: epath.PathLike, init_from: str, branches: tuple[str, ...]) -> Parent:
+    """Reads `parent.json` of the workdir, or for a new workdir resolves what `init_from` stands for now.
+
+    Raises ConfigError when the file cannot be read, or `init_from` names a folder without a checkpoint.
+    """
+    path = epath.Path(workdir) / PARENT
+    if not path.exists():
+        return _resolve(init_from, branches)
+    try:
+        return Parent(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+
+
+def record_parent(workdir: epath.PathLike, parent: Parent) -> None:
+    """Writes `parent.json`, whole or not at all; one that is there stays."""
+    path = epath.Path(workdir) / PARENT
+    if jax.process_index() or path.exists():
+        return
+    write_json(path, asdict(parent))
+
+
+def stored_tokenizer(path: epath.PathLike) -> epath.Path | None:
+    """Finds the `tokenizer.json` of a checkpoint or of a workdir's newest step; None when there is none."""
+    folder = newest_checkpoint(path)
+    tokenizer = folder / "processor" / "tokenizer.json" if folder else None
+    return tokenizer if tokenizer is not None and tokenizer.exists() else None
+
+
+def initial_tokenizer(init_from: str, branches: tuple[str, ...]) -> epath.Path | None:
+    """Finds the tokenizer that the language model's first weights were trained with, where `init_from` brings one."""
+    source = parse_spec(init_from, branches).get("llm") if init_from else None
+    return stored_tokenizer(source) if source and source != RANDOM else None
+
+
+def with_text_tokenizer(run: RunConfig, workdir: epath.PathLike | None = None) -> RunConfig:
+    """Returns the run with the text tokenizer of its weights, where `data.tokenizer` names none.
+
+    That is its workdir's, else that of `checkpoint.init_from`.
+    """
+    if run.data.tokenizer:
+        return run
+    stored = None if workdir is None else stored_tokenizer(workdir)
+    own = stored or initial_tokenizer(run.checkpoint.init_from, run.branches) or ""
+    return replace(run, data=replace(run.data, tokenizer=str(own)))
+
+
+def parent_data_state(parent: Parent) -> dict:
+    """Reads the data's state of the run that gave the language model its first weights.
+
+    Raises ConfigError where there is none.
+    """
+    folder = parent.checkpoints.get("llm", "")
+    path = epath.Path(folder) / "data.json"
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"data.continue_sources needs the workdir of a run in checkpoint.init_from: {path} cannot be read: {error}"
+        ) from error
+
+
+def _resolve(init_from: str, branches: tuple[str, ...]) -> Parent:
+    parent = Parent()
+    for branch, given in (parse_spec(init_from, branches) if init_from else {}).items():
+        if given == RANDOM:
+            continue
+        folder = newest_checkpoint(given)
+        if folder is None:
+            raise ConfigError(f"{given} is neither a checkpoint ({BRANCHES_FILE}) nor a workdir with one")
+        folder = branch_home(folder, branch) or folder
+        parent.checkpoints[branch] = str(folder)
+        info = read_branch_info(folder).get(branch)
+        parent.trained[branch] = info.trained if info else 0
+        workdirs = (folder.parent, folder.parent.parent)  # of a kept tokenizer, of a step
+        run_config = next((path / RUN_CONFIG for path in workdirs if (path / RUN_CONFIG).exists()), None)
+        if run_config is not None:
+            parent.runs[str(folder)] = json.loads(run_config.read_text())["name"]
+    return parent
+
+
+def newest_checkpoint(path: epath.PathLike) -> epath.Path | None:
+    """Returns the checkpoint meant by `path`: itself, or a workdir's newest step; None: neither. Verifies nothing."""
+    path = epath.Path(path).expanduser().resolve()
+    if (path / BRANCHES_FILE).exists():
+        return path
+    steps = committed_steps(path)
+    return step_folder(path, steps[-1]) if steps else None
+
+
+@dataclass(frozen=True)
+class TokenizerOrigin:
+    """Where an audio tokenizer came from."""
+
+    checkpoint: str  # where it was read from; "": it was drawn from the run's seed
+    untrained: bool  # whether it holds its first random weights
+
+
+def find_tokenizer(run: RunConfig, workdir: epath.PathLike | None = None) -> epath.Path | None:
+    """Returns the checkpoint with the audio tokenizer that a run's code frames are made by; None: the seeded one.
+
+    That is what the run's workdir keeps, else `data.audio_tokenizer`, else the one that the codes of
+    `checkpoint.init_from` were made by. Every host must call it. Raises ConfigError where there is none in
+    `data.audio_tokenizer`, and for one that is damaged.
+    """
+    if workdir is not None and (epath.Path(workdir) / KEPT).exists():
+        return find_checkpoint(epath.Path(workdir) / KEPT)
+    if run.data.audio_tokenizer:
+        given = parse_spec(run.data.audio_tokenizer, (TOKENIZER_BRANCH,))[TOKENIZER_BRANCH]
+        home = branch_home(find_checkpoint(given), TOKENIZER_BRANCH)
+        if home is None:
+            raise ConfigError(f"data.audio_tokenizer {given} has no branch {TOKENIZER_BRANCH}")
+        return home
+    sources = parse_spec(run.checkpoint.init_from, run.branches) if run.checkpoint.init_from else {}
+    given = sources.get(_CODED, RANDOM)
+    folder = None if given == RANDOM else newest_checkpoint(given)
+    home = None if folder is None else branch_home(folder, TOKENIZER_BRANCH)
+    return None if home is None else find_checkpoint(home)
+
+
+def keep_tokenizer(workdir: epath.PathLike, tokenizer: Any, config: OmniConfig, origin: TokenizerOrigin) -> None:
+    """Writes `tokenizer` into the workdir, whole or not at all. Every host must call it, with the same values as numpy.
+
+    Raises RunStoppedError when it cannot be written.
+    """
+    path, trained = epath.Path(workdir) / KEPT, 0
+    if origin.checkpoint:
+        info = read_branch_info(origin.checkpoint).get(TOKENIZER_BRANCH)
+        trained = info.trained if info else 0
+    texts = {_ORIGIN: json.dumps(asdict(origin), indent=1)}
+    try:
+        save_branches(path, {TOKENIZER_BRANCH: tokenizer}, config, trained={TOKENIZER_BRANCH: trained}, texts=texts)
+    except OSError as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise RunStoppedError(f"saving the audio tokenizer in {path} failed: {reason}") from error
+
+
+def read_origin(folder: epath.PathLike) -> TokenizerOrigin | None:
+    """Returns where a kept tokenizer came from; None for any other checkpoint. Raises ConfigError."""
+    path = epath.Path(folder) / _ORIGIN
+    if not path.exists():
+        return None
+    try:
+        return TokenizerOrigin(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
