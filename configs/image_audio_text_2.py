@@ -7,18 +7,7 @@ Starts from stage image_audio_text_1. Sized for 64 chips (v5p:4x4x4);
 `launch/preflight.py` says what other slices take. The data are yours: docs/how-to/data.md.
 """
 
-from baichuan_omni_jax.config import (
-    Budgets,
-    CheckpointConfig,
-    ComputeConfig,
-    DataConfig,
-    MeshConfig,
-    OptimizerConfig,
-    RunConfig,
-    TrainConfig,
-    mixture_of,
-    stage_groups,
-)
+from baichuan_omni_jax.config import RunConfig, stage_run
 
 # Shares of the loss (of all text and frames that are trained on): audio 0.2, image 0.4, text 0.4; each is a manifest
 # DATA_ROOT/NAME.jsonl.
@@ -38,22 +27,12 @@ SHARES = {
 
 
 def get_config() -> RunConfig:
-    return RunConfig(
-        name="image_audio_text_2",
-        model="baichuan_omni_7b",
-        mesh=MeshConfig(fsdp=64),
-        data=DataConfig(
-            root="data/omni",
-            mixture=mixture_of(SHARES, oversize={"interleaved": ("chunk",)}),
-            weights_by="trainable",
-            rows=128,
-            budgets=Budgets(tokens=8192, patches=24576, audio_frames=4096, audio_targets=2048),
-            workers=8,
-            audio_tokenizer="weights/omni",
-        ),
-        optimizer=OptimizerConfig(groups=stage_groups("image_audio_text_2"), warmup_steps=500, decay_steps=20000),
-        compute=ComputeConfig(remat="full", mlp_chunk=1024, loss_chunk=1024),
-        # A frame to predict counts as much as a text target.
-        train=TrainConfig(steps=20000, audio_full_ratio=1.0),
-        checkpoint=CheckpointConfig(every=500, init_from="runs/image_audio_text_1"),
+    return stage_run(
+        "image_audio_text_2",
+        SHARES,
+        steps=20000,
+        warmup_steps=500,
+        patches=24576,
+        audio_frames=4096,
+        audio_targets=2048,
     )

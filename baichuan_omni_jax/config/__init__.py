@@ -25,7 +25,7 @@ from baichuan_omni_jax.config.run import (
     load_run_config,
     released_images,
 )
-from baichuan_omni_jax.config.stages import STAGES, mixture_of, stage_groups, tiny_stage
+from baichuan_omni_jax.config.stages import STAGES, Stage, mixture_of, stage_groups, stage_run, tiny_stage
 from baichuan_omni_jax.errors import ConfigError, RequestError
 
 __all__ = [
@@ -54,6 +54,7 @@ __all__ = [
     "SourceConfig",
     "SpecAugmentConfig",
     "SpecialTokens",
+    "Stage",
     "TokenizerTrainConfig",
     "TrainConfig",
     "apply_overrides",
@@ -67,6 +68,7 @@ __all__ = [
     "released_images",
     "resolve_model",
     "stage_groups",
+    "stage_run",
     "tiny",
     "tiny_stage",
     "to_dict",
