@@ -10,7 +10,7 @@ class ConfigError(ValueError):
 
 
 class RequestError(ValueError):
-    """One request cannot be served; the message says why in one sentence. The engine and other requests go on.
+    """One request cannot be served; the message is the reason in one sentence. The engine and other requests go on.
 
     `cause` is the word it is counted under: `too_long`, `no_branch`, `bad_media`, `bad_message`, and `failed`:
     the engine itself could not go on with it.
@@ -22,7 +22,7 @@ class RequestError(ValueError):
 
 
 class RunStoppedError(RuntimeError):
-    """A run ended itself before its last step, as starting it again might not help. The message says why."""
+    """A run ended itself before its last step, as starting it again might not help. The message is the reason."""
 
 
 def exit_code(command: Callable[[], int | None]) -> int:

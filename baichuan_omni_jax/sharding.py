@@ -8,6 +8,7 @@ gathered where they are used; activations are split over (data, fsdp) by row and
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,51 +25,53 @@ MESH_AXES = ("data", "fsdp", "context", "tensor")
 GATHERED_AXES = frozenset({"data", "fsdp", "context"})
 
 MeshAxes = str | tuple[str, ...] | None
+# Of `jax.Device`, which type checkers do not take for a class.
+Devices = Sequence[Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardingRules:
     """Field = logical axis, value = the mesh axes it is split over (None: whole on every device).
 
-    `embed` to `codes` are axes of parameters; `batch` to `act_vocab` are axes of activations.
-
     >>> ShardingRules().spec("batch", "length", "act_embed")
     PartitionSpec(('data', 'fsdp'), 'context', None)
     """
 
-    embed: MeshAxes = ("fsdp", "context")
-    heads: MeshAxes = "tensor"
-    kv_heads: MeshAxes = "tensor"
-    head_dim: MeshAxes = None
-    mlp: MeshAxes = "tensor"
-    vocab: MeshAxes = "tensor"
-    codes: MeshAxes = None
-    depth: MeshAxes = None
-    kernel: MeshAxes = None
-    layers: MeshAxes = None
-    norm: MeshAxes = None
-    small: MeshAxes = None
+    # Axes of parameters.
+    embed: MeshAxes = ("fsdp", "context")  # model width: every large parameter has it, so it is what FSDP splits
+    heads: MeshAxes = "tensor"  # query heads
+    kv_heads: MeshAxes = "tensor"  # key and value heads
+    head_dim: MeshAxes = None  # width of a head
+    mlp: MeshAxes = "tensor"  # inner width of MLPs
+    vocab: MeshAxes = "tensor"  # tokens, or codes of a level's head
+    codes: MeshAxes = None  # codes of a codebook: whole, as the search for the nearest sees all of them
+    depth: MeshAxes = None  # levels of the audio head
+    kernel: MeshAxes = None  # positions of a convolution
+    layers: MeshAxes = None  # stacked layers: `jax.lax.scan` goes over them
+    norm: MeshAxes = None  # scales and biases
+    small: MeshAxes = None  # any other axis that is not worth splitting
 
-    batch: MeshAxes = ("data", "fsdp")
-    length: MeshAxes = "context"
-    media: MeshAxes = ("context", "tensor")
-    act_embed: MeshAxes = None
-    act_heads: MeshAxes = "tensor"
-    act_kv_heads: MeshAxes = "tensor"
-    act_mlp: MeshAxes = "tensor"
-    act_vocab: MeshAxes = "tensor"
+    # Axes of activations.
+    batch: MeshAxes = ("data", "fsdp")  # rows
+    length: MeshAxes = "context"  # tokens of a row
+    media: MeshAxes = ("context", "tensor")  # patches, code frames, mel windows of a row
+    act_embed: MeshAxes = None  # model width
+    act_heads: MeshAxes = "tensor"  # query heads
+    act_kv_heads: MeshAxes = "tensor"  # key and value heads
+    act_mlp: MeshAxes = "tensor"  # inner width of MLPs
+    act_vocab: MeshAxes = "tensor"  # logits
 
     def axes(self, name: str) -> tuple[str, ...]:
-        """Mesh axes of the logical axis `name`. Raises KeyError on an unknown name."""
+        """Returns the mesh axes of the logical axis `name`. Raises KeyError on an unknown name."""
         if name not in self.__dataclass_fields__:
             raise KeyError(f"unknown logical axis {name!r}; known: {', '.join(f.name for f in fields(self))}")
         value = getattr(self, name)
         return () if value is None else (value,) if isinstance(value, str) else value
 
     def spec(self, *names: str | None) -> PartitionSpec:
-        """PartitionSpec of an array whose dims have these logical names (None: whole).
+        """Returns the PartitionSpec of an array whose dims have these logical names (None: whole).
 
-        Raises KeyError on an unknown name, ValueError when two dims ask for the same mesh axis.
+        Raises KeyError on an unknown name, ValueError when two dims would be split over the same mesh axis.
         """
         split = [self.axes(name) if name else () for name in names]
         used = [axis for axes in split for axis in axes]
@@ -77,16 +80,16 @@ class ShardingRules:
         return PartitionSpec(*(axes if len(axes) > 1 else axes[0] if axes else None for axes in split))
 
     def gathered_spec(self, *names: str | None) -> PartitionSpec:
-        """`spec` of a parameter while it is computed with: whole over `data, fsdp, context`, split over `tensor`."""
+        """Returns the spec of a parameter in use: whole over `data, fsdp, context`, split over `tensor` alone."""
         kept = [tuple(a for a in self.axes(name) if a not in GATHERED_AXES) if name else () for name in names]
         return PartitionSpec(*(axes if len(axes) > 1 else axes[0] if axes else None for axes in kept))
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The four-axis explicit mesh over `devices` (default: all). One axis may be -1 and takes what is left.
+def make_mesh(config: MeshConfig, devices: Devices | None = None) -> Mesh:
+    """Makes the four-axis explicit mesh over `devices` (default: all). One axis may be -1 and takes what is left.
 
-    On TPU, neighbours along an axis are neighbours on the chip's links where the sizes allow it; over several slices
-    `data` alone crosses the data-centre network. Elsewhere devices go by their order.
+    On TPU, neighbors along an axis are neighbors on the chip's links where the sizes allow it; over several slices
+    `data` alone crosses the data-center network. Elsewhere devices go by their order.
     Raises ConfigError when the product is not the number of devices, or `slices` are not what the devices form.
     """
     devices = jax.devices() if devices is None else list(devices)
@@ -103,7 +106,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return Mesh(arranged, MESH_AXES, axis_types=(AxisType.Explicit,) * 4)
 
 
-def _across_slices(slices: int, sizes: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
+def _across_slices(slices: int, sizes: Sequence[int], devices: Devices) -> np.ndarray:
     data, *rest = sizes
     if data % slices:
         raise ConfigError(f"mesh.data {data} is not a multiple of mesh.slices {slices}: only data crosses slices")
@@ -115,17 +118,18 @@ def _across_slices(slices: int, sizes: Sequence[int], devices: Sequence[jax.Devi
     )
 
 
-def _within_slice(sizes: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
+def _within_slice(sizes: Sequence[int], devices: Devices) -> np.ndarray:
     if devices[0].platform == "tpu":
         try:
             return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-        except NotImplementedError:  # sizes that the slice's shape cannot follow: correct in any order
+        # Sizes that the slice's shape cannot follow: correct in any order, but not as fast.
+        except NotImplementedError:
             pass
     return np.array(devices).reshape(sizes)
 
 
 def axis_product(mesh: Mesh | AbstractMesh, axes: Sequence[str]) -> int:
-    """Devices along `axes`."""
+    """Returns the number of devices along `axes`."""
     return math.prod(mesh.shape[axis] for axis in axes)
 
 
@@ -142,7 +146,18 @@ def place(x: Array, spec: PartitionSpec) -> Array:
 def check_divisible(
     mesh: Mesh | AbstractMesh, rules: ShardingRules, shape: Sequence[int], names: Sequence[str], what: str
 ) -> None:
-    """Raises ConfigError naming `what`, the dimension and the mesh axes where a split is uneven."""
+    """Checks that a mesh splits an array evenly.
+
+    Args:
+        mesh: the mesh.
+        rules: the logical axes' mesh axes.
+        shape: sizes of the array's dimensions.
+        names: their logical axes.
+        what: what the array is called in the error.
+
+    Raises:
+        ConfigError: names `what`, the dimension and the mesh axes where a split is uneven.
+    """
     for size, name in zip(shape, names, strict=True):
         axes = rules.axes(name)
         parts = axis_product(mesh, axes)
@@ -153,13 +168,13 @@ def check_divisible(
 
 
 def parameter_axes(variable: nnx.Variable) -> tuple[str, ...]:
-    """Logical axes of a parameter as it is now: inside a layer scan its own, stacked with `layers` in front."""
+    """Returns the logical axes of a parameter: inside a layer scan its own, stacked with `layers` in front."""
     axes = variable.axes
     return ("layers",) * (variable.ndim - len(axes)) + axes
 
 
 def parameter_sharding(mesh: Mesh, rules: ShardingRules, variable: nnx.Variable, name: str) -> NamedSharding:
-    """Where a parameter is stored. Raises ConfigError, with its `name`, when the mesh does not divide it."""
+    """Returns where a parameter is stored. Raises ConfigError, with its `name`, when the mesh does not divide it."""
     axes = parameter_axes(variable)
     check_divisible(mesh, rules, variable.shape, axes, name)
     return NamedSharding(mesh, rules.spec(*axes))

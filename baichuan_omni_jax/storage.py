@@ -5,7 +5,7 @@ hold something else. Decoders would call each of them corrupt; here they are cal
 
 A lock is the operating system's (`flock`) on a file that stays where it is: it goes with the process, also with a
 killed one, and no child of the process keeps it. Network file systems that know `flock` (NFS, Lustre mounted with it)
-tell hosts apart as well; where there are no locks at all, the log says so and work goes on without one.
+tell hosts apart as well; where there are no locks at all, the log warns and work goes on without one.
 """
 
 import errno

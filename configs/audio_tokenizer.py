@@ -1,9 +1,9 @@
-"""The audio tokenizer at released size: Whisper-large ears, eight codebooks, mel decoder, a frozen 7B reader.
+"""The audio tokenizer at released size: Whisper-large encoder, eight codebooks, mel decoder, a frozen 7B LM.
 
     python launch/tpu_pretrain.py --config configs/audio_tokenizer.py --workdir runs/audio_tokenizer \\
         --multihost --set data.root=DATA_ROOT
 
-Sized for 8 chips of v5p; on v5e:4x8 add `--set mesh.fsdp=32`. The encoder and the reader come from released weights
+Sized for 8 chips of v5p; on v5e:4x8 add `--set mesh.fsdp=32`. The encoder and the LM come from released weights
 (`launch/convert_weights.py`), the encoder also from Whisper's (docs/how-to/audio.md). Sources, in the shares of the
 paper's hours (arXiv:2502.17239): ASR, spoken questions, translation of speech, text and speech in turns; the data are
 yours: docs/how-to/data.md. A document has at most `mel_windows` clips: cut those of text and speech in turns so, or
@@ -42,7 +42,7 @@ def get_config() -> RunConfig:
         data=DataConfig(
             root="data/speech",
             mixture=mixture_of(HOURS),
-            weights_by="tokens",  # 12.5 a second of sound: the nearest to hours
+            weights_by="tokens",  # 12.5 a second of audio: the nearest to hours
             rows=32,
             budgets=Budgets(tokens=2048, patches=0, audio_frames=1504, audio_targets=1504, mel_windows=4),
             mel_frames=(504, 1000, 2000, 3000),
@@ -50,8 +50,8 @@ def get_config() -> RunConfig:
         ),
         optimizer=OptimizerConfig(
             groups=(
-                GroupConfig(name="reader", pattern=r"llm\.", learning_rate=None),
-                GroupConfig(name="ears", pattern=r"audio_encoder\.encoder\.", learning_rate=1e-5),
+                GroupConfig(name="language model", pattern=r"llm\.", learning_rate=None),
+                GroupConfig(name="encoder", pattern=r"audio_encoder\.encoder\.", learning_rate=1e-5),
                 GroupConfig(name="tokenizer", pattern=".*", learning_rate=2e-4),
             ),
             warmup_steps=1000,

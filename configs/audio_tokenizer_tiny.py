@@ -1,10 +1,10 @@
-"""The audio tokenizer at toy size on the sample data's speech: ears and mel decoder in minutes on two CPU cores.
+"""The audio tokenizer at toy size on the sample data's speech: encoder and mel decoder in minutes on two CPU cores.
 
     python launch/tpu_pretrain.py --config configs/audio_tokenizer_tiny.py --workdir runs/audio_tokenizer_tiny
 
-Encoder, quantizer and decoder learn from random weights. The reader of the transcripts is the language model of
-configs/tiny.py (`--set checkpoint.init_from=llm=runs/tiny`), else a frozen random one, which still asks for features
-that tell sounds apart.
+Encoder, quantizer and decoder learn from random weights. The frozen language model of the transcripts is that of
+configs/tiny.py (`--set checkpoint.init_from=llm=runs/tiny`), else a frozen random one, which still wants features
+that differ between sounds.
 """
 
 from baichuan_omni_jax.config import (
@@ -38,14 +38,14 @@ def get_config() -> RunConfig:
             sample=True,
             mixture=(SourceConfig(name="audio", manifest="audio.jsonl"),),
             rows=2,
-            # Held-out documents have pictures, which take room and which nobody looks at.
+            # Held-out documents have images, which take room and which nothing reads.
             budgets=Budgets(tokens=384, patches=256, audio_frames=256, audio_targets=256, mel_windows=4),
             mel_frames=(256, 512),
             workers=1,
         ),
         optimizer=OptimizerConfig(
             groups=(
-                GroupConfig(name="reader", pattern=r"llm\.", learning_rate=None),
+                GroupConfig(name="language model", pattern=r"llm\.", learning_rate=None),
                 GroupConfig(name="tokenizer", pattern=".*", learning_rate=2e-3),
             ),
             warmup_steps=20,

@@ -4,7 +4,7 @@
         --multihost --set data.root=DATA_ROOT
 
 Sized for 8 chips of v5p; on v5e:4x8 add `--set mesh.fsdp=32`. Starts from runs/audio_tokenizer. The speech should be
-recorded at 24 kHz or more: what lies above the recording's own band is learnt as silence.
+recorded at 24 kHz or more: what lies above the recording's own band is learned as silence.
 """
 
 from baichuan_omni_jax.config import (

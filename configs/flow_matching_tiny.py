@@ -35,7 +35,7 @@ def get_config() -> RunConfig:
             sample=True,
             mixture=(SourceConfig(name="audio", manifest="audio.jsonl"),),
             rows=2,
-            # Held-out documents have pictures, which take room and which nobody looks at.
+            # Held-out documents have images, which take room and which nothing reads.
             budgets=Budgets(tokens=384, patches=256, audio_frames=256, audio_targets=256, mel_windows=4),
             mel_frames=(256,),
             workers=1,

@@ -6,7 +6,7 @@ frozen.
 
 Starts from stage image_text_2; of released weights add `--set train.special_token_rows=false`, as they know the special
 tokens. Sized for 64 chips (v5p:4x4x4);
-`launch/preflight.py` says what other slices take. The data are yours: docs/how-to/data.md.
+`launch/preflight.py` predicts what other slices take. The data are yours: docs/how-to/data.md.
 """
 
 from baichuan_omni_jax.config import RunConfig, stage_run

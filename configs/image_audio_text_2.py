@@ -1,10 +1,10 @@
-"""Stage image_audio_text_2: everything but the vision tower learns at 1e-5 from sound, pictures and text.
+"""Stage image_audio_text_2: everything but the vision tower learns at 1e-5 from audio, images and text.
 
     python launch/tpu_pretrain.py --config configs/image_audio_text_2.py --workdir runs/image_audio_text_2 \\
         --multihost --set data.root=DATA_ROOT
 
 Starts from stage image_audio_text_1. Sized for 64 chips (v5p:4x4x4);
-`launch/preflight.py` says what other slices take. The data are yours: docs/how-to/data.md.
+`launch/preflight.py` predicts what other slices take. The data are yours: docs/how-to/data.md.
 """
 
 from baichuan_omni_jax.config import RunConfig, stage_run

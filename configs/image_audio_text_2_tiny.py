@@ -1,4 +1,4 @@
-"""Stage image_audio_text_2 on the tiny model: everything but the tower learns from sound, pictures and text.
+"""Stage image_audio_text_2 on the tiny model: everything but the tower learns from audio, images and text.
 
     python launch/tpu_pretrain.py --config configs/image_audio_text_2_tiny.py --workdir runs/image_audio_text_2_tiny
 

@@ -5,7 +5,7 @@
 
 Starts from converted weights (a released checkpoint, or Qwen2.5 with a vision tower). Released ones know the special
 tokens: add `--set train.special_token_rows=false`. Sized for 64 chips (v5p:4x4x4);
-`launch/preflight.py` says what other slices take. The data are yours: docs/how-to/data.md.
+`launch/preflight.py` predicts what other slices take. The data are yours: docs/how-to/data.md.
 """
 
 from baichuan_omni_jax.config import RunConfig, stage_run

@@ -1,4 +1,4 @@
-"""Stage image_text_1 on the tiny model: the projector learns from pictures.
+"""Stage image_text_1 on the tiny model: the projector learns from images.
 
     python launch/tpu_pretrain.py --config configs/image_text_1_tiny.py --workdir runs/image_text_1_tiny
 

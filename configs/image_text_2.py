@@ -5,7 +5,7 @@ pure text.
         --multihost --set data.root=DATA_ROOT
 
 Starts from stage image_text_1. Sized for 64 chips (v5p:4x4x4);
-`launch/preflight.py` says what other slices take. The data are yours: docs/how-to/data.md.
+`launch/preflight.py` predicts what other slices take. The data are yours: docs/how-to/data.md.
 """
 
 from baichuan_omni_jax.config import RunConfig, stage_run

@@ -1,4 +1,4 @@
-"""Stage image_text_2 on the tiny model: language model, projector and tower learn from pictures and text.
+"""Stage image_text_2 on the tiny model: language model, projector and tower learn from images and text.
 
     python launch/tpu_pretrain.py --config configs/image_text_2_tiny.py --workdir runs/image_text_2_tiny
 

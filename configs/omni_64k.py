@@ -4,7 +4,7 @@
         --multihost --set data.root=DATA_ROOT
 
 Starts from stage image_audio_text_2. Sized for 64 chips (v5p:4x4x4);
-`launch/preflight.py` says what other slices take. The data are yours: docs/how-to/data.md.
+`launch/preflight.py` predicts what other slices take. The data are yours: docs/how-to/data.md.
 """
 
 from baichuan_omni_jax.config import RunConfig, stage_run

@@ -200,7 +200,7 @@ def _tokenizer_text(tokenizer_json: str) -> str:
 
 def _missing(name: str, folder: epath.Path | None, spec: str) -> str:
     if folder is None:
-        return f"checkpoint {spec!r} says nothing of branch {name}"
+        return f"checkpoint {spec!r} names no branch {name}"
     there = (
         ", ".join(sorted(path.name for path in (folder / "params").iterdir())) if (folder / "params").exists() else ""
     )

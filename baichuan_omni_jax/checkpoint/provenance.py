@@ -4,7 +4,7 @@
     DIR/parent.json               the checkpoints of its first weights, written once, when the workdir is new
     DIR/audio_tokenizer/          a checkpoint with the branch audio_encoder, and origin.json: where it came from
 
-The audio tokenizer is what made the run's code frames: what the model hears and says means nothing without it. It is
+The audio tokenizer is what made the run's code frames: codes mean nothing without it. It is
 kept once, when the run begins, whichever tokenizer it is (a seeded random one too), and `DIR/checkpoints/STEP/` finds
 it there as if it were one of its own branches.
 """

@@ -70,7 +70,7 @@ class Workdir:
     def hold(self) -> None:
         """Keeps other runs out of the workdir until `close`, or until this process is gone, killed or not.
 
-        Process 0 locks for all processes of the run; `hosts.on_all_hosts` tells the others. May be called again.
+        Process 0 locks for all processes of the run; the others learn of it by `hosts.on_all_hosts`. Calls may repeat.
 
         Raises ConfigError, naming its process and host, while another run works there.
         """
@@ -103,7 +103,7 @@ class Workdir:
         return max(self.steps(), default=None)
 
     def has_step(self, step: int) -> bool:
-        """Tells whether a step was saved completely."""
+        """Returns whether a step was saved completely."""
         return step in self.steps()
 
     def save(

@@ -13,7 +13,7 @@ class QuantizerConfig:
     decay: float = 0.99
     # The share of themselves that the means lose in every step after the first ones. The next mean builds on what is
     # left, so codes come to rest at (1 - shrink) (1 - decay) / (1 - (1 - shrink) decay) of their vectors' mean. Off
-    # unless a run asks: what pays depends on `decay`.
+    # unless a run sets it: what pays depends on `decay`.
     shrink: float = 0.0
     # Steps without use after which a code is placed anew, on a vector of the batch; 0: never.
     restart_after: int = 200
@@ -89,7 +89,7 @@ class TokenizerTrainConfig:
     # (n_fft, hop) in samples of the target mels at 16 kHz: the released post-net's own, and the encoder's.
     mel_scales: tuple[tuple[int, int], ...] = ((1024, 256), (400, 160))
     quantizer: QuantizerConfig = QuantizerConfig()
-    spec_augment: SpecAugmentConfig = SpecAugmentConfig()  # of what the encoder hears, never of the targets
+    spec_augment: SpecAugmentConfig = SpecAugmentConfig()  # of the encoder's input, never of the targets
 
     def __post_init__(self):
         for name in ("reconstruction", "transcript", "commitment", "commitment_start"):

@@ -15,16 +15,16 @@ class SpecialTokens:
     """Token ids that the model gives a meaning to (defaults: the released vocabulary)."""
 
     end_of_text: int = 151643  # ends a document, or an answer
-    audio_start: int = 151676  # stand around audio that is heard
+    audio_start: int = 151676  # stand around audio in a prompt
     audio_end: int = 151677
-    audio_pad: int = 151678  # the place of one code frame, heard or spoken
+    audio_pad: int = 151678  # the place of one code frame, of the prompt or generated
     image_start: int = 151679  # stand around an image, or a video frame
     image_end: int = 151680
     image_pad: int = 151681  # the place of one visual token of an image
     video_place: int = 151694  # the place of one visual token of a video frame
     video_start: int = 151695  # stand around the frames of a video; the released processor drops them
     video_end: int = 151696
-    audiogen_start: int = 151700  # stand around audio that is spoken; code frames follow the first
+    audiogen_start: int = 151700  # stand around audio that is generated
     audiogen_end: int = 151701
 
 

@@ -12,7 +12,7 @@ from baichuan_omni_jax.errors import ConfigError
 
 T = TypeVar("T")
 
-# Keys of a run that have been renamed: whoever still writes the old one is told the new one.
+# Keys of a run that have been renamed: the old one is refused with the new one's name.
 RENAMED = {
     "eval.sound_every": "eval.audio_every",
     "eval.sounds": "eval.audio_samples",

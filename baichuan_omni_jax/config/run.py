@@ -1,7 +1,7 @@
 """`RunConfig`: everything a run decides that is not architecture. One file in `configs/` builds one.
 
-Every field says on its own line, or right above it, what it is, its unit, and why the default is what it is. Paths may
-begin with `~`.
+Every field is described on its own line, or right above it: what it is, its unit, why its default. Paths may begin with
+`~`.
 """
 
 import re
@@ -148,7 +148,7 @@ class EvalMixture:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """Held-out loss, and in tasks that train on audio what clips sound like."""
+    """Held-out loss, and in tasks that train on audio samples of it."""
 
     every: int = 0  # steps between evaluations; 0: never
     steps: int = 1  # the first so many of each mixture, the same in every evaluation
@@ -192,7 +192,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeConfig:
-    """How the step is computed: none of it changes what is learnt, but for rounding."""
+    """How the step is computed: none of it changes what is learned, but for rounding."""
 
     dtype: Dtype = "bfloat16"  # of products and activations; trainable weights, norms, softmax and losses are fp32
     # What a layer keeps for its backward pass: nothing but its input, its attention's output too, or everything.
@@ -286,10 +286,10 @@ def load_run_config(path: str | Path) -> RunConfig:
 def _failure(error: Exception, path: str | Path) -> str:
     """One sentence: the file at `path`, the line of it that failed (the innermost, if any), and why."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-    why = " ".join(str(error).split()) or "nothing is told"
+    why = " ".join(str(error).split()) or "no reason given"
     if isinstance(error, SyntaxError) and error.filename == str(path):
         lines, why = [error.lineno], f"it is not Python: {error.msg}"
-    # A misspelled field may be one that was renamed: all that Python says of it is its last word.
+    # A misspelled field may be one that was renamed: Python's error has its last word alone.
     renamed = {old.rpartition(".")[2]: new for old, new in RENAMED.items()}
     if (unknown := re.search(r"unexpected keyword argument '(\w+)'", why)) and unknown[1] in renamed:
         why += f": it is now {renamed[unknown[1]]}"

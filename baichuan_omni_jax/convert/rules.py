@@ -63,7 +63,7 @@ class Rule:
 
     @property
     def keeps_rows(self) -> bool:
-        """Tells whether the first axis stays the first, so that blocks of rows can be moved one by one."""
+        """Returns whether the first axis stays the first, so that blocks of rows can be moved one by one."""
         if len(self.parameters) != 1 or not self.transform:
             return len(self.parameters) == 1
         left, right = (_AXES.findall(side) for side in self.transform.split("->"))

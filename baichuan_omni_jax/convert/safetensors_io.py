@@ -1,4 +1,4 @@
-"""Safetensors files: read lazily, a tensor or a block of its rows when it is asked for; written as the data comes.
+"""Safetensors files: read lazily, a tensor or a block of its rows at a time; written as the data comes.
 
 Files are read with pread, never mapped: a mapped 15 GB checkpoint would count as the process' memory. bf16 stays bf16.
 """
@@ -62,7 +62,7 @@ class TensorSource(Protocol):
 
 
 class SafetensorsFile:
-    """One file. The header is read and checked at once, tensors when they are asked for. Raises ConfigError."""
+    """One file. The header is read and checked at once, tensors by `read`. Raises ConfigError."""
 
     def __init__(self, path: Path):
         self.path, self.location = Path(path), str(path)

@@ -139,7 +139,7 @@ def load_branch_from_safetensors(
         dtype: of the parameters (default: as in `abstract`).
 
     Returns:
-        The module on the mesh in use, each parameter whole on every device or split as `abstract` says.
+        The module on the mesh in use, each parameter whole on every device or split as in `abstract`.
 
     Raises:
         ConfigError: tensors do not fit, as in a conversion.

@@ -32,7 +32,7 @@ from baichuan_omni_jax.vocoder.config import read_vocoder_config
 SHARD_BYTES = 5 << 30
 _EMBEDDING = "model.embed_tokens.weight"
 _DTYPE_KEYS = ("torch_dtype", "dtype")  # of transformers 4 and 5
-# The released model was trained to this many tokens; its config.json says 8192, which servers would clip at.
+# The released model was trained to this many tokens; its config.json has 8192, which servers would clip at.
 CONTEXT = 65536
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 _TOKENIZER_FILES = (TOKENIZER, "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json")
@@ -194,7 +194,7 @@ def convert_to_torch(
 
 
 def _config_bytes(path: Path, dtype: str | None) -> bytes:
-    """Returns `config.json` byte for byte where it says `dtype` already, else with that changed. None: no tensors."""
+    """Returns `config.json` byte for byte where it gives `dtype` already, else with that changed. None: no tensors."""
     values = read_json_object(path)
     stated = {key: dtype for key in _DTYPE_KEYS if key in values} or {_DTYPE_KEYS[0]: dtype}
     if dtype is None or all(values.get(key) == dtype for key in stated):

@@ -46,7 +46,7 @@ class Comparison:
 
     @property
     def passed(self) -> bool:
-        """Tells whether the error is within the tolerance; a NaN never is."""
+        """Returns whether the error is within the tolerance; a NaN never is."""
         return self.relative_error <= self.tolerance
 
 

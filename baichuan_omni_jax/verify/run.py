@@ -2,7 +2,7 @@
 
 `verify_released` gives both models the same token ids, a left-padded batch of text, in fp32; where the mask is 1 their
 logits must agree. One model is in memory at a time (fp32: 4 bytes a parameter). Needs torch and transformers (the extra
-`parity`). It has been run against a stand-in of the released code only (tests/convert/test_verify_hf.py: the released
+`parity`). It has been run against a stand-in of the released code only (tests/verify/test_released.py: the released
 tensor names around transformers' Qwen2), not against the released code and weights.
 """
 
@@ -119,7 +119,7 @@ def padded_batch(config: OmniConfig, seed: int) -> tuple[Int32[np.ndarray, "b t"
 def _our_logits(
     config: OmniConfig, checkpoint: Path, tokens: np.ndarray, mask: np.ndarray
 ) -> Float[np.ndarray, "b t v"]:
-    # Made on no mesh: `with_shardings` says where parameters go.
+    # Made on no mesh: `with_shardings` places the parameters.
     module = abstract_branches(config, only=[BRANCH], compute=COMPUTE)[BRANCH]
     with exact_arithmetic():
         abstract = with_shardings(

@@ -323,7 +323,7 @@ def test_where_branches_come_from(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match=f"checkpoint {ckpt} has no branch llm; it has vision"):
         load_branches(str(ckpt), target)
-    with pytest.raises(ConfigError, match="says nothing of branch llm"):
+    with pytest.raises(ConfigError, match="names no branch llm"):
         load_branches(f"vision={ckpt}", target)
     assert list(load_branches(str(ckpt), target, allow_missing=True)) == ["vision"]
     with pytest.raises(ConfigError, match="is neither a checkpoint"):

@@ -46,10 +46,10 @@ def test_there_and_back(command, checkpoint: Path, tmp_path: Path, capsys, monke
     ours, back = Path("new 100%/ours"), Path("back")
     vocoder = checkpoint / "vocoder.safetensors"
     assert command("to-jax", "--from", checkpoint, "--vocoder", vocoder, "--to", ours) == 0
-    told = capsys.readouterr()
-    assert "llm: 27 tensors" in told.out
-    assert f"wrote {ours}" in told.out
-    assert "MiB" in told.err
+    output = capsys.readouterr()
+    assert "llm: 27 tensors" in output.out
+    assert f"wrote {ours}" in output.out
+    assert "MiB" in output.err
     assert command("to-torch", "--from", ours, "--to", back, "--shard-mb", 2) == 0
     there, again = open_weights(checkpoint), open_weights(back)
     assert there.infos == again.infos
@@ -60,16 +60,16 @@ def test_there_and_back(command, checkpoint: Path, tmp_path: Path, capsys, monke
 
 def test_dry_run_prints_every_row(command, checkpoint: Path, tmp_path: Path, capsys) -> None:
     assert command("to-jax", "--from", checkpoint, "--to", tmp_path / "ours", "--dry-run") == 0
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     row = "model.layers.{layer}.self_attn.W_pack.weight (x3) <-> llm.layers.attention.q_proj.weight, "
-    assert row in told
-    assert "stacked by layer: (n h) d -> d n h" in told
-    assert "audio_tokenizer.audio_model.positional_embedding is computed" in told
+    assert row in output
+    assert "stacked by layer: (n h) d -> d n h" in output
+    assert "audio_tokenizer.audio_model.positional_embedding is computed" in output
     convert_to_jax(checkpoint, tmp_path / "ours")
     assert command("to-torch", "--from", tmp_path / "ours", "--to", tmp_path / "back", "--dry-run") == 0
-    told = capsys.readouterr().out
-    assert row in told
-    assert "not there, so not written: vocoder" in told
+    output = capsys.readouterr().out
+    assert row in output
+    assert "not there, so not written: vocoder" in output
     assert [path.name for path in tmp_path.iterdir()] == ["ours"]
 
 
@@ -132,11 +132,11 @@ def test_a_source_that_cannot_be_used(command, copy: Path, tmp_path: Path, capsy
     act, parts = DAMAGES[damage]
     act(copy)
     assert command("to-jax", "--from", copy, "--to", tmp_path / "deep" / "ours") == 2
-    told = capsys.readouterr().err
-    assert told.startswith("error: ")
-    assert told.count("\n") == 1
+    output = capsys.readouterr().err
+    assert output.startswith("error: ")
+    assert output.count("\n") == 1
     for part in (*parts, str(tmp_path)):
-        assert part in told
+        assert part in output
     assert {path.name for path in tmp_path.iterdir()} <= {"hf"}
 
 
@@ -173,9 +173,9 @@ def test_rotary_buffers_of_old_checkpoints_are_dropped(command, checkpoint: Path
 def test_vocoders_that_cannot_be_used(command, copy: Path, tmp_path: Path, capsys) -> None:
     def refused(name: str, *parts: str) -> None:
         assert command("to-jax", "--from", copy, "--vocoder", copy / name, "--to", tmp_path / "ours") == 2
-        told = capsys.readouterr().err
+        output = capsys.readouterr().err
         for part in (name if name != "vocoder.safetensors" else "vocoder", *parts):
-            assert part in told
+            assert part in output
         assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
     refused("absent.pt", "is not there")
@@ -211,9 +211,9 @@ def test_a_torch_file(command, copy: Path, tmp_path: Path, capsys) -> None:
     torch.save(Opaque(), copy / "code.pt")
     for name, part in (("nested.pt", "not a flat dict of tensors: state"), ("code.pt", "weights_only=True")):
         assert command("to-jax", "--from", copy, "--vocoder", copy / name, "--to", tmp_path / "more") == 2
-        told = capsys.readouterr().err
-        assert part in told
-        assert told.count("\n") == 1
+        output = capsys.readouterr().err
+        assert part in output
+        assert output.count("\n") == 1
 
 
 class Opaque:
@@ -239,9 +239,9 @@ def test_targets_and_arguments(command, checkpoint: Path, tmp_path: Path, capsys
         ((), "to-jax | to-torch"),
     ):
         assert command(*arguments) == 2, arguments
-        told = capsys.readouterr().err
-        assert part in told
-        assert told.count("\n") == 1
+        output = capsys.readouterr().err
+        assert part in output
+        assert output.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "full"]
 
 

@@ -157,8 +157,8 @@ def test_the_tokenizer_comes_with_the_form_of_a_conversation(qwen2, tokenizer):
     assert values["tokenizer_class"] == "PreTrainedTokenizerFast"
     jinja2 = pytest.importorskip("jinja2")
     messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Why?"}]
-    told = jinja2.Template(values["chat_template"]).render(messages=messages, add_generation_prompt=True)
-    assert told == "<B_SYS>Be kind.<C_Q>Why?<C_A>"
+    output = jinja2.Template(values["chat_template"]).render(messages=messages, add_generation_prompt=True)
+    assert output == "<B_SYS>Be kind.<C_Q>Why?<C_A>"
 
 
 def test_no_language_model_no_export(run, tmp_path):
@@ -216,5 +216,5 @@ def test_transformers_computes_the_same_logits(run, qwen2, tokenizer):
     read = transformers.AutoTokenizer.from_pretrained(str(qwen2))
     text = "<B_SYS>Hi<C_Q>The lake, 湖面 is 12 calm!<C_A>"
     assert read.encode(text, add_special_tokens=False) == tokenizer.encode(text, add_special_tokens=False).ids
-    told = read.apply_chat_template([{"role": "user", "content": "Why?"}], tokenize=False, add_generation_prompt=True)
-    assert told == "<C_Q>Why?<C_A>"
+    output = read.apply_chat_template([{"role": "user", "content": "Why?"}], tokenize=False, add_generation_prompt=True)
+    assert output == "<C_Q>Why?<C_A>"

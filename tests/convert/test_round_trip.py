@@ -88,11 +88,11 @@ def test_random_shards(random_checkpoint: Path, converted: Path, tmp_path: Path,
     assert len(list(random_checkpoint.glob("model-*.safetensors"))) == 2
     for module in (safetensors_io, leaf_store):
         monkeypatch.setattr(module, "BLOCK_BYTES", 5000)
-    heard = []
+    done = []
     source = open_source(str(converted))
     exports = plan_to_torch(source)
-    convert_to_torch(source, tmp_path / "back", exports=exports, shard_bytes=400_000, advance=heard.append)
-    assert sum(heard) == sum(export.nbytes for export in exports.values())
+    convert_to_torch(source, tmp_path / "back", exports=exports, shard_bytes=400_000, advance=done.append)
+    assert sum(done) == sum(export.nbytes for export in exports.values())
     assert len(list((tmp_path / "back").glob("model-*.safetensors"))) > 3
     assert_same_tensors(open_weights(random_checkpoint), open_weights(tmp_path / "back"))
     vocoders = [SafetensorsFile(folder / "vocoder.safetensors") for folder in (random_checkpoint, tmp_path / "back")]

@@ -137,11 +137,11 @@ def test_a_pointer_instead_of_weights(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(POINTER)
     with pytest.raises(ConfigError) as error:
         open_weights(tmp_path)
-    told = str(error.value)
-    assert told.startswith(str(tmp_path / name))
-    assert "is a pointer of Git LFS (to 4,976,698,672 bytes), not the file itself" in told
+    output = str(error.value)
+    assert output.startswith(str(tmp_path / name))
+    assert "is a pointer of Git LFS (to 4,976,698,672 bytes), not the file itself" in output
     if "00002" in name:
-        assert "(with tensor c)" in told
+        assert "(with tensor c)" in output
 
 
 def test_pickled_weights_are_named(tmp_path: Path) -> None:

@@ -114,10 +114,10 @@ def test_a_converted_checkpoint_passes(command, released, checkpoint, tmp_path, 
     report = tmp_path / "report.json"
     assert command("--hf", released, "--checkpoint", checkpoint, "--json", report) == 0
     assert "2 comparisons, 0 failed" in capsys.readouterr().out
-    told = json.loads(report.read_text())
-    assert told["hf"] == str(released)
-    assert [row["tensor"] for row in told["rows"]] == ["logits_0", "logits_1"]
-    assert all(0 < row["relative_error"] < row["tolerance"] for row in told["rows"])
+    output = json.loads(report.read_text())
+    assert output["hf"] == str(released)
+    assert [row["tensor"] for row in output["rows"]] == ["logits_0", "logits_1"]
+    assert all(0 < row["relative_error"] < row["tolerance"] for row in output["rows"])
 
 
 def test_a_wrong_weight_fails(command, released, tmp_path):
@@ -164,6 +164,6 @@ def test_code_that_fails_is_told(command, released, checkpoint, tmp_path, capsys
 
 
 def sentence(capsys) -> str:
-    told = capsys.readouterr().err.strip().splitlines()[-1]
-    assert told.startswith("error: ")
-    return told
+    output = capsys.readouterr().err.strip().splitlines()[-1]
+    assert output.startswith("error: ")
+    return output

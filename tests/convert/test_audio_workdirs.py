@@ -1,4 +1,4 @@
-"""What sound training starts from, Whisper's encoder, and what it leaves, in the released names and back."""
+"""What audio training starts from, Whisper's encoder, and what it leaves, in the released names and back."""
 
 import json
 from pathlib import Path
@@ -45,9 +45,9 @@ def test_there_and_back_to_the_byte(command, task, tmp_path, capsys):
         model = with_values(model, values)
         save_branches(tmp_path / "run", {name: getattr(model, name) for name in model.branches}, omni)
     assert command("to-torch", "--from", tmp_path / "run", "--to", tmp_path / "hf") == 0
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     left_out = "left out, the released model has no place for it: transcript_adapter"
-    assert (left_out in told) == (task == "audio_tokenizer")
+    assert (left_out in output) == (task == "audio_tokenizer")
     tensors = open_weights(tmp_path / "hf")
     codebook = [name for name in tensors.infos if ".vq_list.3.codebook." in name]
     assert sorted(name.rsplit(".", 1)[1] for name in codebook) == ["cluster_size", "embed", "embed_avg"]
@@ -76,7 +76,7 @@ def write_whisper(folder: Path, home: str = "model.encoder", **sizes: int) -> Pa
 @pytest.mark.slow
 def test_ears_from_whisper(command, tmp_path, capsys):
     """Its encoder as the released model's table reads it, beside a bridge and codebooks of the right shapes."""
-    whisper, made = write_whisper(tmp_path / "whisper"), tmp_path / "ears"
+    whisper, made = write_whisper(tmp_path / "whisper"), tmp_path / "tokenizer"
     made_by = ("from-whisper", "--from", whisper, "--model", "tiny", "--to", made)
     assert command(*made_by) == 0
     abstract = abstract_branches(tiny(), only=["audio_encoder"])
@@ -98,6 +98,6 @@ def test_a_whisper_that_does_not_fit_is_refused(command, tmp_path, capsys):
         ("b", "model.decoder", {}, "holds no Whisper encoder: there is no tensor model.encoder.conv1.weight"),
     ):
         whisper = write_whisper(tmp_path / place, home, **sizes)
-        assert command("from-whisper", "--from", whisper, "--model", "tiny", "--to", tmp_path / "ears") == 2
+        assert command("from-whisper", "--from", whisper, "--model", "tiny", "--to", tmp_path / "tokenizer") == 2
         assert sentence in capsys.readouterr().err
-        assert not (tmp_path / "ears").exists()
+        assert not (tmp_path / "tokenizer").exists()

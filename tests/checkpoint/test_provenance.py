@@ -119,9 +119,9 @@ def zeros(name: str):
 
 
 @pytest.fixture(scope="module")
-def heard(tmp_path_factory) -> epath.Path:
+def audio_run(tmp_path_factory) -> epath.Path:
     """A run's workdir: one step of a language model and an audio head, and the seeded tokenizer of its codes."""
-    workdir = epath.Path(tmp_path_factory.mktemp("heard") / "run")
+    workdir = epath.Path(tmp_path_factory.mktemp("audio") / "run")
     branches = {name: zeros(name) for name in ("llm", "audio_head")}
     save_branches(workdir / "checkpoints" / "3", branches, tiny(), trained=dict.fromkeys(branches, 3))
     tokenizer = jax.tree.map(lambda x: x + 1, zeros("audio_encoder"))
@@ -134,9 +134,9 @@ def copy(workdir: epath.Path, folder: Path) -> epath.Path:
 
 
 @pytest.mark.parametrize("moved", [False, True])
-def test_a_workdir_brings_the_tokenizer_of_its_codes(heard, moved, tmp_path):
+def test_a_workdir_brings_the_tokenizer_of_its_codes(audio_run, moved, tmp_path):
     """To whoever generates and to the next stage, whole or by branch, also where the workdir was copied to."""
-    workdir = copy(heard, tmp_path) if moved else heard
+    workdir = copy(audio_run, tmp_path) if moved else audio_run
     loaded = load_for_generation(str(workdir))
     assert set(loaded.branches) == {"llm", "audio_head", "audio_encoder"}
     assert loaded.untrained == ("audio_encoder",)
@@ -149,10 +149,10 @@ def test_a_workdir_brings_the_tokenizer_of_its_codes(heard, moved, tmp_path):
     assert parent.trained == {"llm": 3, "audio_encoder": 0}
 
 
-def test_a_run_takes_its_own_tokenizer_then_the_named_one_then_that_of_its_first_weights(heard, tmp_path):
+def test_a_run_takes_its_own_tokenizer_then_the_named_one_then_that_of_its_first_weights(audio_run, tmp_path):
     plain = epath.Path(tmp_path / "tokenizer")
     save_branches(plain, {"audio_encoder": zeros("audio_encoder")}, tiny(), trained={"audio_encoder": 7})
-    kept = heard / "audio_tokenizer"
+    kept = audio_run / "audio_tokenizer"
 
     def found(named="", init_from="", workdir=None):
         run = RunConfig(
@@ -162,11 +162,11 @@ def test_a_run_takes_its_own_tokenizer_then_the_named_one_then_that_of_its_first
 
     assert found() is None  # the seeded one
     assert found(workdir=tmp_path) is None
-    assert found(init_from=str(heard)) == kept
-    assert found(init_from=f"llm={heard},vision=random,audio_head=random") is None  # its codes are new
-    assert found(named=str(plain), init_from=str(heard)) == plain
-    assert found(named=str(heard)) == kept
-    assert found(named=str(plain), workdir=heard) == kept
+    assert found(init_from=str(audio_run)) == kept
+    assert found(init_from=f"llm={audio_run},vision=random,audio_head=random") is None  # its codes are new
+    assert found(named=str(plain), init_from=str(audio_run)) == plain
+    assert found(named=str(audio_run)) == kept
+    assert found(named=str(plain), workdir=audio_run) == kept
     bare = epath.Path(tmp_path / "bare")
     save_branches(bare, {"llm": zeros("llm")}, tiny())
     with pytest.raises(ConfigError, match=r"data.audio_tokenizer .*bare has no branch audio_encoder"):
@@ -177,8 +177,8 @@ def test_a_run_takes_its_own_tokenizer_then_the_named_one_then_that_of_its_first
     assert info["audio_encoder"]["trained"] == 7
 
 
-def test_a_damaged_or_half_written_tokenizer_is_told_from_a_good_one(heard, tmp_path):
-    workdir = copy(heard, tmp_path)
+def test_a_damaged_or_half_written_tokenizer_is_told_from_a_good_one(audio_run, tmp_path):
+    workdir = copy(audio_run, tmp_path)
     half = workdir / "audio_tokenizer.orbax-checkpoint-tmp-0"
     (half / "params").mkdir(parents=True)
     run = RunConfig(name="run")

@@ -121,9 +121,9 @@ def test_what_is_not_checked_fails(command, folder, monkeypatch, capsys):
 )
 def test_wrong_arguments(command, folder, capsys, arguments, message):
     assert command(*(text.format(folder=folder) for text in arguments)) == 2
-    told = capsys.readouterr().err.strip().splitlines()[-1]
-    assert told.startswith("error: ")
-    assert message.format(folder=folder) in told
+    output = capsys.readouterr().err.strip().splitlines()[-1]
+    assert output.startswith("error: ")
+    assert message.format(folder=folder) in output
 
 
 @pytest.mark.parametrize("name", ["config.json", "vocoder_config.json", "model", "vocoder", "packed", "rvq"])
