@@ -3,21 +3,19 @@
 A branch is a subtree of parameters that trains, is saved and is converted as one: `params/BRANCH/` of a checkpoint, the
 first word of a parameter's dotted name (`vision.tower.layers.mlp.fc1.weight`). A new modality begins with a row here.
 
-The table's facts need no jax, so configurations and data workers read them too; what builds modules imports jax late.
+The table imports no jax, so configurations and data workers read it too; a branch's class is named, not imported.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 if TYPE_CHECKING:
     from flax import nnx
-    from jax.sharding import Mesh
     from jaxtyping import PRNGKeyArray
 
     from baichuan_omni_jax.config import OmniConfig
@@ -81,6 +79,7 @@ class Branch:
         Returns:
             The module, parameters in fp32, on the mesh in use.
         """
+        # Imported by name: this table lies below all that it names.
         package, _, name = self.module.partition(":")
         return getattr(import_module(package), name)(key, *self.arguments(cfg, vocoder), compute)
 
@@ -189,39 +188,3 @@ SPEECH_BRANCHES: tuple[BranchName, ...] = FLOW_MATCHING_BRANCHES
 def build_branch(name: str, key: PRNGKeyArray, cfg: OmniConfig, compute: ComputePolicy) -> nnx.Module:
     """Builds a branch of the model with random weights (see `Branch.build`)."""
     return BRANCHES[name].build(key, cfg, compute)
-
-
-def abstract_branches(
-    cfg: OmniConfig,
-    vocoder: VocoderConfig | None = None,
-    *,
-    only: Iterable[str] = (),
-    compute: ComputePolicy | None = None,
-) -> dict[str, nnx.Module]:
-    """Returns modules with shapes for values (`jax.eval_shape`): what checkpoints and conversion are checked against.
-
-    Args:
-        cfg: the model's sizes.
-        vocoder: the vocoder's sizes.
-        only: the branches wanted; by default those of the released files, the vocoder among them if it has sizes.
-        compute: how modules compute (default: `ComputePolicy()`).
-
-    Returns:
-        Branch -> module on the mesh in use, which is part of every array's type.
-    """
-    import jax
-
-    from baichuan_omni_jax.nn.param import ComputePolicy
-
-    names = tuple(only) or (*MODEL_BRANCHES, *([VOCODER_BRANCH] if vocoder else []))
-    mesh = jax.sharding.get_mesh()
-    return {name: _abstract(name, cfg, vocoder, compute or ComputePolicy(), mesh) for name in names}
-
-
-@cache
-def _abstract(
-    name: str, cfg: OmniConfig, vocoder: VocoderConfig | None, compute: ComputePolicy, mesh: Mesh
-) -> nnx.Module:
-    import jax
-
-    return jax.eval_shape(lambda key: BRANCHES[name].build(key, cfg, compute, vocoder), jax.random.key(0))

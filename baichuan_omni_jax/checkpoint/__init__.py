@@ -17,6 +17,7 @@ A checkpoint appears by one rename after every file and its checksum is written,
 
 from baichuan_omni_jax.checkpoint.branches import (
     BranchInfo,
+    abstract_branches,
     branch_home,
     find_checkpoint,
     load_branches,
@@ -50,6 +51,7 @@ __all__ = [
     "Restored",
     "TokenizerOrigin",
     "Workdir",
+    "abstract_branches",
     "branch_home",
     "check_run_config",
     "find_checkpoint",

@@ -1,17 +1,23 @@
 """Checkpoints of branches: any subset of a model's branches in one folder, and how `--checkpoint` finds them."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
+from flax import nnx
 
+from baichuan_omni_jax.branches import BRANCHES, MODEL_BRANCHES, VOCODER_BRANCH
 from baichuan_omni_jax.checkpoint.steps import CHECKSUMS, committed_steps, newest_good, step_folder, verify_checksums
 from baichuan_omni_jax.checkpoint.trees import FolderSave, leaves_by_name, make_checkpointer, read_tree, to_stored
 from baichuan_omni_jax.config import OmniConfig, to_hf
 from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.nn.param import ComputePolicy
+from baichuan_omni_jax.vocoder.config import VocoderConfig
 
 # Files of a checkpoint. A converted one also has `SOURCE`, what is remembered of the released model's own files.
 BRANCHES_FILE, CONFIG, VOCODER_CONFIG, PROCESSOR = "branches.json", "config.json", "vocoder_config.json", "processor"
@@ -205,3 +211,33 @@ def _missing(name: str, folder: epath.Path | None, spec: str) -> str:
         ", ".join(sorted(path.name for path in (folder / "params").iterdir())) if (folder / "params").exists() else ""
     )
     return f"checkpoint {folder} has no branch {name}; it has {there or 'none'}"
+
+
+def abstract_branches(
+    cfg: OmniConfig,
+    vocoder: VocoderConfig | None = None,
+    *,
+    only: Iterable[str] = (),
+    compute: ComputePolicy | None = None,
+) -> dict[str, nnx.Module]:
+    """Returns modules with shapes for values (`jax.eval_shape`): what checkpoints and conversion are checked against.
+
+    Args:
+        cfg: the model's sizes.
+        vocoder: the vocoder's sizes.
+        only: the branches wanted; by default those of the released files, the vocoder among them if it has sizes.
+        compute: how modules compute (default: `ComputePolicy()`).
+
+    Returns:
+        Branch -> module on the mesh in use, which is part of every array's type.
+    """
+    names = tuple(only) or (*MODEL_BRANCHES, *([VOCODER_BRANCH] if vocoder else []))
+    mesh = jax.sharding.get_mesh()
+    return {name: _abstract(name, cfg, vocoder, compute or ComputePolicy(), mesh) for name in names}
+
+
+@cache
+def _abstract(
+    name: str, cfg: OmniConfig, vocoder: VocoderConfig | None, compute: ComputePolicy, mesh: jax.sharding.Mesh
+) -> nnx.Module:
+    return jax.eval_shape(lambda key: BRANCHES[name].build(key, cfg, compute, vocoder), jax.random.key(0))

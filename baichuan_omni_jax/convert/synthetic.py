@@ -7,7 +7,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from baichuan_omni_jax.branches import VOCODER_BRANCH, abstract_branches
+from baichuan_omni_jax.branches import VOCODER_BRANCH
+from baichuan_omni_jax.checkpoint import abstract_branches
 from baichuan_omni_jax.checkpoint.branches import CONFIG, VOCODER_CONFIG
 from baichuan_omni_jax.config import OmniConfig, to_hf
 from baichuan_omni_jax.convert.files import VOCODER

@@ -16,8 +16,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from baichuan_omni_jax.audio.config import AudioConfig
 from baichuan_omni_jax.audio.encoder import AudioEncoderBranch
-from baichuan_omni_jax.branches import VOCODER_BRANCH, abstract_branches
-from baichuan_omni_jax.checkpoint import BranchInfo, with_shardings, write_checksums
+from baichuan_omni_jax.branches import VOCODER_BRANCH
+from baichuan_omni_jax.checkpoint import BranchInfo, abstract_branches, with_shardings, write_checksums
 from baichuan_omni_jax.checkpoint.branches import BRANCHES_FILE, CONFIG, PROCESSOR, VOCODER_CONFIG, branch_folder
 from baichuan_omni_jax.config import MeshConfig, OmniConfig, read_hf
 from baichuan_omni_jax.convert.files import copy_companions, list_companions, save_buffers

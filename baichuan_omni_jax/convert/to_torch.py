@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from baichuan_omni_jax.branches import CONVERTED_BRANCHES, VOCODER_BRANCH, abstract_branches
-from baichuan_omni_jax.checkpoint import branch_home, find_checkpoint, parse_spec, read_branch_info
+from baichuan_omni_jax.branches import CONVERTED_BRANCHES, VOCODER_BRANCH
+from baichuan_omni_jax.checkpoint import abstract_branches, branch_home, find_checkpoint, parse_spec, read_branch_info
 from baichuan_omni_jax.checkpoint.branches import CONFIG, PROCESSOR, VOCODER_CONFIG, branch_folder
 from baichuan_omni_jax.config import OmniConfig, read_hf
 from baichuan_omni_jax.config.hf import LLM_KEYS

@@ -11,8 +11,9 @@ from flax import nnx
 from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
-from baichuan_omni_jax.branches import BRANCHES, CONVERTED_BRANCHES, SPEECH_BRANCHES, VOCODER_BRANCH, abstract_branches
+from baichuan_omni_jax.branches import BRANCHES, CONVERTED_BRANCHES, SPEECH_BRANCHES, VOCODER_BRANCH
 from baichuan_omni_jax.checkpoint import (
+    abstract_branches,
     branch_home,
     find_checkpoint,
     read_branch_info,

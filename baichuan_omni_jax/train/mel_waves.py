@@ -8,8 +8,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Float32
 
-from baichuan_omni_jax.branches import abstract_branches
-from baichuan_omni_jax.checkpoint import find_checkpoint, load_branches, with_shardings
+from baichuan_omni_jax.checkpoint import abstract_branches, find_checkpoint, load_branches, with_shardings
 from baichuan_omni_jax.checkpoint.branches import VOCODER_CONFIG, branch_folder
 from baichuan_omni_jax.config import MeshConfig, OmniConfig
 from baichuan_omni_jax.config.mel_targets import MelTargetSpec, flow_target

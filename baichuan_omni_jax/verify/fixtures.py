@@ -12,7 +12,8 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
-from baichuan_omni_jax.branches import VOCODER_BRANCH, abstract_branches
+from baichuan_omni_jax.branches import VOCODER_BRANCH
+from baichuan_omni_jax.checkpoint import abstract_branches
 from baichuan_omni_jax.checkpoint.branches import CONFIG, VOCODER_CONFIG
 from baichuan_omni_jax.config import MeshConfig, OmniConfig, read_hf
 from baichuan_omni_jax.convert import (

@@ -16,8 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int32
 
-from baichuan_omni_jax.branches import abstract_branches
-from baichuan_omni_jax.checkpoint import load_branches, with_shardings
+from baichuan_omni_jax.checkpoint import abstract_branches, load_branches, with_shardings
 from baichuan_omni_jax.checkpoint.branches import CONFIG
 from baichuan_omni_jax.config import OmniConfig, read_hf
 from baichuan_omni_jax.errors import ConfigError

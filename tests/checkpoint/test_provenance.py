@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from etils import epath
 
-from baichuan_omni_jax.branches import abstract_branches
 from baichuan_omni_jax.checkpoint import (
     Parent,
     TokenizerOrigin,
     Workdir,
+    abstract_branches,
     find_checkpoint,
     find_parent,
     find_tokenizer,

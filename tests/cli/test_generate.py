@@ -12,8 +12,7 @@ import pytest
 import soundfile
 from safetensors.numpy import load_file
 
-from baichuan_omni_jax.branches import abstract_branches
-from baichuan_omni_jax.checkpoint import save_branches
+from baichuan_omni_jax.checkpoint import abstract_branches, save_branches
 from baichuan_omni_jax.cli import generate
 from baichuan_omni_jax.cli.generation.asking import ask
 from baichuan_omni_jax.cli.main import main, make_parser

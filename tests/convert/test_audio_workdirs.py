@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from baichuan_omni_jax.branches import abstract_branches
-from baichuan_omni_jax.checkpoint import load_branches, save_branches
+from baichuan_omni_jax.checkpoint import abstract_branches, load_branches, save_branches
 from baichuan_omni_jax.cli.main import main
 from baichuan_omni_jax.config import tiny
 from baichuan_omni_jax.convert import branch_rules, load_branch_from_safetensors, open_weights

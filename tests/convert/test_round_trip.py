@@ -9,8 +9,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from baichuan_omni_jax.branches import abstract_branches
-from baichuan_omni_jax.checkpoint import load_branches, read_branch_info, save_branches
+from baichuan_omni_jax.checkpoint import abstract_branches, load_branches, read_branch_info, save_branches
 from baichuan_omni_jax.config import OmniConfig, read_hf, tiny
 from baichuan_omni_jax.convert import (
     SafetensorsFile,

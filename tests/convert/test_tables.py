@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from baichuan_omni_jax.branches import abstract_branches
+from baichuan_omni_jax.checkpoint import abstract_branches
 from baichuan_omni_jax.config import baichuan_omni_7b, from_hf
 from baichuan_omni_jax.convert import branch_rules
 from baichuan_omni_jax.convert.plan import plan_from_tensors

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from baichuan_omni_jax.branches import abstract_branches
+from baichuan_omni_jax.checkpoint import abstract_branches
 from baichuan_omni_jax.config import GenerationConfig
 from baichuan_omni_jax.errors import RequestError
 from baichuan_omni_jax.generation.chat import ChatModel, OmniChat

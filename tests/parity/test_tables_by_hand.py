@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from baichuan_omni_jax.branches import abstract_branches
+from baichuan_omni_jax.checkpoint import abstract_branches
 from baichuan_omni_jax.config import MeshConfig
 from baichuan_omni_jax.convert import SafetensorsFile, branch_rules, load_branch_from_safetensors
 from baichuan_omni_jax.nn.param import named_values

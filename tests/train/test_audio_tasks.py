@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from baichuan_omni_jax.audio.tokenize import fingerprint
-from baichuan_omni_jax.branches import abstract_branches
-from baichuan_omni_jax.checkpoint import load_branches, with_shardings
+from baichuan_omni_jax.checkpoint import abstract_branches, load_branches, with_shardings
 from baichuan_omni_jax.config import apply_overrides, load_run_config, resolve_model, tiny, to_hf
 from baichuan_omni_jax.config.mel_targets import run_mel_targets
 from baichuan_omni_jax.errors import ConfigError
