@@ -59,6 +59,7 @@ def save_branches(
         ConfigError: `path` exists and is not an empty folder.
     """
     path = epath.Path(path).expanduser().resolve()
+    # Never over another checkpoint: whoever wants it gone removes it.
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ConfigError(f"{path} already exists and is not empty; nothing was written")
     checkpointer = make_checkpointer()
@@ -87,6 +88,7 @@ def load_branches(spec: str, abstract: Mapping[str, Any], *, allow_missing: bool
         ConfigError: names branch and folder: a branch is nowhere, a file is damaged, a tensor is missing, superfluous
             or of another shape.
     """
+    # Each folder is found and verified once, however many branches it gives.
     sources = parse_spec(spec, tuple(abstract))
     folders = {given: find_checkpoint(given) for given in dict.fromkeys(sources.values()) if given != RANDOM}
     loaded = {}
@@ -132,6 +134,7 @@ def find_checkpoint(path: epath.PathLike) -> epath.Path:
     warning.
     """
     path = epath.Path(path).expanduser().resolve()
+    # A checkpoint: converted ones of old versions have no checksums. The optimizer's state is not what is read.
     if (path / BRANCHES_FILE).exists():
         bad = verify_checksums(path, skip=(_OPT_STATE,)) if (path / CHECKSUMS).exists() else None
         if bad:
@@ -139,6 +142,7 @@ def find_checkpoint(path: epath.PathLike) -> epath.Path:
         return path
     if not (path / "checkpoints").is_dir():
         raise ConfigError(f"{path} is neither a checkpoint ({BRANCHES_FILE}) nor a workdir (checkpoints/)")
+    # A workdir: its newest step whose files are whole.
     step, bad = newest_good(path, committed_steps(path), skip=(_OPT_STATE,))
     if step is None:
         raise ConfigError(

@@ -51,6 +51,7 @@ def check_run_config(workdir: epath.Path, run: RunConfig) -> None:
     except ValueError as error:
         raise ConfigError(f"{path} is not a run config: {error}") from error
     given = flatten(to_dict(run))
+    # Keys of both sides: a longer mixture or one more group has keys that the other lacks.
     for key in [*given, *(key for key in stored if key not in given)]:
         old, new = stored.get(key, _ABSENT), given.get(key, _ABSENT)
         if old != new and not any(fnmatch(key, pattern) for pattern in MAY_DIFFER):
@@ -100,6 +101,7 @@ def find_parent(workdir: epath.PathLike, init_from: str, branches: tuple[str, ..
 def record_parent(workdir: epath.PathLike, parent: Parent) -> None:
     """Writes `parent.json`, whole or not at all; one that is there stays."""
     path = epath.Path(workdir) / PARENT
+    # A resumed run keeps the parent it began with, whatever `init_from` stands for by now.
     if jax.process_index() or path.exists():
         return
     write_json(path, asdict(parent))
@@ -153,6 +155,7 @@ def _resolve(init_from: str, branches: tuple[str, ...]) -> Parent:
         folder = newest_checkpoint(given)
         if folder is None:
             raise ConfigError(f"{given} is neither a checkpoint ({BRANCHES_FILE}) nor a workdir with one")
+        # A step of a workdir gives the audio tokenizer that the workdir keeps.
         folder = branch_home(folder, branch) or folder
         parent.checkpoints[branch] = str(folder)
         info = read_branch_info(folder).get(branch)
@@ -188,6 +191,7 @@ def find_tokenizer(run: RunConfig, workdir: epath.PathLike | None = None) -> epa
     `checkpoint.init_from` were made by. Every host must call it. Raises ConfigError where there is none in
     `data.audio_tokenizer`, and for one that is damaged.
     """
+    # First what this run has kept, then what the user names, then what the first weights' codes were made by.
     if workdir is not None and (epath.Path(workdir) / KEPT).exists():
         return find_checkpoint(epath.Path(workdir) / KEPT)
     if run.data.audio_tokenizer:

@@ -33,6 +33,7 @@ def committed_steps(workdir: epath.Path) -> list[int]:
     if not steps_folder(workdir).is_dir():
         return []
     folders = [path for path in steps_folder(workdir).iterdir() if path.name.isdigit()]
+    # Checksums are written last, and removed first: with them a step counts.
     return sorted(int(path.name) for path in folders if (path / CHECKSUMS).exists())
 
 
@@ -45,6 +46,7 @@ def newest_good(workdir: epath.Path, steps: Sequence[int], skip: Sequence[str] =
         The step, None where none is whole, and the first bad file met on the way, "" where no step was damaged.
     """
     step, bad = _newest_good_here(workdir, steps, skip) if jax.process_index() == 0 else (None, "")
+    # All hosts must restore the same step, also where one of them reads another state of the file system.
     if jax.process_count() > 1:
         found = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if step is None else step)))
         step = None if found < 0 else found

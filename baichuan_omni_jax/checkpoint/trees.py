@@ -112,6 +112,7 @@ def read_tree(folder: epath.PathLike, abstract: Tree, what: str) -> Tree:
     if not wanted:
         return abstract
     reader = ocp.PyTreeCheckpointHandler()
+    # Names and shapes first, so that an error names the tensor and both shapes.
     _check_shapes(_stored_shapes(reader, folder, what), wanted, f"{what} of {folder}")
     arguments = nest({name: _restore_args(leaf) for name, leaf in wanted.items()})
     try:

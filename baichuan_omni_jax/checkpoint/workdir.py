@@ -140,6 +140,7 @@ class Workdir:
         trained = dict.fromkeys(branches, step) if trained is None else trained
         texts = checkpoint_texts(branches, config, tokenizer_json, trained)
         texts["data.json"] = json.dumps(data_state, ensure_ascii=False)
+        # Small files as text, arrays as trees: both appear with the one rename.
         trees = {branch_folder(name): to_stored(module) for name, module in branches.items()}
         if leaves_by_name(opt_state):
             trees["opt_state"] = to_stored(opt_state)
@@ -148,6 +149,7 @@ class Workdir:
             self._checkpointer.save(step_folder(self.path, step), args=FolderSave(trees, texts), force=True)
         except OSError as error:
             raise self._failed(step, error) from error
+        # From here on the arrays are copies: the next step may run while they are written.
         self._saving = threading.Thread(target=self._finish, args=(step,), name="checkpoint")
         self._saving.start()
 
@@ -191,6 +193,7 @@ class Workdir:
         found, bad = newest_good(self.path, candidates)
         if found is None:
             raise ConfigError(self._nothing_left(step, bad))
+        # Damaged steps are not removed until a good one is saved, but no longer count.
         self._damaged.update(known for known in candidates if known > found)
         folder = step_folder(self.path, found)
         return Restored(

@@ -50,7 +50,7 @@ def missing_code(folder: Path) -> list[str]:
     """
     named = read_json_object(folder / CONFIG).get("auto_map")
     classes = [name for name in named.values() if isinstance(name, str)] if isinstance(named, dict) else []
-    # `repository--module.Class` lies elsewhere.
+    # Modules import one another: followed until none is new. `repository--module.Class` lies elsewhere.
     left = [name.partition(".")[0] for name in classes if "--" not in name]
     missing, seen = [], set()
     while left:
@@ -80,6 +80,7 @@ def save_buffers(folder: Path, source: TensorSource, buffers: Mapping[str, Rule]
     for name, rule in buffers.items():
         found = source.read(name)
         dtypes[name] = found.dtype.name
+        # Bytes decide, not values: a round trip gives the very same file back.
         if not _same_bytes(found, rule.restored().astype(found.dtype)):
             carried[name] = found
             problems += _check_buffer(name, found, rule.restored())

@@ -44,12 +44,14 @@ class BranchWriter:
             }
             for name in self._arrays
         }
+        # What Orbax writes for nested dicts of numpy arrays in an OCDBT database.
         tree = {"tree_metadata": entries, "use_ocdbt": True, "use_zarr3": False}
         (self._folder / _METADATA).write_text(json.dumps(tree))
 
     def _create(self, name: str, info: TensorInfo, depth: int) -> ts.TensorStore:
         inner = info.shape[depth:]
         if inner:
+            # Blocks of rows, as they come from safetensors: each is written once, whole chunks at a time.
             rows = BLOCK_BYTES // max(1, prod(inner[1:]) * info.dtype.itemsize)
             inner = (min(max(rows, 1), inner[0]), *inner[1:])
         # Weights hardly compress.
@@ -69,6 +71,7 @@ class BranchReader:
             names = [
                 ".".join(str(key["key"]) for key in leaf["key_metadata"]) for leaf in tree["tree_metadata"].values()
             ]
+            # All are opened at once: on a network file system each takes a moment.
             futures = {
                 name: ts.open({"driver": driver, "kvstore": _store(folder, name)}, open=True, context=context)
                 for name in names

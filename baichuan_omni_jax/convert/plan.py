@@ -79,12 +79,13 @@ def plan_from_tensors(
     plan, problems = _expand_all({name: tables[name] for name in wanted}, _shapes(abstract, wanted))
     expected = {entry.name: entry for entries in plan.entries.values() for entry in entries}
     for name, info in found.items():
-        rules = [(branch, rule) for branch, rules in tables.items() for rule in rules if rule.pattern.fullmatch(name)]
-        if len(rules) != 1:
-            two = " and ".join(rule.tensor for _, rule in rules)
-            problems.append(f"tensor {name} has " + (f"two rules, {two}" if rules else "no rule"))
+        # Rules of all branches, also those not wanted: a tensor that no rule knows is a weight that would be lost.
+        matches = [(branch, rule) for branch, rules in tables.items() for rule in rules if rule.pattern.fullmatch(name)]
+        if len(matches) != 1:
+            two = " and ".join(rule.tensor for _, rule in matches)
+            problems.append(f"tensor {name} has " + (f"two rules, {two}" if matches else "no rule"))
             continue
-        branch, rule = rules[0]
+        branch, rule = matches[0]
         if branch in wanted:
             plan.tensors[name] = info
             if rule.restore:
@@ -94,6 +95,7 @@ def plan_from_tensors(
             else:
                 problems += _misfits(name, info, expected[name].shape)
     problems += [f"tensor {name} {_list(e.shape)} is missing" for name, e in expected.items() if name not in found]
+    # Only where all tensors are known do the parameters' dtypes follow from them.
     if not problems:
         problems += _join_dtypes(plan, abstract)
     raise_problems(problems, location)
@@ -115,6 +117,7 @@ def plan_from_leaves(
         ConfigError: names every parameter that only one of checkpoint and model has, or that has another shape.
     """
     plan, problems = _expand_all({name: tables[name] for name in stored}, _shapes(abstract, stored))
+    # Checkpoint against model, by name and shape: what a table lacks has been found by expanding it.
     for branch, leaves in stored.items():
         wanted = _shapes(abstract, [branch])[branch]
         for name in sorted(wanted.keys() - leaves.keys()):
@@ -149,6 +152,7 @@ def _expand_all(tables: Tables, shapes: Mapping[str, Mapping[str, tuple[int, ...
         plan.entries[branch], wrong = expand(rules, shapes[branch], branch)
         problems += wrong
         for entry in plan.entries[branch]:
+            # Within a branch `expand` finds doubles; here those of two branches.
             if owners.setdefault(entry.name, branch) != branch:
                 problems.append(f"tensor {entry.name} has two rules, of {owners[entry.name]} and of {branch}")
     return plan, problems
@@ -205,6 +209,7 @@ def rotary_buffers(source: TensorSource, cfg: OmniConfig) -> dict[str, bool]:
     for name, kind in found:
         buffers[name] = True
         if kind == "inv_freq":
+            # Two dimensions share a vision head, so its frequencies span half as many values.
             vision = cfg.vision.embed_dim // cfg.vision.num_heads // 2, _VISION_BASE
             width, base = vision if name.startswith(f"{VISION_TOWER}.") else (cfg.llm.head_dim, cfg.llm.rope_theta)
             expected = base ** -(np.arange(0, width, 2) / width)

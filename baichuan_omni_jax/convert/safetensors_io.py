@@ -72,6 +72,7 @@ class SafetensorsFile:
             self._size = os.fstat(self._file.fileno()).st_size
         except OSError as error:
             raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+        # Everything that the file says of itself is checked before any of its bytes are believed.
         header, self._start = self._header()
         self._offsets: dict[str, int] = {}
         self.infos: dict[str, TensorInfo] = {}
@@ -85,6 +86,7 @@ class SafetensorsFile:
         info = self.infos[name]
         start, shape = self._offsets[name], info.shape
         if rows is not None:
+            # Rows lie one after the other, so some of them are one stretch of bytes.
             start += rows.start * info.nbytes // max(shape[0], 1)
             shape = (rows.stop - rows.start, *shape[1:])
         out = np.empty(shape, info.dtype)
@@ -99,9 +101,11 @@ class SafetensorsFile:
         return out
 
     def close(self) -> None:
+        """Closes the file."""
         self._file.close()
 
     def _header(self) -> tuple[dict, int]:
+        # 8 bytes of length, then JSON: {"name": {"dtype", "shape", "data_offsets": [start, end]}}, then the data.
         length = int.from_bytes(os.pread(self._file.fileno(), 8, 0), "little")
         if self._size < 8 or length > min(_HEADER_BYTES, self._size - 8):
             raise ConfigError(f"{self.path} is truncated or no safetensors file: its header does not fit in it")
@@ -142,6 +146,7 @@ class SafetensorsFile:
     def _check_layout(self) -> None:
         """Raises ConfigError unless tensors lie side by side and fill the file, as the format demands."""
         end = 0
+        # Empty tensors start where another does: the shorter first.
         for name in sorted(self.infos, key=lambda name: (self._offsets[name], self.infos[name].nbytes)):
             if self._offsets[name] != end:
                 raise ConfigError(
@@ -159,6 +164,7 @@ class ShardedSafetensors:
         self.location, folder = str(index), Path(index).parent
         files = self._weight_map(index)
         shards = sorted(set(files.values()))
+        # Shards that were never fetched are named before any is opened, each with a tensor that lies in it.
         absent = [shard for shard in shards if not (folder / shard).is_file()]
         if absent:
             first = {shard: next(name for name, file in files.items() if file == shard) for shard in absent}
@@ -169,6 +175,7 @@ class ShardedSafetensors:
                 name = next(name for name, file in files.items() if file == shard)
                 raise ConfigError(f"{folder / shard} (with tensor {name}) is {found}")
         self._shards = {shard: SafetensorsFile(folder / shard) for shard in shards}
+        # Index and headers must name the same tensors in the same files.
         problems = [
             f"{folder / file} lacks tensor {name}" for name, file in files.items() if not self._holds(file, name)
         ]
@@ -184,6 +191,7 @@ class ShardedSafetensors:
         return self._shards[self._files[name]].read(name, rows)
 
     def close(self) -> None:
+        """Closes all shards."""
         for shard in self._shards.values():
             shard.close()
 
@@ -194,6 +202,7 @@ class ShardedSafetensors:
     def _weight_map(index: Path) -> dict[str, str]:
         refuse_stand_in(index)
         try:
+            # Bare file names alone: an index must not lead out of its folder.
             files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             if not files or not all(isinstance(file, str) and Path(file).name == file for file in files.values()):
                 raise ValueError("weight_map must map tensors to file names")
@@ -234,6 +243,7 @@ class SafetensorsWriter:
             end += info.nbytes
             header[name] = {"dtype": _NAMES[info.dtype], "shape": list(info.shape), "data_offsets": [start, end]}
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        # Spaces up to a multiple of 8, as the reference writer does: the data begins aligned.
         text += b" " * (-len(text) % 8)
         self._file.write(len(text).to_bytes(8, "little") + text)
 
@@ -253,6 +263,7 @@ class SafetensorsWriter:
         assert written == self._infos[name].nbytes, (name, written)
 
     def close(self) -> None:
+        """Closes the file, every tensor of which has been written."""
         assert not self._left, self._left
         self._file.close()
 
@@ -292,6 +303,7 @@ def write_shards(
 
 def plan_shards(infos: Mapping[str, TensorInfo], shard_bytes: int) -> list[dict[str, TensorInfo]]:
     """Cuts tensors, in the given order, into shards of at most `shard_bytes` (a larger tensor has one to itself)."""
+    # Greedily in the model's order, so that layers stay together, as in released checkpoints.
     shards: list[dict[str, TensorInfo]] = [{}]
     room = shard_bytes
     for name, info in infos.items():

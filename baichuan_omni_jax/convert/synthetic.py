@@ -44,6 +44,7 @@ def write_random_checkpoint(
 
     model = {name: info for name, info in infos.items() if not name.startswith(f"{VOCODER_BRANCH}/")}
     total = sum(info.nbytes for info in model.values())
+    # Tensors are not cut, so shards of the average size may be one too many: a little larger until they are not.
     shard_bytes = ceil(total / shards)
     while len(plan_shards(model, shard_bytes)) > shards:
         shard_bytes += ceil(shard_bytes / 50)

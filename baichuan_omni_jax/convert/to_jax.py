@@ -69,6 +69,7 @@ def plan_to_jax(source: Path, vocoder: Path | None = None, branches: Iterable[st
     list_companions(source)
     tables = branch_rules(cfg)
     abstract = abstract_branches(cfg, only=branches)
+    # Rotary buffers are computed from the configuration, here as in transformers: no rule has a place for them.
     dropped = rotary_buffers(weights, cfg)
     found = {name: info for name, info in weights.infos.items() if name not in dropped}
     plan = plan_from_tensors(found, tables, abstract, weights.location, only=branches)
@@ -102,9 +103,11 @@ def convert_to_jax(
     check_target(target)
     jobs = plan_to_jax(source, vocoder) if jobs is None else jobs
     with staged_folder(target) as folder:
+        # Weights first, tensor by tensor.
         for job in jobs:
             for branch in job.plan.entries:
                 _write_branch(folder / branch_folder(branch), branch, job, advance)
+        # Then what is needed to give the very same files back: buffers, configuration, tokenizer and code.
         save_buffers(folder, jobs[0].source, jobs[0].plan.buffers)
         (folder / CONFIG).write_bytes((source / CONFIG).read_bytes())
         if vocoder is not None:
@@ -113,6 +116,7 @@ def convert_to_jax(
         copy_companions(source, folder / PROCESSOR)
         info = {name: asdict(line) for job in jobs for name, line in describe(job.plan).items()}
         (folder / BRANCHES_FILE).write_text(json.dumps(info, indent=2))
+        # Last, as they cover all the others.
         write_checksums(folder)
 
 
@@ -168,6 +172,7 @@ def pieces(
             shape = (rows.stop - rows.start, *shapes[0][1:])
             yield entry.leaves[0], (*entry.index, rows), rule.forward(source.read(entry.name, rows), shape)
         return
+    # A transform that mixes rows, or a packed tensor, needs the whole tensor in memory.
     tensor = source.read(entry.name)
     for leaf, shape, part in zip(entry.leaves, shapes, entry.parts or (...,), strict=True):
         yield leaf, entry.index, rule.forward(tensor[part], shape)
@@ -203,6 +208,7 @@ def _write_branch(folder: Path, branch: str, job: ConversionJob, advance: Advanc
 
 
 def _place(value: np.ndarray, variable: Any, dtype: Any) -> jax.Array:
+    # Cast on the host: half the bytes travel to the device where the parameter is bf16.
     value = value.astype(jnp.dtype(dtype or variable.dtype))
     mesh = jax.sharding.get_mesh()
     sharding = getattr(variable.get_value(), "sharding", None)
@@ -275,6 +281,7 @@ def tokenizer_from_whisper(folder: Path, cfg: OmniConfig, seed: int = 0) -> Audi
     check_sizes(folder / CONFIG, cfg.audio)
     mesh, compute = make_mesh(MeshConfig(), jax.devices()[:1]), ComputePolicy()
     with jax.set_mesh(mesh):
+        # Random weights of the whole branch, then Whisper's in the encoder's place.
         tokenizer = jax.jit(lambda: AudioEncoderBranch(jax.random.key(seed), cfg.audio, compute))()
         abstract = with_shardings(jax.eval_shape(lambda: tokenizer.encoder), mesh, compute.rules)
         rules = whisper_rules(cfg, home)

@@ -110,10 +110,12 @@ def open_source(spec: str, base: str | None = None) -> CheckpointSource:
     Small files come from `base` where there is one. Raises ConfigError, also where configurations differ.
     """
     sources = parse_spec(spec, CONVERTED_BRANCHES)
+    # A run trains and saves some branches; the others come from the checkpoint that it began with.
     if base is not None:
         sources |= {f"base of {name}": base for name in CONVERTED_BRANCHES}
     folders = {given: Path(find_checkpoint(given)) for given in dict.fromkeys(sources.values())}
     home = folders[base] if base is not None else next(iter(folders.values()))
+    # One config.json is written: branches of models of other sizes cannot lie under it.
     configs = {folder: read_hf(folder / CONFIG) for folder in folders.values()}
     for folder, config in configs.items():
         if config != configs[home]:
@@ -142,10 +144,12 @@ def plan_to_torch(source: CheckpointSource, dtype: str | None = None) -> dict[st
     Raises ConfigError naming every parameter that does not fit.
     """
     cfg = read_hf(source.home / CONFIG)
+    # The model's six branches make one file or set of shards, the vocoder its own.
     exports = {}
     model = {name: reader.infos for name, reader in source.readers.items() if name != VOCODER_BRANCH}
     if model:
         plan = plan_from_leaves(model, branch_rules(cfg), abstract_branches(cfg, only=model), str(source.home))
+        # Buffers were never parameters: they take the dtype that most tensors have.
         kind = np.dtype(dtype or _usual_dtype(plan))
         exports[SINGLE] = Export(plan, load_buffers(source.home, plan.buffers, kind))
     if VOCODER_BRANCH in source.readers and source.vocoder_home is not None:
@@ -186,6 +190,7 @@ def convert_to_torch(
     with staged_folder(target) as folder:
         for name, export in exports.items():
             write_export(folder, name, export, source.readers, shard_bytes, advance)
+        # The small files: config.json, tokenizer and code, the vocoder's sizes.
         dtype = exports[SINGLE].dtype if SINGLE in exports else None
         (folder / CONFIG).write_bytes(_config_bytes(source.home / CONFIG, dtype))
         copy_companions(source.home / PROCESSOR, folder)
@@ -242,6 +247,7 @@ def _blocks(reader: BranchReader, entry: Entry) -> Iterator[np.ndarray]:
         for rows in blocks_of(entry.shape, reader.infos[leaf].dtype.itemsize):
             yield rule.backward(reader.read(leaf, (*entry.index, rows)))
         return
+    # Parts of a packed tensor (Q, K, V) follow one another on its first axis: each is a block of rows.
     for leaf in entry.leaves:
         yield rule.backward(reader.read(leaf, entry.index))
 
@@ -266,6 +272,7 @@ def plan_qwen2(source: CheckpointSource, dtype: str | None = None) -> Export:
     if "llm" not in source.readers:
         raise ConfigError(f"{source.home} has no branch llm: there is no language model to export")
     cfg = read_hf(source.home / CONFIG)
+    # Qwen2's own names: Q, K and V in three projections.
     apart = replace(cfg, llm=replace(cfg.llm, qkv_pack=False))
     stored = {"llm": source.readers["llm"].infos}
     tables, abstract = {"llm": llm_rules(apart)}, abstract_branches(cfg, only=["llm"])
@@ -315,6 +322,7 @@ def qwen2_config(cfg: OmniConfig, stated: dict[str, Any], dtype: str) -> dict[st
     llm, longest = cfg.llm, stated.get("max_position_embeddings")
     values: dict[str, Any] = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "torch_dtype": dtype}
     values |= {theirs: getattr(llm, ours) for ours, theirs in LLM_KEYS.items()}
+    # Only where it cannot be derived: older readers of config.json do not know the key.
     if llm.head_dim * llm.num_heads != llm.hidden_size:
         values["head_dim"] = llm.head_dim
     values |= {"hidden_act": "silu", "tie_word_embeddings": False, "use_sliding_window": False, "use_cache": True}
@@ -330,10 +338,12 @@ def _write_tokenizer(source: Path, folder: Path, context: int) -> None:
     if TOKENIZER not in there:
         return
     values = read_json_object(source / TOKENIZER_CONFIG) if TOKENIZER_CONFIG in there else {}
+    # Code of the released folder is not copied, so nothing may point to it.
     values = {key: value for key, value in values.items() if key not in _CODE_KEYS}
     if values.get("tokenizer_class") not in _TOKENIZER_CLASSES:
         values["tokenizer_class"] = "PreTrainedTokenizerFast"
     values["model_max_length"] = context
+    # A tokenizer without the roles' marks (Qwen2.5's own) keeps its own chat template.
     if all(f'"{mark}"' in (source / TOKENIZER).read_text(encoding="utf-8") for mark in ROLES.values()):
         values["chat_template"] = CHAT_TEMPLATE
     _write_json(folder / TOKENIZER_CONFIG, values)

@@ -30,6 +30,7 @@ def forward(llm, *row):
 def llm(fixtures: Fixtures, gold: Golden) -> None:
     """Checks a left-padded batch."""
     mask = gold.input("attention_mask")
+    # The attention mask serves as segment ids: 1 for text, 0 for padding, which nothing attends to.
     hidden, logits = forward(fixtures.branch("llm"), gold.input("input_ids"), gold.input("position_ids"), mask)
     gold.compare_rows("logits", logits, mask == 1)
     gold.compare("last_hidden", hidden[:, -1])
@@ -38,6 +39,7 @@ def llm(fixtures: Fixtures, gold: Golden) -> None:
 def packed(fixtures: Fixtures, gold: Golden) -> None:
     """Checks documents side by side in a row, which must not see each other."""
     tokens, lengths = gold.input("input_ids"), gold.input("document_lengths")
+    # Segment ids from 1, document after document; 0 past the last.
     ids = np.zeros(tokens.size, np.int32)
     ids[: lengths.sum()] = np.repeat(np.arange(1, len(lengths) + 1), lengths)
     ids = ids.reshape(tokens.shape)
@@ -66,6 +68,7 @@ def omni(fixtures: Fixtures, gold: Golden) -> None:
     def run(llm, vision, head, tokens, positions, visual, audio):
         tokens, positions = as_rows(tokens, positions)
         *patches, order, slots = visual
+        # Visual tokens of all images and videos are gathered on the device, then dealt to the rows' slots.
         embedded = jax.reshard(vision(*patches)[0], PartitionSpec())
         codes, audio_slots = as_media(*audio)
         media = [tuple(as_media(embedded[order], slots)), (head.embed(codes), audio_slots)]
@@ -88,6 +91,7 @@ def _visual_tokens(fixtures: Fixtures, gold: Golden, tokens: np.ndarray) -> tupl
     places, frames = patch_places(np.concatenate(grids), cfg.spatial_merge_size)
     counts = [int(grid.prod(-1).sum()) // cfg.merged_patches for grid in grids]
     source = np.zeros(tokens.shape, np.int64)
+    # Each kind of slot takes its own embeddings in order of appearance over the whole batch.
     source[tokens == ids.image_pad] = np.arange(_expect(gold, tokens, ids.image_pad, counts[0], "image_pad"))
     of_video = np.arange(_expect(gold, tokens, ids.video_place, counts[1], "video_place"))
     source[tokens == ids.video_place] = counts[0] + of_video

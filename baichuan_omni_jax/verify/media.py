@@ -24,6 +24,7 @@ def patch_places(grids: np.ndarray, merge: int) -> tuple[np.ndarray, np.ndarray]
     """
     places, frames = [np.zeros((0, 2), np.int32)], [np.zeros((0,), np.int32)]
     for height, width in [(h, w) for t, h, w in grids for _ in range(t)]:
+        # (rows, columns) -> (row groups, column groups, 2, 2): a projector's four neighbors lie side by side.
         place = np.stack(np.meshgrid(np.arange(height), np.arange(width), indexing="ij"), -1)
         place = place.reshape(height // merge, merge, width // merge, merge, 2).transpose(0, 2, 1, 3, 4)
         places.append(place.reshape(-1, 2).astype(np.int32))
@@ -49,6 +50,7 @@ def vision(fixtures: Fixtures, gold: Golden) -> None:
 def audio_encoder(fixtures: Fixtures, gold: Golden) -> None:
     """Checks the encoder over a padded batch, with the released batch dependence."""
     cfg, mel, frames = fixtures.config.audio, gold.input("mel").transpose(0, 2, 1), gold.input("frames")
+    # `padded` computes the released convolutions, which see what stands past a clip's end.
     run = jax.jit(lambda tokenizer, mel, frames: tokenizer.encoder(mel, frames, padded=True))
     gold.compare("hidden_states", run(fixtures.branch("audio_encoder"), mel, frames))
     gold.equal("encoder_length", np.array([cfg.encoder_length(n) for n in frames.tolist()]))
@@ -59,6 +61,7 @@ def audio_encoder_single(fixtures: Fixtures, gold: Golden) -> None:
     """Checks clips of one batch, each of which must come out as it does alone: the padding is noise."""
     cfg, clips, tokenizer = fixtures.config.audio, fixtures.golden("audio_encoder"), fixtures.branch("audio_encoder")
     mel, frames = clips.input("mel").transpose(0, 2, 1), clips.input("frames")
+    # Noise past each clip's end: with our convolutions a clip's result must not depend on it.
     mel = np.where(np.arange(mel.shape[1])[:, None] < frames[:, None, None], mel, 5.0).astype(np.float32)
 
     @jax.jit
@@ -96,6 +99,7 @@ def audio_quantizer(fixtures: Fixtures, gold: Golden) -> None:
     features, codes = (np.asarray(x) for x in run(tokenizer, states))
     gold.compare("pre_quant", features)
     _codes_equal(fixtures, gold, "codes", codes[valid], gold.reference("pre_quant")[valid])
+    # Back from the reference's own codes, so that a near tie above cannot count twice.
     recovered, embedded = back(tokenizer, fixtures.branch("audio_decoder"), gold.reference("codes")[None])
     gold.compare("recovered", recovered[0])
     gold.compare("decoder_emb", embedded[0])
@@ -125,6 +129,7 @@ def settle_ties(
     if ours.shape != reference.shape or len(x) != len(ours):
         return ours, 0
     settled, ties = ours.copy(), 0
+    # Only rows that differ are computed again, in fp64.
     for i in np.flatnonzero((ours != reference).any(-1)):
         if _as_near(ours[i], reference[i], x[i].astype(np.float64), codebooks):
             settled[i], ties = reference[i], ties + 1
@@ -132,6 +137,7 @@ def settle_ties(
 
 
 def _as_near(ours: np.ndarray, reference: np.ndarray, residual: np.ndarray, codebooks: Sequence[np.ndarray]) -> bool:
+    # Once a level differs, the reference's later codes belong to another residual: ours alone must be nearest.
     same = True
     for code, theirs, codebook in zip(ours, reference, codebooks, strict=True):
         distances = np.linalg.norm(residual - codebook, axis=-1)
@@ -157,8 +163,10 @@ _decode = jax.jit(
 def audio_decoder(fixtures: Fixtures, gold: Golden) -> None:
     """Checks the decoder over a padded batch, with the released batch dependence."""
     lengths = gold.input("bridge_length")
+    # The golden holds the clips' valid frames one after the other; ours are padded with what must not matter.
     items = np.split(gold.input("decoder_emb"), np.cumsum(lengths)[:-1])
     out = _decode(fixtures.branch("audio_decoder"), padded_items(items), lengths, True)
+    # Past a clip's end the reference's states mean nothing; its mels are zeroed there, as ours are.
     real = np.arange(out.hidden.shape[1]) < np.asarray(out.hidden_lengths)[:, None]
     gold.equal("output_length_before_dconv2", out.hidden_lengths)
     gold.equal("mel_length", out.mel_lengths)
@@ -193,6 +201,7 @@ def flow_matching(fixtures: Fixtures, gold: Golden) -> None:
     lengths, noise = gold.input("lengths"), gold.input("noise").transpose(0, 2, 1)
     time = np.full(len(lengths), gold.input("t"), np.float32)
     real = np.arange(noise.shape[1]) < lengths[:, None]
+    # States past the end are replaced by what must not matter; the noise there stays, as in the release.
     hidden = np.where(real[..., None], gold.input("hidden_states"), PADDING).astype(np.float32)
 
     @jax.jit
@@ -215,6 +224,7 @@ _filter = jax.jit(lambda vocoder, mel, lengths, source: vocoder.filter(mel, leng
 
 def vocoder(fixtures: Fixtures, gold: Golden) -> None:
     """Checks F0, source and wave: from the reference's own f0 and source as close as anywhere, and end to end."""
+    # The golden of unvoiced sound brings a predictor's weights of its own, so that f0 is below the threshold.
     replaced = {name: gold.input(name) for name in gold.names if name in fixtures.vocoder_weights.infos}
     mel, noise = gold.input("mel").transpose(0, 2, 1), gold.input("sine_noise").transpose(0, 2, 1)
     lengths, phase = np.full(len(mel), mel.shape[1], np.int32), gold.input("phase")[..., 0]
@@ -226,6 +236,7 @@ def vocoder(fixtures: Fixtures, gold: Golden) -> None:
     wave = _filter(model, mel, lengths, gold.reference("source")[:, 0])
     gold.compare("source", source[:, None], TOLERANCE, "from the reference's f0")
     gold.compare("wav", wave, TOLERANCE, "from the reference's source")
+    # End to end: errors of f0 add up in the phase, so the tolerance is wider.
     source = np.asarray(_source(model, f0, phase, noise))
     gold.compare("source", source[:, None], WAVE_TOLERANCE, "from the mel")
     gold.compare("wav", _filter(model, mel, lengths, source), WAVE_TOLERANCE, "from the mel")
