@@ -124,7 +124,7 @@ _OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
 
 
 @dataclass(frozen=True)
-class Shard:
+class ShardFile:
     """One ArrayRecord file of a dataset: its name, how many documents it holds, its size and SHA-256 (hex)."""
 
     file: str
@@ -139,7 +139,7 @@ class ShardedDataset:
     Files are opened when they are first read. Picklable: a copy opens its own. Safe to read from several threads.
     """
 
-    def __init__(self, folder: Path, shards: Sequence[Shard], fingerprint: str):
+    def __init__(self, folder: Path, shards: Sequence[ShardFile], fingerprint: str):
         self.folder = folder
         self.shards = tuple(shards)
         self.fingerprint = fingerprint
@@ -211,7 +211,7 @@ def open_dataset(folder: str | Path) -> ShardedDataset:
     form.
     """
     description = read_description(folder)
-    shards = [Shard(**shard) for shard in description["shards"]]
+    shards = [ShardFile(**shard) for shard in description["shards"]]
     return ShardedDataset(Path(folder), shards, description["fingerprint"])
 
 
@@ -223,7 +223,7 @@ def read_description(folder: str | Path) -> dict:
         if description["schema"] != DATASET_SCHEMA:
             raise ConfigError(f"{path} has schema {description['schema']}; this program reads {DATASET_SCHEMA}")
         # A name with a folder in it would read, or later remove, what is not the data set's.
-        files = [Shard(**shard).file for shard in description["shards"]]
+        files = [ShardFile(**shard).file for shard in description["shards"]]
         if outside := [file for file in files if Path(file).name != file]:
             raise ConfigError(f"{path} names a shard outside its folder: {outside[0]!r}")
         _ = description["fingerprint"]
@@ -236,7 +236,7 @@ def read_description(folder: str | Path) -> dict:
     return description
 
 
-def write_description(folder: Path, shards: Sequence[Shard], details: dict) -> None:
+def write_description(folder: Path, shards: Sequence[ShardFile], details: dict) -> None:
     """Writes `folder/dataset.json`; `details` are what it holds besides the shards. Written last: it ends the build."""
     digest = sha256("\n".join(shard.sha256 for shard in shards).encode()).hexdigest()
     description = {

@@ -35,17 +35,17 @@ MAX_LINES, MAX_IMAGES, MAX_MELS, MAX_TYPES = 12, 10, 3, 14
 DPI = 100
 
 
-class Block(NamedTuple):
+class FigureBlock(NamedTuple):
     """A horizontal band of the figure: its height in inches, and what draws it, given the height of its lower edge."""
 
     height: float
-    draw: Callable[["Page", float], None]
+    draw: Callable[["FigurePage", float], None]
 
 
-class Page:
+class FigurePage:
     """A figure of blocks from top to bottom; places are in inches from its lower left corner."""
 
-    def __init__(self, blocks: list[Block], lettering: Lettering):
+    def __init__(self, blocks: list[FigureBlock], lettering: Lettering):
         self.height = sum(block.height for block in blocks) + 2 * MARGIN
         self.figure = Figure(figsize=(WIDTH, self.height), dpi=DPI)
         FigureCanvasAgg(self.figure)
@@ -86,7 +86,7 @@ def draw(rows: list[RowView], document: DocumentView, path: Path, notes: Sequenc
     blocks += [_row(number, row, colors) for number, row in enumerate(rows)]
     blocks += _document(document, colors)
     with matplotlib.rc_context({"text.parse_math": False, "font.family": lettering.families}):
-        page = Page(blocks, lettering)
+        page = FigurePage(blocks, lettering)
         if lettering.replaced:
             page.text(MARGIN, 0.08, lettering.note, size=8, color="#666666")
         try:
@@ -95,16 +95,16 @@ def draw(rows: list[RowView], document: DocumentView, path: Path, notes: Sequenc
             raise ConfigError(f"--out {path}: {error}") from error
 
 
-def _headline(text: str, notes: Sequence[str] = (), size: int = 15) -> Block:
-    def draw_it(page: Page, bottom: float) -> None:
+def _headline(text: str, notes: Sequence[str] = (), size: int = 15) -> FigureBlock:
+    def draw_it(page: FigurePage, bottom: float) -> None:
         for line, note in enumerate(reversed(notes)):
             page.text(MARGIN, bottom + 0.05 + 0.22 * line, note, size=10, color="#a02020")
         page.text(MARGIN, bottom + 0.08 + 0.22 * len(notes), text, size=size, weight="bold")
 
-    return Block(0.42 + 0.22 * len(notes), draw_it)
+    return FigureBlock(0.42 + 0.22 * len(notes), draw_it)
 
 
-def _legend(colors: dict) -> Block:
+def _legend(colors: dict) -> FigureBlock:
     """Draws a line a strip, in the order of the strips."""
     types = [Patch(facecolor=color, label=kind or "no type") for kind, color in colors.items()]
     lines = [
@@ -113,7 +113,7 @@ def _legend(colors: dict) -> Block:
         ("predicts", [_chip(*named) for named in LOSSES.values()]),
     ]
 
-    def draw_it(page: Page, bottom: float) -> None:
+    def draw_it(page: FigurePage, bottom: float) -> None:
         for place, (title, handles) in enumerate(reversed(lines)):
             lower = bottom + 0.27 * place + 0.08
             page.text(MARGIN, lower + 0.05, title, size=9.5, weight="bold")
@@ -124,7 +124,7 @@ def _legend(colors: dict) -> Block:
                 handles = [*handles[:MAX_TYPES], Patch(alpha=0, label="...")]
             axes.legend(handles=handles, loc="center left", frameon=False, borderpad=0, borderaxespad=0, **shape)
 
-    return Block(0.27 * len(lines) + 0.15, draw_it)
+    return FigureBlock(0.27 * len(lines) + 0.15, draw_it)
 
 
 def _chip(name: str, color: str) -> Patch:
@@ -132,16 +132,16 @@ def _chip(name: str, color: str) -> Patch:
     return Patch(facecolor=color, edgecolor="#999999", hatch="////" if padding else None, label=name, linewidth=0.5)
 
 
-def _row(number: int, row: RowView, colors: dict) -> Block:
-    def draw_it(page: Page, bottom: float) -> None:
+def _row(number: int, row: RowView, colors: dict) -> FigureBlock:
+    def draw_it(page: FigurePage, bottom: float) -> None:
         page.text(LEFT, bottom + 1.62, f"row {number}", size=10.5, weight="bold")
         page.text(LEFT + 0.65, bottom + 1.62, f"{len(row.segments)} documents; filled: {row.describe_fill()}", size=10)
         _strips(page, bottom + 0.42, 1.17, row, colors)
 
-    return Block(1.92, draw_it)
+    return FigureBlock(1.92, draw_it)
 
 
-def _strips(page: Page, bottom: float, height: float, row: RowView, colors: dict, labels: bool = True) -> None:
+def _strips(page: FigurePage, bottom: float, height: float, row: RowView, colors: dict, labels: bool = True) -> None:
     """Documents, contents and losses of a row above each other, over the slots of the row."""
     slots = len(row.contents)
     axes = page.axes(LEFT, bottom, WIDTH - LEFT - MARGIN, height)
@@ -167,7 +167,7 @@ def _strips(page: Page, bottom: float, height: float, row: RowView, colors: dict
         axes.add_patch(Rectangle((start, 0.06), stop - start, 2.88 if labels else 1.88, **shape))
 
 
-def _segment(page: Page, axes, segment, colors: dict) -> None:
+def _segment(page: FigurePage, axes, segment, colors: dict) -> None:
     """Draws a document's box with its id in it where there is room, and its edges drawn through all strips."""
     # The id where it fits, else the type, else nothing (`Lettering.fit`).
     width = segment.stop - segment.start
@@ -181,15 +181,15 @@ def _segment(page: Page, axes, segment, colors: dict) -> None:
         )
 
 
-def _document(view: DocumentView, colors: dict) -> list[Block]:
+def _document(view: DocumentView, colors: dict) -> list[FigureBlock]:
     document = view.document
     tokens = len(view.row.contents)
     title = f"Document {document.id} ({document.location}, {tokens} tokens)"
 
-    def strips(page: Page, bottom: float) -> None:
+    def strips(page: FigurePage, bottom: float) -> None:
         _strips(page, bottom + 0.42, 0.72, view.row, colors, labels=False)
 
-    blocks = [_headline(title), _prompt(view), Block(1.3, strips)]
+    blocks = [_headline(title), _prompt(view), FigureBlock(1.3, strips)]
     if view.images:
         blocks += _draw_images(view.images)
     if view.mels:
@@ -197,11 +197,11 @@ def _document(view: DocumentView, colors: dict) -> list[Block]:
     return blocks
 
 
-def _prompt(view: DocumentView) -> Block:
+def _prompt(view: DocumentView) -> FigureBlock:
     """Draws the prompt's elements, one a line; what is to be learned is marked."""
     shown, left_out = view.elements[:MAX_LINES], len(view.elements) - MAX_LINES
 
-    def draw_it(page: Page, bottom: float) -> None:
+    def draw_it(page: FigurePage, bottom: float) -> None:
         for place, element in enumerate(shown):
             kind, text, learned = describe(element)
             name, color = CONTENTS[kind]
@@ -214,10 +214,10 @@ def _prompt(view: DocumentView) -> Block:
         if left_out > 0:
             page.text(LEFT + 0.26, bottom + 0.08, f"... and {left_out} more parts", size=10, color="#666666")
 
-    return Block(0.23 * (len(shown) + (left_out > 0)) + 0.18, draw_it)
+    return FigureBlock(0.23 * (len(shown) + (left_out > 0)) + 0.18, draw_it)
 
 
-def _draw_images(images: list[ImageView]) -> list[Block]:
+def _draw_images(images: list[ImageView]) -> list[FigureBlock]:
     """Draws images to one scale, with the number of each visual token in its cell of 2 x 2 patches."""
     shown = images[:MAX_IMAGES]
     title = "Images, put together again from their patches; in each cell of 2 x 2 patches the number of its token"
@@ -229,7 +229,7 @@ def _draw_images(images: list[ImageView]) -> list[Block]:
     tallest = max(image.pixels.shape[0] for image in shown)
     scale = min((room - gap * (len(shown) - 1)) / across, 2.1 / tallest)
 
-    def draw_it(page: Page, bottom: float) -> None:
+    def draw_it(page: FigurePage, bottom: float) -> None:
         left = LEFT
         for number, image in enumerate(shown, start=1):
             height, width = (scale * side for side in image.pixels.shape[:2])
@@ -238,7 +238,7 @@ def _draw_images(images: list[ImageView]) -> list[Block]:
             axes.set_title(f"{number}: {CONTENTS[image.kind][0]}", fontsize=9, pad=3, color=CONTENTS[image.kind][1])
             left += width + gap
 
-    return [_caption(title), Block(scale * tallest + 0.42, draw_it)]
+    return [_caption(title), FigureBlock(scale * tallest + 0.42, draw_it)]
 
 
 def _draw_image(axes, image: ImageView) -> None:
@@ -256,7 +256,7 @@ def _draw_image(axes, image: ImageView) -> None:
             axes.text(x, y, str(number), size=7.5, color="white", ha="center", va="center", path_effects=outline)
 
 
-def _mels(mels: list[MelView]) -> list[Block]:
+def _mels(mels: list[MelView]) -> list[FigureBlock]:
     shown = mels[:MAX_MELS]
     title = "Log mel of each window of audio"
     if len(mels) > len(shown):
@@ -266,15 +266,15 @@ def _mels(mels: list[MelView]) -> list[Block]:
     slot = (WIDTH - LEFT - MARGIN - gap * (MAX_MELS - 1)) / len(shown) if len(shown) > 1 else WIDTH - LEFT - MARGIN
     scale = min(slot / max(view.seconds for view in shown), 2.5)  # inches a second
 
-    def draw_it(page: Page, bottom: float) -> None:
+    def draw_it(page: FigurePage, bottom: float) -> None:
         for place, view in enumerate(shown):
             axes = page.axes(LEFT + place * (slot + gap), bottom + 0.5, max(scale * view.seconds, 0.8), 1.35)
             _mel(page, axes, view, letters=int(slot * 12))
 
-    return [_caption(title), Block(2.15, draw_it)]
+    return [_caption(title), FigureBlock(2.15, draw_it)]
 
 
-def _mel(page: Page, axes, view: MelView, letters: int) -> None:
+def _mel(page: FigurePage, axes, view: MelView, letters: int) -> None:
     bins = len(view.mel)
     extent = (view.start, view.start + view.seconds, 0, bins)
     axes.imshow(view.mel, origin="lower", extent=extent, aspect="auto", cmap="magma", interpolation="nearest")
@@ -285,8 +285,8 @@ def _mel(page: Page, axes, view: MelView, letters: int) -> None:
     axes.set_title(page.lettering.shorten(title, letters), fontsize=9, loc="left", pad=3)
 
 
-def _caption(text: str) -> Block:
-    return Block(0.3, lambda page, bottom: page.text(LEFT, bottom + 0.04, text, size=10.5, weight="bold"))
+def _caption(text: str) -> FigureBlock:
+    return FigureBlock(0.3, lambda page, bottom: page.text(LEFT, bottom + 0.04, text, size=10.5, weight="bold"))
 
 
 def _pale(place: int) -> tuple[float, float, float]:

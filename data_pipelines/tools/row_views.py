@@ -50,7 +50,7 @@ class SlotLoss(IntEnum):
 
 
 @dataclass(frozen=True)
-class Segment:
+class RowSegment:
     """A document's place in a row."""
 
     start: int
@@ -62,7 +62,7 @@ class Segment:
 class RowView:
     """One packed row of t slots: its documents, what each slot holds and predicts, {budget: (used, size)}."""
 
-    segments: list[Segment]
+    segments: list[RowSegment]
     contents: Int32[np.ndarray, " t"]
     losses: Int32[np.ndarray, " t"]
     fill: dict[str, tuple[int, int]]
@@ -157,7 +157,7 @@ def richest_document(row: RowView) -> Document:
     if not row.segments:
         raise ConfigError("the first row is empty: none of its documents could be decoded")
 
-    def richness(segment: Segment) -> tuple[int, int]:
+    def richness(segment: RowSegment) -> tuple[int, int]:
         kinds = set(row.contents[segment.start : segment.stop].tolist())
         return len(kinds), segment.stop - segment.start
 
@@ -208,7 +208,7 @@ def _view_alone(document: Document, encoded: EncodedDocument, omni: OmniConfig) 
     RowWriter(batch, 0).add(encoded, source=0, number=0)
     tokens = len(encoded.tokens)
     contents, losses = _contents(batch, 0, omni), _losses(batch, 0)
-    return RowView([Segment(0, tokens, document)], contents, losses, _fill(batch, 0, budgets))
+    return RowView([RowSegment(0, tokens, document)], contents, losses, _fill(batch, 0, budgets))
 
 
 def _view_row(batch: Batch, row: int, indexes: tuple[Index, ...], omni: OmniConfig, budgets: Budgets) -> RowView:
@@ -216,7 +216,7 @@ def _view_row(batch: Batch, row: int, indexes: tuple[Index, ...], omni: OmniConf
     for segment in range(1, int(batch["segment_ids"][row].max(initial=0)) + 1):
         slots = np.flatnonzero(batch["segment_ids"][row] == segment)
         source, number = (int(batch[name][row, slots[0]]) for name in ("source_ids", "document_ids"))
-        segments.append(Segment(int(slots[0]), int(slots[-1]) + 1, indexes[source].document(number)))
+        segments.append(RowSegment(int(slots[0]), int(slots[-1]) + 1, indexes[source].document(number)))
     return RowView(segments, _contents(batch, row, omni), _losses(batch, row), _fill(batch, row, budgets))
 
 

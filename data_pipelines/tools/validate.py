@@ -29,7 +29,7 @@ import numpy as np
 from baichuan_omni_jax.errors import ConfigError, exit_code
 from data_pipelines.datasets.builder.plan import first_of_same_id
 from data_pipelines.datasets.jobs.job import Job, JobProgress, Runner, Unit
-from data_pipelines.datasets.shards import Shard, ShardedDataset, open_dataset
+from data_pipelines.datasets.shards import ShardedDataset, ShardFile, open_dataset
 from data_pipelines.documents.document import Document
 from data_pipelines.documents.prompts import (
     Element,
@@ -178,7 +178,7 @@ def check_shard(unit: Unit, folder: Path) -> dict:
     return {"problems": [list(asdict(problem).values()) for problem in problems], "ids": "".join(identifiers)}
 
 
-def _check_file(path: Path, shard: Shard) -> Sequence[Problem]:
+def _check_file(path: Path, shard: ShardFile) -> Sequence[Problem]:
     try:
         with path.open("rb") as file:
             digest, size = file_digest(file, "sha256").hexdigest(), file.tell()

@@ -27,7 +27,7 @@ from data_pipelines.datasets.shards import (
     OPTIONS,
     RECORD_SCHEMA,
     SUFFIX,
-    Shard,
+    ShardFile,
     ShardWriter,
     read_description,
     write_description,
@@ -301,13 +301,13 @@ def _join_skipped(job: Job) -> None:
                 shutil.copyfileobj(own, file)
 
 
-def _describe_shards(job: Job, summaries: Sequence[dict]) -> list[Shard]:
+def _describe_shards(job: Job, summaries: Sequence[dict]) -> list[ShardFile]:
     files = job.files()
     shards = []
     for unit, summary in zip(job.units, summaries, strict=True):
         if summary["documents"]:
             name = f"{unit.name}{SUFFIX}"
-            shards.append(Shard(name, summary["documents"], *files[name]))
+            shards.append(ShardFile(name, summary["documents"], *files[name]))
     return shards
 
 

@@ -25,7 +25,7 @@ from typing import Any
 from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.datasets.builder.build import remove_outdated
 from data_pipelines.datasets.jobs.job import Job, Runner, Unit, folder_lock, refuse_foreign, run_job
-from data_pipelines.datasets.shards import SUFFIX, Shard, ShardWriter, write_description
+from data_pipelines.datasets.shards import SUFFIX, ShardFile, ShardWriter, write_description
 from data_pipelines.documents.document import Document
 from data_pipelines.documents.token_ids import pack_ids
 from data_pipelines.tokenizers.special_tokens import TOKENS_END, TOKENS_START, TRAINABLE_END, TRAINABLE_START
@@ -214,7 +214,7 @@ def _describe(recipe: Recipe, rates: Mapping[str, float], job: Job, summaries: S
     for summary in summaries:
         counts.update(summary["documents"])
     written = [
-        Shard(f"{unit.name}{SUFFIX}", sum(summary["documents"].values()), *files[f"{unit.name}{SUFFIX}"])
+        ShardFile(f"{unit.name}{SUFFIX}", sum(summary["documents"].values()), *files[f"{unit.name}{SUFFIX}"])
         for unit, summary in zip(job.units, summaries, strict=True)
     ]
     details = {

@@ -27,7 +27,7 @@ from data_pipelines.documents.prompt_writing import plain_text, write_prompt
 from data_pipelines.documents.prompts import Element, TextElement
 from data_pipelines.errors import SampleError
 from data_pipelines.media.location import Media, MediaReference, find_media
-from data_pipelines.synthesis.filters.rules import ASR, KEPT, REJECTED, Rules, Verdict, judge
+from data_pipelines.synthesis.filters.rules import ASR, KEPT, REJECTED, FilterRules, Verdict, judge
 from data_pipelines.synthesis.units import (
     SKIPPED,
     Draft,
@@ -47,7 +47,7 @@ _SIGNATURES = "signatures.npy"
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Adds the task's own options."""
-    add, default = parser.add_argument, Rules()
+    add, default = parser.add_argument, FilterRules()
     add("--languages", nargs="+", choices=LANGUAGES, default=default.languages, help="to keep (en zh mixed)")
     add("--shortest", metavar="CHARACTERS", type=int, default=default.shortest, help="of the plain text (default 2)")
     add("--longest", metavar="CHARACTERS", type=int, default=default.longest, help="(default 1000000)")
@@ -59,7 +59,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def make_job(options: Namespace) -> Job:
     """Makes the job of `options`. Raises ConfigError for rules that keep nothing, a missing hook or library."""
-    rules = Rules(
+    rules = FilterRules(
         tuple(sorted(set(options.languages))),
         options.shortest,
         options.longest,
@@ -85,7 +85,7 @@ def make_job(options: Namespace) -> Job:
 class FilterDocuments:
     """The work on one unit: a verdict on each document by itself, and the signatures of those that pass."""
 
-    rules: Rules
+    rules: FilterRules
 
     def __call__(self, unit: Unit, folder: Path) -> dict:
         """Writes a unit's files; returns {"made": documents by part, "skipped" and "rejected": by cause}."""

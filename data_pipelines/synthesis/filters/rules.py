@@ -118,7 +118,7 @@ SPEECH_TYPES = ("tts", "itts")  # documents whose speech stands right behind its
 
 
 @dataclass(frozen=True)
-class Rules:
+class FilterRules:
     """What a document must be.
 
     `languages` are those of `languages.detect_language`; text without letters is of all. Characters are those of the
@@ -150,7 +150,7 @@ class Verdict:
     score: int | float | str | None = None
 
 
-def judge(document: Document, rules: Rules) -> Verdict:
+def judge(document: Document, rules: FilterRules) -> Verdict:
     """Gives the verdict on one document by itself. Raises SampleError when it cannot be read, or its speech not
     checked.
     """
@@ -169,7 +169,7 @@ def judge(document: Document, rules: Rules) -> Verdict:
     return kept
 
 
-def _judge_speech(document: Document, kept: Verdict, rules: Rules) -> Verdict:
+def _judge_speech(document: Document, kept: Verdict, rules: FilterRules) -> Verdict:
     # Good speech stays; worse speech can still be listened to, with its text as the answer; the rest is noise.
     transcriber = load_hook("--transcriber", rules.transcriber, "transcribe")
     score = round(check_speech(document, kept.elements, transcriber), 4)

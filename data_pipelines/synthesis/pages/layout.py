@@ -47,7 +47,7 @@ class PageStyle:
 
 
 @dataclass(frozen=True)
-class Line:
+class TextLine:
     """A line with the spaces it ends in; `ends` says that its paragraph ends there."""
 
     text: str
@@ -58,7 +58,7 @@ class Line:
 class Page:
     """Lines with the (x, y) of their upper left corners; `bottom` is where the last of them ends."""
 
-    lines: tuple[tuple[int, int, Line], ...]
+    lines: tuple[tuple[int, int, TextLine], ...]
     bottom: int
 
     @property
@@ -75,7 +75,7 @@ def normalize(text: str) -> str:
     return re.sub(r" *\n[ \n]*", "\n", text).strip()
 
 
-def wrap(text: str, width: int, measure: Callable[[str], float]) -> Iterator[Line]:
+def wrap(text: str, width: int, measure: Callable[[str], float]) -> Iterator[TextLine]:
     """Breaks a normalized text into lines, none wider than `width` where a single character is not.
 
     `measure` tells the width of a text. Breaks stand at spaces and beside Chinese characters; a longer word is cut.
@@ -85,10 +85,10 @@ def wrap(text: str, width: int, measure: Callable[[str], float]) -> Iterator[Lin
         line, used = "", 0.0
         for piece in _fitting(_PIECE.findall(paragraph), width, measure):
             if line and used + measure(piece.rstrip(" ")) > width:
-                yield Line(line, ends=False)
+                yield TextLine(line, ends=False)
                 line, used = "", 0.0
             line, used = line + piece, used + measure(piece)
-        yield Line(line, ends=True)
+        yield TextLine(line, ends=True)
 
 
 def _fitting(pieces: list[str], width: int, measure: Callable[[str], float]) -> Iterator[str]:
@@ -99,9 +99,9 @@ def _fitting(pieces: list[str], width: int, measure: Callable[[str], float]) -> 
             yield from piece  # character by character
 
 
-def paginate(lines: Iterator[Line], style: PageStyle) -> Iterator[Page]:
+def paginate(lines: Iterator[TextLine], style: PageStyle) -> Iterator[Page]:
     """Lines set from the top into the columns of one page after the other."""
-    placed: list[tuple[int, int, Line]] = []
+    placed: list[tuple[int, int, TextLine]] = []
     column, y, bottom = 0, style.margin, 0
     for line in lines:
         # A full column: the next one, or the next page. A page takes one line at least, however large.

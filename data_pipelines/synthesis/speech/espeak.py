@@ -27,7 +27,7 @@ _VARIANTS = ("plain", "m1", "m2", "m3", "m4", "m6", "m8", "f1", "f2", "f3", "f4"
 
 
 @dataclass(frozen=True)
-class Voice:
+class EspeakVoice:
     """What eSpeak takes: its name for the voice, pitch 0-100, rate in words a minute."""
 
     espeak: str
@@ -51,7 +51,7 @@ def _table() -> dict[str, tuple[str, ...]]:
 VOICES = _table()
 
 
-def parse_voice(name: str, language: str) -> Voice:
+def parse_voice(name: str, language: str) -> EspeakVoice:
     """Returns the voice called `name`. Raises ValueError when it has another form or speaks another language."""
     # Any name of the form, not only those of the list: a user may know other accents.
     parts = name.split("/")
@@ -63,7 +63,7 @@ def parse_voice(name: str, language: str) -> Voice:
     accent, variant, pitch, rate = parts
     if (language == "zh") != accent.startswith("cmn"):
         raise ValueError(f"voice {name!r} does not speak {language!r}")
-    return Voice(accent if variant == "plain" else f"{accent}+{variant}", PITCHES[pitch], RATES[rate])
+    return EspeakVoice(accent if variant == "plain" else f"{accent}+{variant}", PITCHES[pitch], RATES[rate])
 
 
 SAMPLE_RATE = 22050

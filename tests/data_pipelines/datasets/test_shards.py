@@ -9,8 +9,8 @@ import pytest
 from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.datasets.shards import (
     OPEN_FILES,
-    Shard,
     ShardedDataset,
+    ShardFile,
     ShardWriter,
     open_dataset,
     pack_document,
@@ -44,7 +44,7 @@ def dataset(tmp_path) -> ShardedDataset:
     shards = []
     for name, numbers in (("a", range(10)), ("b", range(10, 15))):
         path = write_shard(tmp_path / f"{name}.array_record", numbers)
-        shards.append(Shard(path.name, len(numbers), path.stat().st_size, "-"))
+        shards.append(ShardFile(path.name, len(numbers), path.stat().st_size, "-"))
     write_description(tmp_path, shards, {"documents": 15})
     return open_dataset(tmp_path)
 
@@ -76,7 +76,7 @@ def test_more_shards_than_open_files(tmp_path):
     shards = []
     for number in range(OPEN_FILES + 3):
         write_shard(tmp_path / f"{number}.array_record", range(number, number + 1))
-        shards.append(Shard(f"{number}.array_record", 1, 0, "-"))
+        shards.append(ShardFile(f"{number}.array_record", 1, 0, "-"))
     dataset = ShardedDataset(tmp_path, shards, "")
     for _ in range(2):
         for number in range(len(shards)):

@@ -8,7 +8,7 @@ import pytest
 from baichuan_omni_jax.config import DataConfig, SourceConfig, tiny
 from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.datasets.builder.build import build_dataset
-from data_pipelines.datasets.shards import Shard, ShardWriter, open_dataset, write_description
+from data_pipelines.datasets.shards import ShardFile, ShardWriter, open_dataset, write_description
 from data_pipelines.documents.document import Document
 from data_pipelines.documents.processor import Processor
 from data_pipelines.documents.prompts import TextElement, TokensElement, parse_prompt
@@ -94,7 +94,7 @@ def test_a_data_set_of_another_tokenizer_is_refused(processor, tmp_path):
     (tmp_path / "mix").mkdir()
     with ShardWriter(tmp_path / "mix" / "documents-00000.array_record") as writer:
         writer.write(document, media)
-    shard = Shard("documents-00000.array_record", 1, 0, "0")
+    shard = ShardFile("documents-00000.array_record", 1, 0, "0")
     write_description(tmp_path / "mix", [shard], {"tokenizer": processor.tokenizer_fingerprint})
     config, source = DataConfig(root=str(tmp_path)), SourceConfig(name="a", manifest="mix")
     assert load_index(config, source, processor).usable == 1

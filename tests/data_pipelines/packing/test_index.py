@@ -17,7 +17,7 @@ from data_pipelines.audio_codes.store import ENTRY
 from data_pipelines.audio_codes.windows import listed, listing_job
 from data_pipelines.datasets.jobs.job import run_job
 from data_pipelines.datasets.jobs.local import LocalRunner
-from data_pipelines.datasets.shards import Shard, ShardWriter, write_description
+from data_pipelines.datasets.shards import ShardFile, ShardWriter, write_description
 from data_pipelines.documents.document import Lengths
 from data_pipelines.documents.manifest import parse_line
 from data_pipelines.documents.processor import Processor
@@ -206,7 +206,9 @@ def test_a_built_data_set(root, processor, tmp_path):
                     (root / "m.jsonl").read_bytes().splitlines()[line - 1], line, "m.jsonl", MediaRoot(root)
                 )
                 writer.write(document, {name: data for name, data in media.items() if name in document.text})
-        shards.append(Shard(path.name, len(lines), path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest()))
+        shards.append(
+            ShardFile(path.name, len(lines), path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())
+        )
     write_description(root / "set", shards, {})
     (root / "a.png").unlink()
     index = load_index(config(root), SourceConfig(name="set", manifest="set"), processor)

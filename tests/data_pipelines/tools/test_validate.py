@@ -10,7 +10,7 @@ import pytest
 import soundfile
 
 from data_pipelines.datasets.builder.build import build_dataset
-from data_pipelines.datasets.shards import Shard, ShardWriter, open_dataset, pack_document, write_description
+from data_pipelines.datasets.shards import ShardFile, ShardWriter, open_dataset, pack_document, write_description
 from data_pipelines.tools.commands import make_runner
 from data_pipelines.tools.validate import Problem, main, validate
 from tests.helpers.small_media import write_audio, write_image, write_video
@@ -118,7 +118,7 @@ def test_bytes_that_are_not_what_the_record_says(copy):
     with ShardWriter(path) as writer:
         writer._writer.write(record[:-1] + bytes([record[-1] ^ 1]))
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    write_description(copy, [Shard(path.name, 1, path.stat().st_size, digest)], {})
+    write_description(copy, [ShardFile(path.name, 1, path.stat().st_size, digest)], {})
     (problem,) = check(copy)
     assert (problem.id, problem.cause) == ("a0", "bad_record")
     assert problem.message == "a.png is not what was written"
@@ -128,7 +128,7 @@ def test_double_ids(copy):
     shutil.copy(copy / "a-00000.array_record", copy / "again.array_record")
     dataset = open_dataset(copy)
     first = dataset.shards[0]
-    again = Shard("again.array_record", first.documents, first.bytes, first.sha256)
+    again = ShardFile("again.array_record", first.documents, first.bytes, first.sha256)
     write_description(copy, [first, again], {})
     found = check(copy)
     assert causes(found) == [(f"again.array_record record {i}", f"a{i}", "duplicate_id") for i in range(3)]
