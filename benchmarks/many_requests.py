@@ -81,7 +81,7 @@ def spoil(prompt: SimpleNamespace, cause: str, cfg: OmniConfig) -> None:
 
 def make_requests(count: int, bad: float, cfg: OmniConfig) -> Iterator[Asked]:
     rng = np.random.default_rng(0)
-    base = GenerationConfig(max_tokens=16, piece_tokens=6, piece_frames=12)
+    base = GenerationConfig(max_tokens=16, segment_tokens=6, segment_frames=12)
     spoilt = set(rng.choice(count, round(bad * count), replace=False).tolist())
     for n in range(count):
         pictures, codes = (int(x) for x in (rng.integers(0, 3), rng.integers(0, 20)))

@@ -40,7 +40,7 @@ class GenerationConfig:
     """How one answer is generated; the defaults are those of the released demos.
 
     A spoken answer is a segment of text, then its speech, in turn. The first segment ends where the model begins to
-    speak; later ones also at punctuation (`speech_segments`), once they take about `piece_seconds` to speak.
+    speak; later ones also at punctuation (`speech_segments`), once they take about `segment_seconds` to speak.
     """
 
     speech: bool = False  # whether the answer is spoken; else it is text alone
@@ -49,21 +49,21 @@ class GenerationConfig:
     stop: tuple[str, ...] = ()  # the answer goes no further than one of these strings, which is left out
     # How an answer of text alone is sampled, then the first and the later text segments of a spoken one, then codes.
     text: SamplingConfig = SamplingConfig(temperature=0.8, top_k=20, top_p=0.85, repetition_penalty=1.1)
-    first_piece: SamplingConfig = SamplingConfig(temperature=0.8, top_k=20, top_p=0.85, repetition_penalty=1.1)
-    piece: SamplingConfig = SamplingConfig(temperature=0.3, top_k=20, top_p=0.85, repetition_penalty=1.05)
+    first_segment: SamplingConfig = SamplingConfig(temperature=0.8, top_k=20, top_p=0.85, repetition_penalty=1.1)
+    segment: SamplingConfig = SamplingConfig(temperature=0.3, top_k=20, top_p=0.85, repetition_penalty=1.05)
     codes: SamplingConfig = SamplingConfig(temperature=0.5, top_k=5, top_p=0.85, repetition_penalty=1.3)
-    piece_tokens: int = 50  # text tokens of a segment, at most
-    piece_frames: int = 500  # code frames of a segment's speech, at most: 40 s at 12.5 a second
+    segment_tokens: int = 50  # text tokens of a segment, at most
+    segment_frames: int = 500  # code frames of a segment's speech, at most: 40 s at 12.5 a second
     # Seconds: no less than the segments that the model was trained on (`--shortest` of the synthesis).
-    piece_seconds: float = READ_AT_LEAST
-    max_pieces: int = 100  # segments of an answer
+    segment_seconds: float = READ_AT_LEAST
+    max_segments: int = 100  # segments of an answer
 
     def __post_init__(self):
-        for name in ("max_tokens", "piece_tokens", "piece_frames", "max_pieces"):
+        for name in ("max_tokens", "segment_tokens", "segment_frames", "max_segments"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} {getattr(self, name)} must be at least 1")
-        if not 0 <= self.piece_seconds <= 3600:
-            raise ConfigError(f"piece_seconds {self.piece_seconds} must lie between 0 and 3600")
+        if not 0 <= self.segment_seconds <= 3600:
+            raise ConfigError(f"segment_seconds {self.segment_seconds} must lie between 0 and 3600")
         check_voice(self.voice)
         # A string alone would be taken for its characters, and the empty one is found everywhere.
         if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
@@ -72,7 +72,7 @@ class GenerationConfig:
     def greedy(self) -> "GenerationConfig":
         """Returns the same, with nothing sampled and no penalty."""
         likeliest = SamplingConfig()
-        return replace(self, text=likeliest, first_piece=likeliest, piece=likeliest, codes=likeliest)
+        return replace(self, text=likeliest, first_segment=likeliest, segment=likeliest, codes=likeliest)
 
 
 def check_voice(voice: str) -> None:

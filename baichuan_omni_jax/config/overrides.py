@@ -12,12 +12,18 @@ from baichuan_omni_jax.errors import ConfigError
 
 T = TypeVar("T")
 
-# Keys of a run that have been renamed: the old one is refused with the new one's name.
+# Keys of a run, and of an answer, that have been renamed: the old one is refused with the new one's name.
 RENAMED = {
     "eval.sound_every": "eval.audio_every",
     "eval.sounds": "eval.audio_samples",
     "tokenizer.quantizer.quantised_share": "tokenizer.quantizer.quantized_share",
     "tokenizer.quantizer.quantised_steps": "tokenizer.quantizer.quantized_steps",
+    "first_piece": "first_segment",
+    "piece": "segment",
+    "piece_tokens": "segment_tokens",
+    "piece_frames": "segment_frames",
+    "piece_seconds": "segment_seconds",
+    "max_pieces": "max_segments",
 }
 
 

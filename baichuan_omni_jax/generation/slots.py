@@ -56,9 +56,9 @@ class SlotState(NamedTuple):
     codes: SamplingParams
     key: UInt32[Array, "b 2"]
     max_tokens: Int32[Array, " b"]
-    piece_tokens: Int32[Array, " b"]
-    piece_frames: Int32[Array, " b"]
-    max_pieces: Int32[Array, " b"]
+    segment_tokens: Int32[Array, " b"]
+    segment_frames: Int32[Array, " b"]
+    max_segments: Int32[Array, " b"]
     least: Int32[Array, " b"]
     speech_enabled: Bool[Array, " b"]
     position: Int32[Array, " b"]
@@ -100,18 +100,18 @@ def init_slot(
     speaking = int(prompt[-1]) == tokens.audiogen_start
     seen_tokens = np.zeros((1, vocab), bool)
     seen_tokens[0, prompt] = True
-    first = settings.first_piece if settings.speech else settings.text
+    first = settings.first_segment if settings.speech else settings.text
     number, flag = (lambda value: np.array([value], np.int32)), (lambda value: np.array([value], bool))
     return SlotState(
         first=SamplingParams.from_settings([first]),
-        later=SamplingParams.from_settings([settings.piece]),
+        later=SamplingParams.from_settings([settings.segment]),
         codes=SamplingParams.from_settings([settings.codes]),
         key=key[None],
         max_tokens=number(settings.max_tokens),
-        piece_tokens=number(settings.piece_tokens),
-        piece_frames=number(settings.piece_frames),
-        max_pieces=number(settings.max_pieces),
-        least=number(round(100 * settings.piece_seconds)),
+        segment_tokens=number(settings.segment_tokens),
+        segment_frames=number(settings.segment_frames),
+        max_segments=number(settings.max_segments),
+        least=number(round(100 * settings.segment_seconds)),
         speech_enabled=flag(settings.speech),
         position=number(len(prompt)),
         tokens=number(0),
@@ -151,7 +151,7 @@ def advance(
     no more, or when its item has no place in a cache of `length`.
     """
     # What is drawn: a token, or a frame of speech.
-    full = rows.speaking & (rows.frames >= rows.piece_frames)
+    full = rows.speaking & (rows.frames >= rows.segment_frames)
     draws_token = rows.active & ~rows.speaking & ~rows.turn
     draws_frame = rows.active & rows.speaking & ~full
     token, logprob = _sample_token(rows, logits, draws_token, tokens, 1 + rows.seen_codes.shape[1])
@@ -176,9 +176,9 @@ def advance(
 
     drawn, piece = rows.tokens + text, rows.piece + text
     capped = text & (drawn >= rows.max_tokens)
-    piece_over = text & rows.speech_enabled & (cut_short | (piece >= rows.piece_tokens) | capped)
+    piece_over = text & rows.speech_enabled & (cut_short | (piece >= rows.segment_tokens) | capped)
     last_piece = (
-        silence & rows.speech_enabled & (rows.pieces >= rows.max_pieces) & (rows.ending == FinishReason.RUNNING)
+        silence & rows.speech_enabled & (rows.pieces >= rows.max_segments) & (rows.ending == FinishReason.RUNNING)
     )
     ending = jnp.where(
         speak_last, FinishReason.END, jnp.where(capped & rows.speech_enabled, FinishReason.LENGTH, rows.ending)

@@ -324,7 +324,7 @@ def test_parts_of_three_runs_hear_and_speak(tmp_path, capsys):
         save_branches(tmp_path / run, drawn(names, cfg), cfg, words, trained={"llm": 5})
     spec = ",".join(f"{name}={tmp_path / run}" for run, names in runs.items() for name in names)
     flags = ["--checkpoint", spec, "--length", "256", "--max-tokens", "6"]
-    sizes = ["--set", "piece_tokens=3", "--set", "piece_frames=5"]
+    sizes = ["--set", "segment_tokens=3", "--set", "segment_frames=5"]
 
     spoken = ["--prompt", "the cat", "--out", str(tmp_path / "a.wav")]
     assert main(["generate", "tts", *flags, *sizes, *spoken]) == 0

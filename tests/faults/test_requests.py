@@ -22,7 +22,7 @@ from tests.helpers.small_media import tone, write_image
 
 CFG = small_config()
 SILENT = replace(GenerationConfig().greedy(), max_tokens=8)
-ALOUD = replace(GenerationConfig(speech=True).greedy(), max_tokens=4, piece_tokens=2, piece_frames=3)
+ALOUD = replace(GenerationConfig(speech=True).greedy(), max_tokens=4, segment_tokens=2, segment_frames=3)
 GROWTH = 32 << 20  # bytes between the 100th and the last request: the allocator's own, not 8 MB of media a request
 
 

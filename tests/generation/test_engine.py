@@ -30,7 +30,7 @@ from tests.helpers.golden import golden_path
 
 CFG = small_config()
 LENGTH = 96
-ALOUD = replace(GenerationConfig(speech=True).greedy(), max_tokens=12, piece_tokens=4, piece_frames=5)
+ALOUD = replace(GenerationConfig(speech=True).greedy(), max_tokens=12, segment_tokens=4, segment_frames=5)
 SILENT = replace(GenerationConfig().greedy(), max_tokens=10)
 
 
@@ -191,9 +191,9 @@ def test_the_depth_cache_gives_the_logits_of_the_whole_depth_sequence(branches):
 def test_a_request_draws_the_same_in_any_company(engine):
     rng = np.random.default_rng(2)
     prompt = media_prompt(rng, CFG)
-    settings = replace(GenerationConfig(speech=True), max_tokens=14, piece_frames=4)
+    settings = replace(GenerationConfig(speech=True), max_tokens=14, segment_frames=4)
     hot = replace(
-        settings, first_piece=SamplingConfig(temperature=2.0), codes=SamplingConfig(temperature=2.0, top_p=0.9)
+        settings, first_segment=SamplingConfig(temperature=2.0), codes=SamplingConfig(temperature=2.0, top_p=0.9)
     )
     (alone,) = answer_all(engine, [(prompt, settings)])
     others = [(random_text(rng, CFG, n), hot) for n in (3, 30, 60)]
@@ -228,7 +228,7 @@ def test_the_golden_answers_alone_and_among_others():
     engine = Engine(branches, cfg, None, slots=4, length=80)
     rng, sequence, codes = np.random.default_rng(0), text.reference("sequence")[0], speech.reference("codes")
     read, said = text.input("prompt")[0], speech.input("prompt")[0]
-    settings = replace(GenerationConfig().greedy(), max_tokens=len(sequence) - len(read), piece_frames=48)
+    settings = replace(GenerationConfig().greedy(), max_tokens=len(sequence) - len(read), segment_frames=48)
     asked = [(text_prompt(read), settings), (text_prompt(said), settings)]
     others = [(text_prompt(rng.integers(0, 400, n)), replace(ALOUD, max_tokens=30)) for n in (3, 30)]
     for company in (asked[:1], asked[1:], [*others, *asked]):

@@ -37,7 +37,7 @@ from tests.helpers.typecheck import unchecked
 CFG = small_config()
 KEY = jax.random.key(0)
 SILENT = replace(GenerationConfig().greedy(), max_tokens=10)
-ALOUD = replace(GenerationConfig(speech=True).greedy(), max_tokens=9, piece_tokens=4, piece_frames=5)
+ALOUD = replace(GenerationConfig(speech=True).greedy(), max_tokens=9, segment_tokens=4, segment_frames=5)
 PICTURE = media_prompt(np.random.default_rng(1), CFG, codes=0)
 SOUND = media_prompt(np.random.default_rng(1), CFG, pictures=(4,), mels=90)
 

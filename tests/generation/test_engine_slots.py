@@ -22,9 +22,9 @@ TEXTS = {COMMA: ",", QUOTED: ",so", SILENT_SIGN: " -"}
 TABLE = table_of_texts([TEXTS.get(i, "" if i in (START, STOP, EOT) else " word") for i in range(V)])
 END_CODE = CFG.audio.codebook_sizes[0]
 ALOUD = replace(
-    GenerationConfig(speech=True).greedy(), max_tokens=20, piece_tokens=3, piece_frames=2, piece_seconds=0.5
+    GenerationConfig(speech=True).greedy(), max_tokens=20, segment_tokens=3, segment_frames=2, segment_seconds=0.5
 )
-LONG = replace(ALOUD, piece_tokens=9)
+LONG = replace(ALOUD, segment_tokens=9)
 SILENT = replace(GenerationConfig().greedy(), max_tokens=3)
 
 
@@ -58,7 +58,7 @@ def play(*rows: tuple[list[int], GenerationConfig, list[int]]) -> list[tuple[lis
             wanted = script[0] if script else EOT
             logits[row, wanted], codes[row, 0] = 5, wanted
             logits[row, 105] = 1
-        draws = np.asarray(state.active & ~state.turn & ~(state.speaking & (state.frames >= state.piece_frames)))
+        draws = np.asarray(state.active & ~state.turn & ~(state.speaking & (state.frames >= state.segment_frames)))
         state, items = step(state, logits, codes)
         for row, (kind, token) in enumerate(zip(np.asarray(items.kind), np.asarray(items.token), strict=True)):
             if kind in (OutputKind.TOKEN, OutputKind.MARK):
@@ -88,11 +88,11 @@ CASES = {
         ([STOP, 101, COMMA, 102, COMMA, START, "frame 6", STOP, EOT], "end"),
     ),
     "nor one without anything to say": (
-        ([7, START], replace(LONG, piece_seconds=0.0), [END_CODE, SILENT_SIGN, COMMA, SILENT_SIGN, EOT]),
+        ([7, START], replace(LONG, segment_seconds=0.0), [END_CODE, SILENT_SIGN, COMMA, SILENT_SIGN, EOT]),
         ([STOP, SILENT_SIGN, COMMA, SILENT_SIGN, EOT], "end"),
     ),
     "an answer has so many pieces at most": (
-        ([7], replace(ALOUD, max_pieces=2), [101, START, 5, END_CODE, 102, START, 6, END_CODE]),
+        ([7], replace(ALOUD, max_segments=2), [101, START, 5, END_CODE, 102, START, 6, END_CODE]),
         ([101, START, "frame 5", STOP, 102, START, "frame 6", STOP], "length"),
     ),
     "so do as many tokens, and as many frames end speech": (
@@ -114,7 +114,7 @@ CASES = {
         (["frame 5", STOP], "end"),
     ),
     "for as long as it may be": (
-        ([7, START], replace(SILENT, piece_frames=2), [5, 6]),
+        ([7, START], replace(SILENT, segment_frames=2), [5, 6]),
         (["frame 5", "frame 6", STOP], "length"),
     ),
     "and goes on where it is to answer aloud": (

@@ -223,7 +223,7 @@ def test_the_command_answers_text_a_picture_and_the_microphone(checkpoint, open_
     spoken, rate = soundfile.read(next((sample_dir / "speech").glob("en_*.wav")))
     quiet = np.zeros(rate)
     soundfile.write(microphone, np.concatenate([quiet, spoken, *[quiet] * 3]), rate)
-    flags = ("--port", "0", "--length", "1024", "--slots", "2", "--max-tokens", "4", "--set", "piece_frames=20")
+    flags = ("--port", "0", "--length", "1024", "--slots", "2", "--max-tokens", "4", "--set", "segment_frames=20")
     command = [sys.executable, str(SCRIPT), "--checkpoint", str(checkpoint), *flags]
     environment = micro.environment(tmp_path / "xla", 1)
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:

@@ -51,7 +51,7 @@ from data_pipelines.text.splitting import spoken_seconds
 from data_pipelines.tokenizers.special_tokens import ASSISTANT
 
 MIN_PIECES = 3  # the least that `--pieces` may be: then no piece is ever left alone
-MAX_ANSWER_PIECES = GenerationConfig().max_pieces  # stretches of speech of an answer
+MAX_ANSWER_PIECES = GenerationConfig().max_segments  # stretches of speech of an answer
 
 # Writes the prompt of two or more pieces; the function it is given speaks one piece and returns the path.
 PromptWriter = Callable[[Sequence[str], Callable[[str], str]], Source]

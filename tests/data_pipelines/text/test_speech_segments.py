@@ -139,7 +139,7 @@ def test_where_a_piece_ends(text, pieces):
 
 def test_one_least_length_for_synthesis_reading_and_answers():
     """Ten Chinese characters, as the released demos read."""
-    assert READ_AT_LEAST == GenerationConfig().piece_seconds == 2.5
+    assert READ_AT_LEAST == GenerationConfig().segment_seconds == 2.5
     text = "一二三四五六七八九，一二三四五六七八九十，好。"
     assert split_text(text) == ["一二三四五六七八九，一二三四五六七八九十，", "好。"]
     assert cut_places(text, READ_AT_LEAST) == [len(text) - 2]
@@ -148,8 +148,8 @@ def test_one_least_length_for_synthesis_reading_and_answers():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"piece_seconds": -1.0}, "piece_seconds -1.0 must lie between"),
-        ({"max_pieces": 0}, "max_pieces 0 must be at least 1"),
+        ({"segment_seconds": -1.0}, "segment_seconds -1.0 must lie between"),
+        ({"max_segments": 0}, "max_segments 0 must be at least 1"),
         ({"voice": "a】b"}, "without 【 and 】"),
         ({"voice": " "}, "must be a name"),
         ({"voice": "a\u2028b"}, "in one line"),

@@ -15,8 +15,8 @@ from baichuan_omni_jax.sharding import make_mesh
 from tests.helpers.engine_prompts import media_prompt, random_text, small_branches, small_config, text_prompt, tokenizer
 
 CFG = small_config()
-ALOUD = replace(GenerationConfig(speech=True).greedy(), max_tokens=9, piece_tokens=4, piece_frames=5)
-DRAWN = replace(GenerationConfig(speech=True), max_tokens=9, piece_tokens=4, piece_frames=5)
+ALOUD = replace(GenerationConfig(speech=True).greedy(), max_tokens=9, segment_tokens=4, segment_frames=5)
+DRAWN = replace(GenerationConfig(speech=True), max_tokens=9, segment_tokens=4, segment_frames=5)
 MESHES = {"data2_tensor2": MeshConfig(data=2, tensor=2), "data2_fsdp2_tensor2": MeshConfig(data=2, fsdp=2, tensor=2)}
 
 
