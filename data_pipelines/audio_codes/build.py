@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int32, Shaped
@@ -57,6 +57,7 @@ class CodeEncoder:
     encode: Encode
 
 
+@runtime_checkable
 class HostCall(Protocol):
     """Does work on this host in step with the others; returns the host's own result."""
 
