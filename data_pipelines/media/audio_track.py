@@ -275,7 +275,8 @@ def _audio_stream(container: InputContainer, name: str) -> AudioStream:
 def _table_length(container: InputContainer, stream: AudioStream) -> int | None:
     """Samples of AAC in MP4 by its table of packets, less the encoder's delay; None where that is not plain.
 
-    Every packet has 1024; the clock starts at -delay, and what lies before 0 is not heard.
+    Every packet has 1024; the clock starts at -delay, and what lies before 0 is not heard. FFmpeg plays the last packet
+    whole up to libavcodec 62, and as far as the track lasts from 63 on.
     """
     codec, table = stream.codec_context, stream.index_entries
     plain = container.format.name.startswith("mov,") and codec.name == "aac" and codec.frame_size == 1024
@@ -284,4 +285,7 @@ def _table_length(container: InputContainer, stream: AudioStream) -> int | None:
     first, last = table[0].timestamp, table[len(table) - 1]
     if last.timestamp - first != 1024 * (len(table) - 1):
         return None
-    return max(0, last.timestamp + 1024 - max(first, 0))
+    end = last.timestamp + 1024
+    if stream.duration and av.library_versions["libavcodec"][0] >= 63:
+        end = min(end, stream.duration)
+    return max(0, end - max(first, 0))

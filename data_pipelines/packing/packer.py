@@ -29,7 +29,7 @@ _CLOSE = 1 / 1024  # of a budget: two documents that leave less end the search
 
 
 def pack(
-    lengths: ArrayLike, budgets: ArrayLike, *, open_bins: int = OPEN_BINS, look_ahead: int = LOOK_AHEAD
+    lengths: ArrayLike, budgets: ArrayLike | int, *, open_bins: int = OPEN_BINS, look_ahead: int = LOOK_AHEAD
 ) -> list[list[int]]:
     """Packs documents into rows under one budget or several.
 
