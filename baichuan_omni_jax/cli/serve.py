@@ -13,8 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from baichuan_omni_jax.cli.generation.opening import add_model_flags, open_chat
-from baichuan_omni_jax.cli.generation.settings import add_settings_flags, settings_of
+from baichuan_omni_jax.cli.chat import add_model_arguments, add_sampling_arguments, generation_config, open_chat
 from baichuan_omni_jax.config import GenerationConfig
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.serving.limits import Limits
@@ -46,7 +45,7 @@ def serve(options: argparse.Namespace) -> None:
     with _listen(options.host, options.port) as listening, TemporaryDirectory() as folder:
         os.environ["GRADIO_TEMP_DIR"] = f"{folder}/uploads"
         root = Path(folder) / "sessions"
-        opened = open_chat(options, settings_of(options, GenerationConfig()), root)
+        opened = open_chat(options, generation_config(options, GenerationConfig()), root)
         if opened.chat.processor is None:
             raise ConfigError(f"checkpoint {options.checkpoint} brings no tokenizer: give one with --tokenizer")
         settings = PageSettings(
@@ -54,7 +53,7 @@ def serve(options: argparse.Namespace) -> None:
             note=opened.notice,
             system=options.system,
             aloud=opened.chat.model.speech_decoder is not None,
-            hears=opened.hears,
+            hears=opened.takes_audio,
             clients=options.slots,
             limits=limits,
         )
@@ -75,15 +74,16 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_flags(parser)
-    add = parser.add_argument_group("the page").add_argument
+    add_model_arguments(parser)
+    group = parser.add_argument_group("the page")
+    add = group.add_argument
     add(
         "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all of this machine's (default %(default)s)"
     )
     add("--port", type=int, default=7860, help="0: any that is free (default %(default)s)")
     add("--title", default="Baichuan-Omni", help="of the page")
     add("--system", default="", metavar="TEXT", help="system message of every conversation")
-    add_settings_flags(add)
+    add_sampling_arguments(group)
     for field in fields(Limits):
         flag = f"--max-{field.name.replace('_', '-')}"
         add(

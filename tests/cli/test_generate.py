@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from baichuan_omni_jax.checkpoint import abstract_branches, save_branches
 from baichuan_omni_jax.cli import generate
-from baichuan_omni_jax.cli.generation.asking import ask
+from baichuan_omni_jax.cli.generate import answer_config, request_fields, start_request
 from baichuan_omni_jax.cli.main import main, make_parser
 from baichuan_omni_jax.config import SamplingConfig, tiny
 from baichuan_omni_jax.convert.to_jax import convert_to_jax
@@ -39,7 +39,7 @@ class Chat:
 
 def asked(task, base=Path(), **values):
     with unchecked():  # `Chat` is a double
-        return ask(Chat(), task, values, None, base)
+        return start_request(Chat(), task, values, None, base)
 
 
 def parse(line):
@@ -71,7 +71,7 @@ def test_media_keep_the_order_of_the_command_line():
     line = (
         "chat --image a.png --audio b.wav --prompt Why? --image c.png d.png --checkpoint x --video e.mp4 --audio f.wav"
     )
-    values = generate._values(parse(line))
+    values = request_fields(parse(line))
     _, (user,) = asked("chat", **values)
     kinds = ["image", "audio", "image", "image", "video", "audio"]
     files = ["a.png", "b.wav", "c.png", "d.png", "e.mp4", "f.wav"]
@@ -144,7 +144,7 @@ def test_fields_that_a_task_cannot_use(task, values, sentence):
         ("chat --checkpoint x --manifest m --output o --prompt a", "--prompt is not for it"),
         ("chat --checkpoint x --manifest m --output o --audio a --image b", "--audio is not for it"),
         ("chat --checkpoint x --manifest m --output o --interactive", "--interactive is not for it"),
-        ("asr --checkpoint x --audio a --out o.wav", "does not answer aloud"),
+        ("asr --checkpoint x --audio a --out o.wav", "does not speak"),
         ("asr --checkpoint x --interactive", "--interactive is for chat"),
         ("chat --checkpoint x --interactive --save s", "without --tokens and --save"),
         ("chat --checkpoint x --prompt a --speech", "needs --out"),
@@ -170,7 +170,7 @@ def test_flags_that_cannot_be_used_are_one_sentence(arguments, sentence, capsys)
 def test_settings_of_the_flags():
 
     def settings(line):
-        return generate._settings(parse(f"{line} --checkpoint x"))
+        return answer_config(parse(f"{line} --checkpoint x"))
 
     assert settings("asr --audio a").text == SamplingConfig()
     assert settings("chat --prompt a --out o.wav").speech
