@@ -1,6 +1,6 @@
 """How much of speech an audio tokenizer keeps: mel error, use of codes, bitrate, intelligibility, recognized words.
 
-    baichuan-omni evaluate tokenizer --checkpoint DIR --manifest asr.jsonl [--root MEDIA] [--picture page.png]
+    baichuan-omni evaluate tokenizer --checkpoint DIR --manifest asr.jsonl [--root MEDIA] [--plot page.png]
     baichuan-omni evaluate tokenizer --checkpoint audio_encoder=DIR,audio_decoder=DIR,flow=DIR --manifest asr.jsonl
         --asr package.module:function --json numbers.json
 
@@ -45,7 +45,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_media_arguments(tokenizer)
     add("--limit", metavar="N", type=int, help="as many clips at most")
     add("--asr", metavar="MODULE:FUNCTION", help="your recognizer, f(samples, rate) -> text")
-    add("--picture", metavar="FILE.png", type=Path, help="mels, use of codes, error by level; needs matplotlib")
+    add(
+        "--plot",
+        "--picture",
+        metavar="FILE.png",
+        type=Path,
+        help="mels, use of codes, error by level (extra `show`)",
+    )
     add("--json", metavar="FILE.json", type=Path, help="the numbers")
 
 
@@ -75,11 +81,11 @@ def evaluate_tokenizer(options: argparse.Namespace) -> None:
     numbers = evaluator.numbers() | {"skipped": dict(skipped)}
     if options.json:
         options.json.write_text(json.dumps(numbers, indent=2))
-    if options.picture:
+    if options.plot:
         from data_pipelines.tools.figures import draw_tokenizer  # imports matplotlib
 
         seconds = evaluator.scores.settings.hop / evaluator.scores.settings.rate
-        draw_tokenizer(evaluator.mels, seconds, numbers, cfg.audio.codebook_sizes, options.picture)
+        draw_tokenizer(evaluator.mels, seconds, numbers, cfg.audio.codebook_sizes, options.plot)
     for name, value in numbers.items():
         print(f"{name:28} {value:.4g}" if isinstance(value, float) else f"{name:28} {value}")
     for sentence in missing_measures():
@@ -98,8 +104,8 @@ def load_branches(spec: str) -> tuple[dict[str, Any], OmniConfig]:
 
 def check_options(options: argparse.Namespace) -> None:
     """Before minutes of work: raises ConfigError for files that could not be written."""
-    check_folders(options, "json", "picture")
-    if options.picture and find_spec("matplotlib") is None:
-        raise ConfigError("--picture needs matplotlib: pip install '.[show]'")
+    check_folders(options, "json", "plot")
+    if options.plot and find_spec("matplotlib") is None:
+        raise ConfigError("--plot needs matplotlib: pip install '.[show]'")
     if options.limit is not None and options.limit < 1:
         raise ConfigError(f"--limit must be at least 1, not {options.limit}")

@@ -28,15 +28,16 @@ ENVIRONMENT = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `preflight`."""
     add_run_arguments(parser)
     add = parser.add_argument
     add("--topology", required=True, metavar="TYPE:AxBxC", help="the slice, such as v5p:4x4x4")
     add("--slices", type=int, metavar="N", help="how many of them; default: mesh.slices of the config")
     add("--json", type=Path, metavar="FILE", help="also write the report here")
     add("--plot", type=Path, metavar="FILE.png", help="also draw it (needs the extra `show`)")
-    add("--mean", type=float, metavar="N", help="tokens of a document, for the FLOPs")
-    add("--sigma", type=float, metavar="X", help="spread of the lengths' logarithm")
-    add("--picture", type=int, metavar="N", help="patches of a picture, for the FLOPs")
+    add("--mean", type=float, metavar="N", help="tokens of a document, for the FLOPs (default 3000)")
+    add("--sigma", type=float, metavar="X", help="spread of the lengths' logarithm (default 1.2)")
+    add("--image-patches", "--picture", type=int, metavar="N", help="of an image, for the FLOPs (default 1024)")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -54,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
 
     slices = [] if options.slices is None else [f"mesh.slices={options.slices}"]
     run = apply_overrides(load_run_config(options.config), [*options.set, *slices])
-    given = {name: getattr(options, name) for name in ("mean", "sigma", "picture")}
+    given = {"mean": options.mean, "sigma": options.sigma, "picture": options.image_patches}
     packing = Packing(**{name: value for name, value in given.items() if value is not None})
     report = preflight(run, resolve_model(run.model), options.topology, packing)
     print_report(Console(), report)

@@ -13,17 +13,17 @@ from data_pipelines.media.location import Media
 from data_pipelines.media.media_kind import MediaContent, inspect_media
 from data_pipelines.media.videos import probe_video
 
-RATE = 16_000  # Hz at which sounds are measured
-LEAST = 0.1  # seconds: a shorter sound may give no code frame
+RATE = 16_000  # Hz at which audio is measured
+LEAST = 0.1  # seconds: shorter audio may give no code frame
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Of one turn: files, megabytes (2^20 bytes) of each, seconds of each sound and video, characters of text."""
+    """Of one turn: files, megabytes (2^20 bytes) of each, seconds of each audio file and video, characters of text."""
 
     files: int = 8
     megabytes: float = 32
-    sound_seconds: float = 60
+    audio_seconds: float = 60
     video_seconds: float = 120
     characters: int = 8000
 
@@ -38,24 +38,24 @@ def read_turn(
     files: Sequence[Path],
     limits: Limits,
     *,
-    hears: bool = True,
-    say: Callable[[str], None] = lambda sentence: None,
+    takes_audio: bool = True,
+    note: Callable[[str], None] = lambda sentence: None,
 ) -> list[dict[str, Any]]:
-    """Parts of a message (`OmniChat.reply`): the media by path, then the text.
+    """Makes the parts of a message (`OmniChat.reply`): the media by path, then the text.
 
-    What a file is follows from its content, not from its name. A video is followed by its own sound, `{"type":
-    "audio"}` of the same path, as in the released demos; where it cannot be heard, `say` is told why in one sentence.
+    What a file is follows from its content, not from its name. A video is followed by its own audio, `{"type":
+    "audio"}` of the same path, as in the released demos; where that is left out, `note` gets a sentence that says why.
 
     Args:
         text: what the user wrote.
         files: what the user attached, in that order.
-        limits: what is refused beyond them; the sound of a video beyond `sound_seconds` is left out instead.
-        hears: whether the checkpoint has the branches to hear a video's sound with.
-        say: takes sentences that the user should see.
+        limits: what is refused beyond them; the audio of a video beyond `audio_seconds` is left out instead.
+        takes_audio: whether the checkpoint has the branches that encode a video's audio.
+        note: takes sentences that the user should see.
 
     Raises:
         RequestError: `bad_message` when there is nothing, or too much; `bad_media` for a file that is too large or
-            long, or no picture, sound or video.
+            long, or no image, audio or video.
     """
     text = text.strip()
     if not text and not files:
@@ -64,12 +64,12 @@ def read_turn(
         raise RequestError("bad_message", f"the text has {len(text)} characters, more than {limits.characters}")
     if len(files) > limits.files:
         raise RequestError("bad_message", f"{len(files)} files are attached, more than {limits.files}")
-    parts = [part for path in files for part in _read_file(path, limits, hears, say)]
+    parts = [part for path in files for part in _read_file(path, limits, takes_audio, note)]
     return parts + ([{"type": "text", "text": text}] if text else [])
 
 
-def _read_file(path: Path, limits: Limits, hears: bool, say: Callable[[str], None]) -> list[dict[str, Any]]:
-    """The part of one file, or the two of a video that is heard."""
+def _read_file(path: Path, limits: Limits, takes_audio: bool, note: Callable[[str], None]) -> list[dict[str, Any]]:
+    """The part of one file, or the two of a video with its audio."""
     size = path.stat().st_size / 2**20
     if size > limits.megabytes:
         raise RequestError("bad_media", f"{path.name} has {size:.1f} MB, more than {limits.megabytes:g}")
@@ -81,34 +81,34 @@ def _read_file(path: Path, limits: Limits, hears: bool, say: Callable[[str], Non
         raise RequestError("bad_media", str(error)) from error
     parts = [{"type": content.kind, "path": str(path)}]
     if content.kind == "video":
-        if reason := _why_unheard(media, content, limits, hears):
-            say(f"The sound of {path.name} is not heard: {reason}.")
+        if reason := _why_left_out(media, content, limits, takes_audio):
+            note(f"The audio of {path.name} is left out: {reason}.")
         else:
             parts.append({"type": "audio", "path": str(path)})
     return parts
 
 
 def _check_length(media: Media, kind: str, limits: Limits) -> None:
-    """Raises RequestError for a sound or video that is too long, SampleError for media that cannot be read."""
+    """Raises RequestError for audio or video that is too long, SampleError for media that cannot be read."""
     if kind == "image":
         probe_image(media)
         return
-    longest = limits.sound_seconds if kind == "audio" else limits.video_seconds
+    longest = limits.audio_seconds if kind == "audio" else limits.video_seconds
     seconds = probe_audio(media, RATE) / RATE if kind == "audio" else probe_video(media, 1.0, 1).seconds
     if seconds > longest:
         raise RequestError("bad_media", f"{media.name} is {seconds:.0f} s long, more than {longest:g} s")
 
 
-def _why_unheard(media: Media, content: MediaContent, limits: Limits, hears: bool) -> str:
-    """Why a video's sound is not part of the message; nothing when it is. Its frames are seen in any case."""
+def _why_left_out(media: Media, content: MediaContent, limits: Limits, takes_audio: bool) -> str:
+    """Why a video's audio is not part of the message; "" when it is. Its frames are part of it in any case."""
     if not content.has_audio:
-        return "it has no sound track"
-    if not hears:
-        return "the checkpoint has no branches to hear with"
+        return "there is no audio track"
+    if not takes_audio:
+        return "the checkpoint has no branches that encode audio"
     try:
         samples = probe_audio(media, RATE)
-        if samples / RATE > limits.sound_seconds:
-            return f"it is {samples / RATE:.0f} s long, more than {limits.sound_seconds:g} s"
+        if samples / RATE > limits.audio_seconds:
+            return f"it is {samples / RATE:.0f} s long, more than {limits.audio_seconds:g} s"
         if samples / RATE < LEAST:
             return "it is too short"
         decode_audio(media, samples, RATE)

@@ -1,6 +1,7 @@
-"""One conversation of the page: its turns, its microphone, its files."""
+"""Conversations of the page, one a browser tab: turns, microphone, files."""
 
 import logging
+import secrets
 import shutil
 import threading
 import time
@@ -17,10 +18,8 @@ from baichuan_omni_jax.config import GenerationConfig
 from baichuan_omni_jax.errors import RequestError
 from baichuan_omni_jax.generation.chat import AudioChunk, ChatAnswer, ChatStream, Conversation, OmniChat
 from baichuan_omni_jax.generation.events import TextDelta
-
-from .limits import Limits, read_turn
-from .pauses import PauseDetector, PauseSettings
-from .speech import GrowingSpeech
+from baichuan_omni_jax.serving.audio import PauseDetector, PauseSettings, SpeechWave
+from baichuan_omni_jax.serving.limits import Limits, read_turn
 
 FAILED = "the server failed at this request, has written down why, and goes on"
 BUSY = "Not answered: the last answer is still being given; stop it first."
@@ -34,6 +33,7 @@ ENDINGS = {
 SHOWN_AS = {"image": ".png", "audio": ".wav", "video": ".mp4"}
 REFRESH = 0.1  # seconds: text may come faster than a page can be drawn
 PATIENCE = 30.0  # seconds in which an answer that was stopped must have ended
+IDLE = 3600.0  # seconds after which a tab that never said goodbye is forgotten
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class View:
     (None: none is), and one line about how it goes."""
 
     messages: list[dict[str, Any]]
-    speech: GrowingSpeech | None
+    speech: SpeechWave | None
     status: str
 
 
@@ -50,12 +50,12 @@ class Session:
     """One browser tab's conversation; its files lie in `folder`.
 
     One turn at a time. `stop` and `close` may be called from any thread; both end the answer and free its slot.
-    `hears`: whether the checkpoint can hear the sound of a video.
+    `takes_audio`: whether the checkpoint can encode the audio of a video.
     """
 
-    def __init__(self, chat: OmniChat, folder: Path, system: str, limits: Limits, hears: bool = True):
+    def __init__(self, chat: OmniChat, folder: Path, system: str, limits: Limits, takes_audio: bool = True):
         self.folder, self.used, self.closed = folder, time.monotonic(), False
-        self._chat, self._system, self._limits, self._hears = chat, system, limits, hears
+        self._chat, self._system, self._limits, self._takes_audio = chat, system, limits, takes_audio
         self._turn, self._turns, self._files = threading.Lock(), 0, 0
         self._reply: ChatStream | None = None
         self._stopped = False
@@ -65,7 +65,7 @@ class Session:
         self._conversation = Conversation(self._chat, self._system)
         self._messages: list[dict[str, Any]] = []
         self._microphone: PauseDetector | None = None
-        self.speech: GrowingSpeech | None = None
+        self.speech: SpeechWave | None = None
 
     @property
     def answering(self) -> bool:
@@ -86,38 +86,39 @@ class Session:
         """Ends the answer that is being given; its last view follows."""
         self._stopped = True
         if speech := self.speech:
-            speech.hush()
+            speech.mute()
         if reply := self._reply:
             reply.cancel()
 
     def close(self) -> None:
-        """The tab is gone: ends the answer and deletes the session's files."""
+        """Ends the answer and deletes the session's files: the tab is gone."""
         self.closed = True
         self.stop()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def hear(self, rate: int, samples: np.ndarray) -> Path | None:
-        """What the microphone heard next, as `PauseDetector.push` takes it; a WAV file of an utterance that has ended.
+    def push_audio(self, rate: int, samples: np.ndarray) -> Path | None:
+        """Takes the microphone's next samples (`PauseDetector.push`); returns a WAV file of an utterance that ended.
 
-        While an answer is given and as long as it sounds, nothing is heard: it would be the answer.
+        While an answer is given and as long as it plays, the microphone is ignored: it would hear the answer.
         """
         if self._microphone is None or self._microphone.rate != rate:
-            longest = min(PauseSettings.longest, self._limits.sound_seconds)
+            longest = min(PauseSettings.longest, self._limits.audio_seconds)
             self._microphone = PauseDetector(rate, PauseSettings(longest=longest))
-        if self.answering or (self.speech and self.speech.sounds):
+        if self.answering or (self.speech and self.speech.playing):
             self._microphone.close()
             return None
-        said = self._microphone.push(samples)
-        return self._write("spoken.wav", said[0], rate) if said else None
+        utterances = self._microphone.push(samples)
+        return self._write("spoken.wav", utterances[0], rate) if utterances else None
 
-    def switch_off(self) -> Path | None:
-        """The microphone is off: a WAV file of the utterance begun; None when nothing was said."""
+    def end_audio(self) -> Path | None:
+        """Ends the microphone's audio; returns a WAV file of the utterance begun; None when there is none."""
         microphone, self._microphone = self._microphone, None
-        said = microphone.close() if microphone else None
-        return None if said is None else self._write("spoken.wav", said, microphone.rate)
+        if microphone is None or (utterance := microphone.close()) is None:
+            return None
+        return self._write("spoken.wav", utterance, microphone.rate)
 
     def answer(self, text: str, files: Sequence[Path], settings: GenerationConfig) -> Iterator[View]:
-        """Answers one turn; each view is newer. What cannot be answered is said in one sentence in the last view.
+        """Answers one turn; each view is newer. The last one says in a sentence what cannot be answered.
 
         Letting go of the iterator ends the answer.
         """
@@ -139,10 +140,10 @@ class Session:
             self._turn.release()
 
     def _answer(self, text: str, files: Sequence[Path], settings: GenerationConfig) -> Iterator[View]:
-        asked = self._show("user", text.strip() or ", ".join(path.name for path in files))
-        unheard: list[str] = []
-        parts = read_turn(text, files, self._limits, hears=self._hears, say=unheard.append)
-        asked["content"] = [*self._keep(parts), *(f"*{sentence}*" for sentence in unheard)]
+        turn = self._show("user", text.strip() or ", ".join(path.name for path in files))
+        notes: list[str] = []
+        parts = read_turn(text, files, self._limits, takes_audio=self._takes_audio, note=notes.append)
+        turn["content"] = [*self._keep(parts), *(f"*{sentence}*" for sentence in notes)]
         yield self._view("Reading")
         self._turns += 1
         key = jax.random.fold_in(self._chat.key, self._turns)
@@ -154,16 +155,16 @@ class Session:
 
     def _follow(self, reply: ChatStream) -> Iterator[View]:
         """Views while the answer comes."""
-        shown, drawn = None, 0.0
+        shown, refreshed = None, 0.0
         for event in reply:
             if isinstance(event, TextDelta):
                 shown = shown or self._show("assistant", "")
                 shown["content"][0] += event.text
             elif isinstance(event, AudioChunk):
-                self.speech = self.speech or GrowingSpeech(event.rate)
+                self.speech = self.speech or SpeechWave(event.rate)
                 self.speech.push(event.samples)
-            if isinstance(event, AudioChunk) or time.monotonic() - drawn > REFRESH:
-                drawn = time.monotonic()
+            if isinstance(event, AudioChunk) or time.monotonic() - refreshed > REFRESH:
+                refreshed = time.monotonic()
                 yield self._view("Answering")
 
     def _finish(self, answer: ChatAnswer) -> View:
@@ -191,7 +192,7 @@ class Session:
     def _keep(self, parts: list[dict[str, Any]]) -> list[Any]:
         """Copies uploads, which may be cleared away, to where they lie as long as the conversation.
 
-        Returns what the page shows of the parts: a video and its sound are one file.
+        Returns what the page shows of the parts: a video and its audio are one file.
         """
         shown, copied = [], ("", "")
         for part in parts:
@@ -217,6 +218,54 @@ class Session:
         folder = self.folder / str(self._files)
         folder.mkdir(parents=True)
         return folder / name
+
+
+class Sessions:
+    """All conversations, by what Gradio calls the session hash of a browser tab. Thread-safe.
+
+    Each session's files lie in a folder of `folder` whose name cannot be guessed.
+    """
+
+    def __init__(self, chat: OmniChat, folder: Path, system: str, limits: Limits, takes_audio: bool = True):
+        self._chat, self._folder, self._system, self._limits, self._takes_audio = (
+            chat,
+            folder,
+            system,
+            limits,
+            takes_audio,
+        )
+        self._sessions: dict[str, Session] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def get(self, tab: str) -> Session:
+        """Returns the tab's session, begun where there was none."""
+        with self._lock:
+            if tab not in self._sessions:
+                self._close_idle()
+                folder = self._folder / secrets.token_urlsafe(16)
+                self._sessions[tab] = Session(self._chat, folder, self._system, self._limits, self._takes_audio)
+            return self._sessions[tab]
+
+    def close(self, tab: str) -> None:
+        """Forgets a tab that is gone."""
+        with self._lock:
+            session = self._sessions.pop(tab, None)
+        if session:
+            session.close()
+
+    def speech(self, name: str) -> SpeechWave | None:
+        """Returns the answer of that name, while it is the newest of its session."""
+        with self._lock:
+            found = [s.speech for s in self._sessions.values() if s.speech and s.speech.name == name]
+        return found[0] if found else None
+
+    def _close_idle(self) -> None:
+        before = time.monotonic() - IDLE
+        for tab in [tab for tab, s in self._sessions.items() if s.used < before and not s.answering]:
+            self._sessions.pop(tab).close()
 
 
 def _shown_name(part: dict[str, Any]) -> str:

@@ -142,5 +142,5 @@ def test_help_imports_no_jax_and_completion_knows_every_flag():
     shown = subprocess.run(
         [*command, "--print-completion", "bash"], capture_output=True, text=True, check=True, cwd=ROOT
     )
-    for flag in ("--coordinator", "--print-completion", "--shard-mb", "--topology", "--max-sound-seconds"):
+    for flag in ("--coordinator", "--print-completion", "--shard-mb", "--topology", "--max-audio-seconds"):
         assert flag in shown[1]

@@ -118,7 +118,7 @@ def test_missing_libtpu_is_said(monkeypatch):
 def test_output_folder_is_checked_first():
     done = preflight("--config", str(MICRO), "--topology", "v5p:2x2x1", "--json", "/nowhere/at/all.json")
     assert done.returncode == 2
-    assert done.stderr == "error: --json /nowhere/at/all.json: /nowhere/at is not a folder\n"
+    assert done.stderr == "error: --json /nowhere/at/all.json: there is no folder /nowhere/at\n"
 
 
 @needs_libtpu

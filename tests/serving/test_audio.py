@@ -1,9 +1,9 @@
-"""Pauses: where an utterance ends, in quiet and in noise, however the sound is cut into pieces."""
+"""Pauses: where an utterance ends, in quiet and in noise, however the audio is cut into pieces."""
 
 import numpy as np
 import pytest
 
-from baichuan_omni_jax.serving.pauses import PauseDetector, PauseSettings
+from baichuan_omni_jax.serving.audio import PauseDetector, PauseSettings
 
 RATE = 16000
 FRAME = 0.02

@@ -1,4 +1,4 @@
-"""The page in Gradio: what is on it, and which function of a session each thing on it calls."""
+"""The web page in Gradio: what is on it, and which function of a session each component calls."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -11,13 +11,11 @@ import numpy as np
 from fastapi.responses import StreamingResponse
 
 from baichuan_omni_jax.generation.chat import OmniChat
+from baichuan_omni_jax.serving.limits import Limits
+from baichuan_omni_jax.serving.session import Session, Sessions, View
 
-from .limits import Limits
-from .session import Session, View
-from .sessions import Sessions
-
-CSS = Path(__file__).with_name("page.css")
-LISTEN = 0.25  # seconds of sound in a piece from the microphone
+CSS = Path(__file__).with_name("web_page.css")
+LISTEN = 0.25  # seconds of audio in a piece from the microphone
 THEME = gr.themes.Default(
     primary_hue="teal",
     neutral_hue="slate",
@@ -28,22 +26,21 @@ THEME = gr.themes.Default(
 
 @dataclass(frozen=True, kw_only=True)
 class PageSettings:
-    """`note` stands under the title; `aloud`, `hears`: whether the checkpoint can speak and hear; so many `clients` are
-    served at a time, and `waiting` more may queue."""
+    """What the page shows, and how many it serves."""
 
     title: str = "Baichuan-Omni"
-    note: str = ""
-    system: str = ""
-    aloud: bool = True
-    hears: bool = True
-    clients: int = 8
-    waiting: int = 64
+    notice: str = ""  # stands under the title
+    system: str = ""  # system message of every conversation
+    speaks: bool = True  # whether the checkpoint can speak
+    takes_audio: bool = True  # whether it can encode audio
+    clients: int = 8  # answers at a time
+    waiting: int = 64  # more that may queue
     limits: Limits = Limits()
 
 
 def make_app(chat: OmniChat, folder: Path, settings: PageSettings) -> fastapi.FastAPI:
     """The web application. What users send and hear lies in `folder` while their tab is open."""
-    sessions = Sessions(chat, folder, settings.system, settings.limits, settings.hears)
+    sessions = Sessions(chat, folder, settings.system, settings.limits, settings.takes_audio)
     app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
     @app.get("/speech/{name}.wav")
@@ -80,13 +77,13 @@ class _Page:
 
     def _place(self) -> None:
         settings = self._settings
-        self.spoken = gr.State()
-        gr.Markdown(f"# {settings.title}\n{settings.note}", line_breaks=True, elem_id="title")
+        self.utterance = gr.State()
+        gr.Markdown(f"# {settings.title}\n{settings.notice}", line_breaks=True, elem_id="title")
         with gr.Row(equal_height=False):
             with gr.Column(scale=7, min_width=420):
                 self.chat = gr.Chatbot(
                     show_label=False, height="54vh", elem_id="chat", buttons=[], feedback_options=None,
-                    placeholder="Write, attach a picture, a sound or a video, or speak.",
+                    placeholder="Write, attach an image, an audio file or a video, or speak.",
                 )  # fmt: skip
                 self.player = gr.HTML(elem_id="player")
                 # Any ending may be chosen (`file_types` is left out): what a file is, its content tells.
@@ -106,46 +103,54 @@ class _Page:
                     label="Camera: goes with the next message", sources=["webcam"], type="filepath",
                     height=220, elem_id="camera",
                 )  # fmt: skip
-                self.aloud = gr.Checkbox(
-                    value=settings.aloud, interactive=settings.aloud, label="Answer aloud",
-                    info="" if settings.aloud else "The checkpoint has no branches for speech.", elem_id="aloud",
+                self.speech = gr.Checkbox(
+                    value=settings.speaks, interactive=settings.speaks, label="Spoken answers",
+                    info="" if settings.speaks else "The checkpoint has no branches for speech.", elem_id="speech",
                 )  # fmt: skip
 
     def _connect(self) -> None:
         shown = [self.chat, self.player, self.status]
         slot = {"concurrency_limit": self._settings.clients, "concurrency_id": "answers", "show_progress": "hidden"}
         quick = {"queue": False, "show_progress": "hidden"}
-        self.box.submit(self._write, [self.box, self.camera, self.aloud], [*shown, self.box, self.camera], **slot)
-        self.microphone.stream(self._hear, self.microphone, self.spoken, stream_every=LISTEN, show_progress="hidden")
-        self.microphone.stop_recording(self._switch_off, None, self.spoken, **quick)
-        self.spoken.change(
-            self._speak, [self.spoken, self.camera, self.aloud], [*shown, self.camera], trigger_mode="multiple", **slot
+        self.box.submit(self._write, [self.box, self.camera, self.speech], [*shown, self.box, self.camera], **slot)
+        self.microphone.stream(
+            self._push_audio, self.microphone, self.utterance, stream_every=LISTEN, show_progress="hidden"
+        )
+        self.microphone.stop_recording(self._end_audio, None, self.utterance, **quick)
+        self.utterance.change(
+            self._answer_utterance,
+            [self.utterance, self.camera, self.speech],
+            [*shown, self.camera],
+            trigger_mode="multiple",
+            **slot,
         )
         self.stop.click(self._stop, None, self.player, **quick)
         self.restart.click(self._restart, None, shown, **quick)
         self.blocks.unload(self._leave)
 
-    def _write(self, box: dict[str, Any], camera: str | None, aloud: bool, request: gr.Request) -> Iterator[list]:
+    def _write(self, box: dict[str, Any], camera: str | None, speech: bool, request: gr.Request) -> Iterator[list]:
         files = [*([camera] if camera else []), *box["files"]]
         yield [gr.skip()] * 3 + [None, None]
-        yield from self._answer(request, box["text"], files, aloud, 2)
+        yield from self._answer(request, box["text"], files, speech, 2)
 
-    def _hear(self, piece: tuple[int, np.ndarray] | None, request: gr.Request):
-        """The path of an utterance when one has ended."""
-        said = self._session(request).hear(*piece) if piece else None
-        return str(said) if said else gr.skip()
+    def _push_audio(self, piece: tuple[int, np.ndarray] | None, request: gr.Request):
+        """Returns the path of an utterance when one has ended."""
+        utterance = self._session(request).push_audio(*piece) if piece else None
+        return str(utterance) if utterance else gr.skip()
 
-    def _switch_off(self, request: gr.Request):
-        said = self._session(request).switch_off()
-        return str(said) if said else gr.skip()
+    def _end_audio(self, request: gr.Request):
+        utterance = self._session(request).end_audio()
+        return str(utterance) if utterance else gr.skip()
 
-    def _speak(self, spoken: str, camera: str | None, aloud: bool, request: gr.Request) -> Iterator[list]:
+    def _answer_utterance(
+        self, utterance: str, camera: str | None, speech: bool, request: gr.Request
+    ) -> Iterator[list]:
         yield [gr.skip()] * 3 + [None]
-        yield from self._answer(request, "", [*([camera] if camera else []), spoken], aloud, 1)
+        yield from self._answer(request, "", [*([camera] if camera else []), utterance], speech, 1)
 
-    def _answer(self, request: gr.Request, text: str, files: list[str], aloud: bool, skipped: int) -> Iterator[list]:
+    def _answer(self, request: gr.Request, text: str, files: list[str], speech: bool, skipped: int) -> Iterator[list]:
         """Values for messages, player and status, and as many components more that stay as they are."""
-        settings = replace(self._chat.settings, speech=aloud)
+        settings = replace(self._chat.settings, speech=speech)
         playing = None
         for view in self._session(request).answer(text, [Path(file) for file in files], settings):
             player = gr.skip() if view.speech is playing else _player(view)
@@ -164,7 +169,7 @@ class _Page:
         self._sessions.close(request.session_hash)
 
     def _session(self, request: gr.Request) -> Session:
-        return self._sessions.of(request.session_hash)
+        return self._sessions.get(request.session_hash)
 
 
 def _player(view: View) -> str:

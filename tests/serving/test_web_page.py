@@ -1,4 +1,4 @@
-"""The page in a headless browser: its turns, its sound, its refusals, tabs that stop, differ and go away.
+"""The page in a headless browser: its turns, its audio, its refusals, tabs that stop, differ and go away.
 
 Needs the extra `browser`, Chromium and its driver (Debian: chromium, chromium-driver).
 """
@@ -36,7 +36,7 @@ pytestmark = [
 ]
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "launch" / "web_demo.py"
+COMMAND = [sys.executable, "-m", "baichuan_omni_jax", "serve"]
 FLAGS = """--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
     --disable-component-update --disable-sync --use-fake-device-for-media-stream --use-fake-ui-for-media-stream
     --autoplay-policy=no-user-gesture-required --window-size=1280,900""".split()
@@ -111,7 +111,7 @@ def serve(tmp_path):
     import uvicorn
 
     from baichuan_omni_jax.serving.limits import Limits
-    from baichuan_omni_jax.serving.page import PageSettings, make_app
+    from baichuan_omni_jax.serving.web_page import PageSettings, make_app
 
     running = []
 
@@ -224,7 +224,7 @@ def test_the_command_answers_text_a_picture_and_the_microphone(checkpoint, open_
     quiet = np.zeros(rate)
     soundfile.write(microphone, np.concatenate([quiet, spoken, *[quiet] * 3]), rate)
     flags = ("--port", "0", "--length", "1024", "--slots", "2", "--max-tokens", "4", "--set", "segment_frames=20")
-    command = [sys.executable, str(SCRIPT), "--checkpoint", str(checkpoint), *flags]
+    command = [*COMMAND, "--checkpoint", str(checkpoint), *flags]
     environment = micro.environment(tmp_path / "xla", 1)
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         try:
@@ -256,6 +256,6 @@ def test_what_cannot_be_used_is_named(tmp_path):
             (("--checkpoint", str(tmp_path), "--port", port), f"--port {port} cannot be listened on"),
             (("--checkpoint", str(tmp_path), "--max-files", "0"), "limit files 0 must be positive"),
         ):
-            done = subprocess.run([sys.executable, str(SCRIPT), *flags], capture_output=True, text=True)
+            done = subprocess.run([*COMMAND, *flags], capture_output=True, text=True)
             assert done.returncode == 2, done.stderr
             assert sentence in done.stderr.splitlines()[-1]
