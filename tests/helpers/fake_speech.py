@@ -48,3 +48,13 @@ def break_down() -> ToneSpeech:
 
 def make_nothing() -> object:
     return object()
+
+
+class OldSpeech:
+    """Has the method of version 0.1 alone."""
+
+    def voices(self, language: str) -> tuple[str, ...]:
+        return ("deep",)
+
+    def synthesise(self, text: str, voice: str, language: str) -> tuple[np.ndarray, int]:
+        return np.zeros(1600, np.float32), 16000

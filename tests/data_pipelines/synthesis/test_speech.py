@@ -218,6 +218,7 @@ def test_the_user_s_own_voices_and_languages(tmp_path):
         (("--tts", "no_such_module:make"), "cannot be loaded: No module named 'no_such_module'"),
         (("--tts", "tests.helpers.fake_speech:no_such"), "has no attribute 'no_such'"),
         (("--tts", "tests.helpers.fake_speech:make_nothing"), "has no method voices"),
+        (("--tts", "tests.helpers.fake_speech:OldSpeech"), "has no method synthesize"),
         (("--tts", "tests.helpers.fake_speech:break_down"), "break_down cannot be loaded: RuntimeError: no model"),
         (
             (*FAKE, "--voices", "hoarse"),
