@@ -1,4 +1,4 @@
-"""One program at a time: locks of files and of workdirs, and what becomes of them when a program dies."""
+"""Files appear whole or not at all; locks of files and of workdirs, and what becomes of them when a program dies."""
 
 import errno
 import fcntl
@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from etils import epath
 
 from baichuan_omni_jax.checkpoint import Workdir
 from baichuan_omni_jax.errors import ConfigError
-from baichuan_omni_jax.storage import take_lock
+from baichuan_omni_jax.storage import atomic_write, take_lock, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 HOLDER = r"""
@@ -97,3 +98,35 @@ def test_only_process_0_of_a_run_locks(tmp_path, monkeypatch):
     second.hold()
     monkeypatch.undo()
     first.close()
+
+
+@pytest.mark.parametrize(("mode", "old", "new"), [("w", "old ä", "new ß"), ("wb", b"old", b"new")])
+@pytest.mark.parametrize("kind", [Path, epath.Path])
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, kind, mode, old, new):
+    path = kind(tmp_path) / "a.json"
+    with atomic_write(path, mode) as file:
+        file.write(old)
+
+    def fail_halfway() -> None:
+        with atomic_write(path, mode) as file:
+            file.write(new)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_halfway()
+    read = path.read_bytes if "b" in mode else lambda: path.read_bytes().decode("utf-8")
+    assert read() == old
+    assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
+    with atomic_write(path, mode) as file:
+        file.write(new)
+        assert read() == old
+    assert read() == new
+    assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_json_is_written_as_text_in_a_folder_that_need_not_be_there(tmp_path):
+    write_json(tmp_path / "made" / "a.json", {"ä": [1, None]})
+    assert (tmp_path / "made" / "a.json").read_text(encoding="utf-8") == '{\n "ä": [\n  1,\n  null\n ]\n}'
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "made" / "a.json", {1, 2})
+    assert [file.name for file in (tmp_path / "made").iterdir()] == ["a.json"]

@@ -183,7 +183,12 @@ def checkpoint_texts(
     branches: Mapping[str, Any], config: OmniConfig, tokenizer_json: str, trained: Mapping[str, int]
 ) -> dict[str, str]:
     """Returns the text files of a checkpoint, by relative name."""
-    info = {name: asdict(_describe(module, trained.get(name, 0))) for name, module in branches.items()}
+    info = {}
+    for name, module in branches.items():
+        leaves = leaves_by_name(module).values()
+        count = sum(int(leaf.size) for leaf in leaves)
+        dtype = "+".join(sorted({str(np.dtype(leaf.dtype)) for leaf in leaves}))
+        info[name] = asdict(BranchInfo(parameters=count, dtype=dtype, trained=trained.get(name, 0)))
     texts = {
         CONFIG: json.dumps(to_hf(config), indent=2, ensure_ascii=False),
         BRANCHES_FILE: json.dumps(info, indent=2),
@@ -191,12 +196,6 @@ def checkpoint_texts(
     if tokenizer_json:
         texts[f"{PROCESSOR}/tokenizer.json"] = _tokenizer_text(tokenizer_json)
     return texts
-
-
-def _describe(module: Any, trained: int) -> BranchInfo:
-    leaves = leaves_by_name(module).values()
-    dtypes = sorted({str(np.dtype(leaf.dtype)) for leaf in leaves})
-    return BranchInfo(parameters=sum(int(leaf.size) for leaf in leaves), dtype="+".join(dtypes), trained=trained)
 
 
 def _tokenizer_text(tokenizer_json: str) -> str:

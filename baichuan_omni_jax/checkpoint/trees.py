@@ -60,7 +60,7 @@ def with_shardings(
 def leaves_by_name(tree: Tree) -> dict[str, Any]:
     """Returns every array of a pytree by dotted name (`0.mu.llm.embed`), out of its `nnx.Variable` if it is in one."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_variable)
-    named = {dotted(path): _unwrap(leaf) for path, leaf in leaves}
+    named = {dotted(path): leaf.get_value() if _is_variable(leaf) else leaf for path, leaf in leaves}
     assert len(named) == len(leaves), f"{len(leaves) - len(named)} leaves share a dotted name with another"
     return named
 
@@ -153,10 +153,6 @@ def _restore_args(leaf: Any) -> ocp.RestoreArgs:
     return ocp.ArrayRestoreArgs(
         restore_type=jax.Array, dtype=leaf.dtype, sharding=sharding, global_shape=tuple(leaf.shape)
     )
-
-
-def _unwrap(leaf: Any) -> Any:
-    return leaf.get_value() if _is_variable(leaf) else leaf
 
 
 def _is_variable(leaf: Any) -> bool:

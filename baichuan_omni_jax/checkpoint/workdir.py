@@ -192,7 +192,9 @@ class Workdir:
         candidates = there if step is None else [known for known in there if known == step]
         found, bad = newest_good(self.path, candidates)
         if found is None:
-            raise ConfigError(self._nothing_left(step, bad))
+            named = "no usable checkpoint" if step is None else f"no usable checkpoint of step {step}"
+            why = f": {bad} is missing or changed" if bad else ""
+            raise ConfigError(f"{steps_folder(self.path)} holds {named}{why}")
         # Damaged steps are not removed until a good one is saved, but no longer count.
         self._damaged.update(known for known in candidates if known > found)
         folder = step_folder(self.path, found)
@@ -211,10 +213,6 @@ class Workdir:
         if leaves_by_name(abstract) and not (folder / name).exists():
             raise ConfigError(f"checkpoint {folder} has no {name}")
         return read_tree(folder / name, abstract, what)
-
-    def _nothing_left(self, step: int | None, bad: str) -> str:
-        named = "no usable checkpoint" if step is None else f"no usable checkpoint of step {step}"
-        return f"{steps_folder(self.path)} holds {named}" + (f": {bad} is missing or changed" if bad else "")
 
     def _finish(self, step: int) -> None:
         """Waits in the background for the rename, then removes what is no longer kept."""

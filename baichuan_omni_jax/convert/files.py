@@ -80,10 +80,12 @@ def save_buffers(folder: Path, source: TensorSource, buffers: Mapping[str, Rule]
     for name, rule in buffers.items():
         found = source.read(name)
         dtypes[name] = found.dtype.name
+        exact = rule.restored()
+        rounded = exact.astype(found.dtype)
         # Bytes decide, not values: a round trip gives the very same file back.
-        if not _same_bytes(found, rule.restored().astype(found.dtype)):
+        if found.shape != rounded.shape or found.tobytes() != rounded.tobytes():
             carried[name] = found
-            problems += _check_buffer(name, found, rule.restored())
+            problems += _check_buffer(name, found, exact)
     if problems:
         raise ConfigError(f"{source.location} cannot be converted: {'; '.join(problems)}")
     (folder / SOURCE).write_text(json.dumps({"buffers": dtypes}, indent=1))
@@ -114,10 +116,6 @@ def load_buffers(folder: Path, buffers: Mapping[str, Rule], dtype: np.dtype) -> 
 def _is_companion(path: Path) -> bool:
     weights_index = path.name.endswith(".index.json")
     return path.is_file() and path.suffix in _SUFFIXES and path.name not in _NOT_COPIED and not weights_index
-
-
-def _same_bytes(left: np.ndarray, right: np.ndarray) -> bool:
-    return left.shape == right.shape and left.tobytes() == right.tobytes()
 
 
 def _check_buffer(name: str, found: np.ndarray, computed: np.ndarray) -> list[str]:

@@ -166,9 +166,10 @@ def _join_dtypes(plan: Plan, abstract: Mapping[str, Any]) -> list[str]:
         for entry in entries:
             for leaf in entry.leaves:
                 dtypes.setdefault(leaf, set()).add(plan.tensors[entry.name].dtype)
-        problems += [
-            f"{branch}.{leaf} would join dtypes {_kinds(kinds)}" for leaf, kinds in dtypes.items() if len(kinds) > 1
-        ]
+        for leaf, kinds in dtypes.items():
+            if len(kinds) > 1:
+                named = " and ".join(sorted(kind.name for kind in kinds))
+                problems.append(f"{branch}.{leaf} would join dtypes {named}")
         shapes = _shapes(abstract, [branch])[branch]
         plan.leaves[branch] = {leaf: TensorInfo(shapes[leaf], min(kinds, key=str)) for leaf, kinds in dtypes.items()}
     return problems
@@ -192,10 +193,6 @@ def _shapes(abstract: Mapping[str, Any], branches: Iterable[str]) -> dict[str, d
 
 def _list(shape: tuple[int, ...]) -> str:
     return str(list(shape))
-
-
-def _kinds(dtypes: Iterable[np.dtype]) -> str:
-    return " and ".join(sorted(dtype.name for dtype in dtypes))
 
 
 def rotary_buffers(source: TensorSource, cfg: OmniConfig) -> dict[str, bool]:

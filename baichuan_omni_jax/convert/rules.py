@@ -144,7 +144,8 @@ def expand(rules: Iterable[Rule], shapes: Mapping[str, tuple[int, ...]], branch:
         if not wanted:
             problems.append(f"parameter {branch}.{leaf} is never written: no rule names it")
         elif len(wanted) > 1:
-            problems.append(f"parameter {branch}.{leaf} is written twice: by {_names(wanted)}")
+            writers = " and ".join(rule.tensor for rule in wanted)
+            problems.append(f"parameter {branch}.{leaf} is written twice: by {writers}")
     names = [entry.name for entry in entries]
     problems += [
         f"two rules of {branch} name tensor {name}" for name in sorted({n for n in names if names.count(n) > 1})
@@ -201,10 +202,6 @@ def _pattern(template: str) -> re.Pattern[str]:
     return re.compile(
         "".join(rf"(?P<{piece}>0|[1-9]\d*)" if i % 2 else re.escape(piece) for i, piece in enumerate(pieces))
     )
-
-
-def _names(rules: Iterable[Rule]) -> str:
-    return " and ".join(rule.tensor for rule in rules)
 
 
 # Torch linears are (out, in), ours (in, out), heads an axis of their own.

@@ -177,7 +177,9 @@ class ShardedSafetensors:
         self._shards = {shard: SafetensorsFile(folder / shard) for shard in shards}
         # Index and headers must name the same tensors in the same files.
         problems = [
-            f"{folder / file} lacks tensor {name}" for name, file in files.items() if not self._holds(file, name)
+            f"{folder / file} lacks tensor {name}"
+            for name, file in files.items()
+            if name not in self._shards[file].infos
         ]
         for shard, file in self._shards.items():
             problems += [f"{folder / shard} holds tensor {name}" for name in file.infos if files.get(name) != shard]
@@ -194,9 +196,6 @@ class ShardedSafetensors:
         """Closes all shards."""
         for shard in self._shards.values():
             shard.close()
-
-    def _holds(self, file: str, name: str) -> bool:
-        return name in self._shards[file].infos
 
     @staticmethod
     def _weight_map(index: Path) -> dict[str, str]:

@@ -6,7 +6,7 @@ audio are left out; their marks stay in the vocabulary.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -233,8 +233,9 @@ def write_export(
 
     def blocks(tensor: str) -> Iterator[np.ndarray]:
         found = [export.buffers[tensor]] if tensor in export.buffers else _blocks(*owners[tensor])
-        found = map(changes[tensor], found) if tensor in changes else found
-        return _counted(found, tensors[tensor].dtype, advance)
+        for block in map(changes[tensor], found) if tensor in changes else found:
+            yield block.astype(tensors[tensor].dtype, copy=False)
+            advance(block.nbytes)
 
     write_shards(folder, name, tensors, shard_bytes, blocks)
 
@@ -250,12 +251,6 @@ def _blocks(reader: BranchReader, entry: Entry) -> Iterator[np.ndarray]:
     # Parts of a packed tensor (Q, K, V) follow one another on its first axis: each is a block of rows.
     for leaf in entry.leaves:
         yield rule.backward(reader.read(leaf, entry.index))
-
-
-def _counted(blocks: Iterable[np.ndarray], dtype: np.dtype, advance: Advance) -> Iterator[np.ndarray]:
-    for block in blocks:
-        yield block.astype(dtype, copy=False)
-        advance(block.nbytes)
 
 
 def _usual_dtype(plan: Plan) -> np.dtype:
