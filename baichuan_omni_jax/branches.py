@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from jaxtyping import PRNGKeyArray
 
     from baichuan_omni_jax.config import OmniConfig
+    from baichuan_omni_jax.config.vocoder import VocoderConfig
     from baichuan_omni_jax.nn.param import ComputePolicy
-    from baichuan_omni_jax.vocoder.config import VocoderConfig
 
 BranchName = Literal[
     "vision", "audio_encoder", "audio_decoder", "llm", "audio_head", "flow", "vocoder", "transcript_adapter"

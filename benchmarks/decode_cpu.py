@@ -29,10 +29,10 @@ import transformers
 from rows import emit, row
 
 from baichuan_omni_jax.config import GenerationConfig, MeshConfig, OmniConfig, tiny
+from baichuan_omni_jax.config.architecture import AudioHeadConfig, LLMConfig
 from baichuan_omni_jax.convert import branch_rules, load_branch_from_safetensors
 from baichuan_omni_jax.convert.safetensors_io import TensorInfo
 from baichuan_omni_jax.generation.engine import Engine
-from baichuan_omni_jax.llm.config import AudioHeadConfig, LLMConfig
 from baichuan_omni_jax.llm.decode import DecodeModel
 from baichuan_omni_jax.llm.kv_cache import KVCache, init_cache
 from baichuan_omni_jax.llm.model import LanguageModel

@@ -26,11 +26,11 @@ from rows import emit, row
 from baichuan_omni_jax.audio.decoder import AudioDecoder
 from baichuan_omni_jax.audio.encoder import ResidualQuantizer
 from baichuan_omni_jax.config import MeshConfig, OmniConfig, baichuan_omni_7b, tiny
+from baichuan_omni_jax.config.vocoder import VocoderConfig, tiny_vocoder
 from baichuan_omni_jax.flow.model import FlowDecoder
 from baichuan_omni_jax.generation.speech_decoder import SpeechDecoder
 from baichuan_omni_jax.nn.param import ComputePolicy, named_variables, with_values
 from baichuan_omni_jax.sharding import make_mesh
-from baichuan_omni_jax.vocoder.config import VocoderConfig, tiny_vocoder
 from baichuan_omni_jax.vocoder.model import Vocoder
 
 Clock = Callable[[], float]

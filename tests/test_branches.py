@@ -19,9 +19,9 @@ from baichuan_omni_jax.branches import (
 )
 from baichuan_omni_jax.checkpoint import abstract_branches
 from baichuan_omni_jax.config import MeshConfig, OmniConfig, tiny
+from baichuan_omni_jax.config.vocoder import tiny_vocoder
 from baichuan_omni_jax.nn.param import named_values
 from baichuan_omni_jax.sharding import make_mesh
-from baichuan_omni_jax.vocoder.config import tiny_vocoder
 
 ROOT = Path(__file__).resolve().parents[1]
 

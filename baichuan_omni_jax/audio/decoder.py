@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray
 
-from baichuan_omni_jax.audio.config import AudioConfig, PostNetConfig
 from baichuan_omni_jax.audio.encoder import sinusoids
+from baichuan_omni_jax.config.architecture import AudioConfig, PostNetConfig
 from baichuan_omni_jax.nn.conv import Conv1d, TransposedConv1d, frames_before, keep, resize_nearest
 from baichuan_omni_jax.nn.encoder import EncoderLayer, EncoderSizes, run_encoder
 from baichuan_omni_jax.nn.layers import GroupNorm, LayerNorm

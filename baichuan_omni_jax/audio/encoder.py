@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray
 
-from baichuan_omni_jax.audio.config import AudioConfig
+from baichuan_omni_jax.config.architecture import AudioConfig
 from baichuan_omni_jax.kernels.rvq_lookup import Prepared, prepare_codebooks, rvq_lookup
 from baichuan_omni_jax.nn.conv import Conv1d, frames_before
 from baichuan_omni_jax.nn.encoder import EncoderLayer, EncoderSizes, run_encoder

@@ -9,8 +9,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int32
 
-from baichuan_omni_jax.audio.config import AudioConfig
 from baichuan_omni_jax.audio.encoder import AudioEncoderBranch
+from baichuan_omni_jax.config.architecture import AudioConfig
 from baichuan_omni_jax.nn.param import CLIPS, named_values
 from baichuan_omni_jax.sharding import axis_product
 

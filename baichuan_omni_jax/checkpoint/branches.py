@@ -15,9 +15,9 @@ from baichuan_omni_jax.branches import BRANCHES, MODEL_BRANCHES, VOCODER_BRANCH
 from baichuan_omni_jax.checkpoint.steps import CHECKSUMS, committed_steps, newest_good, step_folder, verify_checksums
 from baichuan_omni_jax.checkpoint.trees import FolderSave, leaves_by_name, make_checkpointer, read_tree, to_stored
 from baichuan_omni_jax.config import OmniConfig, to_hf
+from baichuan_omni_jax.config.vocoder import VocoderConfig
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.nn.param import ComputePolicy
-from baichuan_omni_jax.vocoder.config import VocoderConfig
 
 # Files of a checkpoint. A converted one also has `SOURCE`, what is remembered of the released model's own files.
 BRANCHES_FILE, CONFIG, VOCODER_CONFIG, PROCESSOR = "branches.json", "config.json", "vocoder_config.json", "processor"

@@ -9,14 +9,19 @@ as the same; `dtype` and `torch_dtype` say how tensors are stored, which the ten
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from baichuan_omni_jax.audio.config import AudioConfig, PostNetConfig
+from baichuan_omni_jax.config.architecture import (
+    AudioConfig,
+    AudioHeadConfig,
+    FlowConfig,
+    LLMConfig,
+    PixelLimits,
+    PostNetConfig,
+    VisionConfig,
+)
 from baichuan_omni_jax.config.model import MODELS, OmniConfig, SpecialTokens
 from baichuan_omni_jax.config.overrides import convert_value
 from baichuan_omni_jax.errors import ConfigError
-from baichuan_omni_jax.flow.config import FlowConfig
-from baichuan_omni_jax.llm.config import AudioHeadConfig, LLMConfig
 from baichuan_omni_jax.storage import read_json_object
-from baichuan_omni_jax.vision.config import PixelLimits, VisionConfig
 
 LLM_KEYS = {
     "vocab_size": "vocab_size",

@@ -1,12 +1,12 @@
-"""Which share of the loss each source of a mixture has, foreseen from what its documents hold. Needs no jax.
+"""Which share of the loss each source of a mixture has, predicted from what its documents hold.
 
 The loss of a step is text + `audio_loss_weight` x s x audio, each a mean by weights, with s = `audio_scale`. So a
 source that has the shares p of all text weights and q of all audio weights has of the loss
 
     (p + audio_loss_weight x s x q) / (1 + audio_loss_weight x s)
 
-In training `omni_loss` measures the same in every step. Audio is foreseen by its first level; levels above it differ by
-the end frames alone.
+In training `omni_loss` measures the same in every step. Audio is predicted by its first level; levels above it differ
+by the end frames alone.
 """
 
 from collections.abc import Sequence
@@ -21,37 +21,34 @@ POWERS = {"token": 0.0, "sqrt": 0.5, "document": 1.0}
 
 
 class SourceMeans(NamedTuple):
-    """A source, its `weight` in the mixture, and what one of its documents has on average.
-
-    `tokens`; `trainable` text targets and audio frames to predict; `text` and `audio`, their weights in the loss, after
-    `document_weighting` and `loss_weight`.
-    """
+    """A source, and what one of its documents has on average."""
 
     name: str
-    weight: float
+    weight: float  # in the mixture
     tokens: float
-    trainable: float
-    text: float
-    audio: float
+    trainable: float  # text targets and audio frames to predict
+    text: float  # loss weights of its text targets, after `document_weighting` and `loss_weight`
+    audio: float  # the same of its audio frames
 
 
 class LossShare(NamedTuple):
-    """A source's shares of all documents, of the weights of text and of audio, and of the loss."""
+    """A source's shares."""
 
     name: str
-    documents: float
-    text: float
-    audio: float
-    loss: float
+    documents: float  # of all documents
+    text: float  # of the loss weights of all text
+    audio: float  # of those of all audio
+    loss: float  # of the loss
 
 
 def audio_scale(text: float, audio: float, full_ratio: float) -> float:
-    """What the audio loss is multiplied by in a step with these sums of weights."""
+    """Returns what the audio loss is multiplied by in a step with these sums of weights."""
     return min(1.0, audio / (full_ratio * text)) if full_ratio * text else 1.0
 
 
 def predict_shares(sources: Sequence[SourceMeans], weights_by: str, train: TrainConfig) -> list[LossShare]:
-    """The shares that a mixture's steps have on average."""
+    """Predicts the shares that a mixture's steps have on average."""
+    # Documents of each source drawn for one unit of what the mixture weighs by, then their loss weights.
     sizes = [{"documents": 1.0, "tokens": each.tokens, "trainable": each.trainable}[weights_by] for each in sources]
     rates = [each.weight / size for each, size in zip(sources, sizes, strict=True)]
     text = [rate * each.text for rate, each in zip(rates, sources, strict=True)]
@@ -69,7 +66,7 @@ def _shares(values: Sequence[float]) -> list[float]:
 
 
 def shares_table(shares: Sequence[LossShare], title: str) -> Table:
-    """Shares in percent, a source a line."""
+    """Makes a table of shares in percent, a source a line."""
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     table.add_column("source")
     for column in ("documents", "text loss", "audio loss", "loss"):

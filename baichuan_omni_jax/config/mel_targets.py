@@ -6,10 +6,9 @@ Reconstruction has two scales at 16 kHz; flow matching and vocoder one at 24 kHz
 from dataclasses import dataclass
 from fractions import Fraction
 
-from baichuan_omni_jax.audio.config import PostNetConfig
+from baichuan_omni_jax.config.architecture import FlowConfig, PostNetConfig
 from baichuan_omni_jax.config.model import OmniConfig
 from baichuan_omni_jax.config.run import RunConfig
-from baichuan_omni_jax.flow.config import FlowConfig
 
 HIGHEST = 8000.0  # Hz, of the highest filter
 

@@ -3,11 +3,16 @@
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
-from baichuan_omni_jax.audio.config import AudioConfig, PostNetConfig
+from baichuan_omni_jax.config.architecture import (
+    AudioConfig,
+    AudioHeadConfig,
+    FlowConfig,
+    LLMConfig,
+    PixelLimits,
+    PostNetConfig,
+    VisionConfig,
+)
 from baichuan_omni_jax.errors import ConfigError
-from baichuan_omni_jax.flow.config import FlowConfig
-from baichuan_omni_jax.llm.config import AudioHeadConfig, LLMConfig
-from baichuan_omni_jax.vision.config import PixelLimits, VisionConfig
 
 
 @dataclass(frozen=True, kw_only=True)

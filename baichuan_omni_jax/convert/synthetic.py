@@ -11,12 +11,12 @@ from baichuan_omni_jax.branches import VOCODER_BRANCH
 from baichuan_omni_jax.checkpoint import abstract_branches
 from baichuan_omni_jax.checkpoint.branches import CONFIG, VOCODER_CONFIG
 from baichuan_omni_jax.config import OmniConfig, to_hf
+from baichuan_omni_jax.config.vocoder import VocoderConfig, vocoder_to_json
 from baichuan_omni_jax.convert.files import VOCODER
 from baichuan_omni_jax.convert.rules import expand
 from baichuan_omni_jax.convert.safetensors_io import SINGLE, TensorInfo, blocks_of, plan_shards, write_shards
 from baichuan_omni_jax.convert.tables import branch_rules
 from baichuan_omni_jax.nn.param import named_values
-from baichuan_omni_jax.vocoder.config import VocoderConfig, vocoder_to_json
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 

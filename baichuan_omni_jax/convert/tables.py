@@ -12,6 +12,7 @@ import numpy as np
 
 from baichuan_omni_jax.branches import MODEL_BRANCHES, VOCODER_BRANCH
 from baichuan_omni_jax.config import OmniConfig
+from baichuan_omni_jax.config.vocoder import VocoderConfig
 from baichuan_omni_jax.convert.rules import (
     Rule,
     conv,
@@ -23,7 +24,6 @@ from baichuan_omni_jax.convert.rules import (
     upsample_block,
     whisper_layer,
 )
-from baichuan_omni_jax.vocoder.config import VocoderConfig
 
 VISION_TOWER, VISION_PROJECTOR = "model.visual_model", "model.visual_bridge_model"
 AUDIO_ENCODER, AUDIO_BRIDGE = "audio_tokenizer.audio_model", "audio_tokenizer.audio_bridge_model"

@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from baichuan_omni_jax.audio.config import AudioConfig
 from baichuan_omni_jax.audio.encoder import AudioEncoderBranch
 from baichuan_omni_jax.branches import VOCODER_BRANCH
 from baichuan_omni_jax.checkpoint import BranchInfo, abstract_branches, with_shardings, write_checksums
 from baichuan_omni_jax.checkpoint.branches import BRANCHES_FILE, CONFIG, PROCESSOR, VOCODER_CONFIG, branch_folder
 from baichuan_omni_jax.config import MeshConfig, OmniConfig, read_hf
+from baichuan_omni_jax.config.architecture import AudioConfig
+from baichuan_omni_jax.config.vocoder import VocoderConfig, read_vocoder_config, vocoder_to_json
 from baichuan_omni_jax.convert.files import copy_companions, list_companions, save_buffers
 from baichuan_omni_jax.convert.leaf_store import BranchWriter
 from baichuan_omni_jax.convert.plan import Advance, Plan, plan_from_tensors, rotary_buffers
@@ -37,7 +38,6 @@ from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.nn.param import ComputePolicy, named_variables, with_values
 from baichuan_omni_jax.sharding import make_mesh
 from baichuan_omni_jax.storage import check_target, read_json_object, refuse_stand_in, staged_folder
-from baichuan_omni_jax.vocoder.config import VocoderConfig, read_vocoder_config, vocoder_to_json
 
 # Where the encoder lies in a Whisper checkpoint with a language model's head, and in one without.
 _WHISPER_HOMES = ("model.encoder", "encoder")

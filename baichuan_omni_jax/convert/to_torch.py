@@ -19,6 +19,7 @@ from baichuan_omni_jax.checkpoint import abstract_branches, branch_home, find_ch
 from baichuan_omni_jax.checkpoint.branches import CONFIG, PROCESSOR, VOCODER_CONFIG, branch_folder
 from baichuan_omni_jax.config import OmniConfig, read_hf
 from baichuan_omni_jax.config.hf import LLM_KEYS
+from baichuan_omni_jax.config.vocoder import read_vocoder_config
 from baichuan_omni_jax.convert.files import VOCODER, copy_companions, list_companions, load_buffers
 from baichuan_omni_jax.convert.leaf_store import BranchReader
 from baichuan_omni_jax.convert.plan import Advance, Plan, plan_from_leaves
@@ -27,7 +28,6 @@ from baichuan_omni_jax.convert.safetensors_io import SINGLE, TensorInfo, blocks_
 from baichuan_omni_jax.convert.tables import branch_rules, llm_rules
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.storage import check_target, read_json_object, staged_folder
-from baichuan_omni_jax.vocoder.config import read_vocoder_config
 
 SHARD_BYTES = 5 << 30
 _EMBEDDING = "model.embed_tokens.weight"

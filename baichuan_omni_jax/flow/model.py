@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
+from baichuan_omni_jax.config.architecture import FlowConfig
 from baichuan_omni_jax.errors import ConfigError
-from baichuan_omni_jax.flow.config import FlowConfig
 from baichuan_omni_jax.nn.conv import Conv1d, frames_before, keep
 from baichuan_omni_jax.nn.encoder import EncoderLayer, EncoderSizes, run_encoder
 from baichuan_omni_jax.nn.layers import LayerNorm, RMSNorm

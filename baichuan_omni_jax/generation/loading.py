@@ -32,13 +32,13 @@ from baichuan_omni_jax.checkpoint.branches import (
 )
 from baichuan_omni_jax.checkpoint.provenance import PARENT, RUN_CONFIG
 from baichuan_omni_jax.config import ImagesConfig, MeshConfig, OmniConfig, from_dict, read_hf
+from baichuan_omni_jax.config.vocoder import VocoderConfig, read_vocoder_config
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.generation.chat import ChatModel
 from baichuan_omni_jax.generation.engine import Engine
 from baichuan_omni_jax.generation.speech_decoder import SpeechDecoder
 from baichuan_omni_jax.nn.param import ComputePolicy
 from baichuan_omni_jax.sharding import make_mesh
-from baichuan_omni_jax.vocoder.config import VocoderConfig, read_vocoder_config
 
 
 @dataclass(frozen=True)

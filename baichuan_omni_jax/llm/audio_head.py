@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
-from baichuan_omni_jax.llm.config import AudioHeadConfig
+from baichuan_omni_jax.config.architecture import AudioHeadConfig
 from baichuan_omni_jax.nn.layers import RMSNorm, gelu
 from baichuan_omni_jax.nn.linear import Linear, gather_weight, look_up, product
 from baichuan_omni_jax.nn.param import Buffer, ComputePolicy, normal, split_as, stack, use

@@ -12,9 +12,9 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
+from baichuan_omni_jax.config.architecture import LLMConfig
 from baichuan_omni_jax.kernels.backends import platform_of
 from baichuan_omni_jax.kernels.flash_attention import BlockPlan, Segments, flash_attention, plan_blocks
-from baichuan_omni_jax.llm.config import LLMConfig
 from baichuan_omni_jax.llm.kv_cache import KVCache, LayerCache, attend, read, write
 from baichuan_omni_jax.llm.model import DecoderLayer, LanguageModel
 from baichuan_omni_jax.nn.layers import RMSNorm, rope_angles, rotate

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32, Shaped
 
-from baichuan_omni_jax.llm.config import LLMConfig
+from baichuan_omni_jax.config.architecture import LLMConfig
 from baichuan_omni_jax.nn.linear import as_bits, from_bits
 from baichuan_omni_jax.nn.param import ComputePolicy
 from baichuan_omni_jax.sharding import check_divisible

@@ -12,8 +12,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
+from baichuan_omni_jax.config.architecture import LLMConfig
 from baichuan_omni_jax.kernels.flash_attention import BlockPlan, Segments, flash_attention, plan_blocks, whole_keys
-from baichuan_omni_jax.llm.config import LLMConfig
 from baichuan_omni_jax.llm.special_rows import SpecialRows
 from baichuan_omni_jax.nn.layers import RMSNorm, rope_angles, rotate
 from baichuan_omni_jax.nn.linear import Gathered, Linear, gather_rows, gather_weight, look_up, narrow, product

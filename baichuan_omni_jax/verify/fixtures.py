@@ -16,6 +16,7 @@ from baichuan_omni_jax.branches import VOCODER_BRANCH
 from baichuan_omni_jax.checkpoint import abstract_branches
 from baichuan_omni_jax.checkpoint.branches import CONFIG, VOCODER_CONFIG
 from baichuan_omni_jax.config import MeshConfig, OmniConfig, read_hf
+from baichuan_omni_jax.config.vocoder import VocoderConfig, read_vocoder_config
 from baichuan_omni_jax.convert import (
     SafetensorsFile,
     branch_rules,
@@ -28,7 +29,6 @@ from baichuan_omni_jax.convert.safetensors_io import TensorInfo, TensorSource
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.nn.param import ComputePolicy, split_as
 from baichuan_omni_jax.sharding import make_mesh
-from baichuan_omni_jax.vocoder.config import VocoderConfig, read_vocoder_config
 
 # Of the reference's largest magnitude. fp32 in another order gives about 1e-6, a wrong epsilon 3e-6.
 TOLERANCE = 2e-5

@@ -17,12 +17,12 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int32, PRNGKeyArray, UInt8
 
+from baichuan_omni_jax.config.architecture import VisionConfig
 from baichuan_omni_jax.nn.encoder import EncoderLayer, EncoderSizes, run_encoder
 from baichuan_omni_jax.nn.layers import LayerNorm, gelu, quick_gelu, rope_angles
 from baichuan_omni_jax.nn.linear import Linear, narrow, product
 from baichuan_omni_jax.nn.param import ComputePolicy, normal, split_as, stack, use
 from baichuan_omni_jax.sharding import placement
-from baichuan_omni_jax.vision.config import VisionConfig
 
 THETA = 10000.0
 

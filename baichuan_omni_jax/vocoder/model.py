@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
+from baichuan_omni_jax.config.vocoder import VocoderConfig
 from baichuan_omni_jax.nn.conv import keep
 from baichuan_omni_jax.nn.linear import Linear
 from baichuan_omni_jax.nn.param import CLIPS, ComputePolicy, split_as
 from baichuan_omni_jax.sharding import placement
-from baichuan_omni_jax.vocoder.config import VocoderConfig
 from baichuan_omni_jax.vocoder.layers import NormedConv1d, NormedTransposedConv1d, ResidualBlock, StridedConv1d
 from baichuan_omni_jax.vocoder.stft import istft, stft
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int32, PRNGKeyArray
 
+from baichuan_omni_jax.config.vocoder import VocoderConfig
 from baichuan_omni_jax.nn.param import CLIPS, split_as
-from baichuan_omni_jax.vocoder.config import VocoderConfig
 from baichuan_omni_jax.vocoder.model import F0_KERNEL, F0_LAYERS, Vocoder, draw_noise
 
 # Mel frames (w, mels) that begin at a frame of the stretch, and whether the stretch ends with them -> samples.

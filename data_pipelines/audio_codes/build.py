@@ -22,7 +22,7 @@ from typing import Protocol, TypeVar, runtime_checkable
 import numpy as np
 from jaxtyping import Float, Int32, Shaped
 
-from baichuan_omni_jax.audio.config import AudioConfig
+from baichuan_omni_jax.config.architecture import AudioConfig
 from baichuan_omni_jax.storage import take_lock
 from data_pipelines.audio_codes.store import (
     ENTRY,

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int64, Shaped
 
-from baichuan_omni_jax.audio.config import AudioConfig
+from baichuan_omni_jax.config.architecture import AudioConfig
 from data_pipelines.audio_codes.store import REFERENCE, key_fields, new_records
 from data_pipelines.datasets.jobs.job import Job, Unit
 from data_pipelines.datasets.jobs.local import HeldPool

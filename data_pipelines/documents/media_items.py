@@ -11,9 +11,8 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float32, Int32, Integer, UInt8
 
-from baichuan_omni_jax.audio.config import AudioConfig
 from baichuan_omni_jax.config import ImagesConfig
-from baichuan_omni_jax.vision.config import VisionConfig
+from baichuan_omni_jax.config.architecture import AudioConfig, VisionConfig
 from data_pipelines.documents.prompts import ImageElement, VideoElement
 from data_pipelines.errors import SampleError
 from data_pipelines.media.audio import clip_key, probe_audio, read_audio

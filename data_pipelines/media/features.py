@@ -9,9 +9,8 @@ from jaxtyping import Float32, Int32, UInt8
 from PIL import Image
 from scipy.sparse import csr_array
 
-from baichuan_omni_jax.audio.config import AudioConfig
+from baichuan_omni_jax.config.architecture import AudioConfig, PixelLimits, VisionConfig
 from baichuan_omni_jax.config.mel_targets import HIGHEST, MelTargetSpec
-from baichuan_omni_jax.vision.config import PixelLimits, VisionConfig
 from data_pipelines.errors import SampleError
 from data_pipelines.media.images import MAX_ASPECT
 

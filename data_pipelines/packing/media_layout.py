@@ -23,8 +23,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Float32, Int32
 
-from baichuan_omni_jax.audio.config import AudioConfig
 from baichuan_omni_jax.config import DataConfig, OmniConfig
+from baichuan_omni_jax.config.architecture import AudioConfig
 from baichuan_omni_jax.config.mel_targets import MelTargetSpec
 from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.media.features import mel_target

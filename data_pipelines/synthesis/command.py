@@ -14,8 +14,8 @@ import numpy as np
 import soxr
 from PIL import Image
 
-from baichuan_omni_jax.audio.config import AudioConfig
 from baichuan_omni_jax.config import resolve_model
+from baichuan_omni_jax.config.architecture import AudioConfig
 from baichuan_omni_jax.errors import ConfigError, exit_code
 from data_pipelines.datasets.builder.build import UNPACKED
 from data_pipelines.datasets.jobs.job import folder_lock, refuse_foreign, run_job

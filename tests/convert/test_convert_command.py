@@ -10,10 +10,10 @@ import pytest
 
 from baichuan_omni_jax.cli.main import main
 from baichuan_omni_jax.config import tiny, to_hf
+from baichuan_omni_jax.config.vocoder import tiny_vocoder, vocoder_to_json
 from baichuan_omni_jax.convert.safetensors_io import SafetensorsFile, TensorInfo, open_weights, write_shards
 from baichuan_omni_jax.convert.synthetic import write_random_checkpoint
 from baichuan_omni_jax.convert.to_jax import convert_to_jax
-from baichuan_omni_jax.vocoder.config import tiny_vocoder, vocoder_to_json
 
 ROOT = Path(__file__).resolve().parents[2]
 

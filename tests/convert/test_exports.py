@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 
 from baichuan_omni_jax.checkpoint import save_branches
 from baichuan_omni_jax.config import OmniConfig, tiny, to_hf
+from baichuan_omni_jax.config.architecture import LLMConfig
 from baichuan_omni_jax.convert.files import missing_code
 from baichuan_omni_jax.convert.safetensors_io import open_weights
 from baichuan_omni_jax.convert.to_torch import (
@@ -21,7 +22,6 @@ from baichuan_omni_jax.convert.to_torch import (
     plan_to_torch,
 )
 from baichuan_omni_jax.errors import ConfigError
-from baichuan_omni_jax.llm.config import LLMConfig
 from baichuan_omni_jax.llm.model import LanguageModel
 from baichuan_omni_jax.nn.param import ComputePolicy
 from data_pipelines.tokenizers.tokenizer import train_tokenizer

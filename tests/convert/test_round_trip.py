@@ -11,6 +11,7 @@ import pytest
 
 from baichuan_omni_jax.checkpoint import abstract_branches, load_branches, read_branch_info, save_branches
 from baichuan_omni_jax.config import OmniConfig, read_hf, tiny
+from baichuan_omni_jax.config.vocoder import tiny_vocoder
 from baichuan_omni_jax.convert import (
     SafetensorsFile,
     branch_rules,
@@ -28,7 +29,6 @@ from baichuan_omni_jax.convert.safetensors_io import TensorInfo, write_shards
 from baichuan_omni_jax.convert.synthetic import write_random_checkpoint
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.nn.param import named_values
-from baichuan_omni_jax.vocoder.config import tiny_vocoder
 from tests.helpers.golden import golden_path
 
 TOKENIZER = {"tokenizer.json": '{"version": "1.0"}', "tokenizer_config.json": "{}", "modeling_omni.py": "# code\n"}

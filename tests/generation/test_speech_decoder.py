@@ -11,6 +11,7 @@ import pytest
 from baichuan_omni_jax.audio.decoder import AudioDecoder
 from baichuan_omni_jax.audio.encoder import ResidualQuantizer
 from baichuan_omni_jax.config import MeshConfig, tiny
+from baichuan_omni_jax.config.vocoder import VocoderConfig
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.flow.matching import sample_mel
 from baichuan_omni_jax.flow.model import FlowDecoder
@@ -19,7 +20,6 @@ from baichuan_omni_jax.generation.crossfade import CrossFade
 from baichuan_omni_jax.generation.speech_decoder import SpeechDecoder
 from baichuan_omni_jax.nn.param import ComputePolicy, named_variables, with_values
 from baichuan_omni_jax.sharding import make_mesh
-from baichuan_omni_jax.vocoder.config import VocoderConfig
 from baichuan_omni_jax.vocoder.model import Vocoder, draw_noise, reach
 from baichuan_omni_jax.vocoder.streaming import WaveStream
 from tests.helpers.golden import golden_path

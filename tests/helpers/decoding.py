@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import reshard
 
 from baichuan_omni_jax.config import tiny
-from baichuan_omni_jax.llm.config import LLMConfig
+from baichuan_omni_jax.config.architecture import LLMConfig
 from baichuan_omni_jax.llm.decode import DecodeModel
 from baichuan_omni_jax.llm.kv_cache import KVCache
 from baichuan_omni_jax.llm.model import LanguageModel

@@ -3,7 +3,7 @@
 import numpy as np
 
 from baichuan_omni_jax.config import OmniConfig
-from baichuan_omni_jax.vocoder.config import VocoderConfig
+from baichuan_omni_jax.config.vocoder import VocoderConfig
 from tests.helpers.golden_weights import Weights, linear, norm, output, stacked
 
 

@@ -7,8 +7,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from baichuan_omni_jax.config import OmniConfig, tiny
+from baichuan_omni_jax.config.vocoder import VocoderConfig, tiny_vocoder
 from baichuan_omni_jax.convert.synthetic import write_random_checkpoint
-from baichuan_omni_jax.vocoder.config import VocoderConfig, tiny_vocoder
 
 Arrays = dict[str, np.ndarray]
 

@@ -7,11 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from baichuan_omni_jax.audio.config import AudioConfig, PostNetConfig
-from baichuan_omni_jax.flow.config import FlowConfig
+from baichuan_omni_jax.config.architecture import AudioConfig, FlowConfig, PostNetConfig, VisionConfig
+from baichuan_omni_jax.config.vocoder import VocoderConfig
 from baichuan_omni_jax.nn.param import ComputePolicy, named_variables, with_values
-from baichuan_omni_jax.vision.config import VisionConfig
-from baichuan_omni_jax.vocoder.config import VocoderConfig
 
 COMPUTE, KEY = ComputePolicy(attention_block=16, remat="none"), jax.random.key(0)
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from baichuan_omni_jax.llm.config import LLMConfig
+from baichuan_omni_jax.config.architecture import LLMConfig
 from baichuan_omni_jax.llm.model import SwiGLU
 from baichuan_omni_jax.nn.conv import TransposedConv1d
 from baichuan_omni_jax.nn.linear import Linear, gather_weight, look_up

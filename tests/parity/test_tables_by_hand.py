@@ -6,10 +6,10 @@ import pytest
 
 from baichuan_omni_jax.checkpoint import abstract_branches
 from baichuan_omni_jax.config import MeshConfig
+from baichuan_omni_jax.config.vocoder import read_vocoder_config
 from baichuan_omni_jax.convert import SafetensorsFile, branch_rules, load_branch_from_safetensors
 from baichuan_omni_jax.nn.param import named_values
 from baichuan_omni_jax.sharding import make_mesh
-from baichuan_omni_jax.vocoder.config import read_vocoder_config
 from tests.helpers import golden_decoders, golden_weights
 from tests.helpers.golden import golden_path
 

@@ -22,16 +22,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from baichuan_omni_jax.audio.config import AudioConfig
 from baichuan_omni_jax.audio.encoder import AudioEncoder, sinusoids
 from baichuan_omni_jax.config import MeshConfig, tiny
+from baichuan_omni_jax.config.architecture import AudioConfig, AudioHeadConfig, LLMConfig, VisionConfig
 from baichuan_omni_jax.convert import branch_rules, load_branch_from_safetensors
 from baichuan_omni_jax.convert.safetensors_io import TensorInfo
-from baichuan_omni_jax.llm.config import AudioHeadConfig, LLMConfig
 from baichuan_omni_jax.llm.model import LanguageModel
 from baichuan_omni_jax.nn.param import ComputePolicy, named_values
 from baichuan_omni_jax.sharding import make_mesh
-from baichuan_omni_jax.vision.config import VisionConfig
 from baichuan_omni_jax.vision.model import VisionModel
 
 WHY = "the second oracle needs torch and transformers: pip install -e '.[test,parity]'"

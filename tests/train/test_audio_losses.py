@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from baichuan_omni_jax.audio.config import AudioConfig, PostNetConfig
 from baichuan_omni_jax.audio.decoder import DecodedAudio
 from baichuan_omni_jax.audio.mel_training import MelTarget, mel_errors, reconstruction_loss
 from baichuan_omni_jax.config import MeshConfig, tiny
+from baichuan_omni_jax.config.architecture import AudioConfig, PostNetConfig
 from baichuan_omni_jax.config.mel_targets import reconstruction_ratios, reconstruction_targets
 from baichuan_omni_jax.flow.matching import flow_losses
 from baichuan_omni_jax.flow.model import FlowDecoder

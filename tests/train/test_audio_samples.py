@@ -17,13 +17,13 @@ from baichuan_omni_jax.checkpoint import save_branches
 from baichuan_omni_jax.checkpoint.branches import VOCODER_CONFIG
 from baichuan_omni_jax.config import apply_overrides, load_run_config, tiny
 from baichuan_omni_jax.config.mel_targets import flow_target
+from baichuan_omni_jax.config.vocoder import tiny_vocoder, vocoder_to_json
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.nn.param import ComputePolicy
 from baichuan_omni_jax.train.audio_samples import SoundSamples, check_samples
 from baichuan_omni_jax.train.mel_image import mel_image
 from baichuan_omni_jax.train.mel_waves import MelWaves
 from baichuan_omni_jax.train.metrics import MetricsWriter
-from baichuan_omni_jax.vocoder.config import tiny_vocoder, vocoder_to_json
 from baichuan_omni_jax.vocoder.model import Vocoder
 from tests.helpers.micro import REPOSITORY, numbers, one_device
 

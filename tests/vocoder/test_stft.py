@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from baichuan_omni_jax.config.architecture import FlowConfig
 from baichuan_omni_jax.config.mel_targets import flow_target
-from baichuan_omni_jax.flow.config import FlowConfig
 from baichuan_omni_jax.vocoder.stft import griffin_lim, istft, stft
 from data_pipelines.media.features import mel_target
 from tests.helpers.untrained import normal

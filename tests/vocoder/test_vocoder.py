@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from baichuan_omni_jax.errors import ConfigError
-from baichuan_omni_jax.vocoder.config import (
+from baichuan_omni_jax.config.vocoder import (
     VocoderConfig,
     read_vocoder_config,
     tiny_vocoder,
     vocoder_from_json,
     vocoder_to_json,
 )
+from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.vocoder.model import Vocoder, accumulated_turns, divided, reach
 from tests.helpers.untrained import COMPUTE, KEY, VOCODER, assert_close, normal, untrained
 

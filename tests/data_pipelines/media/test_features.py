@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from baichuan_omni_jax.audio.config import AudioConfig
 from baichuan_omni_jax.config import released_images
-from baichuan_omni_jax.vision.config import PixelLimits, VisionConfig
+from baichuan_omni_jax.config.architecture import AudioConfig, PixelLimits, VisionConfig
 from data_pipelines.errors import SampleError
 from data_pipelines.media.audio import decode_audio, probe_audio
 from data_pipelines.media.features import (

@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from baichuan_omni_jax.audio.config import PostNetConfig
 from baichuan_omni_jax.config import tiny
+from baichuan_omni_jax.config.architecture import FlowConfig, PostNetConfig
 from baichuan_omni_jax.config.mel_targets import flow_target, reconstruction_targets
-from baichuan_omni_jax.flow.config import FlowConfig
 from data_pipelines.media.features import mel_target
 from tests.helpers.golden import golden_path
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType
 
-from baichuan_omni_jax.audio.config import AudioConfig, PostNetConfig
 from baichuan_omni_jax.config import Budgets, DataConfig
+from baichuan_omni_jax.config.architecture import AudioConfig, PostNetConfig
 from baichuan_omni_jax.config.mel_targets import reconstruction_targets
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.omni.batch import BRANCH_FIELDS, abstract_batch

@@ -1,4 +1,4 @@
-"""Sizes of the HiFT vocoder (`vocoder_config.json`): 24 kHz mel to waveform. Imports neither jax nor flax."""
+"""Sizes of the HiFT vocoder (`vocoder_config.json`, a file of its own): 24 kHz mel to waveform."""
 
 import math
 from dataclasses import dataclass
@@ -13,24 +13,24 @@ from baichuan_omni_jax.storage import read_json_object
 class VocoderConfig:
     """Harmonic source, upsampling body and inverse STFT. Rates in Hz; one mel frame makes `hop_length` samples."""
 
-    in_channels: int = 80
-    base_channels: int = 512
-    nb_harmonics: int = 8
-    sampling_rate: int = 24000
-    nsf_alpha: float = 0.1
-    nsf_sigma: float = 0.003
-    nsf_voiced_threshold: int | float = 10
-    upsample_rates: tuple[int, ...] = (8, 5, 3)
-    upsample_kernel_sizes: tuple[int, ...] = (16, 11, 7)
-    istft_n_fft: int = 16
-    istft_hop: int = 4
-    resblock_kernel_sizes: tuple[int, ...] = (3, 7, 11)
+    in_channels: int = 80  # mel bins
+    base_channels: int = 512  # width before the first upsampling, halved by each
+    nb_harmonics: int = 8  # overtones of the source
+    sampling_rate: int = 24000  # Hz
+    nsf_alpha: float = 0.1  # amplitude of the source's sines, and three times that of its noise where unvoiced
+    nsf_sigma: float = 0.003  # amplitude of its noise where voiced
+    nsf_voiced_threshold: int | float = 10  # Hz of the fundamental, above which a frame is voiced
+    upsample_rates: tuple[int, ...] = (8, 5, 3)  # of each stage
+    upsample_kernel_sizes: tuple[int, ...] = (16, 11, 7)  # of each stage's transposed convolution
+    istft_n_fft: int = 16  # samples of a window of the short-time spectrum that the body ends in
+    istft_hop: int = 4  # samples between its frames
+    resblock_kernel_sizes: tuple[int, ...] = (3, 7, 11)  # of a stage's residual blocks, whose results are averaged
     resblock_dilation_sizes: tuple[tuple[int, ...], ...] = ((1, 3, 5), (1, 3, 5), (1, 3, 5))
-    source_resblock_kernel_sizes: tuple[int, ...] = (7, 7, 11)
+    source_resblock_kernel_sizes: tuple[int, ...] = (7, 7, 11)  # of the block that reads the source, by stage
     source_resblock_dilation_sizes: tuple[tuple[int, ...], ...] = ((1, 3, 5), (1, 3, 5), (1, 3, 5))
-    lrelu_slope: float = 0.1
-    audio_limit: float = 0.99
-    f0_cond_channels: int = 512
+    lrelu_slope: float = 0.1  # before each upsampling; before the last convolution it is 0.01
+    audio_limit: float = 0.99  # the largest amplitude
+    f0_cond_channels: int = 512  # width of the pitch predictor
 
     def __post_init__(self):
         for rates, kernels in (
@@ -57,31 +57,31 @@ class VocoderConfig:
 
     @property
     def hop_length(self) -> int:
-        """Samples of one mel frame: 8 * 5 * 3 * 4 = 480."""
+        """Returns the samples of one mel frame: 8 * 5 * 3 * 4 = 480."""
         return math.prod(self.upsample_rates) * self.istft_hop
 
     @property
     def harmonics(self) -> int:
-        """Sines of the source: the fundamental and its overtones."""
+        """Returns the number of sines of the source: the fundamental and its overtones."""
         return self.nb_harmonics + 1
 
     @property
     def spectrum(self) -> int:
-        """Frequencies of the short-time spectrum."""
+        """Returns the number of frequencies of the short-time spectrum."""
         return self.istft_n_fft // 2 + 1
 
     def channels(self, stage: int) -> int:
-        """Width after upsampling stage `stage`; -1 is the width before the first."""
+        """Returns the width after upsampling stage `stage`; -1 is the width before the first."""
         return self.base_channels // 2 ** (stage + 1)
 
     @property
     def source_strides(self) -> tuple[int, ...]:
-        """Frames of the source's STFT for one frame of each stage: 15, 3, 1."""
+        """Returns the frames of the source's STFT for one frame of each stage: 15, 3, 1."""
         return tuple(math.prod(self.upsample_rates[i + 1 :]) for i in range(len(self.upsample_rates)))
 
 
 def tiny_vocoder() -> VocoderConfig:
-    """Every part at the sizes of `tiny()`: 20 mels."""
+    """Returns every part at the sizes of `tiny()`: 20 mels."""
     return VocoderConfig(in_channels=20, base_channels=32, f0_cond_channels=24)
 
 
@@ -90,7 +90,7 @@ _PLAIN = tuple(name for name in VocoderConfig.__dataclass_fields__ if name not i
 
 
 def read_vocoder_config(path: Path | str) -> VocoderConfig:
-    """`VocoderConfig` of the JSON file at `path`. Raises ConfigError naming the file and the field."""
+    """Reads the JSON file at `path`. Raises ConfigError naming the file and the field."""
     values = read_json_object(Path(path))
     try:
         return vocoder_from_json(values)
@@ -99,7 +99,7 @@ def read_vocoder_config(path: Path | str) -> VocoderConfig:
 
 
 def vocoder_from_json(values: dict[str, Any]) -> VocoderConfig:
-    """`VocoderConfig` of the released JSON's dict. Raises ConfigError on a key that is unknown, missing or mistyped."""
+    """Reads the released JSON's dict. Raises ConfigError on a key that is unknown, missing or mistyped."""
     _check_object(values, "the vocoder's configuration")
     istft = values.get("istft_params", {})
     _check_object(istft, "istft_params")
@@ -110,7 +110,7 @@ def vocoder_from_json(values: dict[str, Any]) -> VocoderConfig:
 
 
 def vocoder_to_json(config: VocoderConfig) -> dict[str, Any]:
-    """The released JSON's dict; `vocoder_from_json` of it gives `config` back."""
+    """Writes the released JSON's dict; `vocoder_from_json` of it gives `config` back."""
     values = {name: _listed(getattr(config, name)) for name in _PLAIN}
     return values | {"istft_params": {theirs: getattr(config, ours) for ours, theirs in _ISTFT.items()}}
 
@@ -128,7 +128,7 @@ def _check_keys(found: set[str], known: set[str], prefix: str) -> None:
 
 
 def _typed(name: str, value: Any) -> Any:
-    """The value as the field's type: lists as tuples. Raises ConfigError where it is of another kind."""
+    """Returns the value as the field's type: lists as tuples. Raises ConfigError where it is of another kind."""
     default = getattr(VocoderConfig, name)
     if isinstance(default, tuple):
         nested = isinstance(default[0], tuple)
