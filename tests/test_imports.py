@@ -40,7 +40,7 @@ def test_no_files_import_in_a_circle(house):
         ("data_pipelines.media.audio", "baichuan_omni_jax.nn.norm", ["data"]),
         ("baichuan_omni_jax.omni.model", "data_pipelines.pipeline", ["model"]),
         ("baichuan_omni_jax.omni.model", "baichuan_omni_jax.nn.norm", []),
-        ("data_pipelines.media.features", "baichuan_omni_jax.audio.config", []),
+        ("data_pipelines.media.features", "baichuan_omni_jax.config.architecture", []),
     ],
 )
 def test_each_contract_forbids_what_it_names(house, importer, imported, contracts):
