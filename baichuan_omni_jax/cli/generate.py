@@ -10,7 +10,7 @@
 The answer goes to standard output as it is made, everything else to standard error. `--out` asks for speech too. A
 manifest's lines have the fields that the flags have (`prompt`, `system`, `image`, `audio`, `video`, or `messages`, or
 `tokens`); media stand before the text, in the order in which they are given. Started again, the same command goes on
-after the last line that it answered. docs/how-to/generation.md says more.
+after the last line that it answered. docs/how-to/generate.md says more.
 Exit code 2: something given cannot be used, the message says what. 130: Ctrl-C, but for answers that it ends early.
 """
 

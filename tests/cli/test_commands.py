@@ -1,6 +1,7 @@
 """The command `baichuan-omni` and the scripts of launch/: help, refusals of one sentence, completion, imports."""
 
 import argparse
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -129,6 +130,17 @@ def test_scripts_of_launch_are_commands(script, monkeypatch, capsys):
     command = text.split("The same as `baichuan-omni ")[1].partition("`")[0]
     assert command.split()[0] in COMMANDS
     assert f"python launch/{script} " in text
+
+
+def test_the_reference_has_an_example_of_every_command(commands):
+    """Each is parsed, which runs nothing; and it has every script of launch/."""
+    text = (ROOT / "docs" / "reference" / "cli.md").read_text(encoding="utf-8")
+    examples = [line for line in text.split("```")[1].splitlines() if line]
+    for line in examples:
+        assert callable(make_parser().parse_args(shlex.split(line)[1:]).run)
+    jobs = {name for name in commands if name.startswith("data synthesize ")}
+    assert all(any(line.startswith(f"baichuan-omni {name} ") for line in examples) for name in commands.keys() - jobs)
+    assert all(f"`launch/{script}`" in text for script in SCRIPTS)
 
 
 def test_help_imports_no_jax_and_completion_knows_every_flag():
