@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import faulthandler
 import re
 from collections.abc import Sequence
 from typing import NoReturn
@@ -20,7 +21,7 @@ class CommandParser(argparse.ArgumentParser):
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(*args, **options)
 
-    def parse_known_args(self, args=None, namespace=None):  # ty: argparse's own overloads
+    def parse_known_args(self, args=None, namespace=None):
         """Parses as argparse does, but leaves nothing over: the parser that knows the flags says what is wrong."""
         options, unknown = super().parse_known_args(args, namespace)
         if unknown:
@@ -28,6 +29,7 @@ class CommandParser(argparse.ArgumentParser):
         return options, unknown
 
     def error(self, message: str) -> NoReturn:
+        """Raises ConfigError with argparse's message in our words."""
         if missing := re.match(r"the following arguments are required: ([^,]+)", message):
             message = f"{missing[1]} must be given"
         message = message.removeprefix("argument ")
@@ -73,7 +75,12 @@ def join_hosts(options: argparse.Namespace) -> None:
 
 
 def start_logging() -> None:
-    """Lets through warnings alone, in absl's form: Orbax and Grain would tell every file they touch."""
+    """Lets through warnings alone, in absl's form: Orbax and Grain would tell every file they touch.
+
+    And has Python print its stack where a library crashes the process.
+    """
+    if not faulthandler.is_enabled():
+        faulthandler.enable()
     logging.use_absl_handler()
     logging.set_verbosity(logging.WARNING)
 

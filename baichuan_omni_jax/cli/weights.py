@@ -17,7 +17,7 @@ from rich.table import Table
 from baichuan_omni_jax.branches import CONVERTED_BRANCHES, MODEL_BRANCHES
 from baichuan_omni_jax.checkpoint import save_branches
 from baichuan_omni_jax.checkpoint.branches import CONFIG
-from baichuan_omni_jax.cli.common import start_logging
+from baichuan_omni_jax.cli.common import check_folders, start_logging
 from baichuan_omni_jax.config import resolve_model
 from baichuan_omni_jax.convert import convert_to_jax, convert_to_torch, open_source, plan_to_jax, plan_to_torch
 from baichuan_omni_jax.convert.files import missing_code
@@ -55,100 +55,6 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
         command.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
 
 
-def to_jax(options: argparse.Namespace) -> None:
-    source, target = Path(options.source).expanduser(), Path(options.target).expanduser()
-    vocoder = Path(options.vocoder).expanduser() if options.vocoder else None
-    branches = tuple(filter(None, options.branches.split(",")))
-    for name in branches:
-        if name not in MODEL_BRANCHES:
-            raise ConfigError(f"--branches names {name!r}; the model has {', '.join(MODEL_BRANCHES)}")
-    check_target(target)
-    jobs = plan_to_jax(source, vocoder, branches)
-    _say("\n".join(describe_plan(job.plan, rules=options.dry_run) for job in jobs))
-    if not options.dry_run:
-        with _progress(sum(job.plan.nbytes for job in jobs)) as advance:
-            convert_to_jax(source, target, vocoder=vocoder, jobs=jobs, advance=advance)
-        _say(f"wrote {target}")
-
-
-def to_torch(options: argparse.Namespace) -> None:
-    target, source = _open_export(options)
-    exports = plan_to_torch(source, options.dtype)
-    _say("\n".join(describe_plan(export.plan, rules=options.dry_run) for export in exports.values()))
-    if absent := [name for name in CONVERTED_BRANCHES if name not in source.readers]:
-        _say(f"not there, so not written: {', '.join(absent)}")
-    if source.left_out:
-        _say(f"left out, the released model has no place for it: {', '.join(source.left_out)}")
-    if not options.dry_run:
-        with _progress(sum(export.nbytes for export in exports.values())) as advance:
-            convert_to_torch(source, target, exports=exports, shard_bytes=options.shard_mb << 20, advance=advance)
-        _say(f"wrote {target}")
-        model = exports.get(SINGLE)
-        if model and len(model.dtypes) > 1:
-            kinds = " and ".join(model.dtypes)
-            _say(f"tensors are {kinds}, config.json says {model.dtype}: --dtype writes all of them alike")
-        _say(_what_runs_it(target))
-
-
-def to_qwen2(options: argparse.Namespace) -> None:
-    target, source = _open_export(options)
-    export = plan_qwen2(source, options.dtype)
-    _say(describe_plan(export.plan, rules=options.dry_run))
-    if not options.dry_run:
-        with _progress(export.nbytes) as advance:
-            convert_to_qwen2(source, target, export=export, shard_bytes=options.shard_mb << 20, advance=advance)
-        _say(f"wrote {target}: a Qwen2ForCausalLM of {export.dtype}, for transformers and vLLM without other code")
-        if not (target / TOKENIZER).is_file():
-            _say(f"{source.home} brings no {TOKENIZER}: put the tokenizer's files beside the weights, or name another")
-
-
-def _open_export(options: argparse.Namespace) -> tuple[Path, CheckpointSource]:
-    """The folder to write, and the branches to read."""
-    target = Path(options.target).expanduser()
-    if options.shard_mb < 1:
-        raise ConfigError(f"--shard-mb must be at least 1, not {options.shard_mb}")
-    check_target(target)
-    return target, open_source(options.source, options.base)
-
-
-def _what_runs_it(folder: Path) -> str:
-    """What the released code needs beside the weights, and this project does not contain."""
-    if not read_json_object(folder / CONFIG).get("auto_map"):
-        return (
-            "its config.json names no code (auto_map): to run it with the released code, export with --base CONVERTED, "
-            "which brings the released config.json, Python files and tokenizer (docs/how-to/weights.md)"
-        )
-    if missing := missing_code(folder):
-        return f"the released code also needs, from the released folder: {', '.join(missing)} (docs/how-to/weights.md)"
-    return (
-        "the Python files that its config.json names are beside it (what else the demos need: docs/how-to/weights.md)"
-    )
-
-
-def from_whisper(options: argparse.Namespace) -> None:
-    source, target = Path(options.source).expanduser(), Path(options.target).expanduser()
-    check_target(target)
-    cfg = resolve_model(options.model)
-    save_branches(target, {"audio_encoder": tokenizer_from_whisper(source, cfg)}, cfg)
-    _say(f"wrote {target}: audio_encoder with Whisper's encoder; bridge and codebooks are random")
-
-
-COMMANDS = {"to-jax": to_jax, "to-torch": to_torch, "to-qwen2": to_qwen2, "from-whisper": from_whisper}
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr: share done, bytes, bytes a second, time left."""
-    columns = (TextColumn("converting"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
-        task = progress.add_task("converting", total=total)
-        yield lambda done: progress.advance(task, done)
-
-
 def run_convert(options: argparse.Namespace) -> None:
     """Moves weights between a Hugging Face folder and a checkpoint of ours (docs/how-to/weights.md).
 
@@ -167,6 +73,107 @@ def run_convert(options: argparse.Namespace) -> None:
     COMMANDS[options.command](options)
 
 
+def to_jax(options: argparse.Namespace) -> None:
+    """Converts a Hugging Face folder to a checkpoint."""
+    source, target = Path(options.source).expanduser(), Path(options.target).expanduser()
+    vocoder = Path(options.vocoder).expanduser() if options.vocoder else None
+    branches = tuple(filter(None, options.branches.split(",")))
+    for name in branches:
+        if name not in MODEL_BRANCHES:
+            raise ConfigError(f"--branches names {name!r}; the model has {', '.join(MODEL_BRANCHES)}")
+    check_target(target)
+    jobs = plan_to_jax(source, vocoder, branches)
+    _print("\n".join(describe_plan(job.plan, rules=options.dry_run) for job in jobs))
+    if not options.dry_run:
+        with _progress(sum(job.plan.nbytes for job in jobs)) as advance:
+            convert_to_jax(source, target, vocoder=vocoder, jobs=jobs, advance=advance)
+        _print(f"wrote {target}")
+
+
+def to_torch(options: argparse.Namespace) -> None:
+    """Converts a checkpoint to a Hugging Face folder, and says what the released code needs beside it."""
+    target, source = _open_export(options)
+    exports = plan_to_torch(source, options.dtype)
+    _print("\n".join(describe_plan(export.plan, rules=options.dry_run) for export in exports.values()))
+    if absent := [name for name in CONVERTED_BRANCHES if name not in source.readers]:
+        _print(f"not there, so not written: {', '.join(absent)}")
+    if source.left_out:
+        _print(f"left out, the released model has no place for it: {', '.join(source.left_out)}")
+    if not options.dry_run:
+        with _progress(sum(export.nbytes for export in exports.values())) as advance:
+            convert_to_torch(source, target, exports=exports, shard_bytes=options.shard_mb << 20, advance=advance)
+        _print(f"wrote {target}")
+        model = exports.get(SINGLE)
+        if model and len(model.dtypes) > 1:
+            kinds = " and ".join(model.dtypes)
+            _print(f"tensors are {kinds}, config.json says {model.dtype}: --dtype writes all of them alike")
+        _print(_what_runs_it(target))
+
+
+def to_qwen2(options: argparse.Namespace) -> None:
+    """Converts the language model of a checkpoint to a Qwen2ForCausalLM folder."""
+    target, source = _open_export(options)
+    export = plan_qwen2(source, options.dtype)
+    _print(describe_plan(export.plan, rules=options.dry_run))
+    if not options.dry_run:
+        with _progress(export.nbytes) as advance:
+            convert_to_qwen2(source, target, export=export, shard_bytes=options.shard_mb << 20, advance=advance)
+        _print(f"wrote {target}: a Qwen2ForCausalLM of {export.dtype}, for transformers and vLLM without other code")
+        if not (target / TOKENIZER).is_file():
+            _print(
+                f"{source.home} brings no {TOKENIZER}: put the tokenizer's files beside the weights, or name another"
+            )
+
+
+def _print(text: str) -> None:
+    """Prints at once, also into a pipe: conversion takes minutes."""
+    print(text, flush=True)
+
+
+def _open_export(options: argparse.Namespace) -> tuple[Path, CheckpointSource]:
+    """Returns the folder to write, which holds nothing yet, and the branches to read."""
+    target = Path(options.target).expanduser()
+    if options.shard_mb < 1:
+        raise ConfigError(f"--shard-mb must be at least 1, not {options.shard_mb}")
+    check_target(target)
+    return target, open_source(options.source, options.base)
+
+
+def _what_runs_it(folder: Path) -> str:
+    """Says what the released code needs beside the weights, and this project does not contain."""
+    if not read_json_object(folder / CONFIG).get("auto_map"):
+        return (
+            "its config.json names no code (auto_map): to run it with the released code, export with --base CONVERTED, "
+            "which brings the released config.json, Python files and tokenizer (docs/how-to/weights.md)"
+        )
+    if missing := missing_code(folder):
+        return f"the released code also needs, from the released folder: {', '.join(missing)} (docs/how-to/weights.md)"
+    return (
+        "the Python files that its config.json names are beside it (what else the demos need: docs/how-to/weights.md)"
+    )
+
+
+def from_whisper(options: argparse.Namespace) -> None:
+    """Makes a checkpoint of a new audio tokenizer with the encoder of a Whisper folder."""
+    source, target = Path(options.source).expanduser(), Path(options.target).expanduser()
+    check_target(target)
+    cfg = resolve_model(options.model)
+    save_branches(target, {"audio_encoder": tokenizer_from_whisper(source, cfg)}, cfg)
+    _print(f"wrote {target}: audio_encoder with Whisper's encoder; bridge and codebooks are random")
+
+
+COMMANDS = {"to-jax": to_jax, "to-torch": to_torch, "to-qwen2": to_qwen2, "from-whisper": from_whisper}
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[int], None]]:
+    """Shows a bar on stderr: share done, bytes, bytes a second, time left. Yields what moves it on by bytes."""
+    columns = (TextColumn("converting"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+        task = progress.add_task("converting", total=total)
+        yield lambda done: progress.advance(task, done)
+
+
 def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `verify`."""
     parser.add_argument("--fixtures", metavar="DIR", type=Path, help="config, weights and golden files")
@@ -174,73 +181,6 @@ def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", metavar="DIR", type=Path, help="what HF_DIR was converted to")
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write the report here")
     parser.add_argument("--only", default="", metavar="A,B", help=f"only these of {', '.join(CHECKS)}")
-
-
-def compare(options: argparse.Namespace) -> bool:
-    """Prints and writes the report; True when every line of it passed."""
-    _check_sources(options)
-    if options.json and not options.json.parent.is_dir():
-        raise ConfigError(f"--json {options.json}: {options.json.parent} is not a folder")
-    start, rows = time.monotonic(), []
-    with Console(stderr=True).status("comparing" if options.hf else "converting") as status:
-        if options.hf:
-            rows += verify_released(options.hf, options.checkpoint)
-        else:
-            for name, lines in verify(options.fixtures, tuple(filter(None, options.only.split(",")))):
-                rows += lines
-                status.update(f"{name} done, {len(rows)} tensors compared")
-    seconds = time.monotonic() - start
-    show(rows, seconds)
-    if options.json:
-        write(options, rows, seconds)
-    return all(row.passed for row in rows)
-
-
-def _check_sources(options: argparse.Namespace) -> None:
-    if not (options.fixtures or options.hf or options.checkpoint):
-        raise ConfigError("nothing to compare: give --fixtures DIR, or --hf HF_DIR and --checkpoint DIR")
-    if options.fixtures and (options.hf or options.checkpoint):
-        raise ConfigError("--fixtures and --hf with --checkpoint are two comparisons: give one of them")
-    if not options.fixtures and not (options.hf and options.checkpoint):
-        raise ConfigError("--hf HF_DIR and --checkpoint DIR go together: one is missing")
-    if options.hf and options.only:
-        raise ConfigError("--only chooses among the checks of --fixtures; --hf has one")
-
-
-def show(rows: list[Comparison], seconds: float) -> None:
-    table = Table("check", "tensor")
-    for heading in ("max abs error", "relative error", "tolerance"):
-        table.add_column(heading, justify="right")
-    table.add_column("pass")
-    table.add_column("note")
-    for row in rows:
-        numbers = (f"{x:.2g}" for x in (row.max_abs_error, row.relative_error, row.tolerance))
-        passed = "yes" if row.passed else "[bold red]NO[/]"
-        table.add_row(row.check, row.tensor, *numbers, passed, row.note)
-    # Never narrower than its rows: a report piped into a file is read there.
-    console = Console()
-    console = console if console.is_terminal else Console(width=140)
-    console.print(table)
-    failed = sum(not row.passed for row in rows)
-    console.print(f"{len(rows)} comparisons, {failed} failed, {seconds:.0f} s", highlight=False)
-
-
-def write(options: argparse.Namespace, rows: list[Comparison], seconds: float) -> None:
-    report = {
-        **{name: str(path) for name in ("fixtures", "hf", "checkpoint") if (path := getattr(options, name))},
-        "passed": all(row.passed for row in rows),
-        "seconds": round(seconds, 1),
-        "rows": [{name: _plain(value) for name, value in asdict(row).items()} | {"passed": row.passed} for row in rows],
-    }
-    try:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
-    except OSError as error:
-        raise ConfigError(f"--json {options.json} cannot be written: {error.strerror}") from error
-
-
-def _plain(value: object) -> object:
-    """JSON knows no infinity: what could not be compared is null."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def run_verify(options: argparse.Namespace) -> int:
@@ -259,3 +199,73 @@ def run_verify(options: argparse.Namespace) -> int:
     # The reference was computed on a CPU in fp32; an accelerator, if there is one, is left alone.
     jax.config.update("jax_platforms", "cpu")
     return 0 if compare(options) else 1
+
+
+def compare(options: argparse.Namespace) -> bool:
+    """Prints and writes the report; returns whether every comparison of it passed."""
+    _check_sources(options)
+    check_folders(options, "json")
+    rows: list[Comparison] = []
+    start = time.monotonic()
+    with Console(stderr=True).status("comparing" if options.hf else "converting") as status:
+        if options.hf:
+            rows += verify_released(options.hf, options.checkpoint)
+        else:
+            for name, lines in verify(options.fixtures, tuple(filter(None, options.only.split(",")))):
+                rows += lines
+                status.update(f"{name} done, {len(rows)} tensors compared")
+    seconds = time.monotonic() - start
+    print_comparisons(rows, seconds)
+    if options.json:
+        write_comparisons(options, rows, seconds)
+    return all(row.passed for row in rows)
+
+
+def _check_sources(options: argparse.Namespace) -> None:
+    """Raises ConfigError unless the flags name one of the two comparisons."""
+    if not (options.fixtures or options.hf or options.checkpoint):
+        raise ConfigError("nothing to compare: give --fixtures DIR, or --hf HF_DIR and --checkpoint DIR")
+    if options.fixtures and (options.hf or options.checkpoint):
+        raise ConfigError("--fixtures and --hf with --checkpoint are two comparisons: give one of them")
+    if not options.fixtures and not (options.hf and options.checkpoint):
+        raise ConfigError("--hf HF_DIR and --checkpoint DIR go together: one is missing")
+    if options.hf and options.only:
+        raise ConfigError("--only chooses among the checks of --fixtures; --hf has one")
+
+
+def print_comparisons(rows: list[Comparison], seconds: float) -> None:
+    """Prints a table of all comparisons, and how many failed."""
+    table = Table("check", "tensor")
+    for heading in ("max abs error", "relative error", "tolerance"):
+        table.add_column(heading, justify="right")
+    table.add_column("pass")
+    table.add_column("note")
+    for row in rows:
+        numbers = (f"{x:.2g}" for x in (row.max_abs_error, row.relative_error, row.tolerance))
+        passed = "yes" if row.passed else "[bold red]NO[/]"
+        table.add_row(row.check, row.tensor, *numbers, passed, row.note)
+    # Never narrower than its rows: a report piped into a file is read there.
+    console = Console()
+    console = console if console.is_terminal else Console(width=140)
+    console.print(table)
+    failed = sum(not row.passed for row in rows)
+    console.print(f"{len(rows)} comparisons, {failed} failed, {seconds:.0f} s", highlight=False)
+
+
+def write_comparisons(options: argparse.Namespace, rows: list[Comparison], seconds: float) -> None:
+    """Writes the report as JSON. Raises ConfigError when it cannot be written."""
+    report = {
+        **{name: str(path) for name in ("fixtures", "hf", "checkpoint") if (path := getattr(options, name))},
+        "passed": all(row.passed for row in rows),
+        "seconds": round(seconds, 1),
+        "rows": [{name: _plain(value) for name, value in asdict(row).items()} | {"passed": row.passed} for row in rows],
+    }
+    try:
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    except OSError as error:
+        raise ConfigError(f"--json {options.json} cannot be written: {error.strerror}") from error
+
+
+def _plain(value: object) -> object:
+    """Returns what JSON can hold, which knows no infinity: what could not be compared is null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
