@@ -116,7 +116,7 @@ def test_what_is_not_checked_fails(command, folder, monkeypatch, capsys):
     [
         (("--fixtures", "nowhere"), "nowhere/config.json"),
         (("--fixtures", "{folder}", "--only", "vison"), "check 'vison' is not one of vision, audio_encoder"),
-        (("--fixtures", "{folder}", "--json", "{folder}/no/report.json"), "{folder}/no is not a folder"),
+        (("--fixtures", "{folder}", "--json", "{folder}/no/report.json"), "there is no folder {folder}/no"),
     ],
 )
 def test_wrong_arguments(command, folder, capsys, arguments, message):
