@@ -1,4 +1,4 @@
-"""What one turn of the page may hold, and the parts of a message that it becomes."""
+"""Checks what one turn of the page holds, and makes the parts of a message of it."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -38,26 +38,39 @@ IDLE = 3600.0  # seconds after which a tab that never said goodbye is forgotten
 
 @dataclass(frozen=True)
 class View:
-    """What the page shows: messages of texts and files as Gradio's Chatbot takes them, the answer that is being spoken
-    (None: none is), and one line about how it goes."""
+    """What the page shows at one moment of a turn."""
 
-    messages: list[dict[str, Any]]
-    speech: SpeechWave | None
-    status: str
+    messages: list[dict[str, Any]]  # texts and files, as Gradio's Chatbot takes them
+    speech: SpeechWave | None  # the answer that is being spoken
+    status: str  # one line about how it goes
 
 
 class Session:
-    """One browser tab's conversation; its files lie in `folder`.
+    """One browser tab's conversation, one turn at a time.
 
-    One turn at a time. `stop` and `close` may be called from any thread; both end the answer and free its slot.
-    `takes_audio`: whether the checkpoint can encode the audio of a video.
+    `stop` and `close` may be called from any thread; both end the answer and free its slot.
+
+    Attributes:
+        folder: where its files lie.
+        used: when its last turn ended, by `time.monotonic`.
+        closed: whether its tab is gone.
+        speech: the newest spoken answer.
     """
 
     def __init__(self, chat: OmniChat, folder: Path, system: str, limits: Limits, takes_audio: bool = True):
+        """Begins a conversation.
+
+        Args:
+            chat: what answers.
+            folder: where its files are to lie.
+            system: its system message; "" for none.
+            limits: of each turn.
+            takes_audio: whether the checkpoint can encode the audio of a video.
+        """
         self.folder, self.used, self.closed = folder, time.monotonic(), False
         self._chat, self._system, self._limits, self._takes_audio = chat, system, limits, takes_audio
         self._turn, self._turns, self._files = threading.Lock(), 0, 0
-        self._reply: ChatStream | None = None
+        self._stream: ChatStream | None = None
         self._stopped = False
         self._begin()
 
@@ -69,6 +82,7 @@ class Session:
 
     @property
     def answering(self) -> bool:
+        """Whether a turn is under way."""
         return self._turn.locked()
 
     def restart(self) -> View:
@@ -87,8 +101,8 @@ class Session:
         self._stopped = True
         if speech := self.speech:
             speech.mute()
-        if reply := self._reply:
-            reply.cancel()
+        if stream := self._stream:
+            stream.cancel()
 
     def close(self) -> None:
         """Ends the answer and deletes the session's files: the tab is gone."""
@@ -136,10 +150,11 @@ class Session:
         finally:
             if self.speech:
                 self.speech.close()
-            self._reply, self.used = None, time.monotonic()
+            self._stream, self.used = None, time.monotonic()
             self._turn.release()
 
     def _answer(self, text: str, files: Sequence[Path], settings: GenerationConfig) -> Iterator[View]:
+        # The user's message is shown at once, and again when its files have been read and copied.
         turn = self._show("user", text.strip() or ", ".join(path.name for path in files))
         notes: list[str] = []
         parts = read_turn(text, files, self._limits, takes_audio=self._takes_audio, note=notes.append)
@@ -147,16 +162,17 @@ class Session:
         yield self._view("Reading")
         self._turns += 1
         key = jax.random.fold_in(self._chat.key, self._turns)
-        reply = self._reply = self._conversation.say(parts, settings=settings, key=key)
+        stream = self._stream = self._conversation.say(parts, settings=settings, key=key)
+        # `stop` may have come while there was no stream yet.
         if self._stopped:
-            reply.cancel()
-        yield from self._follow(reply)
-        yield self._finish(reply.answer())
+            stream.cancel()
+        yield from self._follow(stream)
+        yield self._finish(stream.answer())
 
-    def _follow(self, reply: ChatStream) -> Iterator[View]:
-        """Views while the answer comes."""
+    def _follow(self, stream: ChatStream) -> Iterator[View]:
+        """Yields views while the answer comes."""
         shown, refreshed = None, 0.0
-        for event in reply:
+        for event in stream:
             if isinstance(event, TextDelta):
                 shown = shown or self._show("assistant", "")
                 shown["content"][0] += event.text
@@ -168,6 +184,7 @@ class Session:
                 yield self._view("Answering")
 
     def _finish(self, answer: ChatAnswer) -> View:
+        """Shows the whole answer, its speech as a file that stays."""
         if len(answer.samples) and not self.closed:
             path = self._write("answer.wav", answer.samples, answer.rate)
             last = self._messages[-1] if answer.text else self._show("assistant")
@@ -177,6 +194,7 @@ class Session:
         return self._view(summary(answer))
 
     def _refuse(self, sentence: str) -> View:
+        """Shows why there is no answer, in its place."""
         line = f"Not answered: {sentence}."
         self._show("assistant", f"*{line}*")
         return self._view(line)
@@ -214,6 +232,7 @@ class Session:
         return path
 
     def _place(self, name: str) -> Path:
+        """Returns a path of this name in a new folder, so that names may repeat."""
         self._files += 1
         folder = self.folder / str(self._files)
         folder.mkdir(parents=True)
@@ -227,13 +246,8 @@ class Sessions:
     """
 
     def __init__(self, chat: OmniChat, folder: Path, system: str, limits: Limits, takes_audio: bool = True):
-        self._chat, self._folder, self._system, self._limits, self._takes_audio = (
-            chat,
-            folder,
-            system,
-            limits,
-            takes_audio,
-        )
+        self._chat, self._folder, self._system = chat, folder, system
+        self._limits, self._takes_audio = limits, takes_audio
         self._sessions: dict[str, Session] = {}
         self._lock = threading.Lock()
 
@@ -269,13 +283,13 @@ class Sessions:
 
 
 def _shown_name(part: dict[str, Any]) -> str:
-    """The upload's name, with an ending of its kind."""
+    """Returns the upload's name, with an ending of its kind."""
     path = Path(part["path"])
     return path.name if path.suffix.lower() in ENDINGS[part["type"]] else path.name + SHOWN_AS[part["type"]]
 
 
 def summary(answer: ChatAnswer) -> str:
-    """One line: how much was answered, and how fast."""
+    """Says in one line how much was answered, and how fast."""
     done = answer.finished
     line = "Stopped. " if done.finish_reason == "cancelled" else ""
     line += f"{done.tokens} tokens"

@@ -39,7 +39,7 @@ class PageSettings:
 
 
 def make_app(chat: OmniChat, folder: Path, settings: PageSettings) -> fastapi.FastAPI:
-    """The web application. What users send and hear lies in `folder` while their tab is open."""
+    """Makes the web application. What users send and hear lies in `folder` while their tab is open."""
     sessions = Sessions(chat, folder, settings.system, settings.limits, settings.takes_audio)
     app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
@@ -76,6 +76,7 @@ class _Page:
         self.blocks.queue(max_size=settings.clients + settings.waiting, default_concurrency_limit=None)
 
     def _place(self) -> None:
+        """Lays out the components: chat, player, message box and buttons left; microphone, camera, options right."""
         settings = self._settings
         self.utterance = gr.State()
         gr.Markdown(f"# {settings.title}\n{settings.notice}", line_breaks=True, elem_id="title")
@@ -109,6 +110,7 @@ class _Page:
                 )  # fmt: skip
 
     def _connect(self) -> None:
+        """Says which function each event calls. Answers share the engine's slots; what is quick waits for none."""
         shown = [self.chat, self.player, self.status]
         slot = {"concurrency_limit": self._settings.clients, "concurrency_id": "answers", "show_progress": "hidden"}
         quick = {"queue": False, "show_progress": "hidden"}
@@ -173,6 +175,7 @@ class _Page:
 
 
 def _player(view: View) -> str:
+    """Returns the HTML of a player that begins by itself, or nothing."""
     if view.speech is None:
         return ""
     return f'<audio src="speech/{view.speech.name}.wav" autoplay controls aria-label="The answer, spoken"></audio>'
