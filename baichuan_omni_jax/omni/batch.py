@@ -183,7 +183,8 @@ def abstract_batch(
     for name in (name for branch in branches for name in BRANCH_FIELDS[branch]):
         field = FIELDS[name]
         shape = (rows, *field.row_shape(sizes))
-        check_divisible(mesh, rules, shape[:2], field.axes[:2], f"batch field {name}")
+        split = tuple(axis for axis in field.axes if axis is not None)  # the first two: rows, and what they hold
+        check_divisible(mesh, rules, shape[: len(split)], split, f"batch field {name}")
         sharding = NamedSharding(mesh, rules.spec(*field.axes))
         abstract[name] = jax.ShapeDtypeStruct(shape, field.dtype, sharding=sharding)
     return abstract

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -12,7 +13,6 @@ from jaxtyping import Float32, Int32, Int64, UInt8
 from data_pipelines.documents.document import Document
 from data_pipelines.documents.prompts import (
     AudioElement,
-    Element,
     ImageElement,
     TextElement,
     TokensElement,
@@ -61,7 +61,7 @@ def measure_document(document: Document) -> DocumentMeasure:
     return DocumentMeasure(document.type, characters, tuple(media))
 
 
-def _measure(element: Element, document: Document) -> MediaMeasure:
+def _measure(element: ImageElement | VideoElement | AudioElement, document: Document) -> MediaMeasure:
     media = find_media(element.reference, document.media)
     if isinstance(element, ImageElement):
         height, width = probe_image(media)
@@ -69,7 +69,6 @@ def _measure(element: Element, document: Document) -> MediaMeasure:
     if isinstance(element, VideoElement):
         height, width, seconds = _probe_video(media)
         return MediaMeasure("video", height, width, seconds, media.size)
-    assert isinstance(element, AudioElement)
     seconds = probe_audio(media, _CLOCK) / _CLOCK
     return MediaMeasure("speech" if element.spoken else "audio", 0, 0, seconds, media.size)
 
@@ -107,7 +106,8 @@ class Measures:
     def save(self, path: Path) -> None:
         """The same measures give the same bytes."""
         with path.open("wb") as file:
-            np.savez(file, **(vars(self) | {"schema": np.array(SCHEMA), "types": np.array(json.dumps(self.types))}))
+            columns: dict[str, Any] = {"schema": np.array(SCHEMA), "types": np.array(json.dumps(self.types))}
+            np.savez(file, **(vars(self) | columns))
 
 
 def collect(documents: Sequence[DocumentMeasure]) -> Measures:
@@ -132,7 +132,9 @@ def load_measures(path: Path) -> Measures:
     """What `Measures.save` wrote. Raises OSError when it cannot be read, ValueError when it is damaged or another."""
     try:
         with np.load(path) as arrays:
-            columns = {name: arrays[name] for name in ("schema", *(field.name for field in fields(Measures)))}
+            columns: dict[str, Any] = {
+                name: arrays[name] for name in ("schema", *(field.name for field in fields(Measures)))
+            }
     except (BadZipFile, EOFError, KeyError) as error:
         raise ValueError(f"it is damaged: {error}") from error
     if (schema := int(columns.pop("schema"))) != SCHEMA:

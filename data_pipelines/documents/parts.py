@@ -7,7 +7,7 @@ what a span counts: each token of text, end of text included, and each medium, a
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from data_pipelines.documents.document import Document
 from data_pipelines.documents.prompts import (
@@ -57,13 +57,13 @@ def cut_turns(elements: list[Element]) -> tuple[list[Element], list[list[Element
         first, *others = element.text.split(USER)
         if first:
             parts[-1].append(replace(element, text=first))
-        parts += [[replace(element, text=USER + text)] for text in others]
+        parts += [[cast(Element, replace(element, text=USER + text))] for text in others]
     return parts[0], parts[1:]
 
 
 def has_frames(elements: list[Element]) -> bool:
     """Whether there are videos, as files or frame by frame."""
-    return any(isinstance(each, VideoElement) or _is_frame(each) for each in elements)
+    return any(isinstance(each, VideoElement) or _frame_of(each) is not None for each in elements)
 
 
 def thin_frames(elements: Sequence[T], most: int) -> list[T]:
@@ -72,8 +72,8 @@ def thin_frames(elements: Sequence[T], most: int) -> list[T]:
     Of n frames the i-th that stays is number int(i * n / most), as in the released processor. A list between the marks
     of a video is one, and so are frames that follow each other outside of them.
     """
-    kept: list[Element] = []
-    for video, run in groupby(elements, key=lambda each: each.video if _is_frame(each) else None):
+    kept: list[T] = []
+    for video, run in groupby(elements, key=_frame_of):
         run = list(run)
         if video is not None and len(run) > most:
             run = [run[int(place * len(run) / most)] for place in range(most)]
@@ -81,8 +81,9 @@ def thin_frames(elements: Sequence[T], most: int) -> list[T]:
     return kept
 
 
-def _is_frame(element: object) -> bool:
-    return isinstance(element, ImageElement) and element.frame
+def _frame_of(element: object) -> int | None:
+    """The number of the video that a listed frame is of; None for what is no such frame."""
+    return element.video if isinstance(element, ImageElement) and element.frame else None
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,10 @@ def group_media(elements: Sequence[Element | Ids]) -> list[Run]:
     for element in elements:
         if isinstance(element, Ids):
             runs += [element] if len(element) else []
-        elif runs and _are_of_one_video(runs[-1], element):
-            runs[-1] = (*runs[-1], element)
+            continue
+        last, video = runs[-1] if runs else (), _frame_of(element)
+        if video is not None and last and not isinstance(last, Ids) and _frame_of(last[-1]) == video:
+            runs[-1] = (*last, element)
         else:
             runs.append((element,))
     return runs
@@ -135,8 +138,3 @@ def place_runs(runs: Sequence[Run]) -> Iterator[tuple[Span, Run]]:
         size = len(run) if isinstance(run, Ids) else 1
         yield (place, place + size), run
         place += size
-
-
-def _are_of_one_video(run: Run, element: Element) -> bool:
-    together = not isinstance(run, Ids) and _is_frame(run[-1]) and _is_frame(element)
-    return together and run[-1].video == element.video

@@ -138,14 +138,16 @@ class Processor:
         if self._last_runs[0] != key:
             elements = document_elements(document, self.config.vision.max_frames)
             found = [self._as_ids(element, document.media) for element in elements]
-            ending = [Ids(part.ids, part.trainable) for part in self._ending(document, elements, found[-1:])]
+            last = found[-1] if found else None
+            last_ids = last.ids if isinstance(last, Ids) else ()
+            ending = [Ids(part.ids, part.trainable) for part in self._ending(document, elements, last_ids)]
             self._last_runs = key, group_media([*found, *ending])
         return self._last_runs[1]
 
     def elements(self, document: Document) -> list[Element | Ids]:
         """What a document consists of; one with a `span` has its text as ids. Raises SampleError "bad_prompt"."""
         if document.span is None:
-            return document_elements(document, self.config.vision.max_frames)
+            return list(document_elements(document, self.config.vision.max_frames))
         return cut_span(self.runs(document), document.span)[0]
 
     def audio_items(self, document: Document) -> list[AudioItem]:
@@ -216,7 +218,8 @@ class Processor:
         if document.span is None:
             elements = document_elements(document, self.config.vision.max_frames)
             parts, images, clips = self._read(elements, *look, pixels, mels, rates)
-            layout = lay_out(parts + self._ending(document, elements, parts), self.config.tokens)
+            last_ids = parts[-1].ids if parts and isinstance(parts[-1], TextPart) else ()
+            layout = lay_out([*parts, *self._ending(document, elements, last_ids)], self.config.tokens)
         else:
             elements, after = cut_span(self.runs(document), document.span)
             parts, images, clips = self._read(elements, *look, pixels, mels, rates)
@@ -266,8 +269,8 @@ class Processor:
         """Text as its ids, a medium as it is."""
         if not isinstance(element, TextElement | TokensElement):
             return element
-        ids = self._read([element], root, 0, False, False, ())[0][0].ids
-        return Ids(ids, element.trainable)
+        part = self._read([element], root, 0, False, False, ())[0][0]
+        return Ids(part.ids if isinstance(part, TextPart) else (), element.trainable)
 
     @cached_property
     def _plain_tokenizer(self) -> Tokenizer:
@@ -276,9 +279,10 @@ class Processor:
     def _ids(self, media: Media) -> list[int]:
         return read_ids(media, self.tokenizer_fingerprint, self.config.llm.vocab_size)
 
-    def _ending(self, document: Document, elements: list[Element], parts: list[Part | Element | Ids]) -> list[TextPart]:
+    def _ending(self, document: Document, elements: list[Element], last_ids: Sequence[int]) -> list[TextPart]:
+        """The end of text, where the document does not end in it: `last_ids` are those of its last element."""
         last, end = elements[-1] if elements else TextElement(""), self.config.tokens.end_of_text
-        ended = isinstance(last, TextElement | TokensElement) and parts and list(parts[-1].ids[-1:]) == [end]
+        ended = isinstance(last, TextElement | TokensElement) and list(last_ids[-1:]) == [end]
         if not self.end_of_text or ended:
             return []
         trainable = not is_marked(document) or (

@@ -19,7 +19,7 @@ make plain text of everything: use `join`.)
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
-from typing import Literal
+from typing import Literal, SupportsIndex
 
 from baichuan_omni_jax.config import VOICE, check_voice
 from data_pipelines.documents.prompts import (
@@ -90,8 +90,8 @@ class Source(str):
     def __radd__(self, other: str) -> "Source":
         return join((other, self))
 
-    def __mul__(self, count: int) -> "Source":
-        return join([self] * count)
+    def __mul__(self, value: SupportsIndex) -> "Source":
+        return join([self] * int(value))
 
 
 def join(parts: Iterable[str]) -> Source:

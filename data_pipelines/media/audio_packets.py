@@ -201,7 +201,7 @@ def ogg_promise(file: BufferedIOBase, size: int) -> Promise:
     if damaged := _damaged_pages(data):
         return Promise(damaged=damaged)
     place = number = total = granule = flags = 0
-    serial, begun, packets, early = data[14:18], b"", 0, 0
+    serial, begun, packets, early, channels = data[14:18], b"", 0, 0, 0
     while place < len(data):
         head = data[place : place + 27]
         next_one = b"OggS\0", serial, number.to_bytes(4, "little")

@@ -16,6 +16,7 @@ from av.audio.frame import AudioFrame
 from av.audio.stream import AudioStream
 from av.codec.context import Flags2
 from av.container import InputContainer
+from av.error import FFmpegError
 from av.packet import Packet
 from av.stream import Discard, Disposition
 from jaxtyping import Float32
@@ -121,7 +122,7 @@ class AudioTrack:
                 yield self.stream.rate, np.zeros(missing, np.float32)
             try:
                 frames = packet.decode()
-            except av.error.FFmpegError:
+            except FFmpegError:
                 self.damage.damaged += 1
                 if keeps or (clocked and before):
                     given += self._duration(packet) or before
@@ -141,8 +142,9 @@ class AudioTrack:
 
     def _duration(self, packet: Packet) -> int:
         """In samples, 0 where the packet does not tell."""
-        known = packet.duration and packet.time_base
-        return round(packet.duration * packet.time_base * self.stream.rate) if known else 0
+        if not packet.duration or not packet.time_base:
+            return 0
+        return round(packet.duration * packet.time_base * self.stream.rate)
 
     def _packets(self) -> Iterator[Packet]:
         """The track's packets; the last ones are empty and make the decoder give what it holds back.
@@ -150,13 +152,13 @@ class AudioTrack:
         Raises ValueError when all tracks end a second or more before the header of the container says, unless no byte
         is missing and the damaged rest is at most a quarter.
         """
-        promising = self.container.format.name in _PROMISING and self.container.duration is not None
+        promised = self.container.duration if self.container.format.name in _PROMISING else None
         start, end, number = float("inf"), 0.0, 0
-        packets = self.container.demux() if promising else self.container.demux(self.stream)
+        packets = self.container.demux() if promised is not None else self.container.demux(self.stream)
         while True:
             try:
                 packet = next(packets, None)
-            except av.error.FFmpegError:  # the demuxer cannot go on: as with ffmpeg, what came before counts
+            except FFmpegError:  # the demuxer cannot go on: as with ffmpeg, what came before counts
                 self.damage.damaged += 1
                 break
             if packet is None:
@@ -168,7 +170,7 @@ class AudioTrack:
             if packet.stream_index == self.stream.index:
                 yield packet
         # A clock need not start at 0: the header gives the length, or the time at the end.
-        length = self.container.duration / av.time_base if promising else 0.0
+        length = promised / av.time_base if promised is not None else 0.0
         missing = length - max(end, end - start)
         if missing > 1.0 and self.whole and missing <= length / 4:
             self.damage.damaged = max(self.damage.damaged, 1)
@@ -185,8 +187,10 @@ def _mono(frame: AudioFrame) -> Float32[np.ndarray, "t"]:
     mean = values[0] if len(values) == 1 else values.mean(0)
     if values.dtype == np.uint8:
         return (mean.astype(np.float32) - 128) / 128
-    scale = np.iinfo(values.dtype).bits - 1 if values.dtype.kind == "i" else 0
-    return (mean * np.float64(2.0**-scale)).astype(np.float32) if scale else mean.astype(np.float32)
+    if values.dtype.kind != "i":
+        return mean.astype(np.float32)
+    bits = 8 * values.dtype.itemsize
+    return (mean * np.float64(2.0 ** (1 - bits))).astype(np.float32)
 
 
 @contextmanager
@@ -260,7 +264,7 @@ def _audio_stream(container: InputContainer, name: str) -> AudioStream:
         raise ValueError("its audio codec is unknown")
     if not stream.rate:
         raise ValueError("its audio track has no sampling rate")
-    stream.thread_count = 1  # workers are the threads
+    stream.codec_context.thread_count = 1  # workers are the threads
     if stream.codec_context.name == "flac":  # without it, a damaged frame is noise
         stream.codec_context.options = {"err_detect": "crccheck+explode"}
     if stream.codec_context.name == "alac" and container.format.name == "caf":

@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from io import BufferedIOBase
+from typing import Any
 
 import av
 from av.container import InputContainer
+from av.error import ArgumentError, FFmpegError
 from av.frame import Frame
 from av.packet import Packet
 from av.stream import Stream
@@ -91,12 +93,12 @@ def opened(media: Media, kind: str, mended: Sequence[tuple[int, bytes]] = ()) ->
             raise ValueError("the file is empty")
         check_bytes(media.size, "video", media.name)
         with ExitStack() as stack:
-            source = str(media.path)
+            source: Any = str(media.path)
             if mended or media.path is None:
                 source = _Mended(stack.enter_context(media.open()), mended)
             try:
-                container = stack.enter_context(av.open(source, options={"format_whitelist": FORMATS}))
-            except av.error.ArgumentError as error:  # FFmpeg's word for formats that are not on the list
+                container = stack.enter_context(av.open(source, mode="r", options={"format_whitelist": FORMATS}))
+            except ArgumentError as error:  # FFmpeg's word for formats that are not on the list
                 raise UnknownFormatError("its format is none of those that are read") from error
             yield container
 
@@ -145,7 +147,7 @@ def decode_packets(
         damage.packets += packet.size > 0
         try:
             frames = packet.decode() if decode is None else decode(packet)
-        except av.FFmpegError:
+        except FFmpegError:
             damage.damaged += packet.size > 0
             continue
         yield from frames
@@ -161,6 +163,6 @@ def _read_packets(container: InputContainer, stream: Stream, damage: Damage) -> 
                 came = True
                 yield packet
             return
-        except av.FFmpegError:
+        except FFmpegError:
             damage.packets += 1
             damage.damaged += 1

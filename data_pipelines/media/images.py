@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import IO, cast
 
 import numpy as np
 from jaxtyping import UInt8
@@ -66,8 +67,8 @@ class _Opened:
 
     def size(self, settings: ImagesConfig) -> tuple[int, int]:
         """(height, width) of the pixels that `load_image` gives."""
-        sides = self.image.height, self.image.width
-        return sides[::-1] if settings.orientation == "seen" and self.orientation >= 5 else sides
+        height, width = self.image.height, self.image.width
+        return (width, height) if settings.orientation == "seen" and self.orientation >= 5 else (height, width)
 
 
 def probe_image(media: Media, settings: ImagesConfig = SEEN) -> tuple[int, int]:
@@ -148,7 +149,7 @@ def _open_header(file: io.BufferedIOBase, name: str) -> AbstractContextManager[I
         _load_heif()
         formats = ("HEIF",)
     try:
-        return Image.open(file, formats=formats)
+        return Image.open(cast(IO[bytes], file), formats=formats)
     except Image.DecompressionBombError as error:
         raise SampleError("too_big_media", f"{name} is too large an image: {error}") from error
     except UnidentifiedImageError as error:  # its own text shows the object that was read from
@@ -189,7 +190,7 @@ def _describe_tiff(file: io.BufferedIOBase) -> str:
         file.seek(0)
         tags = TiffImagePlugin.ImageFileDirectory_v2(file.read(8))
         file.seek(tags.next)
-        tags.load(file)
+        tags.load(cast(IO[bytes], file))
         bits, formats = tags[258], tags.get(339, (1,))
         kind = {1: "unsigned", 2: "signed", 3: "floating point"}.get(formats[0], f"format {formats[0]}")
         samples = tags.get(277, len(bits))

@@ -6,7 +6,7 @@ JPEG as `.jfif`, a download without any ending.
 
 import mimetypes
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import IO, Literal, cast, get_args
 
 from av.container import InputContainer
 from av.stream import Disposition
@@ -60,7 +60,7 @@ def _is_still(media: Media, head: bytes) -> bool:
     if head[4:8] == b"ftyp" and head[8:12] in _STILL_BRANDS:
         return True
     try:
-        with media.open() as file, Image.open(file, formats=FORMATS):
+        with media.open() as file, Image.open(cast(IO[bytes], file), formats=FORMATS):
             return True
     except Image.DecompressionBombError:
         return True  # whoever reads it says that it is too large

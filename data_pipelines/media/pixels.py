@@ -20,6 +20,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import cast
 
 import numpy as np
 from jaxtyping import Bool, Integer, UInt8
@@ -156,16 +157,22 @@ def _in_eight_bits(image: Image.Image, png: Png | None, reopen: Reopen) -> Image
         return _scale_grays(image, png)
     if _tag(image, _PLANES) == 2 and _tag(image, _BITS) == 16:  # Pillow takes the halves of such values for pixels
         raise ValueError("its channels of 16 bits lie in planes of their own, which is not read")
-    raw = {_raw_mode(tile) for tile in image.tile}
+    raw = {_raw_mode(tile) for tile in _tiles(image)}
     if len(raw) == 1 and (found := _DEEP_COLORS.fullmatch(raw.pop())):
         return _scale_colors(image, found[1], found[2], png, reopen)
     return image
 
 
-def _raw_mode(tile: tuple) -> str:
+def _tiles(image: Image.Image) -> list[ImageFile._Tile]:
+    """Where and how the pixels lie in the file; nothing for an image that comes from none."""
+    return getattr(image, "tile", [])
+
+
+def _raw_mode(tile: ImageFile._Tile) -> str:
     """How the pixels of a tile lie in the file. Pillow's own decoder of PPM scales 16 bits down by itself."""
-    first = tile.args[0] if isinstance(tile.args, tuple) and tile.args else tile.args
-    if tile.codec_name == "ppm" and tile.args[0] == "RGB" and tile.args[1] > 255:
+    args = tile.args if isinstance(tile.args, tuple) else (tile.args,)
+    first = args[0] if args else tile.args
+    if tile.codec_name == "ppm" and args[0] == "RGB" and len(args) > 1 and args[1] > 255:
         return "RGB;16B"
     return str(first)
 
@@ -189,7 +196,8 @@ def _declared_bits(image: Image.Image, png: Png | None) -> int:
 
 def _ppm_maximum(image: Image.Image) -> int:
     """The white that a PGM or PPM declares, unless that is the largest of 16 bits: then it says nothing."""
-    if image.format != "PPM" or not image.tile or not isinstance(args := image.tile[0].args, tuple):
+    tiles = _tiles(image)
+    if image.format != "PPM" or not tiles or not isinstance(args := tiles[0].args, tuple):
         return 0
     maximum = args[1] if len(args) > 1 else 0
     return maximum if 255 < maximum < 65535 else 0
@@ -237,7 +245,7 @@ def _scale_floats(image: Image.Image) -> Image.Image:
 
 def _is_inverted(image: Image.Image) -> bool:
     """Whether 0 is white, which Pillow heeds in TIFFs of up to 8 bits alone."""
-    return image.format == "TIFF" and _PHOTOMETRIC in image.tag_v2 and _tag(image, _PHOTOMETRIC) == 0
+    return image.format == "TIFF" and _PHOTOMETRIC in getattr(image, "tag_v2", {}) and _tag(image, _PHOTOMETRIC) == 0
 
 
 def _scale_colors(image: Image.Image, channels: str, order: str, png: Png | None, reopen: Reopen) -> Image.Image:
@@ -272,7 +280,7 @@ def _decode_as(image: Image.Image, raw: str) -> UInt8[np.ndarray, "h w c"]:
             return tile._replace(codec_name="raw", args=raw)
         return tile._replace(args=(raw, *tile.args[1:]) if isinstance(tile.args, tuple) else raw)
 
-    image.tile = [taken(tile) for tile in image.tile]
+    cast("ImageFile.ImageFile", image).tile = [taken(tile) for tile in _tiles(image)]
     image.load()
     return np.asarray(image)
 
@@ -312,7 +320,7 @@ def _to_srgb(color: Image.Image, profile: bytes) -> Image.Image:
     if transform is None:
         return color
     try:
-        return ImageCms.applyTransform(color.convert(mode), transform)
+        return ImageCms.applyTransform(color.convert(mode), transform) or color
     except (ImageCms.PyCMSError, OSError, ValueError):
         return color
 
@@ -322,9 +330,8 @@ def _transform(profile: bytes, mode: str) -> tuple[str, ImageCms.ImageCmsTransfo
     """The mode that an image is to be in, and the way from there to sRGB; None when there is nothing to do."""
     kinds = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}
     try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile)) if profile else ImageCms.createProfile("LAB")
-        source = source if isinstance(source, ImageCms.ImageCmsProfile) else ImageCms.ImageCmsProfile(source)
-        kind = kinds.get(source.profile.xcolor_space.strip(), "")
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile) if profile else ImageCms.createProfile("LAB"))
+        kind = kinds.get(cast("ImageCms.core.CmsProfile", source.profile).xcolor_space.strip(), "")
         # Gray images often bring the profile of the colors that they were made from.
         if kind != mode and (kind, mode) != ("RGB", "L"):
             return mode, None

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import av
 from av.container import InputContainer
+from av.error import FFmpegError
 from av.packet import Packet
 from av.video.stream import VideoStream
 
@@ -28,7 +29,9 @@ def promised_seconds(container: InputContainer, stream: VideoStream) -> float | 
     """Seconds of the track by a table that lists every frame (MP4, AVI); None where there is none, or a part of it."""
     if not {"mov", "avi"} & set(container.format.name.split(",")):
         return None
-    if not stream.frames or stream.frames != len(stream.index_entries) or not stream.duration:
+    if not stream.frames or stream.frames != len(stream.index_entries):
+        return None
+    if not stream.duration or stream.time_base is None:
         return None
     return float(stream.duration * stream.time_base)
 
@@ -74,7 +77,7 @@ def measured_seconds(media: Media, number: int) -> float:
                 check_packets(count, media.name)
                 if packet.size and not packet.is_discard:  # edit lists leave out the others
                     clocks.setdefault(packet.stream_index, _Clock()).add(packet)
-        except av.FFmpegError:  # nothing more can be read: what came is what there is
+        except FFmpegError:  # nothing more can be read: what came is what there is
             pass
     clocks = {place: clock for place, clock in clocks.items() if clock.last > float("-inf")}
     own = clocks.get(number)

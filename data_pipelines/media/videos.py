@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil
+from typing import Any, cast
 
 import av
 import numpy as np
@@ -17,6 +18,7 @@ from av.container import InputContainer
 from av.packet import Packet
 from av.sidedata.sidedata import Type
 from av.stream import Disposition
+from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.reformatter import Colorspace, VideoReformatter
 from av.video.stream import VideoStream
@@ -124,20 +126,23 @@ class _Frames:
 
     def at(self, times: tuple[float, ...]) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
         """As `decode_frames`."""
-        image, shown, turn = None, None, self.turn
+        turn, shown = self.turn, None
+        image: UInt8[np.ndarray, "h w 3"] | None = None
         for wanted in times:
             self._jump(wanted)
             while self._time < wanted - _SLACK:
                 if not self._next():
                     self._check_end(times[-1])
                     break
-            if shown is not self._last:
-                image, shown = turn.apply(self._rgb(self._last)), self._last
+            frame = cast(VideoFrame, self._last)  # `turn` has decoded the first one
+            if image is None or frame is not shown:
+                image, shown = turn.apply(self._rgb(frame)), frame
             yield image
         self._damage.check()
 
     def _decoded(self) -> Iterator[VideoFrame]:
-        return decode_packets(self.container, self.stream, self._damage, _alpha_decoder(self.stream))
+        frames = decode_packets(self.container, self.stream, self._damage, _alpha_decoder(self.stream))
+        return cast(Iterator[VideoFrame], frames)  # of a video stream
 
     def _next(self) -> bool:
         """Decodes one frame; False at the end."""
@@ -172,12 +177,14 @@ class _Frames:
 
     def _key_frame(self, wanted: float) -> int | None:
         """Time stamp of the last key frame at or before `wanted`, if that is ahead."""
-        table, unit = self.stream.index_entries, self.stream.time_base
-        number = table.search_timestamp(int((self._start + wanted) / unit), backward=True)
+        table, unit, start = self.stream.index_entries, self.stream.time_base, self._start or 0.0
+        if unit is None:
+            return None
+        number = table.search_timestamp(int((start + wanted) / unit), backward=True)
         if number < 0:
             return None
         place = table[number].timestamp
-        return place if float(place * unit) - self._start > self._time + _BEFORE else None
+        return place if float(place * unit) - start > self._time + _BEFORE else None
 
     def _go_to(self, place: int) -> None:
         self.container.seek(place, stream=self.stream)
@@ -214,7 +221,7 @@ class _Turn:
     def from_frame(cls, frame: VideoFrame) -> "_Turn":
         """That of a frame's own matrix, which takes a pixel at (x, y) to (a x + c y, b x + d y)."""
         # By key: iterating gives the data in PyAV 18 and their types in 19.
-        matrix = frame.side_data.get(Type.DISPLAYMATRIX)
+        matrix = frame.side_data.get(cast(Any, Type.DISPLAYMATRIX))
         if matrix is None or len(bytes(matrix)) != 36:
             return cls()
         a, b, _, c, d, *_ = np.frombuffer(bytes(matrix), np.int32).tolist()
@@ -241,7 +248,7 @@ def _alpha_decoder(stream: VideoStream) -> Callable[[Packet], list[VideoFrame]] 
     name = _WITH_ALPHA.get(stream.codec_context.codec.name, "")
     if stream.metadata.get("alpha_mode") != "1" or name not in av.codecs_available:
         return None
-    decoder = av.CodecContext.create(name, "r")
+    decoder = cast(VideoCodecContext, av.CodecContext.create(name, "r"))
     decoder.thread_count = 1
     decoder.options = {"max_pixels": str(MAX_FRAME_PIXELS)}
     return lambda packet: decoder.decode(packet if packet.size else None)

@@ -102,6 +102,8 @@ class RowWriter:
         self._row["visual_index"][patches[::merged] // merged] = document.visual_slots + start
 
     def _put_mels(self, document: EncodedDocument, *key: int) -> None:
+        if self._mels is None:
+            raise ValueError("rows with mels are written with the MelSlots that say what they show")
         size = self._row["mel"].shape[1]
         for window, (mel, place) in enumerate(zip(document.mels, document.mel_places, strict=True)):
             slot = self._at["mel"] + window

@@ -172,6 +172,8 @@ class Index:
         if self.skipped_file is not None:
             with self.skipped_file.open(encoding="utf-8") as file:
                 yield from (Skipped(*json.loads(line)) for line in file)
+        if self.limits is None:
+            return
         for number in self.over.tolist():
             message = self.pieces.left.get(number)
             if message or not len(self.pieces.for_document(number)):

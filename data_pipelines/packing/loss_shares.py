@@ -38,7 +38,8 @@ def _targets(index: Index) -> tuple[Int64[np.ndarray, "k"], Int64[np.ndarray, "k
     pieces = len(index.pieces)
     some = max(round(pieces * share), min(pieces, 1))
     found.append(_counts(index.pieces.columns, np.linspace(0, pieces - 1, some).astype(np.int64)))
-    return tuple(np.concatenate(parts) for parts in zip(*found, strict=True))
+    tokens, text, audio = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return tokens, text, audio
 
 
 def _counts(columns: Columns, places: Int64[np.ndarray, "k"]) -> tuple[Int64[np.ndarray, "k"], ...]:

@@ -53,18 +53,26 @@ class Documents(Protocol):
     `total` documents have an order in each epoch, whatever the budgets are; `usable` of what they give can be packed.
     """
 
-    name: str
-    total: int
-    usable: int
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def total(self) -> int: ...
+
+    @property
+    def usable(self) -> int: ...
 
     def expand(self, numbers: Int64[np.ndarray, "k"]) -> list[list[DocumentLengths]]:
-        """For each of these documents (numbered below `total`) what it gives: itself, pieces of it, or nothing."""
+        """Gives for each of these documents (numbered below `total`) itself, pieces of it, or nothing."""
+        ...
 
     def document_lengths(self, number: int) -> DocumentLengths:
-        """The document or piece with this number."""
+        """Returns the document or piece with this number."""
+        ...
 
     def why_unusable(self) -> str:
-        """Why no document can be used, for a message."""
+        """Says why no document can be used."""
+        ...
 
 
 class Mixture:
@@ -157,8 +165,10 @@ class Mixture:
         return next((number for number, reader in enumerate(self._readers) if reader.peek()), None)
 
     def _cost(self, reader: "_Reader") -> int:
-        item = reader.peek()
-        return {"documents": 1, "tokens": item.lengths[0], "trainable": item.trainable}[self._counted]
+        document = reader.peek()
+        if document is None:  # of an endless source there always is one
+            raise ValueError("the source is at its end")
+        return {"documents": 1, "tokens": document.lengths[0], "trainable": document.trainable}[self._counted]
 
     def _due(self, source: int) -> int:
         reader = self._readers[source]

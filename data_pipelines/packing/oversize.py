@@ -171,6 +171,8 @@ class FitPart:
     processor: Processor
 
     def __call__(self, unit: Unit, folder: Path) -> dict:
+        if self.index.limits is None:
+            raise ValueError("an index without limits has no documents beyond them")
         fitter = Fitter(self.policies, self.processor, self.index.limits)
         parts, owners, left, handled = [], [], {}, Counter()
         for number in unit.content:
@@ -205,14 +207,15 @@ def check_policies(config: DataConfig) -> None:
 
 def with_pieces(index: Index, policies: Sequence[str], processor: Processor, cache: Path, workers: int) -> Index:
     """The index with what the policies make of its too long documents; found in `cache` or made by `workers`."""
-    if not policies or not len(index.over):
+    folder = index.columns.folder
+    if not policies or not len(index.over) or folder is None:
         return index
-    told = f"{FORMAT} {index.columns.folder.name} {index.limits} {','.join(policies)}"
-    key = hashlib.sha256(told.encode()).hexdigest()[:16]
+    described = f"{FORMAT} {folder.name} {index.limits} {','.join(policies)}"
+    key = hashlib.sha256(described.encode()).hexdigest()[:16]
     plain = replace(index, over=NO_PIECES.documents)
     chunks = [index.over[start : start + _UNIT].tolist() for start in range(0, len(index.over), _UNIT)]
     units = [Unit(f"long-{place:06d}", key, chunk, len(chunk)) for place, chunk in enumerate(chunks)]
-    out = cache / f"{index.columns.folder.name}-{key}.oversize"
+    out = cache / f"{folder.name}-{key}.oversize"
     job = Job(f"long documents of {index.name}", units, FitPart(plain, tuple(policies), processor), out)
     summaries = run_job(job, LocalRunner(workers if len(units) > 1 else 0), report=log.info)
     return replace(index, pieces=_read_pieces(job, summaries))
@@ -228,9 +231,14 @@ def _read_pieces(job: Job, summaries: list[dict]) -> Pieces:
         raise ConfigError(f"{job.out} is damaged ({error}): delete it, and it is made anew") from error
     images = [np.diff(places) for places in read("image_offsets")]
     whole["image_offsets"] = np.cumsum([0, *np.concatenate(images)]).astype(np.int64)
-    columns = Columns(*(whole[name] for name in NAMES))
     return Pieces(
-        *(whole[name] for name in ("documents", "turns", "max_frames", "span")), columns, left=left, handled=handled
+        documents=whole["documents"],
+        turns=whole["turns"],
+        max_frames=whole["max_frames"],
+        spans=whole["span"],
+        columns=Columns(**{name: whole[name] for name in NAMES}),
+        left=left,
+        handled=handled,
     )
 
 

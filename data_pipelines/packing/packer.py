@@ -17,7 +17,6 @@ from operator import add, le
 
 import numpy as np
 from jaxtyping import Bool, Int64
-from numpy.typing import ArrayLike
 
 from data_pipelines.packing.media_layout import PatchLayout
 from data_pipelines.packing.mixture import DocumentLengths
@@ -29,7 +28,11 @@ _CLOSE = 1 / 1024  # of a budget: two documents that leave less end the search
 
 
 def pack(
-    lengths: ArrayLike, budgets: ArrayLike | int, *, open_bins: int = OPEN_BINS, look_ahead: int = LOOK_AHEAD
+    lengths: Sequence[int] | Sequence[Sequence[int]] | np.ndarray,
+    budgets: int | Sequence[int] | np.ndarray,
+    *,
+    open_bins: int = OPEN_BINS,
+    look_ahead: int = LOOK_AHEAD,
 ) -> list[list[int]]:
     """Packs documents into rows under one budget or several.
 

@@ -43,7 +43,7 @@ class RowLimits:
         counts: Int64[np.ndarray, "n"],
     ) -> Bool[np.ndarray, "n"]:
         """Which of n documents an empty row cannot hold; `counts` of the m images are each document's, in order."""
-        over = (needs > budget_vector(self.budgets)).any(1)
+        over = np.any(needs > budget_vector(self.budgets), axis=1)
         layout, ends = self.layout, np.cumsum(counts)
         some = np.flatnonzero((counts > 0) & ~over)
         if not len(some) or layout.parts == 1:

@@ -100,7 +100,7 @@ class StepPlan:
         rows = list(islice(self._plan, self._window * self._rows))
         if not rows:
             raise StopIteration
-        if self._window > 1:
+        if self._cost is not None and self._window > 1:
             costs = [self._cost(row) for row in rows]
             rows = [rows[place] for place in order_rows(costs, self._rows, Random(f"{self._seed} {self._number}"))]
         keys = [[item.key for item in row] for row in rows]

@@ -190,8 +190,9 @@ def read_steps(dataset: StepDataset, workers: int) -> Iterator[Step]:
         if not flags.FLAGS.is_parsed():  # Grain reads absl flags; outside an absl app nobody has parsed them
             flags.FLAGS.mark_as_parsed()
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-        dataset = dataset.mp_prefetch(options, _end_with_parent)
-    elements = iter(dataset)
+        elements = iter(dataset.mp_prefetch(options, _end_with_parent))
+    else:
+        elements = iter(dataset)
     try:
         for element in elements:
             info = json.loads(bytes(element["info"]))
@@ -218,7 +219,8 @@ def _end_with_parent(*_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes of a terminal
 
     def watch() -> None:
-        multiprocessing.parent_process().join()
+        if (parent := multiprocessing.parent_process()) is not None:
+            parent.join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

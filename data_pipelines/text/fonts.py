@@ -104,14 +104,15 @@ def choose_font(rng: random.Random, fonts: Sequence[str], text: str) -> str:
     for character in sorted(characters):
         if unicodedata.bidirectional(character) in ("R", "AL") or unicodedata.category(character).startswith("M"):
             raise SampleError("bad_script", f"{unicodedata.name(character, 'a character')} cannot be set on a page")
-    able = [path for path in fonts if all(ord(character) in _charmap(path) for character in characters)]
+    able = [path for path in fonts if all(ord(character) in _characters(path) for character in characters)]
     if not able:
-        missing = min(({c for c in characters if ord(c) not in _charmap(path)} for path in fonts), key=len)
+        missing = min(({c for c in characters if ord(c) not in _characters(path)} for path in fonts), key=len)
         named = "".join(sorted(missing)[:8])
         raise SampleError("no_font", f"no font has all characters; the nearest lacks {len(missing)}, such as {named}")
     return rng.choice(able)
 
 
 @lru_cache
-def _charmap(path: str) -> dict[int, int]:
-    return font_manager.get_font(path).get_charmap()
+def _characters(path: str) -> frozenset[int]:
+    """The characters that a font has."""
+    return frozenset(font_manager.get_font(path).get_charmap())

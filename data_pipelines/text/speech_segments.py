@@ -130,7 +130,7 @@ def piece_table(tokenizer: Tokenizer | None, vocab: int) -> PieceTable:
         return table_of_texts(["-"] * vocab)._replace(units=np.full(vocab, OTHER_UNITS, np.int32))
     texts, ids = [""] * vocab, [i for i in range(vocab) if tokenizer.id_to_token(i) is not None]
     for i, text in zip(ids, tokenizer.decode_batch([[i] for i in ids]), strict=True):
-        texts[i] = text if "\ufffd" not in text else _whole_characters(tokenizer.id_to_token(i)) or text
+        texts[i] = text if "\ufffd" not in text else _whole_characters(tokenizer.id_to_token(i) or "") or text
     return table_of_texts(texts)
 
 

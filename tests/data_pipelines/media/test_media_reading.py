@@ -115,7 +115,7 @@ class TestKindsOfFiles:
             (_at(128, b"DICM"), "a DICOM image"),
             (_at(257, b"ustar\x0000"), "a tar archive"),
             (_at(0, b"MThd\x00\x00\x00\x06"), "a MIDI file, notes without audio"),
-            (_at(0, b"MAC \x96\x0f"), "a Monkey's Audio audio file"),
+            (_at(0, b"MAC \x96\x0f"), "a Monkey's Audio file"),
             (_at(0, b"wvpk"), "a WavPack audio file"),
             (_at(0, b"\x02#!SILK_V3"), "a SILK audio file"),
             (_at(0, b".RMF\x00\x00"), "a RealMedia file"),
