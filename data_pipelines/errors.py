@@ -34,7 +34,7 @@ def file_errors(path: Path) -> Iterator[None]:
 
 
 def first_of_causes(skipped: Iterable[tuple[str, str, str]], causes: Iterable[str]) -> dict[str, str]:
-    """One sentence for each of the causes: of the first document that was skipped for it.
+    """Returns one sentence for each of the causes: of the first document that was skipped for it.
 
     `skipped` has (where, cause, message) of each document; it is read until every cause was met.
     """
@@ -49,7 +49,7 @@ def first_of_causes(skipped: Iterable[tuple[str, str, str]], causes: Iterable[st
 
 
 def describe_causes(causes: Mapping[str, int], examples: Mapping[str, str]) -> list[str]:
-    """A line for each cause, the most frequent first, with how often it was met and one of the documents.
+    """Writes a line for each cause, the most frequent first, with how often it was met and one of the documents.
 
     >>> describe_causes({"bad_form": 2}, {"bad_form": 'm.jsonl:1 has no "text"'})
     ['2 bad_form, the first: m.jsonl:1 has no "text"']

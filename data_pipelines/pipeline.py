@@ -70,28 +70,30 @@ class Pipeline:
         return sum(index.documents for index in self.indexes)
 
     def causes(self) -> Counter:
-        """How many documents are skipped, by cause."""
+        """Tells how many documents are skipped, by cause."""
         return sum((index.causes() for index in self.indexes), Counter())
 
     def handled(self) -> Counter:
-        """How many documents beyond a budget were made to fit, by policy."""
+        """Tells how many documents beyond a budget were made to fit, by policy."""
         return sum((index.pieces.handled for index in self.indexes), Counter())
 
     def fingerprint(self) -> dict[str, str]:
-        """What decides the order and content of rows, by name: hosts whose rows belong together have the same."""
+        """Returns what decides the order and content of rows, by name: hosts whose rows belong together have
+        the same.
+        """
         parts = {"the tokenizer and processor": self.processor.fingerprint}
         for index in self.indexes:
             parts[f"the documents of {index.manifest}"] = f"{index.usable} documents {index.digest}"
         return parts
 
     def loss_shares(self, train: TrainConfig) -> list[LossShare]:
-        """Which share of the loss each source has in training."""
+        """Tells which share of the loss each source has in training."""
         sources = zip(self.indexes, self.config.mixture, strict=True)
         means = [source_means(index, source, self.weighting) for index, source in sources]
         return predict_shares(means, self.config.weights_by, train)
 
     def plan(self, *, epochs: int | None = None, resume_state: Mapping | None = None) -> RowPlan:
-        """The rows: endless by the mixture's weights, or `epochs` times every document.
+        """Plans the rows: endless by the mixture's weights, or `epochs` times every document.
 
         With `resume_state`, the state of another run's data, each source continues where that run left it. Raises
         ConfigError when it is of another version.
@@ -107,13 +109,13 @@ class Pipeline:
         return RowPlan(mixture, Packer(budgets, patch_layout(config), config.open_bins, config.look_ahead))
 
     def step_plan(self, *, epochs: int | None = None, resume_state: Mapping | None = None) -> StepPlan:
-        """The rows of `plan` in steps of `config.rows`."""
+        """Plans the rows of `plan` in steps of `config.rows`."""
         config = self.config
         plan = self.plan(epochs=epochs, resume_state=resume_state)
         return StepPlan(plan, config.rows, config.order_window, row_cost(self.omni), config.seed)
 
     def decoder(self, codes: Codes | None, context_shards: int = 1) -> RowDecoder:
-        """What turns planned rows into batches. Raises ConfigError when rows cannot be dealt to the shards."""
+        """Makes what turns planned rows into batches. Raises ConfigError when rows cannot be dealt to the shards."""
         layout, context = patch_layout(self.config), context_plan(self.config, context_shards)
         mels = mel_slots(self.config, self.omni.audio, self.targets)
         return RowDecoder(
@@ -140,7 +142,7 @@ class Pipeline:
         resume_state: Mapping | None = None,
         context_shards: int = 1,
     ) -> Iterator[Step]:
-        """Steps of `config.rows` rows in all, this host's decoded, from `state` on.
+        """Yields steps of `config.rows` rows in all, this host's decoded, from `state` on.
 
         `epochs` and `resume_state` are those of `plan`.
 
@@ -178,20 +180,20 @@ class TrainingData:
         self.sources = tuple(source.name for source in pipeline.config.mixture)
 
     def location(self, source: int, number: int) -> str:
-        """The manifest line of a document."""
+        """Returns the manifest line of a document."""
         return self._pipeline.indexes[source].location(number)
 
     def loss_shares(self, train: TrainConfig) -> list[LossShare]:
-        """Which share of the loss each source has, as foreseen from the index."""
+        """Tells which share of the loss each source has, as foreseen from the index."""
         return self._pipeline.loss_shares(train)
 
     def steps(self, state: dict | None) -> Iterator[Step]:
-        """Steps from the plan's `state` on (None: from the start)."""
+        """Yields steps from the plan's `state` on (None: from the start)."""
         options = {"shard": self._shard, "context_shards": self._context_shards, "resume_state": self._resume_state}
         return self._pipeline.steps(self._codes, state=state, **options)
 
     def epochs(self, state: dict) -> dict[str, float]:
-        """How often each source has been read when the plan's state is this one."""
+        """Tells how often each source has been read when the plan's state is this one."""
         return epochs_read(state["sources"])
 
     def check_failed(self, causes: Counter) -> None:
@@ -208,7 +210,7 @@ def open_pipeline(
     weighting: str = "token",
     untrained: tuple[int, ...] = (),
 ) -> Pipeline:
-    """Tokenizer, processor and indexes of a mixture; every skipped document is named in the log, once.
+    """Opens tokenizer, processor and indexes of a mixture; every skipped document is named in the log, once.
 
     With `processor` the documents go through that one: held-out documents need the tokenizer of the training run.
     `targets` are mels that batches hold beside mel slots; `weighting` and `untrained` are those of `Pipeline`.
@@ -265,7 +267,9 @@ def check_bad_fraction(bad: int, documents: int, limit: float, causes: Counter) 
 
 
 def load_or_train_tokenizer(config: DataConfig, omni: OmniConfig) -> Tokenizer:
-    """`config.tokenizer`, or a byte-level BPE trained on the manifests' text, cached under what it was trained on."""
+    """Loads `config.tokenizer`, or trains a byte-level BPE on the manifests' text, cached under what it was
+    trained on.
+    """
     if config.tokenizer:
         return load_tokenizer(config.tokenizer)
     texts = [text for source in config.mixture for text in _texts(open_source(config, source))]
@@ -280,7 +284,7 @@ def load_or_train_tokenizer(config: DataConfig, omni: OmniConfig) -> Tokenizer:
 
 
 def _texts(source: Source) -> Iterator[str]:
-    """The text between media; what is no document is counted when it is indexed."""
+    """Yields the text between media; what is no document is counted when it is indexed."""
     for part in source.parts:
         for entry in source.read(cast(Any, part)):  # a source reads its own kind of parts
             if isinstance(entry.document, SampleError):

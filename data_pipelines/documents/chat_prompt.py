@@ -54,7 +54,8 @@ class ChatPrompts:
         self.root = None if root is None else MediaRoot(Path(root), tuple(trusted))
 
     def encode_messages(self, messages: Sequence[Message], spoken: bool = False, voice: str = VOICE) -> EncodedDocument:
-        """A conversation that ends with the mark of the assistant's turn, or inside the assistant's last message.
+        """Encodes a conversation that ends with the mark of the assistant's turn, or inside the assistant's last
+        message.
 
         `spoken`: the answer is to be given aloud, which the marks of all the assistant's turns say; `voice` is named to
         the model where there is no system message.
@@ -92,7 +93,7 @@ class ChatPrompts:
             return self.processor.encode_prompt(asked.elements, asked.media)
 
     def sentences(self, text: str) -> list[str]:
-        """The text cut at punctuation into what is read aloud at once; joined they are the text."""
+        """Cuts text at punctuation into what is read aloud at once; joined they are the text."""
         return split_text(text)
 
 
@@ -117,7 +118,9 @@ class _Asked:
         self.add_content(message["content"], where, said=role == "assistant")
 
     def add_content(self, content: Any, where: str, said: bool = False, spoken_codes: bool = False) -> None:
-        """`said` audio stands as speech of the assistant, and so does other audio by codes where `spoken_codes`."""
+        """Adds content: `said` audio stands as speech of the assistant, and so does other audio by codes where
+        `spoken_codes`.
+        """
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         if not isinstance(parts, Sequence):
             raise RequestError("bad_message", f"the content of {where} is neither text nor a list of parts")
@@ -175,7 +178,7 @@ class _Asked:
 
 
 def _check_part(part: Any, where: str) -> tuple[str, str]:
-    """The part's type, and the field that holds what it is. Raises RequestError "bad_message"."""
+    """Returns the part's type, and the field that holds what it is. Raises RequestError "bad_message"."""
     kind = part.get("type") if isinstance(part, Mapping) else None
     if not isinstance(kind, str) or kind not in _SOURCES:
         raise RequestError("bad_message", f"a part of {where} has type {kind!r}; there are {', '.join(_SOURCES)}")
@@ -201,7 +204,7 @@ def _read_codes(codes: Any, sizes: Sequence[int], where: str) -> Int32[np.ndarra
 
 
 def _wave_file(samples: Any, rate: Any, name: str) -> bytes:
-    """Samples as the bytes of a wav file, so that they take the way of all audio. 2-D: (t, channels)."""
+    """Writes samples as the bytes of a wav file, so that they take the way of all audio. 2-D: (t, channels)."""
     wave = _array(samples, f"samples of {name}")
     if isinstance(rate, bool) or not isinstance(rate, int | np.integer) or not 0 < rate <= MAX_SAMPLING_RATE:
         raise RequestError("bad_message", f"rate of {name} is {rate!r}, not samples a second")
@@ -226,7 +229,7 @@ def _array(values: Any, name: str) -> np.ndarray:
 
 
 def _full_scale(wave: np.ndarray) -> Float[np.ndarray, "..."]:
-    """Whole numbers as int16 and int32 recordings hold them, brought to a full scale of 1."""
+    """Brings whole numbers, as int16 and int32 recordings hold them, to a full scale of 1."""
     if np.issubdtype(wave.dtype, np.integer):
         return wave.astype(np.float32) / float(np.iinfo(wave.dtype).max + 1)
     return wave.astype(np.float32)

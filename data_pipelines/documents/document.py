@@ -125,5 +125,5 @@ DOCUMENT_TYPES: dict[str, str] = {
 
 
 def is_known_type(word: str) -> bool:
-    """Whether `word` is one of `DOCUMENT_TYPES`, written with any of space, `-`, `_` and in either case."""
+    """Tells whether `word` is one of `DOCUMENT_TYPES`, written with any of space, `-`, `_` and in either case."""
     return word.lower().replace("-", "_").replace(" ", "_") in DOCUMENT_TYPES

@@ -18,7 +18,7 @@ from data_pipelines.documents.sequence import Layout
 
 
 def text_targets(layout: Layout) -> tuple[Int32[np.ndarray, "n"], Float32[np.ndarray, "n"]]:
-    """(targets, weights), shifted: target i is token i + 1 where that token is predicted, else 0 with weight 0.
+    """Returns (targets, weights), shifted: target i is token i + 1 where that token is predicted, else 0 with weight 0.
 
     Tokens [7, 8, 9] of which 8 and 9 are predicted give targets [8, 9, 0] and weights [1, 1, 0]. Of a part of a
     document the last position has the target that it has in the whole.
@@ -32,7 +32,7 @@ def text_targets(layout: Layout) -> tuple[Int32[np.ndarray, "n"], Float32[np.nda
 def audio_targets(
     layout: Layout, codes: Int32[np.ndarray, "a q"], end_class: int
 ) -> tuple[Int32[np.ndarray, "c q"], Float32[np.ndarray, "c q"], Int32[np.ndarray, "c"]]:
-    """(frames, weights, slots) to be predicted; `codes` are all code frames of the document.
+    """Returns (frames, weights, slots) to be predicted; `codes` are all code frames of the document.
 
     A clip of frames A B after its start mark at slot 4 (frames at 5 and 6) gives: A at slot 4, B at 5, and the end
     frame (`end_class` at level 0, the only level with weight) at 6.
@@ -55,7 +55,7 @@ def audio_targets(
 def weigh(
     document: EncodedDocument, weighting: str, loss_weight: float, untrained: Sequence[int] = ()
 ) -> EncodedDocument:
-    """The document with the weights that `train.document_weighting` and its source's `loss_weight` give it.
+    """Gives a document the weights that `train.document_weighting` and its source's `loss_weight` make.
 
     A modality's own count decides: text targets for the text, and for each audio level the frames that have a weight
     there (end frames at the first level alone). 4 text targets weigh 1 each by `token`, 1/2 by `sqrt`, 1/4 by

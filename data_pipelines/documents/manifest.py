@@ -49,7 +49,9 @@ class LineRange:
     length: int
 
     def lines(self) -> Iterator[tuple[int, int, bytes]]:
-        """(number, offset, bytes) of each line that is not empty. Raises ConfigError when the file cannot be read."""
+        """Yields (number, offset, bytes) of each line that is not empty. Raises ConfigError when the file cannot be
+        read.
+        """
         end, offset, number = self.offset + self.length, self.offset, self.first
         with open_manifest(self.path, self.name) as file:
             file.seek(offset)
@@ -60,13 +62,15 @@ class LineRange:
                 number += 1
 
     def documents(self) -> Iterator[ManifestLine]:
-        """The documents of these lines, in order."""
+        """Yields the documents of these lines, in order."""
         for number, offset, line in self.lines():
             yield ManifestLine(number, offset, _read_line(line, number, self.name, self.root))
 
 
 def split_manifest(path: Path, name: str, root: MediaRoot, size: int) -> Iterator[LineRange]:
-    """Ranges of about `size` bytes that hold every line of a manifest once. Raises ConfigError as `read_manifest`."""
+    """Yields ranges of about `size` bytes that hold every line of a manifest once. Raises ConfigError as
+    `read_manifest`.
+    """
     first, offset = 1, 0
     with open_manifest(path, name) as file:
         while content := file.read(size):
@@ -78,7 +82,7 @@ def split_manifest(path: Path, name: str, root: MediaRoot, size: int) -> Iterato
 
 
 def read_manifest(path: str | Path, root: str | Path, media: MediaRoot | None = None) -> Iterator[ManifestLine]:
-    """The lines of the manifest at `root/path`, in order.
+    """Yields the lines of the manifest at `root/path`, in order.
 
     `text` is required; `id` defaults to `<manifest without its endings>-<line>`, `type` to "". Lines count from 1;
     empty ones are passed over. Media paths will be taken from `media`, or from the manifest's folder, which trusts no
@@ -90,7 +94,7 @@ def read_manifest(path: str | Path, root: str | Path, media: MediaRoot | None = 
 
 
 def manifest_stem(name: str) -> str:
-    """The manifest's name without its endings: documents have the same ids where it is compressed.
+    """Returns the manifest's name without its endings: documents have the same ids where it is compressed.
 
     >>> [manifest_stem(name) for name in ("sub/m.jsonl", "m.jsonl.gz", "m.v2.jsonl.zst")]
     ['sub/m', 'm', 'm.v2']
@@ -102,7 +106,8 @@ def manifest_stem(name: str) -> str:
 
 
 def plain_manifest(path: Path, name: str, folder: Path) -> Path:
-    """`path` itself or, of a compressed manifest, a file in `folder` with what it holds, for reading it at any byte.
+    """Returns `path` itself or, of a compressed manifest, a file in `folder` with what it holds, for reading at any
+    byte.
 
     Written once for each state of the manifest, and there only when it is whole. Raises ConfigError as `read_manifest`;
     OSError where the copy cannot be written.
@@ -129,7 +134,7 @@ def plain_manifest(path: Path, name: str, folder: Path) -> Path:
 
 @contextmanager
 def open_manifest(path: Path, name: str = "") -> Iterator[io.BufferedIOBase]:
-    """The manifest's bytes as a stream, of a compressed one what it holds. Seeking forward works for all.
+    """Opens a manifest as a stream of bytes, of a compressed one what it holds. Seeking forward works for all.
 
     `name` is what messages call it. Raises ConfigError when it cannot be opened, is damaged (also while it is read), is
     UTF-16 or a file of another kind.
@@ -236,7 +241,7 @@ class _ZstdStream(io.RawIOBase):
 
 
 def is_blank(line: bytes) -> bool:
-    """Whether a line holds nothing, not counting byte order marks, which joined files have anywhere."""
+    """Tells whether a line holds nothing, not counting byte order marks, which joined files have anywhere."""
     return not _content(line)
 
 
@@ -255,7 +260,7 @@ def _read_line(line: bytes, number: int, manifest: str, root: MediaRoot) -> Docu
 
 
 def parse_line(line: bytes, number: int, manifest: str, root: MediaRoot) -> Document:
-    """The document of one manifest line.
+    """Reads the document of one manifest line.
 
     Raises SampleError: `bad_json` for what is no JSON, `bad_form` for JSON that is no document of our form.
     """
@@ -298,7 +303,7 @@ def _why_no_json(content: bytes, error: Exception) -> str:
 
 
 def _json_name(value: Any) -> str:
-    """What a value is called in JSON.
+    """Returns what a value is called in JSON.
 
     >>> [_json_name(value) for value in ([], 1.5, True, None)]
     ['a list', 'a number', 'true', 'null']
@@ -324,7 +329,7 @@ _OTHER_FORMS = {
 
 
 def _other_form(values: Mapping[str, Any]) -> str:
-    """What a line without "text" is: ' but "messages": a chat in OpenAI's form'."""
+    """Returns what a line without "text" is: ' but "messages": a chat in OpenAI's form'."""
     for key, form in _OTHER_FORMS.items():
         if key in values:
             return f' but "{key}": {form}; write each document as one prompt'

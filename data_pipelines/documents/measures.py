@@ -100,18 +100,18 @@ class Measures:
         return len(self.type)
 
     def media_type(self) -> Int32[np.ndarray, "m"]:
-        """The type of the document that each medium is in."""
+        """Returns the type of the document that each medium is in."""
         return np.repeat(self.type, np.diff(self.media_places))
 
     def save(self, path: Path) -> None:
-        """The same measures give the same bytes."""
+        """Writes the table; the same measures give the same bytes."""
         with path.open("wb") as file:
             columns: dict[str, Any] = {"schema": np.array(SCHEMA), "types": np.array(json.dumps(self.types))}
             np.savez(file, **(vars(self) | columns))
 
 
 def collect(documents: Sequence[DocumentMeasure]) -> Measures:
-    """The table of these documents."""
+    """Makes the table of these documents."""
     types = sorted({document.type for document in documents})
     media = [each for document in documents for each in document.media]
     counts = [len(document.media) for document in documents]
@@ -129,7 +129,9 @@ def collect(documents: Sequence[DocumentMeasure]) -> Measures:
 
 
 def load_measures(path: Path) -> Measures:
-    """What `Measures.save` wrote. Raises OSError when it cannot be read, ValueError when it is damaged or another."""
+    """Reads what `Measures.save` wrote. Raises OSError when it cannot be read, ValueError when it is damaged or
+    another.
+    """
     try:
         with np.load(path) as arrays:
             columns: dict[str, Any] = {
@@ -143,7 +145,7 @@ def load_measures(path: Path) -> Measures:
 
 
 def join(tables: Iterable[Measures]) -> Measures:
-    """One table of several, in order."""
+    """Joins several tables into one, in order."""
     tables = list(tables) or [collect([])]
     types = tuple(sorted({name for table in tables for name in table.types}))
     numbers = [np.array([types.index(name) for name in table.types], np.int32)[table.type] for table in tables]

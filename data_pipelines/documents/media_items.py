@@ -163,7 +163,7 @@ def read_clip(media: Media, audio: AudioConfig, decode: bool, rates: Sequence[in
 
 
 def _cut_window(waves: Mapping[int, np.ndarray], window: Window, rate: int) -> dict[int, np.ndarray]:
-    """A window, counted in samples of `rate`, of one clip at several rates."""
+    """Returns a window, counted in samples of `rate`, of one clip at several rates."""
     start, stop = window.start, window.start + window.samples
     return {other: wave[start * other // rate : stop * other // rate] for other, wave in waves.items()}
 

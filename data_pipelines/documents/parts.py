@@ -26,7 +26,7 @@ Span = tuple[int, int]
 
 
 def document_elements(document: Document, max_frames: int = 0) -> list[Element]:
-    """The elements of the turns and frames that `document` has, its listed videos of at most `max_frames`.
+    """Reads the elements of the turns and frames that `document` has, its listed videos of at most `max_frames`.
 
     0 is no limit. Its `span` is cut later, when text is tokens. A document without any `<trainable_start>` is trainable
     as a whole. Raises SampleError "bad_prompt".
@@ -43,12 +43,12 @@ def document_elements(document: Document, max_frames: int = 0) -> list[Element]:
 
 
 def is_marked(document: Document) -> bool:
-    """Whether the document, of which this may be a piece, says what of it is trainable."""
+    """Tells whether the document, of which this may be a piece, says what of it is trainable."""
     return TRAINABLE_START in document.text
 
 
 def cut_turns(elements: list[Element]) -> tuple[list[Element], list[list[Element]]]:
-    """The system prompt, and the turns with their media; marks of loss stay with what they mark."""
+    """Cuts elements into the system prompt and the turns with their media; marks of loss stay with what they mark."""
     parts: list[list[Element]] = [[]]
     for element in elements:
         if not isinstance(element, TextElement) or element.plain:
@@ -62,12 +62,12 @@ def cut_turns(elements: list[Element]) -> tuple[list[Element], list[list[Element
 
 
 def has_frames(elements: list[Element]) -> bool:
-    """Whether there are videos, as files or frame by frame."""
+    """Tells whether there are videos, as files or frame by frame."""
     return any(isinstance(each, VideoElement) or _frame_of(each) is not None for each in elements)
 
 
 def thin_frames(elements: Sequence[T], most: int) -> list[T]:
-    """Videos that are listed frame by frame with at most `most` frames each; files are thinned as they are read.
+    """Thins videos that are listed frame by frame to at most `most` frames each; files are thinned as they are read.
 
     Of n frames the i-th that stays is number int(i * n / most), as in the released processor. A list between the marks
     of a video is one, and so are frames that follow each other outside of them.
@@ -82,7 +82,7 @@ def thin_frames(elements: Sequence[T], most: int) -> list[T]:
 
 
 def _frame_of(element: object) -> int | None:
-    """The number of the video that a listed frame is of; None for what is no such frame."""
+    """Returns the number of the video that a listed frame is of; None for what is no such frame."""
     return element.video if isinstance(element, ImageElement) and element.frame else None
 
 
@@ -101,7 +101,9 @@ Run = Ids | tuple[Element, ...]  # tokens, or the elements of one medium
 
 
 def group_media(elements: Sequence[Element | Ids]) -> list[Run]:
-    """Ids as they are, each medium by itself, neighboring frames together unless they are of two listed videos."""
+    """Groups elements into runs: ids as they are, each medium by itself, neighboring frames of one listed video
+    together.
+    """
     runs: list[Run] = []
     for element in elements:
         if isinstance(element, Ids):
@@ -116,7 +118,7 @@ def group_media(elements: Sequence[Element | Ids]) -> list[Run]:
 
 
 def cut_span(runs: Sequence[Run], span: Span) -> tuple[list[Element | Ids], Element | Ids | None]:
-    """The elements of a span of items, and the one after it (None at the document's end)."""
+    """Cuts out a span of items; returns its elements and the one after it (None at the document's end)."""
     found: list[Element | Ids] = []
     for (start, stop), run in place_runs(runs):
         if start >= span[1]:

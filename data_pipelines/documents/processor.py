@@ -106,7 +106,8 @@ class Processor:
         return tokenizer_fingerprint(self.tokenizer)
 
     def measure(self, document: Document) -> Lengths:
-        """What the document takes of each budget, without decoding. `items` counts images, video frames and clips.
+        """Measures what the document takes of each budget, without decoding. `items` counts images, video frames and
+        clips.
 
         Raises SampleError: "bad_prompt", "missing_file", "outside_root", "unreadable_media", "other_tokenizer" (of
         token ids), "unmarked", "no_loss".
@@ -114,7 +115,7 @@ class Processor:
         return self._measured(self._plan(document))
 
     def measure_run(self, run: Run, document: Document) -> Lengths:
-        """What one of the `runs` of a document takes by itself."""
+        """Measures what one of the `runs` of a document takes by itself."""
         elements = [run] if isinstance(run, Ids) else run
         parts, images, clips = self._read(elements, document.media, document.max_frames, False, False, ())
         return self._measured(_DocumentPlan(lay_out(parts, self.config.tokens), images, clips))
@@ -133,7 +134,7 @@ class Processor:
         )
 
     def runs(self, document: Document) -> list[Run]:
-        """All items of a document whatever its `span`: text as ids, end of text included, and media."""
+        """Returns all items of a document whatever its `span`: text as ids, end of text included, and media."""
         key = (document.id, document.location, document.text, document.turns, document.max_frames)
         if self._last_runs[0] != key:
             elements = document_elements(document, self.config.vision.max_frames)
@@ -145,13 +146,13 @@ class Processor:
         return self._last_runs[1]
 
     def elements(self, document: Document) -> list[Element | Ids]:
-        """What a document consists of; one with a `span` has its text as ids. Raises SampleError "bad_prompt"."""
+        """Reads what a document consists of; one with a `span` has its text as ids. Raises SampleError "bad_prompt"."""
         if document.span is None:
             return list(document_elements(document, self.config.vision.max_frames))
         return cut_span(self.runs(document), document.span)[0]
 
     def audio_items(self, document: Document) -> list[AudioItem]:
-        """The windows of audio that the document refers to, in order. Raises SampleError as `measure`."""
+        """Lists the windows of audio that the document refers to, in order. Raises SampleError as `measure`."""
         return [
             AudioItem(clip.media, clip.samples, window)
             for clip in self._plan(document).clips
@@ -161,7 +162,8 @@ class Processor:
     def encode(
         self, document: Document, codes: Codes | None, mels: bool = False, rates: Sequence[int] = ()
     ) -> EncodedDocument:
-        """The document with pixels decoded and audio as codes, if asked also as log mels, and as samples of `rates`.
+        """Encodes the document: pixels decoded, audio as codes, with `mels` also as log mels, and as samples of
+        `rates`.
 
         Without `codes` all code frames are zeros, to be filled in by a tokenizer that runs on the mels.
         Raises SampleError: what `measure` raises; "no_codes" when the store lacks a window of its audio; "changed"
@@ -172,7 +174,7 @@ class Processor:
     def encode_prompt(
         self, elements: Sequence[Element | PrecomputedAudio], media: Mapping[str, Media]
     ) -> EncodedDocument:
-        """Elements to be continued: no loss, no end of text, pixels decoded, audio heard as log mels.
+        """Encodes elements to be continued: no loss, no end of text, pixels decoded, audio heard as log mels.
 
         Their references name `media`. Raises SampleError as `encode`.
         """
@@ -237,7 +239,9 @@ class Processor:
         mels: bool,
         rates: Sequence[int],
     ) -> tuple[list[Part], list[ImageGroup], list[AudioClip]]:
-        """Everything is found out from headers; what is to be decoded is decoded with the same look at the file."""
+        """Reads the parts of the sequence and the media: all from headers, and decoded with the same look at
+        the file.
+        """
         parts: list[Part] = []
         images: list[ImageGroup] = []
         clips: list[AudioClip] = []
@@ -266,7 +270,7 @@ class Processor:
         return parts, images, clips
 
     def _as_ids(self, element: Element, root: Path | MediaRoot | Mapping[str, Media]) -> Element | Ids:
-        """Text as its ids, a medium as it is."""
+        """Returns text as its ids, a medium as it is."""
         if not isinstance(element, TextElement | TokensElement):
             return element
         part = self._read([element], root, 0, False, False, ())[0][0]
@@ -280,7 +284,7 @@ class Processor:
         return read_ids(media, self.tokenizer_fingerprint, self.config.llm.vocab_size)
 
     def _ending(self, document: Document, elements: list[Element], last_ids: Sequence[int]) -> list[TextPart]:
-        """The end of text, where the document does not end in it: `last_ids` are those of its last element."""
+        """Returns the end of text, where the document does not end in it: `last_ids` are those of its last element."""
         last, end = elements[-1] if elements else TextElement(""), self.config.tokens.end_of_text
         ended = isinstance(last, TextElement | TokensElement) and list(last_ids[-1:]) == [end]
         if not self.end_of_text or ended:
@@ -292,7 +296,7 @@ class Processor:
 
 
 def _first_part(element: Element | Ids | None) -> Part | None:
-    """What begins as the element does; of media the start mark alone matters."""
+    """Returns what begins as the element does; of media the start mark alone matters."""
     if isinstance(element, Ids):
         return TextPart(element.ids, element.trainable)
     if isinstance(element, AudioElement):

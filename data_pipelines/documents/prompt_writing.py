@@ -45,7 +45,7 @@ ASR_PROMPT = "将语音转录为文本:"  # as released, its colon included; the
 
 
 def role_mark(role: Role, spoken: bool) -> str:
-    """What stands before a turn, in a conversation that is answered aloud (`spoken`) or in text alone.
+    """Returns what stands before a turn, in a conversation that is answered aloud (`spoken`) or in text alone.
 
     >>> role_mark("assistant", spoken=True)
     '<audiotext_start_baichuan><C_A>'
@@ -56,7 +56,7 @@ def role_mark(role: Role, spoken: bool) -> str:
 
 
 def voice_prompt(voice: str = VOICE) -> str:
-    """The system prompt of the released speech demos. Raises ConfigError for what is no name of a voice.
+    """Returns the system prompt of the released speech demos. Raises ConfigError for what is no name of a voice.
 
     >>> voice_prompt()
     '请用【邻家女声】这个声音回答问题。'
@@ -66,14 +66,16 @@ def voice_prompt(voice: str = VOICE) -> str:
 
 
 def opening_elements(system: bool, spoken: bool, voice: str = VOICE) -> list[Element]:
-    """What stands before the first turn: the voice's system prompt, unless there is a `system` prompt already."""
+    """Returns what stands before the first turn: the voice's system prompt, unless there is a `system` prompt
+    already.
+    """
     if system or not spoken:
         return []
     return [TextElement(role_mark("system", spoken)), TextElement(voice_prompt(voice), plain=True)]
 
 
 def misses_marks(elements: list[Element]) -> bool:
-    """Whether a conversation is answered aloud and does not say so before each answer."""
+    """Tells whether a conversation is answered aloud and does not say so before each answer."""
     marks = "".join(each.text for each in elements if isinstance(each, TextElement) and not each.plain)
     aloud = any(isinstance(each, AudioElement) and each.spoken for each in elements)
     return aloud and ASSISTANT in marks and marks.count(ASSISTANT) != marks.count(AUDIOTEXT_START + ASSISTANT)
@@ -95,7 +97,7 @@ class Source(str):
 
 
 def join(parts: Iterable[str]) -> Source:
-    """The parts one after the other, plain text among them escaped; no name arises where two of them meet.
+    """Joins parts, plain text among them escaped; no name arises where two of them meet.
 
     >>> join(["<C_A>", Source("<C_A>"), "<C_", "A>"])
     '<<literal_omni>C_A><C_A><C_<literal_omni>A>'
@@ -112,22 +114,22 @@ def _tag(kind: str, key: str, path: str) -> Source:
 
 
 def image_tag(path: str) -> Source:
-    """An image."""
+    """Writes the tag of an image."""
     return _tag("img", "local", path)
 
 
 def video_tag(path: str) -> Source:
-    """A video, of which frames are seen."""
+    """Writes the tag of a video, of which frames are seen."""
     return _tag("video", "local", path)
 
 
 def audio_tag(path: str) -> Source:
-    """Audio that the model hears."""
+    """Writes the tag of audio that the model hears."""
     return _tag("audio", "path", path)
 
 
 def speech_tag(path: str) -> Source:
-    """Audio that the model speaks."""
+    """Writes the tag of speech that the model generates."""
     return _tag("audiogen", "path", path)
 
 
@@ -137,12 +139,12 @@ def trainable(text: str) -> Source:
 
 
 def turn(question: str, answer: str, system: str = "", voice: str = VOICE) -> Source:
-    """A conversation of one turn; see `conversation`."""
+    """Writes a conversation of one turn; see `conversation`."""
     return conversation([(question, answer)], system, voice)
 
 
 def conversation(turns: Sequence[tuple[str, str]], system: str = "", voice: str = VOICE) -> Source:
-    """Questions of the user and trainable answers of the assistant, after an optional system prompt.
+    """Writes questions of the user and trainable answers of the assistant, after an optional system prompt.
 
     Where an answer holds speech (`speech_tag`), the conversation has the form of those that are answered aloud: the
     mark before each answer and, unless there is a `system` prompt, that which names the `voice`.
@@ -158,19 +160,21 @@ def conversation(turns: Sequence[tuple[str, str]], system: str = "", voice: str 
 
 
 def spoken_answer(pieces: Sequence[str], say: Callable[[str], str]) -> Source:
-    """Pieces of text, each followed by its speech; `say` speaks one and returns the path."""
+    """Writes pieces of text, each followed by its speech; `say` speaks one and returns the path."""
     return join(part for piece in pieces for part in (piece, speech_tag(say(piece))))
 
 
 def write_prompt(elements: Iterable[Element]) -> Source:
-    """The prompt that `parse_prompt` reads as `elements`; frames of one video that stood in a list stand alone."""
+    """Writes the prompt that `parse_prompt` reads as `elements`; frames of one video that stood in a list
+    stand alone.
+    """
     runs = groupby(elements, key=lambda element: getattr(element, "trainable", False))
     written = ((learned, join(map(_write, run))) for learned, run in runs)
     return join(trainable(text) if learned else text for learned, text in written)
 
 
 def plain_text(prompt: str) -> str:
-    """What a reader would read of a prompt: no media, no marks, a line end for each special token.
+    """Returns what a reader would read of a prompt: no media, no marks, a line end for each special token.
 
     Raises SampleError "bad_prompt".
     """
@@ -178,7 +182,7 @@ def plain_text(prompt: str) -> str:
 
 
 def text_of(elements: Iterable[Element]) -> str:
-    """What a reader would read of these elements."""
+    """Returns what a reader would read of these elements."""
     texts = (element for element in elements if isinstance(element, TextElement))
     return "".join(each.text if each.plain else SPECIAL.sub("\n", each.text) for each in texts).strip()
 

@@ -96,7 +96,7 @@ SPECIAL = re.compile("(" + "|".join(map(re.escape, sorted(names.SPECIAL_TOKENS, 
 
 
 def escape(text: str) -> str:
-    """Plain text as a source prompt holds it: names in it are text.
+    """Writes plain text as a source prompt holds it: names in it are text.
 
     >>> escape("a <C_A> b")
     'a <<literal_omni>C_A> b'
@@ -105,13 +105,13 @@ def escape(text: str) -> str:
 
 
 def meet_in_a_name(left: str, right: str) -> bool:
-    """Whether two parts of a source prompt make a name where they meet, of which each has a part."""
+    """Tells whether two parts of a source prompt make a name where they meet, of which each has a part."""
     left, right = left[1 - len(NAMES[0]) :], right[: len(NAMES[0]) - 1]
     return any(match.start() < len(left) < match.end() for match in _NAME.finditer(left + right))
 
 
 def read_text(text: str, trainable: bool = False) -> list[TextElement]:
-    """The text between two marks: as one element or, where it holds escaped names, cut at special tokens."""
+    """Reads the text between two marks: as one element or, where it holds escaped names, cut at special tokens."""
     if names.LITERAL not in text:
         return [TextElement(text, trainable)] if text else []
     found: list[TextElement] = []
@@ -125,13 +125,13 @@ def read_text(text: str, trainable: bool = False) -> list[TextElement]:
 
 
 def write_reference(key: str, reference: MediaReference) -> str:
-    """The JSON of a tag. `<` is spelled by its number, so that no path can hold a mark."""
+    """Writes the JSON of a tag. `<` is spelled by its number, so that no path can hold a mark."""
     values = {"base64": reference.base64} if reference.base64 else {key: reference.path}
     return json.dumps(values).replace("<", "\\u003c")
 
 
 def parse_prompt(prompt: str) -> list[Element]:
-    """The elements of a source prompt, in order; text is cut at media and at trainable marks, empty text left out.
+    """Reads the elements of a source prompt, in order; text is cut at media and trainable marks, empty text left out.
 
     Frames may stand alone or in a list between `<video_start_baichuan>` and `<video_end_baichuan>`, which is dropped,
     as in the released processor.
@@ -144,7 +144,7 @@ def parse_prompt(prompt: str) -> list[Element]:
 
 
 def replace_references(prompt: str, change: Callable[[MediaReference], MediaReference]) -> str:
-    """The prompt with other media: a tag for which `change` gives another reference is written anew.
+    """Writes the prompt with other media: a tag for which `change` gives another reference is written anew.
 
     All else stays as it is, byte for byte. Raises SampleError("bad_prompt").
     """
@@ -212,7 +212,7 @@ class _Parser:
         return AudioElement(reference, spoken=mark == names.AUDIOGEN_START, trainable=self.trainable)
 
     def _content(self, mark: str) -> str:
-        """Text up to the end mark, which must be the next mark."""
+        """Returns the text up to the end mark, which must be the next mark."""
         content = self._next()
         if self.place >= len(self.parts):
             raise SampleError("bad_prompt", f"{mark} is never closed")
@@ -221,7 +221,7 @@ class _Parser:
         return content
 
     def _video(self) -> None:
-        """A video file, or a list of frames with nothing but white space between them."""
+        """Reads a video file, or a list of frames with nothing but white space between them."""
         listed = self.place + 1 < len(self.parts) and self.parts[self.place + 1] == names.FRAME_START
         if not listed:
             self.elements.append(self._media(names.VIDEO_START))
@@ -254,7 +254,7 @@ def _read_reference(mark: str, content: str) -> MediaReference:
 
 
 def _check_unicode(text: str, what: str) -> None:
-    """JSON can spell halves of characters, which no report and no shard can hold."""
+    """Refuses halves of characters, which JSON can spell and no report or shard can hold."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

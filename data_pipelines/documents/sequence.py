@@ -69,7 +69,7 @@ class Layout:
 
 
 def lay_out(parts: Iterable[Part], tokens: SpecialTokens, following: Part | None = None) -> Layout:
-    """The sequence of `parts`, which `following` comes after in the document that they are of.
+    """Lays out the sequence of `parts`, which `following` comes after in the document that they are of.
 
     Media marks are never predicted, except the `<audiogen_start>` of a clip to be spoken: the text decides to speak.
     Nor are pads and `<audiogen_end>`, which the audio head decides.

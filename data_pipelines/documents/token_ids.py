@@ -23,12 +23,12 @@ _KIND = "list of token ids"
 
 
 def pack_ids(ids: Sequence[int] | np.ndarray, fingerprint: str) -> bytes:
-    """The item's bytes; `fingerprint` is `tokenizing.tokenizer_fingerprint`."""
+    """Packs ids into the item's bytes; `fingerprint` is `tokenizer_fingerprint`."""
     return bytes.fromhex(fingerprint) + np.asarray(ids, "<i4").tobytes()
 
 
 def read_ids(media: Media, fingerprint: str, vocab_size: int) -> list[int]:
-    """The ids. Raises SampleError: "other_tokenizer", "unreadable_media"."""
+    """Reads the ids. Raises SampleError: "other_tokenizer", "unreadable_media"."""
     written_by, ids = _unpack_ids(media)
     if written_by != fingerprint:
         raise SampleError("other_tokenizer", f"{media.name} holds ids of tokenizer {written_by}, not {fingerprint}")
@@ -44,7 +44,7 @@ def check_ids(media: Media) -> None:
 
 
 def _unpack_ids(media: Media) -> tuple[str, np.ndarray]:
-    """The tokenizer's fingerprint and the ids."""
+    """Returns the tokenizer's fingerprint and the ids."""
     with reading(media, _KIND), media.open() as file:
         content = file.read()
         if len(content) < _FINGERPRINT:
@@ -56,7 +56,8 @@ def _unpack_ids(media: Media) -> tuple[str, np.ndarray]:
 
 
 def encode_ids(ids: Any, config: OmniConfig) -> EncodedDocument:
-    """Token ids as a prompt; no tokenizer is needed. Raises RequestError "bad_message" for ids that cannot stand alone.
+    """Encodes token ids as a prompt; no tokenizer is needed. Raises RequestError "bad_message" for ids that cannot
+    stand alone.
 
     Pads of media would need their media: messages have those.
     """
@@ -87,7 +88,7 @@ def encode_ids(ids: Any, config: OmniConfig) -> EncodedDocument:
 
 
 def read_id_file(path: Path) -> list[Any]:
-    """The list of a JSON file. Raises RequestError "bad_message"."""
+    """Reads the list of a JSON file. Raises RequestError "bad_message"."""
     try:
         ids = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

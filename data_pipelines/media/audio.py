@@ -33,12 +33,12 @@ class DecodedAudio:
 
 
 def clip_key(media: Media, window: int) -> tuple[str, int]:
-    """Key of a window's codes in the store: SHA-256 of the file's bytes, number of the window from 0."""
+    """Returns the key of a window's codes in the store: SHA-256 of the file's bytes, number of the window from 0."""
     return media.content_hash(), window
 
 
 def probe_audio(media: Media, rate: int) -> int:
-    """Length in samples at `rate` Hz: that of the header where it promises one, else what decoding gives.
+    """Measures the length in samples at `rate` Hz: that of the header where it promises one, else what decoding gives.
 
     Raises SampleError: "unreadable_media" for a file without audio, one that ends before its header says, an empty one;
     "too_big_media" beyond `limits`.
@@ -53,7 +53,7 @@ def probe_audio(media: Media, rate: int) -> int:
 
 
 def read_audio(media: Media, rate: int) -> DecodedAudio:
-    """The whole clip at `rate` Hz, of the length that `probe_audio` gives.
+    """Decodes the whole clip at `rate` Hz, of the length that `probe_audio` gives.
 
     Raises SampleError: as `probe_audio`; "unreadable_media" when it cannot be decoded or holds values that are no
     audio; "silent_audio" when it is silent throughout.
@@ -80,7 +80,7 @@ def _tell(name: str, damaged: int) -> None:
 
 
 def decode_audio(media: Media, samples: int, rate: int) -> Float32[np.ndarray, "t"]:
-    """The wave of `read_audio`, exactly `samples` long (the probed length).
+    """Decodes the wave of `read_audio`, exactly `samples` long (the probed length).
 
     Raises SampleError as `read_audio`, and "changed" when it is longer or shorter by more than 0.1 s: the file is not
     the one that was measured.
@@ -92,12 +92,12 @@ def decode_audio(media: Media, samples: int, rate: int) -> Float32[np.ndarray, "
 
 
 def _fitted(wave: Float32[np.ndarray, "t"], samples: int) -> Float32[np.ndarray, "s"]:
-    """Cut, or with silence at the end."""
+    """Cuts a wave, or fills it with silence at the end."""
     return wave[:samples] if len(wave) >= samples else np.pad(wave, (0, samples - len(wave)))
 
 
 def _resampled(wave: Float32[np.ndarray, "t"], found: int, rate: int) -> Float32[np.ndarray, "s"]:
-    """At another rate; filters round lengths in their own way, by a sample."""
+    """Resamples to another rate; filters round lengths in their own way, by a sample."""
     if found == rate:
         return wave
     resampled = soxr.resample(wave, found, rate).astype(np.float32, copy=False)
@@ -109,7 +109,7 @@ _lengths: OrderedDict[str, tuple[int, int]] = OrderedDict()
 
 
 def _measure(media: Media, track: AudioTrack) -> tuple[int, int]:
-    """Samples and rate of a track without a promise, decoded through; remembered, as rows ask for it again."""
+    """Measures samples and rate of a track without a promise, decoded through; remembered, as rows ask for it again."""
     key = media.content_hash()
     if key not in _lengths:
         samples = found = 0
@@ -123,7 +123,7 @@ def _measure(media: Media, track: AudioTrack) -> tuple[int, int]:
 
 
 def _decode(track: AudioTrack) -> tuple[Float32[np.ndarray, "t"], int]:
-    """The samples, and the rate of the first; parts at other rates (joined files) are resampled to it."""
+    """Decodes the samples, at the rate of the first; parts at other rates (joined files) are resampled to it."""
     waves, found = [np.zeros(0, np.float32)], 0
     for rate, run in groupby(track.blocks(), itemgetter(0)):
         found = found or rate

@@ -16,7 +16,7 @@ _WALKED = 1 << 26  # bytes of an MP3 or Ogg file whose packets are counted; of a
 
 
 def tag_bytes(file: BufferedIOBase) -> int:
-    """Bytes of the ID3v2 tags at the file's beginning."""
+    """Returns the bytes of the ID3v2 tags at the file's beginning."""
     place = 0
     while True:
         file.seek(place)
@@ -33,7 +33,7 @@ _UNKNOWN_TOTAL = (1 << 36) - 1  # all bits set, as some streamers leave it; the 
 
 
 def flac_promise(file: BufferedIOBase, size: int, start: int) -> Promise:
-    """Of a FLAC file that begins at `start`. Its header may count 0 samples: nobody knew."""
+    """Reads the promise of a FLAC file that begins at `start`. Its header may count 0 samples: nobody knew."""
     file.seek(start + 4)
     block = file.read(38)
     if len(block) < 38 or block[0] & 0x7F or block[1:4] != b"\0\0\x22":
@@ -48,7 +48,7 @@ def flac_promise(file: BufferedIOBase, size: int, start: int) -> Promise:
 
 
 def _last_flac_frame(tail: bytes, total: int, block: int) -> bool:
-    """Whether a whole frame at the end of `tail` ends with sample number `total`."""
+    """Tells whether a whole frame at the end of `tail` ends with sample number `total`."""
     place = len(tail)
     while (place := tail.rfind(b"\xff", 0, place)) >= 0:
         head = tail[place : place + 16]
@@ -58,7 +58,9 @@ def _last_flac_frame(tail: bytes, total: int, block: int) -> bool:
 
 
 def _flac_end(head: bytes, block: int) -> int | None:
-    """Number of the sample after this frame; None when it is no header of one. `block` is the fixed size, or 0."""
+    """Returns the number of the sample after this frame; None when it is no header of one. `block` is the fixed size,
+    or 0.
+    """
     number, place = head[4], 5
     ones = 8 - (~number & 0xFF).bit_length()  # at the front: so many bytes has the number, as UTF-8 writes it
     if ones in (1, 8):
@@ -79,7 +81,7 @@ def _flac_end(head: bytes, block: int) -> int | None:
 
 
 def _crc(data: bytes, polynomial: int, bits: int) -> int:
-    """The remainder: 0 where `data` ends with its own checksum."""
+    """Computes the remainder: 0 where `data` ends with its own checksum."""
     table, mask, value = _crc_table(polynomial, bits), (1 << bits) - 1, 0
     for byte in data:
         value = (value << 8 ^ table[value >> bits - 8 ^ byte]) & mask
@@ -111,7 +113,7 @@ _KILOBITS = {  # by (version 1, layer)
 
 
 def mpeg_promise(file: BufferedIOBase, size: int) -> Promise:
-    """Of an MP3 file: the frames that a Xing, Info or VBRI header counts; exactly if they are those of the file.
+    """Reads the frames that a Xing, Info or VBRI header of an MP3 file counts; exact if they are those of the file.
 
     A file of two that were joined has more frames than the first one's header counts.
     """
@@ -133,7 +135,7 @@ def mpeg_promise(file: BufferedIOBase, size: int) -> Promise:
 
 
 def _mpeg_frame(data: bytes, place: int) -> tuple[int, int, int] | None:
-    """Bytes, samples and sampling rate of the frame at `place`, or None when none is there."""
+    """Returns bytes, samples and sampling rate of the frame at `place`, or None when none is there."""
     head = int.from_bytes(data[place : place + 4], "big")
     version, layer, code, rate = head >> 19 & 3, 4 - (head >> 17 & 3), head >> 12 & 15, head >> 10 & 3
     if head >> 21 != 0x7FF or version == 1 or layer == 4 or code in (0, 15) or rate == 3:
@@ -148,7 +150,10 @@ def _mpeg_frame(data: bytes, place: int) -> tuple[int, int, int] | None:
 
 
 def _mpeg_header(data: bytes, block: int) -> tuple[int, int | None, int]:
-    """Frames that the header in the first frame counts (0: none does), and the encoder's delay and padding if known."""
+    """Returns the frames that the header in the first frame counts (0: none does), and the encoder's delay and padding
+    if
+    known.
+    """
     mono, first = data[3] >> 6 == 3, data[1] >> 3 & 3 == 3
     place = 4 + ((17 if mono else 32) if first else (9 if mono else 17))
     if data[36:40] == b"VBRI":
@@ -167,7 +172,9 @@ def _mpeg_header(data: bytes, block: int) -> tuple[int, int | None, int]:
 
 
 def _mpeg_frames(data: bytes, block: int, rate: int) -> int:
-    """Frames one right after the other from the first to the last byte, tags behind left out; 0 if anything else is."""
+    """Counts frames one right after the other from the first to the last byte, tags behind left out; 0 if anything else
+    is.
+    """
     place = frames = 0
     while place < len(data):
         found = _mpeg_frame(data, place)
@@ -179,7 +186,7 @@ def _mpeg_frames(data: bytes, block: int, rate: int) -> int:
 
 
 def _only_tags(rest: bytes) -> bool:
-    """Whether nothing but an APE tag, an ID3v1 tag or both stand behind the last frame."""
+    """Tells whether nothing but an APE tag, an ID3v1 tag or both stand behind the last frame."""
     if rest[:8] == b"APETAGEX" and len(rest) >= 32:
         rest = rest[32 + int.from_bytes(rest[12:16], "little") :]
         return not rest or _only_tags(rest)
@@ -190,7 +197,7 @@ def _only_tags(rest: bytes) -> bool:
 
 
 def ogg_promise(file: BufferedIOBase, size: int) -> Promise:
-    """Of an Ogg file with one Opus stream from 0 to an end mark; anything else is known by decoding alone.
+    """Counts an Ogg file with one Opus stream from 0 to an end mark; anything else is known by decoding alone.
 
     FFmpeg leaves out pages whose checksum is wrong, and says nothing: they are counted here.
     """
@@ -234,7 +241,7 @@ def ogg_promise(file: BufferedIOBase, size: int) -> Promise:
 
 
 def _damaged_pages(data: bytes) -> int:
-    """Whole pages whose bytes are not those of their checksum."""
+    """Returns the whole pages whose bytes are not those of their checksum."""
     place = damaged = 0
     while (place := data.find(b"OggS\0", place)) >= 0:
         count = data[place + 26] if place + 27 <= len(data) else 0
@@ -253,13 +260,15 @@ _MIRRORED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
 
 def _ogg_checksum(page: bytes) -> int:
-    """Zlib's CRC has the same polynomial, with the bits of everything in the other order and inverted."""
+    """Computes the checksum by zlib's CRC: the same polynomial, with the bits of everything in the other order and
+    inverted.
+    """
     found = zlib.crc32(page.translate(_MIRRORED), 0xFFFFFFFF) ^ 0xFFFFFFFF
     return int(f"{found:032b}"[::-1], 2)
 
 
 def _opus_samples(packet: bytes) -> int:
-    """How long a packet is, at 48 kHz."""
+    """Tells how long a packet is, at 48 kHz."""
     if not packet or (packet[0] & 3 == 3 and len(packet) < 2):
         return 0
     code, count = packet[0] >> 3, (1, 2, 2, packet[1] & 63 if packet[0] & 3 == 3 else 0)[packet[0] & 3]
@@ -288,7 +297,7 @@ def check_boxes(file: BufferedIOBase, size: int) -> None:
 
 
 def check_segment(file: BufferedIOBase, size: int) -> bool:
-    """Whether a Matroska or WebM file says how large its segment is, and holds all of it.
+    """Tells whether a Matroska or WebM file says how large its segment is, and holds all of it.
 
     Raises ValueError when the segment goes on past the file's end.
     """

@@ -42,7 +42,7 @@ class _Form:
 
 
 def data_bytes(declared: int, start: int, size: int) -> int:
-    """Bytes of audio in a file of `size` bytes whose header declares `declared` bytes from `start` on.
+    """Returns the bytes of audio in a file of `size` bytes whose header declares `declared` bytes from `start` on.
 
     0 and everything from 0x7FFF0000 on are what writers leave that never came back to the header (to a pipe, or
     stopped): the audio goes to the end of the file. A size that is the whole file's, with or without its first 8
@@ -62,14 +62,14 @@ def data_bytes(declared: int, start: int, size: int) -> int:
 
 
 def check_riff(file: BufferedIOBase, size: int) -> Promise:
-    """The promise of a RIFF file that is no WAVE (an AVI video): its size alone."""
+    """Checks the size of a RIFF file that is no WAVE (an AVI video): all that it promises."""
     file.seek(4)
     data_bytes(int.from_bytes(file.read(4), "little"), 8, size)
     return Promise()
 
 
 def wave_promise(file: BufferedIOBase, size: int) -> Promise:
-    """Of WAV, RF64 and BW64. Only the size of the chunk `data` counts, in RF64 the one in `ds64`."""
+    """Reads WAV, RF64 and BW64. Only the size of the chunk `data` counts, in RF64 the one in `ds64`."""
     file.seek(0)
     head = file.read(12)
     form, long, place = None, None, 0
@@ -100,7 +100,9 @@ def _wave_form(chunk: bytes) -> _Form | None:
 
 
 def aiff_promise(file: BufferedIOBase, size: int) -> Promise:
-    """Of AIFF and AIFF-C: the size of the chunk SSND, and where that is a placeholder the frames that COMM counts."""
+    """Reads AIFF and AIFF-C: the size of the chunk SSND, and where that is a placeholder the frames that COMM
+    counts.
+    """
     file.seek(4)
     whole, form, frames = int.from_bytes(file.read(4), "big"), None, 0
     for name, length, start in _chunks(file, 12, size, ">"):
@@ -133,7 +135,7 @@ _AIFF_CODES = (b"NONE", b"twos", b"sowt", b"fl32", b"FL32", b"fl64", b"FL64", b"
 
 
 def au_promise(file: BufferedIOBase, size: int) -> Promise:
-    """Of Sun's AU."""
+    """Reads Sun's AU."""
     file.seek(4)
     head = file.read(20)
     if len(head) < 20:
@@ -146,7 +148,7 @@ def au_promise(file: BufferedIOBase, size: int) -> Promise:
 
 
 def caf_promise(file: BufferedIOBase, size: int) -> Promise:
-    """Of Apple's CAF."""
+    """Reads Apple's CAF."""
     form, place = None, 8
     while place + 12 <= size:
         file.seek(place)
@@ -166,7 +168,7 @@ def caf_promise(file: BufferedIOBase, size: int) -> Promise:
 
 
 def w64_promise(file: BufferedIOBase, size: int) -> Promise:
-    """Of Sony's Wave64: sizes have 64 bits and count the chunk's own 24 bytes."""
+    """Reads Sony's Wave64: sizes have 64 bits and count the chunk's own 24 bytes."""
     file.seek(16)
     whole, form, place = int.from_bytes(file.read(8), "little"), None, 40
     while place + 24 <= size:
@@ -187,7 +189,7 @@ def w64_promise(file: BufferedIOBase, size: int) -> Promise:
 
 
 def sphere_promise(file: BufferedIOBase, size: int) -> Promise:
-    """Of NIST SPHERE, whose header is text."""
+    """Reads NIST SPHERE, whose header is text."""
     file.seek(0)
     head = file.read(1024).decode("latin-1")
     start = re.match(r"NIST_1A\n\s*(\d{1,9})\n", head)
@@ -203,12 +205,12 @@ def sphere_promise(file: BufferedIOBase, size: int) -> Promise:
 
 
 def is_w64(head: bytes) -> bool:
-    """Whether a file that begins with `head` (16 bytes or more) is one."""
+    """Tells whether a file that begins with `head` (16 bytes or more) is one."""
     return head.startswith(_W64_RIFF)
 
 
 def _chunks(file: BufferedIOBase, place: int, size: int, order: str) -> Iterator[tuple[bytes, int, int]]:
-    """Name, declared length and start of the content of each chunk; the file stands at that start."""
+    """Yields name, declared length and start of the content of each chunk; the file stands at that start."""
     while place + 8 <= size:
         file.seek(place)
         name, length = struct.unpack(order + "4sI", file.read(8))
@@ -217,7 +219,7 @@ def _chunks(file: BufferedIOBase, place: int, size: int, order: str) -> Iterator
 
 
 def _ends_in_chunks(file: BufferedIOBase, place: int, size: int) -> bool:
-    """Whether what follows an empty `data` is no audio but chunks, up to the last byte of the file."""
+    """Tells whether what follows an empty `data` is no audio but chunks, up to the last byte of the file."""
     end = place
     for name, length, start in _chunks(file, place, size, "<"):
         if not name.isalnum() and not name.strip().isalnum():
@@ -231,5 +233,5 @@ def _promise(form: _Form, there: int) -> Promise:
 
 
 def _exact(form: _Form, there: int, plain: bool) -> Promise:
-    """A promise where nothing about the size is doubtful (`plain`), else rate and channels alone."""
+    """Returns a promise where nothing about the size is doubtful (`plain`), else rate and channels alone."""
     return _promise(form, there) if plain else Promise(rate=form.rate, channels=form.channels)

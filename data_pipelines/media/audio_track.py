@@ -69,7 +69,7 @@ class AudioTrack:
     whole: bool = field(default=False, init=False)  # nothing is cut off, by sizes in the file
 
     def blocks(self) -> Iterator[tuple[int, Float32[np.ndarray, "_"]]]:
-        """Mono samples with their rate, in order, exactly as many as are promised.
+        """Yields mono samples with their rate, in order, exactly as many as are promised.
 
         Raises ValueError where the file falls short of its promise or too much is damaged, SampleError("too_big_media")
         as soon as there are too many samples, whatever the header says.
@@ -103,7 +103,7 @@ class AudioTrack:
         return None if exact is None else convert_length(exact, self.promise.rate, rate)
 
     def _decoded(self) -> Iterator[tuple[int, Float32[np.ndarray, "_"]]]:
-        """What the decoder gives, packet by packet. A damaged one costs itself alone.
+        """Yields what the decoder gives, packet by packet. A damaged one costs itself alone.
 
         Silence stands for it where the length is promised, or known (FLAC), so that the rest keeps its time. Else
         nothing does: what could not be decoded may have been no audio at all.
@@ -141,13 +141,13 @@ class AudioTrack:
         self.damage.check()
 
     def _duration(self, packet: Packet) -> int:
-        """In samples, 0 where the packet does not tell."""
+        """Returns the length in samples, 0 where the packet does not tell."""
         if not packet.duration or not packet.time_base:
             return 0
         return round(packet.duration * packet.time_base * self.stream.rate)
 
     def _packets(self) -> Iterator[Packet]:
-        """The track's packets; the last ones are empty and make the decoder give what it holds back.
+        """Yields the track's packets; the last ones are empty and make the decoder give what it holds back.
 
         Raises ValueError when all tracks end a second or more before the header of the container says, unless no byte
         is missing and the damaged rest is at most a quarter.
@@ -180,7 +180,7 @@ class AudioTrack:
 
 
 def _mono(frame: AudioFrame) -> Float32[np.ndarray, "t"]:
-    """The mean of the channels, full scale 1."""
+    """Averages the channels, full scale 1."""
     values = frame.to_ndarray()  # (channels, t), or (1, t * channels) where they lie side by side
     if not frame.format.is_planar:
         values = values.reshape(-1, frame.layout.nb_channels).T
@@ -195,7 +195,7 @@ def _mono(frame: AudioFrame) -> Float32[np.ndarray, "t"]:
 
 @contextmanager
 def open_track(media: Media) -> Iterator[AudioTrack]:
-    """The audio of a file, ready to be decoded.
+    """Opens the audio of a file, ready to be decoded.
 
     Raises SampleError: "unreadable_media" for a file without audio or a truncated one, "too_big_media" beyond `limits`.
     """
@@ -219,7 +219,7 @@ def open_track(media: Media) -> Iterator[AudioTrack]:
 
 
 def _header_promise(media: Media) -> Promise:
-    """What the header promises. Raises ValueError for a file that is shorter."""
+    """Reads what the header promises. Raises ValueError for a file that is shorter."""
     size = media.size
     with media.open() as file:
         start = tag_bytes(file)
@@ -244,7 +244,9 @@ def _header_promise(media: Media) -> Promise:
 
 
 def _check_whole(media: Media) -> bool:
-    """Whether a Matroska file is whole by its own size; raises ValueError for a video that goes on past its end."""
+    """Tells whether a Matroska file is whole by its own size; raises ValueError for a video that goes on past
+    its end.
+    """
     with media.open() as file:
         head = file.read(8)
         if head[4:] == b"ftyp":
@@ -255,7 +257,7 @@ def _check_whole(media: Media) -> bool:
 
 
 def _audio_stream(container: InputContainer, name: str) -> AudioStream:
-    """The track marked as default, else the first."""
+    """Chooses the track marked as default, else the first."""
     if not container.streams.audio:
         raise ValueError("it has no audio track")
     tracks = container.streams.audio
@@ -277,7 +279,8 @@ def _audio_stream(container: InputContainer, name: str) -> AudioStream:
 
 
 def _table_length(container: InputContainer, stream: AudioStream) -> int | None:
-    """Samples of AAC in MP4 by its table of packets, less the encoder's delay; None where that is not plain.
+    """Returns the samples of AAC in MP4 by its table of packets, less the encoder's delay; None where that is not
+    plain.
 
     Every packet has 1024; the clock starts at -delay, and what lies before 0 is not heard. FFmpeg plays the last packet
     whole up to libavcodec 62, and as far as the track lasts from 63 on.

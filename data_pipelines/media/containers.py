@@ -84,7 +84,7 @@ FORMATS = (
 
 @contextmanager
 def opened(media: Media, kind: str, mended: Sequence[tuple[int, bytes]] = ()) -> Iterator[InputContainer]:
-    """The open container. What is raised inside becomes SampleError("unreadable_media"), naming `kind`.
+    """Opens a container. What is raised inside becomes SampleError("unreadable_media"), naming `kind`.
 
     `mended` has offsets and the bytes to be read there instead of the file's own.
     """
@@ -111,7 +111,7 @@ class _Mended:
         self.seek, self.tell, self.close = file.seek, file.tell, file.close
 
     def read(self, size: int = -1) -> bytes:
-        """The next `size` bytes, or all."""
+        """Reads the next `size` bytes, or all."""
         if not self._mended:
             return self._file.read(size)
         place = self.tell()
@@ -139,7 +139,7 @@ class Damage:
 def decode_packets(
     container: InputContainer, stream: Stream, damage: Damage, decode: Callable[[Packet], list] | None = None
 ) -> Iterator[Frame]:
-    """The frames of a track from here on, without those of packets that cannot be decoded, which `damage` counts.
+    """Decodes the frames of a track from here on, without those of packets that fail, which `damage` counts.
 
     `decode` takes the place of the track's own decoder.
     """
@@ -154,7 +154,7 @@ def decode_packets(
 
 
 def _read_packets(container: InputContainer, stream: Stream, damage: Damage) -> Iterator[Packet]:
-    """Packets to the end; where reading fails it goes on behind, as long as something comes."""
+    """Yields packets to the end; where reading fails it goes on behind, as long as something comes."""
     came = True
     while came:
         came = False

@@ -16,7 +16,7 @@ from data_pipelines.media.images import MAX_ASPECT
 
 
 def smart_resize(height: int, width: int, limits: PixelLimits, factor: int = 28) -> tuple[int, int]:
-    """(height, width) that the model sees: multiples of `factor`, area within `limits`, aspect nearly kept.
+    """Returns (height, width) that the model sees: multiples of `factor`, area within `limits`, aspect nearly kept.
 
     >>> smart_resize(200, 133, PixelLimits(min_pixels=3136, max_pixels=12544))
     (112, 84)
@@ -42,7 +42,7 @@ def smart_resize(height: int, width: int, limits: PixelLimits, factor: int = 28)
 
 
 def visual_size(height: int, width: int, config: VisionConfig, frame: bool) -> tuple[int, int]:
-    """`smart_resize` with the limits of a still or of a frame, to multiples of patch size x merge size."""
+    """Applies `smart_resize` with the limits of a still or of a frame, to multiples of patch size x merge size."""
     limits = config.frame_limits if frame else config.image_limits
     return smart_resize(height, width, limits, config.patch_size * config.spatial_merge_size)
 
@@ -50,7 +50,7 @@ def visual_size(height: int, width: int, config: VisionConfig, frame: bool) -> t
 def resize_image(
     image: UInt8[np.ndarray, "h w 3"] | Image.Image, height: int, width: int
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """Bicubic (Pillow) on uint8 RGB."""
+    """Resizes uint8 RGB, bicubic (Pillow)."""
     opened = image if isinstance(image, Image.Image) else Image.fromarray(image)
     return np.asarray(opened.resize((width, height), Image.Resampling.BICUBIC))
 
@@ -58,7 +58,8 @@ def resize_image(
 def patchify(
     image: UInt8[np.ndarray, "H W 3"], patch: int = 14, merge: int = 2
 ) -> tuple[UInt8[np.ndarray, "p v"], Int32[np.ndarray, "p 2"]]:
-    """Patches flattened as (channel, row, column), v = 3 x 14 x 14, and their (row, column) in the patch grid.
+    """Cuts an image into patches flattened as (channel, row, column), v = 3 x 14 x 14, and their (row, column) in the
+    grid.
 
     The four patches of one visual token are neighbors. For an image of 2 x 4 patches the order of the grid is
     (0,0) (0,1) (1,0) (1,1)  (0,2) (0,3) (1,2) (1,3).
@@ -83,7 +84,7 @@ class Window:
 
 
 def split_windows(samples: int, config: AudioConfig) -> list[tuple[int, int]]:
-    """(start, length) in samples of the windows of a clip, each `split_overlap` seconds into the one before.
+    """Splits a clip into windows, each `split_overlap` seconds into the one before: (start, length) in samples.
 
     Windows shorter than one FFT are dropped. At 16 kHz without overlap, 36 s are [(0, 480000), (480000, 96000)].
     """
@@ -100,12 +101,12 @@ def split_windows(samples: int, config: AudioConfig) -> list[tuple[int, int]]:
 
 
 def mel_length(samples: int, config: AudioConfig) -> int:
-    """Valid mel frames of a window of `samples`: 16000 -> 101, at most 3000."""
+    """Returns the valid mel frames of a window of `samples`: 16000 -> 101, at most 3000."""
     return min(config.max_mel_frames, samples // config.hop_length + 1)
 
 
 def clip_windows(samples: int, config: AudioConfig) -> list[Window]:
-    """The windows of a clip that yield codes; `index` counts all windows, so it names one of them for good."""
+    """Returns the windows of a clip that yield codes; `index` counts all windows, so it names one of them for good."""
     windows = []
     for index, (start, length) in enumerate(split_windows(samples, config)):
         frames = mel_length(length, config)
@@ -116,8 +117,8 @@ def clip_windows(samples: int, config: AudioConfig) -> list[Window]:
 
 @lru_cache(maxsize=4)
 def _mel_filters(rate: int, n_fft: int, mels: int) -> csr_array:
-    """(mels, bins), of which two in a hundred are not zero. A dense product would also start a thread for every core in
-    every worker, which then wait for each other.
+    """Returns (mels, bins), of which two in a hundred are not zero. A dense product would also start a thread for every
+    core in every worker, which then wait for each other.
     """
     from librosa.filters import mel  # takes a second to import
 
@@ -125,7 +126,7 @@ def _mel_filters(rate: int, n_fft: int, mels: int) -> csr_array:
 
 
 def log_mel(samples: Float32[np.ndarray, "t"], config: AudioConfig) -> Float32[np.ndarray, "m f"]:
-    """Whisper's log mel of one window of at most 30 s, valid frames only (`mel_length`).
+    """Computes Whisper's log mel of one window of at most 30 s, valid frames only (`mel_length`).
 
     Periodic Hann, power spectrum, Slaney mels up to 8 kHz, log10 floored at 1e-10 and at the clip's maximum - 8, then
     (x + 4) / 4. The maximum also sees the frame past the valid ones that still touches the signal, as released.
@@ -140,7 +141,7 @@ def log_mel(samples: Float32[np.ndarray, "t"], config: AudioConfig) -> Float32[n
 
 
 def _reflected(samples: Float32[np.ndarray, "t"], frames: int, config: AudioConfig) -> Float32[np.ndarray, "s"]:
-    """What the first `frames` frames see: the window of 30 s filled up with zeros, reflected at both ends."""
+    """Returns what the first `frames` frames see: the window of 30 s filled up with zeros, reflected at both ends."""
     longest, half = config.max_audio_seconds * config.sampling_rate, config.n_fft // 2
     seen = np.zeros((frames - 1) * config.hop_length + config.n_fft, np.float32)
     inside = min(len(samples), len(seen) - half)
@@ -173,7 +174,9 @@ _POWER_FLOOR = 1e-9  # under the root
 def mel_target(
     samples: Float32[np.ndarray, "t"], settings: MelTargetSpec, start: int = 0, length: int | None = None
 ) -> Float32[np.ndarray, "s mels"]:
-    """The mel of a clip at the settings' rate, or of the `length` samples from `start` on: `settings.frames` of them.
+    """Computes the mel of a clip at the settings' rate, or of the `length` samples from `start` on: `settings.frames`
+    of
+    them.
 
     Periodic Hann, not centered: half of n_fft - hop samples are reflected at both ends of the clip. Part of a clip has
     the frames that the whole has there, as it is heard with what lies around it. A clip too short to be reflected is

@@ -158,7 +158,7 @@ _BRANDS = {
 
 
 def kind_of(head: bytes) -> FileKind | None:
-    """What the file is whose first `HEAD` bytes (or all, of a smaller one) these are, where they tell.
+    """Returns what the file is whose first `HEAD` bytes (or all, of a smaller one) these are, where they tell.
 
     >>> kind_of(b"PK\\x03\\x04").name
     'a zip archive'
@@ -182,14 +182,14 @@ def kind_of(head: bytes) -> FileKind | None:
 
 
 def is_utf16(head: bytes) -> bool:
-    """Whether these bytes begin a text in UTF-16 or UTF-32: by its mark, or by the zeros of its first letters."""
+    """Tells whether these bytes begin a text in UTF-16 or UTF-32: by its mark, or by the zeros of its first letters."""
     marked = head[:2] in (b"\xff\xfe", b"\xfe\xff")
     zeros = (head[0:4:2].count(0), head[1:4:2].count(0))
     return len(head) >= 4 and (sum(zeros) > 0 if marked else zeros in ((2, 0), (0, 2)))
 
 
 def _kind_of_text(head: bytes) -> FileKind | None:
-    """Pages, drawings and plain words where media were expected; binary files of no known kind give nothing."""
+    """Names pages, drawings and plain words where media were expected; binary files of no known kind give nothing."""
     if head and not head.strip(b"\x00"):
         return FileKind("a file of zeros")
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
@@ -220,7 +220,8 @@ _PATH = re.compile(r"'/[^']*'|\"/[^\"]*\"|(?<![\w.<>/-])/[^\s'\":,;()]+/[^\s'\":
 
 
 def plain_reason(error: BaseException) -> str:
-    """Why something failed, from what was raised, on one line: without Python objects, addresses and absolute paths.
+    """Says why something failed, from what was raised, on one line: without Python objects, addresses and absolute
+    paths.
 
     >>> plain_reason(FileNotFoundError(2, "No such file or directory", "/home/me/a.png"))
     'No such file or directory'

@@ -66,13 +66,13 @@ class _Opened:
         return value if value in _TRANSPOSED else 1
 
     def size(self, settings: ImagesConfig) -> tuple[int, int]:
-        """(height, width) of the pixels that `load_image` gives."""
+        """Returns (height, width) of the pixels that `load_image` gives."""
         height, width = self.image.height, self.image.width
         return (width, height) if settings.orientation == "seen" and self.orientation >= 5 else (height, width)
 
 
 def probe_image(media: Media, settings: ImagesConfig = SEEN) -> tuple[int, int]:
-    """(height, width) in pixels, from the header.
+    """Reads (height, width) in pixels from the header.
 
     Raises SampleError: "unreadable_media" for a file that is no image, or too small or narrow (`check_size`);
     "too_big_media" beyond `limits`.
@@ -82,7 +82,7 @@ def probe_image(media: Media, settings: ImagesConfig = SEEN) -> tuple[int, int]:
 
 
 def decode_image(media: Media, settings: ImagesConfig = SEEN) -> UInt8[np.ndarray, "h w 3"]:
-    """RGB pixels, of the size that `probe_image` tells; an animation gives its first frame.
+    """Decodes RGB pixels, of the size that `probe_image` tells; an animation gives its first frame.
 
     Raises SampleError as `probe_image`, and "unreadable_media" when the file ends early or holds values without a
     color.
@@ -91,7 +91,7 @@ def decode_image(media: Media, settings: ImagesConfig = SEEN) -> UInt8[np.ndarra
 
 
 def load_image(media: Media, settings: ImagesConfig = SEEN) -> Image.Image:
-    """`decode_image` in Pillow's form, which it resizes without copying it to an array first."""
+    """Returns `decode_image` in Pillow's form, which it resizes without copying it to an array first."""
     with _opened(media) as opened:
         turned = opened.orientation if settings.orientation == "seen" else 1
         image = to_rgb(opened.image, opened.png, lambda: _again(media), settings)
@@ -106,7 +106,9 @@ def _again(media: Media) -> Iterator[Image.Image]:
 
 @contextmanager
 def _opened(media: Media, pixels: bool = True) -> Iterator[_Opened]:
-    """The image, its header read and its size in bytes and pixels accepted; without `pixels` they cannot be loaded."""
+    """Yields the image, its header read and its size in bytes and pixels accepted; without `pixels` they cannot be
+    loaded.
+    """
     # What Pillow warns of is either told by an error or of no account; the log is for what is skipped.
     with reading(media, "image"), warnings.catch_warnings(action="ignore"):
         check_bytes(media.size, "image", media.name)
@@ -124,7 +126,7 @@ def _opened(media: Media, pixels: bool = True) -> Iterator[_Opened]:
 
 
 def _with_end_mark(file: io.BufferedIOBase, name: str) -> io.BufferedIOBase:
-    """The JPEG in `file`, with the mark behind its pixels that webcams leave out, where only that is missing.
+    """Returns the JPEG in `file`, with the mark behind its pixels that webcams leave out, where only that is missing.
 
     What stands behind whole pixels changes none of them; where they are cut it is taken for the rest, and does.
     """
@@ -159,7 +161,9 @@ def _open_header(file: io.BufferedIOBase, name: str) -> AbstractContextManager[I
 
 
 def _is_heif(file: io.BufferedIOBase) -> bool:
-    """Whether the file is HEIF and not AVIF, which shares the container: by its brand and those it is compatible to."""
+    """Tells whether the file is HEIF and not AVIF, which shares the container: by its brand and those it is compatible
+    to.
+    """
     head = file.read(64)
     file.seek(0)
     size = min(int.from_bytes(head[:4], "big"), len(head))
@@ -177,7 +181,7 @@ def _load_heif() -> None:
 
 
 def _check_preview(image: Image.Image) -> None:
-    """Cameras write raw images as TIFFs whose first image is a small preview of the real one."""
+    """Refuses raw images: cameras write them as TIFFs whose first image is a small preview of the real one."""
     tags = getattr(image, "tag_v2", {})
     reduced = tags.get(_REDUCED, 0)
     if _DNG in tags or (isinstance(reduced, int) and reduced & 1 and _SUB_IFDS in tags):
@@ -185,7 +189,7 @@ def _check_preview(image: Image.Image) -> None:
 
 
 def _describe_tiff(file: io.BufferedIOBase) -> str:
-    """What a TIFF holds that Pillow has no mode for; nothing where the file is none, or is damaged."""
+    """Returns what a TIFF holds that Pillow has no mode for; nothing where the file is none, or is damaged."""
     try:
         file.seek(0)
         tags = TiffImagePlugin.ImageFileDirectory_v2(file.read(8))

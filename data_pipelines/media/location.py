@@ -38,7 +38,7 @@ class Media:
     digest: str = ""
 
     def open(self) -> io.BufferedIOBase:
-        """A new binary stream at its start. Raises OSError when the file cannot be opened."""
+        """Returns a new binary stream at its start. Raises OSError when the file cannot be opened."""
         return io.BytesIO(self.data) if self.path is None else self.path.open("rb")
 
     @property
@@ -47,7 +47,7 @@ class Media:
         return len(self.data) if self.path is None else self.path.stat().st_size
 
     def content_hash(self) -> str:
-        """SHA-256 of the bytes, in hex. Files are remembered by path, size and time of change."""
+        """Hashes the bytes by SHA-256, in hex. Files are remembered by path, size and time of change."""
         if self.digest:
             return self.digest
         if self.path is None:
@@ -77,7 +77,7 @@ class MediaRoot:
     beside: Path | None = None
 
     def find(self, written: str, name: str) -> tuple[Path, str]:
-        """The file that the path `written` means, links followed, and its path from the folder.
+        """Finds the file that the path `written` means, links followed, and its path from the folder.
 
         Raises SampleError "outside_root" and "missing_file" as `find_media`, with `name`.
         """
@@ -125,7 +125,7 @@ def _why_missing(path: Path, real: Path) -> str:
 
 
 def find_media(reference: MediaReference, root: Path | MediaRoot | Mapping[str, Media]) -> Media:
-    """The media item that `reference` means: a path or `file://` URL, or a name among the media themselves.
+    """Finds the media item that `reference` means: a path or `file://` URL, or a name among the media themselves.
 
     Paths are taken from `root`, which as a plain folder trusts no link that leaves it. Raises SampleError:
     "outside_root" when the path leaves it, or a link leads out of it and out of what it trusts; "missing_file" when no
@@ -155,7 +155,7 @@ _DATA_URL = re.compile(r"data:[^,]*,", re.IGNORECASE)
 
 
 def local_path(written: str) -> str:
-    """The path that is written, or that a `file://` URL means.
+    """Returns the path that is written, or that a `file://` URL means.
 
     Raises SampleError "missing_file" for the URL of another machine, of another scheme, or with bytes that are no text.
     """
@@ -179,7 +179,7 @@ _SPACE = re.compile(r"[\t\n\r\f\v ]+")
 
 
 def decode_base64(text: str) -> bytes:
-    """The bytes of base64 or of a `data:` URL.
+    """Decodes base64 or of a `data:` URL.
 
     White space, which mail and `base64` put after every 76 characters, is passed over; padding may be missing; both
     alphabets are read, not mixed. Raises SampleError "unreadable_media" for everything else.

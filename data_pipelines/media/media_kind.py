@@ -69,7 +69,7 @@ def _is_still(media: Media, head: bytes) -> bool:
 
 
 def _from_tracks(media: Media) -> MediaContent | None:
-    """By the tracks of the container; None where FFmpeg cannot open the file, or finds no track in it."""
+    """Judges by the tracks of the container; None where FFmpeg cannot open the file, or finds no track in it."""
     try:
         with opened(media, "video") as container:
             return _judge_tracks(container)
@@ -90,7 +90,7 @@ def _judge_tracks(container: InputContainer) -> MediaContent | None:
 
 
 def _from_sound_file(media: Media, head: bytes) -> MediaContent:
-    """Formats of audio that are no containers of FFmpeg's here (AIFF and others)."""
+    """Tries formats of audio that are no containers of FFmpeg's here (AIFF and others)."""
     try:
         probe_audio(media, _RATE)
     except SampleError as error:
@@ -101,7 +101,7 @@ def _from_sound_file(media: Media, head: bytes) -> MediaContent:
 
 
 def _say_unknown(name: str) -> str:
-    """The ending says what its owner takes the file for, which helps them to see what is wrong with it."""
+    """Names what the ending says: what its owner takes the file for helps them to see what is wrong with it."""
     claimed = (mimetypes.guess_type(name)[0] or "").partition("/")[0]
     if claimed in get_args(MediaKind):
         return f"{name} is not a readable {kind_name(claimed)}: its content is that of no image, audio or video file"

@@ -54,7 +54,8 @@ class Png:
 
 
 def read_png(file: io.BufferedIOBase, pixels: bool) -> Png:
-    """The PNG at the beginning of `file`; without `pixels` the stream ends where they begin, enough for a header.
+    """Reads the PNG at the beginning of `file`; without `pixels` the stream ends where they begin, enough for a
+    header.
 
     What is cut off stays cut off, and checksums stay as they are: whoever decodes the stream finds both. Raises
     ValueError for a file that is not made of a bounded number of chunks, or of Apple's own kind.
@@ -95,7 +96,9 @@ def read_png(file: io.BufferedIOBase, pixels: bool) -> Png:
 
 
 def _unpack_profile(chunk: bytes) -> bytes:
-    """The profile of an iCCP chunk: a name, a zero, a zero for zlib, then the packed profile; empty when damaged."""
+    """Unpacks the profile of an iCCP chunk: a name, a zero, a zero for zlib, then the packed profile; empty when
+    damaged.
+    """
     _, _, packed = chunk.partition(b"\x00")
     unpacker = zlib.decompressobj()
     try:
@@ -115,7 +118,7 @@ Reopen = Callable[[], AbstractContextManager[Image.Image]]
 
 
 def to_rgb(image: Image.Image, png: Png | None, reopen: Reopen, settings: ImagesConfig) -> Image.Image:
-    """The opened `image` in RGB, not yet turned. `png` is its file, if it is one; `reopen` opens it once more.
+    """Converts the opened `image` to RGB, not yet turned. `png` is its file, if it is one; `reopen` opens it once more.
 
     Raises ValueError for values that are no colors, and what Pillow raises on damaged pixels.
     """
@@ -137,7 +140,8 @@ def to_rgb(image: Image.Image, png: Png | None, reopen: Reopen, settings: Images
 
 
 def full_scale(largest: int, declared: int, stored: int) -> int:
-    """The value that is white: of `declared` bits where they hold the `largest` value, else of the `stored` ones.
+    """Returns the value that is white: of `declared` bits where they hold the `largest` value, else of the `stored`
+    ones.
 
     With nothing declared (0), of the least of `DEPTHS` that holds it.
 
@@ -150,7 +154,7 @@ def full_scale(largest: int, declared: int, stored: int) -> int:
 
 
 def _in_eight_bits(image: Image.Image, png: Png | None, reopen: Reopen) -> Image.Image:
-    """The image with 8 bits a channel; one that has them already as it is."""
+    """Returns the image with 8 bits a channel; one that has them already as it is."""
     if image.mode == "F":
         return _scale_floats(image)
     if image.mode.startswith("I"):
@@ -164,12 +168,12 @@ def _in_eight_bits(image: Image.Image, png: Png | None, reopen: Reopen) -> Image
 
 
 def _tiles(image: Image.Image) -> list[ImageFile._Tile]:
-    """Where and how the pixels lie in the file; nothing for an image that comes from none."""
+    """Finds where and how the pixels lie in the file; nothing for an image that comes from none."""
     return getattr(image, "tile", [])
 
 
 def _raw_mode(tile: ImageFile._Tile) -> str:
-    """How the pixels of a tile lie in the file. Pillow's own decoder of PPM scales 16 bits down by itself."""
+    """Tells how the pixels of a tile lie in the file. Pillow's own decoder of PPM scales 16 bits down by itself."""
     args = tile.args if isinstance(tile.args, tuple) else (tile.args,)
     first = args[0] if args else tile.args
     if tile.codec_name == "ppm" and args[0] == "RGB" and len(args) > 1 and args[1] > 255:
@@ -178,7 +182,7 @@ def _raw_mode(tile: ImageFile._Tile) -> str:
 
 
 def _tag(image: Image.Image, number: int) -> int | float:
-    """A number that a TIFF says of its first channel; 0 where it says nothing, or is no TIFF."""
+    """Returns a number that a TIFF says of its first channel; 0 where it says nothing, or is no TIFF."""
     value = getattr(image, "tag_v2", {}).get(number, 0)
     value = value[0] if isinstance(value, tuple) and value else value
     return value if isinstance(value, int | float) else 0
@@ -195,7 +199,7 @@ def _declared_bits(image: Image.Image, png: Png | None) -> int:
 
 
 def _ppm_maximum(image: Image.Image) -> int:
-    """The white that a PGM or PPM declares, unless that is the largest of 16 bits: then it says nothing."""
+    """Returns the white that a PGM or PPM declares, unless that is the largest of 16 bits: then it says nothing."""
     tiles = _tiles(image)
     if image.format != "PPM" or not tiles or not isinstance(args := tiles[0].args, tuple):
         return 0
@@ -204,7 +208,7 @@ def _ppm_maximum(image: Image.Image) -> int:
 
 
 def _scale_grays(image: Image.Image, png: Png | None) -> Image.Image:
-    """Gray of 16 or 32 bits, with its transparent value if it has one."""
+    """Scales gray of 16 or 32 bits, with its transparent value if it has one."""
     maximum, declared = _ppm_maximum(image), _declared_bits(image, png)
     values, inverted = np.asarray(image), _is_inverted(image)
     if image.mode == "I" and _tag(image, _FORMAT) in (0, 1) and _tag(image, _BITS) == 32:
@@ -218,7 +222,7 @@ def _scale_grays(image: Image.Image, png: Png | None) -> Image.Image:
 
 
 def _levels(values: Integer[np.ndarray, "..."], declared: int, stored: int, white: int = 0) -> UInt8[np.ndarray, "..."]:
-    """Whole numbers as levels of 8 bits; `white` where it is known already."""
+    """Scales whole numbers to levels of 8 bits; `white` where it is known already."""
     lowest, largest = int(values.min()), int(values.max())
     if lowest < 0:
         half = 2 ** max(7, max(-lowest - 1, largest).bit_length())
@@ -244,12 +248,14 @@ def _scale_floats(image: Image.Image) -> Image.Image:
 
 
 def _is_inverted(image: Image.Image) -> bool:
-    """Whether 0 is white, which Pillow heeds in TIFFs of up to 8 bits alone."""
+    """Tells whether 0 is white, which Pillow heeds in TIFFs of up to 8 bits alone."""
     return image.format == "TIFF" and _PHOTOMETRIC in getattr(image, "tag_v2", {}) and _tag(image, _PHOTOMETRIC) == 0
 
 
 def _scale_colors(image: Image.Image, channels: str, order: str, png: Png | None, reopen: Reopen) -> Image.Image:
-    """Colors of 16 bits a channel: Pillow decodes the upper bytes, and as if the order were the other one the lower."""
+    """Scales colors of 16 bits a channel: Pillow decodes the upper bytes, and as if the order were the other one the
+    lower.
+    """
     declared, maximum, key = _declared_bits(image, png), _ppm_maximum(image), image.info.get("transparency")
     if channels == "LA":
         values = _decode_as(image, "RGBA").astype(np.uint16)
@@ -273,7 +279,7 @@ def _scale_colors(image: Image.Image, channels: str, order: str, png: Png | None
 
 
 def _decode_as(image: Image.Image, raw: str) -> UInt8[np.ndarray, "h w c"]:
-    """The pixels when their bytes are taken for those of another raw mode of the same size."""
+    """Returns the pixels when their bytes are taken for those of another raw mode of the same size."""
 
     def taken(tile: ImageFile._Tile) -> ImageFile._Tile:
         if tile.codec_name == "ppm":
@@ -290,7 +296,7 @@ def _opaque(shown: Bool[np.ndarray, "..."]) -> UInt8[np.ndarray, "..."]:
 
 
 def _alpha(image: Image.Image, png: Png | None) -> Image.Image | None:
-    """How opaque each pixel of an 8-bit image is; None when all are."""
+    """Tells how opaque each pixel of an 8-bit image is; None when all are."""
     key = image.info.get("transparency")
     if image.mode in ("LA", "RGBA", "PA", "La", "RGBa"):
         alpha = image.getchannel(len(image.getbands()) - 1)
@@ -306,7 +312,7 @@ def _alpha(image: Image.Image, png: Png | None) -> Image.Image | None:
 
 
 def _colors(image: Image.Image) -> Image.Image:
-    """The colors without transparency, in a mode that profiles know."""
+    """Returns the colors without transparency, in a mode that profiles know."""
     if image.mode in ("La", "RGBa"):  # colors that are multiplied by it already
         image = image.convert(image.mode.upper())
     if image.mode in ("L", "LA"):
@@ -315,7 +321,7 @@ def _colors(image: Image.Image) -> Image.Image:
 
 
 def _to_srgb(color: Image.Image, profile: bytes) -> Image.Image:
-    """By its ICC profile; unchanged when that is damaged, or of another kind of colors than the image's."""
+    """Converts by the ICC profile; unchanged when that is damaged, or of another kind of colors than the image's."""
     mode, transform = _transform(profile if color.mode != "LAB" else b"", color.mode)
     if transform is None:
         return color
@@ -327,7 +333,7 @@ def _to_srgb(color: Image.Image, profile: bytes) -> Image.Image:
 
 @lru_cache(maxsize=16)
 def _transform(profile: bytes, mode: str) -> tuple[str, ImageCms.ImageCmsTransform | None]:
-    """The mode that an image is to be in, and the way from there to sRGB; None when there is nothing to do."""
+    """Returns the mode that an image is to be in, and the way from there to sRGB; None when there is nothing to do."""
     kinds = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile) if profile else ImageCms.createProfile("LAB"))

@@ -94,12 +94,12 @@ def measured_seconds(media: Media, number: int) -> float:
 
 
 def lacks_frames(stream: VideoStream, media: Media) -> bool:
-    """Whether the table of frames names bytes behind the file's end."""
+    """Tells whether the table of frames names bytes behind the file's end."""
     return any(entry.pos + entry.size > media.size for entry in stream.index_entries)
 
 
 def _header_seconds(media: Media) -> float:
-    """The length in the header of an AVI or ASF file, of which FFmpeg tells only as much as is there; 0: none."""
+    """Reads the length in the header of an AVI or ASF file, of which FFmpeg tells only as much as is there; 0: none."""
     with media.open() as file:
         head = file.read(_HEADER)
     number = lambda place, size: int.from_bytes(head[place : place + size], "little")  # noqa: E731
@@ -111,7 +111,9 @@ def _header_seconds(media: Media) -> float:
 
 
 def is_cut(media: Media) -> bool | None:
-    """Whether the file ends before the sizes in its own headers say; None where it has none (MPEG-TS, live WebM)."""
+    """Tells whether the file ends before the sizes in its own headers say; None where it has none (MPEG-TS,
+    live WebM).
+    """
     with media.open() as file:
         head = file.read(_HEADER)
         if head[:4] == b"RIFF":
@@ -132,7 +134,7 @@ def is_cut(media: Media) -> bool | None:
 
 
 def _segment_end(file: io.BufferedIOBase) -> int:
-    """Where the segment of a Matroska file ends; 0: it does not say."""
+    """Finds where the segment of a Matroska file ends; 0: it does not say."""
     file.seek(4)
     size = _read_size(file)
     file.seek(size or 0, io.SEEK_CUR)
@@ -143,7 +145,7 @@ def _segment_end(file: io.BufferedIOBase) -> int:
 
 
 def _read_size(file: io.BufferedIOBase) -> int | None:
-    """A number of EBML: the zeros before its first one tell how many bytes follow; all ones mean unknown."""
+    """Reads a number of EBML: the zeros before its first one tell how many bytes follow; all ones mean unknown."""
     first = file.read(1)
     if not first or not first[0]:
         return None
@@ -153,7 +155,7 @@ def _read_size(file: io.BufferedIOBase) -> int | None:
 
 
 def _boxes_end(file: io.BufferedIOBase, size: int) -> int:
-    """Where the last box of an MP4 ends."""
+    """Finds where the last box of an MP4 ends."""
     place = 0
     while place + 8 <= size:
         file.seek(place)

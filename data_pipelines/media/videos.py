@@ -48,7 +48,8 @@ class VideoProbe:
 
 
 def probe_video(media: Media, frames_per_second: float, max_frames: int) -> VideoProbe:
-    """Size, length, and the times of at most `max_frames` frames. Of the pixels, the first frame alone is decoded.
+    """Reads size, length, and the times of at most `max_frames` frames. Of the pixels, the first frame alone is
+    decoded.
 
     Raises SampleError: "unreadable_media" for a file without a video track, truncated, or of a size that is refused;
     "too_big_media" beyond `limits`.
@@ -60,7 +61,7 @@ def probe_video(media: Media, frames_per_second: float, max_frames: int) -> Vide
 def read_video(
     media: Media, frames_per_second: float, max_frames: int, damage: Damage | None = None
 ) -> tuple[VideoProbe, Iterator[UInt8[np.ndarray, "h w 3"]]]:
-    """What `probe_video` tells, and the RGB frames at its times, one by one: the file is opened once for both.
+    """Reads what `probe_video` tells, and the RGB frames at its times, one by one: the file is opened once for both.
 
     `damage` counts packets as they are decoded. Raises SampleError as `probe_video` and, while frames are taken,
     `decode_frames`.
@@ -77,7 +78,7 @@ def _read(media: Media, frames_per_second: float, max_frames: int, damage: Damag
 
 
 def decode_frames(media: Media, times: tuple[float, ...]) -> list[UInt8[np.ndarray, "h w 3"]]:
-    """RGB frames, one for each of the ascending `times`: the first frame at or after it, else the last of the video.
+    """Decodes RGB frames, one for each of the ascending `times`: the first at or after it, else the last of the video.
 
     Raises SampleError: "unreadable_media" when nothing can be decoded, more than a quarter of the packets are damaged,
     or frames lie behind the file's end; "too_big_media" when too much would have to be decoded for them.
@@ -87,7 +88,7 @@ def decode_frames(media: Media, times: tuple[float, ...]) -> list[UInt8[np.ndarr
 
 
 def frame_times(duration: float, frames_per_second: float, max_frames: int) -> tuple[float, ...]:
-    """Times in seconds at a fixed rate from 0, always at least one; when too many, `max_frames` spread evenly.
+    """Spreads times in seconds at a fixed rate from 0, always at least one; when too many, `max_frames` of them evenly.
 
     Places between frames are cut to whole numbers, as in the released processor.
 
@@ -125,7 +126,7 @@ class _Frames:
         return self._turn
 
     def at(self, times: tuple[float, ...]) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
-        """As `decode_frames`."""
+        """Yields frames as `decode_frames`."""
         turn, shown = self.turn, None
         image: UInt8[np.ndarray, "h w 3"] | None = None
         for wanted in times:
@@ -176,7 +177,7 @@ class _Frames:
             self._next()
 
     def _key_frame(self, wanted: float) -> int | None:
-        """Time stamp of the last key frame at or before `wanted`, if that is ahead."""
+        """Returns the time stamp of the last key frame at or before `wanted`, if that is ahead."""
         table, unit, start = self.stream.index_entries, self.stream.time_base, self._start or 0.0
         if unit is None:
             return None
@@ -191,7 +192,9 @@ class _Frames:
         self._frames = self._decoded()
 
     def _check_end(self, wanted: float) -> None:
-        """After the last frame, which may stay long: nothing is missing unless the table of frames says so."""
+        """Checks the end: after the last frame, which may stay long, nothing is missing unless the table of frames says
+        so.
+        """
         self._damage.check()
         promised = promised_seconds(self.container, self.stream)
         if promised is not None and self._time < wanted <= promised and lacks_frames(self.stream, self.media):
@@ -219,7 +222,7 @@ class _Turn:
 
     @classmethod
     def from_frame(cls, frame: VideoFrame) -> "_Turn":
-        """That of a frame's own matrix, which takes a pixel at (x, y) to (a x + c y, b x + d y)."""
+        """Reads a frame's own matrix, which takes a pixel at (x, y) to (a x + c y, b x + d y)."""
         # By key: iterating gives the data in PyAV 18 and their types in 19.
         matrix = frame.side_data.get(cast(Any, Type.DISPLAYMATRIX))
         if matrix is None or len(bytes(matrix)) != 36:
@@ -244,7 +247,9 @@ def _over_white(pixels: UInt8[np.ndarray, "h w 4"]) -> UInt8[np.ndarray, "h w 3"
 
 
 def _alpha_decoder(stream: VideoStream) -> Callable[[Packet], list[VideoFrame]] | None:
-    """What decodes a WebM track together with its alpha channel; None where it has none, or nothing here knows how."""
+    """Returns what decodes a WebM track together with its alpha channel; None where it has none, or nothing here knows
+    how.
+    """
     name = _WITH_ALPHA.get(stream.codec_context.codec.name, "")
     if stream.metadata.get("alpha_mode") != "1" or name not in av.codecs_available:
         return None
@@ -267,7 +272,7 @@ def _opened(media: Media, damage: Damage) -> Iterator[_Frames]:
 
 
 def _video_stream(container: InputContainer) -> VideoStream:
-    """The track marked as default, else the first; the cover of a song is no video."""
+    """Chooses the track marked as default, else the first; the cover of a song is no video."""
     tracks = [track for track in container.streams.video if not track.disposition & Disposition.attached_pic]
     if not tracks:
         raise ValueError("it has no video track")

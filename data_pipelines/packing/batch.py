@@ -17,7 +17,7 @@ Batch = dict[str, Shaped[np.ndarray, "b ..."]]
 def empty_rows(
     rows: int, budgets: Budgets, omni: OmniConfig, mel_frames: int = 0, slots: MelSlots | None = None
 ) -> Batch:
-    """`rows` rows of padding. Unused media slots point to `budgets.tokens`, one past the row.
+    """Makes `rows` rows of padding. Unused media slots point to `budgets.tokens`, one past the row.
 
     With `budgets.mel_windows` there are that many mel slots of `mel_frames` frames, and beside each the targets that
     `slots` names.

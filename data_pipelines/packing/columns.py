@@ -58,7 +58,7 @@ class Columns:
         return len(self.lengths)
 
     def patches_of(self, document: int) -> list[int]:
-        """Patches of each image and video frame of a document, in order."""
+        """Returns the patches of each image and video frame of a document, in order."""
         return self.image_patches[slice(*self.image_offsets[document : document + 2])].tolist()
 
     def __reduce__(self):
@@ -68,7 +68,7 @@ class Columns:
 def make_columns(
     lengths: Sequence[Lengths], places: Sequence[int] | None = None, numbers: Sequence[int] | None = None
 ) -> Columns:
-    """Columns in memory of documents with these lengths; without places and numbers they count from 0."""
+    """Makes columns in memory of documents with these lengths; without places and numbers they count from 0."""
     count = range(len(lengths))
     return Columns(
         np.array([budget_lengths(each) for each in lengths], np.int32).reshape(-1, len(BUDGETED)),
@@ -81,13 +81,13 @@ def make_columns(
 
 
 def write_columns(columns: Columns, folder: Path, prefix: str = "") -> None:
-    """Each column as a file of its own."""
+    """Writes each column as a file of its own."""
     for name in NAMES:
         np.save(folder / f"{prefix}{name}.npy", getattr(columns, name))
 
 
 def open_columns(folder: Path) -> Columns:
-    """The columns in `folder`, memory-mapped. Raises ValueError or OSError for what is missing or damaged."""
+    """Opens the columns in `folder`, memory-mapped. Raises ValueError or OSError for what is missing or damaged."""
     try:
         meta = json.loads((folder / META_FILE).read_text(encoding="utf-8"))
         counts = {name: meta["documents"] for name in NAMES}
@@ -133,7 +133,7 @@ class ColumnsWriter:
         self._at, self._images_at = self._at + documents, self._images_at + images
 
     def close(self, meta: dict) -> None:
-        """Everything to disk, `meta` last."""
+        """Brings everything to disk, `meta` last."""
         for array in self._arrays.values():
             array.flush()
         meta = self._counts | {"skipped_bytes": (self._folder / SKIPPED_FILE).stat().st_size} | meta
@@ -173,11 +173,11 @@ class Pieces:
         return int(self.documents[piece])
 
     def for_document(self, document: int) -> range:
-        """The pieces of a document."""
+        """Returns the pieces of a document."""
         return range(*np.searchsorted(self.documents, [document, document + 1]).tolist())
 
     def cut(self, piece: int, document: Document) -> Document:
-        """The piece of `document`, which it is of."""
+        """Cuts the piece out of `document`, which it is of."""
         turns, span = (tuple(pairs[piece].tolist()) for pairs in (self.turns, self.spans))
         parts = {"turns": None if turns == WHOLE else turns, "span": None if span == WHOLE else span}
         return replace(document, max_frames=int(self.max_frames[piece]), **parts)

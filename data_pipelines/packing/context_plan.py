@@ -47,7 +47,7 @@ class ContextPlan:
     kind: str = "balanced"
 
     def order(self, documents: Sequence[int], length: int) -> Int32[np.ndarray, "t"]:
-        """The slots of a row of documents of these lengths in their new order: shard after shard, each ascending."""
+        """Orders the slots of a row of documents of these lengths: shard after shard, each ascending."""
         slots = np.arange(length, dtype=np.int32)
         if self.shards == 1 or self.kind == "contiguous":
             return slots
@@ -55,7 +55,7 @@ class ContextPlan:
         return slots.reshape(-1, self.block)[deal_blocks(work, self.shards).ravel()].ravel()
 
     def deal(self, batch: Batch, documents: Sequence[Sequence[int]]) -> Batch:
-        """The batch with its token fields in the new order, and its indices pointing to the new slots.
+        """Deals a batch: its token fields in the new order, and its indices pointing to the new slots.
 
         `documents` has the lengths of each row's documents as planned, those lost while decoding included: so hosts
         that share a row agree on its order whatever each of them could read.
@@ -72,7 +72,7 @@ class ContextPlan:
 
 
 def context_plan(config: DataConfig, shards: int) -> ContextPlan:
-    """The plan of a run on a mesh with `shards` along `context`. Raises ConfigError as `check_context` does."""
+    """Returns the plan of a run on a mesh with `shards` along `context`. Raises ConfigError as `check_context` does."""
     check_context(config, shards)
     return ContextPlan(shards, config.context_block, config.context_plan)
 
@@ -92,7 +92,7 @@ def check_context(config: DataConfig, shards: int) -> None:
 
 
 def lay_documents(documents: Sequence[int], length: int) -> tuple[Int32[np.ndarray, "t"], Int32[np.ndarray, "t"]]:
-    """Segment ids and positions of a row of documents of these lengths, then padding."""
+    """Returns the segment ids and positions of a row of documents of these lengths, then padding."""
     sizes = np.array(documents, np.int64)
     ids = np.repeat(np.arange(1, len(sizes) + 1), sizes)
     positions = np.arange(len(ids)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
@@ -103,7 +103,7 @@ def lay_documents(documents: Sequence[int], length: int) -> tuple[Int32[np.ndarr
 def block_work(
     segment_ids: Int32[np.ndarray, "t"], positions: Int32[np.ndarray, "t"], block: int
 ) -> Int64[np.ndarray, "blocks"]:
-    """Key blocks that causal attention visits for each block of queries; 0 for a block of padding.
+    """Counts the key blocks that causal attention visits for each block of queries; 0 for a block of padding.
 
     The rule of `kernels.flash_attention.plan_blocks` with blocks of this size for queries and keys: a pair of blocks
     is visited when the ranges of their segment ids meet and the first key is not after the last query.
@@ -115,7 +115,9 @@ def block_work(
 
 
 def _block_bounds(segment_ids: np.ndarray, positions: np.ndarray, block: int) -> tuple[np.ndarray, ...]:
-    """Per block, of its tokens that are no padding: the first (id, position) and the last, compared in that order."""
+    """Bounds each block, of its tokens that are no padding: the first (id, position) and the last, compared in that
+    order.
+    """
     ids, positions = segment_ids.reshape(-1, block), positions.reshape(-1, block)
     latest = np.iinfo(np.int32).max
     first_id = np.where(ids > 0, ids, latest).min(1)
@@ -126,7 +128,7 @@ def _block_bounds(segment_ids: np.ndarray, positions: np.ndarray, block: int) ->
 
 
 def deal_blocks(work: Int[np.ndarray, "blocks"], shards: int) -> Int64[np.ndarray, "shards per_shard"]:
-    """Block numbers of each shard, ascending: equal counts, nearly equal sums of work. Shards must divide blocks."""
+    """Deals block numbers to shards, ascending: equal counts, nearly equal sums of work. Shards must divide blocks."""
     dealt = np.zeros((shards, len(work) // shards), np.int64)
     filled, load = np.zeros(shards, np.int64), np.zeros(shards, np.int64)
     for number in np.argsort(-work, kind="stable"):

@@ -95,7 +95,7 @@ class Index:
         return f"{self.columns.meta.get('digest', '')} {own[:12]}"
 
     def numbers(self) -> Iterator[int]:
-        """Numbers of all usable documents and pieces, ascending."""
+        """Yields numbers of all usable documents and pieces, ascending."""
         over = iter(self.over.tolist())
         gap = next(over, None)
         for number in range(self.total + len(self.pieces)):
@@ -105,33 +105,33 @@ class Index:
                 yield number
 
     def document(self, number: int) -> Document:
-        """The document or piece `number`, read from its source."""
+        """Reads the document or piece `number` from its source."""
         if number >= self.total:
             piece = number - self.total
             return self.pieces.cut(piece, self.document(self.pieces.document(piece)))
         return self.source.document(int(self.columns.places[number]), int(self.columns.numbers[number]))
 
     def location(self, number: int) -> str:
-        """The manifest line or the record of a document or piece."""
+        """Returns the manifest line or the record of a document or piece."""
         number = self.base(number)
         return self.source.location(int(self.columns.places[number]), int(self.columns.numbers[number]))
 
     def base(self, number: int) -> int:
-        """The document that `number` is, or is a piece of."""
+        """Returns the document that `number` is, or is a piece of."""
         return number if number < self.total else self.pieces.document(number - self.total)
 
     def lengths(self, number: int) -> Int32[np.ndarray, "budgets"]:
-        """What `number` takes of the budgets, in the order of `Budgets`' fields."""
+        """Returns what `number` takes of the budgets, in the order of `Budgets`' fields."""
         columns, place = self._columns_of(number)
         return columns.lengths[place]
 
     def text_targets(self, number: int) -> int:
-        """How many text targets `number` has."""
+        """Tells how many text targets `number` has."""
         columns, place = self._columns_of(number)
         return int(columns.text_targets[place])
 
     def image_patches(self, number: int) -> list[int]:
-        """Patches of each image and video frame of `number`, in order."""
+        """Returns the patches of each image and video frame of `number`, in order."""
         columns, place = self._columns_of(number)
         return columns.patches_of(place)
 
@@ -146,14 +146,14 @@ class Index:
         return found
 
     def document_lengths(self, number: int) -> DocumentLengths:
-        """The document or piece `number`."""
+        """Returns the document or piece `number`."""
         needs = tuple(self.lengths(number).tolist())
         return DocumentLengths(
             number, needs, self.image_patches(number), self.text_targets(number) + needs[AUDIO_TARGETS]
         )
 
     def within(self, budgets: Budgets, media_shards: int = 1) -> "Index":
-        """The same index for rows of these budgets, their patches in `media_shards` parts that hold whole images.
+        """Makes the same index for rows of these budgets, their patches in `media_shards` parts that hold whole images.
 
         Documents that an empty row cannot hold are skipped as `too_long`. No column is copied.
         """
@@ -186,13 +186,13 @@ class Index:
         return None if self.columns.folder is None else self.columns.folder / SKIPPED_FILE
 
     def causes(self) -> Counter:
-        """How many documents were skipped for each cause."""
+        """Tells how many documents were skipped for each cause."""
         causes = Counter(self.columns.meta.get("causes", {}))
         causes["too_long"] = len(self.over) - self.pieces.rescued
         return +causes
 
     def examples(self) -> dict[str, str]:
-        """For each cause, one of the documents that were skipped for it and the reason, as one sentence."""
+        """Finds for each cause one of the documents that were skipped for it and the reason, as one sentence."""
         found = ((item.location, item.cause, item.message) for item in self.skipped)
         return first_of_causes(found, self.causes())
 
@@ -205,7 +205,7 @@ class Index:
 
 
 def _measured(columns: Columns, places: Int64[np.ndarray, "k"], first: int) -> list[DocumentLengths]:
-    """Documents at these places of columns; the document at 0 has the number `first`."""
+    """Returns documents at these places of columns; the document at 0 has the number `first`."""
     needs = columns.lengths[places].tolist()
     starts, ends = columns.image_offsets[places].tolist(), columns.image_offsets[places + 1].tolist()
     texts = columns.text_targets[places].tolist()
@@ -252,8 +252,8 @@ class MeasurePart:
 
 
 def load_index(config: DataConfig, entry: SourceConfig, processor: Processor, workers: int = 0) -> Index:
-    """The index of the manifest or data set of `entry`, from the cache when it and the processor are those that it was
-    built with, else built: by `workers` processes where there is work for more than one.
+    """Loads the index of the manifest or data set of `entry`, from the cache when it and the processor are those that
+    it was built with, else built: by `workers` processes where there is work for more than one.
 
     A cached index that is damaged is built anew. Raises ConfigError when the source cannot be read.
     """
@@ -281,7 +281,7 @@ def load_index(config: DataConfig, entry: SourceConfig, processor: Processor, wo
 
 
 def _tell_old_causes(source: Source, columns: Columns) -> None:
-    """Loose files of skipped documents may have been mended since they were measured."""
+    """Warns of loose files that were skipped: they may have been mended since they were measured."""
     files = sum(columns.meta.get("causes", {}).get(cause, 0) for cause in FILE_CAUSES)
     if files and isinstance(source, ManifestSource):
         log.warning(

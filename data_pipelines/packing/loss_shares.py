@@ -21,7 +21,7 @@ def check_loss_weights(config: DataConfig) -> None:
 
 
 def source_means(index: Index, source: SourceConfig, weighting: str) -> SourceMeans:
-    """What a document or piece of the source has on average, from `SAMPLE` of them at most."""
+    """Returns what a document or piece of the source has on average, from `SAMPLE` of them at most."""
     tokens, text, audio = _targets(index)
     # 0 targets weigh 0, whatever the power.
     weights = [np.where(count > 0, np.maximum(count, 1) ** (1.0 - POWERS[weighting]), 0.0) for count in (text, audio)]
@@ -30,7 +30,7 @@ def source_means(index: Index, source: SourceConfig, weighting: str) -> SourceMe
 
 
 def _targets(index: Index) -> tuple[Int64[np.ndarray, "k"], Int64[np.ndarray, "k"], Int64[np.ndarray, "k"]]:
-    """Tokens, text targets and audio frames to predict of documents that fit a row, and of pieces."""
+    """Returns tokens, text targets and audio frames to predict of documents that fit a row, and of pieces."""
     places = np.unique(np.linspace(0, index.total - 1, min(index.total, SAMPLE)).astype(np.int64))
     found = [_counts(index.columns, np.setdiff1d(places, index.over))]
     # As many in a hundred of the pieces as of the documents.

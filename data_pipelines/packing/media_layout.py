@@ -43,7 +43,7 @@ class PatchLayout:
         return self.patches // self.parts
 
     def fits(self, images: Sequence[int]) -> bool:
-        """Whether images of these sizes can be placed in one row."""
+        """Tells whether images of these sizes can be placed in one row."""
         largest, total = max(images, default=0), sum(images)
         if largest > self.room or total > self.parts * self.room:
             return False
@@ -53,7 +53,9 @@ class PatchLayout:
         return self._parts_of(images) is not None
 
     def starts(self, images: Sequence[int]) -> Int32[np.ndarray, "n"]:
-        """First place of each of a row's n images, given their sizes in row order. Raises ValueError: no room."""
+        """Places a row's n images, given their sizes in row order: the first place of each. Raises
+        ValueError: no room.
+        """
         parts = self._parts_of(images)
         if parts is None:
             raise ValueError(f"{len(images)} images do not fit {self.parts} parts of {self.room} patches")
@@ -65,7 +67,9 @@ class PatchLayout:
         return starts
 
     def _parts_of(self, images: Sequence[int]) -> list[int] | None:
-        """Best fit, largest first: of what was tried it fills parts best. Equal sizes keep their order."""
+        """Fits the largest first, each where it fits best: of what was tried it fills parts best. Equal sizes keep
+        their order.
+        """
         parts = [0] * len(images)
         left = [(self.room, part) for part in range(self.parts)]  # ascending: the fullest part first
         for image in sorted(range(len(images)), key=lambda image: -images[image]):
@@ -80,7 +84,7 @@ class PatchLayout:
 
 
 def patch_layout(config: DataConfig) -> PatchLayout:
-    """The layout of a run's rows."""
+    """Returns the layout of a run's rows."""
     return PatchLayout(config.budgets.patches, config.media_shards)
 
 
@@ -116,14 +120,15 @@ class MelSlots:
         return tuple(sorted({target.rate for target in self.targets.values()}))
 
     def target_frames(self, name: str, size: int) -> int:
-        """Frames of a target's slot beside a mel slot of `size`."""
+        """Returns the frames of a target's slot beside a mel slot of `size`."""
         target = self.targets[name]
         return target.frames(size * self.hop * target.rate // self.rate)
 
     def make_targets(
         self, waves: Mapping[int, Float32[np.ndarray, "_"]], size: int, skipped: int
     ) -> dict[str, Float32[np.ndarray, "_ mels"]]:
-        """Every target of what a slot of `size` shows of a window whose first `skipped` code frames it leaves out.
+        """Makes every target of what a slot of `size` shows of a window whose first `skipped` code frames it leaves
+        out.
 
         Frame i of each begins i hops after what is shown, and is the one that the whole window's mel has there.
         """
@@ -134,26 +139,28 @@ class MelSlots:
         return made
 
     def size(self, code_frames: int) -> int:
-        """Mel frames of the slots of a step whose longest window, or clip, has so many code frames."""
+        """Returns the mel frames of the slots of a step whose longest window, or clip, has so many code frames."""
         longest = self.per_code * (code_frames + 1)  # the last, partial group gives no code
         return next((size for size in self.sizes if size >= longest), self.sizes[-1])
 
     def show(
         self, mel: Float32[np.ndarray, "f mels"], size: int, key: Sequence[int]
     ) -> tuple[Float32[np.ndarray, "g mels"], int]:
-        """What a slot of `size` shows of a window, and how many code frames lie before that. `key` draws the place."""
+        """Crops a window to what a slot of `size` shows; returns it and how many code frames lie before. `key` draws
+        the place.
+        """
         steps = max(0, len(mel) - size) // self.per_code
         skipped = int(np.random.default_rng([self.seed, *key]).integers(steps + 1)) if steps else 0
         return mel[skipped * self.per_code :][:size], skipped
 
 
 def row_key(row: Sequence[tuple[int, int]]) -> int:
-    """A number that stands for the documents of a row."""
+    """Returns a number that stands for the documents of a row."""
     return zlib.crc32(np.asarray(row, np.int64).tobytes())
 
 
 def mel_slots(config: DataConfig, audio: AudioConfig, targets: Mapping[str, MelTargetSpec] | None = None) -> MelSlots:
-    """The slots of a run. Raises ConfigError for sizes that do not ascend or are longer than a window."""
+    """Returns the slots of a run. Raises ConfigError for sizes that do not ascend or are longer than a window."""
     sizes, per_code = config.mel_frames or (audio.max_mel_frames,), audio.stride_size * audio.avg_pooler
     if sorted(set(sizes)) != list(sizes) or sizes[0] < per_code or sizes[-1] > audio.max_mel_frames:
         raise ConfigError(

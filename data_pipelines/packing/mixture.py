@@ -106,7 +106,7 @@ class Mixture:
         self._count_next()
 
     def next(self) -> DocumentLengths | None:
-        """The next document; None after the last epoch."""
+        """Returns the next document; None after the last epoch."""
         chosen = self._next_source()
         if chosen is None:
             return None
@@ -116,7 +116,7 @@ class Mixture:
         return item
 
     def document(self, key: DocumentKey) -> DocumentLengths:
-        """One document of the stream again."""
+        """Returns one document of the stream again."""
         source, number = key
         return DocumentLengths(*self._sources[source].document_lengths(number)[:4], source)
 
@@ -179,7 +179,7 @@ class Mixture:
 
 
 def epochs_read(state: Mapping[str, Mapping[str, int]]) -> dict[str, float]:
-    """How often each source has been read, by its name, from a mixture's state."""
+    """Tells how often each source has been read, by its name, from a mixture's state."""
     return {name: source["cursor"] / source["documents"] for name, source in state.items()}
 
 
@@ -205,14 +205,14 @@ class _Reader:
         self._skip = self._part
 
     def peek(self) -> DocumentLengths | None:
-        """The next document; None when the last epoch is over."""
+        """Returns the next document; None when the last epoch is over."""
         while not self._ahead:
             if not self._read_ahead():
                 return None
         return self._ahead[0][0]
 
     def take(self, counted: int) -> DocumentLengths:
-        """The next document, which there must be."""
+        """Takes the next document, which there must be."""
         self.peek()
         item, self._cursor, self._part = self._ahead.popleft()
         self.given += counted
@@ -254,7 +254,7 @@ ROUNDS = 6
 
 
 def permute(places: Int64[np.ndarray, "k"], size: int, seed: str) -> Int64[np.ndarray, "k"]:
-    """What stands at these places (each below `size`) of the order of 0 ... size - 1 that `seed` gives."""
+    """Looks up what stands at these places (each below `size`) of the order of 0 ... size - 1 that `seed` gives."""
     half = max((size - 1).bit_length() + 1, 2) // 2
     keys = np.frombuffer(hashlib.sha256(seed.encode()).digest()[: 4 * ROUNDS], "<u4").astype(np.uint64)
     values = places.astype(np.uint64)
@@ -266,7 +266,7 @@ def permute(places: Int64[np.ndarray, "k"], size: int, seed: str) -> Int64[np.nd
 
 
 def _feistel(values: UInt64[np.ndarray, "k"], half: int, keys: UInt64[np.ndarray, "rounds"]) -> UInt64[np.ndarray, "k"]:
-    """A permutation of the numbers of 2 * half bits."""
+    """Permutes the numbers of 2 * half bits."""
     bits, mask = np.uint64(half), np.uint64((1 << half) - 1)
     high, low = values >> bits, values & mask
     for key in keys[:, None]:
@@ -275,7 +275,7 @@ def _feistel(values: UInt64[np.ndarray, "k"], half: int, keys: UInt64[np.ndarray
 
 
 def _mix(values: UInt64[np.ndarray, "k"], key: UInt64[np.ndarray, "1"]) -> UInt64[np.ndarray, "k"]:
-    """A hash of 64 bits: splitmix64's finalizer (Steele, Lea, Flood 2014)."""
+    """Hashes 64 bits: splitmix64's finalizer (Steele, Lea, Flood 2014)."""
     mixed = values + (key + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     mixed = (mixed ^ mixed >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ mixed >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)

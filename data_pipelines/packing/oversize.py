@@ -130,7 +130,7 @@ class Fitter:
         return self._chunk(document, part) if alone else ([], [part])
 
     def _measure(self, document: Document, part: _Part) -> Lengths | None:
-        """What a part takes of the budgets; None where it has nothing to learn."""
+        """Measures what a part takes of the budgets; None where it has nothing to learn."""
         try:
             return self._processor.measure(part.cut_from(document))
         except SampleError as error:
@@ -206,7 +206,7 @@ def check_policies(config: DataConfig) -> None:
 
 
 def with_pieces(index: Index, policies: Sequence[str], processor: Processor, cache: Path, workers: int) -> Index:
-    """The index with what the policies make of its too long documents; found in `cache` or made by `workers`."""
+    """Adds to the index what the policies make of its too long documents; found in `cache` or made by `workers`."""
     folder = index.columns.folder
     if not policies or not len(index.over) or folder is None:
         return index
@@ -243,7 +243,7 @@ def _read_pieces(job: Job, summaries: list[dict]) -> Pieces:
 
 
 def cut_chunks(runs: Sequence[Run], sizes: Sequence[Lengths], limits: RowLimits) -> tuple[list[Span], list[Span]]:
-    """Spans that an empty row holds, and those of media that none does, each with (some of) the text after it.
+    """Cuts spans that an empty row holds, and those of media that none does, each with (some of) the text after it.
 
     `sizes` are what each run takes by itself. A chunk is as long as a row, but is cut before its last medium rather
     than in that one's text, unless it begins with it.
@@ -278,7 +278,7 @@ class _Planner:
         self.begin(0)
 
     def begin(self, place: int, size: Lengths = _NOTHING, items: int = 0) -> None:
-        """A new chunk at `place`, which has `items` items of `size` already."""
+        """Begins a new chunk at `place`, which has `items` items of `size` already."""
         self._start, self.end, self._size = place, place + items, size
         self._boundary: int | None = None  # where the last media begin that have text before them in the chunk
         self._since = _NOTHING  # what has come since, those media included
@@ -293,7 +293,7 @@ class _Planner:
         return bool(self._limits.why_exceeds(budget_lengths(size), size.image_patches))
 
     def add_medium(self, place: int, size: Lengths) -> None:
-        """One medium, which an empty row holds."""
+        """Adds one medium, which an empty row holds."""
         if self.is_beyond(_sum(self._size, size)):
             self.close(place)
             self.begin(place, size, 1)
@@ -303,7 +303,7 @@ class _Planner:
         self._size, self._since, self.end = _sum(self._size, size), _sum(self._since, size), place + 1
 
     def add_text(self, start: int, stop: int) -> None:
-        """The tokens from `start` until `stop`."""
+        """Adds the tokens from `start` until `stop`."""
         while self._size.tokens + stop - start > self._tokens:
             if self._boundary is not None:
                 place, since = self._boundary, self._since

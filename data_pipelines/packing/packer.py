@@ -109,13 +109,13 @@ class Packer:
         self._rows: list[_OpenRow] = []
 
     def add(self, item: DocumentLengths) -> list[DocumentLengths] | None:
-        """A row, when there is no room for this document without emitting one."""
+        """Takes a document; returns a row when there is no room for it without emitting one."""
         self._taken = list(map(add, self._taken, item.lengths))
         self._pool.append(item)
         return self._place(self._pool.pop(0)) if len(self._pool) > self._look_ahead else None
 
     def finish(self) -> list[DocumentLengths] | None:
-        """The next row when no document comes after; None when all are given."""
+        """Returns the next row when no document comes after; None when all are given."""
         while self._pool:
             row = self._place(self._pool.pop(0))
             if row is not None:
@@ -159,12 +159,12 @@ class Packer:
         return row.items
 
     def _scarce(self) -> int:
-        """The budget that the documents so far took most of."""
+        """Returns the budget that the documents so far took most of."""
         shares = [taken / budget if budget else 0 for taken, budget in zip(self._taken, self._budgets, strict=True)]
         return shares.index(max(shares))
 
     def _lays_out(self, row: _OpenRow, images: list[int]) -> bool:
-        """Whether each image has a place; in one part all have that the budget has room for."""
+        """Tells whether each image has a place; in one part all have that the budget has room for."""
         return not images or self._layout.parts == 1 or self._layout.fits(row.image_patches + images)
 
     def _top_up(self, row: _OpenRow, scarce: int) -> None:
@@ -193,7 +193,9 @@ class Packer:
 def _choose(
     needs: Int64[np.ndarray, "k budgets"], room: Int64[np.ndarray, "budgets"], scarce: int, close: float
 ) -> list[int]:
-    """One or two of k documents, each of which fits the room: the best two (or one) if they leave less than `close`."""
+    """Chooses one or two of k documents, each of which fits the room: the best two (or one) if they leave less than
+    `close`.
+    """
     sizes = needs[:, scarce]
     sums = np.where(_pairs_that_fit(needs, room), sizes[:, None] + sizes, 0)
     np.fill_diagonal(sums, sizes)

@@ -15,13 +15,13 @@ _PATCHES, AUDIO_TARGETS = BUDGETED.index("patches"), BUDGETED.index("audio_targe
 
 
 def budget_vector(budgets: Budgets) -> Int64[np.ndarray, "budgets"]:
-    """The budgets in the order of their fields; one that is left out is more than anything needs."""
+    """Returns the budgets in the order of their fields; one that is left out is more than anything needs."""
     limits = budgets.limits()
     return np.array([limits.get(name, np.iinfo(np.int32).max) for name in BUDGETED], np.int64)
 
 
 def budget_lengths(lengths: Lengths) -> list[int]:
-    """What a document takes of each budget, in the order of the budgets' fields."""
+    """Returns what a document takes of each budget, in the order of the budgets' fields."""
     return [getattr(lengths, name) for name in BUDGETED]
 
 
@@ -42,7 +42,9 @@ class RowLimits:
         images: Integer[np.ndarray, "m"],
         counts: Int64[np.ndarray, "n"],
     ) -> Bool[np.ndarray, "n"]:
-        """Which of n documents an empty row cannot hold; `counts` of the m images are each document's, in order."""
+        """Tells which of n documents an empty row cannot hold; `counts` of the m images are each document's,
+        in order.
+        """
         over = np.any(needs > budget_vector(self.budgets), axis=1)
         layout, ends = self.layout, np.cumsum(counts)
         some = np.flatnonzero((counts > 0) & ~over)
@@ -60,7 +62,7 @@ class RowLimits:
         return over
 
     def why_exceeds(self, needs: Sequence[int] | Int32[np.ndarray, "budgets"], images: Sequence[int]) -> str:
-        """Why an empty row cannot hold a document; "" when it can."""
+        """Says why an empty row cannot hold a document; "" when it can."""
         for name, size, limit in zip(BUDGETED, needs, budget_vector(self.budgets), strict=True):
             if size > limit:
                 return f"{size} {name} exceed the row's {limit}"

@@ -36,7 +36,7 @@ class RowPlan:
         return self
 
     def __next__(self) -> list[DocumentLengths]:
-        """The next row. A finite mixture ends with the rows that are still open."""
+        """Returns the next row. A finite mixture ends with the rows that are still open."""
         while (item := self._mixture.next()) is not None:
             row = self._packer.add(item)
             if row is not None:
@@ -124,7 +124,7 @@ def check_plan(config: DataConfig) -> None:
 
 
 def order_rows(costs: Sequence[int], rows: int, random: Random) -> list[int]:
-    """Numbers of all rows in their new order, `rows` of them a step; what is left over stays the last step."""
+    """Orders all rows, `rows` of them a step; what is left over stays the last step."""
     ranked = sorted(range(len(costs)), key=lambda row: (-costs[row], row))
     steps = [ranked[start : start + rows] for start in range(0, len(ranked), rows)]
     last = [steps.pop()] if steps and len(steps[-1]) < rows else []
@@ -133,7 +133,7 @@ def order_rows(costs: Sequence[int], rows: int, random: Random) -> list[int]:
 
 
 def _spread(step: list[int], costs: Sequence[int]) -> list[int]:
-    """The rows of a step, costliest first, dealt so that its halves have equal counts and nearly equal sums; then the
+    """Deals the rows of a step, costliest first, so that its halves have equal counts and nearly equal sums; then the
     halves alike. An odd count stays as it is.
     """
     if len(step) < 3 or len(step) % 2:

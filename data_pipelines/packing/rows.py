@@ -70,11 +70,11 @@ class RowDecoder:
     untrained: tuple[int, ...] = ()
 
     def __call__(self, rows: list[PackedRow], mel_frames: int = 0) -> tuple[Batch, dict]:
-        """The batch of `rows`, its mel slots of `mel_frames`, and the documents that could not be decoded."""
+        """Decodes the batch of `rows`, its mel slots of `mel_frames`, and the documents that could not be decoded."""
         return self.decode(rows, mel_frames)[:2]
 
     def decode(self, rows: list[PackedRow], mel_frames: int = 0) -> tuple[Batch, dict, dict]:
-        """The batch of `rows` as above, `failed` and `damaged` as in `Step`."""
+        """Decodes the batch of `rows` as above, `failed` and `damaged` as in `Step`."""
         batch, failed, damaged = empty_rows(len(rows), self.budgets, self.omni, mel_frames, self.mels), {}, {}
         for number, row in enumerate(rows):
             writer = RowWriter(batch, number, self.mels, row_key(row))
@@ -84,14 +84,14 @@ class RowDecoder:
         return self.context.deal(batch, tokens), failed, damaged
 
     def mel_frames(self, rows: list[PackedRow]) -> int:
-        """The size of the mel slots of a step of these rows, all hosts' among them; 0 without mel slots."""
+        """Returns the size of the mel slots of a step of these rows, all hosts' among them; 0 without mel slots."""
         if not self.budgets.mel_windows:
             return 0
         needs = [self.indexes[source].lengths(number) for row in rows for source, number in row]
         return self.mels.size(max((int(need[_AUDIO_FRAMES]) for need in needs), default=0))
 
     def _place_pictures(self, row: PackedRow) -> list[Int32[np.ndarray, "_"]]:
-        """The first patch of each image of each document, as the plan foresaw them."""
+        """Returns the first patch of each image of each document, as the plan foresaw them."""
         sizes = [self.indexes[source].image_patches(number) for source, number in row]
         starts = self.layout.starts([size for document in sizes for size in document])
         return np.split(starts, np.cumsum([len(document) for document in sizes])[:-1])
@@ -176,7 +176,7 @@ class StepIterator(grain.DatasetIterator):
         return {"batch": batch, "info": np.frombuffer(info.encode(), np.uint8)}
 
     def get_state(self) -> dict:
-        """Grain asks each worker; a run keeps `Step.state` instead, which holds for any number of workers."""
+        """Returns what Grain asks each worker for; a run keeps `Step.state`, which holds for any number of workers."""
         return {"plan": self._plan.state, "skip": self._skip}
 
     def set_state(self, state: dict) -> None:
@@ -185,7 +185,7 @@ class StepIterator(grain.DatasetIterator):
 
 
 def read_steps(dataset: StepDataset, workers: int) -> Iterator[Step]:
-    """Steps in order, decoded by `workers` processes (0: in this one)."""
+    """Yields steps in order, decoded by `workers` processes (0: in this one)."""
     if workers:
         if not flags.FLAGS.is_parsed():  # Grain reads absl flags; outside an absl app nobody has parsed them
             flags.FLAGS.mark_as_parsed()
@@ -215,7 +215,7 @@ def free_shared_memory() -> None:
 
 
 def _end_with_parent(*_: int) -> None:
-    """In a worker: ends it when the process that started it was killed, where Grain's would wait for ever."""
+    """Ends a worker when the process that started it was killed, where Grain's would wait for ever."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes of a terminal
 
     def watch() -> None:

@@ -45,7 +45,7 @@ class Lettering:
     note = "[n characters] stands for characters that no installed font has; Noto Sans CJK has the Chinese ones."
 
     def drawable(self, text: str) -> str:
-        """`text` on one line or more, runs of characters without a font replaced by `[n characters]`."""
+        """Writes `text` on one line or more, runs of characters without a font replaced by `[n characters]`."""
         pieces = []
         for known, run in groupby(text, key=lambda character: character == "\n" or ord(character) in self._known):
             characters = "".join(run)
@@ -54,12 +54,12 @@ class Lettering:
         return "".join(pieces)
 
     def shorten(self, text: str, length: int) -> str:
-        """One line of at most `length` characters that can be drawn."""
+        """Shortens to one line of at most `length` characters that can be drawn."""
         text = self.drawable(re.sub(r"\s+", " ", text))
         return text if len(text) <= length else text[: length - 4] + " ..."
 
     def fit(self, name: str, kind: str, inches: float, size: float) -> str:
-        """What of a document's name fits into a box: all of it, in one line or two, its type, or nothing."""
+        """Fits a document's name into a box: all of it, in one line or two, its type, or nothing."""
         breaks = [match.end() for match in re.finditer(r"[-_ ]", name)]
         balanced = sorted(breaks, key=lambda place: abs(2 * place - len(name)))
         for label in (name, *(f"{name[:place]}\n{name[place:]}" for place in balanced), kind):
@@ -69,7 +69,7 @@ class Lettering:
         return ""
 
     def _width(self, line: str, size: float) -> float:
-        """Inches."""
+        """Measures a line in inches."""
         if not line.strip():
             return 0.0
         return TextPath((0, 0), line, size=size, prop=FontProperties(family=self.families)).get_extents().width / 72
@@ -79,7 +79,7 @@ _OWN = ("DejaVu Sans", "DejaVu Serif")  # come with matplotlib; no Chinese
 
 
 def find_fonts(given: Sequence[Path] = ()) -> tuple[str, ...]:
-    """The font files to write with: `given`, then what is installed and has Chinese, then matplotlib's own.
+    """Finds the font files to write with: `given`, then what is installed and has Chinese, then matplotlib's own.
 
     Raises ConfigError for a given file that is no font.
     """
@@ -95,7 +95,7 @@ def find_fonts(given: Sequence[Path] = ()) -> tuple[str, ...]:
 
 
 def choose_font(rng: random.Random, fonts: Sequence[str], text: str) -> str:
-    """One of the fonts that have every character of `text`.
+    """Chooses one of the fonts that have every character of `text`.
 
     Raises SampleError: "no_font" when none has; "bad_script" for writing that letter after letter from the left does
     not set right: right-to-left scripts and signs that combine.
@@ -114,5 +114,5 @@ def choose_font(rng: random.Random, fonts: Sequence[str], text: str) -> str:
 
 @lru_cache
 def _characters(path: str) -> frozenset[int]:
-    """The characters that a font has."""
+    """Returns the characters that a font has."""
     return frozenset(font_manager.get_font(path).get_charmap())

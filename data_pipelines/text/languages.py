@@ -25,7 +25,7 @@ MINOR_SHARE = 0.2  # of the text, from which a second language counts
 
 
 def detect_language(text: str) -> str:
-    """The text's language: "en", "zh", "mixed" for both, "other", or "none" without letters.
+    """Detects the text's language: "en", "zh", "mixed" for both, "other", or "none" without letters.
 
     A Chinese character counts as one, an English word as one.
 
@@ -48,7 +48,7 @@ def detect_language(text: str) -> str:
 
 
 def language_of(text: str) -> str:
-    """The language of the two to speak a text in, "en" or "zh"; "" for a text in another one.
+    """Returns the language of the two to speak a text in, "en" or "zh"; "" for a text in another one.
 
     Chinese voices speak English words, while English ones spell Chinese characters, so a mixed text is "zh".
     """

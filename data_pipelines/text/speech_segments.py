@@ -78,13 +78,15 @@ PREFIXES = 2  # characters of a token that may be kept alone where the cut falls
 
 
 def spoken_units(text: str) -> int:
-    """About how long the text is when spoken, in hundredths of a second; punctuation and white space take no time."""
+    """Estimates how long the text is when spoken, in hundredths of a second; punctuation and white space take
+    no time.
+    """
     han = len(HAN.findall(text))
     return HAN_UNITS * han + OTHER_UNITS * (len(_SPOKEN.findall(text)) - han)
 
 
 def cut_places(text: str, least: float = 0.0, marks: Marks = "clauses", quotes: bool = True) -> list[int]:
-    """Where the rule cuts a text, ascending; `least` is the seconds that a piece takes at least.
+    """Finds where the rule cuts a text, ascending; `least` is the seconds that a piece takes at least.
 
     Each piece but the last has something to speak. With `quotes` false it cuts inside quotes too.
 
@@ -125,7 +127,7 @@ class PieceTable(NamedTuple):
 
 
 def piece_table(tokenizer: Tokenizer | None, vocab: int) -> PieceTable:
-    """The rule for a tokenizer's tokens. Without a tokenizer all are alike: there is no mark among them."""
+    """Writes down the rule for a tokenizer's tokens. Without a tokenizer all are alike: there is no mark among them."""
     if tokenizer is None:
         return table_of_texts(["-"] * vocab)._replace(units=np.full(vocab, OTHER_UNITS, np.int32))
     texts, ids = [""] * vocab, [i for i in range(vocab) if tokenizer.id_to_token(i) is not None]
@@ -135,7 +137,7 @@ def piece_table(tokenizer: Tokenizer | None, vocab: int) -> PieceTable:
 
 
 def table_of_texts(texts: Sequence[str]) -> PieceTable:
-    """The rule for tokens that are these texts ("" for one that is no text).
+    """Writes down the rule for tokens that are these texts ("" for one that is no text).
 
     Exact where texts are split as Qwen does: a mark begins a token or stands among signs alone. A mark that is itself
     spelled by several tokens, byte by byte, is not seen.
@@ -179,7 +181,7 @@ def _kinds(marks: Marks) -> _Kinds:
 
 
 def _advance(waiting: int, inside: int, word: int, kind: int) -> tuple[bool, int]:
-    """Whether the rule cuts before a character of this kind, quotes aside; and what came last, behind it."""
+    """Tells whether the rule cuts before a character of this kind, quotes aside; and what came last, behind it."""
     blank, mark = kind in (SPACE, BLANK, LINE), kind in (MARK, COMMA)
     joins = mark or kind in (STOP, JOINS, CLOSES) or (kind == QUOTE and inside >= _DEEPEST + 1)
     if kind == LINE_END:
@@ -200,7 +202,7 @@ def _advance(waiting: int, inside: int, word: int, kind: int) -> tuple[bool, int
 
 
 def _quoted(waiting: int, inside: int, kind: int) -> int:
-    """The state of quotes behind a character of this kind; a line end closes them all."""
+    """Returns the state of quotes behind a character of this kind; a line end closes them all."""
     straight, depth = divmod(inside, _DEEPEST + 1)
     if kind in (LINE, LINE_END):
         return 0
@@ -212,7 +214,7 @@ def _quoted(waiting: int, inside: int, kind: int) -> int:
 
 @cache
 def _transitions(quotes: bool = True) -> tuple[Int32[np.ndarray, "k s"], np.ndarray]:
-    """By kind and by 3 * state + word: 3 * the next state, and whether the rule cuts before the character."""
+    """Tabulates by kind and by 3 * state + word: 3 * the next state, and whether the rule cuts before the character."""
     columns = _STATES * QUOTE_STATES * 3
     after, cuts = np.zeros((KINDS, columns), np.int32), np.zeros((KINDS, columns), bool)
     for kind in range(KINDS):
@@ -225,12 +227,14 @@ def _transitions(quotes: bool = True) -> tuple[Int32[np.ndarray, "k s"], np.ndar
 
 
 def _goes_along(before: int, kind: int) -> bool:
-    """Whether a cut behind white space is one before it: the two stand in one token, as texts are split."""
+    """Tells whether a cut behind white space is one before it: the two stand in one token, as texts are split."""
     return (before == SPACE and kind != DIGIT) or (before == BLANK and kind == LETTER)
 
 
 def _follow(kinds: str) -> tuple[Int32[np.ndarray, " s"], Int32[np.ndarray, " s"]]:
-    """Of a token whose characters are of these kinds: the state behind it, and where it is cut, from each column."""
+    """Follows a token whose characters are of these kinds: the state behind it, and where it is cut, from each
+    column.
+    """
     after, cuts = _transitions()
     columns = np.arange(_STATES * QUOTE_STATES * 3)
     place, before = np.full(len(columns), -1, np.int32), OTHER
@@ -247,7 +251,8 @@ def _token_units(text: str) -> int:
 
 
 def _whole_characters(token: str) -> str:
-    """The text of a token that begins or ends within a character (`token` writes bytes as byte-level tokenizers do).
+    """Returns the text of a token that begins or ends within a character (`token` writes bytes as byte-level tokenizers
+    do).
 
     A character counts where it begins: one of `_PARTS` stands for what is there of it.
     """
@@ -262,21 +267,23 @@ def _whole_characters(token: str) -> str:
 
 @cache
 def _byte_alphabet() -> dict[str, int]:
-    """Byte-level tokenizers write printable bytes as they are, and the others, in order, from U+0100 on."""
+    """Maps bytes to characters: byte-level tokenizers write printable bytes as they are, the others from U+0100 on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
 
 
 def _grow(word: str, character: str) -> str:
-    """The word that a text ends in, one character later: letters, and full stops between them."""
+    """Returns the word that a text ends in, one character later: letters, and full stops between them."""
     if character == ".":
         return word + "." if word and word[-1] != "." else ""
     return word + character if character.isascii() and character.isalpha() else ""
 
 
 def _word_before_stop(word: str) -> int:
-    """What a full stop behind this word is: the end of a sentence, of an abbreviation or initial, or that of `No.`"""
+    """Returns what a full stop behind this word is: the end of a sentence, of an abbreviation or initial, or that of
+    `No.`
+    """
     small = word.lower()
     if not word or word[-1] == ".":
         return ENDS
@@ -294,7 +301,7 @@ def _word_number(word: str) -> int:
 
 
 def _word_of_token(text: str) -> tuple[int, ...]:
-    """A line of `PieceTable.words`."""
+    """Returns a line of `PieceTable.words`."""
     found = _LAST_WORD.search(text)
     tail, part = found[0] if found else "", bool(_PART_OF_WORD.fullmatch(text))
     single = len(tail) == 1 and tail.isupper() and tail != "I"

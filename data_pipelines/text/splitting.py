@@ -17,7 +17,7 @@ LONGEST = 15.0
 
 
 def spoken_seconds(text: str) -> float:
-    """About how long the text is when spoken; punctuation and white space take no time.
+    """Estimates how long the text is when spoken; punctuation and white space take no time.
 
     >>> spoken_seconds("湖水很平静。"), spoken_seconds("!?")
     (1.25, 0.0)
@@ -28,7 +28,7 @@ def spoken_seconds(text: str) -> float:
 def split_text(
     text: str, shortest: float = READ_AT_LEAST, longest: float = LONGEST, sentences: bool = False
 ) -> list[str]:
-    """The pieces of a text, each about `shortest` to `longest` seconds long when spoken.
+    """Splits a text into pieces, each about `shortest` to `longest` seconds long when spoken.
 
     They end where the generating engine ends them, or with `sentences` where sentences and lines end, unless they would
     be too long. None is longer. The last one may be shorter than `shortest`, as the last of an answer is (with
@@ -68,7 +68,7 @@ def _cut_anywhere(text: str, longest: float) -> list[str]:
 
 
 def _shorten(piece: str, cut, longest: float) -> list[str]:
-    """The piece cut by `cut` when it is too long, its parts joined again as far as they may."""
+    """Cuts the piece by `cut` when it is too long, its parts joined again as far as they may."""
     if spoken_seconds(piece) <= longest:
         return [piece]
     joined: list[str] = []
@@ -81,7 +81,7 @@ def _shorten(piece: str, cut, longest: float) -> list[str]:
 
 
 def _join_short(pieces: list[str], shortest: float, longest: float, last: bool) -> list[str]:
-    """Pieces shorter than `shortest` joined to the next one, or to the one before when the next has no room.
+    """Joins pieces shorter than `shortest` to the next one, or to the one before when the next has no room.
 
     The last one stays as it is unless it is to be joined, too (`last`), or has nothing to speak.
     """
@@ -98,7 +98,7 @@ def _join_short(pieces: list[str], shortest: float, longest: float, last: bool) 
 
 
 def _may_join(pair: tuple[str, str], side: int, shortest: float, longest: float) -> bool:
-    """Whether two neighbors become one: for the sake of the first (`side` 0) or the second one (-1)."""
+    """Tells whether two neighbors become one: for the sake of the first (`side` 0) or the second one (-1)."""
     seconds = [spoken_seconds(piece) for piece in pair]
     if not all(seconds):  # nothing to speak in one of them
         return True

@@ -31,7 +31,7 @@ _SPECIAL = re.compile("|".join(re.escape(name) for name in SPECIAL_TOKENS))
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a `tokenizer.json`. Raises ConfigError naming the file."""
+    """Loads the tokenizer of a `tokenizer.json`. Raises ConfigError naming the file."""
     try:
         if found := describe_stand_in(Path(path)):
             raise ConfigError(f"it is {found}")
@@ -41,7 +41,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A tokenizer of at most `vocab_size` entries: special tokens (ids 0..58), the 256 bytes, then merges of `texts`.
+    """Trains a tokenizer of at most `vocab_size` entries: special tokens (ids 0..58), the 256 bytes, then merges of
+    `texts`.
 
     The same texts give the same tokenizer. Special-token names in the texts are left out of the training.
     Raises ConfigError when `vocab_size` has no room for special tokens and bytes.
@@ -61,12 +62,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Token ids of `text`; names of special tokens in it become their ids, nothing is added."""
+    """Encodes `text`; names of special tokens in it become their ids, nothing is added."""
     return tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def plain_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
-    """The same, except that names of special tokens are text as any other: for text that strangers write."""
+    """Copies a tokenizer, except that names of special tokens are text as any other: for text that strangers write."""
     plain = Tokenizer.from_str(tokenizer.to_str())
     plain.encode_special_tokens = True
     return plain
@@ -96,7 +97,7 @@ def check_tokenizer(tokenizer: Tokenizer, config: OmniConfig) -> None:
 
 
 def byte_level(model: models.Model) -> Tokenizer:
-    """A tokenizer around `model`: NFC, the Qwen split rule, bytes written as printable characters."""
+    """Makes a tokenizer around `model`: NFC, the Qwen split rule, bytes written as printable characters."""
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -110,7 +111,7 @@ def byte_level(model: models.Model) -> Tokenizer:
 
 
 def added_tokens(names: Iterable[str]) -> list[AddedToken]:
-    """Special tokens that match their exact names only."""
+    """Makes special tokens that match their exact names only."""
     return [AddedToken(name, normalized=False, special=True) for name in names]
 
 
@@ -120,7 +121,9 @@ def _plain(texts: Iterable[str]) -> Iterator[str]:
 
 
 def tokenizer_from_ranks(path: str | Path, special_tokens: Sequence[str] = SPECIAL_TOKENS) -> Tokenizer:
-    """Byte-level BPE with the ranks as ids; the special tokens follow them. Raises ConfigError naming the file."""
+    """Builds the byte-level BPE with the ranks as ids; the special tokens follow them. Raises ConfigError naming the
+    file.
+    """
     ranks = read_ranks(path)
     written = {token: _write_bytes(token) for token in ranks}
     merges = []
@@ -137,7 +140,7 @@ def tokenizer_from_ranks(path: str | Path, special_tokens: Sequence[str] = SPECI
 
 
 def read_ranks(path: str | Path) -> dict[bytes, int]:
-    """Token -> rank, in the order of the ranks. Raises ConfigError unless they are 0, 1, 2, ... without a gap."""
+    """Reads token -> rank, in the order of the ranks. Raises ConfigError unless they are 0, 1, 2, ... without a gap."""
     try:
         lines = Path(path).read_bytes().splitlines()
         pairs = [line.split() for line in lines if line.strip()]
@@ -151,7 +154,7 @@ def read_ranks(path: str | Path) -> dict[bytes, int]:
 
 
 def _split(token: bytes, below: int, ranks: dict[bytes, int]) -> list[bytes]:
-    """Pieces of `token` after all joins of rank less than `below`, lowest rank first."""
+    """Splits `token` into pieces after all joins of rank less than `below`, lowest rank first."""
     pieces = [token[i : i + 1] for i in range(len(token))]
     while len(pieces) > 2:
         joined = [ranks.get(a + b, below) for a, b in pairwise(pieces)]
@@ -164,7 +167,9 @@ def _split(token: bytes, below: int, ranks: dict[bytes, int]) -> list[bytes]:
 
 
 def _byte_characters() -> list[str]:
-    """The printable character that byte-level BPE writes for each byte: itself, or the next free one from 256 on."""
+    """Returns the printable character that byte-level BPE writes for each byte: itself, or the next free one from 256
+    on.
+    """
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     characters, free = [], 256
     for byte in range(256):
