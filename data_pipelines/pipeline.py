@@ -142,12 +142,19 @@ class Pipeline:
         resume_state: Mapping | None = None,
         context_shards: int = 1,
     ) -> Iterator[Step]:
-        """Yields steps of `config.rows` rows in all, this host's decoded, from `state` on.
+        """Yields steps of `config.rows` rows in all, this host's decoded.
 
-        `epochs` and `resume_state` are those of `plan`.
+        Args:
+            codes: the store of audio codes; None: zeros, to be filled in by a tokenizer in the step.
+            state: the plan's state to go on from; None: from the start.
+            shard: which rows of every step this host decodes.
+            epochs: as in `plan`.
+            resume_state: as in `plan`, where there is no `state`.
+            context_shards: the mesh's `context`: tokens come dealt to so many shards; which documents share a row does
+                not depend on it.
 
-        Tokens come dealt to `context_shards`, the mesh's `context`; which documents share a row does not depend on it.
-        Raises ConfigError when rows cannot be dealt to so many.
+        Raises:
+            ConfigError: rows cannot be dealt to so many.
         """
         plan = partial(self.step_plan, epochs=epochs, resume_state=resume_state if state is None else None)
         dataset = StepDataset(plan, self.decoder(codes, context_shards), shard, state)
@@ -155,11 +162,19 @@ class Pipeline:
 
 
 class TrainingData:
-    """Endless steps of a pipeline's mixture: `shard` is this host's part, tokens come dealt to `context_shards`.
+    """A mixture as the training loop reads it: endless steps from a state on, and counts for the report.
 
-    With `resume_state`, the last state of another run's data, each source continues where that run left it.
-    `handled` counts the documents beyond a budget that a policy made fit. Raises ConfigError when rows cannot be dealt
-    to so many shards.
+    `handled` counts the documents beyond a budget that a policy made fit.
+
+    Args:
+        pipeline: the mixture.
+        codes: the store of audio codes, where the run needs them.
+        shard: this host's part of every step.
+        context_shards: how many shards tokens are dealt to.
+        resume_state: the last state of another run's data: each source continues where that run left it.
+
+    Raises:
+        ConfigError: rows cannot be dealt to so many shards.
     """
 
     def __init__(
@@ -212,10 +227,21 @@ def open_pipeline(
 ) -> Pipeline:
     """Opens tokenizer, processor and indexes of a mixture; every skipped document is named in the log, once.
 
-    With `processor` the documents go through that one: held-out documents need the tokenizer of the training run.
-    `targets` are mels that batches hold beside mel slots; `weighting` and `untrained` are those of `Pipeline`.
-    Raises ConfigError for a missing manifest or tokenizer, a source with nothing usable, patches that `media_shards`
-    does not divide, more unusable documents than `max_bad_fraction`, or a cache that cannot be written.
+    Args:
+        config: sources, budgets, policies and paths.
+        omni: the model's sizes.
+        processor: what documents go through; held-out documents need the tokenizer of the training run. None: the
+            configuration's own.
+        targets: mels that batches hold beside mel slots, by name.
+        weighting: what documents count in the loss (`train.document_weighting`).
+        untrained: special tokens that no loss asks for.
+
+    Returns:
+        The pipeline; nothing of its media has been decoded yet.
+
+    Raises:
+        ConfigError: a missing manifest or tokenizer, a source with nothing usable, patches that `media_shards` does not
+            divide, more unusable documents than `max_bad_fraction`, or a cache that cannot be written.
     """
     if not config.mixture:
         raise ConfigError("data.mixture is empty: name at least one source")
@@ -258,7 +284,17 @@ def _name_skipped(index: Index) -> None:
 
 
 def check_bad_fraction(bad: int, documents: int, limit: float, causes: Counter) -> None:
-    """Raises ConfigError when more than `limit` of all documents are unusable."""
+    """Refuses more unusable documents than `data.max_bad_fraction` allows.
+
+    Args:
+        bad: how many are unusable.
+        documents: how many there are.
+        limit: the share that is allowed.
+        causes: how many by cause, for the message.
+
+    Raises:
+        ConfigError: there are more.
+    """
     if bad > limit * documents:
         named = ", ".join(f"{count} {cause}" for cause, count in causes.most_common())
         raise ConfigError(

@@ -118,8 +118,16 @@ class _Asked:
         self.add_content(message["content"], where, said=role == "assistant")
 
     def add_content(self, content: Any, where: str, said: bool = False, spoken_codes: bool = False) -> None:
-        """Adds content: `said` audio stands as speech of the assistant, and so does other audio by codes where
-        `spoken_codes`.
+        """Adds the content of a message or of a whole prompt.
+
+        Args:
+            content: text, or a list of parts.
+            where: what messages of errors call it.
+            said: whether audio in it is speech of the assistant.
+            spoken_codes: whether audio given as codes is.
+
+        Raises:
+            RequestError: "bad_message" for what is neither text nor parts, or a part of no known form.
         """
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         if not isinstance(parts, Sequence):

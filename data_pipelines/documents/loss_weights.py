@@ -55,12 +55,21 @@ def audio_targets(
 def weigh(
     document: EncodedDocument, weighting: str, loss_weight: float, untrained: Sequence[int] = ()
 ) -> EncodedDocument:
-    """Gives a document the weights that `train.document_weighting` and its source's `loss_weight` make.
+    """Gives a document the weights that make it count as `train.document_weighting` and its source say.
 
     A modality's own count decides: text targets for the text, and for each audio level the frames that have a weight
     there (end frames at the first level alone). 4 text targets weigh 1 each by `token`, 1/2 by `sqrt`, 1/4 by
-    `document`, all times `loss_weight`. Text targets among `untrained` weigh nothing and are not counted: they are
-    special tokens whose rows of the head do not train.
+    `document`, all times `loss_weight`.
+
+    Args:
+        document: with weights of 1 and 0.
+        weighting: `token`, `sqrt` or `document`.
+        loss_weight: the source's own factor.
+        untrained: special tokens whose rows of the head do not train: as text targets they weigh nothing and are not
+            counted.
+
+    Returns:
+        The document with its weights, or itself where nothing changes.
     """
     if len(untrained) and (asked := np.isin(document.text_targets, untrained) & (document.text_weights > 0)).any():
         document = replace(document, text_weights=np.where(asked, 0, document.text_weights).astype(np.float32))

@@ -68,8 +68,16 @@ class LineRange:
 
 
 def split_manifest(path: Path, name: str, root: MediaRoot, size: int) -> Iterator[LineRange]:
-    """Yields ranges of about `size` bytes that hold every line of a manifest once. Raises ConfigError as
-    `read_manifest`.
+    """Yields ranges that hold every line of a manifest once.
+
+    Args:
+        path: the manifest, plain or compressed.
+        name: what documents and messages call it.
+        root: what media paths will be taken from.
+        size: bytes of a range, about; a line is never cut.
+
+    Raises:
+        ConfigError: as `read_manifest`.
     """
     first, offset = 1, 0
     with open_manifest(path, name) as file:
@@ -262,7 +270,17 @@ def _read_line(line: bytes, number: int, manifest: str, root: MediaRoot) -> Docu
 def parse_line(line: bytes, number: int, manifest: str, root: MediaRoot) -> Document:
     """Reads the document of one manifest line.
 
-    Raises SampleError: `bad_json` for what is no JSON, `bad_form` for JSON that is no document of our form.
+    Args:
+        line: its bytes, in UTF-8.
+        number: its place in the manifest, from 1.
+        manifest: what documents and messages call the manifest.
+        root: what media paths are taken from.
+
+    Returns:
+        The document; `id` defaults to the manifest's name and the number.
+
+    Raises:
+        SampleError: `bad_json` for what is no JSON, `bad_form` for JSON that is no document of our form.
     """
     where = f"{manifest}:{number}"
     content = _content(line)

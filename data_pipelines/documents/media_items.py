@@ -141,10 +141,20 @@ def read_images(
 
 
 def read_clip(media: Media, audio: AudioConfig, decode: bool, rates: Sequence[int] = ()) -> AudioClip:
-    """Reads the windows of a clip; with `decode` their log mels, and their samples at each of `rates` in Hz.
+    """Reads the windows of a clip and, where asked, decodes them.
 
-    Raises SampleError: "unreadable_media" for what cannot be read or gives no code frame, "too_big_media",
-    "silent_audio" (decoded only).
+    Args:
+        media: the file's bytes.
+        audio: sampling rate, mel and window rule of the model.
+        decode: whether log mels are wanted, too.
+        rates: at which rates in Hz samples are wanted besides.
+
+    Returns:
+        The clip: windows from the header, `mels` (frames, mels) and `waves` of each where asked.
+
+    Raises:
+        SampleError: "unreadable_media" for what cannot be read or gives no code frame, "too_big_media", "silent_audio"
+            (decoded only).
     """
     rate = audio.sampling_rate
     # Header and decoder agree on the length by construction (`media.audio`), so the file is decoded once at most.
@@ -169,10 +179,20 @@ def _cut_window(waves: Mapping[int, np.ndarray], window: Window, rate: int) -> d
 
 
 def find_codes(clip: AudioClip, window: Window, store: Codes | None, audio: AudioConfig) -> Int32[np.ndarray, "n q"]:
-    """Returns the code frames of a window: a prompt's own, the store's, or zeros where there is no store.
+    """Finds the code frames of a window: a prompt's own, the store's, or zeros where there is no store.
 
-    Raises SampleError: "no_codes" for a window that the store lacks; "changed" for codes that are not of the measured
-    length, or exceed the model's codebooks.
+    Args:
+        clip: the clip that the window is of.
+        window: which stretch of it.
+        store: the audio codes of the training data; None: a tokenizer that runs on the mels will fill them in.
+        audio: the model's codebooks.
+
+    Returns:
+        (n, levels) codes.
+
+    Raises:
+        SampleError: "no_codes" for a window that the store lacks; "changed" for codes that are not of the measured
+            length, or exceed the model's codebooks.
     """
     if clip.codes is not None:
         return clip.codes

@@ -55,8 +55,15 @@ class _DocumentPlan:
 class Processor:
     """Measures and encodes documents for one model and one tokenizer. Picklable; holds no open file.
 
-    `end_of_text` appends `<|endoftext|>` to documents that do not end with it; `images` says how stills are taken.
-    `unmarked` documents train whole or are refused. Raises ConfigError when the tokenizer does not fit the model.
+    Args:
+        omni_config: the model: special tokens, limits of media, window rule, codebooks.
+        tokenizer: the text tokenizer.
+        end_of_text: whether `<|endoftext|>` is appended to documents that do not end with it.
+        images: how stills are taken.
+        unmarked: whether documents without a mark of what trains are trained whole (`all`) or refused (`refuse`).
+
+    Raises:
+        ConfigError: the tokenizer does not fit the model.
     """
 
     def __init__(
@@ -162,12 +169,21 @@ class Processor:
     def encode(
         self, document: Document, codes: Codes | None, mels: bool = False, rates: Sequence[int] = ()
     ) -> EncodedDocument:
-        """Encodes the document: pixels decoded, audio as codes, with `mels` also as log mels, and as samples of
-        `rates`.
+        """Encodes a document: pixels decoded, audio as codes.
 
-        Without `codes` all code frames are zeros, to be filled in by a tokenizer that runs on the mels.
-        Raises SampleError: what `measure` raises; "no_codes" when the store lacks a window of its audio; "changed"
-        when codes are not of the measured length or the model's codebooks; "silent_audio" where mels are asked for.
+        Args:
+            document: what to encode.
+            codes: the store of audio codes; without it all code frames are zeros, to be filled in by a tokenizer that
+                runs on the mels.
+            mels: whether the log mels of audio windows are wanted, too.
+            rates: at which rates in Hz samples of the windows are wanted besides.
+
+        Returns:
+            The document's arrays.
+
+        Raises:
+            SampleError: what `measure` raises; "no_codes" when the store lacks a window of its audio; "changed" when
+                codes are not of the measured length or the model's codebooks; "silent_audio" where mels are asked for.
         """
         return self._encoded(self._plan(document, pixels=True, mels=mels, rates=rates), codes)
 

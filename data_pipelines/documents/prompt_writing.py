@@ -139,7 +139,17 @@ def trainable(text: str) -> Source:
 
 
 def turn(question: str, answer: str, system: str = "", voice: str = VOICE) -> Source:
-    """Writes a conversation of one turn; see `conversation`."""
+    """Writes a conversation of one turn.
+
+    Args:
+        question: what the user asks: text, or a `Source` with media.
+        answer: what the assistant answers, all of it trainable.
+        system: a system prompt ("": none, or the voice's where the answer holds speech).
+        voice: the voice that is named where the answer holds speech.
+
+    Returns:
+        The prompt; see `conversation`.
+    """
     return conversation([(question, answer)], system, voice)
 
 

@@ -48,7 +48,17 @@ def check_pixels(height: int, width: int, name: str) -> None:
 
 
 def check_audio(samples: int, rate: int, channels: int, name: str) -> None:
-    """Raises SampleError("too_big_media") for audio too long, with too many samples or channels, or too fine."""
+    """Refuses audio that is too long, or has too many samples or channels, or too fine ones.
+
+    Args:
+        samples: how many moments it has.
+        rate: samples a second.
+        channels: how many channels.
+        name: what messages call it.
+
+    Raises:
+        SampleError: "too_big_media".
+    """
     _check(samples / rate, MAX_AUDIO_SECONDS, name, "seconds of audio")
     _check(samples, MAX_AUDIO_SAMPLES, name, "samples of audio")
     _check(rate, MAX_SAMPLING_RATE, name, "samples a second")
@@ -56,7 +66,17 @@ def check_audio(samples: int, rate: int, channels: int, name: str) -> None:
 
 
 def check_video(height: int, width: int, seconds: float, name: str) -> None:
-    """Raises SampleError("too_big_media") for a video whose frames are too large, or that is too long."""
+    """Refuses a video whose frames are too large, or that is too long.
+
+    Args:
+        height: pixels of a frame.
+        width: pixels of a frame.
+        seconds: its length.
+        name: what messages call it.
+
+    Raises:
+        SampleError: "too_big_media".
+    """
     _check(height * width, MAX_FRAME_PIXELS, name, f"pixels a frame ({height}x{width})")
     _check(seconds, MAX_VIDEO_SECONDS, name, "seconds of video")
 
@@ -139,9 +159,16 @@ class Damage:
 def decode_packets(
     container: InputContainer, stream: Stream, damage: Damage, decode: Callable[[Packet], list] | None = None
 ) -> Iterator[Frame]:
-    """Decodes the frames of a track from here on, without those of packets that fail, which `damage` counts.
+    """Decodes the frames of a track from here on, without those of packets that fail.
 
-    `decode` takes the place of the track's own decoder.
+    Args:
+        container: the open file.
+        stream: the track.
+        damage: counts packets, and those that cannot be decoded.
+        decode: takes the place of the track's own decoder.
+
+    Yields:
+        The frames, in order.
     """
     for packet in _read_packets(container, stream, damage):
         damage.packets += packet.size > 0

@@ -16,12 +16,22 @@ from data_pipelines.media.images import MAX_ASPECT
 
 
 def smart_resize(height: int, width: int, limits: PixelLimits, factor: int = 28) -> tuple[int, int]:
-    """Returns (height, width) that the model sees: multiples of `factor`, area within `limits`, aspect nearly kept.
+    """Chooses (height, width) that the model sees: multiples of `factor`, area within `limits`, aspect nearly kept.
+
+    Args:
+        height: of the file, in pixels.
+        width: of the file, in pixels.
+        limits: least and largest area, in pixels.
+        factor: pixels of a visual token's side: patch size x merge size.
+
+    Returns:
+        (height, width), as the released processor does (Python's round).
+
+    Raises:
+        SampleError: "unreadable_media" when one side is more than 200 times the other.
 
     >>> smart_resize(200, 133, PixelLimits(min_pixels=3136, max_pixels=12544))
     (112, 84)
-
-    Raises SampleError("unreadable_media") when one side is more than 200 times the other.
     """
     if max(height, width) > MAX_ASPECT * min(height, width):
         raise SampleError("unreadable_media", f"aspect ratio of {height}x{width} exceeds {MAX_ASPECT}")
@@ -42,7 +52,17 @@ def smart_resize(height: int, width: int, limits: PixelLimits, factor: int = 28)
 
 
 def visual_size(height: int, width: int, config: VisionConfig, frame: bool) -> tuple[int, int]:
-    """Applies `smart_resize` with the limits of a still or of a frame, to multiples of patch size x merge size."""
+    """Applies `smart_resize` with the limits of a still or of a frame.
+
+    Args:
+        height: of the file, in pixels.
+        width: of the file, in pixels.
+        config: limits, patch size, merge size.
+        frame: whether it is a frame of a video.
+
+    Returns:
+        (height, width), multiples of patch size x merge size.
+    """
     limits = config.frame_limits if frame else config.image_limits
     return smart_resize(height, width, limits, config.patch_size * config.spatial_merge_size)
 
@@ -174,13 +194,20 @@ _POWER_FLOOR = 1e-9  # under the root
 def mel_target(
     samples: Float32[np.ndarray, "t"], settings: MelTargetSpec, start: int = 0, length: int | None = None
 ) -> Float32[np.ndarray, "s mels"]:
-    """Computes the mel of a clip at the settings' rate, or of the `length` samples from `start` on: `settings.frames`
-    of
-    them.
+    """Computes the mel that a decoder learns: of a clip at the settings' rate, or of part of it.
 
-    Periodic Hann, not centered: half of n_fft - hop samples are reflected at both ends of the clip. Part of a clip has
-    the frames that the whole has there, as it is heard with what lies around it. A clip too short to be reflected is
-    padded with zeros first.
+    Natural log of magnitudes. Periodic Hann, not centered: half of n_fft - hop samples are reflected at both ends of
+    the clip. Part of a clip has the frames that the whole has there, as it is heard with what lies around it. A clip
+    too short to be reflected is padded with zeros first.
+
+    Args:
+        samples: (t,), full scale 1, at the settings' rate.
+        settings: rate, window, hop, mels and floor.
+        start: the first sample of the part.
+        length: how many samples it has; None: all from `start` on.
+
+    Returns:
+        (frames, mels) float32; `settings.frames` of them.
     """
     pad, left = (settings.n_fft - settings.hop) // 2, len(samples) - start
     frames = settings.frames(max(0, left if length is None else min(length, left)))

@@ -118,9 +118,19 @@ Reopen = Callable[[], AbstractContextManager[Image.Image]]
 
 
 def to_rgb(image: Image.Image, png: Png | None, reopen: Reopen, settings: ImagesConfig) -> Image.Image:
-    """Converts the opened `image` to RGB, not yet turned. `png` is its file, if it is one; `reopen` opens it once more.
+    """Converts an opened image to 8-bit RGB, not yet turned.
 
-    Raises ValueError for values that are no colors, and what Pillow raises on damaged pixels.
+    Args:
+        image: opened by Pillow, its pixels not loaded yet.
+        png: its file, if it is a PNG.
+        reopen: opens it once more: colors of 16 bits are decoded twice.
+        settings: whether depth, transparency and profile are taken as a person sees them or as released.
+
+    Returns:
+        The image in mode RGB.
+
+    Raises:
+        ValueError: values that are no colors; and what Pillow raises on damaged pixels.
     """
     if (settings.depth, settings.alpha, settings.profile) == ("released",) * 3:
         return image.convert("RGB")

@@ -61,10 +61,19 @@ def probe_video(media: Media, frames_per_second: float, max_frames: int) -> Vide
 def read_video(
     media: Media, frames_per_second: float, max_frames: int, damage: Damage | None = None
 ) -> tuple[VideoProbe, Iterator[UInt8[np.ndarray, "h w 3"]]]:
-    """Reads what `probe_video` tells, and the RGB frames at its times, one by one: the file is opened once for both.
+    """Reads what `probe_video` tells, and the RGB frames at its times: the file is opened once for both.
 
-    `damage` counts packets as they are decoded. Raises SampleError as `probe_video` and, while frames are taken,
-    `decode_frames`.
+    Args:
+        media: the file's bytes.
+        frames_per_second: the rate at which frames are taken.
+        max_frames: how many at most.
+        damage: counts packets as they are decoded.
+
+    Returns:
+        The probe, and an iterator over frames (height, width, 3).
+
+    Raises:
+        SampleError: as `probe_video` and, while frames are taken, `decode_frames`.
     """
     found = _read(media, frames_per_second, max_frames, damage or Damage())
     return next(found), found

@@ -17,10 +17,17 @@ Batch = dict[str, Shaped[np.ndarray, "b ..."]]
 def empty_rows(
     rows: int, budgets: Budgets, omni: OmniConfig, mel_frames: int = 0, slots: MelSlots | None = None
 ) -> Batch:
-    """Makes `rows` rows of padding. Unused media slots point to `budgets.tokens`, one past the row.
+    """Makes rows of padding: every field of `omni.batch`, unused slots pointing one past the row.
 
-    With `budgets.mel_windows` there are that many mel slots of `mel_frames` frames, and beside each the targets that
-    `slots` names.
+    Args:
+        rows: how many.
+        budgets: what a row holds.
+        omni: the model's sizes.
+        mel_frames: frames of a mel slot, where there are `budgets.mel_windows`.
+        slots: names the targets that lie beside each mel slot.
+
+    Returns:
+        Field name -> array, rows first.
     """
     sizes = BatchSizes.from_config(budgets, omni, mel_frames)
     # Every row has the fields of every branch, but mels only where the audio tokenizer runs in the step.
@@ -35,7 +42,14 @@ def empty_rows(
 
 
 class RowWriter:
-    """Fills one row of a batch, document after document. `mels` and the row's key say what mel slots show."""
+    """Fills one row of a batch, document after document.
+
+    Args:
+        batch: rows of padding (`empty_rows`), written in place.
+        row: which of them.
+        mels: what mel slots show of longer windows; needed where documents come with mels.
+        key: stands for the documents of the row: the place of crops depends on it (`row_key`).
+    """
 
     def __init__(self, batch: Batch, row: int, mels: MelSlots | None = None, key: int = 0):
         self._row = {name: array[row] for name, array in batch.items()}
@@ -53,7 +67,11 @@ class RowWriter:
     ) -> None:
         """Appends a document that fits: segment ids ascend from 1, positions restart, slots move to its place.
 
-        `image_starts` has the first patch of each of its images; without it they follow those that are there.
+        Args:
+            document: its arrays, slots counted from its own first token.
+            source: the number of its source.
+            number: its number in the source.
+            image_starts: the first patch of each of its images; without it they follow those that are there.
         """
         start = self._at["token"]
         self._segments += 1

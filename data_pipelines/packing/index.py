@@ -252,10 +252,21 @@ class MeasurePart:
 
 
 def load_index(config: DataConfig, entry: SourceConfig, processor: Processor, workers: int = 0) -> Index:
-    """Loads the index of the manifest or data set of `entry`, from the cache when it and the processor are those that
-    it was built with, else built: by `workers` processes where there is work for more than one.
+    """Loads the index of a manifest or data set from the cache, or builds it.
 
-    A cached index that is damaged is built anew. Raises ConfigError when the source cannot be read.
+    It is the cached one when source and processor are those that it was built with; one that is damaged is built anew.
+
+    Args:
+        config: where cache and data lie.
+        entry: the source.
+        processor: measures documents.
+        workers: processes that build, where there is work for more than one.
+
+    Returns:
+        The index, without budgets yet (`Index.within`).
+
+    Raises:
+        ConfigError: the source cannot be read, or holds token ids of another tokenizer.
     """
     try:
         source = open_source(config, entry)

@@ -78,9 +78,17 @@ class Documents(Protocol):
 class Mixture:
     """The stream, read one document after the other; the same on every host. JSON-ready state, restored at once.
 
-    With `epochs` every source is read that many times, one source after the other: for looking at a whole data set.
-    Raises ConfigError for a source without usable documents, two of one name, a weight that is not positive, or
-    anything counted that is not in `COUNTED`.
+    Args:
+        sources: what is read, by its name in messages and states.
+        weights: each source's share, in any unit.
+        seed: decides the order of every epoch.
+        counted: what shares are counted in: `documents`, `tokens`, or `trainable` tokens and frames.
+        epochs: how often every source is read, one source after the other, for looking at a whole data set; None:
+            endless.
+
+    Raises:
+        ConfigError: a source without usable documents, two of one name, a weight that is not positive, or anything
+            counted that is not in `COUNTED`.
     """
 
     def __init__(

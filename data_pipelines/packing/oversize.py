@@ -206,7 +206,21 @@ def check_policies(config: DataConfig) -> None:
 
 
 def with_pieces(index: Index, policies: Sequence[str], processor: Processor, cache: Path, workers: int) -> Index:
-    """Adds to the index what the policies make of its too long documents; found in `cache` or made by `workers`."""
+    """Adds to an index what the policies make of its too long documents.
+
+    Args:
+        index: with limits (`Index.within`).
+        policies: of `data.oversize`, tried in order.
+        processor: measures pieces.
+        cache: the folder where the outcome is kept, and found again.
+        workers: processes that measure, where there is work for more than one.
+
+    Returns:
+        The index with its pieces.
+
+    Raises:
+        ConfigError: a cached outcome that is damaged.
+    """
     folder = index.columns.folder
     if not policies or not len(index.over) or folder is None:
         return index

@@ -97,7 +97,14 @@ class _OpenRow:
 
 
 class Packer:
-    """Takes documents one by one and gives rows of them. An empty row must hold each of them."""
+    """Takes documents one by one and gives rows of them. An empty row must hold each of them.
+
+    Args:
+        budgets: what a row holds, in the order of a document's `lengths`.
+        layout: where a row's images lie; of one part it asks nothing of the packing.
+        open_bins: how many rows are filled at once.
+        look_ahead: how many documents wait in the pool.
+    """
 
     def __init__(self, budgets: Sequence[int], layout: PatchLayout, open_bins: int, look_ahead: int):
         self._budgets = [int(budget) for budget in budgets]

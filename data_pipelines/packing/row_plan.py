@@ -59,9 +59,16 @@ class RowPlan:
 
 
 class StepPlan:
-    """An iterator over steps of `rows` rows of document keys, the rows of `window` steps ordered together by `cost`.
+    """An iterator over steps of rows of document keys, the rows of a window of steps ordered together by cost.
 
     A finite mixture's last step may have fewer rows, and its last window fewer steps.
+
+    Args:
+        plan: the rows.
+        rows: how many make a step.
+        window: how many steps are ordered together.
+        cost: what a row costs (`flops.row_cost`); None: rows stay in their order.
+        seed: decides the order of steps in a window.
     """
 
     def __init__(self, plan: RowPlan, rows: int, window: int = 1, cost: Cost | None = None, seed: int = 0):

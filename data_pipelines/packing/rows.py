@@ -138,7 +138,14 @@ ALL_ROWS = RowShard()
 
 
 class StepDataset(grain.IterDataset):
-    """Grain's view of the plan: element = one step, decoded. `set_slice` makes a worker decode every n-th step."""
+    """Grain's view of the plan: element = one step, decoded. `set_slice` makes a worker decode every n-th step.
+
+    Args:
+        plan: makes the plan, anew in every worker.
+        decode: decodes rows.
+        shard: which rows of a step this host has.
+        state: where the plan goes on; None: at its start.
+    """
 
     def __init__(self, plan: Callable[[], StepPlan], decode: RowDecoder, shard: RowShard, state: dict | None = None):
         super().__init__()

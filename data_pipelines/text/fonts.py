@@ -59,7 +59,17 @@ class Lettering:
         return text if len(text) <= length else text[: length - 4] + " ..."
 
     def fit(self, name: str, kind: str, inches: float, size: float) -> str:
-        """Fits a document's name into a box: all of it, in one line or two, its type, or nothing."""
+        """Fits a document's name into a box: all of it, in one line or two, its type, or nothing.
+
+        Args:
+            name: the document's id.
+            kind: its type.
+            inches: how wide the box is.
+            size: of the letters, in points.
+
+        Returns:
+            What fits, lines parted by a line end.
+        """
         breaks = [match.end() for match in re.finditer(r"[-_ ]", name)]
         balanced = sorted(breaks, key=lambda place: abs(2 * place - len(name)))
         for label in (name, *(f"{name[:place]}\n{name[place:]}" for place in balanced), kind):

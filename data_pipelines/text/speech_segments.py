@@ -86,9 +86,16 @@ def spoken_units(text: str) -> int:
 
 
 def cut_places(text: str, least: float = 0.0, marks: Marks = "clauses", quotes: bool = True) -> list[int]:
-    """Finds where the rule cuts a text, ascending; `least` is the seconds that a piece takes at least.
+    """Finds where the rule cuts a text, ascending. Each piece but the last has something to speak.
 
-    Each piece but the last has something to speak. With `quotes` false it cuts inside quotes too.
+    Args:
+        text: what is spoken.
+        least: seconds that a piece takes at least.
+        marks: what ends a piece.
+        quotes: whether quotes are kept whole; if not, it cuts inside them too.
+
+    Returns:
+        Places in the text.
 
     >>> cut_places("It is 3.14, not 3. Dr. Li knows.")
     [11, 18]

@@ -28,12 +28,24 @@ def spoken_seconds(text: str) -> float:
 def split_text(
     text: str, shortest: float = READ_AT_LEAST, longest: float = LONGEST, sentences: bool = False
 ) -> list[str]:
-    """Splits a text into pieces, each about `shortest` to `longest` seconds long when spoken.
+    """Splits a text into pieces that joined are the text, each about `shortest` to `longest` seconds long when spoken.
 
-    They end where the generating engine ends them, or with `sentences` where sentences and lines end, unless they would
-    be too long. None is longer. The last one may be shorter than `shortest`, as the last of an answer is (with
-    `sentences` it is joined to the one before); another one is only where it has no room beside its neighbors. No piece
-    is without anything to speak, unless the whole text is. Raises ValueError for lengths that make no sense.
+    They end where the generating engine ends them, or with `sentences` where sentences and lines end, unless they
+    would be too long. None is longer. The last one may be shorter than `shortest`, as the last of an answer is (with
+    `sentences` it is joined to the one before); another one is only where it has no room beside its neighbors. No
+    piece is without anything to speak, unless the whole text is.
+
+    Args:
+        text: what is spoken.
+        shortest: seconds that a piece takes at least.
+        longest: seconds that it takes at most.
+        sentences: whether pieces are sentences, rather than clauses.
+
+    Returns:
+        The pieces.
+
+    Raises:
+        ValueError: lengths that make no sense.
 
     >>> split_text("He paid $3.50, then left. He asked Dr. Li: 'Why?' Nothing.", shortest=0.3)
     ['He paid $3.50,', ' then left.', " He asked Dr. Li: 'Why?'", ' Nothing.']
