@@ -245,6 +245,7 @@ def open_pipeline(
     """
     if not config.mixture:
         raise ConfigError("data.mixture is empty: name at least one source")
+    # Everything that arithmetic can refuse, before a file is opened.
     check_media_shards(config, omni)
     check_plan(config)
     check_policies(config)
@@ -265,6 +266,7 @@ def open_pipeline(
 
 
 def _open_index(config: DataConfig, source: SourceConfig, processor: Processor) -> Index:
+    # Measured once, whatever the budgets; then cut down to these budgets; then what is too long made to fit.
     index = load_index(config, source, processor, config.workers)
     index = index.within(config.budgets, config.media_shards)
     policies = config.oversize if source.oversize is None else source.oversize

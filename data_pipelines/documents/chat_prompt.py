@@ -69,9 +69,11 @@ class ChatPrompts:
         first = messages[0]
         with _one_door():
             has_system = isinstance(first, Mapping) and first.get("role") == "system"
+            # The voice is named by a system prompt, unless the conversation has one of its own.
             asked.elements += opening_elements(has_system, spoken, voice)
             for number, message in enumerate(messages):
                 asked.add_message(message, number)
+            # A last message of the assistant is continued; else its turn is opened.
             if messages[-1]["role"] != "assistant":
                 asked.elements.append(TextElement(role_mark("assistant", spoken)))
             return self.processor.encode_prompt(asked.elements, asked.media)

@@ -23,6 +23,7 @@ def text_targets(layout: Layout) -> tuple[Int32[np.ndarray, "n"], Float32[np.nda
     Tokens [7, 8, 9] of which 8 and 9 are predicted give targets [8, 9, 0] and weights [1, 1, 0]. Of a part of a
     document the last position has the target that it has in the whole.
     """
+    # Shifted once, here: position i predicts token i + 1.
     after, predicted = layout.following
     weights = np.array([*layout.predicted, predicted][1:], np.float32)
     following = np.array([*layout.tokens, after][1:], np.int32)
@@ -44,7 +45,9 @@ def audio_targets(
     place = 0
     for start, first, count in layout.spoken:
         end = place + count
+        # The start mark predicts the first frame, each frame the next, the last one the end.
         frames[place:end] = codes[first : first + count]
+        # The end frame is a class of level 0 alone, so upper levels have no weight there.
         frames[end, 0] = end_class
         weights[end, 1:] = 0.0
         slots[place : end + 1] = np.arange(start, start + count + 1)

@@ -53,6 +53,7 @@ class LineRange:
         read.
         """
         end, offset, number = self.offset + self.length, self.offset, self.first
+        # Of a compressed manifest seeking reads forward; ranges come in ascending order.
         with open_manifest(self.path, self.name) as file:
             file.seek(offset)
             while offset < end and (line := file.readline()):

@@ -199,6 +199,7 @@ class Processor:
         return self._encoded(_DocumentPlan(lay_out(parts, self.config.tokens), images, clips), None)
 
     def _encoded(self, plan: _DocumentPlan, codes: Codes | None) -> EncodedDocument:
+        # Codes of all windows, in the order of their slots.
         layout = plan.layout
         windows = [(clip, window) for clip in plan.clips for window in clip.windows]
         heard = [find_codes(clip, window, codes, self.config.audio) for clip, window in windows]
@@ -206,6 +207,7 @@ class Processor:
         frames = np.concatenate([np.zeros((0, len(sizes)), np.int32), *heard])
         targets, weights = text_targets(layout)
         frame_targets, frame_weights, frame_slots = audio_targets(layout, frames, sizes[0])
+        # Pixels, and the place of each window's first code frame.
         patches, grid, numbers = join_patches(plan.images, self.config.vision.patch_values)
         places = np.cumsum([0, *(window.code_frames for _, window in windows)])[:-1]
         return EncodedDocument(
@@ -239,6 +241,7 @@ class Processor:
             last_ids = parts[-1].ids if parts and isinstance(parts[-1], TextPart) else ()
             layout = lay_out([*parts, *self._ending(document, elements, last_ids)], self.config.tokens)
         else:
+            # A chunk knows what comes after it: its last position predicts the next chunk's first token.
             elements, after = cut_span(self.runs(document), document.span)
             parts, images, clips = self._read(elements, *look, pixels, mels, rates)
             layout = lay_out(parts, self.config.tokens, _first_part(after))
@@ -269,6 +272,7 @@ class Processor:
             if isinstance(element, Ids):
                 parts.append(TextPart(element.ids, element.trainable))
                 continue
+            # Codes that a prompt brings need no file.
             if isinstance(element, PrecomputedAudio):
                 clips.append(AudioClip.from_codes(element.codes))
                 parts.append(AudioPart(len(element.codes), element.spoken))

@@ -91,6 +91,7 @@ def lay_out(parts: Iterable[Part], tokens: SpecialTokens, following: Part | None
 
 
 def _add_sound(layout: Layout, part: AudioPart, tokens: SpecialTokens) -> None:
+    # Only speech to be generated is predicted; audio heard is input.
     learned = part.spoken and part.trainable
     if learned:
         layout.spoken.append((len(layout.tokens), len(layout.audio_slots), part.count))

@@ -62,6 +62,7 @@ def read_audio(media: Media, rate: int) -> DecodedAudio:
         wave, found = _decode(track)
     if not len(wave):
         raise SampleError("unreadable_media", f"{media.name} holds no audio")
+    # One pass finds what is no sound at all: values that are not finite, noise of a damaged file, silence.
     loudest = max(wave.max(), -wave.min())
     if not loudest <= LOUDEST:
         what = f"of {loudest:.3g}, where full scale is 1" if np.isfinite(loudest) else "that are not finite"

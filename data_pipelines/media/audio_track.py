@@ -74,9 +74,11 @@ class AudioTrack:
         Raises ValueError where the file falls short of its promise or too much is damaged, SampleError("too_big_media")
         as soon as there are too many samples, whatever the header says.
         """
+        # Stage 1: what the file's own sizes say, before anything is decoded.
         self.whole = self.check_whole()
         self.damage.damaged += self.promise.damaged
         seconds, samples, rate = 0.0, 0, self.promise.rate or self.stream.rate
+        # Stage 2: decode, counting along, as headers can lie.
         for rate, block in self._decoded():
             samples += len(block)
             seconds += len(block) / rate
@@ -88,6 +90,7 @@ class AudioTrack:
             block = block if left is None else block[: max(0, left - samples + len(block))]
             if len(block):
                 yield rate, block
+        # Stage 3: hold what came against the promise; small gaps become silence, large ones an error.
         promised = self._promised(rate)
         least = promised if promised is not None else convert_length(self.promise.least, self.promise.rate or 1, rate)
         if samples < least - min((TOLERANCE + 0.2 * self.damage.damaged) * rate, least / 2):

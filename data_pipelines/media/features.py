@@ -35,6 +35,7 @@ def smart_resize(height: int, width: int, limits: PixelLimits, factor: int = 28)
     """
     if max(height, width) > MAX_ASPECT * min(height, width):
         raise SampleError("unreadable_media", f"aspect ratio of {height}x{width} exceeds {MAX_ASPECT}")
+    # Python's round: halves go to the even multiple, as in the released processor.
     new_height = max(factor, round(height / factor) * factor)
     new_width = max(factor, round(width / factor) * factor)
     if new_height * new_width > limits.max_pixels:
@@ -85,7 +86,9 @@ def patchify(
     (0,0) (0,1) (1,0) (1,1)  (0,2) (0,3) (1,2) (1,3).
     """
     rows, columns, channels = image.shape[0] // patch, image.shape[1] // patch, image.shape[2]
+    # Axes: row of tokens, row in the token, pixel row, and the same for columns, then channels.
     blocks = image.reshape(rows // merge, merge, patch, columns // merge, merge, patch, channels)
+    # Token by token, its patches together; within a patch channel, row, column.
     patches = blocks.transpose(0, 3, 1, 4, 6, 2, 5).reshape(rows * columns, channels * patch**2)
     grid = np.stack(np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij"), axis=-1)
     grid = grid.reshape(rows // merge, merge, columns // merge, merge, 2).transpose(0, 2, 1, 3, 4)
@@ -153,6 +156,7 @@ def log_mel(samples: Float32[np.ndarray, "t"], config: AudioConfig) -> Float32[n
     """
     # Frames that see nothing but padding are skipped: their floor never decides the maximum.
     touched = min(config.max_mel_frames, (len(samples) + config.n_fft // 2) // config.hop_length + 1)
+    # Valid frames are cut after the maximum was taken, as released.
     power = _power_spectrum(_reflected(samples, touched, config), config)
     mel = _mel_filters(config.sampling_rate, config.n_fft, config.num_mel_bins) @ power.T
     log = np.log10(np.maximum(mel, 1e-10))

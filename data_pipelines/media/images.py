@@ -115,6 +115,7 @@ def _opened(media: Media, pixels: bool = True) -> Iterator[_Opened]:
         with media.open() as file:
             head = file.read(len(SIGNATURE))
             file.seek(0)
+            # PNG files are cut down to the chunks that make pixels; whole JPEG pixels get their missing end mark.
             png = read_png(file, pixels) if head == SIGNATURE else None
             if pixels and head[:3] == b"\xff\xd8\xff":
                 file = _with_end_mark(file, media.name)

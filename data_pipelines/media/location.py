@@ -94,6 +94,7 @@ class MediaRoot:
 
     def _find_in(self, folder: Path, written: str, name: str) -> tuple[Path, str]:
         try:
+            # What is written must lie inside; links are followed only afterwards.
             top = folder.resolve()
             # `..` behind a link goes back in what is written, not in the link's target, which it would leave as well.
             path = Path(os.path.normpath(top / written))

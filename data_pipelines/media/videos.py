@@ -179,6 +179,7 @@ class _Frames:
         place = self._key_frame(wanted - _BEFORE)
         if place is None:
             return
+        # Tables of key frames can be wrong: the frame found must still lie before the one wanted.
         self._go_to(place)
         if not self._next() or self._time > wanted + _SLACK:
             self._jumps = False

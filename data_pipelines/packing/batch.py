@@ -84,6 +84,7 @@ class RowWriter:
         self._row["source_ids"][place] = source
         self._at["token"] += tokens
 
+        # Mels before codes: a slot names the place of its first code frame, which is where codes go next.
         if document.mels:
             self._put_mels(document, source, number)
         self._put("audio", document, ("audio_codes",))
@@ -110,12 +111,14 @@ class RowWriter:
         first_in_document = np.cumsum(sizes) - sizes
         if image_starts is None:
             image_starts = self._at["patch"] + first_in_document
+        # Every patch moves with its image: patches of one image stay neighbors, groups of merged ones too.
         patches = np.repeat(image_starts - first_in_document, sizes) + np.arange(len(document.patches))
         self._row["patches"][patches] = document.patches
         self._row["patch_grid"][patches] = document.patch_grid
         self._row["patch_segments"][patches] = document.patch_frames + self._frames
         self._frames += len(sizes)
         self._at["patch"] = max(self._at["patch"], int(patches.max()) + 1)
+        # One index a visual token: that of its first patch, in units of tokens.
         merged = len(document.patches) // len(document.visual_slots)
         self._row["visual_index"][patches[::merged] // merged] = document.visual_slots + start
 

@@ -128,6 +128,7 @@ class ColumnsWriter:
         for name, array in part.items():
             start = self._images_at if name == "image_patches" else self._at
             if len(array):
+                # Offsets of a part begin at 0: they move behind the images of the parts before.
                 values = array + self._images_at if name == "image_offsets" else array
                 self._arrays[name][start : start + len(array)] = values
         self._at, self._images_at = self._at + documents, self._images_at + images

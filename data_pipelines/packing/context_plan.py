@@ -63,6 +63,7 @@ class ContextPlan:
         if self.shards == 1 or self.kind == "contiguous":
             return batch
         length = batch["tokens"].shape[1]
+        # `orders` says which old slot stands where; `slots` is its inverse, one past the row for unused.
         orders = np.stack([self.order(row, length) for row in documents])
         unused = np.full((len(orders), 1), length)
         slots = np.append(np.argsort(orders, axis=1), unused, axis=1).astype(np.int32)
@@ -131,6 +132,7 @@ def deal_blocks(work: Int[np.ndarray, "blocks"], shards: int) -> Int64[np.ndarra
     """Deals block numbers to shards, ascending: equal counts, nearly equal sums of work. Shards must divide blocks."""
     dealt = np.zeros((shards, len(work) // shards), np.int64)
     filled, load = np.zeros(shards, np.int64), np.zeros(shards, np.int64)
+    # Longest block first to the shard with least work so far, as long as it has room.
     for number in np.argsort(-work, kind="stable"):
         open_load = np.where(filled < dealt.shape[1], load, np.iinfo(np.int64).max)
         shard = int(np.argmin(open_load))
@@ -146,6 +148,7 @@ def _swap_blocks(dealt: Int64[np.ndarray, "shards per_shard"], work: Int[np.ndar
     while True:
         load = work[dealt].sum(1)
         most = int(np.argmax(load))
+        # All swaps at once: what the most and the other shard would have after each.
         given = work[dealt[most]][:, None, None] - work[dealt]  # (own block, shard, its block)
         worse = np.maximum(load[most] - given, load[:, None] + given)
         worse[:, most] = load[most]

@@ -139,6 +139,7 @@ class Index:
         """Gives documents as they are, pieces of those that are too long, or nothing (`mixture.Documents`)."""
         found = [[each] for each in _measured(self.columns, numbers, 0)]
         if len(self.over):
+            # Documents beyond a budget give their pieces in their place of the order.
             at = np.searchsorted(self.over, numbers).clip(max=len(self.over) - 1)
             for place in np.flatnonzero(self.over[at] == numbers).tolist():
                 own = self.pieces.for_document(int(numbers[place]))
@@ -162,6 +163,7 @@ class Index:
             places = np.asarray(self.columns.image_offsets[start : start + _CHUNK + 1])
             images = self.columns.image_patches[places[0] : places[-1]]
             needs = self.columns.lengths[start : start + _CHUNK]
+            # Only sizes are compared: what memory this takes does not grow with the index.
             over.append(start + np.flatnonzero(limits.exceeds(needs, images, np.diff(places))))
         beyond = np.concatenate([np.zeros(0, np.int64), *over])
         return replace(self, limits=limits, over=beyond, pieces=NO_PIECES)
@@ -304,6 +306,7 @@ def _build(source: Source, processor: Processor, folder: Path, workers: int) -> 
     job = _job(source, processor, folder)
     runner = LocalRunner(workers if len(job.units) > 1 else 0)
     summaries = run_job(job, runner, report=log.info)
+    # The parts are put together beside the index and renamed at the end, so that a killed build leaves none.
     whole = job.out / "whole"
     shutil.rmtree(whole, ignore_errors=True)
     whole.mkdir()

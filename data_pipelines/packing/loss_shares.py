@@ -31,6 +31,7 @@ def source_means(index: Index, source: SourceConfig, weighting: str) -> SourceMe
 
 def _targets(index: Index) -> tuple[Int64[np.ndarray, "k"], Int64[np.ndarray, "k"], Int64[np.ndarray, "k"]]:
     """Returns tokens, text targets and audio frames to predict of documents that fit a row, and of pieces."""
+    # Evenly spread: an index of many millions is not read whole.
     places = np.unique(np.linspace(0, index.total - 1, min(index.total, SAMPLE)).astype(np.int64))
     found = [_counts(index.columns, np.setdiff1d(places, index.over))]
     # As many in a hundred of the pieces as of the documents.

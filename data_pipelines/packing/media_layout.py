@@ -72,6 +72,7 @@ class PatchLayout:
         """
         parts = [0] * len(images)
         left = [(self.room, part) for part in range(self.parts)]  # ascending: the fullest part first
+        # Largest first: small images fill what is left.
         for image in sorted(range(len(images)), key=lambda image: -images[image]):
             size = images[image]
             fullest = bisect_left(left, (size, 0))
@@ -134,6 +135,7 @@ class MelSlots:
         """
         made = {}
         for name, target in self.targets.items():
+            # Counted in samples of the target's own rate, so that both mels show the same stretch of audio.
             start, length = (frames * self.hop * target.rate // self.rate for frames in (skipped * self.per_code, size))
             made[name] = mel_target(waves[target.rate], target, start, length)
         return made
@@ -149,6 +151,7 @@ class MelSlots:
         """Crops a window to what a slot of `size` shows; returns it and how many code frames lie before. `key` draws
         the place.
         """
+        # Crops begin at whole code frames: codes and mel of a slot stay aligned.
         steps = max(0, len(mel) - size) // self.per_code
         skipped = int(np.random.default_rng([self.seed, *key]).integers(steps + 1)) if steps else 0
         return mel[skipped * self.per_code :][:size], skipped

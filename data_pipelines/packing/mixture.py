@@ -110,6 +110,7 @@ class Mixture:
         inverse = [smallest / weight for weight in exact]
         common = math.lcm(*(each.denominator for each in inverse))
         self._inverse = [int(each * common) for each in inverse]
+        # Kept between documents, so that the next one costs one comparison a source.
         self._behind = [0] * len(self._readers)  # (given + next) / weight
         self._count_next()
 
@@ -230,11 +231,13 @@ class _Reader:
         epoch, place = divmod(self._read, self.documents)
         if self._end is not None and self._read >= self._end:
             return False
+        # Many places of the order at once: the index is read in blocks, not document by document.
         places = np.arange(place, min(place + _AHEAD, self.documents), dtype=np.int64)
         # By name: the order of a source does not depend on the others.
         numbers = permute(places, self.documents, f"{self._seed} {self._source.name} {epoch}")
         for found in self._source.expand(numbers):
             self._read += 1
+            # The cursor moves with a document's last piece, so that a state among its pieces is exact.
             for part, document in enumerate(found, 1):
                 last = part == len(found)
                 item = DocumentLengths(*document[:4], self._number)

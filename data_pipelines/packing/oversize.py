@@ -86,6 +86,7 @@ class Fitter:
                 parts += made
                 left += still
                 policies += [policy] if made and policy not in policies else []
+        # In the order of the document, whatever policy made them.
         parts.sort(key=lambda made: (made[0].turns, made[0].span))
         return Fitted(parts, self._why(document, left[0]) if left else "", policies)
 
@@ -141,6 +142,7 @@ class Fitter:
     def _fewer_frames(self, document: Document, part: _Part) -> tuple[list, list]:
         if not has_frames(document_elements(part.cut_from(document))):
             return [], [part]
+        # Binary search over the number of frames: each try measures, nothing is decoded.
         fits, low, high = None, 1, self._processor.config.vision.max_frames
         while low <= high:
             middle = (low + high) // 2

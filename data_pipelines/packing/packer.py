@@ -69,6 +69,7 @@ def pack(
         raise ValueError(
             f"document {over[0]} takes {needs[over[0]].tolist()}, more than a row holds: {limits.tolist()}"
         )
+    # No images, so that any layout of patches holds them.
     packer = Packer(limits.tolist(), PatchLayout(0), open_bins, look_ahead)
     documents = (DocumentLengths(number, tuple(taken), []) for number, taken in enumerate(needs.tolist()))
     rows = [row for document in documents if (row := packer.add(document))]
@@ -108,6 +109,7 @@ class Packer:
 
     def __init__(self, budgets: Sequence[int], layout: PatchLayout, open_bins: int, look_ahead: int):
         self._budgets = [int(budget) for budget in budgets]
+        # Rows are filled up to here as documents come; the rest is for topping up, which can choose.
         self._limits = [int(budget * (1 - RESERVE)) for budget in self._budgets]
         self._layout, self._open_bins, self._look_ahead = layout, open_bins, look_ahead
         self._taken = [0] * len(self._budgets)
@@ -117,6 +119,7 @@ class Packer:
 
     def add(self, item: DocumentLengths) -> list[DocumentLengths] | None:
         """Takes a document; returns a row when there is no room for it without emitting one."""
+        # The counts that decide which budget is scarce: of all documents so far, packed or waiting.
         self._taken = list(map(add, self._taken, item.lengths))
         self._pool.append(item)
         return self._place(self._pool.pop(0)) if len(self._pool) > self._look_ahead else None
@@ -147,17 +150,20 @@ class Packer:
         self._taken, self._emitted = list(state["taken"]), state["emitted"]
 
     def _place(self, item: DocumentLengths) -> list[DocumentLengths] | None:
+        # First try the open rows, fullest first, so that rows close early and few stay open.
         scarce = self._scarce()
         for row in sorted(self._rows, key=lambda row: -row.used[scarce]):
             if row.has_room(item, self._limits) and self._lays_out(row, item.image_patches):
                 row.add(item)
                 return None
+        # None has room: the document opens a row, for which another one may have to leave.
         emitted = self._emit() if len(self._rows) >= self._open_bins else None
         self._rows.append(_OpenRow([item], self._emitted))
         return emitted
 
     def _emit(self) -> list[DocumentLengths]:
         scarce, row = self._scarce(), self._rows[0]
+        # The fullest row leaves, but none waits for ever.
         if self._emitted - row.since < PATIENCE * self._open_bins:  # rows are in the order in which they were opened
             row = max(self._rows, key=lambda row: row.used[scarce])
         self._rows.remove(row)
@@ -177,6 +183,7 @@ class Packer:
     def _top_up(self, row: _OpenRow, scarce: int) -> None:
         if not self._pool:
             return
+        # The whole pool at once, as arrays: topping up looks at every pair of what waits.
         needs = np.array([item.lengths for item in self._pool], np.int64)
         waiting = np.ones(len(needs), bool)  # neither taken nor found to have no place for its images
         taken = set()
@@ -187,6 +194,7 @@ class Packer:
                 break
             chosen = fits[_choose(needs[fits], room, scarce, _CLOSE * self._budgets[scarce])].tolist()
             images = [self._pool[number].image_patches for number in chosen]
+            # A choice whose images find no place is not tried again with its largest image.
             if self._lays_out(row, [size for sizes in images for size in sizes]):
                 taken |= set(chosen)
                 waiting[chosen] = False
@@ -203,12 +211,14 @@ def _choose(
     """Chooses one or two of k documents, each of which fits the room: the best two (or one) if they leave less than
     `close`.
     """
+    # The best pair; a document with itself (the diagonal) is that document alone.
     sizes = needs[:, scarce]
     sums = np.where(_pairs_that_fit(needs, room), sizes[:, None] + sizes, 0)
     np.fill_diagonal(sums, sizes)
     one, other = divmod(int(sums.argmax()), len(sizes))
     if room[scarce] - sums[one, other] <= close or len(sizes) <= 2:
         return sorted({one, other})
+    # No pair ends the search: take what uses most of the scarce budget and least of the others.
     shares = needs / np.maximum(room, 1)
     others = np.delete(shares, scarce, axis=1).max(1, initial=0)
     return [int((shares[:, scarce] - others).argmax())]
@@ -218,6 +228,7 @@ def _pairs_that_fit(
     needs: Int64[np.ndarray, "k budgets"], room: Int64[np.ndarray, "budgets"]
 ) -> Bool[np.ndarray, "k k"]:
     fit = np.ones((len(needs), len(needs)), bool)
+    # Budgets that any two documents fit need no table of pairs.
     for column in np.flatnonzero(2 * needs.max(0) > room):
         fit &= needs[:, column, None] + needs[:, column] <= room[column]
     return fit

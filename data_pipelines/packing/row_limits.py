@@ -53,6 +53,7 @@ class RowLimits:
         starts = ends - counts
         largest = np.zeros(len(needs), np.int64)
         holding = np.flatnonzero(counts)
+        # The largest image of each document that has any.
         largest[holding] = np.maximum.reduceat(images, starts[holding])
         over |= largest > layout.room
         # An image finds every part too full only when each holds more than `room - largest`.

@@ -104,12 +104,14 @@ class StepPlan:
     def _fill_window(self) -> None:
         if self._steps:
             return
+        # A window is planned whole before its first step, as its rows are ordered together.
         rows = list(islice(self._plan, self._window * self._rows))
         if not rows:
             raise StopIteration
         if self._cost is not None and self._window > 1:
             costs = [self._cost(row) for row in rows]
             rows = [rows[place] for place in order_rows(costs, self._rows, Random(f"{self._seed} {self._number}"))]
+        # Keys alone from here on: lengths are looked up again by whoever decodes the row.
         keys = [[item.key for item in row] for row in rows]
         self._steps = [keys[start : start + self._rows] for start in range(0, len(keys), self._rows)]
 

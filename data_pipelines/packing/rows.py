@@ -80,6 +80,7 @@ class RowDecoder:
             writer = RowWriter(batch, number, self.mels, row_key(row))
             for key, image_starts in zip(row, self._place_pictures(row), strict=True):
                 self._add(writer, key, image_starts, failed, damaged)
+        # Dealt by the lengths that were planned, so that hosts agree whatever each of them could read.
         tokens = [[int(self.indexes[source].lengths(number)[0]) for source, number in row] for row in rows]
         return self.context.deal(batch, tokens), failed, damaged
 
@@ -106,6 +107,7 @@ class RowDecoder:
             with_mels = self.budgets.mel_windows > 0
             rates = self.mels.rates if with_mels else ()
             encoded = self.processor.encode(index.document(number), self.codes, mels=with_mels, rates=rates)
+            # A file that changed since it was measured would shift everything behind it in the row.
             if not _as_measured(encoded.lengths, index, number):
                 raise SampleError("changed", "the document is not what the index measured")
         except SampleError as error:
@@ -172,6 +174,7 @@ class StepIterator(grain.DatasetIterator):
         self._skip, self._stride = sl.start or 0, sl.step or 1
 
     def __next__(self) -> dict:
+        # Steps of other workers are planned, which is cheap, and not decoded.
         for _ in range(self._skip):
             next(self._plan)
         rows = next(self._plan)
@@ -179,6 +182,7 @@ class StepIterator(grain.DatasetIterator):
         state = self._plan.state
         batch, failed, damaged = self._decode.decode(self._shard.select(rows), self._decode.mel_frames(rows))
         outcome = {"failed": [[key, why] for key, why in failed.items()], "damaged": list(damaged.items())}
+        # Grain hands arrays from process to process: what else belongs to the step goes along as bytes.
         info = json.dumps({"state": state} | outcome)
         return {"batch": batch, "info": np.frombuffer(info.encode(), np.uint8)}
 
