@@ -65,18 +65,18 @@ class ChatPrompts:
         """
         if not messages:
             raise RequestError("bad_message", "there is no message")
-        asked = _Asked(self.root, self.processor.config, spoken)
+        builder = _PromptBuilder(self.root, self.processor.config, spoken)
         first = messages[0]
         with _one_door():
             has_system = isinstance(first, Mapping) and first.get("role") == "system"
             # The voice is named by a system prompt, unless the conversation has one of its own.
-            asked.elements += opening_elements(has_system, spoken, voice)
+            builder.elements += opening_elements(has_system, spoken, voice)
             for number, message in enumerate(messages):
-                asked.add_message(message, number)
+                builder.add_message(message, number)
             # A last message of the assistant is continued; else its turn is opened.
             if messages[-1]["role"] != "assistant":
-                asked.elements.append(TextElement(role_mark("assistant", spoken)))
-            return self.processor.encode_prompt(asked.elements, asked.media)
+                builder.elements.append(TextElement(role_mark("assistant", spoken)))
+            return self.processor.encode_prompt(builder.elements, builder.media)
 
     def encode_content(self, content: str | Sequence[Part], speak: bool = False) -> EncodedDocument:
         """Encodes content as it stands, without roles.
@@ -85,21 +85,21 @@ class ChatPrompts:
 
         `speak` puts the mark that begins speech at its end. Raises RequestError as `encode_messages`.
         """
-        asked = _Asked(self.root, self.processor.config)
+        builder = _PromptBuilder(self.root, self.processor.config)
         with _one_door():
-            asked.add_content(content, "the prompt", spoken_codes=True)
+            builder.add_content(content, "the prompt", spoken_codes=True)
             if speak:
-                asked.elements.append(TextElement(AUDIOGEN_START))
-            if not asked.elements:
+                builder.elements.append(TextElement(AUDIOGEN_START))
+            if not builder.elements:
                 raise RequestError("bad_message", "the prompt is empty")
-            return self.processor.encode_prompt(asked.elements, asked.media)
+            return self.processor.encode_prompt(builder.elements, builder.media)
 
     def sentences(self, text: str) -> list[str]:
         """Cuts text at punctuation into what is read aloud at once; joined they are the text."""
         return split_text(text)
 
 
-class _Asked:
+class _PromptBuilder:
     """Elements and media of a prompt in the making; media are named by numbers."""
 
     def __init__(self, root: MediaRoot | None, config: OmniConfig, spoken: bool = False):
@@ -117,9 +117,9 @@ class _Asked:
         if role == "system" and number:
             raise RequestError("bad_message", f"{where} is a system message, which only the first one can be")
         self.elements.append(TextElement(role_mark(role, self._spoken)))
-        self.add_content(message["content"], where, said=role == "assistant")
+        self.add_content(message["content"], where, from_assistant=role == "assistant")
 
-    def add_content(self, content: Any, where: str, said: bool = False, spoken_codes: bool = False) -> None:
+    def add_content(self, content: Any, where: str, from_assistant: bool = False, spoken_codes: bool = False) -> None:
         """Adds the content of a message or of a whole prompt.
 
         Args:
@@ -140,11 +140,13 @@ class _Asked:
                 self._add_text(part["text"], where)
             elif source == "codes":
                 codes = _read_codes(part["codes"], self._sizes, where)
-                self.elements.append(PrecomputedAudio(codes, said or spoken_codes))
+                self.elements.append(PrecomputedAudio(codes, from_assistant or spoken_codes))
             else:
                 reference = self._add_media(part, source, f"{kind} of {where}")
                 made = {"image": ImageElement, "video": VideoElement}
-                self.elements.append(made[kind](reference) if kind in made else AudioElement(reference, spoken=said))
+                self.elements.append(
+                    made[kind](reference) if kind in made else AudioElement(reference, spoken=from_assistant)
+                )
 
     def _add_text(self, text: Any, where: str) -> None:
         if not isinstance(text, str):

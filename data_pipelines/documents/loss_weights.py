@@ -74,8 +74,8 @@ def weigh(
     Returns:
         The document with its weights, or itself where nothing changes.
     """
-    if len(untrained) and (asked := np.isin(document.text_targets, untrained) & (document.text_weights > 0)).any():
-        document = replace(document, text_weights=np.where(asked, 0, document.text_weights).astype(np.float32))
+    if len(untrained) and (refused := np.isin(document.text_targets, untrained) & (document.text_weights > 0)).any():
+        document = replace(document, text_weights=np.where(refused, 0, document.text_weights).astype(np.float32))
     if (power := POWERS[weighting]) == 0 and loss_weight == 1:
         return document
     text, audio = (_scaled(part, power, loss_weight) for part in (document.text_weights, document.audio_weights))

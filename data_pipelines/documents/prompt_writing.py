@@ -77,8 +77,8 @@ def opening_elements(system: bool, spoken: bool, voice: str = VOICE) -> list[Ele
 def misses_marks(elements: list[Element]) -> bool:
     """Tells whether a conversation is answered aloud and does not say so before each answer."""
     marks = "".join(each.text for each in elements if isinstance(each, TextElement) and not each.plain)
-    aloud = any(isinstance(each, AudioElement) and each.spoken for each in elements)
-    return aloud and ASSISTANT in marks and marks.count(ASSISTANT) != marks.count(AUDIOTEXT_START + ASSISTANT)
+    spoken = any(isinstance(each, AudioElement) and each.spoken for each in elements)
+    return spoken and ASSISTANT in marks and marks.count(ASSISTANT) != marks.count(AUDIOTEXT_START + ASSISTANT)
 
 
 class Source(str):

@@ -70,13 +70,13 @@ def read_audio(media: Media, rate: int) -> DecodedAudio:
     if loudest <= SILENCE:
         raise SampleError("silent_audio", f"{media.name} is silent: no sample exceeds {SILENCE:.1g}")
     if damaged := track.damage.damaged:
-        _tell(media.name, damaged)
+        _warn_damaged(media.name, damaged)
     with reading(media, "audio"):
         return DecodedAudio(_resampled(wave, found, rate), damaged)
 
 
 @lru_cache(maxsize=4096)
-def _tell(name: str, damaged: int) -> None:
+def _warn_damaged(name: str, damaged: int) -> None:
     log.warning("%s: packets of audio that are damaged, left out or silent: %d", name, damaged)
 
 

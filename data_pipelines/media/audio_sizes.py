@@ -20,7 +20,7 @@ class Promise:
     """What a header says. Zeros and None where it says nothing.
 
     `samples` is how long the audio is, exactly, and the file is known to hold them; `least` is what the file must not
-    fall short of. Both count at `rate` Hz. `mended` are sizes (offset, bytes to be read there) in the place of
+    fall short of. Both count at `rate` Hz. `patched` are sizes (offset, bytes to be read there) in the place of
     placeholders, not all of which FFmpeg takes for such. `damaged` counts parts that FFmpeg passes over in silence.
     """
 
@@ -28,7 +28,7 @@ class Promise:
     least: int = 0
     rate: int = 0
     channels: int = 0
-    mended: tuple[tuple[int, bytes], ...] = ()
+    patched: tuple[tuple[int, bytes], ...] = ()
     damaged: int = 0
 
 
@@ -83,8 +83,8 @@ def wave_promise(file: BufferedIOBase, size: int) -> Promise:
             if declared == 0 and _ends_in_chunks(file, start, size):
                 return Promise(0, 0, form.rate, form.channels)
             there = data_bytes(declared, start, size)
-            mended = ((place, there.to_bytes(8, "little")),) if long is not None and there != declared else ()
-            return replace(_promise(form, there), mended=mended)
+            patched = ((place, there.to_bytes(8, "little")),) if long is not None and there != declared else ()
+            return replace(_promise(form, there), patched=patched)
     return Promise()
 
 
@@ -115,8 +115,8 @@ def aiff_promise(file: BufferedIOBase, size: int) -> Promise:
             there = data_bytes(frames * form.moment if unknown else declared, start + 8 + offset, size)
             sizes = (4, size - 8), (start - 4, there + 8 + offset)
             known = size > 2**32 or not (unknown or whole == 0)
-            mended = () if known else tuple((place, value.to_bytes(4, "big")) for place, value in sizes)
-            return replace(_exact(form, there, not unknown), mended=mended)
+            patched = () if known else tuple((place, value.to_bytes(4, "big")) for place, value in sizes)
+            return replace(_exact(form, there, not unknown), patched=patched)
     return Promise()
 
 
@@ -143,8 +143,8 @@ def au_promise(file: BufferedIOBase, size: int) -> Promise:
     start, declared, code, rate, channels = struct.unpack(">IIIII", head)
     width = {1: 1, 2: 1, 3: 2, 4: 3, 5: 4, 6: 4, 7: 8, 27: 1}.get(code, 0)
     there = data_bytes(declared, start, size)
-    mended = ((8, min(there, 2**32 - 1).to_bytes(4, "big")),) if there != declared else ()
-    return replace(_exact(_Form(rate, channels, channels * width), there, declared == size - start), mended=mended)
+    patched = ((8, min(there, 2**32 - 1).to_bytes(4, "big")),) if there != declared else ()
+    return replace(_exact(_Form(rate, channels, channels * width), there, declared == size - start), patched=patched)
 
 
 def caf_promise(file: BufferedIOBase, size: int) -> Promise:
@@ -180,8 +180,8 @@ def w64_promise(file: BufferedIOBase, size: int) -> Promise:
             there = data_bytes(length - 24, place + 24, size)
             sizes = (16, size), (place + 16, there + 24)
             known = whole > 0 and there == length - 24
-            mended = () if known else tuple((place, value.to_bytes(8, "little")) for place, value in sizes)
-            return replace(_exact(form, there, there == length - 24), mended=mended)
+            patched = () if known else tuple((place, value.to_bytes(8, "little")) for place, value in sizes)
+            return replace(_exact(form, there, there == length - 24), patched=patched)
         if length < 24:
             break
         place += (length + 7) // 8 * 8

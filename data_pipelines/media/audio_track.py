@@ -208,7 +208,7 @@ def open_track(media: Media) -> Iterator[AudioTrack]:
         promise = _header_promise(media)
         if promise.rate:
             check_audio(promise.samples or promise.least, promise.rate, promise.channels, media.name)
-    with opened(media, "audio", promise.mended) as container:
+    with opened(media, "audio", promise.patched) as container:
         stream = _audio_stream(container, media.name)
         if promise.samples is None and not promise.least:
             samples = _table_length(container, stream)

@@ -103,10 +103,10 @@ FORMATS = (
 
 
 @contextmanager
-def opened(media: Media, kind: str, mended: Sequence[tuple[int, bytes]] = ()) -> Iterator[InputContainer]:
+def opened(media: Media, kind: str, patched: Sequence[tuple[int, bytes]] = ()) -> Iterator[InputContainer]:
     """Opens a container. What is raised inside becomes SampleError("unreadable_media"), naming `kind`.
 
-    `mended` has offsets and the bytes to be read there instead of the file's own.
+    `patched` has offsets and the bytes to be read there instead of the file's own.
     """
     with reading(media, kind):
         if media.size == 0:
@@ -114,8 +114,8 @@ def opened(media: Media, kind: str, mended: Sequence[tuple[int, bytes]] = ()) ->
         check_bytes(media.size, "video", media.name)
         with ExitStack() as stack:
             source: Any = str(media.path)
-            if mended or media.path is None:
-                source = _Mended(stack.enter_context(media.open()), mended)
+            if patched or media.path is None:
+                source = _PatchedFile(stack.enter_context(media.open()), patched)
             try:
                 container = stack.enter_context(av.open(source, mode="r", options={"format_whitelist": FORMATS}))
             except ArgumentError as error:  # FFmpeg's word for formats that are not on the list
@@ -123,11 +123,11 @@ def opened(media: Media, kind: str, mended: Sequence[tuple[int, bytes]] = ()) ->
             yield container
 
 
-class _Mended:
+class _PatchedFile:
     """A file of which some bytes are others."""
 
-    def __init__(self, file: BufferedIOBase, mended: Sequence[tuple[int, bytes]]):
-        self._file, self._mended = file, mended
+    def __init__(self, file: BufferedIOBase, patched: Sequence[tuple[int, bytes]]):
+        self._file, self._mended = file, patched
         self.seek, self.tell, self.close = file.seek, file.tell, file.close
 
     def read(self, size: int = -1) -> bytes:

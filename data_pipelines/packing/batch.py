@@ -93,9 +93,9 @@ class RowWriter:
         targets = slice(self._at["target"], self._at["target"] + len(document.audio_targets))
         self._row["audio_target_sources"][targets] = source
         self._put_slots("target", "audio_target_index", document.audio_target_slots, start)
-        self._put_pictures(document, image_starts, start)
+        self._put_images(document, image_starts, start)
 
-    def leave(self, tokens: int) -> None:
+    def skip(self, tokens: int) -> None:
         """Leaves padding in the place of a document that could not be decoded."""
         self._at["token"] += tokens
 
@@ -104,7 +104,7 @@ class RowWriter:
             values = getattr(document, name)
             self._row[name][self._at[counter] : self._at[counter] + len(values)] = values
 
-    def _put_pictures(self, document: EncodedDocument, image_starts: np.ndarray | None, start: int) -> None:
+    def _put_images(self, document: EncodedDocument, image_starts: np.ndarray | None, start: int) -> None:
         if not len(document.patches):
             return
         sizes = np.array(document.lengths.image_patches, np.int64)

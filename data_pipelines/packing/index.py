@@ -137,13 +137,13 @@ class Index:
 
     def expand(self, numbers: Int64[np.ndarray, "k"]) -> list[list[DocumentLengths]]:
         """Gives documents as they are, pieces of those that are too long, or nothing (`mixture.Documents`)."""
-        found = [[each] for each in _measured(self.columns, numbers, 0)]
+        found = [[each] for each in _read_lengths(self.columns, numbers, 0)]
         if len(self.over):
             # Documents beyond a budget give their pieces in their place of the order.
             at = np.searchsorted(self.over, numbers).clip(max=len(self.over) - 1)
             for place in np.flatnonzero(self.over[at] == numbers).tolist():
                 own = self.pieces.for_document(int(numbers[place]))
-                found[place] = _measured(self.pieces.columns, np.arange(own.start, own.stop), self.total)
+                found[place] = _read_lengths(self.pieces.columns, np.arange(own.start, own.stop), self.total)
         return found
 
     def document_lengths(self, number: int) -> DocumentLengths:
@@ -165,8 +165,8 @@ class Index:
             needs = self.columns.lengths[start : start + _CHUNK]
             # Only sizes are compared: what memory this takes does not grow with the index.
             over.append(start + np.flatnonzero(limits.exceeds(needs, images, np.diff(places))))
-        beyond = np.concatenate([np.zeros(0, np.int64), *over])
-        return replace(self, limits=limits, over=beyond, pieces=NO_PIECES)
+        too_long = np.concatenate([np.zeros(0, np.int64), *over])
+        return replace(self, limits=limits, over=too_long, pieces=NO_PIECES)
 
     @property
     def skipped(self) -> Iterator[Skipped]:
@@ -206,7 +206,7 @@ class Index:
         return (self.columns, number) if number < self.total else (self.pieces.columns, number - self.total)
 
 
-def _measured(columns: Columns, places: Int64[np.ndarray, "k"], first: int) -> list[DocumentLengths]:
+def _read_lengths(columns: Columns, places: Int64[np.ndarray, "k"], first: int) -> list[DocumentLengths]:
     """Returns documents at these places of columns; the document at 0 has the number `first`."""
     needs = columns.lengths[places].tolist()
     starts, ends = columns.image_offsets[places].tolist(), columns.image_offsets[places + 1].tolist()
@@ -272,8 +272,8 @@ def load_index(config: DataConfig, entry: SourceConfig, processor: Processor, wo
     """
     try:
         source = open_source(config, entry)
-        told = f"{FORMAT} {processor.fingerprint} {source.fingerprint} {source.media_key}"
-        key = hashlib.sha256(told.encode()).hexdigest()[:16]
+        described = f"{FORMAT} {processor.fingerprint} {source.fingerprint} {source.media_key}"
+        key = hashlib.sha256(described.encode()).hexdigest()[:16]
     except ConfigError as error:
         raise ConfigError(f"source {entry.name}: {error}") from error
     if source.tokenizer not in ("", processor.tokenizer_fingerprint):
@@ -284,7 +284,7 @@ def load_index(config: DataConfig, entry: SourceConfig, processor: Processor, wo
     folder = cache_folder(config) / f"{Path(manifest_stem(entry.manifest)).name}-{key}"
     try:
         columns = open_columns(folder)
-        _tell_old_causes(source, columns)
+        _warn_of_old_causes(source, columns)
     except FileNotFoundError:
         columns = _build(source, processor, folder, workers)
     except (ValueError, OSError) as error:
@@ -293,7 +293,7 @@ def load_index(config: DataConfig, entry: SourceConfig, processor: Processor, wo
     return Index(entry.name, source, columns)
 
 
-def _tell_old_causes(source: Source, columns: Columns) -> None:
+def _warn_of_old_causes(source: Source, columns: Columns) -> None:
     """Warns of loose files that were skipped: they may have been mended since they were measured."""
     files = sum(columns.meta.get("causes", {}).get(cause, 0) for cause in FILE_CAUSES)
     if files and isinstance(source, ManifestSource):

@@ -120,9 +120,9 @@ class Mixture:
         if chosen is None:
             return None
         reader = self._readers[chosen]
-        item = reader.take(self._cost(reader))
+        document = reader.take(self._cost(reader))
         self._behind[chosen] = self._due(chosen)
-        return item
+        return document
 
     def document(self, key: DocumentKey) -> DocumentLengths:
         """Returns one document of the stream again."""
@@ -223,9 +223,9 @@ class _Reader:
     def take(self, counted: int) -> DocumentLengths:
         """Takes the next document, which there must be."""
         self.peek()
-        item, self._cursor, self._part = self._ahead.popleft()
+        document, self._cursor, self._part = self._ahead.popleft()
         self.given += counted
-        return item
+        return document
 
     def _read_ahead(self) -> bool:
         epoch, place = divmod(self._read, self.documents)
@@ -240,8 +240,8 @@ class _Reader:
             # The cursor moves with a document's last piece, so that a state among its pieces is exact.
             for part, document in enumerate(found, 1):
                 last = part == len(found)
-                item = DocumentLengths(*document[:4], self._number)
-                self._ahead.append((item, self._read if last else self._read - 1, 0 if last else part))
+                document = DocumentLengths(*document[:4], self._number)
+                self._ahead.append((document, self._read if last else self._read - 1, 0 if last else part))
             for _ in range(min(self._skip, len(found))):
                 self._ahead.popleft()
             self._skip = 0

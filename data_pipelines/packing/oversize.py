@@ -100,7 +100,7 @@ class Fitter:
             while stop <= count:
                 piece = replace(part, turns=(start, stop))
                 lengths = self._measure(document, piece)
-                if lengths is not None and self._beyond(lengths):
+                if lengths is not None and self._why_too_long(lengths):
                     break
                 best, stop = (piece, lengths) if lengths is not None else best, stop + 1
             if best:
@@ -120,9 +120,9 @@ class Fitter:
         whole = part.cut_from(document)
         runs = self._processor.runs(whole)
         sizes = [self._processor.measure_run(run, whole) for run in runs]
-        spans, beyond = cut_chunks(runs, sizes, self._limits)
+        spans, too_long = cut_chunks(runs, sizes, self._limits)
         measured = [(replace(part, span=span), self._measure(document, replace(part, span=span))) for span in spans]
-        left = [replace(part, span=span) for span in beyond]
+        left = [replace(part, span=span) for span in too_long]
         made = [(chunk, lengths) for chunk, lengths in measured if lengths is not None]
         return made, [chunk for chunk in left if self._measure(document, chunk) is not None]
 
@@ -148,17 +148,17 @@ class Fitter:
             middle = (low + high) // 2
             piece = replace(part, max_frames=middle)
             lengths = self._processor.measure(piece.cut_from(document))
-            if self._beyond(lengths):
+            if self._why_too_long(lengths):
                 high = middle - 1
             else:
                 fits, low = (piece, lengths), middle + 1
         return ([fits], []) if fits else ([], [part])
 
-    def _beyond(self, lengths: Lengths) -> str:
+    def _why_too_long(self, lengths: Lengths) -> str:
         return self._limits.why_exceeds(budget_lengths(lengths), lengths.image_patches)
 
     def _why(self, document: Document, part: _Part) -> str:
-        why = self._beyond(self._processor.measure(part.cut_from(document)))
+        why = self._why_too_long(self._processor.measure(part.cut_from(document)))
         turn = "" if part.turns == WHOLE else f"turn {part.turns[0] + 1} by itself: "
         item = "" if part.span == WHOLE else f"the medium at its token {part.span[0] + 1}, media counted as one: "
         return turn + item + why
@@ -265,24 +265,24 @@ def cut_chunks(runs: Sequence[Run], sizes: Sequence[Lengths], limits: RowLimits)
     than in that one's text, unless it begins with it.
     """
     planner = _Planner(limits)
-    beyond, skip = [], 0
+    too_long, skip = [], 0
     for number, ((start, stop), run, size) in enumerate(
         (*placed, size) for placed, size in zip(place_runs(runs), sizes, strict=True)
     ):
         if isinstance(run, Ids):
             planner.add_text(start + skip, stop)
             skip = 0
-        elif planner.is_beyond(size):
+        elif planner.exceeds(size):
             # What the medium is followed by goes with it: half a row at most, so that fewer frames may make it fit.
             after = runs[number + 1] if number + 1 < len(runs) else ()
             skip = min(len(after), limits.budgets.tokens // 2) if isinstance(after, Ids) else 0
             planner.close(start)
             planner.begin(stop + skip)
-            beyond.append((start, stop + skip))
+            too_long.append((start, stop + skip))
         else:
             planner.add_medium(start, size)
     planner.close(planner.end)
-    return planner.chunks, beyond
+    return planner.chunks, too_long
 
 
 class _Planner:
@@ -305,12 +305,12 @@ class _Planner:
         if place > self._start:
             self.chunks.append((self._start, place))
 
-    def is_beyond(self, size: Lengths) -> bool:
+    def exceeds(self, size: Lengths) -> bool:
         return bool(self._limits.why_exceeds(budget_lengths(size), size.image_patches))
 
     def add_medium(self, place: int, size: Lengths) -> None:
         """Adds one medium, which an empty row holds."""
-        if self.is_beyond(_sum(self._size, size)):
+        if self.exceeds(_sum(self._size, size)):
             self.close(place)
             self.begin(place, size, 1)
             return

@@ -57,21 +57,21 @@ def pack(
     >>> pack([[10, 64], [20, 0], [30, 96], [5, 0]], [40, 128])  # tokens and patches
     [[0, 1, 3], [2]]
     """
-    needs, limits = np.asarray(lengths), np.atleast_1d(np.asarray(budgets))
-    needs = needs.reshape(-1, 1) if needs.ndim == 1 else needs
-    if needs.ndim != 2 or limits.ndim != 1 or (len(needs) and needs.shape[1] != len(limits)):
+    lengths, limits = np.asarray(lengths), np.atleast_1d(np.asarray(budgets))
+    lengths = lengths.reshape(-1, 1) if lengths.ndim == 1 else lengths
+    if lengths.ndim != 2 or limits.ndim != 1 or (len(lengths) and lengths.shape[1] != len(limits)):
         raise ValueError(f"lengths of shape {np.shape(lengths)} do not go with {limits.size} budgets: (n, budgets)")
-    if not len(needs):
+    if not len(lengths):
         return []
-    if not np.issubdtype(needs.dtype, np.integer) or not np.issubdtype(limits.dtype, np.integer) or needs.min() < 0:
+    if not np.issubdtype(lengths.dtype, np.integer) or not np.issubdtype(limits.dtype, np.integer) or lengths.min() < 0:
         raise ValueError("lengths and budgets are whole numbers, lengths of at least 0")
-    if len(over := np.flatnonzero((needs > limits).any(1))):
+    if len(over := np.flatnonzero((lengths > limits).any(1))):
         raise ValueError(
-            f"document {over[0]} takes {needs[over[0]].tolist()}, more than a row holds: {limits.tolist()}"
+            f"document {over[0]} takes {lengths[over[0]].tolist()}, more than a row holds: {limits.tolist()}"
         )
     # No images, so that any layout of patches holds them.
     packer = Packer(limits.tolist(), PatchLayout(0), open_bins, look_ahead)
-    documents = (DocumentLengths(number, tuple(taken), []) for number, taken in enumerate(needs.tolist()))
+    documents = (DocumentLengths(number, tuple(taken), []) for number, taken in enumerate(lengths.tolist()))
     rows = [row for document in documents if (row := packer.add(document))]
     while row := packer.finish():
         rows.append(row)
@@ -81,20 +81,20 @@ def pack(
 class _OpenRow:
     """A row being filled; `since` counts the rows emitted before it was opened."""
 
-    def __init__(self, items: list[DocumentLengths], since: int):
-        self.items, self.since = [], since
-        self.used = [0] * len(items[0].lengths)
+    def __init__(self, documents: list[DocumentLengths], since: int):
+        self.documents, self.since = [], since
+        self.used = [0] * len(documents[0].lengths)
         self.image_patches: list[int] = []
-        for item in items:
-            self.add(item)
+        for document in documents:
+            self.add(document)
 
-    def add(self, item: DocumentLengths) -> None:
-        self.items.append(item)
-        self.used = list(map(add, self.used, item.lengths))
-        self.image_patches += item.image_patches
+    def add(self, document: DocumentLengths) -> None:
+        self.documents.append(document)
+        self.used = list(map(add, self.used, document.lengths))
+        self.image_patches += document.image_patches
 
-    def has_room(self, item: DocumentLengths, limits: Sequence[int]) -> bool:
-        return all(map(le, map(add, self.used, item.lengths), limits))
+    def has_room(self, document: DocumentLengths, limits: Sequence[int]) -> bool:
+        return all(map(le, map(add, self.used, document.lengths), limits))
 
 
 class Packer:
@@ -117,11 +117,11 @@ class Packer:
         self._pool: list[DocumentLengths] = []
         self._rows: list[_OpenRow] = []
 
-    def add(self, item: DocumentLengths) -> list[DocumentLengths] | None:
+    def add(self, document: DocumentLengths) -> list[DocumentLengths] | None:
         """Takes a document; returns a row when there is no room for it without emitting one."""
         # The counts that decide which budget is scarce: of all documents so far, packed or waiting.
-        self._taken = list(map(add, self._taken, item.lengths))
-        self._pool.append(item)
+        self._taken = list(map(add, self._taken, document.lengths))
+        self._pool.append(document)
         return self._place(self._pool.pop(0)) if len(self._pool) > self._look_ahead else None
 
     def finish(self) -> list[DocumentLengths] | None:
@@ -136,8 +136,8 @@ class Packer:
     def state(self) -> dict:
         """JSON-ready: keys of the waiting documents and of each open row's, and a few counts."""
         return {
-            "pool": [list(item.key) for item in self._pool],
-            "open": [[list(item.key) for item in row.items] for row in self._rows],
+            "pool": [list(document.key) for document in self._pool],
+            "open": [[list(document.key) for document in row.documents] for row in self._rows],
             "since": [row.since for row in self._rows],
             "taken": self._taken,
             "emitted": self._emitted,
@@ -146,19 +146,19 @@ class Packer:
     def restore(self, state: dict, pool: list[DocumentLengths], rows: list[list[DocumentLengths]]) -> None:
         """Goes on where `state` was taken; `pool` and `rows` are the documents that it names."""
         self._pool = list(pool)
-        self._rows = [_OpenRow(items, since) for items, since in zip(rows, state["since"], strict=True)]
+        self._rows = [_OpenRow(documents, since) for documents, since in zip(rows, state["since"], strict=True)]
         self._taken, self._emitted = list(state["taken"]), state["emitted"]
 
-    def _place(self, item: DocumentLengths) -> list[DocumentLengths] | None:
+    def _place(self, document: DocumentLengths) -> list[DocumentLengths] | None:
         # First try the open rows, fullest first, so that rows close early and few stay open.
         scarce = self._scarce()
         for row in sorted(self._rows, key=lambda row: -row.used[scarce]):
-            if row.has_room(item, self._limits) and self._lays_out(row, item.image_patches):
-                row.add(item)
+            if row.has_room(document, self._limits) and self._images_fit(row, document.image_patches):
+                row.add(document)
                 return None
         # None has room: the document opens a row, for which another one may have to leave.
         emitted = self._emit() if len(self._rows) >= self._open_bins else None
-        self._rows.append(_OpenRow([item], self._emitted))
+        self._rows.append(_OpenRow([document], self._emitted))
         return emitted
 
     def _emit(self) -> list[DocumentLengths]:
@@ -169,14 +169,14 @@ class Packer:
         self._rows.remove(row)
         self._emitted += 1
         self._top_up(row, scarce)
-        return row.items
+        return row.documents
 
     def _scarce(self) -> int:
         """Returns the budget that the documents so far took most of."""
         shares = [taken / budget if budget else 0 for taken, budget in zip(self._taken, self._budgets, strict=True)]
         return shares.index(max(shares))
 
-    def _lays_out(self, row: _OpenRow, images: list[int]) -> bool:
+    def _images_fit(self, row: _OpenRow, images: list[int]) -> bool:
         """Tells whether each image has a place; in one part all have that the budget has room for."""
         return not images or self._layout.parts == 1 or self._layout.fits(row.image_patches + images)
 
@@ -184,51 +184,51 @@ class Packer:
         if not self._pool:
             return
         # The whole pool at once, as arrays: topping up looks at every pair of what waits.
-        needs = np.array([item.lengths for item in self._pool], np.int64)
-        waiting = np.ones(len(needs), bool)  # neither taken nor found to have no place for its images
+        lengths = np.array([document.lengths for document in self._pool], np.int64)
+        waiting = np.ones(len(lengths), bool)  # neither taken nor found to have no place for its images
         taken = set()
         while True:
             room = np.array(self._budgets) - row.used
-            fits = np.flatnonzero(waiting & (needs <= room).all(1))
+            fits = np.flatnonzero(waiting & (lengths <= room).all(1))
             if not len(fits):
                 break
-            chosen = fits[_choose(needs[fits], room, scarce, _CLOSE * self._budgets[scarce])].tolist()
+            chosen = fits[_choose(lengths[fits], room, scarce, _CLOSE * self._budgets[scarce])].tolist()
             images = [self._pool[number].image_patches for number in chosen]
             # A choice whose images find no place is not tried again with its largest image.
-            if self._lays_out(row, [size for sizes in images for size in sizes]):
+            if self._images_fit(row, [size for sizes in images for size in sizes]):
                 taken |= set(chosen)
                 waiting[chosen] = False
                 for number in chosen:
                     row.add(self._pool[number])
             else:
                 waiting[max(chosen, key=lambda number: max(self._pool[number].image_patches, default=0))] = False
-        self._pool = [item for number, item in enumerate(self._pool) if number not in taken]
+        self._pool = [document for number, document in enumerate(self._pool) if number not in taken]
 
 
 def _choose(
-    needs: Int64[np.ndarray, "k budgets"], room: Int64[np.ndarray, "budgets"], scarce: int, close: float
+    lengths: Int64[np.ndarray, "k budgets"], room: Int64[np.ndarray, "budgets"], scarce: int, close: float
 ) -> list[int]:
     """Chooses one or two of k documents, each of which fits the room: the best two (or one) if they leave less than
     `close`.
     """
     # The best pair; a document with itself (the diagonal) is that document alone.
-    sizes = needs[:, scarce]
-    sums = np.where(_pairs_that_fit(needs, room), sizes[:, None] + sizes, 0)
+    sizes = lengths[:, scarce]
+    sums = np.where(_pairs_that_fit(lengths, room), sizes[:, None] + sizes, 0)
     np.fill_diagonal(sums, sizes)
     one, other = divmod(int(sums.argmax()), len(sizes))
     if room[scarce] - sums[one, other] <= close or len(sizes) <= 2:
         return sorted({one, other})
     # No pair ends the search: take what uses most of the scarce budget and least of the others.
-    shares = needs / np.maximum(room, 1)
+    shares = lengths / np.maximum(room, 1)
     others = np.delete(shares, scarce, axis=1).max(1, initial=0)
     return [int((shares[:, scarce] - others).argmax())]
 
 
 def _pairs_that_fit(
-    needs: Int64[np.ndarray, "k budgets"], room: Int64[np.ndarray, "budgets"]
+    lengths: Int64[np.ndarray, "k budgets"], room: Int64[np.ndarray, "budgets"]
 ) -> Bool[np.ndarray, "k k"]:
-    fit = np.ones((len(needs), len(needs)), bool)
+    fit = np.ones((len(lengths), len(lengths)), bool)
     # Budgets that any two documents fit need no table of pairs.
-    for column in np.flatnonzero(2 * needs.max(0) > room):
-        fit &= needs[:, column, None] + needs[:, column] <= room[column]
+    for column in np.flatnonzero(2 * lengths.max(0) > room):
+        fit &= lengths[:, column, None] + lengths[:, column] <= room[column]
     return fit

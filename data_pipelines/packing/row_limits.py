@@ -38,33 +38,33 @@ class RowLimits:
 
     def exceeds(
         self,
-        needs: Integer[np.ndarray, "n budgets"],
+        lengths: Integer[np.ndarray, "n budgets"],
         images: Integer[np.ndarray, "m"],
         counts: Int64[np.ndarray, "n"],
     ) -> Bool[np.ndarray, "n"]:
         """Tells which of n documents an empty row cannot hold; `counts` of the m images are each document's,
         in order.
         """
-        over = np.any(needs > budget_vector(self.budgets), axis=1)
+        over = np.any(lengths > budget_vector(self.budgets), axis=1)
         layout, ends = self.layout, np.cumsum(counts)
         some = np.flatnonzero((counts > 0) & ~over)
         if not len(some) or layout.parts == 1:
             return over
         starts = ends - counts
-        largest = np.zeros(len(needs), np.int64)
+        largest = np.zeros(len(lengths), np.int64)
         holding = np.flatnonzero(counts)
         # The largest image of each document that has any.
         largest[holding] = np.maximum.reduceat(images, starts[holding])
         over |= largest > layout.room
         # An image finds every part too full only when each holds more than `room - largest`.
-        safe = (counts <= layout.parts) | (needs[:, _PATCHES] <= layout.parts * (layout.room - largest))
+        safe = (counts <= layout.parts) | (lengths[:, _PATCHES] <= layout.parts * (layout.room - largest))
         for document in np.flatnonzero(~over & ~safe).tolist():
             over[document] = not layout.fits(images[starts[document] : ends[document]].tolist())
         return over
 
-    def why_exceeds(self, needs: Sequence[int] | Int32[np.ndarray, "budgets"], images: Sequence[int]) -> str:
+    def why_exceeds(self, lengths: Sequence[int] | Int32[np.ndarray, "budgets"], images: Sequence[int]) -> str:
         """Says why an empty row cannot hold a document; "" when it can."""
-        for name, size, limit in zip(BUDGETED, needs, budget_vector(self.budgets), strict=True):
+        for name, size, limit in zip(BUDGETED, lengths, budget_vector(self.budgets), strict=True):
             if size > limit:
                 return f"{size} {name} exceed the row's {limit}"
         layout = self.layout

@@ -37,8 +37,8 @@ class RowPlan:
 
     def __next__(self) -> list[DocumentLengths]:
         """Returns the next row. A finite mixture ends with the rows that are still open."""
-        while (item := self._mixture.next()) is not None:
-            row = self._packer.add(item)
+        while (document := self._mixture.next()) is not None:
+            row = self._packer.add(document)
             if row is not None:
                 return row
         row = self._packer.finish()
@@ -112,7 +112,7 @@ class StepPlan:
             costs = [self._cost(row) for row in rows]
             rows = [rows[place] for place in order_rows(costs, self._rows, Random(f"{self._seed} {self._number}"))]
         # Keys alone from here on: lengths are looked up again by whoever decodes the row.
-        keys = [[item.key for item in row] for row in rows]
+        keys = [[document.key for document in row] for row in rows]
         self._steps = [keys[start : start + self._rows] for start in range(0, len(keys), self._rows)]
 
 

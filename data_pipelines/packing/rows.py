@@ -78,7 +78,7 @@ class RowDecoder:
         batch, failed, damaged = empty_rows(len(rows), self.budgets, self.omni, mel_frames, self.mels), {}, {}
         for number, row in enumerate(rows):
             writer = RowWriter(batch, number, self.mels, row_key(row))
-            for key, image_starts in zip(row, self._place_pictures(row), strict=True):
+            for key, image_starts in zip(row, self._place_images(row), strict=True):
                 self._add(writer, key, image_starts, failed, damaged)
         # Dealt by the lengths that were planned, so that hosts agree whatever each of them could read.
         tokens = [[int(self.indexes[source].lengths(number)[0]) for source, number in row] for row in rows]
@@ -88,10 +88,10 @@ class RowDecoder:
         """Returns the size of the mel slots of a step of these rows, all hosts' among them; 0 without mel slots."""
         if not self.budgets.mel_windows:
             return 0
-        needs = [self.indexes[source].lengths(number) for row in rows for source, number in row]
-        return self.mels.size(max((int(need[_AUDIO_FRAMES]) for need in needs), default=0))
+        lengths = [self.indexes[source].lengths(number) for row in rows for source, number in row]
+        return self.mels.size(max((int(need[_AUDIO_FRAMES]) for need in lengths), default=0))
 
-    def _place_pictures(self, row: PackedRow) -> list[Int32[np.ndarray, "_"]]:
+    def _place_images(self, row: PackedRow) -> list[Int32[np.ndarray, "_"]]:
         """Returns the first patch of each image of each document, as the plan foresaw them."""
         sizes = [self.indexes[source].image_patches(number) for source, number in row]
         starts = self.layout.starts([size for document in sizes for size in document])
@@ -102,7 +102,7 @@ class RowDecoder:
     ) -> None:
         source, number = key
         index = self.indexes[source]
-        needs = index.lengths(number)
+        lengths = index.lengths(number)
         try:
             with_mels = self.budgets.mel_windows > 0
             rates = self.mels.rates if with_mels else ()
@@ -112,7 +112,7 @@ class RowDecoder:
                 raise SampleError("changed", "the document is not what the index measured")
         except SampleError as error:
             failed[key] = (index.location(number), error.cause, str(error))
-            writer.leave(int(needs[0]))
+            writer.skip(int(lengths[0]))
             return
         if encoded.damaged_packets:
             damaged[key] = encoded.damaged_packets

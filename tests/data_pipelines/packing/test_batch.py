@@ -172,7 +172,7 @@ def test_a_lost_document_leaves_padding_in_its_place(mixed):
     batch = empty_rows(1, BUDGETS, OMNI)
     writer = RowWriter(batch, 0)
     writer.add(encoded[0], source=0, number=1)
-    writer.leave(50)
+    writer.skip(50)
     writer.add(encoded[1], source=0, number=2)
     first = len(encoded[0].tokens)
     assert not batch["segment_ids"][0, first : first + 50].any()
