@@ -9,6 +9,8 @@ import numpy as np
 from data_pipelines.media.images import decode_image, probe_image
 from tests.helpers.small_media import media
 
+RAMP = np.linspace(0, 65535, 30 * 20).round().astype(np.uint16).reshape(20, 30)  # a gray ramp of 16 bits
+
 
 def chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

@@ -167,7 +167,6 @@ def test_a_step_is_dealt(sample_pipeline, sample_codes):
     [
         ({}, r"data\.budgets\.tokens 768 is not divisible by mesh\.context 2 x data\.context_block 512: every shard"),
         ({"context_block": 0}, r"data\.context_block 0 must be at least 1"),
-        ({"context_plan": "ring"}, r"data\.context_plan 'ring' is none of balanced, contiguous"),
     ],
 )
 def test_rows_that_cannot_be_dealt(changes, message):

@@ -142,7 +142,7 @@ def test_pack_takes_one_length_a_document_or_none_at_all():
         ([5, 12], 9, r"document 1 takes \[12\], more than a row holds: \[9\]"),
         ([[5, 1]], 9, "do not go with 1 budgets"),
         ([5], [9, 9], "do not go with 2 budgets"),
-        ([0.5], 9, "whole numbers"),
+        (np.array([0.5]), 9, "whole numbers"),
         ([-1], 9, "whole numbers"),
     ],
 )
