@@ -9,6 +9,7 @@ from baichuan_omni_jax.config import OmniConfig
 from baichuan_omni_jax.generation.events import Prompt
 from baichuan_omni_jax.generation.programs import Chunk
 from baichuan_omni_jax.generation.requests import ActiveRequest
+from baichuan_omni_jax.omni.batch import BatchSizes, empty_batch
 
 LEAST_TOKENS, LEAST_PATCHES = 32, 256
 
@@ -106,9 +107,10 @@ def lay_out_images(
     while any(_starts(x, p, shards) is None for x in sizes.values()):
         p *= 2
     merged = cfg.vision.merged_patches
-    patches = np.zeros((devices, p, cfg.vision.patch_values), np.uint8)
-    grid, ids = np.zeros((devices, p, 2), np.int32), np.zeros((devices, p), np.int32)
-    slots = np.full((devices, p // merged), length, np.int32)
+    # The fields that the vision branch reads of a training batch, in the order of its program's arguments.
+    names = ("patches", "patch_grid", "patch_segments", "visual_index")
+    row = BatchSizes(tokens=length, patches=p, visual_tokens=p // merged, patch_values=cfg.vision.patch_values)
+    patches, grid, ids, slots = empty_batch(names, devices, row).values()
     for device, prompt in prompts.items():
         images = sizes[device]
         starts = _starts(images, p, shards)
