@@ -3,13 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float32, Int32, UInt8
 
-if TYPE_CHECKING:
-    from data_pipelines.media.location import Media, MediaRoot
+from data_pipelines.media.location import Media, MediaRoot
 
 
 @dataclass(frozen=True)
@@ -19,14 +17,14 @@ class Document:
     `media` tells the folder that media paths in the text are relative to or, for a document of a shard, the media
     themselves by the name the text uses. A piece of a longer document has the system prompt and the turns from
     `turns[0]` until `turns[1]` alone; `max_frames` limits the frames of each of its videos (0: as the model does).
-    Of what is left so, `span` takes the items from `span[0]` until `span[1]`: tokens of text and media (`chunks`).
+    Of what is left so, `span` takes the items from `span[0]` until `span[1]`: tokens of text and media (`parts`).
     """
 
     id: str
     type: str
     text: str
     location: str
-    media: "Path | MediaRoot | Mapping[str, Media]"
+    media: Path | MediaRoot | Mapping[str, Media]
     turns: tuple[int, int] | None = None
     max_frames: int = 0
     span: tuple[int, int] | None = None

@@ -52,6 +52,18 @@ class _DocumentPlan:
     clips: list[AudioClip]
 
 
+@dataclass(frozen=True)
+class _Decoding:
+    """What is decoded with the look at a file besides its header: pixels, log mels, samples at `rates` in Hz."""
+
+    pixels: bool = False
+    mels: bool = False
+    rates: Sequence[int] = ()
+
+
+_NOTHING = _Decoding()
+
+
 class Processor:
     """Measures and encodes documents for one model and one tokenizer. Picklable; holds no open file.
 
@@ -124,7 +136,7 @@ class Processor:
     def measure_run(self, run: Run, document: Document) -> Lengths:
         """Measures what one of the `runs` of a document takes by itself."""
         elements = [run] if isinstance(run, Ids) else run
-        parts, images, clips = self._read(elements, document.media, document.max_frames, False, False, ())
+        parts, images, clips = self._read(elements, document.media, document.max_frames)
         return self._measured(_DocumentPlan(lay_out(parts, self.config.tokens), images, clips))
 
     def _measured(self, plan: _DocumentPlan) -> Lengths:
@@ -185,7 +197,7 @@ class Processor:
             SampleError: what `measure` raises; "no_codes" when the store lacks a window of its audio; "changed" when
                 codes are not of the measured length or the model's codebooks; "silent_audio" where mels are asked for.
         """
-        return self._encoded(self._plan(document, pixels=True, mels=mels, rates=rates), codes)
+        return self._encoded(self._plan(document, _Decoding(pixels=True, mels=mels, rates=rates)), codes)
 
     def encode_prompt(
         self, elements: Sequence[Element | PrecomputedAudio], media: Mapping[str, Media]
@@ -195,7 +207,7 @@ class Processor:
         Their references name `media`. Raises SampleError as `encode`.
         """
         elements = thin_frames(elements, self.config.vision.max_frames)
-        parts, images, clips = self._read(elements, media, max_frames=0, pixels=True, mels=True, rates=())
+        parts, images, clips = self._read(elements, media, decoding=_Decoding(pixels=True, mels=True))
         return self._encoded(_DocumentPlan(lay_out(parts, self.config.tokens), images, clips), None)
 
     def _encoded(self, plan: _DocumentPlan, codes: Codes | None) -> EncodedDocument:
@@ -229,21 +241,19 @@ class Processor:
             damaged_packets=sum(each.damaged for each in (*plan.images, *plan.clips)),
         )
 
-    def _plan(
-        self, document: Document, pixels: bool = False, mels: bool = False, rates: Sequence[int] = ()
-    ) -> _DocumentPlan:
+    def _plan(self, document: Document, decoding: _Decoding = _NOTHING) -> _DocumentPlan:
         if self.unmarked == "refuse" and not is_marked(document):
             raise SampleError("unmarked", "the document has no <trainable_start>, which data.unmarked=refuse asks for")
-        look = (document.media, document.max_frames)
+        look = (document.media, document.max_frames, decoding)
         if document.span is None:
             elements = document_elements(document, self.config.vision.max_frames)
-            parts, images, clips = self._read(elements, *look, pixels, mels, rates)
+            parts, images, clips = self._read(elements, *look)
             last_ids = parts[-1].ids if parts and isinstance(parts[-1], TextPart) else ()
             layout = lay_out([*parts, *self._ending(document, elements, last_ids)], self.config.tokens)
         else:
             # A chunk knows what comes after it: its last position predicts the next chunk's first token.
             elements, after = cut_span(self.runs(document), document.span)
-            parts, images, clips = self._read(elements, *look, pixels, mels, rates)
+            parts, images, clips = self._read(elements, *look)
             layout = lay_out(parts, self.config.tokens, _first_part(after))
         if not layout.has_loss:
             raise SampleError("no_loss", "nothing in the document carries loss")
@@ -253,10 +263,8 @@ class Processor:
         self,
         elements: Sequence[Element | PrecomputedAudio | Ids],
         root: Path | MediaRoot | Mapping[str, Media],
-        max_frames: int,
-        pixels: bool,
-        mels: bool,
-        rates: Sequence[int],
+        max_frames: int = 0,
+        decoding: _Decoding = _NOTHING,
     ) -> tuple[list[Part], list[ImageGroup], list[AudioClip]]:
         """Reads the parts of the sequence and the media: all from headers, and decoded with the same look at
         the file.
@@ -281,10 +289,10 @@ class Processor:
             if isinstance(element, TokensElement):
                 parts.append(TextPart(self._ids(media), element.trainable))
             elif isinstance(element, AudioElement):
-                clips.append(read_clip(media, self.config.audio, mels, rates))
+                clips.append(read_clip(media, self.config.audio, decoding.mels, decoding.rates))
                 parts.append(AudioPart(clips[-1].code_frames, element.spoken, element.trainable))
             else:
-                images.append(read_images(element, media, self.config.vision, self.images, max_frames, pixels))
+                images.append(read_images(element, media, self.config.vision, self.images, max_frames, decoding.pixels))
                 count = images[-1].patches // self.config.vision.merged_patches
                 parts += [VisualPart(count, images[-1].frame)] * images[-1].count
         return parts, images, clips
@@ -293,7 +301,7 @@ class Processor:
         """Returns text as its ids, a medium as it is."""
         if not isinstance(element, TextElement | TokensElement):
             return element
-        part = self._read([element], root, 0, False, False, ())[0][0]
+        part = self._read([element], root)[0][0]
         return Ids(part.ids if isinstance(part, TextPart) else (), element.trainable)
 
     @cached_property
