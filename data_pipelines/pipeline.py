@@ -42,19 +42,16 @@ NAMED = 1000  # skipped documents of a source that the log names; the others are
 
 @dataclass(frozen=True)
 class Pipeline:
-    """An indexed mixture, ready to be packed. Nothing of its media has been decoded yet.
-
-    `weighting` is what documents count in the loss (`train.document_weighting`), `untrained` are special tokens that no
-    loss asks for.
-    """
+    """An indexed mixture, ready to be packed. Nothing of its media has been decoded yet."""
 
     config: DataConfig
-    omni: OmniConfig
-    processor: Processor
-    indexes: tuple[Index, ...]
+    omni: OmniConfig  # the model's sizes
+    processor: Processor  # measures and encodes documents
+    indexes: tuple[Index, ...]  # of the sources, in their order
+    # Mels that batches hold beside mel slots, by name.
     targets: Mapping[str, MelTargetSpec] = field(default_factory=dict)
-    weighting: str = "token"
-    untrained: tuple[int, ...] = ()
+    weighting: str = "token"  # what documents count in the loss (`train.document_weighting`)
+    untrained: tuple[int, ...] = ()  # special tokens that no loss asks for
 
     @property
     def cache(self) -> Path:

@@ -12,42 +12,35 @@ from data_pipelines.media.location import Media, MediaRoot
 
 @dataclass(frozen=True)
 class Document:
-    """One document: `text` is the source prompt in the released form, `location` the manifest line it comes from.
+    """One document, or a piece of one: what a manifest line or a record of a shard holds.
 
-    `media` tells the folder that media paths in the text are relative to or, for a document of a shard, the media
-    themselves by the name the text uses. A piece of a longer document has the system prompt and the turns from
-    `turns[0]` until `turns[1]` alone; `max_frames` limits the frames of each of its videos (0: as the model does).
-    Of what is left so, `span` takes the items from `span[0]` until `span[1]`: tokens of text and media (`parts`).
+    A piece has the system prompt and the turns from `turns[0]` until `turns[1]` alone, and of what is left so the
+    items from `span[0]` until `span[1]`: tokens of text and media (`parts`).
     """
 
     id: str
-    type: str
-    text: str
-    location: str
+    type: str  # one of `DOCUMENT_TYPES`, or any other word
+    text: str  # the source prompt in the released form
+    location: str  # the manifest line or record it comes from
+    # The folder that paths in the text are relative to; of a shard, the media by the name the text uses.
     media: Path | MediaRoot | Mapping[str, Media]
-    turns: tuple[int, int] | None = None
-    max_frames: int = 0
-    span: tuple[int, int] | None = None
+    turns: tuple[int, int] | None = None  # of a piece; None: all
+    max_frames: int = 0  # most frames of each of its videos; 0: as the model does
+    span: tuple[int, int] | None = None  # of a chunk; None: all
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """What a document takes of each budget, known without decoding a pixel or a sample.
+    """What a document takes of each budget, known without decoding a pixel or a sample."""
 
-    `tokens` row slots; `patches` 14x14 patches; `audio_frames` code frames (12.5 Hz) heard or spoken; `audio_targets`
-    spoken frames that carry loss, one end frame a clip included; `mel_windows` windows of at most 30 s; `items` media.
-    `image_patches` has the patches of each image and video frame, in order: none may be cut. `text_targets`, of which
-    there is no budget, are the positions with a text target.
-    """
-
-    tokens: int
-    patches: int = 0
-    audio_frames: int = 0
-    audio_targets: int = 0
-    mel_windows: int = 0
-    items: int = 0
-    image_patches: tuple[int, ...] = ()
-    text_targets: int = 0
+    tokens: int  # slots of a row
+    patches: int = 0  # of 14x14 pixels
+    audio_frames: int = 0  # code frames (12.5 Hz), heard or to be generated
+    audio_targets: int = 0  # frames of speech that carry loss, one end frame a clip included
+    mel_windows: int = 0  # windows of at most 30 s
+    items: int = 0  # images, video frames and clips
+    image_patches: tuple[int, ...] = ()  # of each image and video frame, in order: none may be cut
+    text_targets: int = 0  # positions with a text target; there is no budget of them
 
     @property
     def trainable(self) -> int:
@@ -59,33 +52,28 @@ class Lengths:
 class EncodedDocument:
     """A decoded document, its slots counted from 0 at its own first token.
 
-    n tokens, a code frames, q levels, c frames to predict, p patches, v visual tokens, w windows of audio.
-
-    Targets are already shifted: `text_targets[i]` is what position i must predict, 0 with weight 0 where nothing is.
-    `audio_targets[j]` is predicted at slot `audio_target_slots[j]`; an end frame has class `codebook_sizes[0]` at
-    level 0, zeros above, and weight at level 0 only. `patch_frames` numbers the images of the document from 1;
-    patches come grouped 2x2, so the four of one visual token are neighbors, and `patch_grid` is their (row, column).
-    `mels`, when they were asked for, are the log mels (frames, mels) of the windows, whose code frames begin at
-    `mel_places` among the a; `waves` their samples by rate in Hz. `damaged_packets` counts packets of its media that
-    could not be decoded: the document is used without them.
+    n tokens, a code frames, q levels, c frames to predict, p patches, v visual tokens. Targets are already shifted. An
+    end frame has class `codebook_sizes[0]` at level 0, zeros above, and weight at level 0 only. Patches come grouped
+    2x2, so the four of one visual token are neighbors.
     """
 
     tokens: Int32[np.ndarray, "n"]
-    text_targets: Int32[np.ndarray, "n"]
+    text_targets: Int32[np.ndarray, "n"]  # what each position predicts; 0 with weight 0 where it predicts nothing
     text_weights: Float32[np.ndarray, "n"]
     audio_codes: Int32[np.ndarray, "a q"]
-    audio_slots: Int32[np.ndarray, "a"]
-    audio_targets: Int32[np.ndarray, "c q"]
+    audio_slots: Int32[np.ndarray, "a"]  # slots of the code frames, in order
+    audio_targets: Int32[np.ndarray, "c q"]  # frame j is predicted at slot `audio_target_slots[j]`
     audio_weights: Float32[np.ndarray, "c q"]
     audio_target_slots: Int32[np.ndarray, "c"]
-    patches: UInt8[np.ndarray, "p 588"]
-    patch_grid: Int32[np.ndarray, "p 2"]
-    patch_frames: Int32[np.ndarray, "p"]
-    visual_slots: Int32[np.ndarray, "v"]
-    mels: tuple[Float32[np.ndarray, "_ mels"], ...] = ()
-    mel_places: tuple[int, ...] = ()
+    patches: UInt8[np.ndarray, "p 588"]  # raw values (channel, row, column)
+    patch_grid: Int32[np.ndarray, "p 2"]  # (row, column) in the image
+    patch_frames: Int32[np.ndarray, "p"]  # number of the image in the document, from 1
+    visual_slots: Int32[np.ndarray, "v"]  # slots of the visual tokens, in order
+    mels: tuple[Float32[np.ndarray, "_ mels"], ...] = ()  # log mels of the windows, where asked for
+    mel_places: tuple[int, ...] = ()  # place of each window's first code frame among the a
+    # Samples of the windows by rate in Hz, where asked for.
     waves: tuple[Mapping[int, Float32[np.ndarray, "_"]], ...] = ()
-    damaged_packets: int = 0
+    damaged_packets: int = 0  # packets of its media that were left out
 
     @property
     def lengths(self) -> Lengths:

@@ -32,25 +32,22 @@ _CLOCK = 1000  # Hz at which lengths of audio are told
 
 @dataclass(frozen=True)
 class MediaMeasure:
-    """One medium: its kind (of `KINDS`), sides in pixels (0: it has none), length in seconds (0: none), bytes."""
+    """One medium, by its header."""
 
-    kind: str
-    height: int
-    width: int
-    seconds: float
-    bytes: int
+    kind: str  # of `KINDS`
+    height: int  # in pixels; 0: it has none
+    width: int  # in pixels; 0: it has none
+    seconds: float  # 0: it has no length
+    bytes: int  # of the file
 
 
 @dataclass(frozen=True)
 class DocumentMeasure:
-    """A document's type, characters of text (with the names of special tokens, without media), and media in order.
-
-    Text that is tokenized already counts as neither: only its tokenizer knows how long it is.
-    """
+    """One document. Text that is tokenized already does not count: only its tokenizer knows how long it is."""
 
     type: str
-    characters: int
-    media: tuple[MediaMeasure, ...]
+    characters: int  # of text, names of special tokens included
+    media: tuple[MediaMeasure, ...]  # in order
 
 
 def measure_document(document: Document) -> DocumentMeasure:
@@ -80,17 +77,13 @@ def _probe_video(media: Media) -> tuple[int, int, float]:
 
 @dataclass(frozen=True)
 class Measures:
-    """Measures of n documents and their m media as columns.
-
-    `type` numbers into `types`; document i's media begin at `media_places[i]` and end before `media_places[i + 1]`.
-    `kind` numbers into `KINDS`.
-    """
+    """Measures of n documents and their m media as columns."""
 
     types: tuple[str, ...]
-    type: Int32[np.ndarray, "n"]
+    type: Int32[np.ndarray, "n"]  # numbers into `types`
     characters: Int64[np.ndarray, "n"]
-    media_places: Int64[np.ndarray, "n+1"]
-    kind: UInt8[np.ndarray, "m"]
+    media_places: Int64[np.ndarray, "n+1"]  # document i's media begin at [i] and end before [i + 1]
+    kind: UInt8[np.ndarray, "m"]  # numbers into `KINDS`
     height: Int32[np.ndarray, "m"]
     width: Int32[np.ndarray, "m"]
     seconds: Float32[np.ndarray, "m"]

@@ -33,7 +33,7 @@ class TextElement:
 
     text: str
     trainable: bool = False
-    plain: bool = False
+    plain: bool = False  # names of special tokens in it are text
 
 
 @dataclass(frozen=True)

@@ -39,18 +39,15 @@ Part = TextPart | VisualPart | AudioPart
 
 @dataclass
 class Layout:
-    """A document's sequence. `predicted[i]`: token i is a text target of position i - 1; `following` is the same of the
-    token after the last, where the document is a part of one that goes on: (its id, whether it is a target).
-
-    Slots are in order of appearance. `spoken` holds, for each clip that carries loss, the slot of its start mark, the
-    place of its first frame among all code frames, and its number of frames.
-    """
+    """A document's sequence: its tokens, and what of it is predicted. Slots are in order of appearance."""
 
     tokens: list[int] = field(default_factory=list)
-    predicted: list[bool] = field(default_factory=list)
-    visual_slots: list[int] = field(default_factory=list)
-    audio_slots: list[int] = field(default_factory=list)
+    predicted: list[bool] = field(default_factory=list)  # token i is a text target of position i - 1
+    visual_slots: list[int] = field(default_factory=list)  # of visual tokens
+    audio_slots: list[int] = field(default_factory=list)  # of code frames
+    # Of each clip that carries loss: slot of its start mark, place of its first frame, number of frames.
     spoken: list[tuple[int, int, int]] = field(default_factory=list)
+    # Of a part of a document: the id of the token after the last, and whether it is a target.
     following: tuple[int, bool] = (0, False)
 
     @property

@@ -17,19 +17,14 @@ _W64_TAIL = b"\xf3\xac\xd3\x11\x8c\xd1\x00\xc0\x4f\x8e\xdb\x8a"  # of the names 
 
 @dataclass(frozen=True)
 class Promise:
-    """What a header says. Zeros and None where it says nothing.
+    """What a header says of the length. Zeros and None where it says nothing."""
 
-    `samples` is how long the audio is, exactly, and the file is known to hold them; `least` is what the file must not
-    fall short of. Both count at `rate` Hz. `patched` are sizes (offset, bytes to be read there) in the place of
-    placeholders, not all of which FFmpeg takes for such. `damaged` counts parts that FFmpeg passes over in silence.
-    """
-
-    samples: int | None = None
-    least: int = 0
-    rate: int = 0
+    samples: int | None = None  # how long the audio is, exactly: the file is known to hold them
+    least: int = 0  # what the file must not fall short of
+    rate: int = 0  # in Hz, of both counts
     channels: int = 0
-    patched: tuple[tuple[int, bytes], ...] = ()
-    damaged: int = 0
+    patched: tuple[tuple[int, bytes], ...] = ()  # sizes in the place of placeholders: (offset, bytes to be read there)
+    damaged: int = 0  # parts that FFmpeg passes over in silence
 
 
 @dataclass(frozen=True)

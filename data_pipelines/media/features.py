@@ -97,13 +97,13 @@ def patchify(
 
 @dataclass(frozen=True)
 class Window:
-    """At most 30 s of a clip: its number, first sample and length in samples, its mel frames and its code frames."""
+    """At most 30 s of a clip."""
 
-    index: int
-    start: int
-    samples: int
-    mel_frames: int
-    code_frames: int
+    index: int  # its number among all windows, those without codes included
+    start: int  # its first sample
+    samples: int  # its length
+    mel_frames: int  # valid ones
+    code_frames: int  # at 12.5 Hz; a trailing partial group gives none
 
 
 def split_windows(samples: int, config: AudioConfig) -> list[tuple[int, int]]:

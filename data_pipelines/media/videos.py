@@ -41,10 +41,10 @@ _UNKNOWN_MATRICES = (2, 3)  # colors whose matrix is unspecified, or of a reserv
 class VideoProbe:
     """Sides in pixels, the times in seconds of the frames that the model sees, and how long the video is."""
 
-    height: int
+    height: int  # upright, in pixels
     width: int
-    times: tuple[float, ...]
-    seconds: float
+    times: tuple[float, ...]  # in seconds, of the frames that the model sees
+    seconds: float  # how long the video is
 
 
 def probe_video(media: Media, frames_per_second: float, max_frames: int) -> VideoProbe:

@@ -45,14 +45,14 @@ NAMES = tuple(_DTYPES)
 class Columns:
     """n documents with m images. Pickled as its folder where it has one."""
 
-    lengths: Int32[np.ndarray, "n budgets"]
+    lengths: Int32[np.ndarray, "n budgets"]  # what each document takes of the budgets
     text_targets: Int32[np.ndarray, "n"]
-    places: Int64[np.ndarray, "n"]
-    numbers: Int32[np.ndarray, "n"]
-    image_patches: Int32[np.ndarray, "m"]
-    image_offsets: Int64[np.ndarray, "n+1"]
-    folder: Path | None = None
-    meta: dict = field(default_factory=dict)
+    places: Int64[np.ndarray, "n"]  # where its source has it
+    numbers: Int32[np.ndarray, "n"]  # its line or record
+    image_patches: Int32[np.ndarray, "m"]  # of all images, document after document
+    image_offsets: Int64[np.ndarray, "n+1"]  # document i's begin at [i] and end before [i + 1]
+    folder: Path | None = None  # where the columns are mapped from; None: they are in memory
+    meta: dict = field(default_factory=dict)  # counts, causes of skipped documents, digest
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -146,21 +146,15 @@ WHOLE = (-1, -1)  # in the place of turns or of a span: all there is
 
 @dataclass(frozen=True)
 class Pieces:
-    """k pieces, in the order of the documents they are of.
+    """k pieces of documents beyond a budget, in the order of these documents."""
 
-    `documents` are those documents' numbers; `turns` the first turn of a piece and the one after its last, -1 for all;
-    `max_frames` what its videos are cut down to, 0 for none; `spans` the first item of a chunk and the one after its
-    last, -1 for all. `left` has, for documents of which something stays beyond
-    a budget, the sentence; `handled` counts documents by the policy that made them fit.
-    """
-
-    documents: Int64[np.ndarray, "k"]
-    turns: Int32[np.ndarray, "k 2"]
-    max_frames: Int32[np.ndarray, "k"]
-    spans: Int32[np.ndarray, "k 2"]
-    columns: Columns
-    left: dict[int, str] = field(default_factory=dict)
-    handled: Counter = field(default_factory=Counter)
+    documents: Int64[np.ndarray, "k"]  # numbers of the documents they are of
+    turns: Int32[np.ndarray, "k 2"]  # a piece's first turn and the one after its last; -1: all
+    max_frames: Int32[np.ndarray, "k"]  # what its videos are cut down to; 0: as they are
+    spans: Int32[np.ndarray, "k 2"]  # first item of a chunk and the one after its last; -1: all
+    columns: Columns  # lengths of the pieces
+    left: dict[int, str] = field(default_factory=dict)  # document -> why something of it stays beyond a budget
+    handled: Counter = field(default_factory=Counter)  # documents by the policy that made them fit
 
     def __len__(self) -> int:
         return len(self.documents)

@@ -55,18 +55,15 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Index:
-    """One source's documents, `total` of them, numbered from 0.
-
-    `over` are those that an empty row of `limits` cannot hold, ascending; `pieces` what is made of them, numbered from
-    `total` on. Picklable: columns go as the name of their folder.
-    """
+    """One source's documents, `total` of them, numbered from 0. Picklable: columns go as the name of their folder."""
 
     name: str
     source: Source
-    columns: Columns
-    limits: RowLimits | None = None
+    columns: Columns  # lengths of every document
+    limits: RowLimits | None = None  # what a row holds, once that is known
+    # Documents that an empty row cannot hold, ascending.
     over: Int64[np.ndarray, "o"] = field(default_factory=lambda: np.zeros(0, np.int64))
-    pieces: Pieces = NO_PIECES
+    pieces: Pieces = NO_PIECES  # what is made of these, numbered from `total` on
 
     @property
     def manifest(self) -> str:

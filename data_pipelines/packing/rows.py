@@ -43,31 +43,27 @@ class Step:
     (source, document) to the packets of its media that could not be decoded; the document is used without them.
     """
 
-    batch: Batch
+    batch: Batch  # this host's rows
     failed: dict[tuple[int, int], tuple[str, str, str]]
-    state: dict
+    state: dict  # the plan's state after the step, of all hosts
     damaged: dict[tuple[int, int], int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class RowDecoder:
-    """Turns planned rows into a batch. Picklable: it goes to the workers.
+    """Turns planned rows into a batch. Picklable: it goes to the workers."""
 
-    `loss_weights` are the sources' own; `weighting` is `train.document_weighting`; `untrained` are special tokens that
-    no loss asks for.
-    """
-
-    indexes: tuple[Index, ...]
+    indexes: tuple[Index, ...]  # of the sources, in their order
     processor: Processor
-    codes: Codes | None
+    codes: Codes | None  # the store of audio codes; None: zeros
     budgets: Budgets
     omni: OmniConfig
-    layout: PatchLayout
-    context: ContextPlan
-    mels: MelSlots
-    loss_weights: tuple[float, ...]
-    weighting: str = "token"
-    untrained: tuple[int, ...] = ()
+    layout: PatchLayout  # where images lie
+    context: ContextPlan  # which shard of the mesh gets which tokens
+    mels: MelSlots  # what mel slots show
+    loss_weights: tuple[float, ...]  # the sources' own
+    weighting: str = "token"  # `train.document_weighting`
+    untrained: tuple[int, ...] = ()  # special tokens that no loss asks for
 
     def __call__(self, rows: list[PackedRow], mel_frames: int = 0) -> tuple[Batch, dict]:
         """Decodes the batch of `rows`, its mel slots of `mel_frames`, and the documents that could not be decoded."""

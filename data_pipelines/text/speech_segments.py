@@ -117,20 +117,17 @@ def cut_places(text: str, least: float = 0.0, marks: Marks = "clauses", quotes: 
 class PieceTable(NamedTuple):
     """The rule over the v tokens of a tokenizer, as arrays; what a token means to the rule is one of k rows.
 
-    `after[row, 3 * state + word]` is the state behind such a token, `cuts` how many of its characters stand before a
-    cut (-1: no cut, 0: the cut is before it). `prefix` has the token of its first one and two characters (-1: there is
-    none), `units` the time it takes to speak, `words` the word it ends in: (whether it is part of one word, that part
-    as a number, its length, whether it begins with a full stop, the word it ends in, its length, whether that
-    is one capital letter).
+    A line of `words` tells of the word a token ends in: whether the token is part of one word, that part as a number,
+    its length, whether it begins with a full stop, the word it ends in, its length, whether that is one capital letter.
     """
 
-    row: Int32[np.ndarray, " v"]
-    after: Int32[np.ndarray, "k s"]
-    cuts: Int32[np.ndarray, "k s"]
-    prefix: Int32[np.ndarray, "v 2"]
-    units: Int32[np.ndarray, " v"]
-    words: Int32[np.ndarray, "v 7"]
-    abbreviations: Int32[np.ndarray, " a"]
+    row: Int32[np.ndarray, " v"]  # of each token
+    after: Int32[np.ndarray, "k s"]  # [row, 3 * state + word] is the state behind such a token
+    cuts: Int32[np.ndarray, "k s"]  # how many of its characters stand before a cut; -1: no cut
+    prefix: Int32[np.ndarray, "v 2"]  # the token of its first one and two characters; -1: there is none
+    units: Int32[np.ndarray, " v"]  # hundredths of a second that it takes to speak
+    words: Int32[np.ndarray, "v 7"]  # the word that it ends in
+    abbreviations: Int32[np.ndarray, " a"]  # as numbers, ascending
 
 
 def piece_table(tokenizer: Tokenizer | None, vocab: int) -> PieceTable:
