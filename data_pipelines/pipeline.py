@@ -96,6 +96,7 @@ class Pipeline:
         ConfigError when it is of another version.
         """
         config = self.config
+        # The stream of documents, then rows of them; both on every host alike.
         weights = [source.weight for source in config.mixture]
         mixture = Mixture(self.indexes, weights, config.seed, counted=config.weights_by, epochs=epochs)
         if resume_state is not None:
@@ -153,6 +154,7 @@ class Pipeline:
         Raises:
             ConfigError: rows cannot be dealt to so many.
         """
+        # Workers make the plan themselves: it is cheap, and its state travels with each step.
         plan = partial(self.step_plan, epochs=epochs, resume_state=resume_state if state is None else None)
         dataset = StepDataset(plan, self.decoder(codes, context_shards), shard, state)
         return read_steps(dataset, self.config.workers)
@@ -307,6 +309,7 @@ def load_or_train_tokenizer(config: DataConfig, omni: OmniConfig) -> Tokenizer:
     """
     if config.tokenizer:
         return load_tokenizer(config.tokenizer)
+    # The name tells what it was trained on, so another mixture trains another one.
     texts = [text for source in config.mixture for text in _texts(open_source(config, source))]
     key = hashlib.sha256("\0".join([str(omni.llm.vocab_size), *texts]).encode()).hexdigest()[:16]
     path = cache_folder(config) / f"tokenizer-{key}.json"

@@ -132,6 +132,7 @@ def plain_manifest(path: Path, name: str, folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         # Other processes, perhaps of other hosts, may be writing the same one.
         partial = copy.with_name(f"{copy.name}.{uuid.uuid4().hex[:12]}.partial")
+        # Written beside it and renamed, so that nobody reads half of it.
         try:
             with partial.open("xb") as target:
                 shutil.copyfileobj(file, target, 1 << 20)
@@ -154,6 +155,7 @@ def open_manifest(path: Path, name: str = "") -> Iterator[io.BufferedIOBase]:
     except OSError as error:
         raise ConfigError(f"manifest {name} cannot be read: {error.strerror}") from error
     with file:
+        # The first bytes are peeked at, so that pipes and archives are opened once.
         # What decides is the content, not the ending.
         compression = _compression(file.peek(4)[:4])
         try:
@@ -239,6 +241,7 @@ class _ZstdStream(io.RawIOBase):
                 raise _ZstdError
             return False
         try:
+            # Frames follow each other without a gap; a new one begins where the last one ended.
             while data:
                 self._frame = self._frame or self._new()
                 self._left += self._frame.decompress(data)
@@ -284,11 +287,13 @@ def parse_line(line: bytes, number: int, manifest: str, root: MediaRoot) -> Docu
         SampleError: `bad_json` for what is no JSON, `bad_form` for JSON that is no document of our form.
     """
     where = f"{manifest}:{number}"
+    # Stage 1: JSON of any form; what is none says why in the words of whoever wrote it.
     content = _content(line)
     try:
         values = json.loads(content.decode())
     except (ValueError, RecursionError) as error:
         raise SampleError("bad_json", f"{where} is not JSON: {_why_no_json(content, error)}") from error
+    # Stage 2: an object with a text; forms of other programs are called by their name.
     if not isinstance(values, dict):
         raise SampleError("bad_form", f'{where} is {_json_name(values)}, not an object with "text"')
     if "text" not in values:
@@ -298,6 +303,7 @@ def parse_line(line: bytes, number: int, manifest: str, root: MediaRoot) -> Docu
     for key in ("id", "type"):
         if not isinstance(values.get(key), str | int | float | None):
             raise SampleError("bad_form", f'{where}: "{key}" is {_json_name(values[key])}, not a text')
+    # Stage 3: numbers are taken for ids and types, as spreadsheets write them.
     identifier, kind = ("" if values.get(key) is None else str(values[key]) for key in ("id", "type"))
     identifier = identifier or f"{manifest_stem(manifest)}-{number}"
     try:

@@ -140,8 +140,10 @@ def load_measures(path: Path) -> Measures:
 def join(tables: Iterable[Measures]) -> Measures:
     """Joins several tables into one, in order."""
     tables = list(tables) or [collect([])]
+    # Types are numbered anew, over all tables.
     types = tuple(sorted({name for table in tables for name in table.types}))
     numbers = [np.array([types.index(name) for name in table.types], np.int32)[table.type] for table in tables]
+    # Media of later tables come behind those of earlier ones.
     starts = np.cumsum([0, *(len(table.kind) for table in tables)])
     places = [table.media_places[:-1] + start for table, start in zip(tables, starts, strict=False)]
     rest = [field.name for field in fields(Measures) if field.name not in ("types", "type", "media_places")]

@@ -121,6 +121,7 @@ def read_images(
         SampleError: "unreadable_media", "too_big_media".
     """
     damage, images = Damage(), []
+    # Stage 1: sizes, from the header or with the same look at the file that decodes.
     if isinstance(element, VideoElement):
         most = min(max_frames or vision.max_frames, vision.max_frames)
         if decode:
@@ -133,6 +134,7 @@ def read_images(
         height, width, count, frame = images[0].height, images[0].width, 1, element.frame
     else:
         (height, width), count, frame = probe_image(media, settings), 1, element.frame
+    # Stage 2: the size that the model sees; of a video all frames have one.
     height, width = visual_size(height, width, vision, frame=frame)
     size = vision.patch_size
     # Resized one by one: a video's frames come from a generator, and are never all held as pixels.

@@ -32,12 +32,15 @@ def document_elements(document: Document, max_frames: int = 0) -> list[Element]:
     as a whole. Raises SampleError "bad_prompt".
     """
     elements = parse_prompt(document.text)
+    # Unmarked documents train whole, as released.
     if not is_marked(document):
         learnable = TextElement | AudioElement | TokensElement
         elements = [replace(each, trainable=True) if isinstance(each, learnable) else each for each in elements]
+    # A piece has the system prompt and its own turns.
     if document.turns is not None:
         head, turns = cut_turns(elements)
         elements = head + [element for turn in turns[slice(*document.turns)] for element in turn]
+    # The stricter of the two limits; 0 is none.
     most = min(document.max_frames or max_frames, max_frames or document.max_frames)
     return thin_frames(elements, most) if most else elements
 

@@ -154,6 +154,7 @@ class Processor:
 
     def runs(self, document: Document) -> list[Run]:
         """Returns all items of a document whatever its `span`: text as ids, end of text included, and media."""
+        # Chunks of one document are asked for one after the other: its ids are kept until the next.
         key = (document.id, document.location, document.text, document.turns, document.max_frames)
         if self._last_runs[0] != key:
             elements = document_elements(document, self.config.vision.max_frames)
@@ -242,6 +243,7 @@ class Processor:
         )
 
     def _plan(self, document: Document, decoding: _Decoding = _NOTHING) -> _DocumentPlan:
+        # Stage 1: elements. Stage 2: parts and media. Stage 3: the layout, which tells what carries loss.
         if self.unmarked == "refuse" and not is_marked(document):
             raise SampleError("unmarked", "the document has no <trainable_start>, which data.unmarked=refuse asks for")
         look = (document.media, document.max_frames, decoding)

@@ -102,6 +102,7 @@ def join(parts: Iterable[str]) -> Source:
     >>> join(["<C_A>", Source("<C_A>"), "<C_", "A>"])
     '<<literal_omni>C_A><C_A><C_<literal_omni>A>'
     """
+    # Pieces are checked where they meet: two harmless ones may make a name together.
     written = ""
     for part in parts:
         piece = str(part) if isinstance(part, Source) else escape(part)
@@ -159,6 +160,7 @@ def conversation(turns: Sequence[tuple[str, str]], system: str = "", voice: str 
     Where an answer holds speech (`speech_tag`), the conversation has the form of those that are answered aloud: the
     mark before each answer and, unless there is a `system` prompt, that which names the `voice`.
     """
+    # The form follows from the answers: with speech in one, all turns have the marks of speech.
     spoken = any(isinstance(answer, Source) and names.AUDIOGEN_START in answer for _, answer in turns)
     if spoken and not system:
         system = voice_prompt(voice)
@@ -178,6 +180,7 @@ def write_prompt(elements: Iterable[Element]) -> Source:
     """Writes the prompt that `parse_prompt` reads as `elements`; frames of one video that stood in a list
     stand alone.
     """
+    # Neighbors that train stand between one pair of marks.
     runs = groupby(elements, key=lambda element: getattr(element, "trainable", False))
     written = ((learned, join(map(_write, run))) for learned, run in runs)
     return join(trainable(text) if learned else text for learned, text in written)

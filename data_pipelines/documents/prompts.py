@@ -114,6 +114,7 @@ def read_text(text: str, trainable: bool = False) -> list[TextElement]:
     """Reads the text between two marks: as one element or, where it holds escaped names, cut at special tokens."""
     if names.LITERAL not in text:
         return [TextElement(text, trainable)] if text else []
+    # Cut at special tokens: what holds an escaped name is plain text as a whole.
     found: list[TextElement] = []
     for part in filter(None, SPECIAL.split(text)):
         plain = names.LITERAL in part
@@ -148,6 +149,7 @@ def replace_references(prompt: str, change: Callable[[MediaReference], MediaRefe
 
     All else stays as it is, byte for byte. Raises SampleError("bad_prompt").
     """
+    # Marks stand at odd places; only tags whose end follows at once are references.
     parts = _SPLIT.split(prompt)
     for place in range(1, len(parts) - 2, 2):
         if parts[place + 2] == _CLOSING.get(parts[place]):
@@ -222,6 +224,7 @@ class _Parser:
 
     def _video(self) -> None:
         """Reads a video file, or a list of frames with nothing but white space between them."""
+        # A list begins with a frame; anything else between the marks is a file.
         listed = self.place + 1 < len(self.parts) and self.parts[self.place + 1] == names.FRAME_START
         if not listed:
             self.elements.append(self._media(names.VIDEO_START))

@@ -66,6 +66,7 @@ def encode_ids(ids: Any, config: OmniConfig) -> EncodedDocument:
         raise RequestError("bad_message", "the token ids are no list of whole numbers")
     if min(ids) < 0 or max(ids) >= config.llm.vocab_size:
         raise RequestError("bad_message", f"a token id lies outside the vocabulary of {config.llm.vocab_size}")
+    # A pad without its media would read an embedding that nobody wrote.
     tokens, special = np.asarray(ids, np.int32), config.tokens
     if np.isin(tokens, (special.audio_pad, special.image_pad, special.video_place)).any():
         raise RequestError("bad_message", "the token ids hold pads of media, without their media")

@@ -38,6 +38,7 @@ def flac_promise(file: BufferedIOBase, size: int, start: int) -> Promise:
     block = file.read(38)
     if len(block) < 38 or block[0] & 0x7F or block[1:4] != b"\0\0\x22":
         return Promise()
+    # STREAMINFO: block sizes, then rate, channels and the count of samples in packed bits.
     least, most = struct.unpack(">HH", block[4:8])
     packed = int.from_bytes(block[14:22], "big")
     rate, channels, total = packed >> 44, (packed >> 41 & 7) + 1, packed & _UNKNOWN_TOTAL
@@ -127,6 +128,7 @@ def mpeg_promise(file: BufferedIOBase, size: int) -> Promise:
     frames, delay, padding = _mpeg_header(data, block)
     if not frames:
         return Promise(rate=rate)
+    # What encoder and decoder add at both ends is no part of the clip.
     skipped = delay + 529 if delay is not None else 0  # 529: a decoder's own delay
     left = max(0, padding - 529)
     samples = max(0, frames * block - skipped - left)

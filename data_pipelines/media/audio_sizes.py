@@ -48,6 +48,7 @@ def data_bytes(declared: int, start: int, size: int) -> int:
     >>> data_bytes(96000, 44, 96044), data_bytes(0x7FFFF000, 44, 96044), data_bytes(96044, 44, 96044)
     (96000, 96000, 96000)
     """
+    # What the file holds, against what its header declares.
     there = max(0, size - start)
     if declared <= 0 or declared >= PLACEHOLDER:
         return there
@@ -75,6 +76,7 @@ def wave_promise(file: BufferedIOBase, size: int) -> Promise:
             long, place = int.from_bytes(file.read(16)[8:], "little"), start + 8
         elif name == b"data" and form is not None:
             declared = length if long is None else long
+            # An empty `data` chunk with others behind it is empty; else a writer never came back to it.
             if declared == 0 and _ends_in_chunks(file, start, size):
                 return Promise(0, 0, form.rate, form.channels)
             there = data_bytes(declared, start, size)

@@ -131,6 +131,7 @@ def _with_end_mark(file: io.BufferedIOBase, name: str) -> io.BufferedIOBase:
 
     What stands behind whole pixels changes none of them; where they are cut it is taken for the rest, and does.
     """
+    # Four different continuations: where all give the same pixels, none is missing.
     data = file.read()
     file.seek(0)
     if data.rfind(b"\xff\xd9") > data.rfind(b"\xff\xda"):  # the end mark, and that of the last scan's beginning

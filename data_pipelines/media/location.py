@@ -132,6 +132,7 @@ def find_media(reference: MediaReference, root: Path | MediaRoot | Mapping[str, 
     "outside_root" when the path leaves it, or a link leads out of it and out of what it trusts; "missing_file" when no
     regular file is there, or it is an address on the network; "unreadable_media" for text that is not base64.
     """
+    # Stage 1: bytes in the text itself. Stage 2: media of a shard, by name. Stage 3: files below the root.
     if reference.base64:
         return Media(name="base64 media", path=None, data=decode_base64(reference.base64))
     if isinstance(root, Mapping):
@@ -192,6 +193,7 @@ def decode_base64(text: str) -> bytes:
         text = unquote(text)
     elif text[:5].lower() == "data:":
         raise SampleError("unreadable_media", "base64 media cannot be decoded: a data: URL without a comma")
+    # Both alphabets, without padding or with it; mixed ones and anything else are refused.
     text = _SPACE.sub("", text)
     try:
         letters = text.rstrip("=").encode("ascii")

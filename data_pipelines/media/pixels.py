@@ -63,6 +63,7 @@ def read_png(file: io.BufferedIOBase, pixels: bool) -> Png:
     file.seek(0, io.SEEK_END)
     end = file.tell()
     file.seek(len(SIGNATURE))
+    # Chunks of pixels are kept, a few notes are read, everything else is passed over.
     kept, notes, color = [SIGNATURE], {}, b""
     for _ in range(_MAX_CHUNKS):
         head = file.read(8)
@@ -234,6 +235,7 @@ def _scale_grays(image: Image.Image, png: Png | None) -> Image.Image:
 def _levels(values: Integer[np.ndarray, "..."], declared: int, stored: int, white: int = 0) -> UInt8[np.ndarray, "..."]:
     """Scales whole numbers to levels of 8 bits; `white` where it is known already."""
     lowest, largest = int(values.min()), int(values.max())
+    # Signed values lie around the middle gray.
     if lowest < 0:
         half = 2 ** max(7, max(-lowest - 1, largest).bit_length())
         return np.rint((values.astype(np.float64) + half) * (255 / (2 * half - 1))).astype(np.uint8)
@@ -275,6 +277,7 @@ def _scale_colors(image: Image.Image, channels: str, order: str, png: Png | None
         with reopen() as other:
             opposite = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}[order]
             values = upper | _decode_as(other, f"{channels};16{opposite}")
+    # Colors and transparency are scaled apart: each has a largest value of its own.
     count = {"LA": 1, "CMYK": 4}.get(channels, 3)
     color, alpha = values[..., :count], values[..., count:]
     white = maximum or full_scale(int(color.max()), declared, 16)

@@ -106,6 +106,7 @@ def block_work(
     The rule of `kernels.flash_attention.plan_blocks` with blocks of this size for queries and keys: a pair of blocks
     is visited when the ranges of their segment ids meet and the first key is not after the last query.
     """
+    # A pair is visited when the id ranges meet, both blocks hold tokens, and some key is not after some query.
     first_id, first_position, last_id, last_position = _block_bounds(segment_ids, positions, block)
     meet = (first_id <= last_id[:, None]) & (first_id[:, None] <= last_id) & (last_id > 0) & (last_id[:, None] > 0)
     earlier = (first_id == last_id[:, None]) & (first_position <= last_position[:, None])

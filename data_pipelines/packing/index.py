@@ -205,6 +205,7 @@ class Index:
 
 def _read_lengths(columns: Columns, places: Int64[np.ndarray, "k"], first: int) -> list[DocumentLengths]:
     """Returns documents at these places of columns; the document at 0 has the number `first`."""
+    # Whole columns at once: one gather a column instead of one a document.
     needs = columns.lengths[places].tolist()
     starts, ends = columns.image_offsets[places].tolist(), columns.image_offsets[places + 1].tolist()
     texts = columns.text_targets[places].tolist()
@@ -269,6 +270,7 @@ def load_index(config: DataConfig, entry: SourceConfig, processor: Processor, wo
     """
     try:
         source = open_source(config, entry)
+        # Whatever changes a measure changes the name of the index.
         described = f"{FORMAT} {processor.fingerprint} {source.fingerprint} {source.media_key}"
         key = hashlib.sha256(described.encode()).hexdigest()[:16]
     except ConfigError as error:
@@ -314,6 +316,7 @@ def _build(source: Source, processor: Processor, folder: Path, workers: int) -> 
             writer.add(job.out, f"{unit.name}.")
             with (job.out / f"{unit.name}.{SKIPPED_FILE}").open("rb") as part:
                 shutil.copyfileobj(part, skipped)
+    # Written last: an index without its counts is none.
     causes = sum((Counter(summary["causes"]) for summary in summaries), Counter())
     digest = hashlib.sha256(json.dumps(sorted(job.files().items())).encode()).hexdigest()
     writer.close({"causes": causes, "digest": digest[:12]})

@@ -266,6 +266,7 @@ ROUNDS = 6
 
 def permute(places: Int64[np.ndarray, "k"], size: int, seed: str) -> Int64[np.ndarray, "k"]:
     """Looks up what stands at these places (each below `size`) of the order of 0 ... size - 1 that `seed` gives."""
+    # The least even count of bits that holds every number: at most three of four results are out of range.
     half = max((size - 1).bit_length() + 1, 2) // 2
     keys = np.frombuffer(hashlib.sha256(seed.encode()).digest()[: 4 * ROUNDS], "<u4").astype(np.uint64)
     values = places.astype(np.uint64)

@@ -94,6 +94,7 @@ class Fitter:
         count = len(cut_turns(document_elements(document))[1])
         if part.turns != WHOLE or part.span != WHOLE or count < 2:
             return [], [part]
+        # Greedy: as many turns as fit, then the next piece from there on.
         made, left, start = [], [], 0
         while start < count:
             stop, best = start + 1, None
@@ -106,6 +107,7 @@ class Fitter:
             if best:
                 made.append(best)
                 start = best[0].turns[1]
+            # No piece from here on has anything to learn: the document is done.
             elif stop > count:
                 break  # nothing to learn in what is left
             else:
@@ -118,6 +120,7 @@ class Fitter:
         if part.span != WHOLE:
             return [], [part]
         whole = part.cut_from(document)
+        # Runs are measured once each; sums of their lengths decide where to cut.
         runs = self._processor.runs(whole)
         sizes = [self._processor.measure_run(run, whole) for run in runs]
         spans, too_long = cut_chunks(runs, sizes, self._limits)
@@ -266,6 +269,7 @@ def cut_chunks(runs: Sequence[Run], sizes: Sequence[Lengths], limits: RowLimits)
     """
     planner = _Planner(limits)
     too_long, skip = [], 0
+    # From left to right, once: text fills chunks, a medium closes one it has no room in.
     for number, ((start, stop), run, size) in enumerate(
         (*placed, size) for placed, size in zip(place_runs(runs), sizes, strict=True)
     ):
@@ -321,6 +325,7 @@ class _Planner:
     def add_text(self, start: int, stop: int) -> None:
         """Adds the tokens from `start` until `stop`."""
         while self._size.tokens + stop - start > self._tokens:
+            # Cut before the last medium, so that it keeps the text behind it.
             if self._boundary is not None:
                 place, since = self._boundary, self._since
                 self.close(place)

@@ -70,6 +70,7 @@ class RowLimits:
         layout = self.layout
         if layout.fits(images):
             return ""
+        # The budgets hold it: then it is the images, which find no part.
         largest = int(np.argmax(images))
         parts = f"the row's {layout.parts} parts (data.media_shards) of {layout.room} patches"
         if images[largest] > layout.room:

@@ -110,6 +110,7 @@ def choose_font(rng: random.Random, fonts: Sequence[str], text: str) -> str:
     Raises SampleError: "no_font" when none has; "bad_script" for writing that letter after letter from the left does
     not set right: right-to-left scripts and signs that combine.
     """
+    # Refused before any font is looked at: no font sets these right letter by letter.
     characters = {character for character in text if not character.isspace()}
     for character in sorted(characters):
         if unicodedata.bidirectional(character) in ("R", "AL") or unicodedata.category(character).startswith("M"):

@@ -102,6 +102,7 @@ def cut_places(text: str, least: float = 0.0, marks: Marks = "clauses", quotes: 
     """
     after, cuts = _transitions(quotes)
     places: list[int] = []
+    # One pass, one character of state: the same tables that the device follows token by token.
     state, word, units, before, fewest = 0, "", 0, OTHER, round(100 * least)
     for place, (character, kind) in enumerate(zip(text, map(ord, text.translate(_kinds(marks))), strict=True)):
         column = state * 3 + (_word_before_stop(word) if kind == STOP else ENDS)

@@ -53,6 +53,7 @@ def split_text(
     if not 0 <= shortest <= longest or longest < HAN_SECONDS:
         raise ValueError(f"pieces of {shortest} to {longest} s: the shortest is at most the longest, which is >= 0.25")
     pieces = _cut(text, cut_places(text, shortest, "sentences" if sentences else "clauses"))
+    # Finer and finer cuts, each for what the one before left too long: quotes, other marks, white space, anywhere.
     finer = (
         lambda piece: _cut(piece, cut_places(piece)),
         lambda piece: _cut(piece, cut_places(piece, marks="all", quotes=False)),

@@ -88,6 +88,7 @@ def check_tokenizer(tokenizer: Tokenizer, config: OmniConfig) -> None:
     for name in CONVERSATION_TOKENS:
         if tokenizer.token_to_id(name) is None:
             raise ConfigError(f"the tokenizer does not have {name}, a mark of conversations")
+    # Every id must have a row in the embedding.
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values())
     if largest >= config.llm.vocab_size:
         name = tokenizer.id_to_token(largest)
@@ -126,6 +127,7 @@ def tokenizer_from_ranks(path: str | Path, special_tokens: Sequence[str] = SPECI
     """
     ranks = read_ranks(path)
     written = {token: _write_bytes(token) for token in ranks}
+    # Merges in the order of the ranks, as a trained BPE would have learned them.
     merges = []
     for token, rank in ranks.items():
         if len(token) > 1:
@@ -157,6 +159,7 @@ def _split(token: bytes, below: int, ranks: dict[bytes, int]) -> list[bytes]:
     """Splits `token` into pieces after all joins of rank less than `below`, lowest rank first."""
     pieces = [token[i : i + 1] for i in range(len(token))]
     while len(pieces) > 2:
+        # The lowest rank joins first, whatever its place.
         joined = [ranks.get(a + b, below) for a, b in pairwise(pieces)]
         best = min(joined)
         if best >= below:
