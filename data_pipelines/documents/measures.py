@@ -134,7 +134,8 @@ def load_measures(path: Path) -> Measures:
         raise ValueError(f"it is damaged: {error}") from error
     if (schema := int(columns.pop("schema"))) != SCHEMA:
         raise ValueError(f"it has schema {schema}; this program reads {SCHEMA}")
-    return Measures(**(columns | {"types": tuple(json.loads(str(columns["types"])))}))
+    columns["types"] = tuple(json.loads(str(columns["types"])))
+    return Measures(**columns)
 
 
 def join(tables: Iterable[Measures]) -> Measures:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from io import BufferedIOBase
-from typing import Any
+from typing import Any, cast
 
 import av
 from av.container import InputContainer
@@ -120,7 +120,7 @@ def opened(media: Media, kind: str, patched: Sequence[tuple[int, bytes]] = ()) -
                 container = stack.enter_context(av.open(source, mode="r", options={"format_whitelist": FORMATS}))
             except ArgumentError as error:  # FFmpeg's word for formats that are not on the list
                 raise UnknownFormatError("its format is none of those that are read") from error
-            yield container
+            yield cast(InputContainer, container)  # opened for reading
 
 
 class _PatchedFile:

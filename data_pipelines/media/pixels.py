@@ -20,7 +20,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from jaxtyping import Bool, Integer, UInt8
@@ -350,7 +350,7 @@ def _transform(profile: bytes, mode: str) -> tuple[str, ImageCms.ImageCmsTransfo
     kinds = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile) if profile else ImageCms.createProfile("LAB"))
-        kind = kinds.get(cast("ImageCms.core.CmsProfile", source.profile).xcolor_space.strip(), "")
+        kind = kinds.get(cast(Any, source.profile).xcolor_space.strip(), "")
         # Gray images often bring the profile of the colors that they were made from.
         if kind != mode and (kind, mode) != ("RGB", "L"):
             return mode, None

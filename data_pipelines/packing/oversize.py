@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -245,7 +246,9 @@ def _read_pieces(job: Job, summaries: list[dict]) -> Pieces:
     handled = sum((Counter(summary["handled"]) for summary in summaries), Counter())
     try:
         read = lambda name: [np.load(job.out / f"{unit.name}.{name}.npy") for unit in job.units]  # noqa: E731
-        whole = {name: np.concatenate(read(name)) for name in (*NAMES, "documents", "turns", "max_frames", "span")}
+        whole: dict[str, Any] = {
+            name: np.concatenate(read(name)) for name in (*NAMES, "documents", "turns", "max_frames", "span")
+        }
     except (OSError, ValueError, EOFError) as error:
         raise ConfigError(f"{job.out} is damaged ({error}): delete it, and it is made anew") from error
     images = [np.diff(places) for places in read("image_offsets")]
