@@ -49,6 +49,7 @@ class ClipSource:
         """Returns the numbers from `first` up to `last` of documents and pieces that rows can hold and that
         have audio.
         """
+        # Documents too large for a row never need codes.
         numbers = np.setdiff1d(np.arange(first, last), self.index.over)
         return numbers[np.array([self.index.lengths(number)[_WINDOWS] > 0 for number in numbers.tolist()], bool)]
 
@@ -176,6 +177,7 @@ class MelReader:
                 yield from ((each, self._alone(each)) for each in again)
 
     def _alone(self, task: _Task) -> list[Outcome]:
+        # More than once: a process may also die of memory that others took.
         for _ in range(ATTEMPTS):
             try:
                 return self._submit(task).result()

@@ -238,6 +238,7 @@ def read_description(folder: str | Path) -> dict:
 
 def write_description(folder: Path, shards: Sequence[ShardFile], details: dict) -> None:
     """Writes `folder/dataset.json`; `details` are what it holds besides the shards. Written last: it ends the build."""
+    # Of the shards' digests: it changes with any byte of any document.
     digest = sha256("\n".join(shard.sha256 for shard in shards).encode()).hexdigest()
     description = {
         "schema": DATASET_SCHEMA,

@@ -77,6 +77,7 @@ class ManifestSource:
 
     def document(self, place: int, number: int) -> Document:
         """Returns one document. Raises SampleError `bad_json` or `bad_form` when its line is no longer what it was."""
+        # Opened anew each time: a worker reads few lines of a manifest, in any order.
         with open(self._lines, "rb") as file:
             file.seek(place)
             return parse_line(file.readline(), number, self.path, self.media)
@@ -183,6 +184,7 @@ def media_root(manifest: Path, root: Path | None, trusted: Sequence[Path]) -> Me
     """
     if root is not None:
         return MediaRoot(root.absolute(), tuple(trusted))
+    # A link to a manifest means the folder of the link, and for what is missing there that of the file.
     folder = manifest.parent.absolute()
     target = manifest.resolve().parent
     return MediaRoot(folder, tuple(trusted), None if target == folder.resolve() else target)

@@ -85,6 +85,7 @@ def _refuse_foreign(folder: Path) -> None:
 
 def _produce_all(plan: MediaPlan, root: Path, progress: bool) -> float:
     """Makes every planned file; returns the seconds of audio."""
+    # Speech first: videos last as long as their tracks.
     recordings = record(plan)
     paths = [clip.path for clip in plan.videos] + list(plan.speech) + list(plan.images)
     # Threads, not processes: the encoders release the interpreter lock, and the caller may be a JAX program that must

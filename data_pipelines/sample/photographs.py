@@ -90,6 +90,7 @@ def part_mask(photo: str, part: str) -> np.ndarray:
     draw = ImageDraw.Draw(canvas)
     for outline in OUTLINES[photo][part]:
         (draw.ellipse if len(outline) == 2 else draw.polygon)(outline, fill=1)
+    # Leaves are what is left of the flower's photograph.
     mask = np.asarray(canvas)
     if part == "leaves":
         mask = ~(part_mask(photo, "flower") | part_mask(photo, "bloom") | part_mask(photo, "bud"))
@@ -193,6 +194,7 @@ def brightness(crop: Crop) -> str:
 
 def orientation(crop: Crop) -> str:
     """`wide`, `tall` or `square`."""
+    # Between the bounds nobody would call it wide or tall.
     ratio = crop.size[0] / crop.size[1]
     return "wide" if ratio > 1.15 else "tall" if ratio < 1 / 1.15 else "square"
 
@@ -209,6 +211,7 @@ def box_around(photo: str, center: tuple[float, float], width: float, height: fl
     Returns:
         Left, top, right and bottom.
     """
+    # Shrunk to the photograph, then moved inside it.
     width, height = round(min(width, SIZE[0])), round(min(height, SIZE[1]))
     left = round(min(max(center[0] - width / 2, 0), SIZE[0] - width))
     top = round(min(max(center[1] - height / 2, 0), SIZE[1] - height))

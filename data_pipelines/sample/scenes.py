@@ -110,6 +110,7 @@ def _place_sentence(crop: Crop, language: str) -> str:
 
 def _placed(crop: Crop) -> tuple[str, tuple[str, str]]:
     """Returns the largest part that has a place, and the place's names; empty strings when there is none."""
+    # The most prominent part that has a place: backgrounds have none.
     for part in visible_parts(crop):
         spot = place(crop, part)
         if spot:
@@ -192,6 +193,7 @@ def video_caption_text(video: VideoPlan, language: str) -> str:
 def video_questions(video: VideoPlan, language: str) -> list[Answer]:
     """Asks questions about time and movement in a video, with their answers."""
     first, last = listing(visible_parts(video.first)[:1], language), listing(visible_parts(video.last)[:1], language)
+    # A cut is no move: the answer says so.
     cut = video.move == "cut"
     if language == "zh":
         move = "镜头没有移动，画面切换了一次。" if cut else f"镜头{MOVES[video.move][1]}。"

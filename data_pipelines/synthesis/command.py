@@ -93,7 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 SENTENCES = {"en": "The lake is calm tonight, isn't it?", "zh": "今晚的湖水很平静，对吗？"}
 _READ = {"en": SENTENCES["en"], "zh": "Jīnwǎn de húshuǐ hěn píngjìng, duì ma?"}  # few machines have a Chinese font
-SHOWN = 5  # voices of each language in the picture
+SHOWN = 5  # voices of each language in the figure
 COLORS = 96  # of a PNG
 
 
@@ -126,6 +126,7 @@ def draw_voices(speech: TextToSpeech, path: Path) -> None:
     except ImportError as error:
         raise ConfigError("drawing needs matplotlib: pip install baichuan_omni_jax[show]") from error
     figure = figures.Figure(dpi=80, layout="constrained")
+    # Refused before anything is spoken, which takes seconds.
     kinds = figure.canvas.get_supported_filetypes()
     if path.suffix.lstrip(".") not in kinds or not path.parent.is_dir():
         raise ConfigError(f"--picture {path}: a folder that exists, and one of {', '.join(sorted(kinds))}")
@@ -150,8 +151,9 @@ def draw_voices(speech: TextToSpeech, path: Path) -> None:
     with file_errors(path):
         figure.savefig(path)
     if path.suffix == ".png":
-        with Image.open(path) as picture:  # a third of the size, and hardly another picture
-            palette = picture.convert("RGB").quantize(COLORS, dither=Image.Dither.NONE)
+        # A palette: a third of the size, and to the eye the same.
+        with Image.open(path) as image:
+            palette = image.convert("RGB").quantize(COLORS, dither=Image.Dither.NONE)
         palette.save(path, optimize=True)
 
 

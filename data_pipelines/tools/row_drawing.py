@@ -85,6 +85,7 @@ def draw(rows: list[RowView], document: DocumentView, path: Path, notes: Sequenc
     blocks = [_headline("Packed rows", notes), _legend(colors)]
     blocks += [_row(number, row, colors) for number, row in enumerate(rows)]
     blocks += _document(document, colors)
+    # Text of documents may hold dollar signs, and scripts that no single font has.
     with matplotlib.rc_context({"text.parse_math": False, "font.family": lettering.families}):
         page = FigurePage(blocks, lettering)
         if lettering.replaced:
@@ -120,6 +121,7 @@ def _legend(colors: dict) -> FigureBlock:
             axes = page.axes(LEFT + 0.1, lower, WIDTH - LEFT - MARGIN, 0.26)
             axes.axis("off")
             shape = {"ncol": MAX_TYPES + 1, "columnspacing": 0.9, "handlelength": 1.2, "fontsize": 8.5}
+            # One line a strip: what does not fit is left out, visibly.
             if len(handles) > MAX_TYPES:
                 handles = [*handles[:MAX_TYPES], Patch(alpha=0, label="...")]
             axes.legend(handles=handles, loc="center left", frameon=False, borderpad=0, borderaxespad=0, **shape)
@@ -145,6 +147,7 @@ def _strips(page: FigurePage, bottom: float, height: float, row: RowView, colors
     """Documents, contents and losses of a row above each other, over the slots of the row."""
     slots = len(row.contents)
     axes = page.axes(LEFT, bottom, WIDTH - LEFT - MARGIN, height)
+    # Strips are one unit high, from below: losses, contents and, with labels, documents.
     axes.set(xlim=(0, slots), ylim=(0, 3 if labels else 2))
     axes.set_yticks([2.5, 1.5, 0.5] if labels else [1.5, 0.5], ["document", "holds", "predicts"][0 if labels else 1 :])
     axes.tick_params(axis="y", length=0, labelsize=9.5)
@@ -189,6 +192,7 @@ def _document(view: DocumentView, colors: dict) -> list[FigureBlock]:
     def strips(page: FigurePage, bottom: float) -> None:
         _strips(page, bottom + 0.42, 0.72, view.row, colors, labels=False)
 
+    # What it says, what its slots hold, and its media as the model gets them.
     blocks = [_headline(title), _prompt(view), FigureBlock(1.3, strips)]
     if view.images:
         blocks += _draw_images(view.images)

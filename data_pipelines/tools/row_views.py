@@ -196,6 +196,7 @@ def reassemble(
     """Puts every patch where its (row, column) says: an image only if order and layout of the patches are right."""
     height, width = (grid.max(0) + 1) * patch
     pixels = np.zeros((height, width, 3), np.uint8)
+    # A patch is stored (channel, row, column); an image wants the channel last.
     for values, (row, column) in zip(patches, grid * patch, strict=True):
         pixels[row : row + patch, column : column + patch] = values.reshape(3, patch, patch).transpose(1, 2, 0)
     return pixels
@@ -212,6 +213,7 @@ def _view_alone(document: Document, encoded: EncodedDocument, omni: OmniConfig) 
 
 
 def _view_row(batch: Batch, row: int, indexes: tuple[Index, ...], omni: OmniConfig, budgets: Budgets) -> RowView:
+    # Segments count documents from 1 in row order; the batch names source and document of each slot.
     segments = []
     for segment in range(1, int(batch["segment_ids"][row].max(initial=0)) + 1):
         slots = np.flatnonzero(batch["segment_ids"][row] == segment)
@@ -243,6 +245,7 @@ def _losses(batch: Batch, row: int) -> Int32[np.ndarray, " t"]:
 
 
 def _fill(batch: Batch, row: int, budgets: Budgets) -> dict[str, tuple[int, int]]:
+    # Unused slots of media index the row's length: what indexes a slot is used.
     used = {
         "tokens": int(np.count_nonzero(batch["segment_ids"][row])),
         "patches": int(np.count_nonzero(batch["patch_segments"][row])),

@@ -165,6 +165,7 @@ def _measure_manifests(sources: Sequence[Manifest], workers: int) -> tuple[list[
         job = Job("measuring", units, measure_range, Path(scratch))
         summaries = run_job(job, make_runner("local", workers))
         tables = [load_measures(job.out / f"{unit.name}.npz") for unit in units]
+    # One example a cause over all ranges, the first of the manifests.
     skipped = sum((Counter(summary["causes"]) for summary in summaries), Counter())
     examples = [tuple(one) for summary in summaries for one in summary["examples"]]
     return tables, skipped, first_of_causes(examples, skipped)
@@ -217,6 +218,7 @@ def modality_table(measures: Measures) -> Table:
     """Tabulates how many documents and media of each kind there are, by type."""
     table = _table("documents and media", "documents", *KINDS, "video h", "audio h", "speech h", "MiB")
     types = measures.media_type()
+    # A row a type, then one of all.
     for number, name in [*enumerate(measures.types), (None, "all")]:
         own = np.ones(len(types), bool) if number is None else types == number
         documents = len(measures) if number is None else int((measures.type == number).sum())

@@ -104,7 +104,7 @@ def _validate(options: argparse.Namespace, found: list[Problem]) -> None:
 
 
 def validate(dataset: ShardedDataset, runner: Runner) -> list[Problem]:
-    """Everything that is wrong with the dataset, shard after shard; progress is printed."""
+    """Finds everything that is wrong with the data set, shard after shard; progress is printed."""
     # Units without fingerprints in a folder that goes away: validation is never resumed, what it saw may have changed.
     units = [Unit(f"shard-{i:05d}", "", (dataset, i), shard.bytes) for i, shard in enumerate(dataset.shards)]
     problems: list[list[Problem]] = [[] for _ in units]
@@ -118,6 +118,7 @@ def validate(dataset: ShardedDataset, runner: Runner) -> list[Problem]:
             for unit, outcome in outcomes:
                 progress.done(unit, outcome)
                 number = numbers[unit.name]
+                # A crash costs the report of its shard alone.
                 if isinstance(outcome, Exception):
                     problems[number] = [Problem(dataset.shards[number].file, None, "crash", str(outcome))]
                 else:
@@ -127,7 +128,10 @@ def validate(dataset: ShardedDataset, runner: Runner) -> list[Problem]:
 
 
 def _doubles(dataset: ShardedDataset, ids: Sequence[np.ndarray]) -> list[Problem]:
-    """Documents with the id of an earlier one; `ids` has the hashes of each shard's, zeros where one is not known."""
+    """Finds documents with the id of an earlier one; `ids` has the hashes of each shard's, zeros where one is
+    not known.
+    """
+    # Over all shards together, as the builder does: an id is unique in the data set.
     double, first = first_of_same_id(np.concatenate([np.zeros((0, 2), np.uint64), *ids]))
     starts = np.cumsum([0, *map(len, ids)])
 
@@ -167,6 +171,7 @@ def check_shard(unit: Unit, folder: Path) -> dict:
     identifiers: list[str] = []
     for record, document in enumerate(dataset.documents_of(number)):
         known = isinstance(document, Document)
+        # A hash of 128 bits a document: ids of 10^8 documents fit into memory.
         identifiers.append(sha256(document.id.encode()).hexdigest()[:32] if known else "0" * 32)
         try:
             if isinstance(document, SampleError):
@@ -194,6 +199,7 @@ def check_document(document: Document) -> None:
     """Decodes every medium of a document of a shard. Raises SampleError for the first thing that is wrong."""
     if not isinstance(document.media, Mapping):
         raise TypeError("the media of a document of a shard are in memory")
+    # What the record says of its media, then what decoders say.
     for media in document.media.values():
         if sha256(media.data).hexdigest() != media.digest:
             raise SampleError("bad_record", f"{media.name} is not what was written")

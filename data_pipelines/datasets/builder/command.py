@@ -33,6 +33,7 @@ def _build(options: argparse.Namespace) -> None:
     dataset = build_dataset(manifests, options.out, options.root, options.shard_documents, size, runner, trusted)
     for line in describe(dataset):
         print(line)
+    # What was skipped, by cause with one example; all of it is in a file.
     causes = []
     if skipped := dataset["skipped"]:
         path = options.out / SKIPPED_FILE

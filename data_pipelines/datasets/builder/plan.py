@@ -125,6 +125,7 @@ def _look_up(document: Document) -> tuple[int, str]:
         elements = parse_prompt(document.text)
     except SampleError:
         return 0, ""
+    # base64 media are in the line already, whose bytes count anyway.
     size, states = 0, []
     for element in elements:
         if not isinstance(element, TextElement) and element.reference.path:

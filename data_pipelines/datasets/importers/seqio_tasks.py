@@ -63,6 +63,7 @@ def as_turn(dataset: tf.data.Dataset) -> tf.data.Dataset:
 
 def write_questions(folder: Path, files: int = 2) -> list[Path]:
     """TFRecords with the questions and answers in the sample's text; returns them."""
+    # Dealt out in turns, so that files are of about one size.
     pairs = [pair for text in read_texts(folder) for pair in _PAIR.findall(text)]
     paths = [folder / f"questions-{number:05d}-of-{files:05d}.tfrecord" for number in range(files)]
     for number, path in enumerate(paths):

@@ -62,6 +62,7 @@ class OmniVocabulary(seqio.Vocabulary):
         return max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     def _encode(self, s: str) -> list[int]:
+        # As documents are tokenized: escaped names by the plain tokenizer, which knows no special token.
         parts = read_text(s)
         return [i for part in parts for i in encode(self._plain if part.plain else self.tokenizer, part.text)]
 

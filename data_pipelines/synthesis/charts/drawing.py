@@ -40,6 +40,7 @@ def draw_chart(chart: Chart, rng: random.Random, font: str) -> Image.Image:
             axes.set_title(chart.table.title)
         if chart.kind != "pie" and len(chart.series) > 1 and chart.kind != "scatter":
             axes.legend()
+        # Last, when all text of the figure is there.
         _set_font(figure, font)
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
@@ -58,6 +59,7 @@ def _bars(axes: Axes, chart: Chart, colors: list, rng: random.Random) -> None:
     # One series may lie on its side, where long labels have room.
     across = rng.random() < 0.3 and len(chart.series) == 1
     places, share = np.arange(len(chart.table.labels)), 0.8 / len(chart.series)
+    # Bars of one label stand side by side around its place, each with its number.
     for i, (series, color) in enumerate(zip(chart.series, colors, strict=True)):
         values, at = list(map(float, series.values)), places + (i - (len(chart.series) - 1) / 2) * share
         draw = axes.barh if across else axes.bar
@@ -77,6 +79,7 @@ def _lines(axes: Axes, chart: Chart, colors: list, rng: random.Random) -> None:
     places, marker = range(len(chart.table.labels)), rng.choice("os^D")
     for series, color in zip(chart.series, colors, strict=True):
         axes.plot(places, list(map(float, series.values)), color=color, marker=marker, label=series.name)
+        # Numbers stand above or below their points, wherever no line runs.
         if chart.written:
             others = [other for other in chart.series if other is not series]
             for place in places:
@@ -106,6 +109,7 @@ def _write_value(axes: Axes, place: int, values: tuple[Decimal, ...], below: boo
 def _points(axes: Axes, chart: Chart, colors: list, rng: random.Random) -> None:
     x, y = (list(map(float, series.values)) for series in chart.series)
     axes.scatter(x, y, color=colors[0], marker=rng.choice("os^D"), s=rng.randrange(20, 60))
+    # Names where there are few points; what the points' values are is read off the axes.
     if len(x) <= MAX_WRITTEN:
         for label, *point in zip(chart.table.labels, x, y, strict=True):
             axes.annotate(label, (point[0], point[1]), (4, 4), textcoords="offset points")
@@ -115,6 +119,7 @@ def _points(axes: Axes, chart: Chart, colors: list, rng: random.Random) -> None:
 
 def _pie(axes: Axes, chart: Chart, colors: list, rng: random.Random) -> None:
     (series,) = chart.series
+    # Shares cannot be read off a pie: every slice says its number.
     numbers = [spell(value) for value in series.values]
     labels = [f"{label}: {value}" for label, value in zip(chart.table.labels, numbers, strict=True)]
     values, turn, edges = list(map(float, series.values)), rng.randrange(360), {"edgecolor": "white"}
@@ -126,6 +131,7 @@ _DRAW = {"bar": _bars, "line": _lines, "scatter": _points, "pie": _pie}
 
 
 def _turn_labels(axes: Axes, chart: Chart) -> None:
+    # Many or long labels would run into each other.
     if sum(map(len, chart.table.labels)) > 50 or max(map(len, chart.table.labels)) > 12:
         axes.tick_params("x", rotation=40)
         for label in axes.get_xticklabels():

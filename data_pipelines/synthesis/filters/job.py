@@ -133,6 +133,7 @@ def finish(job: Job, summaries: Sequence[dict]) -> dict[str, Counter]:
         first, likeness = _find_duplicates(job, counts, threshold)
     else:
         first, likeness = np.arange(sum(counts)), np.ones(sum(counts))
+    # The units counted repeated documents as kept: the sums are corrected by what was found.
     repeated = _write_sorted(job, first, likeness)
     sums["made"].update({KEPT: -repeated})
     sums[REJECTED].update({"near_duplicate": repeated})
@@ -144,6 +145,7 @@ def _find_duplicates(job: Job, counts: Sequence[int], threshold: float) -> tuple
     near = _near_duplicates()
     path = job.out / f"{NAME}-{_SIGNATURES}.partial"
     try:
+        # On disk: 512 bytes a document, which for 10^8 documents no memory holds.
         signatures = np.lib.format.open_memmap(path, "w+", np.uint32, (sum(counts), near.PLACES))
         start = 0
         for unit, count in zip(job.units, counts, strict=True):
@@ -167,6 +169,7 @@ def _write_sorted(job: Job, first: np.ndarray, likeness: np.ndarray) -> int:
             rejected.write((job.out / unit.name / f"{REJECTED}.jsonl").read_text(encoding="utf-8"))
             with (job.out / unit.name / f"{KEPT}.jsonl").open(encoding="utf-8") as lines:
                 for line in lines:
+                    # Only lines of which something is needed are parsed; the others are copied as they are.
                     values = json.loads(line) if repeats[number] or number in originals else {}
                     if repeats[number]:
                         score, original = round(float(likeness[number]), 4), originals[int(first[number])]

@@ -159,6 +159,7 @@ def _make_text_pages(document: Document, draft: Draft, config: PageConfig, rng: 
 
 def _interleave(text: str, style: PageStyle, draft: Draft, config: PageConfig, rng: random.Random) -> None:
     """Sets parts of the text in turns as pages and as text to be learned, `MAX_PARTS` or one more in a document."""
+    # By paragraphs or, where there is one alone, by sentences.
     paragraphs = text.split("\n")
     parts = paragraphs if len(paragraphs) > 1 else sentences(text)
     if len(parts) < 2:
@@ -214,11 +215,13 @@ def _choose_style(text: str, config: PageConfig, rng: random.Random) -> PageStyl
 
     if not text:
         raise SampleError("no_text", "there is no text in it")
+    # The font first: it must have every character of the text.
     font = choose_font(rng, config.fonts, text)
     width, size = rng.choice(config.widths), rng.randint(*config.letters)
     height = round(width * rng.choice((1.0, 1.25, 1.4)) / GRID) * GRID
     most = min(config.columns, width // (16 * size)) if len(text) >= MANY_COLUMNS else 1
     columns = rng.randint(1, max(1, most))
+    # One page in ten is light on dark.
     dark = rng.random() < 0.1
     ink, paper = rng.choice(INKS), rng.choice(PAPERS)
     ink, paper = (paper, ink) if dark else (ink, paper)

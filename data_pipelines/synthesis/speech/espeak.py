@@ -138,6 +138,7 @@ class _Server:
         head = self.stdout.readline()
         if not head:
             raise OSError(f"exit code {self.process.wait()}")
+        # An answer is a line of JSON, then as many bytes as it says; fewer mean that the process died on the way.
         answer = json.loads(head)
         if "error" in answer:
             raise SpeechError(answer["error"])

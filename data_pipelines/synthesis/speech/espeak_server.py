@@ -51,6 +51,7 @@ def speak(library: ctypes.CDLL, text: str, voice: str, rate: int, pitch: int) ->
             chunks.append(ctypes.string_at(samples, 2 * count))
         return 0
 
+    # Kept in a variable until the end: ctypes does not keep a callback alive.
     callback = Callback(receive)
     library.espeak_SetSynthCallback(callback)
     library.espeak_ng_SetRandSeed(SEED)
