@@ -78,6 +78,7 @@ def add_sampling_arguments(parser: argparse._ActionsContainer) -> None:
 def generation_config(options: argparse.Namespace, default: GenerationConfig) -> GenerationConfig:
     """Returns `default` with what the flags change. Raises ConfigError naming the field that cannot be set."""
     settings = apply_overrides(default, options.set)
+    # The short flags come after `--set`, and win over it.
     if options.max_tokens is not None:
         settings = apply_overrides(settings, [f"max_tokens={options.max_tokens}"])
     if options.voice is not None:
@@ -98,11 +99,13 @@ def open_chat(options: argparse.Namespace, settings: GenerationConfig, root: Pat
     Raises:
         ConfigError: names the flag, the file or the branch that cannot be used.
     """
+    # Mesh: the slots are split over `data`, the weights and the cache's heads over `tensor`.
     devices = jax.devices()
     wanted = options.data * options.tensor
     if wanted > len(devices):
         raise ConfigError(f"--data {options.data} --tensor {options.tensor} needs {wanted} devices, not {len(devices)}")
     mesh = make_mesh(MeshConfig(data=options.data, tensor=options.tensor), devices[:wanted])
+    # A CPU computes bfloat16 slower than float32.
     dtype = options.dtype or ("float32" if devices[0].platform == "cpu" else "bfloat16")
     loaded = load_for_generation(options.checkpoint, mesh=mesh, dtype=dtype)
     path = options.tokenizer or loaded.tokenizer
@@ -195,6 +198,7 @@ def run_terminal(chat: OmniChat, fields: Mapping[str, Any], out: Path | None) ->
         elif word[:1] == "/":
             print_note(COMMANDS_HELP)
         elif line or media:
+            # A turn, with the media that were named since the last one.
             turns += 1
             content = [*media, *([{"type": "text", "text": line}] if line else [])]
             media = []

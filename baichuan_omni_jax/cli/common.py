@@ -5,7 +5,7 @@ import difflib
 import faulthandler
 import re
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import logging
 
@@ -21,15 +21,17 @@ class CommandParser(argparse.ArgumentParser):
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(*args, **options)
 
-    def parse_known_args(self, args=None, namespace=None):
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """Parses as argparse does, but leaves nothing over: the parser that knows the flags says what is wrong."""
         options, unknown = super().parse_known_args(args, namespace)
+        # A subcommand hands what it does not know to the parser above, which knows even less.
         if unknown:
             self.error(_describe_unknown(unknown[0], list(self._option_string_actions)))
         return options, unknown
 
     def error(self, message: str) -> NoReturn:
         """Raises ConfigError with argparse's message in our words."""
+        # argparse lists all that is missing; the first is enough for one sentence.
         if missing := re.match(r"the following arguments are required: ([^,]+)", message):
             message = f"{missing[1]} must be given"
         message = message.removeprefix("argument ")
@@ -40,6 +42,7 @@ def _describe_unknown(argument: str, known: Sequence[str]) -> str:
     """Says why `argument` belongs to no flag, and which flag or spelling was likely meant."""
     if argument.startswith("-") and len(argument) > 1:
         flag = argument.partition("=")[0]
+        # 0.75 is close: a letter or two, not another word.
         nearest = difflib.get_close_matches(flag, known, n=1, cutoff=0.75)
         return f"there is no flag {flag}" + (f"; the nearest known one is {nearest[0]}" if nearest else "")
     # Without `--set` before it an override would be passed over in silence, and the run be another one.
@@ -69,6 +72,7 @@ def add_host_arguments(parser: argparse.ArgumentParser) -> None:
 def join_hosts(options: argparse.Namespace) -> None:
     """Joins the other hosts where `--multihost` says that there are any: before anything else of JAX."""
     if options.multihost:
+        # Here, so that commands without this flag import no JAX for it.
         from baichuan_omni_jax.train.hosts import join
 
         join(options.coordinator, options.hosts, options.host)

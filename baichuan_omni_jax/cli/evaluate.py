@@ -62,8 +62,10 @@ def run(options: argparse.Namespace) -> None:
 
 def evaluate_tokenizer(options: argparse.Namespace) -> None:
     """Does what the options ask for. Raises ConfigError naming what cannot be used, also where no clip can be."""
+    # What can be refused without the weights comes first: loading and compiling take minutes.
     check_options(options)
     recognize = load_function("--asr", options.asr) if options.asr else None
+    # One device: clips go one by one, so that a clip's numbers do not depend on its neighbors.
     with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
         branches, cfg = load_branches(options.checkpoint)
         evaluator = TokenizerEvaluator(branches, cfg, recognize)
@@ -78,7 +80,8 @@ def evaluate_tokenizer(options: argparse.Namespace) -> None:
                 skipped[error.cause] += 1
     if not evaluator.clips:
         raise ConfigError(f"--manifest {options.manifest} holds no clip that can be used: {dict(skipped)}")
-    numbers = evaluator.numbers() | {"skipped": dict(skipped)}
+    # The same numbers for programs, as a figure, and for people.
+    numbers: dict[str, Any] = evaluator.numbers() | {"skipped": dict(skipped)}
     if options.json:
         options.json.write_text(json.dumps(numbers, indent=2))
     if options.plot:
@@ -95,6 +98,7 @@ def evaluate_tokenizer(options: argparse.Namespace) -> None:
 def load_branches(spec: str) -> tuple[dict[str, Any], OmniConfig]:
     """Encoder and decoder, and flow and its vocoder where there are any. Raises ConfigError naming what is missing."""
     sources = parse_spec(spec, SPEECH_BRANCHES)
+    # A whole checkpoint may do without `flow`; a spec that names it by branch must have it.
     if "=" not in spec and branch_home(find_checkpoint(spec), "flow") is None:
         del sources["flow"]
     by_name = ",".join(f"{name}={folder}" for name, folder in sources.items())

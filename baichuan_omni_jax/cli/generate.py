@@ -193,6 +193,7 @@ def _answer_manifest(options: argparse.Namespace, opened: OpenedChat, questions:
 
     def record(question: Question, answer: ChatAnswer) -> dict[str, Any]:
         fields = answer_fields(answer)
+        # Named by the line, so that a restart writes the same file again.
         if len(answer.samples):
             folder.mkdir(exist_ok=True)
             path = folder / f"{question.line:06d}.wav"
@@ -204,6 +205,7 @@ def _answer_manifest(options: argparse.Namespace, opened: OpenedChat, questions:
         # Its key follows from its line: the same answer whatever was answered before a restart.
         return start_request(chat, options.task, question.values, jax.random.fold_in(chat.key, question.line), base)
 
+    # Twice as many as there are slots: while some are decoded, the next are prepared.
     try:
         outcomes = answer_questions(
             questions, options.output, start, record, at_once=2 * options.slots, report=print_note
@@ -250,6 +252,7 @@ def start_request(
         if task != "chat" or not isinstance(messages, list):
             raise RequestError("bad_message", "messages are a list, and for chat")
         return chat.reply([_rebase_message(message, base) for message in messages], key=key)
+    # Speech tasks have the released prompts, without roles; the others are turns of a conversation.
     if task == "tts":
         _allow_only(given, task, "prompt")
         return chat.speak(_text(fields, "prompt"), key=key)

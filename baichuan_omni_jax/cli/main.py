@@ -6,6 +6,7 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from baichuan_omni_jax import __version__
 from baichuan_omni_jax.cli.common import CommandParser
@@ -41,6 +42,7 @@ class Group:
     help: str
 
 
+# In the order of a first day: train, ask, measure, move weights, make data. Nothing here is imported to show the help.
 CLI, DATA = "baichuan_omni_jax.cli", "data_pipelines"
 COMMANDS: dict[str, Command | Group] = {
     "train": Command(f"{CLI}.train", "train a run of configs/, or go on with it"),
@@ -78,12 +80,14 @@ class _LazyParser(CommandParser):
     def fill(self) -> None:
         """Adds what the command's module says: the text above the flags, the flags, what runs it."""
         if command := self._command:
+            # Once: a second time would add every flag again.
             self._command = None
             self.description, add_arguments, run = command.load()
             self.set_defaults(run=run)
             add_arguments(self)
 
-    def parse_known_args(self, args=None, namespace=None):
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """Parses after the module was imported: argparse calls it on the one subcommand that was chosen."""
         self.fill()
         return super().parse_known_args(args, namespace)
 
@@ -94,6 +98,7 @@ class _PrintCompletion(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None) -> None:
         import shtab
 
+        # The script that shtab writes is static: it must know what is else known of one chosen command.
         fill_all(parser)
         print(shtab.complete(parser, str(values)))
         parser.exit(0)

@@ -53,11 +53,13 @@ def run(options: argparse.Namespace) -> int:
     from baichuan_omni_jax.train.preflight import Packing, preflight
     from baichuan_omni_jax.train.preflight.render import print_report
 
+    # The run as training would read it, with what the command line says of the slice.
     slices = [] if options.slices is None else [f"mesh.slices={options.slices}"]
     run = apply_overrides(load_run_config(options.config), [*options.set, *slices])
     given = {"mean": options.mean, "sigma": options.sigma, "picture": options.image_patches}
     packing = Packing(**{name: value for name, value in given.items() if value is not None})
     report = preflight(run, resolve_model(run.model), options.topology, packing)
+    # The report for people, for programs, as a figure; the exit code is the answer.
     print_report(Console(), report)
     if options.json:
         options.json.write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")

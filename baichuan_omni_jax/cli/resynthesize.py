@@ -10,11 +10,13 @@ else Griffin-Lim; the last line says which. Recordings beyond 30 s go window by 
 import argparse
 from importlib.util import find_spec
 from pathlib import Path
+from typing import cast
 
 import jax
 import numpy as np
 import soundfile
 
+from baichuan_omni_jax.audio.encoder import AudioEncoderBranch
 from baichuan_omni_jax.audio.tokenize import WindowEncoder
 from baichuan_omni_jax.branches import SPEECH_BRANCHES, VOCODER_BRANCH
 from baichuan_omni_jax.checkpoint.branches import parse_spec
@@ -54,7 +56,9 @@ def run(options: argparse.Namespace) -> None:
     windows, mels = read_windows(options.audio, cfg)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     with jax.set_mesh(mesh):
-        encode = WindowEncoder(loaded.branches["audio_encoder"], mesh, windows_per_device=1)
+        # `load_for_generation` makes each branch by the table, which says this type of it.
+        encoder = cast(AudioEncoderBranch, loaded.branches["audio_encoder"])
+        encode = WindowEncoder(encoder, mesh, windows_per_device=1)
         by_window = dict(encode((i, mel.T) for i, mel in enumerate(mels)))
     codes = [by_window[i] for i in range(len(mels))]
     # And back: each window by itself, joined by cross-fades.
@@ -99,6 +103,7 @@ def _plot(options: argparse.Namespace, pieces: list[DecodedSpeech], windows: lis
     """The recording's 24 kHz mel above the one that was made, each window of which stands where it was."""
     from data_pipelines.tools.figures import draw_mels  # imports matplotlib
 
+    # Both mels by the settings of flow matching's target, whatever rate the recording has.
     settings, media = flow_target(cfg.flow), Media(str(options.audio), options.audio)
     wave = decode_audio(media, probe_audio(media, settings.rate), settings.rate)
     recorded, seconds = mel_target(wave, settings), settings.hop / settings.rate

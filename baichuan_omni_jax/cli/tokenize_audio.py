@@ -66,9 +66,11 @@ def run(options: argparse.Namespace) -> None:
     build = on_all_hosts(lambda: make_build_options(options, run.data.workers))
     alone = jax.process_count() == 1
     hosts = SINGLE_HOST if alone else Hosts(jax.process_count(), jax.process_index(), process_zero_first, on_all_hosts)
+    # Each host encodes its share of the clips on its own devices; nothing is exchanged but what is done.
     home = on_all_hosts(lambda: find_tokenizer(run))
     store, _ = ensure_codes(run, omni, pipelines, build, home, hosts=hosts, relist=True)
     if options.verify:
+        # One host reads everything back; the others wait, for their codes are among it.
         process_zero_first(lambda: store.verify() if is_process_zero() else None)
     if is_process_zero():
         print(f"{store.path}: {len(store)} windows, {store.meta['frames']} code frames", end=" ")

@@ -71,6 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Trains to the run's last step, or until it is stopped. Raises ConfigError and RunStoppedError."""
     start_logging()
+    # Hosts join before JAX looks for devices, and agree on versions and configuration before anything is done.
     join_hosts(options)
     run, omni, profile = on_all_hosts(lambda: read_options(options))
     check_agreement(version_facts() | run_facts(run))
@@ -150,6 +151,7 @@ def run_stages(options: argparse.Namespace) -> int:
     names = [run.name for _, run in stages]
     if len(set(names)) != len(names):
         raise ConfigError(f"two stages of the chain have one name: {', '.join(names)}")
+    # A stage begins from the workdir before it, which is finished: its newest step is its last.
     parent = None
     for number, (file, run) in enumerate(stages, 1):
         workdir = options.workdir / run.name
@@ -169,6 +171,7 @@ def train_stage(file: Path, workdir: Path, changes: Sequence[str], passed_on: Se
     command = [sys.executable, "-m", "baichuan_omni_jax", "train", "--config", str(file)]
     command += ["--workdir", str(workdir), *passed_on]
     command += [part for change in changes for part in ("--set", change)]
+    # A preempted machine signals this process; the stage saves, and its exit code is what it would be alone.
     with subprocess.Popen(command) as stage:
         signal.signal(signal.SIGTERM, lambda *_: stage.terminate())
         return stage.wait()

@@ -82,6 +82,7 @@ def to_jax(options: argparse.Namespace) -> None:
         if name not in MODEL_BRANCHES:
             raise ConfigError(f"--branches names {name!r}; the model has {', '.join(MODEL_BRANCHES)}")
     check_target(target)
+    # The plan reads headers alone: whatever does not fit is refused before anything is written.
     jobs = plan_to_jax(source, vocoder, branches)
     _print("\n".join(describe_plan(job.plan, rules=options.dry_run) for job in jobs))
     if not options.dry_run:
@@ -95,6 +96,7 @@ def to_torch(options: argparse.Namespace) -> None:
     target, source = _open_export(options)
     exports = plan_to_torch(source, options.dtype)
     _print("\n".join(describe_plan(export.plan, rules=options.dry_run) for export in exports.values()))
+    # What the folder will lack, and what the checkpoint has beyond the released model.
     if absent := [name for name in CONVERTED_BRANCHES if name not in source.readers]:
         _print(f"not there, so not written: {', '.join(absent)}")
     if source.left_out:

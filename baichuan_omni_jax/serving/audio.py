@@ -57,6 +57,7 @@ class PauseDetector:
 
         Returns the utterances whose pause lies in them, nearly always none.
         """
+        # Whole frames; what is left over begins the next piece.
         wave = np.concatenate([self._rest, _mono(samples)])
         whole = len(wave) // self._size * self._size
         self._rest = wave[whole:]
@@ -71,6 +72,7 @@ class PauseDetector:
         return utterance
 
     def _add(self, frame: Float32[np.ndarray, " f"]) -> Float32[np.ndarray, " n"] | None:
+        # A frame is kept whether voiced or not: an utterance has breaths in it.
         settings = self.settings
         self._frames.append(frame)
         if self._is_voiced(frame):
@@ -129,6 +131,7 @@ class SpeechWave:
         """Adds mono samples at full scale 1; what is beyond it is clipped."""
         with self._lock:
             self._bytes += (np.clip(samples, -1, 1) * 32767).round().astype("<i2").tobytes()
+            # When a listener who keeps up has heard it all: later samples begin no earlier than now.
             self._ends = max(self._ends, time.monotonic()) + len(samples) / self.rate
 
     @property

@@ -73,6 +73,7 @@ def _read_file(path: Path, limits: Limits, takes_audio: bool, note: Callable[[st
     size = path.stat().st_size / 2**20
     if size > limits.megabytes:
         raise RequestError("bad_media", f"{path.name} has {size:.1f} MB, more than {limits.megabytes:g}")
+    # By its name alone: the path is the server's, and messages are shown to the user.
     media = Media(path.name, path)
     try:
         content = inspect_media(media)
@@ -105,6 +106,7 @@ def _why_left_out(media: Media, content: MediaContent, limits: Limits, takes_aud
         return "there is no audio track"
     if not takes_audio:
         return "the checkpoint has no branches that encode audio"
+    # From cheap to dear: headers, lengths, and only then every sample.
     try:
         samples = probe_audio(media, RATE)
         if samples / RATE > limits.audio_seconds:

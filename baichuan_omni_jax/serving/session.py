@@ -118,6 +118,7 @@ class Session:
         if self._microphone is None or self._microphone.rate != rate:
             longest = min(PauseSettings.longest, self._limits.audio_seconds)
             self._microphone = PauseDetector(rate, PauseSettings(longest=longest))
+        # What the microphone has heard so far is dropped too: its end would be the answer's beginning.
         if self.answering or (self.speech and self.speech.playing):
             self._microphone.close()
             return None
@@ -179,6 +180,7 @@ class Session:
             elif isinstance(event, AudioChunk):
                 self.speech = self.speech or SpeechWave(event.rate)
                 self.speech.push(event.samples)
+            # Speech must reach the player at once; text is drawn at the pace of a screen.
             if isinstance(event, AudioChunk) or time.monotonic() - refreshed > REFRESH:
                 refreshed = time.monotonic()
                 yield self._view("Answering")
@@ -277,6 +279,7 @@ class Sessions:
         return found[0] if found else None
 
     def _close_idle(self) -> None:
+        # Browsers do not always tell that a tab was closed.
         before = time.monotonic() - IDLE
         for tab in [tab for tab, s in self._sessions.items() if s.used < before and not s.answering]:
             self._sessions.pop(tab).close()

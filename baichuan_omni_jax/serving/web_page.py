@@ -78,6 +78,7 @@ class _Page:
     def _place(self) -> None:
         """Lays out the components: chat, player, message box and buttons left; microphone, camera, options right."""
         settings = self._settings
+        # The microphone's last utterance: its change is the event that begins an answer.
         self.utterance = gr.State()
         gr.Markdown(f"# {settings.title}\n{settings.notice}", line_breaks=True, elem_id="title")
         with gr.Row(equal_height=False):
@@ -131,6 +132,7 @@ class _Page:
         self.blocks.unload(self._leave)
 
     def _write(self, box: dict[str, Any], camera: str | None, speech: bool, request: gr.Request) -> Iterator[list]:
+        # The message box and the camera are emptied at once; the answer's views follow.
         files = [*([camera] if camera else []), *box["files"]]
         yield [gr.skip()] * 3 + [None, None]
         yield from self._answer(request, box["text"], files, speech, 2)
@@ -155,6 +157,7 @@ class _Page:
         settings = replace(self._chat.settings, speech=speech)
         playing = None
         for view in self._session(request).answer(text, [Path(file) for file in files], settings):
+            # A new player starts from the beginning: only a new answer gets one.
             player = gr.skip() if view.speech is playing else _player(view)
             playing = view.speech
             yield [view.messages, player, view.status] + [gr.skip()] * skipped
