@@ -17,8 +17,9 @@ import soundfile
 from baichuan_omni_jax.cli.common import add_set_argument
 from baichuan_omni_jax.config import GenerationConfig, ImagesConfig, MeshConfig, apply_overrides, released_images
 from baichuan_omni_jax.errors import ConfigError, RequestError
-from baichuan_omni_jax.generation.chat import ChatAnswer, ChatModel, ChatStream, Conversation, OmniChat
+from baichuan_omni_jax.generation.chat import ChatAnswer, ChatStream, Conversation, OmniChat
 from baichuan_omni_jax.generation.chat_stream import SpeechSynthesizer
+from baichuan_omni_jax.generation.engine import Engine
 from baichuan_omni_jax.generation.events import TextDelta
 from baichuan_omni_jax.generation.loading import LoadedBranches, load_for_generation, make_chat_model
 from baichuan_omni_jax.sharding import make_mesh
@@ -38,11 +39,13 @@ class OpenedChat:
 
     Attributes:
         chat: what answers.
+        engine: what generates for it.
         notice: lines about untrained branches, and about what makes the waveform; "" when there is nothing to say.
         takes_audio: whether the checkpoint has the branches that encode audio.
     """
 
     chat: OmniChat
+    engine: Engine
     notice: str
     takes_audio: bool
 
@@ -123,7 +126,8 @@ def open_chat(options: argparse.Namespace, settings: GenerationConfig, root: Pat
     )
     chat = OmniChat(model, processor, settings=settings, seed=options.seed)
     takes_audio = {"audio_encoder", "audio_head"} <= loaded.branches.keys()
-    return OpenedChat(chat, _notice(loaded, model.speech_decoder), takes_audio)
+    assert isinstance(model.engine, Engine)
+    return OpenedChat(chat, model.engine, _notice(loaded, model.speech_decoder), takes_audio)
 
 
 def _notice(loaded: LoadedBranches, decoder: SpeechSynthesizer | None) -> str:
@@ -162,9 +166,9 @@ def print_answer(stream: ChatStream) -> ChatAnswer:
     return answer
 
 
-def describe_answer(answer: ChatAnswer, model: ChatModel) -> str:
+def describe_answer(answer: ChatAnswer, engine: Engine) -> str:
     """Lines of text: what was generated and why it ended, how fast, and what the engine holds."""
-    finished, metrics = answer.finished, model.engine.metrics
+    finished, metrics = answer.finished, engine.metrics
     made = f"{finished.tokens} tokens" + (f" and {finished.frames} code frames" if finished.frames else "")
     speed = [f"{answer.tokens_per_second:.1f} tokens/s"]
     if finished.first_token is not None:
@@ -176,23 +180,23 @@ def describe_answer(answer: ChatAnswer, model: ChatModel) -> str:
     return f"{finished.prompt} tokens read, {made} made: {finished.finish_reason}\n{', '.join(speed)}\n{cache}"
 
 
-def run_terminal(chat: OmniChat, fields: Mapping[str, Any], out: Path | None) -> None:
+def run_terminal(opened: OpenedChat, fields: Mapping[str, Any], out: Path | None) -> None:
     """Reads lines until they end, and answers each as a turn of a conversation.
 
     Args:
-        chat: what answers.
+        opened: what answers.
         fields: `system`, and `prompt` and `media` that go with the first turn (`generate.start_request`).
         out: where speech goes, OUT-1.wav, OUT-2.wav, ...; None: nowhere.
     """
     print_note(COMMANDS_HELP)
     system = fields.get("system", "")
-    conversation, turns = Conversation(chat, system), 0
+    conversation, turns = Conversation(opened.chat, system), 0
     media = list(fields.get("media", []))
     line: str | None = fields.get("prompt") or _read_line()
     while line is not None and line != "/quit":
         word, _, rest = line.partition(" ")
         if word == "/new":
-            conversation, media = Conversation(chat, system), []
+            conversation, media = Conversation(opened.chat, system), []
         elif word in ("/image", "/audio", "/video") and rest.strip():
             media.append({"type": word[1:], "path": rest.strip()})
         elif word[:1] == "/":
@@ -202,11 +206,11 @@ def run_terminal(chat: OmniChat, fields: Mapping[str, Any], out: Path | None) ->
             turns += 1
             content = [*media, *([{"type": "text", "text": line}] if line else [])]
             media = []
-            _answer_turn(conversation, content, out and out.with_stem(f"{out.stem}-{turns}"))
+            _answer_turn(opened.engine, conversation, content, out and out.with_stem(f"{out.stem}-{turns}"))
         line = _read_line()
 
 
-def _answer_turn(conversation: Conversation, content: list[dict[str, Any]], out: Path | None) -> None:
+def _answer_turn(engine: Engine, conversation: Conversation, content: list[dict[str, Any]], out: Path | None) -> None:
     try:
         answer = print_answer(conversation.say(content))
     except RequestError as error:
@@ -215,7 +219,7 @@ def _answer_turn(conversation: Conversation, content: list[dict[str, Any]], out:
     if out and len(answer.samples):
         soundfile.write(out, answer.samples, answer.rate)
         print_note(f"{out}: {answer.audio_seconds:.1f} s at {answer.rate} Hz")
-    print_note(describe_answer(answer, conversation.chat.model))
+    print_note(describe_answer(answer, engine))
 
 
 def _read_line() -> str | None:

@@ -128,11 +128,11 @@ def generate(options: argparse.Namespace) -> None:
     if options.manifest:
         _answer_manifest(options, opened, questions)
     elif options.interactive:
-        run_terminal(opened.chat, fields, options.out)
+        run_terminal(opened, fields, options.out)
     else:
         answer = print_answer(start_request(opened.chat, options.task, fields))
         _write_answer(options, answer)
-        print_note(describe_answer(answer, opened.chat.model))
+        print_note(describe_answer(answer, opened.engine))
 
 
 def request_fields(options: argparse.Namespace) -> dict[str, Any]:
@@ -213,7 +213,7 @@ def _answer_manifest(options: argparse.Namespace, opened: OpenedChat, questions:
     except KeyboardInterrupt:
         sentence = f"stopped: {options.output} keeps what is answered, the same command goes on"
         raise KeyboardInterrupt(sentence) from None
-    metrics = chat.model.engine.metrics
+    metrics = opened.engine.metrics
     counts = ", ".join(f"{count} {name}" for name, count in outcomes.most_common()) or "no request"
     print_note(f"{options.output}: {counts}; {metrics.tokens_per_s:.1f} tokens/s, {metrics.compiles} programs compiled")
 

@@ -84,7 +84,7 @@ def serve(options: argparse.Namespace) -> None:
         )
         app = make_app(opened.chat, root, settings)
         # Compiled before the first request, which would wait for it.
-        opened.chat.model.engine.warm_up()
+        opened.engine.warm_up()
         host, port = listening.getsockname()[:2]
         print(f"Listening on http://{host}:{port}/", flush=True)
         # Open tabs keep a connection each, for which the end must not wait.

@@ -202,9 +202,9 @@ def test_ctrl_c_keeps_what_is_answered(tmp_path, monkeypatch, capsys):
         return ChatStream(Request([TextDelta(text, (1,), (0.0,)), end]), None)
 
     metrics = SimpleNamespace(tokens_per_s=1.0, compiles=0)
-    model = SimpleNamespace(engine=SimpleNamespace(metrics=metrics))
-    chat = SimpleNamespace(model=model, key=jax.random.key(0), reply=reply)
-    monkeypatch.setattr(generate, "open_chat", lambda *_: SimpleNamespace(chat=chat, notice=""))
+    chat = SimpleNamespace(key=jax.random.key(0), reply=reply)
+    opened = SimpleNamespace(chat=chat, engine=SimpleNamespace(metrics=metrics), notice="")
+    monkeypatch.setattr(generate, "open_chat", lambda *_: opened)
     command = ["generate", "chat", "--checkpoint", "x", "--manifest", str(manifest), "--output", str(output)]
     with unchecked():
         assert main(command) == 130
