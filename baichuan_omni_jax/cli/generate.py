@@ -1,4 +1,4 @@
-"""Asks a checkpoint: chat, speech recognition, reading aloud, descriptions.
+"""Answers requests with a checkpoint: chat, speech recognition, text to speech, descriptions.
 
     baichuan-omni generate chat --checkpoint runs/tiny --prompt "What is a star?"
     baichuan-omni generate chat --checkpoint DIR --image cat.jpg --prompt "What is this?" --out answer.wav

@@ -2,7 +2,8 @@
 
     baichuan-omni serve --checkpoint DIR [--host 127.0.0.1] [--port 7860] [--max-megabytes 32] ...
 
-Needs the extra `demo` (Gradio). Listens on this machine alone unless told otherwise; see docs/how-to/web-page.md.
+Needs the extra `demo` (Gradio). Listens on this machine alone unless `--host` says otherwise. More:
+docs/how-to/web-page.md.
 """
 
 import argparse
@@ -65,7 +66,7 @@ def serve(options: argparse.Namespace) -> None:
         from baichuan_omni_jax.serving.web_page import PageSettings, make_app
     except ImportError as error:
         raise ConfigError(f"the page needs Gradio, the extra demo (pip install '.[demo]'): {error}") from error
-    # The port before the checkpoint: one that is taken is told at once, and not after minutes of loading.
+    # The port before the checkpoint: one that is taken is refused at once, not after minutes of loading.
     with _listen(options.host, options.port) as listening, TemporaryDirectory() as folder:
         # What users send lies in this folder alone, and goes with it.
         os.environ["GRADIO_TEMP_DIR"] = f"{folder}/uploads"

@@ -28,7 +28,7 @@ class PauseSettings:
     silence: float = 0.8
     """A pause this long ends an utterance."""
     speech: float = 0.2
-    """Less voiced sound than this is no utterance: a click, a cough."""
+    """Less voiced audio than this is no utterance: a click, a cough."""
     margin: float = 0.3
     """What is kept before the first voiced frame and after the last one."""
     longest: float = 30.0
@@ -131,7 +131,7 @@ class SpeechWave:
         """Adds mono samples at full scale 1; what is beyond it is clipped."""
         with self._lock:
             self._bytes += (np.clip(samples, -1, 1) * 32767).round().astype("<i2").tobytes()
-            # When a listener who keeps up has heard it all: later samples begin no earlier than now.
+            # When a listener who keeps up has reached the end: later samples begin no earlier than now.
             self._ends = max(self._ends, time.monotonic()) + len(samples) / self.rate
 
     @property

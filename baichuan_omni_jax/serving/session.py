@@ -31,9 +31,9 @@ ENDINGS = {
     "video": (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm"),
 }
 SHOWN_AS = {"image": ".png", "audio": ".wav", "video": ".mp4"}
-REFRESH = 0.1  # seconds: text may come faster than a page can be drawn
+REFRESH = 0.1  # seconds: text may come faster than a page can be shown
 PATIENCE = 30.0  # seconds in which an answer that was stopped must have ended
-IDLE = 3600.0  # seconds after which a tab that never said goodbye is forgotten
+IDLE = 3600.0  # seconds after which a tab that was never closed is forgotten
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class Session:
         if self._microphone is None or self._microphone.rate != rate:
             longest = min(PauseSettings.longest, self._limits.audio_seconds)
             self._microphone = PauseDetector(rate, PauseSettings(longest=longest))
-        # What the microphone has heard so far is dropped too: its end would be the answer's beginning.
+        # The utterance begun is dropped too: its end would be the answer's beginning.
         if self.answering or (self.speech and self.speech.playing):
             self._microphone.close()
             return None
@@ -180,7 +180,7 @@ class Session:
             elif isinstance(event, AudioChunk):
                 self.speech = self.speech or SpeechWave(event.rate)
                 self.speech.push(event.samples)
-            # Speech must reach the player at once; text is drawn at the pace of a screen.
+            # Speech must reach the player at once; text is shown at the pace of a screen.
             if isinstance(event, AudioChunk) or time.monotonic() - refreshed > REFRESH:
                 refreshed = time.monotonic()
                 yield self._view("Answering")

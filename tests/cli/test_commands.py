@@ -32,9 +32,9 @@ def refusal(capsys, *arguments: str) -> str:
     """The one sentence on stderr of a command line that is refused with exit code 2; stdout stays empty."""
     capsys.readouterr()
     assert main(arguments) == 2
-    told = capsys.readouterr()
-    assert told.out == ""
-    (line,) = told.err.splitlines()
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    (line,) = printed.err.splitlines()
     assert line.startswith("error: ")
     return line.removeprefix("error: ")
 

@@ -30,13 +30,13 @@ from data_pipelines.media.features import clip_windows
 REPOSITORY = Path(__file__).parents[2]
 SCRIPT = REPOSITORY / "launch" / "evaluate_tokenizer.py"
 COMMAND = ("evaluate", "tokenizer")
-SAID = "The plums are fresh."
+TRANSCRIPT = "The plums are fresh."
 
 
 def asr(name: str) -> str:
     """A line of a manifest."""
-    heard = f"<audio_start_baichuan>{json.dumps({'path': f'{name}.wav'})}<audio_end_baichuan>"
-    text = f"Write:{heard}<trainable_start>{SAID}<trainable_end>"
+    audio = f"<audio_start_baichuan>{json.dumps({'path': f'{name}.wav'})}<audio_end_baichuan>"
+    text = f"Write:{audio}<trainable_start>{TRANSCRIPT}<trainable_end>"
     return json.dumps({"id": name, "type": "asr", "text": text})
 
 
@@ -59,21 +59,21 @@ def manifest(tmp_path_factory) -> Path:
     return folder / "clips.jsonl"
 
 
-def test_clips_of_a_manifest_and_what_is_said_in_them(manifest):
+def test_clips_of_a_manifest_and_their_transcripts(manifest):
     skipped = Counter()
     clips = list(read_clips(manifest, manifest.parent, skipped))
     assert [clip.name for clip in clips] == ["one", "two", "silent", "short"]
-    assert {clip.text for clip in clips} == {SAID}
+    assert {clip.text for clip in clips} == {TRANSCRIPT}
     assert skipped == {"missing_file": 1, "bad_json": 1}
     assert len(clips[0].samples(8000)) == 16000
 
 
-def test_errors_of_a_recogniser():
+def test_errors_of_a_recognizer():
     """Two words of eight wrong; Chinese is counted by characters; a hook that fails is a cause."""
     words = {4: "the plums are fresh", 3: "The plum are fish!"}
     english = Recognition(lambda samples, rate: words[len(samples)])
     for length in words:
-        english.count(english.hear(np.zeros(length, np.float32), RATE), SAID)
+        english.count(english.hear(np.zeros(length, np.float32), RATE), TRANSCRIPT)
     assert english.rates()["wer"] == pytest.approx(2 / 8)
     assert english.rates()["cer"] == pytest.approx((1 + 2) / (2 * 16))
     chinese = Recognition(lambda samples, rate: "")
@@ -116,7 +116,7 @@ def run(*arguments) -> subprocess.CompletedProcess:
 
 
 def hears_half(samples: np.ndarray, rate: int) -> str:
-    """A recogniser for the command: two of the four words."""
+    """A recognizer for the command: two of the four words."""
     assert rate == RATE
     return "the plums"
 
@@ -125,17 +125,17 @@ def hears_recordings(samples: np.ndarray, rate: int) -> str:
     """One that fails on what comes from codes."""
     if not np.allclose(samples, noise(2.0), atol=1e-3):
         raise RuntimeError("no speech")
-    return SAID
+    return TRANSCRIPT
 
 
 @pytest.mark.slow
 def test_numbers_of_an_untrained_tokenizer(checkpoint, manifest, tmp_path):
-    """By its own mel and by flow matching; with a recogniser, one that fails, and a picture."""
+    """By its own mel and by flow matching; with a recognizer, one that fails, and a plot."""
     pytest.importorskip("matplotlib", reason="the extra `show` brings it")
     numbers, page = tmp_path / "numbers.json", tmp_path / "page.png"
     by_decoder = f"audio_encoder={checkpoint},audio_decoder={checkpoint}"
     hook = "tests.cli.test_evaluate_tokenizer:hears_half"
-    done = run("--checkpoint", by_decoder, "--manifest", manifest, "--json", numbers, "--picture", page, "--asr", hook)
+    done = run("--checkpoint", by_decoder, "--manifest", manifest, "--json", numbers, "--plot", page, "--asr", hook)
     assert done.returncode == 0, done.stderr
     found = json.loads(numbers.read_text())
     assert found["clips"] == 2
@@ -169,7 +169,7 @@ def test_waves_are_compared_where_they_belong():
 
 @pytest.mark.parametrize("samples", [17_283, 480_000 + 23_477])
 def test_measures_of_an_exact_decoder_compare_a_recording_with_itself(monkeypatch, samples):
-    """Whatever the length, one window or two: the same samples, but for what has no code; mels alike on the picture."""
+    """Whatever the length, one window or two: the same samples, but for what has no code; mels alike on the plot."""
     wave = (0.1 * np.random.default_rng(0).standard_normal(samples)).astype(np.float32)
     audio, settings, spans = tiny().audio, decoded_target(tiny().post_net), iter(clip_windows(samples, tiny().audio))
 
@@ -209,7 +209,7 @@ def test_files_that_cannot_be_written_are_named_first(tmp_path, capsys):
     given = ["--checkpoint", "nowhere", "--manifest", "nowhere"]
     for arguments, sentence in (
         (["--json", str(tmp_path / "no" / "n.json")], f"there is no folder {tmp_path / 'no'}"),
-        (["--picture", str(tmp_path / "no" / "p.png")], f"there is no folder {tmp_path / 'no'}"),
+        (["--plot", str(tmp_path / "no" / "p.png")], f"there is no folder {tmp_path / 'no'}"),
         (["--limit", "0"], "--limit must be at least 1, not 0"),
     ):
         assert main([*COMMAND, *given, *arguments]) == 2

@@ -1,4 +1,4 @@
-"""baichuan-omni generate: what each task asks, what flags are refused, and answers end to end."""
+"""baichuan-omni generate: what each task sends, what flags are refused, and answers end to end."""
 
 import gzip
 import json
@@ -28,16 +28,16 @@ TRANSCRIBE = {"type": "text", "text": "将语音转录为文本:"}
 
 
 class Chat:
-    """Keeps what it is asked."""
+    """Keeps what is started."""
 
     def __init__(self):
         self.model = SimpleNamespace(config=tiny())
 
     def __getattr__(self, method):
-        return lambda asked, key=None: (method, asked)
+        return lambda content, key=None: (method, content)
 
 
-def asked(task, base=Path(), **values):
+def send(task, base=Path(), **values):
     with unchecked():  # `Chat` is a double
         return start_request(Chat(), task, values, None, base)
 
@@ -50,19 +50,19 @@ def file(kind, path):
     return {"type": kind, "path": path}
 
 
-def test_what_each_task_asks():
+def test_what_each_task_sends():
     text = {"type": "text", "text": "Why?"}
-    assert asked("chat", prompt="Why?") == ("reply", [{"role": "user", "content": [text]}])
+    assert send("chat", prompt="Why?") == ("reply", [{"role": "user", "content": [text]}])
     media = [file("image", "a.png"), file("image", "b.png"), file("audio", "c.wav"), file("video", "d.mp4")]
-    method, (system, user) = asked(
+    method, (system, user) = send(
         "chat", system="Be kind.", prompt="Why?", image=["a.png", "b.png"], audio="c.wav", video=["d.mp4"]
     )
     assert (method, system) == ("reply", {"role": "system", "content": "Be kind."})
     assert user["content"] == [*media, text]
-    assert asked("chat", audio="c.wav") == ("reply", [{"role": "user", "content": [media[2]]}])
-    assert asked("asr", audio="c.wav") == ("complete", [TRANSCRIBE, media[2]])
-    assert asked("tts", prompt="Good morning.") == ("speak", "Good morning.")
-    _, (user,) = asked("describe", video="d.mp4")
+    assert send("chat", audio="c.wav") == ("reply", [{"role": "user", "content": [media[2]]}])
+    assert send("asr", audio="c.wav") == ("complete", [TRANSCRIBE, media[2]])
+    assert send("tts", prompt="Good morning.") == ("speak", "Good morning.")
+    _, (user,) = send("describe", video="d.mp4")
     assert user["content"] == [media[3], {"type": "text", "text": "Describe the video."}]
 
 
@@ -72,7 +72,7 @@ def test_media_keep_the_order_of_the_command_line():
         "chat --image a.png --audio b.wav --prompt Why? --image c.png d.png --checkpoint x --video e.mp4 --audio f.wav"
     )
     values = request_fields(parse(line))
-    _, (user,) = asked("chat", **values)
+    _, (user,) = send("chat", **values)
     kinds = ["image", "audio", "image", "image", "video", "audio"]
     files = ["a.png", "b.wav", "c.png", "d.png", "e.mp4", "f.wav"]
     assert user["content"] == [*map(file, kinds, files), {"type": "text", "text": "Why?"}]
@@ -80,30 +80,30 @@ def test_media_keep_the_order_of_the_command_line():
 
 def test_media_keep_the_order_of_a_manifest():
     """Of the line's fields, or of the list `media`."""
-    _, (user,) = asked("chat", audio="a.wav", prompt="Why?", image=["b.png", "c.png"])
+    _, (user,) = send("chat", audio="a.wav", prompt="Why?", image=["b.png", "c.png"])
     text = {"type": "text", "text": "Why?"}
     assert user["content"] == [file("audio", "a.wav"), file("image", "b.png"), file("image", "c.png"), text]
     media = [file("video", "a.mp4"), file("audio", "b.wav"), file("video", "c.mp4")]
-    _, (user,) = asked("chat", Path("/data"), media=media, prompt="Why?")
+    _, (user,) = send("chat", Path("/data"), media=media, prompt="Why?")
     assert [part.get("path") for part in user["content"]] == ["/data/a.mp4", "/data/b.wav", "/data/c.mp4", None]
-    _, (user,) = asked("describe", media=media[1:])
+    _, (user,) = send("describe", media=media[1:])
     assert user["content"][-1] == {"type": "text", "text": "Describe the video."}
 
 
 def test_paths_of_a_manifest_start_at_its_folder():
-    _, (user,) = asked("chat", Path("/data"), prompt="Why?", image="a.png")
+    _, (user,) = send("chat", Path("/data"), prompt="Why?", image="a.png")
     assert user["content"][0]["path"] == "/data/a.png"
     messages = [{"role": "user", "content": [file("image", "/b.png"), file("audio", "c.wav")]}]
-    _, (user,) = asked("chat", Path("/data"), messages=messages)
+    _, (user,) = send("chat", Path("/data"), messages=messages)
     assert [part["path"] for part in user["content"]] == ["/b.png", "/data/c.wav"]
 
 
 def test_token_ids_to_be_spoken_end_with_the_mark_of_speech():
     start = tiny().tokens.audiogen_start
     for ids in ([5, 6], [5, 6, start]):
-        method, prompt = asked("tts", tokens=ids)
+        method, prompt = send("tts", tokens=ids)
         assert (method, prompt.tokens.tolist()) == ("speak_prompt", [5, 6, start])
-    method, prompt = asked("chat", tokens=[5, 6])
+    method, prompt = send("chat", tokens=[5, 6])
     assert (method, prompt.tokens.tolist()) == ("answer_prompt", [5, 6])
 
 
@@ -131,7 +131,7 @@ def test_token_ids_to_be_spoken_end_with_the_mark_of_speech():
 )
 def test_fields_that_a_task_cannot_use(task, values, sentence):
     with pytest.raises(RequestError, match=sentence) as error:
-        asked(task, **values)
+        send(task, **values)
     assert error.value.cause == "bad_message"
 
 
@@ -216,7 +216,7 @@ def test_ctrl_c_keeps_what_is_answered(tmp_path, monkeypatch, capsys):
 
 
 def zeros(name, cfg):
-    """The branch with all its parameters zero: nothing is drawn or compiled."""
+    """The branch with all its parameters zero: nothing is sampled or compiled."""
     return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract_branches(cfg, only=[name])[name])
 
 
@@ -290,14 +290,14 @@ def test_the_command_says_what_the_released_computation_says(golden, tmp_path, c
     assert capsys.readouterr().out.split() == [str(token) for token in expected]
     assert json.loads((tmp_path / "a.json").read_text())["tokens"] == expected
 
-    sound, saved = tmp_path / "b.wav", tmp_path / "b.json"
-    speak = ["--tokens", str(tmp_path / "audio.json"), "--out", str(sound), "--save", str(saved)]
+    speech, saved = tmp_path / "b.wav", tmp_path / "b.json"
+    speak = ["--tokens", str(tmp_path / "audio.json"), "--out", str(speech), "--save", str(saved)]
     assert main(["generate", "tts", *flags, *speak]) == 0
-    told = capsys.readouterr().err
-    assert "Griffin" not in told
-    assert "untrained" not in told
+    notes = capsys.readouterr().err
+    assert "Griffin" not in notes
+    assert "untrained" not in notes
     assert json.loads(saved.read_text())["codes"] == [frames]
-    wave, rate = soundfile.read(sound)
+    wave, rate = soundfile.read(speech)
     assert rate == 24000
     assert abs(len(wave) / rate - len(frames) / 12.5) < 0.1
 
@@ -313,7 +313,7 @@ def test_the_command_says_what_the_released_computation_says(golden, tmp_path, c
 
 @pytest.mark.slow
 def test_parts_of_three_runs_hear_and_speak(tmp_path, capsys):
-    """A branch of each kind of run, random: text to a wav file, a recording and a picture to text, two turns."""
+    """A branch of each kind of run, random: text to a wav file, a recording and an image to text, two turns."""
     from data_pipelines.tokenizers.tokenizer import train_tokenizer
     from tests.helpers.small_media import write_audio, write_image
 
@@ -321,25 +321,25 @@ def test_parts_of_three_runs_hear_and_speak(tmp_path, capsys):
     words = train_tokenizer(["the cat sat on the mat"] * 3, 330).to_str()
     runs = {"main": ("llm", "vision", "audio_head"), "ears": ("audio_encoder", "audio_decoder"), "flow": ("flow",)}
     for run, names in runs.items():
-        save_branches(tmp_path / run, drawn(names, cfg), cfg, words, trained={"llm": 5})
+        save_branches(tmp_path / run, random_branches(names, cfg), cfg, words, trained={"llm": 5})
     spec = ",".join(f"{name}={tmp_path / run}" for run, names in runs.items() for name in names)
     flags = ["--checkpoint", spec, "--length", "256", "--max-tokens", "6"]
     sizes = ["--set", "segment_tokens=3", "--set", "segment_frames=5"]
 
     spoken = ["--prompt", "the cat", "--out", str(tmp_path / "a.wav")]
     assert main(["generate", "tts", *flags, *sizes, *spoken]) == 0
-    told = capsys.readouterr().err
-    assert "untrained, so that answers mean nothing: vision, audio_encoder, audio_decoder, audio_head, flow" in told
-    assert "Griffin" in told
-    assert all(word in told for word in ("first audio", "tokens/s", "real-time factor", "cache", "programs compiled"))
+    notes = capsys.readouterr().err
+    assert "untrained, so that answers mean nothing: vision, audio_encoder, audio_decoder, audio_head, flow" in notes
+    assert "Griffin" in notes
+    assert all(word in notes for word in ("first audio", "tokens/s", "real-time factor", "cache", "programs compiled"))
     info = soundfile.info(tmp_path / "a.wav")
     assert (info.samplerate, info.channels) == (24000, 1)
     assert info.frames > 0
 
-    recording, picture = write_audio(tmp_path / "s.wav", 1), write_image(tmp_path / "p.png", 56, 84)
+    recording, image = write_audio(tmp_path / "s.wav", 1), write_image(tmp_path / "p.png", 56, 84)
     assert main(["generate", "asr", *flags, "--audio", str(recording), "--save", str(tmp_path / "s.json")]) == 0
     assert len(json.loads((tmp_path / "s.json").read_text())["tokens"]) > 0
-    assert main(["generate", "describe", *flags, "--image", str(picture)]) == 0
+    assert main(["generate", "describe", *flags, "--image", str(image)]) == 0
 
     lines = iter(["and?", "/image none.png", "see?", "/quit"])
     mp = pytest.MonkeyPatch()
@@ -353,7 +353,7 @@ def test_parts_of_three_runs_hear_and_speak(tmp_path, capsys):
     assert (tmp_path / "t-2.wav").exists()
 
 
-def drawn(names, cfg):
+def random_branches(names, cfg):
     """Branches of small random numbers."""
     rng = np.random.default_rng(0)
     draw = lambda x: 0.05 * rng.standard_normal(x.shape).astype(x.dtype)  # noqa: E731

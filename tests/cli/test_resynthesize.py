@@ -1,4 +1,4 @@
-"""baichuan-omni resynthesize: codes and sound of untrained branches, and the sentence for what cannot be used."""
+"""baichuan-omni resynthesize: codes and audio of untrained branches, and the sentence for what cannot be used."""
 
 import subprocess
 import sys
@@ -36,8 +36,8 @@ def run(*arguments) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.slow
-def test_two_windows_of_sound_come_back(checkpoint, tmp_path):
-    """31 s: two windows; codes of both, half a second of sound at 24 kHz for 6.25 of them, give or take a frame."""
+def test_two_windows_of_audio_come_back(checkpoint, tmp_path):
+    """31 s: two windows; codes of both, half a second of audio at 24 kHz for 6.25 of them, give or take a frame."""
     wave = 0.1 * np.random.default_rng(0).standard_normal(31 * 16000)
     soundfile.write(tmp_path / "in.wav", wave, 16000)
     out, codes = tmp_path / "out.wav", tmp_path / "codes.npy"
@@ -52,10 +52,10 @@ def test_two_windows_of_sound_come_back(checkpoint, tmp_path):
     assert abs(len(spoken) / rate - len(found) / 12.5) < 0.1
 
 
-def test_a_picture_shows_each_window_where_it_was_heard():
+def test_a_plot_shows_each_window_where_it_was():
     mels = [np.full((3, 2), 1.0, np.float32), np.full((3, 2), 2.0, np.float32)]
-    drawn = mels_in_place(mels, [0, 4], np.zeros((6, 2), np.float32))
-    np.testing.assert_array_equal(drawn[:, 0], [1, 1, 1, np.nan, 2, 2])
+    mel = mels_in_place(mels, [0, 4], np.zeros((6, 2), np.float32))
+    np.testing.assert_array_equal(mel[:, 0], [1, 1, 1, np.nan, 2, 2])
 
 
 def test_files_that_cannot_be_written_are_named_first(tmp_path, capsys):
@@ -71,7 +71,7 @@ def test_files_that_cannot_be_written_are_named_first(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_what_cannot_be_used_is_named(checkpoint, tmp_path):
-    (tmp_path / "in.wav").write_bytes(b"no sound")
+    (tmp_path / "in.wav").write_bytes(b"no audio")
     for arguments, sentence in (
         (("--checkpoint", f"flow={checkpoint}"), "has no branch audio_encoder; it has flow"),
         (("--checkpoint", tmp_path), "is neither a checkpoint"),

@@ -95,7 +95,7 @@ def test_audio_that_comes_later_is_streamed_too():
         ("", lambda p: p.write_text("no image"), "file.bin is neither an image nor an audio file nor a video"),
         ("", lambda p: p.with_suffix(".png").write_bytes(bytes(600_000)), "file.png has 0.6 MB, more than 0.5"),
         ("", lambda p: write_audio(p.with_suffix(".wav"), 3.5), "file.wav is 4 s long, more than 3 s"),
-        ("", lambda p: p.with_suffix(".wav").write_bytes(b"no sound"), "file.wav is not a readable audio file"),
+        ("", lambda p: p.with_suffix(".wav").write_bytes(b"no audio"), "file.wav is not a readable audio file"),
         ("", lambda p: p.with_suffix(".mp4").write_bytes(b"no video"), "file.mp4 is not a readable video"),
         ("break", None, "the server failed at this request"),
     ],
@@ -123,8 +123,8 @@ def test_a_video_brings_its_frames_and_its_audio(session, tmp_path):
     assert Path(shown["path"]).read_bytes() == path.read_bytes()
     assert text == "What is it?"
     assert view.messages[1]["content"] == ["heard video audio What is it? "]
-    asked = session._conversation.messages[0]["content"]
-    assert [part["path"] for part in asked[:2]] == [shown["path"]] * 2
+    kept = session._conversation.messages[0]["content"]
+    assert [part["path"] for part in kept[:2]] == [shown["path"]] * 2
 
 
 @pytest.mark.parametrize(

@@ -178,9 +178,9 @@ def test_too_large_an_upload_is_refused_in_words(serve, open_tab, tmp_path):
     assert "heard Hello" in tab.answered()
 
 
-def test_what_cannot_be_read_is_said_in_the_page(serve, open_tab, tmp_path):
+def test_the_page_names_what_cannot_be_read(serve, open_tab, tmp_path):
     tab = open_tab(serve(scripted_chat()))
-    (tmp_path / "broken.wav").write_bytes(b"no sound")
+    (tmp_path / "broken.wav").write_bytes(b"no audio")
     tab.attach(tmp_path / "broken.wav")
     wait_for(lambda: "broken.wav" in tab.text("#box") or tab.all("#box .thumbnail-item"))
     tab.write("Listen")
@@ -216,10 +216,10 @@ def checkpoint(tmp_path_factory):
     return path
 
 
-def test_the_command_answers_text_a_picture_and_the_microphone(checkpoint, open_tab, tmp_path, sample_dir):
-    """Untrained branches: that there is an answer, and sound, is all that can be asked."""
-    picture, microphone = tmp_path / "teal.png", tmp_path / "said.wav"
-    Image.new("RGB", (120, 90), "teal").save(picture)
+def test_the_command_answers_text_an_image_and_the_microphone(checkpoint, open_tab, tmp_path, sample_dir):
+    """Untrained branches: there is an answer, and audio, and that is all."""
+    image, microphone = tmp_path / "teal.png", tmp_path / "spoken.wav"
+    Image.new("RGB", (120, 90), "teal").save(image)
     spoken, rate = soundfile.read(next((sample_dir / "speech").glob("en_*.wav")))
     quiet = np.zeros(rate)
     soundfile.write(microphone, np.concatenate([quiet, spoken, *[quiet] * 3]), rate)
@@ -233,11 +233,11 @@ def test_the_command_answers_text_a_picture_and_the_microphone(checkpoint, open_
             tab = open_tab(line.split()[-1], microphone)
             tab.write("What is a star?")
             assert tab.answered(1)
-            tab.attach(picture)
+            tab.attach(image)
             wait_for(lambda: tab.all("#box img"))
             tab.write("What is this?")
             assert tab.answered(2)
-            tab.click("#stop")  # while the last answer sounds, the microphone hears nothing
+            tab.click("#stop")  # while the last answer plays, the microphone is ignored
             tab.click("#microphone .record-button")
             assert tab.answered(3)
             assert tab.all("#chat .user-row img")
