@@ -1,6 +1,6 @@
 """The two photographs that ship in scikit-learn: crops of them, and what is known to be true of a crop.
 
-What each picture shows is annotated by hand as outlines of its parts (pixel coordinates of the 640x427 originals); what
+What each photograph shows is annotated by hand as outlines of its parts (pixel coordinates of the 640x427 originals); what
 a crop shows follows from the outlines inside it, its colors and brightness from its pixels.
 """
 
@@ -153,7 +153,7 @@ def absent_parts(crop: Crop, margin: int = 16) -> list[str]:
 
 
 def place(crop: Crop, part: str) -> tuple[int, int] | None:
-    """Returns where a visible part is centered: (row, column), each 0, 1 or 2 for the thirds of the picture.
+    """Returns where a visible part is centered: (row, column), each 0, 1 or 2 for the thirds of the image.
 
     None for a part that is in no one place: a background, or one that is not at its own center.
     """

@@ -131,7 +131,7 @@ def balance(pages: list[Page], style: PageStyle) -> list[Page]:
     return pages
 
 
-GRID = 28  # pixels of a visual token: a picture of whole tokens is not resized
+GRID = 28  # pixels of a visual token: an image of whole tokens is not resized
 
 
 def measurer(style: PageStyle) -> Callable[[str], float]:
