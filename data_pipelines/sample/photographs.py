@@ -1,7 +1,7 @@
 """The two photographs that ship in scikit-learn: crops of them, and what is known to be true of a crop.
 
-What each photograph shows is annotated by hand as outlines of its parts (pixel coordinates of the 640x427 originals); what
-a crop shows follows from the outlines inside it, its colors and brightness from its pixels.
+What each photograph shows is annotated by hand as outlines of its parts (pixel coordinates of the 640x427 originals);
+what a crop shows follows from the outlines inside it, its colors and brightness from its pixels.
 """
 
 import functools
