@@ -38,8 +38,7 @@ from data_pipelines.packing.columns import (
     open_columns,
     write_columns,
 )
-from data_pipelines.packing.mixture import DocumentLengths
-from data_pipelines.packing.row_limits import AUDIO_TARGETS, RowLimits
+from data_pipelines.packing.row_limits import AUDIO_TARGETS, DocumentLengths, RowLimits
 
 _CHUNK = 1 << 20  # documents looked at together: what memory that takes does not grow with the index
 

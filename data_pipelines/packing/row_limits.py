@@ -1,7 +1,8 @@
-"""What an empty row holds: which documents are beyond it, and the sentence that says why."""
+"""What documents take of a row's budgets, and what an empty row holds: which documents exceed it, and why."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int32, Int64, Integer
@@ -10,8 +11,27 @@ from baichuan_omni_jax.config import Budgets
 from data_pipelines.documents.document import Lengths
 from data_pipelines.packing.media_layout import PatchLayout
 
+DocumentKey = tuple[int, int]
+
 BUDGETED = tuple(f.name for f in fields(Budgets))
 _PATCHES, AUDIO_TARGETS = BUDGETED.index("patches"), BUDGETED.index("audio_targets")
+
+
+class DocumentLengths(NamedTuple):
+    """Holds what rows are planned from: the number of a document in its source, what it takes of each budget (tokens
+    first), the patches of each of its images, how many text targets and audio frames to predict it has, and its source.
+    """
+
+    number: int
+    lengths: tuple[int, ...]
+    image_patches: list[int]
+    trainable: int = 0
+    source: int = 0
+
+    @property
+    def key(self) -> DocumentKey:
+        """Names the document in the whole mixture: (source, number)."""
+        return self.source, self.number
 
 
 def budget_vector(budgets: Budgets) -> Int64[np.ndarray, "budgets"]:

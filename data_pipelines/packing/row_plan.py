@@ -18,8 +18,9 @@ from typing import Any
 
 from baichuan_omni_jax.config import DataConfig
 from baichuan_omni_jax.errors import ConfigError
-from data_pipelines.packing.mixture import DocumentKey, DocumentLengths, Mixture
+from data_pipelines.packing.mixture import Mixture
 from data_pipelines.packing.packer import Packer
+from data_pipelines.packing.row_limits import DocumentKey, DocumentLengths
 
 PackedRow = list[DocumentKey]
 Cost = Callable[[list[DocumentLengths]], int]
