@@ -1,6 +1,6 @@
-"""The post-net (`audio_tokenizer.audio_decoder.post_net`): convolutions that refine the coarse mel.
+"""The branch `audio_decoder` (`audio_tokenizer.audio_decoder.*`): codes at 12.5 Hz back to states and mel.
 
-The branch `audio_decoder` (`audio_tokenizer.audio_decoder.*`): codes at 12.5 Hz back to states and mel.
+    codes (12.5 Hz) --dconv1--> causal layers --> hidden (50 Hz) --dconv2--> coarse mel --post-net--> refined mel
 
 An item's result never depends on its batch: normalizations count its own frames, and the coarse mel is resized by its
 own lengths. The released code counts the padding of the batch, which `padded=True` repeats.
@@ -8,7 +8,7 @@ own lengths. The released code counts the padding of the batch, which `padded=Tr
 
 import math
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +23,15 @@ from baichuan_omni_jax.nn.layers import GroupNorm, LayerNorm
 from baichuan_omni_jax.nn.linear import Linear
 from baichuan_omni_jax.nn.param import CLIPS, ComputePolicy, split_as, stack
 
+Frames = TypeVar("Frames", int, Array)
+
 KERNEL = 5
+# The post-net is small: whole on every device.
 WHOLE = ("small", "small")
 
 
 class PostNetBlock(nnx.Module):
-    """Convolution -> GroupNorm -> Mish (`layers.3i`, `layers.3i+1` of the checkpoint)."""
+    """Computes convolution -> GroupNorm -> Mish (`layers.3i`, `layers.3i+1` of the checkpoint)."""
 
     def __init__(self, key: PRNGKeyArray, width_in: int, width: int, eps: float, compute: ComputePolicy):
         shape = (KERNEL, width_in, width)
@@ -40,7 +43,10 @@ class PostNetBlock(nnx.Module):
 
 
 class PostNet(nnx.Module):
-    """What to add to a coarse mel: blocks of widths `channels[:-1]`, then a 1x1 convolution (the last of `layers`)."""
+    """Returns what to add to a coarse mel (`audio_decoder.post_net`).
+
+    Blocks of widths `channels[:-1]`, then a 1x1 convolution (the last of `layers`).
+    """
 
     def __init__(self, key: PRNGKeyArray, cfg: PostNetConfig, eps: float, compute: ComputePolicy):
         widths = (cfg.num_mel_bins, *cfg.channels[:-1])
@@ -50,7 +56,7 @@ class PostNet(nnx.Module):
         self.out = Conv1d(keys[-1], out, rows=CLIPS, compute=compute, channels=WHOLE)
 
     def __call__(self, mel: Float[Array, "m t mels"], real: Bool[Array, "m t"]) -> Float[Array, "m t mels"]:
-        """`real` frames are those that statistics count and convolutions see; the result is not masked."""
+        """Returns the correction. Statistics count and convolutions see `real` frames alone; it is not masked."""
         with jax.named_scope("post_net"):
             x = mel
             for block in self.blocks:
@@ -59,7 +65,7 @@ class PostNet(nnx.Module):
 
 
 class DecodedAudio(NamedTuple):
-    """What the decoder makes of m items; everything is zero past an item's length.
+    """Holds what the decoder makes of m items; everything is zero past an item's length.
 
     `hidden` (m, t, d_model): 50 Hz states that flow matching reads (before `dconv2`), `hidden_lengths` (m,) of them;
     `coarse_mel`, `refined_mel` (m, s, mels) at the post-net's rate (62.5 Hz), `mel_lengths` (m,) of both.
@@ -73,7 +79,7 @@ class DecodedAudio(NamedTuple):
 
 
 class UpsampleBlock(nnx.Module):
-    """Transposed convolution -> GroupNorm over all it made -> its last max(0, kernel - stride) frames cut.
+    """Lengthens items: transposed convolution -> GroupNorm over all it made -> max(0, kernel - stride) last frames cut.
 
     L frames become (L - 1) stride + kernel - max(0, kernel - stride): kernel 3, stride 4 give 4 L - 1; stride 2: 2 L.
     """
@@ -95,8 +101,9 @@ class UpsampleBlock(nnx.Module):
     def __call__(
         self, x: Float[Array, "m t c"], lengths: Int32[Array, " m"], *, padded: bool
     ) -> tuple[Float[Array, "m s d"], Int32[Array, " m"]]:
-        """The longer frames, zero past their new lengths, and those. `x` is zero past `lengths`."""
+        """Returns the longer items, zero past their new lengths, and these. `x` is zero past `lengths`."""
         y = self.conv(x)
+        # Parity quirk: statistics count the frames that are cut afterwards too.
         made = jnp.where(lengths > 0, (lengths - 1) * self.stride + self.kernel, 0)
         counted = frames_before(jnp.full_like(made, y.shape[1]) if padded else made, y.shape[1])
         y = self.norm(y, counted)[:, : y.shape[1] - self.cut]
@@ -105,7 +112,7 @@ class UpsampleBlock(nnx.Module):
 
 
 class AudioDecoder(nnx.Module):
-    """`proj_decoder` -> `dconv1` -> causal Whisper layers -> `dconv2` -> resize -> post-net.
+    """Decodes sums of codes: `proj_decoder` -> `dconv1` -> causal Whisper layers -> `dconv2` -> resize -> post-net.
 
     `proj_decoder` lies under `audio_tokenizer.audio_bridge_model` in the checkpoint, all else under `audio_decoder`.
     """
@@ -143,9 +150,15 @@ class AudioDecoder(nnx.Module):
     def __call__(
         self, quantized: Float[Array, "m g c"], code_lengths: Int32[Array, " m"], *, padded: bool = False
     ) -> DecodedAudio:
-        """From sums of codes (`ResidualQuantizer.decode`), (m, g, code_dim), of which `code_lengths` (m,) are valid.
+        """Decodes items.
 
-        `padded` computes the released, batch dependent variant. Raises ValueError on shapes that do not fit.
+        Args:
+            quantized: sums of codes (`ResidualQuantizer.decode`), (m, g, code_dim).
+            code_lengths: valid code frames of each (m,).
+            padded: compute the released, batch dependent variant.
+
+        Raises:
+            ValueError: shapes that do not fit.
         """
         if quantized.shape[-1] != self.cfg.code_dim or code_lengths.shape != quantized.shape[:1]:
             raise ValueError(
@@ -158,7 +171,7 @@ class AudioDecoder(nnx.Module):
     def decode_embedded(
         self, embedded: Float[Array, "m g d"], code_lengths: Int32[Array, " m"], *, padded: bool = False
     ) -> DecodedAudio:
-        """As `__call__`, from the output of `proj_decoder`."""
+        """Does as `__call__`, from the output of `proj_decoder`."""
         lengths = split_as(code_lengths, self.compute, CLIPS)
         x = keep(split_as(embedded, self.compute, CLIPS), lengths)
         with jax.named_scope("audio_decoder"):
@@ -168,7 +181,7 @@ class AudioDecoder(nnx.Module):
         return DecodedAudio(hidden, hidden_lengths, coarse, refined, mel_lengths)
 
     def states(self, x: Float[Array, "m t d"], lengths: Int32[Array, " m"]) -> Float[Array, "m t d"]:
-        """Sinusoidal positions, the causal layers and the last norm; zero past each length."""
+        """Applies sinusoidal positions, the causal layers and the last norm; zero past each length."""
         real = frames_before(lengths, x.shape[1])
         x = x + sinusoids(x.shape[1], x.shape[2]).astype(x.dtype)
         ids = real.astype(jnp.int32)
@@ -179,7 +192,8 @@ class AudioDecoder(nnx.Module):
     def mel(
         self, hidden: Float[Array, "m t d"], lengths: Int32[Array, " m"], *, padded: bool
     ) -> tuple[Float[Array, "m s mels"], Float[Array, "m s mels"], Int32[Array, " m"]]:
-        """Coarse mel, refined mel, and their lengths, from the 50 Hz states."""
+        """Returns coarse mel, refined mel, and their lengths, from the 50 Hz states."""
+        # 50 Hz -> 100 Hz, then the nearest frame at 62.5 Hz, then the post-net's correction on top.
         coarse, coarse_lengths = self.dconv2(hidden, lengths, padded=padded)
         mel_lengths, frames = self.mel_length(coarse_lengths), self.mel_length(coarse.shape[1])
         if padded:
@@ -193,8 +207,8 @@ class AudioDecoder(nnx.Module):
         refined = coarse + self.post_net(coarse, real)
         return keep(coarse, mel_lengths), keep(refined, mel_lengths), mel_lengths
 
-    def mel_length(self, frames):
-        """Frames of the post-net's mel from those of `dconv2`: floor(frames * 5 / 8) at the released rates."""
+    def mel_length(self, frames: Frames) -> Frames:
+        """Returns frames of the post-net's mel from those of `dconv2`: floor(frames * 5 / 8) at the released rates."""
         rise = self.cfg.hop_length * self.post_net_cfg.sampling_rate
         fall = self.cfg.sampling_rate * self.post_net_cfg.hop_length
         common = math.gcd(rise, fall)

@@ -1,13 +1,10 @@
-"""The Whisper encoder of the audio tokenizer (`audio_tokenizer.audio_model.*`): mel frames -> states at 50 Hz.
+"""The branch `audio_encoder`: from mel windows to codes at 12.5 Hz (arXiv:2502.17239, section 3.1).
 
-A clip's result never depends on what it is batched with: mel frames and the first convolution's output are zero past
-the clip's end, as if it were alone. The released code leaves the latter non-zero, which `padded=True` repeats.
+    log mel --AudioEncoder--> states at 50 Hz --AudioBridge--> features at 12.5 Hz --ResidualQuantizer--> codes
 
-The bridge of the audio tokenizer (`audio_tokenizer.audio_bridge_model.*`): four 50 Hz states -> one at 12.5 Hz.
-
-The residual vector quantizer (`audio_bridge_model.vq_list.*`): eight codebooks, each for what the last left over.
-
-The branch `audio_encoder`: from mel windows to codes at 12.5 Hz (encoder, bridge, residual quantizer).
+`audio_tokenizer.audio_model.*` (Whisper's encoder), `audio_bridge_model.*` and its `vq_list.*` of the checkpoint. A
+clip's result never depends on what it is batched with: mel frames and the first convolution's output are zero past the
+clip's end, as if it were alone. The released code leaves the latter non-zero, which `padded=True` repeats.
 """
 
 import jax
@@ -32,7 +29,7 @@ GAINS = (3.0, 4.0)
 
 
 def sinusoids(length: int, width: int) -> Float[Array, "t d"]:
-    """Position table, fp32: angle = position * 10000^(-i / (width/2 - 1)); all sines, then all cosines.
+    """Returns the position table, fp32: angle = position * 10000^(-i / (width/2 - 1)); all sines, then all cosines.
 
     width 4: frequencies 1 and 0.0001, so position 2 is [sin 2, sin 0.0002, cos 2, cos 0.0002].
     """
@@ -42,12 +39,12 @@ def sinusoids(length: int, width: int) -> Float[Array, "t d"]:
 
 
 def encoder_lengths(mel_lengths: Int32[Array, " m"], stride: int) -> Int32[Array, " m"]:
-    """Frames after the strided convolution: (frames - 1) // stride + 1; 0 stays 0."""
+    """Returns frames after the strided convolution: (frames - 1) // stride + 1; 0 stays 0."""
     return (mel_lengths - 1) // stride + 1
 
 
 class AudioEncoder(nnx.Module):
-    """Two convolutions, sinusoidal positions, pre-norm layers over the clip's own frames, LayerNorm."""
+    """Encodes log mel: two convolutions, sinusoidal positions, layers over the clip's own frames, LayerNorm."""
 
     def __init__(self, key: PRNGKeyArray, cfg: AudioConfig, compute: ComputePolicy):
         keys = jax.random.split(key, 3)
@@ -72,10 +69,18 @@ class AudioEncoder(nnx.Module):
     def __call__(
         self, mel: Float[Array, "m f mels"], mel_lengths: Int32[Array, " m"], *, padded: bool = False
     ) -> Float[Array, "m t d"]:
-        """States (m, (f-1)//2 + 1, d) of the clips, zero past each clip's encoder length.
+        """Encodes clips.
 
-        `mel` is one window of at most 30 s a row, `mel_lengths` its valid frames (0: an unused slot). `padded` computes
-        the released, batch dependent variant. Raises ValueError on shapes that do not fit.
+        Args:
+            mel: log mel (m, f, mels), one window of at most 30 s a row.
+            mel_lengths: valid frames of each (m,); 0: an unused slot.
+            padded: compute the released, batch dependent variant.
+
+        Returns:
+            States (m, (f-1)//2 + 1, d), zero past each clip's encoder length.
+
+        Raises:
+            ValueError: shapes that do not fit.
         """
         if mel.shape[-1] != self.cfg.num_mel_bins or mel_lengths.shape != mel.shape[:1]:
             raise ValueError(
@@ -84,18 +89,21 @@ class AudioEncoder(nnx.Module):
             )
         mel, mel_lengths = split_as(mel, self.compute, CLIPS), split_as(mel_lengths, self.compute, CLIPS)
         with jax.named_scope("convolutions"):
+            # Parity quirk: the strided convolution reads one frame past a clip of an odd length. Alone, that frame is
+            # padding and zero; in a batch the released code has there what conv1's bias made of zeros.
             real = frames_before(mel_lengths, mel.shape[1])[..., None]
             x = gelu(self.conv1(jnp.where(real, mel, 0)))
             x = gelu(self.conv2(x if padded else jnp.where(real, x, 0)))
         x = x + sinusoids(x.shape[1], x.shape[2]).astype(x.dtype)
         real = frames_before(encoder_lengths(mel_lengths, self.cfg.stride_size), x.shape[1])
+        # Bidirectional over a clip's own frames: its frames are segment 1, padding 0, and all positions are equal.
         ids = real.astype(jnp.int32)
         x = run_encoder(self.layers, x, ids, jnp.zeros_like(ids), sizes=self.sizes, compute=self.compute)
         return jnp.where(real[..., None], self.norm(x), 0)
 
 
 class AudioBridge(nnx.Module):
-    """LayerNorm(down(silu(gate(x)) * up(x)) + the four states side by side).
+    """Joins four states into one feature: LayerNorm(down(silu(gate(x)) * up(x)) + the four side by side).
 
     `gate_proj` and `up_proj` are (4, d, 4d); the checkpoint holds them as convolutions (4d, d, 4).
     """
@@ -111,12 +119,13 @@ class AudioBridge(nnx.Module):
         self.pool, self.compute = k, compute
 
     def __call__(self, x: Float[Array, "m t d"]) -> Float[Array, "m g f"]:
-        """(m, t, d) -> (m, t // 4, 4d); a trailing partial group is dropped."""
+        """Maps (m, t, d) to (m, t // 4, 4d); a trailing partial group is dropped."""
         with jax.named_scope("audio_bridge"):
             m, t, d = x.shape
             groups = t // self.pool
             spec = self.compute.spec(CLIPS, None, None)
             x = x[:, : groups * self.pool].reshape(m, groups, self.pool, d)
+            # The checkpoint's stride-4 convolutions, as products over groups of four frames.
             y = self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
             return self.norm(y + x.reshape(m, groups, self.pool * d, out_sharding=spec))
 
@@ -129,7 +138,7 @@ Codebooks = tuple[Float[Array | np.ndarray, "_ d"] | Prepared, ...]
 
 
 class Codebook(nnx.Module):
-    """`embed` (codes, d) and the running sums it is made of: `embed_avg` (codes, d), `cluster_size` (codes,)."""
+    """Holds `embed` (codes, d) and the running sums it is made of: `embed_avg` (codes, d), `cluster_size` (codes,)."""
 
     def __init__(self, key: PRNGKeyArray, size: int, width: int, std: float):
         embed = std * jax.random.normal(key, (size, width), jnp.float32)
@@ -139,7 +148,7 @@ class Codebook(nnx.Module):
 
 
 class ResidualQuantizer(nnx.Module):
-    """`codebook_sizes` levels over vectors of `code_dim`. Untrained codebooks are normal, narrower level by level."""
+    """Quantizes vectors of `code_dim` level by level. Untrained codebooks are normal, narrower at each next level."""
 
     def __init__(self, key: PRNGKeyArray, cfg: AudioConfig, compute: ComputePolicy):
         keys = jax.random.split(key, cfg.levels)
@@ -149,19 +158,24 @@ class ResidualQuantizer(nnx.Module):
         self.compute = compute
 
     def codebooks(self) -> tuple[Float[Array, "_ d"], ...]:
-        """The codes of every level, fp32, whole on every device."""
+        """Returns the codes of every level, fp32, whole on every device."""
         return tuple(use(level.embed, self.compute, jnp.float32) for level in self.levels)
 
     def prepared(self) -> Codebooks:
-        """The codebooks for many calls of `quantize`: what their lookup needs of them is computed once."""
+        """Returns the codebooks for many calls of `quantize`: what their lookup needs of them is computed once."""
         return prepare_codebooks(self.codebooks())
 
     def quantize(
         self, x: Float[Array, "m g d"], codebooks: Codebooks | None = None
     ) -> tuple[Int32[Array, "m g q"], Float[Array, "m g d"], Float[Array, "m g q"]]:
-        """Codes, the sum of the chosen codes, and the norm of what is left after each level. No gradient passes.
+        """Finds the codes of features. No gradient passes.
 
-        `codebooks` are this quantizer's `prepared()` ones, where they were made before.
+        Args:
+            x: features (m, g, d).
+            codebooks: this quantizer's `prepared()` ones, where they were made before.
+
+        Returns:
+            Codes (m, g, q), the sum of the chosen codes (m, g, d), and the norm of what is left after each level.
         """
         with jax.named_scope("quantize"):
             x = split_as(x, self.compute, CLIPS)
@@ -173,7 +187,7 @@ class ResidualQuantizer(nnx.Module):
             return codes, chosen, norms
 
     def decode(self, codes: Int32[Array, "m g q"]) -> Float[Array, "m g d"]:
-        """Sum of the chosen codes, fp32."""
+        """Returns the sum of the chosen codes, fp32."""
         codes = split_as(codes, self.compute, CLIPS)
         spec = self.compute.spec(CLIPS, None, None)
         with jax.named_scope("dequantize"):
@@ -184,13 +198,24 @@ class ResidualQuantizer(nnx.Module):
 
 
 def _reshape(x: Array, shape: tuple[int, ...]) -> Array:
-    """Joins or cuts the leading axis (clips, frames), which stays split as it was."""
+    """Joins or cuts the leading axis (clips, frames), which stays split as it was: a clip lies on one device."""
     spec = jax.typeof(x).sharding.spec
     return x.reshape(shape, out_sharding=placement(PartitionSpec(spec[0], *[None] * (len(shape) - 1))))
 
 
 class AudioEncoderBranch(nnx.Module):
-    """Whisper encoder -> bridge -> residual quantizer. Clips are split over the batch axes."""
+    """Encodes windows of audio as codes: Whisper encoder, bridge, residual quantizer.
+
+    Clips are split over the batch axes.     `AudioTokenizer` of `generation` wraps it for waveforms.
+
+    >>> import jax
+    >>> from baichuan_omni_jax.config import tiny
+    >>> from baichuan_omni_jax.nn.param import initialize
+    >>> branch = initialize(AudioEncoderBranch, jax.random.key(0), tiny().audio, ComputePolicy())
+    >>> codes, valid = branch.encode(jnp.zeros((1, 64, 32)), jnp.array([64], jnp.int32))
+    >>> codes.shape, int(valid.sum())
+    ((1, 8, 8), 8)
+    """
 
     def __init__(self, key: PRNGKeyArray, cfg: AudioConfig, compute: ComputePolicy):
         keys = jax.random.split(key, 3)
@@ -202,7 +227,7 @@ class AudioEncoderBranch(nnx.Module):
     def features(
         self, mel: Float[Array, "m f mels"], mel_lengths: Int32[Array, " m"], *, padded: bool = False
     ) -> tuple[Float[Array, "m g d"], Bool[Array, "m g"]]:
-        """What the quantizer reads, (m, bridge frames, code_dim), and which of it is valid. Differentiable.
+        """Returns what the quantizer reads, (m, bridge frames, code_dim), and which of it is valid. Differentiable.
 
         `padded`: the released, batch dependent convolutions (see `AudioEncoder`).
         """
@@ -220,10 +245,16 @@ class AudioEncoderBranch(nnx.Module):
         padded: bool = False,
         codebooks: Codebooks | None = None,
     ) -> tuple[Int32[Array, "m g q"], Bool[Array, "m g"]]:
-        """Codes (m, bridge frames, levels) and which frames are valid; codes of the others are 0.
+        """Encodes windows.
 
-        One window of at most 30 s a row; `mel_lengths` counts its valid mel frames, 0 for an unused slot.
-        `codebooks`: see `ResidualQuantizer.quantize`.
+        Args:
+            mel: log mel (m, f, mels), one window of at most 30 s a row.
+            mel_lengths: its valid frames (m,), 0 for an unused slot.
+            padded: see `AudioEncoder`.
+            codebooks: see `ResidualQuantizer.quantize`.
+
+        Returns:
+            Codes (m, bridge frames, levels) and which frames are valid; codes of the others are 0.
         """
         features, valid = self.features(mel, mel_lengths, padded=padded)
         codes, _, _ = self.quantizer.quantize(features, codebooks)

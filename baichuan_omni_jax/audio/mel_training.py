@@ -1,9 +1,9 @@
-"""SpecAugment (arXiv:1904.08779) as the released processor has it: spans of frames and bands of mels become 0.
+"""Training on mels: what is masked of the input, and how far the decoded mel is from the clip's own.
 
-How far a decoded mel is from the clip's own: L1 + L2 of coarse and refined mel, at every scale of the targets.
-
-Both are compared at the same moments. Codes cover a little less than their clip: frames of the target that begin when
-the decoded mel has ended do not count.
+SpecAugment (arXiv:1904.08779) as the released processor has it: spans of frames and bands of mels become 0.
+Reconstruction (arXiv:2502.17239): L1 + L2 of coarse and refined mel, at every scale of the targets, compared at the
+same moments. Codes cover a little less than their clip: frames of the target that begin when the decoded mel has ended
+do not count.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ def spec_augment(
     config: SpecAugmentConfig,
     compute: ComputePolicy,
 ) -> Float[Array, "c f mels"]:
-    """Whisper's log mel with what `config` masks at 0, in the first `lengths` frames of each clip.
+    """Masks Whisper's log mel: spans and bands become 0, in the first `lengths` frames of each clip.
 
     What is masked depends on the key and the clip's place in the global batch alone: the same on any mesh. A clip of
     fewer frames than its least number of spans has, plus one, stays as it is.
@@ -38,7 +38,7 @@ def spec_augment(
         return mel
     size, bands = mel.shape[1:]
 
-    def of_clip(clip, length):
+    def clip_mask(clip: Array, length: Array) -> Array:
         for_time, for_bands = jax.random.split(jax.random.fold_in(key, clip))
         times = masked_places(
             for_time, size, length, config.mask_time_prob, config.mask_time_length, config.mask_time_min_masks
@@ -49,14 +49,15 @@ def spec_augment(
         return (times[:, None] | mels) & (jnp.arange(size) < length)[:, None] & _is_long(length, bands, config)
 
     with jax.named_scope("spec_augment"):
+        # A key of each clip's own, by its number in the global batch.
         clips, lengths = (split_as(x, compute, CLIPS) for x in (jnp.arange(mel.shape[0]), lengths))
-        return jnp.where(jax.vmap(of_clip)(clips, lengths), 0, split_as(mel, compute, CLIPS))
+        return jnp.where(jax.vmap(clip_mask)(clips, lengths), 0, split_as(mel, compute, CLIPS))
 
 
 def masked_places(
     key: PRNGKeyArray, size: int, length: Int[Array, ""] | int, share: float, span: int, least: int
 ) -> Bool[Array, " size"]:
-    """Which of `size` places are masked, of which the first `length` count; none with a `share` of 0.
+    """Draws which of `size` places are masked, of which the first `length` count; none with a `share` of 0.
 
     max(least, floor(share x length / span + u)) spans, u even in [0, 1), begin at different places before
     length - span (all of them where there are fewer).
@@ -66,15 +67,17 @@ def masked_places(
         return jnp.zeros(size, bool)
     for_count, for_order = jax.random.split(key)
     count = jnp.maximum(jnp.floor(share * length / span + jax.random.uniform(for_count)), least)
+    # The `count` allowed places with the least random numbers begin a span: different ones, however many there are.
     allowed = places < length - span
     drawn = jnp.where(allowed, jax.random.uniform(for_order, (size,)), 2.0)
     begins = allowed & (jnp.argsort(jnp.argsort(drawn)) < count)
+    # A place is masked while more spans have begun than had `span` places earlier.
     begun = jnp.cumsum(begins)
     return begun > jnp.pad(begun, (span, 0))[:size]
 
 
 def _is_long(length: Int[Array, ""], bands: int, config: SpecAugmentConfig) -> Bool[Array, ""]:
-    """Whether a clip has room for the least number of spans and bands."""
+    """Returns whether a clip has room for the least number of spans and bands."""
     return (length > config.mask_time_length * config.mask_time_min_masks) & (
         bands > config.mask_feature_length * config.mask_feature_min_masks
     )
@@ -84,7 +87,7 @@ SAME_RATE = Fraction(1)
 
 
 class MelTarget(NamedTuple):
-    """A clip's mel at one hop and window: (m, s, mels), of which `lengths` (m,) are valid."""
+    """Holds clips' mels at one hop and window: (m, s, mels), of which `lengths` (m,) are valid."""
 
     mel: Float[Array, "m s mels"]
     lengths: Int32[Array, " m"]
@@ -122,6 +125,7 @@ def mel_error_sums(
 ) -> tuple[Float32[Array, ""], Float32[Array, ""], Float32[Array, ""]]:
     """Returns sums of absolute and squared errors as in `mel_errors`, and how many values they are of."""
     frames = target.mel.shape[1]
+    # The decoded frame at the moment of each target frame; those past its end are clipped, and not counted below.
     there = mel.astype(jnp.float32).at[:, same_moments(frames, ratio)]
     there = there.get(mode="clip", out_sharding=placement(jax.typeof(target.mel).sharding.spec))
     counted = jnp.minimum(frames_covered(lengths, ratio), target.lengths)

@@ -1,6 +1,8 @@
 """Training of the residual quantizer: codes that move with the data, gradients that pass straight through.
 
-The released checkpoint holds what this makes (`embed`, `embed_avg`, `cluster_size`); the recipe is MODEL.md section 8.
+The released checkpoint holds what this makes (`embed`, `embed_avg`, `cluster_size`); the recipe is that of
+arXiv:2502.17239, section 3.1: straight-through gradients, moving averages that shrink, codes placed anew when unused,
+Gumbel noise on distances, and a growing share of clips that see quantized features.
 Nothing is mutated: codebooks come in as arguments and go out as results.
 """
 
@@ -25,7 +27,7 @@ from baichuan_omni_jax.nn.param import CLIPS, ComputePolicy, split_as
 
 
 class Quantized(NamedTuple):
-    """What a training step makes of features (m, g, d).
+    """Holds what a training step makes of features (m, g, d).
 
     `features`: quantized where the clip sees that, with the gradient of the features that came in. `commitment`: the
     mean over valid frames and width of (features - sum of codes)^2, whose gradient moves the features only.
@@ -48,7 +50,20 @@ def quantize_in_training(
     config: QuantizerConfig,
     compute: ComputePolicy,
 ) -> Quantized:
-    """One training step of the quantizer on clips, split over the batch axes; invalid frames count for nothing."""
+    """Quantizes clips in a training step, and moves the codebooks.
+
+    Args:
+        key: of everything random in this step; the same on any mesh.
+        features: the bridge's output (m, g, d), clips split over the batch axes.
+        valid: which frames count (m, g); the others count for nothing.
+        states: the codebooks, level by level.
+        step: the number of this step, which the schedules read.
+        config: schedules and shares.
+        compute: which mesh axes split the clips.
+
+    Returns:
+        The features to decode, the commitment, and the codebooks after the step.
+    """
     with jax.named_scope("quantize_in_training"):
         x = split_as(jax.lax.stop_gradient(features).astype(jnp.float32), compute, CLIPS)
         valid = split_as(valid, compute, CLIPS)
@@ -56,6 +71,7 @@ def quantize_in_training(
         pool = draw_pool(keys[-2], valid)
         kept = kept_levels(keys[-1], x.shape[0], len(states), step, config)
         starts = level_starts([state.embed.shape[0] for state in states])
+        # Level by level: the nearest codes of what is left, and the codebook after this batch.
         residual, seen, total, codes, left, moved = x, 0.0, 0.0, [], [], []
         for level, (level_key, state) in enumerate(zip(keys, states, strict=False)):
             own = pool._replace(start=jnp.int32(starts[level]))
@@ -66,8 +82,10 @@ def quantize_in_training(
             codes.append(jnp.where(valid, code, 0))
             left.append(_mean(residual**2, valid))
             moved.append(state)
+        # Clips that see no level keep their features: the decoder learns before the codes are good.
         seen = jnp.where(kept[:, :1, None], seen, x)
         commitment = _mean((features.astype(jnp.float32) - total) ** 2, valid)
+        # Straight through: the value of the codes, the gradient of the features.
         out = features + jax.lax.stop_gradient(seen.astype(features.dtype) - features)
     return Quantized(out, commitment, jnp.stack(left), jnp.stack(codes, -1), tuple(moved))
 
@@ -75,7 +93,7 @@ def quantize_in_training(
 def kept_levels(
     key: PRNGKeyArray, clips: int, levels: int, step: Int32[Array, ""], config: QuantizerConfig
 ) -> Bool[Array, "m q"]:
-    """Which levels each clip sees: none (its features as they were), all, or the first few."""
+    """Draws which levels each clip sees: none (its features as they were), all, or the first few."""
     sees, cut, count = jax.random.split(key, 3)
     some = jnp.where(
         jax.random.uniform(cut, (clips,)) < config.level_dropout,
@@ -104,13 +122,13 @@ def averaging(config: QuantizerConfig, step: Int32[Array, ""]) -> Averaging:
 
 
 def temperature(config: QuantizerConfig, step: Int32[Array, ""]) -> Float[Array, ""]:
-    """Of the noise on distances in this step."""
+    """Returns the scale of the noise on distances in this step."""
     start, end = config.temperature
     return start + (end - start) * _progress(step, config.temperature_steps)
 
 
 def quantized_share(config: QuantizerConfig, step: Int32[Array, ""]) -> Float[Array, ""]:
-    """The share of clips that see quantized features in this step."""
+    """Returns the share of clips that see quantized features in this step."""
     return config.quantized_share + (1.0 - config.quantized_share) * _progress(step, config.quantized_steps)
 
 
@@ -119,12 +137,22 @@ def commitment_weight(first: float, last: float, config: QuantizerConfig, step: 
     return first + (last - first) * _progress(step, config.quantized_steps)
 
 
-def _level(key, pool: Pool, residual, valid, state, step, config: QuantizerConfig, compute: ComputePolicy):
-    """Codes (m, g), the chosen vectors, and the level's codebook after the step."""
+def _level(
+    key: PRNGKeyArray,
+    pool: Pool,
+    residual: Array,
+    valid: Array,
+    state: CodebookState,
+    step: Array,
+    config: QuantizerConfig,
+    compute: ComputePolicy,
+) -> tuple[Array, Array, CodebookState]:
+    """Returns codes (m, g), the chosen vectors, and the level's codebook after the step."""
     if config.init_steps:
         # A first batch without a vector has nothing to seed with.
         first = (step == 0) & (pool.valid_count > 0)
         state = jax.lax.cond(first, lambda: seed(pool, residual, state, compute), lambda: state)
+    # Gumbel noise on the distances samples codes near the nearest one; it scales with what the level has to quantize.
     scores = squared_distances(residual, state.embed)
     if max(config.temperature) > 0:
         scale = temperature(config, step) * 0.5 * _mean(residual**2, valid) * residual.shape[-1]
@@ -138,16 +166,17 @@ def _level(key, pool: Pool, residual, valid, state, step, config: QuantizerConfi
 
 
 def _gumbel(key: PRNGKeyArray, like: Float32[Array, "m g k"]) -> Float32[Array, "m g k"]:
-    """Noise drawn clip by clip: the same on any mesh, and only a device's own clips on it."""
+    """Draws noise clip by clip: the same on any mesh, and only a device's own clips on it."""
     spec = jax.typeof(like).sharding.spec
     clips = jax.sharding.reshard(jnp.arange(like.shape[0]), jax.sharding.PartitionSpec(spec[0]))
     return jax.vmap(lambda clip: jax.random.gumbel(jax.random.fold_in(key, clip), like.shape[1:]))(clips)
 
 
 def _mean(x: Float32[Array, "m g d"], valid: Bool[Array, "m g"]) -> Float32[Array, ""]:
-    """Over valid frames and the width; 0 where nothing is valid."""
+    """Returns the mean over valid frames and the width; 0 where nothing is valid."""
     return jnp.where(valid[..., None], x, 0.0).sum() / jnp.maximum(valid.sum() * x.shape[-1], 1)
 
 
 def _progress(step: Int32[Array, ""], steps: int) -> Float[Array, ""]:
+    """Returns how far a schedule of `steps` is, from 0 to 1."""
     return jnp.clip(step.astype(jnp.float32) / max(steps, 1), 0.0, 1.0)

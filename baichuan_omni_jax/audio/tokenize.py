@@ -1,4 +1,4 @@
-"""Codes of many sound windows: batches of few fixed shapes over the mesh, so that few programs are compiled."""
+"""Codes of many audio windows: batches of few fixed shapes over the mesh, so that few programs are compiled."""
 
 import hashlib
 from collections import deque
@@ -20,7 +20,7 @@ IN_FLIGHT = 2
 
 
 def fingerprint(tokenizer: AudioEncoderBranch) -> str:
-    """Changes with any parameter or number of its configuration: what codes were written by (32 hex digits)."""
+    """Returns 32 hex digits that change with any parameter or size of the tokenizer: by which codes were written."""
     digest = hashlib.sha256(repr(tokenizer.cfg).encode())
     for name, value in sorted(named_values(tokenizer).items()):
         digest.update(f"{name} {value.shape} {value.dtype}".encode())
@@ -29,7 +29,7 @@ def fingerprint(tokenizer: AudioEncoderBranch) -> str:
 
 
 def mel_buckets(cfg: AudioConfig) -> tuple[int, ...]:
-    """The lengths that windows are padded to: 1/6, 1/3, 2/3 and the whole of 30 s."""
+    """Returns the lengths that windows are padded to: 1/6, 1/3, 2/3 and the whole of 30 s."""
     whole = cfg.max_mel_frames
     return whole // 6, whole // 3, whole * 2 // 3, whole
 
@@ -52,7 +52,8 @@ class WindowEncoder:
     def __call__(
         self, windows: Iterable[tuple[int, Float[np.ndarray, "mels f"]]]
     ) -> Iterator[tuple[int, Int32[np.ndarray, "g q"]]]:
-        """(name, codes (g, levels)) of each (name, log-mel), g = `AudioConfig.bridge_length(f)`; not in their order."""
+        """Yields (name, codes (g, levels)) of each (name, log mel), not in their order; g = `cfg.bridge_length(f)`."""
+        # A batch leaves when it is full; while devices compute it, the next one is put together.
         waiting = {size: [] for size in mel_buckets(self._cfg)}
         running: deque[tuple[list, Array]] = deque()
         for name, mel in windows:
@@ -63,6 +64,7 @@ class WindowEncoder:
                 waiting[size] = []
             while len(running) > IN_FLIGHT:
                 yield from self._finish(*running.popleft())
+        # What is left fills its batches with empty places.
         running.extend((group, self._start(group, size)) for size, group in waiting.items() if group)
         while running:
             yield from self._finish(*running.popleft())

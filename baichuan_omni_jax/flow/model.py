@@ -1,11 +1,9 @@
-"""The pre-net (`audio_flow_matching_decoder.prenet.*`): decoder states at 50 Hz -> mu, a first guess of the mel.
+"""The branch `flow` (`audio_tokenizer.audio_flow_matching_decoder.*`): pre-net and velocity estimator.
 
-The estimator (`audio_flow_matching_decoder.conditional_decoder.*`): the velocity of a noisy mel.
+    hidden (50 Hz) --PreNet--> mu, a first guess of the mel;  (noisy mel, mu, time) --Estimator--> velocity
 
-A 1-D U-Net of one resolution. Everything is causal in chunks of 100 frames (2 s): convolutions read the past only, a
-query attends to the keys of its own chunk and earlier ones.
-
-The branch `flow` (`audio_tokenizer.audio_flow_matching_decoder.*`): pre-net and estimator.
+The estimator (`conditional_decoder.*`) is a 1-D U-Net of one resolution. Everything in it is causal in chunks of 100
+frames (2 s): convolutions read the past only, a query attends to the keys of its own chunk and earlier ones.
 """
 
 import jax
@@ -25,7 +23,9 @@ PRENET_EPS = 1e-6
 
 
 class PreNet(nnx.Module):
-    """Linear -> SiLU -> Linear (`in_mlp.0`, `in_mlp.2`), causal Whisper layers with RMSNorm, RMSNorm, Linear.
+    """Guesses the mel from decoder states (`prenet.*`).
+
+    Linear -> SiLU -> Linear (`in_mlp.0`, `in_mlp.2`), causal Whisper layers with RMSNorm, RMSNorm, Linear.
 
     The checkpoint's `positional_embedding` is not used by the released computation, and not kept here.
     """
@@ -55,7 +55,7 @@ class PreNet(nnx.Module):
         self.cfg, self.compute = cfg, compute
 
     def __call__(self, hidden: Float[Array, "b t d"], lengths: Int32[Array, " b"]) -> Float[Array, "b t mels"]:
-        """mu (b, t, mels), zero past each length; as many frames as `hidden`.
+        """Returns mu (b, t, mels), zero past each length; as many frames as `hidden`.
 
         Raises ValueError on shapes that do not fit.
         """
@@ -67,6 +67,7 @@ class PreNet(nnx.Module):
         hidden, lengths = split_as(hidden, self.compute, CLIPS), split_as(lengths, self.compute, CLIPS)
         with jax.named_scope("flow_prenet"):
             x = self.in_fc2(jax.nn.silu(self.in_fc1(hidden)))
+            # A clip is one segment; causal by its frames' positions. There is no other positional signal.
             ids = frames_before(lengths, x.shape[1]).astype(jnp.int32)
             positions = jnp.zeros_like(ids) + jnp.arange(x.shape[1], dtype=jnp.int32)
             x = run_encoder(self.layers, x, ids, positions, sizes=self.sizes, compute=self.compute)
@@ -80,7 +81,7 @@ TIME_SCALE = 1000.0
 
 
 def time_features(time: Float[Array, " b"], width: int) -> Float[Array, "b width"]:
-    """[sin, cos] of 1000 t * 10000^(-i / (width/2 - 1)), fp32. width 4: frequencies 1 and 0.0001."""
+    """Returns [sin, cos] of 1000 t * 10000^(-i / (width/2 - 1)), fp32. width 4: frequencies 1 and 0.0001."""
     half = width // 2
     frequency = 10000.0 ** (-jnp.arange(half, dtype=jnp.float32) / (half - 1))
     angles = TIME_SCALE * time.astype(jnp.float32)[:, None] * frequency
@@ -88,7 +89,7 @@ def time_features(time: Float[Array, " b"], width: int) -> Float[Array, "b width
 
 
 def chunk_positions(frames: int) -> Int32[Array, " t"]:
-    """A frame's position for attention is its chunk: causal by chunks then means "own chunk or earlier".
+    """Returns a frame's position for attention, its chunk: causal by chunks then means "own chunk or earlier".
 
     With chunks of 2, frames 0..4 have positions 0 0 1 1 2: frame 2 sees frames 0 to 3.
     """
@@ -96,7 +97,7 @@ def chunk_positions(frames: int) -> Int32[Array, " t"]:
 
 
 class CausalBlock(nnx.Module):
-    """Causal convolution -> LayerNorm over channels -> Mish (`block.0`, `.2`); zero past the length, in and out."""
+    """Computes causal convolution -> LayerNorm -> Mish (`block.0`, `.2`); zero past the length, in and out."""
 
     def __init__(self, key: PRNGKeyArray, width_in: int, width: int, compute: ComputePolicy):
         self.conv = _causal_conv(key, width_in, width, compute)
@@ -107,7 +108,7 @@ class CausalBlock(nnx.Module):
 
 
 class ResnetBlock(nnx.Module):
-    """Two causal blocks with the time added between them (`mlp.1`), plus a 1x1 shortcut (`res_conv`)."""
+    """Computes two causal blocks with the time added between them (`mlp.1`), plus a 1x1 shortcut (`res_conv`)."""
 
     def __init__(self, key: PRNGKeyArray, width_in: int, width: int, compute: ComputePolicy):
         keys = jax.random.split(key, 4)
@@ -124,7 +125,7 @@ class ResnetBlock(nnx.Module):
 
 
 class Stage(nnx.Module):
-    """A ResNet block and `n_blocks` transformer layers: `{down,mid,up}_blocks.i.0` and `.1.j`, j stacked."""
+    """Computes a ResNet block and `n_blocks` transformer layers: `{down,mid,up}_blocks.i.0` and `.1.j`, j stacked."""
 
     def __init__(self, key: PRNGKeyArray, width_in: int, sizes: EncoderSizes, n_blocks: int, compute: ComputePolicy):
         keys = jax.random.split(key)
@@ -221,7 +222,9 @@ def _time_linear(key: PRNGKeyArray, shape: tuple[int, int], compute: ComputePoli
 
 
 class FlowDecoder(nnx.Module):
-    """`prenet(hidden, lengths)` gives mu, `estimator(x, mu, time, lengths)` the velocity; `sample_mel` joins them.
+    """Holds the branch `flow`: pre-net and estimator, which `flow_losses` trains and `sample_mel` samples with.
+
+    `prenet(hidden, lengths)` gives mu, `estimator(x, mu, time, lengths)` the velocity.
 
     Raises ConfigError where the pre-net's output is not as wide as the mel.
     """

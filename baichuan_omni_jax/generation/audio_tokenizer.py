@@ -1,7 +1,7 @@
 """The audio tokenizer for use on its own: a waveform of any rate to codes, and codes back to sound."""
 
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any
 
 import jax
 import numpy as np
@@ -45,7 +45,7 @@ class AudioTokenizer:
         self._decoder = jax.jit(lambda quantizer, decoder, codes, lengths: decoder(quantizer.decode(codes), lengths))
 
     @classmethod
-    def from_checkpoint(cls, checkpoint: str, *, seed: int = 0) -> Self:
+    def from_checkpoint(cls, checkpoint: str, *, seed: int = 0) -> "AudioTokenizer":
         """Loads what a checkpoint has of the four branches of audio.
 
         Args:

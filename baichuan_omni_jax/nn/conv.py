@@ -1,8 +1,6 @@
 """The time axis: items of different lengths in one array, and 1-D convolutions. Channels last.
 
-Items of different lengths in one array: which frames are an item's own, and nearest resizing.
-
-1-D convolutions over the time axis, as one matrix product over windows: channels last, weight (kernel, in, out).
+A convolution is one matrix product over windows; its weight is (kernel, in, out).
 """
 
 import jax.numpy as jnp
@@ -15,12 +13,12 @@ from baichuan_omni_jax.nn.param import ComputePolicy, normal, zeros
 
 
 def frames_before(lengths: Int32[Array, " m"], frames: int) -> Bool[Array, "m t"]:
-    """True for the first `lengths[i]` of `frames` frames: lengths [1, 3], 3 frames -> [[1, 0, 0], [1, 1, 1]]."""
+    """Returns True for the first `lengths[i]` frames: lengths [1, 3], 3 frames -> [[1, 0, 0], [1, 1, 1]]."""
     return jnp.arange(frames) < lengths[:, None]
 
 
 def keep(x: Float[Array, "m t ..."], lengths: Int32[Array, " m"]) -> Float[Array, "m t ..."]:
-    """`x`, zero past each item's length."""
+    """Returns `x`, zero past each item's length."""
     real = frames_before(lengths, x.shape[1])
     return jnp.where(real.reshape(*real.shape, *[1] * (x.ndim - 2)), x, 0)
 
@@ -28,11 +26,12 @@ def keep(x: Float[Array, "m t ..."], lengths: Int32[Array, " m"]) -> Float[Array
 def resize_nearest(
     x: Float[Array, "m t c"], lengths: Int32[Array, " m"], new_lengths: Int32[Array, " m"], frames: int
 ) -> Float[Array, "m s c"]:
-    """Each item's first `lengths` frames stretched to `new_lengths`, in an array of `frames` frames.
+    """Stretches each item's first `lengths` frames to `new_lengths`, in an array of `frames` frames.
 
     Frame i is frame floor(i * (length / new length)) of the input, the ratio rounded to fp32 as PyTorch does; past the
     new length it repeats the last one. 4 frames to 3: frames 0, 1, 2 of [0, 1.33, 2.67].
     """
+    # fp32 throughout: at some lengths fp64 would pick another frame than the released computation.
     ratio = lengths.astype(jnp.float32) / jnp.maximum(new_lengths, 1).astype(jnp.float32)
     index = jnp.floor(jnp.arange(frames, dtype=jnp.float32) * ratio[:, None]).astype(jnp.int32)
     last = jnp.maximum(lengths - 1, 0)
@@ -40,7 +39,7 @@ def resize_nearest(
 
 
 class Conv1d(nnx.Module):
-    """Windows of `kernel` frames every `stride` frames, `padding` zeros on both sides; the time axis is not split.
+    """Convolves windows of `kernel` frames every `stride`, `padding` zeros on both sides; the time axis is not split.
 
     (b, t, in) -> (b, (t + 2 padding - kernel) // stride + 1, out). The checkpoint's weight is (out, in, kernel).
     `causal` puts kernel - 1 zeros on the left only. `channels` are the logical axes of the weight's in and out.
@@ -69,12 +68,13 @@ class Conv1d(nnx.Module):
         x = jnp.pad(x, ((0, 0), self.padding, (0, 0)))
         count = (x.shape[1] - self.kernel) // self.stride + 1
         end = (count - 1) * self.stride + 1
+        # One strided slice a tap, then a single product over taps and channels together.
         windows = jnp.stack([x[:, i : i + end : self.stride] for i in range(self.kernel)], 2)
         return self.linear(windows)
 
 
 class TransposedConv1d(nnx.Module):
-    """Every frame adds `kernel` frames to the output, `stride` after the frame before it; nothing is cut.
+    """Adds `kernel` frames to the output for every frame, `stride` after the frame before it; nothing is cut.
 
     (b, t, in) -> (b, (t - 1) stride + kernel, out). The checkpoint's weight is (in, out, kernel). Kernel 3, stride 2,
     two frames x, y: [x w0, x w1, x w2 + y w0, y w1, y w2], and the bias on each.
@@ -105,19 +105,20 @@ class TransposedConv1d(nnx.Module):
 def transposed_pieces(
     x: Float[Array, "b t c"], weight: Gathered, rows: str | None, compute: ComputePolicy
 ) -> Float[Array, "b t k d"]:
-    """What every frame of `x` adds to the output of a transposed convolution; `weight` is (k, c, d)."""
+    """Returns what every frame of `x` adds to the output of a transposed convolution; `weight` is (k, c, d)."""
     spec = compute.spec(rows, None, None, None)
     return product("btc,kcd->btkd", x.astype(weight.value.dtype), weight, out=spec)
 
 
 def overlap_add(pieces: Float[Array, "b t k d"], stride: int, spec: PartitionSpec | None) -> Float[Array, "b s d"]:
-    """The sum of pieces of k frames that start `stride` frames apart: (t - 1) stride + k frames, split as `spec`.
+    """Sums pieces of k frames that start `stride` frames apart: (t - 1) stride + k frames, split as `spec`.
 
     Pieces are cut in blocks of `stride` frames, and block j of piece i lands in block i + j of the result: no scatter.
     """
     b, t, k, d = pieces.shape
     blocks = -(-k // stride)
     pieces = jnp.pad(pieces, ((0, 0), (0, 0), (0, blocks * stride - k), (0, 0)))
+    # As many shifted copies as blocks in a piece, added up: pads and sums fuse where a scatter would not.
     total = jnp.zeros((), pieces.dtype)
     for j in range(blocks):
         block = pieces[:, :, j * stride : (j + 1) * stride]

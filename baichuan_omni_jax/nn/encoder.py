@@ -20,9 +20,19 @@ from baichuan_omni_jax.nn.remat import remat
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderSizes:
-    """Sizes and variant of a layer. `rows` are the logical axes of the activations' first two dims.
+    """Says which layer a stack is made of.
 
-    `head_width` is a head's size where it is not width / heads; `norm` is `LayerNorm` or `RMSNorm`.
+    Attributes:
+        width: of the stream.
+        heads: of attention, `head_width` wide each (None: width / heads).
+        ffn: width inside the feed-forward.
+        eps: of the norms.
+        rows: logical axes of the activations' first two dims.
+        activation: of the feed-forward.
+        key_bias: whether the projection to keys has a bias; Whisper's has none.
+        query_value_bias: whether those to queries and values have one.
+        causal: whether a token sees no later position.
+        norm: the class of the norms.
     """
 
     width: int
@@ -43,7 +53,7 @@ class EncoderSizes:
 
 
 class EncoderAttention(nnx.Module):
-    """Multi-head attention, biases of Q, K, V by choice, rotary where angles are given."""
+    """Attends within segments: biases of Q, K, V by choice, rotary where angles are given."""
 
     def __init__(self, key: PRNGKeyArray, sizes: EncoderSizes, compute: ComputePolicy):
         keys = jax.random.split(key, 4)
@@ -65,6 +75,7 @@ class EncoderAttention(nnx.Module):
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if angles is not None:
             q, k = rotate(q, angles), rotate(k, angles)
+        # No segment straddles devices here: keys and values need not be gathered.
         out = flash_attention(
             q,
             k,
@@ -80,7 +91,7 @@ class EncoderAttention(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    """fc2(activation(fc1(x))), both biased."""
+    """Computes fc2(activation(fc1(x))), both biased."""
 
     def __init__(self, key: PRNGKeyArray, sizes: EncoderSizes, compute: ComputePolicy):
         keys = jax.random.split(key)
@@ -94,7 +105,7 @@ class FeedForward(nnx.Module):
 
 
 class EncoderLayer(nnx.Module):
-    """Norm -> attention -> residual -> norm -> feed-forward -> residual."""
+    """Computes norm -> attention -> residual -> norm -> feed-forward -> residual."""
 
     def __init__(self, key: PRNGKeyArray, sizes: EncoderSizes, compute: ComputePolicy):
         keys = jax.random.split(key)
@@ -122,15 +133,27 @@ def run_encoder(
     compute: ComputePolicy,
     angles: Float[Array, "b t half"] | None = None,
 ) -> Float[Array, "b t d"]:
-    """`x` through the stacked `layers`. Tokens see their own segment (earlier positions only, if causal); 0 is padding.
+    """Runs `x` through a stack of layers.
 
-    No segment may straddle shards: nothing is gathered.
+    Args:
+        layers: `stack` of `EncoderLayer`, each parameter with a `layers` axis in front.
+        x: the stream (b, t, d).
+        segment_ids: tokens see their own segment alone; 0 is padding. No segment may straddle devices.
+        positions: for a causal stack: earlier ones are seen. Equal positions see each other.
+        sizes: what the layers were built with.
+        compute: dtype, remat policy, attention's implementation and block.
+        angles: rotary angles (b, t, head dim / 2); None: no rotary positions.
+
+    Returns:
+        The stream after the last layer, in the compute dtype.
     """
+    # One plan for all layers: they share segments, and planning inside the scan would repeat it.
     segments = Segments.from_row(segment_ids, positions)
     block = compute.attention_block
     plan = plan_blocks(segments, causal=sizes.causal, block_q=block, block_kv=block, gather_kv=False)
 
-    def body(x, layer):
+    # One layer's weights are gathered at a time, and recomputed as the policy says.
+    def body(x: Array, layer: EncoderLayer) -> tuple[Array, None]:
         return remat(lambda x, layer: layer(x, segments, plan, angles), compute.remat)(x, layer), None
 
     x, _ = jax.lax.scan(body, x.astype(compute.dtype), layers)

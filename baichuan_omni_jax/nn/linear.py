@@ -1,6 +1,4 @@
-"""Linear layers and embedding lookups that compute in a narrow dtype and collect their gradients in fp32.
-
-Products with weights that compute in a narrow dtype and collect their gradients in fp32.
+"""Linear layers and table lookups that compute in a narrow dtype and collect their gradients in fp32.
 
 A weight is stored in fp32 and used as bf16. Differentiated as it stands, `einsum(x, weight)` gives a gradient of the
 weight's dtype: every piece of a row adds to a sum in bf16, and so does every device. Each addition rounds to 8 bits, so
@@ -11,12 +9,6 @@ in. Loops and devices then add fp32 numbers, and what arrives at the stored para
     stored fp32 --cast, gather--> value bf16 --.
            ^                                    product --> y
            '---- reshard <------ sink fp32 <---'            (backward: d sink = x^T dy, fp32)
-
-Rows of 16-bit tables, moved as bits on a CPU: XLA's CPU casts a whole bf16 table to fp32 to read or write a row.
-
-Elsewhere nothing is changed: a TPU would copy the whole table, cast or not.
-
-A weight and its einsum.
 """
 
 from collections.abc import Sequence
@@ -35,34 +27,36 @@ from baichuan_omni_jax.sharding import parameter_axes, place, placement
 
 
 class Gathered(NamedTuple):
-    """A weight to compute with: `value` in the compute dtype, and `sink` of its shape, where its gradient is summed."""
+    """Holds a weight to compute with: `value` in the compute dtype, `sink` where its gradient is summed."""
 
     value: Float[Array, "..."]
     sink: Float[Array, "..."]
 
 
 def gather_weight(parameter: nnx.Variable, compute: ComputePolicy) -> Gathered:
-    """The parameter in the compute dtype, whole over `data, fsdp, context`. Cast first: half the bytes travel."""
+    """Gathers the parameter over `data, fsdp, context`, in the compute dtype. Cast first: half the bytes travel."""
     return gather_rows(parameter[...], parameter_axes(parameter), compute)
 
 
 def gather_rows(value: Float[Array, "..."], axes: tuple[str, ...], compute: ComputePolicy) -> Gathered:
-    """The same of a stored array, or of rows of it; `axes` are its logical axes."""
+    """Does as `gather_weight` for a stored array, or rows of it; `axes` are its logical axes."""
     with jax.named_scope("gather_weight"):
         return narrow(value, compute.dtype, compute.rules.gathered_spec(*axes))
 
 
 def narrow(value: Float[Array, "..."], dtype: DTypeLike, spec: PartitionSpec | None = None) -> Gathered:
-    """`value` in `dtype`, placed as `spec` (default: where it is); its gradient comes back placed as it was."""
+    """Casts `value` to `dtype`, placed as `spec` (default: where it is); its gradient comes back placed as it was."""
     stored = jax.typeof(value)
     target = stored.sharding.spec if spec is None else spec
 
+    # Forward: cast, then gather, so that bf16 travels; the sink costs nothing, as no forward pass reads it.
     @jax.custom_vjp
     def narrowed(value):
         small = place(value.astype(dtype), target)
         return Gathered(small, jnp.zeros_like(small, jnp.float32))
 
-    def backward(_, cotangent: Gathered):
+    # Backward: what products left in the sink, and what other uses of the value did, summed before it is scattered.
+    def backward(_: None, cotangent: Gathered) -> tuple[Array]:
         total = cotangent.sink + cotangent.value.astype(jnp.float32)
         return (place(total, stored.sharding.spec).astype(stored.dtype),)
 
@@ -78,12 +72,22 @@ def product(
     out: PartitionSpec | None,
     dtype: DTypeLike | None = None,
 ) -> Float[Array, "..."]:
-    """`einsum(equation, x, weight)`, placed as `out`, in `dtype` (default: x's and the weight's); fp32 weight gradient.
+    """Computes `einsum(equation, x, weight)` with a gradient of the weight in fp32.
 
-    Every letter of an operand is one of the other operand's or of the result's: "btd,df->btf".
+    Args:
+        equation: every letter of an operand is one of the other operand's or of the result's: "btd,df->btf".
+        x: the left operand, in the dtype to compute in.
+        weight: the right operand, gathered.
+        out: how the result is split over devices; None without a mesh.
+        dtype: of the result; None: that of the operands.
+
+    Returns:
+        The product, summed in fp32 by the matrix unit.
     """
+    out = None if out is None else placement(out)
     operands, result = equation.split("->")
     left, right = operands.split(",")
+    # What is differentiated is placed as the operand itself: the einsum then scatters or reduces as it goes.
     of_x, of_weight = jax.typeof(x), placement(jax.typeof(weight.value).sharding.spec)
 
     @jax.custom_vjp
@@ -104,7 +108,9 @@ def product(
 
 
 def look_up(table: Gathered, rows: Int32[Array, "..."], *, out: PartitionSpec | None) -> Float[Array, "... d"]:
-    """`table[rows]`, placed as `out`. The gradients of a row's many places are summed in fp32."""
+    """Returns `table[rows]`, placed as `out`. The gradients of a row's many places are summed in fp32."""
+
+    out = None if out is None else placement(out)
 
     @jax.custom_vjp
     def take(value, sink, rows):
@@ -112,6 +118,7 @@ def look_up(table: Gathered, rows: Int32[Array, "..."], *, out: PartitionSpec | 
 
     def backward(kept, dy):
         value, rows = kept
+        # The transpose of the lookup in fp32: a scatter-add into zeros.
         zeros = jnp.zeros_like(value, jnp.float32)
         _, scatter = jax.vjp(lambda table: table.at[rows].get(out_sharding=out), zeros)
         return None, *scatter(dy.astype(jnp.float32)), None
@@ -121,7 +128,7 @@ def look_up(table: Gathered, rows: Int32[Array, "..."], *, out: PartitionSpec | 
 
 
 def add_bias(y: Float[Array, "... d"], bias: nnx.Variable, compute: ComputePolicy) -> Float[Array, "... d"]:
-    """`y + bias` in y's dtype; the bias is rounded to the compute dtype, its gradient is summed in fp32."""
+    """Adds a bias in y's dtype; the bias is rounded to the compute dtype, its gradient is summed in fp32."""
     small = gather_weight(bias, compute)
     # Only the sink is differentiated: the value's gradient would be a second one of the same bias.
     wide = jax.lax.stop_gradient(small.value).astype(jnp.float32) + small.sink
@@ -129,18 +136,22 @@ def add_bias(y: Float[Array, "... d"], bias: nnx.Variable, compute: ComputePolic
 
 
 def as_bits(x: Shaped[Array, "*dims"]) -> Shaped[Array, "*dims"]:
-    """The same bits as uint16 where `x` is of a 16-bit type and on a CPU, else `x`."""
+    """Returns the same bits as uint16 where `x` is of a 16-bit type and on a CPU, else `x`.
+
+    XLA's CPU casts a whole bf16 table to fp32 to read or write a row of it; moved as bits, the row alone is touched.
+    Elsewhere nothing is changed: a TPU would copy the whole table, cast or not.
+    """
     tricked = x.dtype.itemsize == 2 and platform_of(x) == "cpu"
     return jax.lax.bitcast_convert_type(x, jnp.uint16) if tricked else x
 
 
 def from_bits(bits: Shaped[Array, "*dims"], dtype: DTypeLike) -> Shaped[Array, "*dims"]:
-    """Undoes `as_bits` of an array of `dtype`."""
+    """Returns what `as_bits` was given, an array of `dtype`."""
     return bits if bits.dtype == dtype else jax.lax.bitcast_convert_type(bits, dtype)
 
 
 class Linear(nnx.Module):
-    """`einsum(equation, x, weight) + bias`, in the compute dtype, its result split as `out` says.
+    """Computes `einsum(equation, x, weight) + bias` in the compute dtype, its result split as `out` says.
 
     `axes` are the weight's logical axes, `out` the result's. The bias has the weight's dims that the result keeps.
     A random weight gives a result of the input's spread times `gain`.
@@ -161,6 +172,7 @@ class Linear(nnx.Module):
         gain: float = 1.0,
     ):
         self.equation, self.out, self.compute = equation, tuple(out), compute
+        # Letters of the weight that the result lacks are summed over: their sizes decide the spread.
         letters = equation.split(",")[1].split("->")[0]
         fan_in = 1
         for letter, size in zip(letters, shape, strict=True):
@@ -170,12 +182,12 @@ class Linear(nnx.Module):
         self.bias = zeros(tuple(shape[i] for i in kept), tuple(axes[i] for i in kept)) if bias else None
 
     def __call__(self, x: Float[Array, "..."], weight: Gathered | None = None) -> Float[Array, "..."]:
-        """`weight` is the own one, gathered already: for use inside a loop over pieces of a row."""
+        """Applies the layer; `weight` is its own, gathered already, for use inside a loop over pieces of a row."""
         weight = self.gathered() if weight is None else weight
         spec = self.compute.spec(*self.out)
         y = product(self.equation, x.astype(self.compute.dtype), weight, out=spec)
         return y if self.bias is None else add_bias(y, self.bias, self.compute)
 
     def gathered(self) -> Gathered:
-        """The weight as it is computed with."""
+        """Returns the weight as it is computed with."""
         return gather_weight(self.weight, self.compute)

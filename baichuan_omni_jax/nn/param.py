@@ -21,12 +21,21 @@ Module = TypeVar("Module")
 
 
 class Buffer(nnx.Variable):
-    """An array of the checkpoint that no gradient changes: codebook statistics, biases that are carried unused."""
+    """Holds an array of the checkpoint that no gradient changes: codebook statistics, biases carried unused."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ComputePolicy:
-    """How modules compute: sharding rules, compute dtype, and which kernels. Static: part of every module's type."""
+    """Says how modules compute: static, part of every module's type.
+
+    Attributes:
+        rules: which mesh axes split each logical axis.
+        dtype: of activations and of weights while they are computed with; parameters are stored in fp32.
+        remat: what a scanned layer keeps for its backward pass (`nn.remat.POLICIES`).
+        attention: the attention kernel's implementation; None picks by platform and support.
+        attention_block: tokens a block of the attention plan.
+        mlp_chunk: positions of a row that the MLP works on at once; 0: all.
+    """
 
     rules: ShardingRules = ShardingRules()
     dtype: jnp.dtype = jnp.dtype("float32")
@@ -41,38 +50,40 @@ class ComputePolicy:
 
 
 def normal(key: PRNGKeyArray, shape: tuple[int, ...], axes: tuple[str, ...], *, std: float = 0.02) -> nnx.Param:
-    """A trainable parameter drawn from N(0, std^2), fp32; `axes` names each dim of `shape`."""
+    """Returns a trainable parameter drawn from N(0, std^2), fp32; `axes` names each dim of `shape`."""
     assert len(shape) == len(axes), (shape, axes)
     return nnx.Param(std * jax.random.normal(key, shape, jnp.float32), axes=axes)
 
 
 def zeros(shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
+    """Returns a trainable parameter of zeros, fp32."""
     assert len(shape) == len(axes), (shape, axes)
     return nnx.Param(jnp.zeros(shape, jnp.float32), axes=axes)
 
 
 def ones(shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
+    """Returns a trainable parameter of ones, fp32."""
     assert len(shape) == len(axes), (shape, axes)
     return nnx.Param(jnp.ones(shape, jnp.float32), axes=axes)
 
 
 def use(parameter: nnx.Variable, compute: ComputePolicy, dtype: DTypeLike | None = None) -> Float[Array, "..."]:
-    """The parameter's value, cast to the compute dtype and gathered over `fsdp` and `context`.
+    """Returns the parameter's value, cast to the compute dtype and gathered over `fsdp` and `context`.
 
     Cast first, so that half the bytes travel. Called inside the layer scan, so that one layer is whole at a time.
-    The gradient has the cast value's dtype: what trains in bf16 goes through `nn/products.py` instead.
+    The gradient has the cast value's dtype: what trains in bf16 goes through `gather_weight` of `nn/linear.py` instead.
     """
     return gather(parameter[...].astype(dtype or compute.dtype), parameter_axes(parameter), compute)
 
 
 def gather(value: Float[Array, "..."], axes: Sequence[str], compute: ComputePolicy) -> Float[Array, "..."]:
-    """A parameter's value, or rows of it, whole over `fsdp` and `context`; `axes` are its logical axes."""
+    """Returns a parameter's value, or rows of it, whole over `fsdp` and `context`; `axes` are its logical axes."""
     with jax.named_scope("gather_weight"):
         return place(value, compute.rules.gathered_spec(*axes))
 
 
 def split_as(x: Array, compute: ComputePolicy, *names: str | None) -> Array:
-    """`x` split over devices as the logical axes `names` say; dims beyond the names stay whole.
+    """Splits `x` over devices as the logical axes `names` say; dims beyond the names stay whole.
 
     Free when it already is: the door of a branch, so that a caller may hand in arrays of any placement.
     """
@@ -99,30 +110,30 @@ def initialize(make: Callable[..., Module], key: PRNGKeyArray, *sizes: Any) -> M
 
 
 def stack(make: Callable[[PRNGKeyArray], Module], key: PRNGKeyArray, count: int) -> Module:
-    """`count` modules of the same kind as one, each parameter with a `layers` axis in front, for `jax.lax.scan`."""
+    """Constructs `count` modules as one, a `layers` axis in front of each parameter, for `jax.lax.scan`."""
     return jax.vmap(make)(jax.random.split(key, count))
 
 
 def named_variables(module: object) -> dict[str, nnx.Variable]:
-    """Every variable of a module (or dict of modules) by dotted name: `llm.layers.attention.q_proj`."""
+    """Returns every variable of a module (or dict of modules) by dotted name: `llm.layers.attention.q_proj`."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(module, is_leaf=_is_variable)
     return {dotted(path): leaf for path, leaf in leaves}
 
 
 def named_values(module: object) -> dict[str, Array | jax.ShapeDtypeStruct]:
-    """Every variable's value (array or ShapeDtypeStruct) by dotted name."""
+    """Returns every variable's value (array or ShapeDtypeStruct) by dotted name."""
     return {name: variable.get_value() for name, variable in named_variables(module).items()}
 
 
 def with_values(module: Module, values: Mapping[str, object]) -> Module:
-    """The same module with each variable's value replaced by `values[name]`. Raises KeyError on a missing name."""
+    """Returns the module with each variable's value replaced by `values[name]`. Raises KeyError on a missing name."""
     return jax.tree_util.tree_map_with_path(
         lambda path, variable: variable.replace(values[dotted(path)]), module, is_leaf=_is_variable
     )
 
 
 def dotted(path: tuple) -> str:
-    """A key path of `jax.tree_util` as a dotted name, without the variable's own `.value`."""
+    """Writes a key path of `jax.tree_util` as a dotted name, without the variable's own `.value`."""
     names = [str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key)))) for key in path]
     return ".".join(names[:-1] if names and names[-1] == "value" else names)
 

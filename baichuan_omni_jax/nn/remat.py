@@ -1,10 +1,7 @@
 """Trading computation for memory: what a layer keeps for its backward pass, and rows worked through in chunks.
 
-What a scanned layer keeps for its backward pass, by name.
-
-Working through a row piece by piece, so that wide intermediates exist for one piece at a time.
-
-Every context shard cuts its own part of the row, so all shards work on each piece together:
+Wide intermediates (an MLP's, the logits') then exist for one chunk at a time. Every context shard cuts its own part of
+the row, so all shards work on each chunk together:
 8 positions, 2 shards, chunk 2:  piece 0 = positions 0 1 | 4 5, piece 1 = positions 2 3 | 6 7.
 """
 
@@ -19,6 +16,8 @@ from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.kernels.flash_attention.plan import ATTENTION_OUT
 from baichuan_omni_jax.sharding import ShardingRules, axis_product, placement
 
+# By name in a run's configuration. `attention_out` keeps what attention's backward kernels read of its forward pass,
+# so that attention, the dearest part of a layer at 64k tokens, runs forward once.
 POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "attention_out": jax.checkpoint_policies.save_only_these_names(ATTENTION_OUT),
@@ -27,7 +26,7 @@ POLICIES = {
 
 
 def remat(function: Callable, policy: str) -> Callable:
-    """`function` that recomputes in its backward pass all but what `policy` keeps (`none` keeps everything).
+    """Returns `function` that recomputes in its backward pass all but what `policy` keeps (`none` keeps everything).
 
     Raises ConfigError on an unknown policy.
     """
@@ -37,7 +36,8 @@ def remat(function: Callable, policy: str) -> Callable:
 
 
 def split_chunks(x: Shaped[Array, "b t ..."], chunk: int, rules: ShardingRules) -> Shaped[Array, "pieces b p ..."]:
-    """(b, t, ...) -> (pieces, b, shards * c, ...); c is the largest divisor of a shard's part that is <= chunk."""
+    """Cuts (b, t, ...) into (pieces, b, shards * c, ...), c the largest divisor of a shard's part up to `chunk`."""
+    # The row as (shard, piece, position in it): a cut inside each shard, so nothing moves between devices.
     mesh = jax.typeof(x).sharding.mesh
     shards = 1 if mesh.empty else axis_product(mesh, rules.axes("length"))
     local = x.shape[1] // shards
@@ -50,7 +50,7 @@ def split_chunks(x: Shaped[Array, "b t ..."], chunk: int, rules: ShardingRules) 
 
 
 def join_chunks(pieces: Float[Array, "pieces b p ..."], rules: ShardingRules) -> Float[Array, "b t ..."]:
-    """The inverse of `split_chunks`."""
+    """Joins what `split_chunks` cut."""
     mesh = jax.typeof(pieces).sharding.mesh
     shards = 1 if mesh.empty else axis_product(mesh, rules.axes("length"))
     count, b, piece, *rest = pieces.shape
@@ -60,7 +60,7 @@ def join_chunks(pieces: Float[Array, "pieces b p ..."], rules: ShardingRules) ->
 
 
 def split_parts(x: Shaped[Array, "n ..."], count: int) -> Shaped[Array, "parts m ..."]:
-    """(n, ...) -> (count, n / count, ...): every device cuts what it has of the first dim, so nothing moves.
+    """Cuts (n, ...) into (count, n / count, ...): every device cuts what it has of the first dim, so nothing moves.
 
     8 rows on 2 devices, count 2: part 0 = rows 0 1 | 4 5, part 1 = rows 2 3 | 6 7. `count` divides a device's rows.
     """
@@ -75,7 +75,17 @@ def split_parts(x: Shaped[Array, "n ..."], count: int) -> Shaped[Array, "parts m
 def map_chunks(
     function: Callable[[Array], Array], x: Float[Array, "b t d"], chunk: int, rules: ShardingRules
 ) -> Float[Array, "b t e"]:
-    """`function` of each piece (b, p, d), recomputed in the backward pass; `chunk` 0 applies it to the whole row."""
+    """Applies `function` to each piece (b, p, d) of a row, recomputed in the backward pass.
+
+    Args:
+        function: (b, p, d) -> (b, p, e), position by position.
+        x: the rows.
+        chunk: positions a piece at most, of one shard; 0 applies it to the whole row at once.
+        rules: which mesh axes split the rows.
+
+    Returns:
+        The rows (b, t, e), in their order.
+    """
     if not chunk:
         return function(x)
     _, pieces = jax.lax.scan(

@@ -1,6 +1,6 @@
-"""Patches as the tower receives them: normalizing pixels, embedding, and the rotary angles of a patch's place.
+"""The vision branch: a ViT over patches of many images and frames packed in a row, and the projector behind it.
 
-The vision branch: a ViT over patches of many images and frames packed in a row, and the projector behind it.
+    pixels --PatchEmbedding--> patches --VisionTower--> states --Projector--> visual tokens (one for 2 x 2 patches)
 
 `model.visual_model.*` and `model.visual_bridge_model.*` of the checkpoint. Differs from the released model in form
 only: the fused qkv is three projections, layers are stacked and scanned, frames are told apart by segment ids, and
@@ -30,14 +30,14 @@ THETA = 10000.0
 def normalize_pixels(
     patches: UInt8[Array, "b p v"], mean: Sequence[float], std: Sequence[float]
 ) -> Float[Array, "b p v"]:
-    """(pixel / 255 - mean) / std per channel, fp32. A patch's values are ordered (channel, row, column)."""
+    """Computes (pixel / 255 - mean) / std per channel, fp32. A patch's values are ordered (channel, row, column)."""
     per_channel = patches.shape[-1] // len(mean)
     shift, spread = (np.repeat(np.asarray(x, np.float32), per_channel) for x in (mean, std))
     return (patches.astype(jnp.float32) / 255.0 - shift) / spread
 
 
 def grid_angles(grid: Int32[Array, "b p 2"], head_dim: int) -> Float[Array, "b p half"]:
-    """Rotary angles of (row, column): head_dim/4 of the row, then as many of the column.
+    """Returns rotary angles of (row, column): head_dim/4 of the row, then as many of the column.
 
     head_dim 8: frequencies 1 and 0.01, so row 2, column 3 has angles [2, 0.02, 3, 0.03].
     """
@@ -45,7 +45,7 @@ def grid_angles(grid: Int32[Array, "b p 2"], head_dim: int) -> Float[Array, "b p
 
 
 class PatchEmbedding(nnx.Module):
-    """The convolution that embeds a patch (`patch_embed.proj`), as one matrix product, no bias.
+    """Embeds patches: the checkpoint's convolution (`patch_embed.proj`) as one matrix product, no bias.
 
     `kernel` is (temporal, channel * row * column, width); the checkpoint's is (width, channel, temporal, 14, 14). A
     still shows the same slice at both times, so for one slice the kernel's two are summed.
@@ -74,9 +74,11 @@ class PatchEmbedding(nnx.Module):
                 patches = normalize_pixels(patches, cfg.image_mean, cfg.image_std)
             dtype = self.compute.dtype
             spec = self.compute.spec("batch", "media", None)
+            # fp32 until the two temporal slices are summed: in bf16 their sum would be rounded twice.
             kernel = use(self.kernel, self.compute, jnp.float32)
             if patches.shape[-1] == values:
                 return product("bpv,vd->bpd", patches.astype(dtype), narrow(kernel.sum(0), dtype), out=spec)
+            # Both slices, in the checkpoint's order (channel, temporal, row, column).
             area = cfg.patch_size**2
             patches = patches.reshape(*patches.shape[:2], cfg.in_channels, slices, area)
             kernel = kernel.reshape(slices, cfg.in_channels, area, cfg.embed_dim)
@@ -87,7 +89,7 @@ ROWS = ("batch", "media")
 
 
 class VisionTower(nnx.Module):
-    """Patch embedding and `depth` pre-norm layers with 2-D rotary positions; no norm at the end."""
+    """Encodes patches: embedding and `depth` pre-norm layers with 2-D rotary positions; no norm at the end."""
 
     def __init__(self, key: PRNGKeyArray, cfg: VisionConfig, compute: ComputePolicy):
         keys = jax.random.split(key)
@@ -109,7 +111,8 @@ class VisionTower(nnx.Module):
         patch_grid: Int32[Array, "b p 2"],
         patch_segments: Int32[Array, "b p"],
     ) -> Float[Array, "b p d"]:
-        """Hidden states of the patches. Each sees the patches of its own segment (a frame); 0 is padding."""
+        """Returns hidden states of the patches. Each sees the patches of its own segment (a frame); 0 is padding."""
+        # Positions are all equal: attention within a frame is bidirectional, and where a patch lies is in its angles.
         x = self.patch_embedding(patches)
         angles = grid_angles(patch_grid, self.sizes.head_dim)
         return run_encoder(
@@ -124,7 +127,7 @@ class VisionTower(nnx.Module):
 
 
 class Projector(nnx.Module):
-    """LayerNorm -> 4 neighboring patches side by side -> linear -> GELU -> linear into the language model's width."""
+    """Projects patches: LayerNorm -> 4 neighbors side by side -> linear -> GELU -> linear into the LLM's width."""
 
     def __init__(self, key: PRNGKeyArray, cfg: VisionConfig, compute: ComputePolicy):
         keys = jax.random.split(key)
@@ -140,13 +143,21 @@ class Projector(nnx.Module):
         self.group = g
 
     def __call__(self, x: Float[Array, "b p d"]) -> Float[Array, "b tokens out"]:
-        """(b, p, d) -> (b, p/4, out): patches arrive with the four of a token next to each other."""
+        """Maps (b, p, d) to (b, p/4, out): patches arrive with the four of a token next to each other."""
         x = group_patches(self.norm(x), self.group)
         return self.fc2(gelu(self.fc1(x)))
 
 
 class VisionModel(nnx.Module):
-    """The branch `vision`: `tower` and `projector`."""
+    """Embeds images and video frames (arXiv:2501.15368): the branch `vision`, tower and projector.
+
+    >>> from baichuan_omni_jax.nn.param import initialize
+    >>> cfg = VisionConfig(depth=1, embed_dim=16, num_heads=2, patch_size=4, out_dim=8)
+    >>> model = initialize(VisionModel, jax.random.key(0), cfg, ComputePolicy())
+    >>> grid = jnp.array([[[0, 0], [0, 1], [1, 0], [1, 1]]], jnp.int32)
+    >>> model(jnp.zeros((1, 4, 48), jnp.uint8), grid, jnp.ones((1, 4), jnp.int32)).shape
+    (1, 1, 8)
+    """
 
     def __init__(self, key: PRNGKeyArray, cfg: VisionConfig, compute: ComputePolicy):
         keys = jax.random.split(key)
@@ -160,11 +171,19 @@ class VisionModel(nnx.Module):
         patch_grid: Int32[Array, "b p 2"],
         patch_segments: Int32[Array, "b p"],
     ) -> Float[Array, "b tokens d"]:
-        """Visual embeddings (b, p/4, out_dim), zero for padding.
+        """Embeds the patches of a packed row.
 
-        `patches` holds 588 uint8 values of one temporal slice, or normalized floats of one slice or of both (1176), in
-        the order that groups 2x2 neighbors; `patch_grid` each patch's row and column in its frame; `patch_segments`
-        the frame's id, 0 for padding. Raises ValueError on other shapes.
+        Args:
+            patches: 588 uint8 values of one temporal slice (b, p, 588), or normalized floats of one slice or of both
+                (1176), in the order that groups 2 x 2 neighbors.
+            patch_grid: row and column of each patch in its frame (b, p, 2).
+            patch_segments: the frame's id (b, p), 0 for padding.
+
+        Returns:
+            Visual embeddings (b, p/4, out_dim), zero for padding.
+
+        Raises:
+            ValueError: other shapes.
         """
         if patches.shape[:2] != patch_segments.shape or patch_grid.shape != (*patches.shape[:2], 2):
             raise ValueError(
@@ -180,12 +199,13 @@ class VisionModel(nnx.Module):
             x = self.tower(patches, patch_grid, patch_segments)
         with jax.named_scope("projector"):
             tokens = self.projector(x)
+            # A token is real where one of its patches is: padding comes in whole groups.
             real = group_patches(patch_segments, self.cfg.merged_patches).max(-1) > 0
             return jnp.where(real[..., None], tokens, 0)
 
 
 def group_patches(x: Array, group: int) -> Array:
-    """(b, p, ...) -> (b, p/group, group, ...), split over devices as before."""
+    """Cuts (b, p, ...) into (b, p/group, group, ...), split over devices as before."""
     shape = (x.shape[0], x.shape[1] // group, group, *x.shape[2:])
     spec = jax.typeof(x).sharding.spec
     return x.reshape(shape, out_sharding=placement(PartitionSpec(*spec[:2], None, *spec[2:])))

@@ -17,7 +17,7 @@ SNAKE_EPS = 1e-9
 def convolve(
     x: Float[Array, "b t c"], weight: Float[Array, "k c d"], *, stride: int = 1, padding: int = 0, dilation: int = 1
 ) -> Float[Array, "b s d"]:
-    """(b, t, in) -> (b, (t + 2 padding - dilation (k - 1) - 1) // stride + 1, out).
+    """Convolves (b, t, in) to (b, (t + 2 padding - dilation (k - 1) - 1) // stride + 1, out).
 
     The backend's own convolution: windows of 11 frames at 24 kHz / 4 would take eleven times the room.
     """
@@ -27,7 +27,7 @@ def convolve(
 
 
 class NormedConv1d(nnx.Module):
-    """Convolution that keeps its length; weight = g * v / |v|, the norm over all of an output channel's entries.
+    """Convolves and keeps the length; weight = g * v / |v|, the norm over all of an output channel's entries.
 
     `weight_v` (kernel, in, out) and `weight_g` (out,) are the checkpoint's (out, in, kernel) and (out, 1, 1).
     """
@@ -46,7 +46,7 @@ class NormedConv1d(nnx.Module):
 
 
 class NormedTransposedConv1d(nnx.Module):
-    """(b, t, in) -> (b, t * stride, out): transposed convolution without (kernel - stride) / 2 frames on each side.
+    """Lengthens (b, t, in) to (b, t * stride, out): a transposed convolution, (kernel - stride) / 2 frames cut a side.
 
     `weight_v` (kernel, in, out) is the checkpoint's (in, out, kernel), `weight_g` (in,) its (in, 1, 1): PyTorch
     normalizes over all axes but the first, which is a transposed convolution's input.
@@ -60,6 +60,7 @@ class NormedTransposedConv1d(nnx.Module):
         self.stride, self.cut, self.compute = stride, (kernel - stride) // 2, compute
 
     def __call__(self, x: Float[Array, "b t c"]) -> Float[Array, "b s d"]:
+        # Pieces of `kernel` frames a frame, added up where they overlap, then the middle part.
         weight = normed(self.weight_v, self.weight_g, self.compute, over=(0, 2), scaled=1)
         pieces = transposed_pieces(x, narrow(weight, weight.dtype), CLIPS, self.compute)
         y = overlap_add(pieces, self.stride, self.compute.spec(CLIPS, None, None))
@@ -67,7 +68,7 @@ class NormedTransposedConv1d(nnx.Module):
 
 
 class StridedConv1d(nnx.Module):
-    """A plain convolution, `weight` (kernel, in, out): brings the source's spectrum to a stage's rate.
+    """Convolves by `weight` (kernel, in, out), no weight norm: brings the source's spectrum to a stage's rate.
 
     A stride u > 1 has kernel 2u and padding u // 2; stride 1 is a 1x1 convolution.
     """
@@ -85,7 +86,7 @@ class StridedConv1d(nnx.Module):
 
 
 class Snake(nnx.Module):
-    """x + sin²(alpha x) / (alpha + 1e-9), one alpha a channel; zero stays zero."""
+    """Computes x + sin²(alpha x) / (alpha + 1e-9), one alpha a channel (arXiv:2006.08195); zero stays zero."""
 
     def __init__(self, width: int, compute: ComputePolicy):
         self.alpha = ones((width,), ("small",))
@@ -97,7 +98,7 @@ class Snake(nnx.Module):
 
 
 class ResidualBlock(nnx.Module):
-    """Per dilation: Snake -> dilated convolution -> Snake -> convolution, added to what came in."""
+    """Computes per dilation: Snake -> dilated convolution -> Snake -> convolution, added to what came in."""
 
     def __init__(self, key: PRNGKeyArray, kernel: int, width: int, dilations: tuple[int, ...], compute: ComputePolicy):
         keys = jax.random.split(key, 2 * len(dilations))
@@ -109,7 +110,7 @@ class ResidualBlock(nnx.Module):
         self.activations2 = nnx.List([Snake(width, compute) for _ in dilations])
 
     def __call__(self, x: Float[Array, "b t c"], lengths: Int32[Array, " b"]) -> Float[Array, "b t c"]:
-        """`x` and the result are zero past the lengths: each convolution sees an item as if it were alone."""
+        """Returns the sum; `x` and it are zero past the lengths: each convolution sees an item as if it were alone."""
         units = zip(self.activations1, self.convs1, self.activations2, self.convs2, strict=True)
         for snake1, conv1, snake2, conv2 in units:
             y = keep(conv1(snake1(x)), lengths)
@@ -120,7 +121,7 @@ class ResidualBlock(nnx.Module):
 def normed(
     v: nnx.Param, g: nnx.Param, compute: ComputePolicy, *, over: tuple[int, int], scaled: int = 2
 ) -> Float[Array, "k c d"]:
-    """g * v / |v|, in fp32, then cast: the norm over the axes `over`, g along the axis `scaled`."""
+    """Returns g * v / |v|, in fp32, then cast: the norm over the axes `over`, g along the axis `scaled`."""
     direction, gain = use(v, compute, jnp.float32), use(g, compute, jnp.float32)
     size = jnp.sqrt(jnp.sum(direction * direction, over, keepdims=True))
     gain = jnp.expand_dims(gain, tuple(axis for axis in range(3) if axis != scaled))

@@ -1,9 +1,9 @@
-"""The harmonic source (`f0_predictor.*`, `m_source.*`): pitch from mel, sines and noise from pitch.
+"""The vocoder, HiFT (arXiv:2412.10117): a neural source filter and an inverse STFT. Items are computed as if alone.
 
-The branch `vocoder`: HiFT, a neural source-filter model with an inverse STFT at its end. Mel -> 24 kHz waveform.
+    mel --F0Predictor--> pitch --HarmonicSource--> source (24 kHz) --STFT--> spectrum
+    mel --conv_pre--> stages of upsampling, each with the spectrum added --conv_post--> magnitude, phase --iSTFT--> wave
 
-An item's result never depends on its batch: every convolution sees zeros past the item's end, and both transforms end
-where it ends.
+Its tensors lie in a file of their own (`f0_predictor.*`, `m_source.l_linear.*`, `conv_pre`, `ups.*`, …).
 """
 
 import math
@@ -26,7 +26,7 @@ Pair = tuple[Array, Array]
 
 
 class F0Predictor(nnx.Module):
-    """Five convolutions with ELU (`condnet.0, .2, …`), a Linear (`classifier`), absolute value: Hz per mel frame."""
+    """Predicts Hz per mel frame: five convolutions with ELU (`condnet.0, .2, …`), Linear (`classifier`), abs."""
 
     def __init__(self, key: PRNGKeyArray, cfg: VocoderConfig, compute: ComputePolicy):
         keys = jax.random.split(key, F0_LAYERS + 1)
@@ -44,7 +44,7 @@ class F0Predictor(nnx.Module):
         )
 
     def __call__(self, mel: Float[Array, "b t mels"], lengths: Int32[Array, " b"]) -> Float[Array, "b t"]:
-        """Hz (b, t), fp32, zero past each length."""
+        """Returns Hz (b, t), fp32, zero past each length."""
         with jax.named_scope("f0"):
             x = keep(mel, lengths)
             for conv in self.convs:
@@ -53,7 +53,7 @@ class F0Predictor(nnx.Module):
 
 
 class HarmonicSource(nnx.Module):
-    """Sines at f0 and its overtones where voiced, noise everywhere, mixed by `l_linear` and tanh."""
+    """Makes the source: sines at f0 and its overtones where voiced, noise everywhere, mixed by `l_linear` and tanh."""
 
     def __init__(self, key: PRNGKeyArray, cfg: VocoderConfig, compute: ComputePolicy):
         out = (CLIPS, None, None)
@@ -69,18 +69,25 @@ class HarmonicSource(nnx.Module):
         sine_noise: Float[Array, "b s j"],
         before: Pair | None = None,
     ) -> Float[Array, "b s"]:
-        """The source, s = t * hop_length samples in (-1, 1), from f0 in Hz.
+        """Makes s = t * hop_length samples in (-1, 1).
 
-        `phase` (b, harmonics) is where each sine starts, in radians (uniform in ±pi; the fundamental always starts at
-        0); `sine_noise` (b, s, harmonics) is standard normal. `before` (b, harmonics) are the turns made before the
-        first sample, where that is not an item's first.
+        Args:
+            f0: pitch in Hz (b, t), one value a mel frame.
+            phase: where each sine starts, in radians (b, harmonics), uniform in ±pi; the fundamental always at 0.
+            sine_noise: standard normal (b, s, harmonics).
+            before: turns (b, harmonics) made before the first sample, where that is not an item's first.
+
+        Returns:
+            The source (b, s).
         """
         cfg, hop = self.cfg, self.cfg.hop_length
         with jax.named_scope("harmonic_source"):
+            # f0 * j first, then / rate, as released: in the other order fp32 rounds differently, and turns add up.
             multiples = jnp.arange(1, cfg.harmonics + 1, dtype=jnp.float32)
             turns = accumulated_turns(divided(f0[..., None] * multiples, cfg.sampling_rate), hop, before)
             phase = phase * (jnp.arange(cfg.harmonics) > 0)
             sines = cfg.nsf_alpha * jnp.sin(2 * jnp.pi * turns + phase[:, None])
+            # Voiced: sines and a little noise. Unvoiced: noise of a third of the sines' amplitude.
             voiced = jnp.repeat(f0 > cfg.nsf_voiced_threshold, hop, axis=1)[..., None]
             noise = jnp.where(voiced, cfg.nsf_sigma, cfg.nsf_alpha / 3) * sine_noise
             mixed = self.linear(jnp.where(voiced, sines, 0) + noise)
@@ -88,12 +95,13 @@ class HarmonicSource(nnx.Module):
 
 
 def accumulated_turns(rates: Float[Array, "b t j"], hop: int, before: Pair | None = None) -> Float[Array, "b s j"]:
-    """Fraction of a turn after each sample: cumsum(rate of each sample) mod 1, s = t * hop samples.
+    """Returns the fraction of a turn after each sample: cumsum(rate of each sample) mod 1, s = t * hop samples.
 
     `rates` are turns a sample, the same for the `hop` samples of a frame. The sum is carried in pairs of fp32 (48
     bits) and rounded to fp32 before the fraction is taken, as the released sum in double precision is. It begins with
     `before` (b, j), a pair too.
     """
+    # Two levels: within a frame the rate is constant, so its sums are products; over frames an exact prefix sum.
     count = jnp.arange(1, hop + 1, dtype=jnp.float32)[None, None, :, None]
     within = _times(count, rates[:, :, None])
     whole = jnp.full_like(rates, hop), rates
@@ -111,8 +119,9 @@ def accumulated_turns(rates: Float[Array, "b t j"], hop: int, before: Pair | Non
 
 
 def divided(x: Float[Array, "..."], by: int) -> Float[Array, "..."]:
-    """x / by, rounded once. XLA multiplies by 1 / by instead: often one bit off, which adds up over the samples."""
+    """Returns x / by, rounded once. XLA multiplies by 1 / by: often one bit off, which adds up over the samples."""
     inverse, (by_upper, by_lower) = jnp.float32(1 / by), _halves(jnp.float32(by))
+    # One Newton step: the exact remainder x - quotient * by, from products of halves, corrects the last bit.
     quotient = x * inverse
     upper, lower = _halves(quotient)
     rest = ((x - upper * by_upper) - upper * by_lower - lower * by_upper) - lower * by_lower
@@ -120,26 +129,26 @@ def divided(x: Float[Array, "..."], by: int) -> Float[Array, "..."]:
 
 
 def _times(count: Array, rate: Array) -> Pair:
-    """count * rate, exactly, for whole counts below 4096."""
+    """Returns count * rate, exactly, for whole counts below 4096."""
     upper, lower = _halves(rate)
     return _two_sum(count * upper, count * lower)
 
 
 def _halves(x: Array) -> Pair:
-    """The upper 12 bits of each fp32 and the rest: products of halves are exact."""
+    """Returns the upper 12 bits of each fp32 and the rest: products of halves are exact."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0xFFFFF000)
     upper = jax.lax.bitcast_convert_type(bits, jnp.float32)
     return upper, x - upper
 
 
 def _add(x: Pair, y: Pair) -> Pair:
-    """The sum of two pairs (high, low), whose low part is what the high part's rounding lost."""
+    """Returns the sum of two pairs (high, low), whose low part is what the high part's rounding lost."""
     high, low = _two_sum(x[0], y[0])
     return _two_sum(high, low + (x[1] + y[1]))
 
 
 def _two_sum(a: Array, b: Array) -> Pair:
-    """a + b rounded, and exactly what the rounding lost, whichever of the two is larger."""
+    """Returns a + b rounded, and exactly what the rounding lost, whichever of the two is larger (Knuth's two-sum)."""
     total = a + b
     rest = total - a
     return total, (a - (total - rest)) + (b - rest)
@@ -204,11 +213,19 @@ class Vocoder(nnx.Module):
         phase: Float[Array, "b j"],
         sine_noise: Float[Array, "b s j"],
     ) -> Float[Array, "b s"]:
-        """Waveforms (b, t * hop_length), fp32 in ±audio_limit, zero past each length * hop_length.
+        """Makes waveforms.
 
-        `mel`: natural log magnitudes, `lengths` its valid frames. `phase` (b, harmonics), uniform in ±pi, and
-        `sine_noise` (b, t * hop_length, harmonics), standard normal, are the randomness (see `draw_noise`).
-        Raises ValueError on shapes that do not fit.
+        Args:
+            mel: natural log magnitudes (b, t, mels).
+            lengths: its valid frames (b,).
+            phase: uniform in ±pi (b, harmonics); with `sine_noise` the randomness (see `draw_noise`).
+            sine_noise: standard normal (b, t * hop_length, harmonics).
+
+        Returns:
+            (b, t * hop_length), fp32 in ±audio_limit, zero past each length * hop_length.
+
+        Raises:
+            ValueError: shapes that do not fit.
         """
         self._check(mel, lengths, phase, sine_noise)
         arrays = (split_as(x, self.compute, CLIPS) for x in (mel, lengths, phase, sine_noise))
@@ -220,11 +237,12 @@ class Vocoder(nnx.Module):
     def filter(
         self, mel: Float[Array, "b t mels"], lengths: Int32[Array, " b"], source: Float[Array, "b s"]
     ) -> Float[Array, "b s"]:
-        """The waveform of a mel and a source signal."""
+        """Returns the waveform of a mel and a source signal."""
         cfg = self.cfg
         spec = self.compute.spec(CLIPS, None, None)
         sizes = {"n_fft": cfg.istft_n_fft, "hop": cfg.istft_hop, "spec": spec}
         samples = lengths * cfg.hop_length
+        # The source enters by its spectrum; the body computes in the compute dtype, transforms in fp32.
         spectrum = stft(source, samples, **sizes).astype(self.compute.dtype)
         x, frames = self.body(mel, lengths, spectrum)
         with jax.named_scope("inverse_stft"):
@@ -238,7 +256,7 @@ class Vocoder(nnx.Module):
     def body(
         self, mel: Float[Array, "b t mels"], lengths: Int32[Array, " b"], spectrum: Float[Array, "b f c"]
     ) -> tuple[Float[Array, "b f c"], Int32[Array, " b"]]:
-        """Log magnitudes and angles (b, f, n_fft + 2) of f = t * hop_length / istft_hop + 1 frames; valid counts."""
+        """Returns log magnitudes and angles (b, f, n_fft + 2), f = t * hop_length / istft_hop + 1, and valid counts."""
         cfg = self.cfg
         x = keep(self.conv_pre(keep(mel, lengths)), lengths)
         per_stage = len(cfg.resblock_kernel_sizes)
@@ -246,8 +264,10 @@ class Vocoder(nnx.Module):
             with jax.named_scope(f"stage_{i}"):
                 x, lengths = self.ups[i](jax.nn.leaky_relu(x, cfg.lrelu_slope)), lengths * rate
                 if i == len(cfg.upsample_rates) - 1:
+                    # One frame, reflected, on the left: as many frames then as the source's centered spectrum has.
                     x = jnp.concatenate([x[:, 1:2], x], 1)
                     lengths = jnp.where(lengths > 0, lengths + 1, 0)
+                # The source's spectrum at this stage's rate, then the mean of residual blocks of several kernels.
                 source = keep(self.source_downs[i](spectrum), lengths)
                 x = keep(x, lengths) + self.source_resblocks[i](source, lengths)
                 blocks = self.resblocks[i * per_stage : (i + 1) * per_stage]
@@ -271,7 +291,7 @@ class Vocoder(nnx.Module):
 def draw_noise(
     key: PRNGKeyArray, frames: Int32[Array, " t"], cfg: VocoderConfig
 ) -> tuple[Float[Array, "1 j"], Float[Array, "1 s j"]]:
-    """Random `phase` and `sine_noise` of one item's mel frames `frames`. A frame's are its own, whatever the rest."""
+    """Draws `phase` and `sine_noise` of one item's mel frames `frames`. A frame's are its own, whatever the rest."""
     for_phase, for_noise = jax.random.split(key)
     phase = jax.random.uniform(for_phase, (1, cfg.harmonics), minval=-jnp.pi, maxval=jnp.pi)
     shape = cfg.hop_length, cfg.harmonics
@@ -280,7 +300,7 @@ def draw_noise(
 
 
 def reach(cfg: VocoderConfig) -> int:
-    """Mel frames on either side of a sample beyond which nothing changes it but the phase: 21 at released sizes."""
+    """Returns how many mel frames on either side may change a sample, but for the phase: 21 at released sizes."""
     overlap, frame = cfg.istft_n_fft // cfg.istft_hop, math.prod(cfg.upsample_rates)
     # All in frames of the inverse STFT, from the waveform back; one more for the frame put on the left.
     through, by_source = overlap + END_KERNEL // 2 + 1, 0
@@ -297,4 +317,5 @@ def reach(cfg: VocoderConfig) -> int:
 
 
 def _block_reach(kernel: int, dilations: tuple[int, ...]) -> int:
+    """Returns frames on either side that a residual block reads: a dilated and a plain convolution each time."""
     return sum(kernel // 2 * (dilation + 1) for dilation in dilations)

@@ -1,8 +1,7 @@
-"""Short-time Fourier transform and its inverse: periodic Hann window, centered frames, as products with small tables.
+"""Spectra and waveforms without a network: STFT, its inverse, and Griffin and Lim's iteration for a mel alone.
 
-Each item has its own length: its signal is mirrored at its own end, and its windows are added up as if it were alone.
-
-A waveform from a mel without a trained vocoder: phases by Griffin and Lim's iteration. Rough, but audible.
+Periodic Hann window, centered frames, as products with small tables. Each item has its own length: its signal is
+mirrored at its own end, and its windows are added up as if it were alone.
 """
 
 import jax.numpy as jnp
@@ -15,23 +14,25 @@ from baichuan_omni_jax.nn.conv import frames_before, keep, overlap_add
 
 
 def hann(n_fft: int) -> Float[np.ndarray, " n"]:
-    """Periodic: 0.5 - 0.5 cos(2 pi n / n_fft)."""
+    """Returns the periodic window: 0.5 - 0.5 cos(2 pi n / n_fft)."""
     return 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(n_fft) / n_fft)
 
 
 def stft(
     x: Float[Array, "b s"], lengths: Int32[Array, " b"], *, n_fft: int, hop: int, spec: PartitionSpec | None
 ) -> Float[Array, "b t c"]:
-    """[real, imaginary] (b, s / hop + 1, n_fft + 2) of signals with `lengths` samples; zero past length / hop + 1.
+    """Transforms signals of `lengths` samples to [real, imaginary] (b, s / hop + 1, n_fft + 2), zero past their end.
 
     `lengths` and s are multiples of `hop`. The signal is mirrored n_fft / 2 samples beyond both its ends (its last
     sample is not repeated): length 4, n_fft 4: samples 2 1 | 0 1 2 3 | 2 1.
     """
+    # Mirrored at the item's own ends by index, since each item ends elsewhere.
     samples = x.shape[1]
     place = jnp.abs(jnp.arange(-(n_fft // 2), samples + n_fft // 2))
     last = lengths[:, None] - 1
     place = jnp.clip(jnp.where(place > last, 2 * last - place, place), 0, samples - 1)
     x = jnp.take_along_axis(x, place, 1)
+    # A frame is n_fft / hop blocks of `hop` samples, side by side: no gather.
     frames = samples // hop + 1
     blocks = x.reshape(x.shape[0], x.shape[1] // hop, hop, out_sharding=spec)
     frames_of = jnp.concatenate([blocks[:, i : i + frames] for i in range(n_fft // hop)], -1)
@@ -48,12 +49,13 @@ def istft(
     hop: int,
     spec: PartitionSpec | None,
 ) -> Float[Array, "b s"]:
-    """Signals (b, (t - 1) hop) of spectra (b, t, n_fft / 2 + 1) of which `frames` (b,) are valid.
+    """Transforms to signals (b, (t - 1) hop) spectra (b, t, n_fft / 2 + 1) of which `frames` (b,) are valid.
 
     Windowed frames are added up and divided by the sum of the squared windows, n_fft / 2 samples cut at each end.
     """
     spectrum = jnp.concatenate([real, imaginary], -1).astype(jnp.float32)
     pieces = jnp.einsum("btc,cn->btn", spectrum, _inverse_table(n_fft), out_sharding=spec)
+    # Windows past an item's last frame add nothing, neither to the sum nor to what it is divided by.
     valid = frames_before(frames, real.shape[1])[..., None]
     squares = jnp.where(valid, jnp.asarray(hann(n_fft) ** 2, jnp.float32), 0)
     total, weight = (overlap_add(p[..., None], hop, spec)[..., 0] for p in (jnp.where(valid, pieces, 0), squares))
@@ -63,14 +65,14 @@ def istft(
 
 
 def _forward_table(n_fft: int) -> Float[Array, "n c"]:
-    """Windowed samples -> [cos, -sin] sums, (n_fft, n_fft + 2)."""
+    """Returns windowed samples -> [cos, -sin] sums, (n_fft, n_fft + 2)."""
     angles = 2 * np.pi * np.outer(np.arange(n_fft), np.arange(n_fft // 2 + 1)) / n_fft
     table = np.concatenate([np.cos(angles), -np.sin(angles)], 1)
     return jnp.asarray(hann(n_fft)[:, None] * table, jnp.float32)
 
 
 def _inverse_table(n_fft: int) -> Float[Array, "c n"]:
-    """[real, imaginary] of a one-sided spectrum -> windowed samples; all but the ends stand for two frequencies."""
+    """Returns one-sided [real, imaginary] -> windowed samples; all but the ends stand for two frequencies."""
     angles = 2 * np.pi * np.outer(np.arange(n_fft // 2 + 1), np.arange(n_fft)) / n_fft
     twice = np.where(np.arange(n_fft // 2 + 1) % (n_fft // 2) == 0, 1, 2)[:, None] / n_fft
     table = np.concatenate([twice * np.cos(angles), -twice * np.sin(angles)])
@@ -82,7 +84,10 @@ GRIFFIN_LIM_REACH = 8  # frames beyond which a sample hardly changes: twice the 
 
 
 def griffin_lim(mel: Float[np.ndarray, "s mels"], settings: MelTargetSpec) -> Float32[np.ndarray, " t"]:
-    """Samples at `settings.rate` Hz in ±1, `hop` for each frame of a natural-log magnitude mel."""
+    """Makes samples at `settings.rate` Hz in ±1 without a vocoder: rough, but audible.
+
+    `mel` is a natural-log magnitude mel, of which each frame gives `hop` samples.
+    """
     import librosa  # takes a second
 
     frames = len(mel)

@@ -1,4 +1,8 @@
-"""The waveform of a stretch of speech whose mel comes in parts: windows with room on both sides of what is new."""
+"""The waveform of a stretch of speech whose mel comes in parts: windows with room on both sides of what is new.
+
+mel:      |---- reach ----|------- new -------|---- reach ----|
+samples:                  |sure, given out now|fade| …held back
+"""
 
 from collections.abc import Callable
 
@@ -18,7 +22,7 @@ _F0_REACH = F0_LAYERS * (F0_KERNEL // 2)
 
 
 class WaveStream:
-    """Windows of one stretch. What `reach` frames on either side can change is not given out.
+    """Gives out a stretch window by window. What `reach` frames on either side can change is not given out.
 
     Each wave it returns begins with the `fade` samples that the one before ended with.
     """
@@ -32,16 +36,17 @@ class WaveStream:
 
     @staticmethod
     def longest(frames: int, *, reach: int, hop: int, fade: int) -> int:
-        """Frames of the longest window where no more than `frames` come at once."""
+        """Returns frames of the longest window where no more than `frames` come at once."""
         return 2 * reach + -(-fade // hop) + frames
 
     def push(self, mel: Float[np.ndarray, "s mels"], last: bool) -> Float32[np.ndarray, " t"]:
-        """The samples that the next frames make sure; all that are left where the stretch ends with them."""
+        """Returns the samples that the next frames make sure; all that are left where the stretch ends with them."""
         self._mel = mel if self._mel is None else np.concatenate([self._mel, mel])
         end = self._first + len(self._mel)
         until = end if last else end - self._margin
         if until <= self._spoken:
             return np.zeros(0, np.float32)
+        # The window begins `reach` frames before what is new, so that the past changes nothing in it.
         start = max(0, self._spoken - self._reach)
         self._mel, self._first = self._mel[start - self._first :], start
         wave = self._window(self._mel, start, last)
@@ -51,7 +56,7 @@ class WaveStream:
 
 
 class HiftWindow:
-    """Windows through HiFT: carries the pitch of past frames, and how far each sine has turned, to the next window.
+    """Runs windows through HiFT: carries past frames' pitch, and how far each sine has turned, to the next window.
 
     `run` is a compiled `window_wave` with its vocoder, `frames` the size that windows are padded to.
     """
@@ -62,6 +67,7 @@ class HiftWindow:
         self._turns = np.zeros(cfg.harmonics)  # fp64, before frame _first
 
     def __call__(self, mel: Float[np.ndarray, "w mels"], start: int, last: bool) -> Float32[np.ndarray, " t"]:
+        # Frames before this window: their turns are summed, their pitch forgotten. Known pitch is not predicted anew.
         passed, known = self._f0[: start - self._first], self._f0[start - self._first :]
         self._turns = self._turns + self._turned(passed)
         high = self._turns.astype(np.float32)
@@ -70,12 +76,13 @@ class HiftWindow:
         known_f0 = np.pad(known, (0, self._frames - len(known)))[None]
         counts = np.array([[len(mel)], [len(known)]], np.int32)
         wave, f0 = self._run(padded, *counts, known_f0, before, np.int32(start))
+        # The last frames' pitch may still change with what follows.
         sure = len(mel) - (0 if last else _F0_REACH)
         self._f0, self._first = np.asarray(f0)[0, : max(sure, len(known))], start
         return np.asarray(wave)[0, : len(mel) * self._cfg.hop_length]
 
     def _turned(self, f0: Float32[np.ndarray, " t"]) -> Float[np.ndarray, " j"]:
-        """Turns of each sine over whole frames, summed in fp64 of rates in fp32, as the source does."""
+        """Returns turns of each sine over whole frames, summed in fp64 of rates in fp32, as the source does."""
         multiples = np.arange(1, self._cfg.harmonics + 1, dtype=np.float32)
         rates = f0[:, None] * multiples / np.float32(self._cfg.sampling_rate)
         return (rates.astype(np.float64) * self._cfg.hop_length).sum(0)
@@ -91,7 +98,7 @@ def window_wave(
     before: tuple[Float[Array, "1 j"], Float[Array, "1 j"]],
     start: Int32[Array, ""],
 ) -> tuple[Float[Array, "1 s"], Float[Array, "1 w"]]:
-    """Waveform and pitch of a window that begins at frame `start` of its stretch.
+    """Returns waveform and pitch of a window that begins at frame `start` of its stretch.
 
     The pitch of the first `known` frames is given; `before` (a pair of fp32) are the turns made before the window.
     Noise is each frame's own: a frame sounds alike in every window.

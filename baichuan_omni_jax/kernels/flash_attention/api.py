@@ -38,7 +38,7 @@ Row = Int[Array | np.ndarray, "b t"]
 
 
 def whole_keys(segments: Segments) -> Segments:
-    """The segments with ids and positions of the whole row's keys on every shard: gather them once for all layers.
+    """Gathers ids and positions of the whole row's keys on every shard: once for all layers.
 
     With them `plan_blocks` and `flash_attention` gather keys and values only.
     """
@@ -53,10 +53,20 @@ def whole_keys(segments: Segments) -> Segments:
 def plan_blocks(
     segments: Segments, causal: bool, block_q: int = 512, block_kv: int = 512, *, gather_kv: bool = True
 ) -> BlockPlan:
-    """The block pairs to visit for these segments: build it once per row, outside the layer scan.
+    """Plans which block pairs to visit for these segments: once per row, outside the layer scan.
 
-    Blocks longer than a shard's part of the row are cut to it. Raises ValueError on segments that do not fit one
-    another, and beyond 8192 blocks a row.
+    Args:
+        segments: ids and positions of queries (b, t) and keys (b, s).
+        causal: whether a query sees no key of a later position.
+        block_q: tokens a block of queries; blocks longer than a shard's part of the row are cut to it.
+        block_kv: tokens a block of keys, likewise.
+        gather_kv: as `flash_attention` is called with.
+
+    Returns:
+        The plan, split over devices as the segments are.
+
+    Raises:
+        ValueError: segments that do not fit one another, blocks of no token, or more than 8192 blocks a row.
     """
     _check_segments(segments)
     if min(block_q, block_kv) < 1:
@@ -265,6 +275,7 @@ def _check(q: Array, k: Array, v: Array, implementation: str | None) -> None:
 
 
 def _check_segments(segments: Segments) -> None:
+    """Raises ValueError where ids and positions do not fit one another."""
     for side, ids, positions in zip(("query", "key"), segments[::2], segments[1::2], strict=True):
         if ids.ndim != 2 or ids.shape != positions.shape or not ids.shape[1]:
             raise ValueError(f"{side} ids {ids.shape} and positions {positions.shape} must be the same (rows, tokens)")
@@ -275,7 +286,7 @@ def _check_segments(segments: Segments) -> None:
 
 
 def _check_plan(plan: BlockPlan, segments: Segments, causal: bool, gather_kv: bool) -> None:
-    """A plan of other lengths would make kernels read what is not there."""
+    """Raises ValueError where the plan is another's: of other lengths it would make kernels read what is not there."""
     if plan.causal != causal:
         raise ValueError(f"the plan was built for causal={plan.causal}, the call asks for causal={causal}")
     (rows, queries), keys = segments.q_ids.shape, segments.kv_ids.shape[1]
@@ -291,7 +302,7 @@ def _check_plan(plan: BlockPlan, segments: Segments, causal: bool, gather_kv: bo
 
 
 def _axes(x: Array, dim: int) -> Axes:
-    """Mesh axes that split dim `dim` of `x`, from its type."""
+    """Returns the mesh axes that split dim `dim` of `x`, from its type."""
     spec = jax.typeof(x).sharding.spec
     return spec[dim] if dim < len(spec) else None
 
@@ -315,7 +326,7 @@ def _size(mesh: Mesh | AbstractMesh, axes: Axes) -> int:
 
 
 def _gather(x: Array, axes: Axes) -> Array:
-    """The whole row of a shard's part (a no-op when the length is not split); its transpose is a reduce-scatter."""
+    """Gathers the whole row of a shard's part; where the length is split, the transpose reduce-scatters."""
     return x if axes is None else lax.all_gather(x, axes, axis=1, tiled=True)
 
 

@@ -5,14 +5,16 @@ in order, in half precision; here blocks may be permuted (context parallelism) a
 The kernels are in `pallas_gpu_kernels.py`; here are their tiles, their launches and the gradient that joins them.
 """
 
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from baichuan_omni_jax.kernels.flash_attention.pallas_gpu_kernels import (
@@ -31,7 +33,7 @@ _LATE = jnp.iinfo(jnp.int32).max
 
 
 class _Tiles(NamedTuple):
-    """Tokens a tile of queries and of keys, warps a program, and how many tiles ahead are fetched."""
+    """Holds tokens a tile of queries and of keys, warps a program, and how many tiles ahead are fetched."""
 
     query: int
     key: int
@@ -48,7 +50,13 @@ _HALF = {"forward": _Tiles(128, 128, 8, 2), "dq": _Tiles(128, 64, 8, 2), "dkv": 
 _SINGLE = {"forward": _Tiles(32, 64, 8, 1), "dq": _Tiles(32, 16, 8, 1), "dkv": _Tiles(32, 16, 8, 1)}
 
 
+_Kind = Literal["query", "key", "statistic"]
+_Pairs = tuple[Array, Array, Array]
+
+
 class _Static(NamedTuple):
+    """Holds what a program is compiled for."""
+
     causal: bool
     scale: float
     block_q: int
@@ -57,7 +65,7 @@ class _Static(NamedTuple):
 
 
 def unsupported(q: Array, k: Array, plan: BlockPlan) -> str | None:
-    """Why these kernels cannot compute it: a head dim beyond 128 or another dtype than bf16, fp16 and fp32."""
+    """Returns why these kernels cannot compute it: a head dim beyond 128 or another dtype than bf16, fp16 and fp32."""
     if q.shape[3] > _MAX_HEAD_DIM:
         return f"head dim {q.shape[3]} is more than {_MAX_HEAD_DIM}, whose sums fill a multiprocessor's registers"
     if q.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
@@ -75,7 +83,7 @@ def attention(
     scale: float,
     interpret: bool = False,
 ) -> tuple[Float[Array, "b t n h"], Float[Array, "b t n"]]:
-    """Attention and its log-sum-exp (fp32; -1e30 where a query sees nothing). `plan` is one shard's, (b, 1, N).
+    """Computes attention and its log-sum-exp (fp32; -1e30 where nothing is seen). `plan` is one shard's, (b, 1, N).
 
     `interpret` runs the kernels in plain JAX, on any platform: for tests.
     """
@@ -84,26 +92,29 @@ def attention(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(static, q, k, v, segments, pairs):
+def _attend(static: _Static, q: Array, k: Array, v: Array, segments: Segments, pairs: _Pairs):
     return _forward(static, q, k, v, segments, pairs)[0]
 
 
-def _forward(static: _Static, q, k, v, segments: Segments, pairs):
+def _forward(
+    static: _Static, q: Array, k: Array, v: Array, segments: Segments, pairs: _Pairs
+) -> tuple[tuple[Array, Array], tuple[Any, ...]]:
     by_query, _, count = pairs
-    arrays = (("query", q), ("key", k), ("key", v))
-    outputs = (("query", q.dtype), ("statistic", jnp.float32))
+    arrays: list[tuple[_Kind, Array]] = [("query", q), ("key", k), ("key", v)]
+    outputs: list[tuple[_Kind, DTypeLike]] = [("query", q.dtype), ("statistic", jnp.float32)]
     out, lse = named(*_launch(forward_kernel, "forward", static, arrays, outputs, segments, by_query, count))
     return (out, lse.transpose(0, 2, 1)), (q, k, v, segments, pairs, out, lse)
 
 
-def _backward(static: _Static, saved, cotangents):
+def _backward(static: _Static, saved: tuple[Any, ...], cotangents: tuple[Array, Array]) -> tuple[Any, ...]:
     q, k, v, segments, (by_query, by_key, count), out, lse = saved
     d_out, d_lse = cotangents
     # d(score) = p * (d_out . v - delta), where the log-sum-exp's own cotangent enters as +p * d_lse.
     delta = jnp.einsum("btnh,btnh->bnt", out, d_out, preferred_element_type=jnp.float32) - d_lse.transpose(0, 2, 1)
-    arrays = (("query", q), ("key", k), ("key", v), ("query", d_out), ("statistic", lse), ("statistic", delta))
-    (d_q,) = _launch(dq_kernel, "dq", static, arrays, (("query", q.dtype),), segments, by_query, count)
-    outputs = (("key", k.dtype), ("key", v.dtype))
+    arrays: list[tuple[_Kind, Array]] = [("query", q), ("key", k), ("key", v)]
+    arrays += [("query", d_out), ("statistic", lse), ("statistic", delta)]
+    (d_q,) = _launch(dq_kernel, "dq", static, arrays, [("query", q.dtype)], segments, by_query, count)
+    outputs: list[tuple[_Kind, DTypeLike]] = [("key", k.dtype), ("key", v.dtype)]
     d_k, d_v = _launch(dkv_kernel, "dkv", static, arrays, outputs, segments, by_key, count)
     return d_q, d_k, d_v, None, None
 
@@ -111,8 +122,28 @@ def _backward(static: _Static, saved, cotangents):
 _attend.defvjp(_forward, _backward)
 
 
-def _launch(kernel, name: str, static: _Static, arrays, outputs, segments: Segments, pairs, count):
-    """Runs a kernel over its tiles, heads and rows; `arrays` and `outputs` say what each of them is ("query", ...)."""
+def _launch(
+    kernel: Callable[..., None],
+    name: Literal["forward", "dq", "dkv"],
+    static: _Static,
+    arrays: Sequence[tuple[_Kind, Array]],
+    outputs: Sequence[tuple[_Kind, DTypeLike]],
+    segments: Segments,
+    pairs: Array,
+    count: Array,
+) -> list[Array]:
+    """Runs a kernel over its tiles, heads and rows.
+
+    Args:
+        kernel: of `pallas_gpu_kernels`.
+        name: which tiles it takes; `dkv` goes by keys, the others by queries.
+        static: what all launches share.
+        arrays: inputs, with what each of them is.
+        outputs: what each result is, and its dtype.
+        segments: which tokens see each other.
+        pairs: the plan's pairs (b, N) in the order that the kernel walks them.
+        count: how many of them are real (b,).
+    """
     q, k = arrays[0][1], arrays[1][1]
     by_key = name == "dkv"
     tiles = (_SINGLE if q.dtype == jnp.float32 else _HALF)[name]
@@ -125,6 +156,7 @@ def _launch(kernel, name: str, static: _Static, arrays, outputs, segments: Segme
         scale=static.scale,
     )
     whole = all(side.block % side.tile == 0 for side in (shape.query, shape.key))
+    # Bounds by tile let a masked tile in which nothing is visible be skipped.
     tokens = (
         _tokens(segments.q_ids, segments.q_pos, shape.query),
         _tokens(segments.kv_ids, segments.kv_pos, shape.key),
@@ -146,12 +178,12 @@ def _launch(kernel, name: str, static: _Static, arrays, outputs, segments: Segme
 
 
 def _side(length: int, block: int, tile: int) -> Side:
-    """Tiles no larger than the plan's blocks, but never less than the 16 rows of a tensor core product."""
+    """Returns tiles no larger than the plan's blocks, but never less than the 16 rows of a tensor core product."""
     return Side(length, block, max(16, min(tile, pl.next_power_of_2(block))))
 
 
 def _specs(shape: Shape, by_key: bool) -> dict[str, pl.BlockSpec]:
-    """What a program (tile, head, row) sees of each kind of array: its row and head, all tokens."""
+    """Returns what a program (tile, head, row) sees of each kind of array: its row and head, all tokens."""
     t, s, width, group = shape.query.length, shape.key.length, shape.width, shape.group
     at_head = lambda i, head, row: (row, 0, head, 0)  # noqa: E731
     if by_key:
@@ -172,7 +204,7 @@ def _row_index(ndim: int):
 
 
 def _tokens(ids: Array, positions: Array, side: Side) -> Tokens:
-    """Ids, positions and bounds by tile; the places of a tile beyond its block hold padding."""
+    """Returns ids, positions and bounds by tile; the places of a tile beyond its block hold padding."""
     ids, positions = _cut(ids, side), _cut(positions, side)
     low = jnp.where(ids > 0, ids, _LATE).min(2, keepdims=True)
     high = ids.max(2, keepdims=True)
@@ -182,18 +214,19 @@ def _tokens(ids: Array, positions: Array, side: Side) -> Tokens:
 
 
 def _cut(x: Array, side: Side) -> Array:
-    """(b, length) -> (b, tiles, tile)."""
+    """Cuts (b, length) into (b, tiles, tile): whole blocks first, then whole tiles of each."""
     x = jnp.pad(x, ((0, 0), (0, side.blocks * side.block - side.length))).reshape(-1, side.blocks, side.block)
     x = jnp.pad(x, ((0, 0), (0, 0), (0, side.tiles_a_block * side.tile - side.block)))
     return x.reshape(-1, side.tiles, side.tile)
 
 
 def _visits(pairs: Array, count: Array, blocks: int, *, by_key: bool, interior: bool) -> tuple[Array, Array]:
-    """Which blocks each block visits, interior ones first: starts (b, 2 * blocks + 1) and the list (b, N + 1).
+    """Lists which blocks each block visits, interior ones first: starts (b, 2 * blocks + 1) and the list (b, N + 1).
 
     Block i's interior pairs are others[start[2 i] : start[2 i + 1]], its masked ones follow up to start[2 i + 2].
     `interior`: False where a tile may reach beyond its block, so that every pair needs its mask.
     """
+    # Sorted by (own block, masked, other block): each block's interior pairs, then its masked ones; unused pairs last.
     query, key, flags = unpack(pairs)
     own, other = (key, query) if by_key else (query, key)
     masked = jnp.int32(1) - ((flags & INTERIOR > 0) & interior)

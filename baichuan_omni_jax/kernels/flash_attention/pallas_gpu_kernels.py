@@ -21,7 +21,7 @@ _LOG2_E = math.log2(math.e)
 
 
 class Side(NamedTuple):
-    """The queries' or the keys' part of a row: `length` tokens in blocks of the plan, these in tiles."""
+    """Describes the queries' or the keys' part of a row: `length` tokens in blocks of the plan, these in tiles."""
 
     length: int
     block: int
@@ -40,7 +40,7 @@ class Side(NamedTuple):
         return self.blocks * self.tiles_a_block
 
     def tokens(self, tile) -> tuple:
-        """First token of a tile and which of its places hold a token of its block (None: all)."""
+        """Returns the first token of a tile and which of its places hold a token of its block (None: all)."""
         inside = lax.rem(tile, self.tiles_a_block) * self.tile
         start = lax.div(tile, self.tiles_a_block) * self.block + inside
         if self.length % self.block == 0 and self.block % self.tile == 0:
@@ -50,7 +50,7 @@ class Side(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """What a kernel is compiled for. `group` query heads share a key head."""
+    """Holds what a kernel is compiled for. `group` query heads share a key head."""
 
     query: Side
     key: Side
@@ -61,12 +61,12 @@ class Shape(NamedTuple):
 
     @property
     def width(self) -> int:
-        """Head dim as Triton computes it: a power of two."""
+        """Returns the head dim as Triton computes it: a power of two."""
         return pl.next_power_of_2(self.head_dim)
 
 
 class Tokens(NamedTuple):
-    """One side's ids and positions (tiles, tile) and its tiles' bounds (tiles, 4): arrays, or references in a kernel.
+    """Holds one side's ids and positions (tiles, tile) and bounds (tiles, 4): arrays, or references in a kernel.
 
     Bounds: lowest id, that id's first position, highest id, that id's last position; of tokens that are no padding.
     """
@@ -77,7 +77,7 @@ class Tokens(NamedTuple):
 
 
 def forward_kernel(q_ref, k_ref, v_ref, q_tokens, kv_tokens, start_ref, others_ref, out_ref, lse_ref, *, shape: Shape):
-    """One tile of queries of one head: softmax with a running maximum and sum."""
+    """Computes one tile of queries of one head: softmax with a running maximum and sum."""
     tile = _query_tile(shape)
     rows, real = shape.query.tokens(tile)
     q = _load(q_ref.at[pl.ds(rows, shape.query.tile)], real, shape)
@@ -125,7 +125,7 @@ def dq_kernel(
     *,
     shape: Shape,
 ):
-    """One tile of one head's query gradient."""
+    """Computes one tile of one head's query gradient."""
     tile = _query_tile(shape)
     rows, real = shape.query.tokens(tile)
     size = shape.query.tile
@@ -166,7 +166,7 @@ def dkv_kernel(
     *,
     shape: Shape,
 ):
-    """One tile of one key head's gradients, summed over its query heads. Scores are transposed: (keys, queries)."""
+    """Computes one tile of a key head's gradients, summed over its query heads. Scores are (keys, queries)."""
     tile = pl.program_id(0)
     keys, key_real = shape.key.tokens(tile)
     k = _load(k_ref.at[pl.ds(keys, shape.key.tile)], key_real, shape)
@@ -198,7 +198,7 @@ def dkv_kernel(
 
 
 class _Visible:
-    """What a program's own tile (axis 0 of the scores) sees of another (axis 1); `by_key`: the own tile are keys."""
+    """Tells what a program's own tile (axis 0 of the scores) sees of another (axis 1); `by_key`: it has keys."""
 
     def __init__(self, own: Tokens, others: Tokens, tile, shape: Shape, *, by_key: bool = False):
         self.others, self.causal, self.by_key = others, shape.causal, by_key
@@ -214,7 +214,7 @@ class _Visible:
         return mask & earlier
 
     def any(self, other):
-        """Whether the two tiles' bounds allow a visible pair: ids overlap and the earliest key is not too late."""
+        """Returns whether the tiles' bounds allow a visible pair: ids overlap, the earliest key is not too late."""
         bounds = [self.others.bounds[other, i] for i in range(4)]
         query, key = (bounds, self.bounds) if self.by_key else (self.bounds, bounds)
         q_low, _, q_high, q_last = query
@@ -226,10 +226,11 @@ class _Visible:
 
 
 def _walk(attend, seen: _Visible, start_ref, others_ref, tile, own: Side, others: Side, state, *, repeats: int = 1):
-    """`state` after `attend(place, masked, state)` for all tiles of the other side that this tile's block visits.
+    """Returns `state` after `attend(place, masked, state)` for all tiles of the other side that this block visits.
 
     With `repeats` each tile is visited that many times: place = tile * repeats + which.
     """
+    # Interior pairs first, without masks, then the masked ones: two tight loops, and no branch in the first.
     block = lax.div(tile, own.tiles_a_block)
     steps = others.tiles_a_block * repeats
     # Tiles as large as the plan's blocks are as fine as the plan: nothing is left to skip.
@@ -252,18 +253,18 @@ def _walk(attend, seen: _Visible, start_ref, others_ref, tile, own: Side, others
 
 
 def _query_tile(shape: Shape):
-    """Late queries first: where a row is one document they have the most to do, and would else be waited for."""
+    """Returns this program's tile, late queries first: in a long document they have the most to do."""
     return shape.query.tiles - 1 - pl.program_id(0)
 
 
 def _dot(a, b, contracting):
-    """fp32 sums; fp32 factors are multiplied as such (no TF32)."""
+    """Multiplies with fp32 sums; fp32 factors are multiplied as such (no TF32)."""
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
     return lax.dot_general(a, b, (contracting, ((), ())), precision=precision, preferred_element_type=jnp.float32)
 
 
 def _mask(real, shape: Shape):
-    """Places of a tile (tile, width) that exist in memory; None: all."""
+    """Returns which places of a tile (tile, width) exist in memory; None: all."""
     columns = None if shape.width == shape.head_dim else (jnp.arange(shape.width) < shape.head_dim)[None, :]
     if real is None:
         return columns

@@ -1,9 +1,7 @@
-"""How much of the TPU's on-chip memory the attention kernels take.
-
-Attention on TPU: the kernels' layout, their derivative, and what they cannot compute.
+"""Attention on TPU: the kernels' layout, the memory that they take, their derivative, and what they cannot compute.
 
 The kernels want tokens last, (b, heads, h, t). XLA lets the projections write and read that layout directly, so the
-transposes here move nothing.
+transposes here move nothing. The kernels are in `pallas_tpu_kernels.py`.
 """
 
 from functools import partial
@@ -12,6 +10,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from baichuan_omni_jax.kernels.flash_attention.pallas_tpu_kernels import (
@@ -32,10 +31,18 @@ MAX_PAIRS = 160 * 1024
 _MAX_HEADS = 8
 
 
-def kv_heads_a_step(kv_heads: int, group: int, head_dim: int, block_q: int, block_kv: int, dtype) -> int:
-    """How many key heads (with their `group` of query heads) share a grid step, its mask and its overhead.
+def kv_heads_a_step(kv_heads: int, group: int, head_dim: int, block_q: int, block_kv: int, dtype: DTypeLike) -> int:
+    """Returns how many key heads (with their query heads) share a grid step, its mask and its overhead.
 
     The backward kernels decide: q, d_out and dq, k, v and their gradients, double-buffered, and fp32 sums.
+
+    Args:
+        kv_heads: key heads of one device, which the result divides.
+        group: query heads a key head.
+        head_dim: numbers a head.
+        block_q: tokens a block of queries.
+        block_kv: tokens a block of keys.
+        dtype: of the arrays.
     """
     size = jnp.dtype(dtype).itemsize
     a_query, a_key = 3 * 2 * size + 4, 4 * 2 * size + 2 * 4
@@ -57,7 +64,7 @@ def attention(
     scale: float,
     interpret: bool = False,
 ) -> tuple[Float[Array, "b t n h"], Float[Array, "b t n"]]:
-    """Attention and its log-sum-exp (fp32; -1e30 where a query sees nothing). `plan` is one shard's, (b, 1, N).
+    """Computes attention and its log-sum-exp (fp32; -1e30 where nothing is seen). `plan` is one shard's, (b, 1, N).
 
     `interpret` runs the kernels as plain JAX, on any platform, for tests.
     """
@@ -67,10 +74,11 @@ def attention(
     a_step = kv_heads_a_step(kv_heads, group, h, plan.block_q, plan.block_kv, q.dtype)
     static = Static(plan.causal, scale, plan.block_q, plan.block_kv, a_step, group, VMEM_LIMIT_BYTES, interpret)
 
-    def tokens_last(x, block: int):
+    def tokens_last(x: Array, block: int) -> Array:
         x = _padded(x, block).transpose(0, 2, 3, 1)
         return x.reshape(b, kv_heads // a_step, -1, *x.shape[2:])
 
+    # Heads are grouped as a grid step takes them, tokens padded to whole blocks.
     arrays = (
         tokens_last(q, plan.block_q),
         tokens_last(k, plan.block_kv),
@@ -89,12 +97,13 @@ def attention(
     else:
         results = _attend(static, *arrays)
     out, lse = cast(tuple[Array, Array], results)  # custom_vjp hides the type
+    # Back to (b, t, n, h), without the padding.
     out = out.reshape(b, n, h, -1).transpose(0, 3, 1, 2)[:, :t]
     return out, lse.reshape(b, n, -1).transpose(0, 2, 1)[:, :t]
 
 
 def unsupported(q: Array, k: Array, plan: BlockPlan) -> str | None:
-    """Why the kernels cannot compute these; None if they can."""
+    """Returns why the kernels cannot compute these; None if they can."""
     if q.dtype not in (jnp.bfloat16, jnp.float32):
         return f"only bfloat16 and float32, not {q.dtype}"
     if q.shape[3] % 16:
@@ -107,13 +116,13 @@ def unsupported(q: Array, k: Array, plan: BlockPlan) -> str | None:
 
 
 def _padded(x: Array, block: int) -> Array:
-    """Zeros up to whole blocks of tokens (axis 1)."""
+    """Adds zeros up to whole blocks of tokens (axis 1)."""
     missing = -x.shape[1] % block
     return jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2)) if missing else x
 
 
 def _tokens(ids: Array, positions: Array, block: int) -> Array:
-    """(b, 8, t): ids, positions and zeros, one tile of sublanes."""
+    """Stacks ids, positions and zeros to (b, 8, t), one tile of sublanes."""
     ids, positions = _padded(ids, block), _padded(positions, block)
     return jnp.stack([ids, positions] + [jnp.zeros_like(ids)] * 6, 1)
 

@@ -6,8 +6,8 @@ scores are (keys, queries), and a query's statistics are a row. Softmax runs in 
 
 import functools
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,8 @@ from jaxtyping import Array
 
 from baichuan_omni_jax.kernels.flash_attention.plan import FIRST, INTERIOR, LAST, unpack
 
+Side = Literal["query", "key"]
+
 UNSEEN = -1e30
 # Below every score and above UNSEEN: a masked score's weight is 0 even where the maximum has seen nothing else.
 _FLOOR = -1e29
@@ -25,7 +27,7 @@ _LOG2E = math.log2(math.e)
 
 
 class Static(NamedTuple):
-    """What the kernels are built for: `kv_heads` key heads a grid step, each with its `group` of query heads."""
+    """Holds what the kernels are built for: `kv_heads` key heads a grid step, each with its `group` of query heads."""
 
     causal: bool
     scale: float
@@ -42,7 +44,7 @@ class Static(NamedTuple):
 
 
 class Visits(NamedTuple):
-    """Pairs in the order of their visit (b * N,), and per row how many are real and how many steps there are (b,).
+    """Holds pairs in the order of their visit (b * N,), and per row how many are real and how many steps (b,).
 
     The steps after the real pairs only write the blocks that no pair visits.
     """
@@ -53,13 +55,13 @@ class Visits(NamedTuple):
 
     @classmethod
     def from_pairs(cls, pairs: Array, count: Array) -> "Visits":
-        """From a plan's list (b, N) and count (b,)."""
+        """Takes them from a plan's list (b, N) and count (b,)."""
         unvisited = (jnp.arange(pairs.shape[1]) >= count[:, None]) & (pairs & FIRST > 0)
         return cls(pairs.reshape(-1), count, count + unvisited.sum(1, dtype=jnp.int32))
 
 
 def forward(static: Static, visits: Visits, q, k, v, q_tokens, kv_tokens) -> tuple[Array, Array]:
-    """Output (b, groups, heads, h, t) in q's dtype and log-sum-exp (b, groups, heads, t) fp32.
+    """Computes output (b, groups, heads, h, t) in q's dtype and log-sum-exp (b, groups, heads, t) fp32.
 
     q (b, groups, heads, h, t); k, v (b, groups, kv_heads, h, s); tokens (b, 8, t): ids, positions, zeros.
     """
@@ -82,7 +84,7 @@ def forward(static: Static, visits: Visits, q, k, v, q_tokens, kv_tokens) -> tup
 
 
 def backward_dq(static: Static, visits: Visits, q, k, v, q_tokens, kv_tokens, d_out, lse, delta) -> Array:
-    """dq like q. `lse`, `delta` (b, groups, heads, t): base-2 log-sum-exp; out . d_out less the lse's cotangent."""
+    """Computes dq like q. `lse` is in base 2, `delta` = out . d_out less the lse's cotangent, (b, groups, heads, t)."""
     (d_q,) = _visit(
         _dq_kernel,
         static,
@@ -99,7 +101,7 @@ def backward_dq(static: Static, visits: Visits, q, k, v, q_tokens, kv_tokens, d_
 def backward_dkv(
     static: Static, visits: Visits, q, k, v, q_tokens, kv_tokens, d_out, lse, delta
 ) -> tuple[Array, Array]:
-    """dk and dv like k, summed over each key head's group of query heads."""
+    """Computes dk and dv like k, summed over each key head's group of query heads."""
     accumulator = pltpu.VMEM((static.kv_heads, k.shape[3], static.block_kv), jnp.float32)
     d_k, d_v = _visit(
         _dkv_kernel,
@@ -114,12 +116,34 @@ def backward_dkv(
     return d_k, d_v
 
 
-def _visit(kernel: Callable, static: Static, visits: Visits, *, queries, keys, out, side, scratch) -> tuple[Array, ...]:
-    """Runs `kernel` over (rows, groups of heads, steps); arrays are blocked along their last axis, the tokens."""
+def _visit(
+    kernel: Callable,
+    static: Static,
+    visits: Visits,
+    *,
+    queries: Sequence[Array],
+    keys: Sequence[Array],
+    out: Sequence[jax.ShapeDtypeStruct],
+    side: Side,
+    scratch: Sequence[Any],
+) -> tuple[Array, ...]:
+    """Runs `kernel` over (rows, groups of heads, steps); arrays are blocked along their last axis, the tokens.
+
+    Args:
+        kernel: called with the pairs, the queries' blocks, the keys' blocks, the results' blocks, the scratch.
+        static: sizes.
+        visits: which pair of blocks each step sees.
+        queries: arrays blocked by queries.
+        keys: arrays blocked by keys.
+        out: shapes of the results.
+        side: whose blocks the results have; pairs are in the order of that side.
+        scratch: what a core keeps between the steps of a block.
+    """
     rows, groups = queries[0].shape[:2]
     length = visits.pairs.shape[0] // rows
 
-    def spec(array, side: str) -> pl.BlockSpec:
+    # Which block of an array a grid step sees: read off the plan's pair, which scalar memory holds ahead of time.
+    def spec(array: Any, side: Side) -> pl.BlockSpec:
         by_group = array.ndim > 3  # Else it is tokens, which all heads share.
 
         def index(row, group, step, pairs, count, steps):
@@ -153,7 +177,7 @@ def _visit(kernel: Callable, static: Static, visits: Visits, *, queries, keys, o
 
 
 class _Step:
-    """What this grid step has to do."""
+    """Says what this grid step has to do."""
 
     def __init__(self, pairs, count, steps, length: int):
         row, step = pl.program_id(0), pl.program_id(2)
@@ -165,7 +189,7 @@ class _Step:
         self.edge = real & (flags & INTERIOR == 0)
 
     def run(self, start: Callable, visit: Callable, finish: Callable) -> None:
-        """`start` at a block's first pair, `visit(masked)` at every real one, `finish` at its last."""
+        """Calls `start` at a block's first pair, `visit(masked)` at every real one, `finish` at its last."""
         pl.when(self.first)(start)
         pl.when(self.interior)(lambda: visit(False))
         pl.when(self.edge)(lambda: visit(True))
@@ -181,6 +205,7 @@ def _forward_kernel(
         acc[...] = jnp.zeros_like(acc)
 
     def visit(masked: bool):
+        # One mask for all heads of the step; then head by head the running maximum, sum and weighted values.
         mask = _mask(static, q_tokens, kv_tokens) if masked else None
         for head in range(static.heads):
             row = slice(head, head + 1)
@@ -262,27 +287,28 @@ def _dkv_kernel(
 
 
 def _mask(static: Static, q_tokens, kv_tokens) -> Array:
-    """(block_kv, block_q): which keys (down) each query (across) sees. Padding queries have id -1."""
+    """Returns (block_kv, block_q): which keys (down) each query (across) sees. Padding queries have id -1."""
     columns = kv_tokens[...].T
     mask = columns[:, 0:1] == q_tokens[0:1]
     return mask & (columns[:, 1:2] <= q_tokens[1:2]) if static.causal else mask
 
 
 def _scores(static: Static, key: Array, query: Array, mask: Array | None) -> Array:
-    """Base-2 scores (block_kv, block_q) of one head, fp32; UNSEEN where the mask says so."""
+    """Returns base-2 scores (block_kv, block_q) of one head, fp32; UNSEEN where the mask says so."""
     scores = _dot(key, query, 0, 0) * (static.scale * _LOG2E)
     return scores if mask is None else jnp.where(mask, scores, UNSEEN)
 
 
 def _gradients(static: Static, head: int, q, key, value, d_out, lse, delta, mask) -> tuple[Array, Array]:
-    """Softmax weights and the gradients of the scaled scores, (block_kv, block_q) fp32."""
+    """Returns softmax weights and the gradients of the scaled scores, (block_kv, block_q) fp32."""
     row = slice(head, head + 1)
+    # The forward pass's weights again, from its log-sum-exp: nothing of size (queries, keys) was kept.
     weights = jnp.exp2(_scores(static, key, q[head], mask) - lse[row])
     return weights, weights * (_dot(value, d_out[head], 0, 0) - delta[row])
 
 
 def _dot(a: Array, b: Array, a_axis: int, b_axis: int) -> Array:
-    """Matrix product over one axis of each, summed in fp32; fp32 inputs are not rounded."""
+    """Multiplies matrices over one axis of each, summed in fp32; fp32 inputs are not rounded."""
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return lax.dot_general(
         a, b, (((a_axis,), (b_axis,)), ((), ())), precision=precision, preferred_element_type=jnp.float32

@@ -1,9 +1,7 @@
-"""What a layer may keep so that its backward pass need not run attention forward again.
+"""What back ends share: segments, the plan of block pairs to visit, and the names of what a backward pass reads.
 
-Which blocks of queries and keys can hold a visible pair: built once per row, used by every layer.
-
-A query sees a key when both have the same non-zero segment id and, if causal, the key's position is not later. With
-blocks of 2 and two documents of 3 tokens, causal:
+The plan is built once per row and used by every layer. A query sees a key when both have the same non-zero segment id
+and, if causal, the key's position is not later. With blocks of 2 and two documents of 3 tokens, causal:
 
     token      0 1 2 3 4 5          key block   0   1   2
     id         1 1 1 2 2 2          query 0     x   .   .
@@ -23,7 +21,7 @@ ATTENTION_OUT = "attention_out"
 
 
 def named(out: Array, lse: Array) -> tuple[Array, Array]:
-    """Output and log-sum-exp under the name that remat policies know.
+    """Returns output and log-sum-exp under the name that remat policies know.
 
     Named inside the derivative rule: what the backward kernels read is what is kept.
     """
@@ -38,7 +36,10 @@ _LATE = jnp.iinfo(jnp.int32).max
 
 
 class Segments(NamedTuple):
-    """Segment ids and positions of queries (b, t) and keys (b, s), int32. Id 0 is padding: neither sees nor seen."""
+    """Holds segment ids and positions of queries (b, t) and keys (b, s), int32.
+
+    Id 0 is padding: it neither sees nor is seen. Positions order the tokens of a segment, wherever they lie in the row.
+    """
 
     q_ids: Int32[Array, "b t"]
     q_pos: Int32[Array, "b t"]
@@ -47,7 +48,7 @@ class Segments(NamedTuple):
 
     @classmethod
     def from_row(cls, ids: Int32[Array, "b t"], positions: Int32[Array, "b t"]) -> "Segments":
-        """Self-attention: queries and keys are the same tokens."""
+        """Returns the segments of self-attention: queries and keys are the same tokens."""
         return cls(ids, positions, ids, positions)
 
 
@@ -57,7 +58,7 @@ class Segments(NamedTuple):
     meta_fields=["block_q", "block_kv", "causal"],
 )
 class BlockPlan:
-    """The pairs of blocks to visit, per row and context shard c, padded to the worst case N = query x key blocks.
+    """Holds the pairs of blocks to visit, per row and context shard c, padded to the worst case N = query x key blocks.
 
     `by_query` (b, c, N) int32 is ordered by query block, `by_key` by key block; the first `count` (b, c) are visited.
     After them come, as pairs both FIRST and LAST, the blocks that see nothing, for kernels to clear; the rest has no
@@ -71,18 +72,20 @@ class BlockPlan:
 
 
 def unpack(pair: Int32[Array, "..."]) -> tuple[Array, Array, Array]:
-    """(query block, key block, flags) of packed pairs."""
+    """Returns (query block, key block, flags) of packed pairs."""
     return pair >> _QUERY_SHIFT, (pair >> _KEY_SHIFT) & _BLOCK_MASK, pair & (FIRST | LAST | INTERIOR)
 
 
 def blocks_of(length: int, block: int) -> int:
+    """Returns how many blocks hold `length` tokens."""
     return -(-length // block)
 
 
 def plan_row(
     segments: Segments, *, causal: bool, block_q: int, block_kv: int
 ) -> tuple[Int32[Array, "pairs"], Int32[Array, "pairs"], Int32[Array, ""]]:
-    """`by_query`, `by_key` and `count` of one row (arrays (t,), (s,)). Raises ValueError beyond 8192 blocks."""
+    """Returns `by_query`, `by_key` and `count` of one row (arrays (t,), (s,)). Raises ValueError beyond 8192 blocks."""
+    # Every pair of blocks is judged by the bounds of its ids and positions: no token is compared with another.
     queries = _bounds(segments.q_ids, segments.q_pos, block_q)
     keys = _bounds(segments.kv_ids, segments.kv_pos, block_kv)
     n_q, n_k = queries.low_id.shape[0], keys.low_id.shape[0]
@@ -95,7 +98,7 @@ def plan_row(
 
 
 class _Bounds(NamedTuple):
-    """Per block: the lexicographic (id, position) minimum and maximum over its tokens, and whether it has padding."""
+    """Holds per block the least and the greatest (id, position) of its tokens, and whether it has padding."""
 
     low_id: Array
     low_pos: Array
@@ -107,10 +110,12 @@ class _Bounds(NamedTuple):
 
 
 def _bounds(ids: Array, positions: Array, block: int) -> _Bounds:
+    """Returns the bounds of a row's blocks; padding counts for none of them."""
     missing = -ids.shape[0] % block
     ids = jnp.pad(ids, (0, missing)).reshape(-1, block)
     positions = jnp.pad(positions, (0, missing)).reshape(-1, block)
     real = ids > 0
+    # The first token is the least position within the least id, the last one the greatest within the greatest.
     low_id = jnp.where(real, ids, _LATE).min(1)
     high_id = ids.max(1)
     low_pos = jnp.where(ids == low_id[:, None], positions, _LATE).min(1)
@@ -127,10 +132,12 @@ def _bounds(ids: Array, positions: Array, block: int) -> _Bounds:
 
 
 def _visible(q: _Bounds, k: _Bounds, causal: bool) -> tuple[Bool[Array, "n_q n_k"], Bool[Array, "n_q n_k"]]:
-    """Pairs whose ids overlap and, if causal, whose earliest key is not after the latest query; which are interior."""
+    """Returns pairs whose ids overlap and, if causal, whose earliest key is not too late; and the interior ones."""
     q = _Bounds(*(field[:, None] for field in q))
     k = _Bounds(*(field[None, :] for field in k))
+    # Exact while ids ascend along a row, in any order of blocks; else a pair too many may be visited, never too few.
     visible = (q.low_id <= k.high_id) & (k.low_id <= q.high_id) & (q.high_id > 0) & (k.high_id > 0)
+    # Interior: one id on both sides and no padding, so that the mask can be skipped.
     interior = (q.low_id == q.high_id) & (k.low_id == k.high_id) & (q.low_id == k.low_id) & ~q.padded & ~k.padded
     if causal:
         visible &= (k.low_id < q.high_id) | ((k.low_id == q.high_id) & (k.low_pos <= q.high_pos))
@@ -139,7 +146,7 @@ def _visible(q: _Bounds, k: _Bounds, causal: bool) -> tuple[Bool[Array, "n_q n_k
 
 
 def _list_pairs(visible: Array, interior: Array, *, transpose: bool) -> Int32[Array, "pairs"]:
-    """Visible pairs, row by row, packed; then one pair, FIRST and LAST, for each row that sees nothing."""
+    """Lists visible pairs, row by row, packed; then one pair, FIRST and LAST, for each row that sees nothing."""
     n_rows = visible.shape[0]
     rows, columns = jnp.nonzero(visible, size=visible.size, fill_value=0)
     # One longer than the rows, so that it ends in `n_rows`, which stands for nothing.
@@ -149,6 +156,7 @@ def _list_pairs(visible: Array, interior: Array, *, transpose: bool) -> Int32[Ar
     tail = unseen[jnp.clip(place - count, 0, n_rows)]
     rows = jnp.where(place < count, rows, tail).astype(jnp.int32)
     columns = columns.astype(jnp.int32)
+    # A row's first and last pair tell a kernel when to clear its sums and when to write them.
     first = (place == 0) | (rows != jnp.roll(rows, 1))
     last = (place == visible.size - 1) | (rows != jnp.roll(rows, -1))
     interior = (place < count) & interior[rows, columns]

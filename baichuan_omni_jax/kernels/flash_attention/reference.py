@@ -7,7 +7,7 @@ from baichuan_omni_jax.kernels.flash_attention.plan import Segments
 
 
 def visible(segments: Segments, *, causal: bool) -> Bool[Array, "b t s"]:
-    """True where a query sees a key: same non-zero id and, if causal, key position <= query position."""
+    """Returns True where a query sees a key: same non-zero id and, if causal, key position <= query position."""
     same = (segments.q_ids[:, :, None] == segments.kv_ids[:, None, :]) & (segments.q_ids[:, :, None] > 0)
     if not causal:
         return same
@@ -23,9 +23,19 @@ def attention(
     causal: bool,
     scale: float,
 ) -> tuple[Float[Array, "b t n h"], Float[Array, "b t n"]]:
-    """Softmax attention in fp32, n / k query heads to a key head, and the log-sum-exp of the scaled scores.
+    """Computes softmax attention in fp32.
 
-    Queries that see nothing give zero and -1e30.
+    Args:
+        q: queries (b, t, n, h).
+        k: keys (b, s, k, h); n / k query heads share a key head.
+        v: values, like k.
+        segments: which tokens see each other.
+        causal: whether no key of a later position is seen.
+        scale: what scores are multiplied with.
+
+    Returns:
+        The result (b, t, n, h) in q's dtype, and the log-sum-exp of the scaled scores (b, t, n) fp32. Queries that see
+        nothing give zero and -1e30.
     """
     b, t, n, h = q.shape
     kv_heads = k.shape[2]
@@ -33,6 +43,7 @@ def attention(
     scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k.astype(jnp.float32)) * scale
     mask = visible(segments, causal=causal)[:, None, None]
     scores = jnp.where(mask, scores, -jnp.inf)
+    # The usual softmax, its maximum floored so that a row without a visible key stays finite.
     top = jnp.max(scores, -1, keepdims=True, initial=-1e30)
     weights = jnp.where(mask, jnp.exp(scores - top), 0.0)
     total = weights.sum(-1, keepdims=True)

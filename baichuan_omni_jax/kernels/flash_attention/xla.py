@@ -5,7 +5,7 @@ Backward: for each key block, the query blocks of its pairs; dk and dv stay loca
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,14 @@ from baichuan_omni_jax.kernels.flash_attention.plan import BlockPlan, Segments, 
 
 _MASKED = -1e30
 
+Index = int | Array
+_Pairs = tuple[Array, Array, Array]
+_Saved = tuple[Array, Array, Array, Segments, _Pairs, Array, Array]
+
 
 class _Static(NamedTuple):
+    """Holds what a program is compiled for."""
+
     causal: bool
     scale: float
     block_q: int
@@ -33,31 +39,35 @@ def attention(
     plan: BlockPlan,
     scale: float,
 ) -> tuple[Float[Array, "b t n h"], Float[Array, "b t n"]]:
-    """Attention and its log-sum-exp (fp32; -1e30 where a query sees nothing). `plan` is one shard's, (b, 1, N)."""
+    """Computes attention and its log-sum-exp (fp32; -1e30 where nothing is seen). `plan` is one shard's, (b, 1, N)."""
     static = _Static(plan.causal, scale, plan.block_q, plan.block_kv)
     pairs = (plan.by_query[:, 0], plan.by_key[:, 0], plan.count[:, 0])
     return lax.map(lambda row: _attend_row(static, *row), (q, k, v, segments, pairs))
 
 
 def unsupported(q: Array, k: Array, plan: BlockPlan) -> str | None:
-    """Nothing: it runs everywhere."""
+    """Returns None: it runs everywhere."""
     return None
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend_row(static, q, k, v, segments, pairs):
+def _attend_row(static: _Static, q: Array, k: Array, v: Array, segments: Segments, pairs: _Pairs):
     return _forward(static, q, k, v, segments, pairs)[0]
 
 
-def _forward(static: _Static, q, k, v, segments: Segments, pairs):
+def _forward(
+    static: _Static, q: Array, k: Array, v: Array, segments: Segments, pairs: _Pairs
+) -> tuple[tuple[Array, Array], _Saved]:
     t, n, h = q.shape
     heads = k.shape[1]
+    """Softmax with a running maximum and sum over the key blocks of each query block."""
     blocks = _Blocks(static, q, k, v, segments)
     by_query, _, count = pairs
     query_block, key_block, _ = unpack(by_query)
     start = _starts(query_block, count, blocks.n_q)
 
-    def attend_block(i):
+    def attend_block(i: Index) -> tuple[Array, Array]:
+        # One pair: rescale what was summed to the new maximum, add this block's part.
         def visit(place, carry):
             top, total, acc = carry
             j = key_block[place]
@@ -73,6 +83,7 @@ def _forward(static: _Static, q, k, v, segments: Segments, pairs):
         shape = (heads, n // heads, static.block_q)
         empty = (jnp.full(shape, _MASKED), jnp.zeros(shape), jnp.zeros((*shape, h)))
         top, total, acc = lax.fori_loop(start[i], start[i + 1], visit, empty)
+        # A query without a visible key divides by 1: zero, and the least log-sum-exp.
         safe = jnp.where(total > 0, total, 1.0)
         return acc / safe[..., None], jnp.where(total > 0, top + jnp.log(safe), _MASKED)
 
@@ -82,7 +93,8 @@ def _forward(static: _Static, q, k, v, segments: Segments, pairs):
     return (out, lse), (q, k, v, segments, pairs, out, lse)
 
 
-def _backward(static: _Static, saved, cotangents):
+def _backward(static: _Static, saved: _Saved, cotangents: tuple[Array, Array]) -> tuple[Any, ...]:
+    """Gradients by key block; weights are computed again from the log-sum-exp."""
     q, k, v, segments, pairs, out, lse = saved
     d_out, d_lse = cotangents
     blocks = _Blocks(static, q, k, v, segments)
@@ -93,6 +105,7 @@ def _backward(static: _Static, saved, cotangents):
     query_block, key_block, _ = unpack(by_key)
     start = _starts(key_block, count, blocks.n_k)
 
+    # Key block by key block: dk and dv are complete when its queries are through; dq collects in place, in fp32.
     def visit_key_block(d_q, j):
         def visit(place, carry):
             d_q, d_k, d_v = carry
@@ -126,9 +139,9 @@ _attend_row.defvjp(_forward, _backward)
 
 
 class _Blocks:
-    """One row's arrays in blocks: queries (heads, group, block_q, ...), keys and values (block_kv, heads, h)."""
+    """Cuts one row's arrays in blocks: queries (heads, group, block_q, ...), keys and values (block_kv, heads, h)."""
 
-    def __init__(self, static: _Static, q, k, v, segments: Segments):
+    def __init__(self, static: _Static, q: Array, k: Array, v: Array, segments: Segments):
         self.static = static
         self.n_q = blocks_of(q.shape[0], static.block_q)
         self.n_k = blocks_of(k.shape[0], static.block_kv)
@@ -138,31 +151,31 @@ class _Blocks:
         self._q_ids, self._q_pos = self.pad_queries(segments.q_ids), self.pad_queries(segments.q_pos)
         self._kv_ids, self._kv_pos = self._pad_keys(segments.kv_ids), self._pad_keys(segments.kv_pos)
 
-    def pad_queries(self, x):
-        """(t, ...) -> (blocks, block_q, ...); a heads axis is split and goes first: (blocks, k, g, block_q, ...)."""
+    def pad_queries(self, x: Array) -> Array:
+        """Cuts (t, ...) into (blocks, block_q, ...); a heads axis is split and goes first: (blocks, k, g, block_q)."""
         x = _cut(x, self.n_q, self.static.block_q)
         if x.ndim == 2:
             return x
         x = x.reshape(*x.shape[:2], self.heads, -1, *x.shape[3:])
         return jnp.moveaxis(x, 1, 3)
 
-    def _pad_keys(self, x):
+    def _pad_keys(self, x: Array) -> Array:
         return _cut(x, self.n_k, self.static.block_kv)
 
-    def query_block(self, x, i):
+    def query_block(self, x: Array, i: Index) -> Array:
         return lax.dynamic_index_in_dim(x, i, keepdims=False)
 
-    def q(self, i):
+    def q(self, i: Index) -> Array:
         return self.query_block(self._q, i)
 
-    def k(self, j):
+    def k(self, j: Index) -> Array:
         return lax.dynamic_index_in_dim(self._k, j, keepdims=False)
 
-    def v(self, j):
+    def v(self, j: Index) -> Array:
         return lax.dynamic_index_in_dim(self._v, j, keepdims=False)
 
-    def scores(self, i, j):
-        """Scaled scores (k, g, block_q, block_kv) fp32, masked, and the mask (block_q, block_kv)."""
+    def scores(self, i: Index, j: Index) -> tuple[Array, Array]:
+        """Returns scaled scores (k, g, block_q, block_kv) fp32, masked, and the mask (block_q, block_kv)."""
         scores = jnp.einsum("kgth,skh->kgts", self.q(i), self.k(j), preferred_element_type=jnp.float32)
         q_ids, kv_ids = self._q_ids[i][:, None], self._kv_ids[j][None, :]
         mask = (q_ids == kv_ids) & (q_ids > 0)
@@ -171,12 +184,13 @@ class _Blocks:
         return jnp.where(mask, scores * self.static.scale, _MASKED), mask
 
 
-def _cut(x, blocks: int, block: int):
+def _cut(x: Array, blocks: int, block: int) -> Array:
+    """Pads the first dim to whole blocks and cuts it."""
     pad = [(0, blocks * block - x.shape[0])] + [(0, 0)] * (x.ndim - 1)
     return jnp.pad(x, pad).reshape(blocks, block, *x.shape[1:])
 
 
 def _starts(row: Array, count: Array, rows: int) -> Array:
-    """Where the pairs of each row begin in a list ordered by row: (rows + 1,)."""
+    """Returns where the pairs of each row begin in a list ordered by row: (rows + 1,)."""
     row = jnp.where(jnp.arange(row.shape[0]) < count, row, rows)
     return jnp.searchsorted(row, jnp.arange(rows + 1)).astype(jnp.int32)

@@ -8,7 +8,7 @@ times the rate of fp32 arithmetic there.
 
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,12 +27,14 @@ SMALLEST = 16  # a tensor core product's least side
 
 
 class _Level(NamedTuple):
+    """Holds what the kernel reads of a codebook."""
+
     codebook: Float32[Array, "k d"]
     half_norms: Float32[Array, " k"]
 
 
 def unsupported(x: Array, codebooks: Sequence[Array]) -> str | None:
-    """Why the kernel cannot look these up: a block of rows or a codebook whose offsets pass 32 bits."""
+    """Returns why the kernel cannot look these up: a block of rows or a codebook whose offsets pass 32 bits."""
     largest = max(min(BLOCK_ROWS, x.shape[0]), *(codebook.shape[0] for codebook in codebooks))
     if largest * x.shape[1] >= 2**31:
         return f"{largest} vectors of width {x.shape[1]} have offsets beyond 32 bits"
@@ -42,13 +44,14 @@ def unsupported(x: Array, codebooks: Sequence[Array]) -> str | None:
 def lookup(
     x: Float[Array, "n d"], codebooks: Sequence[Float[Array, "_ d"]], *, interpret: bool = False
 ) -> tuple[Int32[Array, "n q"], Float[Array, "n d"], Float[Array, "n q"]]:
-    """See `reference.lookup`. `interpret` runs the kernel in plain JAX, on any platform: for tests."""
+    """Does as `reference.lookup`. `interpret` runs the kernel in plain JAX, on any platform: for tests."""
     codebooks = [jnp.asarray(codebook, jnp.float32) for codebook in codebooks]
     levels = [_Level(codebook, half_norms(codebook)) for codebook in codebooks]
     return lookup_blocks(x, levels, partial(_nearest, interpret=interpret), BLOCK_ROWS)
 
 
 def _nearest(x: Float32[Array, "n d"], level: _Level, *, interpret: bool) -> Int32[Array, " n"]:
+    """Returns the nearest code of each row."""
     rows = x.shape[0]
     tile = _tile(ROWS, rows)
     # CPUs, where interpreted kernels run, know fp32 products but not this way to them.
@@ -64,15 +67,17 @@ def _nearest(x: Float32[Array, "n d"], level: _Level, *, interpret: bool) -> Int
 
 
 def _tile(most: int, length: int) -> int:
+    """Returns the power of two that a dim of `length` is tiled with."""
     return max(SMALLEST, min(most, pl.next_power_of_2(length)))
 
 
 def _kernel(x_ref, codebook_ref, half_norms_ref, code_ref, *, tile: int, precision):
-    """One tile of rows against all codes. NaN is less than nothing: code 0 stays."""
+    """Compares one tile of rows with all codes. NaN is less than nothing: code 0 stays."""
     (rows, width), size = x_ref.shape, codebook_ref.shape[0]
     code_tile, width_tile = _tile(CODES, size), _tile(WIDTH, width)
     first_row = pl.program_id(0) * tile
 
+    # Tile of codes by tile of codes: each row's least score so far and the first code that had it.
     def compare(j, best):
         least, code = best
         first_code = j * code_tile
@@ -84,6 +89,7 @@ def _kernel(x_ref, codebook_ref, half_norms_ref, code_ref, *, tile: int, precisi
                 a, b, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
             )
 
+        # The width is summed tile by tile in registers.
         products = lax.fori_loop(0, pl.cdiv(width, width_tile), add, jnp.zeros((tile, code_tile), jnp.float32))
         codes = first_code + jnp.arange(code_tile)
         halves = plgpu.load(half_norms_ref.at[pl.ds(first_code, code_tile)], mask=codes < size, other=jnp.inf)
@@ -98,8 +104,8 @@ def _kernel(x_ref, codebook_ref, half_norms_ref, code_ref, *, tile: int, precisi
     plgpu.store(code_ref.at[pl.ds(first_row, tile)], code, mask=first_row + jnp.arange(tile) < rows)
 
 
-def _load(ref, row, column, shape: tuple[int, int]):
-    """A tile of a matrix, zeros where it reaches beyond."""
+def _load(ref: Any, row: Array | int, column: Array | int, shape: tuple[int, int]) -> Array:
+    """Returns a tile of a matrix, zeros where it reaches beyond."""
     rows, columns = row + jnp.arange(shape[0]), column + jnp.arange(shape[1])
     inside = (rows < ref.shape[0])[:, None] & (columns < ref.shape[1])[None, :]
     return plgpu.load(ref.at[pl.ds(row, shape[0]), pl.ds(column, shape[1])], mask=inside, other=0.0)

@@ -28,19 +28,21 @@ LANES = 128
 
 
 class _Level(NamedTuple):
+    """Holds what the kernel reads of a codebook."""
+
     codebook: Float32[Array, "k d"]
     half_norms: Float32[Array, "1 k"]
 
 
 def unsupported(x: Array, codebooks: Sequence[Array]) -> str | None:
-    """Why the kernel cannot look these up: never, any sizes are tiled."""
+    """Returns None: any sizes are tiled."""
     return None
 
 
 def lookup(
     x: Float[Array, "n d"], codebooks: Sequence[Float[Array, "_ d"]], *, interpret: bool = False
 ) -> tuple[Int32[Array, "n q"], Float[Array, "n d"], Float[Array, "n q"]]:
-    """See `reference.lookup`. `interpret` runs the kernel in plain JAX, on any platform: for tests."""
+    """Does as `reference.lookup`. `interpret` runs the kernel in plain JAX, on any platform: for tests."""
     width = x.shape[1]
     tile = _width_tile(width)
     padded = [jnp.pad(jnp.asarray(c, jnp.float32), ((0, 0), (0, -width % tile))) for c in codebooks]
@@ -51,7 +53,7 @@ def lookup(
 
 
 def _width_tile(width: int) -> int:
-    """The whole width if small; else the largest tile that divides it, or at least its next multiple of 128."""
+    """Returns the whole width if small; else the largest tile that divides it, or at least its next multiple of 128."""
     if width <= WIDTH:
         return width
     lanes = -(-width // LANES)
@@ -59,6 +61,7 @@ def _width_tile(width: int) -> int:
 
 
 def _nearest(x: Float32[Array, "n d"], level: _Level, *, tile: int, interpret: bool) -> Int32[Array, " n"]:
+    """Returns the nearest code of each row."""
     (rows, width), size = x.shape, level.codebook.shape[0]
     row_tile, code_tile = min(ROWS, rows), min(CODES, size)
     codes = pl.pallas_call(
@@ -83,7 +86,7 @@ def _nearest(x: Float32[Array, "n d"], level: _Level, *, tile: int, interpret: b
 
 
 def _kernel(x_ref, codebook_ref, half_norms_ref, code_ref, products_ref, least_ref, *, size: int):
-    """`least_ref`, `code_ref`: each row's least score so far and its code. NaN is less than nothing: code 0 stays."""
+    """Keeps each row's least score so far and its code. NaN is less than nothing: code 0 stays."""
     j, k = pl.program_id(1), pl.program_id(2)
 
     @pl.when((j == 0) & (k == 0))
@@ -91,6 +94,7 @@ def _kernel(x_ref, codebook_ref, half_norms_ref, code_ref, products_ref, least_r
         least_ref[...] = jnp.full(least_ref.shape, jnp.inf, jnp.float32)
         code_ref[...] = jnp.zeros(code_ref.shape, jnp.int32)
 
+    # One tile of the width: products are summed in VMEM until the whole width has passed.
     products = lax.dot_general(
         x_ref[...],
         codebook_ref[...],
@@ -109,6 +113,7 @@ def _kernel(x_ref, codebook_ref, half_norms_ref, code_ref, products_ref, least_r
 
     @pl.when(k == pl.num_programs(2) - 1)
     def _compare():
+        # A tile's least score and its first code; less than what earlier tiles had, or they stay: the first wins a tie.
         scores = half_norms_ref[...] - products_ref[...]
         code = lax.broadcasted_iota(jnp.int32, scores.shape, 1) + j * scores.shape[1]
         scores = jnp.where(code < size, scores, jnp.inf)  # what lies beyond the last code is not initialized

@@ -14,7 +14,7 @@ Nearest = Callable[[Array, Any], Array]
 
 
 def subtract(residual: Float[Array, "n d"], chosen: Float[Array, "n d"], dtype: jnp.dtype) -> Float[Array, "n d"]:
-    """The next residual: fp32 numbers that `dtype` can hold.
+    """Returns the next residual: fp32 numbers that `dtype` can hold.
 
     The rounding is explicit, because a compiler may keep more digits than a cast to bf16 and back asks for.
     """
@@ -28,7 +28,7 @@ def subtract(residual: Float[Array, "n d"], chosen: Float[Array, "n d"], dtype: 
 def lookup(
     x: Float[Array, "n d"], codebooks: Sequence[Float[Array, "_ d"]]
 ) -> tuple[Int32[Array, "n q"], Float[Array, "n d"], Float[Array, "n q"]]:
-    """Level by level the nearest code by Euclidean distance, subtracted from what is left. Holds (n, size, d)."""
+    """Finds level by level the nearest code by Euclidean distance, subtracted from what is left. Holds (n, size, d)."""
     residual, total, codes, norms = x.astype(jnp.float32), jnp.zeros(x.shape, jnp.float32), [], []
     for codebook in codebooks:
         codebook = jnp.asarray(codebook, jnp.float32)
@@ -43,16 +43,23 @@ def lookup(
 
 
 def unsupported(x: Array, codebooks: Sequence[Array]) -> str | None:
-    """Nothing: it runs everywhere."""
+    """Returns None: it runs everywhere."""
     return None
 
 
 def lookup_blocks(
     x: Float[Array, "n d"], levels: Sequence[Any], nearest: Nearest, block_rows: int
 ) -> tuple[Int32[Array, "n q"], Float[Array, "n d"], Float[Array, "n q"]]:
-    """`rvq_lookup` of at most `block_rows` rows at a time, so that what a block needs does not grow with n.
+    """Looks up at most `block_rows` rows at a time, so that what a block needs does not grow with n.
 
-    `nearest(residual (block, d) fp32, level)` gives a level's codes; `level.codebook` is (size, d) fp32.
+    Args:
+        x: vectors (n, d).
+        levels: what `nearest` needs of each level; `level.codebook` is (size, d) fp32.
+        nearest: `nearest(residual (block, d) fp32, level)` gives a level's codes.
+        block_rows: rows at a time, at most.
+
+    Returns:
+        As `lookup`.
     """
     rows, width = x.shape
     # Blocks as even as can be: rows that only fill one up cost as much as others.
@@ -63,7 +70,8 @@ def lookup_blocks(
     return tuple(result.reshape(blocks * block, -1)[:rows] for result in results)
 
 
-def _lookup_block(x: Float[Array, "n d"], levels: Sequence[Any], nearest: Nearest):
+def _lookup_block(x: Float[Array, "n d"], levels: Sequence[Any], nearest: Nearest) -> tuple[Array, Array, Array]:
+    """Takes one block of rows through the levels."""
     residual, total, codes, norms = x.astype(jnp.float32), jnp.zeros(x.shape, jnp.float32), [], []
     for level in levels:
         code = nearest(residual, level)
@@ -77,5 +85,5 @@ def _lookup_block(x: Float[Array, "n d"], levels: Sequence[Any], nearest: Neares
 
 
 def half_norms(codebook: Float32[Array, "k d"]) -> Float32[Array, " k"]:
-    """|c|^2 / 2, what a code's score |c|^2 / 2 - x.c starts from."""
+    """Returns |c|^2 / 2, what a code's score |c|^2 / 2 - x.c starts from."""
     return 0.5 * jnp.sum(codebook * codebook, -1)

@@ -30,7 +30,7 @@ SLACK = 1.001  # covers the rounding of the bound itself
 
 
 class Prepared(NamedTuple):
-    """A codebook with what every lookup needs of it. Small ones are not searched and have nothing rounded."""
+    """Holds a codebook with what every lookup needs of it. Small ones are not searched and have nothing rounded."""
 
     codebook: Float32[Array, "k d"]
     half_norms: Float32[Array, " k"]  # |c|^2 / 2
@@ -43,35 +43,36 @@ class Prepared(NamedTuple):
 
 
 def unsupported(x: Array, codebooks: Sequence[Array]) -> str | None:
-    """Nothing: it runs everywhere."""
+    """Returns None: it runs everywhere."""
     return None
 
 
 def lookup(
     x: Float[Array, "n d"], codebooks: Sequence[Float[Array, "_ d"] | Prepared], *, block_rows: int = BLOCK_ROWS
 ) -> tuple[Int32[Array, "n q"], Float[Array, "n d"], Float[Array, "n q"]]:
-    """See `reference.lookup`. Codebooks that are not `prepare`d are prepared in every call."""
+    """Does as `reference.lookup`. Codebooks that are not `prepare`d are prepared in every call."""
     levels = [book if isinstance(book, Prepared) else prepare(book) for book in codebooks]
     return lookup_blocks(x, levels, nearest, block_rows)
 
 
 def prepare(codebook: Float[Array | np.ndarray, "k d"]) -> Prepared:
-    """What a lookup needs of a codebook; keeps it once more in bf16."""
+    """Returns what a lookup needs of a codebook; keeps it once more in bf16."""
     codebook = jnp.asarray(codebook, jnp.float32)
     rounded, errors = _round(codebook) if codebook.size >= SEARCHED else (None, None)
     return Prepared(codebook, half_norms(codebook), rounded, errors)
 
 
 def _round(x: Float32[Array, "n d"]) -> tuple[BFloat16[Array, "n d"], Float32[Array, " n"]]:
-    """`x` in bf16 and the length of what that took away."""
+    """Returns `x` in bf16 and the length of what that took away."""
     rounded = lax.optimization_barrier(x.astype(jnp.bfloat16))  # or a compiler may skip the way there and back
     return rounded, jnp.linalg.norm(x - rounded.astype(jnp.float32), axis=-1)
 
 
 def nearest(x: Float32[Array, "n d"], level: Prepared) -> Int32[Array, " n"]:
-    """The nearest code of each row, the first on a tie."""
+    """Returns the nearest code of each row, the first on a tie."""
     if level.rounded is None:
         return _nearest_of_all(x, level)
+    # Search in bf16; where several candidates are left compare these, where too many, all codes, in fp32.
     candidates, kept, complete = search(x, level)
     several = complete & (jnp.sum(kept, -1) > 1)
     code = _closest_candidate(x, level.codebook, candidates, kept & several[:, None])
@@ -81,7 +82,7 @@ def nearest(x: Float32[Array, "n d"], level: Prepared) -> Int32[Array, " n"]:
 def search(
     x: Float32[Array, "n d"], level: Prepared
 ) -> tuple[Int32[Array, "n m"], Bool[Array, "n m"], Bool[Array, " n"]]:
-    """The likeliest codes of each row, which of them can be the nearest, and whether no other code can.
+    """Finds the likeliest codes of each row, which of them can be the nearest, and whether no other code can.
 
     A code is out when its lowest possible score lies above the score, in fp32, of the likeliest one.
     """
@@ -98,30 +99,32 @@ def search(
 
 
 def _lowest(x: Float32[Array, "n d"], level: Prepared) -> Float32[Array, "n k"]:
-    """The lowest that each score can be."""
+    """Returns the lowest that each score can be."""
     if level.rounded is None or level.errors is None:
         raise ValueError("a small codebook has nothing to search")
     rounded, error = _round(x)
     length = jnp.linalg.norm(rounded.astype(jnp.float32), axis=-1)
     summing = x.shape[1] * 2.0**-24
     products = lax.dot_general(rounded, level.rounded, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    # Cauchy-Schwarz on what rounding took of x and of c, plus what summing in fp32 may add.
     bound = (error + summing * length)[:, None] * jnp.sqrt(2 * level.half_norms) + length[:, None] * level.errors
     return level.half_norms - products - SLACK * (bound + summing * level.half_norms)
 
 
 def _highest(x: Float32[Array, "n d"], level: Prepared, code: Int32[Array, " n"]) -> Float32[Array, " n"]:
-    """The highest that the score of each row's code can be: in fp32, plus what summing in fp32 may take away."""
+    """Returns the highest that the score of each row's code can be: fp32, plus what summing in fp32 may lose."""
     chosen, half = level.codebook[code], level.half_norms[code]
     lengths = jnp.linalg.norm(x, axis=-1) * jnp.sqrt(2 * half)
     return half - jnp.sum(x * chosen, -1) + SLACK * x.shape[1] * 2.0**-24 * (lengths + half)
 
 
-def _closest_candidate(x, codebook, candidates, kept) -> Int32[Array, " n"]:
-    """The nearest of the kept candidates in fp32, the lowest code on a tie; the first where none is kept."""
+def _closest_candidate(x: Array, codebook: Array, candidates: Array, kept: Array) -> Int32[Array, " n"]:
+    """Returns the nearest of the kept candidates in fp32, the lowest code on a tie; the first where none is kept."""
     count = candidates.shape[1]
     places, blocks = _places(kept.reshape(-1), PAIRS)
 
-    def measure(block, distances):
+    # Only the kept pairs, in blocks of PAIRS: as many blocks as there is something in.
+    def measure(block: Array, distances: Array) -> Array:
         place = lax.dynamic_slice_in_dim(places, block * PAIRS, PAIRS)
         difference = x[place // count] - codebook[candidates.reshape(-1)[place]]
         return distances.at[place].set(jnp.sum(difference * difference, -1), mode="drop")
@@ -133,11 +136,11 @@ def _closest_candidate(x, codebook, candidates, kept) -> Int32[Array, " n"]:
     return jnp.where(jnp.any(kept, -1), lowest, candidates[:, 0]).astype(jnp.int32)
 
 
-def _compare_with_all(x, level: Prepared, code, rows: Bool[Array, " n"]) -> Int32[Array, " n"]:
-    """`code`, with the chosen rows' (and others', to fill a block) replaced by the nearest of all codes in fp32."""
+def _compare_with_all(x: Array, level: Prepared, code: Array, rows: Bool[Array, " n"]) -> Int32[Array, " n"]:
+    """Replaces the code of chosen rows (and of others, to fill a block) by the nearest of all codes in fp32."""
     places, blocks = _places(rows, FULL_ROWS)
 
-    def compare(block, code):
+    def compare(block: Array, code: Array) -> Array:
         place = lax.dynamic_slice_in_dim(places, block * FULL_ROWS, FULL_ROWS)
         return code.at[place].set(_nearest_of_all(x[place], level), mode="drop")
 
@@ -145,12 +148,13 @@ def _compare_with_all(x, level: Prepared, code, rows: Bool[Array, " n"]) -> Int3
 
 
 def _nearest_of_all(x: Float32[Array, "n d"], level: Prepared) -> Int32[Array, " n"]:
+    """Compares rows with all codes in fp32; ties go to the first."""
     products = jnp.einsum("nd,kd->nk", x, level.codebook, precision=lax.Precision.HIGHEST)
     return jnp.argmin(level.half_norms - products, -1).astype(jnp.int32)
 
 
 def _places(chosen: Bool[Array, " n"], block: int) -> tuple[Int32[Array, " m"], Int32[Array, ""]]:
-    """Places of the chosen, then of the others, then n (no place) up to whole blocks; and the blocks with chosen."""
+    """Returns places of the chosen, of the others, then n (no place) to whole blocks; and how many have chosen."""
     size = chosen.shape[0]
     places = jnp.argsort(~chosen).astype(jnp.int32)
     places = jnp.pad(places, (0, -size % block), constant_values=size)
