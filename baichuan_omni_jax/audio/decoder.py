@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray
 
 from baichuan_omni_jax.audio.encoder import sinusoids
 from baichuan_omni_jax.config.architecture import AudioConfig, PostNetConfig
-from baichuan_omni_jax.nn.conv import Conv1d, TransposedConv1d, frames_before, keep, resize_nearest
+from baichuan_omni_jax.nn.conv import Conv1d, TransposedConv1d, length_mask, mask_padding, resize_nearest
 from baichuan_omni_jax.nn.encoder import EncoderLayer, EncoderSizes, run_encoder
 from baichuan_omni_jax.nn.layers import GroupNorm, LayerNorm
 from baichuan_omni_jax.nn.linear import Linear
@@ -105,10 +105,10 @@ class UpsampleBlock(nnx.Module):
         y = self.conv(x)
         # Parity quirk: statistics count the frames that are cut afterwards too.
         made = jnp.where(lengths > 0, (lengths - 1) * self.stride + self.kernel, 0)
-        counted = frames_before(jnp.full_like(made, y.shape[1]) if padded else made, y.shape[1])
+        counted = length_mask(jnp.full_like(made, y.shape[1]) if padded else made, y.shape[1])
         y = self.norm(y, counted)[:, : y.shape[1] - self.cut]
         lengths = jnp.maximum(made - self.cut, 0)
-        return keep(y, lengths), lengths
+        return mask_padding(y, lengths), lengths
 
 
 class AudioDecoder(nnx.Module):
@@ -173,7 +173,7 @@ class AudioDecoder(nnx.Module):
     ) -> DecodedAudio:
         """Does as `__call__`, from the output of `proj_decoder`."""
         lengths = split_as(code_lengths, self.compute, CLIPS)
-        x = keep(split_as(embedded, self.compute, CLIPS), lengths)
+        x = mask_padding(split_as(embedded, self.compute, CLIPS), lengths)
         with jax.named_scope("audio_decoder"):
             x, hidden_lengths = self.dconv1(x, lengths, padded=padded)
             hidden = self.states(x, hidden_lengths)
@@ -182,12 +182,12 @@ class AudioDecoder(nnx.Module):
 
     def states(self, x: Float[Array, "m t d"], lengths: Int32[Array, " m"]) -> Float[Array, "m t d"]:
         """Applies sinusoidal positions, the causal layers and the last norm; zero past each length."""
-        real = frames_before(lengths, x.shape[1])
+        real = length_mask(lengths, x.shape[1])
         x = x + sinusoids(x.shape[1], x.shape[2]).astype(x.dtype)
         ids = real.astype(jnp.int32)
         positions = jnp.zeros_like(ids) + jnp.arange(x.shape[1], dtype=jnp.int32)
         x = run_encoder(self.layers, x, ids, positions, sizes=self.sizes, compute=self.compute)
-        return keep(self.norm(x), lengths)
+        return mask_padding(self.norm(x), lengths)
 
     def mel(
         self, hidden: Float[Array, "m t d"], lengths: Int32[Array, " m"], *, padded: bool
@@ -200,12 +200,12 @@ class AudioDecoder(nnx.Module):
             # The released code stretches the batch as a whole, and its post-net reads and counts what follows an item.
             whole = jnp.full_like(mel_lengths, coarse.shape[1]), jnp.full_like(mel_lengths, frames)
             coarse = resize_nearest(coarse, *whole, frames)
-            real = frames_before(whole[1], frames)
+            real = length_mask(whole[1], frames)
         else:
             coarse = resize_nearest(coarse, coarse_lengths, mel_lengths, frames)
-            real = frames_before(mel_lengths, frames)
+            real = length_mask(mel_lengths, frames)
         refined = coarse + self.post_net(coarse, real)
-        return keep(coarse, mel_lengths), keep(refined, mel_lengths), mel_lengths
+        return mask_padding(coarse, mel_lengths), mask_padding(refined, mel_lengths), mel_lengths
 
     def mel_length(self, frames: Frames) -> Frames:
         """Returns frames of the post-net's mel from those of `dconv2`: floor(frames * 5 / 8) at the released rates."""

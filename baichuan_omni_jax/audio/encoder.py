@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray
 
 from baichuan_omni_jax.config.architecture import AudioConfig
 from baichuan_omni_jax.kernels.rvq_lookup import Prepared, prepare_codebooks, rvq_lookup
-from baichuan_omni_jax.nn.conv import Conv1d, frames_before
+from baichuan_omni_jax.nn.conv import Conv1d, length_mask
 from baichuan_omni_jax.nn.encoder import EncoderLayer, EncoderSizes, run_encoder
 from baichuan_omni_jax.nn.layers import LayerNorm, gelu
 from baichuan_omni_jax.nn.linear import Linear
@@ -91,11 +91,11 @@ class AudioEncoder(nnx.Module):
         with jax.named_scope("convolutions"):
             # Parity quirk: the strided convolution reads one frame past a clip of an odd length. Alone, that frame is
             # padding and zero; in a batch the released code has there what conv1's bias made of zeros.
-            real = frames_before(mel_lengths, mel.shape[1])[..., None]
+            real = length_mask(mel_lengths, mel.shape[1])[..., None]
             x = gelu(self.conv1(jnp.where(real, mel, 0)))
             x = gelu(self.conv2(x if padded else jnp.where(real, x, 0)))
         x = x + sinusoids(x.shape[1], x.shape[2]).astype(x.dtype)
-        real = frames_before(encoder_lengths(mel_lengths, self.cfg.stride_size), x.shape[1])
+        real = length_mask(encoder_lengths(mel_lengths, self.cfg.stride_size), x.shape[1])
         # Bidirectional over a clip's own frames: its frames are segment 1, padding 0, and all positions are equal.
         ids = real.astype(jnp.int32)
         x = run_encoder(self.layers, x, ids, jnp.zeros_like(ids), sizes=self.sizes, compute=self.compute)
@@ -235,7 +235,7 @@ class AudioEncoderBranch(nnx.Module):
             features = self.bridge(self.encoder(mel, mel_lengths, padded=padded))
         mel_lengths = split_as(mel_lengths, self.compute, CLIPS)
         lengths = encoder_lengths(mel_lengths, self.cfg.stride_size) // self.cfg.avg_pooler
-        return features, frames_before(lengths, features.shape[1])
+        return features, length_mask(lengths, features.shape[1])
 
     def encode(
         self,

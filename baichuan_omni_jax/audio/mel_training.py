@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Int32, PRNGKeyArray
 
 from baichuan_omni_jax.audio.decoder import DecodedAudio
 from baichuan_omni_jax.config.audio import SpecAugmentConfig
-from baichuan_omni_jax.nn.conv import frames_before, keep
+from baichuan_omni_jax.nn.conv import length_mask, mask_padding
 from baichuan_omni_jax.nn.param import CLIPS, ComputePolicy, split_as
 from baichuan_omni_jax.sharding import placement
 
@@ -129,8 +129,8 @@ def mel_error_sums(
     there = mel.astype(jnp.float32).at[:, same_moments(frames, ratio)]
     there = there.get(mode="clip", out_sharding=placement(jax.typeof(target.mel).sharding.spec))
     counted = jnp.minimum(frames_covered(lengths, ratio), target.lengths)
-    error = keep(there - target.mel.astype(jnp.float32), counted)
-    count = frames_before(counted, frames).sum(dtype=jnp.float32) * target.mel.shape[-1]
+    error = mask_padding(there - target.mel.astype(jnp.float32), counted)
+    count = length_mask(counted, frames).sum(dtype=jnp.float32) * target.mel.shape[-1]
     return jnp.abs(error).sum(), (error**2).sum(), count
 
 

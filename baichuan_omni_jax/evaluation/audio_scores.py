@@ -15,7 +15,7 @@ from baichuan_omni_jax.audio.mel_training import SAME_RATE, MelTarget, mel_error
 from baichuan_omni_jax.config import RunConfig
 from baichuan_omni_jax.config.mel_targets import reconstruction_ratios
 from baichuan_omni_jax.flow.matching import sample_mel
-from baichuan_omni_jax.nn.conv import frames_before, keep
+from baichuan_omni_jax.nn.conv import length_mask, mask_padding
 from baichuan_omni_jax.omni.audio_tokenizer_model import Clips, clips_of, mel_targets_of
 from baichuan_omni_jax.omni.batch import Batch
 from baichuan_omni_jax.omni.flow_matching_model import match_lengths
@@ -111,8 +111,8 @@ def flow_sums(spec: StepSpec, run: RunConfig) -> Callable[[Arrays, Batch], Sums]
         mel, lengths = match_lengths(hidden, lengths, mel_targets_of(batch, ("flow",), compute)[0])
         noise = jax.random.normal(jax.random.key(SAMPLING_SEED), mel.shape)
         made = {"prior": model.flow.prenet(hidden, lengths), "sampled": sample_mel(model.flow, hidden, lengths, noise)}
-        sums = {name: jnp.abs(keep(x.astype(jnp.float32) - mel, lengths)).sum() for name, x in made.items()}
-        return sums | {"count": frames_before(lengths, mel.shape[1]).sum(dtype=jnp.float32) * mel.shape[-1]}
+        sums = {name: jnp.abs(mask_padding(x.astype(jnp.float32) - mel, lengths)).sum() for name, x in made.items()}
+        return sums | {"count": length_mask(lengths, mel.shape[1]).sum(dtype=jnp.float32) * mel.shape[-1]}
 
     return jax.jit(sums_of)
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32, PRNGKeyArray
 
 from baichuan_omni_jax.flow.model import FlowDecoder
-from baichuan_omni_jax.nn.conv import frames_before, keep
+from baichuan_omni_jax.nn.conv import length_mask, mask_padding
 from baichuan_omni_jax.nn.param import CLIPS, ComputePolicy, split_as
 
 
@@ -69,8 +69,8 @@ def _draw(
 
 def _mean(x: Float32[Array, "b t mels"], lengths: Int32[Array, " b"]) -> Float32[Array, ""]:
     """Returns the mean over valid frames and mels; 0 where no frame is valid."""
-    count = frames_before(lengths, x.shape[1]).sum(dtype=jnp.float32) * x.shape[-1]
-    return keep(x, lengths).sum() / jnp.maximum(count, 1.0)
+    count = length_mask(lengths, x.shape[1]).sum(dtype=jnp.float32) * x.shape[-1]
+    return mask_padding(x, lengths).sum() / jnp.maximum(count, 1.0)
 
 
 def cosine_times(steps: int) -> Float[Array, " steps_and_one"]:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
 from baichuan_omni_jax.config.architecture import FlowConfig
 from baichuan_omni_jax.errors import ConfigError
-from baichuan_omni_jax.nn.conv import Conv1d, frames_before, keep
+from baichuan_omni_jax.nn.conv import Conv1d, length_mask, mask_padding
 from baichuan_omni_jax.nn.encoder import EncoderLayer, EncoderSizes, run_encoder
 from baichuan_omni_jax.nn.layers import LayerNorm, RMSNorm
 from baichuan_omni_jax.nn.linear import Linear
@@ -68,10 +68,10 @@ class PreNet(nnx.Module):
         with jax.named_scope("flow_prenet"):
             x = self.in_fc2(jax.nn.silu(self.in_fc1(hidden)))
             # A clip is one segment; causal by its frames' positions. There is no other positional signal.
-            ids = frames_before(lengths, x.shape[1]).astype(jnp.int32)
+            ids = length_mask(lengths, x.shape[1]).astype(jnp.int32)
             positions = jnp.zeros_like(ids) + jnp.arange(x.shape[1], dtype=jnp.int32)
             x = run_encoder(self.layers, x, ids, positions, sizes=self.sizes, compute=self.compute)
-            return keep(self.out_proj(self.norm(x)), lengths)
+            return mask_padding(self.out_proj(self.norm(x)), lengths)
 
 
 ATTENTION_CHUNK = 100
@@ -104,7 +104,7 @@ class CausalBlock(nnx.Module):
         self.norm = LayerNorm(width, eps=NORM_EPS, compute=compute)
 
     def __call__(self, x: Float[Array, "b t c"], lengths: Int32[Array, " b"]) -> Float[Array, "b t d"]:
-        return keep(jax.nn.mish(self.norm(self.conv(keep(x, lengths)))), lengths)
+        return mask_padding(jax.nn.mish(self.norm(self.conv(mask_padding(x, lengths)))), lengths)
 
 
 class ResnetBlock(nnx.Module):
@@ -121,7 +121,7 @@ class ResnetBlock(nnx.Module):
         self, x: Float[Array, "b t c"], time: Float[Array, "b e"], lengths: Int32[Array, " b"]
     ) -> Float[Array, "b t d"]:
         y = self.block1(x, lengths) + self.time_proj(jax.nn.mish(time))[:, None]
-        return self.block2(y, lengths) + self.shortcut(keep(x, lengths))
+        return self.block2(y, lengths) + self.shortcut(mask_padding(x, lengths))
 
 
 class Stage(nnx.Module):
@@ -138,7 +138,7 @@ class Stage(nnx.Module):
     ) -> Float[Array, "b t d"]:
         with jax.named_scope("resnet"):
             x = self.resnet(x, time, lengths)
-        ids = frames_before(lengths, x.shape[1]).astype(jnp.int32)
+        ids = length_mask(lengths, x.shape[1]).astype(jnp.int32)
         positions = jnp.zeros_like(ids) + chunk_positions(x.shape[1])
         return run_encoder(self.layers, x, ids, positions, sizes=self.sizes, compute=self.compute)
 
@@ -196,13 +196,13 @@ class Estimator(nnx.Module):
             time = self.time_fc2(jax.nn.silu(self.time_fc1(time_features(time, x.shape[-1]))))
             with jax.named_scope("down"):
                 skip = self.down(x, time, lengths)
-                x = self.down_conv(keep(skip, lengths))
+                x = self.down_conv(mask_padding(skip, lengths))
             with jax.named_scope("mid"):
                 x, _ = jax.lax.scan(lambda x, stage: (stage(x, time, lengths), None), x, self.mid)
             with jax.named_scope("up"):
                 x = self.up(jnp.concatenate([x, skip], -1), time, lengths)
-                x = self.up_conv(keep(x, lengths))
-            return keep(self.final_proj(self.final_block(x, lengths)), lengths)
+                x = self.up_conv(mask_padding(x, lengths))
+            return mask_padding(self.final_proj(self.final_block(x, lengths)), lengths)
 
     def _check(self, x: Array, mu: Array, time: Array, lengths: Array) -> None:
         if x.shape != mu.shape or x.shape[-1] != self.cfg.in_channels:

@@ -12,14 +12,14 @@ from baichuan_omni_jax.nn.linear import Gathered, Linear, add_bias, gather_weigh
 from baichuan_omni_jax.nn.param import ComputePolicy, normal, zeros
 
 
-def frames_before(lengths: Int32[Array, " m"], frames: int) -> Bool[Array, "m t"]:
+def length_mask(lengths: Int32[Array, " m"], frames: int) -> Bool[Array, "m t"]:
     """Returns True for the first `lengths[i]` frames: lengths [1, 3], 3 frames -> [[1, 0, 0], [1, 1, 1]]."""
     return jnp.arange(frames) < lengths[:, None]
 
 
-def keep(x: Float[Array, "m t ..."], lengths: Int32[Array, " m"]) -> Float[Array, "m t ..."]:
+def mask_padding(x: Float[Array, "m t ..."], lengths: Int32[Array, " m"]) -> Float[Array, "m t ..."]:
     """Returns `x`, zero past each item's length."""
-    real = frames_before(lengths, x.shape[1])
+    real = length_mask(lengths, x.shape[1])
     return jnp.where(real.reshape(*real.shape, *[1] * (x.ndim - 2)), x, 0)
 
 

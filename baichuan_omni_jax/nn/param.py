@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from baichuan_omni_jax.kernels.backends import Implementation
 from baichuan_omni_jax.sharding import ShardingRules, parameter_axes, place, placement
 
-# The logical axis that clips, one item of sound or speech each, are split along.
+# The logical axis that clips, one item of audio each, are split along.
 CLIPS = "batch"
 
 Module = TypeVar("Module")

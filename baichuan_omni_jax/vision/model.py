@@ -3,7 +3,7 @@
     pixels --PatchEmbedding--> patches --VisionTower--> states --Projector--> visual tokens (one for 2 x 2 patches)
 
 `model.visual_model.*` and `model.visual_bridge_model.*` of the checkpoint. Differs from the released model in form
-only: the fused qkv is three projections, layers are stacked and scanned, frames are told apart by segment ids, and
+only: the fused qkv is three projections, layers are stacked and scanned, frames are separated by segment ids, and
 pixels arrive as uint8. Rows are split over (data, fsdp) and patches over (context, tensor); no frame straddles a
 shard, so the tower communicates nothing but its weights.
 """

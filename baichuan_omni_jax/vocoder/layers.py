@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
-from baichuan_omni_jax.nn.conv import keep, overlap_add, transposed_pieces
+from baichuan_omni_jax.nn.conv import mask_padding, overlap_add, transposed_pieces
 from baichuan_omni_jax.nn.linear import narrow
 from baichuan_omni_jax.nn.param import CLIPS, ComputePolicy, normal, ones, use, zeros
 
@@ -113,8 +113,8 @@ class ResidualBlock(nnx.Module):
         """Returns the sum; `x` and it are zero past the lengths: each convolution sees an item as if it were alone."""
         units = zip(self.activations1, self.convs1, self.activations2, self.convs2, strict=True)
         for snake1, conv1, snake2, conv2 in units:
-            y = keep(conv1(snake1(x)), lengths)
-            x = x + keep(conv2(snake2(y)), lengths)
+            y = mask_padding(conv1(snake1(x)), lengths)
+            x = x + mask_padding(conv2(snake2(y)), lengths)
         return x
 
 

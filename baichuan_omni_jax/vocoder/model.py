@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
 from baichuan_omni_jax.config.vocoder import VocoderConfig
-from baichuan_omni_jax.nn.conv import keep
+from baichuan_omni_jax.nn.conv import mask_padding
 from baichuan_omni_jax.nn.linear import Linear
 from baichuan_omni_jax.nn.param import CLIPS, ComputePolicy, split_as
 from baichuan_omni_jax.sharding import placement
@@ -46,10 +46,10 @@ class F0Predictor(nnx.Module):
     def __call__(self, mel: Float[Array, "b t mels"], lengths: Int32[Array, " b"]) -> Float[Array, "b t"]:
         """Returns Hz (b, t), fp32, zero past each length."""
         with jax.named_scope("f0"):
-            x = keep(mel, lengths)
+            x = mask_padding(mel, lengths)
             for conv in self.convs:
-                x = keep(jax.nn.elu(conv(x)), lengths)
-            return keep(jnp.abs(self.classifier(x)[..., 0].astype(jnp.float32)), lengths)
+                x = mask_padding(jax.nn.elu(conv(x)), lengths)
+            return mask_padding(jnp.abs(self.classifier(x)[..., 0].astype(jnp.float32)), lengths)
 
 
 class HarmonicSource(nnx.Module):
@@ -251,14 +251,14 @@ class Vocoder(nnx.Module):
             # The released model bends the phase through a sine before it is used as an angle.
             angle = jnp.sin(x[..., cfg.spectrum :])
             wave = istft(magnitude * jnp.cos(angle), magnitude * jnp.sin(angle), frames, **sizes)
-            return jnp.clip(keep(wave, samples), -cfg.audio_limit, cfg.audio_limit)
+            return jnp.clip(mask_padding(wave, samples), -cfg.audio_limit, cfg.audio_limit)
 
     def body(
         self, mel: Float[Array, "b t mels"], lengths: Int32[Array, " b"], spectrum: Float[Array, "b f c"]
     ) -> tuple[Float[Array, "b f c"], Int32[Array, " b"]]:
         """Returns log magnitudes and angles (b, f, n_fft + 2), f = t * hop_length / istft_hop + 1, and valid counts."""
         cfg = self.cfg
-        x = keep(self.conv_pre(keep(mel, lengths)), lengths)
+        x = mask_padding(self.conv_pre(mask_padding(mel, lengths)), lengths)
         per_stage = len(cfg.resblock_kernel_sizes)
         for i, rate in enumerate(cfg.upsample_rates):
             with jax.named_scope(f"stage_{i}"):
@@ -268,8 +268,8 @@ class Vocoder(nnx.Module):
                     x = jnp.concatenate([x[:, 1:2], x], 1)
                     lengths = jnp.where(lengths > 0, lengths + 1, 0)
                 # The source's spectrum at this stage's rate, then the mean of residual blocks of several kernels.
-                source = keep(self.source_downs[i](spectrum), lengths)
-                x = keep(x, lengths) + self.source_resblocks[i](source, lengths)
+                source = mask_padding(self.source_downs[i](spectrum), lengths)
+                x = mask_padding(x, lengths) + self.source_resblocks[i](source, lengths)
                 blocks = self.resblocks[i * per_stage : (i + 1) * per_stage]
                 x = sum(block(x, lengths) for block in blocks) / per_stage
         return self.conv_post(jax.nn.leaky_relu(x, LAST_SLOPE)), lengths

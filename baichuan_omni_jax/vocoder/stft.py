@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Float32, Int32
 
 from baichuan_omni_jax.config.mel_targets import HIGHEST, MelTargetSpec
-from baichuan_omni_jax.nn.conv import frames_before, keep, overlap_add
+from baichuan_omni_jax.nn.conv import length_mask, mask_padding, overlap_add
 
 
 def hann(n_fft: int) -> Float[np.ndarray, " n"]:
@@ -37,7 +37,7 @@ def stft(
     blocks = x.reshape(x.shape[0], x.shape[1] // hop, hop, out_sharding=spec)
     frames_of = jnp.concatenate([blocks[:, i : i + frames] for i in range(n_fft // hop)], -1)
     spectrum = jnp.einsum("btn,nc->btc", frames_of.astype(jnp.float32), _forward_table(n_fft), out_sharding=spec)
-    return keep(spectrum, jnp.where(lengths > 0, lengths // hop + 1, 0))
+    return mask_padding(spectrum, jnp.where(lengths > 0, lengths // hop + 1, 0))
 
 
 def istft(
@@ -56,7 +56,7 @@ def istft(
     spectrum = jnp.concatenate([real, imaginary], -1).astype(jnp.float32)
     pieces = jnp.einsum("btc,cn->btn", spectrum, _inverse_table(n_fft), out_sharding=spec)
     # Windows past an item's last frame add nothing, neither to the sum nor to what it is divided by.
-    valid = frames_before(frames, real.shape[1])[..., None]
+    valid = length_mask(frames, real.shape[1])[..., None]
     squares = jnp.where(valid, jnp.asarray(hann(n_fft) ** 2, jnp.float32), 0)
     total, weight = (overlap_add(p[..., None], hop, spec)[..., 0] for p in (jnp.where(valid, pieces, 0), squares))
     cut = slice(n_fft // 2, n_fft // 2 + (real.shape[1] - 1) * hop)

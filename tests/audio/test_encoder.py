@@ -28,7 +28,7 @@ def tokenizer() -> AudioEncoderBranch:
     return initialize(AudioEncoderBranch, jax.random.key(0), CFG, ComputePolicy(attention_block=64))
 
 
-def sounds(clips: int, frames: int) -> np.ndarray:
+def speech_like(clips: int, frames: int) -> np.ndarray:
     """Mel like log energies: a few bands that come and go, around the mean and spread of speech."""
     rng = np.random.default_rng(0)
     bands = np.exp(-0.5 * ((np.arange(CFG.num_mel_bins) - rng.uniform(0, 32, (clips, 6, 1))) / 3.0) ** 2)
@@ -42,7 +42,7 @@ encode = jax.jit(lambda tokenizer, *inputs: tokenizer.encode(*inputs))
 @pytest.mark.slow
 def test_lengths_and_unused_slots():
     lengths = np.array([240, 100, 99, 8, 7, 1, 0, 0], np.int32)
-    codes, valid = encode(tokenizer(), sounds(8, 240), lengths)
+    codes, valid = encode(tokenizer(), speech_like(8, 240), lengths)
     assert codes.shape == (8, 30, 8)
     np.testing.assert_array_equal(np.asarray(valid).sum(1), [CFG.bridge_length(int(n)) for n in lengths])
     np.testing.assert_array_equal(np.asarray(codes)[~np.asarray(valid)], 0)
@@ -51,7 +51,7 @@ def test_lengths_and_unused_slots():
 
 def test_untrained_codes_are_diverse():
     """At each level at least a fifth of the codes is in effective use (the exponential of the entropy)."""
-    codes, valid = encode(tokenizer(), sounds(8, 240), np.full(8, 240, np.int32))
+    codes, valid = encode(tokenizer(), speech_like(8, 240), np.full(8, 240, np.int32))
     codes = np.asarray(codes)[np.asarray(valid)]
     for q, size in enumerate(CFG.codebook_sizes):
         share = np.bincount(codes[:, q], minlength=size) / len(codes)
@@ -63,7 +63,7 @@ def test_bfloat16_traces_and_differentiates():
     """Types only; values and gradients are compared across meshes and with the goldens."""
     compute = ComputePolicy(dtype=jnp.dtype("bfloat16"))
     abstract = jax.eval_shape(lambda: AudioEncoderBranch(jax.random.key(0), CFG, compute))
-    mel, lengths = jnp.asarray(sounds(2, 64)), jnp.array([64, 20], jnp.int32)
+    mel, lengths = jnp.asarray(speech_like(2, 64)), jnp.array([64, 20], jnp.int32)
 
     def loss(model):
         features, valid = model.features(mel, lengths)
