@@ -7,6 +7,7 @@ those that fall into its own part. A row of 8 slots on two shards, index [1, 6, 
 """
 
 from collections.abc import Sequence
+from dataclasses import fields
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,9 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from baichuan_omni_jax.sharding import ShardingRules
 
+# What holds on one device without a mesh.
+UNSPLIT = ShardingRules(**{field.name: None for field in fields(ShardingRules)})
+
 
 def merge_media(
     x: Float[Array, "b t d"], parts: Sequence[tuple[Array, Array]], rules: ShardingRules
@@ -24,6 +28,7 @@ def merge_media(
 
     An index of t or more is unused. The parts are laid side by side on each shard and gathered together, once.
     """
+    rules = _rules_of(x, rules)
     row, part = _specs(rules)
 
     def merge_shard(x, parts):
@@ -41,6 +46,7 @@ def pick_slots(
     hidden: Float[Array, "b t d"], index: Int32[Array, "b m"], rules: ShardingRules
 ) -> Float[Array, "b m d"]:
     """`hidden[b, index[b, m]]`, split over media axes; zeros where the index is unused (t or more)."""
+    rules = _rules_of(hidden, rules)
     row, part = _specs(rules)
     context = rules.axes("length")
 
@@ -69,6 +75,7 @@ def segments_with_media(
     """
     if not indexes:
         return segment_ids < 0
+    rules = _rules_of(segment_ids, rules)
     row, part = _specs(rules)
     context, length = rules.axes("length"), segment_ids.shape[1]
 
@@ -84,6 +91,11 @@ def segments_with_media(
         return jax.vmap(mark_row)(segment_ids, local)
 
     return _sharded(mark_shard, segment_ids, (row, [part] * len(indexes)), row)(segment_ids, list(indexes))
+
+
+def _rules_of(x: Array, rules: ShardingRules) -> ShardingRules:
+    """Returns `rules`, or ones that split nothing where `x` is on no mesh."""
+    return UNSPLIT if jax.typeof(x).sharding.mesh.empty else rules
 
 
 def _specs(rules: ShardingRules) -> tuple[P, P]:
@@ -111,4 +123,6 @@ def _own_part(x: Array, axes: list[str]) -> Array:
 
 def _sharded(function, like: Array, in_specs, out_specs):
     mesh = jax.typeof(like).sharding.mesh
+    if mesh.empty:
+        return function
     return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
