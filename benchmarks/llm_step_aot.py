@@ -23,8 +23,8 @@ from rows import emit, row
 from baichuan_omni_jax.config import MeshConfig, RunConfig, load_run_config, resolve_model
 from baichuan_omni_jax.omni.batch import abstract_batch
 from baichuan_omni_jax.sharding import make_mesh
-from baichuan_omni_jax.train.state import abstract_opt_state, make_compute, make_step_spec
-from baichuan_omni_jax.train.step import make_step
+from baichuan_omni_jax.train.state import abstract_state, make_compute, make_step_spec
+from baichuan_omni_jax.train.step import compile_step
 
 GIB = 2**30
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "llm_64k_probe.py"
@@ -32,14 +32,13 @@ CONFIG = Path(__file__).resolve().parents[1] / "configs" / "llm_64k_probe.py"
 PEER, PEER_TEMPORARIES = "MaxText 0.2.5", 13.70
 
 
-def compile_step(run: RunConfig, devices: list) -> jax.stages.Compiled:
+def compile_for(run: RunConfig, devices: list) -> jax.stages.Compiled:
     """The training step of `run` for `devices` of a topology."""
     omni, mesh, compute = resolve_model(run.model), make_mesh(run.mesh, devices), make_compute(run)
     with jax.set_mesh(mesh):
         spec = make_step_spec(run, omni, mesh, compute)
-        trainable, frozen = spec.split(spec.shapes())
         batch = abstract_batch(run.data.rows, run.data.budgets, omni, run.branches, mesh, compute.rules)
-        return make_step(spec, run).lower(trainable, frozen, abstract_opt_state(spec), batch).compile()
+        return compile_step(spec).lower(abstract_state(spec), batch).compile()
 
 
 def measure(topology: str, context: int, length: int) -> dict:
@@ -52,7 +51,7 @@ def measure(topology: str, context: int, length: int) -> dict:
         mesh=MeshConfig(fsdp=rows, context=context),
         data=dataclasses.replace(run.data, rows=rows, budgets=budgets),
     )
-    memory = compile_step(run, devices).memory_analysis()
+    memory = compile_for(run, devices).memory_analysis()
     temporaries = memory.temp_size_in_bytes / GIB
     return row(
         "llm_step_aot",

@@ -48,10 +48,10 @@ from baichuan_omni_jax.train.hosts import (
     wait_for,
 )
 from baichuan_omni_jax.train.input import rows_of_host
-from baichuan_omni_jax.train.profiling import parse_span
+from baichuan_omni_jax.train.hooks import parse_span
 from baichuan_omni_jax.train.run_data import open_run_data
 from baichuan_omni_jax.train.trainer import RunOptions, set_up, train
-from baichuan_omni_jax.train.wandb import load_wandb
+from baichuan_omni_jax.train.metrics import load_wandb
 from data_pipelines.packing.rows import RowShard
 from data_pipelines.pipeline import TrainingData
 

@@ -1,55 +1,35 @@
-"""Held-out scores of the tasks that train on sound: sums over a batch's clips, and the means made of them."""
+"""Scores of audio against what it was made from: sums over clips, and the means made of them.
 
-from collections.abc import Callable, Mapping
+Held-out scores of the tasks that train on audio, and of a tokenizer over clips, window by window.
+"""
+
+from collections.abc import Mapping
 from fractions import Fraction
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int32
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from baichuan_omni_jax.audio.decoder import AudioDecoder, DecodedAudio
 from baichuan_omni_jax.audio.encoder import AudioEncoderBranch
 from baichuan_omni_jax.audio.mel_training import SAME_RATE, MelTarget, mel_error_sums
-from baichuan_omni_jax.config import RunConfig
-from baichuan_omni_jax.config.mel_targets import reconstruction_ratios
+from baichuan_omni_jax.audio.tokenize import mel_buckets
+from baichuan_omni_jax.config import OmniConfig
+from baichuan_omni_jax.config.mel_targets import decoded_target
+from baichuan_omni_jax.flow.model import FlowDecoder
 from baichuan_omni_jax.flow.matching import sample_mel
 from baichuan_omni_jax.nn.conv import length_mask, mask_padding
-from baichuan_omni_jax.omni.audio_tokenizer_model import Clips, clips_of, mel_targets_of
-from baichuan_omni_jax.omni.batch import Batch
-from baichuan_omni_jax.omni.flow_matching_model import match_lengths
-from baichuan_omni_jax.train.state import Arrays, StepSpec
-from baichuan_omni_jax.train.transcript import transcript_entropies
+from baichuan_omni_jax.omni.audio_tokenizer_model import Clips
 
 Sums = dict[str, Float[Array, "..."]]
 SAMPLING_SEED = 0  # of the noise that a held-out mel is sampled from: the same at every evaluation
 
 
-def tokenizer_sums(spec: StepSpec, run: RunConfig) -> Callable[[Arrays, Batch], Sums]:
-    """The compiled (parameters, batch) -> sums over the batch's valid frames.
-
-    Those of `code_sums`; `transcript` (2,), `transcript_weight`: cross-entropy from the features as they are, and from
-    their codes.
-    """
-    compute, reads = spec.task.compute, "llm" in run.branches
-    ratio = reconstruction_ratios(run.tokenizer.mel_scales, spec.task.omni.post_net)[0]
-
-    def sums_of(parameters, batch):
-        model, batch = spec.assemble(parameters, {}), spec.task.weigh(batch)
-        target = mel_targets_of(batch, ("scale_0",), compute)[0]
-        sums, made = code_sums(model.audio_encoder, model.audio_decoder, clips_of(batch, compute), target, ratio)
-        if reads:
-            weights, seen = batch["text_weights"], (made.features, made.quantized)
-            read = [(transcript_entropies(model, x, made.valid, batch, run) * weights).sum() for x in seen]
-            sums |= {"transcript": jnp.stack(read), "transcript_weight": weights.sum()}
-        return sums
-
-    return jax.jit(sums_of)
-
-
-class ThroughCodes(NamedTuple):
-    """Clips on their way through their codes: features, which of them are valid, codes, their sum, the decoded mel."""
+class DecodedCodes(NamedTuple):
+    """Clips taken through their codes: features, which of them are valid, codes, their sum, the decoded mel."""
 
     features: Float[Array, "c g f"]
     valid: Bool[Array, "c g"]
@@ -60,7 +40,7 @@ class ThroughCodes(NamedTuple):
 
 def code_sums(
     encoder: AudioEncoderBranch, decoder: AudioDecoder, clips: Clips, target: MelTarget, ratio: Fraction = SAME_RATE
-) -> tuple[Sums, ThroughCodes]:
+) -> tuple[Sums, DecodedCodes]:
     """Sums over the clips' valid frames, and what they are of. `ratio`: decoded frames for each of the target's.
 
     `mel` (levels + 1,): absolute error of the refined mel from the features as they are, then from the first 1, 2, ...
@@ -77,7 +57,7 @@ def code_sums(
         sums[f"used_q{q}"] = _counts(codes[..., q], valid, size)
     distance = jnp.where(valid[..., None], (features - quantized).astype(jnp.float32) ** 2, 0)
     sums |= {"distance": distance.sum(), "distance_count": valid.sum(dtype=jnp.float32) * distance.shape[-1]}
-    return sums, ThroughCodes(features, valid, codes, quantized, decoded[-1])
+    return sums, DecodedCodes(features, valid, codes, quantized, decoded[-1])
 
 
 def tokenizer_means(sums: Mapping[str, np.ndarray], code_rate: float) -> dict[str, float]:
@@ -101,20 +81,25 @@ def tokenizer_means(sums: Mapping[str, np.ndarray], code_rate: float) -> dict[st
     return {name: float(value) for name, value in means.items()}
 
 
-def flow_sums(spec: StepSpec, run: RunConfig) -> Callable[[Arrays, Batch], Sums]:
-    """The compiled (parameters, batch) -> summed absolute errors of the pre-net's and the sampled mel, and counts."""
-    compute = spec.task.compute
+def flow_sums(
+    flow: FlowDecoder, hidden: Float[Array, "c t d"], mel: Float[Array, "c t mels"], lengths: Int32[Array, " c"]
+) -> Sums:
+    """Sums the absolute errors of the pre-net's and the sampled mel over the frames before `lengths`.
 
-    def sums_of(parameters, batch):
-        model = spec.assemble(parameters, {})
-        hidden, lengths = model.hidden(clips_of(batch, compute))
-        mel, lengths = match_lengths(hidden, lengths, mel_targets_of(batch, ("flow",), compute)[0])
-        noise = jax.random.normal(jax.random.key(SAMPLING_SEED), mel.shape)
-        made = {"prior": model.flow.prenet(hidden, lengths), "sampled": sample_mel(model.flow, hidden, lengths, noise)}
-        sums = {name: jnp.abs(mask_padding(x.astype(jnp.float32) - mel, lengths)).sum() for name, x in made.items()}
-        return sums | {"count": length_mask(lengths, mel.shape[1]).sum(dtype=jnp.float32) * mel.shape[-1]}
+    Args:
+        flow: the flow-matching decoder.
+        hidden: the audio decoder's states at 50 Hz, what it is conditioned on.
+        mel: the recorded 24 kHz mel at the same frames.
+        lengths: valid frames of each clip.
 
-    return jax.jit(sums_of)
+    Returns:
+        `prior`, `sampled`, and the `count` of values to divide them by.
+    """
+    # The same noise at every evaluation, so that scores differ by the weights alone.
+    noise = jax.random.normal(jax.random.key(SAMPLING_SEED), mel.shape)
+    made = {"prior": flow.prenet(hidden, lengths), "sampled": sample_mel(flow, hidden, lengths, noise)}
+    sums = {name: jnp.abs(mask_padding(x.astype(jnp.float32) - mel, lengths)).sum() for name, x in made.items()}
+    return sums | {"count": length_mask(lengths, mel.shape[1]).sum(dtype=jnp.float32) * mel.shape[-1]}
 
 
 def flow_means(sums: Mapping[str, np.ndarray]) -> dict[str, float]:
@@ -135,3 +120,52 @@ def _first_levels(encoder: AudioEncoderBranch, codes) -> list[Float[Array, "c g 
 def _counts(codes, valid, size: int) -> Float[Array, " k"]:
     chosen = (codes[..., None] == jnp.arange(size)) & valid[..., None]
     return chosen.sum((0, 1), dtype=jnp.float32)
+
+
+class TokenizerScores:
+    """Takes windows through `audio_encoder` and `audio_decoder` and sums what `code_sums` counts.
+
+    Windows are padded to one of four lengths (`mel_buckets`), so that at most four programs are compiled. `settings`
+    are those of the mel that comes back, which is compared frame by frame. Use it with the branches' mesh set.
+    """
+
+    def __init__(self, branches: Mapping[str, nnx.Module], cfg: OmniConfig) -> None:
+        self._branches = {name: branches[name] for name in ("audio_encoder", "audio_decoder")}
+        self._cfg, self._sums = cfg, {}
+        self.settings = decoded_target(cfg.post_net)
+        self._through = jax.jit(_through)
+
+    def __call__(
+        self, mel: Float[np.ndarray, "f mels"], target: Float[np.ndarray, "s bands"]
+    ) -> tuple[Int32[np.ndarray, "g q"], Float32[np.ndarray, "t bands"]]:
+        """Codes and the decoded mel of one window; `target` is its own mel at `settings`."""
+        size = next(size for size in mel_buckets(self._cfg.audio) if size >= len(mel))
+        frames = self.settings.frames(
+            size * self._cfg.audio.hop_length * self.settings.rate // self._cfg.audio.sampling_rate
+        )
+        clips = Clips(*_slot(mel, size))
+        sums, codes, valid, made, length = self._through(
+            self._branches, clips, MelTarget(*_slot(target[:frames], frames))
+        )
+        for name, value in sums.items():
+            self._sums[name] = self._sums.get(name, 0.0) + np.asarray(value, np.float64)
+        return np.asarray(codes[0])[np.asarray(valid[0])], np.asarray(made[0, : int(length[0])], np.float32)
+
+    def means(self) -> dict[str, float]:
+        """Those of `tokenizer_means`, and by the codebooks' sizes `max_bits_per_second`. Empty without clips."""
+        if not self._sums:
+            return {}
+        audio = self._cfg.audio
+        most = audio.code_rate * sum(np.log2(size) for size in audio.codebook_sizes)
+        return tokenizer_means(self._sums, audio.code_rate) | {"max_bits_per_second": float(most)}
+
+
+def _slot(mel: Float[np.ndarray, "f mels"], size: int):
+    padded = np.zeros((1, size, mel.shape[1]), np.float32)
+    padded[0, : len(mel)] = mel
+    return jnp.asarray(padded), jnp.asarray([len(mel)], jnp.int32)
+
+
+def _through(branches, clips: Clips, target: MelTarget):
+    sums, made = code_sums(branches["audio_encoder"], branches["audio_decoder"], clips, target)
+    return sums, made.codes, made.valid, made.decoded.refined_mel, made.decoded.mel_lengths

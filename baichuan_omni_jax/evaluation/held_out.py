@@ -1,103 +1,156 @@
-"""Held-out loss during training: the same first steps of every mixture each time, on the mesh of the run.
+"""Held-out scores during training: the same first steps of every mixture each time, on the mesh of the run.
 
 eval/NAME/loss  loss_text  loss_audio  loss_audio_q0 ..     of mixture NAME, as in a training step
-eval/NAME/loss_text_only                                    of its documents without any picture or sound
+eval/NAME/loss_text_only                                    of its documents without any image or audio
 eval/NAME/SOURCE/loss_text  loss_audio                      of one source
 
-The tasks that train on sound have numbers of their own: `train/sound_scores.py`.
+The tasks that train on audio have scores of their own: `audio_scores.py`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from itertools import islice
+from typing import Any, Protocol, runtime_checkable
 
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float, Int32
 
-from baichuan_omni_jax.config import RunConfig
+from baichuan_omni_jax.config import EvalConfig, TrainConfig
 from baichuan_omni_jax.config.loss_shares import audio_scale
-from baichuan_omni_jax.evaluation.audio_scores import flow_means, flow_sums, tokenizer_means, tokenizer_sums
-from baichuan_omni_jax.evaluation.omni_losses import make_eval_step
-from baichuan_omni_jax.train.input import TrainingData
-from baichuan_omni_jax.train.state import StepSpec, TrainState, saved_values
+from baichuan_omni_jax.omni.batch import Batch
+from baichuan_omni_jax.omni.merge import segments_with_media
+from baichuan_omni_jax.sharding import ShardingRules
 
-Sums = dict[str, Float[np.ndarray, "..."]]
+Sums = dict[str, Float[Array, "..."]]
+TotalSums = Mapping[str, Float[np.ndarray, "..."]]
 
 
-class Evaluation:
-    """Evaluates a state on the first `eval.steps` steps of every mixture's data.
+@runtime_checkable
+class HeldOutData(Protocol):
+    """A held-out mixture: its sources' names, and steps whose `batch` has this host's rows."""
+
+    sources: tuple[str, ...]
+
+    def steps(self, state: dict | None) -> Iterator[Any]:
+        """Yields steps from `state` on (None: from the start)."""
+        ...
+
+
+class HeldOutEvaluation:
+    """Scores parameters on the first `eval.steps` steps of every mixture's data.
 
     They are read from the start every time and the training data's place is not touched, so an evaluation changes
-    nothing of what follows. `place` puts a batch on the mesh.
+    nothing of what follows.
     """
 
-    def __init__(self, run: RunConfig, spec: StepSpec, place: Callable, mixtures: Mapping[str, TrainingData]) -> None:
-        self._run, self._place, self._mixtures = run, place, mixtures
-        sources = max((len(data.sources) for data in mixtures.values()), default=1)
-        self._setup, self._sums_of = spec, make_sums(spec, run, sources)
+    def __init__(
+        self,
+        config: EvalConfig,
+        mixtures: Mapping[str, HeldOutData],
+        place: Callable[[Mapping[str, np.ndarray]], Batch],
+        sums_of: Callable[[dict[str, Any], Batch], Sums],
+        means_of: Callable[[TotalSums, tuple[str, ...]], dict[str, float]],
+    ) -> None:
+        """Opens nothing yet.
+
+        Args:
+            config: how often, and on how many steps.
+            mixtures: the data by the names of `eval.mixtures`.
+            place: puts a host's rows on the mesh.
+            sums_of: the compiled (parameters, batch) -> sums of the task.
+            means_of: the task's scores from sums over all steps, and the sources' names.
+        """
+        self._config, self._mixtures, self._place = config, mixtures, place
+        self._sums_of, self._means_of = sums_of, means_of
 
     def is_due(self, step: int) -> bool:
-        """Before the first step, and after every `eval.every`."""
-        return bool(self._mixtures) and self._run.eval.every > 0 and step % self._run.eval.every == 0
+        """Whether to evaluate: before the first step, and after every `eval.every`."""
+        return bool(self._mixtures) and self._config.every > 0 and step % self._config.every == 0
 
-    def __call__(self, state: TrainState) -> dict[str, float]:
-        """The losses, by the names above; one that nothing was summed for is left out."""
-        losses = {}
+    def __call__(self, parameters: dict[str, Any]) -> dict[str, float]:
+        """Returns the scores, by the names above; one that nothing was summed for is left out."""
+        scores = {}
         for name, data in self._mixtures.items():
-            sums = self._sums(state, data)
-            means = make_means(self._setup, self._run, sums, data.sources)
-            losses |= {f"eval/{name}/{key}": value for key, value in means.items()}
-        return losses
+            means = self._means_of(self._sum(parameters, data), data.sources)
+            scores |= {f"eval/{name}/{key}": value for key, value in means.items()}
+        return scores
 
-    def _sums(self, state: TrainState, data: TrainingData) -> Sums:
-        total: Sums = {}
-        parameters = saved_values(self._setup, state)
-        with closing(data.steps(None)) as steps:
-            for step in islice(steps, self._run.eval.steps):
+    def _sum(self, parameters: dict[str, Any], data: HeldOutData) -> TotalSums:
+        total: dict[str, Any] = {}
+        with closing(data.steps(None)) as steps:  # type: ignore[type-var]  # generators, which can be closed
+            for step in islice(steps, self._config.steps):
                 sums = self._sums_of(parameters, self._place(step.batch))
                 for name, value in sums.items():
+                    # fp64 on the host: a mean over many steps should not round.
                     total[name] = total.get(name, 0.0) + np.asarray(value, np.float64)
         return total
 
 
-def make_sums(spec: StepSpec, run: RunConfig, sources: int) -> Callable[..., Sums]:
-    """The task's compiled (parameters, batch) -> sums."""
-    if run.task == "audio_tokenizer":
-        return tokenizer_sums(spec, run)
-    return flow_sums(spec, run) if run.task == "flow_matching" else make_eval_step(spec, run, sources)
+def sum_losses(
+    text: Float[Array, "b t"],
+    audio: Sequence[Float[Array, "b c"]],
+    batch: Batch,
+    sources: int,
+    rules: ShardingRules,
+) -> Sums:
+    """Sums the cross-entropies of one packed batch by source, each with the weights to divide it by.
+
+    Args:
+        text: cross-entropy of every text slot, not weighted.
+        audio: of every frame to predict, for each audio level; empty for models without an audio head.
+        batch: the packed batch; its `source_ids` are 0 .. `sources` - 1.
+        sources: how many there are.
+        rules: how the batch is split.
+
+    Returns:
+        `text`, `text_weight` (sources,); the same of documents without any image or audio, `text_only`,
+        `text_only_weight` (sources,); with an audio head `audio`, `audio_weight` (sources, levels).
+    """
+    weights, source = batch["text_weights"], batch["source_ids"]
+    sums = {"text": _by_source(text * weights, source, sources), "text_weight": _by_source(weights, source, sources)}
+
+    # Text alone says what the language model kept while it learned to see and hear.
+    indexes = [batch[name] for name in ("visual_index", "audio_index") if name in batch]
+    alone = jnp.where(segments_with_media(batch["segment_ids"], indexes, rules), 0.0, weights)
+    sums |= {"text_only": _by_source(text * alone, source, sources)}
+    sums |= {"text_only_weight": _by_source(alone, source, sources)}
+    if not audio:
+        return sums
+    source = batch["audio_target_sources"]
+    weights = [batch["audio_weights"][:, :, q] for q in range(len(audio))]
+    levels = [_by_source(entropy * weight, source, sources) for entropy, weight in zip(audio, weights, strict=True)]
+    level_weights = [_by_source(weight, source, sources) for weight in weights]
+    return sums | {"audio": jnp.stack(levels, 1), "audio_weight": jnp.stack(level_weights, 1)}
 
 
-def make_means(spec: StepSpec, run: RunConfig, sums: Sums, sources: tuple[str, ...]) -> dict[str, float]:
-    """The task's numbers from its sums."""
-    if run.task == "audio_tokenizer":
-        return tokenizer_means(sums, spec.task.omni.audio.code_rate)
-    return flow_means(sums) if run.task == "flow_matching" else mean_losses(sums, sources, run)
+def _by_source(values: Float[Array, "b m"], source: Int32[Array, "b m"], sources: int) -> Float[Array, "sources"]:
+    return jnp.where(source == jnp.arange(sources)[:, None, None], values, 0.0).sum((1, 2))
 
 
-def mean_losses(sums: Mapping[str, np.ndarray], sources: tuple[str, ...], run: RunConfig) -> dict[str, float]:
-    """Means from the sums of `make_eval_step`, over all sources and for each."""
+def mean_losses(sums: TotalSums, sources: tuple[str, ...], train: TrainConfig) -> dict[str, float]:
+    """Divides the sums of `sum_losses`: losses over all sources and for each, by the names above."""
     mean = lambda value, weight: float(value.sum() / weight.sum()) if weight.sum() else None  # noqa: E731
     text = mean(sums["text"], sums["text_weight"])
     losses = {"loss": text, "loss_text": text, "loss_text_only": mean(sums["text_only"], sums["text_only_weight"])}
     for number, source in enumerate(sources):
         losses[f"{source}/loss_text"] = mean(sums["text"][number], sums["text_weight"][number])
     if "audio" in sums:
-        alphas = _level_weights(run, sums["audio"].shape[1])
         audio, weight = sums["audio"], sums["audio_weight"]
+        levels = audio.shape[1]
+        alphas = np.asarray(train.audio_level_weights or (1.0 / levels,) * levels)
         losses["loss_audio"] = _weighted(audio.sum(0), weight.sum(0), alphas)
-        # As in a training step, but of the sums over all steps: a mixture with few frames does not shout here either.
-        scale = audio_scale(sums["text_weight"].sum(), weight[:, 0].sum(), run.train.audio_full_ratio)
-        losses["loss"] = (text or 0.0) + run.train.audio_loss_weight * scale * (losses["loss_audio"] or 0.0)
-        losses |= {f"loss_audio_q{q}": mean(audio[:, q], weight[:, q]) for q in range(len(alphas))}
+        # As in a training step, but of the sums over all steps: few frames do not outweigh the text here either.
+        scale = audio_scale(sums["text_weight"].sum(), weight[:, 0].sum(), train.audio_full_ratio)
+        losses["loss"] = (text or 0.0) + train.audio_loss_weight * scale * (losses["loss_audio"] or 0.0)
+        losses |= {f"loss_audio_q{q}": mean(audio[:, q], weight[:, q]) for q in range(levels)}
         for number, source in enumerate(sources):
             losses[f"{source}/loss_audio"] = _weighted(audio[number], weight[number], alphas)
     return {name: value for name, value in losses.items() if value is not None}
 
 
-def _weighted(sums: Float[np.ndarray, "levels"], weights: Float[np.ndarray, "levels"], alphas) -> float | None:
+def _weighted(
+    sums: Float[np.ndarray, "levels"], weights: Float[np.ndarray, "levels"], alphas: Float[np.ndarray, "levels"]
+) -> float | None:
     """The audio loss: each level's mean, by its weight; None where there is nothing to predict."""
     return float((alphas * sums / np.where(weights > 0, weights, 1.0)).sum()) if weights.any() else None
-
-
-def _level_weights(run: RunConfig, levels: int) -> Float[np.ndarray, "levels"]:
-    return np.asarray(run.train.audio_level_weights or (1.0 / levels,) * levels)

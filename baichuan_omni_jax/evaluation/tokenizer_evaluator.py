@@ -12,9 +12,9 @@ from baichuan_omni_jax.config import OmniConfig
 from baichuan_omni_jax.evaluation import intelligibility
 from baichuan_omni_jax.evaluation.clips import Clip
 from baichuan_omni_jax.evaluation.intelligibility import Recognition
-from baichuan_omni_jax.evaluation.tokenizer_scores import TokenizerScores
+from baichuan_omni_jax.evaluation.audio_scores import TokenizerScores
 from baichuan_omni_jax.generation.speech_decoder import SpeechDecoder
-from baichuan_omni_jax.train.mel_waves import MelWaves
+from baichuan_omni_jax.evaluation.mel_render import MelWaves
 from data_pipelines.errors import SampleError
 from data_pipelines.media.features import clip_windows, log_mel, mel_target
 

@@ -3,6 +3,8 @@
 The library imports no data pipeline: `TrainingData` and `DataStep` are what `data_pipelines.packing` provides.
 """
 
+import json
+import logging
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +19,9 @@ from baichuan_omni_jax.config.loss_shares import LossShare
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.omni.batch import abstract_batch
 from baichuan_omni_jax.sharding import ShardingRules
+from baichuan_omni_jax.train.hosts import all_gather_str
+
+log = logging.getLogger(__name__)
 
 DocumentKey = tuple[int, int]  # source, number in it
 FailedDocuments = dict[DocumentKey, tuple[str, str, str]]  # to manifest line, cause, message
@@ -72,6 +77,38 @@ class TrainingData(Protocol):
     def check_failed(self, causes: Counter) -> None:
         """Raises ConfigError when too many documents turned out unusable."""
         ...
+
+
+class DocumentFailures:
+    """Documents that could not be decoded since this start, on all hosts: counted once, named in the log."""
+
+    def __init__(self, data: TrainingData) -> None:
+        self._data = data
+        self._causes: dict[DocumentKey, str] = {}
+        self._unshared: dict[DocumentKey, str] = {}
+
+    @property
+    def causes(self) -> Counter:
+        """How many documents failed, by cause; those of other hosts up to the last `share_among_hosts`."""
+        return Counter(self._causes.values())
+
+    def note(self, failed: FailedDocuments) -> None:
+        """Counts a step's documents. Alone, a host raises ConfigError at once when they are too many."""
+        for key, (location, cause, message) in failed.items():
+            if key not in self._causes:
+                self._causes[key] = self._unshared[key] = cause
+                log.warning("skipped %s (%s): %s", location, cause, message)
+        if failed and jax.process_count() == 1:
+            self._data.check_failed(self.causes)
+
+    def share_among_hosts(self) -> None:
+        """Tells every host what the others could not decode; all raise alike when it is too much."""
+        if jax.process_count() == 1:
+            return
+        for text in all_gather_str(json.dumps([[*key, cause] for key, cause in self._unshared.items()])):
+            self._causes |= {(source, number): cause for source, number, cause in json.loads(text)}
+        self._unshared = {}
+        self._data.check_failed(self.causes)
 
 
 def check_batch(run: RunConfig, omni: OmniConfig, mesh: Mesh, rules: ShardingRules) -> None:

@@ -1,62 +1,117 @@
 """Where a run's numbers go: `metrics.jsonl` (one object a step), TensorBoard, W&B; and what is made of raw numbers."""
 
+import hashlib
 import json
+import logging
 import math
+import time
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import jax
+from rich.console import Console
 from tensorboardX import SummaryWriter
 
+from baichuan_omni_jax.config import RunConfig, to_dict
+from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.flops.terms import FlopTerm, flops_by_branch
 from baichuan_omni_jax.storage import atomic_write
-from baichuan_omni_jax.train.audio_samples import SoundSamples
-from baichuan_omni_jax.train.wandb import WandbWriter
+from baichuan_omni_jax.train.audio_samples import AudioSamples
+from baichuan_omni_jax.train.progress import ProgressLine
+
+log = logging.getLogger(__name__)
 
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+# Near enough to the start of the process: importing this package is one of the first things that a command does.
+_BEGAN = time.monotonic()
+# Of earlier versions: their lines stay as they are when a run goes on.
+RENAMED_KEYS = {
+    "audio_scale": "audio_loss_scale",
+    "seconds": "audio_seconds",
+    "quantised_share": "quantized_share",
+    "handled": "oversize",
+}
 
 # A step's numbers; nested dicts (skip counts by cause) become `name/cause` where names are flat.
-Row = dict[str, float | int | dict[str, int | float]]
+MetricsRecord = dict[str, Any]
 
 
-def drop_absent_sources(numbers: dict[str, float]) -> None:
-    """Removes `loss/SOURCE` of sources that a step had nothing to learn from: their `share/SOURCE` is 0."""
-    for name in [name for name, value in numbers.items() if name.startswith("share/") and value == 0]:
-        numbers.pop(name.replace("share/", "loss/", 1), None)
+class RunLog:
+    """Hands a run's numbers on to all that shows them, with what only the whole run knows: goodput, and counts since
+    step 0. Process zero alone has one.
 
-
-class CompileCounter:
-    """Counts programs that XLA has compiled in this process since it was made."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        jax.monitoring.register_event_duration_secs_listener(self._heard)
-
-    def _heard(self, event: str, duration: float, **_: object) -> None:
-        self.count += event == _COMPILE_EVENT
-
-
-class Throughput:
-    """Speed of a step: tokens a second and chip, model FLOPs, and their share of what the chips could do (MFU).
-
-    `parts` are the task's matrix products, `trainable` the names of the parameters that train; `peak` is FLOP/s of one
-    chip, None where it is not known (then there is no MFU).
+    `step` is where the run goes on. Raises ConfigError when `wandb`, a project there, is given and cannot be used.
     """
 
-    def __init__(self, parts: Sequence[FlopTerm], trainable: Collection[str], chips: int, peak: float | None) -> None:
-        self._parts, self._trainable, self._chips, self._peak = parts, frozenset(trainable), chips, peak
+    def __init__(self, run: RunConfig, workdir: Path, step: int, wandb: str, console: Console) -> None:
+        self._metrics = MetricsWriter(workdir, step, WandbWriter(wandb, run, workdir) if wandb else None)
+        kept = [record for record in self._metrics.kept if "loss" in record]
+        self._goodput = Goodput(workdir, kept)
+        self._nonfinite = kept[-1].get("nonfinite_steps", 0) if kept else 0
+        self._line = ProgressLine(console, run.train.steps, step)
 
-    def of(self, counts: Mapping[str, float], seconds: float) -> dict[str, float]:
-        """`counts` as from the task's `counts`, of the global batch; `seconds` that the step took."""
-        seconds = max(seconds, 1e-9)
-        flops = flops_by_branch(self._parts, counts, self._trainable)
-        numbers = {"tokens_per_s_per_chip": counts["tokens"] / seconds / self._chips}
-        numbers |= {f"flops_{name}": value for name, value in flops.items()}
-        if self._peak is None:
-            return numbers
-        possible = seconds * self._chips * self._peak
-        shares = {f"mfu_{name}": value / possible for name, value in flops.items()}
-        return numbers | {"mfu": sum(shares.values())} | shares
+    def write(self, record: MetricsRecord) -> None:
+        """Writes a step's record, or one that has nothing but an evaluation."""
+        if "loss" in record:
+            record = record | {"nonfinite_steps": self._nonfinite + record["nonfinite_steps"]}
+            record["goodput"] = self._goodput.note(record["productive_s"])
+            self._line.show(record)
+        self._metrics.write(record)
+
+    def write_samples(self, step: int, samples: AudioSamples) -> None:
+        """Writes what became of held-out clips after `step`."""
+        self._metrics.write_samples(step, samples)
+
+    def close(self) -> None:
+        """Ends files, services and the progress line."""
+        self._metrics.close()
+        self._line.close()
+
+
+def load_wandb() -> ModuleType:
+    """Imports the package: an extra, so only where it is wanted. Raises ConfigError when it is not installed."""
+    try:
+        import wandb
+    except ImportError as error:
+        message = "--wandb needs the package wandb: python -m pip install 'baichuan_omni_jax[wandb]'"
+        raise ConfigError(message) from error
+    return wandb
+
+
+class WandbWriter:
+    """One W&B run a workdir: a run that is resumed goes on there.
+
+    Without a network or an account the numbers are kept under `workdir/wandb` for `wandb sync`. Raises ConfigError
+    when the package is not installed.
+    """
+
+    def __init__(self, project: str, run: RunConfig, workdir: Path) -> None:
+        wandb = load_wandb()
+        settings = {
+            "project": project,
+            "name": f"{run.name} {workdir.name}",
+            "id": hashlib.sha256(str(workdir).encode()).hexdigest()[:16],
+            "resume": "allow",
+            "dir": str(workdir),
+            "config": to_dict(run),
+        }
+        try:
+            self._run = wandb.init(**settings)
+        except Exception as error:  # whatever keeps W&B away must not keep the run from training
+            log.warning("W&B cannot be reached (%s); numbers are kept in %s/wandb for `wandb sync`", error, workdir)
+            self._run = wandb.init(**settings | {"mode": "offline"})
+        # Steps that a killed run repeats come twice: W&B's own counter would refuse the second time.
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, numbers: dict[str, float | int]) -> None:
+        """Sends one step's numbers, names flat."""
+        self._run.log(numbers)
+
+    def close(self) -> None:
+        """Ends the run there."""
+        self._run.finish()
 
 
 class MetricsWriter:
@@ -72,58 +127,142 @@ class MetricsWriter:
         self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=resumed_from + 1)
         self._wandb = wandb
 
-    def write(self, row: Row) -> None:
-        """One step's numbers. JSON has no word for a number that is not finite: there it is null."""
-        self._file.write(json.dumps({name: _plain(value) for name, value in row.items()}) + "\n")
+    def write(self, record: MetricsRecord) -> None:
+        """Writes one step's numbers. JSON has no word for a number that is not finite: there it is null."""
+        self._file.write(json.dumps({name: _plain(value) for name, value in record.items()}) + "\n")
         self._file.flush()
-        flat = _flatten(row)
+        flat = _flatten(record)
         for name, number in flat.items():
             if name != "step" and math.isfinite(number):
-                self._events.add_scalar(name, number, row["step"])
+                self._events.add_scalar(name, number, record["step"])
         if self._wandb is not None:
             self._wandb.write(flat)
 
-    def write_samples(self, step: int, samples: SoundSamples) -> None:
-        """Sounds, as WAV, and pictures, to TensorBoard alone."""
+    def write_samples(self, step: int, samples: AudioSamples) -> None:
+        """Writes audio, as WAV, and images, to TensorBoard alone."""
         for name, (wave, rate) in samples.waves.items():
             self._events.add_audio(name, wave, step, sample_rate=rate)
-        for name, picture in samples.pictures.items():
-            self._events.add_image(name, picture, step, dataformats="HWC")
+        for name, image in samples.images.items():
+            self._events.add_image(name, image, step, dataformats="HWC")
         self._events.flush()
 
     def close(self) -> None:
+        """Ends files and services."""
         self._file.close()
         self._events.close()
         if self._wandb is not None:
             self._wandb.close()
 
-    def _keep_until(self, step: int) -> list[Row]:
+    def _keep_until(self, step: int) -> list[MetricsRecord]:
         """A run that starts over (step 0) keeps nothing. Lines that a crash damaged are dropped, the others kept."""
         if not self._path.exists():
             return []
         # Bytes: what a crash of the machine left need not be UTF-8.
         lines = self._path.read_bytes().split(b"\n") if step else []
-        kept = [row for row in map(_parse, lines) if row is not None and row["step"] <= step]
+        kept = [record for record in map(_parse, lines) if record is not None and record["step"] <= step]
         with atomic_write(self._path) as file:
-            file.write("".join(json.dumps(row) + "\n" for row in kept))
+            file.write("".join(json.dumps(record) + "\n" for record in kept))
+        if old := renamed_keys(kept):
+            named = ", ".join(f"{key} (now {new})" for key, new in old.items())
+            log.warning("%s has lines of an earlier version; they keep their names: %s", self._path, named)
         return kept
 
 
-def _parse(line: bytes) -> Row | None:
-    """A line's row; None for one that a killed run or machine left cut, as zeros or as other bytes."""
+def _parse(line: bytes) -> MetricsRecord | None:
+    """A line's record; None for one that a killed run or machine left cut, as zeros or as other bytes."""
     try:
-        row = json.loads(line.decode("utf-8"))
-        return row if isinstance(row, dict) and type(row.get("step")) is int else None
+        record = json.loads(line.decode("utf-8"))
+        return record if isinstance(record, dict) and type(record.get("step")) is int else None
     except (ValueError, RecursionError):
         return None
 
 
-def _flatten(row: Row) -> dict[str, float | int]:
+def _flatten(record: MetricsRecord) -> dict[str, float | int]:
     flat = {}
-    for name, value in row.items():
+    for name, value in record.items():
         flat |= {f"{name}/{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
     return flat
 
 
 def _plain(value: float | int | dict) -> float | int | dict | None:
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Throughput:
+    """Measures a step's speed: tokens a second and chip, model FLOPs, and their share of what the chips could do (MFU).
+
+    `terms` are the task's matrix products, `trainable` the names of the parameters that train; `peak` is FLOP/s of one
+    chip, None where it is not known (then there is no MFU).
+    """
+
+    def __init__(self, terms: Sequence[FlopTerm], trainable: Collection[str], chips: int, peak: float | None) -> None:
+        self._terms, self._trainable, self._chips, self._peak = terms, frozenset(trainable), chips, peak
+
+    def rates(self, counts: Mapping[str, float], seconds: float) -> dict[str, float]:
+        """Returns a step's rates from its `batch_counts`, of the global batch, and the seconds that it took."""
+        seconds = max(seconds, 1e-9)
+        flops = flops_by_branch(self._terms, counts, self._trainable)
+        numbers = {"tokens_per_s_per_chip": counts["tokens"] / seconds / self._chips}
+        numbers |= {f"flops_{name}": value for name, value in flops.items()}
+        if self._peak is None:
+            return numbers
+        possible = seconds * self._chips * self._peak
+        shares = {f"mfu_{name}": value / possible for name, value in flops.items()}
+        return numbers | {"mfu": sum(shares.values())} | shares
+
+
+class Goodput:
+    """Adds up, over all starts of a run, the share of its wall time in which devices worked on steps still part of it.
+
+    Wall time is that of every start, from its import of this module to its last reported step; what passed between
+    two starts does not count. It stands in `WORKDIR/goodput.json`. Productive time is the `productive_s` of every line
+    of metrics.jsonl, where a step that was lost with a killed process and computed again is only once.
+    """
+
+    def __init__(self, workdir: Path, records: Sequence[MetricsRecord]) -> None:
+        """`records` are those that metrics.jsonl holds already."""
+        self._path = workdir / "goodput.json"
+        self._productive = sum(record.get("productive_s", 0.0) for record in records)
+        self._before = _read(self._path)
+
+    def note(self, productive: float) -> float:
+        """Adds a step's productive seconds; returns the run's goodput up to now, 0 to 1."""
+        self._productive += productive
+        elapsed = self._before + time.monotonic() - _BEGAN
+        partial = self._path.with_suffix(".partial")
+        partial.write_text(json.dumps({"elapsed_s": elapsed}))
+        partial.replace(self._path)
+        return self._productive / elapsed
+
+
+def _read(path: Path) -> float:
+    """Wall seconds of earlier starts; 0 where the file is not there or cannot be read: it is only a statistic."""
+    try:
+        return float(json.loads(path.read_text())["elapsed_s"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0.0
+
+
+class CompileCounter:
+    """Counts programs that XLA has compiled in this process since it was made."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        jax.monitoring.register_event_duration_secs_listener(self._count)
+
+    def _count(self, event: str, duration: float, **_: object) -> None:
+        self.count += event == _COMPILE_EVENT
+
+
+def renamed_keys(records: Sequence[MetricsRecord]) -> dict[str, str]:
+    """Finds the keys of earlier versions in these records, with their names of today."""
+    keys = {key for record in records for key in record}
+    old = {key: new for key, new in RENAMED_KEYS.items() if key in keys}
+    old |= {key: f"loss_{key}" for key in sorted(keys) if key.startswith("share/")}
+    return old | {key: key.replace("quantised", "quantized") for key in sorted(keys) if "unquantised" in key}
+
+
+def drop_absent_sources(numbers: dict[str, float]) -> None:
+    """Removes `loss/SOURCE` of sources that a step had nothing to learn from: their `loss_share/SOURCE` is 0."""
+    for name in [name for name, value in numbers.items() if name.startswith("loss_share/") and value == 0]:
+        numbers.pop(name.replace("loss_share/", "loss/", 1), None)

@@ -1,13 +1,13 @@
 """The training state: flat dicts of arrays by dotted name, and the module they are put back into."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from baichuan_omni_jax.checkpoint import load_branches, with_shardings
@@ -22,8 +22,11 @@ HOST_MEMORY = "pinned_host"
 Arrays = dict[str, Array | jax.ShapeDtypeStruct]
 
 
-class OptState(NamedTuple):
-    """The optimizer's state, and that of a task which has one (`Task.first_extra`)."""
+class SavedOptState(NamedTuple):
+    """What `opt_state/` of a checkpoint holds where the task has a state of its own (`Task.init_aux_state`).
+
+    The names are the layout on disk.
+    """
 
     optimizer: Any
     extra: Any
@@ -72,19 +75,20 @@ class StepSpec:
         )
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """Everything a step changes or needs, but the batch. `step` counts finished steps.
+    """Everything a step takes and returns, as one pytree.
 
-    `originals`, in the hosts' memory, are the frozen parameters that `train.frozen_dtype` cannot hold, as they were: no
-    step reads them, every checkpoint does.
+    `step` counts finished steps (int32). `trainable` are fp32, `frozen` get no gradient and no optimizer state;
+    `aux_state` is the task's own (codebook counters, running means), () where it has none.
     """
 
-    trainable: Arrays
-    frozen: Arrays
-    opt_state: Any
-    step: int
-    originals: Arrays = field(default_factory=dict)
+    step: Any
+    trainable: dict[str, Any]
+    frozen: dict[str, Any]
+    opt_state: Any = ()
+    aux_state: Any = ()
 
 
 def make_compute(run: RunConfig) -> ComputePolicy:
@@ -109,7 +113,7 @@ def make_step_spec(run: RunConfig, omni: OmniConfig, mesh: Mesh, compute: Comput
     groups = assign_groups(named_variables(model), run.optimizer.groups, special_token_rows=rows)
     stored = with_shardings(model, mesh, compute.rules)
     frozen_dtype = jnp.dtype(run.train.frozen_dtype)
-    still = {name for name in groups.frozen if not task.moves(name)}
+    still = {name for name in groups.frozen if not task.changes_without_gradient(name)}
     template = with_values(
         stored,
         {name: _cast(shape, frozen_dtype) if name in still else shape for name, shape in named_values(stored).items()},
@@ -119,8 +123,12 @@ def make_step_spec(run: RunConfig, omni: OmniConfig, mesh: Mesh, compute: Comput
     return StepSpec(task, template, groups, optimizer, mesh, stored, ids)
 
 
-def init_state(run: RunConfig, spec: StepSpec) -> TrainState:
-    """Step 0: random parameters from `train.seed`, then the branches that `checkpoint.init_from` names."""
+def init_state(run: RunConfig, spec: StepSpec) -> tuple[TrainState, Arrays]:
+    """Draws random parameters from `train.seed`, then reads the branches that `checkpoint.init_from` names.
+
+    Returns:
+        The state at step 0; and the originals (`from_checkpoint`).
+    """
     shardings = {name: shape.sharding for name, shape in named_values(spec.stored).items()}
     draw = jax.jit(lambda key: named_values(spec.task.make_model(key)), out_shardings=shardings)
     values = draw(jax.random.key(run.train.seed))
@@ -128,14 +136,34 @@ def init_state(run: RunConfig, spec: StepSpec) -> TrainState:
         loaded = load_branches(run.checkpoint.init_from, branches_of(spec.stored))
         values |= named_values(loaded)
     trainable, frozen, originals = _from_stored(spec, values)
-    opt_state = jax.jit(lambda trainable: first_opt_state(spec, trainable))(trainable)
-    return TrainState(trainable, frozen, opt_state, 0, originals)
+    state = jax.jit(lambda trainable: _first_state(spec, trainable))(trainable)
+    return replace(state, trainable=trainable, frozen=frozen), originals
 
 
-def first_opt_state(spec: StepSpec, trainable: Arrays) -> Any:
-    """The optimizer's state at step 0, with the task's where it has one."""
-    optimizer, extra = spec.optimizer.init(trainable), spec.task.first_extra(trainable)
-    return OptState(optimizer, extra) if jax.tree.leaves(extra) else optimizer
+def _first_state(spec: StepSpec, trainable: Arrays) -> TrainState:
+    """Makes the state at step 0 without its parameters: a program that gave them back would copy them."""
+    aux_state = spec.task.init_aux_state(trainable)
+    return TrainState(jnp.zeros((), jnp.int32), {}, {}, spec.optimizer.init(trainable), aux_state)
+
+
+def abstract_state(spec: StepSpec) -> TrainState:
+    """Describes the state by shapes and shardings. Optimizer moments are placed as their parameters."""
+    trainable, frozen = spec.split(spec.shapes())
+    shapes = jax.eval_shape(lambda trainable: _first_state(spec, trainable), trainable)
+    replicated = NamedSharding(spec.mesh, PartitionSpec())
+
+    def place(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        # Optax keeps moments in dicts by the parameters' names; what has another shape (counts) is on every device.
+        name = next((key.key for key in reversed(path) if getattr(key, "key", None) in trainable), None)
+        sharding = trainable[name].sharding if name and leaf.shape == trainable[name].shape else replicated
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return replace(jax.tree_util.tree_map_with_path(place, shapes), trainable=trainable, frozen=frozen)
+
+
+def saved_opt_state(state: TrainState) -> Any:
+    """Packs the states of optimizer and task as a checkpoint holds them; of `abstract_state`, the restore target."""
+    return SavedOptState(state.opt_state, state.aux_state) if jax.tree.leaves(state.aux_state) else state.opt_state
 
 
 def branches_of(model: nnx.Module) -> dict[str, nnx.Module]:
@@ -143,40 +171,36 @@ def branches_of(model: nnx.Module) -> dict[str, nnx.Module]:
     return {name: getattr(model, name) for name in model.branches}
 
 
-def abstract_opt_state(spec: StepSpec) -> Any:
-    """Shapes and shardings of the optimizer's state: the restore target. Moments are placed as their parameters."""
-    trainable, _ = spec.split(spec.shapes())
-    shapes = jax.eval_shape(lambda trainable: first_opt_state(spec, trainable), trainable)
-    replicated = jax.sharding.NamedSharding(spec.mesh, jax.sharding.PartitionSpec())
-
-    def place(path, leaf):
-        name = next((key.key for key in reversed(path) if getattr(key, "key", None) in trainable), None)
-        sharding = trainable[name].sharding if name and leaf.shape == trainable[name].shape else replicated
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-    return jax.tree_util.tree_map_with_path(place, shapes)
-
-
-def to_checkpoint(spec: StepSpec, state: TrainState) -> tuple[dict[str, nnx.Module], Any]:
-    """Branches and optimizer state as a checkpoint holds them: unrounded, trained rows in their tables."""
-    values, opt_state = _exchange(spec, state.trainable | state.frozen, state.opt_state)
-    values |= state.originals
+def to_checkpoint(spec: StepSpec, state: TrainState, originals: Arrays) -> tuple[dict[str, nnx.Module], Any]:
+    """Makes the branches and the optimizer's state that a checkpoint holds: unrounded, trained rows in their tables."""
+    values, aux_state = spec.task.to_checkpoint(state.trainable | state.frozen, state.aux_state)
+    values = {**values, **originals}
     for table, name in spec.groups.rows.items():
         whole = _move(values[table], named_values(spec.stored)[table].sharding.memory_kind)
         values[table] = put_rows(whole, values[name], spec.special_ids)
-    return branches_of(with_values(spec.stored, values)), opt_state
+    return branches_of(with_values(spec.stored, values)), saved_opt_state(replace(state, aux_state=aux_state))
 
 
-def saved_values(spec: StepSpec, state: TrainState) -> Arrays:
-    """All parameters by dotted name, to evaluate: those that a checkpoint holds, as a step computes with them."""
-    return _exchange(spec, state.trainable | state.frozen, state.opt_state)[0]
+def from_checkpoint(
+    spec: StepSpec, branches: dict[str, nnx.Module], opt_state: Any, step: int
+) -> tuple[TrainState, Arrays]:
+    """Makes the state of restored branches.
 
-
-def from_checkpoint(spec: StepSpec, branches: dict[str, nnx.Module], opt_state: Any, step: int) -> TrainState:
-    """The state of restored branches."""
-    values, opt_state = _exchange(spec, named_values(branches), opt_state)
+    Returns:
+        The state; and the originals, in the hosts' memory: the frozen parameters that `train.frozen_dtype` cannot hold,
+        as they were. No step reads them, every checkpoint does.
+    """
+    saved = opt_state if isinstance(opt_state, SavedOptState) else SavedOptState(opt_state, ())
+    values, aux_state = spec.task.from_checkpoint(named_values(branches), saved.extra)
     trainable, frozen, originals = _from_stored(spec, values)
-    return TrainState(trainable, frozen, opt_state, step, originals)
+    replicated = NamedSharding(spec.mesh, PartitionSpec())
+    count = jax.jit(lambda: jnp.full((), step, jnp.int32), out_shardings=replicated)()
+    return TrainState(count, trainable, frozen, saved.optimizer, aux_state), originals
+
+
+def evaluation_values(spec: StepSpec, state: TrainState) -> Arrays:
+    """All parameters by dotted name, to evaluate: those that a checkpoint holds, as a step computes with them."""
+    return dict(spec.task.to_checkpoint(state.trainable | state.frozen, state.aux_state)[0])
 
 
 def _from_stored(spec: StepSpec, values: Arrays) -> tuple[Arrays, Arrays, Arrays]:
@@ -207,19 +231,6 @@ def _move(value: Array, memory_kind: str | None) -> Array:
         for part in value.addressable_shards
     ]
     return jax.make_array_from_single_device_arrays(value.shape, sharding, parts)
-
-
-def _exchange(spec: StepSpec, values: Arrays, opt_state: Any) -> tuple[Arrays, Any]:
-    if not isinstance(opt_state, OptState):
-        return values, opt_state
-    values, extra = spec.task.saved(values, opt_state.extra)
-    return dict(values), opt_state._replace(extra=extra)
-
-
-def advance(state: TrainState, trainable: Arrays, moved: Arrays, opt_state: Any) -> TrainState:
-    """The state after one more step, in which `moved` of the frozen parameters changed."""
-    frozen = state.frozen | moved if moved else state.frozen
-    return replace(state, trainable=trainable, frozen=frozen, opt_state=opt_state, step=state.step + 1)
 
 
 def _cast(shape: jax.ShapeDtypeStruct, dtype: jnp.dtype) -> jax.ShapeDtypeStruct:

@@ -1,102 +1,143 @@
 """One training step: losses over a packed global batch, gradients, update, metrics."""
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool
 
-from baichuan_omni_jax.config import RunConfig
 from baichuan_omni_jax.nn.remat import split_parts
 from baichuan_omni_jax.omni.batch import Batch
-from baichuan_omni_jax.train.state import Arrays, OptState, StepSpec
-from baichuan_omni_jax.train.tasks import Moved
+from baichuan_omni_jax.train.state import Arrays, StepSpec, TrainState
+from baichuan_omni_jax.train.tasks import NonGradientUpdates
 from baichuan_omni_jax.train.tasks.task import Metrics
 
-Gradients = tuple[Arrays, Metrics, Moved]
+
+class Gradients(NamedTuple):
+    """Gradients by the parameters' names, the losses and numbers of the batch, and what changes without a gradient."""
+
+    by_name: Arrays
+    metrics: Metrics
+    updates: NonGradientUpdates
 
 
-def make_gradients(spec: StepSpec, run: RunConfig) -> Callable[..., Gradients]:
-    """(trainable, frozen, batch, extra) -> (gradients, losses, what moved).
+def train_step(
+    state: TrainState, batch: Batch, spec: StepSpec, computed: Gradients | None = None
+) -> tuple[TrainState, Metrics]:
+    """Updates the state by one packed global batch.
 
-    The batch goes in `train.accumulate` parts, one after the other, summed in fp32. `extra` is the task's own state.
+    Args:
+        state: what the step before returned.
+        batch: every field of `spec.task.abstract_batch`, split over the mesh.
+        spec: the task, its model's structure, groups and optimizer; static.
+        computed: what `compute_gradients` returned for the same arguments, where it ran as a program of its own.
+
+    Returns:
+        The state after the step, and its metrics, fp32 scalars. Where the loss or the gradient's norm is not finite,
+        parameters and states come back as they were, bit for bit (`step` counts on), and `nonfinite` is 1, else 0.
     """
-    task = spec.task
+    # Denominators, losses and gradients, in one part or accumulated over several.
+    gradients, metrics, updates = compute_gradients(state, batch, spec) if computed is None else computed
 
-    def of_part(trainable, frozen, batch, by, extra):
-        def loss(trainable):
-            return task.loss(spec.assemble(trainable, frozen), batch, by, extra)
+    with jax.named_scope("optimizer"):
+        # Clipping goes by the norm of all gradients together: the one place of the update where devices wait.
+        norm = optax.global_norm(gradients)
+        finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
 
-        gradients, (metrics, moved) = jax.grad(loss, has_aux=True)(trainable)
-        return gradients, metrics, moved
+        # Optimizer, then what a task keeps beside it (codebook counters, running means of the new weights).
+        changes, opt_state = spec.optimizer.update(gradients, state.opt_state, state.trainable)
+        trainable = optax.apply_updates(state.trainable, changes)
+        aux_state = spec.task.update_aux(updates.aux_state, trainable)
 
-    def of_batch(trainable, frozen, batch, extra=()):
-        batch = task.weigh(batch)
-        by, count = task.denominators(batch), run.train.accumulate
-        if count == 1:
-            return of_part(trainable, frozen, batch, by, extra)
-        parts = {name: split_parts(field, count) for name, field in batch.items()}
+        # Keep if finite. A select, not a branch: the program is the same for every batch, and nothing is copied.
+        old = {name: state.frozen[name] for name in updates.parameters}
+        trainable, opt_state, replaced, aux_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (trainable, opt_state, updates.parameters, aux_state),
+            (state.trainable, state.opt_state, old, state.aux_state),
+        )
 
-        def add(total, part):
-            found = of_part(trainable, frozen, part, by, extra)
+    new = TrainState(state.step + 1, trainable, {**state.frozen, **replaced}, opt_state, aux_state)
+    return new, metrics | {"gradient_norm": norm, "nonfinite": 1.0 - finite}
+
+
+def compute_gradients(state: TrainState, batch: Batch, spec: StepSpec) -> Gradients:
+    """Differentiates the task's loss over the batch, in `train.accumulate` parts one after the other."""
+    task, parts = spec.task, spec.task.run.train.accumulate
+
+    # Denominators: sums of weights over the whole global batch, so that the parts' losses and gradients add up.
+    batch = task.mask_untrained_targets(batch)
+    denominators = task.denominators(batch)
+
+    def part_gradients(batch: Batch) -> tuple[Arrays, Metrics, NonGradientUpdates]:
+        def loss(trainable: Arrays):
+            return task.loss(spec.assemble(trainable, state.frozen), batch, denominators, state.aux_state)
+
+        gradients, (metrics, updates) = jax.grad(loss, has_aux=True)(state.trainable)
+        return gradients, metrics, updates
+
+    if parts == 1:
+        gradients, metrics, updates = part_gradients(batch)
+    else:
+        # Accumulation: a scan, so that one part's activations are in memory at a time; sums are of fp32 numbers.
+        fields = {name: split_parts(field, parts) for name, field in batch.items()}
+        shapes = jax.eval_shape(part_gradients, jax.tree.map(lambda field: field[0], fields))
+        zeros = jax.tree.map(lambda shape: jnp.zeros_like(shape, jnp.float32), shapes)
+
+        def add(total, part: Batch):
+            found = part_gradients(part)
             return jax.tree.map(lambda total, one: total + one.astype(jnp.float32), total, found), None
 
-        zeros = jax.tree.map(
-            lambda x: jnp.zeros_like(x, jnp.float32),
-            jax.eval_shape(of_part, trainable, frozen, jax.tree.map(lambda x: x[0], parts), by, extra),
-        )
-        return jax.lax.scan(add, zeros, parts)[0]
-
-    return of_batch
+        (gradients, metrics, updates), _ = jax.lax.scan(add, zeros, fields)
+    return Gradients(gradients, metrics | task.batch_metrics(batch), updates)
 
 
-def make_step(
-    spec: StepSpec, run: RunConfig
-) -> Callable[[Arrays, Arrays, Any, Batch], tuple[Arrays, Arrays, Any, Metrics]]:
-    """The compiled step: (trainable, frozen, opt_state, batch) -> (trainable, moved, opt_state, metrics).
+class CompiledStep:
+    """`train_step` for the devices of `spec.mesh`: state, batch -> state, metrics.
 
-    `moved` are those of the frozen parameters that the task changes without a gradient. Where the loss or the
-    gradient's norm is not finite, parameters and state come back as they were, bit for bit, and `nonfinite` is 1
-    (else 0).
-    The first and third argument are donated, but not on CPU. There the gradients and the update are two programs:
-    in one, XLA's concurrent CPU runtime was seen to get the gradients right but their global norm wrong in some calls
-    (jax 0.10.2; https://github.com/jax-ml/jax/issues/39741 looks like it), and a resumed run must repeat the
-    uninterrupted one exactly.
+    The state that it is given is donated, but for the frozen parameters: those go in and are not given back (they would
+    be copied), only the few that the task changes are.
+
+    On CPU nothing is donated, and gradients and update are two programs. In one, XLA's concurrent CPU runtime was seen
+    to get the gradients right but their global norm wrong in some calls (jax 0.10.2;
+    https://github.com/jax-ml/jax/issues/39741 looks like it), and a resumed run must repeat the uninterrupted one
+    exactly.
     """
-    gradients_of_batch = make_gradients(spec, run)
 
-    def gradients_of(trainable, frozen, extra, batch):
-        gradients, metrics, moved = gradients_of_batch(trainable, frozen, batch, extra)
-        before = {name: frozen[name] for name in moved.values}, extra
-        return gradients, metrics | spec.task.batch_numbers(spec.task.weigh(batch)), moved, before
+    def __init__(self, spec: StepSpec) -> None:
+        def step(state: TrainState, frozen: Arrays, batch: Batch) -> tuple[TrainState, Metrics]:
+            return _only_changed(*train_step(replace(state, frozen=frozen), batch, spec), spec)
 
-    def update(gradients, trainable, opt_state, loss, moved, before):
-        with jax.named_scope("optimizer"):
-            norm = optax.global_norm(gradients)
-            finite = jnp.isfinite(norm) & jnp.isfinite(loss)
-            updates, new_state = spec.optimizer.update(gradients, opt_state, trainable)
-            after = optax.apply_updates(trainable, updates)
-            values, extra = moved.values, spec.task.finish(moved.extra, after)
-            new, old = (after, new_state, values, extra), (trainable, opt_state, *before)
-            return *_where(finite, new, old), {"gradient_norm": norm, "nonfinite": 1.0 - finite}
+        def gradients(state: TrainState, batch: Batch) -> Gradients:
+            return compute_gradients(state, batch, spec)
 
-    on_cpu = spec.mesh.devices.flat[0].platform == "cpu"
-    if on_cpu:
-        gradients_of, update = jax.jit(gradients_of), jax.jit(update)
+        def update(state: TrainState, computed: Gradients) -> tuple[TrainState, Metrics]:
+            return _only_changed(*train_step(state, {}, spec, computed), spec)
 
-    def step(trainable, frozen, opt_state, batch):
-        optimizer, extra = opt_state if isinstance(opt_state, OptState) else (opt_state, ())
-        gradients, metrics, moved, before = gradients_of(trainable, frozen, extra, batch)
-        trainable, optimizer, values, extra, numbers = update(
-            gradients, trainable, optimizer, metrics["loss"], moved, before
-        )
-        opt_state = OptState(optimizer, extra) if isinstance(opt_state, OptState) else optimizer
-        return trainable, values, opt_state, metrics | numbers
+        self._two_programs = spec.mesh.devices.flat[0].platform == "cpu"
+        self._step = jax.jit(step, donate_argnums=0)
+        self._gradients, self._update = jax.jit(gradients), jax.jit(update)
 
-    return step if on_cpu else jax.jit(step, donate_argnums=(0, 2))
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        if self._two_programs:
+            new, metrics = self._update(state, self._gradients(state, batch))
+        else:
+            new, metrics = self._step(replace(state, frozen={}), state.frozen, batch)
+        return replace(new, frozen={**state.frozen, **new.frozen}), metrics
+
+    def lower(self, state: TrainState, batch: Batch) -> jax.stages.Lowered:
+        """Lowers the step as one program, for shapes with shardings: what preflight compiles."""
+        return self._step.lower(replace(state, frozen={}), state.frozen, batch)
 
 
-def _where(condition: Bool[Array, ""], new, old):
-    return jax.tree.map(lambda new, old: jnp.where(condition, new, old), new, old)
+def compile_step(spec: StepSpec) -> CompiledStep:
+    """Returns the step as a run calls it; it compiles at its first call, with `spec.mesh` set."""
+    return CompiledStep(spec)
+
+
+def _only_changed(state: TrainState, metrics: Metrics, spec: StepSpec) -> tuple[TrainState, Metrics]:
+    """Leaves out the frozen parameters that came through as they were."""
+    changes: Callable[[str], bool] = spec.task.changes_without_gradient
+    return replace(state, frozen={name: value for name, value in state.frozen.items() if changes(name)}), metrics

@@ -1,9 +1,7 @@
-"""The training loop: rows in, steps, numbers out, evaluation, checkpoints; resumes by itself, leaves on SIGTERM."""
+"""The training loop: rows in, steps, numbers out, and the hooks; resumes by itself, leaves on SIGTERM."""
 
-import json
 import logging
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -14,32 +12,37 @@ from rich.console import Console
 from baichuan_omni_jax.checkpoint import Parent, Workdir
 from baichuan_omni_jax.config import OmniConfig, RunConfig
 from baichuan_omni_jax.errors import RunStoppedError
-from baichuan_omni_jax.evaluation.held_out import Evaluation
 from baichuan_omni_jax.flops.chips import peak_flops
 from baichuan_omni_jax.nn.param import ComputePolicy
 from baichuan_omni_jax.sharding import make_mesh
-from baichuan_omni_jax.train.audio_samples import Listening, check_samples
-from baichuan_omni_jax.train.hosts import all_gather_str, is_process_zero, on_all_hosts, warm_up_collectives
-from baichuan_omni_jax.train.input import BatchPlacer, DataStep, DocumentKey, FailedDocuments, TrainingData
-from baichuan_omni_jax.train.metrics import CompileCounter, Row, Throughput, drop_absent_sources
-from baichuan_omni_jax.train.nonfinite import NonfiniteGuard
-from baichuan_omni_jax.train.output import Output
-from baichuan_omni_jax.train.profiling import StepTrace
-from baichuan_omni_jax.train.report import print_start_table
+from baichuan_omni_jax.train.audio_samples import AudioSampleLogger, check_samples
+from baichuan_omni_jax.train.hooks import (
+    AudioSamplesHook,
+    CheckpointHook,
+    EvaluationHook,
+    Hook,
+    NonfiniteGuard,
+    Progress,
+    StepTrace,
+    StopSignal,
+)
+from baichuan_omni_jax.train.hosts import is_process_zero, on_all_hosts, warm_up_collectives
+from baichuan_omni_jax.train.input import BatchPlacer, DataStep, DocumentFailures, DocumentKey, TrainingData
+from baichuan_omni_jax.train.metrics import CompileCounter, MetricsRecord, RunLog, Throughput, drop_absent_sources
+from baichuan_omni_jax.train.progress import print_start_table
 from baichuan_omni_jax.train.state import (
+    Arrays,
     StepSpec,
     TrainState,
-    abstract_opt_state,
-    advance,
+    abstract_state,
     branches_of,
     from_checkpoint,
     init_state,
     make_compute,
     make_step_spec,
-    to_checkpoint,
+    saved_opt_state,
 )
-from baichuan_omni_jax.train.step import make_step
-from baichuan_omni_jax.train.stopping import StopSignal
+from baichuan_omni_jax.train.step import compile_step
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +61,7 @@ class RunOptions:
     wandb: str = ""
 
 
-NOTHING = RunOptions()
+DEFAULT_OPTIONS = RunOptions()
 
 
 def set_up(run: RunConfig, omni: OmniConfig) -> tuple[StepSpec, ComputePolicy]:
@@ -79,46 +82,63 @@ def train(
     omni: OmniConfig,
     workdir: Workdir,
     data: TrainingData,
-    extras: RunOptions = NOTHING,
+    options: RunOptions = DEFAULT_OPTIONS,
     console: Console | None = None,
 ) -> TrainState:
-    """Trains until `train.steps` or SIGTERM and returns the last state, which has been saved.
+    """Trains until `train.steps` or SIGTERM, from the workdir's newest good step on.
 
-    Resumes from the workdir's newest good step, and keeps other runs out of the workdir until it is closed. Raises
-    ConfigError as `set_up`, for a step that cannot be read, and while another run works in the workdir;
-    RunStoppedError when a step could not be saved, and, with everything saved, when `train.nonfinite_limit` steps in a
-    row were not finite.
+    Args:
+        run: the run's configuration.
+        omni: the model's sizes.
+        workdir: where steps are saved; other runs are kept out of it until it is closed.
+        data: the training mixture.
+        options: what this start adds.
+        console: where tables and progress go; None: the terminal, of process zero.
+
+    Returns:
+        The last state, which has been saved.
+
+    Raises:
+        ConfigError: as `set_up`, for a step that cannot be read, and while another run works in the workdir.
+        RunStoppedError: when a step could not be saved, and, with everything saved, when `train.nonfinite_limit` steps
+            in a row were not finite.
     """
     console = console or Console(quiet=not is_process_zero())
     on_all_hosts(workdir.hold)
     compiles = CompileCounter()
     spec, compute = set_up(run, omni)
     with jax.set_mesh(spec.mesh):
-        state, data_state = _start(run, omni, spec, workdir, compute)
-        if state.step:
-            console.print(f"{workdir.path}: resumed from step {state.step}")
+        start, originals = restore_or_init(run, spec, workdir)
+        if start.step:
+            console.print(f"{workdir.path}: resumed from step {start.step}")
         print_start_table(console, run, spec, data)
-        if state.step >= run.train.steps:
-            console.print(f"{workdir.path} is finished: step {state.step} of train.steps {run.train.steps}")
-            return state
+        if start.step >= run.train.steps:
+            console.print(f"{workdir.path} is finished: step {start.step} of train.steps {run.train.steps}")
+            return start.state
+        # All hosts are at the same place now; later one may be minutes behind, compiling.
         warm_up_collectives(spec.mesh)
         place = BatchPlacer(run.data.rows, spec.task.batch_axes(), spec.mesh, compute.rules)
-        return _Loop(run, omni, spec, workdir, data, extras, console, compiles, place).go(state, data_state)
+        trainer = Trainer(spec, omni, workdir, data, options, console, compiles, place, start.step, originals)
+        return trainer.fit(start).state
 
 
-def _start(run, omni, spec: StepSpec, workdir: Workdir, compute) -> tuple[TrainState, dict | None]:
+def restore_or_init(run: RunConfig, spec: StepSpec, workdir: Workdir) -> tuple[Progress, Arrays]:
+    """Reads the workdir's newest good step, or makes step 0; with the originals (`from_checkpoint`)."""
     if workdir.latest_step() is None:
-        return init_state(run, spec), None
-    found = workdir.restore(None, branches_of(spec.stored), abstract_opt_state(spec))
-    return from_checkpoint(spec, found.branches, found.opt_state, found.step), found.data_state
+        state, originals = init_state(run, spec)
+        return Progress(0, state, None), originals
+    found = workdir.restore(None, branches_of(spec.stored), saved_opt_state(abstract_state(spec)))
+    state, originals = from_checkpoint(spec, found.branches, found.opt_state, found.step)
+    return Progress(found.step, state, found.data_state), originals
 
 
 @dataclass(frozen=True)
-class _Pending:
+class PendingStep:
     """A step that was sent to the devices; its numbers are not read yet. Times in seconds."""
 
     step: int
     numbers: dict[str, jax.Array]
+    counts: dict[str, jax.Array]
     batch: dict[str, np.ndarray]
     epochs: dict[str, float]
     began: float
@@ -129,168 +149,205 @@ class _Pending:
         return self.numbers["loss"].is_ready()
 
 
-class _Loop:
-    """One run in progress. A step's numbers are read only after the next step has been sent to the devices."""
+class Trainer:
+    """One run in progress: steps, and its hooks around them.
 
-    def __init__(self, run, omni, spec, workdir, data, extras, console, compiles, place):
-        self.run, self.omni, self.spec, self.workdir, self.data = run, omni, spec, workdir, data
-        self.console, self.compiles, self.place = console, compiles, place
-        self.step = make_step(spec, run)
-        self.counts = jax.jit(spec.task.counts)
-        self.evaluation = Evaluation(run, spec, place, extras.held_out)
-        self.listening = Listening(run, spec, place, extras.held_out)
-        # Steps that the branches had been trained for when this run began.
-        self.before = extras.parent.trained
-        self.guard = NonfiniteGuard(workdir.path, run.train.nonfinite_limit, data.location)
-        self.trace = StepTrace(workdir.path, extras.profile)
-        device = spec.mesh.devices.flat[0]
-        self.throughput = Throughput(
-            spec.task.parts(), spec.groups.trainable, spec.mesh.devices.size, peak_flops(device.device_kind)
+    A step's numbers are read only after the next step has been sent, so that the devices never wait for the host. After
+    a step, this happens in this order:
+
+    1. metrics: the numbers of the step *before* are read, shown to every hook (`observe`: the non-finite guard counts
+       and keeps batches), and written.
+    2. If any hook is due after this step, its own numbers are read too, and devices and host meet:
+       evaluation (`measure`: its scores join the step's record), then the record is written, then `act` of
+       checkpoint (a saved step's numbers are on disk first: a run that resumes after it never computes them again) and
+       audio samples.
+    3. Before the next step every hook is asked whether to stop: non-finite guard, then SIGTERM.
+
+    After the last step the pending numbers are written, and the checkpoint hook saves what is not saved yet.
+    """
+
+    def __init__(
+        self,
+        spec: StepSpec,
+        omni: OmniConfig,
+        workdir: Workdir,
+        data: TrainingData,
+        options: RunOptions,
+        console: Console,
+        compiles: CompileCounter,
+        place: BatchPlacer,
+        first_step: int,
+        originals: Arrays,
+    ) -> None:
+        """Compiles nothing yet.
+
+        Args:
+            spec: the run's step.
+            omni: the model's sizes.
+            workdir: where everything is written.
+            data: the training mixture.
+            options: what this start adds.
+            console: for whom watches.
+            compiles: counts programs since before the first one.
+            place: puts a host's rows on the mesh.
+            first_step: where the run goes on.
+            originals: frozen parameters as checkpoints hold them.
+        """
+        run = spec.task.run
+        self._steps, self._first_step = run.train.steps, first_step
+        self._workdir, self._data, self._console, self._compiles = workdir, data, console, compiles
+        self._place, self._step, self._counts = place, compile_step(spec), jax.jit(spec.task.batch_counts)
+        self._trace = StepTrace(workdir.path, options.profile)
+        devices = spec.mesh.devices
+        peak = peak_flops(devices.flat[0].device_kind)
+        self._throughput = Throughput(spec.task.flop_terms(), spec.groups.trainable, devices.size, peak)
+        self._failures = DocumentFailures(data)
+        self._damaged: dict[DocumentKey, int] = {}
+        self._pending: PendingStep | None = None
+        # When the numbers of the step before were there, and how long the devices had nothing to do since.
+        self._last_end = self._idle = 0.0
+
+        evaluation = EvaluationHook(spec, place, options.held_out)
+        samples = AudioSampleLogger(spec, place, options.held_out)
+        self._log = RunLog(run, workdir.path, first_step, options.wandb, console) if is_process_zero() else None
+        if self._log is not None and samples.is_due(0):
+            console.print(samples.sentence)
+        self._guard = NonfiniteGuard(workdir.path, run.train.nonfinite_limit, data.location)
+        self._stop = StopSignal()
+        checkpoint = CheckpointHook(
+            spec,
+            omni,
+            workdir,
+            originals,
+            trained_before=options.parent.trained,
+            failures=self._failures,
+            tokenizer_json=data.tokenizer_json,
+            saved_step=first_step,
         )
-        self.wandb, self.output = extras.wandb, None
-        self.failed: dict[DocumentKey, str] = {}
-        self.damaged: dict[DocumentKey, int] = {}
-        self.unshared: FailedDocuments = {}
-        self.last_end = self.idle = 0.0
-        self.started_at = None
+        self._hooks: tuple[Hook, ...] = (
+            evaluation,
+            checkpoint,
+            AudioSamplesHook(samples, self._log),
+            self._guard,
+            self._stop,
+        )
 
-    def go(self, state: TrainState, data_state: dict | None) -> TrainState:
-        if is_process_zero():
-            self.output = Output(self.run, self.workdir.path, state.step, self.wandb, self.console)
-            if self.listening.is_due(0):
-                self.console.print(self.listening.sentence)
-        steps, stop = self.data.steps(data_state), StopSignal()
-        pending, saved = None, state.step
-        self.started_at = state.step
+    def fit(self, progress: Progress) -> Progress:
+        """Runs steps until the last one, or until a hook stops the run. Raises RunStoppedError where it failed."""
+        steps = self._data.steps(progress.data_state)
         try:
-            if state.step == 0 and self.evaluation.is_due(0):
-                self._write({"step": 0} | self.evaluation(state))
-            if state.step == 0 and self.listening.is_due(0):
-                self._listen(state)
-            while not stop.reached(state.step) and state.step < self.run.train.steps and not self.guard.exceeded:
-                state, data_state, sent = self._send(state, steps, pending)
-                if pending is not None:
-                    self._write(self._read(pending))
-                pending = sent
-                save = state.step % self.run.checkpoint.every == 0
-                hear = self.listening.is_due(state.step)
-                if save or hear or self.evaluation.is_due(state.step):
-                    # A saved step's numbers must be on disk: a run that resumes after it never computes them again.
-                    row, pending = self._read(pending), None
-                    if self.evaluation.is_due(state.step):
-                        row |= self.evaluation(state)
-                    self._write(row)
-                if hear:
-                    self._listen(state)
-                if save:
-                    self._save(state, data_state)
-                    saved = state.step
-            if pending is not None:
-                self._write(self._read(pending))
-            if saved != state.step:
-                self._save(state, data_state)
-            self.workdir.wait()
+            if progress.step == 0:
+                self._call_due(progress)
+            # A list, not a generator: on several hosts every one must ask every hook at every step.
+            while not any([hook.should_stop(progress.step) for hook in self._hooks]) and progress.step < self._steps:
+                progress, sent = self._send(progress, steps)
+                self._flush()
+                self._pending = sent
+                self._call_due(progress)
+            self._flush()
+            for hook in self._hooks:
+                hook.finish(progress)
         finally:
-            steps.close()
-            stop.close()
-            self.trace.close()
-            if self.output is not None:
-                self.output.close()
-        self._say_why_it_ended(state, stop)
-        return state
+            self._close(steps)
+        self._say_why_it_ended(progress.step)
+        return progress
 
-    def _send(self, state: TrainState, steps: Iterator[DataStep], before: _Pending | None):
-        """Reads a step's rows and sends it to the devices: the new state, the data's, and what to read later."""
-        number = state.step + 1
-        self.trace.before(number)
+    def _send(self, progress: Progress, steps: Iterator[DataStep]) -> tuple[Progress, PendingStep]:
+        """Reads a step's rows and sends it to the devices; returns where the run stands, and what to read later."""
+        number = progress.step + 1
+        self._trace.before(number)
+
+        # Rows. The devices are idle meanwhile only if the step before is done; at most: it may end during the wait.
         began = time.perf_counter()
-        step = next(steps)
+        rows = next(steps)
         waited = time.perf_counter() - began
-        if before is None or before.is_done():
-            self.idle += waited  # at most: the devices may have been at work for a part of it
-        self._note_failed(step.failed)
-        self.damaged |= step.damaged
-        compiled, sending = self.compiles.count, time.perf_counter()
-        with jax.profiler.StepTraceAnnotation("train", step_num=number):
-            batch = self.place(step.batch)
-            trainable, moved, opt_state, numbers = self.step(state.trainable, state.frozen, state.opt_state, batch)
-            numbers = numbers | {f"count_{name}": value for name, value in self.counts(batch).items()}
-        self.trace.after(number, numbers)
-        compiling = time.perf_counter() - sending if self.compiles.count > compiled else 0.0
-        if compiling and number > self.started_at + 1:
-            log.warning("step %d had to compile %d programs", number, self.compiles.count - compiled)
-        sent = _Pending(number, numbers, step.batch, self.data.epochs(step.state), began, waited, compiling)
-        return advance(state, trainable, moved, opt_state), step.state, sent
+        if self._pending is None or self._pending.is_done():
+            self._idle += waited
+        self._failures.note(rows.failed)
+        self._damaged |= rows.damaged
 
-    def _read(self, pending: _Pending) -> Row:
-        """Waits for a step's numbers: its row of metrics.jsonl."""
+        # The step: dispatched, not awaited. Compiling blocks, so a call that compiles is timed as compiling.
+        compiled, sending = self._compiles.count, time.perf_counter()
+        with jax.profiler.StepTraceAnnotation("train", step_num=number):
+            batch = self._place(rows.batch)
+            state, numbers = self._step(progress.state, batch)
+            counts = self._counts(batch)
+        self._trace.after(number, (numbers, counts))
+        compiling = time.perf_counter() - sending if self._compiles.count > compiled else 0.0
+        if compiling and number > self._first_step + 1:
+            log.warning("step %d had to compile %d programs", number, self._compiles.count - compiled)
+
+        epochs = self._data.epochs(rows.state)
+        sent = PendingStep(number, numbers, counts, rows.batch, epochs, began, waited, compiling)
+        return Progress(number, state, rows.state), sent
+
+    def _call_due(self, progress: Progress) -> None:
+        """Calls the hooks that are due after a step, with its record written between `measure` and `act`."""
+        due = [hook for hook in self._hooks if hook.is_due(progress.step)]
+        if not due:
+            return
+        record: MetricsRecord = {} if self._pending is None else self._read(self._pending)
+        self._pending = None
+        for hook in due:
+            record |= hook.measure(progress)
+        if record:
+            self._write({"step": progress.step} | record)
+        for hook in due:
+            hook.act(progress)
+
+    def _flush(self) -> None:
+        """Writes the numbers of a step that was sent before."""
+        if self._pending is not None:
+            self._write(self._read(self._pending))
+            self._pending = None
+
+    def _read(self, pending: PendingStep) -> MetricsRecord:
+        """Waits for a step's numbers: its line of metrics.jsonl."""
         numbers = {name: float(value) for name, value in pending.numbers.items()}
+        counts = {name: float(value) for name, value in pending.counts.items()}
         now = time.perf_counter()
+
         # From the start of this step (or the end of the one before, still running then) until its numbers were there.
-        took = now - max(pending.began, self.last_end)
-        productive = max(0.0, took - self.idle - pending.compiling)
-        self.last_end, self.idle = now, 0.0
-        counts = {name.removeprefix("count_"): numbers.pop(name) for name in list(numbers) if name.startswith("count_")}
-        self.guard.note(pending.step, numbers, pending.batch)
-        numbers |= {"tokens": int(counts["tokens"]), "nonfinite_steps": self.guard.count}
+        took = now - max(pending.began, self._last_end)
+        productive = max(0.0, took - self._idle - pending.compiling)
+        self._last_end, self._idle = now, 0.0
+        times = {"step_time_s": took, "data_wait_s": pending.waited, "productive_s": productive}
+
+        for hook in self._hooks:
+            hook.observe(pending.step, numbers, pending.batch)
+        numbers |= {"tokens": int(counts["tokens"]), "nonfinite_steps": self._guard.count}
         del numbers["nonfinite"]
         drop_absent_sources(numbers)
-        times = {"step_time_s": took, "data_wait_s": pending.waited, "productive_s": productive}
-        speed = self.throughput.of(counts, took)
-        skipped = dict(self.data.skipped + Counter(self.failed.values()))
-        data = {"skipped": skipped, "handled": dict(self.data.handled), "epochs": pending.epochs}
-        data["damaged_packets"] = sum(self.damaged.values())
-        return {"step": pending.step, **numbers, **times, **speed, "compiles": self.compiles.count, **data}
+        return {
+            "step": pending.step,
+            **numbers,
+            **times,
+            **self._throughput.rates(counts, took),
+            "compiles": self._compiles.count,
+            "skipped": dict(self._data.skipped + self._failures.causes),
+            "oversize": dict(self._data.handled),
+            "epochs": pending.epochs,
+            "damaged_packets": sum(self._damaged.values()),
+        }
 
-    def _write(self, row: Row) -> None:
-        if self.output is not None:
-            self.output.write(row)
+    def _write(self, record: MetricsRecord) -> None:
+        if self._log is not None:
+            self._log.write(record)
 
-    def _listen(self, state: TrainState) -> None:
-        """Held-out clips as they come back now, to TensorBoard."""
-        samples = self.listening(state)
-        if self.output is not None:
-            self.output.write_samples(state.step, samples)
+    def _close(self, steps: Iterator[DataStep]) -> None:
+        close_data = getattr(steps, "close", None)
+        if close_data is not None:
+            close_data()
+        for hook in self._hooks:
+            hook.close()
+        self._trace.close()
+        if self._log is not None:
+            self._log.close()
 
-    def _note_failed(self, failed: FailedDocuments) -> None:
-        """Counts documents that could not be decoded. On several hosts the limit is checked when they have told."""
-        for key, (where, cause, message) in failed.items():
-            if key not in self.failed:
-                self.failed[key] = cause
-                log.warning("skipped %s (%s): %s", where, cause, message)
-                self.unshared[key] = (where, cause, message)
-        if failed and jax.process_count() == 1:
-            self.data.check_failed(Counter(self.failed.values()))
-
-    def _share_failed(self) -> None:
-        """Every host learns what the others could not decode; all raise alike when it is too much."""
-        if jax.process_count() == 1:
-            return
-        for text in all_gather_str(json.dumps([[*key, cause] for key, (_, cause, _) in self.unshared.items()])):
-            self.failed |= {(source, number): cause for source, number, cause in json.loads(text)}
-        self.unshared = {}
-        self.data.check_failed(Counter(self.failed.values()))
-
-    def _save(self, state: TrainState, data_state: dict) -> None:
-        self._share_failed()
-        branches, opt_state = to_checkpoint(self.spec, state)
-        trained = dict(self.before)
-        for name in {path.split(".")[0] for path in state.trainable}:
-            trained[name] = trained.get(name, 0) + state.step
-        self.workdir.save(
-            state.step,
-            branches,
-            opt_state,
-            data_state,
-            self.omni,
-            self.data.tokenizer_json,
-            trained={name: trained.get(name, 0) for name in branches},
-        )
-
-    def _say_why_it_ended(self, state: TrainState, stop: StopSignal) -> None:
-        if self.guard.exceeded:
-            raise RunStoppedError(f"{self.guard.sentence()}; step {state.step} is saved in {self.workdir.path}")
-        if stop.asked:
-            self.console.print(f"stopped by SIGTERM: step {state.step} is saved in {self.workdir.path}")
+    def _say_why_it_ended(self, step: int) -> None:
+        if self._guard.exceeded:
+            raise RunStoppedError(f"{self._guard.sentence()}; step {step} is saved in {self._workdir.path}")
+        if self._stop.received:
+            self._console.print(f"stopped by SIGTERM: step {step} is saved in {self._workdir.path}")
         else:
-            self.console.print(f"finished at step {state.step}; saved in {self.workdir.path}")
+            self._console.print(f"finished at step {step}; saved in {self._workdir.path}")

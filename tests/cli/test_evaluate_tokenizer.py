@@ -144,7 +144,7 @@ def test_numbers_of_an_untrained_tokenizer(checkpoint, manifest, tmp_path):
     assert found["waveform"] == "16000 Hz by griffin_lim"
     assert found["wer_original"] == found["wer_from_codes"] == 0.5
     assert found["mel_mae"] == found["mel_mae_q7"] > 0
-    assert 0 < found["bits_per_second"] <= found["bits_per_second_at_most"] == pytest.approx(12.5 * 36.585, rel=1e-3)
+    assert 0 < found["bits_per_second"] <= found["max_bits_per_second"] == pytest.approx(12.5 * 36.585, rel=1e-3)
     assert page.stat().st_size > 10_000
     hook = "tests.cli.test_evaluate_tokenizer:hears_recordings"
     done = run("--checkpoint", checkpoint, "--manifest", manifest, "--limit", 1, "--asr", hook, "--json", numbers)

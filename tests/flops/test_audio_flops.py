@@ -166,6 +166,6 @@ def test_preflight_states_what_the_parts_count(name):
     omni = resolve_model(run.model)
     task = make_task(run, omni, make_compute(run))
     counts = Packing().counts(run, omni)
-    flops = flops_by_branch(task.parts(), counts, ())
+    flops = flops_by_branch(task.flop_terms(), counts, ())
     assert all(value > 0 for value in flops.values())
     assert counts["clips"] == run.data.rows * run.data.budgets.mel_windows

@@ -15,11 +15,10 @@ import dataclasses
 import jax
 from jax.experimental import topologies
 from baichuan_omni_jax.config import Budgets, MeshConfig, OptimizerConfig, load_run_config, resolve_model
-from baichuan_omni_jax.nn.param import named_values
 from baichuan_omni_jax.omni.batch import abstract_batch
 from baichuan_omni_jax.sharding import make_mesh
-from baichuan_omni_jax.train.state import abstract_opt_state, make_compute, make_step_spec
-from baichuan_omni_jax.train.step import make_step
+from baichuan_omni_jax.train.state import abstract_state, make_compute, make_step_spec
+from baichuan_omni_jax.train.step import compile_step
 
 run = load_run_config("configs/micro.py")
 data = dataclasses.replace(run.data, rows=4, budgets=Budgets(tokens=256, patches=0, audio_frames=0, audio_targets=0))
@@ -30,9 +29,8 @@ mesh, omni, compute = make_mesh(run.mesh, devices), resolve_model(run.model), ma
 assert [{device.slice_index for device in part.flat} for part in mesh.devices] == [{0}, {1}]
 with jax.set_mesh(mesh):
     spec = make_step_spec(run, omni, mesh, compute)
-    trainable, frozen = spec.split(named_values(spec.template))
     batch = abstract_batch(4, data.budgets, omni, run.branches, mesh, compute.rules)
-    compiled = make_step(spec, run).lower(trainable, frozen, abstract_opt_state(spec), batch).compile()
+    compiled = compile_step(spec).lower(abstract_state(spec), batch).compile()
 print("temporaries", compiled.memory_analysis().temp_size_in_bytes)
 """
 

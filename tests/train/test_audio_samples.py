@@ -20,9 +20,7 @@ from baichuan_omni_jax.config.mel_targets import flow_target
 from baichuan_omni_jax.config.vocoder import tiny_vocoder, vocoder_to_json
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.nn.param import ComputePolicy
-from baichuan_omni_jax.train.audio_samples import SoundSamples, check_samples
-from baichuan_omni_jax.train.mel_image import mel_image
-from baichuan_omni_jax.train.mel_waves import MelWaves
+from baichuan_omni_jax.train.audio_samples import AudioSamples, MelWaves, check_samples, mel_image
 from baichuan_omni_jax.train.metrics import MetricsWriter
 from baichuan_omni_jax.vocoder.model import Vocoder
 from tests.helpers.micro import REPOSITORY, numbers, one_device
@@ -84,7 +82,7 @@ def test_samples_are_read_back_from_the_events(tmp_path):
     wave = 0.5 * np.sin(np.arange(2400) / 10).astype(np.float32)
     picture = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
     writer = MetricsWriter(tmp_path, 0)
-    writer.write_samples(7, SoundSamples({"a/griffin_lim": (wave, 24000)}, {"mels": picture}))
+    writer.write_samples(7, AudioSamples({"a/griffin_lim": (wave, 24000)}, {"mels": picture}))
     writer.close()
     found = events(tmp_path)
     heard, rate = wave_of(found["a/griffin_lim", 7])

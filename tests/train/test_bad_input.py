@@ -20,7 +20,7 @@ from baichuan_omni_jax.errors import ConfigError, exit_code
 from baichuan_omni_jax.sharding import MESH_AXES
 from baichuan_omni_jax.train.input import check_batch
 from baichuan_omni_jax.train.state import make_compute
-from baichuan_omni_jax.train.tasks.audio import check_sound
+from baichuan_omni_jax.train.tasks.audio import check_audio_run
 from baichuan_omni_jax.train.trainer import train
 from data_pipelines.packing.rows import ALL_ROWS
 from data_pipelines.pipeline import TrainingData, open_pipeline
@@ -55,7 +55,7 @@ def test_weights_in_the_loss_that_cannot_be(refusal, micro_root):
     sound = load_run_config(CONFIG.with_name("audio_tokenizer_tiny.py"))
     sets = ["train.document_weighting=sqrt"], ["data.mixture=[{'name': 'a', 'manifest': 'a.jsonl', 'loss_weight': 2}]"]
     mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1), MESH_AXES, axis_types=(AxisType.Explicit,) * 4)
-    check = lambda run: check_sound(run, TINY, mesh, make_compute(run), run.branches, ())  # noqa: E731
+    check = lambda run: check_audio_run(run, TINY, mesh, make_compute(run), run.branches, ())  # noqa: E731
     sentences = [refusal(lambda: check(apply_overrides(sound, changes))) for changes in sets]  # noqa: B023
     assert sentences[0].startswith("train.document_weighting must be token: task audio_tokenizer")
     assert sentences[1] == "source a: loss_weight must be 1 in task audio_tokenizer, not 2.0"

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from baichuan_omni_jax.train.nonfinite import NonfiniteGuard
+from baichuan_omni_jax.train.hooks import NonfiniteGuard
 
 BATCH = {
     "tokens": np.arange(8, dtype=np.int32).reshape(1, 8),
@@ -22,9 +22,9 @@ def guard(tmp_path):
 
 
 def test_a_batch_is_kept_with_the_lines_of_its_documents(guard, tmp_path):
-    guard.note(4, GOOD, BATCH)
+    guard.observe(4, GOOD, BATCH)
     assert not (tmp_path / "nonfinite").exists()
-    guard.note(5, BAD, BATCH)
+    guard.observe(5, BAD, BATCH)
     folder = tmp_path / "nonfinite" / "step_5"
     with np.load(folder / "host_0.npz") as found:
         assert {name: found[name].tolist() for name in found} == {name: x.tolist() for name, x in BATCH.items()}
@@ -39,7 +39,7 @@ def test_only_steps_in_a_row_are_too_many(guard, tmp_path):
     """Bad steps 1 2, a good one, bad ones 4 5 6: the limit of 3 is met at step 6, and a good step 7 is too late."""
     exceeded = []
     for step, numbers in enumerate([BAD, BAD, GOOD, BAD, BAD, BAD, GOOD], 1):
-        guard.note(step, numbers, BATCH)
+        guard.observe(step, numbers, BATCH)
         exceeded.append(guard.exceeded)
     assert exceeded == [False] * 5 + [True] * 2
     assert guard.count == 5

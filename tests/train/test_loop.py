@@ -78,13 +78,13 @@ def test_metrics_of_a_whole_run(finished):
         assert TIMES.union(KEYS) <= set(row)
         assert all(np.isfinite(row[key]) for key in TIMES.union(KEYS))
         assert 0 <= row["goodput"] < 1
-        assert row["loss"] == pytest.approx(row["loss_text"] + row["audio_scale"] * row["loss_audio"], rel=1e-6)
-        shares = {name: value for name, value in row.items() if name.startswith("share/")}
+        assert row["loss"] == pytest.approx(row["loss_text"] + row["audio_loss_scale"] * row["loss_audio"], rel=1e-6)
+        shares = {name: value for name, value in row.items() if name.startswith("loss_share/")}
         assert sum(shares.values()) == pytest.approx(1, rel=1e-5)
-        of_sources = sum(share * row.get(name.replace("share", "loss"), 0) for name, share in shares.items())
-        assert row["loss"] == pytest.approx((1 + row["audio_scale"]) * of_sources, rel=1e-5)
+        of_sources = sum(share * row.get(name.replace("loss_share", "loss"), 0) for name, share in shares.items())
+        assert row["loss"] == pytest.approx((1 + row["audio_loss_scale"]) * of_sources, rel=1e-5)
         assert row["loss_audio"] == pytest.approx(np.mean([row[level] for level in LEVELS]), rel=1e-6)
-        assert row["skipped"] == row["handled"] == {}
+        assert row["skipped"] == row["oversize"] == {}
     epochs = [row["epochs"] for row in rows]
     assert all(0 < epochs[-1][source] >= epochs[0][source] for source in epochs[0])
     assert rows[2]["compiles"] == rows[-1]["compiles"] > 0

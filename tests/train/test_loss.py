@@ -10,13 +10,18 @@ import pytest
 from baichuan_omni_jax.config import Budgets, resolve_model
 from baichuan_omni_jax.config.loss_shares import POWERS
 from baichuan_omni_jax.evaluation.held_out import mean_losses
-from baichuan_omni_jax.evaluation.omni_losses import make_eval_step
-from baichuan_omni_jax.nn.linear import narrow
 from baichuan_omni_jax.nn.param import named_values, with_values
+from baichuan_omni_jax.nn.linear import narrow
 from baichuan_omni_jax.omni.model import OmniModel
 from baichuan_omni_jax.sharding import ShardingRules
-from baichuan_omni_jax.train.losses import chunked_cross_entropy, cross_entropy
-from baichuan_omni_jax.train.omni_loss import denominators, omni_loss, share_metrics
+from baichuan_omni_jax.train.hooks import compile_held_out
+from baichuan_omni_jax.train.losses import (
+    chunked_cross_entropy,
+    cross_entropy,
+    loss_share_metrics,
+    omni_denominators,
+    omni_loss,
+)
 from baichuan_omni_jax.train.state import make_compute, make_step_spec
 from data_pipelines.documents.loss_weights import weigh
 from data_pipelines.packing.batch import RowWriter, empty_rows
@@ -52,7 +57,8 @@ class Losses:
             self._gradient = jax.jit(jax.grad(self._weighted, has_aux=True))
 
     def _weighted(self, values, batch, weights):
-        _, metrics = omni_loss(with_values(self.model, values), batch, self.run)
+        denominators = omni_denominators(batch, self.run)
+        _, metrics = omni_loss(with_values(self.model, values), batch, self.run, denominators)
         losses = [metrics["loss_text"], *(metrics[f"loss_audio_q{level}"] for level in range(LEVELS))]
         return (jnp.stack(losses) * weights).sum(), metrics
 
@@ -157,10 +163,10 @@ def test_weighted_documents_equal_each_alone_weighted_by_hand(losses, documents,
     assert max(worst.values()) <= TOLERANCE, worst
 
     with jax.set_mesh(losses.mesh):
-        measured = share_metrics(place(packed, losses.mesh, losses.compute.rules), losses.run)
+        measured = loss_share_metrics(place(packed, losses.mesh, losses.compute.rules), losses.run)
     for number, name in enumerate(sources):
         weight = (own * shares)[owners == number]
-        assert measured[f"share/{name}"] == pytest.approx(weight.sum() / own.sum(), rel=TOLERANCE)
+        assert measured[f"loss_share/{name}"] == pytest.approx(weight.sum() / own.sum(), rel=TOLERANCE)
         assert metrics[f"loss/{name}"] == pytest.approx(
             (weight * found[owners == number]).sum() / weight.sum(), rel=1e-5
         )
@@ -186,11 +192,11 @@ def test_held_out_audio_counts_as_in_a_step(micro_root):
     sums = {name: np.array([value]) for name, value in {"text": 300.0, "text_weight": 100.0}.items()}
     sums |= {"text_only": sums["text"], "text_only_weight": sums["text_weight"]}
     sums |= {"audio": np.full((1, LEVELS), 50.0), "audio_weight": np.full((1, LEVELS), 10.0)}
-    means = mean_losses(sums, ("a",), run)
+    means = mean_losses(sums, ("a",), run.train)
     assert means["loss"] == pytest.approx(3.0 + 2 * 0.2 * 5.0)
     assert (means["loss_text"], means["loss_audio"]) == (3.0, 5.0)
     silent = {**sums, "text": np.zeros(1), "text_weight": np.zeros(1)}
-    assert mean_losses(silent, ("a",), run)["loss"] == pytest.approx(2 * 5.0)
+    assert mean_losses(silent, ("a",), run.train)["loss"] == pytest.approx(2 * 5.0)
 
 
 @pytest.mark.parametrize(
@@ -211,7 +217,7 @@ def test_few_frames_do_not_weigh_as_much_as_all_the_text(micro_root, text, frame
     run = micro_run(micro_root, f"train.audio_full_ratio={ratio}", "train.audio_loss_weight=2.0")
     audio = np.zeros((1, 90, 2), np.float32)
     audio[0, :frames] = 1
-    by = denominators(
+    denominators = omni_denominators(
         {
             "text_weights": jnp.ones((1, text)) if text else jnp.zeros((1, 1)),
             "source_ids": jnp.zeros((1, text or 1), jnp.int32),
@@ -220,10 +226,13 @@ def test_few_frames_do_not_weigh_as_much_as_all_the_text(micro_root, text, frame
         },
         run,
     )
-    assert by.audio_scale == pytest.approx(scale)
-    np.testing.assert_allclose(by.sources, [text > 0, 0, 0, 2 * scale * (frames > 0), 0], rtol=1e-6)
+    assert denominators.audio_scale == pytest.approx(scale)
+    np.testing.assert_allclose(denominators.sources, [text > 0, 0, 0, 2 * scale * (frames > 0), 0], rtol=1e-6)
     if frames and text:
-        frame, target = 2 * float(by.audio_scale) / float(by.levels[0]), 1 / float(by.text)
+        frame, target = (
+            2 * float(denominators.audio_scale) / float(denominators.levels[0]),
+            1 / float(denominators.text),
+        )
         assert frame <= 2 / ratio * target * (1 + 1e-6) if ratio else frame == 2
 
 
@@ -262,7 +271,7 @@ def test_held_out_sums_tell_sources_and_kinds_apart(losses, documents):
     metrics, _ = losses(batch, np.ones(1 + LEVELS))
     with jax.set_mesh(losses.mesh), jax.default_matmul_precision("highest"):
         spec = make_step_spec(losses.run, losses.omni, losses.mesh, losses.compute)
-        step = make_eval_step(spec, losses.run, len(documents))
+        step = compile_held_out(spec, len(documents))
         sums = step(named_values(losses.model), place(batch, losses.mesh, losses.compute.rules))
     sums = jax.tree.map(np.asarray, sums)
 

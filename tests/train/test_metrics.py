@@ -12,11 +12,9 @@ import pytest
 from baichuan_omni_jax.config import load_run_config, resolve_model
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.flops.terms import flops_by_branch, omni_terms
-from baichuan_omni_jax.train import goodput
-from baichuan_omni_jax.train.goodput import Goodput
-from baichuan_omni_jax.train.metrics import MetricsWriter, Throughput
-from baichuan_omni_jax.train.profiling import StepTrace, parse_span
-from baichuan_omni_jax.train.wandb import WandbWriter
+from baichuan_omni_jax.train import metrics
+from baichuan_omni_jax.train.hooks import StepTrace, parse_span
+from baichuan_omni_jax.train.metrics import Goodput, MetricsWriter, Throughput, WandbWriter
 from tests.helpers.micro import CONFIG
 
 COUNTS = {
@@ -82,7 +80,7 @@ def test_speed_and_mfu():
     omni = resolve_model("tiny")
     trainable = {"llm.layers.attention.q_proj.weight"}
     parts = omni_terms(omni)
-    found = Throughput(parts, trainable, 2, 1e12).of(COUNTS, 0.5)
+    found = Throughput(parts, trainable, 2, 1e12).rates(COUNTS, 0.5)
     flops = flops_by_branch(parts, COUNTS, trainable)
     assert found["tokens_per_s_per_chip"] == 200.0
     for name, value in flops.items():
@@ -92,15 +90,15 @@ def test_speed_and_mfu():
 
 
 def test_no_mfu_where_the_peak_is_not_known():
-    found = Throughput(omni_terms(resolve_model("tiny")), set(), 1, None).of(COUNTS, 0.5)
+    found = Throughput(omni_terms(resolve_model("tiny")), set(), 1, None).rates(COUNTS, 0.5)
     assert not [name for name in found if name.startswith("mfu")]
 
 
 def test_goodput_adds_up_over_starts(tmp_path, monkeypatch):
     """Two starts of 10 s each. The first is killed after steps 1 and 2 of 3 s; step 2 is lost and made again."""
     clock = SimpleNamespace(monotonic=lambda: clock.now, now=10.0)
-    monkeypatch.setattr(goodput, "time", clock)
-    monkeypatch.setattr(goodput, "_BEGAN", 0.0)
+    monkeypatch.setattr(metrics, "time", clock)
+    monkeypatch.setattr(metrics, "_BEGAN", 0.0)
     first = Goodput(tmp_path, [])
     assert first.note(3.0) == pytest.approx(3 / 10)
     assert first.note(3.0) == pytest.approx(6 / 10)

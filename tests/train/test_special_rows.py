@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -16,20 +17,19 @@ from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.nn.param import named_values, named_variables
 from baichuan_omni_jax.omni.batch import abstract_batch
 from baichuan_omni_jax.train.groups import assign_groups, special_ids, untrained_targets
-from baichuan_omni_jax.train.preflight.compile import StepArguments
 from baichuan_omni_jax.train.preflight.report import group_sizes
-from baichuan_omni_jax.train.report import groups_table
+from baichuan_omni_jax.train.progress import groups_table
 from baichuan_omni_jax.train.state import (
-    abstract_opt_state,
-    advance,
+    abstract_state,
     branches_of,
     from_checkpoint,
     init_state,
     make_compute,
     make_step_spec,
+    saved_opt_state,
     to_checkpoint,
 )
-from baichuan_omni_jax.train.step import make_gradients, make_step
+from baichuan_omni_jax.train.step import compile_step, compute_gradients
 from baichuan_omni_jax.train.tasks import make_task
 from tests.helpers.micro import CONFIG, one_device
 
@@ -61,9 +61,9 @@ OMNI = resolve_model(run_of(ALL).model)
 
 
 def started(run):
-    """(spec, state at step 0) on one device, whose mesh is the current one."""
+    """(spec, state at step 0, originals) on one device, whose mesh is the current one."""
     spec = make_step_spec(run, OMNI, one_device(), make_compute(run))
-    return spec, init_state(run, spec)
+    return spec, *init_state(run, spec)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -89,8 +89,8 @@ def batch(mesh):
 def rounding(mesh):
     """A run that trains the rows alone and computes from bf16: (run, spec, its step)."""
     run = run_of(ROWS, FROZEN, frozen_dtype="bfloat16")
-    spec, _ = started(run)
-    return run, spec, make_step(spec, run)
+    spec, _, _ = started(run)
+    return run, spec, compile_step(spec)
 
 
 def relative(value, reference) -> float:
@@ -98,17 +98,17 @@ def relative(value, reference) -> float:
     return float(np.abs(value - reference).max() / np.abs(reference).max())
 
 
-def saved_tables(spec, state) -> dict[str, np.ndarray]:
-    return jax.tree.map(np.asarray, named_values(to_checkpoint(spec, state)[0]))
+def saved_tables(spec, state, originals) -> dict[str, np.ndarray]:
+    return jax.tree.map(np.asarray, named_values(to_checkpoint(spec, state, originals)[0]))
 
 
 def test_rows_learn_as_they_would_in_a_table_that_trains(batch):
     """Loss and gradient of the rows against those of the whole model, all of it trainable."""
     whole_run, run = run_of(ALL), run_of(ROWS, FROZEN)
-    whole_setup, whole = started(whole_run)
-    spec, state = started(run)
-    expected, metrics, _ = jax.jit(make_gradients(whole_setup, whole_run))(whole.trainable, whole.frozen, batch)
-    found, own, _ = jax.jit(make_gradients(spec, run))(state.trainable, state.frozen, batch)
+    whole_spec, whole, _ = started(whole_run)
+    spec, state, _ = started(run)
+    expected, metrics, _ = jax.jit(partial(compute_gradients, spec=whole_spec))(whole, batch)
+    found, own, _ = jax.jit(partial(compute_gradients, spec=spec))(state, batch)
     assert float(own["loss"]) == pytest.approx(float(metrics["loss"]), rel=TOLERANCE)
     assert set(found) == {"llm.embedding_rows", "llm.head_rows"}
     for table in ("llm.embedding", "llm.head"):
@@ -118,15 +118,14 @@ def test_rows_learn_as_they_would_in_a_table_that_trains(batch):
 def test_only_the_rows_train_and_have_a_state(rounding, batch):
     """Two steps: of the saved model nothing but the rows of marks changed, bit for bit."""
     run, spec, step = rounding
-    state = init_state(run, spec)
-    before = saved_tables(spec, state)
+    state, originals = init_state(run, spec)
+    before = saved_tables(spec, state, originals)
     for _ in range(2):
-        trainable, moved, opt_state, _ = step(state.trainable, state.frozen, state.opt_state, batch)
-        state = advance(state, trainable, moved, opt_state)
+        state, _ = step(state, batch)
     rows = (len(MARKS), OMNI.llm.hidden_size)
     shapes = {leaf.shape for leaf in jax.tree.leaves(state.opt_state)}
     assert shapes == {(), rows}
-    after = saved_tables(spec, state)
+    after = saved_tables(spec, state, originals)
     assert set(after) == set(before)
     for name, value in after.items():
         if name not in ("llm.embedding", "llm.head"):
@@ -142,17 +141,17 @@ def test_only_the_rows_train_and_have_a_state(rounding, batch):
 def test_a_resumed_run_goes_on_exactly(rounding, batch, tmp_path):
     """A step from files against the same step without the stop; the files hold whole tables."""
     run, spec, step = rounding
-    state = init_state(run, spec)
-    first = advance(state, *step(state.trainable, state.frozen, state.opt_state, batch)[:3])
+    state, originals = init_state(run, spec)
+    first, _ = step(state, batch)
     workdir = Workdir(tmp_path, keep=1)
-    branches, opt_state = to_checkpoint(spec, first)
+    branches, opt_state = to_checkpoint(spec, first, originals)
     workdir.save(1, branches, opt_state, {}, OMNI)
     workdir.wait()
-    found = workdir.restore(None, branches_of(spec.stored), abstract_opt_state(spec))
+    found = workdir.restore(None, branches_of(spec.stored), saved_opt_state(abstract_state(spec)))
     workdir.close()
-    resumed = from_checkpoint(spec, found.branches, found.opt_state, found.step)
-    assert set(resumed.originals) == set(first.originals)
-    goes_on = [step(each.trainable, each.frozen, each.opt_state, batch) for each in (first, resumed)]
+    resumed, again = from_checkpoint(spec, found.branches, found.opt_state, found.step)
+    assert set(again) == set(originals)
+    goes_on = [step(each, batch) for each in (first, resumed)]
     for a, b in zip(*map(jax.tree.leaves, goes_on), strict=True):
         assert np.array_equal(a, b)
     assert found.branches["llm"].embedding.shape == (OMNI.llm.vocab_size, OMNI.llm.hidden_size)
@@ -161,18 +160,18 @@ def test_a_resumed_run_goes_on_exactly(rounding, batch, tmp_path):
 def test_a_frozen_branch_comes_through_a_stage_unrounded(rounding, batch, tmp_path):
     """A stage that computes from bf16 starts from fp32 weights; the next stage trains them from exactly these."""
     run, spec, step = rounding
-    parent = init_state(run_of(ALL, seed=5), make_step_spec(run_of(ALL), OMNI, one_device(), make_compute(run)))
+    parent, _ = init_state(run_of(ALL, seed=5), make_step_spec(run_of(ALL), OMNI, one_device(), make_compute(run)))
     original = jax.tree.map(np.asarray, parent.trainable)
     model = spec.assemble(parent.trainable | {name: None for name in spec.groups.rows.values()}, {})
     save_branches(tmp_path / "parent", branches_of(model), OMNI)
 
     from_parent = dataclasses.replace(run.checkpoint, init_from=str(tmp_path / "parent"))
-    state = init_state(dataclasses.replace(run, checkpoint=from_parent), spec)
+    state, originals = init_state(dataclasses.replace(run, checkpoint=from_parent), spec)
     assert {str(value.dtype) for value in state.frozen.values()} == {"bfloat16"}
-    assert {value.sharding.memory_kind for value in state.originals.values()} == {"pinned_host"}
-    state = advance(state, *step(state.trainable, state.frozen, state.opt_state, batch)[:3])
+    assert {value.sharding.memory_kind for value in originals.values()} == {"pinned_host"}
+    state, _ = step(state, batch)
     workdir = Workdir(tmp_path / "stage", keep=1)
-    workdir.save(1, *to_checkpoint(spec, state), {}, OMNI)
+    workdir.save(1, *to_checkpoint(spec, state, originals), {}, OMNI)
     workdir.close()
 
     # The next stage, and one after it that freezes again.
@@ -195,9 +194,9 @@ def test_weights_that_bf16_holds_are_kept_as_bf16(rounding, tmp_path):
     model = spec.assemble(narrow | {name: None for name in spec.groups.rows.values()}, {})
     save_branches(tmp_path / "parent", branches_of(model), OMNI)
     from_parent = dataclasses.replace(run.checkpoint, init_from=str(tmp_path / "parent"))
-    state = init_state(dataclasses.replace(run, checkpoint=from_parent), spec)
-    assert not state.originals
-    branches, _ = to_checkpoint(spec, state)
+    state, originals = init_state(dataclasses.replace(run, checkpoint=from_parent), spec)
+    assert not originals
+    branches, _ = to_checkpoint(spec, state, originals)
     save_branches(tmp_path / "saved", branches, OMNI)
     assert read_branch_info(tmp_path / "saved")["llm"].dtype == "bfloat16+float32"
     assert branches["llm"].layers.mlp.up_proj.weight.dtype == jnp.bfloat16
@@ -216,8 +215,10 @@ def test_marks_are_targets_only_where_their_row_of_the_head_trains(batch, rows):
     asked = np.isin(np.asarray(batch["text_targets"]), MARKS)
     assert (np.asarray(batch["text_targets"]) == AUDIOGEN_START).any()
     expected = weights if rows else np.where(asked, 0, weights)
-    np.testing.assert_array_equal(np.asarray(spec.task.weigh(batch)["text_weights"]), expected.astype(np.float32))
-    assert float(spec.task.counts(batch)["text_targets"]) == np.count_nonzero(expected)
+    np.testing.assert_array_equal(
+        np.asarray(spec.task.mask_untrained_targets(batch)["text_weights"]), expected.astype(np.float32)
+    )
+    assert float(spec.task.batch_counts(batch)["text_targets"]) == np.count_nonzero(expected)
 
 
 @pytest.mark.parametrize(("rate", "ids"), [(None, MARKS), (1e-3, ())])
@@ -229,9 +230,11 @@ def test_a_frozen_reader_of_transcripts_is_not_asked_for_marks(batch, rate, ids)
     run = dataclasses.replace(config, optimizer=optimizer)
     weights, asked = np.asarray(batch["text_weights"]), np.isin(np.asarray(batch["text_targets"]), ids)
     task = make_task(run, OMNI, make_compute(run))
-    np.testing.assert_array_equal(np.asarray(task.weigh(batch)["text_weights"]), np.where(asked, 0, weights))
+    np.testing.assert_array_equal(
+        np.asarray(task.mask_untrained_targets(batch)["text_weights"]), np.where(asked, 0, weights)
+    )
     deaf = dataclasses.replace(run, branches=("audio_encoder", "audio_decoder"))
-    assert make_task(deaf, OMNI, make_compute(deaf)).weigh(batch) is batch
+    assert make_task(deaf, OMNI, make_compute(deaf)).mask_untrained_targets(batch) is batch
 
 
 @pytest.mark.slow
@@ -239,11 +242,9 @@ def test_text_loss_of_marks_alone_moves_nothing_before_a_frozen_head(batch):
     """What trains is before the head: a batch whose only targets are marks gives it no gradient at all."""
     norm = GroupConfig(name="norm", pattern=r"llm\.norm\.", learning_rate=1e-3)
     run = run_of(ROWS, norm, FROZEN, special_token_rows=False)
-    spec, state = started(run)
+    spec, state, _ = started(run)
     marks = jnp.full_like(batch["text_targets"], AUDIOGEN_START)
-    gradients, metrics, _ = jax.jit(make_gradients(spec, run))(
-        state.trainable, state.frozen, batch | {"text_targets": marks}
-    )
+    gradients, metrics, _ = jax.jit(partial(compute_gradients, spec=spec))(state, batch | {"text_targets": marks})
     assert metrics["loss"] == 0
     assert not gradients["llm.norm.scale"].any()
 
@@ -259,8 +260,7 @@ def test_a_group_of_which_nothing_trains_is_shown_as_frozen(rows, rate):
     size = 2 * OMNI.llm.vocab_size * OMNI.llm.hidden_size
     trained = 2 * len(MARKS) * OMNI.llm.hidden_size if rows else 0
     assert [cell.strip() for cell in line.split("│")[2:6]] == ["llm", f"{size + trained:,}", f"{size:,}", rate]
-    arguments = StepArguments(*spec.split(spec.shapes()), abstract_opt_state(spec), {})
-    marks = next(group for group in group_sizes(run, spec, arguments) if group.name == "marks")
+    marks = next(group for group in group_sizes(run, spec, abstract_state(spec)) if group.name == "marks")
     assert (marks.learning_rate, marks.parameters) == (1e-2 if rows else None, size + trained)
     assert marks.optimizer_bytes == 2 * 4 * trained  # two moments, fp32
 

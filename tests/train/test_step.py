@@ -1,6 +1,7 @@
 """The compiled step: parts of a batch add up to the whole, and what is not finite changes nothing."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 from baichuan_omni_jax.config import Budgets, load_run_config, resolve_model
 from baichuan_omni_jax.omni.batch import abstract_batch
 from baichuan_omni_jax.train.state import init_state, make_compute, make_step_spec
-from baichuan_omni_jax.train.step import make_gradients, make_step
+from baichuan_omni_jax.train.step import compile_step, compute_gradients
 from tests.helpers.micro import CONFIG, one_device
 
 # Of max|difference| / max|reference| per tensor, fp32.
@@ -26,7 +27,7 @@ def text_run(quick_compile):
     omni, mesh, compute = resolve_model(run.model), one_device(), make_compute(run)
     with jax.set_mesh(mesh):
         spec = make_step_spec(run, omni, mesh, compute)
-        state = init_state(run, spec)
+        state, _ = init_state(run, spec)
         shapes = abstract_batch(4, data.budgets, omni, run.branches, mesh, compute.rules)
     rng = np.random.default_rng(0)
     first = rng.integers(1, 63, (4, 1))
@@ -48,7 +49,8 @@ def test_parts_add_up_to_the_whole_batch(text_run):
     for parts in (1, 2):
         changed = dataclasses.replace(run, train=dataclasses.replace(run.train, accumulate=parts))
         with jax.set_mesh(spec.mesh), jax.default_matmul_precision("highest"):
-            results.append(jax.jit(make_gradients(spec, changed))(state.trainable, state.frozen, batch)[:2])
+            in_parts = make_step_spec(changed, spec.task.omni, spec.mesh, spec.task.compute)
+            results.append(jax.jit(partial(compute_gradients, spec=in_parts))(state, batch)[:2])
     (whole, expected), (gradients, metrics) = results
     assert float(metrics["loss"]) == pytest.approx(float(expected["loss"]), rel=TOLERANCE)
     for name, gradient in gradients.items():
@@ -57,19 +59,20 @@ def test_parts_add_up_to_the_whole_batch(text_run):
 
 def test_a_step_that_is_not_finite_changes_nothing(text_run):
     """An infinite weight makes the loss NaN: parameters and optimizer state stay bit for bit; the next step updates."""
-    run, spec, state, batch = text_run
+    _, spec, state, batch = text_run
     weights = np.array(batch["text_weights"])
     weights[1, 3] = np.inf
     poisoned = batch | {"text_weights": jax.device_put(weights, batch["text_weights"].sharding)}
     with jax.set_mesh(spec.mesh):
-        step = make_step(spec, run)
-        trainable, _, opt_state, metrics = step(state.trainable, state.frozen, state.opt_state, poisoned)
+        step = compile_step(spec)
+        kept, metrics = step(state, poisoned)
         assert metrics["nonfinite"] == 1
         assert not np.isfinite(metrics["loss"])
-        before, after = (jax.tree.leaves(tree) for tree in ((state.trainable, state.opt_state), (trainable, opt_state)))
+        before, after = (jax.tree.leaves(dataclasses.replace(each, step=0)) for each in (state, kept))
         assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
-        trainable, _, _, metrics = step(trainable, state.frozen, opt_state, batch)
+        trained, metrics = step(kept, batch)
     assert metrics["nonfinite"] == 0
     assert not any(
-        np.array_equal(value, state.trainable[name]) for name, value in trainable.items() if "bias" not in name
+        np.array_equal(value, state.trainable[name]) for name, value in trained.trainable.items() if "bias" not in name
     )
+    assert (int(kept.step), int(trained.step)) == (1, 2)

@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.experimental import topologies
@@ -15,8 +16,8 @@ from baichuan_omni_jax.config import OmniConfig, RunConfig
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.sharding import make_mesh
 from baichuan_omni_jax.train.preflight.hlo import Temporary, largest_temporaries
-from baichuan_omni_jax.train.state import StepSpec, abstract_opt_state, make_compute, make_step_spec
-from baichuan_omni_jax.train.step import make_step
+from baichuan_omni_jax.train.state import StepSpec, TrainState, abstract_state, make_compute, make_step_spec
+from baichuan_omni_jax.train.step import compile_step
 
 # A v4 chip's two cores are one JAX device, as on a v4 slice itself.
 _OPTIONS = {"v4": {"chip_config_name": "megacore"}}
@@ -26,16 +27,6 @@ _REFUSALS = (
     re.compile(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)"),
     re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm"),
 )
-
-
-@dataclass(frozen=True)
-class StepArguments:
-    """What a step is given, as shapes with shardings."""
-
-    trainable: dict[str, jax.ShapeDtypeStruct]
-    frozen: dict[str, jax.ShapeDtypeStruct]
-    opt_state: object
-    batch: dict[str, jax.ShapeDtypeStruct]
 
 
 @dataclass(frozen=True)
@@ -58,7 +49,7 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class CompiledStep:
+class CompiledProgram:
     """A compiled step, its HLO text "" where it was refused, and the seconds that tracing and compiling took."""
 
     memory: Memory
@@ -67,48 +58,50 @@ class CompiledStep:
     seconds: float
 
 
-def abstract_step(run: RunConfig, omni: OmniConfig, devices: list[jax.Device]) -> tuple[StepSpec, StepArguments]:
-    """The run's step on these devices. Raises ConfigError where mesh, budgets, groups and model do not fit."""
+def abstract_step(
+    run: RunConfig, omni: OmniConfig, devices: list[jax.Device]
+) -> tuple[StepSpec, TrainState, dict[str, jax.ShapeDtypeStruct]]:
+    """Describes the run's step on these devices: its spec, and state and batch as shapes with shardings.
+
+    Raises ConfigError where mesh, budgets, groups and model do not fit.
+    """
     mesh, compute = make_mesh(run.mesh, devices), make_compute(run)
     with jax.set_mesh(mesh):
         spec = make_step_spec(run, omni, mesh, compute)
         spec.task.check(mesh)
-        trainable, frozen = spec.split(spec.shapes())
-        batch = spec.task.abstract_batch(mesh)
-        return spec, StepArguments(trainable, frozen, abstract_opt_state(spec), batch)
+        return spec, abstract_state(spec), spec.task.abstract_batch(mesh)
 
 
 def bytes_on_a_chip(tree: object) -> int:
-    """Bytes of one device's parts of arrays that are described by shape and sharding."""
+    """Counts the bytes of one device's parts of arrays that are described by shape and sharding."""
     leaves = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "sharding")]
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
-def compile_for_devices(spec: StepSpec, run: RunConfig, arguments: StepArguments) -> CompiledStep:
+def compile_for_devices(spec: StepSpec, state: TrainState, batch: dict[str, jax.ShapeDtypeStruct]) -> CompiledProgram:
     """Compiles the step. A program that the compiler refuses for want of memory is a result, not an error."""
     start = time.monotonic()
     with jax.set_mesh(spec.mesh), tempfile.TemporaryDirectory(prefix="preflight") as folder:
-        given = (arguments.trainable, arguments.frozen, arguments.opt_state, arguments.batch)
-        lowered = make_step(spec, run).lower(*given)
+        lowered = compile_step(spec).lower(state, batch)
         dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True, "xla_dump_hlo_module_re": "jit_step"}
         try:
             memory = _memory(lowered.compile(compiler_options=dump).memory_analysis())
         except jax.errors.JaxRuntimeError as error:
-            memory = refused(str(error), bytes_on_a_chip(given))
+            memory = refused(str(error), bytes_on_a_chip((state, batch)))
             if memory is None:
                 raise
         hlo = _dumped(folder, "*after_optimizations.txt")
         largest = largest_temporaries(_dumped(folder, "*after_optimizations-buffer-assignment.txt"), hlo)
-    return CompiledStep(memory, hlo if memory.available is None else "", largest, time.monotonic() - start)
+    return CompiledProgram(memory, hlo if memory.available is None else "", largest, time.monotonic() - start)
 
 
-def _memory(stats) -> Memory:
+def _memory(stats: Any) -> Memory:
     new = stats.output_size_in_bytes - stats.alias_size_in_bytes
     return Memory(stats.argument_size_in_bytes, new, stats.temp_size_in_bytes, stats.generated_code_size_in_bytes)
 
 
 def refused(message: str, arguments: int) -> Memory | None:
-    """What an out-of-memory message of the TPU compiler says; None for another message."""
+    """Reads what an out-of-memory message of the TPU compiler says; returns None for another message."""
     for pattern in _REFUSALS:
         if match := pattern.search(message):
             needed, allowed = (int(float(match[i]) * _UNITS[match[i + 1]]) for i in (1, 3))
@@ -122,7 +115,7 @@ def _dumped(folder: str, pattern: str) -> str:
 
 
 def devices_of(topology: str, slices: int = 1) -> list[jax.Device]:
-    """The devices of `slices` slices of a topology such as `v5p:4x4x4`.
+    """Lists the devices of `slices` slices of a topology such as `v5p:4x4x4`.
 
     Raises ConfigError when libtpu is missing or does not know the topology.
     """

@@ -14,16 +14,15 @@ from baichuan_omni_jax.flops.audio import full_slots
 from baichuan_omni_jax.flops.chips import chip_of
 from baichuan_omni_jax.flops.terms import flops_by_branch, flops_by_term
 from baichuan_omni_jax.train.preflight.compile import (
-    CompiledStep,
+    CompiledProgram,
     Memory,
-    StepArguments,
     abstract_step,
     bytes_on_a_chip,
     compile_for_devices,
     devices_of,
 )
 from baichuan_omni_jax.train.preflight.hlo import Temporary, collectives_of
-from baichuan_omni_jax.train.state import StepSpec
+from baichuan_omni_jax.train.state import StepSpec, TrainState
 from baichuan_omni_jax.train.tasks.audio import slot_frames
 
 
@@ -114,7 +113,7 @@ class Packing:
         )
 
     def counts(self, run: RunConfig, omni: OmniConfig) -> dict[str, int]:
-        """What the rows of one step hold, under the names of the task's `counts`."""
+        """What the rows of one step hold, under the names of the task's `batch_counts`."""
         rng, budgets, rows = np.random.default_rng(self.seed), run.data.budgets, run.data.rows
         vision, sound, hears = "vision" in run.branches, "audio_head" in run.branches, run.task != "omni"
         patches, frames, targets = (
@@ -156,10 +155,9 @@ def preflight(run: RunConfig, omni: OmniConfig, topology: str, packing: Packing 
 
     Raises ConfigError where the topology is unknown, or mesh, budgets, groups and model do not fit it.
     """
-    spec, arguments = abstract_step(run, omni, devices_of(topology, run.mesh.slices))
-    return describe(
-        run, omni, topology, spec, arguments, compile_for_devices(spec, run, arguments), packing or Packing()
-    )
+    spec, state, batch = abstract_step(run, omni, devices_of(topology, run.mesh.slices))
+    built = compile_for_devices(spec, state, batch)
+    return describe(run, omni, topology, spec, state, batch, built, packing or Packing())
 
 
 def describe(
@@ -167,8 +165,9 @@ def describe(
     omni: OmniConfig,
     topology: str,
     spec: StepSpec,
-    arguments: StepArguments,
-    built: CompiledStep,
+    state: TrainState,
+    batch: dict[str, jax.ShapeDtypeStruct],
+    built: CompiledProgram,
     packing: Packing,
 ) -> Report:
     """The report of a step that has been compiled."""
@@ -180,7 +179,7 @@ def describe(
     available = memory.available or chip.hbm_bytes
     counts = packing.counts(run, omni)
     trainable = spec.groups.trainable
-    parts = spec.task.parts()
+    parts = spec.task.flop_terms()
     branches = flops_by_branch(parts, counts, trainable)
     total = sum(branches.values())
     return Report(
@@ -190,8 +189,8 @@ def describe(
         chips=spec.mesh.devices.size,
         device_kind=device.device_kind,
         mesh=mesh,
-        groups=group_sizes(run, spec, arguments),
-        batch_bytes=bytes_on_a_chip(arguments.batch),
+        groups=group_sizes(run, spec, state),
+        batch_bytes=bytes_on_a_chip(batch),
         args_bytes=memory.args,
         output_bytes=memory.outputs,
         temp_bytes=memory.temp,
@@ -211,16 +210,16 @@ def describe(
     )
 
 
-def group_sizes(run: RunConfig, spec: StepSpec, arguments: StepArguments) -> tuple[Group, ...]:
+def group_sizes(run: RunConfig, spec: StepSpec, state: TrainState) -> tuple[Group, ...]:
     """In the order of the run's configuration, frozen ones included; one of which nothing trains has no rate."""
-    values = arguments.trainable | arguments.frozen
+    values = state.trainable | state.frozen
     group_of = spec.groups.trainable | spec.groups.frozen
     learns = set(spec.groups.trainable.values())
     sizes, own, moments = defaultdict(int), defaultdict(int), defaultdict(int)
     for name, value in values.items():
         sizes[group_of[name]] += value.size
         own[group_of[name]] += bytes_on_a_chip(value)
-    for path, leaf in jax.tree_util.tree_flatten_with_path(arguments.opt_state)[0]:
+    for path, leaf in jax.tree_util.tree_flatten_with_path((state.opt_state, state.aux_state))[0]:
         name = next((key.key for key in reversed(path) if getattr(key, "key", None) in spec.groups.trainable), None)
         if name is not None:
             moments[group_of[name]] += bytes_on_a_chip(leaf)

@@ -1,21 +1,31 @@
 """The language-model stages: vision, language model, audio embeddings and head over packed rows of all modalities."""
 
+from collections.abc import Mapping
+
 import jax
+import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from baichuan_omni_jax.errors import ConfigError
-from baichuan_omni_jax.flops.batch_counts import count_batch
+from baichuan_omni_jax.evaluation.held_out import mean_losses, sum_losses
 from baichuan_omni_jax.flops.terms import FlopTerm, omni_terms
 from baichuan_omni_jax.omni.batch import BRANCH_FIELDS, Batch, abstract_batch
 from baichuan_omni_jax.omni.model import OmniModel
 from baichuan_omni_jax.train.input import check_batch
-from baichuan_omni_jax.train.omni_loss import denominators, fill_metrics, omni_loss, share_metrics
-from baichuan_omni_jax.train.tasks.task import NOTHING, Metrics, PlainTask
+from baichuan_omni_jax.train.losses import (
+    Denominators,
+    fill_metrics,
+    loss_share_metrics,
+    omni_denominators,
+    omni_entropies,
+    omni_loss,
+)
+from baichuan_omni_jax.train.tasks.task import NO_UPDATES, Metrics, NonGradientUpdates, Sums, Task
 
 
-class OmniTask(PlainTask):
-    """Computes the branches of `run.branches`."""
+class OmniTask(Task):
+    """Computes the branches of `run.branches`; it has no state beside parameters and optimizer."""
 
     weight_decay = 0.1
 
@@ -34,18 +44,24 @@ class OmniTask(PlainTask):
         data = self.run.data
         return abstract_batch(data.rows, data.budgets, self.omni, self.run.branches, mesh, self.compute.rules)
 
-    def denominators(self, batch: Batch):
-        return denominators(batch, self.run)
+    def denominators(self, batch: Batch) -> Denominators:
+        return omni_denominators(batch, self.run)
 
-    def loss(self, model: OmniModel, batch: Batch, by, extra):
-        loss, metrics = omni_loss(model, batch, self.run, by)
-        return loss, (metrics, NOTHING)
+    def loss(
+        self, model: OmniModel, batch: Batch, denominators: Denominators, aux_state: tuple
+    ) -> tuple[Float[Array, ""], tuple[Metrics, NonGradientUpdates]]:
+        loss, metrics = omni_loss(model, batch, self.run, denominators)
+        return loss, (metrics, NO_UPDATES)
 
-    def batch_numbers(self, batch: Batch) -> Metrics:
-        return fill_metrics(batch) | share_metrics(batch, self.run)
+    def batch_metrics(self, batch: Batch) -> Metrics:
+        return fill_metrics(batch) | loss_share_metrics(batch, self.run)
 
-    def parts(self) -> tuple[FlopTerm, ...]:
+    def flop_terms(self) -> tuple[FlopTerm, ...]:
         return omni_terms(self.omni)
 
-    def counts(self, batch: Batch) -> Metrics:
-        return count_batch(self.weigh(batch))
+    def held_out_sums(self, model: OmniModel, batch: Batch, sources: int) -> Sums:
+        text, audio = omni_entropies(model, batch, self.run)
+        return sum_losses(text, audio, batch, sources, self.compute.rules)
+
+    def held_out_means(self, sums: Mapping[str, np.ndarray], sources: tuple[str, ...]) -> dict[str, float]:
+        return mean_losses(sums, sources, self.run.train)

@@ -1,116 +1,144 @@
-"""What the loop asks of a task: a model, a batch, a loss, and what a step moves beside the optimizer."""
+"""What differs between the things a run can train: a model, its batch and loss, and what a step changes beside them."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from baichuan_omni_jax.config import OmniConfig, RunConfig
+from baichuan_omni_jax.flops.batch_counts import count_batch
 from baichuan_omni_jax.flops.terms import FlopTerm
 from baichuan_omni_jax.nn.param import ComputePolicy
 from baichuan_omni_jax.omni.batch import Batch
 from baichuan_omni_jax.train.groups import untrained_targets
 
 Metrics = dict[str, Float[Array, ""]]
+Sums = dict[str, Float[Array, "..."]]
 Values = Mapping[str, Any]
 
 
-class Moved(NamedTuple):
-    """What a step changed that no gradient does: model parameters by dotted name, and `extra`, the task's own state."""
+class NonGradientUpdates(NamedTuple):
+    """What a step changes without a gradient: model parameters by dotted name, and the task's own state."""
 
-    values: dict[str, Array]
-    extra: Any
-
-
-NOTHING = Moved({}, ())
+    parameters: dict[str, Array]
+    aux_state: Any
 
 
-@runtime_checkable
-class Task(Protocol):
+NO_UPDATES = NonGradientUpdates({}, ())
+
+
+class Task(ABC):
     """A model and how it learns. A model has `branches`, the names under which its parts are saved.
 
-    `extra` is a pytree of arrays beside the parameters (counters, running means), () where there is none: it is saved
-    with the optimizer's state and comes back from every step.
+    `aux_state` is a pytree of arrays beside the parameters (counters, running means), () where there is none: a step
+    takes and returns it, checkpoints hold it with the optimizer's state.
     """
 
-    run: RunConfig
-    omni: OmniConfig
-    compute: ComputePolicy
-    weight_decay: float  # where the run's optimizer names none
-
-    def make_model(self, key: PRNGKeyArray) -> nnx.Module:
-        """The model with random parameters."""
-
-    def moves(self, name: str) -> bool:
-        """Whether a step changes this parameter without a gradient: it is kept in fp32."""
-
-    def first_extra(self, trainable: Values) -> Any:
-        """`extra` at step 0."""
-
-    def check(self, mesh: Mesh) -> None:
-        """Raises ConfigError naming the number of the configuration that does not fit, alone or on the mesh."""
-
-    def batch_axes(self) -> dict[str, tuple[str | None, ...]]:
-        """Logical axes of every field that a step reads."""
-
-    def abstract_batch(self, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes and shardings of the largest batch."""
-
-    def weigh(self, batch: Batch) -> Batch:
-        """The batch with the weights that its losses count by."""
-
-    def denominators(self, batch: Batch) -> Any:
-        """What the losses of a whole global batch are divided by."""
-
-    def loss(
-        self, model: nnx.Module, batch: Batch, by: Any, extra: Any
-    ) -> tuple[Float[Array, ""], tuple[Metrics, Moved]]:
-        """The loss of (a part of) a batch; its numbers for the report; what it moves."""
-
-    def finish(self, extra: Any, trainable: Values) -> Any:
-        """`extra` after the update."""
-
-    def saved(self, values: Values, extra: Any) -> tuple[Values, Any]:
-        """Parameters and `extra` as a checkpoint holds them; of those it holds, as a run does."""
-
-    def batch_numbers(self, batch: Batch) -> Metrics:
-        """What the batch held, for the report."""
-
-    def parts(self) -> tuple[FlopTerm, ...]:
-        """Every matrix product of a step: what model FLOPs are counted from."""
-
-    def counts(self, batch: Batch) -> Metrics:
-        """What the batch held, `tokens` and all that `parts` count."""
-
-
-class PlainTask:
-    """The parts of a task that has no state beside parameters and optimizer."""
-
-    weight_decay = 0.0
+    weight_decay: ClassVar[float] = 0.0  # where the run's optimizer names none
 
     def __init__(self, run: RunConfig, omni: OmniConfig, compute: ComputePolicy):
         self.run, self.omni, self.compute = run, omni, compute
 
-    def moves(self, name: str) -> bool:
-        return False
+    # The model.
 
-    def weigh(self, batch: Batch) -> Batch:
-        """Text weights are 0 where the target is a special token whose row of the head does not train."""
+    @abstractmethod
+    def make_model(self, key: PRNGKeyArray) -> nnx.Module:
+        """Makes the model with random parameters."""
+
+    @abstractmethod
+    def check(self, mesh: Mesh) -> None:
+        """Raises ConfigError naming the number of the configuration that does not fit, alone or on the mesh."""
+
+    # The batch.
+
+    @abstractmethod
+    def batch_axes(self) -> dict[str, tuple[str | None, ...]]:
+        """Returns the logical axes of every field that a step reads."""
+
+    @abstractmethod
+    def abstract_batch(self, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+        """Describes the largest batch by shapes and shardings."""
+
+    def mask_untrained_targets(self, batch: Batch) -> Batch:
+        """Zeroes text weights where the target is a special token whose row of the head does not train."""
         ids = untrained_targets(self.run, self.omni) if "llm" in self.run.branches else ()
         if not ids:
             return batch
-        asked = (batch["text_targets"][..., None] == jnp.asarray(ids, jnp.int32)).any(-1)
-        return batch | {"text_weights": jnp.where(asked, 0.0, batch["text_weights"])}
+        untrained = (batch["text_targets"][..., None] == jnp.asarray(ids, jnp.int32)).any(-1)
+        return batch | {"text_weights": jnp.where(untrained, 0.0, batch["text_weights"])}
 
-    def first_extra(self, trainable: Values) -> Any:
+    # The loss.
+
+    @abstractmethod
+    def denominators(self, batch: Batch) -> Any:
+        """Sums what the losses of a whole global batch are divided by."""
+
+    @abstractmethod
+    def loss(
+        self, model: Any, batch: Batch, denominators: Any, aux_state: Any
+    ) -> tuple[Float[Array, ""], tuple[Metrics, NonGradientUpdates]]:
+        """Computes the loss of (a part of) a batch.
+
+        Args:
+            model: as `make_model` makes it, with the parameters of the step.
+            batch: (a part of) the global batch, its untrained targets masked.
+            denominators: those of the whole global batch.
+            aux_state: the task's own state before the step.
+
+        Returns:
+            The loss; and its parts for the report with what the step changes without a gradient.
+        """
+
+    @abstractmethod
+    def batch_metrics(self, batch: Batch) -> Metrics:
+        """Measures what the batch held, for the report."""
+
+    # What a step changes without a gradient.
+
+    def changes_without_gradient(self, name: str) -> bool:
+        """Whether a step changes this parameter without a gradient: it is kept in fp32."""
+        return False
+
+    def init_aux_state(self, trainable: Values) -> Any:
+        """Makes `aux_state` at step 0."""
         return ()
 
-    def finish(self, extra: Any, trainable: Values) -> Any:
-        return extra
+    def update_aux(self, aux_state: Any, trainable: Values) -> Any:
+        """Returns `aux_state` after the optimizer's update to `trainable`."""
+        return aux_state
 
-    def saved(self, values: Values, extra: Any) -> tuple[Values, Any]:
-        return values, extra
+    # Checkpoints.
+
+    def to_checkpoint(self, values: Values, aux_state: Any) -> tuple[Values, Any]:
+        """Turns parameters and `aux_state` of a run into those that a checkpoint holds."""
+        return values, aux_state
+
+    def from_checkpoint(self, values: Values, aux_state: Any) -> tuple[Values, Any]:
+        """Turns parameters and `aux_state` of a checkpoint into those of a run."""
+        return values, aux_state
+
+    # FLOPs.
+
+    @abstractmethod
+    def flop_terms(self) -> tuple[FlopTerm, ...]:
+        """Lists every matrix product of a step: what model FLOPs are counted from."""
+
+    def batch_counts(self, batch: Batch) -> Metrics:
+        """Counts what the batch held: `tokens` and all that `flop_terms` name."""
+        return count_batch(self.mask_untrained_targets(batch))
+
+    # Held-out scores.
+
+    @abstractmethod
+    def held_out_sums(self, model: Any, batch: Batch, sources: int) -> Sums:
+        """Sums what the held-out scores of a batch are made of; its `source_ids` are 0 .. `sources` - 1."""
+
+    @abstractmethod
+    def held_out_means(self, sums: Mapping[str, np.ndarray], sources: tuple[str, ...]) -> dict[str, float]:
+        """Makes the scores from sums over batches; those that nothing was summed for are left out."""

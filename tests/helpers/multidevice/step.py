@@ -23,10 +23,10 @@ from jax.sharding import Mesh
 from baichuan_omni_jax.config import MeshConfig, resolve_model
 from baichuan_omni_jax.nn.param import named_values
 from baichuan_omni_jax.sharding import MESH_AXES, make_mesh
-from baichuan_omni_jax.train.omni_loss import Denominators, omni_loss
+from baichuan_omni_jax.train.losses import Denominators, omni_loss
 from baichuan_omni_jax.train.preflight.hlo import Collective, collectives_of
-from baichuan_omni_jax.train.state import StepSpec, init_state, make_compute, make_step_spec
-from baichuan_omni_jax.train.step import make_gradients
+from baichuan_omni_jax.train.state import StepSpec, TrainState, init_state, make_compute, make_step_spec
+from baichuan_omni_jax.train.step import compute_gradients
 from tests.helpers.micro import micro_run, open_micro, place
 
 # Compiling is nearly all of the time.
@@ -34,6 +34,7 @@ jax.config.update("jax_disable_most_optimizations", True)
 # Of max|difference| / max|reference| per tensor, fp32.
 TOLERANCE = 1e-5
 ROWS = 8
+LOSSES = ("loss", "loss_text", "loss_audio", *(f"loss_audio_q{level}" for level in range(8)))
 # Of the sources, where documents are weighted.
 LOSS_WEIGHTS = (1.0, 0.5, 2.0, 3.0, 0.25)
 SETTINGS = (
@@ -147,13 +148,18 @@ def run_on(sizes, run, omni, batch, values):
         compute = make_compute(run)
         spec = make_step_spec(run, omni, mesh, compute)
         if values is None:
-            state = init_state(run, spec)
+            state, _ = init_state(run, spec)
             values = jax.tree.map(np.asarray, state.trainable | state.frozen)
         placed = {
             name: jax.device_put(values[name], shape.sharding) for name, shape in named_values(spec.template).items()
         }
         arguments = (*spec.split(placed), place(batch, mesh, compute.rules))
-        compiled = jax.jit(lambda *arguments: make_gradients(spec, run)(*arguments)[:2]).lower(*arguments).compile()
+
+        def gradients_and_losses(trainable, frozen, batch):
+            gradients, metrics, _ = compute_gradients(TrainState(0, trainable, frozen), batch, spec)
+            return gradients, {name: value for name, value in metrics.items() if name.split("/")[0] in LOSSES}
+
+        compiled = jax.jit(gradients_and_losses).lower(*arguments).compile()
         gradients, metrics = compiled(*arguments)
     arrays = metrics | {f"gradient of {name}": value for name, value in gradients.items()}
     return jax.tree.map(np.asarray, arrays), values, (compiled.as_text(), mesh.shape, bytes_of_layer(spec, mesh))

@@ -13,6 +13,7 @@ import math
 import re
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -34,8 +35,8 @@ from baichuan_omni_jax.llm.model import DecoderLayer
 from baichuan_omni_jax.nn.param import ComputePolicy, named_values
 from baichuan_omni_jax.omni.batch import abstract_batch
 from baichuan_omni_jax.sharding import MESH_AXES, make_mesh
-from baichuan_omni_jax.train.state import init_state, make_compute, make_step_spec, to_checkpoint
-from baichuan_omni_jax.train.step import make_gradients
+from baichuan_omni_jax.train.state import TrainState, init_state, make_compute, make_step_spec, to_checkpoint
+from baichuan_omni_jax.train.step import compute_gradients
 from tests.helpers.micro import CONFIG
 from tests.nn.test_weight_gradients import BFLOAT, LAYER, SUM, draw, error, gradient_of, mlp_gradients, wide
 
@@ -116,7 +117,7 @@ def rows_on(mesh) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     rng, omni = np.random.default_rng(0), resolve_model(run.model)
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
         spec = make_step_spec(run, omni, mesh, make_compute(run))
-        state = init_state(run, spec)
+        state, originals = init_state(run, spec)
         shapes = abstract_batch(run.data.rows, run.data.budgets, omni, run.branches, mesh, make_compute(run).rules)
         # All special tokens are among the first ids.
         values = {name: rng.integers(30, 62, shape.shape) for name, shape in shapes.items() if "t" in name}
@@ -126,8 +127,8 @@ def rows_on(mesh) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
             name: jax.device_put(np.broadcast_to(values[name], shape.shape).astype(shape.dtype), shape.sharding)
             for name, shape in shapes.items()
         }
-        gradients, _, _ = jax.jit(make_gradients(spec, run))(state.trainable, state.frozen, batch)
-        saved = named_values(to_checkpoint(spec, state)[0])
+        gradients, _, _ = jax.jit(partial(compute_gradients, spec=spec))(state, batch)
+        saved = named_values(to_checkpoint(spec, state, originals)[0])
     return jax.tree.map(np.asarray, gradients), jax.tree.map(np.asarray, saved)
 
 
@@ -144,7 +145,11 @@ def reductions_of_step(mesh) -> list[tuple[str, str]]:
     batch = abstract_batch(run.data.rows, run.data.budgets, omni, run.branches, mesh, compute.rules)
     arguments = (*spec.split(spec.shapes()), batch)
     with tempfile.TemporaryDirectory() as folder:
-        lowered = jax.jit(lambda *arguments: make_gradients(spec, run)(*arguments)[0]).lower(*arguments)
+
+        def gradients(trainable, frozen, batch):
+            return compute_gradients(TrainState(0, trainable, frozen), batch, spec).by_name
+
+        lowered = jax.jit(gradients).lower(*arguments)
         dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True, "xla_dump_hlo_pass_re": "spmd-partitioning"}
         lowered.compile(compiler_options=dump)
         text = "\n".join(path.read_text() for path in Path(folder).glob("*after_spmd-partitioning*"))

@@ -1,6 +1,7 @@
-"""What a person sees: the table at start-up and the progress line."""
+"""What a person sees of a run: the tables at start-up and the progress line."""
 
 from collections import defaultdict
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -12,12 +13,12 @@ from baichuan_omni_jax.train.input import TrainingData
 from baichuan_omni_jax.train.state import StepSpec
 
 # Parts of the loss, of all tasks, in the order they are shown.
-_PARTS = ("text", "audio", "reconstruction", "transcript", "commitment", "flow", "prior")
+_LOSS_PARTS = ("text", "audio", "reconstruction", "transcript", "commitment", "flow", "prior")
 
 
 def print_start_table(console: Console, run: RunConfig, spec: StepSpec, data: TrainingData) -> None:
-    """Groups with their parameters, learning rates and what is frozen; the sources' shares of the loss; then budgets,
-    mesh and data.
+    """Prints groups with their parameters, learning rates and what is frozen; the sources' shares of the loss; then
+    mesh, budgets and data.
     """
     console.print(groups_table(run, spec))
     if run.task == "omni":
@@ -31,7 +32,7 @@ def print_start_table(console: Console, run: RunConfig, spec: StepSpec, data: Tr
 
 
 def groups_table(run: RunConfig, spec: StepSpec) -> Table:
-    """A group and branch a line: its parameters, how many of them are frozen, and the rate of the others."""
+    """Lists a group and branch a line: its parameters, how many of them are frozen, and the rate of the others."""
     table = Table(title=f"{run.name}: parameters by group")
     for column in ("group", "branch", "parameters", "frozen", "peak learning rate"):
         table.add_column(column, justify="right" if column == "parameters" else "left")
@@ -44,7 +45,7 @@ def groups_table(run: RunConfig, spec: StepSpec) -> Table:
 
 
 def _count(spec: StepSpec) -> dict[tuple[str, str], tuple[int, int]]:
-    """(trainable, frozen) parameters by (group, branch)."""
+    """Counts (trainable, frozen) parameters by (group, branch)."""
     counts: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
     sizes = {name: value.size for name, value in spec.shapes().items()}
     for place, names in enumerate((spec.groups.trainable, spec.groups.frozen)):
@@ -54,7 +55,7 @@ def _count(spec: StepSpec) -> dict[tuple[str, str], tuple[int, int]]:
 
 
 class ProgressLine:
-    """Step, bar, ETA, loss, tokens/s and fill on one line; on a terminal that cannot redraw, a line now and then."""
+    """Shows step, ETA, loss, tokens/s and fill on one line; on a terminal that cannot redraw, a line now and then."""
 
     def __init__(self, console: Console, steps: int, done: int, every: int = 10):
         self._console, self._steps, self._every = console, steps, every
@@ -70,17 +71,20 @@ class ProgressLine:
         self._task = self._bar.add_task("train", total=steps, completed=done, numbers="")
         self._bar.start()
 
-    def show(self, row: dict) -> None:
-        """`row` is a line of metrics.jsonl."""
-        speed = row["tokens"] / max(row["step_time_s"], 1e-9)
-        parts = ", ".join(f"{name} {row[f'loss_{name}']:.3f}" for name in _PARTS if f"loss_{name}" in row)
-        numbers = f"loss {row['loss']:.3f} ({parts}) {speed:,.0f} tokens/s, fill {row['fill_tokens']:.2f}"
-        if "mfu" in row:
-            numbers += f", MFU {row['mfu']:.2f}"
-        self._bar.update(self._task, completed=row["step"], numbers=numbers)
-        if not self._console.is_terminal and (row["step"] % self._every == 0 or row["step"] == self._steps):
-            left = (self._steps - row["step"]) * row["step_time_s"]
-            self._console.print(f"step {row['step']}/{self._steps} {numbers}, {left / 60:.1f} min left", soft_wrap=True)
+    def show(self, record: dict[str, Any]) -> None:
+        """Shows a step: `record` is a line of metrics.jsonl."""
+        speed = record["tokens"] / max(record["step_time_s"], 1e-9)
+        parts = ", ".join(f"{name} {record[f'loss_{name}']:.3f}" for name in _LOSS_PARTS if f"loss_{name}" in record)
+        numbers = f"loss {record['loss']:.3f} ({parts}) {speed:,.0f} tokens/s, fill {record['fill_tokens']:.2f}"
+        if "mfu" in record:
+            numbers += f", MFU {record['mfu']:.2f}"
+        self._bar.update(self._task, completed=record["step"], numbers=numbers)
+        if not self._console.is_terminal and (record["step"] % self._every == 0 or record["step"] == self._steps):
+            left = (self._steps - record["step"]) * record["step_time_s"]
+            self._console.print(
+                f"step {record['step']}/{self._steps} {numbers}, {left / 60:.1f} min left", soft_wrap=True
+            )
 
     def close(self) -> None:
+        """Leaves the line as it is."""
         self._bar.stop()

@@ -1,0 +1,286 @@
+"""What a run does beside its steps: evaluation, checkpoints, audio samples, and the reasons to stop.
+
+`trainer.Trainer` says in which order they are called.
+"""
+
+import json
+import shutil
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from baichuan_omni_jax.checkpoint import Workdir
+from baichuan_omni_jax.config import OmniConfig
+from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.evaluation.held_out import HeldOutData, HeldOutEvaluation, Sums
+from baichuan_omni_jax.omni.batch import Batch
+from baichuan_omni_jax.train.audio_samples import AudioSampleLogger
+from baichuan_omni_jax.train.hosts import is_process_zero
+from baichuan_omni_jax.train.input import BatchPlacer, DocumentFailures
+from baichuan_omni_jax.train.metrics import MetricsRecord, RunLog
+from baichuan_omni_jax.train.state import Arrays, StepSpec, TrainState, evaluation_values, to_checkpoint
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands after `step` finished steps: the training state, and the data's (None: at its start)."""
+
+    step: int
+    state: TrainState
+    data_state: dict[str, Any] | None
+
+
+class Hook:
+    """One thing that a run does beside its steps. Every host calls it; what a method does not say is left out."""
+
+    def observe(self, step: int, numbers: Mapping[str, float], batch: Mapping[str, np.ndarray]) -> None:
+        """Takes note of a step's numbers, read while the next step is under way; `batch` has this host's rows."""
+
+    def is_due(self, step: int) -> bool:
+        """Whether `measure` and `act` are to be called after `step` finished steps."""
+        return False
+
+    def measure(self, progress: Progress) -> MetricsRecord:
+        """Returns numbers that belong into the step's record."""
+        return {}
+
+    def act(self, progress: Progress) -> None:
+        """Does its work; the step's record is on disk."""
+
+    def should_stop(self, step: int) -> bool:
+        """Whether the run ends after `step` finished steps. Asked before every step, of every host."""
+        return False
+
+    def finish(self, progress: Progress) -> None:
+        """Does what is left after the last step."""
+
+    def close(self) -> None:
+        """Gives back what it holds, however the run ended."""
+
+
+class EvaluationHook(Hook):
+    """Held-out scores before the first step and after every `eval.every`."""
+
+    def __init__(self, spec: StepSpec, place: BatchPlacer, mixtures: Mapping[str, HeldOutData]) -> None:
+        run, sources = spec.task.run, max((len(data.sources) for data in mixtures.values()), default=1)
+        sums_of, means_of = compile_held_out(spec, sources), spec.task.held_out_means
+        self._spec = spec
+        self._evaluation = HeldOutEvaluation(run.eval, mixtures, place, sums_of, means_of)
+
+    def is_due(self, step: int) -> bool:
+        return self._evaluation.is_due(step)
+
+    def measure(self, progress: Progress) -> MetricsRecord:
+        return dict(self._evaluation(evaluation_values(self._spec, progress.state)))
+
+
+def compile_held_out(spec: StepSpec, sources: int) -> Callable[[Arrays, Batch], Sums]:
+    """Returns the compiled (parameters by dotted name, batch) -> sums that the task's held-out scores are made of."""
+
+    def sums_of(parameters: Arrays, batch: Batch) -> Sums:
+        batch = spec.task.mask_untrained_targets(batch)
+        return spec.task.held_out_sums(spec.assemble(parameters, {}), batch, sources)
+
+    return jax.jit(sums_of)
+
+
+class CheckpointHook(Hook):
+    """Saves after every `checkpoint.every` steps and after the last one, in the background.
+
+    Args:
+        spec: the run's step.
+        omni: the model's sizes, saved beside the weights.
+        workdir: where steps are saved.
+        originals: frozen parameters as checkpoints hold them (`from_checkpoint`).
+        trained_before: by branch, the steps that it had been trained for when this run began.
+        failures: documents that failed to decode, which hosts tell each other at every save.
+        tokenizer_json: the text tokenizer, saved beside the weights.
+        saved_step: the newest step that is saved already.
+    """
+
+    def __init__(
+        self,
+        spec: StepSpec,
+        omni: OmniConfig,
+        workdir: Workdir,
+        originals: Arrays,
+        *,
+        trained_before: Mapping[str, int],
+        failures: DocumentFailures,
+        tokenizer_json: str,
+        saved_step: int,
+    ) -> None:
+        self._spec, self._omni, self._workdir, self._originals = spec, omni, workdir, originals
+        self._trained_before, self._failures = dict(trained_before), failures
+        self._tokenizer_json, self._saved_step = tokenizer_json, saved_step
+
+    def is_due(self, step: int) -> bool:
+        return step > 0 and step % self._spec.task.run.checkpoint.every == 0
+
+    def act(self, progress: Progress) -> None:
+        # The data's state leaves out what failed on any host, so a resumed run counts it on all.
+        self._failures.share_among_hosts()
+        branches, opt_state = to_checkpoint(self._spec, progress.state, self._originals)
+        trained = dict(self._trained_before)
+        for name in {path.split(".")[0] for path in progress.state.trainable}:
+            trained[name] = trained.get(name, 0) + progress.step
+        self._workdir.save(
+            progress.step,
+            branches,
+            opt_state,
+            progress.data_state,
+            self._omni,
+            self._tokenizer_json,
+            trained={name: trained.get(name, 0) for name in branches},
+        )
+        self._saved_step = progress.step
+
+    def finish(self, progress: Progress) -> None:
+        if self._saved_step != progress.step:
+            self.act(progress)
+        self._workdir.wait()
+
+
+class AudioSamplesHook(Hook):
+    """Held-out clips as they come back from their codes, to TensorBoard."""
+
+    def __init__(self, logger: AudioSampleLogger, log: RunLog | None) -> None:
+        self._logger, self._log = logger, log
+
+    def is_due(self, step: int) -> bool:
+        return self._logger.is_due(step)
+
+    def act(self, progress: Progress) -> None:
+        samples = self._logger(progress.state)
+        if self._log is not None and samples is not None:
+            self._log.write_samples(progress.step, samples)
+
+
+class NonfiniteGuard(Hook):
+    """Counts steps whose loss or gradient was not finite, since this start, and keeps their batches for inspection.
+
+    The step itself has already left parameters and optimizer as they were. `limit` in a row end the run. The batches of
+    the newest `limit` + 1 are kept; `location` names the manifest line of (source, document).
+
+    WORKDIR/nonfinite/step_N/host_P.npz     the rows of host P: every field of docs/reference/batch.md
+    WORKDIR/nonfinite/step_N/host_P.json    the step's numbers, and the manifest line of every document in these rows
+    """
+
+    def __init__(self, workdir: Path, limit: int, location: Callable[[int, int], str]) -> None:
+        self._folder, self._limit, self._location = workdir / "nonfinite", limit, location
+        self.count = 0
+        self.exceeded = False
+        self._in_a_row = 0
+
+    def observe(self, step: int, numbers: Mapping[str, float], batch: Mapping[str, np.ndarray]) -> None:
+        """Takes note of a step's numbers; `nonfinite` of them is 0 where all was well."""
+        if not numbers["nonfinite"]:
+            self._in_a_row = 0
+            return
+        self.count += 1
+        self._in_a_row += 1
+        # For good: one more step is under way when this is seen, and it may be finite.
+        self.exceeded |= self._in_a_row >= self._limit
+        self._keep(self._folder / f"step_{step}", numbers, batch)
+
+    def should_stop(self, step: int) -> bool:
+        return self.exceeded
+
+    def sentence(self) -> str:
+        """Says why the run ended."""
+        return (
+            f"loss or gradient was not finite in {self._limit} steps in a row (train.nonfinite_limit); "
+            f"their batches are in {self._folder}"
+        )
+
+    def _keep(self, folder: Path, numbers: Mapping[str, float], batch: Mapping[str, np.ndarray]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"host_{jax.process_index()}"
+        np.savez(folder / f"{name}.npz", **batch)
+        pairs = np.stack([batch["source_ids"], batch["document_ids"]], -1)[batch["segment_ids"] > 0]
+        documents = [self._location(*pair) for pair in np.unique(pairs, axis=0).tolist()]
+        # As text: JSON has no word for NaN.
+        shown = {key: repr(value) for key, value in numbers.items()}
+        (folder / f"{name}.json").write_text(json.dumps({"numbers": shown, "documents": documents}, indent=1))
+        if is_process_zero():
+            there = sorted(self._folder.glob("step_*"), key=lambda path: int(path.name.removeprefix("step_")))
+            for old in there[: -self._limit - 1]:
+                shutil.rmtree(old)
+
+
+class StopSignal(Hook):
+    """Listens for SIGTERM until `close`: how a run learns that its machine is wanted back.
+
+    On several hosts JAX's preemption service has the signal since `jax.distributed.initialize`: it carries the notice
+    of any host to all of them and chooses a step that none has reached yet, so that all stop after the same one.
+    """
+
+    def __init__(self) -> None:
+        self.received = False
+        self._several = jax.process_count() > 1
+        self._old: Any = None
+        if not self._several:
+            try:
+                self._old = signal.signal(signal.SIGTERM, self._receive)
+            except ValueError:  # not the main thread: whoever runs us there handles signals
+                return
+
+    def should_stop(self, step: int) -> bool:
+        """Every host must ask at every step; all get the same answer."""
+        if self._several:
+            self.received = self.received or multihost_utils.reached_preemption_sync_point(step)
+        return self.received
+
+    def close(self) -> None:
+        """Puts the handler from before back."""
+        if self._old is not None:
+            signal.signal(signal.SIGTERM, self._old)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = True
+
+
+class StepTrace:
+    """Traces the steps of `span` into `WORKDIR/profile`, every host its own devices. Counts from 1, as metrics do.
+
+    For XProf, TensorBoard's profile plugin or Perfetto.
+    """
+
+    def __init__(self, workdir: Path, span: Sequence[int] | None) -> None:
+        self._folder, self._span = workdir / "profile", span or range(0)
+        self._running = False
+
+    def before(self, step: int) -> None:
+        """To be called before a step is made ready."""
+        if step in self._span and not self._running:
+            jax.profiler.start_trace(str(self._folder))
+            self._running = True
+
+    def after(self, step: int, results: Any) -> None:
+        """To be called when a step has been sent to the devices, with its results. Waits for the last step traced."""
+        if self._running and step + 1 not in self._span:
+            jax.block_until_ready(results)
+            self.close()
+
+    def close(self) -> None:
+        """Ends a trace that is under way."""
+        if self._running:
+            jax.profiler.stop_trace()
+            self._running = False
+
+
+def parse_span(text: str) -> range | None:
+    """Parses `--profile`: `"3:6"` -> steps 3, 4, 5; an empty text is no steps. Raises ConfigError for anything else."""
+    if not text:
+        return None
+    parts = text.split(":")
+    if len(parts) != 2 or not all(part.isdecimal() for part in parts) or not 1 <= int(parts[0]) < int(parts[1]):
+        raise ConfigError(f"--profile {text!r} is not START:STOP with 1 <= START < STOP (10:13 traces steps 10 to 12)")
+    return range(int(parts[0]), int(parts[1]))
