@@ -33,7 +33,7 @@ PROOFS = {
         "kernels/test_attention_aot.py generation/test_decode_aot.py train/test_preflight.py "
         "multidevice/test_two_slices.py"
     ),
-    "trainings": "train/test_stages.py train/test_survival.py train/test_loop.py train/test_audio_tasks.py",
+    "trainings": "train/test_stages.py train/test_survival.py train/test_trainer.py train/test_audio_tasks.py",
 }
 
 

@@ -24,8 +24,7 @@ from baichuan_omni_jax.checkpoint import branch_home, find_checkpoint, parse_spe
 from baichuan_omni_jax.cli.common import check_folders
 from baichuan_omni_jax.config import MeshConfig, OmniConfig
 from baichuan_omni_jax.errors import ConfigError
-from baichuan_omni_jax.evaluation.clips import read_clips
-from baichuan_omni_jax.evaluation.intelligibility import missing_measures
+from baichuan_omni_jax.evaluation.intelligibility import missing_measures, read_clips
 from baichuan_omni_jax.evaluation.tokenizer_evaluator import TokenizerEvaluator
 from baichuan_omni_jax.generation.loading import load_for_generation
 from baichuan_omni_jax.sharding import make_mesh

@@ -39,6 +39,7 @@ from baichuan_omni_jax.cli.common import (
 from baichuan_omni_jax.config import STAGES, OmniConfig, RunConfig, apply_overrides, load_run_config, resolve_model
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.generation.loading import is_untrained
+from baichuan_omni_jax.train.hooks import parse_span
 from baichuan_omni_jax.train.hosts import (
     check_agreement,
     on_all_hosts,
@@ -48,10 +49,9 @@ from baichuan_omni_jax.train.hosts import (
     wait_for,
 )
 from baichuan_omni_jax.train.input import rows_of_host
-from baichuan_omni_jax.train.hooks import parse_span
+from baichuan_omni_jax.train.metrics import load_wandb
 from baichuan_omni_jax.train.run_data import open_run_data
 from baichuan_omni_jax.train.trainer import RunOptions, set_up, train
-from baichuan_omni_jax.train.metrics import load_wandb
 from data_pipelines.packing.rows import RowShard
 from data_pipelines.pipeline import TrainingData
 

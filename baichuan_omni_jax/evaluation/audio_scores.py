@@ -19,8 +19,8 @@ from baichuan_omni_jax.audio.mel_training import SAME_RATE, MelTarget, mel_error
 from baichuan_omni_jax.audio.tokenize import mel_buckets
 from baichuan_omni_jax.config import OmniConfig
 from baichuan_omni_jax.config.mel_targets import decoded_target
-from baichuan_omni_jax.flow.model import FlowDecoder
 from baichuan_omni_jax.flow.matching import sample_mel
+from baichuan_omni_jax.flow.model import FlowDecoder
 from baichuan_omni_jax.nn.conv import length_mask, mask_padding
 from baichuan_omni_jax.omni.audio_tokenizer_model import Clips
 

@@ -1,28 +1,56 @@
-"""How well speech can be understood after something was done to it: STOI, PESQ, and what a recogniser makes of it.
+"""How well speech can be understood after something was done to it: STOI, PESQ, and what a recognizer makes of it.
 
-STOI and PESQ come from kept libraries (`pystoi`, `pesq`; the extra `evaluate`), each used where it is installed.
+STOI and PESQ come from kept libraries (`pystoi`, `pesq`; the extra `evaluate`), each used where it is installed. Clips
+come from a manifest, with the text that is spoken in them.
 """
 
 import importlib.util
 import warnings
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float32
 
+from data_pipelines.datasets.sources import ANY_FOLDER, media_root
+from data_pipelines.documents.document import Document
+from data_pipelines.documents.manifest import read_manifest
+from data_pipelines.documents.prompt_writing import text_of
+from data_pipelines.documents.prompts import AudioElement, Element, TextElement, parse_prompt
 from data_pipelines.errors import SampleError
-from data_pipelines.synthesis.filters.rules import count_edits, speech_units
+from data_pipelines.media.audio import decode_audio, probe_audio
+from data_pipelines.media.location import Media, find_media
+from data_pipelines.synthesis.filters.rules import count_edits, speech_units, spoken_texts
 from data_pipelines.text.languages import language_of
 
 RATE = 16000  # Hz, of both measures
 LIBRARIES = {"stoi": "pystoi", "pesq": "pesq"}
+SPOKEN_TYPES = ("tts", "itts")
 
 Wave = Float32[np.ndarray, "_"]
-Recogniser = Callable[[np.ndarray, int], str]
+Recognizer = Callable[[np.ndarray, int], str]
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One audio element of a document; `text` is what is spoken in it, "" where the document does not tell.
+
+    `name` is the document's own, with the element's number where there are several.
+    """
+
+    name: str
+    media: Media
+    text: str
+
+    def samples(self, rate: int) -> Float32[np.ndarray, " t"]:
+        """Decodes it: mono, full scale 1, at `rate` Hz. Raises SampleError as `decode_audio`."""
+        return decode_audio(self.media, probe_audio(self.media, rate), rate)
 
 
 def missing_measures() -> list[str]:
-    """A sentence for each measure whose library is not installed."""
+    """Makes a sentence for each measure whose library is not installed."""
     return [
         f"{measure} is left out: {package} is not installed (pip install '.[evaluate]', or pip install {package})"
         for measure, package in LIBRARIES.items()
@@ -31,7 +59,7 @@ def missing_measures() -> list[str]:
 
 
 def measure(original: Wave, again: Wave) -> dict[str, float]:
-    """`stoi` (about 0 to 1) and `pesq` (wide band, 1 to 4.6) of speech at `RATE` Hz against what it was.
+    """Measures `stoi` (about 0 to 1) and `pesq` (wide band, 1 to 4.6) of speech at `RATE` Hz against what it was.
 
     The longer one is cut. A measure whose library is missing, or that finds too little speech, is left out.
     """
@@ -71,37 +99,86 @@ def _pesq(original: Wave, again: Wave) -> float | None:
     return value if np.isfinite(value) else None
 
 
-class Recognition:
-    """Counts a recogniser's errors over many clips: words in English, characters in Chinese; and characters in both.
+class RecognitionErrors:
+    """Counts a recognizer's errors over many clips: words in English, characters in Chinese; and characters in both.
 
-    `recogniser(samples, rate) -> text` is the user's own.
+    `recognizer(samples, rate) -> text` is the user's own.
     """
 
-    def __init__(self, recogniser: Recogniser) -> None:
-        self._recogniser = recogniser
+    def __init__(self, recognizer: Recognizer) -> None:
+        self._recognizer = recognizer
         self._counts = dict.fromkeys(("word_edits", "words", "character_edits", "characters"), 0)
 
-    def hear(self, samples: Wave, rate: int) -> str:
-        """Raises SampleError "recogniser_failed" where the hook raises, or returns anything but text."""
+    def recognize(self, samples: Wave, rate: int) -> str:
+        """Recognizes a clip. Raises SampleError "recognizer_failed" where the hook raises, or returns no text."""
         try:
-            heard = self._recogniser(samples, rate)
+            heard = self._recognizer(samples, rate)
         except Exception as error:  # the user's program may raise anything
-            raise SampleError("recogniser_failed", str(error) or type(error).__name__) from error
+            raise SampleError("recognizer_failed", str(error) or type(error).__name__) from error
         if not isinstance(heard, str):
-            raise SampleError("recogniser_failed", f"it heard {type(heard).__name__}, not text")
+            raise SampleError("recognizer_failed", f"it heard {type(heard).__name__}, not text")
         return heard
 
-    def count(self, heard: str, said: str) -> None:
-        """Adds the errors of one clip."""
-        language = language_of(said) or "en"
+    def count(self, heard: str, spoken: str) -> None:
+        """Adds the errors of one clip: what was heard against what was spoken."""
+        language = language_of(spoken) or "en"
         for unit, of in (("word", language), ("character", "zh")):
-            truth = speech_units(said, of)
+            truth = speech_units(spoken, of)
             self._counts[f"{unit}_edits"] += count_edits(truth, speech_units(heard, of))
             self._counts[f"{unit}s"] += len(truth)
 
     def rates(self) -> dict[str, float]:
-        """`wer` and `cer`, edits over units; nothing where nothing was said."""
+        """Returns `wer` and `cer`, edits over units; nothing where nothing was spoken."""
         counts = self._counts
         if not counts["words"]:
             return {}
         return {"wer": counts["word_edits"] / counts["words"], "cer": counts["character_edits"] / counts["characters"]}
+
+
+def read_clips(
+    manifest: Path, root: Path | None, skipped: Counter, trusted: Sequence[Path] = ANY_FOLDER
+) -> Iterator[Clip]:
+    """Yields the audio of a manifest's documents, in order.
+
+    The text of an `asr` document is what carries loss, of `tts` and `itts` what stands before each audio element.
+
+    Args:
+        manifest: the JSON lines file.
+        root: where its media lie (None: `sources.media_root` says where).
+        skipped: counts by its cause what cannot be read.
+        trusted: folders that media may lie in.
+
+    Raises:
+        ConfigError: when the manifest cannot be opened.
+    """
+    for line in read_manifest(manifest.name, manifest.parent, media_root(manifest, root, trusted)):
+        try:
+            if isinstance(line.document, SampleError):
+                raise line.document
+            found = _audio_elements(line.document)
+        except SampleError as error:
+            skipped[error.cause] += 1
+            continue
+        for number, (element, text) in enumerate(found):
+            try:
+                media = find_media(element.reference, line.document.media)
+            except SampleError as error:
+                skipped[error.cause] += 1
+                continue
+            yield Clip(f"{line.document.id}/{number}" if len(found) > 1 else line.document.id, media, text)
+
+
+def _audio_elements(document: Document) -> list[tuple[AudioElement, str]]:
+    """Lists a document's audio elements with what is spoken in each."""
+    elements = parse_prompt(document.text)
+    kind = document.type.lower()
+    found = [element for element in elements if isinstance(element, AudioElement)]
+    if kind in SPOKEN_TYPES:
+        return [(element, text) for text, element in spoken_texts(elements)]
+    text = _trainable_text(elements) if kind == "asr" and len(found) == 1 else ""
+    return [(element, text) for element in found]
+
+
+def _trainable_text(elements: list[Element]) -> str:
+    """Joins the text that carries loss."""
+    return text_of(element for element in elements if isinstance(element, TextElement) and element.trainable)

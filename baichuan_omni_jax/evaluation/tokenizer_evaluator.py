@@ -10,11 +10,10 @@ from jaxtyping import Bool, Float32
 
 from baichuan_omni_jax.config import OmniConfig
 from baichuan_omni_jax.evaluation import intelligibility
-from baichuan_omni_jax.evaluation.clips import Clip
-from baichuan_omni_jax.evaluation.intelligibility import Recognition
 from baichuan_omni_jax.evaluation.audio_scores import TokenizerScores
-from baichuan_omni_jax.generation.speech_decoder import SpeechDecoder
+from baichuan_omni_jax.evaluation.intelligibility import Clip, RecognitionErrors
 from baichuan_omni_jax.evaluation.mel_render import MelWaves
+from baichuan_omni_jax.generation.speech_decoder import SpeechDecoder
 from data_pipelines.errors import SampleError
 from data_pipelines.media.features import clip_windows, log_mel, mel_target
 
@@ -40,7 +39,9 @@ class TokenizerEvaluator:
         self.scores, self._audio = TokenizerScores(branches, cfg), cfg.audio
         self._speech_decoder = SpeechDecoder(branches, cfg) if "flow" in branches else None
         self._waves = MelWaves(self.scores.settings, cfg)
-        self._recognitions = {name: Recognition(recognize) for name in ("original", "from_codes")} if recognize else {}
+        self._recognitions = (
+            {name: RecognitionErrors(recognize) for name in ("original", "from_codes")} if recognize else {}
+        )
         self._measures: dict[str, list[float]] = defaultdict(list)
         self.clips, self._seconds = 0, 0.0
         self.mels: list[tuple[str, np.ndarray, np.ndarray]] = []
@@ -101,7 +102,7 @@ class TokenizerEvaluator:
             return
         pairs = list(zip(self._recognitions.values(), (original, decoded), strict=True))
         try:
-            texts = [recognition.hear(wave, rate) for recognition, wave in pairs]
+            texts = [recognition.recognize(wave, rate) for recognition, wave in pairs]
         except SampleError as error:  # of either: rates of both are of the same clips
             skipped[error.cause] += 1
             return

@@ -1,13 +1,10 @@
 """Held-out clips as they come back from their codes, at set steps of a run that trains on audio: to hear and to see.
 
 The tokenizer's own mel (62.5 Hz, 16 kHz) is heard by Griffin-Lim, there is no vocoder for it. Flow matching samples the
-24 kHz mel, which a HiFT vocoder (`eval.vocoder`) or Griffin-Lim makes audible. """
+24 kHz mel, which a HiFT vocoder (`eval.vocoder`) or Griffin-Lim makes audible."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from fractions import Fraction
-from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +13,9 @@ from jax.sharding import PartitionSpec as P
 from jax.sharding import reshard
 from jaxtyping import Array, Float, Float32, Int32, UInt8
 
-from baichuan_omni_jax.audio.mel_training import SAME_RATE, MelTarget, frames_covered, same_moments
-from baichuan_omni_jax.config import MeshConfig, OmniConfig, RunConfig
-from baichuan_omni_jax.config.mel_targets import MelTargetSpec, decoded_target, flow_target, run_mel_targets
+from baichuan_omni_jax.audio.mel_training import SAME_RATE, MelTarget, frames_covered
+from baichuan_omni_jax.config import OmniConfig, RunConfig
+from baichuan_omni_jax.config.mel_targets import decoded_target, flow_target, run_mel_targets
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.evaluation.audio_scores import SAMPLING_SEED
 from baichuan_omni_jax.evaluation.mel_render import MelWaves, check_vocoder, mel_image

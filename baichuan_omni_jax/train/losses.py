@@ -10,8 +10,8 @@ from jaxtyping import Array, Bool, Float, Int32
 from baichuan_omni_jax.config import RunConfig
 from baichuan_omni_jax.llm.model import LanguageModel
 from baichuan_omni_jax.llm.special_rows import ROWS
-from baichuan_omni_jax.nn.remat import split_parts
 from baichuan_omni_jax.nn.linear import Gathered, product
+from baichuan_omni_jax.nn.remat import split_parts
 from baichuan_omni_jax.omni.audio_tokenizer_model import TokenizerModel
 from baichuan_omni_jax.omni.batch import Batch
 from baichuan_omni_jax.omni.model import OmniModel

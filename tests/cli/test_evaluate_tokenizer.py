@@ -18,8 +18,7 @@ from baichuan_omni_jax.cli.main import main
 from baichuan_omni_jax.config import MeshConfig, tiny
 from baichuan_omni_jax.config.mel_targets import decoded_target
 from baichuan_omni_jax.evaluation import intelligibility
-from baichuan_omni_jax.evaluation.clips import read_clips
-from baichuan_omni_jax.evaluation.intelligibility import RATE, Recognition, measure
+from baichuan_omni_jax.evaluation.intelligibility import RATE, RecognitionErrors, measure, read_clips
 from baichuan_omni_jax.evaluation.tokenizer_evaluator import TokenizerEvaluator, join_windows, samples_with_codes
 from baichuan_omni_jax.nn.param import ComputePolicy
 from baichuan_omni_jax.omni.flow_matching_model import FlowMatchingModel
@@ -71,17 +70,17 @@ def test_clips_of_a_manifest_and_their_transcripts(manifest):
 def test_errors_of_a_recognizer():
     """Two words of eight wrong; Chinese is counted by characters; a hook that fails is a cause."""
     words = {4: "the plums are fresh", 3: "The plum are fish!"}
-    english = Recognition(lambda samples, rate: words[len(samples)])
+    english = RecognitionErrors(lambda samples, rate: words[len(samples)])
     for length in words:
-        english.count(english.hear(np.zeros(length, np.float32), RATE), TRANSCRIPT)
+        english.count(english.recognize(np.zeros(length, np.float32), RATE), TRANSCRIPT)
     assert english.rates()["wer"] == pytest.approx(2 / 8)
     assert english.rates()["cer"] == pytest.approx((1 + 2) / (2 * 16))
-    chinese = Recognition(lambda samples, rate: "")
+    chinese = RecognitionErrors(lambda samples, rate: "")
     chinese.count("一只狗在桥上等。", "一只狗在桥上等着。")
     assert chinese.rates() == {"wer": pytest.approx(1 / 8), "cer": pytest.approx(1 / 8)}
-    assert Recognition(lambda samples, rate: "").rates() == {}
+    assert RecognitionErrors(lambda samples, rate: "").rates() == {}
     with pytest.raises(SampleError, match="it heard NoneType, not text"):
-        Recognition(lambda samples, rate: None).hear(np.zeros(4, np.float32), RATE)
+        RecognitionErrors(lambda samples, rate: None).recognize(np.zeros(4, np.float32), RATE)
 
 
 @pytest.mark.slow
@@ -151,7 +150,7 @@ def test_numbers_of_an_untrained_tokenizer(checkpoint, manifest, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "24000 Hz by griffin_lim" in done.stdout
     found = json.loads(numbers.read_text())
-    assert found["skipped"] == {"recogniser_failed": 1}
+    assert found["skipped"] == {"recognizer_failed": 1}
     assert "wer_original" not in found  # rates of both are of the same clips
 
 

@@ -15,9 +15,8 @@ from jax.sharding import Mesh, NamedSharding, reshard
 from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
 from baichuan_omni_jax.audio.codebook_training import CodebookState, usage
+from baichuan_omni_jax.audio.mel_training import reconstruction_loss, spec_augment
 from baichuan_omni_jax.audio.quantizer_training import Quantized, commitment_weight, quantized_share, temperature
-from baichuan_omni_jax.audio.mel_training import reconstruction_loss
-from baichuan_omni_jax.audio.mel_training import spec_augment
 from baichuan_omni_jax.branches import AUDIO_TOKENIZER_BRANCHES, BRANCHES, FLOW_MATCHING_BRANCHES
 from baichuan_omni_jax.config import OmniConfig, RunConfig
 from baichuan_omni_jax.config.mel_targets import MelTargetSpec, flow_target, reconstruction_ratios, run_mel_targets

@@ -10,8 +10,8 @@ import pytest
 from baichuan_omni_jax.config import Budgets, resolve_model
 from baichuan_omni_jax.config.loss_shares import POWERS
 from baichuan_omni_jax.evaluation.held_out import mean_losses
-from baichuan_omni_jax.nn.param import named_values, with_values
 from baichuan_omni_jax.nn.linear import narrow
+from baichuan_omni_jax.nn.param import named_values, with_values
 from baichuan_omni_jax.omni.model import OmniModel
 from baichuan_omni_jax.sharding import ShardingRules
 from baichuan_omni_jax.train.hooks import compile_held_out
