@@ -41,7 +41,17 @@ class DecodedCodes(NamedTuple):
 def code_sums(
     encoder: AudioEncoderBranch, decoder: AudioDecoder, clips: Clips, target: MelTarget, ratio: Fraction = SAME_RATE
 ) -> tuple[Sums, DecodedCodes]:
-    """Sums over the clips' valid frames, and what they are of. `ratio`: decoded frames for each of the target's.
+    """Takes clips through their codes and sums over their valid frames.
+
+    Args:
+        encoder: the audio tokenizer.
+        decoder: the audio decoder, with its post-net.
+        clips: their 16 kHz mels.
+        target: the recorded mels to compare with.
+        ratio: decoded frames for each of the target's.
+
+    Returns:
+        What the clips became, and the sums:
 
     `mel` (levels + 1,): absolute error of the refined mel from the features as they are, then from the first 1, 2, ...
     levels of their codes; `mel_count` what to divide it by. `used_q` (codes,): how often each code was chosen.
@@ -61,8 +71,8 @@ def code_sums(
 
 
 def tokenizer_means(sums: Mapping[str, np.ndarray], code_rate: float) -> dict[str, float]:
-    """Of all levels and with the first ones only `mel_mae`, `mel_mae_q0`, ...; of the features as they are
-    `mel_mae_unquantized`; `commitment`; for each level the share of codes used, `codes_used_q*`, and `perplexity_q*`;
+    """Divides the sums: of all levels and with the first ones only `mel_mae`, `mel_mae_q0`, ...; of the features as they
+    are `mel_mae_unquantized`; `commitment`; for each level the share of codes used, `codes_used_q*`, and `perplexity_q*`;
     `bits_per_second` by the codes' own frequencies; `loss_transcript` and `loss_transcript_unquantized`.
     """
     mel = sums["mel"] / max(float(sums["mel_count"]), 1.0)
@@ -109,7 +119,7 @@ def flow_means(sums: Mapping[str, np.ndarray]) -> dict[str, float]:
 
 
 def _first_levels(encoder: AudioEncoderBranch, codes) -> list[Float[Array, "c g d"]]:
-    """The sum of the chosen codes of the first 1, 2, ... levels."""
+    """Sums the chosen codes of the first 1, 2, ... levels."""
     total, sums, spec = 0.0, [], encoder.compute.rules.spec("batch", None, None)
     for q, table in enumerate(encoder.quantizer.codebooks()):
         total = total + table.at[codes[..., q]].get(out_sharding=spec)
@@ -138,7 +148,7 @@ class TokenizerScores:
     def __call__(
         self, mel: Float[np.ndarray, "f mels"], target: Float[np.ndarray, "s bands"]
     ) -> tuple[Int32[np.ndarray, "g q"], Float32[np.ndarray, "t bands"]]:
-        """Codes and the decoded mel of one window; `target` is its own mel at `settings`."""
+        """Returns codes and the decoded mel of one window; `target` is its own mel at `settings`."""
         size = next(size for size in mel_buckets(self._cfg.audio) if size >= len(mel))
         frames = self.settings.frames(
             size * self._cfg.audio.hop_length * self.settings.rate // self._cfg.audio.sampling_rate
@@ -152,7 +162,7 @@ class TokenizerScores:
         return np.asarray(codes[0])[np.asarray(valid[0])], np.asarray(made[0, : int(length[0])], np.float32)
 
     def means(self) -> dict[str, float]:
-        """Those of `tokenizer_means`, and by the codebooks' sizes `max_bits_per_second`. Empty without clips."""
+        """Returns `tokenizer_means`, and by the codebooks' sizes `max_bits_per_second`. Empty without clips."""
         if not self._sums:
             return {}
         audio = self._cfg.audio

@@ -40,7 +40,7 @@ GPUS = {
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """The chip that `jax.Device.device_kind` names; None for one that is not listed (a CPU).
+    """Finds the chip that `jax.Device.device_kind` names; None for one that is not listed (a CPU).
 
     >>> chip_of("NVIDIA H100 80GB HBM3").name
     'H100'
@@ -52,6 +52,6 @@ def chip_of(device_kind: str) -> Chip | None:
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """bfloat16 FLOP/s of one device; None for a kind that is not listed (a CPU)."""
+    """Returns bfloat16 FLOP/s of one device; None for a kind that is not listed (a CPU)."""
     chip = chip_of(device_kind)
     return chip.flops if chip else None

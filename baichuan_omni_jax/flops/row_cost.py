@@ -42,11 +42,11 @@ class RowCost:
     audio_target: int
 
     def __call__(self, row: Sequence[DocumentLengths]) -> int:
-        """FLOPs of a row of these documents."""
+        """Sums the FLOPs of a row of these documents."""
         return sum(map(self.document_cost, row))
 
     def document_cost(self, document: DocumentLengths) -> int:
-        """FLOPs of one document: n tokens see n (n + 1) / 2 pairs, an image of p patches p^2."""
+        """Counts the FLOPs of one document: n tokens see n (n + 1) / 2 pairs, an image of p patches p^2."""
         tokens, patches = document.lengths[_TOKENS], document.lengths[_PATCHES]
         flops = tokens * self.token + tokens * (tokens + 1) // 2 * self.pair
         flops += document.lengths[_TARGETS] * self.audio_target
@@ -54,7 +54,7 @@ class RowCost:
 
 
 def row_cost(omni: OmniConfig) -> RowCost:
-    """The costs of this architecture.
+    """Makes the costs of this architecture.
 
     >>> from baichuan_omni_jax.config import baichuan_omni_7b
     >>> cost = row_cost(baichuan_omni_7b())

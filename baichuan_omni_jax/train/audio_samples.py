@@ -97,7 +97,7 @@ class AudioSampleLogger:
         return None if self._waves is None else AudioSamples(waves, images)
 
     def _first_batch(self, name: str) -> dict[str, np.ndarray]:
-        """This host's rows of the mixture's first step."""
+        """Reads this host's rows of the mixture's first step."""
         if name not in self._batches:
             steps = self._mixtures[name].steps(None)
             self._batches[name] = next(steps).batch
@@ -154,7 +154,7 @@ def _flow_mels(spec: StepSpec) -> Mels:
 
 
 def _first(count: int, *targets: MelTarget) -> tuple[MelTarget, ...]:
-    """The first `count` clips that have a frame, whole on every device; where there are fewer, unused slots follow."""
+    """Picks the first `count` clips that have a frame, whole on every device; unused slots follow where there are fewer."""
     lengths: Int32[Array, " c"] = reshard(targets[0].lengths, P(None))
     places = jnp.argsort(lengths == 0, stable=True)[:count]
 

@@ -29,13 +29,14 @@ class Groups:
 def assign_groups(
     variables: Mapping[str, nnx.Variable], groups: tuple[GroupConfig, ...], *, special_token_rows: bool = True
 ) -> Groups:
-    """The group of each variable: the first whose pattern matches its dotted name from the start.
+    """Assigns each variable its group: the first whose pattern matches its dotted name from the start.
 
     Buffers (variables that are no `nnx.Param`) are frozen whatever matches. Without `special_token_rows`, groups with
     `special_tokens_only` are frozen whole. Raises ConfigError naming a parameter that no group covers, a group that
     matches nothing, a broken pattern, what is no table of tokens where only their rows may train, or that nothing is
     left to train.
     """
+    # Order decides: a parameter belongs to the first group whose pattern matches.
     patterns = {group.name: _compile(group) for group in groups}
     rates = {group.name: group.learning_rate for group in groups}
     by_rows = {group.name for group in groups if group.special_tokens_only}
@@ -46,6 +47,7 @@ def assign_groups(
             raise ConfigError(f"optimizer.groups cover no parameter called {name}")
         unused.discard(group)
         learns = isinstance(variable, nnx.Param) and rates[group] is not None
+        # A table of which some rows train is frozen itself; its rows are a parameter of their own.
         if group in by_rows:
             if name not in TOKEN_TABLES:
                 raise ConfigError(
@@ -66,7 +68,7 @@ def assign_groups(
 
 
 def special_ids(run: RunConfig, omni: OmniConfig) -> tuple[int, ...]:
-    """Ids of the special tokens: `train.special_token_ids`, or the model's media marks.
+    """Lists the ids of the special tokens: `train.special_token_ids`, or the model's media marks.
 
     Raises ConfigError on an id outside the vocabulary.
     """
@@ -81,7 +83,7 @@ def special_ids(run: RunConfig, omni: OmniConfig) -> tuple[int, ...]:
 
 
 def untrained_targets(run: RunConfig, omni: OmniConfig) -> tuple[int, ...]:
-    """Special tokens that no text loss should ask for, because their rows of the head do not train: all or none.
+    """Lists special tokens that no text loss may have as a target, as their rows of the head do not train: all or none.
 
     Such a row is as it was drawn, or as another stage left it. What could still change is what comes before it, say
     the audio embeddings, and these would learn to bend hidden states towards a row that means nothing.
@@ -94,7 +96,8 @@ def untrained_targets(run: RunConfig, omni: OmniConfig) -> tuple[int, ...]:
 
 
 def schedule(config: OptimizerConfig, group: GroupConfig) -> optax.Schedule:
-    """Linear from 0 to the group's rate in `warmup_steps`, cosine to `final_fraction` of it at `decay_steps`, constant.
+    """Makes the schedule: linear from 0 to the group's rate in `warmup_steps`, then cosine to `final_fraction` of it at
+    `decay_steps`, then constant.
 
     Raises ConfigError when the warm-up is not shorter than the decay.
     """
@@ -110,7 +113,7 @@ def schedule(config: OptimizerConfig, group: GroupConfig) -> optax.Schedule:
 def make_optimizer(
     config: OptimizerConfig, labels: Mapping[str, str], weight_decay: float = 0.0
 ) -> optax.GradientTransformation:
-    """AdamW over a flat dict of parameters, a learning rate a group, the gradient clipped to a global norm.
+    """Makes AdamW over a flat dict of parameters, a learning rate a group, the gradient clipped to a global norm.
 
     `labels` maps a parameter's name to its group. Vectors (norm scales, biases) do not decay, others by
     `config.weight_decay`, or by `weight_decay` where that is None.
@@ -134,7 +137,7 @@ def make_optimizer(
 
 
 def _weight_decay(group: GroupConfig, general: float) -> float:
-    """The group's own, else the `general` one of the run."""
+    """Returns the group's own, else the `general` one of the run."""
     if group.weight_decay is not None:
         return group.weight_decay
     # A row that no document of the batch reads would shrink towards 0.

@@ -1,4 +1,4 @@
-"""Several hosts in one training: how they join, tell each other, and what they must agree on."""
+"""Several hosts in one training: how they join, exchange text, fail together, and what they must agree on."""
 
 import hashlib
 import json
@@ -64,9 +64,10 @@ def is_process_zero() -> bool:
 
 
 def all_gather_str(text: str) -> list[str]:
-    """`text` of every host, in the order of hosts. Every host must call it."""
+    """Gathers `text` of every host, in the order of hosts. Every host must call it."""
     if jax.process_count() == 1:
         return [text]
+    # Arrays of one size gather, so lengths come first and the bytes padded.
     data = np.frombuffer(text.encode(), np.uint8)
     lengths = multihost_utils.process_allgather(np.int32(len(data))).reshape(-1)
     padded = np.pad(data, (0, int(lengths.max()) - len(data) + 1))
@@ -75,14 +76,14 @@ def all_gather_str(text: str) -> list[str]:
 
 
 def on_all_hosts(work: Callable[[], T]) -> T:
-    """`work()` on every host. Where one raises ConfigError all do, so that none waits for a host that has left."""
+    """Runs `work()` on every host. Where one raises ConfigError all do, so that none waits for a host that has left."""
     result, message = _attempt(work)
     _raise_on_all(message)
     return result
 
 
 def process_zero_first(work: Callable[[], T]) -> T:
-    """`work()` on host 0, then on the others: for work that builds something once and finds it afterwards.
+    """Runs `work()` on host 0, then on the others: for work that builds something once and finds it afterwards.
 
     Raises ConfigError as `on_all_hosts`.
     """
@@ -92,10 +93,10 @@ def process_zero_first(work: Callable[[], T]) -> T:
 
 def check_agreement(facts: Mapping[str, str]) -> None:
     """Raises ConfigError on every host, naming the first of `facts` that is not the same on all, and both values."""
-    told = [json.loads(text) for text in all_gather_str(json.dumps(dict(facts)))]
-    for host, other in enumerate(told):
-        for name in [*told[0], *(name for name in other if name not in told[0])]:
-            here, there = told[0].get(name, "absent"), other.get(name, "absent")
+    facts_of = [json.loads(text) for text in all_gather_str(json.dumps(dict(facts)))]
+    for host, other in enumerate(facts_of):
+        for name in [*facts_of[0], *(name for name in other if name not in facts_of[0])]:
+            here, there = facts_of[0].get(name, "absent"), other.get(name, "absent")
             if here != there:
                 raise ConfigError(f"the hosts disagree on {name}: {here} on host 0, {there} on host {host}")
 
@@ -110,13 +111,13 @@ def version_facts() -> dict[str, str]:
 
 
 def run_facts(run: RunConfig) -> dict[str, str]:
-    """The configuration, key by key; without those that a host may have to itself."""
+    """Lists the configuration, key by key; without those that a host may have to itself."""
     keys = flatten(to_dict(run))
     return {name: repr(value) for name, value in keys.items() if not name.startswith(_OWN_KEYS)}
 
 
 def wait_for(path: epath.Path, seconds: float = 60.0) -> None:
-    """Returns when `path` is there: a file that host 0 wrote is seen by the others a little later on some file systems.
+    """Waits until `path` is there: a file that host 0 wrote is seen by the others a little later on some file systems.
 
     Raises ConfigError when it does not appear.
     """

@@ -49,7 +49,7 @@ class StepSpec:
     special_ids: tuple[int, ...] = ()
 
     def assemble(self, trainable: Arrays, frozen: Arrays) -> nnx.Module:
-        """The model with these arrays in it."""
+        """Puts these arrays into the model."""
         values = trainable | frozen
         model = with_values(self.template, values)
         if self.groups.rows:
@@ -59,7 +59,7 @@ class StepSpec:
         return model
 
     def shapes(self) -> Arrays:
-        """Shape, dtype and sharding of every array of `trainable` and `frozen`, by name."""
+        """Describes shape, dtype and sharding of every array of `trainable` and `frozen`, by name."""
         shapes = named_values(self.template)
         for table, name in self.groups.rows.items():
             sharding = NamedSharding(self.mesh, self.task.compute.rules.spec(*ROWS))
@@ -68,7 +68,7 @@ class StepSpec:
         return shapes
 
     def split(self, values: Arrays) -> tuple[Arrays, Arrays]:
-        """All arrays, by whether they train."""
+        """Splits all arrays by whether they train."""
         return (
             {name: values[name] for name in self.groups.trainable},
             {name: values[name] for name in self.groups.frozen},
@@ -92,7 +92,7 @@ class TrainState:
 
 
 def make_compute(run: RunConfig) -> ComputePolicy:
-    """The static settings of every module."""
+    """Makes the static settings of every module."""
     return ComputePolicy(
         dtype=jnp.dtype(run.compute.dtype),
         remat=run.compute.remat,
@@ -103,7 +103,7 @@ def make_compute(run: RunConfig) -> ComputePolicy:
 
 
 def make_step_spec(run: RunConfig, omni: OmniConfig, mesh: Mesh, compute: ComputePolicy) -> StepSpec:
-    """Task, abstract model, groups and optimizer of a run.
+    """Puts together task, abstract model, groups and optimizer of a run, on shapes alone.
 
     Raises ConfigError on an unknown task, and where mesh, groups and model do not fit.
     """
@@ -111,6 +111,9 @@ def make_step_spec(run: RunConfig, omni: OmniConfig, mesh: Mesh, compute: Comput
     model = jax.eval_shape(lambda: task.make_model(jax.random.key(0)))
     rows = run.train.special_token_rows
     groups = assign_groups(named_variables(model), run.optimizer.groups, special_token_rows=rows)
+
+    # Checkpoints keep frozen parameters as they were; a step computes from them in `train.frozen_dtype`. Those that a
+    # task changes without a gradient stay fp32: small changes would be rounded away.
     stored = with_shardings(model, mesh, compute.rules)
     frozen_dtype = jnp.dtype(run.train.frozen_dtype)
     still = {name for name in groups.frozen if not task.changes_without_gradient(name)}
@@ -167,7 +170,7 @@ def saved_opt_state(state: TrainState) -> Any:
 
 
 def branches_of(model: nnx.Module) -> dict[str, nnx.Module]:
-    """The model's branches under the names that checkpoints use."""
+    """Lists the model's branches under the names that checkpoints use."""
     return {name: getattr(model, name) for name in model.branches}
 
 
@@ -199,30 +202,33 @@ def from_checkpoint(
 
 
 def evaluation_values(spec: StepSpec, state: TrainState) -> Arrays:
-    """All parameters by dotted name, to evaluate: those that a checkpoint holds, as a step computes with them."""
+    """Lists all parameters by dotted name, to evaluate: those that a checkpoint holds, as a step computes with them."""
     return dict(spec.task.to_checkpoint(state.trainable | state.frozen, state.aux_state)[0])
 
 
 def _from_stored(spec: StepSpec, values: Arrays) -> tuple[Arrays, Arrays, Arrays]:
-    """(trainable, frozen, originals) of parameters as a checkpoint holds them."""
+    """Makes (trainable, frozen, originals) of parameters as a checkpoint holds them."""
+    # Rows of special tokens train apart from their frozen table.
     values = dict(values)
     for table, name in spec.groups.rows.items():
         values[name], values[table] = take_rows(values[table], spec.special_ids)
     trainable, frozen = spec.split(values)
+
+    # Frozen parameters become those that a step computes from; what that rounds is kept beside them.
     wanted = named_values(spec.template)
     wide = {name: value for name, value in frozen.items() if value.dtype != wanted[name].dtype}
     small = jax.jit(lambda wide: {name: value.astype(wanted[name].dtype) for name, value in wide.items()})(wide)
     # Two programs: in one, XLA may take the way there and back for nothing.
     changed = jax.jit(lambda wide, small: {name: (wide[name] != small[name]).any() for name in wide})(wide, small)
     lost = {name: wide[name] for name, differs in changed.items() if differs}
+    # In the hosts' memory, which no step needs; devices without one of that kind keep them.
     kinds = {memory.kind for memory in jax.local_devices()[0].addressable_memories()}
-    # Devices without a host's memory of that kind keep them.
     originals = {name: _move(value, HOST_MEMORY) for name, value in lost.items()} if HOST_MEMORY in kinds else lost
     return trainable, frozen | small, originals
 
 
 def _move(value: Array, memory_kind: str | None) -> Array:
-    """The array in another memory of the same devices, part by part: no host touches another's."""
+    """Puts an array into another memory of the same devices, part by part: no host touches another's."""
     sharding = value.sharding.with_memory_kind(memory_kind)
     if sharding == value.sharding:
         return value

@@ -53,7 +53,7 @@ class Collective:
 
 
 def collectives_of(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
-    """Every collective of an optimised HLO module, compiled for a mesh of `mesh_shape` (axis -> size, in mesh order).
+    """Lists every collective of optimized HLO, compiled for a mesh of `mesh_shape` (axis -> size, in mesh order).
 
     Operations among one device (groups of one) are left out. Raises ValueError when the text names devices that the
     mesh does not have.
@@ -89,7 +89,7 @@ def _collective(line: str, mesh_shape: Mapping[str, int], loops: int, times: int
 
 
 def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
-    """(name, lines) of every computation; the entry is called ENTRY."""
+    """Yields (name, lines) of every computation; the entry is called ENTRY."""
     name, lines = None, []
     for line in text.splitlines():
         header = _COMPUTATION.match(line)
@@ -103,7 +103,7 @@ def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def _places(computations: Mapping[str, list[str]]) -> dict[str, tuple[int, int]]:
-    """(loops around it, calls a step) of every computation that the entry reaches."""
+    """Counts (loops around it, calls a step) of every computation that the entry reaches."""
     callers = defaultdict(list)
     for name, lines in computations.items():
         for line in lines:
@@ -131,7 +131,7 @@ def _places(computations: Mapping[str, list[str]]) -> dict[str, tuple[int, int]]
 
 
 def _trips(line: str, computations: Mapping[str, list[str]]) -> int:
-    """How often the loop called in `line` runs: as XLA notes it, else the bound its counter is compared with, else 1.
+    """Counts the runs of the loop called in `line`: as XLA notes it, else the bound its counter is compared with, else 1.
 
     Programs for TPU carry no note. The counter of `jax.lax.scan` starts at 0; a bound that is no constant is not known.
     """
@@ -144,7 +144,7 @@ def _trips(line: str, computations: Mapping[str, list[str]]) -> int:
 
 
 def _groups(line: str, devices: int) -> list[tuple[int, ...]]:
-    """Devices, by their place in the mesh, that exchange with one another; of a permute, each (source, target)."""
+    """Lists the devices, by place in the mesh, that exchange with one another; of a permute, each (source, target)."""
     if match := _MESH_GROUPS.search(line):
         return _mesh_groups(match)
     if match := _IOTA_GROUPS.search(line):
@@ -159,7 +159,7 @@ def _groups(line: str, devices: int) -> list[tuple[int, ...]]:
 
 
 def _mesh_groups(match: re.Match) -> list[tuple[int, ...]]:
-    """Groups written as axes of a mesh: mesh['a'=2,'b'=4] {'a', 'b':(2)2}, where b's part runs from 2 to 2 x 2."""
+    """Reads groups written as mesh axes: mesh['a'=2,'b'=4] {'a', 'b':(2)2}, where b's part runs from 2 to 2 x 2."""
     sizes = {axis: int(size) for axis, size in re.findall(r"'([^']+)'=(\d+)", match[1])}
     devices = np.array(_numbers(match[2])) if match[2] else np.arange(math.prod(sizes.values()))
     parts = {axis: (int(before or 1), int(size or sizes[axis])) for axis, before, size in _PART.findall(match[3])}
@@ -177,7 +177,7 @@ _PART = re.compile(r"'([^']+)'(?::\((\d+)\)(\d+))?")
 
 
 def _axes(groups: list[tuple[int, ...]], mesh_shape: Mapping[str, int]) -> tuple[str, ...]:
-    """Mesh axes along which members of a group differ."""
+    """Finds the mesh axes along which members of a group differ."""
     if max(max(group) for group in groups) >= math.prod(mesh_shape.values()):
         raise ValueError(f"the program runs on more devices than the mesh {dict(mesh_shape)} has")
     sizes = tuple(mesh_shape.values())
@@ -210,7 +210,7 @@ class Temporary:
 
 
 def largest_temporaries(assignment: str, hlo: str, count: int = 12) -> list[Temporary]:
-    """The largest arrays of the temporaries' space that share no byte with each other, largest first.
+    """Lists the largest arrays of the temporaries' space that share no byte with each other, largest first.
 
     `assignment` is XLA's `*buffer-assignment.txt`; arrays at one place live at different times, the largest is named.
     Empty where the text is of another form.
@@ -231,7 +231,7 @@ def largest_temporaries(assignment: str, hlo: str, count: int = 12) -> list[Temp
 
 
 def _values(assignment: str) -> list[tuple[int, int, str, str]]:
-    """(bytes, offset, array, instruction) of what lies in the temporaries' space of the main memory."""
+    """Lists (bytes, offset, array, instruction) of what lies in the temporaries' space of the main memory."""
     values, inside = [], False
     for line in assignment.splitlines():
         if line.startswith("allocation "):

@@ -16,7 +16,7 @@ _NOISE = {"while", "body", "closed_call", "checkpoint", "rematted_computation", 
 
 
 def print_report(console: Console, report: Report) -> None:
-    """Everything but the numbers of single collectives, and whether it fits."""
+    """Prints everything but the numbers of single collectives, and whether it fits."""
     mesh = " x ".join(f"{axis} {size}" for axis, size in report.mesh.items())
     slices = f"{report.slices} x " if report.slices > 1 else ""
     console.print(
@@ -52,7 +52,7 @@ def _memory_table(report: Report) -> Table:
 
 
 def memory_parts(report: Report) -> dict[str, int]:
-    """Bytes of a chip by part, adding up to the peak."""
+    """Splits the bytes of a chip by part, adding up to the peak."""
     parameters = sum(group.parameter_bytes for group in report.groups)
     optimizer = sum(group.optimizer_bytes for group in report.groups)
     return {
@@ -88,7 +88,7 @@ def _largest_table(report: Report) -> Table | None:
 
 
 def short_scope(scope: str) -> str:
-    """The named scopes of an operation and what it is, without what transformations add.
+    """Shortens the named scopes of an operation and what it is, without what transformations add.
 
     >>> short_scope("jit(step)/transpose(jvp(llm))/while/body/checkpoint/mlp/dot_general")
     'backward of llm/mlp/dot_general'

@@ -85,7 +85,7 @@ class Report:
     jax: str
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, as plain dicts and lists."""
+        """Turns everything into plain dicts and lists."""
         plain = {name: getattr(self, name) for name in self.__dataclass_fields__}
         plain["groups"] = [vars(group) for group in self.groups]
         plain["collectives"] = self.collectives and [vars(traffic) for traffic in self.collectives]
@@ -95,25 +95,25 @@ class Report:
 
 @dataclass(frozen=True)
 class Packing:
-    """Log-normal document lengths (mean and sigma of the logarithm), pictures of `picture` patches each.
+    """Log-normal document lengths (mean and sigma of the logarithm), images of `image` patches each.
 
     Rows are full: documents one after the other, the last one cut at the row's end; every media budget used up.
     """
 
     mean: float = 3000.0
     sigma: float = 1.2
-    picture: int = 1024
+    image: int = 1024
     seed: int = 0
 
     def sentence(self) -> str:
-        """What is assumed, for people."""
+        """Says what is assumed, for people."""
         return (
             f"full rows of log-normal documents (mean {self.mean:g} tokens, sigma {self.sigma:g}), all media budgets "
-            f"used, pictures of {self.picture} patches, a text loss on every slot that holds no picture or sound"
+            f"used, images of {self.image} patches, a text loss on every slot that holds no image or audio"
         )
 
     def counts(self, run: RunConfig, omni: OmniConfig) -> dict[str, int]:
-        """What the rows of one step hold, under the names of the task's `batch_counts`."""
+        """Counts what the rows of one step hold, under the names of the task's `batch_counts`."""
         rng, budgets, rows = np.random.default_rng(self.seed), run.data.budgets, run.data.rows
         vision, sound, hears = "vision" in run.branches, "audio_head" in run.branches, run.task != "omni"
         patches, frames, targets = (
@@ -135,7 +135,7 @@ class Packing:
         }
 
     def _row(self, rng: np.random.Generator, room: int) -> list[int]:
-        """Lengths of the documents of one row of `room` tokens."""
+        """Draws the lengths of the documents of one row of `room` tokens."""
         lengths = []
         while room:
             drawn = rng.lognormal(math.log(self.mean) - self.sigma**2 / 2, self.sigma)
@@ -144,10 +144,10 @@ class Packing:
         return lengths
 
     def _patch_pairs(self, patches: int, shards: int) -> int:
-        """Pairs of patches of one picture; each media shard ends with a smaller one where `picture` leaves a rest."""
+        """Counts pairs of patches of one image; each media shard ends with a smaller one where `image` leaves a rest."""
         part = patches // shards
-        whole, rest = divmod(part, self.picture)
-        return shards * (whole * self.picture**2 + rest**2)
+        whole, rest = divmod(part, self.image)
+        return shards * (whole * self.image**2 + rest**2)
 
 
 def preflight(run: RunConfig, omni: OmniConfig, topology: str, packing: Packing | None = None) -> Report:
@@ -170,7 +170,7 @@ def describe(
     built: CompiledProgram,
     packing: Packing,
 ) -> Report:
-    """The report of a step that has been compiled."""
+    """Makes the report of a step that has been compiled."""
     memory, mesh = built.memory, dict(spec.mesh.shape)
     device = spec.mesh.devices.flat[0]
     chip = chip_of(device.device_kind)
@@ -179,8 +179,8 @@ def describe(
     available = memory.available or chip.hbm_bytes
     counts = packing.counts(run, omni)
     trainable = spec.groups.trainable
-    parts = spec.task.flop_terms()
-    branches = flops_by_branch(parts, counts, trainable)
+    terms = spec.task.flop_terms()
+    branches = flops_by_branch(terms, counts, trainable)
     total = sum(branches.values())
     return Report(
         name=run.name,
@@ -201,7 +201,7 @@ def describe(
         largest=tuple(built.largest),
         collectives=_traffic(built.hlo, mesh) if built.hlo else None,
         model_flops=branches | {"total": total, "per_chip": total / spec.mesh.devices.size},
-        flops_by_term=flops_by_term(parts, counts, trainable),
+        flops_by_term=flops_by_term(terms, counts, trainable),
         counts=counts,
         packing=packing.sentence(),
         suggestions=[] if memory.peak <= available else suggestions(run, mesh, memory, available),
@@ -211,7 +211,7 @@ def describe(
 
 
 def group_sizes(run: RunConfig, spec: StepSpec, state: TrainState) -> tuple[Group, ...]:
-    """In the order of the run's configuration, frozen ones included; one of which nothing trains has no rate."""
+    """Sizes the run's groups in their order, frozen ones included; one of which nothing trains has no rate."""
     values = state.trainable | state.frozen
     group_of = spec.groups.trainable | spec.groups.frozen
     learns = set(spec.groups.trainable.values())
@@ -236,7 +236,7 @@ def group_sizes(run: RunConfig, spec: StepSpec, state: TrainState) -> tuple[Grou
 
 
 def _traffic(hlo: str, mesh: dict[str, int]) -> tuple[Traffic, ...]:
-    """Collectives by kind and axes, most bytes first."""
+    """Sums collectives by kind and axes, most bytes first."""
     found = defaultdict(lambda: [0, 0])
     for one in collectives_of(hlo, mesh):
         entry = found[one.kind, one.axes]
@@ -252,14 +252,14 @@ GIB = 2**30
 
 
 def suggestions(run: RunConfig, mesh: dict[str, int], memory: Memory, available: int) -> list[str]:
-    """Sentences with the `--set` that does it, for a step that needs more than `available` bytes."""
+    """Makes sentences with the `--set` that does it, for a step that needs more than `available` bytes."""
     found = [*_compute(run, mesh), *_rows(run, mesh), *_arguments(run, memory, available), *_mesh(run, mesh)]
     missing = (memory.peak - available) / GIB
     return [f"{missing:.1f} GiB too much a chip", *found, "more chips: a larger --topology"]
 
 
 def _compute(run: RunConfig, mesh: dict[str, int]) -> list[str]:
-    """Settings that trade time for memory and leave the numbers as they are."""
+    """Suggests settings that trade time for memory and leave the numbers as they are."""
     compute, part, found = run.compute, run.data.budgets.tokens // mesh["context"], []
     if compute.remat != "full":
         found.append(f"recompute whole layers: --set compute.remat=full (now {compute.remat})")
@@ -293,7 +293,7 @@ def _arguments(run: RunConfig, memory: Memory, available: int) -> list[str]:
 
 
 def _mesh(run: RunConfig, mesh: dict[str, int]) -> list[str]:
-    """Rows over more chips, at the same number of chips; smaller budgets."""
+    """Suggests rows over more chips, at the same number of chips; smaller budgets."""
     found, budgets = [], run.data.budgets
     if mesh["fsdp"] % 2 == 0 and budgets.tokens % (2 * mesh["context"] * run.data.context_block) == 0:
         half, twice = mesh["fsdp"] // 2, mesh["context"] * 2
