@@ -71,8 +71,10 @@ def code_sums(
 
 
 def tokenizer_means(sums: Mapping[str, np.ndarray], code_rate: float) -> dict[str, float]:
-    """Divides the sums: of all levels and with the first ones only `mel_mae`, `mel_mae_q0`, ...; of the features as they
-    are `mel_mae_unquantized`; `commitment`; for each level the share of codes used, `codes_used_q*`, and `perplexity_q*`;
+    """Divides the sums into scores.
+
+    Of all levels and with the first ones only `mel_mae`, `mel_mae_q0`, ...; of the features as they are
+    `mel_mae_unquantized`; `commitment`; for each level the share of codes used, `codes_used_q*`, and `perplexity_q*`;
     `bits_per_second` by the codes' own frequencies; `loss_transcript` and `loss_transcript_unquantized`.
     """
     mel = sums["mel"] / max(float(sums["mel_count"]), 1.0)

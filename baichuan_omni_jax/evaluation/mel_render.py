@@ -22,7 +22,7 @@ from baichuan_omni_jax.config.mel_targets import MelTargetSpec, flow_target
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.nn.param import ComputePolicy
 from baichuan_omni_jax.sharding import make_mesh
-from baichuan_omni_jax.vocoder.config import VocoderConfig, read_vocoder_config
+from baichuan_omni_jax.config.vocoder import VocoderConfig, read_vocoder_config
 from baichuan_omni_jax.vocoder.stft import griffin_lim
 from baichuan_omni_jax.vocoder.streaming import HiftWindow, window_wave
 

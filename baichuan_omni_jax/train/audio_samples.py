@@ -154,7 +154,7 @@ def _flow_mels(spec: StepSpec) -> Mels:
 
 
 def _first(count: int, *targets: MelTarget) -> tuple[MelTarget, ...]:
-    """Picks the first `count` clips that have a frame, whole on every device; unused slots follow where there are fewer."""
+    """Picks the first `count` clips that have a frame, whole on every device; unused slots follow if they are fewer."""
     lengths: Int32[Array, " c"] = reshard(targets[0].lengths, P(None))
     places = jnp.argsort(lengths == 0, stable=True)[:count]
 

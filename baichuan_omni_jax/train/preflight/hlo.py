@@ -131,7 +131,7 @@ def _places(computations: Mapping[str, list[str]]) -> dict[str, tuple[int, int]]
 
 
 def _trips(line: str, computations: Mapping[str, list[str]]) -> int:
-    """Counts the runs of the loop called in `line`: as XLA notes it, else the bound its counter is compared with, else 1.
+    """Counts the runs of the loop called in `line`: as XLA notes, else the bound its counter is compared with, else 1.
 
     Programs for TPU carry no note. The counter of `jax.lax.scan` starts at 0; a bound that is no constant is not known.
     """

@@ -144,7 +144,7 @@ class Packing:
         return lengths
 
     def _patch_pairs(self, patches: int, shards: int) -> int:
-        """Counts pairs of patches of one image; each media shard ends with a smaller one where `image` leaves a rest."""
+        """Counts pairs of patches of one image; a media shard ends with a smaller one where `image` leaves a rest."""
         part = patches // shards
         whole, rest = divmod(part, self.image)
         return shards * (whole * self.image**2 + rest**2)
