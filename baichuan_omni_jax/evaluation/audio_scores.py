@@ -51,7 +51,7 @@ def code_sums(
         ratio: decoded frames for each of the target's.
 
     Returns:
-        What the clips became, and the sums:
+        The sums below, and what the clips became.
 
     `mel` (levels + 1,): absolute error of the refined mel from the features as they are, then from the first 1, 2, ...
     levels of their codes; `mel_count` what to divide it by. `used_q` (codes,): how often each code was chosen.
