@@ -57,14 +57,18 @@ def code_sums(
     levels of their codes; `mel_count` what to divide it by. `used_q` (codes,): how often each code was chosen.
     `distance` and `distance_count`: commitment.
     """
+    # Features as they are, and the codes of all levels.
     features, valid = encoder.features(clips.mel, clips.lengths)
     codes, quantized, _ = encoder.quantizer.quantize(features)
     lengths = valid.sum(-1, dtype=jnp.int32)
+    # Decoded from the features, then from the first 1, 2, ... levels: what each level adds to the mel.
     decoded = [decoder(x, lengths) for x in (features, *_first_levels(encoder, codes))]
     errors = [mel_error_sums(each.refined_mel, each.mel_lengths, target, ratio) for each in decoded]
     sums = {"mel": jnp.stack([error for error, _, _ in errors]), "mel_count": errors[0][2]}
+    # Use of codes: a histogram a level, of valid frames.
     for q, size in enumerate(encoder.cfg.codebook_sizes):
         sums[f"used_q{q}"] = _counts(codes[..., q], valid, size)
+    # Commitment, as in training: squared distance to the sum of the chosen codes.
     distance = jnp.where(valid[..., None], (features - quantized).astype(jnp.float32) ** 2, 0)
     sums |= {"distance": distance.sum(), "distance_count": valid.sum(dtype=jnp.float32) * distance.shape[-1]}
     return sums, DecodedCodes(features, valid, codes, quantized, decoded[-1])
@@ -81,6 +85,7 @@ def tokenizer_means(sums: Mapping[str, np.ndarray], code_rate: float) -> dict[st
     means = {"mel_mae": mel[-1], "mel_mae_unquantized": mel[0], "bits_per_second": 0.0}
     means |= {f"mel_mae_q{q}": value for q, value in enumerate(mel[1:])}
     means["commitment"] = sums["distance"] / max(float(sums["distance_count"]), 1.0)
+    # Entropy of the codes' frequencies: its exponential is the perplexity, times the code rate the bitrate.
     for q in range(len(mel) - 1):
         counts = sums[f"used_q{q}"]
         share = counts[counts > 0] / max(counts.sum(), 1.0)
@@ -151,6 +156,7 @@ class TokenizerScores:
         self, mel: Float[np.ndarray, "f mels"], target: Float[np.ndarray, "s bands"]
     ) -> tuple[Int32[np.ndarray, "g q"], Float32[np.ndarray, "t bands"]]:
         """Returns codes and the decoded mel of one window; `target` is its own mel at `settings`."""
+        # Padded to the next bucket, so that a window compiles nothing new.
         size = next(size for size in mel_buckets(self._cfg.audio) if size >= len(mel))
         frames = self.settings.frames(
             size * self._cfg.audio.hop_length * self.settings.rate // self._cfg.audio.sampling_rate
@@ -159,6 +165,7 @@ class TokenizerScores:
         sums, codes, valid, made, length = self._through(
             self._branches, clips, MelTarget(*_slot(target[:frames], frames))
         )
+        # fp64 over all windows.
         for name, value in sums.items():
             self._sums[name] = self._sums.get(name, 0.0) + np.asarray(value, np.float64)
         return np.asarray(codes[0])[np.asarray(valid[0])], np.asarray(made[0, : int(length[0])], np.float32)

@@ -70,6 +70,7 @@ class HeldOutEvaluation:
 
     def __call__(self, parameters: dict[str, Any]) -> dict[str, float]:
         """Returns the scores, by the names above; one that nothing was summed for is left out."""
+        # One mixture after the other: their batches have one shape, so one program serves all.
         scores = {}
         for name, data in self._mixtures.items():
             means = self._means_of(self._sum(parameters, data), data.sources)
@@ -119,6 +120,7 @@ def sum_losses(
         return sums
     source = batch["audio_target_sources"]
     weights = [batch["audio_weights"][:, :, q] for q in range(len(audio))]
+    # Audio: each level has weights of its own, since the end frame counts in level 0 alone.
     levels = [_by_source(entropy * weight, source, sources) for entropy, weight in zip(audio, weights, strict=True)]
     level_weights = [_by_source(weight, source, sources) for weight in weights]
     return sums | {"audio": jnp.stack(levels, 1), "audio_weight": jnp.stack(level_weights, 1)}
@@ -130,6 +132,7 @@ def _by_source(values: Float[Array, "b m"], source: Int32[Array, "b m"], sources
 
 def mean_losses(sums: TotalSums, sources: tuple[str, ...], train: TrainConfig) -> dict[str, float]:
     """Divides the sums of `sum_losses`: losses over all sources and for each, by the names above."""
+    # Weights of 0 mean that there was nothing to predict: no loss, rather than a loss of 0.
     mean = lambda value, weight: float(value.sum() / weight.sum()) if weight.sum() else None  # noqa: E731
     text = mean(sums["text"], sums["text_weight"])
     losses = {"loss": text, "loss_text": text, "loss_text_only": mean(sums["text_only"], sums["text_only_weight"])}

@@ -63,11 +63,13 @@ def measure(original: Wave, again: Wave) -> dict[str, float]:
 
     The longer one is cut. A measure whose library is missing, or that finds too little speech, is left out.
     """
+    # Sample by sample: what one of them has more is cut.
     length = min(len(original), len(again))
     pair = original[:length], again[:length]
     if not pair[0].any():
         return {}
     found = {}
+    # A library that is missing leaves its measure out.
     for name, function in (("stoi", _stoi), ("pesq", _pesq)):
         value = function(*pair) if importlib.util.find_spec(LIBRARIES[name]) else None
         if value is not None:
@@ -122,6 +124,7 @@ class RecognitionErrors:
     def count(self, heard: str, spoken: str) -> None:
         """Adds the errors of one clip: what was heard against what was spoken."""
         language = language_of(spoken) or "en"
+        # Words by the clip's language, and characters as in Chinese for all.
         for unit, of in (("word", language), ("character", "zh")):
             truth = speech_units(spoken, of)
             self._counts[f"{unit}_edits"] += count_edits(truth, speech_units(heard, of))
@@ -151,6 +154,7 @@ def read_clips(
     Raises:
         ConfigError: when the manifest cannot be opened.
     """
+    # A line that cannot be used is counted, and the others are read.
     for line in read_manifest(manifest.name, manifest.parent, media_root(manifest, root, trusted)):
         try:
             if isinstance(line.document, SampleError):

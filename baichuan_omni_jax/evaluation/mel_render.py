@@ -49,15 +49,18 @@ class MelWaves:
         """`target.hop` samples for each frame, in ±1. Silence for a mel that is not finite."""
         if not np.isfinite(mel).all():
             return np.zeros(len(mel) * self._target.hop, np.float32)
+        # Griffin-Lim takes any length.
         if self.name == "griffin_lim" or not len(mel):
             return griffin_lim(mel, self._target)
         with jax.set_mesh(self._mesh):
+            # HiFT as one window, padded: a new length would compile again.
             frames = -(-len(mel) // _FRAMES) * _FRAMES
             return np.clip(HiftWindow(self._run, self._sizes, frames)(mel.astype(np.float32), 0, True), -1, 1)
 
     def _load(self, vocoder: str, omni: OmniConfig) -> None:
         home, self._sizes = check_vocoder(vocoder, omni)
         with jax.set_mesh(self._mesh):
+            # One device, fp32: the vocoder is small, and other devices are at work on the run.
             compute = ComputePolicy()
             abstract = abstract_branches(omni, self._sizes, only=["vocoder"], compute=compute)["vocoder"]
             placed = with_shardings(abstract, self._mesh, compute.rules, name="vocoder")
@@ -71,6 +74,7 @@ def check_vocoder(vocoder: str, omni: OmniConfig) -> tuple[Path, VocoderConfig]:
     home = Path(find_checkpoint(vocoder))
     if not (home / branch_folder("vocoder")).exists() or not (home / VOCODER_CONFIG).exists():
         raise ConfigError(f"eval.vocoder {vocoder} has no branch vocoder with its {VOCODER_CONFIG}")
+    # A vocoder of other mels would make noise of them.
     sizes, target = read_vocoder_config(home / VOCODER_CONFIG), flow_target(omni.flow)
     reads = sizes.sampling_rate, sizes.in_channels, sizes.hop_length
     makes = target.rate, target.mels, target.hop
@@ -87,12 +91,15 @@ def mel_image(
     `ratios` (default: 1 each) are frames of each mel for a frame of the first, at whose moments the others are drawn.
     Where one has ended, and where a value is not finite, the least is drawn.
     """
+    # All mels at the moments of the first one's frames.
     width, ratios = max(len(mels[0]), 1), ratios or [SAME_RATE] * len(mels)
     drawn = [_at_moments(mel, same_moments(width, ratio)) for mel, ratio in zip(mels, ratios, strict=True)]
+    # One scale for all panels, by what is finite.
     values = np.concatenate([mel.ravel() for mel in drawn])
     finite = values[np.isfinite(values)]
     low, high = (finite.min(), finite.max()) if len(finite) else (0.0, 1.0)
     panels = []
+    # Panels one above the other, low filters at the bottom.
     for mel in drawn:
         share = np.nan_to_num((mel - low) / max(high - low, 1e-9), nan=0.0, posinf=0.0, neginf=0.0)
         panel = _colored(share.T[::-1]).repeat(_PIXELS, 0).repeat(_PIXELS, 1)

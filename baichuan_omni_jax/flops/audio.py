@@ -40,6 +40,7 @@ def count_clips(mel_lengths: Lengths, omni: OmniConfig, flow_lengths: Lengths | 
     `flow_pairs` of the pre-net and `flow_chunk_pairs` of the estimator.
     """
     audio = omni.audio
+    # Lengths along the way, each from the one before: mel, encoder, codes, decoder states.
     encoder = (mel_lengths - 1) // audio.stride_size + 1
     codes = encoder // audio.avg_pooler
     hidden = _upsampled(codes, audio.decoder_kernel_size, audio.avg_pooler)
@@ -55,14 +56,17 @@ def count_clips(mel_lengths: Lengths, omni: OmniConfig, flow_lengths: Lengths | 
     }
     if flow_lengths is not None:
         flow = hidden.__array_namespace__().minimum(hidden, flow_lengths)
+        # Causal by chunks: a frame sees its own chunk and those before, the last chunk perhaps cut.
         whole, rest = flow // ATTENTION_CHUNK, flow % ATTENTION_CHUNK
         chunked = ATTENTION_CHUNK**2 * _causal(whole) + rest * flow
         found |= {"flow_frames": flow, "flow_pairs": _causal(flow), "flow_chunk_pairs": chunked}
+    # fp32, as pairs of many clips exceed an int32.
     return {name: count.astype(np.float32).sum() for name, count in found.items()}
 
 
 def full_slots(run: RunConfig, omni: OmniConfig, slot_frames: int) -> dict[str, float]:
     """Counts a global batch whose mel slots, of `slot_frames`, are all full."""
+    # Every slot of every row, full; the target's frames by the ratio of the two rates.
     clips = np.full(run.data.rows * run.data.budgets.mel_windows, slot_frames, np.int64)
     target = run_mel_targets(run, omni).get("flow")
     samples = clips * omni.audio.hop_length
@@ -72,7 +76,7 @@ def full_slots(run: RunConfig, omni: OmniConfig, slot_frames: int) -> dict[str, 
 
 def tokenizer_terms(omni: OmniConfig, reads: bool) -> tuple[FlopTerm, ...]:
     """Lists every matrix product of a step of the audio tokenizer, those of the frozen LM only if it `reads`."""
-    terms = (*_encoder(omni.audio), *_states(omni), *_mel(omni))
+    terms = (*_encoder(omni), *_states(omni), *_mel(omni))
     if not reads:
         return terms
     adapter = BRANCHES["transcript_adapter"].path()
@@ -86,13 +90,15 @@ def tokenizer_terms(omni: OmniConfig, reads: bool) -> tuple[FlopTerm, ...]:
 
 def flow_terms(omni: OmniConfig) -> tuple[FlopTerm, ...]:
     """Lists every matrix product of a flow-matching step: the frozen tokenizer up to the decoder's states, the flow."""
-    return (*_encoder(omni.audio), *_states(omni), *_prenet(omni), *_estimator(omni))
+    return (*_encoder(omni), *_states(omni), *_prenet(omni), *_estimator(omni))
 
 
-def _encoder(cfg: AudioConfig) -> tuple[FlopTerm, ...]:
+def _encoder(omni: OmniConfig) -> tuple[FlopTerm, ...]:
+    cfg = omni.audio
     d, f, k = cfg.d_model, cfg.code_dim, cfg.kernel_size
     conv1, conv2, layers = (f"{_ENCODER}{name}." for name in ("conv1", "conv2", "layers"))
     gate, up, down = (f"{_BRIDGE}{name}_proj." for name in ("gate", "up", "down"))
+    # The search compares with every code: a product of a frame with the whole codebook.
     levels = {f"{_TOKENIZER}quantizer.levels.{q}.embed": size * f for q, size in enumerate(cfg.codebook_sizes)}
     return (
         FlopTerm("encoder", "mel", (), "mel_frames", {f"{conv1}linear.weight": k * cfg.num_mel_bins * d}),
@@ -136,6 +142,7 @@ def _mel(omni: OmniConfig) -> tuple[FlopTerm, ...]:
     """Lists what leads from the decoder's states to coarse and refined mel. The post-net is taken as one."""
     cfg, post = omni.audio, omni.post_net
     d, mels, before = cfg.d_model, post.num_mel_bins, (_TOKENIZER, _DECODER)
+    # A convolution of kernel k is k products of the width in with the width out.
     widths = (mels, *post.channels[:-1])
     blocks = {
         f"{_DECODER}post_net.blocks.{i}.conv.linear.weight": POST_NET_KERNEL * widths[i] * widths[i + 1]
@@ -175,9 +182,11 @@ def _estimator(omni: OmniConfig) -> tuple[FlopTerm, ...]:
     """Lists the velocity estimator: gradients pass from it into the pre-net, not into the noisy mel or the time."""
     cfg, whole = omni.flow, (_PRENET, _ESTIMATOR)
     w, heads, k = cfg.channels[0], cfg.num_heads * cfg.attention_head_dim, FLOW_KERNEL
+    # Blocks of a stage, and the channels that come in: noisy mel and mu, then the skip beside the current ones.
     stages = {"down": (1, 2 * cfg.in_channels), "mid": (cfg.num_mid_blocks, w), "up": (1, 2 * w)}
     convs, layers, first = {}, {}, {}
     for name, (count, width_in) in stages.items():
+        # The first convolution reads the input, through which no gradient passes but to mu.
         into = first if name == "down" else convs
         resnet = f"{_ESTIMATOR}{name}.resnet."
         into[f"{resnet}block1.conv.linear.weight"] = count * k * width_in * w
@@ -187,6 +196,7 @@ def _estimator(omni: OmniConfig) -> tuple[FlopTerm, ...]:
     convs |= {f"{_ESTIMATOR}{name}.linear.weight": k * w * w for name in ("down_conv", "up_conv", "final_block.conv")}
     convs[f"{_ESTIMATOR}final_proj.linear.weight"] = w * cfg.in_channels
     count = sum(count for count, _ in stages.values())
+    # The time is embedded once a clip and projected into every stage.
     times = {f"{_ESTIMATOR}{name}.resnet.time_proj.weight": 4 * w * w * n for name, (n, _) in stages.items()}
     time1, time2 = f"{_ESTIMATOR}time_fc1.", f"{_ESTIMATOR}time_fc2."
     return (
@@ -221,6 +231,7 @@ def _upsampled(frames: Lengths, kernel: int, stride: int) -> Lengths:
 
 def _decoded_mel(hidden: Lengths, omni: OmniConfig) -> Lengths:
     audio, post = omni.audio, omni.post_net
+    # The decoder makes 100 Hz, the post-net's mel is resampled to its own rate, rounded down.
     rise, fall = audio.hop_length * post.sampling_rate, audio.sampling_rate * post.hop_length
     common = math.gcd(rise, fall)
     frames = _upsampled(hidden, audio.decoder_kernel_size, audio.decoder_stride_size)

@@ -45,6 +45,7 @@ def chip_of(device_kind: str) -> Chip | None:
     >>> chip_of("NVIDIA H100 80GB HBM3").name
     'H100'
     """
+    # TPU kinds are exact.
     if device_kind in TPUS:
         return TPUS[device_kind]
     names = [name for name in GPUS if device_kind.startswith(name)]

@@ -94,15 +94,18 @@ def omni_terms(omni: OmniConfig) -> tuple[FlopTerm, ...]:
 def _vision(omni: OmniConfig) -> tuple[FlopTerm, ...]:
     cfg, g = omni.vision, omni.vision.merged_patches
     d, f = cfg.embed_dim, cfg.embed_dim * cfg.mlp_ratio
+    # Widths: d of the tower, f of its MLP; g patches become one visual token.
     tower, projector = BRANCHES["vision"].path("tower"), BRANCHES["vision"].path("projector")
     attention = {f"attention.{x}_proj.weight": d * d for x in "qkvo"}
     layer = attention | {"mlp.fc1.weight": d * f, "mlp.fc2.weight": f * d}
     norm, fc1 = f"{projector}norm.", f"{projector}fc1."
     return (
+        # Nothing trains before the pixels: the patch embedding gets no gradient to pass on.
         FlopTerm("vision", "patches", (), "patches", {f"{tower}patch_embedding.kernel": cfg.patch_values * d}),
         FlopTerm(
             "vision",
             "tower",
+            # A stack of layers is one term: as soon as any of it trains, gradients pass all of it.
             (tower,),
             "patches",
             {f"{tower}layers.{name}": cfg.depth * size for name, size in layer.items()},
@@ -133,6 +136,7 @@ _HIDDEN = (*_STREAM, _LLM.path("norm"))
 def language_terms(omni: OmniConfig) -> tuple[FlopTerm, ...]:
     """Lists the language model's layers and logits."""
     cfg = omni.llm
+    # Grouped-query attention: keys and values have fewer heads, scores and their use have all.
     d, wide, narrow = cfg.hidden_size, cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
     layer = {
         f"attention.{x}_proj.weight": d * size for x, size in zip("qkvo", (wide, narrow, narrow, wide), strict=True)
@@ -146,6 +150,7 @@ def language_terms(omni: OmniConfig) -> tuple[FlopTerm, ...]:
             "tokens",
             {f"{_LLM.path('layers')}{name}": cfg.num_layers * size for name, size in layer.items()},
             pairs="causal_pairs",
+            # Scores and weighted values: two products of a query head's width for each pair.
             attention=cfg.num_layers * 2 * wide,
         ),
         FlopTerm("llm", "logits", _HIDDEN, "text_targets", {f"{_LLM.path()}head": d * cfg.vocab_size}),
@@ -158,6 +163,7 @@ def _audio(omni: OmniConfig) -> tuple[FlopTerm, ...]:
     An end frame, of which the loss reads level 0 alone, counts as a whole one.
     """
     d, sizes, layers = omni.llm.hidden_size, omni.audio.codebook_sizes, omni.audio_head.num_layers
+    # Each of a frame's levels is a position; position q sees q + 1 of them.
     levels = len(sizes)
     layer = {f"attention.{x}_proj.weight": d * d for x in "qkvo"}
     layer |= {f"linear{i}.weight": 2 * d * d for i in (1, 2)}
@@ -170,6 +176,7 @@ def _audio(omni: OmniConfig) -> tuple[FlopTerm, ...]:
             "audio_targets",
             {f"{head}layers.{name}": layers * levels * size for name, size in layer.items()},
             pairs="audio_targets",
+            # Pairs of levels are the same for every frame, so they stand in the term and frames are counted.
             attention=layers * (levels * (levels + 1) // 2) * 2 * d,
         ),
         FlopTerm(

@@ -238,18 +238,6 @@ def loss_share_metrics(batch: Batch, run: RunConfig) -> Metrics:
     return metrics | ({"audio_loss_scale": denominators.audio_scale} if len(denominators.levels) else {})
 
 
-def fill_metrics(batch: Batch) -> Metrics:
-    """Measures a global batch: real tokens, and the used share of each budget."""
-    real = batch["segment_ids"] > 0
-    mean = lambda used: jnp.mean(used, dtype=jnp.float32)  # noqa: E731
-    metrics = {"tokens": real.sum(dtype=jnp.float32), "fill_tokens": mean(real)}
-    if "patch_segments" in batch:
-        metrics["fill_patches"] = mean(batch["patch_segments"] > 0)
-    if "audio_index" in batch:
-        metrics["fill_audio"] = mean(batch["audio_index"] < real.shape[1])
-    return metrics
-
-
 def level_weights(run: RunConfig, levels: int) -> tuple[float, ...]:
     """Returns alpha_q of each audio level."""
     return run.train.audio_level_weights or (1.0 / levels,) * levels

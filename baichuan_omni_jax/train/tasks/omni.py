@@ -12,10 +12,10 @@ from baichuan_omni_jax.evaluation.held_out import mean_losses, sum_losses
 from baichuan_omni_jax.flops.terms import FlopTerm, omni_terms
 from baichuan_omni_jax.omni.batch import BRANCH_FIELDS, Batch, abstract_batch
 from baichuan_omni_jax.omni.model import OmniModel
+from baichuan_omni_jax.train.batch_metrics import fill_metrics
 from baichuan_omni_jax.train.input import check_batch
 from baichuan_omni_jax.train.losses import (
     Denominators,
-    fill_metrics,
     loss_share_metrics,
     omni_denominators,
     omni_entropies,

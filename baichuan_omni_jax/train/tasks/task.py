@@ -12,10 +12,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from baichuan_omni_jax.config import OmniConfig, RunConfig
-from baichuan_omni_jax.flops.batch_counts import count_batch
 from baichuan_omni_jax.flops.terms import FlopTerm
 from baichuan_omni_jax.nn.param import ComputePolicy
 from baichuan_omni_jax.omni.batch import Batch
+from baichuan_omni_jax.train.batch_metrics import count_batch
 from baichuan_omni_jax.train.groups import untrained_targets
 
 Metrics = dict[str, Float[Array, ""]]

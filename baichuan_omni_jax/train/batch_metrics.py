@@ -1,4 +1,4 @@
-"""What a packed batch holds, counted on device: the numbers that the FLOP formulas of `terms` are multiplied by."""
+"""What a packed batch holds, measured on device: counts that FLOP formulas are multiplied by, and use of budgets."""
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,18 @@ def count_batch(batch: Batch) -> dict[str, Float[Array, ""]]:
     if "audio_weights" in batch:
         found["audio_targets"] = count(batch["audio_weights"][:, :, 0] > 0)
     return found
+
+
+def fill_metrics(batch: Batch) -> dict[str, Float[Array, ""]]:
+    """Measures a global batch: real tokens, and the used share of each budget."""
+    real = batch["segment_ids"] > 0
+    mean = lambda used: jnp.mean(used, dtype=jnp.float32)  # noqa: E731
+    metrics = {"tokens": real.sum(dtype=jnp.float32), "fill_tokens": mean(real)}
+    if "patch_segments" in batch:
+        metrics["fill_patches"] = mean(batch["patch_segments"] > 0)
+    if "audio_index" in batch:
+        metrics["fill_audio"] = mean(batch["audio_index"] < real.shape[1])
+    return metrics
 
 
 def _squared_runs(ids: Int32[Array, "b p"]) -> Float[Array, ""]:
