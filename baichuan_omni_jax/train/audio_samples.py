@@ -51,10 +51,12 @@ class AudioSampleLogger:
         self._batches: dict[str, dict[str, np.ndarray]] = {}
         self._recorded_done: set[str] = set()
         self._waves = self._recorded_waves = None
+        # Nothing is compiled or loaded for a run without samples.
         if not self.is_due(0):
             return
         self._mels = jax.jit({"audio_tokenizer": _tokenizer_mels, "flow_matching": _flow_mels}[run.task](spec))
         self._target = decoded_target(omni.post_net) if run.task == "audio_tokenizer" else flow_target(omni.flow)
+        # The recorded mel is the first target of the batch; rates may differ from the decoder's.
         recorded = next(iter(run_mel_targets(run, omni).values()))
         self._ratio = self._target.frame_rate / recorded.frame_rate
         if is_process_zero():
@@ -80,6 +82,7 @@ class AudioSampleLogger:
         """Returns the samples; None on hosts other than process zero."""
         waves, images, parameters = {}, {}, evaluation_values(self._spec, state)
         for name in self._mixtures:
+            # All hosts compute; what follows is for process zero.
             recorded, made = jax.device_get(self._mels(parameters, self._place(self._first_batch(name))))
             if self._waves is None or self._recorded_waves is None:
                 continue
@@ -99,6 +102,7 @@ class AudioSampleLogger:
     def _first_batch(self, name: str) -> dict[str, np.ndarray]:
         """Reads this host's rows of the mixture's first step."""
         if name not in self._batches:
+            # Read once: the clips are the same ones every time.
             steps = self._mixtures[name].steps(None)
             self._batches[name] = next(steps).batch
             steps.close()
@@ -130,6 +134,7 @@ def _tokenizer_mels(spec: StepSpec) -> Mels:
         model = spec.assemble(parameters, {})
         clips = clips_of(batch, compute)
         features, valid = model.audio_encoder.features(clips.mel, clips.lengths)
+        # As after training: no dropout of levels, no share of unquantized clips.
         _, quantized, _ = model.audio_encoder.quantizer.quantize(features)
         decoded = model.decode(quantized, valid)
         target = mel_targets_of(batch, ("scale_0",), compute)[0]
@@ -146,6 +151,7 @@ def _flow_mels(spec: StepSpec) -> Mels:
         model = spec.assemble(parameters, {})
         hidden, lengths = model.hidden(clips_of(batch, compute))
         mel, lengths = match_lengths(hidden, lengths, mel_targets_of(batch, ("flow",), compute)[0])
+        # The noise of the held-out scores, so that samples differ by the weights alone.
         noise = jax.random.normal(jax.random.key(SAMPLING_SEED), mel.shape)
         sampled = sample_mel(model.flow, hidden, lengths, noise)
         return _first(count, MelTarget(mel, lengths), MelTarget(sampled, lengths))
@@ -155,6 +161,7 @@ def _flow_mels(spec: StepSpec) -> Mels:
 
 def _first(count: int, *targets: MelTarget) -> tuple[MelTarget, ...]:
     """Picks the first `count` clips that have a frame, whole on every device; unused slots follow if they are fewer."""
+    # Used slots first, in their order; a stable sort keeps them so.
     lengths: Int32[Array, " c"] = reshard(targets[0].lengths, P(None))
     places = jnp.argsort(lengths == 0, stable=True)[:count]
 

@@ -72,6 +72,7 @@ def special_ids(run: RunConfig, omni: OmniConfig) -> tuple[int, ...]:
 
     Raises ConfigError on an id outside the vocabulary.
     """
+    # All marks of media; the end of text is a token that text models know.
     marks = (getattr(omni.tokens, mark.name) for mark in fields(omni.tokens) if mark.name != "end_of_text")
     ids = tuple(dict.fromkeys(run.train.special_token_ids or marks))
     outside = [each for each in ids if not 0 <= each < omni.llm.vocab_size]
@@ -118,6 +119,7 @@ def make_optimizer(
     `labels` maps a parameter's name to its group. Vectors (norm scales, biases) do not decay, others by
     `config.weight_decay`, or by `weight_decay` where that is None.
     """
+    # A transformation for each group that trains anything.
     by_group = {
         group.name: optax.adamw(
             schedule(config, group),
@@ -130,6 +132,7 @@ def make_optimizer(
         for group in config.groups
         if group.name in labels.values()
     }
+    # Clipping by the norm of all groups together, before they part.
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.partition(by_group, lambda parameters: {name: labels[name] for name in parameters}),

@@ -49,11 +49,13 @@ def warm_up_collectives(mesh: Mesh) -> None:
     """
     if jax.process_count() == 1:
         return
+    # Every combination of axes that a collective of the step may go over.
     axes = [axis for axis, size in mesh.shape.items() if size > 1]
     groups = [group for count in range(1, len(axes) + 1) for group in combinations(axes, count)]
     sums = jax.shard_map(
         lambda x: [jax.lax.psum(x, group) for group in groups], mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False
     )
+    # A meeting point first: the connections' own wait is short.
     all_gather_str("")
     jax.block_until_ready(jax.jit(sums)(np.float32(1)))
 
@@ -77,6 +79,7 @@ def all_gather_str(text: str) -> list[str]:
 
 def on_all_hosts(work: Callable[[], T]) -> T:
     """Runs `work()` on every host. Where one raises ConfigError all do, so that none waits for a host that has left."""
+    # No host may leave alone: the others would wait for it in the next collective.
     result, message = _attempt(work)
     _raise_on_all(message)
     return result
@@ -103,6 +106,7 @@ def check_agreement(facts: Mapping[str, str]) -> None:
 
 def version_facts() -> dict[str, str]:
     """Collects what runs on this host: version of JAX, and a hash of this project's sources."""
+    # Names and contents: a file that was moved is another version.
     digest = hashlib.sha256()
     root = Path(__file__).resolve().parents[2]
     for path in sorted(path for package in _PACKAGES for path in (root / package).rglob("*.py")):

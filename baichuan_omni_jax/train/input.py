@@ -95,6 +95,7 @@ class DocumentFailures:
     def note(self, failed: FailedDocuments) -> None:
         """Counts a step's documents. Alone, a host raises ConfigError at once when they are too many."""
         for key, (location, cause, message) in failed.items():
+            # A document may be read again, by another epoch or after a restart.
             if key not in self._causes:
                 self._causes[key] = self._unshared[key] = cause
                 log.warning("skipped %s (%s): %s", location, cause, message)
@@ -148,6 +149,7 @@ def rows_of_host(mesh: Mesh, rules: ShardingRules, rows: int) -> tuple[int, ...]
 
     Two hosts share rows where `context` or `tensor` spans both: each then decodes them whole.
     """
+    # Rows of each local device; devices that split other axes hold the same rows.
     sharding = NamedSharding(mesh, rules.spec("batch"))
     parts = sharding.addressable_devices_indices_map((rows,)).values()
     return tuple(sorted({row for part in parts if part is not None for row in range(rows)[part[0]]}))

@@ -92,6 +92,7 @@ class WandbWriter:
         settings = {
             "project": project,
             "name": f"{run.name} {workdir.name}",
+            # From the workdir's path, so that a restart finds its run.
             "id": hashlib.sha256(str(workdir).encode()).hexdigest()[:16],
             "resume": "allow",
             "dir": str(workdir),
@@ -129,6 +130,7 @@ class MetricsWriter:
 
     def write(self, record: MetricsRecord) -> None:
         """Writes one step's numbers. JSON has no word for a number that is not finite: there it is null."""
+        # Flushed line by line: a killed run leaves at most one cut line.
         self._file.write(json.dumps({name: _plain(value) for name, value in record.items()}) + "\n")
         self._file.flush()
         flat = _flatten(record)
@@ -200,6 +202,7 @@ class Throughput:
 
     def rates(self, counts: Mapping[str, float], seconds: float) -> dict[str, float]:
         """Returns a step's rates from its `batch_counts`, of the global batch, and the seconds that it took."""
+        # A clock may not have moved.
         seconds = max(seconds, 1e-9)
         flops = flops_by_branch(self._terms, counts, self._trainable)
         numbers = {"tokens_per_s_per_chip": counts["tokens"] / seconds / self._chips}
@@ -227,6 +230,7 @@ class Goodput:
 
     def note(self, productive: float) -> float:
         """Adds a step's productive seconds; returns the run's goodput up to now, 0 to 1."""
+        # Replaced, not rewritten: a kill leaves the old file or the new one.
         self._productive += productive
         elapsed = self._before + time.monotonic() - _BEGAN
         partial = self._path.with_suffix(".partial")

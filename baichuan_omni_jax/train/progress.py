@@ -59,6 +59,7 @@ class ProgressLine:
 
     def __init__(self, console: Console, steps: int, done: int, every: int = 10):
         self._console, self._steps, self._every = console, steps, every
+        # Drawn only on a terminal; elsewhere lines are printed now and then.
         self._bar = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),

@@ -133,6 +133,7 @@ def init_state(run: RunConfig, spec: StepSpec) -> tuple[TrainState, Arrays]:
         The state at step 0; and the originals (`from_checkpoint`).
     """
     shardings = {name: shape.sharding for name, shape in named_values(spec.stored).items()}
+    # Drawn where they will lie: no device ever holds a whole model.
     draw = jax.jit(lambda key: named_values(spec.task.make_model(key)), out_shardings=shardings)
     values = draw(jax.random.key(run.train.seed))
     if run.checkpoint.init_from:
@@ -152,6 +153,7 @@ def _first_state(spec: StepSpec, trainable: Arrays) -> TrainState:
 def abstract_state(spec: StepSpec) -> TrainState:
     """Describes the state by shapes and shardings. Optimizer moments are placed as their parameters."""
     trainable, frozen = spec.split(spec.shapes())
+    # The optimizer's own structure, by tracing its init.
     shapes = jax.eval_shape(lambda trainable: _first_state(spec, trainable), trainable)
     replicated = NamedSharding(spec.mesh, PartitionSpec())
 
@@ -179,6 +181,7 @@ def to_checkpoint(spec: StepSpec, state: TrainState, originals: Arrays) -> tuple
     values, aux_state = spec.task.to_checkpoint(state.trainable | state.frozen, state.aux_state)
     values = {**values, **originals}
     for table, name in spec.groups.rows.items():
+        # Rows go back into their table, which may lie in the hosts' memory.
         whole = _move(values[table], named_values(spec.stored)[table].sharding.memory_kind)
         values[table] = put_rows(whole, values[name], spec.special_ids)
     return branches_of(with_values(spec.stored, values)), saved_opt_state(replace(state, aux_state=aux_state))

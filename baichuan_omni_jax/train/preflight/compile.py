@@ -82,10 +82,13 @@ def compile_for_devices(spec: StepSpec, state: TrainState, batch: dict[str, jax.
     """Compiles the step. A program that the compiler refuses for want of memory is a result, not an error."""
     start = time.monotonic()
     with jax.set_mesh(spec.mesh), tempfile.TemporaryDirectory(prefix="preflight") as folder:
+        # Traced for the topology's devices, from shapes alone.
         lowered = compile_step(spec).lower(state, batch)
+        # Asynchronous TPU programs cannot all be printed (jax 0.10), but XLA dumps them.
         dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True, "xla_dump_hlo_module_re": "jit_step"}
         try:
             memory = _memory(lowered.compile(compiler_options=dump).memory_analysis())
+        # Too large is a result: the message says by how much.
         except jax.errors.JaxRuntimeError as error:
             memory = refused(str(error), bytes_on_a_chip((state, batch)))
             if memory is None:
@@ -96,6 +99,7 @@ def compile_for_devices(spec: StepSpec, state: TrainState, batch: dict[str, jax.
 
 
 def _memory(stats: Any) -> Memory:
+    # Donated outputs lie where their inputs were.
     new = stats.output_size_in_bytes - stats.alias_size_in_bytes
     return Memory(stats.argument_size_in_bytes, new, stats.temp_size_in_bytes, stats.generated_code_size_in_bytes)
 
@@ -121,6 +125,7 @@ def devices_of(topology: str, slices: int = 1) -> list[jax.Device]:
     """
     if slices < 1:
         raise ConfigError(f"mesh.slices must be at least 1, not {slices}")
+    # libtpu describes the devices; it needs no TPU for that.
     if find_spec("libtpu") is None:
         raise ConfigError("libtpu is not installed: pip install 'baichuan_omni_jax[preflight]'")
     options = _OPTIONS.get(topology.partition(":")[0], {})

@@ -58,6 +58,7 @@ def collectives_of(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]
     Operations among one device (groups of one) are left out. Raises ValueError when the text names devices that the
     mesh does not have.
     """
+    # Where each computation is called from, so that a collective in a loop counts as often as the loop runs.
     computations = dict(_computations(text))
     placed = _places(computations)
     found = []
@@ -71,13 +72,16 @@ def collectives_of(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]
 
 def _collective(line: str, mesh_shape: Mapping[str, int], loops: int, times: int) -> Collective | None:
     match = _OPERATION.search(line)
+    # A line that only names the operation (as a metadata entry does) has no result before it.
     if match is None or " = " not in line[: match.start()]:
         return None
     kind, started = match[1], match[2] is not None
     groups = _groups(line, math.prod(mesh_shape.values()))
+    # Groups of one device exchange nothing.
     axes = _axes(groups, mesh_shape)
     if not axes:
         return None
+    # The operation's results; asynchronous halves carry their operands and a state beside them.
     sizes = [_bytes(*shape) for shape in _SHAPE.findall(line[line.index(" = ") : match.start()])]
     if started and kind == "all-gather":  # (operands, results)
         sizes = sizes[len(sizes) // 2 :]
@@ -104,6 +108,7 @@ def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
 
 def _places(computations: Mapping[str, list[str]]) -> dict[str, tuple[int, int]]:
     """Counts (loops around it, calls a step) of every computation that the entry reaches."""
+    # The call graph, turned round: who calls a computation, in a loop or not, and how often.
     callers = defaultdict(list)
     for name, lines in computations.items():
         for line in lines:
@@ -115,6 +120,7 @@ def _places(computations: Mapping[str, list[str]]) -> dict[str, tuple[int, int]]
             for branches in _BRANCHES.findall(line):
                 for called in branches.split(","):
                     callers[called.strip().lstrip("%")].append((name, False, 1))
+    # From there to the entry, which is called once.
     placed = {"ENTRY": (0, 1)}
 
     def place(name: str) -> tuple[int, int] | None:
@@ -137,6 +143,7 @@ def _trips(line: str, computations: Mapping[str, list[str]]) -> int:
     """
     if noted := _TRIPS.search(line):
         return int(noted[1])
+    # No note: the one integer constant of the condition is the bound.
     condition = _CONDITION.search(line)
     text = "\n".join(computations.get(condition[1], ())) if condition else ""
     bounds = re.findall(r" = s32\[\]\S* constant\((\d+)\)", text)
@@ -145,6 +152,7 @@ def _trips(line: str, computations: Mapping[str, list[str]]) -> int:
 
 def _groups(line: str, devices: int) -> list[tuple[int, ...]]:
     """Lists the devices, by place in the mesh, that exchange with one another; of a permute, each (source, target)."""
+    # Three ways to write groups, and none, which is all devices.
     if match := _MESH_GROUPS.search(line):
         return _mesh_groups(match)
     if match := _IOTA_GROUPS.search(line):
@@ -160,14 +168,17 @@ def _groups(line: str, devices: int) -> list[tuple[int, ...]]:
 
 def _mesh_groups(match: re.Match) -> list[tuple[int, ...]]:
     """Reads groups written as mesh axes: mesh['a'=2,'b'=4] {'a', 'b':(2)2}, where b's part runs from 2 to 2 x 2."""
+    # The mesh's own axes and devices, and which part of each axis a group spans.
     sizes = {axis: int(size) for axis, size in re.findall(r"'([^']+)'=(\d+)", match[1])}
     devices = np.array(_numbers(match[2])) if match[2] else np.arange(math.prod(sizes.values()))
     parts = {axis: (int(before or 1), int(size or sizes[axis])) for axis, before, size in _PART.findall(match[3])}
     shape, exchanged = [], []
+    # Each axis is cut in three: before the part, the part that exchanges, and after it.
     for axis, size in sizes.items():
         before, own = parts.get(axis, (size, 1))
         exchanged += [len(shape) + 1]
         shape += [before, own, size // (before * own)]
+    # Then the exchanged parts go last, and each line is a group.
     kept = [dim for dim in range(len(shape)) if dim not in exchanged]
     moved = devices.reshape(shape).transpose(kept + exchanged)
     return [tuple(group) for group in moved.reshape(-1, math.prod(shape[dim] for dim in exchanged)).tolist()]
@@ -181,6 +192,7 @@ def _axes(groups: list[tuple[int, ...]], mesh_shape: Mapping[str, int]) -> tuple
     if max(max(group) for group in groups) >= math.prod(mesh_shape.values()):
         raise ValueError(f"the program runs on more devices than the mesh {dict(mesh_shape)} has")
     sizes = tuple(mesh_shape.values())
+    # Coordinates of every member; an axis along which any two of a group differ is exchanged over.
     differs = np.zeros(len(sizes), bool)
     for group in groups:
         places = np.stack(np.unravel_index(np.array(group), sizes))
@@ -215,10 +227,12 @@ def largest_temporaries(assignment: str, hlo: str, count: int = 12) -> list[Temp
     `assignment` is XLA's `*buffer-assignment.txt`; arrays at one place live at different times, the largest is named.
     Empty where the text is of another form.
     """
+    # Users of each place; arrays at one place live at different times.
     found, taken, places = [], [], defaultdict(list)
     for size, start, array, name in _values(assignment):
         places[size, start].append((array, name))
     for size, start in sorted(places, reverse=True):
+        # Largest first, and only where no larger one lies.
         if all(start + size <= low or start >= high for low, high in taken):
             taken.append((start, start + size))
             users = places[size, start]

@@ -93,6 +93,7 @@ def short_scope(scope: str) -> str:
     >>> short_scope("jit(step)/transpose(jvp(llm))/while/body/checkpoint/mlp/dot_general")
     'backward of llm/mlp/dot_general'
     """
+    # jvp(...), transpose(...) wrap a scope's name; loops and remat add words of their own.
     names = [name[name.rfind("(") + 1 :].rstrip(")") for name in scope.split("/")[1:]]
     kept = [name for name in names if name and name not in _NOISE and "," not in name and "->" not in name]
     return ("backward of " if "transpose(" in scope else "") + "/".join(kept)
@@ -154,6 +155,7 @@ def plot(report: Report, path: Path) -> None:
 
 
 def _plot_memory(axes: "Axes", report: Report) -> None:
+    # One bar, part after part, with the chip's memory as a line.
     left = 0.0
     for color, (name, size) in zip(COLORS, memory_parts(report).items(), strict=True):
         width = size / GIB

@@ -121,6 +121,7 @@ class Packing:
             budgets.audio_frames * sound,
             budgets.audio_targets * sound,
         )
+        # Documents fill rows to the end; media budgets are used up, and their slots carry no text loss.
         lengths = [length for _ in range(rows) for length in self._row(rng, budgets.tokens)]
         media = patches // omni.vision.merged_patches + budgets.audio_frames * (sound or hears)
         return {
@@ -137,6 +138,7 @@ class Packing:
     def _row(self, rng: np.random.Generator, room: int) -> list[int]:
         """Draws the lengths of the documents of one row of `room` tokens."""
         lengths = []
+        # Log-normal with the given mean: the logarithm's mean is lower by half its variance.
         while room:
             drawn = rng.lognormal(math.log(self.mean) - self.sigma**2 / 2, self.sigma)
             lengths.append(min(max(int(drawn), 1), room))
@@ -145,6 +147,7 @@ class Packing:
 
     def _patch_pairs(self, patches: int, shards: int) -> int:
         """Counts pairs of patches of one image; a media shard ends with a smaller one where `image` leaves a rest."""
+        # Images lie on one media shard each.
         part = patches // shards
         whole, rest = divmod(part, self.image)
         return shards * (whole * self.image**2 + rest**2)
@@ -176,9 +179,11 @@ def describe(
     chip = chip_of(device.device_kind)
     if chip is None:
         raise ConfigError(f"{topology}: {device.device_kind} is not a chip whose memory is known")
+    # What the compiler allows, where it said so; else what the chip has.
     available = memory.available or chip.hbm_bytes
     counts = packing.counts(run, omni)
     trainable = spec.groups.trainable
+    # FLOPs: by the formulas of the training metrics, for rows as `packing` fills them.
     terms = spec.task.flop_terms()
     branches = flops_by_branch(terms, counts, trainable)
     total = sum(branches.values())
@@ -212,6 +217,7 @@ def describe(
 
 def group_sizes(run: RunConfig, spec: StepSpec, state: TrainState) -> tuple[Group, ...]:
     """Sizes the run's groups in their order, frozen ones included; one of which nothing trains has no rate."""
+    # Parameters by group, and what the optimizer keeps of each: moments are found by the parameter's name.
     values = state.trainable | state.frozen
     group_of = spec.groups.trainable | spec.groups.frozen
     learns = set(spec.groups.trainable.values())
@@ -237,6 +243,7 @@ def group_sizes(run: RunConfig, spec: StepSpec, state: TrainState) -> tuple[Grou
 
 def _traffic(hlo: str, mesh: dict[str, int]) -> tuple[Traffic, ...]:
     """Sums collectives by kind and axes, most bytes first."""
+    # Sums over all collectives of a kind along the same axes, times the runs of their loops.
     found = defaultdict(lambda: [0, 0])
     for one in collectives_of(hlo, mesh):
         entry = found[one.kind, one.axes]
@@ -271,6 +278,7 @@ def _compute(run: RunConfig, mesh: dict[str, int]) -> list[str]:
 
 def _rows(run: RunConfig, mesh: dict[str, int]) -> list[str]:
     groups = mesh["data"] * mesh["fsdp"]
+    # Fewer rows at a time keep fewer activations.
     at_once = run.data.rows // run.train.accumulate // groups
     if at_once < 2:
         return []
@@ -295,6 +303,7 @@ def _arguments(run: RunConfig, memory: Memory, available: int) -> list[str]:
 def _mesh(run: RunConfig, mesh: dict[str, int]) -> list[str]:
     """Suggests rows over more chips, at the same number of chips; smaller budgets."""
     found, budgets = [], run.data.budgets
+    # Half the rows at a time, over twice the context shards: the same chips, shorter parts of a row.
     if mesh["fsdp"] % 2 == 0 and budgets.tokens % (2 * mesh["context"] * run.data.context_block) == 0:
         half, twice = mesh["fsdp"] // 2, mesh["context"] * 2
         accumulate = run.data.rows // (mesh["data"] * half)
