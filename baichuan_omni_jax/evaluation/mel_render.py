@@ -19,10 +19,10 @@ from baichuan_omni_jax.checkpoint import abstract_branches, find_checkpoint, loa
 from baichuan_omni_jax.checkpoint.branches import VOCODER_CONFIG, branch_folder
 from baichuan_omni_jax.config import MeshConfig, OmniConfig
 from baichuan_omni_jax.config.mel_targets import MelTargetSpec, flow_target
+from baichuan_omni_jax.config.vocoder import VocoderConfig, read_vocoder_config
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.nn.param import ComputePolicy
 from baichuan_omni_jax.sharding import make_mesh
-from baichuan_omni_jax.config.vocoder import VocoderConfig, read_vocoder_config
 from baichuan_omni_jax.vocoder.stft import griffin_lim
 from baichuan_omni_jax.vocoder.streaming import HiftWindow, window_wave
 

@@ -17,7 +17,6 @@ import numpy as np
 
 from baichuan_omni_jax.branches import BRANCHES
 from baichuan_omni_jax.config import OmniConfig, RunConfig
-from baichuan_omni_jax.config.architecture import AudioConfig
 from baichuan_omni_jax.config.mel_targets import run_mel_targets
 from baichuan_omni_jax.flops.terms import FlopTerm, language_terms
 

@@ -90,7 +90,7 @@ def test_suggestions_name_settings_that_would_help():
 
 def test_packing_counts_full_rows():
     run, omni = load_run_config(MICRO), tiny()
-    counts = Packing(image=48).counts(run, omni)
+    counts = Packing(image_patches=48).counts(run, omni)
     budgets, rows = run.data.budgets, run.data.rows
     assert counts["tokens"] == rows * budgets.tokens
     # 256 patches: five pictures of 48 and one of 16.

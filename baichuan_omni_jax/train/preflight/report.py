@@ -95,21 +95,21 @@ class Report:
 
 @dataclass(frozen=True)
 class Packing:
-    """Log-normal document lengths (mean and sigma of the logarithm), images of `image` patches each.
+    """Log-normal document lengths (mean and sigma of the logarithm), images of `image_patches` patches each.
 
     Rows are full: documents one after the other, the last one cut at the row's end; every media budget used up.
     """
 
     mean: float = 3000.0
     sigma: float = 1.2
-    image: int = 1024
+    image_patches: int = 1024
     seed: int = 0
 
     def sentence(self) -> str:
         """Says what is assumed, for people."""
         return (
             f"full rows of log-normal documents (mean {self.mean:g} tokens, sigma {self.sigma:g}), all media budgets "
-            f"used, images of {self.image} patches, a text loss on every slot that holds no image or audio"
+            f"used, images of {self.image_patches} patches, a text loss on every slot that holds no image or audio"
         )
 
     def counts(self, run: RunConfig, omni: OmniConfig) -> dict[str, int]:
@@ -146,11 +146,11 @@ class Packing:
         return lengths
 
     def _patch_pairs(self, patches: int, shards: int) -> int:
-        """Counts pairs of patches of one image; a media shard ends with a smaller one where `image` leaves a rest."""
+        """Counts pairs of patches of one image; a media shard ends with a smaller one where a rest is left."""
         # Images lie on one media shard each.
         part = patches // shards
-        whole, rest = divmod(part, self.image)
-        return shards * (whole * self.image**2 + rest**2)
+        whole, rest = divmod(part, self.image_patches)
+        return shards * (whole * self.image_patches**2 + rest**2)
 
 
 def preflight(run: RunConfig, omni: OmniConfig, topology: str, packing: Packing | None = None) -> Report:
