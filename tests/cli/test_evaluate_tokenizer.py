@@ -18,13 +18,14 @@ from baichuan_omni_jax.cli.main import main
 from baichuan_omni_jax.config import MeshConfig, tiny
 from baichuan_omni_jax.config.mel_targets import decoded_target
 from baichuan_omni_jax.evaluation import intelligibility
-from baichuan_omni_jax.evaluation.intelligibility import RATE, RecognitionErrors, measure, read_clips
+from baichuan_omni_jax.evaluation.intelligibility import RATE, Clip, RecognitionErrors, measure, read_clips
 from baichuan_omni_jax.evaluation.tokenizer_evaluator import TokenizerEvaluator, join_windows, samples_with_codes
 from baichuan_omni_jax.nn.param import ComputePolicy
 from baichuan_omni_jax.omni.flow_matching_model import FlowMatchingModel
 from baichuan_omni_jax.sharding import make_mesh
 from data_pipelines.errors import SampleError
 from data_pipelines.media.features import clip_windows
+from data_pipelines.media.location import Media
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPT = REPOSITORY / "launch" / "evaluate_tokenizer.py"
@@ -166,6 +167,17 @@ def test_waves_are_compared_where_they_belong():
     np.testing.assert_array_equal(samples_with_codes(np.arange(5), covered), [0, 1, 4])
 
 
+class RecordedClip(Clip):
+    """A clip without a file."""
+
+    def __init__(self, name, wave):
+        super().__init__(name, Media("clip.wav", None, b""), "")
+        vars(self)["wave"] = wave
+
+    def samples(self, rate):
+        return self.wave
+
+
 @pytest.mark.parametrize("samples", [17_283, 480_000 + 23_477])
 def test_measures_of_an_exact_decoder_compare_a_recording_with_itself(monkeypatch, samples):
     """Whatever the length, one window or two: the same samples, but for what has no code; mels alike on the plot."""
@@ -195,7 +207,7 @@ def test_measures_of_an_exact_decoder_compare_a_recording_with_itself(monkeypatc
     }
     vars(evaluator).update(fields, clips=0, _seconds=0.0, _measures={})
     vars(evaluator)["_waves"] = type("Waves", (), {"name": "exact", "__call__": staticmethod(recorded)})()
-    evaluator.add(SimpleNamespace(name="clip", text="", samples=lambda rate: wave), Counter())
+    evaluator.add(RecordedClip("clip", wave), Counter())
     ((original, again),) = pairs
     np.testing.assert_array_equal(original, again)
     windows = clip_windows(samples, audio)
