@@ -221,7 +221,7 @@ def is_upward(contract: dict, importer: str, imported: str) -> bool:
 
 
 def place(contract: dict, name: str) -> tuple[int, str, bool] | None:
-    """Finds a module's layer: its number from the top, its own name there, whether its neighbours are independent."""
+    """Finds a module's layer: its number from the top, its own name there, whether its neighbors are independent."""
     for container, (number, line) in itertools.product(contract["containers"], enumerate(contract["layers"])):
         for layer in line.replace("|", ":").split(":"):
             layer = layer.strip(" ()")
