@@ -43,7 +43,7 @@ from data_pipelines.pipeline import Pipeline
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-FEW = 2000  # documents or windows of audio that are read sooner than worker processes start
+WORTH_WORKERS = 2000  # documents or windows of audio that are read sooner than worker processes start
 NAMED = 20  # failures that the log names
 # (row, log-mel (mels, frames)) of any number of windows to (row, codes (g, levels)), in any order.
 Encode = Callable[[Iterable[tuple[int, Float[np.ndarray, "mels f"]]]], Iterator[tuple[int, Int32[np.ndarray, "g q"]]]]
@@ -154,12 +154,12 @@ def open_or_build(
         # 1. List. The folder is named for the index that it is compared with: a listing is used up by publishing.
         listing = listing_job(pipelines, path / f".listing-{store.meta['index'].removesuffix('.npy')}")
         documents = sum(unit.size for unit in listing.units)
-        runner = options.runner or LocalRunner(options.workers if documents > FEW else 0)
+        runner = options.runner or LocalRunner(options.workers if documents > WORTH_WORKERS else 0)
         _share_out(listing, runner, hosts, options.report)
         # 2. Plan: one table, the same for all hosts, so that parts are numbered alike everywhere.
         plan = hosts.process_zero_first(lambda: _make_plan(listing, store))
         # 3. Tokenize: units run in this process, which has the devices; worker processes decode ahead of it.
-        with MelReader(clip_sources(pipelines), audio, options.workers if len(plan) > FEW else 0) as mels:
+        with MelReader(clip_sources(pipelines), audio, options.workers if len(plan) > WORTH_WORKERS else 0) as mels:
             work = TokenizePart(plan, tokenizer, mels, audio.levels, store.meta["part_frames"])
             job = Job("tokenizing audio", _units(plan, store, tokenizer), work, path / "frames")
             _share_out(job, LocalRunner(0), hosts, options.report)
