@@ -134,7 +134,7 @@ def test_held_out_documents_share_the_store(root, fill):
 
 @pytest.mark.slow
 def test_parts_are_the_same_whatever_the_workers(pipeline, fill, monkeypatch):
-    monkeypatch.setattr("data_pipelines.audio_codes.build.FEW", 0)
+    monkeypatch.setattr("data_pipelines.audio_codes.build.WORTH_WORKERS", 0)
     store, _ = fill(pipeline, workers=2)
     whole = store.meta
     shutil.rmtree(store.path)
