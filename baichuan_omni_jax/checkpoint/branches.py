@@ -112,6 +112,7 @@ def parse_spec(spec: str, branches: Sequence[str]) -> dict[str, str]:
     {'llm': 'a', 'vision': 'b'}
     """
     parts = [part.strip() for part in spec.split(",")]
+    # One folder for every branch.
     if "=" not in spec:
         return dict.fromkeys(branches, spec)
     sources = {}
@@ -169,6 +170,7 @@ def branch_home(folder: epath.PathLike, name: str) -> epath.Path | None:
     folder = epath.Path(folder)
     if (folder / branch_folder(name)).exists():
         return folder
+    # DIR/checkpoints/STEP -> DIR/audio_tokenizer
     kept = folder.parent.parent / KEPT
     in_workdir = folder.parent.name == "checkpoints"
     return find_checkpoint(kept) if in_workdir and (kept / branch_folder(name)).exists() else None
@@ -199,6 +201,7 @@ def checkpoint_texts(
 
 
 def _tokenizer_text(tokenizer_json: str) -> str:
+    # A path never begins with a brace.
     if tokenizer_json.lstrip().startswith("{"):
         return tokenizer_json
     try:
@@ -235,6 +238,7 @@ def abstract_branches(
         Branch -> module on the mesh in use, which is part of every array's type.
     """
     names = tuple(only) or (*MODEL_BRANCHES, *([VOCODER_BRANCH] if vocoder else []))
+    # Kept for each mesh: tracing the constructors of all branches takes seconds.
     mesh = jax.sharding.get_mesh()
     return {name: _abstract(name, cfg, vocoder, compute or ComputePolicy(), mesh) for name in names}
 

@@ -158,6 +158,7 @@ def _resolve(init_from: str, branches: tuple[str, ...]) -> Parent:
         # A step of a workdir gives the audio tokenizer that the workdir keeps.
         folder = branch_home(folder, branch) or folder
         parent.checkpoints[branch] = str(folder)
+        # What a reader of the workdir wants to know: whose weights these were, and how long they had been trained.
         info = read_branch_info(folder).get(branch)
         parent.trained[branch] = info.trained if info else 0
         workdirs = (folder.parent, folder.parent.parent)  # of a kept tokenizer, of a step
@@ -212,6 +213,7 @@ def keep_tokenizer(workdir: epath.PathLike, tokenizer: Any, config: OmniConfig, 
 
     Raises RunStoppedError when it cannot be written.
     """
+    # A checkpoint like any other, with how long the branch had been trained where it came from.
     path, trained = epath.Path(workdir) / KEPT, 0
     if origin.checkpoint:
         info = read_branch_info(origin.checkpoint).get(TOKENIZER_BRANCH)

@@ -55,6 +55,7 @@ def newest_good(workdir: epath.Path, steps: Sequence[int], skip: Sequence[str] =
 
 def _newest_good_here(workdir: epath.Path, steps: Sequence[int], skip: Sequence[str]) -> tuple[int | None, str]:
     first_bad = ""
+    # Newest first: the first good one is the answer.
     for step in reversed(steps):
         bad = verify_checksums(step_folder(workdir, step), skip)
         if bad is None:
@@ -91,6 +92,7 @@ def verify_checksums(folder: epath.PathLike, skip: Sequence[str] = ()) -> str | 
         names = [name for name in sums if not name.startswith(tuple(skip))]
     except (OSError, ValueError, TypeError, AttributeError):
         return CHECKSUMS
+    # Missing files are "unreadable", which is nobody's checksum.
     found = _crc32c_all(folder, names)
     return next((name for name, crc in zip(names, found, strict=True) if crc != sums[name]), None)
 

@@ -114,6 +114,7 @@ def read_tree(folder: epath.PathLike, abstract: Tree, what: str) -> Tree:
     reader = ocp.PyTreeCheckpointHandler()
     # Names and shapes first, so that an error names the tensor and both shapes.
     _check_shapes(_stored_shapes(reader, folder, what), wanted, f"{what} of {folder}")
+    # Each array is read straight into its dtype and sharding: no host holds more than its own parts.
     arguments = nest({name: _restore_args(leaf) for name, leaf in wanted.items()})
     try:
         found = flatten(reader.restore(folder, args=ocp.args.PyTreeRestore(restore_args=arguments)))

@@ -228,6 +228,7 @@ class Workdir:
 
     def _remove_old(self, saved: int) -> None:
         """Keeps the newest `keep` steps. Damaged ones go now, not before: `saved` is there to take their place."""
+        # Damaged steps count for nothing: `keep` good ones stay.
         good = self.steps()
         kept = {*good[-self.keep :], saved}
         for step in committed_steps(self.path):
@@ -251,6 +252,7 @@ class Workdir:
     def _remove_leftovers(self) -> bool:
         """Removes temporary folders, and steps without checksums. Returns whether there were any."""
         found = False
+        # Orbax's temporary folders, and steps that were renamed but whose checksums are gone.
         committed = set(committed_steps(self.path))
         for path in [*steps_folder(self.path).iterdir(), *self.path.glob(f"{KEPT}{TEMPORARY}*")]:
             unfinished = path.name.isdigit() and int(path.name) not in committed

@@ -54,7 +54,7 @@ class BranchWriter:
             # Blocks of rows, as they come from safetensors: each is written once, whole chunks at a time.
             rows = BLOCK_BYTES // max(1, prod(inner[1:]) * info.dtype.itemsize)
             inner = (min(max(rows, 1), inner[0]), *inner[1:])
-        # Weights hardly compress.
+        # A chunk never spans layers, so that one is written and read alone. Weights hardly compress.
         metadata = {"chunks": [1] * depth + list(inner), "compressor": None}
         spec = {"driver": "zarr", "kvstore": _store(self._folder, name), "metadata": metadata}
         return ts.open(spec, create=True, dtype=info.dtype, shape=info.shape, context=self._context).result()

@@ -78,6 +78,7 @@ class Rule:
         """Returns a checkpoint tensor (or the rows of one part) as one layer of the parameter, of `shape`."""
         if not self.transform:
             return tensor
+        # Plain axes of the parameter give einops the sizes that joined axes of the tensor leave open.
         right = _AXES.findall(self.transform.split("->")[1])
         plain = {axis: size for axis, size in zip(right, shape, strict=True) if axis[0] != "("}
         return einops.rearrange(tensor, self.transform, **plain, **dict(self.sizes))
@@ -96,6 +97,7 @@ class Rule:
 
     def parts(self, shapes: Iterable[tuple[int, ...]]) -> list[slice]:
         """Returns the rows of the checkpoint tensor that each parameter (by its one layer's shape) takes."""
+        # Side by side on the first axis, as many rows as each parameter makes.
         ends = np.cumsum([0, *(self.tensor_shape(shape)[0] for shape in shapes)]).tolist()
         return [slice(start, end) for start, end in itertools.pairwise(ends)]
 
@@ -138,6 +140,7 @@ def expand(rules: Iterable[Rule], shapes: Mapping[str, tuple[int, ...]], branch:
         found, wrong = _expand_rule(rule, shapes, branch)
         entries += found
         problems += wrong
+        # Once a rule, however many tensors it expands to.
         for leaf in {leaf for entry in found for leaf in entry.leaves}:
             written_by[leaf].append(rule)
     for leaf, wanted in written_by.items():

@@ -61,14 +61,15 @@ def vision_rules(cfg: OmniConfig) -> list[Rule]:
     patches = f"{VISION_TOWER}.patch_embed.proj.weight"
     return [
         Rule(patches, "tower.patch_embedding.kernel", "d c t y x -> t (c y x) d", area),
+        # The tower's layers, stacked.
         *norm(f"{block}.norm1", f"{layers}.attention_norm"),
         *packed_heads(f"{block}.attn.qkv.weight", f"{block}.attn.qkv.bias", f"{layers}.attention"),
         *out_of_heads(f"{block}.attn.proj", f"{layers}.attention.o_proj"),
         *norm(f"{block}.norm2", f"{layers}.mlp_norm"),
         *linear(f"{block}.mlp.fc1", f"{layers}.mlp.fc1"),
         *linear(f"{block}.mlp.fc2", f"{layers}.mlp.fc2"),
+        # The projector, whose first matrix reads four neighboring patches, one after the other on the input axis.
         *norm(f"{VISION_PROJECTOR}.ln_q", "projector.norm"),
-        # Four neighboring patches, one after the other on the input axis.
         Rule(f"{VISION_PROJECTOR}.mlp.0.weight", "projector.fc1.weight", "f (g d) -> g d f"),
         Rule(f"{VISION_PROJECTOR}.mlp.0.bias", "projector.fc1.bias"),
         *linear(f"{VISION_PROJECTOR}.mlp.2", "projector.fc2"),
@@ -82,16 +83,18 @@ def audio_encoder_rules(cfg: OmniConfig) -> list[Rule]:
     """
     positions = cfg.audio.encoder_length(cfg.audio.max_mel_frames)
     return [
+        # Whisper's encoder: its position table is computed, so it is no parameter here.
         Rule(f"{AUDIO_ENCODER}.positional_embedding", restore=partial(sinusoids, positions, cfg.audio.d_model)),
         *conv(f"{AUDIO_ENCODER}.conv1", "encoder.conv1"),
         *conv(f"{AUDIO_ENCODER}.conv2", "encoder.conv2"),
         *whisper_layer(f"{AUDIO_ENCODER}.layers.{{layer}}", "encoder.layers"),
         *norm(f"{AUDIO_ENCODER}.layer_norm", "encoder.norm"),
-        # Convolutions whose windows do not overlap: matrices over four states here.
+        # The bridge: convolutions whose windows do not overlap are matrices over four states here.
         Rule(f"{AUDIO_BRIDGE}.gate_proj.weight", "bridge.gate_proj.weight", "o i k -> k i o"),
         Rule(f"{AUDIO_BRIDGE}.up_proj.weight", "bridge.up_proj.weight", "o i k -> k i o"),
         *linear(f"{AUDIO_BRIDGE}.down_proj", "bridge.down_proj", bias=False),
         *norm(f"{AUDIO_BRIDGE}.layer_norm", "bridge.norm"),
+        # The residual quantizer, a codebook a level.
         *[
             Rule(f"{AUDIO_BRIDGE}.vq_list.{{q}}.codebook.{name}", f"quantizer.levels.{{q}}.{name}")
             for name in ("embed", "embed_avg", "cluster_size")
@@ -107,12 +110,15 @@ def audio_decoder_rules(cfg: OmniConfig) -> list[Rule]:
     post_net, blocks = f"{AUDIO_DECODER}.post_net.layers", len(cfg.post_net.channels) - 1
     positions = partial(sinusoids, cfg.audio.max_mel_frames, cfg.audio.d_model)
     return [
+        # From the sum of codes into the decoder's width: it lies with the bridge in the checkpoint.
         *linear(f"{AUDIO_BRIDGE}.proj_decoder", "proj_decoder"),
         Rule(f"{AUDIO_DECODER}.positional_embedding", restore=positions),
+        # 12.5 to 50 Hz, the layers, 50 to 100 Hz.
         *upsample_block(f"{AUDIO_DECODER}.dconv1", "dconv1"),
         *whisper_layer(f"{AUDIO_DECODER}.layers.{{layer}}", "layers"),
         *norm(f"{AUDIO_DECODER}.layer_norm", "norm"),
         *upsample_block(f"{AUDIO_DECODER}.dconv2", "dconv2"),
+        # The post-net: the third of each block is an activation, which has no tensor.
         *[rule for i in range(blocks) for rule in conv(f"{post_net}.{3 * i}", f"post_net.blocks.{i}.conv")],
         *[rule for i in range(blocks) for rule in norm(f"{post_net}.{3 * i + 1}", f"post_net.blocks.{i}.norm")],
         *conv(f"{post_net}.{3 * blocks}", "post_net.out"),
@@ -133,6 +139,7 @@ def llm_rules(cfg: OmniConfig) -> list[Rule]:
     return [
         Rule("model.embed_tokens.weight", "embedding"),
         *norm(f"{layer}.input_layernorm", "layers.attention_norm", bias=False),
+        # Attention, then the gated MLP: only Q, K and V have biases.
         *qkv,
         *out_of_heads(f"{attention}.o_proj", "layers.attention.o_proj", bias=False),
         *norm(f"{layer}.post_attention_layernorm", "layers.mlp_norm", bias=False),
@@ -152,11 +159,13 @@ def audio_head_rules(cfg: OmniConfig) -> list[Rule]:
     layer = "audio_head.transformer_layers.{layer}"
     attention = f"{layer}.self_attention"
     return [
+        # A table and a head a level, each with one row more than the codebook has codes: the end of speech.
         Rule("model.audio_embed_layers.{q}.weight", "embedding.tables.{q}"),
         *norm(f"{layer}.layernorm1", "head.layers.attention_norm", bias=False),
         *packed_heads(f"{attention}.in_proj_weight", f"{attention}.in_proj_bias", "head.layers.attention"),
         *out_of_heads(f"{attention}.out_proj", "head.layers.attention.o_proj"),
         *norm(f"{layer}.layernorm2", "head.layers.mlp_norm", bias=False),
+        # One matrix for all depths there, an axis of its own here.
         Rule(f"{layer}.linear1.weight", "head.layers.linear1.weight", "f (q d) -> f q d"),
         Rule(f"{layer}.linear1.bias", "head.layers.unused_bias1"),
         Rule(f"{layer}.linear2.weight", "head.layers.linear2.weight", "d (q f) -> d q f"),
@@ -172,12 +181,14 @@ def flow_rules(cfg: OmniConfig) -> list[Rule]:
     The pre-net, then the U-Net's three kinds of stages; mid stages are stacked, and layers within each stage.
     """
     return [
+        # Pre-net: Whisper layers with RMSNorm.
         Rule(f"{PRENET}.positional_embedding", restore=partial(sinusoids, _PRENET_POSITIONS, cfg.flow.prenet_d_model)),
         *linear(f"{PRENET}.in_mlp.0", "prenet.in_fc1"),
         *linear(f"{PRENET}.in_mlp.2", "prenet.in_fc2"),
         *whisper_layer(f"{PRENET}.transformer_layers.{{layer}}", "prenet.layers", norm_bias=False),
         *norm(f"{PRENET}.final_norm", "prenet.norm", bias=False),
         *linear(f"{PRENET}.out_proj", "prenet.out_proj", bias=False),
+        # Estimator: time, one stage down, the stages in the middle, one up.
         *linear(f"{UNET}.time_mlp.linear_1", "estimator.time_fc1"),
         *linear(f"{UNET}.time_mlp.linear_2", "estimator.time_fc2"),
         *_flow_stage(f"{UNET}.down_blocks.0", "estimator.down"),
@@ -194,10 +205,12 @@ def _flow_stage(tensor: str, parameter: str) -> list[Rule]:
     """Lists the rules of a ResNet block (`.0`) and of its transformer layers (`.1.0`, `.1.1`, ...)."""
     layer, layers = f"{tensor}.1.{{layer}}", f"{parameter}.layers"
     return [
+        # ResNet block, with a projection of the time and a 1x1 shortcut.
         *_causal_block(f"{tensor}.0.block1", f"{parameter}.resnet.block1"),
         *_causal_block(f"{tensor}.0.block2", f"{parameter}.resnet.block2"),
         *linear(f"{tensor}.0.mlp.1", f"{parameter}.resnet.time_proj"),
         *conv(f"{tensor}.0.res_conv", f"{parameter}.resnet.shortcut"),
+        # Transformer layers: diffusers' names, in which `norm2` is that of a cross-attention there is none of.
         *norm(f"{layer}.norm1", f"{layers}.attention_norm"),
         *into_heads(f"{layer}.attn1.to_q", f"{layers}.attention.q_proj", bias=False),
         *into_heads(f"{layer}.attn1.to_k", f"{layers}.attention.k_proj", bias=False),
@@ -227,10 +240,12 @@ def vocoder_rules(cfg: VocoderConfig) -> list[Rule]:
         *[rule for tensor, parameter in convs.items() for rule in _weight_normed(tensor, parameter, "o i k -> k i o")],
         # Axis 0 of a transposed convolution is its input.
         *_weight_normed("ups.{n}", "ups.{n}", "i o k -> k i o"),
+        # Pitch predictor's last layer, the source's mixing of harmonics, and how the source enters each stage.
         *linear("f0_predictor.classifier", "f0_predictor.classifier"),
         *linear("m_source.l_linear", "source.linear"),
         Rule("source_downs.{n}.weight", "source_downs.{n}.weight", "o i k -> k i o"),
         Rule("source_downs.{n}.bias", "source_downs.{n}.bias"),
+        # The learned frequency of each Snake activation.
         *[Rule(name, name) for name in snakes],
     ]
 

@@ -74,6 +74,7 @@ class Golden:
 
     def items(self, name: str) -> Iterable[int]:
         """Counts the tensors called `NAME_0`, `NAME_1`, … Raises ConfigError when there are none."""
+        # Numbered from 0 without gaps.
         count = 0
         while f"{name}_{count}" in self._file.infos:
             count += 1
@@ -93,6 +94,7 @@ class Golden:
     def compare_rows(self, name: str, ours: ArrayLike, rows: ArrayLike) -> None:
         """Compares as `compare` does, where the mask `rows` is true; elsewhere the reference means nothing."""
         self._used.add(name)
+        # Shapes that differ are reported by `compare_part`; a mask of another shape could not be applied.
         rows, ours, reference = np.asarray(rows, bool), np.asarray(ours), self._read(name)
         if ours.shape != reference.shape:
             self.compare_part(name, ours, reference, TOLERANCE, "")

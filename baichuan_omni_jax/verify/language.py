@@ -153,6 +153,7 @@ def generate_audio(fixtures: Fixtures, gold: Golden) -> None:
 
 def greedy_text(llm: LanguageModel, prompt: Int32[np.ndarray, "b p"], steps: int) -> Int32[np.ndarray, "b t"]:
     """Returns `prompt` and the `steps` most likely tokens after it. All rows of the prompt are of the same length."""
+    # Rows of their final length: what stands past a position cannot reach it.
     tokens = np.pad(prompt, ((0, 0), (0, steps)))
     for at in range(prompt.shape[1], tokens.shape[1]):
         tokens[:, at] = _next_token(llm, tokens, np.full((len(tokens), 1), at - 1, np.int32))
@@ -184,6 +185,7 @@ def _next_token(llm, tokens, at):
 
 @jax.jit
 def _next_frame(llm, head, tokens, codes, slots, at):
+    # The frames so far stand in their slots, then the head reads the last position's state.
     x = llm.embed(*as_rows(tokens))
     frame_slots, slot = as_media(slots, at)
     x = merge_media(x, [(head.embed(codes), frame_slots)], COMPUTE.rules)
@@ -199,6 +201,7 @@ def _next_frame(llm, head, tokens, codes, slots, at):
         best = jax.reshard(jnp.argmax(jnp.stack(padded)[level], -1), PartitionSpec())
         return jnp.where(jnp.arange(levels) == level, best[:, None, None], frame)
 
+    # Level by level: each is chosen given the levels before, whose codes the head embeds.
     frame = jnp.zeros((len(tokens), 1, levels), jnp.int32)
     return jax.lax.fori_loop(0, levels, choose, frame)[:, 0]
 

@@ -177,7 +177,7 @@ def test_a_run_takes_its_own_tokenizer_then_the_named_one_then_that_of_its_first
     assert info["audio_encoder"]["trained"] == 7
 
 
-def test_a_damaged_or_half_written_tokenizer_is_told_from_a_good_one(audio_run, tmp_path):
+def test_a_damaged_or_half_written_tokenizer_is_not_taken_for_a_good_one(audio_run, tmp_path):
     workdir = copy(audio_run, tmp_path)
     half = workdir / "audio_tokenizer.orbax-checkpoint-tmp-0"
     (half / "params").mkdir(parents=True)

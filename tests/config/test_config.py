@@ -59,7 +59,7 @@ def test_overrides_reach_nested_fields_and_keep_types():
         ("data.mixture=3", "data.mixture must be a list, not 3"),
     ],
 )
-def test_bad_overrides_are_told(override, message):
+def test_bad_overrides_are_refused_by_name(override, message):
     with pytest.raises(ConfigError) as error:
         apply_overrides(RunConfig(name="x"), [override])
     assert message in str(error.value)
@@ -80,7 +80,7 @@ def test_a_renamed_key_is_refused_with_its_new_name(old, new):
         from_dict(type(config), values)
 
 
-def test_a_config_file_with_a_renamed_field_is_told_the_new_name(tmp_path):
+def test_a_config_file_with_a_renamed_field_is_refused_with_the_new_name(tmp_path):
     (tmp_path / "old.py").write_text(
         "from baichuan_omni_jax.config import EvalConfig\n\n\ndef get_config():\n    return EvalConfig(sound_every=3)\n"
     )
@@ -96,7 +96,7 @@ def test_every_config_loads_and_survives_json(path):
     resolve_model(run.model)
 
 
-def test_missing_config_and_model_are_told(tmp_path):
+def test_missing_config_and_model_are_refused_by_name(tmp_path):
     with pytest.raises(ConfigError, match=r"config file .*none\.py does not exist"):
         load_run_config(tmp_path / "none.py")
     (tmp_path / "empty.py").write_text("")

@@ -237,7 +237,7 @@ def test_language_model(seed):
 
 
 def patch_places(images: np.ndarray, merge: int = 2) -> tuple[np.ndarray, np.ndarray]:
-    """(row, column) and frame id, from 1, of every patch of images (frames, height, width), 2x2 neighbours together."""
+    """(row, column) and frame id, from 1, of every patch of images (frames, height, width), 2x2 neighbors together."""
     places, ids = [], []
     for frames, height, width in images:
         for _ in range(frames):
@@ -273,7 +273,7 @@ def test_vision_tower_and_projector(seed):
     model = randomised(qwen2_vl.Qwen2VisionTransformerPretrainedModel(config), seed)
     pair = Pair(model, lambda w: load_branch_from_safetensors(Arrays(renamed(w, names)), rules, abstract))
 
-    # A still, a strip of odd visual tokens, two slices of a film, and the smallest picture.
+    # A still, a strip of odd visual tokens, two slices of a video, and the smallest image.
     images = np.array([[1, 6, 10], [1, 2, 2 * int(rng.integers(4, 12)) + 2], [2, 10, 6], [1, 2, 2]])
     grid, ids = patch_places(images)
     count, padding = len(ids), -len(ids) % 16 + 16

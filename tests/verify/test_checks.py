@@ -142,7 +142,7 @@ def test_a_truncated_file_is_named(command, folder, capsys, name):
     assert f"{path} is truncated" in capsys.readouterr().err
 
 
-def test_inputs_that_do_not_fit_are_told(command, folder, capsys):
+def test_inputs_that_do_not_fit_are_refused_by_name(command, folder, capsys):
     with_tensor(folder / "rvq.safetensors", "x", np.zeros((257, 8), np.float32))
     with unchecked():
         assert command("--fixtures", folder, "--only", "rvq") == 2

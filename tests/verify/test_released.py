@@ -132,7 +132,7 @@ def test_a_wrong_weight_fails(command, released, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["torch", "transformers"])
-def test_a_missing_package_is_told(command, released, checkpoint, monkeypatch, capsys, name):
+def test_a_missing_package_is_named(command, released, checkpoint, monkeypatch, capsys, name):
     monkeypatch.setitem(sys.modules, name, None)
     assert command("--hf", released, "--checkpoint", checkpoint) == 2
     assert "pip install 'baichuan_omni_jax[parity]'" in sentence(capsys)
@@ -156,7 +156,7 @@ def test_wrong_arguments(command, released, checkpoint, capsys, arguments, messa
     assert message in sentence(capsys)
 
 
-def test_code_that_fails_is_told(command, released, checkpoint, tmp_path, capsys):
+def test_code_that_fails_is_named(command, released, checkpoint, tmp_path, capsys):
     (tmp_path / "config.json").write_bytes((released / "config.json").read_bytes())
     (tmp_path / "configuration_omni.py").write_text("raise RuntimeError('written for another version')\n")
     assert command("--hf", tmp_path, "--checkpoint", checkpoint) == 2
