@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import soundfile
@@ -212,7 +212,8 @@ def run_terminal(opened: OpenedChat, fields: Mapping[str, Any], out: Path | None
 
 def _answer_turn(engine: Engine, conversation: Conversation, content: list[dict[str, Any]], out: Path | None) -> None:
     try:
-        answer = print_answer(conversation.say(content))
+        # Not `stream=False`, which alone gives a whole answer.
+        answer = print_answer(cast(ChatStream, conversation.say(content)))
     except RequestError as error:
         print_note(f"error: {error}")
         return

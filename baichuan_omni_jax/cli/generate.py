@@ -18,7 +18,7 @@ import argparse
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import soundfile
@@ -240,6 +240,19 @@ def start_request(
     if unknown := [field for field in fields if field not in FIELDS]:
         raise RequestError("bad_message", f"there is no field {unknown[0]!r}; there are {', '.join(FIELDS)}")
     media = [_rebase(part, base) for part in _media(fields)]
+    # None of these calls asks for a whole answer (`stream=False`).
+    return cast(ChatStream, _submit(chat, task, fields, media, key, base))
+
+
+def _submit(
+    chat: OmniChat,
+    task: str,
+    fields: Mapping[str, Any],
+    media: list[dict[str, Any]],
+    key: jax.Array | None,
+    base: Path,
+) -> ChatStream | ChatAnswer:
+    """Submits a request whose fields are known and whose media have their paths."""
     kinds = [part["type"] for part in media]
     given = [*(field for field in fields if field not in (*_MEDIA, "media")), *kinds]
     # A prompt or a conversation that is given whole leaves nothing to add.
@@ -277,7 +290,7 @@ def user_turn(fields: Mapping[str, Any], media: list[dict[str, Any]], default: s
     return [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": content}]
 
 
-def _start_ids(chat: OmniChat, task: str, ids: Any, key: jax.Array | None) -> ChatStream:
+def _start_ids(chat: OmniChat, task: str, ids: Any, key: jax.Array | None) -> ChatStream | ChatAnswer:
     """A prompt of token ids; one to be spoken ends with the token that begins speech."""
     config = chat.model.config
     prompt = encode_ids(ids, config)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -163,7 +163,9 @@ class Session:
         yield self._view("Reading")
         self._turns += 1
         key = jax.random.fold_in(self._chat.key, self._turns)
-        stream = self._stream = self._conversation.say(parts, settings=settings, key=key)
+        # Not `stream=False`, which alone gives a whole answer.
+        stream = cast(ChatStream, self._conversation.say(parts, settings=settings, key=key))
+        self._stream = stream
         # `stop` may have come while there was no stream yet.
         if self._stopped:
             stream.cancel()
