@@ -116,7 +116,13 @@ def fill_all(parser: argparse.ArgumentParser) -> None:
 
 def make_parser() -> CommandParser:
     """The parser of all subcommands, of which each is filled when it is chosen."""
-    parser = CommandParser(prog="baichuan-omni", description="Baichuan-Omni-1.5 in JAX: data, training, generation.")
+    parser = CommandParser(
+        prog="baichuan-omni",
+        description="Baichuan-Omni-1.5 in JAX: data, training, generation.",
+        epilog="exit codes: 0 done; 1 something found wanting (verify, preflight, data validate); 2 something given "
+        "cannot be used; 3 a run ended itself; 130 Ctrl-C. One sentence says which and why.",
+        formatter_class=argparse.HelpFormatter,
+    )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument(
         "--print-completion",
