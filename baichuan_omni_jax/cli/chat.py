@@ -170,6 +170,7 @@ def describe_answer(answer: ChatAnswer, engine: Engine) -> str:
     """Lines of text: what was generated and why it ended, how fast, and what the engine holds."""
     finished, metrics = answer.finished, engine.metrics
     made = f"{finished.tokens} tokens" + (f" and {finished.frames} code frames" if finished.frames else "")
+    # Times that an answer may lack: without a token there is no first one, without speech no first audio.
     speed = [f"{answer.tokens_per_second:.1f} tokens/s"]
     if finished.first_token is not None:
         speed.insert(0, f"first token {finished.first_token:.2f} s")
@@ -189,6 +190,7 @@ def run_terminal(opened: OpenedChat, fields: Mapping[str, Any], out: Path | None
         out: where speech goes, OUT-1.wav, OUT-2.wav, ...; None: nowhere.
     """
     print_note(COMMANDS_HELP)
+    # The flags' text and media are the first turn, before anything is read.
     system = fields.get("system", "")
     conversation, turns = Conversation(opened.chat, system), 0
     media = list(fields.get("media", []))

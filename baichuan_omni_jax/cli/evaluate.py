@@ -35,6 +35,7 @@ from data_pipelines.tools.commands import add_media_arguments, load_function, ro
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the kinds of evaluation and their flags."""
+    # A kind of evaluation each, with flags of its own.
     parts = parser.add_subparsers(required=True, metavar="tokenizer")
     tokenizer = parts.add_parser("tokenizer", help="how much of speech an audio tokenizer keeps", description=__doc__)
     tokenizer.set_defaults(evaluate=evaluate_tokenizer)

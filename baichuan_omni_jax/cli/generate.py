@@ -50,6 +50,7 @@ TASKS = {
     "describe": "describes an image or a video",
 }
 FIELDS = ("system", "prompt", "image", "audio", "video", "media", "messages", "tokens")
+# Of all kinds the order of the flags or fields is kept; these three name one kind each.
 _MEDIA = ("image", "audio", "video")
 _DESCRIBE = {"image": "Describe the picture.", "video": "Describe the video."}
 
@@ -100,6 +101,7 @@ def check_flags(options: argparse.Namespace) -> None:
     """Raises ConfigError for flags that do not go together, before the checkpoint is read."""
     if bool(options.manifest) != bool(options.output):
         raise ConfigError("--manifest and --output go together")
+    # What one request alone has, by the flag that the user wrote: `media` stands for three of them.
     given = [name for name in ("prompt", "media", "tokens", "out", "save") if getattr(options, name)]
     given = [options.media[0]["type"] if name == "media" else name for name in given]
     if options.manifest and (given or options.interactive):
@@ -144,6 +146,7 @@ def request_fields(options: argparse.Namespace) -> dict[str, Any]:
 
 def answer_config(options: argparse.Namespace) -> GenerationConfig:
     """The released demos' settings with what the flags change; of several transcripts the likeliest is wanted."""
+    # Text to speech has a request of its own, which speaks whatever `speech` says.
     speech = options.task != "tts" and bool(options.speech or options.out)
     default = GenerationConfig(text=SamplingConfig()) if options.task == "asr" else GenerationConfig(speech=speech)
     return generation_config(options, default)
@@ -158,6 +161,7 @@ def _manifest_bytes(path: Path) -> bytes:
 def _write_answer(options: argparse.Namespace, answer: ChatAnswer) -> None:
     if options.save:
         options.save.write_text(json.dumps(answer_fields(answer), ensure_ascii=False) + "\n", encoding="utf-8")
+    # A spoken answer may be text alone: the model decides when it speaks.
     if options.out and not len(answer.samples):
         print_note(f"no speech was made, so {options.out} was not written")
     elif options.out:
@@ -274,6 +278,7 @@ def _submit(
         if len(media) != 1:
             raise RequestError("bad_message", f"asr takes one recording (audio), not {len(media)}")
         return chat.complete([{"type": "text", "text": _text(fields, "prompt", ASR_PROMPT)}, *media], key=key)
+    # Media may stand without text; without media the text is required (None: it has no default).
     default = "" if media else None
     if task == "describe":
         first = next((kind for kind in ("image", "video") if kind in kinds), None)
@@ -331,6 +336,7 @@ def _media(fields: Mapping[str, Any]) -> list[dict[str, Any]]:
         if field in _MEDIA:
             parts += [{"type": field, "path": path} for path in (found if isinstance(found, list) else [found])]
         elif field == "media":
+            # One list of all kinds, where the order between kinds matters.
             if not isinstance(found, list) or not all(_is_media(part) for part in found):
                 raise RequestError("bad_message", 'media is no list of {"type": "image" | "audio" | "video", "path"}')
             parts += found

@@ -28,6 +28,7 @@ class Command:
     def load(self) -> tuple[str | None, Callable[[argparse.ArgumentParser], None], Callable]:
         """Imports the module; returns the text above the flags, what adds the flags, and what runs the command."""
         module = importlib.import_module(self.module)
+        # One command a module is the rule; two belong together where one is of no use without the other.
         if not self.name:
             return module.__doc__, module.add_arguments, module.run
         run = getattr(module, f"run_{self.name}")
@@ -137,6 +138,7 @@ def make_parser() -> CommandParser:
 def _add_commands(parser: argparse.ArgumentParser, commands: Mapping[str, Command | Group]) -> None:
     choices = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_LazyParser)
     for name, command in commands.items():
+        # A group's parser has no module to wait for; those below it do.
         if isinstance(command, Group):
             _add_commands(choices.add_parser(name, help=command.help, description=command.help), command.commands)
         else:

@@ -56,6 +56,7 @@ def run(options: argparse.Namespace) -> int:
     # The run as training would read it, with what the command line says of the slice.
     slices = [] if options.slices is None else [f"mesh.slices={options.slices}"]
     run = apply_overrides(load_run_config(options.config), [*options.set, *slices])
+    # `Packing` has the defaults, in a module that imports JAX: flags that are not given are left out.
     given = {"mean": options.mean, "sigma": options.sigma, "image_patches": options.image_patches}
     packing = Packing(**{name: value for name, value in given.items() if value is not None})
     report = preflight(run, resolve_model(run.model), options.topology, packing)

@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Writes the waveform that comes back. Raises ConfigError naming the file or the branch that cannot be used."""
     check_options(options)
+    # By branch, also where one checkpoint has them all: a vocoder may be missing, the others may not.
     sources = parse_spec(options.checkpoint, (*SPEECH_BRANCHES, VOCODER_BRANCH))
     loaded = load_for_generation(
         ",".join(f"{name}={folder}" for name, folder in sources.items()), needed=SPEECH_BRANCHES

@@ -79,6 +79,7 @@ def run(options: argparse.Namespace) -> None:
 
 def make_build_options(options: argparse.Namespace, workers: int) -> CodeBuildOptions:
     """How the store is filled, by the command line. Only process 0 reports."""
+    # Beam only lists the documents; encoding is the devices' work, here.
     report = print if is_process_zero() else lambda _: None
     beam = make_runner("beam", workers) if options.runner == "beam" else None
     return CodeBuildOptions(workers, beam, options.part_frames, report)

@@ -105,6 +105,7 @@ def run(options: argparse.Namespace) -> None:
 
 def read_options(options: argparse.Namespace) -> tuple[RunConfig, OmniConfig, range | None]:
     """The run, its architecture, and the steps to trace."""
+    # Here, so that a missing package or login is refused before anything is built.
     if options.wandb:
         load_wandb()
     run = apply_overrides(load_run_config(options.config), options.set)
@@ -113,6 +114,7 @@ def read_options(options: argparse.Namespace) -> tuple[RunConfig, OmniConfig, ra
 
 def open_workdir(run: RunConfig, path: Path) -> tuple[Workdir, Parent]:
     """The workdir, which holds no other run and is held for this one, and the checkpoints that the run starts from."""
+    # First whether it is this run's, then the lock: a refusal leaves a workdir as it was.
     workdir = Workdir(path, keep=run.checkpoint.keep)
     check_run_config(workdir.path, run)
     workdir.hold()
@@ -179,6 +181,7 @@ def train_stage(file: Path, workdir: Path, changes: Sequence[str], passed_on: Se
 
 def recipe(tiny: bool) -> list[Path]:
     """The files of the recipe's six stages: of the checkout that this package lies in, or of the current folder."""
+    # An installed wheel has no `configs/` beside it.
     configs = ROOT / "configs"
     folder = configs if configs.is_dir() else Path("configs")
     return [folder / f"{stage}{'_tiny' if tiny else ''}.py" for stage in STAGES]

@@ -39,6 +39,7 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     to_jax.add_argument("--branches", default="", metavar="A,B", help=f"only these of {','.join(MODEL_BRANCHES)}")
     to_torch = commands.add_parser("to-torch", help="checkpoint or workdir -> Hugging Face folder")
     qwen2 = commands.add_parser("to-qwen2", help="language model of a checkpoint or workdir -> Qwen2ForCausalLM folder")
+    # What several of them share, in the order in which `--help` shows it.
     for command in (to_torch, qwen2):
         command.add_argument("--from", dest="source", required=True, metavar="DIR", help="DIR or branch=DIR,...")
         command.add_argument("--base", metavar="DIR", help="where branches and files that --from lacks come from")
@@ -105,6 +106,7 @@ def to_torch(options: argparse.Namespace) -> None:
         with _progress(sum(export.nbytes for export in exports.values())) as advance:
             convert_to_torch(source, target, exports=exports, shard_bytes=options.shard_mb << 20, advance=advance)
         _print(f"wrote {target}")
+        # A checkpoint may hold fp32 masters beside frozen bf16; config.json has room for one dtype.
         model = exports.get(SINGLE)
         if model and len(model.dtypes) > 1:
             kinds = " and ".join(model.dtypes)
@@ -208,6 +210,7 @@ def compare(options: argparse.Namespace) -> bool:
     _check_sources(options)
     check_folders(options, "json")
     rows: list[Comparison] = []
+    # Check by check, since each takes seconds to minutes: the line on stderr says how far it is.
     start = time.monotonic()
     with Console(stderr=True).status("comparing" if options.hf else "converting") as status:
         if options.hf:
@@ -237,6 +240,7 @@ def _check_sources(options: argparse.Namespace) -> None:
 
 def print_comparisons(rows: list[Comparison], seconds: float) -> None:
     """Prints a table of all comparisons, and how many failed."""
+    # One row a tensor, failures in red; numbers to the right, so that exponents stand below each other.
     table = Table("check", "tensor")
     for heading in ("max abs error", "relative error", "tolerance"):
         table.add_column(heading, justify="right")
