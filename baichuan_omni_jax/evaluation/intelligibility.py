@@ -177,6 +177,7 @@ def _audio_elements(document: Document) -> list[tuple[AudioElement, str]]:
     elements = parse_prompt(document.text)
     kind = document.type.lower()
     found = [element for element in elements if isinstance(element, AudioElement)]
+    # Text to speech says its text before the audio, recognition after it, in what it trains.
     if kind in SPOKEN_TYPES:
         return [(element, text) for text, element in spoken_texts(elements)]
     text = _trainable_text(elements) if kind == "asr" and len(found) == 1 else ""

@@ -70,6 +70,7 @@ class TokenizerEvaluator:
 
     def numbers(self) -> dict[str, Any]:
         """All means, by name; `stoi`, `pesq`, `wer` and `cer` where they could be had."""
+        # Recognized words of both recordings, so that the recognizer's own errors are known.
         rates = {name: recognition.rates() for name, recognition in self._recognitions.items()}
         errors = {f"{unit}_{name}": rate for name, own in rates.items() for unit, rate in own.items()}
         measures = {name: float(np.mean(values)) for name, values in self._measures.items()}

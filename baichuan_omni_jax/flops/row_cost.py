@@ -48,6 +48,7 @@ class RowCost:
     def document_cost(self, document: DocumentLengths) -> int:
         """Counts the FLOPs of one document: n tokens see n (n + 1) / 2 pairs, an image of p patches p^2."""
         tokens, patches = document.lengths[_TOKENS], document.lengths[_PATCHES]
+        # Linear in tokens, patches and frames; quadratic in a document's tokens and an image's patches.
         flops = tokens * self.token + tokens * (tokens + 1) // 2 * self.pair
         flops += document.lengths[_TARGETS] * self.audio_target
         return flops + patches * self.patch + self.patch_pair * sum(size * size for size in document.image_patches)
@@ -61,6 +62,7 @@ def row_cost(omni: OmniConfig) -> RowCost:
     >>> cost.token // 10**9, cost.patch // 10**9  # GFLOPs of a token's products, of a patch's
     (13, 1)
     """
+    # Exact fractions, then whole numbers: sums of integers are alike on every host.
     per_item = forward_flops(omni_terms(omni))
     whole = {name: _integer(flops) for name, flops in per_item.items()}
     return RowCost(

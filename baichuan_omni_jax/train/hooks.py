@@ -69,6 +69,7 @@ class EvaluationHook(Hook):
     """Held-out scores before the first step and after every `eval.every`."""
 
     def __init__(self, spec: StepSpec, place: BatchPlacer, mixtures: Mapping[str, HeldOutData]) -> None:
+        # As many sources as the largest mixture has: one program sums for all of them.
         run, sources = spec.task.run, max((len(data.sources) for data in mixtures.values()), default=1)
         sums_of, means_of = compile_held_out(spec, sources), spec.task.held_out_means
         self._spec = spec
@@ -85,6 +86,7 @@ def compile_held_out(spec: StepSpec, sources: int) -> Callable[[Arrays, Batch], 
     """Returns the compiled (parameters by dotted name, batch) -> sums that the task's held-out scores are made of."""
 
     def sums_of(parameters: Arrays, batch: Batch) -> Sums:
+        # All parameters as if they trained: which of them do makes no difference to a score.
         batch = spec.task.mask_untrained_targets(batch)
         return spec.task.held_out_sums(spec.assemble(parameters, {}), batch, sources)
 
@@ -128,6 +130,7 @@ class CheckpointHook(Hook):
         # The data's state leaves out what failed on any host, so a resumed run counts it on all.
         self._failures.share_among_hosts()
         branches, opt_state = to_checkpoint(self._spec, progress.state, self._originals)
+        # Steps of each branch, over all stages that trained it.
         trained = dict(self._trained_before)
         for name in {path.split(".")[0] for path in progress.state.trainable}:
             trained[name] = trained.get(name, 0) + progress.step
@@ -143,6 +146,7 @@ class CheckpointHook(Hook):
         self._saved_step = progress.step
 
     def finish(self, progress: Progress) -> None:
+        # The last step, if none of `checkpoint.every` was it; then the background writes are awaited.
         if self._saved_step != progress.step:
             self.act(progress)
         self._workdir.wait()
@@ -204,12 +208,14 @@ class NonfiniteGuard(Hook):
         folder.mkdir(parents=True, exist_ok=True)
         name = f"host_{jax.process_index()}"
         np.savez(folder / f"{name}.npz", **batch)
+        # Documents of these rows, by their manifest lines: what to look at first.
         pairs = np.stack([batch["source_ids"], batch["document_ids"]], -1)[batch["segment_ids"] > 0]
         documents = [self._location(*pair) for pair in np.unique(pairs, axis=0).tolist()]
         # As text: JSON has no word for NaN.
         shown = {key: repr(value) for key, value in numbers.items()}
         (folder / f"{name}.json").write_text(json.dumps({"numbers": shown, "documents": documents}, indent=1))
         if is_process_zero():
+            # Batches are large: the oldest go.
             there = sorted(self._folder.glob("step_*"), key=lambda path: int(path.name.removeprefix("step_")))
             for old in there[: -self._limit - 1]:
                 shutil.rmtree(old)
@@ -226,6 +232,7 @@ class StopSignal(Hook):
         self.received = False
         self._several = jax.process_count() > 1
         self._old: Any = None
+        # Several hosts: the service handles the signal, a handler of ours would hide it.
         if not self._several:
             try:
                 self._old = signal.signal(signal.SIGTERM, self._receive)

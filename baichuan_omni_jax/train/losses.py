@@ -114,6 +114,7 @@ def _vocab_chunks(hidden: Array, head: Array, chunk: int, rules: ShardingRules) 
     mesh = jax.typeof(hidden).sharding.mesh
     shards = lambda name: 1 if mesh.empty else axis_product(mesh, rules.axes(name))  # noqa: E731
     vocabulary, positions = head.shape[0] // shards("vocab"), hidden.shape[1] // shards("length")
+    # Equal chunks, so that one program serves all.
     divisors = (n for n in range(1, vocabulary + 1) if vocabulary % n == 0)
     return next(n for n in divisors if n * chunk >= positions or n == vocabulary)
 
@@ -152,6 +153,7 @@ def omni_entropies(
     """Computes the cross-entropy of every text slot, and for each audio level of every frame to predict; fp32, not
     weighted.
     """
+    # Audio logits are few (frames to predict), so they are whole; text logits are not.
     hidden, audio_logits = model(batch)
     with jax.named_scope("text_loss"):
         text = text_entropies(model.llm, hidden, batch["text_targets"], run.compute.loss_chunk)
@@ -208,11 +210,13 @@ def omni_loss(
         the mean loss of what the source weighs in the whole batch.
     """
     text, audio = omni_entropies(model, batch, run)
+    # Text: every position's loss by its weight, over the whole batch's sum.
     tokens, names = text * batch["text_weights"], [source.name for source in run.data.mixture]
     text = tokens.sum() / denominators.text
     metrics = {"loss": text, "loss_text": text}
     sources = sum_by_source(tokens, batch["source_ids"], len(names)) / denominators.text
     if audio:
+        # Audio: each level by its own sum, then the levels by their alphas.
         frames = [entropy * batch["audio_weights"][:, :, q] for q, entropy in enumerate(audio)]
         levels = [frame.sum() / denominators.levels[q] for q, frame in enumerate(frames)]
         alphas = level_weights(run, len(levels))
@@ -224,6 +228,7 @@ def omni_loss(
             alpha * frame / denominators.levels[q] for q, (alpha, frame) in enumerate(zip(alphas, frames, strict=True))
         )
         sources += scale * sum_by_source(spoken, batch["audio_target_sources"], len(names))
+    # Each source's part of the loss, over what it weighs in it.
     sources /= _nonzero(denominators.sources)
     return metrics["loss"], metrics | {f"loss/{name}": sources[place] for place, name in enumerate(names)}
 

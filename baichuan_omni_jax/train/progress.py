@@ -37,6 +37,7 @@ def groups_table(run: RunConfig, spec: StepSpec) -> Table:
     for column in ("group", "branch", "parameters", "frozen", "peak learning rate"):
         table.add_column(column, justify="right" if column == "parameters" else "left")
     rates = {group.name: group.learning_rate for group in run.optimizer.groups}
+    # A line for each group and branch.
     for (group, branch), (trainable, frozen) in sorted(_count(spec).items()):
         # A group with a rate may train nothing: rows of special tokens that are turned off.
         peak = f"{rates[group]:g}" if trainable else "frozen"

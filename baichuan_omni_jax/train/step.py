@@ -116,6 +116,7 @@ class CompiledStep:
         def update(state: TrainState, computed: Gradients) -> tuple[TrainState, Metrics]:
             return _only_changed(*train_step(state, {}, spec, computed), spec)
 
+        # Compiled at their first call; of these programs a run uses one or two.
         self._two_programs = spec.mesh.devices.flat[0].platform == "cpu"
         self._step = jax.jit(step, donate_argnums=0)
         self._gradients, self._update = jax.jit(gradients), jax.jit(update)

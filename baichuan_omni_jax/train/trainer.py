@@ -103,8 +103,10 @@ def train(
         RunStoppedError: when a step could not be saved, and, with everything saved, when `train.nonfinite_limit` steps
             in a row were not finite.
     """
+    # One host talks; the others train.
     console = console or Console(quiet=not is_process_zero())
     on_all_hosts(workdir.hold)
+    # Counted from here on, so that a late compilation can be told from the first ones.
     compiles = CompileCounter()
     spec, compute = set_up(run, omni)
     with jax.set_mesh(spec.mesh):
@@ -112,6 +114,7 @@ def train(
         if start.step:
             console.print(f"{workdir.path}: resumed from step {start.step}")
         print_start_table(console, run, spec, data)
+        # A finished run is no error: the same command again says so.
         if start.step >= run.train.steps:
             console.print(f"{workdir.path} is finished: step {start.step} of train.steps {run.train.steps}")
             return start.state
@@ -179,7 +182,7 @@ class Trainer:
         first_step: int,
         originals: Arrays,
     ) -> None:
-        """Compiles nothing yet.
+        """Makes the hooks; compiles nothing yet.
 
         Args:
             spec: the run's step.
@@ -196,6 +199,7 @@ class Trainer:
         run = spec.task.run
         self._steps, self._first_step = run.train.steps, first_step
         self._workdir, self._data, self._console, self._compiles = workdir, data, console, compiles
+        # Three programs a step: the step itself, and the counts that its FLOPs are made of (two on CPU, see `step`).
         self._place, self._step, self._counts = place, compile_step(spec), jax.jit(spec.task.batch_counts)
         self._trace = StepTrace(workdir.path, options.profile)
         devices = spec.mesh.devices
@@ -207,8 +211,8 @@ class Trainer:
         # When the numbers of the step before were there, and how long the devices had nothing to do since.
         self._last_end = self._idle = 0.0
 
-        evaluation = EvaluationHook(spec, place, options.held_out)
         samples = AudioSampleLogger(spec, place, options.held_out)
+        # Opened once nothing can refuse the run any more: it drops lines that will be written again.
         self._log = RunLog(run, workdir.path, first_step, options.wandb, console) if is_process_zero() else None
         if self._log is not None and samples.is_due(0):
             console.print(samples.sentence)
@@ -224,8 +228,9 @@ class Trainer:
             tokenizer_json=data.tokenizer_json,
             saved_step=first_step,
         )
+        # In the order in which they are called.
         self._hooks: tuple[Hook, ...] = (
-            evaluation,
+            EvaluationHook(spec, place, options.held_out),
             checkpoint,
             AudioSamplesHook(samples, self._log),
             self._guard,
@@ -236,10 +241,12 @@ class Trainer:
         """Runs steps until the last one, or until a hook stops the run. Raises RunStoppedError where it failed."""
         steps = self._data.steps(progress.data_state)
         try:
+            # Scores and samples of the weights that the run starts from.
             if progress.step == 0:
                 self._call_due(progress)
             # A list, not a generator: on several hosts every one must ask every hook at every step.
             while not any([hook.should_stop(progress.step) for hook in self._hooks]) and progress.step < self._steps:
+                # Sent first, then the step before is read: the devices go on while the host writes.
                 progress, sent = self._send(progress, steps)
                 self._flush()
                 self._pending = sent
@@ -283,6 +290,7 @@ class Trainer:
 
     def _call_due(self, progress: Progress) -> None:
         """Calls the hooks that are due after a step, with its record written between `measure` and `act`."""
+        # No hook, no meeting: the step's numbers stay pending.
         due = [hook for hook in self._hooks if hook.is_due(progress.step)]
         if not due:
             return
@@ -290,6 +298,7 @@ class Trainer:
         self._pending = None
         for hook in due:
             record |= hook.measure(progress)
+        # On disk before anything else: a checkpoint without its step's numbers would leave a gap.
         if record:
             self._write({"step": progress.step} | record)
         for hook in due:
@@ -303,6 +312,7 @@ class Trainer:
 
     def _read(self, pending: PendingStep) -> MetricsRecord:
         """Waits for a step's numbers: its line of metrics.jsonl."""
+        # This is where the host waits for the devices.
         numbers = {name: float(value) for name, value in pending.numbers.items()}
         counts = {name: float(value) for name, value in pending.counts.items()}
         now = time.perf_counter()
@@ -315,6 +325,7 @@ class Trainer:
 
         for hook in self._hooks:
             hook.observe(pending.step, numbers, pending.batch)
+        # The flag becomes a count since this start; sources with nothing to learn from have no loss.
         numbers |= {"tokens": int(counts["tokens"]), "nonfinite_steps": self._guard.count}
         del numbers["nonfinite"]
         drop_absent_sources(numbers)
@@ -335,6 +346,7 @@ class Trainer:
             self._log.write(record)
 
     def _close(self, steps: Iterator[DataStep]) -> None:
+        # Workers first, however the run ended.
         close_data = getattr(steps, "close", None)
         if close_data is not None:
             close_data()

@@ -53,6 +53,7 @@ def _memory_table(report: Report) -> Table:
 
 def memory_parts(report: Report) -> dict[str, int]:
     """Splits the bytes of a chip by part, adding up to the peak."""
+    # What is left of the arguments are scalars and padding.
     parameters = sum(group.parameter_bytes for group in report.groups)
     optimizer = sum(group.optimizer_bytes for group in report.groups)
     return {
@@ -79,6 +80,7 @@ def _groups_table(report: Report) -> Table:
 
 
 def _largest_table(report: Report) -> Table | None:
+    # Known only where the compiler's dump could be read.
     if not report.largest:
         return None
     table = _table("largest temporaries (each is the largest at its place in memory)", "GiB", "array", "scope")
@@ -111,6 +113,7 @@ def _collectives_table(report: Report) -> Table | None:
 def _flops_table(report: Report) -> Table:
     table = _table("model FLOPs of a step, all chips", "part", "TFLOPs", "share")
     total = report.model_flops["total"]
+    # Terms that the run does not compute are left out; then the sums by branch.
     for name, flops in report.flops_by_term.items():
         if flops:
             table.add_row(name, f"{flops / 1e12:,.1f}", f"{flops / total:.1%}")
@@ -144,6 +147,7 @@ def plot(report: Report, path: Path) -> None:
     figure = Figure(figsize=(11, 8.5), layout="constrained")
     memory, groups, moved, work = figure.subplots(4, 1, height_ratios=(1.1, 1.6, 1.8, 2))
     slices = f"{report.slices} x " if report.slices > 1 else ""
+    # Title: what runs where, and the verdict.
     mesh = ", ".join(f"{axis} {size}" for axis, size in report.mesh.items() if size > 1)
     verdict = "fits" if report.fits else "does not fit"
     figure.suptitle(f"{report.name} on {slices}{report.topology} ({mesh or 'one chip'}): {verdict}", fontweight="bold")
@@ -191,6 +195,7 @@ def _plot_collectives(axes: "Axes", report: Report) -> None:
         axes.set_axis_off()
         axes.text(0, 0.5, "not known: the compiler refused the program", transform=axes.transAxes)
         return
+    # Most bytes first; the rest would be too small to see.
     shown = report.collectives[:8]
     names = [f"{one.kind} over {', '.join(one.axes)}" for one in shown]
     axes.barh(names, [one.bytes / GIB for one in shown], color=COLORS[2])

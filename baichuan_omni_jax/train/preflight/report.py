@@ -23,7 +23,7 @@ from baichuan_omni_jax.train.preflight.compile import (
 )
 from baichuan_omni_jax.train.preflight.hlo import Temporary, collectives_of
 from baichuan_omni_jax.train.state import StepSpec, TrainState
-from baichuan_omni_jax.train.tasks.audio import slot_frames
+from baichuan_omni_jax.train.tasks.audio_batch import slot_frames
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +158,7 @@ def preflight(run: RunConfig, omni: OmniConfig, topology: str, packing: Packing 
 
     Raises ConfigError where the topology is unknown, or mesh, budgets, groups and model do not fit it.
     """
+    # Shapes, program, and what can be read off it.
     spec, state, batch = abstract_step(run, omni, devices_of(topology, run.mesh.slices))
     built = compile_for_devices(spec, state, batch)
     return describe(run, omni, topology, spec, state, batch, built, packing or Packing())
@@ -261,6 +262,7 @@ GIB = 2**30
 def suggestions(run: RunConfig, mesh: dict[str, int], memory: Memory, available: int) -> list[str]:
     """Makes sentences with the `--set` that does it, for a step that needs more than `available` bytes."""
     found = [*_compute(run, mesh), *_rows(run, mesh), *_arguments(run, memory, available), *_mesh(run, mesh)]
+    # Most promising first.
     missing = (memory.peak - available) / GIB
     return [f"{missing:.1f} GiB too much a chip", *found, "more chips: a larger --topology"]
 
@@ -290,6 +292,7 @@ def _rows(run: RunConfig, mesh: dict[str, int]) -> list[str]:
 
 def _arguments(run: RunConfig, memory: Memory, available: int) -> list[str]:
     found = []
+    # Frozen parameters need no fp32 master.
     frozen = any(group.learning_rate is None for group in run.optimizer.groups)
     if frozen and run.train.frozen_dtype != "bfloat16":
         found.append(

@@ -4,48 +4,47 @@ Both read packed rows with mel slots. The tokenizer learns to give back the mel,
 and to commit to its codes (arXiv:2502.17239, section 3.1); flow matching learns the 24 kHz mel.
 """
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, reshard
+from jax.sharding import Mesh, reshard
 from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
 from baichuan_omni_jax.audio.codebook_training import CodebookState, usage
 from baichuan_omni_jax.audio.mel_training import reconstruction_loss, spec_augment
 from baichuan_omni_jax.audio.quantizer_training import Quantized, commitment_weight, quantized_share, temperature
 from baichuan_omni_jax.branches import AUDIO_TOKENIZER_BRANCHES, BRANCHES, FLOW_MATCHING_BRANCHES
-from baichuan_omni_jax.config import OmniConfig, RunConfig
-from baichuan_omni_jax.config.mel_targets import MelTargetSpec, flow_target, reconstruction_ratios, run_mel_targets
+from baichuan_omni_jax.config.mel_targets import flow_target, reconstruction_ratios
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.evaluation.audio_scores import code_sums, flow_means, flow_sums, tokenizer_means
 from baichuan_omni_jax.flops.audio import count_clips, flow_terms, tokenizer_terms
 from baichuan_omni_jax.flops.terms import FlopTerm
 from baichuan_omni_jax.flow.matching import flow_losses
-from baichuan_omni_jax.nn.param import ComputePolicy, use
+from baichuan_omni_jax.nn.param import use
 from baichuan_omni_jax.omni.audio_tokenizer_model import TokenizerModel, clips_of, mel_targets_of
-from baichuan_omni_jax.omni.batch import BRANCH_FIELDS, Batch, abstract_batch
+from baichuan_omni_jax.omni.batch import Batch
 from baichuan_omni_jax.omni.flow_matching_model import FlowMatchingModel, match_lengths
-from baichuan_omni_jax.sharding import ShardingRules
-from baichuan_omni_jax.train.input import check_batch
 from baichuan_omni_jax.train.losses import transcript_entropies
+from baichuan_omni_jax.train.tasks.audio_batch import abstract_mel_batch, check_audio_run, mel_batch_axes
 from baichuan_omni_jax.train.tasks.task import NO_UPDATES, Metrics, NonGradientUpdates, Sums, Task, Values
 
-_ROWS = ("llm", "audio_encoder")
 # Sets apart what is drawn from one key: each step's draws from those of the first weights, the masks' from the levels'.
 _STEPS, _MASKS = 1 << 20, 1 << 16
 _CODEBOOKS = BRANCHES["audio_encoder"].path("quantizer", "levels")
 _CODEBOOK_PARTS = ("embed", "embed_avg", "cluster_size")
-_FLOW_TARGETS = ("flow",)
 
 
 class AudioTask(Task):
     """What both tasks share: rows with mel slots, and mels to compare with by the names of `targets`."""
 
-    targets: tuple[str, ...]
+    @property
+    @abstractmethod
+    def targets(self) -> tuple[str, ...]:
+        """Names the mels to compare with, as the batch's fields are called."""
 
     def batch_axes(self) -> dict[str, tuple[str | None, ...]]:
         return mel_batch_axes(self.targets)
@@ -59,6 +58,7 @@ class AudioTask(Task):
 
     def batch_metrics(self, batch: Batch) -> Metrics:
         """Measures real tokens, clips and seconds of audio, and the used share of tokens and of mel slots."""
+        # Unused slots have length 0.
         real, lengths = batch["segment_ids"] > 0, batch["mel_lengths"]
         frames = lengths.sum(dtype=jnp.float32)
         return {
@@ -91,6 +91,7 @@ class AudioTokenizerTask(AudioTask):
     def check(self, mesh: Mesh) -> None:
         branches = AUDIO_TOKENIZER_BRANCHES
         check_audio_run(self.run, self.omni, mesh, self.compute, branches, required=branches[:2])
+        # The language model reads through the adapter: one is no use without the other.
         if self.reads_transcripts != ("transcript_adapter" in self.run.branches):
             raise ConfigError("branches: llm reads transcripts through transcript_adapter; name both or neither")
         scales = self.run.tokenizer.mel_scales
@@ -105,6 +106,7 @@ class AudioTokenizerTask(AudioTask):
         return {"step": jnp.zeros((), jnp.int32), "unused": [jnp.zeros(size, jnp.int32) for size in sizes]}
 
     def denominators(self, batch: Batch) -> Float[Array, ""]:
+        # Rows without a transcript divide nothing.
         return jnp.maximum(batch["text_weights"].sum(), 1.0)
 
     def loss(
@@ -147,6 +149,7 @@ class AudioTokenizerTask(AudioTask):
 
     def _codebooks(self, states: Sequence[CodebookState]) -> dict[str, Array]:
         """The codebooks, stored as parameters are."""
+        # They were whole on every device to be searched.
         matrix, vector = self.compute.rules.spec("codes", "embed"), self.compute.rules.spec("codes")
         specs = {"embed": matrix, "embed_avg": matrix, "cluster_size": vector}
         return {
@@ -157,6 +160,7 @@ class AudioTokenizerTask(AudioTask):
 
     def _quantizer_metrics(self, made: Quantized, step: Int32[Array, ""]) -> Metrics:
         config = self.run.tokenizer.quantizer
+        # The schedules, then of every level how many codes are used, how evenly, and what it leaves.
         metrics = {"quantized_share": quantized_share(config, step), "temperature": temperature(config, step)}
         for q, state in enumerate(made.states):
             used, perplexity = usage(state, max(config.restart_after, 1))
@@ -178,6 +182,7 @@ class AudioTokenizerTask(AudioTask):
         clips = clips_of(batch, self.compute)
         sums, made = code_sums(model.audio_encoder, model.audio_decoder, clips, target, ratio)
         if self.reads_transcripts:
+            # Read from the features and from their codes: the difference is what quantizing costs the transcript.
             weights, read = batch["text_weights"], (made.features, made.quantized)
             losses = [(transcript_entropies(model, x, made.valid, batch, self.run) * weights).sum() for x in read]
             sums |= {"transcript": jnp.stack(losses), "transcript_weight": weights.sum()}
@@ -203,7 +208,9 @@ class FlowMatchingTask(AudioTask):
     holds the mean, which is what one samples with; the weights themselves are saved in its place in `aux_state`.
     """
 
-    targets = _FLOW_TARGETS
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return ("flow",)
 
     def make_model(self, key: PRNGKeyArray) -> FlowMatchingModel:
         return FlowMatchingModel(key, self.omni, self.compute)
@@ -211,6 +218,7 @@ class FlowMatchingTask(AudioTask):
     def check(self, mesh: Mesh) -> None:
         branches = FLOW_MATCHING_BRANCHES
         check_audio_run(self.run, self.omni, mesh, self.compute, branches, required=branches)
+        # A mel frame for each state: flow matching predicts them side by side.
         made, states = flow_target(self.omni.flow).frame_rate, self.omni.audio.state_rate
         if made != states:
             raise ConfigError(
@@ -227,6 +235,7 @@ class FlowMatchingTask(AudioTask):
     def loss(
         self, model: FlowMatchingModel, batch: Batch, denominators: tuple[()], aux_state: dict[str, Any]
     ) -> tuple[Float[Array, ""], tuple[Metrics, NonGradientUpdates]]:
+        # Conditions and targets are cut to what both have; the tokenizer before them is frozen.
         config, key = self.run.flow, self.step_key(aux_state["step"])
         hidden, lengths = model.hidden(clips_of(batch, self.compute))
         mel, lengths = match_lengths(hidden, lengths, mel_targets_of(batch, self.targets, self.compute)[0])
@@ -235,6 +244,7 @@ class FlowMatchingTask(AudioTask):
         return loss, ({"loss": loss, "loss_flow": flow, "loss_prior": prior}, NO_UPDATES._replace(aux_state=aux_state))
 
     def init_aux_state(self, trainable: Values) -> dict[str, Any]:
+        # Begins as the weights themselves.
         mean = {name: value.astype(jnp.float32) for name, value in trainable.items()} if self.run.flow.ema else {}
         return {"step": jnp.zeros((), jnp.int32), "mean": mean}
 
@@ -267,78 +277,3 @@ class FlowMatchingTask(AudioTask):
 
     def held_out_means(self, sums: Mapping[str, np.ndarray], sources: tuple[str, ...]) -> dict[str, float]:
         return flow_means(sums)
-
-
-def check_audio_run(
-    run: RunConfig,
-    omni: OmniConfig,
-    mesh: Mesh,
-    compute: ComputePolicy,
-    branches: Sequence[str],
-    required: Sequence[str],
-) -> None:
-    """Raises ConfigError where the configuration does not fit a task that trains on audio.
-
-    Args:
-        run: its branches, budgets, accumulation and weights are checked.
-        omni: the model's sizes.
-        mesh: must divide the batch.
-        compute: its rules split the batch.
-        branches: those that the task has.
-        required: those that it cannot do without.
-    """
-    unknown = [name for name in run.branches if name not in branches]
-    missing = [name for name in required if name not in run.branches]
-    if unknown or missing:
-        raise ConfigError(f"branches {', '.join(run.branches)}: task {run.task} has {', '.join(branches)}")
-    if run.data.budgets.mel_windows < 1:
-        raise ConfigError(f"data.budgets.mel_windows must be at least 1: task {run.task} learns from audio")
-    if run.train.accumulate != 1:
-        raise ConfigError(f"train.accumulate must be 1: task {run.task} takes its batch whole")
-    if run.train.document_weighting != "token":
-        raise ConfigError(f"train.document_weighting must be token: task {run.task} weighs audio by its length")
-    for source in run.data.mixture:
-        if source.loss_weight != 1:
-            raise ConfigError(
-                f"source {source.name}: loss_weight must be 1 in task {run.task}, not {source.loss_weight}"
-            )
-    check_batch(replace(run, branches=_ROWS), omni, mesh, compute.rules)
-    abstract_mel_batch(run, omni, mesh, compute.rules)
-
-
-def mel_batch_axes(targets: Sequence[str]) -> dict[str, tuple[str | None, ...]]:
-    """Returns the logical axes of the fields of rows with mel slots and these targets."""
-    axes = {name: axes for branch in _ROWS for name, axes in BRANCH_FIELDS[branch].items()}
-    axes["audio_index"] = BRANCH_FIELDS["audio_head"]["audio_index"]
-    for name in targets:
-        axes |= {f"target_{name}": ("batch", "media", None, None), f"target_{name}_lengths": ("batch", "media")}
-    return axes
-
-
-def abstract_mel_batch(
-    run: RunConfig, omni: OmniConfig, mesh: Mesh, rules: ShardingRules
-) -> dict[str, jax.ShapeDtypeStruct]:
-    """Describes a batch with the largest slots by shapes and shardings."""
-    data, frames, targets = run.data, slot_frames(run, omni), run_mel_targets(run, omni)
-    branches = ("llm", "audio_encoder", "audio_head")
-    shapes = abstract_batch(data.rows, data.budgets, omni, branches, mesh, rules, mel_frames=frames)
-    slots = (data.rows, data.budgets.mel_windows)
-    for name, target in targets.items():
-        shapes[f"target_{name}"] = _media((*slots, slot_target_frames(target, frames, omni), target.mels), mesh, rules)
-        shapes[f"target_{name}_lengths"] = _media(slots, mesh, rules, jnp.int32)
-    return {name: shapes[name] for name in mel_batch_axes(tuple(targets))}
-
-
-def slot_frames(run: RunConfig, omni: OmniConfig) -> int:
-    """Counts the mel frames of the largest slot."""
-    return max(run.data.mel_frames, default=omni.audio.max_mel_frames)
-
-
-def slot_target_frames(target: MelTargetSpec, mel_frames: int, omni: OmniConfig) -> int:
-    """Counts the frames of a target's slot beside a mel slot of `mel_frames`."""
-    return target.frames(mel_frames * omni.audio.hop_length * target.rate // omni.audio.sampling_rate)
-
-
-def _media(shape: tuple[int, ...], mesh: Mesh, rules: ShardingRules, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
-    sharding = NamedSharding(mesh, rules.spec("batch", "media", *[None] * (len(shape) - 2)))
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)

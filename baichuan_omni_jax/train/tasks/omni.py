@@ -41,6 +41,7 @@ class OmniTask(Task):
         return {name: axes for branch in self.run.branches for name, axes in BRANCH_FIELDS[branch].items()}
 
     def abstract_batch(self, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+        # Fields of the run's branches alone: a model without vision reads no patches.
         data = self.run.data
         return abstract_batch(data.rows, data.budgets, self.omni, self.run.branches, mesh, self.compute.rules)
 
@@ -60,6 +61,7 @@ class OmniTask(Task):
         return omni_terms(self.omni)
 
     def held_out_sums(self, model: OmniModel, batch: Batch, sources: int) -> Sums:
+        # As in training, but by source and not weighed against each other.
         text, audio = omni_entropies(model, batch, self.run)
         return sum_losses(text, audio, batch, sources, self.compute.rules)
 
