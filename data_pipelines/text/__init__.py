@@ -1,0 +1,1 @@
+"""Text by itself: where speech is cut into segments, languages, fonts."""

@@ -1,0 +1,1 @@
+"""Text tokenizers and the names of the special tokens."""
