@@ -19,9 +19,8 @@ from rows import emit, row
 
 from baichuan_omni_jax.config import DataConfig
 from data_pipelines.packing.context_plan import block_work, deal_blocks, lay_documents
-from data_pipelines.packing.media_layout import PatchLayout
 from data_pipelines.packing.packer import Packer
-from data_pipelines.packing.row_limits import DocumentLengths
+from data_pipelines.packing.row_limits import DocumentLengths, PatchLayout
 
 MEANS = (3000, 16000)
 SIGMA = 1.2

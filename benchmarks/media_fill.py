@@ -15,9 +15,8 @@ import numpy as np
 from rows import emit, row
 
 from baichuan_omni_jax.config import DataConfig
-from data_pipelines.packing.media_layout import PatchLayout
 from data_pipelines.packing.packer import Packer
-from data_pipelines.packing.row_limits import DocumentLengths
+from data_pipelines.packing.row_limits import DocumentLengths, PatchLayout
 
 PARTS = (1, 8, 16, 32)
 OPEN_BINS = 8

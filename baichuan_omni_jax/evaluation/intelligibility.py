@@ -23,7 +23,7 @@ from data_pipelines.errors import SampleError
 from data_pipelines.media.audio import decode_audio, probe_audio
 from data_pipelines.media.location import Media, find_media
 from data_pipelines.synthesis.filters.rules import count_edits, speech_units, spoken_texts
-from data_pipelines.text.languages import language_of
+from data_pipelines.text.spoken_text import language_of
 
 RATE = 16000  # Hz, of both measures
 LIBRARIES = {"stoi": "pystoi", "pesq": "pesq"}

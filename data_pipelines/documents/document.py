@@ -15,7 +15,7 @@ class Document:
     """One document, or a piece of one: what a manifest line or a record of a shard holds.
 
     A piece has the system prompt and the turns from `turns[0]` until `turns[1]` alone, and of what is left so the
-    items from `span[0]` until `span[1]`: tokens of text and media (`parts`).
+    items from `span[0]` until `span[1]`: tokens of text and media (`sequence`).
     """
 
     id: str

@@ -26,14 +26,27 @@ from data_pipelines.documents.media_items import (
     read_clip,
     read_images,
 )
-from data_pipelines.documents.parts import Ids, Run, cut_span, document_elements, group_media, is_marked, thin_frames
 from data_pipelines.documents.prompts import (
     AudioElement,
     Element,
     TextElement,
     TokensElement,
 )
-from data_pipelines.documents.sequence import AudioPart, Layout, Part, TextPart, VisualPart, lay_out
+from data_pipelines.documents.sequence import (
+    AudioPart,
+    Ids,
+    Layout,
+    Part,
+    Run,
+    TextPart,
+    VisualPart,
+    cut_span,
+    document_elements,
+    group_media,
+    is_marked,
+    lay_out,
+    thin_frames,
+)
 from data_pipelines.documents.token_ids import read_ids
 from data_pipelines.errors import SampleError
 from data_pipelines.media.images import SEEN

@@ -1,12 +1,152 @@
-"""The token sequence of one document: slots of its media, and which of its tokens are predicted.
+"""From the elements of a document to its token sequence: turns, frames and spans of it, slots of its media.
 
-A layout is made of counts alone, so that measuring and encoding a document share it.
+Which elements. A turn begins at `<C_Q>`; what stands before the first one is the system prompt and stays with every
+part. Items are what a span counts: each token of text, end of text included, and each medium, a video listed frame by
+frame being one.
+
+Which tokens. A layout is made of counts alone, so that measuring and encoding a document share it.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from typing import TypeVar, cast
 
 from baichuan_omni_jax.config import SpecialTokens
+from data_pipelines.documents.document import Document
+from data_pipelines.documents.prompts import (
+    AudioElement,
+    Element,
+    ImageElement,
+    TextElement,
+    TokensElement,
+    VideoElement,
+    parse_prompt,
+)
+from data_pipelines.tokenizers.special_tokens import TRAINABLE_START, USER
+
+T = TypeVar("T")
+Span = tuple[int, int]
+
+
+def document_elements(document: Document, max_frames: int = 0) -> list[Element]:
+    """Reads the elements of the turns and frames that `document` has, its listed videos of at most `max_frames`.
+
+    0 is no limit. Its `span` is cut later, when text is tokens. A document without any `<trainable_start>` is trainable
+    as a whole. Raises SampleError "bad_prompt".
+    """
+    elements = parse_prompt(document.text)
+    # Unmarked documents train whole, as released.
+    if not is_marked(document):
+        learnable = TextElement | AudioElement | TokensElement
+        elements = [replace(each, trainable=True) if isinstance(each, learnable) else each for each in elements]
+    # A piece has the system prompt and its own turns.
+    if document.turns is not None:
+        head, turns = cut_turns(elements)
+        elements = head + [element for turn in turns[slice(*document.turns)] for element in turn]
+    # The stricter of the two limits; 0 is none.
+    most = min(document.max_frames or max_frames, max_frames or document.max_frames)
+    return thin_frames(elements, most) if most else elements
+
+
+def is_marked(document: Document) -> bool:
+    """Tells whether the document, of which this may be a piece, says what of it is trainable."""
+    return TRAINABLE_START in document.text
+
+
+def cut_turns(elements: list[Element]) -> tuple[list[Element], list[list[Element]]]:
+    """Cuts elements into the system prompt and the turns with their media; marks of loss stay with what they mark."""
+    parts: list[list[Element]] = [[]]
+    for element in elements:
+        if not isinstance(element, TextElement) or element.plain:
+            parts[-1].append(element)
+            continue
+        first, *others = element.text.split(USER)
+        if first:
+            parts[-1].append(replace(element, text=first))
+        parts += [[cast(Element, replace(element, text=USER + text))] for text in others]
+    return parts[0], parts[1:]
+
+
+def has_frames(elements: list[Element]) -> bool:
+    """Tells whether there are videos, as files or frame by frame."""
+    return any(isinstance(each, VideoElement) or _frame_of(each) is not None for each in elements)
+
+
+def thin_frames(elements: Sequence[T], most: int) -> list[T]:
+    """Thins videos that are listed frame by frame to at most `most` frames each; files are thinned as they are read.
+
+    Of n frames the i-th that stays is number int(i * n / most), as in the released processor. A list between the marks
+    of a video is one, and so are frames that follow each other outside of them.
+    """
+    kept: list[T] = []
+    for video, run in groupby(elements, key=_frame_of):
+        run = list(run)
+        if video is not None and len(run) > most:
+            run = [run[int(place * len(run) / most)] for place in range(most)]
+        kept += run
+    return kept
+
+
+def _frame_of(element: object) -> int | None:
+    """Returns the number of the video that a listed frame is of; None for what is no such frame."""
+    return element.video if isinstance(element, ImageElement) and element.frame else None
+
+
+@dataclass(frozen=True)
+class Ids:
+    """Text as the ids of its tokens: so many items."""
+
+    ids: Sequence[int]
+    trainable: bool = False
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+Run = Ids | tuple[Element, ...]  # tokens, or the elements of one medium
+
+
+def group_media(elements: Sequence[Element | Ids]) -> list[Run]:
+    """Groups elements into runs: ids as they are, each medium by itself, neighboring frames of one listed video
+    together.
+    """
+    runs: list[Run] = []
+    for element in elements:
+        if isinstance(element, Ids):
+            runs += [element] if len(element) else []
+            continue
+        last, video = runs[-1] if runs else (), _frame_of(element)
+        if video is not None and last and not isinstance(last, Ids) and _frame_of(last[-1]) == video:
+            runs[-1] = (*last, element)
+        else:
+            runs.append((element,))
+    return runs
+
+
+def cut_span(runs: Sequence[Run], span: Span) -> tuple[list[Element | Ids], Element | Ids | None]:
+    """Cuts out a span of items; returns its elements and the one after it (None at the document's end)."""
+    found: list[Element | Ids] = []
+    for (start, stop), run in place_runs(runs):
+        if start >= span[1]:
+            return found, run if isinstance(run, Ids) else run[0]
+        first, last = max(span[0] - start, 0), min(span[1], stop) - start
+        if isinstance(run, Ids):
+            found += [Ids(run.ids[first:last], run.trainable)] if first < last else []
+            if stop > span[1]:
+                return found, Ids(run.ids[last:], run.trainable)
+        elif first < last:
+            found += run
+    return found, None
+
+
+def place_runs(runs: Sequence[Run]) -> Iterator[tuple[Span, Run]]:
+    """Gives the places of each run among the items, and the run."""
+    place = 0
+    for run in runs:
+        size = len(run) if isinstance(run, Ids) else 1
+        yield (place, place + size), run
+        place += size
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from baichuan_omni_jax.branches import BRANCHES
 from baichuan_omni_jax.config import Budgets, OmniConfig
 from baichuan_omni_jax.omni.batch import FIELDS, BatchSizes, empty_batch
 from data_pipelines.documents.document import EncodedDocument
-from data_pipelines.packing.media_layout import MelSlots
+from data_pipelines.packing.row_limits import MelSlots
 
 Batch = dict[str, Shaped[np.ndarray, "b ..."]]
 

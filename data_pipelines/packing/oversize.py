@@ -7,7 +7,7 @@ a turn refers to in an earlier piece is no longer seen. Pieces without anything 
 `chunk_text`: the same of documents of text alone.
 What no policy makes fit is skipped. The outcome is kept beside the index, so that documents are measured once.
 
-A chunk is a span of items (`documents.parts`), so no medium is ever cut. Its tokens and targets are those of the whole
+A chunk is a span of items (`sequence`), so no medium is ever cut. Its tokens and targets are those of the whole
 document in these places, and its last position has the first token of the next chunk for its target: all chunks
 together train on what the whole document would, each target once. Positions begin at 0 in each. Rows of 10 tokens, an
 image of 4 with its two marks, text of 3 before it, of 6 after it:
@@ -33,8 +33,8 @@ from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.datasets.jobs.job import Job, Unit, run_job
 from data_pipelines.datasets.jobs.local import LocalRunner
 from data_pipelines.documents.document import Document, Lengths
-from data_pipelines.documents.parts import Ids, Run, Span, cut_turns, document_elements, has_frames, place_runs
 from data_pipelines.documents.processor import Processor
+from data_pipelines.documents.sequence import Ids, Run, Span, cut_turns, document_elements, has_frames, place_runs
 from data_pipelines.errors import SampleError
 from data_pipelines.packing.columns import NAMES, NO_PIECES, WHOLE, Columns, Pieces, make_columns, write_columns
 from data_pipelines.packing.index import Index

@@ -18,8 +18,7 @@ from operator import add, le
 import numpy as np
 from jaxtyping import Bool, Int64
 
-from data_pipelines.packing.media_layout import PatchLayout
-from data_pipelines.packing.row_limits import DocumentLengths
+from data_pipelines.packing.row_limits import DocumentLengths, PatchLayout
 
 OPEN_BINS, LOOK_AHEAD = 8, 128  # rows open and documents waiting at once: the defaults of `DataConfig`
 RESERVE = 0.1  # share of every budget that only topping up may use: what it has to choose from makes rows full

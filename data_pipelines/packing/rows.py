@@ -28,8 +28,7 @@ from data_pipelines.errors import SampleError
 from data_pipelines.packing.batch import Batch, RowWriter, empty_rows
 from data_pipelines.packing.context_plan import ContextPlan
 from data_pipelines.packing.index import Index
-from data_pipelines.packing.media_layout import MelSlots, PatchLayout, row_key
-from data_pipelines.packing.row_limits import BUDGETED
+from data_pipelines.packing.row_limits import BUDGETED, MelSlots, PatchLayout, row_key
 from data_pipelines.packing.row_plan import PackedRow, StepPlan
 
 _AUDIO_FRAMES = BUDGETED.index("audio_frames")

@@ -24,7 +24,7 @@ from data_pipelines.documents.prompt_writing import (
 from data_pipelines.sample import scenes, texts
 from data_pipelines.sample.media import MediaPlan, VideoFile
 from data_pipelines.sample.photographs import Crop
-from data_pipelines.text.splitting import split_text
+from data_pipelines.text.spoken_text import split_text
 
 LANGUAGES = ("en", "zh")
 SYSTEM = {"en": "You are a helpful assistant.", "zh": "你是一个乐于助人的助手。"}

@@ -11,7 +11,6 @@ from jaxtyping import Float32, Int32, UInt8
 from baichuan_omni_jax.config import Budgets, OmniConfig
 from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.documents.document import Document, EncodedDocument
-from data_pipelines.documents.parts import Ids
 from data_pipelines.documents.processor import Processor
 from data_pipelines.documents.prompts import (
     AudioElement,
@@ -21,6 +20,7 @@ from data_pipelines.documents.prompts import (
     TokensElement,
     VideoElement,
 )
+from data_pipelines.documents.sequence import Ids
 from data_pipelines.errors import SampleError
 from data_pipelines.media.audio import decode_audio
 from data_pipelines.media.features import log_mel

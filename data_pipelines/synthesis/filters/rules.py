@@ -19,7 +19,7 @@ from data_pipelines.errors import SampleError
 from data_pipelines.media.audio import decode_audio, probe_audio
 from data_pipelines.media.location import find_media
 from data_pipelines.synthesis.prompts import READ_ALOUD, TRANSCRIBE, choose_prompt
-from data_pipelines.text.languages import detect_language, language_of
+from data_pipelines.text.spoken_text import detect_language, language_of
 from data_pipelines.tools.commands import load_hook
 
 RATE = 16000  # Hz

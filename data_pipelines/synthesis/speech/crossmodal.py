@@ -13,9 +13,9 @@ from typing import Literal, get_args
 from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.datasets.jobs.job import Job
 from data_pipelines.documents.document import Document
-from data_pipelines.documents.parts import document_elements
 from data_pipelines.documents.prompt_writing import write_prompt
 from data_pipelines.documents.prompts import SPECIAL, AudioElement, Element, ImageElement, TextElement, VideoElement
+from data_pipelines.documents.sequence import document_elements
 from data_pipelines.errors import SampleError
 from data_pipelines.media.audio import probe_audio
 from data_pipelines.media.containers import opened
@@ -29,7 +29,7 @@ from data_pipelines.synthesis.speech.speaking import (
     speech_config,
 )
 from data_pipelines.synthesis.units import Draft, SynthesisTask, manifest_job
-from data_pipelines.text.splitting import spoken_seconds
+from data_pipelines.text.spoken_text import spoken_seconds
 from data_pipelines.tokenizers.special_tokens import SYSTEM, USER
 
 NAME = "crossmodal"

@@ -32,8 +32,7 @@ from data_pipelines.synthesis.speech.espeak import (
     speak,
 )
 from data_pipelines.synthesis.units import Draft
-from data_pipelines.text.languages import HAN, language_of
-from data_pipelines.text.splitting import HAN_SECONDS, LONGEST, split_text, spoken_seconds
+from data_pipelines.text.spoken_text import HAN, HAN_SECONDS, LONGEST, language_of, split_text, spoken_seconds
 from data_pipelines.tokenizers.special_tokens import ASSISTANT, SYSTEM, USER
 from data_pipelines.tools.commands import load_hook
 

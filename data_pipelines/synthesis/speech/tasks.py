@@ -6,7 +6,7 @@
     itts       text_1 audio_1 text_2 audio_2 ...  every piece written, then spoken; loss on all but the first text
     dialogue   questions heard, answers written and spoken piece by piece; loss on the answers
 
-Texts are cut at punctuation (`text.splitting`). A dialogue's question keeps its images and videos, and its words follow
+Texts are cut at punctuation (`spoken_text`). A dialogue's question keeps its images and videos, and its words follow
 them as speech, as in the released demos; an answer is cut where the generating engine cuts its own.
 """
 
@@ -20,7 +20,6 @@ from baichuan_omni_jax.config import VOICE, GenerationConfig, check_voice
 from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.datasets.jobs.job import Job
 from data_pipelines.documents.document import Document
-from data_pipelines.documents.parts import cut_turns
 from data_pipelines.documents.prompt_writing import (
     Source,
     audio_tag,
@@ -33,6 +32,7 @@ from data_pipelines.documents.prompt_writing import (
     write_prompt,
 )
 from data_pipelines.documents.prompts import SPECIAL, Element, ImageElement, TextElement, VideoElement, parse_prompt
+from data_pipelines.documents.sequence import cut_turns
 from data_pipelines.errors import SampleError
 from data_pipelines.media.location import MediaReference, find_media
 from data_pipelines.synthesis.prompts import READ_ALOUD, TRANSCRIBE
@@ -47,7 +47,7 @@ from data_pipelines.synthesis.speech.speaking import (
     text_alone,
 )
 from data_pipelines.synthesis.units import Draft, SynthesisTask, manifest_job
-from data_pipelines.text.splitting import spoken_seconds
+from data_pipelines.text.spoken_text import spoken_seconds
 from data_pipelines.tokenizers.special_tokens import ASSISTANT
 
 MIN_PIECES = 3  # the least that `--pieces` may be: then no piece is ever left alone

@@ -11,8 +11,8 @@ from av.stream import Disposition
 from PIL import Image
 
 from data_pipelines.documents.document import Document
-from data_pipelines.documents.parts import document_elements, thin_frames
 from data_pipelines.documents.prompts import ImageElement
+from data_pipelines.documents.sequence import document_elements, thin_frames
 from data_pipelines.errors import SampleError
 from data_pipelines.media.containers import Damage
 from data_pipelines.media.location import Media

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 from baichuan_omni_jax.config import Budgets, tiny
 from data_pipelines.documents.document import Lengths
-from data_pipelines.documents.parts import Ids, group_media
 from data_pipelines.documents.processor import Processor
 from data_pipelines.documents.prompts import AudioElement, ImageElement, parse_prompt
+from data_pipelines.documents.sequence import Ids, group_media
 from data_pipelines.media.audio import clip_key
 from data_pipelines.media.location import MediaReference
 from data_pipelines.packing.oversize import Fitter, cut_chunks

@@ -9,8 +9,8 @@ import pytest
 from baichuan_omni_jax.config import Budgets, DataConfig, RunConfig, SourceConfig, apply_overrides, tiny
 from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.documents.document import Document
-from data_pipelines.documents.parts import cut_turns, document_elements
 from data_pipelines.documents.prompts import AudioElement, ImageElement, TextElement, parse_prompt
+from data_pipelines.documents.sequence import cut_turns, document_elements
 from data_pipelines.pipeline import open_pipeline
 from tests.data_pipelines.conftest import store_codes
 from tests.helpers.small_media import write_audio, write_image, write_video

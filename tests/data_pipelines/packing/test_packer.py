@@ -8,9 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipelines.packing import pack
-from data_pipelines.packing.media_layout import PatchLayout
 from data_pipelines.packing.packer import PATIENCE, Packer
-from data_pipelines.packing.row_limits import DocumentLengths
+from data_pipelines.packing.row_limits import DocumentLengths, PatchLayout
 from tests.helpers.listed import Listed, row_plan
 
 BUDGETS = [20, 12, 6, 3]

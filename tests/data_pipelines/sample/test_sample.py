@@ -16,7 +16,7 @@ from data_pipelines.sample import documents as documents_module
 from data_pipelines.sample.build import main
 from data_pipelines.sample.documents import plan_documents
 from data_pipelines.sample.photographs import Crop, absent_parts, dominant_color, visible_parts
-from data_pipelines.text.splitting import split_text
+from data_pipelines.text.spoken_text import split_text
 
 MEDIA = re.compile(r"<(img|video|audio|audiogen)_start_baichuan>(\{.*?\})<\1_end_baichuan>")
 

@@ -17,7 +17,7 @@ from data_pipelines.synthesis import command
 from data_pipelines.synthesis.filters.job import FILTERS
 from data_pipelines.synthesis.filters.near_duplicates import find_duplicates, likeness, sign
 from data_pipelines.synthesis.filters.rules import count_edits, speech_units, spoken_texts
-from data_pipelines.text.languages import detect_language
+from data_pipelines.text.spoken_text import detect_language
 from tests.helpers.small_media import write_audio
 from tests.helpers.synthesis_hooks import job_of
 

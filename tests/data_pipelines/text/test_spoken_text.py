@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipelines.synthesis.speech.tasks import group_pieces
-from data_pipelines.text.splitting import split_text, spoken_seconds
+from data_pipelines.text.spoken_text import split_text, spoken_seconds
 
 ALPHABET = [*"ab Z1.,;!?。，！？；…“”\"'「」()（）\n湖水很平静", "Dr.", "e.g.", "3.14", "Ж", "é", "😀", "\u3000"]
 TEXTS = st.lists(st.sampled_from(ALPHABET), max_size=150).map("".join)

@@ -19,7 +19,7 @@ from baichuan_omni_jax.sharding import ShardingRules
 from data_pipelines.errors import SampleError
 from data_pipelines.media.audio import decode_audio
 from data_pipelines.media.features import log_mel, mel_length, mel_target
-from data_pipelines.packing.media_layout import MelSlots, PatchLayout, check_media_shards, mel_slots, row_key
+from data_pipelines.packing.row_limits import MelSlots, PatchLayout, check_media_shards, mel_slots, row_key
 from tests.data_pipelines.conftest import BUDGETS, with_config
 from tests.helpers.small_media import document
 
