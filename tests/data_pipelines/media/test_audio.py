@@ -7,7 +7,6 @@ import av
 import numpy as np
 import pytest
 from av.stream import Disposition
-from media_headers import compare, originals
 
 from data_pipelines.errors import SampleError
 from data_pipelines.media import audio_track
@@ -17,6 +16,7 @@ from tests.helpers.audio_files import CLOSE, RATE, length, memory, mp3, refusal,
 from tests.helpers.small_media import media, tone, write_track, write_video
 
 sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
+from media_headers import compare, originals
 
 
 class TestNothingElseIsHeard:
