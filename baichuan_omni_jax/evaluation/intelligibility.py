@@ -121,13 +121,13 @@ class RecognitionErrors:
             raise SampleError("recognizer_failed", f"it heard {type(heard).__name__}, not text")
         return heard
 
-    def count(self, heard: str, spoken: str) -> None:
-        """Adds the errors of one clip: what was heard against what was spoken."""
+    def count(self, recognized: str, spoken: str) -> None:
+        """Adds the errors of one clip: the recognized text against what was spoken."""
         language = language_of(spoken) or "en"
         # Words by the clip's language, and characters as in Chinese for all.
         for unit, of in (("word", language), ("character", "zh")):
             truth = speech_units(spoken, of)
-            self._counts[f"{unit}_edits"] += count_edits(truth, speech_units(heard, of))
+            self._counts[f"{unit}_edits"] += count_edits(truth, speech_units(recognized, of))
             self._counts[f"{unit}s"] += len(truth)
 
     def rates(self) -> dict[str, float]:

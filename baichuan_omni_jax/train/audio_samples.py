@@ -1,7 +1,7 @@
 """Held-out clips as they come back from their codes, at set steps of a run that trains on audio: to hear and to see.
 
-The tokenizer's own mel (62.5 Hz, 16 kHz) is heard by Griffin-Lim, there is no vocoder for it. Flow matching samples the
-24 kHz mel, which a HiFT vocoder (`eval.vocoder`) or Griffin-Lim makes audible."""
+The tokenizer's own mel (62.5 Hz, 16 kHz) becomes audible by Griffin-Lim: no vocoder reads it. Flow matching samples the
+24 kHz mel, for which there is a HiFT vocoder (`eval.vocoder`), or Griffin-Lim."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

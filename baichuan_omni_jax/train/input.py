@@ -99,7 +99,7 @@ class DocumentFailures:
             if key not in self._causes:
                 self._causes[key] = self._unshared[key] = cause
                 log.warning("skipped %s (%s): %s", location, cause, message)
-        # On several hosts the limit is checked when they have told each other: all must leave together.
+        # On several hosts the limit is checked when failures are shared: all must leave together.
         if failed and jax.process_count() == 1:
             self._data.check_failed(self.causes)
 

@@ -106,7 +106,7 @@ def train(
     # One host talks; the others train.
     console = console or Console(quiet=not is_process_zero())
     on_all_hosts(workdir.hold)
-    # Counted from here on, so that a late compilation can be told from the first ones.
+    # Counted from here on, so that a late compilation is noticed.
     compiles = CompileCounter()
     spec, compute = set_up(run, omni)
     with jax.set_mesh(spec.mesh):

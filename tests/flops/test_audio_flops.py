@@ -1,4 +1,4 @@
-"""Model FLOPs of the tasks that train on sound, against every product of the traced gradient; counts of clips."""
+"""Model FLOPs of the tasks that train on audio, against every product of the traced gradient; counts of clips."""
 
 import subprocess
 import sys
@@ -69,7 +69,7 @@ def counts_of(omni, flow_lengths=None) -> dict[str, float]:
 
 
 def test_the_tokenizer_counts_the_products_of_its_gradient():
-    """Encoder, bridge, search of codes, decoder and post-net train; the reader is frozen, and gradients pass it."""
+    """Encoder, bridge, code search, decoder and post-net train; gradients pass the frozen language model."""
     omni = tiny()
     sizes = dict.fromkeys(("tokens", "positions", "segment_ids"), TOKENS) | {"mel_audio": 1, "audio_index": CODES}
 

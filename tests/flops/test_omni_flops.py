@@ -37,7 +37,7 @@ def omni():
 
 @pytest.fixture(scope="module")
 def batch(omni):
-    """Full budgets, with documents and pictures of several lengths."""
+    """Full budgets, with documents and images of several lengths."""
     budgets = Budgets(tokens=TOKENS, patches=PATCHES, audio_frames=FRAMES, audio_targets=TARGETS)
     return empty_rows(ROWS, budgets, omni)
 
@@ -110,15 +110,15 @@ def test_flops_equal_the_products_of_the_traced_gradient(stage, omni, batch):
 
 
 def packed_rows(batch, seed=0):
-    """Rows of documents, pictures and frames at random; token blocks of 8 in any order, as a context plan lays them."""
+    """Rows of documents, images and frames at random; token blocks of 8 in any order, as a context plan lays them."""
     rng, filled = np.random.default_rng(seed), {name: value.copy() for name, value in batch.items()}
     causal = pairs = 0
     for row in range(ROWS):
-        documents, pictures = rng.integers(1, 20, 6), rng.integers(1, 8, 5) * 4
-        used, seen = documents.sum(), pictures.sum()
+        documents, images = rng.integers(1, 20, 6), rng.integers(1, 8, 5) * 4
+        used, seen = documents.sum(), images.sum()
         filled["segment_ids"][row, :used] = np.repeat(np.arange(1, 7), documents)
         filled["positions"][row, :used] = np.concatenate([np.arange(n) for n in documents])
-        filled["patch_segments"][row, :seen] = np.repeat(np.arange(1, 6), pictures)[:PATCHES]
+        filled["patch_segments"][row, :seen] = np.repeat(np.arange(1, 6), images)[:PATCHES]
         causal += sum(n * (n + 1) // 2 for n in documents)
         order = np.concatenate([np.arange(b, b + 8) for b in rng.permutation(np.arange(0, TOKENS, 8))])
         for name in ("segment_ids", "positions"):

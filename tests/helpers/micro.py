@@ -25,7 +25,7 @@ from tests.helpers.windows import windows_of
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIG = REPOSITORY / "configs" / "micro.py"
-# Documents of each source: all kinds of document, few enough that their sound has its codes in seconds.
+# Documents of each source: all kinds of document, few enough that their audio has its codes in seconds.
 LINES = 24
 # Of the finished run: enough to be interrupted several times.
 STEPS = 20

@@ -37,7 +37,7 @@ def test_weight_gradients_are_summed_in_fp32(tmp_path):
     ids=" ".join,
 )
 def test_losses_and_gradients_equal_one_device(meshes, sample_dir, tmp_path):
-    """Real documents, spoken sound included, packed into 8 rows: fp32, to 1e-5 of each array's largest value.
+    """Real documents, spoken audio included, packed into 8 rows: fp32, to 1e-5 of each array's largest value.
 
     1,2,2,2/2 is in two parts. `sqrt` and `document` are compared with each document alone, weighted by hand.
     Where fsdp and context are split, also what the layers exchange over `context`.

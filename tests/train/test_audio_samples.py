@@ -1,4 +1,4 @@
-"""What a run on sound gives to hear and see: pictures, waveforms, events, and the settings that are refused."""
+"""What a run on audio logs of held-out clips: images, waveforms, events, and the settings that are refused."""
 
 import io
 import json
@@ -60,36 +60,36 @@ def vocoder(tmp_path_factory) -> Path:
     return path
 
 
-def test_a_picture_has_low_filters_below_and_one_scale():
+def test_an_image_has_low_filters_below_and_one_scale():
     low_tone, silent = np.full((4, 5), -8.0), np.full((2, 5), -8.0)
     low_tone[1, 0] = 0.0
-    picture = mel_image([low_tone, silent])
-    assert picture.shape == (2 * 15 + 6, 12, 3)
-    brightest = np.argwhere(picture[:15].sum(-1) == picture[:15].sum(-1).max())
+    image = mel_image([low_tone, silent])
+    assert image.shape == (2 * 15 + 6, 12, 3)
+    brightest = np.argwhere(image[:15].sum(-1) == image[:15].sum(-1).max())
     assert (brightest.min(0) == (12, 3)).all()
     assert (brightest.max(0) == (14, 5)).all()
-    assert (picture[15:21] == 255).all()
-    assert (picture[21:] == picture[0, 0]).all()
+    assert (image[15:21] == 255).all()
+    assert (image[21:] == image[0, 0]).all()
     # Frame i of the first stands over the frame of the second at its moment: 0 0 1 1 of 62.5 Hz under four of 100 Hz.
     steps, four = np.array([[1.0], [2.0], [3.0]]), np.array([[1.0], [1.0], [2.0], [2.0]])
-    picture = mel_image([four, steps], (Fraction(1), Fraction(5, 8)))
-    assert (picture[:3] == picture[9:]).all()
+    image = mel_image([four, steps], (Fraction(1), Fraction(5, 8)))
+    assert (image[:3] == image[9:]).all()
     assert mel_image([np.full((2, 3), np.nan), np.zeros((0, 3))]).shape == (2 * 9 + 6, 6, 3)
 
 
 def test_samples_are_read_back_from_the_events(tmp_path):
-    """WAV in 16 bits, at its own rate; the picture to the byte."""
+    """WAV in 16 bits, at its own rate; the image to the byte."""
     wave = 0.5 * np.sin(np.arange(2400) / 10).astype(np.float32)
-    picture = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
+    image = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
     writer = MetricsWriter(tmp_path, 0)
-    writer.write_samples(7, AudioSamples({"a/griffin_lim": (wave, 24000)}, {"mels": picture}))
+    writer.write_samples(7, AudioSamples({"a/griffin_lim": (wave, 24000)}, {"mels": image}))
     writer.close()
     found = events(tmp_path)
-    heard, rate = wave_of(found["a/griffin_lim", 7])
+    logged, rate = wave_of(found["a/griffin_lim", 7])
     assert rate == 24000
-    assert np.abs(heard - wave).max() < 1e-4
+    assert np.abs(logged - wave).max() < 1e-4
     seen = Image.open(io.BytesIO(found["mels", 7].image.encoded_image_string))
-    assert np.array_equal(np.asarray(seen), picture)
+    assert np.array_equal(np.asarray(seen), image)
 
 
 def test_settings_that_do_not_fit_are_refused():
@@ -121,19 +121,19 @@ def test_hift_gives_as_many_samples_as_griffin_lim(vocoder):
 
 
 @pytest.mark.slow
-def test_the_tokenizer_is_heard_and_trains_as_if_it_were_not(quick_pretrain, tmp_path):
+def test_audio_samples_change_nothing_of_the_training(quick_pretrain, tmp_path):
     """Four steps with and without: the same numbers. A clip before the first step and after each second one.
 
-    The first target is not the decoder's own: its sound is as long all the same.
+    The first target is not the decoder's own: its audio is as long all the same.
     """
     changes = [*SMALL, "checkpoint.every=4", "train.steps=4", "tokenizer.mel_scales=((400,160),(1024,256))"]
-    silent, heard = tmp_path / "silent", tmp_path / "heard"
+    silent, logged = tmp_path / "silent", tmp_path / "logged"
     assert quick_pretrain(silent, *changes, config=TOKENIZER).returncode == 0
-    done = quick_pretrain(heard, *changes, *LISTEN, config=TOKENIZER)
+    done = quick_pretrain(logged, *changes, *LISTEN, config=TOKENIZER)
     assert done.returncode == 0, done.stderr
-    assert numbers(silent) == numbers(heard)
+    assert numbers(silent) == numbers(logged)
     assert "16000 Hz by griffin_lim" in " ".join(done.stdout.split())  # lines are wrapped
-    found = events(heard)
+    found = events(logged)
     tag = "eval/speech/clip_0"
     assert {key for key in found if "from_codes/" in key[0]} == {
         (f"{tag}/from_codes/griffin_lim", step) for step in (0, 2, 4)
@@ -148,7 +148,7 @@ def test_the_tokenizer_is_heard_and_trains_as_if_it_were_not(quick_pretrain, tmp
 
 
 @pytest.mark.slow
-def test_flow_matching_is_heard_through_a_vocoder(quick_pretrain, vocoder, tmp_path):
+def test_flow_matching_samples_go_through_a_vocoder(quick_pretrain, vocoder, tmp_path):
     changes = [*SMALL, *LISTEN, "checkpoint.every=2", "train.steps=2", "checkpoint.init_from="]
     done = quick_pretrain(tmp_path / "run", *changes, f"eval.vocoder={vocoder}", config=FLOW)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""The tasks that train on sound, run as a user runs them: what moves, what stays, and exact resumption."""
+"""The tasks that train on audio, run as a user runs them: what moves, what stays, and exact resumption."""
 
 import dataclasses
 import json
@@ -54,8 +54,8 @@ def tokenizer_step(micro_root, quick_compile, two_levels):
 
 
 @pytest.mark.slow
-def test_the_transcript_reaches_the_ears_through_a_reader_that_stays(tokenizer_step):
-    """With the transcript's loss alone: gradients in encoder, bridge and adapter, none in the reader."""
+def test_the_transcript_trains_the_encoder_through_a_frozen_language_model(tokenizer_step):
+    """With the transcript's loss alone: gradients in encoder, bridge and adapter, none in the language model."""
     run, spec, state, batch = tokenizer_step
     settings = dataclasses.replace(run.tokenizer, reconstruction=0.0, commitment=0.0, transcript=1.0)
     quantizer = dataclasses.replace(settings.quantizer, quantized_share=1.0, level_dropout=0.0)
@@ -91,8 +91,8 @@ def test_a_clip_that_is_not_a_number_changes_nothing(tokenizer_step):
 
 @pytest.mark.slow
 def test_tokenizer_run_and_resumption(quick_pretrain, two_levels, tmp_path):
-    """Six steps at once, and three and three: the same numbers and arrays, masks among them. The reader stays, the
-    codebooks move.
+    """Six steps at once, and three and three: the same numbers and arrays, masks among them. The frozen language model
+    stays, the codebooks move.
     """
     masks = "tokenizer.spec_augment.mask_time_prob=0.1"
     changes = [*SMALL, two_levels, "checkpoint.every=3", "checkpoint.keep=3", masks]

@@ -1,4 +1,4 @@
-"""What cannot be used is told in one sentence, exit code 2, nothing overwritten; a bad document is passed over."""
+"""What cannot be used is said in one sentence, exit code 2, nothing overwritten; a bad document is passed over."""
 
 import json
 import math
@@ -52,11 +52,11 @@ def test_weights_in_the_loss_that_cannot_be(refusal, micro_root):
     """Of a source, before it is indexed; of documents, in a task that does not weigh by them."""
     run = micro_run(micro_root, "data.mixture=[{'name': 'text', 'manifest': 'text.jsonl', 'loss_weight': 0.0}]")
     assert refusal(lambda: open_pipeline(run.data, TINY)) == "source text: loss_weight 0.0 must be positive"
-    sound = load_run_config(CONFIG.with_name("audio_tokenizer_tiny.py"))
+    audio = load_run_config(CONFIG.with_name("audio_tokenizer_tiny.py"))
     sets = ["train.document_weighting=sqrt"], ["data.mixture=[{'name': 'a', 'manifest': 'a.jsonl', 'loss_weight': 2}]"]
     mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1), MESH_AXES, axis_types=(AxisType.Explicit,) * 4)
     check = lambda run: check_audio_run(run, TINY, mesh, make_compute(run), run.branches, ())  # noqa: E731
-    sentences = [refusal(lambda: check(apply_overrides(sound, changes))) for changes in sets]  # noqa: B023
+    sentences = [refusal(lambda: check(apply_overrides(audio, changes))) for changes in sets]  # noqa: B023
     assert sentences[0].startswith("train.document_weighting must be token: task audio_tokenizer")
     assert sentences[1] == "source a: loss_weight must be 1 in task audio_tokenizer, not 2.0"
 
@@ -212,7 +212,7 @@ def test_workdir_with_only_a_damaged_checkpoint(finished, pretrain, tmp_path):
 
 @pytest.fixture
 def damaged_root(micro_root, tmp_path) -> Path:
-    """The micro data with one manifest line that is no JSON, and one picture that is none (its header is whole)."""
+    """The micro data with one manifest line that is no JSON, and one image that is none (its header is whole)."""
     root = shutil.copytree(micro_root, tmp_path / "data", copy_function=os.link)
     manifest = root / "text.jsonl"
     lines = manifest.read_text().splitlines(keepends=True)
@@ -235,7 +235,7 @@ def test_too_many_bad_documents(refusal, damaged_root):
 
 @pytest.mark.slow
 def test_bad_documents_below_the_limit_are_counted_and_named_once(pretrain, damaged_root, tmp_path):
-    """Every picture of the image source is cut off after its header: found at decode, counted, and the run goes on."""
+    """Every image of the image source is cut off after its header: found at decode, counted, and the run goes on."""
     lines = (damaged_root / "image.jsonl").read_text().splitlines()
     names = {name for line in lines for name in _media(json.loads(line)["text"]) if name.endswith((".jpg", ".png"))}
     for name in names:
@@ -250,7 +250,7 @@ def test_bad_documents_below_the_limit_are_counted_and_named_once(pretrain, dama
     assert [row["step"] for row in rows] == [1, 2, 3]
     skipped = rows[-1]["skipped"]
     assert skipped["bad_json"] == 1
-    assert sum(skipped.values()) > 1, "no cut picture was met in three steps"
+    assert sum(skipped.values()) > 1, "no cut image was met in three steps"
     assert done.stderr.count("skipped text.jsonl:4 (bad_json)") == 1
     named = [line for line in done.stderr.splitlines() if "skipped " in line]
     assert len(named) == len(set(named)) == sum(skipped.values())

@@ -50,7 +50,7 @@ def test_first_matching_group_wins_and_buffers_never_train():
         ((group("a", "vision("), group("b", ".*")), "optimizer group 'a': pattern 'vision(' is broken: missing )"),
     ],
 )
-def test_groups_that_do_not_fit_are_told(groups, message):
+def test_groups_that_do_not_fit_are_refused(groups, message):
     with pytest.raises(ConfigError) as error:
         assign_groups(VARIABLES, groups)
     assert message in str(error.value)
@@ -81,7 +81,7 @@ def test_only_matrices_decay():
 
 
 def test_weight_decay_goes_by_the_task_unless_it_is_set():
-    """Without a gradient a weight of 1 at rate 0.5 loses half the decay: 0.1 in language stages, nothing in sound."""
+    """Without a gradient a weight of 1 at rate 0.5 loses half the decay: 0.1 in language stages, nothing in audio."""
     groups = (dataclasses.replace(group("all", ".*", 0.5), warmup_steps=0, decay_steps=10),)
     decay = {name: task.weight_decay for name, task in TASKS.items()}
     assert decay == {"omni": 0.1, "audio_tokenizer": 0.0, "flow_matching": 0.0}
@@ -96,7 +96,7 @@ def test_weight_decay_goes_by_the_task_unless_it_is_set():
 def test_frozen_parameters_stay_bit_for_bit(micro_root, tmp_path, quick_compile):
     """Two steps with only the audio head's level heads and embeddings trained: the rest as before, without moments."""
     run = micro_run(micro_root)
-    groups = (group("sound", r"audio_head\.(embedding|head\.heads)"), group("still", ".*", None))
+    groups = (group("audio", r"audio_head\.(embedding|head\.heads)"), group("still", ".*", None))
     run = dataclasses.replace(run, optimizer=dataclasses.replace(run.optimizer, groups=groups, warmup_steps=0))
     pipeline, codes = open_micro(run, tmp_path / "codes")
     mesh, omni = one_device(), resolve_model(run.model)

@@ -28,8 +28,8 @@ def test_a_batch_is_kept_with_the_lines_of_its_documents(guard, tmp_path):
     folder = tmp_path / "nonfinite" / "step_5"
     with np.load(folder / "host_0.npz") as found:
         assert {name: found[name].tolist() for name in found} == {name: x.tolist() for name, x in BATCH.items()}
-    told = json.loads((folder / "host_0.json").read_text())
-    assert told == {
+    kept = json.loads((folder / "host_0.json").read_text())
+    assert kept == {
         "numbers": {"nonfinite": "1.0", "loss": "nan"},
         "documents": ["a.jsonl:7", "a.jsonl:9", "b.jsonl:2"],
     }

@@ -1,4 +1,4 @@
-"""Hosts that must agree, and what they are told if they do not. Two real ones: tests/multidevice/test_two_hosts.py."""
+"""Hosts that must agree, and the sentence where they do not. Two real ones: tests/multidevice/test_two_hosts.py."""
 
 import json
 
@@ -36,7 +36,7 @@ def test_hosts_with_the_same_configuration_agree(two_hosts):
         (["data.budgets.tokens=512"], "the hosts disagree on data.budgets.tokens: 256 on host 0, 512 on host 1"),
     ],
 )
-def test_hosts_that_disagree_are_told_on_what(two_hosts, changes, message):
+def test_the_first_disagreement_of_hosts_is_named(two_hosts, changes, message):
     two_hosts.append(json.dumps(facts(*changes)))
     with pytest.raises(ConfigError) as caught:
         check_agreement(facts())

@@ -93,7 +93,7 @@ def losses(micro_root, quick_compile):
 
 @pytest.fixture(scope="module")
 def documents(micro_root, tmp_path_factory):
-    """A picture, a video, heard speech, spoken speech, text, and a picture with sound, from the sample data."""
+    """An image, a video, speech to read, speech to predict, text, and an image with audio, from the sample data."""
     run = micro_run(micro_root)
     pipeline, codes = open_micro(run, tmp_path_factory.mktemp("codes") / "store")
     encode = lambda index, number: pipeline.processor.encode(index.document(number), codes)  # noqa: E731
@@ -176,9 +176,9 @@ def test_weighted_documents_equal_each_alone_weighted_by_hand(losses, documents,
 def test_what_a_document_weighs_is_shared_by_targets_that_count(documents, weighting):
     """Targets that no loss asks for weigh nothing, and the others what they would in a document without them."""
     spoken, mark = documents[3], 57
-    asked = (spoken.text_targets == mark) & (spoken.text_weights > 0)
-    assert asked.any()
-    without = dataclasses.replace(spoken, text_weights=np.where(asked, 0, spoken.text_weights).astype(np.float32))
+    masked = (spoken.text_targets == mark) & (spoken.text_weights > 0)
+    assert masked.any()
+    without = dataclasses.replace(spoken, text_weights=np.where(masked, 0, spoken.text_weights).astype(np.float32))
     found, expected = weigh(spoken, weighting, 2.0, (mark, 58)), weigh(without, weighting, 2.0)
     np.testing.assert_array_equal(found.text_weights, expected.text_weights)
     np.testing.assert_array_equal(found.audio_weights, expected.audio_weights)
@@ -237,7 +237,7 @@ def test_few_frames_do_not_weigh_as_much_as_all_the_text(micro_root, text, frame
 
 
 def test_no_targets_give_finite_losses_and_no_gradient(losses, documents):
-    """Rows whose text weighs nothing and that hold no sound: losses 0, gradients 0, nothing NaN."""
+    """Rows whose text weighs nothing and that hold no audio: losses 0, gradients 0, nothing NaN."""
     batch = rows_of(documents, BUDGETS, losses.omni)
     batch["text_weights"][:] = 0
     for name in ("audio_weights", "audio_targets", "audio_codes"):

@@ -112,7 +112,7 @@ def test_a_span_that_is_none_is_refused(text):
         parse_span(text)
 
 
-def test_trace_of_the_steps_asked_for(tmp_path):
+def test_a_trace_holds_the_steps_of_its_span(tmp_path):
     """Steps 2 and 3 of 4 leave one trace file, and operations in it carry the name of their scope."""
 
     @jax.jit

@@ -93,7 +93,7 @@ def test_packing_counts_full_rows():
     counts = Packing(image_patches=48).counts(run, omni)
     budgets, rows = run.data.budgets, run.data.rows
     assert counts["tokens"] == rows * budgets.tokens
-    # 256 patches: five pictures of 48 and one of 16.
+    # 256 patches: five images of 48 and one of 16.
     assert counts["patch_pairs"] == rows * (5 * 48**2 + 16**2)
     assert counts["text_targets"] == rows * (budgets.tokens - budgets.patches // 4 - budgets.audio_frames)
     longest = budgets.tokens * (budgets.tokens + 1) // 2 * rows

@@ -212,9 +212,9 @@ def test_marks_are_targets_only_where_their_row_of_the_head_trains(batch, rows):
     assert untrained_targets(run, OMNI) == (() if rows else MARKS)
     spec = make_step_spec(run, OMNI, one_device(), make_compute(run))
     weights = np.asarray(batch["text_weights"])
-    asked = np.isin(np.asarray(batch["text_targets"]), MARKS)
+    masked = np.isin(np.asarray(batch["text_targets"]), MARKS)
     assert (np.asarray(batch["text_targets"]) == AUDIOGEN_START).any()
-    expected = weights if rows else np.where(asked, 0, weights)
+    expected = weights if rows else np.where(masked, 0, weights)
     np.testing.assert_array_equal(
         np.asarray(spec.task.mask_untrained_targets(batch)["text_weights"]), expected.astype(np.float32)
     )
@@ -222,16 +222,16 @@ def test_marks_are_targets_only_where_their_row_of_the_head_trains(batch, rows):
 
 
 @pytest.mark.parametrize(("rate", "ids"), [(None, MARKS), (1e-3, ())])
-def test_a_frozen_reader_of_transcripts_is_not_asked_for_marks(batch, rate, ids):
-    """The audio tokenizer's text loss goes through a head that is frozen as well: it would shape what is heard."""
+def test_a_frozen_language_model_has_no_marks_as_targets_of_transcripts(batch, rate, ids):
+    """The audio tokenizer's text loss goes through a head that is frozen as well: it would shape the features."""
     config = load_run_config(CONFIG.with_name("audio_tokenizer_tiny.py"))
-    reader = dataclasses.replace(config.optimizer.groups[0], learning_rate=rate)
-    optimizer = dataclasses.replace(config.optimizer, groups=(reader, *config.optimizer.groups[1:]))
+    language_model = dataclasses.replace(config.optimizer.groups[0], learning_rate=rate)
+    optimizer = dataclasses.replace(config.optimizer, groups=(language_model, *config.optimizer.groups[1:]))
     run = dataclasses.replace(config, optimizer=optimizer)
-    weights, asked = np.asarray(batch["text_weights"]), np.isin(np.asarray(batch["text_targets"]), ids)
+    weights, masked = np.asarray(batch["text_weights"]), np.isin(np.asarray(batch["text_targets"]), ids)
     task = make_task(run, OMNI, make_compute(run))
     np.testing.assert_array_equal(
-        np.asarray(task.mask_untrained_targets(batch)["text_weights"]), np.where(asked, 0, weights)
+        np.asarray(task.mask_untrained_targets(batch)["text_weights"]), np.where(masked, 0, weights)
     )
     deaf = dataclasses.replace(run, branches=("audio_encoder", "audio_decoder"))
     assert make_task(deaf, OMNI, make_compute(deaf)).mask_untrained_targets(batch) is batch
@@ -265,7 +265,7 @@ def test_a_group_of_which_nothing_trains_is_shown_as_frozen(rows, rate):
     assert marks.optimizer_bytes == 2 * 4 * trained  # two moments, fp32
 
 
-def test_what_cannot_be_is_told():
+def test_what_cannot_be_is_refused():
     names = make_step_spec(run_of(ALL), OMNI, one_device(), make_compute(run_of(ALL))).template
     wrong = dataclasses.replace(ROWS, pattern=r"llm\.")
     with pytest.raises(ConfigError, match=r"group 'marks' is special_tokens_only, but llm\.\S+ has no rows of tokens"):

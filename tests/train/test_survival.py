@@ -53,7 +53,7 @@ def test_held_out_losses(evaluated):
         assert mixed == {key.removeprefix("again/"): value for key, value in found.items() if key.startswith("again/")}
         assert mixed["loss"] == pytest.approx(mixed["loss_text"] + mixed["loss_audio"], rel=1e-6)
         assert mixed["loss_audio"] == pytest.approx(np.mean([mixed[f"loss_audio_q{q}"] for q in range(8)]), rel=1e-6)
-        # Sources and text alone: every document of `text` is text alone, every one of `audio` has sound.
+        # Sources and text alone: every document of `text` is text alone, every one of `audio` has audio.
         assert mixed["text/loss_text"] == pytest.approx(mixed["loss_text_only"], rel=1e-6)
         assert "text/loss_audio" not in mixed
         assert mixed["audio/loss_audio"] == pytest.approx(mixed["loss_audio"], rel=1e-6)

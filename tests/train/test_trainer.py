@@ -102,7 +102,7 @@ def test_the_same_command_finds_the_finished_run(finished, pretrain):
 
 
 @pytest.mark.slow
-def test_a_finished_run_goes_on_when_asked_for_more_steps(finished, pretrain, tmp_path):
+def test_a_finished_run_goes_on_for_more_steps(finished, pretrain, tmp_path):
     workdir = shutil.copytree(finished, tmp_path / "run")
     longer = pretrain(workdir, f"train.steps={STEPS + 2}")
     assert longer.returncode == 0, longer.stderr

@@ -1,4 +1,4 @@
-"""A preflight report for people: tables on a console, and one picture (which needs matplotlib)."""
+"""A preflight report for people: tables on a console, and one figure (which needs matplotlib)."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -141,7 +141,7 @@ COLORS = ("#0072B2", "#56B4E9", "#009E73", "#999999", "#E69F00", "#D55E00", "#CC
 
 def plot(report: Report, path: Path) -> None:
     """Draws memory against what the chip has, collectives and FLOPs, into `path` (PNG, or what the ending says)."""
-    # An extra, so imported only where a picture is wanted.
+    # An extra, so imported only where a figure is wanted.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 8.5), layout="constrained")

@@ -115,15 +115,15 @@ class Packing:
     def counts(self, run: RunConfig, omni: OmniConfig) -> dict[str, int]:
         """Counts what the rows of one step hold, under the names of the task's `batch_counts`."""
         rng, budgets, rows = np.random.default_rng(self.seed), run.data.budgets, run.data.rows
-        vision, sound, hears = "vision" in run.branches, "audio_head" in run.branches, run.task != "omni"
+        vision, audio_head, audio_task = "vision" in run.branches, "audio_head" in run.branches, run.task != "omni"
         patches, frames, targets = (
             budgets.patches * vision,
-            budgets.audio_frames * sound,
-            budgets.audio_targets * sound,
+            budgets.audio_frames * audio_head,
+            budgets.audio_targets * audio_head,
         )
         # Documents fill rows to the end; media budgets are used up, and their slots carry no text loss.
         lengths = [length for _ in range(rows) for length in self._row(rng, budgets.tokens)]
-        media = patches // omni.vision.merged_patches + budgets.audio_frames * (sound or hears)
+        media = patches // omni.vision.merged_patches + budgets.audio_frames * (audio_head or audio_task)
         return {
             "tokens": rows * budgets.tokens,
             "causal_pairs": sum(length * (length + 1) // 2 for length in lengths),
@@ -132,7 +132,7 @@ class Packing:
             "patch_pairs": rows * self._patch_pairs(patches, run.data.media_shards),
             "audio_frames": rows * frames,
             "audio_targets": rows * targets,
-            **(full_slots(run, omni, slot_frames(run, omni)) if hears else {}),
+            **(full_slots(run, omni, slot_frames(run, omni)) if audio_task else {}),
         }
 
     def _row(self, rng: np.random.Generator, room: int) -> list[int]:

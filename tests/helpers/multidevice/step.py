@@ -39,7 +39,7 @@ LOSSES = ("loss", "loss_text", "loss_audio", *(f"loss_audio_q{level}" for level 
 LOSS_WEIGHTS = (1.0, 0.5, 2.0, 3.0, 0.25)
 SETTINGS = (
     f"data.rows={ROWS}",
-    # Eight parts of 64 patches, the largest picture.
+    # Eight parts of 64 patches, the largest image.
     "data.budgets.patches=512",
     "data.media_shards=8",
     "data.context_block=16",
