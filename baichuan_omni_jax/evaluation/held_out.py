@@ -8,7 +8,6 @@ The tasks that train on audio have scores of their own: `audio_scores.py`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
 from itertools import islice
 from typing import Any, Protocol, runtime_checkable
 
@@ -79,13 +78,23 @@ class HeldOutEvaluation:
 
     def _sum(self, parameters: dict[str, Any], data: HeldOutData) -> TotalSums:
         total: dict[str, Any] = {}
-        with closing(data.steps(None)) as steps:  # type: ignore[type-var]  # generators, which can be closed
+        steps = data.steps(None)
+        try:
             for step in islice(steps, self._config.steps):
                 sums = self._sums_of(parameters, self._place(step.batch))
                 for name, value in sums.items():
                     # fp64 on the host: a mean over many steps should not round.
                     total[name] = total.get(name, 0.0) + np.asarray(value, np.float64)
+        finally:
+            close_steps(steps)
         return total
+
+
+def close_steps(steps: object) -> None:
+    """Ends the workers of an iterator over steps, where it has any."""
+    close = getattr(steps, "close", None)
+    if close is not None:
+        close()
 
 
 def sum_losses(

@@ -18,6 +18,7 @@ from baichuan_omni_jax.config import OmniConfig, RunConfig
 from baichuan_omni_jax.config.mel_targets import decoded_target, flow_target, run_mel_targets
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.evaluation.audio_scores import SAMPLING_SEED
+from baichuan_omni_jax.evaluation.held_out import close_steps
 from baichuan_omni_jax.evaluation.mel_render import MelWaves, check_vocoder, mel_image
 from baichuan_omni_jax.flow.matching import sample_mel
 from baichuan_omni_jax.omni.audio_tokenizer_model import clips_of, mel_targets_of
@@ -105,7 +106,7 @@ class AudioSampleLogger:
             # Read once: the clips are the same ones every time.
             steps = self._mixtures[name].steps(None)
             self._batches[name] = next(steps).batch
-            steps.close()
+            close_steps(steps)
         return self._batches[name]
 
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from itertools import combinations
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import jax
 import numpy as np
@@ -79,10 +79,18 @@ def all_gather_str(text: str) -> list[str]:
 
 def on_all_hosts(work: Callable[[], T]) -> T:
     """Runs `work()` on every host. Where one raises ConfigError all do, so that none waits for a host that has left."""
+    result, message = None, ""
+    try:
+        result = work()
+    except ConfigError as error:
+        if jax.process_count() == 1:
+            raise
+        message = str(error)
     # No host may leave alone: the others would wait for it in the next collective.
-    result, message = _attempt(work)
-    _raise_on_all(message)
-    return result
+    for host, text in enumerate(all_gather_str(message)):
+        if text:
+            raise ConfigError(f"host {host}: {text}")
+    return cast(T, result)  # there was no error, on this host neither
 
 
 def process_zero_first(work: Callable[[], T]) -> T:
@@ -91,7 +99,7 @@ def process_zero_first(work: Callable[[], T]) -> T:
     Raises ConfigError as `on_all_hosts`.
     """
     result = on_all_hosts(lambda: work() if is_process_zero() else None)
-    return on_all_hosts(lambda: result if is_process_zero() else work())
+    return on_all_hosts(lambda: cast(T, result) if is_process_zero() else work())
 
 
 def check_agreement(facts: Mapping[str, str]) -> None:
@@ -130,18 +138,3 @@ def wait_for(path: epath.Path, seconds: float = 60.0) -> None:
         if time.monotonic() > end:
             raise ConfigError(f"{path}, written by host 0, is not to be seen: all hosts must have the same workdir")
         time.sleep(0.5)
-
-
-def _attempt(work: Callable[[], T]) -> tuple[T | None, str]:
-    try:
-        return work(), ""
-    except ConfigError as error:
-        if jax.process_count() == 1:
-            raise
-        return None, str(error)
-
-
-def _raise_on_all(message: str) -> None:
-    for host, text in enumerate(all_gather_str(message)):
-        if text:
-            raise ConfigError(f"host {host}: {text}")

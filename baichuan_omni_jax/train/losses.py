@@ -182,10 +182,9 @@ def omni_denominators(batch: Batch, run: RunConfig) -> Denominators:
     scale = jnp.where(levels[0] < full, levels[0] / _nonzero(full), 1.0)
 
     # What each source weighs in the whole loss: for the report, and to divide its own losses by.
-    frames = sum(
-        alpha * weights[:, :, q] / _nonzero(levels[q]) for q, alpha in enumerate(level_weights(run, weights.shape[2]))
-    )
-    audio = sum_by_source(frames, batch["audio_target_sources"], count)
+    alphas = level_weights(run, weights.shape[2])
+    frames = sum(alpha * weights[:, :, q] / _nonzero(levels[q]) for q, alpha in enumerate(alphas))
+    audio = sum_by_source(jnp.asarray(frames), batch["audio_target_sources"], count)
     return Denominators(text_sum, _nonzero(levels), scale, sources + run.train.audio_loss_weight * scale * audio)
 
 
@@ -227,7 +226,7 @@ def omni_loss(
         spoken = sum(
             alpha * frame / denominators.levels[q] for q, (alpha, frame) in enumerate(zip(alphas, frames, strict=True))
         )
-        sources += scale * sum_by_source(spoken, batch["audio_target_sources"], len(names))
+        sources += scale * sum_by_source(jnp.asarray(spoken), batch["audio_target_sources"], len(names))
     # Each source's part of the loss, over what it weighs in it.
     sources /= _nonzero(denominators.sources)
     return metrics["loss"], metrics | {f"loss/{name}": sources[place] for place, name in enumerate(names)}

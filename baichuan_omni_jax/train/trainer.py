@@ -12,6 +12,7 @@ from rich.console import Console
 from baichuan_omni_jax.checkpoint import Parent, Workdir
 from baichuan_omni_jax.config import OmniConfig, RunConfig
 from baichuan_omni_jax.errors import RunStoppedError
+from baichuan_omni_jax.evaluation.held_out import close_steps
 from baichuan_omni_jax.flops.chips import peak_flops
 from baichuan_omni_jax.nn.param import ComputePolicy
 from baichuan_omni_jax.sharding import make_mesh
@@ -347,9 +348,7 @@ class Trainer:
 
     def _close(self, steps: Iterator[DataStep]) -> None:
         # Workers first, however the run ended.
-        close_data = getattr(steps, "close", None)
-        if close_data is not None:
-            close_data()
+        close_steps(steps)
         for hook in self._hooks:
             hook.close()
         self._trace.close()
