@@ -98,8 +98,8 @@ def run(options: argparse.Namespace) -> None:
     record_parent(workdir.path, parent)
     if tokenizer is not None:
         keep_tokenizer(workdir.path, tokenizer, omni, origin_of(home))
-    extras = RunOptions(parent=parent, held_out=held_out, profile=profile, wandb=options.wandb)
-    train(run, omni, workdir, training, extras)
+    run_options = RunOptions(parent=parent, held_out=held_out, profile=profile, wandb=options.wandb)
+    train(run, omni, workdir, training, run_options)
     workdir.close()
 
 

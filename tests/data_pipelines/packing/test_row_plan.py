@@ -172,7 +172,7 @@ def test_another_stage_goes_on_in_its_sources(sample_pipeline):
 
 
 def test_costs_are_those_of_the_forward_pass(sample_pipeline, sample_codes):
-    """A row's cost is what train/flops.py counts of its batch, without the logits of the text."""
+    """A row's cost is what flops/terms.py counts of its batch, without the logits of the text."""
     from baichuan_omni_jax.flops.terms import flops_by_term, omni_terms
 
     omni = tiny()
