@@ -111,7 +111,7 @@ def test_two_programs_in_one_folder(tmp_path, quiet):
 def test_no_process_outlives_the_program(tmp_path, signal_number):
     code = (
         "from pathlib import Path; from tests.data_pipelines.datasets import test_jobs;"
-        "from data_pipelines.datasets.jobs import run_job;"
+        "from data_pipelines.datasets.jobs.job import run_job;"
         "from data_pipelines.datasets.jobs.local import LocalRunner\n"
         f"if __name__ == '__main__': run_job(test_jobs.make_job(Path({str(tmp_path)!r}), ['wait'] * 4), LocalRunner(2))"
     )
