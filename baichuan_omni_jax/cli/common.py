@@ -78,15 +78,20 @@ def join_hosts(options: argparse.Namespace) -> None:
         join(options.coordinator, options.hosts, options.host)
 
 
-def start_logging() -> None:
-    """Lets through warnings alone, in absl's form: Orbax and Grain would tell every file they touch.
+def quiet_logs() -> None:
+    """Lets through warnings alone: Orbax and Grain would tell every file they touch."""
+    logging.set_verbosity(logging.WARNING)
 
-    And has Python print its stack where a library crashes the process.
+
+def start_logging() -> None:
+    """Prepares a process that runs for hours: warnings alone, with their time and place, and a stack if it crashes.
+
+    For the life of the process: whatever logs gets absl's form.
     """
+    quiet_logs()
+    logging.use_absl_handler()
     if not faulthandler.is_enabled():
         faulthandler.enable()
-    logging.use_absl_handler()
-    logging.set_verbosity(logging.WARNING)
 
 
 def check_folders(options: object, *names: str) -> None:

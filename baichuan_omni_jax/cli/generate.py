@@ -34,7 +34,7 @@ from baichuan_omni_jax.cli.chat import (
     print_note,
     run_terminal,
 )
-from baichuan_omni_jax.cli.common import check_folders, start_logging
+from baichuan_omni_jax.cli.common import check_folders, quiet_logs
 from baichuan_omni_jax.config import GenerationConfig, SamplingConfig
 from baichuan_omni_jax.errors import ConfigError, RequestError
 from baichuan_omni_jax.generation.batch_requests import Question, answer_questions, read_questions
@@ -89,7 +89,7 @@ class _InOrder(argparse.Action):
 
 def run(options: argparse.Namespace) -> None:
     """Answers what the flags ask. Raises ConfigError, also where the one request cannot be served."""
-    start_logging()
+    quiet_logs()
     check_flags(options)
     try:
         generate(options)

@@ -17,7 +17,7 @@ from rich.table import Table
 from baichuan_omni_jax.branches import CONVERTED_BRANCHES, MODEL_BRANCHES
 from baichuan_omni_jax.checkpoint import save_branches
 from baichuan_omni_jax.checkpoint.branches import CONFIG
-from baichuan_omni_jax.cli.common import check_folders, start_logging
+from baichuan_omni_jax.cli.common import check_folders, quiet_logs
 from baichuan_omni_jax.config import resolve_model
 from baichuan_omni_jax.convert import convert_to_jax, convert_to_torch, open_source, plan_to_jax, plan_to_torch
 from baichuan_omni_jax.convert.files import missing_code
@@ -68,7 +68,7 @@ def run_convert(options: argparse.Namespace) -> None:
     that transformers and vLLM load. `from-whisper` makes a new audio tokenizer with Whisper's encoder. Exit code 2:
     something given cannot be used, the message says what.
     """
-    start_logging()
+    quiet_logs()
     # Conversion is the host's work: an accelerator, if there is one, is left alone.
     jax.config.update("jax_platforms", "cpu")
     COMMANDS[options.command](options)
@@ -199,7 +199,7 @@ def run_verify(options: argparse.Namespace) -> int:
     code 0: all passed. 1: one failed, or a golden tensor was not checked. 2: something given cannot be used, the
     message says what.
     """
-    start_logging()
+    quiet_logs()
     # The reference was computed on a CPU in fp32; an accelerator, if there is one, is left alone.
     jax.config.update("jax_platforms", "cpu")
     return 0 if compare(options) else 1
