@@ -109,7 +109,7 @@ class RecognitionErrors:
 
     def __init__(self, recognizer: Recognizer) -> None:
         self._recognizer = recognizer
-        self._counts = dict.fromkeys(("word_edits", "words", "character_edits", "characters"), 0)
+        self._counts: dict[str, int] = dict.fromkeys(("word_edits", "words", "character_edits", "characters"), 0)
 
     def recognize(self, samples: Wave, rate: int) -> str:
         """Recognizes a clip. Raises SampleError "recognizer_failed" where the hook raises, or returns no text."""

@@ -1,8 +1,9 @@
 """Which parameters train, and how fast: groups by path pattern, the schedule, the optimizer."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import optax
 from flax import nnx
@@ -91,7 +92,7 @@ def untrained_targets(run: RunConfig, omni: OmniConfig) -> tuple[int, ...]:
     """
     group = next((group for group in run.optimizer.groups if _compile(group).match("llm.head")), None)
     trains = group is not None and group.learning_rate is not None
-    if trains and group.special_tokens_only:
+    if trains and group is not None and group.special_tokens_only:
         trains = run.train.special_token_rows
     return () if trains else special_ids(run, omni)
 
@@ -103,7 +104,8 @@ def schedule(config: OptimizerConfig, group: GroupConfig) -> optax.Schedule:
     Raises ConfigError when the warm-up is not shorter than the decay.
     """
     of = lambda name: getattr(config if getattr(group, name) is None else group, name)  # noqa: E731
-    peak, warmup, decay = group.learning_rate, of("warmup_steps"), of("decay_steps")
+    # Frozen groups have no schedule, so there is a rate here.
+    peak, warmup, decay = group.learning_rate or 0.0, of("warmup_steps"), of("decay_steps")
     if not 0 <= warmup < decay:
         raise ConfigError(
             f"optimizer group {group.name!r}: warmup_steps {warmup} must be less than decay_steps {decay}"
@@ -120,14 +122,14 @@ def make_optimizer(
     `config.weight_decay`, or by `weight_decay` where that is None.
     """
     # A transformation for each group that trains anything.
-    by_group = {
+    by_group: dict[Hashable, optax.GradientTransformation] = {
         group.name: optax.adamw(
             schedule(config, group),
             b1=config.b1,
             b2=config.b2,
             eps=config.eps,
             weight_decay=_weight_decay(group, weight_decay if config.weight_decay is None else config.weight_decay),
-            mask=lambda parameters: {name: decays(name) for name in parameters},
+            mask=_decay_mask,
         )
         for group in config.groups
         if group.name in labels.values()
@@ -137,6 +139,10 @@ def make_optimizer(
         optax.clip_by_global_norm(config.clip_norm),
         optax.partition(by_group, lambda parameters: {name: labels[name] for name in parameters}),
     )
+
+
+def _decay_mask(parameters: Any) -> dict[str, bool]:
+    return {name: decays(name) for name in parameters}
 
 
 def _weight_decay(group: GroupConfig, general: float) -> float:

@@ -138,7 +138,7 @@ class CheckpointHook(Hook):
             progress.step,
             branches,
             opt_state,
-            progress.data_state,
+            progress.data_state or {},
             self._omni,
             self._tokenizer_json,
             trained={name: trained.get(name, 0) for name in branches},
@@ -207,7 +207,8 @@ class NonfiniteGuard(Hook):
     def _keep(self, folder: Path, numbers: Mapping[str, float], batch: Mapping[str, np.ndarray]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         name = f"host_{jax.process_index()}"
-        np.savez(folder / f"{name}.npz", **batch)
+        fields: dict[str, Any] = dict(batch)
+        np.savez(folder / f"{name}.npz", **fields)
         # Documents of these rows, by their manifest lines: what to look at first.
         pairs = np.stack([batch["source_ids"], batch["document_ids"]], -1)[batch["segment_ids"] > 0]
         documents = [self._location(*pair) for pair in np.unique(pairs, axis=0).tolist()]

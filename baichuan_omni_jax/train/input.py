@@ -172,7 +172,7 @@ class BatchPlacer:
         return {name: self._put(batch[name], sharding) for name, sharding in self._shardings.items()}
 
     def _put(self, value: np.ndarray, sharding: NamedSharding) -> jax.Array:
-        def part_of_device(index: tuple[slice, ...]) -> np.ndarray:
+        def part_of_device(index: Any) -> np.ndarray:
             # A device's rows are consecutive in the global batch, and so among this host's.
             wanted = range(self._total)[index[0]]
             start = self._here[wanted[0]]

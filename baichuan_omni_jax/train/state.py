@@ -1,5 +1,6 @@
 """The training state: flat dicts of arrays by dotted name, and the module they are put back into."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -18,8 +19,8 @@ from baichuan_omni_jax.train.groups import Groups, assign_groups, make_optimizer
 from baichuan_omni_jax.train.tasks import Task, make_task
 
 HOST_MEMORY = "pinned_host"
-# Abstract ones too: shapes stand for arrays until a run starts.
-Arrays = dict[str, Array | jax.ShapeDtypeStruct]
+# Arrays by dotted name; shapes (`jax.ShapeDtypeStruct`) stand for them until a run starts.
+Arrays = dict[str, Any]
 
 
 class SavedOptState(NamedTuple):
@@ -48,10 +49,10 @@ class StepSpec:
     stored: nnx.Module
     special_ids: tuple[int, ...] = ()
 
-    def assemble(self, trainable: Arrays, frozen: Arrays) -> nnx.Module:
-        """Puts these arrays into the model."""
+    def assemble(self, trainable: Arrays, frozen: Arrays) -> Any:
+        """Puts these arrays into the model, which is of the task's own class."""
         values = trainable | frozen
-        model = with_values(self.template, values)
+        model: Any = with_values(self.template, values)
         if self.groups.rows:
             # By the names of the module's tables: `embedding`, `head`.
             rows = {table.split(".")[-1]: values[name] for table, name in self.groups.rows.items()}
@@ -171,7 +172,7 @@ def saved_opt_state(state: TrainState) -> Any:
     return SavedOptState(state.opt_state, state.aux_state) if jax.tree.leaves(state.aux_state) else state.opt_state
 
 
-def branches_of(model: nnx.Module) -> dict[str, nnx.Module]:
+def branches_of(model: Any) -> dict[str, nnx.Module]:
     """Lists the model's branches under the names that checkpoints use."""
     return {name: getattr(model, name) for name in model.branches}
 
@@ -209,7 +210,7 @@ def evaluation_values(spec: StepSpec, state: TrainState) -> Arrays:
     return dict(spec.task.to_checkpoint(state.trainable | state.frozen, state.aux_state)[0])
 
 
-def _from_stored(spec: StepSpec, values: Arrays) -> tuple[Arrays, Arrays, Arrays]:
+def _from_stored(spec: StepSpec, values: Mapping[str, Any]) -> tuple[Arrays, Arrays, Arrays]:
     """Makes (trainable, frozen, originals) of parameters as a checkpoint holds them."""
     # Rows of special tokens train apart from their frozen table.
     values = dict(values)
@@ -230,7 +231,7 @@ def _from_stored(spec: StepSpec, values: Arrays) -> tuple[Arrays, Arrays, Arrays
     return trainable, frozen | small, originals
 
 
-def _move(value: Array, memory_kind: str | None) -> Array:
+def _move(value: Array, memory_kind: Any) -> Array:
     """Puts an array into another memory of the same devices, part by part: no host touches another's."""
     sharding = value.sharding.with_memory_kind(memory_kind)
     if sharding == value.sharding:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +48,7 @@ def train_step(
 
         # Optimizer, then what a task keeps beside it (codebook counters, running means of the new weights).
         changes, opt_state = spec.optimizer.update(gradients, state.opt_state, state.trainable)
-        trainable = optax.apply_updates(state.trainable, changes)
+        trainable: Any = optax.apply_updates(state.trainable, changes)
         aux_state = spec.task.update_aux(updates.aux_state, trainable)
 
         # Keep if finite. A select, not a branch: the program is the same for every batch, and nothing is copied.

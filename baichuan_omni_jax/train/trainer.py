@@ -4,6 +4,8 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -150,7 +152,9 @@ class PendingStep:
     compiling: float
 
     def is_done(self) -> bool:
-        return self.numbers["loss"].is_ready()
+        """Whether the devices have finished it."""
+        loss: Any = self.numbers["loss"]  # is_ready is missing in jax's stubs
+        return loss.is_ready()
 
 
 class Trainer:
@@ -197,12 +201,12 @@ class Trainer:
             first_step: where the run goes on.
             originals: frozen parameters as checkpoints hold them.
         """
-        run = spec.task.run
+        run, folder = spec.task.run, Path(workdir.path)
         self._steps, self._first_step = run.train.steps, first_step
         self._workdir, self._data, self._console, self._compiles = workdir, data, console, compiles
         # Three programs a step: the step itself, and the counts that its FLOPs are made of (two on CPU, see `step`).
         self._place, self._step, self._counts = place, compile_step(spec), jax.jit(spec.task.batch_counts)
-        self._trace = StepTrace(workdir.path, options.profile)
+        self._trace = StepTrace(folder, options.profile)
         devices = spec.mesh.devices
         peak = peak_flops(devices.flat[0].device_kind)
         self._throughput = Throughput(spec.task.flop_terms(), spec.groups.trainable, devices.size, peak)
@@ -214,10 +218,10 @@ class Trainer:
 
         samples = AudioSampleLogger(spec, place, options.held_out)
         # Opened once nothing can refuse the run any more: it drops lines that will be written again.
-        self._log = RunLog(run, workdir.path, first_step, options.wandb, console) if is_process_zero() else None
+        self._log = RunLog(run, folder, first_step, options.wandb, console) if is_process_zero() else None
         if self._log is not None and samples.is_due(0):
             console.print(samples.sentence)
-        self._guard = NonfiniteGuard(workdir.path, run.train.nonfinite_limit, data.location)
+        self._guard = NonfiniteGuard(folder, run.train.nonfinite_limit, data.location)
         self._stop = StopSignal()
         checkpoint = CheckpointHook(
             spec,

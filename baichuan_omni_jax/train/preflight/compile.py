@@ -59,7 +59,7 @@ class CompiledProgram:
 
 
 def abstract_step(
-    run: RunConfig, omni: OmniConfig, devices: list[jax.Device]
+    run: RunConfig, omni: OmniConfig, devices: list[Any]
 ) -> tuple[StepSpec, TrainState, dict[str, jax.ShapeDtypeStruct]]:
     """Describes the run's step on these devices: its spec, and state and batch as shapes with shardings.
 
@@ -118,7 +118,7 @@ def _dumped(folder: str, pattern: str) -> str:
     return found[0].read_text(encoding="utf-8") if found else ""
 
 
-def devices_of(topology: str, slices: int = 1) -> list[jax.Device]:
+def devices_of(topology: str, slices: int = 1) -> list[Any]:
     """Lists the devices of `slices` slices of a topology such as `v5p:4x4x4`.
 
     Raises ConfigError when libtpu is missing or does not know the topology.

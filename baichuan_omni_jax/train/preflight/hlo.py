@@ -121,7 +121,7 @@ def _places(computations: Mapping[str, list[str]]) -> dict[str, tuple[int, int]]
                 for called in branches.split(","):
                     callers[called.strip().lstrip("%")].append((name, False, 1))
     # From there to the entry, which is called once.
-    placed = {"ENTRY": (0, 1)}
+    placed: dict[str, tuple[int, int] | None] = {"ENTRY": (0, 1)}
 
     def place(name: str) -> tuple[int, int] | None:
         if name not in placed:
@@ -201,7 +201,7 @@ def _axes(groups: list[tuple[int, ...]], mesh_shape: Mapping[str, int]) -> tuple
 
 
 def _bytes(dtype: str, dims: str) -> int:
-    bits = 8 if dtype == "pred" else int(re.search(r"\d+", dtype)[0])
+    bits = 8 if dtype == "pred" else int(re.findall(r"\d+", dtype)[0])
     return -(-math.prod(_numbers(dims)) * bits // 8)
 
 

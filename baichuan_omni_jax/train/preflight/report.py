@@ -78,7 +78,7 @@ class Report:
     collectives: tuple[Traffic, ...] | None
     model_flops: dict[str, float]
     flops_by_term: dict[str, float]
-    counts: dict[str, int]
+    counts: dict[str, int | float]
     packing: str
     suggestions: list[str]
     seconds: float
@@ -112,7 +112,7 @@ class Packing:
             f"used, images of {self.image_patches} patches, a text loss on every slot that holds no image or audio"
         )
 
-    def counts(self, run: RunConfig, omni: OmniConfig) -> dict[str, int]:
+    def counts(self, run: RunConfig, omni: OmniConfig) -> dict[str, int | float]:
         """Counts what the rows of one step hold, under the names of the task's `batch_counts`."""
         rng, budgets, rows = np.random.default_rng(self.seed), run.data.budgets, run.data.rows
         vision, audio_head, audio_task = "vision" in run.branches, "audio_head" in run.branches, run.task != "omni"

@@ -194,11 +194,11 @@ class AudioTokenizerTask(AudioTask):
 
 def codebook_states(model: TokenizerModel, unused: Sequence[Array]) -> tuple[CodebookState, ...]:
     """Gathers the model's codebooks, whole on every device, fp32."""
-    compute = model.compute
-    return tuple(
-        CodebookState(*(use(getattr(level, name), compute, jnp.float32) for name in _CODEBOOK_PARTS), count)
-        for level, count in zip(model.audio_encoder.quantizer.levels, unused, strict=True)
-    )
+    states = []
+    for level, count in zip(model.audio_encoder.quantizer.levels, unused, strict=True):
+        embed, average, size = (use(getattr(level, name), model.compute, jnp.float32) for name in _CODEBOOK_PARTS)
+        states.append(CodebookState(embed, average, size, count))
+    return tuple(states)
 
 
 class FlowMatchingTask(AudioTask):
