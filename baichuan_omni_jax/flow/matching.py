@@ -40,6 +40,7 @@ def flow_losses(
     """
     compute, sigma = decoder.compute, decoder.cfg.sigma_min
     mel, lengths = split_as(mel.astype(jnp.float32), compute, CLIPS), split_as(lengths, compute, CLIPS)
+    # The pre-net is trained by both losses: its mel conditions the estimator and is compared with the target itself.
     mu = decoder.prenet(hidden, lengths)
     noise, time, dropped = _draw(key, mel, condition_dropout, compute)
     with jax.named_scope("flow_loss"):
@@ -49,6 +50,7 @@ def flow_losses(
         condition = jnp.where(dropped[:, None, None], 0, mu)
         velocity = decoder.estimator(state, condition, time, lengths).astype(jnp.float32)
         target = mel - (1 - sigma) * noise
+        # In fp32: the target is a difference of noise and mel, of which bf16 would keep eight bits.
         flow = _mean((velocity - target) ** 2, lengths)
         prior = _mean(jnp.abs(mu.astype(jnp.float32) - mel), lengths)
     return flow, prior
@@ -61,6 +63,7 @@ def _draw(
 
     def draw_clip(clip: Array) -> tuple[Array, Array, Array]:
         for_noise, for_time, for_dropout = jax.random.split(jax.random.fold_in(key, clip), 3)
+        # Cosine times: more of training near noise, where the first and shortest steps of sampling are.
         time = 1 - jnp.cos(0.5 * jnp.pi * jax.random.uniform(for_time))
         return jax.random.normal(for_noise, mel.shape[1:]), time, jax.random.uniform(for_dropout) < dropout
 
@@ -125,6 +128,7 @@ def sample_around(
         pairs = _side_by_side(x, x, compute)
         velocity = decoder.estimator(pairs, conditions, jnp.full_like(doubled, start, jnp.float32), doubled)
         spec = compute.spec(CLIPS, None, None, None)
+        # Back to pairs (guided, unguided); guidance pushes away from what is likely without the condition.
         velocity = velocity.astype(jnp.float32).reshape(x.shape[0], 2, *x.shape[1:], out_sharding=spec)
         velocity = (1 + guidance) * velocity[:, 0] - guidance * velocity[:, 1]
         return x + (end - start) * velocity, None

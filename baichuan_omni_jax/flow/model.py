@@ -19,6 +19,7 @@ from baichuan_omni_jax.nn.layers import LayerNorm, RMSNorm
 from baichuan_omni_jax.nn.linear import Linear
 from baichuan_omni_jax.nn.param import CLIPS, ComputePolicy, split_as, stack
 
+# The two halves were trained with different ones.
 PRENET_EPS = 1e-6
 
 
@@ -74,6 +75,7 @@ class PreNet(nnx.Module):
             return mask_padding(self.out_proj(self.norm(x)), lengths)
 
 
+# Frames (2 s) that the estimator's attention sees ahead at most: what lets speech be streamed.
 ATTENTION_CHUNK = 100
 KERNEL = 3
 NORM_EPS = 1e-5
@@ -120,6 +122,7 @@ class ResnetBlock(nnx.Module):
     def __call__(
         self, x: Float[Array, "b t c"], time: Float[Array, "b e"], lengths: Int32[Array, " b"]
     ) -> Float[Array, "b t d"]:
+        # The time is the same for every frame of an item; the shortcut is linear, and masked as the blocks are.
         y = self.block1(x, lengths) + self.time_proj(jax.nn.mish(time))[:, None]
         return self.block2(y, lengths) + self.shortcut(mask_padding(x, lengths))
 
@@ -138,15 +141,17 @@ class Stage(nnx.Module):
     ) -> Float[Array, "b t d"]:
         with jax.named_scope("resnet"):
             x = self.resnet(x, time, lengths)
+        # One segment an item, and positions by chunk: every layer of the stage shares one attention plan.
         ids = length_mask(lengths, x.shape[1]).astype(jnp.int32)
         positions = jnp.zeros_like(ids) + chunk_positions(x.shape[1])
         return run_encoder(self.layers, x, ids, positions, sizes=self.sizes, compute=self.compute)
 
 
 class Estimator(nnx.Module):
-    """Down stage -> causal convolution -> mid stages -> up stage on [current, skip] -> causal convolution -> out.
+    """Estimates the velocity of a noisy mel, by a U-Net of one resolution.
 
-    The skip is the down stage's output before its convolution. Raises ConfigError on more than one resolution.
+    Down stage -> causal convolution -> mid stages -> up stage on [current, skip] -> causal convolution -> out. The skip
+    is the down stage's output before its convolution. Raises ConfigError on more than one resolution.
     """
 
     def __init__(self, key: PRNGKeyArray, cfg: FlowConfig, compute: ComputePolicy):
@@ -185,19 +190,32 @@ class Estimator(nnx.Module):
         time: Float[Array, " b"],
         lengths: Int32[Array, " b"],
     ) -> Float[Array, "b t mels"]:
-        """The velocity (b, t, mels) at `time` (b,) in [0, 1], zero past each length. `mu` zero: no condition.
+        """Estimates the velocity.
 
-        Raises ValueError on shapes that do not fit.
+        Args:
+            x: noisy mel (b, t, mels).
+            mu: the pre-net's mel, its condition (b, t, mels); zero: no condition.
+            time: of each item (b,), in [0, 1].
+            lengths: valid frames (b,).
+
+        Returns:
+            (b, t, mels), zero past each length.
+
+        Raises:
+            ValueError: shapes that do not fit.
         """
         self._check(x, mu, time, lengths)
         x, mu, time, lengths = (split_as(a, self.compute, CLIPS) for a in (x, mu, time, lengths))
         with jax.named_scope("estimator"):
+            # Noisy mel and condition side by side; the time's features are as wide as both, as released.
             x = jnp.concatenate([x, mu], -1).astype(self.compute.dtype)
             time = self.time_fc2(jax.nn.silu(self.time_fc1(time_features(time, x.shape[-1]))))
             with jax.named_scope("down"):
+                # Parity quirk: the skip is taken before the convolution that ends the stage.
                 skip = self.down(x, time, lengths)
                 x = self.down_conv(mask_padding(skip, lengths))
             with jax.named_scope("mid"):
+                # Twelve equal stages, their weights stacked: one is compiled, and gathered at a time.
                 x, _ = jax.lax.scan(lambda x, stage: (stage(x, time, lengths), None), x, self.mid)
             with jax.named_scope("up"):
                 x = self.up(jnp.concatenate([x, skip], -1), time, lengths)
@@ -214,10 +232,12 @@ class Estimator(nnx.Module):
 
 
 def _causal_conv(key: PRNGKeyArray, width_in: int, width: int, compute: ComputePolicy) -> Conv1d:
+    """Returns a convolution that reads the frame itself and the two before it."""
     return Conv1d(key, (KERNEL, width_in, width), causal=True, rows=CLIPS, compute=compute)
 
 
 def _time_linear(key: PRNGKeyArray, shape: tuple[int, int], compute: ComputePolicy) -> Linear:
+    """Returns a linear map of one vector an item."""
     return Linear(key, "bd,df->bf", shape, ("small", "embed"), out=(CLIPS, None), compute=compute, bias=True)
 
 

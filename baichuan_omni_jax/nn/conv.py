@@ -65,6 +65,7 @@ class Conv1d(nnx.Module):
         self.padding = (shape[0] - 1, 0) if causal else (padding, padding)
 
     def __call__(self, x: Float[Array, "b t c"]) -> Float[Array, "b s d"]:
+        # Padding is zeros of the batch's array: what lies past an item's end, the caller has masked.
         x = jnp.pad(x, ((0, 0), self.padding, (0, 0)))
         count = (x.shape[1] - self.kernel) // self.stride + 1
         end = (count - 1) * self.stride + 1

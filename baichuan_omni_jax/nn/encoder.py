@@ -49,6 +49,7 @@ class EncoderSizes:
 
     @property
     def head_dim(self) -> int:
+        """Width of a head."""
         return self.head_width or self.width // self.heads
 
 
@@ -59,6 +60,7 @@ class EncoderAttention(nnx.Module):
         keys = jax.random.split(key, 4)
         d, n, h = sizes.width, sizes.heads, sizes.head_dim
 
+        # The checkpoints' fused or flat projections, with the heads as an axis of their own.
         def into(key: PRNGKeyArray, bias: bool) -> Linear:
             axes, out = ("embed", "small", "small"), (*sizes.rows, None, None)
             return Linear(key, "btd,dnh->btnh", (d, n, h), axes, out=out, compute=compute, bias=bias)
@@ -73,6 +75,7 @@ class EncoderAttention(nnx.Module):
         self, x: Float[Array, "b t d"], segments: Segments, plan: BlockPlan, angles: Array | None
     ) -> Float[Array, "b t d"]:
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        # Only the vision tower has rotary positions; audio adds sinusoids, flow matching has none.
         if angles is not None:
             q, k = rotate(q, angles), rotate(k, angles)
         # No segment straddles devices here: keys and values need not be gathered.

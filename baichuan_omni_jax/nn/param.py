@@ -78,6 +78,7 @@ def use(parameter: nnx.Variable, compute: ComputePolicy, dtype: DTypeLike | None
 
 def gather(value: Float[Array, "..."], axes: Sequence[str], compute: ComputePolicy) -> Float[Array, "..."]:
     """Returns a parameter's value, or rows of it, whole over `fsdp` and `context`; `axes` are its logical axes."""
+    # An all-gather over what parameters are stored split by; on one device nothing happens.
     with jax.named_scope("gather_weight"):
         return place(value, compute.rules.gathered_spec(*axes))
 
@@ -116,6 +117,7 @@ def stack(make: Callable[[PRNGKeyArray], Module], key: PRNGKeyArray, count: int)
 
 def named_variables(module: object) -> dict[str, nnx.Variable]:
     """Returns every variable of a module (or dict of modules) by dotted name: `llm.layers.attention.q_proj`."""
+    # Variables are leaves here: their names are paths of attributes, list places and dict keys.
     leaves, _ = jax.tree_util.tree_flatten_with_path(module, is_leaf=_is_variable)
     return {dotted(path): leaf for path, leaf in leaves}
 
@@ -139,4 +141,5 @@ def dotted(path: tuple) -> str:
 
 
 def _is_variable(leaf: object) -> bool:
+    """Tells where a module's tree ends for the functions above."""
     return isinstance(leaf, nnx.Variable)

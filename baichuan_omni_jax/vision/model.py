@@ -24,7 +24,7 @@ from baichuan_omni_jax.nn.linear import Linear, narrow, product
 from baichuan_omni_jax.nn.param import ComputePolicy, normal, split_as, stack, use
 from baichuan_omni_jax.sharding import placement
 
-THETA = 10000.0
+THETA = 10000.0  # base of the rotary frequencies, of rows and columns alike
 
 
 def normalize_pixels(
@@ -70,6 +70,7 @@ class PatchEmbedding(nnx.Module):
                 f"or {values * slices} normalized ones"
             )
         with jax.named_scope("patch_embedding"):
+            # Normalized on the device: a fourth of the bytes come from the host.
             if pixels:
                 patches = normalize_pixels(patches, cfg.image_mean, cfg.image_std)
             dtype = self.compute.dtype
@@ -85,6 +86,7 @@ class PatchEmbedding(nnx.Module):
             return product("bpcsa,scad->bpd", patches.astype(dtype), narrow(kernel, dtype), out=spec)
 
 
+# Logical axes of a packed row of patches: rows, and patches over every axis that is left.
 ROWS = ("batch", "media")
 
 
@@ -144,6 +146,7 @@ class Projector(nnx.Module):
 
     def __call__(self, x: Float[Array, "b p d"]) -> Float[Array, "b tokens out"]:
         """Maps (b, p, d) to (b, p/4, out): patches arrive with the four of a token next to each other."""
+        # The norm is each patch's own; concatenation and first linear are one product over (neighbor, channel).
         x = group_patches(self.norm(x), self.group)
         return self.fc2(gelu(self.fc1(x)))
 
@@ -192,6 +195,7 @@ class VisionModel(nnx.Module):
             )
         if patches.shape[1] % self.cfg.merged_patches:
             raise ValueError(f"{patches.shape[1]} patches are not a multiple of {self.cfg.merged_patches}")
+        # A caller may hand in arrays of any placement: from here on patches lie where they are computed with.
         patches, patch_grid, patch_segments = (
             split_as(x, self.compute, *ROWS) for x in (patches, patch_grid, patch_segments)
         )

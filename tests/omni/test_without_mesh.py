@@ -14,7 +14,6 @@ from tests.helpers.untrained import AUDIO, COMPUTE, KEY, VISION, untrained
 
 LLM = dataclasses.replace(
     tiny().llm,
-    vocab_size=40,
     hidden_size=32,
     num_layers=1,
     num_heads=2,
