@@ -182,6 +182,7 @@ class AudioDecoder(nnx.Module):
 
     def states(self, x: Float[Array, "m t d"], lengths: Int32[Array, " m"]) -> Float[Array, "m t d"]:
         """Applies sinusoidal positions, the causal layers and the last norm; zero past each length."""
+        # Causal by positions within an item; the sinusoids are added to padding too, which no frame sees.
         real = length_mask(lengths, x.shape[1])
         x = x + sinusoids(x.shape[1], x.shape[2]).astype(x.dtype)
         ids = real.astype(jnp.int32)
@@ -209,6 +210,7 @@ class AudioDecoder(nnx.Module):
 
     def mel_length(self, frames: Frames) -> Frames:
         """Returns frames of the post-net's mel from those of `dconv2`: floor(frames * 5 / 8) at the released rates."""
+        # In lowest terms, so that whole numbers stay small and the division exact.
         rise = self.cfg.hop_length * self.post_net_cfg.sampling_rate
         fall = self.cfg.sampling_rate * self.post_net_cfg.hop_length
         common = math.gcd(rise, fall)

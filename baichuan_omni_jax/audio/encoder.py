@@ -56,6 +56,7 @@ class AudioEncoder(nnx.Module):
             rows=(CLIPS, None),
             key_bias=False,
         )
+        # conv1 keeps the 100 Hz of the mel, conv2 halves it.
         padding, d = cfg.kernel_size // 2, cfg.d_model
         conv1, conv2 = (cfg.kernel_size, cfg.num_mel_bins, d), (cfg.kernel_size, d, d)
         self.conv1 = Conv1d(keys[0], conv1, padding=padding, rows=CLIPS, compute=compute, gain=GAINS[0])
@@ -99,6 +100,7 @@ class AudioEncoder(nnx.Module):
         # Bidirectional over a clip's own frames: its frames are segment 1, padding 0, and all positions are equal.
         ids = real.astype(jnp.int32)
         x = run_encoder(self.layers, x, ids, jnp.zeros_like(ids), sizes=self.sizes, compute=self.compute)
+        # The norm would make a bias of padding: zeroed after it.
         return jnp.where(real[..., None], self.norm(x), 0)
 
 
@@ -178,6 +180,7 @@ class ResidualQuantizer(nnx.Module):
             Codes (m, g, q), the sum of the chosen codes (m, g, d), and the norm of what is left after each level.
         """
         with jax.named_scope("quantize"):
+            # The lookup knows rows: frames of all clips in one list, each on the device of its clip.
             x = split_as(x, self.compute, CLIPS)
             m, g, d = x.shape
             codes, chosen, norms = (
@@ -188,6 +191,7 @@ class ResidualQuantizer(nnx.Module):
 
     def decode(self, codes: Int32[Array, "m g q"]) -> Float[Array, "m g d"]:
         """Returns the sum of the chosen codes, fp32."""
+        # One gather a level, summed from coarse to fine as the checkpoint does.
         codes = split_as(codes, self.compute, CLIPS)
         spec = self.compute.spec(CLIPS, None, None)
         with jax.named_scope("dequantize"):

@@ -103,6 +103,7 @@ def reconstruction_loss(
     """
     total, numbers = jnp.zeros((), jnp.float32), {}
     with jax.named_scope("reconstruction_loss"):
+        # Coarse mel too, so that the decoder proper learns and the post-net only refines.
         for scale, (target, ratio) in enumerate(zip(targets, ratios, strict=True)):
             for name, mel in (("mel_mae_coarse", decoded.coarse_mel), ("mel_mae", decoded.refined_mel)):
                 l1, l2 = mel_errors(mel, decoded.mel_lengths, target, ratio)

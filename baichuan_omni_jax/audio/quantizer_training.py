@@ -95,6 +95,7 @@ def kept_levels(
 ) -> Bool[Array, "m q"]:
     """Draws which levels each clip sees: none (its features as they were), all, or the first few."""
     sees, cut, count = jax.random.split(key, 3)
+    # A share of clips sees the first few levels alone, so that those carry what matters.
     some = jnp.where(
         jax.random.uniform(cut, (clips,)) < config.level_dropout,
         jax.random.randint(count, (clips,), 1, levels + 1),
@@ -116,6 +117,7 @@ def level_starts(sizes: Sequence[int]) -> list[int]:
 def averaging(config: QuantizerConfig, step: Int32[Array, ""]) -> Averaging:
     """Returns how codebooks move in this step: in the first ones as k-means does, which shrinks nothing."""
     first = step < config.init_steps
+    # A decay of step / (step + 1) makes the running mean a plain mean over the first steps.
     mean = step.astype(jnp.float32) / (step + 1)
     restart = jnp.where(first & (config.restart_after > 0), 1, config.restart_after)
     return Averaging(jnp.where(first, mean, config.decay), jnp.where(first, 0.0, config.shrink), restart)

@@ -71,6 +71,7 @@ class WindowEncoder:
 
     def _start(self, group: list[tuple[int, np.ndarray]], size: int) -> Array:
         """Sends a batch to the devices; returns its codes, which are not there yet."""
+        # Empty places have length 0: the encoder gives them no codes.
         mel = np.zeros((self._batch, size, self._cfg.num_mel_bins), np.float32)
         lengths = np.zeros(self._batch, np.int32)
         for row, (_, window) in enumerate(group):

@@ -26,6 +26,7 @@ class UnsupportedError(ValueError):
 
 def platform_of(x: Array) -> str:
     """Returns `cpu`, `gpu` or `tpu`: of the mesh of `x` (also while compiling for absent devices), or the default."""
+    # Ahead-of-time compilation names an absent device on an abstract mesh; else the default back end runs.
     for mesh in (jax.typeof(x).sharding.mesh, jax.sharding.get_abstract_mesh()):
         device = getattr(mesh, "abstract_device", None)
         if device is not None and device.platform:

@@ -113,6 +113,7 @@ class ResidualBlock(nnx.Module):
         """Returns the sum; `x` and it are zero past the lengths: each convolution sees an item as if it were alone."""
         units = zip(self.activations1, self.convs1, self.activations2, self.convs2, strict=True)
         for snake1, conv1, snake2, conv2 in units:
+            # Masked after every convolution: its reach would else carry padding into the item.
             y = mask_padding(conv1(snake1(x)), lengths)
             x = x + mask_padding(conv2(snake2(y)), lengths)
         return x
@@ -123,6 +124,7 @@ def normed(
 ) -> Float[Array, "k c d"]:
     """Returns g * v / |v|, in fp32, then cast: the norm over the axes `over`, g along the axis `scaled`."""
     direction, gain = use(v, compute, jnp.float32), use(g, compute, jnp.float32)
+    # fp32, as the norm is over few values and decides the scale of a whole channel.
     size = jnp.sqrt(jnp.sum(direction * direction, over, keepdims=True))
     gain = jnp.expand_dims(gain, tuple(axis for axis in range(3) if axis != scaled))
     return (direction * (gain / size)).astype(compute.dtype)

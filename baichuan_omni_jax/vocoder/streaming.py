@@ -70,6 +70,7 @@ class HiftWindow:
         # Frames before this window: their turns are summed, their pitch forgotten. Known pitch is not predicted anew.
         passed, known = self._f0[: start - self._first], self._f0[start - self._first :]
         self._turns = self._turns + self._turned(passed)
+        # fp64 as a pair of fp32, which is how the source carries its sums.
         high = self._turns.astype(np.float32)
         before = high[None], (self._turns - high).astype(np.float32)[None]
         padded = np.pad(mel, ((0, self._frames - len(mel)), (0, 0)))[None]
@@ -108,6 +109,7 @@ def window_wave(
     mel, length, known, known_f0, before, phase, noise = jax.tree.map(
         lambda x: split_as(x, vocoder.compute, CLIPS), arrays
     )
+    # Known pitch stays: predicted anew at a window's edge, it would differ and the sines jump.
     f0 = jnp.where(frames < known[:, None], known_f0, vocoder.f0_predictor(mel, length))
     source = vocoder.source(f0, phase, noise, before)
     return vocoder.filter(mel, length, source), f0

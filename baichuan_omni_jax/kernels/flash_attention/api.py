@@ -71,6 +71,7 @@ def plan_blocks(
     _check_segments(segments)
     if min(block_q, block_kv) < 1:
         raise ValueError(f"blocks of {block_q} x {block_kv} tokens: at least 1 x 1")
+    # A shard plans for its own queries, against the keys that it will see.
     batch, length, mesh = _row_sharding(segments.q_ids)
     kv_length = _axes(segments.kv_ids, 1)
     shards = _size(mesh, length)
@@ -176,6 +177,7 @@ def flash_attention(
         ValueError: an unknown implementation, or shapes and dtypes that do not fit.
         UnsupportedError: a ValueError; the named implementation cannot run here.
     """
+    # Everything that can be wrong is said before a kernel runs: a kernel would read what is not there.
     q, k, v = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
     _check(q, k, v, implementation)
     if segments is None:
@@ -214,6 +216,7 @@ def _attend(
     check_platform("attention", implementation, platform)
     if plan is None and implementation != "reference":
         plan = plan_blocks(segments, causal, gather_kv=gather_kv)
+    # Arrays of an explicit mesh say in their type how they are split: nothing is configured here.
     batch, length, mesh = _row_sharding(segments.q_ids)
     heads, kv_heads, kv_length = _axes(q, 2), _axes(k, 2), _axes(segments.kv_ids, 1)
 
@@ -292,6 +295,7 @@ def _check_plan(plan: BlockPlan, segments: Segments, causal: bool, gather_kv: bo
     (rows, queries), keys = segments.q_ids.shape, segments.kv_ids.shape[1]
     _, length, mesh = _row_sharding(segments.q_ids)
     shards = _size(mesh, length)
+    # Plans have a static worst case, so their shape tells the lengths that they were built for.
     blocks = blocks_of(queries // shards, plan.block_q), blocks_of(keys // (1 if gather_kv else shards), plan.block_kv)
     expected = rows, shards, blocks[0] * blocks[1]
     if plan.by_query.shape != expected:

@@ -27,8 +27,8 @@ from baichuan_omni_jax.kernels.flash_attention.pallas_gpu_kernels import (
 )
 from baichuan_omni_jax.kernels.flash_attention.plan import INTERIOR, BlockPlan, Segments, named, unpack
 
-_MAX_HEAD_DIM = 128
-_BLOCK_BITS = 13
+_MAX_HEAD_DIM = 128  # beyond it a tile's fp32 sums do not fit the registers
+_BLOCK_BITS = 13  # as in a packed pair of the plan
 _LATE = jnp.iinfo(jnp.int32).max
 
 
@@ -144,6 +144,7 @@ def _launch(
         pairs: the plan's pairs (b, N) in the order that the kernel walks them.
         count: how many of them are real (b,).
     """
+    # Tiles by kernel and precision; a plan's block is cut in whole tiles where it can be.
     q, k = arrays[0][1], arrays[1][1]
     by_key = name == "dkv"
     tiles = (_SINGLE if q.dtype == jnp.float32 else _HALF)[name]
@@ -162,6 +163,7 @@ def _launch(
         _tokens(segments.kv_ids, segments.kv_pos, shape.key),
     )
     visits = _visits(pairs, count, (shape.key if by_key else shape.query).blocks, by_key=by_key, interior=whole)
+    # A program sees its row and head of each array, and of the token tables its whole row.
     specs = _specs(shape, by_key)
     whole_rows = jax.tree.map(lambda x: pl.BlockSpec((None, *x.shape[1:]), _row_index(x.ndim)), (*tokens, *visits))
     shapes = {"query": q.shape, "key": k.shape, "statistic": (q.shape[0], q.shape[2], q.shape[1])}
@@ -206,6 +208,7 @@ def _row_index(ndim: int):
 def _tokens(ids: Array, positions: Array, side: Side) -> Tokens:
     """Returns ids, positions and bounds by tile; the places of a tile beyond its block hold padding."""
     ids, positions = _cut(ids, side), _cut(positions, side)
+    # Padding has no part in the bounds: a tile of nothing else has none that overlap.
     low = jnp.where(ids > 0, ids, _LATE).min(2, keepdims=True)
     high = ids.max(2, keepdims=True)
     low_position = jnp.where(ids == low, positions, _LATE).min(2, keepdims=True)

@@ -16,6 +16,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from baichuan_omni_jax.kernels.flash_attention.plan import blocks_of
 
+# The log-sum-exp of a query that sees nothing; finite, so that sums of it stay numbers.
 MASKED = -1e30
 _LOG2_E = math.log2(math.e)
 
@@ -43,6 +44,7 @@ class Side(NamedTuple):
         """Returns the first token of a tile and which of its places hold a token of its block (None: all)."""
         inside = lax.rem(tile, self.tiles_a_block) * self.tile
         start = lax.div(tile, self.tiles_a_block) * self.block + inside
+        # Where everything divides, no place needs a mask: loads are then whole and coalesced.
         if self.length % self.block == 0 and self.block % self.tile == 0:
             return start, None
         place = jnp.arange(self.tile)
@@ -88,9 +90,11 @@ def forward_kernel(q_ref, k_ref, v_ref, q_tokens, kv_tokens, start_ref, others_r
         keys, key_real = shape.key.tokens(j)
         k = _load(k_ref.at[pl.ds(keys, shape.key.tile)], key_real, shape)
         v = _load(v_ref.at[pl.ds(keys, shape.key.tile)], key_real, shape)
+        # -inf and not MASKED: a masked score's weight must be 0 even where nothing else was seen yet.
         scores = _dot(q, k, ((1,), (1,))) * (shape.scale * _LOG2_E)
         if masked:
             scores = jnp.where(seen.mask(j), scores, -jnp.inf)
+        # The running softmax: what was summed shrinks to the new maximum, then this tile is added.
         new_top = jnp.maximum(top, scores.max(1))
         weights = jnp.exp2(scores - new_top[:, None])
         shrink = jnp.exp2(top - new_top)
@@ -104,6 +108,7 @@ def forward_kernel(q_ref, k_ref, v_ref, q_tokens, kv_tokens, start_ref, others_r
         jnp.zeros((size, shape.width), jnp.float32),
     )
     top, total, acc = _walk(attend, seen, start_ref, others_ref, tile, shape.query, shape.key, empty)
+    # The log-sum-exp leaves base 2 here: other back ends and callers read it in base e.
     safe = jnp.where(total > 0, total, 1.0)
     _store(out_ref.at[pl.ds(rows, size)], acc / safe[:, None], real, shape)
     lse = jnp.where(total > 0, top / _LOG2_E + jnp.log(safe), MASKED)
@@ -139,6 +144,7 @@ def dq_kernel(
         keys, key_real = shape.key.tokens(j)
         k = _load(k_ref.at[pl.ds(keys, shape.key.tile)], key_real, shape)
         v = _load(v_ref.at[pl.ds(keys, shape.key.tile)], key_real, shape)
+        # The weights again from the log-sum-exp, then the softmax's gradient: p * (dp - delta).
         weights = jnp.exp2(_dot(q, k, ((1,), (1,))) * (shape.scale * _LOG2_E) - lse)
         if masked:
             weights = jnp.where(seen.mask(j), weights, 0.0)
@@ -175,6 +181,7 @@ def dkv_kernel(
 
     def attend(step, masked, state):
         d_k, d_v = state
+        # Every tile of queries is visited once for each query head that shares this key head.
         i, head = lax.div(step, shape.group), lax.rem(step, shape.group)
         rows, real = shape.query.tokens(i)
         size = shape.query.tile
@@ -182,6 +189,7 @@ def dkv_kernel(
         d_out = _load(d_out_ref.at[pl.ds(rows, size), head], real, shape)
         lse = _load_vector(lse_ref.at[head, pl.ds(rows, size)], real)[None, :] * _LOG2_E
         delta = _load_vector(delta_ref.at[head, pl.ds(rows, size)], real)[None, :]
+        # As in dq with rows and columns exchanged, so that sums over queries are products, not transposes.
         weights = jnp.exp2(_dot(k, q, ((1,), (1,))) * (shape.scale * _LOG2_E) - lse)
         if masked:
             weights = jnp.where(seen.mask(i), weights, 0.0)
@@ -215,6 +223,7 @@ class _Visible:
 
     def any(self, other):
         """Returns whether the tiles' bounds allow a visible pair: ids overlap, the earliest key is not too late."""
+        # As `plan.py` judges blocks, for tiles: one comparison of bounds in place of a tile of scores.
         bounds = [self.others.bounds[other, i] for i in range(4)]
         query, key = (bounds, self.bounds) if self.by_key else (self.bounds, bounds)
         q_low, _, q_high, q_last = query

@@ -25,10 +25,10 @@ from baichuan_omni_jax.kernels.flash_attention.plan import BlockPlan, Segments, 
 
 # v5e and v6e have 128 MiB of VMEM a core, v5p and 7x 64.
 VMEM_LIMIT_BYTES = 48 * 2**20
-_BLOCKS_BYTES = 20 * 2**20
+_BLOCKS_BYTES = 20 * 2**20  # of it for blocks and sums; scores and what the compiler spills take the rest
 # int32, prefetched to the 1 MiB of scalar memory.
 MAX_PAIRS = 160 * 1024
-_MAX_HEADS = 8
+_MAX_HEADS = 8  # query heads a step: more only lengthen the unrolled program
 
 
 def kv_heads_a_step(kv_heads: int, group: int, head_dim: int, block_q: int, block_kv: int, dtype: DTypeLike) -> int:
@@ -51,7 +51,7 @@ def kv_heads_a_step(kv_heads: int, group: int, head_dim: int, block_q: int, bloc
     return max(n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and n <= fits)
 
 
-_LANES = 128
+_LANES = 128  # tokens lie on lanes
 
 
 def attention(

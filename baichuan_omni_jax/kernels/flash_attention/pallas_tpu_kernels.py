@@ -23,6 +23,7 @@ Side = Literal["query", "key"]
 UNSEEN = -1e30
 # Below every score and above UNSEEN: a masked score's weight is 0 even where the maximum has seen nothing else.
 _FLOOR = -1e29
+# Scores are scaled by it once, and exp2 is what the hardware has.
 _LOG2E = math.log2(math.e)
 
 
@@ -180,6 +181,7 @@ class _Step:
     """Says what this grid step has to do."""
 
     def __init__(self, pairs, count, steps, length: int):
+        # Rows have different numbers of pairs, the grid one number of steps: those past a row's own do nothing.
         row, step = pl.program_id(0), pl.program_id(2)
         flags = pairs[row * length + jnp.minimum(step, steps[row] - 1)]
         mine, real = step < steps[row], step < count[row]
@@ -218,6 +220,7 @@ def _forward_kernel(
             value = v[head // static.group]
             acc[head] = acc[head] * shrink + _dot(value, weights.astype(value.dtype), 1, 0)
 
+    # Written once a block of queries, when its last pair is through; unvisited blocks come here with sums of zero.
     def finish():
         seen = total[...] > 0
         safe = jnp.where(seen, total[...], 1.0)
@@ -238,6 +241,7 @@ def _dq_kernel(
         mask = _mask(static, q_tokens, kv_tokens) if masked else None
         for head in range(static.heads):
             key, value = k[head // static.group], v[head // static.group]
+            # The scale waits for the end: one multiplication a block instead of one a pair.
             _, d_scores = _gradients(static, head, q, key, value, d_out, lse, delta, mask)
             acc[head] += _dot(key, d_scores.astype(key.dtype), 1, 0)
 
@@ -274,6 +278,7 @@ def _dkv_kernel(
     def visit(masked: bool):
         mask = _mask(static, q_tokens, kv_tokens) if masked else None
         for head in range(static.heads):
+            # Query heads of a group add to the same key head.
             kv_head = head // static.group
             weights, d_scores = _gradients(static, head, q, k[kv_head], v[kv_head], d_out, lse, delta, mask)
             v_acc[kv_head] += _dot(d_out[head], weights.astype(d_out.dtype), 1, 1)
@@ -288,6 +293,7 @@ def _dkv_kernel(
 
 def _mask(static: Static, q_tokens, kv_tokens) -> Array:
     """Returns (block_kv, block_q): which keys (down) each query (across) sees. Padding queries have id -1."""
+    # Keys lie on lanes as queries do; their small table is turned once a step, for scores of (keys, queries).
     columns = kv_tokens[...].T
     mask = columns[:, 0:1] == q_tokens[0:1]
     return mask & (columns[:, 1:2] <= q_tokens[1:2]) if static.causal else mask

@@ -151,6 +151,7 @@ def _list_pairs(visible: Array, interior: Array, *, transpose: bool) -> Int32[Ar
     rows, columns = jnp.nonzero(visible, size=visible.size, fill_value=0)
     # One longer than the rows, so that it ends in `n_rows`, which stands for nothing.
     (unseen,) = jnp.nonzero(~visible.any(1), size=n_rows + 1, fill_value=n_rows)
+    # Static shapes: the list is as long as there are pairs of blocks, `count` says how many are real.
     place = jnp.arange(visible.size)
     count = visible.sum()
     tail = unseen[jnp.clip(place - count, 0, n_rows)]

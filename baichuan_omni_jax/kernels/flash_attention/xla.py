@@ -40,6 +40,7 @@ def attention(
     scale: float,
 ) -> tuple[Float[Array, "b t n h"], Float[Array, "b t n"]]:
     """Computes attention and its log-sum-exp (fp32; -1e30 where nothing is seen). `plan` is one shard's, (b, 1, N)."""
+    # Row by row: rows have different numbers of pairs, and one row's blocks are large enough for all cores.
     static = _Static(plan.causal, scale, plan.block_q, plan.block_kv)
     pairs = (plan.by_query[:, 0], plan.by_key[:, 0], plan.count[:, 0])
     return lax.map(lambda row: _attend_row(static, *row), (q, k, v, segments, pairs))
@@ -116,6 +117,7 @@ def _backward(static: _Static, saved: _Saved, cotangents: tuple[Array, Array]) -
             d_v += jnp.einsum("kgts,kgth->skh", weights.astype(v.dtype), grad, preferred_element_type=jnp.float32)
             d_weights = jnp.einsum("kgth,skh->kgts", grad, blocks.v(j), preferred_element_type=jnp.float32)
             d_scores = weights * (d_weights - blocks.query_block(delta, i)[..., None]) * static.scale
+            # Products take the inputs' dtype; sums stay in fp32.
             d_scores = d_scores.astype(q.dtype)
             d_k += jnp.einsum("kgts,kgth->skh", d_scores, blocks.q(i), preferred_element_type=jnp.float32)
             step = jnp.einsum("kgts,skh->kgth", d_scores, blocks.k(j), preferred_element_type=jnp.float32)
@@ -176,6 +178,7 @@ class _Blocks:
 
     def scores(self, i: Index, j: Index) -> tuple[Array, Array]:
         """Returns scaled scores (k, g, block_q, block_kv) fp32, masked, and the mask (block_q, block_kv)."""
+        # The scale comes after the product, in fp32, and the mask last.
         scores = jnp.einsum("kgth,skh->kgts", self.q(i), self.k(j), preferred_element_type=jnp.float32)
         q_ids, kv_ids = self._q_ids[i][:, None], self._kv_ids[j][None, :]
         mask = (q_ids == kv_ids) & (q_ids > 0)

@@ -39,6 +39,7 @@ def prepare_codebooks(
     Raises ValueError on an unknown implementation and on no codebooks.
     """
     _check_codebooks(codebooks, implementation)
+    # What would be picked: only the XLA implementation has something to prepare.
     name = implementation or f"pallas_{platform_of(jnp.asarray(codebooks[0]))}"
     if name in NEEDED_PLATFORM or name == "reference":
         return tuple(codebooks)
@@ -91,6 +92,7 @@ def rvq_lookup(
     books = tuple(book if name == "xla" and isinstance(book, Prepared) else array for book, array in pairs)
     lookup = BACK_ENDS[name].lookup
     x, books = jax.lax.stop_gradient((x, books))
+    # No rows: nothing to look up, and no back end has to care.
     if not x.shape[0]:
         q = len(books)
         return jnp.zeros((0, q), jnp.int32), x, jnp.zeros((0, q), jnp.float32)

@@ -32,6 +32,7 @@ def lookup(
     residual, total, codes, norms = x.astype(jnp.float32), jnp.zeros(x.shape, jnp.float32), [], []
     for codebook in codebooks:
         codebook = jnp.asarray(codebook, jnp.float32)
+        # Written out, (n, size, d): no expansion of the square, so nothing cancels.
         difference = residual[:, None] - codebook[None]
         code = jnp.argmin(jnp.sum(difference * difference, -1), -1).astype(jnp.int32)
         chosen = codebook[code]
@@ -73,6 +74,7 @@ def lookup_blocks(
 def _lookup_block(x: Float[Array, "n d"], levels: Sequence[Any], nearest: Nearest) -> tuple[Array, Array, Array]:
     """Takes one block of rows through the levels."""
     residual, total, codes, norms = x.astype(jnp.float32), jnp.zeros(x.shape, jnp.float32), [], []
+    # One level after another: each quantizes what the ones before left over.
     for level in levels:
         code = nearest(residual, level)
         # Computed once each: a compiler may else do it again for every use.
