@@ -33,8 +33,8 @@ Devices = Sequence[Any]
 class ShardingRules:
     """Field = logical axis, value = the mesh axes it is split over (None: whole on every device).
 
-    >>> ShardingRules().spec("batch", "length", "act_embed")
-    PartitionSpec(('data', 'fsdp'), 'context', None)
+    >>> ShardingRules().spec("batch", "length", "act_embed") == PartitionSpec(("data", "fsdp"), "context", None)
+    True
     """
 
     # Axes of parameters.

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from baichuan_omni_jax.config import tiny
+from baichuan_omni_jax.nn.param import split_as
 from baichuan_omni_jax.omni.model import OmniModel
 from tests.helpers.micro import one_device
 from tests.helpers.untrained import AUDIO, COMPUTE, KEY, VISION, untrained
@@ -49,10 +50,15 @@ def test_a_mesh_of_one_device_changes_nothing(rng):
     model = untrained(lambda: OmniModel(KEY, CFG, COMPUTE))
     batch = {name: jnp.asarray(values, jnp.int32) for name, values in BATCH.items()}
     batch["patches"] = jnp.asarray(rng.integers(0, 256, (1, 8, VISION.patch_values)), jnp.uint8)
-    run = lambda: jax.jit(lambda model, batch: model(batch))(model, batch)  # noqa: E731
-    plain, frames = run()
+    run = jax.jit(lambda model, batch: model(batch))
+    plain, frames = run(model, batch)
     with jax.set_mesh(one_device()):
-        meshed, meshed_frames = run()
+        by_token = ("tokens", "positions", "segment_ids")
+        placed = {
+            name: split_as(values, COMPUTE, "batch", "length" if name in by_token else "media")
+            for name, values in batch.items()
+        }
+        meshed, meshed_frames = run(model, placed)
     np.testing.assert_allclose(plain, meshed, rtol=0, atol=1e-5)
     for ours, theirs in zip(frames, meshed_frames, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
