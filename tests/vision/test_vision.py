@@ -85,7 +85,7 @@ def test_where_a_frame_lies_in_its_image_matters_and_only_there():
 def test_a_mesh_of_one_device_changes_nothing():
     with jax.set_mesh(one_device()):
         meshed = jax.jit(lambda pixels: model()(pixels, GRID, IDS))(PIXELS)
-    np.testing.assert_array_equal(meshed, run(model(), PIXELS))
+    assert_close(meshed, run(model(), PIXELS))
 
 
 def test_no_gradient_flows_into_padding():
