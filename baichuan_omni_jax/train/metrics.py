@@ -254,7 +254,7 @@ class CompileCounter:
         self.count = 0
         jax.monitoring.register_event_duration_secs_listener(self._count)
 
-    def _count(self, event: str, duration: float, **_: str | int | float) -> None:
+    def _count(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
         self.count += event == _COMPILE_EVENT
 
 

@@ -243,6 +243,6 @@ def _move(value: Array, memory_kind: Any) -> Array:
     return jax.make_array_from_single_device_arrays(value.shape, sharding, parts)
 
 
-def _cast(shape: jax.ShapeDtypeStruct, dtype: jnp.dtype) -> jax.ShapeDtypeStruct:
+def _cast(shape: Array | jax.ShapeDtypeStruct, dtype: jnp.dtype) -> jax.ShapeDtypeStruct:
     kept = dtype if jnp.issubdtype(shape.dtype, jnp.floating) else shape.dtype
     return jax.ShapeDtypeStruct(shape.shape, kept, sharding=shape.sharding)
