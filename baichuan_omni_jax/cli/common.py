@@ -4,7 +4,7 @@ import argparse
 import difflib
 import faulthandler
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 from absl import logging
@@ -21,7 +21,7 @@ class CommandParser(argparse.ArgumentParser):
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(*args, **options)
 
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
+    def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """Parses as argparse does, but leaves nothing over: the parser that knows the flags says what is wrong."""
         options, unknown = super().parse_known_args(args, namespace)
         # A subcommand hands what it does not know to the parser above, which knows even less.

@@ -4,7 +4,7 @@ import argparse
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,7 +87,7 @@ class _LazyParser(CommandParser):
             self.set_defaults(run=run)
             add_arguments(self)
 
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
+    def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """Parses after the module was imported: argparse calls it on the one subcommand that was chosen."""
         self.fill()
         return super().parse_known_args(args, namespace)
