@@ -31,8 +31,6 @@ from baichuan_omni_jax.flops.chips import chip_of
 from baichuan_omni_jax.generation import programs
 from baichuan_omni_jax.generation.slots import idle_slots
 from baichuan_omni_jax.llm.audio_head import AudioHeadBranch
-from baichuan_omni_jax.llm.decode import DecodeModel
-from baichuan_omni_jax.llm.depth_decode import DepthDecoder
 from baichuan_omni_jax.llm.kv_cache import init_cache
 from baichuan_omni_jax.llm.model import LanguageModel
 from baichuan_omni_jax.nn.param import ComputePolicy
@@ -61,7 +59,7 @@ def make_branches(cfg: OmniConfig) -> dict:
 
 
 def make_speakers(branches: dict) -> programs.DecodeModels:
-    return programs.DecodeModels(DecodeModel.of(branches["llm"]), DepthDecoder.of(branches["audio_head"]))
+    return programs.DecodeModels(branches["llm"].to_decode_layout(), branches["audio_head"].to_decode_layout())
 
 
 def abstract_engine(cfg: OmniConfig, mesh: Mesh, sizes: Sizes) -> tuple[programs.DecodeModels, programs.EngineState]:

@@ -33,7 +33,6 @@ from baichuan_omni_jax.config.architecture import AudioHeadConfig, LLMConfig
 from baichuan_omni_jax.convert import branch_rules, load_branch_from_safetensors
 from baichuan_omni_jax.convert.safetensors_io import TensorInfo
 from baichuan_omni_jax.generation.engine import Engine
-from baichuan_omni_jax.llm.decode import DecodeModel
 from baichuan_omni_jax.llm.kv_cache import KVCache, init_cache
 from baichuan_omni_jax.llm.model import LanguageModel
 from baichuan_omni_jax.nn.param import ComputePolicy
@@ -100,19 +99,19 @@ def convert(model: transformers.Qwen2ForCausalLM, abstract: LanguageModel) -> La
 
 
 @partial(jax.jit, donate_argnames="cache")
-def read(model: DecodeModel, cache: KVCache, tokens: jax.Array) -> tuple[KVCache, jax.Array]:
+def read(model: LanguageModel, cache: KVCache, tokens: jax.Array) -> tuple[KVCache, jax.Array]:
     """A whole prompt (1, t), and the token after it (1, 1)."""
-    hidden, cache = model(model.embed(tokens), jnp.arange(tokens.shape[1])[None], cache)
+    hidden, cache = model(model.embed(tokens), jnp.arange(tokens.shape[1])[None], cache=cache)
     return cache, jnp.argmax(model.logits(hidden[:, -1:]), -1).astype(jnp.int32)
 
 
 @partial(jax.jit, donate_argnames="cache")
-def decode(model: DecodeModel, cache: KVCache, token: jax.Array, at: jax.Array) -> tuple[KVCache, jax.Array]:
+def decode(model: LanguageModel, cache: KVCache, token: jax.Array, at: jax.Array) -> tuple[KVCache, jax.Array]:
     """The `BURST` tokens after `token`, which is written at position `at`."""
 
     def step(carry, n):
         cache, token = carry
-        hidden, cache = model(model.embed(token), (at + n)[None, None], cache)
+        hidden, cache = model(model.embed(token), (at + n)[None, None], cache=cache)
         token = jnp.argmax(model.logits(hidden), -1).astype(jnp.int32)
         return (cache, token), token[0, 0]
 
@@ -123,7 +122,7 @@ def decode(model: DecodeModel, cache: KVCache, token: jax.Array, at: jax.Array) 
 class Ours:
     """Greedy answers to one prompt at a time, out of one cache."""
 
-    def __init__(self, model: DecodeModel, length: int):
+    def __init__(self, model: LanguageModel, length: int):
         self._model = model
         self._cache = init_cache(model.cfg, 1, length, model.compute.dtype, model.compute)
 
@@ -166,7 +165,7 @@ def measure(abstract: LanguageModel, new: int, repeats: int) -> list[dict]:
     short, long = (rng.integers(0, cfg.vocab_size, n, dtype=np.int32) for n in (SHORT, LONG))
     reference = make_theirs(cfg)
     stacked = convert(reference, abstract)
-    models = {name: DecodeModel.of(stacked, name) for name in TORCH}
+    models = {name: stacked.to_decode_layout(name) for name in TORCH}
     del stacked
     rows, shape = [], f"{cfg.num_layers} layers of width {cfg.hidden_size}, vocabulary {cfg.vocab_size}"
     for name, dtype in TORCH.items():

@@ -20,15 +20,14 @@ from baichuan_omni_jax.generation.events import Prompt
 from baichuan_omni_jax.generation.prefill import chunk_sizes, lay_out_images
 from baichuan_omni_jax.generation.prompt_audio import PromptAudioEncoder
 from baichuan_omni_jax.generation.slots import SlotState, StepOutput, idle_slots, init_slot
-from baichuan_omni_jax.llm.decode import DecodeModel
-from baichuan_omni_jax.llm.depth_decode import DepthDecoder
+from baichuan_omni_jax.llm.audio_head import AudioHeadBranch
 from baichuan_omni_jax.llm.kv_cache import init_cache
 from baichuan_omni_jax.nn.param import named_values
 from baichuan_omni_jax.sharding import axis_product
 from data_pipelines.text.speech_segments import PieceTable
 
 _PROGRAMS = (programs.encode_images, programs.prefill, programs.insert, programs.decode_steps)
-_depth = jax.jit(DepthDecoder.of)
+_head_to_decode_layout = jax.jit(AudioHeadBranch.to_decode_layout)
 Arrays = TypeVar("Arrays", bound=tuple)
 
 
@@ -52,7 +51,9 @@ class DeviceState:
         # Once, not with each call: it is some megabytes for a large vocabulary.
         self._table = jax.device_put(PieceTable(*table), NamedSharding(mesh, PartitionSpec()))
         self._slots, self._length, self._steps_per_call = slots, length, steps_per_call
-        self._model = programs.DecodeModels(DecodeModel.of(branches["llm"]), None if head is None else _depth(head))
+        self._model = programs.DecodeModels(
+            branches["llm"].to_decode_layout(), None if head is None else _head_to_decode_layout(head)
+        )
         self._llm = self._model.llm
         self._vision = branches.get("vision")
         self._audio_encoder = None if encoder is None else PromptAudioEncoder(encoder, mesh)
@@ -127,7 +128,7 @@ class DeviceState:
             nowhere = np.full(shape, -1, np.int32)
             text = programs.Chunk(np.zeros(shape, np.int32), nowhere, np.full(self.devices, -1, np.int32))
             self.prefill(0, text)
-            if self._vision is not None or self._model.depth is not None:
+            if self._vision is not None or self._model.audio_head is not None:
                 codes = np.zeros((*shape, self._cfg.audio.levels), np.int32)
                 visual_slots = np.full(shape, self._length, np.int32)
                 self.prefill(0, text._replace(codes=codes, is_audio=np.zeros(shape, bool), visual_slots=visual_slots))

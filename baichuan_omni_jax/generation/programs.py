@@ -15,9 +15,9 @@ from jaxtyping import Array, Bool, Float, Int32, UInt8
 
 from baichuan_omni_jax.config import SpecialTokens
 from baichuan_omni_jax.generation.slots import OutputKind, SlotState, StepOutput, advance
-from baichuan_omni_jax.llm.decode import DecodeModel
-from baichuan_omni_jax.llm.depth_decode import DepthDecoder
+from baichuan_omni_jax.llm.audio_head import AudioHeadBranch
 from baichuan_omni_jax.llm.kv_cache import KVCache
+from baichuan_omni_jax.llm.model import LanguageModel
 from baichuan_omni_jax.nn.param import split_as
 from baichuan_omni_jax.omni.merge import merge_media
 from baichuan_omni_jax.vision.model import VisionModel
@@ -27,8 +27,8 @@ from data_pipelines.text.speech_segments import PieceTable
 class DecodeModels(NamedTuple):
     """What a step computes with: the language model and, where the checkpoint has it, the audio head."""
 
-    llm: DecodeModel
-    depth: DepthDecoder | None
+    llm: LanguageModel
+    audio_head: AudioHeadBranch | None
 
 
 class EngineState(NamedTuple):
@@ -71,25 +71,25 @@ def encode_images(
 
 @partial(jax.jit, donate_argnames="state")
 def prefill(
-    speakers: DecodeModels,
+    models: DecodeModels,
     state: EngineState,
     index: Int32[Array, ""],
     chunk: Chunk,
     buffer: Float[Array, "g s d"] | None,
 ) -> EngineState:
     """Row `index` of every device reads its part of a chunk. A row without items there stays as it is."""
-    llm, depth = speakers
+    llm, audio_head = models
     x = llm.embed(chunk.tokens)
     chunk = jax.tree.map(lambda x: split_as(x, llm.compute, "batch"), chunk)
     rows = llm.compute.rules.spec("batch")
     if buffer is not None:
         buffer = split_as(buffer, llm.compute, "batch")
-        x = _local(_place_media, (rows, rows, rows, P()), rows)(x, chunk, buffer, depth)
+        x = _local(_place_media, (rows, rows, rows, P()), rows)(x, chunk, buffer, audio_head)
     specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, state.cache)
     part = _local(lambda whole, index: jax.tree.map(lambda x: _row(x, index), whole), (specs, P()), specs)(
         state.cache, index
     )
-    hidden, part = llm(x, chunk.positions, part)
+    hidden, part = llm(x, chunk.positions, cache=part)
     cache = _local(_put_rows, (specs, specs, P()), specs)(state.cache, part, index)
     last = _local(_last_hidden, (rows, rows, rows, P()), rows)(hidden, state.hidden, chunk.last, index)
     hidden = _local(_put_rows, (rows, rows, P()), rows)(state.hidden, last, index)
@@ -111,7 +111,7 @@ def insert(rows: SlotState, slot: Int32[Array, ""], new: SlotState) -> SlotState
 
 @partial(jax.jit, static_argnames=("tokens", "size"), donate_argnames="state")
 def decode_steps(
-    speakers: DecodeModels,
+    models: DecodeModels,
     state: EngineState,
     alive: Bool[Array, " b"],
     steps: Int32[Array, ""],
@@ -125,7 +125,7 @@ def decode_steps(
 
     Ends before when no row is active, with `stop_early` when any row ends. Rows that are not `alive` are ended first.
     """
-    llm, depth = speakers
+    llm, audio_head = models
     split = llm.compute.rules.spec("batch")
     rows = state.rows._replace(active=state.rows.active & split_as(alive, llm.compute, "batch"))
     started, b = rows.active, rows.active.shape[0]
@@ -141,12 +141,12 @@ def decode_steps(
 
     def one_step(carry):
         n, state, log = carry
-        rows, items, frames, positions = step(state.rows, _logits(llm, state), state.hidden, depth, table)
+        rows, items, frames, positions = step(state.rows, _logits(llm, state), state.hidden, audio_head, table)
         is_frame = items.kind == OutputKind.FRAME
         x = llm.embed(items.token[:, None])
-        if depth is not None:
+        if audio_head is not None:
             x = jnp.where(is_frame[:, None, None], frames[:, None].astype(x.dtype), x)
-        hidden, cache = llm(x, positions[:, None], state.cache)
+        hidden, cache = llm(x, positions[:, None], cache=state.cache)
         log = jax.tree.map(lambda log, item: log.at[n].set(item), log, items)
         return n + 1, EngineState(cache, hidden[:, 0].astype(state.hidden.dtype), rows), log
 
@@ -161,14 +161,16 @@ def decode_steps(
 
 
 def _step(
-    rows: SlotState, logits: Array, hidden: Array, depth, table: PieceTable, *, length: int, tokens: SpecialTokens
+    rows: SlotState, logits: Array, hidden: Array, audio_head, table: PieceTable, *, length: int, tokens: SpecialTokens
 ):
-    after, items = advance(rows, logits, hidden, depth, table, tokens, length)
-    frames = jnp.zeros(hidden.shape, hidden.dtype) if depth is None else depth.embed(items.codes)
+    after, items = advance(rows, logits, hidden, audio_head, table, tokens, length)
+    frames = (
+        jnp.zeros(hidden.shape, hidden.dtype) if audio_head is None else audio_head.embed(items.codes[:, None])[:, 0]
+    )
     return after, items, frames, jnp.where(after.active, rows.position, -1)
 
 
-def _logits(llm: DecodeModel, state: EngineState) -> Array:
+def _logits(llm: LanguageModel, state: EngineState) -> Array:
     """Of every row, whole on its device; zeros when no row is about to draw a token."""
     rows, split = state.rows, llm.compute.rules.spec("batch", None)
     wanted = (rows.active & ~rows.speaking & ~rows.turn).any()
@@ -180,10 +182,10 @@ def _logits(llm: DecodeModel, state: EngineState) -> Array:
     )
 
 
-def _place_media(x: Array, chunk: Chunk, buffer: Array, depth: DepthDecoder | None) -> Array:
+def _place_media(x: Array, chunk: Chunk, buffer: Array, audio_head: AudioHeadBranch | None) -> Array:
     """Token embeddings (g, t, d) with those of code frames and of visual tokens in their places."""
-    if depth is not None:
-        x = jnp.where(chunk.is_audio[..., None], depth.embed(chunk.codes).astype(x.dtype), x)
+    if audio_head is not None:
+        x = jnp.where(chunk.is_audio[..., None], audio_head.embed(chunk.codes).astype(x.dtype), x)
     visual_slots = jax.vmap(lambda row, at: row.at[at].get(mode="fill", fill_value=0))(buffer, chunk.visual_slots)
     return jnp.where((chunk.visual_slots < buffer.shape[1])[..., None], visual_slots.astype(x.dtype), x)
 

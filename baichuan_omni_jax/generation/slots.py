@@ -11,7 +11,7 @@ All arrays are of one device's rows: `advance` runs inside shard_map, and nothin
 """
 
 from enum import IntEnum
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int32, UInt32
 from baichuan_omni_jax.config import GenerationConfig, SpecialTokens
 from baichuan_omni_jax.generation.sampling import SamplingParams, sample
 from baichuan_omni_jax.generation.segment_progress import SegmentProgress, advance_segment, init_progress, next_segment
-from baichuan_omni_jax.llm.depth_decode import DepthDecoder
+from baichuan_omni_jax.llm.audio_head import Choose
 from data_pipelines.text.speech_segments import PieceTable
 
 
@@ -40,6 +40,16 @@ class FinishReason(IntEnum):
     RUNNING = 0
     END = 1
     LENGTH = 2
+
+
+@runtime_checkable
+class FrameDecoder(Protocol):
+    """What makes code frames: the branch `audio_head` in the decode layout. `end_code` of level 0 ends speech."""
+
+    @property
+    def end_code(self) -> int: ...
+
+    def decode_frame(self, hidden: Float[Array, "b d"], choose: Choose) -> Int32[Array, "b q"]: ...
 
 
 class SlotState(NamedTuple):
@@ -140,7 +150,7 @@ def advance(
     rows: SlotState,
     logits: Float[Array, "b v"],
     hidden: Float[Array, "b d"],
-    depth: DepthDecoder | None,
+    audio_head: FrameDecoder | None,
     table: PieceTable,
     tokens: SpecialTokens,
     length: int,
@@ -155,10 +165,10 @@ def advance(
     draws_token = rows.active & ~rows.speaking & ~rows.turn
     draws_frame = rows.active & rows.speaking & ~full
     token, logprob = _sample_token(rows, logits, draws_token, tokens, 1 + rows.seen_codes.shape[1])
-    codes = _sample_frame(rows, hidden, draws_frame, depth)
+    codes = _sample_frame(rows, hidden, draws_frame, audio_head)
 
     # What that comes to. A drawn token before which the piece is over is dropped: speech begins in its place.
-    end_code = draws_frame & (codes[:, 0] == (len(depth.tables[0]) - 1 if depth else -1))
+    end_code = draws_frame & (codes[:, 0] == (audio_head.end_code if audio_head else -1))
     frame = draws_frame & ~end_code
     silence = rows.active & (full | end_code)
     end_of_text = draws_token & (token == tokens.end_of_text)
@@ -241,11 +251,11 @@ def _sample_token(
     return sample(logits, rows.seen_tokens, params, rows.key, rows.position * stride, allowed)
 
 
-def _sample_frame(rows: SlotState, hidden: Array, wanted: Array, depth: DepthDecoder | None) -> Array:
+def _sample_frame(rows: SlotState, hidden: Array, wanted: Array, audio_head: FrameDecoder | None) -> Array:
     """Codes (b, q) where `wanted`; the audio head rests when no row of this device is."""
     b, levels, _ = rows.seen_codes.shape
     silent = jnp.zeros((b, levels), jnp.int32)
-    if depth is None:
+    if audio_head is None:
         return silent
     params = rows.codes._replace(temperature=jnp.where(wanted, rows.codes.temperature, 0))
 
@@ -253,7 +263,7 @@ def _sample_frame(rows: SlotState, hidden: Array, wanted: Array, depth: DepthDec
         seen_tokens = jax.lax.dynamic_index_in_dim(rows.seen_codes, level, 1, keepdims=False)
         return sample(logits, seen_tokens, params, rows.key, rows.position * (1 + levels) + 1 + level)[0]
 
-    return jax.lax.cond(wanted.any(), lambda: depth.frame(hidden, choose), lambda: silent)
+    return jax.lax.cond(wanted.any(), lambda: audio_head.decode_frame(hidden, choose), lambda: silent)
 
 
 def _seen_codes(seen_tokens: Array, codes: Array, frame: Array, begins: Array) -> Array:

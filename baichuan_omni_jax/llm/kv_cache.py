@@ -9,12 +9,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import reshard
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32, Shaped
 
 from baichuan_omni_jax.config.architecture import LLMConfig
+from baichuan_omni_jax.kernels.flash_attention import BlockPlan, Segments, flash_attention, plan_blocks
 from baichuan_omni_jax.nn.linear import as_bits, from_bits
-from baichuan_omni_jax.nn.param import ComputePolicy
+from baichuan_omni_jax.nn.param import ComputePolicy, split_as
 from baichuan_omni_jax.sharding import check_divisible
 
 # Heads before length, so that a head's entries lie side by side: what both products of attention read.
@@ -123,6 +125,65 @@ def attend(
         weights *= cache.v_scale[:, :, None]
     out = wide("bkgs,bksh->bkgh", weights.astype(q.dtype), cache.v.astype(q.dtype))
     return (out / jnp.where(total > 0, total, 1.0)).astype(q.dtype)
+
+
+def attend_with_cache(
+    q: Float[Array, "b t n h"],
+    k: Float[Array, "b t k h"],
+    v: Float[Array, "b t k h"],
+    positions: Int32[Array, "b t"],
+    cache: LayerCache,
+    segments: Segments | None,
+    plan: BlockPlan | None,
+    compute: ComputePolicy,
+    scale: float,
+) -> tuple[Float[Array, "b t n h"], LayerCache]:
+    """Writes the items' keys and values, then attends over the rows' entries.
+
+    Args:
+        q: queries, rotated.
+        k: keys, rotated.
+        v: values.
+        positions: where each item stands in its row, -1 at padding.
+        cache: the layer's entries.
+        segments: what each item sees of the entries (`visible_entries`); None for one item a row.
+        plan: the blocks of `segments`; None with it.
+        compute: says how arrays are split, and which kernel a prefill takes.
+        scale: of the scores.
+
+    Returns:
+        The attended values, zeros at padding where there is one item a row, and the cache with the items in it.
+    """
+    spec = compute.rules.spec
+    heads, kv_heads = spec("batch", None, "act_heads", None), spec("batch", None, "act_kv_heads", None)
+    # Whole over `context`, as the cache is; free where rows are not split over it.
+    q, k, v = reshard(q, heads), reshard(k, kv_heads), reshard(v, kv_heads)
+    stored = jax.tree.map(lambda entries: jax.typeof(entries).sharding.spec, cache)
+
+    # Rows and heads have nothing to do with each other, so writing and one item's products are done where they lie.
+    @partial(jax.shard_map, out_specs=(heads, stored))
+    def store(q, k, v, positions, cache):
+        cache = write(cache, k, v, positions)
+        if segments is None:
+            b, _, count, h = k.shape
+            q = attend(q.reshape(b, count, -1, h), cache, positions[:, 0], scale).reshape(q.shape)
+        return q, cache
+
+    out, cache = store(q, k, v, positions, cache)
+    if segments is not None:
+        keys, values = read(cache, out.dtype)
+        kernel = partial(flash_attention, implementation=compute.attention)
+        out = kernel(out, keys, values, segments=segments, plan=plan, causal=True, scale=scale)
+    return reshard(out, spec("batch", "length", "act_heads", None)), cache
+
+
+def visible_entries(positions: Int32[Array, "b t"], length: int, compute: ComputePolicy) -> tuple[Segments, BlockPlan]:
+    """What a prefill's items see of a cache of `length` entries: the row's, up to their own position."""
+    entries = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (positions.shape[0], length))
+    entries = split_as(entries, compute, "batch")
+    filled = entries <= positions.max(1, keepdims=True)
+    segments = Segments((positions >= 0).astype(jnp.int32), positions, filled.astype(jnp.int32), entries)
+    return segments, plan_blocks(segments, causal=True)
 
 
 def _quantize(x: Float[Array, "b t k h"]) -> tuple[Float[Array, "b t k h"], Float[Array, "b t k"]]:

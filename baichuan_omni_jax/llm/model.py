@@ -1,10 +1,14 @@
-"""The language model (`model.*`, `lm_head.weight`): a Qwen2.5 shaped decoder over packed rows.
+"""The language model (`model.*`, `lm_head.weight`): a Qwen2.5 shaped decoder, for packed rows and with a cache.
 
 Differs from the released model in form only: heads are an axis of their own, the packed `W_pack` is three projections,
 layers are stacked and scanned, and documents of a packed row do not see each other. Media tokens take plain positions.
+
+The same modules train, read prompts and decode: a call with a `KVCache` sees what its rows hold. Weights come in one of
+two layouts: `training`, or `decode` (`decode_layout.py`), which `LanguageModel.to_decode_layout` makes of the first.
 """
 
 from dataclasses import replace
+from typing import Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -14,58 +18,112 @@ from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
 from baichuan_omni_jax.config.architecture import LLMConfig
 from baichuan_omni_jax.kernels.flash_attention import BlockPlan, Segments, flash_attention, plan_blocks, whole_keys
+from baichuan_omni_jax.llm.decode_layout import MatrixLinear, decode_layer_values, project, split_heads, whole
+from baichuan_omni_jax.llm.kv_cache import KVCache, LayerCache, attend_with_cache, visible_entries
 from baichuan_omni_jax.llm.special_rows import SpecialRows
 from baichuan_omni_jax.nn.layers import RMSNorm, rope_angles, rotate
-from baichuan_omni_jax.nn.linear import Gathered, Linear, gather_rows, gather_weight, look_up, narrow, product
-from baichuan_omni_jax.nn.param import ComputePolicy, gather, normal, stack
+from baichuan_omni_jax.nn.linear import (
+    Gathered,
+    Linear,
+    as_bits,
+    from_bits,
+    gather_rows,
+    gather_weight,
+    look_up,
+    narrow,
+    product,
+)
+from baichuan_omni_jax.nn.param import ComputePolicy, gather, normal, split_as, stack, with_values
 from baichuan_omni_jax.nn.remat import map_chunks, remat
 
 STREAM = ("batch", "length", "act_embed")
 HEADS = ("batch", "length", "act_heads", None)
 KV_HEADS = ("batch", "length", "act_kv_heads", None)
+QKV = ("batch", "length", "act_kv_heads")
 HIDDEN = ("batch", "length", "act_mlp")
+
+Layout = Literal["training", "decode"]
 
 
 class Attention(nnx.Module):
     """Grouped-query attention with biased Q, K, V and no output bias."""
 
-    def __init__(self, key: PRNGKeyArray, cfg: LLMConfig, compute: ComputePolicy):
+    def __init__(self, key: PRNGKeyArray, cfg: LLMConfig, compute: ComputePolicy, layout: Layout = "training"):
         keys = jax.random.split(key, 4)
         d, n, k, h = cfg.hidden_size, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
-        in_axes, kv_axes = ("embed", "heads", "head_dim"), ("embed", "kv_heads", "head_dim")
-        into = "btd,dnh->btnh"
-        self.q_proj = Linear(keys[0], into, (d, n, h), in_axes, out=HEADS, compute=compute, bias=True)
-        self.k_proj = Linear(keys[1], into, (d, k, h), kv_axes, out=KV_HEADS, compute=compute, bias=True)
-        self.v_proj = Linear(keys[2], into, (d, k, h), kv_axes, out=KV_HEADS, compute=compute, bias=True)
-        out_axes = ("heads", "head_dim", "embed")
-        self.o_proj = Linear(keys[3], "btnh,nhd->btd", (n, h, d), out_axes, out=STREAM, compute=compute)
-        self.compute, self.scale = compute, h**-0.5
+        if layout == "decode":
+            width, axes = (n + 2 * k) * h, ("heads", "embed")
+            self.qkv_proj = MatrixLinear(keys[0], (width, d), axes, out=QKV, compute=compute, bias=True)
+            self.o_proj = MatrixLinear(keys[3], (d, n * h), ("embed", "heads"), out=STREAM, compute=compute)
+        else:
+            in_axes, kv_axes = ("embed", "heads", "head_dim"), ("embed", "kv_heads", "head_dim")
+            into = "btd,dnh->btnh"
+            self.q_proj = Linear(keys[0], into, (d, n, h), in_axes, out=HEADS, compute=compute, bias=True)
+            self.k_proj = Linear(keys[1], into, (d, k, h), kv_axes, out=KV_HEADS, compute=compute, bias=True)
+            self.v_proj = Linear(keys[2], into, (d, k, h), kv_axes, out=KV_HEADS, compute=compute, bias=True)
+            out_axes = ("heads", "head_dim", "embed")
+            self.o_proj = Linear(keys[3], "btnh,nhd->btd", (n, h, d), out_axes, out=STREAM, compute=compute)
+        self.cfg, self.compute, self.layout, self.scale = cfg, compute, layout, h**-0.5
 
-    def __call__(self, x: Float[Array, "b t d"], angles: Array, segments: Segments, plan: BlockPlan) -> Array:
-        q, k, v = rotate(self.q_proj(x), angles), rotate(self.k_proj(x), angles), self.v_proj(x)
-        out = flash_attention(
-            q,
-            k,
-            v,
-            segments=segments,
-            plan=plan,
-            causal=True,
-            scale=self.scale,
-            implementation=self.compute.attention,
-        )
-        return self.o_proj(out)
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        angles: Float[Array, "b t half"],
+        segments: Segments | None,
+        plan: BlockPlan | None,
+        positions: Int32[Array, "b t"] | None = None,
+        cache: LayerCache | None = None,
+    ) -> tuple[Float[Array, "b t d"], LayerCache | None]:
+        """Attends over the row, or over what the cache holds of it.
+
+        Args:
+            x: the normalized stream.
+            angles: rotary angles of the items' positions.
+            segments: what each item sees (of the cache, where there is one); None for a step of one item a row.
+            plan: the blocks of `segments`; None with it.
+            positions: where the items stand in the cache, -1 at padding; read only with one.
+            cache: keys and values of the rows' earlier items.
+
+        Returns:
+            The attention's output, and the cache with the items in it (None without one).
+        """
+        # Projections, heads as an axis of their own.
+        if self.layout == "decode":
+            q, k, v = split_heads(self.qkv_proj(x), self.cfg, self.compute)
+        else:
+            q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q, k = rotate(q, angles), rotate(k, angles)
+
+        # The products of attention: over the row's own keys, or over the cache, which these keys join first.
+        if cache is None:
+            attention = self.compute.attention
+            out = flash_attention(
+                q, k, v, segments=segments, plan=plan, causal=True, scale=self.scale, implementation=attention
+            )
+        else:
+            out, cache = attend_with_cache(q, k, v, positions, cache, segments, plan, self.compute, self.scale)
+
+        if self.layout == "decode":
+            heads = self.compute.spec("batch", "length", "act_heads")
+            out = jnp.reshape(out, (*x.shape[:2], -1), out_sharding=heads)
+        return self.o_proj(out), cache
 
 
 class SwiGLU(nnx.Module):
     """down(silu(gate(x)) * up(x)), no biases."""
 
-    def __init__(self, key: PRNGKeyArray, cfg: LLMConfig, compute: ComputePolicy):
+    def __init__(self, key: PRNGKeyArray, cfg: LLMConfig, compute: ComputePolicy, layout: Layout = "training"):
         keys = jax.random.split(key, 3)
         d, f = cfg.hidden_size, cfg.intermediate_size
+        self.compute = compute
+        if layout == "decode":
+            self.gate_proj = MatrixLinear(keys[0], (f, d), ("mlp", "embed"), out=HIDDEN, compute=compute)
+            self.up_proj = MatrixLinear(keys[1], (f, d), ("mlp", "embed"), out=HIDDEN, compute=compute)
+            self.down_proj = MatrixLinear(keys[2], (d, f), ("embed", "mlp"), out=STREAM, compute=compute)
+            return
         self.gate_proj = Linear(keys[0], "btd,df->btf", (d, f), ("embed", "mlp"), out=HIDDEN, compute=compute)
         self.up_proj = Linear(keys[1], "btd,df->btf", (d, f), ("embed", "mlp"), out=HIDDEN, compute=compute)
         self.down_proj = Linear(keys[2], "btf,fd->btd", (f, d), ("mlp", "embed"), out=STREAM, compute=compute)
-        self.compute = compute
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         # Gathered once for all pieces; their gradients are summed in the weights' fp32 sinks.
@@ -80,57 +138,146 @@ class SwiGLU(nnx.Module):
 class DecoderLayer(nnx.Module):
     """RMSNorm -> attention -> residual -> RMSNorm -> SwiGLU -> residual."""
 
-    def __init__(self, key: PRNGKeyArray, cfg: LLMConfig, compute: ComputePolicy):
+    def __init__(self, key: PRNGKeyArray, cfg: LLMConfig, compute: ComputePolicy, layout: Layout = "training"):
         keys = jax.random.split(key)
         self.attention_norm = RMSNorm(cfg.hidden_size, eps=cfg.norm_eps, compute=compute)
-        self.attention = Attention(keys[0], cfg, compute)
+        self.attention = Attention(keys[0], cfg, compute, layout)
         self.mlp_norm = RMSNorm(cfg.hidden_size, eps=cfg.norm_eps, compute=compute)
-        self.mlp = SwiGLU(keys[1], cfg, compute)
+        self.mlp = SwiGLU(keys[1], cfg, compute, layout)
 
-    def __call__(self, x: Float[Array, "b t d"], angles: Array, segments: Segments, plan: BlockPlan) -> Array:
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        angles: Float[Array, "b t half"],
+        segments: Segments | None,
+        plan: BlockPlan | None,
+        positions: Int32[Array, "b t"] | None = None,
+        cache: LayerCache | None = None,
+    ) -> tuple[Float[Array, "b t d"], LayerCache | None]:
+        """Computes the stream after this layer, and the cache with its items; arguments as `Attention`'s."""
         with jax.named_scope("attention"):
-            x = x + self.attention(self.attention_norm(x), angles, segments, plan)
+            mixed, cache = self.attention(self.attention_norm(x), angles, segments, plan, positions, cache)
+            x = x + mixed
         with jax.named_scope("mlp"):
-            return x + self.mlp(self.mlp_norm(x))
+            return x + self.mlp(self.mlp_norm(x)), cache
 
 
 class LanguageModel(nnx.Module):
-    """Token embedding, stacked decoder layers, final norm, untied head."""
+    """Token embedding, decoder layers, final norm, untied head.
 
-    def __init__(self, key: PRNGKeyArray, cfg: LLMConfig, compute: ComputePolicy):
+    In the training layout the layers are stacked, to be scanned; in that of decoding they are a list.
+    """
+
+    def __init__(self, key: PRNGKeyArray, cfg: LLMConfig, compute: ComputePolicy, layout: Layout = "training"):
         keys = jax.random.split(key, 3)
         # The table is looked up by row, so its rows stay whole on each device; the head's are split over `tensor`.
         self.embedding = normal(keys[0], (cfg.vocab_size, cfg.hidden_size), ("codes", "embed"))
-        self.layers = stack(lambda k: DecoderLayer(k, cfg, compute), keys[1], cfg.num_layers)
+        if layout == "decode":
+            layer_keys = jax.random.split(keys[1], cfg.num_layers)
+            self.layers = nnx.List([DecoderLayer(layer_key, cfg, compute, layout) for layer_key in layer_keys])
+        else:
+            self.layers = stack(lambda k: DecoderLayer(k, cfg, compute), keys[1], cfg.num_layers)
         self.norm = RMSNorm(cfg.hidden_size, eps=cfg.norm_eps, compute=compute)
         self.head = normal(keys[2], (cfg.vocab_size, cfg.hidden_size), ("vocab", "embed"))
         # Set for a training step in which only these rows of the two tables train.
         self.special_rows: SpecialRows | None = None
-        self.cfg, self.compute = cfg, compute
+        self.cfg, self.compute, self.layout = cfg, compute, layout
+
+    def to_decode_layout(self, dtype: DTypeLike | None = None) -> "LanguageModel":
+        """Makes the same model with its weights as decoding reads them (`DECODE_LAYOUT`).
+
+        Costs the language model's size in `dtype` (default: the compute dtype) once more; where they need no change
+        (same dtype, nothing split over `fsdp`, no NormHead), embedding and head are shared. Drop this model after it
+        where nothing else needs it. Rows are not split over `context` by what it computes.
+        """
+        rules = replace(self.compute.rules, length=None)
+        compute = replace(self.compute, dtype=jnp.dtype(dtype or self.compute.dtype), rules=rules)
+        normed = self.cfg.use_norm_head
+        values = {
+            "embedding": whole(self.embedding, compute),
+            "head": self.head_weight(dtype=compute.dtype).value if normed else whole(self.head, compute),
+            "norm.scale": self.norm.scale[...],
+        }
+        for i in range(self.cfg.num_layers):
+            made = decode_layer_values(self.layers, jnp.int32(i), self.cfg, compute)
+            values |= {f"layers.{i}.{name}": value for name, value in made.items()}
+        key = jax.random.key(0)
+        return with_values(jax.eval_shape(lambda: LanguageModel(key, self.cfg, compute, "decode")), values)
 
     def embed(self, tokens: Int32[Array, "b t"]) -> Float[Array, "b t d"]:
         """Token embeddings in the compute dtype."""
+        spec = self.compute.spec(*STREAM)
         with jax.named_scope("token_embedding"):
-            x = look_up(gather_weight(self.embedding, self.compute), tokens, out=self.compute.rules.spec(*STREAM))
+            if self.layout == "decode":
+                # The table is whole already. Read as bits, or a CPU would cast all of it for each token.
+                tokens, table = split_as(tokens, self.compute, "batch"), as_bits(self.embedding[...])
+                return from_bits(table.at[tokens].get(out_sharding=spec), self.compute.dtype)
+            x = look_up(gather_weight(self.embedding, self.compute), tokens, out=spec)
             return x if self.special_rows is None else self.special_rows.substitute(x, tokens, self.compute)
 
+    @overload
     def __call__(
         self, x: Float[Array, "b t d"], positions: Int32[Array, "b t"], segment_ids: Int32[Array, "b t"]
-    ) -> Float[Array, "b t d"]:
-        """Hidden states after the final norm. A token sees earlier positions of its own segment; id 0 is padding.
+    ) -> Float[Array, "b t d"]: ...
 
-        A left-padded batch is the same call: segment_ids = attention_mask, positions = its cumulative sum.
+    @overload
+    def __call__(
+        self, x: Float[Array, "b t d"], positions: Int32[Array, "b t"], *, cache: KVCache
+    ) -> tuple[Float[Array, "b t d"], KVCache]: ...
+
+    def __call__(self, x, positions, segment_ids=None, *, cache=None):
+        """Computes hidden states after the final norm: of whole packed rows, or of the next items of cached ones.
+
+        Whole rows: a token sees earlier positions of its own segment; id 0 is padding. A left-padded batch is the same
+        call: segment_ids = attention_mask, positions = its cumulative sum.
+
+        With a cache an item sees its row's entries up to its own position. Position -1 is padding: nothing is written,
+        its output is zero. A row's positions must differ, and go on where its entries end (or begin again at 0: the row
+        is a new one). Nothing is written at positions past the cache's length: the caller ends such rows before. Rows
+        of 3, 1 and 0 items in a prefill of t = 4, then a step (t = 1) of all rows but the last:
+
+            positions   0  1  2 -1      3
+                        0 -1 -1 -1      1
+                       -1 -1 -1 -1     -1
+
+        Args:
+            x: embeddings (b, t, d) of the items.
+            positions: where each stands in its document (b, t); they restart in a packed row.
+            segment_ids: the document of each (b, t); needed without a cache.
+            cache: what the rows hold; its batch is b.
+
+        Returns:
+            The hidden states (b, t, d), and with a cache also the cache with the items in it.
         """
+        if cache is not None:
+            return self._with_cache(x, positions, cache)
         segments = whole_keys(Segments.from_row(segment_ids, positions))
         block = self.compute.attention_block
         plan = plan_blocks(segments, causal=True, block_q=block, block_kv=block)
         angles = rope_angles(positions, self.cfg.head_dim, self.cfg.rope_theta)
-
-        def body(x, layer):
-            return remat(lambda x, layer: layer(x, angles, segments, plan), self.compute.remat)(x, layer), None
-
-        x, _ = jax.lax.scan(body, x, self.layers)
+        layer_of = remat(lambda x, layer: layer(x, angles, segments, plan)[0], self.compute.remat)
+        if self.layout == "decode":
+            for layer in self.layers:
+                x = layer_of(x, layer)
+        else:
+            x, _ = jax.lax.scan(lambda x, layer: (layer_of(x, layer), None), x, self.layers)
         return self.norm(x)
+
+    def _with_cache(
+        self, x: Float[Array, "b t d"], positions: Int32[Array, "b t"], cache: KVCache
+    ) -> tuple[Float[Array, "b t d"], KVCache]:
+        x, positions = split_as(x, self.compute, "batch", "length"), split_as(positions, self.compute, "batch")
+        at = jnp.maximum(split_as(positions, self.compute, "batch", "length"), 0)
+        angles = rope_angles(at, self.cfg.head_dim, self.cfg.rope_theta)
+        # One item a row needs no plan: it sees a prefix of the entries, a product that no block of can be left out.
+        segments, plan = visible_entries(positions, cache.length, self.compute) if x.shape[1] > 1 else (None, None)
+        entries = []
+        for i, layer_cache in enumerate(cache.layers):
+            layer = self.layers[i] if self.layout == "decode" else jax.tree.map(lambda x, i=i: x[i], self.layers)
+            x, layer_cache = layer(x, angles, segments, plan, positions, layer_cache)
+            entries.append(layer_cache)
+        x = jnp.where(positions[..., None] < 0, 0, split_as(self.norm(x), self.compute, "batch"))
+        return x, KVCache(tuple(entries))
 
     def head_weight(
         self,
@@ -151,9 +298,13 @@ class LanguageModel(nnx.Module):
         norm = jnp.sqrt(jnp.sum(weight * weight, -1, keepdims=True))
         return narrow(weight / jnp.maximum(norm, 1e-12), compute.dtype)
 
-    def logits(self, hidden: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
+    def logits(self, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
         """fp32 logits of every position: for generation and tests; training uses the chunked loss."""
-        spec = self.compute.rules.spec("batch", "length", "act_vocab")
+        if self.layout == "decode":
+            hidden = split_as(hidden.astype(self.compute.dtype), self.compute, "batch")
+            spec = self.compute.spec("batch", *[None] * (hidden.ndim - 2), "act_vocab")
+            return project(hidden, self.head[...], spec, jnp.float32)
+        spec = self.compute.spec("batch", "length", "act_vocab")
         return product("btd,vd->btv", hidden.astype(self.compute.dtype), self.head_weight(), out=spec).astype(
             jnp.float32
         )

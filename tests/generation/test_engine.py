@@ -12,7 +12,6 @@ from baichuan_omni_jax.config import GenerationConfig, SamplingConfig
 from baichuan_omni_jax.generation.engine import Engine
 from baichuan_omni_jax.generation.events import GenerationResult
 from baichuan_omni_jax.generation.prompt_audio import PromptAudioEncoder
-from baichuan_omni_jax.llm.depth_decode import DepthDecoder
 from baichuan_omni_jax.nn.param import split_as
 from baichuan_omni_jax.omni.merge import merge_media
 from baichuan_omni_jax.verify.fixtures import Fixtures, exact_arithmetic
@@ -159,33 +158,6 @@ def _forward(branches, tokens, codes, slots, frames, patches, grid, ids, visual_
     positions = row(jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape))
     hidden = llm(x, positions, jnp.ones_like(positions))
     return llm.logits(hidden), head(hidden, frames)
-
-
-@pytest.mark.slow
-def test_the_depth_cache_gives_the_logits_of_the_whole_depth_sequence(branches):
-    """To 1e-4 of the largest."""
-    rng = np.random.default_rng(1)
-    hidden = rng.standard_normal((3, CFG.llm.hidden_size)).astype(np.float32)
-    codes = rng.integers(0, CFG.audio.codebook_sizes, (3, 8)).astype(np.int32)
-
-    @jax.jit
-    def cached(branch, hidden, codes):
-        depth = DepthDecoder.of(branch)
-        x, total, cache, levels = hidden, 0.0, depth.empty_cache(3), []
-        for q, table in enumerate(depth.tables):
-            logits, cache = depth.logits(q, x, cache)
-            x = total = total + table[codes[:, q]]
-            levels.append(logits)
-        return levels
-
-    with jax.set_mesh(one_device()):
-        levels = cached(branches["audio_head"], hidden, codes)
-        whole = jax.jit(lambda head, *x: head(*x))(branches["audio_head"], hidden[:, None], codes[:, None])
-    for q, size in enumerate(CFG.audio.codebook_sizes):
-        ours, expected = np.asarray(levels[q]), np.asarray(whole[q])[:, 0, : size + (q == 0)]
-        assert np.abs(ours[:, : size + (q == 0)] - expected).max() < 1e-4 * np.abs(expected).max()
-        # Nothing else may be chosen, the extra index of levels above 0 least of all.
-        assert (ours[:, size + (q == 0) :] == -np.inf).all()
 
 
 def test_a_request_draws_the_same_in_any_company(engine):

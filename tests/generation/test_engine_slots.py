@@ -8,7 +8,6 @@ import numpy as np
 
 from baichuan_omni_jax.config import GenerationConfig
 from baichuan_omni_jax.generation.slots import OutputKind, advance, init_slot
-from baichuan_omni_jax.llm.depth_decode import DepthDecoder
 from data_pipelines.text.speech_segments import table_of_texts
 from tests.helpers.engine_prompts import small_config
 
@@ -28,14 +27,15 @@ LONG = replace(ALOUD, segment_tokens=9)
 SILENT = replace(GenerationConfig().greedy(), max_tokens=3)
 
 
-class Script(DepthDecoder):
+class Script:
     """Says given frames."""
 
-    def __init__(self, codes):
-        object.__setattr__(self, "codes", codes)
-        object.__setattr__(self, "tables", [np.zeros((size + 1, 1)) for size in CFG.audio.codebook_sizes])
+    end_code = END_CODE
 
-    def frame(self, hidden, choose):
+    def __init__(self, codes):
+        self.codes = codes
+
+    def decode_frame(self, hidden, choose):
         return self.codes
 
 

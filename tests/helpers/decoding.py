@@ -11,7 +11,6 @@ from jax.sharding import reshard
 
 from baichuan_omni_jax.config import tiny
 from baichuan_omni_jax.config.architecture import LLMConfig
-from baichuan_omni_jax.llm.decode import DecodeModel
 from baichuan_omni_jax.llm.kv_cache import KVCache
 from baichuan_omni_jax.llm.model import LanguageModel
 from baichuan_omni_jax.nn.param import ComputePolicy, named_variables, with_values
@@ -48,18 +47,18 @@ def recompute(llm: LanguageModel, tokens: jax.Array) -> jax.Array:
 
 
 @partial(jax.jit, compiler_options=FAST_TO_COMPILE)
-def _step(model: DecodeModel, cache: KVCache, tokens: jax.Array, positions: jax.Array) -> tuple[jax.Array, KVCache]:
-    hidden, cache = model(model.embed(tokens), positions, cache)
+def _step(model: LanguageModel, cache: KVCache, tokens: jax.Array, positions: jax.Array) -> tuple[jax.Array, KVCache]:
+    hidden, cache = model(model.embed(tokens), positions, cache=cache)
     return model.logits(hidden), cache
 
 
-def step(model: DecodeModel, cache: KVCache, tokens: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, KVCache]:
+def step(model: LanguageModel, cache: KVCache, tokens: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, KVCache]:
     """Logits of the next items of each row, and the cache with them."""
     logits, cache = _step(model, cache, tokens, positions.astype(np.int32))
     return np.asarray(logits), cache
 
 
-def decode(model: DecodeModel, cache: KVCache, parts: Sequence[int]) -> tuple[np.ndarray, np.ndarray, KVCache]:
+def decode(model: LanguageModel, cache: KVCache, parts: Sequence[int]) -> tuple[np.ndarray, np.ndarray, KVCache]:
     """Logits (b, t, v) of `TOKENS`, where they were computed (b, t), and the cache.
 
     `parts`: how many items each call of the prefill takes of every text; those beyond its prompt are padding.

@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from baichuan_omni_jax.llm.decode import DecodeModel
+from baichuan_omni_jax.llm.decode_layout import DECODE_LAYOUT
 from baichuan_omni_jax.llm.kv_cache import KVCache, init_cache
+from baichuan_omni_jax.llm.model import LanguageModel
+from baichuan_omni_jax.nn.param import named_values
 from tests.helpers.decoding import LENGTH, PROMPTS, ROWS, STEPS, TOKENS, decode, distance, recompute, small_llm, step
 from tests.helpers.micro import one_device
 
@@ -24,7 +26,7 @@ def llm(_mesh):
 
 @pytest.fixture(scope="module")
 def model(llm):
-    return DecodeModel.of(llm)
+    return llm.to_decode_layout()
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +34,11 @@ def expected(llm):
     return np.asarray(recompute(llm, TOKENS))
 
 
-def empty(model: DecodeModel, dtype=jnp.float32) -> KVCache:
+def empty(model: LanguageModel, dtype=jnp.float32) -> KVCache:
     return init_cache(model.cfg, len(ROWS), LENGTH, dtype, model.compute)
 
 
-def filled(model: DecodeModel) -> KVCache:
+def filled(model: LanguageModel) -> KVCache:
     return decode(model, empty(model), (10,))[-1]
 
 
@@ -48,6 +50,11 @@ def assert_same(ours: KVCache, cache: KVCache) -> None:
 def test_logits_of_unequal_rows_equal_full_recomputation(model, expected, parts):
     logits, known, _ = decode(model, empty(model), parts)
     assert (known.sum(1) == PROMPTS + STEPS).all()
+    assert distance(logits[known], expected[known]) < 1e-4
+
+
+def test_the_training_layout_takes_a_cache_too(llm, expected):
+    logits, known, _ = decode(llm, empty(llm), (10,))
     assert distance(logits[known], expected[known]) < 1e-4
 
 
@@ -79,7 +86,7 @@ def test_positions_past_the_end_write_nothing(model):
 
 def test_bf16_stays_near_fp32(llm, expected):
     """To 4e-2; one rounding to bf16 is 4e-3."""
-    model = DecodeModel.of(llm, jnp.bfloat16)
+    model = llm.to_decode_layout(jnp.bfloat16)
     assert model.embed(jnp.asarray(TOKENS)).dtype == jnp.bfloat16
     logits, known, _ = decode(model, empty(model, jnp.bfloat16), (1,) * 9)
     assert 1e-4 < distance(logits[known], expected[known]) < 4e-2
@@ -93,8 +100,32 @@ def test_int8_cache_stays_near_fp32_in_less_than_a_third_of_the_bytes(model, exp
     assert 1e-4 < distance(logits[known], expected[known]) < 4e-2
 
 
+def test_the_decode_layout_holds_the_training_weights(llm, model):
+    """Bit for bit: per key head, its query heads' projections, its key's and its value's; else a transposition."""
+    decoded, cfg = {name: np.asarray(x) for name, x in named_values(model).items()}, llm.cfg
+    stored = {name: np.asarray(x) for name, x in named_values(llm).items()}
+    groups = cfg.num_heads // cfg.num_kv_heads
+    for layer in range(cfg.num_layers):
+        get = lambda name, layer=layer: stored[f"layers.{name}"][layer]  # noqa: E731
+        q, k, v = (get(f"attention.{x}_proj.weight") for x in "qkv")
+        rows = [
+            head.T
+            for n in range(cfg.num_kv_heads)
+            for head in (*(q[:, n * groups + g] for g in range(groups)), k[:, n], v[:, n])
+        ]
+        expected = {
+            "attention.qkv_proj.weight": np.concatenate(rows),
+            "attention.o_proj.weight": get("attention.o_proj.weight").reshape(-1, cfg.hidden_size).T,
+            **{f"mlp.{x}_proj.weight": get(f"mlp.{x}_proj.weight").T for x in ("gate", "up", "down")},
+            **{f"{x}_norm.scale": get(f"{x}_norm.scale") for x in ("attention", "mlp")},
+        }
+        assert {*DECODE_LAYOUT, "attention_norm.scale", "mlp_norm.scale"} == {*expected, "attention.qkv_proj.bias"}
+        for name, value in expected.items():
+            np.testing.assert_array_equal(decoded[f"layers.{layer}.{name}"], value, err_msg=name)
+
+
 def test_the_head_is_the_models_own_or_normed(llm, model):
-    assert model.weights.head.unsafe_buffer_pointer() == llm.head[...].unsafe_buffer_pointer()
+    assert model.head[...].unsafe_buffer_pointer() == llm.head[...].unsafe_buffer_pointer()
     normed = small_llm(use_norm_head=True)
     hidden = jax.random.normal(jax.random.key(1), (2, 1, llm.cfg.hidden_size))
-    assert distance(DecodeModel.of(normed).logits(hidden), normed.logits(hidden)) < 1e-5
+    assert distance(normed.to_decode_layout().logits(hidden), normed.logits(hidden)) < 1e-5

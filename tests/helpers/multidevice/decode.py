@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from baichuan_omni_jax.config import MeshConfig
-from baichuan_omni_jax.llm.decode import DecodeModel
 from baichuan_omni_jax.llm.kv_cache import init_cache
 from baichuan_omni_jax.sharding import make_mesh
 from tests.helpers.decoding import LENGTH, ROWS, decode, distance, small_llm
@@ -17,7 +16,7 @@ from tests.helpers.decoding import LENGTH, ROWS, decode, distance, small_llm
 def logits(mesh: jax.sharding.Mesh, dtype: jnp.dtype) -> np.ndarray:
     """Of all items that are decoded, and the cache's share on one device."""
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
-        model = DecodeModel.of(small_llm())
+        model = small_llm().to_decode_layout()
         cache = init_cache(model.cfg, len(ROWS), LENGTH, dtype, model.compute)
         made, known, cache = decode(model, cache, (5, 5))
     entries = cache.layers[0].k
