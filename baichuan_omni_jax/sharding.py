@@ -61,6 +61,11 @@ class ShardingRules:
     act_mlp: MeshAxes = "tensor"  # inner width of MLPs
     act_vocab: MeshAxes = "tensor"  # logits
 
+    @classmethod
+    def unsplit(cls) -> "ShardingRules":
+        """Makes rules that split nothing: of one device, and of what runs inside a `shard_map`."""
+        return cls(**dict.fromkeys((field.name for field in fields(cls)), None))
+
     def axes(self, name: str) -> tuple[str, ...]:
         """Returns the mesh axes of the logical axis `name`. Raises KeyError on an unknown name."""
         if name not in self.__dataclass_fields__:
@@ -144,7 +149,7 @@ def place(x: Array, spec: PartitionSpec) -> Array:
 
 
 def check_divisible(
-    mesh: Mesh | AbstractMesh, rules: ShardingRules, shape: Sequence[int], names: Sequence[str], what: str
+    mesh: Mesh | AbstractMesh, rules: ShardingRules, shape: Sequence[int], names: Sequence[str | None], what: str
 ) -> None:
     """Checks that a mesh splits an array evenly.
 
@@ -159,7 +164,7 @@ def check_divisible(
         ConfigError: names `what`, the dimension and the mesh axes where a split is uneven.
     """
     for size, name in zip(shape, names, strict=True):
-        axes = rules.axes(name)
+        axes = rules.axes(name) if name else ()
         parts = axis_product(mesh, axes)
         if size % parts:
             raise ConfigError(

@@ -59,12 +59,15 @@ class ChatProcessor(Protocol):
     def encode_messages(self, messages: Sequence[Message], spoken: bool = False, voice: str = VOICE) -> Prompt:
         """A conversation, with the mark of the assistant's turn at its end; `spoken`: of one that answers aloud, by
         `voice` unless there is a system message."""
+        ...
 
     def encode_content(self, content: Content, speak: bool = False) -> Prompt:
         """Content as it stands, without roles; with `speak` the mark that begins speech stands at its end."""
+        ...
 
     def sentences(self, text: str) -> list[str]:
         """Text cut at punctuation into what is read aloud at once; joined they are the text."""
+        ...
 
 
 @dataclass(frozen=True)

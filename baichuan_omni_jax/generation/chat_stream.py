@@ -178,7 +178,7 @@ def _events(request: EventSource, speaker: SpeechSynthesizer | None, record: _Re
     stream = speaker.stream() if speaker else None
     try:
         for event in request:
-            if stream and not record.cancelled and not isinstance(event, TextDelta):
+            if speaker and stream and not record.cancelled and not isinstance(event, TextDelta):
                 sound = stream.push(event.codes, event.last) if isinstance(event, AudioCodes) else stream.close()
                 if len(sound):
                     record.add_sound(sound)

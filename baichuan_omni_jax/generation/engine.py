@@ -218,6 +218,7 @@ class Engine:
     def _prefill_chunk(self) -> int:
         """Reads the next chunk of those that join, and seats them after their last; returns the items it cost."""
         group, cost = self._prefill_group, 0
+        assert group is not None
         if not group.done:
             chunk = group.chunk(self._chunk)
             self._device.prefill(group.index, chunk)

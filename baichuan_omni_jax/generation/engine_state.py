@@ -4,7 +4,7 @@ Nothing here knows of requests or threads. Every method is called with the mesh 
 """
 
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.generation import programs
 from baichuan_omni_jax.generation.events import Prompt
 from baichuan_omni_jax.generation.prefill import chunk_sizes, lay_out_images
-from baichuan_omni_jax.generation.prompt_audio import PromptAudioEncoder
+from baichuan_omni_jax.generation.prompt_audio import PromptAudioEncoder, count_programs
 from baichuan_omni_jax.generation.slots import SlotState, StepOutput, idle_slots, init_slot
 from baichuan_omni_jax.llm.audio_head import AudioHeadBranch
 from baichuan_omni_jax.llm.kv_cache import init_cache
@@ -36,7 +36,7 @@ class DeviceState:
 
     def __init__(
         self,
-        branches: Mapping[str, nnx.Module],
+        branches: Mapping[str, Any],
         cfg: OmniConfig,
         table: PieceTable,
         mesh: Mesh,
@@ -73,7 +73,12 @@ class DeviceState:
 
     @property
     def cache_bytes(self) -> int:
-        return self._state.cache.bytes
+        return self._live.cache.bytes
+
+    @property
+    def _live(self) -> programs.EngineState:
+        assert self._state is not None  # None only while it is made anew
+        return self._state
 
     def reset(self) -> None:
         """An empty cache and idle rows, whatever there was before."""
@@ -83,15 +88,19 @@ class DeviceState:
                 array.delete()
         self._state = self._buffer = None
         cache = init_cache(self._cfg.llm, self._slots, self._length, self._cache_dtype, self._llm.compute)
-        hidden = np.zeros((self._slots, self._cfg.llm.hidden_size), self._llm.compute.dtype)
+        hidden: Any = np.zeros((self._slots, self._cfg.llm.hidden_size), self._llm.compute.dtype)
         self._state = programs.EngineState(cache, *self._placed((hidden, self._idle_slots())))
 
     def encode_audio(self, prompt: Prompt) -> Int32[np.ndarray, "a q"]:
         """The prompt's code frames, those of its mel windows made of them."""
-        return self._audio_encoder.encode(prompt) if prompt.mels else np.asarray(prompt.audio_codes)
+        if not prompt.mels:
+            return np.asarray(prompt.audio_codes)
+        assert self._audio_encoder is not None  # `check_prompt` lets none through else
+        return self._audio_encoder.encode(prompt)
 
     def encode_images(self, device: int, prompt: Prompt) -> None:
         """Keeps the embeddings of the prompt's images, for `prefill` of a row of `device`."""
+        assert self._vision is not None  # `check_prompt` lets none through else
         shards = axis_product(self._mesh, self._vision.compute.rules.axes("media"))
         images = lay_out_images({device: prompt}, self.devices, shards, self._cfg, self._length)
         self._buffer = programs.encode_images(self._vision, self._image_buffer(), *self._placed(images))
@@ -99,7 +108,7 @@ class DeviceState:
     def prefill(self, index: int, chunk: programs.Chunk) -> None:
         """Row `index` of every device reads its part of the chunk."""
         buffer = None if chunk.visual_slots is None else self._image_buffer()
-        self._state = programs.prefill(self._model, self._state, np.int32(index), self._placed(chunk), buffer)
+        self._state = programs.prefill(self._model, self._live, np.int32(index), self._placed(chunk), buffer)
 
     def insert(self, slot: int, prompt: Prompt, settings: GenerationConfig, key: UInt32[np.ndarray, "2"]) -> None:
         """Row `slot`, which has read the prompt, begins to answer."""
@@ -111,7 +120,7 @@ class DeviceState:
         """Up to `count` items of the rows that are `alive`, (n, b, ..), and why rows ended."""
         self._state, items, reasons = programs.decode_steps(
             self._model,
-            self._state,
+            self._live,
             *self._placed((alive,)),
             np.int32(count),
             np.bool_(stop_early),
@@ -125,8 +134,9 @@ class DeviceState:
         """Runs every program but those of images and sound once, on nothing."""
         for t in chunk_sizes(self._length, chunk):
             shape = (self.devices, t)
-            nowhere = np.full(shape, -1, np.int32)
-            text = programs.Chunk(np.zeros(shape, np.int32), nowhere, np.full(self.devices, -1, np.int32))
+            tokens: Any = np.zeros(shape, np.int32)
+            nowhere: Any = np.full(shape, -1, np.int32)
+            text = programs.Chunk(tokens, nowhere, nowhere[:, 0])
             self.prefill(0, text)
             if self._vision is not None or self._model.audio_head is not None:
                 codes = np.zeros((*shape, self._cfg.audio.levels), np.int32)
@@ -136,7 +146,7 @@ class DeviceState:
         self.decode_steps(np.zeros(self._slots, bool), 1, False)
 
     def _insert(self, slot: int, row: SlotState) -> None:
-        self._state = self._state._replace(rows=programs.insert(self._state.rows, np.int32(slot), row))
+        self._state = self._live._replace(rows=programs.insert(self._live.rows, np.int32(slot), row))
 
     def _idle_slots(self) -> SlotState:
         return idle_slots(self._slots, self._cfg.tokens, *self._widths)
@@ -164,8 +174,9 @@ def mesh_of(llm: nnx.Module) -> Mesh:
     sharding = next(iter(named_values(llm).values())).sharding
     if not isinstance(sharding, NamedSharding) or sharding.mesh.shape.get("context") != 1:
         raise ConfigError("generating needs the branches on a mesh of this project (sharding.make_mesh) with context 1")
+    assert isinstance(sharding.mesh, Mesh)
     return sharding.mesh
 
 
 def _programs() -> int:
-    return sum(program._cache_size() for program in _PROGRAMS)
+    return sum(count_programs(program) for program in _PROGRAMS)

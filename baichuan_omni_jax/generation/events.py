@@ -86,6 +86,8 @@ class GenerationResult:
     def from_events(cls, events: Iterable[Event]) -> "GenerationResult":
         """The answer that a request's events make, of which the last is `Finished`."""
         events = list(events)
+        finished = events[-1]
+        assert isinstance(finished, Finished)
         pieces = [event for event in events if isinstance(event, TextDelta)]
         speech, stretch = [], []
         for event in events:
@@ -101,5 +103,5 @@ class GenerationResult:
             tokens=tuple(token for piece in pieces for token in piece.tokens),
             logprobs=tuple(p for piece in pieces for p in piece.logprobs),
             speech=tuple(speech),
-            finished=events[-1],
+            finished=finished,
         )

@@ -1,6 +1,7 @@
 """Prompts in chunks of few sizes, so that reading them compiles few programs; their images laid out likewise."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int32
@@ -68,18 +69,18 @@ class PrefillGroup:
         """The next at most `most` items of every prompt, on the host."""
         count = min(self._size - self._at, most)
         shape = (self._devices, bucket(count, LEAST_TOKENS))
-        chunk = Chunk(
-            tokens=np.zeros(shape, np.int32),
-            positions=np.full(shape, -1, np.int32),
-            last=np.full(self._devices, -1, np.int32),
-        )
+        # Numpy's arrays where JAX's are declared: a jitted function takes either.
+        tokens: Any = np.zeros(shape, np.int32)
+        positions: Any = np.full(shape, -1, np.int32)
+        last: Any = np.full(self._devices, -1, np.int32)
         for device, request in self.requests.items():
             here = slice(self._at, min(self._at + count, request.size))
             n = max(here.stop - here.start, 0)
-            chunk.tokens[device, :n] = request.prompt.tokens[here]
-            chunk.positions[device, :n] = np.arange(here.start, here.start + n)
+            tokens[device, :n] = request.prompt.tokens[here]
+            positions[device, :n] = np.arange(here.start, here.start + n)
             if self._at < request.size <= self._at + count:
-                chunk.last[device] = n - 1
+                last[device] = n - 1
+        chunk = Chunk(tokens, positions, last)
         if self._media:
             chunk = self._with_media(chunk, slice(self._at, self._at + count))
         self._at += count
@@ -114,6 +115,7 @@ def lay_out_images(
     for device, prompt in prompts.items():
         images = sizes[device]
         starts = _starts(images, p, shards)
+        assert starts is not None  # p was doubled until all found room
         at = np.repeat(starts - (np.cumsum(images) - images), images) + np.arange(images.sum())
         patches[device, at], grid[device, at], ids[device, at] = prompt.patches, prompt.patch_grid, prompt.patch_frames
         slots[device, at[::merged] // merged] = prompt.visual_slots

@@ -184,6 +184,9 @@ def _logits(llm: LanguageModel, state: EngineState) -> Array:
 
 def _place_media(x: Array, chunk: Chunk, buffer: Array, audio_head: AudioHeadBranch | None) -> Array:
     """Token embeddings (g, t, d) with those of code frames and of visual tokens in their places."""
+    assert chunk.is_audio is not None
+    assert chunk.codes is not None
+    assert chunk.visual_slots is not None
     if audio_head is not None:
         x = jnp.where(chunk.is_audio[..., None], audio_head.embed(chunk.codes).astype(x.dtype), x)
     visual_slots = jax.vmap(lambda row, at: row.at[at].get(mode="fill", fill_value=0))(buffer, chunk.visual_slots)

@@ -1,5 +1,7 @@
 """Codes of the sound that a prompt holds as mel windows, by the branch `audio_encoder`."""
 
+from typing import Any
+
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int32
@@ -20,7 +22,7 @@ class PromptAudioEncoder:
     @property
     def programs(self) -> int:
         """Compiled so far."""
-        return self._encode.encode._cache_size()
+        return count_programs(self._encode.encode)
 
     def encode(self, prompt: Prompt) -> Int32[np.ndarray, "a q"]:
         """The prompt's `audio_codes`, those of its `mels` filled in. Call it with the mesh set."""
@@ -29,3 +31,8 @@ class PromptAudioEncoder:
         for place, frames in self._encode(windows):
             codes[place : place + len(frames)] = frames
         return codes
+
+
+def count_programs(jitted: Any) -> int:
+    """How many programs a jitted function was compiled to; JAX has no public name for it."""
+    return jitted._cache_size()

@@ -63,7 +63,7 @@ class ActiveRequest:
     ):
         self.prompt, self.settings, self.key = prompt, settings, key
         self.size = len(prompt.tokens)
-        self.slot: int | None = None
+        self.slot = -1  # until it is admitted
         self.events: deque[Event | RequestError] = deque()
         self.over = self.cancelled = False
         self.tokens = self.frames = 0

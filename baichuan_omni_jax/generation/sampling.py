@@ -3,8 +3,8 @@
 Settings are arrays, so that one program serves them all; a row's draw is the same whatever the rows beside it ask for.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,9 +29,10 @@ class SamplingParams(NamedTuple):
     @classmethod
     def from_settings(cls, rows: Sequence[SamplingConfig]) -> "SamplingParams":
         """The settings of one row after the other, on the host."""
-        floats = (("temperature", np.float32), ("top_k", np.int32), ("top_p", np.float32))
-        types = dict(floats, repetition_penalty=np.float32)
-        return cls(**{name: np.array([getattr(row, name) for row in rows], dtype) for name, dtype in types.items()})
+        # Numpy's arrays where JAX's are declared: a jitted function takes either.
+        column: Callable[..., Any] = lambda name, dtype: np.array([getattr(row, name) for row in rows], dtype)  # noqa: E731
+        floats = {name: column(name, np.float32) for name in ("temperature", "top_p", "repetition_penalty")}
+        return cls(top_k=column("top_k", np.int32), **floats)
 
 
 def key_data(key: Array) -> UInt32[np.ndarray, "2"]:

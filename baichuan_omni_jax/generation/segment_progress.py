@@ -3,7 +3,7 @@
 All of it is arithmetic and look-ups in small arrays, so that it runs in the program that makes the tokens.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -51,7 +51,8 @@ class SegmentStep(NamedTuple):
 
 def init_progress(count: int) -> SegmentProgress:
     """Of `count` rows without text, on the host."""
-    return SegmentProgress(*(np.zeros(count, np.int32) for _ in SegmentProgress._fields))
+    zeros: Any = np.zeros(count, np.int32)  # numpy's where JAX's is declared: a jitted function takes either
+    return SegmentProgress(zeros, zeros, zeros, zeros, zeros)
 
 
 def next_segment(progress: SegmentProgress) -> SegmentProgress:

@@ -11,7 +11,7 @@ All arrays are of one device's rows: `advance` runs inside shard_map, and nothin
 """
 
 from enum import IntEnum
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -66,9 +66,9 @@ class SlotState(NamedTuple):
     codes: SamplingParams
     key: UInt32[Array, "b 2"]
     max_tokens: Int32[Array, " b"]
-    segment_tokens: Int32[Array, " b"]
-    segment_frames: Int32[Array, " b"]
-    max_segments: Int32[Array, " b"]
+    piece_tokens: Int32[Array, " b"]
+    piece_frames: Int32[Array, " b"]
+    max_pieces: Int32[Array, " b"]
     least: Int32[Array, " b"]
     speech_enabled: Bool[Array, " b"]
     position: Int32[Array, " b"]
@@ -108,20 +108,29 @@ def init_slot(
     A prompt that ends in `<audiogen_start>` is answered by speech at once, and by that alone unless `settings.speech`.
     """
     speaking = int(prompt[-1]) == tokens.audiogen_start
-    seen_tokens = np.zeros((1, vocab), bool)
+    seen_tokens: Any = np.zeros((1, vocab), bool)
     seen_tokens[0, prompt] = True
-    first = settings.first_segment if settings.speech else settings.text
-    number, flag = (lambda value: np.array([value], np.int32)), (lambda value: np.array([value], bool))
+    first = settings.first_piece if settings.speech else settings.text
+
+    # Numpy's arrays where JAX's are declared: a jitted function takes either.
+    def number(value: int) -> Any:
+        return np.array([value], np.int32)
+
+    def flag(value: bool) -> Any:
+        return np.array([value], bool)
+
+    row_key: Any = key[None]
+    no_codes: Any = np.zeros((1, *codes), bool)
     return SlotState(
         first=SamplingParams.from_settings([first]),
-        later=SamplingParams.from_settings([settings.segment]),
+        later=SamplingParams.from_settings([settings.piece]),
         codes=SamplingParams.from_settings([settings.codes]),
-        key=key[None],
+        key=row_key,
         max_tokens=number(settings.max_tokens),
-        segment_tokens=number(settings.segment_tokens),
-        segment_frames=number(settings.segment_frames),
-        max_segments=number(settings.max_segments),
-        least=number(round(100 * settings.segment_seconds)),
+        piece_tokens=number(settings.piece_tokens),
+        piece_frames=number(settings.piece_frames),
+        max_pieces=number(settings.max_pieces),
+        least=number(round(100 * settings.piece_seconds)),
         speech_enabled=flag(settings.speech),
         position=number(len(prompt)),
         tokens=number(0),
@@ -135,7 +144,7 @@ def init_slot(
         reason=number(FinishReason.RUNNING),
         active=flag(True),
         seen_tokens=seen_tokens,
-        seen_codes=np.zeros((1, *codes), bool),
+        seen_codes=no_codes,
     )
 
 
@@ -161,7 +170,7 @@ def advance(
     no more, or when its item has no place in a cache of `length`.
     """
     # What is drawn: a token, or a frame of speech.
-    full = rows.speaking & (rows.frames >= rows.segment_frames)
+    full = rows.speaking & (rows.frames >= rows.piece_frames)
     draws_token = rows.active & ~rows.speaking & ~rows.turn
     draws_frame = rows.active & rows.speaking & ~full
     token, logprob = _sample_token(rows, logits, draws_token, tokens, 1 + rows.seen_codes.shape[1])
@@ -186,9 +195,9 @@ def advance(
 
     drawn, piece = rows.tokens + text, rows.piece + text
     capped = text & (drawn >= rows.max_tokens)
-    piece_over = text & rows.speech_enabled & (cut_short | (piece >= rows.segment_tokens) | capped)
+    piece_over = text & rows.speech_enabled & (cut_short | (piece >= rows.piece_tokens) | capped)
     last_piece = (
-        silence & rows.speech_enabled & (rows.pieces >= rows.max_segments) & (rows.ending == FinishReason.RUNNING)
+        silence & rows.speech_enabled & (rows.pieces >= rows.max_pieces) & (rows.ending == FinishReason.RUNNING)
     )
     ending = jnp.where(
         speak_last, FinishReason.END, jnp.where(capped & rows.speech_enabled, FinishReason.LENGTH, rows.ending)

@@ -13,12 +13,16 @@ level's matrices side by side, as no program should cut them out of the whole fo
 same is shown by `test_the_depth_cache_gives_the_logits_of_the_whole_depth_sequence` in `tests/llm/test_audio_head.py`.
 """
 
+import re
 from collections.abc import Callable
-from typing import Literal
+from dataclasses import replace
+from functools import partial
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
 from baichuan_omni_jax.config.architecture import AudioHeadConfig
@@ -27,12 +31,15 @@ from baichuan_omni_jax.nn.linear import Linear, gather_weight, look_up, product
 from baichuan_omni_jax.nn.param import (
     Buffer,
     ComputePolicy,
+    named_variables,
     normal,
     split_as,
     stack,
     use,
+    with_values,
 )
 from baichuan_omni_jax.nn.remat import remat
+from baichuan_omni_jax.sharding import ShardingRules
 
 STREAM = ("batch", "media", None)
 DEPTH = ("batch", "media", None, None)
@@ -126,6 +133,9 @@ class DepthLayer(nnx.Module):
         self.attention = DepthAttention(keys[0], d, cfg.head_dim, compute)
         self.mlp_norm = RMSNorm(d, eps=cfg.norm_eps, compute=compute)
         self.layout = layout
+        # A linear map of all depths, or a list of one for each.
+        self.linear1: Any
+        self.linear2: Any
         if layout == "decode":
             up, down = ("bcqd,fd->bcqf", (f, d)), ("bcqf,df->bcqd", (d, f))
             self.linear1, self.linear2 = (
@@ -166,6 +176,7 @@ class AudioHead(nnx.Module):
     ):
         keys = jax.random.split(key, 1 + len(codebook_sizes))
         depth = len(codebook_sizes)
+        self.layers: Any  # stacked for a scan, or a list
         if layout == "decode":
             layer_keys = jax.random.split(keys[0], cfg.num_layers)
             self.layers = nnx.List([DepthLayer(k, width, depth, cfg, compute, layout) for k in layer_keys])
@@ -263,8 +274,8 @@ class AudioHeadBranch(nnx.Module):
         Weights come in `dtype` (default: the compute dtype), biases and norm scales as stored, all whole on every
         device. Nothing that it computes carries a sharding, so that it runs inside the caller's `shard_map`.
         """
-        whole = ShardingRules(**dict.fromkeys((field.name for field in fields(ShardingRules)), None))
-        compute = replace(self.compute, dtype=jnp.dtype(dtype or self.compute.dtype), rules=whole)
+        dtype = jnp.dtype(dtype or self.compute.dtype)
+        compute = replace(self.compute, dtype=dtype, rules=ShardingRules.unsplit())
         sizes, key = (self.cfg, self.codebook_sizes, self.width), jax.random.key(0)
         abstract = jax.eval_shape(lambda: AudioHeadBranch(key, *sizes, compute, "decode"))
         stored, values = named_variables(self), {}

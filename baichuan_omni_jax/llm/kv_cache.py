@@ -90,7 +90,7 @@ def write(
         written = as_bits(entries).at[rows, heads, places].set(as_bits(new.astype(entries.dtype)), mode="drop")
         return from_bits(written, entries.dtype)
 
-    if cache.k_scale is None:
+    if cache.k_scale is None or cache.v_scale is None:
         return LayerCache(put(cache.k, k), put(cache.v, v), None, None)
     (k, k_scale), (v, v_scale) = _quantize(k), _quantize(v)
     return LayerCache(put(cache.k, k), put(cache.v, v), put(cache.k_scale, k_scale), put(cache.v_scale, v_scale))

@@ -8,7 +8,7 @@ two layouts: `training`, or `decode` (`decode_layout.py`), which `LanguageModel.
 """
 
 from dataclasses import replace
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -101,6 +101,7 @@ class Attention(nnx.Module):
                 q, k, v, segments=segments, plan=plan, causal=True, scale=self.scale, implementation=attention
             )
         else:
+            assert positions is not None
             out, cache = attend_with_cache(q, k, v, positions, cache, segments, plan, self.compute, self.scale)
 
         if self.layout == "decode":
@@ -116,6 +117,9 @@ class SwiGLU(nnx.Module):
         keys = jax.random.split(key, 3)
         d, f = cfg.hidden_size, cfg.intermediate_size
         self.compute = compute
+        self.gate_proj: Any
+        self.up_proj: Any
+        self.down_proj: Any
         if layout == "decode":
             self.gate_proj = MatrixLinear(keys[0], (f, d), ("mlp", "embed"), out=HIDDEN, compute=compute)
             self.up_proj = MatrixLinear(keys[1], (f, d), ("mlp", "embed"), out=HIDDEN, compute=compute)
@@ -172,6 +176,7 @@ class LanguageModel(nnx.Module):
         keys = jax.random.split(key, 3)
         # The table is looked up by row, so its rows stay whole on each device; the head's are split over `tensor`.
         self.embedding = normal(keys[0], (cfg.vocab_size, cfg.hidden_size), ("codes", "embed"))
+        self.layers: Any  # stacked for a scan, or a list
         if layout == "decode":
             layer_keys = jax.random.split(keys[1], cfg.num_layers)
             self.layers = nnx.List([DecoderLayer(layer_key, cfg, compute, layout) for layer_key in layer_keys])
@@ -251,6 +256,7 @@ class LanguageModel(nnx.Module):
         """
         if cache is not None:
             return self._with_cache(x, positions, cache)
+        assert segment_ids is not None
         segments = whole_keys(Segments.from_row(segment_ids, positions))
         block = self.compute.attention_block
         plan = plan_blocks(segments, causal=True, block_q=block, block_kv=block)

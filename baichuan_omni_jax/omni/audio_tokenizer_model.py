@@ -89,7 +89,7 @@ class TokenizerModel(nnx.Module):
         slots = feature_slots(valid, batch, self.compute)
         media = self.transcript_adapter(features)
         media = media.reshape(*slots.shape, -1, out_sharding=rules.spec(CLIPS, None, None))
-        parts = [tuple(split_as(array, self.compute, CLIPS, "media") for array in (media, slots))]
+        parts = [(split_as(media, self.compute, CLIPS, "media"), split_as(slots, self.compute, CLIPS, "media"))]
         with jax.named_scope("reader"):
             return self.llm(merge_media(x, parts, rules), batch["positions"], batch["segment_ids"])
 

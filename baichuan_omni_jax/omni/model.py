@@ -5,13 +5,20 @@ training computes them in chunks inside the loss, generation for one position.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from baichuan_omni_jax.branches import OMNI_BRANCHES, build_branch
-from baichuan_omni_jax.config import OmniConfig
+from baichuan_omni_jax.checkpoint import branch_home, find_checkpoint, read_tree, with_shardings
+from baichuan_omni_jax.checkpoint.branches import CONFIG, branch_folder
+from baichuan_omni_jax.config import OmniConfig, read_hf
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.llm.audio_head import AudioHeadBranch
 from baichuan_omni_jax.llm.model import LanguageModel
@@ -39,10 +46,46 @@ class OmniModel(nnx.Module):
         if unknown or "llm" not in branches:
             raise ConfigError(f"branches {', '.join(branches)}: llm and any of {', '.join(OMNI_BRANCHES)} are a model")
         keys = dict(zip(OMNI_BRANCHES, jax.random.split(key, len(OMNI_BRANCHES)), strict=True))
-        self.branches = tuple(name for name in OMNI_BRANCHES if name in branches)
-        for name in self.branches:
+        present = tuple(name for name in OMNI_BRANCHES if name in branches)
+        self.branches = present
+        for name in present:
             setattr(self, name, build_branch(name, keys[name], cfg, compute))
         self.compute = compute
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: str | Path, *, dtype: DTypeLike = "float32", mesh: Mesh | None = None) -> Self:
+        """Loads a model from a checkpoint, without drawing or compiling anything.
+
+            model = OmniModel.from_checkpoint("runs/omni")
+            hidden, audio_logits = model(batch)  # a packed batch (docs/reference/batch.md), of one row or more
+            logits = model.llm.logits(hidden)
+
+        Without a mesh the model lies on the default device and is called as it stands. With one its parameters are
+        split as they are in training, and it is called under `jax.set_mesh(mesh)`.
+
+        Args:
+            checkpoint: a checkpoint or a run's workdir (its newest good step), as converted or trained; may be a URL.
+            dtype: that of weights and activations.
+            mesh: of `baichuan_omni_jax.sharding.make_mesh`.
+
+        Returns:
+            The model, with those of the branches vision, llm and audio_head that the checkpoint has.
+
+        Raises:
+            ConfigError: no checkpoint there, none with the branch llm, or a damaged file.
+        """
+        folder = find_checkpoint(checkpoint)
+        homes = {name: home for name in OMNI_BRANCHES if (home := branch_home(folder, name))}
+        if "llm" not in homes:
+            raise ConfigError(f"checkpoint {folder} has no branch llm; it has {', '.join(homes) or 'none of a model'}")
+        cfg, kind = read_hf(Path(folder) / CONFIG), jnp.dtype(dtype)
+        compute = ComputePolicy(dtype=kind, remat="none")
+        # Shapes first: a constructor that is run draws every weight, op by op, before it is overwritten.
+        model = jax.eval_shape(lambda key: cls(key, cfg, compute, tuple(homes)), jax.random.key(0))
+        for name, home in homes.items():
+            shapes = with_shardings(getattr(model, name), mesh, compute.rules, dtype=kind, name=name)
+            setattr(model, name, read_tree(home / branch_folder(name), shapes, f"branch {name}"))
+        return model
 
     def embed(self, batch: Batch) -> Float[Array, "b t d"]:
         """Token embeddings with every pad slot replaced by its picture's or sound's embedding."""
