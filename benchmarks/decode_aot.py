@@ -29,6 +29,7 @@ from baichuan_omni_jax.checkpoint import with_shardings
 from baichuan_omni_jax.config import MeshConfig, OmniConfig, baichuan_omni_7b
 from baichuan_omni_jax.flops.chips import chip_of
 from baichuan_omni_jax.generation import programs
+from baichuan_omni_jax.generation.prefill import Chunk
 from baichuan_omni_jax.generation.slots import idle_slots
 from baichuan_omni_jax.llm.audio_head import AudioHeadBranch
 from baichuan_omni_jax.llm.kv_cache import init_cache
@@ -89,7 +90,7 @@ def lower_prefill(cfg: OmniConfig, mesh: Mesh, sizes: Sizes) -> jax.stages.Lower
     shape = devices, sizes.chunk
     whole, chunk = (
         np.zeros(shape, np.int32),
-        programs.Chunk(*[np.zeros(shape, np.int32)] * 2, np.zeros(devices, np.int32)),
+        Chunk(*[np.zeros(shape, np.int32)] * 2, np.zeros(devices, np.int32)),
     )
     chunk = chunk._replace(
         codes=np.zeros((*shape, cfg.audio.levels), np.int32), is_audio=np.zeros(shape, bool), visual_slots=whole

@@ -24,9 +24,8 @@ from baichuan_omni_jax.cli.common import check_folders
 from baichuan_omni_jax.config import MeshConfig, OmniConfig
 from baichuan_omni_jax.config.mel_targets import flow_target
 from baichuan_omni_jax.errors import ConfigError
-from baichuan_omni_jax.generation.crossfade import CrossFade
 from baichuan_omni_jax.generation.loading import load_for_generation
-from baichuan_omni_jax.generation.speech_decoder import DecodedSpeech, SpeechDecoder
+from baichuan_omni_jax.generation.speech_decoder import CrossFade, DecodedSpeech, SpeechDecoder
 from baichuan_omni_jax.sharding import make_mesh
 from data_pipelines.errors import SampleError
 from data_pipelines.media.audio import decode_audio, probe_audio

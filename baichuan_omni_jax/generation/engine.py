@@ -25,10 +25,9 @@ from tokenizers import Tokenizer
 from baichuan_omni_jax.branches import PROMPT_BRANCHES
 from baichuan_omni_jax.config import GenerationConfig, OmniConfig
 from baichuan_omni_jax.errors import ConfigError, RequestError
-from baichuan_omni_jax.generation.engine_state import DeviceState, mesh_of
 from baichuan_omni_jax.generation.events import GenerationResult, Prompt
-from baichuan_omni_jax.generation.prefill import PrefillGroup
-from baichuan_omni_jax.generation.prompt_check import check_prompt
+from baichuan_omni_jax.generation.prefill import PrefillGroup, check_prompt
+from baichuan_omni_jax.generation.programs import DeviceState, mesh_of
 from baichuan_omni_jax.generation.requests import ActiveRequest, Request
 from baichuan_omni_jax.generation.sampling import key_data
 from data_pipelines.text.speech_segments import piece_table

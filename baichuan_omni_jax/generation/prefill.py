@@ -1,16 +1,124 @@
-"""Prompts in chunks of few sizes, so that reading them compiles few programs; their images laid out likewise."""
+"""Prompts on the way into the cache: checked, their audio encoded, their images laid out, their tokens in chunks.
 
-from collections.abc import Mapping
-from typing import Any
+Chunks and image batches come in few sizes, so that reading prompts compiles few programs.
+"""
+
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int32
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Int32
 
-from baichuan_omni_jax.config import OmniConfig
+from baichuan_omni_jax.audio.encoder import AudioEncoderBranch
+from baichuan_omni_jax.audio.tokenize import WindowEncoder
+from baichuan_omni_jax.config import GenerationConfig, OmniConfig
+from baichuan_omni_jax.errors import RequestError
 from baichuan_omni_jax.generation.events import Prompt
-from baichuan_omni_jax.generation.programs import Chunk
 from baichuan_omni_jax.generation.requests import ActiveRequest
 from baichuan_omni_jax.omni.batch import BatchSizes, empty_batch
+
+
+def check_prompt(
+    prompt: Prompt, settings: GenerationConfig, cfg: OmniConfig, branches: Collection[str], length: int
+) -> None:
+    """Raises RequestError: `too_long` for the cache of `length`, `no_branch`, `bad_media`, `bad_message`."""
+    tokens = np.asarray(prompt.tokens)
+    if not len(tokens) or tokens.min() < 0 or tokens.max() >= cfg.llm.vocab_size:
+        raise RequestError("bad_message", f"a prompt has at least one token, all in 0 .. {cfg.llm.vocab_size - 1}")
+    if len(tokens) + 1 > length:
+        raise RequestError(
+            "too_long", f"the prompt has {len(tokens)} tokens; the cache holds {length}, one of the answer included"
+        )
+    _check_branches(prompt, settings, cfg, branches)
+    _check_sound(prompt, cfg)
+    _check_pictures(prompt, cfg)
+
+
+def _check_branches(prompt: Prompt, settings: GenerationConfig, cfg: OmniConfig, branches: Collection[str]) -> None:
+    speech = settings.speech or int(prompt.tokens[-1]) == cfg.tokens.audiogen_start
+    needs = (
+        ("vision", len(prompt.patches), "pictures"),
+        ("audio_encoder", len(prompt.mels), "sound"),
+        ("audio_head", len(prompt.audio_codes), "sound"),
+        ("audio_head", speech, "an answer aloud"),
+    )
+    for branch, needed, what in needs:
+        if needed and branch not in branches:
+            raise RequestError("no_branch", f"the request has or asks for {what}, the checkpoint has no {branch}")
+
+
+def _check_sound(prompt: Prompt, cfg: OmniConfig) -> None:
+    codes, sizes = np.asarray(prompt.audio_codes), np.array(cfg.audio.codebook_sizes)
+    if codes.shape != (len(prompt.audio_slots), len(sizes)):
+        raise RequestError(
+            "bad_media", f"audio codes {codes.shape} do not fit {len(prompt.audio_slots)} slots of {len(sizes)} levels"
+        )
+    if len(codes) and not ((codes >= 0) & (codes < sizes)).all():
+        raise RequestError("bad_media", f"an audio code lies outside its codebook (sizes {tuple(sizes.tolist())})")
+    _check_slots("audio", prompt.audio_slots, len(prompt.tokens))
+    if len(prompt.mels) != len(prompt.mel_places):
+        raise RequestError("bad_media", f"{len(prompt.mels)} mel windows have {len(prompt.mel_places)} places")
+    for mel, place in zip(prompt.mels, prompt.mel_places, strict=True):
+        frames, most = len(mel), cfg.audio.max_mel_frames
+        if mel.shape[1:] != (cfg.audio.num_mel_bins,) or frames > most:
+            raise RequestError(
+                "bad_media", f"a mel window {mel.shape} is not (at most {most}, {cfg.audio.num_mel_bins})"
+            )
+        if not 0 <= place <= len(codes) - cfg.audio.bridge_length(frames):
+            raise RequestError("bad_media", f"code frames of a mel window at {place} lie outside the {len(codes)}")
+        if not np.isfinite(mel).all():
+            raise RequestError("bad_media", "a mel window holds values that are not finite")
+
+
+def _check_pictures(prompt: Prompt, cfg: OmniConfig) -> None:
+    patches, merged = np.asarray(prompt.patches), cfg.vision.merged_patches
+    if len(prompt.visual_slots) * merged != len(patches):
+        raise RequestError(
+            "bad_media", f"{len(patches)} patches do not fit {len(prompt.visual_slots)} visual slots of {merged}"
+        )
+    if len(patches) and patches.shape[1] != cfg.vision.patch_values:
+        raise RequestError("bad_media", f"a patch has {patches.shape[1]} values, not {cfg.vision.patch_values}")
+    frames = np.asarray(prompt.patch_frames)
+    if prompt.patch_grid.shape != (len(patches), 2) or frames.shape != (len(patches),):
+        raise RequestError("bad_media", f"patch_grid and patch_frames do not fit {len(patches)} patches")
+    if len(frames) and (frames[0] < 1 or (np.diff(frames) < 0).any() or (np.bincount(frames) % merged).any()):
+        raise RequestError("bad_media", f"patch_frames must ascend from 1, each picture a multiple of {merged} patches")
+    _check_slots("visual", prompt.visual_slots, len(prompt.tokens))
+
+
+def _check_slots(kind: str, slots: np.ndarray, tokens: int) -> None:
+    slots = np.asarray(slots)
+    if len(slots) and (slots.min() < 0 or slots.max() >= tokens or len(np.unique(slots)) < len(slots)):
+        raise RequestError("bad_media", f"{kind} slots are not different positions among the {tokens} tokens")
+
+
+class PromptAudioEncoder:
+    """`AudioEncoderBranch` for prompts, on `mesh`. One program for each of the lengths that windows are padded to."""
+
+    def __init__(self, tokenizer: AudioEncoderBranch, mesh: Mesh):
+        self._cfg = tokenizer.cfg
+        # One window a device: a prompt has few, and empty places cost as much as taken ones.
+        self._encode = WindowEncoder(tokenizer, mesh, windows_per_device=1)
+
+    @property
+    def programs(self) -> int:
+        """Compiled so far."""
+        return count_programs(self._encode.encode)
+
+    def encode(self, prompt: Prompt) -> Int32[np.ndarray, "a q"]:
+        """The prompt's `audio_codes`, those of its `mels` filled in. Call it with the mesh set."""
+        codes = np.array(prompt.audio_codes, np.int32)
+        windows = ((place, mel.T) for place, mel in zip(prompt.mel_places, prompt.mels, strict=True))
+        for place, frames in self._encode(windows):
+            codes[place : place + len(frames)] = frames
+        return codes
+
+
+def count_programs(jitted: Any) -> int:
+    """How many programs a jitted function was compiled to; JAX has no public name for it."""
+    return jitted._cache_size()
+
 
 LEAST_TOKENS, LEAST_PATCHES = 32, 256
 
@@ -26,6 +134,21 @@ def chunk_sizes(length: int, most: int) -> list[int]:
     while sizes[-1] < min(bucket(length - 1, LEAST_TOKENS), most):
         sizes.append(2 * sizes[-1])
     return sizes
+
+
+class Chunk(NamedTuple):
+    """Up to t items of g prompts, one a device. `last` is the place of a prompt's last item, -1 where it is not here.
+
+    `positions` are -1 at padding; `codes` count where `is_audio`; `visual_slots` is the position of a visual token,
+    elsewhere the cache's length. Prompts of text alone have None for the three.
+    """
+
+    tokens: Int32[Array, "g t"]
+    positions: Int32[Array, "g t"]
+    last: Int32[Array, " g"]
+    codes: Int32[Array, "g t q"] | None = None
+    is_audio: Bool[Array, "g t"] | None = None
+    visual_slots: Int32[Array, "g t"] | None = None
 
 
 class Media:

@@ -1,11 +1,12 @@
 """What each row of the running batch is doing, and what it says next: text or speech, every row by itself.
 
-    text     draws tokens; `<audiogen_start>`, drawn, or written where a piece of text ends, turns to speech
-    speech   draws frames; the end code, or too many frames, writes `<audiogen_end>` and turns to text again
+    text     samples tokens; `<audiogen_start>`, sampled, or written where a segment of text ends, turns to speech
+    speech   samples frames; the end code, or too many frames, writes `<audiogen_end>` and turns to text again
 
-The first piece of text ends where the model says so, or with as many tokens as it may have; later ones also where
-`speech_pieces` cuts a text. That a piece is over shows in the token drawn next, which is then not written: it is drawn
-anew after the speech.
+The first segment of text ends where the model says so, or with as many tokens as it may have; later ones also where
+`data_pipelines.text.speech_segments` cuts a text, a rule that is followed here from token to token, by arithmetic and
+look-ups in small arrays. That a segment is over shows in the token sampled next, which is then not written: it is
+sampled anew after the speech.
 
 All arrays are of one device's rows: `advance` runs inside shard_map, and nothing of a row depends on another.
 """
@@ -20,9 +21,99 @@ from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from baichuan_omni_jax.config import GenerationConfig, SpecialTokens
 from baichuan_omni_jax.generation.sampling import SamplingParams, sample
-from baichuan_omni_jax.generation.segment_progress import SegmentProgress, advance_segment, init_progress, next_segment
 from baichuan_omni_jax.llm.audio_head import Choose
-from data_pipelines.text.speech_segments import PieceTable
+from data_pipelines.text.speech_segments import (
+    ENDS,
+    NO,
+    PREFIXES,
+    QUOTE_STATES,
+    SHORT,
+    WORD_BASE,
+    WORD_DOT,
+    WORD_LENGTH,
+    PieceTable,
+)
+
+_NO = (ord("n") - 96) * WORD_BASE + (ord("o") - 96)  # the word `no`
+_POWERS = np.array([WORD_BASE**n for n in range(WORD_LENGTH + 1)], np.int32)
+
+
+class SegmentProgress(NamedTuple):
+    """Where the text of b rows stands: units spoken since the last piece, the rule's state, and the word it ends in.
+
+    The word is its last characters as a number, its length up to `WORD_LENGTH` + 1, and whether it is one capital
+    letter.
+    """
+
+    units: Int32[Array, " b"]
+    state: Int32[Array, " b"]
+    word: Int32[Array, " b"]
+    length: Int32[Array, " b"]
+    single: Int32[Array, " b"]
+
+
+class SegmentStep(NamedTuple):
+    """What a drawn token comes to: `before`: a piece ends before it, so that it is not written; `within`: it ends
+    inside it, and `token` is what stands before; `progress` behind `token` where it is written."""
+
+    before: Bool[Array, " b"]
+    within: Bool[Array, " b"]
+    token: Int32[Array, " b"]
+    progress: SegmentProgress
+
+
+def init_progress(count: int) -> SegmentProgress:
+    """Of `count` rows without text, on the host."""
+    zeros: Any = np.zeros(count, np.int32)  # numpy's where JAX's is declared: a jitted function takes either
+    return SegmentProgress(zeros, zeros, zeros, zeros, zeros)
+
+
+def next_segment(progress: SegmentProgress) -> SegmentProgress:
+    """The same, when the piece that was being written is over."""
+    return progress._replace(units=jnp.zeros_like(progress.units), state=progress.state % QUOTE_STATES)
+
+
+def advance_segment(
+    table: PieceTable, progress: SegmentProgress, token: Int32[Array, " b"], may_end: Bool[Array, " b"]
+) -> SegmentStep:
+    """What `token`, drawn next, comes to; a piece may end only where `may_end`."""
+    column = progress.state * 3 + _word_before_stop(table, progress)
+    place = table.cuts[table.row[token], column]
+    prefix = table.prefix[token, jnp.clip(place - 1, 0, PREFIXES - 1)]
+    before = may_end & (place == 0)
+    within = may_end & (place > 0) & (place <= PREFIXES) & (prefix >= 0)
+    token = jnp.where(within, prefix, token)
+
+    word, length, single = _next_word(table, progress, token)
+    after = SegmentProgress(
+        progress.units + table.units[token], table.after[table.row[token], column], word, length, single
+    )
+    return SegmentStep(before, within, token, after)
+
+
+def _word_before_stop(table: PieceTable, at: SegmentProgress) -> Array:
+    """`speech_pieces.ENDS`, `SHORT` or `NO`, if a full stop came next."""
+    last, second = at.word % WORD_BASE, at.word // WORD_BASE % WORD_BASE
+    known = (at.word[:, None] == table.abbreviations).any(-1) & (at.length <= WORD_LENGTH)
+    dotted = (at.length > 2) & (second == WORD_DOT)
+    word = jnp.where(known | dotted | (at.single > 0), SHORT, ENDS)
+    word = jnp.where((at.word == _NO) & (at.length == 2), NO, word)
+    return jnp.where((at.length == 0) | (last == WORD_DOT), ENDS, word)
+
+
+def _next_word(table: PieceTable, at: SegmentProgress, token: Array) -> tuple[Array, Array, Array]:
+    """The word that the text ends in behind `token`, as in `SegmentProgress`."""
+    part, number, size, dot_first, tail, tail_size, single = jnp.moveaxis(table.words[token], -1, 0)
+    # Part of a word goes on with the word before it, unless two full stops meet.
+    goes_on = (part > 0) & (at.length > 0) & ~((dot_first > 0) & (at.word % WORD_BASE == WORD_DOT))
+    kept = jnp.clip(size, 0, WORD_LENGTH)
+    powers = jnp.asarray(_POWERS)
+    joined = at.word % powers[WORD_LENGTH - kept] * powers[kept] + number
+    return (
+        jnp.where(goes_on, joined, tail),
+        jnp.where(goes_on, jnp.minimum(at.length + size, WORD_LENGTH + 1), tail_size),
+        jnp.where(goes_on, 0, single),
+    )
 
 
 class OutputKind(IntEnum):

@@ -45,7 +45,8 @@ class OmniModel(nnx.Module):
         unknown = [name for name in branches if name not in OMNI_BRANCHES]
         if unknown or "llm" not in branches:
             raise ConfigError(f"branches {', '.join(branches)}: llm and any of {', '.join(OMNI_BRANCHES)} are a model")
-        keys = dict(zip(OMNI_BRANCHES, jax.random.split(key, len(OMNI_BRANCHES)), strict=True))
+        split = jax.random.split(key, len(OMNI_BRANCHES))
+        keys: dict[str, PRNGKeyArray] = dict(zip(OMNI_BRANCHES, split, strict=True))
         present = tuple(name for name in OMNI_BRANCHES if name in branches)
         self.branches = present
         for name in present:

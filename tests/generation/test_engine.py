@@ -11,7 +11,7 @@ import pytest
 from baichuan_omni_jax.config import GenerationConfig, SamplingConfig
 from baichuan_omni_jax.generation.engine import Engine
 from baichuan_omni_jax.generation.events import GenerationResult
-from baichuan_omni_jax.generation.prompt_audio import PromptAudioEncoder
+from baichuan_omni_jax.generation.prefill import PromptAudioEncoder
 from baichuan_omni_jax.nn.param import split_as
 from baichuan_omni_jax.omni.merge import merge_media
 from baichuan_omni_jax.verify.fixtures import Fixtures, exact_arithmetic

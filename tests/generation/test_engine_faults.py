@@ -14,11 +14,10 @@ from hypothesis import strategies as st
 
 from baichuan_omni_jax.config import GenerationConfig
 from baichuan_omni_jax.errors import ConfigError, RequestError
-from baichuan_omni_jax.generation import engine_state, programs
+from baichuan_omni_jax.generation import programs
 from baichuan_omni_jax.generation.engine import Engine
 from baichuan_omni_jax.generation.events import Finished, GenerationResult
-from baichuan_omni_jax.generation.requests import Request
-from baichuan_omni_jax.generation.text_stream import TextStream
+from baichuan_omni_jax.generation.requests import Request, TextStream
 from data_pipelines.tokenizers.tokenizer import encode
 from tests.helpers.engine_prompts import (
     TEXTS,
@@ -196,7 +195,7 @@ def test_the_last_event_is_not_lost_when_another_thread_makes_it():
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
 def test_what_breaks_off_before_a_prompt_is_seated_ends_its_request(engine, prompts, monkeypatch, caplog, error):
     """Its owner would wait for ever. Whoever interrupts the engine did so on purpose: there is nothing to log."""
-    made, caches, gone = engine_state.init_cache, [], []
+    made, caches, gone = programs.init_cache, [], []
 
     def seat(*_):
         caches.append(engine._device._state.cache.layers[0].k)
@@ -209,7 +208,7 @@ def test_what_breaks_off_before_a_prompt_is_seated_ends_its_request(engine, prom
     first, second = engine.submit(prompts[0], SILENT, KEY), engine.submit(prompts[1], SILENT, KEY)
     with monkeypatch.context() as patched:
         patched.setattr(programs, "insert", seat)
-        patched.setattr(engine_state, "init_cache", init_cache)
+        patched.setattr(programs, "init_cache", init_cache)
         with pytest.raises(KeyboardInterrupt) if error is KeyboardInterrupt else nullcontext():
             engine._serve(first._active)
     assert first._active.over

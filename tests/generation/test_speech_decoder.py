@@ -16,8 +16,7 @@ from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.flow.matching import sample_mel
 from baichuan_omni_jax.flow.model import FlowDecoder
 from baichuan_omni_jax.generation import speech_decoder as speech
-from baichuan_omni_jax.generation.crossfade import CrossFade
-from baichuan_omni_jax.generation.speech_decoder import SpeechDecoder
+from baichuan_omni_jax.generation.speech_decoder import CrossFade, SpeechDecoder
 from baichuan_omni_jax.nn.param import ComputePolicy, named_variables, with_values
 from baichuan_omni_jax.sharding import make_mesh
 from baichuan_omni_jax.vocoder.model import Vocoder, draw_noise, reach
