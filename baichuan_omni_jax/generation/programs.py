@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int32, UInt8, UInt32
 
@@ -56,7 +56,19 @@ def encode_images(
     frames: Int32[Array, "g p"],
     slots: Int32[Array, "g n"],
 ) -> Float[Array, "g s d"]:
-    """`buffer`, by position in the prompt, with the embeddings of each visual token at its slot (s: unused)."""
+    """Encodes images and puts their embeddings where their tokens stand in the prompts.
+
+    Args:
+        vision: the branch `vision`.
+        buffer: embeddings by position in the prompt, one prompt a device.
+        patches: raw pixels of one temporal slice, v = 588 in released models.
+        grid: row and column of each patch.
+        frames: the image that a patch belongs to, from 1; 0 is padding.
+        slots: the position of each visual token; s where there is none.
+
+    Returns:
+        The buffer with the images' embeddings in it.
+    """
     rules = vision.compute.rules
     slots = split_as(slots, vision.compute, "batch", "media")
     return merge_media(buffer, [(vision(patches, grid, frames), slots)], rules)
@@ -70,19 +82,36 @@ def prefill(
     chunk: Chunk,
     buffer: Float[Array, "g s d"] | None,
 ) -> EngineState:
-    """Row `index` of every device reads its part of a chunk. A row without items there stays as it is."""
+    """Reads a chunk of prompts into the cache, into one row of every device.
+
+    Args:
+        models: what computes it.
+        state: of all slots; it is donated.
+        index: the row, counted on each device. One whose chunk has no items stays as it is.
+        chunk: the next items of each device's prompt.
+        buffer: embeddings of the prompts' images by position; None for text alone.
+
+    Returns:
+        The state, the items' keys and values in the cache and a prompt's last hidden state in its row.
+    """
     llm, audio_head = models
     x = llm.embed(chunk.tokens)
     chunk = jax.tree.map(lambda x: split_as(x, llm.compute, "batch"), chunk)
     rows = llm.compute.rules.spec("batch")
+
+    # Embeddings: of tokens, then of code frames and images in their places.
     if buffer is not None:
         buffer = split_as(buffer, llm.compute, "batch")
         x = _local(_place_media, (rows, rows, rows, P()), rows)(x, chunk, buffer, audio_head)
+
+    # Row `index` is cut out of each device's part of the cache: the batch of this call is one row a device.
     specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, state.cache)
     part = _local(lambda whole, index: jax.tree.map(lambda x: _row(x, index), whole), (specs, P()), specs)(
         state.cache, index
     )
     hidden, part = llm(x, chunk.positions, cache=part)
+
+    # And put back. A prompt that ends here leaves the state that its first answer's item is sampled from.
     cache = _local(_put_rows, (specs, specs, P()), specs)(state.cache, part, index)
     last = _local(_last_hidden, (rows, rows, rows, P()), rows)(hidden, state.hidden, chunk.last, index)
     hidden = _local(_put_rows, (rows, rows, P()), rows)(state.hidden, last, index)
@@ -91,7 +120,7 @@ def prefill(
 
 @partial(jax.jit, donate_argnames="rows")
 def insert(rows: SlotState, slot: Int32[Array, ""], new: SlotState) -> SlotState:
-    """Row `slot` begins anew as `new`, one row."""
+    """Puts `new`, one row, in the place of row `slot`."""
 
     def put(old: Array, new: Array) -> Array:
         split = P(jax.typeof(old).sharding.spec[0])
@@ -114,15 +143,28 @@ def decode_steps(
     tokens: SpecialTokens,
     size: int,
 ) -> tuple[EngineState, StepOutput, Int32[Array, " b"]]:
-    """Up to `steps` (at most `size`) items of every active row: what they are (size, b, ..), and why rows ended.
+    """Makes the next items of every active row, several of them in one program.
 
-    Ends before when no row is active, with `stop_early` when any row ends. Rows that are not `alive` are ended first.
+    Args:
+        models: what computes them.
+        state: of all slots; it is donated.
+        alive: rows that are still wanted; the others are ended first.
+        steps: how many items, at most `size`; fewer when no row is active any more.
+        stop_early: ends when any row ends, since somebody waits for its slot.
+        table: says where a segment of text ends.
+        tokens: the special tokens.
+        size: items that there is room for; static.
+
+    Returns:
+        The state; what was written (size, b, ..), `OutputKind.NONE` where nothing was; and why rows ended
+        (`FinishReason`).
     """
     llm, audio_head = models
     split = llm.compute.rules.spec("batch")
     rows = state.rows._replace(active=state.rows.active & split_as(alive, llm.compute, "batch"))
     started, b = rows.active, rows.active.shape[0]
     levels = rows.seen_codes.shape[1]
+    # Sampling is a row's own affair, so it runs where the row lies; the models' products run on the mesh.
     step = _local(
         partial(_step, length=state.cache.length, tokens=tokens), (split, split, split, P(), P()), (split,) * 4
     )
@@ -134,7 +176,9 @@ def decode_steps(
 
     def one_step(carry):
         n, state, log = carry
+        # What comes next in each row: a token, a code frame, or a mark between text and speech.
         rows, items, frames, positions = step(state.rows, _logits(llm, state), state.hidden, audio_head, table)
+        # Its embedding, through the language model: the state that the step after this one samples from.
         is_frame = items.kind == OutputKind.FRAME
         x = llm.embed(items.token[:, None])
         if audio_head is not None:
@@ -209,7 +253,10 @@ Arrays = TypeVar("Arrays", bound=tuple)
 
 
 class DeviceState:
-    """`slots` rows of `length` items each, on the mesh of the branches; `devices` of it hold different rows."""
+    """Holds `slots` rows of `length` items each, on the mesh of the branches; `devices` of it hold different rows.
+
+    Every method is called with the mesh set.
+    """
 
     def __init__(
         self,
@@ -226,8 +273,9 @@ class DeviceState:
         head, encoder = branches.get("audio_head"), branches.get("audio_encoder")
         self._cfg, self._mesh = cfg, mesh
         # Once, not with each call: it is some megabytes for a large vocabulary.
-        self._table = jax.device_put(PieceTable(*table), NamedSharding(mesh, PartitionSpec()))
+        self._table = jax.device_put(PieceTable(*table), NamedSharding(mesh, P()))
         self._slots, self._length, self._steps_per_call = slots, length, steps_per_call
+        # Copies in the layout of decoding; whoever made the engine drops the branches that nothing else needs.
         self._model = DecodeModels(
             branches["llm"].to_decode_layout(), None if head is None else _head_to_decode_layout(head)
         )
@@ -258,7 +306,7 @@ class DeviceState:
         return self._state
 
     def reset(self) -> None:
-        """An empty cache and idle rows, whatever there was before."""
+        """Makes an empty cache and idle rows, whatever there was before."""
         # A step that failed may have left all of it, and its traceback still refers to it: there is no room for both.
         for array in jax.tree.leaves((self._state, self._buffer)):
             if not array.is_deleted():
@@ -269,7 +317,7 @@ class DeviceState:
         self._state = EngineState(cache, *self._placed((hidden, self._idle_slots())))
 
     def encode_audio(self, prompt: Prompt) -> Int32[np.ndarray, "a q"]:
-        """The prompt's code frames, those of its mel windows made of them."""
+        """Returns the prompt's code frames, those of its mel windows made of them."""
         if not prompt.mels:
             return np.asarray(prompt.audio_codes)
         assert self._audio_encoder is not None  # `check_prompt` lets none through else
@@ -283,18 +331,18 @@ class DeviceState:
         self._buffer = encode_images(self._vision, self._image_buffer(), *self._placed(images))
 
     def prefill(self, index: int, chunk: Chunk) -> None:
-        """Row `index` of every device reads its part of the chunk."""
+        """Reads the chunk into row `index` of every device."""
         buffer = None if chunk.visual_slots is None else self._image_buffer()
         self._state = prefill(self._model, self._live, np.int32(index), self._placed(chunk), buffer)
 
     def insert(self, slot: int, prompt: Prompt, settings: GenerationConfig, key: UInt32[np.ndarray, "2"]) -> None:
-        """Row `slot`, which has read the prompt, begins to answer."""
+        """Starts the answer in row `slot`, which has read the prompt."""
         self._insert(slot, init_slot(prompt.tokens, settings, key, self._cfg.tokens, *self._widths))
 
     def decode_steps(
         self, alive: Bool[np.ndarray, " b"], count: int, stop_early: bool
     ) -> tuple[StepOutput, Int32[np.ndarray, " b"]]:
-        """Up to `count` items of the rows that are `alive`, (n, b, ..), and why rows ended."""
+        """Makes up to `count` items of the rows that are `alive`, (n, b, ..); returns them and why rows ended."""
         self._state, items, reasons = decode_steps(
             self._model,
             self._live,
@@ -308,7 +356,7 @@ class DeviceState:
         return jax.device_get((items, reasons))
 
     def warm_up(self, chunk: int) -> None:
-        """Runs every program but those of images and sound once, on nothing."""
+        """Runs every program but those of images and audio once, on nothing."""
         for t in chunk_sizes(self._length, chunk):
             shape = (self.devices, t)
             tokens: Any = np.zeros(shape, np.int32)
@@ -347,7 +395,7 @@ class DeviceState:
 
 
 def mesh_of(llm: nnx.Module) -> Mesh:
-    """The mesh that a branch lies on. Raises ConfigError where generating cannot work with it."""
+    """Returns the mesh that a branch lies on. Raises ConfigError where generating cannot work with it."""
     sharding = next(iter(named_values(llm).values())).sharding
     if not isinstance(sharding, NamedSharding) or sharding.mesh.shape.get("context") != 1:
         raise ConfigError("generating needs the branches on a mesh of this project (sharding.make_mesh) with context 1")

@@ -1,6 +1,6 @@
-"""One token of each row drawn from its logits, every row by settings and a key of its own.
+"""Samples one token of each row from its logits, every row by settings and a key of its own.
 
-Settings are arrays, so that one program serves them all; a row's draw is the same whatever the rows beside it ask for.
+Settings are arrays, so that one program serves them all; a row's token is the same whatever the rows beside it ask for.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from baichuan_omni_jax.config import SamplingConfig
 
-# Rows whose `top_k` is at most this are drawn without their whole vocabulary being sorted.
+# Rows whose `top_k` is at most this are sampled without their whole vocabulary being sorted.
 MAX_FAST_TOP_K = 64
 _LEAST_TEMPERATURE = 1e-6
 
@@ -48,16 +48,27 @@ def sample(
     step: Int32[Array, " b"],
     allowed: Bool[Array, "#b v"] | None = None,
 ) -> tuple[Int32[Array, " b"], Float[Array, " b"]]:
-    """A token of each row, and its log-probability by the logits alone, before penalty and cuts.
+    """Samples a token of each row.
 
-    `seen_tokens` are the tokens that the row's sequence already has, which `repetition_penalty` meets; those that are
-    not `allowed` are never chosen. The same key and step give the same draw. Order of the cuts: see `SamplingConfig`.
+    Args:
+        logits: of the next token.
+        seen_tokens: what the row's sequence already has, which `repetition_penalty` meets.
+        params: the settings of each row; the order of the cuts is `SamplingConfig`'s.
+        keys: two words of each row (`key_data`).
+        step: counts the row's samples: the same key and step give the same token.
+        allowed: tokens that may be chosen (default: all).
+
+    Returns:
+        The tokens, and their log-probabilities by the logits alone, before penalty and cuts.
     """
+    # The repetition penalty, then what is forbidden; greedy rows are done with that.
     logits = logits.astype(jnp.float32)
     scores = _penalized(logits, seen_tokens, params.repetition_penalty)
     if allowed is not None:
         scores = jnp.where(allowed, scores, -jnp.inf)
     tokens = jnp.argmax(scores, -1).astype(jnp.int32)
+    # Rows with a temperature, in two groups: sorting a vocabulary of 152064 takes longer than all else, so that is done
+    # only where a row needs it, and neither group costs anything when it is empty.
     drawn = params.temperature > 0
     keys = jax.vmap(_step_key)(keys, step)
     few = drawn & (params.top_k > 0) & (params.top_k <= MAX_FAST_TOP_K)
@@ -84,9 +95,11 @@ def _sample_among(scores: Array, width: int, params: SamplingParams, keys: Array
     best = (best - best[:, :1]) / jnp.maximum(params.temperature, _LEAST_TEMPERATURE)[:, None]
     rank = jnp.arange(width)
     best = jnp.where((rank < params.top_k[:, None]) | (params.top_k[:, None] == 0), best, -jnp.inf)
+    # The nucleus: tokens in front of which less than top_p lies. The likeliest always stays.
     likely = jax.nn.softmax(best, -1)
     before = jnp.cumsum(likely, -1) - likely
     kept = (before < params.top_p[:, None]) | (params.top_p[:, None] >= 1) | (rank == 0)
+    # The largest score with Gumbel noise is a sample of the softmax over what was kept.
     noise = jax.vmap(lambda key: jax.random.gumbel(key, (width,), jnp.float32))(keys)
     place = jnp.argmax(jnp.where(kept, best + noise, -jnp.inf), -1)
     return jnp.take_along_axis(ids, place[:, None], -1)[:, 0].astype(jnp.int32)

@@ -194,9 +194,17 @@ def init_slot(
     vocab: int,
     codes: tuple[int, int],
 ) -> SlotState:
-    """One row that is to answer `prompt`, on the host; `codes` are levels and the width of `seen_codes`.
+    """Makes one row that is to answer `prompt`, on the host.
 
     A prompt that ends in `<audiogen_start>` is answered by speech at once, and by that alone unless `settings.speech`.
+
+    Args:
+        prompt: its tokens, which the repetition penalty counts as seen.
+        settings: what the caller asked for.
+        key: two words of the row's own randomness (`sampling.key_data`).
+        tokens: the special tokens.
+        vocab: the size of the vocabulary.
+        codes: levels of audio codes, and the width of `seen_codes`.
     """
     speaking = int(prompt[-1]) == tokens.audiogen_start
     seen_tokens: Any = np.zeros((1, vocab), bool)
@@ -240,7 +248,7 @@ def init_slot(
 
 
 def idle_slots(count: int, tokens: SpecialTokens, vocab: int, codes: tuple[int, int]) -> SlotState:
-    """`count` rows that do nothing, on the host."""
+    """Makes `count` rows that do nothing, on the host."""
     prompt = np.array([tokens.end_of_text], np.int32)
     one = init_slot(prompt, GenerationConfig(), np.zeros(2, np.uint32), tokens, vocab, codes)
     return jax.tree.map(lambda x: np.repeat(x, count, 0), one._replace(active=np.zeros(1, bool)))
@@ -255,19 +263,30 @@ def advance(
     tokens: SpecialTokens,
     length: int,
 ) -> tuple[SlotState, StepOutput]:
-    """What comes after `hidden` in every active row, and the rows after it.
+    """Decides what comes next in every active row.
 
-    `logits` are those of rows that draw a token; `table` says where a piece of text ends. A row ends when it may draw
-    no more, or when its item has no place in a cache of `length`.
+    A row ends when it may sample no more, or when its item has no place in the cache.
+
+    Args:
+        rows: settings and progress of each row.
+        logits: of the next token; read where a row samples one.
+        hidden: the state of each row's last item, which the audio head continues.
+        audio_head: makes code frames; None where no row speaks.
+        table: says where a segment of text ends.
+        tokens: the special tokens.
+        length: of the cache.
+
+    Returns:
+        The rows after this item, and the item.
     """
-    # What is drawn: a token, or a frame of speech.
+    # What is sampled: a token, or a frame of speech.
     full = rows.speaking & (rows.frames >= rows.piece_frames)
     draws_token = rows.active & ~rows.speaking & ~rows.turn
     draws_frame = rows.active & rows.speaking & ~full
     token, logprob = _sample_token(rows, logits, draws_token, tokens, 1 + rows.seen_codes.shape[1])
     codes = _sample_frame(rows, hidden, draws_frame, audio_head)
 
-    # What that comes to. A drawn token before which the piece is over is dropped: speech begins in its place.
+    # What that comes to. A sampled token before which the segment is over is dropped: speech begins in its place.
     end_code = draws_frame & (codes[:, 0] == (audio_head.end_code if audio_head else -1))
     frame = draws_frame & ~end_code
     silence = rows.active & (full | end_code)
@@ -284,6 +303,7 @@ def advance(
     speak_last = end_of_text & rows.speech_enabled & (rows.progress.units > 0)
     voice = (rows.active & rows.turn) | start_drawn | speak_last | step.before
 
+    # What ends: the segment (speech comes next), the speech (text comes next, or the end), or the answer.
     drawn, piece = rows.tokens + text, rows.piece + text
     capped = text & (drawn >= rows.max_tokens)
     piece_over = text & rows.speech_enabled & (cut_short | (piece >= rows.piece_tokens) | capped)
@@ -302,6 +322,7 @@ def advance(
         rows.active & (reason == FinishReason.RUNNING) & (rows.position >= length), FinishReason.LENGTH, reason
     )
 
+    # What is written, and the row after it. A mark is a token that no one sampled for its own sake.
     token = jnp.where(voice, tokens.audiogen_start, jnp.where(silence, tokens.audiogen_end, token))
     kind = jnp.where(
         frame,
