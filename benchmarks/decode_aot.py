@@ -2,10 +2,10 @@
 
     pip install -e '.[preflight]' && python benchmarks/decode_aot.py [--topologies v5e:2x4 v5p:2x2x1] [--json]
 
-Compiled ahead of time, without a TPU, in bf16, from shapes alone: `burst`, which makes text and speech of every slot,
-and `read`, which takes in a chunk of a prompt with media on every row of devices. Bytes are one chip's: arguments
+Compiled ahead of time, without a TPU, in bf16, from shapes alone: `decode_steps`, which makes text and speech of every
+slot, and `prefill`, which reads a chunk of a prompt with media on every row of devices. Bytes are one chip's: arguments
 (weights, cache, rows), temporaries, and what new arrays a program returns, beside what the chip lets a program use. An
-item is a token or a code frame of every slot, all of them made in one turn of the burst's loop.
+item is a token or a code frame of every slot, all of them made in one turn of the program's loop.
 """
 
 import argparse
@@ -42,7 +42,7 @@ from data_pipelines.text.speech_segments import piece_table
 
 GIB, MIB = 2**30, 2**20
 COMPUTE = ComputePolicy(dtype=jnp.dtype("bfloat16"), remat="none")
-BURST = 8
+STEPS_PER_CALL = 8
 
 
 class Sizes(NamedTuple):
@@ -59,7 +59,7 @@ def make_branches(cfg: OmniConfig) -> dict:
     return {"llm": LanguageModel(key, cfg.llm, COMPUTE), "audio_head": AudioHeadBranch(key, *head, COMPUTE)}
 
 
-def make_speakers(branches: dict) -> programs.DecodeModels:
+def make_models(branches: dict) -> programs.DecodeModels:
     return programs.DecodeModels(branches["llm"].to_decode_layout(), branches["audio_head"].to_decode_layout())
 
 
@@ -69,23 +69,23 @@ def abstract_engine(cfg: OmniConfig, mesh: Mesh, sizes: Sizes) -> tuple[programs
         name: with_shardings(module, mesh, COMPUTE.rules, dtype=COMPUTE.dtype, name=name)
         for name, module in jax.eval_shape(partial(make_branches, cfg)).items()
     }
-    speakers = jax.eval_shape(make_speakers, branches)
+    models = jax.eval_shape(make_models, branches)
     cache = jax.eval_shape(partial(init_cache, cfg.llm, sizes.slots, sizes.length, sizes.cache_dtype, COMPUTE))
     widths = cfg.llm.vocab_size, (cfg.audio.levels, max(cfg.audio.codebook_sizes) + 1)
     hidden = np.zeros((sizes.slots, cfg.llm.hidden_size), COMPUTE.dtype)
     rows = idle_slots(sizes.slots, cfg.tokens, *widths)
-    return _typed(speakers, mesh), programs.EngineState(_typed(cache, mesh), *_split((hidden, rows), mesh))
+    return _typed(models, mesh), programs.EngineState(_typed(cache, mesh), *_split((hidden, rows), mesh))
 
 
 def lower_decode_steps(cfg: OmniConfig, mesh: Mesh, sizes: Sizes) -> jax.stages.Lowered:
-    speakers, state = abstract_engine(cfg, mesh, sizes)
+    models, state = abstract_engine(cfg, mesh, sizes)
     alive, table = np.zeros(sizes.slots, bool), piece_table(None, cfg.llm.vocab_size)
-    told = _split(alive, mesh), np.int32(BURST), np.bool_(False), table
-    return programs.decode_steps.lower(speakers, state, *told, tokens=cfg.tokens, size=BURST)
+    told = _split(alive, mesh), np.int32(STEPS_PER_CALL), np.bool_(False), table
+    return programs.decode_steps.lower(models, state, *told, tokens=cfg.tokens, size=STEPS_PER_CALL)
 
 
 def lower_prefill(cfg: OmniConfig, mesh: Mesh, sizes: Sizes) -> jax.stages.Lowered:
-    speakers, state = abstract_engine(cfg, mesh, sizes)
+    models, state = abstract_engine(cfg, mesh, sizes)
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
     shape = devices, sizes.chunk
     whole, chunk = (
@@ -96,7 +96,7 @@ def lower_prefill(cfg: OmniConfig, mesh: Mesh, sizes: Sizes) -> jax.stages.Lower
         codes=np.zeros((*shape, cfg.audio.levels), np.int32), is_audio=np.zeros(shape, bool), visual_slots=whole
     )
     buffer = np.zeros((devices, sizes.length, cfg.llm.hidden_size), COMPUTE.dtype)
-    return programs.prefill.lower(speakers, state, np.int32(0), _split(chunk, mesh), _split(buffer, mesh))
+    return programs.prefill.lower(models, state, np.int32(0), _split(chunk, mesh), _split(buffer, mesh))
 
 
 def _typed(tree, mesh: Mesh):
@@ -144,7 +144,7 @@ def measure(topology: str, tensor: int, sizes: Sizes, cfg: OmniConfig) -> list[d
         )
         return line, compiled
 
-    burst, compiled = built("burst", lower_decode_steps)
+    decoding, compiled = built("decode_steps", lower_decode_steps)
     moved, count = traffic(compiled.as_text(), mesh)
     travels = row(
         f"decode_aot_traffic_{chip.name}",
@@ -152,7 +152,7 @@ def measure(topology: str, tensor: int, sizes: Sizes, cfg: OmniConfig) -> list[d
         f"MiB of collectives an item of {sizes.slots} slots",
         note=f"{where}: {count} collectives, {moved / MIB / sizes.slots:.3f} MiB a token",
     )
-    return [burst, travels, built("read", lower_prefill)[0]]
+    return [decoding, travels, built("prefill", lower_prefill)[0]]
 
 
 def main() -> int:

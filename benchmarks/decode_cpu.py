@@ -40,7 +40,7 @@ from baichuan_omni_jax.sharding import make_mesh
 
 SHORT, LONG = 16, 1024
 # Tokens that one program decodes.
-BURST = 8
+STEPS_PER_CALL = 8
 SIZES = {
     "num_layers": 24,
     "hidden_size": 896,
@@ -107,7 +107,7 @@ def read(model: LanguageModel, cache: KVCache, tokens: jax.Array) -> tuple[KVCac
 
 @partial(jax.jit, donate_argnames="cache")
 def decode(model: LanguageModel, cache: KVCache, token: jax.Array, at: jax.Array) -> tuple[KVCache, jax.Array]:
-    """The `BURST` tokens after `token`, which is written at position `at`."""
+    """The `STEPS_PER_CALL` tokens after `token`, which is written at position `at`."""
 
     def step(carry, n):
         cache, token = carry
@@ -115,7 +115,7 @@ def decode(model: LanguageModel, cache: KVCache, token: jax.Array, at: jax.Array
         token = jnp.argmax(model.logits(hidden), -1).astype(jnp.int32)
         return (cache, token), token[0, 0]
 
-    (cache, _), tokens = jax.lax.scan(step, (cache, token), jnp.arange(BURST))
+    (cache, _), tokens = jax.lax.scan(step, (cache, token), jnp.arange(STEPS_PER_CALL))
     return cache, tokens
 
 
@@ -129,7 +129,7 @@ class Ours:
     def __call__(self, prompt: np.ndarray, new: int) -> np.ndarray:
         self._cache, token = read(self._model, self._cache, prompt[None])
         tokens = [np.asarray(token)[0]]
-        for at in range(len(prompt), len(prompt) + new - 1, BURST):
+        for at in range(len(prompt), len(prompt) + new - 1, STEPS_PER_CALL):
             self._cache, more = decode(self._model, self._cache, tokens[-1][None, -1:], np.int32(at))
             tokens.append(np.asarray(more))
         return np.concatenate(tokens)[:new]
@@ -169,7 +169,7 @@ def measure(abstract: LanguageModel, new: int, repeats: int) -> list[dict]:
     del stacked
     rows, shape = [], f"{cfg.num_layers} layers of width {cfg.hidden_size}, vocabulary {cfg.vocab_size}"
     for name, dtype in TORCH.items():
-        ours, peer = Ours(models[name], LONG + new + BURST), partial(theirs, reference.to(dtype))
+        ours, peer = Ours(models[name], LONG + new + STEPS_PER_CALL), partial(theirs, reference.to(dtype))
         mine, other, same = compare(ours, peer, short, new, repeats)
         rows.append(
             row(
