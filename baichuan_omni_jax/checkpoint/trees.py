@@ -1,9 +1,15 @@
-"""Trees of arrays as files: any pytree is stored as nested dicts keyed by the parts of each leaf's dotted name.
+"""Trees of arrays as files, written by Orbax as a whole or not at all, and read back.
 
-So no file depends on a Python class: a module, an optimizer state of named tuples and a checkpoint that was written
-tensor by tensor look alike, and the tree asked for gives the classes back.
+Any pytree is stored as nested dicts keyed by the parts of each leaf's dotted name, so no file depends on a Python
+class: a module, an optimizer state of named tuples and a checkpoint that was written tensor by tensor look alike, and
+the tree that is read into gives the classes back.
+
+Orbax calls `async_save` (arrays are copied off the devices before it returns), writes in a background thread, calls
+`finalize` on the first host when every host has written, and then renames the temporary folder to its final name.
+Text files and checksums are written in `finalize`: the rename commits them together with the arrays.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -14,6 +20,7 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 
+from baichuan_omni_jax.checkpoint.steps import write_checksums
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.nn.param import dotted
 from baichuan_omni_jax.sharding import ShardingRules, parameter_sharding
@@ -24,11 +31,20 @@ Tree = Any
 def with_shardings(
     module: Tree, mesh: Mesh | None, rules: ShardingRules, *, dtype: jnp.dtype | None = None, name: str = ""
 ) -> Tree:
-    """An abstract module (`jax.eval_shape` of its constructor) whose parameters know where they will be stored.
+    """Places an abstract module: its parameters know where they will be stored.
 
-    Without a mesh they go to the default device. `dtype` replaces the dtype of floating-point parameters; `name` stands
-    before parameter names in errors.
-    Raises ConfigError naming the parameter when the mesh does not divide it.
+    Args:
+        module: shapes for values (`jax.eval_shape` of the constructor, or `abstract_branches`).
+        mesh: the mesh that parameters are split over; None: they go to the default device.
+        rules: the logical axes' mesh axes.
+        dtype: replaces the dtype of floating-point parameters.
+        name: stands before parameter names in errors.
+
+    Returns:
+        The same module, each parameter a `jax.ShapeDtypeStruct` with a sharding (None without a mesh).
+
+    Raises:
+        ConfigError: names the parameter that the mesh does not divide.
     """
 
     def place(path: tuple, variable: nnx.Variable) -> nnx.Variable:
@@ -42,15 +58,15 @@ def with_shardings(
 
 
 def leaves_by_name(tree: Tree) -> dict[str, Any]:
-    """Every array of a pytree by dotted name (`0.mu.llm.embed`), out of its `nnx.Variable` if it is in one."""
+    """Returns every array of a pytree by dotted name (`0.mu.llm.embed`), out of its `nnx.Variable` if it is in one."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_variable)
-    named = {dotted(path): _unwrap(leaf) for path, leaf in leaves}
+    named = {dotted(path): leaf.get_value() if _is_variable(leaf) else leaf for path, leaf in leaves}
     assert len(named) == len(leaves), f"{len(leaves) - len(named)} leaves share a dotted name with another"
     return named
 
 
 def fill(tree: Tree, values: dict[str, Any]) -> Tree:
-    """`tree` with the leaf of each dotted name replaced by `values[name]`."""
+    """Returns `tree` with the leaf of each dotted name replaced by `values[name]`."""
 
     def put(path: tuple, leaf: Any) -> Any:
         value = values[dotted(path)]
@@ -60,7 +76,7 @@ def fill(tree: Tree, values: dict[str, Any]) -> Tree:
 
 
 def nest(named: dict[str, Any]) -> dict[str, Any]:
-    """`{"a.b": x, "a.c": y}` as `{"a": {"b": x, "c": y}}`."""
+    """Nests `{"a.b": x, "a.c": y}` to `{"a": {"b": x, "c": y}}`."""
     nested: dict[str, Any] = {}
     for name, value in named.items():
         *parents, last = name.split(".")
@@ -72,7 +88,7 @@ def nest(named: dict[str, Any]) -> dict[str, Any]:
 
 
 def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The inverse of `nest`."""
+    """Undoes `nest`."""
     flat: dict[str, Any] = {}
     for key, value in nested.items():
         flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
@@ -80,7 +96,7 @@ def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def to_stored(tree: Tree) -> dict[str, Any]:
-    """What Orbax is given to write: nested dicts of arrays. Arrays of the host are copied, they may change."""
+    """Returns what Orbax is given to write: nested dicts of arrays. Arrays of the host are copied, they may change."""
     named = leaves_by_name(tree)
     return nest({name: leaf if isinstance(leaf, jax.Array) else np.array(leaf) for name, leaf in named.items()})
 
@@ -96,6 +112,7 @@ def read_tree(folder: epath.PathLike, abstract: Tree, what: str) -> Tree:
     if not wanted:
         return abstract
     reader = ocp.PyTreeCheckpointHandler()
+    # Names and shapes first, so that an error names the tensor and both shapes.
     _check_shapes(_stored_shapes(reader, folder, what), wanted, f"{what} of {folder}")
     # Each array is read straight into its dtype and sharding: no host holds more than its own parts.
     arguments = nest({name: _restore_args(leaf) for name, leaf in wanted.items()})
@@ -139,9 +156,69 @@ def _restore_args(leaf: Any) -> ocp.RestoreArgs:
     )
 
 
-def _unwrap(leaf: Any) -> Any:
-    return leaf.get_value() if _is_variable(leaf) else leaf
-
-
 def _is_variable(leaf: Any) -> bool:
     return isinstance(leaf, nnx.Variable)
+
+
+# A chunk is what is read at once: small enough that a large stacked tensor is never whole in one host's memory.
+_CHUNK_BYTES = 64 << 20
+# Orbax's name for a folder that is not committed is the final name and this.
+TEMPORARY = ".orbax-checkpoint-tmp"
+
+
+class FolderHandler(ocp.AsyncCheckpointHandler):
+    """Writes a `FolderSave`. One save at a time, which `ocp.AsyncCheckpointer` sees to."""
+
+    def __init__(self) -> None:
+        # Trained weights hardly compress, and trying costs most of the time of a save.
+        self._arrays = ocp.PyTreeCheckpointHandler(use_compression=False)
+        self._pending: FolderSave | None = None
+
+    async def async_save(self, directory: epath.Path, args: "FolderSave") -> list[Any]:
+        self._pending, futures = args, []
+        for name, tree in args.trees.items():
+            folder = directory / name
+            folder.mkdir(parents=True, exist_ok=True)
+            save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tree)
+            futures += await self._arrays.async_save(folder, args=ocp.args.PyTreeSave(tree, save_args)) or []
+        return futures
+
+    def save(self, directory: epath.Path, args: "FolderSave") -> None:
+        raise NotImplementedError("FolderHandler is for ocp.AsyncCheckpointer")
+
+    def restore(self, directory: epath.Path, args: "_FolderRestore") -> Any:
+        raise NotImplementedError("a folder is read tree by tree: read_tree")
+
+    def finalize(self, directory: epath.Path) -> None:
+        assert self._pending is not None
+        for name in self._pending.trees:
+            self._arrays.finalize(directory / name)
+        for name, text in self._pending.texts.items():
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            (directory / name).write_text(text)
+        write_checksums(directory)
+        self._pending = None
+
+    def close(self) -> None:
+        self._arrays.close()
+
+
+@ocp.args.register_with_handler(FolderHandler, for_save=True)
+@dataclass
+class FolderSave(ocp.args.CheckpointArgs):
+    """`trees`: folder name -> nested dict of arrays, at least one each; `texts`: file name -> contents."""
+
+    trees: dict[str, Any]
+    texts: dict[str, str]
+
+
+@ocp.args.register_with_handler(FolderHandler, for_restore=True)
+@dataclass
+class _FolderRestore(ocp.args.CheckpointArgs):
+    """Never used. Orbax takes a handler's save arguments as they are only if it has restore arguments too."""
+
+
+def make_checkpointer() -> ocp.AsyncCheckpointer:
+    """Makes the checkpointer of `FolderSave`s."""
+    options = ocp.AsyncOptions(create_directories_asynchronously=False)
+    return ocp.AsyncCheckpointer(FolderHandler(), async_options=options)

@@ -39,7 +39,7 @@ _POWERS = np.array([WORD_BASE**n for n in range(WORD_LENGTH + 1)], np.int32)
 
 
 class SegmentProgress(NamedTuple):
-    """Where the text of b rows stands: units spoken since the last piece, the rule's state, and the word it ends in.
+    """Where the text of b rows stands: units spoken since the last segment, the rule's state, and the word it ends in.
 
     The word is its last characters as a number, its length up to `WORD_LENGTH` + 1, and whether it is one capital
     letter.
@@ -53,7 +53,7 @@ class SegmentProgress(NamedTuple):
 
 
 class SegmentStep(NamedTuple):
-    """What a drawn token comes to: `before`: a piece ends before it, so that it is not written; `within`: it ends
+    """What a written token comes to: `before`: a segment ends before it, so that it is not written; `within`: it ends
     inside it, and `token` is what stands before; `progress` behind `token` where it is written."""
 
     before: Bool[Array, " b"]
@@ -69,14 +69,14 @@ def init_progress(count: int) -> SegmentProgress:
 
 
 def next_segment(progress: SegmentProgress) -> SegmentProgress:
-    """The same, when the piece that was being written is over."""
+    """The same, when the segment that was being written is over."""
     return progress._replace(units=jnp.zeros_like(progress.units), state=progress.state % QUOTE_STATES)
 
 
 def advance_segment(
     table: PieceTable, progress: SegmentProgress, token: Int32[Array, " b"], may_end: Bool[Array, " b"]
 ) -> SegmentStep:
-    """What `token`, drawn next, comes to; a piece may end only where `may_end`."""
+    """What `token`, written next, comes to; a segment may end only where `may_end`."""
     column = progress.state * 3 + _word_before_stop(table, progress)
     place = table.cuts[table.row[token], column]
     prefix = table.prefix[token, jnp.clip(place - 1, 0, PREFIXES - 1)]
@@ -92,7 +92,7 @@ def advance_segment(
 
 
 def _word_before_stop(table: PieceTable, at: SegmentProgress) -> Array:
-    """`speech_pieces.ENDS`, `SHORT` or `NO`, if a full stop came next."""
+    """`speech_segments.ENDS`, `SHORT` or `NO`, if a full stop came next."""
     last, second = at.word % WORD_BASE, at.word // WORD_BASE % WORD_BASE
     known = (at.word[:, None] == table.abbreviations).any(-1) & (at.length <= WORD_LENGTH)
     dotted = (at.length > 2) & (second == WORD_DOT)
@@ -146,10 +146,10 @@ class FrameDecoder(Protocol):
 class SlotState(NamedTuple):
     """Settings and progress of b rows.
 
-    `position` is the next item's; `tokens` were written in all, `piece` of them since the last speech, `frames` since
-    speech began, `pieces` times in all. `least` are the units that a later piece takes to speak at least, `progress`
-    is how far this one is. `turn`: `<audiogen_start>` comes next. `ending`: the reason to end once this speech is
-    over.     `seen_tokens` are the tokens of the sequence, `seen_codes` the codes of this speech, level by level.
+    `position` is the next item's; `tokens` were written in all, `in_segment` of them since the last speech, `frames`
+    since speech began, `segments` times in all. `least` are the units that a later segment takes to speak at least,
+    `progress` is how far this one is. `turn`: `<audiogen_start>` comes next. `ending`: the reason to end once this
+    speech is over. `seen_tokens` are the tokens of the sequence, `seen_codes` the codes of this speech, level by level.
     """
 
     first: SamplingParams
@@ -157,16 +157,16 @@ class SlotState(NamedTuple):
     codes: SamplingParams
     key: UInt32[Array, "b 2"]
     max_tokens: Int32[Array, " b"]
-    piece_tokens: Int32[Array, " b"]
-    piece_frames: Int32[Array, " b"]
-    max_pieces: Int32[Array, " b"]
+    segment_tokens: Int32[Array, " b"]
+    segment_frames: Int32[Array, " b"]
+    max_segments: Int32[Array, " b"]
     least: Int32[Array, " b"]
     speech_enabled: Bool[Array, " b"]
     position: Int32[Array, " b"]
     tokens: Int32[Array, " b"]
-    piece: Int32[Array, " b"]
+    in_segment: Int32[Array, " b"]
     frames: Int32[Array, " b"]
-    pieces: Int32[Array, " b"]
+    segments: Int32[Array, " b"]
     progress: SegmentProgress
     speaking: Bool[Array, " b"]
     turn: Bool[Array, " b"]
@@ -209,7 +209,7 @@ def init_slot(
     speaking = int(prompt[-1]) == tokens.audiogen_start
     seen_tokens: Any = np.zeros((1, vocab), bool)
     seen_tokens[0, prompt] = True
-    first = settings.first_piece if settings.speech else settings.text
+    first = settings.first_segment if settings.speech else settings.text
 
     # Numpy's arrays where JAX's are declared: a jitted function takes either.
     def number(value: int) -> Any:
@@ -222,20 +222,20 @@ def init_slot(
     no_codes: Any = np.zeros((1, *codes), bool)
     return SlotState(
         first=SamplingParams.from_settings([first]),
-        later=SamplingParams.from_settings([settings.piece]),
+        later=SamplingParams.from_settings([settings.segment]),
         codes=SamplingParams.from_settings([settings.codes]),
         key=row_key,
         max_tokens=number(settings.max_tokens),
-        piece_tokens=number(settings.piece_tokens),
-        piece_frames=number(settings.piece_frames),
-        max_pieces=number(settings.max_pieces),
-        least=number(round(100 * settings.piece_seconds)),
+        segment_tokens=number(settings.segment_tokens),
+        segment_frames=number(settings.segment_frames),
+        max_segments=number(settings.max_segments),
+        least=number(round(100 * settings.segment_seconds)),
         speech_enabled=flag(settings.speech),
         position=number(len(prompt)),
         tokens=number(0),
-        piece=number(0),
+        in_segment=number(0),
         frames=number(0),
-        pieces=number(speaking),
+        segments=number(speaking),
         progress=init_progress(1),
         speaking=flag(speaking),
         turn=flag(False),
@@ -280,7 +280,7 @@ def advance(
         The rows after this item, and the item.
     """
     # What is sampled: a token, or a frame of speech.
-    full = rows.speaking & (rows.frames >= rows.piece_frames)
+    full = rows.speaking & (rows.frames >= rows.segment_frames)
     draws_token = rows.active & ~rows.speaking & ~rows.turn
     draws_frame = rows.active & rows.speaking & ~full
     token, logprob = _sample_token(rows, logits, draws_token, tokens, 1 + rows.seen_codes.shape[1])
@@ -293,22 +293,22 @@ def advance(
     end_of_text = draws_token & (token == tokens.end_of_text)
     start_drawn = draws_token & (token == tokens.audiogen_start)
     text = draws_token & ~end_of_text & ~start_drawn
-    step = advance_segment(table, rows.progress, token, text & rows.speech_enabled & (rows.pieces > 0) & _ripe(rows))
+    step = advance_segment(table, rows.progress, token, text & rows.speech_enabled & (rows.segments > 0) & _ripe(rows))
     text &= ~step.before
     cut_short = text & step.within
     logprob = jnp.where(cut_short, _logprob(logits, step.token), logprob)
     token = jnp.where(cut_short, step.token, token)
     progress = jax.tree.map(lambda new, old: jnp.where(text, new, old), step.progress, rows.progress)
-    # The end of text comes after the last piece's speech, if there is anything to say in it.
+    # The end of text comes after the last segment's speech, if there is anything to say in it.
     speak_last = end_of_text & rows.speech_enabled & (rows.progress.units > 0)
     voice = (rows.active & rows.turn) | start_drawn | speak_last | step.before
 
     # What ends: the segment (speech comes next), the speech (text comes next, or the end), or the answer.
-    drawn, piece = rows.tokens + text, rows.piece + text
-    capped = text & (drawn >= rows.max_tokens)
-    piece_over = text & rows.speech_enabled & (cut_short | (piece >= rows.piece_tokens) | capped)
-    last_piece = (
-        silence & rows.speech_enabled & (rows.pieces >= rows.max_pieces) & (rows.ending == FinishReason.RUNNING)
+    written, in_segment = rows.tokens + text, rows.in_segment + text
+    capped = text & (written >= rows.max_tokens)
+    segment_end = text & rows.speech_enabled & (cut_short | (in_segment >= rows.segment_tokens) | capped)
+    last_segment = (
+        silence & rows.speech_enabled & (rows.segments >= rows.max_segments) & (rows.ending == FinishReason.RUNNING)
     )
     ending = jnp.where(
         speak_last, FinishReason.END, jnp.where(capped & rows.speech_enabled, FinishReason.LENGTH, rows.ending)
@@ -316,7 +316,7 @@ def advance(
     reason = jnp.where(end_of_text & ~speak_last, FinishReason.END, FinishReason.RUNNING)
     reason = jnp.where(capped & ~rows.speech_enabled, FinishReason.LENGTH, reason)
     reason = jnp.where(
-        silence, jnp.where((full & ~rows.speech_enabled) | last_piece, FinishReason.LENGTH, rows.ending), reason
+        silence, jnp.where((full & ~rows.speech_enabled) | last_segment, FinishReason.LENGTH, rows.ending), reason
     )
     reason = jnp.where(
         rows.active & (reason == FinishReason.RUNNING) & (rows.position >= length), FinishReason.LENGTH, reason
@@ -335,13 +335,13 @@ def advance(
     )
     after = rows._replace(
         position=rows.position + active,
-        tokens=drawn,
-        piece=jnp.where(voice, 0, piece),
+        tokens=written,
+        in_segment=jnp.where(voice, 0, in_segment),
         frames=jnp.where(voice, 0, rows.frames + frame),
-        pieces=rows.pieces + voice,
+        segments=rows.segments + voice,
         progress=jax.tree.map(lambda new, old: jnp.where(voice, new, old), next_segment(progress), progress),
         speaking=(rows.speaking | voice) & ~silence,
-        turn=piece_over,
+        turn=segment_end,
         ending=ending,
         reason=jnp.where(rows.active, reason, rows.reason),
         active=active,
@@ -352,7 +352,7 @@ def advance(
 
 
 def _ripe(rows: SlotState) -> Array:
-    """Where a piece takes long enough to speak."""
+    """Where a segment takes long enough to speak."""
     return (rows.progress.units > 0) & (rows.progress.units >= rows.least)
 
 
@@ -364,7 +364,7 @@ def _logprob(logits: Array, token: Array) -> Array:
 def _sample_token(
     rows: SlotState, logits: Array, wanted: Array, tokens: SpecialTokens, stride: int
 ) -> tuple[Array, Array]:
-    later = (rows.pieces > 0) & rows.speech_enabled
+    later = (rows.segments > 0) & rows.speech_enabled
     params = jax.tree.map(lambda later_, first: jnp.where(later, later_, first), rows.later, rows.first)
     params = params._replace(temperature=jnp.where(wanted, params.temperature, 0))
     # An answer that is text alone never turns to speech.

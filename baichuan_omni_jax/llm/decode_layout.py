@@ -19,8 +19,8 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
-from baichuan_omni_jax.kernels.backends import platform_of
 from baichuan_omni_jax.config.architecture import LLMConfig
+from baichuan_omni_jax.kernels.backends import platform_of
 from baichuan_omni_jax.nn.param import ComputePolicy, named_variables, normal, use, zeros
 
 

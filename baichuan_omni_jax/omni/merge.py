@@ -7,7 +7,6 @@ those that fall into its own part. A row of 8 slots on two shards, index [1, 6, 
 """
 
 from collections.abc import Sequence
-from dataclasses import fields
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int32
 from baichuan_omni_jax.sharding import ShardingRules
 
 # What holds on one device without a mesh.
-UNSPLIT = ShardingRules(**{field.name: None for field in fields(ShardingRules)})
+UNSPLIT = ShardingRules.unsplit()
 
 
 def merge_media(
