@@ -280,6 +280,8 @@ class DeviceState:
             branches["llm"].to_decode_layout(), None if head is None else _head_to_decode_layout(head)
         )
         self._llm = self._model.llm
+        # Those of the branches; the decode layout's rules do not split rows over `context`.
+        self._rules = branches["llm"].compute.rules
         self._vision = branches.get("vision")
         self._audio_encoder = None if encoder is None else PromptAudioEncoder(encoder, mesh)
         self._cache_dtype = jnp.dtype(cache_dtype or self._llm.compute.dtype)
@@ -379,8 +381,9 @@ class DeviceState:
     def _image_buffer(self) -> Array:
         """Where visual embeddings lie by position, one prompt a device; made when it is first needed."""
         if self._buffer is None:
-            shape, spec = (self.devices, self._length, self._cfg.llm.hidden_size), self._llm.compute.rules.spec
-            self._buffer = jnp.zeros(shape, self._llm.compute.dtype, out_sharding=spec("batch", "length"))
+            shape = (self.devices, self._length, self._cfg.llm.hidden_size)
+            spec = self._rules.spec("batch", "length")
+            self._buffer = jnp.zeros(shape, self._llm.compute.dtype, out_sharding=spec)
         return self._buffer
 
     def _placed(self, arrays: Arrays) -> Arrays:
