@@ -6,7 +6,6 @@ training computes them in chunks inside the loss, generation for one position.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +53,9 @@ class OmniModel(nnx.Module):
         self.compute = compute
 
     @classmethod
-    def from_checkpoint(cls, checkpoint: str | Path, *, dtype: DTypeLike = "float32", mesh: Mesh | None = None) -> Self:
+    def from_checkpoint(
+        cls, checkpoint: str | Path, *, dtype: DTypeLike = "float32", mesh: Mesh | None = None
+    ) -> "OmniModel":
         """Loads a model from a checkpoint, without drawing or compiling anything.
 
             model = OmniModel.from_checkpoint("runs/omni")
