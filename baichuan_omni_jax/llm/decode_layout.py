@@ -25,7 +25,11 @@ from baichuan_omni_jax.nn.param import ComputePolicy, named_variables, normal, u
 
 
 class MatrixLinear(nnx.Module):
-    """A linear map whose weight is a matrix (out, in); the result is split as `out` says. Not for training."""
+    """A linear map whose weight is a matrix (out, in); the result is split as `out` says. Not for training.
+
+    Weight and bias lie as they are computed with, in the compute dtype and whole over all axes but `tensor`: they are
+    read as they are, since even a cast or a placement that changes nothing would stand in every step's program.
+    """
 
     def __init__(
         self,
@@ -45,11 +49,11 @@ class MatrixLinear(nnx.Module):
         """`weight` is the own one, as `gathered` gave it."""
         weight = self.gathered() if weight is None else weight
         y = project(x.astype(self.compute.dtype), weight, self.compute.spec(*self.out))
-        return y if self.bias is None else y + use(self.bias, self.compute)
+        return y if self.bias is None else y + self.bias[...]
 
     def gathered(self) -> Float[Array, "o i"]:
         """Returns the weight as it is computed with."""
-        return use(self.weight, self.compute)
+        return self.weight[...]
 
 
 def project(

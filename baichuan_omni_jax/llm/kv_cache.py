@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import reshard
+from jax.sharding import PartitionSpec, reshard
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32, Shaped
 
@@ -157,7 +157,7 @@ def attend_with_cache(
     spec = compute.rules.spec
     heads, kv_heads = spec("batch", None, "act_heads", None), spec("batch", None, "act_kv_heads", None)
     # Whole over `context`, as the cache is; free where rows are not split over it.
-    q, k, v = reshard(q, heads), reshard(k, kv_heads), reshard(v, kv_heads)
+    q, k, v = _placed(q, heads), _placed(k, kv_heads), _placed(v, kv_heads)
     stored = jax.tree.map(lambda entries: jax.typeof(entries).sharding.spec, cache)
 
     # Rows and heads have nothing to do with each other, so writing and one item's products are done where they lie.
@@ -174,7 +174,12 @@ def attend_with_cache(
         keys, values = read(cache, out.dtype)
         kernel = partial(flash_attention, implementation=compute.attention)
         out = kernel(out, keys, values, segments=segments, plan=plan, causal=True, scale=scale)
-    return reshard(out, spec("batch", "length", "act_heads", None)), cache
+    return _placed(out, spec("batch", "length", "act_heads", None)), cache
+
+
+def _placed(x: Array, spec: PartitionSpec) -> Array:
+    """As `reshard`, but no operation at all where nothing changes: these stand in every layer of every step."""
+    return x if jax.typeof(x).sharding.spec == spec else reshard(x, spec)
 
 
 def visible_entries(positions: Int32[Array, "b t"], length: int, compute: ComputePolicy) -> tuple[Segments, BlockPlan]:
