@@ -1,6 +1,7 @@
-"""The audio tokenizer with the two heads that teach it: sound back to mel, and what was said to a frozen reader.
+"""The audio tokenizer with the two heads that teach it: codes back to mel, and speech to a frozen language model.
 
-A packed batch with mel slots (docs/reference/batch.md) in; per clip the quantized features, the decoded mel, and per
+Trained as in arXiv:2502.17239, section 3.1: reconstruction of mels, and transcripts by a language model that only its
+adapter learns for. A packed batch with mel slots (docs/reference/batch.md) in; per clip the quantized features, the decoded mel, and per
 row the language model's hidden states, where the slots of heard audio hold quantized features instead of token
 embeddings.
 """
@@ -51,18 +52,18 @@ class TranscriptAdapter(nnx.Module):
         return self.proj(self.norm(features))
 
 
-class TokenizerModel(nnx.Module):
-    """`audio_encoder`, `audio_decoder` and, with `reads`, the frozen `llm` behind a `transcript_adapter`."""
+class AudioTokenizerModel(nnx.Module):
+    """`audio_encoder`, `audio_decoder` and, with `with_llm`, the frozen `llm` behind a `transcript_adapter`."""
 
     audio_encoder: AudioEncoderBranch
     audio_decoder: AudioDecoder
     transcript_adapter: TranscriptAdapter
     llm: LanguageModel
 
-    def __init__(self, key: PRNGKeyArray, cfg: OmniConfig, compute: ComputePolicy, reads: bool = True):
+    def __init__(self, key: PRNGKeyArray, cfg: OmniConfig, compute: ComputePolicy, with_llm: bool = True):
         keys = jax.random.split(key, 4)
         # The optional branches come last in the list, so that the keys of the others do not depend on them.
-        self.branches = AUDIO_TOKENIZER_BRANCHES if reads else AUDIO_TOKENIZER_BRANCHES[:2]
+        self.branches = AUDIO_TOKENIZER_BRANCHES if with_llm else AUDIO_TOKENIZER_BRANCHES[:2]
         for name, own in zip(self.branches, keys, strict=False):
             setattr(self, name, build_branch(name, own, cfg, compute))
         self.compute = compute
@@ -75,27 +76,40 @@ class TokenizerModel(nnx.Module):
         step: Int32[Array, ""],
         config: QuantizerConfig,
     ) -> tuple[Quantized, Bool[Array, "c g"]]:
-        """The clips' features as they are quantized in training, and which frames are valid."""
+        """Quantizes the clips' features as in training.
+
+        Args:
+            key: of the noise that picks codes.
+            clips: mel slots, each a window or a crop of a clip.
+            states: of each level's codebook.
+            step: of the run, on which the share of quantized frames depends.
+            config: how it quantizes.
+
+        Returns:
+            The features, quantized, with their losses and codes; and which frames are valid.
+        """
         features, valid = self.audio_encoder.features(clips.mel, clips.lengths)
         return quantize_in_training(key, features, valid, states, step, config, self.compute), valid
 
     def decode(self, features: Float[Array, "c g f"], valid: Bool[Array, "c g"]) -> DecodedAudio:
-        """Coarse and refined mel of quantized features."""
+        """Decodes quantized features to a coarse and a refined mel."""
         return self.audio_decoder(features, valid.sum(-1, dtype=jnp.int32))
 
-    def read(self, features: Float[Array, "c g f"], valid: Bool[Array, "c g"], batch: Batch) -> Float[Array, "b t d"]:
-        """The language model's hidden states over the rows, the clips' features in their slots."""
+    def transcript_states(
+        self, features: Float[Array, "c g f"], valid: Bool[Array, "c g"], batch: Batch
+    ) -> Float[Array, "b t d"]:
+        """Computes the language model's hidden states over the rows, the clips' features in their slots."""
         x, rules = self.llm.embed(batch["tokens"]), self.compute.rules
         slots = feature_slots(valid, batch, self.compute)
         media = self.transcript_adapter(features)
         media = media.reshape(*slots.shape, -1, out_sharding=rules.spec(CLIPS, None, None))
         parts = [(split_as(media, self.compute, CLIPS, "media"), split_as(slots, self.compute, CLIPS, "media"))]
-        with jax.named_scope("reader"):
+        with jax.named_scope("transcript_llm"):
             return self.llm(merge_media(x, parts, rules), batch["positions"], batch["segment_ids"])
 
 
 def mel_targets_of(batch: Batch, names: Sequence[str], compute: ComputePolicy) -> list[MelTarget]:
-    """The batch's targets of these names, clip by clip as `clips_of`."""
+    """Returns the batch's targets of these names, clip by clip as `clips_of`."""
     targets = []
     for name in names:
         mel, lengths = (split_as(batch[f"target_{name}{end}"], compute, CLIPS) for end in ("", "_lengths"))
@@ -104,7 +118,7 @@ def mel_targets_of(batch: Batch, names: Sequence[str], compute: ComputePolicy) -
 
 
 def clips_of(batch: Batch, compute: ComputePolicy) -> Clips:
-    """The batch's mel slots side by side, split over the batch axes with their rows."""
+    """Returns the batch's mel slots side by side, split over the batch axes with their rows."""
     mel, lengths = split_as(batch["mel"], compute, CLIPS), split_as(batch["mel_lengths"], compute, CLIPS)
     return Clips(*_side_by_side(mel, lengths, compute))
 
@@ -117,7 +131,7 @@ def _side_by_side(x: Array, lengths: Array, compute: ComputePolicy) -> tuple[Arr
 
 
 def feature_slots(valid: Bool[Array, "c g"], batch: Batch, compute: ComputePolicy) -> Int32[Array, "b n"]:
-    """The row's slot of every frame of its clips (n = clips a row x g), t where a frame is not valid.
+    """Finds the row's slot of every frame of its clips (n = clips a row x g), t where a frame is not valid.
 
     `mel_audio` says which of the row's audio places a clip's first frame has, `audio_index` that place's slot.
     """

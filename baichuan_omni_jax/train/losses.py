@@ -12,7 +12,7 @@ from baichuan_omni_jax.llm.model import LanguageModel
 from baichuan_omni_jax.llm.special_rows import ROWS
 from baichuan_omni_jax.nn.linear import Gathered, product
 from baichuan_omni_jax.nn.remat import split_parts
-from baichuan_omni_jax.omni.audio_tokenizer_model import TokenizerModel
+from baichuan_omni_jax.omni.audio_tokenizer_model import AudioTokenizerModel
 from baichuan_omni_jax.omni.batch import Batch
 from baichuan_omni_jax.omni.model import OmniModel
 from baichuan_omni_jax.sharding import ShardingRules, axis_product
@@ -138,12 +138,12 @@ def text_entropies(
 
 
 def transcript_entropies(
-    model: TokenizerModel, features: Float[Array, "c g f"], valid: Bool[Array, "c g"], batch: Batch, run: RunConfig
+    model: AudioTokenizerModel, features: Float[Array, "c g f"], valid: Bool[Array, "c g"], batch: Batch, run: RunConfig
 ) -> Float[Array, "b t"]:
     """Computes the cross-entropy of every text slot when the frozen language model reads these features of the rows'
     clips; fp32, not weighted.
     """
-    hidden = model.read(features, valid, batch)
+    hidden = model.transcript_states(features, valid, batch)
     return text_entropies(model.llm, hidden, batch["text_targets"], run.compute.loss_chunk)
 
 

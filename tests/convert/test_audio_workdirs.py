@@ -16,11 +16,11 @@ from baichuan_omni_jax.convert.synthetic import write_random_checkpoint
 from baichuan_omni_jax.convert.tables import AUDIO_ENCODER
 from baichuan_omni_jax.convert.to_jax import WHISPER_SIZES
 from baichuan_omni_jax.nn.param import ComputePolicy, named_values, with_values
-from baichuan_omni_jax.omni.audio_tokenizer_model import TokenizerModel
+from baichuan_omni_jax.omni.audio_tokenizer_model import AudioTokenizerModel
 from baichuan_omni_jax.omni.flow_matching_model import FlowMatchingModel
 from tests.helpers.micro import one_device
 
-MODELS = {"audio_tokenizer": TokenizerModel, "flow_matching": FlowMatchingModel}
+MODELS = {"audio_tokenizer": AudioTokenizerModel, "flow_matching": FlowMatchingModel}
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from baichuan_omni_jax.flops.terms import flops_by_branch, flops_by_term
 from baichuan_omni_jax.flow import model as flow_model
 from baichuan_omni_jax.flow.matching import flow_losses
 from baichuan_omni_jax.nn.param import ComputePolicy, named_values, with_values
-from baichuan_omni_jax.omni.audio_tokenizer_model import Clips, TokenizerModel
+from baichuan_omni_jax.omni.audio_tokenizer_model import AudioTokenizerModel, Clips
 from baichuan_omni_jax.omni.batch import BATCH_AXES
 from baichuan_omni_jax.omni.flow_matching_model import FlowMatchingModel
 from baichuan_omni_jax.sharding import ShardingRules
@@ -86,10 +86,10 @@ def test_the_tokenizer_counts_the_products_of_its_gradient():
         )
         decoded = model.decode(made.features, valid)
         total = decoded.refined_mel.sum() + decoded.coarse_mel.sum() + made.commitment
-        return total + model.llm.logits(model.read(made.features, valid, batch)).sum()
+        return total + model.llm.logits(model.transcript_states(made.features, valid, batch)).sum()
 
     frozen = ("llm.", "audio_encoder.quantizer.")
-    found, trainable = gradient_products(lambda key, compute: TokenizerModel(key, omni, compute), loss, frozen)
+    found, trainable = gradient_products(lambda key, compute: AudioTokenizerModel(key, omni, compute), loss, frozen)
     counts = counts_of(omni) | dict.fromkeys(("tokens", "text_targets"), CLIPS * TOKENS)
     counts["causal_pairs"] = CLIPS * TOKENS**2
     expected = flops_by_branch(tokenizer_terms(omni, reads=True), counts, trainable)

@@ -25,7 +25,7 @@ from baichuan_omni_jax.flops.audio import count_clips, flow_terms, tokenizer_ter
 from baichuan_omni_jax.flops.terms import FlopTerm
 from baichuan_omni_jax.flow.matching import flow_losses
 from baichuan_omni_jax.nn.param import use
-from baichuan_omni_jax.omni.audio_tokenizer_model import TokenizerModel, clips_of, mel_targets_of
+from baichuan_omni_jax.omni.audio_tokenizer_model import AudioTokenizerModel, clips_of, mel_targets_of
 from baichuan_omni_jax.omni.batch import Batch
 from baichuan_omni_jax.omni.flow_matching_model import FlowMatchingModel, match_lengths
 from baichuan_omni_jax.train.losses import transcript_entropies
@@ -76,8 +76,8 @@ class AudioTokenizerTask(AudioTask):
     `aux_state`: the step, and for each code of each level the steps since it was last used.
     """
 
-    def make_model(self, key: PRNGKeyArray) -> TokenizerModel:
-        return TokenizerModel(key, self.omni, self.compute, self.reads_transcripts)
+    def make_model(self, key: PRNGKeyArray) -> AudioTokenizerModel:
+        return AudioTokenizerModel(key, self.omni, self.compute, self.reads_transcripts)
 
     @property
     def reads_transcripts(self) -> bool:
@@ -110,7 +110,7 @@ class AudioTokenizerTask(AudioTask):
         return jnp.maximum(batch["text_weights"].sum(), 1.0)
 
     def loss(
-        self, model: TokenizerModel, batch: Batch, denominators: Float[Array, ""], aux_state: dict[str, Any]
+        self, model: AudioTokenizerModel, batch: Batch, denominators: Float[Array, ""], aux_state: dict[str, Any]
     ) -> tuple[Float[Array, ""], tuple[Metrics, NonGradientUpdates]]:
         config, step = self.run.tokenizer, aux_state["step"]
         key = self.step_key(step)
@@ -173,7 +173,7 @@ class AudioTokenizerTask(AudioTask):
     def batch_counts(self, batch: Batch) -> Metrics:
         return super().batch_counts(batch) | count_clips(batch["mel_lengths"], self.omni)
 
-    def held_out_sums(self, model: TokenizerModel, batch: Batch, sources: int) -> Sums:
+    def held_out_sums(self, model: AudioTokenizerModel, batch: Batch, sources: int) -> Sums:
         """Sums as `code_sums`; with a transcript's loss also `transcript` (2,), from the features as they are and from
         their codes, and `transcript_weight`.
         """
@@ -192,7 +192,7 @@ class AudioTokenizerTask(AudioTask):
         return tokenizer_means(sums, self.omni.audio.code_rate)
 
 
-def codebook_states(model: TokenizerModel, unused: Sequence[Array]) -> tuple[CodebookState, ...]:
+def codebook_states(model: AudioTokenizerModel, unused: Sequence[Array]) -> tuple[CodebookState, ...]:
     """Gathers the model's codebooks, whole on every device, fp32."""
     states = []
     for level, count in zip(model.audio_encoder.quantizer.levels, unused, strict=True):
