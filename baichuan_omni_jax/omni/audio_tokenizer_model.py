@@ -1,9 +1,9 @@
 """The audio tokenizer with the two heads that teach it: codes back to mel, and speech to a frozen language model.
 
-Trained as in arXiv:2502.17239, section 3.1: reconstruction of mels, and transcripts by a language model that only its
-adapter learns for. A packed batch with mel slots (docs/reference/batch.md) in; per clip the quantized features, the decoded mel, and per
-row the language model's hidden states, where the slots of heard audio hold quantized features instead of token
-embeddings.
+Trained as in arXiv:2502.17239, section 3.1: reconstruction of mels, and transcripts by a language model of which only
+the adapter learns. A packed batch with mel slots (docs/reference/batch.md) in; per clip the quantized features, the
+decoded mel, and per row the language model's hidden states, where the slots of audio hold quantized features instead of
+token embeddings.
 """
 
 from collections.abc import Sequence

@@ -39,7 +39,7 @@ class FlowMatchingModel(nnx.Module):
 def match_lengths(
     hidden: Float[Array, "c t d"], lengths: Int32[Array, " c"], target: MelTarget
 ) -> tuple[Float[Array, "c t mels"], Int32[Array, " c"]]:
-    """Cuts or pads the target's mel to as many frames as `hidden` (both come at 50 Hz), and how many of them both have."""
+    """Cuts or pads the target's mel to the frames of `hidden` (both come at 50 Hz); returns how many both have, too."""
     frames = hidden.shape[1]
     mel = jnp.pad(target.mel[:, :frames], ((0, 0), (0, max(0, frames - target.mel.shape[1])), (0, 0)))
     return mel, jnp.minimum(lengths, target.lengths)
