@@ -76,9 +76,9 @@ def measure(speaker: SpeechDecoder, codes: np.ndarray, stream: int, repeats: int
 
 def as_a_whole(speaker: SpeechDecoder, codes: np.ndarray, now: Clock) -> dict[str, float]:
     times = [now()]
-    mu = speaker.guessed(codes)
+    mu = speaker.prenet_mel(codes)
     times.append(now())
-    mel = speaker.sampled(mu, 0)
+    mel = speaker.sample_mel(mu, 0)
     times.append(now())
     speaker.windows(speaker.padded_frames(len(mel)))(mel, 0, True)
     times.append(now())

@@ -1,4 +1,4 @@
-"""Talking to the model: messages of text, pictures, video and sound in; text and speech out, as they are made.
+"""Chat with the model: messages of text, images, video and audio in; text and speech out, as they are made.
 
     loaded = load_for_generation("runs/omni")
     chat = OmniChat(make_chat_model(loaded, tokenizer), ChatPrompts(Processor(loaded.config, tokenizer)))
@@ -57,22 +57,22 @@ class ChatProcessor(Protocol):
     """What turns messages into prompts. Each method raises RequestError: `bad_message`, `bad_media`."""
 
     def encode_messages(self, messages: Sequence[Message], spoken: bool = False, voice: str = VOICE) -> Prompt:
-        """A conversation, with the mark of the assistant's turn at its end; `spoken`: of one that answers aloud, by
-        `voice` unless there is a system message."""
+        """Encodes a conversation, with the mark of the assistant's turn at its end; `spoken`: of one that answers in
+        speech, with `voice` unless there is a system message."""
         ...
 
     def encode_content(self, content: Content, speak: bool = False) -> Prompt:
-        """Content as it stands, without roles; with `speak` the mark that begins speech stands at its end."""
+        """Encodes content as it stands, without roles; with `speak` the mark that begins speech stands at its end."""
         ...
 
     def sentences(self, text: str) -> list[str]:
-        """Text cut at punctuation into what is read aloud at once; joined they are the text."""
+        """Cuts text at punctuation into what is spoken at once; joined they are the text."""
         ...
 
 
 @dataclass(frozen=True)
 class ChatModel:
-    """The engine, the architecture and, where there are branches to speak with, the speaker."""
+    """The engine, the architecture and, where the branches for it are there, what decodes its speech."""
 
     engine: GenerationBackend
     config: OmniConfig
@@ -106,11 +106,11 @@ class OmniChat:
         settings: GenerationConfig | None = None,
         key: PRNGKeyArray | None = None,
     ) -> ChatStream | ChatAnswer:
-        """The assistant's answer to a conversation: piece by piece, or (`stream=False`) whole.
+        """Answers a conversation: event by event, or (`stream=False`) whole.
 
         A message is `{"role": "system" | "user" | "assistant", "content": text or a list of parts}`; parts are
-        `{"type": "text", "text"}`, `{"type": "image" | "audio" | "video"}` with `path`, `bytes` or `base64`, sound also
-        with `samples` (t,) at `rate` Hz, or as `codes` (n, levels) what the assistant said before.
+        `{"type": "text", "text"}`, `{"type": "image" | "audio" | "video"}` with `path`, `bytes` or `base64`, audio also
+        with `samples` (t,) at `rate` Hz, or as `codes` (n, levels) earlier speech of the assistant.
 
         Raises RequestError: `bad_message` (an unknown role, type or field), `bad_media` (missing, unreadable, silent,
         too short, too big), `too_long` (more than the cache holds), `no_branch` (media, or an answer in speech, that
@@ -150,7 +150,7 @@ class OmniChat:
         settings: GenerationConfig | None = None,
         key: PRNGKeyArray | None = None,
     ) -> ChatStream | ChatAnswer:
-        """Reads a text aloud, sentence by sentence, each after the speech of those before.
+        """Speaks a text, sentence by sentence, each after the speech of those before.
 
         Raises RequestError as `reply`, and `bad_message` for a text without anything to say.
         """
@@ -164,13 +164,13 @@ class OmniChat:
         settings: GenerationConfig | None = None,
         key: PRNGKeyArray | None = None,
     ) -> ChatStream | ChatAnswer:
-        """The speech that an encoded prompt, ending with the mark that begins it, asks for."""
+        """Speaks what an encoded prompt, ending with the mark that begins speech, calls for."""
         return self._spoken(one_prompt(prompt), stream, settings, key)
 
     def _spoken(
         self, prompts: Prompts, stream: bool, settings: GenerationConfig | None, key: PRNGKeyArray | None
     ) -> ChatStream | ChatAnswer:
-        self._needs_speaker()
+        self._check_speech()
         settings, key = settings or self.settings, self.key if key is None else key
         return self._taken(TtsRequest(self.model.engine, prompts, settings, key), stream)
 
@@ -179,7 +179,7 @@ class OmniChat:
     ) -> ChatStream | ChatAnswer:
         settings = settings or self.settings
         if settings.speech:
-            self._needs_speaker()
+            self._check_speech()
         request = self.model.engine.submit(prompt, settings, self.key if key is None else key)
         return self._taken(request, stream)
 
@@ -189,10 +189,10 @@ class OmniChat:
 
     def _encoder(self) -> ChatProcessor:
         if self.processor is None:
-            raise RequestError("bad_message", "the checkpoint brings no text tokenizer: only token ids can be asked")
+            raise RequestError("bad_message", "the checkpoint brings no text tokenizer: only token ids can be encoded")
         return self.processor
 
-    def _needs_speaker(self) -> None:
+    def _check_speech(self) -> None:
         if self.model.speech_decoder is None:
             raise RequestError(
                 "no_branch",
@@ -201,7 +201,7 @@ class OmniChat:
 
 
 class Conversation:
-    """Turns of one conversation with `chat`, and what was said in them: text, and speech as its code frames.
+    """Keeps the turns of one conversation with `chat`: text, and speech as its code frames.
 
     `messages` is what the next prompt will hold; media given by path are read again for it. A turn is kept when its
     answer is over: whole, cancelled or let go of. For one user at a time.
@@ -220,8 +220,8 @@ class Conversation:
         key: PRNGKeyArray | None = None,
     ) -> ChatStream | ChatAnswer:
         """The answer to the user's next message. Raises RequestError as `OmniChat.reply`; nothing is kept then."""
-        asked: Message = {"role": "user", "content": content}
-        reply = self.chat.reply([*self.messages, asked], settings=settings, key=key)
+        question: Message = {"role": "user", "content": content}
+        reply = self.chat.reply([*self.messages, question], settings=settings, key=key)
         assert isinstance(reply, ChatStream)
-        reply.on_end(lambda message: self.messages.extend([asked, message]))
+        reply.on_end(lambda message: self.messages.extend([question, message]))
         return reply if stream else reply.answer()

@@ -1,4 +1,4 @@
-"""One answer as it reaches whoever asked: text and sound piece by piece, or whole."""
+"""One answer as it reaches its caller: text and audio event by event, or whole."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ class EventSource(Protocol):
 
 @runtime_checkable
 class SpeechStream(Protocol):
-    """Code frames in, sound out as far as it is ready; `last` ends a stretch; `close` gives the rest."""
+    """Code frames in, audio out as far as it is ready; `last` ends a stretch; `close` gives the rest."""
 
     def push(self, codes: np.ndarray, last: bool = False) -> np.ndarray: ...
 
@@ -32,7 +32,7 @@ class SpeechStream(Protocol):
 
 @runtime_checkable
 class SpeechSynthesizer(Protocol):
-    """What makes sound of code frames at `rate` Hz; `vocoder` names what makes the waveform."""
+    """What decodes code frames to audio at `rate` Hz; `vocoder` names what makes the waveform."""
 
     rate: int
     vocoder: str
@@ -42,7 +42,7 @@ class SpeechSynthesizer(Protocol):
 
 @dataclass(frozen=True)
 class AudioChunk:
-    """Sound that came next: mono, full scale 1, at `rate` Hz (24000 in released checkpoints)."""
+    """Audio that came next: mono, full scale 1, at `rate` Hz (24000 in released checkpoints)."""
 
     samples: Float32[np.ndarray, " n"]
     rate: int
@@ -56,7 +56,7 @@ class ChatAnswer(GenerationResult):
     """One whole answer: text, tokens, code frames, and `samples` (mono, full scale 1) at `rate` Hz made of those.
 
     `message` is the assistant's message that a later prompt needs; `first_audio` and `seconds` count from the request
-    (None: no sound). `rate` is 0 where nothing could speak.
+    (None: no audio). `rate` is 0 where nothing could speak.
     """
 
     samples: Float32[np.ndarray, " t"]
@@ -91,11 +91,11 @@ class ChatStream:
     Letting go of it, or `cancel`, ends the request. Raises RequestError from `next` when the request fails on the way.
     """
 
-    def __init__(self, request: EventSource, speaker: SpeechSynthesizer | None):
-        self._request, self._speaker = request, speaker
+    def __init__(self, request: EventSource, speech_decoder: SpeechSynthesizer | None):
+        self._request, self._speech_decoder = request, speech_decoder
         self._record = _Record()
         # A generator that knows nothing of this object: it is closed as soon as this object is let go of.
-        self._events = _events(request, speaker, self._record)
+        self._events = _events(request, speech_decoder, self._record)
 
     def __iter__(self) -> Iterator[ChatEvent]:
         return self
@@ -104,13 +104,13 @@ class ChatStream:
         return next(self._events)
 
     def cancel(self) -> None:
-        """Ends the request, also from another thread: its last event, `Finished`, follows without further sound."""
+        """Ends the request, also from another thread: its last event, `Finished`, follows without further audio."""
         self._record.cancelled = True
         self._request.cancel()
 
-    def on_end(self, tell: Callable[[dict[str, Any]], None]) -> None:
-        """`tell` gets the assistant's message when the reply is over, however it ended."""
-        self._record.tell = tell
+    def on_end(self, callback: Callable[[dict[str, Any]], None]) -> None:
+        """`callback` gets the assistant's message when the reply is over, however it ended."""
+        self._record.callback = callback
 
     @property
     def message(self) -> dict[str, Any]:
@@ -131,7 +131,7 @@ class ChatStream:
         return ChatAnswer(
             **{field.name: getattr(whole, field.name) for field in fields(whole)},
             samples=np.concatenate([np.zeros(0, np.float32), *record.chunks]),
-            rate=self._speaker.rate if self._speaker else 0,
+            rate=self._speech_decoder.rate if self._speech_decoder else 0,
             message=self.message,
             first_audio=record.first_audio,
             seconds=record.seconds,
@@ -149,7 +149,7 @@ class _Record:
     first_audio: float | None = None
     seconds: float = 0.0
     cancelled: bool = False
-    tell: Callable[[dict[str, Any]], None] = lambda message: None
+    callback: Callable[[dict[str, Any]], None] = lambda message: None
 
     def add(self, event: Event) -> None:
         self.events.append(event)
@@ -165,7 +165,7 @@ class _Record:
             self.content[-1]["codes"].append(event.codes)
             self.content[-1]["whole"] = event.last
 
-    def add_sound(self, samples: Float32[np.ndarray, " n"]) -> None:
+    def add_audio(self, samples: Float32[np.ndarray, " n"]) -> None:
         if self.first_audio is None:
             self.first_audio = time.monotonic() - self.started
         self.chunks.append(samples)
@@ -174,24 +174,24 @@ class _Record:
         return {"role": "assistant", "content": [_frozen(part) for part in self.content]}
 
 
-def _events(request: EventSource, speaker: SpeechSynthesizer | None, record: _Record) -> Iterator[ChatEvent]:
-    stream = speaker.stream() if speaker else None
+def _events(request: EventSource, speech_decoder: SpeechSynthesizer | None, record: _Record) -> Iterator[ChatEvent]:
+    stream = speech_decoder.stream() if speech_decoder else None
     try:
         for event in request:
-            if speaker and stream and not record.cancelled and not isinstance(event, TextDelta):
-                sound = stream.push(event.codes, event.last) if isinstance(event, AudioCodes) else stream.close()
-                if len(sound):
-                    record.add_sound(sound)
-                    yield AudioChunk(sound, speaker.rate)
+            if speech_decoder and stream and not record.cancelled and not isinstance(event, TextDelta):
+                audio = stream.push(event.codes, event.last) if isinstance(event, AudioCodes) else stream.close()
+                if len(audio):
+                    record.add_audio(audio)
+                    yield AudioChunk(audio, speech_decoder.rate)
             record.add(event)
             if not isinstance(event, AudioCodes):
                 yield event
     except Exception:
-        record.tell = lambda message: None  # what failed is no turn of a conversation
+        record.callback = lambda message: None  # what failed is no turn of a conversation
         raise
     finally:
         request.cancel()
-        record.tell(record.message())
+        record.callback(record.message())
 
 
 def _frozen(part: dict[str, Any]) -> dict[str, Any]:

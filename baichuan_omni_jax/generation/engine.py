@@ -116,7 +116,7 @@ class Engine:
         return [GenerationResult.from_events(request) for request in requests]
 
     def warm_up(self) -> None:
-        """Compiles every program of text and speech; those of pictures and sound wait for the first of their size.
+        """Compiles every program of text and speech; those of images and audio wait for the first of their size.
 
         Does nothing while requests are served: they compile what they need.
         """
@@ -200,7 +200,7 @@ class Engine:
         return True
 
     def _encode_media(self, group: PrefillGroup) -> None:
-        """Hears and sees what the prompts hold. A prompt whose media cannot be taken in is given up alone."""
+        """Encodes the prompts' audio and images. A prompt whose media cannot be encoded is given up alone."""
         codes = {}
         for device, request in list(group.requests.items()):
             try:
@@ -208,8 +208,8 @@ class Engine:
                 if len(request.prompt.patches):
                     self._device.encode_images(device, request.prompt)
             except Exception as error:
-                log.exception("the media of a prompt could not be taken in")
-                request.fail(f"the media of the prompt could not be taken in: {error}")
+                log.exception("the media of a prompt could not be encoded")
+                request.fail(f"the media of the prompt could not be encoded: {error}")
                 del group.requests[device]
         if any(len(request.prompt.audio_slots) or len(request.prompt.patches) for request in group.requests.values()):
             group.place_media(codes)

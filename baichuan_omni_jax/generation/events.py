@@ -1,4 +1,4 @@
-"""What is asked of the generating engine, and what it answers piece by piece."""
+"""The generating engine's input, an encoded prompt, and its output, events."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ __all__ = ["AudioCodes", "Event", "Finished", "GenerationResult", "Prompt", "Req
 class Prompt(Protocol):
     """An encoded prompt of n tokens: what a model reads of `data_pipelines.documents.document.EncodedDocument`.
 
-    Media lie in order of appearance. Slots count from 0 at the first token. Where `audio_codes` of heard sound are not
+    Media lie in order of appearance. Slots count from 0 at the first token. Where `audio_codes` of audio are not
     known yet they are zeros, and `mels` (frames, mels) of its windows, with the places of their first code frames in
     `mel_places`, are what the audio encoder makes them of.
     """
@@ -88,7 +88,7 @@ class GenerationResult:
         events = list(events)
         finished = events[-1]
         assert isinstance(finished, Finished)
-        pieces = [event for event in events if isinstance(event, TextDelta)]
+        deltas = [event for event in events if isinstance(event, TextDelta)]
         speech, stretch = [], []
         for event in events:
             if isinstance(event, AudioCodes):
@@ -99,9 +99,9 @@ class GenerationResult:
         if stretch:  # cancelled in mid-speech
             speech.append(np.concatenate(stretch))
         return cls(
-            text="".join(piece.text for piece in pieces),
-            tokens=tuple(token for piece in pieces for token in piece.tokens),
-            logprobs=tuple(p for piece in pieces for p in piece.logprobs),
+            text="".join(delta.text for delta in deltas),
+            tokens=tuple(token for delta in deltas for token in delta.tokens),
+            logprobs=tuple(p for delta in deltas for p in delta.logprobs),
             speech=tuple(speech),
             finished=finished,
         )

@@ -67,9 +67,9 @@ def load_for_generation(
 ) -> LoadedBranches:
     """Every branch that `spec` has: `DIR` (a checkpoint or a workdir, whose newest good step counts), or by branch.
 
-    What computes language (`llm`, `vision`, `audio_head`) comes in `dtype`; what hears and speaks in fp32, as its codes
-    must be those of training. `mesh` (default: one device) is what they are placed on. A vocoder lies beside `flow`
-    unless it is named. `only` leaves all other branches where they are.
+    What computes language (`llm`, `vision`, `audio_head`) comes in `dtype`; what encodes and decodes audio in fp32, as
+    its codes must be those of training. `mesh` (default: one device) is what they are placed on. A vocoder lies beside
+    `flow` unless it is named. `only` leaves all other branches where they are.
 
     Raises ConfigError: a branch of `needed`, or one named, that is nowhere; a damaged file; checkpoints whose
     audio codes are not the same.
@@ -99,7 +99,10 @@ def make_chat_model(
     cache_dtype: str | None = None,
     seed: int = 0,
 ) -> ChatModel:
-    """The engine and, where the branches for it are there, the speaker. See `Engine` for the sizes of the cache."""
+    """Makes the engine and, where the branches for it are there, what decodes its speech.
+
+    See `Engine` for the sizes of the cache; `seed` is that of the speech's noise.
+    """
     engine = Engine(loaded.branches, loaded.config, tokenizer, slots=slots, length=length, cache_dtype=cache_dtype)
     speaks = all(name in loaded.branches for name in (*SPEECH_BRANCHES, "audio_head"))
     return ChatModel(

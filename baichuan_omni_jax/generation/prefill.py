@@ -31,24 +31,24 @@ def check_prompt(
             "too_long", f"the prompt has {len(tokens)} tokens; the cache holds {length}, one of the answer included"
         )
     _check_branches(prompt, settings, cfg, branches)
-    _check_sound(prompt, cfg)
-    _check_pictures(prompt, cfg)
+    _check_audio(prompt, cfg)
+    _check_images(prompt, cfg)
 
 
 def _check_branches(prompt: Prompt, settings: GenerationConfig, cfg: OmniConfig, branches: Collection[str]) -> None:
     speech = settings.speech or int(prompt.tokens[-1]) == cfg.tokens.audiogen_start
     needs = (
-        ("vision", len(prompt.patches), "pictures"),
-        ("audio_encoder", len(prompt.mels), "sound"),
-        ("audio_head", len(prompt.audio_codes), "sound"),
-        ("audio_head", speech, "an answer aloud"),
+        ("vision", len(prompt.patches), "images"),
+        ("audio_encoder", len(prompt.mels), "audio"),
+        ("audio_head", len(prompt.audio_codes), "audio"),
+        ("audio_head", speech, "an answer in speech"),
     )
     for branch, needed, what in needs:
         if needed and branch not in branches:
             raise RequestError("no_branch", f"the request has or asks for {what}, the checkpoint has no {branch}")
 
 
-def _check_sound(prompt: Prompt, cfg: OmniConfig) -> None:
+def _check_audio(prompt: Prompt, cfg: OmniConfig) -> None:
     codes, sizes = np.asarray(prompt.audio_codes), np.array(cfg.audio.codebook_sizes)
     if codes.shape != (len(prompt.audio_slots), len(sizes)):
         raise RequestError(
@@ -71,7 +71,7 @@ def _check_sound(prompt: Prompt, cfg: OmniConfig) -> None:
             raise RequestError("bad_media", "a mel window holds values that are not finite")
 
 
-def _check_pictures(prompt: Prompt, cfg: OmniConfig) -> None:
+def _check_images(prompt: Prompt, cfg: OmniConfig) -> None:
     patches, merged = np.asarray(prompt.patches), cfg.vision.merged_patches
     if len(prompt.visual_slots) * merged != len(patches):
         raise RequestError(
@@ -83,7 +83,7 @@ def _check_pictures(prompt: Prompt, cfg: OmniConfig) -> None:
     if prompt.patch_grid.shape != (len(patches), 2) or frames.shape != (len(patches),):
         raise RequestError("bad_media", f"patch_grid and patch_frames do not fit {len(patches)} patches")
     if len(frames) and (frames[0] < 1 or (np.diff(frames) < 0).any() or (np.bincount(frames) % merged).any()):
-        raise RequestError("bad_media", f"patch_frames must ascend from 1, each picture a multiple of {merged} patches")
+        raise RequestError("bad_media", f"patch_frames must ascend from 1, each image a multiple of {merged} patches")
     _check_slots("visual", prompt.visual_slots, len(prompt.tokens))
 
 

@@ -208,7 +208,7 @@ def _step(
 
 
 def _logits(llm: LanguageModel, state: EngineState) -> Array:
-    """Of every row, whole on its device; zeros when no row is about to draw a token."""
+    """Logits of every row, whole on its device; zeros when no row is about to sample a token."""
     rows, split = state.rows, llm.compute.rules.spec("batch", None)
     wanted = (rows.active & ~rows.speaking & ~rows.turn).any()
     shape = (state.hidden.shape[0], rows.seen_tokens.shape[1])

@@ -157,7 +157,7 @@ class ActiveRequest:
         self.over = True
 
     def take(self, items: StepOutput, reason: int) -> None:
-        """Makes events of a step's items (n, ..), and ends when the row has ended (`reason`) or was told to stop."""
+        """Makes events of a step's items (n, ..); ends when the row has (`reason`) or a stop string was written."""
         for kind, token, logprob, codes in zip(*(x.tolist() for x in items[:3]), items.codes, strict=True):
             if kind == OutputKind.NONE:
                 break

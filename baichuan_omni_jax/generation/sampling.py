@@ -69,10 +69,10 @@ def sample(
     tokens = jnp.argmax(scores, -1).astype(jnp.int32)
     # Rows with a temperature, in two groups: sorting a vocabulary of 152064 takes longer than all else, so that is done
     # only where a row needs it, and neither group costs anything when it is empty.
-    drawn = params.temperature > 0
+    random = params.temperature > 0
     keys = jax.vmap(_step_key)(keys, step)
-    few = drawn & (params.top_k > 0) & (params.top_k <= MAX_FAST_TOP_K)
-    for rows, width in ((few, min(MAX_FAST_TOP_K, logits.shape[-1])), (drawn & ~few, logits.shape[-1])):
+    few = random & (params.top_k > 0) & (params.top_k <= MAX_FAST_TOP_K)
+    for rows, width in ((few, min(MAX_FAST_TOP_K, logits.shape[-1])), (random & ~few, logits.shape[-1])):
         chosen = jax.lax.cond(
             rows.any(),
             lambda width=width: _sample_among(scores, width, params, keys),

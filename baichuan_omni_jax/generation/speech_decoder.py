@@ -1,4 +1,4 @@
-"""Codes to sound: audio decoder, flow matching, vocoder; a stretch of speech at once, or streamed while it is made."""
+"""Codes to audio: audio decoder, flow matching, vocoder; a stretch of speech at once, or streamed while it is made."""
 
 import math
 from collections.abc import Mapping
@@ -87,7 +87,7 @@ class SpeechDecoder:
 
     Without a vocoder (HiFT) Griffin and Lim's iteration makes the waveform; `vocoder` says which: `hift`,
     `griffin_lim`. `rate` is 24000 Hz in released checkpoints. Works on one device, the first of this host, whatever the
-    mesh in use; from any thread. The same codes and `seed` give the same sound. `compiles` counts programs: each is
+    mesh in use; from any thread. The same codes and `seed` give the same audio. `compiles` counts programs: each is
     for 1, 2, 4, 6, 8, 12 … chunks of `chunk` code frames. A stream works chunk by chunk, of which flow matching sees
     the last `window` (best a power of two), the new one included. Raises ConfigError naming a branch that is missing.
     """
@@ -118,8 +118,10 @@ class SpeechDecoder:
 
     def speak(self, codes: Int32[np.ndarray, "g q"]) -> DecodedSpeech:
         """One stretch of speech as a whole. Raises ValueError on codes that are not the codebooks'."""
-        codes = self.checked(codes)
-        mel = self.sampled(self.guessed(codes), 0) if len(codes) else np.zeros((0, self.settings.mels), np.float32)
+        codes = self.check_codes(codes)
+        mel = (
+            self.sample_mel(self.prenet_mel(codes), 0) if len(codes) else np.zeros((0, self.settings.mels), np.float32)
+        )
         wave = self.windows(self.padded_frames(len(mel)))(mel, 0, True) if len(mel) else np.zeros(0, np.float32)
         return DecodedSpeech(codes, mel, wave, self.rate)
 
@@ -127,7 +129,7 @@ class SpeechDecoder:
         """Mel frames of the program that is used for `frames`: the least number of chunks that holds them."""
         return _padded(frames, self.frames)
 
-    def guessed(self, codes: Int32[np.ndarray, "g q"]) -> Float32[np.ndarray, "s mels"]:
+    def prenet_mel(self, codes: Int32[np.ndarray, "g q"]) -> Float32[np.ndarray, "s mels"]:
         """The pre-net's mel, which flow matching is guided by, of a stretch that ends with the last of `codes`.
 
         Where more follow, frames of all but the last code frame change only by the first GroupNorm, which counts all.
@@ -137,7 +139,7 @@ class SpeechDecoder:
         mu, lengths = self._guess(self._models, padded[None], np.array([len(codes)], np.int32))
         return np.asarray(mu, np.float32)[0, : int(lengths[0])]
 
-    def sampled(self, mu: Float32[np.ndarray, "s mels"], start: int) -> Float32[np.ndarray, "s mels"]:
+    def sample_mel(self, mu: Float32[np.ndarray, "s mels"], start: int) -> Float32[np.ndarray, "s mels"]:
         """The mel around `mu`, which begins at frame `start` of its stretch."""
         padded = np.pad(mu, ((0, self.padded_frames(len(mu)) - len(mu)), (0, 0)))[None]
         mel = self._sample(self._models.flow, self._keys[0], padded, np.array([len(mu)], np.int32), np.int32(start))
@@ -154,7 +156,7 @@ class SpeechDecoder:
         room = {"reach": self.reach, "hop": self.settings.hop, "fade": self.fade}
         return WaveStream(self.windows(WaveStream.longest(self.frames, **room)), **room)
 
-    def checked(self, codes: Int32[np.ndarray, "g q"]) -> Int32[np.ndarray, "g q"]:
+    def check_codes(self, codes: Int32[np.ndarray, "g q"]) -> Int32[np.ndarray, "g q"]:
         """`codes`. Raises ValueError where the codebooks have no such codes."""
         sizes = self.cfg.audio.codebook_sizes
         if codes.ndim != 2 or codes.shape[1] != len(sizes):
@@ -168,7 +170,7 @@ class SpeechDecoder:
         return codes.astype(np.int32)
 
     def _compiled(self, function):
-        """`function` compiled for each shape, on the speaker's own mesh, and counted when it is."""
+        """`function` compiled for each shape, on the decoder's own mesh, and counted when it is."""
 
         def traced(*args):
             self.compiles += 1
@@ -193,8 +195,8 @@ class SpeechStream:
     frame decides how its mel ends. Stretches follow each other with a cross-fade of 10 ms, whose length they share.
     """
 
-    def __init__(self, speaker: SpeechDecoder):
-        self._speaker, self._fade = speaker, CrossFade(speaker.fade)
+    def __init__(self, decoder: SpeechDecoder):
+        self._decoder, self._fade = decoder, CrossFade(decoder.fade)
         self._stretch: _Stretch | None = None
         self._closed = False
 
@@ -205,9 +207,9 @@ class SpeechStream:
         """
         if self._closed:
             raise ValueError("the stream of speech is closed")
-        codes = self._speaker.checked(codes)
+        codes = self._decoder.check_codes(codes)
         if self._stretch is None:
-            self._stretch = _Stretch(self._speaker)
+            self._stretch = _Stretch(self._decoder)
         waves = self._stretch.push(codes, last)
         if last:
             self._stretch = None
@@ -217,7 +219,7 @@ class SpeechStream:
         """The samples that were held back; the stretch ends if it has not. Closing twice gives nothing more."""
         if self._closed:
             return np.zeros(0, np.float32)
-        ready = self.push(np.zeros((0, len(self._speaker.cfg.audio.codebook_sizes)), np.int32), last=True)
+        ready = self.push(np.zeros((0, len(self._decoder.cfg.audio.codebook_sizes)), np.int32), last=True)
         self._closed = True
         return np.concatenate([ready, self._fade.close()])
 
@@ -225,28 +227,28 @@ class SpeechStream:
 class _Stretch:
     """One stretch of speech: its codes so far, and how many chunks of them have been spoken."""
 
-    def __init__(self, speaker: SpeechDecoder):
-        self._speaker, self._waves = speaker, speaker.wave_stream()
-        self._codes, self._chunks = np.zeros((0, speaker.cfg.audio.levels), np.int32), 0
+    def __init__(self, decoder: SpeechDecoder):
+        self._decoder, self._waves = decoder, decoder.wave_stream()
+        self._codes, self._chunks = np.zeros((0, decoder.cfg.audio.levels), np.int32), 0
 
     def push(self, codes: Int32[np.ndarray, "n q"], last: bool) -> list[Float32[np.ndarray, " t"]]:
-        """Waves that overlap by the speaker's `fade` samples."""
+        """Waves that overlap by the decoder's `fade` samples."""
         self._codes = np.concatenate([self._codes, codes])
         waves = []
-        while len(self._codes) > (self._chunks + 1) * self._speaker.chunk:
+        while len(self._codes) > (self._chunks + 1) * self._decoder.chunk:
             waves.append(self._advance(last=False))
         if last and len(self._codes):
             waves.append(self._advance(last=True))
         return waves
 
     def _advance(self, last: bool) -> Float32[np.ndarray, " t"]:
-        speaker, done, self._chunks = self._speaker, self._chunks, self._chunks + 1
-        # The code frame after the chunk decides how it ends; with more, the sound would depend on how codes come.
-        known = self._codes if last else self._codes[: self._chunks * speaker.chunk + 1]
-        mu = speaker.guessed(known)[: None if last else self._chunks * speaker.frames]
-        start = max(0, self._chunks - speaker.window) * speaker.frames
-        mel = speaker.sampled(mu[start:], start)
-        return self._waves.push(mel[done * speaker.frames - start :], last)
+        decoder, done, self._chunks = self._decoder, self._chunks, self._chunks + 1
+        # The code frame after the chunk decides how it ends; with more, the audio would depend on how codes come.
+        known = self._codes if last else self._codes[: self._chunks * decoder.chunk + 1]
+        mu = decoder.prenet_mel(known)[: None if last else self._chunks * decoder.frames]
+        start = max(0, self._chunks - decoder.window) * decoder.frames
+        mel = decoder.sample_mel(mu[start:], start)
+        return self._waves.push(mel[done * decoder.frames - start :], last)
 
 
 def guess(

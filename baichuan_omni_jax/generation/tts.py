@@ -11,20 +11,23 @@ from baichuan_omni_jax.errors import RequestError
 from baichuan_omni_jax.generation.events import AudioCodes, Event, Finished, Prompt
 
 Prompts = Generator[Prompt, Int32[np.ndarray, "n q"], None]
-"""Prompts that end with the mark that begins speech; each is told the code frames of the one before."""
+"""Prompts that end with the mark that begins speech; each is sent the code frames of the one before."""
 
 
 def sentence_prompts(processor: Any, sentences: Sequence[str]) -> Prompts:
-    """The sentences one by one, each after what was said before. Raises RequestError when there is nothing to say."""
+    """Encodes the sentences one by one, each after those before and their speech.
+
+    Raises RequestError when there is nothing to say.
+    """
     spoken = [sentence for sentence in sentences if sentence.strip()]
     if not spoken:
         raise RequestError("bad_message", "there is nothing to say: the text is empty")
-    said: list[dict[str, Any]] = []
+    spoken_so_far: list[dict[str, Any]] = []
     for sentence in spoken:
-        said.append({"type": "text", "text": sentence})
-        codes = yield processor.encode_content(said, speak=True)
+        spoken_so_far.append({"type": "text", "text": sentence})
+        codes = yield processor.encode_content(spoken_so_far, speak=True)
         if len(codes):
-            said.append({"type": "audio", "codes": codes})
+            spoken_so_far.append({"type": "audio", "codes": codes})
 
 
 def one_prompt(prompt: Prompt) -> Prompts:
@@ -60,8 +63,8 @@ class TtsRequest:
                 elif isinstance(event, Finished):
                     ended.append(event)
             try:
-                said = np.concatenate(codes) if codes else np.zeros((0, 0), np.int32)
-                self._request = self._submit(self._prompts.send(said))
+                spoken_so_far = np.concatenate(codes) if codes else np.zeros((0, 0), np.int32)
+                self._request = self._submit(self._prompts.send(spoken_so_far))
             except StopIteration:
                 break
         cut = any(each.finish_reason == "length" for each in ended)

@@ -1,4 +1,4 @@
-"""From sound to the states that flow matching reads: the frozen audio tokenizer and its decoder, then the flow."""
+"""From audio to the states that flow matching reads: the frozen audio tokenizer and its decoder, then the flow."""
 
 import jax
 import jax.numpy as jnp

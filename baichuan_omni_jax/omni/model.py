@@ -90,7 +90,7 @@ class OmniModel(nnx.Module):
         return model
 
     def embed(self, batch: Batch) -> Float[Array, "b t d"]:
-        """Token embeddings with every pad slot replaced by its picture's or sound's embedding."""
+        """Computes token embeddings with every pad slot replaced by its image's or audio's embedding."""
         x, media = self.llm.embed(batch["tokens"]), []
         if "vision" in self.branches:
             visual = self.vision(batch["patches"], batch["patch_grid"], batch["patch_segments"])

@@ -103,9 +103,9 @@ def test_a_stream_is_the_whole_but_for_the_first_normalisation(speaker, monkeypa
     """45 code frames, two chunks. What the last chunk makes, with all codes there, is the whole's to 1e-4; the first
     chunk's mel, whose GroupNorm counts the codes that were there, to 3e-2."""
     codes, made = some_codes(45), []
-    sampled = speaker.sampled
+    sample_mel = speaker.sample_mel
     whole = speaker.speak(codes)
-    monkeypatch.setattr(speaker, "sampled", lambda mu, start: made.append(sampled(mu, start)) or made[-1])
+    monkeypatch.setattr(speaker, "sample_mel", lambda mu, start: made.append(sample_mel(mu, start)) or made[-1])
     wave = streamed(speaker.stream(), codes, 7)
     first, last = made
     assert len(first) == 100
