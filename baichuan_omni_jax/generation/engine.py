@@ -96,9 +96,18 @@ class Engine:
         self._busy, self._tokens, self._frames = 0.0, 0, 0
 
     def submit(self, prompt: Prompt, settings: GenerationConfig, key: PRNGKeyArray) -> Request:
-        """Puts a request in line; iterate it to have it served. The same key gives the same answer in any company.
+        """Puts a request in line; iterate it to have it served.
 
-        Raises RequestError: `too_long`, `no_branch`, `bad_media`, `bad_message`.
+        Args:
+            prompt: an encoded prompt.
+            settings: of the answer.
+            key: of its sampling; the same key gives the same answer in any company.
+
+        Returns:
+            The request, an iterator of events.
+
+        Raises:
+            RequestError: `too_long`, `no_branch`, `bad_media`, `bad_message`.
         """
         if settings.stop and self.tokenizer is None:
             raise RequestError("bad_message", "stop strings need a tokenizer, the engine has none")
@@ -111,7 +120,7 @@ class Engine:
     def generate(
         self, prompts: Sequence[Prompt], settings: GenerationConfig, keys: Sequence[PRNGKeyArray] | PRNGKeyArray
     ) -> list[GenerationResult]:
-        """The whole answers to several prompts, served together. Raises RequestError for the first it cannot serve."""
+        """Answers several prompts, served together. Raises RequestError for the first it cannot serve."""
         requests = [self.submit(prompt, settings, key) for prompt, key in zip(prompts, keys, strict=True)]
         return [GenerationResult.from_events(request) for request in requests]
 
@@ -146,7 +155,7 @@ class Engine:
             )
 
     def _serve(self, request: ActiveRequest) -> None:
-        """Runs a step, unless another thread's step has served `request` meanwhile."""
+        """Runs a step for everybody, unless another thread's step has served `request` meanwhile."""
         with self._lock:
             if request.events or request.over:
                 return
@@ -162,10 +171,14 @@ class Engine:
                 self._busy += time.perf_counter() - began
 
     def _step(self) -> None:
+        """Prefills as much as a chunk, then decodes a few items of every running answer: no answer waits for a prompt
+        for longer than a chunk takes."""
         self._sweep()
+        # Prefill: several short prompts, or the next chunk of a long one.
         budget = self._chunk
         while budget > 0 and (self._prefill_group or self._admit()):
             budget -= self._prefill_chunk()
+        # Decoding: one item where somebody has had nothing yet, so that a first token leaves as soon as it is there.
         if self._running:
             new = not all(request.started for request in self._running.values())
             self._decode(self._running, 1 if new else self._steps_per_call)
@@ -184,6 +197,7 @@ class Engine:
 
     def _admit(self) -> bool:
         """Gives free slots to those who waited longest, as many as can read together; False when there are none."""
+        # A program prefills one row of each device, the same of all: only slots of one row number go together.
         free = [slot for slot in range(self._slots) if slot not in self._running]
         if not free or not self._waiting:
             return False
@@ -231,6 +245,7 @@ class Engine:
         return cost
 
     def _decode(self, requests: Mapping[int, ActiveRequest], count: int) -> None:
+        # The only place where the host waits for the device: a call's items come back together.
         alive = np.zeros(self._slots, bool)
         alive[list(requests)] = True
         items, reasons = self._device.decode_steps(alive, count, stop_early=bool(self._waiting))

@@ -124,12 +124,12 @@ LEAST_TOKENS, LEAST_PATCHES = 32, 256
 
 
 def bucket(count: int, least: int) -> int:
-    """The smallest of `least`, 2 `least`, 4 `least`, … that holds `count`."""
+    """Returns the smallest of `least`, 2 `least`, 4 `least`, … that holds `count`."""
     return max(least, 1 << max(count - 1, 0).bit_length())
 
 
 def chunk_sizes(length: int, most: int) -> list[int]:
-    """All sizes of chunks of prompts for a cache of `length`, at most `most` (a power of two) items each."""
+    """Lists all sizes of chunks of prompts for a cache of `length`, at most `most` (a power of two) items each."""
     sizes = [LEAST_TOKENS]
     while sizes[-1] < min(bucket(length - 1, LEAST_TOKENS), most):
         sizes.append(2 * sizes[-1])
@@ -152,7 +152,7 @@ class Chunk(NamedTuple):
 
 
 class Media:
-    """Where the media of a prompt stand, position by position: n tokens of a cache of `length`."""
+    """Says where the media of a prompt stand, position by position: n tokens of a cache of `length`."""
 
     def __init__(self, prompt: Prompt, codes: Int32[np.ndarray, "a q"], length: int):
         n = len(prompt.tokens)
@@ -183,13 +183,13 @@ class PrefillGroup:
         return max((request.size for request in self.requests.values()), default=0)
 
     def place_media(self, codes: Mapping[int, Int32[np.ndarray, "a q"]]) -> None:
-        """Makes chunks have media, with each prompt's `codes`."""
+        """Adds media to the chunks, with each prompt's `codes`."""
         self._media = {
             device: Media(request.prompt, codes[device], self._length) for device, request in self.requests.items()
         }
 
     def chunk(self, most: int) -> Chunk:
-        """The next at most `most` items of every prompt, on the host."""
+        """Takes the next at most `most` items of every prompt, on the host."""
         count = min(self._size - self._at, most)
         shape = (self._devices, bucket(count, LEAST_TOKENS))
         # Numpy's arrays where JAX's are declared: a jitted function takes either.
@@ -222,10 +222,23 @@ class PrefillGroup:
 def lay_out_images(
     prompts: Mapping[int, Prompt], devices: int, shards: int, cfg: OmniConfig, length: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Patches (g, p, v), their grid, their images' ids and the slots (g, p / 4) of their tokens, for `devices` rows.
+    """Lays out the images of prompts, one prompt a device.
 
-    p is cut into `shards` equal parts, none of which cuts an image. An unused slot is `length`.
+    p, the number of patches, is a power of two and is cut into `shards` equal parts, none of which cuts an image: so
+    the vision tower needs no communication.
+
+    Args:
+        prompts: by device; devices without one have padding.
+        devices: how many rows to lay out.
+        shards: parts of a row's patches that lie on different devices.
+        cfg: the model's sizes.
+        length: of the cache; an unused slot has this number.
+
+    Returns:
+        Patches (g, p, v), their rows and columns (g, p, 2), the image of each (g, p), from 1, and the slots (g, p / 4)
+        of the tokens that they become.
     """
+    # The smallest power of two in whose parts every device's images find room.
     sizes = {device: np.bincount(prompt.patch_frames)[1:] for device, prompt in prompts.items()}
     p = bucket(max(int(x.sum()) for x in sizes.values()), LEAST_PATCHES)
     while any(_starts(x, p, shards) is None for x in sizes.values()):
@@ -236,6 +249,7 @@ def lay_out_images(
     row = BatchSizes(tokens=length, patches=p, visual_tokens=p // merged, patch_values=cfg.vision.patch_values)
     patches, grid, ids, slots = empty_batch(names, devices, row).values()
     for device, prompt in prompts.items():
+        # Where each patch goes: its image's first place, and its own place within the image.
         images = sizes[device]
         starts = _starts(images, p, shards)
         assert starts is not None  # p was doubled until all found room

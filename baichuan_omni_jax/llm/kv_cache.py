@@ -53,10 +53,17 @@ class KVCache(NamedTuple):
 
 
 def init_cache(cfg: LLMConfig, batch: int, length: int, dtype: DTypeLike, compute: ComputePolicy) -> KVCache:
-    """An empty cache of `batch` rows of `length` positions, rows split over data x fsdp, heads over `tensor`.
+    """Makes an empty cache, rows split over data x fsdp, heads over `tensor`.
 
-    `dtype`: a float type, or int8: each entry's head then has a scale of its own, its largest value / 127.
-    Raises ConfigError when the mesh does not divide rows or heads.
+    Args:
+        cfg: the language model's sizes.
+        batch: rows.
+        length: positions of a row.
+        dtype: a float type, or int8: each entry's head then has a scale of its own, its largest value / 127.
+        compute: says how arrays are split.
+
+    Raises:
+        ConfigError: the mesh does not divide rows or heads.
     """
     shape = (batch, cfg.num_kv_heads, length, cfg.head_dim)
     check_divisible(jax.sharding.get_abstract_mesh(), compute.rules, shape[:2], ENTRIES[:2], "the cache")
@@ -75,7 +82,7 @@ def init_cache(cfg: LLMConfig, batch: int, length: int, dtype: DTypeLike, comput
 def write(
     cache: LayerCache, k: Float[Array, "b t k h"], v: Float[Array, "b t k h"], positions: Int32[Array, "b t"]
 ) -> LayerCache:
-    """The cache with each item's key and value at its position; nothing is written for position -1 or past the end.
+    """Writes each item's key and value at its position; nothing is written for position -1 or past the end.
 
     Of one device's rows and heads: call it inside shard_map. A row's positions must differ.
     """
@@ -97,7 +104,7 @@ def write(
 
 
 def read(cache: LayerCache, dtype: DTypeLike) -> tuple[Float[Array, "b s k h"], Float[Array, "b s k h"]]:
-    """All keys and values, in `dtype`, in the order of attention's arguments."""
+    """Returns all keys and values, in `dtype`, in the order of attention's arguments."""
 
     def values(entries: Array, scale: Array | None) -> Array:
         wide = entries.astype(dtype) if scale is None else (entries * scale[..., None]).astype(dtype)
@@ -109,14 +116,16 @@ def read(cache: LayerCache, dtype: DTypeLike) -> tuple[Float[Array, "b s k h"], 
 def attend(
     q: Float[Array, "b k g h"], cache: LayerCache, positions: Int32[Array, " b"], scale: float
 ) -> Float[Array, "b k g h"]:
-    """One item a row over the row's entries up to its position; softmax in fp32. Position -1 gives zeros.
+    """Attends with one item a row over the row's entries up to its position. Position -1 gives zeros.
 
     Of one device's rows and heads: call it inside shard_map.
     """
+    # Scores, summed in fp32. An int8 entry's scale is the same for all of its values, so it multiplies the products.
     wide = partial(jnp.einsum, preferred_element_type=jnp.float32)
     scores = wide("bkgh,bksh->bkgs", q, cache.k.astype(q.dtype)) * scale
     if cache.k_scale is not None:
         scores *= cache.k_scale[:, :, None]
+    # Softmax in fp32 over the entries that the row has written; a row without any divides by 1.
     seen = jnp.arange(cache.k.shape[2]) <= positions[:, None]
     scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
     weights = jnp.exp(scores - jnp.max(scores, -1, keepdims=True, initial=-1e30))
