@@ -78,6 +78,7 @@ def _answer(
     progress = _Progress(len(questions), len(done), report)
     asked: deque[tuple[Question, ChatStream | RequestError]] = deque()
     with output.open("a", encoding="utf-8") as file:
+        # Keep `at_once` questions in the engine, write answers in the manifest's order.
         while left or asked:
             while left and len(asked) < at_once:
                 question = left.popleft()

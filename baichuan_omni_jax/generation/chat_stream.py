@@ -160,6 +160,7 @@ class _Record:
                 self.content.append({"type": "text", "text": ""})
             self.content[-1]["text"] += event.text
         else:
+            # A stretch of speech is one part of the message, however many events it came in.
             if not self.content or self.content[-1].get("whole", True):
                 self.content.append({"type": "audio", "codes": [], "whole": False})
             self.content[-1]["codes"].append(event.codes)
@@ -178,6 +179,7 @@ def _events(request: EventSource, speech_decoder: SpeechSynthesizer | None, reco
     stream = speech_decoder.stream() if speech_decoder else None
     try:
         for event in request:
+            # Speech first: the end of the answer comes behind its last samples.
             if speech_decoder and stream and not record.cancelled and not isinstance(event, TextDelta):
                 audio = stream.push(event.codes, event.last) if isinstance(event, AudioCodes) else stream.close()
                 if len(audio):
@@ -190,6 +192,7 @@ def _events(request: EventSource, speech_decoder: SpeechSynthesizer | None, reco
         record.callback = lambda message: None  # what failed is no turn of a conversation
         raise
     finally:
+        # However it ended: the slot is free, and a conversation hears of what there is.
         request.cancel()
         record.callback(record.message())
 

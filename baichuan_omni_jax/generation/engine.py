@@ -37,17 +37,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EngineMetrics:
-    """What the engine is and was doing. `compiles`: programs compiled since it was made; `tokens_per_s`: text tokens
-    and code frames a second while at least one request was served."""
+    """What the engine is and was doing."""
 
-    compiles: int
-    cache_bytes: int
+    compiles: int  # programs compiled since the engine was made
+    cache_bytes: int  # of all devices together
     slots: int
-    in_use: int
-    waiting: int
-    tokens: int
-    frames: int
-    tokens_per_s: float
+    in_use: int  # slots that a request has
+    waiting: int  # requests in line
+    tokens: int  # text tokens generated
+    frames: int  # code frames generated
+    tokens_per_s: float  # both, a second while at least one request was served
 
 
 class Engine:

@@ -161,6 +161,7 @@ class ActiveRequest:
         for kind, token, logprob, codes in zip(*(x.tolist() for x in items[:3]), items.codes, strict=True):
             if kind == OutputKind.NONE:
                 break
+            # The sequence in which an audio pad stands for a frame is what a later prompt would hold.
             self._sequence.append(self._marks.audio_pad if kind == OutputKind.FRAME else token)
             if kind == OutputKind.FRAME:
                 self._frame(codes)
@@ -168,8 +169,10 @@ class ActiveRequest:
                 self._token(token, logprob)
             else:
                 self._mark(token)
+            # Only the host knows stop strings: what the device wrote behind one is dropped.
             if self._text.stopped:
                 return self.finish("stop")
+        # The frames of a call leave together, as one event.
         self._emit_frames(last=False)
         if reason:
             self.finish("end" if reason == FinishReason.END else "length")

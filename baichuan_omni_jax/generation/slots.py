@@ -144,35 +144,32 @@ class FrameDecoder(Protocol):
 
 
 class SlotState(NamedTuple):
-    """Settings and progress of b rows.
+    """Settings and progress of b rows."""
 
-    `position` is the next item's; `tokens` were written in all, `in_segment` of them since the last speech, `frames`
-    since speech began, `segments` times in all. `least` are the units that a later segment takes to speak at least,
-    `progress` is how far this one is. `turn`: `<audiogen_start>` comes next. `ending`: the reason to end once this
-    speech is over. `seen_tokens` are the tokens of the sequence, `seen_codes` the codes of this speech, level by level.
-    """
-
-    first: SamplingParams
-    later: SamplingParams
-    codes: SamplingParams
-    key: UInt32[Array, "b 2"]
+    # Settings, each an array so that one program serves every row.
+    first: SamplingParams  # of the first segment of text
+    later: SamplingParams  # of the segments after it
+    codes: SamplingParams  # of speech
+    key: UInt32[Array, "b 2"]  # of the row's sampling
     max_tokens: Int32[Array, " b"]
-    segment_tokens: Int32[Array, " b"]
-    segment_frames: Int32[Array, " b"]
+    segment_tokens: Int32[Array, " b"]  # of a segment of text, at most
+    segment_frames: Int32[Array, " b"]  # of a segment's speech, at most
     max_segments: Int32[Array, " b"]
-    least: Int32[Array, " b"]
-    speech_enabled: Bool[Array, " b"]
-    position: Int32[Array, " b"]
-    tokens: Int32[Array, " b"]
-    in_segment: Int32[Array, " b"]
-    frames: Int32[Array, " b"]
-    segments: Int32[Array, " b"]
-    progress: SegmentProgress
+    least: Int32[Array, " b"]  # units that a later segment takes to speak, at least
+    speech_enabled: Bool[Array, " b"]  # text and speech in turn, not text alone
+    # Progress.
+    position: Int32[Array, " b"]  # of the next item in the cache
+    tokens: Int32[Array, " b"]  # of text, written in all
+    in_segment: Int32[Array, " b"]  # of text, written since the last speech
+    frames: Int32[Array, " b"]  # since this speech began
+    segments: Int32[Array, " b"]  # how often speech began
+    progress: SegmentProgress  # how far this segment of text is
     speaking: Bool[Array, " b"]
-    turn: Bool[Array, " b"]
-    ending: Int32[Array, " b"]
-    reason: Int32[Array, " b"]
+    turn: Bool[Array, " b"]  # `<audiogen_start>` comes next
+    ending: Int32[Array, " b"]  # the `FinishReason` once this speech is over
+    reason: Int32[Array, " b"]  # the `FinishReason` of a row that has ended
     active: Bool[Array, " b"]
+    # What the repetition penalty meets: of text the whole sequence, of speech this stretch, level by level.
     seen_tokens: Bool[Array, "b v"]
     seen_codes: Bool[Array, "b q w"]
 
@@ -294,6 +291,7 @@ def advance(
     start_drawn = draws_token & (token == tokens.audiogen_start)
     text = draws_token & ~end_of_text & ~start_drawn
     step = advance_segment(table, rows.progress, token, text & rows.speech_enabled & (rows.segments > 0) & _ripe(rows))
+    # A segment may also end within a token (`,so`): then the token that stands for its beginning is written.
     text &= ~step.before
     cut_short = text & step.within
     logprob = jnp.where(cut_short, _logprob(logits, step.token), logprob)
@@ -313,6 +311,7 @@ def advance(
     ending = jnp.where(
         speak_last, FinishReason.END, jnp.where(capped & rows.speech_enabled, FinishReason.LENGTH, rows.ending)
     )
+    # Reasons in the order in which one overrides another; a full cache ends whatever has not ended yet.
     reason = jnp.where(end_of_text & ~speak_last, FinishReason.END, FinishReason.RUNNING)
     reason = jnp.where(capped & ~rows.speech_enabled, FinishReason.LENGTH, reason)
     reason = jnp.where(

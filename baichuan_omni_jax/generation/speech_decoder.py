@@ -102,10 +102,12 @@ class SpeechDecoder:
         parts = branches["audio_encoder"].quantizer, branches["audio_decoder"], branches["flow"]
         self._models = Models(*self._placed(parts))
         self._hift = self._placed(branches["vocoder"]) if "vocoder" in branches else None
+        # The noise of flow matching and of the vocoder's source: the same codes and seed give the same audio.
         with jax.set_mesh(self._mesh):
             self._keys = jax.random.split(jax.random.key(seed))
         self._guess, self._sample = self._compiled(guess), self._compiled(sample)
         self._window_wave = self._compiled(window_wave)
+        # A chunk is what the chunked attention of flow matching sees at once, in whole code frames.
         states = self._models.decoder.dconv1.stride
         self.chunk = math.lcm(ATTENTION_CHUNK, states) // states
         self.frames = self.chunk * states  # mel frames of a chunk
@@ -113,11 +115,11 @@ class SpeechDecoder:
         self.reach = reach(self._hift.cfg) if self._hift else GRIFFIN_LIM_REACH
 
     def stream(self) -> "SpeechStream":
-        """A new stream, with a state of its own; any number may be in use."""
+        """Makes a new stream, with a state of its own; any number may be in use."""
         return SpeechStream(self)
 
     def speak(self, codes: Int32[np.ndarray, "g q"]) -> DecodedSpeech:
-        """One stretch of speech as a whole. Raises ValueError on codes that are not the codebooks'."""
+        """Decodes one stretch of speech as a whole. Raises ValueError on codes that are not the codebooks'."""
         codes = self.check_codes(codes)
         mel = (
             self.sample_mel(self.prenet_mel(codes), 0) if len(codes) else np.zeros((0, self.settings.mels), np.float32)
@@ -130,7 +132,7 @@ class SpeechDecoder:
         return _padded(frames, self.frames)
 
     def prenet_mel(self, codes: Int32[np.ndarray, "g q"]) -> Float32[np.ndarray, "s mels"]:
-        """The pre-net's mel, which flow matching is guided by, of a stretch that ends with the last of `codes`.
+        """Computes the pre-net's mel, which flow matching is guided by, of a stretch that ends with the last of `codes`.
 
         Where more follow, frames of all but the last code frame change only by the first GroupNorm, which counts all.
         """
@@ -140,24 +142,24 @@ class SpeechDecoder:
         return np.asarray(mu, np.float32)[0, : int(lengths[0])]
 
     def sample_mel(self, mu: Float32[np.ndarray, "s mels"], start: int) -> Float32[np.ndarray, "s mels"]:
-        """The mel around `mu`, which begins at frame `start` of its stretch."""
+        """Samples the mel around `mu`, which begins at frame `start` of its stretch."""
         padded = np.pad(mu, ((0, self.padded_frames(len(mu)) - len(mu)), (0, 0)))[None]
         mel = self._sample(self._models.flow, self._keys[0], padded, np.array([len(mu)], np.int32), np.int32(start))
         return np.asarray(mel)[0, : len(mu)]
 
     def windows(self, frames: int) -> Window:
-        """What makes the waveform of windows of at most `frames` mel frames of one stretch."""
+        """Returns what makes the waveform of windows of at most `frames` mel frames of one stretch."""
         if self._hift is None:
             return lambda mel, start, last: griffin_lim(mel, self.settings)
         return HiftWindow(partial(self._window_wave, self._hift, self._keys[1]), self._hift.cfg, frames)
 
     def wave_stream(self) -> WaveStream:
-        """The waveform of one stretch whose mel comes chunk by chunk."""
+        """Makes the waveform of one stretch whose mel comes chunk by chunk."""
         room = {"reach": self.reach, "hop": self.settings.hop, "fade": self.fade}
         return WaveStream(self.windows(WaveStream.longest(self.frames, **room)), **room)
 
     def check_codes(self, codes: Int32[np.ndarray, "g q"]) -> Int32[np.ndarray, "g q"]:
-        """`codes`. Raises ValueError where the codebooks have no such codes."""
+        """Returns `codes` as int32. Raises ValueError where the codebooks have no such codes."""
         sizes = self.cfg.audio.codebook_sizes
         if codes.ndim != 2 or codes.shape[1] != len(sizes):
             raise ValueError(f"codes {codes.shape}: expected (frames, {len(sizes)})")

@@ -58,6 +58,7 @@ class TtsRequest:
                 if isinstance(event, AudioCodes):
                     codes.append(event.codes)
                     yield event
+                    # Text after the speech is not wanted: the sentence is over.
                     if event.last:
                         self._request.cancel()
                 elif isinstance(event, Finished):

@@ -101,6 +101,7 @@ class DepthAttention(nnx.Module):
         Returns the output, and the cache with this level in it (None without one).
         """
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        # `level` is static: what lies behind it in the cache is left out, not masked.
         if cache is not None:
             cache = cache[0].at[:, :, level].set(k[:, :, 0]), cache[1].at[:, :, level].set(v[:, :, 0])
             k, v = (entries[:, :, : level + 1] for entries in cache)
@@ -262,6 +263,7 @@ class AudioHeadBranch(nnx.Module):
             raise ValueError(
                 f"codes {codes.shape} do not fit hidden {hidden.shape}: expected {levels} levels a position"
             )
+        # The depth sequence: the hidden state, then running sums of embeddings, in fp32 so that they do not drift.
         total, sequence = 0.0, [split_as(hidden, self.compute, *STREAM).astype(self.compute.dtype)]
         for embedded in self.embedding.levels(codes, levels - 1):
             total = total + embedded.astype(jnp.float32)
@@ -320,6 +322,7 @@ class AudioHeadBranch(nnx.Module):
             x, total, caches, codes = carry
             # A branch a level, so that its weights are read where they lie; choosing is compiled once.
             logits, caches = jax.lax.switch(level, [partial(self.level_logits, q) for q in range(levels)], x, caches)
+            # The next position's input: the embeddings of the levels so far, summed in fp32 as in training.
             chosen = choose(level, logits)
             embedded = jax.lax.switch(level, [partial(self.embedding.level, q) for q in range(levels)], chosen[:, None])
             total = total + embedded[:, 0].astype(jnp.float32)

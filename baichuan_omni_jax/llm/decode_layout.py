@@ -91,6 +91,7 @@ def split_heads(
 
     A key head with its query heads lies together, so that `tensor` splits the joined matrix where it splits heads.
     """
+    # Undoes `_join_heads`: of each group the last two are key and value, the others are queries.
     b, t, _ = qkv.shape
     spec, k, h = compute.spec, cfg.num_kv_heads, cfg.head_dim
     groups = jnp.reshape(qkv, (b, t, k, -1, h), out_sharding=spec("batch", "length", "act_kv_heads", None, None))
@@ -102,6 +103,7 @@ def _join_heads(parts: Sequence[Array], cfg: LLMConfig, compute: ComputePolicy) 
     """Weights (d, heads, h) -> (k (g + 2) h, d), or biases (heads, h) -> (k (g + 2) h): per key head its g query heads'
     projections, its key's and its value's."""
     spec, k = compute.rules.gathered_spec, cfg.num_kv_heads
+    # By key head first, (k, heads of the group, h[, d]), then flat.
     groups = []
     for part in parts:
         part = jnp.moveaxis(part, 0, -1) if part.ndim == 3 else part  # heads, head_dim[, embed]
@@ -149,6 +151,7 @@ def decode_layer_values(
     Returns:
         Arrays by their name in a `DecoderLayer` of the decode layout.
     """
+    # One program for all layers: which one is an argument.
     layer = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), layers)
     stored = named_variables(layer)
     made = {name: stored[name][...] for name in ("attention_norm.scale", "mlp_norm.scale")}

@@ -198,11 +198,13 @@ class LanguageModel(nnx.Module):
         rules = replace(self.compute.rules, length=None)
         compute = replace(self.compute, dtype=jnp.dtype(dtype or self.compute.dtype), rules=rules)
         normed = self.cfg.use_norm_head
+        # Embedding and head serve as they lie; NormHead's division is done once, here.
         values = {
             "embedding": whole(self.embedding, compute),
             "head": self.head_weight(dtype=compute.dtype).value if normed else whole(self.head, compute),
             "norm.scale": self.norm.scale[...],
         }
+        # Layer by layer: one layer at a time is whole on a device in both layouts.
         for i in range(self.cfg.num_layers):
             made = decode_layer_values(self.layers, jnp.int32(i), self.cfg, compute)
             values |= {f"layers.{i}.{name}": value for name, value in made.items()}
@@ -257,10 +259,12 @@ class LanguageModel(nnx.Module):
         if cache is not None:
             return self._with_cache(x, positions, cache)
         assert segment_ids is not None
+        # What sees what, and where: once for all layers, since every layer attends alike.
         segments = whole_keys(Segments.from_row(segment_ids, positions))
         block = self.compute.attention_block
         plan = plan_blocks(segments, causal=True, block_q=block, block_kv=block)
         angles = rope_angles(positions, self.cfg.head_dim, self.cfg.rope_theta)
+        # Layers: one traced body that is scanned, or a list whose weights no scan has to cut out.
         layer_of = remat(lambda x, layer: layer(x, angles, segments, plan)[0], self.compute.remat)
         if self.layout == "decode":
             for layer in self.layers:
@@ -272,6 +276,7 @@ class LanguageModel(nnx.Module):
     def _with_cache(
         self, x: Float[Array, "b t d"], positions: Int32[Array, "b t"], cache: KVCache
     ) -> tuple[Float[Array, "b t d"], KVCache]:
+        # Padding keeps its -1 for what is written and seen; its angles only have to be finite.
         x, positions = split_as(x, self.compute, "batch", "length"), split_as(positions, self.compute, "batch")
         at = jnp.maximum(split_as(positions, self.compute, "batch", "length"), 0)
         angles = rope_angles(at, self.cfg.head_dim, self.cfg.rope_theta)

@@ -23,14 +23,21 @@ UNSPLIT = ShardingRules.unsplit()
 def merge_media(
     x: Float[Array, "b t d"], parts: Sequence[tuple[Array, Array]], rules: ShardingRules
 ) -> Float[Array, "b t d"]:
-    """`x` with slot `index[b, m]` replaced by `media[b, m]`, for each (media (b, m, d), index (b, m)) of `parts`.
+    """Puts media embeddings in the place of their slots: `x[b, index[b, m]] = media[b, m]`.
 
-    An index of t or more is unused. The parts are laid side by side on each shard and gathered together, once.
+    Args:
+        x: embeddings of the row's tokens.
+        parts: media (b, m, d) with their slots (b, m), for each kind of media; t or more is no slot.
+        rules: how rows and media are split over devices.
+
+    Returns:
+        The embeddings with the media among them, split as `x`.
     """
     rules = _rules_of(x, rules)
     row, part = _specs(rules)
 
     def merge_shard(x, parts):
+        # One gather of all media together; each shard then keeps what falls into its own slots.
         media = _gather(jnp.concatenate([media for media, _ in parts], 1), rules)
         index = _gather(jnp.concatenate([index for _, index in parts], 1), rules)
         local = _local_slots(index, x.shape[1], rules)
@@ -44,7 +51,7 @@ def merge_media(
 def pick_slots(
     hidden: Float[Array, "b t d"], index: Int32[Array, "b m"], rules: ShardingRules
 ) -> Float[Array, "b m d"]:
-    """`hidden[b, index[b, m]]`, split over media axes; zeros where the index is unused (t or more)."""
+    """Picks `hidden[b, index[b, m]]`, split over media axes; zeros where the index is unused (t or more)."""
     rules = _rules_of(hidden, rules)
     row, part = _specs(rules)
     context = rules.axes("length")
@@ -54,6 +61,7 @@ def pick_slots(
         local = _local_slots(whole, hidden.shape[1], rules)
         pick = lambda row, slots: row.at[slots].get(mode="fill", fill_value=0)  # noqa: E731
         picked = jax.vmap(pick)(hidden, local)
+        # A state is zero on all shards but its own: the sum over shards is the state, scattered where media lie.
         for axis in context:
             if axis in rules.axes("media"):
                 picked = lax.psum_scatter(picked, axis, scatter_dimension=1, tiled=True)
@@ -68,7 +76,7 @@ def pick_slots(
 def segments_with_media(
     segment_ids: Int32[Array, "b t"], indexes: Sequence[Array], rules: ShardingRules
 ) -> Bool[Array, "b t"]:
-    """Whether a token's segment (a document) has a slot that one of `indexes` (b, m) fills; False at padding (id 0).
+    """Says whether a token's segment (a document) has a slot that one of `indexes` (b, m) fills; False at padding (id 0).
 
     Ids [1, 1, 2, 2, 0] and one index [0, 5] give [True, True, False, False, False].
     """
