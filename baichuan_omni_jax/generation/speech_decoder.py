@@ -132,7 +132,7 @@ class SpeechDecoder:
         return _padded(frames, self.frames)
 
     def prenet_mel(self, codes: Int32[np.ndarray, "g q"]) -> Float32[np.ndarray, "s mels"]:
-        """Computes the pre-net's mel, which flow matching is guided by, of a stretch that ends with the last of `codes`.
+        """Computes the pre-net's mel, the guide of flow matching, of a stretch that ends with the last of `codes`.
 
         Where more follow, frames of all but the last code frame change only by the first GroupNorm, which counts all.
         """

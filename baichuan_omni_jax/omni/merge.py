@@ -76,7 +76,7 @@ def pick_slots(
 def segments_with_media(
     segment_ids: Int32[Array, "b t"], indexes: Sequence[Array], rules: ShardingRules
 ) -> Bool[Array, "b t"]:
-    """Says whether a token's segment (a document) has a slot that one of `indexes` (b, m) fills; False at padding (id 0).
+    """Tells whether a token's segment (a document) has a slot of `indexes` (b, m); False at padding (id 0).
 
     Ids [1, 1, 2, 2, 0] and one index [0, 5] give [True, True, False, False, False].
     """
