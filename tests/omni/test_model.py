@@ -21,7 +21,7 @@ CFG = dataclasses.replace(
         tiny().llm, vocab_size=64, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8
     ),
     audio=dataclasses.replace(tiny().audio, codebook_sizes=(16, 8)),
-    audio_head=dataclasses.replace(tiny().audio_head, num_layers=1, head_dim=8),
+    audio_head=dataclasses.replace(tiny().audio_head, num_layers=1, head_dim=32),
     vision=dataclasses.replace(VISION, out_dim=32),
 )
 
