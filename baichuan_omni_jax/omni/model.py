@@ -105,6 +105,7 @@ class OmniModel(nnx.Module):
 
         No levels without an audio head.
         """
+        batch = jax.tree.map(jnp.asarray, batch)  # arrays of the host are welcome
         embedded = self.embed(batch)
         with jax.named_scope("llm"):
             hidden = self.llm(embedded, batch["positions"], batch["segment_ids"])
