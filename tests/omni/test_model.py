@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,7 +10,6 @@ from baichuan_omni_jax.checkpoint import save_branches
 from baichuan_omni_jax.config import tiny
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.omni.model import OmniModel
-from tests.helpers.micro import one_device
 from tests.helpers.untrained import COMPUTE, KEY, VISION, assert_close, untrained
 
 T, LEVELS = 16, 2
@@ -69,14 +67,6 @@ def test_from_a_checkpoint_without_a_mesh(model, checkpoint):
         assert_close(level, wanted)
     assert loaded.llm.logits(hidden).shape == (1, T, 64)
     assert OmniModel.from_checkpoint(checkpoint, dtype="bfloat16").llm.embedding[...].dtype == jnp.bfloat16
-
-
-@pytest.mark.usefixtures("exact")
-def test_on_a_mesh_of_one_device_the_numbers_are_the_same(model, checkpoint):
-    with jax.set_mesh(one_device()):
-        placed = OmniModel.from_checkpoint(checkpoint, mesh=one_device())
-        hidden, _ = jax.jit(lambda model, batch: model(batch))(placed, batch())
-    assert_close(hidden, model(batch())[0], 1e-4)
 
 
 @pytest.mark.usefixtures("exact")
