@@ -169,7 +169,7 @@ def decode_steps(
         partial(_step, length=state.cache.length, tokens=tokens), (split, split, split, P(), P()), (split,) * 4
     )
 
-    def go_on(carry):
+    def may_continue(carry):
         n, state, _ = carry
         ended = (started & ~state.rows.active).any()
         return (n < steps) & state.rows.active.any() & ~(stop_early & ended)
@@ -192,7 +192,7 @@ def decode_steps(
     )
     log = StepOutput(empty(jnp.int32), empty(jnp.int32), empty(jnp.float32), empty(jnp.int32, levels))
     _, state, log = jax.lax.while_loop(
-        go_on, one_step, (jnp.int32(0), EngineState(state.cache, state.hidden, rows), log)
+        may_continue, one_step, (jnp.int32(0), EngineState(state.cache, state.hidden, rows), log)
     )
     return state, log, state.rows.reason
 

@@ -299,7 +299,7 @@ class LanguageModel(nnx.Module):
     ) -> Gathered:
         """`rows` (v, d) of the output head as stored (default: all), in `dtype` (default: the compute dtype).
 
-        L2-normalised where the config asks for NormHead. `axes` are the rows' logical axes.
+        L2-normalized where the config asks for NormHead. `axes` are the rows' logical axes.
         """
         rows = self.head[...] if rows is None else rows
         compute = self.compute if dtype is None else replace(self.compute, dtype=jnp.dtype(dtype))
