@@ -21,15 +21,25 @@ class Prompt(Protocol):
     `mel_places`, are what the audio encoder makes them of.
     """
 
-    tokens: Int32[np.ndarray, "n"]
-    audio_codes: Int32[np.ndarray, "a q"]
-    audio_slots: Int32[np.ndarray, "a"]
-    patches: UInt8[np.ndarray, "p v"]
-    patch_grid: Int32[np.ndarray, "p 2"]
-    patch_frames: Int32[np.ndarray, "p"]
-    visual_slots: Int32[np.ndarray, "v"]
-    mels: tuple[Float32[np.ndarray, "_ mels"], ...]
-    mel_places: tuple[int, ...]
+    # Read-only, so that a frozen dataclass has them.
+    @property
+    def tokens(self) -> Int32[np.ndarray, "n"]: ...
+    @property
+    def audio_codes(self) -> Int32[np.ndarray, "a q"]: ...
+    @property
+    def audio_slots(self) -> Int32[np.ndarray, "a"]: ...
+    @property
+    def patches(self) -> UInt8[np.ndarray, "p v"]: ...
+    @property
+    def patch_grid(self) -> Int32[np.ndarray, "p 2"]: ...
+    @property
+    def patch_frames(self) -> Int32[np.ndarray, "p"]: ...
+    @property
+    def visual_slots(self) -> Int32[np.ndarray, "v"]: ...
+    @property
+    def mels(self) -> tuple[Float32[np.ndarray, "_ mels"], ...]: ...
+    @property
+    def mel_places(self) -> tuple[int, ...]: ...
 
 
 @dataclass(frozen=True)
