@@ -21,7 +21,10 @@ class CommandParser(argparse.ArgumentParser):
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(*args, **options)
 
-    def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
+    # The stubs have overloads by the namespace's type, of which nothing here makes use.
+    def parse_known_args(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, args: Iterable[str] | None = None, namespace: Any = None
+    ) -> tuple[Any, list[str]]:
         """Parses as argparse does, but leaves nothing over: the parser that knows the flags says what is wrong."""
         options, unknown = super().parse_known_args(args, namespace)
         # A subcommand hands what it does not know to the parser above, which knows even less.
