@@ -131,7 +131,7 @@ def _launch(
     segments: Segments,
     pairs: Array,
     count: Array,
-) -> list[Array]:
+) -> Sequence[Array]:
     """Runs a kernel over its tiles, heads and rows.
 
     Args:
