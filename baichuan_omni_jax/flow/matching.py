@@ -47,6 +47,7 @@ def flow_losses(
         # A point of the straight path, and the velocity along it, which is the same everywhere on the path.
         at = time[:, None, None]
         state = (1 - (1 - sigma) * at) * noise + at * mel
+        # Some clips see no condition: one estimator learns both velocities that guidance combines.
         condition = jnp.where(dropped[:, None, None], 0, mu)
         velocity = decoder.estimator(state, condition, time, lengths).astype(jnp.float32)
         target = mel - (1 - sigma) * noise
@@ -72,6 +73,7 @@ def _draw(
 
 def _mean(x: Float32[Array, "b t mels"], lengths: Int32[Array, " b"]) -> Float32[Array, ""]:
     """Returns the mean over valid frames and mels; 0 where no frame is valid."""
+    # One count over all clips: a clip weighs by its frames, on however many devices they lie.
     count = length_mask(lengths, x.shape[1]).sum(dtype=jnp.float32) * x.shape[-1]
     return mask_padding(x, lengths).sum() / jnp.maximum(count, 1.0)
 
@@ -131,9 +133,11 @@ def sample_around(
         # Back to pairs (guided, unguided); guidance pushes away from what is likely without the condition.
         velocity = velocity.astype(jnp.float32).reshape(x.shape[0], 2, *x.shape[1:], out_sharding=spec)
         velocity = (1 + guidance) * velocity[:, 0] - guidance * velocity[:, 1]
+        # An Euler step; the state stays in fp32, since every step adds a little to it.
         return x + (end - start) * velocity, None
 
     with jax.named_scope("flow_sampling"):
+        # Scanned over pairs of times: the estimator is compiled once, however many steps there are.
         times = cosine_times(steps)
         return jax.lax.scan(step, x, (times[:-1], times[1:]))[0]
 

@@ -85,6 +85,7 @@ TIME_SCALE = 1000.0
 def time_features(time: Float[Array, " b"], width: int) -> Float[Array, "b width"]:
     """Returns [sin, cos] of 1000 t * 10000^(-i / (width/2 - 1)), fp32. width 4: frequencies 1 and 0.0001."""
     half = width // 2
+    # fp32: angles reach 1000 radians, where bf16 steps by 4.
     frequency = 10000.0 ** (-jnp.arange(half, dtype=jnp.float32) / (half - 1))
     angles = TIME_SCALE * time.astype(jnp.float32)[:, None] * frequency
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
@@ -106,6 +107,7 @@ class CausalBlock(nnx.Module):
         self.norm = LayerNorm(width, eps=NORM_EPS, compute=compute)
 
     def __call__(self, x: Float[Array, "b t c"], lengths: Int32[Array, " b"]) -> Float[Array, "b t d"]:
+        # Masked behind the norm as well: biases would turn padding into a signal for what comes next.
         return mask_padding(jax.nn.mish(self.norm(self.conv(mask_padding(x, lengths)))), lengths)
 
 
@@ -159,6 +161,7 @@ class Estimator(nnx.Module):
             raise ConfigError(f"flow.channels {cfg.channels}: only one resolution is supported")
         keys = jax.random.split(key, 9)
         width, width_in = cfg.channels[0], 2 * cfg.in_channels
+        # As released: biases on the output projection alone, and heads whose width is configured.
         sizes = EncoderSizes(
             width=width,
             heads=cfg.num_heads,
@@ -218,6 +221,7 @@ class Estimator(nnx.Module):
                 # Twelve equal stages, their weights stacked: one is compiled, and gathered at a time.
                 x, _ = jax.lax.scan(lambda x, stage: (stage(x, time, lengths), None), x, self.mid)
             with jax.named_scope("up"):
+                # With one resolution the skip needs no resizing; it stands behind the stream, as released.
                 x = self.up(jnp.concatenate([x, skip], -1), time, lengths)
                 x = self.up_conv(mask_padding(x, lengths))
             return mask_padding(self.final_proj(self.final_block(x, lengths)), lengths)

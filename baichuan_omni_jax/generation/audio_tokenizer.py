@@ -80,6 +80,7 @@ class AudioTokenizer:
         """
         audio = self.cfg.audio
         samples = self._samples(wave, rate)
+        # Cut as the data pipelines cut: a clip gets the codes that it would have in training.
         windows = clip_windows(len(samples), audio)
         if not windows:
             return np.zeros((0, audio.levels), np.int32)
@@ -106,6 +107,7 @@ class AudioTokenizer:
         parts = self.branches["audio_encoder"].quantizer, self.branches["audio_decoder"]
         with jax.set_mesh(self._mesh):
             parts = jax.device_put(parts, NamedSharding(self._mesh, PartitionSpec()))
+            # Not padded, so every length is a program of its own: good enough for looking at single clips.
             made = self._decoder(*parts, codes[None], np.array([len(codes)], np.int32))
         return np.asarray(made.refined_mel, np.float32)[0, : int(made.mel_lengths[0])]
 

@@ -57,6 +57,7 @@ def answer_questions(
     whole. Raises ConfigError when `output` cannot be written, answers another manifest, or is being written by another
     program.
     """
+    # One writer: a second would answer the same questions and break the order of lines.
     lock = take_lock(output, f"{output} is being written by another program; nothing was changed", note=False)
     try:
         return _answer(questions, output, ask, record, at_once, report)
@@ -86,6 +87,7 @@ def _answer(
             question, reply = asked.popleft()
             line = _outcome(question, reply, record)
             file.write(json.dumps({"line": question.line, "id": question.id} | line, ensure_ascii=False) + "\n")
+            # Line by line: a kill loses what was being answered, nothing that was reported.
             file.flush()
             progress.add(line)
     return progress.outcomes
@@ -117,6 +119,7 @@ def _outcome(
     if isinstance(reply, RequestError):
         return _refused(reply)
     try:
+        # Waiting here runs the engine for all questions that were put to it, not for this one alone.
         return record(question, reply.answer())
     except RequestError as error:
         return _refused(error)
@@ -135,6 +138,7 @@ def _read_done(output: Path, questions: list[Question], report: Callable[[str], 
     known = {question.line: question.id for question in questions}
     done, whole = set(), 0
     with output.open("rb") as file:
+        # In bytes: only whole lines count, and their lengths say where the file is cut.
         for number, text in enumerate(file, 1):
             if not text.endswith(b"\n"):
                 break

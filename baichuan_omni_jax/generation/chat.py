@@ -178,6 +178,7 @@ class OmniChat:
         self, prompt: Prompt, stream: bool, settings: GenerationConfig | None, key: PRNGKeyArray | None
     ) -> ChatStream | ChatAnswer:
         settings = settings or self.settings
+        # Refused before a slot is taken: the engine would make frames that nothing can decode.
         if settings.speech:
             self._check_speech()
         request = self.model.engine.submit(prompt, settings, self.key if key is None else key)
@@ -223,5 +224,6 @@ class Conversation:
         question: Message = {"role": "user", "content": content}
         reply = self.chat.reply([*self.messages, question], settings=settings, key=key)
         assert isinstance(reply, ChatStream)
+        # Question and answer are kept together at the end: a failed turn leaves no question behind.
         reply.on_end(lambda message: self.messages.extend([question, message]))
         return reply if stream else reply.answer()

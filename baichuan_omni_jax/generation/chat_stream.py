@@ -125,6 +125,7 @@ class ChatStream:
         for _ in self:
             pass
         record = self._record
+        # Over without `Finished`: who took the failing event has seen the error, this caller has not.
         if not record.events or not isinstance(record.events[-1], Finished):
             raise RequestError("failed", "the answer broke off before its end")
         whole = GenerationResult.from_events(record.events)
@@ -198,4 +199,5 @@ def _events(request: EventSource, speech_decoder: SpeechSynthesizer | None, reco
 
 
 def _frozen(part: dict[str, Any]) -> dict[str, Any]:
+    # Joined when the message is asked for: a stretch comes in many small events.
     return {"type": "audio", "codes": np.concatenate(part["codes"])} if "codes" in part else dict(part)

@@ -78,6 +78,7 @@ class Engine:
         for name, size in (("slots", slots), ("length", length), ("chunk", chunk), ("steps_per_call", steps_per_call)):
             if size < 1:
                 raise ConfigError(f"{name} {size} must be at least 1")
+        # Chunks are padded to powers of two: another limit would be one more size to compile.
         if chunk & (chunk - 1):
             raise ConfigError(f"chunk {chunk} is not a power of two")
         self.cfg, self.tokenizer = cfg, tokenizer
@@ -88,6 +89,7 @@ class Engine:
         sizes = {"slots": slots, "length": length, "steps_per_call": steps_per_call, "cache_dtype": cache_dtype}
         with jax.set_mesh(self._mesh):
             self._device = DeviceState(branches, cfg, table, self._mesh, **sizes)
+        # One lock for queues and device: whoever holds it runs a step for everybody.
         self._lock = threading.Lock()
         self._waiting: deque[ActiveRequest] = deque()
         self._prefill_group: PrefillGroup | None = None
@@ -110,6 +112,7 @@ class Engine:
         """
         if settings.stop and self.tokenizer is None:
             raise RequestError("bad_message", "stop strings need a tokenizer, the engine has none")
+        # Refused in the caller's thread: whatever is in line can be served.
         check_prompt(prompt, settings, self.cfg, self._branches, self._length)
         request = ActiveRequest(prompt, settings, key_data(key), self.cfg.tokens, self.tokenizer)
         with self._lock:
@@ -120,6 +123,7 @@ class Engine:
         self, prompts: Sequence[Prompt], settings: GenerationConfig, keys: Sequence[PRNGKeyArray] | PRNGKeyArray
     ) -> list[GenerationResult]:
         """Answers several prompts, served together. Raises RequestError for the first it cannot serve."""
+        # All are in line before the first is waited for, so they share steps.
         requests = [self.submit(prompt, settings, key) for prompt, key in zip(prompts, keys, strict=True)]
         return [GenerationResult.from_events(request) for request in requests]
 
@@ -163,6 +167,7 @@ class Engine:
                 with jax.set_mesh(self._mesh):
                     self._step()
             except BaseException as error:
+                # A failed program may have consumed the arrays donated to it: no row can go on with what is left.
                 self._abandon(error)
                 if not isinstance(error, Exception):
                     raise
@@ -224,6 +229,7 @@ class Engine:
                 log.exception("the media of a prompt could not be encoded")
                 request.fail(f"the media of the prompt could not be encoded: {error}")
                 del group.requests[device]
+        # A group of text alone takes the program without media, which neither looks up codes nor reads the buffer.
         if any(len(request.prompt.audio_slots) or len(request.prompt.patches) for request in group.requests.values()):
             group.place_media(codes)
 
@@ -248,6 +254,7 @@ class Engine:
         alive = np.zeros(self._slots, bool)
         alive[list(requests)] = True
         items, reasons = self._device.decode_steps(alive, count, stop_early=bool(self._waiting))
+        # A stop string is found only here, on the host: its row ends by not being alive in the next call.
         for slot, request in requests.items():
             before = request.tokens, request.frames
             request.take(jax.tree.map(lambda x, slot=slot: x[:, slot], items), int(reasons[slot]))

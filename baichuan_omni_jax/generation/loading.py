@@ -80,6 +80,7 @@ def load_for_generation(
         folders = {name: folder for name, folder in folders.items() if name in wanted}
     if missing := [name for name in needed if name not in folders]:
         raise ConfigError(f"checkpoint {spec!r} has no branch {missing[0]}; it has {', '.join(folders) or 'none'}")
+    # Before any array is read: checkpoints that do not fit are refused for the price of small files.
     cfg = _joined_config(folders)
     mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
     with jax.set_mesh(mesh):
@@ -116,6 +117,7 @@ def _folders(spec: str) -> dict[str, Path]:
     by_name = "=" in spec
     if by_name and "flow" in sources:
         sources.setdefault(VOCODER_BRANCH, sources["flow"])
+    # Each source is looked up once, however many branches it has: it may be a URL.
     found = {given: Path(find_checkpoint(given)) for given in dict.fromkeys(sources.values())}
     folders = {}
     for name in (name for name in CONVERTED_BRANCHES if name in sources):
@@ -130,6 +132,7 @@ def _folders(spec: str) -> dict[str, Path]:
 def _joined_config(folders: Mapping[str, Path]) -> OmniConfig:
     """The architecture: of each branch, what its own checkpoint says."""
     configs = {folder: read_hf(folder / CONFIG) for folder in folders.values()}
+    # Codes mean something only with the codebooks that made them: all must describe the same tokenizer.
     coded = [folders[name] for name, branch in BRANCHES.items() if branch.audio_codes and name in folders]
     for folder in coded:
         if configs[folder].audio != configs[coded[0]].audio:
@@ -175,6 +178,7 @@ def is_untrained(name: str, folder: Path) -> bool:
     info = read_branch_info(folder).get(name)
     if info is None or info.trained or (folder / SOURCE).exists():
         return False
+    # A run that took the branch from another checkpoint: random only if it was random there.
     parent = folder.parent.parent / PARENT
     if folder.parent.name != "checkpoints" or not parent.exists():
         return True

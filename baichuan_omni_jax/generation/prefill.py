@@ -23,6 +23,7 @@ def check_prompt(
     prompt: Prompt, settings: GenerationConfig, cfg: OmniConfig, branches: Collection[str], length: int
 ) -> None:
     """Raises RequestError: `too_long` for the cache of `length`, `no_branch`, `bad_media`, `bad_message`."""
+    # All on the host: a program clamps or drops an index out of range, and answers something else.
     tokens = np.asarray(prompt.tokens)
     if not len(tokens) or tokens.min() < 0 or tokens.max() >= cfg.llm.vocab_size:
         raise RequestError("bad_message", f"a prompt has at least one token, all in 0 .. {cfg.llm.vocab_size - 1}")
@@ -67,6 +68,7 @@ def _check_audio(prompt: Prompt, cfg: OmniConfig) -> None:
             )
         if not 0 <= place <= len(codes) - cfg.audio.bridge_length(frames):
             raise RequestError("bad_media", f"code frames of a mel window at {place} lie outside the {len(codes)}")
+        # The values too: they would spoil the codes of the whole window without an error.
         if not np.isfinite(mel).all():
             raise RequestError("bad_media", "a mel window holds values that are not finite")
 
@@ -201,6 +203,7 @@ class PrefillGroup:
             n = max(here.stop - here.start, 0)
             tokens[device, :n] = request.prompt.tokens[here]
             positions[device, :n] = np.arange(here.start, here.start + n)
+            # Where the prompt ends stands the state that the answer's first item is sampled from.
             if self._at < request.size <= self._at + count:
                 last[device] = n - 1
         chunk = Chunk(tokens, positions, last)

@@ -124,6 +124,7 @@ def insert(rows: SlotState, slot: Int32[Array, ""], new: SlotState) -> SlotState
 
     def put(old: Array, new: Array) -> Array:
         split = P(jax.typeof(old).sharding.spec[0])
+        # A select over all rows: they are split over devices, and the slot is known only when it runs.
         here = jax.sharding.reshard(jnp.arange(old.shape[0]) == slot, split)
         here = here.reshape(-1, *[1] * (old.ndim - 1), out_sharding=P(*split, *[None] * (old.ndim - 1)))
         return jnp.where(here, new, old)
@@ -187,6 +188,7 @@ def decode_steps(
         log = jax.tree.map(lambda log, item: log.at[n].set(item), log, items)
         return n + 1, EngineState(cache, hidden[:, 0].astype(state.hidden.dtype), rows), log
 
+    # Room for `size` items whatever is asked for: one program serves a single item and a full call.
     empty = lambda dtype, *rest: jnp.zeros(  # noqa: E731
         (size, b, *rest), dtype, out_sharding=P(None, *split, *[None] * len(rest))
     )
@@ -201,9 +203,11 @@ def _step(
     rows: SlotState, logits: Array, hidden: Array, audio_head, table: PieceTable, *, length: int, tokens: SpecialTokens
 ):
     after, items = advance(rows, logits, hidden, audio_head, table, tokens, length)
+    # A frame is embedded where its row lies, by a head that is whole on every device.
     frames = (
         jnp.zeros(hidden.shape, hidden.dtype) if audio_head is None else audio_head.embed(items.codes[:, None])[:, 0]
     )
+    # Position -1 for rows that are over: they go through the model and write nothing.
     return after, items, frames, jnp.where(after.active, rows.position, -1)
 
 
@@ -226,6 +230,7 @@ def _place_media(x: Array, chunk: Chunk, buffer: Array, audio_head: AudioHeadBra
     assert chunk.visual_slots is not None
     if audio_head is not None:
         x = jnp.where(chunk.is_audio[..., None], audio_head.embed(chunk.codes).astype(x.dtype), x)
+    # Every position reads the buffer, those without an image out of range: shapes do not depend on images.
     visual_slots = jax.vmap(lambda row, at: row.at[at].get(mode="fill", fill_value=0))(buffer, chunk.visual_slots)
     return jnp.where((chunk.visual_slots < buffer.shape[1])[..., None], visual_slots.astype(x.dtype), x)
 
@@ -355,10 +360,12 @@ class DeviceState:
             tokens=self._cfg.tokens,
             size=self._steps_per_call,
         )
+        # One transfer for all of it; until it is there, the host waits.
         return jax.device_get((items, reasons))
 
     def warm_up(self, chunk: int) -> None:
         """Runs every program but those of images and audio once, on nothing."""
+        # All sizes, without and with media: which ones requests will need is not known yet.
         for t in chunk_sizes(self._length, chunk):
             shape = (self.devices, t)
             tokens: Any = np.zeros(shape, np.int32)
@@ -399,6 +406,7 @@ class DeviceState:
 
 def mesh_of(llm: nnx.Module) -> Mesh:
     """Returns the mesh that a branch lies on. Raises ConfigError where generating cannot work with it."""
+    # A row's cache lies whole on its device, so `context` must not split rows.
     sharding = next(iter(named_values(llm).values())).sharding
     if not isinstance(sharding, NamedSharding) or sharding.mesh.shape.get("context") != 1:
         raise ConfigError("generating needs the branches on a mesh of this project (sharding.make_mesh) with context 1")

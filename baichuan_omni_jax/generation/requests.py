@@ -52,6 +52,7 @@ class TextStream:
         text = self._tokenizer.decode(self._waiting) if self._tokenizer and self._waiting else ""
         if text.endswith(_UNFINISHED) and len(self._waiting) < _LONGEST and not last:
             return
+        # Tokens that make up one character end at the same place, so they leave together.
         self._waiting, self._text = [], self._text + text
         self._tokens = [(token, p, len(self._text) if end < 0 else end) for token, p, end in self._tokens]
 
@@ -75,6 +76,7 @@ class TextStream:
         out = [token for token in self._tokens if 0 <= token[2] <= count]
         if not out:
             return None
+        # Ends count from the beginning of the text that is left, so they move with what leaves.
         size = out[-1][2]
         text, self._text = self._text[:size], self._text[size:]
         self._tokens = [(token, p, end - size if end >= 0 else end) for token, p, end in self._tokens[len(out) :]]
@@ -180,6 +182,7 @@ class ActiveRequest:
     def finish(self, reason: str) -> None:
         """Ends the answer with all that was held back."""
         self._emit(self._text.flush())
+        # A stretch that was cut off is closed, so that its decoder gives out what it holds back.
         if self._speaking and reason != "cancelled":
             self._emit_frames(last=True)
         if reason == "end" and self.settings.speech and self._sequence[-1] != self._marks.end_of_text:

@@ -106,4 +106,5 @@ def _sample_among(scores: Array, width: int, params: SamplingParams, keys: Array
 
 
 def _step_key(data: Array, step: Array) -> Array:
+    # A generator by name: JAX's default may be set otherwise, and the answer must not depend on it.
     return jax.random.fold_in(jax.random.wrap_key_data(data, impl="threefry2x32"), step)

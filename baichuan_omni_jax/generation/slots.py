@@ -77,6 +77,7 @@ def advance_segment(
     table: PieceTable, progress: SegmentProgress, token: Int32[Array, " b"], may_end: Bool[Array, " b"]
 ) -> SegmentStep:
     """What `token`, written next, comes to; a segment may end only where `may_end`."""
+    # The rule as look-ups: its state and the word before say where in the token a segment would end.
     column = progress.state * 3 + _word_before_stop(table, progress)
     place = table.cuts[table.row[token], column]
     prefix = table.prefix[token, jnp.clip(place - 1, 0, PREFIXES - 1)]
@@ -84,6 +85,7 @@ def advance_segment(
     within = may_end & (place > 0) & (place <= PREFIXES) & (prefix >= 0)
     token = jnp.where(within, prefix, token)
 
+    # Progress behind what is really written: a token that is cut counts with its beginning.
     word, length, single = _next_word(table, progress, token)
     after = SegmentProgress(
         progress.units + table.units[token], table.after[table.row[token], column], word, length, single
@@ -106,6 +108,7 @@ def _next_word(table: PieceTable, at: SegmentProgress, token: Array) -> tuple[Ar
     part, number, size, dot_first, tail, tail_size, single = jnp.moveaxis(table.words[token], -1, 0)
     # Part of a word goes on with the word before it, unless two full stops meet.
     goes_on = (part > 0) & (at.length > 0) & ~((dot_first > 0) & (at.word % WORD_BASE == WORD_DOT))
+    # Characters are digits: what is added shifts the others, and those beyond WORD_LENGTH fall off.
     kept = jnp.clip(size, 0, WORD_LENGTH)
     powers = jnp.asarray(_POWERS)
     joined = at.word % powers[WORD_LENGTH - kept] * powers[kept] + number
@@ -247,6 +250,7 @@ def init_slot(
 def idle_slots(count: int, tokens: SpecialTokens, vocab: int, codes: tuple[int, int]) -> SlotState:
     """Makes `count` rows that do nothing, on the host."""
     prompt = np.array([tokens.end_of_text], np.int32)
+    # Made as rows of requests are: same types and shapes, so that no program is compiled for idle ones.
     one = init_slot(prompt, GenerationConfig(), np.zeros(2, np.uint32), tokens, vocab, codes)
     return jax.tree.map(lambda x: np.repeat(x, count, 0), one._replace(active=np.zeros(1, bool)))
 
@@ -365,6 +369,7 @@ def _sample_token(
 ) -> tuple[Array, Array]:
     later = (rows.segments > 0) & rows.speech_enabled
     params = jax.tree.map(lambda later_, first: jnp.where(later, later_, first), rows.later, rows.first)
+    # Rows that draw no token are made greedy, so that no vocabulary is sorted for them.
     params = params._replace(temperature=jnp.where(wanted, params.temperature, 0))
     # An answer that is text alone never turns to speech.
     allowed = (jnp.arange(logits.shape[1]) != tokens.audiogen_start) | rows.speech_enabled[:, None]
@@ -377,10 +382,12 @@ def _sample_frame(rows: SlotState, hidden: Array, wanted: Array, audio_head: Fra
     silent = jnp.zeros((b, levels), jnp.int32)
     if audio_head is None:
         return silent
+    # Likewise; their codes are made along with the others' and dropped.
     params = rows.codes._replace(temperature=jnp.where(wanted, rows.codes.temperature, 0))
 
     def choose(level, logits):
         seen_tokens = jax.lax.dynamic_index_in_dim(rows.seen_codes, level, 1, keepdims=False)
+        # Steps of a row: its token's, then one a level, so that no two draws share their noise.
         return sample(logits, seen_tokens, params, rows.key, rows.position * (1 + levels) + 1 + level)[0]
 
     return jax.lax.cond(wanted.any(), lambda: audio_head.decode_frame(hidden, choose), lambda: silent)

@@ -175,6 +175,7 @@ class SpeechDecoder:
         """`function` compiled for each shape, on the decoder's own mesh, and counted when it is."""
 
         def traced(*args):
+            # Runs when JAX traces it, once for each shape: so it counts programs, not calls.
             self.compiles += 1
             return function(*args)
 
@@ -248,8 +249,10 @@ class _Stretch:
         # The code frame after the chunk decides how it ends; with more, the audio would depend on how codes come.
         known = self._codes if last else self._codes[: self._chunks * decoder.chunk + 1]
         mu = decoder.prenet_mel(known)[: None if last else self._chunks * decoder.frames]
+        # Of the past the last `window` chunks alone: work for a chunk does not grow with the stretch.
         start = max(0, self._chunks - decoder.window) * decoder.frames
         mel = decoder.sample_mel(mu[start:], start)
+        # The new chunk alone goes on: what was sampled again of the past has been given out.
         return self._waves.push(mel[done * decoder.frames - start :], last)
 
 
@@ -270,6 +273,7 @@ def sample(
 ) -> Float[Array, "1 t mels"]:
     """The 24 kHz mel around `mu`. Noise is each frame's own, wherever in its stretch `mu` starts."""
 
+    # By place in the stretch: sampled again in the next window, a frame starts from the same noise.
     def noise(frame):
         return jax.random.normal(jax.random.fold_in(key, frame), mu.shape[2:])
 

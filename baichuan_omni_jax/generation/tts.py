@@ -64,6 +64,7 @@ class TtsRequest:
                 elif isinstance(event, Finished):
                     ended.append(event)
             try:
+                # A sentence's prompt holds the speech before it: no sentence can be read ahead of the one before.
                 spoken_so_far = np.concatenate(codes) if codes else np.zeros((0, 0), np.int32)
                 self._request = self._submit(self._prompts.send(spoken_so_far))
             except StopIteration:

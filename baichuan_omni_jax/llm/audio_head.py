@@ -76,6 +76,7 @@ class AudioEmbedding(nnx.Module):
         if codes.shape[-1] != len(self.tables):
             raise ValueError(f"codes {codes.shape} do not hold {len(self.tables)} levels")
         with jax.named_scope("audio_embedding"):
+            # Table by table: codebooks differ in size, so the levels are no single array to look up in.
             first, *rest = self.levels(codes)
             return sum(rest, first)
 
@@ -109,6 +110,7 @@ class DepthAttention(nnx.Module):
         scores = jnp.einsum("bcqnh,bcsnh->bcnqs", q, k, preferred_element_type=jnp.float32) * self.scale
         # The last query sits on the last key: one query of a cache sees all of them.
         causal = jnp.tril(jnp.ones(scores.shape[-2:], bool), k.shape[2] - q.shape[2])
+        # Softmax of the fp32 scores; weights are rounded only for their product with the values.
         weights = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf), -1).astype(v.dtype)
         return self.o_proj(jnp.einsum("bcnqs,bcsnh->bcqnh", weights, v)), cache
 
@@ -156,8 +158,10 @@ class DepthLayer(nnx.Module):
         """Computes the stream after this layer: of all depths, or of `level` alone with a cache."""
         with jax.named_scope("attention"):
             mixed, cache = self.attention(self.attention_norm(x), cache, level)
+            # Parity: the released layer adds its MLP to the normalized stream, not to the stream.
             x = self.mlp_norm(x + mixed)
         with jax.named_scope("mlp"):
+            # A matrix a level where one level is computed, all levels in one product where the frame is known.
             own = self.layout == "decode"
             first, second = (self.linear1[level], self.linear2[level]) if own else (self.linear1, self.linear2)
             return x + second(gelu(first(x))), cache
@@ -195,10 +199,12 @@ class AudioHead(nnx.Module):
 
     def __call__(self, x: Float[Array, "b c q d"]) -> tuple[Float[Array, "b c _"], ...]:
         """Logits of each level, fp32, from the depth sequence (the hidden state, then cumulated code embeddings)."""
+        # Layers scanned as the language model's are: one is compiled, and recomputed as the policy says.
         layer_of = remat(lambda x, layer: layer(x)[0], self.compute.remat)
         with jax.named_scope("depth_transformer"):
             x, _ = jax.lax.scan(lambda x, layer: (layer_of(x, layer), None), x, self.layers)
             x = self.norm(x)
+        # Position q of the depth sequence predicts level q alone, by a head of its codebook's size.
         with jax.named_scope("audio_logits"):
             return tuple(self._logits(head, x[:, :, q]) for q, head in enumerate(self.heads))
 
@@ -283,6 +289,7 @@ class AudioHeadBranch(nnx.Module):
         stored, values = named_variables(self), {}
         for name in named_variables(abstract):
             source, part = stored_part(name)
+            # Biases and scales are small: they stay as stored, so that decoding rounds them where training does.
             kept = name.endswith(("bias", "scale"))
             values[name] = use(stored[source], self.compute, jnp.float32 if kept else compute.dtype)[part]
         return with_values(abstract, values)
@@ -303,6 +310,7 @@ class AudioHeadBranch(nnx.Module):
         """
         logits, caches = self.head.at_level(level, x[:, None], caches)
         logits = logits[:, 0, : None if level == 0 else -1]
+        # Padded to the widest level: the branches of a switch must agree in shape.
         missing = max(self.codebook_sizes) + 1 - logits.shape[1]
         return jnp.pad(logits, ((0, 0), (0, missing)), constant_values=-jnp.inf), caches
 
@@ -329,6 +337,7 @@ class AudioHeadBranch(nnx.Module):
             codes = jnp.where(jnp.arange(levels) == level, chosen[:, None], codes)
             return total.astype(self.compute.dtype), total, caches, codes
 
+        # The caches last for one frame, a position a level, so they are made here and never leave the program.
         total, codes = jnp.zeros(hidden.shape, jnp.float32), jnp.zeros((b, levels), jnp.int32)
         carry = hidden.astype(self.compute.dtype), total, self.empty_caches(b), codes
         with jax.named_scope("decode_frame"):

@@ -68,9 +68,11 @@ def project(
         dtype: of the result (default: that of `x`); sums are fp32.
     """
     dtype = x.dtype if dtype is None else dtype
+    # A single row on one CPU device, the usual step there: its product in bf16 is done by hand.
     alone = x.size == x.shape[-1] and jax.typeof(x).sharding.mesh.size == 1
     if alone and weight.dtype == jnp.bfloat16 and platform_of(x) == "cpu":
         return jax.shard_map(_sum_of_products, out_specs=spec, check_vma=False)(x, weight).astype(dtype)
+    # Everywhere else the backend's product: summed in fp32, rounded once to the dtype asked for.
     contracted = ((x.ndim - 1,), (1,))
     out = jax.lax.dot_general(x, weight, (contracted, ((), ())), preferred_element_type=jnp.float32, out_sharding=spec)
     return out.astype(dtype)
@@ -156,6 +158,7 @@ def decode_layer_values(
     stored = named_variables(layer)
     made = {name: stored[name][...] for name in ("attention_norm.scale", "mlp_norm.scale")}
     for name, (sources, change) in DECODE_LAYOUT.items():
+        # Cast and gathered first: what is rearranged is then half as big, and split over `tensor` alone.
         made[name] = change([use(stored[source], compute) for source in sources], cfg, compute)
     return made
 

@@ -66,12 +66,14 @@ def init_cache(cfg: LLMConfig, batch: int, length: int, dtype: DTypeLike, comput
         ConfigError: the mesh does not divide rows or heads.
     """
     shape = (batch, cfg.num_kv_heads, length, cfg.head_dim)
+    # Before anything is allocated, so that the error names the dimension that the mesh does not divide.
     check_divisible(jax.sharding.get_abstract_mesh(), compute.rules, shape[:2], ENTRIES[:2], "the cache")
 
     def zeros(dims: int, dtype: DTypeLike) -> Array:
         return jnp.zeros(shape[:dims], dtype, out_sharding=compute.rules.spec(*ENTRIES[:dims]))
 
     def layer() -> LayerCache:
+        # Float types have no scales: with None in their place programs carry no dummy arrays.
         scaled = jnp.dtype(dtype) == jnp.int8
         scales = (zeros(3, jnp.float32) if scaled else None for _ in "kv")
         return LayerCache(zeros(4, dtype), zeros(4, dtype), *scales)
@@ -99,6 +101,7 @@ def write(
 
     if cache.k_scale is None or cache.v_scale is None:
         return LayerCache(put(cache.k, k), put(cache.v, v), None, None)
+    # Quantized once, when it is written, by a scale of its own: no later entry changes an earlier one.
     (k, k_scale), (v, v_scale) = _quantize(k), _quantize(v)
     return LayerCache(put(cache.k, k), put(cache.v, v), put(cache.k_scale, k_scale), put(cache.v_scale, v_scale))
 
@@ -107,6 +110,7 @@ def read(cache: LayerCache, dtype: DTypeLike) -> tuple[Float[Array, "b s k h"], 
     """Returns all keys and values, in `dtype`, in the order of attention's arguments."""
 
     def values(entries: Array, scale: Array | None) -> Array:
+        # int8 is scaled in fp32 and then narrowed; heads go behind the length, as the kernel takes them.
         wide = entries.astype(dtype) if scale is None else (entries * scale[..., None]).astype(dtype)
         return wide.swapaxes(1, 2)
 
@@ -130,9 +134,11 @@ def attend(
     scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
     weights = jnp.exp(scores - jnp.max(scores, -1, keepdims=True, initial=-1e30))
     total = weights.sum(-1, keepdims=True)
+    # Scales of the values go onto the weights, one number an entry; their sum was taken without them.
     if cache.v_scale is not None:
         weights *= cache.v_scale[:, :, None]
     out = wide("bkgs,bksh->bkgh", weights.astype(q.dtype), cache.v.astype(q.dtype))
+    # Divided after the product: a head's width of numbers, instead of the cache's length.
     return (out / jnp.where(total > 0, total, 1.0)).astype(q.dtype)
 
 
@@ -178,6 +184,7 @@ def attend_with_cache(
             q = attend(q.reshape(b, count, -1, h), cache, positions[:, 0], scale).reshape(q.shape)
         return q, cache
 
+    # Written before anything is read: an item sees itself, and in a prefill the items before it in the chunk.
     out, cache = store(q, k, v, positions, cache)
     if segments is not None:
         keys, values = read(cache, out.dtype)
@@ -195,6 +202,7 @@ def visible_entries(positions: Int32[Array, "b t"], length: int, compute: Comput
     """What a prefill's items see of a cache of `length` entries: the row's, up to their own position."""
     entries = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (positions.shape[0], length))
     entries = split_as(entries, compute, "batch")
+    # Later entries are of segment 0: they may be left over from a request that had the row before.
     filled = entries <= positions.max(1, keepdims=True)
     segments = Segments((positions >= 0).astype(jnp.int32), positions, filled.astype(jnp.int32), entries)
     return segments, plan_blocks(segments, causal=True)
@@ -202,5 +210,6 @@ def visible_entries(positions: Int32[Array, "b t"], length: int, compute: Comput
 
 def _quantize(x: Float[Array, "b t k h"]) -> tuple[Float[Array, "b t k h"], Float[Array, "b t k"]]:
     wide = x.astype(jnp.float32)
+    # Symmetric, so that a scale alone restores it; an entry of zeros has scale 0 and is divided by 1.
     scale = jnp.max(jnp.abs(wide), -1) / 127
     return jnp.round(wide / jnp.where(scale > 0, scale, 1.0)[..., None]), scale

@@ -105,6 +105,7 @@ class Attention(nnx.Module):
             out, cache = attend_with_cache(q, k, v, positions, cache, segments, plan, self.compute, self.scale)
 
         if self.layout == "decode":
+            # Flat again: the decode layout's output matrix has heads and their width as one dim.
             heads = self.compute.spec("batch", "length", "act_heads")
             out = jnp.reshape(out, (*x.shape[:2], -1), out_sharding=heads)
         return self.o_proj(out), cache
@@ -121,6 +122,7 @@ class SwiGLU(nnx.Module):
         self.up_proj: Any
         self.down_proj: Any
         if layout == "decode":
+            # (out, in), the contracted dim last: a CPU's product reads such a matrix without a copy.
             self.gate_proj = MatrixLinear(keys[0], (f, d), ("mlp", "embed"), out=HIDDEN, compute=compute)
             self.up_proj = MatrixLinear(keys[1], (f, d), ("mlp", "embed"), out=HIDDEN, compute=compute)
             self.down_proj = MatrixLinear(keys[2], (d, f), ("embed", "mlp"), out=STREAM, compute=compute)
@@ -208,6 +210,7 @@ class LanguageModel(nnx.Module):
         for i in range(self.cfg.num_layers):
             made = decode_layer_values(self.layers, jnp.int32(i), self.cfg, compute)
             values |= {f"layers.{i}.{name}": value for name, value in made.items()}
+        # The key draws nothing: the constructor is traced for names and shapes, which are then filled in.
         key = jax.random.key(0)
         return with_values(jax.eval_shape(lambda: LanguageModel(key, self.cfg, compute, "decode")), values)
 
@@ -282,11 +285,13 @@ class LanguageModel(nnx.Module):
         angles = rope_angles(at, self.cfg.head_dim, self.cfg.rope_theta)
         # One item a row needs no plan: it sees a prefix of the entries, a product that no block of can be left out.
         segments, plan = visible_entries(positions, cache.length, self.compute) if x.shape[1] > 1 else (None, None)
+        # Layer by layer, not scanned: each layer's cache is an array of its own, written in place when donated.
         entries = []
         for i, layer_cache in enumerate(cache.layers):
             layer = self.layers[i] if self.layout == "decode" else jax.tree.map(lambda x, i=i: x[i], self.layers)
             x, layer_cache = layer(x, angles, segments, plan, positions, layer_cache)
             entries.append(layer_cache)
+        # Padding sees nothing, and kernels differ in what they give for that: it is zero by definition.
         x = jnp.where(positions[..., None] < 0, 0, split_as(self.norm(x), self.compute, "batch"))
         return x, KVCache(tuple(entries))
 
@@ -305,6 +310,7 @@ class LanguageModel(nnx.Module):
         compute = self.compute if dtype is None else replace(self.compute, dtype=jnp.dtype(dtype))
         if not self.cfg.use_norm_head:
             return gather_rows(rows, axes, compute)
+        # NormHead: normalized in the stored fp32 and narrowed after; the gradient goes through the norm.
         weight = gather(rows, axes, compute)
         norm = jnp.sqrt(jnp.sum(weight * weight, -1, keepdims=True))
         return narrow(weight / jnp.maximum(norm, 1e-12), compute.dtype)
@@ -314,6 +320,7 @@ class LanguageModel(nnx.Module):
         if self.layout == "decode":
             hidden = split_as(hidden.astype(self.compute.dtype), self.compute, "batch")
             spec = self.compute.spec("batch", *[None] * (hidden.ndim - 2), "act_vocab")
+            # Straight to fp32: logits that were rounded to bf16 would tie where sampling has to choose.
             return project(hidden, self.head[...], spec, jnp.float32)
         spec = self.compute.spec("batch", "length", "act_vocab")
         return product("btd,vd->btv", hidden.astype(self.compute.dtype), self.head_weight(), out=spec).astype(

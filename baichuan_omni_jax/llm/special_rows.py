@@ -37,6 +37,7 @@ class SpecialRows:
         """`x`, the tokens' embeddings, with those of special tokens replaced by their rows."""
         if self.embedding is None:
             return x
+        # Both are read for every token and one is selected: no shape depends on how many are special.
         place, special = _find(tokens, self.ids)
         rows = look_up(gather_rows(self.embedding, ROWS, compute), place, out=jax.typeof(x).sharding.spec)
         return jnp.where(special[..., None], rows, x)
@@ -55,6 +56,7 @@ def take_rows(table: Float[Array, "v d"], ids: tuple[int, ...]) -> tuple[Float[A
 def put_rows(table: Float[Array, "v d"], rows: Float[Array, "n d"], ids: tuple[int, ...]) -> Float[Array, "v d"]:
     """The table, in the rows' dtype, with its rows `ids` replaced: what a checkpoint holds."""
     place, special = _find(_names(table), ids)
+    # Selected row by row where the table lies: no write at an index that another device may hold.
     spread = rows.at[place].get(out_sharding=jax.typeof(table).sharding.spec)
     return jnp.where(special[:, None], spread, table.astype(rows.dtype))
 

@@ -20,6 +20,7 @@ def length_mask(lengths: Int32[Array, " m"], frames: int) -> Bool[Array, "m t"]:
 def mask_padding(x: Float[Array, "m t ..."], lengths: Int32[Array, " m"]) -> Float[Array, "m t ..."]:
     """Returns `x`, zero past each item's length."""
     real = length_mask(lengths, x.shape[1])
+    # A select, not a product: what is not finite in padding would stay so times 0.
     return jnp.where(real.reshape(*real.shape, *[1] * (x.ndim - 2)), x, 0)
 
 
@@ -34,6 +35,7 @@ def resize_nearest(
     # fp32 throughout: at some lengths fp64 would pick another frame than the released computation.
     ratio = lengths.astype(jnp.float32) / jnp.maximum(new_lengths, 1).astype(jnp.float32)
     index = jnp.floor(jnp.arange(frames, dtype=jnp.float32) * ratio[:, None]).astype(jnp.int32)
+    # Past the new length, and where rounding points one too far, it is the last frame of the item itself.
     last = jnp.maximum(lengths - 1, 0)
     return jnp.take_along_axis(x, jnp.minimum(index, last[:, None])[..., None], 1)
 
@@ -98,6 +100,7 @@ class TransposedConv1d(nnx.Module):
         self.stride, self.rows, self.compute = stride, rows, compute
 
     def __call__(self, x: Float[Array, "b t c"]) -> Float[Array, "b s d"]:
+        # Product, then overlap: as a product its weight has a gradient in fp32, which a backend's own would not.
         pieces = transposed_pieces(x, gather_weight(self.weight, self.compute), self.rows, self.compute)
         spec = self.compute.spec(self.rows, None, None)
         return add_bias(overlap_add(pieces, self.stride, spec), self.bias, self.compute)
@@ -118,6 +121,7 @@ def overlap_add(pieces: Float[Array, "b t k d"], stride: int, spec: PartitionSpe
     """
     b, t, k, d = pieces.shape
     blocks = -(-k // stride)
+    # Whole blocks, also where the stride does not divide k: the zeros behind a piece add nothing.
     pieces = jnp.pad(pieces, ((0, 0), (0, 0), (0, blocks * stride - k), (0, 0)))
     # As many shifted copies as blocks in a piece, added up: pads and sums fuse where a scatter would not.
     total = jnp.zeros((), pieces.dtype)

@@ -159,5 +159,6 @@ def run_encoder(
     def body(x: Array, layer: EncoderLayer) -> tuple[Array, None]:
         return remat(lambda x, layer: layer(x, segments, plan, angles), compute.remat)(x, layer), None
 
+    # Cast before the scan, whose carry keeps one type; its body is compiled once, whatever the depth.
     x, _ = jax.lax.scan(body, x.astype(compute.dtype), layers)
     return x

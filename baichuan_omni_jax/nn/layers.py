@@ -33,6 +33,7 @@ class LayerNorm(nnx.Module):
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
         with jax.named_scope("layer_norm"):
             wide = x.astype(jnp.float32)
+            # Centered before it is squared: mean(x^2) - mean(x)^2 cancels where the mean is large.
             wide = wide - jnp.mean(wide, -1, keepdims=True)
             wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + self.eps)
             wide = wide * use(self.scale, self.compute, jnp.float32) + use(self.bias, self.compute, jnp.float32)
@@ -67,6 +68,7 @@ def rope_angles(positions: Int32[Array, "b t"], head_dim: int, theta: float) -> 
 
     head_dim 4, theta 100: frequencies 1 and 0.1, so position 3 has angles [3, 0.3].
     """
+    # fp32, as positions reach tens of thousands: there bf16 steps by hundreds of radians.
     frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     return positions[..., None].astype(jnp.float32) * frequency
 

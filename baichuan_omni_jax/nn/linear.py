@@ -96,6 +96,7 @@ def product(
 
     def backward(kept, dy):
         x, value = kept
+        # Toward the input in the compute dtype, as the layer before reads it; toward the weight in fp32.
         dx = jnp.einsum(f"{result},{right}->{left}", dy, value, out_sharding=placement(of_x.sharding.spec))
         # The result's type is the sum's: over positions here, and over the devices that have the other positions.
         gradient = jnp.einsum(

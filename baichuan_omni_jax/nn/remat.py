@@ -53,6 +53,7 @@ def join_chunks(pieces: Float[Array, "pieces b p ..."], rules: ShardingRules) ->
     """Joins what `split_chunks` cut."""
     mesh = jax.typeof(pieces).sharding.mesh
     shards = 1 if mesh.empty else axis_product(mesh, rules.axes("length"))
+    # The inverse of the cut: within a piece positions lie by shard, so again nothing moves.
     count, b, piece, *rest = pieces.shape
     batch, length = _spec(rules)
     x = pieces.reshape(count, b, shards, piece // shards, *rest, out_sharding=placement(P(None, batch, length)))
@@ -67,6 +68,7 @@ def split_parts(x: Shaped[Array, "n ..."], count: int) -> Shaped[Array, "parts m
     sharding = jax.typeof(x).sharding
     first, *rest = sharding.spec if x.ndim == len(sharding.spec) else (None,) * x.ndim
     axes = () if first is None else (first,) if isinstance(first, str) else first
+    # The first dim may be split over several mesh axes: every device of their product cuts its own rows.
     shards = 1 if sharding.mesh.empty else axis_product(sharding.mesh, axes)
     x = x.reshape(shards, count, -1, *x.shape[1:], out_sharding=placement(P(first, None, None, *rest)))
     return jnp.moveaxis(x, 1, 0).reshape(count, -1, *x.shape[3:], out_sharding=placement(P(None, first, *rest)))
@@ -88,6 +90,7 @@ def map_chunks(
     """
     if not chunk:
         return function(x)
+    # A scan, and a checkpoint in it: in both passes one piece's wide intermediates exist at a time.
     _, pieces = jax.lax.scan(
         lambda _, piece: (None, jax.checkpoint(function)(piece)), None, split_chunks(x, chunk, rules)
     )

@@ -99,10 +99,13 @@ class AudioTokenizerModel(nnx.Module):
         self, features: Float[Array, "c g f"], valid: Bool[Array, "c g"], batch: Batch
     ) -> Float[Array, "b t d"]:
         """Computes the language model's hidden states over the rows, the clips' features in their slots."""
+        # The row as tokens alone: slots of audio hold the pad's embedding until the merge replaces it.
         x, rules = self.llm.embed(batch["tokens"]), self.compute.rules
         slots = feature_slots(valid, batch, self.compute)
         media = self.transcript_adapter(features)
+        # Clips back into rows (c = b x m): both are split by rows alone, so nothing moves between devices.
         media = media.reshape(*slots.shape, -1, out_sharding=rules.spec(CLIPS, None, None))
+        # The merge takes media split over the media axes, as the full model's vision and audio come.
         parts = [(split_as(media, self.compute, CLIPS, "media"), split_as(slots, self.compute, CLIPS, "media"))]
         with jax.named_scope("transcript_llm"):
             return self.llm(merge_media(x, parts, rules), batch["positions"], batch["segment_ids"])
@@ -138,6 +141,7 @@ def feature_slots(valid: Bool[Array, "c g"], batch: Batch, compute: ComputePolic
     first, index = (split_as(batch[name], compute, CLIPS) for name in ("mel_audio", "audio_index"))
     unused, (rows, clips) = batch["tokens"].shape[1], first.shape
     spec = compute.rules.spec(CLIPS, None)
+    # A clip's frames fill consecutive places; a place beyond the row's gives t, which the merge drops.
     places = (first[..., None] + jnp.arange(valid.shape[1], dtype=jnp.int32)).reshape(rows, -1, out_sharding=spec)
     pick = lambda row, places: row.at[places].get(mode="fill", fill_value=unused)  # noqa: E731
     found = jax.vmap(pick)(index, places)

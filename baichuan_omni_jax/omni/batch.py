@@ -94,6 +94,7 @@ def _resolve(size: int | str, sizes: BatchSizes) -> int:
     return size if isinstance(size, int) else getattr(sizes, size)
 
 
+# Media are split apart from tokens: a shard's media need not belong to its own tokens (`merge.py`).
 _TOKEN, _MEDIA = ("batch", "length"), ("batch", "media")
 
 FIELDS: dict[str, BatchField] = {

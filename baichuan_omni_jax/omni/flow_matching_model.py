@@ -30,9 +30,11 @@ class FlowMatchingModel(nnx.Module):
 
     def hidden(self, clips: Clips) -> tuple[Float[Array, "c t d"], Int32[Array, " c"]]:
         """The decoder's states at 50 Hz of the clips' codes, and how many are valid. No gradient passes."""
+        # By way of codes: states of quantized audio are the only ones that the flow gets when it generates.
         codes, valid = self.audio_encoder.encode(clips.mel, clips.lengths)
         quantized = self.audio_encoder.quantizer.decode(codes)
         decoded = self.audio_decoder(quantized, valid.sum(-1, dtype=jnp.int32))
+        # The tokenizer is frozen: cut here, nothing of it is kept for a backward pass.
         return jax.lax.stop_gradient(decoded.hidden), decoded.hidden_lengths
 
 
@@ -41,5 +43,6 @@ def match_lengths(
 ) -> tuple[Float[Array, "c t mels"], Int32[Array, " c"]]:
     """Cuts or pads the target's mel to the frames of `hidden` (both come at 50 Hz); returns how many both have, too."""
     frames = hidden.shape[1]
+    # Shapes stay static: frames past the shorter of the two count in no loss, so zeros serve.
     mel = jnp.pad(target.mel[:, :frames], ((0, 0), (0, max(0, frames - target.mel.shape[1])), (0, 0)))
     return mel, jnp.minimum(lengths, target.lengths)

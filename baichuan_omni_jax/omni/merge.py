@@ -57,6 +57,7 @@ def pick_slots(
     context = rules.axes("length")
 
     def pick_shard(hidden, index):
+        # The index first: it is small, and every shard must know which of its states the others ask for.
         whole = _gather(index, rules)
         local = _local_slots(whole, hidden.shape[1], rules)
         pick = lambda row, slots: row.at[slots].get(mode="fill", fill_value=0)  # noqa: E731
@@ -67,6 +68,7 @@ def pick_slots(
                 picked = lax.psum_scatter(picked, axis, scatter_dimension=1, tiled=True)
             else:
                 picked = lax.psum(picked, axis)
+        # Over the other media axes all devices hold the same states, so a slice splits them, without communication.
         return _own_part(picked, [axis for axis in rules.axes("media") if axis not in context])
 
     with jax.named_scope("pick_slots"):
@@ -87,12 +89,14 @@ def segments_with_media(
     context, length = rules.axes("length"), segment_ids.shape[1]
 
     def mark_shard(segment_ids, indexes):
+        # All slots in one gather, as in the merge; each shard then marks the segments of its own.
         index = _gather(jnp.concatenate(indexes, 1), rules)
         local = _local_slots(index, segment_ids.shape[1], rules)
 
         def mark_row(ids, slots):
             # A row has at most as many segments as tokens.
             filled = jnp.zeros(length + 1, jnp.int32).at[ids.at[slots].get(mode="fill", fill_value=0)].set(1)
+            # A document may cross shards: what one of them found holds for all. Id 0 is padding, never marked.
             return (lax.pmax(filled, context) if context else filled).at[0].set(0)[ids] > 0
 
         return jax.vmap(mark_row)(segment_ids, local)
@@ -132,4 +136,5 @@ def _sharded(function, like: Array, in_specs, out_specs):
     mesh = jax.typeof(like).sharding.mesh
     if mesh.empty:
         return function
+    # Gathered arrays are equal on all devices, but their type says that they vary: the check would refuse them.
     return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)

@@ -44,6 +44,7 @@ class OmniModel(nnx.Module):
         unknown = [name for name in branches if name not in OMNI_BRANCHES]
         if unknown or "llm" not in branches:
             raise ConfigError(f"branches {', '.join(branches)}: llm and any of {', '.join(OMNI_BRANCHES)} are a model")
+        # A key for each branch there is: its weights do not depend on which others are left out.
         split = jax.random.split(key, len(OMNI_BRANCHES))
         keys: dict[str, PRNGKeyArray] = dict(zip(OMNI_BRANCHES, split, strict=True))
         present = tuple(name for name in OMNI_BRANCHES if name in branches)
@@ -85,6 +86,7 @@ class OmniModel(nnx.Module):
         # Shapes first: a constructor that is run draws every weight, op by op, before it is overwritten.
         model = jax.eval_shape(lambda key: cls(key, cfg, compute, tuple(homes)), jax.random.key(0))
         for name, home in homes.items():
+            # Read in `dtype` and split as the mesh says, so that no device of a mesh holds a whole branch on the way.
             shapes = with_shardings(getattr(model, name), mesh, compute.rules, dtype=kind, name=name)
             setattr(model, name, read_tree(home / branch_folder(name), shapes, f"branch {name}"))
         return model
@@ -93,10 +95,12 @@ class OmniModel(nnx.Module):
         """Computes token embeddings with every pad slot replaced by its image's or audio's embedding."""
         x, media = self.llm.embed(batch["tokens"]), []
         if "vision" in self.branches:
+            # All images of the row in one call of the tower: segments keep them apart.
             visual = self.vision(batch["patches"], batch["patch_grid"], batch["patch_segments"])
             media.append((visual, batch["visual_index"]))
         if "audio_head" in self.branches:
             with jax.named_scope("audio_embedding"):
+                # Audio that was heard and audio that was spoken enter alike: by the embeddings of their codes.
                 media.append((self.audio_head.embed(batch["audio_codes"]), batch["audio_index"]))
         return merge_media(x, media, self.compute.rules) if media else x
 
@@ -112,5 +116,6 @@ class OmniModel(nnx.Module):
         if "audio_head" not in self.branches:
             return hidden, ()
         with jax.named_scope("audio_head"):
+            # Only states that predict a frame go on: each becomes a depth sequence, one position a level.
             start = pick_slots(hidden, batch["audio_target_index"], self.compute.rules)
             return hidden, self.audio_head(start, batch["audio_targets"])

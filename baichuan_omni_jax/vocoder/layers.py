@@ -40,6 +40,7 @@ class NormedConv1d(nnx.Module):
         self.padding, self.dilation, self.compute = (kernel - 1) // 2 * dilation, dilation, compute
 
     def __call__(self, x: Float[Array, "b t c"]) -> Float[Array, "b t d"]:
+        # Normalized in each call: parameters stay those of the checkpoint, and train as such.
         weight = normed(self.weight_v, self.weight_g, self.compute, over=(0, 1))
         y = convolve(x.astype(weight.dtype), weight, padding=self.padding, dilation=self.dilation)
         return y + use(self.bias, self.compute)

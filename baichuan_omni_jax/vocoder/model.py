@@ -46,6 +46,7 @@ class F0Predictor(nnx.Module):
     def __call__(self, mel: Float[Array, "b t mels"], lengths: Int32[Array, " b"]) -> Float[Array, "b t"]:
         """Returns Hz (b, t), fp32, zero past each length."""
         with jax.named_scope("f0"):
+            # Masked after every layer: a bias would make padding a signal for the next convolution.
             x = mask_padding(mel, lengths)
             for conv in self.convs:
                 x = mask_padding(jax.nn.elu(conv(x)), lengths)
@@ -247,6 +248,7 @@ class Vocoder(nnx.Module):
         x, frames = self.body(mel, lengths, spectrum)
         with jax.named_scope("inverse_stft"):
             x = x.astype(jnp.float32)
+            # Capped, as released: exp turns one outlier into a click.
             magnitude = jnp.minimum(jnp.exp(x[..., : cfg.spectrum]), MAX_MAGNITUDE)
             # The released model bends the phase through a sine before it is used as an angle.
             angle = jnp.sin(x[..., cfg.spectrum :])

@@ -66,6 +66,7 @@ def istft(
 
 def _forward_table(n_fft: int) -> Float[Array, "n c"]:
     """Returns windowed samples -> [cos, -sin] sums, (n_fft, n_fft + 2)."""
+    # Computed in fp64 and rounded once; the table is a constant of the program.
     angles = 2 * np.pi * np.outer(np.arange(n_fft), np.arange(n_fft // 2 + 1)) / n_fft
     table = np.concatenate([np.cos(angles), -np.sin(angles)], 1)
     return jnp.asarray(hann(n_fft)[:, None] * table, jnp.float32)
@@ -93,6 +94,7 @@ def griffin_lim(mel: Float[np.ndarray, "s mels"], settings: MelTargetSpec) -> Fl
     frames = len(mel)
     if not frames:
         return np.zeros(0, np.float32)
+    # A mel has neither fine bands nor phase: least squares gives the former, the iteration the latter.
     magnitude = librosa.feature.inverse.mel_to_stft(
         np.exp(mel.T.astype(np.float64)),
         sr=settings.rate,
