@@ -1,7 +1,7 @@
 """The eight branches of the model in one table: what every other module needs to know of each.
 
 A branch is a subtree of parameters that trains, is saved and is converted as one: `params/BRANCH/` of a checkpoint, the
-first word of a parameter's dotted name (`vision.tower.layers.mlp.fc1.weight`). A new modality begins with a row here.
+first word of a parameter's dotted name (`vision.tower.layers.mlp.fc1.weight`). A new modality has a row here.
 
 The table imports no jax, so configurations and data workers read it too; a branch's class is named, not imported.
 """

@@ -20,7 +20,7 @@ from baichuan_omni_jax.config import OmniConfig, RunConfig
 from baichuan_omni_jax.config.mel_targets import run_mel_targets
 from baichuan_omni_jax.flops.terms import FlopTerm, language_terms
 
-# Those of `audio/post_net.py` and `flow/unet.py`, which import jax; tests/flops holds them equal.
+# Those of `audio/decoder.py` and `flow/model.py`, which import jax; tests/flops holds them equal.
 POST_NET_KERNEL, FLOW_KERNEL, ATTENTION_CHUNK = 5, 3, 100
 
 _TOKENIZER, _DECODER = BRANCHES["audio_encoder"].path(), BRANCHES["audio_decoder"].path()

@@ -126,6 +126,8 @@ class AudioTokenizer:
         import soxr
 
         wave = np.asarray(wave)
+        if not np.issubdtype(wave.dtype, np.floating) and not np.issubdtype(wave.dtype, np.signedinteger):
+            raise ValueError(f"wave of {wave.dtype}: expected floating-point samples in ±1, or signed integers")
         if wave.ndim not in (1, 2) or rate <= 0:
             raise ValueError(
                 f"wave {wave.shape} at {rate} Hz: expected samples (t,) or (t, channels) and a rate above 0"

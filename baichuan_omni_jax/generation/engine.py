@@ -234,7 +234,7 @@ class Engine:
             group.place_media(codes)
 
     def _prefill_chunk(self) -> int:
-        """Reads the next chunk of those that join, and seats them after their last; returns the items it cost."""
+        """Prefills the next chunk of those that join, and inserts them after their last; returns the items it cost."""
         group, cost = self._prefill_group, 0
         assert group is not None
         if not group.done:

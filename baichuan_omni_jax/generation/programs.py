@@ -231,8 +231,8 @@ def _place_media(x: Array, chunk: Chunk, buffer: Array, audio_head: AudioHeadBra
     if audio_head is not None:
         x = jnp.where(chunk.is_audio[..., None], audio_head.embed(chunk.codes).astype(x.dtype), x)
     # Every position reads the buffer, those without an image out of range: shapes do not depend on images.
-    visual_slots = jax.vmap(lambda row, at: row.at[at].get(mode="fill", fill_value=0))(buffer, chunk.visual_slots)
-    return jnp.where((chunk.visual_slots < buffer.shape[1])[..., None], visual_slots.astype(x.dtype), x)
+    visual = jax.vmap(lambda row, at: row.at[at].get(mode="fill", fill_value=0))(buffer, chunk.visual_slots)
+    return jnp.where((chunk.visual_slots < buffer.shape[1])[..., None], visual.astype(x.dtype), x)
 
 
 def _row(x: Array, index: Array) -> Array:

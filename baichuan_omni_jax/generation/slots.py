@@ -386,13 +386,13 @@ def _sample_frame(rows: SlotState, hidden: Array, wanted: Array, audio_head: Fra
     params = rows.codes._replace(temperature=jnp.where(wanted, rows.codes.temperature, 0))
 
     def choose(level, logits):
-        seen_tokens = jax.lax.dynamic_index_in_dim(rows.seen_codes, level, 1, keepdims=False)
+        seen = jax.lax.dynamic_index_in_dim(rows.seen_codes, level, 1, keepdims=False)
         # Steps of a row: its token's, then one a level, so that no two draws share their noise.
-        return sample(logits, seen_tokens, params, rows.key, rows.position * (1 + levels) + 1 + level)[0]
+        return sample(logits, seen, params, rows.key, rows.position * (1 + levels) + 1 + level)[0]
 
     return jax.lax.cond(wanted.any(), lambda: audio_head.decode_frame(hidden, choose), lambda: silent)
 
 
-def _seen_codes(seen_tokens: Array, codes: Array, frame: Array, begins: Array) -> Array:
-    new = (jnp.arange(seen_tokens.shape[2]) == codes[:, :, None]) & frame[:, None, None]
-    return (seen_tokens | new) & ~begins[:, None, None]
+def _seen_codes(seen: Array, codes: Array, frame: Array, begins: Array) -> Array:
+    new = (jnp.arange(seen.shape[2]) == codes[:, :, None]) & frame[:, None, None]
+    return (seen | new) & ~begins[:, None, None]

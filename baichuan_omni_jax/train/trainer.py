@@ -204,7 +204,7 @@ class Trainer:
         run, folder = spec.task.run, Path(workdir.path)
         self._steps, self._first_step = run.train.steps, first_step
         self._workdir, self._data, self._console, self._compiles = workdir, data, console, compiles
-        # Three programs a step: the step itself, and the counts that its FLOPs are made of (two on CPU, see `step`).
+        # Two programs a step: the step (two more on CPU, see `CompiledStep`), and the counts that its FLOPs need.
         self._place, self._step, self._counts = place, compile_step(spec), jax.jit(spec.task.batch_counts)
         self._trace = StepTrace(folder, options.profile)
         devices = spec.mesh.devices

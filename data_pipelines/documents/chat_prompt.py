@@ -125,8 +125,8 @@ class _PromptBuilder:
         Args:
             content: text, or a list of parts.
             where: what messages of errors call it.
-            said: whether audio in it is speech of the assistant.
-            spoken_codes: whether audio given as codes is.
+            from_assistant: whether audio in it is speech of the assistant.
+            spoken_codes: whether audio given as codes is speech of the assistant.
 
         Raises:
             RequestError: "bad_message" for what is neither text nor parts, or a part of no known form.

@@ -10,7 +10,7 @@ with the next word, as tokenizers have it. A piece does not end
 
 The rule reads characters from left to right and never looks further than the next one, so that it can be asked of a
 text that is still being written. `cut_places` asks it of a text; `piece_table` writes it down as arrays over a
-tokenizer's tokens, by which a device follows it from token to token (`omni/piece_progress.py`).
+tokenizer's tokens, by which a device follows it from token to token (`generation/slots.py`).
 
     text      We paid 1,000. Dr. Li left, and I stayed.
     cut                      |             |

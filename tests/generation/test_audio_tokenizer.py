@@ -84,3 +84,5 @@ def test_errors():
         tokenizer().decode_mel(np.array([[0, 8]]))
     with pytest.raises(ValueError, match="a rate above 0"):
         tokenizer().encode(WAVE, 0)
+    with pytest.raises(ValueError, match=r"wave of uint8: expected floating-point samples"):
+        tokenizer().encode(np.zeros(1600, np.uint8), 16000)

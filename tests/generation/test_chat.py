@@ -1,4 +1,4 @@
-"""omni/chat.py with an engine and a speaker made of lists: what reaches who asked, what a conversation keeps."""
+"""The chat with an engine and a speech decoder made of lists: what reaches the caller, what a conversation keeps."""
 
 from dataclasses import replace
 

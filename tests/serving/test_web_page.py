@@ -116,7 +116,7 @@ def serve(tmp_path):
     running = []
 
     def start(chat) -> str:
-        app = make_app(chat, tmp_path / "sessions", PageSettings(limits=Limits(megabytes=1)))
+        app = make_app(chat, tmp_path / "sessions", PageSettings(limits=Limits(megabytes=1.0)))
         listening = socket.create_server(("127.0.0.1", 0))
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=3))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})

@@ -85,7 +85,7 @@ def rvq_lookup(
         implementation,
         platform,
         f"rvq {{name}} cannot look up x {x.shape} {x.dtype}",
-        lambda name: BACK_ENDS[name].unsupported(x, plain),
+        lambda name: BACK_ENDS[name].unsupported(x, plain) if name in BACK_ENDS else "rvq has no such back end",
     )
     # Only the XLA implementation reads what was prepared.
     pairs = zip(codebooks, plain, strict=True)
