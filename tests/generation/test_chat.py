@@ -81,7 +81,7 @@ class Asked:
 
     def __init__(self, content, speak=False):
         self.content, self.speak = content, speak
-        for name in Prompt.__annotations__:
+        for name in (name for name, value in vars(Prompt).items() if isinstance(value, property)):
             setattr(self, name, None)
 
 
