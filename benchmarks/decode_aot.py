@@ -27,7 +27,7 @@ from rows import emit, row
 
 from baichuan_omni_jax.checkpoint import with_shardings
 from baichuan_omni_jax.config import MeshConfig, OmniConfig, baichuan_omni_7b
-from baichuan_omni_jax.flops.chips import chip_of
+from baichuan_omni_jax.flops.terms import chip_of
 from baichuan_omni_jax.generation import programs
 from baichuan_omni_jax.generation.prefill import Chunk
 from baichuan_omni_jax.generation.slots import idle_slots

@@ -21,7 +21,7 @@ import numpy as np
 from rows import emit, row
 
 from baichuan_omni_jax.config import DataConfig, baichuan_omni_7b
-from baichuan_omni_jax.flops.row_cost import row_cost
+from baichuan_omni_jax.flops.terms import row_cost
 from data_pipelines.packing.mixture import Mixture
 from data_pipelines.packing.packer import Packer
 from data_pipelines.packing.row_limits import DocumentLengths, PatchLayout

@@ -24,7 +24,7 @@ from rows import emit, row
 
 from baichuan_omni_jax.config import MeshConfig
 from baichuan_omni_jax.kernels.rvq_lookup import rvq_lookup
-from baichuan_omni_jax.kernels.rvq_lookup.cases import RELEASED
+from baichuan_omni_jax.kernels.rvq_lookup.reference import RELEASED
 from baichuan_omni_jax.sharding import make_mesh
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}

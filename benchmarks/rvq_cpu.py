@@ -27,7 +27,7 @@ import torch
 from rows import emit, row
 
 from baichuan_omni_jax.kernels.rvq_lookup import prepare_codebooks, rvq_lookup
-from baichuan_omni_jax.kernels.rvq_lookup.cases import RELEASED, Case
+from baichuan_omni_jax.kernels.rvq_lookup.reference import RELEASED, Case
 
 NARROW = Case("narrow", 512, (4096, 2048, 2048))
 KINDS = ((1.0, None), (1.0, 0.1), (1.0, 0.5), (1.0, 2.0), (1e-3, None), (1e-3, 0.5), (1e3, None), (1e3, 0.5))

@@ -22,7 +22,7 @@ import numpy as np
 from rows import emit, row
 
 from baichuan_omni_jax.kernels.rvq_lookup import rvq_lookup
-from baichuan_omni_jax.kernels.rvq_lookup.cases import RELEASED, Case
+from baichuan_omni_jax.kernels.rvq_lookup.reference import RELEASED, Case
 
 OURS = "pallas_gpu"
 # Two codes whose squared distances differ by less, of the distance, are equally near in fp32.

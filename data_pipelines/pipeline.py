@@ -18,7 +18,7 @@ from baichuan_omni_jax.config.loss_shares import LossShare, predict_shares
 from baichuan_omni_jax.config.mel_targets import MelTargetSpec
 from baichuan_omni_jax.config.overrides import check_kinds
 from baichuan_omni_jax.errors import ConfigError
-from baichuan_omni_jax.flops.row_cost import row_cost
+from baichuan_omni_jax.flops.terms import row_cost
 from data_pipelines.datasets.sources import Source, cache_folder, open_source
 from data_pipelines.documents.media_items import Codes
 from data_pipelines.documents.processor import Processor

@@ -17,9 +17,16 @@ from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray
 
 from baichuan_omni_jax.audio.encoder import sinusoids
 from baichuan_omni_jax.config.architecture import AudioConfig, PostNetConfig
-from baichuan_omni_jax.nn.conv import Conv1d, TransposedConv1d, length_mask, mask_padding, resize_nearest
 from baichuan_omni_jax.nn.encoder import EncoderLayer, EncoderSizes, run_encoder
-from baichuan_omni_jax.nn.layers import GroupNorm, LayerNorm
+from baichuan_omni_jax.nn.layers import (
+    Conv1d,
+    GroupNorm,
+    LayerNorm,
+    TransposedConv1d,
+    length_mask,
+    mask_padding,
+    resize_nearest,
+)
 from baichuan_omni_jax.nn.linear import Linear
 from baichuan_omni_jax.nn.param import CLIPS, ComputePolicy, split_as, stack
 

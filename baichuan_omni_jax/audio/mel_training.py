@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Int32, PRNGKeyArray
 
 from baichuan_omni_jax.audio.decoder import DecodedAudio
 from baichuan_omni_jax.config.audio import SpecAugmentConfig
-from baichuan_omni_jax.nn.conv import length_mask, mask_padding
+from baichuan_omni_jax.nn.layers import length_mask, mask_padding
 from baichuan_omni_jax.nn.param import CLIPS, ComputePolicy, split_as
 from baichuan_omni_jax.sharding import placement
 

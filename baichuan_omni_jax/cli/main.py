@@ -28,7 +28,7 @@ class Command:
     def load(self) -> tuple[str | None, Callable[[argparse.ArgumentParser], None], Callable]:
         """Imports the module; returns the text above the flags, what adds the flags, and what runs the command."""
         module = importlib.import_module(self.module)
-        # One command a module is the rule; two belong together where one is of no use without the other.
+        # One command a module is the rule; several belong together where they work on the same thing.
         if not self.name:
             return module.__doc__, module.add_arguments, module.run
         run = getattr(module, f"run_{self.name}")
@@ -49,18 +49,18 @@ COMMANDS: dict[str, Command | Group] = {
     "train": Command(f"{CLI}.train", "train a run of configs/, or go on with it"),
     "stages": Command(f"{CLI}.train", "train stages one after the other, each from the last one's weights", "stages"),
     "preflight": Command(f"{CLI}.preflight", "tell whether a run fits a TPU slice, without a TPU"),
-    "tokenize": Command(f"{CLI}.tokenize_audio", "fill the store of audio codes of a run's data"),
+    "tokenize": Command(f"{CLI}.data", "fill the store of audio codes of a run's data", "tokenize"),
     "generate": Command(f"{CLI}.generate", "chat, transcribe, speak or describe with a checkpoint"),
     "serve": Command(f"{CLI}.serve", "serve the web page to talk to a checkpoint"),
     "evaluate": Command(f"{CLI}.evaluate", "measure a checkpoint"),
-    "resynthesize": Command(f"{CLI}.resynthesize", "turn speech into codes and back into a waveform"),
+    "resynthesize": Command(f"{CLI}.evaluate", "turn speech into codes and back into a waveform", "resynthesize"),
     "convert": Command(f"{CLI}.weights", "move weights between Hugging Face folders and checkpoints", "convert"),
     "verify": Command(f"{CLI}.weights", "compare converted weights with the released computation", "verify"),
     "data": Group(
         {
             "build": Command(f"{DATA}.datasets.builder.command", "write shards with the media inside, from manifests"),
             "validate": Command(f"{DATA}.tools.validate", "read a built dataset through and tell what is wrong"),
-            "stats": Command(f"{CLI}.data_stats", "count documents and media, by type and size; shares of the loss"),
+            "stats": Command(f"{CLI}.data", "count documents and media, by type and size; loss shares", "stats"),
             "visualize": Command(f"{DATA}.tools.visualize", "draw packed rows and one document"),
             "sample": Command(f"{DATA}.sample.build", "write the offline sample data set"),
             "synthesize": Command(f"{DATA}.synthesis.command", "make new documents from those of manifests"),

@@ -10,9 +10,8 @@ from jaxtyping import Bool, Float32
 
 from baichuan_omni_jax.config import OmniConfig
 from baichuan_omni_jax.evaluation import intelligibility
-from baichuan_omni_jax.evaluation.audio_scores import TokenizerScores
+from baichuan_omni_jax.evaluation.audio_scores import MelWaves, TokenizerScores
 from baichuan_omni_jax.evaluation.intelligibility import Clip, RecognitionErrors
-from baichuan_omni_jax.evaluation.mel_render import MelWaves
 from baichuan_omni_jax.generation.speech_decoder import SpeechDecoder
 from data_pipelines.errors import SampleError
 from data_pipelines.media.features import clip_windows, log_mel, mel_target

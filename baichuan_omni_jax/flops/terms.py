@@ -1,4 +1,6 @@
-"""Model FLOPs of a training step: what the mathematics needs, counted from what the batch really holds. Needs no jax.
+"""Model FLOPs of a training step and of a packed row, and what a chip can do of them a second. Needs no jax.
+
+Counted is what the mathematics needs of what a batch really holds.
 
 A matrix product of m multiply-adds is 2 m FLOPs; norms, activations, softmax, rotary angles and table look-ups are left
 out. Padding costs nothing, attention costs what each document or image sees, and logits are counted where the loss
@@ -6,16 +8,21 @@ reads them. The backward pass adds 2 m for each trainable weight, 2 m where a gr
 trainable before it (a stack of layers is taken as one: if any of it trains, gradients pass through all of it), and
 8 h instead of 4 h FLOPs a pair of attention. Recomputation is not counted: this is what MFU divides by.
 
+`RowCost` plans rows by the forward pass's formulas, but for the logits, of which the index does not know how many the
+loss reads. The backward pass costs a multiple that hardly differs between rows. Integers, so that all hosts order rows
+alike.
+
     document of 3 tokens: 3 tokens, 1 + 2 + 3 = 6 causal pairs; image of 4 patches: 4 patches, 16 pairs
 """
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from fractions import Fraction
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from baichuan_omni_jax.branches import BRANCHES
-from baichuan_omni_jax.config import OmniConfig
+from baichuan_omni_jax.config import Budgets, OmniConfig
 
 
 class FlopTerm(NamedTuple):
@@ -187,3 +194,125 @@ def _audio(omni: OmniConfig) -> tuple[FlopTerm, ...]:
             {f"{head}heads.{q}.weight": d * (size + 1) for q, size in enumerate(sizes)},
         ),
     )
+
+
+# What a chip can do at most: matrix FLOP/s in bfloat16 and bytes of memory, of one JAX device (of a TPU7x chip that is
+# one of its two chiplets), dense, without sparsity. FLOP/s and GPU memory are the makers' (cloud.google.com/tpu/docs;
+# NVIDIA's data sheets of A100, H100 and H200). TPU memory is what a program may use of it, as libtpu 0.0.52 says when
+# it refuses one, to 0.01 GiB. Kinds are JAX's `device_kind`.
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Chip:
+    """`name` as in a topology, `flops` bfloat16 FLOP/s, `hbm_bytes` of memory; all of one JAX device."""
+
+    name: str
+    flops: float
+    hbm_bytes: int
+
+
+TPUS = {
+    "TPU v4": Chip("v4", 275e12, int(30.75 * GIB)),
+    "TPU v5 lite": Chip("v5e", 197e12, int(15.75 * GIB)),
+    "TPU v5": Chip("v5p", 459e12, int(95.73 * GIB)),
+    "TPU v6 lite": Chip("v6e", 918e12, int(31.24 * GIB)),
+    "TPU7x": Chip("tpu7x", 2307e12 / 2, int(94.74 * GIB)),
+}
+# Their kinds carry form factor and memory behind the name: the longest name that a kind starts with counts.
+GPUS = {
+    "NVIDIA A100": Chip("A100", 312e12, 80 * GIB),
+    "NVIDIA A100-SXM4-40GB": Chip("A100 40GB", 312e12, 40 * GIB),
+    "NVIDIA A100-PCIE-40GB": Chip("A100 40GB", 312e12, 40 * GIB),
+    "NVIDIA H100": Chip("H100", 989e12, 80 * GIB),
+    "NVIDIA H100 PCIe": Chip("H100 PCIe", 756e12, 80 * GIB),
+    "NVIDIA H100 NVL": Chip("H100 NVL", 835e12, 94 * GIB),
+    "NVIDIA H200": Chip("H200", 989e12, 141 * 10**9),
+    "NVIDIA H200 NVL": Chip("H200 NVL", 835e12, 141 * 10**9),
+}
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """Finds the chip that `jax.Device.device_kind` names; None for one that is not listed (a CPU).
+
+    >>> chip_of("NVIDIA H100 80GB HBM3").name
+    'H100'
+    """
+    # TPU kinds are exact.
+    if device_kind in TPUS:
+        return TPUS[device_kind]
+    names = [name for name in GPUS if device_kind.startswith(name)]
+    return GPUS[max(names, key=len)] if names else None
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Returns bfloat16 FLOP/s of one device; None for a kind that is not listed (a CPU)."""
+    chip = chip_of(device_kind)
+    return chip.flops if chip else None
+
+
+_BUDGETED = [field.name for field in fields(Budgets)]
+_TOKENS, _PATCHES, _TARGETS = (_BUDGETED.index(name) for name in ("tokens", "patches", "audio_targets"))
+
+
+@runtime_checkable
+class DocumentLengths(Protocol):
+    """A document as rows are planned with it: what it takes of each budget, in the order of `Budgets`' fields, and the
+    patches of each of its images.
+    """
+
+    @property
+    def lengths(self) -> Sequence[int]: ...
+
+    @property
+    def image_patches(self) -> Sequence[int]: ...
+
+
+@dataclass(frozen=True)
+class RowCost:
+    """FLOPs by what is counted: `token` and `pair` of the language model, the like of the vision tower with its
+    projector, and `audio_target`, a frame that the depth transformer predicts.
+    """
+
+    token: int
+    pair: int
+    patch: int
+    patch_pair: int
+    audio_target: int
+
+    def __call__(self, row: Sequence[DocumentLengths]) -> int:
+        """Sums the FLOPs of a row of these documents."""
+        return sum(map(self.document_cost, row))
+
+    def document_cost(self, document: DocumentLengths) -> int:
+        """Counts the FLOPs of one document: n tokens see n (n + 1) / 2 pairs, an image of p patches p^2."""
+        tokens, patches = document.lengths[_TOKENS], document.lengths[_PATCHES]
+        # Linear in tokens, patches and frames; quadratic in a document's tokens and an image's patches.
+        flops = tokens * self.token + tokens * (tokens + 1) // 2 * self.pair
+        flops += document.lengths[_TARGETS] * self.audio_target
+        return flops + patches * self.patch + self.patch_pair * sum(size * size for size in document.image_patches)
+
+
+def row_cost(omni: OmniConfig) -> RowCost:
+    """Makes the costs of this architecture.
+
+    >>> from baichuan_omni_jax.config import baichuan_omni_7b
+    >>> cost = row_cost(baichuan_omni_7b())
+    >>> cost.token // 10**9, cost.patch // 10**9  # GFLOPs of a token's products, of a patch's
+    (13, 1)
+    """
+    # Exact fractions, then whole numbers: sums of integers are alike on every host.
+    per_item = forward_flops(omni_terms(omni))
+    whole = {name: _integer(flops) for name, flops in per_item.items()}
+    return RowCost(
+        token=whole["tokens"],
+        pair=whole["causal_pairs"],
+        patch=whole["patches"],
+        patch_pair=whole["patch_pairs"],
+        audio_target=whole["audio_targets"],
+    )
+
+
+def _integer(flops: Fraction) -> int:
+    """Rounds down, should a width not divide: the order of rows needs no more."""
+    return int(flops)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32, PRNGKeyArray
 
 from baichuan_omni_jax.flow.model import FlowDecoder
-from baichuan_omni_jax.nn.conv import length_mask, mask_padding
+from baichuan_omni_jax.nn.layers import length_mask, mask_padding
 from baichuan_omni_jax.nn.param import CLIPS, ComputePolicy, split_as
 
 

@@ -13,9 +13,8 @@ from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
 from baichuan_omni_jax.config.architecture import FlowConfig
 from baichuan_omni_jax.errors import ConfigError
-from baichuan_omni_jax.nn.conv import Conv1d, length_mask, mask_padding
 from baichuan_omni_jax.nn.encoder import EncoderLayer, EncoderSizes, run_encoder
-from baichuan_omni_jax.nn.layers import LayerNorm, RMSNorm
+from baichuan_omni_jax.nn.layers import Conv1d, LayerNorm, RMSNorm, length_mask, mask_padding
 from baichuan_omni_jax.nn.linear import Linear
 from baichuan_omni_jax.nn.param import CLIPS, ComputePolicy, split_as, stack
 

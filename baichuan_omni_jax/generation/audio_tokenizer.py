@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float, Float32, Int, Int32
 
-from baichuan_omni_jax.audio.tokenize import WindowEncoder
+from baichuan_omni_jax.audio.encoder import WindowEncoder
 from baichuan_omni_jax.config import MeshConfig, OmniConfig
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.generation.loading import load_for_generation

@@ -10,8 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int32
 
-from baichuan_omni_jax.audio.encoder import AudioEncoderBranch
-from baichuan_omni_jax.audio.tokenize import WindowEncoder
+from baichuan_omni_jax.audio.encoder import AudioEncoderBranch, WindowEncoder
 from baichuan_omni_jax.config import GenerationConfig, OmniConfig
 from baichuan_omni_jax.errors import RequestError
 from baichuan_omni_jax.generation.events import Prompt

@@ -22,8 +22,14 @@ from baichuan_omni_jax.flow.matching import sample_around
 from baichuan_omni_jax.flow.model import ATTENTION_CHUNK, FlowDecoder
 from baichuan_omni_jax.sharding import make_mesh
 from baichuan_omni_jax.vocoder.model import reach
-from baichuan_omni_jax.vocoder.stft import GRIFFIN_LIM_REACH, griffin_lim
-from baichuan_omni_jax.vocoder.streaming import HiftWindow, WaveStream, Window, window_wave
+from baichuan_omni_jax.vocoder.streaming import (
+    GRIFFIN_LIM_REACH,
+    HiftWindow,
+    WaveStream,
+    Window,
+    griffin_lim,
+    window_wave,
+)
 
 SECONDS = 0.010  # as in the released demos
 

@@ -14,11 +14,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray
 
-from baichuan_omni_jax.audio.codebook_training import CodebookState
 from baichuan_omni_jax.audio.decoder import AudioDecoder, DecodedAudio
 from baichuan_omni_jax.audio.encoder import AudioEncoderBranch
 from baichuan_omni_jax.audio.mel_training import MelTarget
-from baichuan_omni_jax.audio.quantizer_training import Quantized, quantize_in_training
+from baichuan_omni_jax.audio.quantizer_training import CodebookState, Quantized, quantize_in_training
 from baichuan_omni_jax.branches import AUDIO_TOKENIZER_BRANCHES, build_branch
 from baichuan_omni_jax.config import OmniConfig
 from baichuan_omni_jax.config.audio import QuantizerConfig

@@ -17,9 +17,8 @@ from baichuan_omni_jax.audio.mel_training import SAME_RATE, MelTarget, frames_co
 from baichuan_omni_jax.config import OmniConfig, RunConfig
 from baichuan_omni_jax.config.mel_targets import decoded_target, flow_target, run_mel_targets
 from baichuan_omni_jax.errors import ConfigError
-from baichuan_omni_jax.evaluation.audio_scores import SAMPLING_SEED
+from baichuan_omni_jax.evaluation.audio_scores import SAMPLING_SEED, MelWaves, check_vocoder, mel_image
 from baichuan_omni_jax.evaluation.held_out import close_steps
-from baichuan_omni_jax.evaluation.mel_render import MelWaves, check_vocoder, mel_image
 from baichuan_omni_jax.flow.matching import sample_mel
 from baichuan_omni_jax.omni.audio_tokenizer_model import clips_of, mel_targets_of
 from baichuan_omni_jax.omni.batch import Batch

@@ -6,6 +6,7 @@
 import json
 import shutil
 import signal
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,21 +16,24 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from rich.console import Console
+from rich.table import Table
 
 from baichuan_omni_jax.checkpoint import Workdir
-from baichuan_omni_jax.config import OmniConfig
+from baichuan_omni_jax.config import OmniConfig, RunConfig
+from baichuan_omni_jax.config.loss_shares import shares_table
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.evaluation.held_out import HeldOutData, HeldOutEvaluation, Sums
 from baichuan_omni_jax.omni.batch import Batch
 from baichuan_omni_jax.train.audio_samples import AudioSampleLogger
 from baichuan_omni_jax.train.hosts import is_process_zero
-from baichuan_omni_jax.train.input import BatchPlacer, DocumentFailures
+from baichuan_omni_jax.train.input import BatchPlacer, DocumentFailures, TrainingData
 from baichuan_omni_jax.train.metrics import MetricsRecord, RunLog
 from baichuan_omni_jax.train.state import Arrays, StepSpec, TrainState, evaluation_values, to_checkpoint
 
 
 @dataclass(frozen=True)
-class Progress:
+class RunProgress:
     """Where a run stands after `step` finished steps: the training state, and the data's (None: at its start)."""
 
     step: int
@@ -47,18 +51,18 @@ class Hook:
         """Whether `measure` and `act` are to be called after `step` finished steps."""
         return False
 
-    def measure(self, progress: Progress) -> MetricsRecord:
+    def measure(self, progress: RunProgress) -> MetricsRecord:
         """Returns numbers that belong into the step's record."""
         return {}
 
-    def act(self, progress: Progress) -> None:
+    def act(self, progress: RunProgress) -> None:
         """Does its work; the step's record is on disk."""
 
     def should_stop(self, step: int) -> bool:
         """Whether the run ends after `step` finished steps. Asked before every step, of every host."""
         return False
 
-    def finish(self, progress: Progress) -> None:
+    def finish(self, progress: RunProgress) -> None:
         """Does what is left after the last step."""
 
     def close(self) -> None:
@@ -78,7 +82,7 @@ class EvaluationHook(Hook):
     def is_due(self, step: int) -> bool:
         return self._evaluation.is_due(step)
 
-    def measure(self, progress: Progress) -> MetricsRecord:
+    def measure(self, progress: RunProgress) -> MetricsRecord:
         return dict(self._evaluation(evaluation_values(self._spec, progress.state)))
 
 
@@ -126,7 +130,7 @@ class CheckpointHook(Hook):
     def is_due(self, step: int) -> bool:
         return step > 0 and step % self._spec.task.run.checkpoint.every == 0
 
-    def act(self, progress: Progress) -> None:
+    def act(self, progress: RunProgress) -> None:
         # The data's state leaves out what failed on any host, so a resumed run counts it on all.
         self._failures.share_among_hosts()
         branches, opt_state = to_checkpoint(self._spec, progress.state, self._originals)
@@ -145,7 +149,7 @@ class CheckpointHook(Hook):
         )
         self._saved_step = progress.step
 
-    def finish(self, progress: Progress) -> None:
+    def finish(self, progress: RunProgress) -> None:
         # The last step, if none of `checkpoint.every` was it; then the background writes are awaited.
         if self._saved_step != progress.step:
             self.act(progress)
@@ -161,7 +165,7 @@ class AudioSamplesHook(Hook):
     def is_due(self, step: int) -> bool:
         return self._logger.is_due(step)
 
-    def act(self, progress: Progress) -> None:
+    def act(self, progress: RunProgress) -> None:
         samples = self._logger(progress.state)
         if self._log is not None and samples is not None:
             self._log.write_samples(progress.step, samples)
@@ -292,3 +296,42 @@ def parse_span(text: str) -> range | None:
     if len(parts) != 2 or not all(part.isdecimal() for part in parts) or not 1 <= int(parts[0]) < int(parts[1]):
         raise ConfigError(f"--profile {text!r} is not START:STOP with 1 <= START < STOP (10:13 traces steps 10 to 12)")
     return range(int(parts[0]), int(parts[1]))
+
+
+def print_start_table(console: Console, run: RunConfig, spec: StepSpec, data: TrainingData) -> None:
+    """Prints groups with their parameters, learning rates and what is frozen; the sources' shares of the loss; then
+    mesh, budgets and data.
+    """
+    console.print(groups_table(run, spec))
+    if run.task == "omni":
+        title = f"expected shares of the loss (documents weigh by {run.train.document_weighting})"
+        console.print(shares_table(data.loss_shares(run.train), title))
+    mesh = ", ".join(f"{axis} {size}" for axis, size in spec.mesh.shape.items())
+    budgets = ", ".join(f"{size} {name}" for name, size in run.data.budgets.limits().items())
+    console.print(f"mesh: {mesh}; {run.data.rows} rows a step, each at most {budgets}")
+    documents = f"{data.documents} documents, {data.skipped.total()} skipped"
+    console.print(f"data: {documents}; {run.train.steps} steps in {run.compute.dtype}")
+
+
+def groups_table(run: RunConfig, spec: StepSpec) -> Table:
+    """Lists a group and branch a line: its parameters, how many of them are frozen, and the rate of the others."""
+    table = Table(title=f"{run.name}: parameters by group")
+    for column in ("group", "branch", "parameters", "frozen", "peak learning rate"):
+        table.add_column(column, justify="right" if column == "parameters" else "left")
+    rates = {group.name: group.learning_rate for group in run.optimizer.groups}
+    # A line for each group and branch.
+    for (group, branch), (trainable, frozen) in sorted(_count(spec).items()):
+        # A group with a rate may train nothing: rows of special tokens that are turned off.
+        peak = f"{rates[group]:g}" if trainable else "frozen"
+        table.add_row(group, branch, f"{trainable + frozen:,}", f"{frozen:,}", peak)
+    return table
+
+
+def _count(spec: StepSpec) -> dict[tuple[str, str], tuple[int, int]]:
+    """Counts (trainable, frozen) parameters by (group, branch)."""
+    counts: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
+    sizes = {name: value.size for name, value in spec.shapes().items()}
+    for place, names in enumerate((spec.groups.trainable, spec.groups.frozen)):
+        for name, group in names.items():
+            counts[group, name.split(".")[0]][place] += sizes[name]
+    return {key: (trainable, frozen) for key, (trainable, frozen) in counts.items()}

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: `metrics.jsonl` (one object a step), TensorBoard, W&B; and what is made of raw numbers."""
+"""Where a run's numbers go: `metrics.jsonl` (one object a step), TensorBoard, W&B, terminal; what is made of them."""
 
 import hashlib
 import json
@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
 from baichuan_omni_jax.config import RunConfig, to_dict
@@ -19,7 +20,6 @@ from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.flops.terms import FlopTerm, flops_by_branch
 from baichuan_omni_jax.storage import atomic_write
 from baichuan_omni_jax.train.audio_samples import AudioSamples
-from baichuan_omni_jax.train.progress import ProgressLine
 
 log = logging.getLogger(__name__)
 
@@ -188,6 +188,47 @@ def _flatten(record: MetricsRecord) -> dict[str, float | int]:
 
 def _plain(value: float | int | dict) -> float | int | dict | None:
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# Parts of the loss, of all tasks, in the order they are shown.
+_LOSS_PARTS = ("text", "audio", "reconstruction", "transcript", "commitment", "flow", "prior")
+
+
+class ProgressLine:
+    """Shows step, ETA, loss, tokens/s and fill on one line; on a terminal that cannot redraw, a line now and then."""
+
+    def __init__(self, console: Console, steps: int, done: int, every: int = 10):
+        self._console, self._steps, self._every = console, steps, every
+        # Drawn only on a terminal; elsewhere lines are printed now and then.
+        self._bar = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=24),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("train", total=steps, completed=done, numbers="")
+        self._bar.start()
+
+    def show(self, record: dict[str, Any]) -> None:
+        """Shows a step: `record` is a line of metrics.jsonl."""
+        speed = record["tokens"] / max(record["step_time_s"], 1e-9)
+        parts = ", ".join(f"{name} {record[f'loss_{name}']:.3f}" for name in _LOSS_PARTS if f"loss_{name}" in record)
+        numbers = f"loss {record['loss']:.3f} ({parts}) {speed:,.0f} tokens/s, fill {record['fill_tokens']:.2f}"
+        if "mfu" in record:
+            numbers += f", MFU {record['mfu']:.2f}"
+        self._bar.update(self._task, completed=record["step"], numbers=numbers)
+        if not self._console.is_terminal and (record["step"] % self._every == 0 or record["step"] == self._steps):
+            left = (self._steps - record["step"]) * record["step_time_s"]
+            self._console.print(
+                f"step {record['step']}/{self._steps} {numbers}, {left / 60:.1f} min left", soft_wrap=True
+            )
+
+    def close(self) -> None:
+        """Leaves the line as it is."""
+        self._bar.stop()
 
 
 class Throughput:

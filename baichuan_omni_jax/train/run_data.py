@@ -8,8 +8,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from baichuan_omni_jax.audio.encoder import AudioEncoderBranch
-from baichuan_omni_jax.audio.tokenize import WindowEncoder, fingerprint
+from baichuan_omni_jax.audio.encoder import AudioEncoderBranch, WindowEncoder, fingerprint
 from baichuan_omni_jax.checkpoint import read_tree, with_shardings, with_text_tokenizer
 from baichuan_omni_jax.checkpoint.branches import KEPT, branch_folder
 from baichuan_omni_jax.config import MeshConfig, OmniConfig, RunConfig

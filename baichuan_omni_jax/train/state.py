@@ -13,10 +13,13 @@ from jaxtyping import Array
 
 from baichuan_omni_jax.checkpoint import load_branches, with_shardings
 from baichuan_omni_jax.config import OmniConfig, RunConfig
+from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.llm.special_rows import ROWS, SpecialRows, put_rows, take_rows
 from baichuan_omni_jax.nn.param import ComputePolicy, named_values, named_variables, with_values
 from baichuan_omni_jax.train.groups import Groups, assign_groups, make_optimizer, special_ids
-from baichuan_omni_jax.train.tasks import Task, make_task
+from baichuan_omni_jax.train.tasks.audio import AudioTokenizerTask, FlowMatchingTask
+from baichuan_omni_jax.train.tasks.omni import OmniTask
+from baichuan_omni_jax.train.tasks.task import Task
 
 HOST_MEMORY = "pinned_host"
 # Arrays by dotted name; shapes (`jax.ShapeDtypeStruct`) stand for them until a run starts.
@@ -101,6 +104,21 @@ def make_compute(run: RunConfig) -> ComputePolicy:
         attention_block=run.compute.attention_block,
         mlp_chunk=run.compute.mlp_chunk,
     )
+
+
+# By the name in a run's configuration.
+TASKS: dict[str, type[Task]] = {
+    "omni": OmniTask,
+    "audio_tokenizer": AudioTokenizerTask,
+    "flow_matching": FlowMatchingTask,
+}
+
+
+def make_task(run: RunConfig, omni: OmniConfig, compute: ComputePolicy) -> Task:
+    """Makes the task that `run.task` names. Raises ConfigError on an unknown one."""
+    if run.task not in TASKS:
+        raise ConfigError(f"task {run.task!r} is not one of {', '.join(TASKS)}")
+    return TASKS[run.task](run, omni, compute)
 
 
 def make_step_spec(run: RunConfig, omni: OmniConfig, mesh: Mesh, compute: ComputePolicy) -> StepSpec:

@@ -11,8 +11,7 @@ import optax
 from baichuan_omni_jax.nn.remat import split_parts
 from baichuan_omni_jax.omni.batch import Batch
 from baichuan_omni_jax.train.state import Arrays, StepSpec, TrainState
-from baichuan_omni_jax.train.tasks import NonGradientUpdates
-from baichuan_omni_jax.train.tasks.task import Metrics
+from baichuan_omni_jax.train.tasks.task import Metrics, NonGradientUpdates
 
 
 class Gradients(NamedTuple):

@@ -15,7 +15,7 @@ from baichuan_omni_jax.checkpoint import Parent, Workdir
 from baichuan_omni_jax.config import OmniConfig, RunConfig
 from baichuan_omni_jax.errors import RunStoppedError
 from baichuan_omni_jax.evaluation.held_out import close_steps
-from baichuan_omni_jax.flops.chips import peak_flops
+from baichuan_omni_jax.flops.terms import peak_flops
 from baichuan_omni_jax.nn.param import ComputePolicy
 from baichuan_omni_jax.sharding import make_mesh
 from baichuan_omni_jax.train.audio_samples import AudioSampleLogger, check_samples
@@ -25,14 +25,14 @@ from baichuan_omni_jax.train.hooks import (
     EvaluationHook,
     Hook,
     NonfiniteGuard,
-    Progress,
+    RunProgress,
     StepTrace,
     StopSignal,
+    print_start_table,
 )
 from baichuan_omni_jax.train.hosts import is_process_zero, on_all_hosts, warm_up_collectives
 from baichuan_omni_jax.train.input import BatchPlacer, DataStep, DocumentFailures, DocumentKey, TrainingData
 from baichuan_omni_jax.train.metrics import CompileCounter, MetricsRecord, RunLog, Throughput, drop_absent_sources
-from baichuan_omni_jax.train.progress import print_start_table
 from baichuan_omni_jax.train.state import (
     Arrays,
     StepSpec,
@@ -128,14 +128,14 @@ def train(
         return trainer.fit(start).state
 
 
-def restore_or_init(run: RunConfig, spec: StepSpec, workdir: Workdir) -> tuple[Progress, Arrays]:
+def restore_or_init(run: RunConfig, spec: StepSpec, workdir: Workdir) -> tuple[RunProgress, Arrays]:
     """Reads the workdir's newest good step, or makes step 0; with the originals (`from_checkpoint`)."""
     if workdir.latest_step() is None:
         state, originals = init_state(run, spec)
-        return Progress(0, state, None), originals
+        return RunProgress(0, state, None), originals
     found = workdir.restore(None, branches_of(spec.stored), saved_opt_state(abstract_state(spec)))
     state, originals = from_checkpoint(spec, found.branches, found.opt_state, found.step)
-    return Progress(found.step, state, found.data_state), originals
+    return RunProgress(found.step, state, found.data_state), originals
 
 
 @dataclass(frozen=True)
@@ -242,7 +242,7 @@ class Trainer:
             self._stop,
         )
 
-    def fit(self, progress: Progress) -> Progress:
+    def fit(self, progress: RunProgress) -> RunProgress:
         """Runs steps until the last one, or until a hook stops the run. Raises RunStoppedError where it failed."""
         steps = self._data.steps(progress.data_state)
         try:
@@ -264,7 +264,7 @@ class Trainer:
         self._say_why_it_ended(progress.step)
         return progress
 
-    def _send(self, progress: Progress, steps: Iterator[DataStep]) -> tuple[Progress, PendingStep]:
+    def _send(self, progress: RunProgress, steps: Iterator[DataStep]) -> tuple[RunProgress, PendingStep]:
         """Reads a step's rows and sends it to the devices; returns where the run stands, and what to read later."""
         number = progress.step + 1
         self._trace.before(number)
@@ -291,9 +291,9 @@ class Trainer:
 
         epochs = self._data.epochs(rows.state)
         sent = PendingStep(number, numbers, counts, rows.batch, epochs, began, waited, compiling)
-        return Progress(number, state, rows.state), sent
+        return RunProgress(number, state, rows.state), sent
 
-    def _call_due(self, progress: Progress) -> None:
+    def _call_due(self, progress: RunProgress) -> None:
         """Calls the hooks that are due after a step, with its record written between `measure` and `act`."""
         # No hook, no meeting: the step's numbers stay pending.
         due = [hook for hook in self._hooks if hook.is_due(progress.step)]

@@ -14,12 +14,18 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
 from baichuan_omni_jax.config.vocoder import VocoderConfig
-from baichuan_omni_jax.nn.conv import mask_padding
+from baichuan_omni_jax.nn.layers import mask_padding
 from baichuan_omni_jax.nn.linear import Linear
 from baichuan_omni_jax.nn.param import CLIPS, ComputePolicy, split_as
 from baichuan_omni_jax.sharding import placement
-from baichuan_omni_jax.vocoder.layers import NormedConv1d, NormedTransposedConv1d, ResidualBlock, StridedConv1d
-from baichuan_omni_jax.vocoder.stft import istft, stft
+from baichuan_omni_jax.vocoder.layers import (
+    NormedConv1d,
+    NormedTransposedConv1d,
+    ResidualBlock,
+    StridedConv1d,
+    istft,
+    stft,
+)
 
 F0_LAYERS, F0_KERNEL = 5, 3
 Pair = tuple[Array, Array]

@@ -2,6 +2,8 @@
 
 mel:      |---- reach ----|------- new -------|---- reach ----|
 samples:                  |sure, given out now|fade| …held back
+
+`griffin_lim` makes such a window without a vocoder, by Griffin and Lim's iteration.
 """
 
 from collections.abc import Callable
@@ -11,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int32, PRNGKeyArray
 
+from baichuan_omni_jax.config.mel_targets import HIGHEST, MelTargetSpec
 from baichuan_omni_jax.config.vocoder import VocoderConfig
 from baichuan_omni_jax.nn.param import CLIPS, split_as
 from baichuan_omni_jax.vocoder.model import F0_KERNEL, F0_LAYERS, Vocoder, draw_noise
@@ -113,3 +116,40 @@ def window_wave(
     f0 = jnp.where(frames < known[:, None], known_f0, vocoder.f0_predictor(mel, length))
     source = vocoder.source(f0, phase, noise, before)
     return vocoder.filter(mel, length, source), f0
+
+
+GRIFFIN_LIM_ITERATIONS = 60
+GRIFFIN_LIM_REACH = 8  # frames beyond which a sample hardly changes: twice the four that a window is long
+
+
+def griffin_lim(mel: Float[np.ndarray, "s mels"], settings: MelTargetSpec) -> Float32[np.ndarray, " t"]:
+    """Makes samples at `settings.rate` Hz in ±1 without a vocoder: rough, but audible.
+
+    `mel` is a natural-log magnitude mel, of which each frame gives `hop` samples.
+    """
+    import librosa  # takes a second
+
+    frames = len(mel)
+    if not frames:
+        return np.zeros(0, np.float32)
+    # A mel has neither fine bands nor phase: least squares gives the former, the iteration the latter.
+    magnitude = librosa.feature.inverse.mel_to_stft(
+        np.exp(mel.T.astype(np.float64)),
+        sr=settings.rate,
+        n_fft=settings.n_fft,
+        power=1.0,
+        fmin=0.0,
+        fmax=HIGHEST,
+    )
+    wave = librosa.griffinlim(
+        magnitude,
+        n_iter=GRIFFIN_LIM_ITERATIONS,
+        hop_length=settings.hop,
+        n_fft=settings.n_fft,
+        center=False,
+        random_state=0,
+    )
+    # The mel's frames begin half a window less half a hop before their samples.
+    start = (settings.n_fft - settings.hop) // 2
+    wave = np.pad(wave, (0, max(0, start + frames * settings.hop - len(wave))))[start : start + frames * settings.hop]
+    return np.clip(wave, -1.0, 1.0).astype(np.float32)

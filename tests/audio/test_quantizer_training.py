@@ -8,13 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from baichuan_omni_jax.audio.codebook_training import Averaging, CodebookState, draw_pool, move, usage
 from baichuan_omni_jax.audio.quantizer_training import (
+    Averaging,
+    CodebookState,
     averaging,
     commitment_weight,
+    draw_pool,
     kept_levels,
     level_starts,
+    move,
     quantize_in_training,
+    usage,
 )
 from baichuan_omni_jax.config import FlowTrainConfig, MeshConfig, TokenizerTrainConfig
 from baichuan_omni_jax.config.audio import QuantizerConfig

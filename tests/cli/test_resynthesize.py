@@ -10,8 +10,8 @@ import pytest
 import soundfile
 
 from baichuan_omni_jax.checkpoint import save_branches
+from baichuan_omni_jax.cli.evaluate import mels_in_place
 from baichuan_omni_jax.cli.main import main
-from baichuan_omni_jax.cli.resynthesize import mels_in_place
 from baichuan_omni_jax.config import tiny
 from baichuan_omni_jax.nn.param import ComputePolicy
 from baichuan_omni_jax.omni.flow_matching_model import FlowMatchingModel

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from baichuan_omni_jax.audio import decoder as audio_decoder
-from baichuan_omni_jax.audio.codebook_training import CodebookState
-from baichuan_omni_jax.audio.quantizer_training import quantize_in_training
+from baichuan_omni_jax.audio.quantizer_training import CodebookState, quantize_in_training
 from baichuan_omni_jax.config import QuantizerConfig, baichuan_omni_7b, load_run_config, resolve_model, tiny
 from baichuan_omni_jax.flops.audio import (
     ATTENTION_CHUNK,
@@ -29,8 +28,7 @@ from baichuan_omni_jax.omni.batch import BATCH_AXES
 from baichuan_omni_jax.omni.flow_matching_model import FlowMatchingModel
 from baichuan_omni_jax.sharding import ShardingRules
 from baichuan_omni_jax.train.preflight import Packing
-from baichuan_omni_jax.train.state import make_compute
-from baichuan_omni_jax.train.tasks import make_task
+from baichuan_omni_jax.train.state import make_compute, make_task
 from tests.flops.test_omni_flops import needed, products
 from tests.helpers.micro import REPOSITORY, one_device
 
@@ -153,9 +151,7 @@ def test_kernel_sizes_are_those_of_the_modules():
 
 def test_formulas_need_no_jax():
     """Data pipelines read them in processes that never load it."""
-    program = (
-        "import sys, baichuan_omni_jax.flops.audio, baichuan_omni_jax.flops.row_cost; sys.exit('jax' in sys.modules)"
-    )
+    program = "import sys, baichuan_omni_jax.flops.audio, baichuan_omni_jax.flops.terms; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, check=False).returncode == 0
 
 

@@ -10,12 +10,11 @@ import pytest
 from jax.interpreters import partial_eval
 
 from baichuan_omni_jax.config import Budgets, tiny
-from baichuan_omni_jax.flops.chips import chip_of, peak_flops
-from baichuan_omni_jax.flops.terms import flops_by_branch, flops_by_term, omni_terms
+from baichuan_omni_jax.flops.terms import chip_of, flops_by_branch, flops_by_term, omni_terms, peak_flops
 from baichuan_omni_jax.nn.param import ComputePolicy, named_values, with_values
 from baichuan_omni_jax.omni.model import OmniModel
 from baichuan_omni_jax.sharding import ShardingRules
-from baichuan_omni_jax.train.batch_metrics import count_batch
+from baichuan_omni_jax.train.tasks.task import count_batch
 from data_pipelines.packing.batch import empty_rows
 from tests.helpers.micro import one_device, place
 

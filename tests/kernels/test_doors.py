@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from baichuan_omni_jax.kernels.flash_attention import api as attention_api
+from baichuan_omni_jax.kernels import flash_attention as attention_door
+from baichuan_omni_jax.kernels import rvq_lookup as rvq_door
 from baichuan_omni_jax.kernels.flash_attention import flash_attention, plan_blocks
 from baichuan_omni_jax.kernels.flash_attention.plan import Segments
-from baichuan_omni_jax.kernels.rvq_lookup import api as rvq_api
 from baichuan_omni_jax.kernels.rvq_lookup import rvq_lookup
 from tests.helpers.typecheck import unchecked
 from tests.helpers.untrained import assert_close, normal
@@ -18,7 +18,7 @@ from tests.helpers.untrained import assert_close, normal
 IDS = np.array([[1] * 9 + [2] * 11 + [0] * 4, [1] * 24])
 
 
-@pytest.mark.parametrize("module", [attention_api, rvq_api])
+@pytest.mark.parametrize("module", [attention_door, rvq_door])
 def test_docstring_examples(module):
     done = doctest.testmod(module, extraglobs={"jnp": jnp})
     assert done.attempted > 1

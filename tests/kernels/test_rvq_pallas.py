@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from baichuan_omni_jax.kernels.rvq_lookup import pallas_gpu, pallas_tpu, reference
-from baichuan_omni_jax.kernels.rvq_lookup.cases import RELEASED, SMALL, Case
+from baichuan_omni_jax.kernels.rvq_lookup.reference import RELEASED, SMALL, Case
 from tests.helpers.typecheck import unchecked
 
 KERNELS = {"tpu": pallas_tpu, "gpu": pallas_gpu}

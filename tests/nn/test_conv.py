@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from baichuan_omni_jax.nn.conv import overlap_add, resize_nearest
+from baichuan_omni_jax.nn.layers import overlap_add, resize_nearest
 from tests.helpers.untrained import normal
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from baichuan_omni_jax.config.architecture import LLMConfig
 from baichuan_omni_jax.llm.model import SwiGLU
-from baichuan_omni_jax.nn.conv import TransposedConv1d
+from baichuan_omni_jax.nn.layers import TransposedConv1d
 from baichuan_omni_jax.nn.linear import Linear, gather_weight, look_up
 from baichuan_omni_jax.nn.param import ComputePolicy, named_values, normal, with_values
 from baichuan_omni_jax.nn.remat import map_chunks

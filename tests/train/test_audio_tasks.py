@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from baichuan_omni_jax.audio.tokenize import fingerprint
+from baichuan_omni_jax.audio.encoder import fingerprint
 from baichuan_omni_jax.checkpoint import abstract_branches, load_branches, with_shardings
 from baichuan_omni_jax.config import apply_overrides, load_run_config, resolve_model, tiny, to_hf
 from baichuan_omni_jax.config.mel_targets import run_mel_targets

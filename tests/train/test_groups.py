@@ -12,9 +12,8 @@ from baichuan_omni_jax.config import GroupConfig, OptimizerConfig, resolve_model
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.nn.param import Buffer, named_variables
 from baichuan_omni_jax.train.groups import Groups, assign_groups, decays, make_optimizer, schedule
-from baichuan_omni_jax.train.state import init_state, make_compute, make_step_spec
+from baichuan_omni_jax.train.state import TASKS, init_state, make_compute, make_step_spec
 from baichuan_omni_jax.train.step import compile_step
-from baichuan_omni_jax.train.tasks import TASKS
 from tests.helpers.micro import micro_run, one_device, open_micro, place
 
 VARIABLES = {

@@ -17,8 +17,8 @@ from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.nn.param import named_values, named_variables
 from baichuan_omni_jax.omni.batch import abstract_batch
 from baichuan_omni_jax.train.groups import assign_groups, special_ids, untrained_targets
+from baichuan_omni_jax.train.hooks import groups_table
 from baichuan_omni_jax.train.preflight.report import group_sizes
-from baichuan_omni_jax.train.progress import groups_table
 from baichuan_omni_jax.train.state import (
     abstract_state,
     branches_of,
@@ -26,11 +26,11 @@ from baichuan_omni_jax.train.state import (
     init_state,
     make_compute,
     make_step_spec,
+    make_task,
     saved_opt_state,
     to_checkpoint,
 )
 from baichuan_omni_jax.train.step import compile_step, compute_gradients
-from baichuan_omni_jax.train.tasks import make_task
 from tests.helpers.micro import CONFIG, one_device
 
 # Of max|difference| / max|reference| per tensor, fp32.

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from baichuan_omni_jax.audio.tokenize import fingerprint
+from baichuan_omni_jax.audio.encoder import fingerprint
 from baichuan_omni_jax.checkpoint import Workdir, find_tokenizer
 from baichuan_omni_jax.config import resolve_model
 from baichuan_omni_jax.omni.model import OmniModel

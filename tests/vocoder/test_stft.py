@@ -6,7 +6,8 @@ import pytest
 
 from baichuan_omni_jax.config.architecture import FlowConfig
 from baichuan_omni_jax.config.mel_targets import flow_target
-from baichuan_omni_jax.vocoder.stft import griffin_lim, istft, stft
+from baichuan_omni_jax.vocoder.layers import istft, stft
+from baichuan_omni_jax.vocoder.streaming import griffin_lim
 from data_pipelines.media.features import mel_target
 from tests.helpers.untrained import normal
 

@@ -1,12 +1,16 @@
 """What a residual lookup means: every distance written out. The oracle of every other implementation.
 
-Below it, what the other implementations share: blocks of rows, and the residual's way through the levels.
+Below it, what the other implementations share (blocks of rows, and the residual's way through the levels) and the
+codebooks that all are tried on: `SMALL` for the reference, which holds (rows, codes, width), and for interpreted
+kernels; `RELEASED` for compilation and timing. Both have eight levels whose sizes differ and shrink.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
@@ -89,3 +93,34 @@ def _lookup_block(x: Float[Array, "n d"], levels: Sequence[Any], nearest: Neares
 def half_norms(codebook: Float32[Array, "k d"]) -> Float32[Array, " k"]:
     """Returns |c|^2 / 2, what a code's score |c|^2 / 2 - x.c starts from."""
     return 0.5 * jnp.sum(codebook * codebook, -1)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Codebooks of `sizes` codes, `width` numbers each."""
+
+    name: str
+    width: int
+    sizes: tuple[int, ...]
+
+    def codebooks(self, seed: int = 0) -> list[np.ndarray]:
+        """Normal codes, each level at 0.7 of the scale of the level before: residuals shrink as in a trained stack."""
+        rng = np.random.default_rng(seed)
+        scales = 0.7 ** np.arange(len(self.sizes))
+        return [
+            rng.standard_normal((size, self.width), np.float32) * np.float32(scale)
+            for size, scale in zip(self.sizes, scales, strict=True)
+        ]
+
+    def frames(self, rows: int, codebooks: list[np.ndarray], noise: float, seed: int = 1) -> np.ndarray:
+        """A random code of each level, summed, plus normal noise of the first level's scale times `noise`."""
+        rng = np.random.default_rng(seed)
+        x = rng.standard_normal((rows, self.width), np.float32) * np.float32(noise)
+        for codebook in codebooks:
+            x += codebook[rng.integers(0, len(codebook), rows)]
+        return x
+
+
+# Two of the sizes are no multiple of any tile; the width is none of a power of two.
+SMALL = Case("small", 160, (300, 129, 64, 33, 33, 33, 33, 33))
+RELEASED = Case("released", 5120, (8192, 4096, 2048, 1024, 1024, 1024, 1024, 1024))

@@ -11,8 +11,8 @@ import numpy as np
 from baichuan_omni_jax.config import OmniConfig, RunConfig
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.flops.audio import full_slots
-from baichuan_omni_jax.flops.chips import chip_of
-from baichuan_omni_jax.flops.terms import flops_by_branch, flops_by_term
+from baichuan_omni_jax.flops.terms import chip_of, flops_by_branch, flops_by_term
+from baichuan_omni_jax.train.input import slot_frames
 from baichuan_omni_jax.train.preflight.compile import (
     CompiledProgram,
     Memory,
@@ -23,7 +23,6 @@ from baichuan_omni_jax.train.preflight.compile import (
 )
 from baichuan_omni_jax.train.preflight.hlo import Temporary, collectives_of
 from baichuan_omni_jax.train.state import StepSpec, TrainState
-from baichuan_omni_jax.train.tasks.audio_batch import slot_frames
 
 
 @dataclass(frozen=True, kw_only=True)

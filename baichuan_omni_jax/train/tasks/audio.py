@@ -14,9 +14,15 @@ import numpy as np
 from jax.sharding import Mesh, reshard
 from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
-from baichuan_omni_jax.audio.codebook_training import CodebookState, usage
 from baichuan_omni_jax.audio.mel_training import reconstruction_loss, spec_augment
-from baichuan_omni_jax.audio.quantizer_training import Quantized, commitment_weight, quantized_share, temperature
+from baichuan_omni_jax.audio.quantizer_training import (
+    CodebookState,
+    Quantized,
+    commitment_weight,
+    quantized_share,
+    temperature,
+    usage,
+)
 from baichuan_omni_jax.branches import AUDIO_TOKENIZER_BRANCHES, BRANCHES, FLOW_MATCHING_BRANCHES
 from baichuan_omni_jax.config.mel_targets import flow_target, reconstruction_ratios
 from baichuan_omni_jax.errors import ConfigError
@@ -28,8 +34,8 @@ from baichuan_omni_jax.nn.param import use
 from baichuan_omni_jax.omni.audio_tokenizer_model import AudioTokenizerModel, clips_of, mel_targets_of
 from baichuan_omni_jax.omni.batch import Batch
 from baichuan_omni_jax.omni.flow_matching_model import FlowMatchingModel, match_lengths
+from baichuan_omni_jax.train.input import abstract_mel_batch, check_audio_run, mel_batch_axes
 from baichuan_omni_jax.train.losses import transcript_entropies
-from baichuan_omni_jax.train.tasks.audio_batch import abstract_mel_batch, check_audio_run, mel_batch_axes
 from baichuan_omni_jax.train.tasks.task import NO_UPDATES, Metrics, NonGradientUpdates, Sums, Task, Values
 
 # Sets apart what is drawn from one key: each step's draws from those of the first weights, the masks' from the levels'.

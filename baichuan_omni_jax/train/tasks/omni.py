@@ -12,7 +12,6 @@ from baichuan_omni_jax.evaluation.held_out import mean_losses, sum_losses
 from baichuan_omni_jax.flops.terms import FlopTerm, omni_terms
 from baichuan_omni_jax.omni.batch import BRANCH_FIELDS, Batch, abstract_batch
 from baichuan_omni_jax.omni.model import OmniModel
-from baichuan_omni_jax.train.batch_metrics import fill_metrics
 from baichuan_omni_jax.train.input import check_batch
 from baichuan_omni_jax.train.losses import (
     Denominators,
@@ -21,7 +20,7 @@ from baichuan_omni_jax.train.losses import (
     omni_entropies,
     omni_loss,
 )
-from baichuan_omni_jax.train.tasks.task import NO_UPDATES, Metrics, NonGradientUpdates, Sums, Task
+from baichuan_omni_jax.train.tasks.task import NO_UPDATES, Metrics, NonGradientUpdates, Sums, Task, fill_metrics
 
 
 class OmniTask(Task):

@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from baichuan_omni_jax.audio.codebook_training import CodebookState
 from baichuan_omni_jax.audio.mel_training import spec_augment
-from baichuan_omni_jax.audio.quantizer_training import quantize_in_training
+from baichuan_omni_jax.audio.quantizer_training import CodebookState, quantize_in_training
 from baichuan_omni_jax.config import MeshConfig, QuantizerConfig, SpecAugmentConfig
 from baichuan_omni_jax.nn.param import ComputePolicy
 from baichuan_omni_jax.sharding import make_mesh
