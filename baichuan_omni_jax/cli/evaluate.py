@@ -28,8 +28,7 @@ from baichuan_omni_jax.cli.common import check_folders
 from baichuan_omni_jax.config import MeshConfig, OmniConfig
 from baichuan_omni_jax.config.mel_targets import flow_target
 from baichuan_omni_jax.errors import ConfigError
-from baichuan_omni_jax.evaluation.intelligibility import missing_measures, read_clips
-from baichuan_omni_jax.evaluation.tokenizer_evaluator import TokenizerEvaluator
+from baichuan_omni_jax.evaluation.tokenizer_evaluator import TokenizerEvaluator, missing_measures, read_clips
 from baichuan_omni_jax.generation.loading import load_for_generation
 from baichuan_omni_jax.generation.speech_decoder import CrossFade, DecodedSpeech, SpeechDecoder
 from baichuan_omni_jax.sharding import make_mesh

@@ -17,9 +17,17 @@ from baichuan_omni_jax.checkpoint import save_branches
 from baichuan_omni_jax.cli.main import main
 from baichuan_omni_jax.config import MeshConfig, tiny
 from baichuan_omni_jax.config.mel_targets import decoded_target
-from baichuan_omni_jax.evaluation import intelligibility
-from baichuan_omni_jax.evaluation.intelligibility import RATE, Clip, RecognitionErrors, measure, read_clips
-from baichuan_omni_jax.evaluation.tokenizer_evaluator import TokenizerEvaluator, join_windows, samples_with_codes
+from baichuan_omni_jax.evaluation import tokenizer_evaluator
+from baichuan_omni_jax.evaluation.tokenizer_evaluator import (
+    RATE,
+    Clip,
+    RecognitionErrors,
+    TokenizerEvaluator,
+    join_windows,
+    measure,
+    read_clips,
+    samples_with_codes,
+)
 from baichuan_omni_jax.nn.param import ComputePolicy
 from baichuan_omni_jax.omni.flow_matching_model import FlowMatchingModel
 from baichuan_omni_jax.sharding import make_mesh
@@ -196,7 +204,7 @@ def test_measures_of_an_exact_decoder_compare_a_recording_with_itself(monkeypatc
             return exact(mel, target)
 
     pairs = []
-    monkeypatch.setattr(intelligibility, "measure", lambda *pair: pairs.append(pair) or {})
+    monkeypatch.setattr(tokenizer_evaluator, "measure", lambda *pair: pairs.append(pair) or {})
     evaluator = TokenizerEvaluator.__new__(TokenizerEvaluator)
     fields = {
         "scores": Exact(settings=settings),
