@@ -28,6 +28,7 @@ from baichuan_omni_jax.config import MeshConfig, OmniConfig
 from baichuan_omni_jax.config.mel_targets import MelTargetSpec, decoded_target, flow_target
 from baichuan_omni_jax.config.vocoder import VocoderConfig, read_vocoder_config
 from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.evaluation.held_out import Sums
 from baichuan_omni_jax.flow.matching import sample_mel
 from baichuan_omni_jax.flow.model import FlowDecoder
 from baichuan_omni_jax.nn.layers import length_mask, mask_padding
@@ -36,7 +37,6 @@ from baichuan_omni_jax.omni.audio_tokenizer_model import Clips
 from baichuan_omni_jax.sharding import make_mesh
 from baichuan_omni_jax.vocoder.streaming import HiftWindow, griffin_lim, window_wave
 
-Sums = dict[str, Float[Array, "..."]]
 SAMPLING_SEED = 0  # of the noise that a held-out mel is sampled from: the same at every evaluation
 
 

@@ -63,10 +63,10 @@ def count_clips(mel_lengths: Lengths, omni: OmniConfig, flow_lengths: Lengths | 
     return {name: count.astype(np.float32).sum() for name, count in found.items()}
 
 
-def full_slots(run: RunConfig, omni: OmniConfig, slot_frames: int) -> dict[str, float]:
-    """Counts a global batch whose mel slots, of `slot_frames`, are all full."""
+def full_mel_slots(run: RunConfig, omni: OmniConfig, mel_slot_frames: int) -> dict[str, float]:
+    """Counts a global batch whose mel slots, of `mel_slot_frames`, are all full."""
     # Every slot of every row, full; the target's frames by the ratio of the two rates.
-    clips = np.full(run.data.rows * run.data.budgets.mel_windows, slot_frames, np.int64)
+    clips = np.full(run.data.rows * run.data.budgets.mel_windows, mel_slot_frames, np.int64)
     target = run_mel_targets(run, omni).get("flow")
     samples = clips * omni.audio.hop_length
     flow = samples * target.rate // omni.audio.sampling_rate // target.hop if target else None

@@ -1,4 +1,4 @@
-"""The audio tokenizer for use on its own: a waveform of any rate to codes, and codes back to sound."""
+"""The audio tokenizer for use on its own: a waveform of any rate to codes, and codes back to audio."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -28,7 +28,7 @@ class AudioTokenizer:
 
     Needs the branch `audio_encoder`. With `audio_decoder` there is `decode_mel`, with `flow` also `decode`, whose
     waveform a `vocoder` makes, or else Griffin and Lim's iteration. Works on one device, the first of this host, and
-    needs no mesh. The same codes and `seed` give the same sound.
+    needs no mesh. The same codes and `seed` give the same waveform.
     """
 
     def __init__(self, branches: Mapping[str, Any], cfg: OmniConfig, *, seed: int = 0):
@@ -95,7 +95,7 @@ class AudioTokenizer:
         return np.concatenate([codes[w.index] for w in windows])
 
     def decode_mel(self, codes: Int[np.ndarray, "g q"]) -> Float32[np.ndarray, "s mels"]:
-        """Decodes codes to the audio decoder's refined log mel, (frames, 80 mels) at 62.5 Hz, of 16 kHz sound.
+        """Decodes codes to the audio decoder's refined log mel, (frames, 80 mels) at 62.5 Hz, of 16 kHz audio.
 
         Raises ConfigError without the branch `audio_decoder`, ValueError on codes that are not the codebooks'.
         """

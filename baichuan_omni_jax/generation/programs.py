@@ -254,7 +254,7 @@ def _local(function: Callable, in_specs, out_specs) -> Callable:
 
 _PROGRAMS = (encode_images, prefill, insert, decode_steps)
 _head_to_decode_layout = jax.jit(AudioHeadBranch.to_decode_layout)
-Arrays = TypeVar("Arrays", bound=tuple)
+PlacedTuple = TypeVar("PlacedTuple", bound=tuple)
 
 
 class DeviceState:
@@ -393,7 +393,7 @@ class DeviceState:
             self._buffer = jnp.zeros(shape, self._llm.compute.dtype, out_sharding=spec)
         return self._buffer
 
-    def _placed(self, arrays: Arrays) -> Arrays:
+    def _placed(self, arrays: PlacedTuple) -> PlacedTuple:
         """Host arrays on the devices, their first dim split as slots are."""
 
         def place(x: np.ndarray) -> Array:

@@ -4,8 +4,7 @@
     speech   samples frames; the end code, or too many frames, writes `<audiogen_end>` and turns to text again
 
 The first segment of text ends where the model says so, or with as many tokens as it may have; later ones also where
-`data_pipelines.text.speech_segments` cuts a text, a rule that is followed here from token to token, by arithmetic and
-look-ups in small arrays. That a segment is over shows in the token sampled next, which is then not written: it is
+`segments` finds their end. That a segment is over shows in the token sampled next, which is then not written: it is
 sampled anew after the speech.
 
 All arrays are of one device's rows: `advance` runs inside shard_map, and nothing of a row depends on another.
@@ -21,102 +20,9 @@ from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from baichuan_omni_jax.config import GenerationConfig, SpecialTokens
 from baichuan_omni_jax.generation.sampling import SamplingParams, sample
+from baichuan_omni_jax.generation.segments import SegmentProgress, advance_segment, init_progress, next_segment
 from baichuan_omni_jax.llm.audio_head import Choose
-from data_pipelines.text.speech_segments import (
-    ENDS,
-    NO,
-    PREFIXES,
-    QUOTE_STATES,
-    SHORT,
-    WORD_BASE,
-    WORD_DOT,
-    WORD_LENGTH,
-    PieceTable,
-)
-
-_NO = (ord("n") - 96) * WORD_BASE + (ord("o") - 96)  # the word `no`
-_POWERS = np.array([WORD_BASE**n for n in range(WORD_LENGTH + 1)], np.int32)
-
-
-class SegmentProgress(NamedTuple):
-    """Where the text of b rows stands: units spoken since the last segment, the rule's state, and the word it ends in.
-
-    The word is its last characters as a number, its length up to `WORD_LENGTH` + 1, and whether it is one capital
-    letter.
-    """
-
-    units: Int32[Array, " b"]
-    state: Int32[Array, " b"]
-    word: Int32[Array, " b"]
-    length: Int32[Array, " b"]
-    single: Int32[Array, " b"]
-
-
-class SegmentStep(NamedTuple):
-    """What a written token comes to: `before`: a segment ends before it, so that it is not written; `within`: it ends
-    inside it, and `token` is what stands before; `progress` behind `token` where it is written."""
-
-    before: Bool[Array, " b"]
-    within: Bool[Array, " b"]
-    token: Int32[Array, " b"]
-    progress: SegmentProgress
-
-
-def init_progress(count: int) -> SegmentProgress:
-    """Of `count` rows without text, on the host."""
-    zeros: Any = np.zeros(count, np.int32)  # numpy's where JAX's is declared: a jitted function takes either
-    return SegmentProgress(zeros, zeros, zeros, zeros, zeros)
-
-
-def next_segment(progress: SegmentProgress) -> SegmentProgress:
-    """The same, when the segment that was being written is over."""
-    return progress._replace(units=jnp.zeros_like(progress.units), state=progress.state % QUOTE_STATES)
-
-
-def advance_segment(
-    table: PieceTable, progress: SegmentProgress, token: Int32[Array, " b"], may_end: Bool[Array, " b"]
-) -> SegmentStep:
-    """What `token`, written next, comes to; a segment may end only where `may_end`."""
-    # The rule as look-ups: its state and the word before say where in the token a segment would end.
-    column = progress.state * 3 + _word_before_stop(table, progress)
-    place = table.cuts[table.row[token], column]
-    prefix = table.prefix[token, jnp.clip(place - 1, 0, PREFIXES - 1)]
-    before = may_end & (place == 0)
-    within = may_end & (place > 0) & (place <= PREFIXES) & (prefix >= 0)
-    token = jnp.where(within, prefix, token)
-
-    # Progress behind what is really written: a token that is cut counts with its beginning.
-    word, length, single = _next_word(table, progress, token)
-    after = SegmentProgress(
-        progress.units + table.units[token], table.after[table.row[token], column], word, length, single
-    )
-    return SegmentStep(before, within, token, after)
-
-
-def _word_before_stop(table: PieceTable, at: SegmentProgress) -> Array:
-    """`speech_segments.ENDS`, `SHORT` or `NO`, if a full stop came next."""
-    last, second = at.word % WORD_BASE, at.word // WORD_BASE % WORD_BASE
-    known = (at.word[:, None] == table.abbreviations).any(-1) & (at.length <= WORD_LENGTH)
-    dotted = (at.length > 2) & (second == WORD_DOT)
-    word = jnp.where(known | dotted | (at.single > 0), SHORT, ENDS)
-    word = jnp.where((at.word == _NO) & (at.length == 2), NO, word)
-    return jnp.where((at.length == 0) | (last == WORD_DOT), ENDS, word)
-
-
-def _next_word(table: PieceTable, at: SegmentProgress, token: Array) -> tuple[Array, Array, Array]:
-    """The word that the text ends in behind `token`, as in `SegmentProgress`."""
-    part, number, size, dot_first, tail, tail_size, single = jnp.moveaxis(table.words[token], -1, 0)
-    # Part of a word goes on with the word before it, unless two full stops meet.
-    goes_on = (part > 0) & (at.length > 0) & ~((dot_first > 0) & (at.word % WORD_BASE == WORD_DOT))
-    # Characters are digits: what is added shifts the others, and those beyond WORD_LENGTH fall off.
-    kept = jnp.clip(size, 0, WORD_LENGTH)
-    powers = jnp.asarray(_POWERS)
-    joined = at.word % powers[WORD_LENGTH - kept] * powers[kept] + number
-    return (
-        jnp.where(goes_on, joined, tail),
-        jnp.where(goes_on, jnp.minimum(at.length + size, WORD_LENGTH + 1), tail_size),
-        jnp.where(goes_on, 0, single),
-    )
+from data_pipelines.text.speech_segments import PieceTable
 
 
 class OutputKind(IntEnum):
@@ -280,53 +186,12 @@ def advance(
     Returns:
         The rows after this item, and the item.
     """
-    # What is sampled: a token, or a frame of speech.
-    full = rows.speaking & (rows.frames >= rows.segment_frames)
-    draws_token = rows.active & ~rows.speaking & ~rows.turn
-    draws_frame = rows.active & rows.speaking & ~full
-    token, logprob = _sample_token(rows, logits, draws_token, tokens, 1 + rows.seen_codes.shape[1])
-    codes = _sample_frame(rows, hidden, draws_frame, audio_head)
-
-    # What that comes to. A sampled token before which the segment is over is dropped: speech begins in its place.
-    end_code = draws_frame & (codes[:, 0] == (audio_head.end_code if audio_head else -1))
-    frame = draws_frame & ~end_code
-    silence = rows.active & (full | end_code)
-    end_of_text = draws_token & (token == tokens.end_of_text)
-    start_drawn = draws_token & (token == tokens.audiogen_start)
-    text = draws_token & ~end_of_text & ~start_drawn
-    step = advance_segment(table, rows.progress, token, text & rows.speech_enabled & (rows.segments > 0) & _ripe(rows))
-    # A segment may also end within a token (`,so`): then the token that stands for its beginning is written.
-    text &= ~step.before
-    cut_short = text & step.within
-    logprob = jnp.where(cut_short, _logprob(logits, step.token), logprob)
-    token = jnp.where(cut_short, step.token, token)
-    progress = jax.tree.map(lambda new, old: jnp.where(text, new, old), step.progress, rows.progress)
-    # The end of text comes after the last segment's speech, if there is anything to say in it.
-    speak_last = end_of_text & rows.speech_enabled & (rows.progress.units > 0)
-    voice = (rows.active & rows.turn) | start_drawn | speak_last | step.before
-
-    # What ends: the segment (speech comes next), the speech (text comes next, or the end), or the answer.
-    written, in_segment = rows.tokens + text, rows.in_segment + text
-    capped = text & (written >= rows.max_tokens)
-    segment_end = text & rows.speech_enabled & (cut_short | (in_segment >= rows.segment_tokens) | capped)
-    last_segment = (
-        silence & rows.speech_enabled & (rows.segments >= rows.max_segments) & (rows.ending == FinishReason.RUNNING)
-    )
-    ending = jnp.where(
-        speak_last, FinishReason.END, jnp.where(capped & rows.speech_enabled, FinishReason.LENGTH, rows.ending)
-    )
-    # Reasons in the order in which one overrides another; a full cache ends whatever has not ended yet.
-    reason = jnp.where(end_of_text & ~speak_last, FinishReason.END, FinishReason.RUNNING)
-    reason = jnp.where(capped & ~rows.speech_enabled, FinishReason.LENGTH, reason)
-    reason = jnp.where(
-        silence, jnp.where((full & ~rows.speech_enabled) | last_segment, FinishReason.LENGTH, rows.ending), reason
-    )
-    reason = jnp.where(
-        rows.active & (reason == FinishReason.RUNNING) & (rows.position >= length), FinishReason.LENGTH, reason
-    )
+    item = _next_item(rows, logits, hidden, audio_head, table, tokens)
+    written, in_segment, segment_end, ending, reason = _what_ends(rows, item, length)
+    frame, text, voice, silence = item.frame, item.text, item.voice, item.silence
 
     # What is written, and the row after it. A mark is a token that no one sampled for its own sake.
-    token = jnp.where(voice, tokens.audiogen_start, jnp.where(silence, tokens.audiogen_end, token))
+    token = jnp.where(voice, tokens.audiogen_start, jnp.where(silence, tokens.audiogen_end, item.token))
     kind = jnp.where(
         frame,
         OutputKind.FRAME,
@@ -342,26 +207,116 @@ def advance(
         in_segment=jnp.where(voice, 0, in_segment),
         frames=jnp.where(voice, 0, rows.frames + frame),
         segments=rows.segments + voice,
-        progress=jax.tree.map(lambda new, old: jnp.where(voice, new, old), next_segment(progress), progress),
+        progress=jax.tree.map(lambda new, old: jnp.where(voice, new, old), next_segment(item.progress), item.progress),
         speaking=(rows.speaking | voice) & ~silence,
         turn=segment_end,
         ending=ending,
         reason=jnp.where(rows.active, reason, rows.reason),
         active=active,
         seen_tokens=seen_tokens,
-        seen_codes=_seen_codes(rows.seen_codes, codes, frame, voice),
+        # Of this stretch alone: the mark that begins another forgets them.
+        seen_codes=(
+            rows.seen_codes | ((jnp.arange(rows.seen_codes.shape[2]) == item.codes[:, :, None]) & frame[:, None, None])
+        )
+        & ~voice[:, None, None],
     )
-    return after, StepOutput(kind, token, logprob, codes)
+    return after, StepOutput(kind, token, item.logprob, item.codes)
 
 
-def _ripe(rows: SlotState) -> Array:
-    """Where a segment takes long enough to speak."""
-    return (rows.progress.units > 0) & (rows.progress.units >= rows.least)
+class _Item(NamedTuple):
+    """What comes next in b rows, before it is known what ends with it. Flags are (b,) bool."""
+
+    token: Array  # (b,), where `text`
+    logprob: Array
+    codes: Array  # (b, q), where `frame`
+    frame: Array
+    text: Array
+    voice: Array  # `<audiogen_start>` is written
+    silence: Array  # `<audiogen_end>` is
+    full: Array  # the speech has as many frames as it may
+    end_of_text: Array
+    speak_last: Array  # the end of text waits for the last segment's speech
+    cut_short: Array  # the segment ends with this token
+    progress: SegmentProgress
 
 
-def _logprob(logits: Array, token: Array) -> Array:
-    logits = logits.astype(jnp.float32)
-    return jnp.take_along_axis(logits, token[:, None], -1)[:, 0] - jax.nn.logsumexp(logits, -1)
+def _next_item(
+    rows: SlotState,
+    logits: Array,
+    hidden: Array,
+    audio_head: FrameDecoder | None,
+    table: PieceTable,
+    tokens: SpecialTokens,
+) -> _Item:
+    """Samples for every active row, and says what the sample comes to; the arguments are those of `advance`."""
+    # What is sampled: a token, or a frame of speech.
+    full = rows.speaking & (rows.frames >= rows.segment_frames)
+    draws_token = rows.active & ~rows.speaking & ~rows.turn
+    draws_frame = rows.active & rows.speaking & ~full
+    token, logprob = _sample_token(rows, logits, draws_token, tokens, 1 + rows.seen_codes.shape[1])
+    codes = _sample_frame(rows, hidden, draws_frame, audio_head)
+
+    # What that comes to. A sampled token before which the segment is over is dropped: speech begins in its place.
+    end_code = draws_frame & (codes[:, 0] == (audio_head.end_code if audio_head else -1))
+    frame = draws_frame & ~end_code
+    silence = rows.active & (full | end_code)
+    end_of_text = draws_token & (token == tokens.end_of_text)
+    start_drawn = draws_token & (token == tokens.audiogen_start)
+    text = draws_token & ~end_of_text & ~start_drawn
+    # A segment ends only where it takes long enough to speak.
+    may_end = (
+        text
+        & rows.speech_enabled
+        & (rows.segments > 0)
+        & ((rows.progress.units > 0) & (rows.progress.units >= rows.least))
+    )
+    step = advance_segment(table, rows.progress, token, may_end)
+    # A segment may also end within a token (`,so`): then the token that stands for its beginning is written.
+    text &= ~step.before
+    cut_short = text & step.within
+    wide = logits.astype(jnp.float32)
+    own = jnp.take_along_axis(wide, step.token[:, None], -1)[:, 0] - jax.nn.logsumexp(wide, -1)
+    logprob = jnp.where(cut_short, own, logprob)
+    token = jnp.where(cut_short, step.token, token)
+    progress = jax.tree.map(lambda new, old: jnp.where(text, new, old), step.progress, rows.progress)
+    # The end of text comes after the last segment's speech, if there is anything to say in it.
+    speak_last = end_of_text & rows.speech_enabled & (rows.progress.units > 0)
+    voice = (rows.active & rows.turn) | start_drawn | speak_last | step.before
+    return _Item(token, logprob, codes, frame, text, voice, silence, full, end_of_text, speak_last, cut_short, progress)
+
+
+def _what_ends(rows: SlotState, item: _Item, length: int) -> tuple[Array, Array, Array, Array, Array]:
+    """Says what ends with an item: the segment (speech comes next), the speech (text comes next), or the answer.
+
+    Args:
+        rows: settings and progress of each row, before the item.
+        item: what comes next in each.
+        length: of the cache.
+
+    Returns:
+        Of each row after the item: tokens written, those in the segment, whether that ends, and the reasons why the
+        answer ends once this speech is over and now.
+    """
+    text, silence = item.text, item.silence
+    written, in_segment = rows.tokens + text, rows.in_segment + text
+    capped = text & (written >= rows.max_tokens)
+    segment_end = text & rows.speech_enabled & (item.cut_short | (in_segment >= rows.segment_tokens) | capped)
+    last_segment = (
+        silence & rows.speech_enabled & (rows.segments >= rows.max_segments) & (rows.ending == FinishReason.RUNNING)
+    )
+    ending = jnp.where(
+        item.speak_last, FinishReason.END, jnp.where(capped & rows.speech_enabled, FinishReason.LENGTH, rows.ending)
+    )
+    # Reasons in the order in which one overrides another; a full cache ends whatever has not ended yet.
+    reason = jnp.where(item.end_of_text & ~item.speak_last, FinishReason.END, FinishReason.RUNNING)
+    reason = jnp.where(capped & ~rows.speech_enabled, FinishReason.LENGTH, reason)
+    reason = jnp.where(
+        silence, jnp.where((item.full & ~rows.speech_enabled) | last_segment, FinishReason.LENGTH, rows.ending), reason
+    )
+    reason = jnp.where(
+        rows.active & (reason == FinishReason.RUNNING) & (rows.position >= length), FinishReason.LENGTH, reason
+    )
+    return written, in_segment, segment_end, ending, reason
 
 
 def _sample_token(
@@ -391,8 +346,3 @@ def _sample_frame(rows: SlotState, hidden: Array, wanted: Array, audio_head: Fra
         return sample(logits, seen, params, rows.key, rows.position * (1 + levels) + 1 + level)[0]
 
     return jax.lax.cond(wanted.any(), lambda: audio_head.decode_frame(hidden, choose), lambda: silent)
-
-
-def _seen_codes(seen: Array, codes: Array, frame: Array, begins: Array) -> Array:
-    new = (jnp.arange(seen.shape[2]) == codes[:, :, None]) & frame[:, None, None]
-    return (seen | new) & ~begins[:, None, None]

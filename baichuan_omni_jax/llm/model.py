@@ -322,6 +322,7 @@ class LanguageModel(nnx.Module):
             spec = self.compute.spec("batch", *[None] * (hidden.ndim - 2), "act_vocab")
             # Straight to fp32: logits that were rounded to bf16 would tie where sampling has to choose.
             return project(hidden, self.head[...], spec, jnp.float32)
+        # Unlike the loss's chunks, rounded to the compute dtype on the way to fp32: for comparison, not for sampling.
         spec = self.compute.spec("batch", "length", "act_vocab")
         return product("btd,vd->btv", hidden.astype(self.compute.dtype), self.head_weight(), out=spec).astype(
             jnp.float32

@@ -24,11 +24,9 @@ from baichuan_omni_jax.config.audio import QuantizerConfig
 from baichuan_omni_jax.llm.model import LanguageModel
 from baichuan_omni_jax.nn.layers import RMSNorm
 from baichuan_omni_jax.nn.linear import Linear
-from baichuan_omni_jax.nn.param import ComputePolicy, split_as
+from baichuan_omni_jax.nn.param import CLIPS, ComputePolicy, split_as
 from baichuan_omni_jax.omni.batch import Batch
 from baichuan_omni_jax.omni.merge import merge_media
-
-CLIPS = "batch"
 
 
 class Clips(NamedTuple):

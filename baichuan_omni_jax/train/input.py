@@ -243,22 +243,22 @@ def abstract_mel_batch(
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Describes a batch with the largest slots by shapes and shardings."""
     # A row's own fields, then a slot for each target beside each mel slot.
-    data, frames, targets = run.data, slot_frames(run, omni), run_mel_targets(run, omni)
+    data, frames, targets = run.data, mel_slot_frames(run, omni), run_mel_targets(run, omni)
     branches = ("llm", "audio_encoder", "audio_head")
     shapes = abstract_batch(data.rows, data.budgets, omni, branches, mesh, rules, mel_frames=frames)
     slots = (data.rows, data.budgets.mel_windows)
     for name, target in targets.items():
-        shapes[f"target_{name}"] = _media((*slots, slot_target_frames(target, frames, omni), target.mels), mesh, rules)
+        shapes[f"target_{name}"] = _media((*slots, target_slot_frames(target, frames, omni), target.mels), mesh, rules)
         shapes[f"target_{name}_lengths"] = _media(slots, mesh, rules, jnp.int32)
     return {name: shapes[name] for name in mel_batch_axes(tuple(targets))}
 
 
-def slot_frames(run: RunConfig, omni: OmniConfig) -> int:
+def mel_slot_frames(run: RunConfig, omni: OmniConfig) -> int:
     """Counts the mel frames of the largest slot."""
     return max(run.data.mel_frames, default=omni.audio.max_mel_frames)
 
 
-def slot_target_frames(target: MelTargetSpec, mel_frames: int, omni: OmniConfig) -> int:
+def target_slot_frames(target: MelTargetSpec, mel_frames: int, omni: OmniConfig) -> int:
     """Counts the frames of a target's slot beside a mel slot of `mel_frames`."""
     return target.frames(mel_frames * omni.audio.hop_length * target.rate // omni.audio.sampling_rate)
 

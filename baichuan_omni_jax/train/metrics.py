@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 # Near enough to the start of the process: importing this package is one of the first things that a command does.
 _BEGAN = time.monotonic()
-# Of earlier versions: their lines stay as they are when a run goes on.
+# Keys of earlier versions: a run does not go on where its lines have them, as no reader finds both names.
 RENAMED_KEYS = {
     "audio_scale": "audio_loss_scale",
     "seconds": "audio_seconds",
@@ -162,11 +162,10 @@ class MetricsWriter:
         # Bytes: what a crash of the machine left need not be UTF-8.
         lines = self._path.read_bytes().split(b"\n") if step else []
         kept = [record for record in map(_parse, lines) if record is not None and record["step"] <= step]
+        # Before anything is written: the file stays as it is for whoever renames its keys.
+        refuse_renamed_keys(self._path, kept)
         with atomic_write(self._path) as file:
             file.write("".join(json.dumps(record) + "\n" for record in kept))
-        if old := renamed_keys(kept):
-            named = ", ".join(f"{key} (now {new})" for key, new in old.items())
-            log.warning("%s has lines of an earlier version; they keep their names: %s", self._path, named)
         return kept
 
 
@@ -299,12 +298,15 @@ class CompileCounter:
         self.count += event == _COMPILE_EVENT
 
 
-def renamed_keys(records: Sequence[MetricsRecord]) -> dict[str, str]:
-    """Finds the keys of earlier versions in these records, with their names of today."""
-    keys = {key for record in records for key in record}
-    old = {key: new for key, new in RENAMED_KEYS.items() if key in keys}
-    old |= {key: f"loss_{key}" for key in sorted(keys) if key.startswith("share/")}
-    return old | {key: key.replace("quantised", "quantized") for key in sorted(keys) if "unquantised" in key}
+def refuse_renamed_keys(path: Path, records: Sequence[MetricsRecord]) -> None:
+    """Raises ConfigError naming the file, a key that an earlier version wrote into these records, and today's name."""
+    for key in dict.fromkeys(key for record in records for key in record):
+        if key.startswith("share/"):
+            new = f"loss_{key}"
+        else:
+            new = key.replace("unquantised", "unquantized") if "unquantised" in key else RENAMED_KEYS.get(key, key)
+        if new != key:
+            raise ConfigError(f"{path}: the key {key} is now {new}: rename it there, or move the file away, to go on")
 
 
 def drop_absent_sources(numbers: dict[str, float]) -> None:

@@ -218,7 +218,8 @@ class Trainer:
 
         samples = AudioSampleLogger(spec, place, options.held_out)
         # Opened once nothing can refuse the run any more: it drops lines that will be written again.
-        self._log = RunLog(run, folder, first_step, options.wandb, console) if is_process_zero() else None
+        open_log = lambda: RunLog(run, folder, first_step, options.wandb, console) if is_process_zero() else None  # noqa: E731
+        self._log = on_all_hosts(open_log)
         if self._log is not None and samples.is_due(0):
             console.print(samples.sentence)
         self._guard = NonfiniteGuard(folder, run.train.nonfinite_limit, data.location)

@@ -7,30 +7,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from baichuan_omni_jax.config import Budgets, resolve_model
+from baichuan_omni_jax.config import resolve_model
 from baichuan_omni_jax.config.loss_shares import POWERS
-from baichuan_omni_jax.evaluation.held_out import mean_losses
 from baichuan_omni_jax.nn.linear import narrow
-from baichuan_omni_jax.nn.param import named_values, with_values
-from baichuan_omni_jax.omni.model import OmniModel
 from baichuan_omni_jax.sharding import ShardingRules
-from baichuan_omni_jax.train.hooks import compile_held_out
 from baichuan_omni_jax.train.losses import (
     chunked_cross_entropy,
     cross_entropy,
     loss_share_metrics,
     omni_denominators,
-    omni_loss,
 )
-from baichuan_omni_jax.train.state import make_compute, make_step_spec
 from data_pipelines.documents.loss_weights import weigh
 from data_pipelines.packing.batch import RowWriter, empty_rows
-from tests.helpers.micro import micro_run, one_device, open_micro, place
+from tests.helpers.losses import BUDGETS, LEVELS, TOLERANCE, Losses, rows_of, sample_documents
+from tests.helpers.micro import micro_run, one_device, place
 
-# Of max|difference| / max|reference| per tensor, fp32.
-TOLERANCE = 1e-5
-LEVELS = 8
-BUDGETS = Budgets(tokens=512, patches=512, audio_frames=256, audio_targets=160)
 # One of each branch and kind; a missing one would be a renamed parameter.
 PARAMETERS = (
     "vision.tower.patch_embedding.kernel",
@@ -46,40 +37,6 @@ PARAMETERS = (
 )
 
 
-class Losses:
-    """A tiny model and the gradient of `sum(weights * losses)`, losses being the text's and each audio level's."""
-
-    def __init__(self, run, omni):
-        self.run, self.omni, self.mesh = run, omni, one_device()
-        with jax.set_mesh(self.mesh):
-            self.compute = make_compute(run)
-            self.model = jax.jit(lambda: OmniModel(jax.random.key(0), omni, self.compute))()
-            self._gradient = jax.jit(jax.grad(self._weighted, has_aux=True))
-
-    def _weighted(self, values, batch, weights):
-        denominators = omni_denominators(batch, self.run)
-        _, metrics = omni_loss(with_values(self.model, values), batch, self.run, denominators)
-        losses = [metrics["loss_text"], *(metrics[f"loss_audio_q{level}"] for level in range(LEVELS))]
-        return (jnp.stack(losses) * weights).sum(), metrics
-
-    def __call__(self, batch, weights):
-        """(metrics, gradient by parameter name) as numpy arrays."""
-        with jax.set_mesh(self.mesh), jax.default_matmul_precision("highest"):
-            gradient, metrics = self._gradient(
-                named_values(self.model), place(batch, self.mesh, self.compute.rules), jnp.asarray(weights, jnp.float32)
-            )
-        return jax.tree.map(np.asarray, metrics), jax.tree.map(np.asarray, gradient)
-
-
-def rows_of(documents, budgets, omni):
-    """One row holding all of `documents`."""
-    batch = empty_rows(1, budgets, omni)
-    writer = RowWriter(batch, 0)
-    for number, document in enumerate(documents):
-        writer.add(document, source=0, number=number)
-    return batch
-
-
 def weights_of(batch) -> np.ndarray:
     """Sums of weights: the text's, then each audio level's."""
     return np.array([batch["text_weights"].sum(), *batch["audio_weights"].sum((0, 1))])
@@ -93,15 +50,7 @@ def losses(micro_root, quick_compile):
 
 @pytest.fixture(scope="module")
 def documents(micro_root, tmp_path_factory):
-    """An image, a video, speech to read, speech to predict, text, and an image with audio, from the sample data."""
-    run = micro_run(micro_root)
-    pipeline, codes = open_micro(run, tmp_path_factory.mktemp("codes") / "store")
-    encode = lambda index, number: pipeline.processor.encode(index.document(number), codes)  # noqa: E731
-    found = {index.name: [encode(index, number) for number in index.numbers()] for index in pipeline.indexes}
-    heard = next(d for d in found["audio"] if len(d.audio_codes) and not len(d.audio_targets))
-    spoken = next(d for d in found["audio"] if len(d.audio_targets))
-    both = next(d for d in found["omni"] if len(d.patches) and len(d.audio_codes))
-    return [found["image"][0], heard, found["video"][0], spoken, found["text"][0], both]
+    return sample_documents(micro_run(micro_root), tmp_path_factory.mktemp("codes"))
 
 
 def relative(value: np.ndarray, reference: np.ndarray) -> float:
@@ -186,19 +135,6 @@ def test_what_a_document_weighs_is_shared_by_targets_that_count(documents, weigh
     assert found.text_weights.sum() == pytest.approx(2 * count ** (1 - POWERS[weighting]) if count else 0)
 
 
-def test_held_out_audio_counts_as_in_a_step(micro_root):
-    """10 frames beside 100 targets with r = 1/2: the audio loss counts a fifth, in training and held out."""
-    run = micro_run(micro_root, "train.audio_full_ratio=0.5", "train.audio_loss_weight=2.0")
-    sums = {name: np.array([value]) for name, value in {"text": 300.0, "text_weight": 100.0}.items()}
-    sums |= {"text_only": sums["text"], "text_only_weight": sums["text_weight"]}
-    sums |= {"audio": np.full((1, LEVELS), 50.0), "audio_weight": np.full((1, LEVELS), 10.0)}
-    means = mean_losses(sums, ("a",), run.train)
-    assert means["loss"] == pytest.approx(3.0 + 2 * 0.2 * 5.0)
-    assert (means["loss_text"], means["loss_audio"]) == (3.0, 5.0)
-    silent = {**sums, "text": np.zeros(1), "text_weight": np.zeros(1)}
-    assert mean_losses(silent, ("a",), run.train)["loss"] == pytest.approx(2 * 5.0)
-
-
 @pytest.mark.parametrize(
     ("text", "frames", "ratio", "scale"),
     [
@@ -259,34 +195,6 @@ def test_text_alone_gives_audio_no_gradient(losses, documents):
     assert [name for name, value in gradient.items() if name.startswith("audio_head") and value.any()] == []
     assert gradient["llm.head"].any()
     assert gradient["vision.tower.patch_embedding.kernel"].any()
-
-
-@pytest.mark.slow
-def test_held_out_sums_tell_sources_and_kinds_apart(losses, documents):
-    """Each document a source of its own: sums and weights add up to the losses, and only the text is text alone."""
-    batch = empty_rows(1, BUDGETS, losses.omni)
-    writer = RowWriter(batch, 0)
-    for number, document in enumerate(documents):
-        writer.add(document, source=number, number=0)
-    metrics, _ = losses(batch, np.ones(1 + LEVELS))
-    with jax.set_mesh(losses.mesh), jax.default_matmul_precision("highest"):
-        spec = make_step_spec(losses.run, losses.omni, losses.mesh, losses.compute)
-        step = compile_held_out(spec, len(documents))
-        sums = step(named_values(losses.model), place(batch, losses.mesh, losses.compute.rules))
-    sums = jax.tree.map(np.asarray, sums)
-
-    text = np.array([document.text_weights.sum() for document in documents])
-    audio = np.array([document.audio_weights.sum(0) for document in documents])
-    np.testing.assert_allclose(sums["text_weight"], text)
-    np.testing.assert_allclose(sums["audio_weight"], audio)
-    assert sums["text"].sum() / text.sum() == pytest.approx(metrics["loss_text"], rel=TOLERANCE)
-    for level in range(LEVELS):
-        loss = sums["audio"][:, level].sum() / audio[:, level].sum()
-        assert loss == pytest.approx(metrics[f"loss_audio_q{level}"], rel=TOLERANCE)
-    alone = np.array([not len(document.patches) and not len(document.audio_codes) for document in documents])
-    assert alone.tolist() == [False] * 4 + [True, False]
-    np.testing.assert_array_equal(sums["text_only"], np.where(alone, sums["text"], 0))
-    np.testing.assert_array_equal(sums["text_only_weight"], np.where(alone, text, 0))
 
 
 @pytest.mark.parametrize("chunk", [8, 7, 24, 100])

@@ -75,6 +75,31 @@ def test_what_a_crash_left_is_dropped_and_whole_rows_stay(tmp_path, damage):
     assert lines(tmp_path / "metrics.jsonl") == [*rows, {"step": 3, "loss": 2.0}]
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("audio_scale", "audio_loss_scale"),
+        ("handled", "oversize"),
+        ("share/web", "loss_share/web"),
+        ("codes_unquantised", "codes_unquantized"),
+    ],
+)
+def test_keys_of_an_earlier_version_are_refused_with_their_new_name(tmp_path, old, new):
+    """The file stays as it was; a run that starts over, or one whose lines are renamed, goes on."""
+    path = tmp_path / "metrics.jsonl"
+    text = "".join(json.dumps({"step": step, old: 1.0}) + "\n" for step in (1, 2))
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=f"{path}: the key {old} is now {new}: rename it there"):
+        MetricsWriter(tmp_path, 2)
+    assert path.read_text() == text
+    path.write_text(text.replace(old, new))
+    MetricsWriter(tmp_path, 1).close()
+    assert lines(path) == [{"step": 1, new: 1.0}]
+    path.write_text(text)
+    MetricsWriter(tmp_path, 0).close()
+    assert path.read_text() == ""
+
+
 def test_speed_and_mfu():
     """Two chips of 1e12 FLOP/s for half a second: shares of 1e12 FLOPs, by branch, and their sum."""
     omni = resolve_model("tiny")

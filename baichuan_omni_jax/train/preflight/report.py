@@ -10,9 +10,9 @@ import numpy as np
 
 from baichuan_omni_jax.config import OmniConfig, RunConfig
 from baichuan_omni_jax.errors import ConfigError
-from baichuan_omni_jax.flops.audio import full_slots
+from baichuan_omni_jax.flops.audio import full_mel_slots
 from baichuan_omni_jax.flops.terms import chip_of, flops_by_branch, flops_by_term
-from baichuan_omni_jax.train.input import slot_frames
+from baichuan_omni_jax.train.input import mel_slot_frames
 from baichuan_omni_jax.train.preflight.compile import (
     CompiledProgram,
     Memory,
@@ -131,7 +131,7 @@ class Packing:
             "patch_pairs": rows * self._patch_pairs(patches, run.data.media_shards),
             "audio_frames": rows * frames,
             "audio_targets": rows * targets,
-            **(full_slots(run, omni, slot_frames(run, omni)) if audio_task else {}),
+            **(full_mel_slots(run, omni, mel_slot_frames(run, omni)) if audio_task else {}),
         }
 
     def _row(self, rng: np.random.Generator, room: int) -> list[int]:

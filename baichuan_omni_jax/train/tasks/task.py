@@ -16,13 +16,13 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
 from baichuan_omni_jax.config import OmniConfig, RunConfig
+from baichuan_omni_jax.evaluation.held_out import Sums
 from baichuan_omni_jax.flops.terms import FlopTerm
 from baichuan_omni_jax.nn.param import ComputePolicy
 from baichuan_omni_jax.omni.batch import Batch
 from baichuan_omni_jax.train.groups import untrained_targets
+from baichuan_omni_jax.train.losses import Metrics
 
-Metrics = dict[str, Float[Array, ""]]
-Sums = dict[str, Float[Array, "..."]]
 Values = Mapping[str, Any]
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from baichuan_omni_jax.config import READ_AT_LEAST, GenerationConfig
 from baichuan_omni_jax.errors import ConfigError
-from baichuan_omni_jax.generation.slots import advance_segment, init_progress, next_segment
+from baichuan_omni_jax.generation.segments import advance_segment, init_progress, next_segment
 from data_pipelines.text.speech_segments import PREFIXES, cut_places, piece_table, spoken_units
 from data_pipelines.text.spoken_text import split_text
 from data_pipelines.tokenizers.tokenizer import encode, train_tokenizer
