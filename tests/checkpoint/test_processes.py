@@ -26,7 +26,7 @@ sys.path[:0] = sys.argv[3:]
 import os, signal
 from pathlib import Path
 from tests.checkpoint.test_checkpoint import Workdir, make_state, save
-from baichuan_omni_jax.checkpoint import writer
+from baichuan_omni_jax.checkpoint import trees
 
 def die(*args):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -45,7 +45,7 @@ workdir = Workdir(tmp_path, keep=2)
 first = (workdir.latest_step() or 0) + 1
 states = [make_state(0), make_state(1)]
 if moment == "checksums":
-    writer.write_checksums = die_half_written
+    trees.write_checksums = die_half_written
 if moment == "removal":
     Workdir._remove_old = die_half_removed
 print("ready", flush=True)

@@ -1,5 +1,6 @@
 """baichuan-omni convert: what it prints, and one sentence and nothing left behind for whatever cannot be used."""
 
+import importlib.util
 import json
 import shutil
 from dataclasses import replace
