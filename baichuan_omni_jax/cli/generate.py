@@ -39,9 +39,9 @@ from baichuan_omni_jax.config import GenerationConfig, SamplingConfig
 from baichuan_omni_jax.errors import ConfigError, RequestError
 from baichuan_omni_jax.generation.batch_requests import Question, answer_questions, read_questions
 from baichuan_omni_jax.generation.chat import ChatAnswer, ChatStream, OmniChat
+from data_pipelines.documents.document import encode_ids, read_id_file
 from data_pipelines.documents.manifest import open_manifest
 from data_pipelines.documents.prompt_writing import ASR_PROMPT
-from data_pipelines.documents.token_ids import encode_ids, read_id_file
 
 TASKS = {
     "chat": "answers a prompt, with images, audio and video",

@@ -71,7 +71,7 @@ def baichuan_omni_7b() -> OmniConfig:
 
 
 # Special tokens come first in the vocabulary that the project trains on its own text
-# (data_pipelines/special_tokens.json), so their ids do not depend on that text.
+# (data_pipelines/tokenizers/special_tokens.json), so their ids do not depend on that text.
 TRAINED_TOKENS = SpecialTokens(
     end_of_text=0,
     audio_start=33,

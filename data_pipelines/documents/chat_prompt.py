@@ -31,7 +31,7 @@ from data_pipelines.media.containers import MAX_SAMPLING_RATE
 from data_pipelines.media.file_kinds import plain_reason
 from data_pipelines.media.location import Media, MediaReference, MediaRoot, find_media, local_path
 from data_pipelines.text.spoken_text import split_text
-from data_pipelines.tokenizers.special_tokens import AUDIOGEN_START
+from data_pipelines.tokenizers.tokenizer import AUDIOGEN_START
 
 _FILES = ("path", "bytes", "base64")
 # What a part may hold besides its type: one of these.

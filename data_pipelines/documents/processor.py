@@ -13,8 +13,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from baichuan_omni_jax.config import ImagesConfig, OmniConfig
-from data_pipelines.documents.document import Document, EncodedDocument, Lengths
-from data_pipelines.documents.loss_weights import audio_targets, text_targets
+from data_pipelines.documents.document import Document, EncodedDocument, Lengths, read_ids
 from data_pipelines.documents.media_items import (
     AudioClip,
     AudioItem,
@@ -40,14 +39,15 @@ from data_pipelines.documents.sequence import (
     Run,
     TextPart,
     VisualPart,
+    audio_targets,
     cut_span,
     document_elements,
     group_media,
     is_marked,
     lay_out,
+    text_targets,
     thin_frames,
 )
-from data_pipelines.documents.token_ids import read_ids
 from data_pipelines.errors import SampleError
 from data_pipelines.media.images import SEEN
 from data_pipelines.media.location import Media, MediaRoot, find_media

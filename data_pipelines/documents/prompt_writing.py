@@ -37,7 +37,7 @@ from data_pipelines.documents.prompts import (
 )
 from data_pipelines.media.location import MediaReference
 from data_pipelines.tokenizers import special_tokens as names
-from data_pipelines.tokenizers.special_tokens import ASSISTANT, AUDIOTEXT_START, SYSTEM, USER
+from data_pipelines.tokenizers.tokenizer import ASSISTANT, AUDIOTEXT_START, SYSTEM, USER
 
 Role = Literal["system", "user", "assistant"]
 ROLES: tuple[Role, ...] = ("system", "user", "assistant")

@@ -66,7 +66,7 @@ class AudioElement:
 
 @dataclass(frozen=True)
 class TokensElement:
-    """Text that is tokenized already: its ids are in a file of their own (`token_ids`)."""
+    """Text that is tokenized already: its ids are in a file of their own (`document.read_ids`)."""
 
     reference: MediaReference
     trainable: bool = False

@@ -21,9 +21,9 @@ from jaxtyping import Int32
 
 from baichuan_omni_jax.config import Budgets, OmniConfig
 from data_pipelines.documents.document import Lengths
-from data_pipelines.documents.loss_weights import weigh
 from data_pipelines.documents.media_items import Codes
 from data_pipelines.documents.processor import Processor
+from data_pipelines.documents.sequence import weigh
 from data_pipelines.errors import SampleError
 from data_pipelines.packing.batch import Batch, RowWriter, empty_rows
 from data_pipelines.packing.context_plan import ContextPlan

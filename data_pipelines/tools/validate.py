@@ -30,7 +30,7 @@ from baichuan_omni_jax.errors import ConfigError, exit_code
 from data_pipelines.datasets.builder.plan import first_of_same_id
 from data_pipelines.datasets.jobs.job import Job, JobProgress, Runner, Unit
 from data_pipelines.datasets.shards import ShardedDataset, ShardFile, open_dataset
-from data_pipelines.documents.document import Document
+from data_pipelines.documents.document import Document, check_ids
 from data_pipelines.documents.prompts import (
     Element,
     ImageElement,
@@ -39,7 +39,6 @@ from data_pipelines.documents.prompts import (
     VideoElement,
     parse_prompt,
 )
-from data_pipelines.documents.token_ids import check_ids
 from data_pipelines.errors import SampleError
 from data_pipelines.media.audio import read_audio
 from data_pipelines.media.containers import Damage

@@ -17,7 +17,7 @@ from baichuan_omni_jax.train.losses import (
     loss_share_metrics,
     omni_denominators,
 )
-from data_pipelines.documents.loss_weights import weigh
+from data_pipelines.documents.sequence import weigh
 from data_pipelines.packing.batch import RowWriter, empty_rows
 from tests.helpers.losses import BUDGETS, LEVELS, TOLERANCE, Losses, rows_of, sample_documents
 from tests.helpers.micro import micro_run, one_device, place

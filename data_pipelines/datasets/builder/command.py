@@ -12,7 +12,7 @@ from pathlib import Path
 from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.datasets.builder.build import SKIPPED_FILE, build_dataset
 from data_pipelines.errors import describe_causes, first_of_causes
-from data_pipelines.tokenizers.special_tokens import AUDIOTEXT_START
+from data_pipelines.tokenizers.tokenizer import AUDIOTEXT_START
 from data_pipelines.tools.commands import (
     add_media_arguments,
     add_runner_arguments,

@@ -26,10 +26,15 @@ from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.datasets.builder.build import remove_outdated
 from data_pipelines.datasets.jobs.job import Job, Runner, Unit, folder_lock, refuse_foreign, run_job
 from data_pipelines.datasets.shards import SUFFIX, ShardFile, ShardWriter, write_description
-from data_pipelines.documents.document import Document
-from data_pipelines.documents.token_ids import pack_ids
-from data_pipelines.tokenizers.special_tokens import TOKENS_END, TOKENS_START, TRAINABLE_END, TRAINABLE_START
-from data_pipelines.tokenizers.tokenizer import load_tokenizer, tokenizer_fingerprint
+from data_pipelines.documents.document import Document, pack_ids
+from data_pipelines.tokenizers.tokenizer import (
+    TOKENS_END,
+    TOKENS_START,
+    TRAINABLE_END,
+    TRAINABLE_START,
+    load_tokenizer,
+    tokenizer_fingerprint,
+)
 from data_pipelines.tools.commands import add_runner_arguments, run_command, run_job_command, runner_from_options
 
 LOCK = "seqio"

@@ -23,7 +23,7 @@ import tensorflow as tf
 
 from data_pipelines.datasets.importers.seqio_vocabulary import default_vocabulary, plain
 from data_pipelines.documents.prompt_writing import plain_text
-from data_pipelines.tokenizers.special_tokens import ASSISTANT, USER
+from data_pipelines.tokenizers.tokenizer import ASSISTANT, USER
 
 FOLDER = Path(os.environ.get("OMNI_SEQIO_DATA", "data/sample"))
 RATES = {"omni_text": 3.0, "omni_questions": 1.0}

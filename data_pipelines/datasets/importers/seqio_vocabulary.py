@@ -11,8 +11,14 @@ from tokenizers import Tokenizer
 
 from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.documents.prompts import NAMES, read_text
-from data_pipelines.tokenizers.special_tokens import END_OF_TEXT, LITERAL
-from data_pipelines.tokenizers.tokenizer import encode, load_tokenizer, plain_tokenizer, tokenizer_fingerprint
+from data_pipelines.tokenizers.tokenizer import (
+    END_OF_TEXT,
+    LITERAL,
+    encode,
+    load_tokenizer,
+    plain_tokenizer,
+    tokenizer_fingerprint,
+)
 
 # All names begin with "<" and end with ">"; RE2 knows the same escapes.
 NAME_PATTERN = f"<({'|'.join(re.escape(name[1:-1]) for name in NAMES)})>"

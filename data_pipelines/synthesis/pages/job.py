@@ -21,8 +21,14 @@ from data_pipelines.documents.document import Document
 from data_pipelines.documents.prompt_writing import Source, conversation, image_tag, join, plain_text, trainable, turn
 from data_pipelines.documents.prompts import TextElement, parse_prompt
 from data_pipelines.errors import SampleError
-from data_pipelines.synthesis.charts.questions import describe, questions, transcribe
-from data_pipelines.synthesis.charts.tables import ChartKind, possible_charts, read_table
+from data_pipelines.synthesis.charts.tables import (
+    ChartKind,
+    describe,
+    possible_charts,
+    questions,
+    read_table,
+    transcribe,
+)
 from data_pipelines.synthesis.pages.layout import (
     GRID,
     Page,

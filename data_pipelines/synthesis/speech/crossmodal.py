@@ -30,7 +30,7 @@ from data_pipelines.synthesis.speech.speaking import (
 )
 from data_pipelines.synthesis.units import Draft, SynthesisTask, manifest_job
 from data_pipelines.text.spoken_text import spoken_seconds
-from data_pipelines.tokenizers.special_tokens import SYSTEM, USER
+from data_pipelines.tokenizers.tokenizer import SYSTEM, USER
 
 NAME = "crossmodal"
 TYPE = "cross_modal"  # of the new documents

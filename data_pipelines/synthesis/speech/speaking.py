@@ -33,7 +33,7 @@ from data_pipelines.synthesis.speech.espeak import (
 )
 from data_pipelines.synthesis.units import Draft
 from data_pipelines.text.spoken_text import HAN, HAN_SECONDS, LONGEST, language_of, split_text, spoken_seconds
-from data_pipelines.tokenizers.special_tokens import ASSISTANT, SYSTEM, USER
+from data_pipelines.tokenizers.tokenizer import ASSISTANT, SYSTEM, USER
 from data_pipelines.tools.commands import load_hook
 
 RATES = (16000, 24000)

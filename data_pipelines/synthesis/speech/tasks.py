@@ -48,7 +48,7 @@ from data_pipelines.synthesis.speech.speaking import (
 )
 from data_pipelines.synthesis.units import Draft, SynthesisTask, manifest_job
 from data_pipelines.text.spoken_text import spoken_seconds
-from data_pipelines.tokenizers.special_tokens import ASSISTANT
+from data_pipelines.tokenizers.tokenizer import ASSISTANT
 
 MIN_PIECES = 3  # the least that `--pieces` may be: then no piece is ever left alone
 MAX_ANSWER_PIECES = GenerationConfig().max_segments  # stretches of speech of an answer

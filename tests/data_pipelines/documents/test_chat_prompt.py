@@ -8,12 +8,11 @@ import pytest
 from baichuan_omni_jax.config import tiny
 from baichuan_omni_jax.errors import RequestError
 from data_pipelines.documents.chat_prompt import ChatPrompts
+from data_pipelines.documents.document import encode_ids, read_id_file
 from data_pipelines.documents.processor import Processor
 from data_pipelines.documents.prompt_writing import ASR_PROMPT
-from data_pipelines.documents.token_ids import encode_ids, read_id_file
 from data_pipelines.media.features import log_mel
-from data_pipelines.tokenizers.special_tokens import ASSISTANT, SPECIAL_TOKENS, SYSTEM, USER
-from data_pipelines.tokenizers.tokenizer import encode, train_tokenizer
+from data_pipelines.tokenizers.tokenizer import ASSISTANT, SPECIAL_TOKENS, SYSTEM, USER, encode, train_tokenizer
 from tests.helpers.small_media import as_base64, tone, write_audio, write_image, write_video
 
 CONFIG = tiny()

@@ -39,8 +39,7 @@ from data_pipelines.documents.prompts import (
 )
 from data_pipelines.media.location import MediaReference
 from data_pipelines.synthesis.units import Draft
-from data_pipelines.tokenizers.special_tokens import AUDIOTEXT_START, SPECIAL_TOKENS
-from data_pipelines.tokenizers.tokenizer import encode, train_tokenizer
+from data_pipelines.tokenizers.tokenizer import AUDIOTEXT_START, SPECIAL_TOKENS, encode, train_tokenizer
 from tests.helpers.small_media import write_audio, write_image
 from tests.helpers.synthesis_job import FAKE, run, write_manifest
 

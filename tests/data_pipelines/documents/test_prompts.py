@@ -14,7 +14,7 @@ from data_pipelines.documents.prompts import (
 )
 from data_pipelines.errors import SampleError
 from data_pipelines.media.location import MediaReference
-from data_pipelines.tokenizers.special_tokens import MODEL_TOKENS, SPECIAL_TOKENS
+from data_pipelines.tokenizers.tokenizer import MODEL_TOKENS, SPECIAL_TOKENS
 from tests.helpers.golden import golden_path
 
 IMAGE = '<img_start_baichuan>{"local": "a.png"}<img_end_baichuan>'

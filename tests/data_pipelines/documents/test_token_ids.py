@@ -9,10 +9,9 @@ from baichuan_omni_jax.config import DataConfig, SourceConfig, tiny
 from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.datasets.builder.build import build_dataset
 from data_pipelines.datasets.shards import ShardFile, ShardWriter, open_dataset, write_description
-from data_pipelines.documents.document import Document
+from data_pipelines.documents.document import Document, pack_ids, read_ids
 from data_pipelines.documents.processor import Processor
 from data_pipelines.documents.prompts import TextElement, TokensElement, parse_prompt
-from data_pipelines.documents.token_ids import pack_ids, read_ids
 from data_pipelines.errors import SampleError
 from data_pipelines.media.location import Media, MediaReference
 from data_pipelines.packing.index import load_index

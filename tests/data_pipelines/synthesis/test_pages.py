@@ -19,8 +19,15 @@ from data_pipelines.documents.prompts import ImageElement
 from data_pipelines.errors import SampleError
 from data_pipelines.synthesis import command
 from data_pipelines.synthesis.charts.drawing import draw_chart
-from data_pipelines.synthesis.charts.questions import describe, questions, transcribe
-from data_pipelines.synthesis.charts.tables import Chart, possible_charts, read_table, spell
+from data_pipelines.synthesis.charts.tables import (
+    Chart,
+    describe,
+    possible_charts,
+    questions,
+    read_table,
+    spell,
+    transcribe,
+)
 from data_pipelines.synthesis.pages.job import PAGES, PageConfig, make_pages, page_questions
 from data_pipelines.synthesis.pages.layout import PageStyle, balance, draw_page, measurer, normalize, paginate, wrap
 from data_pipelines.synthesis.units import Draft

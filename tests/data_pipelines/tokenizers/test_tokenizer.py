@@ -7,8 +7,10 @@ import pytest
 
 from baichuan_omni_jax.config import OmniConfig, tiny
 from baichuan_omni_jax.errors import ConfigError
-from data_pipelines.tokenizers.special_tokens import ASSISTANT, SPECIAL_TOKENS, USER
 from data_pipelines.tokenizers.tokenizer import (
+    ASSISTANT,
+    SPECIAL_TOKENS,
+    USER,
     check_tokenizer,
     encode,
     load_tokenizer,
