@@ -18,7 +18,7 @@ import numpy as np
 from rows import emit, row
 
 from baichuan_omni_jax.config import DataConfig
-from data_pipelines.packing.context_plan import block_work, deal_blocks, lay_documents
+from data_pipelines.packing.batch import block_work, deal_blocks, lay_documents
 from data_pipelines.packing.packer import Packer
 from data_pipelines.packing.row_limits import DocumentLengths, PatchLayout
 

@@ -28,7 +28,7 @@ from rows import emit, row
 
 from baichuan_omni_jax.config import Budgets, DataConfig, OmniConfig, SourceConfig, baichuan_omni_7b, tiny
 from data_pipelines.datasets.builder.build import build_dataset
-from data_pipelines.datasets.jobs.local import LocalRunner
+from data_pipelines.datasets.jobs.runners import LocalRunner
 from data_pipelines.documents import processor
 from data_pipelines.packing.index import Index
 from data_pipelines.pipeline import Pipeline, open_pipeline

@@ -24,13 +24,12 @@ from data_pipelines.documents.media_items import Codes
 from data_pipelines.documents.processor import Processor
 from data_pipelines.documents.prompts import TextElement, parse_prompt
 from data_pipelines.errors import SampleError, describe_causes, file_errors
-from data_pipelines.packing.context_plan import check_context, context_plan
+from data_pipelines.packing.batch import check_context, context_plan
 from data_pipelines.packing.index import Index, Skipped, load_index
 from data_pipelines.packing.mixture import Mixture, check_loss_weights, epochs_read, source_means
 from data_pipelines.packing.oversize import check_policies, with_pieces
-from data_pipelines.packing.packer import Packer
+from data_pipelines.packing.packer import Packer, RowPlan, StepPlan, check_format, check_plan
 from data_pipelines.packing.row_limits import budget_vector, check_media_shards, mel_slots, patch_layout
-from data_pipelines.packing.row_plan import RowPlan, StepPlan, check_format, check_plan
 from data_pipelines.packing.rows import ALL_ROWS, RowDecoder, RowShard, Step, StepDataset, read_steps
 from data_pipelines.tokenizers.tokenizer import load_tokenizer, train_tokenizer
 

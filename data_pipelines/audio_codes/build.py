@@ -37,7 +37,7 @@ from data_pipelines.audio_codes.store import (
 from data_pipelines.audio_codes.windows import MelReader, clip_sources, listed, listing_job, mixture_key
 from data_pipelines.audio_codes.writer import PART_FRAMES, create_store, part_bounds, publish, starts_of, write_part
 from data_pipelines.datasets.jobs.job import Job, Runner, Unit, run_job
-from data_pipelines.datasets.jobs.local import LocalRunner
+from data_pipelines.datasets.jobs.runners import LocalRunner
 from data_pipelines.errors import SampleError
 from data_pipelines.pipeline import Pipeline
 

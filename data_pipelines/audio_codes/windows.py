@@ -19,7 +19,7 @@ from jaxtyping import Float, Int64, Shaped
 from baichuan_omni_jax.config.architecture import AudioConfig
 from data_pipelines.audio_codes.store import REFERENCE, key_fields, new_records
 from data_pipelines.datasets.jobs.job import Job, Unit
-from data_pipelines.datasets.jobs.local import HeldPool
+from data_pipelines.datasets.jobs.runners import HeldPool
 from data_pipelines.documents.media_items import AudioItem
 from data_pipelines.documents.processor import Processor
 from data_pipelines.errors import SampleError

@@ -22,7 +22,7 @@ from jaxtyping import Int32, Int64
 from baichuan_omni_jax.config import Budgets, DataConfig, SourceConfig
 from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.datasets.jobs.job import Job, Unit, run_job
-from data_pipelines.datasets.jobs.local import LocalRunner
+from data_pipelines.datasets.jobs.runners import LocalRunner
 from data_pipelines.datasets.sources import ManifestSource, Source, cache_folder, open_source
 from data_pipelines.documents.document import Document
 from data_pipelines.documents.manifest import manifest_stem

@@ -31,7 +31,7 @@ from baichuan_omni_jax.config import DataConfig
 from baichuan_omni_jax.config.run import OversizePolicy
 from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.datasets.jobs.job import Job, Unit, run_job
-from data_pipelines.datasets.jobs.local import LocalRunner
+from data_pipelines.datasets.jobs.runners import LocalRunner
 from data_pipelines.documents.document import Document, Lengths
 from data_pipelines.documents.processor import Processor
 from data_pipelines.documents.sequence import Ids, Run, Span, cut_turns, document_elements, has_frames, place_runs

@@ -25,11 +25,10 @@ from data_pipelines.documents.media_items import Codes
 from data_pipelines.documents.processor import Processor
 from data_pipelines.documents.sequence import weigh
 from data_pipelines.errors import SampleError
-from data_pipelines.packing.batch import Batch, RowWriter, empty_rows
-from data_pipelines.packing.context_plan import ContextPlan
+from data_pipelines.packing.batch import Batch, ContextPlan, RowWriter, empty_rows
 from data_pipelines.packing.index import Index
+from data_pipelines.packing.packer import PackedRow, StepPlan
 from data_pipelines.packing.row_limits import BUDGETED, MelSlots, PatchLayout, row_key
-from data_pipelines.packing.row_plan import PackedRow, StepPlan
 
 _AUDIO_FRAMES = BUDGETED.index("audio_frames")
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from baichuan_omni_jax.errors import ConfigError, exit_code
 from data_pipelines.datasets.jobs.job import Runner
-from data_pipelines.datasets.jobs.local import LocalRunner
+from data_pipelines.datasets.jobs.runners import BeamRunner, LocalRunner
 from data_pipelines.errors import file_errors
 
 
@@ -105,9 +105,6 @@ def make_runner(name: str, workers: int, beam_arguments: Sequence[str] = ()) -> 
             raise ConfigError("--beam-args need --runner beam")
         return LocalRunner(workers)
     if name == "beam":
-        # Beam takes seconds to import, and is an extra.
-        from data_pipelines.datasets.jobs.beam import BeamRunner
-
         return BeamRunner(workers, beam_arguments)
     raise ConfigError(f"unknown runner {name!r}: {' or '.join(RUNNERS)}")
 

@@ -1,9 +1,8 @@
 """Sources that are lists of lengths, and plans over them: what is planned without a file."""
 
 from data_pipelines.packing.mixture import Mixture
-from data_pipelines.packing.packer import Packer
+from data_pipelines.packing.packer import Packer, RowPlan
 from data_pipelines.packing.row_limits import DocumentLengths, PatchLayout
-from data_pipelines.packing.row_plan import RowPlan
 
 
 class Listed:

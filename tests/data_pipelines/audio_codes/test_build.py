@@ -17,7 +17,7 @@ from data_pipelines.audio_codes.build import CodeBuildOptions, CodeEncoder, open
 from data_pipelines.audio_codes.store import REFERENCE
 from data_pipelines.audio_codes.windows import ClipSource, MelReader, clip_sources, listed, listing_job
 from data_pipelines.datasets.jobs.job import run_job
-from data_pipelines.datasets.jobs.local import LocalRunner
+from data_pipelines.datasets.jobs.runners import LocalRunner
 from data_pipelines.errors import SampleError
 from data_pipelines.pipeline import Pipeline, open_pipeline
 from tests.data_pipelines.datasets.test_jobs import alive, wait_for

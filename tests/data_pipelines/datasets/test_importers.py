@@ -18,7 +18,7 @@ from baichuan_omni_jax.config import tiny  # noqa: E402
 from baichuan_omni_jax.errors import ConfigError  # noqa: E402
 from data_pipelines.datasets.importers.seqio_cache import Recipe, cache, deal, main  # noqa: E402
 from data_pipelines.datasets.importers.seqio_vocabulary import OmniVocabulary, plain  # noqa: E402
-from data_pipelines.datasets.jobs.local import LocalRunner  # noqa: E402
+from data_pipelines.datasets.jobs.runners import LocalRunner  # noqa: E402
 from data_pipelines.datasets.shards import open_dataset  # noqa: E402
 from data_pipelines.documents.processor import Processor  # noqa: E402
 from data_pipelines.documents.prompts import NAMES, escape  # noqa: E402

@@ -112,7 +112,7 @@ def test_no_process_outlives_the_program(tmp_path, signal_number):
     code = (
         "from pathlib import Path; from tests.data_pipelines.datasets import test_jobs;"
         "from data_pipelines.datasets.jobs.job import run_job;"
-        "from data_pipelines.datasets.jobs.local import LocalRunner\n"
+        "from data_pipelines.datasets.jobs.runners import LocalRunner\n"
         f"if __name__ == '__main__': run_job(test_jobs.make_job(Path({str(tmp_path)!r}), ['wait'] * 4), LocalRunner(2))"
     )
     script = tmp_path / "script.py"
@@ -152,7 +152,6 @@ def test_names_and_numbers_that_make_no_runner(tmp_path, quiet):
 
 def test_beam_that_is_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "apache_beam", None)
-    monkeypatch.delitem(sys.modules, "data_pipelines.datasets.jobs.beam", raising=False)
     with pytest.raises(ConfigError, match=r"pip install 'baichuan_omni_jax\[beam\]'"):
         make_runner("beam", 1)
 

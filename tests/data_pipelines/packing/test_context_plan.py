@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from baichuan_omni_jax.config import Budgets, DataConfig, tiny
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.kernels.flash_attention.plan import Segments, plan_row, unpack
-from data_pipelines.packing.batch import empty_rows
-from data_pipelines.packing.context_plan import (
+from data_pipelines.packing.batch import (
     INDEX_FIELDS,
     TOKEN_FIELDS,
     ContextPlan,
     block_work,
     check_context,
     deal_blocks,
+    empty_rows,
     lay_documents,
 )
 from data_pipelines.packing.rows import ALL_ROWS

@@ -16,7 +16,7 @@ from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.audio_codes.store import ENTRY
 from data_pipelines.audio_codes.windows import listed, listing_job
 from data_pipelines.datasets.jobs.job import run_job
-from data_pipelines.datasets.jobs.local import LocalRunner
+from data_pipelines.datasets.jobs.runners import LocalRunner
 from data_pipelines.datasets.shards import ShardFile, ShardWriter, write_description
 from data_pipelines.documents.document import Lengths
 from data_pipelines.documents.manifest import parse_line

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from baichuan_omni_jax.config import Budgets, DataConfig, tiny
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.flops.terms import row_cost
-from data_pipelines.packing.row_plan import StepPlan, check_plan, order_rows
+from data_pipelines.packing.packer import StepPlan, check_plan, order_rows
 from tests.data_pipelines.conftest import with_config
 from tests.helpers.listed import Listed, row_plan
 
