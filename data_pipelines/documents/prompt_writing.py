@@ -17,6 +17,7 @@ token is text: it is escaped where it meets a `Source`, and in the arguments of 
 make plain text of everything: use `join`.)
 """
 
+import random
 from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from typing import Literal, SupportsIndex
@@ -36,12 +37,22 @@ from data_pipelines.documents.prompts import (
     write_reference,
 )
 from data_pipelines.media.location import MediaReference
-from data_pipelines.tokenizers import special_tokens as names
+from data_pipelines.tokenizers import tokenizer as names
 from data_pipelines.tokenizers.tokenizer import ASSISTANT, AUDIOTEXT_START, SYSTEM, USER
 
 Role = Literal["system", "user", "assistant"]
 ROLES: tuple[Role, ...] = ("system", "user", "assistant")
 ASR_PROMPT = "将语音转录为文本:"  # as released, its colon included; the audio follows it
+
+# Task prompts of new documents; the released one comes first.
+TRANSCRIBE = {
+    "zh": (ASR_PROMPT, "请把听到的话写下来：", "请转写这段语音："),
+    "en": ("Transcribe the speech into text:", "Write down what you hear:", "What is said in this recording?"),
+}
+READ_ALOUD = {
+    "zh": ("将文本转换为语音：", "请朗读下面的文字：", "请把这句话读出来："),
+    "en": ("Convert the text into speech: ", "Read this aloud: ", "Say the following: "),
+}
 
 
 def role_mark(role: Role, spoken: bool) -> str:
@@ -215,3 +226,8 @@ def _write(element: Element) -> str:
     if element.spoken:
         start, end = names.AUDIOGEN_START, names.AUDIOGEN_END
     return Source(start + write_reference("path", element.reference) + end)
+
+
+def choose_prompt(prompts: dict[str, tuple[str, ...]], language: str, rng: random.Random) -> str:
+    """Chooses a prompt in the language of the text; for a text in another one, in either."""
+    return rng.choice(prompts.get(language) or [prompt for choices in prompts.values() for prompt in choices])

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, replace
 
 from data_pipelines.errors import SampleError
 from data_pipelines.media.location import MediaReference
-from data_pipelines.tokenizers import special_tokens as names
+from data_pipelines.tokenizers import tokenizer as names
 
 
 @dataclass(frozen=True)

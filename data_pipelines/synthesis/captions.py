@@ -18,11 +18,27 @@ from data_pipelines.documents.prompts import ImageElement, parse_prompt
 from data_pipelines.errors import SampleError
 from data_pipelines.media.images import decode_image
 from data_pipelines.media.location import Media, find_media
-from data_pipelines.synthesis.prompts import DESCRIBE_IMAGE
 from data_pipelines.synthesis.units import Draft, SynthesisTask, manifest_job
 from data_pipelines.tools.commands import load_hook
 
 NAME = "captions"
+
+DESCRIBE_IMAGE = {
+    "en": (
+        "Describe the picture.",
+        "Describe this image in one or two sentences.",
+        "What can be seen in the picture?",
+        "Write a caption for this photo.",
+        "Give a detailed description of the image.",
+    ),
+    "zh": (
+        "描述这张图片。",
+        "用一两句话描述这张图。",
+        "图片里有什么？",
+        "为这张照片写一句说明。",
+        "详细描述这张图片的内容。",
+    ),
+}
 
 
 @runtime_checkable

@@ -13,12 +13,11 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from data_pipelines.documents.document import Document
-from data_pipelines.documents.prompt_writing import plain_text, text_of
+from data_pipelines.documents.prompt_writing import READ_ALOUD, TRANSCRIBE, choose_prompt, plain_text, text_of
 from data_pipelines.documents.prompts import AudioElement, Element, TextElement, parse_prompt
 from data_pipelines.errors import SampleError
 from data_pipelines.media.audio import decode_audio, probe_audio
 from data_pipelines.media.location import find_media
-from data_pipelines.synthesis.prompts import READ_ALOUD, TRANSCRIBE, choose_prompt
 from data_pipelines.text.spoken_text import detect_language, language_of
 from data_pipelines.tools.commands import load_hook
 

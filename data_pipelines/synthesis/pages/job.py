@@ -42,7 +42,6 @@ from data_pipelines.synthesis.pages.layout import (
     wear,
     wrap,
 )
-from data_pipelines.synthesis.prompts import DESCRIBE_CHART, READ_PAGE, TRANSCRIBE_CHART
 from data_pipelines.synthesis.units import Draft, SynthesisTask, manifest_job
 
 NAME = "pages"
@@ -50,6 +49,24 @@ TYPES = ("ocr", "chart", "interleaved", "qa")
 LANGUAGES = ("en", "zh")
 MANY_COLUMNS = 800  # characters: a shorter text stands in one column
 TABLE = "table"  # type of the documents that hold one
+
+READ_PAGE = {
+    "en": (
+        "Read the text in the picture.",
+        "What does the picture say?",
+        "Transcribe all text of this page.",
+        "Extract the text from this image.",
+    ),
+    "zh": ("读出图片中的文字。", "图片上写了什么？", "请转写这一页的全部文字。", "提取这张图片里的文字。"),
+}
+DESCRIBE_CHART = {
+    "en": ("Describe the chart.", "What does this chart show?", "Summarise the figure."),
+    "zh": ("描述这张图表。", "这张图表说明了什么？", "概括这张图的内容。"),
+}
+TRANSCRIBE_CHART = {
+    "en": ("Write the data of the chart as a table.", "Turn the chart into comma-separated values."),
+    "zh": ("把图表中的数据写成表格。", "将这张图表转换为逗号分隔的数据。"),
+}
 
 MAX_QUESTIONS = 3  # of one document
 MAX_PARTS = 8  # of one interleaved document

@@ -13,14 +13,13 @@ from typing import Literal, get_args
 from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.datasets.jobs.job import Job
 from data_pipelines.documents.document import Document
-from data_pipelines.documents.prompt_writing import write_prompt
+from data_pipelines.documents.prompt_writing import choose_prompt, write_prompt
 from data_pipelines.documents.prompts import SPECIAL, AudioElement, Element, ImageElement, TextElement, VideoElement
 from data_pipelines.documents.sequence import document_elements
 from data_pipelines.errors import SampleError
 from data_pipelines.media.audio import probe_audio
 from data_pipelines.media.containers import opened
 from data_pipelines.media.location import Media, MediaReference, find_media
-from data_pipelines.synthesis.prompts import ANSWER_IMAGES, CONTINUE_IMAGES, choose_prompt
 from data_pipelines.synthesis.speech.speaking import (
     DocumentSpeaker,
     SpeechConfig,
@@ -37,6 +36,29 @@ TYPE = "cross_modal"  # of the new documents
 SentenceOrder = Literal["random", "first"]
 
 _RATE = 16000  # Hz, at which tracks are measured
+
+CONTINUE_IMAGES = {
+    "zh": (
+        "文中有些句子是语音。请看图、听语音，把文字补充完整。",
+        "请结合图片和听到的内容，写出其余的文字。",
+        "请听其中的语音，再结合图片补充其他信息。",
+    ),
+    "en": (
+        "Some of the sentences are spoken. Look at the pictures, listen, and complete the text.",
+        "Write the rest of the text from the pictures and from what you hear.",
+        "Listen to the spoken sentences, and add what else the pictures show.",
+    ),
+}
+"""Sentences about pictures are heard; the others are to be written."""
+ANSWER_IMAGES = {
+    "zh": ("对话中有些话是语音。请看图、听语音，然后回答。", "请结合图片和听到的内容回答。", "请先听，再看图回答。"),
+    "en": (
+        "Some of this conversation is spoken. Look at the pictures, listen, and answer.",
+        "Answer from the pictures and from what you hear.",
+        "Listen first, then look and answer.",
+    ),
+}
+"""The same for a conversation."""
 
 
 @dataclass(frozen=True)

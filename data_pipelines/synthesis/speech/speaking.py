@@ -18,10 +18,9 @@ import soxr
 from baichuan_omni_jax.config import READ_AT_LEAST
 from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.documents.document import Document
-from data_pipelines.documents.prompt_writing import text_of
+from data_pipelines.documents.prompt_writing import choose_prompt, text_of
 from data_pipelines.documents.prompts import TextElement, parse_prompt
 from data_pipelines.errors import SampleError
-from data_pipelines.synthesis.prompts import choose_prompt
 from data_pipelines.synthesis.speech.espeak import (
     LANGUAGES,
     SAMPLE_RATE,

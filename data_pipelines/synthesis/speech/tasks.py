@@ -21,6 +21,8 @@ from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.datasets.jobs.job import Job
 from data_pipelines.documents.document import Document
 from data_pipelines.documents.prompt_writing import (
+    READ_ALOUD,
+    TRANSCRIBE,
     Source,
     audio_tag,
     conversation,
@@ -35,7 +37,6 @@ from data_pipelines.documents.prompts import SPECIAL, Element, ImageElement, Tex
 from data_pipelines.documents.sequence import cut_turns
 from data_pipelines.errors import SampleError
 from data_pipelines.media.location import MediaReference, find_media
-from data_pipelines.synthesis.prompts import READ_ALOUD, TRANSCRIBE
 from data_pipelines.synthesis.speech.speaking import (
     DocumentSpeaker,
     SpeechConfig,

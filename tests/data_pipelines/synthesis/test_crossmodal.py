@@ -2,7 +2,7 @@
 
 from data_pipelines.documents.prompt_writing import audio_tag, image_tag, trainable, turn, video_tag
 from data_pipelines.documents.prompts import AudioElement, ImageElement, TextElement, VideoElement, parse_prompt
-from data_pipelines.synthesis.prompts import ANSWER_IMAGES, CONTINUE_IMAGES
+from data_pipelines.synthesis.speech.crossmodal import ANSWER_IMAGES, CONTINUE_IMAGES
 from tests.helpers.small_media import write_image, write_video
 from tests.helpers.synthesis_job import FAKE, SHORT, run, write_manifest
 
