@@ -58,7 +58,7 @@ COMMANDS: dict[str, Command | Group] = {
     "verify": Command(f"{CLI}.weights", "compare converted weights with the released computation", "verify"),
     "data": Group(
         {
-            "build": Command(f"{DATA}.datasets.builder.command", "write shards with the media inside, from manifests"),
+            "build": Command(f"{DATA}.datasets.builder.build", "write shards with the media inside, from manifests"),
             "validate": Command(f"{DATA}.tools.validate", "read a built dataset through and tell what is wrong"),
             "stats": Command(f"{CLI}.data", "count documents and media, by type and size; loss shares", "stats"),
             "visualize": Command(f"{DATA}.tools.visualize", "draw packed rows and one document"),

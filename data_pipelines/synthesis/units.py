@@ -17,8 +17,8 @@ from pathlib import Path
 
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.storage import atomic_write
-from data_pipelines.datasets.builder.build import UNPACKED, list_sources
-from data_pipelines.datasets.builder.plan import Manifest, unpack
+from data_pipelines.datasets.builder.build import UNPACKED
+from data_pipelines.datasets.builder.plan import Manifest, list_sources, unpack
 from data_pipelines.datasets.jobs.job import Job, Unit
 from data_pipelines.documents.document import Document
 from data_pipelines.documents.manifest import LineRange, is_blank, open_manifest

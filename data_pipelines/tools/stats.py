@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 from baichuan_omni_jax.errors import ConfigError, exit_code
-from data_pipelines.datasets.builder.build import PARTS, SKIPPED_FILE, list_sources
-from data_pipelines.datasets.builder.plan import RANGE, Manifest, unpack
+from data_pipelines.datasets.builder.build import PARTS, SKIPPED_FILE
+from data_pipelines.datasets.builder.plan import RANGE, Manifest, list_sources, unpack
 from data_pipelines.datasets.jobs.job import Job, Unit, run_job
 from data_pipelines.datasets.shards import SUFFIX, read_description
 from data_pipelines.datasets.sources import ANY_FOLDER

@@ -35,7 +35,7 @@ SOURCES = ("audio", "image", "omni", "text", "video")
 def start(root: Path, out: Path) -> subprocess.Popen:
     """A build of the sample data set in 41 shards, in a group of processes of its own."""
     manifests = [str(root / f"{name}.jsonl") for name in SOURCES]
-    command = [sys.executable, "-m", "data_pipelines.datasets.builder.command", *manifests, "--out", str(out)]
+    command = [sys.executable, "-m", "data_pipelines.datasets.builder.build", *manifests, "--out", str(out)]
     command += ["--shard-documents", "20", "--workers", "2"]
     return subprocess.Popen(
         command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True

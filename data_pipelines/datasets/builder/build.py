@@ -1,61 +1,55 @@
-"""Building a dataset: manifests planned, cut into shards, built, and described.
+"""Builds a data set from manifests: shards of documents with their media inside.
 
-DIR/dataset.json, skipped.jsonl     what the dataset holds, and the documents that it does not; written last
-DIR/NAME-00000.array_record         documents of the manifest NAME.jsonl with their media
-DIR/parts/NAME-00000.…              what its documents were measured to be, and what was skipped of it
-DIR/.units/                         which shards are done; while it is built, what compressed manifests hold
+What cannot be used is skipped, counted by cause and named in DIR/skipped.jsonl. A build that was stopped goes on where
+it was when the same command is given again, and one whose manifests or media changed builds the shards that changed.
 """
 
-import hashlib
-import json
-import os
-import re
-import shutil
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+# DIR/dataset.json, skipped.jsonl     what the dataset holds, and the documents that it does not; written last
+# DIR/NAME-00000.array_record         documents of the manifest NAME.jsonl with their media
+# DIR/parts/NAME-00000.…              what its documents were measured to be, and what was skipped of it
+# DIR/.units/                         which shards are done; while it is built, what compressed manifests hold
 
-import numpy as np
+import argparse
+import json
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.storage import atomic_write
-from data_pipelines.datasets.builder.plan import Manifest, PlannedLines, first_of_same_id, plan_lines, unpack
+from data_pipelines.datasets.builder.plan import ShardLines, cut_shards, list_sources, plan_lines, unpack
 from data_pipelines.datasets.jobs.job import Job, Runner, Unit, folder_lock, refuse_foreign, remove_unit, run_job
 from data_pipelines.datasets.shards import (
     DATASET_FILE,
-    OPTIONS,
-    RECORD_SCHEMA,
     SUFFIX,
     ShardFile,
     ShardWriter,
     read_description,
     write_description,
 )
-from data_pipelines.datasets.sources import ANY_FOLDER, media_root, trusted_folders
+from data_pipelines.datasets.sources import ANY_FOLDER
 from data_pipelines.documents.document import Document, is_known_type
-from data_pipelines.documents.manifest import LineRange
 from data_pipelines.documents.measures import DocumentMeasure, collect, measure_document, totals
 from data_pipelines.documents.prompt_writing import misses_marks
 from data_pipelines.documents.prompts import TextElement, parse_prompt, replace_references
-from data_pipelines.errors import SampleError
+from data_pipelines.errors import SampleError, describe_causes, first_of_causes
 from data_pipelines.media.location import Media, MediaReference, find_media, reading
+from data_pipelines.tokenizers.tokenizer import AUDIOTEXT_START
+from data_pipelines.tools.commands import (
+    add_media_arguments,
+    add_runner_arguments,
+    run_command,
+    run_job_command,
+    runner_from_options,
+    skipped_lines,
+    trusted_from_options,
+)
 
 MAX_MEDIA_BYTES = 1 << 30  # of one document: it is held in memory, here and when it is read
 PARTS = "parts"  # folder for what the shards' documents were measured to be, and for what was skipped
-
-
-@dataclass(frozen=True)
-class ShardLines:
-    """What goes into one shard: lines of a source, those that double another document, the state of the manifest.
-
-    `doubles` has the line's number and where the first document with its id is.
-    """
-
-    source: Manifest
-    lines: LineRange
-    doubles: Mapping[int, str]
-    state: list[int]
 
 
 def build_shard(unit: Unit, folder: Path) -> dict:
@@ -156,7 +150,6 @@ def _new_name(taken: set[str]) -> str:
 
 
 SKIPPED_FILE = "skipped.jsonl"
-FORMAT = 2  # raise it when the same manifests and media give other shards than before
 LOCK = "build"
 UNPACKED = ".units/manifests"  # what compressed manifests folder_lock, while shards are built of them
 
@@ -198,7 +191,7 @@ def build_dataset(
         # 1. Plan: which lines go into which shard follows from the files alone.
         sources = unpack(sources, out / UNPACKED)
         lines = plan_lines(sources, out / ".plan", runner)
-        job = Job("building", _shards(sources, lines, documents, size), build_shard, out)
+        job = Job("building", cut_shards(sources, lines, documents, size), build_shard, out)
         # 2. Build: `dataset.json` goes before the first shard that it would no longer describe.
         remove_outdated(job)
         summaries = run_job(job, runner)
@@ -208,78 +201,6 @@ def build_dataset(
         write_description(out, shards, {"manifests": [source.name for source in sources], **_sum(summaries)})
         shutil.rmtree(out / UNPACKED, ignore_errors=True)
     return read_description(out)
-
-
-def list_sources(manifests: Sequence[Path], root: Path | None, trusted: Sequence[Path] = ANY_FOLDER) -> list[Manifest]:
-    """Returns the manifests with the shortest names that tell them apart: paths from the folder that all of them are
-    in.
-
-    Media paths are relative to `root`, or to each manifest's folder; links may lead to the folders of `trusted`
-    (`sources.media_root`). Raises ConfigError when one is given twice, or `root` or a trusted folder is no folder.
-    """
-    if root is not None and not root.expanduser().is_dir():
-        raise ConfigError(f"--root {root} is no folder")
-    folders = trusted_folders(trusted, "--trust")
-    # The folder's own name, but not what a link there leads to: media stand beside the link.
-    paths = [path.parent.resolve() / path.name for path in (path.expanduser() for path in manifests)]
-    if doubles := [path for path, count in Counter(paths).items() if count > 1]:
-        raise ConfigError(f"manifest {doubles[0]} is given twice")
-    common = os.path.commonpath([path.parent for path in paths])
-    names = [path.relative_to(common).as_posix() for path in paths]
-    found: list[Manifest] = []
-    for path, name in zip(paths, names, strict=True):
-        # Shards are files: a name is made of what every file system takes, and numbered where two become the same.
-        stem = re.sub(r"[^\w.-]+", "-", re.sub(r"(\.jsonl)?(\.(gz|zst|zstd))?$", "", name))
-        same = sum(re.fullmatch(rf"{re.escape(stem)}(~\d+)?", other.shards) is not None for other in found)
-        media = media_root(path, root.expanduser() if root else None, folders)
-        found.append(Manifest(path, name, media, f"{stem}~{same + 1}" if same else stem, path))
-    return found
-
-
-def _shards(sources: Sequence[Manifest], lines: Sequence[PlannedLines], documents: int, size: int) -> list[Unit]:
-    """Cuts the lines of each manifest into shards: the units of the job."""
-    # Ids are unique over all manifests, so doubles are found over all of them together.
-    double, first = first_of_same_id(np.concatenate([own.ids for own in lines]))
-    starts = np.cumsum([0, *map(len, lines)])
-
-    def where(document: int) -> str:
-        owner = int(np.searchsorted(starts, document, "right")) - 1
-        return f"{sources[owner].name}:{lines[owner].numbers[document - starts[owner]]}"
-
-    units = []
-    for source, own, start in zip(sources, lines, starts, strict=False):
-        state = source.state()
-        for number, (begin, end) in enumerate(_cuts(own.sizes, documents, size)):
-            places = np.flatnonzero(double[start + begin : start + end]) + begin
-            doubles = {int(own.numbers[place]): where(int(first[start + place])) for place in places}
-            offset = int(own.offsets[begin])
-            length = (int(own.offsets[end]) if end < len(own) else source.lines.stat().st_size) - offset
-            lines_of = LineRange(source.lines, source.name, source.root, int(own.numbers[begin]), offset, length)
-            # Everything that decides the shard's bytes: a shard is built again when, and only when, this changes.
-            fingerprint = hashlib.sha256(
-                json.dumps([FORMAT, RECORD_SCHEMA, OPTIONS, source.name, lines_of.first, doubles]).encode()
-                + own.contents[begin:end].tobytes()
-            )
-            content = ShardLines(source, lines_of, doubles, state)
-            weight = int(own.sizes[begin:end].sum())
-            units.append(Unit(f"{source.shards}-{number:05d}", fingerprint.hexdigest(), content, weight))
-    return units
-
-
-def _cuts(sizes: np.ndarray, documents: int, size: int) -> Iterator[tuple[int, int]]:
-    """Cuts consecutive lines [begin, end): at most `documents`, and `size` bytes unless one line has more.
-
-    >>> list(_cuts(np.array([3, 3, 3, 9, 1]), 3, 6))
-    [(0, 2), (2, 3), (3, 4), (4, 5)]
-    """
-    # A shard ends where the next line would exceed the bytes or the count, whichever comes first.
-    ends, begin = np.cumsum(sizes), 0
-    while begin < len(sizes):
-        before = int(ends[begin - 1]) if begin else 0
-        end = int(np.searchsorted(ends, before + size, "right"))
-        end = min(max(end, begin + 1), begin + documents, len(sizes))
-        yield begin, end
-        begin = end
 
 
 def remove_outdated(job: Job) -> None:
@@ -335,3 +256,81 @@ def _sum(summaries: Sequence[dict]) -> dict:
         "unmarked_speech": sum(summary["unmarked"] for summary in summaries),
         "skipped": dict(sorted(skipped.items())),
     }
+
+
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
+
+
+def _build(options: argparse.Namespace) -> None:
+    size = _bytes(options.shard_bytes)
+    runner = runner_from_options(options)
+    manifests, trusted = options.manifests, trusted_from_options(options)
+    dataset = build_dataset(manifests, options.out, options.root, options.shard_documents, size, runner, trusted)
+    for line in describe(dataset):
+        print(line)
+    # What was skipped, by cause with one example; all of it is in a file.
+    causes = []
+    if skipped := dataset["skipped"]:
+        path = options.out / SKIPPED_FILE
+        causes = describe_causes(skipped, first_of_causes(skipped_lines(path), skipped))
+        for line in causes:
+            print(f"  {line}")
+        print(f"each of them, with its cause: {path}")
+    if not dataset["documents"]:
+        names = ", ".join(dataset["manifests"])
+        raise ConfigError(
+            f"no document of {names} can be used: {'; '.join(causes)}" if causes else f"{names}: no document"
+        )
+
+
+def describe(dataset: Mapping) -> list[str]:
+    """Describes what a `dataset.json` holds, in lines."""
+    size = sum(shard["bytes"] for shard in dataset["shards"])
+    lines = [
+        f"{dataset['documents']} documents in {len(dataset['shards'])} shards, {size / 2**20:.1f} MiB: "
+        f"{dataset['pictures']} images ({dataset['pixels'] / 1e6:.1f} megapixels), "
+        f"{dataset['videos']} videos ({dataset['video_hours']:.2f} h), "
+        f"{dataset['sounds']} audio clips ({dataset['audio_hours']:.2f} h), {dataset['characters']} characters"
+    ]
+    lines += [f"  {name or '(no type)':<20}{sums['documents']:>10}" for name, sums in dataset["types"].items()]
+    if unknown := dataset["unknown_types"]:
+        lines.append(f"types outside the known ones: {', '.join(name or '(no type)' for name in unknown)}")
+    if unmarked := dataset["unmarked_speech"]:
+        what = f"{unmarked} conversations answer in speech without {AUDIOTEXT_START} before each answer"
+        lines.append(f"{what} (docs/how-to/data.md)")
+    if skipped := dataset["skipped"]:
+        lines.append(f"{sum(skipped.values())} documents are skipped:")
+    return lines
+
+
+def _bytes(text: str) -> int:
+    """256M -> 268435456. Raises ConfigError."""
+    number, unit = (text[:-1], text[-1:]) if text[-1:] in _UNITS else (text, "")
+    if not number.isascii() or not number.isdigit():
+        raise ConfigError(f"--shard-bytes {text} is no number of bytes such as 64M or 2G")
+    return int(number) * _UNITS.get(unit, 1)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments."""
+    add = parser.add_argument
+    add("manifests", metavar="MANIFEST", type=Path, nargs="+", help="JSONL, one document a line; also .gz or .zst")
+    add("--out", metavar="DIR", type=Path, required=True, help="a new or empty folder, or an earlier build")
+    add_media_arguments(parser)
+    add("--shard-documents", metavar="N", type=int, default=4096, help="most documents of a shard (default 4096)")
+    add("--shard-bytes", metavar="SIZE", default="256M", help="size from which a shard is full (default 256M)")
+    add_runner_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Returns the exit code: 0, 2 with one sentence when something given cannot be used, 130 after Ctrl-C."""
+    return run_job_command(lambda: _build(arguments), arguments.out)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command by itself; returns the exit code."""
+    return run_command("build", __doc__, add_arguments, run, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

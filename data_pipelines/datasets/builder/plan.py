@@ -1,13 +1,16 @@
-"""The first pass over the manifests: which documents there are, which are double, and about how large each one is.
+"""The first pass over the manifests: which documents there are, how large each one is, which go into which shard.
 
-Nothing is opened but the manifests; media are only looked up. What comes out decides which lines go into which shard,
-so it depends on the files alone, not on how many processes looked.
+Nothing is opened but the manifests; media are only looked up. What comes out depends on the files alone, not on how
+many processes looked.
 """
 
 import hashlib
+import json
 import os
+import re
 import shutil
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -17,8 +20,10 @@ from jaxtyping import Bool, Int64, UInt64
 
 from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.datasets.jobs.job import Job, Runner, Unit, run_job
+from data_pipelines.datasets.shards import OPTIONS, RECORD_SCHEMA
+from data_pipelines.datasets.sources import ANY_FOLDER, media_root, trusted_folders
 from data_pipelines.documents.document import Document
-from data_pipelines.documents.manifest import parse_line, plain_manifest, split_manifest
+from data_pipelines.documents.manifest import LineRange, parse_line, plain_manifest, split_manifest
 from data_pipelines.documents.prompts import TextElement, parse_prompt
 from data_pipelines.errors import SampleError
 from data_pipelines.media.location import MediaReference, MediaRoot, find_media
@@ -46,6 +51,32 @@ class Manifest:
         except OSError as error:
             raise ConfigError(f"manifest {self.name} cannot be read: {error.strerror}") from error
         return [status.st_size, status.st_mtime_ns]
+
+
+def list_sources(manifests: Sequence[Path], root: Path | None, trusted: Sequence[Path] = ANY_FOLDER) -> list[Manifest]:
+    """Returns the manifests with the shortest names that tell them apart: paths from the folder that all of them are
+    in.
+
+    Media paths are relative to `root`, or to each manifest's folder; links may lead to the folders of `trusted`
+    (`sources.media_root`). Raises ConfigError when one is given twice, or `root` or a trusted folder is no folder.
+    """
+    if root is not None and not root.expanduser().is_dir():
+        raise ConfigError(f"--root {root} is no folder")
+    folders = trusted_folders(trusted, "--trust")
+    # The folder's own name, but not what a link there leads to: media stand beside the link.
+    paths = [path.parent.resolve() / path.name for path in (path.expanduser() for path in manifests)]
+    if doubles := [path for path, count in Counter(paths).items() if count > 1]:
+        raise ConfigError(f"manifest {doubles[0]} is given twice")
+    common = os.path.commonpath([path.parent for path in paths])
+    names = [path.relative_to(common).as_posix() for path in paths]
+    found: list[Manifest] = []
+    for path, name in zip(paths, names, strict=True):
+        # Shards are files: a name is made of what every file system takes, and numbered where two become the same.
+        stem = re.sub(r"[^\w.-]+", "-", re.sub(r"(\.jsonl)?(\.(gz|zst|zstd))?$", "", name))
+        same = sum(re.fullmatch(rf"{re.escape(stem)}(~\d+)?", other.shards) is not None for other in found)
+        media = media_root(path, root.expanduser() if root else None, folders)
+        found.append(Manifest(path, name, media, f"{stem}~{same + 1}" if same else stem, path))
+    return found
 
 
 def unpack(sources: Sequence[Manifest], folder: Path) -> list[Manifest]:
@@ -176,3 +207,65 @@ def first_of_same_id(ids: UInt64[np.ndarray, "n 2"]) -> tuple[Bool[np.ndarray, "
     first = np.empty(len(ids), np.int64)
     first[order] = order[np.flatnonzero(begins)[np.cumsum(begins) - 1]] if len(ids) else order
     return first != numbers, first
+
+
+FORMAT = 2  # raise it when the same manifests and media give other shards than before
+
+
+@dataclass(frozen=True)
+class ShardLines:
+    """What goes into one shard: lines of a source, those that double another document, the state of the manifest.
+
+    `doubles` has the line's number and where the first document with its id is.
+    """
+
+    source: Manifest
+    lines: LineRange
+    doubles: Mapping[int, str]
+    state: list[int]
+
+
+def cut_shards(sources: Sequence[Manifest], lines: Sequence[PlannedLines], documents: int, size: int) -> list[Unit]:
+    """Cuts the lines of each manifest into shards: the units of the job."""
+    # Ids are unique over all manifests, so doubles are found over all of them together.
+    double, first = first_of_same_id(np.concatenate([own.ids for own in lines]))
+    starts = np.cumsum([0, *map(len, lines)])
+
+    def where(document: int) -> str:
+        owner = int(np.searchsorted(starts, document, "right")) - 1
+        return f"{sources[owner].name}:{lines[owner].numbers[document - starts[owner]]}"
+
+    units = []
+    for source, own, start in zip(sources, lines, starts, strict=False):
+        state = source.state()
+        for number, (begin, end) in enumerate(_cuts(own.sizes, documents, size)):
+            places = np.flatnonzero(double[start + begin : start + end]) + begin
+            doubles = {int(own.numbers[place]): where(int(first[start + place])) for place in places}
+            offset = int(own.offsets[begin])
+            length = (int(own.offsets[end]) if end < len(own) else source.lines.stat().st_size) - offset
+            lines_of = LineRange(source.lines, source.name, source.root, int(own.numbers[begin]), offset, length)
+            # Everything that decides the shard's bytes: a shard is built again when, and only when, this changes.
+            fingerprint = hashlib.sha256(
+                json.dumps([FORMAT, RECORD_SCHEMA, OPTIONS, source.name, lines_of.first, doubles]).encode()
+                + own.contents[begin:end].tobytes()
+            )
+            content = ShardLines(source, lines_of, doubles, state)
+            weight = int(own.sizes[begin:end].sum())
+            units.append(Unit(f"{source.shards}-{number:05d}", fingerprint.hexdigest(), content, weight))
+    return units
+
+
+def _cuts(sizes: np.ndarray, documents: int, size: int) -> Iterator[tuple[int, int]]:
+    """Cuts consecutive lines [begin, end): at most `documents`, and `size` bytes unless one line has more.
+
+    >>> list(_cuts(np.array([3, 3, 3, 9, 1]), 3, 6))
+    [(0, 2), (2, 3), (3, 4), (4, 5)]
+    """
+    # A shard ends where the next line would exceed the bytes or the count, whichever comes first.
+    ends, begin = np.cumsum(sizes), 0
+    while begin < len(sizes):
+        before = int(ends[begin - 1]) if begin else 0
+        end = int(np.searchsorted(ends, before + size, "right"))
+        end = min(max(end, begin + 1), begin + documents, len(sizes))
+        yield begin, end
+        begin = end

@@ -11,9 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from baichuan_omni_jax.errors import ConfigError
-from data_pipelines.datasets.builder.build import build_dataset, gather, list_sources
-from data_pipelines.datasets.builder.command import main
-from data_pipelines.datasets.builder.plan import first_of_same_id
+from data_pipelines.datasets.builder.build import build_dataset, gather, main
+from data_pipelines.datasets.builder.plan import first_of_same_id, list_sources
 from data_pipelines.datasets.shards import open_dataset
 from data_pipelines.documents.document import Document
 from data_pipelines.documents.measures import load_measures

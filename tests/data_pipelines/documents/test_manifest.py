@@ -13,7 +13,7 @@ import pytest
 
 from baichuan_omni_jax.config import DataConfig, SourceConfig, tiny
 from baichuan_omni_jax.errors import ConfigError
-from data_pipelines.datasets.builder.command import main as build
+from data_pipelines.datasets.builder.build import main as build
 from data_pipelines.datasets.shards import open_dataset
 from data_pipelines.documents.document import Document
 from data_pipelines.documents.manifest import plain_manifest, read_manifest, split_manifest

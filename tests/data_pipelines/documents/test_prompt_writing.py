@@ -11,7 +11,7 @@ from jaxtyping import TypeCheckError
 
 from baichuan_omni_jax.config import tiny
 from baichuan_omni_jax.errors import ConfigError, RequestError
-from data_pipelines.datasets.builder.command import main as build
+from data_pipelines.datasets.builder.build import main as build
 from data_pipelines.documents.chat_prompt import ChatPrompts
 from data_pipelines.documents.document import Document
 from data_pipelines.documents.processor import Processor

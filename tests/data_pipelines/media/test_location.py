@@ -12,7 +12,7 @@ import pytest
 
 from baichuan_omni_jax.config import Budgets, DataConfig, SourceConfig, tiny
 from baichuan_omni_jax.errors import ConfigError, RequestError
-from data_pipelines.datasets.builder.command import main as build
+from data_pipelines.datasets.builder.build import main as build
 from data_pipelines.datasets.shards import open_dataset
 from data_pipelines.documents.chat_prompt import ChatPrompts
 from data_pipelines.documents.processor import Processor
