@@ -63,7 +63,7 @@ COMMANDS: dict[str, Command | Group] = {
             "stats": Command(f"{CLI}.data", "count documents and media, by type and size; loss shares", "stats"),
             "visualize": Command(f"{DATA}.tools.visualize", "draw packed rows and one document"),
             "sample": Command(f"{DATA}.sample.build", "write the offline sample data set"),
-            "synthesize": Command(f"{DATA}.synthesis.command", "make new documents from those of manifests"),
+            "synthesize": Command(f"{DATA}.synthesis.__main__", "make new documents from those of manifests"),
             "import-seqio": Command(f"{DATA}.datasets.importers.seqio_cache", "write a seqio mixture as a data set"),
         },
         "build, check, show and make data sets",

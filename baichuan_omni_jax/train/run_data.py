@@ -17,7 +17,6 @@ from baichuan_omni_jax.nn.param import ComputePolicy, named_values, with_values
 from baichuan_omni_jax.sharding import make_mesh
 from baichuan_omni_jax.train.groups import untrained_targets
 from baichuan_omni_jax.train.hosts import check_agreement
-from data_pipelines.audio_codes import CodeStore
 from data_pipelines.audio_codes.build import (
     SINGLE_HOST,
     CodeBuildOptions,
@@ -26,6 +25,7 @@ from data_pipelines.audio_codes.build import (
     open_or_build,
     store_path,
 )
+from data_pipelines.audio_codes.store import CodeStore
 from data_pipelines.pipeline import Pipeline, open_pipeline, prepare_sample
 
 

@@ -4,8 +4,3 @@ CODES/meta.json         tokenizer, codebook sizes, window rule, the parts with s
 CODES/frames/           TensorStore zarr3 array, int16 (frames, levels); one file a part: `c.17.0` is part 17
 CODES/index-3.npy       sorted by clip and window: where their frames are
 """
-
-from data_pipelines.audio_codes.store import CodeKey, CodeStore
-from data_pipelines.audio_codes.writer import write_codes
-
-__all__ = ["CodeKey", "CodeStore", "write_codes"]

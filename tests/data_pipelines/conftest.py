@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from baichuan_omni_jax.config import Budgets, DataConfig, SourceConfig, tiny
-from data_pipelines.audio_codes import CodeStore, write_codes
+from data_pipelines.audio_codes.store import CodeStore
+from data_pipelines.audio_codes.writer import write_codes
 from data_pipelines.pipeline import Pipeline, open_pipeline
 from tests.helpers.windows import windows_of
 

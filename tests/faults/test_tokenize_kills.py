@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from data_pipelines.audio_codes import CodeStore
+from data_pipelines.audio_codes.store import CodeStore
 from tests.helpers.micro import wait_until
 from tests.helpers.proofs import sized
 from tests.helpers.tokenized import copy_data, files_of, part_time_of, parts_of, run, start, store_of, without_store

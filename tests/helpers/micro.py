@@ -18,7 +18,8 @@ from jax.sharding import Mesh, NamedSharding
 from baichuan_omni_jax.config import MeshConfig, RunConfig, apply_overrides, load_run_config, resolve_model
 from baichuan_omni_jax.omni.batch import BATCH_AXES
 from baichuan_omni_jax.sharding import ShardingRules, make_mesh
-from data_pipelines.audio_codes import CodeStore, write_codes
+from data_pipelines.audio_codes.store import CodeStore
+from data_pipelines.audio_codes.writer import write_codes
 from data_pipelines.pipeline import Pipeline, open_pipeline
 from tests.helpers.proofs import HANG
 from tests.helpers.windows import windows_of

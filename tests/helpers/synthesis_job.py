@@ -2,7 +2,7 @@
 
 import json
 
-from data_pipelines.synthesis.command import main
+from data_pipelines.synthesis.__main__ import main
 
 # The texts of the tests have short sentences.
 SHORT = ("--shortest", "1")

@@ -1,6 +1,6 @@
 """The windows of audio of a mixture, for stores whose codes are made up."""
 
-from data_pipelines.audio_codes import CodeKey
+from data_pipelines.audio_codes.store import CodeKey
 from data_pipelines.audio_codes.windows import clip_sources
 from data_pipelines.documents.media_items import AudioItem
 from data_pipelines.pipeline import Pipeline

@@ -12,9 +12,8 @@ import pytest
 
 from baichuan_omni_jax.config import Budgets, DataConfig, SourceConfig, tiny
 from baichuan_omni_jax.errors import ConfigError
-from data_pipelines.audio_codes import CodeStore
 from data_pipelines.audio_codes.build import CodeBuildOptions, CodeEncoder, open_or_build, store_path
-from data_pipelines.audio_codes.store import REFERENCE
+from data_pipelines.audio_codes.store import REFERENCE, CodeStore
 from data_pipelines.audio_codes.windows import ClipSource, MelReader, clip_sources, listed, listing_job
 from data_pipelines.datasets.jobs.job import run_job
 from data_pipelines.datasets.jobs.runners import LocalRunner

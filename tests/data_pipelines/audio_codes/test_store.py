@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 
 from baichuan_omni_jax.errors import ConfigError
-from data_pipelines.audio_codes import CodeStore, write_codes
-from data_pipelines.audio_codes.store import ENTRY, REFERENCE, find, new_records, order_of
-from data_pipelines.audio_codes.writer import part_bounds, write_part
+from data_pipelines.audio_codes.store import ENTRY, REFERENCE, CodeStore, find, new_records, order_of
+from data_pipelines.audio_codes.writer import part_bounds, write_codes, write_part
 from data_pipelines.errors import SampleError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -238,7 +237,7 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path):
 def test_a_killed_writer_leaves_no_store_and_the_next_one_succeeds(tmp_path):
     script = (
         "import os, signal, sys; from pathlib import Path; import numpy as np;"
-        "from data_pipelines.audio_codes import write_codes\n"
+        "from data_pipelines.audio_codes.writer import write_codes\n"
         "def items():\n"
         "    yield ('0' * 64, 0), np.zeros((5, 3), int)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"

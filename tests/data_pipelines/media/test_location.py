@@ -20,7 +20,7 @@ from data_pipelines.documents.prompts import parse_prompt
 from data_pipelines.errors import SampleError
 from data_pipelines.media.location import MediaReference, MediaRoot, decode_base64, find_media
 from data_pipelines.pipeline import open_pipeline
-from data_pipelines.synthesis.command import main as synthesize
+from data_pipelines.synthesis.__main__ import main as synthesize
 from data_pipelines.tokenizers.tokenizer import train_tokenizer
 from data_pipelines.tools import visualize
 from data_pipelines.tools.stats import main as stats

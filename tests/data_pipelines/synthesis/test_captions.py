@@ -8,7 +8,7 @@ from PIL import Image
 
 from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.documents.prompts import ImageElement, TextElement, parse_prompt
-from data_pipelines.synthesis import command
+from data_pipelines.synthesis import __main__ as command
 from data_pipelines.synthesis.captions import CAPTIONS, DESCRIBE_IMAGE
 from tests.helpers.synthesis_hooks import job_of
 

@@ -13,7 +13,7 @@ from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.documents.manifest import read_manifest
 from data_pipelines.documents.prompts import AudioElement, parse_prompt
 from data_pipelines.media.location import find_media
-from data_pipelines.synthesis import command
+from data_pipelines.synthesis import __main__ as command
 from data_pipelines.synthesis.filters.job import FILTERS
 from data_pipelines.synthesis.filters.near_duplicates import find_duplicates, likeness, sign
 from data_pipelines.synthesis.filters.rules import count_edits, speech_units, spoken_texts

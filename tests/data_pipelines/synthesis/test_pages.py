@@ -17,7 +17,7 @@ from data_pipelines.documents.document import Document
 from data_pipelines.documents.prompt_writing import parse_prompt, plain_text
 from data_pipelines.documents.prompts import ImageElement
 from data_pipelines.errors import SampleError
-from data_pipelines.synthesis import command
+from data_pipelines.synthesis import __main__ as command
 from data_pipelines.synthesis.charts.drawing import draw_chart
 from data_pipelines.synthesis.charts.tables import (
     Chart,

@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from baichuan_omni_jax.errors import ConfigError
-from data_pipelines.datasets.builder import command as build
+from data_pipelines.datasets.builder import build
 from data_pipelines.documents.document import Document
 from data_pipelines.documents.prompt_writing import READ_ALOUD, TRANSCRIBE, image_tag, plain_text, turn
 from data_pipelines.documents.prompts import AudioElement, TextElement, parse_prompt
 from data_pipelines.errors import SampleError
 from data_pipelines.media.location import Media
-from data_pipelines.synthesis import command
-from data_pipelines.synthesis.command import SENTENCES, main
+from data_pipelines.synthesis import __main__ as command
+from data_pipelines.synthesis.__main__ import SENTENCES, main
 from data_pipelines.synthesis.speech import espeak, speaking
 from data_pipelines.synthesis.speech.espeak import VOICES
 from data_pipelines.synthesis.speech.speaking import EspeakSpeech, load_speech, voice_text

@@ -9,10 +9,10 @@ from PIL import Image
 
 from baichuan_omni_jax.config import tiny
 from baichuan_omni_jax.errors import ConfigError
-from data_pipelines.datasets.builder import command as build
+from data_pipelines.datasets.builder import build
 from data_pipelines.media.features import patchify, resize_image
 from data_pipelines.media.images import decode_image
-from data_pipelines.synthesis import command as synthesis
+from data_pipelines.synthesis import __main__ as synthesis
 from data_pipelines.text import fonts as lettering
 from data_pipelines.text.fonts import Lettering
 from data_pipelines.tools import visualize

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from baichuan_omni_jax.serving.limits import MediaContent, inspect_media
 from data_pipelines.errors import SampleError
-from data_pipelines.media.media_kind import MediaContent, inspect_media
 from tests.helpers.small_media import media, tone, write_audio, write_image, write_video
 
 IMAGE, AUDIO = MediaContent("image", False), MediaContent("audio", True)
