@@ -24,10 +24,20 @@ from av.video.reformatter import Colorspace, VideoReformatter
 from av.video.stream import VideoStream
 from jaxtyping import UInt8
 
-from data_pipelines.media.containers import MAX_FRAME_PIXELS, Damage, check_decoded, check_video, decode_packets, opened
+from data_pipelines.media.containers import (
+    MAX_FRAME_PIXELS,
+    Damage,
+    check_decoded,
+    check_video,
+    decode_packets,
+    is_cut,
+    lacks_frames,
+    measured_seconds,
+    opened,
+    promised_seconds,
+)
 from data_pipelines.media.images import check_size
 from data_pipelines.media.location import Media
-from data_pipelines.media.video_clock import is_cut, lacks_frames, measured_seconds, promised_seconds
 
 _SLACK = 1e-3  # seconds; time stamps are rounded to the container's clock
 _JUMP = 4.0  # seconds to the next frame wanted from which on key frames in between are looked for

@@ -7,14 +7,12 @@
 Near-duplicates are found among the kept documents of all manifests, when every unit is done: the first one stays.
 """
 
-import importlib
 import json
 from argparse import ArgumentParser, Namespace
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
-from types import ModuleType
 from typing import cast
 
 import numpy as np
@@ -27,7 +25,19 @@ from data_pipelines.documents.prompt_writing import plain_text, write_prompt
 from data_pipelines.documents.prompts import Element, TextElement
 from data_pipelines.errors import SampleError
 from data_pipelines.media.location import Media, MediaReference, find_media
-from data_pipelines.synthesis.filters.rules import ASR, KEPT, REJECTED, FilterRules, Verdict, judge
+from data_pipelines.synthesis.filters.rules import (
+    ASR,
+    KEPT,
+    PLACES,
+    REJECTED,
+    FilterRules,
+    Verdict,
+    find_duplicates,
+    judge,
+    likeness,
+    load_datasketch,
+    sign,
+)
 from data_pipelines.synthesis.units import (
     SKIPPED,
     Draft,
@@ -77,7 +87,7 @@ def make_job(options: Namespace) -> Job:
     if rules.transcriber:
         load_hook("--transcriber", rules.transcriber, "transcribe")
     if rules.duplicates:
-        _near_duplicates()
+        load_datasketch()
     return Job(NAME, manifest_units(NAME, options, repr(astuple(rules))), FilterDocuments(rules), options.out)
 
 
@@ -108,7 +118,7 @@ class FilterDocuments:
                     draft.write_media(folder)
                     if verdict.part == KEPT and self.rules.duplicates:
                         digests = [one.content_hash() for one in media]
-                        signatures.append(_near_duplicates().sign(plain_text(document.text), digests))
+                        signatures.append(sign(plain_text(document.text), digests))
                 parts[verdict.part].append(json_line(line))
             except SampleError as error:
                 skipped[error.cause] += 1
@@ -142,18 +152,17 @@ def finish(job: Job, summaries: Sequence[dict]) -> dict[str, Counter]:
 
 def _find_duplicates(job: Job, counts: Sequence[int], threshold: float) -> tuple[np.ndarray, np.ndarray]:
     """Returns for each kept document the number of the first one it repeats, and how like that it is."""
-    near = _near_duplicates()
     path = job.out / f"{NAME}-{_SIGNATURES}.partial"
     try:
         # On disk: 512 bytes a document, which for 10^8 documents no memory holds.
-        signatures = np.lib.format.open_memmap(path, "w+", np.uint32, (sum(counts), near.PLACES))
+        signatures = np.lib.format.open_memmap(path, "w+", np.uint32, (sum(counts), PLACES))
         start = 0
         for unit, count in zip(job.units, counts, strict=True):
             if count:
                 signatures[start : start + count] = np.load(job.out / unit.name / _SIGNATURES)
             start += count
-        first = near.find_duplicates(signatures, threshold)
-        return first, near.likeness(signatures, np.arange(len(first)), first)
+        first = find_duplicates(signatures, threshold)
+        return first, likeness(signatures, np.arange(len(first)), first)
     finally:
         path.unlink(missing_ok=True)
 
@@ -200,13 +209,6 @@ def _carry(document: Document, verdict: Verdict, draft: Draft) -> tuple[dict, li
         elements.append(element)
     values = {"id": document.id, "type": verdict.type, "text": write_prompt(elements), "where": document.location}
     return values | ({} if verdict.score is None else {"score": verdict.score}), media
-
-
-def _near_duplicates() -> ModuleType:
-    try:
-        return importlib.import_module("data_pipelines.synthesis.filters.near_duplicates")
-    except ImportError as error:
-        raise ConfigError("near-duplicates need datasketch: pip install baichuan_omni_jax[synthesis]") from error
 
 
 FILTERS = SynthesisTask(

@@ -14,9 +14,8 @@ from data_pipelines.documents.document import Document
 from data_pipelines.documents.prompts import ImageElement
 from data_pipelines.documents.sequence import document_elements, thin_frames
 from data_pipelines.errors import SampleError
-from data_pipelines.media.containers import Damage
+from data_pipelines.media.containers import Damage, is_cut
 from data_pipelines.media.location import Media
-from data_pipelines.media.video_clock import is_cut
 from data_pipelines.media.videos import decode_frames, frame_times, probe_video, read_video
 from tests.helpers.small_media import media
 

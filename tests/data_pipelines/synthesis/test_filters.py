@@ -15,8 +15,14 @@ from data_pipelines.documents.prompts import AudioElement, parse_prompt
 from data_pipelines.media.location import find_media
 from data_pipelines.synthesis import __main__ as command
 from data_pipelines.synthesis.filters.job import FILTERS
-from data_pipelines.synthesis.filters.near_duplicates import find_duplicates, likeness, sign
-from data_pipelines.synthesis.filters.rules import count_edits, speech_units, spoken_texts
+from data_pipelines.synthesis.filters.rules import (
+    count_edits,
+    find_duplicates,
+    likeness,
+    sign,
+    speech_units,
+    spoken_texts,
+)
 from data_pipelines.text.spoken_text import detect_language
 from tests.helpers.small_media import write_audio
 from tests.helpers.synthesis_hooks import job_of
