@@ -48,7 +48,7 @@ class Pipeline:
     # Mels that batches hold beside mel slots, by name.
     targets: Mapping[str, MelTargetSpec] = field(default_factory=dict)
     weighting: str = "token"  # what documents count in the loss (`train.document_weighting`)
-    untrained: tuple[int, ...] = ()  # special tokens that no loss asks for
+    untrained_targets: tuple[int, ...] = ()  # special tokens that no loss asks for
 
     @property
     def cache(self) -> Path:
@@ -124,7 +124,7 @@ class Pipeline:
             mels,
             tuple(source.loss_weight for source in self.config.mixture),
             self.weighting,
-            self.untrained,
+            self.untrained_targets,
         )
 
     def steps(
@@ -219,7 +219,7 @@ def open_pipeline(
     processor: Processor | None = None,
     targets: Mapping[str, MelTargetSpec] | None = None,
     weighting: str = "token",
-    untrained: tuple[int, ...] = (),
+    untrained_targets: tuple[int, ...] = (),
 ) -> Pipeline:
     """Opens tokenizer, processor and indexes of a mixture; every skipped document is named in the log, once.
 
@@ -230,7 +230,7 @@ def open_pipeline(
             configuration's own.
         targets: mels that batches hold beside mel slots, by name.
         weighting: what documents count in the loss (`train.document_weighting`).
-        untrained: special tokens that no loss asks for.
+        untrained_targets: special tokens that no loss asks for.
 
     Returns:
         The pipeline; nothing of its media has been decoded yet.
@@ -251,7 +251,7 @@ def open_pipeline(
             tokenizer = load_or_train_tokenizer(config, omni)
             processor = Processor(omni, tokenizer, config.end_of_text, config.images, config.unmarked)
         indexes = tuple(_open_index(config, source, processor) for source in config.mixture)
-    pipeline = Pipeline(config, omni, processor, indexes, targets or {}, weighting, untrained)
+    pipeline = Pipeline(config, omni, processor, indexes, targets or {}, weighting, untrained_targets)
     for index in indexes:
         _name_skipped(index)
     bad = pipeline.causes()

@@ -81,7 +81,7 @@ def open_pipelines(run: RunConfig, omni: OmniConfig) -> dict[str, Pipeline]:
     # Known here already, since what a document weighs is shared out among the targets that count.
     untrained = untrained_targets(run, omni) if run.task == "omni" else ()
     weighting = run.train.document_weighting
-    training = open_pipeline(run.data, omni, targets=targets, weighting=weighting, untrained=untrained)
+    training = open_pipeline(run.data, omni, targets=targets, weighting=weighting, untrained_targets=untrained)
     held_out = {
         mixture.name: open_pipeline(replace(run.data, mixture=mixture.sources), omni, training.processor, targets)
         for mixture in (run.eval.mixtures if run.eval.every or run.eval.audio_every else ())

@@ -143,9 +143,9 @@ class CodeStore:
         try:
             codes = self._frames[start : start + length].read().result()
         except ValueError as error:
-            raise SampleError(
-                "damaged_codes", f"{self._parts_of(start, length)} is damaged: {_reason(error)}"
-            ) from error
+            # The last part of TensorStore's nested message says what was wrong.
+            reason = str(error).split(": ")[-1].partition(" [")[0]
+            raise SampleError("damaged_codes", f"{self._parts_of(start, length)} is damaged: {reason}") from error
         if (codes == UNUSED).any():
             raise SampleError("damaged_codes", f"{self._parts_of(start, length)} is missing, or lacks frames of {key}")
         return codes.astype(np.int32)
@@ -200,8 +200,3 @@ def file_digest(path: Path) -> str:
     """Returns a file's SHA-256 in hex. Raises OSError."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _reason(error: Exception) -> str:
-    """Returns the last part of TensorStore's nested message: what was wrong."""
-    return str(error).split(": ")[-1].partition(" [")[0]

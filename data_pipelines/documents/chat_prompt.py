@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import soundfile
-from jaxtyping import Float, Int32
+from jaxtyping import Int32
 
 from baichuan_omni_jax.config import VOICE, OmniConfig
 from baichuan_omni_jax.errors import ConfigError, RequestError
@@ -57,8 +57,8 @@ class ChatPrompts:
         """Encodes a conversation that ends with the mark of the assistant's turn, or inside the assistant's last
         message.
 
-        `spoken`: the answer is to be given aloud, which the marks of all the assistant's turns say; `voice` is named to
-        the model where there is no system message.
+        `spoken`: the answer is to be given in speech, which the marks of all the assistant's turns say; `voice` is
+        named to the model where there is no system message.
 
         Raises RequestError: `bad_message` for a role, type, field or order that there is not; `bad_media` for a file
         that is missing, unreadable, silent, too short or too big.
@@ -95,7 +95,7 @@ class ChatPrompts:
             return self.processor.encode_prompt(builder.elements, builder.media)
 
     def sentences(self, text: str) -> list[str]:
-        """Cuts text at punctuation into what is read aloud at once; joined they are the text."""
+        """Cuts text at punctuation into what is spoken at once; joined they are the text."""
         return split_text(text)
 
 
@@ -225,9 +225,12 @@ def _wave_file(samples: Any, rate: Any, name: str) -> bytes:
             "bad_message",
             f"samples of {name} are {wave.dtype} of shape {list(wave.shape)}, not floats, int16 or int32 of shape (t,)",
         )
+    # Whole numbers, as int16 and int32 recordings hold them, are brought to a full scale of 1.
+    whole = np.issubdtype(wave.dtype, np.integer)
+    wave = wave.astype(np.float32) / (float(np.iinfo(wave.dtype).max + 1) if whole else 1.0)
     file = io.BytesIO()
     try:
-        soundfile.write(file, _full_scale(wave), int(rate), format="WAV", subtype="FLOAT")
+        soundfile.write(file, wave, int(rate), format="WAV", subtype="FLOAT")
     except soundfile.SoundFileError as error:
         raise RequestError("bad_message", f"samples of {name} cannot be used: {error}") from error
     return file.getvalue()
@@ -238,13 +241,6 @@ def _array(values: Any, name: str) -> np.ndarray:
         return np.asarray(values)
     except ValueError as error:  # rows of unequal lengths
         raise RequestError("bad_message", f"{name} are no array: {error}") from error
-
-
-def _full_scale(wave: np.ndarray) -> Float[np.ndarray, "..."]:
-    """Brings whole numbers, as int16 and int32 recordings hold them, to a full scale of 1."""
-    if np.issubdtype(wave.dtype, np.integer):
-        return wave.astype(np.float32) / float(np.iinfo(wave.dtype).max + 1)
-    return wave.astype(np.float32)
 
 
 @contextmanager

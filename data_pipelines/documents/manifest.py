@@ -123,8 +123,9 @@ def plain_manifest(path: Path, name: str, folder: Path) -> Path:
     """
     with open_manifest(path, name) as file:
         status = path.stat()
-        if not _compression(_first_bytes(path)):
-            return path
+        with path.open("rb") as packed:
+            if not _compression(packed.read(4)):
+                return path
         key = hashlib.sha256(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()[:16]
         copy = folder / f"{Path(manifest_stem(path.name)).name}-{key}.lines"
         if copy.is_file():
@@ -167,11 +168,6 @@ def open_manifest(path: Path, name: str = "") -> Iterator[io.BufferedIOBase]:
             yield plain
         except (EOFError, zlib.error, gzip.BadGzipFile, _ZstdError) as error:
             raise ConfigError(f"manifest {name} is damaged: its {compression} data are cut or changed") from error
-
-
-def _first_bytes(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(4)
 
 
 def _compression(head: bytes) -> Literal["", "gzip", "zstd"]:

@@ -22,7 +22,7 @@ from data_pipelines.documents.prompts import (
 from data_pipelines.media.audio import probe_audio
 from data_pipelines.media.containers import MAX_VIDEO_SECONDS
 from data_pipelines.media.images import probe_image
-from data_pipelines.media.location import Media, find_media
+from data_pipelines.media.location import find_media
 from data_pipelines.media.videos import probe_video
 
 SCHEMA = 1  # of saved tables: raise it when they hold something else than before
@@ -64,15 +64,10 @@ def _measure(element: ImageElement | VideoElement | AudioElement, document: Docu
         height, width = probe_image(media)
         return MediaMeasure("frame" if element.frame else "image", height, width, 0.0, media.size)
     if isinstance(element, VideoElement):
-        height, width, seconds = _probe_video(media)
-        return MediaMeasure("video", height, width, seconds, media.size)
+        probe = probe_video(media, 1.0, MAX_VIDEO_SECONDS)
+        return MediaMeasure("video", probe.height, probe.width, probe.seconds, media.size)
     seconds = probe_audio(media, _CLOCK) / _CLOCK
     return MediaMeasure("speech" if element.spoken else "audio", 0, 0, seconds, media.size)
-
-
-def _probe_video(media: Media) -> tuple[int, int, float]:
-    probe = probe_video(media, 1.0, MAX_VIDEO_SECONDS)
-    return probe.height, probe.width, probe.seconds
 
 
 @dataclass(frozen=True)

@@ -302,7 +302,9 @@ class Processor:
                 continue
             media = find_media(element.reference, root)
             if isinstance(element, TokensElement):
-                parts.append(TextPart(self._ids(media), element.trainable))
+                parts.append(
+                    TextPart(read_ids(media, self.tokenizer_fingerprint, self.config.llm.vocab_size), element.trainable)
+                )
             elif isinstance(element, AudioElement):
                 clips.append(read_clip(media, self.config.audio, decoding.mels, decoding.rates))
                 parts.append(AudioPart(clips[-1].code_frames, element.spoken, element.trainable))
@@ -322,9 +324,6 @@ class Processor:
     @cached_property
     def _plain_tokenizer(self) -> Tokenizer:
         return plain_tokenizer(self.tokenizer)
-
-    def _ids(self, media: Media) -> list[int]:
-        return read_ids(media, self.tokenizer_fingerprint, self.config.llm.vocab_size)
 
     def _ending(self, document: Document, elements: list[Element], last_ids: Sequence[int]) -> list[TextPart]:
         """Returns the end of text, where the document does not end in it: `last_ids` are those of its last element."""

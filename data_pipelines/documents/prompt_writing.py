@@ -49,14 +49,14 @@ TRANSCRIBE = {
     "zh": (ASR_PROMPT, "请把听到的话写下来：", "请转写这段语音："),
     "en": ("Transcribe the speech into text:", "Write down what you hear:", "What is said in this recording?"),
 }
-READ_ALOUD = {
+SPEAK_TEXT = {
     "zh": ("将文本转换为语音：", "请朗读下面的文字：", "请把这句话读出来："),
     "en": ("Convert the text into speech: ", "Read this aloud: ", "Say the following: "),
 }
 
 
 def role_mark(role: Role, spoken: bool) -> str:
-    """Returns what stands before a turn, in a conversation that is answered aloud (`spoken`) or in text alone.
+    """Returns what stands before a turn, in a conversation that is answered in speech (`spoken`) or in text alone.
 
     >>> role_mark("assistant", spoken=True)
     '<audiotext_start_baichuan><C_A>'
@@ -86,7 +86,7 @@ def opening_elements(system: bool, spoken: bool, voice: str = VOICE) -> list[Ele
 
 
 def misses_marks(elements: list[Element]) -> bool:
-    """Tells whether a conversation is answered aloud and does not say so before each answer."""
+    """Tells whether a conversation is answered in speech and does not say so before each answer."""
     marks = "".join(each.text for each in elements if isinstance(each, TextElement) and not each.plain)
     spoken = any(isinstance(each, AudioElement) and each.spoken for each in elements)
     return spoken and ASSISTANT in marks and marks.count(ASSISTANT) != marks.count(AUDIOTEXT_START + ASSISTANT)
@@ -168,7 +168,7 @@ def turn(question: str, answer: str, system: str = "", voice: str = VOICE) -> So
 def conversation(turns: Sequence[tuple[str, str]], system: str = "", voice: str = VOICE) -> Source:
     """Writes questions of the user and trainable answers of the assistant, after an optional system prompt.
 
-    Where an answer holds speech (`speech_tag`), the conversation has the form of those that are answered aloud: the
+    Where an answer holds speech (`speech_tag`), the conversation has the form of those answered in speech: the
     mark before each answer and, unless there is a `system` prompt, that which names the `voice`.
     """
     # The form follows from the answers: with speech in one, all turns have the marks of speech.

@@ -229,21 +229,18 @@ def lay_out(parts: Iterable[Part], tokens: SpecialTokens, following: Part | None
             pad = tokens.video_place if part.frame else tokens.image_pad
             layout.visual_slots += _add_media(layout, tokens.image_start, pad, tokens.image_end, part.count)
         else:
-            _add_sound(layout, part, tokens)
+            # Only speech to be generated is predicted; audio heard is input.
+            learned = part.spoken and part.trainable
+            if learned:
+                layout.spoken.append((len(layout.tokens), len(layout.audio_slots), part.count))
+            start, end = tokens.audio_start, tokens.audio_end
+            if part.spoken:
+                start, end = tokens.audiogen_start, tokens.audiogen_end
+            layout.audio_slots += _add_media(layout, start, tokens.audio_pad, end, part.count, start_predicted=learned)
     if following is not None:
         after = lay_out([following], tokens)
         layout.following = (after.tokens[0], after.predicted[0])
     return layout
-
-
-def _add_sound(layout: Layout, part: AudioPart, tokens: SpecialTokens) -> None:
-    # Only speech to be generated is predicted; audio heard is input.
-    learned = part.spoken and part.trainable
-    if learned:
-        layout.spoken.append((len(layout.tokens), len(layout.audio_slots), part.count))
-    start, end = (tokens.audiogen_start, tokens.audiogen_end) if part.spoken else (tokens.audio_start, tokens.audio_end)
-    slots = _add_media(layout, start, tokens.audio_pad, end, part.count, start_predicted=learned)
-    layout.audio_slots += slots
 
 
 def _add_media(layout: Layout, start: int, pad: int, end: int, count: int, start_predicted: bool = False) -> range:
@@ -292,7 +289,7 @@ def audio_targets(
 
 
 def weigh(
-    document: EncodedDocument, weighting: str, loss_weight: float, untrained: Sequence[int] = ()
+    document: EncodedDocument, weighting: str, loss_weight: float, untrained_targets: Sequence[int] = ()
 ) -> EncodedDocument:
     """Gives a document the weights that make it count as `train.document_weighting` and its source say.
 
@@ -304,20 +301,23 @@ def weigh(
         document: with weights of 1 and 0.
         weighting: `token`, `sqrt` or `document`.
         loss_weight: the source's own factor.
-        untrained: special tokens whose rows of the head do not train: as text targets they weigh nothing and are not
+        untrained_targets: special tokens whose rows of the head do not train: as text targets they weigh nothing and are not
             counted.
 
     Returns:
         The document with its weights, or itself where nothing changes.
     """
-    if len(untrained) and (refused := np.isin(document.text_targets, untrained) & (document.text_weights > 0)).any():
+    if (
+        len(untrained_targets)
+        and (refused := np.isin(document.text_targets, untrained_targets) & (document.text_weights > 0)).any()
+    ):
         document = replace(document, text_weights=np.where(refused, 0, document.text_weights).astype(np.float32))
     if (power := POWERS[weighting]) == 0 and loss_weight == 1:
         return document
-    text, audio = (_scaled(part, power, loss_weight) for part in (document.text_weights, document.audio_weights))
-    return replace(document, text_weights=text, audio_weights=audio)
-
-
-def _scaled(weights: Float32[np.ndarray, "n ..."], power: float, loss_weight: float) -> Float32[np.ndarray, "n ..."]:
-    counts = np.maximum((weights > 0).sum(0), 1)
-    return (weights * (loss_weight / counts**power)).astype(np.float32)
+    # Each modality, and each audio level, by its own count.
+    scaled = {}
+    for name in ("text_weights", "audio_weights"):
+        weights = getattr(document, name)
+        counts = np.maximum((weights > 0).sum(0), 1)
+        scaled[name] = (weights * (loss_weight / counts**power)).astype(np.float32)
+    return replace(document, **scaled)

@@ -142,14 +142,11 @@ def find_media(reference: MediaReference, root: Path | MediaRoot | Mapping[str, 
     written = local_path(reference.path)
     absolute = written != reference.path or os.path.isabs(written)
     # An absolute path is called by its last part, or by where it lies in the root: it tells about the machine.
-    name = _shorten((os.path.basename(written.rstrip("/")) or "/") if absolute else written)
+    name = (os.path.basename(written.rstrip("/")) or "/") if absolute else written
+    name = name if len(name) <= 200 else f"{name[:100]}...{name[-97:]}"
     media_root = root if isinstance(root, MediaRoot) else MediaRoot(Path(root))
     path, inside = media_root.find(written, name)
     return Media(name=inside if absolute else reference.path, path=path)
-
-
-def _shorten(name: str) -> str:
-    return name if len(name) <= 200 else f"{name[:100]}...{name[-97:]}"
 
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")

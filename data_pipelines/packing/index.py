@@ -301,7 +301,9 @@ def _warn_of_old_causes(source: Source, columns: Columns) -> None:
 
 
 def _build(source: Source, processor: Processor, folder: Path, workers: int) -> Columns:
-    job = _job(source, processor, folder)
+    units = [Unit(f"part-{place:06d}", folder.name, part, part.length) for place, part in enumerate(source.parts)]
+    out = folder.with_name(f"{folder.name}.building")
+    job = Job(f"index of {source.path}", units, MeasurePart(source, processor), out)
     runner = LocalRunner(workers if len(job.units) > 1 else 0)
     summaries = run_job(job, runner, report=log.info)
     # The parts are put together beside the index and renamed at the end, so that a killed build leaves none.
@@ -323,9 +325,3 @@ def _build(source: Source, processor: Processor, folder: Path, workers: int) -> 
     whole.rename(folder)
     shutil.rmtree(job.out, ignore_errors=True)
     return open_columns(folder)
-
-
-def _job(source: Source, processor: Processor, folder: Path) -> Job:
-    units = [Unit(f"part-{place:06d}", folder.name, part, part.length) for place, part in enumerate(source.parts)]
-    out = folder.with_name(f"{folder.name}.building")
-    return Job(f"index of {source.path}", units, MeasurePart(source, processor), out)

@@ -61,7 +61,7 @@ class RowDecoder:
     mels: MelSlots  # what mel slots show
     loss_weights: tuple[float, ...]  # the sources' own
     weighting: str = "token"  # `train.document_weighting`
-    untrained: tuple[int, ...] = ()  # special tokens that no loss asks for
+    untrained_targets: tuple[int, ...] = ()  # special tokens that no loss asks for
 
     def __call__(self, rows: list[PackedRow], mel_frames: int = 0) -> tuple[Batch, dict]:
         """Decodes the batch of `rows`, its mel slots of `mel_frames`, and the documents that could not be decoded."""
@@ -110,7 +110,7 @@ class RowDecoder:
             return
         if encoded.damaged_packets:
             damaged[key] = encoded.damaged_packets
-        weighed = weigh(encoded, self.weighting, self.loss_weights[source], self.untrained)
+        weighed = weigh(encoded, self.weighting, self.loss_weights[source], self.untrained_targets)
         writer.add(weighed, source=source, number=number, image_starts=image_starts)
 
 

@@ -217,7 +217,12 @@ def record(plan: MediaPlan) -> dict[str, np.ndarray]:
     """Speaks all that is planned; returns the samples (int16, `SAMPLE_RATE` Hz) by the path they belong to."""
     # One after the other: eSpeak is one process, and the order does not change what it says.
     spoken = {clip.path: clip.track for clip in plan.videos} | plan.speech
-    return {path: _speak(utterance) for path, utterance in spoken.items()}
+    recordings = {}
+    for path, utterance in spoken.items():
+        samples = speak(utterance.text, utterance.voice, rate=utterance.rate, pitch=utterance.pitch)
+        # What is shorter than a second ends in silence.
+        recordings[path] = np.pad(samples, (0, max(0, SAMPLE_RATE - len(samples))))
+    return recordings
 
 
 def produce(plan: MediaPlan, recordings: dict[str, np.ndarray], path: str, root: Path) -> None:
@@ -232,21 +237,11 @@ def produce(plan: MediaPlan, recordings: dict[str, np.ndarray], path: str, root:
     if path in plan.images:
         save(plan.images[path], root / path)
     elif path in plan.speech:
-        _write_wave(recordings[path], root / path)
+        with wave.open(str(root / path), "wb") as file:
+            file.setnchannels(1)
+            file.setsampwidth(2)
+            file.setframerate(SAMPLE_RATE)
+            file.writeframes(recordings[path].astype("<i2").tobytes())
     else:
         video = next(clip.video for clip in plan.videos if clip.path == path)
         write_video(video, recordings[path], SAMPLE_RATE, root / path)
-
-
-def _speak(utterance: Utterance) -> np.ndarray:
-    """Speaks an utterance; one shorter than a second ends in silence."""
-    samples = speak(utterance.text, utterance.voice, rate=utterance.rate, pitch=utterance.pitch)
-    return np.pad(samples, (0, max(0, SAMPLE_RATE - len(samples))))
-
-
-def _write_wave(samples: np.ndarray, path: Path) -> None:
-    with wave.open(str(path), "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)
-        file.setframerate(SAMPLE_RATE)
-        file.writeframes(samples.astype("<i2").tobytes())

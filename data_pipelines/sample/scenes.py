@@ -139,7 +139,7 @@ def short_caption(crop: Crop, language: str, limit: int = 2) -> str:
 
 
 def questions(crop: Crop, language: str) -> list[Answer]:
-    """Asks every question of this module whose answer is known for the crop; they also read well aloud."""
+    """Asks every question of this module whose answer is known for the crop; they also speak well."""
     # What is known of the crop; a question is asked only where its answer is certain.
     here, absent = visible_parts(crop), absent_parts(crop)
     light, (part, where) = LIGHT[brightness(crop)], _placed(crop)

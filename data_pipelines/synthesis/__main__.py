@@ -53,7 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         own.set_defaults(task=task)
     lists = "Lists the voices of a back end by name, and draws ten of them."
     voices = jobs.add_parser("voices", help=lists, description=lists)
-    _add_voice_arguments(voices)
+    voices.add_argument("--tts", default="espeak", help=f"{', '.join(INCLUDED)} or package.module:factory")
+    voices.add_argument("--picture", metavar="FILE", type=Path, help="draws ten of them: .png, .pdf or .svg")
     voices.set_defaults(task=None)
 
 
@@ -96,12 +97,6 @@ SENTENCES = {"en": "The lake is calm tonight, isn't it?", "zh": "今晚的湖水
 _READ = {"en": SENTENCES["en"], "zh": "Jīnwǎn de húshuǐ hěn píngjìng, duì ma?"}  # few machines have a Chinese font
 SHOWN = 5  # voices of each language in the figure
 COLORS = 96  # of a PNG
-
-
-def _add_voice_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `voices`."""
-    parser.add_argument("--tts", default="espeak", help=f"{', '.join(INCLUDED)} or package.module:factory")
-    parser.add_argument("--picture", metavar="FILE", type=Path, help="draws ten of them: .png, .pdf or .svg")
 
 
 def list_voices(options: argparse.Namespace) -> None:

@@ -159,12 +159,15 @@ def table_of_texts(texts: Sequence[str]) -> PieceTable:
     for i, text in enumerate(texts):
         for n in inner[row[i]]:
             prefix[i, n - 1] = _kept(text, n, by_text)
+    # A character whose first bytes alone are here is spoken with this token, not with the one that ends it.
+    part = {_PARTS["letter"]: OTHER_UNITS, _PARTS["han"]: HAN_UNITS}
+    units = [spoken_units(text) + part.get(text[-1:], 0) for text in texts]
     return PieceTable(
         row,
         np.stack(after),
         np.stack(cuts),
         prefix,
-        np.array([_token_units(text) for text in texts], np.int32),
+        np.array(units, np.int32),
         np.array([_word_of_token(text) for text in texts], np.int32),
         np.array(sorted(map(_word_number, _ABBREVIATIONS)), np.int32),
     )
@@ -263,11 +266,6 @@ def _kept(text: str, place: int, by_text: Mapping[str, int]) -> int:
     longest = next((n for n in range(place, 0, -1) if text[:n] in by_text), 0)
     found = by_text.get(text[:longest], -1)
     return found if longest == place else -2 - found if longest else -1
-
-
-def _token_units(text: str) -> int:
-    part = {_PARTS["letter"]: OTHER_UNITS, _PARTS["han"]: HAN_UNITS}
-    return spoken_units(text) + part.get(text[-1:], 0)
 
 
 def _whole_characters(token: str) -> str:

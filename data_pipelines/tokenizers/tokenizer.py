@@ -16,7 +16,7 @@ import binascii
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -99,7 +99,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         special_tokens=added_tokens(SPECIAL_TOKENS),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
-    tokenizer.train_from_iterator(_plain(texts), trainer)
+    # Names of special tokens are no text: merges across their letters would never be used.
+    plain = (part for text in texts for part in _SPECIAL.split(text) if part)
+    tokenizer.train_from_iterator(plain, trainer)
     return tokenizer
 
 
@@ -158,17 +160,12 @@ def added_tokens(names: Iterable[str]) -> list[AddedToken]:
     return [AddedToken(name, normalized=False, special=True) for name in names]
 
 
-def _plain(texts: Iterable[str]) -> Iterator[str]:
-    for text in texts:
-        yield from filter(None, _SPECIAL.split(text))
-
-
 def tokenizer_from_ranks(path: str | Path, special_tokens: Sequence[str] = SPECIAL_TOKENS) -> Tokenizer:
     """Builds the byte-level BPE with the ranks as ids; the special tokens follow them. Raises ConfigError naming the
     file.
     """
     ranks = read_ranks(path)
-    written = {token: _write_bytes(token) for token in ranks}
+    written = {token: "".join(_CHARACTERS[byte] for byte in token) for token in ranks}
     # Merges in the order of the ranks, as a trained BPE would have learned them.
     merges = []
     for token, rank in ranks.items():
@@ -224,7 +221,3 @@ def _byte_characters() -> list[str]:
 
 
 _CHARACTERS = _byte_characters()
-
-
-def _write_bytes(token: bytes) -> str:
-    return "".join(_CHARACTERS[byte] for byte in token)

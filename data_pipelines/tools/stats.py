@@ -193,7 +193,9 @@ def measure_range(unit: Unit, folder: Path) -> dict:
 def quantities(measures: Measures) -> list[Quantity]:
     """Lists all that is measured of documents and media, those without a value too."""
     types = measures.media_type()
-    images, video, audio = (np.isin(measures.kind, _numbers(kinds)) for kinds in (_IMAGES, _VIDEO, _AUDIO))
+    images, video, audio = (
+        np.isin(measures.kind, [KINDS.index(kind) for kind in kinds]) for kinds in (_IMAGES, _VIDEO, _AUDIO)
+    )
     # A side, not an area: what a user knows of images is how wide they are.
     side = np.sqrt(measures.height.astype(np.float64) * measures.width)
     return [
@@ -208,10 +210,6 @@ def quantities(measures: Measures) -> list[Quantity]:
 
 
 _IMAGES, _VIDEO, _AUDIO = ("image", "frame"), ("video",), ("audio", "speech")
-
-
-def _numbers(kinds: Sequence[str]) -> list[int]:
-    return [KINDS.index(kind) for kind in kinds]
 
 
 def modality_table(measures: Measures) -> Table:

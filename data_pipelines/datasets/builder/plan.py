@@ -122,7 +122,8 @@ def plan_lines(sources: Sequence[Manifest], folder: Path, runner: Runner) -> lis
     job = Job("planning", units, _plan_range, folder)
     run_job(job, runner)
     # Joined in the order of the file, whoever was done first.
-    parts: list[list[dict]] = [[_empty()] for _ in sources]
+    empty = {name: np.zeros(0, np.int64) for name in _COLUMNS[:3]} | {name: _hashes([]) for name in _COLUMNS[3:]}
+    parts: list[list[dict]] = [[empty] for _ in sources]
     for owner, unit in zip(owners, units, strict=True):
         with np.load(folder / f"{unit.name}.npz") as arrays:
             parts[owner].append({name: arrays[name] for name in _COLUMNS})
@@ -186,10 +187,6 @@ def _hash(content: bytes) -> bytes:
 
 def _hashes(digests: Sequence[bytes]) -> UInt64[np.ndarray, "n 2"]:
     return np.frombuffer(b"".join(digests), "<u8").reshape(-1, 2)
-
-
-def _empty() -> dict:
-    return {name: np.zeros(0, np.int64) for name in _COLUMNS[:3]} | {name: _hashes([]) for name in _COLUMNS[3:]}
 
 
 def first_of_same_id(ids: UInt64[np.ndarray, "n 2"]) -> tuple[Bool[np.ndarray, " n"], Int64[np.ndarray, " n"]]:

@@ -84,7 +84,9 @@ class Job:
             # Digests are taken before the files move: what the mark says is what the work wrote.
             files = {}
             for path in sorted(path for path in scratch.rglob("*") if path.is_file()):
-                files[path.relative_to(scratch).as_posix()] = [path.stat().st_size, _sha256(path)]
+                with path.open("rb") as file:
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+                files[path.relative_to(scratch).as_posix()] = [path.stat().st_size, digest]
             # What an earlier unit of this name left goes first, so that no mark ever covers files of two builds.
             earlier = read_mark(self._mark(unit))
             if earlier and earlier["fingerprint"] != unit.fingerprint:
@@ -215,11 +217,6 @@ def remove_unit(mark: Path) -> None:
 def describe_error(error: Exception) -> str:
     """Returns one sentence for what a unit raised."""
     return str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 INTERVAL = 5.0  # seconds between two lines

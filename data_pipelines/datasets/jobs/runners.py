@@ -150,7 +150,8 @@ class BeamRunner:
             raise ConfigError("--runner beam needs Apache Beam: pip install 'baichuan_omni_jax[beam]'") from error
         self.arguments = list(arguments)
         if not any(argument.startswith("--runner") for argument in arguments):
-            self.arguments += _local_arguments(workers)
+            mode = f"--direct_running_mode={'multi_processing' if workers else 'in_memory'}"
+            self.arguments += ["--runner=FnApiRunner", f"--direct_num_workers={max(workers, 1)}", mode]
 
     def __call__(self, job: Job, units: Sequence[Unit]) -> Outcomes:
         """Yields when the pipeline has ended. Raises ConfigError, with Beam's message, when it ended badly."""
@@ -170,11 +171,6 @@ class BeamRunner:
         # What became of each unit is read from the shared folder, not from the pipeline.
         for unit in units:
             yield unit, _outcome(job, unit)
-
-
-def _local_arguments(workers: int) -> list[str]:
-    mode = "multi_processing" if workers else "in_memory"
-    return ["--runner=FnApiRunner", f"--direct_num_workers={max(workers, 1)}", f"--direct_running_mode={mode}"]
 
 
 def _do(unit: Unit, job: Job) -> None:

@@ -83,7 +83,10 @@ def _lines(axes: Axes, chart: Chart, colors: list, rng: random.Random) -> None:
         if chart.written:
             others = [other for other in chart.series if other is not series]
             for place in places:
-                _write_value(axes, place, series.values, _lies_low(place, series.values, others))
+                value, below = series.values[place], _lies_low(place, series.values, others)
+                shift, side = (-6, "top") if below else (5, "bottom")
+                point = (place, float(value))
+                axes.annotate(spell(value), point, (0, shift), textcoords="offset points", ha="center", va=side)
     axes.margins(y=0.15)
     axes.set_xticks(places, chart.table.labels)
     axes.set(xlabel=chart.table.header, ylabel=chart.series[0].name if len(chart.series) == 1 else "")
@@ -98,12 +101,6 @@ def _lies_low(place: int, values: tuple[Decimal, ...], others: list[Series]) -> 
         return values[place] < others[0].values[place]
     neighbors = values[max(place - 1, 0) : place] + values[place + 1 : place + 2]
     return all(value > values[place] for value in neighbors)
-
-
-def _write_value(axes: Axes, place: int, values: tuple[Decimal, ...], below: bool) -> None:
-    shift, side = (-6, "top") if below else (5, "bottom")
-    point = (place, float(values[place]))
-    axes.annotate(spell(values[place]), point, (0, shift), textcoords="offset points", ha="center", va=side)
 
 
 def _points(axes: Axes, chart: Chart, colors: list, rng: random.Random) -> None:

@@ -111,7 +111,8 @@ class FilterDocuments:
                 verdict = judge(document, self.rules)
                 if verdict.part == REJECTED:
                     rejected[verdict.cause] += 1
-                    line = _reject(document, verdict)
+                    line = {"id": document.id, "type": document.type, "text": document.text, "where": document.location}
+                    line |= {"cause": verdict.cause, "score": verdict.score}
                 else:
                     draft = Draft(document, NAME, unit.name, number)
                     line, media = _carry(document, verdict, draft)
@@ -190,11 +191,6 @@ def _write_sorted(job: Job, first: np.ndarray, likeness: np.ndarray) -> int:
                             originals[number] = values["id"]
                     number += 1
     return int(repeats.sum())
-
-
-def _reject(document: Document, verdict: Verdict) -> dict:
-    values = {"id": document.id, "type": document.type, "text": document.text, "where": document.location}
-    return {**values, "cause": verdict.cause, "score": verdict.score}
 
 
 def _carry(document: Document, verdict: Verdict, draft: Draft) -> tuple[dict, list[Media]]:

@@ -27,7 +27,7 @@ from jaxtyping import Int64, UInt32, UInt64
 
 from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.documents.document import Document
-from data_pipelines.documents.prompt_writing import READ_ALOUD, TRANSCRIBE, choose_prompt, plain_text, text_of
+from data_pipelines.documents.prompt_writing import SPEAK_TEXT, TRANSCRIBE, choose_prompt, plain_text, text_of
 from data_pipelines.documents.prompts import AudioElement, Element, TextElement, parse_prompt
 from data_pipelines.errors import SampleError
 from data_pipelines.media.audio import decode_audio, probe_audio
@@ -49,7 +49,7 @@ class Transcriber(Protocol):
 
 
 def spoken_texts(elements: Sequence[Element]) -> list[tuple[str, AudioElement]]:
-    """Pairs every audio that is spoken, with the text right before it, less our own prompts to read aloud.
+    """Pairs every audio that is spoken, with the text right before it, less our own prompts to speak it.
 
     TTS is (text, audio), ITTS (text, audio, text, audio, ...).
 
@@ -69,7 +69,7 @@ def spoken_texts(elements: Sequence[Element]) -> list[tuple[str, AudioElement]]:
 
 
 def _without_prompt(text: str) -> str:
-    for prompts in READ_ALOUD.values():
+    for prompts in SPEAK_TEXT.values():
         for prompt in prompts:
             text = text.removeprefix(prompt.strip())
     return text.strip()

@@ -19,7 +19,7 @@ from data_pipelines.documents.sequence import document_elements
 from data_pipelines.errors import SampleError
 from data_pipelines.media.audio import probe_audio
 from data_pipelines.media.containers import opened
-from data_pipelines.media.location import Media, MediaReference, find_media
+from data_pipelines.media.location import MediaReference, find_media
 from data_pipelines.synthesis.speech.speaking import (
     DocumentSpeaker,
     SpeechConfig,
@@ -114,7 +114,12 @@ def add_tracks(elements: Sequence[Element], document: Document) -> list[Element]
     for element in elements:
         new.append(element)
         if isinstance(element, VideoElement):
-            _check_track(find_media(element.reference, document.media))
+            media = find_media(element.reference, document.media)
+            with opened(media, "video") as container:
+                if not container.streams.audio:
+                    raise SampleError("no_track", f"{media.name} has no audio")
+            # Read as audio will be: a track that cannot be is refused here, not where it trains.
+            probe_audio(media, _RATE)
             new.append(AudioElement(element.reference))
     return new
 
@@ -173,13 +178,6 @@ def _sentences(elements: Sequence[Element], config: SpeechConfig) -> tuple[list[
                     sentences[len(parts)] = sentence
                 parts.append(sentence)
     return parts, sentences
-
-
-def _check_track(media: Media) -> None:
-    with opened(media, "video") as container:
-        if not container.streams.audio:
-            raise SampleError("no_track", f"{media.name} has no audio")
-    probe_audio(media, _RATE)
 
 
 def _link_media(elements: Sequence[Element], document: Document, draft: Draft) -> list[Element]:

@@ -200,7 +200,7 @@ def text_alone(document: Document) -> str:
     # Roles are marks where somebody wrote a prompt, text where they are escaped.
     marks = "".join(element.text for element in texts if not element.plain)
     if any(role in marks for role in (SYSTEM, USER, ASSISTANT)):
-        raise SampleError("has_turns", "a conversation is not read aloud")
+        raise SampleError("has_turns", "a conversation is not spoken as one text")
     text = text_of(elements)
     if not spoken_seconds(text):
         raise SampleError("no_text", "there is nothing to speak in it")
@@ -256,18 +256,15 @@ class DocumentSpeaker:
         if not self.config.language and HAN.search(text):
             language = "zh"
         if language not in self._voices:
-            self._voices[language] = self.rng.choice(self._choices(language))
+            voices = load_speech(self.config.tts).voices(language)
+            chosen = [voice for voice in voices if not self.config.voices or voice in self.config.voices]
+            if not chosen:
+                raise SampleError("no_voice", f"none of the chosen voices speaks {language!r}")
+            self._voices[language] = self.rng.choice(chosen)
         samples, rate = voice_text(load_speech(self.config.tts), text.strip(), self._voices[language], language)
         file = io.BytesIO()
         soundfile.write(file, samples, rate, format="FLAC", subtype="PCM_16")
         return self.draft.save(file.getvalue(), ".flac")
-
-    def _choices(self, language: str) -> list[str]:
-        voices = load_speech(self.config.tts).voices(language)
-        chosen = [voice for voice in voices if not self.config.voices or voice in self.config.voices]
-        if not chosen:
-            raise SampleError("no_voice", f"none of the chosen voices speaks {language!r}")
-        return chosen
 
 
 def spoken_sentences(

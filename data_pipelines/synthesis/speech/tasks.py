@@ -21,7 +21,7 @@ from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.datasets.jobs.job import Job
 from data_pipelines.documents.document import Document
 from data_pipelines.documents.prompt_writing import (
-    READ_ALOUD,
+    SPEAK_TEXT,
     TRANSCRIBE,
     Source,
     audio_tag,
@@ -67,9 +67,9 @@ def transcribe(document: Document, draft: Draft, config: SpeechConfig) -> None:
         draft.add(join([prompt, audio_tag(path), trainable(words)]), "asr")
 
 
-def read_aloud(document: Document, draft: Draft, config: SpeechConfig) -> None:
+def speak_sentence(document: Document, draft: Draft, config: SpeechConfig) -> None:
     """Adds a TTS document for each sentence of a text. Raises SampleError as `spoken_sentences`."""
-    for prompt, words, path in spoken_sentences(document, draft, config, READ_ALOUD):
+    for prompt, words, path in spoken_sentences(document, draft, config, SPEAK_TEXT):
         draft.add(join([prompt + words, trainable(speech_tag(path))]), "tts")
 
 
@@ -263,7 +263,7 @@ TTS = SynthesisTask(
     "tts",
     "Text to be spoken (TTS): a task prompt, a sentence of the text, its speech; loss on the speech.",
     add_speech_arguments,
-    partial(_sentence_job, name="tts", maker=read_aloud),
+    partial(_sentence_job, name="tts", maker=speak_sentence),
 )
 DIALOGUE = SynthesisTask(
     "dialogue",

@@ -17,7 +17,7 @@ from PIL import Image
 from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.datasets.builder import build
 from data_pipelines.documents.document import Document
-from data_pipelines.documents.prompt_writing import READ_ALOUD, TRANSCRIBE, image_tag, plain_text, turn
+from data_pipelines.documents.prompt_writing import SPEAK_TEXT, TRANSCRIBE, image_tag, plain_text, turn
 from data_pipelines.documents.prompts import AudioElement, TextElement, parse_prompt
 from data_pipelines.errors import SampleError
 from data_pipelines.media.location import Media
@@ -185,7 +185,7 @@ def test_documents_of_every_job_from_text(tmp_path):
         assert (heard.spoken, words) == (False, TextElement(sentence, trainable=True))
     for document, sentence, language in zip(tts, sentences, ("en", "en", "zh", "zh"), strict=True):
         prompt, spoken = parse_prompt(document["text"])
-        assert prompt.text.removesuffix(sentence) in READ_ALOUD[language]
+        assert prompt.text.removesuffix(sentence) in SPEAK_TEXT[language]
         assert (prompt.trainable, spoken.spoken, spoken.trainable) == (False, True, True)
 
 
