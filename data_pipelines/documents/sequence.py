@@ -301,16 +301,15 @@ def weigh(
         document: with weights of 1 and 0.
         weighting: `token`, `sqrt` or `document`.
         loss_weight: the source's own factor.
-        untrained_targets: special tokens whose rows of the head do not train: as text targets they weigh nothing and are not
-            counted.
+        untrained_targets: special tokens whose rows of the head do not train: as text targets they weigh nothing and
+            are not counted. The train step masks the same ids in batches that come from elsewhere.
 
     Returns:
         The document with its weights, or itself where nothing changes.
     """
-    if (
-        len(untrained_targets)
-        and (refused := np.isin(document.text_targets, untrained_targets) & (document.text_weights > 0)).any()
-    ):
+    # Before anything is counted: what does not train must not take a share of what the document counts.
+    refused = np.isin(document.text_targets, untrained_targets) & (document.text_weights > 0)
+    if refused.any():
         document = replace(document, text_weights=np.where(refused, 0, document.text_weights).astype(np.float32))
     if (power := POWERS[weighting]) == 0 and loss_weight == 1:
         return document
