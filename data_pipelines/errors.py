@@ -21,6 +21,7 @@ class SampleError(Exception):
         self.cause = cause
 
     def __reduce__(self):
+        # Workers send it to the main process: pickle would call it with the message alone.
         return SampleError, (self.cause, str(self))
 
 
@@ -38,6 +39,7 @@ def first_of_causes(skipped: Iterable[tuple[str, str, str]], causes: Iterable[st
 
     `skipped` has (where, cause, message) of each document; it is read until every cause was met.
     """
+    # The file of skipped documents may have millions of lines: it is read as far as needed.
     missing, found = set(causes), {}
     for where, cause, message in skipped:
         if not missing:
@@ -55,6 +57,7 @@ def describe_causes(causes: Mapping[str, int], examples: Mapping[str, str]) -> l
     ['2 bad_form, the first: m.jsonl:1 has no "text"']
     """
     lines = []
+    # By count, then by name: the same data print the same lines.
     for cause, count in sorted(causes.items(), key=lambda item: (-item[1], item[0])):
         example = " ".join(examples.get(cause, "").split())
         example = example if len(example) <= 400 else f"{example[:397]}..."

@@ -93,6 +93,7 @@ def publish(
     }
     # From here on the new codes count.
     write_json(path / "meta.json", meta)
+    # Readers that have the old one mapped keep it; its name is what goes.
     for old in path.glob("index-*.npy"):
         if old != table:
             old.unlink()

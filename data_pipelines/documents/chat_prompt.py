@@ -109,6 +109,7 @@ class _PromptBuilder:
 
     def add_message(self, message: Message, number: int) -> None:
         where = f"message {number + 1}"
+        # Unknown fields are refused, not passed over: a misspelled one would change the prompt without a word.
         if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
             raise RequestError("bad_message", f'{where} must have "role" and "content" and nothing else')
         role = message["role"]
@@ -134,10 +135,12 @@ class _PromptBuilder:
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         if not isinstance(parts, Sequence):
             raise RequestError("bad_message", f"the content of {where} is neither text nor a list of parts")
+        # One element a part, in the order given: the model reads media where they stand among the text.
         for part in parts:
             kind, source = _check_part(part, where)
             if kind == "text":
                 self._add_text(part["text"], where)
+            # Codes of the assistant are what it said, of others what it heard: the marks around them differ.
             elif source == "codes":
                 codes = _read_codes(part["codes"], self._sizes, where)
                 self.elements.append(PrecomputedAudio(codes, from_assistant or spoken_codes))
@@ -172,11 +175,13 @@ class _PromptBuilder:
             media = Media(name, None, find_media(MediaReference(base64=str(value)), Path()).data)
         else:
             media = self._file(str(value))
+        # Named by a number: what a user calls a file never stands in the prompt.
         key = str(len(self.media))
         self.media[key] = media
         return MediaReference(path=key)
 
     def _file(self, path: str) -> Media:
+        # Messages of strangers name files below the root alone; a caller in this process may name any.
         if self._root is not None:
             return find_media(MediaReference(path=path), self._root)
         try:
@@ -194,6 +199,7 @@ def _check_part(part: Any, where: str) -> tuple[str, str]:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if not isinstance(kind, str) or kind not in _SOURCES:
         raise RequestError("bad_message", f"a part of {where} has type {kind!r}; there are {', '.join(_SOURCES)}")
+    # Exactly one field says where the content is.
     sources = [field for field in part if field in _SOURCES[kind]]
     if len(sources) != 1:
         raise RequestError("bad_message", f"{kind} of {where} must have one of {', '.join(_SOURCES[kind])}")
@@ -248,6 +254,7 @@ def _one_door() -> Iterator[None]:
     try:
         yield
     except SampleError as error:
+        # Callers know two causes: what they asked for has no sense, or a file cannot be used.
         cause = "bad_message" if error.cause == "bad_prompt" else "bad_media"
         raise RequestError(cause, str(error)) from error
     except ConfigError as error:  # the name of a voice

@@ -83,6 +83,7 @@ def split_manifest(path: Path, name: str, root: MediaRoot, size: int) -> Iterato
     first, offset = 1, 0
     with open_manifest(path, name) as file:
         while content := file.read(size):
+            # A range ends with the line it is in: ranges are then worked on by whoever takes them.
             if not content.endswith(b"\n"):
                 content += file.readline()
             yield LineRange(path, name, root, first, offset, len(content))
@@ -126,6 +127,7 @@ def plain_manifest(path: Path, name: str, folder: Path) -> Path:
         with path.open("rb") as packed:
             if not _compression(packed.read(4)):
                 return path
+        # A manifest that changed gets another copy: one that is being read stays.
         key = hashlib.sha256(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()[:16]
         copy = folder / f"{Path(manifest_stem(path.name)).name}-{key}.lines"
         if copy.is_file():
@@ -171,6 +173,7 @@ def open_manifest(path: Path, name: str = "") -> Iterator[io.BufferedIOBase]:
 
 
 def _compression(head: bytes) -> Literal["", "gzip", "zstd"]:
+    # By content: downloads often lose their endings.
     if head[:2] == b"\x1f\x8b":
         return "gzip"
     # A frame, or one of those that parallel compressors put before it and readers pass over.
@@ -217,11 +220,13 @@ class _ZstdStream(io.RawIOBase):
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         if whence != io.SEEK_SET or offset < self._place:
             raise io.UnsupportedOperation("a zstd file is read forward")
+        # Forward by reading: there is no table of where what is compressed lies.
         while self._place < offset and self.read(min(offset - self._place, 1 << 20)):
             pass
         return self._place
 
     def readinto(self, buffer: Any) -> int:
+        # A frame may give nothing for a while: a reader takes no bytes for the end.
         while not self._left and self._decode():
             pass
         count = min(len(buffer), len(self._left))

@@ -168,6 +168,7 @@ def read_clip(media: Media, audio: AudioConfig, decode: bool, rates: Sequence[in
     mels, waves = (), ()
     if heard:
         mels = tuple(log_mel(heard.wave[window.start : window.start + window.samples], audio).T for window in windows)
+    # Vocoder and flow targets are made of samples at their own rates, not of the model's resampled ones.
     if rates:
         whole = {rate: read_audio(media, rate).wave for rate in rates}
         waves = tuple(_cut_window(whole, window, rate) for window in windows)
@@ -196,8 +197,10 @@ def find_codes(clip: AudioClip, window: Window, store: Codes | None, audio: Audi
         SampleError: "no_codes" for a window that the store lacks; "changed" for codes that are not of the measured
             length, or exceed the model's codebooks.
     """
+    # A prompt brings its own codes: they are checked where the prompt is read.
     if clip.codes is not None:
         return clip.codes
+    # Of the right length, so that rows are laid out as they will be with codes.
     if store is None:
         return np.zeros((window.code_frames, audio.levels), np.int32)
     name, sizes = clip.media.name, audio.codebook_sizes
@@ -205,6 +208,7 @@ def find_codes(clip: AudioClip, window: Window, store: Codes | None, audio: Audi
         found = np.asarray(store.lookup(clip_key(clip.media, window.index)))
     except KeyError as error:
         raise SampleError("no_codes", f"{name}: window {window.index} has no codes") from error
+    # A store of another window rule or tokenizer would shift everything behind it in the row.
     expected = window.code_frames, len(sizes)
     if found.shape != expected:
         message = f"{name}: codes of window {window.index} have shape {found.shape}, not {expected}"
@@ -221,5 +225,6 @@ def join_patches(
     decoded = [each for group in groups for each in group.decoded]
     patches = [np.zeros((0, patch_values), np.uint8), *(values for values, _ in decoded)]
     grids = [np.zeros((0, 2), np.int32), *(grid for _, grid in decoded)]
+    # Numbered from 1: patches of padding have image 0.
     numbers = np.repeat(np.arange(len(grids), dtype=np.int32), [len(grid) for grid in grids])
     return np.concatenate(patches), np.concatenate(grids), numbers

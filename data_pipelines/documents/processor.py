@@ -148,6 +148,7 @@ class Processor:
 
     def measure_run(self, run: Run, document: Document) -> Lengths:
         """Measures what one of the `runs` of a document takes by itself."""
+        # A run is measured as a document of its own: chunks add up what their runs take.
         elements = [run] if isinstance(run, Ids) else run
         parts, images, clips = self._read(elements, document.media, document.max_frames)
         return self._measured(_DocumentPlan(lay_out(parts, self.config.tokens), images, clips))
@@ -220,6 +221,8 @@ class Processor:
 
         Their references name `media`. Raises SampleError as `encode`.
         """
+        # Frames listed by a prompt are thinned as those of a training document are: the model sees what it was trained
+        # on.
         elements = thin_frames(elements, self.config.vision.max_frames)
         parts, images, clips = self._read(elements, media, decoding=_Decoding(pixels=True, mels=True))
         return self._encoded(_DocumentPlan(lay_out(parts, self.config.tokens), images, clips), None)
@@ -231,6 +234,7 @@ class Processor:
         heard = [find_codes(clip, window, codes, self.config.audio) for clip, window in windows]
         sizes = self.config.audio.codebook_sizes
         frames = np.concatenate([np.zeros((0, len(sizes)), np.int32), *heard])
+        # What is to be predicted, and with which weight, follows from the layout alone.
         targets, weights = text_targets(layout)
         frame_targets, frame_weights, frame_slots = audio_targets(layout, frames, sizes[0])
         # Pixels, and the place of each window's first code frame.
@@ -281,13 +285,12 @@ class Processor:
         max_frames: int = 0,
         decoding: _Decoding = _NOTHING,
     ) -> tuple[list[Part], list[ImageGroup], list[AudioClip]]:
-        """Reads the parts of the sequence and the media: all from headers, and decoded with the same look at
-        the file.
-        """
+        """Reads the parts of the sequence, and media: headers, and with the same look what is decoded."""
         parts: list[Part] = []
         images: list[ImageGroup] = []
         clips: list[AudioClip] = []
         for element in elements:
+            # Text that somebody wrote never becomes a special token, whatever it spells.
             if isinstance(element, TextElement):
                 tokenizer = self._plain_tokenizer if element.plain else self.tokenizer
                 parts.append(TextPart(encode(tokenizer, element.text), element.trainable))
@@ -302,14 +305,14 @@ class Processor:
                 continue
             media = find_media(element.reference, root)
             if isinstance(element, TokensElement):
-                parts.append(
-                    TextPart(read_ids(media, self.tokenizer_fingerprint, self.config.llm.vocab_size), element.trainable)
-                )
+                ids = read_ids(media, self.tokenizer_fingerprint, self.config.llm.vocab_size)
+                parts.append(TextPart(ids, element.trainable))
             elif isinstance(element, AudioElement):
                 clips.append(read_clip(media, self.config.audio, decoding.mels, decoding.rates))
                 parts.append(AudioPart(clips[-1].code_frames, element.spoken, element.trainable))
             else:
                 images.append(read_images(element, media, self.config.vision, self.images, max_frames, decoding.pixels))
+                # One slot a visual token: four patches are merged by the projector.
                 count = images[-1].patches // self.config.vision.merged_patches
                 parts += [VisualPart(count, images[-1].frame)] * images[-1].count
         return parts, images, clips
@@ -331,6 +334,7 @@ class Processor:
         ended = isinstance(last, TextElement | TokensElement) and list(last_ids[-1:]) == [end]
         if not self.end_of_text or ended:
             return []
+        # The end is learned where what it ends is: an answer must stop, a question need not.
         trainable = not is_marked(document) or (
             isinstance(last, TextElement | AudioElement | TokensElement) and last.trainable
         )

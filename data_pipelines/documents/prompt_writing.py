@@ -80,6 +80,7 @@ def opening_elements(system: bool, spoken: bool, voice: str = VOICE) -> list[Ele
     """Returns what stands before the first turn: the voice's system prompt, unless there is a `system` prompt
     already.
     """
+    # A user's own system prompt stays as it is; without speech there is no voice to name.
     if system or not spoken:
         return []
     return [TextElement(role_mark("system", spoken)), TextElement(voice_prompt(voice), plain=True)]
@@ -87,6 +88,7 @@ def opening_elements(system: bool, spoken: bool, voice: str = VOICE) -> list[Ele
 
 def misses_marks(elements: list[Element]) -> bool:
     """Tells whether a conversation is answered in speech and does not say so before each answer."""
+    # Escaped names are text: only real marks count.
     marks = "".join(each.text for each in elements if isinstance(each, TextElement) and not each.plain)
     spoken = any(isinstance(each, AudioElement) and each.spoken for each in elements)
     return spoken and ASSISTANT in marks and marks.count(ASSISTANT) != marks.count(AUDIOTEXT_START + ASSISTANT)
@@ -212,6 +214,7 @@ def text_of(elements: Iterable[Element]) -> str:
 
 
 def _write(element: Element) -> str:
+    # Plain text is escaped where it is joined; a `Source` is written as it stands.
     if isinstance(element, TextElement):
         return element.text if element.plain else Source(element.text)
     if isinstance(element, ImageElement):
@@ -222,6 +225,7 @@ def _write(element: Element) -> str:
     if isinstance(element, TokensElement):
         return Source(names.TOKENS_START + write_reference("path", element.reference) + names.TOKENS_END)
     assert isinstance(element, AudioElement)
+    # Heard and generated audio differ in their marks alone.
     start, end = (names.AUDIO_START, names.AUDIO_END)
     if element.spoken:
         start, end = names.AUDIOGEN_START, names.AUDIOGEN_END

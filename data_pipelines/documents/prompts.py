@@ -106,6 +106,7 @@ def escape(text: str) -> str:
 
 def meet_in_a_name(left: str, right: str) -> bool:
     """Tells whether two parts of a source prompt make a name where they meet, of which each has a part."""
+    # Only as much of both sides as the longest name could take.
     left, right = left[1 - len(NAMES[0]) :], right[: len(NAMES[0]) - 1]
     return any(match.start() < len(left) < match.end() for match in _NAME.finditer(left + right))
 
@@ -140,6 +141,7 @@ def parse_prompt(prompt: str) -> list[Element]:
     Raises SampleError("bad_prompt"): a tag without its JSON or its end, an end without a start, a media pad in the
     text, trainable marks that are nested or do not pair up, text or a file's name that is not Unicode.
     """
+    # Before anything is cut: half a character would fail later, in a tokenizer that names no document.
     _check_unicode(prompt, "the prompt")
     return _Parser(_SPLIT.split(prompt)).run()
 
@@ -186,6 +188,7 @@ class _Parser:
         self.elements += read_text(self._next(), self.trainable)
 
     def _mark(self, mark: str) -> None:
+        # Marks of loss switch a state and leave no element; all others begin a medium, or have no place here.
         if mark == names.TRAINABLE_START:
             if self.trainable:
                 raise SampleError("bad_prompt", f"{mark} inside another one")
@@ -199,6 +202,7 @@ class _Parser:
         elif mark in _CLOSING:
             self.elements.append(self._media(mark))
         elif mark in _PADS:
+            # A pad stands for a medium, which is not here: it would read an embedding that nobody wrote.
             raise SampleError("bad_prompt", f"{mark} in the text of a prompt")
         else:
             raise SampleError("bad_prompt", f"{mark} without its start")
@@ -247,6 +251,7 @@ def _read_reference(mark: str, content: str) -> MediaReference:
         values = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise SampleError("bad_prompt", f"{mark} holds no JSON but {_shorten(content)}") from error
+    # The first key that names something wins: a tag may hold a path and a name for people.
     for key in _KEYS:
         value = values.get(key) if isinstance(values, dict) else None
         if isinstance(value, str) and value:

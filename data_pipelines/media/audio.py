@@ -60,6 +60,7 @@ def read_audio(media: Media, rate: int) -> DecodedAudio:
     """
     with open_track(media) as track:
         wave, found = _decode(track)
+    # Empty first: what follows asks for the loudest sample.
     if not len(wave):
         raise SampleError("unreadable_media", f"{media.name} holds no audio")
     # One pass finds what is no sound at all: values that are not finite, noise of a damaged file, silence.
@@ -86,6 +87,7 @@ def decode_audio(media: Media, samples: int, rate: int) -> Float32[np.ndarray, "
     Raises SampleError as `read_audio`, and "changed" when it is longer or shorter by more than 0.1 s: the file is not
     the one that was measured.
     """
+    # A tenth of a second covers what filters and padding of codecs add; more is another file.
     wave = read_audio(media, rate).wave
     if abs(len(wave) - samples) > TOLERANCE * rate:
         raise SampleError("changed", f"{media.name} decodes to {len(wave)} samples at {rate} Hz, measured {samples}")
@@ -99,6 +101,7 @@ def _fitted(wave: Float32[np.ndarray, "t"], samples: int) -> Float32[np.ndarray,
 
 def _resampled(wave: Float32[np.ndarray, "t"], found: int, rate: int) -> Float32[np.ndarray, "s"]:
     """Resamples to another rate; filters round lengths in their own way, by a sample."""
+    # Untouched: what needs no filter stays sample for sample the same.
     if found == rate:
         return wave
     resampled = soxr.resample(wave, found, rate).astype(np.float32, copy=False)

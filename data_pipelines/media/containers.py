@@ -277,11 +277,6 @@ def measured_seconds(media: Media, number: int) -> float:
     return own.end - own.first
 
 
-def lacks_frames(stream: VideoStream, media: Media) -> bool:
-    """Tells whether the table of frames names bytes behind the file's end."""
-    return any(entry.pos + entry.size > media.size for entry in stream.index_entries)
-
-
 def _header_seconds(media: Media) -> float:
     """Reads the length in the header of an AVI or ASF file, of which FFmpeg tells only as much as is there; 0: none."""
     with media.open() as file:

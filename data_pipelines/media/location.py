@@ -53,6 +53,7 @@ class Media:
         if self.path is None:
             return hashlib.sha256(self.data).hexdigest()
         with reading(self, "file"):
+            # A file that changes in place gets another digest, without being read each time.
             status = self.path.stat()
             return _hash_file(self.path, status.st_size, status.st_mtime_ns)
 
@@ -84,6 +85,7 @@ class MediaRoot:
         try:
             return self._find_in(self.folder, written, name)
         except SampleError:
+            # The first folder's reason is told, whatever the second one says.
             if self.beside is None:
                 raise
             try:
@@ -162,6 +164,7 @@ def local_path(written: str) -> str:
         return written
     if (scheme := found[1].lower()) != "file":
         raise SampleError("missing_file", f"{scheme}:// is an address on the network: nothing is downloaded")
+    # file:/path, file:///path and file://localhost/path are one.
     rest = written[len("file:") :]
     if rest.startswith("//"):
         host, slash, path = rest[2:].partition("/")
@@ -201,6 +204,7 @@ def decode_base64(text: str) -> bytes:
         if not letters:
             raise ValueError("it is empty")
         padded = letters + b"=" * (-len(letters) % 4)
+        # Validation below refuses an alphabet that mixes both.
         url_safe = (b"-" in letters or b"_" in letters) and not (b"+" in letters or b"/" in letters)
         return base64.b64decode(padded, altchars=b"-_" if url_safe else None, validate=True)
     except (binascii.Error, ValueError) as error:
@@ -231,6 +235,7 @@ def reading(media: Media, kind: str) -> Iterator[None]:
     except Exception as error:  # on malformed files the decoders raise nearly anything
         name = kind_name(kind)
         found = _kind_of(media) if kind in ("image", "audio", "video") else None
+        # Three sentences, by what the first bytes say: nothing, the kind that was expected, or another one.
         if found is None:
             message = f"{media.name} is not a readable {name}: {plain_reason(error)}"
         elif kind in found.read_as or (found.read_as and type(error) is ValueError):

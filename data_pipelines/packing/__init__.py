@@ -48,6 +48,7 @@ def pack(
     lengths = lengths.reshape(-1, 1) if lengths.ndim == 1 else lengths
     if lengths.ndim != 2 or limits.ndim != 1 or (len(lengths) and lengths.shape[1] != len(limits)):
         raise ValueError(f"lengths of shape {np.shape(lengths)} do not go with {limits.size} budgets: (n, budgets)")
+    # No documents have no number of budgets to check.
     if not len(lengths):
         return []
     if not np.issubdtype(lengths.dtype, np.integer) or not np.issubdtype(limits.dtype, np.integer) or lengths.min() < 0:

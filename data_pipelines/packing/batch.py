@@ -44,6 +44,7 @@ def empty_rows(
     Returns:
         Field name -> array, rows first.
     """
+    # Sizes come from the budgets alone: every step has the same shapes, and is compiled once.
     sizes = BatchSizes.from_config(budgets, omni, mel_frames)
     # Every row has the fields of every branch, but mels only where the audio tokenizer runs in the step.
     absent = () if budgets.mel_windows else BRANCHES["audio_encoder"].batch_fields
@@ -90,6 +91,7 @@ class RowWriter:
         """
         start = self._at["token"]
         self._segments += 1
+        # Tokens, and what is said of each: positions restart, so that a document does not know its place in the row.
         tokens = len(document.tokens)
         self._put("token", document, ("tokens", "text_targets", "text_weights"))
         place = slice(start, start + tokens)
@@ -122,6 +124,7 @@ class RowWriter:
     def _put_images(self, document: EncodedDocument, image_starts: np.ndarray | None, start: int) -> None:
         if not len(document.patches):
             return
+        # Without a plan images follow those that are there; with one each has its place in a media shard.
         sizes = np.array(document.lengths.image_patches, np.int64)
         first_in_document = np.cumsum(sizes) - sizes
         if image_starts is None:
@@ -143,6 +146,7 @@ class RowWriter:
         size = self._row["mel"].shape[1]
         for window, (mel, place) in enumerate(zip(document.mels, document.mel_places, strict=True)):
             slot = self._at["mel"] + window
+            # A window longer than its slot is cropped at a place that row and document decide, the same on every host.
             shown, skipped = self._mels.show(mel, size, (self._key, *key, window))
             self._row["mel"][slot, : len(shown)] = shown
             self._row["mel_lengths"][slot] = len(shown)

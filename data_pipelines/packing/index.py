@@ -92,6 +92,7 @@ class Index:
 
     def numbers(self) -> Iterator[int]:
         """Yields numbers of all usable documents and pieces, ascending."""
+        # Both ascend, so that one walk leaves out what no row can hold.
         over = iter(self.over.tolist())
         gap = next(over, None)
         for number in range(self.total + len(self.pieces)):
@@ -102,6 +103,7 @@ class Index:
 
     def document(self, number: int) -> Document:
         """Reads the document or piece `number` from its source."""
+        # Pieces are numbered behind the documents: one is cut out of its document whenever it is read.
         if number >= self.total:
             piece = number - self.total
             return self.pieces.cut(piece, self.document(self.pieces.document(piece)))
@@ -186,6 +188,7 @@ class Index:
     def causes(self) -> Counter:
         """Tells how many documents were skipped for each cause."""
         causes = Counter(self.columns.meta.get("causes", {}))
+        # What was cut into pieces without loss counts as used.
         causes["too_long"] = len(self.over) - self.pieces.rescued
         return +causes
 
@@ -232,6 +235,7 @@ class MeasurePart:
     processor: Processor
 
     def __call__(self, unit: Unit, folder: Path) -> dict:
+        # What cannot be measured is named in a file of its own, and has no line in the columns.
         lengths, places, numbers, causes = [], [], [], Counter()
         with (folder / f"{unit.name}.{SKIPPED_FILE}").open("w", encoding="utf-8") as skipped:
             for entry in self.source.read(unit.content):
@@ -274,6 +278,7 @@ def load_index(config: DataConfig, entry: SourceConfig, processor: Processor, wo
         key = hashlib.sha256(described.encode()).hexdigest()[:16]
     except ConfigError as error:
         raise ConfigError(f"source {entry.name}: {error}") from error
+    # Before anything is measured: every document of such a source would be skipped for the same reason.
     if source.tokenizer not in ("", processor.tokenizer_fingerprint):
         raise ConfigError(
             f"source {entry.name}: {entry.manifest} holds token ids of tokenizer {source.tokenizer}, not of "

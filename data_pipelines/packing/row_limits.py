@@ -61,6 +61,7 @@ class PatchLayout:
         parts = self._parts_of(images)
         if parts is None:
             raise ValueError(f"{len(images)} images do not fit {self.parts} parts of {self.room} patches")
+        # Images of a part follow each other from its start, in row order.
         free = [part * self.room for part in range(self.parts)]
         starts = np.zeros(len(images), np.int32)
         for image, (size, part) in enumerate(zip(images, parts, strict=True)):
@@ -144,6 +145,7 @@ class MelSlots:
 
     def size(self, code_frames: int) -> int:
         """Returns the mel frames of the slots of a step whose longest window, or clip, has so many code frames."""
+        # One size a step, the smallest that shows all: each size is a program of its own.
         longest = self.per_code * (code_frames + 1)  # the last, partial group gives no code
         return next((size for size in self.sizes if size >= longest), self.sizes[-1])
 
@@ -167,6 +169,7 @@ def row_key(row: Sequence[tuple[int, int]]) -> int:
 def mel_slots(config: DataConfig, audio: AudioConfig, targets: Mapping[str, MelTargetSpec] | None = None) -> MelSlots:
     """Returns the slots of a run. Raises ConfigError for sizes that do not ascend or are longer than a window."""
     sizes, per_code = config.mel_frames or (audio.max_mel_frames,), audio.stride_size * audio.avg_pooler
+    # The last slot may be shorter than a window: it is cropped. A slot shorter than a code frame shows nothing.
     if sorted(set(sizes)) != list(sizes) or sizes[0] < per_code or sizes[-1] > audio.max_mel_frames:
         raise ConfigError(
             f"data.mel_frames {sizes} must ascend from at least {per_code} to at most {audio.max_mel_frames}, "
@@ -229,6 +232,7 @@ class RowLimits:
         """Tells which of n documents an empty row cannot hold; `counts` of the m images are each document's,
         in order.
         """
+        # Budgets first, for all documents at once; images are looked at one by one only where they may not fit.
         over = np.any(lengths > budget_vector(self.budgets), axis=1)
         layout, ends = self.layout, np.cumsum(counts)
         some = np.flatnonzero((counts > 0) & ~over)

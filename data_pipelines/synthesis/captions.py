@@ -77,6 +77,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def make_job(options: Namespace) -> Job:
     """Makes the job of `options`. Raises ConfigError when the captioner cannot be loaded."""
+    # Languages in one order: the same set gives the same documents and the same units.
     config = CaptionConfig(options.captioner, tuple(sorted(set(options.languages))), options.seed)
     _load(config)
     return manifest_job(NAME, partial(make_captions, config=config), options, repr(astuple(config)))

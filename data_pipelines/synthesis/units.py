@@ -51,6 +51,7 @@ class Draft:
         if not isinstance(text, Source):  # a prompt that lost its type on the way: all of it would be text
             raise TypeError(f"the text of a document is a Source, not {text!r:.60}")
         part = part or self.name
+        # Ids follow from the source alone, so that a unit that is done again gives the same ones.
         made = sum(other == part for other, _ in self.documents) + 1
         identifier = f"{self.source.id}-{part}" + (f"-{made}" if made > 1 else "")
         self.documents.append((part, {"id": identifier, "type": type, "text": str(text)}))
@@ -65,6 +66,7 @@ class Draft:
 
     def link(self, media: Media) -> str:
         """Keeps a media file of the source document, linked where the file system can; returns its path."""
+        # Readers go by content; the ending is for people who look into the folder.
         suffix = Path(media.name).suffix.lower() if media.path is not None else ""
         return self._keep(media, suffix)
 

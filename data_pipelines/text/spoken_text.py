@@ -86,6 +86,7 @@ def _cut_anywhere(text: str, longest: float) -> list[str]:
 
 def _shorten(piece: str, cut, longest: float) -> list[str]:
     """Cuts the piece by `cut` when it is too long, its parts joined again as far as they may."""
+    # Only what is too long is touched: cuts of the common rule stay where they are.
     if spoken_seconds(piece) <= longest:
         return [piece]
     joined: list[str] = []
@@ -102,6 +103,7 @@ def _join_short(pieces: list[str], shortest: float, longest: float, last: bool) 
 
     The last one stays as it is unless it is to be joined, too (`last`), or has nothing to speak.
     """
+    # First each short piece looks ahead, then what is still short looks back.
     for side in (0, -1):
         joined: list[str] = []
         for number, piece in enumerate(pieces, start=1):
@@ -148,11 +150,13 @@ def detect_language(text: str) -> str:
     letters, han, kana = (len(pattern.findall(text)) for pattern in (_LETTER, HAN, _KANA))
     words = _LATIN_WORD.findall(text)
     latin = sum(len(_LETTER.findall(word)) for word in words)
+    # Numbers and signs alone: any voice will do.
     if not letters:
         return "none"
     if kana > KANA_SHARE * letters or han + latin < 0.5 * letters:
         return "other"
     english = len(words) / (len(words) + han)
+    # Latin letters are not English yet: prose in it never lacks the common words.
     if len(words) >= WORDS and english >= MINOR_SHARE:
         common = sum(word.lower() in _COMMON for word in words)
         if common < COMMON_SHARE * len(words):

@@ -47,6 +47,7 @@ def run_job_command(command: Callable[[], None], out: Path) -> int:
         try:
             with file_errors(out):
                 command()
+        # Finished units stay: a job goes on from them.
         except KeyboardInterrupt:
             raise KeyboardInterrupt("stopped: the same command goes on from here") from None
 
@@ -68,6 +69,7 @@ def add_media_arguments(parser: argparse.ArgumentParser) -> None:
 
 def trusted_from_options(options: argparse.Namespace) -> list[Path]:
     """Returns the folders of `--trust`, or the file system's root where none was given."""
+    # Whoever runs a command may read what they can read; servers of strangers name their folders.
     return options.trust or [Path("/")]
 
 
@@ -98,6 +100,7 @@ def make_runner(name: str, workers: int, beam_arguments: Sequence[str] = ()) -> 
 
     Raises ConfigError for an unknown name, for fewer than 0 workers, and when Apache Beam is chosen and missing.
     """
+    # All that is wrong with a runner is told before a job begins.
     if workers < 0:
         raise ConfigError(f"--workers {workers} must be at least 0")
     if name == "local":

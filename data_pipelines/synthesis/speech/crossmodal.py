@@ -98,6 +98,7 @@ def cross_modalities(document: Document, draft: Draft, config: CrossmodalConfig)
     elements = document_elements(document)
     if any(isinstance(element, AudioElement) for element in elements):
         raise SampleError("has_sound", "there is audio in it already")
+    # A video speaks by its own track; sentences about images need a voice.
     kinds = {type(element) for element in elements}
     if VideoElement in kinds:
         new = add_tracks(elements, document)
@@ -149,6 +150,7 @@ def speak_sentences(
     text = "".join(sentence.text for sentence in sentences.values())
     speaker = DocumentSpeaker.for_document(config.speech, document, draft, text)
     candidates = [place for place in sentences if place != learned[-1]]
+    # At least one, or nothing would cross; the last learned one stays, or there would be no loss.
     count = min(max(1, round(config.share * len(sentences))), len(candidates))
     chosen = candidates[:count] if config.order == "first" else sorted(speaker.rng.sample(candidates, count))
     for place in chosen:
@@ -171,6 +173,7 @@ def _sentences(elements: Sequence[Element], config: SpeechConfig) -> tuple[list[
             continue
         for run in filter(None, [element.text] if element.plain else SPECIAL.split(element.text)):
             special = not element.plain and bool(SPECIAL.fullmatch(run))
+            # Every special token ends the system prompt but its own mark.
             system = run == SYSTEM if special else system
             for text in [run] if special else sentences_of(run, config):
                 sentence = replace(element, text=text)
@@ -186,6 +189,7 @@ def _link_media(elements: Sequence[Element], document: Document, draft: Draft) -
     videos = {element.reference for element in elements if isinstance(element, VideoElement)}
     new: list[Element] = []
     for element in elements:
+        # Speech was saved by the draft; a track is the file of its video.
         if isinstance(element, ImageElement | VideoElement) or (
             isinstance(element, AudioElement) and element.reference in videos
         ):

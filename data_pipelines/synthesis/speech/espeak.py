@@ -90,16 +90,16 @@ def speak(text: str, voice: str, *, rate: int = 175, pitch: int = 50) -> Int16[n
     Args:
         text: of any length; what has no letters is an error.
         voice: eSpeak's name, as `en-us` or `cmn+f1`.
-        rate: words a minute.
+        rate: words a minute, 80-450.
         pitch: 0-100.
 
-    `voice` is an eSpeak name (`en-us`, `cmn+f2`, ...), `rate` in words a minute (80-450), `pitch` 0-100. Raises
-    ConfigError when the wheel is not installed and SpeechError for an unknown voice or a text without sound.
+    Raises:
+        ConfigError: when the wheel is not installed.
+        SpeechError: for an unknown voice, or a text that gives no audio.
     """
     global _server
     request = {"text": text, "voice": voice, "rate": rate, "pitch": pitch}
     with _lock:
-        # A fork of the process that started it would mix its requests with that one's.
         # A process that forked from the one that has the server needs its own: the pipes would be shared.
         if _server is None or _server.owner != os.getpid():
             _server = _Server()
@@ -135,6 +135,7 @@ class _Server:
         """Returns the bytes of the samples. Raises SpeechError as it was answered; OSError when the process is gone."""
         self.stdin.write(json.dumps(request).encode() + b"\n")
         self.stdin.flush()
+        # Nothing comes when the process has died: its exit code says why.
         head = self.stdout.readline()
         if not head:
             raise OSError(f"exit code {self.process.wait()}")

@@ -72,6 +72,7 @@ class EspeakSpeech:
 
     def synthesize(self, text: str, voice: str, language: str) -> tuple[np.ndarray, int]:
         try:
+            # A voice of another language would speak, and wrongly: it is refused.
             known = parse_voice(voice, language)
         except ValueError as error:
             raise SpeechError(str(error)) from error
@@ -123,10 +124,12 @@ def voice_text(speech: TextToSpeech, text: str, voice: str, language: str) -> tu
         raise ConfigError(f"{name} speaks at {rate} Hz: it must be {' or '.join(map(str, RATES))}")
     if samples.ndim != 1 or samples.dtype not in (np.float32, np.int16):
         raise ConfigError(f"{name} gives {samples.dtype} of shape {samples.shape}: it must be (t,) float32 or int16")
+    # Both forms become int16: what is stored is what was checked.
     if samples.dtype == np.float32:
         if not np.isfinite(samples).all():
             raise SampleError("silent_audio", f"{name} gave samples that are not finite for {text!r}")
         samples = np.round(np.clip(samples, -1, 1) * 32767).astype(np.int16)
+    # In int32: the absolute value of -32768 does not fit 16 bits.
     if np.abs(samples.astype(np.int32)).max(initial=0) < QUIET * 32767:
         raise SampleError("silent_audio", f"{name} gave no sound for {text!r} with voice {voice}")
     return samples, rate
@@ -194,6 +197,7 @@ def text_alone(document: Document) -> str:
     "bad_prompt".
     """
     elements = parse_prompt(document.text)
+    # Media have a place in the text that speech could not keep.
     texts = [element for element in elements if isinstance(element, TextElement)]
     if len(texts) < len(elements):
         raise SampleError("has_media", "only a document of text alone can be spoken")
@@ -255,6 +259,7 @@ class DocumentSpeaker:
         language = self.language
         if not self.config.language and HAN.search(text):
             language = "zh"
+        # Drawn once: all pieces of a document in one language are one speaker.
         if language not in self._voices:
             voices = load_speech(self.config.tts).voices(language)
             chosen = [voice for voice in voices if not self.config.voices or voice in self.config.voices]
@@ -262,6 +267,7 @@ class DocumentSpeaker:
                 raise SampleError("no_voice", f"none of the chosen voices speaks {language!r}")
             self._voices[language] = self.rng.choice(chosen)
         samples, rate = voice_text(load_speech(self.config.tts), text.strip(), self._voices[language], language)
+        # FLAC: half of WAV, and sample for sample the same.
         file = io.BytesIO()
         soundfile.write(file, samples, rate, format="FLAC", subtype="PCM_16")
         return self.draft.save(file.getvalue(), ".flac")

@@ -96,6 +96,7 @@ def write_intlv(pieces: Sequence[str], say: Callable[[str], str]) -> Source:
 
 def write_itts(pieces: Sequence[str], say: Callable[[str], str]) -> Source:
     """Writes the ITTS prompt of one or more pieces; `say` speaks one and returns the path."""
+    # The first text is given, as in plain TTS; from its speech on everything is learned.
     first, *others = pieces
     return join([first, trainable(speech_tag(say(first)) + spoken_answer(others, say))])
 
@@ -115,6 +116,7 @@ def alternate(document: Document, draft: Draft, write: PromptWriter, config: Spe
     """
     text = text_alone(document)
     pieces = pieces_of(text, config)
+    # Before anything is spoken, which is what costs time.
     if len(pieces) < 2:
         raise SampleError("too_short", "it is one piece, so nothing would alternate")
     speaker = DocumentSpeaker.for_document(config, document, draft, text)
