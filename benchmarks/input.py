@@ -197,7 +197,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         data = options.data
         if data is None:
-            from data_pipelines.sample.build import build_sample
+            from data_pipelines.sample.__main__ import build_sample
 
             data = build_sample(Path(folder) / "sample", progress=False)
         return emit(measure(options, data.resolve(), Path(folder)), options.json)

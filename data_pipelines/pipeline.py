@@ -334,6 +334,8 @@ def _texts(source: Source) -> Iterator[str]:
 def prepare_sample(config: DataConfig) -> None:
     """Builds the offline sample data set at `config.root` when the config asks for it and it is not there yet."""
     if config.sample:
-        from data_pipelines.sample.build import build_sample  # needs the `sample` extra, so only where it is asked for
+        from data_pipelines.sample.__main__ import (
+            build_sample,  # needs the `sample` extra, so only where it is asked for
+        )
 
         build_sample(Path(config.root).expanduser())

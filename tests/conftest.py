@@ -19,7 +19,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 @pytest.fixture(scope="session")
 def sample_dir(tmp_path_factory):
     """The sample data set of seed 0, built once for all tests; tests must not write into it."""
-    from data_pipelines.sample.build import build_sample
+    from data_pipelines.sample.__main__ import build_sample
 
     return built_once(tmp_path_factory, "sample", lambda path: build_sample(path, progress=False))
 

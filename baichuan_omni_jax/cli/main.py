@@ -62,7 +62,7 @@ COMMANDS: dict[str, Command | Group] = {
             "validate": Command(f"{DATA}.tools.validate", "read a built dataset through and tell what is wrong"),
             "stats": Command(f"{CLI}.data", "count documents and media, by type and size; loss shares", "stats"),
             "visualize": Command(f"{DATA}.tools.visualize", "draw packed rows and one document"),
-            "sample": Command(f"{DATA}.sample.build", "write the offline sample data set"),
+            "sample": Command(f"{DATA}.sample.__main__", "write the offline sample data set"),
             "synthesize": Command(f"{DATA}.synthesis.__main__", "make new documents from those of manifests"),
             "import-seqio": Command(f"{DATA}.datasets.importers.seqio_cache", "write a seqio mixture as a data set"),
         },

@@ -247,7 +247,7 @@ class StepPlan:
         plan: the rows.
         rows: how many make a step.
         window: how many steps are ordered together.
-        cost: what a row costs (`flops.row_cost`); None: rows stay in their order.
+        cost: what a row costs (`flops.terms.row_cost`); None: rows stay in their order.
         seed: decides the order of steps in a window.
     """
 

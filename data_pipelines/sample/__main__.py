@@ -1,7 +1,149 @@
-"""`python -m data_pipelines.sample`: the command `baichuan-omni data sample`."""
+"""Builds the sample data set: plan, make the media, write the manifests; complete when `sample.json` is there."""
 
+import argparse
+import json
+import os
+import shutil
 import sys
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
-from data_pipelines.sample.build import main
+from rich.console import Console
+from rich.progress import track
 
-sys.exit(main())
+from baichuan_omni_jax.errors import ConfigError, exit_code
+from data_pipelines.documents.prompt_writing import plain_text
+from data_pipelines.errors import file_errors
+from data_pipelines.sample.documents import RECIPES, plan_documents
+from data_pipelines.sample.media import FOLDERS, MediaPlan, produce, record
+from data_pipelines.synthesis.speech.espeak import SAMPLE_RATE
+from data_pipelines.tools.commands import run_command
+
+VERSION = 3
+"""Raised whenever the same seed would give other documents or media: an older folder is then rebuilt."""
+
+SAMPLE_SOURCES = tuple((source, f"{source}.jsonl") for source in RECIPES)
+"""(name, manifest file relative to the data set's root) of every source."""
+
+SUMMARY = "sample.json"
+_OWN_NAMES = {".cache", SUMMARY, *FOLDERS, *(manifest for _, manifest in SAMPLE_SOURCES)}
+
+
+def build_sample(out: str | Path, *, seed: int = 0, progress: bool = True) -> Path:
+    """Builds the data set at `out` (or finds it there, complete and of this seed) and returns the folder.
+
+    Everything is made in `OUT.partial` and renamed at the end, so `out` is either complete or untouched. Raises
+    ConfigError when `out` holds anything that is not sample data, or when a wheel of the `sample` extra is missing.
+    """
+    out = Path(out).expanduser().resolve()
+    # Complete and of this seed: nothing to do. Anything that is not ours is never replaced.
+    if _read_summary(out) == (VERSION, seed):
+        return out
+    _refuse_foreign(out)
+    partial = out.with_name(out.name + ".partial")
+    _refuse_foreign(partial)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if partial.exists():
+        shutil.rmtree(partial)
+    # Everything is planned before anything is made: documents decide which media there are.
+    for folder in FOLDERS:
+        (partial / folder).mkdir(parents=True)
+    plan, manifests = plan_documents(seed)
+    seconds = _produce_all(plan, partial, progress)
+    for source, manifest in SAMPLE_SOURCES:
+        lines = [json.dumps(document, ensure_ascii=False) + "\n" for document in manifests[source]]
+        (partial / manifest).write_text("".join(lines), encoding="utf-8")
+    summary = _summarize(plan, manifests, seconds, seed)
+    (partial / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    # The summary is the last file, the rename the last step: a kill leaves the old data set or the new one.
+    if out.exists():
+        shutil.rmtree(out)
+    os.replace(partial, out)
+    return out
+
+
+def _read_summary(out: Path) -> tuple[int, int] | None:
+    """Returns (version, seed) of a complete data set, None when there is none."""
+    try:
+        summary = json.loads((out / SUMMARY).read_text(encoding="utf-8"))
+        return summary["version"], summary["seed"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _refuse_foreign(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file, so the sample data cannot be built there")
+    foreign = sorted({entry.name for entry in folder.iterdir()} - _OWN_NAMES) if folder.exists() else []
+    if foreign:
+        raise ConfigError(
+            f"{folder} is not empty and holds {foreign[0]!r}, which is no sample data: "
+            "name a new or empty folder; nothing was changed"
+        )
+
+
+def _produce_all(plan: MediaPlan, root: Path, progress: bool) -> float:
+    """Makes every planned file; returns the seconds of audio."""
+    # Speech first: videos last as long as their tracks.
+    recordings = record(plan)
+    paths = [clip.path for clip in plan.videos] + list(plan.speech) + list(plan.images)
+    # Threads, not processes: the encoders release the interpreter lock, and the caller may be a JAX program that must
+    # neither be forked nor imported again.
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        made = pool.map(lambda path: produce(plan, recordings, path, root), paths)
+        console = Console(stderr=True)
+        for _ in track(made, "sample data", len(paths), console=console, disable=not progress, transient=True):
+            pass
+    return sum(map(len, recordings.values())) / SAMPLE_RATE
+
+
+def _summarize(plan: MediaPlan, manifests: dict[str, list[dict]], seconds: float, seed: int) -> dict:
+    documents = [document for source in manifests.values() for document in source]
+    return {
+        "version": VERSION,
+        "seed": seed,
+        "documents": len(documents),
+        "by_source": {source: len(entries) for source, entries in manifests.items()},
+        "by_type": dict(sorted(Counter(document["type"] for document in documents).items())),
+        "images": len(plan.images),
+        "speech_clips": len(plan.speech),
+        "videos": len(plan.videos),
+        "audio_seconds": round(seconds, 1),
+        "text_characters": sum(len(plain_text(document["text"])) for document in documents),
+    }
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments."""
+    parser.add_argument("out", metavar="OUT", type=Path, help="a new or empty folder, or an earlier sample data set")
+    parser.add_argument("--seed", type=int, default=0, help="another seed gives other documents (default 0)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Returns the exit code: 0, or 2 with one sentence when the folder or the installation cannot be used."""
+    return exit_code(lambda: _build(arguments.out, arguments.seed))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command by itself; returns the exit code."""
+    return run_command("sample", __doc__, add_arguments, run, arguments)
+
+
+def _build(folder: Path, seed: int) -> None:
+    begin = time.perf_counter()
+    with file_errors(folder):
+        out = build_sample(folder, seed=seed)
+    summary = json.loads((out / SUMMARY).read_text(encoding="utf-8"))
+    print(f"{out}: {summary['documents']} documents ({time.perf_counter() - begin:.1f} s)")
+    for kind, count in summary["by_type"].items():
+        print(f"  {kind:<18}{count:>5}")
+    print(
+        f"  {summary['images']} images, {summary['speech_clips']} speech clips, {summary['videos']} videos, "
+        f"{summary['audio_seconds']:.0f} s of audio, {summary['text_characters']} characters of text"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

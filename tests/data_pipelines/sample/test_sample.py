@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from data_pipelines.documents.prompt_writing import plain_text
-from data_pipelines.sample import build
+from data_pipelines.sample import __main__ as build
 from data_pipelines.sample import documents as documents_module
-from data_pipelines.sample.build import SAMPLE_SOURCES, build_sample, main
+from data_pipelines.sample.__main__ import SAMPLE_SOURCES, build_sample, main
 from data_pipelines.sample.documents import plan_documents
 from data_pipelines.sample.photographs import Crop, absent_parts, dominant_color, visible_parts
 from data_pipelines.text.spoken_text import split_text
