@@ -5,22 +5,13 @@ frozen.
         --multihost --set data.root=DATA_ROOT
 
 Starts from stage image_text_2; of released weights add `--set train.special_token_rows=false`, as they know the special
-tokens. Sized for 64 chips (v5p:4x4x4);
-`launch/preflight.py` predicts what other slices take. The data are yours: docs/how-to/data.md.
+tokens. Sized for 64 chips (v5p:4x4x4) and the 7B model; for others `--set machine=v5e:2x4
+--set model=omni_0b5` (docs/how-to/stages.md). Mixture and budgets are `config/stages.py`'s: a copy of this file may give
+`stage_run` its own `shares`. The data are yours: docs/how-to/data.md.
 """
 
 from baichuan_omni_jax.config import RunConfig, stage_run
 
-# Shares of the loss (of all text and frames that are trained on); each is a manifest DATA_ROOT/NAME.jsonl.
-SHARES = {
-    "asr": 0.4,
-    "tts": 0.3,
-    "intlv": 0.15,
-    "itts": 0.15,
-}
 
-
-def get_config() -> RunConfig:
-    return stage_run(
-        "image_audio_text_1", SHARES, steps=10000, warmup_steps=200, patches=4096, audio_frames=4096, audio_targets=2048
-    )
+def get_config(model: str = "baichuan_omni_7b", machine: str = "v5p:4x4x4") -> RunConfig:
+    return stage_run("image_audio_text_1", model=model, machine=machine)

@@ -10,5 +10,4 @@ from baichuan_omni_jax.config import RunConfig, tiny_stage
 
 
 def get_config() -> RunConfig:
-    # The released rates are for 7 B parameters: times 10 here.
-    return tiny_stage("image_audio_text_1", {"audio": 1.0}, scale=10.0)
+    return tiny_stage("image_audio_text_1")

@@ -10,5 +10,4 @@ from baichuan_omni_jax.config import RunConfig, tiny_stage
 
 
 def get_config() -> RunConfig:
-    # The released rates are for 7 B parameters: times 100 here.
-    return tiny_stage("image_audio_text_2", {"audio": 0.2, "image": 0.3, "video": 0.1, "text": 0.4}, scale=100.0)
+    return tiny_stage("image_audio_text_2")

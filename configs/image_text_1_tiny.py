@@ -10,4 +10,4 @@ from baichuan_omni_jax.config import RunConfig, tiny_stage
 
 
 def get_config() -> RunConfig:
-    return tiny_stage("image_text_1", {"image": 1.0, "video": 0.25})
+    return tiny_stage("image_text_1")

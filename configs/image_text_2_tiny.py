@@ -10,5 +10,4 @@ from baichuan_omni_jax.config import RunConfig, tiny_stage
 
 
 def get_config() -> RunConfig:
-    # The released rates are for 7 B parameters: times 100 here.
-    return tiny_stage("image_text_2", {"image": 0.45, "video": 0.15, "text": 0.4}, scale=100.0)
+    return tiny_stage("image_text_2")

@@ -10,5 +10,4 @@ from baichuan_omni_jax.config import RunConfig, tiny_stage
 
 
 def get_config() -> RunConfig:
-    # The released rates are for 7 B parameters: times 250 here.
-    return tiny_stage("omni_64k", {"audio": 0.2, "image": 0.2, "video": 0.1, "text": 0.3, "omni": 0.2}, scale=250.0)
+    return tiny_stage("omni_64k")

@@ -4,21 +4,13 @@ report gives no rate).
     python launch/tpu_pretrain.py --config configs/sft.py --workdir runs/sft \\
         --multihost --set data.root=DATA_ROOT
 
-Starts from stage omni_64k. Sized for 64 chips (v5p:4x4x4);
-`launch/preflight.py` predicts what other slices take. The data are yours: docs/how-to/data.md.
+Starts from stage omni_64k. Sized for 64 chips (v5p:4x4x4) and the 7B model; for others `--set machine=v5e:2x4
+--set model=omni_0b5` (docs/how-to/stages.md). Mixture and budgets are `config/stages.py`'s: a copy of this file may give
+`stage_run` its own `shares`. The data are yours: docs/how-to/data.md.
 """
 
 from baichuan_omni_jax.config import RunConfig, stage_run
 
-# Shares of documents; each is a manifest DATA_ROOT/NAME.jsonl.
-SHARES = {
-    "sft_text": 0.3,
-    "sft_image": 0.2,
-    "sft_video": 0.1,
-    "sft_audio": 0.2,
-    "sft_omni": 0.2,
-}
 
-
-def get_config() -> RunConfig:
-    return stage_run("sft", SHARES, steps=3000, warmup_steps=100, oversize=("split", "chunk_text"))
+def get_config(model: str = "baichuan_omni_7b", machine: str = "v5p:4x4x4") -> RunConfig:
+    return stage_run("sft", model=model, machine=machine)

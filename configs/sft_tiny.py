@@ -10,5 +10,4 @@ from baichuan_omni_jax.config import RunConfig, tiny_stage
 
 
 def get_config() -> RunConfig:
-    # The released rates are for 7 B parameters: times 500 here.
-    return tiny_stage("sft", {"omni": 0.5, "audio": 0.25, "image": 0.25}, scale=500.0)
+    return tiny_stage("sft")

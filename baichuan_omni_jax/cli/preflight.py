@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `preflight`."""
     add_run_arguments(parser)
     add = parser.add_argument
-    add("--topology", required=True, metavar="TYPE:AxBxC", help="the slice, such as v5p:4x4x4")
+    add("--topology", metavar="TYPE:AxBxC", help="the slice, such as v5p:4x4x4; default: machine of the config")
     add("--slices", type=int, metavar="N", help="how many of them; default: mesh.slices of the config")
     add("--json", type=Path, metavar="FILE", help="also write the report here")
     add("--plot", type=Path, metavar="FILE.png", help="also draw it (needs the extra `show`)")
@@ -49,17 +49,20 @@ def run(options: argparse.Namespace) -> int:
     # Only now: these import JAX.
     from rich.console import Console
 
-    from baichuan_omni_jax.config import apply_overrides, load_run_config, resolve_model
+    from baichuan_omni_jax.config import load_run_config, resolve_model
     from baichuan_omni_jax.train.preflight import Packing, preflight
     from baichuan_omni_jax.train.preflight.render import print_report
 
     # The run as training would read it, with what the command line says of the slice.
     slices = [] if options.slices is None else [f"mesh.slices={options.slices}"]
-    run = apply_overrides(load_run_config(options.config), [*options.set, *slices])
+    run = load_run_config(options.config, [*options.set, *slices])
     # `Packing` has the defaults, in a module that imports JAX: flags that are not given are left out.
     given = {"mean": options.mean, "sigma": options.sigma, "image_patches": options.image_patches}
     packing = Packing(**{name: value for name, value in given.items() if value is not None})
-    report = preflight(run, resolve_model(run.model), options.topology, packing)
+    topology = options.topology or run.machine
+    if not topology:
+        raise ConfigError(f"--topology must be given: {options.config} is for no machine of its own")
+    report = preflight(run, resolve_model(run.model), topology, packing)
     # The report for people, for programs, as a figure; the exit code is the answer.
     print_report(Console(), report)
     if options.json:

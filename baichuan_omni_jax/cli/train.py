@@ -36,7 +36,7 @@ from baichuan_omni_jax.cli.common import (
     join_hosts,
     start_logging,
 )
-from baichuan_omni_jax.config import STAGES, OmniConfig, RunConfig, apply_overrides, load_run_config, resolve_model
+from baichuan_omni_jax.config import STAGES, OmniConfig, RunConfig, load_run_config, resolve_model
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.generation.loading import is_untrained
 from baichuan_omni_jax.train.hooks import parse_span
@@ -54,8 +54,6 @@ from baichuan_omni_jax.train.run_data import open_run_data
 from baichuan_omni_jax.train.trainer import RunOptions, set_up, train
 from data_pipelines.packing.rows import RowShard
 from data_pipelines.pipeline import TrainingData
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -108,7 +106,7 @@ def read_options(options: argparse.Namespace) -> tuple[RunConfig, OmniConfig, ra
     # Here, so that a missing package or login is refused before anything is built.
     if options.wandb:
         load_wandb()
-    run = apply_overrides(load_run_config(options.config), options.set)
+    run = load_run_config(options.config, options.set)
     return run, resolve_model(run.model), parse_span(options.profile)
 
 
@@ -149,7 +147,7 @@ def run_stages(options: argparse.Namespace) -> int:
     """
     files, passed_on = split_files(options.files)
     # Every configuration is read before any stage starts.
-    stages = [(file, apply_overrides(load_run_config(file), options.set)) for file in files or recipe(options.tiny)]
+    stages = [(file, load_run_config(file, options.set)) for file in files or recipe(options.tiny)]
     names = [run.name for _, run in stages]
     if len(set(names)) != len(names):
         raise ConfigError(f"two stages of the chain have one name: {', '.join(names)}")
@@ -168,7 +166,7 @@ def run_stages(options: argparse.Namespace) -> int:
     return 0
 
 
-def train_stage(file: Path, workdir: Path, changes: Sequence[str], passed_on: Sequence[str]) -> int:
+def train_stage(file: Path | str, workdir: Path, changes: Sequence[str], passed_on: Sequence[str]) -> int:
     """Trains one stage in a process of its own, which SIGTERM reaches; returns its exit code."""
     command = [sys.executable, "-m", "baichuan_omni_jax", "train", "--config", str(file)]
     command += ["--workdir", str(workdir), *passed_on]
@@ -179,12 +177,9 @@ def train_stage(file: Path, workdir: Path, changes: Sequence[str], passed_on: Se
         return stage.wait()
 
 
-def recipe(tiny: bool) -> list[Path]:
-    """The files of the recipe's six stages: of the checkout that this package lies in, or of the current folder."""
-    # An installed wheel has no `configs/` beside it.
-    configs = ROOT / "configs"
-    folder = configs if configs.is_dir() else Path("configs")
-    return [folder / f"{stage}{'_tiny' if tiny else ''}.py" for stage in STAGES]
+def recipe(tiny: bool) -> list[str]:
+    """The recipe's six stages by name: an installed wheel has no `configs/` beside it."""
+    return [f"{stage}{'_tiny' if tiny else ''}" for stage in STAGES]
 
 
 def split_files(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:

@@ -6,7 +6,19 @@ Imports neither jax nor flax, so that data workers can use it.
 from baichuan_omni_jax.config.audio import FlowTrainConfig, QuantizerConfig, SpecAugmentConfig, TokenizerTrainConfig
 from baichuan_omni_jax.config.generation import READ_AT_LEAST, VOICE, GenerationConfig, SamplingConfig, check_voice
 from baichuan_omni_jax.config.hf import from_hf, read_hf, resolve_model, to_hf
-from baichuan_omni_jax.config.model import MODELS, OmniConfig, SpecialTokens, baichuan_omni_7b, tiny
+from baichuan_omni_jax.config.load import load_run_config
+from baichuan_omni_jax.config.machines import MACHINES
+from baichuan_omni_jax.config.model import (
+    MODELS,
+    OmniConfig,
+    SpecialTokens,
+    baichuan_omni_7b,
+    omni_0b5,
+    omni_1b5,
+    omni_3b,
+    omni_14b,
+    tiny,
+)
 from baichuan_omni_jax.config.overrides import apply_overrides, from_dict, to_dict
 from baichuan_omni_jax.config.run import (
     Budgets,
@@ -22,13 +34,13 @@ from baichuan_omni_jax.config.run import (
     RunConfig,
     SourceConfig,
     TrainConfig,
-    load_run_config,
     released_images,
 )
 from baichuan_omni_jax.config.stages import STAGES, Stage, mixture_of, stage_groups, stage_run, tiny_stage
 from baichuan_omni_jax.errors import ConfigError, RequestError
 
 __all__ = [
+    "MACHINES",
     "MODELS",
     "READ_AT_LEAST",
     "STAGES",
@@ -64,6 +76,10 @@ __all__ = [
     "from_hf",
     "load_run_config",
     "mixture_of",
+    "omni_0b5",
+    "omni_1b5",
+    "omni_3b",
+    "omni_14b",
     "read_hf",
     "released_images",
     "resolve_model",

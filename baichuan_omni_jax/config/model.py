@@ -70,6 +70,72 @@ def baichuan_omni_7b() -> OmniConfig:
     return OmniConfig()
 
 
+# Encoders of Whisper by its names: (mel bins, width, layers, heads of 64). The decoder of our tokenizer, its bridge, its
+# codebooks' width and the flow decoder's pre-net follow the width.
+_WHISPER: dict[str, tuple[int, int, int, int]] = {
+    "small": (80, 768, 12, 12),  # 0.09 B parameters
+    "medium": (80, 1024, 24, 16),  # 0.31 B
+    "large-v3": (128, 1280, 32, 20),  # 0.64 B, the released tokenizer's
+}
+
+
+def _from_parts(llm: LLMConfig, whisper: str) -> OmniConfig:
+    """Joins a language model, Qwen2-VL's vision tower (the same in all its sizes) and a Whisper encoder.
+
+    The encoder is the largest that has at most a fifth of the language model's parameters: every prompt with audio runs
+    it, while training reads codes that were made once. All widths of Qwen2.5 divide into the audio head's heads of 128.
+    """
+    mels, width, layers, heads = _WHISPER[whisper]
+    return OmniConfig(
+        vision=VisionConfig(out_dim=llm.hidden_size),
+        audio=AudioConfig(
+            num_mel_bins=mels,
+            d_model=width,
+            encoder_layers=layers,
+            encoder_attention_heads=heads,
+            encoder_ffn_dim=4 * width,
+            decoder_attention_heads=heads,
+            decoder_ffn_dim=4 * width,
+        ),
+        llm=llm,
+        flow=FlowConfig(prenet_in_dim=width),
+    )
+
+
+def omni_0b5() -> OmniConfig:
+    """Returns the sizes of Qwen2.5-0.5B (0.63 B with its head untied), Qwen2-VL's tower and Whisper small."""
+    llm = LLMConfig(
+        vocab_size=151936,
+        hidden_size=896,
+        num_layers=24,
+        num_heads=14,
+        num_kv_heads=2,
+        head_dim=64,
+        intermediate_size=4864,
+    )
+    return _from_parts(llm, "small")
+
+
+def omni_1b5() -> OmniConfig:
+    """Returns the sizes of Qwen2.5-1.5B (1.78 B with its head untied), Qwen2-VL's tower and Whisper medium."""
+    llm = LLMConfig(vocab_size=151936, hidden_size=1536, num_heads=12, num_kv_heads=2, intermediate_size=8960)
+    return _from_parts(llm, "medium")
+
+
+def omni_3b() -> OmniConfig:
+    """Returns the sizes of Qwen2.5-3B (3.40 B with its head untied), Qwen2-VL's tower and Whisper large-v3."""
+    llm = LLMConfig(
+        vocab_size=151936, hidden_size=2048, num_layers=36, num_heads=16, num_kv_heads=2, intermediate_size=11008
+    )
+    return _from_parts(llm, "large-v3")
+
+
+def omni_14b() -> OmniConfig:
+    """Returns the sizes of Qwen2.5-14B (14.8 B), Qwen2-VL's tower and Whisper large-v3."""
+    llm = LLMConfig(hidden_size=5120, num_layers=48, num_heads=40, num_kv_heads=8, intermediate_size=13824)
+    return _from_parts(llm, "large-v3")
+
+
 # Special tokens come first in the vocabulary that the project trains on its own text
 # (data_pipelines/tokenizers/special_tokens.json), so their ids do not depend on that text.
 TRAINED_TOKENS = SpecialTokens(
@@ -140,4 +206,7 @@ def tiny() -> OmniConfig:
     )
 
 
-MODELS: dict[str, Callable[[], OmniConfig]] = {"tiny": tiny, "baichuan_omni_7b": baichuan_omni_7b}
+# By their names in `RunConfig.model`, from the smallest to the largest.
+MODELS: dict[str, Callable[[], OmniConfig]] = {
+    function.__name__: function for function in (tiny, omni_0b5, omni_1b5, omni_3b, baichuan_omni_7b, omni_14b)
+}

@@ -4,17 +4,11 @@ Every field is described on its own line, or right above it: what it is, its uni
 `~`.
 """
 
-import re
-import runpy
-import traceback
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Literal
 
 from baichuan_omni_jax.branches import OMNI_BRANCHES, BranchName
 from baichuan_omni_jax.config.audio import FlowTrainConfig, TokenizerTrainConfig
-from baichuan_omni_jax.config.overrides import RENAMED, check_kinds
-from baichuan_omni_jax.errors import ConfigError
 
 Task = Literal["omni", "audio_tokenizer", "flow_matching"]
 Dtype = Literal["bfloat16", "float32"]
@@ -188,6 +182,9 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float | None = None  # None: 0.1 for the task `omni`, none for the tasks that train on audio
     clip_norm: float = 1.0  # of the global gradient
+    # What both moments are kept in between steps; they are computed in fp32. bfloat16 saves 4 bytes a parameter. With
+    # `b2` above 0.99 the second one would stand still: what a step changes is lost to rounding.
+    moments_dtype: Dtype = "float32"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,6 +241,9 @@ class RunConfig:
 
     name: str
     model: str = "baichuan_omni_7b"  # a variant of `OmniConfig`, or the path of a Hugging Face config.json
+    # The machine that a stage of the recipe is sized for (`config/machines.py`), which preflight compiles for unless told
+    # otherwise. `--set machine=NAME` sizes the whole run anew; a configuration of another kind has none.
+    machine: str = ""
     # What trains: the language model with vision and audio, the audio tokenizer, or the flow-matching decoder.
     task: Task = "omni"
     # What the step computes. Of `omni`, `llm` is among them: without `vision` or `audio_head` the model lacks these
@@ -258,40 +258,3 @@ class RunConfig:
     eval: EvalConfig = EvalConfig()
     tokenizer: TokenizerTrainConfig = TokenizerTrainConfig()  # of the task `audio_tokenizer`
     flow: FlowTrainConfig = FlowTrainConfig()  # of the task `flow_matching`
-
-
-def load_run_config(path: str | Path) -> RunConfig:
-    """Runs the file at `path` and calls its `get_config()`.
-
-    Raises ConfigError when there is no such thing, and with the line where the file fails.
-    """
-    if not Path(path).is_file():
-        raise ConfigError(f"config file {path} does not exist")
-    try:
-        namespace = runpy.run_path(str(path))
-        if "get_config" not in namespace:
-            raise ConfigError(f"config file {path} defines no get_config()")
-        config = namespace["get_config"]()
-    except ConfigError:
-        raise
-    # The file is the user's, and so is whatever it does wrong: a misspelled field, a name that is not imported.
-    except Exception as error:
-        raise ConfigError(_failure(error, path)) from error
-    if not isinstance(config, RunConfig):
-        raise ConfigError(f"get_config() of {path} returned {type(config).__name__}, not RunConfig")
-    check_kinds(config)
-    return config
-
-
-def _failure(error: Exception, path: str | Path) -> str:
-    """One sentence: the file at `path`, the line of it that failed (the innermost, if any), and why."""
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-    why = " ".join(str(error).split()) or "no reason given"
-    if isinstance(error, SyntaxError) and error.filename == str(path):
-        lines, why = [error.lineno], f"it is not Python: {error.msg}"
-    # A misspelled field may be one that was renamed: Python's error has its last word alone.
-    renamed = {old.rpartition(".")[2]: new for old, new in RENAMED.items()}
-    if (unknown := re.search(r"unexpected keyword argument '(\w+)'", why)) and unknown[1] in renamed:
-        why += f": it is now {renamed[unknown[1]]}"
-    place = f", line {lines[-1]}" if lines else ""
-    return f"config file {path}{place}: {type(error).__name__}: {why}"

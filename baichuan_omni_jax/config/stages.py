@@ -5,16 +5,17 @@ is frozen in all of them and runs offline.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 from baichuan_omni_jax.branches import BRANCHES
+from baichuan_omni_jax.config.machines import RELEASED_MACHINE, Language, fit_of, layout_of
 from baichuan_omni_jax.config.run import (
     Budgets,
     CheckpointConfig,
     ComputeConfig,
     DataConfig,
     GroupConfig,
-    MeshConfig,
     OptimizerConfig,
     OversizePolicy,
     RunConfig,
@@ -31,7 +32,7 @@ BY_DOCUMENTS = ("omni_64k", "sft")
 
 PROJECTOR, TOWER = BRANCHES["vision"].pattern("projector"), BRANCHES["vision"].pattern("tower")
 LANGUAGE, SPEECH = BRANCHES["llm"].pattern(), BRANCHES["audio_head"].pattern()
-TEXT_ENDS = LANGUAGE + "(embedding|head)$"
+TEXT_ENDS, ATTENTION = LANGUAGE + "(embedding|head)$", LANGUAGE + r"layers\.attention\."
 
 # Its two tables are frozen but for the rows of the media marks, which a text model has never seen.
 SPECIAL_TOKENS = "special tokens"
@@ -76,7 +77,9 @@ _RATES: dict[Stage, tuple[tuple[str, str, float | None], ...]] = {
 }
 
 
-def stage_groups(stage: str, *, scale: float = 1.0, freeze_text_ends: bool = False) -> tuple[GroupConfig, ...]:
+def stage_groups(
+    stage: str, *, scale: float = 1.0, freeze_text_ends: bool = False, language: Language = "all"
+) -> tuple[GroupConfig, ...]:
     """Returns the optimizer groups of a stage. The report gives no rate for `sft`: ours is half the one before it.
 
     Args:
@@ -84,6 +87,8 @@ def stage_groups(stage: str, *, scale: float = 1.0, freeze_text_ends: bool = Fal
         scale: multiplies every rate (a small model learns at higher rates).
         freeze_text_ends: also freezes the text embedding and the output head but for the rows of special tokens, the
             option of the stages that train the language model on audio.
+        language: the parts of the language model that train where the stage trains it; `attention` freezes the rest,
+            the text ends as `freeze_text_ends` does.
 
     Raises:
         ConfigError: an unknown stage; `freeze_text_ends` in one that does not train the language model.
@@ -91,11 +96,16 @@ def stage_groups(stage: str, *, scale: float = 1.0, freeze_text_ends: bool = Fal
     if stage not in STAGES:
         raise ConfigError(f"stage {stage!r} is not one of {', '.join(STAGES)}")
     rates = _RATES[stage]
-    if freeze_text_ends:
-        if not any(name == "language" for name, _, _ in rates):
-            raise ConfigError(f"stage {stage!r} freezes the whole language model: freeze_text_ends adds nothing")
-        rate = next(rate for name, _, rate in rates if name == "language")
-        rates = ((SPECIAL_TOKENS, TEXT_ENDS, rate), *rates)
+    trained = next((rate for name, _, rate in rates if name == "language"), None)
+    if freeze_text_ends and trained is None:
+        raise ConfigError(f"stage {stage!r} freezes the whole language model: freeze_text_ends adds nothing")
+    # The first matching pattern decides: what stays of the language model comes before the rest of the stage.
+    if trained is not None and language == "attention":
+        attention, rest = ("attention", ATTENTION, trained), ("rest of the language model", LANGUAGE, None)
+        others = tuple(group for group in rates if group[0] != "language")
+        rates = ((SPECIAL_TOKENS, TEXT_ENDS, trained), attention, rest, *others)
+    elif freeze_text_ends:
+        rates = ((SPECIAL_TOKENS, TEXT_ENDS, trained), *rates)
     return tuple(
         GroupConfig(
             name=name,
@@ -118,61 +128,179 @@ def mixture_of(
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Recipe:
+    """What a stage has of its own at released size, beside its groups."""
+
+    # Source -> share, of the loss or in the stages of `BY_DOCUMENTS` of documents; a manifest DATA_ROOT/NAME.jsonl each.
+    shares: dict[str, float]
+    steps: int  # to which the learning rate decays
+    warmup_steps: int
+    patches: int  # what a row holds of each at most (`Budgets`); in long rows in proportion to their tokens
+    audio_frames: int
+    audio_targets: int
+    # What is tried on documents beyond a budget; interleaved ones are always cut in chunks.
+    oversize: tuple[OversizePolicy, ...] = ("chunk_text",)
+
+
+_RECIPES: dict[Stage, _Recipe] = {
+    "image_text_1": _Recipe(
+        shares={"image_captions": 1.0},
+        steps=4000,
+        warmup_steps=100,
+        patches=28672,
+        audio_frames=256,
+        audio_targets=256,
+    ),
+    "image_text_2": _Recipe(
+        # 40 % is pure text.
+        shares={
+            "interleaved": 0.12,
+            "image_captions": 0.16,
+            "ocr": 0.12,
+            "charts": 0.08,
+            "image_qa": 0.12,
+            "text": 0.4,
+        },
+        steps=20000,
+        warmup_steps=500,
+        patches=28672,
+        audio_frames=256,
+        audio_targets=256,
+    ),
+    "image_audio_text_1": _Recipe(
+        shares={"asr": 0.4, "tts": 0.3, "intlv": 0.15, "itts": 0.15},
+        steps=10000,
+        warmup_steps=200,
+        patches=4096,
+        audio_frames=4096,
+        audio_targets=2048,
+    ),
+    "image_audio_text_2": _Recipe(
+        # Audio 0.2, image 0.4, text 0.4.
+        shares={
+            "asr": 0.07,
+            "tts": 0.05,
+            "aqa": 0.04,
+            "intlv": 0.02,
+            "itts": 0.02,
+            "interleaved": 0.1,
+            "image_captions": 0.12,
+            "ocr": 0.08,
+            "charts": 0.04,
+            "image_qa": 0.06,
+            "text": 0.4,
+        },
+        steps=20000,
+        warmup_steps=500,
+        patches=24576,
+        audio_frames=4096,
+        audio_targets=2048,
+    ),
+    "omni_64k": _Recipe(
+        shares={
+            "image_audio_text": 0.15,
+            "video_audio_text": 0.15,
+            "video_captions": 0.08,
+            "video_qa": 0.07,
+            "asr": 0.05,
+            "tts": 0.04,
+            "aqa": 0.03,
+            "intlv": 0.02,
+            "itts": 0.02,
+            "interleaved": 0.06,
+            "image_captions": 0.06,
+            "ocr": 0.04,
+            "charts": 0.02,
+            "image_qa": 0.04,
+            "text": 0.17,
+        },
+        steps=10000,
+        warmup_steps=200,
+        patches=131072,
+        audio_frames=16384,
+        audio_targets=8192,
+    ),
+    "sft": _Recipe(
+        shares={"sft_text": 0.3, "sft_image": 0.2, "sft_video": 0.1, "sft_audio": 0.2, "sft_omni": 0.2},
+        steps=3000,
+        warmup_steps=100,
+        patches=131072,
+        audio_frames=16384,
+        audio_targets=8192,
+        oversize=("split", "chunk_text"),
+    ),
+}
+# Patches of the largest image: what a media shard of a long row should have room for.
+_LARGEST_IMAGE = 16384
+
+
 def stage_run(
     stage: Stage,
-    shares: Mapping[str, float],
     *,
-    steps: int,
-    warmup_steps: int,
-    patches: int = 131072,
-    audio_frames: int = 16384,
-    audio_targets: int = 8192,
-    oversize: tuple[OversizePolicy, ...] = ("chunk_text",),
+    model: str = "baichuan_omni_7b",
+    machine: str = RELEASED_MACHINE,
+    shares: Mapping[str, float] | None = None,
 ) -> RunConfig:
-    """Returns a stage's run at released size on 64 chips (v5p:4x4x4), from the weights of the stage before it.
+    """Returns a stage's run, from the weights of the stage before it.
 
-    Rows have 8192 tokens, 128 a step, or in the stages of `BY_DOCUMENTS` 65536, 16 a step: 2**20 tokens either way.
+    Rows have 8192 tokens, 128 a step, or in the stages of `BY_DOCUMENTS` 65536, 16 a step: 2**20 tokens either way, on
+    every machine. Where a machine holds no row of 65536, rows are as long as it holds, and more of them a step.
 
     Args:
         stage: its groups and learning rates are `stage_groups`.
+        model: a variant of `OmniConfig`, or the path of a Hugging Face config.json.
+        machine: one of `MACHINES`, which decides mesh, accumulation, and what has to give where the model is large.
         shares: source -> its share of the mixture; a manifest DATA_ROOT/NAME.jsonl each. Of the loss, or in the stages
-            of `BY_DOCUMENTS` of documents.
-        steps: how many, and to which the learning rate decays.
-        warmup_steps: of the learning rate.
-        patches: what a row holds of each at most (`Budgets`), as `audio_frames` and `audio_targets`.
-        audio_frames: see `patches`.
-        audio_targets: see `patches`.
-        oversize: what is tried on documents beyond a budget; interleaved ones are always cut in chunks.
+            of `BY_DOCUMENTS` of documents. None: the recipe's.
+
+    Raises:
+        ConfigError: an unknown stage, model or machine.
     """
-    by_documents = stage in BY_DOCUMENTS
+    if stage not in STAGES:
+        raise ConfigError(f"stage {stage!r} is not one of {', '.join(STAGES)}")
+    recipe, number, by_documents = _RECIPES[stage], STAGES.index(stage), stage in BY_DOCUMENTS
+    # How the rows lie on the machine; budgets of a shortened row are shortened alike.
+    fit, longest = fit_of(model, machine), 65536 if by_documents else 8192
+    layout = layout_of(fit, machine, longest)
+    shorter = longest // layout.tokens
+    patches = recipe.patches // shorter
+    # Parts of a row's patches: each with room for the largest image, as many as the mesh splits rows in at least.
+    media_shards = max(layout.mesh.context, patches // _LARGEST_IMAGE if by_documents else 1)
     data = DataConfig(
         root="data/omni",
-        mixture=mixture_of(shares, oversize={"interleaved": ("chunk",)}),
+        mixture=mixture_of(shares or recipe.shares, oversize={"interleaved": ("chunk",)}),
         weights_by="documents" if by_documents else "trainable",
-        oversize=oversize,
-        rows=16 if by_documents else 128,
+        oversize=recipe.oversize,
+        rows=layout.rows,
         budgets=Budgets(
-            tokens=65536 if by_documents else 8192,
+            tokens=layout.tokens,
             patches=patches,
-            audio_frames=audio_frames,
-            audio_targets=audio_targets,
+            audio_frames=recipe.audio_frames // shorter,
+            audio_targets=recipe.audio_targets // shorter,
         ),
         workers=8,
         audio_tokenizer="weights/omni",
-        # Images of up to 16384 patches, on any mesh with context x tensor of 1, 2, 4 or 8.
-        media_shards=8 if by_documents else 1,
+        media_shards=media_shards,
         # One conversation of 64k tokens costs nearly twice what a row of short ones does.
         order_window=16 if by_documents else 1,
     )
-    number = STAGES.index(stage)
     return RunConfig(
         name=stage,
-        mesh=MeshConfig(fsdp=16, context=4) if by_documents else MeshConfig(fsdp=64),
+        model=model,
+        machine=machine,
+        mesh=layout.mesh,
         data=data,
-        optimizer=OptimizerConfig(groups=stage_groups(stage), warmup_steps=warmup_steps, decay_steps=steps),
+        optimizer=OptimizerConfig(
+            groups=stage_groups(stage, language=fit.language),
+            warmup_steps=recipe.warmup_steps,
+            decay_steps=recipe.steps,
+            moments_dtype=fit.moments,
+        ),
         compute=ComputeConfig(remat="full", mlp_chunk=1024, loss_chunk=1024),
         train=TrainConfig(
-            steps=steps,
+            steps=recipe.steps,
+            accumulate=layout.accumulate,
             # Between a weight for every target and one for every document: long text does not drown out short answers.
             document_weighting="sqrt" if by_documents else "token",
             # A frame to predict counts as much as a text target.
@@ -182,12 +310,20 @@ def stage_run(
     )
 
 
-def tiny_stage(stage: str, shares: Mapping[str, float], *, scale: float = 1.0, steps: int = 12) -> RunConfig:
-    """Returns a stage's run on the tiny model and the offline sample data: the chain of stages in minutes on a laptop.
+# What each stage reads of the sample data: shares as at released size, and by what the rates for 7 B are multiplied.
+_TINY: dict[Stage, tuple[dict[str, float], float]] = {
+    "image_text_1": ({"image": 1.0, "video": 0.25}, 1.0),
+    "image_text_2": ({"image": 0.45, "video": 0.15, "text": 0.4}, 100.0),
+    "image_audio_text_1": ({"audio": 1.0}, 10.0),
+    "image_audio_text_2": ({"audio": 0.2, "image": 0.3, "video": 0.1, "text": 0.4}, 100.0),
+    "omni_64k": ({"audio": 0.2, "image": 0.2, "video": 0.1, "text": 0.3, "omni": 0.2}, 250.0),
+    "sft": ({"omni": 0.5, "audio": 0.25, "image": 0.25}, 500.0),
+}
 
-    Shares are of the loss, but in the stages of `BY_DOCUMENTS`, as at released size. `scale` multiplies the rates.
-    """
-    by_documents = stage in BY_DOCUMENTS
+
+def tiny_stage(stage: Stage, *, steps: int = 12) -> RunConfig:
+    """Returns a stage's run on the tiny model and the offline sample data: the chain of stages in minutes on a laptop."""
+    (shares, scale), by_documents = _TINY[stage], stage in BY_DOCUMENTS
     return RunConfig(
         name=f"{stage}_tiny",
         model="tiny",

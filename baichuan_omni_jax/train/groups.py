@@ -5,6 +5,8 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 
@@ -123,13 +125,16 @@ def make_optimizer(
     """
     # A transformation for each group that trains anything.
     by_group: dict[Hashable, optax.GradientTransformation] = {
-        group.name: optax.adamw(
-            schedule(config, group),
-            b1=config.b1,
-            b2=config.b2,
-            eps=config.eps,
-            weight_decay=_weight_decay(group, weight_decay if config.weight_decay is None else config.weight_decay),
-            mask=_decay_mask,
+        group.name: with_moments_in(
+            jnp.dtype(config.moments_dtype),
+            optax.adamw(
+                schedule(config, group),
+                b1=config.b1,
+                b2=config.b2,
+                eps=config.eps,
+                weight_decay=_weight_decay(group, weight_decay if config.weight_decay is None else config.weight_decay),
+                mask=_decay_mask,
+            ),
         )
         for group in config.groups
         if group.name in labels.values()
@@ -139,6 +144,27 @@ def make_optimizer(
         optax.clip_by_global_norm(config.clip_norm),
         optax.partition(by_group, lambda parameters: {name: labels[name] for name in parameters}),
     )
+
+
+def with_moments_in(dtype: jnp.dtype, optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Keeps an optimizer's fp32 state in `dtype` between steps, and computes with it in fp32 as before.
+
+    Optax rounds the first moment alone (`mu_dtype`). The state has the same structure either way.
+    """
+    if dtype == jnp.float32:
+        return optimizer
+
+    def cast(state: Any, to: jnp.dtype) -> Any:
+        return jax.tree.map(lambda leaf: leaf.astype(to) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, state)
+
+    def init(parameters: optax.Params) -> optax.OptState:
+        return cast(optimizer.init(parameters), dtype)
+
+    def update(updates: optax.Updates, state: optax.OptState, parameters: optax.Params | None = None) -> tuple:
+        updates, state = optimizer.update(updates, cast(state, jnp.dtype(jnp.float32)), parameters)
+        return updates, cast(state, dtype)
+
+    return optax.GradientTransformation(init, update)
 
 
 def _decay_mask(parameters: Any) -> dict[str, bool]:

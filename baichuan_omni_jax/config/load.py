@@ -1,0 +1,94 @@
+"""A run by its file, or a stage of the recipe by its name, with what the command line changes of it."""
+
+import inspect
+import re
+import runpy
+import traceback
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from baichuan_omni_jax.config.overrides import RENAMED, apply_overrides, check_kinds
+from baichuan_omni_jax.config.run import RunConfig
+from baichuan_omni_jax.config.stages import STAGES, stage_run, tiny_stage
+from baichuan_omni_jax.errors import ConfigError
+
+# Runs that need no file.
+_NAMED: dict[str, Callable[..., RunConfig]] = {
+    **{stage: partial(stage_run, stage) for stage in STAGES},
+    **{f"{stage}_tiny": partial(tiny_stage, stage) for stage in STAGES},
+}
+# What a run is sized by: parameters of `get_config`, not fields that could be changed one by one.
+_SIZED_BY = ("model", "machine")
+
+
+def load_run_config(config: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Calls the `get_config()` of the file `config`, or makes the stage of that name, and applies `a.b=value` strings.
+
+    Overrides of `model` and `machine` go to a `get_config` that takes them: the whole run is sized anew, and what the
+    other overrides say comes after.
+
+    >>> load_run_config("sft", ["model=omni_0b5", "machine=v5e:2x4", "train.steps=20"]).mesh.context
+    8
+
+    Raises ConfigError when there is no such file or stage, with the line where the file fails, and as `apply_overrides`.
+    """
+    make = _NAMED.get(str(config)) or _of_file(config)
+    takes = [name for name in _SIZED_BY if name in inspect.signature(make).parameters]
+    sized: dict[str, str] = {}
+    others = []
+    for item in overrides:
+        name, _, value = (part.strip() for part in item.partition("="))
+        if name in takes:
+            sized[name] = value
+        elif name == "machine":
+            raise ConfigError(
+                f"{config} is not sized by machine: set mesh, data.budgets and train.accumulate instead of {item}"
+            )
+        else:
+            others.append(item)
+    run = _called(make, config, sized)
+    check_kinds(run)
+    return apply_overrides(run, others)
+
+
+def _of_file(path: str | Path) -> Callable[..., RunConfig]:
+    """Runs the file and returns its `get_config`."""
+    if not Path(path).is_file():
+        raise ConfigError(f"config file {path} does not exist, nor a stage of that name ({', '.join(STAGES)})")
+    try:
+        namespace = runpy.run_path(str(path))
+    except ConfigError:
+        raise
+    # The file is the user's, and so is whatever it does wrong: a misspelled field, a name that is not imported.
+    except Exception as error:
+        raise ConfigError(_failure(error, path)) from error
+    if "get_config" not in namespace:
+        raise ConfigError(f"config file {path} defines no get_config()")
+    return namespace["get_config"]
+
+
+def _called(make: Callable[..., RunConfig], path: str | Path, sized: dict[str, str]) -> RunConfig:
+    try:
+        run = make(**sized)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(_failure(error, path)) from error
+    if not isinstance(run, RunConfig):
+        raise ConfigError(f"get_config() of {path} returned {type(run).__name__}, not RunConfig")
+    return run
+
+
+def _failure(error: Exception, path: str | Path) -> str:
+    """One sentence: the file at `path`, the line of it that failed (the innermost, if any), and why."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    why = " ".join(str(error).split()) or "no reason given"
+    if isinstance(error, SyntaxError) and error.filename == str(path):
+        lines, why = [error.lineno], f"it is not Python: {error.msg}"
+    # A misspelled field may be one that was renamed: Python's error has its last word alone.
+    renamed = {old.rpartition(".")[2]: new for old, new in RENAMED.items()}
+    if (unknown := re.search(r"unexpected keyword argument '(\w+)'", why)) and unknown[1] in renamed:
+        why += f": it is now {renamed[unknown[1]]}"
+    place = f", line {lines[-1]}" if lines else ""
+    return f"config file {path}{place}: {type(error).__name__}: {why}"

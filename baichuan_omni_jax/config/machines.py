@@ -1,0 +1,129 @@
+"""The machines that the recipe has sizes for, and what of a stage each of them takes of a model.
+
+Rows, rates and the tokens of an update are the recipe's everywhere. A machine decides how many tokens a chip holds at a
+time, from which mesh, row length and accumulation follow (`layout_of`), and where that is not enough what has to give:
+fp32 moments, then the parts of the language model that train. `baichuan-omni preflight` says whether it fits.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from baichuan_omni_jax.config.architecture import LLMConfig
+from baichuan_omni_jax.config.hf import resolve_model
+from baichuan_omni_jax.config.model import MODELS
+from baichuan_omni_jax.config.run import Dtype, MeshConfig
+from baichuan_omni_jax.errors import ConfigError
+
+# Parts of the language model that train where a stage trains it.
+Language = Literal["all", "attention"]
+# As `preflight --topology` names them: JAX devices of each.
+MACHINES: dict[str, int] = {
+    "h100:1": 1,
+    "v5e:2x4": 8,
+    "v6e:2x4": 8,
+    "v5p:2x2x2": 8,
+    "v6e:4x8": 32,
+    "v5p:4x4x4": 64,
+}
+RELEASED_MACHINE = "v5p:4x4x4"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """What a machine takes of a model.
+
+    A chip of 16384 tokens holds two rows of 8192 tokens or a quarter of one of 65536.
+    """
+
+    chip_tokens: int = 8192  # of rows, on one chip at a time
+    moments: Dtype = "float32"  # `OptimizerConfig.moments_dtype`
+    language: Language = "all"
+
+
+# What preflight found to fit (docs/how-to/preflight.md).
+_FITS: dict[str, dict[str, Fit]] = {
+    "h100:1": {
+        "omni_0b5": Fit(chip_tokens=65536),
+        "omni_1b5": Fit(chip_tokens=32768),
+        "omni_3b": Fit(moments="bfloat16"),
+        "baichuan_omni_7b": Fit(language="attention"),
+        "omni_14b": Fit(moments="bfloat16", language="attention"),
+    },
+    "v5e:2x4": {
+        "omni_0b5": Fit(),
+        "omni_1b5": Fit(),
+        "omni_3b": Fit(moments="bfloat16"),
+        "baichuan_omni_7b": Fit(chip_tokens=4096, language="attention"),
+        "omni_14b": Fit(chip_tokens=4096, moments="bfloat16", language="attention"),
+    },
+    "v6e:2x4": {
+        "omni_0b5": Fit(chip_tokens=16384),
+        "omni_1b5": Fit(chip_tokens=16384),
+        "omni_3b": Fit(),
+        "baichuan_omni_7b": Fit(moments="bfloat16"),
+        "omni_14b": Fit(language="attention"),
+    },
+    "v5p:2x2x2": {name: Fit(chip_tokens=16384) for name in MODELS} | {"omni_14b": Fit()},
+    "v6e:4x8": {name: Fit() for name in MODELS},
+    "v5p:4x4x4": {name: Fit(chip_tokens=16384) for name in MODELS},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How a step's rows lie on a machine."""
+
+    mesh: MeshConfig
+    tokens: int  # of a row
+    rows: int  # of a step
+    accumulate: int
+
+
+def fit_of(model: str, machine: str) -> Fit:
+    """Finds what `machine` takes of `model`: a named model, or one of a `config.json`.
+
+    The latter is taken for the smallest named one whose language model has at least as many parameters.
+
+    Raises:
+        ConfigError: an unknown machine or model, or a model larger than every named one.
+    """
+    if machine not in MACHINES:
+        raise ConfigError(
+            f"machine {machine!r} is not one that the recipe has sizes for ({', '.join(MACHINES)}): "
+            "leave it out, and set mesh, data.budgets and train.accumulate"
+        )
+    if model not in MODELS:
+        size = language_parameters(resolve_model(model).llm)
+        larger = (name for name in MODELS if language_parameters(MODELS[name]().llm) >= size)
+        named = next(larger, None)
+        if named is None:
+            raise ConfigError(f"model {model}: {size / 1e9:.1f} B parameters are more than the recipe has sizes for")
+        model = named
+    return _FITS[machine].get(model, Fit())
+
+
+def layout_of(fit: Fit, machine: str, tokens: int, step_tokens: int = 2**20) -> Layout:
+    """Lays out rows of at most `tokens` tokens, `step_tokens` a step.
+
+    Rows longer than a chip holds are split over `context`, and cut to what all chips hold together.
+    """
+    chips = MACHINES[machine]
+    tokens = min(tokens, chips * fit.chip_tokens)
+    context = max(1, tokens // fit.chip_tokens)
+    fsdp, rows = chips // context, step_tokens // tokens
+    at_once = fsdp * max(1, fit.chip_tokens // tokens)
+    return Layout(
+        mesh=MeshConfig(fsdp=fsdp, context=context), tokens=tokens, rows=rows, accumulate=max(1, rows // at_once)
+    )
+
+
+def language_parameters(llm: LLMConfig) -> int:
+    """Counts the parameters of a language model, its untied head included.
+
+    >>> language_parameters(MODELS["baichuan_omni_7b"]().llm)
+    7615616512
+    """
+    d, heads, groups = llm.hidden_size, llm.num_heads * llm.head_dim, llm.num_kv_heads * llm.head_dim
+    attention = 2 * d * heads + heads + 2 * (d + 1) * groups
+    layer = attention + 3 * d * llm.intermediate_size + 2 * d
+    return 2 * llm.vocab_size * d + llm.num_layers * layer + d

@@ -1,0 +1,118 @@
+"""What a step of each model needs on each machine that the recipe has sizes for: preflight, cell by cell.
+
+    pip install -e '.[preflight]'
+    python benchmarks/machine_fits.py --out benchmarks/machine_fits.jsonl              # what the file lacks, hours
+    python benchmarks/machine_fits.py --out benchmarks/machine_fits.jsonl --table      # the file as Markdown
+
+A cell is one `baichuan-omni preflight` in a process of its own; its line is appended when it is done, so that the same
+command goes on where it was stopped. Cells in the order of `MODELS` within `MACHINES`, the cheapest to compile first.
+"""
+
+import argparse
+import itertools
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from baichuan_omni_jax.config import MODELS, load_run_config
+
+MACHINES = ("v5e:2x4", "v6e:2x4", "v5p:2x2x2", "h100:1")
+NAMED = tuple(name for name in MODELS if name != "tiny")
+GIB = 2**30
+# A step of 14 B parameters compiles in some minutes; four times that is a hang.
+LIMIT = 2400
+KEPT = ("args_bytes", "temp_bytes", "peak_bytes", "hbm_bytes", "fits", "mesh", "model_flops", "suggestions", "seconds")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON lines, one a cell")
+    parser.add_argument("--stages", default="sft", metavar="A,B", help="of the recipe")
+    parser.add_argument("--machines", default=",".join(MACHINES), metavar="A,B")
+    parser.add_argument("--models", default=",".join(NAMED), metavar="A,B")
+    parser.add_argument("--table", action="store_true", help="print what the file holds; compile nothing")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of every cell, kept with it")
+    options = parser.parse_args()
+    if options.table:
+        print("\n".join(table(read(options.out))))
+        return
+    done = {key(cell) for cell in read(options.out)}
+    for stage, machine, model in itertools.product(
+        options.stages.split(","), options.machines.split(","), options.models.split(",")
+    ):
+        cell = {"stage": stage, "machine": machine, "model": model, "set": options.set}
+        if key(cell) in done:
+            continue
+        cell |= settings_of(cell) | compiled(cell)
+        with options.out.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(cell) + "\n")
+        print(stage, machine, model, said(cell), flush=True)
+
+
+def key(cell: dict) -> tuple:
+    return (cell["stage"], cell["machine"], cell["model"], *cell["set"])
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def overrides(cell: dict) -> list[str]:
+    return [f"model={cell['model']}", f"machine={cell['machine']}", *cell["set"]]
+
+
+def settings_of(cell: dict) -> dict:
+    """What the recipe takes of the model on that machine."""
+    run = load_run_config(cell["stage"], overrides(cell))
+    return {
+        "tokens": run.data.budgets.tokens,
+        "rows": run.data.rows,
+        "accumulate": run.train.accumulate,
+        "moments": run.optimizer.moments_dtype,
+        "language": "attention" if any(group.name == "attention" for group in run.optimizer.groups) else "all",
+    }
+
+
+def compiled(cell: dict) -> dict:
+    """The report's numbers, or why there is none."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder, "report.json")
+        command = [sys.executable, "-m", "baichuan_omni_jax", "preflight", "--config", cell["stage"]]
+        command += [part for change in overrides(cell) for part in ("--set", change)]
+        try:
+            done = subprocess.run(
+                [*command, "--json", str(report)], capture_output=True, text=True, timeout=LIMIT, check=False
+            )
+        except subprocess.TimeoutExpired:
+            return {"error": f"no result in {LIMIT} s"}
+        if not report.exists():
+            return {"error": done.stderr.strip()[-2000:]}
+        found = json.loads(report.read_text(encoding="utf-8"))
+    return {name: found[name] for name in KEPT}
+
+
+def said(cell: dict) -> str:
+    """One cell in words: what it needs of what there is."""
+    if "error" in cell:
+        return f"not compiled: {cell['error'][-120:]}"
+    needed, room = cell["peak_bytes"] / GIB, cell["hbm_bytes"] / GIB
+    return f"{needed:.1f} of {room:.1f} GiB" + ("" if cell["fits"] else f", {needed - room:.1f} too much")
+
+
+def table(cells: list[dict]) -> Iterator[str]:
+    """Yields the Markdown rows of a table a stage: machines across, models down."""
+    for stage in dict.fromkeys(cell["stage"] for cell in cells):
+        found = {(cell["machine"], cell["model"]): cell for cell in cells if cell["stage"] == stage and not cell["set"]}
+        yield f"| `{stage}` | " + " | ".join(f"`{machine}`" for machine in MACHINES) + " |"
+        yield "|---" * (len(MACHINES) + 1) + "|"
+        for model in NAMED:
+            shown = (found.get((machine, model)) for machine in MACHINES)
+            yield f"| `{model}` | " + " | ".join(said(cell) if cell else "" for cell in shown) + " |"
+        yield ""
+
+
+if __name__ == "__main__":
+    main()
