@@ -5,9 +5,9 @@
 
 Starts from converted weights: a released checkpoint (`convert to-jax`), or Qwen2.5 with a vision tower (`convert
 from-parts`, docs/how-to/train-from-qwen.md). Released ones know the special tokens: add
-`--set train.special_token_rows=false`. Sized for 64 chips (v5p:4x4x4) and the 7B model; for others `--set machine=v5e:2x4
---set model=omni_0b5` (docs/how-to/stages.md). Mixture and budgets are `config/stages.py`'s: a copy of this file may give
-`stage_run` its own `shares`. The data are yours: docs/how-to/data.md.
+`--set train.special_token_rows=false`.
+The 7B model on 64 chips (v5p:4x4x4); others by `--set model=omni_0b5 --set machine=v5e:2x4` (docs/how-to/stages.md).
+The data are yours: docs/how-to/data.md.
 """
 
 from baichuan_omni_jax.config import RunConfig, stage_run

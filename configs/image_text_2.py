@@ -4,9 +4,9 @@ pure text.
     python launch/tpu_pretrain.py --config configs/image_text_2.py --workdir runs/image_text_2 \\
         --multihost --set data.root=DATA_ROOT
 
-Starts from stage image_text_1. Sized for 64 chips (v5p:4x4x4) and the 7B model; for others `--set machine=v5e:2x4
---set model=omni_0b5` (docs/how-to/stages.md). Mixture and budgets are `config/stages.py`'s: a copy of this file may give
-`stage_run` its own `shares`. The data are yours: docs/how-to/data.md.
+Starts from stage image_text_1.
+The 7B model on 64 chips (v5p:4x4x4); others by `--set model=omni_0b5 --set machine=v5e:2x4` (docs/how-to/stages.md).
+The data are yours: docs/how-to/data.md.
 """
 
 from baichuan_omni_jax.config import RunConfig, stage_run

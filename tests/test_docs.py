@@ -21,7 +21,7 @@ import pytest
 
 from baichuan_omni_jax import __version__
 from baichuan_omni_jax.cli.main import main
-from baichuan_omni_jax.config import RunConfig, apply_overrides, load_run_config
+from baichuan_omni_jax.config import STAGES, RunConfig, load_run_config
 
 ROOT = Path(__file__).resolve().parents[1]
 GENERATED = ROOT / "docs" / "reference" / "api"
@@ -129,10 +129,12 @@ def check_install(arguments: list[str]) -> None:
 def check_overrides(arguments: list[str]) -> None:
     """Checks that `--set` names settings of the configuration that `--config` names; placeholders are left out."""
     pairs = list(itertools.pairwise(arguments))
-    configs = [ROOT / value for flag, value in pairs if flag == "--config" and (ROOT / value).exists()]
+    named = [value for flag, value in pairs if flag == "--config"]
+    configs = [value if value in STAGES else ROOT / value for value in named]
+    configs = [config for config in configs if config in STAGES or Path(config).exists()]
     settings = [value for flag, value in pairs if flag == "--set"]
     for config in configs:
-        apply_overrides(load_run_config(config), [s for s in settings if not re.match(r"a\.b=|.*=[A-Z_]+$", s)])
+        load_run_config(config, [s for s in settings if not re.match(r"a\.b=|.*=[A-Z_]+$", s)])
 
 
 def anchors(page: Path) -> set[str]:

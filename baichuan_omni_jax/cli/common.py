@@ -54,9 +54,8 @@ def _describe_unknown(argument: str, known: Sequence[str]) -> str:
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds `--config` and `--set`, which name a run in every command that reads one."""
-    parser.add_argument(
-        "--config", required=True, metavar="FILE", help="the run's file, as in configs/, or a stage's name"
-    )
+    about = "the run's file, as in configs/, or the name of a stage, as sft"
+    parser.add_argument("--config", required=True, metavar="FILE", help=about)
     add_set_argument(parser, "override of one key, as data.root=DIR; may be repeated")
 
 

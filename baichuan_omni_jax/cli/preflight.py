@@ -1,6 +1,6 @@
-"""Does a run fit a TPU slice? Compiles its real training step for the slice, without a TPU.
+"""Does a run fit a TPU slice, or GPUs? Compiles its real training step for them, on a machine that has neither.
 
-    pip install -e '.[preflight]'
+    pip install -e '.[preflight]'      # for GPUs: '.[cuda]'
     baichuan-omni preflight --config configs/omni_64k.py --topology v5p:4x4x4 [--json FILE] [--plot FILE.png]
 
 Prints, for one chip, memory by part, parameters and optimizer by group and collectives, and the step's model FLOPs;
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `preflight`."""
     add_run_arguments(parser)
     add = parser.add_argument
-    add("--topology", metavar="TYPE:AxBxC", help="the slice, such as v5p:4x4x4; default: machine of the config")
+    add("--topology", metavar="TYPE:AxBxC", help="the slice, as v5p:4x4x4, or h100:1; default: `machine` of the config")
     add("--slices", type=int, metavar="N", help="how many of them; default: mesh.slices of the config")
     add("--json", type=Path, metavar="FILE", help="also write the report here")
     add("--plot", type=Path, metavar="FILE.png", help="also draw it (needs the extra `show`)")

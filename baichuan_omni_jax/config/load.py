@@ -31,7 +31,8 @@ def load_run_config(config: str | Path, overrides: Sequence[str] = ()) -> RunCon
     >>> load_run_config("sft", ["model=omni_0b5", "machine=v5e:2x4", "train.steps=20"]).mesh.context
     8
 
-    Raises ConfigError when there is no such file or stage, with the line where the file fails, and as `apply_overrides`.
+    Raises ConfigError when there is no such file or stage, with the line where the file fails, and for overrides as
+    `apply_overrides` does.
     """
     make = _NAMED.get(str(config)) or _of_file(config)
     takes = [name for name in _SIZED_BY if name in inspect.signature(make).parameters]

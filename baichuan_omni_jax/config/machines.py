@@ -52,7 +52,7 @@ _FITS: dict[str, dict[str, Fit]] = {
     "v5e:2x4": {
         "omni_0b5": Fit(),
         "omni_1b5": Fit(),
-        "omni_3b": Fit(moments="bfloat16"),
+        "omni_3b": Fit(chip_tokens=4096, moments="bfloat16"),
         "baichuan_omni_7b": Fit(chip_tokens=4096, language="attention"),
         "omni_14b": Fit(chip_tokens=4096, moments="bfloat16", language="attention"),
     },

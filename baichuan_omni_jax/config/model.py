@@ -70,8 +70,8 @@ def baichuan_omni_7b() -> OmniConfig:
     return OmniConfig()
 
 
-# Encoders of Whisper by its names: (mel bins, width, layers, heads of 64). The decoder of our tokenizer, its bridge, its
-# codebooks' width and the flow decoder's pre-net follow the width.
+# Encoders of Whisper by its names: (mel bins, width, layers, heads of 64). The tokenizer's bridge, codebooks and
+# decoder and the flow decoder's pre-net follow the width.
 _WHISPER: dict[str, tuple[int, int, int, int]] = {
     "small": (80, 768, 12, 12),  # 0.09 B parameters
     "medium": (80, 1024, 24, 16),  # 0.31 B
@@ -131,7 +131,10 @@ def omni_3b() -> OmniConfig:
 
 
 def omni_14b() -> OmniConfig:
-    """Returns the sizes of Qwen2.5-14B (14.8 B), Qwen2-VL's tower and Whisper large-v3."""
+    """Returns the sizes of Qwen2.5-14B (14.8 B), Qwen2-VL's tower and Whisper large-v3.
+
+    Norms are those of Qwen2.5-14B-Instruct; the base model has an epsilon of 1e-5, as its converted config.json says.
+    """
     llm = LLMConfig(hidden_size=5120, num_layers=48, num_heads=40, num_kv_heads=8, intermediate_size=13824)
     return _from_parts(llm, "large-v3")
 

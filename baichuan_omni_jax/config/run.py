@@ -241,8 +241,8 @@ class RunConfig:
 
     name: str
     model: str = "baichuan_omni_7b"  # a variant of `OmniConfig`, or the path of a Hugging Face config.json
-    # The machine that a stage of the recipe is sized for (`config/machines.py`), which preflight compiles for unless told
-    # otherwise. `--set machine=NAME` sizes the whole run anew; a configuration of another kind has none.
+    # The machine that a stage of the recipe is sized for (`config/machines.py`), and preflight's `--topology` unless
+    # told otherwise. `--set machine=NAME` sizes the whole run anew; configurations of other kinds have none.
     machine: str = ""
     # What trains: the language model with vision and audio, the audio tokenizer, or the flow-matching decoder.
     task: Task = "omni"

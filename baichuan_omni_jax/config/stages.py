@@ -132,7 +132,8 @@ def mixture_of(
 class _Recipe:
     """What a stage has of its own at released size, beside its groups."""
 
-    # Source -> share, of the loss or in the stages of `BY_DOCUMENTS` of documents; a manifest DATA_ROOT/NAME.jsonl each.
+    # Source -> share, of the loss or in the stages of `BY_DOCUMENTS` of documents; each is a manifest
+    # DATA_ROOT/NAME.jsonl.
     shares: dict[str, float]
     steps: int  # to which the learning rate decays
     warmup_steps: int
@@ -322,7 +323,7 @@ _TINY: dict[Stage, tuple[dict[str, float], float]] = {
 
 
 def tiny_stage(stage: Stage, *, steps: int = 12) -> RunConfig:
-    """Returns a stage's run on the tiny model and the offline sample data: the chain of stages in minutes on a laptop."""
+    """Returns a stage's run on the tiny model and the offline sample data; all six take minutes on a laptop."""
     (shares, scale), by_documents = _TINY[stage], stage in BY_DOCUMENTS
     return RunConfig(
         name=f"{stage}_tiny",

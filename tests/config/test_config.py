@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from baichuan_omni_jax.config import (
+    MODELS,
+    STAGES,
     GenerationConfig,
     RunConfig,
     apply_overrides,
@@ -17,6 +19,8 @@ from baichuan_omni_jax.config import (
     from_dict,
     from_hf,
     load_run_config,
+    omni_1b5,
+    omni_14b,
     read_hf,
     resolve_model,
     tiny,
@@ -96,6 +100,53 @@ def test_every_config_loads_and_survives_json(path):
     resolve_model(run.model)
 
 
+def test_a_stage_needs_no_file_and_its_file_is_the_same():
+    for stage in STAGES:
+        assert load_run_config(stage) == load_run_config(ROOT / "configs" / f"{stage}.py")
+        assert load_run_config(f"{stage}_tiny") == load_run_config(ROOT / "configs" / f"{stage}_tiny.py")
+
+
+def test_model_and_machine_size_the_whole_run_before_other_overrides():
+    changes = ["data.rows=8", "model=omni_0b5", "train.accumulate=1", "machine=v5e:2x4"]
+    run = load_run_config(ROOT / "configs" / "sft.py", changes)
+    assert (run.model, run.machine, run.mesh.context) == ("omni_0b5", "v5e:2x4", 8)
+    assert (run.data.rows, run.train.accumulate) == (8, 1)
+    # A file of one size keeps it: there the model is a field as any other.
+    assert load_run_config(ROOT / "configs" / "micro.py", ["model=omni_0b5"]).model == "omni_0b5"
+
+
+@pytest.mark.parametrize(
+    ("config", "change", "message"),
+    [
+        ("sft", "machine=v9:2x2", r"machine 'v9:2x2' is not one that the recipe has sizes for \(h100:1, v5e:2x4, "),
+        (
+            ROOT / "configs" / "micro.py",
+            "machine=v5e:2x4",
+            r"micro\.py is not sized by machine: set mesh, data",
+        ),
+        ("sft", "model=huge", "model 'huge' is neither a variant"),
+        ("sftt", "model=tiny", r"config file sftt does not exist, nor a stage of that name \(image_text_1, "),
+    ],
+)
+def test_what_cannot_be_sized_is_refused_by_name(config, change, message):
+    with pytest.raises(ConfigError, match=message):
+        load_run_config(config, [change])
+
+
+def test_a_model_of_a_file_is_sized_as_the_smallest_named_one_that_holds_it(tmp_path):
+    """1.2 B parameters of another depth are laid out as `omni_1b5`; 30 B as nothing."""
+    between = omni_1b5()
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(to_hf(replace(between, llm=replace(between.llm, num_layers=16)))))
+    run = load_run_config("sft", [f"model={path}", "machine=h100:1"])
+    named = load_run_config("sft", ["model=omni_1b5", "machine=h100:1"])
+    assert replace(run, model="omni_1b5") == named
+    large = omni_14b()
+    path.write_text(json.dumps(to_hf(replace(large, llm=replace(large.llm, num_layers=96)))))
+    with pytest.raises(ConfigError, match=r"config\.json: 28\.0 B parameters are more than the recipe has sizes for"):
+        load_run_config("sft", [f"model={path}"])
+
+
 def test_missing_config_and_model_are_refused_by_name(tmp_path):
     with pytest.raises(ConfigError, match=r"config file .*none\.py does not exist"):
         load_run_config(tmp_path / "none.py")
@@ -106,7 +157,7 @@ def test_missing_config_and_model_are_refused_by_name(tmp_path):
         resolve_model("huge")
 
 
-@pytest.mark.parametrize("omni", [tiny(), baichuan_omni_7b()], ids=["tiny", "7b"])
+@pytest.mark.parametrize("omni", [make() for make in MODELS.values()], ids=MODELS)
 def test_hf_round_trip(omni):
     assert from_hf(json.loads(json.dumps(to_hf(omni)))) == omni
 

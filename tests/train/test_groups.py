@@ -72,6 +72,25 @@ def test_a_group_may_have_a_schedule_of_its_own():
         schedule(config, dataclasses.replace(own, warmup_steps=20))
 
 
+def test_moments_in_bfloat16_follow_those_in_fp32():
+    """Both moments take two bytes, the structure of the state stays, and updates agree to bfloat16's rounding."""
+    parameters = {"llm.head": jnp.linspace(-1.0, 1.0, 64).reshape(8, 8)}
+    labels, groups = {"llm.head": "all"}, (group("all", ".*", 1e-2),)
+    wide, narrow = (
+        make_optimizer(OptimizerConfig(groups=groups, warmup_steps=0, moments_dtype=dtype), labels)
+        for dtype in ("float32", "bfloat16")
+    )
+    states, rng = [wide.init(parameters), narrow.init(parameters)], np.random.default_rng(0)
+    assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])
+    for _ in range(30):
+        gradients = {"llm.head": jnp.asarray(rng.normal(size=(8, 8)), jnp.float32)}
+        found = [one.update(gradients, state, parameters) for one, state in zip((wide, narrow), states, strict=True)]
+        (exact, rounded), states = [change["llm.head"] for change, _ in found], [state for _, state in found]
+        np.testing.assert_allclose(rounded, exact, atol=0.03 * np.abs(exact).max())
+    moments = [leaf for leaf in jax.tree.leaves(states[1]) if leaf.shape == (8, 8)]
+    assert [leaf.dtype for leaf in moments] == [jnp.bfloat16] * 2
+
+
 def test_only_matrices_decay():
     assert decays("llm.layers.mlp.up_proj.weight")
     assert decays("llm.embedding")

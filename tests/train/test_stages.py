@@ -1,5 +1,6 @@
 """The recipe's stages: what trains in each, and a chain of all six."""
 
+import functools
 import subprocess
 import sys
 from itertools import pairwise
@@ -8,13 +9,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 
 from baichuan_omni_jax.checkpoint import find_parent, load_branches, with_shardings
-from baichuan_omni_jax.config import STAGES, RunConfig, load_run_config, resolve_model, stage_groups
+from baichuan_omni_jax.config import MACHINES, MODELS, STAGES, RunConfig, load_run_config, resolve_model, stage_groups
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.nn.param import ComputePolicy, named_values, named_variables
 from baichuan_omni_jax.omni.model import OmniModel
-from baichuan_omni_jax.sharding import ShardingRules
+from baichuan_omni_jax.sharding import MESH_AXES, ShardingRules, check_divisible, parameter_axes
 from baichuan_omni_jax.train.groups import assign_groups, special_ids
 from baichuan_omni_jax.train.state import branches_of
 from tests.helpers.micro import REPOSITORY, environment, one_device, small_copy
@@ -31,10 +33,14 @@ TRAINABLE = {
 }
 
 
+NAMED = [name for name in MODELS if name != "tiny"]
+
+
 def config(stage: str, suffix: str = "") -> RunConfig:
     return load_run_config(REPOSITORY / "configs" / f"{stage}{suffix}.py")
 
 
+@functools.cache
 def abstract_model(name: str) -> OmniModel:
     return jax.eval_shape(lambda: OmniModel(jax.random.key(0), resolve_model(name), ComputePolicy()))
 
@@ -76,10 +82,54 @@ def test_unknown_stage():
 def test_other_slices_train_the_same_stage():
     """The mesh and the accumulation differ, the rows of an update do not."""
     whole = config("omni_64k")
-    for name in ("omni_64k_v5p8", "omni_64k_v6e32"):
-        run = config(name)
+    for machine, fsdp, context in (("v5p:2x2x2", 2, 4), ("v6e:4x8", 4, 8)):
+        run = load_run_config("omni_64k", [f"machine={machine}"])
         assert (run.data, run.optimizer, run.train.steps) == (whole.data, whole.optimizer, whole.train.steps)
+        assert (run.mesh.fsdp, run.mesh.context) == (fsdp, context)
         assert run.data.rows == run.mesh.fsdp * run.train.accumulate
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("model", NAMED)
+def test_every_stage_of_every_model_is_laid_out_on_every_machine(model, machine):
+    """An update is of as many tokens everywhere; rows, patches and parameters divide as the mesh asks."""
+    variables = named_variables(abstract_model(model))
+    for stage in STAGES:
+        run = load_run_config(stage, [f"model={model}", f"machine={machine}"])
+        mesh, data = run.mesh, run.data
+        assert mesh.fsdp * mesh.context == MACHINES[machine]
+        assert data.rows * data.budgets.tokens == 2**20
+        assert data.rows % (mesh.fsdp * run.train.accumulate) == 0
+        abstract = AbstractMesh((1, mesh.fsdp, mesh.context, 1), MESH_AXES)
+        assert data.media_shards % mesh.context == data.budgets.patches % (4 * data.media_shards) == 0
+        assert data.budgets.tokens % (mesh.context * data.context_block) == 0
+        assert data.budgets.audio_frames % mesh.context == data.budgets.audio_targets % mesh.context == 0
+        for name, variable in variables.items():
+            check_divisible(abstract, ShardingRules(), variable.shape, parameter_axes(variable), name)
+        # The same branches train as in the recipe, the language model in part where the machine is small.
+        groups = assign_groups(variables, run.optimizer.groups)
+        whole = set(groups.trainable) - set(groups.rows.values())
+        assert {part for part in PARTS for name in whole if name.startswith(part)} == TRAINABLE[stage]
+
+
+def test_a_machine_too_small_trains_the_attention_of_the_language_model():
+    run = load_run_config("sft", ["model=baichuan_omni_7b", "machine=h100:1"])
+    groups = assign_groups(named_variables(abstract_model(run.model)), run.optimizer.groups)
+    language = {name for name in groups.trainable if name.startswith("llm.")}
+    attention = {name for name in language if name.startswith("llm.layers.attention.")}
+    # And the rows of the special tokens, as in all stages that freeze the tables.
+    assert language - attention == set(groups.rows.values())
+    assert len(attention) == 7
+    # Where the stage leaves the language model alone, so does the machine.
+    first = load_run_config("image_text_1", ["model=baichuan_omni_7b", "machine=h100:1"])
+    assert first.optimizer.groups == config("image_text_1").optimizer.groups
+
+
+def test_kv_heads_that_tensor_does_not_divide_are_refused_by_name():
+    variables = named_variables(abstract_model("omni_0b5"))
+    name, mesh = "llm.layers.attention.k_proj.weight", AbstractMesh((1, 1, 1, 4), MESH_AXES)
+    with pytest.raises(ConfigError, match=rf"{name}: dimension kv_heads of 2 is not divisible by 4, the mesh axes ten"):
+        check_divisible(mesh, ShardingRules(), variables[name].shape, parameter_axes(variables[name]), name)
 
 
 @pytest.mark.slow

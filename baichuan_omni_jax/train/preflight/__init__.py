@@ -1,4 +1,4 @@
-"""Whether a run fits a TPU slice, found out without one: the real step, compiled ahead of time for its chips."""
+"""Whether a run fits a TPU slice or a GPU, found out without one: the real step, compiled ahead of time for it."""
 
 from baichuan_omni_jax.train.preflight.compile import devices_of
 from baichuan_omni_jax.train.preflight.report import Packing, Report, preflight

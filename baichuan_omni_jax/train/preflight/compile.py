@@ -15,6 +15,7 @@ from jax.experimental import topologies
 from baichuan_omni_jax.config import OmniConfig, RunConfig
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.sharding import make_mesh
+from baichuan_omni_jax.train.preflight.gpu import gpus_of, is_gpu
 from baichuan_omni_jax.train.preflight.hlo import Temporary, largest_temporaries
 from baichuan_omni_jax.train.state import StepSpec, TrainState, abstract_state, make_compute, make_step_spec
 from baichuan_omni_jax.train.step import compile_step
@@ -119,12 +120,16 @@ def _dumped(folder: str, pattern: str) -> str:
 
 
 def devices_of(topology: str, slices: int = 1) -> list[Any]:
-    """Lists the devices of `slices` slices of a topology such as `v5p:4x4x4`.
+    """Lists the devices of `slices` slices of a topology such as `v5p:4x4x4`, or of a host's GPUs such as `h100:1`.
 
-    Raises ConfigError when libtpu is missing or does not know the topology.
+    Raises ConfigError when libtpu or JAX's CUDA plugin is missing or does not know the topology.
     """
     if slices < 1:
         raise ConfigError(f"mesh.slices must be at least 1, not {slices}")
+    if is_gpu(topology):
+        if slices > 1:
+            raise ConfigError(f"mesh.slices is {slices}: only TPU slices are joined, not {topology}")
+        return gpus_of(topology)
     # libtpu describes the devices; it needs no TPU for that.
     if find_spec("libtpu") is None:
         raise ConfigError("libtpu is not installed: pip install 'baichuan_omni_jax[preflight]'")
@@ -136,5 +141,6 @@ def devices_of(topology: str, slices: int = 1) -> list[Any]:
     except (RuntimeError, ValueError) as error:
         why = " ".join(str(error).split())
         raise ConfigError(
-            f"--topology {topology} is not one that libtpu knows (such as v5p:4x4x4, v5e:4x8, v6e:4x8): {why}"
+            f"--topology {topology} is not one that libtpu knows (such as v5p:4x4x4, v5e:4x8, v6e:4x8), nor GPUs "
+            f"(h100:1): {why}"
         ) from error

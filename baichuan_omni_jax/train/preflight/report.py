@@ -21,6 +21,7 @@ from baichuan_omni_jax.train.preflight.compile import (
     compile_for_devices,
     devices_of,
 )
+from baichuan_omni_jax.train.preflight.gpu import USABLE_SHARE
 from baichuan_omni_jax.train.preflight.hlo import Temporary, collectives_of
 from baichuan_omni_jax.train.state import StepSpec, TrainState
 
@@ -153,7 +154,9 @@ class Packing:
 
 
 def preflight(run: RunConfig, omni: OmniConfig, topology: str, packing: Packing | None = None) -> Report:
-    """Compiles the run's step for `mesh.slices` slices of `topology` and reports. Needs libtpu, but no TPU.
+    """Compiles the run's step for `mesh.slices` slices of `topology` and reports.
+
+    Needs libtpu, or for GPUs JAX's CUDA plugin, but no device.
 
     Raises ConfigError where the topology is unknown, or mesh, budgets, groups and model do not fit it.
     """
@@ -179,8 +182,9 @@ def describe(
     chip = chip_of(device.device_kind)
     if chip is None:
         raise ConfigError(f"{topology}: {device.device_kind} is not a chip whose memory is known")
-    # What the compiler allows, where it said so; else what the chip has.
-    available = memory.available or chip.hbm_bytes
+    # What the compiler allows, where it said so; else what the chip has, and of a GPU what JAX may take of that.
+    usable = int(chip.hbm_bytes * USABLE_SHARE) if device.platform == "gpu" else chip.hbm_bytes
+    available = memory.available or usable
     counts = packing.counts(run, omni)
     trainable = spec.groups.trainable
     # FLOPs: by the formulas of the training metrics, for rows as `packing` fills them.
