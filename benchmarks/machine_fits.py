@@ -3,9 +3,11 @@
     pip install -e '.[preflight]'
     python benchmarks/machine_fits.py --out benchmarks/machine_fits.jsonl              # what the file lacks, hours
     python benchmarks/machine_fits.py --out benchmarks/machine_fits.jsonl --table      # the file as Markdown
+    python benchmarks/machine_fits.py --out benchmarks/machine_fits.jsonl --hours      # of every stage, predicted
 
 A cell is one `baichuan-omni preflight` in a process of its own; its line is appended when it is done, so that the same
-command goes on where it was stopped. Cells in the order of `MODELS` within `MACHINES`, the cheapest to compile first.
+command goes on where it was stopped. Hours are the stage's model FLOPs over what the chips could do in bfloat16, at a
+stated share of it: a prediction, nothing was timed.
 """
 
 import argparse
@@ -17,11 +19,22 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from baichuan_omni_jax.config import MODELS, load_run_config
+import jax
+
+from baichuan_omni_jax.config import MACHINES as MACHINE_CHIPS
+from baichuan_omni_jax.config import MODELS, STAGES, RunConfig, load_run_config, resolve_model
+from baichuan_omni_jax.flops.chips import GPUS, TPUS
+from baichuan_omni_jax.flops.terms import flops_by_branch, omni_terms
+from baichuan_omni_jax.nn.param import ComputePolicy, named_variables
+from baichuan_omni_jax.omni.model import OmniModel
+from baichuan_omni_jax.train.groups import assign_groups
+from baichuan_omni_jax.train.preflight import Packing
 
 MACHINES = ("v5e:2x4", "v6e:2x4", "v5p:2x2x2", "h100:1")
 NAMED = tuple(name for name in MODELS if name != "tiny")
 GIB = 2**30
+# bfloat16 FLOP/s of a chip, by its name in a topology.
+PEAKS = {chip.name.lower(): chip.flops for chip in (*TPUS.values(), *GPUS.values())}
 # A step of 14 B parameters compiles in some minutes; four times that is a hang.
 LIMIT = 2400
 KEPT = ("args_bytes", "temp_bytes", "peak_bytes", "hbm_bytes", "fits", "mesh", "model_flops", "suggestions", "seconds")
@@ -35,7 +48,14 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(NAMED), metavar="A,B")
     parser.add_argument("--table", action="store_true", help="print what the file holds; compile nothing")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of every cell, kept with it")
+    parser.add_argument(
+        "--hours", action="store_true", help="print the predicted hours of every stage; compile nothing"
+    )
+    parser.add_argument("--utilization", type=float, default=0.4, metavar="X", help="of the chips' peak (default 0.4)")
     options = parser.parse_args()
+    if options.hours:
+        print("\n".join(hours_table(options.utilization)))
+        return
     if options.table:
         print("\n".join(table(read(options.out))))
         return
@@ -112,6 +132,27 @@ def table(cells: list[dict]) -> Iterator[str]:
             shown = (found.get((machine, model)) for machine in MACHINES)
             yield f"| `{model}` | " + " | ".join(said(cell) if cell else "" for cell in shown) + " |"
         yield ""
+
+
+def hours_table(utilization: float) -> Iterator[str]:
+    """Yields the Markdown rows of hours, a table a machine: stages across, models down, all of the recipe's steps."""
+    for machine in MACHINES:
+        yield f"| `{machine}` | " + " | ".join(f"`{stage}`" for stage in STAGES) + " |"
+        yield "|---" * (len(STAGES) + 1) + "|"
+        peak = MACHINE_CHIPS[machine] * PEAKS[machine.partition(":")[0]]
+        for model in NAMED:
+            runs = [load_run_config(stage, [f"model={model}", f"machine={machine}"]) for stage in STAGES]
+            hours = (step_flops(run) * run.train.steps / (peak * utilization) / 3600 for run in runs)
+            yield f"| `{model}` | " + " | ".join(f"{found:,.0f}" for found in hours) + " |"
+        yield ""
+
+
+def step_flops(run: RunConfig) -> float:
+    """Model FLOPs of one step, for rows filled as preflight assumes."""
+    omni = resolve_model(run.model)
+    model = jax.eval_shape(lambda: OmniModel(jax.random.key(0), omni, ComputePolicy(), run.branches))
+    trainable = assign_groups(named_variables(model), run.optimizer.groups).trainable
+    return sum(flops_by_branch(omni_terms(omni), Packing().counts(run, omni), trainable).values())
 
 
 if __name__ == "__main__":

@@ -34,7 +34,10 @@ from baichuan_omni_jax.storage import write_json
 
 RUN_CONFIG, PARENT, _ORIGIN = "run_config.json", "parent.json", "origin.json"
 # A run may be made longer, saved at other steps, and moved to other machines; the rest decides what it computes.
-MAY_DIFFER = ("train.steps", "checkpoint.*", "eval.*", "mesh.*", "data.workers", "data.root", "data.trusted_roots*")
+MAY_DIFFER = (
+    *("train.steps", "checkpoint.*", "eval.*", "machine", "mesh.*"),
+    *("data.workers", "data.root", "data.trusted_roots*"),
+)
 _ABSENT = "absent"
 TOKENIZER_BRANCH = "audio_encoder"
 _CODED = "audio_head"  # the branch whose tables and heads belong to the codes
