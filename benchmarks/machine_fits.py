@@ -23,8 +23,7 @@ import jax
 
 from baichuan_omni_jax.config import MACHINES as MACHINE_CHIPS
 from baichuan_omni_jax.config import MODELS, STAGES, RunConfig, load_run_config, resolve_model
-from baichuan_omni_jax.flops.chips import GPUS, TPUS
-from baichuan_omni_jax.flops.terms import flops_by_branch, omni_terms
+from baichuan_omni_jax.flops.terms import GPUS, TPUS, flops_by_branch, omni_terms
 from baichuan_omni_jax.nn.param import ComputePolicy, named_variables
 from baichuan_omni_jax.omni.model import OmniModel
 from baichuan_omni_jax.train.groups import assign_groups
