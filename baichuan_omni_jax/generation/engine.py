@@ -26,6 +26,7 @@ from baichuan_omni_jax.branches import PROMPT_BRANCHES
 from baichuan_omni_jax.config import GenerationConfig, OmniConfig
 from baichuan_omni_jax.errors import ConfigError, RequestError
 from baichuan_omni_jax.generation.events import GenerationResult, Prompt
+from baichuan_omni_jax.generation.loglikelihood import ContinuationScore, LogLikelihoodScorer, ScoringRequest
 from baichuan_omni_jax.generation.prefill import PrefillGroup, check_prompt
 from baichuan_omni_jax.generation.programs import DeviceState, mesh_of
 from baichuan_omni_jax.generation.requests import ActiveRequest, Request
@@ -89,6 +90,7 @@ class Engine:
         sizes = {"slots": slots, "length": length, "steps_per_call": steps_per_call, "cache_dtype": cache_dtype}
         with jax.set_mesh(self._mesh):
             self._device = DeviceState(branches, cfg, table, self._mesh, **sizes)
+        self._scorer = LogLikelihoodScorer(self._device, cfg, self._branches, length)
         # One lock for queues and device: whoever holds it runs a step for everybody.
         self._lock = threading.Lock()
         self._waiting: deque[ActiveRequest] = deque()
@@ -127,6 +129,35 @@ class Engine:
         requests = [self.submit(prompt, settings, key) for prompt, key in zip(prompts, keys, strict=True)]
         return [GenerationResult.from_events(request) for request in requests]
 
+    def log_likelihoods(self, requests: Sequence[ScoringRequest]) -> list[tuple[ContinuationScore, ...]]:
+        """Computes what the model gives continuations of prompts; answers that are being made go on in between.
+
+        Prompts may hold media, and are computed once for all their continuations; many requests at once share rows.
+        A continuation's `log_likelihood` is minus the sum of the training loss over its tokens.
+
+        Args:
+            requests: prompts, each with continuations of at least one token; a prompt and a continuation together may
+                have one token more than an engine's `length`.
+
+        Returns:
+            For each request, the scores of its continuations, in order.
+
+        Raises:
+            RequestError: as `submit`, before anything is computed.
+        """
+        for request in requests:
+            self._scorer.check(request)
+        found: list[dict[int, ContinuationScore]] = [{} for _ in requests]
+        rows = self._scorer.score(requests)
+        while True:
+            # Row by row, so that answers wait for a row at most.
+            with self._lock, jax.set_mesh(self._mesh):
+                scored = next(rows, None)
+            if scored is None:
+                return [tuple(scores[number] for number in sorted(scores)) for scores in found]
+            for request, number, score in scored:
+                found[request][number] = score
+
     def warm_up(self) -> None:
         """Compiles every program of text and speech; those of images and audio wait for the first of their size.
 
@@ -137,9 +168,14 @@ class Engine:
                 self._device.warm_up(self._chunk)
 
     @property
+    def length(self) -> int:
+        """Items of a prompt and its answer together, at most."""
+        return self._length
+
+    @property
     def compiles(self) -> int:
         """Programs compiled since the engine was made (of all engines, while several live)."""
-        return self._device.compiles
+        return self._device.compiles + self._scorer.compiles
 
     @property
     def metrics(self) -> EngineMetrics:

@@ -102,19 +102,19 @@ def prefill(
     # Embeddings: of tokens, then of code frames and images in their places.
     if buffer is not None:
         buffer = split_as(buffer, llm.compute, "batch")
-        x = _local(_place_media, (rows, rows, rows, P()), rows)(x, chunk, buffer, audio_head)
+        x = on_shards(place_media, (rows, rows, rows, P()), rows)(x, chunk, buffer, audio_head)
 
     # Row `index` is cut out of each device's part of the cache: the batch of this call is one row a device.
     specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, state.cache)
-    part = _local(lambda whole, index: jax.tree.map(lambda x: _row(x, index), whole), (specs, P()), specs)(
+    part = on_shards(lambda whole, index: jax.tree.map(lambda x: _row(x, index), whole), (specs, P()), specs)(
         state.cache, index
     )
     hidden, part = llm(x, chunk.positions, cache=part)
 
     # And put back. A prompt that ends here leaves the state that its first answer's item is sampled from.
-    cache = _local(_put_rows, (specs, specs, P()), specs)(state.cache, part, index)
-    last = _local(_last_hidden, (rows, rows, rows, P()), rows)(hidden, state.hidden, chunk.last, index)
-    hidden = _local(_put_rows, (rows, rows, P()), rows)(state.hidden, last, index)
+    cache = on_shards(_put_rows, (specs, specs, P()), specs)(state.cache, part, index)
+    last = on_shards(_last_hidden, (rows, rows, rows, P()), rows)(hidden, state.hidden, chunk.last, index)
+    hidden = on_shards(_put_rows, (rows, rows, P()), rows)(state.hidden, last, index)
     return EngineState(cache, hidden, state.rows)
 
 
@@ -166,7 +166,7 @@ def decode_steps(
     started, b = rows.active, rows.active.shape[0]
     levels = rows.seen_codes.shape[1]
     # Sampling is a row's own affair, so it runs where the row lies; the models' products run on the mesh.
-    step = _local(
+    step = on_shards(
         partial(_step, length=state.cache.length, tokens=tokens), (split, split, split, P(), P()), (split,) * 4
     )
 
@@ -223,7 +223,7 @@ def _logits(llm: LanguageModel, state: EngineState) -> Array:
     )
 
 
-def _place_media(x: Array, chunk: Chunk, buffer: Array, audio_head: AudioHeadBranch | None) -> Array:
+def place_media(x: Array, chunk: Chunk, buffer: Array, audio_head: AudioHeadBranch | None) -> Array:
     """Token embeddings (g, t, d) with those of code frames and of visual tokens in their places."""
     assert chunk.is_audio is not None
     assert chunk.codes is not None
@@ -248,7 +248,7 @@ def _last_hidden(hidden: Array, before: Array, last: Array, index: Array) -> Arr
     return jnp.where(last[:, None] < 0, _row(before, index), found.astype(before.dtype))
 
 
-def _local(function: Callable, in_specs, out_specs) -> Callable:
+def on_shards(function: Callable, in_specs, out_specs) -> Callable:
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
@@ -281,10 +281,10 @@ class DeviceState:
         self._table = jax.device_put(PieceTable(*table), NamedSharding(mesh, P()))
         self._slots, self._length, self._steps_per_call = slots, length, steps_per_call
         # Copies in the layout of decoding; whoever made the engine drops the branches that nothing else needs.
-        self._model = DecodeModels(
+        self.models = DecodeModels(
             branches["llm"].to_decode_layout(), None if head is None else _head_to_decode_layout(head)
         )
-        self._llm = self._model.llm
+        self._llm = self.models.llm
         # Those of the branches; the decode layout's rules do not split rows over `context`.
         self._rules = branches["llm"].compute.rules
         self._vision = branches.get("vision")
@@ -321,7 +321,7 @@ class DeviceState:
         self._state = self._buffer = None
         cache = init_cache(self._cfg.llm, self._slots, self._length, self._cache_dtype, self._llm.compute)
         hidden: Any = np.zeros((self._slots, self._cfg.llm.hidden_size), self._llm.compute.dtype)
-        self._state = EngineState(cache, *self._placed((hidden, self._idle_slots())))
+        self._state = EngineState(cache, *self.placed((hidden, self._idle_slots())))
 
     def encode_audio(self, prompt: Prompt) -> Int32[np.ndarray, "a q"]:
         """Returns the prompt's code frames, those of its mel windows made of them."""
@@ -332,15 +332,19 @@ class DeviceState:
 
     def encode_images(self, device: int, prompt: Prompt) -> None:
         """Keeps the embeddings of the prompt's images, for `prefill` of a row of `device`."""
+        self._buffer = self.embed_images({device: prompt})
+
+    def embed_images(self, prompts: Mapping[int, Prompt]) -> Float[Array, "g s d"]:
+        """Returns the buffer of images by position, with those of `prompts` (by device) in it."""
         assert self._vision is not None  # `check_prompt` lets none through else
         shards = axis_product(self._mesh, self._vision.compute.rules.axes("media"))
-        images = lay_out_images({device: prompt}, self.devices, shards, self._cfg, self._length)
-        self._buffer = encode_images(self._vision, self._image_buffer(), *self._placed(images))
+        images = lay_out_images(prompts, self.devices, shards, self._cfg, self._length)
+        return encode_images(self._vision, self.image_buffer(), *self.placed(images))
 
     def prefill(self, index: int, chunk: Chunk) -> None:
         """Reads the chunk into row `index` of every device."""
-        buffer = None if chunk.visual_slots is None else self._image_buffer()
-        self._state = prefill(self._model, self._live, np.int32(index), self._placed(chunk), buffer)
+        buffer = None if chunk.visual_slots is None else self.image_buffer()
+        self._state = prefill(self.models, self._live, np.int32(index), self.placed(chunk), buffer)
 
     def insert(self, slot: int, prompt: Prompt, settings: GenerationConfig, key: UInt32[np.ndarray, "2"]) -> None:
         """Starts the answer in row `slot`, which has read the prompt."""
@@ -351,9 +355,9 @@ class DeviceState:
     ) -> tuple[StepOutput, Int32[np.ndarray, " b"]]:
         """Makes up to `count` items of the rows that are `alive`, (n, b, ..); returns them and why rows ended."""
         self._state, items, reasons = decode_steps(
-            self._model,
+            self.models,
             self._live,
-            *self._placed((alive,)),
+            *self.placed((alive,)),
             np.int32(count),
             np.bool_(stop_early),
             self._table,
@@ -372,7 +376,7 @@ class DeviceState:
             nowhere: Any = np.full(shape, -1, np.int32)
             text = Chunk(tokens, nowhere, nowhere[:, 0])
             self.prefill(0, text)
-            if self._vision is not None or self._model.audio_head is not None:
+            if self._vision is not None or self.models.audio_head is not None:
                 codes = np.zeros((*shape, self._cfg.audio.levels), np.int32)
                 visual_slots = np.full(shape, self._length, np.int32)
                 self.prefill(0, text._replace(codes=codes, is_audio=np.zeros(shape, bool), visual_slots=visual_slots))
@@ -385,7 +389,7 @@ class DeviceState:
     def _idle_slots(self) -> SlotState:
         return idle_slots(self._slots, self._cfg.tokens, *self._widths)
 
-    def _image_buffer(self) -> Array:
+    def image_buffer(self) -> Array:
         """Where visual embeddings lie by position, one prompt a device; made when it is first needed."""
         if self._buffer is None:
             shape = (self.devices, self._length, self._cfg.llm.hidden_size)
@@ -393,7 +397,7 @@ class DeviceState:
             self._buffer = jnp.zeros(shape, self._llm.compute.dtype, out_sharding=spec)
         return self._buffer
 
-    def _placed(self, arrays: PlacedTuple) -> PlacedTuple:
+    def placed(self, arrays: PlacedTuple) -> PlacedTuple:
         """Host arrays on the devices, their first dim split as slots are."""
 
         def place(x: np.ndarray) -> Array:

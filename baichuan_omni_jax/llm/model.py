@@ -8,7 +8,7 @@ two layouts: `training`, or `decode` (`decode_layout.py`), which `LanguageModel.
 """
 
 from dataclasses import replace
-from typing import Any, Literal, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,17 @@ HIDDEN = ("batch", "length", "act_mlp")
 Layout = Literal["training", "decode"]
 
 
+class RowKeys(NamedTuple):
+    """The keys of a row whose tokens see more than the earlier tokens of their own segment.
+
+    Key j is that of the token at `places[:, j]` of the row, so a token's key may stand in several segments: a prefix in
+    those of all its continuations. `segments` says which of these s keys each of the row's t tokens sees.
+    """
+
+    places: Int32[Array, "b s"]
+    segments: Segments
+
+
 class Attention(nnx.Module):
     """Grouped-query attention with biased Q, K, V and no output bias."""
 
@@ -73,6 +84,7 @@ class Attention(nnx.Module):
         plan: BlockPlan | None,
         positions: Int32[Array, "b t"] | None = None,
         cache: LayerCache | None = None,
+        key_places: Int32[Array, "b s"] | None = None,
     ) -> tuple[Float[Array, "b t d"], LayerCache | None]:
         """Attends over the row, or over what the cache holds of it.
 
@@ -83,6 +95,7 @@ class Attention(nnx.Module):
             plan: the blocks of `segments`; None with it.
             positions: where the items stand in the cache, -1 at padding; read only with one.
             cache: keys and values of the rows' earlier items.
+            key_places: the token that each key of `segments` is taken from (`RowKeys`); None: the row's, in order.
 
         Returns:
             The attention's output, and the cache with the items in it (None without one).
@@ -96,6 +109,8 @@ class Attention(nnx.Module):
 
         # The products of attention: over the row's own keys, or over the cache, which these keys join first.
         if cache is None:
+            if key_places is not None:
+                k, v = take_places(k, key_places, self.compute), take_places(v, key_places, self.compute)
             attention = self.compute.attention
             out = flash_attention(
                 q, k, v, segments=segments, plan=plan, causal=True, scale=self.scale, implementation=attention
@@ -159,10 +174,12 @@ class DecoderLayer(nnx.Module):
         plan: BlockPlan | None,
         positions: Int32[Array, "b t"] | None = None,
         cache: LayerCache | None = None,
+        key_places: Int32[Array, "b s"] | None = None,
     ) -> tuple[Float[Array, "b t d"], LayerCache | None]:
         """Computes the stream after this layer, and the cache with its items; arguments as `Attention`'s."""
         with jax.named_scope("attention"):
-            mixed, cache = self.attention(self.attention_norm(x), angles, segments, plan, positions, cache)
+            normed = self.attention_norm(x)
+            mixed, cache = self.attention(normed, angles, segments, plan, positions, cache, key_places)
             x = x + mixed
         with jax.named_scope("mlp"):
             return x + self.mlp(self.mlp_norm(x)), cache
@@ -232,10 +249,15 @@ class LanguageModel(nnx.Module):
 
     @overload
     def __call__(
+        self, x: Float[Array, "b t d"], positions: Int32[Array, "b t"], *, keys: RowKeys
+    ) -> Float[Array, "b t d"]: ...
+
+    @overload
+    def __call__(
         self, x: Float[Array, "b t d"], positions: Int32[Array, "b t"], *, cache: KVCache
     ) -> tuple[Float[Array, "b t d"], KVCache]: ...
 
-    def __call__(self, x, positions, segment_ids=None, *, cache=None):
+    def __call__(self, x, positions, segment_ids=None, *, cache=None, keys=None):
         """Computes hidden states after the final norm: of whole packed rows, or of the next items of cached ones.
 
         Whole rows: a token sees earlier positions of its own segment; id 0 is padding. A left-padded batch is the same
@@ -253,22 +275,27 @@ class LanguageModel(nnx.Module):
         Args:
             x: embeddings (b, t, d) of the items.
             positions: where each stands in its document (b, t); they restart in a packed row.
-            segment_ids: the document of each (b, t); needed without a cache.
+            segment_ids: the document of each (b, t); needed without a cache and `keys`.
             cache: what the rows hold; its batch is b.
+            keys: what the items of whole rows see instead, in place of `segment_ids`.
 
         Returns:
             The hidden states (b, t, d), and with a cache also the cache with the items in it.
         """
         if cache is not None:
             return self._with_cache(x, positions, cache)
-        assert segment_ids is not None
         # What sees what, and where: once for all layers, since every layer attends alike.
-        segments = whole_keys(Segments.from_row(segment_ids, positions))
+        if keys is None:
+            assert segment_ids is not None
+            segments, places = Segments.from_row(segment_ids, positions), None
+        else:
+            segments, places = keys.segments, keys.places
+        segments = whole_keys(segments)
         block = self.compute.attention_block
         plan = plan_blocks(segments, causal=True, block_q=block, block_kv=block)
         angles = rope_angles(positions, self.cfg.head_dim, self.cfg.rope_theta)
         # Layers: one traced body that is scanned, or a list whose weights no scan has to cut out.
-        layer_of = remat(lambda x, layer: layer(x, angles, segments, plan)[0], self.compute.remat)
+        layer_of = remat(lambda x, layer: layer(x, angles, segments, plan, key_places=places)[0], self.compute.remat)
         if self.layout == "decode":
             for layer in self.layers:
                 x = layer_of(x, layer)
@@ -327,3 +354,12 @@ class LanguageModel(nnx.Module):
         return product("btd,vd->btv", hidden.astype(self.compute.dtype), self.head_weight(), out=spec).astype(
             jnp.float32
         )
+
+
+def take_places(
+    x: Float[Array, "b t k h"], places: Int32[Array, "b s"], compute: ComputePolicy
+) -> Float[Array, "b s k h"]:
+    """Takes each row's tokens at `places`, where the rows lie: they must not be split over `context`."""
+    row, heads = compute.spec("batch", "length"), compute.spec(*KV_HEADS)
+    take = jax.vmap(lambda row, places: row.at[places].get(mode="clip"))
+    return jax.shard_map(take, in_specs=(heads, row), out_specs=heads)(x, places)
