@@ -2,8 +2,10 @@
 
 import json
 import struct
+import sys
 import zlib
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +13,9 @@ from tests.helpers.faults.media_files import kind_of, originals
 from tests.helpers.faults.media_worker import decode_all
 from tests.helpers.faults.mutations import mutants
 from tests.helpers.proofs import sized
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+import media_headers
 
 CAUSES = {"unreadable_media", "too_big_media", "silent_audio", "changed"}
 SECONDS = 300  # after which a file hangs its reader; the slowest took well under one
@@ -52,6 +57,28 @@ def test_undamaged_files_can_be_used(files, tmp_path):
 def test_damaged_files_are_used_or_refused(files, tmp_path, count):
     found = check(decode_all(write(tmp_path / "media", mutants(files, count, seed=1)), SECONDS), count)
     assert 0.2 * count < found["unreadable_media"] < 0.9 * count
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only glibc fills what it allocates")
+@pytest.mark.parametrize("count", [60, pytest.param(sized(400, 4000), marks=pytest.mark.slow)])
+def test_nothing_is_returned_that_was_not_decoded(files, tmp_path, monkeypatch, count):
+    """Whole and damaged files decode alike whatever byte glibc fills the memory with that is handed to the decoders.
+
+    Half of the damaged ones are every container of audio with headers that lie.
+    """
+    named = [*files.items(), *mutants(files, count, seed=3)]
+    for number, (kind, data) in enumerate(media_headers.mutants(count, seed=4)):
+        # The last ending only tells the worker what to read it as.
+        named.append((f"{number:05d}-lies-{kind.name}{'.mp4' if kind.film else '.wav'}", data))
+    paths, found = write(tmp_path / "media", named), []
+    for byte in (85, 170):
+        monkeypatch.setenv("MALLOC_PERTURB_", str(byte))
+        outcomes = decode_all(paths, SECONDS)
+        check(outcomes, len(paths))
+        found.append([(outcome.name, outcome.cause, outcome.digest) for outcome in outcomes])
+    assert sum(bool(digest) for _, _, digest in found[0]) > len(files)
+    for one, other in zip(*found, strict=True):
+        assert one == other
 
 
 def test_bombs_are_refused_before_they_are_decoded(files, tmp_path):

@@ -1,11 +1,14 @@
 """A process that probes and decodes files one after the other, as the data workers do, and tells how each one ended."""
 
+import hashlib
 import multiprocessing
 import resource
 import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+
+import numpy as np
 
 from tests.helpers.faults.media_files import kind_of
 from tests.helpers.proofs import HANG
@@ -15,12 +18,16 @@ ADDRESS_SPACE = 6 << 30  # bytes: above it an allocation fails
 
 @dataclass(frozen=True)
 class Outcome:
-    """`cause` is that of the SampleError, "" when the file could be used; anything else that happened is in `bug`."""
+    """`cause` is that of the SampleError, "" when the file could be used; anything else that happened is in `bug`.
+
+    `digest` tells what was decoded.
+    """
 
     name: str
     cause: str = ""
     message: str = ""
     bug: str = ""
+    digest: str = ""
     seconds: float = 0.0
     peak_mib: float = 0.0
 
@@ -68,12 +75,19 @@ def _serve(pipe: Connection, paths: list[Path]) -> None:
     for path in paths:
         found, begun = {}, time.monotonic()
         try:
-            decode[kind_of(path.name)](path)
+            found = {"digest": _digest(decode[kind_of(path.name)](path))}
         except SampleError as error:
             found = {"cause": error.cause, "message": str(error)}
         except BaseException as error:
             found = {"bug": f"raises {type(error).__name__}: {error}"}
         pipe.send(Outcome(path.name, **found, seconds=time.monotonic() - begun, peak_mib=_peak_mib()))
+
+
+def _digest(arrays: list[np.ndarray]) -> str:
+    found = hashlib.sha256()
+    for array in arrays:
+        found.update(str(array.shape).encode() + array.tobytes())
+    return found.hexdigest()
 
 
 def _peak_mib() -> float:
@@ -82,7 +96,7 @@ def _peak_mib() -> float:
     return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
-def _decode_image(path: Path) -> None:
+def _decode_image(path: Path) -> list[np.ndarray]:
     from data_pipelines.media.images import decode_image, probe_image
     from data_pipelines.media.location import Media
 
@@ -90,11 +104,10 @@ def _decode_image(path: Path) -> None:
     height, width = probe_image(media)
     pixels = decode_image(media)
     assert pixels.shape == (height, width, 3), f"{pixels.shape} of {height}x{width}"
+    return [pixels]
 
 
-def _decode_audio(path: Path) -> None:
-    import numpy as np
-
+def _decode_audio(path: Path) -> list[np.ndarray]:
     from data_pipelines.media.audio import decode_audio, probe_audio
     from data_pipelines.media.location import Media
 
@@ -103,13 +116,15 @@ def _decode_audio(path: Path) -> None:
     wave = decode_audio(media, samples, 16000)
     assert wave.shape == (samples,)
     assert np.isfinite(wave).all()
+    return [wave]
 
 
-def _decode_video(path: Path) -> None:
+def _decode_video(path: Path) -> list[np.ndarray]:
     """Its frames and, when those can be used, its audio."""
     from data_pipelines.media.location import Media
     from data_pipelines.media.videos import read_video
 
     probe, frames = read_video(Media(path.name, path), 1.0, 8)
-    assert len([frame.shape for frame in frames]) == len(probe.times)
-    _decode_audio(path)
+    frames = list(frames)
+    assert len(frames) == len(probe.times)
+    return [*frames, *_decode_audio(path)]
