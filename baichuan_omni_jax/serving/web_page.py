@@ -9,6 +9,7 @@ import fastapi
 import gradio as gr
 import numpy as np
 from fastapi.responses import StreamingResponse
+from gradio.themes import Default as DefaultTheme
 
 from baichuan_omni_jax.generation.chat import OmniChat
 from baichuan_omni_jax.serving.limits import Limits
@@ -16,7 +17,7 @@ from baichuan_omni_jax.serving.session import Session, Sessions, View
 
 CSS = Path(__file__).with_name("web_page.css")
 LISTEN = 0.25  # seconds of audio in a piece from the microphone
-THEME = gr.themes.Default(
+THEME = DefaultTheme(
     primary_hue="teal",
     neutral_hue="slate",
     font=["system-ui", "sans-serif"],  # names alone: nothing is fetched from elsewhere
@@ -171,10 +172,15 @@ class _Page:
         return [view.messages, _player(view), view.status]
 
     def _leave(self, request: gr.Request) -> None:
-        self._sessions.close(request.session_hash)
+        self._sessions.close(_tab(request))
 
     def _session(self, request: gr.Request) -> Session:
-        return self._sessions.get(request.session_hash)
+        return self._sessions.get(_tab(request))
+
+
+def _tab(request: gr.Request) -> str:
+    # A request of an event has a hash; those of the API, which the page does not call, share one conversation.
+    return request.session_hash or ""
 
 
 def _player(view: View) -> str:
