@@ -97,10 +97,14 @@ def test_videos_with_and_without_audio(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
-        ("notes.bin", b"only text", r"notes\.bin is neither an image nor an audio file nor a video"),
+        ("notes.bin", b"only text", r"notes\.bin is a text, neither an image nor an audio file nor a video"),
         ("noise", bytes(range(256)) * 40, r"noise is neither an image nor an audio file nor a video"),
-        ("video.mp4", b"only text", r"video\.mp4 is not a readable video: its content is that of no"),
-        ("voice.wav", b"only text", r"voice\.wav is not a readable audio file"),
+        ("video.mp4", bytes(range(256)) * 40, r"video\.mp4 is not a readable video: its content is that of no"),
+        ("voice.wav", bytes(range(256)) * 40, r"voice\.wav is not a readable audio file"),
+        ("scan.png", b"%PDF-1.7\n\xe2\xe3", r"scan\.png is a PDF file, neither an image nor an audio file nor a video"),
+        ("song.mp3", b"wvpk" + bytes(200), r"song\.mp3 is a WavPack audio file, neither"),
+        ("photo.jpg", b"\xff\x0a" + bytes(range(200)), r"photo\.jpg is a JPEG XL image, neither"),
+        ("photo.png", b"\x89PNG\r\n\x1a\n" + bytes(40), r"photo\.png begins as a PNG image, but cannot be read as one"),
         ("empty.png", b"", r"empty\.png is empty"),
         ("cut.aiff", b"FORM\0\0\1\0AIFFCOMM", r"cut\.aiff is not a readable audio file"),
     ],
@@ -116,5 +120,5 @@ def test_an_archive_is_none(tmp_path):
     write_image(tmp_path / "a.png", 30, 40)
     with zipfile.ZipFile(tmp_path / "photos", "w") as archive:
         archive.write(tmp_path / "a.png", "a.png")
-    with pytest.raises(SampleError, match="photos is neither an image nor an audio file nor a video"):
+    with pytest.raises(SampleError, match="photos is a zip archive, neither an image nor an audio file nor a video"):
         inspect_media(media(tmp_path / "photos"))

@@ -92,10 +92,10 @@ def test_audio_that_comes_later_is_streamed_too():
     [
         (" ", None, "there is nothing to answer"),
         ("x" * 41, None, "the text has 41 characters, more than 40"),
-        ("", lambda p: p.write_text("no image"), "file.bin is neither an image nor an audio file nor a video"),
+        ("", lambda p: p.write_text("no image"), "file.bin is a text, neither an image nor an audio file nor a video"),
         ("", lambda p: p.with_suffix(".png").write_bytes(bytes(600_000)), "file.png has 0.6 MB, more than 0.5"),
         ("", lambda p: write_audio(p.with_suffix(".wav"), 3.5), "file.wav is 4 s long, more than 3 s"),
-        ("", lambda p: p.with_suffix(".wav").write_bytes(b"no audio"), "file.wav is not a readable audio file"),
+        ("", lambda p: p.with_suffix(".wav").write_bytes(b"no audio"), "file.wav is a text, neither an image nor an audio file nor a video"),
         ("", lambda p: p.with_suffix(".mp4").write_bytes(b"no video"), "file.mp4 is not a readable video"),
         ("break", None, "the server failed at this request"),
     ],

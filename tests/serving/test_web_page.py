@@ -189,7 +189,7 @@ def test_the_page_names_what_cannot_be_read(serve, open_tab, tmp_path):
     tab.attach(tmp_path / "broken.wav")
     wait_for(lambda: "broken.wav" in tab.text("#box") or tab.all("#box .thumbnail-item"))
     tab.write("Listen")
-    wait_for(lambda: "Not answered: broken.wav is not a readable audio file" in tab.status)
+    wait_for(lambda: "Not answered: broken.wav is a text, neither an image nor an audio file" in tab.status)
     tab.write("Hello")
     assert "heard Hello" in tab.answered(2)
 
