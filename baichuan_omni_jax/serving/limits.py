@@ -18,6 +18,7 @@ from baichuan_omni_jax.errors import ConfigError, RequestError
 from data_pipelines.errors import SampleError
 from data_pipelines.media.audio import decode_audio, probe_audio
 from data_pipelines.media.containers import opened
+from data_pipelines.media.file_kinds import HEAD, kind_of
 from data_pipelines.media.images import FORMATS, probe_image
 from data_pipelines.media.location import Media, kind_name
 from data_pipelines.media.videos import probe_video
@@ -102,16 +103,24 @@ def _from_audio_file(media: Media, head: bytes) -> MediaContent:
     except SampleError as error:
         if error.cause == "too_big_media" or head.startswith(_AUDIO_HEADS) or head[8:12] == b"WAVE":
             raise
-        raise SampleError("unreadable_media", _say_unknown(media.name)) from error
+        raise SampleError("unreadable_media", _say_unknown(media)) from error
     return MediaContent("audio", True)
 
 
-def _say_unknown(name: str) -> str:
-    """Names what the ending says: what its owner takes the file for helps them to see what is wrong with it."""
-    claimed = (mimetypes.guess_type(name)[0] or "").partition("/")[0]
+def _say_unknown(media: Media) -> str:
+    """Names what the first bytes say, else what the ending says: it helps the owner to see what is wrong."""
+    with media.open() as file:
+        found = kind_of(file.read(HEAD))
+    if found is not None and not found.read_as:
+        return f"{media.name} is {found.name}, neither an image nor an audio file nor a video that can be read"
+    if found is not None:
+        return f"{media.name} begins as {found.name}, but cannot be read as one"
+    claimed = (mimetypes.guess_type(media.name)[0] or "").partition("/")[0]
     if claimed in get_args(MediaKind):
-        return f"{name} is not a readable {kind_name(claimed)}: its content is that of no image, audio or video file"
-    return f"{name} is neither an image nor an audio file nor a video that can be read"
+        return (
+            f"{media.name} is not a readable {kind_name(claimed)}: its content is that of no image, audio or video file"
+        )
+    return f"{media.name} is neither an image nor an audio file nor a video that can be read"
 
 
 @dataclass(frozen=True, kw_only=True)
