@@ -172,7 +172,7 @@ class MetricsWriter:
 def _parse(line: bytes) -> MetricsRecord | None:
     """A line's record; None for one that a killed run or machine left cut, as zeros or as other bytes."""
     try:
-        record = json.loads(line.decode("utf-8"))
+        record = json.loads(line.decode("utf-8-sig"))  # an editor may have put a byte order mark in front
         return record if isinstance(record, dict) and type(record.get("step")) is int else None
     except (ValueError, RecursionError):
         return None

@@ -66,7 +66,7 @@ def test_rows_kept_by_a_resumed_run(tmp_path, step, kept):
 )
 def test_what_a_crash_left_is_dropped_and_whole_rows_stay(tmp_path, damage):
     rows = [{"step": number, "loss": 1.0} for number in (1, 2)]
-    whole = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    whole = "".join(json.dumps(row) + "\n" for row in rows).encode("utf-8-sig")  # an editor's mark costs no row
     (tmp_path / "metrics.jsonl").write_bytes(whole + damage)
     writer = MetricsWriter(tmp_path, 9)
     writer.write({"step": 3, "loss": 2.0})
