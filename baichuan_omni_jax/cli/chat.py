@@ -42,18 +42,29 @@ class OpenedChat:
         engine: what generates for it.
         notice: lines about untrained branches, and about what makes the waveform; "" when there is nothing to say.
         takes_audio: whether the checkpoint has the branches that encode audio.
+        branches: all that the checkpoint has.
     """
 
     chat: OmniChat
     engine: Engine
     notice: str
     takes_audio: bool
+    branches: frozenset[str] = frozenset()
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags that name a checkpoint and size its engine."""
+def add_model_arguments(parser: argparse.ArgumentParser, data_flag: str = "--data", required: bool = True) -> None:
+    """Adds the flags that name a checkpoint and size its engine.
+
+    `data_flag` is the mesh axis' flag where `--data` means something else, and `required` whether the checkpoint must
+    be named.
+    """
     add = parser.add_argument_group("the model").add_argument
-    add("--checkpoint", required=True, metavar="DIR|branch=DIR,...", help="checkpoint or workdir, whole or by branch")
+    add(
+        "--checkpoint",
+        required=required,
+        metavar="DIR|branch=DIR,...",
+        help="checkpoint or workdir, whole or by branch",
+    )
     add("--tokenizer", type=Path, metavar="FILE", help="tokenizer.json; default: that of the checkpoint")
     add(
         "--images",
@@ -64,7 +75,14 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--cache-dtype", choices=("float32", "bfloat16", "int8"), help="of the cache (default: as --dtype)")
     add("--slots", type=_positive, default=8, metavar="N", help="requests served at a time (default %(default)s)")
     add("--length", type=_positive, default=4096, metavar="N", help="prompt and answer at most (default %(default)s)")
-    add("--data", type=_positive, default=1, metavar="N", help="devices that share the slots (default %(default)s)")
+    add(
+        data_flag,
+        dest="data",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="devices that share the slots (default %(default)s)",
+    )
     add("--tensor", type=_positive, default=1, metavar="N", help="devices that share each slot (default %(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="of sampling (default %(default)s)")
 
@@ -127,7 +145,9 @@ def open_chat(options: argparse.Namespace, settings: GenerationConfig, root: Pat
     chat = OmniChat(model, processor, settings=settings, seed=options.seed)
     takes_audio = {"audio_encoder", "audio_head"} <= loaded.branches.keys()
     assert isinstance(model.engine, Engine)
-    return OpenedChat(chat, model.engine, _notice(loaded, model.speech_decoder), takes_audio)
+    return OpenedChat(
+        chat, model.engine, _notice(loaded, model.speech_decoder), takes_audio, frozenset(loaded.branches)
+    )
 
 
 def _notice(loaded: LoadedBranches, decoder: SpeechSynthesizer | None) -> str:

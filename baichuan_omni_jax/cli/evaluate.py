@@ -26,6 +26,7 @@ from jaxtyping import Float
 from baichuan_omni_jax.audio.encoder import AudioEncoderBranch, WindowEncoder
 from baichuan_omni_jax.branches import SPEECH_BRANCHES, VOCODER_BRANCH
 from baichuan_omni_jax.checkpoint import branch_home, find_checkpoint, parse_spec
+from baichuan_omni_jax.cli import evaluate_suites
 from baichuan_omni_jax.cli.common import check_folders
 from baichuan_omni_jax.config import MeshConfig, OmniConfig
 from baichuan_omni_jax.config.mel_targets import flow_target
@@ -43,9 +44,12 @@ from data_pipelines.tools.commands import add_media_arguments, load_function, ro
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the kinds of evaluation and their flags."""
-    # A kind of evaluation each, with flags of its own.
-    parts = parser.add_subparsers(required=True, metavar="tokenizer")
+    """Adds the flags of suites, and the other kinds of evaluation as words with flags of their own."""
+    parser.description = evaluate_suites.__doc__
+    # Suites need no word before their flags, so that the flags of both parsers may have one name.
+    evaluate_suites.add_suite_arguments(parser)
+    parser.set_defaults(evaluate=evaluate_suites.run_suites)
+    parts = parser.add_subparsers(required=False, metavar="tokenizer")
     tokenizer = parts.add_parser("tokenizer", help="how much of speech an audio tokenizer keeps", description=__doc__)
     tokenizer.set_defaults(evaluate=evaluate_tokenizer)
     add = tokenizer.add_argument
@@ -64,9 +68,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", metavar="FILE.json", type=Path, help="the numbers")
 
 
-def run(options: argparse.Namespace) -> None:
-    """Evaluates what the options name. Raises ConfigError naming what cannot be used."""
-    options.evaluate(options)
+def run(options: argparse.Namespace) -> int | None:
+    """Evaluates what the options name; returns the exit code. Raises ConfigError naming what cannot be used."""
+    return options.evaluate(options)
 
 
 def evaluate_tokenizer(options: argparse.Namespace) -> None:

@@ -52,7 +52,7 @@ COMMANDS: dict[str, Command | Group] = {
     "tokenize": Command(f"{CLI}.data", "fill the store of audio codes of a run's data", "tokenize"),
     "generate": Command(f"{CLI}.generate", "chat, transcribe, speak or describe with a checkpoint"),
     "serve": Command(f"{CLI}.serve", "serve the web page to talk to a checkpoint"),
-    "evaluate": Command(f"{CLI}.evaluate", "measure a checkpoint"),
+    "evaluate": Command(f"{CLI}.evaluate", "put benchmarks to a checkpoint; measure an audio tokenizer"),
     "resynthesize": Command(f"{CLI}.evaluate", "turn speech into codes and back into a waveform", "resynthesize"),
     "convert": Command(f"{CLI}.weights", "move weights between Hugging Face folders and checkpoints", "convert"),
     "verify": Command(f"{CLI}.weights", "compare converted weights with the released computation", "verify"),
@@ -120,8 +120,8 @@ def make_parser() -> CommandParser:
     parser = CommandParser(
         prog="baichuan-omni",
         description="Baichuan-Omni-1.5 in JAX: data, training, generation.",
-        epilog="exit codes: 0 done; 1 something found wanting (verify, preflight, data validate); 2 something given "
-        "cannot be used; 3 a run ended itself; 130 Ctrl-C. One sentence says which and why.",
+        epilog="exit codes: 0 done; 1 something wanting (verify, preflight, data validate, verdicts in evaluate); "
+        "2 something given cannot be used; 3 a run ended itself; 130 Ctrl-C. One sentence says which and why.",
         formatter_class=argparse.HelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")

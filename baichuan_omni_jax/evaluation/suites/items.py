@@ -1,0 +1,272 @@
+"""Items of a suite, and the tables that they are read from: CSV, TSV, JSON lines and Parquet.
+
+A table of a benchmark may be larger than memory (88,996 rows with their images as base64): items are made of the small
+columns, and a row is read again, by its place in the file, when its media are asked for.
+"""
+
+import ast
+import csv
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+from baichuan_omni_jax.errors import ConfigError, RequestError
+from baichuan_omni_jax.storage import refuse_stand_in
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_PIECE = 1 << 20  # bytes of a file that are hashed at a time
+
+
+@dataclass(frozen=True)
+class ItemMedia:
+    """An image, a recording or a video of an item: a file, or what `read` gives when it is asked for."""
+
+    kind: Literal["image", "audio", "video"]
+    name: str
+    path: Path | None = None
+    read: Callable[[], bytes] | None = None
+
+    def load(self) -> tuple[dict[str, Any], str]:
+        """Reads it: the part of a message, and the SHA-256 of its bytes. Raises RequestError "bad_media"."""
+        try:
+            if self.path is None:
+                assert self.read is not None
+                data = self.read()
+                return {"type": self.kind, "bytes": data}, hashlib.sha256(data).hexdigest()
+            # In pieces: a film need not fit into memory beside the model.
+            digest = hashlib.sha256()
+            with self.path.open("rb") as file:
+                while piece := file.read(_PIECE):
+                    digest.update(piece)
+        except (OSError, ValueError, KeyError) as error:
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            raise RequestError("bad_media", f"{self.name} cannot be read: {reason}") from error
+        return {"type": self.kind, "path": str(self.path)}, digest.hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """One question of a suite, as its files have it; how it is put to a model is the prompt builder's matter.
+
+    Attributes:
+        id: names it among all items of the suite.
+        group: what scores are also given for: subset, subject, component.
+        question: its text, "" where it is spoken only.
+        options: of a multiple choice, in order.
+        references: right answers: the letter of a choice, texts that count as right, or what is spoken.
+        media: in the order of the message.
+        context: text that stands before the question: a passage, a hint, a transcript.
+        language: "en" or "zh".
+        shots: solved questions of the same subject.
+    """
+
+    id: str
+    group: str
+    question: str = ""
+    options: tuple[str, ...] = ()
+    references: tuple[str, ...] = ()
+    media: tuple[ItemMedia, ...] = ()
+    context: str = ""
+    language: Literal["en", "zh"] = "en"
+    shots: tuple["Item", ...] = ()
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a table: its values by column, where it stands, and how they are read again.
+
+    Who keeps media for later keeps `again`, not the row.
+    """
+
+    values: Mapping[str, Any]
+    where: str
+    again: Callable[[], Mapping[str, Any]]
+
+    def __getitem__(self, column: str) -> str:
+        """The text of a column, "" where it is empty. Raises ConfigError where there is no such column."""
+        if column not in self.values:
+            raise ConfigError(f"{self.where} has no column {column!r}; it has {', '.join(map(str, self.values))}")
+        value = self.values[column]
+        # pandas writes a missing value as "nan" or leaves it out.
+        return "" if value is None or value != value else str(value).strip()
+
+    def get(self, column: str) -> str:
+        """The text of a column, "" where there is none."""
+        return self[column] if column in self.values else ""
+
+    def list(self, column: str) -> tuple[str, ...]:
+        """The texts of a column that holds a list: of its own, as JSON, or as Python writes it; else of one text."""
+        value = self.values.get(column)
+        if isinstance(value, list):
+            return tuple(str(each) for each in value)
+        text = self[column]
+        if text[:1] == "[" and text[-1:] == "]":
+            for parse in (json.loads, ast.literal_eval):
+                try:
+                    return tuple(str(each) for each in parse(text))
+                except (ValueError, SyntaxError):
+                    continue
+        return (text,) if text else ()
+
+
+def suite_folder(folder: Path) -> Path:
+    """Returns the folder of a suite. Raises ConfigError where there is none, or nothing in it."""
+    if not folder.is_dir():
+        raise ConfigError(f"--data {folder} is no folder")
+    if not any(folder.iterdir()):
+        raise ConfigError(f"--data {folder} is empty")
+    return folder
+
+
+def find_tables(folder: Path, *patterns: str) -> list[Path]:
+    """Lists the files that match the first of the patterns that any file matches, by name.
+
+    Raises ConfigError naming the patterns where none matches.
+    """
+    suite_folder(folder)
+    for pattern in patterns:
+        if found := sorted(path for path in folder.glob(pattern) if path.is_file()):
+            return found
+    raise ConfigError(f"--data {folder} holds no {' and no '.join(patterns)}")
+
+
+def read_table(path: Path, columns: Sequence[str] = (), header: Sequence[str] = ()) -> Iterator[Row]:
+    """Yields the rows of a table, by what its name ends in.
+
+    Args:
+        path: .csv, .tsv, .jsonl or .parquet.
+        columns: those that must be there.
+        header: the columns of a .csv whose first line is a row.
+
+    Raises:
+        ConfigError: the file cannot be read, is damaged, or lacks a column.
+    """
+    refuse_stand_in(path)
+    read = {".csv": _read_csv, ".tsv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}.get(path.suffix)
+    if read is None:
+        raise ConfigError(f"{path} is no .csv, .tsv, .jsonl or .parquet file")
+    rows = _read_csv(path, header) if read is _read_csv else read(path)
+    first = True
+    try:
+        for row in rows:
+            # Once a table: the columns are the same in all rows, or the row's own access says what it lacks.
+            if first and (missing := [name for name in columns if name not in row.values]):
+                raise ConfigError(f"{path} has no column {missing[0]!r}; it has {', '.join(map(str, row.values))}")
+            first = False
+            yield row
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+
+
+class _Lines:
+    """The lines of a file as text, with the place where the next one begins."""
+
+    def __init__(self, path: Path):
+        self._file, self.place = path.open("rb"), 0
+
+    def __iter__(self) -> "_Lines":
+        return self
+
+    def __next__(self) -> str:
+        line = self._file.readline()
+        if not line:
+            self._file.close()
+            raise StopIteration
+        text = line.decode("utf-8-sig" if not self.place else "utf-8")
+        self.place += len(line)
+        return text
+
+
+def _read_csv(path: Path, header: Sequence[str] = ()) -> Iterator[Row]:
+    # Images as base64 are longer than the module's limit of a field.
+    csv.field_size_limit(sys.maxsize)
+    lines, mark = _Lines(path), "\t" if path.suffix == ".tsv" else ","
+    reader = csv.reader(lines, delimiter=mark)
+    names = list(header) or [name.strip() for name in next(reader, [])]
+    while True:
+        # A quoted value may hold line breaks: a row is as many lines as the reader took for it.
+        start = lines.place
+        cells = next(reader, None)
+        if cells is None:
+            return
+        if not any(cells):
+            continue
+        where = f"{path}:{reader.line_num}"
+        if len(cells) > len(names):
+            raise ConfigError(f"{where} has {len(cells)} values for {len(names)} columns")
+        values = dict(zip(names, cells, strict=False))
+        again = _CsvRow(path, start, lines.place - start, names)
+        yield Row(values, where, again)
+
+
+@dataclass(frozen=True)
+class _CsvRow:
+    """Reads one row of a CSV or TSV file again."""
+
+    path: Path
+    start: int
+    size: int
+    names: list[str]
+
+    def __call__(self) -> Mapping[str, Any]:
+        with self.path.open("rb") as file:
+            file.seek(self.start)
+            text = file.read(self.size).decode("utf-8-sig")
+        cells = next(csv.reader(text.splitlines(keepends=True), delimiter="\t" if self.path.suffix == ".tsv" else ","))
+        return dict(zip(self.names, cells, strict=False))
+
+
+def _read_jsonl(path: Path) -> Iterator[Row]:
+    for number, line in enumerate(_Lines(path), 1):
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+        except ValueError as error:
+            raise ConfigError(f"{path}:{number} is not JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path}:{number} is no JSON object")
+        yield Row(values, f"{path}:{number}", lambda values=values: values)
+
+
+def _read_parquet(path: Path) -> Iterator[Row]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ConfigError(f"{path} needs pyarrow: pip install '.[evaluate]'") from error
+    try:
+        file, number = pyarrow.parquet.ParquetFile(path), 0
+        for group in range(file.num_row_groups):
+            table = _row_group(path, group)
+            for place in range(table.num_rows):
+                number += 1
+                again = _ParquetRow(path, group, place)
+                yield Row(again(), f"{path}, row {number}", again)
+    except pyarrow.ArrowException as error:
+        raise ConfigError(f"{path} cannot be read as Parquet: {error}") from error
+
+
+# Rows are asked for in their order, several at a time: two groups lie in memory.
+@lru_cache(maxsize=2)
+def _row_group(path: Path, group: int) -> Any:
+    import pyarrow.parquet
+
+    return pyarrow.parquet.ParquetFile(path).read_row_group(group)
+
+
+@dataclass(frozen=True)
+class _ParquetRow:
+    """Reads one row of a Parquet file again."""
+
+    path: Path
+    group: int
+    place: int
+
+    def __call__(self) -> Mapping[str, Any]:
+        return _row_group(self.path, self.group).slice(self.place, 1).to_pylist()[0]

@@ -1,0 +1,390 @@
+"""Runs a suite: raw answers first, one line an item and resumable, then verdicts, then scores.
+
+    answers = AnswerFile(folder / "answers.jsonl", "openaudiobench", suite, checkpoint, settings)
+    answers.fill(items, model, at_once=16)
+    scores = score_suite("openaudiobench", suite, items, answers.lines(items), Judging())
+
+An item that cannot be asked is a line with its cause; the same command asks it again, and nothing that was answered.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import jax
+import numpy as np
+import soundfile
+
+from baichuan_omni_jax.config import GenerationConfig
+from baichuan_omni_jax.errors import ConfigError, RequestError
+from baichuan_omni_jax.evaluation.suites.items import LETTERS, Item
+from baichuan_omni_jax.evaluation.suites.judges import RUBRICS, CachedJudge, Case, Rubric
+from baichuan_omni_jax.evaluation.suites.report import SuiteScores
+from baichuan_omni_jax.evaluation.suites.scoring import (
+    ItemScore,
+    choice_letter,
+    contains_match,
+    count_errors,
+    score_groups,
+)
+from baichuan_omni_jax.evaluation.suites.table import Suite, answer_text, message_of
+from baichuan_omni_jax.generation.batch_requests import Question, answer_questions
+from baichuan_omni_jax.generation.chat import ChatAnswer, ChatStream
+from baichuan_omni_jax.generation.events import Event, Finished, TextDelta
+from baichuan_omni_jax.storage import atomic_write, take_lock
+
+Report = Callable[[str], None]
+Line = dict[str, Any]
+
+
+@runtime_checkable
+class SuiteModel(Protocol):
+    """What answers a suite's items; `generation.chat.OmniChat` does."""
+
+    def reply(self, messages: Sequence[Mapping[str, Any]], *, settings: Any = None, key: Any = None) -> Any: ...
+
+    def complete(self, content: Any, *, settings: Any = None, key: Any = None) -> Any: ...
+
+    def speak(self, text: str, *, settings: Any = None, key: Any = None) -> Any: ...
+
+
+Likelihoods = Callable[[Sequence[tuple[str, Sequence[str]]]], Sequence[Sequence[float] | RequestError]]
+"""Log-likelihoods, in nats, of the continuations of each text, or why a text cannot be scored."""
+
+
+def select_items(items: Iterator[Item], groups: Sequence[str] = (), limit: int | None = None) -> list[tuple[int, Item]]:
+    """Lists a suite's items with their numbers, from 1.
+
+    Args:
+        items: all of them.
+        groups: the only ones that count; none: all.
+        limit: items of each group at most.
+
+    Raises:
+        ConfigError: there is no item, no such group, or an id comes twice.
+    """
+    counts: Counter[str] = Counter()
+    chosen, seen = [], set()
+    for number, item in enumerate(items, 1):
+        if item.id in seen:
+            raise ConfigError(f"the suite has two items {item.id!r}")
+        seen.add(item.id)
+        counts[item.group] += 1
+        if (not groups or item.group in groups) and (limit is None or counts[item.group] <= limit):
+            chosen.append((number, item))
+    if unknown := [name for name in groups if name not in counts]:
+        raise ConfigError(f"the suite has no group {unknown[0]!r}; it has {', '.join(sorted(counts))}")
+    if not chosen:
+        raise ConfigError("the suite has no item")
+    return chosen
+
+
+@dataclass(frozen=True)
+class AnswerFile:
+    """The raw answers of one suite by one checkpoint: `answers.jsonl`, and the speech of spoken ones in `audio/`.
+
+    A line has `line` and `id` of the item, `group`, `prompt` (text, and media by name and SHA-256), `settings` (what
+    differs from the defaults of `GenerationConfig`), `checkpoint`, and the answer: `text`, `finish`, `tokens`,
+    `seconds`; of a choice `log_likelihoods` by letter; of speech `audio`, `audio_seconds`. A refused item: `cause`,
+    `error`.
+    """
+
+    path: Path
+    suite: Suite
+    checkpoint: str
+    settings: GenerationConfig
+
+    def fill(
+        self,
+        items: Sequence[tuple[int, Item]],
+        model: SuiteModel,
+        likelihoods: Likelihoods | None = None,
+        *,
+        at_once: int = 16,
+        report: Report = lambda line: None,
+    ) -> None:
+        """Answers what has no answer yet.
+
+        Args:
+            items: with their numbers, as `select_items` gives them.
+            model: what answers.
+            likelihoods: what a suite of choices by likelihood is answered by.
+            at_once: items that the model has at a time.
+            report: gets lines of progress.
+
+        Raises:
+            ConfigError: the file is another suite's, checkpoint's or settings', or another program writes it.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        lock = take_lock(self.path.parent / "lock", f"{self.path.parent} is in use by another program")
+        try:
+            known = self._prepare(dict(items))
+            # Items of an earlier run beyond this one's limit stay in the file, as answered.
+            others = [Question(number, name, {}) for number, name in known.items() if number not in dict(items)]
+            questions = [Question(number, item.id, {"item": item}) for number, item in items]
+            chooser = _Chooser(likelihoods) if likelihoods else None
+            asker = _Asker(self, model, chooser)
+            questions = sorted([*questions, *others], key=lambda question: question.line)
+            answer_questions(questions, self.path, asker.ask, asker.record, at_once=at_once, report=report)
+        finally:
+            lock.release()
+
+    def lines(self, items: Sequence[tuple[int, Item]]) -> list[Line]:
+        """Reads the lines of the items that have one, in the items' order."""
+        found = {line["line"]: line for line in self._read()}
+        return [found[number] for number, _ in items if number in found]
+
+    def _read(self) -> list[Line]:
+        if not self.path.exists():
+            return []
+        lines = []
+        for text in self.path.read_bytes().splitlines(keepends=True):
+            try:
+                line = json.loads(text)
+                # Of a kill, or a crash of the machine: `answer_questions` cuts it off.
+                if not text.endswith(b"\n") or not {"line", "id"} <= line.keys():
+                    break
+            except (ValueError, AttributeError):
+                break
+            lines.append(line)
+        return lines
+
+    def _prepare(self, items: Mapping[int, Item]) -> dict[int, str]:
+        """Checks what is answered already, and forgets what was refused; returns id by number of the rest."""
+        lines = self._read()
+        for line in lines:
+            self._check(line, items.get(line["line"]))
+        kept = [line for line in lines if "cause" not in line]
+        if len(kept) < len(lines):
+            with atomic_write(self.path) as file:
+                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
+        return {line["line"]: line["id"] for line in kept}
+
+    def _check(self, line: Line, item: Item | None) -> None:
+        """Raises ConfigError where a line answers something else than this run asks."""
+        where = f"{self.path}: line {line['line']}"
+        if item is not None and line["id"] != item.id:
+            raise ConfigError(f"{where} answers {line['id']!r}, not {item.id!r}: another --out must be named")
+        asked = {"checkpoint": self.checkpoint, "settings": settings_fields(self.settings)}
+        for name, value in asked.items():
+            if "cause" not in line and line.get(name) != value:
+                raise ConfigError(
+                    f"{where} was answered with {name} {line.get(name)}, not {value}: another --out must be named"
+                )
+        if item is not None and "cause" not in line:
+            text = [part["text"] for part in line.get("prompt", ()) if part.get("type") == "text"]
+            if text != [prompt for prompt in [self.suite.prompt(item)] if prompt]:
+                raise ConfigError(f"{where} has another prompt than the suite has now: another --out must be named")
+
+
+def settings_fields(settings: GenerationConfig) -> dict[str, Any]:
+    """Lists what differs from the defaults, nested as the configuration is."""
+
+    def differing(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+        found = {}
+        for name, value in values.items():
+            if isinstance(value, dict):
+                value = differing(value, defaults[name])
+                if value:
+                    found[name] = value
+            elif value != defaults[name]:
+                found[name] = list(value) if isinstance(value, tuple) else value
+        return found
+
+    return differing(asdict(settings), asdict(GenerationConfig()))
+
+
+class _Asker:
+    """Puts items to the model, and makes lines of the answers."""
+
+    def __init__(self, answers: AnswerFile, model: SuiteModel, chooser: "_Chooser | None"):
+        self._answers, self._model, self._chooser = answers, model, chooser
+        self._shown: dict[int, list[dict[str, Any]]] = {}
+
+    def ask(self, question: Question) -> ChatStream:
+        item, suite, settings = question.values["item"], self._answers.suite, self._answers.settings
+        content, self._shown[question.line] = message_of(suite, item)
+        # The key follows from the item: a sampled answer is the same however often the run was stopped.
+        key = jax.random.fold_in(jax.random.key(0), question.line)
+        if suite.task == "choose":
+            assert self._chooser is not None
+            return ChatStream(self._chooser.add(question.line, item, suite.prompt(item)), None)
+        if suite.task == "transcribe":
+            return self._model.complete(content, settings=settings, key=key)
+        if suite.task == "speak":
+            return self._model.speak(suite.prompt(item), settings=settings, key=key)
+        return self._model.reply([{"role": "user", "content": content}], settings=settings, key=key)
+
+    def record(self, question: Question, answer: ChatAnswer) -> Line:
+        item, finished = question.values["item"], answer.finished
+        line = {
+            "group": item.group,
+            "prompt": self._shown.pop(question.line),
+            "settings": settings_fields(self._answers.settings),
+            "checkpoint": self._answers.checkpoint,
+            "text": answer.text,
+            "finish": finished.finish_reason,
+            "tokens": finished.tokens,
+            "seconds": round(answer.seconds, 3),
+        }
+        if self._chooser is not None:
+            line["log_likelihoods"] = self._chooser.scores.pop(question.line)
+        if len(answer.samples):
+            # Named by the number, so that a restart writes the same file again.
+            path = self._answers.path.parent / "audio" / f"{question.line:06d}.wav"
+            path.parent.mkdir(exist_ok=True)
+            soundfile.write(path, answer.samples, answer.rate)
+            line |= {"audio": f"audio/{path.name}", "audio_seconds": round(answer.audio_seconds, 3)}
+        return line
+
+
+class _Chooser:
+    """Chooses the likeliest letter of several questions at a time: whoever's answer is waited for first, all that are
+    in line are computed together.
+    """
+
+    def __init__(self, likelihoods: Likelihoods):
+        self._likelihoods, self._waiting = likelihoods, dict[int, tuple[Item, str]]()
+        self._found = dict[int, Sequence[float] | RequestError]()
+        self.scores: dict[int, dict[str, float]] = {}
+
+    def add(self, number: int, item: Item, prompt: str) -> "_Choice":
+        self._waiting[number] = item, prompt
+        return _Choice(self, number)
+
+    def chosen(self, number: int) -> str:
+        """The likeliest letter. Raises RequestError where the question cannot be scored."""
+        if number not in self._found:
+            waiting, self._waiting = self._waiting, {}
+            asked = [
+                (prompt, [answer_text(letter) for letter in LETTERS[: len(item.options)]])
+                for item, prompt in waiting.values()
+            ]
+            self._found |= zip(waiting, self._likelihoods(asked), strict=True)
+        found = self._found.pop(number)
+        if isinstance(found, RequestError):
+            raise found
+        self.scores[number] = {letter: float(value) for letter, value in zip(LETTERS, found, strict=False)}
+        return max(self.scores[number], key=self.scores[number].__getitem__)
+
+
+class _Choice:
+    """The answer of one question to a `_Chooser`, as the events of a generated one."""
+
+    def __init__(self, chooser: _Chooser, number: int):
+        self._chooser, self._number = chooser, number
+
+    def __iter__(self) -> Iterator[Event]:
+        yield TextDelta(self._chooser.chosen(self._number), (), ())
+        yield Finished("end", 0, 0, 0, None, None, 0.0, np.zeros(0, np.int32))
+
+    def cancel(self) -> None:
+        """Nothing runs that could be ended."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judging:
+    """How free answers are judged.
+
+    Attributes:
+        judge: "rules": a reference in the answer is right; "none": answers only; or a model.
+        rubrics: of a model, by group.
+        heard: by number of line, what is judged in place of an answer's text: of spoken ones what a recognizer hears.
+            None: their text.
+    """
+
+    judge: CachedJudge | Literal["rules", "none"] = "rules"
+    rubrics: Mapping[str, Rubric] = field(default_factory=lambda: RUBRICS)
+    heard: Mapping[int, str] | None = None
+
+    def text(self, line: Line) -> str | None:
+        """What is judged of a line; None where no recognizer could hear it."""
+        return line["text"] if self.heard is None else self.heard.get(line["line"])
+
+
+def score_suite(
+    name: str,
+    suite: Suite,
+    items: Sequence[tuple[int, Item]],
+    lines: Sequence[Line],
+    judging: Judging,
+    report: Report = lambda line: None,
+) -> SuiteScores:
+    """Scores raw answers.
+
+    Args:
+        name: the suite's.
+        suite: what says how.
+        items: with their numbers.
+        lines: the answers, of those items that have one.
+        judging: how free answers are judged, and what is judged of spoken ones.
+        report: gets lines of progress.
+
+    Returns:
+        The scores of all and of each group. Items without an answer, or whose answer no judge gave a verdict on, are
+        left out and counted by why.
+    """
+    scores, notes = item_scores(suite, items, lines, judging, report)
+    # Settings are those of all lines, and speech where one was spoken.
+    spoken = suite.task == "chat" and any(line.get("settings", {}).get("speech") for line in lines)
+    return SuiteScores(
+        suite=name,
+        title=suite.title + (", spoken answers" if spoken else ""),
+        groups=score_groups([scores[number] for number, _ in items], suite.average),
+        published=suite.spoken if spoken else suite.published,
+        rates=suite.scorer == "errors",
+        of_ten=suite.scorer == "judge",
+        notes=notes,
+    )
+
+
+def item_scores(
+    suite: Suite,
+    items: Sequence[tuple[int, Item]],
+    lines: Sequence[Line],
+    judging: Judging,
+    report: Report = lambda line: None,
+) -> tuple[dict[int, ItemScore], list[str]]:
+    """Scores each item by its number; returns also sentences about how, and what went wrong."""
+    answers = {line["line"]: line for line in lines}
+    scores, cases, notes = dict[int, ItemScore](), list[Case](), list[str]()
+    for number, item in items:
+        line = answers.get(number, {"cause": "no_answer"})
+        text = judging.text(line) if "cause" not in line else None
+        if text is None:
+            scores[number] = ItemScore(item.group, problem=line.get("cause", "recognizer_failed"))
+        elif suite.scorer == "letter":
+            letter = text if suite.task == "choose" else choice_letter(text, item.options)
+            scores[number] = ItemScore(item.group, float(letter in item.references), invalid=letter is None)
+        elif suite.scorer == "errors":
+            edits, units = count_errors(text, item.references[0], item.language)
+            scores[number] = ItemScore(item.group, edits, units, invalid=not text.strip())
+        elif isinstance(judging.judge, CachedJudge):
+            cases.append(Case(item.id, judging.rubrics[item.group], item.question, item.references, text))
+        elif judging.judge == "none" or not item.references or judging.rubrics[item.group].form == "points":
+            # Nothing that a rule could tell: a rating, or a chain of thought.
+            scores[number] = ItemScore(item.group, problem="not_scored")
+        else:
+            right = contains_match(text, item.references)
+            scores[number] = ItemScore(item.group, float(right), invalid=not text.strip())
+    if suite.scorer == "judge":
+        notes.append(_judged_by(judging))
+    if cases and isinstance(judging.judge, CachedJudge):
+        numbers = {item.id: (number, item) for number, item in items}
+        for verdict in judging.judge.judge(cases, report):
+            number, item = numbers[verdict.id]
+            scores[number] = ItemScore(item.group, verdict.score or 0.0, problem=verdict.problem)
+        notes += judging.judge.notes
+    return scores, notes
+
+
+def _judged_by(judging: Judging) -> str:
+    if isinstance(judging.judge, CachedJudge):
+        ours = all(judging.rubrics[name] is rubric for name, rubric in RUBRICS.items())
+        return f"judged by {judging.judge.name}, by {'our own rubrics' if ours else 'rubrics of a file'}"
+    if judging.judge == "rules":
+        return "judged by a rule: a reference stands in the answer; ratings and reasoning have none (--judge URL)"
+    return "answers only: no judge"
