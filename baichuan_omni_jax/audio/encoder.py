@@ -148,9 +148,9 @@ class Codebook(nnx.Module):
 
     def __init__(self, key: PRNGKeyArray, size: int, width: int, std: float):
         embed = std * jax.random.normal(key, (size, width), jnp.float32)
-        self.embed = Buffer(embed, axes=("codes", "embed"))
-        self.embed_avg = Buffer(embed, axes=("codes", "embed"))
-        self.cluster_size = Buffer(jnp.ones((size,), jnp.float32), axes=("codes",))
+        self.embed = Buffer(embed, axes=("codes", "embed"), moments=(0.0, std))
+        self.embed_avg = Buffer(embed, axes=("codes", "embed"), moments=(0.0, std))
+        self.cluster_size = Buffer(jnp.ones((size,), jnp.float32), axes=("codes",), moments=(1.0, 0.0))
 
 
 class ResidualQuantizer(nnx.Module):

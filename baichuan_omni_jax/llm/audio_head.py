@@ -149,8 +149,8 @@ class DepthLayer(nnx.Module):
         axes1, axes2 = ("small", "depth", "embed"), ("embed", "depth", "small")
         self.linear1 = Linear(keys[1], "bcqd,fqd->bcqf", (f, depth, d), axes1, out=DEPTH, compute=compute)
         self.linear2 = Linear(keys[2], "bcqf,dqf->bcqd", (d, depth, f), axes2, out=DEPTH, compute=compute)
-        self.unused_bias1 = Buffer(jnp.zeros((f,), jnp.float32), axes=("small",))
-        self.unused_bias2 = Buffer(jnp.zeros((d,), jnp.float32), axes=("norm",))
+        self.unused_bias1 = Buffer(jnp.zeros((f,), jnp.float32), axes=("small",), moments=(0.0, 0.0))
+        self.unused_bias2 = Buffer(jnp.zeros((d,), jnp.float32), axes=("norm",), moments=(0.0, 0.0))
 
     def __call__(
         self, x: Float[Array, "b c q d"], cache: DepthCache | None = None, level: int = 0

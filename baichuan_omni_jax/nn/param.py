@@ -1,4 +1,8 @@
-"""Parameters: arrays that know the logical names of their axes, and trees of them by dotted name."""
+"""Parameters: arrays that know the logical names of their axes, and trees of them by dotted name.
+
+A parameter also knows the `moments` of its first values, (mean, standard deviation) of a normal distribution, so that
+a converter can draw a branch block by block that would not fit into memory.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -52,19 +56,19 @@ class ComputePolicy:
 def normal(key: PRNGKeyArray, shape: tuple[int, ...], axes: tuple[str, ...], *, std: float = 0.02) -> nnx.Param:
     """Returns a trainable parameter drawn from N(0, std^2), fp32; `axes` names each dim of `shape`."""
     assert len(shape) == len(axes), (shape, axes)
-    return nnx.Param(std * jax.random.normal(key, shape, jnp.float32), axes=axes)
+    return nnx.Param(std * jax.random.normal(key, shape, jnp.float32), axes=axes, moments=(0.0, std))
 
 
 def zeros(shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
     """Returns a trainable parameter of zeros, fp32."""
     assert len(shape) == len(axes), (shape, axes)
-    return nnx.Param(jnp.zeros(shape, jnp.float32), axes=axes)
+    return nnx.Param(jnp.zeros(shape, jnp.float32), axes=axes, moments=(0.0, 0.0))
 
 
 def ones(shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
     """Returns a trainable parameter of ones, fp32."""
     assert len(shape) == len(axes), (shape, axes)
-    return nnx.Param(jnp.ones(shape, jnp.float32), axes=axes)
+    return nnx.Param(jnp.ones(shape, jnp.float32), axes=axes, moments=(1.0, 0.0))
 
 
 def use(parameter: nnx.Variable, compute: ComputePolicy, dtype: DTypeLike | None = None) -> Float[Array, "..."]:
