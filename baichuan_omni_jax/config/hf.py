@@ -126,32 +126,32 @@ def resolve_model(name: str) -> OmniConfig:
 
 def from_hf(values: dict[str, Any]) -> OmniConfig:
     """Reads a released config's dict. Raises ConfigError on a missing, mistyped or unsupported field."""
-    values = {**_released_form(values), **{name: _section(values, name) for name in _SECTIONS}}
+    values = {**released_form(values), **{name: read_section(values, name) for name in _SECTIONS}}
     _check_required(values)
     vision, video = values["visual_config"], values["video_config"]
     audio, flow = values["audio_config"], values["flow_matching_config"]
     heads = {"num_layers": "audio_head_transformer_layers"}
-    llm = _language_sizes(values)
+    llm = language_sizes(values)
     return OmniConfig(
         vision=VisionConfig(
-            **_take(vision, VISION_KEYS, "visual_config", VisionConfig),
-            image_limits=PixelLimits(**_take(vision, _LIMITS, "visual_config", PixelLimits)),
-            frame_limits=PixelLimits(**_take(video, _LIMITS, "video_config", PixelLimits)),
-            **_take(video, {"max_frames": "max_frame_num"}, "video_config", VisionConfig),
+            **take(vision, VISION_KEYS, "visual_config", VisionConfig),
+            image_limits=PixelLimits(**take(vision, _LIMITS, "visual_config", PixelLimits)),
+            frame_limits=PixelLimits(**take(video, _LIMITS, "video_config", PixelLimits)),
+            **take(video, {"max_frames": "max_frame_num"}, "video_config", VisionConfig),
             frames_per_second=_frame_rate(video),
         ),
         audio=AudioConfig(
-            **_take(audio, AUDIO_KEYS, "audio_config", AudioConfig),
-            **_take(_section(audio, "vq_config"), {"codebook_sizes": "codebook_sizes"}, "vq_config", AudioConfig),
+            **take(audio, AUDIO_KEYS, "audio_config", AudioConfig),
+            **take(read_section(audio, "vq_config"), {"codebook_sizes": "codebook_sizes"}, "vq_config", AudioConfig),
         ),
-        post_net=PostNetConfig(**_take(values["vocoder_config"], POST_NET_KEYS, "vocoder_config", PostNetConfig)),
+        post_net=PostNetConfig(**take(values["vocoder_config"], POST_NET_KEYS, "vocoder_config", PostNetConfig)),
         llm=LLMConfig(**llm),
         audio_head=AudioHeadConfig(
-            **_take(audio, heads, "audio_config", AudioHeadConfig), head_dim=min(128, llm["hidden_size"])
+            **take(audio, heads, "audio_config", AudioHeadConfig), head_dim=min(128, llm["hidden_size"])
         ),
         flow=FlowConfig(
-            **_take(flow, FLOW_KEYS, "flow_matching_config", FlowConfig),
-            **_take(_section(flow, "cfm_params"), CFM_KEYS, "flow_matching_config.cfm_params", FlowConfig),
+            **take(flow, FLOW_KEYS, "flow_matching_config", FlowConfig),
+            **take(read_section(flow, "cfm_params"), CFM_KEYS, "flow_matching_config.cfm_params", FlowConfig),
         ),
         tokens=_token_ids(values),
     )
@@ -192,7 +192,7 @@ _LIMITS = {"min_pixels": "min_pixels", "max_pixels": "max_pixels"}
 _SECTIONS = ("audio_config", "visual_config", "video_config", "vocoder_config", "flow_matching_config")
 
 
-def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
+def read_section(values: dict[str, Any], name: str) -> dict[str, Any]:
     """Returns a nested object; one that is absent or null is empty."""
     found = values.get(name)
     if not isinstance(found, dict | None):
@@ -200,7 +200,7 @@ def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
     return found or {}
 
 
-def _released_form(values: dict[str, Any]) -> dict[str, Any]:
+def released_form(values: dict[str, Any]) -> dict[str, Any]:
     """Rewrites the keys that transformers 5 and later 4 write otherwise, as the released config has them.
 
     Raises ConfigError naming what they say of positions, layers or tensors that the computation is not written for.
@@ -229,7 +229,7 @@ def _plain_rope(values: dict[str, Any], key: str) -> Any:
 
     {"rope_type": "default", "rope_theta": 1e6} -> 1e6
     """
-    rope = _section(values, key)
+    rope = read_section(values, key)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", None):
         raise ConfigError(f"{key}.rope_type = {kind!r} is not supported (only 'default')")
@@ -240,24 +240,24 @@ def _plain_rope(values: dict[str, Any], key: str) -> Any:
     return rope.get("rope_theta")
 
 
-def _language_sizes(values: dict[str, Any]) -> dict[str, Any]:
+def language_sizes(values: dict[str, Any]) -> dict[str, Any]:
     """Reads the fields of `LLMConfig`; without `head_dim` the width is shared out among the heads."""
-    llm = _take(values, LLM_KEYS, "", LLMConfig)
+    llm = take(values, LLM_KEYS, "", LLMConfig)
     for ours, theirs in LLM_KEYS.items():
         if llm[ours] <= 0:
             raise ConfigError(f"{theirs} = {llm[ours]!r} must be above 0")
     optional = {ours: values.get(theirs, default) for ours, (theirs, default) in LLM_OPTIONAL.items()}
     optional["head_dim"] = values.get("head_dim") or llm["hidden_size"] // llm["num_heads"]
-    return llm | _take(optional, {ours: ours for ours in optional}, "", LLMConfig)
+    return llm | take(optional, {ours: ours for ours in optional}, "", LLMConfig)
 
 
 def _token_ids(values: dict[str, Any]) -> SpecialTokens:
     """Reads the ids of the media marks, and of the end of text: the first, where a list of them is given."""
     end = values.get("eos_token_id", SpecialTokens.end_of_text)
     end = {"eos_token_id": end[0] if isinstance(end, list) and end else end}
-    ids = _take(end, {"end_of_text": "eos_token_id"}, "", SpecialTokens)
+    ids = take(end, {"end_of_text": "eos_token_id"}, "", SpecialTokens)
     for ours, (section, key) in TOKEN_KEYS.items():
-        ids |= _take(values[section], {ours: key}, section, SpecialTokens)
+        ids |= take(values[section], {ours: key}, section, SpecialTokens)
     return SpecialTokens(**ids)
 
 
@@ -267,13 +267,13 @@ def _check_required(values: dict[str, Any]) -> None:
         if found not in allowed:
             name = f"{section}.{key}" if section else key
             raise ConfigError(f"{name} = {found!r} is not supported (only {allowed[0]!r})")
-    cfm = _section(values["flow_matching_config"], "cfm_params")
+    cfm = read_section(values["flow_matching_config"], "cfm_params")
     for key, expected in CFM_REQUIRED.items():
         if cfm.get(key, expected) != expected:
             raise ConfigError(f"flow_matching_config.cfm_params.{key} = {cfm[key]!r} is not supported ({expected!r})")
 
 
-def _take(values: dict[str, Any], keys: dict[str, str], section: str, config: type) -> dict[str, Any]:
+def take(values: dict[str, Any], keys: dict[str, str], section: str, config: type) -> dict[str, Any]:
     """Reads fields of the dataclass `config` by name. Raises ConfigError for one that is missing or of another type."""
     prefix, hints = f"{section}." if section else "", get_type_hints(config)
     missing = [theirs for theirs in keys.values() if theirs not in values]
