@@ -131,7 +131,9 @@ def check_target(target: Path) -> None:
 def staged_folder(target: Path) -> Iterator[Path]:
     """Makes a folder beside `target` that takes its place at the end, or vanishes when anything is raised.
 
-    Raises ConfigError as `check_target` does, and where the folders above it cannot be made.
+    Raises ConfigError as `check_target` does, where a folder cannot be made, and for what the file system refuses
+    while the folder is written (a full disk).
+    A killed process leaves the folder beside `target`, under a hidden name: it is taken for nothing.
     """
     check_target(target)
     made = _make_parents(target)
@@ -141,10 +143,12 @@ def staged_folder(target: Path) -> Iterator[Path]:
         yield temporary
         check_target(target)  # another program may have filled it meanwhile
         temporary.rename(target)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         for folder in made:
             folder.rmdir()
+        if isinstance(error, OSError):
+            raise ConfigError(f"{target} cannot be written: {error.strerror or error}") from error
         raise
 
 

@@ -80,11 +80,15 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Parent:
-    """Where a run's first weights came from. All empty for a run that started from random weights."""
+    """Where a run's first weights came from. All empty for a run that started from random weights.
+
+    A checkpoint that was put together from public models has one too: their folders by branch, and what is random.
+    """
 
     checkpoints: dict[str, str] = field(default_factory=dict)  # branch -> the checkpoint folder it was read from
     runs: dict[str, str] = field(default_factory=dict)  # such a folder -> the name of the run that wrote it
     trained: dict[str, int] = field(default_factory=dict)  # branch -> steps that it had been trained for
+    random: tuple[str, ...] = ()  # of a checkpoint from parts: branches, and parts of branches, that no part gave
 
 
 def find_parent(workdir: epath.PathLike, init_from: str, branches: tuple[str, ...]) -> Parent:

@@ -54,8 +54,8 @@ COMMANDS: dict[str, Command | Group] = {
     "serve": Command(f"{CLI}.serve", "serve the web page to talk to a checkpoint"),
     "evaluate": Command(f"{CLI}.evaluate", "put benchmarks to a checkpoint; measure an audio tokenizer"),
     "resynthesize": Command(f"{CLI}.evaluate", "turn speech into codes and back into a waveform", "resynthesize"),
-    "convert": Command(f"{CLI}.weights", "move weights between Hugging Face folders and checkpoints", "convert"),
-    "verify": Command(f"{CLI}.weights", "compare converted weights with the released computation", "verify"),
+    "convert": Command(f"{CLI}.weights", "move weights between Hugging Face folders and checkpoints"),
+    "verify": Command(f"{CLI}.verify", "compare converted weights with the released computation"),
     "data": Group(
         {
             "build": Command(f"{DATA}.datasets.builder.build", "write shards with the media inside, from manifests"),

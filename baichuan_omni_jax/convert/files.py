@@ -85,7 +85,7 @@ def save_buffers(folder: Path, source: TensorSource, buffers: Mapping[str, Rule]
         # Bytes decide, not values: a round trip gives the very same file back.
         if found.shape != rounded.shape or found.tobytes() != rounded.tobytes():
             carried[name] = found
-            problems += _check_buffer(name, found, exact)
+            problems += check_buffer(name, found, exact)
     if problems:
         raise ConfigError(f"{source.location} cannot be converted: {'; '.join(problems)}")
     (folder / SOURCE).write_text(json.dumps({"buffers": dtypes}, indent=1))
@@ -95,6 +95,15 @@ def save_buffers(folder: Path, source: TensorSource, buffers: Mapping[str, Rule]
         for name in writer.order(infos):
             writer.write(name, [carried[name]])
         writer.close()
+
+
+def check_buffer(name: str, found: np.ndarray, computed: np.ndarray) -> list[str]:
+    """Lists what is wrong: a buffer may be longer or rounded otherwise, but must be the table that we compute."""
+    if found.ndim != 2 or found.shape[1] != computed.shape[1]:
+        return [f"buffer {name} has shape {list(found.shape)}, the computed one {list(computed.shape)}"]
+    rows = min(len(found), len(computed))
+    error = np.abs(found[:rows].astype(np.float32) - computed[:rows]).max(initial=0.0)
+    return [] if error <= _TOLERANCE else [f"buffer {name} is not the table it is computed as (off by {error:.2g})"]
 
 
 def load_buffers(folder: Path, buffers: Mapping[str, Rule], dtype: np.dtype) -> dict[str, np.ndarray]:
@@ -116,12 +125,3 @@ def load_buffers(folder: Path, buffers: Mapping[str, Rule], dtype: np.dtype) -> 
 def _is_companion(path: Path) -> bool:
     weights_index = path.name.endswith(".index.json")
     return path.is_file() and path.suffix in _SUFFIXES and path.name not in _NOT_COPIED and not weights_index
-
-
-def _check_buffer(name: str, found: np.ndarray, computed: np.ndarray) -> list[str]:
-    """Lists what is wrong: a buffer may be longer or rounded otherwise, but must be the table that we compute."""
-    if found.ndim != 2 or found.shape[1] != computed.shape[1]:
-        return [f"buffer {name} has shape {list(found.shape)}, the computed one {list(computed.shape)}"]
-    rows = min(len(found), len(computed))
-    error = np.abs(found[:rows].astype(np.float32) - computed[:rows]).max(initial=0.0)
-    return [] if error <= _TOLERANCE else [f"buffer {name} is not the table it is computed as (off by {error:.2g})"]

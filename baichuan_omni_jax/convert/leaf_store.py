@@ -32,8 +32,11 @@ class BranchWriter:
         self._arrays = {name: self._create(name, info, depth[name]) for name, info in leaves.items()}
 
     def write(self, name: str, index: Index, value: np.ndarray) -> None:
-        """Writes `value` at `index` of a parameter, and returns when it is written."""
-        self._arrays[name][index].write(value).result()
+        """Writes `value` at `index` of a parameter, and returns when it is written. Raises OSError (a full disk)."""
+        try:
+            self._arrays[name][index].write(value).result()
+        except ValueError as error:  # tensorstore's, whatever the operating system said
+            raise OSError(f"parameter {name}: {_first_line(error)}") from error
 
     def close(self) -> None:
         """Writes the tree that Orbax looks for."""

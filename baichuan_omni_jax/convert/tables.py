@@ -1,11 +1,13 @@
 """The rules of every branch: the released checkpoint's tensor names on the left, our parameters on the right.
 
 The model's own files hold six branches (arXiv:2501.15368); the vocoder's, `hift.pt`, is a file of its own. `{layer}`,
-`{stage}` and the like stand for numbers (see `rules.py`).
+`{stage}` and the like stand for numbers (see `rules.py`). The public models that the release was built from have the
+same layers under other names: `qwen2_rules`, `qwen2_vl_rules`, `whisper_rules`.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -255,6 +257,34 @@ def _weight_normed(tensor: str, parameter: str, axes: str) -> list[Rule]:
         Rule(f"{tensor}.weight_v", f"{parameter}.weight_v", axes),
         Rule(f"{tensor}.weight_g", f"{parameter}.weight_g", "n 1 1 -> n"),
         Rule(f"{tensor}.bias", f"{parameter}.bias"),
+    ]
+
+
+def qwen2_rules(cfg: OmniConfig) -> list[Rule]:
+    """Lists the rules of a Qwen2 or Qwen2.5: Q, K and V in three projections."""
+    return llm_rules(replace(cfg, llm=replace(cfg.llm, qkv_pack=False)))
+
+
+def qwen2_vl_rules(cfg: OmniConfig, home: str = "visual.", *, projector: bool = True) -> list[Rule]:
+    """Lists the rules of Qwen2-VL's tower, whose names begin with `home`, and of its merger where `projector` is on."""
+    homes = {f"{VISION_TOWER}.": home} | ({f"{VISION_PROJECTOR}.": f"{home}merger."} if projector else {})
+    return _renamed(vision_rules(cfg), homes)
+
+
+def whisper_rules(cfg: OmniConfig, home: str = "model.encoder.") -> list[Rule]:
+    """Lists the rules of Whisper's encoder, whose names begin with `home`; its positions are a buffer there too."""
+    rules = _renamed(audio_encoder_rules(cfg), {f"{AUDIO_ENCODER}.": home})
+    positions = f"{home}positional_embedding"
+    return [replace(r, tensor=f"{home}embed_positions.weight") if r.tensor == positions else r for r in rules]
+
+
+def _renamed(rules: list[Rule], homes: Mapping[str, str]) -> list[Rule]:
+    """Keeps the rules whose tensors begin with a key of `homes`, with its value in the key's place."""
+    return [
+        replace(rule, tensor=theirs + rule.tensor.removeprefix(ours))
+        for rule in rules
+        for ours, theirs in homes.items()
+        if rule.tensor.startswith(ours)
     ]
 
 

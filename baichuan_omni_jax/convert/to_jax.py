@@ -1,6 +1,6 @@
 """From a Hugging Face folder (and a vocoder's file) to a checkpoint of branches; memory holds one tensor at a time.
 
-Also one branch straight into memory, and the encoder of a Whisper checkpoint for an audio tokenizer yet to be trained.
+Also one branch straight into memory. `from_parts.py` puts a checkpoint together from several folders.
 """
 
 import json
@@ -14,12 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from baichuan_omni_jax.audio.encoder import AudioEncoderBranch
 from baichuan_omni_jax.branches import VOCODER_BRANCH
-from baichuan_omni_jax.checkpoint import BranchInfo, abstract_branches, with_shardings, write_checksums
+from baichuan_omni_jax.checkpoint import BranchInfo, abstract_branches, write_checksums
 from baichuan_omni_jax.checkpoint.branches import BRANCHES_FILE, CONFIG, PROCESSOR, VOCODER_CONFIG, branch_folder
-from baichuan_omni_jax.config import MeshConfig, OmniConfig, read_hf
-from baichuan_omni_jax.config.architecture import AudioConfig
+from baichuan_omni_jax.config import OmniConfig, read_hf
 from baichuan_omni_jax.config.vocoder import VocoderConfig, read_vocoder_config, vocoder_to_json
 from baichuan_omni_jax.convert.files import copy_companions, list_companions, save_buffers
 from baichuan_omni_jax.convert.leaf_store import BranchWriter
@@ -33,15 +31,10 @@ from baichuan_omni_jax.convert.safetensors_io import (
     blocks_of,
     open_weights,
 )
-from baichuan_omni_jax.convert.tables import AUDIO_ENCODER, audio_encoder_rules, branch_rules
+from baichuan_omni_jax.convert.tables import branch_rules
 from baichuan_omni_jax.errors import ConfigError
-from baichuan_omni_jax.nn.param import ComputePolicy, named_variables, with_values
-from baichuan_omni_jax.sharding import make_mesh
-from baichuan_omni_jax.storage import check_target, read_json_object, refuse_stand_in, staged_folder
-
-# Where the encoder lies in a Whisper checkpoint with a language model's head, and in one without.
-_WHISPER_HOMES = ("model.encoder", "encoder")
-WHISPER_SIZES = ("num_mel_bins", "d_model", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim")
+from baichuan_omni_jax.nn.param import named_variables, with_values
+from baichuan_omni_jax.storage import check_target, refuse_stand_in, staged_folder
 
 
 @dataclass(frozen=True)
@@ -76,7 +69,7 @@ def plan_to_jax(source: Path, vocoder: Path | None = None, branches: Iterable[st
     plan.dropped = dropped
     jobs = [ConversionJob(weights, plan)]
     if vocoder is not None:
-        jobs.append(_plan_vocoder(vocoder, cfg))
+        jobs.append(plan_vocoder(vocoder, cfg))
     return jobs
 
 
@@ -106,7 +99,10 @@ def convert_to_jax(
         # Weights first, tensor by tensor.
         for job in jobs:
             for branch in job.plan.entries:
-                _write_branch(folder / branch_folder(branch), branch, job, advance)
+                leaves = job.plan.leaves[branch]
+                writer = BranchWriter(folder / branch_folder(branch), leaves, stacked_axes(job.plan.entries[branch]))
+                write_entries(writer, branch, job, advance)
+                writer.close()
         # Then what is needed to give the very same files back: buffers, configuration, tokenizer and code.
         save_buffers(folder, jobs[0].source, jobs[0].plan.buffers)
         (folder / CONFIG).write_bytes((source / CONFIG).read_bytes())
@@ -184,7 +180,8 @@ def vocoder_sizes(vocoder: Path) -> VocoderConfig:
     return read_vocoder_config(path) if path.is_file() else VocoderConfig()
 
 
-def _plan_vocoder(vocoder: Path, cfg: OmniConfig) -> ConversionJob:
+def plan_vocoder(vocoder: Path, cfg: OmniConfig) -> ConversionJob:
+    """Plans the vocoder's file. Raises ConfigError: another form, or mels that the model does not make."""
     sizes, file = vocoder_sizes(vocoder), open_vocoder(vocoder)
     if sizes.in_channels != cfg.flow.in_channels:
         raise ConfigError(
@@ -195,16 +192,17 @@ def _plan_vocoder(vocoder: Path, cfg: OmniConfig) -> ConversionJob:
     return ConversionJob(file, plan)
 
 
-def _write_branch(folder: Path, branch: str, job: ConversionJob, advance: Advance) -> None:
-    entries, leaves = job.plan.entries[branch], job.plan.leaves[branch]
-    # Stacked parameters are cut between layers, as each layer is a checkpoint tensor of its own.
-    depth = {leaf: len(entry.index) for entry in entries for leaf in entry.leaves}
-    writer = BranchWriter(folder, leaves, depth)
-    for entry in entries:
-        for leaf, index, value in pieces(entry, job.source, leaves):
+def stacked_axes(entries: Iterable[Entry]) -> dict[str, int]:
+    """Returns of each parameter how many of its leading axes are layers, which are checkpoint tensors of their own."""
+    return {leaf: len(entry.index) for entry in entries for leaf in entry.leaves}
+
+
+def write_entries(writer: BranchWriter, branch: str, job: ConversionJob, advance: Advance) -> None:
+    """Writes the parameters that `job` has of a branch, layer by layer."""
+    for entry in job.plan.entries[branch]:
+        for leaf, index, value in pieces(entry, job.source, job.plan.leaves[branch]):
             writer.write(leaf, index, value)
             advance(value.nbytes)
-    writer.close()
 
 
 def _place(value: np.ndarray, variable: Any, dtype: Any) -> jax.Array:
@@ -265,44 +263,3 @@ def _to_numpy(tensor: Any, torch: Any) -> np.ndarray:
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(DTYPES["BF16"])
     return tensor.numpy()
-
-
-def tokenizer_from_whisper(folder: Path, cfg: OmniConfig, seed: int = 0) -> AudioEncoderBranch:
-    """Makes the branch `audio_encoder`, fp32: a Whisper checkpoint's encoder, random bridge and codebooks.
-
-    Whisper's decoder is not read. Raises ConfigError naming the file, and the size or the tensors that do not fit.
-    """
-    weights = open_weights(folder)
-    home = next((home for home in _WHISPER_HOMES if f"{home}.conv1.weight" in weights.infos), None)
-    if home is None:
-        raise ConfigError(
-            f"{weights.location} holds no Whisper encoder: there is no tensor {_WHISPER_HOMES[0]}.conv1.weight"
-        )
-    check_sizes(folder / CONFIG, cfg.audio)
-    mesh, compute = make_mesh(MeshConfig(), jax.devices()[:1]), ComputePolicy()
-    with jax.set_mesh(mesh):
-        # Random weights of the whole branch, then Whisper's in the encoder's place.
-        tokenizer = jax.jit(lambda: AudioEncoderBranch(jax.random.key(seed), cfg.audio, compute))()
-        abstract = with_shardings(jax.eval_shape(lambda: tokenizer.encoder), mesh, compute.rules)
-        rules = whisper_rules(cfg, home)
-        tokenizer.encoder = load_branch_from_safetensors(weights, rules, abstract, branch="audio_encoder")
-    return tokenizer
-
-
-def whisper_rules(cfg: OmniConfig, home: str = _WHISPER_HOMES[0]) -> list[Rule]:
-    """Lists the rules of Whisper's encoder at `home`: the released model has its names. Positions are computed."""
-    rules = [rule for rule in audio_encoder_rules(cfg) if not rule.restore]
-    # The encoder's alone, without the branch's own prefix: bridge and codebooks are not Whisper's.
-    return [
-        Rule(rule.tensor.replace(AUDIO_ENCODER, home), rule.parameters[0].removeprefix("encoder."), rule.transform)
-        for rule in rules
-        if rule.tensor.startswith(f"{AUDIO_ENCODER}.")
-    ]
-
-
-def check_sizes(path: Path, audio: AudioConfig) -> None:
-    """Raises ConfigError where Whisper's `config.json` names another size than the model has."""
-    sizes = read_json_object(path)
-    for name in WHISPER_SIZES:
-        if sizes.get(name) != getattr(audio, name):
-            raise ConfigError(f"{path}: {name} is {sizes.get(name)}, the model's audio.{name} {getattr(audio, name)}")

@@ -1,51 +1,33 @@
-"""From a checkpoint of branches back to a Hugging Face folder, tensor by tensor: the released model's, or a Qwen2's.
+"""From a checkpoint of branches back to a Hugging Face folder of the released model's form, tensor by tensor.
 
-The language model alone is a plain `Qwen2ForCausalLM`, which transformers and vLLM load without other code: Qwen2.5's
-layers, with Q, K and V in one matrix in the released checkpoint. Written apart, they have Qwen2's own names. Images and
-audio are left out; their marks stay in the vocabulary.
+`to_parts.py` writes one part alone, as the public model that it has the form of.
 """
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 
 from baichuan_omni_jax.branches import CONVERTED_BRANCHES, VOCODER_BRANCH
 from baichuan_omni_jax.checkpoint import abstract_branches, branch_home, find_checkpoint, parse_spec, read_branch_info
 from baichuan_omni_jax.checkpoint.branches import CONFIG, PROCESSOR, VOCODER_CONFIG, branch_folder
-from baichuan_omni_jax.config import OmniConfig, read_hf
-from baichuan_omni_jax.config.hf import LLM_KEYS
+from baichuan_omni_jax.config import read_hf
 from baichuan_omni_jax.config.vocoder import read_vocoder_config
-from baichuan_omni_jax.convert.files import VOCODER, copy_companions, list_companions, load_buffers
+from baichuan_omni_jax.convert.files import VOCODER, copy_companions, load_buffers
 from baichuan_omni_jax.convert.leaf_store import BranchReader
 from baichuan_omni_jax.convert.plan import Advance, Plan, plan_from_leaves
 from baichuan_omni_jax.convert.rules import Entry
 from baichuan_omni_jax.convert.safetensors_io import SINGLE, TensorInfo, blocks_of, write_shards
-from baichuan_omni_jax.convert.tables import branch_rules, llm_rules
+from baichuan_omni_jax.convert.tables import branch_rules
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.storage import check_target, read_json_object, staged_folder
 
 SHARD_BYTES = 5 << 30
 _EMBEDDING = "model.embed_tokens.weight"
 _DTYPE_KEYS = ("torch_dtype", "dtype")  # of transformers 4 and 5
-# The released model was trained to this many tokens; its config.json has 8192, which servers would clip at.
-CONTEXT = 65536
-TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
-_TOKENIZER_FILES = (TOKENIZER, "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json")
-# Classes of transformers that read these files without code of the folder.
-_TOKENIZER_CLASSES = ("Qwen2Tokenizer", "Qwen2TokenizerFast", "PreTrainedTokenizerFast")
-_CODE_KEYS = ("auto_map", "processor_class")
-# The roles' marks in training (the chat template of the released tokenizer_config.json is another model's).
-ROLES = {"system": "<B_SYS>", "user": "<C_Q>", "assistant": "<C_A>"}
-CHAT_TEMPLATE = (
-    "{% set marks = " + json.dumps(ROLES) + " %}"
-    "{% for message in messages %}{{ marks[message['role']] + message['content'] }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ marks['assistant'] }}{% endif %}"
-)
 
 
 @dataclass(frozen=True)
@@ -94,7 +76,7 @@ class Export:
         Of several it is that of the token embedding, as in transformers, or without one that of most tensors.
         """
         first = self.plan.tensors.get(_EMBEDDING)
-        return first.dtype.name if first else _usual_dtype(self.plan).name
+        return first.dtype.name if first else usual_dtype(self.plan).name
 
     def cast(self, dtype: str | None) -> None:
         """Makes every tensor `dtype`; with None all stay as they are stored."""
@@ -150,7 +132,7 @@ def plan_to_torch(source: CheckpointSource, dtype: str | None = None) -> dict[st
     if model:
         plan = plan_from_leaves(model, branch_rules(cfg), abstract_branches(cfg, only=model), str(source.home))
         # Buffers were never parameters: they take the dtype that most tensors have.
-        kind = np.dtype(dtype or _usual_dtype(plan))
+        kind = np.dtype(dtype or usual_dtype(plan))
         exports[SINGLE] = Export(plan, load_buffers(source.home, plan.buffers, kind))
     if VOCODER_BRANCH in source.readers and source.vocoder_home is not None:
         sizes = read_vocoder_config(source.vocoder_home / VOCODER_CONFIG)
@@ -253,102 +235,7 @@ def _blocks(reader: BranchReader, entry: Entry) -> Iterator[np.ndarray]:
         yield rule.backward(reader.read(leaf, entry.index))
 
 
-def _usual_dtype(plan: Plan) -> np.dtype:
+def usual_dtype(plan: Plan) -> np.dtype:
     """Returns the dtype of most of the tensors."""
     kinds = [info.dtype for info in plan.tensors.values()]
     return max(set(kinds), key=kinds.count)
-
-
-def plan_qwen2(source: CheckpointSource, dtype: str | None = None) -> Export:
-    """Plans the export of the branch `llm` as a Qwen2 model, as `dtype` or (None) as it is stored.
-
-    Raises ConfigError when `source` has no such branch, naming every parameter that does not fit.
-    """
-    if "llm" not in source.readers:
-        raise ConfigError(f"{source.home} has no branch llm: there is no language model to export")
-    cfg = read_hf(source.home / CONFIG)
-    # Qwen2's own names: Q, K and V in three projections.
-    apart = replace(cfg, llm=replace(cfg.llm, qkv_pack=False))
-    stored = {"llm": source.readers["llm"].infos}
-    tables, abstract = {"llm": llm_rules(apart)}, abstract_branches(cfg, only=["llm"])
-    export = Export(plan_from_leaves(stored, tables, abstract, str(source.home)), {})
-    export.cast(dtype)
-    return export
-
-
-def convert_to_qwen2(
-    source: CheckpointSource,
-    target: Path,
-    *,
-    export: Export | None = None,
-    shard_bytes: int = SHARD_BYTES,
-    advance: Advance = lambda done: None,
-) -> None:
-    """Writes a Qwen2 folder: weights, `config.json`, `generation_config.json`, the tokenizer where it is known.
-
-    Args:
-        source: the branches, `llm` among them.
-        target: the folder to write, which is not there, or empty.
-        export: what `plan_qwen2` made of the same source (default: made here).
-        shard_bytes: how large a safetensors file may be.
-        advance: called with the bytes that are done, for a progress bar.
-
-    Raises:
-        ConfigError: something given cannot be used; nothing is left behind.
-    """
-    check_target(target)
-    export = plan_qwen2(source) if export is None else export
-    cfg, stated = read_hf(source.home / CONFIG), read_json_object(source.home / CONFIG)
-    values = qwen2_config(cfg, stated, export.dtype)
-    # A normalized head is a plain head of normalized rows.
-    changes: dict[str, Callable] = {"lm_head.weight": _normalize_rows} if cfg.llm.use_norm_head else {}
-    with staged_folder(target) as folder:
-        write_export(folder, SINGLE, export, source.readers, shard_bytes, advance, changes)
-        _write_json(folder / CONFIG, values)
-        _write_json(folder / "generation_config.json", {"eos_token_id": values["eos_token_id"]})
-        _write_tokenizer(source.home / PROCESSOR, folder, values["max_position_embeddings"])
-
-
-def qwen2_config(cfg: OmniConfig, stated: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """Returns the `config.json` of a Qwen2 model; `stated` is the omni model's, `dtype` that of the tensors.
-
-    Its keys are those of transformers 4, which 5 and vLLM read too.
-    """
-    llm, longest = cfg.llm, stated.get("max_position_embeddings")
-    values: dict[str, Any] = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "torch_dtype": dtype}
-    values |= {theirs: getattr(llm, ours) for ours, theirs in LLM_KEYS.items()}
-    # Only where it cannot be derived: older readers of config.json do not know the key.
-    if llm.head_dim * llm.num_heads != llm.hidden_size:
-        values["head_dim"] = llm.head_dim
-    values |= {"hidden_act": "silu", "tie_word_embeddings": False, "use_sliding_window": False, "use_cache": True}
-    values["max_position_embeddings"] = max(longest, CONTEXT) if isinstance(longest, int) else CONTEXT
-    return values | {"bos_token_id": None, "eos_token_id": cfg.tokens.end_of_text}
-
-
-def _write_tokenizer(source: Path, folder: Path, context: int) -> None:
-    """Copies the tokenizer's files; its configuration gets the class that transformers reads, and the chat template."""
-    there = list_companions(source)
-    for name in set(_TOKENIZER_FILES) & set(there):
-        (folder / name).write_bytes((source / name).read_bytes())
-    if TOKENIZER not in there:
-        return
-    values = read_json_object(source / TOKENIZER_CONFIG) if TOKENIZER_CONFIG in there else {}
-    # Code of the released folder is not copied, so nothing may point to it.
-    values = {key: value for key, value in values.items() if key not in _CODE_KEYS}
-    if values.get("tokenizer_class") not in _TOKENIZER_CLASSES:
-        values["tokenizer_class"] = "PreTrainedTokenizerFast"
-    values["model_max_length"] = context
-    # A tokenizer without the roles' marks (Qwen2.5's own) keeps its own chat template.
-    if all(f'"{mark}"' in (source / TOKENIZER).read_text(encoding="utf-8") for mark in ROLES.values()):
-        values["chat_template"] = CHAT_TEMPLATE
-    _write_json(folder / TOKENIZER_CONFIG, values)
-
-
-def _normalize_rows(rows: np.ndarray) -> np.ndarray:
-    """Scales each row to length 1, as `LanguageModel.head_weight` does."""
-    rows = rows.astype(np.float32)
-    return rows / np.maximum(np.sqrt(np.sum(rows * rows, -1, keepdims=True)), np.float32(1e-12))
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

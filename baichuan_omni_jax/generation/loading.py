@@ -176,7 +176,12 @@ def is_untrained(name: str, folder: Path) -> bool:
     if not (folder / BRANCHES_FILE).exists():
         return False
     info = read_branch_info(folder).get(name)
-    if info is None or info.trained or (folder / SOURCE).exists():
+    if info is None or info.trained:
+        return False
+    # Put together from public models: a branch of which some part is random computes nothing yet.
+    if (folder / PARENT).exists():
+        return any(part.partition(".")[0] == name for part in json.loads((folder / PARENT).read_text())["random"])
+    if (folder / SOURCE).exists():
         return False
     # A run that took the branch from another checkpoint: random only if it was random there.
     parent = folder.parent.parent / PARENT

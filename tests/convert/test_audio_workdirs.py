@@ -11,10 +11,10 @@ from safetensors.numpy import save_file
 from baichuan_omni_jax.checkpoint import abstract_branches, load_branches, save_branches
 from baichuan_omni_jax.cli.main import main
 from baichuan_omni_jax.config import tiny
+from baichuan_omni_jax.config.parts import WHISPER_SIZES
 from baichuan_omni_jax.convert import branch_rules, load_branch_from_safetensors, open_weights
 from baichuan_omni_jax.convert.synthetic import write_random_checkpoint
 from baichuan_omni_jax.convert.tables import AUDIO_ENCODER
-from baichuan_omni_jax.convert.to_jax import WHISPER_SIZES
 from baichuan_omni_jax.nn.param import ComputePolicy, named_values, with_values
 from baichuan_omni_jax.omni.audio_tokenizer_model import AudioTokenizerModel
 from baichuan_omni_jax.omni.flow_matching_model import FlowMatchingModel
@@ -67,7 +67,7 @@ def write_whisper(folder: Path, home: str = "model.encoder", **sizes: int) -> Pa
     tensors[f"{home}.embed_positions.weight"] = tensors.pop(f"{home}.positional_embedding")
     save_file(tensors | {"proj_out.weight": np.zeros((2, 2), np.float16)}, folder / "model.safetensors")
     (folder / "config.json").write_text(
-        json.dumps({name: getattr(tiny().audio, name) for name in WHISPER_SIZES} | sizes)
+        json.dumps({"model_type": "whisper"} | {name: getattr(tiny().audio, name) for name in WHISPER_SIZES} | sizes)
     )
     return folder
 

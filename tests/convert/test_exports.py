@@ -14,13 +14,8 @@ from baichuan_omni_jax.config import OmniConfig, tiny, to_hf
 from baichuan_omni_jax.config.architecture import LLMConfig
 from baichuan_omni_jax.convert.files import missing_code
 from baichuan_omni_jax.convert.safetensors_io import open_weights
-from baichuan_omni_jax.convert.to_torch import (
-    convert_to_qwen2,
-    convert_to_torch,
-    open_source,
-    plan_qwen2,
-    plan_to_torch,
-)
+from baichuan_omni_jax.convert.to_parts import convert_to_part, plan_to_part
+from baichuan_omni_jax.convert.to_torch import convert_to_torch, open_source, plan_to_torch
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.llm.model import LanguageModel
 from baichuan_omni_jax.nn.param import ComputePolicy
@@ -106,7 +101,7 @@ def run(request, tmp_path_factory, tokenizer) -> tuple[Path, OmniConfig]:
 
 @pytest.fixture
 def qwen2(run, tmp_path) -> Path:
-    convert_to_qwen2(open_source(str(run[0])), tmp_path / "qwen2")
+    convert_to_part(open_source(str(run[0])), tmp_path / "qwen2", "qwen2")
     return tmp_path / "qwen2"
 
 
@@ -164,7 +159,7 @@ def test_the_tokenizer_comes_with_the_form_of_a_conversation(qwen2, tokenizer):
 def test_no_language_model_no_export(run, tmp_path):
     source = open_source(str(run[0]))
     with pytest.raises(ConfigError, match="has no branch llm: there is no language model to export"):
-        plan_qwen2(replace(source, readers={}))
+        plan_to_part(replace(source, readers={}), "qwen2")
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
