@@ -15,7 +15,7 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import get_args
 
 from baichuan_omni_jax.checkpoint import find_checkpoint
 from baichuan_omni_jax.cli.chat import (
@@ -32,7 +32,7 @@ from baichuan_omni_jax.errors import ConfigError, RequestError
 from baichuan_omni_jax.evaluation.suites.items import Item
 from baichuan_omni_jax.evaluation.suites.judges import RUBRICS, CachedJudge, JudgeServer, find_model, read_rubrics
 from baichuan_omni_jax.evaluation.suites.report import SuiteScores, table_of, write_scores
-from baichuan_omni_jax.evaluation.suites.run import AnswerFile, Judging, Likelihoods, score_suite, select_items
+from baichuan_omni_jax.evaluation.suites.run import AnswerFile, Judging, Likelihoods, Rule, score_suite, select_items
 from baichuan_omni_jax.evaluation.suites.speech import measure_answers, recognize_answers
 from baichuan_omni_jax.evaluation.suites.table import SUITES, Suite
 from baichuan_omni_jax.generation.loglikelihood import ScoringRequest
@@ -56,7 +56,12 @@ def add_suite_arguments(parser: argparse.ArgumentParser) -> None:
     add("--voice-clips", type=Path, metavar="DIR", help="clips of the voice that answers are compared with")
     add("--score-only", action="store_true", help="score the answers that are there, without a model")
     add = parser.add_argument_group("the judge of free answers").add_argument
-    add("--judge", default="rules", metavar="URL|rules|none", help="OpenAI-compatible, up to /v1 (default %(default)s)")
+    add(
+        "--judge",
+        default="rules",
+        metavar="URL|rules|exact|none",
+        help="OpenAI-compatible, up to /v1 (default %(default)s)",
+    )
     add("--judge-model", metavar="NAME", help="its name there (default: the only one)")
     add("--judge-key", default="OPENAI_API_KEY", metavar="VARIABLE", help="holds the key (default %(default)s)")
     add("--judge-timeout", type=float, default=60.0, metavar="SECONDS", help="of one reply (default %(default)s)")
@@ -139,14 +144,14 @@ def _checkpoint_name(options: argparse.Namespace) -> str:
     return spec if options.score_only or "=" in spec else str(find_checkpoint(spec))
 
 
-def _judge(options: argparse.Namespace) -> JudgeServer | Literal["rules", "none"]:
+def _judge(options: argparse.Namespace) -> JudgeServer | Rule:
     """The judge that the flags name. Raises ConfigError where it cannot be used."""
-    if options.judge in ("rules", "none"):
+    if options.judge in get_args(Rule):
         if options.rubrics:
             raise ConfigError("--rubrics are for a judge: name its URL by --judge")
         return options.judge
     if not options.judge.startswith(("http://", "https://")):
-        raise ConfigError(f"--judge {options.judge} is no URL, and neither rules nor none")
+        raise ConfigError(f"--judge {options.judge} is no URL, and none of rules, exact, none")
     server = JudgeServer(url=options.judge, model="", key=options.judge_key, timeout=options.judge_timeout)
     return replace(server, model=options.judge_model or find_model(server))
 
@@ -189,7 +194,7 @@ def _likelihoods(opened: OpenedChat) -> Likelihoods:
     return score
 
 
-def _score(options: argparse.Namespace, plan: _Plan, judge: JudgeServer | Literal["rules", "none"]) -> SuiteScores:
+def _score(options: argparse.Namespace, plan: _Plan, judge: JudgeServer | Rule) -> SuiteScores:
     folder = plan.answers.path.parent
     lines = plan.answers.lines(plan.items)
     if not lines:

@@ -43,6 +43,7 @@ ROOT = Path(__file__).resolve().parents[2]
         ("points", "none", None),
         ("judgment", '{"analysis": "same", "judgment": "correct"}', 1.0),
         ("judgment", '```json\n{"analysis": "other", "judgment": "Incorrect"}\n```', 0.0),
+        ("judgment", '{"analysis": "the set {1, 2}", "judgment": "correct"} or so', 1.0),
         ("judgment", '{"judgment": "maybe"}', None),
         ("judgment", '{"judgment": true}', None),
         ("judgment", "correct", None),

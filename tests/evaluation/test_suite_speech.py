@@ -101,8 +101,11 @@ def test_what_is_heard_is_judged(tmp_path, monkeypatch, capsys):
     assert trivia["value"] == pytest.approx(100 / 3)
     assert (trivia["invalid"], trivia["problems"], trivia["report"]) == (1, {"recognizer_failed": 1}, 5.31)
     # "it is rome" for "it is paris": one word of three; of the two that could be heard one of six.
-    assert scores["measures"]["errors of what is heard against what was written, %"] == pytest.approx(100 / 6)
-    assert scores["measures"]["MOS by the function given"] == 24
+    heard = scores["measures"]["errors of what is heard against what was written, %"]
+    assert (heard["value"], heard["items"]) == (pytest.approx(100 / 6), 2)
+    # Both, either or neither of the two recordings.
+    assert (heard["low"], heard["high"]) == pytest.approx((0, 100 / 3))
+    assert scores["measures"]["MOS by the function given"]["value"] == 24
     assert any("failed on 1 answers, first with RuntimeError: out of memory" in note for note in scores["notes"])
     assert any("speechmos is not installed" in note for note in scores["notes"])
     with unchecked():
@@ -150,7 +153,7 @@ def test_dnsmos_hears_noise(tmp_path, sample_dir):
         folder.mkdir()
         items, lines = spoken(folder, [each, np.zeros(16000, np.float32)])
         measures, _ = measure_answers(folder, items, lines, None)
-        values.append(measures["DNSMOS (1 to 5)"])
+        values.append(measures["DNSMOS (1 to 5)"].value)
     assert values[0] > values[1] > values[2]
     assert 1 <= values[2] < 1.6
 
@@ -177,6 +180,6 @@ def test_similarity_tells_voices_apart(tmp_path):
         items, lines = spoken(tmp_path / voice, say(voice, TEXTS), SAMPLE_RATE)
         for name, against in (("clips", clips), ("others", None)):
             measures, _ = measure_answers(tmp_path / voice, items, lines, None, voice=against)
-            values[voice, name] = measures["speaker similarity (cosine)"]
+            values[voice, name] = measures["speaker similarity (cosine)"].value
     assert values["en-us", "clips"] > values["en-us+f2", "clips"] + 0.1
     assert values["en-us", "others"] > 0.8

@@ -217,7 +217,10 @@ def test_rules_and_no_judge(tmp_path, monkeypatch, capsys):
     values = {group["name"]: (group["value"], group["problems"]) for group in scores["groups"]}
     assert values["trivia_qa"] == values["web_questions"] == values["llama_questions"] == (50.0, {})
     assert values["alpaca_eval"] == values["reasoning_qa"] == (None, {"not_scored": 4})
-    assert "answers only: no judge" in capsys.readouterr().out
+        assert "answers only: no judge" in capsys.readouterr().out
+        assert main([*command(folder, out, "--judge", "exact"), "--score-only"]) == 0
+    exact = json.loads((out / "openaudiobench" / "scores.json").read_text())
+    assert {group["value"] for group in exact["groups"]} == {0.0, None}
 
 
 @pytest.mark.parametrize(

@@ -104,13 +104,13 @@ def parse_verdict(reply: str, form: VerdictForm) -> float | None:
         # Both words in one bracket are the instruction repeated.
         words = re.findall(r"the score is:?\s*\[?(correct|incorrect)\b(?!\s*[|/])", reply, re.I)
         return float(words[-1].lower() == "correct") if words else None
-    for found in reversed(re.findall(r"\{.*?\}", reply, re.S)):
-        try:
-            judgment = json.loads(found).get("judgment")
-        except ValueError:
-            continue
-        if isinstance(judgment, str) and judgment.strip().lower() in ("correct", "incorrect"):
-            return float(judgment.strip().lower() == "correct")
+    decoder = json.JSONDecoder()
+    # The last object that is whole: an analysis may hold braces, and a fence may stand around it.
+    for start in reversed([found.start() for found in re.finditer(r"\{", reply)]):
+        with suppress(ValueError):
+            judgment = decoder.raw_decode(reply, start)[0].get("judgment")
+            if isinstance(judgment, str) and judgment.strip().lower() in ("correct", "incorrect"):
+                return float(judgment.strip().lower() == "correct")
     return None
 
 

@@ -6,11 +6,28 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from baichuan_omni_jax.evaluation.suites.scoring import GroupScore
+from baichuan_omni_jax.evaluation.suites.scoring import GroupScore, interval, resample
 from baichuan_omni_jax.evaluation.suites.table import Published
 from baichuan_omni_jax.storage import write_json
 
 COLUMNS = ("", "items", "score %", "95 % interval", "of 10", "report", "invalid", "left out")
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A mean, or a rate, over `items` of a suite, and the bounds of its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+    items: int
+
+
+def measure(got: Sequence[float], of: Sequence[float] | None = None, scale: float = 1.0) -> Measure:
+    """Makes a measure of the sum of `got` over that of `of` (default: their number), times `scale`."""
+    of = [1.0] * len(got) if of is None else of
+    low, high = interval(scale * resample(got, of))
+    return Measure(scale * float(sum(got)) / float(sum(of)), low, high, len(got))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +41,7 @@ class SuiteScores:
         published: the report's figures, by group.
         rates: whether a score is of errors over units, of which fewer are better.
         of_ten: whether its scores are also told on a scale of 0 to 10.
-        measures: means of other measures, such as those of speech.
+        measures: other measures, such as those of speech.
         notes: sentences about how it was measured, and what went wrong.
     """
 
@@ -34,7 +51,7 @@ class SuiteScores:
     published: Mapping[str, Published] = field(default_factory=dict)
     rates: bool = False
     of_ten: bool = False
-    measures: Mapping[str, float] = field(default_factory=dict)
+    measures: Mapping[str, Measure] = field(default_factory=dict)
     notes: Sequence[str] = ()
 
     @property
@@ -51,7 +68,8 @@ class SuiteScores:
                 {"report": report.value, "report_of": report.of, "report_percent": report.percent} if report else {}
             )
             groups.append(asdict(group) | printed)
-        rest = {name: getattr(self, name) for name in ("suite", "title", "measures", "notes")}
+        rest = {name: getattr(self, name) for name in ("suite", "title", "notes")}
+        rest["measures"] = {name: asdict(found) for name, found in self.measures.items()}
         return rest | {"unit": "percent errors" if self.rates else "percent", "groups": groups}
 
 
@@ -72,7 +90,10 @@ def table_of(scores: SuiteScores) -> str:
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
     ]
     drawn.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    drawn += [f"{name}: {value:.3g}" for name, value in scores.measures.items()]
+    drawn += [
+        f"{name}: {found.value:.3g} ({found.low:.3g} to {found.high:.3g}, of {found.items})"
+        for name, found in scores.measures.items()
+    ]
     return "\n".join([*drawn, *scores.notes])
 
 

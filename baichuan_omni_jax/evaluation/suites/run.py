@@ -28,6 +28,7 @@ from baichuan_omni_jax.evaluation.suites.scoring import (
     choice_letter,
     contains_match,
     count_errors,
+    exact_match,
     score_groups,
 )
 from baichuan_omni_jax.evaluation.suites.table import Suite, answer_text, message_of
@@ -38,6 +39,7 @@ from baichuan_omni_jax.storage import atomic_write, take_lock
 
 Report = Callable[[str], None]
 Line = dict[str, Any]
+Rule = Literal["rules", "exact", "none"]
 
 
 @runtime_checkable
@@ -290,13 +292,13 @@ class Judging:
     """How free answers are judged.
 
     Attributes:
-        judge: "rules": a reference in the answer is right; "none": answers only; or a model.
+        judge: "rules": right is what holds a reference; "exact": what is one; "none": answers only; or a model.
         rubrics: of a model, by group.
         heard: by number of line, what is judged in place of an answer's text: of spoken ones what a recognizer hears.
             None: their text.
     """
 
-    judge: CachedJudge | Literal["rules", "none"] = "rules"
+    judge: CachedJudge | Rule = "rules"
     rubrics: Mapping[str, Rubric] = field(default_factory=lambda: RUBRICS)
     heard: Mapping[int, str] | None = None
 
@@ -368,7 +370,8 @@ def item_scores(
             # Nothing that a rule could tell: a rating, or a chain of thought.
             scores[number] = ItemScore(item.group, problem="not_scored")
         else:
-            right = contains_match(text, item.references)
+            match = exact_match if judging.judge == "exact" else contains_match
+            right = match(text, item.references)
             scores[number] = ItemScore(item.group, float(right), invalid=not text.strip())
     if suite.scorer == "judge":
         notes.append(_judged_by(judging))
@@ -385,6 +388,7 @@ def _judged_by(judging: Judging) -> str:
     if isinstance(judging.judge, CachedJudge):
         ours = all(judging.rubrics[name] is rubric for name, rubric in RUBRICS.items())
         return f"judged by {judging.judge.name}, by {'our own rubrics' if ours else 'rubrics of a file'}"
-    if judging.judge == "rules":
-        return "judged by a rule: a reference stands in the answer; ratings and reasoning have none (--judge URL)"
-    return "answers only: no judge"
+    if judging.judge == "none":
+        return "answers only: no judge"
+    rule = "the answer is a reference" if judging.judge == "exact" else "a reference stands in the answer"
+    return f"judged by a rule: {rule}; ratings and reasoning have none (--judge URL)"

@@ -183,24 +183,38 @@ def score_groups(scores: Sequence[ItemScore], average: Literal["items", "groups"
     return [_group_score("all", scores, *whole), *(found if len(found) > 1 or "all" not in groups else [])]
 
 
-def _resampled(scores: Sequence[ItemScore]) -> tuple[float | None, Float[np.ndarray, " r"]]:
-    """The score in percent, and those of `RESAMPLES` resamples of the items, with replacement, of a fixed seed."""
-    counted = [score for score in scores if not score.problem]
-    got, of = (np.array([getattr(score, name) for score in counted], float) for name in ("got", "of"))
-    if not of.sum():
-        return None, np.zeros(0)
+def resample(got: Sequence[float], of: Sequence[float]) -> Float[np.ndarray, " r"]:
+    """Returns sums of `got` over sums of `of` in `RESAMPLES` resamples of the items, with replacement; the seed is
+    fixed.
+    """
+    parts, units = np.asarray(got, float), np.asarray(of, float)
     rng, draws = np.random.default_rng(0), np.empty(RESAMPLES)
     # One resample at a time: all at once would be items x resamples numbers.
     for n in range(RESAMPLES):
-        chosen = rng.integers(0, len(of), len(of))
-        draws[n] = got[chosen].sum() / max(of[chosen].sum(), 1e-9)
-    return float(100 * got.sum() / of.sum()), 100 * draws
+        chosen = rng.integers(0, len(units), len(units))
+        draws[n] = parts[chosen].sum() / max(units[chosen].sum(), 1e-9)
+    return draws
+
+
+def interval(draws: Float[np.ndarray, " r"]) -> tuple[float, float]:
+    """Returns the bounds of the middle 95 %."""
+    low, high = np.percentile(draws, (2.5, 97.5))
+    return float(low), float(high)
+
+
+def _resampled(scores: Sequence[ItemScore]) -> tuple[float | None, Float[np.ndarray, " r"]]:
+    """The score in percent, None where nothing counts, and those of resamples."""
+    counted = [score for score in scores if not score.problem]
+    got, of = [score.got for score in counted], [score.of for score in counted]
+    if not sum(of):
+        return None, np.zeros(0)
+    return 100 * sum(got) / sum(of), 100 * resample(got, of)
 
 
 def _group_score(
     name: str, scores: Sequence[ItemScore], value: float | None, draws: Float[np.ndarray, " r"]
 ) -> GroupScore:
-    low, high = map(float, np.percentile(draws, (2.5, 97.5))) if len(draws) else (None, None)
+    low, high = interval(draws) if len(draws) else (None, None)
     problems: dict[str, int] = {}
     for score in scores:
         if score.problem:

@@ -21,6 +21,7 @@ from jaxtyping import Float, Float32
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.evaluation.suites.items import Item
 from baichuan_omni_jax.evaluation.suites.judges import ContentCache
+from baichuan_omni_jax.evaluation.suites.report import Measure, measure
 from baichuan_omni_jax.evaluation.suites.scoring import count_errors
 
 DNSMOS_RATE = 16000
@@ -73,7 +74,7 @@ def measure_answers(
     heard: Mapping[int, str] | None,
     voice: Path | None = None,
     mos: Callable[[Float32[np.ndarray, " n"], int], float] | None = None,
-) -> tuple[dict[str, float], list[str]]:
+) -> tuple[dict[str, Measure], list[str]]:
     """Measures the speech of answers.
 
     Args:
@@ -85,10 +86,10 @@ def measure_answers(
         mos: a further measure of the user's, as UTMOS.
 
     Returns:
-        Means by name, and sentences about what was left out.
+        The measures by name, and sentences about what was left out.
     """
     spoken = {line["line"]: line for line in lines if "audio" in line}
-    measures, notes = {"spoken answers": float(len(spoken))}, list[str]()
+    measures, notes = dict[str, Measure](), list[str]()
     if not spoken:
         return measures, ["no answer was spoken"]
     # What was written is what was to be said; edits are summed over all answers.
@@ -98,19 +99,20 @@ def measure_answers(
             for number, item in items
             if number in heard and number in spoken and spoken[number]["text"].strip()
         ]
-        if units := sum(of for _, of in errors):
-            measures["errors of what is heard against what was written, %"] = 100 * sum(e for e, _ in errors) / units
+        if sum(units for _, units in errors):
+            edits, units = zip(*errors, strict=True)
+            measures["errors of what is heard against what was written, %"] = measure(edits, units, 100.0)
     waves = [read_wave(folder / line["audio"]) for line in spoken.values()]
-    for measure, package, function in (
+    for name, package, function in (
         ("DNSMOS (1 to 5)", "speechmos", _dnsmos),
         ("speaker similarity (cosine)", "resemblyzer", lambda waves: _similarity(waves, voice)),
     ):
         if find_spec(package) is None:
-            notes.append(f"{measure} is left out: {package} is not installed (pip install {package})")
-        elif (value := function(waves)) is not None:
-            measures[measure] = value
+            notes.append(f"{name} is left out: {package} is not installed (pip install {package})")
+        elif values := function(waves):
+            measures[name] = measure(values)
     if mos is not None:
-        measures["MOS by the function given"] = float(np.mean([mos(*wave) for wave in waves]))
+        measures["MOS by the function given"] = measure([float(mos(*wave)) for wave in waves])
     return measures, notes
 
 
@@ -120,8 +122,8 @@ def read_wave(path: Path) -> tuple[Float32[np.ndarray, " n"], int]:
     return samples.mean(1), int(rate)
 
 
-def _dnsmos(waves: Sequence[tuple[np.ndarray, int]]) -> float | None:
-    """The mean overall quality that DNSMOS gives; None where all are silent or empty."""
+def _dnsmos(waves: Sequence[tuple[np.ndarray, int]]) -> list[float]:
+    """The overall quality that DNSMOS gives to each; silent and empty ones are left out."""
     from speechmos import dnsmos
 
     found = []
@@ -131,19 +133,19 @@ def _dnsmos(waves: Sequence[tuple[np.ndarray, int]]) -> float | None:
         if samples.any():
             # Of one clip it returns a dictionary; its annotations know only of tables.
             scores: Any = dnsmos.run(np.clip(samples, -1, 1).astype(np.float32), sr=DNSMOS_RATE)
-            found.append(scores["ovrl_mos"])
-    return float(np.mean(found)) if found else None
+            found.append(float(scores["ovrl_mos"]))
+    return found
 
 
-def _similarity(waves: Sequence[tuple[np.ndarray, int]], voice: Path | None) -> float | None:
-    """The mean cosine of answers with the centroid of the voice's clips, or of the other answers."""
+def _similarity(waves: Sequence[tuple[np.ndarray, int]], voice: Path | None) -> list[float]:
+    """The cosine of each answer with the centroid of the voice's clips, or of the other answers."""
     references = []
     if voice is not None:
         references = [read_wave(path) for path in sorted(voice.iterdir()) if path.suffix.lower() in AUDIO]
         if not references:
             raise ConfigError(f"--voice-clips {voice} holds no {', '.join(AUDIO)}")
     elif len(waves) < 2:
-        return None
+        return []
     embedded = _embed([*waves, *references])
     answers = embedded[: len(waves)]
     # One clip of a voice says less than the centroid of several: other voices reach 0.94 of one.
@@ -152,7 +154,7 @@ def _similarity(waves: Sequence[tuple[np.ndarray, int]], voice: Path | None) -> 
     else:
         centroids = (answers.sum(0) - answers) / (len(answers) - 1)
     cosines = (answers * centroids).sum(1) / np.linalg.norm(answers, axis=1) / np.linalg.norm(centroids, axis=1)
-    return float(cosines.mean())
+    return cosines.tolist()
 
 
 def _embed(waves: Sequence[tuple[np.ndarray, int]]) -> Float[np.ndarray, "n d"]:
