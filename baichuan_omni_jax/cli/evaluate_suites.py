@@ -29,10 +29,10 @@ from baichuan_omni_jax.cli.chat import (
 from baichuan_omni_jax.cli.common import quiet_logs
 from baichuan_omni_jax.config import GenerationConfig
 from baichuan_omni_jax.errors import ConfigError, RequestError
+from baichuan_omni_jax.evaluation.suites.answers import AnswerFile, Likelihoods, select_items
 from baichuan_omni_jax.evaluation.suites.items import Item
 from baichuan_omni_jax.evaluation.suites.judges import RUBRICS, CachedJudge, JudgeServer, find_model, read_rubrics
-from baichuan_omni_jax.evaluation.suites.report import SuiteScores, table_of, write_scores
-from baichuan_omni_jax.evaluation.suites.run import AnswerFile, Judging, Likelihoods, Rule, score_suite, select_items
+from baichuan_omni_jax.evaluation.suites.report import Judging, Rule, SuiteScores, score_suite, table_of, write_scores
 from baichuan_omni_jax.evaluation.suites.speech import measure_answers, recognize_answers
 from baichuan_omni_jax.evaluation.suites.table import SUITES, Suite
 from baichuan_omni_jax.generation.loglikelihood import ScoringRequest

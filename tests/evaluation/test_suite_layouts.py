@@ -8,7 +8,7 @@ import pytest
 
 from baichuan_omni_jax.errors import ConfigError, RequestError
 from baichuan_omni_jax.evaluation.suites import layouts
-from baichuan_omni_jax.evaluation.suites.run import select_items
+from baichuan_omni_jax.evaluation.suites.answers import select_items
 from baichuan_omni_jax.evaluation.suites.table import SUITES, likelihood_prompt, message_of
 from tests.helpers.suite_files import (
     RIGHT,

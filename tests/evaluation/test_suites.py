@@ -16,7 +16,8 @@ from baichuan_omni_jax.cli.chat import OpenedChat
 from baichuan_omni_jax.cli.main import main
 from baichuan_omni_jax.config import GenerationConfig
 from baichuan_omni_jax.errors import ConfigError, RequestError
-from baichuan_omni_jax.evaluation.suites.run import AnswerFile, Judging, score_suite, select_items, settings_fields
+from baichuan_omni_jax.evaluation.suites.answers import AnswerFile, select_items, settings_fields
+from baichuan_omni_jax.evaluation.suites.report import Judging, score_suite
 from baichuan_omni_jax.evaluation.suites.table import SUITES
 from tests.helpers.suite_files import (
     RIGHT,
@@ -214,11 +215,12 @@ def test_rules_and_no_judge(tmp_path, monkeypatch, capsys):
         assert main(command(folder, out)) == 0
         scores = json.loads((out / "openaudiobench" / "scores.json").read_text())
         assert main([*command(folder, out, "--judge", "none"), "--score-only"]) == 0
+        assert "answers only: no judge" in capsys.readouterr().out
+        assert main([*command(folder, out, "--judge", "exact"), "--score-only"]) == 0
     values = {group["name"]: (group["value"], group["problems"]) for group in scores["groups"]}
     assert values["trivia_qa"] == values["web_questions"] == values["llama_questions"] == (50.0, {})
     assert values["alpaca_eval"] == values["reasoning_qa"] == (None, {"not_scored": 4})
-        assert "answers only: no judge" in capsys.readouterr().out
-        assert main([*command(folder, out, "--judge", "exact"), "--score-only"]) == 0
+    # "It is Paris." holds the reference and is none.
     exact = json.loads((out / "openaudiobench" / "scores.json").read_text())
     assert {group["value"] for group in exact["groups"]} == {0.0, None}
 
@@ -260,7 +262,7 @@ from pathlib import Path
 sys.path.insert(0, {root!r})
 from tests.evaluation.test_suites import GREEDY, answers_right_by_half
 from tests.helpers.suite_files import ScriptedModel
-from baichuan_omni_jax.evaluation.suites.run import AnswerFile, select_items
+from baichuan_omni_jax.evaluation.suites.answers import AnswerFile, select_items
 from baichuan_omni_jax.evaluation.suites.table import SUITES
 suite = SUITES["openaudiobench"]
 items = select_items(suite.read(Path({folder!r})))

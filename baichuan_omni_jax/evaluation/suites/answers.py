@@ -1,8 +1,8 @@
-"""Runs a suite: raw answers first, one line an item and resumable, then verdicts, then scores.
+"""The raw answers of a suite, one line an item and resumable.
 
-    answers = AnswerFile(folder / "answers.jsonl", "openaudiobench", suite, checkpoint, settings)
+    answers = AnswerFile(folder / "answers.jsonl", suite, checkpoint, settings)
     answers.fill(items, model, at_once=16)
-    scores = score_suite("openaudiobench", suite, items, answers.lines(items), Judging())
+    scores = score_suite("openaudiobench", suite, items, answers.lines(items), Judging())      # report.py
 
 An item that cannot be asked is a line with its cause; the same command asks it again, and nothing that was answered.
 """
@@ -10,9 +10,9 @@ An item that cannot be asked is a line with its cause; the same command asks it 
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -21,16 +21,6 @@ import soundfile
 from baichuan_omni_jax.config import GenerationConfig
 from baichuan_omni_jax.errors import ConfigError, RequestError
 from baichuan_omni_jax.evaluation.suites.items import LETTERS, Item
-from baichuan_omni_jax.evaluation.suites.judges import RUBRICS, CachedJudge, Case, Rubric
-from baichuan_omni_jax.evaluation.suites.report import SuiteScores
-from baichuan_omni_jax.evaluation.suites.scoring import (
-    ItemScore,
-    choice_letter,
-    contains_match,
-    count_errors,
-    exact_match,
-    score_groups,
-)
 from baichuan_omni_jax.evaluation.suites.table import Suite, answer_text, message_of
 from baichuan_omni_jax.generation.batch_requests import Question, answer_questions
 from baichuan_omni_jax.generation.chat import ChatAnswer, ChatStream
@@ -39,7 +29,6 @@ from baichuan_omni_jax.storage import atomic_write, take_lock
 
 Report = Callable[[str], None]
 Line = dict[str, Any]
-Rule = Literal["rules", "exact", "none"]
 
 
 @runtime_checkable
@@ -285,110 +274,3 @@ class _Choice:
 
     def cancel(self) -> None:
         """Nothing runs that could be ended."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Judging:
-    """How free answers are judged.
-
-    Attributes:
-        judge: "rules": right is what holds a reference; "exact": what is one; "none": answers only; or a model.
-        rubrics: of a model, by group.
-        heard: by number of line, what is judged in place of an answer's text: of spoken ones what a recognizer hears.
-            None: their text.
-    """
-
-    judge: CachedJudge | Rule = "rules"
-    rubrics: Mapping[str, Rubric] = field(default_factory=lambda: RUBRICS)
-    heard: Mapping[int, str] | None = None
-
-    def text(self, line: Line) -> str | None:
-        """What is judged of a line; None where no recognizer could hear it."""
-        return line["text"] if self.heard is None else self.heard.get(line["line"])
-
-
-def score_suite(
-    name: str,
-    suite: Suite,
-    items: Sequence[tuple[int, Item]],
-    lines: Sequence[Line],
-    judging: Judging,
-    report: Report = lambda line: None,
-) -> SuiteScores:
-    """Scores raw answers.
-
-    Args:
-        name: the suite's.
-        suite: what says how.
-        items: with their numbers.
-        lines: the answers, of those items that have one.
-        judging: how free answers are judged, and what is judged of spoken ones.
-        report: gets lines of progress.
-
-    Returns:
-        The scores of all and of each group. Items without an answer, or whose answer no judge gave a verdict on, are
-        left out and counted by why.
-    """
-    scores, notes = item_scores(suite, items, lines, judging, report)
-    # Settings are those of all lines, and speech where one was spoken.
-    spoken = suite.task == "chat" and any(line.get("settings", {}).get("speech") for line in lines)
-    return SuiteScores(
-        suite=name,
-        title=suite.title + (", spoken answers" if spoken else ""),
-        groups=score_groups([scores[number] for number, _ in items], suite.average),
-        published=suite.spoken if spoken else suite.published,
-        rates=suite.scorer == "errors",
-        of_ten=suite.scorer == "judge",
-        notes=notes,
-    )
-
-
-def item_scores(
-    suite: Suite,
-    items: Sequence[tuple[int, Item]],
-    lines: Sequence[Line],
-    judging: Judging,
-    report: Report = lambda line: None,
-) -> tuple[dict[int, ItemScore], list[str]]:
-    """Scores each item by its number; returns also sentences about how, and what went wrong."""
-    answers = {line["line"]: line for line in lines}
-    scores, cases, notes = dict[int, ItemScore](), list[Case](), list[str]()
-    for number, item in items:
-        line = answers.get(number, {"cause": "no_answer"})
-        text = judging.text(line) if "cause" not in line else None
-        if text is None:
-            scores[number] = ItemScore(item.group, problem=line.get("cause", "recognizer_failed"))
-        elif suite.scorer == "letter":
-            letter = text if suite.task == "choose" else choice_letter(text, item.options)
-            scores[number] = ItemScore(item.group, float(letter in item.references), invalid=letter is None)
-        elif suite.scorer == "errors":
-            edits, units = count_errors(text, item.references[0], item.language)
-            scores[number] = ItemScore(item.group, edits, units, invalid=not text.strip())
-        elif isinstance(judging.judge, CachedJudge):
-            cases.append(Case(item.id, judging.rubrics[item.group], item.question, item.references, text))
-        elif judging.judge == "none" or not item.references or judging.rubrics[item.group].form == "points":
-            # Nothing that a rule could tell: a rating, or a chain of thought.
-            scores[number] = ItemScore(item.group, problem="not_scored")
-        else:
-            match = exact_match if judging.judge == "exact" else contains_match
-            right = match(text, item.references)
-            scores[number] = ItemScore(item.group, float(right), invalid=not text.strip())
-    if suite.scorer == "judge":
-        notes.append(_judged_by(judging))
-    if cases and isinstance(judging.judge, CachedJudge):
-        numbers = {item.id: (number, item) for number, item in items}
-        for verdict in judging.judge.judge(cases, report):
-            number, item = numbers[verdict.id]
-            scores[number] = ItemScore(item.group, verdict.score or 0.0, problem=verdict.problem)
-        notes += judging.judge.notes
-    return scores, notes
-
-
-def _judged_by(judging: Judging) -> str:
-    if isinstance(judging.judge, CachedJudge):
-        ours = all(judging.rubrics[name] is rubric for name, rubric in RUBRICS.items())
-        return f"judged by {judging.judge.name}, by {'our own rubrics' if ours else 'rubrics of a file'}"
-    if judging.judge == "none":
-        return "answers only: no judge"
-    rule = "the answer is a reference" if judging.judge == "exact" else "a reference stands in the answer"
-    return f"judged by a rule: {rule}; ratings and reasoning have none (--judge URL)"
