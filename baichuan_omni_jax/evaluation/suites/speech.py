@@ -139,12 +139,13 @@ def _dnsmos(waves: Sequence[tuple[np.ndarray, int]]) -> list[float]:
 
 def _similarity(waves: Sequence[tuple[np.ndarray, int]], voice: Path | None) -> list[float]:
     """The cosine of each answer with the centroid of the voice's clips, or of the other answers."""
-    references = []
+    # Silence has no voice.
+    waves, references = [wave for wave in waves if wave[0].any()], []
     if voice is not None:
         references = [read_wave(path) for path in sorted(voice.iterdir()) if path.suffix.lower() in AUDIO]
         if not references:
             raise ConfigError(f"--voice-clips {voice} holds no {', '.join(AUDIO)}")
-    elif len(waves) < 2:
+    if not waves or len(waves) + len(references) < 2:
         return []
     embedded = _embed([*waves, *references])
     answers = embedded[: len(waves)]
