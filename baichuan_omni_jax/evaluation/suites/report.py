@@ -38,7 +38,7 @@ class Measure:
     items: int
 
 
-def measure(got: Sequence[float], of: Sequence[float] | None = None, scale: float = 1.0) -> Measure:
+def measure(got: Sequence[float | int], of: Sequence[float | int] | None = None, scale: float = 1.0) -> Measure:
     """Makes a measure of the sum of `got` over that of `of` (default: their number), times `scale`."""
     of = [1.0] * len(got) if of is None else of
     low, high = interval(scale * resample(got, of))

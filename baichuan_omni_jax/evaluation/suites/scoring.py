@@ -183,7 +183,7 @@ def score_groups(scores: Sequence[ItemScore], average: Literal["items", "groups"
     return [_group_score("all", scores, *whole), *(found if len(found) > 1 or "all" not in groups else [])]
 
 
-def resample(got: Sequence[float], of: Sequence[float]) -> Float[np.ndarray, " r"]:
+def resample(got: Sequence[float | int], of: Sequence[float | int]) -> Float[np.ndarray, " r"]:
     """Returns sums of `got` over sums of `of` in `RESAMPLES` resamples of the items, with replacement; the seed is
     fixed.
     """
