@@ -23,6 +23,7 @@ import jax
 
 from baichuan_omni_jax.config import MACHINES as MACHINE_CHIPS
 from baichuan_omni_jax.config import MODELS, STAGES, RunConfig, load_run_config, resolve_model
+from baichuan_omni_jax.config.stages import BY_DOCUMENTS
 from baichuan_omni_jax.flops.terms import GPUS, TPUS, flops_by_branch, omni_terms
 from baichuan_omni_jax.nn.param import ComputePolicy, named_variables
 from baichuan_omni_jax.omni.model import OmniModel
@@ -30,6 +31,7 @@ from baichuan_omni_jax.train.groups import assign_groups
 from baichuan_omni_jax.train.preflight import Packing
 
 MACHINES = ("v5e:2x4", "v6e:2x4", "v5p:2x2x2", "h100:1")
+LONGEST = 65536  # tokens of a row of the recipe's last two stages
 NAMED = tuple(name for name in MODELS if name != "tiny")
 GIB = 2**30
 # bfloat16 FLOP/s of a chip, by its name in a topology.
@@ -114,11 +116,17 @@ def compiled(cell: dict) -> dict:
 
 
 def said(cell: dict) -> str:
-    """One cell in words: what it needs of what there is."""
+    """One cell in words: what it needs of what there is, and what had to give."""
     if "error" in cell:
         return f"not compiled: {cell['error'][-120:]}"
     needed, room = cell["peak_bytes"] / GIB, cell["hbm_bytes"] / GIB
-    return f"{needed:.1f} of {room:.1f} GiB" + ("" if cell["fits"] else f", {needed - room:.1f} too much")
+    gives = [
+        f"rows of {cell['tokens']}" * (cell["stage"] in BY_DOCUMENTS and cell["tokens"] < LONGEST),
+        "bf16 moments" * (cell["moments"] == "bfloat16"),
+        "attention alone" * (cell["language"] == "attention"),
+    ]
+    verdict = f"{needed:.1f} of {room:.1f} GiB" if cell["fits"] else f"**{needed - room:.1f} GiB too much**"
+    return "; ".join(filter(None, (verdict, *gives)))
 
 
 def table(cells: list[dict]) -> Iterator[str]:
@@ -134,16 +142,15 @@ def table(cells: list[dict]) -> Iterator[str]:
 
 
 def hours_table(utilization: float) -> Iterator[str]:
-    """Yields the Markdown rows of hours, a table a machine: stages across, models down, all of the recipe's steps."""
-    for machine in MACHINES:
-        yield f"| `{machine}` | " + " | ".join(f"`{stage}`" for stage in STAGES) + " |"
-        yield "|---" * (len(STAGES) + 1) + "|"
+    """Yields the Markdown rows of hours: stages across, machines and models down, all of the recipe's steps."""
+    yield "| machine | model | " + " | ".join(f"`{stage}`" for stage in STAGES) + " | all |"
+    yield "|---" * (len(STAGES) + 3) + "|"
+    for machine, model in itertools.product(MACHINES, NAMED):
         peak = MACHINE_CHIPS[machine] * PEAKS[machine.partition(":")[0]]
-        for model in NAMED:
-            runs = [load_run_config(stage, [f"model={model}", f"machine={machine}"]) for stage in STAGES]
-            hours = (step_flops(run) * run.train.steps / (peak * utilization) / 3600 for run in runs)
-            yield f"| `{model}` | " + " | ".join(f"{found:,.0f}" for found in hours) + " |"
-        yield ""
+        runs = [load_run_config(stage, [f"model={model}", f"machine={machine}"]) for stage in STAGES]
+        hours = [step_flops(run) * run.train.steps / (peak * utilization) / 3600 for run in runs]
+        cells = " | ".join(f"{found:,.0f}" for found in (*hours, sum(hours)))
+        yield f"| `{machine}` | `{model}` | {cells} |"
 
 
 def step_flops(run: RunConfig) -> float:

@@ -3,6 +3,7 @@
 Collectives are read off HLO text: every way to write groups, loops and their lengths, asynchronous halves, fusions.
 """
 
+import argparse
 import json
 import os
 import subprocess
@@ -13,10 +14,12 @@ from pathlib import Path
 
 import pytest
 
+from baichuan_omni_jax.cli import preflight as command
 from baichuan_omni_jax.config import load_run_config, tiny
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.train.preflight import Packing, devices_of
 from baichuan_omni_jax.train.preflight.compile import Memory, refused
+from baichuan_omni_jax.train.preflight.gpu import PLUGINS
 from baichuan_omni_jax.train.preflight.hlo import Collective, collectives_of, largest_temporaries
 from baichuan_omni_jax.train.preflight.render import short_scope
 from baichuan_omni_jax.train.preflight.report import suggestions
@@ -25,13 +28,17 @@ from tests.helpers.proofs import HANG
 REPOSITORY = Path(__file__).resolve().parents[2]
 MICRO = REPOSITORY / "configs" / "micro.py"
 GIB = 2**30
+needs_cuda = pytest.mark.skipif(
+    not any(map(find_spec, PLUGINS)), reason="JAX's CUDA plugin is not installed (extra `cuda`)"
+)
 needs_libtpu = pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu is not installed (extra `preflight`)")
 
 
 def preflight(*arguments: str, timeout: int = 60) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(REPOSITORY / "launch" / "preflight.py"), *arguments]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout, check=False)
+    started = [sys.executable, str(REPOSITORY / "launch" / "preflight.py"), *arguments]
+    path = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"PYTHONPATH": path}
+    return subprocess.run(started, capture_output=True, text=True, env=environment, timeout=timeout, check=False)
 
 
 ASSIGNMENT = """\
@@ -115,6 +122,53 @@ def test_missing_libtpu_is_said(monkeypatch):
     monkeypatch.setattr("baichuan_omni_jax.train.preflight.compile.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"libtpu is not installed: pip install"):
         devices_of("v5p:2x2x1")
+
+
+@pytest.mark.parametrize("topology", ["h100:0", "h100:", "h100:2x4"])
+def test_gpus_are_counted(topology):
+    with pytest.raises(ConfigError, match=f"--topology {topology} is not a number of GPUs, such as h100:1"):
+        devices_of(topology)
+
+
+def test_gpus_need_the_plugin_and_form_no_slices(monkeypatch):
+    with pytest.raises(ConfigError, match=r"mesh\.slices is 2: only TPU slices are joined, not h100:1"):
+        devices_of("h100:1", slices=2)
+    monkeypatch.setattr("baichuan_omni_jax.train.preflight.gpu.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"JAX's CUDA plugin is not installed: pip install"):
+        devices_of("h100:1")
+
+
+def test_the_machine_of_a_run_is_its_topology(monkeypatch):
+    """A configuration of its own kind names none: there the topology must be given."""
+
+    def preflight(run, omni, topology, packing):
+        raise ConfigError(f"would compile for {topology}")
+
+    monkeypatch.setattr("baichuan_omni_jax.train.preflight.preflight", preflight)
+    for arguments, message in (
+        (["--config", "sft", "--set", "machine=v5e:2x4"], "would compile for v5e:2x4"),
+        (["--config", "sft", "--set", "machine=v5e:2x4", "--topology", "v6e:2x4"], "would compile for v6e:2x4"),
+        (["--config", str(MICRO)], "--topology must be given: .* is for no machine of its own"),
+    ):
+        parser = argparse.ArgumentParser()
+        command.add_arguments(parser)
+        with pytest.raises(ConfigError, match=message):
+            command.run(parser.parse_args(arguments))
+
+
+@needs_cuda
+@pytest.mark.slow
+def test_micro_run_on_a_gpu(tmp_path):
+    done = preflight(
+        "--config", str(MICRO), "--topology", "h100:1", "--json", str(tmp_path / "report.json"), timeout=HANG
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["fits"] is True
+    assert report["device_kind"].startswith("NVIDIA H100")
+    # One chip has no one to exchange with, and JAX does not take all of its memory.
+    assert report["collectives"] == []
+    assert report["hbm_bytes"] == 76 * GIB
 
 
 @pytest.mark.slow
