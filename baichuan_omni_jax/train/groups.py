@@ -157,11 +157,11 @@ def with_moments_in(dtype: jnp.dtype, optimizer: optax.GradientTransformation) -
     def cast(state: Any, to: jnp.dtype) -> Any:
         return jax.tree.map(lambda leaf: leaf.astype(to) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, state)
 
-    def init(parameters: optax.Params) -> optax.OptState:
-        return cast(optimizer.init(parameters), dtype)
+    def init(params: optax.Params) -> optax.OptState:
+        return cast(optimizer.init(params), dtype)
 
-    def update(updates: optax.Updates, state: optax.OptState, parameters: optax.Params | None = None) -> tuple:
-        updates, state = optimizer.update(updates, cast(state, jnp.dtype(jnp.float32)), parameters)
+    def update(updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None) -> tuple[Any, Any]:
+        updates, state = optimizer.update(updates, cast(state, jnp.dtype(jnp.float32)), params)
         return updates, cast(state, dtype)
 
     return optax.GradientTransformation(init, update)
