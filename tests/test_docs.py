@@ -132,9 +132,11 @@ def check_overrides(arguments: list[str]) -> None:
     named = [value for flag, value in pairs if flag == "--config"]
     configs = [value if value in STAGES else ROOT / value for value in named]
     configs = [config for config in configs if config in STAGES or Path(config).exists()]
-    settings = [value for flag, value in pairs if flag == "--set"]
+    # A stage reads the sizes of its model, which a reader makes first.
+    placeholder = r"a\.b=|model=weights/|.*=[A-Z_]+$"
+    settings = [value for flag, value in pairs if flag == "--set" and not re.match(placeholder, value)]
     for config in configs:
-        load_run_config(config, [s for s in settings if not re.match(r"a\.b=|.*=[A-Z_]+$", s)])
+        load_run_config(config, settings)
 
 
 def anchors(page: Path) -> set[str]:
