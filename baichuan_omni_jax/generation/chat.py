@@ -5,19 +5,16 @@
     for event in chat.reply([{"role": "user", "content": "What is a star?"}], settings=GenerationConfig(speech=True)):
         ...                                   # TextDelta(text, ...), AudioChunk(samples, rate), at last Finished(...)
 
-`TtsRequest` speaks what is given: one request a sentence, each continuing the text and the speech of those before.
-
 The processor, here `data_pipelines.documents.chat_prompt.ChatPrompts`, reads and encodes media; docs/how-to/generate.md
 has all of it.
 """
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import jax
-import numpy as np
-from jaxtyping import Int32, PRNGKeyArray
+from jaxtyping import PRNGKeyArray
 
 from baichuan_omni_jax.config import VOICE, GenerationConfig, OmniConfig
 from baichuan_omni_jax.errors import RequestError
@@ -27,9 +24,13 @@ from baichuan_omni_jax.generation.chat_stream import (
     ChatEvent,
     ChatStream,
     EventSource,
+    Prompts,
     SpeechSynthesizer,
+    TtsRequest,
+    one_prompt,
+    sentence_prompts,
 )
-from baichuan_omni_jax.generation.events import AudioCodes, Event, Finished, Prompt
+from baichuan_omni_jax.generation.events import Prompt
 
 __all__ = [
     "AudioChunk",
@@ -81,86 +82,6 @@ class ChatModel:
     speech_decoder: SpeechSynthesizer | None = None
 
 
-Prompts = Generator[Prompt, Int32[np.ndarray, "n q"], None]
-"""Prompts that end with the mark that begins speech; each is sent the code frames of the one before."""
-
-
-def sentence_prompts(processor: Any, sentences: Sequence[str]) -> Prompts:
-    """Encodes the sentences one by one, each after those before and their speech.
-
-    Raises RequestError when there is nothing to say.
-    """
-    spoken = [sentence for sentence in sentences if sentence.strip()]
-    if not spoken:
-        raise RequestError("bad_message", "there is nothing to say: the text is empty")
-    spoken_so_far: list[dict[str, Any]] = []
-    for sentence in spoken:
-        spoken_so_far.append({"type": "text", "text": sentence})
-        codes = yield processor.encode_content(spoken_so_far, speak=True)
-        if len(codes):
-            spoken_so_far.append({"type": "audio", "codes": codes})
-
-
-def one_prompt(prompt: Prompt) -> Prompts:
-    """A single prompt that is encoded already."""
-    yield prompt
-
-
-class TtsRequest:
-    """The frames of each prompt's speech as events, at last one `Finished` for all; text that follows is left out.
-
-    Raises RequestError here for what the engine refuses of the first prompt, and when iterated for the others.
-    """
-
-    def __init__(self, engine: Any, prompts: Prompts, settings: GenerationConfig, key: PRNGKeyArray):
-        self._engine, self._prompts, self._settings, self._key = engine, prompts, settings, key
-        self._cancelled = False
-        self._request = self._submit(next(prompts))
-
-    def cancel(self) -> None:
-        self._cancelled = True
-        self._request.cancel()
-
-    def __iter__(self) -> Iterator[Event]:
-        ended: list[Finished] = []
-        while not self._cancelled:
-            codes = []
-            for event in self._request:
-                if isinstance(event, AudioCodes):
-                    codes.append(event.codes)
-                    yield event
-                    # Text after the speech is not wanted: the sentence is over.
-                    if event.last:
-                        self._request.cancel()
-                elif isinstance(event, Finished):
-                    ended.append(event)
-            try:
-                # A sentence's prompt holds the speech before it: no sentence can be read ahead of the one before.
-                spoken_so_far = np.concatenate(codes) if codes else np.zeros((0, 0), np.int32)
-                self._request = self._submit(self._prompts.send(spoken_so_far))
-            except StopIteration:
-                break
-        cut = any(each.finish_reason == "length" for each in ended)
-        yield _together(ended, "cancelled" if self._cancelled else "length" if cut else "end")
-
-    def _submit(self, prompt: Prompt) -> Any:
-        return self._engine.submit(prompt, self._settings, self._key)
-
-
-def _together(ended: Sequence[Finished], reason: str) -> Finished:
-    """One `Finished` for requests that came one after the other; no text is given."""
-    return Finished(
-        finish_reason=reason,
-        prompt=sum(each.prompt for each in ended),
-        tokens=0,
-        frames=sum(each.frames for each in ended),
-        first_token=None,
-        first_frame=ended[0].first_frame if ended else None,
-        total=sum(each.total for each in ended),
-        sequence=ended[-1].sequence if ended else np.zeros(0, np.int32),
-    )
-
-
 class OmniChat:
     """Answers messages; without a processor, encoded prompts alone.
 
@@ -194,13 +115,23 @@ class OmniChat:
         `{"type": "text", "text"}`, `{"type": "image" | "audio" | "video"}` with `path`, `bytes` or `base64`, audio also
         with `samples` (t,) at `rate` Hz, or as `codes` (n, levels) earlier speech of the assistant.
 
-        Raises RequestError: `bad_message` (an unknown role, type or field), `bad_media` (missing, unreadable, silent,
-        too short, too big), `too_long` (more than the cache holds), `no_branch` (media, or an answer in speech, that
-        the checkpoint lacks a branch for).
+        Args:
+            messages: the conversation, which ends with the user's turn.
+            stream: events as they are made; False: the whole answer, when it is over.
+            settings: of this answer; None: the chat's.
+            key: of this answer's sampling; None: the chat's.
+
+        Returns:
+            What is iterated for events and can be cancelled, or the whole answer.
+
+        Raises:
+            RequestError: `bad_message` (an unknown role, type or field), `bad_media` (missing, unreadable, silent, too
+                short, too big), `too_long` (more than the cache holds), `no_branch` (media, or an answer in speech,
+                that the checkpoint lacks a branch for).
         """
         settings = settings or self.settings
         prompt = self._encoder().encode_messages(messages, spoken=settings.speech, voice=settings.voice)
-        return self._answered(prompt, stream, settings, key)
+        return self.answer_prompt(prompt, stream, settings=settings, key=key)
 
     def complete(
         self,
@@ -210,8 +141,21 @@ class OmniChat:
         settings: GenerationConfig | None = None,
         key: PRNGKeyArray | None = None,
     ) -> ChatStream | ChatAnswer:
-        """Goes on where `content`, which has no roles, ends: plain text or speech recognition."""
-        return self._answered(self._encoder().encode_content(content), stream, settings, key)
+        """Goes on where `content`, which has no roles, ends: plain text or speech recognition.
+
+        Args:
+            content: text or a list of parts, as in a message of `reply`.
+            stream: as in `reply`.
+            settings: as in `reply`.
+            key: as in `reply`.
+
+        Returns:
+            As `reply`.
+
+        Raises:
+            RequestError: as `reply`.
+        """
+        return self.answer_prompt(self._encoder().encode_content(content), stream, settings=settings, key=key)
 
     def answer_prompt(
         self,
@@ -221,8 +165,26 @@ class OmniChat:
         settings: GenerationConfig | None = None,
         key: PRNGKeyArray | None = None,
     ) -> ChatStream | ChatAnswer:
-        """Goes on where an encoded prompt ends."""
-        return self._answered(prompt, stream, settings, key)
+        """Goes on where an encoded prompt ends.
+
+        Args:
+            prompt: n tokens with their media.
+            stream: as in `reply`.
+            settings: as in `reply`.
+            key: as in `reply`.
+
+        Returns:
+            As `reply`.
+
+        Raises:
+            RequestError: `too_long` and `no_branch`, as `reply`.
+        """
+        settings = settings or self.settings
+        # Refused before a slot is taken: the engine would make frames that nothing can decode.
+        if settings.speech:
+            self._check_speech()
+        request = self.model.engine.submit(prompt, settings, self.key if key is None else key)
+        return self._taken(request, stream)
 
     def speak(
         self,
@@ -234,7 +196,17 @@ class OmniChat:
     ) -> ChatStream | ChatAnswer:
         """Speaks a text, sentence by sentence, each after the speech of those before.
 
-        Raises RequestError as `reply`, and `bad_message` for a text without anything to say.
+        Args:
+            text: what is spoken, without roles.
+            stream: as in `reply`.
+            settings: as in `reply`.
+            key: as in `reply`.
+
+        Returns:
+            As `reply`; its text is empty.
+
+        Raises:
+            RequestError: as `reply`, and `bad_message` for a text without anything to say.
         """
         return self._spoken(sentence_prompts(self._encoder(), self._encoder().sentences(text)), stream, settings, key)
 
@@ -246,7 +218,20 @@ class OmniChat:
         settings: GenerationConfig | None = None,
         key: PRNGKeyArray | None = None,
     ) -> ChatStream | ChatAnswer:
-        """Speaks what an encoded prompt, ending with the mark that begins speech, calls for."""
+        """Speaks what an encoded prompt calls for.
+
+        Args:
+            prompt: n tokens with their media, of which the last one is the mark that begins speech.
+            stream: as in `reply`.
+            settings: as in `reply`.
+            key: as in `reply`.
+
+        Returns:
+            As `speak`.
+
+        Raises:
+            RequestError: `too_long` and `no_branch`, as `reply`.
+        """
         return self._spoken(one_prompt(prompt), stream, settings, key)
 
     def _spoken(
@@ -255,16 +240,6 @@ class OmniChat:
         self._check_speech()
         settings, key = settings or self.settings, self.key if key is None else key
         return self._taken(TtsRequest(self.model.engine, prompts, settings, key), stream)
-
-    def _answered(
-        self, prompt: Prompt, stream: bool, settings: GenerationConfig | None, key: PRNGKeyArray | None
-    ) -> ChatStream | ChatAnswer:
-        settings = settings or self.settings
-        # Refused before a slot is taken: the engine would make frames that nothing can decode.
-        if settings.speech:
-            self._check_speech()
-        request = self.model.engine.submit(prompt, settings, self.key if key is None else key)
-        return self._taken(request, stream)
 
     def _taken(self, request: EventSource, stream: bool) -> ChatStream | ChatAnswer:
         reply = ChatStream(request, self.model.speech_decoder)
@@ -302,7 +277,20 @@ class Conversation:
         settings: GenerationConfig | None = None,
         key: PRNGKeyArray | None = None,
     ) -> ChatStream | ChatAnswer:
-        """The answer to the user's next message. Raises RequestError as `OmniChat.reply`; nothing is kept then."""
+        """Answers the user's next message.
+
+        Args:
+            content: of the message, text or a list of parts.
+            stream: as in `OmniChat.reply`, like `settings` and `key`.
+            settings: of this answer.
+            key: of this answer's sampling.
+
+        Returns:
+            As `OmniChat.reply`.
+
+        Raises:
+            RequestError: as `OmniChat.reply`; nothing of the turn is kept then.
+        """
         question: Message = {"role": "user", "content": content}
         reply = self.chat.reply([*self.messages, question], settings=settings, key=key)
         assert isinstance(reply, ChatStream)
