@@ -46,7 +46,12 @@ def spec_augment(
         mels = masked_places(
             for_bands, bands, bands, config.mask_feature_prob, config.mask_feature_length, config.mask_feature_min_masks
         )
-        return (times[:, None] | mels) & (jnp.arange(size) < length)[:, None] & _is_long(length, bands, config)
+        masked = (times[:, None] | mels) & (jnp.arange(size) < length)[:, None]
+        # Only a clip with room for the least number of spans and bands is masked at all.
+        return masked & (
+            (length > config.mask_time_length * config.mask_time_min_masks)
+            & (bands > config.mask_feature_length * config.mask_feature_min_masks)
+        )
 
     with jax.named_scope("spec_augment"):
         # A key of each clip's own, by its number in the global batch.
@@ -74,13 +79,6 @@ def masked_places(
     # A place is masked while more spans have begun than had `span` places earlier.
     begun = jnp.cumsum(begins)
     return begun > jnp.pad(begun, (span, 0))[:size]
-
-
-def _is_long(length: Int[Array, ""], bands: int, config: SpecAugmentConfig) -> Bool[Array, ""]:
-    """Returns whether a clip has room for the least number of spans and bands."""
-    return (length > config.mask_time_length * config.mask_time_min_masks) & (
-        bands > config.mask_feature_length * config.mask_feature_min_masks
-    )
 
 
 SAME_RATE = Fraction(1)

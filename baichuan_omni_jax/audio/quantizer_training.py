@@ -71,12 +71,6 @@ def draw_pool(key: PRNGKeyArray, valid: Bool[Array, "m g"]) -> Pool:
     return Pool(places, real.sum(dtype=jnp.int32), jnp.int32(0))
 
 
-def squared_distances(x: Float32[Array, "m g d"], embed: Float32[Array, "k d"]) -> Float32[Array, "m g k"]:
-    """Returns half the squared distances to all codes, less |x|^2 / 2, which is the same for each."""
-    products = jnp.einsum("mgd,kd->mgk", x, embed, precision=jax.lax.Precision.HIGHEST)
-    return 0.5 * jnp.sum(embed * embed, -1) - products
-
-
 def seed(pool: Pool, x: Float32[Array, "m g d"], state: CodebookState, compute: ComputePolicy) -> CodebookState:
     """Places every code at a vector of the batch, each as often as any other."""
     embed = _draw(pool, x, jnp.arange(state.embed.shape[0]), compute)
@@ -313,7 +307,9 @@ def _level(
         first = (step == 0) & (pool.valid_count > 0)
         state = jax.lax.cond(first, lambda: seed(pool, residual, state, compute), lambda: state)
     # Gumbel noise on the distances samples codes near the nearest one; it scales with what the level has to quantize.
-    scores = squared_distances(residual, state.embed)
+    # Half the squared distances to all codes, less |x|^2 / 2, which is the same for each.
+    products = jnp.einsum("mgd,kd->mgk", residual, state.embed, precision=jax.lax.Precision.HIGHEST)
+    scores = 0.5 * jnp.sum(state.embed * state.embed, -1) - products
     if max(config.temperature) > 0:
         scale = temperature(config, step) * 0.5 * _mean(residual**2, valid) * residual.shape[-1]
         scores = scores - scale * _gumbel(key, scores)

@@ -337,11 +337,8 @@ def _media(fields: Mapping[str, Any]) -> list[dict[str, Any]]:
             parts += [{"type": field, "path": path} for path in (found if isinstance(found, list) else [found])]
         elif field == "media":
             # One list of all kinds, where the order between kinds matters.
-            if not isinstance(found, list) or not all(_is_media(part) for part in found):
+            fits = lambda part: isinstance(part, dict) and set(part) == {"type", "path"} and part["type"] in _MEDIA  # noqa: E731
+            if not isinstance(found, list) or not all(map(fits, found)):
                 raise RequestError("bad_message", 'media is no list of {"type": "image" | "audio" | "video", "path"}')
             parts += found
     return parts
-
-
-def _is_media(part: Any) -> bool:
-    return isinstance(part, dict) and set(part) == {"type", "path"} and part["type"] in _MEDIA

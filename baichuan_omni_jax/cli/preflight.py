@@ -42,7 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Returns 0 where the run fits, 1 where it does not. Raises ConfigError naming what cannot be used."""
-    check_outputs(options)
+    # Before minutes of compiling: files that could not be written.
+    check_folders(options, "json", "plot")
+    if options.plot and find_spec("matplotlib") is None:
+        raise ConfigError("--plot needs matplotlib: pip install 'baichuan_omni_jax[show]'")
     os.environ["JAX_PLATFORMS"] = "cpu"
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -72,10 +75,3 @@ def run(options: argparse.Namespace) -> int:
 
         plot(report, options.plot)
     return 0 if report.fits else 1
-
-
-def check_outputs(options: argparse.Namespace) -> None:
-    """Before minutes of compiling: raises ConfigError for files that could not be written."""
-    check_folders(options, "json", "plot")
-    if options.plot and find_spec("matplotlib") is None:
-        raise ConfigError("--plot needs matplotlib: pip install 'baichuan_omni_jax[show]'")

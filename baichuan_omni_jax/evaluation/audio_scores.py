@@ -79,7 +79,8 @@ def code_sums(
     sums = {"mel": jnp.stack([error for error, _, _ in errors]), "mel_count": errors[0][2]}
     # Use of codes: a histogram a level, of valid frames.
     for q, size in enumerate(encoder.cfg.codebook_sizes):
-        sums[f"used_q{q}"] = _counts(codes[..., q], valid, size)
+        chosen = (codes[..., q][..., None] == jnp.arange(size)) & valid[..., None]
+        sums[f"used_q{q}"] = chosen.sum((0, 1), dtype=jnp.float32)
     # Commitment, as in training: squared distance to the sum of the chosen codes.
     distance = jnp.where(valid[..., None], (features - quantized).astype(jnp.float32) ** 2, 0)
     sums |= {"distance": distance.sum(), "distance_count": valid.sum(dtype=jnp.float32) * distance.shape[-1]}
@@ -144,11 +145,6 @@ def _first_levels(encoder: AudioEncoderBranch, codes) -> list[Float[Array, "c g 
         total = total + table.at[codes[..., q]].get(out_sharding=spec)
         sums.append(total)
     return sums
-
-
-def _counts(codes, valid, size: int) -> Float[Array, " k"]:
-    chosen = (codes[..., None] == jnp.arange(size)) & valid[..., None]
-    return chosen.sum((0, 1), dtype=jnp.float32)
 
 
 class TokenizerScores:
@@ -274,11 +270,12 @@ def mel_image(
     values = np.concatenate([mel.ravel() for mel in drawn])
     finite = values[np.isfinite(values)]
     low, high = (finite.min(), finite.max()) if len(finite) else (0.0, 1.0)
-    panels = []
-    # Panels one above the other, low filters at the bottom.
+    panels, at = [], np.linspace(0, 1, len(_COLORS))
+    # Panels one above the other, low filters at the bottom; a value's color lies between two of the scale's.
     for mel in drawn:
         share = np.nan_to_num((mel - low) / max(high - low, 1e-9), nan=0.0, posinf=0.0, neginf=0.0)
-        panel = _colored(share.T[::-1]).repeat(_PIXELS, 0).repeat(_PIXELS, 1)
+        colors = np.stack([np.interp(share.T[::-1], at, channel) for channel in _COLORS.T], -1)
+        panel = colors.astype(np.uint8).repeat(_PIXELS, 0).repeat(_PIXELS, 1)
         panels += [panel, np.full((_GAP, panel.shape[1], 3), 255, np.uint8)]
     return np.concatenate(panels[:-1])
 
@@ -287,9 +284,3 @@ def _at_moments(mel: np.ndarray, frames: np.ndarray) -> np.ndarray:
     """The given frames of a mel, NaN where it has ended."""
     ended = np.full((max(frames[-1] + 1 - len(mel), 0), mel.shape[1]), np.nan)
     return np.concatenate([mel, ended])[frames]
-
-
-def _colored(share: np.ndarray) -> UInt8[np.ndarray, "h w 3"]:
-    """Colors of values in [0, 1]."""
-    at = np.linspace(0, 1, len(_COLORS))
-    return np.stack([np.interp(share, at, channel) for channel in _COLORS.T], -1).astype(np.uint8)

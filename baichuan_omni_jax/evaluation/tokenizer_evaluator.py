@@ -24,7 +24,7 @@ from data_pipelines.datasets.sources import ANY_FOLDER, media_root
 from data_pipelines.documents.document import Document
 from data_pipelines.documents.manifest import read_manifest
 from data_pipelines.documents.prompt_writing import text_of
-from data_pipelines.documents.prompts import AudioElement, Element, TextElement, parse_prompt
+from data_pipelines.documents.prompts import AudioElement, TextElement, parse_prompt
 from data_pipelines.errors import SampleError
 from data_pipelines.media.audio import decode_audio, probe_audio
 from data_pipelines.media.features import clip_windows, log_mel, mel_target
@@ -187,13 +187,9 @@ def _audio_elements(document: Document) -> list[tuple[AudioElement, str]]:
     # Text to speech says its text before the audio, recognition after it, in what it trains.
     if kind in SPOKEN_TYPES:
         return [(element, text) for text, element in spoken_texts(elements)]
-    text = _trainable_text(elements) if kind == "asr" and len(found) == 1 else ""
+    spoken = (element for element in elements if isinstance(element, TextElement) and element.trainable)
+    text = text_of(spoken) if kind == "asr" and len(found) == 1 else ""
     return [(element, text) for element in found]
-
-
-def _trainable_text(elements: list[Element]) -> str:
-    """Joins the text that carries loss."""
-    return text_of(element for element in elements if isinstance(element, TextElement) and element.trainable)
 
 
 FIGURE_CLIPS = 3  # clips whose mels are kept for a figure

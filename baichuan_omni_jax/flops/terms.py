@@ -301,9 +301,10 @@ def row_cost(omni: OmniConfig) -> RowCost:
     >>> cost.token // 10**9, cost.patch // 10**9  # GFLOPs of a token's products, of a patch's
     (13, 1)
     """
-    # Exact fractions, then whole numbers: sums of integers are alike on every host.
+    # Exact fractions, then whole numbers (rounded down, should a width not divide): sums of integers are alike on every
+    # host, and the order of rows needs no more.
     per_item = forward_flops(omni_terms(omni))
-    whole = {name: _integer(flops) for name, flops in per_item.items()}
+    whole = {name: int(flops) for name, flops in per_item.items()}
     return RowCost(
         token=whole["tokens"],
         pair=whole["causal_pairs"],
@@ -311,8 +312,3 @@ def row_cost(omni: OmniConfig) -> RowCost:
         patch_pair=whole["patch_pairs"],
         audio_target=whole["audio_targets"],
     )
-
-
-def _integer(flops: Fraction) -> int:
-    """Rounds down, should a width not divide: the order of rows needs no more."""
-    return int(flops)

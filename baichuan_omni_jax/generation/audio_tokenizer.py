@@ -101,7 +101,10 @@ class AudioTokenizer:
         """
         if "audio_decoder" not in self.branches:
             raise ConfigError("a mel needs the branch audio_decoder")
-        codes = self._checked(codes)
+        codes, sizes = np.asarray(codes), np.array(self.cfg.audio.codebook_sizes)
+        if codes.ndim != 2 or codes.shape[1] != len(sizes) or ((codes < 0) | (codes >= sizes)).any():
+            raise ValueError(f"codes {codes.shape}: expected (frames, {len(sizes)}), each below its codebook's size")
+        codes = codes.astype(np.int32)
         if not len(codes):
             return np.zeros((0, self.cfg.post_net.num_mel_bins), np.float32)
         parts = self.branches["audio_encoder"].quantizer, self.branches["audio_decoder"]
@@ -136,9 +139,3 @@ class AudioTokenizer:
             wave = wave.astype(np.float32) / -float(np.iinfo(wave.dtype).min)
         mono = wave.astype(np.float32) if wave.ndim == 1 else wave.mean(1, dtype=np.float32)
         return mono if rate == self.cfg.audio.sampling_rate else soxr.resample(mono, rate, self.cfg.audio.sampling_rate)
-
-    def _checked(self, codes: np.ndarray) -> Int32[np.ndarray, "g q"]:
-        codes, sizes = np.asarray(codes), np.array(self.cfg.audio.codebook_sizes)
-        if codes.ndim != 2 or codes.shape[1] != len(sizes) or ((codes < 0) | (codes >= sizes)).any():
-            raise ValueError(f"codes {codes.shape}: expected (frames, {len(sizes)}), each below its codebook's size")
-        return codes.astype(np.int32)

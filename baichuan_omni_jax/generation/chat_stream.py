@@ -177,7 +177,12 @@ class _Record:
         self.chunks.append(samples)
 
     def message(self) -> dict[str, Any]:
-        return {"role": "assistant", "content": [_frozen(part) for part in self.content]}
+        # Frames are joined when the message is asked for: a stretch comes in many small events.
+        content = [
+            {"type": "audio", "codes": np.concatenate(part["codes"])} if "codes" in part else dict(part)
+            for part in self.content
+        ]
+        return {"role": "assistant", "content": content}
 
 
 def _events(request: EventSource, speech_decoder: SpeechSynthesizer | None, record: _Record) -> Iterator[ChatEvent]:
@@ -200,11 +205,6 @@ def _events(request: EventSource, speech_decoder: SpeechSynthesizer | None, reco
         # However it ended: the slot is free, and a conversation hears of what there is.
         request.cancel()
         record.callback(record.message())
-
-
-def _frozen(part: dict[str, Any]) -> dict[str, Any]:
-    # Joined when the message is asked for: a stretch comes in many small events.
-    return {"type": "audio", "codes": np.concatenate(part["codes"])} if "codes" in part else dict(part)
 
 
 Prompts = Generator[Prompt, Int32[np.ndarray, "n q"], None]

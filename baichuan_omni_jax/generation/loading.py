@@ -32,7 +32,7 @@ from baichuan_omni_jax.checkpoint.branches import (
 )
 from baichuan_omni_jax.checkpoint.provenance import PARENT, RUN_CONFIG
 from baichuan_omni_jax.config import ImagesConfig, MeshConfig, OmniConfig, from_dict, read_hf
-from baichuan_omni_jax.config.vocoder import VocoderConfig, read_vocoder_config
+from baichuan_omni_jax.config.vocoder import read_vocoder_config
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.generation.chat import ChatModel
 from baichuan_omni_jax.generation.engine import Engine
@@ -157,16 +157,13 @@ def _trained_images(folder: Path | None) -> ImagesConfig:
 def _load(name: str, folder: Path, cfg: OmniConfig, mesh: Mesh, dtype: str) -> nnx.Module:
     kind = jnp.dtype("float32" if BRANCHES[name].dtype == "float32" else dtype)
     compute = ComputePolicy(dtype=kind, remat="none")
-    vocoder = _vocoder_sizes(folder) if name == VOCODER_BRANCH else None
+    # The vocoder's sizes are its own file's: no other branch is built by them.
+    if name == VOCODER_BRANCH and not (folder / VOCODER_CONFIG).is_file():
+        raise ConfigError(f"checkpoint {folder} has a branch {VOCODER_BRANCH} but no {VOCODER_CONFIG}")
+    vocoder = read_vocoder_config(folder / VOCODER_CONFIG) if name == VOCODER_BRANCH else None
     module = abstract_branches(cfg, vocoder, only=[name], compute=compute)[name]
     placed = with_shardings(module, mesh, compute.rules, dtype=kind, name=name)
     return read_tree(folder / branch_folder(name), placed, f"branch {name}")
-
-
-def _vocoder_sizes(folder: Path) -> VocoderConfig:
-    if not (folder / VOCODER_CONFIG).is_file():
-        raise ConfigError(f"checkpoint {folder} has a branch {VOCODER_BRANCH} but no {VOCODER_CONFIG}")
-    return read_vocoder_config(folder / VOCODER_CONFIG)
 
 
 def is_untrained(name: str, folder: Path) -> bool:

@@ -6,7 +6,7 @@ Tokens become text as they come: whole characters only, and nothing that may sti
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import UInt32
@@ -40,7 +40,9 @@ class TextStream:
         self._waiting.append(token)
         self._tokens.append((token, logprob, -1))
         self._read(last=False)
-        return self._cut() or self._release(len(self._text) - self._held())
+        # Characters at the end may be the beginning of a stop string: they are held back.
+        sizes = (size for stop in self._stop for size in range(1, len(stop)) if self._text.endswith(stop[:size]))
+        return self._cut() or self._release(len(self._text) - max(sizes, default=0))
 
     def flush(self) -> TextDelta | None:
         """The rest: nothing more comes, or speech comes in between."""
@@ -55,11 +57,6 @@ class TextStream:
         # Tokens that make up one character end at the same place, so they leave together.
         self._waiting, self._text = [], self._text + text
         self._tokens = [(token, p, len(self._text) if end < 0 else end) for token, p, end in self._tokens]
-
-    def _held(self) -> int:
-        """Characters at the end that may be the beginning of a stop string."""
-        sizes = (size for stop in self._stop for size in range(1, len(stop)) if self._text.endswith(stop[:size]))
-        return max(sizes, default=0)
 
     def _cut(self) -> TextDelta | None:
         found = [at for at in (self._text.find(stop) for stop in self._stop) if at >= 0]
@@ -80,11 +77,7 @@ class TextStream:
         size = out[-1][2]
         text, self._text = self._text[:size], self._text[size:]
         self._tokens = [(token, p, end - size if end >= 0 else end) for token, p, end in self._tokens[len(out) :]]
-        return _piece(text, out)
-
-
-def _piece(text: str, tokens: Iterable[tuple[int, float, int]]) -> TextDelta:
-    return TextDelta(text, tuple(token for token, _, _ in tokens), tuple(p for _, p, _ in tokens))
+        return TextDelta(text, tuple(token for token, _, _ in out), tuple(logprob for _, logprob, _ in out))
 
 
 class Request:
@@ -166,9 +159,13 @@ class ActiveRequest:
             # The sequence in which an audio pad stands for a frame is what a later prompt would hold.
             self._sequence.append(self._marks.audio_pad if kind == OutputKind.FRAME else token)
             if kind == OutputKind.FRAME:
-                self._frame(codes)
+                self.frames += 1
+                self._first_frame = self._first_frame or self._seconds()
+                self._codes.append(codes)
             elif kind == OutputKind.TOKEN:
-                self._token(token, logprob)
+                self.tokens += 1
+                self._first_token = self._first_token or self._seconds()
+                self._emit(self._text.push(token, logprob))
             else:
                 self._mark(token)
             # Only the host knows stop strings: what the device wrote behind one is dropped.
@@ -201,16 +198,6 @@ class ActiveRequest:
             )
         )
         self.over = True
-
-    def _token(self, token: int, logprob: float) -> None:
-        self.tokens += 1
-        self._first_token = self._first_token or self._seconds()
-        self._emit(self._text.push(token, logprob))
-
-    def _frame(self, codes: np.ndarray) -> None:
-        self.frames += 1
-        self._first_frame = self._first_frame or self._seconds()
-        self._codes.append(codes)
 
     def _mark(self, token: int) -> None:
         if token == self._marks.audiogen_start:

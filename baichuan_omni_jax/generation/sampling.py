@@ -63,7 +63,8 @@ def sample(
     """
     # The repetition penalty, then what is forbidden; greedy rows are done with that.
     logits = logits.astype(jnp.float32)
-    scores = _penalized(logits, seen_tokens, params.repetition_penalty)
+    penalty = params.repetition_penalty[:, None]
+    scores = jnp.where(seen_tokens, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
     if allowed is not None:
         scores = jnp.where(allowed, scores, -jnp.inf)
     tokens = jnp.argmax(scores, -1).astype(jnp.int32)
@@ -81,11 +82,6 @@ def sample(
         tokens = jnp.where(rows, chosen, tokens)
     total = jax.nn.logsumexp(logits, -1)
     return tokens, jnp.take_along_axis(logits, tokens[:, None], -1)[:, 0] - total
-
-
-def _penalized(logits: Array, seen_tokens: Array, penalty: Array) -> Array:
-    penalty = penalty[:, None]
-    return jnp.where(seen_tokens, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def _sample_among(scores: Array, width: int, params: SamplingParams, keys: Array) -> Array:

@@ -41,7 +41,7 @@ def split_chunks(x: Shaped[Array, "b t ..."], chunk: int, rules: ShardingRules) 
     mesh = jax.typeof(x).sharding.mesh
     shards = 1 if mesh.empty else axis_product(mesh, rules.axes("length"))
     local = x.shape[1] // shards
-    size = _largest_divisor(local, chunk)
+    size = max(size for size in range(1, min(local, chunk) + 1) if local % size == 0)
     rest = x.shape[2:]
     x = x.reshape(x.shape[0], shards, local // size, size, *rest, out_sharding=placement(_spec(rules)))
     x = jnp.moveaxis(x, 2, 0)
@@ -99,7 +99,3 @@ def map_chunks(
 
 def _spec(rules: ShardingRules) -> P:
     return rules.spec("batch", "length")
-
-
-def _largest_divisor(length: int, at_most: int) -> int:
-    return max(size for size in range(1, min(length, at_most) + 1) if length % size == 0)

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -133,7 +132,7 @@ def make_optimizer(
                 b2=config.b2,
                 eps=config.eps,
                 weight_decay=_weight_decay(group, weight_decay if config.weight_decay is None else config.weight_decay),
-                mask=_decay_mask,
+                mask=lambda parameters: {name: decays(name) for name in parameters},
             ),
         )
         for group in config.groups
@@ -165,10 +164,6 @@ def with_moments_in(dtype: jnp.dtype, optimizer: optax.GradientTransformation) -
         return updates, cast(state, dtype)
 
     return optax.GradientTransformation(init, update)
-
-
-def _decay_mask(parameters: Any) -> dict[str, bool]:
-    return {name: decays(name) for name in parameters}
 
 
 def _weight_decay(group: GroupConfig, general: float) -> float:

@@ -131,9 +131,16 @@ class MetricsWriter:
     def write(self, record: MetricsRecord) -> None:
         """Writes one step's numbers. JSON has no word for a number that is not finite: there it is null."""
         # Flushed line by line: a killed run leaves at most one cut line.
-        self._file.write(json.dumps({name: _plain(value) for name, value in record.items()}) + "\n")
+        strict = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in record.items()
+        }
+        self._file.write(json.dumps(strict) + "\n")
         self._file.flush()
-        flat = _flatten(record)
+        # TensorBoard and W&B know no nested numbers: `skipped/unreadable`.
+        flat: dict[str, float | int] = {}
+        for name, value in record.items():
+            flat |= {f"{name}/{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
         for name, number in flat.items():
             if name != "step" and math.isfinite(number):
                 self._events.add_scalar(name, number, record["step"])
@@ -176,17 +183,6 @@ def _parse(line: bytes) -> MetricsRecord | None:
         return record if isinstance(record, dict) and type(record.get("step")) is int else None
     except (ValueError, RecursionError):
         return None
-
-
-def _flatten(record: MetricsRecord) -> dict[str, float | int]:
-    flat = {}
-    for name, value in record.items():
-        flat |= {f"{name}/{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
-    return flat
-
-
-def _plain(value: float | int | dict) -> float | int | dict | None:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # Parts of the loss, of all tasks, in the order they are shown.

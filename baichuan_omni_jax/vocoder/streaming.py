@@ -72,7 +72,10 @@ class HiftWindow:
     def __call__(self, mel: Float[np.ndarray, "w mels"], start: int, last: bool) -> Float32[np.ndarray, " t"]:
         # Frames before this window: their turns are summed, their pitch forgotten. Known pitch is not predicted anew.
         passed, known = self._f0[: start - self._first], self._f0[start - self._first :]
-        self._turns = self._turns + self._turned(passed)
+        # Turns over whole frames, summed in fp64 of rates in fp32, as the source does.
+        multiples = np.arange(1, self._cfg.harmonics + 1, dtype=np.float32)
+        rates = passed[:, None] * multiples / np.float32(self._cfg.sampling_rate)
+        self._turns = self._turns + (rates.astype(np.float64) * self._cfg.hop_length).sum(0)
         # fp64 as a pair of fp32, which is how the source carries its sums.
         high = self._turns.astype(np.float32)
         before = high[None], (self._turns - high).astype(np.float32)[None]
@@ -84,12 +87,6 @@ class HiftWindow:
         sure = len(mel) - (0 if last else _F0_REACH)
         self._f0, self._first = np.asarray(f0)[0, : max(sure, len(known))], start
         return np.asarray(wave)[0, : len(mel) * self._cfg.hop_length]
-
-    def _turned(self, f0: Float32[np.ndarray, " t"]) -> Float[np.ndarray, " j"]:
-        """Returns turns of each sine over whole frames, summed in fp64 of rates in fp32, as the source does."""
-        multiples = np.arange(1, self._cfg.harmonics + 1, dtype=np.float32)
-        rates = f0[:, None] * multiples / np.float32(self._cfg.sampling_rate)
-        return (rates.astype(np.float64) * self._cfg.hop_length).sum(0)
 
 
 def window_wave(

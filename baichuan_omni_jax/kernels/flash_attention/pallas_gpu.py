@@ -165,7 +165,8 @@ def _launch(
     visits = _visits(pairs, count, (shape.key if by_key else shape.query).blocks, by_key=by_key, interior=whole)
     # A program sees its row and head of each array, and of the token tables its whole row.
     specs = _specs(shape, by_key)
-    whole_rows = jax.tree.map(lambda x: pl.BlockSpec((None, *x.shape[1:]), _row_index(x.ndim)), (*tokens, *visits))
+    whole_row = lambda x: pl.BlockSpec((None, *x.shape[1:]), lambda i, head, row: (row, *[0] * (x.ndim - 1)))  # noqa: E731
+    whole_rows = jax.tree.map(whole_row, (*tokens, *visits))
     shapes = {"query": q.shape, "key": k.shape, "statistic": (q.shape[0], q.shape[2], q.shape[1])}
     return pl.pallas_call(
         partial(kernel, shape=shape),
@@ -199,10 +200,6 @@ def _specs(shape: Shape, by_key: bool) -> dict[str, pl.BlockSpec]:
         "key": pl.BlockSpec((None, s, None, width), lambda i, head, row: (row, 0, lax.div(head, group), 0)),
         "statistic": pl.BlockSpec((None, None, t), lambda i, head, row: (row, head, 0)),
     }
-
-
-def _row_index(ndim: int):
-    return lambda i, head, row: (row, *[0] * (ndim - 1))
 
 
 def _tokens(ids: Array, positions: Array, side: Side) -> Tokens:

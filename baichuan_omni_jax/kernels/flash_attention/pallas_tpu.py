@@ -5,7 +5,7 @@ transposes here move nothing. The kernels are in `pallas_tpu_kernels.py`.
 """
 
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -90,10 +90,9 @@ def attention(
     )
     if plan.by_query.size > MAX_PAIRS:
         # Scalar memory holds the pairs of so many rows: row by row beyond.
-        def attend_row(row: tuple[Any, ...]) -> tuple[Array, Array]:
-            return jax.tree.map(lambda x: x[0], _attend(static, *jax.tree.map(lambda x: x[None], row)))
-
-        results = lax.map(attend_row, arrays)
+        results = lax.map(
+            lambda row: jax.tree.map(lambda x: x[0], _attend(static, *jax.tree.map(lambda x: x[None], row))), arrays
+        )
     else:
         results = _attend(static, *arrays)
     out, lse = cast(tuple[Array, Array], results)  # custom_vjp hides the type
