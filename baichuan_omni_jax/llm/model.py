@@ -20,11 +20,11 @@ from baichuan_omni_jax.config.architecture import LLMConfig
 from baichuan_omni_jax.kernels.flash_attention import BlockPlan, Segments, flash_attention, plan_blocks, whole_keys
 from baichuan_omni_jax.llm.decode_layout import MatrixLinear, decode_layer_values, project, split_heads, whole
 from baichuan_omni_jax.llm.kv_cache import KVCache, LayerCache, attend_with_cache, visible_entries
-from baichuan_omni_jax.llm.special_rows import SpecialRows
 from baichuan_omni_jax.nn.layers import RMSNorm, rope_angles, rotate
 from baichuan_omni_jax.nn.linear import (
     Gathered,
     Linear,
+    SpecialRows,
     as_bits,
     from_bits,
     gather_rows,

@@ -9,8 +9,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from baichuan_omni_jax.config import RunConfig
 from baichuan_omni_jax.llm.model import LanguageModel
-from baichuan_omni_jax.llm.special_rows import ROWS
-from baichuan_omni_jax.nn.linear import Gathered, product
+from baichuan_omni_jax.nn.linear import ROWS, Gathered, product
 from baichuan_omni_jax.nn.remat import split_parts
 from baichuan_omni_jax.omni.audio_tokenizer_model import AudioTokenizerModel
 from baichuan_omni_jax.omni.batch import Batch

@@ -14,7 +14,7 @@ from jaxtyping import Array
 from baichuan_omni_jax.checkpoint import load_branches, with_shardings
 from baichuan_omni_jax.config import OmniConfig, RunConfig
 from baichuan_omni_jax.errors import ConfigError
-from baichuan_omni_jax.llm.special_rows import ROWS, SpecialRows, put_rows, take_rows
+from baichuan_omni_jax.nn.linear import ROWS, SpecialRows, put_rows, take_rows
 from baichuan_omni_jax.nn.param import ComputePolicy, named_values, named_variables, with_values
 from baichuan_omni_jax.train.groups import Groups, assign_groups, make_optimizer, special_ids
 from baichuan_omni_jax.train.tasks.audio import AudioTokenizerTask, FlowMatchingTask
