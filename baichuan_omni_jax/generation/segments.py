@@ -13,7 +13,6 @@ from jaxtyping import Array, Bool, Int32
 from data_pipelines.text.speech_segments import (
     ENDS,
     NO,
-    PREFIXES,
     QUOTE_STATES,
     SHORT,
     WORD_BASE,
@@ -42,7 +41,8 @@ class SegmentProgress(NamedTuple):
 
 class SegmentStep(NamedTuple):
     """What a written token comes to: `before`: a segment ends before it, so that it is not written; `within`: it ends
-    inside it, and `token` is what stands before; `progress` behind `token` where it is written."""
+    inside it. `token` is what is written: of a token that is cut what stands before, or a part of that where it is no
+    token by itself; the segment then goes on. `progress` is behind `token` where it is written."""
 
     before: Bool[Array, " b"]
     within: Bool[Array, " b"]
@@ -68,10 +68,12 @@ def advance_segment(
     # The rule as look-ups: its state and the word before say where in the token a segment would end.
     column = progress.state * 3 + _word_before_stop(table, progress)
     place = table.cuts[table.row[token], column]
-    prefix = table.prefix[token, jnp.clip(place - 1, 0, PREFIXES - 1)]
+    kept = table.prefix[token, jnp.clip(place - 1, 0, table.prefix.shape[1] - 1)]
     before = may_end & (place == 0)
-    within = may_end & (place > 0) & (place <= PREFIXES) & (prefix >= 0)
-    token = jnp.where(within, prefix, token)
+    within = may_end & (place > 0) & (kept >= 0)
+    # Fewer characters than stand before the cut: what the model says next meets the rule at the same place.
+    shortened = may_end & (place > 0) & (kept < -1)
+    token = jnp.where(within, kept, jnp.where(shortened, -2 - kept, token))
 
     # Progress behind what is really written: a token that is cut counts with its beginning.
     word, length, single = _next_word(table, progress, token)

@@ -276,8 +276,8 @@ def _next_item(
     cut_short = text & step.within
     wide = logits.astype(jnp.float32)
     own = jnp.take_along_axis(wide, step.token[:, None], -1)[:, 0] - jax.nn.logsumexp(wide, -1)
-    logprob = jnp.where(cut_short, own, logprob)
-    token = jnp.where(cut_short, step.token, token)
+    logprob = jnp.where(text & (step.token != token), own, logprob)
+    token = jnp.where(text, step.token, token)
     progress = jax.tree.map(lambda new, old: jnp.where(text, new, old), step.progress, rows.progress)
     # The end of text comes after the last segment's speech, if there is anything to say in it.
     speak_last = end_of_text & rows.speech_enabled & (rows.progress.units > 0)

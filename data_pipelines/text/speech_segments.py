@@ -20,7 +20,7 @@ Imports neither jax nor data_pipelines.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Literal, NamedTuple
 
@@ -74,7 +74,6 @@ WORD_BASE, WORD_DOT, WORD_LENGTH = 28, 27, 6
 # What stands for a character of which a token has the first bytes alone, by the first one, or has the last ones alone.
 _PARTS = {"sign": "\ue000", "letter": "\ue001", "han": "\ue002", "end": "\ue003"}
 _LIKE = (("sign", 0xEA), ("han", 0xE4), ("letter", 0xE3), ("sign", 0xE2), ("letter", 0xC3))
-PREFIXES = 2  # characters of a token that may be kept alone where the cut falls inside it
 
 
 def spoken_units(text: str) -> int:
@@ -125,7 +124,7 @@ class PieceTable(NamedTuple):
     row: Int32[np.ndarray, " v"]  # of each token
     after: Int32[np.ndarray, "k s"]  # [row, 3 * state + word] is the state behind such a token
     cuts: Int32[np.ndarray, "k s"]  # how many of its characters stand before a cut; -1: no cut
-    prefix: Int32[np.ndarray, "v 2"]  # the token of its first one and two characters; -1: there is none
+    prefix: Int32[np.ndarray, "v n"]  # what is kept of it where it is cut behind 1 to n characters (`_kept`)
     units: Int32[np.ndarray, " v"]  # hundredths of a second that it takes to speak
     words: Int32[np.ndarray, "v 7"]  # the word that it ends in
     abbreviations: Int32[np.ndarray, " a"]  # as numbers, ascending
@@ -154,7 +153,12 @@ def table_of_texts(texts: Sequence[str]) -> PieceTable:
     numbers: dict[str, int] = {}
     row = np.array([numbers.setdefault(each, len(numbers)) for each in kinds], np.int32)
     after, cuts = zip(*map(_follow, numbers), strict=True)
-    prefix = [[by_text.get(text[:n], -1) if len(text) > n else -1 for n in (1, 2)] for text in texts]
+    # A cut within a token keeps its beginning, if that is a token too; few tokens can be cut at all.
+    inner = [sorted(set(places[places > 0].tolist())) for places in cuts]
+    prefix = np.full((len(texts), max([1, *(n for places in inner for n in places)])), -1, np.int32)
+    for i, text in enumerate(texts):
+        for n in inner[row[i]]:
+            prefix[i, n - 1] = _kept(text, n, by_text)
     # A character whose first bytes alone are here is spoken with this token, not with the one that ends it.
     part = {_PARTS["letter"]: OTHER_UNITS, _PARTS["han"]: HAN_UNITS}
     units = [spoken_units(text) + part.get(text[-1:], 0) for text in texts]
@@ -162,7 +166,7 @@ def table_of_texts(texts: Sequence[str]) -> PieceTable:
         row,
         np.stack(after),
         np.stack(cuts),
-        np.array(prefix, np.int32),
+        prefix,
         np.array(units, np.int32),
         np.array([_word_of_token(text) for text in texts], np.int32),
         np.array(sorted(map(_word_number, _ABBREVIATIONS)), np.int32),
@@ -251,6 +255,17 @@ def _follow(kinds: str) -> tuple[Int32[np.ndarray, " s"], Int32[np.ndarray, " s"
         place[here] = number - (number > 0 and _goes_along(before, kind))
         columns, before = after[kind][columns], kind
     return (columns // 3).astype(np.int32), place
+
+
+def _kept(text: str, place: int, by_text: Mapping[str, int]) -> int:
+    """Returns what is kept of a token that is cut at `place`: the token of what stands before, -1 where there is none.
+
+    -2 - i is the token i of fewer characters: it is written, and the piece goes on with what the model says then. So
+    ` —.` of ` —.\\n`, which is no token, is written as ` —`, and its full stop comes next.
+    """
+    longest = next((n for n in range(place, 0, -1) if text[:n] in by_text), 0)
+    found = by_text.get(text[:longest], -1)
+    return found if longest == place else -2 - found if longest else -1
 
 
 def _whole_characters(token: str) -> str:
