@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Hashable, Mapping
+from typing import Any
 from dataclasses import dataclass, field, fields
 
 import jax
