@@ -2,8 +2,8 @@
 
 import re
 from collections.abc import Hashable, Mapping
-from typing import Any
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import jax
 import jax.numpy as jnp
