@@ -145,13 +145,13 @@ def spoken(tmp_path, waves, rate=16000):
 def test_dnsmos_hears_noise(tmp_path, sample_dir):
     """Speech is better than speech in noise, which is better than noise; silence is no answer."""
     pytest.importorskip("speechmos", reason="the extra `evaluate` brings it")
-    wave, _ = soundfile.read(sorted((sample_dir / "speech").glob("en_*.wav"))[0], dtype="float32")
+    wave, rate = soundfile.read(sorted((sample_dir / "speech").glob("en_*.wav"))[0], dtype="float32")
     noise = np.random.default_rng(0).standard_normal(len(wave)).astype(np.float32)
     values = []
     for number, each in enumerate((wave, 0.7 * wave + 0.02 * noise, 0.05 * noise)):
         folder = tmp_path / str(number)
         folder.mkdir()
-        items, lines = spoken(folder, [each, np.zeros(16000, np.float32)])
+        items, lines = spoken(folder, [each, np.zeros(16000, np.float32)], rate)
         measures, _ = measure_answers(folder, items, lines, None)
         values.append(measures["DNSMOS (1 to 5)"].value)
     assert values[0] > values[1] > values[2]
