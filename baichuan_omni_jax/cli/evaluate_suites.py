@@ -162,6 +162,7 @@ def _open(options: argparse.Namespace, suites: Sequence[Suite]) -> OpenedChat:
         print_note(opened.notice)
     if opened.chat.processor is None:
         raise ConfigError(f"--checkpoint {options.checkpoint} brings no text tokenizer: name one by --tokenizer")
+    # Before the first item: each of them would be refused for the same reason.
     for suite in suites:
         needed = {*suite.branches, *(SPEECH if options.speech and suite.task == "chat" else ())}
         if missing := sorted(needed - opened.branches):
@@ -199,6 +200,7 @@ def _score(options: argparse.Namespace, plan: _Plan, judge: JudgeServer | Rule) 
     lines = plan.answers.lines(plan.items)
     if not lines:
         raise ConfigError(f"{plan.answers.path} holds no answer to score")
+    # Spoken answers are judged by what a listener would hear; without a recognizer by what they wrote.
     spoken = any("audio" in line for line in lines)
     heard, notes = None, []
     if options.asr and (spoken or plan.suite.task == "speak"):

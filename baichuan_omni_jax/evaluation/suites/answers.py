@@ -57,6 +57,7 @@ def select_items(items: Iterator[Item], groups: Sequence[str] = (), limit: int |
     Raises:
         ConfigError: there is no item, no such group, or an id comes twice.
     """
+    # All are read, chosen or not: a number means the same item whatever the limit is.
     counts: Counter[str] = Counter()
     chosen, seen = [], set()
     for number, item in enumerate(items, 1):
@@ -109,12 +110,14 @@ class AnswerFile:
         Raises:
             ConfigError: the file is another suite's, checkpoint's or settings', or another program writes it.
         """
+        # The whole folder is one run's: verdicts and recordings lie beside the answers.
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lock = take_lock(self.path.parent / "lock", f"{self.path.parent} is in use by another program")
         try:
-            known = self._prepare(dict(items))
+            wanted = dict(items)
+            known = self._prepare(wanted)
             # Items of an earlier run beyond this one's limit stay in the file, as answered.
-            others = [Question(number, name, {}) for number, name in known.items() if number not in dict(items)]
+            others = [Question(number, name, {}) for number, name in known.items() if number not in wanted]
             questions = [Question(number, item.id, {"item": item}) for number, item in items]
             chooser = _Chooser(likelihoods) if likelihoods else None
             asker = _Asker(self, model, chooser)
@@ -148,6 +151,7 @@ class AnswerFile:
         lines = self._read()
         for line in lines:
             self._check(line, items.get(line["line"]))
+        # What was refused may be mended by now; what was answered is never asked again.
         kept = [line for line in lines if "cause" not in line]
         if len(kept) < len(lines):
             with atomic_write(self.path) as file:
@@ -159,6 +163,7 @@ class AnswerFile:
         where = f"{self.path}: line {line['line']}"
         if item is not None and line["id"] != item.id:
             raise ConfigError(f"{where} answers {line['id']!r}, not {item.id!r}: another --out must be named")
+        # Answers of two checkpoints, or greedy and sampled ones, in one file would be a score of neither.
         asked = {"checkpoint": self.checkpoint, "settings": settings_fields(self.settings)}
         for name, value in asked.items():
             if "cause" not in line and line.get(name) != value:
@@ -197,9 +202,11 @@ class _Asker:
 
     def ask(self, question: Question) -> ChatStream:
         item, suite, settings = question.values["item"], self._answers.suite, self._answers.settings
+        # Media are read here, one item at a time: a file that is missing or damaged is this item's alone.
         content, self._shown[question.line] = message_of(suite, item)
         # The key follows from the item: a sampled answer is the same however often the run was stopped.
         key = jax.random.fold_in(jax.random.key(0), question.line)
+        # Each task has the form of prompt that the checkpoint was trained with.
         if suite.task == "choose":
             assert self._chooser is not None
             return ChatStream(self._chooser.add(question.line, item, suite.prompt(item)), None)
@@ -248,6 +255,7 @@ class _Chooser:
 
     def chosen(self, number: int) -> str:
         """The likeliest letter. Raises RequestError where the question cannot be scored."""
+        # Items are put in line before the first is waited for: one call scores all of them.
         if number not in self._found:
             waiting, self._waiting = self._waiting, {}
             asked = [
@@ -269,6 +277,7 @@ class _Choice:
         self._chooser, self._number = chooser, number
 
     def __iter__(self) -> Iterator[Event]:
+        # The work is done by the first event, in the thread that waits for it.
         yield TextDelta(self._chooser.chosen(self._number), (), ())
         yield Finished("end", 0, 0, 0, None, None, 0.0, np.zeros(0, np.int32))
 

@@ -33,6 +33,7 @@ class ItemMedia:
 
     def load(self) -> tuple[dict[str, Any], str]:
         """Reads it: the part of a message, and the SHA-256 of its bytes. Raises RequestError "bad_media"."""
+        # Whatever the source does, a reader sees one error that names the item's file.
         try:
             if self.path is None:
                 assert self.read is not None
@@ -104,6 +105,7 @@ class Row:
         value = self.values.get(column)
         if isinstance(value, list):
             return tuple(str(each) for each in value)
+        # Tables write lists as JSON or as Python prints them, with either quotes.
         text = self[column]
         if text[:1] == "[" and text[-1:] == "]":
             for parse in (json.loads, ast.literal_eval):
@@ -129,6 +131,7 @@ def find_tables(folder: Path, *patterns: str) -> list[Path]:
     Raises ConfigError naming the patterns where none matches.
     """
     suite_folder(folder)
+    # In order of preference: a data set may come in several forms at once.
     for pattern in patterns:
         if found := sorted(path for path in folder.glob(pattern) if path.is_file()):
             return found
@@ -146,6 +149,7 @@ def read_table(path: Path, columns: Sequence[str] = (), header: Sequence[str] = 
     Raises:
         ConfigError: the file cannot be read, is damaged, or lacks a column.
     """
+    # A clone without Git LFS has pointers of the right names.
     refuse_stand_in(path)
     read = {".csv": _read_csv, ".tsv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}.get(path.suffix)
     if read is None:

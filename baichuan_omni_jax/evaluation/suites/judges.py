@@ -93,6 +93,7 @@ def parse_verdict(reply: str, form: VerdictForm) -> float | None:
     >>> parse_verdict("Right in part: 3", "points"), parse_verdict('{"judgment": "correct"}', "judgment")
     (0.6, 1.0)
     """
+    # The last one counts: a judge may weigh aloud before it decides.
     if form == "rating":
         ratings = [float(text) for text in re.findall(r"\[\[(\d+(?:\.\d+)?)\]\]", reply)]
         return ratings[-1] / 10 if ratings and 1 <= ratings[-1] <= 10 else None
@@ -164,6 +165,7 @@ class JudgeServer:
         body: dict[str, Any] = {"model": self.model, "messages": list(messages), "temperature": 0.0}
         if seed is not None:
             body |= {"temperature": 0.7, "seed": seed}
+        # What may pass is tried again, after pauses that grow: a server that restarts needs some seconds.
         for number in range(self.tries):
             try:
                 return self._post(body)
@@ -187,6 +189,7 @@ class JudgeServer:
 
     def fetch(self, url: str, body: bytes | None = None) -> Any:
         """Returns the JSON that `url` answers. Raises JudgeError: an error's code, no answer in time, no JSON."""
+        # The key goes into the request alone: neither files nor messages have it.
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get(self.key, ""):
             headers["Authorization"] = f"Bearer {key}"
@@ -294,12 +297,14 @@ class CachedJudge:
         asked = [(case, seed) for case in cases for seed in (range(case.rubric.rounds))]
         keys = {(case.id, seed): self._key(case, seed) for case, seed in asked}
         left = {keys[case.id, seed]: (case, seed) for case, seed in asked if keys[case.id, seed] not in self._replies}
+        # Replies that are known, of this run or an earlier one, are not asked for.
         if left:
             report(f"judging: {len(keys) - len(left)} of {len(keys)} verdicts are known, {len(left)} are asked for")
             self._ask(left)
         return [self._verdict(case, [keys[case.id, seed] for seed in range(case.rubric.rounds)]) for case in cases]
 
     def _ask(self, left: Mapping[str, tuple[Case, int]]) -> None:
+        # Workers look at `stopped` before each request; only this thread writes the cache.
         failures, stopped = 0, False
 
         def ask(key: str) -> tuple[str, str | JudgeError]:
@@ -340,6 +345,7 @@ class CachedJudge:
         return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
 
     def _verdict(self, case: Case, keys: Sequence[str]) -> Verdict:
+        # A round that is missing may change the mean: the case waits until all are there.
         replies = [self._replies[key] for key in keys if key in self._replies]
         if len(replies) < len(keys):
             return Verdict(case.id, None, "not_judged")

@@ -32,6 +32,7 @@ _AGIEVAL_OPEN = ("gaokao-mathcloze", "math", "gaokao-physics", "jec-qa-kd", "jec
 
 def read_open_audio_bench(folder: Path) -> Iterator[Item]:
     """Reads `eval_datas/SUBSET/SUBSET.csv` with `audios/*.mp3` beside it; the subsets that are there."""
+    # The folder as it is downloaded, or its inner one; a user may keep some subsets alone.
     root = folder / "eval_datas" if (folder / "eval_datas").is_dir() else folder
     subsets = [name for name in AUDIO_SUBSETS if (root / name).is_dir()]
     if not subsets:
@@ -116,6 +117,7 @@ def read_omni_bench(folder: Path, setting: Setting = "image-audio") -> Iterator[
     columns = ("index", "question", "options", "answer", "image content", "audio content")
     for table in tables:
         for row in read_table(table, columns):
+            # The answer is told as its text: the letter is its place.
             options = row.list("options")
             if row["answer"] not in options:
                 raise ConfigError(f"{row.where}: its answer {row['answer']!r} is none of its options")
@@ -162,6 +164,7 @@ def read_video_choice(folder: Path) -> Iterator[Item]:
     for table in find_tables(folder, "**/*.parquet", "*.jsonl", "*.tsv", "*.csv"):
         for number, row in enumerate(read_table(table, ("videoID", "question", "options", "answer"))):
             name = f"{row['videoID']}.mp4"
+            # Its archive unpacks to `data`; mirrors say `video` or `videos`.
             places = [folder / place / name for place in ("data", "video", "videos")]
             # Options carry their letter: "A. Two."
             options = tuple(text[2:].strip() if text[1:2] in ".)" else text for text in row.list("options"))
@@ -190,6 +193,7 @@ def read_exam(folder: Path, split: str = "test", language: Literal["en", "zh"] =
     tables = find_tables(root, f"{split}/*.csv")
     for table in tables:
         subject = table.stem.removesuffix(f"_{split}")
+        # MMLU and C-Eval say the split in the name too, CMMLU in the folder alone.
         solved = [path for path in (root / "dev" / f"{subject}{end}.csv" for end in ("_dev", "")) if path.is_file()]
         shots = tuple(_exam_items(solved[0], subject, language)) if solved else ()
         for item in _exam_items(table, subject, language):
@@ -234,8 +238,10 @@ def read_agieval(folder: Path) -> Iterator[Item]:
     for table in find_tables(root, "*.jsonl", "test/*.jsonl"):
         if table.stem in _AGIEVAL_OPEN:
             continue
+        # Tasks say their language by their name alone.
         chinese = table.stem.startswith("gaokao") or table.stem.endswith("-zh")
         for number, row in enumerate(read_table(table, ("question", "options", "label"))):
+            # Some releases write a list of one letter.
             label = row["label"].strip("[]'\" ").upper()
             options = tuple(_option_text(text) for text in row.list("options"))
             if len(label) != 1 or label not in LETTERS[: len(options)]:
@@ -279,6 +285,7 @@ def read_recordings(folder: Path, language: Literal["en", "zh"] = "en") -> Itera
 
 def _transcribed(table: Path, folder: Path, language: Literal["en", "zh"]) -> Iterator[Item]:
     """Yields the items of a table of `NAME TRANSCRIPT` lines, whose clips lie where the layout says."""
+    # LibriSpeech's clips lie beside their table, Kaldi's where `wav.scp` says, AISHELL's in a tree of speakers.
     places: dict[str, Path] = {}
     if table.name == "text":
         for line in _lines(folder / "wav.scp"):

@@ -155,16 +155,19 @@ def item_scores(
     answers = {line["line"]: line for line in lines}
     scores, cases, notes = dict[int, ItemScore](), list[Case](), list[str]()
     for number, item in items:
+        # Left out of the score: what was not asked, not answered, or not heard.
         line = answers.get(number, {"cause": "no_answer"})
         text = judging.text(line) if "cause" not in line else None
         if text is None:
             scores[number] = ItemScore(item.group, problem=line.get("cause", "recognizer_failed"))
+        # What a rule tells: an answer that is none counts as wrong, as it would in an exam.
         elif suite.scorer == "letter":
             letter = text if suite.task == "choose" else choice_letter(text, item.options)
             scores[number] = ItemScore(item.group, float(letter in item.references), invalid=letter is None)
         elif suite.scorer == "errors":
             edits, units = count_errors(text, item.references[0], item.language)
             scores[number] = ItemScore(item.group, edits, units, invalid=not text.strip())
+        # What a judge tells is asked for together, below.
         elif isinstance(judging.judge, CachedJudge):
             cases.append(Case(item.id, judging.rubrics[item.group], item.question, item.references, text))
         elif judging.judge == "none" or not item.references or judging.rubrics[item.group].form == "points":
@@ -176,6 +179,7 @@ def item_scores(
             scores[number] = ItemScore(item.group, float(right), invalid=not text.strip())
     if suite.scorer == "judge":
         notes.append(_judged_by(judging))
+    # A verdict that is missing or unreadable leaves its item out, so that a judge's failures cost no points.
     if cases and isinstance(judging.judge, CachedJudge):
         numbers = {item.id: (number, item) for number, item in items}
         for verdict in judging.judge.judge(cases, report):
@@ -207,6 +211,7 @@ def table_of(scores: SuiteScores) -> str:
     used = [n for n, name in enumerate(COLUMNS) if n < 4 or (any(row[n] for row in rows) and name)]
     lines = [[COLUMNS[n] for n in used], *([row[n] for n in used] for row in rows)]
     lines[0][0] = scores.title
+    # Cells of one width, for who reads it in a terminal.
     widths = [max(len(line[n]) for line in lines) for n in range(len(used))]
     drawn = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
@@ -222,6 +227,7 @@ def table_of(scores: SuiteScores) -> str:
 def _row(scores: SuiteScores, group: GroupScore) -> list[str]:
     report = scores.published.get(group.name)
     printed = f"{report.value:g} of 10 ({report.percent:.1f} %)" if report and report.of == 10 else ""
+    # As the report prints it, so that nobody has to convert: three subsets of 10, the others in percent.
     left_out = ", ".join(f"{count} {why}" for why, count in group.problems.items())
     return [
         group.name,

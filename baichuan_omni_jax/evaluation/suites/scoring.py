@@ -55,6 +55,7 @@ def choice_letter(answer: str, options: Sequence[str]) -> str | None:
 
 def _holds_one(text: str, options: Sequence[str]) -> str | None:
     """The letter of the only option whose text is in `text`; of several, one that holds all the others."""
+    # Compared without case, punctuation and articles, as whole words.
     plain = _plain(text)
     held = [n for n, option in enumerate(options) if _plain(option) and _is_in(_plain(option), plain)]
     # "twelve" in "twenty-twelve" aside, an option may hold another: the longest counts.
@@ -124,6 +125,7 @@ def count_errors(answer: str, spoken: str, language: Language) -> tuple[int, int
     truth, heard = normalize_text(spoken, language), normalize_text(answer, language)
     import jiwer
 
+    # Nothing was said: all that was heard is too much, and jiwer would refuse to divide.
     if not truth:
         return len(heard.split() if language == "en" else heard), 0
     process = jiwer.process_words if language == "en" else jiwer.process_characters
@@ -171,8 +173,10 @@ def score_groups(scores: Sequence[ItemScore], average: Literal["items", "groups"
     groups: dict[str, list[ItemScore]] = {}
     for score in scores:
         groups.setdefault(score.group, []).append(score)
+    # Each group is resampled once, for its own interval and for that of the mean.
     made = {name: _resampled(members) for name, members in groups.items()}
     found = [_group_score(name, members, *made[name]) for name, members in groups.items()]
+    # The mean of groups of unequal size: resampling all items together would let large groups weigh more.
     if average == "groups":
         counted = [made[name] for name in groups if made[name][0] is not None]
         values = [value for value, _ in counted if value is not None]

@@ -46,11 +46,13 @@ def recognize_answers(
     """
     cache, heard, failed = ContentCache(folder / "heard.jsonl"), dict[int, str](), list[str]()
     for line in lines:
+        # No answer is not an answer without speech, which a listener hears as silence.
         if "cause" in line:
             continue
         if "audio" not in line:
             heard[line["line"]] = ""
             continue
+        # By content: a recording that was made anew is heard anew.
         path = folder / line["audio"]
         try:
             key = hashlib.sha256(name.encode() + b"\0" + path.read_bytes()).hexdigest()
@@ -102,6 +104,7 @@ def measure_answers(
         if sum(units for _, units in errors):
             edits, units = zip(*errors, strict=True)
             measures["errors of what is heard against what was written, %"] = measure(edits, units, 100.0)
+    # By models that come in packages, each where it is installed.
     waves = [read_wave(folder / line["audio"]) for line in spoken.values()]
     for name, package, function in (
         ("DNSMOS (1 to 5)", "speechmos", _dnsmos),

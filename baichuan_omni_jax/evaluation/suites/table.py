@@ -73,6 +73,7 @@ def likelihood_prompt(item: Item) -> str:
         head = f"下面是“{item.group}”的单项选择题，每题后面是正确选项的字母。"
     else:
         head = f"Questions on {item.group.replace('_', ' ')}, each followed by the letter of its right option."
+    # Solved questions in the same form, so that the letter is what comes next.
     solved = [f"{_with_options(shot)}\n{_mark(item)}{answer_text(shot.references[0])}" for shot in item.shots]
     return "\n\n".join([head, *solved, f"{_with_options(item)}\n{_mark(item)}"])
 
@@ -102,6 +103,7 @@ def message_of(suite: Suite, item: Item) -> tuple[list[dict[str, Any]], list[dic
 
     Raises RequestError "bad_media" naming the file.
     """
+    # The file of answers has hashes: whose figures differ can see whether the media do.
     content, shown = [], []
     for media in item.media:
         part, digest = media.load()
