@@ -88,7 +88,7 @@ class Parent:
     checkpoints: dict[str, str] = field(default_factory=dict)  # branch -> the checkpoint folder it was read from
     runs: dict[str, str] = field(default_factory=dict)  # such a folder -> the name of the run that wrote it
     trained: dict[str, int] = field(default_factory=dict)  # branch -> steps that it had been trained for
-    random: tuple[str, ...] = ()  # of a checkpoint from parts: branches, and parts of branches, that no part gave
+    random: list[str] = field(default_factory=list)  # of a checkpoint from parts: (parts of) branches that none gave
 
 
 def find_parent(workdir: epath.PathLike, init_from: str, branches: tuple[str, ...]) -> Parent:

@@ -113,7 +113,7 @@ def plan_from_parts(
     homes = {"llm": parts.llm, "vision": parts.vision, "audio_encoder": parts.whisper, VOCODER_BRANCH: parts.vocoder}
     parent = Parent(
         checkpoints={name: str(path.resolve()) for name, path in homes.items() if path is not None},
-        random=tuple(_prefixes(drawn, jobs)),
+        random=list(_prefixes(drawn, jobs)),
     )
     return PartsPlan(
         config=cfg,
