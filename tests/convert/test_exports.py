@@ -19,6 +19,7 @@ from baichuan_omni_jax.convert.to_torch import convert_to_torch, open_source, pl
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.llm.model import LanguageModel
 from baichuan_omni_jax.nn.param import ComputePolicy
+from baichuan_omni_jax.verify.run import _our_logits
 from data_pipelines.tokenizers.tokenizer import train_tokenizer
 
 LLM = LLMConfig(
@@ -206,7 +207,7 @@ def test_transformers_computes_the_same_logits(run, qwen2, tokenizer):
     with torch.no_grad():
         reference = theirs(torch.from_numpy(ids).long()).logits.numpy()
     mask = np.ones_like(ids)
-    ours = run._our_logits(run[1], run[0], ids, mask)
+    ours = _our_logits(run[1], run[0], ids, mask)
     assert np.abs(ours - reference).max() <= 1e-5 * np.abs(reference).max()
     read = transformers.AutoTokenizer.from_pretrained(str(qwen2))
     text = "<B_SYS>Hi<C_Q>The lake, 湖面 is 12 calm!<C_A>"

@@ -3,16 +3,17 @@
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
-from baichuan_omni_jax.branches import MODEL_BRANCHES
+from baichuan_omni_jax.branches import BRANCHES, MODEL_BRANCHES
 from baichuan_omni_jax.checkpoint import abstract_branches, load_branches
 from baichuan_omni_jax.cli.main import main
-from baichuan_omni_jax.config import read_hf
+from baichuan_omni_jax.config import read_hf, tiny
 from baichuan_omni_jax.convert import open_weights
 from baichuan_omni_jax.generation.loading import load_for_generation
-from baichuan_omni_jax.nn.param import named_values
+from baichuan_omni_jax.nn.param import ComputePolicy, initialize, named_values, named_variables
 from data_pipelines.tokenizers.tokenizer import SPECIAL_TOKENS, check_tokenizer, load_tokenizer
 from tests.helpers import public_models as public
 from tests.helpers.micro import REPOSITORY, read_metrics
@@ -201,3 +202,19 @@ def test_the_first_stage_starts_from_it(command, quick_pretrain, tmp_path):
     # The special tokens' rows have learned, so the tables are two now.
     assert command("to-qwen2", "--from", workdir, "--to", tmp_path / "text") == 0
     assert not json.loads((tmp_path / "text" / "config.json").read_text())["tie_word_embeddings"]
+
+
+@pytest.mark.parametrize("branch", MODEL_BRANCHES)
+def test_every_parameter_knows_its_first_values(branch):
+    """`moments` are what the constructor draws by: a converter draws by them alone."""
+    build = BRANCHES[branch].build
+    module = initialize(lambda key: build(key, tiny(), ComputePolicy()), jax.random.key(0))
+    for name, variable in named_variables(module).items():
+        mean, std = variable.moments
+        values = np.asarray(variable.get_value())
+        if std:
+            # Of n values the mean strays by std / sqrt(n), the spread by half of that.
+            assert abs(values.mean() - mean) < 6 * std / values.size**0.5, name
+            assert abs(values.std() - std) < 6 * std / values.size**0.5, name
+        else:
+            assert np.all(values == mean), name
