@@ -13,7 +13,7 @@ from baichuan_omni_jax.evaluation.suites.items import Item
 from baichuan_omni_jax.evaluation.suites.speech import measure_answers, recognize_answers
 from baichuan_omni_jax.generation.chat_stream import ChatStream
 from baichuan_omni_jax.generation.events import AudioCodes, Finished, TextDelta
-from tests.helpers.suite_files import RIGHT, write_open_audio_bench
+from tests.helpers.suite_files import RIGHT, save_random_model, write_open_audio_bench
 from tests.helpers.typecheck import unchecked
 
 RATE, HEARD = 24000, []
@@ -183,3 +183,32 @@ def test_similarity_tells_voices_apart(tmp_path):
             values[voice, name] = measures["speaker similarity (cosine)"].value
     assert values["en-us", "clips"] > values["en-us+f2", "clips"] + 0.1
     assert values["en-us", "others"] > 0.8
+
+
+@pytest.mark.slow
+def test_a_random_checkpoint_speaks(tmp_path, monkeypatch):
+    """Spoken answers to spoken questions, and text read aloud: recordings that can be heard again."""
+    for library in ("whisper_normalizer", "jiwer", "cn2an"):
+        pytest.importorskip(library, reason="the extra `evaluate` brings it")
+    names = ("llm", "audio_head", "audio_encoder", "audio_decoder", "flow")
+    model = save_random_model(tmp_path / "model", *names)
+    write_open_audio_bench(tmp_path / "data" / "OpenAudioBench", 1)
+    meta = tmp_path / "data" / "Seed-TTS-eval" / "en" / "meta.lst"
+    meta.parent.mkdir(parents=True)
+    meta.write_text("u1|a prompt|u1.wav|the cat sat\nu2|a prompt|u2.wav|on the mat|w.wav\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("baichuan_omni_jax.evaluation.suites.speech.find_spec", lambda name: None)
+    flags = ["evaluate", "--checkpoint", str(model), "--length", "256", "--max-tokens", "6", "--speech", "--slots", "2"]
+    flags += ["--set", "segment_tokens=3", "--set", "segment_frames=5", "--asr", f"{__name__}:hear"]
+    assert main([*flags, "--suite", "openaudiobench,tts-en", "--out", "out", "--limit", "1"]) == 0
+    (line,) = (tmp_path / "out" / "tts-en" / "answers.jsonl").read_text().splitlines()
+    line = json.loads(line)
+    assert line["prompt"] == [{"type": "text", "text": "the cat sat"}]
+    info = soundfile.info(tmp_path / "out" / "tts-en" / line["audio"])
+    assert (info.samplerate, info.channels) == (RATE, 1)
+    scores = json.loads((tmp_path / "out" / "tts-en" / "scores.json").read_text())
+    # What is heard is "it is rome" or "it is paris": three other words, for three.
+    assert scores["groups"][0]["value"] == pytest.approx(100)
+    spoken = (tmp_path / "out" / "openaudiobench-spoken" / "answers.jsonl").read_text().splitlines()
+    assert len(spoken) == 5
+    assert all(json.loads(each)["settings"]["speech"] for each in spoken)

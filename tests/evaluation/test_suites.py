@@ -23,6 +23,7 @@ from tests.helpers.suite_files import (
     RIGHT,
     JudgeDouble,
     ScriptedModel,
+    save_random_model,
     serve_judge,
     write_exam,
     write_image_choice,
@@ -300,20 +301,7 @@ def test_killed_at_any_moment_the_run_goes_on(tmp_path):
 @pytest.mark.slow
 def test_a_random_checkpoint_from_the_command_to_the_table(tmp_path, capsys):
     """All ways to the model: images and audio, recognition, likelihoods; a clip that is none costs itself."""
-    import jax
-
-    from baichuan_omni_jax.checkpoint import abstract_branches, save_branches
-    from baichuan_omni_jax.config import tiny
-    from data_pipelines.tokenizers.tokenizer import train_tokenizer
-
-    cfg, rng = tiny(), np.random.default_rng(0)
-    names = ("llm", "vision", "audio_head", "audio_encoder")
-    branches = {
-        name: jax.tree.map(lambda x: 0.05 * rng.standard_normal(x.shape).astype(x.dtype), module)
-        for name, module in abstract_branches(cfg, only=names).items()
-    }
-    words = train_tokenizer(["the cat sat on the mat. A B C D Answer:"] * 3, 330).to_str()
-    save_branches(tmp_path / "model", branches, cfg, words, trained={"llm": 5})
+    save_random_model(tmp_path / "model", "llm", "vision", "audio_head", "audio_encoder")
     data = tmp_path / "data"
     write_omni_bench(data / "OmniBench", 3)
     (data / "OmniBench" / "mm_data" / "audio" / "1.mp3").write_bytes(b"no audio")

@@ -195,6 +195,24 @@ def write_recordings(folder: Path, spoken: dict[str, str]) -> Path:
     return folder
 
 
+def save_random_model(folder: Path, *names: str) -> Path:
+    """A checkpoint of the tiny architecture with small random numbers and a tokenizer of a few words."""
+    import jax
+
+    from baichuan_omni_jax.checkpoint import abstract_branches, save_branches
+    from baichuan_omni_jax.config import tiny
+    from data_pipelines.tokenizers.tokenizer import train_tokenizer
+
+    cfg, rng = tiny(), np.random.default_rng(0)
+    branches = {
+        name: jax.tree.map(lambda x: 0.05 * rng.standard_normal(x.shape).astype(x.dtype), module)
+        for name, module in abstract_branches(cfg, only=names).items()
+    }
+    words = train_tokenizer(["the cat sat on the mat. A B C D Answer:"] * 3, 330).to_str()
+    save_branches(folder, branches, cfg, words, trained={"llm": 5})
+    return folder
+
+
 class ScriptedModel:
     """Answers what `script` says to the message: the name or bytes of its media, and its text."""
 
