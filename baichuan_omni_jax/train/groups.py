@@ -133,7 +133,7 @@ def make_optimizer(
                 b2=config.b2,
                 eps=config.eps,
                 weight_decay=_weight_decay(group, weight_decay if config.weight_decay is None else config.weight_decay),
-                mask=lambda parameters: {name: decays(name) for name in parameters},
+                mask=_decay_mask,
             ),
         )
         for group in config.groups
@@ -165,6 +165,10 @@ def with_moments_in(dtype: jnp.dtype, optimizer: optax.GradientTransformation) -
         return updates, cast(state, dtype)
 
     return optax.GradientTransformation(init, update)
+
+
+def _decay_mask(parameters: Any) -> dict[str, bool]:
+    return {name: decays(name) for name in parameters}
 
 
 def _weight_decay(group: GroupConfig, general: float) -> float:
