@@ -18,16 +18,21 @@ class Command:
     """One subcommand: its module, and a line of help.
 
     The module has `add_arguments(parser)` and `run(options)`, and its docstring is the text above the flags. A module
-    of several commands has `add_NAME_arguments` and `run_NAME` of this one, and the text is that of `run_NAME`.
+    of several commands has `add_NAME_arguments` and `run_NAME` of this one, and the text is that of `run_NAME`. One
+    that `passes_on` its arguments leaves them to another program: its module has `run(options)` alone, and they are
+    `options.arguments`.
     """
 
     module: str
     help: str
     name: str = ""
+    passes_on: bool = False
 
     def load(self) -> tuple[str | None, Callable[[argparse.ArgumentParser], None], Callable]:
         """Imports the module; returns the text above the flags, what adds the flags, and what runs the command."""
         module = importlib.import_module(self.module)
+        if self.passes_on:
+            return module.__doc__, lambda parser: None, module.run
         # One command a module is the rule; several belong together where they work on the same thing.
         if not self.name:
             return module.__doc__, module.add_arguments, module.run
@@ -53,6 +58,11 @@ COMMANDS: dict[str, Command | Group] = {
     "generate": Command(f"{CLI}.generate", "chat, transcribe, speak or describe with a checkpoint"),
     "serve": Command(f"{CLI}.serve", "serve the web page to talk to a checkpoint"),
     "evaluate": Command(f"{CLI}.evaluate", "put benchmarks to a checkpoint; measure an audio tokenizer"),
+    "lm-eval": Command(
+        "baichuan_omni_jax.integrations.lm_eval",
+        "run lm-eval's command line with the model baichuan-omni",
+        passes_on=True,
+    ),
     "resynthesize": Command(f"{CLI}.evaluate", "turn speech into codes and back into a waveform", "resynthesize"),
     "convert": Command(f"{CLI}.weights", "move weights between Hugging Face folders and checkpoints"),
     "verify": Command(f"{CLI}.verify", "compare converted weights with the released computation"),
@@ -89,7 +99,13 @@ class _LazyParser(CommandParser):
 
     def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """Parses after the module was imported: argparse calls it on the one subcommand that was chosen."""
+        passes_on = self._command is not None and self._command.passes_on
         self.fill()
+        if passes_on:
+            # `--help` too is the other program's.
+            options = argparse.Namespace() if namespace is None else namespace
+            options.run, options.arguments = self.get_default("run"), list(args or ())
+            return options, []
         return super().parse_known_args(args, namespace)
 
 

@@ -83,7 +83,7 @@ def score_rows(
         buffer: embeddings of the rows' images by position; None for text alone.
 
     Returns:
-        Log-probabilities (fp32) and flags, zeros from `count` on, in units of `LOGITS_AT_ONCE`.
+        Log-probabilities (fp32) and flags, zeros from `used` on, in units of `LOGITS_AT_ONCE`.
     """
     llm, audio_head = models
     row = jax.tree.map(lambda x: split_as(x, llm.compute, "batch"), row)
@@ -107,7 +107,7 @@ def score_rows(
         put = lambda whole, part: jax.lax.dynamic_update_slice_in_dim(whole, part, n * LOGITS_AT_ONCE, 1)  # noqa: E731
         return put(found[0], scores[0]), put(found[1], scores[1])
 
-    rounds = -(-row.count.max() // LOGITS_AT_ONCE)
+    rounds = -(-row.used.max() // LOGITS_AT_ONCE)
     empty = partial(jnp.zeros, row.targets.shape, out_sharding=llm.compute.rules.spec("batch", None))
     return jax.lax.fori_loop(0, rounds, score_some, (empty(jnp.float32), empty(jnp.bool_)))
 

@@ -25,7 +25,7 @@ OPEN_ROWS = 32
 
 
 class ScoringRow(NamedTuple):
-    """g rows of t tokens, s keys and room for m targets, of which row by row the first `count` count.
+    """g rows of t tokens, s keys and room for m targets, of which row by row the first `used` count.
 
     `chunk` has tokens, positions (-1 at padding) and media; `q_ids`, `kv_ids`, `kv_pos` are ids and positions of
     `RowKeys`, `key_places` its places. Target j is predicted by the token at `target_places[:, j]`.
@@ -38,7 +38,7 @@ class ScoringRow(NamedTuple):
     key_places: Int32[Array, "g s"]
     targets: Int32[Array, "g m"]
     target_places: Int32[Array, "g m"]
-    count: Int32[Array, " g"]
+    used: Int32[Array, " g"]
 
 
 class RowSizes(NamedTuple):
@@ -134,17 +134,18 @@ def lay_out_rows(rows: Sequence[Sequence[Part]], devices: int, least_targets: in
     s = bucket(max(sizes.keys for sizes in used), t)
     # The room for targets is the same for all rows, as it costs nothing where it is not used.
     m = bucket(limits.targets, least_targets)
-    zeros = lambda size: np.zeros((devices, size), np.int32)  # noqa: E731
+
     # Numpy's arrays where JAX's are declared: a jitted function takes either.
-    count: Any = np.zeros(devices, np.int32)
-    chunk: Any = Chunk(zeros(t), zeros(t) - 1, count - 1)
-    arrays: Any = [zeros(size) for size in (t, s, s, s, m, m)]
-    row = ScoringRow(chunk, *arrays, count)
+    def zeros(*size: int) -> Any:
+        return np.zeros((devices, *size), np.int32)
+
+    chunk, targets_used = Chunk(zeros(t), zeros(t) - 1, zeros() - 1), zeros()
+    row = ScoringRow(chunk, zeros(t), zeros(s), zeros(s), zeros(s), zeros(m), zeros(m), targets_used)
     for device, parts in enumerate(rows):
         writer = _RowWriter(row, device)
         for part in parts:
             writer.add(part)
-        count[device] = writer.targets
+        targets_used[device] = writer.targets
     return row
 
 
@@ -202,7 +203,7 @@ def join_prompts(parts: Sequence[Part]) -> JoinedPrompt:
         frames += int(prompt.patch_frames.max(initial=0))
         codes += len(prompt.audio_codes)
         at += size
-    lists = {name: tuple(columns.pop(name)) for name in ("mels", "mel_places")}
+    lists: Any = {name: tuple(columns.pop(name)) for name in ("mels", "mel_places")}
     return JoinedPrompt(**{name: np.concatenate(arrays) for name, arrays in columns.items()}, **lists)
 
 

@@ -9,13 +9,16 @@ import pytest
 from baichuan_omni_jax.config import GenerationConfig, RunConfig
 from baichuan_omni_jax.errors import RequestError
 from baichuan_omni_jax.generation import loglikelihood
+from baichuan_omni_jax.generation.chat import ChatModel, OmniChat
 from baichuan_omni_jax.generation.engine import Engine
 from baichuan_omni_jax.generation.events import GenerationResult
 from baichuan_omni_jax.generation.loglikelihood import ScoringRequest, rolling_windows
 from baichuan_omni_jax.omni.batch import BatchSizes, empty_batch
 from baichuan_omni_jax.omni.model import OmniModel
 from baichuan_omni_jax.train.losses import omni_entropies
+from data_pipelines.documents.chat_prompt import ChatPrompts
 from data_pipelines.documents.document import encode_ids
+from data_pipelines.documents.processor import Processor
 from tests.helpers.engine_prompts import (
     COMPUTE,
     media_prompt,
@@ -26,7 +29,7 @@ from tests.helpers.engine_prompts import (
     text_prompt,
     tokenizer,
 )
-from tests.helpers.micro import place
+from tests.helpers.micro import REPOSITORY, place
 
 CFG = small_config()
 LENGTH = 96
@@ -211,3 +214,14 @@ def test_windows_of_a_long_text_predict_every_token_once(engine):
     assert sum(len(score.logprobs) for (score,) in scores) == len(tokens)
     assert rolling_windows([], 4, first=5) == []
     assert rolling_windows([1, 2, 3, 4, 5, 6, 7], 4, first=0, context=2) == [([0], [1, 2, 3, 4]), ([3, 4], [5, 6, 7])]
+
+
+def test_the_documented_example_runs(engine, capsys):
+    page = (REPOSITORY / "docs" / "how-to" / "generate.md").read_text(encoding="utf-8")
+    section = page[page.index("## Log-likelihoods") :]
+    code = section.split("```python\n")[1].split("```")[0]
+    chat = OmniChat(ChatModel(engine, CFG), ChatPrompts(Processor(CFG, tokenizer())))
+    exec(code, {"chat": chat, "tokenizer": tokenizer()})
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert all(line.startswith("Is the ") and line.count("-") == 3 for line in lines)

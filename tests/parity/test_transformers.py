@@ -26,11 +26,11 @@ from baichuan_omni_jax.audio.encoder import AudioEncoder, sinusoids
 from baichuan_omni_jax.config import MeshConfig, tiny
 from baichuan_omni_jax.config.architecture import AudioConfig, AudioHeadConfig, LLMConfig, VisionConfig
 from baichuan_omni_jax.convert import branch_rules, load_branch_from_safetensors
-from baichuan_omni_jax.convert.safetensors_io import TensorInfo
 from baichuan_omni_jax.llm.model import LanguageModel
 from baichuan_omni_jax.nn.param import ComputePolicy, named_values
 from baichuan_omni_jax.sharding import make_mesh
 from baichuan_omni_jax.vision.model import VisionModel
+from tests.helpers.state_dicts import Arrays, Tensors
 
 WHY = "the second oracle needs torch and transformers: pip install -e '.[test,parity]'"
 torch = pytest.importorskip("torch", reason=WHY)
@@ -47,7 +47,6 @@ FAST_TO_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expens
 EAGER = {"attn_implementation": "eager"}
 # What `check` prints in any case.
 VALUES = ("hidden", "logits", "tokens", "input gradient")
-Tensors = dict[str, np.ndarray]
 
 
 @contextmanager
@@ -55,21 +54,6 @@ def fp32_on_one_device() -> Iterator[None]:
     """Modules' shapes are made outside, where they are bound to no mesh, and filled and run inside."""
     with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])), jax.default_matmul_precision("highest"):
         yield
-
-
-@dataclass(frozen=True)
-class Arrays:
-    """A state dict as a source of a conversion."""
-
-    values: Tensors
-    location: str = "the state dict"
-
-    @property
-    def infos(self) -> Mapping[str, TensorInfo]:
-        return {name: TensorInfo(x.shape, x.dtype) for name, x in self.values.items()}
-
-    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
-        return self.values[name][slice(None) if rows is None else rows]
 
 
 @dataclass(frozen=True)

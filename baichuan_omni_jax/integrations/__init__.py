@@ -1,0 +1,1 @@
+"""Adapters by which other projects' harnesses evaluate a checkpoint (docs/how-to/harnesses.md)."""
