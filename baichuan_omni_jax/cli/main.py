@@ -30,9 +30,10 @@ class Command:
 
     def load(self) -> tuple[str | None, Callable[[argparse.ArgumentParser], None], Callable]:
         """Imports the module; returns the text above the flags, what adds the flags, and what runs the command."""
-        module = importlib.import_module(self.module)
         if self.passes_on:
-            return module.__doc__, lambda parser: None, module.run
+            # Imported when it runs: the other program need not be here for the flags of all commands to be listed.
+            return None, lambda parser: None, lambda options: importlib.import_module(self.module).run(options)
+        module = importlib.import_module(self.module)
         # One command a module is the rule; several belong together where they work on the same thing.
         if not self.name:
             return module.__doc__, module.add_arguments, module.run

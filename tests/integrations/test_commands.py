@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from baichuan_omni_jax.cli.main import main
 from baichuan_omni_jax.generation.loglikelihood import ScoringRequest, rolling_windows
 from baichuan_omni_jax.integrations.harness_model import generation_settings
 from baichuan_omni_jax.integrations.media_messages import chat_messages
@@ -74,6 +75,13 @@ def write_lm_eval_tasks(folder: Path) -> None:
     for name, lines in tasks.items():
         text = "''" if name == "texts" else question
         (folder / f"{name}.yaml").write_text(f"task: {name}\n{common}doc_to_text: {text}\n{lines}")
+
+
+def test_without_lm_eval_one_sentence_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "baichuan_omni_jax.integrations.lm_eval", raising=False)
+    assert main(["lm-eval", "--help"]) == 2
+    assert "lm_eval is not installed: pip install 'baichuan_omni_jax[lm-eval]'" in capsys.readouterr().err
 
 
 @needs("lm_eval")
