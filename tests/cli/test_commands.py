@@ -22,10 +22,11 @@ def leaves(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
 
 @pytest.fixture(scope="module")
 def commands() -> dict[str, argparse.ArgumentParser]:
-    """Words of each command -> its parser."""
+    """Words of each command -> its parser; without those whose flags are another program's."""
     parser = make_parser()
     fill_all(parser)
-    return {leaf.prog.removeprefix("baichuan-omni "): leaf for leaf in leaves(parser)}
+    named = {leaf.prog.removeprefix("baichuan-omni "): leaf for leaf in leaves(parser)}
+    return {name: leaf for name, leaf in named.items() if not getattr(COMMANDS.get(name), "passes_on", False)}
 
 
 def refusal(capsys, *arguments: str) -> str:
