@@ -21,7 +21,8 @@ try:
     from lm_eval.utils import setup_logging
     from tqdm import tqdm
 except ModuleNotFoundError as error:
-    raise ConfigError(f"{error.name} is not installed: pip install 'baichuan_omni_jax[lm-eval]'") from error
+    missing = (error.name or "lm_eval").partition(".")[0]
+    raise ConfigError(f"{missing} is not installed: pip install 'baichuan_omni_jax[lm-eval]'") from error
 
 from baichuan_omni_jax.generation.events import Prompt
 from baichuan_omni_jax.generation.loglikelihood import rolling_windows
