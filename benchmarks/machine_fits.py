@@ -24,6 +24,7 @@ from flax import nnx
 
 from baichuan_omni_jax.config import MACHINES as MACHINE_CHIPS
 from baichuan_omni_jax.config import MODELS, STAGES, RunConfig, load_run_config, resolve_model
+from baichuan_omni_jax.config.machines import fit_of
 from baichuan_omni_jax.config.stages import BY_DOCUMENTS
 from baichuan_omni_jax.flops.terms import GPUS, TPUS, flops_by_branch, omni_terms
 from baichuan_omni_jax.nn.param import ComputePolicy, named_variables
@@ -32,6 +33,9 @@ from baichuan_omni_jax.train.groups import assign_groups
 from baichuan_omni_jax.train.preflight import Packing
 
 MACHINES = ("v5e:2x4", "v6e:2x4", "v5p:2x2x2", "h100:1")
+# What of the language model trains, where not all of it, and the stages that train it.
+GIVEN = {"attention": "attention alone", "layers": "text tables frozen"}
+TRAIN_LANGUAGE = ("image_text_2", "image_audio_text_2", "omni_64k", "sft")
 LONGEST = 65536  # tokens of a row of the recipe's last two stages
 NAMED = tuple(name for name in MODELS if name != "tiny")
 GIB = 2**30
@@ -95,7 +99,7 @@ def settings_of(cell: dict) -> dict:
         "rows": run.data.rows,
         "accumulate": run.train.accumulate,
         "moments": run.optimizer.moments_dtype,
-        "language": "attention" if any(group.name == "attention" for group in run.optimizer.groups) else "all",
+        "language": fit_of(cell["model"], cell["machine"]).language,
     }
 
 
@@ -125,7 +129,7 @@ def said(cell: dict) -> str:
     gives = [
         f"rows of {cell['tokens']}" * (cell["stage"] in BY_DOCUMENTS and cell["tokens"] < LONGEST),
         "bf16 moments" * (cell["moments"] == "bfloat16"),
-        "attention alone" * (cell["language"] == "attention"),
+        GIVEN.get(cell["language"], "") * (cell["stage"] in TRAIN_LANGUAGE),
     ]
     verdict = f"{needed:.1f} of {room:.1f} GiB" if cell["fits"] else f"**{needed - room:.1f} GiB too much**"
     if "predicted" in cell:
@@ -163,7 +167,7 @@ def predicted(stage: str, machine: str, model: str) -> dict | None:
     # Of the chip's own rows, at a time.
     tokens = run.data.rows * run.data.budgets.tokens // (run.train.accumulate * chips)
     inputs = 2 * llm.num_layers * llm.hidden_size * tokens
-    tables = llm.vocab_size * llm.hidden_size * (12 if cell["language"] == "attention" else 22)
+    tables = llm.vocab_size * llm.hidden_size * (22 if cell["language"] == "all" else 12)
     needed = (state + 8 * trained) / chips + inputs + tables + GIB / 2
     room = ROOMS[machine.partition(":")[0]]
     return cell | {"peak_bytes": needed, "hbm_bytes": room, "fits": needed <= room}

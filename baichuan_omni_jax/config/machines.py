@@ -14,8 +14,8 @@ from baichuan_omni_jax.config.model import MODELS
 from baichuan_omni_jax.config.run import Dtype, MeshConfig
 from baichuan_omni_jax.errors import ConfigError
 
-# Parts of the language model that train where a stage trains it.
-Language = Literal["all", "attention"]
+# Parts of the language model that train where a stage trains it: `layers` is all but its two tables of text.
+Language = Literal["all", "layers", "attention"]
 # As `preflight --topology` names them: JAX devices of each.
 MACHINES: dict[str, int] = {
     "h100:1": 1,
@@ -53,7 +53,7 @@ _FITS: dict[str, dict[str, Fit]] = {
     "v5e:2x4": {
         "omni_0b5": Fit(),
         "omni_1b5": Fit(),
-        "omni_3b": Fit(chip_tokens=4096, moments="bfloat16"),
+        "omni_3b": Fit(moments="bfloat16", language="layers"),
         "baichuan_omni_7b": Fit(chip_tokens=4096, language="attention"),
         "omni_14b": Fit(chip_tokens=4096, moments="bfloat16", language="attention"),
     },

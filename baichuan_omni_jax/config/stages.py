@@ -87,8 +87,8 @@ def stage_groups(
         scale: multiplies every rate (a small model learns at higher rates).
         freeze_text_ends: also freezes the text embedding and the output head but for the rows of special tokens, the
             option of the stages that train the language model on audio.
-        language: the parts of the language model that train where the stage trains it; `attention` freezes the rest,
-            the text ends as `freeze_text_ends` does.
+        language: the parts of the language model that train where the stage trains it; `layers` and `attention` freeze
+            the rest, the text ends as `freeze_text_ends` does.
 
     Raises:
         ConfigError: an unknown stage; `freeze_text_ends` in one that does not train the language model.
@@ -104,7 +104,7 @@ def stage_groups(
         attention, rest = ("attention", ATTENTION, trained), ("rest of the language model", LANGUAGE, None)
         others = tuple(group for group in rates if group[0] != "language")
         rates = ((SPECIAL_TOKENS, TEXT_ENDS, trained), attention, rest, *others)
-    elif freeze_text_ends:
+    elif freeze_text_ends or (trained is not None and language == "layers"):
         rates = ((SPECIAL_TOKENS, TEXT_ENDS, trained), *rates)
     return tuple(
         GroupConfig(

@@ -74,6 +74,12 @@ def test_text_ends_can_stay_frozen():
         stage_groups("image_text_1", freeze_text_ends=True)
 
 
+def test_layers_of_the_language_model_are_all_but_its_text_ends():
+    for stage in STAGES:
+        ends = "llm." in TRAINABLE[stage]
+        assert stage_groups(stage, language="layers") == stage_groups(stage, freeze_text_ends=ends)
+
+
 def test_unknown_stage():
     with pytest.raises(ConfigError, match="stage 'rlhf' is not one of image_text_1, "):
         stage_groups("rlhf")
