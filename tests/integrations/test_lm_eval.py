@@ -169,7 +169,7 @@ def test_a_generation_argument_that_would_be_lost_is_refused():
     ("arguments", "sentence"),
     [
         ({}, "name no checkpoint"),
-        ({"checkpoint": "x", "lenght": 3}, "no flag --lenght; the nearest known one is --length"),
+        ({"checkpoint": "x", "lengths": 3}, "no flag --lengths; the nearest known one is --length"),
     ],
 )
 def test_model_arguments_that_cannot_be_used(arguments, sentence):
