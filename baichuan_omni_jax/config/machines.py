@@ -121,7 +121,7 @@ def layout_of(fit: Fit, machine: str, tokens: int, step_tokens: int = 2**20) -> 
 def language_parameters(llm: LLMConfig) -> int:
     """Counts the parameters of a language model, its untied head included.
 
-    >>> language_parameters(MODELS["baichuan_omni_7b"]().llm)
+    >>> language_parameters(resolve_model("baichuan_omni_7b").llm)
     7615616512
     """
     d, heads, groups = llm.hidden_size, llm.num_heads * llm.head_dim, llm.num_kv_heads * llm.head_dim

@@ -89,7 +89,7 @@ def arguments(args: ast.arguments, method: bool) -> str:
 
 
 def to_markdown(text: str) -> str:
-    """Turns Google's sections into bold words with lists; all else stays as it is.
+    """Turns Google's sections into bold words with lists and fences examples; all else stays as it is.
 
     >>> print(to_markdown("Adds.\\n\\nArgs:\\n    a: one\\n        number\\n    b: another"))
     Adds.
@@ -103,6 +103,12 @@ def to_markdown(text: str) -> str:
     out: list[str] = []
     lines = text.split("\n")
     while lines:
+        if lines[0].startswith(">>> "):
+            # An example is code up to the next empty line; as text, its brackets would be links.
+            end = next((i for i, line in enumerate(lines) if not line.strip()), len(lines))
+            out += ["```python", *lines[:end], "```"]
+            lines = lines[end:]
+            continue
         heading = re.fullmatch(r"(\w+):\s*", lines[0])
         if not heading or heading[1] not in SECTIONS:
             # Headings inside a docstring would end the page's section.
