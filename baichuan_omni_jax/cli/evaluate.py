@@ -245,7 +245,7 @@ def draw_tokenizer(
         pairs: clips with their mels before and after.
         seconds: of one frame.
         numbers: the scores `codes_used_qN` (a share), `perplexity_qN` (of codes), `mel_mae_qN` (with N + 1 levels) of
-            every level, and `mel_mae_unquantised`.
+            every level, and `mel_mae_unquantized`.
         sizes: codes of each level's codebook.
         out: the file, of a format that matplotlib writes.
     """
