@@ -17,6 +17,7 @@ from baichuan_omni_jax.config.model import (
     omni_1b5,
     omni_3b,
     omni_14b,
+    small,
     tiny,
 )
 from baichuan_omni_jax.config.overrides import apply_overrides, from_dict, to_dict
@@ -83,6 +84,7 @@ __all__ = [
     "read_hf",
     "released_images",
     "resolve_model",
+    "small",
     "stage_groups",
     "stage_run",
     "tiny",

@@ -1,7 +1,7 @@
 """`OmniConfig`: the architecture, branch by branch, and its named variants."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from baichuan_omni_jax.config.architecture import (
     AudioConfig,
@@ -209,7 +209,47 @@ def tiny() -> OmniConfig:
     )
 
 
+def small() -> OmniConfig:
+    """Returns every part at a size that learns to see, hear and speak on two CPU cores (about 5 M parameters).
+
+    Four levels of codes, not eight: each further level is one more step of the audio head for every frame.
+    """
+    return replace(
+        tiny(),
+        vision=VisionConfig(
+            depth=3,
+            embed_dim=96,
+            num_heads=3,
+            out_dim=128,
+            image_limits=PixelLimits(min_pixels=3136, max_pixels=12544),
+            frame_limits=PixelLimits(min_pixels=3136, max_pixels=7056),
+            max_frames=8,
+        ),
+        audio=AudioConfig(
+            num_mel_bins=40,
+            d_model=96,
+            encoder_layers=3,
+            encoder_attention_heads=4,
+            encoder_ffn_dim=256,
+            decoder_layers=3,
+            decoder_attention_heads=4,
+            decoder_ffn_dim=256,
+            codebook_sizes=(256, 128, 64, 32),
+        ),
+        llm=LLMConfig(
+            vocab_size=1024,
+            hidden_size=128,
+            num_layers=4,
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=32,
+            intermediate_size=384,
+        ),
+        flow=replace(tiny().flow, prenet_in_dim=96),
+    )
+
+
 # By their names in `RunConfig.model`, from the smallest to the largest.
 MODELS: dict[str, Callable[[], OmniConfig]] = {
-    function.__name__: function for function in (tiny, omni_0b5, omni_1b5, omni_3b, baichuan_omni_7b, omni_14b)
+    function.__name__: function for function in (tiny, small, omni_0b5, omni_1b5, omni_3b, baichuan_omni_7b, omni_14b)
 }
