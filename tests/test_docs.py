@@ -21,7 +21,7 @@ import pytest
 
 from baichuan_omni_jax import __version__
 from baichuan_omni_jax.cli.main import main
-from baichuan_omni_jax.config import STAGES, RunConfig, load_run_config
+from baichuan_omni_jax.config import AUDIO_RUNS, STAGES, RunConfig, load_run_config
 
 ROOT = Path(__file__).resolve().parents[1]
 GENERATED = ROOT / "docs" / "reference" / "api"
@@ -130,8 +130,9 @@ def check_overrides(arguments: list[str]) -> None:
     """Checks that `--set` names settings of the configuration that `--config` names; placeholders are left out."""
     pairs = list(itertools.pairwise(arguments))
     named = [value for flag, value in pairs if flag == "--config"]
-    configs = [value if value in STAGES else ROOT / value for value in named]
-    configs = [config for config in configs if config in STAGES or Path(config).exists()]
+    by_name = (*AUDIO_RUNS, *STAGES)
+    configs = [value if value in by_name else ROOT / value for value in named]
+    configs = [config for config in configs if config in by_name or Path(config).exists()]
     # A stage reads the sizes of its model, which a reader makes first.
     placeholder = r"a\.b=|model=weights/|.*=[A-Z_]+$"
     settings = [value for flag, value in pairs if flag == "--set" and not re.match(placeholder, value)]

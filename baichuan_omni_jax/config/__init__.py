@@ -4,6 +4,13 @@ Imports neither jax nor flax, so that data workers can use it.
 """
 
 from baichuan_omni_jax.config.audio import FlowTrainConfig, QuantizerConfig, SpecAugmentConfig, TokenizerTrainConfig
+from baichuan_omni_jax.config.audio_runs import (
+    AUDIO_RUNS,
+    audio_tokenizer_run,
+    flow_matching_run,
+    tiny_audio_tokenizer,
+    tiny_flow_matching,
+)
 from baichuan_omni_jax.config.generation import READ_AT_LEAST, VOICE, GenerationConfig, SamplingConfig, check_voice
 from baichuan_omni_jax.config.hf import from_hf, read_hf, resolve_model, to_hf
 from baichuan_omni_jax.config.load import load_run_config
@@ -41,6 +48,7 @@ from baichuan_omni_jax.config.stages import STAGES, Stage, mixture_of, stage_gro
 from baichuan_omni_jax.errors import ConfigError, RequestError
 
 __all__ = [
+    "AUDIO_RUNS",
     "MACHINES",
     "MODELS",
     "READ_AT_LEAST",
@@ -71,8 +79,10 @@ __all__ = [
     "TokenizerTrainConfig",
     "TrainConfig",
     "apply_overrides",
+    "audio_tokenizer_run",
     "baichuan_omni_7b",
     "check_voice",
+    "flow_matching_run",
     "from_dict",
     "from_hf",
     "load_run_config",
@@ -88,6 +98,8 @@ __all__ = [
     "stage_groups",
     "stage_run",
     "tiny",
+    "tiny_audio_tokenizer",
+    "tiny_flow_matching",
     "tiny_stage",
     "to_dict",
     "to_hf",

@@ -1,4 +1,4 @@
-"""A run by its file, or a stage of the recipe by its name, with what the command line changes of it."""
+"""A run by its file, or one of the recipe by its name, with what the command line changes of it."""
 
 import inspect
 import re
@@ -8,6 +8,13 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+from baichuan_omni_jax.config.audio_runs import (
+    AUDIO_RUNS,
+    audio_tokenizer_run,
+    flow_matching_run,
+    tiny_audio_tokenizer,
+    tiny_flow_matching,
+)
 from baichuan_omni_jax.config.overrides import RENAMED, apply_overrides, check_kinds
 from baichuan_omni_jax.config.run import RunConfig
 from baichuan_omni_jax.config.stages import STAGES, stage_run, tiny_stage
@@ -17,13 +24,17 @@ from baichuan_omni_jax.errors import ConfigError
 _NAMED: dict[str, Callable[..., RunConfig]] = {
     **{stage: partial(stage_run, stage) for stage in STAGES},
     **{f"{stage}_tiny": partial(tiny_stage, stage) for stage in STAGES},
+    "audio_tokenizer": audio_tokenizer_run,
+    "audio_tokenizer_tiny": tiny_audio_tokenizer,
+    "flow_matching": flow_matching_run,
+    "flow_matching_tiny": tiny_flow_matching,
 }
 # What a run is sized by: parameters of `get_config`, not fields that could be changed one by one.
 _SIZED_BY = ("model", "machine")
 
 
 def load_run_config(config: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Calls the `get_config()` of the file `config`, or makes the stage of that name, and applies `a.b=value` strings.
+    """Calls the `get_config()` of the file `config`, or makes the run of that name, and applies `a.b=value` strings.
 
     Overrides of `model` and `machine` go to a `get_config` that takes them: the whole run is sized anew, and what the
     other overrides say comes after.
@@ -31,7 +42,7 @@ def load_run_config(config: str | Path, overrides: Sequence[str] = ()) -> RunCon
     >>> load_run_config("sft", ["model=omni_0b5", "machine=v5e:2x4", "train.steps=20"]).mesh.context
     8
 
-    Raises ConfigError when there is no such file or stage, with the line where the file fails, and for overrides as
+    Raises ConfigError when there is no such file or name, with the line where the file fails, and for overrides as
     `apply_overrides` does.
     """
     make = _NAMED.get(str(config)) or _of_file(config)
@@ -56,7 +67,8 @@ def load_run_config(config: str | Path, overrides: Sequence[str] = ()) -> RunCon
 def _of_file(path: str | Path) -> Callable[..., RunConfig]:
     """Runs the file and returns its `get_config`."""
     if not Path(path).is_file():
-        raise ConfigError(f"config file {path} does not exist, nor a stage of that name ({', '.join(STAGES)})")
+        names = ", ".join((*AUDIO_RUNS, *STAGES))
+        raise ConfigError(f"config file {path} does not exist, nor a run of that name ({names})")
     try:
         namespace = runpy.run_path(str(path))
     except ConfigError:

@@ -8,9 +8,9 @@ fp32 moments, then the parts of the language model that train. `baichuan-omni pr
 from dataclasses import dataclass
 from typing import Literal
 
-from baichuan_omni_jax.config.architecture import LLMConfig
+from baichuan_omni_jax.config.architecture import AudioConfig, LLMConfig
 from baichuan_omni_jax.config.hf import resolve_model
-from baichuan_omni_jax.config.model import MODELS
+from baichuan_omni_jax.config.model import MODELS, OmniConfig
 from baichuan_omni_jax.config.run import Dtype, MeshConfig
 from baichuan_omni_jax.errors import ConfigError
 
@@ -38,17 +38,20 @@ class Fit:
     chip_tokens: int = 8192  # of rows, on one chip at a time
     moments: Dtype = "float32"  # `OptimizerConfig.moments_dtype`
     language: Language = "all"
+    # Of a step, all at once, of the audio tokenizer and of flow matching: the recipe's where they fit.
+    tokenizer_rows: int = 32
+    flow_rows: int = 64
 
 
 # What preflight found to fit, and where it has not compiled for that, what is predicted to (docs/how-to/preflight.md).
 # Of 14 B not all stages fit on h100:1 and v5e:2x4, whatever gives.
 _FITS: dict[str, dict[str, Fit]] = {
     "h100:1": {
-        "omni_0b5": Fit(chip_tokens=65536),
-        "omni_1b5": Fit(chip_tokens=32768),
-        "omni_3b": Fit(moments="bfloat16"),
-        "baichuan_omni_7b": Fit(language="attention"),
-        "omni_14b": Fit(moments="bfloat16", language="attention"),
+        "omni_0b5": Fit(chip_tokens=65536, flow_rows=32),
+        "omni_1b5": Fit(chip_tokens=32768, flow_rows=32),
+        "omni_3b": Fit(moments="bfloat16", tokenizer_rows=16, flow_rows=32),
+        "baichuan_omni_7b": Fit(language="attention", tokenizer_rows=16, flow_rows=32),
+        "omni_14b": Fit(moments="bfloat16", language="attention", tokenizer_rows=8, flow_rows=32),
     },
     "v5e:2x4": {
         "omni_0b5": Fit(),
@@ -80,10 +83,11 @@ class Layout:
     accumulate: int
 
 
-def fit_of(model: str, machine: str) -> Fit:
+def fit_of(model: str, machine: str, *, encoder: bool = False) -> Fit:
     """Finds what `machine` takes of `model`: a named model, or one of a `config.json`.
 
-    The latter is taken for the smallest named one whose language model has at least as many parameters.
+    The latter is taken for the smallest named one whose language model has at least as many parameters, with `encoder`
+    its audio encoder too: that is no part of the stages' step, and most of the audio tokenizer's.
 
     Raises:
         ConfigError: an unknown machine or model, or a model larger than every named one.
@@ -94,13 +98,19 @@ def fit_of(model: str, machine: str) -> Fit:
             "leave it out, and set mesh, data.budgets and train.accumulate"
         )
     if model not in MODELS:
-        size = language_parameters(resolve_model(model).llm)
-        larger = (name for name in MODELS if language_parameters(MODELS[name]().llm) >= size)
-        named = next(larger, None)
-        if named is None:
-            raise ConfigError(f"model {model}: {size / 1e9:.1f} B parameters are more than the recipe has sizes for")
-        model = named
+        model = _named_like(resolve_model(model), model, encoder)
     return _FITS[machine].get(model, Fit())
+
+
+def _named_like(omni: OmniConfig, model: str, encoder: bool) -> str:
+    """The smallest named model that has no smaller part than `omni`, which `model` names in errors."""
+    size, heard = language_parameters(omni.llm), encoder_parameters(omni.audio)
+    for name, make in MODELS.items():
+        named = make()
+        if language_parameters(named.llm) >= size and not (encoder and encoder_parameters(named.audio) < heard):
+            return name
+    parts = f"{size / 1e9:.1f} B parameters" + f" and an audio encoder of {heard / 1e9:.1f} B" * encoder
+    raise ConfigError(f"model {model}: {parts} are more than the recipe has sizes for")
 
 
 def layout_of(fit: Fit, machine: str, tokens: int, step_tokens: int = 2**20) -> Layout:
@@ -118,6 +128,16 @@ def layout_of(fit: Fit, machine: str, tokens: int, step_tokens: int = 2**20) -> 
     )
 
 
+def audio_layout_of(machine: str, tokens: int, rows: int) -> Layout:
+    """Lays out rows of clips, all of a step at once: codebooks are updated from whole batches.
+
+    Where there are more chips than rows, a row's tokens and clips are split over `context`.
+    """
+    chips = MACHINES[machine]
+    fsdp = min(chips, rows)
+    return Layout(mesh=MeshConfig(fsdp=fsdp, context=chips // fsdp), tokens=tokens, rows=rows, accumulate=1)
+
+
 def language_parameters(llm: LLMConfig) -> int:
     """Counts the parameters of a language model, its untied head included.
 
@@ -128,3 +148,12 @@ def language_parameters(llm: LLMConfig) -> int:
     attention = 2 * d * heads + heads + 2 * (d + 1) * groups
     layer = attention + 3 * d * llm.intermediate_size + 2 * d
     return 2 * llm.vocab_size * d + llm.num_layers * layer + d
+
+
+def encoder_parameters(audio: AudioConfig) -> int:
+    """Counts the matrices of an audio encoder's layers, which are nearly all of it.
+
+    >>> encoder_parameters(resolve_model("baichuan_omni_7b").audio)
+    629145600
+    """
+    return audio.encoder_layers * audio.d_model * (4 * audio.d_model + 2 * audio.encoder_ffn_dim)

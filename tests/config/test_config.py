@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from baichuan_omni_jax.config import (
+    AUDIO_RUNS,
+    MACHINES,
     MODELS,
     STAGES,
     GenerationConfig,
@@ -19,6 +21,7 @@ from baichuan_omni_jax.config import (
     from_dict,
     from_hf,
     load_run_config,
+    omni_0b5,
     omni_1b5,
     omni_14b,
     read_hf,
@@ -100,10 +103,9 @@ def test_every_config_loads_and_survives_json(path):
     resolve_model(run.model)
 
 
-def test_a_stage_needs_no_file_and_its_file_is_the_same():
-    for stage in STAGES:
-        assert load_run_config(stage) == load_run_config(ROOT / "configs" / f"{stage}.py")
-        assert load_run_config(f"{stage}_tiny") == load_run_config(ROOT / "configs" / f"{stage}_tiny.py")
+@pytest.mark.parametrize("name", [f"{name}{size}" for name in (*STAGES, *AUDIO_RUNS) for size in ("", "_tiny")])
+def test_a_run_of_the_recipe_needs_no_file_and_its_file_is_the_same(name):
+    assert load_run_config(name) == load_run_config(ROOT / "configs" / f"{name}.py")
 
 
 def test_model_and_machine_size_the_whole_run_before_other_overrides():
@@ -125,7 +127,9 @@ def test_model_and_machine_size_the_whole_run_before_other_overrides():
             r"micro\.py is not sized by machine: set mesh, data",
         ),
         ("sft", "model=huge", "model 'huge' is neither a variant"),
-        ("sftt", "model=tiny", r"config file sftt does not exist, nor a stage of that name \(image_text_1, "),
+        ("sftt", "model=tiny", r"config file sftt does not exist, nor a run of that name \(audio_tokenizer, "),
+        ("flow_matching", "machine=v9:2x2", r"machine 'v9:2x2' is not one that the recipe has sizes for \(h100:1, "),
+        ("audio_tokenizer_tiny", "machine=v5e:2x4", "audio_tokenizer_tiny is not sized by machine: set mesh, data"),
     ],
 )
 def test_what_cannot_be_sized_is_refused_by_name(config, change, message):
@@ -145,6 +149,25 @@ def test_a_model_of_a_file_is_sized_as_the_smallest_named_one_that_holds_it(tmp_
     path.write_text(json.dumps(to_hf(replace(large, llm=replace(large.llm, num_layers=96)))))
     with pytest.raises(ConfigError, match=r"config\.json: 28\.0 B parameters are more than the recipe has sizes for"):
         load_run_config("sft", [f"model={path}"])
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("name", AUDIO_RUNS)
+def test_a_large_encoder_beside_a_small_language_model_is_sized_for(name, machine, tmp_path):
+    """In the runs that compute it: for the stages, which read its codes, the language model alone decides."""
+    mixed = replace(omni_0b5(), audio=baichuan_omni_7b().audio)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(to_hf(mixed)))
+    changes = [f"machine={machine}"]
+    assert replace(load_run_config(name, [*changes, f"model={path}"]), model="omni_3b") == load_run_config(
+        name, [*changes, "model=omni_3b"]
+    )
+    assert replace(load_run_config("sft", [*changes, f"model={path}"]), model="omni_0b5") == load_run_config(
+        "sft", [*changes, "model=omni_0b5"]
+    )
+    path.write_text(json.dumps(to_hf(replace(mixed, audio=replace(mixed.audio, encoder_layers=64)))))
+    with pytest.raises(ConfigError, match=r"0\.6 B parameters and an audio encoder of 1\.3 B are more than the recipe"):
+        load_run_config(name, [*changes, f"model={path}"])
 
 
 def test_missing_config_and_model_are_refused_by_name(tmp_path):

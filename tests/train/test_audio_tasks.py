@@ -1,6 +1,7 @@
 """The tasks that train on audio, run as a user runs them: what moves, what stays, and exact resumption."""
 
 import dataclasses
+import functools
 import json
 import shutil
 from functools import partial
@@ -9,14 +10,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from jax.sharding import AbstractMesh
 
 from baichuan_omni_jax.audio.encoder import fingerprint
 from baichuan_omni_jax.checkpoint import abstract_branches, load_branches, with_shardings
-from baichuan_omni_jax.config import apply_overrides, load_run_config, resolve_model, tiny, to_hf
+from baichuan_omni_jax.config import (
+    AUDIO_RUNS,
+    MACHINES,
+    MODELS,
+    apply_overrides,
+    load_run_config,
+    resolve_model,
+    tiny,
+    to_hf,
+)
 from baichuan_omni_jax.config.mel_targets import run_mel_targets
 from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.nn.param import named_variables
+from baichuan_omni_jax.sharding import MESH_AXES, ShardingRules, check_divisible, parameter_axes
 from baichuan_omni_jax.train.input import BatchPlacer
-from baichuan_omni_jax.train.state import init_state, make_compute, make_step_spec
+from baichuan_omni_jax.train.state import init_state, make_compute, make_step_spec, make_task
 from baichuan_omni_jax.train.step import compile_step, compute_gradients
 from data_pipelines.pipeline import open_pipeline
 from tests.helpers import tokenized
@@ -28,6 +42,35 @@ SMALL = ("data.workers=0", "data.sample=false", "eval.every=0", "data.mel_frames
 
 def small(config, root, *changes: str):
     return apply_overrides(load_run_config(config), [*SMALL, f"data.root={root}", *changes])
+
+
+@functools.cache
+def abstract_variables(name: str, model: str) -> dict[str, nnx.Variable]:
+    """The parameters of a run, as shapes."""
+    run = load_run_config(name, [f"model={model}"])
+    task = make_task(run, resolve_model(model), make_compute(run))
+    return named_variables(jax.eval_shape(lambda: task.make_model(jax.random.key(0))))
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("name", AUDIO_RUNS)
+def test_every_model_is_laid_out_on_every_machine(name, machine):
+    """Rows, clips and parameters divide as the mesh asks; a machine may take fewer rows, and nothing else differs."""
+    recipe = load_run_config(name)
+    for model in (name for name in MODELS if name != "tiny"):
+        run = load_run_config(name, [f"model={model}", f"machine={machine}"])
+        mesh = AbstractMesh((1, run.mesh.fsdp, run.mesh.context, 1), MESH_AXES)
+        assert mesh.size == MACHINES[machine]
+        assert recipe.data.rows % run.data.rows == 0
+        shards, budgets = run.mesh.context, run.data.budgets
+        assert run.data.rows % (run.mesh.fsdp * run.train.accumulate) == run.train.accumulate - 1 == 0
+        assert budgets.mel_windows % shards == budgets.audio_frames % shards == budgets.audio_targets % shards == 0
+        assert budgets.tokens % (shards * run.data.context_block) == 0
+        for path, variable in abstract_variables(name, model).items():
+            check_divisible(mesh, ShardingRules(), variable.shape, parameter_axes(variable), path)
+        rows = dataclasses.replace(run.data, rows=recipe.data.rows)
+        same = dataclasses.replace(run, model=recipe.model, machine=recipe.machine, mesh=recipe.mesh, data=rows)
+        assert same == recipe
 
 
 @pytest.fixture(scope="module")
