@@ -22,8 +22,8 @@ from pathlib import Path
 import jax
 from flax import nnx
 
+from baichuan_omni_jax.config import AUDIO_RUNS, MODELS, STAGES, RunConfig, load_run_config, resolve_model
 from baichuan_omni_jax.config import MACHINES as MACHINE_CHIPS
-from baichuan_omni_jax.config import MODELS, STAGES, RunConfig, load_run_config, resolve_model
 from baichuan_omni_jax.config.machines import fit_of
 from baichuan_omni_jax.config.stages import BY_DOCUMENTS
 from baichuan_omni_jax.flops.terms import GPUS, TPUS, flops_by_branch, omni_terms
@@ -42,15 +42,13 @@ GIB = 2**30
 # bfloat16 FLOP/s of a chip, by its name in a topology.
 PEAKS = {chip.name.lower(): chip.flops for chip in (*TPUS.values(), *GPUS.values())}
 ROOMS = {chip.name.lower(): chip.hbm_bytes for chip in TPUS.values()}
-# A step of 14 B parameters compiles in some minutes; four times that is a hang.
-LIMIT = 2400
 KEPT = ("args_bytes", "temp_bytes", "peak_bytes", "hbm_bytes", "fits", "mesh", "model_flops", "suggestions", "seconds")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON lines, one a cell")
-    parser.add_argument("--stages", default="sft", metavar="A,B", help="of the recipe")
+    parser.add_argument("--stages", default="sft", metavar="A,B", help="of the recipe, or the audio runs")
     parser.add_argument("--machines", default=",".join(MACHINES), metavar="A,B")
     parser.add_argument("--models", default=",".join(NAMED), metavar="A,B")
     parser.add_argument("--table", action="store_true", help="print what the file holds; compile nothing")
@@ -58,6 +56,8 @@ def main() -> None:
     parser.add_argument(
         "--hours", action="store_true", help="print the predicted hours of every stage; compile nothing"
     )
+    # A step of 14 B parameters compiles in some minutes of a machine of its own; four times that is a hang.
+    parser.add_argument("--limit", type=int, default=2400, metavar="S", help="seconds of a cell (default 2400)")
     parser.add_argument("--utilization", type=float, default=0.4, metavar="X", help="of the chips' peak (default 0.4)")
     options = parser.parse_args()
     if options.hours:
@@ -73,7 +73,7 @@ def main() -> None:
         cell = {"stage": stage, "machine": machine, "model": model, "set": options.set}
         if key(cell) in done:
             continue
-        cell |= settings_of(cell) | compiled(cell)
+        cell |= settings_of(cell) | compiled(cell, options.limit)
         with options.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(cell) + "\n")
         print(stage, machine, model, said(cell), flush=True)
@@ -99,22 +99,23 @@ def settings_of(cell: dict) -> dict:
         "rows": run.data.rows,
         "accumulate": run.train.accumulate,
         "moments": run.optimizer.moments_dtype,
-        "language": fit_of(cell["model"], cell["machine"]).language,
+        # The audio runs freeze it or have none.
+        "language": fit_of(cell["model"], cell["machine"]).language if cell["stage"] in STAGES else "frozen",
     }
 
 
-def compiled(cell: dict) -> dict:
-    """The report's numbers, or why there is none."""
+def compiled(cell: dict, limit: int) -> dict:
+    """The report's numbers, or why there is none after `limit` seconds."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.json")
         command = [sys.executable, "-m", "baichuan_omni_jax", "preflight", "--config", cell["stage"]]
         command += [part for change in overrides(cell) for part in ("--set", change)]
         try:
             done = subprocess.run(
-                [*command, "--json", str(report)], capture_output=True, text=True, timeout=LIMIT, check=False
+                [*command, "--json", str(report)], capture_output=True, text=True, timeout=limit, check=False
             )
         except subprocess.TimeoutExpired:
-            return {"error": f"no result in {LIMIT} s"}
+            return {"error": f"no result in {limit} s"}
         if not report.exists():
             return {"error": done.stderr.strip()[-2000:]}
         found = json.loads(report.read_text(encoding="utf-8"))
@@ -128,6 +129,8 @@ def said(cell: dict) -> str:
     needed, room = cell["peak_bytes"] / GIB, cell["hbm_bytes"] / GIB
     gives = [
         f"rows of {cell['tokens']}" * (cell["stage"] in BY_DOCUMENTS and cell["tokens"] < LONGEST),
+        f"{cell['rows']} rows a step" * (cell["stage"] in AUDIO_RUNS and cell["rows"] < recipe_rows(cell["stage"])),
+        *(cell["stage"] in AUDIO_RUNS and cell["rows"] < load_run_config(cell["stage"]).data.rows),
         "bf16 moments" * (cell["moments"] == "bfloat16"),
         GIVEN.get(cell["language"], "") * (cell["stage"] in TRAIN_LANGUAGE),
     ]
@@ -135,6 +138,10 @@ def said(cell: dict) -> str:
     if "predicted" in cell:
         verdict = f"{verdict.replace(f'{needed:.1f}', f'about {needed:.0f}')}, predicted"
     return "; ".join(filter(None, (verdict, *gives)))
+
+
+def recipe_rows(stage: str) -> int:
+    return load_run_config(stage).data.rows
 
 
 def table(cells: list[dict]) -> Iterator[str]:
