@@ -22,9 +22,9 @@ from pathlib import Path
 import jax
 from flax import nnx
 
-from baichuan_omni_jax.config import AUDIO_RUNS, MODELS, STAGES, RunConfig, load_run_config, resolve_model
+from baichuan_omni_jax.config import AUDIO_RUNS, STAGES, RunConfig, load_run_config, resolve_model
 from baichuan_omni_jax.config import MACHINES as MACHINE_CHIPS
-from baichuan_omni_jax.config.machines import fit_of
+from baichuan_omni_jax.config.machines import SIZED_MODELS, fit_of
 from baichuan_omni_jax.config.stages import BY_DOCUMENTS
 from baichuan_omni_jax.flops.terms import GPUS, TPUS, flops_by_branch, omni_terms
 from baichuan_omni_jax.nn.param import ComputePolicy, named_variables
@@ -37,7 +37,6 @@ MACHINES = ("v5e:2x4", "v6e:2x4", "v5p:2x2x2", "h100:1")
 GIVEN = {"attention": "attention alone", "layers": "text tables frozen"}
 TRAIN_LANGUAGE = ("image_text_2", "image_audio_text_2", "omni_64k", "sft")
 LONGEST = 65536  # tokens of a row of the recipe's last two stages
-NAMED = tuple(name for name in MODELS if name != "tiny")
 GIB = 2**30
 # bfloat16 FLOP/s of a chip, by its name in a topology.
 PEAKS = {chip.name.lower(): chip.flops for chip in (*TPUS.values(), *GPUS.values())}
@@ -50,7 +49,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON lines, one a cell")
     parser.add_argument("--stages", default="sft", metavar="A,B", help="of the recipe, or the audio runs")
     parser.add_argument("--machines", default=",".join(MACHINES), metavar="A,B")
-    parser.add_argument("--models", default=",".join(NAMED), metavar="A,B")
+    parser.add_argument("--models", default=",".join(SIZED_MODELS), metavar="A,B")
     parser.add_argument("--table", action="store_true", help="print what the file holds; compile nothing")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of every cell, kept with it")
     parser.add_argument(
@@ -151,7 +150,7 @@ def table(cells: list[dict]) -> Iterator[str]:
         machines = [name for name in MACHINES if any(machine == name for machine, _ in found)]
         yield f"| `{stage}` | " + " | ".join(f"`{machine}`" for machine in machines) + " |"
         yield "|---" * (len(machines) + 1) + "|"
-        for model in NAMED:
+        for model in SIZED_MODELS:
             shown = [found.get((machine, model)) or predicted(stage, machine, model) for machine in machines]
             yield f"| `{model}` | " + " | ".join(said(cell) if cell else "" for cell in shown) + " |"
         yield ""
@@ -200,7 +199,7 @@ def hours_table(utilization: float) -> Iterator[str]:
     """Yields the Markdown rows of hours: stages across, machines and models down, all of the recipe's steps."""
     yield "| machine | model | " + " | ".join(f"`{stage}`" for stage in STAGES) + " | all |"
     yield "|---" * (len(STAGES) + 3) + "|"
-    for machine, model in itertools.product(MACHINES, NAMED):
+    for machine, model in itertools.product(MACHINES, SIZED_MODELS):
         peak = MACHINE_CHIPS[machine] * PEAKS[machine.partition(":")[0]]
         runs = [load_run_config(stage, [f"model={model}", f"machine={machine}"]) for stage in STAGES]
         hours = [step_flops(run) * run.train.steps / (peak * utilization) / 3600 for run in runs]

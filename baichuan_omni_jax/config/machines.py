@@ -71,6 +71,8 @@ _FITS: dict[str, dict[str, Fit]] = {
     "v6e:4x8": {name: Fit() for name in MODELS},
     "v5p:4x4x4": {name: Fit(chip_tokens=16384) for name in MODELS},
 }
+# The models that the recipe has sizes for, from the smallest to the largest.
+SIZED_MODELS = tuple(_FITS["h100:1"])
 
 
 @dataclass(frozen=True, kw_only=True)

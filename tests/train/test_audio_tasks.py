@@ -18,13 +18,13 @@ from baichuan_omni_jax.checkpoint import abstract_branches, load_branches, with_
 from baichuan_omni_jax.config import (
     AUDIO_RUNS,
     MACHINES,
-    MODELS,
     apply_overrides,
     load_run_config,
     resolve_model,
     tiny,
     to_hf,
 )
+from baichuan_omni_jax.config.machines import SIZED_MODELS
 from baichuan_omni_jax.config.mel_targets import run_mel_targets
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.nn.param import named_variables
@@ -57,7 +57,7 @@ def abstract_variables(name: str, model: str) -> dict[str, nnx.Variable]:
 def test_every_model_is_laid_out_on_every_machine(name, machine):
     """Rows, clips and parameters divide as the mesh asks; a machine may take fewer rows, and nothing else differs."""
     recipe = load_run_config(name)
-    for model in (name for name in MODELS if name != "tiny"):
+    for model in SIZED_MODELS:
         run = load_run_config(name, [f"model={model}", f"machine={machine}"])
         mesh = AbstractMesh((1, run.mesh.fsdp, run.mesh.context, 1), MESH_AXES)
         assert mesh.size == MACHINES[machine]
