@@ -16,19 +16,22 @@ from rich.progress import track
 from baichuan_omni_jax.errors import ConfigError, exit_code
 from data_pipelines.documents.prompt_writing import plain_text
 from data_pipelines.errors import file_errors
-from data_pipelines.sample.documents import RECIPES, plan_documents
+from data_pipelines.sample.documents import HELD_OUT, RECIPES, plan_documents
 from data_pipelines.sample.media import FOLDERS, MediaPlan, produce, record
 from data_pipelines.synthesis.speech.espeak import SAMPLE_RATE
 from data_pipelines.tools.commands import run_command
 
-VERSION = 3
+VERSION = 4
 """Raised whenever the same seed would give other documents or media: an older folder is then rebuilt."""
 
 SAMPLE_SOURCES = tuple((source, f"{source}.jsonl") for source in RECIPES)
 """(name, manifest file relative to the data set's root) of every source."""
 
+HELD_OUT_SOURCES = tuple((f"held_out/{name}", f"held_out/{name}.jsonl") for name in HELD_OUT)
+"""The same of every ability's held-out documents."""
+
 SUMMARY = "sample.json"
-_OWN_NAMES = {".cache", SUMMARY, *FOLDERS, *(manifest for _, manifest in SAMPLE_SOURCES)}
+_OWN_NAMES = {".cache", "held_out", SUMMARY, *FOLDERS, *(manifest for _, manifest in SAMPLE_SOURCES)}
 
 
 def build_sample(out: str | Path, *, seed: int = 0, progress: bool = True) -> Path:
@@ -48,11 +51,11 @@ def build_sample(out: str | Path, *, seed: int = 0, progress: bool = True) -> Pa
     if partial.exists():
         shutil.rmtree(partial)
     # Everything is planned before anything is made: documents decide which media there are.
-    for folder in FOLDERS:
+    for folder in (*FOLDERS, "held_out"):
         (partial / folder).mkdir(parents=True)
     plan, manifests = plan_documents(seed)
     seconds = _produce_all(plan, partial, progress)
-    for source, manifest in SAMPLE_SOURCES:
+    for source, manifest in (*SAMPLE_SOURCES, *HELD_OUT_SOURCES):
         lines = [json.dumps(document, ensure_ascii=False) + "\n" for document in manifests[source]]
         (partial / manifest).write_text("".join(lines), encoding="utf-8")
     summary = _summarize(plan, manifests, seconds, seed)
@@ -100,12 +103,14 @@ def _produce_all(plan: MediaPlan, root: Path, progress: bool) -> float:
 
 
 def _summarize(plan: MediaPlan, manifests: dict[str, list[dict]], seconds: float, seed: int) -> dict:
-    documents = [document for source in manifests.values() for document in source]
+    training = {source: documents for source, documents in manifests.items() if source in RECIPES}
+    documents = [document for source in training.values() for document in source]
     return {
         "version": VERSION,
         "seed": seed,
         "documents": len(documents),
-        "by_source": {source: len(entries) for source, entries in manifests.items()},
+        "by_source": {source: len(entries) for source, entries in training.items()},
+        "held_out": {source: len(manifests[source]) for source in manifests if source not in training},
         "by_type": dict(sorted(Counter(document["type"] for document in documents).items())),
         "images": len(plan.images),
         "speech_clips": len(plan.speech),
@@ -139,6 +144,8 @@ def _build(folder: Path, seed: int) -> None:
     print(f"{out}: {summary['documents']} documents ({time.perf_counter() - begin:.1f} s)")
     for kind, count in summary["by_type"].items():
         print(f"  {kind:<18}{count:>5}")
+    held_out = ", ".join(f"{count} {source.removeprefix('held_out/')}" for source, count in summary["held_out"].items())
+    print(f"  held out: {held_out}")
     print(
         f"  {summary['images']} images, {summary['speech_clips']} speech clips, {summary['videos']} videos, "
         f"{summary['audio_seconds']:.0f} s of audio, {summary['text_characters']} characters of text"

@@ -2,6 +2,9 @@
 
 A maker takes the plan (which names the media) and a random generator, and returns one prompt. Text and speech between
 `<trainable_start>` and `<trainable_end>` carry loss; end-of-text is added by the pipeline.
+
+Held-out documents are questions, a manifest for each ability (`HELD_OUT`). Their sentences, voices, crops and videos
+are in no training document: sentences and questions of words by `texts.is_held_out`, the rest by the plan.
 """
 
 import functools
@@ -43,6 +46,13 @@ def text(plan: MediaPlan, rng: random.Random) -> Source:
     return trainable(texts.paragraph(rng, rng.choice(LANGUAGES)))
 
 
+def text_qa(plan: MediaPlan, rng: random.Random) -> Source:
+    """Asks a written question, answered in writing."""
+    language = rng.choice(LANGUAGES)
+    question, answer = texts.dialogue(rng, plan.held_out)[LANGUAGES.index(language)]
+    return turn(question, answer, _system(rng, language))
+
+
 def caption(plan: MediaPlan, rng: random.Random) -> Source:
     """Shows an image and describes it, with a request before it or without."""
     language = rng.choice(LANGUAGES)
@@ -62,6 +72,15 @@ def qa(plan: MediaPlan, rng: random.Random) -> Source:
     return conversation([(image_tag(path) + question, answer), *others], _system(rng, language))
 
 
+def image_qa(plan: MediaPlan, rng: random.Random) -> Source:
+    """Shows an image and asks one question about it, whose answer is short."""
+    language = rng.choice(LANGUAGES)
+    path, crop = plan.add_image(rng)
+    # The first question asks for a list of all there is.
+    question, answer = rng.choice(scenes.questions(crop, language)[1:])
+    return turn(image_tag(path) + question, answer)
+
+
 def interleaved(plan: MediaPlan, rng: random.Random) -> Source:
     """Shows several images in running text, all of it trainable."""
     language = rng.choice(LANGUAGES)
@@ -79,14 +98,14 @@ def interleaved(plan: MediaPlan, rng: random.Random) -> Source:
 def asr(plan: MediaPlan, rng: random.Random) -> Source:
     """Asks for the words of a clip of speech, in the released form."""
     language = rng.choice(LANGUAGES)
-    words = texts.sentence(rng)[LANGUAGES.index(language)]
+    words = texts.sentence(rng, plan.held_out)[LANGUAGES.index(language)]
     return join([ASR_PROMPT, audio_tag(plan.add_speech(rng, words, language)), trainable(words)])
 
 
 def tts(plan: MediaPlan, rng: random.Random) -> Source:
     """Writes text, then speaks it, without an instruction: the released form."""
     language = rng.choice(LANGUAGES)
-    words = texts.sentence(rng)[LANGUAGES.index(language)]
+    words = texts.sentence(rng, plan.held_out)[LANGUAGES.index(language)]
     return join([words, trainable(speech_tag(plan.add_speech(rng, words, language)))])
 
 
@@ -94,7 +113,7 @@ def s2tt(plan: MediaPlan, rng: random.Random) -> Source:
     """Pairs speech in one language with its translation in the other."""
     # Every sentence is known in both languages, so either can be the spoken one.
     source, target = rng.choice([(0, 1), (1, 0)])
-    pair = texts.sentence(rng)
+    pair = texts.sentence(rng, plan.held_out)
     ask = ("将语音翻译成英文：", "将语音翻译成中文：")[target]
     return join([ask, audio_tag(plan.add_speech(rng, pair[source], LANGUAGES[source])), trainable(pair[target])])
 
@@ -102,7 +121,7 @@ def s2tt(plan: MediaPlan, rng: random.Random) -> Source:
 def aqa(plan: MediaPlan, rng: random.Random) -> Source:
     """Asks a spoken question, answered in writing."""
     language = rng.choice(LANGUAGES)
-    question, answer = texts.dialogue(rng)[LANGUAGES.index(language)]
+    question, answer = texts.dialogue(rng, plan.held_out)[LANGUAGES.index(language)]
     return turn(audio_tag(plan.add_speech(rng, question, language)), answer, _system(rng, language))
 
 
@@ -185,10 +204,10 @@ def video_qa(plan: MediaPlan, rng: random.Random) -> Source:
 
 
 def image_audio_text(plan: MediaPlan, rng: random.Random) -> Source:
-    """Shows an image and asks a spoken question about it."""
+    """Shows an image and asks a spoken question about it; a held-out one has a short answer."""
     language = rng.choice(LANGUAGES)
     path, crop = plan.add_image(rng)
-    question, answer = rng.choice(scenes.questions(crop, language))
+    question, answer = rng.choice(scenes.questions(crop, language)[int(plan.held_out) :])
     return turn(image_tag(path) + audio_tag(plan.add_speech(rng, question, language)), answer)
 
 
@@ -238,7 +257,7 @@ MIXED_SUBSETS = ("iv", "is", "vs", "iva", "ivs", "ias", "vas", "ivas")
 """Subsets of the modalities that no other type covers."""
 
 RECIPES: dict[str, list[tuple[str, int, Maker]]] = {
-    "text": [("text", 190, text)],
+    "text": [("text", 190, text), ("text_qa", 40, text_qa)],
     "image": [("caption", 80, caption), ("qa", 80, qa), ("interleaved", 20, interleaved)],
     "video": [("video_caption", 30, video_caption), ("video_qa", 30, video_qa)],
     "audio": [
@@ -259,26 +278,50 @@ RECIPES: dict[str, list[tuple[str, int, Maker]]] = {
 }
 """Source -> (document type, how many, maker)."""
 
-VIDEOS = 36
+HELD_OUT: dict[str, list[tuple[str, int, Maker]]] = {
+    "asr": [("asr", 32, asr)],
+    "tts": [("tts", 24, tts)],
+    "text_qa": [("text_qa", 32, text_qa)],
+    "aqa": [("aqa", 32, aqa)],
+    "image_qa": [("qa", 40, image_qa)],
+    "video_qa": [("video_qa", 28, video_qa)],
+    "image_aqa": [("image_audio_text", 32, image_audio_text)],
+}
+"""Ability -> (document type, how many, maker)."""
+
+VIDEOS, HELD_OUT_VIDEOS = 36, 14
 
 
 def plan_documents(seed: int) -> tuple[MediaPlan, dict[str, list[dict[str, str]]]]:
-    """Plans every document of the data set by source, in manifest order, and the media they need: the same for
-    a seed.
+    """Plans every document of the data set, and the media they need: the same for a seed.
+
+    Returns:
+        The media, and the documents in manifest order, by source and by `held_out/ABILITY`.
     """
+    # Held-out documents first: training avoids their crops.
+    held_out, manifests = MediaPlan(held_out=True), {}
+    held_out.add_videos(random.Random(f"{seed}/held-out films"), HELD_OUT_VIDEOS, scenes.video_caption_text)
+    _plan_sources(held_out, {f"held_out/{name}": recipes for name, recipes in HELD_OUT.items()}, seed, manifests)
     # Videos first: documents refer to them, while images and speech are planned by the document that needs them.
-    plan = MediaPlan()
+    plan = MediaPlan(reserved=list(held_out.images.values()))
     plan.add_videos(random.Random(f"{seed}/films"), VIDEOS, scenes.video_caption_text)
-    manifests = {}
-    for source, recipes in RECIPES.items():
+    _plan_sources(plan, RECIPES, seed, manifests)
+    return plan.join(held_out), manifests
+
+
+def _plan_sources(
+    plan: MediaPlan, sources: dict[str, list[tuple[str, int, Maker]]], seed: int, manifests: dict[str, list[dict]]
+) -> None:
+    """Adds the documents of these sources to `manifests`."""
+    for source, recipes in sources.items():
         # A generator for each source: a change to one leaves the others' documents as they are.
         rng = random.Random(f"{seed}/{source}")
         documents, made = [], {}
         for kind, count, maker in recipes:
             for _ in range(count):
                 number = made[kind] = made.get(kind, 0) + 1
-                documents.append({"id": f"{kind}-{number:04d}", "type": kind, "text": maker(plan, rng)})
+                name = f"{source}-{number:04d}" if plan.held_out else f"{kind}-{number:04d}"
+                documents.append({"id": name, "type": kind, "text": maker(plan, rng)})
         # Shuffled: a reader that takes the first documents of a manifest sees every type.
         rng.shuffle(documents)
         manifests[source] = documents
-    return plan, manifests

@@ -5,7 +5,7 @@ Planning only draws random numbers and names files, so the manifests depend on t
 
 import random
 import wave
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -18,6 +18,7 @@ from data_pipelines.sample.photographs import (
     SIZE,
     Crop,
     box_around,
+    overlap,
     random_crop,
     render,
     save,
@@ -154,6 +155,9 @@ VOICES = {
     "zh": ("cmn", "cmn+f1", "cmn+m3", "cmn+f4"),
 }
 """eSpeak voices by language. `cmn` is Mandarin; `+f1`, `+m3` are female and male variants of a voice."""
+HELD_OUT_VOICES = {"en": ("en-us+f2", "en-gb-x-gbclan+m1", "en+m7"), "zh": ("cmn+f2", "cmn+m1", "cmn+m7")}
+"""Those that no training document is spoken by."""
+MOST_SHARED = 0.8  # of a held-out crop and one of training, at most (`photographs.overlap`)
 
 
 @dataclass(frozen=True)
@@ -178,25 +182,33 @@ class VideoFile:
 
 @dataclass
 class MediaPlan:
-    """Names media files and remembers how each is to be made: `images`, `speech` and `videos`, by relative path."""
+    """Names media files and remembers how each is to be made: `images`, `speech` and `videos`, by relative path.
 
+    Those of `held_out` documents have voices and names of their own; in training no crop is nearly one of `reserved`.
+    """
+
+    held_out: bool = False
+    reserved: Sequence[Crop] = ()
     images: dict[str, Crop] = field(default_factory=dict)
     speech: dict[str, Utterance] = field(default_factory=dict)
     videos: list[VideoFile] = field(default_factory=list)
 
     def add_image(self, rng: random.Random) -> tuple[str, Crop]:
         """Adds a new image; returns its path and what it is a crop of."""
-        crop = random_crop(rng, rng.choice(PHOTOGRAPHS))
+        while True:
+            crop = random_crop(rng, rng.choice(PHOTOGRAPHS))
+            if all(overlap(crop, other) <= MOST_SHARED for other in self.reserved):
+                break
         # Both formats, as in real data: PNG keeps pixels, JPEG is what photographs come in.
         suffix = "png" if rng.random() < 0.3 else "jpg"
-        path = f"images/{crop.photo}_{len(self.images):04d}.{suffix}"
+        path = f"images/{self._prefix}{crop.photo}_{len(self.images):04d}.{suffix}"
         self.images[path] = crop
         return path, crop
 
     def add_speech(self, rng: random.Random, text: str, language: str) -> str:
         """Adds a new clip of speech; returns its path."""
-        utterance = _utterance(rng, text, language, (160, 190))
-        path = f"speech/{language}_{len(self.speech):04d}.wav"
+        utterance = self._utterance(rng, text, language, (160, 190))
+        path = f"speech/{self._prefix}{language}_{len(self.speech):04d}.wav"
         self.speech[path] = utterance
         return path
 
@@ -205,12 +217,22 @@ class MediaPlan:
         for index in range(count):
             video, language = random_video(rng, MOVES[index % len(MOVES)]), rng.choice(("en", "zh"))
             # A little faster than other speech: the whole sentence should fit the longest video.
-            track = _utterance(rng, describe(video, language), language, (175, 195))
-            self.videos.append(VideoFile(f"video/{video.move}_{index:03d}.mp4", video, language, track))
+            track = self._utterance(rng, describe(video, language), language, (175, 195))
+            path = f"video/{self._prefix}{video.move}_{index:03d}.mp4"
+            self.videos.append(VideoFile(path, video, language, track))
 
+    def join(self, other: "MediaPlan") -> "MediaPlan":
+        """Returns the plan of the media of both."""
+        images, speech = self.images | other.images, self.speech | other.speech
+        return MediaPlan(images=images, speech=speech, videos=self.videos + other.videos)
 
-def _utterance(rng: random.Random, text: str, language: str, rates: tuple[int, int]) -> Utterance:
-    return Utterance(text, rng.choice(VOICES[language]), rng.randint(*rates), rng.randint(35, 65))
+    @property
+    def _prefix(self) -> str:
+        return "held_out_" if self.held_out else ""
+
+    def _utterance(self, rng: random.Random, text: str, language: str, rates: tuple[int, int]) -> Utterance:
+        voices = (HELD_OUT_VOICES if self.held_out else VOICES)[language]
+        return Utterance(text, rng.choice(voices), rng.randint(*rates), rng.randint(35, 65))
 
 
 def record(plan: MediaPlan) -> dict[str, np.ndarray]:

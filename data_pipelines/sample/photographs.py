@@ -225,6 +225,16 @@ def part_center(rng: random.Random, photo: str, part: str) -> tuple[float, float
     return float(column), float(row)
 
 
+def overlap(one: Crop, other: Crop) -> float:
+    """Returns the area that two crops of one photograph share, of the area that they cover together (0-1)."""
+    if one.photo != other.photo:
+        return 0.0
+    area = lambda box: max(0, box[2] - box[0]) * max(0, box[3] - box[1])  # noqa: E731
+    a, b = one.box, other.box
+    shared = area((max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])))
+    return shared / (area(a) + area(b) - shared)
+
+
 def random_crop(rng: random.Random, photo: str, *, gray_share: float = 0.1) -> Crop:
     """Draws a crop around a random part in which something can be named; 56-300 pixels a side when saved."""
     # Drawn until something can be named and the saved size is in range.

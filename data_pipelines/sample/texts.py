@@ -1,6 +1,12 @@
-"""Sentences, paragraphs and questions made from the phrase tables, always as an (English, Chinese) pair."""
+"""Sentences, paragraphs and questions made from the phrase tables, always as an (English, Chinese) pair.
+
+A sentence or a question that can be new (one with a choice of words in it) is either held out, in whatever form it
+comes, or in training: which of the two, its words decide (`is_held_out`). Held-out ones are new combinations of words
+that training has.
+"""
 
 import random
+import zlib
 
 SLOTS = {
     "day": [
@@ -170,6 +176,23 @@ Pair = tuple[str, str]
 """The same text in English and in Chinese."""
 
 
+def is_held_out(english: str) -> bool:
+    """Whether no training document may hold this sentence: one in eight, decided by its words."""
+    return zlib.crc32(english.lower().encode()) % 8 == 0
+
+
+def _fill_of_split(rng: random.Random, template: Pair, held_out: bool) -> Pair | None:
+    """Fills a template until its sentence is of the split; None for one of training alone, which has no slots."""
+    if "{" not in template[0]:
+        return None if held_out else template
+    while True:
+        pair = _fill(rng, template)
+        if is_held_out(pair[0]) == held_out:
+            return pair
+        if held_out:
+            return None  # of few combinations perhaps none is held out: another template is drawn
+
+
 def _fill(rng: random.Random, template: Pair) -> Pair:
     """Fills every slot with one value, the same in both languages; `{Friend}` is `{friend}` with a capital letter."""
     # Two different values a slot are drawn whether the template has it or not: a new slot changes later draws alike.
@@ -182,15 +205,22 @@ def _fill(rng: random.Random, template: Pair) -> Pair:
     return english, chinese
 
 
-def sentence(rng: random.Random) -> Pair:
-    """Writes one sentence of any topic: 1.5-5 s when spoken."""
-    return _fill(rng, rng.choice(TOPICS[rng.choice(list(TOPICS))]))
+def sentence(rng: random.Random, held_out: bool = False) -> Pair:
+    """Writes one sentence of any topic, of training or held out: 1.5-5 s when spoken."""
+    while True:
+        pair = _fill_of_split(rng, rng.choice(TOPICS[rng.choice(list(TOPICS))]), held_out)
+        if pair is not None:
+            return pair
 
 
 def sentences(rng: random.Random, count: int) -> list[Pair]:
-    """Writes `count` different sentences of one topic, in the order of its table, which reads as a small story."""
+    """Writes `count` different sentences of one topic, in the order of its table, which reads as a small story.
+
+    None of them is held out.
+    """
     templates = TOPICS[rng.choice(list(TOPICS))]
-    return [_fill(rng, templates[index]) for index in sorted(rng.sample(range(len(templates)), count))]
+    chosen = sorted(rng.sample(range(len(templates)), count))
+    return [pair for index in chosen if (pair := _fill_of_split(rng, templates[index], False)) is not None]
 
 
 def join(texts: list[str], language: str) -> str:
@@ -213,28 +243,40 @@ def paragraph(rng: random.Random, language: str) -> str:
 
 
 def _sum(rng: random.Random) -> Pair:
-    a, b = rng.randrange(1, 10), rng.randrange(1, 10)
-    left, right, total = NUMBERS[a - 1], NUMBERS[b - 1], NUMBERS[a + b - 1]
-    return f"{left[0].capitalize()} plus {right[0]} is {total[0]}.", f"{left[1]}加{right[1]}等于{total[1]}。"
+    return _sum_of_split(rng, False)[2]
 
 
-def dialogue(rng: random.Random) -> tuple[Pair, Pair]:
-    """Writes ((English question, its answer), (Chinese question, its answer)); the answer is true and short."""
-    kind = rng.choice(["sum", "day", "opposite", "fact", "fact"])
+def _sum_of_split(rng: random.Random, held_out: bool) -> tuple[Pair, Pair, Pair]:
+    """Draws two numbers whose sum is of the split; returns their words and the sentence that adds them."""
+    while True:
+        a, b = rng.randrange(1, 10), rng.randrange(1, 10)
+        x, y, total = NUMBERS[a - 1], NUMBERS[b - 1], NUMBERS[a + b - 1]
+        added = f"{x[0].capitalize()} plus {y[0]} is {total[0]}."
+        if is_held_out(added) == held_out:
+            return x, y, (added, f"{x[1]}加{y[1]}等于{total[1]}。")
+
+
+def dialogue(rng: random.Random, held_out: bool = False) -> tuple[Pair, Pair]:
+    """Writes ((English question, its answer), (Chinese question, its answer)); the answer is true and short.
+
+    Held out are sums and opposites, which follow from others; a day's name or a fact is known or not.
+    """
+    kind = rng.choice(["sum", "sum", "sum", "opposite"] if held_out else ["sum", "day", "opposite", "fact", "fact"])
     if kind == "fact":
         return rng.choice(FACTS)
     if kind == "sum":
-        a, b = rng.randrange(1, 10), rng.randrange(1, 10)
-        x, y, total = NUMBERS[a - 1], NUMBERS[b - 1], NUMBERS[a + b - 1]
-        english = (f"How much is {x[0]} plus {y[0]}?", f"{x[0].capitalize()} plus {y[0]} is {total[0]}.")
-        return english, (f"{x[1]}加{y[1]}等于多少？", f"{x[1]}加{y[1]}等于{total[1]}。")
+        x, y, added = _sum_of_split(rng, held_out)
+        return (f"How much is {x[0]} plus {y[0]}?", added[0]), (f"{x[1]}加{y[1]}等于多少？", added[1])
     if kind == "day":
         index = rng.randrange(7)
         today, after = SLOTS["day"][index], SLOTS["day"][(index + 1) % 7]
         english = (f"Which day comes after {today[0]}?", f"After {today[0]} comes {after[0]}.")
         return english, (f"{today[1]}的后一天是星期几？", f"{today[1]}的后一天是{after[1]}。")
-    words = list(rng.choice(OPPOSITES))
-    rng.shuffle(words)
-    word, other = words
+    while True:
+        words = list(rng.choice(OPPOSITES))
+        rng.shuffle(words)
+        word, other = words
+        if is_held_out(f"{word[0]} and {other[0]}") == held_out:
+            break
     english = (f"What is the opposite of {word[0]}?", f"The opposite of {word[0]} is {other[0]}.")
     return english, (f"{word[1]}的反义词是什么？", f"{word[1]}的反义词是{other[1]}。")

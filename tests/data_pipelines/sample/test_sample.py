@@ -13,7 +13,7 @@ from PIL import Image
 from data_pipelines.documents.prompt_writing import plain_text
 from data_pipelines.sample import __main__ as build
 from data_pipelines.sample import documents as documents_module
-from data_pipelines.sample.__main__ import SAMPLE_SOURCES, build_sample, main
+from data_pipelines.sample.__main__ import HELD_OUT_SOURCES, SAMPLE_SOURCES, build_sample, main
 from data_pipelines.sample.documents import plan_documents
 from data_pipelines.sample.photographs import Crop, absent_parts, dominant_color, visible_parts
 from data_pipelines.text.spoken_text import split_text
@@ -50,8 +50,11 @@ def test_every_subset_of_modalities_occurs(documents):
 
 
 def test_every_file_is_referenced_and_opens(sample_dir, documents):
+    for _, manifest in HELD_OUT_SOURCES:
+        documents = documents + [json.loads(line) for line in (sample_dir / manifest).read_text("utf-8").splitlines()]
     named = {path for document in documents for _, path in media_of(document)}
-    made = {path.relative_to(sample_dir).as_posix() for path in sample_dir.glob("*/*")}
+    folders = ("images", "speech", "video")
+    made = {path.relative_to(sample_dir).as_posix() for name in folders for path in sample_dir.glob(f"{name}/*")}
     assert named <= made
     # A video may be left out by chance, an image or a clip of speech never.
     assert all(path.startswith("video/") for path in made - named)
@@ -172,7 +175,9 @@ def test_a_folder_with_other_things_is_refused(tmp_path, capsys):
 def test_a_half_built_folder_is_built_anew(tmp_path, monkeypatch, capsys):
     recipes = {source: [] for source, _ in SAMPLE_SOURCES}
     monkeypatch.setattr("data_pipelines.sample.documents.RECIPES", recipes)
+    monkeypatch.setattr("data_pipelines.sample.documents.HELD_OUT", {name: [] for name in documents_module.HELD_OUT})
     monkeypatch.setattr("data_pipelines.sample.documents.VIDEOS", 1)
+    monkeypatch.setattr("data_pipelines.sample.documents.HELD_OUT_VIDEOS", 0)
     out = tmp_path / "data"
     (out / "images").mkdir(parents=True)
     (out / "images" / "left_over.jpg").write_bytes(b"")
@@ -180,4 +185,4 @@ def test_a_half_built_folder_is_built_anew(tmp_path, monkeypatch, capsys):
     assert main([str(out)]) == 0
     assert "0 documents" in capsys.readouterr().out
     assert not (tmp_path / "data.partial").exists()
-    assert sorted(path.name for path in out.glob("*/*")) == ["right_000.mp4"]
+    assert sorted(path.name for path in out.glob("*/*.*") if path.suffix != ".jsonl") == ["right_000.mp4"]
