@@ -12,6 +12,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
 
 import grain
 import numpy as np
@@ -20,13 +21,12 @@ from grain.multiprocessing import SharedMemoryArray
 from jaxtyping import Int32
 
 from baichuan_omni_jax.config import Budgets, OmniConfig
-from data_pipelines.documents.document import Lengths
+from data_pipelines.documents.document import Document, Lengths
 from data_pipelines.documents.media_items import Codes
 from data_pipelines.documents.processor import Processor
 from data_pipelines.documents.sequence import weigh
 from data_pipelines.errors import SampleError
 from data_pipelines.packing.batch import Batch, ContextPlan, RowWriter, empty_rows
-from data_pipelines.packing.index import Index
 from data_pipelines.packing.packer import PackedRow, StepPlan
 from data_pipelines.packing.row_limits import BUDGETED, MelSlots, PatchLayout, row_key
 
@@ -47,11 +47,26 @@ class Step:
     damaged: dict[tuple[int, int], int] = field(default_factory=dict)
 
 
+@runtime_checkable
+class RowDocuments(Protocol):
+    """What rows are decoded from: documents by number, with what was measured of them. An `Index` is one."""
+
+    def document(self, number: int) -> Document: ...
+
+    def location(self, number: int) -> str: ...
+
+    def lengths(self, number: int) -> Int32[np.ndarray, "budgets"]: ...
+
+    def text_targets(self, number: int) -> int: ...
+
+    def image_patches(self, number: int) -> list[int]: ...
+
+
 @dataclass(frozen=True)
 class RowDecoder:
     """Turns planned rows into a batch. Picklable: it goes to the workers."""
 
-    indexes: tuple[Index, ...]  # of the sources, in their order
+    indexes: tuple[RowDocuments, ...]  # of the sources, in their order
     processor: Processor
     codes: Codes | None  # the store of audio codes; None: zeros
     budgets: Budgets
@@ -87,6 +102,8 @@ class RowDecoder:
 
     def _place_images(self, row: PackedRow) -> list[Int32[np.ndarray, "_"]]:
         """Returns the first patch of each image of each document, as the plan foresaw them."""
+        if not row:  # of a list of documents that does not fill a step
+            return []
         sizes = [self.indexes[source].image_patches(number) for source, number in row]
         starts = self.layout.starts([size for document in sizes for size in document])
         return np.split(starts, np.cumsum([len(document) for document in sizes])[:-1])
@@ -114,7 +131,7 @@ class RowDecoder:
         writer.add(weighed, source=source, number=number, image_starts=image_starts)
 
 
-def _as_measured(found: Lengths, index: Index, number: int) -> bool:
+def _as_measured(found: Lengths, index: RowDocuments, number: int) -> bool:
     sizes = [found.tokens, found.patches, found.audio_frames, found.audio_targets]
     as_long = sizes == index.lengths(number)[: len(sizes)].tolist() and found.text_targets == index.text_targets(number)
     return as_long and list(found.image_patches) == index.image_patches(number)
