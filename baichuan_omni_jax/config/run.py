@@ -138,13 +138,16 @@ class EvalMixture:
 
     name: str  # a part of the metrics' keys
     sources: tuple[SourceConfig, ...]  # as in `DataConfig.mixture`, from the same root
+    # Whether the documents are also scored with another document's media: what the model loses by them is what it
+    # sees and hears. Costs about as much again, twice. Of the task `omni` alone.
+    swapped: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """Held-out loss, and in tasks that train on audio samples of it."""
+    """Held-out loss; abilities and public benchmarks; and in tasks that train on audio samples of it."""
 
-    every: int = 0  # steps between evaluations; 0: never
+    every: int = 0  # steps between evaluations of the loss; 0: never
     steps: int = 1  # the first so many of each mixture, the same in every evaluation
     # Steps between samples of audio in TensorBoard, clips as they come back from their codes, as WAV and as mels; 0:
     # never.
@@ -152,6 +155,22 @@ class EvalConfig:
     audio_samples: int = 2  # the first so many clips of each mixture
     vocoder: str = ""  # a checkpoint with a HiFT vocoder, for the mels of flow matching; "": Griffin-Lim
     mixtures: tuple[EvalMixture, ...] = ()
+    # A folder below `data.root` with a manifest of held-out documents for every source, `FOLDER/SOURCE.jsonl`, their
+    # media where the source's own are: they are the mixture `held_out`, scored with swapped media too. "": none.
+    held_out: str = ""
+
+    # --- Answers of the weights in training, of the task `omni`: docs/how-to/evaluate.md.
+    # Mixtures whose documents are asked: each source is an ability, and what its documents teach first is the answer.
+    abilities: tuple[str, ...] = ()
+    ability_every: int = 0  # steps between; 0: after the last one alone
+    ability_items: int = 32  # documents of each source, the first so many
+    # Public benchmarks by their names in `baichuan-omni evaluate --suite`.
+    suites: tuple[str, ...] = ()
+    suite_every: int = 0  # as `ability_every`
+    suite_items: int = 0  # of each group of a suite, the first so many; 0: all
+    suite_data: str = "data"  # the folder that the suites' own folders lie in
+    # Who judges free answers: `rules`, `exact`, `none`, or the URL of an OpenAI-compatible server, up to /v1.
+    suite_judge: str = "rules"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,12 @@
 eval/NAME/loss  loss_text  loss_audio  loss_audio_q0 ..     of mixture NAME, as in a training step
 eval/NAME/loss_text_only                                    of its documents without any image or audio
 eval/NAME/SOURCE/loss_text  loss_audio                      of one source
+eval/NAME/SOURCE/loss_text_swapped   media_gain             with another document's media (`EvalMixture.swapped`), and
+                                                            what the own ones save: nats per text target
+eval/NAME/SOURCE/loss_audio_swapped  text_gain              speech with another document's text, and what its own saves
+
+Gains are of documents that have something to swap, each once, of the same steps. A model that ignores what it is shown
+gains 0.
 
 The tasks that train on audio have scores of their own: `audio_scores.py`.
 """
@@ -23,6 +29,29 @@ from baichuan_omni_jax.sharding import ShardingRules
 
 Sums = dict[str, Float[Array, "..."]]
 TotalSums = Mapping[str, Float[np.ndarray, "..."]]
+
+
+@runtime_checkable
+class ExchangedMedia(Protocol):
+    """The same documents as they are and with another's media; each call reads their steps from the start.
+
+    Source 2 n of a batch has documents of the mixture's source n with exchanged media, 2 n + 1 with exchanged text.
+    """
+
+    @property
+    def own(self) -> Callable[[], Iterator[Any]]: ...
+
+    @property
+    def exchanged(self) -> Callable[[], Iterator[Any]]: ...
+
+
+@runtime_checkable
+class SwappableData(Protocol):
+    """A held-out mixture whose documents can be scored with others' media."""
+
+    def exchanged_media(self, steps: int) -> ExchangedMedia:
+        """Returns the documents of the first `steps` steps with and without exchanged media."""
+        ...
 
 
 @runtime_checkable
@@ -62,6 +91,7 @@ class HeldOutEvaluation:
         """
         self._config, self._mixtures, self._place = config, mixtures, place
         self._sums_of, self._means_of = sums_of, means_of
+        self._swapped = {mixture.name for mixture in config.mixtures if mixture.swapped}
 
     def is_due(self, step: int) -> bool:
         """Whether to evaluate: before the first step, and after every `eval.every`."""
@@ -72,15 +102,30 @@ class HeldOutEvaluation:
         # One mixture after the other: their batches have one shape, so one program serves all.
         scores = {}
         for name, data in self._mixtures.items():
-            means = self._means_of(self._sum(parameters, data), data.sources)
+            steps = islice_closing(data.steps(None), self._config.steps)
+            means = self._means_of(self._sum(parameters, steps), data.sources)
+            if name in self._swapped and isinstance(data, SwappableData):
+                means |= self._gains(parameters, data.exchanged_media(self._config.steps), data.sources)
             scores |= {f"eval/{name}/{key}": value for key, value in means.items()}
         return scores
 
-    def _sum(self, parameters: dict[str, Any], data: HeldOutData) -> TotalSums:
+    def _gains(self, parameters: dict[str, Any], media: ExchangedMedia, sources: tuple[str, ...]) -> dict[str, float]:
+        """Scores the same documents as they are and with exchanged media."""
+        names = tuple(f"{source}/{kind}" for source in sources for kind in ("media", "text"))
+        own, other = (self._means_of(self._sum(parameters, steps()), names) for steps in (media.own, media.exchanged))
+        gains = {}
+        for source in sources:
+            # What is shown is for the text, the text that is spoken for its speech.
+            for kind, loss in (("media", "loss_text"), ("text", "loss_audio")):
+                key = f"{source}/{kind}/{loss}"
+                if key in own and key in other:
+                    gains |= {f"{source}/{loss}_swapped": other[key], f"{source}/{kind}_gain": other[key] - own[key]}
+        return gains
+
+    def _sum(self, parameters: dict[str, Any], steps: Iterator[Any]) -> TotalSums:
         total: dict[str, Any] = {}
-        steps = data.steps(None)
         try:
-            for step in islice(steps, self._config.steps):
+            for step in steps:
                 sums = self._sums_of(parameters, self._place(step.batch))
                 for name, value in sums.items():
                     # fp64 on the host: a mean over many steps should not round.
@@ -88,6 +133,14 @@ class HeldOutEvaluation:
         finally:
             close_steps(steps)
         return total
+
+
+def islice_closing(steps: Iterator[Any], count: int) -> Iterator[Any]:
+    """Yields the first `count` steps, and ends the workers of the iterator."""
+    try:
+        yield from islice(steps, count)
+    finally:
+        close_steps(steps)
 
 
 def close_steps(steps: object) -> None:

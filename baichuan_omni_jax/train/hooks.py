@@ -73,17 +73,20 @@ class EvaluationHook(Hook):
     """Held-out scores before the first step and after every `eval.every`."""
 
     def __init__(self, spec: StepSpec, place: BatchPlacer, mixtures: Mapping[str, HeldOutData]) -> None:
-        # As many sources as the largest mixture has: one program sums for all of them.
+        # As many sources as the largest mixture has: one program sums for all of them. Exchanged media count apart.
         run, sources = spec.task.run, max((len(data.sources) for data in mixtures.values()), default=1)
+        sources *= 2 if any(mixture.swapped for mixture in run.eval.mixtures) else 1
         sums_of, means_of = compile_held_out(spec, sources), spec.task.held_out_means
         self._spec = spec
         self._evaluation = HeldOutEvaluation(run.eval, mixtures, place, sums_of, means_of)
+        self.last: dict[str, float] = {}  # the newest scores
 
     def is_due(self, step: int) -> bool:
         return self._evaluation.is_due(step)
 
     def measure(self, progress: RunProgress) -> MetricsRecord:
-        return dict(self._evaluation(evaluation_values(self._spec, progress.state)))
+        self.last = self._evaluation(evaluation_values(self._spec, progress.state))
+        return dict(self.last)
 
 
 def compile_held_out(spec: StepSpec, sources: int) -> Callable[[Arrays, Batch], Sums]:
