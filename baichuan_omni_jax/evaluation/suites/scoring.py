@@ -17,6 +17,7 @@ from jaxtyping import Float
 
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.evaluation.suites.items import LETTERS
+from data_pipelines.synthesis.filters.rules import count_edits
 
 RESAMPLES = 1000
 Language = Literal["en", "zh"]
@@ -56,18 +57,18 @@ def choice_letter(answer: str, options: Sequence[str]) -> str | None:
 def _holds_one(text: str, options: Sequence[str]) -> str | None:
     """The letter of the only option whose text is in `text`; of several, one that holds all the others."""
     # Compared without case, punctuation and articles, as whole words.
-    plain = _plain(text)
-    held = [n for n, option in enumerate(options) if _plain(option) and _is_in(_plain(option), plain)]
+    plain = plain_words(text)
+    held = [n for n, option in enumerate(options) if plain_words(option) and _is_in(plain_words(option), plain)]
     # "twelve" in "twenty-twelve" aside, an option may hold another: the longest counts.
     longest = max(held, key=lambda n: len(options[n]), default=None)
-    if longest is None or any(_plain(options[n]) not in _plain(options[longest]) for n in held):
+    if longest is None or any(plain_words(options[n]) not in plain_words(options[longest]) for n in held):
         return None
     return LETTERS[longest]
 
 
 def exact_match(answer: str, references: Sequence[str]) -> bool:
     """Whether the answer is one of the references, but for case, punctuation, articles and white space."""
-    return _plain(answer) in map(_plain, references)
+    return plain_words(answer) in map(plain_words, references)
 
 
 def contains_match(answer: str, references: Sequence[str]) -> bool:
@@ -76,13 +77,13 @@ def contains_match(answer: str, references: Sequence[str]) -> bool:
     >>> contains_match("It was Paris, of course.", ["paris"]), contains_match("Parisian", ["paris"])
     (True, False)
     """
-    return any(_plain(text) and _is_in(_plain(text), _plain(answer)) for text in references)
+    return any(plain_words(text) and _is_in(plain_words(text), plain_words(answer)) for text in references)
 
 
-def _plain(text: str) -> str:
-    """Small letters and digits, single spaces, no articles."""
+def plain_words(text: str, articles: bool = False) -> str:
+    """Returns small letters and digits, single spaces; articles only where they are asked for."""
     words = re.findall(r"\w+", unicodedata.normalize("NFKC", text).lower().replace("'", ""))
-    return " ".join(word for word in words if word not in ("a", "an", "the"))
+    return " ".join(word for word in words if articles or word not in ("a", "an", "the"))
 
 
 def _is_in(part: str, whole: str) -> bool:
@@ -131,6 +132,20 @@ def count_errors(answer: str, spoken: str, language: Language) -> tuple[int, int
     process = jiwer.process_words if language == "en" else jiwer.process_characters
     found = process([truth], [heard])
     return found.substitutions + found.deletions + found.insertions, found.hits + found.substitutions + found.deletions
+
+
+def count_plain_errors(answer: str, spoken: str, unit: Literal["characters", "words"]) -> tuple[int, int]:
+    """Counts edits from what was spoken to the answer, and the units that were spoken: case and punctuation aside.
+
+    Needs no package beside this one. Published rates are of other rules (`count_errors`).
+
+    >>> count_plain_errors("he say", "He says.", "characters"), count_plain_errors("he say", "He says.", "words")
+    ((1, 7), (1, 2))
+    """
+    truth, heard = plain_words(spoken, articles=True), plain_words(answer, articles=True)
+    if unit == "words":
+        return count_edits(heard.split(), truth.split()), len(truth.split())
+    return count_edits(heard, truth), len(truth)
 
 
 @dataclass
