@@ -11,7 +11,6 @@ Exit code 1: verdicts are missing that the same command would ask for again; 2: 
 """
 
 import argparse
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,14 +27,13 @@ from baichuan_omni_jax.cli.chat import (
 )
 from baichuan_omni_jax.cli.common import quiet_logs
 from baichuan_omni_jax.config import GenerationConfig
-from baichuan_omni_jax.errors import ConfigError, RequestError
-from baichuan_omni_jax.evaluation.suites.answers import AnswerFile, Likelihoods, select_items
+from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.evaluation.suites.answers import AnswerFile, Likelihoods, engine_likelihoods, select_items
 from baichuan_omni_jax.evaluation.suites.items import Item
 from baichuan_omni_jax.evaluation.suites.judges import RUBRICS, CachedJudge, JudgeServer, find_model, read_rubrics
 from baichuan_omni_jax.evaluation.suites.report import Judging, Rule, SuiteScores, score_suite, table_of, write_scores
 from baichuan_omni_jax.evaluation.suites.speech import measure_answers, recognize_answers
-from baichuan_omni_jax.evaluation.suites.table import SUITES, Suite
-from baichuan_omni_jax.generation.loglikelihood import ScoringRequest
+from baichuan_omni_jax.evaluation.suites.table import SUITES, Suite, find_suite
 from data_pipelines.tools.commands import load_function
 
 SPEECH = ("audio_head", "audio_encoder", "audio_decoder", "flow")
@@ -112,10 +110,7 @@ def _suite_names(options: argparse.Namespace) -> list[str]:
             raise ConfigError(f"--{flag} must be given (see --help)")
     names = options.suite.split(",")
     for name in names:
-        if name not in SUITES:
-            near = difflib.get_close_matches(name, SUITES, n=1)
-            known = f"the nearest known one is {near[0]}" if near else f"there are {', '.join(SUITES)}"
-            raise ConfigError(f"there is no suite {name!r}; {known}")
+        find_suite(name)
     if options.folder and len({SUITES[name].folder for name in names}) > 1:
         raise ConfigError("--data names the files of one suite: give the others their own command, or folders in data/")
     for name in names:
@@ -173,26 +168,9 @@ def _open(options: argparse.Namespace, suites: Sequence[Suite]) -> OpenedChat:
 
 
 def _likelihoods(opened: OpenedChat) -> Likelihoods:
-    """Log-likelihoods by the engine: all questions together, or, where it refuses one, each by itself."""
-    engine, processor = opened.engine, opened.chat.processor
+    processor = opened.chat.processor
     assert processor is not None
-    tokenizer = engine.tokenizer
-    assert tokenizer is not None
-
-    def request(text: str, endings: Sequence[str]) -> ScoringRequest:
-        ids = [tokenizer.encode(ending, add_special_tokens=False).ids for ending in endings]
-        return ScoringRequest(processor.encode_content(text), ids)
-
-    def score(asked: Sequence[tuple[str, Sequence[str]]]) -> list[Sequence[float] | RequestError]:
-        try:
-            found = engine.log_likelihoods([request(text, endings) for text, endings in asked])
-        except RequestError as error:
-            if len(asked) == 1:
-                return [error]
-            return [row for question in asked for row in score([question])]
-        return [[option.log_likelihood for option in options] for options in found]
-
-    return score
+    return engine_likelihoods(opened.engine, processor)
 
 
 def _score(options: argparse.Namespace, plan: _Plan, judge: JudgeServer | Rule) -> SuiteScores:

@@ -38,6 +38,7 @@ from baichuan_omni_jax.cli.common import (
 )
 from baichuan_omni_jax.config import STAGES, OmniConfig, RunConfig, load_run_config, resolve_model
 from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.evaluation.retention import read_stage, write_retention
 from baichuan_omni_jax.generation.loading import is_untrained
 from baichuan_omni_jax.train.hooks import parse_span
 from baichuan_omni_jax.train.hosts import (
@@ -52,6 +53,7 @@ from baichuan_omni_jax.train.input import rows_of_host
 from baichuan_omni_jax.train.metrics import load_wandb
 from baichuan_omni_jax.train.run_data import open_run_data
 from baichuan_omni_jax.train.trainer import RunOptions, set_up, train
+from data_pipelines.held_out import FEW_STEPS, HeldOutMixture
 from data_pipelines.packing.rows import RowShard
 from data_pipelines.pipeline import TrainingData
 
@@ -85,8 +87,9 @@ def run(options: argparse.Namespace) -> None:
     check_agreement({name: value for mixture in data.values() for name, value in mixture.facts().items()})
     shard = RowShard(rows_of_host(spec.mesh, compute.rules, run.data.rows))
     context = spec.mesh.shape["context"]
+    workers = 0 if run.eval.steps <= FEW_STEPS else None
     held_out = on_all_hosts(
-        lambda: {name: TrainingData(*mixture, shard, context) for name, mixture in data.items() if name}
+        lambda: {name: HeldOutMixture(*mixture, shard, context, workers) for name, mixture in data.items() if name}
     )
     training = on_all_hosts(lambda: TrainingData(*data[""], shard, context, continue_from))
 
@@ -143,7 +146,9 @@ def run_stages(options: argparse.Namespace) -> int:
 
     Without files, the six stages of the recipe (`--tiny`: on the tiny model). A stage's workdir is WORKDIR/NAME of its
     configuration; the first starts from its own `checkpoint.init_from`. Started again, finished stages are passed over.
-    What follows `--` goes to every `train`. Exit code: that of the first stage that did not finish.
+    What follows `--` goes to every `train`. At the end WORKDIR/retention.md, and the terminal, have the held-out
+    abilities after every stage that measured any (`eval.abilities`). Exit code: that of the first stage that did not
+    finish.
     """
     files, passed_on = split_files(options.files)
     # Every configuration is read before any stage starts.
@@ -163,6 +168,9 @@ def run_stages(options: argparse.Namespace) -> int:
             print(f"stage {run.name} was stopped before its end: the same command goes on", flush=True)
             return 0
         parent = workdir
+    measured = [found for _, run in stages if (found := read_stage(run.name, options.workdir / run.name))]
+    if measured:
+        print(write_retention(options.workdir, measured), flush=True)
     return 0
 
 

@@ -84,7 +84,8 @@ def open_pipelines(run: RunConfig, omni: OmniConfig) -> dict[str, Pipeline]:
     training = open_pipeline(run.data, omni, targets=targets, weighting=weighting, untrained_targets=untrained)
     held_out = {
         mixture.name: open_pipeline(replace(run.data, mixture=mixture.sources), omni, training.processor, targets)
-        for mixture in (run.eval.mixtures if run.eval.every or run.eval.audio_every else ())
+        for mixture in run.eval.mixtures
+        if run.eval.every or run.eval.audio_every or mixture.name in run.eval.abilities
     }
     return {"": training} | held_out
 
@@ -115,7 +116,7 @@ def ensure_codes(
     """
     mesh = _tokenizer_mesh(run.mesh)
     with jax.set_mesh(mesh):
-        model = _load_tokenizer(run, omni, mesh, home)
+        model = load_audio_tokenizer(run, omni, mesh, home)
         encoder = CodeEncoder(fingerprint(model), WindowEncoder(model, mesh))
         if hosts is not SINGLE_HOST:
             check_agreement({"the audio tokenizer": encoder.fingerprint})
@@ -133,7 +134,7 @@ def _tokenizer_mesh(config: MeshConfig) -> jax.sharding.Mesh:
     return make_mesh(MeshConfig(data=data, fsdp=-1), devices)
 
 
-def _load_tokenizer(
+def load_audio_tokenizer(
     run: RunConfig, omni: OmniConfig, mesh: jax.sharding.Mesh, home: epath.Path | None
 ) -> AudioEncoderBranch:
     """The run's audio tokenizer, from the checkpoint `home` or seeded random, split over `mesh` by its rules."""

@@ -18,6 +18,7 @@ from baichuan_omni_jax.evaluation.held_out import close_steps
 from baichuan_omni_jax.flops.terms import peak_flops
 from baichuan_omni_jax.nn.param import ComputePolicy
 from baichuan_omni_jax.sharding import make_mesh
+from baichuan_omni_jax.train.ability_hook import AbilityHook, check_answers
 from baichuan_omni_jax.train.audio_samples import AudioSampleLogger, check_samples
 from baichuan_omni_jax.train.hooks import (
     AudioSamplesHook,
@@ -46,6 +47,7 @@ from baichuan_omni_jax.train.state import (
     saved_opt_state,
 )
 from baichuan_omni_jax.train.step import compile_step
+from baichuan_omni_jax.train.suite_hook import SuiteHook, check_suites
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +57,8 @@ class RunOptions:
     """What a start may add to a run without changing what it computes.
 
     `parent` is where the first weights came from: their branches' steps are counted on. `held_out` has the data of
-    `eval.mixtures` by name. `profile` are the steps to trace; `wandb` is a project there.
+    `eval.mixtures` by name, with exchanged media and questions (`data_pipelines.held_out`) where these are asked for.
+    `profile` are the steps to trace; `wandb` is a project there.
     """
 
     parent: Parent = Parent()
@@ -77,6 +80,8 @@ def set_up(run: RunConfig, omni: OmniConfig) -> tuple[StepSpec, ComputePolicy]:
         spec = make_step_spec(run, omni, mesh, compute)
         spec.task.check(mesh)
         check_samples(run, omni)
+        check_answers(run)
+        check_suites(run)
         return spec, compute
 
 
@@ -166,9 +171,9 @@ class Trainer:
     1. metrics: the numbers of the step *before* are read, shown to every hook (`observe`: the non-finite guard counts
        and keeps batches), and written.
     2. If any hook is due after this step, its own numbers are read too, and devices and host meet:
-       evaluation (`measure`: its scores join the step's record), then the record is written, then `act` of
-       checkpoint (a saved step's numbers are on disk first: a run that resumes after it never computes them again) and
-       audio samples.
+       evaluation, abilities, suites (`measure`: their scores join the step's record), then the record is written, then
+       `act` of checkpoint (a saved step's numbers are on disk first: a run that resumes after it never computes them
+       again) and audio samples.
     3. Before the next step every hook is asked whether to stop: non-finite guard, then SIGTERM.
 
     After the last step the pending numbers are written, and the checkpoint hook saves what is not saved yet.
@@ -234,9 +239,22 @@ class Trainer:
             tokenizer_json=data.tokenizer_json,
             saved_step=first_step,
         )
+        evaluation = EvaluationHook(spec, place, options.held_out)
+        abilities = AbilityHook(
+            spec,
+            omni,
+            options.held_out,
+            data.tokenizer_json,
+            workdir=folder,
+            console=console,
+            first_step=first_step,
+            gains=lambda: evaluation.last,
+        )
         # In the order in which they are called.
         self._hooks: tuple[Hook, ...] = (
-            EvaluationHook(spec, place, options.held_out),
+            evaluation,
+            abilities,
+            SuiteHook(spec, omni, data.tokenizer_json, workdir=folder, console=console),
             checkpoint,
             AudioSamplesHook(samples, self._log),
             self._guard,

@@ -23,8 +23,10 @@ from baichuan_omni_jax.errors import ConfigError, RequestError
 from baichuan_omni_jax.evaluation.suites.items import LETTERS, Item
 from baichuan_omni_jax.evaluation.suites.table import Suite, answer_text, message_of
 from baichuan_omni_jax.generation.batch_requests import Question, answer_questions
-from baichuan_omni_jax.generation.chat import ChatAnswer, ChatStream
+from baichuan_omni_jax.generation.chat import ChatAnswer, ChatProcessor, ChatStream
+from baichuan_omni_jax.generation.engine import Engine
 from baichuan_omni_jax.generation.events import Event, Finished, TextDelta
+from baichuan_omni_jax.generation.loglikelihood import ScoringRequest
 from baichuan_omni_jax.storage import atomic_write, take_lock
 
 Report = Callable[[str], None]
@@ -44,6 +46,27 @@ class SuiteModel(Protocol):
 
 Likelihoods = Callable[[Sequence[tuple[str, Sequence[str]]]], Sequence[Sequence[float] | RequestError]]
 """Log-likelihoods, in nats, of the continuations of each text, or why a text cannot be scored."""
+
+
+def engine_likelihoods(engine: Engine, processor: ChatProcessor) -> Likelihoods:
+    """Returns log-likelihoods by the engine: all questions together, or, where it refuses one, each by itself."""
+    tokenizer = engine.tokenizer
+    assert tokenizer is not None
+
+    def request(text: str, endings: Sequence[str]) -> ScoringRequest:
+        ids = [tokenizer.encode(ending, add_special_tokens=False).ids for ending in endings]
+        return ScoringRequest(processor.encode_content(text), ids)
+
+    def score(asked: Sequence[tuple[str, Sequence[str]]]) -> list[Sequence[float] | RequestError]:
+        try:
+            found = engine.log_likelihoods([request(text, endings) for text, endings in asked])
+        except RequestError as error:
+            if len(asked) == 1:
+                return [error]
+            return [row for question in asked for row in score([question])]
+        return [[option.log_likelihood for option in options] for options in found]
+
+    return score
 
 
 def select_items(items: Iterator[Item], groups: Sequence[str] = (), limit: int | None = None) -> list[tuple[int, Item]]:

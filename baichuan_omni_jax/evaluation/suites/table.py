@@ -4,12 +4,14 @@ To add one: a reader of its layout that yields `Item` (`layouts.py`, or any modu
 those of the report on Baichuan-Omni-1.5 (arXiv:2501.15368), in percent unless a scale is named.
 """
 
+import difflib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.evaluation.suites import layouts
 from baichuan_omni_jax.evaluation.suites.items import LETTERS, Item
 from data_pipelines.documents.prompt_writing import ASR_PROMPT
@@ -237,3 +239,12 @@ SUITES: dict[str, Suite] = {
     "tts-en": _spoken("text to speech, English", "Seed-TTS-eval", "en"),
     "tts-zh": _spoken("text to speech, Chinese", "Seed-TTS-eval", "zh"),
 }
+
+
+def find_suite(name: str) -> Suite:
+    """Returns the suite called `name`. Raises ConfigError, with the nearest name there is."""
+    if name not in SUITES:
+        near = difflib.get_close_matches(name, SUITES, n=1)
+        known = f"the nearest known one is {near[0]}" if near else f"there are {', '.join(SUITES)}"
+        raise ConfigError(f"there is no suite {name!r}; {known}")
+    return SUITES[name]
