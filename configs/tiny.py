@@ -15,6 +15,7 @@ from baichuan_omni_jax.config import (
     RunConfig,
     SourceConfig,
     TrainConfig,
+    sample_eval,
 )
 
 # Shares of the loss: of all text and frames that are trained on.
@@ -48,4 +49,5 @@ def get_config() -> RunConfig:
         compute=ComputeConfig(dtype="float32", remat="none", loss_chunk=256, attention_block=128),
         train=TrainConfig(steps=150, frozen_dtype="float32", audio_full_ratio=1.0),
         checkpoint=CheckpointConfig(every=100),
+        eval=sample_eval(every=50, steps=2, items=16),
     )

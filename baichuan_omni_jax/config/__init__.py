@@ -44,7 +44,14 @@ from baichuan_omni_jax.config.run import (
     TrainConfig,
     released_images,
 )
-from baichuan_omni_jax.config.stages import STAGES, Stage, mixture_of, stage_groups, stage_run, tiny_stage
+from baichuan_omni_jax.config.sample_runs import sample_eval, tiny_stage
+from baichuan_omni_jax.config.stages import (
+    STAGES,
+    Stage,
+    mixture_of,
+    stage_groups,
+    stage_run,
+)
 from baichuan_omni_jax.errors import ConfigError, RequestError
 
 __all__ = [
@@ -94,6 +101,7 @@ __all__ = [
     "read_hf",
     "released_images",
     "resolve_model",
+    "sample_eval",
     "small",
     "stage_groups",
     "stage_run",

@@ -5,6 +5,7 @@ import re
 import runpy
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from baichuan_omni_jax.config.audio_runs import (
     tiny_flow_matching,
 )
 from baichuan_omni_jax.config.overrides import RENAMED, apply_overrides, check_kinds
-from baichuan_omni_jax.config.run import RunConfig
-from baichuan_omni_jax.config.stages import STAGES, stage_run, tiny_stage
+from baichuan_omni_jax.config.run import EvalMixture, RunConfig
+from baichuan_omni_jax.config.sample_runs import tiny_stage
+from baichuan_omni_jax.config.stages import STAGES, stage_run
 from baichuan_omni_jax.errors import ConfigError
 
 # Runs that need no file.
@@ -29,6 +31,7 @@ _NAMED: dict[str, Callable[..., RunConfig]] = {
     "flow_matching": flow_matching_run,
     "flow_matching_tiny": tiny_flow_matching,
 }
+HELD_OUT = "held_out"  # the mixture of `eval.held_out`
 # What a run is sized by: parameters of `get_config`, not fields that could be changed one by one.
 _SIZED_BY = ("model", "machine")
 
@@ -61,7 +64,27 @@ def load_run_config(config: str | Path, overrides: Sequence[str] = ()) -> RunCon
             others.append(item)
     run = _called(make, config, sized)
     check_kinds(run)
-    return apply_overrides(run, others)
+    return with_held_out(apply_overrides(run, others))
+
+
+def with_held_out(run: RunConfig) -> RunConfig:
+    """Adds the mixture of `eval.held_out`: a manifest there for every source. Raises ConfigError for a second one."""
+    if not run.eval.held_out:
+        return run
+    if any(mixture.name == HELD_OUT for mixture in run.eval.mixtures):
+        raise ConfigError(f"eval.held_out {run.eval.held_out}: eval.mixtures has a mixture {HELD_OUT!r} already")
+    # Media lie where those of the source do: beside its own manifest, unless it has a root.
+    sources = tuple(
+        replace(
+            source,
+            manifest=f"{run.eval.held_out}/{source.name}.jsonl",
+            root=source.root or str(Path(source.manifest).parent),
+            weight=1.0,
+        )
+        for source in run.data.mixture
+    )
+    mixture = EvalMixture(name=HELD_OUT, sources=sources, swapped=run.task == "omni")
+    return replace(run, eval=replace(run.eval, mixtures=(*run.eval.mixtures, mixture)))
 
 
 def _of_file(path: str | Path) -> Callable[..., RunConfig]:
