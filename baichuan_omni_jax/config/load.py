@@ -68,7 +68,13 @@ def load_run_config(config: str | Path, overrides: Sequence[str] = ()) -> RunCon
 
 
 def with_held_out(run: RunConfig) -> RunConfig:
-    """Adds the mixture of `eval.held_out`: a manifest there for every source. Raises ConfigError for a second one."""
+    """Adds the mixture of `eval.held_out`, a manifest there for every source; takes those of absent sample data away.
+
+    Raises ConfigError where there is a mixture of that name already.
+    """
+    # Somebody's own data, by a configuration that is made for the sample data: it has no such documents.
+    if run.eval.sample and not run.data.sample:
+        run = replace(run, eval=replace(run.eval, mixtures=(), abilities=(), sample=False))
     if not run.eval.held_out:
         return run
     if any(mixture.name == HELD_OUT for mixture in run.eval.mixtures):

@@ -155,6 +155,8 @@ class EvalConfig:
     audio_samples: int = 2  # the first so many clips of each mixture
     vocoder: str = ""  # a checkpoint with a HiFT vocoder, for the mels of flow matching; "": Griffin-Lim
     mixtures: tuple[EvalMixture, ...] = ()
+    # Whether `mixtures` and `abilities` are of the sample data: a run with `data.sample=false` has none of them.
+    sample: bool = False
     # A folder below `data.root` with a manifest of held-out documents for every source, `FOLDER/SOURCE.jsonl`, their
     # media where the source's own are: they are the mixture `held_out`, scored with swapped media too. "": none.
     held_out: str = ""

@@ -34,7 +34,9 @@ def sample_eval(
     # Media lie below the data's root, beside the folder of the manifests.
     sources = tuple(SourceConfig(name=name, manifest=f"held_out/{name}.jsonl", root=".") for name in abilities)
     mixture = EvalMixture(name="held_out", sources=sources, swapped=True)
-    return EvalConfig(every=every, steps=steps, mixtures=(mixture,), abilities=("held_out",), ability_items=items)
+    return EvalConfig(
+        every=every, steps=steps, mixtures=(mixture,), abilities=("held_out",), ability_items=items, sample=True
+    )
 
 
 # What each stage reads of the sample data: shares as at released size, and by what the rates for 7 B are multiplied.

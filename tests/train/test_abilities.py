@@ -28,7 +28,7 @@ def config(tmp_path_factory) -> Path:
         "from baichuan_omni_jax.config import sample_eval\n"
         "def get_config():\n"
         f"    run = runpy.run_path({str(CONFIG)!r})['get_config']()\n"
-        f"    return replace(run, eval=sample_eval(every=2, items=6, abilities={ABILITIES}))\n"
+        f"    return replace(run, eval=replace(sample_eval(every=2, items=6, abilities={ABILITIES}), sample=False))\n"
     )
     return path
 
@@ -64,6 +64,21 @@ def test_weights_answer_after_so_many_steps_and_the_last(step, every, due):
 def test_what_cannot_be_asked_is_refused_before_the_run(config, change, message):
     with pytest.raises(ConfigError, match=message):
         check_answers(load_run_config(config, [change]))
+
+
+def test_a_run_on_own_data_is_not_asked_of_the_sample_data():
+    """`configs/tiny.py` with another root; held-out documents of one's own are named by their folder."""
+    own = ["data.sample=false", "data.mixture=[{'name': 'photos', 'manifest': 'shown/photos.jsonl'}]"]
+    tiny_config = CONFIG.with_name("tiny.py")
+    assert load_run_config(tiny_config).eval.abilities == ("held_out",)
+    assert load_run_config(tiny_config, own).eval.mixtures == ()
+    assert load_run_config(tiny_config, own).eval.abilities == ()
+    (mixture,) = load_run_config(tiny_config, [*own, "eval.held_out=new"]).eval.mixtures
+    assert (mixture.name, mixture.swapped) == ("held_out", True)
+    (source,) = mixture.sources
+    assert (source.name, source.manifest, source.root) == ("photos", "new/photos.jsonl", "shown")
+    with pytest.raises(ConfigError, match="has a mixture 'held_out' already"):
+        load_run_config(tiny_config, ["eval.held_out=new"])
 
 
 @pytest.fixture(scope="module")
