@@ -44,6 +44,7 @@ from data_pipelines.documents.processor import Processor
 log = logging.getLogger(__name__)
 
 SUITES_FOLDER = "suites"
+_LENGTH = 4096  # items of a prompt and its answer, at least: solved questions of an exam are longer than a toy row
 
 
 def check_suites(run: RunConfig) -> dict[str, Suite]:
@@ -118,7 +119,7 @@ class SuiteHook(Hook):
             home = find_tokenizer(self._run, epath.Path(self._workdir))
             with jax.set_mesh(self._spec.mesh):
                 branches["audio_encoder"] = load_audio_tokenizer(self._run, self._omni, self._spec.mesh, home)
-        length = self._run.data.budgets.tokens
+        length = max(self._run.data.budgets.tokens, _LENGTH)
         engine = live_engine(self._spec, progress.state, self._omni, tokenizer, length, branches)
         return engine, OmniChat(ChatModel(engine, self._omni, None), ChatPrompts(processor))
 

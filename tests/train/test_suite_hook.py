@@ -1,0 +1,61 @@
+"""Public benchmarks put to the weights in training: what is refused before the run, and a run that answers two."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from baichuan_omni_jax.config import load_run_config
+from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.train.suite_hook import check_suites
+from tests.helpers.micro import CONFIG, read_metrics
+from tests.helpers.suite_files import write_exam, write_omni_bench
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            ["eval.suites=('omnibenh',)"],
+            "eval.suites: there is no suite 'omnibenh'; the nearest known one is omnibench",
+        ),
+        (["eval.suites=('tts-en',)"], "eval.suites tts-en is scored by a recognizer"),
+        (["eval.suites=('mmlu',)"], r"eval.suites mmlu: .*MMLU is no folder \(eval.suite_data\)"),
+        (["eval.suites=('omnibench',)", "branches=('llm','audio_head')"], "needs the branch vision"),
+    ],
+)
+def test_suites_that_cannot_be_answered_are_refused_before_the_run(changes, message, tmp_path):
+    run = load_run_config(CONFIG, [*changes, f"eval.suite_data={tmp_path}"])
+    with pytest.raises(ConfigError, match=message):
+        check_suites(run)
+
+
+def test_suites_of_a_run_are_found_by_name(tmp_path):
+    write_exam(tmp_path / "MMLU", {"birds": 2})
+    run = load_run_config(CONFIG, ["eval.suites=('mmlu',)"])
+    run = replace(run, eval=replace(run.eval, suite_data=str(tmp_path)))
+    assert [suite.title for suite in check_suites(run).values()] == ["MMLU"]
+    assert check_suites(load_run_config(CONFIG)) == {}
+
+
+@pytest.mark.slow
+def test_a_run_answers_suites_and_keeps_what_they_were_answered(pretrain, tmp_path):
+    """Letters by likelihood, and a chat with images and recordings; the run ends as one without them."""
+    write_exam(tmp_path / "suites" / "MMLU", {"birds": 4, "bees": 3})
+    write_omni_bench(tmp_path / "suites" / "OmniBench", count=3)
+    changes = ["train.steps=2", "eval.suites=('mmlu','omnibench')", "eval.suite_items=2", "eval.suite_every=1"]
+    done = pretrain(tmp_path / "run", *changes, f"eval.suite_data={tmp_path / 'suites'}")
+    assert done.returncode == 0, done.stderr
+    assert "MMLU" in done.stdout
+    assert "suites after step 2" in " ".join(done.stdout.split())
+    rows = {row["step"]: row for row in read_metrics(tmp_path / "run")}
+    for step in (1, 2):
+        assert rows[step]["suite/mmlu/items"] == 4
+        assert rows[step]["suite/omnibench/items"] == 2
+        for name, items in (("mmlu", 4), ("omnibench", 2)):
+            folder = tmp_path / "run" / "suites" / str(step) / name
+            lines = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+            assert [line for line in lines if "cause" in line] == []
+            assert len(lines) == items
+            assert json.loads((folder / "scores.json").read_text())["groups"][0]["items"] == items
+            assert 0 <= rows[step][f"suite/{name}/score"] <= 100
