@@ -9,7 +9,7 @@ the prompt, that part the reference. Answers are greedy and scored by what the r
 
 Chance is what is reached without the media (docs/decisions/0104). Of accuracy: each written prompt's most frequent
 reference as the answer to all its items; prompts that come once share one answer. Of error rates: other items'
-references as the answers.
+references as the answers, or none at all.
 """
 
 from collections import Counter
@@ -163,8 +163,8 @@ def ask(
 
 def answer_limits(questions: Sequence[Question]) -> GenerationConfig:
     """Returns how an ability's questions are answered: greedily, up to about twice as long as the longest reference."""
-    # Speech is transcribed by as many tokens as its text has characters at most.
-    tokens = max((question.tokens or len(question.reference) for question in questions), default=1)
+    # Of text that is spoken the tokens are not known: about three bytes each.
+    tokens = max((question.tokens or len(question.reference.encode()) // 3 + 1 for question in questions), default=1)
     frames = max((question.frames for question in questions), default=1)
     return GenerationConfig(max_tokens=2 * tokens + _BEYOND, segment_frames=2 * frames + _BEYOND).greedy()
 
@@ -258,7 +258,10 @@ def blind_accuracy(questions: Sequence[Question]) -> float:
 
 
 def others_error_rate(questions: Sequence[Question]) -> float:
-    """Returns the error rate of characters where each item is answered by the references of others, a few each."""
+    """Returns the error rate of characters where each item is answered by the references of others, a few each.
+
+    At most 1, which is that of no answers at all.
+    """
     n, edits, units = len(questions), 0, 0
     for step in range(1, min(n, _OTHERS + 1)):
         for place, question in enumerate(questions):
@@ -266,8 +269,7 @@ def others_error_rate(questions: Sequence[Question]) -> float:
                 questions[(place + step) % n].reference, question.reference, "characters"
             )
             edits, units = edits + errors, units + spoken
-    # A single item has no other: nothing said is all wrong.
-    return edits / units if units else 1.0
+    return min(1.0, edits / units) if units else 1.0
 
 
 def _word_error_rate(counted: Sequence[tuple[Question, Answer]]) -> float | None:
@@ -280,17 +282,11 @@ def _word_error_rate(counted: Sequence[tuple[Question, Answer]]) -> float | None
 def ability_table(scores: Mapping[str, AbilityScore], title: str) -> Table:
     """Draws the scores of a run: each beside chance, and whether it is beyond it."""
     table = Table(title=title)
-    for column in ("ability", "items", "score", "95 % interval", "chance", "beyond chance", "media gain"):
-        table.add_column(column, justify="left" if column in ("ability", "beyond chance") else "right")
+    for column in ("ability", "items", "score", "chance", "beyond chance", "media gain"):
+        table.add_column(column, justify="left" if column in ("ability", "score", "beyond chance") else "right")
     for name, score in scores.items():
-        percent = lambda value: f"{100 * value:.0f} %"  # noqa: E731
-        table.add_row(
-            name,
-            str(score.items),
-            f"{score.name} {percent(score.score)}",
-            f"{percent(score.low)} to {percent(score.high)}",
-            percent(score.chance),
-            "yes" if score.beyond_chance else "no",
-            "" if score.media_gain is None else f"{score.media_gain:+.2f}",
-        )
+        gain = "" if score.media_gain is None else f"{score.media_gain:+.2f}"
+        beyond = "yes" if score.beyond_chance else "no"
+        found = f"{score.name} {100 * score.score:.0f} %"
+        table.add_row(name, str(score.items), found, f"{100 * score.chance:.0f} %", beyond, gain)
     return table

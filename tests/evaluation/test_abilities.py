@@ -107,9 +107,11 @@ def test_error_rates_of_transcription():
     ]
     score = scores(questions)
     assert (score.kind, score.score, score.wer) == ("transcription", 1 / 9, 1 / 2)
-    # The other's reference as the answer: all of the longer one is wrong either way.
-    assert score.chance == others_error_rate(questions) == (7 + 7) / 9
-    assert score.metrics() == {"cer": 1 / 9, "chance": 14 / 9, "items": 2, "wer": 1 / 2}
+    # The other's reference as the answer is 14 edits in 9 characters: worse than no answer.
+    assert score.chance == others_error_rate(questions) == 1
+    assert score.metrics() == {"cer": 1 / 9, "chance": 1, "items": 2, "wer": 1 / 2}
+    # "two boats" for "ten boats" and the other way round: two edits in nine characters each.
+    assert others_error_rate([Asked("", "two boats"), Asked("", "ten boats")]) == 4 / 18
 
 
 def test_speech_is_heard_by_the_model_itself():
