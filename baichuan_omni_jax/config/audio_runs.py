@@ -213,6 +213,8 @@ def _sample_speech(mel_frames: tuple[int, ...]) -> DataConfig:
 
 
 def _held_out_speech(*, every: int, steps: int) -> EvalConfig:
-    # No clip of omni.jsonl is in audio.jsonl.
+    # No clip of omni.jsonl is in audio.jsonl; those of held_out/ are new sentences by new voices.
     sources = (SourceConfig(name="omni", manifest="omni.jsonl"),)
-    return EvalConfig(every=every, steps=steps, mixtures=(EvalMixture(name="speech", sources=sources),))
+    new = tuple(SourceConfig(name=name, manifest=f"held_out/{name}.jsonl", root=".") for name in ("asr", "tts"))
+    mixtures = EvalMixture(name="speech", sources=sources), EvalMixture(name="new_voices", sources=new)
+    return EvalConfig(every=every, steps=steps, mixtures=mixtures)
