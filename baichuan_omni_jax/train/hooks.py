@@ -70,7 +70,7 @@ class Hook:
 
 
 class EvaluationHook(Hook):
-    """Held-out scores before the first step and after every `eval.every`."""
+    """Held-out scores before the first step, after every `eval.every`, and after the last."""
 
     def __init__(self, spec: StepSpec, place: BatchPlacer, mixtures: Mapping[str, HeldOutData]) -> None:
         # As many sources as the largest mixture has: one program sums for all of them. Exchanged media count apart.
@@ -82,7 +82,8 @@ class EvaluationHook(Hook):
         self.last: dict[str, float] = {}  # the newest scores
 
     def is_due(self, step: int) -> bool:
-        return self._evaluation.is_due(step)
+        # After the last step whatever its number is: a run ends with scores of what it leaves.
+        return self._evaluation.is_due(step) or (step == self._spec.task.run.train.steps and self._evaluation.is_due(0))
 
     def measure(self, progress: RunProgress) -> MetricsRecord:
         self.last = self._evaluation(evaluation_values(self._spec, progress.state))
