@@ -122,9 +122,14 @@ def stored_tokenizer(path: epath.PathLike) -> epath.Path | None:
 
 
 def initial_tokenizer(init_from: str, branches: tuple[str, ...]) -> epath.Path | None:
-    """Finds the tokenizer that the language model's first weights were trained with, where `init_from` brings one."""
-    source = parse_spec(init_from, branches).get("llm") if init_from else None
-    return stored_tokenizer(source) if source and source != RANDOM else None
+    """Finds the tokenizer that a run's first weights were trained with, where `init_from` brings one.
+
+    That is the language model's, or in a run without one that of any other branch: the model's ids are of it as well.
+    """
+    sources = parse_spec(init_from, branches) if init_from else {}
+    readers = ("llm",) if "llm" in branches else branches
+    given = (sources[branch] for branch in readers if sources.get(branch, RANDOM) != RANDOM)
+    return next(filter(None, map(stored_tokenizer, given)), None)
 
 
 def with_text_tokenizer(run: RunConfig, workdir: epath.PathLike | None = None) -> RunConfig:

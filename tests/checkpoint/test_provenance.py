@@ -93,6 +93,8 @@ def test_the_tokenizer_comes_with_the_language_model(stage, tmp_path):
     assert initial_tokenizer(f"vision={bare},llm={stage}", ("llm", "vision")) == expected
     assert initial_tokenizer(f"vision={bare}", ("llm", "vision")) is None
     assert initial_tokenizer("", ("llm",)) is None
+    # A run without a language model (flow matching): its model's ids are of that tokenizer all the same.
+    assert initial_tokenizer(f"audio_encoder={stage},flow=random", ("flow", "audio_encoder")) == expected
 
     run = RunConfig(name="next", checkpoint=CheckpointConfig(init_from=str(stage)))
     own = checkpoint(epath.Path(tmp_path / "next"), llm=1)
