@@ -10,6 +10,7 @@ tell hosts apart as well; where there are no locks at all, the log warns and wor
 
 import errno
 import fcntl
+import glob
 import json
 import logging
 import os
@@ -133,11 +134,13 @@ def staged_folder(target: Path) -> Iterator[Path]:
 
     Raises ConfigError as `check_target` does, where a folder cannot be made, and for what the file system refuses
     while the folder is written (a full disk).
-    A killed process leaves the folder beside `target`, under a hidden name: it is taken for nothing.
+    A killed process leaves the folder beside `target`, under a hidden name: it is taken for nothing, and the next one
+    that writes there on the same host removes it.
     """
     check_target(target)
     made = _make_parents(target)
-    temporary = target.with_name(f".{target.name}.part-{os.getpid()}")
+    _remove_abandoned(target)
+    temporary = target.with_name(f".{target.name}.part-{socket.gethostname()}-{os.getpid()}")
     try:
         temporary.mkdir()
         yield temporary
@@ -150,6 +153,22 @@ def staged_folder(target: Path) -> Iterator[Path]:
         if isinstance(error, OSError):
             raise ConfigError(f"{target} cannot be written: {error.strerror or error}") from error
         raise
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Removes folders that `staged_folder` made for `target` in processes of this host that are no more."""
+    for folder in target.parent.glob(f".{glob.escape(target.name)}.part-*"):
+        host, _, number = folder.name.rpartition(".part-")[2].rpartition("-")
+        # Of another host nothing is known: its processes may be at work on a shared file system.
+        if host != socket.gethostname() or not number.isdigit():
+            continue
+        try:
+            os.kill(int(number), 0)
+        except ProcessLookupError:
+            log.info("removing %s, which a killed process left", folder)
+            shutil.rmtree(folder, ignore_errors=True)
+        except (OSError, OverflowError):
+            pass  # somebody else's, and alive
 
 
 def _make_parents(target: Path) -> list[Path]:
