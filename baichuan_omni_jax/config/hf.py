@@ -6,6 +6,7 @@ computation and is not supported is refused by name. What transformers 5 writes 
 as the same; `dtype` and `torch_dtype` say how tensors are stored, which the tensors say themselves.
 """
 
+import math
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -215,7 +216,10 @@ def released_form(values: dict[str, Any]) -> dict[str, Any]:
             raise ConfigError(f"rope_theta is given twice: {both}")
         values["rope_theta"] = theta
     values["rope_scaling"] = None
-    for layer in values.get("layer_types") or ():
+    layers = values.get("layer_types") or []
+    if not isinstance(layers, list):
+        raise ConfigError(f"layer_types must be a list, not {layers!r}")
+    for layer in layers:
         if layer != "full_attention":
             raise ConfigError(f"layer_types holds {layer!r}, which is not supported (only 'full_attention')")
     if quantization := values.get("quantization_config"):
@@ -244,7 +248,7 @@ def language_sizes(values: dict[str, Any]) -> dict[str, Any]:
     """Reads the fields of `LLMConfig`; without `head_dim` the width is shared out among the heads."""
     llm = take(values, LLM_KEYS, "", LLMConfig)
     for ours, theirs in LLM_KEYS.items():
-        if llm[ours] <= 0:
+        if not 0 < llm[ours] < math.inf:
             raise ConfigError(f"{theirs} = {llm[ours]!r} must be above 0")
     optional = {ours: values.get(theirs, default) for ours, (theirs, default) in LLM_OPTIONAL.items()}
     optional["head_dim"] = values.get("head_dim") or llm["hidden_size"] // llm["num_heads"]
@@ -274,12 +278,23 @@ def _check_required(values: dict[str, Any]) -> None:
 
 
 def take(values: dict[str, Any], keys: dict[str, str], section: str, config: type) -> dict[str, Any]:
-    """Reads fields of the dataclass `config` by name. Raises ConfigError for one that is missing or of another type."""
+    """Reads fields of the dataclass `config` by name: sizes from 1, ids of tokens from 0.
+
+    Raises ConfigError for one that is missing, of another type, or a whole number that is no size or id.
+    """
     prefix, hints = f"{section}." if section else "", get_type_hints(config)
     missing = [theirs for theirs in keys.values() if theirs not in values]
     if missing:
         raise ConfigError(f"{prefix}{missing[0]} is missing")
-    return {ours: convert_value(hints[ours], values[theirs], prefix + theirs) for ours, theirs in keys.items()}
+    taken = {ours: convert_value(hints[ours], values[theirs], prefix + theirs) for ours, theirs in keys.items()}
+    # Arrays of such sizes cannot even be described: what they are computed with would fail further on, without a name.
+    least = 0 if config is SpecialTokens else 1
+    for ours, value in taken.items():
+        for number in value if isinstance(value, tuple) else (value,):
+            if type(number) is int and not least <= number < 2**31:
+                bound = f"at least {least}" if number < least else "below 2**31"
+                raise ConfigError(f"{prefix}{keys[ours]} = {values[keys[ours]]!r} must be {bound}")
+    return taken
 
 
 def _give(config: Any, keys: dict[str, str]) -> dict[str, Any]:

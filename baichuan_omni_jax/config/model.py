@@ -51,15 +51,28 @@ class OmniConfig:
                 f"vision.out_dim {self.vision.out_dim} must equal llm.hidden_size {self.llm.hidden_size}: "
                 "the projector writes into the language model's stream"
             )
-        if self.llm.num_heads % self.llm.num_kv_heads:
-            raise ConfigError(
-                f"llm.num_heads {self.llm.num_heads} is not a multiple of llm.num_kv_heads {self.llm.num_kv_heads}"
-            )
+        # What is shared out among heads, in equal parts.
+        for section, width, heads in (
+            ("llm", "num_heads", "num_kv_heads"),
+            ("vision", "embed_dim", "num_heads"),
+            ("audio", "d_model", "encoder_attention_heads"),
+            ("audio", "d_model", "decoder_attention_heads"),
+        ):
+            part = getattr(self, section)
+            if (size := getattr(part, width)) % (parts := getattr(part, heads)):
+                raise ConfigError(f"{section}.{width} {size} is not a multiple of {section}.{heads} {parts}")
         if self.llm.hidden_size % self.audio_head.head_dim:
             raise ConfigError(
                 f"llm.hidden_size {self.llm.hidden_size} is not a multiple of audio_head.head_dim "
                 f"{self.audio_head.head_dim}"
             )
+        for field, multiple in (("llm.head_dim", 2), ("vision.head_dim", 4)):
+            section, name = field.split(".")
+            if (size := getattr(getattr(self, section), name)) % multiple:
+                raise ConfigError(f"{field} {size} is not a multiple of {multiple}, as rotary positions need it")
+        for name in ("image_mean", "image_std"):
+            if (count := len(getattr(self.vision, name))) != self.vision.in_channels:
+                raise ConfigError(f"vision.{name} has {count} values, the images {self.vision.in_channels} channels")
         for field in fields(self.tokens):
             if getattr(self.tokens, field.name) >= self.llm.vocab_size:
                 raise ConfigError(f"tokens.{field.name} lies outside llm.vocab_size {self.llm.vocab_size}")

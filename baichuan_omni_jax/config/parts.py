@@ -15,6 +15,7 @@ import numpy as np
 from baichuan_omni_jax.config.architecture import AudioConfig, AudioHeadConfig, LLMConfig, VisionConfig
 from baichuan_omni_jax.config.hf import LLM_KEYS, language_sizes, read_section, released_form, take
 from baichuan_omni_jax.config.model import OmniConfig, SpecialTokens
+from baichuan_omni_jax.config.overrides import convert_value
 from baichuan_omni_jax.errors import ConfigError
 
 TOWER_KEYS = {
@@ -60,24 +61,25 @@ def llm_from_qwen2(values: dict[str, Any]) -> tuple[LLMConfig, bool]:
     """
     _check_type(values, ("qwen2",))
     values = released_form(values)
-    # No window where the switch is off, whatever width the file gives for it.
-    first, layers = values.get("max_window_layers", 28), values.get("num_hidden_layers", 0)
-    if values.get("use_sliding_window") and values.get("sliding_window") and first < layers:
-        raise ConfigError(f"use_sliding_window: layers from {first} on see {values['sliding_window']} tokens alone")
     _check_values(values, {"hidden_act": "silu"})
     if values.get("num_key_value_heads") is None:
         values["num_key_value_heads"] = values.get("num_attention_heads")
     sizes = language_sizes({key: value for key, value in values.items() if key != "attention_qkv_pack"})
-    return LLMConfig(**sizes), bool(values.get("tie_word_embeddings", False))
+    # No window where the switch is off, whatever width the file gives; what it leaves out is as in Qwen2's class.
+    window, first = values.get("sliding_window", 4096), values.get("max_window_layers", 28)
+    if values.get("use_sliding_window") and window:
+        first = convert_value(int, first, "max_window_layers")
+        if first < sizes["num_layers"]:
+            raise ConfigError(f"use_sliding_window: layers from {first} on see {window} tokens alone")
+    return LLMConfig(**sizes), convert_value(bool, values.get("tie_word_embeddings") or False, "tie_word_embeddings")
 
 
-def vision_from_qwen2_vl(values: dict[str, Any], base: VisionConfig, processor: dict[str, Any]) -> VisionConfig:
+def vision_from_qwen2_vl(values: dict[str, Any], base: VisionConfig) -> VisionConfig:
     """Reads the tower's sizes of a Qwen2-VL config's dict; `out_dim` is the width of its merger's output.
 
     Args:
         values: the config of a whole Qwen2-VL, or of its tower alone.
-        base: what the file says nothing of: limits of pixels and frames.
-        processor: `preprocessor_config.json`, which has mean and spread of pixels; empty where there is none.
+        base: what the file says nothing of: limits of pixels and frames, mean and spread of pixels.
 
     Raises:
         ConfigError: another architecture, or a tower that the computation is not written for.
@@ -95,12 +97,12 @@ def vision_from_qwen2_vl(values: dict[str, Any], base: VisionConfig, processor: 
     # Sizes that a file leaves out are those of Qwen2-VL's own class, which are the released model's.
     stated = {theirs: getattr(VisionConfig, ours) for ours, theirs in TOWER_KEYS.items()} | tower
     stated["in_channels"] = tower.get("in_channels", tower.get("in_chans", VisionConfig.in_channels))
-    pixels = {name: name for name in ("image_mean", "image_std") if name in processor}
-    return replace(
-        base,
-        **take(stated, TOWER_KEYS | {"in_channels": "in_channels"}, "vision_config", VisionConfig),
-        **take(processor, pixels, "", VisionConfig),
-    )
+    return replace(base, **take(stated, TOWER_KEYS | {"in_channels": "in_channels"}, "vision_config", VisionConfig))
+
+
+def pixel_statistics(processor: dict[str, Any]) -> dict[str, Any]:
+    """Reads mean and spread of pixels, where a `preprocessor_config.json` has them. Raises ConfigError."""
+    return take(processor, {name: name for name in ("image_mean", "image_std") if name in processor}, "", VisionConfig)
 
 
 def audio_from_whisper(values: dict[str, Any], base: AudioConfig) -> AudioConfig:
@@ -116,10 +118,10 @@ def audio_from_whisper(values: dict[str, Any], base: AudioConfig) -> AudioConfig
     _check_type(values, ("whisper",))
     _check_values(values, {"activation_function": "gelu", "scale_embedding": False})
     sizes = take(values, {name: name for name in WHISPER_SIZES}, "", AudioConfig)
-    positions = values.get("max_source_positions", 1500)
+    positions = convert_value(int, values.get("max_source_positions", 1500), "max_source_positions")
     # Two mel frames of 10 ms a position: 1500 are 30 seconds.
     seconds, rest = divmod(positions * base.stride_size * base.hop_length, base.sampling_rate)
-    if rest or seconds < 1:
+    if rest or not 1 <= seconds < 2**16:
         raise ConfigError(f"max_source_positions = {positions} are no whole seconds of audio")
     return replace(
         base,
@@ -238,7 +240,7 @@ def check_tokens(vocabulary: TextVocabulary, stated: dict[str, Any], path: Path)
     for key in ("bos_token_id", "eos_token_id"):
         ids = stated.get(key)
         for token in ids if isinstance(ids, list) else [ids]:
-            if token is not None and token not in known:
+            if token is not None and (type(token) is not int or token not in known):
                 raise ConfigError(f"{path}: {key} {token} is the id of no token of the tokenizer beside it")
 
 

@@ -5,7 +5,7 @@ A plan reads configurations, headers and the tokenizer, and refuses whatever doe
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from baichuan_omni_jax.config.parts import (
     check_tokens,
     join_parts,
     llm_from_qwen2,
+    pixel_statistics,
     vision_from_qwen2_vl,
 )
 from baichuan_omni_jax.convert.files import check_buffer
@@ -98,7 +99,8 @@ def read_sizes(
     parts: PublicParts, base: OmniConfig, read_vocabulary: Callable[[Path, int], TextVocabulary] | None
 ) -> tuple[OmniConfig, TextVocabulary | None, bool]:
     """Reads the parts' configurations and the tokenizer; returns the model's sizes, and whether the head is tied."""
-    llm, vision, audio, vocabulary, tied = None, None, None, None, False
+    cfg, vocabulary, tied = base, None, False
+    # Each joins those before it, so that a width that no model can have is said of the file that gives it.
     if parts.llm is not None:
         assert read_vocabulary is not None
         stated = read_json_object(parts.llm / CONFIG)
@@ -106,18 +108,21 @@ def read_sizes(
             llm, tied = llm_from_qwen2(stated)
         vocabulary = read_vocabulary(parts.llm, llm.vocab_size)
         check_tokens(vocabulary, stated, parts.llm / CONFIG)
+        with _naming(parts.llm / CONFIG):
+            cfg = join_parts(cfg, llm=llm, tokens=vocabulary.tokens)
     if parts.vision is not None:
         path = parts.vision / "preprocessor_config.json"
         processor = read_json_object(path) if path.is_file() else {}
         stated = read_json_object(parts.vision / CONFIG)
         with _naming(parts.vision / CONFIG):
-            vision = vision_from_qwen2_vl(stated, base.vision, processor)
+            cfg = join_parts(cfg, vision=vision_from_qwen2_vl(stated, base.vision))
+        with _naming(path):
+            cfg = join_parts(cfg, vision=replace(cfg.vision, **pixel_statistics(processor)))
     if parts.whisper is not None:
         stated = read_json_object(parts.whisper / CONFIG)
         with _naming(parts.whisper / CONFIG):
-            audio = audio_from_whisper(stated, base.audio)
-    tokens = vocabulary.tokens if vocabulary else None
-    return join_parts(base, llm=llm, vision=vision, audio=audio, tokens=tokens), vocabulary, tied
+            cfg = join_parts(cfg, audio=audio_from_whisper(stated, base.audio))
+    return cfg, vocabulary, tied
 
 
 @contextmanager

@@ -243,7 +243,7 @@ def test_a_config_of_transformers_5_is_the_same(omni):
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types holds 'sliding_attention'"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config (fp8) is not supported"),
         ({"hidden_size": "128"}, "hidden_size must be int, not '128'"),
-        ({"num_attention_heads": 0}, "num_attention_heads = 0 must be above 0"),
+        ({"num_attention_heads": 0}, "num_attention_heads = 0 must be at least 1"),
         ({"audio_config": None}, "audio_config.sampling_rate is missing"),
         ({"visual_config": 7}, "visual_config must be an object, not 7"),
     ],

@@ -37,7 +37,7 @@ def test_public_sizes_are_those_of_the_named_models(name):
     assert found == tied
     base = baichuan_omni_7b()
     tower = TOWER | {"hidden_size": 1536}
-    vision = vision_from_qwen2_vl({"model_type": "qwen2_vl", "vision_config": tower}, base.vision, {})
+    vision = vision_from_qwen2_vl({"model_type": "qwen2_vl", "vision_config": tower}, base.vision)
     assert vision.out_dim == 1536
     mels, width, layers, heads = WHISPERS.get(name, (128, 1280, 32, 20))
     whisper = {"model_type": "whisper", "num_mel_bins": mels, "d_model": width, "encoder_layers": layers}
@@ -52,7 +52,7 @@ def test_each_part_of_a_model_is_read_back(name):
     cfg, base = MODELS[name](), baichuan_omni_7b()
     assert llm_from_qwen2(qwen2_config(cfg, {}, "bfloat16")) == (cfg.llm, False)
     assert llm_from_qwen2(qwen2_config(cfg, {}, "bfloat16", tied=True)) == (cfg.llm, True)
-    assert vision_from_qwen2_vl(qwen2_vl_config(cfg, "bfloat16"), base.vision, {}) == cfg.vision
+    assert vision_from_qwen2_vl(qwen2_vl_config(cfg, "bfloat16"), base.vision) == cfg.vision
     assert audio_from_whisper(whisper_config(cfg, "bfloat16"), base.audio) == cfg.audio
 
 

@@ -116,6 +116,20 @@ LLM = {
         stated(rope_parameters={"rope_type": "yarn", "rope_theta": 1e6}),
         ["rope_parameters.rope_type = 'yarn'"],
     ),
+    "windows of Qwen2's own size": (
+        stated(use_sliding_window=True, max_window_layers=0),
+        ["use_sliding_window: layers from 0 on see 4096 tokens alone"],
+    ),
+    "layers of no kind": (stated(layer_types=2), ["llm/config.json: layer_types must be a list, not 2"]),
+    "tied in words": (stated(tie_word_embeddings="false"), ["tie_word_embeddings must be bool, not 'false'"]),
+    "heads that share unequally": (
+        stated(num_key_value_heads=3),
+        ["llm/config.json: llm.num_heads 4 is not a multiple of llm.num_kv_heads 3"],
+    ),
+    "heads of no width": (stated(head_dim=-1), ["llm/config.json: head_dim = -1 must be at least 1"]),
+    "heads of odd width": (stated(head_dim=15), ["llm.head_dim 15 is not a multiple of 2"]),
+    "more layers than can be counted": (stated(num_hidden_layers=10**30), ["num_hidden_layers = 1", "below 2**31"]),
+    "an end that is an object": (stated(eos_token_id={"id": 300}), ["eos_token_id {'id': 300} is the id of no token"]),
     "another activation": (stated(hidden_act="gelu"), ["hidden_act = 'gelu' is not supported"]),
     "quantized": (stated(quantization_config={"quant_method": "awq"}), ["quantization_config (awq)"]),
     "a size is missing": (stated(hidden_size=None), ["hidden_size"]),
@@ -169,10 +183,18 @@ VISION = {
     "another activation": (tower(hidden_act="silu"), ["vision_config.hidden_act = 'silu' is not supported"]),
     "mixed sizes": (tower(depth=3), ["tensor visual.blocks.2.norm1.weight [32] is missing"]),
     "a list of sizes": (tower(patch_size=[14, 14]), ["vision_config.patch_size"]),
+    "no width": (tower(embed_dim=0), ["vision/config.json: vision_config.embed_dim = 0 must be at least 1"]),
+    "unequal heads": (tower(num_heads=3), ["vision/config.json: vision.embed_dim 32 is not a multiple of"]),
+    "the mean of one color": (
+        replace_file("preprocessor_config.json", '{"image_mean": [0.5]}'),
+        ["vision/preprocessor_config.json: vision.image_mean has 1 values, the images 3 channels"],
+    ),
 }
 ENCODER = {
     "another architecture": (stated(model_type="wav2vec2"), ["model_type is 'wav2vec2', not 'whisper'"]),
     "half a second": (stated(max_source_positions=77), ["max_source_positions = 77 are no whole seconds of audio"]),
+    "positions in words": (stated(max_source_positions="1500"), ["max_source_positions must be int, not '1500'"]),
+    "no heads": (stated(encoder_attention_heads=0), ["encoder_attention_heads = 0 must be at least 1"]),
     "scaled embeddings": (stated(scale_embedding=True), ["scale_embedding = True is not supported"]),
     "no encoder": (
         changed(lambda t: [t.pop(name) for name in list(t) if "encoder" in name]),
@@ -258,7 +280,7 @@ def test_a_full_disk_is_one_sentence_and_nothing_stays(originals, tmp_path):
 
 
 def test_a_kill_leaves_nothing_that_is_taken_for_a_checkpoint(originals, tmp_path):
-    """SIGKILL while the second branch is written; the same command then does its work beside what is left."""
+    """SIGKILL while the second branch is written; the same command then does its work, and removes what was left."""
     flags = [value for part in ("llm", "vision", "whisper") for value in (f"--{part}", str(originals / part))]
     target = tmp_path / "omni"
     words = [sys.executable, "-m", "baichuan_omni_jax", "convert", "from-parts", *flags, "--model", "tiny"]
@@ -277,3 +299,5 @@ def test_a_kill_leaves_nothing_that_is_taken_for_a_checkpoint(originals, tmp_pat
     assert main(["convert", "from-parts", *flags, "--model", "tiny", "--to", str(target)]) == 0
     assert find_checkpoint(target) == target
     assert read_hf(target / "config.json").llm.hidden_size == 64
+    # Of the killed process nothing is left either.
+    assert list(tmp_path.iterdir()) == [target]
