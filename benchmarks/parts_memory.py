@@ -48,7 +48,12 @@ SIZES = join_parts(
     ),
     vision=VisionConfig(),
     audio=AudioConfig(
-        num_mel_bins=80, d_model=1024, encoder_layers=24, encoder_attention_heads=16, encoder_ffn_dim=4096
+        num_mel_bins=80,
+        d_model=1024,
+        encoder_layers=24,
+        encoder_attention_heads=16,
+        encoder_ffn_dim=4096,
+        decoder_attention_heads=16,
     ),
 )
 # Tokens of Qwen2.5 before its 22 special ones.
