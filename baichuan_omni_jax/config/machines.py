@@ -58,7 +58,7 @@ _FITS: dict[str, dict[str, Fit]] = {
         "omni_1b5": Fit(),
         "omni_3b": Fit(moments="bfloat16", language="layers"),
         "baichuan_omni_7b": Fit(chip_tokens=4096, language="attention"),
-        "omni_14b": Fit(chip_tokens=4096, moments="bfloat16", language="attention"),
+        "omni_14b": Fit(chip_tokens=4096, moments="bfloat16", language="attention", tokenizer_rows=16),
     },
     "v6e:2x4": {
         "omni_0b5": Fit(chip_tokens=16384),
