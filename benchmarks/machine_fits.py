@@ -126,10 +126,10 @@ def said(cell: dict) -> str:
     if "error" in cell:
         return f"not compiled: {cell['error'][-120:]}"
     needed, room = cell["peak_bytes"] / GIB, cell["hbm_bytes"] / GIB
+    fewer_rows = cell["stage"] in AUDIO_RUNS and cell["rows"] < load_run_config(cell["stage"]).data.rows
     gives = [
         f"rows of {cell['tokens']}" * (cell["stage"] in BY_DOCUMENTS and cell["tokens"] < LONGEST),
-        f"{cell['rows']} rows a step" * (cell["stage"] in AUDIO_RUNS and cell["rows"] < recipe_rows(cell["stage"])),
-        *(cell["stage"] in AUDIO_RUNS and cell["rows"] < load_run_config(cell["stage"]).data.rows),
+        f"{cell['rows']} rows a step" * fewer_rows,
         "bf16 moments" * (cell["moments"] == "bfloat16"),
         GIVEN.get(cell["language"], "") * (cell["stage"] in TRAIN_LANGUAGE),
     ]
@@ -137,10 +137,6 @@ def said(cell: dict) -> str:
     if "predicted" in cell:
         verdict = f"{verdict.replace(f'{needed:.1f}', f'about {needed:.0f}')}, predicted"
     return "; ".join(filter(None, (verdict, *gives)))
-
-
-def recipe_rows(stage: str) -> int:
-    return load_run_config(stage).data.rows
 
 
 def table(cells: list[dict]) -> Iterator[str]:
