@@ -48,6 +48,7 @@ log = logging.getLogger(__name__)
 
 ABILITIES = "abilities.json"
 _SLOTS = 16  # questions that are answered at a time, at least
+_CHUNK = 64  # items of prompts that are read at a time: few sizes of chunks are few programs to compile
 
 
 @runtime_checkable
@@ -133,7 +134,7 @@ def live_engine(
     slots = -(-_SLOTS // devices) * devices
     size = 1 << (length - 1).bit_length()
     branches = live_branches(spec, state) | dict(others or {})
-    return Engine(branches, omni, tokenizer, slots=slots, length=size, chunk=min(1024, size))
+    return Engine(branches, omni, tokenizer, slots=slots, length=size, chunk=min(_CHUNK, size))
 
 
 class AbilityHook(Hook):

@@ -85,7 +85,7 @@ class SuiteHook(Hook):
         self._workdir, self._console, self._json = workdir, console, tokenizer_json
         # Read before the first step: a file that cannot be used ends the run before it begins.
         self._items = {name: self._read_items(suite) for name, suite in self._suites.items()}
-        self._judge = _judge_of(self._run.eval.suite_judge) if self._suites else "none"
+        self._judge: JudgeServer | Rule = _judge_of(self._run.eval.suite_judge) if self._suites else "none"
 
     def is_due(self, step: int) -> bool:
         return bool(self._suites) and is_answer_step(step, self._run.eval.suite_every, self._run.train.steps)
