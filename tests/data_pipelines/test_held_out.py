@@ -4,20 +4,21 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from baichuan_omni_jax.config import Budgets, DataConfig, SourceConfig, tiny
 from data_pipelines.documents.prompt_writing import image_tag, trainable, turn
 from data_pipelines.held_out import HeldOutMixture
 from data_pipelines.packing.rows import ALL_ROWS
 from data_pipelines.pipeline import open_pipeline
-from tests.helpers.small_media import write_image
+from tests.helpers.small_media import noise_image
 
 
 @pytest.fixture
 def mixture(tmp_path):
     """Five documents: three questions about pictures, text that is no question, and a question too long for a row."""
-    for name in ("a", "b", "c"):
-        write_image(tmp_path / f"{name}.png", 56, 56)
+    for seed, name in enumerate(("a", "b", "c")):
+        Image.fromarray(noise_image(56, 56, seed)).save(tmp_path / f"{name}.png")
     texts = [turn(image_tag(f"{name}.png") + "What is this?", f"It is {name}.") for name in ("a", "b", "c")]
     texts += [trainable("It is what it is."), turn("What is this? " * 40, "It is long.")]
     lines = [json.dumps({"text": str(text)}) + "\n" for text in texts]

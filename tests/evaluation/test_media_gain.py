@@ -1,11 +1,13 @@
 """What own media save of the loss: a hand case, a model that is blind, and what is exchanged with what."""
 
+import json
 from collections import Counter
 from dataclasses import dataclass, replace
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from baichuan_omni_jax.config import Budgets, DataConfig, EvalConfig, EvalMixture, SourceConfig, resolve_model
 from baichuan_omni_jax.evaluation.held_out import HeldOutEvaluation, mean_losses
@@ -19,7 +21,7 @@ from data_pipelines.packing.rows import ALL_ROWS
 from data_pipelines.pipeline import open_pipeline
 from tests.helpers.losses import LEVELS
 from tests.helpers.micro import micro_run, one_device
-from tests.helpers.small_media import write_audio, write_image
+from tests.helpers.small_media import write_audio
 
 
 @dataclass(frozen=True)
@@ -81,12 +83,6 @@ def test_gains_are_exchanged_minus_own_by_source_and_kind(micro_root):
 def pictures(tmp_path_factory):
     """A held-out mixture of pictures of one size, two of them of one content, of texts spoken, and of text alone."""
     root = tmp_path_factory.mktemp("pictures")
-    for number in range(4):
-        write_image(root / f"{number}.png", 56, 56)
-        data = bytearray((root / f"{number}.png").read_bytes())
-        (root / f"{number}.png").write_bytes(data)
-    from PIL import Image
-
     for number, level in enumerate((0, 80, 160, 160)):
         Image.new("RGB", (56, 56), (level, 255 - level, 0)).save(root / f"{number}.png")
     write_audio(root / "one.wav", 1.2)
@@ -94,8 +90,6 @@ def pictures(tmp_path_factory):
     lines = [turn(image_tag(f"{n}.png") + f"What is number {n}?", "It is a color.") for n in range(4)]
     lines += [join([f"Good day {name}.", trainable(speech_tag(f"{name}.wav"))]) for name in ("one", "two")]
     lines += [turn("What is a color?", "It is red.")]
-    import json
-
     (root / "held.jsonl").write_text("".join(json.dumps({"text": str(text)}) + "\n" for text in lines))
     config = DataConfig(
         root=str(root),

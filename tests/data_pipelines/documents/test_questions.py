@@ -1,5 +1,7 @@
 """Documents as questions, cut where training's first target is; and with the media of others."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -9,7 +11,7 @@ from data_pipelines.documents.prompt_writing import audio_tag, image_tag, join, 
 from data_pipelines.documents.questions import exchange, find_exchangeable, pair_up, read_question, recognition_prompt
 from data_pipelines.errors import SampleError
 from data_pipelines.tokenizers.tokenizer import train_tokenizer
-from tests.helpers.small_media import document, write_audio, write_image
+from tests.helpers.small_media import document, media, write_audio, write_image
 
 
 @pytest.fixture(scope="module")
@@ -123,10 +125,6 @@ def test_of_speech_the_text_is_exchanged_and_of_text_nothing(processor, folder):
 
 def test_media_of_a_record_are_found_under_a_name_of_their_own(processor, folder):
     """Two records of a shard call their pictures alike."""
-    from dataclasses import replace
-
-    from tests.helpers.small_media import media
-
     text = turn(image_tag("0") + "What is this?", "It is a cat.")
     one = replace(document(text, folder), media={"0": media(folder / "cat.png")})
     other = replace(document(text, folder), media={"0": media(folder / "dog.png")})
