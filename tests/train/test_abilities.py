@@ -123,24 +123,24 @@ def test_answers_are_those_of_the_saved_step(measured):
     from data_pipelines.documents.prompt_writing import ASR_PROMPT
     from data_pipelines.tokenizers.tokenizer import load_tokenizer
 
-    loaded = load_for_generation(str(measured))
+    loaded = load_for_generation(str(measured / "checkpoints" / "2"))
     tokenizer = load_tokenizer(loaded.tokenizer)
     chat = OmniChat(
         make_chat_model(loaded, tokenizer, slots=2, length=512), ChatPrompts(Processor(loaded.config, tokenizer))
     )
     root = Path(json.loads((measured / "run_config.json").read_text())["data"]["root"])
     manifest = [json.loads(line) for line in (root / "held_out" / "asr.jsonl").read_text().splitlines()]
-    lines = [line for line in answers(measured, 4) if line["ability"] == "asr"]
+    lines = [line for line in answers(measured, 2) if line["ability"] == "asr"]
     assert len(lines) == 6
+    assert any(line["answer"] for line in lines[:3])
     for line in lines[:3]:
         text = manifest[int(line["document"].rpartition(":")[2]) - 1]["text"]
         path = json.loads(text.split("<audio_start_baichuan>")[1].split("<audio_end_baichuan>")[0])["path"]
         content = [{"type": "text", "text": ASR_PROMPT}, {"type": "audio", "path": str(root / path)}]
-        settings = GenerationConfig(max_tokens=32).greedy()
+        settings = GenerationConfig(max_tokens=200).greedy()
         answer = chat.complete(content, stream=False, settings=settings)
-        shorter = min(len(answer.text), len(line["answer"]))
-        assert answer.text[:shorter] == line["answer"][:shorter]
-        assert shorter > 0
+        # Written as far as the limit of the ability goes, or the model's end.
+        assert answer.text.startswith(line["answer"].rstrip("\ufffd"))
 
 
 @pytest.mark.slow
