@@ -2,7 +2,7 @@
 
 import gc
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 
 class ConfigError(ValueError):
@@ -23,6 +23,17 @@ class RequestError(ValueError):
 
 class RunStoppedError(RuntimeError):
     """A run ended itself before its last step, as starting it again might not help. The message is the reason."""
+
+
+def list_some(items: Sequence[str], separator: str = "; ", most: int = 5) -> str:
+    """Joins the first of what may be thousands, and says how many more there are: a sentence stays one to read.
+
+    >>> list_some(["a", "b", "c", "d"], ", ", most=2)
+    'a, b, and 2 more'
+    """
+    # A list that is longer by one is shown whole: "and 1 more" would take as much room.
+    shown = list(items) if len(items) <= most + 1 else [*items[:most], f"and {len(items) - most} more"]
+    return separator.join(shown)
 
 
 def exit_code(command: Callable[[], int | None]) -> int:

@@ -102,6 +102,11 @@ REQUIRED: dict[tuple[str, str], tuple[Any, ...]] = {
     ("vocoder_config", "enable_multi_scale"): (True,),
 }
 CFM_REQUIRED = {"solver": "euler", "t_scheduler": "cosine", "reg_loss_type": "l1"}
+# Far above any model: what loops over layers, or over the positions of a window, would otherwise run out of memory.
+_MOST_LAYERS, MOST_SECONDS = 1024, 3600
+_MOST = dict.fromkeys(
+    "num_layers depth encoder_layers decoder_layers prenet_layers n_blocks num_mid_blocks".split(), _MOST_LAYERS
+) | {"max_audio_seconds": MOST_SECONDS}
 
 
 def read_hf(path: Path) -> OmniConfig:
@@ -278,7 +283,7 @@ def _check_required(values: dict[str, Any]) -> None:
 
 
 def take(values: dict[str, Any], keys: dict[str, str], section: str, config: type) -> dict[str, Any]:
-    """Reads fields of the dataclass `config` by name: sizes from 1, ids of tokens from 0.
+    """Reads fields of the dataclass `config` by name: sizes from 1, ids of tokens from 0, layers to 1024.
 
     Raises ConfigError for one that is missing, of another type, or a whole number that is no size or id.
     """
@@ -291,8 +296,9 @@ def take(values: dict[str, Any], keys: dict[str, str], section: str, config: typ
     least = 0 if config is SpecialTokens else 1
     for ours, value in taken.items():
         for number in value if isinstance(value, tuple) else (value,):
-            if type(number) is int and not least <= number < 2**31:
-                bound = f"at least {least}" if number < least else "below 2**31"
+            most = _MOST.get(ours, 2**31 - 1)
+            if type(number) is int and not least <= number <= most:
+                bound = f"at least {least}" if number < least else f"at most {most}"
                 raise ConfigError(f"{prefix}{keys[ours]} = {values[keys[ours]]!r} must be {bound}")
     return taken
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from baichuan_omni_jax.config.architecture import AudioConfig, AudioHeadConfig, LLMConfig, VisionConfig
-from baichuan_omni_jax.config.hf import LLM_KEYS, language_sizes, read_section, released_form, take
+from baichuan_omni_jax.config.hf import LLM_KEYS, MOST_SECONDS, language_sizes, read_section, released_form, take
 from baichuan_omni_jax.config.model import OmniConfig, SpecialTokens
 from baichuan_omni_jax.config.overrides import convert_value
 from baichuan_omni_jax.errors import ConfigError
@@ -121,8 +121,8 @@ def audio_from_whisper(values: dict[str, Any], base: AudioConfig) -> AudioConfig
     positions = convert_value(int, values.get("max_source_positions", 1500), "max_source_positions")
     # Two mel frames of 10 ms a position: 1500 are 30 seconds.
     seconds, rest = divmod(positions * base.stride_size * base.hop_length, base.sampling_rate)
-    if rest or not 1 <= seconds < 2**16:
-        raise ConfigError(f"max_source_positions = {positions} are no whole seconds of audio")
+    if rest or not 1 <= seconds <= MOST_SECONDS:
+        raise ConfigError(f"max_source_positions = {positions} are no whole seconds of audio (at most {MOST_SECONDS})")
     return replace(
         base,
         **sizes,

@@ -11,7 +11,7 @@ import numpy as np
 from baichuan_omni_jax.checkpoint.branches import CONFIG, SOURCE, VOCODER_CONFIG
 from baichuan_omni_jax.convert.rules import Rule
 from baichuan_omni_jax.convert.safetensors_io import SafetensorsFile, SafetensorsWriter, TensorInfo, TensorSource
-from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.errors import ConfigError, list_some
 from baichuan_omni_jax.storage import describe_stand_in, read_json_object
 
 VOCODER = "vocoder.safetensors"
@@ -87,7 +87,7 @@ def save_buffers(folder: Path, source: TensorSource, buffers: Mapping[str, Rule]
             carried[name] = found
             problems += check_buffer(name, found, exact)
     if problems:
-        raise ConfigError(f"{source.location} cannot be converted: {'; '.join(problems)}")
+        raise ConfigError(f"{source.location} cannot be converted: {list_some(problems)}")
     (folder / SOURCE).write_text(json.dumps({"buffers": dtypes}, indent=1))
     if carried:
         infos = {name: TensorInfo(value.shape, value.dtype) for name, value in carried.items()}

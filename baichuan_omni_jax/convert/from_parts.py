@@ -91,7 +91,7 @@ def plan_from_parts(
         branches: those that are written; default: all of the model, and the vocoder where it is given.
 
     Raises:
-        ConfigError: names the file, and the field or every tensor that does not fit.
+        ConfigError: names the file, and the field or the first tensors that do not fit.
     """
     written = tuple(branches) or MODEL_BRANCHES
     # Sizes first, of all parts together: each part's tables depend on the widths of the others.

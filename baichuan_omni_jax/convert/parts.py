@@ -197,7 +197,7 @@ def _find_home(weights: TensorSource, homes: Iterable[str], tensor: str, what: s
 
 
 def _plan_part(source: PartTensors, branch: str, rules: list[Rule], cfg: OmniConfig) -> ConversionJob:
-    """Plans the parameters that `rules` name. Raises ConfigError naming every tensor that does not fit."""
+    """Plans the parameters that `rules` name. Raises ConfigError naming the first tensors that do not fit."""
     module = abstract_branches(cfg, only=[branch])[branch]
     # What the rules fill, by the module's own parts (`tower`, `encoder`): the rest of the branch is not this folder's.
     tops = {name.partition(".")[0] for rule in rules for name in rule.parameters}

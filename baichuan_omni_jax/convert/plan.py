@@ -1,7 +1,7 @@
 """What a conversion will do, decided and checked before anything is written, and the plan in words.
 
 A plan is made from names, shapes and dtypes alone, in either direction. Whatever does not fit is collected, so that
-one ConfigError names every offender at once.
+one ConfigError counts the offenders and names the first of them.
 """
 
 import re
@@ -16,7 +16,7 @@ from baichuan_omni_jax.config import OmniConfig
 from baichuan_omni_jax.convert.rules import Entry, Rule, expand
 from baichuan_omni_jax.convert.safetensors_io import TensorInfo, TensorSource
 from baichuan_omni_jax.convert.tables import VISION_TOWER
-from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.errors import ConfigError, list_some
 from baichuan_omni_jax.nn.param import named_values
 
 _FLOATS = frozenset({"bfloat16", "float16", "float32", "float64"})
@@ -72,7 +72,8 @@ def plan_from_tensors(
         only: the branches wanted (default: all of `tables`); tensors of the others are left alone.
 
     Raises:
-        ConfigError: names every tensor without a rule or with two, missing or superfluous, of a wrong shape or dtype.
+        ConfigError: names the first tensors without a rule or with two, missing or superfluous, or of a wrong shape or
+            dtype.
     """
     wanted = tuple(only) or tuple(tables)
     # What the parameters' shapes demand, against what is found: each side may lack what the other has.
@@ -114,7 +115,7 @@ def plan_from_leaves(
         location: what the checkpoint is called in errors.
 
     Raises:
-        ConfigError: names every parameter that only one of checkpoint and model has, or that has another shape.
+        ConfigError: names the first parameters that only one of checkpoint and model has, or that has another shape.
     """
     plan, problems = _expand_all({name: tables[name] for name in stored}, _shapes(abstract, stored))
     # Checkpoint against model, by name and shape: what a table lacks has been found by expanding it.
@@ -140,10 +141,10 @@ def plan_from_leaves(
 
 
 def raise_problems(problems: list[str], location: str) -> None:
-    """Raises ConfigError naming all `problems` of `location`, if there are any."""
+    """Raises ConfigError counting the `problems` of `location` and naming the first, if there are any."""
     if problems:
         count = f"{len(problems)} problems" if len(problems) > 1 else "1 problem"
-        raise ConfigError(f"{location} cannot be converted, {count}: {'; '.join(problems)}")
+        raise ConfigError(f"{location} cannot be converted, {count}: {list_some(problems)}")
 
 
 def _expand_all(tables: Tables, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> tuple[Plan, list[str]]:

@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import ml_dtypes
 import numpy as np
 
-from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.errors import ConfigError, list_some
 from baichuan_omni_jax.storage import describe_stand_in, refuse_stand_in
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -168,8 +168,8 @@ class ShardedSafetensors:
         absent = [shard for shard in shards if not (folder / shard).is_file()]
         if absent:
             first = {shard: next(name for name, file in files.items() if file == shard) for shard in absent}
-            lost = ", ".join(f"{folder / shard} (with {name})" for shard, name in first.items())
-            raise ConfigError(f"{index} names shards that are not there: {lost}")
+            lost = [f"{folder / shard} (with {name})" for shard, name in first.items()]
+            raise ConfigError(f"{index} names shards that are not there: {list_some(lost, ', ')}")
         for shard in shards:
             if found := describe_stand_in(folder / shard):
                 name = next(name for name, file in files.items() if file == shard)
@@ -184,7 +184,7 @@ class ShardedSafetensors:
         for shard, file in self._shards.items():
             problems += [f"{folder / shard} holds tensor {name}" for name in file.infos if files.get(name) != shard]
         if problems:
-            raise ConfigError(f"{index} and its shards disagree: {'; '.join(problems)}")
+            raise ConfigError(f"{index} and its shards disagree: {list_some(problems)}")
         self._files = files
         self.infos = {name: self._shards[file].infos[name] for name, file in files.items()}
 
@@ -201,11 +201,13 @@ class ShardedSafetensors:
     def _weight_map(index: Path) -> dict[str, str]:
         refuse_stand_in(index)
         try:
+            values = json.loads(index.read_text(encoding="utf-8"))
+            files = values.get("weight_map") if isinstance(values, dict) else None
             # Bare file names alone: an index must not lead out of its folder.
-            files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            if not files or not all(isinstance(file, str) and Path(file).name == file for file in files.values()):
+            named = files.values() if isinstance(files, dict) else ()
+            if not named or not all(isinstance(file, str) and Path(file).name == file for file in named):
                 raise ValueError("weight_map must map tensors to file names")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError) as error:
             raise ConfigError(f"{index} cannot be used as an index: {error}") from error
         return files
 

@@ -32,7 +32,7 @@ from baichuan_omni_jax.convert.safetensors_io import (
     open_weights,
 )
 from baichuan_omni_jax.convert.tables import branch_rules
-from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.errors import ConfigError, list_some
 from baichuan_omni_jax.nn.param import named_variables, with_values
 from baichuan_omni_jax.storage import check_target, refuse_stand_in, staged_folder
 
@@ -54,7 +54,7 @@ def plan_to_jax(source: Path, vocoder: Path | None = None, branches: Iterable[st
         branches: those of the model that are converted; default: all.
 
     Raises:
-        ConfigError: names the file and every tensor that does not fit.
+        ConfigError: names the file and the first tensors that do not fit.
     """
     cfg = read_hf(source / CONFIG)
     weights = open_weights(source)
@@ -237,7 +237,7 @@ class TorchFile:
             raise ConfigError(f"{path} cannot be loaded with weights_only=True: {first[0]}") from error
         odd = [name for name, x in tensors.items() if not torch.is_tensor(x)] if isinstance(tensors, dict) else ["it"]
         if odd:
-            raise ConfigError(f"{path} is not a flat dict of tensors: {', '.join(map(str, odd))}")
+            raise ConfigError(f"{path} is not a flat dict of tensors: {list_some([*map(str, odd)], ', ')}")
         self._arrays = {name: _to_numpy(tensor, torch) for name, tensor in tensors.items()}
         self.infos = {name: TensorInfo(x.shape, x.dtype) for name, x in self._arrays.items()}
 

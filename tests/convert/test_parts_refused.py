@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer, models
 
 from baichuan_omni_jax.checkpoint import find_checkpoint
 from baichuan_omni_jax.cli.main import main
@@ -82,6 +83,11 @@ def index(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
 
 
+def bare_index(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    (folder / "model.safetensors.index.json").write_text('{"metadata": {}}')
+
+
 def cut(folder: Path) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-9])
@@ -96,6 +102,11 @@ def as_merges(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
     (folder / "vocab.json").write_text(json.dumps({"a": 0, "b": 1}))
     (folder / "merges.txt").write_text("a b\n")
+
+
+def with_no_ids(folder: Path) -> None:
+    as_merges(folder)
+    (folder / "vocab.json").write_text(json.dumps({"a": 0, "b": "x"}))
 
 
 LLM = {
@@ -128,14 +139,18 @@ LLM = {
     ),
     "heads of no width": (stated(head_dim=-1), ["llm/config.json: head_dim = -1 must be at least 1"]),
     "heads of odd width": (stated(head_dim=15), ["llm.head_dim 15 is not a multiple of 2"]),
-    "more layers than can be counted": (stated(num_hidden_layers=10**30), ["num_hidden_layers = 1", "below 2**31"]),
+    "more layers than can be counted": (stated(num_hidden_layers=10**30), ["num_hidden_layers = 1", "at most 1024"]),
+    "more layers than any model": (
+        stated(num_hidden_layers=10**9),
+        ["llm/config.json: num_hidden_layers = 1000000000 must be at most 1024"],
+    ),
     "an end that is an object": (stated(eos_token_id={"id": 300}), ["eos_token_id {'id': 300} is the id of no token"]),
     "another activation": (stated(hidden_act="gelu"), ["hidden_act = 'gelu' is not supported"]),
     "quantized": (stated(quantization_config={"quant_method": "awq"}), ["quantization_config (awq)"]),
     "a size is missing": (stated(hidden_size=None), ["hidden_size"]),
     "more layers": (
         stated(num_hidden_layers=3),
-        ["tensor model.layers.2.mlp.up_proj.weight [96, 64] is missing", "12 problems"],
+        ["tensor model.layers.2.input_layernorm.weight [64] is missing", "12 problems", "; and 7 more"],
     ),
     "wider": (stated(intermediate_size=128), ["model.layers.0.mlp.up_proj.weight has shape [96, 64], the config"]),
     "untied without a head": (
@@ -146,6 +161,7 @@ LLM = {
         changed(lambda t: t.update({"model.layers.0.self_attn.q_norm.weight": np.ones(16, np.float32)})),
         ["tensor model.layers.0.self_attn.q_norm.weight has no rule"],
     ),
+    "an index of nothing": (bare_index, ["cannot be used as an index: weight_map must map tensors to file names"]),
     "missing shard": (index, ["names shards that are not there", "model-00002-of-00002.safetensors (with "]),
     "truncated": (cut, ["model.safetensors", "is truncated"]),
     "pickled": (
@@ -158,6 +174,7 @@ LLM = {
     ),
     "no tokenizer but its name": (replace_file("tokenizer.json", "{}"), ["tokenizer.json cannot be read"]),
     "merges of unknown tokens": (as_merges, ["merges.txt: 'a b' joins no two tokens of vocab.json to a third"]),
+    "ids in words": (with_no_ids, ["llm/vocab.json: token 'b' has no id but 'x'"]),
     "ids outside the table": (
         stated(vocab_size=302),
         ["token '<|im_end|>' has id 302, the model's table has 302 rows"],
@@ -169,6 +186,18 @@ LLM = {
     "ids that disagree": (
         replace_file("tokenizer_config.json", '{"added_tokens_decoder": {"301": {"content": "<|endoftext|>"}}}'),
         ["tokenizer_config.json: token '<|endoftext|>' has id 301, but tokenizer.json gives it id 300"],
+    ),
+    "added tokens in a list": (
+        replace_file("tokenizer_config.json", '{"added_tokens_decoder": ["<|endoftext|>"]}'),
+        ["tokenizer_config.json: added_tokens_decoder must map ids to tokens, it is of type list"],
+    ),
+    "an added token without a name": (
+        replace_file("tokenizer_config.json", '{"added_tokens_decoder": {"300": {"content": 3}}}'),
+        ["tokenizer_config.json: added_tokens_decoder must map ids to tokens, not '300' to {'content': 3}"],
+    ),
+    "a tokenizer of words": (
+        lambda f: Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a")).save(str(f / "tokenizer.json")),
+        ["llm/tokenizer.json: text is not what comes back from its tokens: a Qwen2 has byte-level BPE"],
     ),
     "an end that is no token": (stated(eos_token_id=[300, 390]), ["eos_token_id 390 is the id of no token"]),
 }
@@ -183,6 +212,7 @@ VISION = {
     "another activation": (tower(hidden_act="silu"), ["vision_config.hidden_act = 'silu' is not supported"]),
     "mixed sizes": (tower(depth=3), ["tensor visual.blocks.2.norm1.weight [32] is missing"]),
     "a list of sizes": (tower(patch_size=[14, 14]), ["vision_config.patch_size"]),
+    "another width": (tower(embed_dim=64), ["the config wants [64, ", " problems", " more\n"]),
     "no width": (tower(embed_dim=0), ["vision/config.json: vision_config.embed_dim = 0 must be at least 1"]),
     "unequal heads": (tower(num_heads=3), ["vision/config.json: vision.embed_dim 32 is not a multiple of"]),
     "the mean of one color": (
@@ -193,6 +223,7 @@ VISION = {
 ENCODER = {
     "another architecture": (stated(model_type="wav2vec2"), ["model_type is 'wav2vec2', not 'whisper'"]),
     "half a second": (stated(max_source_positions=77), ["max_source_positions = 77 are no whole seconds of audio"]),
+    "windows of a day": (stated(max_source_positions=50 * 86400), ["are no whole seconds of audio (at most 3600)"]),
     "positions in words": (stated(max_source_positions="1500"), ["max_source_positions must be int, not '1500'"]),
     "no heads": (stated(encoder_attention_heads=0), ["encoder_attention_heads = 0 must be at least 1"]),
     "scaled embeddings": (stated(scale_embedding=True), ["scale_embedding = True is not supported"]),
@@ -218,6 +249,7 @@ def test_a_part_that_cannot_be_used(command, originals, tmp_path, capsys, part, 
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert error.count("\n") == 1
+    assert len(error) < 1000
     for sentence in sentences:
         assert sentence in error
     assert {path.name for path in tmp_path.iterdir()} <= {part}
