@@ -19,6 +19,9 @@ from data_pipelines.tokenizers.tokenizer import MODEL_TOKENS, SPECIAL_TOKENS, ad
 
 TOKENIZER, VOCABULARY, MERGES, CONFIG = "tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json"
 
+# Every ASCII and Latin-1 character, and some of three and four bytes.
+_ANY_TEXT = "".join(map(chr, range(256))) + "模型 😀\n"
+
 
 def read_vocabulary(folder: Path, rows: int) -> TextVocabulary:
     """Reads the tokenizer of a language model's folder and adds our special tokens on free rows.
@@ -28,9 +31,12 @@ def read_vocabulary(folder: Path, rows: int) -> TextVocabulary:
         rows: of the model's embedding table.
 
     Raises:
-        ConfigError: no tokenizer, one that cannot be read or whose ids lie outside the table, or too few free rows.
+        ConfigError: no tokenizer, one that cannot be read, is not byte-level or whose ids lie outside the table, or too
+            few free rows.
     """
     tokenizer, source = _open(folder)
+    if not _gives_back(tokenizer, _ANY_TEXT):
+        raise ConfigError(f"{source}: text is not what comes back from its tokens: a Qwen2 has byte-level BPE")
     known = tokenizer.get_vocab(with_added_tokens=True)
     largest = max(known.values(), default=-1)
     if largest >= rows:
@@ -74,6 +80,9 @@ def _from_merges(folder: Path) -> Tokenizer:
     """Makes the tokenizer of `vocab.json` and `merges.txt`, with the added tokens that the configuration lists."""
     refuse_stand_in(folder / MERGES)
     vocabulary = read_json_object(folder / VOCABULARY)
+    for name, number in vocabulary.items():
+        if type(number) is not int or not 0 <= number < 2**31:
+            raise ConfigError(f"{folder / VOCABULARY}: token {name!r} has no id but {number!r}")
     try:
         lines = (folder / MERGES).read_text(encoding="utf-8").split("\n")
         # The first line may say the version; a merge is two tokens and a space.
@@ -100,10 +109,24 @@ def _stated_tokens(folder: Path) -> dict[str, int]:
     if not (folder / CONFIG).is_file():
         return {}
     listed = read_json_object(folder / CONFIG).get("added_tokens_decoder") or {}
+    wrong = f"{folder / CONFIG}: added_tokens_decoder must map ids to tokens"
+    if not isinstance(listed, dict):
+        raise ConfigError(f"{wrong}, it is of type {type(listed).__name__}")
+    stated = {}
+    for number, token in listed.items():
+        name = token.get("content") if isinstance(token, dict) else None
+        if not number.isdecimal() or not isinstance(name, str):
+            raise ConfigError(f"{wrong}, not {number!r} to {token!r}")
+        stated[name] = int(number)
+    return stated
+
+
+def _gives_back(tokenizer: Tokenizer, text: str) -> bool:
+    """Tells whether a text comes back from its tokens."""
     try:
-        return {token["content"]: int(number) for number, token in listed.items()}
-    except (AttributeError, TypeError, KeyError, ValueError) as error:
-        raise ConfigError(f"{folder / CONFIG}: added_tokens_decoder cannot be read: {error!r}") from error
+        return tokenizer.decode(tokenizer.encode(text, add_special_tokens=False).ids) == text
+    except Exception:  # tokenizers raises plain Exception, for a word that a model of words does not have
+        return False
 
 
 def _with_special_tokens(tokenizer: Tokenizer, new: list[str]) -> Tokenizer:
