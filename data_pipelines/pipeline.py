@@ -246,6 +246,7 @@ def open_pipeline(
     check_plan(config)
     check_policies(config)
     check_loss_weights(config)
+    mel_slots(config, omni.audio, targets)
     with file_errors(cache_folder(config)):
         if processor is None:
             tokenizer = load_or_train_tokenizer(config, omni)

@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from baichuan_omni_jax.checkpoint.branches import KEPT, branch_folder, checkpoint_texts
-from baichuan_omni_jax.checkpoint.provenance import check_run_config, store_run_config
+from baichuan_omni_jax.checkpoint.provenance import PARENT, RUN_CONFIG, check_run_config, store_run_config
 from baichuan_omni_jax.checkpoint.steps import CHECKSUMS, committed_steps, newest_good, step_folder, steps_folder
 from baichuan_omni_jax.checkpoint.trees import (
     TEMPORARY,
@@ -61,6 +61,7 @@ class Workdir:
         self._saving: threading.Thread | None = None
         self._error: tuple[int, BaseException] | None = None
         self._lock: FileLock | None = None
+        self._new: list[str] = []  # what says whose workdir this is and was not there before
         self._checkpointer = make_checkpointer()
         try:
             steps_folder(self.path).mkdir(parents=True, exist_ok=True)
@@ -87,12 +88,26 @@ class Workdir:
         Then what a killed run left half-written is removed. Raises ConfigError naming the first other key.
         """
         check_run_config(self.path, run)
+        self._new = [name for name in (RUN_CONFIG, PARENT, KEPT) if not (self.path / name).exists()]
         # Every host has read the old one before the first host writes the new one.
         ocp.multihost.sync_global_processes("workdir_checked")
         if jax.process_index() == 0:
             store_run_config(self.path, run)
             self._remove_leftovers()
         ocp.multihost.sync_global_processes("workdir_taken")
+
+    def give_up(self) -> None:
+        """Undoes `write_run_config` of a new workdir that holds no step: a corrected run may have it.
+
+        For a run that was refused after all. Parent and audio tokenizer that it wrote down go too.
+        """
+        self.wait()
+        if jax.process_index() or RUN_CONFIG not in self._new or self.latest_step() is not None:
+            return
+        # The run's configuration last: as long as it is there, the rest is known to belong to that run.
+        for name in reversed(self._new):
+            path = self.path / name
+            path.rmtree() if path.is_dir() else path.unlink(missing_ok=True)
 
     def steps(self) -> list[int]:
         """Lists the steps that were saved completely, ascending, without those that `restore` found damaged."""

@@ -75,7 +75,7 @@ def run(options: argparse.Namespace) -> None:
     join_hosts(options)
     run, omni, profile = on_all_hosts(lambda: read_options(options))
     check_agreement(version_facts() | run_facts(run))
-    # Everything that can refuse the run comes before it claims the workdir.
+    # What can refuse the run comes before it claims the workdir, but for what the weights and the media say.
     spec, compute = on_all_hosts(lambda: set_up(run, omni))
     workdir, parent = on_all_hosts(lambda: open_workdir(run, Path(options.workdir)))
     begins = run.data.continue_sources and workdir.latest_step() is None
@@ -93,14 +93,19 @@ def run(options: argparse.Namespace) -> None:
     )
     training = on_all_hosts(lambda: TrainingData(*data[""], shard, context, continue_from))
 
-    # What the workdir says of the run, before its first step: a restart reads it.
-    workdir.write_run_config(run)
-    on_all_hosts(lambda: wait_for(workdir.path / "run_config.json"))
-    record_parent(workdir.path, parent)
-    if tokenizer is not None:
-        keep_tokenizer(workdir.path, tokenizer, omni, origin_of(home))
-    run_options = RunOptions(parent=parent, held_out=held_out, profile=profile, wandb=options.wandb)
-    train(run, omni, workdir, training, run_options)
+    try:
+        # What the workdir says of the run, before its first step: a restart reads it.
+        workdir.write_run_config(run)
+        on_all_hosts(lambda: wait_for(workdir.path / "run_config.json"))
+        record_parent(workdir.path, parent)
+        if tokenizer is not None:
+            keep_tokenizer(workdir.path, tokenizer, omni, origin_of(home))
+        run_options = RunOptions(parent=parent, held_out=held_out, profile=profile, wandb=options.wandb)
+        train(run, omni, workdir, training, run_options)
+    except ConfigError:
+        # Refused after all (weights of other sizes, documents that no step can read): the corrected command may begin.
+        workdir.give_up()
+        raise
     workdir.close()
 
 

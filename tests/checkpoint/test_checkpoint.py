@@ -15,12 +15,15 @@ import tensorstore as ts
 from flax import nnx
 
 from baichuan_omni_jax.checkpoint import (
+    Parent,
     Workdir,
     load_branches,
     parse_spec,
     read_branch_info,
+    record_parent,
     save_branches,
 )
+from baichuan_omni_jax.checkpoint.steps import CHECKSUMS
 from baichuan_omni_jax.config import (
     CheckpointConfig,
     DataConfig,
@@ -289,6 +292,29 @@ def test_run_config(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=message):
             Workdir(tmp_path, 1).write_run_config(other)
     assert (tmp_path / "run_config.json").read_text() == stored
+
+
+def test_a_refused_run_gives_its_workdir_up(tmp_path: Path) -> None:
+    """A new one without a step, to any run; what it found there stays."""
+    first, other = RunConfig(name="a"), RunConfig(name="a", train=TrainConfig(seed=5))
+    workdir = Workdir(tmp_path / "w", 1)
+    workdir.write_run_config(first)
+    record_parent(workdir.path, Parent())
+    (tmp_path / "w" / "audio_tokenizer").mkdir()
+    workdir.give_up()
+    assert [path.name for path in (tmp_path / "w").iterdir()] == ["checkpoints"]
+    Workdir(tmp_path / "w", 1).write_run_config(other)
+    # Its own configuration was there before this start, or a step has been made since.
+    again = Workdir(tmp_path / "w", 1)
+    again.write_run_config(other)
+    again.give_up()
+    assert (tmp_path / "w" / "run_config.json").exists()
+    with_step = Workdir(tmp_path / "x", 1)
+    with_step.write_run_config(first)
+    (tmp_path / "x" / "checkpoints" / "1").mkdir()
+    (tmp_path / "x" / "checkpoints" / "1" / CHECKSUMS).write_text("{}")
+    with_step.give_up()
+    assert (tmp_path / "x" / "run_config.json").exists()
 
 
 def test_unusable_folders(tmp_path: Path) -> None:

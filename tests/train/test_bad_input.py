@@ -173,6 +173,25 @@ def test_workdir_of_another_config(refusal, micro_root, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_refused_first_start_leaves_the_workdir_to_the_corrected_one(quick_pretrain, tmp_path):
+    """Weights are read last: by then the workdir holds the run's configuration, parent and audio tokenizer."""
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "branches.json").write_text("{}")
+    refused = quick_pretrain(tmp_path / "run", f"checkpoint.init_from={tmp_path / 'weights'}")
+    assert refused.returncode == 2, refused.stderr
+    assert refused.stderr.strip().splitlines()[-1].endswith("weights has no branch llm; it has none")
+    assert {path.name for path in (tmp_path / "run").iterdir()} <= {"checkpoints", ".lock"}
+    corrected = quick_pretrain(tmp_path / "run", "train.steps=1")
+    assert corrected.returncode == 0, corrected.stderr
+
+
+def test_mel_slots_are_checked_before_the_data_are_read(refusal, tmp_path):
+    audio = load_run_config(CONFIG.with_name("audio_tokenizer_tiny.py"), ["data.mel_frames=(400,200)"])
+    message = refusal(lambda: open_pipeline(replace(audio.data, root=str(tmp_path)), TINY))
+    assert message.startswith("data.mel_frames (400, 200) must ascend from at least 8 to at most 3000")
+
+
+@pytest.mark.slow
 def test_a_second_run_is_refused_while_the_first_is_at_work(pretrain, tmp_path):
     """As a scheduler that tries again starts the same command. A killed run leaves the workdir to the next."""
     workdir = tmp_path / "run"
