@@ -1,5 +1,6 @@
 """`OmniConfig`: the architecture, branch by branch, and its named variants."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
@@ -73,6 +74,10 @@ class OmniConfig:
         for name in ("image_mean", "image_std"):
             if (count := len(getattr(self.vision, name))) != self.vision.in_channels:
                 raise ConfigError(f"vision.{name} has {count} values, the images {self.vision.in_channels} channels")
+        if not all(0 < spread < math.inf for spread in self.vision.image_std):
+            raise ConfigError(
+                f"vision.image_std {list(self.vision.image_std)} must be above 0: pixels are divided by it"
+            )
         for field in fields(self.tokens):
             if getattr(self.tokens, field.name) >= self.llm.vocab_size:
                 raise ConfigError(f"tokens.{field.name} lies outside llm.vocab_size {self.llm.vocab_size}")

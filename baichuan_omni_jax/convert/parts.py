@@ -112,7 +112,7 @@ def read_sizes(
             cfg = join_parts(cfg, llm=llm, tokens=vocabulary.tokens)
     if parts.vision is not None:
         path = parts.vision / "preprocessor_config.json"
-        processor = read_json_object(path) if path.is_file() else {}
+        processor = read_json_object(path) if path.exists() else {}
         stated = read_json_object(parts.vision / CONFIG)
         with _naming(parts.vision / CONFIG):
             cfg = join_parts(cfg, vision=vision_from_qwen2_vl(stated, base.vision))

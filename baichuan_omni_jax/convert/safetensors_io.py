@@ -215,10 +215,10 @@ class ShardedSafetensors:
 def open_weights(folder: Path) -> SafetensorsFile | ShardedSafetensors:
     """Opens a Hugging Face folder's weights: `model.safetensors` or the shards of its index. Raises ConfigError."""
     folder = Path(folder)
-    if (folder / SINGLE).is_file():
-        return SafetensorsFile(folder / SINGLE)
-    if (folder / INDEX).is_file():
-        return ShardedSafetensors(folder / INDEX)
+    # Also where the name is that of a folder, or of a link to what is gone: opening it says so.
+    for name, opened in ((SINGLE, SafetensorsFile), (INDEX, ShardedSafetensors)):
+        if os.path.lexists(folder / name):
+            return opened(folder / name)
     pickled = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
     also = f", but {pickled[0]}: convert it to safetensors first" if pickled else ""
     raise ConfigError(f"{folder} holds neither {SINGLE} nor {INDEX}{also}")

@@ -182,7 +182,9 @@ def vocoder_sizes(vocoder: Path) -> VocoderConfig:
 
 def plan_vocoder(vocoder: Path, cfg: OmniConfig) -> ConversionJob:
     """Plans the vocoder's file. Raises ConfigError: another form, or mels that the model does not make."""
-    sizes, file = vocoder_sizes(vocoder), open_vocoder(vocoder)
+    # The file first: what is no file has no configuration beside it.
+    file = open_vocoder(vocoder)
+    sizes = vocoder_sizes(vocoder)
     if sizes.in_channels != cfg.flow.in_channels:
         raise ConfigError(
             f"vocoder {vocoder} reads {sizes.in_channels} mels (in_channels), the model makes {cfg.flow.in_channels}"

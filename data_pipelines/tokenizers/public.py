@@ -106,7 +106,7 @@ def _from_merges(folder: Path) -> Tokenizer:
 
 def _stated_tokens(folder: Path) -> dict[str, int]:
     """Reads the added tokens of `tokenizer_config.json` by id; empty where it lists none."""
-    if not (folder / CONFIG).is_file():
+    if not (folder / CONFIG).exists():
         return {}
     listed = read_json_object(folder / CONFIG).get("added_tokens_decoder") or {}
     wrong = f"{folder / CONFIG}: added_tokens_decoder must map ids to tokens"

@@ -88,6 +88,12 @@ def bare_index(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text('{"metadata": {}}')
 
 
+def dangling(folder: Path) -> None:
+    """As a copy of Hugging Face's cache without the files that it links to."""
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to("../../blobs/0")
+
+
 def cut(folder: Path) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-9])
@@ -162,6 +168,7 @@ LLM = {
         ["tensor model.layers.0.self_attn.q_norm.weight has no rule"],
     ),
     "an index of nothing": (bare_index, ["cannot be used as an index: weight_map must map tensors to file names"]),
+    "a link to what is gone": (dangling, ["llm/model.safetensors cannot be read: No such file or directory"]),
     "missing shard": (index, ["names shards that are not there", "model-00002-of-00002.safetensors (with "]),
     "truncated": (cut, ["model.safetensors", "is truncated"]),
     "pickled": (
@@ -215,6 +222,14 @@ VISION = {
     "another width": (tower(embed_dim=64), ["the config wants [64, ", " problems", " more\n"]),
     "no width": (tower(embed_dim=0), ["vision/config.json: vision_config.embed_dim = 0 must be at least 1"]),
     "unequal heads": (tower(num_heads=3), ["vision/config.json: vision.embed_dim 32 is not a multiple of"]),
+    "no spread of pixels": (
+        replace_file("preprocessor_config.json", '{"image_std": [0.5, 0.5, 0]}'),
+        ["vision/preprocessor_config.json: vision.image_std [0.5, 0.5, 0.0] must be above 0"],
+    ),
+    "a folder for the processor": (
+        lambda f: (f / "preprocessor_config.json").mkdir(),
+        ["vision/preprocessor_config.json cannot be read as JSON"],
+    ),
     "the mean of one color": (
         replace_file("preprocessor_config.json", '{"image_mean": [0.5]}'),
         ["vision/preprocessor_config.json: vision.image_mean has 1 values, the images 3 channels"],
@@ -273,6 +288,7 @@ def test_targets_and_arguments(command, originals, tmp_path, capsys):
         ((*llm, *made, "--branches", "vision"), "branch llm comes from a part, but --branches leaves it out"),
         ((*llm, "--vocoder", vocoder, "--to", tmp_path / "new"), "reads 20 mels (in_channels), the model makes 80"),
         ((*llm, "--vocoder", tmp_path / "none.pt", *made), "none.pt is not there"),
+        ((*llm, "--vocoder", "/", *made), "vocoder / is neither .safetensors nor .pt"),
     ):
         assert command("from-parts", *arguments) == 2, arguments
         error = capsys.readouterr().err
