@@ -16,7 +16,7 @@ from baichuan_omni_jax.config.audio_runs import (
     tiny_audio_tokenizer,
     tiny_flow_matching,
 )
-from baichuan_omni_jax.config.overrides import RENAMED, apply_overrides, check_kinds
+from baichuan_omni_jax.config.overrides import RENAMED, apply_overrides, check_kinds, split_override
 from baichuan_omni_jax.config.run import EvalMixture, RunConfig
 from baichuan_omni_jax.config.sample_runs import tiny_stage
 from baichuan_omni_jax.config.stages import STAGES, stage_run
@@ -53,7 +53,7 @@ def load_run_config(config: str | Path, overrides: Sequence[str] = ()) -> RunCon
     sized: dict[str, str] = {}
     others = []
     for item in overrides:
-        name, _, value = (part.strip() for part in item.partition("="))
+        name, value = split_override(item)
         if name in takes:
             sized[name] = value
         elif name == "machine":

@@ -56,11 +56,17 @@ def apply_overrides(config: T, overrides: Sequence[str]) -> T:
     renamed, and when a value has another type.
     """
     for item in overrides:
-        path, equals, text = item.partition("=")
-        if not equals:
-            raise ConfigError(f"--set {item!r} is not of the form key=value")
-        config = _replace(config, path.strip().split("."), text.strip(), path.strip())
+        path, text = split_override(item)
+        config = _replace(config, path.split("."), text, path)
     return config
+
+
+def split_override(item: str) -> tuple[str, str]:
+    """Splits `a.b=value` into key and value. Raises ConfigError where one of them is not there."""
+    path, equals, text = (part.strip() for part in item.partition("="))
+    if not path or not equals:
+        raise ConfigError(f"--set {item!r} is not of the form key=value")
+    return path, text
 
 
 def check_kinds(config: Any, where: str = "") -> None:

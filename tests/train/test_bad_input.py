@@ -76,10 +76,15 @@ def test_unknown_key_names_the_nearest(pretrain, tmp_path):
         ("data.budgets.token=64", "the nearest known one is data.budgets.tokens"),
         ("train.steps=many", "train.steps must be int, not 'many'"),
         ("train.steps", "--set 'train.steps' is not of the form key=value"),
+        ("=x", "--set '=x' is not of the form key=value"),
+        ("model", "--set 'model' is not of the form key=value"),
+        ("model=", "model '' is neither a variant"),
+        ("machine=V5E:2x4", "machine 'V5E:2x4' is not one that the recipe has sizes for (h100:1, "),
+        ("optimizer.moments_dtype=int8", "optimizer.moments_dtype must be one of bfloat16, float32, not 'int8'"),
     ],
 )
 def test_overrides_that_do_not_fit(refusal, override, message):
-    assert message in refusal(lambda: apply_overrides(load_run_config(CONFIG), [override]))
+    assert message in refusal(lambda: load_run_config("sft", [override]))
 
 
 def test_missing_config_file(refusal, tmp_path):
