@@ -107,7 +107,10 @@ class Workdir:
         # The run's configuration last: as long as it is there, the rest is known to belong to that run.
         for name in reversed(self._new):
             path = self.path / name
-            path.rmtree() if path.is_dir() else path.unlink(missing_ok=True)
+            if path.is_dir():
+                path.rmtree()
+            else:
+                path.unlink(missing_ok=True)
 
     def steps(self) -> list[int]:
         """Lists the steps that were saved completely, ascending, without those that `restore` found damaged."""
