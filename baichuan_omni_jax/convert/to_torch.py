@@ -216,8 +216,9 @@ def write_export(
     def blocks(tensor: str) -> Iterator[np.ndarray]:
         found = [export.buffers[tensor]] if tensor in export.buffers else _blocks(*owners[tensor])
         for block in map(changes[tensor], found) if tensor in changes else found:
-            yield block.astype(tensors[tensor].dtype, copy=False)
-            advance(block.nbytes)
+            cast = block.astype(tensors[tensor].dtype, copy=False)
+            yield cast
+            advance(cast.nbytes)
 
     write_shards(folder, name, tensors, shard_bytes, blocks)
 

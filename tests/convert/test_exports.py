@@ -174,7 +174,9 @@ def test_config_says_the_dtype_that_tensors_have(run, tmp_path, dtype, keys):
     values = {key: value for key, value in to_hf(cfg).items() if key != "torch_dtype"}
     (home / "config.json").write_text(json.dumps(values | dict.fromkeys(keys, "bfloat16")))
     source = replace(source, home=home)
-    convert_to_torch(source, tmp_path / "hf", exports=plan_to_torch(source, dtype))
+    exports, done = plan_to_torch(source, dtype), []
+    convert_to_torch(source, tmp_path / "hf", exports=exports, advance=done.append)
+    assert sum(done) == sum(export.nbytes for export in exports.values())
     found = json.loads((tmp_path / "hf" / "config.json").read_text())
     stored = {info.dtype.name for info in open_weights(tmp_path / "hf").infos.values()}
     assert stored == {dtype or "float32"}
