@@ -2,7 +2,7 @@
 
     python launch/run_stages.py --workdir runs/recipe --tiny
 
-The same as `baichuan-omni stages`; `--help` lists every flag.
+The same as `baichuan-omni stages`, and with `--small` as `baichuan-omni recipe small`; `--help` lists every flag.
 """
 
 import sys
@@ -10,4 +10,7 @@ import sys
 from baichuan_omni_jax.cli.main import main
 
 if __name__ == "__main__":
-    sys.exit(main(["stages", *sys.argv[1:]]))
+    arguments = sys.argv[1:]
+    small = "--small" in arguments
+    command = ["recipe", "small"] if small else ["stages"]
+    sys.exit(main([*command, *(argument for argument in arguments if argument != "--small")]))

@@ -22,15 +22,17 @@ import jax
 import numpy as np
 import soundfile
 from jaxtyping import Float
+from rich.console import Console
 
 from baichuan_omni_jax.audio.encoder import AudioEncoderBranch, WindowEncoder
 from baichuan_omni_jax.branches import SPEECH_BRANCHES, VOCODER_BRANCH
 from baichuan_omni_jax.checkpoint import branch_home, find_checkpoint, parse_spec
 from baichuan_omni_jax.cli import evaluate_suites
-from baichuan_omni_jax.cli.common import check_folders
+from baichuan_omni_jax.cli.common import check_folders, quiet_logs
 from baichuan_omni_jax.config import MeshConfig, OmniConfig
 from baichuan_omni_jax.config.mel_targets import flow_target
 from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.evaluation.finished_run import evaluate_run
 from baichuan_omni_jax.evaluation.tokenizer_evaluator import TokenizerEvaluator, missing_measures, read_clips
 from baichuan_omni_jax.generation.loading import load_for_generation
 from baichuan_omni_jax.generation.speech_decoder import CrossFade, DecodedSpeech, SpeechDecoder
@@ -43,13 +45,34 @@ from data_pipelines.media.location import Media
 from data_pipelines.tools.commands import add_media_arguments, load_function, root_from_options, trusted_from_options
 
 
+def add_ability_arguments(parts: argparse._SubParsersAction) -> None:
+    """Adds the evaluation of a run's abilities, and its flags."""
+    what = "puts the held-out questions of a run to it, or to another checkpoint, and speaks its answers"
+    parser = parts.add_parser("abilities", help=what, description=what)
+    parser.set_defaults(evaluate=evaluate_abilities)
+    add = parser.add_argument
+    add("--run", dest="workdir", required=True, type=Path, metavar="DIR", help="whose eval.abilities are asked")
+    add("--checkpoint", default="", metavar="DIR|branch=DIR,...", help="what answers (default: the run)")
+    add("--out", required=True, type=Path, metavar="DIR", help="for abilities.json, samples.jsonl and speech/")
+    add("--items", type=int, default=200, metavar="N", help="questions of each ability at most (default %(default)s)")
+
+
+def evaluate_abilities(options: argparse.Namespace) -> None:
+    """Asks the abilities of a run. Raises ConfigError."""
+    if options.items < 1:
+        raise ConfigError(f"--items must be at least 1, not {options.items}")
+    quiet_logs()
+    evaluate_run(options.workdir, options.checkpoint, options.out, options.items, Console())
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of suites, and the other kinds of evaluation as words with flags of their own."""
     parser.description = evaluate_suites.__doc__
     # Suites need no word before their flags, so that the flags of both parsers may have one name.
     evaluate_suites.add_suite_arguments(parser)
     parser.set_defaults(evaluate=evaluate_suites.run_suites)
-    parts = parser.add_subparsers(required=False, metavar="tokenizer")
+    parts = parser.add_subparsers(required=False, metavar="tokenizer | abilities")
+    add_ability_arguments(parts)
     tokenizer = parts.add_parser("tokenizer", help="how much of speech an audio tokenizer keeps", description=__doc__)
     tokenizer.set_defaults(evaluate=evaluate_tokenizer)
     add = tokenizer.add_argument

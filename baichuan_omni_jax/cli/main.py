@@ -53,7 +53,8 @@ class Group:
 CLI, DATA = "baichuan_omni_jax.cli", "data_pipelines"
 COMMANDS: dict[str, Command | Group] = {
     "train": Command(f"{CLI}.train", "train a run of configs/, or go on with it"),
-    "stages": Command(f"{CLI}.train", "train stages one after the other, each from the last one's weights", "stages"),
+    "stages": Command(f"{CLI}.stages", "train stages one after the other, each from the last one's weights", "stages"),
+    "recipe": Command(f"{CLI}.recipe", "from random weights to a model one can talk to, by one command; its report"),
     "preflight": Command(f"{CLI}.preflight", "tell whether a run fits a TPU slice, without a TPU"),
     "tokenize": Command(f"{CLI}.data", "fill the store of audio codes of a run's data", "tokenize"),
     "generate": Command(f"{CLI}.generate", "chat, transcribe, speak or describe with a checkpoint"),

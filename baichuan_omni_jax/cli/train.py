@@ -9,10 +9,6 @@ a checkpoint could not be written.
 """
 
 import argparse
-import signal
-import subprocess
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from etils import epath
@@ -28,17 +24,13 @@ from baichuan_omni_jax.checkpoint import (
     parent_data_state,
     record_parent,
 )
-from baichuan_omni_jax.checkpoint.steps import committed_steps
 from baichuan_omni_jax.cli.common import (
     add_host_arguments,
     add_run_arguments,
-    add_set_argument,
     join_hosts,
     start_logging,
 )
-from baichuan_omni_jax.config import STAGES, OmniConfig, RunConfig, load_run_config, resolve_model
-from baichuan_omni_jax.errors import ConfigError
-from baichuan_omni_jax.evaluation.retention import read_stage, write_retention
+from baichuan_omni_jax.config import OmniConfig, RunConfig, load_run_config, resolve_model
 from baichuan_omni_jax.generation.loading import is_untrained
 from baichuan_omni_jax.train.hooks import parse_span
 from baichuan_omni_jax.train.hosts import (
@@ -132,70 +124,3 @@ def origin_of(home: epath.Path | None) -> TokenizerOrigin:
     if home is None:
         return TokenizerOrigin("", untrained=True)
     return TokenizerOrigin(str(home), untrained=is_untrained("audio_encoder", Path(home)))
-
-
-def add_stages_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of `stages`."""
-    add = parser.add_argument
-    add("files", nargs="*", metavar="CONFIG", help="the stages' files; what follows -- goes to every `train`")
-    add("--workdir", required=True, type=Path, metavar="DIR", help="folder of the stages' workdirs")
-    add("--tiny", action="store_true", help="the recipe's stages on the tiny model")
-    add_set_argument(parser, "override of one key in every stage, as data.root=DIR; may be repeated")
-
-
-def run_stages(options: argparse.Namespace) -> int:
-    """Trains stages one after the other, each from the weights of the one before: `baichuan-omni train` for each.
-
-        baichuan-omni stages --workdir runs/recipe --tiny
-        baichuan-omni stages --workdir runs/recipe configs/omni_64k.py configs/sft.py -- --multihost
-
-    Without files, the six stages of the recipe (`--tiny`: on the tiny model). A stage's workdir is WORKDIR/NAME of its
-    configuration; the first starts from its own `checkpoint.init_from`. Started again, finished stages are passed over.
-    What follows `--` goes to every `train`. At the end WORKDIR/retention.md, and the terminal, have the held-out
-    abilities after every stage that measured any (`eval.abilities`). Exit code: that of the first stage that did not
-    finish.
-    """
-    files, passed_on = split_files(options.files)
-    # Every configuration is read before any stage starts.
-    stages = [(file, load_run_config(file, options.set)) for file in files or recipe(options.tiny)]
-    names = [run.name for _, run in stages]
-    if len(set(names)) != len(names):
-        raise ConfigError(f"two stages of the chain have one name: {', '.join(names)}")
-    # A stage begins from the workdir before it, which is finished: its newest step is its last.
-    parent = None
-    for number, (file, run) in enumerate(stages, 1):
-        workdir = options.workdir / run.name
-        print(f"stage {number} of {len(stages)}: {run.name}" + (f", from {parent}" if parent else ""), flush=True)
-        changes = [*options.set, *([f"checkpoint.init_from={parent}"] if parent else [])]
-        if code := train_stage(file, workdir, changes, passed_on):
-            return code
-        if max(committed_steps(epath.Path(workdir)), default=0) < run.train.steps:
-            print(f"stage {run.name} was stopped before its end: the same command goes on", flush=True)
-            return 0
-        parent = workdir
-    measured = [found for _, run in stages if (found := read_stage(run.name, options.workdir / run.name))]
-    if measured:
-        print(write_retention(options.workdir, measured), flush=True)
-    return 0
-
-
-def train_stage(file: Path | str, workdir: Path, changes: Sequence[str], passed_on: Sequence[str]) -> int:
-    """Trains one stage in a process of its own, which SIGTERM reaches; returns its exit code."""
-    command = [sys.executable, "-m", "baichuan_omni_jax", "train", "--config", str(file)]
-    command += ["--workdir", str(workdir), *passed_on]
-    command += [part for change in changes for part in ("--set", change)]
-    # A preempted machine signals this process; the stage saves, and its exit code is what it would be alone.
-    with subprocess.Popen(command) as stage:
-        signal.signal(signal.SIGTERM, lambda *_: stage.terminate())
-        return stage.wait()
-
-
-def recipe(tiny: bool) -> list[str]:
-    """The recipe's six stages by name: an installed wheel has no `configs/` beside it."""
-    return [f"{stage}{'_tiny' if tiny else ''}" for stage in STAGES]
-
-
-def split_files(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
-    """Configuration files, and what stood behind `--`: the first flag and all after it."""
-    first = next((i for i, argument in enumerate(arguments) if argument.startswith("-")), len(arguments))
-    return [Path(argument) for argument in arguments[:first]], list(arguments[first:])

@@ -102,7 +102,7 @@ def test_command_lines_that_cannot_be_used(arguments, message, capsys):
 
 
 def test_what_follows_two_dashes_goes_to_every_stage():
-    from baichuan_omni_jax.cli.train import split_files
+    from baichuan_omni_jax.cli.stages import split_files
 
     line = ["stages", "--workdir", "w", "--set", "a=1", "one.py", "two.py", "--", "--multihost", "--hosts", "2"]
     files, passed_on = split_files(make_parser().parse_args(line).files)

@@ -1,0 +1,263 @@
+"""Runs a recipe: data, all training runs, evaluation and a report page, from random weights to a model one can talk to.
+
+    baichuan-omni recipe small --workdir runs/small
+    baichuan-omni recipe report --workdir runs/small
+
+Each run is a `baichuan-omni train` in WORKDIR/NAME, whose output goes to its log.txt; one view shows all of them, with
+the time that is left. Killed at any moment, the same command goes on: finished runs are passed over, the others go on
+inside. `report` draws WORKDIR/report.html at any time, also of a run that is at work and of a workdir of `stages`.
+Exit code 2: something given cannot be used. 3: a run ended itself. 130: Ctrl-C, with everything saved.
+"""
+
+import argparse
+import json
+import math
+import resource
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from baichuan_omni_jax.cli.chain_progress import ChainView, StageProgress, duration
+from baichuan_omni_jax.cli.common import add_set_argument
+from baichuan_omni_jax.cli.stages import ChainStage, ProcessRunner, fill_names, plan_chain, write_abilities
+from baichuan_omni_jax.config import RunConfig
+from baichuan_omni_jax.config.recipes import RECIPES, Recipe
+from baichuan_omni_jax.errors import ConfigError, RunStoppedError
+from baichuan_omni_jax.evaluation.chain_record import ABILITIES, EVALUATION, ChainWriter
+from baichuan_omni_jax.evaluation.report_page import write_report
+from baichuan_omni_jax.storage import take_lock
+
+LOG, DATA = "log.txt", "data"
+# What is not training, in seconds on two CPU cores.
+_EXPECTED = {DATA: 60.0, EVALUATION: 180.0}
+_SAVES = 8  # checkpoints of a stage, at least: what a kill may cost
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the recipes, the report, and their flags."""
+    tasks = parser.add_subparsers(dest="recipe", required=True, metavar=" | ".join([*RECIPES, "report"]))
+    for name, recipe in RECIPES.items():
+        what = f"trains {len(recipe.stages)} runs, evaluates the last one and writes the report"
+        task = tasks.add_parser(name, help=what, description=what)
+        add = task.add_argument
+        add("--workdir", required=True, type=Path, metavar="DIR", help="where all of it goes")
+        add("--data", type=Path, metavar="DIR", help=f"the data set, made where it is not there ({recipe.data})")
+        add("--until", metavar="STAGE", help="the last stage to train; later, the command without it goes on")
+        add("--share", type=_share, default=1.0, metavar="X", help="of every stage's steps, to try it (%(default)s)")
+        add_set_argument(task, "override of one key in every stage; may be repeated")
+    what = "draws WORKDIR/report.html from what is there by now"
+    report = tasks.add_parser("report", help=what, description=what)
+    report.add_argument(
+        "--workdir", required=True, type=Path, metavar="DIR", help="of a recipe, of stages, or of a run"
+    )
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = math.nan
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share: above 0, at most 1")
+    return share
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs the recipe, or draws the report; returns the exit code."""
+    if options.recipe == "report":
+        if not options.workdir.is_dir():
+            raise ConfigError(f"--workdir {options.workdir} is no folder")
+        print(write_report(options.workdir))
+        return 0
+    return _Chain(options, RECIPES[options.recipe], Console()).run()
+
+
+@dataclass
+class _Work:
+    """One thing that the recipe does: a command with its log, and how it is shown."""
+
+    progress: StageProgress
+    command: list[str]
+    log: Path
+    is_done: Callable[[], bool]
+
+
+class _Chain:
+    """One start of a recipe."""
+
+    def __init__(self, options: argparse.Namespace, recipe: Recipe, console: Console) -> None:
+        """Reads all configurations, and refuses what cannot be used before anything is made."""
+        self._recipe, self._console, self._folder = recipe, console, options.workdir
+        self._data = options.data or Path(recipe.data)
+        changes = [f"data.root={self._data}", *options.set]
+        if recipe.tokenizer:
+            changes.insert(0, f"data.tokenizer={self._data / recipe.tokenizer}")
+        chain = plan_chain(
+            recipe.stages, self._folder, changes, lambda run: _own_changes(run, options.share, options.set)
+        )
+        self._homes = {stage.run.name: stage.workdir for stage in chain}
+        self._whole = options.until is None
+        self._chain = chain if self._whole else chain[: 1 + _find_stage(chain, options.until)]
+        self._name = options.recipe
+
+    def run(self) -> int:
+        """Does what is left to do."""
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--workdir {self._folder} cannot be made: {error.strerror}") from error
+        lock = take_lock(self._folder / ".lock", f"another recipe is at work in {self._folder}; nothing was changed")
+        try:
+            return self._run_all()
+        except OSError as error:
+            raise RunStoppedError(f"{self._folder}: {error}; the same command goes on") from error
+        finally:
+            lock.release()
+
+    def _run_all(self) -> int:
+        began, works = time.monotonic(), self._works()
+        steps = {work.progress.name: work.progress.steps for work in works}
+        record = ChainWriter(self._folder, steps, self._name)
+        for work in works:
+            work.progress.poll()
+            if work.progress.name != DATA and work.is_done():
+                work.progress.state, work.progress.step = "done", work.progress.steps
+        with ProcessRunner() as processes, ChainView([work.progress for work in works], self._console) as view:
+            for work in works:
+                if work.progress.state != "done" and not self._do(work, processes, view, record):
+                    return 0
+                write_abilities(self._folder, self._chain)
+                write_report(self._folder)
+        self._console.print(f"done in {duration(time.monotonic() - began)}: {self._folder / 'report.html'}")
+        if self._whole:
+            self._say_how_to_talk()
+        return 0
+
+    def _works(self) -> list[_Work]:
+        works = []
+        if self._recipe.build:
+            command = [sys.executable, "-m", self._recipe.build, str(self._data)]
+            progress = StageProgress(DATA, 1, _EXPECTED[DATA])
+            works.append(_Work(progress, command, self._folder / "data.log", lambda: True))
+        for stage in self._chain:
+            name, home = stage.run.name, stage.workdir
+            progress = StageProgress(name, stage.run.train.steps, stage.step_seconds, home)
+            works.append(_Work(progress, stage.command, home / LOG, lambda stage=stage: stage.is_finished))
+        last = self._chain[-1]
+        if self._whole and last.run.eval.abilities:
+            out = self._folder / EVALUATION
+            command = [sys.executable, "-m", "baichuan_omni_jax", "evaluate", "abilities", "--run", str(last.workdir)]
+            command += ["--checkpoint", self._spec(), "--out", str(out)]
+            progress = StageProgress(EVALUATION, 1, _EXPECTED[EVALUATION])
+            # Its last file is of the step that the last stage has now.
+            done = lambda: last.is_finished and _evaluated_step(out) == last.run.train.steps  # noqa: E731
+            works.append(_Work(progress, command, out / LOG, done))
+        return works
+
+    def _spec(self) -> str:
+        """The checkpoint to talk to, by branch."""
+        return fill_names(self._recipe.chat, self._homes) if self._recipe.chat else str(self._chain[-1].workdir)
+
+    def _do(self, work: _Work, processes: ProcessRunner, view: ChainView, record: ChainWriter) -> bool:
+        """Does one thing. Returns whether the next one may begin: not where SIGTERM ended it early."""
+        self._wait_for_other(work, view)
+        began, cpu, name = time.monotonic(), _children_cpu(), work.progress.name
+        seen = work.log.stat().st_size if work.log.exists() else 0
+        view.begin(work.progress)
+
+        def tick() -> None:
+            view.update(work.progress)
+            record.note(name, time.monotonic() - began)
+
+        try:
+            code = processes.run(work.command, work.log, tick)
+        except KeyboardInterrupt:
+            sentence = f"stopped in {name}, what it has learned is saved: the same command goes on"
+            raise KeyboardInterrupt(sentence) from None
+        finally:
+            record.add(name, time.monotonic() - began, _children_cpu() - cpu)
+        if code:
+            raise _failure(name, code, work.log, seen)
+        if not work.is_done():
+            view.note(f"{name} was stopped before its end: the same command goes on")
+            return False
+        view.finish(work.progress)
+        return not processes.stopped
+
+    def _wait_for_other(self, work: _Work, view: ChainView) -> None:
+        """Waits for a run of a recipe that was killed: asked to leave, it may still be saving."""
+        lock = work.log.parent / ".lock"
+        if work.log.name != LOG or not lock.exists():
+            return
+        try:
+            take_lock(lock, f"{work.progress.name} waits for a run that still works there", note=False).release()
+        except ConfigError as error:
+            view.note(str(error))
+            take_lock(lock, "", wait=True, note=False).release()
+
+    def _say_how_to_talk(self) -> None:
+        spec = shlex.quote(self._spec())
+        for line in (
+            "talk to it:",
+            f"  baichuan-omni serve --checkpoint {spec}",
+            f"  baichuan-omni generate chat --checkpoint {spec} --interactive",
+        ):
+            # As it is: a line that was broken to fit could not be copied.
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _own_changes(run: RunConfig, share: float, given: Sequence[str]) -> list[str]:
+    """What a recipe changes of a stage: checkpoints often enough, and all of its schedule where a share is wanted."""
+    steps = max(1, round(run.train.steps * share))
+    changes = []
+    if share < 1:
+        decay = max(1, round(run.optimizer.decay_steps * share))
+        warmup = max(1, round(run.optimizer.warmup_steps * share))
+        changes = [f"train.steps={steps}", f"optimizer.decay_steps={decay}", f"optimizer.warmup_steps={warmup}"]
+    if not any(change.startswith("checkpoint.every=") for change in given):
+        changes.append(f"checkpoint.every={min(run.checkpoint.every, math.ceil(steps / _SAVES))}")
+    return changes
+
+
+def _evaluated_step(folder: Path) -> int | None:
+    """The step of the evaluation that a folder holds; None without one."""
+    try:
+        return max(map(int, json.loads((folder / ABILITIES).read_text(encoding="utf-8"))["steps"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _find_stage(chain: Sequence[ChainStage], wanted: str) -> int:
+    names = [stage.run.name for stage in chain]
+    # `image_text_1` is short for `image_text_1_small`.
+    found = [n for n, name in enumerate(names) if name == wanted or name.rpartition("_")[0] == wanted]
+    if not found:
+        raise ConfigError(f"--until {wanted}: there is no such stage, but {', '.join(names)}")
+    return found[0]
+
+
+def _children_cpu() -> float:
+    """CPU seconds of all processes that have ended and were waited for, with theirs."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def _failure(name: str, code: int, log: Path, seen: int) -> Exception:
+    """Says how a process ended, by its own last sentence: that stands in its log, behind the first `seen` bytes."""
+    if code < 0:
+        why = f"{name} was killed by {signal.Signals(-code).name}"
+        if -code == signal.SIGKILL:
+            why += " (by the system, where memory ran out)"
+        return RunStoppedError(f"{why}; the same command goes on, {log} has its output")
+    with open(log, "rb") as file:
+        file.seek(seen)
+        lines = [line for line in file.read().decode("utf-8", "replace").splitlines() if line.strip()]
+    sentence = lines[-1].strip().removeprefix("error: ") if lines else f"exit code {code}"
+    error = ConfigError if code == 2 else RunStoppedError
+    return error(f"{name}: {sentence} ({log} has all of its output; the same command goes on)")
