@@ -12,7 +12,6 @@ Exit code 2: something given cannot be used. 3: a run ended itself. 130: Ctrl-C,
 import argparse
 import json
 import math
-import resource
 import shlex
 import signal
 import sys
@@ -104,6 +103,10 @@ class _Chain:
         self._homes = {stage.run.name: stage.workdir for stage in chain}
         self._whole = options.until is None
         self._chain = chain if self._whole else chain[: 1 + _find_stage(chain, options.until)]
+        # Of all that the recipe ever does, also where this start ends earlier.
+        asked = {EVALUATION: 1} if chain[-1].run.eval.abilities else {}
+        stages = {stage.run.name: stage.run.train.steps for stage in chain}
+        self._steps = ({DATA: 1} if recipe.build else {}) | stages | asked
         self._name = options.recipe
 
     def run(self) -> int:
@@ -122,18 +125,23 @@ class _Chain:
 
     def _run_all(self) -> int:
         began, works = time.monotonic(), self._works()
-        steps = {work.progress.name: work.progress.steps for work in works}
-        record = ChainWriter(self._folder, steps, self._name)
+        record = ChainWriter(self._folder, self._steps, self._name)
+        todo = [work for work in works if work.progress.name != DATA and not work.is_done()]
         for work in works:
             work.progress.poll()
-            if work.progress.name != DATA and work.is_done():
+            # The data are looked after as long as anything reads them.
+            if work not in todo and (work.progress.name != DATA or not todo):
                 work.progress.state, work.progress.step = "done", work.progress.steps
         with ProcessRunner() as processes, ChainView([work.progress for work in works], self._console) as view:
             for work in works:
-                if work.progress.state != "done" and not self._do(work, processes, view, record):
+                if work.progress.state == "done":
+                    continue
+                if not self._do(work, processes, view, record):
                     return 0
                 write_abilities(self._folder, self._chain)
                 write_report(self._folder)
+        if not todo:
+            write_report(self._folder)
         self._console.print(f"done in {duration(time.monotonic() - began)}: {self._folder / 'report.html'}")
         if self._whole:
             self._say_how_to_talk()
@@ -167,24 +175,25 @@ class _Chain:
     def _do(self, work: _Work, processes: ProcessRunner, view: ChainView, record: ChainWriter) -> bool:
         """Does one thing. Returns whether the next one may begin: not where SIGTERM ended it early."""
         self._wait_for_other(work, view)
-        began, cpu, name = time.monotonic(), _children_cpu(), work.progress.name
+        name = work.progress.name
         seen = work.log.stat().st_size if work.log.exists() else 0
         view.begin(work.progress)
 
         def tick() -> None:
             view.update(work.progress)
-            record.note(name, time.monotonic() - began)
+            record.note()
 
         try:
-            code = processes.run(work.command, work.log, tick)
+            with record.timed(name):
+                code = processes.run(work.command, work.log, tick)
         except KeyboardInterrupt:
             sentence = f"stopped in {name}, what it has learned is saved: the same command goes on"
             raise KeyboardInterrupt(sentence) from None
-        finally:
-            record.add(name, time.monotonic() - began, _children_cpu() - cpu)
-        if code:
+        # What was asked to stop before it could save, as while it was starting, has lost nothing.
+        stopped = processes.stopped and code == -signal.SIGTERM
+        if code and not stopped:
             raise _failure(name, code, work.log, seen)
-        if not work.is_done():
+        if stopped or not work.is_done():
             view.note(f"{name} was stopped before its end: the same command goes on")
             return False
         view.finish(work.progress)
@@ -213,7 +222,7 @@ class _Chain:
 
 
 def _own_changes(run: RunConfig, share: float, given: Sequence[str]) -> list[str]:
-    """What a recipe changes of a stage: checkpoints often enough, and all of its schedule where a share is wanted."""
+    """What a recipe changes of a stage: checkpoints often enough; its steps and the rate's, where a share is wanted."""
     steps = max(1, round(run.train.steps * share))
     changes = []
     if share < 1:
@@ -240,12 +249,6 @@ def _find_stage(chain: Sequence[ChainStage], wanted: str) -> int:
     if not found:
         raise ConfigError(f"--until {wanted}: there is no such stage, but {', '.join(names)}")
     return found[0]
-
-
-def _children_cpu() -> float:
-    """CPU seconds of all processes that have ended and were waited for, with theirs."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
 
 
 def _failure(name: str, code: int, log: Path, seen: int) -> Exception:

@@ -229,9 +229,10 @@ def run_stages(options: argparse.Namespace) -> int:
             parent = chain[number - 2].workdir if number > 1 else None
             name = stage.run.name
             print(f"stage {number} of {len(chain)}: {name}" + (f", from {parent}" if parent else ""), flush=True)
-            if code := processes.run([*stage.command, *passed_on]):
+            with record.timed(name):
+                code = processes.run([*stage.command, *passed_on])
+            if code:
                 return code
-            record.write()
             if not stage.is_finished:
                 print(f"stage {name} was stopped before its end: the same command goes on", flush=True)
                 return 0

@@ -11,8 +11,10 @@ import json
 import math
 import os
 import platform
+import resource
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -54,20 +56,25 @@ class ChainWriter:
         self._path, self._stages, self._recipe = folder / CHAIN, stages, recipe
         self._times = {name: (before[name].wall, before[name].cpu) for name in stages if name in before}
         self._written = 0.0
+        # The stage at work: its name, when it began, and the CPU seconds of child processes until then.
+        self._running: tuple[str, float, float] | None = None
 
-    def add(self, name: str, wall: float, cpu: float) -> None:
-        """Adds seconds to a stage, and writes the file."""
-        self._times[name] = self._sum(name, wall, cpu)
-        self.write()
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Adds what happens inside to a stage's seconds, those of its processes as CPU seconds; writes the file."""
+        self._running = name, time.monotonic(), _children_cpu()
+        try:
+            yield
+        finally:
+            self._times, self._running = self._now(), None
+            self._write(self._times)
 
-    def note(self, name: str, wall: float, every: float = 10.0) -> None:
-        """Writes what a stage at work has taken up to now, every so many seconds: a killed chain keeps it."""
+    def note(self, every: float = 10.0) -> None:
+        """Writes what the stage at work has taken up to now, every so many seconds: a killed chain keeps it."""
         if time.monotonic() - self._written >= every:
-            self.write({name: self._sum(name, wall, 0.0)})
+            self._write(self._now())
 
-    def write(self, running: Mapping[str, tuple[float, float]] | None = None) -> None:
-        """Writes the file, whole or not at all."""
-        times = self._times | dict(running or {})
+    def _write(self, times: Mapping[str, tuple[float, float]]) -> None:
         stages = [
             {"name": name, "steps": steps, "wall_s": round(times[name][0], 1), "cpu_s": round(times[name][1], 1)}
             if name in times
@@ -78,9 +85,18 @@ class ChainWriter:
         write_json(self._path, facts)
         self._written = time.monotonic()
 
-    def _sum(self, name: str, wall: float, cpu: float) -> tuple[float, float]:
+    def _now(self) -> dict[str, tuple[float, float]]:
+        if self._running is None:
+            return self._times
+        name, began, cpu = self._running
         known = self._times.get(name, (0.0, 0.0))
-        return known[0] + wall, known[1] + cpu
+        return self._times | {name: (known[0] + time.monotonic() - began, known[1] + _children_cpu() - cpu)}
+
+
+def _children_cpu() -> float:
+    """CPU seconds of all processes that have ended and were waited for, with theirs."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def machine_facts() -> dict[str, str]:

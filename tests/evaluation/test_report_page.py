@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -257,12 +259,17 @@ def test_metrics_are_followed_as_they_grow(tmp_path):
 
 
 def test_times_add_up_over_starts(tmp_path):
+    seconds = []
     for _ in range(2):
         record = ChainWriter(tmp_path, {"a": 5, "b": 5}, "small")
-        record.note("a", 1.0, every=0.0)
-        record.add("a", 3.0, 2.0)
+        with record.timed("a"):
+            subprocess.run([sys.executable, "-c", "import time; sum(range(10**7)); time.sleep(0.1)"], check=True)
+            record.note(every=0.0)
+        seconds.append(read_chain(tmp_path).stages[0])
     (first, second) = read_chain(tmp_path).stages
-    assert (first.wall, first.cpu, second.wall) == (6.0, 4.0, 0.0)
+    assert 0.2 <= seconds[0].wall < seconds[1].wall == first.wall
+    assert 0.1 <= seconds[0].cpu < first.cpu
+    assert (second.name, second.wall) == ("b", 0.0)
     assert read_chain(tmp_path).recipe == "small"
     assert read_chain(tmp_path).versions["jax"]
 
