@@ -2,8 +2,6 @@
 
 import argparse
 import json
-import os
-import shutil
 import sys
 import time
 from collections import Counter
@@ -13,13 +11,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
-from baichuan_omni_jax.errors import ConfigError, exit_code
+from baichuan_omni_jax.errors import exit_code
 from data_pipelines.documents.prompt_writing import plain_text
 from data_pipelines.errors import file_errors
 from data_pipelines.sample.documents import HELD_OUT, RECIPES, plan_documents
 from data_pipelines.sample.media import FOLDERS, MediaPlan, produce, record
 from data_pipelines.synthesis.speech.espeak import SAMPLE_RATE
 from data_pipelines.tools.commands import run_command
+from data_pipelines.tools.whole_folder import build_whole
 
 VERSION = 4
 """Raised whenever the same seed would give other documents or media: an older folder is then rebuilt."""
@@ -31,60 +30,29 @@ HELD_OUT_SOURCES = tuple((f"held_out/{name}", f"held_out/{name}.jsonl") for name
 """The same of every ability's held-out documents."""
 
 SUMMARY = "sample.json"
-_OWN_NAMES = {".cache", "held_out", SUMMARY, *FOLDERS, *(manifest for _, manifest in SAMPLE_SOURCES)}
+_OWN_NAMES = frozenset({"held_out", *FOLDERS, *(manifest for _, manifest in SAMPLE_SOURCES)})
 
 
 def build_sample(out: str | Path, *, seed: int = 0, progress: bool = True) -> Path:
     """Builds the data set at `out` (or finds it there, complete and of this seed) and returns the folder.
 
-    Everything is made in `OUT.partial` and renamed at the end, so `out` is either complete or untouched. Raises
-    ConfigError when `out` holds anything that is not sample data, or when a wheel of the `sample` extra is missing.
+    `out` is either complete or untouched. Raises ConfigError when it holds anything that is not sample data, or when a
+    wheel of the `sample` extra is missing.
     """
-    out = Path(out).expanduser().resolve()
-    # Complete and of this seed: nothing to do. Anything that is not ours is never replaced.
-    if _read_summary(out) == (VERSION, seed):
-        return out
-    _refuse_foreign(out)
-    partial = out.with_name(out.name + ".partial")
-    _refuse_foreign(partial)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if partial.exists():
-        shutil.rmtree(partial)
-    # Everything is planned before anything is made: documents decide which media there are.
-    for folder in (*FOLDERS, "held_out"):
-        (partial / folder).mkdir(parents=True)
-    plan, manifests = plan_documents(seed)
-    seconds = _produce_all(plan, partial, progress)
-    for source, manifest in (*SAMPLE_SOURCES, *HELD_OUT_SOURCES):
-        lines = [json.dumps(document, ensure_ascii=False) + "\n" for document in manifests[source]]
-        (partial / manifest).write_text("".join(lines), encoding="utf-8")
-    summary = _summarize(plan, manifests, seconds, seed)
-    (partial / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    # The summary is the last file, the rename the last step: a kill leaves the old data set or the new one.
-    if out.exists():
-        shutil.rmtree(out)
-    os.replace(partial, out)
-    return out
 
+    def fill(folder: Path) -> dict:
+        # Everything is planned before anything is made: documents decide which media there are.
+        for name in (*FOLDERS, "held_out"):
+            (folder / name).mkdir()
+        plan, manifests = plan_documents(seed)
+        seconds = _produce_all(plan, folder, progress)
+        for source, manifest in (*SAMPLE_SOURCES, *HELD_OUT_SOURCES):
+            lines = [json.dumps(document, ensure_ascii=False) + "\n" for document in manifests[source]]
+            (folder / manifest).write_text("".join(lines), encoding="utf-8")
+        return _summarize(plan, manifests, seconds)
 
-def _read_summary(out: Path) -> tuple[int, int] | None:
-    """Returns (version, seed) of a complete data set, None when there is none."""
-    try:
-        summary = json.loads((out / SUMMARY).read_text(encoding="utf-8"))
-        return summary["version"], summary["seed"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _refuse_foreign(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"{folder} is a file, so the sample data cannot be built there")
-    foreign = sorted({entry.name for entry in folder.iterdir()} - _OWN_NAMES) if folder.exists() else []
-    if foreign:
-        raise ConfigError(
-            f"{folder} is not empty and holds {foreign[0]!r}, which is no sample data: "
-            "name a new or empty folder; nothing was changed"
-        )
+    identity = {"version": VERSION, "seed": seed}
+    return build_whole(out, SUMMARY, identity, fill, own_names=_OWN_NAMES, kind="sample data")
 
 
 def _produce_all(plan: MediaPlan, root: Path, progress: bool) -> float:
@@ -102,12 +70,10 @@ def _produce_all(plan: MediaPlan, root: Path, progress: bool) -> float:
     return sum(map(len, recordings.values())) / SAMPLE_RATE
 
 
-def _summarize(plan: MediaPlan, manifests: dict[str, list[dict]], seconds: float, seed: int) -> dict:
+def _summarize(plan: MediaPlan, manifests: dict[str, list[dict]], seconds: float) -> dict:
     training = {source: documents for source, documents in manifests.items() if source in RECIPES}
     documents = [document for source in training.values() for document in source]
     return {
-        "version": VERSION,
-        "seed": seed,
         "documents": len(documents),
         "by_source": {source: len(entries) for source, entries in training.items()},
         "held_out": {source: len(manifests[source]) for source in manifests if source not in training},

@@ -117,26 +117,44 @@ def write_video(video: VideoPlan, samples: np.ndarray, sample_rate: int, path: P
     seconds = video_seconds(samples, sample_rate)
     track = np.zeros(round(seconds * sample_rate), np.int16)
     track[: len(samples)] = samples[: len(track)]
+    encode_video(frames(video, round(seconds * FRAME_RATE)), FRAME_RATE, path, track, sample_rate)
+
+
+def encode_video(
+    images: Sequence[np.ndarray], frame_rate: int, path: Path, track: np.ndarray | None = None, sample_rate: int = 0
+) -> None:
+    """Encodes frames as MP4.
+
+    Args:
+        images: RGB frames, uint8 (height, width, 3); sides are even.
+        frame_rate: frames a second.
+        path: the file to write.
+        track: mono int16 (t,), the sound; None: a silent video, without a track.
+        sample_rate: of the track in Hz.
+    """
     with av.open(str(path), "w", format="mp4") as container:
-        images, audio = _add_video_stream(container, video.first.size), _add_audio_stream(container, sample_rate)
+        height, width = images[0].shape[:2]
+        stream = _add_video_stream(container, (width, height), frame_rate)
+        audio = None if track is None else _add_audio_stream(container, sample_rate)
         # Images, then audio: the container interleaves by time.
-        for index, pixels in enumerate(frames(video, round(seconds * FRAME_RATE))):
+        for index, pixels in enumerate(images):
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-            frame.pts, frame.time_base = index, Fraction(1, FRAME_RATE)
-            container.mux(images.encode(frame))
-        container.mux(images.encode(None))
-        frame = av.AudioFrame.from_ndarray(track[None], format="s16", layout="mono")
-        frame.sample_rate, frame.pts, frame.time_base = sample_rate, 0, Fraction(1, sample_rate)
-        container.mux(audio.encode(frame))
-        container.mux(audio.encode(None))
+            frame.pts, frame.time_base = index, Fraction(1, frame_rate)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+        if audio is not None and track is not None:
+            frame = av.AudioFrame.from_ndarray(track[None], format="s16", layout="mono")
+            frame.sample_rate, frame.pts, frame.time_base = sample_rate, 0, Fraction(1, sample_rate)
+            container.mux(audio.encode(frame))
+            container.mux(audio.encode(None))
 
 
-def _add_video_stream(container, size: tuple[int, int]):
+def _add_video_stream(container, size: tuple[int, int], frame_rate: int):
     codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
     # One thread, and no macroblock tree, whose results vary from run to run: the same video gives the same bytes.
     h264 = {"crf": "24", "preset": "veryfast", "mbtree": "0"} if codec == "libx264" else {}
     options = {"threads": "1"} | h264
-    stream = container.add_stream(codec, rate=FRAME_RATE, options=options)
+    stream = container.add_stream(codec, rate=frame_rate, options=options)
     stream.width, stream.height = size
     stream.pix_fmt = "yuv420p"
     return stream

@@ -1,0 +1,166 @@
+"""Plain text: numbers, sums, order, kinds of things, facts, short stories; and questions about them."""
+
+import random
+from collections.abc import Iterator
+from itertools import product
+
+from data_pipelines.small.pictures import COLORS, SHAPES
+from data_pipelines.small.words import NUMBERS, Ability, Question, is_held_out
+
+DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+OPPOSITES = (
+    *(("hot", "cold"), ("big", "small"), ("fast", "slow"), ("long", "short"), ("up", "down"), ("left", "right")),
+    *(("day", "night"), ("old", "new"), ("open", "closed"), ("light", "dark"), ("happy", "sad"), ("top", "bottom")),
+)
+COLORS_OF = {
+    "the sky": "blue",
+    "grass": "green",
+    "snow": "white",
+    "coal": "black",
+    "the sun": "yellow",
+    "blood": "red",
+    "a leaf": "green",
+    "milk": "white",
+    "a banana": "yellow",
+    "a tomato": "red",
+    "the sea": "blue",
+    "a plum": "purple",
+    "a carrot": "orange",
+    "the night": "black",
+}
+KINDS = {
+    "animal": ("dog", "cat", "bird", "horse", "fish", "cow"),
+    "fruit": ("banana", "plum", "pear", "peach", "cherry", "lemon"),
+    "color": tuple(COLORS)[:6],
+    "shape": SHAPES,
+    "number": NUMBERS[1:7],
+    "day": DAYS[:6],
+}
+PEOPLE = ("Anna", "Tom", "Mary", "Peter", "Lucy", "John")
+THINGS = ("ball", "car", "book", "cup", "hat", "box")
+
+
+def _a(noun: str) -> str:
+    return f"an {noun}" if noun[0] in "aeio" else f"a {noun}"
+
+
+def _facts() -> Iterator[tuple[tuple[str, ...], tuple[str, ...], str]]:
+    """Yields facts: statements of it, wordings of a question, the answer."""
+    for one, other in [*OPPOSITES, *(pair[::-1] for pair in OPPOSITES)]:
+        told = (f"The opposite of {one} is {other}.", f"{one.capitalize()} is the opposite of {other}.")
+        yield told, (f"What is the opposite of {one}?", f"Name the opposite of {one}."), other
+    for thing, color in COLORS_OF.items():
+        told = (f"{thing.capitalize()} is {color}.", f"The color of {thing} is {color}.")
+        yield told, (f"What color is {thing}?", f"Which color has {thing}?"), color
+    for index, day in enumerate(DAYS):
+        after = DAYS[(index + 1) % 7]
+        told = (f"After {day} comes {after}.", f"{after} is the day after {day}.")
+        yield told, (f"Which day comes after {day}?", f"What day follows {day}?"), after
+    for value in range(1, 10):
+        word, after = NUMBERS[value], NUMBERS[value + 1]
+        told = (f"After {word} comes {after}.", f"{after.capitalize()} is one more than {word}.")
+        yield told, (f"Which number comes after {word}?", f"What number follows {word}?"), after
+
+
+FACTS = tuple(_facts())
+_SUMS = ("How much is {a} plus {b}?", "What is {a} plus {b}?")
+_ORDER = ("Which is more, {a} or {b}?", "Which number is larger, {a} or {b}?")
+
+
+def question(rng: random.Random, ability: Ability, *, held_out: bool = False) -> Question:
+    """Asks a question of one of the abilities of text, that is trained on or held out.
+
+    Args:
+        rng: decides which.
+        ability: `sums`, `order`, `kinds`, `facts` or `reading`.
+        held_out: whether the combination that is asked for is one that no training document has.
+    """
+    return rng.choice(_ALL[ability][held_out]) if ability != "reading" else _reading(rng, held_out)[1]
+
+
+def _sums() -> Iterator[tuple[bool, Question]]:
+    # A held-out pair is trained on with its numbers exchanged: the rule decides by the first number too.
+    for a, b in product(range(1, 10), repeat=2):
+        for wording in _SUMS:
+            asked = wording.format(a=NUMBERS[a], b=NUMBERS[b])
+            yield a != b and is_held_out(2 * a, b, one_in=7), Question(asked, NUMBERS[a + b])
+
+
+def _order() -> Iterator[tuple[bool, Question]]:
+    for a, b in product(range(1, 11), repeat=2):
+        for wording in _ORDER if a != b else ():
+            asked = wording.format(a=NUMBERS[a], b=NUMBERS[b])
+            yield is_held_out(2 * a, b, one_in=7), Question(asked, NUMBERS[max(a, b)])
+
+
+def _kinds() -> Iterator[tuple[bool, Question]]:
+    for number, (kind, things) in enumerate(KINDS.items()):
+        for index, thing in enumerate(things):
+            # The kind itself is asked for in training; yes and no of a pair of thing and kind may be held out.
+            yield False, Question(f"What is {thing}?", _a(kind))
+            for other, name in enumerate(KINDS):
+                asked = f"Is {thing} {_a(name)}?"
+                # As many questions with yes as with no.
+                for _ in range(len(KINDS) - 1 if name == kind else 1):
+                    held = is_held_out(number, index, other, one_in=6)
+                    yield held, Question(asked, "yes" if name == kind else "no")
+
+
+def _fact_questions() -> Iterator[tuple[bool, Question]]:
+    # Of every second fact one wording of the question is held out; the fact is told, and asked in the other wording.
+    for index, (_, wordings, answer) in enumerate(FACTS):
+        for number, wording in enumerate(wordings):
+            yield is_held_out(index // 2, number, one_in=4), Question(wording, answer)
+
+
+def _split(pairs: Iterator[tuple[bool, Question]]) -> dict[bool, list[Question]]:
+    parts: dict[bool, list[Question]] = {False: [], True: []}
+    for held, pair in pairs:
+        parts[held].append(pair)
+    return parts
+
+
+_ALL: dict[Ability, dict[bool, list[Question]]] = {
+    "sums": _split(_sums()),
+    "order": _split(_order()),
+    "kinds": _split(_kinds()),
+    "facts": _split(_fact_questions()),
+}
+TEXT_ABILITIES: tuple[Ability, ...] = (*_ALL, "reading")
+
+
+def _reading(rng: random.Random, held_out: bool) -> tuple[str, Question]:
+    """Tells who has what, and asks about one of them: a person, a color and a thing that never were together."""
+    while True:
+        people, things, colors = rng.sample(PEOPLE, 2), rng.sample(THINGS, 2), rng.sample(list(COLORS), 2)
+        asked = rng.randrange(2)
+        indices = PEOPLE.index(people[asked]), THINGS.index(things[asked]), list(COLORS).index(colors[asked])
+        if is_held_out(*indices) == held_out:
+            break
+    has = [f"{person} has {_a(color)} {thing}." for person, color, thing in zip(people, colors, things, strict=True)]
+    story = " ".join(has)
+    question, answer = rng.choice(
+        [
+            (f"Who has the {things[asked]}?", people[asked]),
+            (f"What does {people[asked]} have?", f"{_a(colors[asked])} {things[asked]}"),
+            (f"What color is the {things[asked]}?", colors[asked]),
+        ]
+    )
+    return story, Question(f"{story} {question}", answer)
+
+
+def passage(rng: random.Random) -> str:
+    """Writes two to five sentences: facts, sums, counting or a story. Nothing that is held out is told."""
+    kind = rng.choice(("facts", "facts", "sums", "count", "story"))
+    if kind == "count":
+        first = rng.randrange(0, 6)
+        return ", ".join(NUMBERS[first : first + rng.randrange(4, 9)]).capitalize() + "."
+    if kind == "story":
+        return _reading(rng, False)[0]
+    if kind == "facts":
+        return " ".join(rng.choice(told) for told, _, _ in rng.sample(FACTS, rng.randrange(2, 5)))
+    told = []
+    for asked, answer in rng.sample(_ALL["sums"][False], rng.randrange(2, 5)):
+        sum_of = asked.split(" is ")[1].rstrip("?")
+        told.append(f"{sum_of.capitalize()} is {answer}.")
+    return " ".join(told)
