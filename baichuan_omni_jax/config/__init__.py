@@ -45,6 +45,7 @@ from baichuan_omni_jax.config.run import (
     released_images,
 )
 from baichuan_omni_jax.config.sample_runs import sample_eval, tiny_stage
+from baichuan_omni_jax.config.small import SMALL_STAGES, small_stage
 from baichuan_omni_jax.config.stages import (
     STAGES,
     Stage,
@@ -59,6 +60,7 @@ __all__ = [
     "MACHINES",
     "MODELS",
     "READ_AT_LEAST",
+    "SMALL_STAGES",
     "STAGES",
     "VOICE",
     "Budgets",
@@ -103,6 +105,7 @@ __all__ = [
     "resolve_model",
     "sample_eval",
     "small",
+    "small_stage",
     "stage_groups",
     "stage_run",
     "tiny",

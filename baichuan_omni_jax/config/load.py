@@ -19,6 +19,7 @@ from baichuan_omni_jax.config.audio_runs import (
 from baichuan_omni_jax.config.overrides import RENAMED, apply_overrides, check_kinds, split_override
 from baichuan_omni_jax.config.run import EvalMixture, RunConfig
 from baichuan_omni_jax.config.sample_runs import tiny_stage
+from baichuan_omni_jax.config.small import SMALL_STAGES, small_stage
 from baichuan_omni_jax.config.stages import STAGES, stage_run
 from baichuan_omni_jax.errors import ConfigError
 
@@ -30,6 +31,7 @@ _NAMED: dict[str, Callable[..., RunConfig]] = {
     "audio_tokenizer_tiny": tiny_audio_tokenizer,
     "flow_matching": flow_matching_run,
     "flow_matching_tiny": tiny_flow_matching,
+    **{f"{stage}_small": partial(small_stage, stage) for stage in SMALL_STAGES},
 }
 HELD_OUT = "held_out"  # the mixture of `eval.held_out`
 # What a run is sized by: parameters of `get_config`, not fields that could be changed one by one.

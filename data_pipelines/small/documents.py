@@ -3,17 +3,14 @@
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
-
-from PIL import Image
 
 from data_pipelines.documents.prompt_writing import Source, conversation, image_tag, trainable, turn, video_tag
 from data_pipelines.small import text
-from data_pipelines.small.charts import random_chart
-from data_pipelines.small.digits import held_out_digits, training_digits
+from data_pipelines.small.charts import BarChart, random_chart
+from data_pipelines.small.digits import Digit, held_out_digits, training_digits
 from data_pipelines.small.motion import Motion, random_motion
-from data_pipelines.small.pictures import random_picture
-from data_pipelines.small.words import Ability, Question
+from data_pipelines.small.pictures import Picture, random_picture
+from data_pipelines.small.words import Ability
 
 DESCRIBE = ("Describe it.", "What do you see?")
 CAPTION_SHARE = 0.25
@@ -22,24 +19,10 @@ HELD_OUT = "held_out"
 """The folder of held-out manifests, one an ability, with the media that they name."""
 
 
-class Scene(Protocol):
-    """What a picture or a video shows: what can be asked of it, and how it is described."""
-
-    def questions(self, rng: random.Random) -> dict[Ability, Question]:
-        """Returns a question for each ability that it tests."""
-        ...
-
-    def caption(self, rng: random.Random) -> str:
-        """Describes it in a few words."""
-        ...
-
-
-class Still(Scene, Protocol):
-    """A scene that is one picture."""
-
-    def render(self) -> Image.Image:
-        """Draws it."""
-        ...
+Still = Digit | Picture | BarChart
+"""Scenes that are one picture."""
+Scene = Still | Motion
+"""What a picture or a video shows: `questions` about it by ability, and a `caption` of it."""
 
 
 @dataclass

@@ -60,7 +60,7 @@ class Shape:
 def _draw_mask(draw: ImageDraw.ImageDraw, shape: Shape, center: tuple[float, float]) -> None:
     radius = shape.radius * _SCALE
 
-    def points(*polar: tuple[float, float]) -> list[tuple[float, float]]:
+    def points(*polar: tuple[float, int]) -> list[tuple[float, float]]:
         turned = [(share * radius, math.radians(angle + shape.turn)) for share, angle in polar]
         return [(center[0] + far * math.sin(angle), center[1] - far * math.cos(angle)) for far, angle in turned]
 

@@ -131,11 +131,15 @@ TEXT_ABILITIES: tuple[Ability, ...] = (*_ALL, "reading")
 
 def _reading(rng: random.Random, held_out: bool) -> tuple[str, Question]:
     """Tells who has what, and asks about one of them: a person, a color and a thing that never were together."""
+    # No training story tells of an owner that is held out; a held-out question asks about one.
     while True:
         people, things, colors = rng.sample(PEOPLE, 2), rng.sample(THINGS, 2), rng.sample(list(COLORS), 2)
         asked = rng.randrange(2)
-        indices = PEOPLE.index(people[asked]), THINGS.index(things[asked]), list(COLORS).index(colors[asked])
-        if is_held_out(*indices) == held_out:
+        new = [
+            is_held_out(PEOPLE.index(person), THINGS.index(thing), list(COLORS).index(color))
+            for person, thing, color in zip(people, things, colors, strict=True)
+        ]
+        if new[asked] if held_out else not any(new):
             break
     has = [f"{person} has {_a(color)} {thing}." for person, color, thing in zip(people, colors, things, strict=True)]
     story = " ".join(has)

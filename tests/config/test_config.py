@@ -13,6 +13,7 @@ from baichuan_omni_jax.config import (
     AUDIO_RUNS,
     MACHINES,
     MODELS,
+    SMALL_STAGES,
     STAGES,
     GenerationConfig,
     RunConfig,
@@ -106,6 +107,11 @@ def test_every_config_loads_and_survives_json(path):
 @pytest.mark.parametrize("name", [f"{name}{size}" for name in (*STAGES, *AUDIO_RUNS) for size in ("", "_tiny")])
 def test_a_run_of_the_recipe_needs_no_file_and_its_file_is_the_same(name):
     assert load_run_config(name) == load_run_config(ROOT / "configs" / f"{name}.py")
+
+
+@pytest.mark.parametrize("stage", SMALL_STAGES)
+def test_a_stage_of_the_small_recipe_needs_no_file_and_its_file_is_the_same(stage):
+    assert load_run_config(f"{stage}_small") == load_run_config(ROOT / "configs" / f"{stage}_small.py")
 
 
 def test_model_and_machine_size_the_whole_run_before_other_overrides():

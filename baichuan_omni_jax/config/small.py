@@ -1,0 +1,97 @@
+"""The stages of the small recipe: the whole report in miniature, from random weights, on two CPU cores.
+
+Nothing is pretrained here, so groups and rates are not the released recipe's: what a stage adds learns at full rate,
+what the stages before have taught at a lower one.
+"""
+
+from dataclasses import dataclass
+
+from baichuan_omni_jax.branches import BranchName
+from baichuan_omni_jax.config.run import (
+    Budgets,
+    CheckpointConfig,
+    ComputeConfig,
+    DataConfig,
+    GroupConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainConfig,
+)
+from baichuan_omni_jax.config.stages import LANGUAGE, mixture_of
+from baichuan_omni_jax.errors import ConfigError
+
+VISION = r"vision\."
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Recipe:
+    """What a stage of the small recipe has of its own."""
+
+    shares: dict[str, float]  # source -> share of documents; a manifest DATA_ROOT/NAME.jsonl each
+    rates: tuple[tuple[str, str, float | None], ...]  # groups: name, pattern, peak learning rate (None: frozen)
+    steps: int
+    final_fraction: float  # of the peak rate, at the last step: a stage that goes on at its rate ends high
+    budgets: Budgets  # of a row
+    rows: int = 4
+    warmup_steps: int = 30
+    branches: tuple[BranchName, ...] = ("vision", "llm")
+    init_from: str = ""
+
+
+_RECIPES: dict[str, _Recipe] = {
+    "image_text_1": _Recipe(
+        shares={"digits": 1.0, "pictures": 2.0, "charts": 1.0, "motion": 1.0},
+        rates=(("vision", VISION, 2e-3), ("language", LANGUAGE, 2e-3)),
+        steps=600,
+        final_fraction=0.5,
+        budgets=Budgets(tokens=512, patches=768, audio_frames=1, audio_targets=1),
+    ),
+    "image_text_2": _Recipe(
+        shares={"digits": 1.0, "pictures": 1.5, "charts": 1.5, "motion": 1.0, "text": 3.0},
+        rates=(("vision", VISION, 1e-3), ("language", LANGUAGE, 1e-3)),
+        steps=900,
+        final_fraction=0.02,
+        budgets=Budgets(tokens=512, patches=512, audio_frames=1, audio_targets=1),
+    ),
+}
+
+
+SMALL_STAGES = tuple(_RECIPES)
+
+
+def small_stage(stage: str, *, model: str = "small") -> RunConfig:
+    """Returns a stage's run on the small model and the data of `python -m data_pipelines.small`.
+
+    Args:
+        stage: one of the recipe's.
+        model: another model of the same vocabulary.
+
+    Raises:
+        ConfigError: a stage that the small recipe does not have.
+    """
+    if stage not in _RECIPES:
+        raise ConfigError(f"stage {stage!r} is not one of the small recipe's: {', '.join(_RECIPES)}")
+    recipe = _RECIPES[stage]
+    return RunConfig(
+        name=f"{stage}_small",
+        model=model,
+        branches=recipe.branches,
+        data=DataConfig(
+            root="data/small",
+            mixture=mixture_of(recipe.shares),
+            rows=recipe.rows,
+            budgets=recipe.budgets,
+            workers=1,
+        ),
+        optimizer=OptimizerConfig(
+            groups=tuple(
+                GroupConfig(name=name, pattern=pattern, learning_rate=rate) for name, pattern, rate in recipe.rates
+            ),
+            warmup_steps=recipe.warmup_steps,
+            decay_steps=recipe.steps,
+            final_fraction=recipe.final_fraction,
+        ),
+        compute=ComputeConfig(dtype="float32", remat="none", loss_chunk=512, attention_block=128),
+        train=TrainConfig(steps=recipe.steps, frozen_dtype="float32", audio_full_ratio=1.0),
+        checkpoint=CheckpointConfig(every=recipe.steps, keep=1, init_from=recipe.init_from),
+    )
