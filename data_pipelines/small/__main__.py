@@ -41,8 +41,8 @@ def build_small(out: str | Path, *, seed: int = 0, counts: Counts = COUNTS, prog
 
     def fill(folder: Path) -> dict:
         plan, manifests = plan_documents(seed, counts)
-        for name in {str(Path(path).parent) for path in [*plan.stills, *plan.videos]} | {HELD_OUT}:
-            (folder / name).mkdir(parents=True, exist_ok=True)
+        for name in ("images", "video", HELD_OUT):
+            (folder / name).mkdir()
         _make_media(plan, folder, progress)
         for name, documents in manifests.items():
             lines = [json.dumps(document, ensure_ascii=False) + "\n" for document in documents]

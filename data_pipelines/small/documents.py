@@ -16,7 +16,7 @@ DESCRIBE = ("Describe it.", "What do you see?")
 CAPTION_SHARE = 0.25
 SOURCES = ("digits", "pictures", "charts", "motion", "text")
 HELD_OUT = "held_out"
-"""The folder of held-out manifests, one an ability, with the media that they name."""
+"""The folder of held-out manifests, one an ability; they name media below the data set's root, as all do."""
 
 
 Still = Digit | Picture | BarChart
@@ -32,14 +32,14 @@ class MediaPlan:
     stills: dict[str, Still] = field(default_factory=dict)
     videos: dict[str, Motion] = field(default_factory=dict)
 
-    def add(self, scene: Still | Motion, name: str, folder: str = "") -> Source:
-        """Plans a scene's file `NAME_NUMBER` in `folder`; returns its tag, with the path below `folder`."""
+    def add(self, scene: Scene, name: str) -> Source:
+        """Plans a scene's file, `NAME_NUMBER`; returns its tag."""
         if isinstance(scene, Motion):
             path = f"video/{name}_{len(self.videos):05d}.mp4"
-            self.videos[folder + path] = scene
+            self.videos[path] = scene
             return video_tag(path)
         path = f"images/{name}_{len(self.stills):05d}.png"
-        self.stills[folder + path] = scene
+        self.stills[path] = scene
         return image_tag(path)
 
 
@@ -111,7 +111,7 @@ def _held_out(seed: int, plan: MediaPlan) -> dict[Ability, Callable[[random.Rand
         def write(rng: random.Random, ability: Ability) -> Source:
             scene = draw(rng)
             question, answer = scene.questions(rng)[ability]
-            return turn(plan.add(scene, ability, f"{HELD_OUT}/") + question, answer)
+            return turn(plan.add(scene, ability) + question, answer)
 
         return write
 

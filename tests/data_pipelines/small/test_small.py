@@ -39,7 +39,7 @@ def test_the_same_seed_gives_the_same_documents_and_media():
     assert plan_documents(4, FEW)[1] != manifests
 
 
-def test_every_manifest_names_media_beside_it(small_dir):
+def test_every_manifest_names_media_below_the_root(small_dir):
     summary = json.loads((small_dir / "small.json").read_text())
     manifests = [small_dir / f"{name}.jsonl" for name in SOURCES] + sorted((small_dir / HELD_OUT).glob("*.jsonl"))
     assert {path.relative_to(small_dir).as_posix() for path in manifests} == {
@@ -49,7 +49,7 @@ def test_every_manifest_names_media_beside_it(small_dir):
     for manifest in manifests:
         documents = [json.loads(line) for line in manifest.read_text("utf-8").splitlines()]
         assert len(documents) == summary["documents"][manifest.relative_to(small_dir).as_posix()[: -len(".jsonl")]]
-        named |= {manifest.parent / path for document in documents for path in MEDIA.findall(document["text"])}
+        named |= {small_dir / path for document in documents for path in MEDIA.findall(document["text"])}
     assert named == {path for path in small_dir.rglob("*") if path.suffix in (".png", ".mp4")}
     assert len(named) == summary["images"] + summary["videos"]
 
