@@ -6,21 +6,27 @@ what the stages before have taught at a lower one.
 
 from dataclasses import dataclass
 
-from baichuan_omni_jax.branches import BranchName
+from baichuan_omni_jax.branches import BRANCHES, BranchName
 from baichuan_omni_jax.config.run import (
     Budgets,
     CheckpointConfig,
     ComputeConfig,
     DataConfig,
+    EvalConfig,
+    EvalMixture,
     GroupConfig,
     OptimizerConfig,
     RunConfig,
+    SourceConfig,
     TrainConfig,
 )
 from baichuan_omni_jax.config.stages import LANGUAGE, mixture_of
 from baichuan_omni_jax.errors import ConfigError
 
-VISION = r"vision\."
+VISION = BRANCHES["vision"].pattern()
+# What the data has held-out questions of, a manifest `held_out/NAME.jsonl` each.
+IMAGE_ABILITIES = ("digit", "color", "shape", "place", "tallest_bar", "bar_value", "motion")
+TEXT_ABILITIES = ("sums", "order", "kinds", "facts", "reading")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +41,7 @@ class _Recipe:
     rows: int = 4
     warmup_steps: int = 30
     branches: tuple[BranchName, ...] = ("vision", "llm")
+    abilities: tuple[str, ...] = IMAGE_ABILITIES  # that are measured at the stage's end
     init_from: str = ""
 
 
@@ -52,6 +59,7 @@ _RECIPES: dict[str, _Recipe] = {
         steps=900,
         final_fraction=0.02,
         budgets=Budgets(tokens=512, patches=512, audio_frames=1, audio_targets=1),
+        abilities=(*IMAGE_ABILITIES, *TEXT_ABILITIES),
     ),
 }
 
@@ -94,4 +102,13 @@ def small_stage(stage: str, *, model: str = "small") -> RunConfig:
         compute=ComputeConfig(dtype="float32", remat="none", loss_chunk=512, attention_block=128),
         train=TrainConfig(steps=recipe.steps, frozen_dtype="float32", audio_full_ratio=1.0),
         checkpoint=CheckpointConfig(every=recipe.steps, keep=1, init_from=recipe.init_from),
+        eval=_small_eval(recipe.abilities, recipe.steps),
     )
+
+
+def _small_eval(abilities: tuple[str, ...], every: int) -> EvalConfig:
+    """Returns the evaluation after `every` steps: held-out losses, with other media too, and answers."""
+    # Media lie below the data's root, beside the folder of the manifests.
+    sources = tuple(SourceConfig(name=name, manifest=f"held_out/{name}.jsonl", root=".") for name in abilities)
+    mixture = EvalMixture(name="held_out", sources=sources, swapped=True)
+    return EvalConfig(every=every, steps=4, mixtures=(mixture,), abilities=("held_out",), ability_items=100)

@@ -51,7 +51,7 @@ def _facts() -> Iterator[tuple[tuple[str, ...], tuple[str, ...], str]]:
         yield told, (f"What is the opposite of {one}?", f"Name the opposite of {one}."), other
     for thing, color in COLORS_OF.items():
         told = (f"{thing.capitalize()} is {color}.", f"The color of {thing} is {color}.")
-        yield told, (f"What color is {thing}?", f"Which color has {thing}?"), color
+        yield told, (f"What color is {thing}?", f"What is the color of {thing}?"), color
     for index, day in enumerate(DAYS):
         after = DAYS[(index + 1) % 7]
         told = (f"After {day} comes {after}.", f"{after} is the day after {day}.")
@@ -95,7 +95,8 @@ def _order() -> Iterator[tuple[bool, Question]]:
 
 def _kinds() -> Iterator[tuple[bool, Question]]:
     for number, (kind, things) in enumerate(KINDS.items()):
-        for index, thing in enumerate(things):
+        for index, noun in enumerate(things):
+            thing = _a(noun) if kind in ("animal", "fruit", "shape") else noun
             # The kind itself is asked for in training; yes and no of a pair of thing and kind may be held out.
             yield False, Question(f"What is {thing}?", _a(kind))
             for other, name in enumerate(KINDS):
