@@ -26,7 +26,7 @@ from baichuan_omni_jax.errors import ConfigError
 VISION = BRANCHES["vision"].pattern()
 # What the data has held-out questions of, a manifest `held_out/NAME.jsonl` each.
 IMAGE_ABILITIES = ("digit", "color", "shape", "place", "tallest_bar", "bar_value", "motion")
-TEXT_ABILITIES = ("sums", "order", "kinds", "facts", "reading")
+TEXT_ABILITIES = ("count", "order", "facts", "reading")
 
 
 @dataclass(frozen=True, kw_only=True)

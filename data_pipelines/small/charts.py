@@ -1,4 +1,4 @@
-"""Bar charts of three to four bars, each of a color, of heights 1 to 5."""
+"""Bar charts of three bars, each of a color, of heights 1 to 5."""
 
 import random
 from dataclasses import dataclass
@@ -9,8 +9,9 @@ from data_pipelines.small.pictures import COLORS
 from data_pipelines.small.words import NUMBERS, Ability, Question, ask, is_held_out
 
 SIDE = 84
-_LEVEL = 14  # pixels that a bar of height 1 has
-_BASE = 77  # row of the axis
+BARS = 3  # so that each has a column of visual tokens of its own
+_LEVEL = 14  # pixels that a bar of height 1 has: a patch
+_BASE = 70  # row of the axis
 BAR_COLORS = tuple(color for color in COLORS if color not in ("white", "black"))
 HEIGHTS = (1, 2, 3, 4, 5)
 _TALLEST = ("Which bar is the tallest?", "Which bar is the highest?", "Name the tallest bar.")
@@ -60,10 +61,9 @@ class BarChart:
 def random_chart(rng: random.Random, *, held_out: bool = False) -> BarChart:
     """Draws a chart whose colors and heights, in their order, are trained on, or held out."""
     while True:
-        count = rng.choice([3, 4])
-        colors, heights = rng.sample(BAR_COLORS, count), rng.sample(HEIGHTS, count)
+        colors, heights = rng.sample(BAR_COLORS, BARS), rng.sample(HEIGHTS, BARS)
         # Sums of products: another order of the same bars is another combination.
         places = [(2 * index + 1) * BAR_COLORS.index(color) for index, color in enumerate(colors)]
         steps = [(index + 1) * height for index, height in enumerate(heights)]
         if is_held_out(*places, *steps) == held_out:
-            return BarChart(tuple(colors), tuple(heights), rng.randint(190, 250), rng.randint(11, 16))
+            return BarChart(tuple(colors), tuple(heights), rng.randint(190, 250), rng.randint(14, 22))

@@ -48,10 +48,10 @@ class Counts:
     """How many scenes train: copies of each digit, and so many of the others; and held-out questions an ability."""
 
     digits: int = 3
-    pictures: int = 5000
+    pictures: int = 6000
     charts: int = 3000
-    motion: int = 1200
-    text: int = 5000
+    motion: int = 1500
+    text: int = 6000
     held_out: int = 200
 
 

@@ -22,10 +22,10 @@ SECONDS = 4
 FRAME_RATE = 4
 # Direction -> where the shape begins and ends, along one of three lines.
 _PATHS: dict[str, list[tuple[str, str]]] = {
-    "right": [("top left", "top right"), ("left", "right"), ("bottom left", "bottom right")],
-    "left": [("top right", "top left"), ("right", "left"), ("bottom right", "bottom left")],
-    "down": [("top left", "bottom left"), ("top", "bottom"), ("top right", "bottom right")],
-    "up": [("bottom left", "top left"), ("bottom", "top"), ("bottom right", "top right")],
+    "right": [("top left", "top right"), ("middle left", "middle right"), ("bottom left", "bottom right")],
+    "left": [("top right", "top left"), ("middle right", "middle left"), ("bottom right", "bottom left")],
+    "down": [("top left", "bottom left"), ("top middle", "bottom middle"), ("top right", "bottom right")],
+    "up": [("bottom left", "top left"), ("bottom middle", "top middle"), ("bottom right", "top right")],
 }
 DIRECTIONS = tuple(_PATHS)
 _MOTION_QUESTIONS = ("Where does it move?", "Which way does it go?", "Where does the shape go?")

@@ -26,8 +26,12 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "black": (12, 12, 12),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
-PLACES = ("top left", "top", "top right", "left", "middle", "right", "bottom left", "bottom", "bottom right")
-_AT = {"middle": "in the middle", "left": "on the left", "right": "on the right"}
+# No name begins another: inside a conversation nothing is trained that would end the shorter one.
+PLACES = (
+    *("top left", "top middle", "top right"),
+    *("middle left", "center", "middle right"),
+    *("bottom left", "bottom middle", "bottom right"),
+)
 
 _COLOR_QUESTIONS = ("What color is it?", "Which color is the shape?", "Name the color.")
 _SHAPE_QUESTIONS = ("What shape is it?", "Which shape is this?", "Name the shape.")
@@ -123,11 +127,6 @@ def place_center(place: str) -> tuple[float, float]:
     return (column + 0.5) * CELL, (row + 0.5) * CELL
 
 
-def at(place: str) -> str:
-    """Says where: `at the top left`, `in the middle`."""
-    return _AT.get(place, f"at the {place}")
-
-
 @dataclass(frozen=True)
 class Picture:
     """One shape at a place, its center off the middle of the place by `offset`."""
@@ -154,7 +153,7 @@ class Picture:
 
     def caption(self, rng: random.Random) -> str:
         """Describes it in a few words."""
-        what, where = f"{self.shape.color} {self.shape.shape}", at(self.place)
+        what, where = f"{self.shape.color} {self.shape.shape}", f"at the {self.place}"
         article = "an" if self.shape.color == "orange" else "a"
         first = f"{article.capitalize()} {what} {where}."
         return rng.choice([first, first, f"The {self.shape.shape} {where} is {self.shape.color}."])

@@ -12,9 +12,8 @@ Ability = Literal[
     "tallest_bar",
     "bar_value",
     "motion",
-    "sums",
+    "count",
     "order",
-    "kinds",
     "facts",
     "reading",
 ]
@@ -38,7 +37,7 @@ def ask(rng: random.Random, wordings: Sequence[str], answer: str, **slots: str) 
     return Question(rng.choice(wordings).format(**slots), answer)
 
 
-def is_held_out(*indices: int, one_in: int = 6) -> bool:
+def is_held_out(*indices: int, one_in: int = 12) -> bool:
     """Tells whether a combination is held out: one of `one_in`, by the sum of its parts' indices.
 
     Each part, and each pair of parts, is met in training with all others but these.
