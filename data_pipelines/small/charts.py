@@ -45,12 +45,14 @@ class BarChart:
     def questions(self, rng: random.Random) -> dict[Ability, Question]:
         """Returns a question about the tallest or the shortest bar, and one about the height of a bar."""
         wordings, height = rng.choice([(_TALLEST, max(self.heights)), (_SHORTEST, min(self.heights))])
-        color = rng.choice(self.colors)
-        value = self.heights[self.colors.index(color)]
         return {
             "tallest_bar": ask(rng, wordings, self.colors[self.heights.index(height)]),
-            "bar_value": ask(rng, _VALUE, NUMBERS[value], color=color),
+            "bar_value": self.value_question(rng, rng.choice(self.colors)),
         }
+
+    def value_question(self, rng: random.Random, color: str) -> Question:
+        """Asks for the height of the bar of this color."""
+        return ask(rng, _VALUE, NUMBERS[self.heights[self.colors.index(color)]], color=color)
 
     def caption(self, rng: random.Random) -> str:
         """Lists the bars with their heights."""

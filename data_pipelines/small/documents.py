@@ -63,7 +63,11 @@ def scene_document(rng: random.Random, scene: Scene, tag: Source) -> tuple[str, 
     if rng.random() < CAPTION_SHARE:
         return "caption", turn(tag + rng.choice(DESCRIBE), scene.caption(rng))
     # The medium stands before the first question alone; later turns refer back to it.
-    (question, answer), *others = rng.sample(list(pairs := scene.questions(rng).values()), len(pairs))
+    asked = list(scene.questions(rng).values())
+    if isinstance(scene, BarChart):
+        asked = [asked[0], *(scene.value_question(rng, color) for color in scene.colors)]
+    rng.shuffle(asked)
+    (question, answer), *others = asked
     return "qa", conversation([(tag + question, answer), *others])
 
 

@@ -29,6 +29,8 @@ _PATHS: dict[str, list[tuple[str, str]]] = {
 }
 DIRECTIONS = tuple(_PATHS)
 _MOTION_QUESTIONS = ("Where does it move?", "Which way does it go?", "Where does the shape go?")
+_FIRST_QUESTIONS = ("Where is it first?", "Where does it start?")
+_LAST_QUESTIONS = ("Where is it last?", "Where does it end?")
 _COLOR_QUESTIONS = ("What color is it?", "Which color is the shape?")
 _SHAPE_QUESTIONS = ("What shape is it?", "Which shape is this?")
 
@@ -43,9 +45,14 @@ class Motion:
     offset: tuple[float, float]
     background: Background
 
+    @property
+    def places(self) -> tuple[str, str]:
+        """Returns where the shape is first and last."""
+        return _PATHS[self.direction][self.path]
+
     def frames(self) -> list[np.ndarray]:
         """Renders all frames, uint8 (`SIDE`, `SIDE`, 3)."""
-        (x0, y0), (x1, y1) = (place_center(place) for place in _PATHS[self.direction][self.path])
+        (x0, y0), (x1, y1) = map(place_center, self.places)
         background, count = self.background.render(SIDE), SECONDS * FRAME_RATE
         made = []
         for index in range(count):
@@ -57,8 +64,11 @@ class Motion:
 
     def questions(self, rng: random.Random) -> dict[Ability, Question]:
         """Returns a question for each thing that can be asked about it."""
+        first, last = self.places
         return {
             "motion": ask(rng, _MOTION_QUESTIONS, self.direction),
+            "first_place": ask(rng, _FIRST_QUESTIONS, first),
+            "last_place": ask(rng, _LAST_QUESTIONS, last),
             "color": ask(rng, _COLOR_QUESTIONS, self.shape.color),
             "shape": ask(rng, _SHAPE_QUESTIONS, self.shape.shape),
         }

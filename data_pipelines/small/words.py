@@ -12,12 +12,14 @@ Ability = Literal[
     "tallest_bar",
     "bar_value",
     "motion",
+    "first_place",
+    "last_place",
     "count",
     "order",
     "facts",
     "reading",
 ]
-"""What is asked for; each has held-out questions `held_out/ABILITY.jsonl`."""
+"""What is asked for. All but the places of videos have held-out questions, `held_out/ABILITY.jsonl`."""
 
 NUMBERS = (
     *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
