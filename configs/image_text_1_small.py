@@ -1,4 +1,4 @@
-"""Stage image_text_1 of the small recipe: the tower, the projector and the language model learn from images and videos.
+"""Stage image_text_1 of the small recipe: the whole model learns to see, from digits and shapes.
 
     python launch/tpu_pretrain.py --config configs/image_text_1_small.py --workdir runs/image_text_1_small
 

@@ -1,4 +1,4 @@
-"""Stage image_text_2 of the small recipe: all of it goes on, with text mixed in.
+"""Stage image_text_2 of the small recipe: charts, motion and text join what it sees.
 
     python launch/tpu_pretrain.py --config configs/image_text_2_small.py --workdir runs/image_text_2_small
 
