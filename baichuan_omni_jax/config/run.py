@@ -254,6 +254,10 @@ class CheckpointConfig:
     keep: int = 3  # newest steps
     # `DIR` or `branch=DIR,...`, a checkpoint or a workdir; `branch=random` leaves a branch as it was drawn. "": all.
     init_from: str = ""
+    # A run of the task `audio_tokenizer`, or its checkpoint: audio embeddings begin as what the reader of its
+    # transcripts made of each code (`train/transcript_reader.py`); for an `llm` that is that reader. "": as drawn or
+    # read.
+    audio_embeddings_from: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

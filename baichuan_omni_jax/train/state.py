@@ -20,6 +20,7 @@ from baichuan_omni_jax.train.groups import Groups, assign_groups, make_optimizer
 from baichuan_omni_jax.train.tasks.audio import AudioTokenizerTask, FlowMatchingTask
 from baichuan_omni_jax.train.tasks.omni import OmniTask
 from baichuan_omni_jax.train.tasks.task import Task
+from baichuan_omni_jax.train.transcript_reader import read_audio_embeddings
 
 HOST_MEMORY = "pinned_host"
 # Arrays by dotted name; shapes (`jax.ShapeDtypeStruct`) stand for them until a run starts.
@@ -158,6 +159,8 @@ def init_state(run: RunConfig, spec: StepSpec) -> tuple[TrainState, Arrays]:
     if run.checkpoint.init_from:
         loaded = load_branches(run.checkpoint.init_from, branches_of(spec.stored))
         values |= named_values(loaded)
+    if path := run.checkpoint.audio_embeddings_from:
+        values |= read_audio_embeddings(path, spec.task.omni, spec.task.compute, spec.mesh, values)
     trainable, frozen, originals = _from_stored(spec, values)
     state = jax.jit(lambda trainable: _first_state(spec, trainable))(trainable)
     return replace(state, trainable=trainable, frozen=frozen), originals
