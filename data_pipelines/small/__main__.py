@@ -5,6 +5,7 @@ import json
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
@@ -22,7 +23,7 @@ VERSION = 1
 """Raised whenever the same seed would give other documents or media: an older folder is then rebuilt."""
 
 SUMMARY = "small.json"
-_OWN_NAMES = frozenset({"images", "video", HELD_OUT, *(f"{name}.jsonl" for name in SOURCES)})
+_OWN_NAMES = frozenset({"images", "video", "speech", HELD_OUT, *(f"{name}.jsonl" for name in SOURCES)})
 
 
 def build_small(out: str | Path, *, seed: int = 0, counts: Counts = COUNTS, progress: bool = True) -> Path:
@@ -37,11 +38,11 @@ def build_small(out: str | Path, *, seed: int = 0, counts: Counts = COUNTS, prog
         counts: how many documents there are.
         progress: whether a bar is shown.
     """
-    identity = {"version": VERSION, "seed": seed, "counts": vars(counts)}
+    identity = {"version": VERSION, "seed": seed, "counts": asdict(counts)}
 
     def fill(folder: Path) -> dict:
         plan, manifests = plan_documents(seed, counts)
-        for name in ("images", "video", HELD_OUT):
+        for name in ("images", "video", "speech", HELD_OUT):
             (folder / name).mkdir()
         _make_media(plan, folder, progress)
         for name, documents in manifests.items():
@@ -51,6 +52,7 @@ def build_small(out: str | Path, *, seed: int = 0, counts: Counts = COUNTS, prog
             "documents": {name: len(documents) for name, documents in manifests.items()},
             "images": len(plan.stills),
             "videos": len(plan.videos),
+            "recordings": len(plan.speech.clips),
         }
 
     return build_whole(out, SUMMARY, identity, fill, own_names=_OWN_NAMES, kind="data of the small recipe")
@@ -58,12 +60,15 @@ def build_small(out: str | Path, *, seed: int = 0, counts: Counts = COUNTS, prog
 
 def _make_media(plan: MediaPlan, folder: Path, progress: bool) -> None:
     def make(path: str) -> None:
-        if path in plan.stills:
+        if path in plan.speech.clips:
+            plan.speech.clips[path].record(folder / path)
+        elif path in plan.stills:
             plan.stills[path].render().save(folder / path, compress_level=1)
         else:
             encode_video(plan.videos[path].frames(), FRAME_RATE, folder / path)
 
-    paths = [*plan.stills, *plan.videos]
+    # Recordings are most of the files, and eSpeak is a process of its own: it speaks while others draw and write.
+    paths = [*plan.speech.clips, *plan.stills, *plan.videos]
     with ThreadPoolExecutor(max_workers=2) as pool:
         made = pool.map(make, paths)
         console = Console(stderr=True)
@@ -92,7 +97,9 @@ def _build(folder: Path, seed: int) -> None:
     with file_errors(folder):
         out = build_small(folder, seed=seed)
     summary = json.loads((out / SUMMARY).read_text(encoding="utf-8"))
-    print(f"{out}: {summary['images']} images, {summary['videos']} videos ({time.perf_counter() - begin:.1f} s)")
+    print(
+        f"{out}: {summary['images']} images, {summary['videos']} videos, {summary['recordings']} recordings ({time.perf_counter() - begin:.1f} s)"
+    )
     for name, count in summary["documents"].items():
         print(f"  {name:<24}{count:>6}")
 

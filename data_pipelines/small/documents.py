@@ -10,11 +10,12 @@ from data_pipelines.small.charts import BarChart, random_chart
 from data_pipelines.small.digits import Digit, held_out_digits, training_digits
 from data_pipelines.small.motion import Motion, random_motion
 from data_pipelines.small.pictures import Picture, random_picture
-from data_pipelines.small.words import Ability
+from data_pipelines.small.spoken import SPOKEN_SOURCES, SpeechPlan, SpokenCounts, plan_spoken
+from data_pipelines.small.words import Ability, Question
 
 DESCRIBE = ("Describe it.", "What do you see?")
 CAPTION_SHARE = 0.25
-SOURCES = ("digits", "pictures", "charts", "motion", "text")
+SOURCES = ("digits", "pictures", "charts", "motion", "text", *SPOKEN_SOURCES)
 HELD_OUT = "held_out"
 """The folder of held-out manifests, one an ability; they name media below the data set's root, as all do."""
 
@@ -27,10 +28,11 @@ Scene = Still | Motion
 
 @dataclass
 class MediaPlan:
-    """Files that have to be made, by path: `stills` and `videos`."""
+    """Files that have to be made, by path: `stills`, `videos` and the `speech`."""
 
     stills: dict[str, Still] = field(default_factory=dict)
     videos: dict[str, Motion] = field(default_factory=dict)
+    speech: SpeechPlan = field(default_factory=SpeechPlan)
 
     def add(self, scene: Scene, name: str) -> Source:
         """Plans a scene's file, `NAME_NUMBER`; returns its tag."""
@@ -52,6 +54,7 @@ class Counts:
     charts: int = 3000
     motion: int = 1500
     text: int = 6000
+    spoken: SpokenCounts = SpokenCounts()
     held_out: int = 200
 
 
@@ -89,11 +92,28 @@ def plan_documents(seed: int, counts: Counts) -> tuple[MediaPlan, dict[str, list
         manifests[name] = _numbered(name, written, rng)
     rng = random.Random(f"{seed}/text")
     manifests["text"] = _numbered("text", [text_document(rng) for _ in range(counts.text)], rng)
+    for name, written in _spoken(seed, counts.spoken, plan).items():
+        manifests[name] = _numbered(name.rpartition("/")[2], written, random.Random(f"{seed}/{name}"))
     for ability, make in _held_out(seed, plan).items():
         rng = random.Random(f"{seed}/{HELD_OUT}/{ability}")
         written = [(ability, make(rng, ability)) for _ in range(counts.held_out)]
         manifests[f"{HELD_OUT}/{ability}"] = _numbered(ability, written, rng)
     return plan, manifests
+
+
+def _spoken(seed: int, counts: SpokenCounts, plan: MediaPlan) -> dict[str, list[tuple[str, Source]]]:
+    """Plans the documents of speech; questions by voice are about pictures that other documents show too."""
+    shown = [path for path, scene in plan.stills.items() if isinstance(scene, Digit | Picture)]
+
+    def asked(rng: random.Random) -> tuple[Source, Question]:
+        path = rng.choice(shown)
+        return image_tag(path), rng.choice(list(plan.stills[path].questions(rng).values()))
+
+    def asked_held_out(rng: random.Random) -> tuple[Source, Question]:
+        scene = random_picture(rng, held_out=True)
+        return plan.add(scene, "heard", f"{HELD_OUT}/"), rng.choice(list(scene.questions(rng).values()))
+
+    return plan_spoken(seed, counts, plan.speech, asked, asked_held_out, HELD_OUT)
 
 
 def _training_scenes(seed: int, counts: Counts) -> dict[str, list[Still | Motion]]:

@@ -1,0 +1,156 @@
+"""Documents that are heard and spoken: words to be written down, text to be read aloud, questions asked by voice."""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from data_pipelines.documents.prompt_writing import (
+    ASR_PROMPT,
+    Source,
+    audio_tag,
+    join,
+    speech_tag,
+    spoken_answer,
+    trainable,
+    turn,
+)
+from data_pipelines.small import text
+from data_pipelines.small.speech import ANSWERS, Clip, digits, distinct, sentence, voice, words
+from data_pipelines.small.words import Question
+
+ASKED = 24
+"""Recordings of one question at most: its wordings are few, and one that is heard again costs no file."""
+
+Written = list[tuple[str, Source]]
+"""Types and prompts of documents."""
+# A tag of a picture, or nothing, and a question with its answer.
+Asked = Callable[[random.Random], tuple[Source, Question]]
+
+
+@dataclass
+class SpeechPlan:
+    """Recordings that have to be made, by path."""
+
+    clips: dict[str, Clip] = field(default_factory=dict)
+    _asked: dict[tuple[str, str], list[str]] = field(default_factory=dict)
+
+    def add(self, rng: random.Random, said: str, folder: str = "", *, answer: bool = False) -> str:
+        """Plans a recording; returns its path below `folder`.
+
+        Args:
+            rng: draws the voice.
+            said: its text.
+            folder: "", or that of held-out documents, whose voices are heard there alone.
+            answer: whether the model is to speak so, in its one voice.
+        """
+        path = f"speech/{len(self.clips):05d}.flac"
+        speaker = ANSWERS if answer else voice(rng, new=bool(folder))
+        self.clips[folder + path] = Clip(said, *speaker)
+        return path
+
+    def ask(self, rng: random.Random, said: str, folder: str = "", *, answer: bool = False) -> str:
+        """Plans a recording of a text that comes often, or returns one that is planned; arguments as `add`."""
+        known = self._asked.setdefault((said, folder + "answer" * answer), [])
+        # The model has one voice: a second recording would be the first again.
+        if len(known) < (1 if answer else ASKED):
+            known.append(self.add(rng, said, folder, answer=answer))
+            return known[-1]
+        return rng.choice(known)
+
+
+def transcripts(plan: SpeechPlan, rng: random.Random, said: Sequence[str], folder: str = "") -> Written:
+    """Writes a document for each text that asks for the words of its recording, in the released form."""
+    return [("asr", join([ASR_PROMPT, audio_tag(plan.add(rng, each, folder)), trainable(each)])) for each in said]
+
+
+def readings(plan: SpeechPlan, rng: random.Random, said: Sequence[str], folder: str = "") -> Written:
+    """Writes a document for each text that reads it aloud, in the released form."""
+    clips = [speech_tag(plan.add(rng, each, folder, answer=True)) for each in said]
+    return [("tts", join([each, trainable(clip)])) for each, clip in zip(said, clips, strict=True)]
+
+
+def question_by_voice(
+    plan: SpeechPlan, rng: random.Random, asked: Asked, folder: str = "", *, spoken: bool = False
+) -> Source:
+    """Writes a question that is heard, about the picture before it if there is one, and its answer.
+
+    Args:
+        plan: gets the recordings.
+        rng: draws the question and who asks it.
+        asked: gives a picture's tag, or none, and the question.
+        folder: as for `SpeechPlan.add`.
+        spoken: whether the answer is spoken too, after its text.
+    """
+    shown, (question, answer) = asked(rng)
+    heard = shown + audio_tag(plan.ask(rng, question, folder))
+    if not spoken:
+        return turn(heard, answer)
+    return turn(heard, spoken_answer([answer], lambda said: plan.ask(rng, said, folder, answer=True)))
+
+
+def ask_text(rng: random.Random, *, held_out: bool = False) -> tuple[Source, Question]:
+    """Asks a short question without a picture: a sum, which of two numbers is larger, or a fact."""
+    # Facts are known or not: what is held out of them are wordings, which are for the questions in writing.
+    ability = rng.choice(("sums", "order") if held_out else ("sums", "order", "facts"))
+    return Source(""), text.question(rng, ability, held_out=held_out)
+
+
+@dataclass(frozen=True)
+class SpokenCounts:
+    """How many documents of each source there are; and held-out ones of each ability."""
+
+    words: int = 4000
+    numbers: int = 3000
+    sentences: int = 6000
+    speech: int = 2400
+    questions: int = 4000
+    dialogue: int = 1500
+    held_out: int = 96
+
+
+SPOKEN_SOURCES = ("words", "numbers", "sentences", "speech", "spoken_questions", "dialogue")
+
+
+def plan_spoken(
+    seed: int, counts: SpokenCounts, plan: SpeechPlan, asked: Asked, asked_held_out: Asked, held_out: str
+) -> dict[str, Written]:
+    """Plans all documents of speech, by the name of their manifest.
+
+    Args:
+        seed: another one gives other documents.
+        counts: how many there are.
+        plan: gets the recordings.
+        asked: draws a question about a picture that trains.
+        asked_held_out: draws one about a picture that no training document has.
+        held_out: the folder of held-out documents.
+
+    Returns:
+        Manifest name -> its documents; those of abilities are `HELD_OUT/ABILITY`.
+    """
+    # What held-out documents say is drawn first: no training document says it.
+    rng, known = random.Random(f"{seed}/speech/{held_out}"), set[str]()
+    folder, new = f"{held_out}/", {}
+    for kind, draw in {"numbers": digits, "sentences": sentence}.items():
+        new[f"hear_{kind}"] = transcripts(plan, rng, distinct(draw, rng, counts.held_out, known), folder)
+        new[f"speak_{kind}"] = readings(plan, rng, distinct(draw, rng, counts.held_out // 2, known), folder)
+    questions = {"hear_question": asked_held_out, "hear_sum": lambda rng: ask_text(rng, held_out=True)}
+    for ability, ask in questions.items():
+        new[ability] = [(ability, question_by_voice(plan, rng, ask, folder)) for _ in range(counts.held_out)]
+
+    # Texts that train may come again: there are not so many of two digits.
+    def drawn(draw: Callable[[random.Random], str], count: int) -> list[str]:
+        return [next(filter(lambda said: said not in known, iter(lambda: draw(rng), None))) for _ in range(count)]
+
+    def ask(rng: random.Random) -> tuple[Source, Question]:
+        return asked(rng) if rng.random() < 0.6 else ask_text(rng)
+
+    trained: dict[str, Written] = {}
+    rng = random.Random(f"{seed}/speech")
+    for name, draw in {"words": words, "numbers": digits, "sentences": sentence}.items():
+        trained[name] = transcripts(plan, rng, drawn(draw, getattr(counts, name)))
+    read = drawn(digits, counts.speech // 3) + drawn(sentence, counts.speech - counts.speech // 3)
+    trained["speech"] = readings(plan, rng, read)
+    for name, spoken in (("spoken_questions", False), ("dialogue", True)):
+        count = counts.dialogue if spoken else counts.questions
+        trained[name] = [("aqa", question_by_voice(plan, rng, ask, spoken=spoken)) for _ in range(count)]
+    return trained | {f"{held_out}/{name}": written for name, written in new.items()}
