@@ -1,4 +1,4 @@
-"""The audio runs of the small recipe: the tokenizer, in two runs from short to long clips, and the flow-matching decoder.
+"""The audio runs of the small recipe: the tokenizer, in two runs from short to long clips, and flow matching.
 
 There is no pretrained language model, so the one that reads transcripts learns with the tokenizer, and the omni model
 begins from it. A reader that is given sentences at once finds no word in them for hundreds of steps; from clips of one

@@ -97,9 +97,8 @@ def _build(folder: Path, seed: int) -> None:
     with file_errors(folder):
         out = build_small(folder, seed=seed)
     summary = json.loads((out / SUMMARY).read_text(encoding="utf-8"))
-    print(
-        f"{out}: {summary['images']} images, {summary['videos']} videos, {summary['recordings']} recordings ({time.perf_counter() - begin:.1f} s)"
-    )
+    made = ", ".join(f"{summary[kind]} {kind}" for kind in ("images", "videos", "recordings"))
+    print(f"{out}: {made} ({time.perf_counter() - begin:.1f} s)")
     for name, count in summary["documents"].items():
         print(f"  {name:<24}{count:>6}")
 
