@@ -20,13 +20,16 @@ from baichuan_omni_jax.config.run import (
     SourceConfig,
     TrainConfig,
 )
-from baichuan_omni_jax.config.stages import LANGUAGE, mixture_of
+from baichuan_omni_jax.config.stages import LANGUAGE, SPEECH, mixture_of
 from baichuan_omni_jax.errors import ConfigError
 
 VISION = BRANCHES["vision"].pattern()
 # What the data has held-out questions of, a manifest `held_out/NAME.jsonl` each.
 IMAGE_ABILITIES = ("digit", "color", "shape", "place", "tallest_bar", "bar_value", "motion")
 TEXT_ABILITIES = ("count", "order", "facts", "reading")
+SPEECH_ABILITIES = ("hear_numbers", "hear_sentences", "speak_numbers", "speak_sentences")
+OMNI_ABILITIES = (*SPEECH_ABILITIES, "hear_question", "hear_sum")
+_ALL: tuple[BranchName, ...] = ("vision", "llm", "audio_head")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +70,52 @@ _RECIPES: dict[str, _Recipe] = {
         budgets=_IMAGE_ROWS,
         warmup_steps=10,
         abilities=(*IMAGE_ABILITIES, *TEXT_ABILITIES),
+    ),
+    "image_audio_text_1": _Recipe(
+        # What the model sees and reads stays in its rows: a language model that hears alone forgets it.
+        shares={"words": 1.0, "numbers": 2.0, "sentences": 3.0, "speech": 3.0, "pictures": 0.5, "text": 0.5},
+        rates=(("vision", VISION, None), ("language", LANGUAGE, 1e-3), ("speech", SPEECH, 2e-3)),
+        steps=600,
+        final_fraction=0.5,
+        budgets=Budgets(tokens=512, patches=128, audio_frames=384, audio_targets=256),
+        branches=_ALL,
+        abilities=(*IMAGE_ABILITIES, *TEXT_ABILITIES, *SPEECH_ABILITIES),
+    ),
+    "image_audio_text_2": _Recipe(
+        shares={
+            **{"numbers": 2.0, "sentences": 3.0, "speech": 4.0, "spoken_questions": 1.0},
+            **{"digits": 1.0, "pictures": 1.0, "charts": 0.5, "motion": 0.5, "text": 1.0},
+        },
+        rates=(("vision", VISION, None), ("language", LANGUAGE, 1e-3), ("speech", SPEECH, 2e-3)),
+        steps=900,
+        final_fraction=0.5,
+        budgets=Budgets(tokens=640, patches=384, audio_frames=384, audio_targets=256),
+        branches=_ALL,
+        abilities=(*IMAGE_ABILITIES, *TEXT_ABILITIES, *OMNI_ABILITIES),
+    ),
+    "omni": _Recipe(
+        shares={
+            **{"numbers": 1.5, "sentences": 2.0, "speech": 4.0, "spoken_questions": 3.0, "dialogue": 1.0},
+            **{"digits": 1.0, "pictures": 1.0, "charts": 0.5, "motion": 1.0, "text": 1.0},
+        },
+        rates=(("vision", VISION, 5e-4), ("language", LANGUAGE, 1e-3), ("speech", SPEECH, 2e-3)),
+        steps=1200,
+        final_fraction=0.2,
+        budgets=Budgets(tokens=640, patches=512, audio_frames=384, audio_targets=256),
+        branches=_ALL,
+        abilities=(*IMAGE_ABILITIES, *TEXT_ABILITIES, *OMNI_ABILITIES),
+    ),
+    "sft": _Recipe(
+        shares={
+            **{"numbers": 1.0, "sentences": 1.5, "speech": 3.0, "spoken_questions": 3.0, "dialogue": 2.0},
+            **{"digits": 1.0, "pictures": 1.0, "charts": 0.5, "motion": 1.0, "text": 1.0},
+        },
+        rates=(("vision", VISION, 2e-4), ("language", LANGUAGE, 3e-4), ("speech", SPEECH, 5e-4)),
+        steps=500,
+        final_fraction=0.02,
+        budgets=Budgets(tokens=640, patches=512, audio_frames=384, audio_targets=256),
+        branches=_ALL,
+        abilities=(*IMAGE_ABILITIES, *TEXT_ABILITIES, *OMNI_ABILITIES),
     ),
 }
 SMALL_STAGES = tuple(_RECIPES)

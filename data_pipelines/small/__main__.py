@@ -12,10 +12,12 @@ from rich.console import Console
 from rich.progress import track
 
 from baichuan_omni_jax.errors import exit_code
+from data_pipelines.documents.prompt_writing import plain_text
 from data_pipelines.errors import file_errors
 from data_pipelines.sample.media import encode_video
 from data_pipelines.small.documents import COUNTS, HELD_OUT, SOURCES, Counts, MediaPlan, plan_documents
 from data_pipelines.small.motion import FRAME_RATE
+from data_pipelines.tokenizers.tokenizer import train_tokenizer
 from data_pipelines.tools.commands import run_command
 from data_pipelines.tools.whole_folder import build_whole
 
@@ -23,7 +25,10 @@ VERSION = 1
 """Raised whenever the same seed would give other documents or media: an older folder is then rebuilt."""
 
 SUMMARY = "small.json"
-_OWN_NAMES = frozenset({"images", "video", "speech", HELD_OUT, *(f"{name}.jsonl" for name in SOURCES)})
+TOKENIZER = "tokenizer.json"
+VOCABULARY = 1024
+"""Entries of the text tokenizer, as many as the small model has."""
+_OWN_NAMES = frozenset({"images", "video", "speech", TOKENIZER, HELD_OUT, *(f"{name}.jsonl" for name in SOURCES)})
 
 
 def build_small(out: str | Path, *, seed: int = 0, counts: Counts = COUNTS, progress: bool = True) -> Path:
@@ -48,6 +53,9 @@ def build_small(out: str | Path, *, seed: int = 0, counts: Counts = COUNTS, prog
         for name, documents in manifests.items():
             lines = [json.dumps(document, ensure_ascii=False) + "\n" for document in documents]
             (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        # One vocabulary for all stages, of all that they read: the first of them reads words alone.
+        texts = (plain_text(each["text"]) for documents in manifests.values() for each in documents)
+        train_tokenizer(texts, VOCABULARY).save(str(folder / TOKENIZER))
         return {
             "documents": {name: len(documents) for name, documents in manifests.items()},
             "images": len(plan.stills),
