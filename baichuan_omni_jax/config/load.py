@@ -21,6 +21,7 @@ from baichuan_omni_jax.config.run import EvalMixture, RunConfig
 from baichuan_omni_jax.config.sample_runs import tiny_stage
 from baichuan_omni_jax.config.small import SMALL_STAGES, small_stage
 from baichuan_omni_jax.config.stages import STAGES, stage_run
+from baichuan_omni_jax.config.small_audio import small_flow, small_tokenizer
 from baichuan_omni_jax.errors import ConfigError
 
 # Runs that need no file.
@@ -31,6 +32,9 @@ _NAMED: dict[str, Callable[..., RunConfig]] = {
     "audio_tokenizer_tiny": tiny_audio_tokenizer,
     "flow_matching": flow_matching_run,
     "flow_matching_tiny": tiny_flow_matching,
+    "audio_tokenizer_words_small": partial(small_tokenizer, "words"),
+    "audio_tokenizer_sentences_small": partial(small_tokenizer, "sentences"),
+    "flow_matching_small": small_flow,
     **{f"{stage}_small": partial(small_stage, stage) for stage in SMALL_STAGES},
 }
 HELD_OUT = "held_out"  # the mixture of `eval.held_out`

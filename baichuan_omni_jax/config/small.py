@@ -140,6 +140,7 @@ def small_stage(stage: str, *, model: str = "small") -> RunConfig:
         branches=recipe.branches,
         data=DataConfig(
             root="data/small",
+            tokenizer="data/small/tokenizer.json",
             mixture=mixture_of(recipe.shares),
             rows=recipe.rows,
             budgets=recipe.budgets,

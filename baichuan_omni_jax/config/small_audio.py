@@ -48,6 +48,7 @@ def small_tokenizer(part: Literal["words", "sentences"], *, model: str = "small"
         branches=("audio_encoder", "audio_decoder", "transcript_adapter", "llm"),
         data=DataConfig(
             root="data/small",
+            tokenizer="data/small/tokenizer.json",
             mixture=mixture_of(shares),
             rows=2,
             budgets=Budgets(tokens=tokens, patches=0, audio_frames=288, audio_targets=288, mel_windows=windows),
@@ -98,6 +99,7 @@ def small_flow(*, model: str = "small", init_from: str = "") -> RunConfig:
         branches=("audio_encoder", "audio_decoder", "flow"),
         data=DataConfig(
             root="data/small",
+            tokenizer="data/small/tokenizer.json",
             mixture=mixture_of({"speech": 3.0, "sentences": 1.0}),
             rows=2,
             budgets=Budgets(tokens=448, patches=0, audio_frames=320, audio_targets=320, mel_windows=6),

@@ -111,7 +111,7 @@ def _spoken(seed: int, counts: SpokenCounts, plan: MediaPlan) -> dict[str, list[
 
     def asked_held_out(rng: random.Random) -> tuple[Source, Question]:
         scene = random_picture(rng, held_out=True)
-        return plan.add(scene, "heard", f"{HELD_OUT}/"), rng.choice(list(scene.questions(rng).values()))
+        return plan.add(scene, "heard"), rng.choice(list(scene.questions(rng).values()))
 
     return plan_spoken(seed, counts, plan.speech, asked, asked_held_out, HELD_OUT)
 

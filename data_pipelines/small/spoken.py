@@ -32,45 +32,44 @@ class SpeechPlan:
     """Recordings that have to be made, by path."""
 
     clips: dict[str, Clip] = field(default_factory=dict)
-    _asked: dict[tuple[str, str], list[str]] = field(default_factory=dict)
+    _asked: dict[tuple[str, bool, bool], list[str]] = field(default_factory=dict)
 
-    def add(self, rng: random.Random, said: str, folder: str = "", *, answer: bool = False) -> str:
-        """Plans a recording; returns its path below `folder`.
+    def add(self, rng: random.Random, said: str, *, new: bool = False, answer: bool = False) -> str:
+        """Plans a recording; returns its path.
 
         Args:
             rng: draws the voice.
             said: its text.
-            folder: "", or that of held-out documents, whose voices are heard there alone.
+            new: whether the voice is one of held-out documents, which is heard there alone.
             answer: whether the model is to speak so, in its one voice.
         """
         path = f"speech/{len(self.clips):05d}.flac"
-        speaker = ANSWERS if answer else voice(rng, new=bool(folder))
-        self.clips[folder + path] = Clip(said, *speaker)
+        self.clips[path] = Clip(said, *(ANSWERS if answer else voice(rng, new)))
         return path
 
-    def ask(self, rng: random.Random, said: str, folder: str = "", *, answer: bool = False) -> str:
+    def ask(self, rng: random.Random, said: str, *, new: bool = False, answer: bool = False) -> str:
         """Plans a recording of a text that comes often, or returns one that is planned; arguments as `add`."""
-        known = self._asked.setdefault((said, folder + "answer" * answer), [])
+        known = self._asked.setdefault((said, new, answer), [])
         # The model has one voice: a second recording would be the first again.
         if len(known) < (1 if answer else ASKED):
-            known.append(self.add(rng, said, folder, answer=answer))
+            known.append(self.add(rng, said, new=new, answer=answer))
             return known[-1]
         return rng.choice(known)
 
 
-def transcripts(plan: SpeechPlan, rng: random.Random, said: Sequence[str], folder: str = "") -> Written:
+def transcripts(plan: SpeechPlan, rng: random.Random, said: Sequence[str], *, new: bool = False) -> Written:
     """Writes a document for each text that asks for the words of its recording, in the released form."""
-    return [("asr", join([ASR_PROMPT, audio_tag(plan.add(rng, each, folder)), trainable(each)])) for each in said]
+    return [("asr", join([ASR_PROMPT, audio_tag(plan.add(rng, each, new=new)), trainable(each)])) for each in said]
 
 
-def readings(plan: SpeechPlan, rng: random.Random, said: Sequence[str], folder: str = "") -> Written:
+def readings(plan: SpeechPlan, rng: random.Random, said: Sequence[str]) -> Written:
     """Writes a document for each text that reads it aloud, in the released form."""
-    clips = [speech_tag(plan.add(rng, each, folder, answer=True)) for each in said]
+    clips = [speech_tag(plan.add(rng, each, answer=True)) for each in said]
     return [("tts", join([each, trainable(clip)])) for each, clip in zip(said, clips, strict=True)]
 
 
 def question_by_voice(
-    plan: SpeechPlan, rng: random.Random, asked: Asked, folder: str = "", *, spoken: bool = False
+    plan: SpeechPlan, rng: random.Random, asked: Asked, *, new: bool = False, spoken: bool = False
 ) -> Source:
     """Writes a question that is heard, about the picture before it if there is one, and its answer.
 
@@ -78,14 +77,14 @@ def question_by_voice(
         plan: gets the recordings.
         rng: draws the question and who asks it.
         asked: gives a picture's tag, or none, and the question.
-        folder: as for `SpeechPlan.add`.
+        new: as for `SpeechPlan.add`.
         spoken: whether the answer is spoken too, after its text.
     """
     shown, (question, answer) = asked(rng)
-    heard = shown + audio_tag(plan.ask(rng, question, folder))
+    heard = shown + audio_tag(plan.ask(rng, question, new=new))
     if not spoken:
         return turn(heard, answer)
-    return turn(heard, spoken_answer([answer], lambda said: plan.ask(rng, said, folder, answer=True)))
+    return turn(heard, spoken_answer([answer], lambda said: plan.ask(rng, said, answer=True)))
 
 
 def ask_text(rng: random.Random, *, held_out: bool = False) -> tuple[Source, Question]:
@@ -129,13 +128,13 @@ def plan_spoken(
     """
     # What held-out documents say is drawn first: no training document says it.
     rng, known = random.Random(f"{seed}/speech/{held_out}"), set[str]()
-    folder, new = f"{held_out}/", {}
+    new = {}
     for kind, draw in {"numbers": digits, "sentences": sentence}.items():
-        new[f"hear_{kind}"] = transcripts(plan, rng, distinct(draw, rng, counts.held_out, known), folder)
-        new[f"speak_{kind}"] = readings(plan, rng, distinct(draw, rng, counts.held_out // 2, known), folder)
+        new[f"hear_{kind}"] = transcripts(plan, rng, distinct(draw, rng, counts.held_out, known), new=True)
+        new[f"speak_{kind}"] = readings(plan, rng, distinct(draw, rng, counts.held_out // 2, known))
     questions = {"hear_question": asked_held_out, "hear_sum": lambda rng: ask_text(rng, held_out=True)}
     for ability, ask in questions.items():
-        new[ability] = [(ability, question_by_voice(plan, rng, ask, folder)) for _ in range(counts.held_out)]
+        new[ability] = [(ability, question_by_voice(plan, rng, ask, new=True)) for _ in range(counts.held_out)]
 
     # Texts that train may come again: there are not so many of two digits.
     def drawn(draw: Callable[[random.Random], str], count: int) -> list[str]:
