@@ -20,8 +20,8 @@ from baichuan_omni_jax.config.overrides import RENAMED, apply_overrides, check_k
 from baichuan_omni_jax.config.run import EvalMixture, RunConfig
 from baichuan_omni_jax.config.sample_runs import tiny_stage
 from baichuan_omni_jax.config.small import SMALL_STAGES, small_stage
-from baichuan_omni_jax.config.stages import STAGES, stage_run
 from baichuan_omni_jax.config.small_audio import small_flow, small_tokenizer
+from baichuan_omni_jax.config.stages import STAGES, stage_run
 from baichuan_omni_jax.errors import ConfigError
 
 # Runs that need no file.
