@@ -126,5 +126,5 @@ def _held_out(names: tuple[str, ...]) -> EvalMixture:
     """A mixture of held-out documents, whose media lie beside their manifests."""
     return EvalMixture(
         name="held_out",
-        sources=tuple(SourceConfig(name=name, manifest=f"held_out/{name}.jsonl") for name in names),
+        sources=tuple(SourceConfig(name=name, manifest=f"held_out/{name}.jsonl", root=".") for name in names),
     )

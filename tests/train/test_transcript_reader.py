@@ -13,7 +13,7 @@ from baichuan_omni_jax.sharding import ShardingRules
 from baichuan_omni_jax.train.transcript_reader import TABLES, read_audio_embeddings, usual_norm
 
 CFG = tiny()
-COMPUTE = ComputePolicy(dtype=jnp.float32, rules=ShardingRules.unsplit())
+COMPUTE = ComputePolicy(dtype=jnp.dtype("float32"), rules=ShardingRules.unsplit())
 
 
 @pytest.fixture(scope="module")
