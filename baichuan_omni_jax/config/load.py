@@ -32,8 +32,8 @@ _NAMED: dict[str, Callable[..., RunConfig]] = {
     "audio_tokenizer_tiny": tiny_audio_tokenizer,
     "flow_matching": flow_matching_run,
     "flow_matching_tiny": tiny_flow_matching,
-    "audio_tokenizer_words_small": partial(small_tokenizer, "words"),
-    "audio_tokenizer_sentences_small": partial(small_tokenizer, "sentences"),
+    "audio_tokenizer_1_small": partial(small_tokenizer, 1),
+    "audio_tokenizer_2_small": partial(small_tokenizer, 2),
     "flow_matching_small": small_flow,
     **{f"{stage}_small": partial(small_stage, stage) for stage in SMALL_STAGES},
 }

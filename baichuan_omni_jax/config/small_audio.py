@@ -28,15 +28,15 @@ _HELD_OUT = ("hear_numbers", "hear_sentences")
 WORDS_STEPS, SENTENCES_STEPS, FLOW_STEPS = 800, 1400, 900
 
 
-def small_tokenizer(part: Literal["words", "sentences"], *, model: str = "small", init_from: str = "") -> RunConfig:
+def small_tokenizer(part: Literal[1, 2], *, model: str = "small", init_from: str = "") -> RunConfig:
     """Returns a run of the audio tokenizer and its reader: the first on words, or the second on sentences.
 
     Args:
-        part: what the clips hold; `sentences` goes on from the run on words.
+        part: 1 of words, 2 of sentences.
         model: another model of the same vocabulary.
-        init_from: the run on words, for the one on sentences.
+        init_from: the first run, for the second.
     """
-    first = part == "words"
+    first = part == 1
     steps = WORDS_STEPS if first else SENTENCES_STEPS
     # Words are short: a window for them is half as long, and a row holds more of them.
     shares = {"words": 2.0, "numbers": 1.0} if first else {"words": 0.5, "numbers": 1.0, "sentences": 2.5}
