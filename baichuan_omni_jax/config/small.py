@@ -28,7 +28,7 @@ VISION = BRANCHES["vision"].pattern()
 IMAGE_ABILITIES = ("digit", "color", "shape", "place", "tallest_bar", "bar_value", "motion")
 TEXT_ABILITIES = ("count", "order", "facts", "reading")
 SPEECH_ABILITIES = ("hear_numbers", "hear_sentences", "speak_numbers", "speak_sentences")
-OMNI_ABILITIES = (*SPEECH_ABILITIES, "hear_question", "hear_sum")
+OMNI_ABILITIES = (*SPEECH_ABILITIES, "hear_question", "hear_order")
 _ALL: tuple[BranchName, ...] = ("vision", "llm", "audio_head")
 
 

@@ -88,9 +88,9 @@ def question_by_voice(
 
 
 def ask_text(rng: random.Random, *, held_out: bool = False) -> tuple[Source, Question]:
-    """Asks a short question without a picture: a sum, which of two numbers is larger, or a fact."""
+    """Asks a short question without a picture: which of two numbers is larger, or a fact."""
     # Facts are known or not: what is held out of them are wordings, which are for the questions in writing.
-    ability = rng.choice(("sums", "order") if held_out else ("sums", "order", "facts"))
+    ability = rng.choice(("order",) if held_out else ("order", "facts"))
     return Source(""), text.question(rng, ability, held_out=held_out)
 
 
@@ -132,7 +132,7 @@ def plan_spoken(
     for kind, draw in {"numbers": digits, "sentences": sentence}.items():
         new[f"hear_{kind}"] = transcripts(plan, rng, distinct(draw, rng, counts.held_out, known), new=True)
         new[f"speak_{kind}"] = readings(plan, rng, distinct(draw, rng, counts.held_out // 2, known))
-    questions = {"hear_question": asked_held_out, "hear_sum": lambda rng: ask_text(rng, held_out=True)}
+    questions = {"hear_question": asked_held_out, "hear_order": lambda rng: ask_text(rng, held_out=True)}
     for ability, ask in questions.items():
         new[ability] = [(ability, question_by_voice(plan, rng, ask, new=True)) for _ in range(counts.held_out)]
 

@@ -33,7 +33,7 @@ def test_a_seed_gives_the_same_documents_and_recordings():
 
 def test_every_source_and_ability_has_its_documents():
     _, documents = planned()
-    abilities = ("hear_numbers", "hear_sentences", "speak_numbers", "speak_sentences", "hear_question", "hear_sum")
+    abilities = ("hear_numbers", "hear_sentences", "speak_numbers", "speak_sentences", "hear_question", "hear_order")
     assert set(documents) == {*SPOKEN_SOURCES, *(f"held_out/{name}" for name in abilities)}
     assert {name: len(written) for name, written in documents.items() if name in SPOKEN_SOURCES} == {
         **{"words": 40, "numbers": 40, "sentences": 60, "speech": 30, "spoken_questions": 60, "dialogue": 30}
