@@ -101,7 +101,7 @@ class SpokenCounts:
     words: int = 4000
     numbers: int = 3000
     sentences: int = 6000
-    speech: int = 2400
+    speech: int = 6000
     questions: int = 4000
     dialogue: int = 1500
     held_out: int = 96
@@ -147,7 +147,9 @@ def plan_spoken(
     rng = random.Random(f"{seed}/speech")
     for name, draw in {"words": words, "numbers": digits, "sentences": sentence}.items():
         trained[name] = transcripts(plan, rng, drawn(draw, getattr(counts, name)))
-    read = drawn(digits, counts.speech // 3) + drawn(sentence, counts.speech - counts.speech // 3)
+    # Half of it is words in no order: sentences alone teach to speak sentences, whichever are asked for.
+    half, sixth = counts.speech // 2, counts.speech // 6
+    read = drawn(words, half) + drawn(digits, sixth) + drawn(sentence, counts.speech - half - sixth)
     trained["speech"] = readings(plan, rng, read)
     for name, spoken in (("spoken_questions", False), ("dialogue", True)):
         count = counts.dialogue if spoken else counts.questions
