@@ -49,26 +49,36 @@ class _Recipe:
 
 
 # As many patches as tokens of such documents need; no audio.
-_IMAGE_ROWS = Budgets(tokens=512, patches=640, audio_frames=1, audio_targets=1)
+_IMAGE_ROWS = Budgets(tokens=512, patches=768, audio_frames=1, audio_targets=1)
 
 _RECIPES: dict[str, _Recipe] = {
-    "image_text_1": _Recipe(
-        # Mostly one ability: digits open the way from image to answer in a hundred steps, and what comes later takes
-        # it. All abilities at once wait for each other: after as many documents none had left chance.
-        shares={"digits": 3.0, "pictures": 1.5},
+    "image_text_1_digits": _Recipe(
+        # One ability opens the way from image to answer in a hundred steps, and what comes later takes it. All at once
+        # wait for each other: after as many documents none had left chance.
+        shares={"digits": 1.0},
         rates=(("vision", VISION, 1.5e-3), ("language", LANGUAGE, 1.5e-3)),
-        steps=300,
-        final_fraction=0.7,
+        steps=120,
+        final_fraction=1.0,
         budgets=_IMAGE_ROWS,
+        warmup_steps=20,
+        abilities=("digit",),
+    ),
+    "image_text_1": _Recipe(
+        shares={"digits": 0.6, "pictures": 3.4},
+        rates=(("vision", VISION, 1.5e-3), ("language", LANGUAGE, 1.5e-3)),
+        steps=450,
+        final_fraction=0.5,
+        budgets=_IMAGE_ROWS,
+        warmup_steps=20,
         abilities=("digit", "color", "shape", "place"),
     ),
     "image_text_2": _Recipe(
-        shares={"digits": 1.0, "pictures": 2.5, "charts": 2.0, "motion": 1.5, "text": 2.0},
+        shares={"digits": 1.0, "pictures": 1.5, "charts": 1.5, "motion": 1.5, "text": 1.5},
         rates=(("vision", VISION, 1.5e-3), ("language", LANGUAGE, 1.5e-3)),
         steps=1600,
         final_fraction=0.03,
         budgets=_IMAGE_ROWS,
-        warmup_steps=10,
+        warmup_steps=20,
         abilities=(*IMAGE_ABILITIES, *TEXT_ABILITIES),
     ),
     "image_audio_text_1": _Recipe(

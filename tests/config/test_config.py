@@ -96,7 +96,7 @@ def test_a_config_file_with_a_renamed_field_is_refused_with_the_new_name(tmp_pat
         load_run_config(tmp_path / "old.py")
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.py")), ids=lambda path: path.stem)
 def test_every_config_loads_and_survives_json(path):
     run = load_run_config(path)
     assert from_dict(RunConfig, json.loads(json.dumps(to_dict(run)))) == run
