@@ -13,7 +13,6 @@ from baichuan_omni_jax.config import (
     AUDIO_RUNS,
     MACHINES,
     MODELS,
-    SMALL_STAGES,
     STAGES,
     GenerationConfig,
     RunConfig,
@@ -32,6 +31,7 @@ from baichuan_omni_jax.config import (
     to_hf,
 )
 from baichuan_omni_jax.config.overrides import RENAMED
+from baichuan_omni_jax.config.recipes import SMALL
 from baichuan_omni_jax.errors import ConfigError
 from tests.helpers.golden import golden_path
 
@@ -96,11 +96,13 @@ def test_a_config_file_with_a_renamed_field_is_refused_with_the_new_name(tmp_pat
         load_run_config(tmp_path / "old.py")
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs").rglob("*.py")), ids=lambda path: path.relative_to(ROOT).as_posix()
+)
 def test_every_config_loads_and_survives_json(path):
     run = load_run_config(path)
     assert from_dict(RunConfig, json.loads(json.dumps(to_dict(run)))) == run
-    assert f"configs/{path.name}" in path.read_text(encoding="utf-8").split('"""')[1], "its launch command"
+    assert path.relative_to(ROOT).as_posix() in path.read_text(encoding="utf-8").split('"""')[1], "its launch command"
     resolve_model(run.model)
 
 
@@ -109,9 +111,11 @@ def test_a_run_of_the_recipe_needs_no_file_and_its_file_is_the_same(name):
     assert load_run_config(name) == load_run_config(ROOT / "configs" / f"{name}.py")
 
 
-@pytest.mark.parametrize("stage", SMALL_STAGES)
-def test_a_stage_of_the_small_recipe_needs_no_file_and_its_file_is_the_same(stage):
-    assert load_run_config(f"{stage}_small") == load_run_config(ROOT / "configs" / f"{stage}_small.py")
+@pytest.mark.parametrize("stage", SMALL.stages, ids=lambda stage: stage.name)
+def test_a_run_of_the_small_recipe_needs_no_file_and_its_file_is_the_same(stage):
+    own = load_run_config(stage.name)
+    assert own == load_run_config(ROOT / "configs" / "small" / f"{stage.name.removesuffix('_small')}.py")
+    assert own.name == stage.name
 
 
 def test_model_and_machine_size_the_whole_run_before_other_overrides():
