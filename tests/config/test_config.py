@@ -36,6 +36,7 @@ from baichuan_omni_jax.errors import ConfigError
 from tests.helpers.golden import golden_path
 
 ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = sorted((ROOT / "configs").rglob("*.py"))
 
 
 def test_overrides_reach_nested_fields_and_keep_types():
