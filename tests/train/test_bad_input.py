@@ -90,7 +90,7 @@ def test_overrides_that_do_not_fit(refusal, override, message):
 def test_missing_config_file(refusal, tmp_path):
     path = tmp_path / "none.py"
     said = refusal(lambda: load_run_config(path))
-    assert said.startswith(f"config file {path} does not exist, nor a stage of that name (image_text_1, ")
+    assert said.startswith(f"config file {path} does not exist, nor a run of that name (audio_tokenizer, ")
 
 
 @pytest.mark.parametrize(
