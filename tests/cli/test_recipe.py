@@ -48,7 +48,8 @@ def recipe(tmp_path, monkeypatch):
 
     def run(*arguments: str, **trouble: str) -> int:
         monkeypatch.setenv("FAKE_TRAIN", json.dumps(trouble))
-        sets = ("--set", f"train.steps={STEPS}")
+        # Nothing to ask: the runs are pretended, so there are no weights that could answer.
+        sets = ("--set", f"train.steps={STEPS}", "--set", "eval.abilities=()")
         return main(["recipe", "small", "--workdir", str(tmp_path / "run"), *sets, *arguments])
 
     return run
