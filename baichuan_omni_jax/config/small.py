@@ -87,7 +87,7 @@ _RECIPES: dict[str, _Recipe] = {
         rates=(("vision", VISION, None), ("language", LANGUAGE, 1e-3), ("speech", SPEECH, 2e-3)),
         steps=600,
         final_fraction=0.5,
-        budgets=Budgets(tokens=512, patches=128, audio_frames=384, audio_targets=256),
+        budgets=Budgets(tokens=512, patches=384, audio_frames=384, audio_targets=256),
         rows=4,
         branches=_ALL,
         abilities=(*IMAGE_ABILITIES, *TEXT_ABILITIES, *SPEECH_ABILITIES),

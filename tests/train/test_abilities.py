@@ -146,7 +146,9 @@ def test_answers_are_those_of_the_saved_step(measured):
 @pytest.mark.slow
 def test_weights_that_are_split_over_four_devices_answer_alike(measured, pretrain, config, tmp_path):
     workdir = tmp_path / "run"
-    done = pretrain(workdir, "train.steps=2", "mesh.fsdp=2", "mesh.tensor=2", "data.media_shards=2", devices=4, config=config)
+    done = pretrain(
+        workdir, "train.steps=2", "mesh.fsdp=2", "mesh.tensor=2", "data.media_shards=2", devices=4, config=config
+    )
     assert done.returncode == 0, done.stderr
     split, whole = answers(workdir, 2), answers(measured, 2)
     assert [line["document"] for line in split] == [line["document"] for line in whole]
