@@ -10,7 +10,5 @@ import sys
 from baichuan_omni_jax.cli.main import main
 
 if __name__ == "__main__":
-    arguments = sys.argv[1:]
-    small = "--small" in arguments
-    command = ["recipe", "small"] if small else ["stages"]
-    sys.exit(main([*command, *(argument for argument in arguments if argument != "--small")]))
+    command = ["recipe", "small"] if "--small" in sys.argv else ["stages"]
+    sys.exit(main([*command, *(argument for argument in sys.argv[1:] if argument != "--small")]))

@@ -33,7 +33,7 @@ TRAINABLE = {
 }
 
 
-NAMED = [name for name in MODELS if name != "tiny"]
+NAMED = [name for name in MODELS if name not in ("tiny", "small")]
 
 
 def config(stage: str, suffix: str = "") -> RunConfig:

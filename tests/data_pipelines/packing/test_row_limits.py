@@ -150,7 +150,7 @@ def test_without_codes_only_their_values_are_missing(heard, sample_codes):
         learned = (full["audio_weights"][row] > 0).all(1)
         targets = at_slot[full["audio_target_index"][row][learned] + 1]
         np.testing.assert_array_equal(targets, full["audio_targets"][row][learned])
-        assert learned.any()
+    assert (full["audio_weights"] > 0).any(), "no row has anything to say"
 
 
 def test_a_step_takes_the_smallest_size_that_holds_its_longest_window(heard):

@@ -187,5 +187,5 @@ def test_without_matplotlib(monkeypatch, capsys, tmp_path):
 
 def test_an_unusable_document_is_named(sample_pipeline, tmp_path):
     document = find_document(sample_pipeline, "asr-0035")
-    with pytest.raises(ConfigError, match=r"document asr-0035 \(audio\.jsonl:1\) cannot be used: .*does not exist"):
+    with pytest.raises(ConfigError, match=r"document asr-0035 \(audio\.jsonl:\d+\) cannot be used: .*does not exist"):
         view_document(type(document)(**{**vars(document), "media": tmp_path}), sample_pipeline.processor)
