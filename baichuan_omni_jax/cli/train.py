@@ -31,6 +31,7 @@ from baichuan_omni_jax.cli.common import (
     start_logging,
 )
 from baichuan_omni_jax.config import OmniConfig, RunConfig, load_run_config, resolve_model
+from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.generation.loading import is_untrained
 from baichuan_omni_jax.train.hooks import parse_span
 from baichuan_omni_jax.train.hosts import (

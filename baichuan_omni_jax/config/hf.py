@@ -295,8 +295,8 @@ def take(values: dict[str, Any], keys: dict[str, str], section: str, config: typ
     # Arrays of such sizes cannot even be described: what they are computed with would fail further on, without a name.
     least = 0 if config is SpecialTokens else 1
     for ours, value in taken.items():
+        most = _MOST.get(ours, 2**31 - 1)
         for number in value if isinstance(value, tuple) else (value,):
-            most = _MOST.get(ours, 2**31 - 1)
             if type(number) is int and not least <= number <= most:
                 bound = f"at least {least}" if number < least else f"at most {most}"
                 raise ConfigError(f"{prefix}{keys[ours]} = {values[keys[ours]]!r} must be {bound}")

@@ -204,8 +204,11 @@ class ShardedSafetensors:
             values = json.loads(index.read_text(encoding="utf-8"))
             files = values.get("weight_map") if isinstance(values, dict) else None
             # Bare file names alone: an index must not lead out of its folder.
-            named = files.values() if isinstance(files, dict) else ()
-            if not named or not all(isinstance(file, str) and Path(file).name == file for file in named):
+            if (
+                not isinstance(files, dict)
+                or not files
+                or not all(isinstance(file, str) and Path(file).name == file for file in files.values())
+            ):
                 raise ValueError("weight_map must map tensors to file names")
         except (OSError, ValueError) as error:
             raise ConfigError(f"{index} cannot be used as an index: {error}") from error
