@@ -104,9 +104,11 @@ REQUIRED: dict[tuple[str, str], tuple[Any, ...]] = {
 CFM_REQUIRED = {"solver": "euler", "t_scheduler": "cosine", "reg_loss_type": "l1"}
 # Far above any model: what loops over layers, or over the positions of a window, would otherwise run out of memory.
 _MOST_LAYERS, MOST_SECONDS = 1024, 3600
-_MOST = dict.fromkeys(
-    "num_layers depth encoder_layers decoder_layers prenet_layers n_blocks num_mid_blocks".split(), _MOST_LAYERS
-) | {"max_audio_seconds": MOST_SECONDS}
+_MOST: dict[str, int] = {
+    **dict.fromkeys("num_layers depth encoder_layers decoder_layers prenet_layers".split(), _MOST_LAYERS),
+    **dict.fromkeys("n_blocks num_mid_blocks".split(), _MOST_LAYERS),
+    "max_audio_seconds": MOST_SECONDS,
+}
 
 
 def read_hf(path: Path) -> OmniConfig:
@@ -295,7 +297,7 @@ def take(values: dict[str, Any], keys: dict[str, str], section: str, config: typ
     # Arrays of such sizes cannot even be described: what they are computed with would fail further on, without a name.
     least = 0 if config is SpecialTokens else 1
     for ours, value in taken.items():
-        most = _MOST.get(ours, 2**31 - 1)
+        most = _MOST[ours] if ours in _MOST else 2**31 - 1
         for number in value if isinstance(value, tuple) else (value,):
             if type(number) is int and not least <= number <= most:
                 bound = f"at least {least}" if number < least else f"at most {most}"
