@@ -216,7 +216,7 @@ def _ability_curves(report: Report) -> str:
         marks.append((float(before), stage.title))
         for record in stage.records:
             for name, (measure, score) in ability_scores(record).items():
-                curves.setdefault((name, measure), []).append((before + record["step"], score))
+                curves.setdefault((name, measure), []).append((float(before + record["step"]), score))
                 if (chance := number(record.get(f"ability/{name}/chance"))) is not None:
                     chances[name] = chance
         before += stage.step
@@ -228,7 +228,7 @@ def _ability_curves(report: Report) -> str:
         bounds = [target.bound for target in report.targets.get(name, ()) if target.measure == measure]
         levels |= {"target": bounds[0]} if bounds else {}
         top = 1.0 if measure == "accuracy" else max(1.0, *(y for _, y in points))
-        axes = Axes((0.0, max(before, 1)), (0.0, top), percent=True, marks=marks)
+        axes = Axes((0.0, float(max(before, 1))), (0.0, top), percent=True, marks=marks)
         charts.append(line_chart(f"{name}, {measure}", {name: points}, axes, levels))
     text = "Over the steps of all stages; a line across marks where the next one begins."
     return f'<h2>How it came</h2><p>{text}</p><div class="cards">{"".join(charts)}</div>'

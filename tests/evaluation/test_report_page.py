@@ -142,10 +142,10 @@ def test_abilities_with_what_stands_beside_them(tmp_path):
     entry = {"accuracy": 0.5, "chance": 0.1, "low": 0.4, "high": 0.6, "items": 64, "media_gain": 0.7, "kind": "exact"}
     steps = {"9": {"digit": {"cer": 1.0}}, "10": {"digit": entry}}
     (tmp_path / "abilities.json").write_text(json.dumps({"steps": steps}))
-    assert read_scores(tmp_path, []) == {"digit": Score("accuracy", 0.5, 0.1, 64, 0.4, 0.6, 0.7)}
+    assert read_scores(tmp_path, []) == {"digit": Score("accuracy", 0.5, 0.1, 64.0, 0.4, 0.6, 0.7)}
     # Metrics alone know less, and of an earlier version nothing of the gain.
     record = {"step": 1, **ability("digit", 0.25), "eval/held_out/digit/media_gain": 0.3}
-    assert read_scores(tmp_path / "none", [record]) == {"digit": Score("accuracy", 0.25, 0.25, 64, media_gain=0.3)}
+    assert read_scores(tmp_path / "none", [record]) == {"digit": Score("accuracy", 0.25, 0.25, 64.0, media_gain=0.3)}
 
 
 def test_targets_are_compared_with_what_was_measured(finished):
