@@ -76,6 +76,7 @@ def test_killed_on_the_way_the_same_command_goes_on(start, tmp_path):
     with start() as process:
         out, err = process.communicate(timeout=HANG)
     assert process.returncode == 0, out + err
+    assert "talk to it:" in out, out + err
     for name in ("one", "two"):
         assert [row["step"] for row in read_metrics(folder / name) if "loss" in row] == [*range(1, STEPS + 1)]
     assert json.loads((folder / "two" / "parent.json").read_text())["runs"].popitem()[1] == "one"
@@ -93,4 +94,3 @@ def test_killed_on_the_way_the_same_command_goes_on(start, tmp_path):
     assert "data:image/png" in page
     assert "data:audio/mpeg" in page
     assert (folder / "retention.md").is_file()
-    assert "talk to it:" in out
