@@ -73,7 +73,7 @@ def test_an_empty_folder_has_a_page(tmp_path):
 
 def test_a_finished_chain(finished):
     page = Page(write_report(finished).read_text())
-    assert "9 of 9 training runs finished" in page.text
+    assert "10 of 10 training runs finished" in page.text
     for heading in ("What it can do", "How it came", "What stays", "Loss", "Times", "Machine and versions"):
         assert heading in page.text
     assert "accuracy 98.0 %at least 97 % ✓ met" in page.text
@@ -88,7 +88,7 @@ def test_a_chain_at_work(tmp_path):
     write_stage(tmp_path / NAMES[0])
     write_stage(tmp_path / NAMES[1], until=30)
     page = Page(write_report(tmp_path).read_text())
-    assert "1 of 9 training runs finished" in page.text
+    assert "1 of 10 training runs finished" in page.text
     assert "30/100" in page.text
     assert "not measured" in page.text
 
