@@ -80,7 +80,7 @@ def test_a_finished_chain(finished):
     assert "accuracy 50.0 %at least 90 % ✗ missed" in page.text
     assert "a <fast> one" in page.text
     # Of all stages: 9 trained, and the data and the evaluation.
-    assert "11.0" in page.text
+    assert "12.0" in page.text
 
 
 def test_a_chain_at_work(tmp_path):
