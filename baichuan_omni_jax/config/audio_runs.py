@@ -21,7 +21,7 @@ from baichuan_omni_jax.config.run import (
     SourceConfig,
     TrainConfig,
 )
-from baichuan_omni_jax.config.stages import mixture_of
+from baichuan_omni_jax.config.stages import held_out_of, mixture_of
 
 # By their tasks' names, in the order they train in.
 AudioRun = Literal["audio_tokenizer", "flow_matching"]
@@ -215,6 +215,8 @@ def _sample_speech(mel_frames: tuple[int, ...]) -> DataConfig:
 def _held_out_speech(*, every: int, steps: int) -> EvalConfig:
     # No clip of omni.jsonl is in audio.jsonl; those of held_out/ are new sentences by new voices.
     sources = (SourceConfig(name="omni", manifest="omni.jsonl"),)
-    new = tuple(SourceConfig(name=name, manifest=f"held_out/{name}.jsonl", root=".") for name in ("asr", "tts"))
-    mixtures = EvalMixture(name="speech", sources=sources), EvalMixture(name="new_voices", sources=new)
+    mixtures = (
+        EvalMixture(name="speech", sources=sources),
+        held_out_of(("asr", "tts"), mixture="new_voices"),
+    )
     return EvalConfig(every=every, steps=steps, mixtures=mixtures)

@@ -8,13 +8,11 @@ from baichuan_omni_jax.config.run import (
     ComputeConfig,
     DataConfig,
     EvalConfig,
-    EvalMixture,
     OptimizerConfig,
     RunConfig,
-    SourceConfig,
     TrainConfig,
 )
-from baichuan_omni_jax.config.stages import BY_DOCUMENTS, Stage, mixture_of, stage_groups
+from baichuan_omni_jax.config.stages import BY_DOCUMENTS, Stage, held_out_of, mixture_of, stage_groups
 
 # The abilities that the sample data has held-out documents of, a manifest `held_out/NAME.jsonl` each.
 SAMPLE_ABILITIES = ("text_qa", "image_qa", "video_qa", "asr", "aqa", "image_aqa", "tts")
@@ -31,9 +29,7 @@ def sample_eval(
         items: questions of each ability, after the last step.
         abilities: some of `SAMPLE_ABILITIES`.
     """
-    # Media lie below the data's root, beside the folder of the manifests.
-    sources = tuple(SourceConfig(name=name, manifest=f"held_out/{name}.jsonl", root=".") for name in abilities)
-    mixture = EvalMixture(name="held_out", sources=sources, swapped=True)
+    mixture = held_out_of(abilities, swapped=True)
     return EvalConfig(
         every=every, steps=steps, mixtures=(mixture,), abilities=("held_out",), ability_items=items, sample=True
     )

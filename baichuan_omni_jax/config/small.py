@@ -13,14 +13,12 @@ from baichuan_omni_jax.config.run import (
     ComputeConfig,
     DataConfig,
     EvalConfig,
-    EvalMixture,
     GroupConfig,
     OptimizerConfig,
     RunConfig,
-    SourceConfig,
     TrainConfig,
 )
-from baichuan_omni_jax.config.stages import LANGUAGE, SPEECH, mixture_of
+from baichuan_omni_jax.config.stages import LANGUAGE, SPEECH, held_out_of, mixture_of
 from baichuan_omni_jax.errors import ConfigError
 
 VISION = BRANCHES["vision"].pattern()
@@ -45,7 +43,6 @@ class _Recipe:
     warmup_steps: int = 30
     branches: tuple[BranchName, ...] = ("vision", "llm")
     abilities: tuple[str, ...] = IMAGE_ABILITIES  # that are measured at the stage's end
-    init_from: str = ""
 
 
 # As many patches as tokens of such documents need; no audio.
@@ -173,14 +170,12 @@ def small_stage(stage: str, *, model: str = "small") -> RunConfig:
         ),
         compute=ComputeConfig(dtype="float32", remat="none", loss_chunk=512, attention_block=128),
         train=TrainConfig(steps=recipe.steps, frozen_dtype="float32", audio_full_ratio=1.0),
-        checkpoint=CheckpointConfig(every=recipe.steps, keep=1, init_from=recipe.init_from),
+        checkpoint=CheckpointConfig(every=recipe.steps, keep=1),
         eval=_small_eval(recipe.abilities, recipe.steps),
     )
 
 
 def _small_eval(abilities: tuple[str, ...], every: int) -> EvalConfig:
     """Returns the evaluation after `every` steps: held-out losses, with other media too, and answers."""
-    # Media lie below the data's root, beside the folder of the manifests.
-    sources = tuple(SourceConfig(name=name, manifest=f"held_out/{name}.jsonl", root=".") for name in abilities)
-    mixture = EvalMixture(name="held_out", sources=sources, swapped=True)
+    mixture = held_out_of(abilities, swapped=True)
     return EvalConfig(every=every, steps=4, mixtures=(mixture,), abilities=("held_out",), ability_items=100)

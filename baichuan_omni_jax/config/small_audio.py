@@ -14,27 +14,24 @@ from baichuan_omni_jax.config.run import (
     ComputeConfig,
     DataConfig,
     EvalConfig,
-    EvalMixture,
     GroupConfig,
     OptimizerConfig,
     RunConfig,
-    SourceConfig,
     TrainConfig,
 )
-from baichuan_omni_jax.config.stages import mixture_of
+from baichuan_omni_jax.config.stages import held_out_of, mixture_of
 
 _COMPUTE = ComputeConfig(dtype="float32", remat="none", loss_chunk=256, attention_block=128)
-_HELD_OUT = ("hear_numbers", "hear_sentences")
-WORDS_STEPS, SENTENCES_STEPS, FLOW_STEPS = 800, 1400, 900
+_HEARD = ("hear_numbers", "hear_sentences")  # held-out recordings: of both runs, of the second
+WORDS_STEPS, SENTENCES_STEPS, FLOW_STEPS = 800, 1200, 900
 
 
-def small_tokenizer(part: Literal[1, 2], *, model: str = "small", init_from: str = "") -> RunConfig:
+def small_tokenizer(part: Literal[1, 2], *, model: str = "small") -> RunConfig:
     """Returns a run of the audio tokenizer and its reader: the first on words, or the second on sentences.
 
     Args:
         part: 1 of words, 2 of sentences.
         model: another model of the same vocabulary.
-        init_from: the first run, for the second.
     """
     first = part == 1
     steps = WORDS_STEPS if first else SENTENCES_STEPS
@@ -63,8 +60,8 @@ def small_tokenizer(part: Literal[1, 2], *, model: str = "small", init_from: str
         ),
         compute=_COMPUTE,
         train=TrainConfig(steps=steps, frozen_dtype="float32"),
-        checkpoint=CheckpointConfig(every=200, keep=1, init_from=init_from),
-        eval=EvalConfig(every=200, steps=6, mixtures=(_held_out(("hear_numbers",) if first else _HELD_OUT),)),
+        checkpoint=CheckpointConfig(every=200, keep=1),
+        eval=EvalConfig(every=200, steps=6, mixtures=(held_out_of(_HEARD[:part]),)),
         tokenizer=TokenizerTrainConfig(
             # The sum of mel errors is some 50 where the transcript's nats are 1: as it is, it would be all of the loss.
             reconstruction=0.05,
@@ -84,14 +81,11 @@ def small_tokenizer(part: Literal[1, 2], *, model: str = "small", init_from: str
     )
 
 
-def small_flow(*, model: str = "small", init_from: str = "") -> RunConfig:
-    """Returns the run of the flow-matching decoder, on the model's own voice.
+def small_flow(*, model: str = "small") -> RunConfig:
+    """Returns the run of the flow-matching decoder, on the model's own voice; `model` has the same vocabulary.
 
-    Args:
-        model: another model of the same vocabulary.
-        init_from: the tokenizer's run on sentences, which stays as it is.
+    The tokenizer, which stays as it is, comes by `checkpoint.init_from`, as the recipe gives it.
     """
-    source = f"audio_encoder={init_from},audio_decoder={init_from},flow=random" if init_from else ""
     return RunConfig(
         name="flow_matching_small",
         model=model,
@@ -116,15 +110,7 @@ def small_flow(*, model: str = "small", init_from: str = "") -> RunConfig:
         ),
         compute=_COMPUTE,
         train=TrainConfig(steps=FLOW_STEPS, frozen_dtype="float32"),
-        checkpoint=CheckpointConfig(every=300, keep=1, init_from=source),
-        eval=EvalConfig(every=300, steps=6, mixtures=(_held_out(("speak_sentences",)),)),
+        checkpoint=CheckpointConfig(every=300, keep=1),
+        eval=EvalConfig(every=300, steps=6, mixtures=(held_out_of(("speak_sentences",)),)),
         flow=FlowTrainConfig(ema=0.99),
-    )
-
-
-def _held_out(names: tuple[str, ...]) -> EvalMixture:
-    """A mixture of held-out documents, whose media lie beside their manifests."""
-    return EvalMixture(
-        name="held_out",
-        sources=tuple(SourceConfig(name=name, manifest=f"held_out/{name}.jsonl", root=".") for name in names),
     )

@@ -4,7 +4,7 @@ Stages follow one another: each starts from the weights of the one before (`chec
 is frozen in all of them and runs offline.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -15,6 +15,7 @@ from baichuan_omni_jax.config.run import (
     CheckpointConfig,
     ComputeConfig,
     DataConfig,
+    EvalMixture,
     GroupConfig,
     OptimizerConfig,
     OversizePolicy,
@@ -126,6 +127,15 @@ def mixture_of(
         SourceConfig(name=name, manifest=f"{name}.jsonl", weight=share, oversize=policies.get(name))
         for name, share in shares.items()
     )
+
+
+def held_out_of(names: Iterable[str], *, mixture: str = "held_out", swapped: bool = False) -> EvalMixture:
+    """Returns the held-out documents of manifests `held_out/NAME.jsonl`, whose media lie below the data's root.
+
+    `swapped` as in `EvalMixture`.
+    """
+    sources = tuple(SourceConfig(name=name, manifest=f"held_out/{name}.jsonl", root=".") for name in names)
+    return EvalMixture(name=mixture, sources=sources, swapped=swapped)
 
 
 @dataclass(frozen=True, kw_only=True)
