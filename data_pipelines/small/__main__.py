@@ -71,6 +71,7 @@ def _make_media(plan: MediaPlan, folder: Path, progress: bool) -> None:
         if path in plan.speech.clips:
             plan.speech.clips[path].record(folder / path)
         elif path in plan.stills:
+            # Hardly compressed: the files are small, and what a row waits for is their decoding.
             plan.stills[path].render().save(folder / path, compress_level=1)
         else:
             encode_video(plan.videos[path].frames(), FRAME_RATE, folder / path)

@@ -32,10 +32,12 @@ class BarChart:
         """Draws the chart, RGB of `SIDE` pixels a side: bars over an axis, thin lines at each height."""
         image = Image.new("RGB", (SIDE, SIDE), (self.gray,) * 3)
         draw = ImageDraw.Draw(image)
+        # Lines at each height, behind the bars: a value is read off by them.
         for height in HEIGHTS:
             row = _BASE - height * _LEVEL
             draw.line([(0, row), (SIDE, row)], fill=(self.gray - 35,) * 3)
         draw.line([(0, _BASE), (SIDE, _BASE)], fill=(0, 0, 0), width=2)
+        # Bars, each in the middle of its share of the axis.
         step = SIDE / len(self.colors)
         for index, (color, height) in enumerate(zip(self.colors, self.heights, strict=True)):
             left = round((index + 0.5) * step - self.width / 2)

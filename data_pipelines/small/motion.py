@@ -52,6 +52,7 @@ class Motion:
 
     def frames(self) -> list[np.ndarray]:
         """Renders all frames, uint8 (`SIDE`, `SIDE`, 3)."""
+        # All but the shape stands still, so it is drawn once.
         (x0, y0), (x1, y1) = map(place_center, self.places)
         background, count = self.background.render(SIDE), SECONDS * FRAME_RATE
         made = []
@@ -82,6 +83,7 @@ class Motion:
 
 def random_motion(rng: random.Random, *, held_out: bool = False) -> Motion:
     """Draws a motion of a combination of color, shape, direction and line that is trained on, or held out."""
+    # Drawn again until the combination is on the side that is asked for: one of twelve is held out.
     while True:
         color, shape = rng.randrange(len(COLORS)), rng.randrange(len(SHAPES))
         direction, path = rng.randrange(len(DIRECTIONS)), rng.randrange(3)

@@ -62,6 +62,7 @@ class Shape:
 
 
 def _draw_mask(draw: ImageDraw.ImageDraw, shape: Shape, center: tuple[float, float]) -> None:
+    # Corners lie at angles from the top, as shares of the radius: those of a square reach out farther than a disc.
     radius = shape.radius * _SCALE
 
     def points(*polar: tuple[float, int]) -> list[tuple[float, float]]:
@@ -107,12 +108,14 @@ class Background:
         plain = Image.new("RGB", (side, side), (self.gray,) * 3)
         if not self.photo:
             return plain
+        # Without colors: the only color in sight is the shape's.
         piece = photograph(self.photo).resize((side, side), Image.Resampling.BILINEAR, box=self.box, reducing_gap=2.0)
         return Image.blend(piece.convert("L").convert("RGB"), plain, 0.6)
 
 
 def random_background(rng: random.Random, photo_share: float = 0.3) -> Background:
     """Draws a background: grays between the white and the black of shapes."""
+    # Never as light as the white shapes, nor as dark as the black ones.
     gray = rng.randint(90, 175)
     if rng.random() >= photo_share:
         return Background(gray)

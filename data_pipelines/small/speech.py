@@ -59,6 +59,7 @@ def digits(rng: random.Random) -> str:
 
 def sentence(rng: random.Random) -> str:
     """Draws a sentence of five to eleven words."""
+    # Who, how they are, what they do, to what, and of which color.
     words = ["the", *rng.sample(_KINDS, rng.randint(0, 1)), rng.choice(_PEOPLE), rng.choice(_DOES)]
     words += [rng.choice(["the", "a"]), *rng.sample(_COLORS, rng.randint(0, 1)), rng.choice(_THINGS)]
     # A place, a time, both or neither.
@@ -76,6 +77,7 @@ def words(rng: random.Random) -> str:
 
 def voice(rng: random.Random, new: bool) -> tuple[str, int, int]:
     """Draws who speaks: voice, words a minute, pitch; `new` voices are those of held-out clips."""
+    # Accents are shared: what is new is the voice that has one.
     variants: Sequence[str] = NEW_VARIANTS if new else ("", *VARIANTS)
     accent, variant = rng.choice(ACCENTS), rng.choice(variants)
     return f"{accent}+{variant}" if variant else accent, rng.randint(140, 200), rng.randint(30, 70)

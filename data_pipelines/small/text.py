@@ -87,12 +87,14 @@ def question(rng: random.Random, ability: Ability, *, held_out: bool = False) ->
 
 
 def _count() -> Iterator[tuple[bool, Question]]:
+    # A full stop ends the list, so that none is the beginning of a longer one.
     for first, more in product(range(10), range(2, 7)):
         asked = f"Count from {NUMBERS[first]} to {NUMBERS[first + more]}."
         yield is_held_out(first, more, one_in=6), Question(asked, ", ".join(NUMBERS[first : first + more + 1]) + ".")
 
 
 def _order() -> Iterator[tuple[bool, Question]]:
+    # By a weighted sum: with "two or five" held out, "five or two" is still trained on.
     for a, b in product(range(1, 11), repeat=2):
         for wording in _ORDER if a != b else ():
             asked = wording.format(a=NUMBERS[a], b=NUMBERS[b])
