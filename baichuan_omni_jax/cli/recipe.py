@@ -226,8 +226,9 @@ def _own_changes(run: RunConfig, share: float, given: Sequence[str]) -> list[str
     steps = max(1, round(run.train.steps * share))
     changes = []
     if share < 1:
-        decay = max(1, round(run.optimizer.decay_steps * share))
-        warmup = max(1, round(run.optimizer.warmup_steps * share))
+        # A rate that has risen must have a step left to fall in, however small the share is.
+        decay = max(2, round(run.optimizer.decay_steps * share))
+        warmup = min(max(1, round(run.optimizer.warmup_steps * share)), decay - 1)
         changes = [f"train.steps={steps}", f"optimizer.decay_steps={decay}", f"optimizer.warmup_steps={warmup}"]
     if not any(change.startswith("checkpoint.every=") for change in given):
         changes.append(f"checkpoint.every={min(run.checkpoint.every, math.ceil(steps / _SAVES))}")

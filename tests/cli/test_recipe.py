@@ -14,9 +14,11 @@ from baichuan_omni_jax.cli import recipe as recipe_module
 from baichuan_omni_jax.cli import stages as stages_module
 from baichuan_omni_jax.cli.main import main
 from baichuan_omni_jax.cli.stages import plan_chain
+from baichuan_omni_jax.config import load_run_config
 from baichuan_omni_jax.config.recipes import RECIPES, SMALL, Recipe, RecipeStage
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.evaluation.chain_record import read_chain, read_metrics
+from baichuan_omni_jax.train.groups import schedule
 
 FAKE = Path(__file__).parents[1] / "helpers" / "fake_train.py"
 STEPS = 5
@@ -193,3 +195,14 @@ def test_parents_of_the_small_recipe_are_stages_before():
             assert named
             assert set(named) <= set(known)
         known.append(stage.name)
+
+
+@pytest.mark.parametrize("share", [0.001, 0.01, 0.1])
+def test_a_share_of_every_stage_has_a_schedule_that_training_takes(share):
+    for stage in SMALL.stages:
+        run = load_run_config(stage.name)
+        changed = load_run_config(stage.name, recipe_module._own_changes(run, share, ()))
+        assert 1 <= changed.train.steps <= max(1, round(run.train.steps * share))
+        # Refused where the warm-up is not shorter than the decay.
+        rates = [schedule(changed.optimizer, group) for group in changed.optimizer.groups if group.learning_rate]
+        assert all(rate(1) > 0 for rate in rates)
