@@ -100,7 +100,9 @@ def tokenizer_step(micro_root, quick_compile, two_levels):
 def test_the_transcript_trains_the_encoder_through_a_frozen_language_model(tokenizer_step):
     """With the transcript's loss alone: gradients in encoder, bridge and adapter, none in the language model."""
     run, spec, state, batch = tokenizer_step
-    settings = dataclasses.replace(run.tokenizer, reconstruction=0.0, commitment=0.0, transcript=1.0)
+    settings = dataclasses.replace(
+        run.tokenizer, reconstruction=0.0, commitment=0.0, commitment_start=0.0, transcript=1.0
+    )
     quantizer = dataclasses.replace(settings.quantizer, quantized_share=1.0, level_dropout=0.0)
     run = dataclasses.replace(run, tokenizer=dataclasses.replace(settings, quantizer=quantizer))
     with jax.set_mesh(spec.mesh):
