@@ -30,6 +30,7 @@ from data_pipelines.packing.batch import Batch, ContextPlan, RowWriter, empty_ro
 from data_pipelines.packing.packer import PackedRow, StepPlan
 from data_pipelines.packing.row_limits import BUDGETED, MelSlots, PatchLayout, row_key
 
+_BLAS_THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 _AUDIO_FRAMES = BUDGETED.index("audio_frames")
 
 
@@ -211,6 +212,10 @@ def read_steps(dataset: StepDataset, workers: int) -> Iterator[Step]:
     if workers:
         if not flags.FLAGS.is_parsed():  # Grain reads absl flags; outside an absl app nobody has parsed them
             flags.FLAGS.mark_as_parsed()
+        # Processes are what decodes in parallel: a BLAS of several threads in each of them waits by spinning, on the
+        # cores that train. This process has read these variables already.
+        for variable in _BLAS_THREADS:
+            os.environ.setdefault(variable, "1")
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
         elements = iter(dataset.mp_prefetch(options, _end_with_parent))
     else:
