@@ -19,6 +19,7 @@ from baichuan_omni_jax.evaluation.chain_record import METRICS, MetricsFile, abil
 
 State = Literal["waiting", "running", "done"]
 _RECENT = 100  # steps whose median time is the pace of a stage that this process has not watched
+_COMPILED = 2  # records after which programs are compiled: steps before say nothing of the pace
 _START = 20.0  # seconds before a stage's first step: imports, data, programs
 _WATCHED = 20.0  # seconds of watching after which the clock on the wall is the better measure: it knows of evaluations
 _PLAIN_EVERY = 60.0  # seconds between plain lines
@@ -49,7 +50,7 @@ class StageProgress:
         self._clock, self._times = clock, deque(maxlen=_RECENT)
         # Where this process began to watch: (seconds, step). Steps of earlier starts cost it no time.
         self._watched: tuple[float, int] | None = None
-        self._newest = 0.0
+        self._newest, self._records = 0.0, 0
 
     state: State
     loss: float | None
@@ -61,17 +62,19 @@ class StageProgress:
         if anew:
             # A start that goes on behind what was there repeats steps, and is not measured by them.
             self._times.clear()
-            self._watched, self.step = None, 0
+            self._watched, self.step, self._records = None, 0, 0
         for record in records:
             self.step = max(self.step, min(record["step"], self.steps))
             if (loss := number(record.get("loss"))) is not None:
                 self.loss = loss
             self.abilities |= ability_scores(record)
-            if (took := number(record.get("step_time_s"))) is not None and took > 0:
+            took = number(record.get("step_time_s"))
+            self._records += took is not None
+            if took and took > 0 and self._records > _COMPILED:
                 self._times.append(took)
         if records:
             self._newest = self._clock()
-            if self._watched is None and self.state == "running":
+            if self._watched is None and self.state == "running" and self._records > _COMPILED:
                 self._watched = (self._newest, self.step)
 
     @property

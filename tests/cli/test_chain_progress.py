@@ -52,15 +52,20 @@ def test_a_slow_machine_is_slow_in_the_stages_to_come(tmp_path, clock):
 def test_evaluations_between_steps_count_once_the_clock_is_trusted(tmp_path, clock):
     watched = stage(tmp_path, clock)
     watched.state = "running"
-    grow(tmp_path, 1, 1)
+    # The first steps compile: they say nothing.
+    grow(tmp_path, 1, 2, took=30.0)
+    watched.poll()
+    assert watched.pace is None
+    clock.now = 60.0
+    grow(tmp_path, 3, 3)
     watched.poll()
     assert watched.pace == 0.5
     # Ten steps of half a second, and an evaluation of 35.
-    clock.now = 40.0
-    grow(tmp_path, 2, 11)
+    clock.now = 100.0
+    grow(tmp_path, 4, 13)
     watched.poll()
     assert watched.pace == pytest.approx(4.0)
-    assert seconds_left([watched]) == [pytest.approx(89 * 4.0)]
+    assert seconds_left([watched]) == [pytest.approx(87 * 4.0)]
 
 
 def test_steps_of_earlier_starts_cost_this_one_no_time(tmp_path, clock):
@@ -85,13 +90,13 @@ def test_steps_of_earlier_starts_cost_this_one_no_time(tmp_path, clock):
 
 def test_odd_lines_are_passed_over(tmp_path, clock):
     odd = stage(tmp_path, clock)
-    grow(tmp_path, 1, 2)
+    grow(tmp_path, 1, 4)
     with open(tmp_path / "a" / "metrics.jsonl", "a") as file:
         file.write('{"step": 3, "loss": null, "step_time_s": "long"}\nnothing\n{"step": 900, "step_time_s": -1}\n{"st')
     odd.poll()
     # A run that was made shorter ends where it is told to.
     assert odd.step == 100
-    assert odd.loss == pytest.approx(step_record(2)["loss"])
+    assert odd.loss == pytest.approx(step_record(4)["loss"])
     assert odd.pace == 0.5
 
 
@@ -99,7 +104,8 @@ def test_plain_lines_without_a_terminal(tmp_path, clock, capsys):
     first, second = stage(tmp_path, clock, "a", 10), stage(tmp_path, clock, "b", 10)
     with ChainView([first, second], Console(force_terminal=False, width=200), every=60.0, clock=clock) as view:
         view.begin(first)
-        write_lines(tmp_path / "a" / "metrics.jsonl", [step_record(4, **ability("digit", 0.5))])
+        steps = [*map(step_record, (2, 3)), step_record(4, **ability("digit", 0.5))]
+        write_lines(tmp_path / "a" / "metrics.jsonl", steps)
         clock.now = 30.0
         view.update(first)
         clock.now = 61.0
