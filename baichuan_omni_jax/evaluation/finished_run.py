@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 
 import jax
+import numpy as np
 import soundfile
 from etils import epath
 from rich.console import Console
@@ -45,11 +46,13 @@ from data_pipelines.documents.prompts import AudioElement, ImageElement, VideoEl
 from data_pipelines.documents.sequence import document_elements
 from data_pipelines.errors import SampleError
 from data_pipelines.held_out import HeldOutMixture
+from data_pipelines.media.audio import read_audio
 from data_pipelines.media.location import Media, find_media
 from data_pipelines.packing.rows import ALL_ROWS
 from data_pipelines.tokenizers.tokenizer import load_tokenizer
 
 _SLOTS = 16  # questions that are answered at a time
+_RECORDING_RATE = 24000  # Hz, of recordings that are joined: what the model speaks at
 _KINDS = {ImageElement: "image", VideoElement: "video", AudioElement: "audio"}
 
 
@@ -140,20 +143,33 @@ def _media_of(data: MixtureData, source: int, items: int, folder: Path) -> Itera
     """Yields for each document of a source its location, and the files of its question."""
     index, config = data.pipeline.indexes[source], data.pipeline.processor.config
     for number in islice(index.numbers(), items):
-        document, found, recording = index.document(number), [], ""
+        document, shown, answered = index.document(number), [], []
         try:
             for element in document_elements(document, config.vision.max_frames):
                 answers = getattr(element, "trainable", False)
+                # The question ends where the first answer begins, and that one at the next question.
+                if answered and not answers:
+                    break
                 if isinstance(element, ImageElement | VideoElement | AudioElement):
                     path = _file_of(find_media(element.reference, document.media), folder)
-                    found += [] if answers else [(_KINDS[type(element)], path)]
-                    recording = path if answers else recording
-                # The question ends where the first answer begins.
-                if answers:
-                    break
+                    (answered if answers else shown).append((_KINDS[type(element)], path))
+                elif answers:
+                    answered.append(("text", ""))
+            recording = _recording_of([path for kind, path in answered if kind == "audio"], folder)
         except SampleError:
             continue
-        yield document.location, AskedMedia(tuple(found), recording)
+        yield document.location, AskedMedia(tuple(shown), recording)
+
+
+def _recording_of(paths: Sequence[str], folder: Path) -> str:
+    """Returns the path of an answer's recording, "" without one; one in pieces is joined to a file below `folder`."""
+    if len(paths) < 2:
+        return paths[0] if paths else ""
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{hashlib.sha256(chr(10).join(paths).encode()).hexdigest()[:16]}.wav"
+    waves = [read_audio(Media(piece, Path(piece)), _RECORDING_RATE).wave for piece in paths]
+    soundfile.write(path, np.concatenate(waves), _RECORDING_RATE)
+    return str(path.resolve())
 
 
 def _file_of(media: Media, folder: Path) -> str:

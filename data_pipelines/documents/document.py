@@ -120,6 +120,8 @@ DOCUMENT_TYPES: dict[str, str] = {
     "instruction": "turns of any of these, answered as told",
 }
 
+SPEECH_TYPES = ("tts", "itts")  # those whose speech stands right behind its text
+
 
 def is_known_type(word: str) -> bool:
     """Tells whether `word` is one of `DOCUMENT_TYPES`, written with any of space, `-`, `_` and in either case."""

@@ -5,6 +5,9 @@ reference, text or speech:
 
     <C_Q>IMAGE What color is it?<C_A><trainable_start>It is red.<trainable_end>       prompt up to <C_A>, "It is red."
 
+Documents that read text aloud (`SPEECH_TYPES`) are answered in speech, also where it comes in pieces, each behind its
+text; of other answers with speech their first text is the reference.
+
 Exchanged media. All that a document shows or plays, but for speech of the assistant, is exchanged with another
 document's. Of a document that shows nothing and speaks, the text that it speaks is exchanged.
 """
@@ -16,7 +19,7 @@ from typing import cast
 import numpy as np
 from jaxtyping import Int32
 
-from data_pipelines.documents.document import Document, EncodedDocument
+from data_pipelines.documents.document import SPEECH_TYPES, Document, EncodedDocument
 from data_pipelines.documents.media_items import Codes, PrecomputedAudio
 from data_pipelines.documents.processor import Processor
 from data_pipelines.documents.prompt_writing import ASR_PROMPT, text_of, write_prompt
@@ -73,11 +76,16 @@ def read_question(document: Document, processor: Processor, codes: Codes | None)
         frames = int((slots - slots[0] == np.arange(len(slots))).sum()) - 1
         prompt = cut_prompt(encoded, first + 2, processor)
         return Question(document.location, document.type, asked, prompt, asked, frames=frames)
+    prompt = cut_prompt(encoded, first + 1, processor)
+    if document.type in SPEECH_TYPES and len(encoded.audio_target_slots):
+        # In pieces: what is to be heard are their texts, which the model writes as it speaks.
+        spoken = [each for each in elements[learned:] if isinstance(each, TextElement)]
+        frames = len(encoded.audio_codes) - len(prompt.audio_codes)
+        return Question(document.location, document.type, asked, prompt, text_of(spoken), frames=frames)
     ids = _leading_targets(encoded, first, (special.audiogen_start, special.end_of_text))
     reference = processor.tokenizer.decode(ids).strip()
     if not reference:
         raise SampleError("no_question", "the document's first trainable part has no text")
-    prompt = cut_prompt(encoded, first + 1, processor)
     return Question(document.location, document.type, asked, prompt, reference, tokens=len(ids))
 
 
@@ -149,8 +157,8 @@ def find_exchangeable(document: Document, processor: Processor) -> Exchangeable 
         # Two files of one content are one medium, whatever they are called.
         contents = tuple(find_media(each.reference, document.media).content_hash() for each in shown)
         return Exchangeable(elements, tuple(places), kinds, contents)
-    # Text that is spoken: what stands before speech is all that the speech depends on.
-    if not any(spoken):
+    # Text that is spoken: what stands before speech is all that the speech depends on, unless the answer has text too.
+    if not any(spoken) or any(isinstance(each, TextElement) and each.trainable for each in elements):
         return None
     texts = [n for n, each in enumerate(elements) if isinstance(each, TextElement) and not each.trainable]
     contents = tuple(cast(TextElement, elements[place]).text for place in texts)

@@ -9,7 +9,6 @@ from data_pipelines.documents.prompt_writing import (
     Source,
     audio_tag,
     join,
-    speech_tag,
     spoken_answer,
     trainable,
     turn,
@@ -62,10 +61,21 @@ def transcripts(plan: SpeechPlan, rng: random.Random, said: Sequence[str], *, ne
     return [("asr", join([ASR_PROMPT, audio_tag(plan.add(rng, each, new=new)), trainable(each)])) for each in said]
 
 
-def readings(plan: SpeechPlan, rng: random.Random, said: Sequence[str]) -> Written:
-    """Writes a document for each text that reads it aloud, in the released form."""
-    clips = [speech_tag(plan.add(rng, each, answer=True)) for each in said]
-    return [("tts", join([each, trainable(clip)])) for each, clip in zip(said, clips, strict=True)]
+def readings(plan: SpeechPlan, said: Sequence[str]) -> Written:
+    """Writes a document for each text that reads it aloud: in the form of a spoken answer, in pieces of some words."""
+    # Behind each piece of text stands its speech: the model need not know where in a long text it is.
+    say = lambda piece: plan.ask(random.Random(piece), piece.strip(), answer=True)  # noqa: E731
+    return [("tts", turn(f"Read aloud: {each}", spoken_answer(pieces(each), say))) for each in said]
+
+
+def pieces(said: str) -> list[str]:
+    """Cuts a text into pieces of one to three words, the same each time; all but the last with the space behind it."""
+    rng, words, cut = random.Random(said), said.split(), []
+    while words:
+        count = min(rng.randint(1, 3), len(words))
+        cut.append(" ".join(words[:count]) + (" " if count < len(words) else ""))
+        words = words[count:]
+    return cut
 
 
 def question_by_voice(
@@ -131,7 +141,7 @@ def plan_spoken(
     new = {}
     for kind, draw in {"numbers": digits, "sentences": sentence}.items():
         new[f"hear_{kind}"] = transcripts(plan, rng, distinct(draw, rng, counts.held_out, known), new=True)
-        new[f"speak_{kind}"] = readings(plan, rng, distinct(draw, rng, counts.held_out // 2, known))
+        new[f"speak_{kind}"] = readings(plan, distinct(draw, rng, counts.held_out // 2, known))
     questions = {"hear_question": asked_held_out, "hear_order": lambda rng: ask_text(rng, held_out=True)}
     for ability, ask in questions.items():
         new[ability] = [(ability, question_by_voice(plan, rng, ask, new=True)) for _ in range(counts.held_out)]
@@ -150,7 +160,7 @@ def plan_spoken(
     # Half of it is words in no order: sentences alone teach to speak sentences, whichever are asked for.
     half, sixth = counts.speech // 2, counts.speech // 6
     read = drawn(words, half) + drawn(digits, sixth) + drawn(sentence, counts.speech - half - sixth)
-    trained["speech"] = readings(plan, rng, read)
+    trained["speech"] = readings(plan, read)
     for name, spoken in (("spoken_questions", False), ("dialogue", True)):
         count = counts.dialogue if spoken else counts.questions
         trained[name] = [("aqa", question_by_voice(plan, rng, ask, spoken=spoken)) for _ in range(count)]

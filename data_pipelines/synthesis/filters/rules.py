@@ -26,7 +26,7 @@ import numpy as np
 from jaxtyping import Int64, UInt32, UInt64
 
 from baichuan_omni_jax.errors import ConfigError
-from data_pipelines.documents.document import Document
+from data_pipelines.documents.document import SPEECH_TYPES, Document
 from data_pipelines.documents.prompt_writing import SPEAK_TEXT, TRANSCRIBE, choose_prompt, plain_text, text_of
 from data_pipelines.documents.prompts import AudioElement, Element, TextElement, parse_prompt
 from data_pipelines.errors import SampleError
@@ -127,7 +127,6 @@ def count_edits(first: Sequence[str], second: Sequence[str]) -> int:
 
 
 KEPT, ASR, REJECTED = "kept", "asr", "rejected"
-SPEECH_TYPES = ("tts", "itts")  # documents whose speech stands right behind its text
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,15 @@ import pytest
 
 from baichuan_omni_jax.config import tiny
 from data_pipelines.documents.processor import Processor
-from data_pipelines.documents.prompt_writing import audio_tag, image_tag, join, speech_tag, trainable, turn
+from data_pipelines.documents.prompt_writing import (
+    audio_tag,
+    image_tag,
+    join,
+    speech_tag,
+    spoken_answer,
+    trainable,
+    turn,
+)
 from data_pipelines.documents.questions import exchange, find_exchangeable, pair_up, read_question, recognition_prompt
 from data_pipelines.errors import SampleError
 from data_pipelines.tokenizers.tokenizer import train_tokenizer
@@ -63,6 +71,20 @@ def test_speech_is_asked_with_the_mark_that_begins_it(processor, folder):
     assert question.prompt.tokens[-1] == processor.config.tokens.audiogen_start
     assert len(question.prompt.audio_codes) == 0
     assert question.frames == len(processor.encode(document(text, folder), None).audio_codes) > 10
+
+
+def test_what_is_read_aloud_in_pieces_is_asked_for_as_speech(processor, folder):
+    paths = iter(["one.wav", "two.wav"])
+    text = turn("Read: Good day.", spoken_answer(["Good ", "day."], lambda piece: next(paths)))
+    read = replace(document(text, folder), type="tts")
+    question = read_question(read, processor, None)
+    assert (question.asked.endswith("Read: Good day."), question.reference, question.tokens) == (True, "Good day.", 0)
+    assert text_of(processor, question.prompt.tokens).endswith("<C_A>")
+    assert question.frames == len(processor.encode(read, None).audio_codes) > 20
+    # Of any other answer that is spoken its first text counts.
+    assert read_question(replace(read, type="aqa"), processor, None).reference == "Good"
+    # What it says stands in the answer too: another question in its place would change little.
+    assert find_exchangeable(read, processor) is None
 
 
 def test_heard_speech_stays_in_the_prompt(processor, folder):

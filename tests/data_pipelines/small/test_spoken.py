@@ -7,7 +7,7 @@ import pytest
 
 from data_pipelines.documents.prompt_writing import Source
 from data_pipelines.small.speech import ANSWERS, NEW_VARIANTS, VOCABULARY, digits, distinct, sentence, words
-from data_pipelines.small.spoken import ASKED, SPOKEN_SOURCES, SpeechPlan, SpokenCounts, plan_spoken
+from data_pipelines.small.spoken import ASKED, SPOKEN_SOURCES, SpeechPlan, SpokenCounts, pieces, plan_spoken
 from data_pipelines.small.words import Question
 
 COUNTS = SpokenCounts(words=40, numbers=40, sentences=60, speech=30, questions=60, dialogue=30, held_out=20)
@@ -18,6 +18,10 @@ def planned(seed: int = 0):
     plan = SpeechPlan()
     ask = lambda rng: (Source("<picture>"), Question(rng.choice(["What color is it?", "Where is it?"]), "red"))  # noqa: E731
     return plan, plan_spoken(seed, COUNTS, plan, ask, ask, "held_out")
+
+
+def read_aloud(documents) -> set[str]:
+    return {re.search("Read aloud: ([^<]+)", prompt).group(1) for _, prompt in documents}
 
 
 def clips_of(plan: SpeechPlan, documents) -> list:
@@ -51,9 +55,9 @@ def test_held_out_recordings_are_of_new_voices_and_say_new_things():
     assert not variants[False] & set(NEW_VARIANTS)
     # Words alone are too few to be held out, and questions of a voice have a few wordings.
     for kind in ("numbers", "sentences"):
-        trained = {clip.text for name in (kind, "speech") for clip in clips_of(plan, documents[name])}
-        for ability in (f"hear_{kind}", f"speak_{kind}"):
-            assert not trained & {clip.text for clip in clips_of(plan, documents[f"held_out/{ability}"])}
+        trained = {clip.text for clip in clips_of(plan, documents[kind])} | read_aloud(documents["speech"])
+        held_out = {clip.text for clip in clips_of(plan, documents[f"held_out/hear_{kind}"])}
+        assert not trained & (held_out | read_aloud(documents[f"held_out/speak_{kind}"]))
 
 
 def test_the_model_speaks_in_one_voice_and_a_question_is_not_recorded_again_and_again():
@@ -66,6 +70,20 @@ def test_the_model_speaks_in_one_voice_and_a_question_is_not_recorded_again_and_
     # The same words by a held-out voice are another recording, and an answer is one.
     assert many.ask(rng, "Where is it?", new=True) not in asked
     assert len({many.ask(rng, "red", answer=True) for _ in range(5)}) == 1
+
+
+def test_text_is_read_aloud_in_pieces():
+    for said in ("one", "the old dog sees a red ball near the river today"):
+        cut = pieces(said)
+        assert "".join(cut) == said
+        assert all(1 <= len(piece.split()) <= 3 for piece in cut)
+    plan, documents = planned()
+    for _, prompt in documents["speech"]:
+        (said,) = read_aloud([("tts", prompt)])
+        assert [plan.clips[path].text for path in SAID.findall(prompt)] == [
+            piece.strip() for piece in re.findall(r"(?:trainable_start>|audiogen_end_baichuan>)([^<]+)", prompt)
+        ]
+        assert " ".join(plan.clips[path].text for path in SAID.findall(prompt)) == said
 
 
 def test_texts_are_of_the_vocabulary():
