@@ -166,7 +166,11 @@ def answer_limits(questions: Sequence[Question]) -> GenerationConfig:
     # Of text that is spoken the tokens are not known: about three bytes each.
     tokens = max((question.tokens or len(question.reference.encode()) // 3 + 1 for question in questions), default=1)
     frames = max((question.frames for question in questions), default=1)
-    return GenerationConfig(max_tokens=2 * tokens + _BEYOND, segment_frames=2 * frames + _BEYOND).greedy()
+    # A prompt that ends where speech begins needs no leave to speak; an answer of text and speech does.
+    speech = any(question.frames and question.tokens for question in questions)
+    return GenerationConfig(
+        max_tokens=2 * tokens + _BEYOND, segment_frames=2 * frames + _BEYOND, speech=speech
+    ).greedy()
 
 
 def longest(abilities: Mapping[str, Sequence[Question]]) -> int:

@@ -39,9 +39,9 @@ class Question:
         location: its manifest line or record.
         type: its type.
         asked: the text of the prompt, as a reader would read it.
-        prompt: what the model is given; it ends with the mark that begins speech where the answer is speech.
+        prompt: what the model is given; it ends with the mark that begins speech where the answer is speech alone.
         reference: the text that is right; of an answer in speech what it is to say.
-        tokens: of the reference; 0 where the answer is speech.
+        tokens: of the answer's text; 0 where it is speech alone.
         frames: code frames of the recorded answer; 0 where the answer is text.
     """
 
@@ -81,7 +81,8 @@ def read_question(document: Document, processor: Processor, codes: Codes | None)
         # In pieces: what is to be heard are their texts, which the model writes as it speaks.
         spoken = [each for each in elements[learned:] if isinstance(each, TextElement)]
         frames = len(encoded.audio_codes) - len(prompt.audio_codes)
-        return Question(document.location, document.type, asked, prompt, text_of(spoken), frames=frames)
+        tokens = int(np.count_nonzero(encoded.text_weights))
+        return Question(document.location, document.type, asked, prompt, text_of(spoken), tokens, frames)
     ids = _leading_targets(encoded, first, (special.audiogen_start, special.end_of_text))
     reference = processor.tokenizer.decode(ids).strip()
     if not reference:

@@ -20,6 +20,7 @@ from baichuan_omni_jax.evaluation.abilities import (
 )
 from baichuan_omni_jax.generation.events import AudioCodes, Finished, TextDelta
 from data_pipelines.documents.document import EncodedDocument, encode_ids
+from data_pipelines.documents.questions import Question
 
 
 def scripted(ids=(1, 2, 3, 4, 5)) -> EncodedDocument:
@@ -125,6 +126,13 @@ def test_speech_is_heard_by_the_model_itself():
     assert answers == [Answer("good bay", 3), Answer("", 0)]
     score = score_answers(questions, answers, {})
     assert (score.kind, score.score) == ("speech", (1 + 10) / 18)
+
+
+def test_an_answer_of_text_and_speech_is_given_leave_to_speak():
+    """A prompt that ends where speech begins is spoken as it is; one that text answers is never spoken."""
+    read, said, text = (Question("", "", "", scripted(), "ab", n, m) for n, m in ((7, 9), (0, 9), (7, 0)))
+    assert [answer_limits([question]).speech for question in (read, said, text)] == [True, False, False]
+    assert answer_limits([read]).segment_frames > 9
 
 
 def test_what_cannot_be_asked_is_counted_and_the_others_go_on():
