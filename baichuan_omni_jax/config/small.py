@@ -81,11 +81,11 @@ _RECIPES: dict[str, _Recipe] = {
     "image_audio_text_1": _Recipe(
         # All that the model sees and reads stays in its rows: what was left out, videos, it forgot in 150 steps.
         shares={
-            **{"words": 1.0, "numbers": 2.0, "sentences": 2.0, "speech": 4.0},
-            **{"digits": 0.5, "pictures": 0.5, "charts": 0.5, "motion": 0.5, "text": 0.5},
+            **{"words": 0.5, "numbers": 1.0, "sentences": 1.0, "speech": 4.0},
+            **{"digits": 0.7, "pictures": 0.7, "charts": 0.6, "motion": 0.6, "text": 0.6},
         },
         rates=(("vision", VISION, None), ("language", LANGUAGE, 1e-3), ("speech", SPEECH, 2e-3)),
-        steps=600,
+        steps=400,
         final_fraction=0.5,
         budgets=Budgets(tokens=512, patches=384, audio_frames=384, audio_targets=256),
         rows=4,
@@ -94,11 +94,11 @@ _RECIPES: dict[str, _Recipe] = {
     ),
     "image_audio_text_2": _Recipe(
         shares={
-            **{"numbers": 2.0, "sentences": 3.0, "speech": 4.0, "spoken_questions": 1.0},
-            **{"digits": 1.0, "pictures": 1.0, "charts": 0.5, "motion": 0.5, "text": 1.0},
+            **{"numbers": 1.0, "sentences": 1.0, "speech": 3.0, "spoken_questions": 2.0},
+            **{"digits": 1.0, "pictures": 1.0, "charts": 1.0, "motion": 0.7, "text": 1.0},
         },
         rates=(("vision", VISION, None), ("language", LANGUAGE, 1e-3), ("speech", SPEECH, 2e-3)),
-        steps=900,
+        steps=500,
         final_fraction=0.5,
         budgets=Budgets(tokens=640, patches=384, audio_frames=384, audio_targets=256),
         rows=4,
@@ -107,11 +107,11 @@ _RECIPES: dict[str, _Recipe] = {
     ),
     "omni": _Recipe(
         shares={
-            **{"numbers": 1.5, "sentences": 2.0, "speech": 4.0, "spoken_questions": 3.0, "dialogue": 1.0},
-            **{"digits": 1.0, "pictures": 1.0, "charts": 0.5, "motion": 1.0, "text": 1.0},
+            **{"numbers": 0.7, "sentences": 0.8, "speech": 2.5, "spoken_questions": 3.0, "dialogue": 0.7},
+            **{"digits": 1.2, "pictures": 1.2, "charts": 1.0, "motion": 1.0, "text": 1.0},
         },
         rates=(("vision", VISION, 5e-4), ("language", LANGUAGE, 1e-3), ("speech", SPEECH, 2e-3)),
-        steps=1200,
+        steps=900,
         final_fraction=0.2,
         budgets=Budgets(tokens=640, patches=512, audio_frames=384, audio_targets=256),
         rows=4,
@@ -120,11 +120,11 @@ _RECIPES: dict[str, _Recipe] = {
     ),
     "sft": _Recipe(
         shares={
-            **{"numbers": 1.0, "sentences": 1.5, "speech": 3.0, "spoken_questions": 3.0, "dialogue": 2.0},
-            **{"digits": 1.0, "pictures": 1.0, "charts": 0.5, "motion": 1.0, "text": 1.0},
+            **{"numbers": 0.6, "sentences": 0.7, "speech": 2.0, "spoken_questions": 2.5, "dialogue": 1.5},
+            **{"digits": 1.2, "pictures": 1.2, "charts": 1.1, "motion": 1.0, "text": 1.2},
         },
         rates=(("vision", VISION, 2e-4), ("language", LANGUAGE, 3e-4), ("speech", SPEECH, 5e-4)),
-        steps=500,
+        steps=400,
         final_fraction=0.02,
         budgets=Budgets(tokens=640, patches=512, audio_frames=384, audio_targets=256),
         rows=4,

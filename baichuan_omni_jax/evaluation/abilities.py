@@ -14,7 +14,7 @@ references as the answers, or none at all.
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
@@ -141,23 +141,40 @@ def ask(
     asked = [(name, question) for name, questions in abilities.items() for question in questions]
     limits = {name: answer_limits(questions) for name, questions in abilities.items()}
     results = _generate(engine, [(question.prompt, limits[name]) for name, question in asked])
-    # Speech is heard by the model itself: a second round, of what the first one spoke.
-    spoken = [
-        n for n, (_, question) in enumerate(asked) if question.frames and not isinstance(results[n], RequestError)
-    ]
-    codes = {n: _speech(results[n]) for n in spoken}
-    heard_by = [n for n in spoken if len(codes[n])]
-    heard = _generate(engine, [(recognition[asked[n][0]](codes[n]), limits[asked[n][0]]) for n in heard_by])
-    texts = dict(zip(heard_by, heard, strict=True))
+    spoken = {
+        n: (name, result)
+        for n, ((name, question), result) in enumerate(zip(asked, results, strict=True))
+        if question.frames and isinstance(result, GenerationResult)
+    }
+    heard = _hear(engine, spoken, recognition, limits)
 
     answers: dict[str, list[Answer]] = {name: [] for name in abilities}
-    for n, (name, question) in enumerate(asked):
-        # Silence is an answer: nothing is heard in it.
-        result = results[n] if not question.frames or isinstance(results[n], RequestError) else texts.get(n)
+    for n, ((name, _), result) in enumerate(zip(asked, results, strict=True)):
         if isinstance(result, RequestError):
             answers[name].append(Answer(problem=result.cause))
         else:
-            answers[name].append(Answer("" if result is None else result.text, len(codes.get(n, ()))))
+            answers[name].append(heard[n] if n in heard else Answer(result.text))
+    return answers
+
+
+def _hear(
+    engine: Engine,
+    spoken: Mapping[int, tuple[str, GenerationResult]],
+    recognition: Mapping[str, Recognition],
+    limits: Mapping[str, GenerationConfig],
+) -> dict[int, Answer]:
+    """Lets the model transcribe its own speech, of (ability, answer) by number: a second round of questions."""
+    # Each piece alone, as each recording that the model learned to hear is: what is put together has pauses.
+    pieces = [(n, name, codes) for n, (name, result) in spoken.items() for codes in result.speech if len(codes)]
+    asked = [(recognition[name](codes), replace(limits[name], speech=False)) for _, name, codes in pieces]
+    # Silence is an answer: nothing is heard in it.
+    answers = dict.fromkeys(spoken, Answer())
+    for (n, _, codes), result in zip(pieces, _generate(engine, asked), strict=True):
+        before = answers[n]
+        if before.problem or isinstance(result, RequestError):
+            answers[n] = Answer(problem=before.problem or result.cause)
+        else:
+            answers[n] = Answer(f"{before.text} {result.text.strip()}".strip(), before.frames + len(codes))
     return answers
 
 
@@ -204,11 +221,6 @@ def _generate(
         except RequestError as error:
             results.append(error)
     return results
-
-
-def _speech(result: GenerationResult | RequestError) -> Int32[np.ndarray, "n q"]:
-    assert isinstance(result, GenerationResult)
-    return np.concatenate(result.speech) if result.speech else np.zeros((0, 0), np.int32)
 
 
 def score_answers(

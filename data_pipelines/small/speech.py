@@ -75,6 +75,13 @@ def words(rng: random.Random) -> str:
     return " ".join(rng.sample(VOCABULARY, rng.randint(1, 3)))
 
 
+def phrase(rng: random.Random) -> str:
+    """Draws one to three words that follow each other in a sentence: what a piece of speech says."""
+    said, count = sentence(rng).split(), rng.randint(1, 3)
+    first = rng.randint(0, len(said) - count)
+    return " ".join(said[first : first + count])
+
+
 def voice(rng: random.Random, new: bool) -> tuple[str, int, int]:
     """Draws who speaks: voice, words a minute, pitch; `new` voices are those of held-out clips."""
     # Accents are shared: what is new is the voice that has one.

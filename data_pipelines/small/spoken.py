@@ -14,9 +14,10 @@ from data_pipelines.documents.prompt_writing import (
     turn,
 )
 from data_pipelines.small import text
-from data_pipelines.small.speech import ANSWERS, Clip, digits, distinct, sentence, voice, words
+from data_pipelines.small.speech import ANSWERS, Clip, digits, distinct, phrase, sentence, voice, words
 from data_pipelines.small.words import Question
 
+WORDS_A_PIECE = 2
 ASKED = 24
 """Recordings of one question at most: its wordings are few, and one that is heard again costs no file."""
 
@@ -62,20 +63,17 @@ def transcripts(plan: SpeechPlan, rng: random.Random, said: Sequence[str], *, ne
 
 
 def readings(plan: SpeechPlan, said: Sequence[str]) -> Written:
-    """Writes a document for each text that reads it aloud: in the form of a spoken answer, in pieces of some words."""
+    """Writes a document for each text that reads it aloud: in the form of a spoken answer, in pieces of two words."""
     # Behind each piece of text stands its speech: the model need not know where in a long text it is.
     say = lambda piece: plan.ask(random.Random(piece), piece.strip(), answer=True)  # noqa: E731
     return [("tts", turn(f"Read aloud: {each}", spoken_answer(pieces(each), say))) for each in said]
 
 
 def pieces(said: str) -> list[str]:
-    """Cuts a text into pieces of one to three words, the same each time; all but the last with the space behind it."""
-    rng, words, cut = random.Random(said), said.split(), []
-    while words:
-        count = min(rng.randint(1, 3), len(words))
-        cut.append(" ".join(words[:count]) + (" " if count < len(words) else ""))
-        words = words[count:]
-    return cut
+    """Cuts a text into pieces of two words; all but the last have the space behind it."""
+    words = said.split()
+    cut = [" ".join(words[n : n + WORDS_A_PIECE]) for n in range(0, len(words), WORDS_A_PIECE)]
+    return [f"{piece} " for piece in cut[:-1]] + cut[-1:]
 
 
 def question_by_voice(
@@ -155,7 +153,8 @@ def plan_spoken(
 
     trained: dict[str, Written] = {}
     rng = random.Random(f"{seed}/speech")
-    for name, draw in {"words": words, "numbers": digits, "sentences": sentence}.items():
+    short = lambda rng: rng.choice((words, phrase))(rng)  # noqa: E731
+    for name, draw in {"words": short, "numbers": digits, "sentences": sentence}.items():
         trained[name] = transcripts(plan, rng, drawn(draw, getattr(counts, name)))
     # Half of it is words in no order: sentences alone teach to speak sentences, whichever are asked for.
     half, sixth = counts.speech // 2, counts.speech // 6

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from data_pipelines.documents.prompt_writing import Source
-from data_pipelines.small.speech import ANSWERS, NEW_VARIANTS, VOCABULARY, digits, distinct, sentence, words
+from data_pipelines.small.speech import ANSWERS, NEW_VARIANTS, VOCABULARY, digits, distinct, phrase, sentence, words
 from data_pipelines.small.spoken import ASKED, SPOKEN_SOURCES, SpeechPlan, SpokenCounts, pieces, plan_spoken
 from data_pipelines.small.words import Question
 
@@ -76,7 +76,7 @@ def test_text_is_read_aloud_in_pieces():
     for said in ("one", "the old dog sees a red ball near the river today"):
         cut = pieces(said)
         assert "".join(cut) == said
-        assert all(1 <= len(piece.split()) <= 3 for piece in cut)
+        assert [len(piece.split()) for piece in cut[:-1]] == [2] * (len(cut) - 1)
     plan, documents = planned()
     for _, prompt in documents["speech"]:
         (said,) = read_aloud([("tts", prompt)])
@@ -89,7 +89,7 @@ def test_text_is_read_aloud_in_pieces():
 def test_texts_are_of_the_vocabulary():
     rng = random.Random(0)
     known = {*VOCABULARY, "the", "a", "an"}
-    drawn = [draw(rng) for draw in (digits, sentence, words) for _ in range(200)]
+    drawn = [draw(rng) for draw in (digits, sentence, words, phrase) for _ in range(200)]
     assert {word for text in drawn for word in text.split()} <= known
     assert not [text for text in drawn if re.search(r"\ba [aeo]|\ban [^ao]", text)]
     sentences = {word for _ in range(2000) for word in sentence(rng).split()}
