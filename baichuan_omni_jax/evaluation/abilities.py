@@ -8,8 +8,8 @@ the prompt, that part the reference. Answers are greedy and scored by what the r
     cer        speech: its code frames are put back as the audio of the recognition prompt, the model hears itself
 
 Chance is what is reached without the media (docs/decisions/0104). Of accuracy: each written prompt's most frequent
-reference as the answer to all its items; prompts that come once share one answer. Of error rates: other items'
-references as the answers, or none at all.
+reference as the answer to all its items; prompts that come once, or show nothing, share one answer. Of error rates:
+other items' references as the answers, or none at all.
 """
 
 from collections import Counter
@@ -263,12 +263,16 @@ def blind_accuracy(questions: Sequence[Question]) -> float:
     """Returns the share of right answers of who knows the prompts' text and all references, and sees no media.
 
     He answers every item of a prompt by that prompt's most frequent reference; prompts that come once share one answer.
+    So do all prompts of text alone: who has read those has seen all that there is.
     """
-    references: dict[str, list[str]] = {}
+    shown: dict[str, list[str]] = {}
+    alone: list[str] = []
     for question in questions:
-        references.setdefault(question.asked, []).append(plain_words(question.reference))
-    alone = [found[0] for found in references.values() if len(found) == 1]
-    groups = [alone, *(found for found in references.values() if len(found) > 1)]
+        media = len(question.prompt.visual_slots) or len(question.prompt.audio_slots)
+        group = shown.setdefault(question.asked, []) if media else alone
+        group.append(plain_words(question.reference))
+    alone += [found[0] for found in shown.values() if len(found) == 1]
+    groups = [alone, *(found for found in shown.values() if len(found) > 1)]
     right = sum(Counter(group).most_common(1)[0][1] for group in groups if group)
     return right / len(questions)
 

@@ -1,6 +1,6 @@
 """Scores of abilities: what a scripted model answers equals what is computed by hand, beside chance."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -23,9 +23,10 @@ from data_pipelines.documents.document import EncodedDocument, encode_ids
 from data_pipelines.documents.questions import Question
 
 
-def scripted(ids=(1, 2, 3, 4, 5)) -> EncodedDocument:
-    """A prompt of which nothing but its tokens is read."""
-    return encode_ids([int(token) for token in ids], tiny())
+def scripted(ids=(1, 2, 3, 4, 5), shown: int = 1) -> EncodedDocument:
+    """A prompt of which nothing but its tokens is read, and whether it shows anything."""
+    prompt = encode_ids([int(token) for token in ids], tiny())
+    return replace(prompt, visual_slots=np.arange(shown, dtype=np.int32))
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,13 @@ def test_speech_is_heard_by_the_model_itself():
     assert answers == [Answer("good bay", 3), Answer("", 0)]
     score = score_answers(questions, answers, {})
     assert (score.kind, score.score) == ("speech", (1 + 10) / 18)
+
+
+def test_chance_of_questions_in_text_alone_is_the_best_constant_answer():
+    """What is asked twice has the same answer twice, which is no luck."""
+    twice = [Asked(f"{n} + {n}?", str(2 * n), prompt=scripted(shown=0)) for n in (1, 2, 3) for _ in range(2)]
+    assert blind_accuracy(twice) == 2 / 6
+    assert blind_accuracy([replace(question, prompt=scripted()) for question in twice]) == 1.0
 
 
 def test_an_answer_of_text_and_speech_is_given_leave_to_speak():
