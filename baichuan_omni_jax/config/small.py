@@ -64,7 +64,7 @@ _RECIPES: dict[str, _Recipe] = {
     "image_text_1": _Recipe(
         shares={"digits": 0.6, "pictures": 3.4},
         rates=(("vision", VISION, 1.5e-3), ("language", LANGUAGE, 1.5e-3)),
-        steps=450,
+        steps=700,
         final_fraction=0.5,
         budgets=_IMAGE_ROWS,
         warmup_steps=20,
@@ -73,7 +73,7 @@ _RECIPES: dict[str, _Recipe] = {
     "image_text_2": _Recipe(
         shares={"digits": 1.0, "pictures": 1.5, "charts": 1.5, "motion": 1.5, "text": 1.5},
         rates=(("vision", VISION, 1.5e-3), ("language", LANGUAGE, 1.5e-3)),
-        steps=1300,
+        steps=1200,
         final_fraction=0.03,
         budgets=_IMAGE_ROWS,
         warmup_steps=20,
