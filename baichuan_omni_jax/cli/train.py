@@ -5,7 +5,7 @@
 Started again with the same workdir, it goes on where it stopped; SIGTERM saves and leaves. A second run in a workdir
 where one is at work is refused. Numbers go to WORKDIR/metrics.jsonl and WORKDIR/tensorboard. Exit code 2: something
 given cannot be used, the message says what. 3: the run ended itself, because too many steps in a row were not finite or
-a checkpoint could not be written.
+a checkpoint could not be written. 0 otherwise; `--stopped-code` tells a stop by SIGTERM from a run that has finished.
 """
 
 import argparse
@@ -58,11 +58,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--workdir", required=True, metavar="DIR", help="where the run's checkpoints and numbers go")
     add("--profile", default="", metavar="START:STOP", help="steps to trace into WORKDIR/profile")
     add("--wandb", default="", metavar="PROJECT", help="on Weights & Biases, to send the numbers to as well")
+    about = "exit code where SIGTERM ended the run, on any of its hosts, before its last step (default 0)"
+    add("--stopped-code", type=int, default=0, metavar="N", help=about)
     add_host_arguments(parser)
 
 
-def run(options: argparse.Namespace) -> None:
-    """Trains to the run's last step, or until it is stopped. Raises ConfigError and RunStoppedError."""
+def run(options: argparse.Namespace) -> int:
+    """Trains to the run's last step, or until it is stopped. Raises ConfigError and RunStoppedError.
+
+    Returns the exit code: 0 where the last step is done, else `--stopped-code`.
+    """
     start_logging()
     # Hosts join before JAX looks for devices, and agree on versions and configuration before anything is done.
     join_hosts(options)
@@ -94,12 +99,13 @@ def run(options: argparse.Namespace) -> None:
         if tokenizer is not None:
             keep_tokenizer(workdir.path, tokenizer, omni, origin_of(home))
         run_options = RunOptions(parent=parent, held_out=held_out, profile=profile, wandb=options.wandb)
-        train(run, omni, workdir, training, run_options)
+        state = train(run, omni, workdir, training, run_options)
     except ConfigError:
         # Refused after all (weights of other sizes, documents that no step can read): the corrected command may begin.
         workdir.give_up()
         raise
     workdir.close()
+    return 0 if int(state.step) >= run.train.steps else options.stopped_code
 
 
 def read_options(options: argparse.Namespace) -> tuple[RunConfig, OmniConfig, range | None]:
