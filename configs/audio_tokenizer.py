@@ -13,5 +13,5 @@ raise it.
 from baichuan_omni_jax.config import RunConfig, audio_tokenizer_run
 
 
-def get_config(model: str = "baichuan_omni_7b", machine: str = "v5p:2x2x2") -> RunConfig:
-    return audio_tokenizer_run(model=model, machine=machine)
+def get_config(model: str = "baichuan_omni_7b", machine: str = "v5p:2x2x2", home: str = "") -> RunConfig:
+    return audio_tokenizer_run(model=model, machine=machine, home=home)

@@ -10,5 +10,5 @@ should be recorded at 24 kHz or more: what lies above the recording's own band i
 from baichuan_omni_jax.config import RunConfig, flow_matching_run
 
 
-def get_config(model: str = "baichuan_omni_7b", machine: str = "v5p:2x2x2") -> RunConfig:
-    return flow_matching_run(model=model, machine=machine)
+def get_config(model: str = "baichuan_omni_7b", machine: str = "v5p:2x2x2", home: str = "") -> RunConfig:
+    return flow_matching_run(model=model, machine=machine, home=home)

@@ -21,12 +21,13 @@ from baichuan_omni_jax.config.run import (
     SourceConfig,
     TrainConfig,
 )
-from baichuan_omni_jax.config.stages import held_out_of, mixture_of
+from baichuan_omni_jax.config.stages import held_out_of, mixture_of, path_in
 
 # By their tasks' names, in the order they train in.
 AudioRun = Literal["audio_tokenizer", "flow_matching"]
 AUDIO_RUNS: tuple[AudioRun, ...] = get_args(AudioRun)
 
+_CLIPS = 4  # of a row
 _TOKENS = 2048  # of a row: its clips' code frames, and the text that goes with them
 # Thousands of hours of ASR, spoken questions, translation of speech, text and speech in turns.
 _HOURS = {"asr": 135.0, "aqa": 11.0, "s2tt": 9.0, "intlv": 52.0}
@@ -38,20 +39,22 @@ _FLOW_BRANCHES = ("audio_encoder", "audio_decoder", "flow")
 _FROZEN_TOKENIZER = GroupConfig(name="tokenizer", pattern=".*", learning_rate=None)
 
 
-def audio_tokenizer_run(*, model: str = "baichuan_omni_7b", machine: str = "v5p:2x2x2") -> RunConfig:
+def audio_tokenizer_run(*, model: str = "baichuan_omni_7b", machine: str = "v5p:2x2x2", home: str = "") -> RunConfig:
     """Returns the run that trains the audio tokenizer: encoder, codebooks and mel decoder, beside a frozen LLM.
 
     Args:
         model: a variant of `OmniConfig`, or the path of a Hugging Face config.json.
         machine: one of `MACHINES`, which decides the mesh, and the rows of a step where it does not hold all 32.
+        home: the folder or URL that holds `data/speech` and `weights/omni`, as of `stage_run`.
 
     Raises:
-        ConfigError: an unknown model or machine.
+        ConfigError: an unknown model or machine, or more chips than its rows can be split over.
     """
     steps = 100000
     # In which the share of quantized clips grows to all, and the noise on the choice of codes falls to none.
     growing = steps // 5
-    layout = audio_layout_of(machine, _TOKENS, fit_of(model, machine, encoder=True).tokenizer_rows)
+    layout = audio_layout_of(machine, _TOKENS, fit_of(model, machine, encoder=True).tokenizer_rows, _CLIPS)
+    weights = path_in(home, "weights/omni")
     return RunConfig(
         name="audio_tokenizer",
         model=model,
@@ -60,7 +63,7 @@ def audio_tokenizer_run(*, model: str = "baichuan_omni_7b", machine: str = "v5p:
         branches=_TOKENIZER_BRANCHES,
         mesh=layout.mesh,
         # Tokens, 12.5 a second of audio, are the nearest to hours.
-        data=_speech(_HOURS, layout, weights_by="tokens"),
+        data=_speech(_HOURS, layout, home, weights_by="tokens"),
         optimizer=OptimizerConfig(
             groups=(
                 _LANGUAGE_MODEL,
@@ -74,7 +77,7 @@ def audio_tokenizer_run(*, model: str = "baichuan_omni_7b", machine: str = "v5p:
         train=TrainConfig(steps=steps),
         checkpoint=CheckpointConfig(
             every=1000,
-            init_from="audio_encoder=weights/omni,llm=weights/omni,audio_decoder=random,transcript_adapter=random",
+            init_from=f"audio_encoder={weights},llm={weights},audio_decoder=random,transcript_adapter=random",
         ),
         tokenizer=TokenizerTrainConfig(
             commitment_start=0.05,
@@ -91,18 +94,19 @@ def audio_tokenizer_run(*, model: str = "baichuan_omni_7b", machine: str = "v5p:
     )
 
 
-def flow_matching_run(*, model: str = "baichuan_omni_7b", machine: str = "v5p:2x2x2") -> RunConfig:
+def flow_matching_run(*, model: str = "baichuan_omni_7b", machine: str = "v5p:2x2x2", home: str = "") -> RunConfig:
     """Returns the run that trains the flow-matching decoder on what `runs/audio_tokenizer`, frozen, makes of speech.
 
     Args:
         model: a variant of `OmniConfig`, or the path of a Hugging Face config.json.
         machine: one of `MACHINES`, which decides the mesh, and the rows of a step where it does not hold all 64.
+        home: the folder or URL that holds `data/speech` and `runs/audio_tokenizer`, as of `stage_run`.
 
     Raises:
-        ConfigError: an unknown model or machine.
+        ConfigError: an unknown model or machine, or more chips than its rows can be split over.
     """
     steps = 200000
-    layout = audio_layout_of(machine, _TOKENS, fit_of(model, machine, encoder=True).flow_rows)
+    layout = audio_layout_of(machine, _TOKENS, fit_of(model, machine, encoder=True).flow_rows, _CLIPS)
     return RunConfig(
         name="flow_matching",
         model=model,
@@ -110,7 +114,7 @@ def flow_matching_run(*, model: str = "baichuan_omni_7b", machine: str = "v5p:2x
         task="flow_matching",
         branches=_FLOW_BRANCHES,
         mesh=layout.mesh,
-        data=_speech({"tts": 0.5, "pure_audio": 0.5}, layout),
+        data=_speech({"tts": 0.5, "pure_audio": 0.5}, layout, home),
         optimizer=OptimizerConfig(
             groups=(GroupConfig(name="flow", pattern=r"flow\.", learning_rate=1e-4), _FROZEN_TOKENIZER),
             warmup_steps=1000,
@@ -118,20 +122,20 @@ def flow_matching_run(*, model: str = "baichuan_omni_7b", machine: str = "v5p:2x
         ),
         compute=ComputeConfig(remat="full"),
         train=TrainConfig(steps=steps),
-        checkpoint=CheckpointConfig(every=1000, init_from=_tokenizer_of("runs/audio_tokenizer")),
+        checkpoint=CheckpointConfig(every=1000, init_from=_tokenizer_of(path_in(home, "runs/audio_tokenizer"))),
     )
 
 
 def _speech(
-    shares: dict[str, float], layout: Layout, weights_by: Literal["documents", "tokens"] = "documents"
+    shares: dict[str, float], layout: Layout, home: str, weights_by: Literal["documents", "tokens"] = "documents"
 ) -> DataConfig:
     """Rows of at most four clips of 30 s, 376 code frames each."""
     return DataConfig(
-        root="data/speech",
+        root=path_in(home, "data/speech"),
         mixture=mixture_of(shares),
         weights_by=weights_by,
         rows=layout.rows,
-        budgets=Budgets(tokens=layout.tokens, patches=0, audio_frames=1504, audio_targets=1504, mel_windows=4),
+        budgets=Budgets(tokens=layout.tokens, patches=0, audio_frames=1504, audio_targets=1504, mel_windows=_CLIPS),
         mel_frames=(504, 1000, 2000, 3000),
         workers=8,
     )
@@ -206,7 +210,7 @@ def _sample_speech(mel_frames: tuple[int, ...]) -> DataConfig:
         mixture=mixture_of({"audio": 1.0}),
         rows=2,
         # Held-out documents have images, which take room and which nothing reads.
-        budgets=Budgets(tokens=384, patches=256, audio_frames=256, audio_targets=256, mel_windows=4),
+        budgets=Budgets(tokens=384, patches=256, audio_frames=256, audio_targets=256, mel_windows=_CLIPS),
         mel_frames=mel_frames,
         workers=1,
     )

@@ -38,15 +38,15 @@ _NAMED: dict[str, Callable[..., RunConfig]] = {
     **{f"{stage}_small": partial(small_stage, stage) for stage in SMALL_STAGES},
 }
 HELD_OUT = "held_out"  # the mixture of `eval.held_out`
-# What a run is sized by: parameters of `get_config`, not fields that could be changed one by one.
-_SIZED_BY = ("model", "machine")
+# What a run is sized by, and where its files lie: parameters of `get_config`, not fields to be changed one by one.
+_PARAMETERS = ("model", "machine", "home")
 
 
 def load_run_config(config: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Calls the `get_config()` of the file `config`, or makes the run of that name, and applies `a.b=value` strings.
 
-    Overrides of `model` and `machine` go to a `get_config` that takes them: the whole run is sized anew, and what the
-    other overrides say comes after.
+    Overrides of `model`, `machine` and `home` go to a `get_config` that takes them: the whole run is sized anew, and
+    what the other overrides say comes after.
 
     >>> load_run_config("sft", ["model=omni_0b5", "machine=v5e:2x4", "train.steps=20"]).mesh.context
     8
@@ -55,7 +55,7 @@ def load_run_config(config: str | Path, overrides: Sequence[str] = ()) -> RunCon
     `apply_overrides` does.
     """
     make = _NAMED.get(str(config)) or _of_file(config)
-    takes = [name for name in _SIZED_BY if name in inspect.signature(make).parameters]
+    takes = [name for name in _PARAMETERS if name in inspect.signature(make).parameters]
     sized: dict[str, str] = {}
     others = []
     for item in overrides:
@@ -65,6 +65,10 @@ def load_run_config(config: str | Path, overrides: Sequence[str] = ()) -> RunCon
         elif name == "machine":
             raise ConfigError(
                 f"{config} is not sized by machine: set mesh, data.budgets and train.accumulate instead of {item}"
+            )
+        elif name == "home":
+            raise ConfigError(
+                f"{config} has no home: set data.root, data.audio_tokenizer and checkpoint.init_from instead of {item}"
             )
         else:
             others.append(item)

@@ -1,8 +1,9 @@
 """The machines that the recipe has sizes for, and what of a stage each of them takes of a model.
 
-Rows, rates and the tokens of an update are the recipe's everywhere. A machine decides how many tokens a chip holds at a
-time, from which mesh, row length and accumulation follow (`layout_of`), and where that is not enough what has to give:
-fp32 moments, then the parts of the language model that train. `baichuan-omni preflight` says whether it fits.
+Rows, rates and the tokens of an update are the recipe's everywhere but on `v6e:16x16`, which takes twice as many tokens
+in half the updates. A machine decides how many tokens a chip holds at a time, from which mesh, row length and
+accumulation follow (`layout_of`), and where that is not enough what has to give: fp32 moments, then the parts of the
+language model that train. `baichuan-omni preflight` says whether it fits.
 """
 
 from dataclasses import dataclass
@@ -16,15 +17,20 @@ from baichuan_omni_jax.errors import ConfigError
 
 # Parts of the language model that train where a stage trains it: `layers` is all but its two tables of text.
 Language = Literal["all", "layers", "attention"]
-# As `preflight --topology` names them: JAX devices of each.
+# As `preflight --topology` names them: JAX devices of each. Google's names are v5litepod-8 for v5e:2x4, v5p-8 for
+# v5p:2x2x1 (of v5p it counts cores), v5p-16, v5p-128; v6e-8, v6e-32, v6e-256.
 MACHINES: dict[str, int] = {
     "h100:1": 1,
     "v5e:2x4": 8,
     "v6e:2x4": 8,
+    "v5p:2x2x1": 4,
     "v5p:2x2x2": 8,
     "v6e:4x8": 32,
     "v5p:4x4x4": 64,
+    "v6e:16x16": 256,
 }
+# Of an update.
+STEP_TOKENS = 2**20
 RELEASED_MACHINE = "v5p:4x4x4"
 
 
@@ -67,9 +73,12 @@ _FITS: dict[str, dict[str, Fit]] = {
         "baichuan_omni_7b": Fit(moments="bfloat16"),
         "omni_14b": Fit(chip_tokens=4096, moments="bfloat16", language="attention"),
     },
+    "v5p:2x2x1": {name: Fit(chip_tokens=16384) for name in MODELS}
+    | {"omni_14b": Fit(moments="bfloat16", language="layers")},
     "v5p:2x2x2": {name: Fit(chip_tokens=16384) for name in MODELS} | {"omni_14b": Fit()},
     "v6e:4x8": {name: Fit() for name in MODELS},
     "v5p:4x4x4": {name: Fit(chip_tokens=16384) for name in MODELS},
+    "v6e:16x16": {name: Fit() for name in MODELS},
 }
 # The models that the recipe has sizes for, from the smallest to the largest.
 SIZED_MODELS = tuple(_FITS["h100:1"])
@@ -115,12 +124,20 @@ def _named_like(omni: OmniConfig, model: str, encoder: bool) -> str:
     raise ConfigError(f"model {model}: {parts} are more than the recipe has sizes for")
 
 
-def layout_of(fit: Fit, machine: str, tokens: int, step_tokens: int = 2**20) -> Layout:
-    """Lays out rows of at most `tokens` tokens, `step_tokens` a step.
+def step_tokens_of(fit: Fit, machine: str) -> int:
+    """Counts the tokens of an update: `STEP_TOKENS`, or what all chips hold at a time where that is more.
+
+    With fewer tokens a chip, rows would be split into parts that have no room for the largest image.
+    """
+    return max(STEP_TOKENS, MACHINES[machine] * fit.chip_tokens)
+
+
+def layout_of(fit: Fit, machine: str, tokens: int) -> Layout:
+    """Lays out rows of at most `tokens` tokens, `step_tokens_of` a step.
 
     Rows longer than a chip holds are split over `context`, and cut to what all chips hold together.
     """
-    chips = MACHINES[machine]
+    chips, step_tokens = MACHINES[machine], step_tokens_of(fit, machine)
     tokens = min(tokens, chips * fit.chip_tokens)
     context = max(1, tokens // fit.chip_tokens)
     fsdp, rows = chips // context, step_tokens // tokens
@@ -130,13 +147,18 @@ def layout_of(fit: Fit, machine: str, tokens: int, step_tokens: int = 2**20) -> 
     )
 
 
-def audio_layout_of(machine: str, tokens: int, rows: int) -> Layout:
-    """Lays out rows of clips, all of a step at once: codebooks are updated from whole batches.
+def audio_layout_of(machine: str, tokens: int, rows: int, clips: int) -> Layout:
+    """Lays out rows of `clips` clips, all of a step at once: codebooks are updated from whole batches.
 
     Where there are more chips than rows, a row's tokens and clips are split over `context`.
+
+    Raises:
+        ConfigError: more chips than clips in a step.
     """
     chips = MACHINES[machine]
     fsdp = min(chips, rows)
+    if chips > rows * clips:
+        raise ConfigError(f"machine {machine} has {chips} chips, and a step {rows} rows of {clips} clips: fewer chips")
     return Layout(mesh=MeshConfig(fsdp=fsdp, context=chips // fsdp), tokens=tokens, rows=rows, accumulate=1)
 
 

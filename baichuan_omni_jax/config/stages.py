@@ -9,7 +9,14 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from baichuan_omni_jax.branches import BRANCHES
-from baichuan_omni_jax.config.machines import RELEASED_MACHINE, Language, fit_of, layout_of
+from baichuan_omni_jax.config.machines import (
+    RELEASED_MACHINE,
+    STEP_TOKENS,
+    Language,
+    fit_of,
+    layout_of,
+    step_tokens_of,
+)
 from baichuan_omni_jax.config.run import (
     Budgets,
     CheckpointConfig,
@@ -127,6 +134,11 @@ def mixture_of(
         SourceConfig(name=name, manifest=f"{name}.jsonl", weight=share, oversize=policies.get(name))
         for name, share in shares.items()
     )
+
+
+def path_in(home: str, path: str) -> str:
+    """Joins a folder or URL and a path below it; without one the path stays relative to where a command is started."""
+    return f"{home.rstrip('/')}/{path}" if home else path
 
 
 def held_out_of(names: Iterable[str], *, mixture: str = "held_out", swapped: bool = False) -> EvalMixture:
@@ -252,11 +264,13 @@ def stage_run(
     model: str = "baichuan_omni_7b",
     machine: str = RELEASED_MACHINE,
     shares: Mapping[str, float] | None = None,
+    home: str = "",
 ) -> RunConfig:
     """Returns a stage's run, from the weights of the stage before it.
 
-    Rows have 8192 tokens, 128 a step, or in the stages of `BY_DOCUMENTS` 65536, 16 a step: 2**20 tokens either way, on
-    every machine. Where a machine holds no row of 65536, rows are as long as it holds, and more of them a step.
+    Rows have 8192 tokens, 128 a step, or in the stages of `BY_DOCUMENTS` 65536, 16 a step: 2**20 tokens either way.
+    Where a machine holds no row of 65536, rows are as long as it holds, and more of them a step; where its chips hold
+    more than 2**20 tokens at a time, rows are more and steps fewer, for the same tokens in all.
 
     Args:
         stage: its groups and learning rates are `stage_groups`.
@@ -264,6 +278,8 @@ def stage_run(
         machine: one of `MACHINES`, which decides mesh, accumulation, and what has to give where the model is large.
         shares: source -> its share of the mixture; a manifest DATA_ROOT/NAME.jsonl each. Of the loss, or in the stages
             of `BY_DOCUMENTS` of documents. None: the recipe's.
+        home: the folder or URL (`gs://BUCKET/omni`) that holds `data/omni`, `weights/omni` and the `runs` of the stages
+            before; "" is where the command is started.
 
     Raises:
         ConfigError: an unknown stage, model or machine.
@@ -276,10 +292,13 @@ def stage_run(
     layout = layout_of(fit, machine, longest)
     shorter = longest // layout.tokens
     patches = recipe.patches // shorter
+    # As many tokens as the recipe reads, in updates of another size.
+    fewer = step_tokens_of(fit, machine) // STEP_TOKENS
+    steps, warmup_steps = recipe.steps // fewer, recipe.warmup_steps // fewer
     # Parts of a row's patches: each with room for the largest image, as many as the mesh splits rows in at least.
     media_shards = max(layout.mesh.context, patches // _LARGEST_IMAGE if by_documents else 1)
     data = DataConfig(
-        root="data/omni",
+        root=path_in(home, "data/omni"),
         mixture=mixture_of(shares or recipe.shares, oversize={"interleaved": ("chunk",)}),
         weights_by="documents" if by_documents else "trainable",
         oversize=recipe.oversize,
@@ -291,7 +310,7 @@ def stage_run(
             audio_targets=recipe.audio_targets // shorter,
         ),
         workers=8,
-        audio_tokenizer="weights/omni",
+        audio_tokenizer=path_in(home, "weights/omni"),
         media_shards=media_shards,
         # One conversation of 64k tokens costs nearly twice what a row of short ones does.
         order_window=16 if by_documents else 1,
@@ -304,18 +323,20 @@ def stage_run(
         data=data,
         optimizer=OptimizerConfig(
             groups=stage_groups(stage, language=fit.language),
-            warmup_steps=recipe.warmup_steps,
-            decay_steps=recipe.steps,
+            warmup_steps=warmup_steps,
+            decay_steps=steps,
             moments_dtype=fit.moments,
         ),
         compute=ComputeConfig(remat="full", mlp_chunk=1024, loss_chunk=1024),
         train=TrainConfig(
-            steps=recipe.steps,
+            steps=steps,
             accumulate=layout.accumulate,
             # Between a weight for every target and one for every document: long text does not drown out short answers.
             document_weighting="sqrt" if by_documents else "token",
             # A frame to predict counts as much as a text target.
             audio_full_ratio=1.0,
         ),
-        checkpoint=CheckpointConfig(every=500, init_from=f"runs/{STAGES[number - 1]}" if number else "weights/omni"),
+        checkpoint=CheckpointConfig(
+            every=500, init_from=path_in(home, f"runs/{STAGES[number - 1]}" if number else "weights/omni")
+        ),
     )

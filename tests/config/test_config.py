@@ -162,7 +162,7 @@ def test_a_model_of_a_file_is_sized_as_the_smallest_named_one_that_holds_it(tmp_
         load_run_config("sft", [f"model={path}"])
 
 
-@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("machine", [machine for machine in MACHINES if machine != "v6e:16x16"])
 @pytest.mark.parametrize("name", AUDIO_RUNS)
 def test_a_large_encoder_beside_a_small_language_model_is_sized_for(name, machine, tmp_path):
     """In the runs that compute it: for the stages, which read its codes, the language model alone decides."""

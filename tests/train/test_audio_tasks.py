@@ -56,6 +56,10 @@ def abstract_variables(name: str, model: str) -> dict[str, nnx.Variable]:
 @pytest.mark.parametrize("name", AUDIO_RUNS)
 def test_every_model_is_laid_out_on_every_machine(name, machine):
     """Rows, clips and parameters divide as the mesh asks; a machine may take fewer rows, and nothing else differs."""
+    if (name, machine) == ("audio_tokenizer", "v6e:16x16"):
+        with pytest.raises(ConfigError, match="has 256 chips, and a step 32 rows of 4 clips: fewer chips"):
+            load_run_config(name, [f"machine={machine}"])
+        return
     recipe = load_run_config(name)
     for model in SIZED_MODELS:
         run = load_run_config(name, [f"model={model}", f"machine={machine}"])

@@ -98,13 +98,19 @@ def test_other_slices_train_the_same_stage():
 @pytest.mark.parametrize("machine", MACHINES)
 @pytest.mark.parametrize("model", NAMED)
 def test_every_stage_of_every_model_is_laid_out_on_every_machine(model, machine):
-    """An update is of as many tokens everywhere; rows, patches and parameters divide as the mesh asks."""
+    """A stage reads as many tokens everywhere; rows, patches and parameters divide as the mesh asks."""
+    if (model, machine) == ("omni_0b5", "v6e:16x16"):
+        pytest.skip("896 numbers of a token are not split over 256 chips, and need not be")
     variables = named_variables(abstract_model(model))
     for stage in STAGES:
         run = load_run_config(stage, [f"model={model}", f"machine={machine}"])
         mesh, data = run.mesh, run.data
         assert mesh.fsdp * mesh.context == MACHINES[machine]
-        assert data.rows * data.budgets.tokens == 2**20
+        update = data.rows * data.budgets.tokens
+        assert update == (2**21 if machine == "v6e:16x16" else 2**20)
+        released = load_run_config(stage)
+        assert run.train.steps * update == released.train.steps * 2**20
+        assert run.optimizer.warmup_steps * update == released.optimizer.warmup_steps * 2**20
         assert data.rows % (mesh.fsdp * run.train.accumulate) == 0
         abstract = AbstractMesh((1, mesh.fsdp, mesh.context, 1), MESH_AXES)
         assert data.media_shards % mesh.context == data.budgets.patches % (4 * data.media_shards) == 0
@@ -116,6 +122,20 @@ def test_every_stage_of_every_model_is_laid_out_on_every_machine(model, machine)
         groups = assign_groups(variables, run.optimizer.groups)
         whole = set(groups.trainable) - set(groups.rows.values())
         assert {part for part in PARTS for name in whole if name.startswith(part)} == TRAINABLE[stage]
+
+
+@pytest.mark.parametrize("name", [*STAGES, "audio_tokenizer", "flow_matching"])
+def test_all_files_of_a_run_lie_in_one_home(name):
+    here, there = load_run_config(name), load_run_config(name, ["home=gs://bucket/omni/"])
+    assert there.data.root == f"gs://bucket/omni/{here.data.root}"
+    # Several branches from several places: `branch=PATH,branch=PATH`.
+    for own, moved in zip(here.checkpoint.init_from.split(","), there.checkpoint.init_from.split(","), strict=True):
+        branch, _, path = own.rpartition("=")
+        assert moved == (own if path == "random" else f"{branch}{'=' * bool(branch)}gs://bucket/omni/{path}")
+    if here.data.audio_tokenizer:
+        assert there.data.audio_tokenizer == f"gs://bucket/omni/{here.data.audio_tokenizer}"
+    with pytest.raises(ConfigError, match="sft_tiny has no home: set data"):
+        load_run_config("sft_tiny", ["home=gs://bucket"])
 
 
 def test_a_machine_too_small_trains_the_attention_of_the_language_model():
