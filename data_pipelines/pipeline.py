@@ -19,6 +19,7 @@ from baichuan_omni_jax.config.mel_targets import MelTargetSpec
 from baichuan_omni_jax.config.overrides import check_kinds
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.flops.terms import row_cost
+from baichuan_omni_jax.storage import local_path
 from data_pipelines.datasets.sources import Source, cache_folder, open_source
 from data_pipelines.documents.media_items import Codes
 from data_pipelines.documents.processor import Processor
@@ -339,4 +340,4 @@ def prepare_sample(config: DataConfig) -> None:
             build_sample,  # needs the `sample` extra, so only where it is asked for
         )
 
-        build_sample(Path(config.root).expanduser())
+        build_sample(local_path(config.root, "data.root"))

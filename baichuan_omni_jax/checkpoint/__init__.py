@@ -12,7 +12,8 @@
     DIR/audio_tokenizer/          a CKPT: the audio tokenizer that made the run's code frames
     DIR/checkpoints/STEP/         a CKPT, opt_state/ (Orbax) and data.json (the data plan's state)
 
-A checkpoint appears by one rename after every file and its checksum is written, so there is a whole one or none.
+A checkpoint appears by one rename after every file and its checksum is written, so there is a whole one or none. In a
+bucket (DIR may be a URL), or where folders cannot be renamed, it counts once `checksums.json`, the last file, is there.
 """
 
 from baichuan_omni_jax.checkpoint.branches import (

@@ -18,6 +18,7 @@ from baichuan_omni_jax.config import OmniConfig, to_hf
 from baichuan_omni_jax.config.vocoder import VocoderConfig
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.nn.param import ComputePolicy
+from baichuan_omni_jax.storage import is_url, parse_path, renames_folders
 
 # Files of a checkpoint. A converted one also has `SOURCE`, what is remembered of the released model's own files.
 BRANCHES_FILE, CONFIG, VOCODER_CONFIG, PROCESSOR = "branches.json", "config.json", "vocoder_config.json", "processor"
@@ -25,6 +26,7 @@ SOURCE = "source.json"
 RANDOM = "random"  # in place of a folder: the branch starts from random weights
 KEPT = "audio_tokenizer"  # of a workdir: the checkpoint of what made the run's code frames
 _OPT_STATE = "opt_state/"
+_ORBAX_MARK = "_CHECKPOINT_METADATA"  # what Orbax writes first into every folder that it is to fill
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,11 +60,11 @@ def save_branches(
     Raises:
         ConfigError: `path` exists and is not an empty folder.
     """
-    path = epath.Path(path).expanduser().resolve()
+    path = parse_path(path)
     # Never over another checkpoint: whoever wants it gone removes it.
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ConfigError(f"{path} already exists and is not empty; nothing was written")
-    checkpointer = make_checkpointer()
+    checkpointer = make_checkpointer(_can_rename_beside(path))
     trees = {branch_folder(name): to_stored(module) for name, module in branches.items()}
     texts = checkpoint_texts(branches, config, tokenizer_json, trained or {}) | dict(texts or {})
     try:
@@ -134,9 +136,11 @@ def find_checkpoint(path: epath.PathLike) -> epath.Path:
     Raises ConfigError when there is none or a file is damaged; a workdir's damaged steps are passed over, with a
     warning.
     """
-    path = epath.Path(path).expanduser().resolve()
+    path = parse_path(path)
     # A checkpoint: converted ones of old versions have no checksums. The optimizer's state is not what is read.
     if (path / BRANCHES_FILE).exists():
+        if not is_finished(path):
+            raise ConfigError(f"checkpoint {path} was never finished: it has no {CHECKSUMS}")
         bad = verify_checksums(path, skip=(_OPT_STATE,)) if (path / CHECKSUMS).exists() else None
         if bad:
             raise ConfigError(f"checkpoint {path} is damaged: {bad} is missing or changed")
@@ -150,6 +154,22 @@ def find_checkpoint(path: epath.PathLike) -> epath.Path:
             f"workdir {path} has no usable checkpoint" + (f": {bad} is missing or changed" if bad else "")
         )
     return step_folder(path, step)
+
+
+def is_finished(folder: epath.Path) -> bool:
+    """Whether a checkpoint that is there was written to its end.
+
+    One that appeared by a rename always was; where folders are not renamed, the checksums come last.
+    """
+    return (folder / CHECKSUMS).exists() or not (folder / _ORBAX_MARK).exists()
+
+
+def _can_rename_beside(path: epath.Path) -> bool:
+    """Whether a folder can be renamed to `path`: tried in the folder above, which is made."""
+    if is_url(path):
+        return False
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return renames_folders(path.parent)
 
 
 def read_branch_info(folder: epath.PathLike) -> dict[str, BranchInfo]:
@@ -205,7 +225,7 @@ def _tokenizer_text(tokenizer_json: str) -> str:
     if tokenizer_json.lstrip().startswith("{"):
         return tokenizer_json
     try:
-        return epath.Path(tokenizer_json).expanduser().read_text()
+        return parse_path(tokenizer_json).read_text()
     except OSError as error:
         raise ConfigError(f"tokenizer {tokenizer_json} cannot be read: {error}") from error
 

@@ -23,6 +23,7 @@ from baichuan_omni_jax.checkpoint.branches import (
     RANDOM,
     branch_home,
     find_checkpoint,
+    is_finished,
     parse_spec,
     read_branch_info,
     save_branches,
@@ -30,7 +31,7 @@ from baichuan_omni_jax.checkpoint.branches import (
 from baichuan_omni_jax.checkpoint.steps import committed_steps, step_folder
 from baichuan_omni_jax.config import OmniConfig, RunConfig, from_dict, to_dict
 from baichuan_omni_jax.errors import ConfigError, RunStoppedError
-from baichuan_omni_jax.storage import write_json
+from baichuan_omni_jax.storage import parse_path, write_json
 
 RUN_CONFIG, PARENT, _ORIGIN = "run_config.json", "parent.json", "origin.json"
 # A run may be made longer, saved at other steps, and moved to other machines; the rest decides what it computes.
@@ -182,8 +183,8 @@ def _resolve(init_from: str, branches: tuple[str, ...]) -> Parent:
 
 def newest_checkpoint(path: epath.PathLike) -> epath.Path | None:
     """Returns the checkpoint meant by `path`: itself, or a workdir's newest step; None: neither. Verifies nothing."""
-    path = epath.Path(path).expanduser().resolve()
-    if (path / BRANCHES_FILE).exists():
+    path = parse_path(path)
+    if (path / BRANCHES_FILE).exists() and is_finished(path):
         return path
     steps = committed_steps(path)
     return step_folder(path, steps[-1]) if steps else None
@@ -205,7 +206,7 @@ def find_tokenizer(run: RunConfig, workdir: epath.PathLike | None = None) -> epa
     `data.audio_tokenizer`, and for one that is damaged.
     """
     # First what this run has kept, then what the user names, then what the first weights' codes were made by.
-    if workdir is not None and (epath.Path(workdir) / KEPT).exists():
+    if workdir is not None and has_tokenizer(epath.Path(workdir)):
         return find_checkpoint(epath.Path(workdir) / KEPT)
     if run.data.audio_tokenizer:
         given = parse_spec(run.data.audio_tokenizer, (TOKENIZER_BRANCH,))[TOKENIZER_BRANCH]
@@ -218,6 +219,12 @@ def find_tokenizer(run: RunConfig, workdir: epath.PathLike | None = None) -> epa
     folder = None if given == RANDOM else newest_checkpoint(given)
     home = None if folder is None else branch_home(folder, TOKENIZER_BRANCH)
     return None if home is None else find_checkpoint(home)
+
+
+def has_tokenizer(workdir: epath.Path) -> bool:
+    """Whether the workdir keeps an audio tokenizer; one that a killed run left half-written is none."""
+    kept = workdir / KEPT
+    return kept.exists() and is_finished(kept)
 
 
 def keep_tokenizer(workdir: epath.PathLike, tokenizer: Any, config: OmniConfig, origin: TokenizerOrigin) -> None:

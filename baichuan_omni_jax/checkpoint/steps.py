@@ -6,7 +6,7 @@ it does not count.
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import google_crc32c
@@ -14,6 +14,8 @@ import jax
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
+
+from baichuan_omni_jax.storage import is_url, with_retries
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +37,42 @@ def committed_steps(workdir: epath.Path) -> list[int]:
     folders = [path for path in steps_folder(workdir).iterdir() if path.name.isdigit()]
     # Checksums are written last, and removed first: with them a step counts.
     return sorted(int(path.name) for path in folders if (path / CHECKSUMS).exists())
+
+
+def remove_old_steps(workdir: epath.Path, kept: Collection[int]) -> None:
+    """Removes the steps that are not `kept`, and whole ones that could not be renamed: a later one is there now."""
+    for step in committed_steps(workdir):
+        if step not in kept:
+            folder = step_folder(workdir, step)
+            # Without its checksums the step no longer counts, however far its removal gets.
+            (folder / CHECKSUMS).unlink()
+            folder.rmtree()
+    for path in steps_folder(workdir).iterdir():
+        if TEMPORARY in path.name and (path / CHECKSUMS).exists():
+            path.rmtree()
+
+
+def remove_unfinished_steps(workdir: epath.Path) -> bool:
+    """Removes temporary folders, and steps without checksums. Returns whether there were any.
+
+    A folder whose checksums are written is whole, it only could not be renamed: it stays until a later step is saved,
+    and the log says where it is.
+    """
+    found, committed, folder = False, set(committed_steps(workdir)), steps_folder(workdir)
+    # A bucket has no empty folders.
+    for path in list(folder.iterdir()) if folder.is_dir() else []:
+        if TEMPORARY in path.name and (path / CHECKSUMS).exists():
+            log.warning("%s is a whole step that was not renamed: rename it to its number to use it", path)
+        elif TEMPORARY in path.name or (path.name.isdigit() and int(path.name) not in committed):
+            remove_unfinished(path)
+            found = True
+    return found
+
+
+def remove_unfinished(path: epath.Path) -> None:
+    """Removes a folder that a killed run left half-written, and says so."""
+    log.warning("removing %s, which was left unfinished", path)
+    path.rmtree()
 
 
 def newest_good(workdir: epath.Path, steps: Sequence[int], skip: Sequence[str] = ()) -> tuple[int | None, str]:
@@ -67,6 +105,8 @@ def _newest_good_here(workdir: epath.Path, steps: Sequence[int], skip: Sequence[
 
 
 CHECKSUMS = "checksums.json"
+# Orbax's name for a folder that is not committed is the final name and this, where commits are renames.
+TEMPORARY = ".orbax-checkpoint-tmp"
 # Orbax writes these two after the checksums, for its own book-keeping. Nothing here reads them.
 _UNCHECKED = frozenset({CHECKSUMS, "commit_success.txt", "_CHECKPOINT_METADATA"})
 _BLOCK = 4 << 20
@@ -78,19 +118,22 @@ def write_checksums(folder: epath.PathLike) -> None:
     folder = epath.Path(folder)
     names = [name for name in sorted(_files(folder)) if name not in _UNCHECKED]
     sums = dict(zip(names, _crc32c_all(folder, names), strict=True))
-    (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1))
+    with_retries(lambda: (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1)), f"writing {folder / CHECKSUMS}")
 
 
 def verify_checksums(folder: epath.PathLike, skip: Sequence[str] = ()) -> str | None:
     """Returns the first file of `folder` that is missing or changed since `write_checksums`, or None when all are well.
 
-    Names starting with one of `skip` (`opt_state/`) are not read. The name is relative to `folder`.
+    Names starting with one of `skip` (`opt_state/`) are not read. The name is relative to `folder`. Raises OSError
+    where a bucket cannot be reached.
     """
     folder = epath.Path(folder)
     try:
-        sums = json.loads((folder / CHECKSUMS).read_text())
+        sums = json.loads(with_retries((folder / CHECKSUMS).read_text, f"reading {folder / CHECKSUMS}"))
         names = [name for name in sums if not name.startswith(tuple(skip))]
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        if is_url(folder) and isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            raise
         return CHECKSUMS
     # Missing files are "unreadable", which is nobody's checksum.
     found = _crc32c_all(folder, names)
@@ -112,12 +155,21 @@ def _crc32c_all(folder: epath.Path, names: Sequence[str]) -> list[str]:
 
 
 def _crc32c(path: epath.Path) -> str:
-    """Computes the crc32c of a file, or returns "unreadable"."""
-    checksum = google_crc32c.Checksum()
-    try:
+    """Computes the crc32c of a file, or returns "unreadable".
+
+    Raises OSError for an object that is there and cannot be read: a bucket that is down says nothing of its contents.
+    """
+
+    def read() -> str:
+        checksum = google_crc32c.Checksum()
         with path.open("rb") as file:
             while block := file.read(_BLOCK):
                 checksum.update(block)
-    except OSError:
+        return checksum.hexdigest().decode()
+
+    try:
+        return with_retries(read, f"reading {path}")
+    except OSError as error:
+        if is_url(path) and not isinstance(error, FileNotFoundError):
+            raise
         return "unreadable"
-    return checksum.hexdigest().decode()

@@ -6,7 +6,8 @@ the tree that is read into gives the classes back.
 
 Orbax calls `async_save` (arrays are copied off the devices before it returns), writes in a background thread, calls
 `finalize` on the first host when every host has written, and then renames the temporary folder to its final name.
-Text files and checksums are written in `finalize`: the rename commits them together with the arrays.
+Text files and checksums are written in `finalize`: the rename commits them together with the arrays. In a bucket, and
+on a file system that renames no folders, the checksums commit: they are the last file, and without them nothing counts.
 """
 
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from baichuan_omni_jax.checkpoint.steps import write_checksums
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.nn.param import dotted
 from baichuan_omni_jax.sharding import ShardingRules, parameter_sharding
+from baichuan_omni_jax.storage import with_retries
 
 Tree = Any
 
@@ -162,8 +164,6 @@ def _is_variable(leaf: Any) -> bool:
 
 # A chunk is what is read at once: small enough that a large stacked tensor is never whole in one host's memory.
 _CHUNK_BYTES = 64 << 20
-# Orbax's name for a folder that is not committed is the final name and this.
-TEMPORARY = ".orbax-checkpoint-tmp"
 
 
 class FolderHandler(ocp.AsyncCheckpointHandler):
@@ -194,8 +194,9 @@ class FolderHandler(ocp.AsyncCheckpointHandler):
         for name in self._pending.trees:
             self._arrays.finalize(directory / name)
         for name, text in self._pending.texts.items():
-            (directory / name).parent.mkdir(parents=True, exist_ok=True)
-            (directory / name).write_text(text)
+            target = directory / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with_retries(lambda target=target, text=text: target.write_text(text), f"writing {target}")
         write_checksums(directory)
         self._pending = None
 
@@ -218,7 +219,13 @@ class _FolderRestore(ocp.args.CheckpointArgs):
     """Never used. Orbax takes a handler's save arguments as they are only if it has restore arguments too."""
 
 
-def make_checkpointer() -> ocp.AsyncCheckpointer:
-    """Makes the checkpointer of `FolderSave`s."""
+def make_checkpointer(renames: bool) -> ocp.AsyncCheckpointer:
+    """Makes the checkpointer of `FolderSave`s.
+
+    `renames`: what it writes appears by one rename (`storage.renames_folders`); else a folder has its final name from
+    the first file on, and counts once its checksums, the last file, are there.
+    """
     options = ocp.AsyncOptions(create_directories_asynchronously=False)
-    return ocp.AsyncCheckpointer(FolderHandler(), async_options=options)
+    modes = ocp.path.atomicity
+    commit = modes.AtomicRenameTemporaryPath if renames else modes.CommitFileTemporaryPath
+    return ocp.AsyncCheckpointer(FolderHandler(), async_options=options, temporary_path_class=commit)

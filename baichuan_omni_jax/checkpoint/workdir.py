@@ -13,25 +13,38 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from baichuan_omni_jax.checkpoint.branches import KEPT, branch_folder, checkpoint_texts
+from baichuan_omni_jax.checkpoint.branches import KEPT, branch_folder, checkpoint_texts, is_finished
 from baichuan_omni_jax.checkpoint.provenance import PARENT, RUN_CONFIG, check_run_config, store_run_config
-from baichuan_omni_jax.checkpoint.steps import CHECKSUMS, committed_steps, newest_good, step_folder, steps_folder
-from baichuan_omni_jax.checkpoint.trees import (
+from baichuan_omni_jax.checkpoint.steps import (
+    CHECKSUMS,
     TEMPORARY,
-    FolderSave,
-    leaves_by_name,
-    make_checkpointer,
-    read_tree,
-    to_stored,
+    committed_steps,
+    newest_good,
+    remove_old_steps,
+    remove_unfinished,
+    remove_unfinished_steps,
+    step_folder,
+    steps_folder,
 )
+from baichuan_omni_jax.checkpoint.trees import FolderSave, leaves_by_name, make_checkpointer, read_tree, to_stored
 from baichuan_omni_jax.config import OmniConfig, RunConfig
 from baichuan_omni_jax.errors import ConfigError, RunStoppedError
-from baichuan_omni_jax.storage import FileLock, take_lock
+from baichuan_omni_jax.storage import (
+    FileLock,
+    check_writable,
+    is_url,
+    parse_path,
+    renames_folders,
+    scratch_folder,
+    take_lock,
+)
 
 log = logging.getLogger(__name__)
 
 # Locked by the run that works in the folder; the file itself stays.
 LOCK = ".lock"
+# Saves in a row that may fail before the run ends, and seconds before the second one: then twice as long each time.
+TRIES, PAUSE = 4, 2.0
 # Attempts to remove the remains of a failed save until none is left, and seconds between.
 _REMOVALS, _PAUSE = 20, 0.2
 
@@ -48,25 +61,43 @@ class Restored(NamedTuple):
 class Workdir:
     """Saves and restores the steps of one run under `path`. Every process of the run makes one and calls it alike.
 
-    `keep` (>= 1) newest steps stay. An error of a background save is raised by the next `save`, `wait` or `close`,
-    as RunStoppedError. Raises ConfigError when `path` cannot be a folder.
+    `path` may be a URL (`storage.parse_path`). `keep` (>= 1) newest steps stay. A background save that fails is logged
+    at once; see `save_failed` and `wait`. Raises ConfigError when `path` cannot be a folder, or be written.
     """
 
     def __init__(self, path: epath.PathLike, keep: int) -> None:
         if keep < 1:
             raise ConfigError(f"checkpoint.keep must be at least 1, not {keep}")
-        self.path = epath.Path(path).expanduser().resolve()
+        self.path = parse_path(path)
         self.keep = keep
         self._damaged: set[int] = set()
         self._saving: threading.Thread | None = None
         self._error: tuple[int, BaseException] | None = None
+        # Saves that failed since the last good one, and when (monotonic clock).
+        self._failures, self._failed_at = 0, 0.0
         self._lock: FileLock | None = None
         self._new: list[str] = []  # what says whose workdir this is and was not there before
-        self._checkpointer = make_checkpointer()
         try:
             steps_folder(self.path).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"workdir {self.path} cannot be made: {error}") from error
+        self.renames = self._probe()
+        self._checkpointer = make_checkpointer(self.renames)
+
+    def _probe(self) -> bool:
+        """Finds out, by trying, how steps are committed here: whether by a rename. Raises ConfigError."""
+        if is_url(self.path):
+            check_writable(self.path, "workdir")
+            return False
+        try:
+            renames = renames_folders(steps_folder(self.path))
+        except OSError as error:
+            raise ConfigError(f"workdir {self.path} cannot be written: {error.strerror or error}") from error
+        if not renames and jax.process_index() == 0:
+            log.warning(
+                "%s: folders cannot be renamed there; a checkpoint counts once its %s is written", self.path, CHECKSUMS
+            )
+        return renames
 
     def hold(self) -> None:
         """Keeps other runs out of the workdir until `close`, or until this process is gone, killed or not.
@@ -75,11 +106,16 @@ class Workdir:
 
         Raises ConfigError, naming its process and host, while another run works there.
         """
-        # A lock is a matter of file systems: a bucket has none.
-        if jax.process_index() or self._lock is not None or "://" in str(self.path):
+        if jax.process_index() or self._lock is not None:
             return
         refusal = f"workdir {self.path} is in use by another run; nothing was changed"
-        self._lock = take_lock(Path(self.path / LOCK), refusal)
+        if not is_url(self.path):
+            self._lock = take_lock(Path(self.path) / LOCK, refusal)
+            return
+        # A bucket has no locks that go with a process (docs/decisions/0108). This one is of the machine alone.
+        scratch = scratch_folder(self.path, "run")
+        self._lock = take_lock(scratch.with_name(f"{scratch.name}{LOCK}"), refusal)
+        log.warning("%s is in a bucket, which has no locks: see to it that no other machine trains there", self.path)
 
     def write_run_config(self, run: RunConfig) -> None:
         """Takes the workdir for `run`: call it before anything else, once, at the start.
@@ -137,7 +173,8 @@ class Workdir:
     ) -> None:
         """Starts saving a step and returns when every array is copied: its buffers may then be donated.
 
-        Waits for the save before this one. A step that is there already is left as it is.
+        Waits for the save before this one; if that failed, this one takes its place. A step that is there already is
+        left as it is.
 
         Args:
             step: finished steps of the run.
@@ -149,36 +186,60 @@ class Workdir:
             trained: branch -> optimizer steps, for `branches.json` (default: `step` for each).
 
         Raises:
-            RunStoppedError: this save or the one before failed.
+            RunStoppedError: this save could not begin, or those before failed too often in a row.
         """
-        self.wait()
+        self._join()
+        if self._error is not None and not self.may_retry():
+            self.wait()
+        self._error = None
         if self.has_step(step):
             log.info("step %d is already saved in %s", step, self.path)
             return
         trained = dict.fromkeys(branches, step) if trained is None else trained
         texts = checkpoint_texts(branches, config, tokenizer_json, trained)
         texts["data.json"] = json.dumps(data_state, ensure_ascii=False)
-        # Small files as text, arrays as trees: both appear with the one rename.
+        # Small files as text, arrays as trees: both are committed together.
         trees = {branch_folder(name): to_stored(module) for name, module in branches.items()}
         if leaves_by_name(opt_state):
             trees["opt_state"] = to_stored(opt_state)
         # A folder of that name can only be damaged or incomplete here, so it may go.
         try:
             self._checkpointer.save(step_folder(self.path, step), args=FolderSave(trees, texts), force=True)
-        except OSError as error:
-            raise self._failed(step, error) from error
+        except Exception as error:  # a bucket's client has classes of its own
+            self._note_failure(step, error)
+            if is_url(self.path) and self.may_retry():
+                return
+            self.wait()
         # From here on the arrays are copies: the next step may run while they are written.
         self._saving = threading.Thread(target=self._finish, args=(step,), name="checkpoint")
         self._saving.start()
 
     def wait(self) -> None:
         """Returns when no save is under way. Raises RunStoppedError when the last one failed."""
-        if self._saving is not None:
-            self._saving.join()
-            self._saving = None
+        self._join()
         if self._error is not None:
             (step, error), self._error = self._error, None
             raise self._failed(step, error) from error
+
+    def save_failed(self) -> bool:
+        """Whether the last save ended in an error, and none has begun since. Waits for nothing."""
+        return self._error is not None
+
+    def may_retry(self) -> bool:
+        """Whether another save may take the place of one that failed: not after `TRIES` in a row.
+
+        Nor on several hosts: they learn of the failure one by one, and Orbax's barriers would not meet again.
+        """
+        return jax.process_count() == 1 and self._failures < TRIES
+
+    def retry_at(self) -> float:
+        """Returns from when on (`time.monotonic`) the next save should be tried: pauses grow with each failure."""
+        return self._failed_at + PAUSE * 2 ** (self._failures - 1)
+
+    def _join(self) -> None:
+        if self._saving is not None:
+            self._saving.join()
+            self._saving = None
 
     def close(self) -> None:
         """`wait`, then lets go of Orbax's threads and of the lock."""
@@ -236,28 +297,30 @@ class Workdir:
         """Waits in the background for the rename, then removes what is no longer kept."""
         try:
             self._checkpointer.wait_until_finished()
+            self._failures = 0
             if jax.process_index() == 0:
                 self._remove_old(step)
             self._damaged.clear()
         except BaseException as error:
-            self._error = (step, error)
             if jax.process_index() == 0:
                 self._remove_failed()
+            self._note_failure(step, error)
+
+    def _note_failure(self, step: int, error: BaseException) -> None:
+        self._failures, self._failed_at = self._failures + 1, time.monotonic()
+        # Said now: the next save may be an hour away.
+        log.error("%s (%d in a row)", self._failed(step, error), self._failures)
+        self._error = (step, error)
 
     def _remove_old(self, saved: int) -> None:
         """Keeps the newest `keep` steps. Damaged ones go now, not before: `saved` is there to take their place."""
         # Damaged steps count for nothing: `keep` good ones stay.
         good = self.steps()
         kept = {*good[-self.keep :], saved}
-        for step in committed_steps(self.path):
-            if step not in kept:
-                folder = step_folder(self.path, step)
-                # Without its checksums the step no longer counts, however far its removal gets.
-                (folder / CHECKSUMS).unlink()
-                folder.rmtree()
+        remove_old_steps(self.path, kept)
 
     def _remove_failed(self) -> None:
-        """Removes what could not be finished: a full disk must not stay full of it.
+        """Removes what was written in part: a full disk must not stay full of it. A whole step stays, see below.
 
         Orbax reports the first write that fails, while others go on adding files for a moment.
         """
@@ -268,14 +331,13 @@ class Workdir:
             time.sleep(_PAUSE)
 
     def _remove_leftovers(self) -> bool:
-        """Removes temporary folders, and steps without checksums. Returns whether there were any."""
-        found = False
-        # Orbax's temporary folders, and steps that were renamed but whose checksums are gone.
-        committed = set(committed_steps(self.path))
-        for path in [*steps_folder(self.path).iterdir(), *self.path.glob(f"{KEPT}{TEMPORARY}*")]:
-            unfinished = path.name.isdigit() and int(path.name) not in committed
-            if unfinished or TEMPORARY in path.name:
-                log.warning("removing %s, which was left unfinished", path)
-                path.rmtree()
-                found = True
-        return found
+        """Removes what was left half-written, of steps and of the tokenizer to keep. Returns whether there was any."""
+        found = remove_unfinished_steps(self.path)
+        kept = self.path / KEPT
+        unfinished = [kept] if kept.exists() and not is_finished(kept) else []
+        # A bucket has no temporary names.
+        if not is_url(self.path):
+            unfinished += self.path.glob(f"{KEPT}{TEMPORARY}*")
+        for path in unfinished:
+            remove_unfinished(path)
+        return found or bool(unfinished)

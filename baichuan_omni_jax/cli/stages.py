@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from etils import epath
-
 from baichuan_omni_jax.checkpoint.steps import committed_steps
 from baichuan_omni_jax.cli.common import add_set_argument
 from baichuan_omni_jax.config import STAGES, RunConfig, load_run_config
@@ -24,6 +22,7 @@ from baichuan_omni_jax.config.recipes import RecipeStage
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.evaluation.chain_record import ChainWriter
 from baichuan_omni_jax.evaluation.retention import read_stage, write_retention
+from baichuan_omni_jax.storage import parse_path
 
 _TICK = 1.0  # seconds between looks at a process that is at work
 _DIES_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG
@@ -50,7 +49,7 @@ class ChainStage:
     @property
     def is_finished(self) -> bool:
         """Whether its last step is saved."""
-        return max(committed_steps(epath.Path(self.workdir)), default=0) >= self.run.train.steps
+        return max(committed_steps(parse_path(self.workdir)), default=0) >= self.run.train.steps
 
     @property
     def command(self) -> list[str]:

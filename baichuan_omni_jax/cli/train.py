@@ -9,7 +9,6 @@ a checkpoint could not be written. 0 otherwise; `--stopped-code` tells a stop by
 """
 
 import argparse
-from pathlib import Path
 
 from etils import epath
 
@@ -33,6 +32,7 @@ from baichuan_omni_jax.cli.common import (
 from baichuan_omni_jax.config import OmniConfig, RunConfig, load_run_config, resolve_model
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.generation.loading import is_untrained
+from baichuan_omni_jax.storage import local_path
 from baichuan_omni_jax.train.hooks import parse_span
 from baichuan_omni_jax.train.hosts import (
     check_agreement,
@@ -55,7 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `train`."""
     add_run_arguments(parser)
     add = parser.add_argument
-    add("--workdir", required=True, metavar="DIR", help="where the run's checkpoints and numbers go")
+    about = "where the run's checkpoints and numbers go; may be a URL: gs://BUCKET/RUN, s3://BUCKET/RUN"
+    add("--workdir", required=True, metavar="DIR", help=about)
     add("--profile", default="", metavar="START:STOP", help="steps to trace into WORKDIR/profile")
     add("--wandb", default="", metavar="PROJECT", help="on Weights & Biases, to send the numbers to as well")
     about = "exit code where SIGTERM ended the run, on any of its hosts, before its last step (default 0)"
@@ -75,7 +76,7 @@ def run(options: argparse.Namespace) -> int:
     check_agreement(version_facts() | run_facts(run))
     # What can refuse the run comes before it claims the workdir, but for what the weights and the media say.
     spec, compute = on_all_hosts(lambda: set_up(run, omni))
-    workdir, parent = on_all_hosts(lambda: open_workdir(run, Path(options.workdir)))
+    workdir, parent = on_all_hosts(lambda: open_workdir(run, options.workdir))
     begins = run.data.continue_sources and workdir.latest_step() is None
     continue_from = on_all_hosts(lambda: parent_data_state(parent)) if begins else None
 
@@ -114,10 +115,13 @@ def read_options(options: argparse.Namespace) -> tuple[RunConfig, OmniConfig, ra
     if options.wandb:
         load_wandb()
     run = load_run_config(options.config, options.set)
+    # Media and shards are read from folders.
+    for path in (run.data.root, *run.data.trusted_roots):
+        local_path(path, "data.root" if path == run.data.root else "data.trusted_roots")
     return run, resolve_model(run.model), parse_span(options.profile)
 
 
-def open_workdir(run: RunConfig, path: Path) -> tuple[Workdir, Parent]:
+def open_workdir(run: RunConfig, path: str) -> tuple[Workdir, Parent]:
     """The workdir, which holds no other run and is held for this one, and the checkpoints that the run starts from."""
     # First whether it is this run's, then the lock: a refusal leaves a workdir as it was.
     workdir = Workdir(path, keep=run.checkpoint.keep)
@@ -130,4 +134,4 @@ def origin_of(home: epath.Path | None) -> TokenizerOrigin:
     """Where the run's tokenizer came from, for its workdir."""
     if home is None:
         return TokenizerOrigin("", untrained=True)
-    return TokenizerOrigin(str(home), untrained=is_untrained("audio_encoder", Path(home)))
+    return TokenizerOrigin(str(home), untrained=is_untrained("audio_encoder", home))

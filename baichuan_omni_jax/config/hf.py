@@ -7,8 +7,9 @@ as the same; `dtype` and `torch_dtype` say how tensors are stored, which the ten
 """
 
 import math
-from pathlib import Path
 from typing import Any, get_type_hints
+
+from etils import epath
 
 from baichuan_omni_jax.config.architecture import (
     AudioConfig,
@@ -22,7 +23,7 @@ from baichuan_omni_jax.config.architecture import (
 from baichuan_omni_jax.config.model import MODELS, OmniConfig, SpecialTokens
 from baichuan_omni_jax.config.overrides import convert_value
 from baichuan_omni_jax.errors import ConfigError
-from baichuan_omni_jax.storage import read_json_object
+from baichuan_omni_jax.storage import parse_path, read_json_object
 
 LLM_KEYS = {
     "vocab_size": "vocab_size",
@@ -111,9 +112,9 @@ _MOST: dict[str, int] = {
 }
 
 
-def read_hf(path: Path) -> OmniConfig:
+def read_hf(path: epath.PathLike) -> OmniConfig:
     """Reads the config.json at `path`. Raises ConfigError naming the file and the field."""
-    values = read_json_object(Path(path))
+    values = read_json_object(path)
     try:
         return from_hf(values)
     except ConfigError as error:
@@ -127,8 +128,8 @@ def resolve_model(name: str) -> OmniConfig:
     """
     if name in MODELS:
         return MODELS[name]()
-    if Path(name).is_file():
-        return read_hf(Path(name))
+    if (path := parse_path(name)).is_file():
+        return read_hf(path)
     raise ConfigError(f"model {name!r} is neither a variant ({', '.join(MODELS)}) nor a config.json that exists")
 
 

@@ -2,8 +2,9 @@
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
+
+from etils import epath
 
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.storage import read_json_object
@@ -89,9 +90,9 @@ _ISTFT = {"istft_n_fft": "n_fft", "istft_hop": "hop_len"}
 _PLAIN = tuple(name for name in VocoderConfig.__dataclass_fields__ if name not in _ISTFT)
 
 
-def read_vocoder_config(path: Path | str) -> VocoderConfig:
+def read_vocoder_config(path: epath.PathLike) -> VocoderConfig:
     """Reads the JSON file at `path`. Raises ConfigError naming the file and the field."""
-    values = read_json_object(Path(path))
+    values = read_json_object(path)
     try:
         return vocoder_from_json(values)
     except ConfigError as error:

@@ -23,7 +23,7 @@ from baichuan_omni_jax.convert.rules import Entry
 from baichuan_omni_jax.convert.safetensors_io import SINGLE, TensorInfo, blocks_of, write_shards
 from baichuan_omni_jax.convert.tables import branch_rules
 from baichuan_omni_jax.errors import ConfigError
-from baichuan_omni_jax.storage import check_target, read_json_object, staged_folder
+from baichuan_omni_jax.storage import check_target, local_path, read_json_object, staged_folder
 
 SHARD_BYTES = 5 << 30
 _EMBEDDING = "model.embed_tokens.weight"
@@ -95,7 +95,7 @@ def open_source(spec: str, base: str | None = None) -> CheckpointSource:
     # A run trains and saves some branches; the others come from the checkpoint that it began with.
     if base is not None:
         sources |= {f"base of {name}": base for name in CONVERTED_BRANCHES}
-    folders = {given: Path(find_checkpoint(given)) for given in dict.fromkeys(sources.values())}
+    folders = {given: local_path(find_checkpoint(given), "checkpoint") for given in dict.fromkeys(sources.values())}
     home = folders[base] if base is not None else next(iter(folders.values()))
     # One config.json is written: branches of models of other sizes cannot lie under it.
     configs = {folder: read_hf(folder / CONFIG) for folder in folders.values()}

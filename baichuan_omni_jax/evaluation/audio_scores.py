@@ -8,12 +8,12 @@ library, as training machines need none.
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -241,9 +241,9 @@ class MelWaves:
             self._run = partial(jax.jit(window_wave), model, key)
 
 
-def check_vocoder(vocoder: str, omni: OmniConfig) -> tuple[Path, VocoderConfig]:
+def check_vocoder(vocoder: str, omni: OmniConfig) -> tuple[epath.Path, VocoderConfig]:
     """The checkpoint and the sizes of its vocoder. Raises ConfigError when it has none, or one for other mels."""
-    home = Path(find_checkpoint(vocoder))
+    home = find_checkpoint(vocoder)
     if not (home / branch_folder("vocoder")).exists() or not (home / VOCODER_CONFIG).exists():
         raise ConfigError(f"eval.vocoder {vocoder} has no branch vocoder with its {VOCODER_CONFIG}")
     # A vocoder of other mels would make noise of them.

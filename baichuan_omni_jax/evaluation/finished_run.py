@@ -15,7 +15,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import soundfile
-from etils import epath
 from rich.console import Console
 
 from baichuan_omni_jax.checkpoint import find_checkpoint, find_tokenizer
@@ -40,7 +39,7 @@ from baichuan_omni_jax.generation.chat import OmniChat
 from baichuan_omni_jax.generation.chat_stream import ChatAnswer
 from baichuan_omni_jax.generation.loading import load_for_generation, make_chat_model
 from baichuan_omni_jax.sharding import make_mesh
-from baichuan_omni_jax.storage import read_json_object, write_json
+from baichuan_omni_jax.storage import parse_path, read_json_object, write_json
 from baichuan_omni_jax.train.run_data import MixtureData, open_run_data
 from data_pipelines.documents.prompts import AudioElement, ImageElement, VideoElement
 from data_pipelines.documents.sequence import document_elements
@@ -126,7 +125,7 @@ def read_questions(workdir: Path, out: Path, items: int) -> AskedRun:
         raise ConfigError(f"{workdir}: the run has no eval.abilities to ask")
     # As many decoding processes as for training would take longer to start than to work.
     run = replace(run, data=replace(run.data, workers=0), eval=replace(run.eval, ability_items=items))
-    home = epath.Path(workdir).resolve()
+    home = parse_path(workdir)
     data, _ = open_run_data(run, resolve_model(run.model), home, find_tokenizer(run, home))
     questions, left_out, recognition, media = {}, {}, {}, {}
     for name in run.eval.abilities:

@@ -3,10 +3,10 @@
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 from tokenizers import Tokenizer
@@ -52,7 +52,7 @@ class LoadedBranches:
 
     branches: dict[str, nnx.Module]
     config: OmniConfig
-    tokenizer: Path | None
+    tokenizer: epath.Path | None
     untrained: tuple[str, ...]
     images: ImagesConfig = ImagesConfig()
 
@@ -111,25 +111,25 @@ def make_chat_model(
     )
 
 
-def _folders(spec: str) -> dict[str, Path]:
+def _folders(spec: str) -> dict[str, epath.Path]:
     """Branch -> the checkpoint that holds it."""
     sources = {name: given for name, given in parse_spec(spec, CONVERTED_BRANCHES).items() if given != RANDOM}
     by_name = "=" in spec
     if by_name and "flow" in sources:
         sources.setdefault(VOCODER_BRANCH, sources["flow"])
     # Each source is looked up once, however many branches it has: it may be a URL.
-    found = {given: Path(find_checkpoint(given)) for given in dict.fromkeys(sources.values())}
+    found = {given: find_checkpoint(given) for given in dict.fromkeys(sources.values())}
     folders = {}
     for name in (name for name in CONVERTED_BRANCHES if name in sources):
         folder = found[sources[name]]
         if home := branch_home(folder, name):
-            folders[name] = Path(home)
+            folders[name] = home
         elif by_name and name != VOCODER_BRANCH:
             raise ConfigError(f"checkpoint {folder} has no branch {name}")
     return folders
 
 
-def _joined_config(folders: Mapping[str, Path]) -> OmniConfig:
+def _joined_config(folders: Mapping[str, epath.Path]) -> OmniConfig:
     """The architecture: of each branch, what its own checkpoint says."""
     configs = {folder: read_hf(folder / CONFIG) for folder in folders.values()}
     # Codes mean something only with the codebooks that made them: all must describe the same tokenizer.
@@ -146,7 +146,7 @@ def _joined_config(folders: Mapping[str, Path]) -> OmniConfig:
     return replace(home, **sections)
 
 
-def _trained_images(folder: Path | None) -> ImagesConfig:
+def _trained_images(folder: epath.Path | None) -> ImagesConfig:
     """`data.images` of the run whose workdir the checkpoint `folder` lies in."""
     path = folder.parent.parent / RUN_CONFIG if folder and folder.parent.name == "checkpoints" else None
     if path is None or not path.exists():
@@ -154,7 +154,7 @@ def _trained_images(folder: Path | None) -> ImagesConfig:
     return from_dict(ImagesConfig, json.loads(path.read_text())["data"].get("images", {}), "data.images.")
 
 
-def _load(name: str, folder: Path, cfg: OmniConfig, mesh: Mesh, dtype: str) -> nnx.Module:
+def _load(name: str, folder: epath.Path, cfg: OmniConfig, mesh: Mesh, dtype: str) -> nnx.Module:
     kind = jnp.dtype("float32" if BRANCHES[name].dtype == "float32" else dtype)
     compute = ComputePolicy(dtype=kind, remat="none")
     # The vocoder's sizes are its own file's: no other branch is built by them.
@@ -166,7 +166,7 @@ def _load(name: str, folder: Path, cfg: OmniConfig, mesh: Mesh, dtype: str) -> n
     return read_tree(folder / branch_folder(name), placed, f"branch {name}")
 
 
-def is_untrained(name: str, folder: Path) -> bool:
+def is_untrained(name: str, folder: epath.Path) -> bool:
     """Whether the branch has its first random weights: never trained, and neither converted nor from a run's parent."""
     if origin := read_origin(folder):
         return origin.untrained
@@ -185,4 +185,4 @@ def is_untrained(name: str, folder: Path) -> bool:
     if folder.parent.name != "checkpoints" or not parent.exists():
         return True
     origin = json.loads(parent.read_text()).get("checkpoints", {}).get(name)
-    return not origin or is_untrained(name, Path(origin))
+    return not origin or is_untrained(name, epath.Path(origin))

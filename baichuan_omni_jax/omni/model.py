@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
@@ -55,7 +56,7 @@ class OmniModel(nnx.Module):
 
     @classmethod
     def from_checkpoint(
-        cls, checkpoint: str | Path, *, dtype: DTypeLike = "float32", mesh: Mesh | None = None
+        cls, checkpoint: str | Path | epath.Path, *, dtype: DTypeLike = "float32", mesh: Mesh | None = None
     ) -> "OmniModel":
         """Loads a model from a checkpoint, without drawing or compiling anything.
 
@@ -81,7 +82,7 @@ class OmniModel(nnx.Module):
         homes = {name: home for name in OMNI_BRANCHES if (home := branch_home(folder, name))}
         if "llm" not in homes:
             raise ConfigError(f"checkpoint {folder} has no branch llm; it has {', '.join(homes) or 'none of a model'}")
-        cfg, kind = read_hf(Path(folder) / CONFIG), jnp.dtype(dtype)
+        cfg, kind = read_hf(folder / CONFIG), jnp.dtype(dtype)
         compute = ComputePolicy(dtype=kind, remat="none")
         # Shapes first: a constructor that is run draws every weight, op by op, before it is overwritten.
         model = jax.eval_shape(lambda key: cls(key, cfg, compute, tuple(homes)), jax.random.key(0))

@@ -6,6 +6,7 @@
 import json
 import shutil
 import signal
+import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from jax.experimental import multihost_utils
 from rich.console import Console
 from rich.table import Table
@@ -22,7 +24,7 @@ from rich.table import Table
 from baichuan_omni_jax.checkpoint import Workdir
 from baichuan_omni_jax.config import OmniConfig, RunConfig
 from baichuan_omni_jax.config.loss_shares import shares_table
-from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.errors import ConfigError, RunStoppedError
 from baichuan_omni_jax.evaluation.held_out import HeldOutData, HeldOutEvaluation, Sums
 from baichuan_omni_jax.omni.batch import Batch
 from baichuan_omni_jax.train.audio_samples import AudioSampleLogger
@@ -113,6 +115,7 @@ class CheckpointHook(Hook):
         failures: documents that failed to decode, which hosts tell each other at every save.
         tokenizer_json: the text tokenizer, saved beside the weights.
         saved_step: the newest step that is saved already.
+        before_save: called before each save: what a run that resumes from it will want to find.
     """
 
     def __init__(
@@ -126,15 +129,21 @@ class CheckpointHook(Hook):
         failures: DocumentFailures,
         tokenizer_json: str,
         saved_step: int,
+        before_save: Callable[[], object],
     ) -> None:
         self._spec, self._omni, self._workdir, self._originals = spec, omni, workdir, originals
         self._trained_before, self._failures = dict(trained_before), failures
         self._tokenizer_json, self._saved_step = tokenizer_json, saved_step
+        self._before_save = before_save
 
     def is_due(self, step: int) -> bool:
-        return step > 0 and step % self._spec.task.run.checkpoint.every == 0
+        # A save that failed is made good by the state of now: its own has been trained on since.
+        again = self._workdir.save_failed() and self._workdir.may_retry()
+        due = step > 0 and step % self._spec.task.run.checkpoint.every == 0
+        return due or (again and time.monotonic() >= self._workdir.retry_at())
 
     def act(self, progress: RunProgress) -> None:
+        self._before_save()
         # The data's state leaves out what failed on any host, so a resumed run counts it on all.
         self._failures.share_among_hosts()
         branches, opt_state = to_checkpoint(self._spec, progress.state, self._originals)
@@ -157,7 +166,14 @@ class CheckpointHook(Hook):
         # The last step, if none of `checkpoint.every` was it; then the background writes are awaited.
         if self._saved_step != progress.step:
             self.act(progress)
-        self._workdir.wait()
+        while True:
+            try:
+                return self._workdir.wait()
+            except RunStoppedError:
+                if not self._workdir.may_retry():
+                    raise
+                time.sleep(max(0.0, self._workdir.retry_at() - time.monotonic()))
+                self.act(progress)
 
 
 class AudioSamplesHook(Hook):
@@ -185,8 +201,12 @@ class NonfiniteGuard(Hook):
     WORKDIR/nonfinite/step_N/host_P.json    the step's numbers, and the manifest line of every document in these rows
     """
 
-    def __init__(self, workdir: Path, limit: int, location: Callable[[int, int], str]) -> None:
+    def __init__(
+        self, workdir: Path, limit: int, location: Callable[[int, int], str], *, shown: epath.PathLike = ""
+    ) -> None:
+        """`shown` is what the workdir is called in messages, where `workdir` is only a local copy of it."""
         self._folder, self._limit, self._location = workdir / "nonfinite", limit, location
+        self._shown = epath.Path(shown or workdir) / "nonfinite"
         self.count = 0
         self.exceeded = False
         self._in_a_row = 0
@@ -209,7 +229,7 @@ class NonfiniteGuard(Hook):
         """Says why the run ended."""
         return (
             f"loss or gradient was not finite in {self._limit} steps in a row (train.nonfinite_limit); "
-            f"their batches are in {self._folder}"
+            f"their batches are in {self._shown}"
         )
 
     def _keep(self, folder: Path, numbers: Mapping[str, float], batch: Mapping[str, np.ndarray]) -> None:
@@ -223,11 +243,10 @@ class NonfiniteGuard(Hook):
         # As text: JSON has no word for NaN.
         shown = {key: repr(value) for key, value in numbers.items()}
         (folder / f"{name}.json").write_text(json.dumps({"numbers": shown, "documents": documents}, indent=1))
-        if is_process_zero():
-            # Batches are large: the oldest go.
-            there = sorted(self._folder.glob("step_*"), key=lambda path: int(path.name.removeprefix("step_")))
-            for old in there[: -self._limit - 1]:
-                shutil.rmtree(old)
+        # Batches are large: the oldest go. Hosts may share the folder, or each have a local one.
+        there = sorted(self._folder.glob("step_*"), key=lambda path: int(path.name.removeprefix("step_")))
+        for old in there[: -self._limit - 1]:
+            shutil.rmtree(old, ignore_errors=not is_process_zero())
 
 
 class StopSignal(Hook):

@@ -23,6 +23,7 @@ from baichuan_omni_jax.train.audio_samples import AudioSamples
 
 log = logging.getLogger(__name__)
 
+METRICS, GOODPUT = "metrics.jsonl", "goodput.json"
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 # Near enough to the start of the process: importing this package is one of the first things that a command does.
 _BEGAN = time.monotonic()
@@ -42,13 +43,23 @@ class RunLog:
     """Hands a run's numbers on to all that shows them, with what only the whole run knows: goodput, and counts since
     step 0. Process zero alone has one.
 
-    `step` is where the run goes on. Raises ConfigError when `wandb`, a project there, is given and cannot be used.
+    Raises ConfigError when `wandb`, a project there, is given and cannot be used.
     """
 
-    def __init__(self, run: RunConfig, workdir: Path, step: int, wandb: str, console: Console) -> None:
-        self._metrics = MetricsWriter(workdir, step, WandbWriter(wandb, run, workdir) if wandb else None)
+    def __init__(self, run: RunConfig, folder: Path, workdir: str, step: int, wandb: str, console: Console) -> None:
+        """Opens the files of `folder`.
+
+        Args:
+            run: the run's configuration.
+            folder: where its numbers are written: the workdir, or a local copy of what is there.
+            workdir: what the workdir is called, path or URL.
+            step: where the run goes on.
+            wandb: a project of W&B; "": none.
+            console: where the progress line goes.
+        """
+        self._metrics = MetricsWriter(folder, step, WandbWriter(wandb, run, folder, workdir) if wandb else None)
         kept = [record for record in self._metrics.kept if "loss" in record]
-        self._goodput = Goodput(workdir, kept)
+        self._goodput = Goodput(folder, kept)
         self._nonfinite = kept[-1].get("nonfinite_steps", 0) if kept else 0
         self._line = ProgressLine(console, run.train.steps, step)
 
@@ -83,25 +94,25 @@ def load_wandb() -> ModuleType:
 class WandbWriter:
     """One W&B run a workdir: a run that is resumed goes on there.
 
-    Without a network or an account the numbers are kept under `workdir/wandb` for `wandb sync`. Raises ConfigError
+    Without a network or an account the numbers are kept under `folder/wandb` for `wandb sync`. Raises ConfigError
     when the package is not installed.
     """
 
-    def __init__(self, project: str, run: RunConfig, workdir: Path) -> None:
+    def __init__(self, project: str, run: RunConfig, folder: Path, workdir: str) -> None:
         wandb = load_wandb()
         settings = {
             "project": project,
-            "name": f"{run.name} {workdir.name}",
+            "name": f"{run.name} {workdir.rpartition('/')[2]}",
             # From the workdir's path, so that a restart finds its run.
-            "id": hashlib.sha256(str(workdir).encode()).hexdigest()[:16],
+            "id": hashlib.sha256(workdir.encode()).hexdigest()[:16],
             "resume": "allow",
-            "dir": str(workdir),
+            "dir": str(folder),
             "config": to_dict(run),
         }
         try:
             self._run = wandb.init(**settings)
         except Exception as error:  # whatever keeps W&B away must not keep the run from training
-            log.warning("W&B cannot be reached (%s); numbers are kept in %s/wandb for `wandb sync`", error, workdir)
+            log.warning("W&B cannot be reached (%s); numbers are kept in %s/wandb for `wandb sync`", error, folder)
             self._run = wandb.init(**settings | {"mode": "offline"})
         # Steps that a killed run repeats come twice: W&B's own counter would refuse the second time.
         self._run.define_metric("*", step_metric="step")
@@ -122,7 +133,7 @@ class MetricsWriter:
     """
 
     def __init__(self, workdir: Path, resumed_from: int, wandb: WandbWriter | None = None):
-        self._path = workdir / "metrics.jsonl"
+        self._path = workdir / METRICS
         self.kept = self._keep_until(resumed_from)
         self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 closed by close()
         self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=resumed_from + 1)
@@ -260,7 +271,7 @@ class Goodput:
 
     def __init__(self, workdir: Path, records: Sequence[MetricsRecord]) -> None:
         """`records` are those that metrics.jsonl holds already."""
-        self._path = workdir / "goodput.json"
+        self._path = workdir / GOODPUT
         self._productive = sum(record.get("productive_s", 0.0) for record in records)
         self._before = _read(self._path)
 

@@ -73,16 +73,24 @@ class SuiteHook(Hook):
         spec: the run's step.
         omni: the model's sizes.
         tokenizer_json: the text tokenizer.
-        workdir: where answers go.
+        workdir: the run's, which keeps the audio tokenizer.
+        folder: where answers go: the workdir, or a local copy of what is there.
         console: where tables go.
     """
 
     def __init__(
-        self, spec: StepSpec, omni: OmniConfig, tokenizer_json: str, *, workdir: Path, console: Console
+        self,
+        spec: StepSpec,
+        omni: OmniConfig,
+        tokenizer_json: str,
+        *,
+        workdir: epath.Path,
+        folder: Path,
+        console: Console,
     ) -> None:
         self._spec, self._omni, self._run = spec, omni, spec.task.run
         self._suites = check_suites(self._run)
-        self._workdir, self._console, self._json = workdir, console, tokenizer_json
+        self._workdir, self._folder, self._console, self._json = workdir, folder, console, tokenizer_json
         # Read before the first step: a file that cannot be used ends the run before it begins.
         self._items = {name: self._read_items(suite) for name, suite in self._suites.items()}
         self._judge: JudgeServer | Rule = _judge_of(self._run.eval.suite_judge) if self._suites else "none"
@@ -116,7 +124,7 @@ class SuiteHook(Hook):
         processor = Processor(self._omni, tokenizer, images=self._run.data.images)
         branches = {}
         if any("audio_encoder" in suite.branches for suite in self._suites.values()):
-            home = find_tokenizer(self._run, epath.Path(self._workdir))
+            home = find_tokenizer(self._run, self._workdir)
             with jax.set_mesh(self._spec.mesh):
                 branches["audio_encoder"] = load_audio_tokenizer(self._run, self._omni, self._spec.mesh, home)
         length = max(self._run.data.budgets.tokens, _LENGTH)
@@ -126,7 +134,7 @@ class SuiteHook(Hook):
     def _answer(self, name: str, step: int, engine: Engine, chat: OmniChat) -> SuiteScores:
         suite, items = self._suites[name], self._items[name]
         settings = GenerationConfig(max_tokens=suite.max_tokens).greedy()
-        folder = self._workdir / SUITES_FOLDER / str(step) / name
+        folder = self._folder / SUITES_FOLDER / str(step) / name
         answers = AnswerFile(folder / "answers.jsonl", suite, f"{self._workdir} step {step}", settings)
         processor = chat.processor
         assert processor is not None

@@ -1,10 +1,10 @@
 """The training loop: rows in, steps, numbers out, and the hooks; resumes by itself, leaves on SIGTERM."""
 
 import logging
+import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,7 +18,8 @@ from baichuan_omni_jax.evaluation.held_out import close_steps
 from baichuan_omni_jax.flops.terms import peak_flops
 from baichuan_omni_jax.nn.param import ComputePolicy
 from baichuan_omni_jax.sharding import make_mesh
-from baichuan_omni_jax.train.ability_hook import AbilityHook, check_answers
+from baichuan_omni_jax.storage import MirroredFolder
+from baichuan_omni_jax.train.ability_hook import ABILITIES, AbilityHook, check_answers
 from baichuan_omni_jax.train.audio_samples import AudioSampleLogger, check_samples
 from baichuan_omni_jax.train.hooks import (
     AudioSamplesHook,
@@ -33,7 +34,15 @@ from baichuan_omni_jax.train.hooks import (
 )
 from baichuan_omni_jax.train.hosts import is_process_zero, on_all_hosts, warm_up_collectives
 from baichuan_omni_jax.train.input import BatchPlacer, DataStep, DocumentFailures, DocumentKey, TrainingData
-from baichuan_omni_jax.train.metrics import CompileCounter, MetricsRecord, RunLog, Throughput, drop_absent_sources
+from baichuan_omni_jax.train.metrics import (
+    GOODPUT,
+    METRICS,
+    CompileCounter,
+    MetricsRecord,
+    RunLog,
+    Throughput,
+    drop_absent_sources,
+)
 from baichuan_omni_jax.train.state import (
     Arrays,
     StepSpec,
@@ -206,7 +215,12 @@ class Trainer:
             first_step: where the run goes on.
             originals: frozen parameters as checkpoints hold them.
         """
-        run, folder = spec.task.run, Path(workdir.path)
+        run = spec.task.run
+        # Files that grow are written here: the workdir itself, or a local folder that is copied to its URL.
+        self._mirror = on_all_hosts(
+            lambda: MirroredFolder(workdir.path, f"host_{jax.process_index()}", (METRICS, GOODPUT, ABILITIES))
+        )
+        folder = self._mirror.path
         self._steps, self._first_step = run.train.steps, first_step
         self._workdir, self._data, self._console, self._compiles = workdir, data, console, compiles
         # Two programs a step: the step (two more on CPU, see `CompiledStep`), and the counts that its FLOPs need.
@@ -223,11 +237,12 @@ class Trainer:
 
         samples = AudioSampleLogger(spec, place, options.held_out)
         # Opened once nothing can refuse the run any more: it drops lines that will be written again.
-        open_log = lambda: RunLog(run, folder, first_step, options.wandb, console) if is_process_zero() else None  # noqa: E731
-        self._log = on_all_hosts(open_log)
+        location = os.fspath(workdir.path)
+        open_log = lambda: RunLog(run, folder, location, first_step, options.wandb, console)  # noqa: E731
+        self._log = on_all_hosts(lambda: open_log() if is_process_zero() else None)
         if self._log is not None and samples.is_due(0):
             console.print(samples.sentence)
-        self._guard = NonfiniteGuard(folder, run.train.nonfinite_limit, data.location)
+        self._guard = NonfiniteGuard(folder, run.train.nonfinite_limit, data.location, shown=workdir.path)
         self._stop = StopSignal()
         checkpoint = CheckpointHook(
             spec,
@@ -238,6 +253,7 @@ class Trainer:
             failures=self._failures,
             tokenizer_json=data.tokenizer_json,
             saved_step=first_step,
+            before_save=self._mirror.sync,
         )
         evaluation = EvaluationHook(spec, place, options.held_out)
         abilities = AbilityHook(
@@ -254,7 +270,7 @@ class Trainer:
         self._hooks: tuple[Hook, ...] = (
             evaluation,
             abilities,
-            SuiteHook(spec, omni, data.tokenizer_json, workdir=folder, console=console),
+            SuiteHook(spec, omni, data.tokenizer_json, workdir=workdir.path, folder=folder, console=console),
             checkpoint,
             AudioSamplesHook(samples, self._log),
             self._guard,
@@ -377,6 +393,7 @@ class Trainer:
         self._trace.close()
         if self._log is not None:
             self._log.close()
+        self._mirror.close()
 
     def _say_why_it_ended(self, step: int) -> None:
         if self._guard.exceeded:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from baichuan_omni_jax.config import DataConfig, SourceConfig
 from baichuan_omni_jax.errors import ConfigError
-from baichuan_omni_jax.storage import write_json
+from baichuan_omni_jax.storage import local_path, write_json
 from data_pipelines.datasets.shards import DATASET_FILE, ShardedDataset, open_dataset, read_description
 from data_pipelines.documents.document import Document
 from data_pipelines.documents.manifest import LineRange, manifest_stem, parse_line, plain_manifest
@@ -157,7 +157,7 @@ Source = ManifestSource | DatasetSource
 
 def open_source(config: DataConfig, source: SourceConfig) -> Source:
     """Opens the built data set or the manifest that `source` names. Raises ConfigError for one that cannot be read."""
-    root = Path(config.root).expanduser()
+    root = local_path(config.root, "data.root")
     # A folder with `dataset.json` is a built data set; anything else is read as a manifest.
     if (root / source.manifest / DATASET_FILE).is_file():
         return DatasetSource(source.manifest, root)
@@ -173,7 +173,7 @@ def open_source(config: DataConfig, source: SourceConfig) -> Source:
 
 def cache_folder(config: DataConfig) -> Path:
     """Returns where tokenizer, indexes and codes of a data set are kept."""
-    return Path(config.root).expanduser() / ".cache"
+    return local_path(config.root, "data.root") / ".cache"
 
 
 def media_root(manifest: Path, root: Path | None, trusted: Sequence[Path]) -> MediaRoot:

@@ -20,11 +20,12 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
+from etils import epath
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from baichuan_omni_jax.config import OmniConfig
 from baichuan_omni_jax.errors import ConfigError
-from baichuan_omni_jax.storage import describe_stand_in
+from baichuan_omni_jax.storage import describe_stand_in, parse_path, with_retries
 
 SPECIAL_TOKENS: tuple[str, ...] = tuple(
     json.loads(Path(__file__).with_name("special_tokens.json").read_text(encoding="utf-8")),
@@ -72,12 +73,13 @@ SPLIT_RULE = (
 _SPECIAL = re.compile("|".join(re.escape(name) for name in SPECIAL_TOKENS))
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Loads the tokenizer of a `tokenizer.json`. Raises ConfigError naming the file."""
+def load_tokenizer(path: epath.PathLike) -> Tokenizer:
+    """Loads the tokenizer of a `tokenizer.json`, which may be a URL. Raises ConfigError naming the file."""
+    file = parse_path(path)
     try:
-        if found := describe_stand_in(Path(path)):
+        if found := describe_stand_in(file):
             raise ConfigError(f"it is {found}")
-        return Tokenizer.from_str(Path(path).read_text(encoding="utf-8"))
+        return Tokenizer.from_str(with_retries(file.read_text, f"reading {file}"))
     except Exception as error:  # tokenizers raises plain Exception
         raise ConfigError(f"tokenizer {path} cannot be read: {error}") from error
 

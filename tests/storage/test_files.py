@@ -15,7 +15,7 @@ from baichuan_omni_jax.checkpoint import Workdir
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.storage import atomic_write, take_lock, write_json
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 HOLDER = r"""
 import os, sys, time
 from pathlib import Path

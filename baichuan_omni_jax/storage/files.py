@@ -1,32 +1,25 @@
-"""Files: what stands in for one that was never fetched, JSON, writes that are whole or not at all, locks.
+"""Files: what stands in for one that was never fetched, JSON, writes that are whole or not at all.
 
 A clone without Git LFS, a download that ended at a login page or an interrupted copy leave files of the right name that
 hold something else. Decoders would call each of them corrupt; here they are called what they are.
-
-A lock is the operating system's (`flock`) on a file that stays where it is: it goes with the process, also with a
-killed one, and no child of the process keeps it. Network file systems that know `flock` (NFS, Lustre mounted with it)
-tell hosts apart as well; where there are no locks at all, the log warns and work goes on without one.
 """
 
-import errno
-import fcntl
 import glob
+import io
 import json
 import logging
 import os
 import shutil
 import socket
-import time
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
+
+from etils import epath
 
 from baichuan_omni_jax.errors import ConfigError
-
-if TYPE_CHECKING:
-    from etils import epath
+from baichuan_omni_jax.storage.paths import is_url, with_retries
 
 log = logging.getLogger(__name__)
 
@@ -35,16 +28,13 @@ _LFS = b"version https://git-lfs.github.com/spec/"
 _PAGES = {b"<!doctype": "a web page", b"<html": "a web page", b"<?xml": "a message in XML"}
 _HEAD_BYTES = 512  # a pointer is shorter
 
-_TAKEN = (errno.EWOULDBLOCK, errno.EACCES)
-_NOTE_BYTES = 400
 
-
-def describe_stand_in(path: Path) -> str:
+def describe_stand_in(path: Path | epath.Path) -> str:
     """Describes what stands in the place of the file `path`, as the end of "PATH is ..."; "" where it may be the file.
 
     Raises OSError when it cannot be opened.
     """
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         head = file.read(_HEAD_BYTES)
     if not head:
         return "empty: it was never written, or never fetched"
@@ -63,7 +53,7 @@ def _pointed_size(head: bytes) -> str:
     return f" (to {int(sizes[0]):,} bytes)" if sizes and sizes[0].isdigit() else ""
 
 
-def refuse_stand_in(path: Path) -> None:
+def refuse_stand_in(path: Path | epath.Path) -> None:
     """Raises ConfigError when something else stands in the place of the file `path`, or it cannot be opened."""
     try:
         found = describe_stand_in(path)
@@ -73,14 +63,15 @@ def refuse_stand_in(path: Path) -> None:
         raise ConfigError(f"{path} is {found}")
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Reads the JSON object in the file `path`, UTF-8 with or without a mark of byte order.
+def read_json_object(path: epath.PathLike) -> dict[str, Any]:
+    """Reads the JSON object in the file `path`, which may be a URL: UTF-8 with or without a mark of byte order.
 
     Raises ConfigError naming the file: it cannot be read, is a stand-in, no UTF-8, no JSON, or no object.
     """
     try:
-        text = Path(path).read_bytes()
-        if found := describe_stand_in(path):
+        file = epath.Path(path)
+        text = with_retries(file.read_bytes, f"reading {path}")
+        if found := describe_stand_in(file):
             raise ConfigError(f"{path} is {found}")
         values = json.loads(text.decode("utf-8-sig"))
     except ConfigError:
@@ -93,7 +84,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def atomic_write(path: "Path | epath.Path", mode: str = "w", *, suffix: str = ".partial") -> Iterator[IO[Any]]:
+def atomic_write(path: Path | epath.Path, mode: str = "w", *, suffix: str = ".partial") -> Iterator[IO[Any]]:
     """Opens a file beside `path` that takes its place when the block ends; after an error there is only the old one.
 
     Args:
@@ -102,6 +93,14 @@ def atomic_write(path: "Path | epath.Path", mode: str = "w", *, suffix: str = ".
         suffix: what the file beside it is called while it is written. Where several processes may write the same file,
             one that is each process' own.
     """
+    # An object appears as a whole when it is uploaded, and a bucket renames by copying: kept here, then sent.
+    if is_url(path):
+        buffer = io.BytesIO()
+        file = buffer if "b" in mode else io.TextIOWrapper(buffer, encoding="utf-8", newline="", write_through=True)
+        yield file
+        file.flush()
+        with_retries(lambda: path.write_bytes(buffer.getvalue()), f"writing {path}")
+        return
     partial = path.with_name(f"{path.name}{suffix}")
     try:
         with partial.open(mode, encoding=None if "b" in mode else "utf-8") as file:
@@ -112,7 +111,7 @@ def atomic_write(path: "Path | epath.Path", mode: str = "w", *, suffix: str = ".
         raise
 
 
-def write_json(path: "Path | epath.Path", values: object) -> None:
+def write_json(path: Path | epath.Path, values: object) -> None:
     """Writes `values` as JSON, whole or not at all, whichever other process writes it too; makes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path, suffix=f".{os.getpid()}.partial") as file:
@@ -179,68 +178,3 @@ def _make_parents(target: Path) -> list[Path]:
     except OSError as error:
         raise ConfigError(f"{target.parent} cannot be made: {error.strerror}") from error
     return made
-
-
-class FileLock:
-    """A lock that is held until `release`, or until the process is gone. Made by `take_lock`."""
-
-    def __init__(self, descriptor: int):
-        self._descriptor = descriptor
-        _HELD.add(self)
-
-    def release(self) -> None:
-        """Lets the next program in. May be called again."""
-        descriptor, self._descriptor = self._descriptor, -1
-        if descriptor >= 0:
-            os.close(descriptor)
-
-    def __del__(self) -> None:
-        self.release()
-
-
-_HELD: "weakref.WeakSet[FileLock]" = weakref.WeakSet()
-
-
-def take_lock(path: Path, refusal: str, *, wait: bool = False, note: bool = True) -> FileLock:
-    """Locks the file `path`, which is made where it is not there.
-
-    Args:
-        path: a file that nothing else is kept in, unless `note` is off.
-        refusal: the sentence for when another program has the lock; who that is follows in brackets.
-        wait: waits for the other program instead of refusing.
-        note: writes into the file who holds it.
-
-    Returns:
-        The lock, held. Where the file system has no locks, one that keeps nobody out, with a warning.
-
-    Raises:
-        ConfigError: another program has the lock, or the file cannot be written.
-    """
-    try:
-        lock = FileLock(os.open(path, os.O_RDWR | os.O_CREAT, 0o666))
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
-    try:
-        fcntl.flock(lock._descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError as error:
-        if error.errno in _TAKEN:
-            holder = os.pread(lock._descriptor, _NOTE_BYTES, 0).decode("utf-8", "replace").strip() if note else ""
-            lock.release()
-            raise ConfigError(f"{refusal}{f' ({holder})' if holder else ''}") from None
-        log.warning("the file system of %s has no locks (%s): two programs there do not see each other", path, error)
-        return lock
-    if note:
-        # For the sentence that another program is refused with.
-        since = time.strftime("%Y-%m-%d %H:%M:%S %z")
-        os.ftruncate(lock._descriptor, 0)
-        os.pwrite(lock._descriptor, f"process {os.getpid()} on {socket.gethostname()}, since {since}\n".encode(), 0)
-    return lock
-
-
-def _forget_in_child() -> None:
-    """Releases the locks that a forked child shares with its parent: it would hold them on when the parent is gone."""
-    for lock in list(_HELD):
-        lock.release()
-
-
-os.register_at_fork(after_in_child=_forget_in_child)

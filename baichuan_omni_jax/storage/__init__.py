@@ -1,0 +1,47 @@
+"""Storage: paths that may be URLs, files that are whole or not there, locks, and a folder that mirrors itself.
+
+paths     `parse_path`: what a user gives; trying again; what a file system can do
+files     stand-ins, JSON, atomic writes, folders that appear at once
+locks     one program at a time
+mirror    files that grow, for a workdir that is a URL
+"""
+
+from baichuan_omni_jax.storage.files import (
+    atomic_write,
+    check_target,
+    describe_stand_in,
+    read_json_object,
+    refuse_stand_in,
+    staged_folder,
+    write_json,
+)
+from baichuan_omni_jax.storage.locks import FileLock, take_lock
+from baichuan_omni_jax.storage.mirror import MirroredFolder, scratch_folder
+from baichuan_omni_jax.storage.paths import (
+    check_writable,
+    is_url,
+    local_path,
+    parse_path,
+    renames_folders,
+    with_retries,
+)
+
+__all__ = [
+    "FileLock",
+    "MirroredFolder",
+    "atomic_write",
+    "check_target",
+    "check_writable",
+    "describe_stand_in",
+    "is_url",
+    "local_path",
+    "parse_path",
+    "read_json_object",
+    "refuse_stand_in",
+    "renames_folders",
+    "scratch_folder",
+    "staged_folder",
+    "take_lock",
+    "with_retries",
+    "write_json",
+]

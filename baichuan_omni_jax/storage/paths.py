@@ -1,0 +1,178 @@
+"""Paths that a user gives: of a file system, or the URL of a bucket. `parse_path` is the one door for both.
+
+    parse_path("runs/tiny")           an absolute path, `~` and links resolved
+    parse_path("gs://bucket/run")     Google Cloud Storage, by gcsfs (extra `gcs`); arrays by TensorStore
+    parse_path("s3://bucket/run")     S3 and what speaks its language, by s3fs (extra `s3`)
+
+pathlib takes a URL for a folder called `gs:`, and so would everything that is given one: what comes from a user becomes
+a `Path` only after `parse_path`, or after `local_path`, which refuses URLs where none can be served.
+
+Buckets have no folders, and neither renames nor appends: `mkdir` does nothing, an object appears as a whole, and
+opening one to append would overwrite it. What needs more is in `mirror`.
+"""
+
+import errno
+import logging
+import os
+import random
+import re
+import shutil
+import socket
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TypeVar
+
+import fsspec.config
+from etils import epath
+
+from baichuan_omni_jax.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
+# Scheme -> the package that serves it, and the extra that installs it.
+_SERVED = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
+# What pathlib makes of a URL.
+_MANGLED = re.compile(rf"(?:.*/)?({'|'.join([*_SERVED, 'https?', 'file', 'hf', 'az'])}):/(?!/)(.*)", re.DOTALL)
+
+# Roots of the packages that tell of network and server by exceptions of their own, which are no OSError.
+_CLIENTS = {"gcsfs", "s3fs", "fsspec", "aiohttp", "requests", "urllib3", "google", "botocore", "aiobotocore"}
+# Errors that may be gone a moment later: of the network, or of a server behind a mounted folder.
+_PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ECONNRESET, errno.ECONNREFUSED, errno.EPIPE}
+_TRIES, _PAUSE = 4, 0.5  # seconds before the second try; each further pause is twice as long
+
+_PROBE = ".storage-probe"
+_ready: set[str] = set()
+
+
+def parse_path(path: epath.PathLike) -> epath.Path:
+    """Returns the path that a user means: absolute where it is of a file system, as it stands where it is a URL.
+
+    >>> parse_path("gs://bucket/runs/tiny/").name
+    'tiny'
+
+    Raises ConfigError for a URL that cannot be served: of another scheme, without a bucket, or where the package for
+    it is not installed.
+    """
+    text = os.fspath(path)
+    url = _URL.fullmatch(text)
+    if url is None:
+        refuse_mangled(text)
+        return epath.Path(Path(text).expanduser().resolve())
+    scheme, rest = url[1].lower(), url[2]
+    if scheme == "file" and rest.startswith("/"):
+        return epath.Path(Path(rest).resolve())
+    if scheme not in _SERVED:
+        raise ConfigError(f"{text}: {scheme}:// cannot be read or written; a path, gs:// and s3:// can")
+    parts = rest.rstrip("/").split("/")
+    # An object may be called `..`, but nobody who writes it means that.
+    if not all(parts) or {".", ".."} & {*parts}:
+        raise ConfigError(f"{text} is not {scheme}://BUCKET/PATH")
+    _serve(scheme, text)
+    return epath.Path(f"{scheme}://{'/'.join(parts)}")
+
+
+def local_path(path: epath.PathLike, what: str) -> Path:
+    """Returns `path` as a pathlib Path, `~` expanded; raises ConfigError, which begins with `what`, for any URL."""
+    text = os.fspath(path)
+    if _URL.fullmatch(text) or _MANGLED.fullmatch(text):
+        raise ConfigError(f"{what} {text} is a URL: this must be a folder or file of this machine, or mounted on it")
+    return Path(text).expanduser()
+
+
+def is_url(path: epath.PathLike) -> bool:
+    """Whether `path` is a URL and no path of a file system."""
+    return "://" in os.fspath(path)
+
+
+def refuse_mangled(text: str) -> None:
+    """Raises ConfigError for a URL that went through pathlib, or lost a slash otherwise: `gs:/bucket` is no folder."""
+    if found := _MANGLED.fullmatch(text):
+        raise ConfigError(f"{text} looks like a URL that lost a slash: write {found[1]}://{found[2]}")
+
+
+def _serve(scheme: str, url: str) -> None:
+    """Makes a scheme ready to be used. Raises ConfigError where its package is missing."""
+    if scheme in _ready:
+        return
+    package, extra = _SERVED[scheme]
+    if find_spec(package) is None:
+        raise ConfigError(f"{url} needs the package {package}: python -m pip install 'baichuan_omni_jax[{extra}]'")
+    # Lists of objects would be kept for good, while TensorStore and other hosts write past them.
+    for name in {"gs": ("gs", "gcs"), "s3": ("s3", "s3a")}[scheme]:
+        fsspec.config.conf.setdefault(name, {}).update(use_listings_cache=False)
+    _ready.add(scheme)
+
+
+def with_retries(work: Callable[[], T], doing: str) -> T:
+    """Returns `work()`, tried again with growing pauses while storage refuses it for what may pass.
+
+    gcsfs and s3fs try again by themselves for half a minute; this is for what is longer, and for mounted folders.
+
+    Args:
+        work: may be called several times.
+        doing: what it does, for the log: "writing gs://bucket/run/metrics.jsonl".
+
+    Returns:
+        What `work` returned.
+
+    Raises:
+        OSError: storage refused it for good, or every time. Other exceptions of `work` pass at once.
+    """
+    for tried in range(1, _TRIES + 1):
+        try:
+            return work()
+        except Exception as error:
+            foreign = type(error).__module__.partition(".")[0] in _CLIENTS
+            passing = foreign or (isinstance(error, OSError) and error.errno in _PASSING)
+            if not passing or tried == _TRIES:
+                # One class for whatever a bucket's client raises, so that callers need not know it.
+                if foreign and not isinstance(error, OSError):
+                    raise OSError(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
+                raise
+            pause = _PAUSE * 2 ** (tried - 1) * random.uniform(0.5, 1.0)
+            log.warning("%s failed (%s); trying again in %.1f s", doing, error, pause)
+            time.sleep(pause)
+    raise AssertionError("unreachable")
+
+
+def check_writable(folder: epath.Path, what: str) -> None:
+    """Writes an object into `folder`, reads and removes it: a missing bucket or permission is noticed at the start.
+
+    Raises ConfigError, which begins with `what` ("workdir").
+    """
+    probe = folder / f"{_PROBE}-{socket.gethostname()}-{os.getpid()}"
+    try:
+        with_retries(lambda: probe.write_text(_PROBE), f"writing {probe}")
+        read = with_retries(probe.read_text, f"reading {probe}")
+        with_retries(lambda: probe.unlink(missing_ok=True), f"removing {probe}")
+    except OSError as error:
+        raise ConfigError(f"{what} {folder} cannot be written: {str(error) or type(error).__name__}") from error
+    if read != _PROBE:
+        raise ConfigError(f"{what} {folder} cannot be used: what is written there is not what is read")
+
+
+def renames_folders(folder: epath.Path) -> bool:
+    """Whether a folder that holds files can be renamed in `folder`, which is there. Found out by trying; never by URL.
+
+    Cloud Storage FUSE refuses it in buckets without hierarchical namespace, or where a folder holds another.
+    """
+    if is_url(folder):
+        return False
+    probe = Path(folder) / f"{_PROBE}-{socket.gethostname()}-{os.getpid()}"
+    renamed = probe.with_name(f"{probe.name}-renamed")
+    try:
+        (probe / "folder").mkdir(parents=True)
+        (probe / "folder" / "file").write_text("")
+        try:
+            probe.rename(renamed)
+        except OSError as error:
+            log.info("%s: folders cannot be renamed there (%s)", folder, error.strerror or error)
+            return False
+        return (renamed / "folder" / "file").is_file() and not probe.exists()
+    finally:
+        for left in (probe, renamed):
+            shutil.rmtree(left, ignore_errors=True)

@@ -1,0 +1,134 @@
+"""Runs in a bucket: killed, refused by its server or cut off from it, they end as one on a file system."""
+
+import random
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.bucket import BucketServer, bucket_server
+from tests.helpers.faults.uninterrupted import assert_same_run, resumed_from
+from tests.helpers.faulty_proxy import faulty_proxy
+from tests.helpers.micro import STEPS, wait_until
+from tests.helpers.proofs import HANG
+
+FEW = 8  # steps of the run that is killed once
+KILLS = 20
+# Seconds over which kills of a start are spread, and those after a step is saved.
+START_TIME, TRAINING_TIME = 8.0, 1.0
+SERVER_DOWN = 30.0
+
+
+@pytest.fixture(scope="module")
+def server():
+    with bucket_server() as server:
+        yield server
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch) -> Path:
+    """An empty working directory, where a folder `gs:` would be seen, and a cache beside it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    return tmp_path
+
+
+@pytest.fixture
+def reach(server, monkeypatch) -> Callable[[str], None]:
+    """Has the clients of processes that are started use the server, by way of a URL."""
+
+    def reach(url: str = "") -> None:
+        for name, value in server.variables(url).items():
+            monkeypatch.setenv(name, value)
+
+    reach()
+    return reach
+
+
+def finish(process: subprocess.Popen) -> str:
+    with process:
+        out, err = process.communicate(timeout=HANG)
+    assert process.returncode == 0, err
+    return out
+
+
+def assert_ends_as(server: BucketServer, name: str, reference: Path, folder: Path, steps: int) -> None:
+    """As the reference bit for bit, with TensorBoard's files; nothing of it is on this machine."""
+    assert_same_run(server.download(name, folder / name), reference, steps)
+    assert server.names(f"{name}/tensorboard/")
+    assert list(Path.cwd().iterdir()) == []
+    scratch = folder / "cache" / "baichuan_omni_jax" / "workdirs"
+    assert not any(path.is_dir() for path in scratch.iterdir())
+
+
+def test_a_run_in_a_bucket_is_killed_and_goes_on(server, reach, quick_pretrain, elsewhere):
+    steps = f"train.steps={FEW}"
+    finish(quick_pretrain.start(elsewhere / "reference", steps))
+    with quick_pretrain.start("gs://bucket/once", steps) as process:
+        assert wait_until(process, lambda: bool(server.committed("once"))), process.communicate()
+        process.kill()
+    saved = server.committed("once")[-1]
+    out = finish(quick_pretrain.start("gs://bucket/once", steps))
+    assert resumed_from(out) == saved
+    assert_ends_as(server, "once", elsewhere / "reference", elsewhere, FEW)
+
+
+def kill_at_random(process: subprocess.Popen, server: BucketServer, rng: random.Random) -> str:
+    """Kills the process while it starts, while it saves, or some time after a save; returns which."""
+    kind, before = rng.choice(["starting", "starting", "saving", "training"]), server.names("killed/checkpoints/")
+    saved = server.committed("killed")
+    with process:
+        if kind == "starting":
+            wait_until(process, lambda: False, rng.uniform(0, START_TIME))
+        elif kind == "saving":
+            # The first object of a save: the others are under way.
+            wait_until(process, lambda: not {*server.names("killed/checkpoints/")} <= {*before})
+        else:
+            wait_until(process, lambda: server.committed("killed") != saved)
+            time.sleep(rng.uniform(0, TRAINING_TIME))
+        ended = process.poll() is not None
+        process.kill()
+        process.communicate(timeout=HANG)
+    return "nothing" if ended else kind
+
+
+@pytest.mark.slow
+def test_killed_at_random_a_run_in_a_bucket_ends_as_the_uninterrupted_one(server, reach, pretrain, finished, elsewhere):
+    rng, kinds, saved = random.Random(3), Counter(), []
+    for _ in range(KILLS):
+        kinds[kill_at_random(pretrain.start("gs://bucket/killed", f"train.steps={STEPS}"), server, rng)] += 1
+        # A kill costs no step that was saved.
+        assert max(server.committed("killed"), default=0) >= max(saved, default=0)
+        saved = server.committed("killed")
+    print(dict(kinds), saved)
+    assert kinds["starting"] >= 1
+    assert resumed_from(finish(pretrain.start("gs://bucket/killed", f"train.steps={STEPS}"))) == max(saved, default=0)
+    assert_ends_as(server, "killed", finished, elsewhere, STEPS)
+
+
+@pytest.mark.slow
+def test_a_server_that_refuses_and_drops_requests_changes_nothing(server, reach, pretrain, finished, elsewhere):
+    with faulty_proxy(server.url, refused=0.1, dropped=0.05) as proxy:
+        reach(proxy.url)
+        finish(pretrain.start("gs://bucket/refused", f"train.steps={STEPS}"))
+        print(f"{proxy.faults} of {proxy.requests} requests failed")
+        assert proxy.faults >= 10
+    assert_ends_as(server, "refused", finished, elsewhere, STEPS)
+
+
+@pytest.mark.slow
+def test_a_server_that_is_down_for_a_while_changes_nothing(server, reach, pretrain, finished, elsewhere):
+    with faulty_proxy(server.url) as proxy:
+        reach(proxy.url)
+        with pretrain.start("gs://bucket/down", f"train.steps={STEPS}") as process:
+            assert wait_until(process, lambda: bool(server.committed("down"))), process.communicate()
+            proxy.down = True
+            time.sleep(SERVER_DOWN)
+            proxy.down = False
+            finish(process)
+        assert proxy.faults
+    assert_ends_as(server, "down", finished, elsewhere, STEPS)
