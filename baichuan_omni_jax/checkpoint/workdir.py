@@ -294,17 +294,21 @@ class Workdir:
         return read_tree(folder / name, abstract, what)
 
     def _finish(self, step: int) -> None:
-        """Waits in the background for the rename, then removes what is no longer kept."""
+        """Waits in the background for the commit, then removes what is no longer kept."""
         try:
             self._checkpointer.wait_until_finished()
-            self._failures = 0
-            if jax.process_index() == 0:
-                self._remove_old(step)
-            self._damaged.clear()
         except BaseException as error:
+            self._note_failure(step, error)
             if jax.process_index() == 0:
                 self._remove_failed()
-            self._note_failure(step, error)
+            return
+        self._failures = 0
+        try:
+            if jax.process_index() == 0:
+                self._remove_old(step)
+        except Exception as error:  # the step is saved; the next one removes them
+            log.warning("old steps in %s could not be removed: %s", self.path, error)
+        self._damaged.clear()
 
     def _note_failure(self, step: int, error: BaseException) -> None:
         self._failures, self._failed_at = self._failures + 1, time.monotonic()
@@ -324,8 +328,9 @@ class Workdir:
 
         Orbax reports the first write that fails, while others go on adding files for a moment.
         """
-        for _ in range(_REMOVALS):
-            with suppress(OSError):
+        # A bucket is not full, and one that is down would be asked for minutes: its next start cleans up.
+        for _ in range(1 if is_url(self.path) else _REMOVALS):
+            with suppress(Exception):
                 if not self._remove_leftovers():
                     return
             time.sleep(_PAUSE)

@@ -37,7 +37,7 @@ from baichuan_omni_jax.convert.safetensors_io import SINGLE
 from baichuan_omni_jax.convert.to_parts import TOKENIZER, convert_to_part, plan_to_part
 from baichuan_omni_jax.convert.to_torch import SHARD_BYTES, CheckpointSource
 from baichuan_omni_jax.errors import ConfigError
-from baichuan_omni_jax.storage import check_target, read_json_object
+from baichuan_omni_jax.storage import check_target, local_path, read_json_object
 from data_pipelines.tokenizers.public import read_vocabulary
 
 
@@ -86,8 +86,8 @@ def run(options: argparse.Namespace) -> None:
 
 def to_jax(options: argparse.Namespace) -> None:
     """Converts a Hugging Face folder to a checkpoint."""
-    source, target = Path(options.source).expanduser(), Path(options.target).expanduser()
-    vocoder = Path(options.vocoder).expanduser() if options.vocoder else None
+    source, target = local_path(options.source, "--from"), local_path(options.target, "--to")
+    vocoder = local_path(options.vocoder, "--vocoder") if options.vocoder else None
     branches = _read_branches(options)
     check_target(target)
     # The plan reads headers alone: whatever does not fit is refused before anything is written.
@@ -146,7 +146,7 @@ LOADED_AS = {
 def from_parts(options: argparse.Namespace) -> None:
     """Puts a checkpoint together from the folders of public models."""
     given = {name: getattr(options, name) for name in ("llm", "vision", "whisper", "vocoder")}
-    paths = {name: Path(value).expanduser() for name, value in given.items() if value}
+    paths = {name: local_path(value, f"--{name}") for name, value in given.items() if value}
     if not paths:
         raise ConfigError("no part is given: name --llm, --vision, --whisper or --vocoder")
     _write_parts(options, PublicParts(**paths), resolve_model(options.model), _read_branches(options))
@@ -154,7 +154,7 @@ def from_parts(options: argparse.Namespace) -> None:
 
 def from_whisper(options: argparse.Namespace) -> None:
     """Makes a checkpoint of a new audio tokenizer with the encoder of a Whisper folder, at the sizes of a model."""
-    folder, cfg = Path(options.whisper).expanduser(), resolve_model(options.model)
+    folder, cfg = local_path(options.whisper, "--from"), resolve_model(options.model)
     # Here the model's sizes are given, and a run with that model will read the branch.
     stated = read_json_object(folder / CONFIG)
     for name in WHISPER_SIZES:
@@ -166,7 +166,7 @@ def from_whisper(options: argparse.Namespace) -> None:
 
 def _write_parts(options: argparse.Namespace, parts: PublicParts, model: OmniConfig, branches: tuple[str, ...]) -> None:
     """Prints the plan of a checkpoint from parts, and writes it."""
-    target = Path(options.target).expanduser()
+    target = local_path(options.target, "--to")
     check_target(target)
     plan = plan_from_parts(parts, model, read_vocabulary=read_vocabulary, branches=branches)
     _print(describe_parts(plan, rules=options.dry_run))
@@ -192,7 +192,7 @@ def _print(text: str) -> None:
 
 def _open_export(options: argparse.Namespace) -> tuple[Path, CheckpointSource]:
     """Returns the folder to write, which holds nothing yet, and the branches to read."""
-    target = Path(options.target).expanduser()
+    target = local_path(options.target, "--to")
     if options.shard_mb < 1:
         raise ConfigError(f"--shard-mb must be at least 1, not {options.shard_mb}")
     check_target(target)

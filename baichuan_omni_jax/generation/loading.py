@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -146,7 +147,7 @@ def _joined_config(folders: Mapping[str, epath.Path]) -> OmniConfig:
     return replace(home, **sections)
 
 
-def _trained_images(folder: epath.Path | None) -> ImagesConfig:
+def _trained_images(folder: Path | epath.Path | None) -> ImagesConfig:
     """`data.images` of the run whose workdir the checkpoint `folder` lies in."""
     path = folder.parent.parent / RUN_CONFIG if folder and folder.parent.name == "checkpoints" else None
     if path is None or not path.exists():
@@ -166,7 +167,7 @@ def _load(name: str, folder: epath.Path, cfg: OmniConfig, mesh: Mesh, dtype: str
     return read_tree(folder / branch_folder(name), placed, f"branch {name}")
 
 
-def is_untrained(name: str, folder: epath.Path) -> bool:
+def is_untrained(name: str, folder: Path | epath.Path) -> bool:
     """Whether the branch has its first random weights: never trained, and neither converted nor from a run's parent."""
     if origin := read_origin(folder):
         return origin.untrained

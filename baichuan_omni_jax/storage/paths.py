@@ -16,8 +16,8 @@ import logging
 import os
 import random
 import re
+import secrets
 import shutil
-import socket
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -144,7 +144,7 @@ def check_writable(folder: epath.Path, what: str) -> None:
 
     Raises ConfigError, which begins with `what` ("workdir").
     """
-    probe = folder / f"{_PROBE}-{socket.gethostname()}-{os.getpid()}"
+    probe = folder / f"{_PROBE}-{secrets.token_hex(8)}"
     try:
         with_retries(lambda: probe.write_text(_PROBE), f"writing {probe}")
         read = with_retries(probe.read_text, f"reading {probe}")
@@ -155,14 +155,14 @@ def check_writable(folder: epath.Path, what: str) -> None:
         raise ConfigError(f"{what} {folder} cannot be used: what is written there is not what is read")
 
 
-def renames_folders(folder: epath.Path) -> bool:
+def renames_folders(folder: epath.PathLike) -> bool:
     """Whether a folder that holds files can be renamed in `folder`, which is there. Found out by trying; never by URL.
 
     Cloud Storage FUSE refuses it in buckets without hierarchical namespace, or where a folder holds another.
     """
     if is_url(folder):
         return False
-    probe = Path(folder) / f"{_PROBE}-{socket.gethostname()}-{os.getpid()}"
+    probe = Path(folder) / f"{_PROBE}-{secrets.token_hex(8)}"
     renamed = probe.with_name(f"{probe.name}-renamed")
     try:
         (probe / "folder").mkdir(parents=True)

@@ -75,6 +75,10 @@ class RunLog:
         """Writes what became of held-out clips after `step`."""
         self._metrics.write_samples(step, samples)
 
+    def flush(self) -> None:
+        """Puts into the files what was written up to now: they are about to be copied."""
+        self._metrics.flush()
+
     def close(self) -> None:
         """Ends files, services and the progress line."""
         self._metrics.close()
@@ -164,6 +168,10 @@ class MetricsWriter:
             self._events.add_audio(name, wave, step, sample_rate=rate)
         for name, image in samples.images.items():
             self._events.add_image(name, image, step, dataformats="HWC")
+        self._events.flush()
+
+    def flush(self) -> None:
+        """Puts TensorBoard's events into their file; lines are there already."""
         self._events.flush()
 
     def close(self) -> None:

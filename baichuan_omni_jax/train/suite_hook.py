@@ -33,6 +33,7 @@ from baichuan_omni_jax.evaluation.suites.report import (
 from baichuan_omni_jax.evaluation.suites.table import Suite, find_suite
 from baichuan_omni_jax.generation.chat import ChatModel, OmniChat
 from baichuan_omni_jax.generation.engine import Engine
+from baichuan_omni_jax.storage import local_path
 from baichuan_omni_jax.train.ability_hook import is_answer_step, live_engine
 from baichuan_omni_jax.train.hooks import Hook, RunProgress
 from baichuan_omni_jax.train.metrics import MetricsRecord
@@ -60,7 +61,7 @@ def check_suites(run: RunConfig) -> dict[str, Suite]:
         # Recorded questions become codes by the run's audio tokenizer, whether or not it trains.
         if missing := [branch for branch in suite.branches if branch not in (*run.branches, "audio_encoder")]:
             raise ConfigError(f"eval.suites {name} needs the branch {missing[0]}, which the run does not have")
-        folder = Path(run.eval.suite_data) / suite.folder
+        folder = local_path(run.eval.suite_data, "eval.suite_data") / suite.folder
         if not folder.is_dir():
             raise ConfigError(f"eval.suites {name}: {folder} is no folder (eval.suite_data)")
     return suites
@@ -116,7 +117,7 @@ class SuiteHook(Hook):
         return record
 
     def _read_items(self, suite: Suite) -> list[tuple[int, Item]]:
-        folder = Path(self._run.eval.suite_data) / suite.folder
+        folder = local_path(self._run.eval.suite_data, "eval.suite_data") / suite.folder
         return select_items(suite.read(folder), limit=self._run.eval.suite_items or None)
 
     def _open(self, progress: RunProgress) -> tuple[Engine, OmniChat]:

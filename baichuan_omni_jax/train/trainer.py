@@ -253,7 +253,7 @@ class Trainer:
             failures=self._failures,
             tokenizer_json=data.tokenizer_json,
             saved_step=first_step,
-            before_save=self._mirror.sync,
+            before_save=self._copy_numbers,
         )
         evaluation = EvaluationHook(spec, place, options.held_out)
         abilities = AbilityHook(
@@ -384,6 +384,12 @@ class Trainer:
     def _write(self, record: MetricsRecord) -> None:
         if self._log is not None:
             self._log.write(record)
+
+    def _copy_numbers(self) -> None:
+        """Copies the numbers up to now to where the workdir is, if that is a URL."""
+        if self._log is not None:
+            self._log.flush()
+        self._mirror.sync()
 
     def _close(self, steps: Iterator[DataStep]) -> None:
         # Workers first, however the run ended.

@@ -62,12 +62,12 @@ def test_what_cannot_be_served_is_refused_in_one_sentence(text, message):
     assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize(("url", "package"), [("gs://bucket/run", "gcsfs"), ("s3://bucket/run", "s3fs")])
-def test_a_missing_package_is_named_with_its_extra(url, package, monkeypatch):
+@pytest.mark.parametrize(("scheme", "package", "extra"), [("gs", "gcsfs", "gcs"), ("s3", "s3fs", "s3")])
+def test_a_missing_package_is_named_with_its_extra(scheme, package, extra, monkeypatch):
     monkeypatch.setattr(paths, "find_spec", lambda name: None)
     monkeypatch.setattr(paths, "_ready", set())
-    with pytest.raises(ConfigError, match=rf"{url} needs the package {package}: .*baichuan_omni_jax\[{url[:2]}\]"):
-        parse_path(url)
+    with pytest.raises(ConfigError, match=rf"needs the package {package}: .*baichuan_omni_jax\[{extra}\]"):
+        parse_path(f"{scheme}://bucket/run")
 
 
 @pytest.mark.parametrize("url", ["gs://bucket/a", Path("gs://bucket/a"), "file:///tmp/a", "hf://org/a"])
@@ -83,6 +83,7 @@ def test_where_a_folder_is_needed_a_url_is_refused(url):
         ["train", "--config", "configs/micro.py", "--workdir", "run", "--set", "data.root=gs://bucket/data"],
         ["data", "build", "gs://bucket/text.jsonl", "--out", "shards"],
         ["data", "sample", "gs://bucket/sample"],
+        ["convert", "to-jax", "--from", "released", "--to", "gs://bucket/converted"],
     ],
 )
 def test_a_command_makes_no_folder_of_a_url(arguments, tmp_path):

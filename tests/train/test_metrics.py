@@ -181,7 +181,7 @@ class FakeWandb(ModuleType):
 def test_wandb_without_a_network(tmp_path, monkeypatch):
     fake = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    writer = MetricsWriter(tmp_path, 0, WandbWriter("omni", load_run_config(CONFIG), tmp_path))
+    writer = MetricsWriter(tmp_path, 0, WandbWriter("omni", load_run_config(CONFIG), tmp_path, str(tmp_path)))
     writer.write({"step": 1, "loss": 2.0, "skipped": {"bad_json": 1}})
     writer.close()
     assert [settings.get("mode") for settings in fake.inits] == [None, "offline"]
@@ -194,4 +194,4 @@ def test_wandb_without_a_network(tmp_path, monkeypatch):
 def test_wandb_that_is_not_installed(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match=r"--wandb needs the package wandb: .*baichuan_omni_jax\[wandb\]"):
-        WandbWriter("omni", load_run_config(CONFIG), tmp_path)
+        WandbWriter("omni", load_run_config(CONFIG), tmp_path, str(tmp_path))
