@@ -1,6 +1,6 @@
 """The small recipe from random weights: what each ability reaches beside chance and its target, what each stage costs.
 
-    python benchmarks/small_recipe.py --workdir runs/small [--data DIR] [--minutes N] [--json]
+    python benchmarks/small_recipe.py --workdir runs/small [--data DIR] [--minutes N] [--until STAGE] [--json]
 
 Runs `baichuan-omni recipe small`, which goes on where it was stopped, and reads what it left. `--minutes N` shortens
 every stage to about N minutes in all on two CPU cores: then targets are shown, and none of them is asked for. Where the
@@ -150,13 +150,17 @@ def main() -> int:
     add("--workdir", type=Path, default=Path("runs/small"), help="where the recipe goes (%(default)s)")
     add("--data", type=Path, help="the data set, made where it is not there")
     add("--minutes", type=float, help="about how long all stages may take; without it, all of their steps")
+    add("--until", metavar="STAGE", help="the last stage to train: then no target is asked for")
     add("--json", action="store_true", help="one JSON object a line")
     options = parser.parse_args()
     share = 1.0 if options.minutes is None else share_of(options.minutes)
     command = ["recipe", "small", "--workdir", str(options.workdir), "--share", f"{share:.4f}"]
-    if code := run_command([*command, *(["--data", str(options.data)] if options.data else [])]):
+    for flag in ("data", "until"):
+        if value := getattr(options, flag):
+            command += [f"--{flag}", str(value)]
+    if code := run_command(command):
         return code
-    report, asked = collect(options.workdir), share == 1.0
+    report, asked = collect(options.workdir), share == 1.0 and not options.until
     rows = ability_rows(report, asked) + sphinx_rows(report.samples, asked) + stage_rows(report)
     if not (options.workdir / EVALUATION).is_dir():
         rows.append(row("evaluation", 0, "", note="nothing was asked: the last stage has no eval.abilities"))
