@@ -198,11 +198,8 @@ def _verdict(target: Target, value: float | None) -> str:
     }[target.measure]
     if value is None:
         return f'<span class="quiet">{words} (not measured)</span>'
-    return (
-        f'{words} <span class="good">✓ met</span>'
-        if target.is_met(value)
-        else f'{words} <span class="bad">✗ missed</span>'
-    )
+    kind, said = ("good", "✓ met") if target.is_met(value) else ("bad", "✗ missed")
+    return f'{words} <span class="{kind}">{said}</span>'
 
 
 def _ability_curves(report: Report) -> str:
@@ -280,13 +277,11 @@ def _card(sample: Sample) -> str:
     media = "".join(media_tag(kind, Path(path)) for kind, path in sample.media)
     recording, speech = (media_tag("audio", Path(p)) if p else "" for p in (sample.recording, sample.speech))
     verdict = {True: '<span class="good">✓ right</span>', False: '<span class="bad">✗ wrong</span>', None: ""}
+    answered = f"{escape(sample.answer) or '–'} {verdict[sample.right]}{speech}"
     entries = [
         ("asked", escape(sample.prompt)),
         ("expected", escape(sample.reference) + recording),
-        (
-            "heard in its answer" if speech else "answered",
-            f"{escape(sample.answer) or '–'} {verdict[sample.right]}{speech}",
-        ),
+        ("heard in its answer" if speech else "answered", answered),
     ]
     lines = "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in entries if value)
     return f'<div class="card">{media}<dl>{lines}</dl></div>'
