@@ -78,12 +78,12 @@ SMALL = Recipe(
         RecipeStage(
             name="flow_matching_small",
             parents={"checkpoint.init_from": f"audio_encoder={{{_HEARS}}},audio_decoder={{{_HEARS}}},flow=random"},
-            step_seconds=0.5,
+            step_seconds=0.7,
         ),
         RecipeStage(
             name="image_text_1_digits_small",
             parents={"checkpoint.init_from": f"llm={{{_HEARS}}},vision=random"},
-            step_seconds=0.6,
+            step_seconds=0.4,
         ),
         RecipeStage(
             name="image_text_1_small",
