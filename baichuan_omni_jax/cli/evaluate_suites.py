@@ -30,7 +30,8 @@ from baichuan_omni_jax.config import GenerationConfig
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.evaluation.suites.answers import AnswerFile, Likelihoods, engine_likelihoods, select_items
 from baichuan_omni_jax.evaluation.suites.items import Item
-from baichuan_omni_jax.evaluation.suites.judges import RUBRICS, CachedJudge, JudgeServer, find_model, read_rubrics
+from baichuan_omni_jax.evaluation.suites.judge_server import JudgeServer, find_model
+from baichuan_omni_jax.evaluation.suites.judges import RUBRICS, CachedJudge, read_rubrics
 from baichuan_omni_jax.evaluation.suites.report import Judging, Rule, SuiteScores, score_suite, table_of, write_scores
 from baichuan_omni_jax.evaluation.suites.speech import measure_answers, recognize_answers
 from baichuan_omni_jax.evaluation.suites.table import SUITES, Suite, find_suite
@@ -148,6 +149,7 @@ def _judge(options: argparse.Namespace) -> JudgeServer | Rule:
     if not options.judge.startswith(("http://", "https://")):
         raise ConfigError(f"--judge {options.judge} is no URL, and none of rules, exact, none")
     server = JudgeServer(url=options.judge, model="", key=options.judge_key, timeout=options.judge_timeout)
+    server.check()
     return replace(server, model=options.judge_model or find_model(server))
 
 

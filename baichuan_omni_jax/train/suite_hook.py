@@ -21,7 +21,8 @@ from baichuan_omni_jax.config import GenerationConfig, OmniConfig, RunConfig
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.evaluation.suites.answers import AnswerFile, engine_likelihoods, select_items
 from baichuan_omni_jax.evaluation.suites.items import Item
-from baichuan_omni_jax.evaluation.suites.judges import CachedJudge, JudgeServer, find_model
+from baichuan_omni_jax.evaluation.suites.judge_server import JudgeServer, find_model
+from baichuan_omni_jax.evaluation.suites.judges import CachedJudge
 from baichuan_omni_jax.evaluation.suites.report import (
     Judging,
     Rule,
@@ -67,6 +68,19 @@ def check_suites(run: RunConfig) -> dict[str, Suite]:
     return suites
 
 
+def read_suites(run: RunConfig) -> dict[str, list[tuple[int, Item]]]:
+    """Returns the items of a run's suites, with their numbers. Raises ConfigError naming the suite and the file."""
+    items = {}
+    for name, suite in check_suites(run).items():
+        folder = local_path(run.eval.suite_data, "eval.suite_data") / suite.folder
+        try:
+            items[name] = select_items(suite.read(folder), limit=run.eval.suite_items or None)
+        except ConfigError as error:
+            # A reader speaks of the command's flag.
+            raise ConfigError(f"eval.suites {name}: {str(error).removeprefix('--data ')} (eval.suite_data)") from error
+    return items
+
+
 class SuiteHook(Hook):
     """Puts the suites of `eval.suites` to the weights every `eval.suite_every` steps, and after the last one.
 
@@ -93,8 +107,8 @@ class SuiteHook(Hook):
         self._suites = check_suites(self._run)
         self._workdir, self._folder, self._console, self._json = workdir, folder, console, tokenizer_json
         # Read before the first step: a file that cannot be used ends the run before it begins.
-        self._items = {name: self._read_items(suite) for name, suite in self._suites.items()}
-        self._judge: JudgeServer | Rule = _judge_of(self._run.eval.suite_judge) if self._suites else "none"
+        self._items = read_suites(self._run)
+        self._judge: JudgeServer | Rule = find_judge(self._run.eval.suite_judge) if self._suites else "none"
 
     def is_due(self, step: int) -> bool:
         return bool(self._suites) and is_answer_step(step, self._run.eval.suite_every, self._run.train.steps)
@@ -115,10 +129,6 @@ class SuiteHook(Hook):
             self._console.print(f"suites after step {progress.step} could not be answered: {error}", markup=False)
         self._console.print(f"suites after step {progress.step}: {time.perf_counter() - began:.1f} s")
         return record
-
-    def _read_items(self, suite: Suite) -> list[tuple[int, Item]]:
-        folder = local_path(self._run.eval.suite_data, "eval.suite_data") / suite.folder
-        return select_items(suite.read(folder), limit=self._run.eval.suite_items or None)
 
     def _open(self, progress: RunProgress) -> tuple[Engine, OmniChat]:
         tokenizer = Tokenizer.from_str(self._json)
@@ -151,13 +161,17 @@ class SuiteHook(Hook):
         return scores
 
 
-def _judge_of(judge: str) -> JudgeServer | Rule:
+def find_judge(judge: str) -> JudgeServer | Rule:
     """The judge that `eval.suite_judge` names. Raises ConfigError where it cannot be used."""
     if judge in get_args(Rule):
         return cast(Rule, judge)
     if not judge.startswith(("http://", "https://")):
         raise ConfigError(f"eval.suite_judge {judge!r} is no URL, and none of {', '.join(get_args(Rule))}")
     server = JudgeServer(url=judge, model="", key="OPENAI_API_KEY")
+    try:
+        server.check()
+    except ConfigError as error:
+        raise ConfigError(f"eval.suite_judge: {error}") from error
     try:
         return JudgeServer(url=judge, model=find_model(server), key="OPENAI_API_KEY")
     except ConfigError as error:

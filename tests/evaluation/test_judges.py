@@ -2,20 +2,23 @@
 
 import json
 import re
+import socket
 import subprocess
 import sys
+import threading
+import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.evaluation.suites.judge_server import JudgeError, JudgeServer, find_model
 from baichuan_omni_jax.evaluation.suites.judges import (
     GIVE_UP,
     RUBRICS,
     CachedJudge,
     Case,
-    JudgeServer,
-    find_model,
     parse_verdict,
     read_rubrics,
 )
@@ -48,6 +51,7 @@ ROOT = Path(__file__).resolve().parents[2]
         ("judgment", '{"judgment": true}', None),
         ("judgment", "correct", None),
         ("judgment", "{broken", None),
+        ("judgment", 3000 * '{"a":', None),
     ],
 )
 def test_forms_of_verdicts(form, reply, score):
@@ -138,6 +142,114 @@ def test_a_wrong_key_is_told_after_one_request(tmp_path):
     assert len(double.requests) <= 2
     assert "answers 401" in judge.notes[0]
     assert "is $OPENAI_API_KEY set?" in judge.notes[0]
+
+
+@contextmanager
+def raw_server(pieces):
+    """Sends bytes, and waits seconds, whatever is asked; yields the URL and a list with an entry for each request."""
+    asked = []
+
+    def serve(listening):
+        while True:
+            try:
+                connection, _ = listening.accept()
+            except OSError:
+                return
+            with connection:
+                try:
+                    asked.append(connection.recv(1 << 16))
+                    for piece in pieces:
+                        time.sleep(piece) if isinstance(piece, float) else connection.sendall(piece)
+                except OSError:
+                    pass
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        threading.Thread(target=serve, args=(listening,), daemon=True).start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}/v1", asked
+
+
+HEAD = b"HTTP/1.0 200 OK\r\nContent-Length: 4000\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("pieces", "sentence", "requests"),
+    [
+        ([b"HTTP/1.0 302 Found\r\nLocation: http://other.example/v1\r\n\r\n"], "redirects to http://other.example", 1),
+        ([b"HTTP/1.0 308 Moved\r\n\r\n"], "redirects elsewhere", 1),
+        ([HEAD, *[b" ", 0.1] * 20], "not whole after 0.5 s", 2),
+        ([HEAD, b"{}"], "gives no answer: IncompleteRead", 2),
+        ([], "gives no answer", 2),
+        ([b"SSH-2.0-OpenSSH\r\n"], "gives no answer", 2),
+        ([b"HTTP/1.0 429 Wait\r\nRetry-After: \xb2\r\n\r\n"], "answers 429", 2),
+        ([b"HTTP/1.0 200 OK\r\n\r\n<html>Sign in</html>"], "no JSON", 2),
+        ([b"HTTP/1.0 200 OK\r\n\r\n" + 100000 * b'{"a":'], "no JSON", 2),
+        ([b'HTTP/1.0 200 OK\r\n\r\n{"choices": "none"}'], "no chat completion", 2),
+        ([b'HTTP/1.0 200 OK\r\n\r\n{"choices": [{"message": {"content": [1]}}]}'], "without text", 2),
+    ],
+)
+def test_what_a_server_may_do_is_one_sentence(pieces, sentence, requests):
+    """The key follows no redirect; a reply that trickles ends in time."""
+    with raw_server(pieces) as (url, asked):
+        with pytest.raises(JudgeError, match=re.escape(sentence)):
+            server(url, tries=2).ask([{"role": "user", "content": "?"}])
+        assert len(asked) == requests
+
+
+def test_half_characters_of_a_judge_are_kept_as_question_marks(tmp_path):
+    double = JudgeDouble(lambda count, message: b'{"choices": [{"message": {"content": "\\ud83d [[7]]"}}]}')
+    with serve_judge(double) as url:
+        for _ in range(2):
+            (verdict,) = CachedJudge(server(url), tmp_path / "v").judge(cases(1, "alpaca_eval"))
+            assert verdict.score == pytest.approx(0.7)
+    assert len(double.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"url": "http://"}, "'http://' is none that can be asked"),
+        ({"url": "http://[::1"}, "none that can be asked"),
+        ({"url": "http://host:port/v1"}, "none that can be asked"),
+        ({"url": "http://a b/v1"}, "none that can be asked"),
+        ({"url": "http://bücher.example/v1"}, "none that can be asked"),
+        ({"timeout": 0.0}, "above 0 to 86400 seconds, not 0"),
+        ({"timeout": float("nan")}, "not nan"),
+        ({"timeout": 1e30}, "seconds, not 1e+30"),
+        ({"key": "KEY_OF_THE_TEST"}, "$KEY_OF_THE_TEST is no key"),
+    ],
+)
+def test_judges_that_no_request_could_reach(changes, sentence, monkeypatch):
+    monkeypatch.setenv("KEY_OF_THE_TEST", "sec\nret")
+    given = JudgeServer(**{"url": "http://127.0.0.1:1/v1", "model": "judge"} | changes)
+    with pytest.raises(ConfigError, match=re.escape(sentence)) as caught:
+        given.check()
+    assert "sec" not in str(caught.value).replace("seconds", "")
+
+
+def test_a_key_that_ends_in_a_line_end_is_sent_without(monkeypatch):
+    monkeypatch.setenv("KEY_OF_THE_TEST", "secret\n")
+    double = JudgeDouble(lambda *_: "yes")
+    with serve_judge(double) as url:
+        judge = server(url, key="KEY_OF_THE_TEST")
+        judge.check()
+        assert judge.ask([{"role": "user", "content": "?"}]) == "yes"
+    assert double.keys == {"Bearer secret"}
+
+
+def test_verdicts_that_somebody_edited_or_that_are_no_file(tmp_path):
+    path = tmp_path / "verdicts.jsonl"
+    double = JudgeDouble(lambda *_: "the score is [Correct]")
+    with serve_judge(double) as url:
+        CachedJudge(server(url), path).judge(cases(1))
+        line = json.loads(path.read_text())
+        for odd in (json.dumps(line | {"value": 7}), json.dumps(line | {"key": []}), "[]", "[" * 50000, "\0"):
+            path.write_text(odd + "\n")
+            (verdict,) = CachedJudge(server(url), path).judge(cases(1))
+            assert verdict.score == 1
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(ConfigError, match=r"verdicts\.jsonl cannot be written: Is a directory"):
+        CachedJudge(server("http://127.0.0.1:1"), path)
 
 
 def test_the_only_model_of_a_judge_is_found():

@@ -7,7 +7,7 @@ import pytest
 
 from baichuan_omni_jax.config import load_run_config
 from baichuan_omni_jax.errors import ConfigError
-from baichuan_omni_jax.train.suite_hook import check_suites
+from baichuan_omni_jax.train.suite_hook import check_suites, find_judge, read_suites
 from tests.helpers.micro import CONFIG, read_metrics
 from tests.helpers.suite_files import write_exam, write_omni_bench
 
@@ -28,6 +28,16 @@ def test_suites_that_cannot_be_answered_are_refused_before_the_run(changes, mess
     run = load_run_config(CONFIG, [*changes, f"eval.suite_data={tmp_path}"])
     with pytest.raises(ConfigError, match=message):
         check_suites(run)
+
+
+def test_files_and_judges_that_cannot_be_used_are_told_by_their_keys(tmp_path):
+    (tmp_path / "MMLU").mkdir()
+    run = load_run_config(CONFIG, ["eval.suites=('mmlu',)", f"eval.suite_data={tmp_path}"])
+    with pytest.raises(ConfigError, match=r"^eval.suites mmlu: .*MMLU is empty \(eval.suite_data\)$"):
+        read_suites(run)
+    for judge, message in (("maybe", "'maybe' is no URL"), ("http://[::1", "is none that can be asked")):
+        with pytest.raises(ConfigError, match=f"^eval.suite_judge.*{message}"):
+            find_judge(judge)
 
 
 def test_suites_of_a_run_are_found_by_name(tmp_path):

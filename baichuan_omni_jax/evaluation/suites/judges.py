@@ -5,13 +5,8 @@ same measurement. A file of your own rubrics takes their place (`read_rubrics`).
 """
 
 import hashlib
-import http.client
 import json
-import os
 import re
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -20,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.evaluation.suites.judge_server import JudgeError, JudgeServer
 from baichuan_omni_jax.storage import read_json_object
 
 VerdictForm = Literal["rating", "score_is", "points", "judgment"]
@@ -108,7 +104,7 @@ def parse_verdict(reply: str, form: VerdictForm) -> float | None:
     decoder = json.JSONDecoder()
     # The last object that is whole: an analysis may hold braces, and a fence may stand around it.
     for start in reversed([found.start() for found in re.finditer(r"\{", reply)]):
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             judgment = decoder.raw_decode(reply, start)[0].get("judgment")
             if isinstance(judgment, str) and judgment.strip().lower() in ("correct", "incorrect"):
                 return float(judgment.strip().lower() == "correct")
@@ -128,108 +124,6 @@ def read_rubrics(path: Path) -> dict[str, Rubric]:
             raise ConfigError(f"{path}: the rubric for {name} is no text with {{answer}} in it")
         made[name] = replace(RUBRICS[name], text=text)
     return RUBRICS | made
-
-
-@dataclass(frozen=True, kw_only=True)
-class JudgeServer:
-    """An OpenAI-compatible server of chat completions.
-
-    Attributes:
-        url: up to `/v1`, or of `chat/completions` itself.
-        model: its name there.
-        key: the environment variable that holds the key; unset or empty: none is sent.
-        timeout: seconds that one reply may take.
-        tries: how often a request is made that fails for a reason that may pass.
-        pause: seconds before the second try, doubled before each further one.
-        at_once: requests at a time.
-    """
-
-    url: str
-    model: str
-    key: str = "OPENAI_API_KEY"
-    timeout: float = 60.0
-    tries: int = 4
-    pause: float = 1.0
-    at_once: int = 8
-
-    def ask(self, messages: Sequence[Mapping[str, str]], seed: int | None = None) -> str:
-        """Returns the reply's text.
-
-        Args:
-            messages: of the request.
-            seed: of a reply that is sampled; None: the likeliest is wanted.
-
-        Raises:
-            JudgeError: the server does not answer, or not with a chat completion.
-        """
-        body: dict[str, Any] = {"model": self.model, "messages": list(messages), "temperature": 0.0}
-        if seed is not None:
-            body |= {"temperature": 0.7, "seed": seed}
-        # What may pass is tried again, after pauses that grow: a server that restarts needs some seconds.
-        for number in range(self.tries):
-            try:
-                return self._post(body)
-            except JudgeError as error:
-                if error.final or number + 1 == self.tries:
-                    raise
-                time.sleep(error.wait or self.pause * 2**number)
-        raise AssertionError("tries must be at least 1")
-
-    def _post(self, body: Mapping[str, Any]) -> str:
-        url = self.url.rstrip("/")
-        url = url if url.endswith("/chat/completions") else f"{url}/chat/completions"
-        reply = self.fetch(url, json.dumps(body).encode())
-        try:
-            text = reply["choices"][0]["message"]["content"]
-        except (KeyError, IndexError, TypeError) as error:
-            raise JudgeError(f"the judge {url} answers something that is no chat completion", False) from error
-        if not isinstance(text, str):
-            raise JudgeError(f"the judge {url} answers without text", False)
-        return text
-
-    def fetch(self, url: str, body: bytes | None = None) -> Any:
-        """Returns the JSON that `url` answers. Raises JudgeError: an error's code, no answer in time, no JSON."""
-        # The key goes into the request alone: neither files nor messages have it.
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get(self.key, ""):
-            headers["Authorization"] = f"Bearer {key}"
-        request = urllib.request.Request(url, body, headers)
-        try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as response:
-                return json.loads(response.read())
-        except urllib.error.HTTPError as error:
-            # Too many requests and errors of the server pass; a wrong key, path or model does not.
-            hint = f": is ${self.key} set?" if error.code in (401, 403) else ""
-            wait = error.headers.get("Retry-After", "") if error.headers else ""
-            passing = error.code in (408, 409, 429) or error.code >= 500
-            sentence = f"the judge {url} answers {error.code} {error.reason}{hint}"
-            raise JudgeError(sentence, not passing, min(float(wait), 60.0) if wait.isdigit() else 0.0) from error
-        except (OSError, http.client.HTTPException) as error:  # refused, broken off, too slow
-            reason = getattr(error, "reason", error)
-            raise JudgeError(f"the judge {url} gives no answer: {reason or type(error).__name__}", False) from error
-        except ValueError as error:
-            raise JudgeError(f"the judge {url} answers something that is no JSON", False) from error
-
-
-def find_model(server: JudgeServer) -> str:
-    """Returns the name of a server's only model. Raises ConfigError where it does not tell, or has several."""
-    url = f"{server.url.rstrip('/').removesuffix('/chat/completions')}/models"
-    try:
-        names = [model["id"] for model in server.fetch(url)["data"]]
-    except (JudgeError, KeyError, TypeError) as error:
-        reason = error if isinstance(error, JudgeError) else "no list of models"
-        raise ConfigError(f"--judge-model must be given: {url} does not tell what there is ({reason})") from error
-    if len(names) != 1:
-        raise ConfigError(f"--judge-model must be given: {url} has {', '.join(names[:5]) or 'none'}")
-    return names[0]
-
-
-class JudgeError(Exception):
-    """A judge gives no verdict. `final`: trying again would not help; `wait`: seconds that the server asks for."""
-
-    def __init__(self, message: str, final: bool, wait: float = 0.0):
-        super().__init__(message)
-        self.final, self.wait = final, wait
 
 
 @dataclass(frozen=True)
@@ -253,29 +147,36 @@ class Verdict:
 
 
 class ContentCache:
-    """What was found out by its content, in a file of JSON lines that is added to: found once, kept over a kill."""
+    """Texts that were found out by content, in a file of JSON lines that is added to: found once, kept over a kill.
+
+    Raises ConfigError where the file cannot be read or written.
+    """
 
     def __init__(self, path: Path):
-        self._path, self._known = path, dict[str, Any]()
-        if not path.exists():
-            return
-        lines = path.read_bytes().splitlines(keepends=True)
+        self._path, self._known = path, dict[str, str]()
+        # Opened for writing before anything is asked: what could not be kept would be asked for each time.
+        try:
+            with path.open("ab+") as file:
+                file.seek(0)
+                lines = file.read().splitlines(keepends=True)
+                if lines and not lines[-1].endswith(b"\n"):
+                    file.write(b"\n")
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be written: {error.strerror or error}") from error
         for line in lines:
             # A line that a crash of the machine damaged is found out anew.
-            with suppress(ValueError, KeyError, TypeError):
+            with suppress(ValueError, KeyError, TypeError, RecursionError):
                 values = json.loads(line)
-                self._known[values["key"]] = values["value"]
-        if lines and not lines[-1].endswith(b"\n"):
-            with path.open("ab") as file:
-                file.write(b"\n")
+                if isinstance(values["value"], str):
+                    self._known[values["key"]] = values["value"]
 
     def __contains__(self, key: str) -> bool:
         return key in self._known
 
-    def __getitem__(self, key: str) -> Any:
+    def __getitem__(self, key: str) -> str:
         return self._known[key]
 
-    def add(self, key: str, value: Any, **also: Any) -> None:
+    def add(self, key: str, value: str, **also: Any) -> None:
         """Keeps a value, with what else a reader of the file may want to see."""
         self._known[key] = value
         with self._path.open("a", encoding="utf-8") as file:
