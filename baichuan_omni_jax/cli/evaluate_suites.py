@@ -7,14 +7,17 @@
 
 Answers are greedy and lie in OUT/SUITE/answers.jsonl, a line an item; started again, the same command goes on. Items
 that cannot be asked are lines with their cause and are asked again. docs/how-to/evaluate.md says how data lie on disk.
-Exit code 1: verdicts are missing that the same command would ask for again; 2: something given cannot be used.
+Exit code 1: verdicts are missing that the same command would ask for again; 2: something given cannot be used; 3: the
+disk is full, or no longer to be written.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
+
+import soundfile
 
 from baichuan_omni_jax.checkpoint import find_checkpoint
 from baichuan_omni_jax.cli.chat import (
@@ -27,13 +30,13 @@ from baichuan_omni_jax.cli.chat import (
 )
 from baichuan_omni_jax.cli.common import quiet_logs
 from baichuan_omni_jax.config import GenerationConfig
-from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.errors import ConfigError, RunStoppedError
 from baichuan_omni_jax.evaluation.suites.answers import AnswerFile, Likelihoods, engine_likelihoods, select_items
 from baichuan_omni_jax.evaluation.suites.items import Item
 from baichuan_omni_jax.evaluation.suites.judge_server import JudgeServer, find_model
-from baichuan_omni_jax.evaluation.suites.judges import RUBRICS, CachedJudge, read_rubrics
+from baichuan_omni_jax.evaluation.suites.judges import RUBRICS, CachedJudge, Rubric, read_rubrics
 from baichuan_omni_jax.evaluation.suites.report import Judging, Rule, SuiteScores, score_suite, table_of, write_scores
-from baichuan_omni_jax.evaluation.suites.speech import measure_answers, recognize_answers
+from baichuan_omni_jax.evaluation.suites.speech import Recognizer, find_clips, measure_answers, recognize_answers
 from baichuan_omni_jax.evaluation.suites.table import SUITES, Suite, find_suite
 from data_pipelines.tools.commands import load_function
 
@@ -86,7 +89,7 @@ def run_suites(options: argparse.Namespace) -> int:
     quiet_logs()
     # All that can be refused without the weights comes first: loading and compiling take minutes.
     plans = [_plan(options, name) for name in _suite_names(options)]
-    judge = _judge(options)
+    judge, tools = _judge(options), _tools(options)
     opened = None if options.score_only else _open(options, [plan.suite for plan in plans])
     incomplete = False
     for plan in plans:
@@ -95,11 +98,15 @@ def run_suites(options: argparse.Namespace) -> int:
                 likelihoods = _likelihoods(opened) if plan.suite.task == "choose" else None
                 at_once = 2 * options.slots
                 plan.answers.fill(plan.items, opened.chat, likelihoods, at_once=at_once, report=print_note)
-            scores = _score(options, plan, judge)
+            scores = _score(options, plan, judge, tools)
+            write_scores(plan.answers.path.with_name("scores.json"), scores)
         except KeyboardInterrupt:
             sentence = f"stopped: {plan.answers.path} keeps what is answered, the same command goes on"
             raise KeyboardInterrupt(sentence) from None
-        write_scores(plan.answers.path.with_name("scores.json"), scores)
+        # A full disk, a folder that became read-only: libsndfile has an error of its own for it.
+        except (OSError, soundfile.SoundFileError) as error:
+            sentence = f"{plan.answers.path.parent}: {error}; what is answered is kept, the same command goes on"
+            raise RunStoppedError(sentence) from error
         print(table_of(scores), flush=True)
         incomplete |= scores.incomplete
     return int(incomplete)
@@ -109,7 +116,8 @@ def _suite_names(options: argparse.Namespace) -> list[str]:
     for flag in ("suite", "checkpoint"):
         if not getattr(options, flag) and not (flag == "checkpoint" and options.score_only):
             raise ConfigError(f"--{flag} must be given (see --help)")
-    names = options.suite.split(",")
+    # Each once, however often it is named.
+    names = list(dict.fromkeys(options.suite.split(",")))
     for name in names:
         find_suite(name)
     if options.folder and len({SUITES[name].folder for name in names}) > 1:
@@ -117,8 +125,8 @@ def _suite_names(options: argparse.Namespace) -> list[str]:
     for name in names:
         if SUITES[name].task == "speak" and not options.asr:
             raise ConfigError(f"--suite {name} is scored by what a recognizer hears: name yours by --asr")
-    if options.voice_clips and not options.voice_clips.is_dir():
-        raise ConfigError(f"--voice-clips {options.voice_clips} is no folder")
+    if options.voice_clips:
+        find_clips(options.voice_clips)
     if options.limit is not None and options.limit < 1:
         raise ConfigError(f"--limit must be at least 1, not {options.limit}")
     return names
@@ -138,6 +146,24 @@ def _checkpoint_name(options: argparse.Namespace) -> str:
     """What lines of answers call the checkpoint: of a workdir its newest step, another one after more training."""
     spec = options.checkpoint or ""
     return spec if options.score_only or "=" in spec else str(find_checkpoint(spec))
+
+
+@dataclass(frozen=True)
+class _Tools:
+    """What the user brings to score answers with."""
+
+    recognizer: Recognizer | None
+    mos: Callable[..., float] | None
+    rubrics: Mapping[str, Rubric]
+
+
+def _tools(options: argparse.Namespace) -> _Tools:
+    """Loads them. Raises ConfigError naming the flag."""
+    return _Tools(
+        recognizer=load_function("--asr", options.asr) if options.asr else None,
+        mos=load_function("--mos", options.mos) if options.mos else None,
+        rubrics=read_rubrics(options.rubrics) if options.rubrics else RUBRICS,
+    )
 
 
 def _judge(options: argparse.Namespace) -> JudgeServer | Rule:
@@ -175,7 +201,15 @@ def _likelihoods(opened: OpenedChat) -> Likelihoods:
     return engine_likelihoods(opened.engine, processor)
 
 
-def _score(options: argparse.Namespace, plan: _Plan, judge: JudgeServer | Rule) -> SuiteScores:
+def _score(options: argparse.Namespace, plan: _Plan, judge: JudgeServer | Rule, tools: _Tools) -> SuiteScores:
+    if not plan.answers.path.exists():
+        raise ConfigError(f"{plan.answers.path} holds no answer to score")
+    # Verdicts, too, are one program's at a time.
+    with plan.answers.locked():
+        return _scored(options, plan, judge, tools)
+
+
+def _scored(options: argparse.Namespace, plan: _Plan, judge: JudgeServer | Rule, tools: _Tools) -> SuiteScores:
     folder = plan.answers.path.parent
     lines = plan.answers.lines(plan.items)
     if not lines:
@@ -183,21 +217,19 @@ def _score(options: argparse.Namespace, plan: _Plan, judge: JudgeServer | Rule) 
     # Spoken answers are judged by what a listener would hear; without a recognizer by what they wrote.
     spoken = any("audio" in line for line in lines)
     heard, notes = None, []
-    if options.asr and (spoken or plan.suite.task == "speak"):
-        recognizer = load_function("--asr", options.asr)
-        heard, notes = recognize_answers(folder, lines, recognizer, options.asr)
+    if tools.recognizer is not None and (spoken or plan.suite.task == "speak"):
+        heard, notes = recognize_answers(folder, lines, tools.recognizer, options.asr)
     elif spoken:
         notes = ["judged by what the answers wrote, not by what is heard in them: no --asr"]
     judging = Judging(
         judge=CachedJudge(judge, folder / "verdicts.jsonl") if isinstance(judge, JudgeServer) else judge,
-        rubrics=read_rubrics(options.rubrics) if options.rubrics else RUBRICS,
+        rubrics=tools.rubrics,
         heard=heard,
     )
     scores = score_suite(plan.name, plan.suite, plan.items, lines, judging, print_note)
     if spoken:
-        mos = load_function("--mos", options.mos) if options.mos else None
         # Text that was read aloud is measured against by the suite's own score.
         against = heard if plan.suite.task == "chat" else None
-        measures, left_out = measure_answers(folder, plan.items, lines, against, options.voice_clips, mos)
+        measures, left_out = measure_answers(folder, plan.items, lines, against, options.voice_clips, tools.mos)
         scores = replace(scores, measures=measures, notes=[*scores.notes, *left_out])
     return replace(scores, notes=[*scores.notes, *notes])

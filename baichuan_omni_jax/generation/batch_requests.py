@@ -86,11 +86,17 @@ def _answer(
                 asked.append((question, _put(question, ask)))
             question, reply = asked.popleft()
             line = _outcome(question, reply, record)
-            file.write(json.dumps({"line": question.line, "id": question.id} | line, ensure_ascii=False) + "\n")
+            file.write(encode_line({"line": question.line, "id": question.id} | line))
             # Line by line: a kill loses what was being answered, nothing that was reported.
             file.flush()
             progress.add(line)
     return progress.outcomes
+
+
+def encode_line(values: Mapping[str, Any]) -> str:
+    """Returns the line of a file of answers, with its end."""
+    # Half a character, which a name of a file may hold, has no UTF-8: it stays what it was in JSON.
+    return json.dumps(values, ensure_ascii=False).encode("utf-8", "backslashreplace").decode("utf-8") + "\n"
 
 
 def _question(line: bytes, number: int) -> Question:

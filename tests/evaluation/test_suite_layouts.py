@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from baichuan_omni_jax.errors import ConfigError, RequestError
-from baichuan_omni_jax.evaluation.suites import layouts
+from baichuan_omni_jax.evaluation.suites import layouts, speech_layouts
 from baichuan_omni_jax.evaluation.suites.answers import select_items
 from baichuan_omni_jax.evaluation.suites.table import SUITES, likelihood_prompt, message_of
 from tests.helpers.suite_files import (
@@ -117,26 +117,26 @@ def test_agieval_tasks_of_one_right_letter(tmp_path):
 
 def test_recordings_in_four_layouts(tmp_path):
     spoken = {"84-121123-0000": "GO DO YOU HEAR", "84-121123-0001": "BUT IN LESS"}
-    items = list(layouts.read_recordings(write_recordings(tmp_path / "a", spoken)))
+    items = list(speech_layouts.read_recordings(write_recordings(tmp_path / "a", spoken)))
     assert {item.id: item.references[0] for item in items} == spoken
     assert all(item.media[0].path.is_file() for item in items)
     kaldi = tmp_path / "b"
     kaldi.mkdir()
     (kaldi / "text").write_text("u1 你好\n")
     (kaldi / "wav.scp").write_text("u1 clips/u1.wav\n")
-    (item,) = layouts.read_recordings(kaldi, "zh")
+    (item,) = speech_layouts.read_recordings(kaldi, "zh")
     assert (item.references, item.media[0].path) == (("你好",), kaldi / "clips" / "u1.wav")
     aishell = tmp_path / "c"
     (aishell / "wav" / "test" / "S1").mkdir(parents=True)
     (aishell / "wav" / "test" / "S1" / "x1.wav").write_bytes(b"")
     (aishell / "transcript").mkdir()
     (aishell / "transcript" / "aishell_transcript_v0.8.txt").write_text("x0 不 在\nx1 在 这里\n")
-    (item,) = layouts.read_recordings(aishell, "zh")
+    (item,) = speech_layouts.read_recordings(aishell, "zh")
     assert (item.id, item.references) == ("x1", ("在 这里",))
     fleurs = tmp_path / "d"
     fleurs.mkdir()
     (fleurs / "test.tsv").write_text("7\tx.wav\tHello, you.\thello you\t-\t16000\tMALE\n")
-    (item,) = layouts.read_recordings(fleurs)
+    (item,) = speech_layouts.read_recordings(fleurs)
     assert (item.references, item.media[0].path) == (("Hello, you.",), fleurs / "audio" / "test" / "x.wav")
 
 
@@ -160,8 +160,8 @@ def test_a_missing_column_is_named_with_those_there_are(tmp_path):
     with pytest.raises(ConfigError, match="has no column 'audio content'"):
         list(layouts.read_omni_bench(tmp_path / "o"))
     write_jsonl(tmp_path / "p" / "o.jsonl", [omni_rows(1)[0] | {"answer": "something else"}])
-    with pytest.raises(ConfigError, match=r"o\.jsonl:1: its answer 'something else' is none of its options"):
-        list(layouts.read_omni_bench(tmp_path / "p"))
+    (item,) = layouts.read_omni_bench(tmp_path / "p")
+    assert item.problem.endswith("o.jsonl:1: its answer 'something else' is none of its options")
 
 
 def test_files_that_are_not_what_they_are_called(tmp_path):

@@ -7,9 +7,11 @@
 An item that cannot be asked is a line with its cause; the same command asks it again, and nothing that was answered.
 """
 
+import codecs
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -22,7 +24,7 @@ from baichuan_omni_jax.config import GenerationConfig
 from baichuan_omni_jax.errors import ConfigError, RequestError
 from baichuan_omni_jax.evaluation.suites.items import LETTERS, Item
 from baichuan_omni_jax.evaluation.suites.table import Suite, answer_text, message_of
-from baichuan_omni_jax.generation.batch_requests import Question, answer_questions
+from baichuan_omni_jax.generation.batch_requests import Question, answer_questions, encode_line
 from baichuan_omni_jax.generation.chat import ChatAnswer, ChatProcessor, ChatStream
 from baichuan_omni_jax.generation.engine import Engine
 from baichuan_omni_jax.generation.events import Event, Finished, TextDelta
@@ -78,8 +80,17 @@ def select_items(items: Iterator[Item], groups: Sequence[str] = (), limit: int |
         limit: items of each group at most.
 
     Raises:
-        ConfigError: there is no item, no such group, or an id comes twice.
+        ConfigError: there is no item, none that can be asked, no such group, an id comes twice, or a folder cannot be
+            read.
     """
+    try:
+        return _selected(items, groups, limit)
+    # Of a file its reader tells; what is left are folders without permission, and names that are too long.
+    except OSError as error:
+        raise ConfigError(f"the suite's files cannot be read: {error}") from error
+
+
+def _selected(items: Iterator[Item], groups: Sequence[str], limit: int | None) -> list[tuple[int, Item]]:
     # All are read, chosen or not: a number means the same item whatever the limit is.
     counts: Counter[str] = Counter()
     chosen, seen = [], set()
@@ -94,6 +105,9 @@ def select_items(items: Iterator[Item], groups: Sequence[str] = (), limit: int |
         raise ConfigError(f"the suite has no group {unknown[0]!r}; it has {', '.join(sorted(counts))}")
     if not chosen:
         raise ConfigError("the suite has no item")
+    # Rows that are all damaged are a table of something else.
+    if all(item.problem for _, item in chosen):
+        raise ConfigError(chosen[0][1].problem)
     return chosen
 
 
@@ -131,12 +145,10 @@ class AnswerFile:
             report: gets lines of progress.
 
         Raises:
-            ConfigError: the file is another suite's, checkpoint's or settings', or another program writes it.
+            ConfigError: the file is another suite's, checkpoint's or settings', or cannot be written, or another
+                program writes it.
         """
-        # The whole folder is one run's: verdicts and recordings lie beside the answers.
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        lock = take_lock(self.path.parent / "lock", f"{self.path.parent} is in use by another program")
-        try:
+        with self.locked():
             wanted = dict(items)
             known = self._prepare(wanted)
             # Items of an earlier run beyond this one's limit stay in the file, as answered.
@@ -146,45 +158,57 @@ class AnswerFile:
             asker = _Asker(self, model, chooser)
             questions = sorted([*questions, *others], key=lambda question: question.line)
             answer_questions(questions, self.path, asker.ask, asker.record, at_once=at_once, report=report)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other programs out of the folder, which is made. Raises ConfigError where that cannot be."""
+        # The whole folder is one run's: verdicts and recordings lie beside the answers.
+        folder = self.path.parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"{folder} cannot be made: {error.strerror or error}") from error
+        lock = take_lock(folder / "lock", f"{folder} is in use by another program")
+        try:
+            yield
         finally:
             lock.release()
 
     def lines(self, items: Sequence[tuple[int, Item]]) -> list[Line]:
         """Reads the lines of the items that have one, in the items' order."""
-        found = {line["line"]: line for line in self._read()}
+        found = {line["line"]: line for line in self._read()[0]}
         return [found[number] for number, _ in items if number in found]
 
-    def _read(self) -> list[Line]:
-        if not self.path.exists():
-            return []
-        lines = []
-        for text in self.path.read_bytes().splitlines(keepends=True):
-            try:
-                line = json.loads(text)
-                # Of a kill, or a crash of the machine: `answer_questions` cuts it off.
-                if not text.endswith(b"\n") or not {"line", "id"} <= line.keys():
-                    break
-            except (ValueError, AttributeError):
-                break
-            lines.append(line)
-        return lines
+    def _read(self) -> tuple[list[Line], bool]:
+        """Reads the lines that are whole; tells also whether all are."""
+        try:
+            data = self.path.read_bytes()
+        except FileNotFoundError:
+            return [], True
+        except OSError as error:
+            raise ConfigError(f"{self.path} cannot be read: {error.strerror or error}") from error
+        # A kill, or a crash of the machine, leaves a part of a line, or zeros; what stands behind them is an answer.
+        texts = data.split(b"\n")
+        lines = [line for text in texts[:-1] if (line := _parse(text)) is not None]
+        return lines, len(lines) == len(texts) - 1 and not texts[-1] and not data.startswith(codecs.BOM_UTF8)
 
     def _prepare(self, items: Mapping[int, Item]) -> dict[int, str]:
         """Checks what is answered already, and forgets what was refused; returns id by number of the rest."""
-        lines = self._read()
+        lines, whole = self._read()
         for line in lines:
             self._check(line, items.get(line["line"]))
         # What was refused may be mended by now; what was answered is never asked again.
-        kept = [line for line in lines if "cause" not in line]
-        if len(kept) < len(lines):
+        kept = {line["line"]: line for line in lines if "cause" not in line}
+        # A file without any answer in it is somebody's: `answer_questions` leaves it alone, or cuts half a line off.
+        if len(kept) < len(lines) or (lines and not whole):
             with atomic_write(self.path) as file:
-                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
-        return {line["line"]: line["id"] for line in kept}
+                file.writelines(encode_line(kept[number]) for number in sorted(kept))
+        return {number: line["id"] for number, line in kept.items()}
 
     def _check(self, line: Line, item: Item | None) -> None:
         """Raises ConfigError where a line answers something else than this run asks."""
         where = f"{self.path}: line {line['line']}"
-        if item is not None and line["id"] != item.id:
+        if item is not None and "cause" not in line and line["id"] != item.id:
             raise ConfigError(f"{where} answers {line['id']!r}, not {item.id!r}: another --out must be named")
         # Answers of two checkpoints, or greedy and sampled ones, in one file would be a score of neither.
         asked = {"checkpoint": self.checkpoint, "settings": settings_fields(self.settings)}
@@ -194,9 +218,25 @@ class AnswerFile:
                     f"{where} was answered with {name} {line.get(name)}, not {value}: another --out must be named"
                 )
         if item is not None and "cause" not in line:
-            text = [part["text"] for part in line.get("prompt", ()) if part.get("type") == "text"]
+            text = [part.get("text") for part in line["prompt"] if part.get("type") == "text"]
             if text != [prompt for prompt in [self.suite.prompt(item)] if prompt]:
                 raise ConfigError(f"{where} has another prompt than the suite has now: another --out must be named")
+
+
+def _parse(text: bytes) -> Line | None:
+    """Parses a line of answers; None for one that is cut, damaged or edited to what is none."""
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(line, dict) or type(line.get("line")) is not int or not isinstance(line.get("id"), str):
+        return None
+    if "cause" in line:
+        return line if isinstance(line["cause"], str) else None
+    # All that scores are made of: an answer without it is asked again.
+    kinds = {"text": str, "prompt": list, "settings": dict} | ({"audio": str} if "audio" in line else {})
+    fits = all(isinstance(line.get(name), kind) for name, kind in kinds.items())
+    return line if fits and all(isinstance(part, dict) for part in line["prompt"]) else None
 
 
 def settings_fields(settings: GenerationConfig) -> dict[str, Any]:
@@ -225,6 +265,8 @@ class _Asker:
 
     def ask(self, question: Question) -> ChatStream:
         item, suite, settings = question.values["item"], self._answers.suite, self._answers.settings
+        if item.problem:
+            raise RequestError("bad_item", item.problem)
         # Media are read here, one item at a time: a file that is missing or damaged is this item's alone.
         content, self._shown[question.line] = message_of(suite, item)
         # The key follows from the item: a sampled answer is the same however often the run was stopped.

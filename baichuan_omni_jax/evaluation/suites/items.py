@@ -7,9 +7,10 @@ columns, and a row is read again, by its place in the file, when its media are a
 import ast
 import csv
 import hashlib
+import io
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +20,12 @@ from baichuan_omni_jax.errors import ConfigError, RequestError
 from baichuan_omni_jax.storage import refuse_stand_in
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+class RowError(ConfigError):
+    """One row of a table cannot be an item; the message names it. The others can."""
+
+
 _PIECE = 1 << 20  # bytes of a file that are hashed at a time
 
 
@@ -39,12 +46,16 @@ class ItemMedia:
                 assert self.read is not None
                 data = self.read()
                 return {"type": self.kind, "bytes": data}, hashlib.sha256(data).hexdigest()
+            # A pipe or a device would be read for ever.
+            if self.path.exists() and not self.path.is_file():
+                raise ValueError("it is a folder" if self.path.is_dir() else "it is no file")
             # In pieces: a film need not fit into memory beside the model.
             digest = hashlib.sha256()
             with self.path.open("rb") as file:
                 while piece := file.read(_PIECE):
                     digest.update(piece)
-        except (OSError, ValueError, KeyError) as error:
+        # Parquet has errors of its own, which are no ValueError where a kind of column is not known.
+        except (OSError, ValueError, LookupError, NotImplementedError, csv.Error) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             raise RequestError("bad_media", f"{self.name} cannot be read: {reason}") from error
         return {"type": self.kind, "path": str(self.path)}, digest.hexdigest()
@@ -64,6 +75,7 @@ class Item:
         context: text that stands before the question: a passage, a hint, a transcript.
         language: "en" or "zh".
         shots: solved questions of the same subject.
+        problem: why it cannot be asked, as its row is damaged; "": it can.
     """
 
     id: str
@@ -75,6 +87,7 @@ class Item:
     context: str = ""
     language: Literal["en", "zh"] = "en"
     shots: tuple["Item", ...] = ()
+    problem: str = ""
 
 
 @dataclass(frozen=True)
@@ -89,12 +102,12 @@ class Row:
     again: Callable[[], Mapping[str, Any]]
 
     def __getitem__(self, column: str) -> str:
-        """The text of a column, "" where it is empty. Raises ConfigError where there is no such column."""
+        """The text of a column, "" where it is empty. Raises RowError where there is no such column."""
         if column not in self.values:
-            raise ConfigError(f"{self.where} has no column {column!r}; it has {', '.join(map(str, self.values))}")
+            raise RowError(f"{self.where} has no column {column!r}; it has {', '.join(map(str, self.values))}")
         value = self.values[column]
         # pandas writes a missing value as "nan" or leaves it out.
-        return "" if value is None or value != value else str(value).strip()
+        return "" if value is None or value != value else _text_of(value)
 
     def get(self, column: str) -> str:
         """The text of a column, "" where there is none."""
@@ -104,24 +117,60 @@ class Row:
         """The texts of a column that holds a list: of its own, as JSON, or as Python writes it; else of one text."""
         value = self.values.get(column)
         if isinstance(value, list):
-            return tuple(str(each) for each in value)
+            return tuple(map(_text_of, value))
         # Tables write lists as JSON or as Python prints them, with either quotes.
         text = self[column]
         if text[:1] == "[" and text[-1:] == "]":
             for parse in (json.loads, ast.literal_eval):
                 try:
-                    return tuple(str(each) for each in parse(text))
-                except (ValueError, SyntaxError):
+                    return tuple(map(_text_of, parse(text)))
+                # Brackets in a text are no list, and thousands of them no program.
+                except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
                     continue
         return (text,) if text else ()
 
 
+def _text_of(value: object) -> str:
+    """The text of a value. JSON may hold half a character, which neither a tokenizer nor a file takes."""
+    return str(value).strip().encode("utf-8", "replace").decode("utf-8")
+
+
+def items_of(
+    rows: Iterable[Row], make: Callable[[int, Row], Item | None], group: Callable[[Row], str] = lambda row: "all"
+) -> Iterator[Item]:
+    """Makes the items of a table; a row that can be none is an item with its `problem`, and the others go on.
+
+    Args:
+        rows: as `read_table` yields them.
+        make: from number, from 0, and row to the item; None: the row is none. What it raises as RowError is a problem.
+        group: that of a row which cannot be asked.
+    """
+    for number, row in enumerate(rows):
+        try:
+            item = make(number, row)
+        except RowError as error:
+            item = Item(id=row.where, group=group(row), problem=str(error))
+        if item is not None:
+            yield item
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is such a file: what a table names may be no name of a file at all."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def suite_folder(folder: Path) -> Path:
     """Returns the folder of a suite. Raises ConfigError where there is none, or nothing in it."""
-    if not folder.is_dir():
-        raise ConfigError(f"--data {folder} is no folder")
-    if not any(folder.iterdir()):
-        raise ConfigError(f"--data {folder} is empty")
+    try:
+        if not folder.is_dir():
+            raise ConfigError(f"--data {folder} is no folder")
+        if not any(folder.iterdir()):
+            raise ConfigError(f"--data {folder} is empty")
+    except OSError as error:
+        raise ConfigError(f"--data {folder} cannot be read: {error.strerror or error}") from error
     return folder
 
 
@@ -163,15 +212,16 @@ def read_table(path: Path, columns: Sequence[str] = (), header: Sequence[str] = 
                 raise ConfigError(f"{path} has no column {missing[0]!r}; it has {', '.join(map(str, row.values))}")
             first = False
             yield row
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except (OSError, csv.Error) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
 
 
 class _Lines:
-    """The lines of a file as text, with the place where the next one begins."""
+    """The lines of a file as text, with the place where the next one begins. Raises ConfigError for other text."""
 
     def __init__(self, path: Path):
-        self._file, self.place = path.open("rb"), 0
+        self._path, self._file, self.place, self._number = path, path.open("rb"), 0, 0
+        self.ended = False  # whether a line was asked for beyond the last one
 
     def __iter__(self) -> "_Lines":
         return self
@@ -180,8 +230,13 @@ class _Lines:
         line = self._file.readline()
         if not line:
             self._file.close()
+            self.ended = True
             raise StopIteration
-        text = line.decode("utf-8-sig" if not self.place else "utf-8")
+        self._number += 1
+        try:
+            text = line.decode("utf-8-sig" if not self.place else "utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{self._path}:{self._number} cannot be read, it is not UTF-8: {error}") from error
         self.place += len(line)
         return text
 
@@ -194,10 +249,13 @@ def _read_csv(path: Path, header: Sequence[str] = ()) -> Iterator[Row]:
     names = list(header) or [name.strip() for name in next(reader, [])]
     while True:
         # A quoted value may hold line breaks: a row is as many lines as the reader took for it.
-        start = lines.place
+        start, first = lines.place, reader.line_num + 1
         cells = next(reader, None)
         if cells is None:
             return
+        # A quotation mark that is never closed would make one value of all the rows behind it.
+        if lines.ended:
+            raise ConfigError(f"{path}:{first} has a quotation mark that the file does not close")
         if not any(cells):
             continue
         where = f"{path}:{reader.line_num}"
@@ -221,7 +279,9 @@ class _CsvRow:
         with self.path.open("rb") as file:
             file.seek(self.start)
             text = file.read(self.size).decode("utf-8-sig")
-        cells = next(csv.reader(text.splitlines(keepends=True), delimiter="\t" if self.path.suffix == ".tsv" else ","))
+        # Lines end as they did the first time: text knows more line ends than a file.
+        lines = io.StringIO(text, newline="\n")
+        cells = next(csv.reader(lines, delimiter="\t" if self.path.suffix == ".tsv" else ","), [])
         return dict(zip(self.names, cells, strict=False))
 
 
@@ -231,7 +291,7 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
             continue
         try:
             values = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{path}:{number} is not JSON: {error}") from error
         if not isinstance(values, dict):
             raise ConfigError(f"{path}:{number} is no JSON object")
@@ -252,7 +312,8 @@ def _read_parquet(path: Path) -> Iterator[Row]:
                 number += 1
                 again = _ParquetRow(path, group, place)
                 yield Row(again(), f"{path}, row {number}", again)
-    except pyarrow.ArrowException as error:
+    # A damaged file may say anything: of lengths, times and texts beyond all bounds.
+    except (pyarrow.ArrowException, ValueError, LookupError, OverflowError, NotImplementedError) as error:
         raise ConfigError(f"{path} cannot be read as Parquet: {error}") from error
 
 

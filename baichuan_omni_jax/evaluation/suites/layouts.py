@@ -1,18 +1,30 @@
 """Readers of the public layouts: a folder as it is downloaded becomes the items of a suite, in its order.
 
 A reader looks at small columns alone. Media that are missing or damaged are found when an item is asked, and cost that
-item; a missing column, or an empty folder, is refused before the first one.
+item, as does a row that can be none; a missing column, or an empty folder, is refused before the first one.
 """
 
 import base64
 import binascii
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from baichuan_omni_jax.errors import ConfigError
-from baichuan_omni_jax.evaluation.suites.items import LETTERS, Item, ItemMedia, Row, find_tables, read_table
+from baichuan_omni_jax.evaluation.suites.items import (
+    LETTERS,
+    Item,
+    ItemMedia,
+    Row,
+    RowError,
+    find_tables,
+    is_file,
+    items_of,
+    read_table,
+)
 from baichuan_omni_jax.evaluation.suites.items import suite_folder as _folder
 
 # OpenAudioBench: subset -> the columns of its questions and of its right answers.
@@ -42,18 +54,20 @@ def read_open_audio_bench(folder: Path) -> Iterator[Item]:
         (table,) = find_tables(root / subset, f"{subset}.csv")
         question, answer = AUDIO_SUBSETS[subset]
         columns = ["audio_filename", question, *([answer] if answer else [])]
-        for number, row in enumerate(read_table(table, columns)):
-            name = row["audio_filename"]
-            audio = ItemMedia("audio", f"{subset}/{name}", root / subset / "audios" / name)
-            references = row.list(answer) if answer else ()
-            yield Item(
-                id=f"{subset}/{number}",
-                group=subset,
-                question=row[question],
-                references=references,
-                media=(audio,),
-                language="zh" if subset == "reasoning_qa" else "en",
-            )
+        make = partial(_spoken_question, root / subset, question, answer)
+        yield from items_of(read_table(table, columns), make, lambda row, subset=subset: subset)
+
+
+def _spoken_question(folder: Path, question: str, answer: str | None, number: int, row: Row) -> Item:
+    subset, name = folder.name, row["audio_filename"]
+    return Item(
+        id=f"{subset}/{number}",
+        group=subset,
+        question=row[question],
+        references=row.list(answer) if answer else (),
+        media=(ItemMedia("audio", f"{subset}/{name}", folder / "audios" / name),),
+        language="zh" if subset == "reasoning_qa" else "en",
+    )
 
 
 def read_image_choice(folder: Path) -> Iterator[Item]:
@@ -66,24 +80,42 @@ def read_image_choice(folder: Path) -> Iterator[Item]:
     if more:
         raise ConfigError(f"--data {folder} holds several tables, {table.name} and {more[0].name}: leave one there")
     sources: dict[str, Callable[[], Mapping[str, Any]]] = {}
-    for row in read_table(table, ("index", "question", "A", "B", "answer")):
+    group = _group_by("category")
+
+    def make(number: int, row: Row) -> Item | None:
         if "image" not in row.values and "image_path" not in row.values:
-            raise ConfigError(f"{table} has neither a column 'image' nor 'image_path'")
+            raise RowError(f"{row.where} has neither a column 'image' nor 'image_path'")
         sources[row["index"]] = row.again
         if not row["answer"]:
-            continue
+            return None
         options = tuple(row.get(letter) for letter in LETTERS[:12])
         # Options end at the first empty one: other rows may have more.
         count = next((n for n, text in enumerate(options) if not text), len(options))
-        yield Item(
+        return Item(
             id=row["index"],
-            group=row.get("category") or "all",
+            group=group(row),
             question=row["question"],
             options=options[:count],
-            references=(row["answer"].upper(),),
+            references=(_letter(row, "answer", count),),
             media=tuple(_images(row, folder, sources)),
             context=row.get("hint"),
         )
+
+    yield from items_of(read_table(table, ("index", "question", "A", "B", "answer")), make, group)
+
+
+def _group_by(*columns: str) -> Callable[[Row], str]:
+    """Returns what names a row's group: the first of the columns that has something."""
+    return lambda row: next((row.get(column) for column in columns if row.get(column)), "all")
+
+
+def _letter(row: Row, column: str, options: int) -> str:
+    """The letter of the right one of so many options. Raises RowError where there is none: no answer could be right."""
+    # Some releases write a list of one letter.
+    letter = row[column].strip("[]'\" ").upper()
+    if len(letter) != 1 or letter not in LETTERS[:options]:
+        raise RowError(f"{row.where}: its {column} {row[column]!r} is no letter of its {options} options")
+    return letter
 
 
 def _images(row: Row, folder: Path, sources: Mapping[str, Callable[[], Mapping[str, Any]]]) -> Iterator[ItemMedia]:
@@ -93,7 +125,7 @@ def _images(row: Row, folder: Path, sources: Mapping[str, Callable[[], Mapping[s
         for file in row.list("image_path"):
             # As its own tools do: below the folder `images` beside the table, or below the table's.
             path = folder / "images" / file
-            yield ItemMedia("image", f"{name}: {file}", path if path.is_file() else folder / file)
+            yield ItemMedia("image", f"{name}: {file}", path if is_file(path) else folder / file)
         return
     # A short text is the index of an earlier row that has the image: base64 of one is longer.
     again = sources.get(images[0], row.again) if len(images[0]) <= _REFERENCE else row.again
@@ -115,28 +147,32 @@ def read_omni_bench(folder: Path, setting: Setting = "image-audio") -> Iterator[
     """
     tables = find_tables(folder, "**/*.parquet", "**/*.jsonl")
     columns = ("index", "question", "options", "answer", "image content", "audio content")
+    group = _group_by("audio type", "task type")
+
+    def make(number: int, row: Row) -> Item:
+        # The answer is told as its text: the letter is its place.
+        options = row.list("options")[: len(LETTERS)]
+        if row["answer"] not in options:
+            raise RowError(f"{row.where}: its answer {row['answer']!r} is none of its options")
+        # What is not looked at or listened to is told.
+        told, media = [], []
+        for kind, told_as in _OMNI_TOLD.items():
+            if kind in setting:
+                media.append(_omni_media(row, kind, folder))
+            else:
+                told.append(f"{told_as}: {row[f'{kind} content']}")
+        return Item(
+            id=row["index"],
+            group=group(row),
+            question=row["question"],
+            options=options,
+            references=(LETTERS[options.index(row["answer"])],),
+            media=tuple(media),
+            context="\n".join(told),
+        )
+
     for table in tables:
-        for row in read_table(table, columns):
-            # The answer is told as its text: the letter is its place.
-            options = row.list("options")
-            if row["answer"] not in options:
-                raise ConfigError(f"{row.where}: its answer {row['answer']!r} is none of its options")
-            # What is not looked at or listened to is told.
-            told, media = [], []
-            for kind, told_as in _OMNI_TOLD.items():
-                if kind in setting:
-                    media.append(_omni_media(row, kind, folder))
-                else:
-                    told.append(f"{told_as}: {row[f'{kind} content']}")
-            yield Item(
-                id=row["index"],
-                group=row.get("audio type") or row.get("task type") or "all",
-                question=row["question"],
-                options=options,
-                references=(LETTERS[options.index(row["answer"])],),
-                media=tuple(media),
-                context="\n".join(told),
-            )
+        yield from items_of(read_table(table, columns), make, group)
 
 
 def _omni_media(row: Row, kind: Literal["image", "audio"], folder: Path) -> ItemMedia:
@@ -145,7 +181,7 @@ def _omni_media(row: Row, kind: Literal["image", "audio"], folder: Path) -> Item
         name = row[f"{kind}_path"]
         return ItemMedia(kind, f"item {row['index']}: {name}", folder / "mm_data" / kind / name)
     if kind not in row.values:
-        raise ConfigError(f"{row.where} has neither a column {kind!r} nor '{kind}_path'")
+        raise RowError(f"{row.where} has neither a column {kind!r} nor '{kind}_path'")
     return ItemMedia(kind, f"item {row['index']}: {kind}", read=partial(_embedded, row.again, kind))
 
 
@@ -161,21 +197,25 @@ def read_video_choice(folder: Path) -> Iterator[Item]:
     """Reads the layout of Video-MME: a table (Parquet, JSON lines, CSV or TSV) with `videoID`, `question`, `options`
     and `answer`, and `data/VIDEOID.mp4` or `video/VIDEOID.mp4`. The group is `duration`.
     """
+    group = _group_by("duration")
+
+    def make(table: Path, number: int, row: Row) -> Item:
+        name = f"{row['videoID']}.mp4"
+        # Its archive unpacks to `data`; mirrors say `video` or `videos`.
+        places = [folder / place / name for place in ("data", "video", "videos")]
+        options = _plain_options(row.list("options"))
+        return Item(
+            id=row.get("question_id") or f"{table.stem}/{number}",
+            group=group(row),
+            question=row["question"],
+            options=options,
+            references=(_letter(row, "answer", len(options)),),
+            media=(ItemMedia("video", name, next((path for path in places if is_file(path)), places[0])),),
+        )
+
+    columns = ("videoID", "question", "options", "answer")
     for table in find_tables(folder, "**/*.parquet", "*.jsonl", "*.tsv", "*.csv"):
-        for number, row in enumerate(read_table(table, ("videoID", "question", "options", "answer"))):
-            name = f"{row['videoID']}.mp4"
-            # Its archive unpacks to `data`; mirrors say `video` or `videos`.
-            places = [folder / place / name for place in ("data", "video", "videos")]
-            # Options carry their letter: "A. Two."
-            options = tuple(text[2:].strip() if text[1:2] in ".)" else text for text in row.list("options"))
-            yield Item(
-                id=row.get("question_id") or f"{table.stem}/{number}",
-                group=row.get("duration") or "all",
-                question=row["question"],
-                options=options,
-                references=(row["answer"].upper(),),
-                media=(ItemMedia("video", name, next((path for path in places if path.is_file()), places[0])),),
-            )
+        yield from items_of(read_table(table, columns), partial(make, table), group)
 
 
 def read_exam(folder: Path, split: str = "test", language: Literal["en", "zh"] = "en") -> Iterator[Item]:
@@ -195,34 +235,35 @@ def read_exam(folder: Path, split: str = "test", language: Literal["en", "zh"] =
         subject = table.stem.removesuffix(f"_{split}")
         # MMLU and C-Eval say the split in the name too, CMMLU in the folder alone.
         solved = [path for path in (root / "dev" / f"{subject}{end}.csv" for end in ("_dev", "")) if path.is_file()]
-        shots = tuple(_exam_items(solved[0], subject, language)) if solved else ()
+        shots = [shot for shot in _exam_items(solved[0], subject, language) if not shot.problem] if solved else []
         for item in _exam_items(table, subject, language):
-            yield Item(**{**vars(item), "shots": shots[:5]})
+            yield replace(item, shots=tuple(shots[:5]))
 
 
 _EXAM = ("question", "A", "B", "C", "D", "answer")
 
 
 def _exam_items(table: Path, subject: str, language: Literal["en", "zh"]) -> Iterator[Item]:
-    with table.open(encoding="utf-8-sig", errors="replace") as file:
-        first = file.readline()
+    try:
+        with table.open(encoding="utf-8-sig", errors="replace") as file:
+            first = file.readline()
+    except OSError as error:
+        raise ConfigError(f"{table} cannot be read: {error.strerror or error}") from error
     # A header names the options; a line that ends in a letter alone, and names none, is a row.
     headed = {"a", "b", "c", "d"} <= {name.strip().strip('"').lower() for name in first.split(",")}
-    for number, row in enumerate(read_table(table, header=() if headed else _EXAM)):
+
+    def make(number: int, row: Row) -> Item:
         named = Row({_exam_name(name): value for name, value in row.values.items()}, row.where, row.again)
-        answer = named["answer"].upper()
-        if answer not in ("A", "B", "C", "D"):
-            raise ConfigError(f"{row.where}: its answer {answer!r} is none of A, B, C, D")
-        options = tuple(named[letter] for letter in "ABCD")
-        question = named["question"]
-        yield Item(
+        return Item(
             id=f"{subject}/{number}",
             group=subject,
-            question=question,
-            options=options,
-            references=(answer,),
+            question=named["question"],
+            options=tuple(named[letter] for letter in "ABCD"),
+            references=(_letter(named, "answer", 4),),
             language=language,
         )
+
+    yield from items_of(read_table(table, header=() if headed else _EXAM), make, lambda row: subject)
 
 
 def _exam_name(name: str) -> str:
@@ -240,101 +281,27 @@ def read_agieval(folder: Path) -> Iterator[Item]:
             continue
         # Tasks say their language by their name alone.
         chinese = table.stem.startswith("gaokao") or table.stem.endswith("-zh")
-        for number, row in enumerate(read_table(table, ("question", "options", "label"))):
-            # Some releases write a list of one letter.
-            label = row["label"].strip("[]'\" ").upper()
-            options = tuple(_option_text(text) for text in row.list("options"))
-            if len(label) != 1 or label not in LETTERS[: len(options)]:
-                raise ConfigError(f"{row.where}: its label {row['label']!r} is no letter of its {len(options)} options")
-            yield Item(
-                id=f"{table.stem}/{number}",
-                group=table.stem,
-                question=row["question"],
-                options=options,
-                references=(label,),
-                context=row.get("passage"),
-                language="zh" if chinese and table.stem != "gaokao-english" else "en",
-            )
+        make = partial(_agieval_item, table.stem, "zh" if chinese and table.stem != "gaokao-english" else "en")
+        rows = read_table(table, ("question", "options", "label"))
+        yield from items_of(rows, make, lambda row, task=table.stem: task)
 
 
-def _option_text(text: str) -> str:
-    """An option without the letter that it begins with: `(A)7` is 7."""
-    return text[3:].strip() if text[:1] in "(（" and text[2:3] in ")）" else text
-
-
-def read_recordings(folder: Path, language: Literal["en", "zh"] = "en") -> Iterator[Item]:
-    """Reads recordings with their transcripts, in the layout that is there:
-
-    LibriSpeech's `SPEAKER/CHAPTER/*.trans.txt` beside the clips; Kaldi's `text` and `wav.scp`; AISHELL's
-    `transcript/*.txt` and `wav/test`; FLEURS' `test.tsv` and `audio/test`.
-    """
-    _folder(folder)
-    found = (
-        (path for path in sorted(folder.glob(pattern)))
-        for pattern in ("**/*.trans.txt", "text", "transcript/*.txt", "test.tsv")
+def _agieval_item(task: str, language: Literal["en", "zh"], number: int, row: Row) -> Item:
+    options = _plain_options(row.list("options"))
+    return Item(
+        id=f"{task}/{number}",
+        group=task,
+        question=row["question"],
+        options=options,
+        references=(_letter(row, "label", len(options)),),
+        context=row.get("passage"),
+        language=language,
     )
-    tables = next((paths for paths in map(list, found) if paths), [])
-    if not tables:
-        raise ConfigError(
-            f"--data {folder} holds no *.trans.txt (LibriSpeech), text with wav.scp (Kaldi), transcript/*.txt "
-            "(AISHELL) and no test.tsv (FLEURS)"
-        )
-    for table in tables:
-        yield from _fleurs(table, language) if table.suffix == ".tsv" else _transcribed(table, folder, language)
 
 
-def _transcribed(table: Path, folder: Path, language: Literal["en", "zh"]) -> Iterator[Item]:
-    """Yields the items of a table of `NAME TRANSCRIPT` lines, whose clips lie where the layout says."""
-    # LibriSpeech's clips lie beside their table, Kaldi's where `wav.scp` says, AISHELL's in a tree of speakers.
-    places: dict[str, Path] = {}
-    if table.name == "text":
-        for line in _lines(folder / "wav.scp"):
-            name, _, place = line.partition(" ")
-            places[name] = Path(place) if Path(place).is_absolute() else folder / place
-    elif table.parent.name == "transcript":
-        # The table has the transcripts of all splits: those count whose clips are there.
-        places = {path.stem: path for path in sorted((folder / "wav" / "test").glob("**/*.wav"))}
-    for line in _lines(table):
-        name, _, spoken = line.partition(" ")
-        if table.parent.name == "transcript" and name not in places:
-            continue
-        clip = places.get(name) or _beside(table, name)
-        # LibriSpeech's own folder holds several sets, each SPEAKER/CHAPTER/TABLE.
-        parts = table.relative_to(folder).parts
-        group = parts[0] if len(parts) > 3 else "all"
-        media = (ItemMedia("audio", clip.name, clip),)
-        yield Item(id=name, group=group, references=(spoken.strip(),), media=media, language=language)
-
-
-def _beside(table: Path, name: str) -> Path:
-    clips = [table.parent / f"{name}{end}" for end in (".flac", ".wav", ".mp3")]
-    return next((clip for clip in clips if clip.is_file()), clips[0])
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return [line for line in path.read_text("utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
-
-
-def _fleurs(table: Path, language: Literal["en", "zh"]) -> Iterator[Item]:
-    # Its tables have no header: number, file, text as written, text in small letters, ...
-    for number, line in enumerate(_lines(table), 1):
-        cells = line.split("\t")
-        if len(cells) < 4:
-            raise ConfigError(f"{table}:{number} has {len(cells)} columns, not those of FLEURS")
-        clip = table.parent / "audio" / "test" / cells[1]
-        media = (ItemMedia("audio", cells[1], clip),)
-        yield Item(id=str(number), group="all", references=(cells[2],), media=media, language=language)
-
-
-def read_texts_to_speak(folder: Path, language: Literal["en", "zh"] = "en") -> Iterator[Item]:
-    """Reads Seed-TTS-eval's `meta.lst`: `NAME|PROMPT TEXT|PROMPT WAV|TEXT[|WAV]`; the text is what is to be spoken."""
-    for table in find_tables(folder, f"{language}/meta.lst", "meta.lst"):
-        for number, line in enumerate(_lines(table), 1):
-            cells = line.split("|")
-            if len(cells) < 4:
-                raise ConfigError(f"{table}:{number} has {len(cells)} fields, not NAME|TEXT|WAV|TEXT")
-            text = cells[3].strip()
-            yield Item(id=cells[0], group="all", question=text, references=(text,), language=language)
+def _plain_options(texts: Sequence[str]) -> tuple[str, ...]:
+    """Options without the letters that they begin with: `(A)7` and `A. 7` at the first place are 7."""
+    return tuple(
+        re.sub(rf"^(?:[(（]{letter}[)）]|{letter}[.)])", "", text).strip()
+        for letter, text in zip(LETTERS, texts, strict=False)
+    )

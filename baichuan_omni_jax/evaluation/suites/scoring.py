@@ -104,7 +104,12 @@ def normalize_text(text: str, language: Language) -> str:
     import cn2an
 
     # Digits as they are read, so that 35% and 百分之三十五 are one; then punctuation away.
-    written = cn2an.transform(unicodedata.normalize("NFKC", text), "an2cn")
+    plain = unicodedata.normalize("NFKC", text)
+    try:
+        written = cn2an.transform(plain, "an2cn")
+    # Numbers that no one reads out, such as 20 digits in a row, stay digits.
+    except Exception:  # it raises several kinds, of which it documents none
+        written = plain
     return re.sub(r"\s+", "", basic(written))
 
 
@@ -199,7 +204,8 @@ def score_groups(scores: Sequence[ItemScore], average: Literal["items", "groups"
         whole = mean, np.mean([draws for _, draws in counted], axis=0) if values else np.zeros(0)
     else:
         whole = _resampled(scores)
-    return [_group_score("all", scores, *whole), *(found if len(found) > 1 or "all" not in groups else [])]
+    # Items whose row does not tell a group count in the whole alone.
+    return [_group_score("all", scores, *whole), *(group for group in found if group.name != "all")]
 
 
 def resample(got: Sequence[float | int], of: Sequence[float | int]) -> Float[np.ndarray, " r"]:

@@ -89,6 +89,9 @@ def measure_answers(
 
     Returns:
         The measures by name, and sentences about what was left out.
+
+    Raises:
+        ConfigError: a clip of the voice cannot be read.
     """
     spoken = {line["line"]: line for line in lines if "audio" in line}
     measures, notes = dict[str, Measure](), list[str]()
@@ -105,7 +108,15 @@ def measure_answers(
             edits, units = zip(*errors, strict=True)
             measures["errors of what is heard against what was written, %"] = measure(edits, units, 100.0)
     # By models that come in packages, each where it is installed.
-    waves = [read_wave(folder / line["audio"]) for line in spoken.values()]
+    waves, failed = list[tuple[np.ndarray, int]](), list[str]()
+    for line in spoken.values():
+        # A recording that is gone costs itself alone, as in `recognize_answers`.
+        try:
+            waves.append(read_wave(folder / line["audio"]))
+        except (OSError, ValueError, soundfile.SoundFileError) as error:
+            failed.append(f"{line['audio']}: {error}")
+    if failed:
+        notes.append(f"{len(failed)} recordings cannot be read and are left out, first {failed[0]}")
     for name, package, function in (
         ("DNSMOS (1 to 5)", "speechmos", _dnsmos),
         ("speaker similarity (cosine)", "resemblyzer", lambda waves: _similarity(waves, voice)),
@@ -115,8 +126,32 @@ def measure_answers(
         elif values := function(waves):
             measures[name] = measure(values)
     if mos is not None:
-        measures["MOS by the function given"] = measure([float(mos(*wave)) for wave in waves])
+        values, failed = list[float](), list[str]()
+        for wave in waves:
+            try:
+                values.append(float(mos(*wave)))
+            except Exception as error:  # the user's program may raise anything
+                failed.append(f"{type(error).__name__}: {error}")
+        if values:
+            measures["MOS by the function given"] = measure(values)
+        if failed:
+            notes.append(f"the MOS function failed on {len(failed)} answers, first with {failed[0]}")
     return measures, notes
+
+
+def find_clips(voice: Path) -> list[Path]:
+    """Lists the clips of a voice. Raises ConfigError where there are none, or one cannot be read."""
+    if not voice.is_dir():
+        raise ConfigError(f"--voice-clips {voice} is no folder")
+    clips = sorted(path for path in voice.iterdir() if path.suffix.lower() in AUDIO)
+    if not clips:
+        raise ConfigError(f"--voice-clips {voice} holds no {', '.join(AUDIO)}")
+    for path in clips:
+        try:
+            soundfile.info(path)
+        except (OSError, soundfile.SoundFileError) as error:
+            raise ConfigError(f"--voice-clips {path} cannot be read: {error}") from error
+    return clips
 
 
 def read_wave(path: Path) -> tuple[Float32[np.ndarray, " n"], int]:
@@ -145,9 +180,7 @@ def _similarity(waves: Sequence[tuple[np.ndarray, int]], voice: Path | None) -> 
     # Silence has no voice.
     waves, references = [wave for wave in waves if wave[0].any()], []
     if voice is not None:
-        references = [read_wave(path) for path in sorted(voice.iterdir()) if path.suffix.lower() in AUDIO]
-        if not references:
-            raise ConfigError(f"--voice-clips {voice} holds no {', '.join(AUDIO)}")
+        references = [read_wave(path) for path in find_clips(voice)]
     if not waves or len(waves) + len(references) < 2:
         return []
     embedded = _embed([*waves, *references])

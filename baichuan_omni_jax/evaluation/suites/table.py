@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from baichuan_omni_jax.errors import ConfigError
-from baichuan_omni_jax.evaluation.suites import layouts
+from baichuan_omni_jax.evaluation.suites import layouts, speech_layouts
 from baichuan_omni_jax.evaluation.suites.items import LETTERS, Item
 from data_pipelines.documents.prompt_writing import ASR_PROMPT
 
@@ -148,7 +148,7 @@ def _recordings(title: str, folder: str, language: Literal["en", "zh"]) -> Suite
     return Suite(
         title=title,
         folder=folder,
-        read=partial(layouts.read_recordings, language=language),
+        read=partial(speech_layouts.read_recordings, language=language),
         prompt=lambda item: ASR_PROMPT,
         task="transcribe",
         scorer="errors",
@@ -161,7 +161,7 @@ def _spoken(title: str, folder: str, language: Literal["en", "zh"]) -> Suite:
     return Suite(
         title=title,
         folder=folder,
-        read=partial(layouts.read_texts_to_speak, language=language),
+        read=partial(speech_layouts.read_texts_to_speak, language=language),
         prompt=lambda item: item.question,
         task="speak",
         scorer="errors",
