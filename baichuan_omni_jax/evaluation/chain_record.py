@@ -8,7 +8,6 @@ Reading never fails: a run may be at work, half killed, or of an earlier version
 """
 
 import json
-import math
 import os
 import platform
 import resource
@@ -23,6 +22,7 @@ from typing import Any
 from baichuan_omni_jax.storage import write_json
 
 CHAIN, METRICS, ABILITIES, RUN_CONFIG = "chain.json", "metrics.jsonl", "abilities.json", "run_config.json"
+_LARGEST = 1e100
 EVALUATION = "evaluation"  # the folder of what the finished model was asked
 _PACKAGES = ("baichuan_omni_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -146,11 +146,12 @@ def read_chain(folder: Path) -> ChainRecord:
 def _stage(entry: Any) -> StageRecord | None:
     if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
         return None
-    # A name is one folder: nothing outside is ever read.
-    if Path(entry["name"]).name != entry["name"]:
+    # A name is one folder: nothing outside is ever read, and it is one that a file system can have.
+    name = entry["name"]
+    if Path(name).name != name or name == ".." or "\0" in name or name != name.encode("utf-8", "replace").decode():
         return None
     steps, wall, cpu = (number(entry.get(key)) or 0.0 for key in ("steps", "wall_s", "cpu_s"))
-    return StageRecord(entry["name"], int(steps), wall, cpu)
+    return StageRecord(name, int(steps), wall, cpu)
 
 
 def _runs_in(folder: Path) -> list[StageRecord]:
@@ -180,13 +181,13 @@ def _words(found: Any) -> dict[str, str]:
 
 
 def number(value: Any) -> float | None:
-    """Returns a finite number as float; None for anything else, true and false too."""
+    """Returns a finite number as float; None for anything else, true and false too.
+
+    Beyond 1e100, which no run measures, sums and percentages would be infinite.
+    """
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    try:
-        return float(value) if math.isfinite(value) else None
-    except OverflowError:
-        return None
+    return float(value) if abs(value) <= _LARGEST else None
 
 
 class MetricsFile:
@@ -228,7 +229,7 @@ def _record(line: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     step = record.get("step") if isinstance(record, dict) else None
-    return record if type(step) is int and step >= 0 else None
+    return record if type(step) is int and 0 <= step < 2**53 else None
 
 
 def ability_scores(record: Mapping[str, Any]) -> dict[str, tuple[str, float]]:
@@ -272,7 +273,8 @@ def read_scores(folder: Path, records: Sequence[Mapping[str, Any]]) -> dict[str,
             if len(parts) == 4 and parts[0] == "eval" and parts[3] == "media_gain" and parts[2] in found:
                 found[parts[2]].media_gain = number(record[key])
     steps = _read_object(folder / ABILITIES).get("steps")
-    if isinstance(steps, dict) and (known := [step for step in steps if step.isdigit()]):
+    # More digits than a step has are no number that Python reads.
+    if isinstance(steps, dict) and (known := [step for step in steps if step.isdecimal() and len(step) < 18]):
         last = steps[max(known, key=int)]
         for name, entry in last.items() if isinstance(last, dict) else ():
             if isinstance(entry, dict) and (score := _score(entry)) is not None:

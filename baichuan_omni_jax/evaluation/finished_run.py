@@ -85,10 +85,16 @@ def evaluate_run(workdir: Path, checkpoint: str, out: Path, items: int, console:
         console: where the table goes.
 
     Raises:
-        ConfigError: there is no such run, it has no abilities, or the checkpoint cannot be used.
+        ConfigError: there is no such run, it has no abilities, the folder cannot be made, or the checkpoint cannot be
+            used.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    step = int(find_checkpoint(workdir).name)
+    step = find_checkpoint(workdir).name
+    if not step.isdecimal():
+        raise ConfigError(f"{workdir} is a checkpoint: the workdir of the run that made it has its questions")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{out} cannot be made: {error.strerror or error}") from error
     # Answers first: loading all branches takes memory that the audio encoder needs as well.
     asked = read_questions(workdir, out, items)
     loaded = load_for_generation(checkpoint or str(workdir), mesh=make_mesh(MeshConfig(), jax.devices()[:1]))
@@ -111,7 +117,7 @@ def evaluate_run(workdir: Path, checkpoint: str, out: Path, items: int, console:
         spoken = _speak(chat, name, questions, out) if chat is not None else {}
         samples += _samples(name, questions, answers[name], asked.media, spoken)
     write_samples(out / SAMPLES, samples)
-    write_json(out / ABILITIES, {"steps": {str(step): {name: score.as_json() for name, score in scores.items()}}})
+    write_json(out / ABILITIES, {"steps": {step: {name: score.as_json() for name, score in scores.items()}}})
     console.print(ability_table(scores, f"held-out abilities after step {step}"))
 
 

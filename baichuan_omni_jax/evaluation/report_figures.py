@@ -28,6 +28,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 8, 8, 22
 _POINTS = 160  # of a curve: beyond, neighbors are averaged
 _SIDE = 160  # pixels of a picture's longer side
 _FRAMES, _FRAME_RATE, _FRAME_MS = 8, 4.0, 350  # of a video: it is shown as a moving picture
+_BYTES = 1 << 26  # of a file that is shown: all of it is read for a few seconds
 _RATE, _SECONDS = 16000, 8  # of a sound
 
 
@@ -150,6 +151,11 @@ def media_tag(kind: str, path: Path) -> str:
     """
     media, name = Media(path.name, path), escape(path.name, quote=True)
     try:
+        # A pipe or a device would be read for ever.
+        if not path.is_file():
+            raise ValueError("it is a folder" if path.is_dir() else "there is no such file")
+        if path.stat().st_size > _BYTES:
+            raise ValueError(f"it has more than {_BYTES >> 20} MiB")
         if kind == "audio":
             return f'<audio controls preload="none" src="{_sound(media)}" title="{name}"></audio>'
         uri = _video(media) if kind == "video" else _picture(media)

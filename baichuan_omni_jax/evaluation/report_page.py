@@ -69,7 +69,8 @@ def write_report(folder: Path) -> Path:
     page = render(collect(folder))
     try:
         with atomic_write(path) as file:
-            file.write(page)
+            # Names in files of others may hold half a character, which no file takes.
+            file.write(page.encode("utf-8", "replace").decode("utf-8"))
     except OSError as error:
         raise RunStoppedError(f"{path} cannot be written: {error.strerror or error}") from error
     return path

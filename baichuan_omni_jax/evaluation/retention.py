@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from baichuan_omni_jax.evaluation.chain_record import number
 from baichuan_omni_jax.storage import atomic_write, write_json
 
 ABILITIES = "abilities.json"
@@ -31,9 +32,19 @@ def read_stage(stage: str, workdir: Path) -> StageAbilities | None:
     try:
         steps = json.loads((workdir / ABILITIES).read_text(encoding="utf-8"))["steps"]
         last = max(steps, key=int)
-        return StageAbilities(stage, int(last), dict(steps[last]))
-    except (OSError, ValueError, KeyError, TypeError):
+        scores = {name: score for name, score in steps[last].items() if _is_score(score)}
+        return StageAbilities(stage, int(last), scores)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
+
+
+def _is_score(found: Any) -> bool:
+    """Whether it has all that the table shows: a file may be of another version, or edited."""
+    if not isinstance(found, dict) or not isinstance(found.get("beyond_chance"), bool):
+        return False
+    gain = found.get("media_gain")
+    numbers = [found.get(key) for key in (_measure(found), "chance", "items")] + ([] if gain is None else [gain])
+    return all(number(value) is not None for value in numbers)
 
 
 def retention_json(stages: Sequence[StageAbilities]) -> dict[str, Any]:

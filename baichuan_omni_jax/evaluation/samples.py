@@ -56,8 +56,8 @@ def read_samples(path: Path) -> list[Sample]:
 def _sample(line: bytes, folder: Path) -> Sample | None:
     try:
         found = json.loads(line.decode("utf-8-sig"))
-        media = tuple((entry["type"], str(folder / entry["path"])) for entry in found.get("media", ()))
-        texts = {name: str(found[name]) for name in ("ability", "prompt", "reference", "answer")}
+        media = tuple((entry["type"], str(folder / entry["path"])) for entry in found.get("media") or ())
+        texts = {name: _whole(str(found[name])) for name in ("ability", "prompt", "reference", "answer")}
         sounds = {name: str(folder / path) for name in ("recording", "speech") if (path := found.get(name))}
         right = found.get("right")
         return Sample(
@@ -68,3 +68,8 @@ def _sample(line: bytes, folder: Path) -> Sample | None:
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
+
+
+def _whole(text: str) -> str:
+    """The text with question marks for half characters, which JSON may hold and no file takes."""
+    return text.encode("utf-8", "replace").decode("utf-8")

@@ -1,6 +1,7 @@
 """The report page: of empty, half done and finished folders, with odd lines, escaped, and whole in itself."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -115,8 +116,15 @@ def test_lines_that_are_none_and_values_that_are_no_numbers(tmp_path):
     )
     with open(tmp_path / "a" / "metrics.jsonl", "ab") as file:
         file.write(odd)
+        file.write(
+            b'ss"}\n{"step": 1'
+            + 40 * b"0"
+            + b', "loss": 1}\n{"step": 6, "loss": 1e308, "loss_text": 1'
+            + 400 * b"0"
+            + b"}\n"
+        )
     records = read_metrics(tmp_path / "a" / "metrics.jsonl")
-    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 6]
     assert [x for x, _ in loss_curves(records)["loss"]] == [1.0, 2.0]
     assert read_scores(tmp_path / "a", records)["digit"].score == 0.5
     Page(write_report(tmp_path).read_text())
@@ -124,7 +132,14 @@ def test_lines_that_are_none_and_values_that_are_no_numbers(tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "{", '{"stages": 7}', '{"stages": [1, {"name": 2}, {"name": "../x"}, {"name": "a", "steps": "b"}]}'],
+    [
+        "",
+        "[]",
+        "{",
+        '{"stages": 7}',
+        '{"stages": [1, {"name": 2}, {"name": "../x"}, {"name": "a", "steps": "b"}]}',
+        '{"stages": [{"name": "a"}, {"name": ".."}, {"name": "a\\u0000"}, {"name": "\\ud800"}]}',
+    ],
 )
 def test_records_of_chains_that_are_none(tmp_path, text):
     (tmp_path / "chain.json").write_text(text)
@@ -132,7 +147,16 @@ def test_records_of_chains_that_are_none(tmp_path, text):
     Page(write_report(tmp_path).read_text())
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"steps": []}', '{"steps": {"x": {}, "9": {"digit": 3, "shape": {}}}}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        '{"steps": []}',
+        '{"steps": {"x": {}, "9": {"digit": 3, "shape": {}}}}',
+        '{"steps": {"²": {"digit": {"cer": 1}}, "1' + 5000 * "0" + '": {}}}',
+    ],
+)
 def test_abilities_that_are_none(tmp_path, text):
     (tmp_path / "abilities.json").write_text(text)
     assert read_scores(tmp_path, []) == {}
@@ -272,6 +296,34 @@ def test_times_add_up_over_starts(tmp_path):
     assert (second.name, second.wall) == ("b", 0.0)
     assert read_chain(tmp_path).recipe == "small"
     assert read_chain(tmp_path).versions["jax"]
+
+
+def test_names_of_half_characters_are_drawn(tmp_path):
+    line = (
+        '{"ability": "\\ud800", "prompt": "\\udfff", "reference": "", "answer": "<b>", "media": null, "right": true}\n'
+    )
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "samples.jsonl").write_text(line)
+    write_chain(tmp_path, {"a": STEPS})
+    write_lines(tmp_path / "a" / "metrics.jsonl", [step_record(1, **ability("\ud800", 0.5))])
+    page = Page(write_report(tmp_path).read_text("utf-8"))
+    assert "<b> ✓ right" in page.text
+    assert "?, accuracy" in page.text
+
+
+def test_media_that_are_no_files_or_too_large_are_told(tmp_path):
+    picture, _ = write_media(tmp_path)
+    os.truncate(picture, 2**31)
+    os.mkfifo(tmp_path / "pipe.wav")
+    for kind, path, sentence in (
+        ("image", picture, "it has more than 64 MiB"),
+        ("audio", tmp_path / "pipe.wav", "there is no such file"),
+        ("video", Path("/dev/zero"), "there is no such file"),
+        ("image", tmp_path, "it is a folder"),
+        ("image", tmp_path / "\ud800.png", "cannot be shown"),
+        ("image", tmp_path / ("n" * 5000), "cannot be shown"),
+    ):
+        assert sentence in media_tag(kind, path)
 
 
 def test_the_command_draws_it(finished, capsys):

@@ -44,5 +44,16 @@ def test_a_stage_is_read_at_its_last_measured_step(tmp_path):
     (tmp_path / "abilities.json").write_text(json.dumps({"steps": steps}))
     assert read_stage("s", tmp_path) == StageAbilities("s", 12, steps["12"])
     assert read_stage("s", tmp_path / "nowhere") is None
-    (tmp_path / "abilities.json").write_text('{"steps": {}}')
-    assert read_stage("s", tmp_path) is None
+    for odd in ('{"steps": {}}', '{"steps": [3, 1]}', '{"steps": {"3": 5}}', "[" * 50000, "[]", '{"steps": {"²": {}}}'):
+        (tmp_path / "abilities.json").write_text(odd)
+        assert read_stage("s", tmp_path) is None
+
+
+def test_scores_that_are_none_are_left_out_of_the_table(tmp_path):
+    whole = score("accuracy", 0.1, 0.0, False)
+    odd = [5, {}, whole | {"accuracy": "much"}, whole | {"chance": None}, whole | {"beyond_chance": 1}]
+    scores = {"good": whole} | {f"odd {n}": entry for n, entry in enumerate([*odd, whole | {"media_gain": []}])}
+    (tmp_path / "abilities.json").write_text(json.dumps({"steps": {"3": scores}}))
+    found = read_stage("s", tmp_path)
+    assert found == StageAbilities("s", 3, {"good": whole})
+    write_retention(tmp_path, [found])
