@@ -34,7 +34,7 @@ def committed_steps(workdir: epath.Path) -> list[int]:
     """Lists the steps whose save was completed, ascending. Their files are not read."""
     if not steps_folder(workdir).is_dir():
         return []
-    folders = [path for path in steps_folder(workdir).iterdir() if path.name.isdigit()]
+    folders = [path for path in steps_folder(workdir).iterdir() if path.name.isdecimal()]
     # Checksums are written last, and removed first: with them a step counts.
     return sorted(int(path.name) for path in folders if (path / CHECKSUMS).exists())
 

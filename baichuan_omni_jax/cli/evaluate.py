@@ -31,7 +31,7 @@ from baichuan_omni_jax.cli import evaluate_suites
 from baichuan_omni_jax.cli.common import check_folders, quiet_logs
 from baichuan_omni_jax.config import MeshConfig, OmniConfig
 from baichuan_omni_jax.config.mel_targets import flow_target
-from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.errors import ConfigError, RunStoppedError
 from baichuan_omni_jax.evaluation.finished_run import evaluate_run
 from baichuan_omni_jax.evaluation.tokenizer_evaluator import TokenizerEvaluator, missing_measures, read_clips
 from baichuan_omni_jax.generation.loading import load_for_generation
@@ -58,11 +58,15 @@ def add_ability_arguments(parts: argparse._SubParsersAction) -> None:
 
 
 def evaluate_abilities(options: argparse.Namespace) -> None:
-    """Asks the abilities of a run. Raises ConfigError."""
+    """Asks the abilities of a run. Raises ConfigError, and RunStoppedError where a file cannot be written."""
     if options.items < 1:
         raise ConfigError(f"--items must be at least 1, not {options.items}")
     quiet_logs()
-    evaluate_run(options.workdir, options.checkpoint, options.out, options.items, Console())
+    try:
+        evaluate_run(options.workdir, options.checkpoint, options.out, options.items, Console())
+    # libsndfile has an error of its own for a full disk.
+    except (OSError, soundfile.SoundFileError) as error:
+        raise RunStoppedError(f"--out {options.out}: {error}; the same command begins again") from error
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

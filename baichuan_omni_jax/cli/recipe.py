@@ -24,7 +24,14 @@ from rich.console import Console
 
 from baichuan_omni_jax.cli.chain_progress import ChainView, StageProgress, duration
 from baichuan_omni_jax.cli.common import add_set_argument
-from baichuan_omni_jax.cli.stages import ChainStage, ProcessRunner, fill_names, plan_chain, write_abilities
+from baichuan_omni_jax.cli.stages import (
+    ChainStage,
+    ProcessRunner,
+    chain_folder,
+    fill_names,
+    plan_chain,
+    write_abilities,
+)
 from baichuan_omni_jax.config import RunConfig
 from baichuan_omni_jax.config.recipes import RECIPES, Recipe
 from baichuan_omni_jax.errors import ConfigError, RunStoppedError
@@ -111,17 +118,13 @@ class _Chain:
 
     def run(self) -> int:
         """Does what is left to do."""
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"--workdir {self._folder} cannot be made: {error.strerror}") from error
-        lock = take_lock(self._folder / ".lock", f"another recipe is at work in {self._folder}; nothing was changed")
-        try:
-            return self._run_all()
-        except OSError as error:
-            raise RunStoppedError(f"{self._folder}: {error}; the same command goes on") from error
-        finally:
-            lock.release()
+        with chain_folder(self._folder):
+            taken = f"another recipe is at work in {self._folder}; nothing was changed"
+            lock = take_lock(self._folder / ".lock", taken)
+            try:
+                return self._run_all()
+            finally:
+                lock.release()
 
     def _run_all(self) -> int:
         began, works = time.monotonic(), self._works()
@@ -239,7 +242,7 @@ def _evaluated_step(folder: Path) -> int | None:
     """The step of the evaluation that a folder holds; None without one."""
     try:
         return max(map(int, json.loads((folder / ABILITIES).read_text(encoding="utf-8"))["steps"]))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

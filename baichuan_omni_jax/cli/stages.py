@@ -6,11 +6,12 @@
 
 import argparse
 import ctypes
+import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -19,7 +20,7 @@ from baichuan_omni_jax.checkpoint.steps import committed_steps
 from baichuan_omni_jax.cli.common import add_set_argument
 from baichuan_omni_jax.config import STAGES, RunConfig, load_run_config
 from baichuan_omni_jax.config.recipes import RecipeStage
-from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.errors import ConfigError, RunStoppedError
 from baichuan_omni_jax.evaluation.chain_record import ChainWriter
 from baichuan_omni_jax.evaluation.retention import read_stage, write_retention
 from baichuan_omni_jax.storage import parse_path
@@ -104,12 +105,33 @@ def plan_chain(
 
 def fill_names(template: str, homes: dict[str, Path]) -> str:
     """Replaces each `{NAME}` by that stage's folder. Raises ConfigError for a name that there is not."""
-    for name, home in homes.items():
-        template = template.replace(f"{{{name}}}", str(home))
-    if "{" in template:
+    # The names alone: a folder may have braces in its own.
+    names = re.findall(r"\{([^{}]*)\}", template)
+    if [name for name in names if name not in homes]:
         known = ", ".join(homes) or "no stage"
         raise ConfigError(f"{template}: there is no such stage before this one, but {known}")
-    return template
+    # A spec of branches is cut at these, so that training would look for another folder.
+    if odd := [str(homes[name]) for name in names if set(",=") & set(str(homes[name]))]:
+        raise ConfigError(f"{odd[0]}: a workdir whose stages begin from others has no comma and no = in its name")
+    return re.sub(r"\{([^{}]*)\}", lambda found: str(homes[found[1]]), template)
+
+
+@contextmanager
+def chain_folder(folder: Path) -> Iterator[None]:
+    """Makes the folder of a chain that runs inside. What the file system refuses is told in one sentence.
+
+    Raises:
+        ConfigError: the folder cannot be made.
+        RunStoppedError: something cannot be written there any more, as on a full disk.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--workdir {folder} cannot be made: {error.strerror}") from error
+    try:
+        yield
+    except OSError as error:
+        raise RunStoppedError(f"{folder}: {error}; the same command goes on") from error
 
 
 class ProcessRunner:
@@ -222,7 +244,12 @@ def run_stages(options: argparse.Namespace) -> int:
         parents = {"checkpoint.init_from": f"{{{rows[-1].name}}}"} if rows else {}
         rows.append(RecipeStage(name=load_run_config(file, options.set).name, config=str(file), parents=parents))
     chain = plan_chain(rows, options.workdir, options.set)
-    record = ChainWriter(options.workdir, {stage.run.name: stage.run.train.steps for stage in chain})
+    with chain_folder(options.workdir):
+        return _run_chain(options.workdir, chain, passed_on)
+
+
+def _run_chain(folder: Path, chain: Sequence[ChainStage], passed_on: Sequence[str]) -> int:
+    record = ChainWriter(folder, {stage.run.name: stage.run.train.steps for stage in chain})
     with ProcessRunner() as processes:
         for number, stage in enumerate(chain, 1):
             parent = chain[number - 2].workdir if number > 1 else None
@@ -237,7 +264,7 @@ def run_stages(options: argparse.Namespace) -> int:
                 return 0
             if processes.stopped:
                 return 0
-    if table := write_abilities(options.workdir, chain):
+    if table := write_abilities(folder, chain):
         print(table, flush=True)
     return 0
 

@@ -151,6 +151,32 @@ def test_a_folder_that_cannot_be_made(recipe, tmp_path, capsys):
     assert f"--workdir {tmp_path / 'run'} cannot be made" in capsys.readouterr().err
 
 
+def test_stages_in_a_file_and_on_a_full_disk(tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("")
+    assert main(["stages", "--tiny", "--workdir", str(tmp_path / "file")]) == 2
+    assert f"--workdir {tmp_path / 'file'} cannot be made" in capsys.readouterr().err
+
+    def refuse(path, values):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("baichuan_omni_jax.evaluation.chain_record.write_json", refuse)
+    monkeypatch.setattr(stages_module.ChainStage, "command", property(lambda stage: ["true"]))
+    assert main(["stages", "--tiny", "--workdir", str(tmp_path / "run")]) == 3
+    assert capsys.readouterr().err.splitlines()[-1].endswith("No space left on device; the same command goes on")
+
+
+def test_workdirs_with_braces_and_with_what_cuts_a_spec(tmp_path):
+    rows = [
+        RecipeStage(name="image_text_1_tiny"),
+        RecipeStage(name="sft_tiny", parents={"x": "llm={image_text_1_tiny}"}),
+    ]
+    chain = plan_chain(rows, tmp_path / "{a}", [])
+    assert chain[1].changes == (f"x=llm={tmp_path / '{a}' / 'image_text_1_tiny'}",)
+    for name in ("a,b", "a=b"):
+        with pytest.raises(ConfigError, match=f"{name}.*: a workdir whose stages begin from others has no comma"):
+            plan_chain(rows, tmp_path / name, [])
+
+
 def test_a_disk_that_is_full(recipe, tmp_path, capsys, monkeypatch):
     def refuse(path, values):
         raise OSError(28, "No space left on device")
