@@ -232,6 +232,15 @@ def test_a_damaged_line_costs_its_own_answer_alone(answered, change, asked):
     assert again() == (asked or [])
 
 
+def test_zeros_before_a_whole_line_cost_nothing(answered):
+    """A crash of the machine leaves them where a line, with its end, was to be."""
+    path, again = answered
+    lines = path.read_bytes().split(b"\n")
+    lines[1] = b"\0" * len(lines[1])
+    path.write_bytes(lines[0] + b"\n" + lines[1] + b"\n".join(lines[2:]))
+    assert again() == [2]
+
+
 def test_a_mark_of_byte_order_is_taken_away(answered):
     path, again = answered
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())

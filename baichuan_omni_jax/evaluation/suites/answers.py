@@ -189,8 +189,9 @@ class AnswerFile:
             raise ConfigError(f"{self.path} cannot be read: {error.strerror or error}") from error
         # A kill, or a crash of the machine, leaves a part of a line, or zeros; what stands behind them is an answer.
         texts = data.split(b"\n")
-        lines = [line for text in texts[:-1] if (line := _parse(text)) is not None]
-        return lines, len(lines) == len(texts) - 1 and not texts[-1] and not data.startswith(codecs.BOM_UTF8)
+        lines = [line for text in texts[:-1] if (line := _parse(text.lstrip(b"\0"))) is not None]
+        clean = b"\0" not in data and not data.startswith(codecs.BOM_UTF8)
+        return lines, clean and len(lines) == len(texts) - 1 and not texts[-1]
 
     def _prepare(self, items: Mapping[int, Item]) -> dict[int, str]:
         """Checks what is answered already, and forgets what was refused; returns id by number of the rest."""

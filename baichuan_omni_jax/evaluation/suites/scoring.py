@@ -99,18 +99,19 @@ def normalize_text(text: str, language: Language) -> str:
     Raises ConfigError where the libraries of the extra `evaluate` are missing.
     """
     english, basic = _normalizers()
-    if language == "en":
-        return basic(english(text)).strip()
-    import cn2an
-
-    # Digits as they are read, so that 35% and 百分之三十五 are one; then punctuation away.
-    plain = unicodedata.normalize("NFKC", text)
+    plain = text if language == "en" else unicodedata.normalize("NFKC", text)
+    # Neither library documents what it raises of numbers that nobody reads out, such as 40 digits in a row: those stay.
     try:
-        written = cn2an.transform(plain, "an2cn")
-    # Numbers that no one reads out, such as 20 digits in a row, stay digits.
-    except Exception:  # it raises several kinds, of which it documents none
+        if language == "en":
+            written = english(plain)
+        else:
+            import cn2an
+
+            # Digits as they are read, so that 35% and 百分之三十五 are one; then punctuation away.
+            written = cn2an.transform(plain, "an2cn")
+    except Exception:
         written = plain
-    return re.sub(r"\s+", "", basic(written))
+    return basic(written).strip() if language == "en" else re.sub(r"\s+", "", basic(written))
 
 
 @lru_cache(maxsize=1)
