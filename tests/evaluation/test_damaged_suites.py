@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from baichuan_omni_jax.checkpoint.branches import BRANCHES_FILE
+from baichuan_omni_jax.checkpoint.steps import CHECKSUMS
 from baichuan_omni_jax.cli import evaluate_suites
 from baichuan_omni_jax.cli.chat import OpenedChat
 from baichuan_omni_jax.cli.main import main
@@ -326,4 +328,21 @@ def test_what_scores_is_refused_before_the_first_item(tmp_path, scripted, more):
     with unchecked():
         assert main(command(folder, tmp_path / "out", *more)) == 2
     assert scripted.asked == 0
+    assert not (tmp_path / "out").exists()
+
+
+def test_abilities_of_what_is_no_run_and_into_what_is_no_folder(tmp_path, capsys):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / BRANCHES_FILE).write_text("{}")
+    (tmp_path / "run" / "checkpoints" / "3").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "3" / CHECKSUMS).write_text("{}")
+    # Digits that are no number are no step.
+    (tmp_path / "run" / "checkpoints" / "²").mkdir()
+    (tmp_path / "file").write_text("")
+    for run, out, sentence in (
+        ("model", "out", "model is a checkpoint: the workdir of the run that made it has its questions"),
+        ("run", "file", "file cannot be made: File exists"),
+    ):
+        assert main(["evaluate", "abilities", "--run", str(tmp_path / run), "--out", str(tmp_path / out)]) == 2
+        assert capsys.readouterr().err.splitlines()[-1].endswith(sentence)
     assert not (tmp_path / "out").exists()
