@@ -94,7 +94,7 @@ _RECIPES: dict[str, _Recipe] = {
     ),
     "image_audio_text_2": _Recipe(
         shares={
-            **{"numbers": 1.0, "sentences": 1.0, "speech": 3.0, "spoken_questions": 2.0},
+            **{"words": 0.7, "numbers": 1.0, "sentences": 1.0, "speech": 3.0, "spoken_questions": 2.0},
             **{"digits": 1.0, "pictures": 1.0, "charts": 1.0, "motion": 0.7, "text": 1.0},
         },
         rates=(("vision", VISION, None), ("language", LANGUAGE, 1e-3), ("speech", SPEECH, 2e-3)),
@@ -106,7 +106,8 @@ _RECIPES: dict[str, _Recipe] = {
     ),
     "omni": _Recipe(
         shares={
-            **{"numbers": 0.7, "sentences": 0.8, "speech": 2.5, "spoken_questions": 3.0, "dialogue": 0.7},
+            **{"words": 0.7, "numbers": 0.7, "sentences": 0.8},
+            **{"speech": 2.5, "spoken_questions": 3.0, "dialogue": 0.7},
             **{"digits": 1.2, "pictures": 1.2, "charts": 1.0, "motion": 1.0, "text": 1.0},
         },
         rates=(("vision", VISION, 5e-4), ("language", LANGUAGE, 1e-3), ("speech", SPEECH, 2e-3)),
@@ -118,7 +119,9 @@ _RECIPES: dict[str, _Recipe] = {
     ),
     "sft": _Recipe(
         shares={
-            **{"numbers": 0.6, "sentences": 0.7, "speech": 2.0, "spoken_questions": 2.5, "dialogue": 1.5},
+            # Short clips of words, or all that is short is heard as digits.
+            **{"words": 1.5, "numbers": 0.6, "sentences": 0.7},
+            **{"speech": 2.0, "spoken_questions": 2.5, "dialogue": 1.5},
             **{"digits": 1.2, "pictures": 1.2, "charts": 1.1, "motion": 1.0, "text": 1.2},
         },
         rates=(("vision", VISION, 2e-4), ("language", LANGUAGE, 3e-4), ("speech", SPEECH, 5e-4)),
