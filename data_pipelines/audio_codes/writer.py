@@ -120,7 +120,9 @@ def write_part(folder: Path, number: int, codes: Integer[np.ndarray, "n q"], par
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         metadata = _array(part_frames, part_frames, codes.shape[1])
         kvstore = {"driver": "file", "path": scratch}
-        array = ts.open({"driver": "zarr3", "kvstore": kvstore, "metadata": metadata}, create=True).result()
+        # Also where no window has codes: TensorStore would leave out a part that holds nothing but `UNUSED`.
+        spec = {"driver": "zarr3", "kvstore": kvstore, "metadata": metadata, "store_data_equal_to_fill_value": True}
+        array = ts.open(spec, create=True).result()
         array[: len(codes)].write(codes.astype(np.int16)).result()
         return (Path(scratch) / part_name(0)).rename(folder / part_name(number))
 

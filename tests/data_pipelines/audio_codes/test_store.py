@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from baichuan_omni_jax.errors import ConfigError
-from data_pipelines.audio_codes.store import ENTRY, REFERENCE, CodeStore, find, new_records, order_of
+from data_pipelines.audio_codes.store import ENTRY, REFERENCE, UNUSED, CodeStore, find, new_records, order_of
 from data_pipelines.audio_codes.writer import part_bounds, write_codes, write_part
 from data_pipelines.errors import SampleError
 
@@ -107,6 +107,13 @@ def test_the_same_codes_give_the_same_bytes(tmp_path):
     codes = np.random.default_rng(0).integers(0, SIZES, (700, 3))
     files = [write_part(tmp_path, number, codes, PART).read_bytes() for number in (0, 7)]
     assert files[0] == files[1]
+
+
+def test_a_part_of_windows_without_codes_has_its_file(tmp_path):
+    """All that was to be added is damaged: the store grows by a part that no entry names."""
+    path = write_part(tmp_path, 2, np.full((5, 3), UNUSED, np.int32), PART)
+    assert path == tmp_path / "c.2.0"
+    assert path.stat().st_size > 0
 
 
 def test_codes_that_int16_cannot_hold_are_refused(tmp_path):
