@@ -171,9 +171,9 @@ def _hear(
     answers = dict.fromkeys(spoken, Answer())
     for (n, _, codes), result in zip(pieces, _generate(engine, asked), strict=True):
         before = answers[n]
-        if before.problem or isinstance(result, RequestError):
-            answers[n] = Answer(problem=before.problem or result.cause)
-        else:
+        if isinstance(result, RequestError):
+            answers[n] = Answer(problem=result.cause)
+        elif not before.problem:
             answers[n] = Answer(f"{before.text} {result.text.strip()}".strip(), before.frames + len(codes))
     return answers
 
