@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from baichuan_omni_jax.storage import is_url, with_retries
+from baichuan_omni_jax.storage import is_url, remove, with_retries
 
 log = logging.getLogger(__name__)
 
@@ -45,11 +45,11 @@ def remove_old_steps(workdir: epath.Path, kept: Collection[int]) -> None:
         if step not in kept:
             folder = step_folder(workdir, step)
             # Without its checksums the step no longer counts, however far its removal gets.
-            (folder / CHECKSUMS).unlink()
-            folder.rmtree()
+            remove(folder / CHECKSUMS)
+            remove(folder)
     for path in steps_folder(workdir).iterdir():
         if TEMPORARY in path.name and (path / CHECKSUMS).exists():
-            path.rmtree()
+            remove(path)
 
 
 def remove_unfinished_steps(workdir: epath.Path) -> bool:
@@ -72,7 +72,7 @@ def remove_unfinished_steps(workdir: epath.Path) -> bool:
 def remove_unfinished(path: epath.Path) -> None:
     """Removes a folder that a killed run left half-written, and says so."""
     log.warning("removing %s, which was left unfinished", path)
-    path.rmtree()
+    remove(path)
 
 
 def newest_good(workdir: epath.Path, steps: Sequence[int], skip: Sequence[str] = ()) -> tuple[int | None, str]:

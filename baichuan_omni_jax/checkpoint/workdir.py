@@ -34,6 +34,7 @@ from baichuan_omni_jax.storage import (
     check_writable,
     is_url,
     parse_path,
+    remove,
     renames_folders,
     scratch_folder,
     take_lock,
@@ -142,11 +143,7 @@ class Workdir:
             return
         # The run's configuration last: as long as it is there, the rest is known to belong to that run.
         for name in reversed(self._new):
-            path = self.path / name
-            if path.is_dir():
-                path.rmtree()
-            else:
-                path.unlink(missing_ok=True)
+            remove(self.path / name)
 
     def steps(self) -> list[int]:
         """Lists the steps that were saved completely, ascending, without those that `restore` found damaged."""

@@ -22,6 +22,7 @@ from baichuan_omni_jax.storage.paths import (
     is_url,
     local_path,
     parse_path,
+    remove,
     renames_folders,
     with_retries,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "parse_path",
     "read_json_object",
     "refuse_stand_in",
+    "remove",
     "renames_folders",
     "scratch_folder",
     "staged_folder",

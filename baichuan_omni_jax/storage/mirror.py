@@ -19,7 +19,7 @@ from pathlib import Path
 from etils import epath
 
 from baichuan_omni_jax.errors import ConfigError
-from baichuan_omni_jax.storage.paths import is_url, with_retries
+from baichuan_omni_jax.storage.paths import is_url, remove, with_retries
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ class MirroredFolder:
                 self._copied[name] = state
         for name in [name for name in self._copied if name not in there]:
             target = self.location / name
-            with_retries(lambda target=target: target.unlink(missing_ok=True), f"removing {target}")
+            remove(target)
             del self._copied[name]
 
     def _fetch(self, names: Sequence[str]) -> None:

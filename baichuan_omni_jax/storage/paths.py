@@ -40,8 +40,18 @@ _MANGLED = re.compile(rf"(?:.*/)?({'|'.join([*_SERVED, 'https?', 'file', 'hf', '
 
 # Roots of the packages that tell of network and server by exceptions of their own, which are no OSError.
 _CLIENTS = {"gcsfs", "s3fs", "fsspec", "aiohttp", "requests", "urllib3", "google", "botocore", "aiobotocore"}
-# Errors that may be gone a moment later: of the network, or of a server behind a mounted folder.
-_PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ECONNRESET, errno.ECONNREFUSED, errno.EPIPE}
+# Errors that may be gone a moment later: of the network (which have no number), or of a server behind a mounted folder.
+_PASSING = {
+    None,
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.EAGAIN,
+    errno.ECONNRESET,
+    errno.ECONNREFUSED,
+    errno.EPIPE,
+}
+_FINAL = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 _TRIES, _PAUSE = 4, 0.5  # seconds before the second try; each further pause is twice as long
 
 _PROBE = ".storage-probe"
@@ -127,7 +137,8 @@ def with_retries(work: Callable[[], T], doing: str) -> T:
             return work()
         except Exception as error:
             foreign = type(error).__module__.partition(".")[0] in _CLIENTS
-            passing = foreign or (isinstance(error, OSError) and error.errno in _PASSING)
+            final = isinstance(error, _FINAL)
+            passing = foreign or (isinstance(error, OSError) and not final and error.errno in _PASSING)
             if not passing or tried == _TRIES:
                 # One class for whatever a bucket's client raises, so that callers need not know it.
                 if foreign and not isinstance(error, OSError):
@@ -139,6 +150,26 @@ def with_retries(work: Callable[[], T], doing: str) -> T:
     raise AssertionError("unreachable")
 
 
+def remove(path: epath.Path) -> None:
+    """Removes a file, or a folder with all that is in it; one that is not there is as good as removed.
+
+    Raises OSError where storage refuses it.
+    """
+
+    def attempt() -> None:
+        try:
+            if path.is_dir():
+                path.rmtree()
+            else:
+                path.unlink(missing_ok=True)
+        except Exception:
+            # Where a bucket's answer was lost, the client asks again and is told that there is nothing to remove.
+            if path.exists():
+                raise
+
+    with_retries(attempt, f"removing {path}")
+
+
 def check_writable(folder: epath.Path, what: str) -> None:
     """Writes an object into `folder`, reads and removes it: a missing bucket or permission is noticed at the start.
 
@@ -148,7 +179,7 @@ def check_writable(folder: epath.Path, what: str) -> None:
     try:
         with_retries(lambda: probe.write_text(_PROBE), f"writing {probe}")
         read = with_retries(probe.read_text, f"reading {probe}")
-        with_retries(lambda: probe.unlink(missing_ok=True), f"removing {probe}")
+        remove(probe)
     except OSError as error:
         raise ConfigError(f"{what} {folder} cannot be written: {str(error) or type(error).__name__}") from error
     if read != _PROBE:

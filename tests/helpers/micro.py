@@ -106,7 +106,7 @@ class Command:
     ):
         self.root, self.cache, self.script, self.quick = root, cache, script, quick
 
-    def start(self, workdir: Path, *changes: str, devices: int = 1, config: Path = CONFIG) -> subprocess.Popen:
+    def start(self, workdir: Path | str, *changes: str, devices: int = 1, config: Path = CONFIG) -> subprocess.Popen:
         """`changes` are `key=value`; those that start with `--` are flags of the command."""
         sets = [item for item in (*overrides(self.root), *changes) if not item.startswith("--")]
         flags = [item for item in changes if item.startswith("--")]
@@ -117,7 +117,7 @@ class Command:
         return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=variables)
 
     def __call__(
-        self, workdir: Path, *changes: str, devices: int = 1, config: Path = CONFIG
+        self, workdir: Path | str, *changes: str, devices: int = 1, config: Path = CONFIG
     ) -> subprocess.CompletedProcess:
         with self.start(workdir, *changes, devices=devices, config=config) as process:
             out, err = process.communicate(timeout=HANG)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from baichuan_omni_jax.checkpoint import Workdir
+from tests.helpers.bucket import bucket_server
 from tests.helpers.micro import Command, read_metrics, small_copy
 from tests.helpers.proofs import HANG
 
@@ -30,7 +31,7 @@ def command(sample_dir, tmp_path_factory) -> Command:
     return Command(small_copy(sample_dir, folder / "data"), folder / "xla", quick=True)
 
 
-def start(command: Command, workdir: Path, *changes: str, of_host=((), ())) -> list[subprocess.Popen]:
+def start(command: Command, workdir: Path | str, *changes: str, of_host=((), ())) -> list[subprocess.Popen]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -66,6 +67,24 @@ def test_two_hosts_train_as_one(mesh, command, tmp_path):
         for key in ("loss", "loss_text", "loss_audio", "gradient_norm", "tokens", "flops_llm", "flops_vision"):
             assert other[key] == pytest.approx(row[key], rel=TOLERANCE), (row["step"], key)
     assert Workdir(tmp_path / "two", keep=3).steps() == Workdir(tmp_path / "one", keep=3).steps()
+
+
+def test_two_hosts_share_a_workdir_in_a_bucket(command, tmp_path, monkeypatch):
+    """Each has a scratch folder of its own; only the first writes numbers; both go on from the same step."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    with bucket_server() as server:
+        for name, value in server.variables().items():
+            monkeypatch.setenv(name, value)
+        for last in (2, 4):
+            hosts = start(command, "gs://bucket/two", *MESH, f"train.steps={last}")
+            outputs = finish(hosts)
+            assert [host.returncode for host in hosts] == [0, 0], outputs
+            assert server.committed("two")[-1] == last
+        assert "resumed from step 2" in " ".join(outputs[0][0].split())
+        found = read_metrics(server.download("two", tmp_path / "copy"))
+    assert [row["step"] for row in found] == [1, 2, 3, 4]
+    assert {path.name for path in tmp_path.iterdir()} == {"cache", "copy"}
 
 
 def test_sigterm_to_one_host_stops_both_with_a_checkpoint(command, tmp_path):

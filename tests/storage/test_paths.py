@@ -17,6 +17,7 @@ from baichuan_omni_jax.storage import (
     parse_path,
     paths,
     read_json_object,
+    remove,
     renames_folders,
     with_retries,
     write_json,
@@ -149,6 +150,32 @@ def test_a_bucket_is_written_whole_or_not_at_all(server: BucketServer):
         fail_halfway()
     assert read_json_object(path) == {"ä": 1}
     assert server.names("files/") == ["files/a.json"]
+
+
+@pytest.mark.parametrize("kind", ["bucket", "file system"])
+def test_files_and_folders_are_removed_and_what_is_not_there_is_as_good(server: BucketServer, tmp_path, kind):
+    place = parse_path("gs://bucket/removed" if kind == "bucket" else tmp_path)
+    for name in ("a", "b/c/d", "b/e"):
+        write_json(place / name, {})
+    remove(place / "a")
+    remove(place / "b")
+    remove(place / "b")
+    assert not (place / "a").exists()
+    assert not (place / "b").exists()
+
+
+def test_a_deletion_whose_answer_was_lost_is_done(tmp_path, monkeypatch):
+    """The client asks again, and is told that there is nothing to delete."""
+    path = parse_path(tmp_path / "a")
+    path.write_text("")
+
+    def unlink(self, missing_ok=False) -> None:
+        os.unlink(self)
+        raise OSError("No such object")
+
+    monkeypatch.setattr(type(path), "unlink", unlink)
+    remove(path)
+    assert not path.exists()
 
 
 def test_a_bucket_that_is_not_there_is_named(server: BucketServer):
