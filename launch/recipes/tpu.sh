@@ -94,6 +94,8 @@ wait_for_slices() {
       state=$(state_of "$slice")
       case $state in
         ACTIVE) found=$((found + 1)) ;;
+        # Seen while it was still being taken away (SUSPENDING), or deleted by somebody else meanwhile.
+        SUSPENDED | ABSENT) request_missing ;;
         FAILED)
           if [[ -z $begun ]]; then
             say "the request for $(slice_name "$slice") failed"

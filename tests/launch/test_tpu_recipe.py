@@ -47,13 +47,13 @@ def test_one_host_joins_nobody(tmp_path):
     assert "--multihost" not in cloud.starts("omni-0")[0]
 
 
-@pytest.mark.parametrize("grace", [0.0, pytest.param(20.0, marks=pytest.mark.slow)], ids=["killed", "told"])
+@pytest.mark.parametrize("grace", [0.0, 5.0], ids=["killed", "told"])
 def test_a_preempted_slice_is_requested_anew_and_the_run_goes_on(grace, cloud):
     cloud.outcomes(*["train"] * 5)
     process = cloud.start("tpu.sh", *RUN, SPOT="1", **WHERE)
     wait_for(lambda: cloud.starts("omni-0") and cloud.starts("omni-1"))
     cloud.preempt("omni", grace=grace)
-    wait_for(lambda: len(created(cloud)) == 2)
+    wait_for(lambda: len(created(cloud)) >= 2)
     cloud.finish()
     code, said = ended(process)
     assert code == 0, said
