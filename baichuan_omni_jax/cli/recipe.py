@@ -12,6 +12,7 @@ Exit code 2: something given cannot be used. 3: a run ended itself. 130: Ctrl-C,
 import argparse
 import json
 import math
+import os
 import shlex
 import signal
 import sys
@@ -77,7 +78,8 @@ def _share(text: str) -> float:
 def run(options: argparse.Namespace) -> int:
     """Runs the recipe, or draws the report; returns the exit code."""
     if options.recipe == "report":
-        if not options.workdir.is_dir():
+        # Not `Path.is_dir`, which raises of a name that is too long.
+        if not os.path.isdir(options.workdir):
             raise ConfigError(f"--workdir {options.workdir} is no folder")
         print(write_report(options.workdir))
         return 0

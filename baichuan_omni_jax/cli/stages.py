@@ -77,8 +77,8 @@ def plan_chain(
         The stages, in order.
 
     Raises:
-        ConfigError: names the configuration that cannot be used, two stages of one name, or a parent that is none of
-            the stages before.
+        ConfigError: names the configuration that cannot be used or has no step, two stages of one name, or a parent
+            that is none of the stages before.
     """
     planned: list[ChainStage] = []
     for stage in stages:
@@ -86,6 +86,9 @@ def plan_chain(
         run = load_run_config(config, changes)
         own = own_changes(run)
         run = load_run_config(config, [*changes, *own])
+        # A stage without a step would pass for a finished one.
+        if run.train.steps < 1:
+            raise ConfigError(f"train.steps of {run.name} must be at least 1, not {run.train.steps}")
         if run.name in (known.run.name for known in planned):
             names = ", ".join(each.name for each in stages)
             raise ConfigError(f"two stages of the chain have one name: {names}")
@@ -189,8 +192,9 @@ class ProcessRunner:
                 if self.stopped:
                     process.terminate()
                 return _wait(process, tick)
-            except KeyboardInterrupt:
-                if log is not None:
+            except BaseException as error:
+                # At a terminal Ctrl-C reaches it too. Whatever else ends the chain, as a full disk, lets it save.
+                if log is not None or not isinstance(error, KeyboardInterrupt):
                     process.terminate()
                 try:
                     process.wait()

@@ -177,6 +177,26 @@ def test_workdirs_with_braces_and_with_what_cuts_a_spec(tmp_path):
             plan_chain(rows, tmp_path / name, [])
 
 
+def test_a_run_that_cannot_be_watched_any_more_is_let_save(recipe, tmp_path, capsys, monkeypatch):
+    """The disk fills while a stage is at work: it is asked to save and leave, not waited for."""
+    waits = tmp_path / "run" / "image_text_2_tiny" / "trouble"
+
+    def refuse(writer):
+        if waits.exists():
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("baichuan_omni_jax.evaluation.chain_record.ChainWriter.note", refuse)
+    assert recipe(image_text_2_tiny="slow") == 3
+    assert "No space left on device" in capsys.readouterr().err
+    assert (tmp_path / "run" / "image_text_2_tiny" / "checkpoints" / "3").exists()
+
+
+def test_stages_without_a_step(tmp_path):
+    for steps in (0, -1):
+        with pytest.raises(ConfigError, match=f"train.steps of sft_tiny must be at least 1, not {steps}"):
+            plan_chain([RecipeStage(name="sft_tiny")], tmp_path, [f"train.steps={steps}"])
+
+
 def test_a_disk_that_is_full(recipe, tmp_path, capsys, monkeypatch):
     def refuse(path, values):
         raise OSError(28, "No space left on device")

@@ -116,6 +116,16 @@ def test_a_damaged_table_is_named_with_its_line(tmp_path, name, before, after, s
         read(name, tmp_path, before, after)
 
 
+def test_a_table_without_a_row_is_named(tmp_path):
+    folder = write_open_audio_bench(tmp_path, 1)
+    table = folder / "eval_datas" / "trivia_qa" / "trivia_qa.csv"
+    for data in (table.read_bytes().split(b"\n")[0], b"\0" * 500):
+        table.write_bytes(data)
+        items = SUITES["openaudiobench"].read(folder)
+        with pytest.raises(ConfigError, match=r"trivia_qa\.csv has no row"):
+            list(items)
+
+
 @pytest.mark.parametrize("mark", ["\u2028", "\x0b", "\x0c", "\x1c", "\x85"])
 def test_line_ends_that_only_text_knows_end_no_row(tmp_path, mark):
     """The row is read again when its image is asked for: it must be the same row."""

@@ -329,5 +329,6 @@ def test_media_that_are_no_files_or_too_large_are_told(tmp_path):
 def test_the_command_draws_it(finished, capsys):
     assert main(["recipe", "report", "--workdir", str(finished)]) == 0
     assert capsys.readouterr().out.strip() == str(finished / "report.html")
-    assert main(["recipe", "report", "--workdir", str(finished / "none")]) == 2
-    assert "is no folder" in capsys.readouterr().err
+    for none in (finished / "none", finished / ("n" * 5000)):
+        assert main(["recipe", "report", "--workdir", str(none)]) == 2
+        assert "is no folder" in capsys.readouterr().err

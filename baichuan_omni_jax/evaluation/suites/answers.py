@@ -80,8 +80,7 @@ def select_items(items: Iterator[Item], groups: Sequence[str] = (), limit: int |
         limit: items of each group at most.
 
     Raises:
-        ConfigError: there is no item, none that can be asked, no such group, an id comes twice, or a folder cannot be
-            read.
+        ConfigError: there is no item, none that can be asked, no such group, a second of one id, or no way to read it.
     """
     try:
         return _selected(items, groups, limit)

@@ -196,7 +196,7 @@ def read_table(path: Path, columns: Sequence[str] = (), header: Sequence[str] = 
         header: the columns of a .csv whose first line is a row.
 
     Raises:
-        ConfigError: the file cannot be read, is damaged, or lacks a column.
+        ConfigError: the file cannot be read, is damaged, has no row, or lacks a column.
     """
     # A clone without Git LFS has pointers of the right names.
     refuse_stand_in(path)
@@ -214,6 +214,9 @@ def read_table(path: Path, columns: Sequence[str] = (), header: Sequence[str] = 
             yield row
     except (OSError, csv.Error) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
+    # A download that ended behind the header, or zeros: one subject of many would be missing without a word.
+    if first:
+        raise ConfigError(f"{path} has no row")
 
 
 class _Lines:
