@@ -11,6 +11,7 @@ from typing import Literal
 # What a target is about: the score itself, what own media save of the loss in nats a target, or what of the score has
 # been lost since a stage.
 Measure = Literal["accuracy", "cer", "media_gain", "lost"]
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,9 @@ class Target:
 
     def is_met(self, value: float) -> bool:
         """Whether a value is as good as the bound."""
-        return value >= self.bound if self.measure in ("accuracy", "media_gain") else value <= self.bound
+        # Two points of a hundred items lost are two points, however floats subtract.
+        more = self.measure in ("accuracy", "media_gain")
+        return value >= self.bound - _ROUNDING if more else value <= self.bound + _ROUNDING
 
 
 @dataclass(frozen=True, kw_only=True)
