@@ -86,6 +86,12 @@ def check_kinds(config: Any, where: str = "") -> None:
             convert_value(kind, value, path)
 
 
+def check_types(config: Any, where: str) -> None:
+    """Raises ConfigError naming the first field of a dataclass whose value is not of its annotation's type."""
+    for name, kind in typing.get_type_hints(type(config)).items():
+        convert_value(kind, getattr(config, name), f"{where}{name}")
+
+
 def _replace(config: Any, keys: Sequence[str], text: str, path: str) -> Any:
     key, rest = keys[0], keys[1:]
     hints = typing.get_type_hints(type(config))

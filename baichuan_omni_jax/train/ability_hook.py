@@ -89,7 +89,8 @@ def check_answers(run: RunConfig) -> None:
             raise ConfigError(
                 f"eval.{field} needs mesh.context 1, not {run.mesh.context}: an answer's row is not split"
             )
-    for field, least in (("ability_every", 0), ("ability_items", 1), ("suite_every", 0), ("suite_items", 0)):
+    least_values = {"every": 0, "steps": 0, "ability_every": 0, "ability_items": 1, "suite_every": 0, "suite_items": 0}
+    for field, least in least_values.items():
         if getattr(wanted, field) < least:
             raise ConfigError(f"eval.{field} must be at least {least}, not {getattr(wanted, field)}")
 

@@ -7,9 +7,11 @@ import pytest
 
 from baichuan_omni_jax.config import load_run_config
 from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.train.ability_hook import check_answers
 from baichuan_omni_jax.train.suite_hook import check_suites, find_judge, read_suites
 from tests.helpers.micro import CONFIG, read_metrics
 from tests.helpers.suite_files import write_exam, write_omni_bench
+from tests.helpers.typecheck import unchecked
 
 
 @pytest.mark.parametrize(
@@ -28,6 +30,37 @@ def test_suites_that_cannot_be_answered_are_refused_before_the_run(changes, mess
     run = load_run_config(CONFIG, [*changes, f"eval.suite_data={tmp_path}"])
     with pytest.raises(ConfigError, match=message):
         check_suites(run)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ("suites='mmlu'", "eval.suites must be a list, not 'mmlu'"),
+        ("suites=('mmlu', None)", r"eval.suites\[1\] must be str, not None"),
+        ("abilities='held_out'", "eval.abilities must be a list"),
+        ("abilities=(('a',),)", r"eval.abilities\[0\] must be str"),
+        ("suite_data=None", "eval.suite_data must be str, not None"),
+        ("suite_judge=5", "eval.suite_judge must be str, not 5"),
+        ("suite_items='3'", "eval.suite_items must be int, not '3'"),
+        ("ability_items=2.5", "eval.ability_items must be int, not 2.5"),
+        ("mixtures=(5,)", r"eval.mixtures\[0\]. must be a mapping, not int"),
+        ("mixtures='x'", "eval.mixtures must be a list"),
+        ("steps=-1", "eval.steps must be at least 0, not -1"),
+        ("every=-1", "eval.every must be at least 0, not -1"),
+    ],
+)
+def test_values_of_a_file_are_refused_by_their_keys(tmp_path, fields, message):
+    """A configuration is Python: nothing else looks at what a field is given."""
+    path = tmp_path / "run.py"
+    path.write_text(
+        "from dataclasses import replace\n"
+        "from baichuan_omni_jax.config import load_run_config\n"
+        "def get_config():\n"
+        "    run = load_run_config('sft_tiny')\n"
+        f"    return replace(run, eval=replace(run.eval, {fields}))\n"
+    )
+    with unchecked(), pytest.raises(ConfigError, match=message):
+        check_answers(load_run_config(path))
 
 
 def test_files_and_judges_that_cannot_be_used_are_told_by_their_keys(tmp_path):
