@@ -160,6 +160,10 @@ def raw_server(pieces):
                     asked.append(connection.recv(1 << 16))
                     for piece in pieces:
                         time.sleep(piece) if isinstance(piece, float) else connection.sendall(piece)
+                    # What was not read of the question would reset the connection, at times before the answer is read.
+                    connection.shutdown(socket.SHUT_WR)
+                    while connection.recv(1 << 16):
+                        pass
                 except OSError:
                     pass
 
