@@ -51,9 +51,11 @@ class Group:
     help: str
 
 
-# In the order of a first day: train, ask, measure, move weights, make data. Nothing here is imported to show the help.
+# In the order of a first day: look at the machine, train, ask, measure, move weights, make data. Nothing here is
+# imported to show the help.
 CLI, DATA = "baichuan_omni_jax.cli", "data_pipelines"
 COMMANDS: dict[str, Command | Group] = {
+    "doctor": Command(f"{CLI}.doctor", "look this machine over before a run: what holds, and what to do"),
     "train": Command(f"{CLI}.train", "train a run of configs/, or go on with it"),
     "stages": Command(f"{CLI}.stages", "train stages one after the other, each from the last one's weights", "stages"),
     "recipe": Command(f"{CLI}.recipe", "from random weights to a model one can talk to, by one command; its report"),
@@ -140,8 +142,9 @@ def make_parser() -> CommandParser:
     parser = CommandParser(
         prog="baichuan-omni",
         description="Baichuan-Omni-1.5 in JAX: data, training, generation.",
-        epilog="exit codes: 0 done; 1 something wanting (verify, preflight, data validate, verdicts in evaluate); "
-        "2 something given cannot be used; 3 a run ended itself; 130 Ctrl-C. One sentence says which and why.",
+        epilog="exit codes: 0 done; 1 something wanting (doctor, verify, preflight, data validate, verdicts in "
+        "evaluate); 2 something given cannot be used; 3 a run ended itself; 130 Ctrl-C. One sentence says which and "
+        "why.",
         formatter_class=argparse.HelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
@@ -169,8 +172,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-        The exit code: 0; 1 where the command itself found something wanting (`verify`, `preflight`, `data validate`);
-        2 where something given cannot be used and 3 where a run ended itself, with one sentence; 130 after Ctrl-C.
+        The exit code: 0; 1 where the command itself found something wanting (`doctor`, `verify`, `preflight`, `data
+        validate`); 2 where something given cannot be used and 3 where a run ended itself, with one sentence; 130 after
+        Ctrl-C.
     """
 
     def run() -> int | None:

@@ -197,38 +197,43 @@ def _audio(omni: OmniConfig) -> tuple[FlopTerm, ...]:
 
 
 # What a chip can do at most: matrix FLOP/s in bfloat16 and bytes of memory, of one JAX device (of a TPU7x chip that is
-# one of its two chiplets), dense, without sparsity. FLOP/s and GPU memory are the makers' (cloud.google.com/tpu/docs;
-# NVIDIA's data sheets of A100, H100 and H200). TPU memory is what a program may use of it, as libtpu 0.0.52 says when
-# it refuses one, to 0.01 GiB. Kinds are JAX's `device_kind`.
+# one of its two chiplets), dense, without sparsity. FLOP/s, rates and GPU memory are the makers'
+# (cloud.google.com/tpu/docs; NVIDIA's data sheets of A100, H100 and H200). TPU memory is what a program may use of it,
+# as libtpu 0.0.52 says when it refuses one, to 0.01 GiB. Kinds are JAX's `device_kind`.
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Chip:
-    """`name` as in a topology, `flops` bfloat16 FLOP/s, `hbm_bytes` of memory; all of one JAX device."""
+    """`name` as in a topology, `flops` bfloat16 FLOP/s, `hbm_bytes` of memory, `hbm_rate` bytes a second to and from
+    it, `link_rate` bytes a second that its links to other chips send together; all of one JAX device.
+    """
 
     name: str
     flops: float
     hbm_bytes: int
+    hbm_rate: float
+    link_rate: float
 
 
 TPUS = {
-    "TPU v4": Chip("v4", 275e12, int(30.75 * GIB)),
-    "TPU v5 lite": Chip("v5e", 197e12, int(15.75 * GIB)),
-    "TPU v5": Chip("v5p", 459e12, int(95.73 * GIB)),
-    "TPU v6 lite": Chip("v6e", 918e12, int(31.24 * GIB)),
-    "TPU7x": Chip("tpu7x", 2307e12 / 2, int(94.74 * GIB)),
+    "TPU v4": Chip("v4", 275e12, int(30.75 * GIB), 1.2e12, 3e11),
+    "TPU v5 lite": Chip("v5e", 197e12, int(15.75 * GIB), 8.2e11, 2e11),
+    "TPU v5": Chip("v5p", 459e12, int(95.73 * GIB), 2.77e12, 6e11),
+    "TPU v6 lite": Chip("v6e", 918e12, int(31.24 * GIB), 1.64e12, 4.5e11),
+    "TPU7x": Chip("tpu7x", 2307e12 / 2, int(94.74 * GIB), 7.38e12 / 2, 3e11),
 }
-# Their kinds carry form factor and memory behind the name: the longest name that a kind starts with counts.
+# Their kinds carry form factor and memory behind the name: the longest name that a kind starts with counts. Links are
+# NVLink, of cards without it PCIe.
 GPUS = {
-    "NVIDIA A100": Chip("A100", 312e12, 80 * GIB),
-    "NVIDIA A100-SXM4-40GB": Chip("A100 40GB", 312e12, 40 * GIB),
-    "NVIDIA A100-PCIE-40GB": Chip("A100 40GB", 312e12, 40 * GIB),
-    "NVIDIA H100": Chip("H100", 989e12, 80 * GIB),
-    "NVIDIA H100 PCIe": Chip("H100 PCIe", 756e12, 80 * GIB),
-    "NVIDIA H100 NVL": Chip("H100 NVL", 835e12, 94 * GIB),
-    "NVIDIA H200": Chip("H200", 989e12, 141 * 10**9),
-    "NVIDIA H200 NVL": Chip("H200 NVL", 835e12, 141 * 10**9),
+    "NVIDIA A100": Chip("A100", 312e12, 80 * GIB, 2.04e12, 3e11),
+    "NVIDIA A100-SXM4-40GB": Chip("A100 40GB", 312e12, 40 * GIB, 1.56e12, 3e11),
+    "NVIDIA A100-PCIE-40GB": Chip("A100 40GB", 312e12, 40 * GIB, 1.56e12, 3.2e10),
+    "NVIDIA H100": Chip("H100", 989e12, 80 * GIB, 3.35e12, 4.5e11),
+    "NVIDIA H100 PCIe": Chip("H100 PCIe", 756e12, 80 * GIB, 2e12, 6.4e10),
+    "NVIDIA H100 NVL": Chip("H100 NVL", 835e12, 94 * GIB, 3.9e12, 3e11),
+    "NVIDIA H200": Chip("H200", 989e12, 141 * 10**9, 4.8e12, 4.5e11),
+    "NVIDIA H200 NVL": Chip("H200 NVL", 835e12, 141 * 10**9, 4.8e12, 4.5e11),
 }
 
 

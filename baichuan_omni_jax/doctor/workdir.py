@@ -1,0 +1,186 @@
+"""The workdir put to the test: what a run does there, with a folder of its own that is removed again.
+
+Write, list, read back and compare, commit by renaming a folder, remove; rates of writing and reading. On several hosts:
+whether all see the same folder.
+"""
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from etils import epath
+
+from baichuan_omni_jax.doctor.report import Line, Setting, Verdict, first_sentence, join, silent_hosts, sized
+
+PROBE_BYTES = 64 * 2**20
+_PIECE = 8 * 2**20
+# Below this a save of gigabytes takes minutes: bytes a second of one file, written and read by one process.
+SLOW = 50e6
+# How soon what one host wrote must be seen by the others.
+SEEN_SECONDS = 30.0
+# What reads and writes a bucket of each kind.
+_PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}
+
+
+def check_workdir(setting: Setting) -> Iterator[Line]:
+    """Probes `setting.workdir`, a folder or a URL."""
+    if not setting.workdir:
+        yield Line("workdir", Verdict.OK, "not looked at: give --workdir DIR or URL")
+        return
+    try:
+        workdir = epath.Path(setting.workdir).expanduser()
+        probe = workdir / f".doctor-{setting.hosts.index}-{os.getpid()}"
+        made = _made_parents(workdir)
+    # Of a URL whose protocol nobody installed; of a place where no folder can be made.
+    except (ImportError, LookupError, ValueError, OSError, NotImplementedError) as error:
+        yield _refusal(setting.workdir, "cannot be used", error)
+        return
+    try:
+        yield from _probe_lines(workdir, probe)
+        if setting.hosts.count > 1:
+            yield from _shared_lines(workdir, setting)
+    finally:
+        # Whatever happened, nothing stays: neither files nor the folders above that were not there.
+        with contextlib.suppress(OSError):
+            for folder in (probe, renamed(probe)):
+                if folder.exists():
+                    folder.rmtree()
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def renamed(probe: epath.Path) -> epath.Path:
+    """Returns what the probe's folder is called once it is committed."""
+    return probe.with_name(f"{probe.name}.committed")
+
+
+def _made_parents(workdir: epath.Path) -> list[epath.Path]:
+    """Makes the workdir and what is missing above it; returns what was made, deepest first."""
+    if "://" in str(workdir):
+        return []  # a bucket has no folders to make
+    missing = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
+    workdir.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def _probe_lines(workdir: epath.Path, probe: epath.Path) -> Iterator[Line]:
+    """Writes, lists, reads, renames and removes in the folder `probe`."""
+    # One file, in pieces that differ, written through to the disk.
+    data = os.urandom(_PIECE)
+    try:
+        probe.mkdir()
+        start = time.perf_counter()
+        write_probe(probe / "data", data, PROBE_BYTES)
+        wrote = PROBE_BYTES / (time.perf_counter() - start)
+        (probe / "small").write_text("probe")
+    except OSError as error:
+        yield _refusal(str(workdir), "cannot be written", error)
+        return
+    names = sorted(path.name for path in probe.iterdir())
+    if names != ["data", "small"]:
+        text = f"{workdir}: two files were written, a list has {names or 'none'}"
+        yield Line("workdir", Verdict.FAIL, text, "a run finds its checkpoints by listing: use another store")
+
+    # Back again: bytes that are not those that were written are no place for checkpoints.
+    start = time.perf_counter()
+    same = read_probe(probe / "data", data, PROBE_BYTES)
+    read = PROBE_BYTES / (time.perf_counter() - start)
+    values = {"write_bytes_per_s": wrote, "read_bytes_per_s": read, "bytes": PROBE_BYTES}
+    text = f"{workdir}: {sized(PROBE_BYTES)} written at {sized(wrote)}/s, read at {sized(read)}/s"
+    if not same:
+        text = f"{workdir}: what was read is not what was written"
+        yield Line("workdir", Verdict.FAIL, text, "no checkpoint is safe there: use another store", values)
+    elif min(wrote, read) < SLOW:
+        advice = "so fast is a checkpoint saved: a local disk, or a bucket in the machine's region, is faster"
+        yield Line("workdir", Verdict.WARN, text, advice, values)
+    else:
+        yield Line("workdir", Verdict.OK, text, values=values)
+    yield _commit_line(workdir, probe)
+
+
+def write_probe(path: epath.Path, data: bytes, size: int) -> None:
+    """Writes `size` bytes, `data` over and over, and waits until they are stored. Raises OSError as the store does."""
+    with path.open("wb") as file:
+        for piece in range(size // len(data)):
+            # Each piece begins with its number, so that one in another's place is seen.
+            file.write(piece.to_bytes(8, "little") + data[8:])
+        file.flush()
+        _forget(file, sync=True)
+
+
+def read_probe(path: epath.Path, data: bytes, size: int) -> bool:
+    """Reads what `write_probe` wrote; returns whether it is that."""
+    same = True
+    with path.open("rb") as file:
+        for piece in range(size // len(data)):
+            same &= file.read(len(data)) == piece.to_bytes(8, "little") + data[8:]
+        return same and not file.read(1)
+
+
+def _forget(file: Any, *, sync: bool) -> None:
+    """Writes a local file through and drops it from the host's memory, where reading it would measure nothing."""
+    # Files of a bucket have no descriptor: they are stored when they are closed.
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        descriptor = file.fileno()
+        if sync:
+            os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _commit_line(workdir: epath.Path, probe: epath.Path) -> Line:
+    """Says how a checkpoint appears whole there: by renaming its folder, or by a file that is written last."""
+    if str(workdir).startswith("gs://"):
+        return Line("workdir", Verdict.OK, f"{workdir}: a checkpoint is committed by a file that is written last")
+    target = renamed(probe)
+    try:
+        probe.rename(target)
+        there = not probe.exists() and (target / "small").read_text() == "probe"
+    except OSError as error:
+        there, reason = False, first_sentence(error)
+    else:
+        reason = "the folder is not under its new name"
+    if there:
+        return Line("workdir", Verdict.OK, f"{workdir}: folders can be renamed, which commits a checkpoint")
+    text = f"{workdir}: a folder cannot be renamed ({reason}), which is how a checkpoint is committed"
+    advice = "name the bucket by its URL (gs://...), or mount one with a hierarchical namespace"
+    return Line("workdir", Verdict.FAIL, text, advice)
+
+
+def _shared_lines(workdir: epath.Path, setting: Setting) -> Iterator[Line]:
+    """Compares what hosts see: a file of each one's must be there for all."""
+    hosts = setting.hosts
+    name = f".doctor-seen-{hosts.index}-{os.getpid()}"
+    with contextlib.suppress(OSError):
+        (workdir / name).write_text("seen")
+    told = hosts.gather("seen", name)
+    # Network file systems show a new file a little later.
+    end, missing = time.monotonic() + SEEN_SECONDS, list(range(hosts.count))
+    while missing and time.monotonic() < end:
+        missing = [host for host in missing if told[host] is not None and not (workdir / str(told[host])).exists()]
+        time.sleep(0.2 if missing else 0)
+    silent_hosts(hosts, "seen by all")  # a file must stay until every host has looked for it
+    with contextlib.suppress(OSError):
+        (workdir / name).unlink()
+    if missing:
+        text = f"{workdir}: files of {join([f'host {host}' for host in missing])} are not to be seen on this host"
+        yield Line("workdir", Verdict.FAIL, text, "all hosts need the same workdir: a bucket or a network file system")
+    else:
+        yield Line("workdir", Verdict.OK, f"{workdir}: the same on all {hosts.count} hosts")
+
+
+def _refusal(workdir: str, what: str, error: BaseException) -> Line:
+    """Makes the line of a workdir that is refused, with the advice for the most common reasons."""
+    scheme = workdir.partition("://")[0] if "://" in workdir else ""
+    reason = getattr(error, "strerror", None) or first_sentence(error)
+    if scheme and scheme not in _PACKAGES:
+        reason, advice = f"nothing here reads {scheme}://", f"a folder, or {join([f'{name}://' for name in _PACKAGES])}"
+    elif isinstance(error, ImportError):
+        advice = f"pip install {_PACKAGES.get(scheme, scheme)}"
+    elif isinstance(error, OSError) and error.errno in (28, 122):  # ENOSPC, EDQUOT
+        advice = "make room, or name another workdir"
+    else:
+        advice = "name a workdir that this user may write: `touch` a file there first"
+    return Line("workdir", Verdict.FAIL, f"{workdir} {what}: {reason}", advice)
