@@ -4,6 +4,9 @@
 yields lines: to add one, write it beside those it is like, and name it here.
 """
 
+import importlib
+from collections.abc import Callable, Iterable
+
 from baichuan_omni_jax.doctor.machine import check_devices, check_disks, check_host
 from baichuan_omni_jax.doctor.report import Check, Hosts, Line, Setting, Verdict, examine, lines_of_all_hosts
 from baichuan_omni_jax.doctor.software import check_versions
@@ -12,13 +15,11 @@ from baichuan_omni_jax.doctor.workdir import check_workdir
 __all__ = ["CHECKS", "Check", "Hosts", "Line", "Setting", "Verdict", "examine", "lines_of_all_hosts"]
 
 
-def _on_devices(module: str, function: str):
+def _on_devices(module: str, function: str) -> Callable[[Setting], Iterable[Line]]:
     """Returns a check of a module that is imported when it runs: its imports fail where JAX is not as it should be."""
 
-    def run(setting: Setting):
-        import importlib
-
-        return getattr(importlib.import_module(f"baichuan_omni_jax.doctor.{module}"), function)(setting)
+    def run(setting: Setting) -> Iterable[Line]:
+        return getattr(importlib.import_module(f"{__name__}.{module}"), function)(setting)
 
     return run
 

@@ -28,8 +28,8 @@ PROJECT = "baichuan_omni_jax"
 COMPARED = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy")
 # Of the environment: what changes the programs that are compiled.
 COMPARED_VARIABLES = ("JAX_PLATFORMS", "XLA_FLAGS", "LIBTPU_INIT_ARGS")
-# The extra of JAX that brings what drives the devices, and ours that asks for it.
-_EXTRAS: dict[str, tuple[str, str]] = {"tpu": ("tpu", "tpu"), "gpu": ("cuda12", "cuda")}
+# The extras of JAX that bring what drives the devices, the first one where none is there yet; and ours that asks for it.
+_EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {"tpu": (("tpu",), "tpu"), "gpu": (("cuda12", "cuda13"), "cuda")}
 
 
 def check_versions(setting: Setting) -> Iterator[Line]:
@@ -98,7 +98,8 @@ def _accelerator_lines(expected: Platform) -> Iterator[Line]:
         yield Line("versions", Verdict.FAIL, text, f"pip install 'jaxlib=={jax_version}'")
     if expected not in _EXTRAS:
         return
-    extra, ours = _EXTRAS[expected]
+    extras, ours = _EXTRAS[expected]
+    extra = next((name for name in extras if installed(f"jax-{name}-plugin")), extras[0])
     # JAX's own metadata say which libtpu, or CUDA plugin, this version of it goes with.
     for text in metadata.requires("jax") or []:
         asked = Requirement(text)
