@@ -28,7 +28,7 @@ PROJECT = "baichuan_omni_jax"
 COMPARED = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy")
 # Of the environment: what changes the programs that are compiled.
 COMPARED_VARIABLES = ("JAX_PLATFORMS", "XLA_FLAGS", "LIBTPU_INIT_ARGS")
-# The extras of JAX that bring what drives the devices, the first one where none is there yet; and ours that asks for it.
+# The extras of JAX that bring what drives the devices, the first where none is there yet; and ours that asks for it.
 _EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {"tpu": (("tpu",), "tpu"), "gpu": (("cuda12", "cuda13"), "cuda")}
 
 
