@@ -75,13 +75,15 @@ def _probe_lines(workdir: epath.Path, probe: epath.Path) -> Iterator[Line]:
         start = time.perf_counter()
         write_probe(probe / "data", data, PROBE_BYTES)
         wrote = PROBE_BYTES / (time.perf_counter() - start)
-        (probe / "small").write_text("probe")
-    except OSError as error:
+        (probe / "folder").mkdir()
+        (probe / "folder" / "small").write_text("probe")
+    # Clients of buckets have errors of their own, which are no OSError.
+    except Exception as error:
         yield _refusal(str(workdir), "cannot be written", error)
         return
     names = sorted(path.name for path in probe.iterdir())
-    if names != ["data", "small"]:
-        text = f"{workdir}: two files were written, a list has {names or 'none'}"
+    if names != ["data", "folder"]:
+        text = f"{workdir}: a file and a folder with a file were written, a list has {names or 'nothing'}"
         yield Line("workdir", Verdict.FAIL, text, "a run finds its checkpoints by listing: use another store")
 
     # Back again: bytes that are not those that were written are no place for checkpoints.
@@ -132,12 +134,13 @@ def _forget(file: Any, *, sync: bool) -> None:
 
 def _commit_line(workdir: epath.Path, probe: epath.Path) -> Line:
     """Says how a checkpoint appears whole there: by renaming its folder, or by a file that is written last."""
-    if str(workdir).startswith("gs://"):
+    if "://" in str(workdir):
         return Line("workdir", Verdict.OK, f"{workdir}: a checkpoint is committed by a file that is written last")
+    # Mounted buckets may rename a folder of files and refuse one that holds another, as checkpoints do.
     target = renamed(probe)
     try:
         probe.rename(target)
-        there = not probe.exists() and (target / "small").read_text() == "probe"
+        there = not probe.exists() and (target / "folder" / "small").read_text() == "probe"
     except OSError as error:
         there, reason = False, first_sentence(error)
     else:
