@@ -18,6 +18,7 @@ from baichuan_omni_jax.kernels import flash_attention as attention_door
 from baichuan_omni_jax.kernels import rvq_lookup as lookup_door
 from baichuan_omni_jax.kernels.backends import PREFERRED, Implementation
 from baichuan_omni_jax.kernels.flash_attention.cases import LLM, VIT, WHISPER, Case, log_normal
+from baichuan_omni_jax.kernels.flash_attention.plan import BlockPlan
 from baichuan_omni_jax.kernels.rvq_lookup import reference as lookup_reference
 
 # Of the largest value of the fp32 reference. bf16 rounds the softmax's weights and the results, each to 8 bits.
@@ -52,12 +53,15 @@ def check_kernels(setting: Setting) -> Iterator[Line]:
 def compare_attention(case: Case, dtype: str) -> Line:
     """Runs attention of a case as training would, and the whole score matrix in fp32; says how far they are apart."""
     heads, segments = case.heads, case.segments()
-    chosen, passed_over = back_end(case, dtype)
+    # The reference reads the same rounded numbers, and computes them exactly.
+    arrays = case.arrays(jnp.dtype(dtype))
+    exact = [array.astype(jnp.float32) for array in arrays]
+    plan = jax.jit(lambda: attention_door.plan_blocks(segments, heads.causal, case.block, case.block))()
+    chosen, passed_over = back_end(arrays[0], arrays[1], plan)
     weights = jnp.asarray(np.random.default_rng(1).standard_normal((*segments.q_ids.shape, heads.heads)), jnp.float32)
 
     def run(implementation: Implementation | None, *arrays: jax.Array) -> tuple[jax.Array, ...]:
         def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-            plan = attention_door.plan_blocks(segments, heads.causal, case.block, case.block)
             out, lse = attention_door.flash_attention(
                 q,
                 k,
@@ -75,9 +79,6 @@ def compare_attention(case: Case, dtype: str) -> Line:
         (_, results), gradients = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(*arrays[:3])
         return *results, *gradients
 
-    # The reference reads the same rounded numbers, and computes them exactly.
-    arrays = case.arrays(jnp.dtype(dtype))
-    exact = [array.astype(jnp.float32) for array in arrays]
     ours = jax.jit(lambda *arrays: run(None, *arrays))(*arrays)
     with jax.default_matmul_precision("highest"):
         theirs = jax.jit(lambda *arrays: run("reference", *arrays))(*exact)
@@ -87,15 +88,10 @@ def compare_attention(case: Case, dtype: str) -> Line:
     return _verdict(what, errors, TOLERANCE[dtype], passed_over)
 
 
-def back_end(case: Case, dtype: str) -> tuple[str, str]:
-    """Returns the back end that attention of this case takes here, and why none of the better ones."""
-    platform = jax.default_backend()
-    q, k, *_ = case.shapes(jnp.dtype(dtype))
-    plan = jax.eval_shape(
-        lambda: attention_door.plan_blocks(case.segments(), case.heads.causal, case.block, case.block)
-    )
+def back_end(q: jax.Array, k: jax.Array, plan: BlockPlan) -> tuple[str, str]:
+    """Returns the back end that attention takes here, and why none of the better ones."""
     passed_over = []
-    for name in PREFERRED[platform]:
+    for name in PREFERRED[jax.default_backend()]:
         reason = attention_door.BACK_ENDS[name].unsupported(q, k, plan)
         if reason is None:
             return name, "; ".join(passed_over)

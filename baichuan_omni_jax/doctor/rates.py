@@ -77,7 +77,7 @@ def _best(run: Callable[[], Any], repeats: int = 5) -> float:
 
 
 def _rate_line(
-    name: str, what: str, work: float, seconds: list[float], peak: float | None, least: float, unit: str
+    name: str, what: str, work: int | float, seconds: list[float], peak: float | None, least: float, unit: str
 ) -> Line:
     """Holds a rate to the peak, and the local devices to one another.
 
@@ -172,7 +172,9 @@ def _result_line(name: str, right: bool) -> Line:
     return Line("collectives", Verdict.FAIL, f"{name}: the result is WRONG", advice)
 
 
-def _exchange_line(name: str, sent: float, size: float, seconds: float, count: int, chip: Chip | None) -> Line:
+def _exchange_line(
+    name: str, sent: int | float, size: int | float, seconds: float, count: int, chip: Chip | None
+) -> Line:
     rate = sent / seconds
     text = f"{name} of {sized(size)} over {count} devices: {1e3 * seconds:.3g} ms, {sized(rate)}/s a device"
     values: dict[str, Any] = {"seconds": seconds, "rate": rate}

@@ -180,7 +180,7 @@ def join(names: Sequence[str]) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
-def sized(count: float) -> str:
+def sized(count: int | float) -> str:
     """Writes a number of bytes, or of bytes a second, with three digits and its unit.
 
     >>> sized(1536), sized(2.5e12)

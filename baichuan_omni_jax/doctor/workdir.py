@@ -42,8 +42,9 @@ def check_workdir(setting: Setting) -> Iterator[Line]:
         if setting.hosts.count > 1:
             yield from _shared_lines(workdir, setting)
     finally:
-        # Whatever happened, nothing stays: neither files nor the folders above that were not there.
-        with contextlib.suppress(OSError):
+        # Whatever happened, nothing stays: neither files nor the folders above that were not there. A bucket that
+        # refused to be written refuses this too, in its own way.
+        with contextlib.suppress(Exception):
             for folder in (probe, renamed(probe)):
                 if folder.exists():
                     folder.rmtree()
