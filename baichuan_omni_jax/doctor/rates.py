@@ -175,6 +175,16 @@ def _result_line(name: str, right: bool) -> Line:
 def _exchange_line(
     name: str, sent: int | float, size: int | float, seconds: float, count: int, chip: Chip | None
 ) -> Line:
+    """Holds what a device sent to what its links can.
+
+    Args:
+        name: of the collective.
+        sent: bytes that each device sends at least.
+        size: bytes of what is summed or gathered, for the report.
+        seconds: of a call.
+        count: devices.
+        chip: their kind; None: not known.
+    """
     rate = sent / seconds
     text = f"{name} of {sized(size)} over {count} devices: {1e3 * seconds:.3g} ms, {sized(rate)}/s a device"
     values: dict[str, Any] = {"seconds": seconds, "rate": rate}
