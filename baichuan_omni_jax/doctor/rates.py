@@ -135,11 +135,11 @@ def check_collectives(setting: Setting) -> Iterator[Line]:
     part = min(numbers, _MOST_GATHERED // count)
     # Device i holds i + 1 everywhere: whole numbers, whose sum is exact in any order.
     sharding = NamedSharding(mesh, P("all"))
-    x = jax.make_array_from_callback(
-        (count, numbers),
-        sharding,
-        lambda place: np.full((1, numbers), 1 + (place[0].start or 0), np.float32),
-    )
+
+    def numbered(place: Any) -> np.ndarray:
+        return np.full((1, numbers), 1 + (place[0].start or 0), np.float32)
+
+    x = jax.make_array_from_callback((count, numbers), sharding, numbered)
     total = count * (count + 1) / 2
     by_device = partial(jax.shard_map, mesh=mesh, in_specs=P("all"), check_vma=False)
 

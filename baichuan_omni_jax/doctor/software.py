@@ -39,7 +39,8 @@ def check_versions(setting: Setting) -> Iterator[Line]:
     yield _python_line(asked_python)
 
     # Required packages: one line where all is well, one for each that is not.
-    found = {name: installed(name) for name in sorted({canonicalize_name(each.name) for each in requirements})}
+    names = sorted({str(canonicalize_name(each.name)) for each in requirements})
+    found = {name: installed(name) for name in names}
     bad = [line for each in requirements if (line := _requirement_line(each))]
     if not bad:
         shown = ", ".join(f"{name} {found.get(name) or installed(name)}" for name in COMPARED if installed(name))

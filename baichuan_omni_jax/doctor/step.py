@@ -26,6 +26,7 @@ from baichuan_omni_jax.config import (
     TrainConfig,
     resolve_model,
 )
+from baichuan_omni_jax.config.run import Dtype
 from baichuan_omni_jax.doctor.report import Line, Setting, Verdict
 from baichuan_omni_jax.omni.batch import Batch
 from baichuan_omni_jax.sharding import make_mesh
@@ -38,7 +39,7 @@ TOKENS, PATCHES, FRAMES, TARGETS = 128, 64, 16, 16
 _MOST_FSDP = 8
 
 
-def tiny_run(devices: int, dtype: str) -> RunConfig:
+def tiny_run(devices: int, dtype: Dtype) -> RunConfig:
     """Makes the run of a step on so many devices: a row each, parameters split over up to eight of them."""
     fsdp = math.gcd(devices, _MOST_FSDP)
     return RunConfig(

@@ -1,12 +1,10 @@
 """Kernels against their references: right ones pass, wrong ones are named. Released widths, few heads."""
 
-from dataclasses import replace
-
 import jax
 import jax.numpy as jnp
 import pytest
 
-from baichuan_omni_jax.doctor import Setting, Verdict, kernels
+from baichuan_omni_jax.doctor import Line, Setting, Verdict, kernels
 from baichuan_omni_jax.doctor.kernels import check_kernels, compare_attention, compare_lookup
 from baichuan_omni_jax.flops.terms import TPUS
 from baichuan_omni_jax.kernels.flash_attention import xla
@@ -14,7 +12,16 @@ from baichuan_omni_jax.kernels.flash_attention.cases import LLM, Case, Heads
 from baichuan_omni_jax.kernels.rvq_lookup import xla as lookup_xla
 
 FEW = Heads(2, 1, 128, causal=True)
+WIDTHS = {"llm": 128, "vit": 80, "whisper": 64}
 CASE = Case("llm", FEW, 64, 32, ((40, 10),), permuted=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compile():
+    """Compiles with few optimizations: the tests' time would else be compilation."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def test_attention_that_is_right_passes():
@@ -80,19 +87,23 @@ def test_a_wrong_lookup_is_named(monkeypatch):
     assert line.text.startswith("RVQ lookup, 8 levels, width 5120, float32, xla: WRONG by codes ")
 
 
-def test_the_check_has_all_heads_and_the_lookup(monkeypatch):
-    """Their real widths; here with few heads, to be quick."""
-    assert {name: heads.head_dim for name, heads in kernels.HEADS.items()} == {"llm": 128, "vit": 80, "whisper": 64}
-    few = {name: replace(heads, heads=2, kv_heads=2) for name, heads in kernels.HEADS.items()}
-    monkeypatch.setattr(kernels, "HEADS", few)
+@pytest.mark.parametrize(("platform", "block"), [("cpu", 64), ("tpu", 512)])
+def test_the_check_has_all_heads_at_their_widths_and_the_lookup(platform, block, monkeypatch):
+    """What is computed is proved above; on an accelerator in the type of training, and once in fp32."""
+    tried: list[tuple[str, int, int, str]] = []
+
+    def compare(case: Case, dtype: str) -> Line:
+        tried.append((case.name, case.heads.head_dim, case.block, dtype))
+        return Line("kernels", Verdict.OK, "")
+
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    monkeypatch.setattr(kernels, "compare_attention", compare)
+    monkeypatch.setattr(kernels, "compare_lookup", lambda small: Line("kernels", Verdict.OK, f"small: {small}"))
     lines = list(check_kernels(Setting()))
-    assert [line.verdict for line in lines] == [Verdict.OK] * 4
-    assert [line.text.split(",")[0] for line in lines] == [
-        "attention llm 2/2 heads of 128",
-        "attention vit 2/2 heads of 80",
-        "attention whisper 2/2 heads of 64",
-        "RVQ lookup",
-    ]
+    assert lines[-1].text == f"small: {platform == 'cpu'}"
+    wanted = {("llm", 128, block, "float32")}
+    wanted |= {(name, width, block, "float32" if platform == "cpu" else "bfloat16") for name, width in WIDTHS.items()}
+    assert set(tried) == wanted
 
 
 @pytest.mark.parametrize(("slower", "verdict"), [(1.2, Verdict.OK), (2.0, Verdict.WARN)])

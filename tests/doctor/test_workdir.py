@@ -113,7 +113,7 @@ def test_bytes_that_come_back_otherwise_are_no_place_for_checkpoints(tmp_path, m
 
     def damage(path, data, size):
         write(path, data, size)
-        with path.open("r+b") as file:
+        with Path(path).open("r+b") as file:
             file.seek(size // 2 + 100)
             file.write(b"\0" * 8)
 
