@@ -13,7 +13,7 @@ from typing import Any
 
 from etils import epath
 
-from baichuan_omni_jax.doctor.report import Line, Setting, Verdict, first_sentence, join, silent_hosts, sized
+from baichuan_omni_jax.doctor.report import Hosts, Line, Setting, Verdict, first_sentence, join, silent_hosts, sized
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.storage import is_url, parse_path, remove, renames_folders
 
@@ -29,16 +29,18 @@ def check_workdir(setting: Setting) -> Iterator[Line]:
     """Probes `setting.workdir`, a folder or a URL."""
     if not setting.workdir:
         yield Line("workdir", Verdict.OK, "not looked at: give --workdir DIR or URL")
+        _pass_by(setting.hosts)
         return
     try:
         workdir = parse_path(setting.workdir)
         made = _made_parents(workdir)
     # A URL that nothing here serves says so itself.
-    except ConfigError as error:
-        yield Line("workdir", Verdict.FAIL, str(error))
-        return
-    except OSError as error:
-        yield _refusal(setting.workdir, "cannot be made", error)
+    except (ConfigError, OSError) as error:
+        if isinstance(error, ConfigError):
+            yield Line("workdir", Verdict.FAIL, str(error))
+        else:
+            yield _refusal(setting.workdir, "cannot be made", error)
+        _pass_by(setting.hosts)
         return
     probe = workdir / f".doctor-{setting.hosts.index}-{os.getpid()}"
     try:
@@ -50,9 +52,21 @@ def check_workdir(setting: Setting) -> Iterator[Line]:
         # refused to be written refuses this too, in its own way.
         with contextlib.suppress(Exception):
             remove(probe)
+        silent_hosts(setting.hosts, _LEFT)
         for folder in made:
-            with contextlib.suppress(OSError):
+            # epath's own word for a folder that is not empty is ValueError.
+            with contextlib.suppress(OSError, ValueError):
                 folder.rmdir()
+
+
+# Where hosts wait for one another: with a file for the others, after looking for theirs, and when all is removed.
+_SEEN, _LOOKED, _LEFT = "seen", "looked", "left"
+
+
+def _pass_by(hosts: Hosts) -> None:
+    """Goes by the places where the other hosts wait: this one has no workdir to show."""
+    for name in (_SEEN, _LOOKED, _LEFT):
+        hosts.gather(name, "")
 
 
 def _made_parents(workdir: epath.Path) -> list[epath.Path]:
@@ -146,17 +160,19 @@ def _shared_lines(workdir: epath.Path, setting: Setting) -> Iterator[Line]:
     """Compares what hosts see: a file of each one's must be there for all."""
     hosts = setting.hosts
     name = f".doctor-seen-{hosts.index}-{os.getpid()}"
-    with contextlib.suppress(OSError):
+    # What refuses it was told before.
+    with contextlib.suppress(Exception):
         (workdir / name).write_text("seen")
-    told = hosts.gather("seen", name)
+    told = hosts.gather(_SEEN, name)
     # Network file systems show a new file a little later.
-    end, missing = time.monotonic() + SEEN_SECONDS, list(range(hosts.count))
-    while missing and time.monotonic() < end:
-        missing = [host for host in missing if told[host] is not None and not (workdir / str(told[host])).exists()]
-        time.sleep(0.2 if missing else 0)
-    silent_hosts(hosts, "seen by all")  # a file must stay until every host has looked for it
-    with contextlib.suppress(OSError):
-        (workdir / name).unlink()
+    end, missing = time.monotonic() + SEEN_SECONDS, [host for host, text in enumerate(told) if text]
+    while missing := [host for host in missing if not (workdir / str(told[host])).exists()]:
+        if time.monotonic() > end:
+            break
+        time.sleep(0.2)
+    silent_hosts(hosts, _LOOKED)  # a file must stay until every host has looked for it
+    with contextlib.suppress(Exception):
+        remove(workdir / name)
     if missing:
         text = f"{workdir}: files of {join([f'host {host}' for host in missing])} are not to be seen on this host"
         yield Line("workdir", Verdict.FAIL, text, "all hosts need the same workdir: a bucket or a network file system")

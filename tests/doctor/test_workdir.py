@@ -159,3 +159,14 @@ def test_hosts_of_different_workdirs_are_told(tmp_path, monkeypatch):
     assert line.text == f"{tmp_path}: files of host 1 are not to be seen on this host"
     (tmp_path / ".doctor-seen-1-99").touch()
     assert not [line for line in check_workdir(Setting(str(tmp_path), hosts=hosts)) if line.verdict is Verdict.FAIL]
+
+
+def test_a_host_without_a_workdir_keeps_no_other_waiting(tmp_path):
+    """It says so to them at every place where they wait; they do not look for its files."""
+    hosts = hosts_that_say("seen", "")
+    assert list(check_workdir(Setting(hosts=hosts)))[0].verdict is Verdict.OK
+    assert {key for key in hosts._client.told if key.endswith("/0")} == {
+        f"doctor/{name}/0" for name in ("seen", "looked", "left")
+    }
+    lines = list(check_workdir(Setting(str(tmp_path), hosts=hosts)))
+    assert not [line for line in lines if line.verdict is not Verdict.OK]
