@@ -164,7 +164,8 @@ def test_hosts_of_different_workdirs_are_told(tmp_path, monkeypatch):
 def test_a_host_without_a_workdir_keeps_no_other_waiting(tmp_path):
     """It says so to them at every place where they wait; they do not look for its files."""
     hosts = hosts_that_say("seen", "")
-    assert list(check_workdir(Setting(hosts=hosts)))[0].verdict is Verdict.OK
+    (line,) = check_workdir(Setting(hosts=hosts))
+    assert line.verdict is Verdict.OK
     assert {key for key in hosts._client.told if key.endswith("/0")} == {
         f"doctor/{name}/0" for name in ("seen", "looked", "left")
     }
