@@ -137,6 +137,7 @@ def test_an_installation_that_fails_is_said_and_nothing_starts(cloud):
     assert not cloud.starts("omni-0")
 
 
+@pytest.mark.slow
 def test_slices_that_are_left_go_on_and_a_new_one_joins(cloud):
     """Two slices, of which one is lost, and comes back."""
     cloud.outcomes("train", "train", "train")
