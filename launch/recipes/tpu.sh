@@ -192,9 +192,10 @@ start() {
     if ((SLICES > 1)); then
       environment="MEGASCALE_COORDINATOR_ADDRESS=$coordinator MEGASCALE_PORT=8080 MEGASCALE_NUM_SLICES=${#numbers[@]} MEGASCALE_SLICE_ID=$number"
     fi
-    # Away from ssh, which ends; at most one at a time.
+    # Away from ssh, which ends; at most one at a time. One that has written its code is leaving, or has left and was not
+    # buried yet: a process of its number may still be there.
     on "$slice" all "cd omni || exit 1
-      if [ -f train.pid ] && kill -0 \$(cat train.pid) 2>/dev/null; then echo 'error: a run is at work here' >&2; exit 2; fi
+      if [ ! -f train.code ] && [ -f train.pid ] && kill -0 \$(cat train.pid) 2>/dev/null; then echo 'error: a run is at work here' >&2; exit 2; fi
       rm -f train.code train.stop
       $environment setsid nohup bash launch/recipes/supervise --code train.code -- $(quoted "${train[@]}") >>train.log 2>&1 </dev/null &
       echo \$! >train.pid"
@@ -246,7 +247,7 @@ watch() {
 signal_all() {
   local slice
   for slice in $(present); do
-    on "$slice" all "${2:-true}; [ ! -f omni/train.pid ] || kill -$1 \$(cat omni/train.pid) 2>/dev/null || true" || true
+    on "$slice" all "${2:-true}; [ -f omni/train.code ] || [ ! -f omni/train.pid ] || kill -$1 \$(cat omni/train.pid) 2>/dev/null || true" || true
   done
 }
 # Until no host is at work: the last save takes its time. One that hangs is killed, with all that it started.

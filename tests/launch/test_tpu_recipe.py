@@ -137,7 +137,6 @@ def test_an_installation_that_fails_is_said_and_nothing_starts(cloud):
     assert not cloud.starts("omni-0")
 
 
-@pytest.mark.slow
 def test_slices_that_are_left_go_on_and_a_new_one_joins(cloud):
     """Two slices, of which one is lost, and comes back."""
     cloud.outcomes("train", "train", "train")
@@ -186,6 +185,23 @@ def test_a_bucket_is_mounted_only_if_it_can_rename_folders(cloud):
     assert code == 0, said
     for host in ("0", "1"):
         assert (cloud.path / "slices" / "omni" / host / "mounted").read_text() == "deep /mnt/omni"
+
+
+def test_a_number_that_a_run_has_left_behind_is_no_run(cloud):
+    """The process of that number may be anybody's: it is neither waited for nor signaled."""
+    assert cloud.run("tpu.sh", "up", **WHERE)[0] == 0
+    folder = cloud.path / "slices" / "omni" / "0" / "omni"
+    with subprocess.Popen(["sleep", "600"]) as other:
+        (folder / "train.pid").write_text(str(other.pid))
+        code, said = cloud.run("tpu.sh", "start", *RUN[1:], **WHERE)
+        assert code == 2
+        assert "a run is at work here" in said
+        (folder / "train.code").write_text("143")
+        assert cloud.run("tpu.sh", "stop", **WHERE)[0] == 0
+        assert other.poll() is None
+        assert cloud.run("tpu.sh", "start", *RUN[1:], **WHERE)[0] == 0
+        wait_for(lambda: cloud.starts("omni-0"))
+        other.kill()
 
 
 def test_data_are_copied_to_every_host(cloud):
