@@ -72,11 +72,15 @@ Recognition = Callable[[Int32[np.ndarray, "n q"]], Prompt]
 
 @dataclass(frozen=True)
 class Answer:
-    """The answer to a question: its text, or what the model hears in its speech; or the cause why there is none."""
+    """The answer to a question: its text, or what the model hears in its speech; or the cause why there is none.
+
+    `speech` has the code frames (n, q) of each piece of it.
+    """
 
     text: str = ""
     frames: int = 0
     problem: str = ""
+    speech: tuple[Int32[np.ndarray, "n q"], ...] = field(default=(), compare=False, repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,13 +172,14 @@ def _hear(
     pieces = [(n, name, codes) for n, (name, result) in spoken.items() for codes in result.speech if len(codes)]
     asked = [(recognition[name](codes), replace(limits[name], speech=False)) for _, name, codes in pieces]
     # Silence is an answer: nothing is heard in it.
-    answers = dict.fromkeys(spoken, Answer())
+    answers = {n: Answer(speech=tuple(result.speech)) for n, (_, result) in spoken.items()}
     for (n, _, codes), result in zip(pieces, _generate(engine, asked), strict=True):
         before = answers[n]
         if isinstance(result, RequestError):
             answers[n] = Answer(problem=result.cause)
         elif not before.problem:
-            answers[n] = Answer(f"{before.text} {result.text.strip()}".strip(), before.frames + len(codes))
+            text = f"{before.text} {result.text.strip()}".strip()
+            answers[n] = replace(before, text=text, frames=before.frames + len(codes))
     return answers
 
 

@@ -20,13 +20,12 @@ from rich.console import Console
 from baichuan_omni_jax.checkpoint import find_checkpoint, find_tokenizer
 from baichuan_omni_jax.checkpoint.provenance import RUN_CONFIG
 from baichuan_omni_jax.config import MeshConfig, RunConfig, from_dict, resolve_model
-from baichuan_omni_jax.errors import ConfigError, RequestError
+from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.evaluation.abilities import (
     Answer,
     Question,
     Recognition,
     ability_table,
-    answer_limits,
     ask,
     kind_of,
     longest,
@@ -35,8 +34,7 @@ from baichuan_omni_jax.evaluation.abilities import (
 from baichuan_omni_jax.evaluation.chain_record import ABILITIES, METRICS, read_metrics, read_scores
 from baichuan_omni_jax.evaluation.samples import SAMPLES, Sample, write_samples
 from baichuan_omni_jax.evaluation.suites.scoring import exact_match
-from baichuan_omni_jax.generation.chat import OmniChat
-from baichuan_omni_jax.generation.chat_stream import ChatAnswer
+from baichuan_omni_jax.generation.chat_stream import SpeechSynthesizer
 from baichuan_omni_jax.generation.loading import load_for_generation, make_chat_model
 from baichuan_omni_jax.sharding import make_mesh
 from baichuan_omni_jax.storage import parse_path, read_json_object, write_json
@@ -103,7 +101,7 @@ def evaluate_run(workdir: Path, checkpoint: str, out: Path, items: int, console:
     size = 1 << (longest(asked.questions) - 1).bit_length()
     model = make_chat_model(loaded, load_tokenizer(loaded.tokenizer), slots=_SLOTS, length=size)
     answers = ask(model.engine, asked.questions, asked.recognition)
-    chat = OmniChat(model, None) if model.speech_decoder is not None else None
+    decoder = model.speech_decoder
 
     scores, samples = {}, []
     before = read_scores(workdir, read_metrics(workdir / METRICS))
@@ -114,7 +112,7 @@ def evaluate_run(workdir: Path, checkpoint: str, out: Path, items: int, console:
         # What the media save of the loss was measured by the run itself.
         gain = before[name].media_gain if name in before else None
         scores[name] = replace(score, media_gain=gain)
-        spoken = _speak(chat, name, questions, out) if chat is not None else {}
+        spoken = speak_answers(decoder, name, questions, answers[name], out) if decoder is not None else {}
         samples += _samples(name, questions, answers[name], asked.media, spoken)
     write_samples(out / SAMPLES, samples)
     write_json(out / ABILITIES, {"steps": {step: {name: score.as_json() for name, score in scores.items()}}})
@@ -160,13 +158,13 @@ def _media_of(data: MixtureData, source: int, items: int, folder: Path) -> Itera
                     (answered if answers else shown).append((_KINDS[type(element)], path))
                 elif answers:
                     answered.append(("text", ""))
-            recording = _recording_of([path for kind, path in answered if kind == "audio"], folder)
+            recording = recording_of([path for kind, path in answered if kind == "audio"], folder)
         except SampleError:
             continue
         yield document.location, AskedMedia(tuple(shown), recording)
 
 
-def _recording_of(paths: Sequence[str], folder: Path) -> str:
+def recording_of(paths: Sequence[str], folder: Path) -> str:
     """Returns the path of an answer's recording, "" without one; one in pieces is joined to a file below `folder`."""
     if len(paths) < 2:
         return paths[0] if paths else ""
@@ -187,22 +185,19 @@ def _file_of(media: Media, folder: Path) -> str:
     return str(path.resolve())
 
 
-def _speak(chat: OmniChat, name: str, questions: Sequence[Question], out: Path) -> dict[str, str]:
-    """Speaks the answers that are speech; returns the sound files by the question's location."""
-    limits, files = answer_limits(questions), {}
-    for n, question in enumerate(questions):
-        if not question.frames:
-            continue
-        try:
-            # Greedy: the frames that were scored are made once more, and put into sound.
-            answer = chat.speak_prompt(question.prompt, stream=False, settings=replace(limits, speech=True))
-        except RequestError:
-            continue
-        assert isinstance(answer, ChatAnswer)
-        if len(answer.samples):
+def speak_answers(
+    decoder: SpeechSynthesizer, name: str, questions: Sequence[Question], answers: Sequence[Answer], out: Path
+) -> dict[str, str]:
+    """Puts the speech of answers into sound, the frames that were scored; returns the files by question's location."""
+    files = {}
+    for n, (question, answer) in enumerate(zip(questions, answers, strict=True)):
+        stream = decoder.stream()
+        # Each piece ends a stretch of speech: the next one begins as the first did.
+        wave = np.concatenate([*(stream.push(codes, last=True) for codes in answer.speech), stream.close()])
+        if len(wave):
             path = out / "speech" / f"{name}_{n:04d}.wav"
             path.parent.mkdir(exist_ok=True)
-            soundfile.write(path, answer.samples, answer.rate)
+            soundfile.write(path, wave, decoder.rate)
             files[question.location] = str(path.relative_to(out))
     return files
 

@@ -125,6 +125,8 @@ def test_speech_is_heard_by_the_model_itself():
     engine = ScriptedEngine(questions, {(3, 1, 4): "good bay"})
     answers = ask(engine, {"tts": questions}, {"tts": lambda codes: scripted(codes[:, 0])})["tts"]
     assert answers == [Answer("good bay", 3), Answer("", 0)]
+    # What was heard is what is put into sound.
+    assert [[piece.ravel().tolist() for piece in answer.speech] for answer in answers] == [[[3, 1, 4]], []]
     score = score_answers(questions, answers, {})
     assert (score.kind, score.score) == ("speech", (1 + 10) / 18)
 
