@@ -33,7 +33,6 @@ from baichuan_omni_jax.config import OmniConfig, RunConfig, load_run_config, res
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.generation.loading import is_untrained
 from baichuan_omni_jax.storage import local_path
-from baichuan_omni_jax.train.hooks import parse_span
 from baichuan_omni_jax.train.hosts import (
     check_agreement,
     on_all_hosts,
@@ -44,8 +43,10 @@ from baichuan_omni_jax.train.hosts import (
 )
 from baichuan_omni_jax.train.input import rows_of_host
 from baichuan_omni_jax.train.metrics import load_wandb
+from baichuan_omni_jax.train.profiling import parse_span
+from baichuan_omni_jax.train.run import set_up, train
 from baichuan_omni_jax.train.run_data import open_run_data
-from baichuan_omni_jax.train.trainer import RunOptions, set_up, train
+from baichuan_omni_jax.train.trainer import RunOptions
 from data_pipelines.held_out import FEW_STEPS, HeldOutMixture
 from data_pipelines.packing.rows import RowShard
 from data_pipelines.pipeline import TrainingData

@@ -1,4 +1,4 @@
-"""The training loop: rows in, steps, numbers out, and the hooks; resumes by itself, leaves on SIGTERM."""
+"""The training loop: rows in, steps, numbers out, and the hooks; leaves on SIGTERM."""
 
 import logging
 import os
@@ -12,27 +12,17 @@ import numpy as np
 from rich.console import Console
 
 from baichuan_omni_jax.checkpoint import Parent, Workdir
-from baichuan_omni_jax.config import OmniConfig, RunConfig
+from baichuan_omni_jax.config import OmniConfig
 from baichuan_omni_jax.errors import RunStoppedError
 from baichuan_omni_jax.evaluation.held_out import close_steps
 from baichuan_omni_jax.flops.terms import peak_flops
-from baichuan_omni_jax.nn.param import ComputePolicy
-from baichuan_omni_jax.sharding import make_mesh
 from baichuan_omni_jax.storage import MirroredFolder
-from baichuan_omni_jax.train.ability_hook import ABILITIES, AbilityHook, check_answers
-from baichuan_omni_jax.train.audio_samples import AudioSampleLogger, check_samples
-from baichuan_omni_jax.train.hooks import (
-    AudioSamplesHook,
-    CheckpointHook,
-    EvaluationHook,
-    Hook,
-    NonfiniteGuard,
-    RunProgress,
-    StepTrace,
-    StopSignal,
-    print_start_table,
-)
-from baichuan_omni_jax.train.hosts import is_process_zero, on_all_hosts, warm_up_collectives
+from baichuan_omni_jax.train.ability_hook import ABILITIES, AbilityHook
+from baichuan_omni_jax.train.alerts import NonfiniteGuard
+from baichuan_omni_jax.train.audio_samples import AudioSampleLogger
+from baichuan_omni_jax.train.checkpoint_hook import CheckpointHook
+from baichuan_omni_jax.train.hooks import AudioSamplesHook, EvaluationHook, Hook, RunProgress
+from baichuan_omni_jax.train.hosts import is_process_zero, on_all_hosts
 from baichuan_omni_jax.train.input import BatchPlacer, DataStep, DocumentFailures, DocumentKey, TrainingData
 from baichuan_omni_jax.train.metrics import (
     GOODPUT,
@@ -43,20 +33,14 @@ from baichuan_omni_jax.train.metrics import (
     Throughput,
     drop_absent_sources,
 )
+from baichuan_omni_jax.train.profiling import StepTrace
 from baichuan_omni_jax.train.state import (
     Arrays,
     StepSpec,
-    TrainState,
-    abstract_state,
-    branches_of,
-    from_checkpoint,
-    init_state,
-    make_compute,
-    make_step_spec,
-    saved_opt_state,
 )
 from baichuan_omni_jax.train.step import compile_step
-from baichuan_omni_jax.train.suite_hook import SuiteHook, check_suites
+from baichuan_omni_jax.train.stop import StopSignal
+from baichuan_omni_jax.train.suite_hook import SuiteHook
 
 log = logging.getLogger(__name__)
 
@@ -74,82 +58,6 @@ class RunOptions:
     held_out: Mapping[str, TrainingData] = field(default_factory=dict)
     profile: range | None = None
     wandb: str = ""
-
-
-DEFAULT_OPTIONS = RunOptions()
-
-
-def set_up(run: RunConfig, omni: OmniConfig) -> tuple[StepSpec, ComputePolicy]:
-    """Checks that mesh, budgets, groups and model fit, on shapes alone: before anything is read or written.
-
-    Raises ConfigError naming what does not fit.
-    """
-    mesh, compute = make_mesh(run.mesh), make_compute(run)
-    with jax.set_mesh(mesh):
-        spec = make_step_spec(run, omni, mesh, compute)
-        spec.task.check(mesh)
-        check_samples(run, omni)
-        check_answers(run)
-        check_suites(run)
-        return spec, compute
-
-
-def train(
-    run: RunConfig,
-    omni: OmniConfig,
-    workdir: Workdir,
-    data: TrainingData,
-    options: RunOptions = DEFAULT_OPTIONS,
-    console: Console | None = None,
-) -> TrainState:
-    """Trains until `train.steps` or SIGTERM, from the workdir's newest good step on.
-
-    Args:
-        run: the run's configuration.
-        omni: the model's sizes.
-        workdir: where steps are saved; other runs are kept out of it until it is closed.
-        data: the training mixture.
-        options: what this start adds.
-        console: where tables and progress go; None: the terminal, of process zero.
-
-    Returns:
-        The last state, which has been saved.
-
-    Raises:
-        ConfigError: as `set_up`, for a step that cannot be read, and while another run works in the workdir.
-        RunStoppedError: when a step could not be saved, and, with everything saved, when `train.nonfinite_limit` steps
-            in a row were not finite.
-    """
-    # One host talks; the others train.
-    console = console or Console(quiet=not is_process_zero())
-    on_all_hosts(workdir.hold)
-    # Counted from here on, so that a late compilation is noticed.
-    compiles = CompileCounter()
-    spec, compute = set_up(run, omni)
-    with jax.set_mesh(spec.mesh):
-        start, originals = restore_or_init(run, spec, workdir)
-        if start.step:
-            console.print(f"{workdir.path}: resumed from step {start.step}")
-        print_start_table(console, run, spec, data)
-        # A finished run is no error: the same command again says so.
-        if start.step >= run.train.steps:
-            console.print(f"{workdir.path} is finished: step {start.step} of train.steps {run.train.steps}")
-            return start.state
-        # All hosts are at the same place now; later one may be minutes behind, compiling.
-        warm_up_collectives(spec.mesh)
-        place = BatchPlacer(run.data.rows, spec.task.batch_axes(), spec.mesh, compute.rules)
-        trainer = Trainer(spec, omni, workdir, data, options, console, compiles, place, start.step, originals)
-        return trainer.fit(start).state
-
-
-def restore_or_init(run: RunConfig, spec: StepSpec, workdir: Workdir) -> tuple[RunProgress, Arrays]:
-    """Reads the workdir's newest good step, or makes step 0; with the originals (`from_checkpoint`)."""
-    if workdir.latest_step() is None:
-        state, originals = init_state(run, spec)
-        return RunProgress(0, state, None), originals
-    found = workdir.restore(None, branches_of(spec.stored), saved_opt_state(abstract_state(spec)))
-    state, originals = from_checkpoint(spec, found.branches, found.opt_state, found.step)
-    return RunProgress(found.step, state, found.data_state), originals
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from baichuan_omni_jax.config import apply_overrides, load_run_config, resolve_m
 from baichuan_omni_jax.errors import ConfigError, exit_code
 from baichuan_omni_jax.sharding import MESH_AXES
 from baichuan_omni_jax.train.input import check_audio_run, check_batch
+from baichuan_omni_jax.train.run import train
 from baichuan_omni_jax.train.state import make_compute
-from baichuan_omni_jax.train.trainer import train
 from data_pipelines.packing.rows import ALL_ROWS
 from data_pipelines.pipeline import TrainingData, open_pipeline
 from tests.helpers.micro import CONFIG, STEPS, contents, micro_run, open_micro, overrides, read_metrics, wait_until

@@ -8,8 +8,9 @@ import pytest
 from baichuan_omni_jax.checkpoint import Workdir
 from baichuan_omni_jax.config import CheckpointConfig, RunConfig, tiny
 from baichuan_omni_jax.errors import RunStoppedError
-from baichuan_omni_jax.train import hooks
-from baichuan_omni_jax.train.hooks import CheckpointHook, RunProgress
+from baichuan_omni_jax.train import checkpoint_hook
+from baichuan_omni_jax.train.checkpoint_hook import CheckpointHook
+from baichuan_omni_jax.train.hooks import RunProgress
 from baichuan_omni_jax.train.input import DocumentFailures
 from baichuan_omni_jax.train.state import StepSpec, TrainState
 
@@ -50,7 +51,7 @@ class FailingWorkdir(Workdir):
 
 @pytest.fixture
 def make_hook(monkeypatch):
-    monkeypatch.setattr(hooks, "to_checkpoint", lambda *_: ({}, {}))
+    monkeypatch.setattr(checkpoint_hook, "to_checkpoint", lambda *_: ({}, {}))
     run = RunConfig(name="a", checkpoint=CheckpointConfig(every=10))
     spec = bare(StepSpec, task=SimpleNamespace(run=run))
     failures = bare(DocumentFailures, share_among_hosts=lambda: None)

@@ -13,8 +13,8 @@ from baichuan_omni_jax.config import load_run_config, resolve_model
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.flops.terms import flops_by_branch, omni_terms
 from baichuan_omni_jax.train import metrics
-from baichuan_omni_jax.train.hooks import StepTrace, parse_span
 from baichuan_omni_jax.train.metrics import Goodput, MetricsWriter, Throughput, WandbWriter
+from baichuan_omni_jax.train.profiling import StepTrace, parse_span
 from tests.helpers.micro import CONFIG
 
 COUNTS = {

@@ -17,8 +17,8 @@ from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.nn.param import named_values, named_variables
 from baichuan_omni_jax.omni.batch import abstract_batch
 from baichuan_omni_jax.train.groups import assign_groups, special_ids, untrained_targets
-from baichuan_omni_jax.train.hooks import groups_table
 from baichuan_omni_jax.train.preflight.report import group_sizes
+from baichuan_omni_jax.train.run import groups_table
 from baichuan_omni_jax.train.state import (
     abstract_state,
     branches_of,

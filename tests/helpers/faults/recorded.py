@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from baichuan_omni_jax.cli.main import main
-from baichuan_omni_jax.train import trainer as loop
+from baichuan_omni_jax.train import run as loop
 from baichuan_omni_jax.train.input import BatchPlacer
 
 WORKDIR = Path(sys.argv[sys.argv.index("--workdir") + 1]) if "--workdir" in sys.argv else Path()

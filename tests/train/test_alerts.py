@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from baichuan_omni_jax.train.hooks import NonfiniteGuard
+from baichuan_omni_jax.train.alerts import NonfiniteGuard
 
 BATCH = {
     "tokens": np.arange(8, dtype=np.int32).reshape(1, 8),

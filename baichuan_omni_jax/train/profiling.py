@@ -1,0 +1,48 @@
+"""Traces of steps for XProf."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from baichuan_omni_jax.errors import ConfigError
+
+
+class StepTrace:
+    """Traces the steps of `span` into `WORKDIR/profile`, every host its own devices. Counts from 1, as metrics do.
+
+    For XProf, TensorBoard's profile plugin or Perfetto.
+    """
+
+    def __init__(self, workdir: Path, span: Sequence[int] | None) -> None:
+        self._folder, self._span = workdir / "profile", span or range(0)
+        self._running = False
+
+    def before(self, step: int) -> None:
+        """To be called before a step is made ready."""
+        if step in self._span and not self._running:
+            jax.profiler.start_trace(str(self._folder))
+            self._running = True
+
+    def after(self, step: int, results: Any) -> None:
+        """To be called when a step has been sent to the devices, with its results. Waits for the last step traced."""
+        if self._running and step + 1 not in self._span:
+            jax.block_until_ready(results)
+            self.close()
+
+    def close(self) -> None:
+        """Ends a trace that is under way."""
+        if self._running:
+            jax.profiler.stop_trace()
+            self._running = False
+
+
+def parse_span(text: str) -> range | None:
+    """Parses `--profile`: `"3:6"` -> steps 3, 4, 5; an empty text is no steps. Raises ConfigError for anything else."""
+    if not text:
+        return None
+    parts = text.split(":")
+    if len(parts) != 2 or not all(part.isdecimal() for part in parts) or not 1 <= int(parts[0]) < int(parts[1]):
+        raise ConfigError(f"--profile {text!r} is not START:STOP with 1 <= START < STOP (10:13 traces steps 10 to 12)")
+    return range(int(parts[0]), int(parts[1]))

@@ -1,0 +1,147 @@
+"""A run from its configuration to its last step: what is checked, restored and told before the steps begin."""
+
+from collections import defaultdict
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from baichuan_omni_jax.checkpoint import Workdir
+from baichuan_omni_jax.config import OmniConfig, RunConfig
+from baichuan_omni_jax.config.loss_shares import shares_table
+from baichuan_omni_jax.nn.param import ComputePolicy
+from baichuan_omni_jax.sharding import make_mesh
+from baichuan_omni_jax.train.ability_hook import check_answers
+from baichuan_omni_jax.train.audio_samples import check_samples
+from baichuan_omni_jax.train.hooks import RunProgress
+from baichuan_omni_jax.train.hosts import is_process_zero, on_all_hosts, warm_up_collectives
+from baichuan_omni_jax.train.input import BatchPlacer, TrainingData
+from baichuan_omni_jax.train.metrics import CompileCounter
+from baichuan_omni_jax.train.state import (
+    Arrays,
+    StepSpec,
+    TrainState,
+    abstract_state,
+    branches_of,
+    from_checkpoint,
+    init_state,
+    make_compute,
+    make_step_spec,
+    saved_opt_state,
+)
+from baichuan_omni_jax.train.suite_hook import check_suites
+from baichuan_omni_jax.train.trainer import RunOptions, Trainer
+
+DEFAULT_OPTIONS = RunOptions()
+
+
+def set_up(run: RunConfig, omni: OmniConfig) -> tuple[StepSpec, ComputePolicy]:
+    """Checks that mesh, budgets, groups and model fit, on shapes alone: before anything is read or written.
+
+    Raises ConfigError naming what does not fit.
+    """
+    mesh, compute = make_mesh(run.mesh), make_compute(run)
+    with jax.set_mesh(mesh):
+        spec = make_step_spec(run, omni, mesh, compute)
+        spec.task.check(mesh)
+        check_samples(run, omni)
+        check_answers(run)
+        check_suites(run)
+        return spec, compute
+
+
+def train(
+    run: RunConfig,
+    omni: OmniConfig,
+    workdir: Workdir,
+    data: TrainingData,
+    options: RunOptions = DEFAULT_OPTIONS,
+    console: Console | None = None,
+) -> TrainState:
+    """Trains until `train.steps` or SIGTERM, from the workdir's newest good step on.
+
+    Args:
+        run: the run's configuration.
+        omni: the model's sizes.
+        workdir: where steps are saved; other runs are kept out of it until it is closed.
+        data: the training mixture.
+        options: what this start adds.
+        console: where tables and progress go; None: the terminal, of process zero.
+
+    Returns:
+        The last state, which has been saved.
+
+    Raises:
+        ConfigError: as `set_up`, for a step that cannot be read, and while another run works in the workdir.
+        RunStoppedError: when a step could not be saved, and, with everything saved, when `train.nonfinite_limit` steps
+            in a row were not finite.
+    """
+    # One host talks; the others train.
+    console = console or Console(quiet=not is_process_zero())
+    on_all_hosts(workdir.hold)
+    # Counted from here on, so that a late compilation is noticed.
+    compiles = CompileCounter()
+    spec, compute = set_up(run, omni)
+    with jax.set_mesh(spec.mesh):
+        start, originals = restore_or_init(run, spec, workdir)
+        if start.step:
+            console.print(f"{workdir.path}: resumed from step {start.step}")
+        print_start_table(console, run, spec, data)
+        # A finished run is no error: the same command again says so.
+        if start.step >= run.train.steps:
+            console.print(f"{workdir.path} is finished: step {start.step} of train.steps {run.train.steps}")
+            return start.state
+        # All hosts are at the same place now; later one may be minutes behind, compiling.
+        warm_up_collectives(spec.mesh)
+        place = BatchPlacer(run.data.rows, spec.task.batch_axes(), spec.mesh, compute.rules)
+        trainer = Trainer(spec, omni, workdir, data, options, console, compiles, place, start.step, originals)
+        return trainer.fit(start).state
+
+
+def restore_or_init(run: RunConfig, spec: StepSpec, workdir: Workdir) -> tuple[RunProgress, Arrays]:
+    """Reads the workdir's newest good step, or makes step 0; with the originals (`from_checkpoint`)."""
+    if workdir.latest_step() is None:
+        state, originals = init_state(run, spec)
+        return RunProgress(0, state, None), originals
+    found = workdir.restore(None, branches_of(spec.stored), saved_opt_state(abstract_state(spec)))
+    state, originals = from_checkpoint(spec, found.branches, found.opt_state, found.step)
+    return RunProgress(found.step, state, found.data_state), originals
+
+
+def print_start_table(console: Console, run: RunConfig, spec: StepSpec, data: TrainingData) -> None:
+    """Prints groups with their parameters, learning rates and what is frozen; the sources' shares of the loss; then
+    mesh, budgets and data.
+    """
+    console.print(groups_table(run, spec))
+    if run.task == "omni":
+        title = f"expected shares of the loss (documents weigh by {run.train.document_weighting})"
+        console.print(shares_table(data.loss_shares(run.train), title))
+    mesh = ", ".join(f"{axis} {size}" for axis, size in spec.mesh.shape.items())
+    budgets = ", ".join(f"{size} {name}" for name, size in run.data.budgets.limits().items())
+    console.print(f"mesh: {mesh}; {run.data.rows} rows a step, each at most {budgets}")
+    documents = f"{data.documents} documents, {data.skipped.total()} skipped"
+    console.print(f"data: {documents}; {run.train.steps} steps in {run.compute.dtype}")
+
+
+def groups_table(run: RunConfig, spec: StepSpec) -> Table:
+    """Lists a group and branch a line: its parameters, how many of them are frozen, and the rate of the others."""
+    table = Table(title=f"{run.name}: parameters by group")
+    for column in ("group", "branch", "parameters", "frozen", "peak learning rate"):
+        table.add_column(column, justify="right" if column == "parameters" else "left")
+    rates = {group.name: group.learning_rate for group in run.optimizer.groups}
+    # A line for each group and branch.
+    for (group, branch), (trainable, frozen) in sorted(_count(spec).items()):
+        # A group with a rate may train nothing: rows of special tokens that are turned off.
+        peak = f"{rates[group]:g}" if trainable else "frozen"
+        table.add_row(group, branch, f"{trainable + frozen:,}", f"{frozen:,}", peak)
+    return table
+
+
+def _count(spec: StepSpec) -> dict[tuple[str, str], tuple[int, int]]:
+    """Counts (trainable, frozen) parameters by (group, branch)."""
+    counts: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
+    sizes = {name: value.size for name, value in spec.shapes().items()}
+    for place, names in enumerate((spec.groups.trainable, spec.groups.frozen)):
+        for name, group in names.items():
+            counts[group, name.split(".")[0]][place] += sizes[name]
+    return {key: (trainable, frozen) for key, (trainable, frozen) in counts.items()}
