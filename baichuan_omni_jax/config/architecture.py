@@ -174,6 +174,7 @@ class FlowConfig:
     prenet_attention_heads: int = 8
     diffusion_steps: int = 10  # Euler steps of the sampler
     guidance: float = 0.7  # of classifier-free guidance: 1.7 x with - 0.7 x without condition
+    temperature: float = 1.0  # scales the noise that sampling starts from; 0: always the same, and the smoothest, mel
     # What the released decoder was trained with, kept for its config.json; a run has its own (`FlowTrainConfig`).
     condition_dropout: float = 0.2
     sigma_min: float = 1e-6  # the spread of the path that is left at time 1

@@ -102,6 +102,8 @@ REQUIRED: dict[tuple[str, str], tuple[Any, ...]] = {
     ("flow_matching_config", "prenet_target_mel_length_scale_ratio"): (1.0,),
     ("vocoder_config", "enable_multi_scale"): (True,),
 }
+# Our own, which released configs do not have: they sample from all of the noise.
+CFM_OPTIONAL = {"temperature": "temperature"}
 CFM_REQUIRED = {"solver": "euler", "t_scheduler": "cosine", "reg_loss_type": "l1"}
 # Far above any model: what loops over layers, or over the positions of a window, would otherwise run out of memory.
 _MOST_LAYERS, MOST_SECONDS = 1024, 3600
@@ -158,10 +160,7 @@ def from_hf(values: dict[str, Any]) -> OmniConfig:
         audio_head=AudioHeadConfig(
             **take(audio, heads, "audio_config", AudioHeadConfig), head_dim=min(128, llm["hidden_size"])
         ),
-        flow=FlowConfig(
-            **take(flow, FLOW_KEYS, "flow_matching_config", FlowConfig),
-            **take(read_section(flow, "cfm_params"), CFM_KEYS, "flow_matching_config.cfm_params", FlowConfig),
-        ),
+        flow=FlowConfig(**take(flow, FLOW_KEYS, "flow_matching_config", FlowConfig), **_sampling(flow)),
         tokens=_token_ids(values),
     )
 
@@ -191,7 +190,9 @@ def to_hf(config: OmniConfig) -> dict[str, Any]:
     sections["audio_config"]["vq_config"] = {"enable": True, "codebook_sizes": list(config.audio.codebook_sizes)}
     sections["vocoder_config"] |= _give(config.post_net, POST_NET_KEYS)
     sections["flow_matching_config"] |= _give(config.flow, FLOW_KEYS)
-    sections["flow_matching_config"]["cfm_params"] = _give(config.flow, CFM_KEYS) | CFM_REQUIRED
+    # Written where it says something: the config of a released model is given back as it was.
+    cfm_keys = CFM_KEYS if config.flow.temperature == FlowConfig.temperature else CFM_KEYS | CFM_OPTIONAL
+    sections["flow_matching_config"]["cfm_params"] = _give(config.flow, cfm_keys) | CFM_REQUIRED
     for ours, (section, key) in TOKEN_KEYS.items():
         sections[section][key] = getattr(config.tokens, ours)
     return values | sections
@@ -309,6 +310,16 @@ def take(values: dict[str, Any], keys: dict[str, str], section: str, config: typ
 def _give(config: Any, keys: dict[str, str]) -> dict[str, Any]:
     given = {theirs: getattr(config, ours) for ours, theirs in keys.items()}
     return {theirs: list(value) if isinstance(value, tuple) else value for theirs, value in given.items()}
+
+
+def _sampling(flow: dict[str, Any]) -> dict[str, Any]:
+    """Reads how flow matching samples, and what it was trained with."""
+    section = "flow_matching_config.cfm_params"
+    values = {"temperature": FlowConfig.temperature} | read_section(flow, "cfm_params")
+    taken = take(values, CFM_KEYS | CFM_OPTIONAL, section, FlowConfig)
+    if not 0 <= taken["temperature"] < math.inf:
+        raise ConfigError(f"{section}.temperature = {values['temperature']!r} must be at least 0")
+    return taken
 
 
 def _frame_rate(video: dict[str, Any]) -> float:

@@ -263,7 +263,16 @@ def small() -> OmniConfig:
             head_dim=32,
             intermediate_size=384,
         ),
-        flow=replace(tiny().flow, prenet_in_dim=96),
+        # A pre-net as wide as the states that it reads; little noise, which so small an estimator cannot take away.
+        flow=replace(
+            tiny().flow,
+            prenet_in_dim=96,
+            prenet_d_model=96,
+            prenet_ffn_dim=256,
+            channels=(64,),
+            num_heads=2,
+            temperature=0.3,
+        ),
     )
 
 

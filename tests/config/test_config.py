@@ -26,6 +26,7 @@ from baichuan_omni_jax.config import (
     omni_14b,
     read_hf,
     resolve_model,
+    small,
     tiny,
     to_dict,
     to_hf,
@@ -194,6 +195,13 @@ def test_missing_config_and_model_are_refused_by_name(tmp_path):
 @pytest.mark.parametrize("omni", [make() for make in MODELS.values()], ids=MODELS)
 def test_hf_round_trip(omni):
     assert from_hf(json.loads(json.dumps(to_hf(omni)))) == omni
+
+
+def test_a_temperature_below_zero_is_refused_by_name():
+    values = to_hf(small())
+    values["flow_matching_config"]["cfm_params"]["temperature"] = -0.5
+    with pytest.raises(ConfigError, match=r"flow_matching_config\.cfm_params\.temperature = -0\.5 must be at least 0"):
+        from_hf(values)
 
 
 def test_the_golden_config_is_read():

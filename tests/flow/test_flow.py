@@ -51,6 +51,19 @@ def test_an_item_in_a_batch_equals_the_item_alone(decoder, rng):
     np.testing.assert_array_equal(mel[1, own:], noise[1, own:])
 
 
+def test_temperature_scales_the_noise(decoder, rng):
+    """By exactly as much as noise that is given smaller; at 0 the noise is of no account."""
+    hidden, lengths = normal(rng, 1, FRAMES, FLOW.prenet_in_dim), np.array([FRAMES], np.int32)
+    noise = normal(rng, 1, FRAMES, FLOW.in_channels)
+
+    def at(temperature: float, noise):
+        cooled = untrained(lambda: FlowDecoder(KEY, dataclasses.replace(FLOW, temperature=temperature), COMPUTE))
+        return run(cooled, hidden, lengths, noise)[1]
+
+    np.testing.assert_array_equal(at(0.5, noise), run(decoder, hidden, lengths, 0.5 * noise)[1])
+    np.testing.assert_array_equal(at(0.0, noise), at(0.0, -noise))
+
+
 def test_a_sample_depends_on_no_later_chunk(decoder, rng):
     """The pre-net is causal frame by frame; the estimator sees the frames of its own chunk of 100 and earlier ones."""
     hidden, noise = normal(rng, 1, FRAMES, FLOW.prenet_in_dim), normal(rng, 1, FRAMES, FLOW.in_channels)
