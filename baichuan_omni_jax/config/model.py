@@ -263,7 +263,7 @@ def small() -> OmniConfig:
             head_dim=32,
             intermediate_size=384,
         ),
-        # A pre-net as wide as the states that it reads; little noise, which so small an estimator cannot take away.
+        # A pre-net as wide as the states that it reads; no noise, which so small an estimator adds to what is heard.
         flow=replace(
             tiny().flow,
             prenet_in_dim=96,
@@ -271,7 +271,7 @@ def small() -> OmniConfig:
             prenet_ffn_dim=256,
             channels=(64,),
             num_heads=2,
-            temperature=0.3,
+            temperature=0.0,
         ),
     )
 
