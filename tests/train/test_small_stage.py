@@ -25,7 +25,9 @@ def test_handwritten_digits_are_named_after_the_first_stage_of_seeing(tmp_path):
     }
     settings = [f"--set={key}={value}" for key, value in given.items()]
     workdir = tmp_path / "run"
-    assert main(["train", "--config", "configs/small/image_text_1_digits.py", "--workdir", str(workdir), *settings]) == 0
+    assert (
+        main(["train", "--config", "configs/small/image_text_1_digits.py", "--workdir", str(workdir), *settings]) == 0
+    )
     last = read_metrics(workdir)[-1]
     assert last["ability/digit/accuracy"] >= 0.5
     assert last["eval/held_out/digit/media_gain"] >= 1.0

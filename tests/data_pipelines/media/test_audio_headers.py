@@ -1,11 +1,15 @@
 """What headers of audio files promise, format by format, and when that is believed."""
 
 import struct
+from itertools import islice
 
+import av
 import numpy as np
 import pytest
+import soundfile as sf
 
 from data_pipelines.media.audio import probe_audio, read_audio
+from data_pipelines.media.audio_track import AudioTrack
 from data_pipelines.media.location import Media
 from tests.helpers.audio_files import CLOSE, RATE, length, memory, mp3, refusal, wav
 from tests.helpers.small_media import tone, write_track
@@ -224,3 +228,21 @@ class TestOgg:
         from media_headers import with_checksums
 
         assert length(memory(with_checksums(b"".join(late)))) / RATE == pytest.approx(3, abs=CLOSE)
+
+
+@pytest.mark.parametrize(("frames", "damaged"), [(None, 0), (2, 1)])
+def test_a_frame_too_many_of_flac_is_no_damage_where_all_is_there(frames, damaged, tmp_path, monkeypatch):
+    """FFmpeg's parser gives a last one that no decoder takes for some whole files; elsewhere it is a damaged frame."""
+    path = tmp_path / "a.flac"
+    sf.write(path, np.sin(np.arange(12112) / 40) * 0.5, 22050)
+    real = AudioTrack._packets
+
+    def with_another(track):
+        yield from islice(real(track), frames)
+        another = av.Packet(bytes.fromhex("fff8690c0000") + bytes(90))
+        another.stream = track.stream
+        yield another
+
+    monkeypatch.setattr(AudioTrack, "_packets", with_another)
+    audio = read_audio(Media("a.flac", path), 22050)
+    assert (len(audio.wave), audio.damaged) == (12112, damaged)
