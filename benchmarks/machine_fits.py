@@ -40,7 +40,6 @@ LONGEST = 65536  # tokens of a row of the recipe's last two stages
 GIB = 2**30
 # bfloat16 FLOP/s of a chip, by its name in a topology.
 PEAKS = {chip.name.lower(): chip.flops for chip in (*TPUS.values(), *GPUS.values())}
-ROOMS = {chip.name.lower(): chip.hbm_bytes for chip in TPUS.values()}
 KEPT = ("args_bytes", "temp_bytes", "peak_bytes", "hbm_bytes", "fits", "mesh", "model_flops", "suggestions", "seconds")
 
 
@@ -134,54 +133,20 @@ def said(cell: dict) -> str:
         GIVEN.get(cell["language"], "") * (cell["stage"] in TRAIN_LANGUAGE),
     ]
     verdict = f"{needed:.1f} of {room:.1f} GiB" if cell["fits"] else f"**{needed - room:.1f} GiB too much**"
-    if "predicted" in cell:
-        verdict = f"{verdict.replace(f'{needed:.1f}', f'about {needed:.0f}')}, predicted"
     return "; ".join(filter(None, (verdict, *gives)))
 
 
 def table(cells: list[dict]) -> Iterator[str]:
-    """Yields the Markdown rows of a table a stage: machines across, models down; what was not compiled is predicted."""
+    """Yields the Markdown rows of a table a stage: machines across, models down; what was not compiled is empty."""
     for stage in dict.fromkeys(cell["stage"] for cell in cells):
         found = {(cell["machine"], cell["model"]): cell for cell in cells if cell["stage"] == stage and not cell["set"]}
         machines = [name for name in MACHINES if any(machine == name for machine, _ in found)]
         yield f"| `{stage}` | " + " | ".join(f"`{machine}`" for machine in machines) + " |"
         yield "|---" * (len(machines) + 1) + "|"
         for model in SIZED_MODELS:
-            shown = [found.get((machine, model)) or predicted(stage, machine, model) for machine in machines]
+            shown = [found.get((machine, model)) for machine in machines]
             yield f"| `{model}` | " + " | ".join(said(cell) if cell else "" for cell in shown) + " |"
         yield ""
-
-
-def predicted(stage: str, machine: str, model: str) -> dict | None:
-    """A cell that was not compiled, in the form of one that was; None where the formula is not made for it.
-
-    The state's bytes are counted. Temporaries: gradients and their sum in fp32, the layers' inputs, and what the tables
-    of text take while they are whole on a chip, in bytes an entry that are fitted to the compiled cells.
-    """
-    if stage not in BY_DOCUMENTS or machine.partition(":")[0] not in ROOMS:
-        return None
-    cell = {"stage": stage, "machine": machine, "model": model, "set": [], "predicted": True}
-    cell |= settings_of(cell)
-    run, omni = load_run_config(stage, overrides(cell)), resolve_model(model)
-    trained, frozen = parameter_counts(run)
-    chips, llm = MACHINE_CHIPS[machine], omni.llm
-    state = trained * (4 + 2 * (2 if cell["moments"] == "bfloat16" else 4)) + 2 * frozen
-    # Of the chip's own rows, at a time.
-    tokens = run.data.rows * run.data.budgets.tokens // (run.train.accumulate * chips)
-    inputs = 2 * llm.num_layers * llm.hidden_size * tokens
-    tables = llm.vocab_size * llm.hidden_size * (22 if cell["language"] == "all" else 12)
-    needed = (state + 8 * trained) / chips + inputs + tables + GIB / 2
-    room = ROOMS[machine.partition(":")[0]]
-    return cell | {"peak_bytes": needed, "hbm_bytes": room, "fits": needed <= room}
-
-
-def parameter_counts(run: RunConfig) -> tuple[int, int]:
-    """Counts the parameters that train, and those that do not."""
-    variables = parameters_of(run)
-    trainable = assign_groups(variables, run.optimizer.groups).trainable
-    sizes = {name: variable.size for name, variable in variables.items()}
-    trained = sum(size for name, size in sizes.items() if name in trainable)
-    return trained, sum(sizes.values()) - trained
 
 
 def parameters_of(run: RunConfig) -> dict[str, nnx.Variable]:
