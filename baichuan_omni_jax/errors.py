@@ -25,6 +25,12 @@ class RunStoppedError(RuntimeError):
     """A run ended itself before its last step, as starting it again might not help. The message is the reason."""
 
 
+class StorageError(RuntimeError):
+    """Storage refused what a run needs for longer than `data.patience`. Nothing is wrong with the data, and starting
+    again may help. The message names the file and the cause.
+    """
+
+
 def list_some(items: Sequence[str], separator: str = "; ", most: int = 5) -> str:
     """Joins the first of what may be thousands, and says how many more there are: a sentence stays one to read.
 
@@ -38,12 +44,13 @@ def list_some(items: Sequence[str], separator: str = "; ", most: int = 5) -> str
 
 def exit_code(command: Callable[[], int | None]) -> int:
     """Runs `command`; returns its code (None is 0), or prints the sentence of its error to stderr and returns its code:
-    2 ConfigError, 3 RunStoppedError, 130 KeyboardInterrupt.
+    1 StorageError, 2 ConfigError, 3 RunStoppedError, 130 KeyboardInterrupt.
     """
+    codes = {StorageError: 1, ConfigError: 2, RunStoppedError: 3}
     try:
         return command() or 0
-    except (ConfigError, RunStoppedError) as error:
-        sentence, code = f"error: {error}", 2 if isinstance(error, ConfigError) else 3
+    except tuple(codes) as error:
+        sentence, code = f"error: {error}", next(code for kind, code in codes.items() if isinstance(error, kind))
     except KeyboardInterrupt as interrupt:
         sentence, code = str(interrupt) or "stopped", 130
     # What the error kept alive may complain when it goes (asyncio does): the sentence is the last line.

@@ -112,6 +112,9 @@ class DataConfig:
     # What is tried, in order, on a document beyond a budget. What then is still too long is skipped.
     oversize: tuple[OversizePolicy, ...] = ("chunk_text",)
     max_bad_fraction: float = 0.05  # the share of documents that may be unusable before the run stops
+    # Seconds for which a read is tried again that storage refuses (a server that restarts, a mount that hangs). After
+    # them the run ends, with exit code 1: what storage refuses is no damaged document, and is never left out.
+    patience: float = 300.0
 
     # --- Rows.
     rows: int = 16  # a step, over all devices

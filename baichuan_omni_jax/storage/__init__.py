@@ -1,6 +1,7 @@
 """Storage: paths that may be URLs, files that are whole or not there, locks, and a folder that mirrors itself.
 
 paths     `parse_path`: what a user gives; trying again; what a file system can do
+reads     reading that outlasts storage which fails for a while
 files     stand-ins, JSON, atomic writes, folders that appear at once
 locks     one program at a time
 mirror    files that grow, for a workdir that is a URL
@@ -21,13 +22,16 @@ from baichuan_omni_jax.storage.paths import (
     check_writable,
     is_url,
     local_path,
+    may_pass,
     parse_path,
     remove,
     renames_folders,
     with_retries,
 )
+from baichuan_omni_jax.storage.reads import PATIENCE, open_patiently, patiently
 
 __all__ = [
+    "PATIENCE",
     "FileLock",
     "MirroredFolder",
     "atomic_write",
@@ -36,7 +40,10 @@ __all__ = [
     "describe_stand_in",
     "is_url",
     "local_path",
+    "may_pass",
+    "open_patiently",
     "parse_path",
+    "patiently",
     "read_json_object",
     "refuse_stand_in",
     "remove",

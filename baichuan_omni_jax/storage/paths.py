@@ -21,6 +21,7 @@ import shutil
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 from typing import TypeVar
 
@@ -50,9 +51,12 @@ _PASSING = {
     errno.ECONNRESET,
     errno.ECONNREFUSED,
     errno.EPIPE,
+    errno.ENOTCONN,
+    errno.EREMOTEIO,
 }
 _FINAL = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
-_TRIES, _PAUSE = 4, 0.5  # seconds before the second try; each further pause is twice as long
+# Seconds before the second try; each further pause is twice as long, up to the longest.
+_TRIES, _PAUSE, _LONGEST = 4, 0.5, 20.0
 
 _PROBE = ".storage-probe"
 _ready: set[str] = set()
@@ -117,7 +121,19 @@ def _serve(scheme: str, url: str) -> None:
     _ready.add(scheme)
 
 
-def with_retries(work: Callable[[], T], doing: str) -> T:
+def is_final(error: BaseException) -> bool:
+    """Whether storage answered: what was asked for is not there, of another kind, or not allowed."""
+    return isinstance(error, _FINAL)
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether what storage raised may be gone a moment later; never for a file that is not there, or not allowed."""
+    if type(error).__module__.partition(".")[0] in _CLIENTS:
+        return not isinstance(error, _FINAL)
+    return isinstance(error, OSError) and not isinstance(error, _FINAL) and error.errno in _PASSING
+
+
+def with_retries(work: Callable[[], T], doing: str, seconds: float = 0.0) -> T:
     """Returns `work()`, tried again with growing pauses while storage refuses it for what may pass.
 
     gcsfs and s3fs try again by themselves for half a minute; this is for what is longer, and for mounted folders.
@@ -125,6 +141,7 @@ def with_retries(work: Callable[[], T], doing: str) -> T:
     Args:
         work: may be called several times.
         doing: what it does, for the log: "writing gs://bucket/run/metrics.jsonl".
+        seconds: for how long it is tried; 0: four times.
 
     Returns:
         What `work` returned.
@@ -132,19 +149,18 @@ def with_retries(work: Callable[[], T], doing: str) -> T:
     Raises:
         OSError: storage refused it for good, or every time. Other exceptions of `work` pass at once.
     """
-    for tried in range(1, _TRIES + 1):
+    begun = time.monotonic()
+    for tried in count(1):
         try:
             return work()
         except Exception as error:
-            foreign = type(error).__module__.partition(".")[0] in _CLIENTS
-            final = isinstance(error, _FINAL)
-            passing = foreign or (isinstance(error, OSError) and not final and error.errno in _PASSING)
-            if not passing or tried == _TRIES:
+            pause = min(_PAUSE * 2 ** (tried - 1), _LONGEST) * random.uniform(0.5, 1.0)
+            last = time.monotonic() + pause > begun + seconds if seconds else tried == _TRIES
+            if last or not may_pass(error):
                 # One class for whatever a bucket's client raises, so that callers need not know it.
-                if foreign and not isinstance(error, OSError):
+                if type(error).__module__.partition(".")[0] in _CLIENTS and not isinstance(error, OSError):
                     raise OSError(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
                 raise
-            pause = _PAUSE * 2 ** (tried - 1) * random.uniform(0.5, 1.0)
             log.warning("%s failed (%s); trying again in %.1f s", doing, error, pause)
             time.sleep(pause)
     raise AssertionError("unreachable")

@@ -4,6 +4,7 @@ A window of a clip is known by the first 128 bits of the SHA-256 of its file and
 share such a prefix with a probability of 10^-23. Tables are records of one size, sorted by that key.
 """
 
+import errno
 import hashlib
 import json
 from bisect import bisect_left
@@ -15,7 +16,7 @@ import tensorstore as ts
 from jaxtyping import Bool, Int32, Int64, Shaped
 
 from baichuan_omni_jax.errors import ConfigError
-from baichuan_omni_jax.storage import atomic_write
+from baichuan_omni_jax.storage import PATIENCE, atomic_write, patiently
 from data_pipelines.errors import SampleError
 
 # SHA-256 of the clip's bytes in hex, number of the window from 0.
@@ -83,6 +84,8 @@ def open_table(path: Path, dtype: np.dtype) -> Shaped[np.ndarray, " n"]:
 FORMAT = 2  # of meta.json: raise it when a store holds something else than before
 UNUSED = -1  # of frames that no window has
 _CACHE_BYTES = 16 << 20
+# Kinds of errors of TensorStore that are of the bytes; the others are of storage.
+_DAMAGED = ("DATA_LOSS", "FAILED_PRECONDITION", "INVALID_ARGUMENT", "OUT_OF_RANGE")
 
 
 class CodeStore:
@@ -92,10 +95,10 @@ class CodeStore:
     all processes that read them.
     """
 
-    def __init__(self, path: Path, fingerprint: str | None = None):
+    def __init__(self, path: Path, fingerprint: str | None = None, patience: float = PATIENCE):
         """Raises ConfigError when there is no store at `path`, when its tokenizer is not the one of `fingerprint`, and,
-        naming the file, when one is missing or not of its size."""
-        self.path = Path(path)
+        naming the file, when one is missing or not of its size. Reads are tried for `patience` seconds."""
+        self.path, self.patience = Path(path), patience
         self._open()
         if fingerprint is not None and self.meta["fingerprint"] != fingerprint:
             raise ConfigError(
@@ -106,11 +109,14 @@ class CodeStore:
 
     def _open(self) -> None:
         try:
-            self.meta = read_meta(self.path)
-            self.index = open_table(self.path / self.meta["index"], ENTRY)
+            self.meta, self.index = patiently(self._read_index, f"reading {self.path}", self.patience)
         except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
             raise ConfigError(f"audio code store {self.path} cannot be read: {error}") from error
         self._frames = None
+
+    def _read_index(self) -> tuple[dict, Shaped[np.ndarray, " n"]]:
+        meta = read_meta(self.path)
+        return meta, open_table(self.path / meta["index"], ENTRY)
 
     def __len__(self) -> int:
         """Windows that have codes."""
@@ -120,10 +126,10 @@ class CodeStore:
         return find(self.index, key) is not None
 
     def __getstate__(self) -> dict:
-        return {"path": self.path}
+        return {"path": self.path, "patience": self.patience}
 
     def __setstate__(self, state: dict) -> None:
-        self.path = state["path"]
+        self.path, self.patience = state["path"], state["patience"]
         self._open()
 
     def lookup(self, key: CodeKey) -> Int32[np.ndarray, "n q"]:
@@ -139,9 +145,11 @@ class CodeStore:
         *_, length, start = entry
         if self._frames is None:
             self._frames = open_frames(self.path / "frames")
+        frames = self._frames
         # What TensorStore reads is checked by the chunk's checksum; a missing file reads as `UNUSED`.
+        read = lambda: _read_frames(frames, start, start + length)  # noqa: E731
         try:
-            codes = self._frames[start : start + length].read().result()
+            codes = patiently(read, f"reading audio codes {self.path}", self.patience)
         except ValueError as error:
             # The last part of TensorStore's nested message says what was wrong.
             reason = str(error).split(": ")[-1].partition(" [")[0]
@@ -187,6 +195,17 @@ def read_meta(path: Path) -> dict:
 def part_name(number: int) -> str:
     """Returns the file of part `number`, as zarr names it."""
     return f"c.{number}.0"
+
+
+def _read_frames(frames: ts.TensorStore, start: int, stop: int) -> np.ndarray:
+    """Reads rows of the array of frames. Raises ValueError for damaged ones, OSError where storage refuses them."""
+    try:
+        return frames[start:stop].read().result()
+    except ValueError as error:
+        # TensorStore raises one class for all: the message begins with the kind of the error.
+        if str(error).startswith(_DAMAGED):
+            raise
+        raise OSError(errno.EIO, str(error).partition(" [")[0]) from error
 
 
 def open_frames(path: Path) -> ts.TensorStore:

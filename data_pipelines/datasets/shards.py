@@ -6,7 +6,9 @@ DIR/documents-00000.array_record   one record a document (record.py)
 
 import hashlib
 import json
+import math
 import struct
+import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +20,7 @@ from types import TracebackType
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from baichuan_omni_jax.errors import ConfigError
-from baichuan_omni_jax.storage import write_json
+from baichuan_omni_jax.storage import PATIENCE, open_patiently, patiently, write_json
 from data_pipelines.documents.document import Document
 from data_pipelines.errors import SampleError
 from data_pipelines.media.file_kinds import plain_reason
@@ -118,6 +120,8 @@ def _io_errors(path: Path) -> Iterator[None]:
 
 DATASET_FILE = "dataset.json"
 DATASET_SCHEMA = 1  # of dataset.json: raise it when its fields mean something else than before
+_BLOCK = 1 << 20
+_CHECKED_SECONDS = 60.0  # a shard that could be read so long ago is not read from end to end again
 OPEN_FILES = 64  # a process keeps so many files open; each holds 8 bytes a record in memory
 # No read-ahead, no threads: documents are read one at a time, in any order.
 _OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
@@ -136,11 +140,13 @@ class ShardFile:
 class ShardedDataset:
     """The documents of a folder of shards, each a shard's number and a record's number, both from 0.
 
-    Files are opened when they are first read. Picklable: a copy opens its own. Safe to read from several threads.
+    Files are opened when they are first read. Picklable: a copy opens its own. Safe to read from several threads. What
+    storage refuses is tried again for `patience` seconds, then a `StorageError`.
     """
 
-    def __init__(self, folder: Path, shards: Sequence[ShardFile], fingerprint: str):
-        self.folder = folder
+    def __init__(self, folder: Path, shards: Sequence[ShardFile], fingerprint: str, patience: float = PATIENCE):
+        self.folder, self._patience = folder, patience
+        self._checked: dict[int, float] = {}  # shard -> when all of it was read
         self.shards = tuple(shards)
         self.fingerprint = fingerprint
         self._readers: OrderedDict[int, ArrayRecordReader] = OrderedDict()
@@ -151,17 +157,22 @@ class ShardedDataset:
     def document(self, shard: int, record: int) -> Document:
         """Returns one document, its media in memory.
 
-        Raises SampleError "bad_record" when the shard is cut, missing or damaged at that place; IndexError when it
-        never held so many.
+        Raises SampleError "bad_record" when the shard is cut, missing or damaged at that place; StorageError when
+        storage refuses it; IndexError when it never held so many.
         """
         if not 0 <= record < self.shards[shard].documents:
             raise IndexError(f"{self.shards[shard].file} has no record {record}")
         where = f"{self._name(shard)} record {record}"
-        reader = self._reader(shard)
         try:
-            (content,) = reader.read([record])
-        except (RuntimeError, IndexError) as error:
-            raise SampleError("bad_record", f"{where} is damaged: {plain_reason(error)}") from error
+            (content,) = self._reader(shard).read([record])
+        except (RuntimeError, IndexError):
+            # ArrayRecord does not tell wrong bytes from bytes that storage refused: a file that can be read from end to
+            # end, and still lacks the record, is damaged.
+            self._check_storage(shard)
+            try:
+                (content,) = self._reader(shard).read([record])
+            except (RuntimeError, IndexError) as error:
+                raise SampleError("bad_record", f"{where} is damaged: {plain_reason(error)}") from error
         return unpack_document(content, where)
 
     def documents_of(self, shard: int) -> Iterator[Document | SampleError]:
@@ -192,34 +203,48 @@ class ShardedDataset:
         shard, name = self.shards[number], self._name(number)
         path = self.folder / shard.file
         try:
-            found = path.stat().st_size
+            found = patiently(path.stat, f"looking at {path}", self._patience).st_size
         except OSError as error:
             raise SampleError("bad_record", f"{name} cannot be read: {error.strerror}") from error
-        # A cut file opens without an error and then holds no record.
+        # A cut file opens without an error and then holds no record; so does one that storage refused.
         reader = ArrayRecordReader(str(path), _OPTIONS)
+        if reader.num_records() != shard.documents and found == shard.bytes:
+            self._check_storage(number)
+            reader = ArrayRecordReader(str(path), _OPTIONS)
         if reader.num_records() != shard.documents:
             size = f"it has {found} of {shard.bytes} bytes" if found != shard.bytes else "its index cannot be read"
             raise SampleError("bad_record", f"{name} is damaged: {size}")
         return reader
 
+    def _check_storage(self, number: int) -> None:
+        """Reads a shard from end to end, and has it opened anew. Raises StorageError where storage refuses that."""
+        self._readers.pop(number, None)
+        # A shard with many damaged records is not read for each of them.
+        if time.monotonic() - self._checked.get(number, -math.inf) < _CHECKED_SECONDS:
+            return
+        with open_patiently(self.folder / self.shards[number].file, self._patience) as file:
+            while file.read(_BLOCK):
+                pass
+        self._checked[number] = time.monotonic()
+
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_readers": OrderedDict()}
+        return self.__dict__ | {"_readers": OrderedDict(), "_checked": {}}
 
 
-def open_dataset(folder: str | Path) -> ShardedDataset:
+def open_dataset(folder: str | Path, patience: float = PATIENCE) -> ShardedDataset:
     """Opens the data set at `folder`; reads its `dataset.json`. Raises ConfigError when that is missing or of another
-    form.
+    form. What storage refuses is tried again for `patience` seconds.
     """
-    description = read_description(folder)
+    description = read_description(folder, patience)
     shards = [ShardFile(**shard) for shard in description["shards"]]
-    return ShardedDataset(Path(folder), shards, description["fingerprint"])
+    return ShardedDataset(Path(folder), shards, description["fingerprint"], patience)
 
 
-def read_description(folder: str | Path) -> dict:
+def read_description(folder: str | Path, patience: float = PATIENCE) -> dict:
     """Reads all that `folder/dataset.json` holds. Raises ConfigError when it is not there or not of this form."""
     path = Path(folder) / DATASET_FILE
     try:
-        description = json.loads(path.read_text(encoding="utf-8"))
+        description = json.loads(patiently(path.read_bytes, f"reading {path}", patience))
         if description["schema"] != DATASET_SCHEMA:
             raise ConfigError(f"{path} has schema {description['schema']}; this program reads {DATASET_SCHEMA}")
         # A name with a folder in it would read, or later remove, what is not the data set's.

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from baichuan_omni_jax.config import DataConfig, SourceConfig
 from baichuan_omni_jax.errors import ConfigError
-from baichuan_omni_jax.storage import local_path, write_json
+from baichuan_omni_jax.storage import PATIENCE, local_path, open_patiently, write_json
 from data_pipelines.datasets.shards import DATASET_FILE, ShardedDataset, open_dataset, read_description
 from data_pipelines.documents.document import Document
 from data_pipelines.documents.manifest import LineRange, manifest_stem, parse_line, plain_manifest
@@ -78,7 +78,7 @@ class ManifestSource:
     def document(self, place: int, number: int) -> Document:
         """Returns one document. Raises SampleError `bad_json` or `bad_form` when its line is no longer what it was."""
         # Opened anew each time: a worker reads few lines of a manifest, in any order.
-        with open(self._lines, "rb") as file:
+        with open_patiently(self._lines, self.media.patience) as file:
             file.seek(place)
             return parse_line(file.readline(), number, self.path, self.media)
 
@@ -90,7 +90,7 @@ class ManifestSource:
     def _lines(self) -> Path:
         """The file in which places are counted."""
         path = self.root / self.path
-        return plain_manifest(path, str(path), self._notes)
+        return plain_manifest(path, str(path), self._notes, self.media.patience)
 
     @cached_property
     def _survey(self) -> dict:
@@ -105,7 +105,7 @@ class ManifestSource:
             facts = {"path": str(path), "size": status.st_size, "changed": status.st_mtime_ns, "part": PART_BYTES}
             if known is not None and all(known.get(name) == value for name, value in facts.items()):
                 return known
-            known = facts | _survey(lines)
+            known = facts | _survey(lines, self.media.patience)
         except OSError as error:
             raise ConfigError(f"manifest {self.root / self.path} cannot be read: {error.strerror}") from error
         write_json(note, known)
@@ -117,11 +117,11 @@ class DatasetSource:
 
     media_key = ""  # media are in the shards
 
-    def __init__(self, path: str, root: Path):
+    def __init__(self, path: str, root: Path, patience: float = PATIENCE):
         self.path, self.root = path, root
-        self._dataset: ShardedDataset = open_dataset(root / path)
+        self._dataset: ShardedDataset = open_dataset(root / path, patience)
         # Of the token ids that it holds; "" where it holds text.
-        self.tokenizer: str = read_description(root / path).get("tokenizer", "")
+        self.tokenizer: str = read_description(root / path, patience).get("tokenizer", "")
 
     @property
     def fingerprint(self) -> str:
@@ -160,12 +160,12 @@ def open_source(config: DataConfig, source: SourceConfig) -> Source:
     root = local_path(config.root, "data.root")
     # A folder with `dataset.json` is a built data set; anything else is read as a manifest.
     if (root / source.manifest / DATASET_FILE).is_file():
-        return DatasetSource(source.manifest, root)
+        return DatasetSource(source.manifest, root, config.patience)
     trusted = trusted_folders(config.trusted_roots, "data.trusted_roots")
     folder = root / Path(source.root).expanduser() if source.root else None
     if folder is not None and not folder.is_dir():
         raise ConfigError(f"its root {source.root} is no folder")
-    media = media_root(root / source.manifest, folder, trusted)
+    media = media_root(root / source.manifest, folder, trusted, config.patience)
     # Not where the data lie: they may be moved.
     key = json.dumps([source.root, [str(each) for each in trusted]])
     return ManifestSource(source.manifest, root, cache_folder(config), media, key)
@@ -176,18 +176,19 @@ def cache_folder(config: DataConfig) -> Path:
     return local_path(config.root, "data.root") / ".cache"
 
 
-def media_root(manifest: Path, root: Path | None, trusted: Sequence[Path]) -> MediaRoot:
+def media_root(manifest: Path, root: Path | None, trusted: Sequence[Path], patience: float = PATIENCE) -> MediaRoot:
     """Returns where the media of a manifest are: the one rule of all commands and runs.
 
     Paths are relative to `root` or, where that is None, to the folder that the manifest lies in; of a manifest that is
-    a link to the folder of the link and, for what is not there, to that of the file it leads to.
+    a link to the folder of the link and, for what is not there, to that of the file it leads to. What storage refuses
+    is tried again for `patience` seconds.
     """
     if root is not None:
-        return MediaRoot(root.absolute(), tuple(trusted))
+        return MediaRoot(root.absolute(), tuple(trusted), patience=patience)
     # A link to a manifest means the folder of the link, and for what is missing there that of the file.
     folder = manifest.parent.absolute()
     target = manifest.resolve().parent
-    return MediaRoot(folder, tuple(trusted), None if target == folder.resolve() else target)
+    return MediaRoot(folder, tuple(trusted), None if target == folder.resolve() else target, patience)
 
 
 def trusted_folders(names: Sequence[str | Path], option: str) -> tuple[Path, ...]:
@@ -207,10 +208,10 @@ def _read_note(path: Path) -> dict | None:
         return None
 
 
-def _survey(path: Path) -> dict:
+def _survey(path: Path, patience: float) -> dict:
     """Returns the manifest's SHA-256 and, for each part, its first line's number, where it begins, and its bytes."""
     digest, parts, first, offset = hashlib.sha256(), [], 1, 0
-    with path.open("rb") as file:
+    with open_patiently(path, patience) as file:
         # Whole lines: a part ends at the first line end behind `PART_BYTES`.
         while data := file.read(PART_BYTES) + file.readline():
             digest.update(data)

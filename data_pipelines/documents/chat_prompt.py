@@ -20,7 +20,7 @@ import soundfile
 from jaxtyping import Int32
 
 from baichuan_omni_jax.config import VOICE, OmniConfig
-from baichuan_omni_jax.errors import ConfigError, RequestError
+from baichuan_omni_jax.errors import ConfigError, RequestError, StorageError
 from data_pipelines.documents.document import EncodedDocument
 from data_pipelines.documents.media_items import PrecomputedAudio
 from data_pipelines.documents.processor import Processor
@@ -33,6 +33,7 @@ from data_pipelines.media.location import Media, MediaReference, MediaRoot, find
 from data_pipelines.text.spoken_text import split_text
 from data_pipelines.tokenizers.tokenizer import AUDIOGEN_START
 
+_PATIENCE = 5.0  # seconds
 _FILES = ("path", "bytes", "base64")
 # What a part may hold besides its type: one of these.
 _SOURCES = {"text": ("text",), "image": _FILES, "video": _FILES, "audio": (*_FILES, "samples", "codes")}
@@ -51,7 +52,8 @@ class ChatPrompts:
 
     def __init__(self, processor: Processor, root: Path | None = None, trusted: Sequence[Path] = ()):
         self.processor = processor
-        self.root = None if root is None else MediaRoot(Path(root), tuple(trusted))
+        # Whoever asks waits for the answer: storage that fails for long is told.
+        self.root = None if root is None else MediaRoot(Path(root), tuple(trusted), patience=_PATIENCE)
 
     def encode_messages(self, messages: Sequence[Message], spoken: bool = False, voice: str = VOICE) -> EncodedDocument:
         """Encodes a conversation that ends with the mark of the assistant's turn, or inside the assistant's last
@@ -191,7 +193,7 @@ class _PromptBuilder:
             raise SampleError("missing_file", f"{path!r} is no usable path: {plain_reason(error)}") from error
         if not usable:
             raise SampleError("missing_file", f"{path!r} does not exist")
-        return Media(path, found)
+        return Media(path, found, patience=_PATIENCE)
 
 
 def _check_part(part: Any, where: str) -> tuple[str, str]:
@@ -257,5 +259,7 @@ def _one_door() -> Iterator[None]:
         # Callers know two causes: what they asked for has no sense, or a file cannot be used.
         cause = "bad_message" if error.cause == "bad_prompt" else "bad_media"
         raise RequestError(cause, str(error)) from error
+    except StorageError as error:
+        raise RequestError("bad_media", str(error)) from error
     except ConfigError as error:  # the name of a voice
         raise RequestError("bad_message", str(error)) from error

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.storage import PATIENCE, open_patiently
 from data_pipelines.documents.document import Document
 from data_pipelines.errors import SampleError
 from data_pipelines.media.file_kinds import HEAD, is_utf16, kind_of
@@ -115,16 +116,16 @@ def manifest_stem(name: str) -> str:
     return str(path.with_suffix(""))
 
 
-def plain_manifest(path: Path, name: str, folder: Path) -> Path:
+def plain_manifest(path: Path, name: str, folder: Path, patience: float = PATIENCE) -> Path:
     """Returns `path` itself or, of a compressed manifest, a file in `folder` with what it holds, for reading at any
     byte.
 
     Written once for each state of the manifest, and there only when it is whole. Raises ConfigError as `read_manifest`;
-    OSError where the copy cannot be written.
+    OSError where the copy cannot be written; StorageError.
     """
-    with open_manifest(path, name) as file:
+    with open_manifest(path, name, patience) as file:
         status = path.stat()
-        with path.open("rb") as packed:
+        with open_patiently(path, patience) as packed:
             if not _compression(packed.read(4)):
                 return path
         # A manifest that changed gets another copy: one that is being read stays.
@@ -146,15 +147,16 @@ def plain_manifest(path: Path, name: str, folder: Path) -> Path:
 
 
 @contextmanager
-def open_manifest(path: Path, name: str = "") -> Iterator[io.BufferedIOBase]:
+def open_manifest(path: Path, name: str = "", patience: float = PATIENCE) -> Iterator[io.BufferedIOBase]:
     """Opens a manifest as a stream of bytes, of a compressed one what it holds. Seeking forward works for all.
 
-    `name` is what messages call it. Raises ConfigError when it cannot be opened, is damaged (also while it is read), is
-    UTF-16 or a file of another kind.
+    `name` is what messages call it; a read that storage refuses is tried again for `patience` seconds. Raises
+    ConfigError when it cannot be opened, is damaged (also while it is read), is UTF-16 or a file of another kind;
+    StorageError.
     """
     name = name or path.name
     try:
-        file = path.open("rb")
+        file = open_patiently(path, patience)
     except OSError as error:
         raise ConfigError(f"manifest {name} cannot be read: {error.strerror}") from error
     with file:

@@ -119,9 +119,10 @@ def opened(media: Media, kind: str, patched: Sequence[tuple[int, bytes]] = ()) -
             raise ValueError("the file is empty")
         check_bytes(media.size, "video", media.name)
         with ExitStack() as stack:
-            source: Any = str(media.path)
+            # FFmpeg reads through our stream, which knows a failing disk from a damaged file.
+            source: Any = stack.enter_context(media.open())
             if patched or media.path is None:
-                source = _PatchedFile(stack.enter_context(media.open()), patched)
+                source = _PatchedFile(source, patched)
             try:
                 container = stack.enter_context(av.open(source, mode="r", options={"format_whitelist": FORMATS}))
             except ArgumentError as error:  # FFmpeg's word for formats that are not on the list

@@ -6,13 +6,15 @@ import hashlib
 import io
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from urllib.parse import unquote, unquote_to_bytes
 
+from baichuan_omni_jax.errors import StorageError
+from baichuan_omni_jax.storage import PATIENCE, may_pass, open_patiently, patiently
 from data_pipelines.errors import SampleError
 from data_pipelines.media.file_kinds import HEAD, FileKind, kind_of, plain_reason
 
@@ -29,22 +31,28 @@ class MediaReference:
 class Media:
     """The bytes of one media item: the file at `path`, or `data` when `path` is None. `name` is for messages.
 
-    `digest` is the SHA-256 of the bytes in hex where it is known already.
+    `digest` is the SHA-256 of the bytes in hex where it is known already. A file that storage refuses to read is tried
+    again for `patience` seconds; `faults` has the errors of reads that were given up.
     """
 
     name: str
     path: Path | None
     data: bytes = b""
     digest: str = ""
+    patience: float = field(default=PATIENCE, compare=False)
+    faults: list[StorageError] = field(default_factory=list, compare=False, repr=False)
 
     def open(self) -> io.BufferedIOBase:
-        """Returns a new binary stream at its start. Raises OSError when the file cannot be opened."""
-        return io.BytesIO(self.data) if self.path is None else self.path.open("rb")
+        """Returns a new binary stream at its start. Raises OSError when the file is gone, StorageError."""
+        return io.BytesIO(self.data) if self.path is None else open_patiently(self.path, self.patience, self.faults)
 
     @property
     def size(self) -> int:
-        """In bytes. Raises OSError when the file is gone."""
-        return len(self.data) if self.path is None else self.path.stat().st_size
+        """In bytes. Raises OSError when the file is gone, StorageError."""
+        return len(self.data) if self.path is None else self._status(self.path).st_size
+
+    def _status(self, path: Path) -> os.stat_result:
+        return patiently(path.stat, f"looking at {path}", self.patience)
 
     def content_hash(self) -> str:
         """Hashes the bytes by SHA-256, in hex. Files are remembered by path, size and time of change."""
@@ -54,13 +62,13 @@ class Media:
             return hashlib.sha256(self.data).hexdigest()
         with reading(self, "file"):
             # A file that changes in place gets another digest, without being read each time.
-            status = self.path.stat()
-            return _hash_file(self.path, status.st_size, status.st_mtime_ns)
+            status = self._status(self.path)
+            return _hash_file(self, status.st_size, status.st_mtime_ns)
 
 
 @lru_cache(maxsize=65536)
-def _hash_file(path: Path, size: int, changed: int) -> str:
-    with path.open("rb") as file:
+def _hash_file(media: Media, size: int, changed: int) -> str:
+    with media.open() as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -70,31 +78,48 @@ class MediaRoot:
 
     What a document writes must lie inside `folder`; `..` and absolute paths do not leave it. A link inside it may lead
     anywhere in `folder` itself and in the folders of `trusted`. `beside` is a second folder, with the same rules, for
-    what the first one lacks: a manifest that is a link has media beside the link or beside the file it leads to.
+    what the first one lacks: a manifest that is a link has media beside the link or beside the file it leads to. What
+    storage refuses is tried again for `patience` seconds.
     """
 
     folder: Path
     trusted: tuple[Path, ...] = ()
     beside: Path | None = None
+    patience: float = PATIENCE
 
-    def find(self, written: str, name: str) -> tuple[Path, str]:
-        """Finds the file that the path `written` means, links followed, and its path from the folder.
+    def find(self, written: str, name: str, absolute: bool) -> Media:
+        """Finds the file that the path `written` means, links followed.
 
-        Raises SampleError "outside_root" and "missing_file" as `find_media`, with `name`.
+        Args:
+            written: a path from the folder, or an absolute one.
+            name: what messages call it.
+            absolute: whether the medium is to be called by its path from the folder.
+
+        Returns:
+            The file.
+
+        Raises:
+            SampleError: "outside_root" and "missing_file" as `find_media`.
+            StorageError: storage would not tell.
         """
+        folders = [self.folder] if self.beside is None else [self.folder, self.beside]
+        find = lambda: self._find_in(folders, written, name)  # noqa: E731
+        path, inside = patiently(find, f"looking for {name}", self.patience)
+        return Media(inside if absolute else written, path, patience=self.patience)
+
+    def _find_in(self, folders: Sequence[Path], written: str, name: str) -> tuple[Path, str]:
         try:
-            return self._find_in(self.folder, written, name)
-        except SampleError:
+            return self._find_below(folders[0], written, name)
+        except SampleError as first:
             # The first folder's reason is told, whatever the second one says.
-            if self.beside is None:
-                raise
             try:
-                return self._find_in(self.beside, written, name)
+                if len(folders) > 1:
+                    return self._find_in(folders[1:], written, name)
             except SampleError:
                 pass
-            raise
+            raise first
 
-    def _find_in(self, folder: Path, written: str, name: str) -> tuple[Path, str]:
+    def _find_below(self, folder: Path, written: str, name: str) -> tuple[Path, str]:
         try:
             # What is written must lie inside; links are followed only afterwards.
             top = folder.resolve()
@@ -115,6 +140,8 @@ class MediaRoot:
         except RuntimeError as error:  # of a loop, before Python 3.13
             raise SampleError("missing_file", f"{name!r} is no usable path: its links lead in a circle") from error
         except (OSError, ValueError) as error:  # name too long, null byte, no permission
+            if may_pass(error):
+                raise
             raise SampleError("missing_file", f"{name!r} is no usable path: {plain_reason(error)}") from error
         return real, inside or real.relative_to(top).as_posix()
 
@@ -147,8 +174,7 @@ def find_media(reference: MediaReference, root: Path | MediaRoot | Mapping[str, 
     name = (os.path.basename(written.rstrip("/")) or "/") if absolute else written
     name = name if len(name) <= 200 else f"{name[:100]}...{name[-97:]}"
     media_root = root if isinstance(root, MediaRoot) else MediaRoot(Path(root))
-    path, inside = media_root.find(written, name)
-    return Media(name=inside if absolute else reference.path, path=path)
+    return media_root.find(written, name, absolute)
 
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
@@ -227,12 +253,17 @@ def reading(media: Media, kind: str) -> Iterator[None]:
 
     The message names the file's format where its first bytes tell it: alone when such files are never read as `kind`
     (a zip archive), else beside the reason. A ValueError itself is a reader's own sentence, and always told.
+
+    Raises StorageError where storage refused a read inside the block, whatever the decoder made of it.
     """
     try:
         yield
-    except SampleError:
+        _raise_fault(media)
+    except (SampleError, StorageError):
+        _raise_fault(media)
         raise
     except Exception as error:  # on malformed files the decoders raise nearly anything
+        _raise_fault(media)
         name = kind_name(kind)
         found = _kind_of(media) if kind in ("image", "audio", "video") else None
         # Three sentences, by what the first bytes say: nothing, the kind that was expected, or another one.
@@ -243,6 +274,14 @@ def reading(media: Media, kind: str) -> Iterator[None]:
         else:
             message = f"{media.name} is not a readable {name}: it is {found.name}"
         raise SampleError("unreadable_media", message) from error
+
+
+def _raise_fault(media: Media) -> None:
+    """Raises what storage refused, once: decoders take it for the end of the file, or for damage."""
+    if media.faults:
+        fault = media.faults[0]
+        media.faults.clear()
+        raise fault
 
 
 def _kind_of(media: Media) -> FileKind | None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.errors import ConfigError, StorageError
 from baichuan_omni_jax.storage import take_lock, write_json
 
 
@@ -126,6 +126,7 @@ def run_job(job: Job, runner: Runner, report: Callable[[str], None] = print) -> 
         The summaries of all units, in their order, also of those that an earlier run did.
 
     Raises:
+        StorageError: storage refused what a unit needs.
         ConfigError: naming the first unit that failed, when any did. A unit that fails stops no other: what was done
             stays done, and the same command does the rest.
     """
@@ -152,7 +153,10 @@ def run_job(job: Job, runner: Runner, report: Callable[[str], None] = print) -> 
                 progress.done(unit, outcome)
         _clear_scratch(job)
     if failed:
-        unit, error = failed[0]
+        # Units that storage refused say nothing of the others; the same command does them another time.
+        unit, error = next((each for each in failed if isinstance(each[1], StorageError)), failed[0])
+        if isinstance(error, StorageError):
+            raise StorageError(f"{job.title}: {error}") from error
         raise ConfigError(f"{job.title}: {len(failed)} of {len(job.units)} shards failed, first {unit.name}: {error}")
     return [summaries[unit.name] for unit in job.units]
 

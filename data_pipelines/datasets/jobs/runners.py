@@ -20,7 +20,7 @@ from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.errors import ConfigError, StorageError
 from baichuan_omni_jax.storage import write_json
 from data_pipelines.datasets.jobs.job import Job, Outcomes, Unit, describe_error
 
@@ -115,6 +115,8 @@ def _run_pool(
 def _attempt(job: Job, unit: Unit) -> dict | Exception:
     try:
         return job.run_unit(unit)
+    except StorageError as error:
+        return error
     except Exception as error:
         return RuntimeError(describe_error(error))  # not every exception survives the way to another process
 
