@@ -143,8 +143,8 @@ def make_parser() -> CommandParser:
         prog="baichuan-omni",
         description="Baichuan-Omni-1.5 in JAX: data, training, generation.",
         epilog="exit codes: 0 done; 1 something wanting (doctor, verify, preflight, data validate, verdicts in "
-        "evaluate) or storage that refused for long; 2 something given cannot be used; 3 a run ended itself; 130 Ctrl-C. "
-        "One sentence says which and why.",
+        "evaluate), or storage that refused for long; 2 something given cannot be used; 3 a run ended itself; 130 "
+        "Ctrl-C. One sentence says which and why.",
         formatter_class=argparse.HelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
@@ -173,8 +173,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0; 1 where the command itself found something wanting (`doctor`, `verify`, `preflight`, `data
-        validate`) or storage refused it for long; 2 where something given cannot be used and 3 where a run ended itself, with one sentence; 130 after
-        Ctrl-C.
+        validate`), or storage refused it for long; 2 where something given cannot be used and 3 where a run ended
+        itself, with one sentence; 130 after Ctrl-C.
     """
 
     def run() -> int | None:
