@@ -65,6 +65,11 @@ class MeasuredDocuments:
     def image_patches(self, number: int) -> list[int]:
         return list(self.found[number][1].image_patches)
 
+    remote = False  # read already
+
+    def fetch(self, number: int) -> None:
+        """Does nothing: the documents are in memory."""
+
 
 @dataclass(frozen=True)
 class ExchangedMedia:

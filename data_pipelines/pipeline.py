@@ -19,8 +19,9 @@ from baichuan_omni_jax.config.mel_targets import MelTargetSpec
 from baichuan_omni_jax.config.overrides import check_kinds
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.flops.terms import row_cost
-from baichuan_omni_jax.storage import local_path
-from data_pipelines.datasets.sources import Source, cache_folder, open_source
+from baichuan_omni_jax.storage import is_url, parse_path, patiently
+from data_pipelines.datasets.buckets import cache_folder, fetch_shared, share, upload
+from data_pipelines.datasets.sources import Source, open_source
 from data_pipelines.documents.media_items import Codes
 from data_pipelines.documents.processor import Processor
 from data_pipelines.documents.prompts import TextElement, parse_prompt
@@ -312,11 +313,13 @@ def load_or_train_tokenizer(config: DataConfig, omni: OmniConfig) -> Tokenizer:
     texts = [text for source in config.mixture for text in _texts(open_source(config, source))]
     key = hashlib.sha256("\0".join([str(omni.llm.vocab_size), *texts]).encode()).hexdigest()[:16]
     path = cache_folder(config) / f"tokenizer-{key}.json"
+    fetch_shared(config, path)
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         partial_path = path.with_suffix(f".{os.getpid()}.partial")
         train_tokenizer(texts, omni.llm.vocab_size).save(str(partial_path))
         partial_path.replace(path)
+        share(config, path)
     return load_tokenizer(path)
 
 
@@ -337,7 +340,12 @@ def prepare_sample(config: DataConfig) -> None:
     """Builds the offline sample data set at `config.root` when the config asks for it and it is not there yet."""
     if config.sample:
         from data_pipelines.sample.__main__ import (
+            SUMMARY,
             build_sample,  # needs the `sample` extra, so only where it is asked for
         )
 
-        build_sample(local_path(config.root, "data.root"))
+        root = parse_path(config.root)
+        if not is_url(root):
+            build_sample(Path(root))
+        elif not patiently((root / SUMMARY).exists, f"looking for {root / SUMMARY}", config.patience):
+            upload(build_sample(cache_folder(config) / "sample"), root, SUMMARY, config.patience)

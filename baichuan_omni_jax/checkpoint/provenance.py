@@ -37,7 +37,7 @@ RUN_CONFIG, PARENT, _ORIGIN = "run_config.json", "parent.json", "origin.json"
 # A run may be made longer, saved at other steps, and moved to other machines; the rest decides what it computes.
 MAY_DIFFER = (
     *("train.steps", "checkpoint.*", "eval.*", "machine", "mesh.*"),
-    *("data.workers", "data.root", "data.trusted_roots*", "data.patience"),
+    *("data.workers", "data.root", "data.trusted_roots*", "data.patience", "data.cache*"),
 )
 _ABSENT = "absent"
 TOKENIZER_BRANCH = "audio_encoder"

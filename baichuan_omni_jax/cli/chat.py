@@ -23,6 +23,7 @@ from baichuan_omni_jax.generation.engine import Engine
 from baichuan_omni_jax.generation.events import TextDelta
 from baichuan_omni_jax.generation.loading import LoadedBranches, load_for_generation, make_chat_model
 from baichuan_omni_jax.sharding import make_mesh
+from baichuan_omni_jax.storage.given import given_input
 from data_pipelines.documents.chat_prompt import ChatPrompts
 from data_pipelines.documents.processor import Processor
 from data_pipelines.tokenizers.tokenizer import load_tokenizer
@@ -65,7 +66,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, data_flag: str = "--dat
         metavar="DIR|branch=DIR,...",
         help="checkpoint or workdir, whole or by branch",
     )
-    add("--tokenizer", type=Path, metavar="FILE", help="tokenizer.json; default: that of the checkpoint")
+    add("--tokenizer", type=given_input, metavar="FILE", help="tokenizer.json; default: that of the checkpoint")
     add(
         "--images",
         choices=("seen", "released"),

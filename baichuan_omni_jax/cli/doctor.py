@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from baichuan_omni_jax.cli.common import add_host_arguments, check_folders, join_hosts, quiet_logs
 from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.storage.given import given_file
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `doctor`."""
     add = parser.add_argument
     add("--workdir", default="", metavar="DIR", help="where a run would write, a folder or a URL as gs://BUCKET/DIR")
-    add("--json", type=Path, metavar="FILE", help="also write the lines here, with their numbers")
+    add("--json", type=given_file, metavar="FILE", help="also write the lines here, with their numbers")
     about = "the devices that must be there; default: JAX_PLATFORMS, else what the machine has"
     add("--expect", choices=("cpu", "gpu", "tpu"), help=about)
     add_host_arguments(parser)

@@ -37,6 +37,7 @@ from baichuan_omni_jax.evaluation.tokenizer_evaluator import TokenizerEvaluator,
 from baichuan_omni_jax.generation.loading import load_for_generation
 from baichuan_omni_jax.generation.speech_decoder import CrossFade, DecodedSpeech, SpeechDecoder
 from baichuan_omni_jax.sharding import make_mesh
+from baichuan_omni_jax.storage.given import given_file, given_folder, given_input, given_manifest
 from data_pipelines.datasets.sources import trusted_folders
 from data_pipelines.errors import SampleError
 from data_pipelines.media.audio import decode_audio, probe_audio
@@ -53,7 +54,7 @@ def add_ability_arguments(parts: argparse._SubParsersAction) -> None:
     add = parser.add_argument
     add("--run", dest="workdir", required=True, type=Path, metavar="DIR", help="whose eval.abilities are asked")
     add("--checkpoint", default="", metavar="DIR|branch=DIR,...", help="what answers (default: the run)")
-    add("--out", required=True, type=Path, metavar="DIR", help="for abilities.json, samples.jsonl and speech/")
+    add("--out", required=True, type=given_folder, metavar="DIR", help="for abilities.json, samples.jsonl and speech/")
     add("--items", type=int, default=200, metavar="N", help="questions of each ability at most (default %(default)s)")
 
 
@@ -81,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     tokenizer.set_defaults(evaluate=evaluate_tokenizer)
     add = tokenizer.add_argument
     add("--checkpoint", metavar="DIR|branch=DIR,...", required=True, help=f"where {', '.join(SPEECH_BRANCHES)} are")
-    add("--manifest", metavar="FILE.jsonl", type=Path, required=True, help="documents with the clips")
+    add("--manifest", metavar="FILE.jsonl", type=given_manifest, required=True, help="documents with the clips")
     add_media_arguments(tokenizer)
     add("--limit", metavar="N", type=int, help="as many clips at most")
     add("--asr", metavar="MODULE:FUNCTION", help="your recognizer, f(samples, rate) -> text")
@@ -89,10 +90,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--plot",
         "--picture",
         metavar="FILE.png",
-        type=Path,
+        type=given_file,
         help="mels, use of codes, error by level (extra `show`)",
     )
-    add("--json", metavar="FILE.json", type=Path, help="the numbers")
+    add("--json", metavar="FILE.json", type=given_file, help="the numbers")
 
 
 def run(options: argparse.Namespace) -> int | None:
@@ -157,10 +158,10 @@ def add_resynthesize_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `resynthesize`."""
     add = parser.add_argument
     add("--checkpoint", metavar="DIR|branch=DIR,...", required=True, help=f"where {', '.join(SPEECH_BRANCHES)} are")
-    add("--audio", metavar="FILE", type=Path, required=True, help="the recording")
-    add("--out", metavar="FILE.wav", type=Path, required=True, help="where the waveform goes")
-    add("--plot", "--picture", metavar="FILE.png", type=Path, help="both mels (extra `show`)")
-    add("--codes", metavar="FILE.npy", type=Path, help="the codes, int32 (frames, levels)")
+    add("--audio", metavar="FILE", type=given_input, required=True, help="the recording")
+    add("--out", metavar="FILE.wav", type=given_file, required=True, help="where the waveform goes")
+    add("--plot", "--picture", metavar="FILE.png", type=given_file, help="both mels (extra `show`)")
+    add("--codes", metavar="FILE.npy", type=given_file, help="the codes, int32 (frames, levels)")
 
 
 def run_resynthesize(options: argparse.Namespace) -> None:

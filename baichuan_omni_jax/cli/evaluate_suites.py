@@ -38,6 +38,7 @@ from baichuan_omni_jax.evaluation.suites.judges import RUBRICS, CachedJudge, Rub
 from baichuan_omni_jax.evaluation.suites.report import Judging, Rule, SuiteScores, score_suite, table_of, write_scores
 from baichuan_omni_jax.evaluation.suites.speech import Recognizer, find_clips, measure_answers, recognize_answers
 from baichuan_omni_jax.evaluation.suites.table import SUITES, Suite, find_suite
+from baichuan_omni_jax.storage.given import given_folder, given_input
 from data_pipelines.tools.commands import load_function
 
 SPEECH = ("audio_head", "audio_encoder", "audio_decoder", "flow")
@@ -48,14 +49,26 @@ def add_suite_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser, data_flag="--data-parallel", required=False)
     add = parser.add_argument_group("the suites").add_argument
     add("--suite", metavar="NAME,...", help=f"of {', '.join(SUITES)}")
-    add("--data", dest="folder", type=Path, metavar="DIR", help="the suite's files (default: data/ and its own folder)")
-    add("--out", type=Path, default=Path("runs/evaluation"), metavar="DIR", help="a folder a suite (%(default)s)")
+    add(
+        "--data",
+        dest="folder",
+        type=given_input,
+        metavar="DIR",
+        help="the suite's files (default: data/ and its own folder)",
+    )
+    add(
+        "--out",
+        type=given_folder,
+        default=Path("runs/evaluation"),
+        metavar="DIR",
+        help="a folder a suite (%(default)s)",
+    )
     add("--group", action="append", default=[], metavar="NAME", help="a subset, subject or component; may be repeated")
     add("--limit", type=int, metavar="N", help="items of each group at most")
     add("--speech", action="store_true", help="spoken answers, judged by what --asr hears in them")
     add("--asr", metavar="MODULE:FUNCTION", help="your recognizer of spoken answers, f(samples, rate) -> text")
     add("--mos", metavar="MODULE:FUNCTION", help="a measure of spoken answers, as UTMOS, f(samples, rate) -> number")
-    add("--voice-clips", type=Path, metavar="DIR", help="clips of the voice that answers are compared with")
+    add("--voice-clips", type=given_input, metavar="DIR", help="clips of the voice that answers are compared with")
     add("--score-only", action="store_true", help="score the answers that are there, without a model")
     add = parser.add_argument_group("the judge of free answers").add_argument
     add(
@@ -67,7 +80,7 @@ def add_suite_arguments(parser: argparse.ArgumentParser) -> None:
     add("--judge-model", metavar="NAME", help="its name there (default: the only one)")
     add("--judge-key", default="OPENAI_API_KEY", metavar="VARIABLE", help="holds the key (default %(default)s)")
     add("--judge-timeout", type=float, default=60.0, metavar="SECONDS", help="of one reply (default %(default)s)")
-    add("--rubrics", type=Path, metavar="FILE.json", help="your own rubrics, subset -> text")
+    add("--rubrics", type=given_input, metavar="FILE.json", help="your own rubrics, subset -> text")
     add_sampling_arguments(parser.add_argument_group("the answers"))
     parser.set_defaults(system=None)
 

@@ -39,6 +39,7 @@ from baichuan_omni_jax.config import GenerationConfig, SamplingConfig
 from baichuan_omni_jax.errors import ConfigError, RequestError
 from baichuan_omni_jax.generation.batch_requests import Question, answer_questions, read_questions
 from baichuan_omni_jax.generation.chat import ChatAnswer, ChatStream, OmniChat
+from baichuan_omni_jax.storage.given import given_file, given_input, given_manifest
 from data_pipelines.documents.document import encode_ids, read_id_file
 from data_pipelines.documents.manifest import open_manifest
 from data_pipelines.documents.prompt_writing import ASR_PROMPT
@@ -67,14 +68,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         for kind in _MEDIA:
             order = f"{kind} before the prompt; all media stand in the order in which they are given here"
             add(f"--{kind}", dest="media", const=kind, nargs="+", action=_InOrder, metavar="FILE", help=order)
-        add("--tokens", type=Path, metavar="FILE.json", help="the prompt as a list of token ids, instead of all above")
-        add("--manifest", type=Path, metavar="FILE.jsonl", help="many requests, one a line")
+        add(
+            "--tokens",
+            type=given_input,
+            metavar="FILE.json",
+            help="the prompt as a list of token ids, instead of all above",
+        )
+        add("--manifest", type=given_manifest, metavar="FILE.jsonl", help="many requests, one a line")
         add("--interactive", action="store_true", help="several turns; /help tells of its commands")
         group = task.add_argument_group("the answer")
         add = group.add_argument
-        add("--out", type=Path, metavar="FILE.wav", help="the answer's speech; asks for a spoken answer")
-        add("--save", type=Path, metavar="FILE.json", help="text, tokens, log-probabilities, code frames, times")
-        add("--output", type=Path, metavar="FILE.jsonl", help="answers to --manifest")
+        add("--out", type=given_file, metavar="FILE.wav", help="the answer's speech; asks for a spoken answer")
+        add("--save", type=given_file, metavar="FILE.json", help="text, tokens, log-probabilities, code frames, times")
+        add("--output", type=given_file, metavar="FILE.jsonl", help="answers to --manifest")
         add("--speech", action="store_true", help="spoken answers to --manifest; audio lies in the folder OUTPUT_audio")
         add_sampling_arguments(group)
 

@@ -6,13 +6,12 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import PurePath
 from typing import Any
 
 from baichuan_omni_jax import __version__
 from baichuan_omni_jax.cli.common import CommandParser
 from baichuan_omni_jax.errors import exit_code
-from baichuan_omni_jax.storage import local_path
+from baichuan_omni_jax.storage.given import localized
 
 
 @dataclass(frozen=True)
@@ -179,12 +178,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def run() -> int | None:
         options = make_parser().parse_args(arguments)
-        # Flags that are a `Path` by now are of commands that work on folders alone: pathlib takes a URL for one.
-        for name, value in vars(options).items():
-            for path in value if isinstance(value, list | tuple) else [value]:
-                if isinstance(path, PurePath):
-                    local_path(path, name.replace("_", "-"))
-        return options.run(options)
+        # A flag that is a `Path` though a URL was given is of a command that works on folders alone: refused here.
+        with localized(options):
+            return options.run(options)
 
     return exit_code(run)
 

@@ -12,10 +12,10 @@ import argparse
 import json
 import os
 from importlib.util import find_spec
-from pathlib import Path
 
 from baichuan_omni_jax.cli.common import add_run_arguments, check_folders
 from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.storage.given import given_file
 
 # Before JAX starts: compiling is a matter for the CPU, and others may use libtpu at the same time. Without the last
 # three libtpu looks for the TPU machine that this is not, and complains at length.
@@ -33,8 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--topology", metavar="TYPE:AxBxC", help="the slice, as v5p:4x4x4, or h100:1; default: `machine` of the config")
     add("--slices", type=int, metavar="N", help="how many of them; default: mesh.slices of the config")
-    add("--json", type=Path, metavar="FILE", help="also write the report here")
-    add("--plot", type=Path, metavar="FILE.png", help="also draw it (needs the extra `show`)")
+    add("--json", type=given_file, metavar="FILE", help="also write the report here")
+    add("--plot", type=given_file, metavar="FILE.png", help="also draw it (needs the extra `show`)")
     add("--mean", type=float, metavar="N", help="tokens of a document, for the FLOPs (default 3000)")
     add("--sigma", type=float, metavar="X", help="spread of the lengths' logarithm (default 1.2)")
     add("--image-patches", "--picture", type=int, metavar="N", help="of an image, for the FLOPs (default 1024)")

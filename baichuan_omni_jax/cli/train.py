@@ -32,7 +32,7 @@ from baichuan_omni_jax.cli.common import (
 from baichuan_omni_jax.config import OmniConfig, RunConfig, load_run_config, resolve_model
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.generation.loading import is_untrained
-from baichuan_omni_jax.storage import local_path
+from baichuan_omni_jax.storage import local_path, parse_path
 from baichuan_omni_jax.train.hosts import (
     check_agreement,
     on_all_hosts,
@@ -116,9 +116,10 @@ def read_options(options: argparse.Namespace) -> tuple[RunConfig, OmniConfig, ra
     if options.wandb:
         load_wandb()
     run = load_run_config(options.config, options.set)
-    # Media and shards are read from folders.
-    for path in (run.data.root, *run.data.trusted_roots):
-        local_path(path, "data.root" if path == run.data.root else "data.trusted_roots")
+    parse_path(run.data.root)
+    # Links of a file system lead there.
+    for path in run.data.trusted_roots:
+        local_path(path, "data.trusted_roots")
     return run, resolve_model(run.model), parse_span(options.profile)
 
 

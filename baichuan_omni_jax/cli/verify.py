@@ -15,7 +15,6 @@ import json
 import math
 import time
 from dataclasses import asdict
-from pathlib import Path
 
 import jax
 from rich.console import Console
@@ -23,15 +22,16 @@ from rich.table import Table
 
 from baichuan_omni_jax.cli.common import check_folders, quiet_logs
 from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.storage.given import given_file, given_input
 from baichuan_omni_jax.verify import CHECKS, Comparison, verify, verify_released
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `verify`."""
-    parser.add_argument("--fixtures", metavar="DIR", type=Path, help="config, weights and golden files")
-    parser.add_argument("--hf", metavar="HF_DIR", type=Path, help="released weights and code; the code is run")
-    parser.add_argument("--checkpoint", metavar="DIR", type=Path, help="what HF_DIR was converted to")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="also write the report here")
+    parser.add_argument("--fixtures", metavar="DIR", type=given_input, help="config, weights and golden files")
+    parser.add_argument("--hf", metavar="HF_DIR", type=given_input, help="released weights and code; the code is run")
+    parser.add_argument("--checkpoint", metavar="DIR", type=given_input, help="what HF_DIR was converted to")
+    parser.add_argument("--json", metavar="FILE", type=given_file, help="also write the report here")
     parser.add_argument("--only", default="", metavar="A,B", help=f"only these of {', '.join(CHECKS)}")
 
 

@@ -38,6 +38,7 @@ from baichuan_omni_jax.convert.to_parts import TOKENIZER, convert_to_part, plan_
 from baichuan_omni_jax.convert.to_torch import SHARD_BYTES, CheckpointSource
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.storage import check_target, local_path, read_json_object
+from baichuan_omni_jax.storage.given import given_folder, given_input, given_manifest
 from data_pipelines.tokenizers.public import read_vocabulary
 
 
@@ -45,17 +46,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the commands of `convert` and their flags."""
     commands = parser.add_subparsers(dest="command", required=True, metavar=" | ".join(COMMANDS))
     to_jax = commands.add_parser("to-jax", help="Hugging Face folder -> checkpoint")
-    to_jax.add_argument("--from", dest="source", required=True, metavar="HF_DIR", help="the released folder")
+    to_jax.add_argument(
+        "--from", dest="source", required=True, metavar="HF_DIR", type=given_input, help="the released folder"
+    )
     to_torch = commands.add_parser("to-torch", help="checkpoint or workdir -> Hugging Face folder")
     qwen2 = commands.add_parser("to-qwen2", help="language model of a checkpoint or workdir -> Qwen2ForCausalLM folder")
     tower = commands.add_parser("to-qwen2-vl", help="vision branch of a checkpoint or workdir -> Qwen2-VL folder")
     encoder = commands.add_parser("to-whisper", help="audio encoder of a checkpoint or workdir -> Whisper folder")
     parts = commands.add_parser("from-parts", help="Qwen2.5, Qwen2-VL and Whisper folders -> checkpoint")
-    parts.add_argument("--llm", metavar="DIR", help="Qwen2.5 or Qwen2, of any size")
-    parts.add_argument("--vision", metavar="DIR", help="Qwen2-VL, of any size; its language model is left alone")
-    parts.add_argument("--whisper", metavar="DIR", help="Whisper, of any size; its decoder is left alone")
+    parts.add_argument("--llm", metavar="DIR", type=given_input, help="Qwen2.5 or Qwen2, of any size")
+    parts.add_argument(
+        "--vision", metavar="DIR", type=given_input, help="Qwen2-VL, of any size; its language model is left alone"
+    )
+    parts.add_argument(
+        "--whisper", metavar="DIR", type=given_input, help="Whisper, of any size; its decoder is left alone"
+    )
     whisper = commands.add_parser("from-whisper", help="Whisper checkpoint -> branch audio_encoder, to be trained")
-    whisper.add_argument("--from", dest="whisper", required=True, metavar="WHISPER_DIR", help="as Hugging Face has it")
+    whisper.add_argument(
+        "--from", dest="whisper", required=True, metavar="WHISPER_DIR", type=given_input, help="as Hugging Face has it"
+    )
     # What several of them share, in the order in which `--help` shows it.
     for command in (to_torch, qwen2, tower, encoder):
         command.add_argument("--from", dest="source", required=True, metavar="DIR", help="DIR or branch=DIR,...")
@@ -65,14 +74,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             "--shard-mb", type=int, default=SHARD_BYTES >> 20, help="largest file (default %(default)s)"
         )
     for command in (to_jax, parts):
-        command.add_argument("--vocoder", metavar="FILE", help="hift.pt or .safetensors, vocoder_config.json beside it")
+        command.add_argument(
+            "--vocoder",
+            metavar="FILE",
+            type=given_manifest,
+            help="hift.pt or .safetensors, vocoder_config.json beside it",
+        )
         command.add_argument("--branches", default="", metavar="A,B", help=f"only these of {','.join(MODEL_BRANCHES)}")
     for command, what in ((parts, "sizes of what no part gives"), (whisper, "sizes that Whisper must have")):
         command.add_argument(
             "--model", default="baichuan_omni_7b", help=f"{what}: name or config.json (default %(default)s)"
         )
     for command in (to_jax, to_torch, qwen2, tower, encoder, parts, whisper):
-        command.add_argument("--to", dest="target", required=True, metavar="DIR", help="must not hold anything yet")
+        command.add_argument(
+            "--to", dest="target", required=True, metavar="DIR", type=given_folder, help="must not hold anything yet"
+        )
         command.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
 
 

@@ -85,7 +85,7 @@ class DataConfig:
     """What is read and how rows are made."""
 
     # --- What is read.
-    root: str = "data"  # the folder that manifests lie below
+    root: str = "data"  # the folder or URL that manifests lie below
     # Folders that links inside a source's folder of media may lead to; that folder itself always is one. The default
     # trusts every link, since whoever made the folder made it; `()` none. What a manifest names must lie inside.
     trusted_roots: tuple[str, ...] = ("/",)
@@ -115,6 +115,12 @@ class DataConfig:
     # Seconds for which a read is tried again that storage refuses (a server that restarts, a mount that hangs). After
     # them the run ends, with exit code 1: what storage refuses is no damaged document, and is never left out.
     patience: float = 300.0
+    # Where `root` is a URL: the folder of this machine that shards and media are read through, and indexes kept in. "":
+    # `$XDG_CACHE_HOME/baichuan_omni_jax`, or `~/.cache/baichuan_omni_jax`.
+    cache: str = ""
+    # GiB of shards and media that the cache holds at most, for all processes of the machine. Documents come in random
+    # order: with less than the shards of the mixture have, each of them is fetched again and again.
+    cache_gb: float = 50.0
 
     # --- Rows.
     rows: int = 16  # a step, over all devices

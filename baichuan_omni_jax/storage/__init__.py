@@ -5,6 +5,7 @@ reads     reading that outlasts storage which fails for a while
 files     stand-ins, JSON, atomic writes, folders that appear at once
 locks     one program at a time
 mirror    files that grow, for a workdir that is a URL
+cache     a bucket's files on this machine, of bounded size
 """
 
 from baichuan_omni_jax.storage.files import (
@@ -19,6 +20,7 @@ from baichuan_omni_jax.storage.files import (
 from baichuan_omni_jax.storage.locks import FileLock, take_lock
 from baichuan_omni_jax.storage.mirror import MirroredFolder, scratch_folder
 from baichuan_omni_jax.storage.paths import (
+    cache_home,
     check_writable,
     is_url,
     local_path,
@@ -35,6 +37,7 @@ __all__ = [
     "FileLock",
     "MirroredFolder",
     "atomic_write",
+    "cache_home",
     "check_target",
     "check_writable",
     "describe_stand_in",

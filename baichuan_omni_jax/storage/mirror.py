@@ -19,7 +19,7 @@ from pathlib import Path
 from etils import epath
 
 from baichuan_omni_jax.errors import ConfigError
-from baichuan_omni_jax.storage.paths import is_url, remove, with_retries
+from baichuan_omni_jax.storage.paths import cache_home, is_url, remove, with_retries
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,8 @@ class MirroredFolder:
             if path.is_file() and not path.name.endswith(".partial"):
                 status = path.stat()
                 there[path.relative_to(self.path).as_posix()] = (status.st_size, status.st_mtime_ns)
-        for name, state in there.items():
+        # What was written last says, as a rule, that the rest is there.
+        for name, state in sorted(there.items(), key=lambda item: item[1][1]):
             if self._copied.get(name) != state:
                 target = self.location / name
                 # Noted as it was before it was read: what is appended meanwhile is copied next time.
@@ -105,6 +106,7 @@ class MirroredFolder:
         for name in names:
             source, path = self.location / name, self.path / name
             try:
+                path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(with_retries(source.read_bytes, f"reading {source}"))
             except FileNotFoundError:
                 continue
@@ -116,7 +118,7 @@ class MirroredFolder:
 
 def scratch_folder(location: epath.Path, owner: str) -> Path:
     """Returns the scratch folder of a URL on this machine, whose parent is there. Raises ConfigError."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "baichuan_omni_jax" / "workdirs"
+    cache = cache_home() / "workdirs"
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -97,6 +97,11 @@ def local_path(path: epath.PathLike, what: str) -> Path:
     return Path(text).expanduser()
 
 
+def cache_home() -> Path:
+    """Returns the folder of this user for what can be had again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "baichuan_omni_jax"
+
+
 def is_url(path: epath.PathLike) -> bool:
     """Whether `path` is a URL and no path of a file system."""
     return "://" in os.fspath(path)

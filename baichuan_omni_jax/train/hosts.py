@@ -21,7 +21,7 @@ from baichuan_omni_jax.errors import ConfigError
 
 T = TypeVar("T")
 # Where the data lie (the folders of a list have a number each), and how many processes read them.
-_OWN_KEYS = ("data.root", "data.trusted_roots", "data.workers", "data.patience")
+_OWN_KEYS = ("data.root", "data.trusted_roots", "data.workers", "data.patience", "data.cache")
 _PACKAGES = ("baichuan_omni_jax", "data_pipelines")
 
 

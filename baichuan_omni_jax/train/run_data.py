@@ -22,8 +22,7 @@ from data_pipelines.audio_codes.build import (
     CodeBuildOptions,
     CodeEncoder,
     Hosts,
-    open_or_build,
-    store_path,
+    open_or_build_shared,
 )
 from data_pipelines.audio_codes.store import CodeStore
 from data_pipelines.pipeline import Pipeline, open_pipeline, prepare_sample
@@ -120,8 +119,7 @@ def ensure_codes(
         encoder = CodeEncoder(fingerprint(model), WindowEncoder(model, mesh))
         if hosts is not SINGLE_HOST:
             check_agreement({"the audio tokenizer": encoder.fingerprint})
-        path = store_path(pipelines[0], encoder)
-        return open_or_build(path, pipelines, encoder, build, hosts, relist), model
+        return open_or_build_shared(pipelines, encoder, build, hosts, relist), model
 
 
 def _tokenizer_mesh(config: MeshConfig) -> jax.sharding.Mesh:

@@ -34,7 +34,8 @@ from baichuan_omni_jax.evaluation.suites.report import (
 from baichuan_omni_jax.evaluation.suites.table import Suite, find_suite
 from baichuan_omni_jax.generation.chat import ChatModel, OmniChat
 from baichuan_omni_jax.generation.engine import Engine
-from baichuan_omni_jax.storage import local_path
+from baichuan_omni_jax.storage import is_url, parse_path
+from baichuan_omni_jax.storage.given import local_copy
 from baichuan_omni_jax.train.ability_hook import is_answer_step, live_engine
 from baichuan_omni_jax.train.hooks import Hook, RunProgress
 from baichuan_omni_jax.train.metrics import MetricsRecord
@@ -62,7 +63,7 @@ def check_suites(run: RunConfig) -> dict[str, Suite]:
         # Recorded questions become codes by the run's audio tokenizer, whether or not it trains.
         if missing := [branch for branch in suite.branches if branch not in (*run.branches, "audio_encoder")]:
             raise ConfigError(f"eval.suites {name} needs the branch {missing[0]}, which the run does not have")
-        folder = local_path(run.eval.suite_data, "eval.suite_data") / suite.folder
+        folder = _suite_folder(run, suite)
         if not folder.is_dir():
             raise ConfigError(f"eval.suites {name}: {folder} is no folder (eval.suite_data)")
     return suites
@@ -72,13 +73,19 @@ def read_suites(run: RunConfig) -> dict[str, list[tuple[int, Item]]]:
     """Returns the items of a run's suites, with their numbers. Raises ConfigError naming the suite and the file."""
     items = {}
     for name, suite in check_suites(run).items():
-        folder = local_path(run.eval.suite_data, "eval.suite_data") / suite.folder
+        folder = _suite_folder(run, suite)
         try:
             items[name] = select_items(suite.read(folder), limit=run.eval.suite_items or None)
         except ConfigError as error:
             # A reader speaks of the command's flag.
             raise ConfigError(f"eval.suites {name}: {str(error).removeprefix('--data ')} (eval.suite_data)") from error
     return items
+
+
+def _suite_folder(run: RunConfig, suite: Suite) -> Path:
+    """Returns the folder of a suite's files, of a URL a copy on this machine."""
+    place = parse_path(run.eval.suite_data) / suite.folder
+    return local_copy(place) if is_url(place) else Path(place)
 
 
 class SuiteHook(Hook):

@@ -20,10 +20,12 @@ from pathlib import Path
 from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
+from etils import epath
 from jaxtyping import Float, Int32, Shaped
 
 from baichuan_omni_jax.config.architecture import AudioConfig
-from baichuan_omni_jax.storage import take_lock
+from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.storage import may_pass, patiently, take_lock
 from data_pipelines.audio_codes.store import (
     ENTRY,
     REFERENCE,
@@ -36,6 +38,7 @@ from data_pipelines.audio_codes.store import (
 )
 from data_pipelines.audio_codes.windows import MelReader, clip_sources, listed, listing_job, mixture_key
 from data_pipelines.audio_codes.writer import PART_FRAMES, create_store, part_bounds, publish, starts_of, write_part
+from data_pipelines.datasets.buckets import download, shared_path, upload
 from data_pipelines.datasets.jobs.job import Job, Runner, Unit, run_job
 from data_pipelines.datasets.jobs.runners import LocalRunner
 from data_pipelines.errors import SampleError
@@ -104,7 +107,7 @@ def store_path(pipeline: Pipeline, tokenizer: CodeEncoder) -> Path:
     return pipeline.cache / f"codes-{tokenizer.fingerprint[:12]}"
 
 
-def covers(path: Path, pipelines: Sequence[Pipeline]) -> bool:
+def covers(path: Path | epath.Path, pipelines: Sequence[Pipeline]) -> bool:
     """Returns whether the store at `path` was built for these mixtures. Reads no medium: files that changed go
     unnoticed.
     """
@@ -112,7 +115,9 @@ def covers(path: Path, pipelines: Sequence[Pipeline]) -> bool:
         known = read_meta(path)["mixtures"]
     except FileNotFoundError:
         return False
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError) as error:
+        if may_pass(error):
+            raise
         return True  # something is there: opening it raises what is wrong
     return all(mixture_key(pipeline) in known for pipeline in pipelines)
 
@@ -165,6 +170,36 @@ def open_or_build(
             _share_out(job, LocalRunner(0), hosts, options.report)
         # 4. Publish: readers see nothing of all this before.
         return hosts.process_zero_first(lambda: _publish(path, job, plan, pipelines, listing.out))
+
+
+def open_or_build_shared(
+    pipelines: Sequence[Pipeline],
+    tokenizer: CodeEncoder,
+    options: CodeBuildOptions,
+    hosts: Hosts = SINGLE_HOST,
+    relist: bool = False,
+) -> CodeStore:
+    """Opens or builds the store of a data root, which may be a URL; arguments and errors are those of `open_or_build`.
+
+    Of a URL it is built on this machine's disk, copied to the bucket, and read from there.
+    """
+    path, config = store_path(pipelines[0], tokenizer), pipelines[0].config
+    remote = shared_path(config, path)
+    if remote is None:
+        return open_or_build(path, pipelines, tokenizer, options, hosts, relist)
+    if hosts.count > 1:
+        raise ConfigError(
+            f"audio codes of {config.root} are made by one host: run `tokenize` on one, without --multihost"
+        )
+    covered = patiently(lambda: covers(remote, pipelines), f"reading {remote}", config.patience)
+    if relist or not covered:
+        # What the bucket has is added to: its parts stay as they are.
+        if not path.exists() and patiently((remote / "meta.json").exists, f"looking for {remote}", config.patience):
+            download(remote, path, config.patience)
+        open_or_build(path, pipelines, tokenizer, options, hosts, relist)
+        upload(path, remote, "meta.json", config.patience)
+        shutil.rmtree(path)
+    return CodeStore(remote, tokenizer.fingerprint, config.patience, path.with_name(f"{path.name}.index"))
 
 
 @contextmanager

@@ -7,16 +7,19 @@ share such a prefix with a probability of 10^-23. Tables are records of one size
 import errno
 import hashlib
 import json
+import os
 from bisect import bisect_left
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import tensorstore as ts
+from etils import epath
 from jaxtyping import Bool, Int32, Int64, Shaped
 
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.storage import PATIENCE, atomic_write, patiently
+from baichuan_omni_jax.storage.cache import describe_file, fetch_file, list_files
 from data_pipelines.errors import SampleError
 
 # SHA-256 of the clip's bytes in hex, number of the window from 0.
@@ -84,8 +87,9 @@ def open_table(path: Path, dtype: np.dtype) -> Shaped[np.ndarray, " n"]:
 FORMAT = 2  # of meta.json: raise it when a store holds something else than before
 UNUSED = -1  # of frames that no window has
 _CACHE_BYTES = 16 << 20
+_SECONDS = 60.0  # for one answer of TensorStore, whose own retries go on without end
 # Kinds of errors of TensorStore that are of the bytes; the others are of storage.
-_DAMAGED = ("DATA_LOSS", "FAILED_PRECONDITION", "INVALID_ARGUMENT", "OUT_OF_RANGE")
+_DAMAGED = ("DATA_LOSS", "FAILED_PRECONDITION", "INVALID_ARGUMENT", "NOT_FOUND", "OUT_OF_RANGE")
 
 
 class CodeStore:
@@ -95,10 +99,28 @@ class CodeStore:
     all processes that read them.
     """
 
-    def __init__(self, path: Path, fingerprint: str | None = None, patience: float = PATIENCE):
-        """Raises ConfigError when there is no store at `path`, when its tokenizer is not the one of `fingerprint`, and,
-        naming the file, when one is missing or not of its size. Reads are tried for `patience` seconds."""
-        self.path, self.patience = Path(path), patience
+    def __init__(
+        self,
+        path: Path | epath.Path,
+        fingerprint: str | None = None,
+        patience: float = PATIENCE,
+        local: Path | None = None,
+    ):
+        """Opens the store at `path`.
+
+        Args:
+            path: its folder; or, with `local`, a URL.
+            fingerprint: the tokenizer that it must be of.
+            patience: seconds for which reads are tried.
+            local: the folder of this machine that the index of a URL is copied to.
+
+        Raises:
+            ConfigError: there is no store, it is of another tokenizer, or a file of it, which is named, is missing or
+                not of its size.
+            StorageError: storage does not answer.
+        """
+        self.path, self.patience, self._local = path, patience, local
+        self.meta: dict = {}
         self._open()
         if fingerprint is not None and self.meta["fingerprint"] != fingerprint:
             raise ConfigError(
@@ -115,8 +137,17 @@ class CodeStore:
         self._frames = None
 
     def _read_index(self) -> tuple[dict, Shaped[np.ndarray, " n"]]:
-        meta = read_meta(self.path)
-        return meta, open_table(self.path / meta["index"], ENTRY)
+        # A worker has been told what there is.
+        meta = self.meta or read_meta(self.path)
+        if self._local is None:
+            return meta, open_table(Path(self.path) / meta["index"], ENTRY)
+        # Searched in place, which a bucket cannot be: 32 bytes a window, copied once for the machine.
+        table = self._local / f"{meta['index_sha256'][:16]}-{meta['index']}"
+        if not table.exists():
+            self._local.mkdir(parents=True, exist_ok=True)
+            with atomic_write(table, "wb", suffix=f".{os.getpid()}.partial") as file:
+                fetch_file(describe_file(f"{self.path}/{meta['index']}"), file.fileno(), self.patience)
+        return meta, open_table(table, ENTRY)
 
     def __len__(self) -> int:
         """Windows that have codes."""
@@ -126,10 +157,12 @@ class CodeStore:
         return find(self.index, key) is not None
 
     def __getstate__(self) -> dict:
-        return {"path": self.path, "patience": self.patience}
+        meta = self.meta if self._local else {}
+        return {"path": self.path, "patience": self.patience, "local": self._local, "meta": meta}
 
     def __setstate__(self, state: dict) -> None:
-        self.path, self.patience = state["path"], state["patience"]
+        self.path, self.patience, self._local = state["path"], state["patience"], state["local"]
+        self.meta = state["meta"]
         self._open()
 
     def lookup(self, key: CodeKey) -> Int32[np.ndarray, "n q"]:
@@ -143,11 +176,8 @@ class CodeStore:
         if entry is None:
             raise KeyError(key)
         *_, length, start = entry
-        if self._frames is None:
-            self._frames = open_frames(self.path / "frames")
-        frames = self._frames
         # What TensorStore reads is checked by the chunk's checksum; a missing file reads as `UNUSED`.
-        read = lambda: _read_frames(frames, start, start + length)  # noqa: E731
+        read = lambda: self._read_frames(start, start + length)  # noqa: E731
         try:
             codes = patiently(read, f"reading audio codes {self.path}", self.patience)
         except ValueError as error:
@@ -158,6 +188,22 @@ class CodeStore:
             raise SampleError("damaged_codes", f"{self._parts_of(start, length)} is missing, or lacks frames of {key}")
         return codes.astype(np.int32)
 
+    def _read_frames(self, start: int, stop: int) -> np.ndarray:
+        """Reads rows of the array of frames. Raises ValueError for damaged ones, OSError where storage refuses them."""
+        try:
+            if self._frames is None:
+                self._frames = open_frames(self.path / "frames")
+            return self._frames[start:stop].read().result(timeout=_SECONDS)
+        except TimeoutError:
+            # A request that never came back: the next one gets clients of its own.
+            self._frames = None
+            raise
+        except ValueError as error:
+            # TensorStore raises one class for all: the message begins with the kind of the error.
+            if str(error).startswith(_DAMAGED):
+                raise
+            raise OSError(errno.EIO, str(error).partition(" [")[0]) from error
+
     def verify(self) -> None:
         """Reads every file. Raises ConfigError, naming the first one that is not as it was written."""
         # Sizes first: a file that is cut is named without reading the others.
@@ -165,25 +211,33 @@ class CodeStore:
         wanted[self.meta["index"]] = self.meta["index_sha256"]
         self._check_sizes()
         for name, digest in wanted.items():
-            if file_digest(self.path / name) != digest:
+            if patiently(lambda name=name: file_digest(self.path / name), f"reading {name}", self.patience) != digest:
                 raise ConfigError(f"audio code store {self.path}: {name} is damaged: its checksum is another one")
 
     def _check_sizes(self) -> None:
+        sizes = self._sizes()
         for name, (size, _) in self.meta["parts"].items():
-            path = self.path / "frames" / name
-            found = path.stat().st_size if path.is_file() else None
+            found = sizes.get(name)
             if found != size:
                 what = "is missing" if found is None else f"is damaged: it has {found} of {size} bytes"
                 raise ConfigError(f"audio code store {self.path}: frames/{name} {what}")
+
+    def _sizes(self) -> dict[str, int]:
+        """Returns the bytes of each file of frames."""
+        frames = self.path / "frames"
+        if self._local is not None:
+            return {name: file.size for name, file in list_files(frames, self.patience).items()}
+        paths = {name: Path(frames) / name for name in self.meta["parts"]}
+        return {name: path.stat().st_size for name, path in paths.items() if path.is_file()}
 
     def _parts_of(self, start: int, length: int) -> str:
         """Returns the file that holds a window. None lies in two."""
         return f"audio codes {self.path / 'frames' / part_name(start // self.meta['part_frames'])}"
 
 
-def read_meta(path: Path) -> dict:
+def read_meta(path: Path | epath.Path) -> dict:
     """`meta.json` of a store. Raises OSError or ValueError when it is not there, or not of this form."""
-    meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+    meta = json.loads((path / "meta.json").read_bytes())
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         raise ValueError(f"meta.json is not of format {FORMAT}")
     missing = [name for name in ("fingerprint", "part_frames", "parts", "index", "index_sha256") if name not in meta]
@@ -197,25 +251,20 @@ def part_name(number: int) -> str:
     return f"c.{number}.0"
 
 
-def _read_frames(frames: ts.TensorStore, start: int, stop: int) -> np.ndarray:
-    """Reads rows of the array of frames. Raises ValueError for damaged ones, OSError where storage refuses them."""
-    try:
-        return frames[start:stop].read().result()
-    except ValueError as error:
-        # TensorStore raises one class for all: the message begins with the kind of the error.
-        if str(error).startswith(_DAMAGED):
-            raise
-        raise OSError(errno.EIO, str(error).partition(" [")[0]) from error
-
-
-def open_frames(path: Path) -> ts.TensorStore:
+def open_frames(path: Path | epath.Path) -> ts.TensorStore:
     """Returns the array of frames, for reading. Its files are opened when they are read."""
-    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path)}}
+    # Buckets by TensorStore's own drivers: a window is one range of a file.
+    scheme, _, place = os.fspath(path).rpartition("://")
+    bucket, _, inside = place.partition("/")
+    kvstore = {"driver": "file", "path": place}
+    if scheme:
+        kvstore = {"driver": {"gs": "gcs"}.get(scheme, scheme), "bucket": bucket, "path": f"{inside}/"}
+    spec = {"driver": "zarr3", "kvstore": kvstore}
     context = {"cache_pool": {"total_bytes_limit": _CACHE_BYTES}}  # keeps the parts' own indexes
-    return ts.open(spec | {"context": context}, open=True).result()
+    return ts.open(spec | {"context": context}, open=True).result(timeout=_SECONDS)
 
 
-def file_digest(path: Path) -> str:
+def file_digest(path: Path | epath.Path) -> str:
     """Returns a file's SHA-256 in hex. Raises OSError."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(cast(Any, file), "sha256").hexdigest()

@@ -6,7 +6,9 @@ DIR/documents-00000.array_record   one record a document (record.py)
 
 import hashlib
 import json
+import logging
 import math
+import os
 import struct
 import time
 from collections import OrderedDict
@@ -18,13 +20,17 @@ from pathlib import Path
 from types import TracebackType
 
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from etils import epath
 
-from baichuan_omni_jax.errors import ConfigError
-from baichuan_omni_jax.storage import PATIENCE, open_patiently, patiently, write_json
+from baichuan_omni_jax.errors import ConfigError, StorageError
+from baichuan_omni_jax.storage import PATIENCE, is_url, open_patiently, parse_path, patiently, write_json
+from baichuan_omni_jax.storage.cache import FileCache, list_files
 from data_pipelines.documents.document import Document
 from data_pipelines.errors import SampleError
 from data_pipelines.media.file_kinds import plain_reason
 from data_pipelines.media.location import Media
+
+log = logging.getLogger(__name__)
 
 RECORD_SCHEMA = 1  # raise it when a record holds something else than before
 _LENGTH = struct.Struct("<I")
@@ -144,12 +150,56 @@ class ShardedDataset:
     storage refuses is tried again for `patience` seconds, then a `StorageError`.
     """
 
-    def __init__(self, folder: Path, shards: Sequence[ShardFile], fingerprint: str, patience: float = PATIENCE):
-        self.folder, self._patience = folder, patience
+    def __init__(
+        self,
+        folder: Path | epath.Path,
+        shards: Sequence[ShardFile],
+        fingerprint: str,
+        patience: float = PATIENCE,
+        cache: FileCache | None = None,
+    ):
+        """Shards of a folder that is a URL are read through `cache`. Raises StorageError where it does not answer."""
+        self.folder, self._patience, self._cache = folder, patience, cache
+        # Asked once, for all workers: what the bucket has, with sizes and checksums.
+        self._files = {} if cache is None else list_files(folder, patience)
         self._checked: dict[int, float] = {}  # shard -> when all of it was read
         self.shards = tuple(shards)
         self.fingerprint = fingerprint
-        self._readers: OrderedDict[int, ArrayRecordReader] = OrderedDict()
+        # With the file's number: an evicted file that was fetched again is another one.
+        self._readers: OrderedDict[int, tuple[ArrayRecordReader, int]] = OrderedDict()
+
+    @property
+    def remote(self) -> bool:
+        """Whether shards have to be fetched."""
+        return self._cache is not None
+
+    def check_shards(self) -> None:
+        """Raises ConfigError, naming the first, where a shard is not there; of a bucket also one of another size."""
+        if self._cache is None:
+            there: dict[str, int | None] = dict.fromkeys(
+                patiently(lambda: os.listdir(self.folder), f"listing {self.folder}", self._patience)
+            )
+        else:
+            there = {name: file.size for name, file in self._files.items()}
+        for shard in self.shards:
+            if shard.file not in there:
+                raise ConfigError(f"{self.folder} lacks {shard.file}, which its {DATASET_FILE} names")
+            size = there[shard.file]
+            if size is not None and size != shard.bytes:
+                raise ConfigError(f"{self.folder}/{shard.file} was not copied whole: {size} of {shard.bytes} bytes")
+            if self._cache is not None and shard.bytes > self._cache.limit:
+                raise ConfigError(f"{self.folder}/{shard.file} has {shard.bytes} bytes, more than data.cache_gb allows")
+        total = sum(shard.bytes for shard in self.shards)
+        if self._cache is not None and total > self._cache.limit:
+            log.warning(
+                "%s: its shards have %s bytes and data.cache_gb allows %s: in random order each is fetched often",
+                *(self.folder, f"{total:,}", f"{self._cache.limit:,}"),
+            )
+
+    def fetch(self, shard: int) -> None:
+        """Brings a shard to this machine, where it lies in a bucket."""
+        with self._held(shard):
+            pass
 
     def __len__(self) -> int:
         return sum(shard.documents for shard in self.shards)
@@ -163,16 +213,17 @@ class ShardedDataset:
         if not 0 <= record < self.shards[shard].documents:
             raise IndexError(f"{self.shards[shard].file} has no record {record}")
         where = f"{self._name(shard)} record {record}"
-        try:
-            (content,) = self._reader(shard).read([record])
-        except (RuntimeError, IndexError):
-            # ArrayRecord does not tell wrong bytes from bytes that storage refused: a file that can be read from end to
-            # end, and still lacks the record, is damaged.
-            self._check_storage(shard)
+        with self._held(shard) as path:
             try:
-                (content,) = self._reader(shard).read([record])
-            except (RuntimeError, IndexError) as error:
-                raise SampleError("bad_record", f"{where} is damaged: {plain_reason(error)}") from error
+                (content,) = self._reader(shard, path).read([record])
+            except (RuntimeError, IndexError):
+                # ArrayRecord does not tell wrong bytes from bytes that storage refused: a file that can be read from
+                # end to end, and still lacks the record, is damaged.
+                self._check_storage(shard, path)
+                try:
+                    (content,) = self._reader(shard, path).read([record])
+                except (RuntimeError, IndexError) as error:
+                    raise SampleError("bad_record", f"{where} is damaged: {plain_reason(error)}") from error
         return unpack_document(content, where)
 
     def documents_of(self, shard: int) -> Iterator[Document | SampleError]:
@@ -185,11 +236,25 @@ class ShardedDataset:
             except SampleError as error:
                 yield error
 
-    def _reader(self, shard: int) -> ArrayRecordReader:
-        reader = self._readers.get(shard)
+    @contextmanager
+    def _held(self, number: int) -> Iterator[Path]:
+        """Gives a shard's file, which stays on this machine while the block runs."""
+        name = self.shards[number].file
+        if self._cache is None:
+            yield Path(self.folder) / name
+            return
+        try:
+            with self._cache.hold(self._files[name]) as path:
+                yield path
+        except (KeyError, FileNotFoundError) as error:
+            raise StorageError(f"{self.folder}/{name} is not there any more") from error
+
+    def _reader(self, shard: int, path: Path) -> ArrayRecordReader:
+        reader, file = self._readers.get(shard, (None, 0))
+        number = 0 if self._cache is None else path.stat().st_ino
         # A shard's file is opened when it is first read, and the one opened longest ago is let go of.
-        if reader is None:
-            reader = self._readers[shard] = self._open(shard)
+        if reader is None or file != number:
+            reader, _ = self._readers[shard] = self._open(shard, path), number
             # Dropped, not closed: another thread may be reading from it.
             while len(self._readers) > OPEN_FILES:
                 self._readers.popitem(last=False)
@@ -197,11 +262,11 @@ class ShardedDataset:
 
     def _name(self, number: int) -> str:
         """Returns what messages call a shard: by its folder's own name, not by where on this machine that lies."""
-        return f"{self.folder.resolve().name}/{self.shards[number].file}"
+        folder = self.folder.name if self.remote else Path(self.folder).resolve().name
+        return f"{folder}/{self.shards[number].file}"
 
-    def _open(self, number: int) -> ArrayRecordReader:
+    def _open(self, number: int, path: Path) -> ArrayRecordReader:
         shard, name = self.shards[number], self._name(number)
-        path = self.folder / shard.file
         try:
             found = patiently(path.stat, f"looking at {path}", self._patience).st_size
         except OSError as error:
@@ -209,20 +274,20 @@ class ShardedDataset:
         # A cut file opens without an error and then holds no record; so does one that storage refused.
         reader = ArrayRecordReader(str(path), _OPTIONS)
         if reader.num_records() != shard.documents and found == shard.bytes:
-            self._check_storage(number)
+            self._check_storage(number, path)
             reader = ArrayRecordReader(str(path), _OPTIONS)
         if reader.num_records() != shard.documents:
             size = f"it has {found} of {shard.bytes} bytes" if found != shard.bytes else "its index cannot be read"
             raise SampleError("bad_record", f"{name} is damaged: {size}")
         return reader
 
-    def _check_storage(self, number: int) -> None:
+    def _check_storage(self, number: int, path: Path) -> None:
         """Reads a shard from end to end, and has it opened anew. Raises StorageError where storage refuses that."""
         self._readers.pop(number, None)
         # A shard with many damaged records is not read for each of them.
         if time.monotonic() - self._checked.get(number, -math.inf) < _CHECKED_SECONDS:
             return
-        with open_patiently(self.folder / self.shards[number].file, self._patience) as file:
+        with open_patiently(path, self._patience) as file:
             while file.read(_BLOCK):
                 pass
         self._checked[number] = time.monotonic()
@@ -231,18 +296,21 @@ class ShardedDataset:
         return self.__dict__ | {"_readers": OrderedDict(), "_checked": {}}
 
 
-def open_dataset(folder: str | Path, patience: float = PATIENCE) -> ShardedDataset:
+def open_dataset(
+    folder: str | Path | epath.Path, patience: float = PATIENCE, cache: FileCache | None = None
+) -> ShardedDataset:
     """Opens the data set at `folder`; reads its `dataset.json`. Raises ConfigError when that is missing or of another
-    form. What storage refuses is tried again for `patience` seconds.
+    form. What storage refuses is tried again for `patience` seconds; shards of a URL are read through `cache`.
     """
     description = read_description(folder, patience)
     shards = [ShardFile(**shard) for shard in description["shards"]]
-    return ShardedDataset(Path(folder), shards, description["fingerprint"], patience)
+    place = parse_path(folder) if is_url(folder) else Path(folder)
+    return ShardedDataset(place, shards, description["fingerprint"], patience, cache)
 
 
-def read_description(folder: str | Path, patience: float = PATIENCE) -> dict:
+def read_description(folder: str | Path | epath.Path, patience: float = PATIENCE) -> dict:
     """Reads all that `folder/dataset.json` holds. Raises ConfigError when it is not there or not of this form."""
-    path = Path(folder) / DATASET_FILE
+    path = (parse_path(folder) if is_url(folder) else Path(folder)) / DATASET_FILE
     try:
         description = json.loads(patiently(path.read_bytes, f"reading {path}", patience))
         if description["schema"] != DATASET_SCHEMA:

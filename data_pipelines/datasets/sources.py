@@ -2,20 +2,26 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
+from etils import epath
+
 from baichuan_omni_jax.config import DataConfig, SourceConfig
 from baichuan_omni_jax.errors import ConfigError
-from baichuan_omni_jax.storage import PATIENCE, local_path, open_patiently, write_json
+from baichuan_omni_jax.storage import PATIENCE, is_url, open_patiently, parse_path, write_json
+from baichuan_omni_jax.storage.cache import FileCache
+from data_pipelines.datasets.buckets import cache_folder, file_cache, manifest_copy
 from data_pipelines.datasets.shards import DATASET_FILE, ShardedDataset, open_dataset, read_description
 from data_pipelines.documents.document import Document
 from data_pipelines.documents.manifest import LineRange, manifest_stem, parse_line, plain_manifest
+from data_pipelines.documents.prompts import TextElement, parse_prompt
 from data_pipelines.errors import SampleError
-from data_pipelines.media.location import MediaRoot
+from data_pipelines.media.location import MediaBucket, MediaFolder, MediaRoot
 
 ANY_FOLDER = (Path("/"),)  # every link is trusted
 PART_BYTES = 64 << 20  # of a manifest
@@ -46,7 +52,7 @@ class ManifestSource:
 
     tokenizer = ""  # lines that hold token ids are checked one by one
 
-    def __init__(self, path: str, root: Path, notes: Path, media: MediaRoot | None = None, media_key: str = ""):
+    def __init__(self, path: str, root: Path, notes: Path, media: MediaFolder | None = None, media_key: str = ""):
         """`notes` is a folder where what a manifest's bytes gave is kept: they are read whole only when it changed.
 
         Media paths are taken from `media` (None: the manifest's folder, with no link that leaves it); `media_key` is
@@ -81,6 +87,19 @@ class ManifestSource:
         with open_patiently(self._lines, self.media.patience) as file:
             file.seek(place)
             return parse_line(file.readline(), number, self.path, self.media)
+
+    def fetch(self, place: int, number: int) -> None:
+        """Brings the media of a document to this machine, where they lie in a bucket."""
+        if not isinstance(self.media, MediaBucket):
+            return
+        for element in parse_prompt(self.document(place, number).text):
+            if not isinstance(element, TextElement) and element.reference.path:
+                self.media.fetch(element.reference.path)
+
+    @property
+    def remote(self) -> bool:
+        """Whether documents have to be fetched."""
+        return isinstance(self.media, MediaBucket)
 
     def location(self, place: int, number: int) -> str:
         """Returns what messages call a document: manifest and line."""
@@ -117,9 +136,11 @@ class DatasetSource:
 
     media_key = ""  # media are in the shards
 
-    def __init__(self, path: str, root: Path, patience: float = PATIENCE):
+    def __init__(self, path: str, root: epath.Path | Path, patience: float = PATIENCE, cache: FileCache | None = None):
+        """In a bucket shards are read through `cache`. Raises ConfigError for one that is missing."""
         self.path, self.root = path, root
-        self._dataset: ShardedDataset = open_dataset(root / path, patience)
+        self._dataset: ShardedDataset = open_dataset(root / path, patience, cache)
+        self._dataset.check_shards()
         # Of the token ids that it holds; "" where it holds text.
         self.tokenizer: str = read_description(root / path, patience).get("tokenizer", "")
 
@@ -147,6 +168,15 @@ class DatasetSource:
         """Returns one document. Raises SampleError `bad_record` when its shard is damaged there."""
         return self._dataset.document(place >> 32, number)
 
+    def fetch(self, place: int, number: int) -> None:
+        """Brings the shard of a document to this machine, where it lies in a bucket."""
+        self._dataset.fetch(place >> 32)
+
+    @property
+    def remote(self) -> bool:
+        """Whether documents have to be fetched."""
+        return self._dataset.remote
+
     def location(self, place: int, number: int) -> str:
         """Returns what messages call a document: shard and record."""
         return f"{self.path}/{self._dataset.shards[place >> 32].file}:{number}"
@@ -157,7 +187,10 @@ Source = ManifestSource | DatasetSource
 
 def open_source(config: DataConfig, source: SourceConfig) -> Source:
     """Opens the built data set or the manifest that `source` names. Raises ConfigError for one that cannot be read."""
-    root = local_path(config.root, "data.root")
+    root = parse_path(config.root)
+    if is_url(root):
+        return _open_in_bucket(config, source, root)
+    root = Path(root)
     # A folder with `dataset.json` is a built data set; anything else is read as a manifest.
     if (root / source.manifest / DATASET_FILE).is_file():
         return DatasetSource(source.manifest, root, config.patience)
@@ -171,9 +204,24 @@ def open_source(config: DataConfig, source: SourceConfig) -> Source:
     return ManifestSource(source.manifest, root, cache_folder(config), media, key)
 
 
-def cache_folder(config: DataConfig) -> Path:
-    """Returns where tokenizer, indexes and codes of a data set are kept."""
-    return local_path(config.root, "data.root") / ".cache"
+def _open_in_bucket(config: DataConfig, source: SourceConfig, root: epath.Path) -> Source:
+    cache, place = file_cache(config), root / source.manifest
+    try:
+        cache.describe(f"{place}/{DATASET_FILE}")
+        return DatasetSource(source.manifest, root, config.patience, cache)
+    except FileNotFoundError:
+        pass
+    # A manifest is copied whole; its media are read one by one, through the cache.
+    try:
+        manifest = cache.describe(os.fspath(place))
+    except FileNotFoundError as error:
+        raise ConfigError(f"manifest {place} cannot be read: there is no such file, nor a data set") from error
+    copy = manifest_copy(config, source.manifest, manifest)
+    trusted = trusted_folders(config.trusted_roots, "data.trusted_roots")
+    media = MediaBucket(os.fspath(root / source.root if source.root else place.parent), cache)
+    # As for the same folder on a disk, so that both have one order and one index.
+    key = json.dumps([source.root, [str(each) for each in trusted]])
+    return ManifestSource(source.manifest, copy, cache_folder(config), media, key)
 
 
 def media_root(manifest: Path, root: Path | None, trusted: Sequence[Path], patience: float = PATIENCE) -> MediaRoot:

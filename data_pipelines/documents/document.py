@@ -18,7 +18,7 @@ from jaxtyping import Float32, Int32, UInt8
 from baichuan_omni_jax.config import OmniConfig
 from baichuan_omni_jax.errors import RequestError
 from data_pipelines.errors import SampleError
-from data_pipelines.media.location import Media, MediaRoot, reading
+from data_pipelines.media.location import Media, MediaFolder, reading
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Document:
     text: str  # the source prompt in the released form
     location: str  # the manifest line or record it comes from
     # The folder that paths in the text are relative to; of a shard, the media by the name the text uses.
-    media: Path | MediaRoot | Mapping[str, Media]
+    media: Path | MediaFolder | Mapping[str, Media]
     turns: tuple[int, int] | None = None  # of a piece; None: all
     max_frames: int = 0  # most frames of each of its videos; 0: as the model does
     span: tuple[int, int] | None = None  # of a chunk; None: all

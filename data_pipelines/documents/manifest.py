@@ -20,7 +20,7 @@ from baichuan_omni_jax.storage import PATIENCE, open_patiently
 from data_pipelines.documents.document import Document
 from data_pipelines.errors import SampleError
 from data_pipelines.media.file_kinds import HEAD, is_utf16, kind_of
-from data_pipelines.media.location import MediaRoot
+from data_pipelines.media.location import MediaFolder, MediaRoot
 
 _BOM = b"\xef\xbb\xbf"
 _COMPRESSED = (".gz", ".zst", ".zstd")
@@ -44,7 +44,7 @@ class LineRange:
 
     path: Path
     name: str
-    root: MediaRoot
+    root: MediaFolder
     first: int
     offset: int
     length: int
@@ -69,7 +69,7 @@ class LineRange:
             yield ManifestLine(number, offset, _read_line(line, number, self.name, self.root))
 
 
-def split_manifest(path: Path, name: str, root: MediaRoot, size: int) -> Iterator[LineRange]:
+def split_manifest(path: Path, name: str, root: MediaFolder, size: int) -> Iterator[LineRange]:
     """Yields ranges that hold every line of a manifest once.
 
     Args:
@@ -92,7 +92,7 @@ def split_manifest(path: Path, name: str, root: MediaRoot, size: int) -> Iterato
             offset += len(content)
 
 
-def read_manifest(path: str | Path, root: str | Path, media: MediaRoot | None = None) -> Iterator[ManifestLine]:
+def read_manifest(path: str | Path, root: str | Path, media: MediaFolder | None = None) -> Iterator[ManifestLine]:
     """Yields the lines of the manifest at `root/path`, in order.
 
     `text` is required; `id` defaults to `<manifest without its endings>-<line>`, `type` to "". Lines count from 1;
@@ -267,14 +267,14 @@ def _content(line: bytes) -> bytes:
     return line
 
 
-def _read_line(line: bytes, number: int, manifest: str, root: MediaRoot) -> Document | SampleError:
+def _read_line(line: bytes, number: int, manifest: str, root: MediaFolder) -> Document | SampleError:
     try:
         return parse_line(line, number, manifest, root)
     except SampleError as error:
         return error
 
 
-def parse_line(line: bytes, number: int, manifest: str, root: MediaRoot) -> Document:
+def parse_line(line: bytes, number: int, manifest: str, root: MediaFolder) -> Document:
     """Reads the document of one manifest line.
 
     Args:

@@ -50,7 +50,7 @@ from data_pipelines.documents.sequence import (
 )
 from data_pipelines.errors import SampleError
 from data_pipelines.media.images import SEEN
-from data_pipelines.media.location import Media, MediaRoot, find_media
+from data_pipelines.media.location import Media, MediaFolder, find_media
 from data_pipelines.tokenizers.tokenizer import check_tokenizer, encode, plain_tokenizer, tokenizer_fingerprint
 
 SCHEMA_VERSION = 2  # raise it when the same document and configuration give another sequence than before
@@ -281,7 +281,7 @@ class Processor:
     def _read(
         self,
         elements: Sequence[Element | PrecomputedAudio | Ids],
-        root: Path | MediaRoot | Mapping[str, Media],
+        root: Path | MediaFolder | Mapping[str, Media],
         max_frames: int = 0,
         decoding: _Decoding = _NOTHING,
     ) -> tuple[list[Part], list[ImageGroup], list[AudioClip]]:
@@ -317,7 +317,7 @@ class Processor:
                 parts += [VisualPart(count, images[-1].frame)] * images[-1].count
         return parts, images, clips
 
-    def _as_ids(self, element: Element, root: Path | MediaRoot | Mapping[str, Media]) -> Element | Ids:
+    def _as_ids(self, element: Element, root: Path | MediaFolder | Mapping[str, Media]) -> Element | Ids:
         """Returns text as its ids, a medium as it is."""
         if not isinstance(element, TextElement | TokensElement):
             return element

@@ -13,10 +13,13 @@ from functools import lru_cache
 from pathlib import Path
 from urllib.parse import unquote, unquote_to_bytes
 
-from baichuan_omni_jax.errors import StorageError
+from baichuan_omni_jax.errors import ConfigError, StorageError
 from baichuan_omni_jax.storage import PATIENCE, may_pass, open_patiently, patiently
+from baichuan_omni_jax.storage.cache import FileCache
 from data_pipelines.errors import SampleError
 from data_pipelines.media.file_kinds import HEAD, FileKind, kind_of, plain_reason
+
+_MOST_BYTES = 1 << 33  # of a file in a bucket, which is held in memory; readers of each kind take less
 
 
 @dataclass(frozen=True)
@@ -154,7 +157,52 @@ def _why_missing(path: Path, real: Path) -> str:
     return "is a link to a file that does not exist" if path.is_symlink() else "does not exist"
 
 
-def find_media(reference: MediaReference, root: Path | MediaRoot | Mapping[str, Media]) -> Media:
+@dataclass(frozen=True)
+class MediaBucket:
+    """The folder of a bucket that media paths are relative to; files are read through a cache of this machine.
+
+    What a document writes must lie inside, as in a `MediaRoot`; the URL of a file inside is taken, too. There are no
+    links.
+    """
+
+    url: str
+    cache: FileCache
+
+    @property
+    def patience(self) -> float:
+        return self.cache.patience
+
+    def fetch(self, written: str) -> None:
+        """Brings the file that `written` means to this machine; raises as the cache does."""
+        with self.cache.hold(self.cache.describe(f"{self.url}/{self._inside(written, written)}")):
+            pass
+
+    def _inside(self, written: str, name: str) -> str:
+        inside = os.path.normpath(written.removeprefix(f"{self.url}/"))
+        if os.path.isabs(inside) or inside.split("/")[0] == "..":
+            raise SampleError("outside_root", f"{name} lies outside the folder that media are taken from")
+        return inside
+
+    def find(self, written: str, name: str, absolute: bool) -> Media:
+        """Reads the file that `written` means, as `MediaRoot.find` finds it."""
+        inside = self._inside(written, name)
+        try:
+            file = self.cache.describe(f"{self.url}/{inside}")
+            if file.size > _MOST_BYTES:
+                raise SampleError("too_big_media", f"{name} has {file.size} bytes, more than {_MOST_BYTES}")
+            return Media(inside if absolute else written, None, self.cache.read(file))
+        except FileNotFoundError as error:
+            raise SampleError("missing_file", f"{name} does not exist") from error
+        except (OSError, ValueError) as error:  # a name that no object can have, no permission
+            if isinstance(error, ConfigError):
+                raise
+            raise SampleError("missing_file", f"{name!r} is no usable path: {plain_reason(error)}") from error
+
+
+MediaFolder = MediaRoot | MediaBucket
+
+
+def find_media(reference: MediaReference, root: Path | MediaFolder | Mapping[str, Media]) -> Media:
     """Finds the media item that `reference` means: a path or `file://` URL, or a name among the media themselves.
 
     Paths are taken from `root`, which as a plain folder trusts no link that leaves it. Raises SampleError:
@@ -168,12 +216,13 @@ def find_media(reference: MediaReference, root: Path | MediaRoot | Mapping[str, 
         if reference.path not in root:
             raise SampleError("missing_file", f"{reference.path!r} is not among the document's media")
         return root[reference.path]
-    written = local_path(reference.path)
+    in_bucket = isinstance(root, MediaBucket) and reference.path.startswith(f"{root.url}/")
+    written = reference.path if in_bucket else local_path(reference.path)
     absolute = written != reference.path or os.path.isabs(written)
     # An absolute path is called by its last part, or by where it lies in the root: it tells about the machine.
     name = (os.path.basename(written.rstrip("/")) or "/") if absolute else written
     name = name if len(name) <= 200 else f"{name[:100]}...{name[-97:]}"
-    media_root = root if isinstance(root, MediaRoot) else MediaRoot(Path(root))
+    media_root = root if isinstance(root, MediaFolder) else MediaRoot(Path(root))
     return media_root.find(written, name, absolute)
 
 

@@ -21,14 +21,16 @@ from jaxtyping import Int32, Int64
 
 from baichuan_omni_jax.config import Budgets, DataConfig, SourceConfig
 from baichuan_omni_jax.errors import ConfigError
+from data_pipelines.datasets.buckets import cache_folder, fetch_shared, share
 from data_pipelines.datasets.jobs.job import Job, Unit, run_job
 from data_pipelines.datasets.jobs.runners import LocalRunner
-from data_pipelines.datasets.sources import ManifestSource, Source, cache_folder, open_source
+from data_pipelines.datasets.sources import ManifestSource, Source, open_source
 from data_pipelines.documents.document import Document
 from data_pipelines.documents.manifest import manifest_stem
 from data_pipelines.documents.processor import Processor
 from data_pipelines.errors import SampleError, first_of_causes
 from data_pipelines.packing.columns import (
+    META_FILE,
     NO_PIECES,
     SKIPPED_FILE,
     Columns,
@@ -108,6 +110,16 @@ class Index:
             piece = number - self.total
             return self.pieces.cut(piece, self.document(self.pieces.document(piece)))
         return self.source.document(int(self.columns.places[number]), int(self.columns.numbers[number]))
+
+    @property
+    def remote(self) -> bool:
+        """Whether documents have to be fetched."""
+        return self.source.remote
+
+    def fetch(self, number: int) -> None:
+        """Brings what the document or piece `number` is read from to this machine, where that lies in a bucket."""
+        number = self.base(number)
+        self.source.fetch(int(self.columns.places[number]), int(self.columns.numbers[number]))
 
     def location(self, number: int) -> str:
         """Returns the manifest line or the record of a document or piece."""
@@ -285,14 +297,17 @@ def load_index(config: DataConfig, entry: SourceConfig, processor: Processor, wo
             f"{processor.tokenizer_fingerprint}, the one in use: set data.tokenizer to the file it was cached with"
         )
     folder = cache_folder(config) / f"{Path(manifest_stem(entry.manifest)).name}-{key}"
+    fetch_shared(config, folder, META_FILE)
     try:
         columns = open_columns(folder)
         _warn_of_old_causes(source, columns)
     except FileNotFoundError:
         columns = _build(source, processor, folder, workers)
+        share(config, folder, META_FILE)
     except (ValueError, OSError) as error:
         log.warning("the index %s is damaged and built anew: %s", folder, error)
         columns = _build(source, processor, folder, workers)
+        share(config, folder, META_FILE)
     return Index(entry.name, source, columns)
 
 

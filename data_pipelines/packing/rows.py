@@ -10,8 +10,10 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 import grain
@@ -21,6 +23,7 @@ from grain.multiprocessing import SharedMemoryArray
 from jaxtyping import Int32
 
 from baichuan_omni_jax.config import Budgets, OmniConfig
+from baichuan_omni_jax.storage.cache import Prefetcher
 from data_pipelines.documents.document import Document, Lengths
 from data_pipelines.documents.media_items import Codes
 from data_pipelines.documents.processor import Processor
@@ -31,6 +34,7 @@ from data_pipelines.packing.packer import PackedRow, StepPlan
 from data_pipelines.packing.row_limits import BUDGETED, MelSlots, PatchLayout, row_key
 
 _BLAS_THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+AHEAD = 4  # steps of a worker whose documents are fetched before they are decoded
 _AUDIO_FRAMES = BUDGETED.index("audio_frames")
 
 
@@ -61,6 +65,11 @@ class RowDocuments(Protocol):
     def text_targets(self, number: int) -> int: ...
 
     def image_patches(self, number: int) -> list[int]: ...
+
+    @property
+    def remote(self) -> bool: ...
+
+    def fetch(self, number: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -93,6 +102,18 @@ class RowDecoder:
         # Dealt by the lengths that were planned, so that hosts agree whatever each of them could read.
         tokens = [[int(self.indexes[source].lengths(number)[0]) for source, number in row] for row in rows]
         return self.context.deal(batch, tokens), failed, damaged
+
+    @property
+    def remote(self) -> bool:
+        """Whether documents have to be fetched before they are read."""
+        return any(index.remote for index in self.indexes)
+
+    def fetches(self, rows: list[PackedRow]) -> Iterator[Callable[[], None]]:
+        """Yields what brings the documents of `rows` to this machine, in their order."""
+        for row in rows:
+            for source, number in row:
+                if self.indexes[source].remote:
+                    yield partial(self.indexes[source].fetch, number)
 
     def mel_frames(self, rows: list[PackedRow]) -> int:
         """Returns the size of the mel slots of a step of these rows, all hosts' among them; 0 without mel slots."""
@@ -184,27 +205,49 @@ class StepIterator(grain.DatasetIterator):
         super().__init__()
         self._plan, self._decode, self._shard = plan, decode, shard
         self._skip, self._stride = sl.start or 0, sl.step or 1
+        self._given = {"plan": plan.state, "skip": self._skip}
+        # Steps that are planned and not decoded yet, where their documents have to be fetched.
+        self._planned: deque[tuple[list[PackedRow], dict]] = deque()
+        self._prefetch = Prefetcher() if decode.remote else None
 
     def __next__(self) -> dict:
-        # Steps of other workers are planned, which is cheap, and not decoded.
-        for _ in range(self._skip):
-            next(self._plan)
-        rows = next(self._plan)
-        self._skip = self._stride - 1
-        state = self._plan.state
+        while self._prefetch is not None and len(self._planned) < AHEAD:
+            if (step := self._next_step()) is None:
+                break
+            self._planned.append(step)
+            for fetch in self._decode.fetches(self._shard.select(step[0])):
+                self._prefetch(fetch)
+        step = self._planned.popleft() if self._planned else self._next_step()
+        if step is None:
+            raise StopIteration
+        rows, state = step
+        self._given = {"plan": state, "skip": self._stride - 1}
         batch, failed, damaged = self._decode.decode(self._shard.select(rows), self._decode.mel_frames(rows))
         outcome = {"failed": [[key, why] for key, why in failed.items()], "damaged": list(damaged.items())}
         # Grain hands arrays from process to process: what else belongs to the step goes along as bytes.
         info = json.dumps({"state": state} | outcome)
         return {"batch": batch, "info": np.frombuffer(info.encode(), np.uint8)}
 
+    def _next_step(self) -> tuple[list[PackedRow], dict] | None:
+        """Plans up to the next step of this worker; returns its rows and the plan's state after it, None at the end."""
+        # Steps of other workers are planned, which is cheap, and not decoded.
+        try:
+            for _ in range(self._skip):
+                next(self._plan)
+            rows = next(self._plan)
+        except StopIteration:
+            return None
+        self._skip = self._stride - 1
+        return rows, self._plan.state
+
     def get_state(self) -> dict:
         """Returns what Grain asks each worker for; a run keeps `Step.state`, which holds for any number of workers."""
-        return {"plan": self._plan.state, "skip": self._skip}
+        return self._given
 
     def set_state(self, state: dict) -> None:
         self._plan.restore(state["plan"])
-        self._skip = state["skip"]
+        self._given, self._skip = state, state["skip"]
+        self._planned.clear()
 
 
 def read_steps(dataset: StepDataset, workers: int) -> Iterator[Step]:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import track
 
 from baichuan_omni_jax.errors import exit_code
+from baichuan_omni_jax.storage.given import given_folder
 from data_pipelines.documents.prompt_writing import plain_text
 from data_pipelines.errors import file_errors
 from data_pipelines.sample.documents import HELD_OUT, RECIPES, plan_documents
@@ -88,7 +89,9 @@ def _summarize(plan: MediaPlan, manifests: dict[str, list[dict]], seconds: float
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
-    parser.add_argument("out", metavar="OUT", type=Path, help="a new or empty folder, or an earlier sample data set")
+    parser.add_argument(
+        "out", metavar="OUT", type=given_folder, help="a new or empty folder, or an earlier sample data set"
+    )
     parser.add_argument("--seed", type=int, default=0, help="another seed gives other documents (default 0)")
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.storage import atomic_write
+from baichuan_omni_jax.storage.given import given_folder, given_manifest
 from data_pipelines.datasets.builder.build import UNPACKED
 from data_pipelines.datasets.builder.plan import Manifest, list_sources, unpack
 from data_pipelines.datasets.jobs.job import Job, Unit
@@ -157,9 +158,9 @@ class MakeDocuments:
 
 def add_job_arguments(parser: ArgumentParser) -> None:
     """Adds the arguments that every task has."""
-    parser.add_argument("manifests", metavar="MANIFEST", type=Path, nargs="+", help="JSONL; also .gz or .zst")
+    parser.add_argument("manifests", metavar="MANIFEST", type=given_manifest, nargs="+", help="JSONL; also .gz or .zst")
     add_media_arguments(parser)
-    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="manifests and media go there")
+    parser.add_argument("--out", metavar="DIR", type=given_folder, required=True, help="manifests and media go there")
     parser.add_argument(
         "--unit", metavar="N", type=int, default=256, help="documents of one unit of work (default 256)"
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from baichuan_omni_jax.errors import ConfigError, exit_code
+from baichuan_omni_jax.storage.given import given_input, localized
 from data_pipelines.datasets.jobs.job import Runner
 from data_pipelines.datasets.jobs.runners import BeamRunner, LocalRunner
 from data_pipelines.errors import file_errors
@@ -37,7 +38,13 @@ def run_command(
     """
     parser = argparse.ArgumentParser(prog=f"baichuan-omni data {name}", description=description)
     add_arguments(parser)
-    return run(parser.parse_args(arguments))
+    options = parser.parse_args(arguments)
+
+    def localized_run() -> int:
+        with localized(options):
+            return run(options)
+
+    return exit_code(localized_run)
 
 
 def run_job_command(command: Callable[[], None], out: Path) -> int:
@@ -57,7 +64,12 @@ def run_job_command(command: Callable[[], None], out: Path) -> int:
 def add_media_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds `--root` and `--trust`, which mean the same in every command that reads manifests."""
     add = parser.add_argument
-    add("--root", metavar="ROOT", type=Path, help="what media paths are relative to (default: the manifest's folder)")
+    add(
+        "--root",
+        metavar="ROOT",
+        type=given_input,
+        help="what media paths are relative to (default: the manifest's folder)",
+    )
     add(
         "--trust",
         metavar="DIR",
@@ -122,7 +134,14 @@ def add_runner_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def runner_from_options(options: argparse.Namespace) -> Runner:
-    """Returns the runner that parsed arguments ask for. Raises ConfigError as `make_runner`."""
+    """Returns the runner that parsed arguments ask for. Raises ConfigError as `make_runner`, and where workers of other
+    machines would write to a URL.
+    """
+    if "--runner" in options.beam_args and getattr(options, "written_by_url", []):
+        raise ConfigError(
+            f"--out {options.written_by_url[0]}: what is written there is written on this machine first, which Beam's "
+            "workers on others do not see: name a folder that all of them have"
+        )
     return make_runner(options.runner, options.workers, shlex.split(options.beam_args))
 
 

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from baichuan_omni_jax.errors import ConfigError, exit_code
+from baichuan_omni_jax.storage.given import given_file, given_manifest
 from data_pipelines.datasets.builder.build import PARTS, SKIPPED_FILE
 from data_pipelines.datasets.builder.plan import RANGE, Manifest, list_sources, unpack
 from data_pipelines.datasets.jobs.job import Job, Unit, run_job
@@ -55,9 +56,9 @@ class Quantity(NamedTuple):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
     add = parser.add_argument
-    add("sources", metavar="DIR|MANIFEST", type=Path, nargs="*", help="built datasets, JSONL manifests")
+    add("sources", metavar="DIR|MANIFEST", type=given_manifest, nargs="*", help="built datasets, JSONL manifests")
     add_media_arguments(parser)
-    add("--plot", metavar="FIGURE", type=Path, help="draws the distributions: .png, .pdf or .svg")
+    add("--plot", metavar="FIGURE", type=given_file, help="draws the distributions: .png, .pdf or .svg")
     cores = os.cpu_count() or 1
     add("--workers", type=int, default=cores, metavar="N", help=f"processes (default {cores}, one for each core)")
 

@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from baichuan_omni_jax.errors import ConfigError, exit_code
+from baichuan_omni_jax.storage.given import given_file, given_input
 from data_pipelines.datasets.builder.plan import first_of_same_id
 from data_pipelines.datasets.jobs.job import Job, JobProgress, Runner, Unit
 from data_pipelines.datasets.shards import ShardedDataset, ShardFile, open_dataset
@@ -65,8 +66,8 @@ class Problem:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
     add = parser.add_argument
-    add("folder", metavar="DIR", type=Path, help="a folder that holds dataset.json")
-    add("--report", metavar="FILE", type=Path, help="writes every problem there, one JSON object a line")
+    add("folder", metavar="DIR", type=given_input, help="a folder that holds dataset.json")
+    add("--report", metavar="FILE", type=given_file, help="writes every problem there, one JSON object a line")
     add_runner_arguments(parser)
 
 
@@ -110,7 +111,7 @@ def validate(dataset: ShardedDataset, runner: Runner) -> list[Problem]:
     ids = [np.zeros((shard.documents, 2), np.uint64) for shard in dataset.shards]
     numbers = {unit.name: number for number, unit in enumerate(units)}
     # Beside the shards, so that Beam's workers share it too.
-    with tempfile.TemporaryDirectory(dir=_writable(dataset.folder), prefix=".validate-") as scratch:
+    with tempfile.TemporaryDirectory(dir=_writable(Path(dataset.folder)), prefix=".validate-") as scratch:
         job = Job("validating", units, check_shard, Path(scratch))
         progress = JobProgress(job, units, print)
         with closing(runner(job, units)) as outcomes:
@@ -166,7 +167,7 @@ def check_shard(unit: Unit, folder: Path) -> dict:
     dataset, number = unit.content
     shard = dataset.shards[number]
     # The file first, then every record of it: a wrong checksum alone does not tell which documents suffer.
-    problems = [*_check_file(dataset.folder / shard.file, shard)]
+    problems = [*_check_file(Path(dataset.folder) / shard.file, shard)]
     identifiers: list[str] = []
     for record, document in enumerate(dataset.documents_of(number)):
         known = isinstance(document, Document)

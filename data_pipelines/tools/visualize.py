@@ -13,6 +13,7 @@ from pathlib import Path
 
 from baichuan_omni_jax.config import Budgets, DataConfig, SourceConfig, resolve_model
 from baichuan_omni_jax.errors import ConfigError, exit_code
+from baichuan_omni_jax.storage.given import given_file, given_manifest
 from data_pipelines.datasets.sources import trusted_folders
 from data_pipelines.documents.manifest import manifest_stem
 from data_pipelines.errors import file_errors
@@ -30,10 +31,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
     add = parser.add_argument
     add(
-        "manifests", metavar="MANIFEST", type=Path, nargs="+", help="JSONL, media beside it, or the folder of a dataset"
+        "manifests",
+        metavar="MANIFEST",
+        type=given_manifest,
+        nargs="+",
+        help="JSONL, media beside it, or the folder of a dataset",
     )
     add_media_arguments(parser)
-    add("--out", metavar="FIGURE", type=Path, required=True, help="where to write: .png, .pdf or .svg")
+    add("--out", metavar="FIGURE", type=given_file, required=True, help="where to write: .png, .pdf or .svg")
     add("--rows", type=int, default=3, help="rows to draw (default 3)")
     add("--document", metavar="ID", help="the document to draw (default: the first row's with most modalities)")
     add("--length", type=int, default=1024, help="tokens of a row (default 1024)")

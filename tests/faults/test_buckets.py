@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.bucket import BucketServer, bucket_server
+from baichuan_omni_jax.storage import parse_path
+from tests.helpers.bucket import BucketServer, bucket_server, in_this_process
 from tests.helpers.faults.uninterrupted import assert_same_run, resumed_from
 from tests.helpers.faulty_proxy import faulty_proxy
-from tests.helpers.micro import STEPS, wait_until
+from tests.helpers.micro import REPOSITORY, STEPS, wait_until
 from tests.helpers.proofs import HANG
 
 FEW = 8  # steps of the run that is killed once
@@ -75,6 +76,51 @@ def test_a_run_in_a_bucket_is_killed_and_goes_on(server, reach, quick_pretrain, 
     out = finish(quick_pretrain.start("gs://bucket/once", steps))
     assert resumed_from(out) == saved
     assert_ends_as(server, "once", elsewhere / "reference", elsewhere, FEW)
+
+
+def put_data(server: BucketServer, root: Path) -> str:
+    """Copies a data root into the bucket; returns its URL."""
+    with in_this_process(server):
+        for path in root.rglob("*"):
+            if path.is_file() and ".cache" not in path.parts:
+                (parse_path("gs://bucket/data") / path.relative_to(root).as_posix()).write_bytes(path.read_bytes())
+    return "gs://bucket/data"
+
+
+def test_data_and_workdir_in_a_bucket_change_nothing(server, reach, quick_pretrain, elsewhere):
+    steps = f"train.steps={FEW}"
+    finish(quick_pretrain.start(elsewhere / "reference", steps))
+    data = put_data(server, quick_pretrain.root)
+    finish(quick_pretrain.start("gs://bucket/whole", steps, f"data.root={data}"))
+    assert_ends_as(server, "whole", elsewhere / "reference", elsewhere, FEW)
+    # Index and codes are in the bucket, for other machines.
+    shared = server.names("data/.cache/")
+    assert any(name.endswith("meta.json") for name in shared)
+    assert any("/frames/c." in name for name in shared)
+
+
+@pytest.mark.slow
+def test_the_first_run_of_all_in_a_bucket(server, reach, pretrain, elsewhere):
+    """`configs/tiny.py`, which makes its data itself, refused and cut off by the server now and then."""
+    config, steps = REPOSITORY / "configs" / "tiny.py", ("train.steps=3", "data.sample=true")
+    local = (f"data.root={elsewhere / 'data'}", *steps)
+    finish(pretrain.start(elsewhere / "reference", *local, config=config))
+    with faulty_proxy(server.url, refused=0.1) as proxy:
+        reach(proxy.url)
+        finish(pretrain.start("gs://bucket/tiny", "data.root=gs://bucket/sample", *steps, config=config))
+        print(f"{proxy.faults} of {proxy.requests} requests failed")
+        assert proxy.faults >= 10
+    assert_ends_as(server, "tiny", elsewhere / "reference", elsewhere, 3)
+
+
+@pytest.mark.slow
+def test_a_server_that_refuses_data_changes_nothing(server, reach, pretrain, finished, elsewhere):
+    data = put_data(server, pretrain.root)
+    with faulty_proxy(server.url, refused=0.1, dropped=0.05) as proxy:
+        reach(proxy.url)
+        finish(pretrain.start("gs://bucket/data_refused", f"train.steps={STEPS}", f"data.root={data}"))
+        assert proxy.faults >= 10
+    assert_ends_as(server, "data_refused", finished, elsewhere, STEPS)
 
 
 def kill_at_random(process: subprocess.Popen, server: BucketServer, rng: random.Random) -> str:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.storage import atomic_write
+from baichuan_omni_jax.storage.given import given_folder, given_manifest
 from data_pipelines.datasets.builder.plan import ShardLines, cut_shards, list_sources, plan_lines, unpack
 from data_pipelines.datasets.jobs.job import Job, Runner, Unit, folder_lock, refuse_foreign, remove_unit, run_job
 from data_pipelines.datasets.shards import (
@@ -314,8 +315,14 @@ def _bytes(text: str) -> int:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
     add = parser.add_argument
-    add("manifests", metavar="MANIFEST", type=Path, nargs="+", help="JSONL, one document a line; also .gz or .zst")
-    add("--out", metavar="DIR", type=Path, required=True, help="a new or empty folder, or an earlier build")
+    add(
+        "manifests",
+        metavar="MANIFEST",
+        type=given_manifest,
+        nargs="+",
+        help="JSONL, one document a line; also .gz or .zst",
+    )
+    add("--out", metavar="DIR", type=given_folder, required=True, help="a new or empty folder, or an earlier build")
     add_media_arguments(parser)
     add("--shard-documents", metavar="N", type=int, default=4096, help="most documents of a shard (default 4096)")
     add("--shard-bytes", metavar="SIZE", default="256M", help="size from which a shard is full (default 256M)")

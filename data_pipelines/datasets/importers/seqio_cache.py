@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.storage.given import given_folder
 from data_pipelines.datasets.builder.build import remove_outdated
 from data_pipelines.datasets.jobs.job import Job, Runner, Unit, folder_lock, refuse_foreign, run_job
 from data_pipelines.datasets.shards import SUFFIX, ShardFile, ShardWriter, write_description
@@ -252,7 +253,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--mixture", required=True, metavar="NAME", help="a registered Mixture or Task")
     add("--module", action="append", default=[], metavar="M", help="a module that registers it; may be repeated")
     add("--tokenizer", required=True, metavar="FILE", help="the tokenizer.json that training will use (data.tokenizer)")
-    add("--out", required=True, type=Path, metavar="DIR", help="the data set's folder")
+    add("--out", required=True, type=given_folder, metavar="DIR", help="the data set's folder")
     add("--split", default="train", metavar="NAME", help="of the mixture (default %(default)s)")
     add("--documents", type=int, metavar="N", help="how many in all (default, of a Task: every example once)")
     add("--shards", type=int, default=0, metavar="N", help=f"files (default: one for {SHARD_DOCUMENTS} documents)")
