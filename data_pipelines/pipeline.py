@@ -339,10 +339,8 @@ def _texts(source: Source) -> Iterator[str]:
 def prepare_sample(config: DataConfig) -> None:
     """Builds the offline sample data set at `config.root` when the config asks for it and it is not there yet."""
     if config.sample:
-        from data_pipelines.sample.__main__ import (
-            SUMMARY,
-            build_sample,  # needs the `sample` extra, so only where it is asked for
-        )
+        # Needs the `sample` extra, so only where it is asked for.
+        from data_pipelines.sample.__main__ import SUMMARY, build_sample
 
         root = parse_path(config.root)
         if not is_url(root):

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from baichuan_omni_jax.checkpoint.provenance import flatten
 from baichuan_omni_jax.config import RunConfig, to_dict
-from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.errors import ConfigError, StorageError
 
 T = TypeVar("T")
 # Where the data lie (the folders of a list have a number each), and how many processes read them.
@@ -78,25 +78,28 @@ def all_gather_str(text: str) -> list[str]:
 
 
 def on_all_hosts(work: Callable[[], T]) -> T:
-    """Runs `work()` on every host. Where one raises ConfigError all do, so that none waits for a host that has left."""
+    """Runs `work()` on every host. Where one raises ConfigError or StorageError all do, so that none waits for a host
+    that has left.
+    """
     result, message = None, ""
     try:
         result = work()
-    except ConfigError as error:
+    except (ConfigError, StorageError) as error:
         if jax.process_count() == 1:
             raise
-        message = str(error)
+        message = f"{'storage' if isinstance(error, StorageError) else 'config'} {error}"
     # No host may leave alone: the others would wait for it in the next collective.
     for host, text in enumerate(all_gather_str(message)):
         if text:
-            raise ConfigError(f"host {host}: {text}")
+            kind, _, text = text.partition(" ")
+            raise (StorageError if kind == "storage" else ConfigError)(f"host {host}: {text}")
     return cast(T, result)  # there was no error, on this host neither
 
 
 def process_zero_first(work: Callable[[], T]) -> T:
     """Runs `work()` on host 0, then on the others: for work that builds something once and finds it afterwards.
 
-    Raises ConfigError as `on_all_hosts`.
+    Raises ConfigError and StorageError as `on_all_hosts`.
     """
     result = on_all_hosts(lambda: work() if is_process_zero() else None)
     return on_all_hosts(lambda: cast(T, result) if is_process_zero() else work())

@@ -93,8 +93,8 @@ def test_a_small_cache_gives_the_same_and_stays_small(folder, bucket, tmp_path):
 
 
 def test_what_is_missing_is_one_sentence(folder, bucket, tmp_path):
-    files, shard = fsspec.filesystem("gs"), "bucket/less/built/image-00001.array_record"
-    files.copy("bucket/data/built/", "bucket/less/", recursive=True)
+    files, paths = fsspec.filesystem("gs"), [path for path in (folder / "built").iterdir() if path.is_file()]
+    files.put([str(path) for path in paths], [f"bucket/less/built/{path.name}" for path in paths])
     only = (SourceConfig(name="built", manifest="built"),)
     less = replace(config("gs://bucket/less", tmp_path), mixture=only)
     names = files.ls("bucket/less/built", detail=False)
