@@ -54,6 +54,7 @@ _PASSING = {
     errno.ENOTCONN,
     errno.EREMOTEIO,
 }
+_LATER = (408, 429)  # answers of a server that ask for another try
 _FINAL = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 # Seconds before the second try; each further pause is twice as long, up to the longest.
 _TRIES, _PAUSE, _LONGEST = 4, 0.5, 20.0
@@ -133,6 +134,10 @@ def is_final(error: BaseException) -> bool:
 
 def may_pass(error: BaseException) -> bool:
     """Whether what storage raised may be gone a moment later; never for a file that is not there, or not allowed."""
+    # gcsfs has no class of its own for what is not allowed.
+    code = getattr(error, "code", None)
+    if str(error).startswith("Forbidden") or (isinstance(code, int) and 400 <= code < 500 and code not in _LATER):
+        return False
     if type(error).__module__.partition(".")[0] in _CLIENTS:
         return not isinstance(error, _FINAL)
     return isinstance(error, OSError) and not isinstance(error, _FINAL) and error.errno in _PASSING

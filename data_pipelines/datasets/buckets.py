@@ -24,7 +24,7 @@ from etils import epath
 from baichuan_omni_jax.config import DataConfig
 from baichuan_omni_jax.errors import ConfigError, StorageError
 from baichuan_omni_jax.storage import PATIENCE, cache_home, is_url, local_path, parse_path, patiently, take_lock
-from baichuan_omni_jax.storage.cache import GIB, FileCache, RemoteFile, fetch_file, list_files
+from baichuan_omni_jax.storage.cache import GIB, FileCache, RemoteFile, describe_file, fetch_file, list_files
 
 log = logging.getLogger(__name__)
 _THREADS = 8  # files under way at a time
@@ -112,10 +112,8 @@ def download(source: epath.Path, target: Path, patience: float = PATIENCE) -> No
     Raises FileNotFoundError where there is nothing, ConfigError where `target` cannot be written, StorageError.
     """
     below = list_files(source, patience, below=True)
-    files = {target / name: file for name, file in below.items()}
-    if not files:
-        files = {target: FileCache(target, 0, patience).describe(os.fspath(source))}
-        _fetch(files, patience)
+    if not below:
+        _fetch({target: describe_file(os.fspath(source), patience)}, patience)
         return
     temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
     shutil.rmtree(temporary, ignore_errors=True)

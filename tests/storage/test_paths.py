@@ -14,6 +14,7 @@ from baichuan_omni_jax.storage import (
     atomic_write,
     check_writable,
     local_path,
+    may_pass,
     parse_path,
     paths,
     read_json_object,
@@ -211,3 +212,13 @@ def test_on_a_file_system_the_folder_is_the_workdir(tmp_path):
     assert folder.sync()
     folder.close()
     assert tmp_path.is_dir()
+
+
+def test_what_is_not_allowed_is_not_tried_again():
+    retry = pytest.importorskip("gcsfs.retry", reason="buckets need gcsfs (extra gcs)")
+    for code, passes in ((403, False), (401, False), (412, False), (429, True), (503, True), (500, True)):
+        assert may_pass(retry.HttpError({"code": code, "message": "no"})) == passes
+    assert not may_pass(OSError("Forbidden: bucket/a"))  # as gcsfs says it
+    assert may_pass(OSError(errno.EIO, "Input/output error"))
+    assert not may_pass(FileNotFoundError(errno.ENOENT, "gone"))
+    assert not may_pass(ValueError("no storage"))
