@@ -110,7 +110,7 @@ def test_what_is_missing_is_one_sentence(folder, bucket, tmp_path):
         open_pipeline(less, tiny())
     gone = replace(less, mixture=(SourceConfig(name="a", manifest="none.jsonl"),))
     with pytest.raises(
-        ConfigError, match=r"source a: manifest gs://bucket/less/none.jsonl cannot be read: there is no"
+        ConfigError, match=r"manifest gs://bucket/less/none.jsonl cannot be read: there is no"
     ):
         open_pipeline(gone, tiny())
     with pytest.raises(ConfigError, match=r"bytes, more than data.cache_gb allows"):
