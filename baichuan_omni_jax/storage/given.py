@@ -7,8 +7,9 @@
 
 Each type gives a `Path` for what is on this machine. A URL becomes one inside `localized`, around the command.
 
-    CACHE/copies/KEY/          what was fetched; what did not change since is not fetched again
-    CACHE/workdirs/KEY-out/    what is written, see `mirror`
+    CACHE/copies/gs/BUCKET/PATH      what was fetched; what did not change since is not fetched again
+    CACHE/copies/.fetched/KEY.json   which version of which file that is
+    CACHE/workdirs/KEY-out/          what is written, see `mirror`
 """
 
 import argparse
@@ -32,7 +33,6 @@ from baichuan_omni_jax.storage.mirror import MirroredFolder, scratch_folder
 from baichuan_omni_jax.storage.paths import cache_home, check_writable, is_url, local_path, parse_path
 
 _THREADS = 8
-_STATE = ".fetched.json"
 _SPARE = 1 << 30  # bytes that a disk keeps free
 
 
@@ -40,11 +40,11 @@ _SPARE = 1 << 30  # bytes that a disk keeps free
 class GivenUrl:
     """A URL in the place of a path, and what it is for."""
 
-    url: epath.Path
+    url: str
     use: Literal["input", "manifest", "folder", "file"]
 
     def __str__(self) -> str:
-        return os.fspath(self.url)
+        return self.url
 
 
 def given_input(text: str) -> Path | GivenUrl:
@@ -69,7 +69,7 @@ def given_file(text: str) -> Path | GivenUrl:
 
 def _given(text: str, use: Literal["input", "manifest", "folder", "file"]) -> Path | GivenUrl:
     # What is no path is refused in `localized`, by the sentence of the command's errors.
-    return GivenUrl(epath.Path(text), use) if is_url(text) else Path(text)
+    return GivenUrl(text, use) if is_url(text) else Path(text)
 
 
 @contextmanager
@@ -99,6 +99,8 @@ def _localize(value: object, flag: str, stack: ExitStack, written: list[Mirrored
     if not isinstance(value, GivenUrl):
         return value
     url = parse_path(value.url)
+    if not is_url(url):  # file://
+        return Path(url)
     if value.use in ("input", "manifest"):
         return local_copy(url, beside=value.use == "manifest")
     # A file is one of a folder that is written.
@@ -130,12 +132,15 @@ def local_copy(url: epath.Path, *, beside: bool = False) -> Path:
         except FileNotFoundError as error:
             raise ConfigError(f"{url}/{name} cannot be read: there is no such file or folder") from error
         files = list_files(url, below=True) if beside else files
-    folder = cache_home() / "copies" / hashlib.sha256(f"{url} {'' if beside else name}".encode()).hexdigest()[:16]
+    # By the names that they have there: what is made of several manifests is called by their place.
+    copies, key = cache_home() / "copies", hashlib.sha256(f"{url} {'' if beside else name}".encode()).hexdigest()[:16]
+    folder, state = copies / os.fspath(url).replace("://", "/"), copies / ".fetched" / f"{key}.json"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = take_lock(folder.with_name(f"{folder.name}.lock"), "", wait=True)
+        for needed in (folder, state.parent):
+            needed.mkdir(parents=True, exist_ok=True)
+        lock = take_lock(state.with_suffix(".lock"), "", wait=True)
         try:
-            _refresh(folder, files)
+            _refresh(folder, files, state)
         finally:
             lock.release()
     except OSError as error:
@@ -143,9 +148,8 @@ def local_copy(url: epath.Path, *, beside: bool = False) -> Path:
     return folder / name
 
 
-def _refresh(folder: Path, files: dict[str, RemoteFile]) -> None:
-    """Fetches what the folder lacks of `files`, and removes what is none of them."""
-    state = folder / _STATE
+def _refresh(folder: Path, files: dict[str, RemoteFile], state: Path) -> None:
+    """Fetches what the folder lacks of `files`, and removes what is none of them; `state` is the file that knows."""
     known = json.loads(state.read_text()) if state.is_file() else {}
     wanted = {name: file for name, file in files.items() if known.get(name) != file.key or not (folder / name).exists()}
     needed, free = sum(file.size for file in wanted.values()), shutil.disk_usage(folder).free
@@ -160,6 +164,10 @@ def _refresh(folder: Path, files: dict[str, RemoteFile]) -> None:
         partial = path.with_name(f"{path.name}.partial")
         with partial.open("wb") as target:
             fetch_file(wanted[name], target.fileno())
+        # The same on every machine: what is built of files goes on where their times are those that it knows.
+        version = wanted[name].version
+        changed = 1000 * int(version) if version.isdigit() else int(wanted[name].key[:12], 16)
+        os.utime(partial, ns=(changed, changed))
         partial.replace(path)
 
     try:

@@ -109,9 +109,7 @@ def test_what_is_missing_is_one_sentence(folder, bucket, tmp_path):
     ):
         open_pipeline(less, tiny())
     gone = replace(less, mixture=(SourceConfig(name="a", manifest="none.jsonl"),))
-    with pytest.raises(
-        ConfigError, match=r"manifest gs://bucket/less/none.jsonl cannot be read: there is no"
-    ):
+    with pytest.raises(ConfigError, match=r"manifest gs://bucket/less/none.jsonl cannot be read: there is no"):
         open_pipeline(gone, tiny())
     with pytest.raises(ConfigError, match=r"bytes, more than data.cache_gb allows"):
         open_pipeline(replace(config(bucket, tmp_path, cache_gb=1e-6), mixture=only), tiny())
