@@ -34,6 +34,7 @@ from baichuan_omni_jax.storage.paths import cache_home, check_writable, is_url, 
 
 _THREADS = 8
 _SPARE = 1 << 30  # bytes that a disk keeps free
+_PATIENCE = 60.0  # seconds: somebody waits for the command
 
 
 @dataclass(frozen=True)
@@ -124,14 +125,14 @@ def local_copy(url: epath.Path, *, beside: bool = False) -> Path:
         ConfigError: there is nothing, or the disk has no room for it.
         StorageError: storage does not answer.
     """
-    files, name = list_files(url, below=True), ""
+    files, name = list_files(url, _PATIENCE, below=True), ""
     if not files:
         url, name = url.parent, url.name
         try:
-            files = {name: describe_file(f"{url}/{name}")}
+            files = {name: describe_file(f"{url}/{name}", _PATIENCE)}
         except FileNotFoundError as error:
             raise ConfigError(f"{url}/{name} cannot be read: there is no such file or folder") from error
-        files = list_files(url, below=True) if beside else files
+        files = list_files(url, _PATIENCE, below=True) if beside else files
     # By the names that they have there: what is made of several manifests is called by their place.
     copies, key = cache_home() / "copies", hashlib.sha256(f"{url} {'' if beside else name}".encode()).hexdigest()[:16]
     folder, state = copies / os.fspath(url).replace("://", "/"), copies / ".fetched" / f"{key}.json"
@@ -163,7 +164,7 @@ def _refresh(folder: Path, files: dict[str, RemoteFile], state: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.partial")
         with partial.open("wb") as target:
-            fetch_file(wanted[name], target.fileno())
+            fetch_file(wanted[name], target.fileno(), _PATIENCE)
         # The same on every machine: what is built of files goes on where their times are those that it knows.
         version = wanted[name].version
         changed = 1000 * int(version) if version.isdigit() else int(wanted[name].key[:12], 16)
@@ -183,7 +184,7 @@ def _refresh(folder: Path, files: dict[str, RemoteFile], state: Path) -> None:
 @contextmanager
 def _output(url: epath.Path, names: list[str] | None) -> Iterator[MirroredFolder]:
     """Opens the local folder of what is written at `url`, begun with what is there: all of it, or the files `names`."""
-    there = list_files(url, below=names is None)
+    there = list_files(url, _PATIENCE, below=names is None)
     begun = [name for name in there if names is None or name in names]
     scratch = scratch_folder(url, "out" if names is None else f"out-{'-'.join(names)}")
     lock: FileLock = take_lock(scratch.with_name(f"{scratch.name}.lock"), f"{url} is being written by another program")

@@ -82,10 +82,11 @@ def test_where_a_folder_is_needed_a_url_is_refused(url):
     "arguments",
     [
         ["train", "--config", "configs/micro.py", "--workdir", "webdav://host/run"],
-        ["train", "--config", "configs/micro.py", "--workdir", "run", "--set", "data.root=gs://bucket/data"],
-        ["data", "build", "gs://bucket/text.jsonl", "--out", "shards"],
-        ["data", "sample", "gs://bucket/sample"],
-        ["convert", "to-jax", "--from", "released", "--to", "gs://bucket/converted"],
+        ["train", "--config", "configs/micro.py", "--workdir", "run", "--set", "data.trusted_roots=('gs://bucket/a',)"],
+        ["data", "build", "hdfs://host/text.jsonl", "--out", "shards"],
+        ["data", "build", "text.jsonl", "--out", "shards", "--trust", "gs://bucket/media"],
+        ["stages", "--workdir", "gs://bucket/runs"],
+        ["convert", "to-qwen2", "--from", "gs:/bucket/converted", "--to", "qwen2"],
     ],
 )
 def test_a_command_makes_no_folder_of_a_url(arguments, tmp_path):
