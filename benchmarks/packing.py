@@ -23,8 +23,9 @@ from rows import emit, row
 from baichuan_omni_jax.config import DataConfig, baichuan_omni_7b
 from baichuan_omni_jax.flops.terms import row_cost
 from data_pipelines.packing.mixture import Mixture
-from data_pipelines.packing.packer import Packer, RowPlan, StepPlan
+from data_pipelines.packing.packer import Packer, RowPlan
 from data_pipelines.packing.row_limits import DocumentLengths, PatchLayout
+from data_pipelines.packing.step_plan import StepPlan
 
 LENGTH, MEAN, SIGMA, LONGEST = 65536, 3000, 1.0, 65536
 SLACK = 1.25

@@ -26,7 +26,7 @@ from data_pipelines.documents.questions import (
 )
 from data_pipelines.errors import SampleError
 from data_pipelines.packing.index import Index
-from data_pipelines.packing.packer import PackedRow, Packer
+from data_pipelines.packing.packer import Packer
 from data_pipelines.packing.row_limits import (
     AUDIO_TARGETS,
     DocumentKey,
@@ -37,6 +37,7 @@ from data_pipelines.packing.row_limits import (
     patch_layout,
 )
 from data_pipelines.packing.rows import RowDecoder, RowShard, Step
+from data_pipelines.packing.step_plan import PackedRow
 from data_pipelines.pipeline import Pipeline, TrainingData
 
 log = logging.getLogger(__name__)

@@ -30,9 +30,10 @@ from data_pipelines.packing.batch import check_context, context_plan
 from data_pipelines.packing.index import Index, Skipped, load_index
 from data_pipelines.packing.mixture import Mixture, check_loss_weights, epochs_read, source_means
 from data_pipelines.packing.oversize import check_policies, with_pieces
-from data_pipelines.packing.packer import Packer, RowPlan, StepPlan, check_format, check_plan
+from data_pipelines.packing.packer import Packer, RowPlan, check_plan
 from data_pipelines.packing.row_limits import budget_vector, check_media_shards, mel_slots, patch_layout
 from data_pipelines.packing.rows import ALL_ROWS, RowDecoder, RowShard, Step, StepDataset, read_steps
+from data_pipelines.packing.step_plan import StepPlan, check_format
 from data_pipelines.tokenizers.tokenizer import load_tokenizer, train_tokenizer
 
 log = logging.getLogger(__name__)

@@ -30,8 +30,8 @@ from data_pipelines.documents.processor import Processor
 from data_pipelines.documents.sequence import weigh
 from data_pipelines.errors import SampleError
 from data_pipelines.packing.batch import Batch, ContextPlan, RowWriter, empty_rows
-from data_pipelines.packing.packer import PackedRow, StepPlan
 from data_pipelines.packing.row_limits import BUDGETED, MelSlots, PatchLayout, row_key
+from data_pipelines.packing.step_plan import PackedRow, StepPlan
 
 _BLAS_THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 AHEAD = 4  # steps of a worker whose documents are fetched before they are decoded

@@ -15,8 +15,9 @@ from baichuan_omni_jax.config import Budgets, DataConfig, tiny
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.flops.terms import row_cost
 from data_pipelines.packing import pack
-from data_pipelines.packing.packer import PATIENCE, Packer, StepPlan, check_plan, order_rows
+from data_pipelines.packing.packer import PATIENCE, Packer, check_plan
 from data_pipelines.packing.row_limits import DocumentLengths, PatchLayout
+from data_pipelines.packing.step_plan import StepPlan, order_rows
 from tests.data_pipelines.conftest import with_config
 from tests.helpers.listed import Listed, row_plan
 
