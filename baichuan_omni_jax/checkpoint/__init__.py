@@ -3,14 +3,14 @@
     CKPT/config.json              the model's configuration, as Hugging Face writes it
     CKPT/branches.json            branch -> parameters, dtype, steps trained
     CKPT/processor/tokenizer.json
-    CKPT/params/BRANCH/           one Orbax checkpoint a branch: nested dicts of arrays, no classes
-    CKPT/checksums.json           file -> crc32c (a converted checkpoint may lack it)
+    CKPT/params/BRANCH/           the branch's arrays (`arrays`), to Orbax nested dicts: no classes
+    CKPT/checksums.json           file -> crc32c; of arrays, which carry their own, size (`checksums`)
 
     DIR/.lock                     locked while a run works in this workdir
     DIR/run_config.json           the run that owns this workdir
     DIR/parent.json               the checkpoints it started from
     DIR/audio_tokenizer/          a CKPT: the audio tokenizer that made the run's code frames
-    DIR/checkpoints/STEP/         a CKPT, opt_state/ (Orbax) and data.json (the data plan's state)
+    DIR/checkpoints/STEP/         a CKPT, opt_state/ (arrays) and data.json (the data plan's state)
 
 A checkpoint appears by one rename after every file and its checksum is written, so there is a whole one or none. In a
 bucket (DIR may be a URL), or where folders cannot be renamed, it counts once `checksums.json`, the last file, is there.
@@ -26,6 +26,7 @@ from baichuan_omni_jax.checkpoint.branches import (
     read_branch_info,
     save_branches,
 )
+from baichuan_omni_jax.checkpoint.checksums import verify_checksums, write_checksums
 from baichuan_omni_jax.checkpoint.provenance import (
     MAY_DIFFER,
     Parent,
@@ -41,7 +42,6 @@ from baichuan_omni_jax.checkpoint.provenance import (
     stored_tokenizer,
     with_text_tokenizer,
 )
-from baichuan_omni_jax.checkpoint.steps import verify_checksums, write_checksums
 from baichuan_omni_jax.checkpoint.trees import read_tree, with_shardings
 from baichuan_omni_jax.checkpoint.workdir import Restored, Workdir
 

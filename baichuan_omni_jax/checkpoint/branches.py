@@ -12,8 +12,19 @@ from etils import epath
 from flax import nnx
 
 from baichuan_omni_jax.branches import BRANCHES, MODEL_BRANCHES, VOCODER_BRANCH
-from baichuan_omni_jax.checkpoint.steps import CHECKSUMS, committed_steps, newest_good, step_folder, verify_checksums
-from baichuan_omni_jax.checkpoint.trees import FolderSave, leaves_by_name, make_checkpointer, read_tree, to_stored
+from baichuan_omni_jax.checkpoint.arrays import DamagedError
+from baichuan_omni_jax.checkpoint.checksums import CHECKSUMS, OPT_STATE, check_files
+from baichuan_omni_jax.checkpoint.steps import (
+    TEMPORARY,
+    committed_steps,
+    newest_good,
+    read_alike,
+    read_newest,
+    remove_unfinished,
+    remove_unfinished_steps,
+    step_folder,
+)
+from baichuan_omni_jax.checkpoint.trees import FolderSave, leaves_by_name, make_checkpointer, read_tree, stored_names
 from baichuan_omni_jax.config import OmniConfig, to_hf
 from baichuan_omni_jax.config.vocoder import VocoderConfig
 from baichuan_omni_jax.errors import ConfigError
@@ -25,7 +36,6 @@ BRANCHES_FILE, CONFIG, VOCODER_CONFIG, PROCESSOR = "branches.json", "config.json
 SOURCE = "source.json"
 RANDOM = "random"  # in place of a folder: the branch starts from random weights
 KEPT = "audio_tokenizer"  # of a workdir: the checkpoint of what made the run's code frames
-_OPT_STATE = "opt_state/"
 _ORBAX_MARK = "_CHECKPOINT_METADATA"  # what Orbax writes first into every folder that it is to fill
 
 
@@ -65,7 +75,7 @@ def save_branches(
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ConfigError(f"{path} already exists and is not empty; nothing was written")
     checkpointer = make_checkpointer(_can_rename_beside(path))
-    trees = {branch_folder(name): to_stored(module) for name, module in branches.items()}
+    trees = {branch_folder(name): stored_names(module) for name, module in branches.items()}
     texts = checkpoint_texts(branches, config, tokenizer_json, trained or {}) | dict(texts or {})
     try:
         checkpointer.save(path, args=FolderSave(trees, texts), force=True)
@@ -90,21 +100,42 @@ def load_branches(spec: str, abstract: Mapping[str, Any], *, allow_missing: bool
         ConfigError: names branch and folder: a branch is nowhere, a file is damaged, a tensor is missing, superfluous
             or of another shape.
     """
-    # Each folder is found and verified once, however many branches it gives.
-    sources = parse_spec(spec, tuple(abstract))
-    folders = {given: find_checkpoint(given) for given in dict.fromkeys(sources.values()) if given != RANDOM}
-    loaded = {}
-    for name, module in abstract.items():
-        given = sources.get(name, "")
-        if given == RANDOM:
-            continue
-        folder = folders.get(given)
-        home = None if folder is None else branch_home(folder, name)
-        if home is not None:
-            loaded[name] = read_tree(home / branch_folder(name), module, f"branch {name}")
-        elif not allow_missing:
-            raise ConfigError(_missing(name, folder, spec))
-    return loaded
+    sources, loaded = parse_spec(spec, tuple(abstract)), {}
+    # Each folder is found once, however many branches it gives.
+    for given in dict.fromkeys(sources.get(name, "") for name in abstract):
+        wanted = {name: module for name, module in abstract.items() if sources.get(name, "") == given}
+        if given and given != RANDOM:
+            loaded |= _read_branches(given, wanted, allow_missing)
+        elif not given and not allow_missing:
+            raise ConfigError(f"checkpoint {spec!r} names no branch {next(iter(wanted))}")
+    return {name: loaded[name] for name in abstract if name in loaded}
+
+
+def _read_branches(given: str, wanted: Mapping[str, Any], allow_missing: bool) -> dict[str, Any]:
+    """Reads branches of one checkpoint, or of the newest step of a workdir that is whole on all hosts."""
+
+    def read(folder: epath.Path) -> dict[str, Any]:
+        homes = {name: branch_home(folder, name) for name in wanted}
+        lacking = [name for name, home in homes.items() if home is None]
+        if lacking and not allow_missing:
+            raise ConfigError(f"checkpoint {folder} has no branch {lacking[0]}; it has {_listed(folder)}")
+        return {
+            name: read_tree(home / branch_folder(name), wanted[name], f"branch {name}")
+            for name, home in homes.items()
+            if home is not None
+        }
+
+    path = parse_path(given)
+    if (path / BRANCHES_FILE).exists() or not (path / "checkpoints").is_dir():
+        # One host looks at the files, and each finds what is wrong with the chunks that it reads: all leave together.
+        branches, bad = read_alike(lambda: read(find_checkpoint(path)))
+        if branches is None or bad:
+            raise ConfigError(bad)
+        return branches
+    found, bad = read_newest(path, committed_steps(path), lambda step: read(step_folder(path, step)), (OPT_STATE,))
+    if found is None:
+        raise ConfigError(_unusable(path, bad))
+    return found[1]
 
 
 def parse_spec(spec: str, branches: Sequence[str]) -> dict[str, str]:
@@ -131,29 +162,31 @@ def parse_spec(spec: str, branches: Sequence[str]) -> dict[str, str]:
 
 
 def find_checkpoint(path: epath.PathLike) -> epath.Path:
-    """Finds the checkpoint meant by `path`: itself, or the newest good step of a workdir. Verifies its parameters.
+    """Finds the checkpoint meant by `path`: itself, or the newest step of a workdir whose files seem whole.
 
-    Raises ConfigError when there is none or a file is damaged; a workdir's damaged steps are passed over, with a
-    warning.
+    What arrays hold is checked when they are read (`read_tree`). Raises ConfigError when there is none or a file is
+    damaged; a workdir's damaged steps are passed over, with a warning.
     """
     path = parse_path(path)
-    # A checkpoint: converted ones of old versions have no checksums. The optimizer's state is not what is read.
     if (path / BRANCHES_FILE).exists():
         if not is_finished(path):
             raise ConfigError(f"checkpoint {path} was never finished: it has no {CHECKSUMS}")
-        bad = verify_checksums(path, skip=(_OPT_STATE,)) if (path / CHECKSUMS).exists() else None
-        if bad:
-            raise ConfigError(f"checkpoint {path} is damaged: {bad} is missing or changed")
+        # Converted ones of old versions have no checksums; others' take a reading of every file, by one host.
+        looks = jax.process_index() == 0 and (path / CHECKSUMS).exists()
+        if bad := check_files(path, skip=(OPT_STATE,)) if looks else None:
+            raise DamagedError(f"checkpoint {path} is damaged: {bad} is missing or changed")
         return path
     if not (path / "checkpoints").is_dir():
         raise ConfigError(f"{path} is neither a checkpoint ({BRANCHES_FILE}) nor a workdir (checkpoints/)")
     # A workdir: its newest step whose files are whole.
-    step, bad = newest_good(path, committed_steps(path), skip=(_OPT_STATE,))
+    step, bad = newest_good(path, committed_steps(path), skip=(OPT_STATE,))
     if step is None:
-        raise ConfigError(
-            f"workdir {path} has no usable checkpoint" + (f": {bad} is missing or changed" if bad else "")
-        )
+        raise ConfigError(_unusable(path, bad))
     return step_folder(path, step)
+
+
+def _unusable(workdir: epath.Path, bad: str) -> str:
+    return f"workdir {workdir} has no usable checkpoint" + (f": {bad}" if bad else "")
 
 
 def is_finished(folder: epath.Path) -> bool:
@@ -162,6 +195,22 @@ def is_finished(folder: epath.Path) -> bool:
     One that appeared by a rename always was; where folders are not renamed, the checksums come last.
     """
     return (folder / CHECKSUMS).exists() or not (folder / _ORBAX_MARK).exists()
+
+
+def remove_leftovers(workdir: epath.Path) -> bool:
+    """Removes what was left half-written of a workdir's steps and of the tokenizer to keep.
+
+    Returns whether there was any.
+    """
+    found = remove_unfinished_steps(workdir)
+    kept = workdir / KEPT
+    unfinished = [kept] if kept.exists() and not is_finished(kept) else []
+    # A bucket has no temporary names.
+    if not is_url(workdir):
+        unfinished += workdir.glob(f"{KEPT}{TEMPORARY}*")
+    for path in unfinished:
+        remove_unfinished(path)
+    return found or bool(unfinished)
 
 
 def _can_rename_beside(path: epath.Path) -> bool:
@@ -230,13 +279,10 @@ def _tokenizer_text(tokenizer_json: str) -> str:
         raise ConfigError(f"tokenizer {tokenizer_json} cannot be read: {error}") from error
 
 
-def _missing(name: str, folder: epath.Path | None, spec: str) -> str:
-    if folder is None:
-        return f"checkpoint {spec!r} names no branch {name}"
-    there = (
-        ", ".join(sorted(path.name for path in (folder / "params").iterdir())) if (folder / "params").exists() else ""
-    )
-    return f"checkpoint {folder} has no branch {name}; it has {there or 'none'}"
+def _listed(folder: epath.Path) -> str:
+    """Lists the branches of a checkpoint for a message."""
+    params = folder / "params"
+    return (", ".join(sorted(path.name for path in params.iterdir())) if params.exists() else "") or "none"
 
 
 def abstract_branches(

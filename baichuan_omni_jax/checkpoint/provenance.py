@@ -34,35 +34,43 @@ from baichuan_omni_jax.errors import ConfigError, RunStoppedError
 from baichuan_omni_jax.storage import parse_path, write_json
 
 RUN_CONFIG, PARENT, _ORIGIN = "run_config.json", "parent.json", "origin.json"
-# A run may be made longer, saved at other steps, and moved to other machines; the rest decides what it computes.
+# A run may be made longer, saved at other steps, and moved to other machines, with as many rows a step as these bear;
+# the rest decides what it computes.
 MAY_DIFFER = (
-    *("train.steps", "checkpoint.*", "eval.*", "machine", "mesh.*"),
-    *("data.workers", "data.root", "data.trusted_roots*", "data.patience", "data.cache*"),
+    *("train.steps", "train.accumulate", "checkpoint.*", "eval.*", "machine", "mesh.*"),
+    *("data.rows", "data.workers", "data.root", "data.trusted_roots*", "data.patience", "data.cache*"),
 )
 _ABSENT = "absent"
 TOKENIZER_BRANCH = "audio_encoder"
 _CODED = "audio_head"  # the branch whose tables and heads belong to the codes
 
 
-def check_run_config(workdir: epath.Path, run: RunConfig) -> None:
-    """Raises ConfigError, naming the first key that differs, when `workdir` holds another run. A new one passes."""
+def check_run_config(workdir: epath.Path, run: RunConfig) -> dict[str, list[Any]]:
+    """Raises ConfigError, naming the first key that differs, when `workdir` holds another run. A new one passes.
+
+    Returns the keys that differ and may, with both values.
+    """
     path = workdir / RUN_CONFIG
     if not path.exists():
-        return
+        return {}
     try:
         # Through RunConfig, so that a field added since has its default.
         stored = flatten(to_dict(from_dict(RunConfig, json.loads(path.read_text()))))
     except ValueError as error:
         raise ConfigError(f"{path} is not a run config: {error}") from error
-    given = flatten(to_dict(run))
+    given, changed = flatten(to_dict(run)), {}
     # Keys of both sides: a longer mixture or one more group has keys that the other lacks.
     for key in [*given, *(key for key in stored if key not in given)]:
         old, new = stored.get(key, _ABSENT), given.get(key, _ABSENT)
-        if old != new and not any(fnmatch(key, pattern) for pattern in MAY_DIFFER):
+        if old == new:
+            continue
+        if not any(fnmatch(key, pattern) for pattern in MAY_DIFFER):
             raise ConfigError(
                 f"workdir {workdir} belongs to another run: {key} is {old!r} there and {new!r} here "
                 f"(only {', '.join(MAY_DIFFER)} may differ)"
             )
+        changed[key] = [old, new]
+    return changed
 
 
 def store_run_config(workdir: epath.Path, run: RunConfig) -> None:

@@ -1,23 +1,24 @@
-"""The steps of a workdir: which are there, and which of them are whole, by the checksums of their files.
+"""The steps of a workdir: which are there, which of them seem whole, and how all hosts read the same one."""
 
-Orbax alone does not notice a flipped bit. `checksums.json` has the crc32c of every file of a checkpoint; a step without
-it does not count.
-"""
-
-import json
 import logging
-from collections.abc import Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Sequence
+from typing import TypeVar
 
-import google_crc32c
 import jax
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from baichuan_omni_jax.storage import is_url, remove, with_retries
+from baichuan_omni_jax.checkpoint.arrays import DamagedError
+from baichuan_omni_jax.checkpoint.checksums import CHECKSUMS, check_files
+from baichuan_omni_jax.storage import remove
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+# Orbax's name for a folder that is not committed is the final name and this, where commits are renames.
+TEMPORARY = ".orbax-checkpoint-tmp"
+_MESSAGE_BYTES = 2048  # of what a host tells the others of an error
 
 
 def steps_folder(workdir: epath.Path) -> epath.Path:
@@ -76,12 +77,12 @@ def remove_unfinished(path: epath.Path) -> None:
 
 
 def newest_good(workdir: epath.Path, steps: Sequence[int], skip: Sequence[str] = ()) -> tuple[int | None, str]:
-    """Finds the last of ascending `steps` whose files are as they were written.
+    """Finds the last of ascending `steps` whose files pass `check_files`.
 
-    Every host must call it: the first reads, the others learn what it found. Each damaged step is named in a warning.
+    Every host must call it: the first looks, the others learn what it found. Each damaged step is named in a warning.
 
     Returns:
-        The step, None where none is whole, and the first bad file met on the way, "" where no step was damaged.
+        The step, None where none is whole, and of the first damaged one met on the way what is wrong with it, or "".
     """
     step, bad = _newest_good_here(workdir, steps, skip) if jax.process_index() == 0 else (None, "")
     # All hosts must restore the same step, also where one of them reads another state of the file system.
@@ -95,81 +96,75 @@ def _newest_good_here(workdir: epath.Path, steps: Sequence[int], skip: Sequence[
     first_bad = ""
     # Newest first: the first good one is the answer.
     for step in reversed(steps):
-        bad = verify_checksums(step_folder(workdir, step), skip)
-        if bad is None:
+        file = check_files(step_folder(workdir, step), skip)
+        if file is None:
             return step, first_bad
-        path = step_folder(workdir, step) / bad
-        first_bad = first_bad or str(path)
-        log.warning("checkpoint of step %d is damaged and passed over: %s is missing or changed", step, path)
+        bad = f"{step_folder(workdir, step) / file} is missing or changed"
+        first_bad = first_bad or bad
+        warn_of_damage(step, bad)
     return None, first_bad
 
 
-CHECKSUMS = "checksums.json"
-# Orbax's name for a folder that is not committed is the final name and this, where commits are renames.
-TEMPORARY = ".orbax-checkpoint-tmp"
-# Orbax writes these two after the checksums, for its own book-keeping. Nothing here reads them.
-_UNCHECKED = frozenset({CHECKSUMS, "commit_success.txt", "_CHECKPOINT_METADATA"})
-_BLOCK = 4 << 20
-_THREADS = 8
+def read_newest(
+    workdir: epath.Path, steps: Sequence[int], read: Callable[[int], T], skip: Sequence[str] = ()
+) -> tuple[tuple[int, T] | None, str]:
+    """Reads the last of ascending `steps` that is whole on all hosts. Every host must call it.
 
+    Args:
+        workdir: whose steps.
+        steps: those that may be read.
+        read: reads what this host needs of a step; raises DamagedError.
+        skip: as in `check_files`.
 
-def write_checksums(folder: epath.PathLike) -> None:
-    """Writes `checksums.json` (relative path -> crc32c as 8 hex digits) over all files of `folder`."""
-    folder = epath.Path(folder)
-    names = [name for name in sorted(_files(folder)) if name not in _UNCHECKED]
-    sums = dict(zip(names, _crc32c_all(folder, names), strict=True))
-    with_retries(lambda: (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1)), f"writing {folder / CHECKSUMS}")
+    Returns:
+        The step and what was read of it, None where none is whole; and of the first damaged one what is wrong, or "".
 
-
-def verify_checksums(folder: epath.PathLike, skip: Sequence[str] = ()) -> str | None:
-    """Returns the first file of `folder` that is missing or changed since `write_checksums`, or None when all are well.
-
-    Names starting with one of `skip` (`opt_state/`) are not read. The name is relative to `folder`. Raises OSError
-    where a bucket cannot be reached.
+    Raises:
+        OSError: on every host, where storage refused one of them.
     """
-    folder = epath.Path(folder)
+    first_bad, left = "", list(steps)
+    while left:
+        step, bad = newest_good(workdir, left, skip)
+        first_bad = first_bad or bad
+        if step is None:
+            break
+        # The chunks' own checksums are looked at by whoever reads them: what one host finds must turn all away.
+        result, bad = read_alike(lambda step=step: read(step))
+        if not bad:
+            return (step, result), first_bad  # type: ignore[return-value]  nothing was raised
+        warn_of_damage(step, bad)
+        first_bad, left = first_bad or bad, [known for known in left if known < step]
+    return None, first_bad
+
+
+def read_alike(read: Callable[[], T]) -> tuple[T | None, str]:
+    """Returns `read()`, or what any host found damaged, on every host. Raises OSError on all where one has to."""
+    result, damage, refusal = None, "", ""
     try:
-        sums = json.loads(with_retries((folder / CHECKSUMS).read_text, f"reading {folder / CHECKSUMS}"))
-        names = [name for name in sums if not name.startswith(tuple(skip))]
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        if is_url(folder) and isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
-            raise
-        return CHECKSUMS
-    # Missing files are "unreadable", which is nobody's checksum.
-    found = _crc32c_all(folder, names)
-    return next((name for name, crc in zip(names, found, strict=True) if crc != sums[name]), None)
-
-
-def _files(folder: epath.Path, prefix: str = "") -> list[str]:
-    # `rglob` of epath refuses to recurse.
-    names = []
-    for path in folder.iterdir():
-        names += _files(path, f"{prefix}{path.name}/") if path.is_dir() else [prefix + path.name]
-    return names
-
-
-def _crc32c_all(folder: epath.Path, names: Sequence[str]) -> list[str]:
-    # The checksum is computed outside Python's global lock, so threads read several files at once.
-    with ThreadPoolExecutor(_THREADS) as pool:
-        return list(pool.map(lambda name: _crc32c(folder / name), names))
-
-
-def _crc32c(path: epath.Path) -> str:
-    """Computes the crc32c of a file, or returns "unreadable".
-
-    Raises OSError for an object that is there and cannot be read: a bucket that is down says nothing of its contents.
-    """
-
-    def read() -> str:
-        checksum = google_crc32c.Checksum()
-        with path.open("rb") as file:
-            while block := file.read(_BLOCK):
-                checksum.update(block)
-        return checksum.hexdigest().decode()
-
-    try:
-        return with_retries(read, f"reading {path}")
+        result = read()
+    except DamagedError as error:
+        damage = str(error)
     except OSError as error:
-        if is_url(path) and not isinstance(error, FileNotFoundError):
+        if jax.process_count() == 1:
             raise
-        return "unreadable"
+        refusal = f"{type(error).__name__}: {error}"
+    if jax.process_count() > 1:
+        told = [_first_message(text) for text in (refusal, damage)]
+        refusal, damage = told
+    if refusal:
+        raise OSError(refusal)
+    return result, damage
+
+
+def _first_message(text: str) -> str:
+    """Returns the message of the first host that has one; "" where none has. Every host must call it."""
+    data = np.zeros(_MESSAGE_BYTES, np.uint8)
+    encoded = text.encode()[:_MESSAGE_BYTES]
+    data[: len(encoded)] = np.frombuffer(encoded, np.uint8)
+    gathered = multihost_utils.process_allgather(data).reshape(-1, _MESSAGE_BYTES)
+    return next((bytes(row).rstrip(b"\0").decode(errors="replace") for row in gathered if row[0]), "")
+
+
+def warn_of_damage(step: int, what: str) -> None:
+    """Says that a step is passed over; `what` is wrong with it."""
+    log.warning("checkpoint of step %d is damaged and passed over: %s", step, what)

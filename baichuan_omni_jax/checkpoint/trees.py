@@ -1,15 +1,18 @@
-"""Trees of arrays as files, written by Orbax as a whole or not at all, and read back.
+"""Trees of arrays as files, written as a whole or not at all, and read back.
 
 Any pytree is stored as nested dicts keyed by the parts of each leaf's dotted name, so no file depends on a Python
 class: a module, an optimizer state of named tuples and a checkpoint that was written tensor by tensor look alike, and
 the tree that is read into gives the classes back.
 
-Orbax calls `async_save` (arrays are copied off the devices before it returns), writes in a background thread, calls
-`finalize` on the first host when every host has written, and then renames the temporary folder to its final name.
-Text files and checksums are written in `finalize`: the rename commits them together with the arrays. In a bucket, and
-on a file system that renames no folders, the checksums commit: they are the last file, and without them nothing counts.
+Orbax sees to it that there is a whole folder or none: it calls `async_save` (arrays are copied off the devices before
+it returns; each host then writes its own in a background thread), calls `finalize` on the first host when every host
+has written, and then renames the temporary folder to its final name. Text files and checksums are written in
+`finalize`: the rename commits them together with the arrays. In a bucket, and on a file system that renames no folders,
+the checksums commit: they are the last file, and without them nothing counts.
 """
 
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +24,18 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 
-from baichuan_omni_jax.checkpoint.steps import write_checksums
+from baichuan_omni_jax.checkpoint.arrays import (
+    METADATA,
+    HostPart,
+    copy_parts,
+    host_folder,
+    merge_hosts,
+    metadata_text,
+    open_arrays,
+    read_arrays,
+    write_parts,
+)
+from baichuan_omni_jax.checkpoint.checksums import write_checksums
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.nn.param import dotted
 from baichuan_omni_jax.sharding import ShardingRules, parameter_sharding
@@ -77,65 +91,36 @@ def fill(tree: Tree, values: dict[str, Any]) -> Tree:
     return jax.tree_util.tree_map_with_path(put, tree, is_leaf=_is_variable)
 
 
-def nest(named: dict[str, Any]) -> dict[str, Any]:
-    """Nests `{"a.b": x, "a.c": y}` to `{"a": {"b": x, "c": y}}`."""
-    nested: dict[str, Any] = {}
-    for name, value in named.items():
-        *parents, last = name.split(".")
-        level = nested
-        for parent in parents:
-            level = level.setdefault(parent, {})
-        level[last] = value
-    return nested
-
-
-def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Undoes `nest`."""
-    flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return flat
-
-
-def to_stored(tree: Tree) -> dict[str, Any]:
-    """Returns what Orbax is given to write: nested dicts of arrays. Arrays of the host are copied, they may change."""
+def stored_names(tree: Tree) -> dict[str, Any]:
+    """Returns what of a pytree is written, by dotted name. Arrays of the host are copied, as they may change."""
     named = leaves_by_name(tree)
-    return nest({name: leaf if isinstance(leaf, jax.Array) else np.array(leaf) for name, leaf in named.items()})
+    return {name: leaf if isinstance(leaf, jax.Array) else np.array(leaf) for name, leaf in named.items()}
 
 
 def read_tree(folder: epath.PathLike, abstract: Tree, what: str) -> Tree:
-    """Reads an Orbax checkpoint into the structure, dtypes and shardings of `abstract`.
+    """Reads a tree of arrays into the structure, dtypes and shardings of `abstract`. Each host reads its own parts.
 
-    `abstract` has `jax.ShapeDtypeStruct` (or array) leaves; without a sharding a leaf goes to the default device.
-    `what` names the tree in errors: "branch llm". Raises ConfigError when a tensor is missing, superfluous or of
-    another shape, or when there is nothing to read.
+    Args:
+        folder: the tree's folder, as written here, by an older version or by Orbax.
+        abstract: leaves are `jax.ShapeDtypeStruct` or arrays; without a sharding one goes to the default device.
+        what: what the tree is called in errors: "branch llm".
+
+    Returns:
+        The tree.
+
+    Raises:
+        ConfigError: a tensor is missing, superfluous or of another shape, or there is nothing to read.
+        DamagedError: bytes are missing or changed; names tensor and file.
+        OSError: storage refuses to be read.
     """
     folder, wanted = epath.Path(folder), leaves_by_name(abstract)
     if not wanted:
         return abstract
-    reader = ocp.PyTreeCheckpointHandler()
+    what = f"{what} of {folder}"
     # Names and shapes first, so that an error names the tensor and both shapes.
-    _check_shapes(_stored_shapes(reader, folder, what), wanted, f"{what} of {folder}")
-    # Each array is read straight into its dtype and sharding: no host holds more than its own parts.
-    arguments = nest({name: _restore_args(leaf) for name, leaf in wanted.items()})
-    try:
-        found = flatten(reader.restore(folder, args=ocp.args.PyTreeRestore(restore_args=arguments)))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{what} of {folder} cannot be read: {_first_line(error)}") from error
-    placed = {name: value if isinstance(value, jax.Array) else jnp.asarray(value) for name, value in found.items()}
-    return fill(abstract, placed)
-
-
-def _stored_shapes(reader: ocp.PyTreeCheckpointHandler, folder: epath.Path, what: str) -> dict[str, tuple[int, ...]]:
-    try:
-        metadata = reader.metadata(folder)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{what} of {folder} cannot be read: {_first_line(error)}") from error
-    return {name: tuple(leaf.shape) for name, leaf in flatten(metadata.tree).items()}
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
+    stores = open_arrays(folder, what)
+    _check_shapes({name: tuple(store.shape) for name, store in stores.items()}, wanted, what)
+    return fill(abstract, read_arrays(folder, wanted, stores, what))
 
 
 def _check_shapes(stored: dict[str, tuple[int, ...]], wanted: dict[str, Any], what: str) -> None:
@@ -149,39 +134,22 @@ def _check_shapes(stored: dict[str, tuple[int, ...]], wanted: dict[str, Any], wh
             raise ConfigError(f"{what} holds tensor {name} of shape {stored[name]}, which the model does not have")
 
 
-def _restore_args(leaf: Any) -> ocp.RestoreArgs:
-    sharding = getattr(leaf, "sharding", None)
-    if sharding is None:
-        return ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)
-    return ocp.ArrayRestoreArgs(
-        restore_type=jax.Array, dtype=leaf.dtype, sharding=sharding, global_shape=tuple(leaf.shape)
-    )
-
-
 def _is_variable(leaf: Any) -> bool:
     return isinstance(leaf, nnx.Variable)
-
-
-# A chunk is what is read at once: small enough that a large stacked tensor is never whole in one host's memory.
-_CHUNK_BYTES = 64 << 20
 
 
 class FolderHandler(ocp.AsyncCheckpointHandler):
     """Writes a `FolderSave`. One save at a time, which `ocp.AsyncCheckpointer` sees to."""
 
     def __init__(self) -> None:
-        # Trained weights hardly compress, and trying costs most of the time of a save.
-        self._arrays = ocp.PyTreeCheckpointHandler(use_compression=False)
+        self._writer = ThreadPoolExecutor(1, "checkpoint-arrays")
         self._pending: FolderSave | None = None
 
     async def async_save(self, directory: epath.Path, args: "FolderSave") -> list[Any]:
-        self._pending, futures = args, []
-        for name, tree in args.trees.items():
-            folder = directory / name
-            folder.mkdir(parents=True, exist_ok=True)
-            save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tree)
-            futures += await self._arrays.async_save(folder, args=ocp.args.PyTreeSave(tree, save_args)) or []
-        return futures
+        # Copied before this returns: from then on the buffers belong to the next step.
+        parts = {name: copy_parts(named) for name, named in args.trees.items()}
+        self._pending = args
+        return [self._writer.submit(_write_trees, directory, parts)]
 
     def save(self, directory: epath.Path, args: "FolderSave") -> None:
         raise NotImplementedError("FolderHandler is for ocp.AsyncCheckpointer")
@@ -191,25 +159,33 @@ class FolderHandler(ocp.AsyncCheckpointHandler):
 
     def finalize(self, directory: epath.Path) -> None:
         assert self._pending is not None
-        for name in self._pending.trees:
-            self._arrays.finalize(directory / name)
-        for name, text in self._pending.texts.items():
+        texts = dict(self._pending.texts)
+        for name, named in self._pending.trees.items():
+            merge_hosts(directory / name)
+            texts[f"{name}/{METADATA}"] = metadata_text(named)
+        contents = {name: text.encode() for name, text in texts.items()}
+        for name, data in contents.items():
             target = directory / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            with_retries(lambda target=target, text=text: target.write_text(text), f"writing {target}")
-        write_checksums(directory)
+            with_retries(lambda target=target, data=data: target.write_bytes(data), f"writing {target}")
+        write_checksums(directory, contents)
         self._pending = None
 
     def close(self) -> None:
-        self._arrays.close()
+        self._writer.shutdown()
+
+
+def _write_trees(directory: epath.Path, trees: Mapping[str, Mapping[str, HostPart]]) -> None:
+    for name, parts in trees.items():
+        write_parts(host_folder(directory / name, jax.process_index()), parts)
 
 
 @ocp.args.register_with_handler(FolderHandler, for_save=True)
 @dataclass
 class FolderSave(ocp.args.CheckpointArgs):
-    """`trees`: folder name -> nested dict of arrays, at least one each; `texts`: file name -> contents."""
+    """`trees`: folder name -> arrays by dotted name, at least one each; `texts`: file name -> contents."""
 
-    trees: dict[str, Any]
+    trees: dict[str, dict[str, Any]]
     texts: dict[str, str]
 
 

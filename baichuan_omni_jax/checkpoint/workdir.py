@@ -6,44 +6,36 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from baichuan_omni_jax.checkpoint.branches import KEPT, branch_folder, checkpoint_texts, is_finished
+from baichuan_omni_jax.checkpoint.branches import KEPT, branch_folder, checkpoint_texts, remove_leftovers
+from baichuan_omni_jax.checkpoint.local import LocalSteps
+from baichuan_omni_jax.checkpoint.place import lock_workdir, probe_commit
 from baichuan_omni_jax.checkpoint.provenance import PARENT, RUN_CONFIG, check_run_config, store_run_config
+from baichuan_omni_jax.checkpoint.starts import STARTS, note_start, run_identity
 from baichuan_omni_jax.checkpoint.steps import (
-    CHECKSUMS,
-    TEMPORARY,
     committed_steps,
-    newest_good,
+    read_newest,
     remove_old_steps,
-    remove_unfinished,
-    remove_unfinished_steps,
     step_folder,
     steps_folder,
 )
-from baichuan_omni_jax.checkpoint.trees import FolderSave, leaves_by_name, make_checkpointer, read_tree, to_stored
+from baichuan_omni_jax.checkpoint.trees import FolderSave, leaves_by_name, make_checkpointer, read_tree, stored_names
 from baichuan_omni_jax.config import OmniConfig, RunConfig
 from baichuan_omni_jax.errors import ConfigError, RunStoppedError
 from baichuan_omni_jax.storage import (
     FileLock,
-    check_writable,
     is_url,
     parse_path,
     remove,
-    renames_folders,
-    scratch_folder,
-    take_lock,
 )
 
 log = logging.getLogger(__name__)
 
-# Locked by the run that works in the folder; the file itself stays.
-LOCK = ".lock"
 # Saves in a row that may fail before the run ends, and seconds before the second one: then twice as long each time.
 TRIES, PAUSE = 4, 2.0
 # Attempts to remove the remains of a failed save until none is left, and seconds between.
@@ -63,10 +55,11 @@ class Workdir:
     """Saves and restores the steps of one run under `path`. Every process of the run makes one and calls it alike.
 
     `path` may be a URL (`storage.parse_path`). `keep` (>= 1) newest steps stay. A background save that fails is logged
-    at once; see `save_failed` and `wait`. Raises ConfigError when `path` cannot be a folder, or be written.
+    at once; see `save_failed` and `wait`. `local` is the folder for steps on each host's own disk (`LocalSteps`); None:
+    there are none. Raises ConfigError when a folder cannot be made, or be written.
     """
 
-    def __init__(self, path: epath.PathLike, keep: int) -> None:
+    def __init__(self, path: epath.PathLike, keep: int, *, local: str | None = None) -> None:
         if keep < 1:
             raise ConfigError(f"checkpoint.keep must be at least 1, not {keep}")
         self.path = parse_path(path)
@@ -77,46 +70,27 @@ class Workdir:
         # Saves that failed since the last good one, and when (monotonic clock).
         self._failures, self._failed_at = 0, 0.0
         self._lock: FileLock | None = None
+        self._times: dict[str, float] = {}  # of the newest save that has ended
+        self._newest: int | None = None  # the newest step there, as far as this host knows
+        self._identity = ""
+        self.changes = ""  # what is not as it was at the start before, in words
         self._new: list[str] = []  # what says whose workdir this is and was not there before
         try:
             steps_folder(self.path).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"workdir {self.path} cannot be made: {error}") from error
-        self.renames = self._probe()
+        self.renames = probe_commit(self.path)
+        self._local = None if local is None else LocalSteps(self.path, local)
         self._checkpointer = make_checkpointer(self.renames)
-
-    def _probe(self) -> bool:
-        """Finds out, by trying, how steps are committed here: whether by a rename. Raises ConfigError."""
-        if is_url(self.path):
-            check_writable(self.path, "workdir")
-            return False
-        try:
-            renames = renames_folders(steps_folder(self.path))
-        except OSError as error:
-            raise ConfigError(f"workdir {self.path} cannot be written: {error.strerror or error}") from error
-        if not renames and jax.process_index() == 0:
-            log.warning(
-                "%s: folders cannot be renamed there; a checkpoint counts once its %s is written", self.path, CHECKSUMS
-            )
-        return renames
 
     def hold(self) -> None:
         """Keeps other runs out of the workdir until `close`, or until this process is gone, killed or not.
 
         Process 0 locks for all processes of the run; the others learn of it by `hosts.on_all_hosts`. Calls may repeat.
-
         Raises ConfigError, naming its process and host, while another run works there.
         """
-        if jax.process_index() or self._lock is not None:
-            return
-        refusal = f"workdir {self.path} is in use by another run; nothing was changed"
-        if not is_url(self.path):
-            self._lock = take_lock(Path(self.path) / LOCK, refusal)
-            return
-        # A bucket has no locks that go with a process (docs/decisions/0108). This one is of the machine alone.
-        scratch = scratch_folder(self.path, "run")
-        self._lock = take_lock(scratch.with_name(f"{scratch.name}{LOCK}"), refusal)
-        log.warning("%s is in a bucket, which has no locks: see to it that no other machine trains there", self.path)
+        if jax.process_index() == 0 and self._lock is None:
+            self._lock = lock_workdir(self.path)
 
     def write_run_config(self, run: RunConfig) -> None:
         """Takes the workdir for `run`: call it before anything else, once, at the start.
@@ -124,14 +98,16 @@ class Workdir:
         A new workdir gets `run_config.json`; an old one must hold the same run, but for the keys of `MAY_DIFFER`.
         Then what a killed run left half-written is removed. Raises ConfigError naming the first other key.
         """
-        check_run_config(self.path, run)
-        self._new = [name for name in (RUN_CONFIG, PARENT, KEPT) if not (self.path / name).exists()]
+        changed = check_run_config(self.path, run)
+        self._new = [name for name in (RUN_CONFIG, STARTS, PARENT, KEPT) if not (self.path / name).exists()]
         # Every host has read the old one before the first host writes the new one.
         ocp.multihost.sync_global_processes("workdir_checked")
         if jax.process_index() == 0:
+            self.changes = note_start(self.path, self.latest_step() or 0, changed)
             store_run_config(self.path, run)
-            self._remove_leftovers()
+            remove_leftovers(self.path)
         ocp.multihost.sync_global_processes("workdir_taken")
+        self._identity = run_identity(self.path) if self._local is not None else ""
 
     def give_up(self) -> None:
         """Undoes `write_run_config` of a new workdir that holds no step: a corrected run may have it.
@@ -185,6 +161,7 @@ class Workdir:
         Raises:
             RunStoppedError: this save could not begin, or those before failed too often in a row.
         """
+        began = time.monotonic()
         self._join()
         if self._error is not None and not self.may_retry():
             self.wait()
@@ -196,9 +173,7 @@ class Workdir:
         texts = checkpoint_texts(branches, config, tokenizer_json, trained)
         texts["data.json"] = json.dumps(data_state, ensure_ascii=False)
         # Small files as text, arrays as trees: both are committed together.
-        trees = {branch_folder(name): to_stored(module) for name, module in branches.items()}
-        if leaves_by_name(opt_state):
-            trees["opt_state"] = to_stored(opt_state)
+        trees = _trees(branches, opt_state)
         # A folder of that name can only be damaged or incomplete here, so it may go.
         try:
             self._checkpointer.save(step_folder(self.path, step), args=FolderSave(trees, texts), force=True)
@@ -208,8 +183,27 @@ class Workdir:
                 return
             self.wait()
         # From here on the arrays are copies: the next step may run while they are written.
-        self._saving = threading.Thread(target=self._finish, args=(step,), name="checkpoint")
+        times = {
+            "checkpoint_blocked_s": time.monotonic() - began,
+            "checkpoint_bytes": float(sum(leaf.nbytes for named in trees.values() for leaf in named.values())),
+        }
+        self._saving = threading.Thread(target=self._finish, args=(step, began, times), name="checkpoint")
         self._saving.start()
+
+    def save_local(self, step: int, branches: Mapping[str, Any], opt_state: Any, data_state: Mapping[str, Any]) -> None:
+        """Keeps a step on the hosts' own disks, as `save` otherwise; only once the workdir has one that it comes after.
+
+        Every host must call it. Nothing is raised: a step that cannot be kept there is warned of.
+        """
+        if self._local is None or self._newest is None or not self._identity:
+            return
+        owner = {"run": self._identity, "base": self._newest}
+        self._local.save(step, _trees(branches, opt_state), data_state, owner)
+
+    def take_times(self) -> dict[str, float]:
+        """Returns, once, how the newest save went that has ended: numbers for the metrics. {} where none has."""
+        times, self._times = self._times, {}
+        return times
 
     def wait(self) -> None:
         """Returns when no save is under way. Raises RunStoppedError when the last one failed."""
@@ -243,6 +237,8 @@ class Workdir:
         try:
             self.wait()
         finally:
+            if self._local is not None:
+                self._local.wait()
             self._checkpointer.close()
             if self._lock is not None:
                 self._lock.release()
@@ -265,21 +261,30 @@ class Workdir:
         """
         self.wait()
         there = self.steps()
+        self._newest = max(there, default=None)
+        if step is None and self._newest is not None and self._local is not None:
+            is_own = lambda owner: owner["run"] == self._identity != "" and owner["base"] in there  # noqa: E731
+            read = lambda *known: self._read_step(*known, branches, opt_state)  # noqa: E731
+            if (local := self._local.read_newest(self._newest, is_own, read)) is not None:
+                return local[1]
         candidates = there if step is None else [known for known in there if known == step]
-        found, bad = newest_good(self.path, candidates)
+        found, bad = read_newest(self.path, candidates, lambda known: self._read_saved(known, branches, opt_state))
         if found is None:
             named = "no usable checkpoint" if step is None else f"no usable checkpoint of step {step}"
-            why = f": {bad} is missing or changed" if bad else ""
-            raise ConfigError(f"{steps_folder(self.path)} holds {named}{why}")
+            raise ConfigError(f"{steps_folder(self.path)} holds {named}" + (f": {bad}" if bad else ""))
         # Damaged steps are not removed until a good one is saved, but no longer count.
-        self._damaged.update(known for known in candidates if known > found)
-        folder = step_folder(self.path, found)
-        return Restored(
-            {name: self._read(folder, branch_folder(name), m, f"branch {name}") for name, m in branches.items()},
-            self._read(folder, "opt_state", opt_state, "the optimizer state"),
-            json.loads((folder / "data.json").read_text()),
-            found,
-        )
+        self._damaged.update(known for known in candidates if known > found[0])
+        return found[1]
+
+    def _read_saved(self, step: int, branches: Mapping[str, Any], opt_state: Any) -> Restored:
+        folder = step_folder(self.path, step)
+        return self._read_step(folder, step, json.loads((folder / "data.json").read_text()), branches, opt_state)
+
+    def _read_step(
+        self, folder: epath.Path, step: int, data_state: dict[str, Any], branches: Mapping[str, Any], opt_state: Any
+    ) -> Restored:
+        modules = {name: self._read(folder, branch_folder(name), m, f"branch {name}") for name, m in branches.items()}
+        return Restored(modules, self._read(folder, "opt_state", opt_state, "the optimizer state"), data_state, step)
 
     def _failed(self, step: int, error: BaseException) -> RunStoppedError:
         reason = str(error).partition("\n")[0] or type(error).__name__
@@ -290,7 +295,7 @@ class Workdir:
             raise ConfigError(f"checkpoint {folder} has no {name}")
         return read_tree(folder / name, abstract, what)
 
-    def _finish(self, step: int) -> None:
+    def _finish(self, step: int, began: float, times: dict[str, float]) -> None:
         """Waits in the background for the commit, then removes what is no longer kept."""
         try:
             self._checkpointer.wait_until_finished()
@@ -299,7 +304,12 @@ class Workdir:
             if jax.process_index() == 0:
                 self._remove_failed()
             return
-        self._failures = 0
+        self._failures, self._newest = 0, step
+        seconds, size = time.monotonic() - began, times["checkpoint_bytes"]
+        self._times = times | {"checkpoint_s": seconds, "checkpoint_gb_per_s": size / 1e9 / max(seconds, 1e-9)}
+        log.info("step %d is saved: %.2f GB in %.1f s", step, size / 1e9, seconds)
+        if self._local is not None:
+            self._local.remove([known for known in self._local.steps() if known <= step])
         try:
             if jax.process_index() == 0:
                 self._remove_old(step)
@@ -328,18 +338,13 @@ class Workdir:
         # A bucket is not full, and one that is down would be asked for minutes: its next start cleans up.
         for _ in range(1 if is_url(self.path) else _REMOVALS):
             with suppress(Exception):
-                if not self._remove_leftovers():
+                if not remove_leftovers(self.path):
                     return
             time.sleep(_PAUSE)
 
-    def _remove_leftovers(self) -> bool:
-        """Removes what was left half-written, of steps and of the tokenizer to keep. Returns whether there was any."""
-        found = remove_unfinished_steps(self.path)
-        kept = self.path / KEPT
-        unfinished = [kept] if kept.exists() and not is_finished(kept) else []
-        # A bucket has no temporary names.
-        if not is_url(self.path):
-            unfinished += self.path.glob(f"{KEPT}{TEMPORARY}*")
-        for path in unfinished:
-            remove_unfinished(path)
-        return found or bool(unfinished)
+
+def _trees(branches: Mapping[str, Any], opt_state: Any) -> dict[str, dict[str, Any]]:
+    """Returns the trees of a step: folder name -> arrays by dotted name."""
+    trees = {branch_folder(name): stored_names(module) for name, module in branches.items()}
+    moments = stored_names(opt_state)
+    return trees | ({"opt_state": moments} if moments else {})

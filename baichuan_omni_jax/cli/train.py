@@ -126,7 +126,8 @@ def read_options(options: argparse.Namespace) -> tuple[RunConfig, OmniConfig, ra
 def open_workdir(run: RunConfig, path: str) -> tuple[Workdir, Parent]:
     """The workdir, which holds no other run and is held for this one, and the checkpoints that the run starts from."""
     # First whether it is this run's, then the lock: a refusal leaves a workdir as it was.
-    workdir = Workdir(path, keep=run.checkpoint.keep)
+    local = run.checkpoint.local_dir if run.checkpoint.local_every else None
+    workdir = Workdir(path, keep=run.checkpoint.keep, local=local)
     check_run_config(workdir.path, run)
     workdir.hold()
     return workdir, find_parent(workdir.path, run.checkpoint.init_from, run.branches)

@@ -261,6 +261,10 @@ class CheckpointConfig:
 
     every: int = 100  # steps
     keep: int = 3  # newest steps
+    # Steps between those that each host keeps on its own disk as well, two at a time, for a restart on the same
+    # machines; 0: none.
+    local_every: int = 0
+    local_dir: str = ""  # the folder for them; "": below `$XDG_CACHE_HOME` or `~/.cache`
     # `DIR` or `branch=DIR,...`, a checkpoint or a workdir; `branch=random` leaves a branch as it was drawn. "": all.
     init_from: str = ""
     # A run of the task `audio_tokenizer`, or its checkpoint: audio embeddings begin as what the reader of its

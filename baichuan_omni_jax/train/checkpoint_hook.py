@@ -14,6 +14,8 @@ from baichuan_omni_jax.train.state import Arrays, StepSpec, to_checkpoint
 class CheckpointHook(Hook):
     """Saves after every `checkpoint.every` steps and after the last one, in the background.
 
+    After every `checkpoint.local_every` others the step is kept on the hosts' own disks.
+
     Args:
         spec: the run's step.
         omni: the model's sizes, saved beside the weights.
@@ -45,12 +47,29 @@ class CheckpointHook(Hook):
         self._before_save = before_save
 
     def is_due(self, step: int) -> bool:
+        return self._is_save_due(step) or self._is_local_due(step)
+
+    def _is_local_due(self, step: int) -> bool:
+        every = self._spec.task.run.checkpoint.local_every
+        # Not the last step: it goes to the workdir.
+        return every > 0 and step > 0 and step % every == 0 and step < self._spec.task.run.train.steps
+
+    def _is_save_due(self, step: int) -> bool:
         # A save that failed is made good by the state of now: its own has been trained on since.
         again = self._workdir.save_failed() and self._workdir.may_retry()
         due = step > 0 and step % self._spec.task.run.checkpoint.every == 0
         return due or (again and time.monotonic() >= self._workdir.retry_at())
 
     def act(self, progress: RunProgress) -> None:
+        if self._is_save_due(progress.step) or not self._is_local_due(progress.step):
+            self._save(progress)
+            return
+        self._before_save()
+        branches, opt_state = to_checkpoint(self._spec, progress.state, self._originals)
+        self._failures.share_among_hosts()
+        self._workdir.save_local(progress.step, branches, opt_state, progress.data_state or {})
+
+    def _save(self, progress: RunProgress) -> None:
         self._before_save()
         # The data's state leaves out what failed on any host, so a resumed run counts it on all.
         self._failures.share_among_hosts()
@@ -73,7 +92,7 @@ class CheckpointHook(Hook):
     def finish(self, progress: RunProgress) -> None:
         # The last step, if none of `checkpoint.every` was it; then the background writes are awaited.
         if self._saved_step != progress.step:
-            self.act(progress)
+            self._save(progress)
         while True:
             try:
                 return self._workdir.wait()
@@ -81,4 +100,4 @@ class CheckpointHook(Hook):
                 if not self._workdir.may_retry():
                     raise
                 time.sleep(max(0.0, self._workdir.retry_at() - time.monotonic()))
-                self.act(progress)
+                self._save(progress)

@@ -85,7 +85,8 @@ def train(
     with jax.set_mesh(spec.mesh):
         start, originals = restore_or_init(run, spec, workdir)
         if start.step:
-            console.print(f"{workdir.path}: resumed from step {start.step}")
+            changes = f"; since the start before: {workdir.changes}" if workdir.changes else ""
+            console.print(f"{workdir.path}: resumed from step {start.step}{changes}")
         print_start_table(console, run, spec, data)
         # A finished run is no error: the same command again says so.
         if start.step >= run.train.steps:

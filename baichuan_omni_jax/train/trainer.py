@@ -160,7 +160,8 @@ class Trainer:
             trained_before=options.parent.trained,
             failures=self._failures,
             tokenizer_json=data.tokenizer_json,
-            saved_step=first_step,
+            # Where it goes on from the hosts' own disks, the workdir does not have that step yet.
+            saved_step=first_step if not first_step or workdir.has_step(first_step) else -1,
             before_save=self._copy_numbers,
         )
         evaluation = EvaluationHook(spec, place, options.held_out)
@@ -282,6 +283,7 @@ class Trainer:
             **numbers,
             **times,
             **self._throughput.rates(counts, took),
+            **self._workdir.take_times(),
             "compiles": self._compiles.count,
             "skipped": dict(self._data.skipped + self._failures.causes),
             "oversize": dict(self._data.handled),

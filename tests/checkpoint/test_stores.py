@@ -11,8 +11,8 @@ from flax import nnx
 
 from baichuan_omni_jax.checkpoint import Workdir, find_checkpoint, load_branches, read_branch_info, save_branches
 from baichuan_omni_jax.checkpoint import workdir as workdirs
+from baichuan_omni_jax.checkpoint.checksums import CHECKSUMS
 from baichuan_omni_jax.checkpoint.provenance import find_parent, find_tokenizer, newest_checkpoint, stored_tokenizer
-from baichuan_omni_jax.checkpoint.steps import CHECKSUMS
 from baichuan_omni_jax.config import RunConfig, tiny
 from baichuan_omni_jax.errors import ConfigError, RunStoppedError
 from baichuan_omni_jax.nn.param import normal
@@ -118,6 +118,7 @@ def test_what_a_kill_left_does_not_count_and_goes(place):
     assert sorted(path.name for path in again.path.iterdir() if path.name != ".lock") == [
         "checkpoints",
         "run_config.json",
+        "starts.json",
     ]
     assert [path.name for path in (again.path / "checkpoints").iterdir()] == ["1"]
     again.close()

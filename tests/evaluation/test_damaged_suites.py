@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from baichuan_omni_jax.checkpoint.branches import BRANCHES_FILE
-from baichuan_omni_jax.checkpoint.steps import CHECKSUMS
+from baichuan_omni_jax.checkpoint.checksums import CHECKSUMS
 from baichuan_omni_jax.cli import evaluate_suites
 from baichuan_omni_jax.cli.chat import OpenedChat
 from baichuan_omni_jax.cli.main import main
