@@ -46,8 +46,8 @@ def saved(tmp_path: Path) -> Workdir:
 def restored_step(workdir: Workdir) -> int:
     found = workdir.restore(None, *map(abstract, make_state()))
     assert_equal((found.branches, found.opt_state), make_state(found.step))
-    if found.step > 1:
-        assert found.data_state == {"cursor": found.step}
+    # As `keep` or `save` gave it.
+    assert found.data_state["cursor"] in (found.step, [found.step, {"bin": "二"}])
     return found.step
 
 
