@@ -15,9 +15,9 @@ import pytest
 from baichuan_omni_jax.checkpoint import Workdir, load_branches, save_branches, verify_checksums
 from baichuan_omni_jax.checkpoint import checksums as sums
 from baichuan_omni_jax.checkpoint.arrays import CHUNK_BYTES, chunk_shape
+from baichuan_omni_jax.checkpoint.trees import stored_names
 from baichuan_omni_jax.config import tiny
 from baichuan_omni_jax.errors import ConfigError
-from baichuan_omni_jax.nn.param import named_values
 from tests.checkpoint.test_checkpoint import abstract, assert_equal, largest_file, make_state, save
 from tests.helpers.io_counts import io_counts
 
@@ -125,9 +125,8 @@ def test_chunks_divide_the_part_of_a_host():
 def as_older_version_wrote(folder: Path, branches: dict, opt_state: object) -> None:
     """Orbax's own arrays (zarr 2, without checksums) for ours, and a crc32c of every file."""
     writer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
-    trees = {f"params/{name}": named_values(branch) for name, branch in branches.items()}
-    leaves = jax.tree_util.tree_flatten_with_path(opt_state)[0]
-    trees["opt_state"] = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+    trees = {f"params/{name}": stored_names(branch) for name, branch in branches.items()}
+    trees["opt_state"] = stored_names(opt_state)
     for name, named in trees.items():
         shutil.rmtree(folder / name)
         nested: dict = {}
