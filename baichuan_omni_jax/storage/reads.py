@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from baichuan_omni_jax.errors import StorageError
-from baichuan_omni_jax.storage.paths import is_final, with_retries
+from baichuan_omni_jax.storage.paths import is_final, may_pass, with_retries
 
 T = TypeVar("T")
 
@@ -39,7 +39,8 @@ def patiently(work: Callable[[], T], doing: str, seconds: float = PATIENCE) -> T
     except OSError as error:
         if is_final(error):
             raise
-        raise StorageError(f"{doing} failed, tried for {seconds:g} s: {error.strerror or error}") from error
+        tried = f", tried for {seconds:g} s" if may_pass(error) else ""
+        raise StorageError(f"{doing} failed{tried}: {error.strerror or error}") from error
 
 
 def open_patiently(
