@@ -181,7 +181,9 @@ class FileCache:
                 # What a power failure would leave of a small file costs less to fetch again than to wait for.
                 if file.size >= _SYNCED:
                     os.fsync(descriptor)
-                partial.rename(path)
+                # Names change while nobody counts: a file that vanished from a list would be taken for removed.
+                with self._counted():
+                    partial.rename(path)
             except BaseException as error:
                 with self._counted() as count:
                     # Gone and not counted at once: whoever counts anew in between would count it out twice.

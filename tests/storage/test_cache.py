@@ -151,7 +151,7 @@ def work(number):
         assert cache.read(file) == Path(file.url).read_bytes(), file
 threads = [threading.Thread(target=work, args=(n,)) for n in range(3)]
 failed = []
-threading.excepthook = lambda args: failed.append(args)
+threading.excepthook = lambda args: failed.append(repr(args.exc_value))
 [t.start() for t in threads]; [t.join() for t in threads]
 assert not failed, failed
 """
