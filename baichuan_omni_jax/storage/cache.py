@@ -220,7 +220,9 @@ class FileCache:
         files = []
         with os.scandir(self.folder) as entries:
             for entry in entries:
-                if not entry.name.startswith(".") and entry.is_file():
+                if entry.name.startswith(".") or not entry.is_file():
+                    continue
+                with suppress(FileNotFoundError):
                     status = entry.stat()
                     parts = entry.name.split(".")
                     # One that is being fetched takes what it will have.
