@@ -127,7 +127,7 @@ class AudioTrack:
                 frames = packet.decode()
             except FFmpegError:
                 # FFmpeg's parser takes part of some last frames for one more: where all is there, it is no damage.
-                if clocked and keeps and given >= self.promise.samples:
+                if clocked and self.promise.samples is not None and given >= self.promise.samples:
                     continue
                 self.damage.damaged += 1
                 if keeps or (clocked and before):
