@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.faults.uninterrupted import committed, last_step, leftovers, resumed_from
-from tests.helpers.micro import wait_until
+from tests.helpers.micro import read_metrics, wait_until
 from tests.helpers.proofs import HANG, sized
 
 pytestmark = pytest.mark.slow
@@ -32,6 +32,10 @@ def test_sigterm_during_a_save_loses_nothing(quick_pretrain, tmp_path):
     last = last_step(workdir)
     assert committed(workdir)[-1] == last
     assert leftovers(workdir) == []
+    # How long the saves took is told by the lines of later steps.
+    told_of = [row for row in read_metrics(workdir) if "checkpoint_s" in row]
+    assert told_of
+    assert all(row["checkpoint_bytes"] > 0 and row["checkpoint_gb_per_s"] > 0 for row in told_of)
     assert f"stopped by SIGTERM: step {last} is saved" in " ".join(out.split())
     again = quick_pretrain(workdir, f"train.steps={last + 1}", "checkpoint.every=1")
     assert resumed_from(again.stdout) == last
