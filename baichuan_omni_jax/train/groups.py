@@ -146,6 +146,20 @@ def make_optimizer(
     )
 
 
+def learning_rates(config: OptimizerConfig, opt_state: Any) -> dict[str, Any]:
+    """Computes the rate of the next update of each group that trains, from the optimizer's state (`make_optimizer`).
+
+    By its own count of updates: a step that was not finite does not move the schedule.
+    """
+    is_count = lambda state: isinstance(state, optax.ScaleByScheduleState)  # noqa: E731
+    states: Mapping[Hashable, Any] = opt_state[1].inner_states
+    counts = {
+        name: next(filter(is_count, jax.tree.leaves(state, is_leaf=is_count))).count for name, state in states.items()
+    }
+    rates = {group.name: schedule(config, group)(counts[group.name]) for group in config.groups if group.name in counts}
+    return {name: jnp.asarray(rate, jnp.float32) for name, rate in rates.items()}
+
+
 def with_moments_in(dtype: jnp.dtype, optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
     """Keeps an optimizer's fp32 state in `dtype` between steps, and computes with it in fp32 as before.
 

@@ -10,6 +10,7 @@ import optax
 
 from baichuan_omni_jax.nn.remat import split_parts
 from baichuan_omni_jax.omni.batch import Batch
+from baichuan_omni_jax.train.groups import learning_rates
 from baichuan_omni_jax.train.state import Arrays, StepSpec, TrainState
 from baichuan_omni_jax.train.tasks.task import Metrics, NonGradientUpdates
 
@@ -34,8 +35,9 @@ def train_step(
         computed: what `compute_gradients` returned for the same arguments, where it ran as a program of its own.
 
     Returns:
-        The state after the step, and its metrics, fp32 scalars. Where the loss or the gradient's norm is not finite,
-        parameters and states come back as they were, bit for bit (`step` counts on), and `nonfinite` is 1, else 0.
+        The state after the step, and its metrics, fp32 scalars: the task's, and those of `group_metrics`. Where the
+        loss or the gradient's norm is not finite, parameters and states come back as they were, bit for bit (`step`
+        counts on), and `nonfinite` is 1, else 0.
     """
     # Denominators, losses and gradients, in one part or accumulated over several.
     gradients, metrics, updates = compute_gradients(state, batch, spec) if computed is None else computed
@@ -58,8 +60,34 @@ def train_step(
             (state.trainable, state.opt_state, old, state.aux_state),
         )
 
+        by_group = group_metrics(spec, gradients, trainable, changes, state.opt_state)
+
     new = TrainState(state.step + 1, trainable, {**state.frozen, **replaced}, opt_state, aux_state)
-    return new, metrics | {"gradient_norm": norm, "nonfinite": 1.0 - finite}
+    return new, metrics | by_group | {"gradient_norm": norm, "nonfinite": 1.0 - finite}
+
+
+def group_metrics(spec: StepSpec, gradients: Arrays, parameters: Arrays, changes: Arrays, opt_state: Any) -> Metrics:
+    """Measures each group that trains: what it is pushed by, how large it is, how far it goes, and at which rate.
+
+    Args:
+        spec: its groups and their schedules.
+        gradients: by name, before clipping.
+        parameters: by name, after the update.
+        changes: what the optimizer adds to them, learning rate and weight decay included.
+        opt_state: the optimizer's state before the update.
+
+    Returns:
+        `gradient_norm/GROUP`, `parameter_norm/GROUP`, `update_norm/GROUP`, `learning_rate/GROUP`, fp32 scalars.
+    """
+    metrics: Metrics = {}
+    labels = spec.groups.trainable
+    kinds = {"gradient_norm": gradients, "parameter_norm": parameters, "update_norm": changes}
+    for group in dict.fromkeys(labels.values()):
+        for kind, arrays in kinds.items():
+            metrics[f"{kind}/{group}"] = optax.global_norm([arrays[name] for name in labels if labels[name] == group])
+    return metrics | {
+        f"learning_rate/{group}": rate for group, rate in learning_rates(spec.task.run.optimizer, opt_state).items()
+    }
 
 
 def compute_gradients(state: TrainState, batch: Batch, spec: StepSpec) -> Gradients:

@@ -262,8 +262,8 @@ class Trainer:
     def _read(self, pending: PendingStep) -> MetricsRecord:
         """Waits for a step's numbers: its line of metrics.jsonl."""
         # This is where the host waits for the devices.
-        numbers = {name: float(value) for name, value in pending.numbers.items()}
-        counts = {name: float(value) for name, value in pending.counts.items()}
+        fetched = jax.device_get((pending.numbers, pending.counts))
+        numbers, counts = ({name: float(value) for name, value in part.items()} for part in fetched)
         now = time.perf_counter()
 
         # From the start of this step (or the end of the one before, still running then) until its numbers were there.

@@ -10,6 +10,7 @@ import pytest
 
 from baichuan_omni_jax.config import Budgets, load_run_config, resolve_model
 from baichuan_omni_jax.omni.batch import abstract_batch
+from baichuan_omni_jax.train.groups import schedule
 from baichuan_omni_jax.train.state import init_state, make_compute, make_step_spec
 from baichuan_omni_jax.train.step import compile_step, compute_gradients
 from tests.helpers.micro import CONFIG, one_device
@@ -76,3 +77,21 @@ def test_a_step_that_is_not_finite_changes_nothing(text_run):
         np.array_equal(value, state.trainable[name]) for name, value in trained.trainable.items() if "bias" not in name
     )
     assert (int(kept.step), int(trained.step)) == (1, 2)
+
+
+def test_a_step_measures_its_groups(text_run):
+    """One group: its norms are all norms, its update what the parameters differ by, its rate the schedule's."""
+    run, spec, state, batch = text_run
+    with jax.set_mesh(spec.mesh):
+        step = compile_step(spec)
+        first, metrics = step(state, batch)
+        _, later = step(first, batch)
+    (group,) = run.optimizer.groups
+    norm = lambda values: np.sqrt(sum(np.square(np.asarray(value, np.float64)).sum() for value in values))  # noqa: E731
+    moved = [first.trainable[name] - state.trainable[name] for name in state.trainable]
+    assert metrics["gradient_norm/all"] == pytest.approx(float(metrics["gradient_norm"]), rel=TOLERANCE)
+    assert metrics["parameter_norm/all"] == pytest.approx(norm(first.trainable.values()), rel=1e-5)
+    # Differences of rounded sums.
+    assert metrics["update_norm/all"] == pytest.approx(norm(moved), rel=1e-3)
+    rates = [float(numbers["learning_rate/all"]) for numbers in (metrics, later)]
+    assert rates == [pytest.approx(float(schedule(run.optimizer, group)(count)), rel=1e-6) for count in (0, 1)]
