@@ -37,7 +37,7 @@ RUN_CONFIG, PARENT, _ORIGIN = "run_config.json", "parent.json", "origin.json"
 # A run may be made longer, saved at other steps, and moved to other machines, with as many rows a step as these bear;
 # the rest decides what it computes.
 MAY_DIFFER = (
-    *("train.steps", "train.accumulate", "checkpoint.*", "eval.*", "machine", "mesh.*"),
+    *("train.steps", "train.accumulate", "checkpoint.*", "eval.*", "machine", "mesh.*", "watch.*"),
     *("data.rows", "data.workers", "data.root", "data.trusted_roots*", "data.patience", "data.cache*"),
 )
 _ABSENT = "absent"

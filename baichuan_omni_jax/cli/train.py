@@ -34,6 +34,7 @@ from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.generation.loading import is_untrained
 from baichuan_omni_jax.storage import local_path, parse_path
 from baichuan_omni_jax.train.hosts import (
+    as_process_zero,
     check_agreement,
     on_all_hosts,
     process_zero_first,
@@ -78,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
     # What can refuse the run comes before it claims the workdir, but for what the weights and the media say.
     spec, compute = on_all_hosts(lambda: set_up(run, omni))
     workdir, parent = on_all_hosts(lambda: open_workdir(run, options.workdir))
-    begins = run.data.continue_sources and workdir.latest_step() is None
+    begins = run.data.continue_sources and as_process_zero(workdir.latest_step) is None
     continue_from = on_all_hosts(lambda: parent_data_state(parent)) if begins else None
 
     # Data: process 0 indexes and encodes what is missing, the others find it done. Then each reads its own rows.

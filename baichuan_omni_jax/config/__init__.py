@@ -53,6 +53,7 @@ from baichuan_omni_jax.config.stages import (
     stage_groups,
     stage_run,
 )
+from baichuan_omni_jax.config.watch import WatchConfig
 from baichuan_omni_jax.errors import ConfigError, RequestError
 
 __all__ = [
@@ -87,6 +88,7 @@ __all__ = [
     "Stage",
     "TokenizerTrainConfig",
     "TrainConfig",
+    "WatchConfig",
     "apply_overrides",
     "audio_tokenizer_run",
     "baichuan_omni_7b",

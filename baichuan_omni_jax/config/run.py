@@ -9,6 +9,7 @@ from typing import Literal
 
 from baichuan_omni_jax.branches import OMNI_BRANCHES, BranchName
 from baichuan_omni_jax.config.audio import FlowTrainConfig, TokenizerTrainConfig
+from baichuan_omni_jax.config.watch import WatchConfig
 
 Task = Literal["omni", "audio_tokenizer", "flow_matching"]
 Dtype = Literal["bfloat16", "float32"]
@@ -296,3 +297,4 @@ class RunConfig:
     eval: EvalConfig = EvalConfig()
     tokenizer: TokenizerTrainConfig = TokenizerTrainConfig()  # of the task `audio_tokenizer`
     flow: FlowTrainConfig = FlowTrainConfig()  # of the task `flow_matching`
+    watch: WatchConfig = WatchConfig()

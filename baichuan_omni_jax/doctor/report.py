@@ -6,11 +6,12 @@ as soon as one host cannot start its devices, as the others would wait for it.
 """
 
 import json
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any, Literal
+
+from baichuan_omni_jax.train.coordination import Hosts
 
 Platform = Literal["cpu", "gpu", "tpu"]
 
@@ -33,46 +34,6 @@ class Line:
     advice: str = ""
     values: Mapping[str, Any] = field(default_factory=dict)
     host: int = 0
-
-
-class Hosts:
-    """The joined hosts, which here talk without their devices: by the coordination service of jax.distributed.
-
-    A collective would need the same versions and working devices on all, which is what is to be found out.
-    """
-
-    def __init__(self, index: int = 0, count: int = 1, client: Any = None) -> None:
-        self.index, self.count, self._client = index, count, client
-
-    @classmethod
-    def joined(cls) -> "Hosts":
-        """Returns those of `jax.distributed`; one host where it was not initialized. Starts no device."""
-        # jax.process_index() would start the devices, and there is no public door to the client (jax 0.10.2).
-        from jax._src import distributed
-
-        state = distributed.global_state
-        return cls() if state.client is None else cls(state.process_id, state.num_processes or 1, state.client)
-
-    def gather(self, name: str, text: str, seconds: float = 300.0) -> list[str | None]:
-        """Returns `text` of every host in their order; None for a host that did not say it in time.
-
-        Args:
-            name: what is told: every host calls with the same names, each once.
-            text: what this host tells.
-            seconds: how long to wait for all of them together.
-        """
-        if self._client is None:
-            return [text]
-        self._client.key_value_set(f"doctor/{name}/{self.index}", text)
-        end, told = time.monotonic() + seconds, []
-        for host in range(self.count):
-            # At least a moment for each: one silent host must not make those after it silent too.
-            left = max(end - time.monotonic(), 1.0)
-            try:
-                told.append(self._client.blocking_key_value_get(f"doctor/{name}/{host}", int(1000 * left)))
-            except RuntimeError:
-                told.append(None)
-        return told
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,10 @@ from packaging.utils import canonicalize_name
 from baichuan_omni_jax.doctor.machine import expected_platform
 from baichuan_omni_jax.doctor.report import Hosts, Line, Platform, Setting, Verdict, join
 from baichuan_omni_jax.errors import list_some
+from baichuan_omni_jax.train.coordination import COMPARED, installed
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = "baichuan_omni_jax"
-# What all hosts must have alike, as a step is compiled by it, or a checkpoint and its rows are written by it.
-COMPARED = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy")
 # Of the environment: what changes the programs that are compiled.
 COMPARED_VARIABLES = ("JAX_PLATFORMS", "XLA_FLAGS", "LIBTPU_INIT_ARGS")
 # The extras of JAX that bring what drives the devices, the first where none is there yet; and ours that asks for it.
@@ -51,14 +50,6 @@ def check_versions(setting: Setting) -> Iterator[Line]:
     yield from _constraint_lines(expected)
     if setting.hosts.count > 1:
         yield from host_lines(setting.hosts, host_facts())
-
-
-def installed(name: str) -> str:
-    """Returns the version of an installed package, "" where it is not there."""
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return ""
 
 
 def asked_for() -> tuple[str, list[Requirement]]:

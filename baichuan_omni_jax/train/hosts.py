@@ -11,13 +11,13 @@ from typing import TypeVar, cast
 import jax
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from baichuan_omni_jax.checkpoint.provenance import flatten
 from baichuan_omni_jax.config import RunConfig, to_dict
 from baichuan_omni_jax.errors import ConfigError, StorageError
+from baichuan_omni_jax.train.coordination import COMPARED, Hosts, installed
 
 T = TypeVar("T")
 # Where the data lie (the folders of a list have a number each), and how many processes read them.
@@ -66,15 +66,20 @@ def is_process_zero() -> bool:
 
 
 def all_gather_str(text: str) -> list[str]:
-    """Gathers `text` of every host, in the order of hosts. Every host must call it."""
-    if jax.process_count() == 1:
-        return [text]
-    # Arrays of one size gather, so lengths come first and the bytes padded.
-    data = np.frombuffer(text.encode(), np.uint8)
-    lengths = multihost_utils.process_allgather(np.int32(len(data))).reshape(-1)
-    padded = np.pad(data, (0, int(lengths.max()) - len(data) + 1))
-    gathered = multihost_utils.process_allgather(padded)
-    return [bytes(row[:length]).decode() for row, length in zip(gathered, lengths, strict=True)]
+    """Gathers `text` of every host, in the order of hosts. Every host must call it.
+
+    By the coordination service: no device waits meanwhile, however long one of the hosts takes to come here.
+    """
+    return Hosts.joined().meet(text)
+
+
+def as_process_zero(find: Callable[[], T]) -> T:
+    """Returns what `find()` returns on host 0, any JSON: for what hosts might see differently, as a folder's files.
+
+    Raises ConfigError as `on_all_hosts`.
+    """
+    found = on_all_hosts(lambda: find() if is_process_zero() else None)
+    return json.loads(all_gather_str(json.dumps(found))[0])
 
 
 def on_all_hosts(work: Callable[[], T]) -> T:
@@ -99,6 +104,8 @@ def on_all_hosts(work: Callable[[], T]) -> T:
 def process_zero_first(work: Callable[[], T]) -> T:
     """Runs `work()` on host 0, then on the others: for work that builds something once and finds it afterwards.
 
+    The others wait for minutes or hours, and their devices for nothing (`all_gather_str`).
+
     Raises ConfigError and StorageError as `on_all_hosts`.
     """
     result = on_all_hosts(lambda: work() if is_process_zero() else None)
@@ -116,13 +123,16 @@ def check_agreement(facts: Mapping[str, str]) -> None:
 
 
 def version_facts() -> dict[str, str]:
-    """Collects what runs on this host: version of JAX, and a hash of this project's sources."""
+    """Collects what runs on this host: versions of what all hosts must have alike, and a hash of this project's
+    sources.
+    """
     # Names and contents: a file that was moved is another version.
     digest = hashlib.sha256()
     root = Path(__file__).resolve().parents[2]
     for path in sorted(path for package in _PACKAGES for path in (root / package).rglob("*.py")):
         digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
-    return {"the version of jax": jax.__version__, "the code's version": digest.hexdigest()[:12]}
+    versions = {f"the version of {name}": installed(name) or "absent" for name in COMPARED}
+    return versions | {"the code's version": digest.hexdigest()[:12]}
 
 
 def run_facts(run: RunConfig) -> dict[str, str]:

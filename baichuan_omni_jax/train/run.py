@@ -14,7 +14,7 @@ from baichuan_omni_jax.sharding import make_mesh
 from baichuan_omni_jax.train.ability_hook import check_answers
 from baichuan_omni_jax.train.audio_samples import check_samples
 from baichuan_omni_jax.train.hooks import RunProgress
-from baichuan_omni_jax.train.hosts import is_process_zero, on_all_hosts, warm_up_collectives
+from baichuan_omni_jax.train.hosts import as_process_zero, is_process_zero, on_all_hosts, warm_up_collectives
 from baichuan_omni_jax.train.input import BatchPlacer, TrainingData
 from baichuan_omni_jax.train.metrics import CompileCounter
 from baichuan_omni_jax.train.state import (
@@ -101,7 +101,7 @@ def train(
 
 def restore_or_init(run: RunConfig, spec: StepSpec, workdir: Workdir) -> tuple[RunProgress, Arrays]:
     """Reads the workdir's newest good step, or makes step 0; with the originals (`from_checkpoint`)."""
-    if workdir.latest_step() is None:
+    if as_process_zero(workdir.latest_step) is None:
         state, originals = init_state(run, spec)
         return RunProgress(0, state, None), originals
     found = workdir.restore(None, branches_of(spec.stored), saved_opt_state(abstract_state(spec)))

@@ -167,7 +167,7 @@ def test_a_host_without_a_workdir_keeps_no_other_waiting(tmp_path):
     (line,) = check_workdir(Setting(hosts=hosts))
     assert line.verdict is Verdict.OK
     assert {key for key in hosts._client.told if key.endswith("/0")} == {
-        f"doctor/{name}/0" for name in ("seen", "looked", "left")
+        f"told/{name}/0" for name in ("seen", "looked", "left")
     }
     lines = list(check_workdir(Setting(str(tmp_path), hosts=hosts)))
     assert not [line for line in lines if line.verdict is not Verdict.OK]

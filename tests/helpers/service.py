@@ -9,7 +9,7 @@ class Service:
     """A service whose silent keys are given up at once."""
 
     def __init__(self, **told: str):
-        self.told = {f"doctor/{name.replace('__', '/')}": text for name, text in told.items()}
+        self.told = {f"told/{name.replace('__', '/')}": text for name, text in told.items()}
 
     def key_value_set(self, key: str, text: str) -> None:
         self.told[key] = text
@@ -26,7 +26,7 @@ class Service:
 
 def hosts_that_say(name: str, *others: str | None) -> Hosts:
     """Host 0 of several of which the others have said these texts under `name`, None nothing."""
-    told = {f"doctor/{name}/{host}": text for host, text in enumerate(others, 1) if text is not None}
+    told = {f"told/{name}/{host}": text for host, text in enumerate(others, 1) if text is not None}
     service = Service()
     service.told |= told
     return Hosts(0, 1 + len(others), service)
