@@ -1,6 +1,7 @@
 """The steps of a workdir: which are there, which of them seem whole, and how all hosts read the same one."""
 
 import logging
+import time
 from collections.abc import Callable, Collection, Sequence
 from typing import TypeVar
 
@@ -11,7 +12,7 @@ from jax.experimental import multihost_utils
 
 from baichuan_omni_jax.checkpoint.arrays import DamagedError
 from baichuan_omni_jax.checkpoint.checksums import CHECKSUMS, check_files
-from baichuan_omni_jax.storage import remove
+from baichuan_omni_jax.storage import read_json_object, remove, write_json
 
 log = logging.getLogger(__name__)
 
@@ -40,8 +41,35 @@ def committed_steps(workdir: epath.Path) -> list[int]:
     return sorted(int(path.name) for path in folders if (path / CHECKSUMS).exists())
 
 
+# Steps that no later one replaces, and since when: {"5": "2026-11-30 17:00:00"}.
+KEPT_STEPS = "kept_steps.json"
+
+
+def kept_steps(workdir: epath.Path) -> list[int]:
+    """Lists the steps that `keep_newest` keeps, ascending."""
+    path = workdir / KEPT_STEPS
+    return sorted(map(int, read_json_object(path))) if path.exists() else []
+
+
+def keep_newest(workdir: epath.Path, before: int) -> int | None:
+    """Keeps the newest step before step `before` until a person removes it.
+
+    Returns the step; None where none was saved before.
+    """
+    step = max((step for step in committed_steps(workdir) if step < before), default=None)
+    if step is not None:
+        path = workdir / KEPT_STEPS
+        kept = read_json_object(path) if path.exists() else {}
+        write_json(path, {str(step): time.strftime("%Y-%m-%d %H:%M:%S")} | kept)
+    return step
+
+
 def remove_old_steps(workdir: epath.Path, kept: Collection[int]) -> None:
-    """Removes the steps that are not `kept`, and whole ones that could not be renamed: a later one is there now."""
+    """Removes the steps that are not `kept`, and whole ones that could not be renamed: a later one is there now.
+
+    Those of `keep_newest` stay.
+    """
+    kept = {*kept, *kept_steps(workdir)}
     for step in committed_steps(workdir):
         if step not in kept:
             folder = step_folder(workdir, step)

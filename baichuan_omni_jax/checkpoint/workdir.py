@@ -212,6 +212,10 @@ class Workdir:
             (step, error), self._error = self._error, None
             raise self._failed(step, error) from error
 
+    def is_saving(self) -> bool:
+        """Whether a save is under way. Waits for nothing."""
+        return self._saving is not None and self._saving.is_alive()
+
     def save_failed(self) -> bool:
         """Whether the last save ended in an error, and none has begun since. Waits for nothing."""
         return self._error is not None

@@ -101,7 +101,9 @@ def run(options: argparse.Namespace) -> int:
         record_parent(workdir.path, parent)
         if tokenizer is not None:
             keep_tokenizer(workdir.path, tokenizer, omni, origin_of(home))
-        run_options = RunOptions(parent=parent, held_out=held_out, profile=profile, wandb=options.wandb)
+        run_options = RunOptions(
+            parent=parent, held_out=held_out, profile=profile, wandb=options.wandb, leave_when_hung=True
+        )
         state = train(run, omni, workdir, training, run_options)
     except ConfigError:
         # Refused after all (weights of other sizes, documents that no step can read): the corrected command may begin.

@@ -152,6 +152,8 @@ class AbilityHook(Hook):
         gains: returns the newest held-out scores, by their keys.
     """
 
+    doing = "asking abilities"
+
     def __init__(
         self,
         spec: StepSpec,

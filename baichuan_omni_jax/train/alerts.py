@@ -1,17 +1,175 @@
-"""What a run notices of itself: steps whose numbers are not finite."""
+"""What a run notices of itself: numbers that mean trouble, and steps whose numbers are not finite.
+
+WORKDIR/alerts.jsonl    one object an alert: `time`, `step`, `kind`, `text`; they stay when a run is resumed
+"""
 
 import json
+import logging
+import math
 import shutil
-from collections.abc import Callable, Mapping
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Mapping
+from enum import StrEnum
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 
+from baichuan_omni_jax.config import WatchConfig
 from baichuan_omni_jax.train.hooks import Hook
 from baichuan_omni_jax.train.hosts import is_process_zero
+
+log = logging.getLogger(__name__)
+
+ALERTS = "alerts.jsonl"
+# Steps in which an alert of one kind is not repeated.
+_QUIET = 100
+# Steps that a median is of, and steps before it is trusted; fewer tell a gradient that has exploded.
+_WINDOW, _ENOUGH, _FEW = 64, 16, 3
+# Of the median gradient norm: beyond it no batch is to blame.
+_EXPLODED = 1000.0
+# Steps in a row with a loss beyond the usual: no longer a spike.
+_LASTING = 5
+
+
+class AlertKind(StrEnum):
+    """What an alert is about."""
+
+    LOSS_SPIKE = "loss_spike"
+    GRADIENT_SPIKE = "gradient_spike"
+    NONFINITE = "nonfinite"
+    DIVERGENCE = "divergence"
+    DATA_WAIT = "data_wait"
+    SLOW_SAVE = "slow_save"
+    HANG = "hang"
+    CORRUPTION = "corruption"
+
+
+class AlertLog:
+    """Appends alerts to `alerts.jsonl` of a folder, and to the log. Safe to call from threads."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / ALERTS
+        self._told: dict[AlertKind, int] = {}
+        self._lock = threading.Lock()
+
+    def tell(self, kind: AlertKind, step: int, text: str) -> None:
+        """Tells an alert, unless one of its kind was told in the last 100 steps."""
+        with self._lock:
+            if 0 <= step - self._told.get(kind, -_QUIET) < _QUIET:
+                return
+            self._told[kind] = step
+            log.warning("alert at step %d (%s): %s", step, kind, text)
+            line = json.dumps({"time": round(time.time(), 3), "step": step, "kind": kind, "text": text})
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+
+
+class StepAlerts:
+    """Looks at a step's numbers beside those of the steps before, and tells what is out of the ordinary.
+
+    Args:
+        config: the limits.
+        alerts: where it is told.
+        keep_good: called with the first step of a divergence; keeps the newest checkpoint from before it for good, and
+            returns its step, None where there is none.
+    """
+
+    def __init__(self, config: WatchConfig, alerts: AlertLog, keep_good: Callable[[int], int | None]) -> None:
+        self._config, self._alerts, self._keep_good = config, alerts, keep_good
+        self._losses: deque[float] = deque(maxlen=_WINDOW)
+        self._norms: deque[float] = deque(maxlen=_WINDOW)  # natural logarithms: norms vary by factors
+        self._waits: deque[tuple[float, float]] = deque(maxlen=_WINDOW)
+        self._high = 0  # steps in a row with a high loss
+        self._diverged: int | None = None  # the newest step that did
+
+    def check(self, step: int, numbers: Mapping[str, float], took: float, idle: float) -> None:
+        """Looks at one step.
+
+        Args:
+            step: its number.
+            numbers: its metrics, as the devices returned them.
+            took: seconds that it took.
+            idle: seconds of these in which the devices waited for rows.
+        """
+        self._check_data(step, took, idle)
+        if numbers["nonfinite"]:
+            self._alerts.tell(AlertKind.NONFINITE, step, "loss or gradient is not finite: the step changed nothing")
+            return
+        if not self._config.spike:
+            return
+        loss, norm = numbers["loss"], math.log(max(numbers["gradient_norm"], 1e-30))
+        loss_score, norm_score = _score(self._losses, loss, 0.02), _score(self._norms, norm, 0.1, relative=False)
+        cause = self._divergence(numbers, norm, loss_score)
+        if cause:
+            self._tell_divergence(step, cause)
+        else:
+            self._check_spikes(step, numbers, loss_score, norm_score)
+        self._losses.append(loss)
+        self._norms.append(norm)
+
+    def _check_spikes(self, step: int, numbers: Mapping[str, float], loss_score: float, norm_score: float) -> None:
+        for kind, name, score in (
+            (AlertKind.LOSS_SPIKE, "loss", loss_score),
+            (AlertKind.GRADIENT_SPIKE, "gradient_norm", norm_score),
+        ):
+            if score > self._config.spike:
+                text = f"{name} {numbers[name]:.4g} is {score:.1f} standard deviations above the last steps' median"
+                self._alerts.tell(kind, step, text)
+
+    def _check_data(self, step: int, took: float, idle: float) -> None:
+        self._waits.append((took, idle))
+        whole, waited = (sum(column) for column in zip(*self._waits, strict=True))
+        if len(self._waits) >= _ENOUGH and waited > self._config.data_wait * whole:
+            share = waited / whole
+            text = f"devices waited for rows in {share:.0%} of the last {len(self._waits)} steps' time: data.workers"
+            self._alerts.tell(AlertKind.DATA_WAIT, step, text)
+
+    def _divergence(self, numbers: Mapping[str, float], norm: float, loss_score: float) -> str:
+        """Says what shows that the run diverges; "" where nothing does."""
+        # An update beyond the parameters leaves nothing of what they have learned.
+        for name, update in numbers.items():
+            kind, _, group = name.partition("/")
+            size = numbers.get(f"parameter_norm/{group}", 0.0) if kind == "update_norm" else 0.0
+            if size and update > self._config.update_share * size:
+                rate = numbers[f"learning_rate/{group}"]
+                return (
+                    f"the update of group {group} is {update / size:.3g} times its parameters (learning rate {rate:g})"
+                )
+        if len(self._norms) >= _FEW and norm > median(self._norms) + math.log(_EXPLODED):
+            usual = math.exp(median(self._norms))
+            return f"gradient_norm {numbers['gradient_norm']:.3g} is beyond {_EXPLODED:g} times the usual {usual:.3g}"
+        self._high = self._high + 1 if loss_score > self._config.spike else 0
+        if self._high >= _LASTING:
+            return f"the loss has been far above the usual {median(self._losses):.4g} for {self._high} steps"
+        return ""
+
+    def _tell_divergence(self, step: int, cause: str) -> None:
+        # Its first step alone: what is saved later holds parameters that are spoiled already, calm as it may look.
+        before, self._diverged = self._diverged, step
+        if before is not None and step - before <= _WINDOW:
+            return
+        good = self._keep_good(step - max(self._high - 1, 0))
+        kept = "nothing was saved before it" if good is None else f"step {good} from before is kept"
+        self._alerts.tell(AlertKind.DIVERGENCE, step, f"the run diverges: {cause}; {kept}")
+
+
+def _score(before: Collection[float], value: float, floor: float, *, relative: bool = True) -> float:
+    """Returns how many standard deviations a value lies above the median of those before; 0 for too few of them.
+
+    The deviation is that of a normal distribution with the same median distance from the median, which one spike does
+    not move, and `floor` (times the median where `relative`) at least.
+    """
+    if len(before) < _ENOUGH:
+        return 0.0
+    middle = median(before)
+    deviation = 1.4826 * median(abs(each - middle) for each in before)
+    return (value - middle) / max(deviation, floor * abs(middle) if relative else floor, 1e-12)
 
 
 class NonfiniteGuard(Hook):

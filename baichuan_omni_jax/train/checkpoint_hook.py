@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from baichuan_omni_jax.checkpoint import Workdir
 from baichuan_omni_jax.config import OmniConfig
 from baichuan_omni_jax.errors import RunStoppedError
+from baichuan_omni_jax.train.alerts import AlertKind, AlertLog
 from baichuan_omni_jax.train.hooks import Hook, RunProgress
 from baichuan_omni_jax.train.input import DocumentFailures
 from baichuan_omni_jax.train.state import Arrays, StepSpec, to_checkpoint
@@ -26,7 +27,10 @@ class CheckpointHook(Hook):
         tokenizer_json: the text tokenizer, saved beside the weights.
         saved_step: the newest step that is saved already.
         before_save: called before each save: what a run that resumes from it will want to find.
+        alerts: where it is told that saves take longer than what lies between them.
     """
+
+    doing = "saving"
 
     def __init__(
         self,
@@ -40,11 +44,12 @@ class CheckpointHook(Hook):
         tokenizer_json: str,
         saved_step: int,
         before_save: Callable[[], object],
+        alerts: AlertLog,
     ) -> None:
         self._spec, self._omni, self._workdir, self._originals = spec, omni, workdir, originals
         self._trained_before, self._failures = dict(trained_before), failures
         self._tokenizer_json, self._saved_step = tokenizer_json, saved_step
-        self._before_save = before_save
+        self._before_save, self._alerts = before_save, alerts
 
     def is_due(self, step: int) -> bool:
         return self._is_save_due(step) or self._is_local_due(step)
@@ -70,6 +75,9 @@ class CheckpointHook(Hook):
         self._workdir.save_local(progress.step, branches, opt_state, progress.data_state or {})
 
     def _save(self, progress: RunProgress) -> None:
+        if self._workdir.is_saving():
+            text = f"the save of step {self._saved_step} is still under way, and the run waits: raise checkpoint.every"
+            self._alerts.tell(AlertKind.SLOW_SAVE, progress.step, text)
         self._before_save()
         # The data's state leaves out what failed on any host, so a resumed run counts it on all.
         self._failures.share_among_hosts()

@@ -29,7 +29,12 @@ class RunProgress:
 
 
 class Hook:
-    """One thing that a run does beside its steps. Every host calls it; what a method does not say is left out."""
+    """One thing that a run does beside its steps. Every host calls it; what a method does not say is left out.
+
+    `doing` is what the run is at meanwhile, in words.
+    """
+
+    doing = "between steps"
 
     def observe(self, step: int, numbers: Mapping[str, float], batch: Mapping[str, np.ndarray]) -> None:
         """Takes note of a step's numbers, read while the next step is under way; `batch` has this host's rows."""
@@ -58,6 +63,8 @@ class Hook:
 
 class EvaluationHook(Hook):
     """Held-out scores before the first step, after every `eval.every`, and after the last."""
+
+    doing = "evaluating"
 
     def __init__(self, spec: StepSpec, place: BatchPlacer, mixtures: Mapping[str, HeldOutData]) -> None:
         # As many sources as the largest mixture has: one program sums for all of them. Exchanged media count apart.
@@ -90,6 +97,8 @@ def compile_held_out(spec: StepSpec, sources: int) -> Callable[[Arrays, Batch], 
 
 class AudioSamplesHook(Hook):
     """Held-out clips as they come back from their codes, to TensorBoard."""
+
+    doing = "making audio samples"
 
     def __init__(self, logger: AudioSampleLogger, log: RunLog | None) -> None:
         self._logger, self._log = logger, log

@@ -60,34 +60,32 @@ def train_step(
             (state.trainable, state.opt_state, old, state.aux_state),
         )
 
-        by_group = group_metrics(spec, gradients, trainable, changes, state.opt_state)
+        by_group = group_metrics(spec, gradients, changes, state)
 
     new = TrainState(state.step + 1, trainable, {**state.frozen, **replaced}, opt_state, aux_state)
     return new, metrics | by_group | {"gradient_norm": norm, "nonfinite": 1.0 - finite}
 
 
-def group_metrics(spec: StepSpec, gradients: Arrays, parameters: Arrays, changes: Arrays, opt_state: Any) -> Metrics:
+def group_metrics(spec: StepSpec, gradients: Arrays, changes: Arrays, state: TrainState) -> Metrics:
     """Measures each group that trains: what it is pushed by, how large it is, how far it goes, and at which rate.
 
     Args:
         spec: its groups and their schedules.
         gradients: by name, before clipping.
-        parameters: by name, after the update.
-        changes: what the optimizer adds to them, learning rate and weight decay included.
-        opt_state: the optimizer's state before the update.
+        changes: what the optimizer adds to the parameters by name, learning rate and weight decay included.
+        state: the state before the update.
 
     Returns:
         `gradient_norm/GROUP`, `parameter_norm/GROUP`, `update_norm/GROUP`, `learning_rate/GROUP`, fp32 scalars.
     """
     metrics: Metrics = {}
     labels = spec.groups.trainable
-    kinds = {"gradient_norm": gradients, "parameter_norm": parameters, "update_norm": changes}
+    kinds = {"gradient_norm": gradients, "parameter_norm": state.trainable, "update_norm": changes}
     for group in dict.fromkeys(labels.values()):
         for kind, arrays in kinds.items():
             metrics[f"{kind}/{group}"] = optax.global_norm([arrays[name] for name in labels if labels[name] == group])
-    return metrics | {
-        f"learning_rate/{group}": rate for group, rate in learning_rates(spec.task.run.optimizer, opt_state).items()
-    }
+    rates = learning_rates(spec.task.run.optimizer, state.opt_state)
+    return metrics | {f"learning_rate/{group}": rate for group, rate in rates.items()}
 
 
 def compute_gradients(state: TrainState, batch: Batch, spec: StepSpec) -> Gradients:

@@ -100,6 +100,8 @@ class SuiteHook(Hook):
         console: where tables go.
     """
 
+    doing = "asking suites"
+
     def __init__(
         self,
         spec: StepSpec,

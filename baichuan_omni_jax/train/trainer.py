@@ -11,16 +11,17 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from baichuan_omni_jax.checkpoint import Parent, Workdir
+from baichuan_omni_jax.checkpoint import Parent, Workdir, keep_newest
 from baichuan_omni_jax.config import OmniConfig
 from baichuan_omni_jax.errors import RunStoppedError
 from baichuan_omni_jax.evaluation.held_out import close_steps
 from baichuan_omni_jax.flops.terms import peak_flops
 from baichuan_omni_jax.storage import MirroredFolder
 from baichuan_omni_jax.train.ability_hook import ABILITIES, AbilityHook
-from baichuan_omni_jax.train.alerts import NonfiniteGuard
+from baichuan_omni_jax.train.alerts import ALERTS, AlertKind, AlertLog, NonfiniteGuard, StepAlerts
 from baichuan_omni_jax.train.audio_samples import AudioSampleLogger
 from baichuan_omni_jax.train.checkpoint_hook import CheckpointHook
+from baichuan_omni_jax.train.coordination import Hosts
 from baichuan_omni_jax.train.hooks import AudioSamplesHook, EvaluationHook, Hook, RunProgress
 from baichuan_omni_jax.train.hosts import is_process_zero, on_all_hosts
 from baichuan_omni_jax.train.input import BatchPlacer, DataStep, DocumentFailures, DocumentKey, TrainingData
@@ -41,6 +42,7 @@ from baichuan_omni_jax.train.state import (
 from baichuan_omni_jax.train.step import compile_step
 from baichuan_omni_jax.train.stop import StopSignal
 from baichuan_omni_jax.train.suite_hook import SuiteHook
+from baichuan_omni_jax.train.watchdog import WAITING, Watchdog, describe_hosts
 
 log = logging.getLogger(__name__)
 
@@ -51,13 +53,15 @@ class RunOptions:
 
     `parent` is where the first weights came from: their branches' steps are counted on. `held_out` has the data of
     `eval.mixtures` by name, with exchanged media and questions (`data_pipelines.held_out`) where these are asked for.
-    `profile` are the steps to trace; `wandb` is a project there.
+    `profile` are the steps to trace; `wandb` is a project there. `leave_when_hung` ends the process with a code of its
+    own when a step does not end (`Watchdog`).
     """
 
     parent: Parent = Parent()
     held_out: Mapping[str, TrainingData] = field(default_factory=dict)
     profile: range | None = None
     wandb: str = ""
+    leave_when_hung: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,7 @@ class PendingStep:
     epochs: dict[str, float]
     began: float
     waited: float
+    sending: float
     compiling: float
 
     def is_done(self) -> bool:
@@ -126,7 +131,7 @@ class Trainer:
         run = spec.task.run
         # Files that grow are written here: the workdir itself, or a local folder that is copied to its URL.
         self._mirror = on_all_hosts(
-            lambda: MirroredFolder(workdir.path, f"host_{jax.process_index()}", (METRICS, GOODPUT, ABILITIES))
+            lambda: MirroredFolder(workdir.path, f"host_{jax.process_index()}", (METRICS, GOODPUT, ABILITIES, ALERTS))
         )
         folder = self._mirror.path
         self._steps, self._first_step = run.train.steps, first_step
@@ -140,6 +145,7 @@ class Trainer:
         self._failures = DocumentFailures(data)
         self._damaged: dict[DocumentKey, int] = {}
         self._pending: PendingStep | None = None
+        self._shapes: set[tuple[tuple[int, ...], ...]] = set()  # of the batches that steps were compiled for
         # When the numbers of the step before were there, and how long the devices had nothing to do since.
         self._last_end = self._idle = 0.0
 
@@ -150,6 +156,14 @@ class Trainer:
         self._log = on_all_hosts(lambda: open_log() if is_process_zero() else None)
         if self._log is not None and samples.is_due(0):
             console.print(samples.sentence)
+        self._alerts = AlertLog(folder)
+        keep_good = lambda step: keep_newest(workdir.path, step)  # noqa: E731
+        # Numbers are the same on all hosts: one looks at them.
+        self._rules = StepAlerts(run.watch, self._alerts, keep_good) if is_process_zero() else None
+        self._hosts_every = run.watch.hosts_every
+        self._watch = Watchdog(run.watch, folder, Hosts.joined(), self._report_hang)
+        if options.leave_when_hung:
+            self._watch.start()
         self._guard = NonfiniteGuard(folder, run.train.nonfinite_limit, data.location, shown=workdir.path)
         self._stop = StopSignal()
         checkpoint = CheckpointHook(
@@ -163,6 +177,7 @@ class Trainer:
             # Where it goes on from the hosts' own disks, the workdir does not have that step yet.
             saved_step=first_step if not first_step or workdir.has_step(first_step) else -1,
             before_save=self._copy_numbers,
+            alerts=self._alerts,
         )
         evaluation = EvaluationHook(spec, place, options.held_out)
         abilities = AbilityHook(
@@ -202,6 +217,7 @@ class Trainer:
                 self._call_due(progress)
             self._flush()
             for hook in self._hooks:
+                self._watch.enter(progress.step, hook.doing, in_step=False)
                 hook.finish(progress)
         finally:
             self._close(steps)
@@ -215,6 +231,7 @@ class Trainer:
 
         # Rows. The devices are idle meanwhile only if the step before is done; at most: it may end during the wait.
         began = time.perf_counter()
+        self._watch.enter(number, "reading rows")
         rows = next(steps)
         waited = time.perf_counter() - began
         if self._pending is None or self._pending.is_done():
@@ -224,17 +241,22 @@ class Trainer:
 
         # The step: dispatched, not awaited. Compiling blocks, so a call that compiles is timed as compiling.
         compiled, sending = self._compiles.count, time.perf_counter()
+        shapes = tuple(value.shape for value in rows.batch.values())
+        known = shapes in self._shapes
+        self._shapes.add(shapes)
+        self._watch.enter(number, WAITING if known else "compiling", in_step=known)
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
             batch = self._place(rows.batch)
             state, numbers = self._step(progress.state, batch)
             counts = self._counts(batch)
         self._trace.after(number, (numbers, counts))
-        compiling = time.perf_counter() - sending if self._compiles.count > compiled else 0.0
+        sending = time.perf_counter() - sending
+        compiling = sending if self._compiles.count > compiled else 0.0
         if compiling and number > self._first_step + 1:
             log.warning("step %d had to compile %d programs", number, self._compiles.count - compiled)
 
         epochs = self._data.epochs(rows.state)
-        sent = PendingStep(number, numbers, counts, rows.batch, epochs, began, waited, compiling)
+        sent = PendingStep(number, numbers, counts, rows.batch, epochs, began, waited, sending, compiling)
         return RunProgress(number, state, rows.state), sent
 
     def _call_due(self, progress: RunProgress) -> None:
@@ -246,11 +268,13 @@ class Trainer:
         record: MetricsRecord = {} if self._pending is None else self._read(self._pending)
         self._pending = None
         for hook in due:
+            self._watch.enter(progress.step, hook.doing, in_step=False)
             record |= hook.measure(progress)
         # On disk before anything else: a checkpoint without its step's numbers would leave a gap.
         if record:
             self._write({"step": progress.step} | record)
         for hook in due:
+            self._watch.enter(progress.step, hook.doing, in_step=False)
             hook.act(progress)
 
     def _flush(self) -> None:
@@ -262,15 +286,19 @@ class Trainer:
     def _read(self, pending: PendingStep) -> MetricsRecord:
         """Waits for a step's numbers: its line of metrics.jsonl."""
         # This is where the host waits for the devices.
+        self._watch.enter(pending.step, WAITING)
         fetched = jax.device_get((pending.numbers, pending.counts))
         numbers, counts = ({name: float(value) for name, value in part.items()} for part in fetched)
         now = time.perf_counter()
 
         # From the start of this step (or the end of the one before, still running then) until its numbers were there.
         took = now - max(pending.began, self._last_end)
-        productive = max(0.0, took - self._idle - pending.compiling)
-        self._last_end, self._idle = now, 0.0
+        idle, self._idle, self._last_end = self._idle, 0.0, now
+        productive = max(0.0, took - idle - pending.compiling)
         times = {"step_time_s": took, "data_wait_s": pending.waited, "productive_s": productive}
+        self._watch.finished(took, {"rows_s": pending.waited, "send_s": pending.sending, "step_s": took})
+        if self._rules is not None:
+            self._rules.check(pending.step, numbers, took, min(idle, took))
 
         for hook in self._hooks:
             hook.observe(pending.step, numbers, pending.batch)
@@ -289,7 +317,25 @@ class Trainer:
             "oversize": dict(self._data.handled),
             "epochs": pending.epochs,
             "damaged_packets": sum(self._damaged.values()),
+            **self._hosts_record(pending.step),
         }
+
+    def _hosts_record(self, step: int) -> MetricsRecord:
+        """Compares the hosts now and then: a line of the log, and each one's times by its number."""
+        if self._rules is None or not self._hosts_every or step % self._hosts_every:
+            return {}
+        means = self._watch.means_by_host()
+        if len(means) < 2:
+            return {}
+        log.warning("step %d: %s", step, describe_hosts(means))
+        parts = next(iter(means.values()))
+        return {f"host_{name}": {str(host): mean[name] for host, mean in means.items()} for name in parts}
+
+    def _report_hang(self, step: int, sentence: str) -> None:
+        """Leaves word of a hang, for whoever reads the workdir: on a thread of the watchdog."""
+        if self._rules is not None:
+            self._alerts.tell(AlertKind.HANG, step, sentence)
+        self._mirror.sync()
 
     def _write(self, record: MetricsRecord) -> None:
         if self._log is not None:
@@ -304,6 +350,7 @@ class Trainer:
     def _close(self, steps: Iterator[DataStep]) -> None:
         # Workers first, however the run ended.
         close_steps(steps)
+        self._watch.close()
         for hook in self._hooks:
             hook.close()
         self._trace.close()

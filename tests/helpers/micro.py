@@ -33,6 +33,7 @@ STEPS = 20
 # Of a row of metrics.jsonl. They measure the machine; every other number must repeat exactly.
 TIMES = {"step_time_s", "data_wait_s", "productive_s", "goodput", "tokens_per_s_per_chip", "compiles"}
 TIMES |= {f"checkpoint_{name}" for name in ("s", "blocked_s", "bytes", "gb_per_s")}
+TIMES |= {"host_rows_s", "host_send_s", "host_step_s"}
 
 
 def small_copy(sample: Path, root: Path, lines: int = LINES) -> Path:

@@ -1,5 +1,6 @@
 """When a run saves: at its steps, and again soon where a save failed."""
 
+import json
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +10,7 @@ from baichuan_omni_jax.checkpoint import Workdir
 from baichuan_omni_jax.config import CheckpointConfig, RunConfig, tiny
 from baichuan_omni_jax.errors import RunStoppedError
 from baichuan_omni_jax.train import checkpoint_hook
+from baichuan_omni_jax.train.alerts import AlertLog
 from baichuan_omni_jax.train.checkpoint_hook import CheckpointHook
 from baichuan_omni_jax.train.hooks import RunProgress
 from baichuan_omni_jax.train.input import DocumentFailures
@@ -28,7 +30,7 @@ class FailingWorkdir(Workdir):
 
     def __init__(self, failures: int, limit: int = 3) -> None:
         self.left, self.limit, self.failed, self.saved, self.now = failures, limit, 0, [], 0.0
-        self.pending = False
+        self.pending = self.busy = False
 
     def save(self, step: int, *_: object, **__: object) -> None:
         self.pending = self.left > 0
@@ -38,6 +40,9 @@ class FailingWorkdir(Workdir):
     def wait(self) -> None:
         if self.pending:
             raise RunStoppedError("saving failed")
+
+    def is_saving(self) -> bool:
+        return self.busy
 
     def save_failed(self) -> bool:
         return self.pending
@@ -50,7 +55,7 @@ class FailingWorkdir(Workdir):
 
 
 @pytest.fixture
-def make_hook(monkeypatch):
+def make_hook(monkeypatch, tmp_path):
     monkeypatch.setattr(checkpoint_hook, "to_checkpoint", lambda *_: ({}, {}))
     run = RunConfig(name="a", checkpoint=CheckpointConfig(every=10))
     spec = bare(StepSpec, task=SimpleNamespace(run=run))
@@ -68,6 +73,7 @@ def make_hook(monkeypatch):
             tokenizer_json="",
             saved_step=0,
             before_save=lambda: copied.append(len(workdir.saved)),
+            alerts=AlertLog(tmp_path),
         )
         return hook, copied
 
@@ -107,3 +113,14 @@ def test_too_many_failures_end_the_run(make_hook):
     with pytest.raises(RunStoppedError):
         hook.finish(progress(15))
     assert workdir.failed == 3
+
+
+def test_a_save_that_takes_longer_than_its_interval_is_told(make_hook, tmp_path):
+    workdir = FailingWorkdir(failures=0)
+    hook, _ = make_hook(workdir)
+    hook.act(progress(10))
+    workdir.busy = True
+    hook.act(progress(20))
+    (line,) = (tmp_path / "alerts.jsonl").read_text().splitlines()
+    assert json.loads(line)["kind"] == "slow_save"
+    assert "the save of step 10 is still under way" in line

@@ -90,7 +90,7 @@ def test_a_step_measures_its_groups(text_run):
     norm = lambda values: np.sqrt(sum(np.square(np.asarray(value, np.float64)).sum() for value in values))  # noqa: E731
     moved = [first.trainable[name] - state.trainable[name] for name in state.trainable]
     assert metrics["gradient_norm/all"] == pytest.approx(float(metrics["gradient_norm"]), rel=TOLERANCE)
-    assert metrics["parameter_norm/all"] == pytest.approx(norm(first.trainable.values()), rel=1e-5)
+    assert metrics["parameter_norm/all"] == pytest.approx(norm(state.trainable.values()), rel=1e-5)
     # Differences of rounded sums.
     assert metrics["update_norm/all"] == pytest.approx(norm(moved), rel=1e-3)
     rates = [float(numbers["learning_rate/all"]) for numbers in (metrics, later)]
