@@ -1,5 +1,6 @@
 """`launch/recipes/supervise`: what it starts again, what it leaves alone, and what becomes of signals."""
 
+import os
 import signal
 import subprocess
 import time
@@ -83,3 +84,23 @@ def test_flags_that_it_does_not_know_are_refused(arguments, sentence):
     done = subprocess.run(["bash", RECIPES / "supervise", *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert sentence in done.stderr
+
+
+def test_a_stopped_command_is_asked_for_its_stacks_and_killed(tmp_path):
+    """One that shows that it lives until it is stopped; the next start finishes."""
+    (tmp_path / "command").write_text("""
+if [ -f pid ]; then exit 0; fi
+trap 'touch stacks' USR1
+touch "$SUPERVISE_ALIVE"
+echo $$ > pid.new && mv pid.new pid
+while true; do touch "$SUPERVISE_ALIVE"; sleep 0.05; done
+""")
+    supervise = ["bash", str(RECIPES / "supervise"), "--pause", "0", "--silent", "1"]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen([*supervise, "--", "bash", "command"], cwd=tmp_path, stdout=pipe, stderr=pipe, text=True)
+    wait_for((tmp_path / "pid").exists)
+    os.kill(int((tmp_path / "pid").read_text()), signal.SIGSTOP)
+    code, said = ended(process)
+    assert code == 0, said
+    assert "no sign of life for 1 s: killed" in said
+    assert (tmp_path / "stacks").exists()
