@@ -9,6 +9,8 @@ a checkpoint could not be written. 0 otherwise; `--stopped-code` tells a stop by
 """
 
 import argparse
+import sys
+from contextlib import ExitStack
 
 from etils import epath
 
@@ -33,6 +35,7 @@ from baichuan_omni_jax.config import OmniConfig, RunConfig, load_run_config, res
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.generation.loading import is_untrained
 from baichuan_omni_jax.storage import local_path, parse_path
+from baichuan_omni_jax.train.compile_cache import keep_compiled
 from baichuan_omni_jax.train.hosts import (
     as_process_zero,
     check_agreement,
@@ -44,9 +47,10 @@ from baichuan_omni_jax.train.hosts import (
 )
 from baichuan_omni_jax.train.input import rows_of_host
 from baichuan_omni_jax.train.metrics import load_wandb
-from baichuan_omni_jax.train.profiling import parse_span
+from baichuan_omni_jax.train.profiling import parse_span, serve_profiler
 from baichuan_omni_jax.train.run import set_up, train
 from baichuan_omni_jax.train.run_data import open_run_data
+from baichuan_omni_jax.train.stop import StopSignal
 from baichuan_omni_jax.train.trainer import RunOptions
 from data_pipelines.held_out import FEW_STEPS, HeldOutMixture
 from data_pipelines.packing.rows import RowShard
@@ -60,6 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     about = "where the run's checkpoints and numbers go; may be a URL: gs://BUCKET/RUN, s3://BUCKET/RUN"
     add("--workdir", required=True, metavar="DIR", help=about)
     add("--profile", default="", metavar="START:STOP", help="steps to trace into WORKDIR/profile")
+    about = "where compiled programs are kept for the next start (default: in the workdir); off: nowhere"
+    add("--compilation-cache", default="", metavar="DIR", help=about)
+    add("--profiler-port", type=int, default=0, metavar="PORT", help="serve jax.profiler to XProf there, on every host")
     add("--wandb", default="", metavar="PROJECT", help="on Weights & Biases, to send the numbers to as well")
     about = "exit code where SIGTERM ended the run, on any of its hosts, before its last step (default 0)"
     add("--stopped-code", type=int, default=0, metavar="N", help=about)
@@ -74,11 +81,30 @@ def run(options: argparse.Namespace) -> int:
     start_logging()
     # Hosts join before JAX looks for devices, and agree on versions and configuration before anything is done.
     join_hosts(options)
+    stop = StopSignal(leave=options.stopped_code)
+    try:
+        with ExitStack() as stack:
+            return run_until_stopped(options, stop, stack)
+    except KeyboardInterrupt:
+        # SIGTERM before the first step, when nothing would be lost; else Ctrl-C.
+        if not stop.received:
+            raise
+        print("stopped by SIGTERM before the first step of this start; nothing is lost", file=sys.stderr)
+        return options.stopped_code
+    finally:
+        stop.close()
+
+
+def run_until_stopped(options: argparse.Namespace, stop: StopSignal, stack: ExitStack) -> int:
+    """Trains as `run`, with hosts joined and SIGTERM heard; what `stack` gets is undone when the run has ended."""
     run, omni, profile = on_all_hosts(lambda: read_options(options))
+    if options.profiler_port:
+        on_all_hosts(lambda: serve_profiler(options.profiler_port))
     check_agreement(version_facts() | run_facts(run))
     # What can refuse the run comes before it claims the workdir, but for what the weights and the media say.
     spec, compute = on_all_hosts(lambda: set_up(run, omni))
     workdir, parent = on_all_hosts(lambda: open_workdir(run, options.workdir))
+    stack.enter_context(keep_compiled(workdir.path, options.compilation_cache))
     begins = run.data.continue_sources and as_process_zero(workdir.latest_step) is None
     continue_from = on_all_hosts(lambda: parent_data_state(parent)) if begins else None
 
@@ -102,7 +128,7 @@ def run(options: argparse.Namespace) -> int:
         if tokenizer is not None:
             keep_tokenizer(workdir.path, tokenizer, omni, origin_of(home))
         run_options = RunOptions(
-            parent=parent, held_out=held_out, profile=profile, wandb=options.wandb, leave_when_hung=True
+            parent=parent, held_out=held_out, profile=profile, wandb=options.wandb, leave_when_hung=True, stop=stop
         )
         state = train(run, omni, workdir, training, run_options)
     except ConfigError:
@@ -110,7 +136,8 @@ def run(options: argparse.Namespace) -> int:
         workdir.give_up()
         raise
     workdir.close()
-    return 0 if int(state.step) >= run.train.steps else options.stopped_code
+    finished = int(state.step) >= run.train.steps and not stop.interrupted
+    return 0 if finished else options.stopped_code
 
 
 def read_options(options: argparse.Namespace) -> tuple[RunConfig, OmniConfig, range | None]:

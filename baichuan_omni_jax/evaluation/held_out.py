@@ -79,6 +79,7 @@ class HeldOutEvaluation:
         place: Callable[[Mapping[str, np.ndarray]], Batch],
         sums_of: Callable[[dict[str, Any], Batch], Sums],
         means_of: Callable[[TotalSums, tuple[str, ...]], dict[str, float]],
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         """Opens nothing yet.
 
@@ -88,9 +89,10 @@ class HeldOutEvaluation:
             place: puts a host's rows on the mesh.
             sums_of: the compiled (parameters, batch) -> sums of the task.
             means_of: the task's scores from sums over all steps, and the sources' names.
+            check: called before every batch; what it raises breaks the evaluation off.
         """
         self._config, self._mixtures, self._place = config, mixtures, place
-        self._sums_of, self._means_of = sums_of, means_of
+        self._sums_of, self._means_of, self._check = sums_of, means_of, check
         self._swapped = {mixture.name for mixture in config.mixtures if mixture.swapped}
 
     def is_due(self, step: int) -> bool:
@@ -126,6 +128,7 @@ class HeldOutEvaluation:
         total: dict[str, Any] = {}
         try:
             for step in steps:
+                self._check()
                 sums = self._sums_of(parameters, self._place(step.batch))
                 for name, value in sums.items():
                     # fp64 on the host: a mean over many steps should not round.

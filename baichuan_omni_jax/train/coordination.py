@@ -76,6 +76,18 @@ class Hosts:
         if self._client is not None:
             self._client.key_value_set(key, text, allow_overwrite=True)
 
+    def has(self, key: str) -> bool:
+        """Whether a key is set. Alone none is. Raises as `put`."""
+        if self._client is None:
+            return False
+        try:
+            self._client.key_value_try_get(key)
+        except RuntimeError as error:
+            if "NOT_FOUND" in str(error):
+                return False
+            raise
+        return True
+
     def below(self, folder: str) -> dict[str, str]:
         """Returns all keys that begin with `folder/`, without it, and what they are set to. Raises as `put`."""
         if self._client is None:

@@ -66,13 +66,20 @@ class EvaluationHook(Hook):
 
     doing = "evaluating"
 
-    def __init__(self, spec: StepSpec, place: BatchPlacer, mixtures: Mapping[str, HeldOutData]) -> None:
+    def __init__(
+        self,
+        spec: StepSpec,
+        place: BatchPlacer,
+        mixtures: Mapping[str, HeldOutData],
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Compiles nothing yet; `check`, called before every batch, may raise to break an evaluation off."""
         # As many sources as the largest mixture has: one program sums for all of them. Exchanged media count apart.
         run, sources = spec.task.run, max((len(data.sources) for data in mixtures.values()), default=1)
         sources *= 2 if any(mixture.swapped for mixture in run.eval.mixtures) else 1
         sums_of, means_of = compile_held_out(spec, sources), spec.task.held_out_means
         self._spec = spec
-        self._evaluation = HeldOutEvaluation(run.eval, mixtures, place, sums_of, means_of)
+        self._evaluation = HeldOutEvaluation(run.eval, mixtures, place, sums_of, means_of, check)
         self.last: dict[str, float] = {}  # the newest scores
 
     def is_due(self, step: int) -> bool:

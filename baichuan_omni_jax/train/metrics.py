@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import jax
+from etils import epath
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
@@ -24,6 +25,8 @@ from baichuan_omni_jax.train.audio_samples import AudioSamples
 log = logging.getLogger(__name__)
 
 METRICS, GOODPUT = "metrics.jsonl", "goodput.json"
+# 1 in the record of a step whose scores are missing, as SIGTERM came while they were made.
+INTERRUPTED = "evaluation_interrupted"
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 # Near enough to the start of the process: importing this package is one of the first things that a command does.
 _BEGAN = time.monotonic()
@@ -202,6 +205,16 @@ def _parse(line: bytes) -> MetricsRecord | None:
         return record if isinstance(record, dict) and type(record.get("step")) is int else None
     except (ValueError, RecursionError):
         return None
+
+
+def evaluation_owed(workdir: epath.Path, step: int) -> bool:
+    """Whether the evaluation after `step` was broken off and has not been made since. Process zero's to ask."""
+    path = workdir / METRICS
+    if not path.exists():
+        return False
+    records = [record for record in map(_parse, path.read_bytes().split(b"\n")) if record is not None]
+    of_step = [record for record in records if record["step"] == step]
+    return bool(of_step) and INTERRUPTED in of_step[-1]
 
 
 # Parts of the loss, of all tasks, in the order they are shown.

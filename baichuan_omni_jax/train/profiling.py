@@ -1,5 +1,6 @@
-"""Traces of steps for XProf."""
+"""Traces of steps for XProf, and profiles that it takes of a run at work."""
 
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,17 @@ class StepTrace:
         if self._running:
             jax.profiler.stop_trace()
             self._running = False
+
+
+def serve_profiler(port: int) -> None:
+    """Lets XProf take a profile of this process at any time. Raises ConfigError where the port is taken."""
+    # JAX itself logs the failure, from C++, and goes on without a server.
+    with socket.socket() as probe:
+        try:
+            probe.bind(("", port))
+        except (OSError, OverflowError) as error:
+            raise ConfigError(f"--profiler-port {port} cannot be used: {error}") from error
+    jax.profiler.start_server(port)
 
 
 def parse_span(text: str) -> range | None:

@@ -16,7 +16,7 @@ from baichuan_omni_jax.train.audio_samples import check_samples
 from baichuan_omni_jax.train.hooks import RunProgress
 from baichuan_omni_jax.train.hosts import as_process_zero, is_process_zero, on_all_hosts, warm_up_collectives
 from baichuan_omni_jax.train.input import BatchPlacer, TrainingData
-from baichuan_omni_jax.train.metrics import CompileCounter
+from baichuan_omni_jax.train.metrics import CompileCounter, evaluation_owed
 from baichuan_omni_jax.train.state import (
     Arrays,
     StepSpec,
@@ -88,15 +88,16 @@ def train(
             changes = f"; since the start before: {workdir.changes}" if workdir.changes else ""
             console.print(f"{workdir.path}: resumed from step {start.step}{changes}")
         print_start_table(console, run, spec, data)
+        owed = start.step > 0 and as_process_zero(lambda: evaluation_owed(workdir.path, start.step))
         # A finished run is no error: the same command again says so.
-        if start.step >= run.train.steps:
+        if start.step >= run.train.steps and not owed:
             console.print(f"{workdir.path} is finished: step {start.step} of train.steps {run.train.steps}")
             return start.state
         # All hosts are at the same place now; later one may be minutes behind, compiling.
         warm_up_collectives(spec.mesh)
         place = BatchPlacer(run.data.rows, spec.task.batch_axes(), spec.mesh, compute.rules)
         trainer = Trainer(spec, omni, workdir, data, options, console, compiles, place, start.step, originals)
-        return trainer.fit(start).state
+        return trainer.fit(start, owed=owed).state
 
 
 def restore_or_init(run: RunConfig, spec: StepSpec, workdir: Workdir) -> tuple[RunProgress, Arrays]:

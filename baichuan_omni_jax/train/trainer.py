@@ -27,6 +27,7 @@ from baichuan_omni_jax.train.hosts import is_process_zero, on_all_hosts
 from baichuan_omni_jax.train.input import BatchPlacer, DataStep, DocumentFailures, DocumentKey, TrainingData
 from baichuan_omni_jax.train.metrics import (
     GOODPUT,
+    INTERRUPTED,
     METRICS,
     CompileCounter,
     MetricsRecord,
@@ -54,7 +55,7 @@ class RunOptions:
     `parent` is where the first weights came from: their branches' steps are counted on. `held_out` has the data of
     `eval.mixtures` by name, with exchanged media and questions (`data_pipelines.held_out`) where these are asked for.
     `profile` are the steps to trace; `wandb` is a project there. `leave_when_hung` ends the process with a code of its
-    own when a step does not end (`Watchdog`).
+    own when a step does not end (`Watchdog`). `stop` listens for SIGTERM since before the data were opened.
     """
 
     parent: Parent = Parent()
@@ -62,6 +63,7 @@ class RunOptions:
     profile: range | None = None
     wandb: str = ""
     leave_when_hung: bool = False
+    stop: StopSignal | None = None
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,7 @@ class Trainer:
         if options.leave_when_hung:
             self._watch.start()
         self._guard = NonfiniteGuard(folder, run.train.nonfinite_limit, data.location, shown=workdir.path)
-        self._stop = StopSignal()
+        self._stop = options.stop or StopSignal()
         checkpoint = CheckpointHook(
             spec,
             omni,
@@ -179,7 +181,7 @@ class Trainer:
             before_save=self._copy_numbers,
             alerts=self._alerts,
         )
-        evaluation = EvaluationHook(spec, place, options.held_out)
+        evaluation = EvaluationHook(spec, place, options.held_out, self._stop.check)
         abilities = AbilityHook(
             spec,
             omni,
@@ -201,12 +203,20 @@ class Trainer:
             self._stop,
         )
 
-    def fit(self, progress: RunProgress) -> RunProgress:
-        """Runs steps until the last one, or until a hook stops the run. Raises RunStoppedError where it failed."""
+    def fit(self, progress: RunProgress, *, owed: bool = False) -> RunProgress:
+        """Runs steps until the last one, or until a hook stops the run.
+
+        Args:
+            progress: where it goes on.
+            owed: whether what is due after that step was broken off, and is to be made good first.
+
+        Raises:
+            RunStoppedError: it failed.
+        """
         steps = self._data.steps(progress.data_state)
         try:
             # Scores and samples of the weights that the run starts from.
-            if progress.step == 0:
+            if progress.step == 0 or owed:
                 self._call_due(progress)
             # A list, not a generator: on several hosts every one must ask every hook at every step.
             while not any([hook.should_stop(progress.step) for hook in self._hooks]) and progress.step < self._steps:
@@ -267,9 +277,13 @@ class Trainer:
             return
         record: MetricsRecord = {} if self._pending is None else self._read(self._pending)
         self._pending = None
-        for hook in due:
-            self._watch.enter(progress.step, hook.doing, in_step=False)
-            record |= hook.measure(progress)
+        # A machine that is wanted back does not wait for scores: the next start makes them (`evaluation_owed`).
+        with self._stop.breakable():
+            for hook in due:
+                self._watch.enter(progress.step, hook.doing, in_step=False)
+                record |= hook.measure(progress)
+        if self._stop.interrupted:
+            record[INTERRUPTED] = 1
         # On disk before anything else: a checkpoint without its step's numbers would leave a gap.
         if record:
             self._write({"step": progress.step} | record)
@@ -296,6 +310,7 @@ class Trainer:
         idle, self._idle, self._last_end = self._idle, 0.0, now
         productive = max(0.0, took - idle - pending.compiling)
         times = {"step_time_s": took, "data_wait_s": pending.waited, "productive_s": productive}
+        self._stop.begin()
         self._watch.finished(took, {"rows_s": pending.waited, "send_s": pending.sending, "step_s": took})
         if self._rules is not None:
             self._rules.check(pending.step, numbers, took, min(idle, took))
