@@ -28,6 +28,26 @@ class RunProgress:
     data_state: dict[str, Any] | None
 
 
+@dataclass(frozen=True)
+class PendingStep:
+    """A step that was sent to the devices; its numbers are not read yet. Times in seconds."""
+
+    step: int
+    numbers: dict[str, jax.Array]
+    counts: dict[str, jax.Array]
+    batch: dict[str, np.ndarray]
+    epochs: dict[str, float]
+    began: float
+    waited: float
+    sending: float
+    compiling: float
+
+    def is_done(self) -> bool:
+        """Whether the devices have finished it."""
+        loss: Any = self.numbers["loss"]  # is_ready is missing in jax's stubs
+        return loss.is_ready()
+
+
 class Hook:
     """One thing that a run does beside its steps. Every host calls it; what a method does not say is left out.
 

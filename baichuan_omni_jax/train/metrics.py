@@ -4,7 +4,6 @@ import hashlib
 import json
 import logging
 import math
-import time
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -21,15 +20,14 @@ from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.flops.terms import FlopTerm, flops_by_branch
 from baichuan_omni_jax.storage import atomic_write
 from baichuan_omni_jax.train.audio_samples import AudioSamples
+from baichuan_omni_jax.train.goodput import Goodput
 
 log = logging.getLogger(__name__)
 
-METRICS, GOODPUT = "metrics.jsonl", "goodput.json"
+METRICS = "metrics.jsonl"
 # 1 in the record of a step whose scores are missing, as SIGTERM came while they were made.
 INTERRUPTED = "evaluation_interrupted"
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
-# Near enough to the start of the process: importing this package is one of the first things that a command does.
-_BEGAN = time.monotonic()
 # Keys of earlier versions: a run does not go on where its lines have them, as no reader finds both names.
 RENAMED_KEYS = {
     "audio_scale": "audio_loss_scale",
@@ -62,7 +60,7 @@ class RunLog:
         """
         self._metrics = MetricsWriter(folder, step, WandbWriter(wandb, run, folder, workdir) if wandb else None)
         kept = [record for record in self._metrics.kept if "loss" in record]
-        self._goodput = Goodput(folder, kept)
+        self.goodput = Goodput(folder, kept, run.name)
         self._nonfinite = kept[-1].get("nonfinite_steps", 0) if kept else 0
         self._line = ProgressLine(console, run.train.steps, step)
 
@@ -70,7 +68,7 @@ class RunLog:
         """Writes a step's record, or one that has nothing but an evaluation."""
         if "loss" in record:
             record = record | {"nonfinite_steps": self._nonfinite + record["nonfinite_steps"]}
-            record["goodput"] = self._goodput.note(record["productive_s"])
+            record["goodput"] = self.goodput.note(record["productive_s"])
             self._line.show(record)
         self._metrics.write(record)
 
@@ -85,6 +83,7 @@ class RunLog:
     def close(self) -> None:
         """Ends files, services and the progress line."""
         self._metrics.close()
+        self.goodput.close()
         self._line.close()
 
 
@@ -280,39 +279,6 @@ class Throughput:
         possible = seconds * self._chips * self._peak
         shares = {f"mfu_{name}": value / possible for name, value in flops.items()}
         return numbers | {"mfu": sum(shares.values())} | shares
-
-
-class Goodput:
-    """Adds up, over all starts of a run, the share of its wall time in which devices worked on steps still part of it.
-
-    Wall time is that of every start, from its import of this module to its last reported step; what passed between
-    two starts does not count. It stands in `WORKDIR/goodput.json`. Productive time is the `productive_s` of every line
-    of metrics.jsonl, where a step that was lost with a killed process and computed again is only once.
-    """
-
-    def __init__(self, workdir: Path, records: Sequence[MetricsRecord]) -> None:
-        """`records` are those that metrics.jsonl holds already."""
-        self._path = workdir / GOODPUT
-        self._productive = sum(record.get("productive_s", 0.0) for record in records)
-        self._before = _read(self._path)
-
-    def note(self, productive: float) -> float:
-        """Adds a step's productive seconds; returns the run's goodput up to now, 0 to 1."""
-        # Replaced, not rewritten: a kill leaves the old file or the new one.
-        self._productive += productive
-        elapsed = self._before + time.monotonic() - _BEGAN
-        partial = self._path.with_suffix(".partial")
-        partial.write_text(json.dumps({"elapsed_s": elapsed}))
-        partial.replace(self._path)
-        return self._productive / elapsed
-
-
-def _read(path: Path) -> float:
-    """Wall seconds of earlier starts; 0 where the file is not there or cannot be read: it is only a statistic."""
-    try:
-        return float(json.loads(path.read_text())["elapsed_s"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0.0
 
 
 class CompileCounter:

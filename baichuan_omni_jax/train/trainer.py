@@ -5,28 +5,25 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import jax
-import numpy as np
 from rich.console import Console
 
-from baichuan_omni_jax.checkpoint import Parent, Workdir, keep_newest
+from baichuan_omni_jax.checkpoint import Parent, Workdir
 from baichuan_omni_jax.config import OmniConfig
 from baichuan_omni_jax.errors import RunStoppedError
 from baichuan_omni_jax.evaluation.held_out import close_steps
 from baichuan_omni_jax.flops.terms import peak_flops
 from baichuan_omni_jax.storage import MirroredFolder
 from baichuan_omni_jax.train.ability_hook import ABILITIES, AbilityHook
-from baichuan_omni_jax.train.alerts import ALERTS, AlertKind, AlertLog, NonfiniteGuard, StepAlerts
+from baichuan_omni_jax.train.alerts import ALERTS, NonfiniteGuard
 from baichuan_omni_jax.train.audio_samples import AudioSampleLogger
 from baichuan_omni_jax.train.checkpoint_hook import CheckpointHook
-from baichuan_omni_jax.train.coordination import Hosts
-from baichuan_omni_jax.train.hooks import AudioSamplesHook, EvaluationHook, Hook, RunProgress
+from baichuan_omni_jax.train.goodput import EVENTS, GOODPUT
+from baichuan_omni_jax.train.hooks import AudioSamplesHook, EvaluationHook, Hook, PendingStep, RunProgress
 from baichuan_omni_jax.train.hosts import is_process_zero, on_all_hosts
 from baichuan_omni_jax.train.input import BatchPlacer, DataStep, DocumentFailures, DocumentKey, TrainingData
 from baichuan_omni_jax.train.metrics import (
-    GOODPUT,
     INTERRUPTED,
     METRICS,
     CompileCounter,
@@ -36,6 +33,7 @@ from baichuan_omni_jax.train.metrics import (
     drop_absent_sources,
 )
 from baichuan_omni_jax.train.profiling import StepTrace
+from baichuan_omni_jax.train.run_watch import RunWatch
 from baichuan_omni_jax.train.state import (
     Arrays,
     StepSpec,
@@ -43,7 +41,7 @@ from baichuan_omni_jax.train.state import (
 from baichuan_omni_jax.train.step import compile_step
 from baichuan_omni_jax.train.stop import StopSignal
 from baichuan_omni_jax.train.suite_hook import SuiteHook
-from baichuan_omni_jax.train.watchdog import WAITING, Watchdog, describe_hosts
+from baichuan_omni_jax.train.watchdog import WAITING
 
 log = logging.getLogger(__name__)
 
@@ -64,26 +62,6 @@ class RunOptions:
     wandb: str = ""
     leave_when_hung: bool = False
     stop: StopSignal | None = None
-
-
-@dataclass(frozen=True)
-class PendingStep:
-    """A step that was sent to the devices; its numbers are not read yet. Times in seconds."""
-
-    step: int
-    numbers: dict[str, jax.Array]
-    counts: dict[str, jax.Array]
-    batch: dict[str, np.ndarray]
-    epochs: dict[str, float]
-    began: float
-    waited: float
-    sending: float
-    compiling: float
-
-    def is_done(self) -> bool:
-        """Whether the devices have finished it."""
-        loss: Any = self.numbers["loss"]  # is_ready is missing in jax's stubs
-        return loss.is_ready()
 
 
 class Trainer:
@@ -133,7 +111,9 @@ class Trainer:
         run = spec.task.run
         # Files that grow are written here: the workdir itself, or a local folder that is copied to its URL.
         self._mirror = on_all_hosts(
-            lambda: MirroredFolder(workdir.path, f"host_{jax.process_index()}", (METRICS, GOODPUT, ABILITIES, ALERTS))
+            lambda: MirroredFolder(
+                workdir.path, f"host_{jax.process_index()}", (METRICS, GOODPUT, EVENTS, ABILITIES, ALERTS)
+            )
         )
         folder = self._mirror.path
         self._steps, self._first_step = run.train.steps, first_step
@@ -158,14 +138,9 @@ class Trainer:
         self._log = on_all_hosts(lambda: open_log() if is_process_zero() else None)
         if self._log is not None and samples.is_due(0):
             console.print(samples.sentence)
-        self._alerts = AlertLog(folder)
-        keep_good = lambda step: keep_newest(workdir.path, step)  # noqa: E731
-        # Numbers are the same on all hosts: one looks at them.
-        self._rules = StepAlerts(run.watch, self._alerts, keep_good) if is_process_zero() else None
-        self._hosts_every = run.watch.hosts_every
-        self._watch = Watchdog(run.watch, folder, Hosts.joined(), self._report_hang)
-        if options.leave_when_hung:
-            self._watch.start()
+        self._watch = RunWatch(
+            run.watch, folder, workdir, self._log, self._mirror.sync, leave_when_hung=options.leave_when_hung
+        )
         self._guard = NonfiniteGuard(folder, run.train.nonfinite_limit, data.location, shown=workdir.path)
         self._stop = options.stop or StopSignal()
         checkpoint = CheckpointHook(
@@ -179,7 +154,7 @@ class Trainer:
             # Where it goes on from the hosts' own disks, the workdir does not have that step yet.
             saved_step=first_step if not first_step or workdir.has_step(first_step) else -1,
             before_save=self._copy_numbers,
-            alerts=self._alerts,
+            alerts=self._watch.alerts,
         )
         evaluation = EvaluationHook(spec, place, options.held_out, self._stop.check)
         abilities = AbilityHook(
@@ -227,8 +202,8 @@ class Trainer:
                 self._call_due(progress)
             self._flush()
             for hook in self._hooks:
-                self._watch.enter(progress.step, hook.doing, in_step=False)
-                hook.finish(progress)
+                with self._watch.beside(progress.step, hook.doing):
+                    hook.finish(progress)
         finally:
             self._close(steps)
         self._say_why_it_ended(progress.step)
@@ -244,6 +219,8 @@ class Trainer:
         self._watch.enter(number, "reading rows")
         rows = next(steps)
         waited = time.perf_counter() - began
+        if self._log is not None:
+            self._log.goodput.step(number, time.time() - waited, waited)
         if self._pending is None or self._pending.is_done():
             self._idle += waited
         self._failures.note(rows.failed)
@@ -280,16 +257,16 @@ class Trainer:
         # A machine that is wanted back does not wait for scores: the next start makes them (`evaluation_owed`).
         with self._stop.breakable():
             for hook in due:
-                self._watch.enter(progress.step, hook.doing, in_step=False)
-                record |= hook.measure(progress)
+                with self._watch.beside(progress.step, hook.doing):
+                    record |= hook.measure(progress)
         if self._stop.interrupted:
             record[INTERRUPTED] = 1
         # On disk before anything else: a checkpoint without its step's numbers would leave a gap.
         if record:
             self._write({"step": progress.step} | record)
         for hook in due:
-            self._watch.enter(progress.step, hook.doing, in_step=False)
-            hook.act(progress)
+            with self._watch.beside(progress.step, hook.doing):
+                hook.act(progress)
 
     def _flush(self) -> None:
         """Writes the numbers of a step that was sent before."""
@@ -311,10 +288,8 @@ class Trainer:
         productive = max(0.0, took - idle - pending.compiling)
         times = {"step_time_s": took, "data_wait_s": pending.waited, "productive_s": productive}
         self._stop.begin()
-        self._watch.finished(took, {"rows_s": pending.waited, "send_s": pending.sending, "step_s": took})
-        if self._rules is not None:
-            self._rules.check(pending.step, numbers, took, min(idle, took))
-
+        parts = {"rows_s": pending.waited, "send_s": pending.sending, "step_s": took}
+        by_host = self._watch.finish_step(pending.step, numbers, parts, idle)
         for hook in self._hooks:
             hook.observe(pending.step, numbers, pending.batch)
         # The flag becomes a count since this start; sources with nothing to learn from have no loss.
@@ -332,25 +307,8 @@ class Trainer:
             "oversize": dict(self._data.handled),
             "epochs": pending.epochs,
             "damaged_packets": sum(self._damaged.values()),
-            **self._hosts_record(pending.step),
+            **by_host,
         }
-
-    def _hosts_record(self, step: int) -> MetricsRecord:
-        """Compares the hosts now and then: a line of the log, and each one's times by its number."""
-        if self._rules is None or not self._hosts_every or step % self._hosts_every:
-            return {}
-        means = self._watch.means_by_host()
-        if len(means) < 2:
-            return {}
-        log.warning("step %d: %s", step, describe_hosts(means))
-        parts = next(iter(means.values()))
-        return {f"host_{name}": {str(host): mean[name] for host, mean in means.items()} for name in parts}
-
-    def _report_hang(self, step: int, sentence: str) -> None:
-        """Leaves word of a hang, for whoever reads the workdir: on a thread of the watchdog."""
-        if self._rules is not None:
-            self._alerts.tell(AlertKind.HANG, step, sentence)
-        self._mirror.sync()
 
     def _write(self, record: MetricsRecord) -> None:
         if self._log is not None:

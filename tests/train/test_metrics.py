@@ -12,8 +12,9 @@ import pytest
 from baichuan_omni_jax.config import load_run_config, resolve_model
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.flops.terms import flops_by_branch, omni_terms
-from baichuan_omni_jax.train import metrics
-from baichuan_omni_jax.train.metrics import Goodput, MetricsWriter, Throughput, WandbWriter
+from baichuan_omni_jax.train import goodput
+from baichuan_omni_jax.train.goodput import Goodput
+from baichuan_omni_jax.train.metrics import MetricsWriter, Throughput, WandbWriter
 from baichuan_omni_jax.train.profiling import StepTrace, parse_span
 from tests.helpers.micro import CONFIG
 
@@ -119,16 +120,63 @@ def test_no_mfu_where_the_peak_is_not_known():
     assert not [name for name in found if name.startswith("mfu")]
 
 
-def test_goodput_adds_up_over_starts(tmp_path, monkeypatch):
-    """Two starts of 10 s each. The first is killed after steps 1 and 2 of 3 s; step 2 is lost and made again."""
-    clock = SimpleNamespace(monotonic=lambda: clock.now, now=10.0)
-    monkeypatch.setattr(metrics, "time", clock)
-    monkeypatch.setattr(metrics, "_BEGAN", 0.0)
+@pytest.fixture
+def clock(monkeypatch):
+    """Time as `Goodput` sees it; a start of the process begins at `began`."""
+    clock = SimpleNamespace(time=lambda: clock.now, now=1000.0)
+
+    def start(began: float, now: float) -> None:
+        clock.now = now
+        monkeypatch.setattr(goodput, "_BEGAN", began)
+
+    monkeypatch.setattr(goodput, "time", clock)
+    clock.start = start
+    return clock
+
+
+def test_goodput_adds_up_over_starts(tmp_path, clock):
+    """Two starts of 10 s, 20 s apart. The first is killed after steps 1 and 2 of 3 s; step 2 is lost and made again."""
+    clock.start(1000.0, 1010.0)
     first = Goodput(tmp_path, [])
     assert first.note(3.0) == pytest.approx(3 / 10)
     assert first.note(3.0) == pytest.approx(6 / 10)
+    clock.start(1030.0, 1040.0)
     second = Goodput(tmp_path, [{"step": 1, "productive_s": 3.0}])
-    assert second.note(3.0) == pytest.approx(6 / 20)
+    assert second.note(3.0) == pytest.approx(6 / 40)
+    noted = json.loads((tmp_path / "goodput.json").read_text())
+    assert (noted["elapsed_s"], noted["between_starts_s"], noted["starts"]) == (40.0, 20.0, 2)
+
+
+def test_goodput_goes_on_from_a_file_of_an_earlier_version(tmp_path, clock):
+    (tmp_path / "goodput.json").write_text('{"elapsed_s": 50.0}')
+    clock.start(1000.0, 1010.0)
+    assert Goodput(tmp_path, [{"productive_s": 30.0}]).note(3.0) == pytest.approx(33 / 60)
+
+
+def test_goodput_s_events_are_those_of_the_library(tmp_path, clock):
+    """Where it is installed, its calculator reads them: steps of 10 s, of which two are made twice, over two starts."""
+    for began, first, last in ((1000.0, 1, 10), (1400.0, 9, 30)):
+        clock.start(began, began + 50)
+        found = Goodput(tmp_path, [], "a run")
+        for step in range(first, last + 1):
+            found.step(step, clock.now, 2.0)
+            clock.now += 10
+        with found.beside("saving"):
+            clock.now += 5
+        found.close()
+    events = [json.loads(line) for line in (tmp_path / "goodput.jsonl").read_text().splitlines()]
+    assert {event["job_name"] for event in events} == {"a run"}
+    assert [event["job_start_time"] for event in events if "job_start_time" in event] == [1000.0, 1400.0]
+    assert [event["step_count"] for event in events if "step_count" in event] == [*range(1, 11), *range(9, 31)]
+    kinds = {event["custom_badput_event_type"] for event in events if "custom_badput_event_type" in event}
+    assert kinds == {"saving"}
+    library = pytest.importorskip("ml_goodput_measurement.goodput", reason="ml-goodput-measurement is not installed")
+    reader = SimpleNamespace(read_cloud_logging_entries=lambda *_, **__: (events, None))
+    calculator = library.GoodputCalculator("a run", "log", reader, cache_dir=str(tmp_path))
+    share, _, step = calculator.get_job_goodput(include_badput_breakdown=True)
+    # 8 + 22 steps of 10 s, the first of each start among the compiling, over 675 s; waits for rows are its badput.
+    assert step == 30
+    assert 20 < share < 50
 
 
 @pytest.mark.parametrize("text", ["3", "3:3", "0:2", "a:b", "1:2:3", "-1:3"])
