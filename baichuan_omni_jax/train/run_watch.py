@@ -1,16 +1,20 @@
 """All that watches a run while it works: alerts, the watchdog, hosts beside each other, where the time goes."""
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from baichuan_omni_jax.checkpoint import Workdir, keep_newest
-from baichuan_omni_jax.config import WatchConfig
+from baichuan_omni_jax.errors import list_some
+from baichuan_omni_jax.omni.batch import Batch
 from baichuan_omni_jax.train.alerts import AlertKind, AlertLog, StepAlerts
 from baichuan_omni_jax.train.coordination import Hosts
 from baichuan_omni_jax.train.hosts import is_process_zero
 from baichuan_omni_jax.train.metrics import MetricsRecord, RunLog
+from baichuan_omni_jax.train.replay import StepReplay
+from baichuan_omni_jax.train.state import StepSpec, TrainState
 from baichuan_omni_jax.train.watchdog import Watchdog, describe_hosts
 
 log = logging.getLogger(__name__)
@@ -20,7 +24,7 @@ class RunWatch:
     """Is told by the trainer what the run is at and what came of each step. Every host has one; the first one tells.
 
     Args:
-        config: the limits.
+        spec: the run's step; its configuration has the limits.
         folder: where alerts and stacks are written: the workdir, or a local copy of what is there.
         workdir: whose steps are kept when the run diverges.
         run_log: where goodput is counted; None on other hosts than the first.
@@ -30,7 +34,7 @@ class RunWatch:
 
     def __init__(
         self,
-        config: WatchConfig,
+        spec: StepSpec,
         folder: Path,
         workdir: Workdir,
         run_log: RunLog | None,
@@ -38,12 +42,15 @@ class RunWatch:
         *,
         leave_when_hung: bool,
     ) -> None:
-        self._every, self._log, self._sync = config.hosts_every, run_log, sync
+        config = spec.task.run.watch
+        self._config, self._log, self._sync = config, run_log, sync
+        self._replay = StepReplay(spec) if config.replay_every else None
         self.alerts = AlertLog(folder)
         # Numbers are the same on all hosts: one looks at them.
         self._rules: StepAlerts | None = None
+        self._keep_good = lambda step: keep_newest(workdir.path, step)
         if is_process_zero():
-            self._rules = StepAlerts(config, self.alerts, lambda step: keep_newest(workdir.path, step))
+            self._rules = StepAlerts(config, self.alerts, self._keep_good)
         self._watchdog = Watchdog(config, folder, Hosts.joined(), self._report_hang)
         if leave_when_hung:
             self._watchdog.start()
@@ -81,13 +88,31 @@ class RunWatch:
         if self._rules is None:
             return {}
         self._rules.check(step, numbers, took, min(idle, took))
-        if not self._every or step % self._every:
+        if not self._config.hosts_every or step % self._config.hosts_every:
             return {}
         means = self._watchdog.means_by_host()
         if len(means) < 2:
             return {}
         log.warning("step %d: %s", step, describe_hosts(means))
         return {f"host_{name}": {str(host): mean[name] for host, mean in means.items()} for name in parts}
+
+    def replays(self, step: int) -> bool:
+        """Whether a step is to be computed twice beforehand (`watch.replay_every`)."""
+        return self._replay is not None and step % self._config.replay_every == 0
+
+    def replay(self, step: int, state: TrainState, batch: Batch) -> float:
+        """Computes a step twice where it is due, and tells which of its results differ; returns the seconds it took."""
+        if self._replay is None or not self.replays(step):
+            return 0.0
+        began = time.perf_counter()
+        with self.beside(step, "replaying a step"):
+            differing = self._replay(state, batch)
+        if differing and self._rules is not None:
+            good = self._keep_good(step)
+            kept = "nothing was saved before it" if good is None else f"step {good} from before is kept"
+            text = f"a step computed twice had other bits: {list_some(differing)}; have the machine looked at; {kept}"
+            self.alerts.tell(AlertKind.CORRUPTION, step, text)
+        return time.perf_counter() - began
 
     def close(self) -> None:
         """Ends the watch, however the run ended."""

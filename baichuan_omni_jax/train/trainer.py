@@ -139,7 +139,7 @@ class Trainer:
         if self._log is not None and samples.is_due(0):
             console.print(samples.sentence)
         self._watch = RunWatch(
-            run.watch, folder, workdir, self._log, self._mirror.sync, leave_when_hung=options.leave_when_hung
+            spec, folder, workdir, self._log, self._mirror.sync, leave_when_hung=options.leave_when_hung
         )
         self._guard = NonfiniteGuard(folder, run.train.nonfinite_limit, data.location, shown=workdir.path)
         self._stop = options.stop or StopSignal()
@@ -226,6 +226,11 @@ class Trainer:
         self._failures.note(rows.failed)
         self._damaged |= rows.damaged
 
+        batch = self._place(rows.batch)
+        if self._watch.replays(number):
+            # The step before is through then, and keeps its own time.
+            self._flush()
+        replaying = self._watch.replay(number, progress.state, batch)
         # The step: dispatched, not awaited. Compiling blocks, so a call that compiles is timed as compiling.
         compiled, sending = self._compiles.count, time.perf_counter()
         shapes = tuple(value.shape for value in rows.batch.values())
@@ -233,7 +238,6 @@ class Trainer:
         self._shapes.add(shapes)
         self._watch.enter(number, WAITING if known else "compiling", in_step=known)
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
-            batch = self._place(rows.batch)
             state, numbers = self._step(progress.state, batch)
             counts = self._counts(batch)
         self._trace.after(number, (numbers, counts))
@@ -243,7 +247,7 @@ class Trainer:
             log.warning("step %d had to compile %d programs", number, self._compiles.count - compiled)
 
         epochs = self._data.epochs(rows.state)
-        sent = PendingStep(number, numbers, counts, rows.batch, epochs, began, waited, sending, compiling)
+        sent = PendingStep(number, numbers, counts, rows.batch, epochs, began, waited, sending, compiling + replaying)
         return RunProgress(number, state, rows.state), sent
 
     def _call_due(self, progress: RunProgress) -> None:

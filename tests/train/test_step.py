@@ -11,6 +11,7 @@ import pytest
 from baichuan_omni_jax.config import Budgets, load_run_config, resolve_model
 from baichuan_omni_jax.omni.batch import abstract_batch
 from baichuan_omni_jax.train.groups import schedule
+from baichuan_omni_jax.train.replay import StepReplay, bit_sum
 from baichuan_omni_jax.train.state import init_state, make_compute, make_step_spec
 from baichuan_omni_jax.train.step import compile_step, compute_gradients
 from tests.helpers.micro import CONFIG, one_device
@@ -95,3 +96,37 @@ def test_a_step_measures_its_groups(text_run):
     assert metrics["update_norm/all"] == pytest.approx(norm(moved), rel=1e-3)
     rates = [float(numbers["learning_rate/all"]) for numbers in (metrics, later)]
     assert rates == [pytest.approx(float(schedule(run.optimizer, group)(count)), rel=1e-6) for count in (0, 1)]
+
+
+def test_a_replayed_step_has_the_same_bits_unless_one_is_flipped(text_run):
+    _, spec, state, batch = text_run
+    with jax.set_mesh(spec.mesh):
+        replay = StepReplay(spec)
+        assert replay(state, batch) == []
+        compute, calls = replay._gradients, []
+
+        def flipped(state, batch):
+            """The second time one bit of one gradient is another."""
+            found = compute(state, batch)
+            calls.append(1)
+            if len(calls) == 2:
+                name = "llm.norm.scale"
+                bits = np.array(found.by_name[name]).view(np.uint32)
+                bits[3] ^= 1 << 20
+                found.by_name[name] = jax.device_put(bits.view(np.float32), found.by_name[name].sharding)
+            return found
+
+        replay._gradients = flipped
+        differing = replay(state, batch)
+    assert "parameter llm.norm.scale" in differing
+
+
+def test_any_flipped_bit_changes_the_sum_of_bits():
+    for dtype in (jnp.float32, jnp.bfloat16, jnp.int32):
+        value = np.ones(5, dtype)
+        before = int(bit_sum(jnp.asarray(value)))
+        raw = value.view(np.uint8)
+        for place in range(8 * raw.size):
+            raw[place // 8] ^= 1 << place % 8
+            assert int(bit_sum(jnp.asarray(value))) != before
+            raw[place // 8] ^= 1 << place % 8
