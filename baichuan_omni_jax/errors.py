@@ -9,6 +9,10 @@ class ConfigError(ValueError):
     """Something the user gave (a key, a path, a mesh, a checkpoint) cannot be used; the message names it."""
 
 
+class UnpreparedError(ConfigError):
+    """Data that lack their index or their audio codes, and are too many to get them while all hosts of a slice wait."""
+
+
 class RequestError(ValueError):
     """One request cannot be served; the message is the reason in one sentence. The engine and other requests go on.
 

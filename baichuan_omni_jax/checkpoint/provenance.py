@@ -39,6 +39,7 @@ RUN_CONFIG, PARENT, _ORIGIN = "run_config.json", "parent.json", "origin.json"
 MAY_DIFFER = (
     *("train.steps", "train.accumulate", "checkpoint.*", "eval.*", "machine", "mesh.*", "watch.*"),
     *("data.rows", "data.workers", "data.root", "data.trusted_roots*", "data.patience", "data.cache*"),
+    "data.max_unprepared_mb",
 )
 _ABSENT = "absent"
 TOKENIZER_BRANCH = "audio_encoder"

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -15,7 +16,7 @@ from baichuan_omni_jax.cli.common import (
     join_hosts,
     start_logging,
 )
-from baichuan_omni_jax.config import load_run_config, resolve_model
+from baichuan_omni_jax.config import RunConfig, load_run_config, resolve_model
 from baichuan_omni_jax.config.loss_shares import shares_table
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.train.hosts import (
@@ -71,7 +72,7 @@ def run_tokenize(options: argparse.Namespace) -> None:
     start_logging()
     join_hosts(options)
     # By the text tokenizer of the run: the index is the run's own, and the same documents fit its rows.
-    run = on_all_hosts(lambda: with_text_tokenizer(load_run_config(options.config, options.set)))
+    run = on_all_hosts(lambda: load_to_prepare(options.config, options.set))
     omni = on_all_hosts(lambda: resolve_model(run.model))
     check_agreement(version_facts() | run_facts(run))
     # Process 0 builds the index and writes it, the others read it.
@@ -88,6 +89,12 @@ def run_tokenize(options: argparse.Namespace) -> None:
     if is_process_zero():
         print(f"{store.path}: {len(store)} windows, {store.meta['frames']} code frames", end=" ")
         print(f"of tokenizer {store.meta['fingerprint']}" + (", all as written" if options.verify else ""))
+
+
+def load_to_prepare(config: str | Path, overrides: Sequence[str]) -> RunConfig:
+    """Reads a run whose data are to be prepared, however many: by the tokenizer of the weights that it starts from."""
+    run = with_text_tokenizer(load_run_config(config, overrides))
+    return replace(run, data=replace(run.data, max_unprepared_mb=0))
 
 
 def make_build_options(options: argparse.Namespace, workers: int) -> CodeBuildOptions:
@@ -124,7 +131,7 @@ def run_stats(options: argparse.Namespace) -> int:
 def print_loss_shares(config: Path, overrides: Sequence[str]) -> None:
     """Prints the share of the loss that each source of a run will have, text and audio. Raises ConfigError."""
     # Counted by the tokenizer of the weights that the run starts from, as the run itself does.
-    run_config = with_text_tokenizer(load_run_config(config, overrides))
+    run_config = load_to_prepare(config, overrides)
     data = run_config.data
     prepare_sample(data)
     weighting = run_config.train.document_weighting

@@ -9,11 +9,14 @@ a checkpoint could not be written. 0 otherwise; `--stopped-code` tells a stop by
 """
 
 import argparse
+import shlex
 import sys
 from contextlib import ExitStack
+from dataclasses import replace
 
 from etils import epath
 
+from baichuan_omni_jax.audio.encoder import AudioEncoderBranch
 from baichuan_omni_jax.checkpoint import (
     Parent,
     TokenizerOrigin,
@@ -32,7 +35,7 @@ from baichuan_omni_jax.cli.common import (
     start_logging,
 )
 from baichuan_omni_jax.config import OmniConfig, RunConfig, load_run_config, resolve_model
-from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.errors import ConfigError, UnpreparedError
 from baichuan_omni_jax.generation.loading import is_untrained
 from baichuan_omni_jax.storage import local_path, parse_path
 from baichuan_omni_jax.train.compile_cache import keep_compiled
@@ -49,12 +52,15 @@ from baichuan_omni_jax.train.input import rows_of_host
 from baichuan_omni_jax.train.metrics import load_wandb
 from baichuan_omni_jax.train.profiling import parse_span, serve_profiler
 from baichuan_omni_jax.train.run import set_up, train
-from baichuan_omni_jax.train.run_data import open_run_data
+from baichuan_omni_jax.train.run_data import MixtureData, open_run_data
 from baichuan_omni_jax.train.stop import StopSignal
 from baichuan_omni_jax.train.trainer import RunOptions
 from data_pipelines.held_out import FEW_STEPS, HeldOutMixture
 from data_pipelines.packing.rows import RowShard
 from data_pipelines.pipeline import TrainingData
+
+# What one host may prepare while the others wait, where the configuration does not say: minutes.
+UNPREPARED_MB = 64
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -110,7 +116,7 @@ def run_until_stopped(options: argparse.Namespace, stop: StopSignal, stack: Exit
 
     # Data: process 0 indexes and encodes what is missing, the others find it done. Then each reads its own rows.
     home = on_all_hosts(lambda: find_tokenizer(run, workdir.path))
-    data, tokenizer = process_zero_first(lambda: open_run_data(run, omni, workdir.path, home))
+    data, tokenizer = process_zero_first(lambda: open_prepared(options, run, omni, workdir, home))
     check_agreement({name: value for mixture in data.values() for name, value in mixture.facts().items()})
     shard = RowShard(rows_of_host(spec.mesh, compute.rules, run.data.rows))
     context = spec.mesh.shape["context"]
@@ -138,6 +144,20 @@ def run_until_stopped(options: argparse.Namespace, stop: StopSignal, stack: Exit
     workdir.close()
     finished = int(state.step) >= run.train.steps and not stop.interrupted
     return 0 if finished else options.stopped_code
+
+
+def open_prepared(
+    options: argparse.Namespace, run: RunConfig, omni: OmniConfig, workdir: Workdir, home: epath.Path | None
+) -> tuple[dict[str, MixtureData], AudioEncoderBranch | None]:
+    """Opens the run's data (`open_run_data`). Raises ConfigError with the command that prepares what is too much."""
+    if options.multihost and not run.data.max_unprepared_mb:
+        run = replace(run, data=replace(run.data, max_unprepared_mb=UNPREPARED_MB))
+    try:
+        return open_run_data(run, omni, workdir.path, home)
+    except UnpreparedError as error:
+        words = ["tokenize"] if run.task == "omni" else ["data", "stats"]
+        command = ["baichuan-omni", *words, "--config", options.config, *(f"--set={item}" for item in options.set)]
+        raise ConfigError(f"{error}; run first, on one host: {shlex.join(command)}") from error
 
 
 def read_options(options: argparse.Namespace) -> tuple[RunConfig, OmniConfig, range | None]:

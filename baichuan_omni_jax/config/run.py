@@ -122,6 +122,9 @@ class DataConfig:
     # GiB of shards and media that the cache holds at most, for all processes of the machine. Documents come in random
     # order: with less than the shards of the mixture have, each of them is fetched again and again.
     cache_gb: float = 50.0
+    # MB of manifests and shards that a start of training indexes or encodes itself, of a source and in all; more are
+    # refused. 0: any, but 64 where several hosts would wait for it; -1: any.
+    max_unprepared_mb: int = 0
 
     # --- Rows.
     rows: int = 16  # a step, over all devices

@@ -42,6 +42,7 @@ from data_pipelines.datasets.buckets import download, shared_path, upload
 from data_pipelines.datasets.jobs.job import Job, Runner, Unit, run_job
 from data_pipelines.datasets.jobs.runners import LocalRunner
 from data_pipelines.errors import SampleError
+from data_pipelines.packing.index import check_unprepared
 from data_pipelines.pipeline import Pipeline
 
 log = logging.getLogger(__name__)
@@ -150,6 +151,9 @@ def open_or_build(
     """
     if not relist and covers(path, pipelines):
         return CodeStore(path, tokenizer.fingerprint)
+    if not relist:
+        sources = [index.source for pipeline in pipelines for index in pipeline.indexes]
+        check_unprepared(pipelines[0].config, sources, "audio codes")
     audio = pipelines[0].omni.audio
     with _exclusive(path, hosts):
         # Host 0 makes the folder; the others find it made.

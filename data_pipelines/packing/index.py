@@ -12,7 +12,7 @@ import json
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Int32, Int64
 
 from baichuan_omni_jax.config import Budgets, DataConfig, SourceConfig
-from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.errors import ConfigError, UnpreparedError
 from data_pipelines.datasets.buckets import cache_folder, fetch_shared, share
 from data_pipelines.datasets.jobs.job import Job, Unit, run_job
 from data_pipelines.datasets.jobs.runners import LocalRunner
@@ -302,6 +302,7 @@ def load_index(config: DataConfig, entry: SourceConfig, processor: Processor, wo
         columns = open_columns(folder)
         _warn_of_old_causes(source, columns)
     except FileNotFoundError:
+        check_unprepared(config, [source], "index")
         columns = _build(source, processor, folder, workers)
         share(config, folder, META_FILE)
     except (ValueError, OSError) as error:
@@ -309,6 +310,17 @@ def load_index(config: DataConfig, entry: SourceConfig, processor: Processor, wo
         columns = _build(source, processor, folder, workers)
         share(config, folder, META_FILE)
     return Index(entry.name, source, columns)
+
+
+def check_unprepared(config: DataConfig, sources: Sequence[Source], missing: str) -> None:
+    """Raises UnpreparedError where the sources, which lack what is `missing`, are more than `max_unprepared_mb`."""
+    size, limit = sum(part.length for source in sources for part in source.parts), config.max_unprepared_mb
+    if 0 < limit < size / 1e6:
+        names = ", ".join(dict.fromkeys(str(source.path) for source in sources))
+        raise UnpreparedError(
+            f"{names}: {size / 1e6:.0f} MB have no {missing} yet, and a start makes it for {limit} MB at most "
+            f"(data.max_unprepared_mb)"
+        )
 
 
 def _warn_of_old_causes(source: Source, columns: Columns) -> None:

@@ -117,3 +117,15 @@ def test_an_error_of_one_host_ends_both(command, tmp_path):
     for _, err in outputs:
         assert f"error: host 1: manifest {tmp_path / 'none' / 'text.jsonl'} cannot be read" in err
     assert not (tmp_path / "run" / "run_config.json").exists()
+
+
+def test_data_that_are_too_many_to_prepare_at_the_start_are_refused(sample_dir, command, tmp_path):
+    """With the command to run first; a run whose data are prepared goes on whatever their size."""
+    fresh = Command(small_copy(sample_dir, tmp_path / "data"), command.cache, quick=True)
+    for path in (tmp_path / "data").glob("text.jsonl"):
+        path.write_text(path.read_text() + "\n" * 2_000_000)
+    outputs = finish(start(fresh, tmp_path / "run", *MESH, "data.max_unprepared_mb=1"))
+    for _, err in outputs:
+        assert "text.jsonl: 2 MB have no index yet, and a start makes it for 1 MB at most" in err
+        assert "run first, on one host: baichuan-omni tokenize --config" in err
+    assert not (tmp_path / "run" / "run_config.json").exists()
