@@ -89,3 +89,41 @@ def test_steps_that_are_not_finite_end_the_run(pretrain, finished, tmp_path):
     arrays = saved_arrays(workdir, last)
     assert all(np.isfinite(value).all() for value in arrays.values())
     assert all(not value.any() for name, value in arrays.items() if name.startswith("opt_state"))
+
+
+DIVERGING = """
+from dataclasses import replace
+from runpy import run_path
+
+from baichuan_omni_jax.config import CheckpointConfig
+
+
+def get_config():
+    run = run_path(MICRO)["get_config"]()
+    groups = tuple(replace(group, learning_rate=1e3) for group in run.optimizer.groups)
+    return replace(
+        run, optimizer=replace(run.optimizer, groups=groups), checkpoint=CheckpointConfig(every=1, keep=2)
+    )
+"""
+
+
+def test_a_run_that_diverges_is_told_at_once_and_a_good_step_is_kept(pretrain, finished, tmp_path):
+    """A learning rate of 1e3, which the warm-up reaches at step 3; step 1 has a rate of 0."""
+    from tests.helpers.micro import CONFIG as MICRO
+
+    (tmp_path / "config.py").write_text(f"MICRO = {str(MICRO)!r}\n{DIVERGING}")
+    workdir = tmp_path / "run"
+    done = pretrain(workdir, "train.steps=8", config=tmp_path / "config.py")
+    alerts = [json.loads(line) for line in (workdir / "alerts.jsonl").read_text().splitlines()]
+    first = next(alert for alert in alerts if alert["kind"] == "divergence")
+    assert first["step"] <= 5
+    assert "times its parameters (learning rate 500)" in first["text"]
+    assert f"alert at step {first['step']} (divergence)" in done.stderr
+    (kept,) = map(int, json.loads((workdir / "kept_steps.json").read_text()))
+    assert kept < first["step"]
+    assert Workdir(workdir, keep=2).steps() == [kept, 7, 8]
+    arrays, good = saved_arrays(workdir, kept), saved_arrays(finished, 2)
+    # Before the first update that had a rate: no parameter is far from where the sane run has it.
+    names = [name for name in arrays if name.startswith("llm")]
+    assert names
+    assert max(np.abs(arrays[name] - good[name]).max() for name in names) < 0.1
