@@ -17,6 +17,8 @@ from flax import nnx
 from baichuan_omni_jax.checkpoint import (
     Parent,
     Workdir,
+    keep_newest,
+    kept_steps,
     load_branches,
     parse_spec,
     read_branch_info,
@@ -160,6 +162,22 @@ def test_keeps_the_newest_steps(tmp_path: Path) -> None:
     workdir, *_ = saved_steps(tmp_path, (1, 2, 3, 4), keep=2)
     assert workdir.steps() == [3, 4]
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["3", "4"]
+
+
+def test_a_step_that_is_kept_by_name_outlives_newer_ones(tmp_path: Path) -> None:
+    """The newest one before step 3; none is found before step 1. Two are kept where a run diverges twice."""
+    workdir, *_ = saved_steps(tmp_path, (1, 2, 3), keep=2)
+    assert keep_newest(workdir.path, before=1) is None
+    assert keep_newest(workdir.path, before=3) == 2
+    for step in (4, 5):
+        save(workdir, step, *make_state(step))
+    workdir.wait()
+    assert keep_newest(workdir.path, before=5) == 4
+    for step in (6, 7):
+        save(workdir, step, *make_state(step))
+    workdir.wait()
+    assert workdir.steps() == [2, 4, 6, 7]
+    assert kept_steps(workdir.path) == [2, 4]
 
 
 def test_a_saved_step_is_not_saved_again(tmp_path: Path) -> None:
