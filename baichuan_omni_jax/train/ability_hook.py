@@ -152,7 +152,7 @@ class AbilityHook(Hook):
         gains: returns the newest held-out scores, by their keys.
     """
 
-    doing = "asking abilities"
+    doing, scores = "asking abilities", True
 
     def __init__(
         self,

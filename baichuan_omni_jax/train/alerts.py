@@ -85,6 +85,7 @@ class StepAlerts:
         self._losses: deque[float] = deque(maxlen=_WINDOW)
         self._norms: deque[float] = deque(maxlen=_WINDOW)  # natural logarithms: norms vary by factors
         self._waits: deque[tuple[float, float]] = deque(maxlen=_WINDOW)
+        self._begun = False
         self._high = 0  # steps in a row with a high loss
         self._diverged: int | None = None  # the newest step that did
 
@@ -97,7 +98,10 @@ class StepAlerts:
             took: seconds that it took.
             idle: seconds of these in which the devices waited for rows.
         """
-        self._check_data(step, took, idle)
+        # The first step of a start compiles, and its rows wait for workers that have yet to start.
+        if self._begun:
+            self._check_data(step, took, idle)
+        self._begun = True
         if numbers["nonfinite"]:
             self._alerts.tell(AlertKind.NONFINITE, step, "loss or gradient is not finite: the step changed nothing")
             return

@@ -51,10 +51,11 @@ class PendingStep:
 class Hook:
     """One thing that a run does beside its steps. Every host calls it; what a method does not say is left out.
 
-    `doing` is what the run is at meanwhile, in words.
+    `doing` is what the run is at meanwhile, in words; hooks that `measure` say so by `scores`.
     """
 
     doing = "between steps"
+    scores = False
 
     def observe(self, step: int, numbers: Mapping[str, float], batch: Mapping[str, np.ndarray]) -> None:
         """Takes note of a step's numbers, read while the next step is under way; `batch` has this host's rows."""
@@ -64,7 +65,7 @@ class Hook:
         return False
 
     def measure(self, progress: RunProgress) -> MetricsRecord:
-        """Returns numbers that belong into the step's record."""
+        """Returns numbers that belong into the step's record; SIGTERM may break it off."""
         return {}
 
     def act(self, progress: RunProgress) -> None:
@@ -84,7 +85,7 @@ class Hook:
 class EvaluationHook(Hook):
     """Held-out scores before the first step, after every `eval.every`, and after the last."""
 
-    doing = "evaluating"
+    doing, scores = "evaluating", True
 
     def __init__(
         self,

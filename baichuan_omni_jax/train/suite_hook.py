@@ -100,7 +100,7 @@ class SuiteHook(Hook):
         console: where tables go.
     """
 
-    doing = "asking suites"
+    doing, scores = "asking suites", True
 
     def __init__(
         self,

@@ -259,12 +259,13 @@ class Trainer:
         record: MetricsRecord = {} if self._pending is None else self._read(self._pending)
         self._pending = None
         # A machine that is wanted back does not wait for scores: the next start makes them (`evaluation_owed`).
-        with self._stop.breakable():
-            for hook in due:
-                with self._watch.beside(progress.step, hook.doing):
-                    record |= hook.measure(progress)
-        if self._stop.interrupted:
-            record[INTERRUPTED] = 1
+        if scoring := [hook for hook in due if hook.scores]:
+            with self._stop.breakable():
+                for hook in scoring:
+                    with self._watch.beside(progress.step, hook.doing):
+                        record |= hook.measure(progress)
+            if self._stop.interrupted:
+                record[INTERRUPTED] = 1
         # On disk before anything else: a checkpoint without its step's numbers would leave a gap.
         if record:
             self._write({"step": progress.step} | record)
