@@ -41,8 +41,8 @@ from data_pipelines.audio_codes.writer import PART_FRAMES, create_store, part_bo
 from data_pipelines.datasets.buckets import download, shared_path, upload
 from data_pipelines.datasets.jobs.job import Job, Runner, Unit, run_job
 from data_pipelines.datasets.jobs.runners import LocalRunner
+from data_pipelines.datasets.sources import check_unprepared
 from data_pipelines.errors import SampleError
-from data_pipelines.packing.index import check_unprepared
 from data_pipelines.pipeline import Pipeline
 
 log = logging.getLogger(__name__)

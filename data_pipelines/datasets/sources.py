@@ -12,7 +12,7 @@ from typing import NamedTuple
 from etils import epath
 
 from baichuan_omni_jax.config import DataConfig, SourceConfig
-from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.errors import ConfigError, UnpreparedError
 from baichuan_omni_jax.storage import PATIENCE, is_url, open_patiently, parse_path, write_json
 from baichuan_omni_jax.storage.cache import FileCache
 from data_pipelines.datasets.buckets import cache_folder, file_cache, manifest_copy
@@ -266,3 +266,14 @@ def _survey(path: Path, patience: float) -> dict:
             parts.append([first, offset, len(data)])
             first, offset = first + data.count(b"\n"), offset + len(data)
     return {"sha256": digest.hexdigest(), "parts": parts}
+
+
+def check_unprepared(config: DataConfig, sources: Sequence[Source], missing: str) -> None:
+    """Raises UnpreparedError where the sources, which lack what is `missing`, are more than `max_unprepared_mb`."""
+    size, limit = sum(part.length for source in sources for part in source.parts), config.max_unprepared_mb
+    if 0 < limit < size / 1e6:
+        names = ", ".join(dict.fromkeys(str(source.path) for source in sources))
+        raise UnpreparedError(
+            f"{names}: {size / 1e6:.0f} MB have no {missing} yet, and a start makes it for {limit} MB at most "
+            f"(data.max_unprepared_mb)"
+        )

@@ -12,7 +12,7 @@ import json
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,11 +20,11 @@ import numpy as np
 from jaxtyping import Int32, Int64
 
 from baichuan_omni_jax.config import Budgets, DataConfig, SourceConfig
-from baichuan_omni_jax.errors import ConfigError, UnpreparedError
+from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.datasets.buckets import cache_folder, fetch_shared, share
 from data_pipelines.datasets.jobs.job import Job, Unit, run_job
 from data_pipelines.datasets.jobs.runners import LocalRunner
-from data_pipelines.datasets.sources import ManifestSource, Source, open_source
+from data_pipelines.datasets.sources import ManifestSource, Source, check_unprepared, open_source
 from data_pipelines.documents.document import Document
 from data_pipelines.documents.manifest import manifest_stem
 from data_pipelines.documents.processor import Processor
@@ -310,17 +310,6 @@ def load_index(config: DataConfig, entry: SourceConfig, processor: Processor, wo
         columns = _build(source, processor, folder, workers)
         share(config, folder, META_FILE)
     return Index(entry.name, source, columns)
-
-
-def check_unprepared(config: DataConfig, sources: Sequence[Source], missing: str) -> None:
-    """Raises UnpreparedError where the sources, which lack what is `missing`, are more than `max_unprepared_mb`."""
-    size, limit = sum(part.length for source in sources for part in source.parts), config.max_unprepared_mb
-    if 0 < limit < size / 1e6:
-        names = ", ".join(dict.fromkeys(str(source.path) for source in sources))
-        raise UnpreparedError(
-            f"{names}: {size / 1e6:.0f} MB have no {missing} yet, and a start makes it for {limit} MB at most "
-            f"(data.max_unprepared_mb)"
-        )
 
 
 def _warn_of_old_causes(source: Source, columns: Columns) -> None:
