@@ -18,6 +18,7 @@ FOLDER = "compilation_cache"
 OFF = "off"
 # Seconds that compiling a program must take to be kept: hundreds of small ones are found no sooner than made.
 _WORTH_KEEPING = 0.3
+_FOLDER_KEY = "jax_compilation_cache_dir"
 _MINIMUM = "jax_persistent_cache_min_compile_time_secs"
 
 
@@ -31,12 +32,12 @@ def keep_compiled(workdir: epath.Path, chosen: str) -> Iterator[None]:
         workdir: the run's: all its hosts see it, and host 0 alone writes programs.
         chosen: another folder, path or URL; "": one in the workdir; `off`: none.
     """
-    if chosen == OFF or jax.config.jax_compilation_cache_dir:
+    if chosen == OFF or getattr(jax.config, _FOLDER_KEY):
         yield
         return
     folder = parse_path(chosen) if chosen else workdir / FOLDER
     before = getattr(jax.config, _MINIMUM)
-    jax.config.update("jax_compilation_cache_dir", os.fspath(folder / _machine()))
+    jax.config.update(_FOLDER_KEY, os.fspath(folder / _machine()))
     if _MINIMUM.upper() not in os.environ:
         jax.config.update(_MINIMUM, _WORTH_KEEPING)
     compilation_cache.reset_cache()
@@ -44,7 +45,7 @@ def keep_compiled(workdir: epath.Path, chosen: str) -> Iterator[None]:
         yield
     finally:
         # What else this process compiles is none of the run's.
-        jax.config.update("jax_compilation_cache_dir", None)
+        jax.config.update(_FOLDER_KEY, None)
         jax.config.update(_MINIMUM, before)
         compilation_cache.reset_cache()
 

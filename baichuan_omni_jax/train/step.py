@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +60,7 @@ def train_step(
             (state.trainable, state.opt_state, old, state.aux_state),
         )
 
-        by_group = group_metrics(spec, gradients, changes, state)
+        by_group = group_metrics(spec, gradients, cast(Arrays, changes), state)
 
     new = TrainState(state.step + 1, trainable, {**state.frozen, **replaced}, opt_state, aux_state)
     return new, metrics | by_group | {"gradient_norm": norm, "nonfinite": 1.0 - finite}
