@@ -50,7 +50,7 @@ def test_a_fact_that_one_host_lacks(two_hosts):
 
 
 def test_an_error_of_one_host_is_raised_on_all(two_hosts):
-    two_hosts.append("manifest text.jsonl cannot be read")
+    two_hosts.append("config manifest text.jsonl cannot be read")
     with pytest.raises(ConfigError, match=r"^host 1: manifest text\.jsonl cannot be read"):
         on_all_hosts(lambda: 3)
 
