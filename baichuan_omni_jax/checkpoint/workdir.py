@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -268,7 +269,7 @@ class Workdir:
         self._newest = max(there, default=None)
         if step is None and self._newest is not None and self._local is not None:
             is_own = lambda owner: owner["run"] == self._identity != "" and owner["base"] in there  # noqa: E731
-            read = lambda *known: self._read_step(*known, branches, opt_state)  # noqa: E731
+            read = partial(self._read_step, branches=branches, opt_state=opt_state)
             if (local := self._local.read_newest(self._newest, is_own, read)) is not None:
                 return local[1]
         candidates = there if step is None else [known for known in there if known == step]
