@@ -121,7 +121,11 @@ def test_a_run_that_diverges_is_told_at_once_and_a_good_step_is_kept(pretrain, f
     assert f"alert at step {first['step']} (divergence)" in done.stderr
     (kept,) = map(int, json.loads((workdir / "kept_steps.json").read_text()))
     assert kept < first["step"]
-    assert Workdir(workdir, keep=2).steps() == [kept, 7, 8]
+    # Beside the two newest: the run ends itself, as steps are no longer finite.
+    assert done.returncode == 3
+    steps = Workdir(workdir, keep=2).steps()
+    assert len(steps) == 3
+    assert steps[0] == kept
     arrays, good = saved_arrays(workdir, kept), saved_arrays(finished, 2)
     # Before the first update that had a rate: no parameter is far from where the sane run has it.
     names = [name for name in arrays if name.startswith("llm")]
