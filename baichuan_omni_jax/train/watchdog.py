@@ -109,8 +109,9 @@ class Watchdog:
             in_step: whether this is part of every step; else `watch.pause_s` is its limit.
         """
         self._stage = Stage(step, doing, in_step, time.monotonic())
-        if self._file is not None and (limit := self._limit(self._stage)):
+        if self._file is not None and self._hosts.count > 1 and (limit := self._limit(self._stage)):
             # Should Python itself be stuck, or this process be stopped and go on later, C writes the stacks and leaves.
+            # Alone it may go on: nobody has waited for it.
             faulthandler.dump_traceback_later(1.5 * limit, exit=True, file=self._file)
 
     def finished(self, seconds: float, parts: Mapping[str, float]) -> None:
@@ -177,16 +178,19 @@ class Watchdog:
 
     def _watch(self) -> None:
         """Looks at the clock until a host is hung or the run ends."""
-        alive, looked = os.environ.get(ALIVE), time.monotonic()
+        alive = os.environ.get(ALIVE)
+        looked = went_on = time.monotonic()
         while not self._ended.wait(self._period / 2):
             if alive:
                 with suppress(OSError):
                     Path(alive).touch()
             gap, looked = time.monotonic() - looked, time.monotonic()
-            if self._config.silent_s and gap > self._config.silent_s:
+            if self._hosts.count > 1 and self._config.silent_s and gap > self._config.silent_s:
                 return self._end(f"this process ({self._hosts.index}) was stopped for {gap:.0f} s")
+            # Alone, a run that was stopped (Ctrl-Z) just goes on: until then no step has taken too long.
+            went_on = looked if gap > 2 * self._period else went_on
             stage, limit = self._stage, self._limit(self._stage)
-            took = time.monotonic() - stage.since
+            took = time.monotonic() - max(stage.since, went_on)
             told = [beat.said["hung"] for beat in list(self._beats.values()) if beat.said["hung"]]
             if told:
                 return self._end(told[0])

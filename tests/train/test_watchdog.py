@@ -3,6 +3,9 @@
 Two real hosts of which one is stopped: tests/multidevice/test_hangs.py.
 """
 
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -153,3 +156,35 @@ def test_hosts_are_compared_by_their_own_times(start, tmp_path):
         describe_hosts(first.means_by_host())
         == "rows_s 0.001 (host 0) to 0.3 (host 1), step_s 0.01 (host 0) to 0.01 (host 0)"
     )
+
+
+ALONE = """
+import sys, time
+from pathlib import Path
+from baichuan_omni_jax.config import WatchConfig
+from baichuan_omni_jax.train.coordination import Hosts
+from baichuan_omni_jax.train.watchdog import Watchdog
+
+watchdog = Watchdog(WatchConfig(hang_s=1.0, silent_s=2.0), Path(sys.argv[1]), Hosts())
+for _ in range(4):
+    watchdog.finished(0.01, {"step_s": 0.01})
+watchdog.start()
+print("steps", flush=True)
+begin = time.monotonic()
+while time.monotonic() - begin < 6:
+    watchdog.enter(5, "reading rows")
+    time.sleep(0.05)
+watchdog.close()
+"""
+
+
+def test_a_run_alone_that_was_stopped_for_long_just_goes_on(tmp_path):
+    """As by Ctrl-Z: nobody has waited for it."""
+    with subprocess.Popen([sys.executable, "-c", ALONE, str(tmp_path)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "steps\n"
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(4)
+        process.send_signal(signal.SIGCONT)
+        assert process.wait() == 0
+    assert not list((tmp_path / "hangs").iterdir())
