@@ -16,8 +16,8 @@ class WatchConfig:
     # known to be away. 0: never.
     hang_s: float = 180.0
     hang_factor: float = 10.0
-    # The same for what is no step and has no median: compiling, an evaluation, a save. 0: never.
-    pause_s: float = 3600.0
+    # The same for what is no step and has no median: compiling, a save, an evaluation of suites. 0: never.
+    pause_s: float = 14400.0
     # A host that gives no sign of life for so long is named: before JAX itself ends the run, after 100 s, naming none.
     silent_s: float = 60.0
 
