@@ -27,7 +27,7 @@ from baichuan_omni_jax.checkpoint.steps import (
 from baichuan_omni_jax.checkpoint.trees import FolderSave, leaves_by_name, make_checkpointer, read_tree, stored_names
 from baichuan_omni_jax.config import OmniConfig, to_hf
 from baichuan_omni_jax.config.vocoder import VocoderConfig
-from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.errors import ConfigError, list_some
 from baichuan_omni_jax.nn.param import ComputePolicy
 from baichuan_omni_jax.storage import is_url, parse_path, renames_folders
 
@@ -177,6 +177,10 @@ def find_checkpoint(path: epath.PathLike) -> epath.Path:
             raise DamagedError(f"checkpoint {path} is damaged: {bad} is missing or changed")
         return path
     if not (path / "checkpoints").is_dir():
+        # The folder of a recipe or of stages is what one has at hand.
+        inside = sorted(run.parent.name for run in path.glob("*/checkpoints")) if path.is_dir() else []
+        if inside:
+            raise ConfigError(f"{path} is the folder of several runs: name one of them ({list_some(inside)})")
         raise ConfigError(f"{path} is neither a checkpoint ({BRANCHES_FILE}) nor a workdir (checkpoints/)")
     # A workdir: its newest step whose files are whole.
     step, bad = newest_good(path, committed_steps(path), skip=(OPT_STATE,))

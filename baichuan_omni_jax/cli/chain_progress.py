@@ -84,6 +84,11 @@ class StageProgress:
             since, first = self._watched
             if self._newest - since >= _WATCHED and self.step > first:
                 return (self._newest - since) / (self.step - first)
+        return self.step_time
+
+    @property
+    def step_time(self) -> float | None:
+        """Seconds of a step alone, without evaluations, saves and compiling; None before the first one."""
         return statistics.median(self._times) if self._times else None
 
 
@@ -93,7 +98,8 @@ def seconds_left(stages: Sequence[StageProgress]) -> list[float]:
     A stage that has been measured goes on at its pace. The others are told by what they are expected to take, times
     what the measured ones took for what was expected of them: a machine half as fast is so for all.
     """
-    measured = [(stage.pace, stage) for stage in stages if stage.step]
+    # By steps alone: what comes once a stage would weigh more the fewer steps the measured ones have.
+    measured = [(stage.step_time, stage) for stage in stages if stage.step]
     took = sum(pace * stage.step for pace, stage in measured if pace is not None)
     planned = sum(stage.expected * stage.step for pace, stage in measured if pace is not None)
     factor = took / planned if took and planned else 1.0
@@ -188,6 +194,8 @@ class ChainView:
             parts = ["done", *_numbers(stage)]
         else:
             parts = [*([f"step {stage.step}/{stage.steps}"] if stage.steps > 1 else []), *_numbers(stage)]
+            if stage.steps > 1 and not stage.step:
+                parts.append("compiling, and measuring the first weights")
             parts.append(f"about {duration(own)} left")
         return f"{stage.name}: {', '.join(parts)}; of all stages {duration(sum(left))}"
 

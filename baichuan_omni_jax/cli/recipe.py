@@ -6,7 +6,8 @@
 Each run is a `baichuan-omni train` in WORKDIR/NAME, whose output goes to its log.txt; one view shows all of them, with
 the time that is left. Killed at any moment, the same command goes on: finished runs are passed over, the others go on
 inside. `report` draws WORKDIR/report.html at any time, also of a run that is at work and of a workdir of `stages`.
-Exit code 2: something given cannot be used. 3: a run ended itself. 130: Ctrl-C, with everything saved.
+Exit code 2: something given cannot be used. 3: a run ended itself. 130, 143: Ctrl-C, SIGTERM,
+with everything saved.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from rich.console import Console
 from baichuan_omni_jax.cli.chain_progress import ChainView, StageProgress, duration
 from baichuan_omni_jax.cli.common import add_set_argument
 from baichuan_omni_jax.cli.stages import (
+    STOPPED_CODE,
     ChainStage,
     ProcessRunner,
     chain_folder,
@@ -36,7 +38,7 @@ from baichuan_omni_jax.cli.stages import (
 from baichuan_omni_jax.config import RunConfig
 from baichuan_omni_jax.config.recipes import RECIPES, Recipe
 from baichuan_omni_jax.errors import ConfigError, RunStoppedError
-from baichuan_omni_jax.evaluation.chain_record import ABILITIES, EVALUATION, ChainWriter
+from baichuan_omni_jax.evaluation.chain_record import ABILITIES, EVALUATION, ChainWriter, read_chain
 from baichuan_omni_jax.evaluation.report_page import write_report
 from baichuan_omni_jax.storage import take_lock
 
@@ -81,6 +83,8 @@ def run(options: argparse.Namespace) -> int:
         # Not `Path.is_dir`, which raises of a name that is too long.
         if not os.path.isdir(options.workdir):
             raise ConfigError(f"--workdir {options.workdir} is no folder")
+        if not read_chain(options.workdir).stages:
+            raise ConfigError(f"--workdir {options.workdir} holds no run, nor a chain of them")
         print(write_report(options.workdir))
         return 0
     return _Chain(options, RECIPES[options.recipe], Console()).run()
@@ -142,7 +146,7 @@ class _Chain:
                 if work.progress.state == "done":
                     continue
                 if not self._do(work, processes, view, record):
-                    return 0
+                    return STOPPED_CODE
                 write_abilities(self._folder, self._chain)
                 write_report(self._folder)
         if not todo:
@@ -190,7 +194,9 @@ class _Chain:
 
         try:
             with record.timed(name):
-                code = processes.run(work.command, work.log, tick)
+                code = processes.run(
+                    work.command, work.log, tick, lambda: view.note(f"stopping {name}, which saves first")
+                )
         except KeyboardInterrupt:
             sentence = f"stopped in {name}, what it has learned is saved: the same command goes on"
             raise KeyboardInterrupt(sentence) from None
@@ -202,6 +208,8 @@ class _Chain:
             view.note(f"{name} was stopped before its end: the same command goes on")
             return False
         view.finish(work.progress)
+        if processes.stopped:
+            view.note(f"stopped after {name}: the same command goes on")
         return not processes.stopped
 
     def _wait_for_other(self, work: _Work, view: ChainView) -> None:

@@ -25,6 +25,8 @@ from baichuan_omni_jax.evaluation.chain_record import ChainWriter
 from baichuan_omni_jax.evaluation.retention import read_stage, write_retention
 from baichuan_omni_jax.storage import parse_path
 
+# A chain that SIGTERM ended before its last stage: the shell's code for it. A script takes 0 for the end of all stages.
+STOPPED_CODE = 143
 _TICK = 1.0  # seconds between looks at a process that is at work
 _DIES_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG
 
@@ -161,13 +163,20 @@ class ProcessRunner:
         if self._process is not None:
             self._process.terminate()
 
-    def run(self, command: Sequence[str], log: Path | None = None, tick: Callable[[], None] = lambda: None) -> int:
+    def run(
+        self,
+        command: Sequence[str],
+        log: Path | None = None,
+        tick: Callable[[], None] = lambda: None,
+        on_interrupt: Callable[[], None] = lambda: None,
+    ) -> int:
         """Runs a command to its end.
 
         Args:
             command: the program and its arguments.
             log: the file that its output is added to; None: the terminal.
             tick: called about once a second.
+            on_interrupt: called at Ctrl-C, before the wait for the process to leave.
 
         Returns:
             Its exit code; negative: the signal that killed it.
@@ -197,6 +206,8 @@ class ProcessRunner:
                 if log is not None or not isinstance(error, KeyboardInterrupt):
                     process.terminate()
                 try:
+                    if isinstance(error, KeyboardInterrupt):
+                        on_interrupt()
                     process.wait()
                 # Once more: without what was not saved.
                 except KeyboardInterrupt:
@@ -239,7 +250,7 @@ def run_stages(options: argparse.Namespace) -> int:
     configuration; the first starts from its own `checkpoint.init_from`. Started again, finished stages are passed over.
     What follows `--` goes to every `train`. At the end WORKDIR/retention.md, and the terminal, have the held-out
     abilities after every stage that measured any (`eval.abilities`). Exit code: that of the first stage that did not
-    finish.
+    finish; 143 after SIGTERM.
     """
     files, passed_on = split_files(options.files)
     rows: list[RecipeStage] = []
@@ -265,9 +276,10 @@ def _run_chain(folder: Path, chain: Sequence[ChainStage], passed_on: Sequence[st
                 return code
             if not stage.is_finished:
                 print(f"stage {name} was stopped before its end: the same command goes on", flush=True)
-                return 0
+                return STOPPED_CODE
             if processes.stopped:
-                return 0
+                print(f"stopped after stage {name}: the same command goes on", flush=True)
+                return STOPPED_CODE
     if table := write_abilities(folder, chain):
         print(table, flush=True)
     return 0

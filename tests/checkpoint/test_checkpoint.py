@@ -370,8 +370,11 @@ def test_where_branches_come_from(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="names no branch llm"):
         load_branches(f"vision={ckpt}", target)
     assert list(load_branches(str(ckpt), target, allow_missing=True)) == ["vision"]
-    with pytest.raises(ConfigError, match="is neither a checkpoint"):
+    with pytest.raises(ConfigError, match=r"is the folder of several runs: name one of them \(.*run"):
         load_branches(str(tmp_path), target)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="is neither a checkpoint"):
+        load_branches(str(tmp_path / "empty"), target)
     damage(largest_file(ckpt / "params"), "truncate")
     with pytest.raises(ConfigError, match=f"checkpoint {ckpt} is damaged: params/vision/"):
         load_branches(f"vision={ckpt}", {"vision": target["vision"]})

@@ -113,7 +113,7 @@ def test_plain_lines_without_a_terminal(tmp_path, clock, capsys):
         view.note("a [sentence] beside it")
         view.finish(first)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("stage 1 of 2: a: step 0/10, about")
+    assert lines[0].startswith("stage 1 of 2: a: step 0/10, compiling, and measuring the first weights, about")
     assert lines[1].startswith("a: step 4/10, 0.50 s a step, loss 3.619, digit 50 %, about 3 s left; of all stages")
     assert lines[2] == "a [sentence] beside it"
     assert lines[3].startswith("a: done, ")

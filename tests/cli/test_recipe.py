@@ -110,7 +110,7 @@ def test_a_stage_that_fails_is_told_in_one_sentence_and_gone_on_with(recipe, tmp
     assert all(seconds > 0 for seconds in times.values())
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_reaches_the_stage_at_work_which_saves(recipe, tmp_path, capsys, number, code):
     waits = tmp_path / "run" / "image_text_2_tiny" / "trouble"
 
@@ -252,3 +252,9 @@ def test_a_share_of_every_stage_has_a_schedule_that_training_takes(share):
         # Refused where the warm-up is not shorter than the decay.
         rates = [schedule(changed.optimizer, group) for group in changed.optimizer.groups if group.learning_rate]
         assert all(rate(1) > 0 for rate in rates)
+
+
+def test_a_report_of_a_folder_without_runs_is_refused(tmp_path, capsys):
+    assert main(["recipe", "report", "--workdir", str(tmp_path)]) == 2
+    assert "holds no run" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

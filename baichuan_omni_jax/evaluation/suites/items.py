@@ -209,7 +209,8 @@ def read_table(path: Path, columns: Sequence[str] = (), header: Sequence[str] = 
         for row in rows:
             # Once a table: the columns are the same in all rows, or the row's own access says what it lacks.
             if first and (missing := [name for name in columns if name not in row.values]):
-                raise ConfigError(f"{path} has no column {missing[0]!r}; it has {', '.join(map(str, row.values))}")
+                lacking = " and no ".join(f"column {name!r}" for name in missing)
+                raise ConfigError(f"{path} has no {lacking}; it has {', '.join(map(str, row.values))}")
             first = False
             yield row
     except (OSError, csv.Error) as error:
