@@ -16,8 +16,8 @@ from baichuan_omni_jax.config import resolve_model
 from baichuan_omni_jax.omni.model import OmniModel
 from baichuan_omni_jax.train.state import make_compute
 from tests.helpers.micro import (
+    STEP_TIMES,
     STEPS,
-    TIMES,
     contents,
     micro_run,
     numbers,
@@ -75,8 +75,8 @@ def test_metrics_of_a_whole_run(finished):
     rows = read_metrics(finished)
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     for row in rows:
-        assert TIMES.union(KEYS) <= set(row)
-        assert all(np.isfinite(row[key]) for key in TIMES.union(KEYS))
+        assert STEP_TIMES.union(KEYS) <= set(row)
+        assert all(np.isfinite(row[key]) for key in STEP_TIMES.union(KEYS))
         assert 0 <= row["goodput"] < 1
         assert row["loss"] == pytest.approx(row["loss_text"] + row["audio_loss_scale"] * row["loss_audio"], rel=1e-6)
         shares = {name: value for name, value in row.items() if name.startswith("loss_share/")}
