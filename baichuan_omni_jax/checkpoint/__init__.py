@@ -9,7 +9,7 @@
     DIR/.lock                     locked while a run works in this workdir
     DIR/run_config.json           the run that owns this workdir
     DIR/parent.json               the checkpoints it started from
-    DIR/kept_steps.json           steps that stay whatever is saved later (`keep_newest`)
+    DIR/kept_steps.json           steps that stay whatever is saved later (`Workdir.keep_newest`)
     DIR/audio_tokenizer/          a CKPT: the audio tokenizer that made the run's code frames
     DIR/checkpoints/STEP/         a CKPT, opt_state/ (arrays) and data.json (the data plan's state)
 
@@ -43,7 +43,7 @@ from baichuan_omni_jax.checkpoint.provenance import (
     stored_tokenizer,
     with_text_tokenizer,
 )
-from baichuan_omni_jax.checkpoint.steps import keep_newest, kept_steps
+from baichuan_omni_jax.checkpoint.steps import kept_steps
 from baichuan_omni_jax.checkpoint.trees import read_tree, with_shardings
 from baichuan_omni_jax.checkpoint.workdir import Restored, Workdir
 
@@ -61,7 +61,6 @@ __all__ = [
     "find_parent",
     "find_tokenizer",
     "initial_tokenizer",
-    "keep_newest",
     "keep_tokenizer",
     "kept_steps",
     "load_branches",

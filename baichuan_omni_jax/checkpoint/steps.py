@@ -51,12 +51,12 @@ def kept_steps(workdir: epath.Path) -> list[int]:
     return sorted(map(int, read_json_object(path))) if path.exists() else []
 
 
-def keep_newest(workdir: epath.Path, before: int) -> int | None:
-    """Keeps the newest step before step `before` until a person removes it.
+def keep_newest(workdir: epath.Path, before: int, coming: Collection[int] = ()) -> int | None:
+    """Keeps the newest step before step `before` until a person removes it; `coming`: steps that are being saved.
 
     Returns the step; None where none was saved before.
     """
-    step = max((step for step in committed_steps(workdir) if step < before), default=None)
+    step = max((step for step in {*committed_steps(workdir), *coming} if step < before), default=None)
     if step is not None:
         path = workdir / KEPT_STEPS
         kept = read_json_object(path) if path.exists() else {}

@@ -20,6 +20,7 @@ from baichuan_omni_jax.checkpoint.provenance import PARENT, RUN_CONFIG, check_ru
 from baichuan_omni_jax.checkpoint.starts import STARTS, note_start, run_identity
 from baichuan_omni_jax.checkpoint.steps import (
     committed_steps,
+    keep_newest,
     read_newest,
     remove_old_steps,
     step_folder,
@@ -67,6 +68,7 @@ class Workdir:
         self.keep = keep
         self._damaged: set[int] = set()
         self._saving: threading.Thread | None = None
+        self._coming = 0  # the step that it saves
         self._error: tuple[int, BaseException] | None = None
         # Saves that failed since the last good one, and when (monotonic clock).
         self._failures, self._failed_at = 0, 0.0
@@ -188,6 +190,7 @@ class Workdir:
             "checkpoint_blocked_s": time.monotonic() - began,
             "checkpoint_bytes": float(sum(leaf.nbytes for named in trees.values() for leaf in named.values())),
         }
+        self._coming = step
         self._saving = threading.Thread(target=self._finish, args=(step, began, times), name="checkpoint")
         self._saving.start()
 
@@ -216,6 +219,13 @@ class Workdir:
     def is_saving(self) -> bool:
         """Whether a save is under way. Waits for nothing."""
         return self._saving is not None and self._saving.is_alive()
+
+    def keep_newest(self, before: int) -> int | None:
+        """Keeps the newest step before step `before` for good, also one that is still being saved.
+
+        Returns the step; None where none was saved before. Waits for nothing.
+        """
+        return keep_newest(self.path, before, [self._coming] if self.is_saving() else [])
 
     def save_failed(self) -> bool:
         """Whether the last save ended in an error, and none has begun since. Waits for nothing."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from baichuan_omni_jax.checkpoint import Workdir, keep_newest
+from baichuan_omni_jax.checkpoint import Workdir
 from baichuan_omni_jax.errors import list_some
 from baichuan_omni_jax.omni.batch import Batch
 from baichuan_omni_jax.train.alerts import AlertKind, AlertLog, StepAlerts
@@ -48,7 +48,7 @@ class RunWatch:
         self.alerts = AlertLog(folder)
         # Numbers are the same on all hosts: one looks at them.
         self._rules: StepAlerts | None = None
-        self._keep_good = lambda step: keep_newest(workdir.path, step)
+        self._keep_good = workdir.keep_newest
         if is_process_zero():
             self._rules = StepAlerts(config, self.alerts, self._keep_good)
         self._watchdog = Watchdog(config, folder, Hosts.joined(), self._report_hang)

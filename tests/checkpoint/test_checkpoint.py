@@ -17,7 +17,6 @@ from flax import nnx
 from baichuan_omni_jax.checkpoint import (
     Parent,
     Workdir,
-    keep_newest,
     kept_steps,
     load_branches,
     parse_spec,
@@ -167,12 +166,14 @@ def test_keeps_the_newest_steps(tmp_path: Path) -> None:
 def test_a_step_that_is_kept_by_name_outlives_newer_ones(tmp_path: Path) -> None:
     """The newest one before step 3; none is found before step 1. Two are kept where a run diverges twice."""
     workdir, *_ = saved_steps(tmp_path, (1, 2, 3), keep=2)
-    assert keep_newest(workdir.path, before=1) is None
-    assert keep_newest(workdir.path, before=3) == 2
-    for step in (4, 5):
-        save(workdir, step, *make_state(step))
+    assert workdir.keep_newest(before=1) is None
+    assert workdir.keep_newest(before=3) == 2
+    save(workdir, 4, *make_state(4))
+    # Not waited for: a run may diverge while its good step is still being written.
+    assert workdir.keep_newest(before=5) == 4
+    save(workdir, 5, *make_state(5))
     workdir.wait()
-    assert keep_newest(workdir.path, before=5) == 4
+    assert workdir.keep_newest(before=5) == 4
     for step in (6, 7):
         save(workdir, step, *make_state(step))
     workdir.wait()
