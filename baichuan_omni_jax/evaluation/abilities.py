@@ -80,7 +80,7 @@ class Answer:
     text: str = ""
     frames: int = 0
     problem: str = ""
-    speech: tuple[Int32[np.ndarray, "n q"], ...] = field(default=(), compare=False, repr=False)
+    speech: tuple[Int32[np.ndarray, "_ q"], ...] = field(default=(), compare=False, repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)
