@@ -48,10 +48,10 @@ def evaluate(evaluation, parameters):
     return {}
 
 
-def save(workdir, step):
+def save(*arguments):
     tell()
     time.sleep(SAVE)
-    SAVING(workdir, step)
+    SAVING(*arguments)
 
 
 def steps(*arguments):
