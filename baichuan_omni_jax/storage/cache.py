@@ -217,17 +217,7 @@ class FileCache:
 
     def _evict(self, size: int, count: Callable[[int], int]) -> bool:
         """Counts anew what is there and removes what was not used for longest; returns whether `size` bytes fit."""
-        files = []
-        with os.scandir(self.folder) as entries:
-            for entry in entries:
-                if entry.name.startswith(".") or not entry.is_file():
-                    continue
-                with suppress(FileNotFoundError):
-                    status = entry.stat()
-                    parts = entry.name.split(".")
-                    # One that is being fetched takes what it will have.
-                    bytes_ = int(parts[1]) if parts[-1] == "partial" else status.st_size
-                    files.append((parts[-1] != "partial", status.st_mtime_ns, bytes_, Path(entry.path)))
+        files = self._files()
         total = sum(bytes_ for _, _, bytes_, _ in files)
         # Fetching what is not there costs a look at all files: more room than is asked for is made at once. What
         # killed processes left unfinished goes first.
@@ -239,14 +229,31 @@ class FileCache:
         count(total - count(0))
         return total + size <= self.limit
 
+    def _files(self) -> list[tuple[bool, int, int, Path]]:
+        """Lists what is there: whether it is whole, when it was used, its bytes, its path."""
+        files = []
+        with os.scandir(self.folder) as entries:
+            for entry in entries:
+                if entry.name.startswith(".") or not entry.is_file():
+                    continue
+                with suppress(FileNotFoundError):
+                    status = entry.stat()
+                    parts = entry.name.split(".")
+                    # One that is being fetched takes what it will have.
+                    bytes_ = int(parts[1]) if parts[-1] == "partial" else status.st_size
+                    files.append((parts[-1] != "partial", status.st_mtime_ns, bytes_, Path(entry.path)))
+        return files
+
     @contextmanager
     def _counted(self) -> Iterator[Callable[[int], int]]:
         """Locks the count of bytes; gives what adds to it and returns it."""
         with self._locked(".bytes") as descriptor:
 
             def count(change: int) -> int:
-                total = int(os.pread(descriptor, 32, 0) or b"0") + change
-                if change:
+                known = os.pread(descriptor, 32, 0)
+                # Without a count there may be files all the same: of a process that was killed before it had one.
+                total = (int(known) if known else sum(bytes_ for _, _, bytes_, _ in self._files())) + change
+                if change or not known:
                     os.ftruncate(descriptor, 0)
                     os.pwrite(descriptor, str(total).encode(), 0)
                 return total
