@@ -22,7 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import fsspec
-from input import open_shards, seconds_a_step
+from input import open_shards, sample_data, seconds_a_step
 from rows import emit, row
 
 from baichuan_omni_jax.storage import parse_path
@@ -93,15 +93,11 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        data = options.data
-        if data is None:
-            from data_pipelines.sample.__main__ import build_sample
-
-            data = build_sample(Path(folder) / "sample", progress=False)
+        data = sample_data(options.data, Path(folder))
         if options.root:
-            return emit(measure(options, data.resolve(), Path(folder), options.root), options.json)
+            return emit(measure(options, data, Path(folder), options.root), options.json)
         with local_bucket() as root:
-            return emit(measure(options, data.resolve(), Path(folder), root), options.json)
+            return emit(measure(options, data, Path(folder), root), options.json)
 
 
 if __name__ == "__main__":

@@ -186,6 +186,13 @@ def measure(options: argparse.Namespace, data: Path, folder: Path) -> list[dict]
     ]
 
 
+def sample_data(given: Path | None, folder: Path) -> Path:
+    """Returns the sample data set that was given, or builds one in `folder`."""
+    from data_pipelines.sample.__main__ import build_sample
+
+    return (given or build_sample(folder / "sample", progress=False)).resolve()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
@@ -195,12 +202,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        data = options.data
-        if data is None:
-            from data_pipelines.sample.__main__ import build_sample
-
-            data = build_sample(Path(folder) / "sample", progress=False)
-        return emit(measure(options, data.resolve(), Path(folder)), options.json)
+        return emit(measure(options, sample_data(options.data, Path(folder)), Path(folder)), options.json)
 
 
 if __name__ == "__main__":

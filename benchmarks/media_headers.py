@@ -4,17 +4,16 @@
 
 Two seconds of sound in every container that is read, with one or two fields of its headers (lengths, sizes, rates,
 clocks) set to something else. Each file is measured and decoded, and decoded by ffmpeg: it must come out as long as
-measured and within 20 ms of ffmpeg's, or be refused with a cause and a sentence. Anything else is wrong, and so is a
-process that dies or takes a minute. Films take part with their sound, and with the number of frames at 2 a second,
-which must be as many as were measured.
+measured and within 20 ms of ffmpeg's, or be refused with a cause and a sentence; a process must not die, nor take a
+minute. Films take part with their sound, and with their number of frames at 2 a second.
 
 Versions of FFmpeg differ (5.1 plays the encoder's delay of AAC in Matroska, 8 leaves it out as the header says), so
 the length may be that of the command `ffmpeg` or of FFmpeg's libraries as PyAV brings them. Where packets are damaged,
 ffmpeg leaves them out; ours may be as long as the undamaged file, with silence in their places. What ffmpeg does not
 open at all (some placeholders of sizes in AIFF, AU, W64 and RF64) may be refused, or be as long as the undamaged file.
 
-These allowances are counted: `header_lies_allowed` are the files that are neither refused nor within 20 ms of the
-command `ffmpeg`, by the allowance that each needs, and their names go to the standard error.
+Allowances are counted: `header_lies_allowed` are the files neither refused nor within 20 ms of the command `ffmpeg`, by
+the allowance that each needs; their names go to the standard error.
 """
 
 import argparse
@@ -40,10 +39,9 @@ import soundfile
 from rows import emit, row
 
 RATE = 16000  # Hz that lengths are compared at
-CLOSE = 0.020  # seconds
 CAUSES = ("unreadable_media", "too_big_media", "silent_audio")
-LIMIT = 60  # seconds that a file may take
-LONGEST = 7300  # seconds that ffmpeg decodes: a little more than a sound may have
+# Seconds: that lengths may differ by; that a file may take; that ffmpeg decodes, a little more than a sound may have.
+CLOSE, LIMIT, LONGEST = 0.020, 60, 7300
 FRAMES_A_SECOND = 2.0
 
 Fields = list[tuple[int, int]]  # offset, bytes

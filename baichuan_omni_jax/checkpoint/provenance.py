@@ -2,6 +2,7 @@
 
     DIR/run_config.json           the run that owns the workdir; any other is refused
     DIR/parent.json               the checkpoints of its first weights, written once, when the workdir is new
+    DIR/starts.json               every start: from which step, on how many hosts and devices, what had changed
     DIR/audio_tokenizer/          a checkpoint with the branch audio_encoder, and origin.json: where it came from
 
 The audio tokenizer is what made the run's code frames: codes mean nothing without it. It is
@@ -10,7 +11,9 @@ it there as if it were one of its own branches.
 """
 
 import json
+import secrets
 from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
 from fnmatch import fnmatch
 from typing import Any
 
@@ -34,6 +37,10 @@ from baichuan_omni_jax.errors import ConfigError, RunStoppedError
 from baichuan_omni_jax.storage import parse_path, write_json
 
 RUN_CONFIG, PARENT, _ORIGIN = "run_config.json", "parent.json", "origin.json"
+# {"run": "3f9c...", "starts": [{"time": "...", "step": 0, "hosts": 2, "devices": 8, "changed": {}}, ...]}; `changed`
+# maps what differs to what it was at the start before and what it is. `run` is drawn once: it tells this run from one
+# that was in the same place before.
+STARTS = "starts.json"
 # A run may be made longer, saved at other steps, and moved to other machines, with as many rows a step as these bear;
 # the rest decides what it computes.
 MAY_DIFFER = (
@@ -263,3 +270,40 @@ def read_origin(folder: epath.PathLike) -> TokenizerOrigin | None:
         return TokenizerOrigin(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
+
+
+def note_start(workdir: epath.Path, step: int, changed: dict[str, list[Any]]) -> str:
+    """Adds this start to the record, on the host that writes it.
+
+    Args:
+        workdir: whose record it is; makes a new one where there is none.
+        step: where the run goes on.
+        changed: key of the configuration -> its value at the start before, and now.
+
+    Returns:
+        What has changed, machines too: "data.rows 16 -> 32, hosts 2 -> 1"; "" where nothing has.
+    """
+    record = _read_starts(workdir)
+    machines = {"hosts": jax.process_count(), "devices": jax.device_count()}
+    before = record["starts"][-1] if record["starts"] else machines
+    moved = {name: [before.get(name), count] for name, count in machines.items() if before.get(name) != count}
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    record["starts"].append({"time": now, "step": step, **machines, "changed": changed | moved})
+    write_json(workdir / STARTS, record)
+    return ", ".join(f"{name} {old} -> {new}" for name, (old, new) in (changed | moved).items())
+
+
+def run_identity(workdir: epath.Path) -> str:
+    """Returns what tells this run from others in the same place; "" where it is not known."""
+    return _read_starts(workdir)["run"] if (workdir / STARTS).exists() else ""
+
+
+def _read_starts(workdir: epath.Path) -> dict[str, Any]:
+    """Reads the record; a new one where there is none, or none that can be read: no run fails for it."""
+    try:
+        record = json.loads((workdir / STARTS).read_text())
+        if isinstance(record["run"], str) and all(isinstance(start, dict) for start in record["starts"]):
+            return record
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return {"run": secrets.token_hex(8), "starts": []}

@@ -16,8 +16,15 @@ from etils import epath
 from baichuan_omni_jax.checkpoint.branches import KEPT, branch_folder, checkpoint_texts, remove_leftovers
 from baichuan_omni_jax.checkpoint.local import LocalSteps
 from baichuan_omni_jax.checkpoint.place import lock_workdir, probe_commit
-from baichuan_omni_jax.checkpoint.provenance import PARENT, RUN_CONFIG, check_run_config, store_run_config
-from baichuan_omni_jax.checkpoint.starts import STARTS, note_start, run_identity
+from baichuan_omni_jax.checkpoint.provenance import (
+    PARENT,
+    RUN_CONFIG,
+    STARTS,
+    check_run_config,
+    note_start,
+    run_identity,
+    store_run_config,
+)
 from baichuan_omni_jax.checkpoint.steps import (
     committed_steps,
     keep_newest,

@@ -42,6 +42,7 @@ from baichuan_omni_jax.config.run import (
     RunConfig,
     SourceConfig,
     TrainConfig,
+    WatchConfig,
     released_images,
 )
 from baichuan_omni_jax.config.sample_runs import sample_eval, tiny_stage
@@ -53,7 +54,6 @@ from baichuan_omni_jax.config.stages import (
     stage_groups,
     stage_run,
 )
-from baichuan_omni_jax.config.watch import WatchConfig
 from baichuan_omni_jax.errors import ConfigError, RequestError
 
 __all__ = [

@@ -13,8 +13,8 @@ from baichuan_omni_jax.train.alerts import AlertKind, AlertLog, StepAlerts
 from baichuan_omni_jax.train.coordination import Hosts
 from baichuan_omni_jax.train.hosts import is_process_zero
 from baichuan_omni_jax.train.metrics import MetricsRecord, RunLog
-from baichuan_omni_jax.train.replay import StepReplay
 from baichuan_omni_jax.train.state import StepSpec, TrainState
+from baichuan_omni_jax.train.step import StepReplay
 from baichuan_omni_jax.train.watchdog import Watchdog, describe_hosts
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from baichuan_omni_jax.checkpoint import Workdir
-from baichuan_omni_jax.checkpoint.starts import STARTS
+from baichuan_omni_jax.checkpoint.provenance import STARTS
 from baichuan_omni_jax.config import CheckpointConfig, MeshConfig, RunConfig
 from tests.checkpoint.test_checkpoint import abstract, assert_equal, damage, largest_file, make_state, save
 
