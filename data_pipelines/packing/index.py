@@ -24,7 +24,7 @@ from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.datasets.buckets import cache_folder, fetch_shared, share
 from data_pipelines.datasets.jobs.job import Job, Unit, run_job
 from data_pipelines.datasets.jobs.runners import LocalRunner
-from data_pipelines.datasets.sources import ManifestSource, Source, check_unprepared, open_source
+from data_pipelines.datasets.sources import ManifestSource, Source, check_unprepared, open_source, read_fetched
 from data_pipelines.documents.document import Document
 from data_pipelines.documents.manifest import manifest_stem
 from data_pipelines.documents.processor import Processor
@@ -250,7 +250,7 @@ class MeasurePart:
         # What cannot be measured is named in a file of its own, and has no line in the columns.
         lengths, places, numbers, causes = [], [], [], Counter()
         with (folder / f"{unit.name}.{SKIPPED_FILE}").open("w", encoding="utf-8") as skipped:
-            for entry in self.source.read(unit.content):
+            for entry in read_fetched(self.source, unit.content):
                 try:
                     if isinstance(entry.document, SampleError):
                         raise entry.document

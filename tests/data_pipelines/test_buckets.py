@@ -1,6 +1,8 @@
 """A data root by URL gives the steps of the same data in a folder, and what one machine built the others find."""
 
+import json
 import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,10 +11,14 @@ import pytest
 
 from baichuan_omni_jax.config import DataConfig, SourceConfig, tiny
 from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.storage.cache import FileCache
 from data_pipelines.audio_codes.build import CodeBuildOptions, CodeEncoder, open_or_build_shared
 from data_pipelines.audio_codes.store import CodeStore
 from data_pipelines.datasets.builder.build import build_dataset
 from data_pipelines.datasets.jobs.runners import LocalRunner
+from data_pipelines.datasets.sources import ManifestSource, read_fetched
+from data_pipelines.errors import SampleError
+from data_pipelines.media.location import MediaBucket
 from data_pipelines.packing.index import MeasurePart
 from data_pipelines.pipeline import Pipeline, open_pipeline
 from tests.data_pipelines.audio_codes.test_build import Encoder
@@ -118,3 +124,27 @@ def test_what_is_missing_is_one_sentence(folder, bucket, tmp_path):
     next(local.glob("*-00001.array_record")).unlink()
     with pytest.raises(ConfigError, match=r"less/built lacks .*-00001.array_record"):
         open_pipeline(replace(less, root=str(tmp_path / "less")), tiny())
+
+
+def test_media_are_fetched_side_by_side_and_come_in_order(tmp_path):
+    """Each fetch waits until two others are under way: one after the other would break the barrier."""
+    lines = [{"text": f'<img_start_baichuan>{{"local": "{number}.png"}}<img_end_baichuan>'} for number in range(40)]
+    lines[7] = {"text": 7}
+    (tmp_path / "m.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    barrier, fetched = threading.Barrier(3), set()
+
+    class Bucket(MediaBucket):
+        def fetch(self, written: str) -> None:
+            barrier.wait(60)
+            fetched.add(written)
+            if written == "3.png":
+                raise OSError("gone")
+
+    source = ManifestSource(
+        "m.jsonl", tmp_path, tmp_path / "notes", Bucket("gs://bucket/x", FileCache(tmp_path / "files", 0))
+    )
+    seen = []
+    for number, entry in enumerate(read_fetched(source, source.parts[0])):
+        assert number == 7 or f"{number}.png" in fetched
+        seen.append((entry.number, isinstance(entry.document, SampleError)))
+    assert seen == [(number + 1, number == 7) for number in range(40)]
