@@ -125,6 +125,7 @@ _ROWS = (
             "source_ids",
             "text_targets",
             "text_weights",
+            "text_target_index",
         ),
         dtype="requested",
     ),

@@ -28,7 +28,6 @@ from data_pipelines.errors import SampleError
 from data_pipelines.packing.index import Index
 from data_pipelines.packing.packer import Packer
 from data_pipelines.packing.row_limits import (
-    AUDIO_TARGETS,
     DocumentKey,
     DocumentLengths,
     RowLimits,
@@ -59,9 +58,6 @@ class MeasuredDocuments:
 
     def lengths(self, number: int) -> Int32[np.ndarray, "budgets"]:
         return np.asarray(budget_lengths(self.found[number][1]), np.int32)
-
-    def text_targets(self, number: int) -> int:
-        return self.found[number][1].text_targets
 
     def image_patches(self, number: int) -> list[int]:
         return list(self.found[number][1].image_patches)
@@ -211,5 +207,4 @@ _Pairs = dict[int, tuple[_Measured, _Measured]]
 def _all_lengths(sources: list[MeasuredDocuments]) -> Iterator[DocumentLengths]:
     for source, documents in enumerate(sources):
         for number, (_, lengths) in documents.found.items():
-            needs, images = tuple(budget_lengths(lengths)), list(lengths.image_patches)
-            yield DocumentLengths(number, needs, images, lengths.text_targets + needs[AUDIO_TARGETS], source)
+            yield DocumentLengths(number, tuple(budget_lengths(lengths)), list(lengths.image_patches), source)

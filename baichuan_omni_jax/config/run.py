@@ -44,6 +44,9 @@ class SourceConfig:
     oversize: tuple[OversizePolicy, ...] | None = None  # None: `DataConfig.oversize`
 
 
+_LEFT_OUT = ("text_targets", "mel_windows", "items")  # budgets of which 0 is no limit
+
+
 @dataclass(frozen=True, kw_only=True)
 class Budgets:
     """What one packed row holds at most. Static shapes: every row of a run has exactly these sizes.
@@ -55,6 +58,8 @@ class Budgets:
     patches: int = 65536  # of 14x14 pixels, four of which become one token; 0: no images
     audio_frames: int = 16384  # code frames (12.5 a second) read or spoken
     audio_targets: int = 8192  # code frames to predict, one end frame for each spoken clip included
+    # Tokens that predict text: logits are computed for so many. 0: no limit, and logits for every token.
+    text_targets: int = 0
     # Windows of at most 30 s of audio that the batch holds as log mel, for the tasks that train on audio. 0: no arrays.
     mel_windows: int = 0
     items: int = 0  # media: images, video frames, clips. 0: no limit
@@ -62,7 +67,7 @@ class Budgets:
     def limits(self) -> dict[str, int]:
         """Returns what a row is held to, by name: the budgets without those that are left out."""
         sizes = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: size for name, size in sizes.items() if size or name not in ("mel_windows", "items")}
+        return {name: size for name, size in sizes.items() if size or name not in _LEFT_OUT}
 
 
 @dataclass(frozen=True, kw_only=True)

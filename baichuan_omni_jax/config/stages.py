@@ -162,6 +162,7 @@ class _Recipe:
     patches: int  # what a row holds of each at most (`Budgets`); in long rows in proportion to their tokens
     audio_frames: int
     audio_targets: int
+    text_targets: int = 0  # 0: no limit, and logits for every token
     # What is tried on documents beyond a budget; interleaved ones are always cut in chunks.
     oversize: tuple[OversizePolicy, ...] = ("chunk_text",)
 
@@ -243,6 +244,7 @@ _RECIPES: dict[Stage, _Recipe] = {
         patches=131072,
         audio_frames=16384,
         audio_targets=8192,
+        text_targets=20480,
     ),
     "sft": _Recipe(
         shares={"sft_text": 0.3, "sft_image": 0.2, "sft_video": 0.1, "sft_audio": 0.2, "sft_omni": 0.2},
@@ -251,6 +253,7 @@ _RECIPES: dict[Stage, _Recipe] = {
         patches=131072,
         audio_frames=16384,
         audio_targets=8192,
+        text_targets=20480,
         oversize=("split", "chunk_text"),
     ),
 }
@@ -308,6 +311,7 @@ def stage_run(
             patches=patches,
             audio_frames=recipe.audio_frames // shorter,
             audio_targets=recipe.audio_targets // shorter,
+            text_targets=recipe.text_targets // shorter,
         ),
         workers=8,
         audio_tokenizer=path_in(home, "weights/omni"),

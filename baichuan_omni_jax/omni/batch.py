@@ -42,6 +42,7 @@ class BatchSizes:
     patches: int = 0
     audio_frames: int = 0
     audio_targets: int = 0
+    text_targets: int = 0
     mel_windows: int = 0
     visual_tokens: int = 0
     patch_values: int = 0
@@ -57,6 +58,7 @@ class BatchSizes:
             patches=budgets.patches,
             audio_frames=budgets.audio_frames,
             audio_targets=budgets.audio_targets,
+            text_targets=budgets.text_targets,
             mel_windows=budgets.mel_windows,
             visual_tokens=budgets.patches // omni.vision.merged_patches,
             patch_values=omni.vision.patch_values,
@@ -108,6 +110,8 @@ FIELDS: dict[str, BatchField] = {
         BatchField("source_ids", _TOKEN, ("tokens",), padding=-1),
         BatchField("text_targets", _TOKEN, ("tokens",)),
         BatchField("text_weights", _TOKEN, ("tokens",), "float32"),
+        # The slots that have a text loss, in no order; none without a budget of them.
+        BatchField("text_target_index", _TOKEN, ("text_targets",), padding="tokens"),
         # Audio code frames and the slots of the row that hold them; frames to predict and the slots that do.
         BatchField("audio_codes", (*_MEDIA, None), ("audio_frames", "levels")),
         BatchField("audio_index", _MEDIA, ("audio_frames",), padding="tokens"),

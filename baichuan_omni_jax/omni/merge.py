@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32, Shaped
 
 from baichuan_omni_jax.sharding import ShardingRules
 
@@ -21,7 +21,7 @@ UNSPLIT = ShardingRules.unsplit()
 
 
 def merge_media(
-    x: Float[Array, "b t d"], parts: Sequence[tuple[Array, Array]], rules: ShardingRules
+    x: Float[Array, "b t d"], parts: Sequence[tuple[Array, Array]], rules: ShardingRules, axis: str = "media"
 ) -> Float[Array, "b t d"]:
     """Puts media embeddings in the place of their slots: `x[b, index[b, m]] = media[b, m]`.
 
@@ -29,17 +29,18 @@ def merge_media(
         x: embeddings of the row's tokens.
         parts: media (b, m, d) with their slots (b, m), for each kind of media; t or more is no slot.
         rules: how rows and media are split over devices.
+        axis: the logical axis that m is split as.
 
     Returns:
         The embeddings with the media among them, split as `x`.
     """
     rules = _rules_of(x, rules)
-    row, part = _specs(rules)
+    row, part = _specs(rules, axis)
 
     def merge_shard(x, parts):
         # One gather of all media together; each shard then keeps what falls into its own slots.
-        media = _gather(jnp.concatenate([media for media, _ in parts], 1), rules)
-        index = _gather(jnp.concatenate([index for _, index in parts], 1), rules)
+        media = _gather(jnp.concatenate([media for media, _ in parts], 1), rules, axis)
+        index = _gather(jnp.concatenate([index for _, index in parts], 1), rules, axis)
         local = _local_slots(index, x.shape[1], rules)
         return jax.vmap(lambda row, slots, values: row.at[slots].set(values, mode="drop"))(x, local, media)
 
@@ -49,27 +50,29 @@ def merge_media(
 
 
 def pick_slots(
-    hidden: Float[Array, "b t d"], index: Int32[Array, "b m"], rules: ShardingRules
-) -> Float[Array, "b m d"]:
-    """Picks `hidden[b, index[b, m]]`, split over media axes; zeros where the index is unused (t or more)."""
+    hidden: Shaped[Array, "b t d"], index: Int32[Array, "b m"], rules: ShardingRules, axis: str = "media"
+) -> Shaped[Array, "b m d"]:
+    """Picks `hidden[b, index[b, m]]`, m split as the logical axis `axis`, as the index is; zeros where the index is
+    unused (t or more).
+    """
     rules = _rules_of(hidden, rules)
-    row, part = _specs(rules)
+    row, part = _specs(rules, axis)
     context = rules.axes("length")
 
     def pick_shard(hidden, index):
         # The index first: it is small, and every shard must know which of its states the others ask for.
-        whole = _gather(index, rules)
+        whole = _gather(index, rules, axis)
         local = _local_slots(whole, hidden.shape[1], rules)
         pick = lambda row, slots: row.at[slots].get(mode="fill", fill_value=0)  # noqa: E731
         picked = jax.vmap(pick)(hidden, local)
         # A state is zero on all shards but its own: the sum over shards is the state, scattered where media lie.
-        for axis in context:
-            if axis in rules.axes("media"):
-                picked = lax.psum_scatter(picked, axis, scatter_dimension=1, tiled=True)
+        for name in context:
+            if name in rules.axes(axis):
+                picked = lax.psum_scatter(picked, name, scatter_dimension=1, tiled=True)
             else:
-                picked = lax.psum(picked, axis)
+                picked = lax.psum(picked, name)
         # Over the other media axes all devices hold the same states, so a slice splits them, without communication.
-        return _own_part(picked, [axis for axis in rules.axes("media") if axis not in context])
+        return _own_part(picked, [name for name in rules.axes(axis) if name not in context])
 
     with jax.named_scope("pick_slots"):
         return _sharded(pick_shard, hidden, (row, part), part)(hidden, index)
@@ -85,12 +88,12 @@ def segments_with_media(
     if not indexes:
         return segment_ids < 0
     rules = _rules_of(segment_ids, rules)
-    row, part = _specs(rules)
+    row, part = _specs(rules, "media")
     context, length = rules.axes("length"), segment_ids.shape[1]
 
     def mark_shard(segment_ids, indexes):
         # All slots in one gather, as in the merge; each shard then marks the segments of its own.
-        index = _gather(jnp.concatenate(indexes, 1), rules)
+        index = _gather(jnp.concatenate(indexes, 1), rules, "media")
         local = _local_slots(index, segment_ids.shape[1], rules)
 
         def mark_row(ids, slots):
@@ -109,12 +112,12 @@ def _rules_of(x: Array, rules: ShardingRules) -> ShardingRules:
     return UNSPLIT if jax.typeof(x).sharding.mesh.empty else rules
 
 
-def _specs(rules: ShardingRules) -> tuple[P, P]:
-    return rules.spec("batch", "length"), rules.spec("batch", "media")
+def _specs(rules: ShardingRules, axis: str) -> tuple[P, P]:
+    return rules.spec("batch", "length"), rules.spec("batch", axis)
 
 
-def _gather(x: Array, rules: ShardingRules) -> Array:
-    return lax.all_gather(x, rules.axes("media"), axis=1, tiled=True) if rules.axes("media") else x
+def _gather(x: Array, rules: ShardingRules, axis: str) -> Array:
+    return lax.all_gather(x, rules.axes(axis), axis=1, tiled=True) if rules.axes(axis) else x
 
 
 def _local_slots(index: Array, local: int, rules: ShardingRules) -> Array:

@@ -13,6 +13,7 @@ from baichuan_omni_jax.nn.linear import ROWS, Gathered, product
 from baichuan_omni_jax.nn.remat import split_parts
 from baichuan_omni_jax.omni.audio_tokenizer_model import AudioTokenizerModel
 from baichuan_omni_jax.omni.batch import Batch
+from baichuan_omni_jax.omni.merge import merge_media, pick_slots
 from baichuan_omni_jax.omni.model import OmniModel
 from baichuan_omni_jax.sharding import ShardingRules, axis_product
 
@@ -118,10 +119,25 @@ def _vocab_chunks(hidden: Array, head: Array, chunk: int, rules: ShardingRules) 
     return next(n for n in divisors if n * chunk >= positions or n == vocabulary)
 
 
-def text_entropies(
-    llm: LanguageModel, hidden: Float[Array, "b t d"], targets: Int32[Array, "b t"], chunk: int
-) -> Float[Array, "b t"]:
-    """Computes each position's cross-entropy under the language model's head, as `chunked_cross_entropy`."""
+def text_entropies(llm: LanguageModel, hidden: Float[Array, "b t d"], batch: Batch, chunk: int) -> Float[Array, "b t"]:
+    """Computes each position's cross-entropy under the language model's head, as `chunked_cross_entropy`.
+
+    With a budget of text targets logits are made for the slots of `text_target_index` alone; others are 0.
+    """
+    index, rules = batch.get("text_target_index"), llm.compute.rules
+    # Without a budget the index is empty; rows that are made by hand may lack it.
+    if index is None or not index.shape[1]:
+        return _head_entropies(llm, hidden, batch["text_targets"], chunk)
+    targets = pick_slots(batch["text_targets"][..., None], index, rules, "length")[..., 0]
+    entropies = _head_entropies(llm, pick_slots(hidden, index, rules, "length"), targets, chunk)
+    # Back to their slots, which have the weights; unused places of the index go nowhere.
+    nothing = jnp.zeros_like(batch["text_weights"])[..., None]
+    return merge_media(nothing, [(entropies[..., None], index)], rules, "length")[..., 0]
+
+
+def _head_entropies(
+    llm: LanguageModel, hidden: Float[Array, "b n d"], targets: Int32[Array, "b n"], chunk: int
+) -> Float[Array, "b n"]:
     rows, special = llm.special_rows, None
     if rows is not None and rows.head is not None:
         special = SpecialHead(rows.ids, llm.head_weight(rows.head, axes=ROWS))
@@ -139,23 +155,23 @@ def text_entropies(
 def transcript_entropies(
     model: AudioTokenizerModel, features: Float[Array, "c g f"], valid: Bool[Array, "c g"], batch: Batch, run: RunConfig
 ) -> Float[Array, "b t"]:
-    """Computes the cross-entropy of every text slot when the frozen language model reads these features of the rows'
+    """Computes the cross-entropy of every text target when the frozen language model reads these features of the rows'
     clips; fp32, not weighted.
     """
     hidden = model.transcript_states(features, valid, batch)
-    return text_entropies(model.llm, hidden, batch["text_targets"], run.compute.loss_chunk)
+    return text_entropies(model.llm, hidden, batch, run.compute.loss_chunk)
 
 
 def omni_entropies(
     model: OmniModel, batch: Batch, run: RunConfig
 ) -> tuple[Float[Array, "b t"], tuple[Float[Array, "b c"], ...]]:
-    """Computes the cross-entropy of every text slot, and for each audio level of every frame to predict; fp32, not
+    """Computes the cross-entropy of every text target, and for each audio level of every frame to predict; fp32, not
     weighted.
     """
     # Audio logits are few (frames to predict), so they are whole; text logits are not.
     hidden, audio_logits = model(batch)
     with jax.named_scope("text_loss"):
-        text = text_entropies(model.llm, hidden, batch["text_targets"], run.compute.loss_chunk)
+        text = text_entropies(model.llm, hidden, batch, run.compute.loss_chunk)
     with jax.named_scope("audio_loss"):
         audio = tuple(cross_entropy(logits, batch["audio_targets"][:, :, q]) for q, logits in enumerate(audio_logits))
     return text, audio

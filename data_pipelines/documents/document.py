@@ -51,7 +51,7 @@ class Lengths:
     mel_windows: int = 0  # windows of at most 30 s
     items: int = 0  # images, video frames and clips
     image_patches: tuple[int, ...] = ()  # of each image and video frame, in order: none may be cut
-    text_targets: int = 0  # positions with a text target; there is no budget of them
+    text_targets: int = 0  # tokens that predict text
 
     @property
     def trainable(self) -> int:

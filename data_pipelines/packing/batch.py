@@ -70,7 +70,7 @@ class RowWriter:
     def __init__(self, batch: Batch, row: int, mels: MelSlots | None = None, key: int = 0):
         self._row = {name: array[row] for name, array in batch.items()}
         self._mels, self._key = mels, key
-        self._at = {"token": 0, "audio": 0, "target": 0, "patch": 0, "mel": 0}
+        self._at = {"token": 0, "text": 0, "audio": 0, "target": 0, "patch": 0, "mel": 0}
         self._segments = self._frames = 0
 
     def add(
@@ -99,6 +99,8 @@ class RowWriter:
         self._row["segment_ids"][place] = self._segments
         self._row["document_ids"][place] = number
         self._row["source_ids"][place] = source
+        if len(self._row["text_target_index"]):
+            self._put_slots("text", "text_target_index", np.flatnonzero(document.text_weights), start)
         self._at["token"] += tokens
 
         # Mels before codes: a slot names the place of its first code frame, which is where codes go next.
@@ -174,7 +176,7 @@ TOKEN_FIELDS = (
 )
 """Fields (b, t) that are split over context shards."""
 
-INDEX_FIELDS = ("audio_index", "audio_target_index", "visual_index")
+INDEX_FIELDS = ("text_target_index", "audio_index", "audio_target_index", "visual_index")
 """Fields that hold slots of the row; t stands for unused."""
 
 

@@ -2,8 +2,7 @@
 
 48 bytes a document and 4 an image or video frame: 100 million documents with two images each are 5.6 GB.
 
-    FOLDER/lengths.npy          (n, 6) int32    what each document takes of the budgets
-    FOLDER/text_targets.npy     (n,) int32      how many text targets it has
+    FOLDER/lengths.npy          (n, 7) int32    what each document takes of the budgets
     FOLDER/places.npy           (n,) int64      where its source has it
     FOLDER/numbers.npy          (n,) int32      its line or record
     FOLDER/image_patches.npy    (m,) int32      patches of each image and video frame, document after document
@@ -28,11 +27,10 @@ from data_pipelines.documents.document import Document, Lengths
 from data_pipelines.packing.row_limits import BUDGETED, budget_lengths
 
 SKIPPED_FILE, META_FILE = "skipped.jsonl", "meta.json"
-BYTES_PER_DOCUMENT = 4 * len(BUDGETED) + 4 + 8 + 4 + 8
+BYTES_PER_DOCUMENT = 4 * len(BUDGETED) + 8 + 4 + 8
 BYTES_PER_IMAGE = 4
 _DTYPES = {
     "lengths": np.int32,
-    "text_targets": np.int32,
     "places": np.int64,
     "numbers": np.int32,
     "image_patches": np.int32,
@@ -46,7 +44,6 @@ class Columns:
     """n documents with m images. Pickled as its folder where it has one."""
 
     lengths: Int32[np.ndarray, "n budgets"]  # what each document takes of the budgets
-    text_targets: Int32[np.ndarray, "n"]
     places: Int64[np.ndarray, "n"]  # where its source has it
     numbers: Int32[np.ndarray, "n"]  # its line or record
     image_patches: Int32[np.ndarray, "m"]  # of all images, document after document
@@ -72,7 +69,6 @@ def make_columns(
     count = range(len(lengths))
     return Columns(
         np.array([budget_lengths(each) for each in lengths], np.int32).reshape(-1, len(BUDGETED)),
-        np.array([each.text_targets for each in lengths], np.int32),
         np.array(count if places is None else places, np.int64),
         np.array(count if numbers is None else numbers, np.int32),
         np.array([size for each in lengths for size in each.image_patches], np.int32),

@@ -40,7 +40,7 @@ from data_pipelines.packing.columns import (
     open_columns,
     write_columns,
 )
-from data_pipelines.packing.row_limits import AUDIO_TARGETS, DocumentLengths, RowLimits
+from data_pipelines.packing.row_limits import DocumentLengths, RowLimits
 
 _CHUNK = 1 << 20  # documents looked at together: what memory that takes does not grow with the index
 
@@ -135,11 +135,6 @@ class Index:
         columns, place = self._columns_of(number)
         return columns.lengths[place]
 
-    def text_targets(self, number: int) -> int:
-        """Tells how many text targets `number` has."""
-        columns, place = self._columns_of(number)
-        return int(columns.text_targets[place])
-
     def image_patches(self, number: int) -> list[int]:
         """Returns the patches of each image and video frame of `number`, in order."""
         columns, place = self._columns_of(number)
@@ -158,10 +153,7 @@ class Index:
 
     def document_lengths(self, number: int) -> DocumentLengths:
         """Returns the document or piece `number`."""
-        needs = tuple(self.lengths(number).tolist())
-        return DocumentLengths(
-            number, needs, self.image_patches(number), self.text_targets(number) + needs[AUDIO_TARGETS]
-        )
+        return DocumentLengths(number, tuple(self.lengths(number).tolist()), self.image_patches(number))
 
     def within(self, budgets: Budgets, media_shards: int = 1) -> "Index":
         """Makes the same index for rows of these budgets, their patches in `media_shards` parts that hold whole images.
@@ -222,20 +214,14 @@ def _read_lengths(columns: Columns, places: Int64[np.ndarray, "k"], first: int) 
     # Whole columns at once: one gather a column instead of one a document.
     needs = columns.lengths[places].tolist()
     starts, ends = columns.image_offsets[places].tolist(), columns.image_offsets[places + 1].tolist()
-    texts = columns.text_targets[places].tolist()
     return [
-        DocumentLengths(
-            first + place,
-            tuple(need),
-            columns.image_patches[start:end].tolist() if end > start else [],
-            text + need[AUDIO_TARGETS],
-        )
-        for place, need, start, end, text in zip(places.tolist(), needs, starts, ends, texts, strict=True)
+        DocumentLengths(first + place, tuple(need), columns.image_patches[start:end].tolist() if end > start else [])
+        for place, need, start, end in zip(places.tolist(), needs, starts, ends, strict=True)
     ]
 
 
 FILE_CAUSES = ("missing_file", "outside_root", "unreadable_media", "too_big_media")
-FORMAT = 7  # of cached indexes: raise it when they hold something else than before
+FORMAT = 8  # of cached indexes: raise it when they hold something else than before
 log = logging.getLogger(__name__)
 
 

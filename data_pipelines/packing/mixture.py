@@ -28,7 +28,7 @@ from baichuan_omni_jax.config.loss_shares import POWERS, SourceMeans
 from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.packing.columns import Columns
 from data_pipelines.packing.index import Index
-from data_pipelines.packing.row_limits import AUDIO_TARGETS, DocumentKey, DocumentLengths
+from data_pipelines.packing.row_limits import AUDIO_TARGETS, TEXT_TARGETS, DocumentKey, DocumentLengths
 
 COUNTED = ("documents", "tokens", "trainable")
 _AHEAD = 512  # documents of a source whose lengths are read at once
@@ -115,7 +115,7 @@ class Mixture:
     def document(self, key: DocumentKey) -> DocumentLengths:
         """Returns one document of the stream again."""
         source, number = key
-        return DocumentLengths(*self._sources[source].document_lengths(number)[:4], source)
+        return DocumentLengths(*self._sources[source].document_lengths(number)[:3], source)
 
     @property
     def state(self) -> dict:
@@ -165,7 +165,9 @@ class Mixture:
         document = reader.peek()
         if document is None:  # of an endless source there always is one
             raise ValueError("the source is at its end")
-        return {"documents": 1, "tokens": document.lengths[0], "trainable": document.trainable}[self._counted]
+        if self._counted == "documents":
+            return 1
+        return document.lengths[0] if self._counted == "tokens" else document.trainable
 
     def _due(self, source: int) -> int:
         reader = self._readers[source]
@@ -228,7 +230,7 @@ class _Reader:
             # The cursor moves with a document's last piece, so that a state among its pieces is exact.
             for part, document in enumerate(found, 1):
                 last = part == len(found)
-                document = DocumentLengths(*document[:4], self._number)
+                document = DocumentLengths(*document[:3], self._number)
                 self._ahead.append((document, self._read if last else self._read - 1, 0 if last else part))
             for _ in range(min(self._skip, len(found))):
                 self._ahead.popleft()
@@ -317,4 +319,4 @@ def _targets(index: Index) -> tuple[Int64[np.ndarray, "k"], Int64[np.ndarray, "k
 
 def _counts(columns: Columns, places: Int64[np.ndarray, "k"]) -> tuple[Int64[np.ndarray, "k"], ...]:
     lengths = columns.lengths[places].astype(np.int64)
-    return lengths[:, 0], columns.text_targets[places].astype(np.int64), lengths[:, AUDIO_TARGETS]
+    return lengths[:, 0], lengths[:, TEXT_TARGETS], lengths[:, AUDIO_TARGETS]

@@ -41,10 +41,11 @@ from data_pipelines.packing.index import Index
 from data_pipelines.packing.row_limits import RowLimits, budget_lengths
 
 POLICIES = typing.get_args(OversizePolicy)
-FORMAT = 4  # of what is kept: raise it when the policies give something else than before
+FORMAT = 5  # of what is kept: raise it when the policies give something else than before
 _UNIT = 4096  # documents
 log = logging.getLogger(__name__)
 _NOTHING = Lengths(tokens=0)
+_MARKS = 2  # around a medium
 
 
 @dataclass(frozen=True)
@@ -282,7 +283,7 @@ def cut_chunks(runs: Sequence[Run], sizes: Sequence[Lengths], limits: RowLimits)
         elif planner.exceeds(size):
             # What the medium is followed by goes with it: half a row at most, so that fewer frames may make it fit.
             after = runs[number + 1] if number + 1 < len(runs) else ()
-            skip = min(len(after), limits.budgets.tokens // 2) if isinstance(after, Ids) else 0
+            skip = min(len(after), planner.most_text // 2) if isinstance(after, Ids) else 0
             planner.close(start)
             planner.begin(stop + skip)
             too_long.append((start, stop + skip))
@@ -296,8 +297,9 @@ class _Planner:
     """Collects items into chunks from left to right. `end` is the place after the items so far."""
 
     def __init__(self, limits: RowLimits):
-        self._limits, self._tokens = limits, limits.budgets.tokens
-        self.chunks: list[Span] = []
+        self._limits, self.chunks = limits, list[Span]()
+        # What a chunk of text alone holds: every token may be a target.
+        self.most_text = min(limits.budgets.tokens, limits.budgets.text_targets or limits.budgets.tokens)
         self.begin(0)
 
     def begin(self, place: int, size: Lengths = _NOTHING, items: int = 0) -> None:
@@ -317,6 +319,8 @@ class _Planner:
 
     def add_medium(self, place: int, size: Lengths) -> None:
         """Adds one medium, which an empty row holds."""
+        # By itself it lacks what predicts its marks.
+        size = replace(size, text_targets=min(size.text_targets + _MARKS, self.most_text))
         if self.exceeds(_sum(self._size, size)):
             self.close(place)
             self.begin(place, size, 1)
@@ -327,19 +331,22 @@ class _Planner:
 
     def add_text(self, start: int, stop: int) -> None:
         """Adds the tokens from `start` until `stop`."""
-        while self._size.tokens + stop - start > self._tokens:
+        while stop - start > self._room():
             # Cut before the last medium, so that it keeps the text behind it.
             if self._boundary is not None:
                 place, since = self._boundary, self._since
                 self.close(place)
                 self.begin(place, since, start - place)
                 continue
-            start += self._tokens - self._size.tokens
+            start += self._room()
             self.close(start)
             self.begin(start)
-        text = Lengths(tokens=stop - start)
+        text = Lengths(tokens=stop - start, text_targets=stop - start)
         self._in_text = self._in_text or stop > start
         self._size, self._since, self.end = _sum(self._size, text), _sum(self._since, text), stop
+
+    def _room(self) -> int:
+        return min(self._limits.budgets.tokens - self._size.tokens, self.most_text - self._size.text_targets)
 
 
 def _sum(one: Lengths, other: Lengths) -> Lengths:

@@ -181,19 +181,23 @@ def mel_slots(config: DataConfig, audio: AudioConfig, targets: Mapping[str, MelT
 DocumentKey = tuple[int, int]
 
 BUDGETED = tuple(f.name for f in fields(Budgets))
-_PATCHES, AUDIO_TARGETS = BUDGETED.index("patches"), BUDGETED.index("audio_targets")
+_PATCHES, AUDIO_TARGETS, TEXT_TARGETS = map(BUDGETED.index, ("patches", "audio_targets", "text_targets"))
 
 
 class DocumentLengths(NamedTuple):
     """Holds what rows are planned from: the number of a document in its source, what it takes of each budget (tokens
-    first), the patches of each of its images, how many text targets and audio frames to predict it has, and its source.
+    first), the patches of each of its images, and its source.
     """
 
     number: int
     lengths: tuple[int, ...]
     image_patches: list[int]
-    trainable: int = 0
     source: int = 0
+
+    @property
+    def trainable(self) -> int:
+        """How many text targets and audio frames to predict it has."""
+        return self.lengths[TEXT_TARGETS] + self.lengths[AUDIO_TARGETS]
 
     @property
     def key(self) -> DocumentKey:

@@ -62,8 +62,6 @@ class RowDocuments(Protocol):
 
     def lengths(self, number: int) -> Int32[np.ndarray, "budgets"]: ...
 
-    def text_targets(self, number: int) -> int: ...
-
     def image_patches(self, number: int) -> list[int]: ...
 
     @property
@@ -154,8 +152,8 @@ class RowDecoder:
 
 
 def _as_measured(found: Lengths, index: RowDocuments, number: int) -> bool:
-    sizes = [found.tokens, found.patches, found.audio_frames, found.audio_targets]
-    as_long = sizes == index.lengths(number)[: len(sizes)].tolist() and found.text_targets == index.text_targets(number)
+    sizes = [found.tokens, found.patches, found.audio_frames, found.audio_targets, found.text_targets]
+    as_long = sizes == index.lengths(number)[: len(sizes)].tolist()
     return as_long and list(found.image_patches) == index.image_patches(number)
 
 

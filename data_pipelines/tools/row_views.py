@@ -251,8 +251,11 @@ def _fill(batch: Batch, row: int, budgets: Budgets) -> dict[str, tuple[int, int]
         "patches": int(np.count_nonzero(batch["patch_segments"][row])),
         "audio_frames": len(_used(batch["audio_index"][row], budgets.tokens)),
         "audio_targets": len(_used(batch["audio_target_index"][row], budgets.tokens)),
+        "text_targets": int(np.count_nonzero(batch["text_weights"][row])),
     }
-    return {name: (count, getattr(budgets, name)) for name, count in used.items()}
+    # Without a budget of text targets every token may be one.
+    room = {"text_targets": budgets.tokens} | budgets.limits()
+    return {name: (count, room[name]) for name, count in used.items()}
 
 
 def _used(slots: Int32[np.ndarray, " n"], length: int) -> Int32[np.ndarray, " m"]:

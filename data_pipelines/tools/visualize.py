@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--patches", type=int, help="patches of a row (default: the row's length)")
     add("--audio-frames", type=int, help="code frames of a row (default: a quarter of the length)")
     add("--audio-targets", type=int, help="frames to predict in a row (default: an eighth of the length)")
+    add("--text-targets", type=int, default=0, help="tokens of a row that predict text (default: no limit)")
     add("--model", default="tiny", help="tiny, baichuan_omni_7b or a config.json: sizes and limits of the media")
     add("--tokenizer", default="", help="a tokenizer.json (default: one trained on the manifests' text)")
     add("--seed", type=int, default=0, help="seed of the shuffle (default 0)")
@@ -112,6 +113,7 @@ def _data_config(options: argparse.Namespace) -> DataConfig:
             patches=budget(options.patches, default.patches),
             audio_frames=budget(options.audio_frames, default.audio_frames),
             audio_targets=budget(options.audio_targets, default.audio_targets),
+            text_targets=options.text_targets,
         ),
         seed=options.seed,
         workers=0,

@@ -197,6 +197,22 @@ def test_text_alone_gives_audio_no_gradient(losses, documents):
     assert gradient["vision.tower.patch_embedding.kernel"].any()
 
 
+@pytest.mark.parametrize("spare", [0, 40])
+def test_logits_of_the_targets_alone_change_nothing(losses, documents, spare):
+    """As many places as there are targets, and more; the order of the index says nothing."""
+    whole = rows_of(documents, BUDGETS, losses.omni)
+    targets = int(np.count_nonzero(whole["text_weights"]))
+    batch = rows_of(documents, dataclasses.replace(BUDGETS, text_targets=targets + spare), losses.omni)
+    index = batch["text_target_index"]
+    np.testing.assert_array_equal(np.sort(index[0])[:targets], np.flatnonzero(whole["text_weights"][0]))
+    assert (np.sort(index[0])[targets:] == BUDGETS.tokens).all()
+    batch["text_target_index"] = np.random.default_rng(0).permuted(index, axis=1)
+    weights = np.r_[1.0, np.full(LEVELS, 1 / LEVELS)]
+    (metrics, gradient), (expected, same) = losses(batch, weights), losses(whole, weights)
+    assert metrics["loss"] == pytest.approx(float(expected["loss"]), rel=TOLERANCE)
+    assert max(relative(gradient[name], same[name]) for name in PARAMETERS) <= TOLERANCE
+
+
 @pytest.mark.parametrize("chunk", [8, 7, 24, 100])
 def test_chunked_cross_entropy_equals_the_whole(chunk):
     """Value and gradients, for chunks that divide the 24 positions of a row, that do not, and that exceed it."""

@@ -127,7 +127,7 @@ class Packing:
         return {
             "tokens": rows * budgets.tokens,
             "causal_pairs": sum(length * (length + 1) // 2 for length in lengths),
-            "text_targets": rows * max(budgets.tokens - media, 0),
+            "text_targets": rows * min(max(budgets.tokens - media, 0), budgets.text_targets or budgets.tokens),
             "patches": rows * patches,
             "patch_pairs": rows * self._patch_pairs(patches, run.data.media_shards),
             "audio_frames": rows * frames,

@@ -183,6 +183,8 @@ def fill_metrics(batch: Batch) -> dict[str, Float[Array, ""]]:
         metrics["fill_patches"] = mean(batch["patch_segments"] > 0)
     if "audio_index" in batch:
         metrics["fill_audio"] = mean(batch["audio_index"] < real.shape[1])
+    if "text_target_index" in batch and batch["text_target_index"].shape[1]:
+        metrics["fill_text_targets"] = mean(batch["text_target_index"] < real.shape[1])
     return metrics
 
 

@@ -1,5 +1,7 @@
 """Chunks of long documents: together they train on what the whole document would, each target once."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -58,15 +60,15 @@ def marked(text, learned):
 STRETCHES = st.tuples(st.lists(st.sampled_from(WORDS + MEDIA), min_size=1, max_size=12).map("".join), st.booleans())
 
 
-@given(st.lists(STRETCHES, min_size=1, max_size=6), st.booleans())
-@settings(max_examples=60)
-def test_chunks_are_the_document_cut_between_tokens_and_media(processor, root, codes, stretches, unmarked):
+@given(st.lists(STRETCHES, min_size=1, max_size=6), st.booleans(), st.sampled_from([0, 7, 13]))
+@settings(max_examples=90)
+def test_chunks_are_the_document_cut_between_tokens_and_media(processor, root, codes, stretches, unmarked, targets):
     """Arrays of all chunks, one after the other, are those of the whole; what is left out has nothing to learn."""
     text = "".join(text if unmarked else marked(text, learned) for text, learned in stretches)
     found = document(text, root)
     if not unmarked and not any(learned for _, learned in stretches):
         return
-    limits = RowLimits(BUDGETS)
+    limits = RowLimits(replace(BUDGETS, text_targets=targets))
     frames = text.count(MEDIA[1] * 4)  # a listed video of four frames is too much for a row
     try:
         fitted = Fitter(("chunk",), processor, limits).fit(found)

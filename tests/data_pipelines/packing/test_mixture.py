@@ -73,9 +73,8 @@ def test_shares_of_tokens_are_those_of_the_weights(weights, data):
 def test_shares_of_what_is_trainable_are_those_of_the_weights():
     """Long documents with little to learn, and short ones with much."""
     sizes = [[(100, 2), (90, 1)], [(10, 9), (20, 18)]]
-    listed = [Listed(str(n), [(tokens,) for tokens, _ in own] * 50) for n, own in enumerate(sizes)]
-    for one, own in zip(listed, sizes, strict=True):
-        one._known = [each._replace(trainable=own[each.number % 2][1]) for each in one._known]
+    lengths = [[(tokens, 0, 0, 0, targets, 0, 0) for tokens, targets in own] * 50 for own in sizes]
+    listed = [Listed(str(n), own) for n, own in enumerate(lengths)]
     mixture, given = Mixture(listed, [0.6, 0.4], 0, counted="trainable"), np.zeros(2)
     for number, document in stream(mixture, 400):
         given[number] += sizes[number][document % 2][1]

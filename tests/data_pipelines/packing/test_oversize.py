@@ -11,6 +11,7 @@ from baichuan_omni_jax.errors import ConfigError
 from data_pipelines.documents.document import Document
 from data_pipelines.documents.prompts import AudioElement, ImageElement, TextElement, parse_prompt
 from data_pipelines.documents.sequence import cut_turns, document_elements
+from data_pipelines.packing.row_limits import TEXT_TARGETS
 from data_pipelines.pipeline import open_pipeline
 from tests.data_pipelines.conftest import store_codes
 from tests.helpers.small_media import write_audio, write_image, write_video
@@ -181,8 +182,8 @@ def learned(pipeline, path):
     for number in index.numbers():
         encoded = pipeline.processor.encode(index.document(number), store)
         assert len(encoded.tokens) == index.lengths(number)[0]
-        assert np.count_nonzero(encoded.text_weights) == index.text_targets(number)
-        total += index.text_targets(number)
+        assert np.count_nonzero(encoded.text_weights) == index.lengths(number)[TEXT_TARGETS]
+        total += index.lengths(number)[TEXT_TARGETS]
     return total
 
 

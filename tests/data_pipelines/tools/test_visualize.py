@@ -84,6 +84,7 @@ def test_contents_and_losses_are_those_of_the_batch(sample_pipeline, sample_code
         assert (row.losses == SlotLoss.AUDIO).sum() == (batch["audio_target_index"] < length).sum()
         np.testing.assert_array_equal(row.losses == SlotLoss.TEXT, batch["text_weights"] > 0)
         assert row.fill["tokens"] == ((batch["segment_ids"] > 0).sum(), length)
+        assert row.fill["text_targets"] == ((batch["text_weights"] > 0).sum(), length)
         assert row.segments[-1].stop == (batch["segment_ids"] > 0).sum()
 
 

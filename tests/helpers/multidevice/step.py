@@ -41,6 +41,7 @@ SETTINGS = (
     f"data.rows={ROWS}",
     # Eight parts of 64 patches, the largest image.
     "data.budgets.patches=512",
+    "data.budgets.text_targets=192",
     "data.media_shards=8",
     "data.context_block=16",
     "compute.attention_block=64",
@@ -72,7 +73,9 @@ def main() -> int:
     assert batch["patch_segments"].any()
     assert batch["audio_codes"].any()
     assert batch["audio_weights"].any()
-    one, values, _ = run_on((1, 1, 1, 1), run, omni, batch, None)
+    # Alone with the logits of every token, on the meshes with those of the targets.
+    whole = {name: value for name, value in batch.items() if name != "text_target_index"}
+    one, values, _ = run_on((1, 1, 1, 1), run, omni, whole, None)
     failed = False
     for text in sys.argv[3:]:
         sizes, parts, weighting = (*text.split("/"), "", "")[:3]
