@@ -70,8 +70,10 @@ def split_parts(x: Shaped[Array, "n ..."], count: int) -> Shaped[Array, "parts m
     axes = () if first is None else (first,) if isinstance(first, str) else first
     # The first dim may be split over several mesh axes: every device of their product cuts its own rows.
     shards = 1 if sharding.mesh.empty else axis_product(sharding.mesh, axes)
-    x = x.reshape(shards, count, -1, *x.shape[1:], out_sharding=placement(P(first, None, None, *rest)))
-    return jnp.moveaxis(x, 1, 0).reshape(count, -1, *x.shape[3:], out_sharding=placement(P(None, first, *rest)))
+    # Said in numbers, as an array may be empty: a budget that is 0.
+    own, rows = x.shape[0] // (shards * count), x.shape[0] // count
+    x = x.reshape(shards, count, own, *x.shape[1:], out_sharding=placement(P(first, None, None, *rest)))
+    return jnp.moveaxis(x, 1, 0).reshape(count, rows, *x.shape[3:], out_sharding=placement(P(None, first, *rest)))
 
 
 def map_chunks(

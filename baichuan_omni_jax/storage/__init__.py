@@ -18,7 +18,7 @@ from baichuan_omni_jax.storage.files import (
     write_json,
 )
 from baichuan_omni_jax.storage.locks import FileLock, take_lock
-from baichuan_omni_jax.storage.mirror import MirroredFolder, scratch_folder
+from baichuan_omni_jax.storage.mirror import MirroredFolder, discard_scratch, scratch_folder
 from baichuan_omni_jax.storage.paths import (
     cache_home,
     check_writable,
@@ -41,6 +41,7 @@ __all__ = [
     "check_target",
     "check_writable",
     "describe_stand_in",
+    "discard_scratch",
     "is_url",
     "local_path",
     "may_pass",

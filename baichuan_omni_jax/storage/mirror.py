@@ -116,6 +116,12 @@ class MirroredFolder:
             self._copied[name] = (status.st_size, status.st_mtime_ns)
 
 
+def discard_scratch(location: epath.Path, owner: str) -> None:
+    """Removes the scratch folder that a killed process left, where nobody goes on with its run."""
+    if is_url(location):
+        shutil.rmtree(scratch_folder(location, owner), ignore_errors=True)
+
+
 def scratch_folder(location: epath.Path, owner: str) -> Path:
     """Returns the scratch folder of a URL on this machine, whose parent is there. Raises ConfigError."""
     cache = cache_home() / "workdirs"

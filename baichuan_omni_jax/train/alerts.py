@@ -16,13 +16,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import jax
 import numpy as np
 from etils import epath
 
 from baichuan_omni_jax.config import WatchConfig
 from baichuan_omni_jax.train.hooks import Hook
-from baichuan_omni_jax.train.hosts import is_process_zero
+from baichuan_omni_jax.train.hosts import host_name, is_process_zero
 
 log = logging.getLogger(__name__)
 
@@ -219,7 +218,7 @@ class NonfiniteGuard(Hook):
 
     def _keep(self, folder: Path, numbers: Mapping[str, float], batch: Mapping[str, np.ndarray]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        name = f"host_{jax.process_index()}"
+        name = host_name()
         fields: dict[str, Any] = dict(batch)
         np.savez(folder / f"{name}.npz", **fields)
         # Documents of these rows, by their manifest lines: what to look at first.

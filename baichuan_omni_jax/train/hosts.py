@@ -60,6 +60,11 @@ def warm_up_collectives(mesh: Mesh) -> None:
     jax.block_until_ready(jax.jit(sums)(np.float32(1)))
 
 
+def host_name() -> str:
+    """Returns what files of this host are called by."""
+    return f"host_{jax.process_index()}"
+
+
 def is_process_zero() -> bool:
     """Whether this is the host that writes numbers and talks to the user."""
     return jax.process_index() == 0

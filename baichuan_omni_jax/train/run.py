@@ -11,10 +11,11 @@ from baichuan_omni_jax.config import OmniConfig, RunConfig
 from baichuan_omni_jax.config.loss_shares import shares_table
 from baichuan_omni_jax.nn.param import ComputePolicy
 from baichuan_omni_jax.sharding import make_mesh
+from baichuan_omni_jax.storage import discard_scratch
 from baichuan_omni_jax.train.ability_hook import check_answers
 from baichuan_omni_jax.train.audio_samples import check_samples
 from baichuan_omni_jax.train.hooks import RunProgress
-from baichuan_omni_jax.train.hosts import as_process_zero, is_process_zero, on_all_hosts, warm_up_collectives
+from baichuan_omni_jax.train.hosts import as_process_zero, host_name, is_process_zero, on_all_hosts, warm_up_collectives
 from baichuan_omni_jax.train.input import BatchPlacer, TrainingData
 from baichuan_omni_jax.train.metrics import CompileCounter, evaluation_owed
 from baichuan_omni_jax.train.state import (
@@ -91,6 +92,7 @@ def train(
         owed = start.step > 0 and as_process_zero(lambda: evaluation_owed(workdir.path, start.step))
         # A finished run is no error: the same command again says so.
         if start.step >= run.train.steps and not owed:
+            discard_scratch(workdir.path, host_name())
             console.print(f"{workdir.path} is finished: step {start.step} of train.steps {run.train.steps}")
             return start.state
         # All hosts are at the same place now; later one may be minutes behind, compiling.

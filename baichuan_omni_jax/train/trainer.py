@@ -21,7 +21,7 @@ from baichuan_omni_jax.train.audio_samples import AudioSampleLogger
 from baichuan_omni_jax.train.checkpoint_hook import CheckpointHook
 from baichuan_omni_jax.train.goodput import EVENTS, GOODPUT
 from baichuan_omni_jax.train.hooks import AudioSamplesHook, EvaluationHook, Hook, PendingStep, RunProgress
-from baichuan_omni_jax.train.hosts import is_process_zero, on_all_hosts
+from baichuan_omni_jax.train.hosts import host_name, is_process_zero, on_all_hosts
 from baichuan_omni_jax.train.input import BatchPlacer, DataStep, DocumentFailures, DocumentKey, TrainingData
 from baichuan_omni_jax.train.metrics import (
     INTERRUPTED,
@@ -111,9 +111,7 @@ class Trainer:
         run = spec.task.run
         # Files that grow are written here: the workdir itself, or a local folder that is copied to its URL.
         self._mirror = on_all_hosts(
-            lambda: MirroredFolder(
-                workdir.path, f"host_{jax.process_index()}", (METRICS, GOODPUT, EVENTS, ABILITIES, ALERTS)
-            )
+            lambda: MirroredFolder(workdir.path, host_name(), (METRICS, GOODPUT, EVENTS, ABILITIES, ALERTS))
         )
         folder = self._mirror.path
         self._steps, self._first_step = run.train.steps, first_step

@@ -76,6 +76,13 @@ def test_a_run_in_a_bucket_is_killed_and_goes_on(server, reach, quick_pretrain, 
     out = finish(quick_pretrain.start("gs://bucket/once", steps))
     assert resumed_from(out) == saved
     assert_ends_as(server, "once", elsewhere / "reference", elsewhere, FEW)
+    # Killed after its last save, a run leaves its scratch folder, and the next start has nothing to do.
+    scratch = elsewhere / "cache" / "baichuan_omni_jax" / "workdirs"
+    (lock,) = scratch.iterdir()
+    left = scratch / lock.name.replace("-run.lock", "-host_0")
+    left.mkdir()
+    finish(quick_pretrain.start("gs://bucket/once", steps))
+    assert not left.exists()
 
 
 def put_data(server: BucketServer, root: Path) -> str:

@@ -52,15 +52,15 @@ SETTINGS = (
 # vision) is 0 but for rounding: not compared.
 ZERO = ("audio_head.head.layers.attention.k_proj.bias",)
 # What may cross `context` besides weights: (kind, scope) and how often the program says it. In the language model's
-# layers keys and values, gathered forward and again in remat; outside key ids and positions, media and their slots, and
-# hidden states of the audio head and theirs.
+# layers keys and values, gathered forward and again in remat; outside key ids and positions, media and their slots,
+# hidden states of the audio head and theirs, and those of the text targets with these and, back, their entropies.
 IN_LAYERS = {("all-gather", "gather_kv"): 4, ("reduce-scatter", "gather_kv"): 2}
 OUTSIDE = {
     ("all-gather", "whole_keys"): 2,
-    ("all-gather", "merge_media"): 2,
-    ("reduce-scatter", "merge_media"): 1,
-    ("all-gather", "pick_slots"): 2,
-    ("reduce-scatter", "pick_slots"): 1,
+    ("all-gather", "merge_media"): 3,
+    ("reduce-scatter", "merge_media"): 2,
+    ("all-gather", "pick_slots"): 4,
+    ("reduce-scatter", "pick_slots"): 3,
 }
 
 
