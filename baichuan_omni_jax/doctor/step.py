@@ -156,6 +156,7 @@ def made_up_rows(rows: int, omni: OmniConfig, seed: int = 0) -> Batch:
         "document_ids": everywhere(ids - 1),
         "source_ids": everywhere(np.where(ids > 0, 0, -1)),
         "text_weights": everywhere(ids > 0, "float32"),
+        "text_target_index": np.zeros((rows, 0), np.int32),
         "patches": rng.integers(0, 256, (rows, PATCHES, omni.vision.patch_values)).astype(np.uint8),
         "patch_grid": everywhere(grid),
         "patch_segments": everywhere(np.ones(PATCHES)),

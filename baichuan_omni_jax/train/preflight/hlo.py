@@ -22,6 +22,10 @@ KINDS = (
     "collective-permute",
     "collective-broadcast",
 )
+OP_NAME = re.compile(r'op_name="([^"]*)"')
+PRODUCT = re.compile(r" (?:convolution|dot)\(([^)]*)\)")
+KERNEL = re.compile(r"%?([a-z_]+)[\w.]* = .* custom-call\(.*custom_call_target=\"tpu_custom_call\"")
+_DONE = re.compile(r" [\w\-]+-done\((%[\w.\-]+)\)")
 _OPERATION = re.compile(rf" ({'|'.join(KINDS)})(-start)?\(")
 _SHAPE = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
@@ -41,7 +45,8 @@ class Collective:
     `bytes` is the whole array that moves, a device and call: what an all-gather gives, what a reduce-scatter takes.
     `axes` are the mesh axes along which devices exchange it, `scope` the operation's name in the program
     (`jit(step)/jvp(llm)/while/body/attention/...`), `loops` how many loops it lies in and `times` how often a step runs
-    it: the product of the loops' lengths, where a loop whose length is not known counts once.
+    it: the product of the loops' lengths, where a loop whose length is not known counts once. `hidden`: it is
+    asynchronous, and a matrix product or a kernel stands between its start and its end in the program's order.
     """
 
     kind: str
@@ -50,6 +55,7 @@ class Collective:
     scope: str
     loops: int
     times: int
+    hidden: bool = False
 
 
 def collectives_of(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
@@ -59,18 +65,55 @@ def collectives_of(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]
     mesh does not have.
     """
     # Where each computation is called from, so that a collective in a loop counts as often as the loop runs.
-    computations = dict(_computations(text))
-    placed = _places(computations)
+    computations = dict(computations_of(text))
+    placed, covered = places_of(computations), _covered(computations)
     found = []
     for name, lines in computations.items():
         if name not in placed:
             continue
-        loops, times = placed[name]
-        found += [c for line in lines if (c := _collective(line, mesh_shape, loops, times)) is not None]
+        for line in lines:
+            hidden = name in covered or instruction_name(line) in covered
+            if (one := _collective(line, mesh_shape, *placed[name], hidden)) is not None:
+                found.append(one)
     return found
 
 
-def _collective(line: str, mesh_shape: Mapping[str, int], loops: int, times: int) -> Collective | None:
+def instruction_name(line: str) -> str:
+    """Returns the name of an instruction, as its users write it."""
+    return line.strip().removeprefix("ROOT ").partition(" = ")[0]
+
+
+def _covered(computations: Mapping[str, list[str]]) -> set[str]:
+    """Names asynchronous starts, and the computations that they run, with work between them and their end."""
+    heavy = {name for name, lines in computations.items() if any(_is_work(line) for line in lines)}
+    # A fusion or loop is work where what it calls is.
+    while grown := {
+        name
+        for name, lines in computations.items()
+        if name not in heavy and any(called in heavy for line in lines for _, called in _CALLED.findall(line))
+    }:
+        heavy |= grown
+    found = set()
+    for lines in computations.values():
+        started: dict[str, tuple[int, str]] = {}
+        worked = 0  # lines of work so far
+        for line in lines:
+            if match := _DONE.search(line):
+                before, start = started.pop(match[1], (worked, ""))
+                if worked > before:
+                    found |= {match[1], *(called for _, called in _CALLED.findall(start))}
+            elif re.search(r" [\w\-]+-start\(", line):
+                started[instruction_name(line)] = worked, line
+            elif _is_work(line) or any(called in heavy for _, called in _CALLED.findall(line)):
+                worked += 1
+    return found
+
+
+def _is_work(line: str) -> bool:
+    return bool(PRODUCT.search(line)) or "tpu_custom_call" in line
+
+
+def _collective(line: str, mesh_shape: Mapping[str, int], loops: int, times: int, hidden: bool) -> Collective | None:
     match = _OPERATION.search(line)
     # A line that only names the operation (as a metadata entry does) has no result before it.
     if match is None or " = " not in line[: match.start()]:
@@ -82,17 +125,17 @@ def _collective(line: str, mesh_shape: Mapping[str, int], loops: int, times: int
     if not axes:
         return None
     # The operation's results; asynchronous halves carry their operands and a state beside them.
-    sizes = [_bytes(*shape) for shape in _SHAPE.findall(line[line.index(" = ") : match.start()])]
+    sizes = [array_bytes(*shape) for shape in _SHAPE.findall(line[line.index(" = ") : match.start()])]
     if started and kind == "all-gather":  # (operands, results)
         sizes = sizes[len(sizes) // 2 :]
     elif started and kind != "all-reduce":  # (operand, result, state)
         sizes = sizes[:1]
     size = sum(sizes) * (len(groups[0]) if kind == "reduce-scatter" else 1)
-    scope = re.search(r'op_name="([^"]*)"', line)
-    return Collective(kind, size, axes, scope[1] if scope else "", loops, times)
+    scope = OP_NAME.search(line)
+    return Collective(kind, size, axes, scope[1] if scope else "", loops, times, hidden)
 
 
-def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
+def computations_of(text: str) -> Iterator[tuple[str, list[str]]]:
     """Yields (name, lines) of every computation; the entry is called ENTRY."""
     name, lines = None, []
     for line in text.splitlines():
@@ -106,7 +149,7 @@ def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
             lines.append(line)
 
 
-def _places(computations: Mapping[str, list[str]]) -> dict[str, tuple[int, int]]:
+def places_of(computations: Mapping[str, list[str]]) -> dict[str, tuple[int, int]]:
     """Counts (loops around it, calls a step) of every computation that the entry reaches."""
     # The call graph, turned round: who calls a computation, in a loop or not, and how often.
     callers = defaultdict(list)
@@ -156,12 +199,12 @@ def _groups(line: str, devices: int) -> list[tuple[int, ...]]:
     if match := _MESH_GROUPS.search(line):
         return _mesh_groups(match)
     if match := _IOTA_GROUPS.search(line):
-        shape, dims = _numbers(match[1]), _numbers(match[2])
-        order = _numbers(match[3]) if match[3] else range(len(dims))
+        shape, dims = numbers_in(match[1]), numbers_in(match[2])
+        order = numbers_in(match[3]) if match[3] else range(len(dims))
         numbers = np.arange(math.prod(dims)).reshape(dims).transpose(order).reshape(shape)
         return [tuple(group) for group in numbers.tolist()]
     if match := _LISTED_GROUPS.search(line):
-        groups = [_numbers(group) for group in re.findall(r"\{([\d,]*)\}", match[1])]
+        groups = [numbers_in(group) for group in re.findall(r"\{([\d,]*)\}", match[1])]
         return groups or [tuple(range(devices))]
     return [tuple(range(devices))]
 
@@ -170,7 +213,7 @@ def _mesh_groups(match: re.Match) -> list[tuple[int, ...]]:
     """Reads groups written as mesh axes: mesh['a'=2,'b'=4] {'a', 'b':(2)2}, where b's part runs from 2 to 2 x 2."""
     # The mesh's own axes and devices, and which part of each axis a group spans.
     sizes = {axis: int(size) for axis, size in re.findall(r"'([^']+)'=(\d+)", match[1])}
-    devices = np.array(_numbers(match[2])) if match[2] else np.arange(math.prod(sizes.values()))
+    devices = np.array(numbers_in(match[2])) if match[2] else np.arange(math.prod(sizes.values()))
     parts = {axis: (int(before or 1), int(size or sizes[axis])) for axis, before, size in _PART.findall(match[3])}
     shape, exchanged = [], []
     # Each axis is cut in three: before the part, the part that exchanges, and after it.
@@ -200,12 +243,12 @@ def _axes(groups: list[tuple[int, ...]], mesh_shape: Mapping[str, int]) -> tuple
     return tuple(axis for axis, moves in zip(mesh_shape, differs, strict=True) if moves)
 
 
-def _bytes(dtype: str, dims: str) -> int:
+def array_bytes(dtype: str, dims: str) -> int:
     bits = 8 if dtype == "pred" else int(re.findall(r"\d+", dtype)[0])
-    return -(-math.prod(_numbers(dims)) * bits // 8)
+    return -(-math.prod(numbers_in(dims)) * bits // 8)
 
 
-def _numbers(text: str) -> tuple[int, ...]:
+def numbers_in(text: str) -> tuple[int, ...]:
     return tuple(int(number) for number in text.split(",") if number)
 
 
