@@ -10,6 +10,7 @@ message says what.
 
 import argparse
 import json
+import math
 import os
 from importlib.util import find_spec
 
@@ -35,6 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--slices", type=int, metavar="N", help="how many of them; default: mesh.slices of the config")
     add("--json", type=given_file, metavar="FILE", help="also write the report here")
     add("--plot", type=given_file, metavar="FILE.png", help="also draw it (needs the extra `show`)")
+    add("--tokens", type=float, metavar="N", help="say how many hours so many tokens would take, as 1e12")
+    add("--price", type=float, metavar="X", help="of a chip and hour: say what they would cost (with --tokens)")
     add("--mean", type=float, metavar="N", help="tokens of a document, for the FLOPs (default 3000)")
     add("--sigma", type=float, metavar="X", help="spread of the lengths' logarithm (default 1.2)")
     add("--image-patches", "--picture", type=int, metavar="N", help="of an image, for the FLOPs (default 1024)")
@@ -42,7 +45,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Returns 0 where the run fits, 1 where it does not. Raises ConfigError naming what cannot be used."""
-    # Before minutes of compiling: files that could not be written.
+    # Before minutes of compiling: what cannot be used, and files that could not be written.
+    for name in ("tokens", "price"):
+        value = getattr(options, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ConfigError(f"--{name} must be a positive number, not {value:g}")
+    if options.price is not None and options.tokens is None:
+        raise ConfigError("--price needs --tokens: what is paid for")
     check_folders(options, "json", "plot")
     if options.plot and find_spec("matplotlib") is None:
         raise ConfigError("--plot needs matplotlib: pip install 'baichuan_omni_jax[show]'")
@@ -54,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
 
     from baichuan_omni_jax.config import load_run_config, resolve_model
     from baichuan_omni_jax.train.preflight import Packing, preflight
-    from baichuan_omni_jax.train.preflight.render import print_report
+    from baichuan_omni_jax.train.preflight.render import cost_sentence, print_report
 
     # The run as training would read it, with what the command line says of the slice.
     slices = [] if options.slices is None else [f"mesh.slices={options.slices}"]
@@ -68,6 +77,11 @@ def run(options: argparse.Namespace) -> int:
     report = preflight(run, resolve_model(run.model), topology, packing)
     # The report for people, for programs, as a figure; the exit code is the answer.
     print_report(Console(), report)
+    if options.tokens:
+        if report.time is None:
+            Console().print(f"no time is predicted for {topology} and task {run.task}, so no hours", soft_wrap=True)
+        else:
+            Console().print(cost_sentence(report, report.time, options.tokens, options.price), soft_wrap=True)
     if options.json:
         options.json.write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
     if options.plot:

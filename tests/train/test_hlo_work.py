@@ -38,25 +38,30 @@ TPU = """HloModule jit_step, is_scheduled=true
 %fused (p0: bf16[64,8,32], p1: bf16[8,32,48]) -> bf16[64,8,48] {
   %p0 = bf16[64,8,32]{2,1,0} parameter(0)
   %p1 = bf16[8,32,48]{2,1,0} parameter(1)
-  ROOT %convolution.1 = bf16[64,8,48]{2,1,0} convolution(%p0, %p1), window={size=8 stride=7 lhs_dilate=8}, dim_labels=b0f_0io->b0f, metadata={op_name="jit(step)/depth/dot_general"}
+  ROOT %convolution.1 = bf16[64,8,48]{2,1,0} convolution(%p0, %p1), \
+window={size=8 stride=7 lhs_dilate=8}, dim_labels=b0f_0io->b0f, \
+metadata={op_name="jit(step)/depth/dot_general"}
 }
 
 %gathering (p: bf16[16,4]) -> bf16[64,4] {
   %p = bf16[16,4]{1,0} parameter(0)
-  ROOT %all-gather.9 = bf16[64,4]{1,0} all-gather(%p), replica_groups={{0,1,2,3}}, dimensions={0}, metadata={op_name="late"}
+  ROOT %all-gather.9 = bf16[64,4]{1,0} all-gather(%p), replica_groups={{0,1,2,3}}, dimensions={0}, \
+metadata={op_name="late"}
 }
 
 ENTRY %main (a: bf16[64,8,32], b: bf16[8,32,48], c: bf16[16,4]) -> bf16[64,8,48] {
   %a = bf16[64,8,32]{2,1,0} parameter(0)
   %b = bf16[8,32,48]{2,1,0} parameter(1)
   %c = bf16[16,4]{1,0} parameter(2)
-  %all-gather-start.1 = (bf16[16,4]{1,0}, bf16[64,4]{1,0}) all-gather-start(%c), replica_groups={{0,1,2,3}}, dimensions={0}, metadata={op_name="early"}
+  %all-gather-start.1 = (bf16[16,4]{1,0}, bf16[64,4]{1,0}) all-gather-start(%c), replica_groups={{0,1,2,3}}, \
+dimensions={0}, metadata={op_name="early"}
   %fusion.1 = bf16[64,8,48]{2,1,0} fusion(%a, %b), kind=kOutput, calls=%fused
   %all-gather-done.1 = bf16[64,4]{1,0} all-gather-done(%all-gather-start.1)
   %async-start.2 = ((bf16[16,4]{1,0}), bf16[64,4]{1,0}, s32[]) async-start(%c), calls=%gathering
   %copy.3 = bf16[64,8,48]{1,2,0} copy(%fusion.1)
   %async-done.2 = bf16[64,4]{1,0} async-done(%async-start.2)
-  ROOT %forward_kernel.4 = bf16[64,8,48]{2,1,0} custom-call(%copy.3), custom_call_target="tpu_custom_call", metadata={op_name="jit(step)/attention/pallas_call"}
+  ROOT %forward_kernel.4 = bf16[64,8,48]{2,1,0} custom-call(%copy.3), custom_call_target="tpu_custom_call", \
+metadata={op_name="jit(step)/attention/pallas_call"}
 }
 """
 

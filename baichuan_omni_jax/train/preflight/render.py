@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from baichuan_omni_jax.train.preflight.report import Report
+from baichuan_omni_jax.train.preflight.step_time import StepTime
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,6 +35,9 @@ def print_report(console: Console, report: Report) -> None:
         if table is not None:
             console.print(table)
     console.print(f"FLOPs for {report.packing}", soft_wrap=True)
+    if report.time is not None:
+        for line in time_sentences(report, report.time):
+            console.print(line, soft_wrap=True)
     verdict = "fits" if report.fits else "does not fit"
     console.print(
         f"{verdict}: {report.peak_bytes / GIB:.2f} GiB of the {report.hbm_bytes / GIB:.2f} GiB that a program may use",
@@ -41,6 +45,27 @@ def print_report(console: Console, report: Report) -> None:
     )
     for line in report.suggestions:
         console.print(f"  - {line}", soft_wrap=True)
+
+
+def time_sentences(report: Report, time: StepTime) -> list[str]:
+    """Says what a step is predicted to take, and what that needs of the hosts."""
+    tokens = report.counts["tokens"] / report.chips / time.total_s
+    parts = (
+        f"products {time.products_s:.2f}, attention kernels {time.kernels_s:.2f}, memory {time.memory_s:.2f}, "
+        f"exchanges {time.exposed_s:.2f} (and {time.hidden_s:.2f} behind products)"
+    )
+    return [
+        f"predicted, not measured: {time.total_s:.2f} s a step ({parts}), {tokens:,.0f} tokens/s a chip, "
+        f"MFU {time.mfu:.1%}, HFU {time.hfu:.1%}; most of it {time.binds}",
+        f"the hosts together must decode {report.rows / time.total_s:.2f} rows/s",
+    ]
+
+
+def cost_sentence(report: Report, time: StepTime, tokens: float, price: float | None) -> str:
+    """Says how long `tokens` take, and what they cost at `price` a chip and hour."""
+    hours = tokens / report.counts["tokens"] * time.total_s / 3600
+    cost = "" if price is None else f", {hours * report.chips * price:,.0f} at {price:g} a chip and hour"
+    return f"predicted for {tokens:.3g} tokens: {hours:,.1f} hours on {report.chips} chips{cost}"
 
 
 def _memory_table(report: Report) -> Table:

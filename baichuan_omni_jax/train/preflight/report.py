@@ -1,18 +1,14 @@
 """What preflight finds out about a run on a topology: bytes on one chip, collectives and model FLOPs of one step."""
 
-import math
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-import numpy as np
 
 from baichuan_omni_jax.config import OmniConfig, RunConfig
 from baichuan_omni_jax.errors import ConfigError
-from baichuan_omni_jax.flops.audio import full_mel_slots
 from baichuan_omni_jax.flops.terms import chip_of, flops_by_branch, flops_by_term
-from baichuan_omni_jax.train.input import mel_slot_frames
 from baichuan_omni_jax.train.preflight.compile import (
     CompiledProgram,
     Memory,
@@ -23,6 +19,8 @@ from baichuan_omni_jax.train.preflight.compile import (
 )
 from baichuan_omni_jax.train.preflight.gpu import USABLE_SHARE
 from baichuan_omni_jax.train.preflight.hlo import Temporary, collectives_of
+from baichuan_omni_jax.train.preflight.packing import Packing
+from baichuan_omni_jax.train.preflight.step_time import PRODUCT_SHARE, StepTime, predict, program_work
 from baichuan_omni_jax.train.state import StepSpec, TrainState
 
 
@@ -56,12 +54,13 @@ class Report:
 
     `args_bytes` are parameters, optimizer state and batch; outputs that do not reuse them are `output_bytes`.
     `model_flops` are one step's, of all chips together, for rows as `packing` says. `collectives` is None where the
-    compiler refused the program: it is then not known.
+    compiler refused the program: it is then not known. `time` is predicted, for TPUs alone.
     """
 
     name: str
     topology: str
     slices: int
+    rows: int
     chips: int
     device_kind: str
     mesh: dict[str, int]
@@ -79,6 +78,7 @@ class Report:
     model_flops: dict[str, float]
     flops_by_term: dict[str, float]
     counts: dict[str, int | float]
+    time: StepTime | None
     packing: str
     suggestions: list[str]
     seconds: float
@@ -87,70 +87,11 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """Turns everything into plain dicts and lists."""
         plain = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        plain["time"] = self.time and vars(self.time)
         plain["groups"] = [vars(group) for group in self.groups]
         plain["collectives"] = self.collectives and [vars(traffic) for traffic in self.collectives]
         plain["largest"] = [vars(temporary) for temporary in self.largest]
         return plain
-
-
-@dataclass(frozen=True)
-class Packing:
-    """Log-normal document lengths (mean and sigma of the logarithm), images of `image_patches` patches each.
-
-    Rows are full: documents one after the other, the last one cut at the row's end; every media budget used up.
-    """
-
-    mean: float = 3000.0
-    sigma: float = 1.2
-    image_patches: int = 1024
-    seed: int = 0
-
-    def sentence(self) -> str:
-        """Says what is assumed, for people."""
-        return (
-            f"full rows of log-normal documents (mean {self.mean:g} tokens, sigma {self.sigma:g}), all media budgets "
-            f"used, images of {self.image_patches} patches, a text loss on every slot that holds no image or audio"
-        )
-
-    def counts(self, run: RunConfig, omni: OmniConfig) -> dict[str, int | float]:
-        """Counts what the rows of one step hold, under the names of the task's `batch_counts`."""
-        rng, budgets, rows = np.random.default_rng(self.seed), run.data.budgets, run.data.rows
-        vision, audio_head, audio_task = "vision" in run.branches, "audio_head" in run.branches, run.task != "omni"
-        patches, frames, targets = (
-            budgets.patches * vision,
-            budgets.audio_frames * audio_head,
-            budgets.audio_targets * audio_head,
-        )
-        # Documents fill rows to the end; media budgets are used up, and their slots carry no text loss.
-        lengths = [length for _ in range(rows) for length in self._row(rng, budgets.tokens)]
-        media = patches // omni.vision.merged_patches + budgets.audio_frames * (audio_head or audio_task)
-        return {
-            "tokens": rows * budgets.tokens,
-            "causal_pairs": sum(length * (length + 1) // 2 for length in lengths),
-            "text_targets": rows * min(max(budgets.tokens - media, 0), budgets.text_targets or budgets.tokens),
-            "patches": rows * patches,
-            "patch_pairs": rows * self._patch_pairs(patches, run.data.media_shards),
-            "audio_frames": rows * frames,
-            "audio_targets": rows * targets,
-            **(full_mel_slots(run, omni, mel_slot_frames(run, omni)) if audio_task else {}),
-        }
-
-    def _row(self, rng: np.random.Generator, room: int) -> list[int]:
-        """Draws the lengths of the documents of one row of `room` tokens."""
-        lengths = []
-        # Log-normal with the given mean: the logarithm's mean is lower by half its variance.
-        while room:
-            drawn = rng.lognormal(math.log(self.mean) - self.sigma**2 / 2, self.sigma)
-            lengths.append(min(max(int(drawn), 1), room))
-            room -= lengths[-1]
-        return lengths
-
-    def _patch_pairs(self, patches: int, shards: int) -> int:
-        """Counts pairs of patches of one image; a media shard ends with a smaller one where a rest is left."""
-        # Images lie on one media shard each.
-        part = patches // shards
-        whole, rest = divmod(part, self.image_patches)
-        return shards * (whole * self.image_patches**2 + rest**2)
 
 
 def preflight(run: RunConfig, omni: OmniConfig, topology: str, packing: Packing | None = None) -> Report:
@@ -195,6 +136,7 @@ def describe(
         name=run.name,
         topology=topology,
         slices=run.mesh.slices,
+        rows=run.data.rows,
         chips=spec.mesh.devices.size,
         device_kind=device.device_kind,
         mesh=mesh,
@@ -212,11 +154,30 @@ def describe(
         model_flops=branches | {"total": total, "per_chip": total / spec.mesh.devices.size},
         flops_by_term=flops_by_term(terms, counts, trainable),
         counts=counts,
+        time=_time(run, omni, spec, built, counts, memory, packing, total),
         packing=packing.sentence(),
         suggestions=[] if memory.peak <= available else suggestions(run, mesh, memory, available),
         seconds=built.seconds,
         jax=jax.__version__,
     )
+
+
+def _time(
+    run: RunConfig,
+    omni: OmniConfig,
+    spec: StepSpec,
+    built: CompiledProgram,
+    counts: dict[str, int | float],
+    memory: Memory,
+    packing: Packing,
+    model_flops: float,
+) -> StepTime | None:
+    chip = chip_of(spec.mesh.devices.flat[0].device_kind)
+    # The model of time knows TPUs and the language model's step.
+    if not built.hlo or chip is None or chip.name not in PRODUCT_SHARE or run.task != "omni":
+        return None
+    work = program_work(built.hlo, spec, omni, counts, packing.visited_pairs(run), memory.args)
+    return predict(work, chip, model_flops / spec.mesh.devices.size)
 
 
 def group_sizes(run: RunConfig, spec: StepSpec, state: TrainState) -> tuple[Group, ...]:

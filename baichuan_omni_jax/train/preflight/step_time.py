@@ -7,15 +7,17 @@ other. Exchanges that the program runs beside products cost nothing as long as t
 three published runs and checked on others (`benchmarks/published_steps.py`).
 """
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from jax.sharding import Mesh
 
-from baichuan_omni_jax.flops.terms import Chip
+from baichuan_omni_jax.config import OmniConfig
+from baichuan_omni_jax.flops.terms import Chip, chip_of
+from baichuan_omni_jax.train.preflight.hlo import collectives_of
+from baichuan_omni_jax.train.preflight.hlo_work import copied_bytes, products_of
+from baichuan_omni_jax.train.state import StepSpec
 
 # Shares of a chip's bfloat16 peak that large products reach, by its name.
 PRODUCT_SHARE = {"v4": 0.9, "v5e": 0.92, "v5p": 0.83, "v6e": 0.55, "tpu7x": 0.55}
@@ -94,8 +96,8 @@ def predict(work: Work, chip: Chip, model_flops: float) -> StepTime:
     kernels = (work.forward_flops / forward + work.backward_flops / backward) / chip.flops
     memory = work.memory_bytes / (chip.hbm_rate * MEMORY_SHARE)
     # What runs beside products is exposed only as far as it lasts longer.
-    hidden = sum(each.seconds(chip) for each in work.exchanges if each.hidden)
-    exposed = sum(each.seconds(chip) for each in work.exchanges if not each.hidden)
+    hidden = float(sum(each.seconds(chip) for each in work.exchanges if each.hidden))
+    exposed = float(sum(each.seconds(chip) for each in work.exchanges if not each.hidden))
     exposed += max(0.0, hidden - products - kernels)
     total = products + kernels + memory + exposed
     done = work.product_flops + work.forward_flops + work.backward_flops
@@ -113,20 +115,66 @@ def predict(work: Work, chip: Chip, model_flops: float) -> StepTime:
     )
 
 
-def torus_dims(mesh: Mesh, names: Sequence[str], chip: Chip) -> tuple[int, int, bool]:
-    """Returns (members, dims, joined) of an exchange over mesh axes `names` (`Exchange`); dims is 0 between slices."""
-    members = math.prod(mesh.shape[name] for name in names)
+# FLOPs of attention's kernels beside those of its forward pass: two products a pair of a query and a key, then three
+# for the queries' gradients and four for those of keys and values, or five for all in one.
+_KERNEL_PRODUCTS = {"forward": 1.0, "dq": 1.5, "dkv": 2.0, "backward": 2.5}
+
+
+def program_work(
+    hlo: str, spec: StepSpec, omni: OmniConfig, counts: Mapping[str, float], visited: float, state_bytes: int
+) -> Work:
+    """Reads off a compiled step what one chip does.
+
+    Args:
+        hlo: the program's text.
+        spec: the step: its mesh and run.
+        omni: the model's sizes.
+        counts: what the rows of a step hold (`Packing.counts`).
+        visited: pairs of tokens in the blocks that attention's kernels visit, of all rows.
+        state_bytes: parameters and optimizer state on a chip, which an update reads and writes.
+    """
+    run, mesh = spec.task.run, spec.mesh
+    chips, products = mesh.devices.size, products_of(hlo)
+    # Kernels: how often each runs, a layer and part of the batch; pairs in visited blocks beside those that are seen.
+    seen = {"llm": visited, "vision": counts["patch_pairs"]}
+    width = {"llm": omni.llm.num_heads * omni.llm.head_dim, "vision": omni.vision.embed_dim}
+    passes = dict.fromkeys(("forward", "backward"), 0.0)
+    for product in (each for each in products if each.kernel):
+        tower = "vision" if "vision" in product.scope else "llm"
+        kind = product.kernel.removesuffix("_kernel")
+        flops = 4.0 * width[tower] * seen[tower] / chips / run.train.accumulate * product.times
+        passes["forward" if kind == "forward" else "backward"] += flops * _KERNEL_PRODUCTS.get(kind, 1.0)
+
+    # Memory: what norms, rotations, activations and sums of a layer read and write, forward, again, and twice backward;
+    # copies; parameters and moments.
+    llm, tokens = omni.llm, counts["tokens"] / chips
+    layer = 8 * llm.hidden_size + 4 * width["llm"] + 3 * llm.intermediate_size
+    stream = 2 * tokens * llm.num_layers * layer * (3 + (run.compute.remat != "none"))
+    exchanges = [
+        Exchange(one.kind, one.bytes * one.times, *torus_dims(mesh.devices, mesh.axis_names, one.axes), one.hidden)
+        for one in collectives_of(hlo, dict(mesh.shape))
+    ]
+    return Work(
+        product_flops=float(sum(each.flops * each.times for each in products)),
+        forward_flops=passes["forward"],
+        backward_flops=passes["backward"],
+        memory_bytes=stream + 2.0 * copied_bytes(hlo) + 2.0 * state_bytes,
+        exchanges=exchanges,
+    )
+
+
+def torus_dims(devices: np.ndarray, axes: Sequence[str], names: Sequence[str]) -> tuple[int, int, bool]:
+    """Returns (members, dims, joined) of an exchange (`Exchange`); dims is 0 between slices.
+
+    `devices` are a mesh's with these `axes`; they exchange over those of `names`.
+    """
     # The devices that exchange with the mesh's first one.
-    group = mesh.devices[tuple(slice(None) if name in names else 0 for name in mesh.axis_names)].ravel()
+    group = devices[tuple(slice(None) if axis in names else 0 for axis in axes)].ravel()
     if len({getattr(device, "slice_index", 0) for device in group}) > 1:
-        return members, 0, False
-    places, whole = (np.array([_place(device) for device in some]) for some in (group, mesh.devices.ravel()))
-    used = np.array([len(np.unique(places[:, dim])) for dim in range(places.shape[1])])
-    there = np.array([len(np.unique(whole[:, dim])) for dim in range(whole.shape[1])])
+        return len(group), 0, False
+    places, whole = (np.array([device.coords for device in some]) for some in (group, devices.ravel()))
+    used, there = (np.array([len(np.unique(some[:, dim])) for dim in range(some.shape[1])]) for some in (places, whole))
     # A part of a dimension is a line, and so is one that is too short to be joined.
-    joined = (used == there) & (there >= _JOINED.get(chip.name, 4))
-    return members, max(int((used > 1).sum()), 1), bool(joined[used > 1].all())
-
-
-def _place(device: Any) -> Sequence[int]:
-    return device.coords
+    chip = chip_of(devices.flat[0].device_kind)
+    joined = (used == there) & (there >= _JOINED.get(chip.name if chip else "", 4))
+    return len(group), max(int((used > 1).sum()), 1), bool(joined[used > 1].all())
