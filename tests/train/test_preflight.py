@@ -196,8 +196,9 @@ def test_topologies_that_do_not_fit(arguments, message):
 
 @needs_libtpu
 @pytest.mark.slow
-def test_micro_run_on_four_chips(tmp_path):
+def test_micro_run_on_four_chips(tmp_path, monkeypatch):
     """The whole command: exit code, what the report must hold, and that its numbers agree with each other."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     sets = ("mesh.fsdp=2", "mesh.context=2", "data.media_shards=2", "data.context_block=64")
     changes = [part for change in sets for part in ("--set", change)]
     outputs = ("--json", str(tmp_path / "report.json"), "--plot", str(tmp_path / "report.png"))
@@ -216,6 +217,15 @@ def test_micro_run_on_four_chips(tmp_path):
     gathers = [one for one in report["collectives"] if one["kind"] == "all-gather"]
     assert any("fsdp" in one["axes"] for one in gathers)
     assert report["model_flops"]["total"] == pytest.approx(sum(report["flops_by_term"].values()))
+    # The model's products are among those that are done.
+    assert 0 < report["time"]["mfu"] < report["time"]["hfu"] < 1
+    assert "predicted, not measured" in done.stdout
+    # Again: the same program is not compiled a second time.
+    again = preflight("--config", str(MICRO), "--topology", "v5p:2x2x1", *changes, *outputs, timeout=HANG)
+    assert again.returncode == 0, again.stderr
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert found.pop("seconds") < report.pop("seconds")
+    assert found == report
     assert (tmp_path / "report.png").stat().st_size > 10_000
 
 

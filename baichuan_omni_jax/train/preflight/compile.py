@@ -17,6 +17,7 @@ from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.sharding import make_mesh
 from baichuan_omni_jax.train.preflight.gpu import gpus_of, is_gpu
 from baichuan_omni_jax.train.preflight.hlo import Temporary, largest_temporaries
+from baichuan_omni_jax.train.preflight.program_cache import keep_program, load_program, program_key
 from baichuan_omni_jax.train.state import StepSpec, TrainState, abstract_state, make_compute, make_step_spec
 from baichuan_omni_jax.train.step import compile_step
 
@@ -58,6 +59,15 @@ class CompiledProgram:
     largest: list[Temporary]
     seconds: float
 
+    def to_json(self) -> dict[str, Any]:
+        """Turns all but the seconds into plain dicts and lists."""
+        return {"memory": vars(self.memory), "hlo": self.hlo, "largest": [vars(one) for one in self.largest]}
+
+    @classmethod
+    def from_json(cls, kept: dict[str, Any], seconds: float) -> "CompiledProgram":
+        """Reads what `to_json` made."""
+        return cls(Memory(**kept["memory"]), kept["hlo"], [Temporary(**one) for one in kept["largest"]], seconds)
+
 
 def abstract_step(
     run: RunConfig, omni: OmniConfig, devices: list[Any]
@@ -85,6 +95,9 @@ def compile_for_devices(spec: StepSpec, state: TrainState, batch: dict[str, jax.
     with jax.set_mesh(spec.mesh), tempfile.TemporaryDirectory(prefix="preflight") as folder:
         # Traced for the topology's devices, from shapes alone.
         lowered = compile_step(spec).lower(state, batch)
+        key = program_key(lowered.as_text(), spec.mesh.devices.ravel().tolist())
+        if (kept := load_program(key)) is not None:
+            return CompiledProgram.from_json(kept, time.monotonic() - start)
         # Asynchronous TPU programs cannot all be printed (jax 0.10), but XLA dumps them.
         dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True, "xla_dump_hlo_module_re": "jit_step"}
         try:
@@ -96,7 +109,9 @@ def compile_for_devices(spec: StepSpec, state: TrainState, batch: dict[str, jax.
                 raise
         hlo = _dumped(folder, "*after_optimizations.txt")
         largest = largest_temporaries(_dumped(folder, "*after_optimizations-buffer-assignment.txt"), hlo)
-    return CompiledProgram(memory, hlo if memory.available is None else "", largest, time.monotonic() - start)
+    built = CompiledProgram(memory, hlo if memory.available is None else "", largest, time.monotonic() - start)
+    keep_program(key, built.to_json())
+    return built
 
 
 def _memory(stats: Any) -> Memory:
