@@ -13,6 +13,7 @@
 #   SLICES=N            joined by the data-center network: give mesh.slices and mesh.data too
 #   SPOT=1              pods of spot nodes have 15 s after SIGTERM, whatever is asked for
 #   WORKLOAD=omni       its name; RESTARTS=100 of the workload after lost nodes
+# shellcheck disable=SC2153  # variables are the user's
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 # shellcheck source=launch/recipes/lib.sh
@@ -21,10 +22,22 @@ WORKLOAD=${WORKLOAD:-omni}
 action=${1:?image, create or delete}
 shift
 
+needs_cluster() {
+  has_program xpk
+  needs CLUSTER
+  needs PROJECT
+  needs ZONE
+}
+
 create() {
   local grace slices=${SLICES:-1} workdir command extra=()
-  : "${CLUSTER:?}" "${PROJECT:?}" "${ZONE:?}" "${TYPE:?slice type}" "${IMAGE:?docker image}"
-  : "${SAVE_SECONDS:?seconds of a checkpoint, as metrics.jsonl has them}" "${STEP_SECONDS:?seconds of a step}"
+  needs_cluster
+  needs TYPE "the slice, as v5p-128"
+  needs IMAGE "of docker"
+  needs SAVE_SECONDS "of a checkpoint, as metrics.jsonl has them"
+  needs STEP_SECONDS "of a step"
+  SLICES=$slices
+  whole SLICES 1
   workdir=$(value_of --workdir "$@")
   [[ $workdir == *://* || $workdir == /* ]] || fail "--workdir ${workdir:-(none)} lies in the pod and goes with it: give a URL, or the absolute path of a volume"
   grace=$(grace_of "$SAVE_SECONDS" "$STEP_SECONDS")
@@ -45,13 +58,14 @@ create() {
 
 case $action in
   image)
-    : "${IMAGE:?docker image}"
+    has_program docker
+    needs IMAGE "of docker"
     docker build --file "$here/Dockerfile" --build-arg ACCELERATOR="${ACCELERATOR:-tpu}" --build-arg EXTRAS="${EXTRAS-gcs}" --tag "$IMAGE" "$here/../.."
     docker push "$IMAGE"
     ;;
   create) create "$@" ;;
   delete)
-    : "${CLUSTER:?}" "${PROJECT:?}" "${ZONE:?}"
+    needs_cluster
     xpk workload delete --cluster "$CLUSTER" --project "$PROJECT" --zone "$ZONE" --workload "$WORKLOAD" --force
     ;;
   *) fail "there is no $action: image, create or delete" ;;

@@ -8,7 +8,9 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 # shellcheck source=launch/recipes/lib.sh
 . launch/recipes/lib.sh
+[[ -n ${GPUS:-} ]] || has_program nvidia-smi
 gpus=${GPUS:-$(nvidia-smi --list-gpus | wc -l)}
+whole gpus 0
 ((gpus > 0)) || fail "nvidia-smi lists no GPU"
 [[ -x .venv/bin/baichuan-omni ]] || launch/recipes/install "${ACCELERATOR:-cuda}" "${EXTRAS-sample}"
 # XLA takes three quarters of the memory by itself; preflight counts with 95 %.

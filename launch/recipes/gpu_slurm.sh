@@ -18,6 +18,7 @@ set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?submit this script with sbatch}"
 # shellcheck source=launch/recipes/lib.sh
 . launch/recipes/lib.sh
+has_program srun
 [[ -x .venv/bin/baichuan-omni ]] || fail "$PWD has no .venv: launch/recipes/install cuda, once, on the shared disk"
 workdir=$(value_of --workdir "$@")
 [[ $workdir == *://* || $workdir == /* ]] || fail "--workdir ${workdir:-(none)}: give an absolute path that all nodes see, or a URL"

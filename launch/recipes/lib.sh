@@ -9,10 +9,17 @@ say() { echo "$(basename "$0"): $(date -u +%FT%TZ) $*" >&2; }
 # Words as one string that a shell reads as the same words.
 quoted() { printf '%q ' "$@"; }
 
+# Refuse what cannot be used, before anything is asked for that costs money: a variable without a value ($2 says what it
+# is), one that is no whole number from $2 on or not of the form $2, a program that is not there.
+needs() { [[ -n ${!1:-} ]] || fail "$1 must be given${2:+: $2}"; }
+whole() { [[ ${!1} =~ ^(0|[1-9][0-9]{0,8})$ && ${!1} -ge $2 ]] || fail "$1 must be a whole number of at least $2, not '${!1}'"; }
+formed() { [[ ${!1} =~ ^$2$ ]] || fail "$1 '${!1}' cannot be used: $3"; }
+has_program() { command -v "$1" >/dev/null || fail "$1 is not installed, or not on the PATH"; }
+
 # Chips of an accelerator type: v5p counts its cores, two a chip; v5litepod (v5e) and v6e count chips.
 chips_of() {
   local type=$1 number=${1##*-}
-  [[ $number =~ ^[0-9]+$ ]] || fail "$type is no accelerator type such as v5litepod-8, v5p-128, v6e-32"
+  [[ $number =~ ^[1-9][0-9]*$ ]] || fail "$type is no accelerator type such as v5litepod-8, v5p-128, v6e-32"
   case $type in
     v4-* | v5p-*) echo $((number / 2)) ;;
     v5litepod-* | v6e-*) echo "$number" ;;
@@ -58,7 +65,7 @@ value_of() {
 # reached), a save that may be under way, the last save, and a margin to start and to leave.
 grace_of() {
   local save=$1 step=$2
-  [[ $save =~ ^[0-9]+$ && $step =~ ^[0-9]+$ ]] || fail "seconds of a save and of a step are whole numbers, not $save, $step"
+  [[ $save =~ ^(0|[1-9][0-9]*)$ && $step =~ ^(0|[1-9][0-9]*)$ ]] || fail "seconds of a save and of a step are whole numbers, not $save, $step"
   echo $((2 * step + 2 * save + 30))
 }
 

@@ -25,30 +25,55 @@
 #   RETURNS=N           preemptions after which `run` gives up (default 100); STOP_FOR=S until a host that does not stop
 #                       is killed (default 900)
 #   VERSION, ACCELERATOR  the image of the VMs, and the constraints file (default tpu)
-# shellcheck disable=SC2016  # what stands in single quotes is for the hosts' shells
+# shellcheck disable=SC2016,SC2153  # variables are the user's; what stands in single quotes is for the hosts' shells
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 # shellcheck source=launch/recipes/lib.sh
 . "$here/lib.sh"
-: "${NAME:?name of the slices}" "${ZONE:?}" "${TYPE:?accelerator type}"
+needs NAME "name of the slices"
+needs ZONE "as us-east5-a"
+needs TYPE "the accelerator, as v5p-128"
 SLICES=${SLICES:-1} MIN_SLICES=${MIN_SLICES:-${SLICES:-1}} EXTRAS=${EXTRAS-gcs} FUSE=${FUSE:-} DATA=${DATA:-} DELETE=${DELETE:-finished}
 SPOT=${SPOT:-} RESERVED=${RESERVED:-} WAIT_FOR=${WAIT_FOR:-0} POLL=${POLL:-30} RETURNS=${RETURNS:-100} STOP_FOR=${STOP_FOR:-900}
 ACCELERATOR=${ACCELERATOR:-tpu}
+formed NAME '[a-z][-a-z0-9]{0,50}' "small letters, digits and -"
+formed FUSE '([a-z0-9][-a-z0-9._]*)?' "the name of a bucket, without gs://"
+formed DATA '((gs|s3)://[^/]+/.+)?' "a folder in a bucket, gs://BUCKET/PATH"
+formed EXTRAS '[-a-z0-9,_]*' "names of extras, with commas between"
+formed POLL '[0-9]+(\.[0-9]+)?' "seconds"
+formed DELETE '(finished|always|never)' "finished, always or never"
+whole SLICES 1
+whole MIN_SLICES 1
+whole WAIT_FOR 0
+whole RETURNS 0
+whole STOP_FOR 0
+((MIN_SLICES <= SLICES)) || fail "MIN_SLICES $MIN_SLICES is more than SLICES $SLICES"
+has_program gcloud
 hosts=$(hosts_of "$TYPE")
 VERSION=${VERSION:-$(runtime_of "$TYPE")}
 where=(--zone "$ZONE" ${PROJECT:+--project "$PROJECT"})
 
 slice_name() { if ((SLICES == 1)); then echo "$NAME"; else echo "$NAME-$1"; fi; }
+# UNKNOWN where gcloud could not find out (no network, a login that has run out): no reason to request a slice anew.
+refusal=$(mktemp)
+trap 'rm -f "$refusal"' EXIT
 state_of() {
-  gcloud compute tpus queued-resources describe "$(slice_name "$1")" "${where[@]}" --format='value(state.state)' 2>/dev/null || echo ABSENT
+  gcloud compute tpus queued-resources describe "$(slice_name "$1")" "${where[@]}" --format='value(state.state)' 2>"$refusal" || {
+    if grep -qi 'not.found' "$refusal"; then echo ABSENT; else echo UNKNOWN; fi
+  }
 }
-# The slices that are there, by number.
-present() {
+why_unknown() { echo "gcloud does not tell the state of $(slice_name "$1"): $(grep -v '^ *$' "$refusal" | tail -n 1)"; }
+# The slices that are there, by number, and a ? for each that may be.
+looked_at() {
   local slice
   for ((slice = 0; slice < SLICES; slice++)); do
-    [[ $(state_of "$slice") != ACTIVE ]] || echo "$slice"
+    case $(state_of "$slice") in
+      ACTIVE) echo "$slice" ;;
+      UNKNOWN) echo '?' ;;
+    esac
   done
 }
+present() { looked_at | grep -v '?' || true; }
 first_present() { present | head -n 1; }
 # A command on the hosts of a slice: its number, the workers (all, or a number), the command.
 on() {
@@ -75,6 +100,8 @@ request_missing() {
     state=$(state_of "$slice")
     case $state in
       ABSENT) request "$slice" ;;
+      # Later it may be the network's, and is waited for.
+      UNKNOWN) [[ -n $begun ]] || fail "$(why_unknown "$slice")" ;;
       SUSPENDED | FAILED)
         say "$(slice_name "$slice") is $state: deleting it, and requesting it anew"
         delete_slice "$slice"
@@ -96,6 +123,7 @@ wait_for_slices() {
         ACTIVE) found=$((found + 1)) ;;
         # Seen while it was still being taken away (SUSPENDING), or deleted by somebody else meanwhile.
         SUSPENDED | ABSENT) request_missing ;;
+        UNKNOWN) say "$(why_unknown "$slice")" ;;
         FAILED)
           if [[ -z $begun ]]; then
             say "the request for $(slice_name "$slice") failed"
@@ -212,7 +240,14 @@ watch() {
   local running=$1 slice answers problems=0
   while true; do
     sleep "$POLL"
-    mapfile -t numbers < <(present)
+    mapfile -t numbers < <(looked_at)
+    # What fails now and then is the network's, between here and Google or there and the host; three times in a row not.
+    if [[ " ${numbers[*]} " == *' ? '* ]]; then
+      problems=$((problems + 1))
+      if ((problems < 3)); then continue; fi
+      code=lost
+      return 0
+    fi
     if ((${#numbers[@]} != running)); then
       code=lost
       ((${#numbers[@]} < running)) || code="more"
@@ -222,7 +257,6 @@ watch() {
     for slice in "${numbers[@]}"; do
       answers+=$(on "$slice" all "$look" 2>/dev/null || echo unreachable)$'\n'
     done
-    # An answer that fails now and then is the network's; three times in a row it is the host's.
     if [[ $answers == *unreachable* ]]; then
       problems=$((problems + 1))
       if ((problems < 3)); then continue; fi

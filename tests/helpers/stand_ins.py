@@ -199,6 +199,9 @@ def shell(cloud: Path, home: Path, who: str, command: str, **variables: str) -> 
 
 
 def gcloud(cloud: Path, arguments: list[str]) -> int:
+    if said := read_settings(cloud).get("login"):
+        print(f"the login {said}", file=sys.stderr)
+        return 1
     match arguments:
         case ["storage", "buckets", "describe", *_]:
             print(read_settings(cloud).get("namespace", ""))

@@ -78,7 +78,16 @@ def test_a_signal_ends_a_pause(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "sentence"), [(["--retries", "3", "--", "true"], "no flag --retries"), (["--"], "needs a command")]
+    ("arguments", "sentence"),
+    [
+        (["--retries", "3", "--", "true"], "no flag --retries"),
+        (["--"], "needs a command"),
+        (["--pause", "5m", "--", "true"], "pause must be a whole number of at least 0, not '5m'"),
+        (["--restarts"], "restarts must be a whole number of at least 0, not ''"),
+        (["--code"], "code_file must be given: a file, after --code"),
+        (["--", "no-such-program"], "there is no command no-such-program"),
+        (["--", "/etc/passwd"], "there is no command /etc/passwd, or it cannot be run"),
+    ],
 )
 def test_flags_that_it_does_not_know_are_refused(arguments, sentence):
     done = subprocess.run(["bash", RECIPES / "supervise", *arguments], capture_output=True, text=True, check=False)

@@ -172,6 +172,27 @@ def test_slices_that_are_left_go_on_and_a_new_one_joins(cloud):
     assert cloud.slices() == []
 
 
+def test_a_slice_that_gcloud_cannot_look_at_for_a_while_is_not_requested_anew(cloud):
+    """As without a network, or with a login that has run out: first told, later waited for."""
+    cloud.set(login="has run out")
+    code, said = cloud.run("tpu.sh", *RUN, **WHERE)
+    assert code == 2
+    assert "gcloud does not tell the state of omni: the login has run out" in said
+    assert created(cloud) == []
+    cloud.set(login="")
+    cloud.outcomes("train")
+    process = cloud.start("tpu.sh", *RUN, **WHERE)
+    wait_for(lambda: cloud.starts("omni-0") and cloud.starts("omni-1"))
+    cloud.set(login="has run out")
+    before = len(cloud.calls("gcloud"))
+    wait_for(lambda: len(cloud.calls("gcloud")) > before + 12)
+    cloud.set(login="")
+    cloud.finish()
+    code, said = ended(process)
+    assert code == 0, said
+    assert created(cloud) == ["omni"]
+
+
 def test_a_bucket_is_mounted_only_if_it_can_rename_folders(cloud):
     run = ("run", "--config", "tiny", "--workdir", "/mnt/omni/runs/x")
     code, said = cloud.run("tpu.sh", *run, **WHERE)
@@ -223,6 +244,13 @@ def test_data_are_copied_to_every_host(cloud):
         (("--workdir", "runs/x"), {"TYPE": "v6e-8", "DELETE": "never", "SPOT": "1"}, "goes with it"),
         (("--workdir", "gs://b/x"), {"EXTRAS": ""}, "needs EXTRAS=gcs"),
         (("--workdir", "gs://b/x"), {"TYPE": "v5e-8"}, "v5e-8 is no accelerator type"),
+        (("--workdir", "gs://b/x"), {"TYPE": ""}, "TYPE must be given"),
+        (("--workdir", "gs://b/x"), {"NAME": "my run"}, "NAME 'my run' cannot be used"),
+        (("--workdir", "gs://b/x"), {"SLICES": "two"}, "SLICES must be a whole number of at least 1, not 'two'"),
+        (("--workdir", "gs://b/x"), {"WAIT_FOR": "5m"}, "WAIT_FOR must be a whole number of at least 0, not '5m'"),
+        (("--workdir", "gs://b/x"), {"SLICES": "2", "MIN_SLICES": "3"}, "MIN_SLICES 3 is more than SLICES 2"),
+        (("--workdir", "gs://b/x"), {"FUSE": "gs://b"}, "FUSE 'gs://b' cannot be used"),
+        (("--workdir", "gs://b/x"), {"DELETE": "no"}, "DELETE 'no' cannot be used: finished, always or never"),
     ],
 )
 def test_what_would_be_lost_is_refused_before_anything_is_requested(arguments, variables, sentence, cloud):
@@ -230,6 +258,13 @@ def test_what_would_be_lost_is_refused_before_anything_is_requested(arguments, v
     assert code == 2, said
     assert sentence in said
     assert created(cloud) == []
+
+
+def test_a_program_that_is_missing_is_named():
+    script = ". launch/recipes/lib.sh; has_program no-such-program; echo later"
+    done = subprocess.run(["bash", "-c", script], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: no-such-program is not installed, or not on the PATH\n"
 
 
 @pytest.mark.parametrize(
