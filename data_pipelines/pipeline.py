@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from baichuan_omni_jax.config import DataConfig, OmniConfig, SourceConfig, TrainConfig
 from baichuan_omni_jax.config.loss_shares import LossShare, predict_shares
 from baichuan_omni_jax.config.mel_targets import MelTargetSpec
-from baichuan_omni_jax.config.overrides import check_kinds
+from baichuan_omni_jax.config.overrides import check_types
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.flops.terms import row_cost
 from baichuan_omni_jax.storage import is_url, parse_path, patiently
@@ -261,7 +261,7 @@ def open_pipeline(
     bad = pipeline.causes()
     check_bad_fraction(bad.total(), pipeline.documents, config.max_bad_fraction, bad)
     pipeline.plan()  # refuses empty sources and bad weights here, not later in a worker
-    check_kinds(config, "data.")
+    check_types(config, "data.")
     return pipeline
 
 

@@ -16,7 +16,7 @@ from baichuan_omni_jax.config.audio_runs import (
     tiny_audio_tokenizer,
     tiny_flow_matching,
 )
-from baichuan_omni_jax.config.overrides import RENAMED, apply_overrides, check_kinds, check_types, split_override
+from baichuan_omni_jax.config.overrides import RENAMED, apply_overrides, check_types, split_override
 from baichuan_omni_jax.config.run import EvalMixture, RunConfig
 from baichuan_omni_jax.config.sample_runs import tiny_stage
 from baichuan_omni_jax.config.small import SMALL_STAGES, small_stage
@@ -73,9 +73,8 @@ def load_run_config(config: str | Path, overrides: Sequence[str] = ()) -> RunCon
         else:
             others.append(item)
     run = _called(make, config, sized)
-    check_kinds(run)
-    # What is asked of a run in training is looked at hours later: a text where a list belongs is a list of letters.
-    check_types(run.eval, "eval.")
+    # Much of it is looked at hours later, and a text where a list belongs is a list of letters.
+    check_types(run)
     return with_held_out(apply_overrides(run, others))
 
 

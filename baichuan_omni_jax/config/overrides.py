@@ -3,9 +3,11 @@
 import ast
 import dataclasses
 import difflib
+import math
+import sys
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 from baichuan_omni_jax.errors import ConfigError
@@ -69,27 +71,36 @@ def split_override(item: str) -> tuple[str, str]:
     return path, text
 
 
-def check_kinds(config: Any, where: str = "") -> None:
-    """Raises ConfigError naming the first field, of any depth, whose value is none of its annotation's `Literal`s.
+def check_types(config: Any, where: str = "") -> None:
+    """Raises ConfigError naming the first field, of any depth, whose value is not of its annotation's type.
 
     Configurations are Python, where nothing else looks at what a field is given.
     """
-    hints = typing.get_type_hints(type(config))
-    for name, kind in hints.items():
+    for name, kind in typing.get_type_hints(type(config)).items():
         value, path = getattr(config, name), f"{where}{name}"
         if dataclasses.is_dataclass(value):
-            check_kinds(value, f"{path}.")
+            check_types(value, f"{path}.")
         elif isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value)):
             for place, item in enumerate(value):
-                check_kinds(item, f"{path}[{place}].")
-        elif "Literal[" in str(kind):
+                check_types(item, f"{path}[{place}].")
+        else:
             convert_value(kind, value, path)
 
 
-def check_types(config: Any, where: str) -> None:
-    """Raises ConfigError naming the first field of a dataclass whose value is not of its annotation's type."""
-    for name, kind in typing.get_type_hints(type(config)).items():
-        convert_value(kind, getattr(config, name), f"{where}{name}")
+def check_ranges(config: Any, where: str, ranges: Mapping[str, tuple[float | int, float | int]]) -> None:
+    """Raises ConfigError naming the first of these fields of a dataclass whose number lies outside of its range.
+
+    Args:
+        config: the dataclass.
+        where: what its fields are called: "watch.".
+        ranges: field -> the least and the largest number that it may be.
+    """
+    hints = typing.get_type_hints(type(config))
+    for name, (least, most) in ranges.items():
+        value = convert_value(hints[name], getattr(config, name), f"{where}{name}")
+        if not least <= value <= most:
+            upper = "" if math.isinf(most) else f" and at most {most:g}"
+            raise ConfigError(f"{where}{name} must be at least {least:g}{upper}, not {value}")
 
 
 def _replace(config: Any, keys: Sequence[str], text: str, path: str) -> Any:
@@ -120,7 +131,7 @@ def _parse(text: str, kind: Any) -> Any:
         return {"true": True, "false": False, "none": None}[text.lower()]
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
         return text
 
 
@@ -144,7 +155,10 @@ def convert_value(kind: Any, value: Any, where: str) -> Any:
         return tuple(convert_value(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return value if isinstance(value, kind) else from_dict(kind, value, f"{where}.")
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        # Integers of any size, and what a configuration computed.
+        if not abs(value) <= sys.float_info.max:
+            raise ConfigError(f"{where} must be a number, not {value if isinstance(value, float) else 'one so large'}")
         return float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise ConfigError(f"{where} must be {kind.__name__}, not {value!r}")

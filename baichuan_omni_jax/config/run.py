@@ -5,10 +5,12 @@ Every field is described on its own line, or right above it: what it is, its uni
 """
 
 from dataclasses import dataclass, field, fields
+from math import inf
 from typing import Literal
 
 from baichuan_omni_jax.branches import OMNI_BRANCHES, BranchName
 from baichuan_omni_jax.config.audio import FlowTrainConfig, TokenizerTrainConfig
+from baichuan_omni_jax.config.overrides import check_ranges
 
 Task = Literal["omni", "audio_tokenizer", "flow_matching"]
 Dtype = Literal["bfloat16", "float32"]
@@ -148,6 +150,10 @@ class DataConfig:
     # tensor. Which documents share a row depends on it, so it stays when the mesh changes.
     media_shards: int = 1
 
+    def __post_init__(self) -> None:
+        ranges = {"patience": (0, inf), "cache_gb": (0, inf), "max_unprepared_mb": (-1, inf)}
+        check_ranges(self, "data.", ranges | {"workers": (0, 1024)})
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvalMixture:
@@ -280,6 +286,9 @@ class CheckpointConfig:
     # read.
     audio_embeddings_from: str = ""
 
+    def __post_init__(self) -> None:
+        check_ranges(self, "checkpoint.", {"every": (1, inf), "keep": (1, inf), "local_every": (0, inf)})
+
 
 @dataclass(frozen=True, kw_only=True)
 class WatchConfig:
@@ -312,6 +321,10 @@ class WatchConfig:
     # --- Silent corruption.
     # Steps between two that are computed twice and compared bit for bit, at the cost of two more steps; 0: never.
     replay_every: int = 0
+
+    def __post_init__(self) -> None:
+        ranges = {number.name: (0, inf) for number in fields(self)}
+        check_ranges(self, "watch.", ranges | {"update_share": (1e-3, inf)})
 
 
 @dataclass(frozen=True, kw_only=True)

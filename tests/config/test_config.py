@@ -67,12 +67,46 @@ def test_overrides_reach_nested_fields_and_keep_types():
         ("train.steps.more=1", "train.steps.more: steps is a int and has no field 'more'"),
         ("train.steps", "'train.steps' is not of the form key=value"),
         ("data.mixture=3", "data.mixture must be a list, not 3"),
+        ("watch.hang_s=-1", "watch.hang_s must be at least 0, not -1.0"),
+        ("watch.update_share=0", "watch.update_share must be at least 0.001, not 0.0"),
+        ("watch.spike=1e400", "watch.spike must be a number, not inf"),
+        ("watch.pause_s=" + "9" * 400, "watch.pause_s must be a number, not one so large"),
+        ("checkpoint.every=0", "checkpoint.every must be at least 1, not 0"),
+        ("checkpoint.keep=0", "checkpoint.keep must be at least 1, not 0"),
+        ("checkpoint.local_every=-1", "checkpoint.local_every must be at least 0, not -1"),
+        ("data.patience=-1", "data.patience must be at least 0, not -1.0"),
+        ("data.workers=100000", "data.workers must be at least 0 and at most 1024, not 100000"),
+        ("data.max_unprepared_mb=-2", "data.max_unprepared_mb must be at least -1, not -2"),
+        ("data.rows=" + "(" * 5000, "data.rows must be int, not '((("),
     ],
 )
 def test_bad_overrides_are_refused_by_name(override, message):
     with pytest.raises(ConfigError) as error:
         apply_overrides(RunConfig(name="x"), [override])
     assert message in str(error.value)
+
+
+FIELDS = {
+    "watch=WatchConfig(hang_s='3')": "watch.hang_s must be float, not '3'",
+    "watch=WatchConfig(silent_s=float('nan'))": "watch.silent_s must be a number, not nan",
+    "checkpoint=CheckpointConfig(every='2')": "checkpoint.every must be int, not '2'",
+    "checkpoint=CheckpointConfig(local_dir=None)": "checkpoint.local_dir must be str, not None",
+    "data=DataConfig(cache_gb=-1)": "data.cache_gb must be at least 0, not -1.0",
+    "data=DataConfig(mixture=(SourceConfig(name='a', manifest=3),))": "data.mixture[0].manifest must be str, not 3",
+    "train=TrainConfig(steps=2.5)": "train.steps must be int, not 2.5",
+}
+
+
+def test_values_of_a_config_file_are_looked_at_as_those_of_the_command_line(tmp_path):
+    """In a process of its own: the tests' own checks of types would come first."""
+    script = ["from baichuan_omni_jax.config import *", "from baichuan_omni_jax.errors import exit_code"]
+    for place, field in enumerate(FIELDS):
+        path = tmp_path / f"{place}.py"
+        path.write_text(f"{script[0]}\ndef get_config():\n    return RunConfig(name='x', {field})\n")
+        script.append(f"print(exit_code(lambda: print(load_run_config({str(path)!r}))))")
+    done = subprocess.run([sys.executable, "-c", "\n".join(script)], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["2"] * len(FIELDS)
+    assert done.stderr.splitlines() == [f"error: {message}" for message in FIELDS.values()]
 
 
 @pytest.mark.parametrize(("old", "new"), RENAMED.items())
