@@ -20,6 +20,7 @@ import numpy as np
 from etils import epath
 
 from baichuan_omni_jax.config import WatchConfig
+from baichuan_omni_jax.errors import ConfigError, StorageError
 from baichuan_omni_jax.train.hooks import Hook
 from baichuan_omni_jax.train.hosts import host_name, is_process_zero
 
@@ -65,8 +66,11 @@ class AlertLog:
             self._told[kind] = step
             log.warning("alert at step %d (%s): %s", step, kind, text)
             line = json.dumps({"time": round(time.time(), 3), "step": step, "kind": kind, "text": text})
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            try:
+                with self._path.open("a", encoding="utf-8") as file:
+                    file.write(line + "\n")
+            except OSError as error:  # the log has it: no run ends for a note about it
+                log.warning("%s cannot be written: %s", self._path, error.strerror or error)
 
 
 class StepAlerts:
@@ -157,9 +161,17 @@ class StepAlerts:
         before, self._diverged = self._diverged, step
         if before is not None and step - before <= _WINDOW:
             return
-        good = self._keep_good(step - max(self._high - 1, 0))
-        kept = "nothing was saved before it" if good is None else f"step {good} from before is kept"
+        kept = keep_good_step(self._keep_good, step - max(self._high - 1, 0))
         self._alerts.tell(AlertKind.DIVERGENCE, step, f"the run diverges: {cause}; {kept}")
+
+
+def keep_good_step(keep_newest: Callable[[int], int | None], before: int) -> str:
+    """Keeps the newest step before step `before` and says which it is; what cannot be kept ends no run."""
+    try:
+        good = keep_newest(before)
+    except (ConfigError, StorageError, OSError) as error:
+        return f"the step before it could not be kept: {error}"
+    return "nothing was saved before it" if good is None else f"step {good} from before is kept"
 
 
 def _score(before: Collection[float], value: float, floor: float, *, relative: bool = True) -> float:

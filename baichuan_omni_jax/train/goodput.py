@@ -5,11 +5,14 @@ WORKDIR/goodput.jsonl     one object an event, as ml-goodput-measurement logs th
 """
 
 import json
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+log = logging.getLogger(__name__)
 
 GOODPUT, EVENTS = "goodput.json", "goodput.jsonl"
 # Near enough to the start of the process: importing this package is one of the first things that a command does.
@@ -35,12 +38,13 @@ class Goodput:
             name: what the run is called in the events.
         """
         self._path, self._name = folder / GOODPUT, name
-        self._productive = sum(record.get("productive_s", 0.0) for record in records)
+        self._productive = sum(_numbers({"s": record.get("productive_s")}).get("s", 0.0) for record in records)
         known = _read(self._path)
         # A file of an earlier version has no times of day: its starts count as if they had been right before this one.
         self._first = known.get("began", _BEGAN - known.get("elapsed_s", 0.0))
         self._between = known.get("between_starts_s", 0.0) + max(0.0, _BEGAN - known.get("at", _BEGAN))
         self._starts = int(known.get("starts", 0)) + 1
+        self._refused = False
         self._events = open(folder / EVENTS, "a", encoding="utf-8")  # noqa: SIM115 closed by close()
         self.tell(job_start_time=_BEGAN)
         self.tell(training_prep_start_time=_BEGAN)
@@ -55,8 +59,9 @@ class Goodput:
         elapsed = max(now - self._first, self._productive)
         found = {"elapsed_s": elapsed, "between_starts_s": self._between, "starts": self._starts}
         partial = self._path.with_suffix(".partial")
-        partial.write_text(json.dumps(found | {"began": self._first, "at": now}))
-        partial.replace(self._path)
+        with self._unless_refused(self._path):
+            partial.write_text(json.dumps(found | {"began": self._first, "at": now}))
+            partial.replace(self._path)
         return self._productive / elapsed if elapsed else 0.0
 
     def step(self, number: int, began: float, waited: float) -> None:
@@ -84,19 +89,37 @@ class Goodput:
 
     def tell(self, **event: object) -> None:
         """Writes an event, flushed: a killed run leaves at most one cut line."""
-        self._events.write(json.dumps({"job_name": self._name} | event) + "\n")
-        self._events.flush()
+        with self._unless_refused(self._events.name):
+            self._events.write(json.dumps({"job_name": self._name} | event) + "\n")
+            self._events.flush()
 
     def close(self) -> None:
         """Tells that this start has ended."""
         self.tell(job_end_time=time.time())
-        self._events.close()
+        with self._unless_refused(self._events.name):
+            self._events.close()
+
+    @contextmanager
+    def _unless_refused(self, path: Path | str) -> Iterator[None]:
+        """Warns, once, of a file that cannot be written inside: no run ends for a statistic."""
+        try:
+            yield
+        except OSError as error:
+            if not self._refused:
+                log.warning("%s cannot be written: %s", path, error.strerror or error)
+            self._refused = True
 
 
 def _read(path: Path) -> dict[str, float]:
     """Reads what was noted last; {} where the file is not there or is no such thing: it is only a statistic."""
     try:
         found = json.loads(path.read_text())
-        return {name: float(value) for name, value in found.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, RecursionError):
         return {}
+    return _numbers(found) if isinstance(found, dict) else {}
+
+
+def _numbers(found: dict[str, Any]) -> dict[str, float]:
+    """Returns what of an object is a number that can be reckoned with: people edit these files."""
+    kinds = {name: value for name, value in found.items() if isinstance(value, int | float)}
+    return {name: float(value) for name, value in kinds.items() if abs(value) < 1e15}

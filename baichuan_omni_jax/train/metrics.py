@@ -4,7 +4,8 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tensorboardX import SummaryWriter
 
 from baichuan_omni_jax.config import RunConfig, to_dict
-from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.errors import ConfigError, storage_error
 from baichuan_omni_jax.flops.terms import FlopTerm, flops_by_branch
 from baichuan_omni_jax.storage import atomic_write
 from baichuan_omni_jax.train.audio_samples import AudioSamples
@@ -61,7 +62,8 @@ class RunLog:
         self._metrics = MetricsWriter(folder, step, WandbWriter(wandb, run, folder, workdir) if wandb else None)
         kept = [record for record in self._metrics.kept if "loss" in record]
         self.goodput = Goodput(folder, kept, run.name)
-        self._nonfinite = kept[-1].get("nonfinite_steps", 0) if kept else 0
+        counted = kept[-1].get("nonfinite_steps") if kept else 0
+        self._nonfinite = counted if isinstance(counted, int) else 0
         self._line = ProgressLine(console, run.train.steps, step)
 
     def write(self, record: MetricsRecord) -> None:
@@ -143,6 +145,8 @@ class MetricsWriter:
         self.kept = self._keep_until(resumed_from)
         self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 closed by close()
         self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=resumed_from + 1)
+        writer: Any = self._events.file_writer.event_writer  # type: ignore[union-attr]  it is made at once
+        writer._ev_writer = writer._worker._record_writer = _UntilRefused(writer._ev_writer, self._events.logdir)
         self._wandb = wandb
 
     def write(self, record: MetricsRecord) -> None:
@@ -152,8 +156,11 @@ class MetricsWriter:
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in record.items()
         }
-        self._file.write(json.dumps(strict) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(strict) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise storage_error(error, f"{self._path} cannot be written") from error
         # TensorBoard and W&B know no nested numbers: `skipped/unreadable`.
         flat: dict[str, float | int] = {}
         for name, value in record.items():
@@ -178,7 +185,9 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Ends files and services."""
-        self._file.close()
+        # What a full disk refused has been told, and is refused once more.
+        with suppress(OSError):
+            self._file.close()
         self._events.close()
         if self._wandb is not None:
             self._wandb.close()
@@ -195,6 +204,37 @@ class MetricsWriter:
         with atomic_write(self._path) as file:
             file.write("".join(json.dumps(record) + "\n" for record in kept))
         return kept
+
+
+class _UntilRefused:
+    """TensorBoard's file, until something cannot be written to it: then without. Told once.
+
+    Its thread would die of a full disk, and the run wait for ever at a queue that nobody empties.
+    """
+
+    def __init__(self, writer: Any, folder: str) -> None:
+        self._writer, self._folder, self._refused = writer, folder, False
+
+    def write_event(self, event: Any) -> None:
+        """Writes one event."""
+        self._unless_refused(lambda: self._writer.write_event(event))
+
+    def flush(self) -> None:
+        """Puts into the file what was written."""
+        self._unless_refused(self._writer.flush)
+
+    def close(self) -> None:
+        """Ends the file."""
+        self._unless_refused(self._writer.close)
+
+    def _unless_refused(self, work: Callable[[], object]) -> None:
+        if self._refused:
+            return
+        try:
+            work()
+        except OSError as error:
+            self._refused = True
+            log.warning("%s gets no more numbers, it cannot be written: %s", self._folder, error.strerror or error)
 
 
 def _parse(line: bytes) -> MetricsRecord | None:

@@ -1,13 +1,16 @@
 """Traces of steps for XProf, and profiles that it takes of a run at work."""
 
+import logging
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from baichuan_omni_jax.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 
 class StepTrace:
@@ -23,8 +26,7 @@ class StepTrace:
     def before(self, step: int) -> None:
         """To be called before a step is made ready."""
         if step in self._span and not self._running:
-            jax.profiler.start_trace(str(self._folder))
-            self._running = True
+            self._running = self._unless_refused(lambda: jax.profiler.start_trace(str(self._folder)))
 
     def after(self, step: int, results: Any) -> None:
         """To be called when a step has been sent to the devices, with its results. Waits for the last step traced."""
@@ -35,8 +37,17 @@ class StepTrace:
     def close(self) -> None:
         """Ends a trace that is under way."""
         if self._running:
-            jax.profiler.stop_trace()
             self._running = False
+            self._unless_refused(jax.profiler.stop_trace)
+
+    def _unless_refused(self, work: Callable[[], object]) -> bool:
+        """Whether `work()` was done; a trace that cannot be made or written ends no run."""
+        try:
+            work()
+        except (OSError, RuntimeError) as error:
+            log.warning("steps could not be traced into %s: %s", self._folder, error)
+            return False
+        return True
 
 
 def serve_profiler(port: int) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from baichuan_omni_jax.checkpoint import Workdir
 from baichuan_omni_jax.errors import list_some
 from baichuan_omni_jax.omni.batch import Batch
-from baichuan_omni_jax.train.alerts import AlertKind, AlertLog, StepAlerts
+from baichuan_omni_jax.train.alerts import AlertKind, AlertLog, StepAlerts, keep_good_step
 from baichuan_omni_jax.train.coordination import Hosts
 from baichuan_omni_jax.train.hosts import is_process_zero
 from baichuan_omni_jax.train.metrics import MetricsRecord, RunLog
@@ -108,8 +108,7 @@ class RunWatch:
         with self.beside(step, "replaying a step"):
             differing = self._replay(state, batch)
         if differing and self._rules is not None:
-            good = self._keep_good(step)
-            kept = "nothing was saved before it" if good is None else f"step {good} from before is kept"
+            kept = keep_good_step(self._keep_good, step)
             text = f"a step computed twice had other bits: {list_some(differing)}; have the machine looked at; {kept}"
             self.alerts.tell(AlertKind.CORRUPTION, step, text)
         return time.perf_counter() - began

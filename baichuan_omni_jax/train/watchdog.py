@@ -33,6 +33,7 @@ HANG_CODE = 76
 # A file that is touched as long as this process can: `supervise --silent` ends one that cannot.
 ALIVE = "SUPERVISE_ALIVE"
 _BEATS = "watch/beat"
+_LONGEST = 1e9  # seconds: of more, C makes an error
 # Steps that a median is of, at most, and steps before it is trusted.
 _WINDOW, _FEW = 32, 3
 
@@ -90,8 +91,12 @@ class Watchdog:
 
     def start(self) -> None:
         """Begins to watch."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._path.open("a", encoding="utf-8")
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("a", encoding="utf-8")
+        except OSError as error:
+            log.warning("%s cannot be written (%s): stacks of a hang go to stderr", self._path, error.strerror or error)
+            self._file = os.fdopen(os.dup(2), "a", encoding="utf-8")
         # For a process whose Python no longer runs, or that was stopped: a handler in C writes where it stands.
         faulthandler.register(signal.SIGUSR1, self._file, all_threads=True)
         self._reached = time.monotonic()
@@ -112,7 +117,7 @@ class Watchdog:
         if self._file is not None and self._hosts.count > 1 and (limit := self._limit(self._stage)):
             # Should Python itself be stuck, or this process be stopped and go on later, C writes the stacks and leaves.
             # Alone it may go on: nobody has waited for it.
-            faulthandler.dump_traceback_later(1.5 * limit, exit=True, file=self._file)
+            faulthandler.dump_traceback_later(min(1.5 * limit, _LONGEST), exit=True, file=self._file)
 
     def finished(self, seconds: float, parts: Mapping[str, float]) -> None:
         """Notes how long a step took, and parts of that on this host, by name."""
@@ -136,10 +141,12 @@ class Watchdog:
             # The one that talks may wait for a host that is gone.
             thread.join(2 * self._period)
         faulthandler.unregister(signal.SIGUSR1)
-        self._file.close()
-        self._file = None
-        if not self._path.stat().st_size:
-            self._path.unlink()
+        self._file, file = None, self._file
+        # Empty as a rule. Somebody may have tidied up meanwhile, or the disk be full.
+        with suppress(OSError):
+            file.close()
+            if not self._path.stat().st_size:
+                self._path.unlink()
 
     def _means(self) -> dict[str, float]:
         parts = list(self._parts)
@@ -234,9 +241,10 @@ class Watchdog:
         step, file = self._stage.step, self._file
         if file is None or self._ended.is_set():
             return
-        # First of all, as whatever follows may hang as well.
-        file.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} at step {step}: {reason}\n")
-        file.flush()
+        # First of all, as whatever follows may hang as well. A disk that is full must not keep the process alive.
+        with suppress(OSError):
+            file.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} at step {step}: {reason}\n")
+            file.flush()
         faulthandler.dump_traceback(file, all_threads=True)
         faulthandler.cancel_dump_traceback_later()
         several = self._hosts.count > 1

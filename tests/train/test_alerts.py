@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from baichuan_omni_jax.config import WatchConfig
-from baichuan_omni_jax.train.alerts import AlertLog, NonfiniteGuard, StepAlerts
+from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.train.alerts import AlertKind, AlertLog, NonfiniteGuard, StepAlerts, keep_good_step
 
 BATCH = {
     "tokens": np.arange(8, dtype=np.int32).reshape(1, 8),
@@ -38,6 +39,20 @@ def test_a_batch_is_kept_with_the_lines_of_its_documents(guard, tmp_path):
         "numbers": {"nonfinite": "1.0", "loss": "nan"},
         "documents": ["a.jsonl:7", "a.jsonl:9", "b.jsonl:2"],
     }
+
+
+def test_an_alert_that_cannot_be_written_is_in_the_log_all_the_same(tmp_path, caplog):
+    (tmp_path / "alerts.jsonl").mkdir()
+    AlertLog(tmp_path).tell(AlertKind.DATA_WAIT, 3, "devices waited")
+    assert "alert at step 3 (data_wait): devices waited" in caplog.text
+    assert "alerts.jsonl cannot be written: Is a directory" in caplog.text
+
+
+def test_a_step_that_cannot_be_kept_ends_no_run():
+    def refuse(before):
+        raise ConfigError("kept_steps.json cannot be read")
+
+    assert keep_good_step(refuse, 4) == "the step before it could not be kept: kept_steps.json cannot be read"
 
 
 def test_only_steps_in_a_row_are_too_many(guard, tmp_path):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from baichuan_omni_jax.config import load_run_config, resolve_model
-from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.errors import ConfigError, StorageError
 from baichuan_omni_jax.flops.terms import flops_by_branch, omni_terms
 from baichuan_omni_jax.train import goodput
 from baichuan_omni_jax.train.goodput import Goodput
@@ -151,6 +151,67 @@ def test_goodput_goes_on_from_a_file_of_an_earlier_version(tmp_path, clock):
     (tmp_path / "goodput.json").write_text('{"elapsed_s": 50.0}')
     clock.start(1000.0, 1010.0)
     assert Goodput(tmp_path, [{"productive_s": 30.0}]).note(3.0) == pytest.approx(33 / 60)
+
+
+def test_a_full_disk_ends_tensorboard_and_not_the_run(tmp_path, caplog):
+    """Its queue holds ten events: nobody would empty it once its thread had died."""
+    writer = MetricsWriter(tmp_path, 0)
+    writer._events.file_writer.event_writer._ev_writer._writer._py_recordio_writer._writer = open("/dev/full", "wb")  # noqa: SIM115
+    for step in range(1, 40):
+        writer.write({"step": step, "loss": 1.0})
+        writer.flush()
+    writer.close()
+    assert caplog.text.count("gets no more numbers") == 1
+    assert len(lines(tmp_path / "metrics.jsonl")) == 39
+
+
+@pytest.mark.parametrize("refused", ["start_trace", "stop_trace"])
+def test_a_trace_that_cannot_be_written_ends_no_run(tmp_path, caplog, monkeypatch, refused):
+    def refuse(*_):
+        raise RuntimeError("profile is not a directory")
+
+    for name in ("start_trace", "stop_trace"):
+        monkeypatch.setattr(jax.profiler, name, refuse if name == refused else lambda *_: None)
+    trace = StepTrace(tmp_path, range(1, 2))
+    trace.before(1)
+    trace.after(1, jnp.ones(3))
+    trace.close()
+    assert caplog.text.count(f"steps could not be traced into {tmp_path}/profile: profile is not a directory") == 1
+
+
+@pytest.mark.parametrize("name", ["goodput.json", "goodput.jsonl"])
+def test_a_statistic_that_cannot_be_written_ends_no_run(tmp_path, clock, caplog, name):
+    """As on a full disk: told once."""
+    clock.start(1000.0, 1010.0)
+    found = Goodput(tmp_path, [])
+    (tmp_path / "goodput.json").mkdir()
+    if name == "goodput.jsonl":
+        found._events.close()
+        found._events = open("/dev/full", "a")  # noqa: SIM115 closed by close()
+    for _ in range(3):
+        assert found.note(1.0) > 0
+        found.tell(step_count=1)
+    found.close()
+    assert len([record for record in caplog.records if "cannot be written" in record.message]) == 1
+
+
+def test_numbers_that_cannot_be_written_are_told_with_their_file(tmp_path):
+    writer = MetricsWriter(tmp_path, 0)
+    writer._file.close()
+    writer._file = open("/dev/full", "a")  # noqa: SIM115 closed by close()
+    with pytest.raises(StorageError, match=rf"^{tmp_path}/metrics.jsonl cannot be written: No space left on device$"):
+        writer.write({"step": 1, "loss": 1.0})
+    writer.close()
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[" * 100_000, "[]", '{"began": NaN, "starts": NaN}', '{"starts": Infinity}', '{"began": "x"}']
+)
+def test_goodput_begins_anew_where_its_file_was_spoiled(tmp_path, clock, text):
+    (tmp_path / "goodput.json").write_text(text)
+    clock.start(1000.0, 1010.0)
+    records = [{"productive_s": value} for value in ("x", None, [1], float("nan"), 2.0)]
+    assert Goodput(tmp_path, records).note(3.0) == pytest.approx(5 / 10)
 
 
 def test_goodput_s_events_are_those_of_the_library(tmp_path, clock):

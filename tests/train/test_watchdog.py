@@ -3,6 +3,7 @@
 Two real hosts of which one is stopped: tests/multidevice/test_hangs.py.
 """
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -80,6 +81,31 @@ def test_a_step_that_does_not_end_leaves_stacks_and_a_code(start, tmp_path):
     text = watchdog.stacks.read_text()
     assert "at step 7" in text
     assert "test_a_step_that_does_not_end_leaves_stacks_and_a_code" in text
+
+
+def test_a_hang_ends_the_process_whatever_became_of_the_folder_for_stacks(start, tmp_path, capfd):
+    """A file in the way at the start; a disk that is full by then."""
+    (tmp_path / "hangs").write_text("in the way")
+    watchdog = start(Watching(tmp_path))
+    watchdog.enter(7, "reading rows")
+    assert watchdog.left.wait(30)
+    assert "step 7: reading rows for 1 s" in capfd.readouterr().err
+    other = start(Watching(tmp_path / "other"))
+    other._file.close()
+    other._file = open("/dev/full", "a")  # noqa: SIM115 closed by close()
+    other.enter(8, "reading rows")
+    assert other.left.wait(30)
+
+
+def test_a_folder_for_stacks_that_was_removed_meanwhile_ends_no_run(start, tmp_path):
+    watchdog = start(Watching(tmp_path))
+    shutil.rmtree(tmp_path / "hangs")
+    watchdog.close()
+
+
+def test_a_limit_of_years_is_no_error(start, tmp_path):
+    config = WatchConfig(hang_s=1e300, pause_s=1e300)
+    start(Watching(tmp_path, Hosts(0, 2, Service()), config)).enter(3, "compiling", in_step=False)
 
 
 def test_steps_that_end_and_long_pauses_are_no_hang(start, tmp_path):
