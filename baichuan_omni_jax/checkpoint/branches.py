@@ -230,7 +230,7 @@ def read_branch_info(folder: epath.PathLike) -> dict[str, BranchInfo]:
     path = epath.Path(folder) / BRANCHES_FILE
     try:
         return {name: BranchInfo(**line) for name, line in json.loads(path.read_text()).items()}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
 
 

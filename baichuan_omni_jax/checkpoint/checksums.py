@@ -57,10 +57,13 @@ def check_files(folder: epath.PathLike, skip: Sequence[str] = ()) -> str | None:
     folder = epath.Path(folder)
     try:
         sums = json.loads(with_retries((folder / CHECKSUMS).read_text, f"reading {folder / CHECKSUMS}"))
-        names = [name for name in sums if not name.startswith(tuple(skip))]
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        names = [name for name, _ in sums.items() if not name.startswith(tuple(skip))]
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         if is_url(folder) and isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
             raise
+        return CHECKSUMS
+    # A list of nothing is no list: a checkpoint has files.
+    if not sums:
         return CHECKSUMS
 
     def actual(name: str) -> str | int:
@@ -127,6 +130,8 @@ def _unless_unreadable(work: Callable[[], T], path: epath.Path) -> T | str:
     except OSError as error:
         if is_url(path) and not isinstance(error, FileNotFoundError):
             raise
+        return _UNREADABLE
+    except ValueError:  # no name of a file
         return _UNREADABLE
 
 

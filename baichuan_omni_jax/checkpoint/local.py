@@ -22,7 +22,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from baichuan_omni_jax.checkpoint.arrays import METADATA, DamagedError, copy_parts, metadata_text, write_parts
-from baichuan_omni_jax.checkpoint.steps import read_alike
+from baichuan_omni_jax.checkpoint.steps import is_step, read_alike
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.storage import local_path, scratch_folder
 
@@ -104,7 +104,7 @@ class LocalSteps:
 
     def steps(self) -> list[int]:
         """Lists the steps that were written to their end on this host, ascending."""
-        return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdecimal())
+        return sorted(int(path.name) for path in self.folder.iterdir() if is_step(path.name))
 
     def remove(self, steps: list[int]) -> None:
         """Removes steps; what cannot be removed stays."""
@@ -146,8 +146,8 @@ class LocalSteps:
             if _crc32c(stored["text"]) != stored["crc32c"]:
                 return None
             found = json.loads(stored["text"])
-            return found["data_state"] if is_own(found["owner"]) else None
-        except (OSError, ValueError, KeyError, TypeError):
+            return dict(found["data_state"]) if is_own(found["owner"]) else None
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
             return None
 
 

@@ -33,8 +33,8 @@ from baichuan_omni_jax.checkpoint.branches import (
 )
 from baichuan_omni_jax.checkpoint.steps import committed_steps, step_folder
 from baichuan_omni_jax.config import OmniConfig, RunConfig, from_dict, to_dict
-from baichuan_omni_jax.errors import ConfigError, RunStoppedError
-from baichuan_omni_jax.storage import parse_path, write_json
+from baichuan_omni_jax.errors import ConfigError, RunStoppedError, storage_error
+from baichuan_omni_jax.storage import parse_path, read_json_object, write_json
 
 RUN_CONFIG, PARENT, _ORIGIN = "run_config.json", "parent.json", "origin.json"
 # {"run": "3f9c...", "starts": [{"time": "...", "step": 0, "hosts": 2, "devices": 8, "changed": {}}, ...]}; `changed`
@@ -61,10 +61,11 @@ def check_run_config(workdir: epath.Path, run: RunConfig) -> dict[str, list[Any]
     path = workdir / RUN_CONFIG
     if not path.exists():
         return {}
+    values = read_json_object(path)
     try:
         # Through RunConfig, so that a field added since has its default.
-        stored = flatten(to_dict(from_dict(RunConfig, json.loads(path.read_text()))))
-    except ValueError as error:
+        stored = flatten(to_dict(from_dict(RunConfig, values)))
+    except (ConfigError, TypeError) as error:  # a field that has no default may be missing
         raise ConfigError(f"{path} is not a run config: {error}") from error
     given, changed = flatten(to_dict(run)), {}
     # Keys of both sides: a longer mixture or one more group has keys that the other lacks.
@@ -117,8 +118,14 @@ def find_parent(workdir: epath.PathLike, init_from: str, branches: tuple[str, ..
     if not path.exists():
         return _resolve(init_from, branches)
     try:
-        return Parent(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        parent = Parent(**read_json_object(path))
+        odd = [name for name in ("checkpoints", "runs", "trained") if not isinstance(getattr(parent, name), dict)]
+        # Steps are counted on from these.
+        odd += [f"trained.{name}" for name, steps in parent.trained.items() if not isinstance(steps, int)]
+        if odd:
+            raise TypeError(f"{odd[0]} has another form")
+        return parent
+    except (TypeError, AttributeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
 
 
@@ -193,16 +200,22 @@ def _resolve(init_from: str, branches: tuple[str, ...]) -> Parent:
         workdirs = (folder.parent, folder.parent.parent)  # of a kept tokenizer, of a step
         run_config = next((path / RUN_CONFIG for path in workdirs if (path / RUN_CONFIG).exists()), None)
         if run_config is not None:
-            parent.runs[str(folder)] = json.loads(run_config.read_text())["name"]
+            parent.runs[str(folder)] = str(read_json_object(run_config).get("name", ""))
     return parent
 
 
 def newest_checkpoint(path: epath.PathLike) -> epath.Path | None:
-    """Returns the checkpoint meant by `path`: itself, or a workdir's newest step; None: neither. Verifies nothing."""
+    """Returns the checkpoint meant by `path`: itself, or a workdir's newest step; None: neither. Verifies nothing.
+
+    Raises ConfigError and StorageError where storage does not tell.
+    """
     path = parse_path(path)
-    if (path / BRANCHES_FILE).exists() and is_finished(path):
-        return path
-    steps = committed_steps(path)
+    try:
+        if (path / BRANCHES_FILE).exists() and is_finished(path):
+            return path
+        steps = committed_steps(path)
+    except OSError as error:
+        raise storage_error(error, f"{path} cannot be read") from error
     return step_folder(path, steps[-1]) if steps else None
 
 
@@ -226,7 +239,10 @@ def find_tokenizer(run: RunConfig, workdir: epath.PathLike | None = None) -> epa
         return find_checkpoint(epath.Path(workdir) / KEPT)
     if run.data.audio_tokenizer:
         given = parse_spec(run.data.audio_tokenizer, (TOKENIZER_BRANCH,))[TOKENIZER_BRANCH]
-        home = branch_home(find_checkpoint(given), TOKENIZER_BRANCH)
+        try:
+            home = branch_home(find_checkpoint(given), TOKENIZER_BRANCH)
+        except OSError as error:
+            raise storage_error(error, f"data.audio_tokenizer {given} cannot be read") from error
         if home is None:
             raise ConfigError(f"data.audio_tokenizer {given} has no branch {TOKENIZER_BRANCH}")
         return home
@@ -267,8 +283,8 @@ def read_origin(folder: epath.PathLike) -> TokenizerOrigin | None:
     if not path.exists():
         return None
     try:
-        return TokenizerOrigin(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        return TokenizerOrigin(**read_json_object(path))
+    except TypeError as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
 
 
@@ -304,6 +320,6 @@ def _read_starts(workdir: epath.Path) -> dict[str, Any]:
         record = json.loads((workdir / STARTS).read_text())
         if isinstance(record["run"], str) and all(isinstance(start, dict) for start in record["starts"]):
             return record
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
     return {"run": secrets.token_hex(8), "starts": []}

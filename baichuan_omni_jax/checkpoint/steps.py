@@ -12,6 +12,7 @@ from jax.experimental import multihost_utils
 
 from baichuan_omni_jax.checkpoint.arrays import DamagedError
 from baichuan_omni_jax.checkpoint.checksums import CHECKSUMS, check_files
+from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.storage import read_json_object, remove, write_json
 
 log = logging.getLogger(__name__)
@@ -36,9 +37,14 @@ def committed_steps(workdir: epath.Path) -> list[int]:
     """Lists the steps whose save was completed, ascending. Their files are not read."""
     if not steps_folder(workdir).is_dir():
         return []
-    folders = [path for path in steps_folder(workdir).iterdir() if path.name.isdecimal()]
+    folders = [path for path in steps_folder(workdir).iterdir() if is_step(path.name)]
     # Checksums are written last, and removed first: with them a step counts.
     return sorted(int(path.name) for path in folders if (path / CHECKSUMS).exists())
+
+
+def is_step(name: str) -> bool:
+    """Whether a folder of this name is of a step as runs name it: a copy that somebody called `08` is none."""
+    return name.isascii() and name.isdecimal() and len(name) < 10 and str(int(name)) == name
 
 
 # Steps that no later one replaces, and since when: {"5": "2026-11-30 17:00:00"}.
@@ -46,9 +52,12 @@ KEPT_STEPS = "kept_steps.json"
 
 
 def kept_steps(workdir: epath.Path) -> list[int]:
-    """Lists the steps that `keep_newest` keeps, ascending."""
+    """Lists the steps that `keep_newest` keeps, ascending. Raises ConfigError where the file cannot be read."""
     path = workdir / KEPT_STEPS
-    return sorted(map(int, read_json_object(path))) if path.exists() else []
+    steps = read_json_object(path) if path.exists() else {}
+    if odd := [step for step in steps if not is_step(step)]:
+        raise ConfigError(f"{path}: {odd[0]!r} is no step: correct it there, or remove the file")
+    return sorted(map(int, steps))
 
 
 def keep_newest(workdir: epath.Path, before: int, coming: Collection[int] = ()) -> int | None:
@@ -92,7 +101,7 @@ def remove_unfinished_steps(workdir: epath.Path) -> bool:
     for path in list(folder.iterdir()) if folder.is_dir() else []:
         if TEMPORARY in path.name and (path / CHECKSUMS).exists():
             log.warning("%s is a whole step that was not renamed: rename it to its number to use it", path)
-        elif TEMPORARY in path.name or (path.name.isdigit() and int(path.name) not in committed):
+        elif TEMPORARY in path.name or (is_step(path.name) and int(path.name) not in committed):
             remove_unfinished(path)
             found = True
     return found

@@ -20,6 +20,7 @@ from baichuan_omni_jax.checkpoint import (
     find_tokenizer,
     initial_tokenizer,
     keep_tokenizer,
+    kept_steps,
     load_branches,
     parent_data_state,
     record_parent,
@@ -27,7 +28,9 @@ from baichuan_omni_jax.checkpoint import (
     stored_tokenizer,
     with_text_tokenizer,
 )
-from baichuan_omni_jax.checkpoint.provenance import store_run_config
+from baichuan_omni_jax.checkpoint.checksums import write_checksums
+from baichuan_omni_jax.checkpoint.provenance import note_start, store_run_config
+from baichuan_omni_jax.checkpoint.steps import committed_steps, newest_good, remove_unfinished_steps
 from baichuan_omni_jax.config import CheckpointConfig, DataConfig, ImagesConfig, RunConfig, tiny
 from baichuan_omni_jax.errors import ConfigError, RunStoppedError
 from baichuan_omni_jax.generation import loading
@@ -200,3 +203,52 @@ def test_a_tokenizer_that_cannot_be_written_ends_the_run_with_one_sentence(tmp_p
     monkeypatch.setattr("baichuan_omni_jax.checkpoint.provenance.save_branches", full)
     with pytest.raises(RunStoppedError, match=r"saving the audio tokenizer in .* failed: No space left on device"):
         keep_tokenizer(tmp_path, {}, tiny(), TokenizerOrigin("", untrained=True))
+
+
+@pytest.mark.parametrize("text", ['{"last": ""}', "[8]", "{"])
+def test_a_list_of_kept_steps_that_somebody_spoiled_is_named(tmp_path, text):
+    """It is edited by hand, to let a step go."""
+    (tmp_path / "kept_steps.json").write_text(text)
+    with pytest.raises(ConfigError, match=rf"^{tmp_path}/kept_steps.json"):
+        kept_steps(epath.Path(tmp_path))
+
+
+DEEP = "[" * 100_000
+
+
+@pytest.mark.parametrize("text", ["", "null", "[1]", '"x"', "{}", DEEP, '{"run": 5, "starts": []}'])
+def test_a_record_of_starts_that_somebody_spoiled_is_begun_anew(tmp_path, text):
+    (tmp_path / "starts.json").write_text(text)
+    assert note_start(epath.Path(tmp_path), 8, {}) == ""
+    assert [start["step"] for start in json.loads((tmp_path / "starts.json").read_text())["starts"]] == [8]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "null", "[1]", DEEP, '{"trained": {"llm": "x"}}', '{"trained": []}', '{"new": 1}']
+)
+def test_a_spoiled_parent_is_named(tmp_path, text):
+    (tmp_path / "parent.json").write_text(text)
+    with pytest.raises(ConfigError, match=rf"^{tmp_path}/parent.json "):
+        find_parent(tmp_path, "", ("llm",))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "null", "[1]", '"x"', "3", "{}", DEEP, '{"a\\u0000b": 1}', '{"../x": 1}', '{"a": []}']
+)
+def test_spoiled_checksums_are_a_damaged_step(tmp_path, text):
+    for step, sums in ((2, text), (1, "")):
+        folder = tmp_path / "checkpoints" / str(step)
+        folder.mkdir(parents=True)
+        (folder / "data.json").write_text("{}")
+        (folder / "checksums.json").write_text(sums) if sums or step == 2 else write_checksums(folder)
+    assert newest_good(epath.Path(tmp_path), [1, 2])[0] == 1
+
+
+def test_folders_that_are_no_steps_of_a_run_are_left_alone(tmp_path):
+    """Copies and the like: none is taken for a step, or for what a killed run left."""
+    for name in ("8", "08", "\u0668", "9" * 30, "-1", "\u00b2", "8 copy"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / "checksums.json").write_text("{}")
+    assert committed_steps(epath.Path(tmp_path)) == [8]
+    assert not remove_unfinished_steps(epath.Path(tmp_path))
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 7
