@@ -8,7 +8,7 @@ from etils import epath
 
 from baichuan_omni_jax.checkpoint.checksums import CHECKSUMS
 from baichuan_omni_jax.checkpoint.steps import steps_folder
-from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.errors import storage_error
 from baichuan_omni_jax.storage import FileLock, check_writable, is_url, renames_folders, scratch_folder, take_lock
 
 log = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ def probe_commit(workdir: epath.Path) -> bool:
     try:
         renames = renames_folders(steps_folder(workdir))
     except OSError as error:
-        raise ConfigError(f"workdir {workdir} cannot be written: {error.strerror or error}") from error
+        raise storage_error(error, f"workdir {workdir} cannot be written") from error
     if not renames and jax.process_index() == 0:
         log.warning(
             "%s: folders cannot be renamed there; a checkpoint counts once its %s is written", workdir, CHECKSUMS

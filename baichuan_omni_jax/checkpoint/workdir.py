@@ -35,7 +35,7 @@ from baichuan_omni_jax.checkpoint.steps import (
 )
 from baichuan_omni_jax.checkpoint.trees import FolderSave, leaves_by_name, make_checkpointer, read_tree, stored_names
 from baichuan_omni_jax.config import OmniConfig, RunConfig
-from baichuan_omni_jax.errors import ConfigError, RunStoppedError
+from baichuan_omni_jax.errors import ConfigError, RunStoppedError, storage_error
 from baichuan_omni_jax.storage import (
     FileLock,
     is_url,
@@ -88,7 +88,7 @@ class Workdir:
         try:
             steps_folder(self.path).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ConfigError(f"workdir {self.path} cannot be made: {error}") from error
+            raise storage_error(error, f"workdir {self.path} cannot be made") from error
         self.renames = probe_commit(self.path)
         self._local = None if local is None else LocalSteps(self.path, local)
         self._checkpointer = make_checkpointer(self.renames)
@@ -106,17 +106,24 @@ class Workdir:
         """Takes the workdir for `run`: call it before anything else, once, at the start.
 
         A new workdir gets `run_config.json`; an old one must hold the same run, but for the keys of `MAY_DIFFER`.
-        Then what a killed run left half-written is removed. Raises ConfigError naming the first other key.
+        Then what a killed run left half-written is removed. Raises ConfigError naming the first other key, and on host
+        0 that or StorageError where the workdir cannot be written: other hosts learn of it by `hosts.on_all_hosts`.
         """
         changed = check_run_config(self.path, run)
         self._new = [name for name in (RUN_CONFIG, STARTS, PARENT, KEPT) if not (self.path / name).exists()]
         # Every host has read the old one before the first host writes the new one.
         ocp.multihost.sync_global_processes("workdir_checked")
+        refused = None
         if jax.process_index() == 0:
-            self.changes = note_start(self.path, self.latest_step() or 0, changed)
-            store_run_config(self.path, run)
-            remove_leftovers(self.path)
+            try:
+                self.changes = note_start(self.path, self.latest_step() or 0, changed)
+                store_run_config(self.path, run)
+                remove_leftovers(self.path)
+            except OSError as error:  # told once the others have come here: they would wait for this host
+                refused = error
         ocp.multihost.sync_global_processes("workdir_taken")
+        if refused is not None:
+            raise storage_error(refused, f"workdir {self.path} cannot be written") from refused
         self._identity = run_identity(self.path) if self._local is not None else ""
 
     def give_up(self) -> None:

@@ -104,3 +104,5 @@ def check_folders(options: object, *names: str) -> None:
         path = getattr(options, name)
         if path and not path.parent.is_dir():
             raise ConfigError(f"--{name} {path}: there is no folder {path.parent}")
+        if path and path.is_dir():
+            raise ConfigError(f"--{name} {path} is a folder")

@@ -25,6 +25,7 @@ from baichuan_omni_jax.checkpoint import (
     find_parent,
     find_tokenizer,
     keep_tokenizer,
+    kept_steps,
     parent_data_state,
     record_parent,
 )
@@ -110,7 +111,7 @@ def run_until_stopped(options: argparse.Namespace, stop: StopSignal, stack: Exit
     # What can refuse the run comes before it claims the workdir, but for what the weights and the media say.
     spec, compute = on_all_hosts(lambda: set_up(run, omni))
     workdir, parent = on_all_hosts(lambda: open_workdir(run, options.workdir))
-    stack.enter_context(keep_compiled(workdir.path, options.compilation_cache))
+    on_all_hosts(lambda: stack.enter_context(keep_compiled(workdir.path, options.compilation_cache)))
     begins = run.data.continue_sources and as_process_zero(workdir.latest_step) is None
     continue_from = on_all_hosts(lambda: parent_data_state(parent)) if begins else None
 
@@ -128,9 +129,9 @@ def run_until_stopped(options: argparse.Namespace, stop: StopSignal, stack: Exit
 
     try:
         # What the workdir says of the run, before its first step: a restart reads it.
-        workdir.write_run_config(run)
+        on_all_hosts(lambda: workdir.write_run_config(run))
         on_all_hosts(lambda: wait_for(workdir.path / "run_config.json"))
-        record_parent(workdir.path, parent)
+        on_all_hosts(lambda: record_parent(workdir.path, parent))
         if tokenizer is not None:
             keep_tokenizer(workdir.path, tokenizer, omni, origin_of(home))
         run_options = RunOptions(
@@ -165,8 +166,12 @@ def read_options(options: argparse.Namespace) -> tuple[RunConfig, OmniConfig, ra
     # Here, so that a missing package or login is refused before anything is built.
     if options.wandb:
         load_wandb()
+    # A shell sees its last byte: 256 would be taken for a run that has finished.
+    if not 0 <= options.stopped_code <= 255:
+        raise ConfigError(f"--stopped-code {options.stopped_code} is no exit code: 0 to 255")
     run = load_run_config(options.config, options.set)
-    parse_path(run.data.root)
+    for path in (options.workdir, run.data.root):
+        parse_path(path)
     # Links of a file system lead there.
     for path in run.data.trusted_roots:
         local_path(path, "data.trusted_roots")
@@ -179,6 +184,8 @@ def open_workdir(run: RunConfig, path: str) -> tuple[Workdir, Parent]:
     local = run.checkpoint.local_dir if run.checkpoint.local_every else None
     workdir = Workdir(path, keep=run.checkpoint.keep, local=local)
     check_run_config(workdir.path, run)
+    # A file that people edit, and the first look at it would be when the run diverges.
+    kept_steps(workdir.path)
     workdir.hold()
     return workdir, find_parent(workdir.path, run.checkpoint.init_from, run.branches)
 

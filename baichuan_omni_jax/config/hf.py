@@ -130,7 +130,7 @@ def resolve_model(name: str) -> OmniConfig:
     """
     if name in MODELS:
         return MODELS[name]()
-    if (path := parse_path(name)).is_file():
+    if name and (path := parse_path(name)).is_file():
         return read_hf(path)
     raise ConfigError(f"model {name!r} is neither a variant ({', '.join(MODELS)}) nor a config.json that exists")
 

@@ -53,10 +53,7 @@ def check_workdir(setting: Setting) -> Iterator[Line]:
         with contextlib.suppress(Exception):
             remove(probe)
         silent_hosts(setting.hosts, _LEFT)
-        for folder in made:
-            # epath's own word for a folder that is not empty is ValueError.
-            with contextlib.suppress(OSError, ValueError):
-                folder.rmdir()
+        _remove_empty(made)
 
 
 # Where hosts wait for one another: with a file for the others, after looking for theirs, and when all is removed.
@@ -74,8 +71,20 @@ def _made_parents(workdir: epath.Path) -> list[epath.Path]:
     if is_url(workdir):
         return []  # a bucket has no folders to make
     missing = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
-    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        _remove_empty(missing)  # those that could be made
+        raise
     return missing
+
+
+def _remove_empty(folders: list[epath.Path]) -> None:
+    """Removes folders, deepest first, that are there and hold nothing."""
+    for folder in folders:
+        # epath's own word for a folder that is not empty is ValueError.
+        with contextlib.suppress(OSError, ValueError):
+            folder.rmdir()
 
 
 def _probe_lines(workdir: epath.Path, probe: epath.Path) -> Iterator[Line]:

@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from etils import epath
 
-from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.errors import ConfigError, storage_error
 from baichuan_omni_jax.storage.paths import is_url, with_retries
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def refuse_stand_in(path: Path | epath.Path) -> None:
     try:
         found = describe_stand_in(path)
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise storage_error(error, f"{path} cannot be read") from error
     if found:
         raise ConfigError(f"{path} is {found}")
 
@@ -66,7 +66,8 @@ def refuse_stand_in(path: Path | epath.Path) -> None:
 def read_json_object(path: epath.PathLike) -> dict[str, Any]:
     """Reads the JSON object in the file `path`, which may be a URL: UTF-8 with or without a mark of byte order.
 
-    Raises ConfigError naming the file: it cannot be read, is a stand-in, no UTF-8, no JSON, or no object.
+    Raises ConfigError naming the file: it cannot be read, is a stand-in, no UTF-8, no JSON, or no object. StorageError
+    where storage may give it later.
     """
     try:
         file = epath.Path(path)
@@ -76,7 +77,9 @@ def read_json_object(path: epath.PathLike) -> dict[str, Any]:
         values = json.loads(text.decode("utf-8-sig"))
     except ConfigError:
         raise
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise storage_error(error, f"{path} cannot be read") from error
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} is no JSON object but {type(values).__name__}")

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from etils import epath
 
-from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.errors import storage_error
 from baichuan_omni_jax.storage.paths import cache_home, is_url, remove, with_retries
 
 log = logging.getLogger(__name__)
@@ -111,7 +111,7 @@ class MirroredFolder:
             except FileNotFoundError:
                 continue
             except OSError as error:
-                raise ConfigError(f"{source} cannot be read: {error}") from error
+                raise storage_error(error, f"{source} cannot be read") from error
             status = path.stat()
             self._copied[name] = (status.st_size, status.st_mtime_ns)
 
@@ -128,5 +128,5 @@ def scratch_folder(location: epath.Path, owner: str) -> Path:
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"{cache}, for the numbers of a run in a bucket, cannot be made: {error.strerror}") from error
+        raise storage_error(error, f"{cache}, for what a run keeps on this machine, cannot be made") from error
     return cache / f"{hashlib.sha256(os.fspath(location).encode()).hexdigest()[:16]}-{owner}"

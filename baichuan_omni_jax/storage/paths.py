@@ -28,7 +28,7 @@ from typing import TypeVar
 import fsspec.config
 from etils import epath
 
-from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.errors import ConfigError, storage_error
 
 log = logging.getLogger(__name__)
 
@@ -69,14 +69,17 @@ def parse_path(path: epath.PathLike) -> epath.Path:
     >>> parse_path("gs://bucket/runs/tiny/").name
     'tiny'
 
-    Raises ConfigError for a URL that cannot be served: of another scheme, without a bucket, or where the package for
-    it is not installed.
+    Raises ConfigError for no path at all (a variable of the shell that is not set), for a user's home that there is
+    not, and for a URL that cannot be served: of another scheme, without a bucket, or where the package for it is not
+    installed.
     """
     text = os.fspath(path)
+    if not text.strip():
+        raise ConfigError(f"{text!r} is no path and no URL: was a variable of the shell not set?")
     url = _URL.fullmatch(text)
     if url is None:
         refuse_mangled(text)
-        return epath.Path(Path(text).expanduser().resolve())
+        return epath.Path(_expanded(text).resolve())
     scheme, rest = url[1].lower(), url[2]
     if scheme == "file" and rest.startswith("/"):
         return epath.Path(Path(rest).resolve())
@@ -95,7 +98,17 @@ def local_path(path: epath.PathLike, what: str) -> Path:
     text = os.fspath(path)
     if _URL.fullmatch(text) or _MANGLED.fullmatch(text):
         raise ConfigError(f"{what} {text} is a URL: this must be a folder or file of this machine, or mounted on it")
-    return Path(text).expanduser()
+    return _expanded(text)
+
+
+def _expanded(text: str) -> Path:
+    """Expands `~`. Raises ConfigError for a user without a home, and for what no file can be called."""
+    if "\0" in text:
+        raise ConfigError(f"{text!r} cannot be a path: it has a zero byte")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{text}: there is no user of the name {text.partition('/')[0]}") from error
 
 
 def cache_home() -> Path:
@@ -199,7 +212,7 @@ def remove(path: epath.Path) -> None:
 def check_writable(folder: epath.Path, what: str) -> None:
     """Writes an object into `folder`, reads and removes it: a missing bucket or permission is noticed at the start.
 
-    Raises ConfigError, which begins with `what` ("workdir").
+    Raises ConfigError, or StorageError where the bucket does not answer; both begin with `what` ("workdir").
     """
     probe = folder / f"{_PROBE}-{secrets.token_hex(8)}"
     try:
@@ -207,7 +220,7 @@ def check_writable(folder: epath.Path, what: str) -> None:
         read = with_retries(probe.read_text, f"reading {probe}")
         remove(probe)
     except OSError as error:
-        raise ConfigError(f"{what} {folder} cannot be written: {str(error) or type(error).__name__}") from error
+        raise storage_error(error, f"{what} {folder} cannot be written") from error
     if read != _PROBE:
         raise ConfigError(f"{what} {folder} cannot be used: what is written there is not what is read")
 

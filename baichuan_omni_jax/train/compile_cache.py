@@ -11,7 +11,8 @@ import jax
 from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
 
-from baichuan_omni_jax.storage import parse_path
+from baichuan_omni_jax.errors import storage_error
+from baichuan_omni_jax.storage import is_url, parse_path
 
 FOLDER = "compilation_cache"
 # Of `--compilation-cache`: none.
@@ -31,11 +32,20 @@ def keep_compiled(workdir: epath.Path, chosen: str) -> Iterator[None]:
     Args:
         workdir: the run's: all its hosts see it, and host 0 alone writes programs.
         chosen: another folder, path or URL; "": one in the workdir; `off`: none.
+
+    Raises:
+        ConfigError: the folder that was chosen cannot be made, or the URL not be served.
     """
-    if chosen == OFF or getattr(jax.config, _FOLDER_KEY):
+    if chosen.lower() == OFF or getattr(jax.config, _FOLDER_KEY):
         yield
         return
     folder = parse_path(chosen) if chosen else workdir / FOLDER
+    # JAX would warn of each program, and go on without.
+    if chosen and not is_url(folder):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise storage_error(error, f"--compilation-cache {folder} cannot be made") from error
     before = getattr(jax.config, _MINIMUM)
     jax.config.update(_FOLDER_KEY, os.fspath(folder / _machine()))
     if _MINIMUM.upper() not in os.environ:

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from baichuan_omni_jax.checkpoint.provenance import flatten
 from baichuan_omni_jax.config import RunConfig, to_dict
-from baichuan_omni_jax.errors import ConfigError, StorageError
+from baichuan_omni_jax.errors import ConfigError, StorageError, storage_error
 from baichuan_omni_jax.train.coordination import COMPARED, Hosts, installed
 
 T = TypeVar("T")
@@ -89,14 +89,15 @@ def as_process_zero(find: Callable[[], T]) -> T:
 
 def on_all_hosts(work: Callable[[], T]) -> T:
     """Runs `work()` on every host. Where one raises ConfigError or StorageError all do, so that none waits for a host
-    that has left.
+    that has left; an OSError becomes one of the two.
     """
     result, message = None, ""
     try:
         result = work()
-    except (ConfigError, StorageError) as error:
+    except (ConfigError, StorageError, OSError) as raised:
+        error = storage_error(raised) if isinstance(raised, OSError) else raised
         if jax.process_count() == 1:
-            raise
+            raise error from raised.__cause__ if error is raised else raised
         message = f"{'storage' if isinstance(error, StorageError) else 'config'} {error}"
     # No host may leave alone: the others would wait for it in the next collective.
     for host, text in enumerate(all_gather_str(message)):

@@ -95,6 +95,10 @@ def test_required_flags_are_named_by_every_command(commands, capsys):
         (["train", "--config=a.py", "--workdir=w", "more"], "'more' belongs to no flag (see --help)"),
         (["train", "--config=a.py", "--workdir=w", "--hosts=many"], "--hosts: invalid int value: 'many'"),
         (["train", "--config=a.py", "--workdir"], "--workdir: expected one argument"),
+        (["train", "--config=sft", "--workdir=w", "--stopped-code=256"], "--stopped-code 256 is no exit code"),
+        (["train", "--config=sft", "--workdir="], "'' is no path and no URL: was a variable of the shell not set?"),
+        (["doctor", "--json", "/"], "--json / is a folder"),
+        (["doctor", "--json", ""], "--json . is a folder"),
     ],
 )  # fmt: skip
 def test_command_lines_that_cannot_be_used(arguments, message, capsys):

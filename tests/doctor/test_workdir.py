@@ -54,6 +54,12 @@ def test_folders_that_were_not_there_are_gone_again(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_folders_that_could_be_made_in_part_are_gone_again(tmp_path):
+    (line,) = failures(tmp_path / "a" / ("b" * 300))
+    assert "cannot be made: File name too long" in line.text
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_read_only_workdir_is_named(mounted):
     folder = mounted("ro")
     (line,) = failures(folder)

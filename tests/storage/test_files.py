@@ -12,6 +12,7 @@ import pytest
 from etils import epath
 
 from baichuan_omni_jax.checkpoint import Workdir
+from baichuan_omni_jax.config import RunConfig
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.storage import atomic_write, take_lock, write_json
 
@@ -88,6 +89,18 @@ def test_a_workdir_belongs_to_one_run_until_it_is_closed(tmp_path):
     first.close()
     second.hold()
     second.close()
+
+
+@pytest.mark.parametrize("name", ["starts.json", "run_config.json", "checkpoints"])
+def test_what_is_in_the_way_in_a_workdir_is_named(tmp_path, name):
+    if name == "checkpoints":
+        (tmp_path / name).write_text("")
+    else:
+        (tmp_path / name / "folder").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=rf"^(workdir )?{tmp_path}\S* cannot be (made|read|written): ") as refusal:
+        Workdir(tmp_path, keep=1).write_run_config(RunConfig(name="x"))
+    assert "\n" not in str(refusal.value)
+    assert "Errno" not in str(refusal.value)
 
 
 def test_only_process_0_of_a_run_locks(tmp_path, monkeypatch):

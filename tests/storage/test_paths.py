@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.errors import ConfigError, exit_code
 from baichuan_omni_jax.storage import (
     MirroredFolder,
     atomic_write,
@@ -34,6 +34,27 @@ def server():
         yield server
 
 
+@pytest.mark.parametrize(
+    ("error", "code", "sentence"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied", "/a/b"), 2, "error: /a/b: Permission denied"),
+        (OSError(errno.EROFS, "Read-only file system", "/a", None, "/b"), 2, "error: /b: Read-only file system"),
+        (OSError(errno.ENOSPC, "No space left on device", "/a/b"), 1, "error: /a/b: No space left on device"),
+        (OSError("HttpError: 503"), 1, "error: HttpError: 503"),
+        (OSError("Forbidden: https://storage/b\nno such account"), 2, "error: Forbidden: https://storage/b"),
+        (TimeoutError(), 1, "error: TimeoutError"),
+    ],
+)
+def test_whatever_storage_refuses_a_command_is_one_sentence(error, code, sentence, capsys):
+    """1 for what another start may find mended, which a supervisor tries; 2 for what stays."""
+
+    def command():
+        raise error
+
+    assert exit_code(command) == code
+    assert capsys.readouterr().err == f"{sentence}\n"
+
+
 def test_a_path_of_a_file_system_is_absolute_and_without_links(tmp_path, monkeypatch):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
@@ -55,6 +76,10 @@ def test_a_path_of_a_file_system_is_absolute_and_without_links(tmp_path, monkeyp
         ("gs:/bucket/run", "write gs://bucket/run"),
         ("/home/me/gs:/bucket/run", "write gs://bucket/run"),
         (Path("s3://bucket/run"), "write s3://bucket/run"),
+        ("", "was a variable of the shell not set?"),
+        ("  ", "was a variable of the shell not set?"),
+        ("~nobody-of-this-name/run", "there is no user of the name ~nobody-of-this-name"),
+        ("run\0", "has a zero byte"),
     ],
 )
 def test_what_cannot_be_served_is_refused_in_one_sentence(text, message):

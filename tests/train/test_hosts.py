@@ -1,11 +1,12 @@
 """Hosts that must agree, and the sentence where they do not. Two real ones: tests/multidevice/test_two_hosts.py."""
 
+import errno
 import json
 
 import pytest
 
 from baichuan_omni_jax.config import apply_overrides, load_run_config
-from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.errors import ConfigError, StorageError
 from baichuan_omni_jax.train import hosts
 from baichuan_omni_jax.train.hosts import check_agreement, on_all_hosts, run_facts, version_facts
 from tests.helpers.micro import CONFIG
@@ -27,6 +28,20 @@ def facts(*changes: str) -> dict[str, str]:
 def test_hosts_with_the_same_configuration_agree(two_hosts):
     two_hosts.append(json.dumps(facts("data.root=elsewhere", "data.workers=3") | version_facts()))
     check_agreement(facts() | version_facts())
+
+
+def test_what_a_disk_refuses_one_host_is_told_on_all(two_hosts):
+    """Else the others would wait for a host that has left."""
+    two_hosts.append("storage /scratch: No space left on device")
+    with pytest.raises(StorageError, match=r"^host 1: /scratch: No space left on device$"):
+        on_all_hosts(lambda: None)
+    two_hosts[:] = [""]
+
+    def work():
+        raise PermissionError(errno.EACCES, "Permission denied", "/runs/a")
+
+    with pytest.raises(ConfigError, match=r"^host 0: /runs/a: Permission denied$"):
+        on_all_hosts(work)
 
 
 @pytest.mark.parametrize(
