@@ -43,6 +43,7 @@ class Fit:
 
     chip_tokens: int = 8192  # of rows, on one chip at a time
     moments: Dtype = "float32"  # `OptimizerConfig.moments_dtype`
+    loss_chunk: int = 1024  # `ComputeConfig.loss_chunk`
     language: Language = "all"
     # Of a step, all at once, of the audio tokenizer and of flow matching: the recipe's where they fit.
     tokenizer_rows: int = 32
@@ -77,8 +78,8 @@ _FITS: dict[str, dict[str, Fit]] = {
     | {"omni_14b": Fit(moments="bfloat16", language="layers")},
     "v5p:2x2x2": {name: Fit(chip_tokens=16384) for name in MODELS} | {"omni_14b": Fit()},
     "v6e:4x8": {name: Fit() for name in MODELS},
-    "v5p:4x4x4": {name: Fit(chip_tokens=16384) for name in MODELS},
-    "v6e:16x16": {name: Fit() for name in MODELS},
+    "v5p:4x4x4": {name: Fit(chip_tokens=16384, loss_chunk=0) for name in MODELS},
+    "v6e:16x16": {name: Fit(loss_chunk=0) for name in MODELS},
 }
 # The models that the recipe has sizes for, from the smallest to the largest.
 SIZED_MODELS = tuple(_FITS["h100:1"])

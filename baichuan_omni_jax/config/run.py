@@ -238,7 +238,8 @@ class ComputeConfig:
     dtype: Dtype = "bfloat16"  # of products and activations; trainable weights, norms, softmax and losses are fp32
     # What a layer keeps for its backward pass: nothing but its input, its attention's output too, or everything.
     remat: Literal["full", "attention_out", "none"] = "full"
-    # Positions of a row and shard; as many vocabulary logits are in memory at once as these would have.
+    # Positions of a row and shard; as many vocabulary logits are in memory at once as these would have. 0: all of them,
+    # and none is made a second time in the backward pass.
     loss_chunk: int = 1024
     mlp_chunk: int = 0  # positions of a row and shard that have the MLP's wide intermediates at once; 0: all
     # Which kernel computes attention. "": the best that the platform supports; a name never falls back.

@@ -66,13 +66,14 @@ def chunked_cross_entropy(
     """Computes each position's cross-entropy, fp32, from the logits `hidden @ weight_of(head).T`.
 
     Goes over the vocabulary in chunks: only as many logits are in memory as `chunk` positions of a row and shard have,
-    forward and backward (each is recomputed), and only a chunk of the head, as stored, is gathered.
+    forward and backward (each is recomputed), and only a chunk of the head, as stored, is gathered. One chunk is kept
+    for the backward pass, which follows at once.
 
     Args:
         hidden: the last norm's output, in the compute dtype.
         head: as stored, fp32 or frozen bf16; its gradient is fp32 from the product on.
         targets: token ids, one a position.
-        chunk: positions of a row and shard whose logits over the whole vocabulary may be in memory at once.
+        chunk: positions of a row and shard whose logits over the whole vocabulary may be in memory at once; 0: all.
         rules: how the logits are split: batch, length, act_vocab.
         weight_of: gathers rows of the head, and casts them to what the product takes.
         special: rows that stand in for some of the head's (special tokens that train in a frozen table).
@@ -85,8 +86,7 @@ def chunked_cross_entropy(
     # fp32 here, so that the chunks' gradients are summed in fp32.
     wide = hidden.astype(jnp.float32)
 
-    @jax.checkpoint
-    def of_chunk(wide: Array, rows: Array, vocab_ids: Array) -> tuple[Array, Array]:
+    def logits_of(wide: Array, rows: Array, vocab_ids: Array) -> tuple[Array, Array]:
         with jax.named_scope("logits"):
             weight, spec = weight_of(rows), rules.spec("batch", "length", "act_vocab")
             x = wide.astype(hidden.dtype)
@@ -97,6 +97,7 @@ def chunked_cross_entropy(
 
     # Each chunk's log-sum-exp and the target's logit, where the chunk has it; then over the chunks.
     rows = split_parts(head, chunks), split_parts(vocab_ids, chunks)
+    of_chunk = jax.checkpoint(logits_of) if chunks > 1 else logits_of
     _, (totals, picked) = jax.lax.scan(lambda _, rows: (None, of_chunk(wide, *rows)), None, rows)
     if special is None:
         return jax.nn.logsumexp(totals, 0) - picked.sum(0)
@@ -114,6 +115,8 @@ def _vocab_chunks(hidden: Array, head: Array, chunk: int, rules: ShardingRules) 
     mesh = jax.typeof(hidden).sharding.mesh
     shards = lambda name: 1 if mesh.empty else axis_product(mesh, rules.axes(name))  # noqa: E731
     vocabulary, positions = head.shape[0] // shards("vocab"), hidden.shape[1] // shards("length")
+    if not chunk:
+        return 1
     # Equal chunks, so that one program serves all.
     divisors = (n for n in range(1, vocabulary + 1) if vocabulary % n == 0)
     return next(n for n in divisors if n * chunk >= positions or n == vocabulary)

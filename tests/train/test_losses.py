@@ -213,7 +213,7 @@ def test_logits_of_the_targets_alone_change_nothing(losses, documents, spare):
     assert max(relative(gradient[name], same[name]) for name in PARAMETERS) <= TOLERANCE
 
 
-@pytest.mark.parametrize("chunk", [8, 7, 24, 100])
+@pytest.mark.parametrize("chunk", [8, 7, 24, 100, 0])
 def test_chunked_cross_entropy_equals_the_whole(chunk):
     """Value and gradients, for chunks that divide the 24 positions of a row, that do not, and that exceed it."""
     rng, mesh = np.random.default_rng(0), one_device()
