@@ -198,6 +198,9 @@ class EvalConfig:
     suite_judge: str = "rules"
 
 
+OptimizerName = Literal["adamw", "adafactor", "muon"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class GroupConfig:
     r"""Parameters that train alike: those whose path matches `pattern`, unless a group before matches."""
@@ -209,15 +212,19 @@ class GroupConfig:
     decay_steps: int | None = None
     final_fraction: float | None = None
     weight_decay: float | None = None  # None is 0 with `special_tokens_only`
+    optimizer: OptimizerName | None = None
     # The group's tables (`llm.embedding`, `llm.head`) are frozen but for the rows of the special tokens.
     special_tokens_only: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay. The moments' decays are those that 7B language models train with."""
+    """Linear warm-up, cosine decay, and by default AdamW, whose decays are those that 7B language models train with."""
 
     groups: tuple[GroupConfig, ...] = (GroupConfig(name="all", pattern=".*", learning_rate=1e-4),)
+    # adafactor: of second moments the sums over rows and columns, no first ones, so hardly any state. muon: orthogonal
+    # updates of the layers' matrices, by one moment; the group's other parameters go by AdamW.
+    optimizer: OptimizerName = "adamw"
     warmup_steps: int = 100  # from 0 to the peak
     decay_steps: int = 10000  # counted from step 0; then the rate stays, so that a run can go on
     final_fraction: float = 0.1  # of the peak, at the end of the decay

@@ -16,7 +16,8 @@ from baichuan_omni_jax.config import OmniConfig, RunConfig
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.nn.linear import ROWS, SpecialRows, put_rows, take_rows
 from baichuan_omni_jax.nn.param import ComputePolicy, named_values, named_variables, with_values
-from baichuan_omni_jax.train.groups import Groups, assign_groups, make_optimizer, special_ids
+from baichuan_omni_jax.train.groups import Groups, assign_groups, special_ids
+from baichuan_omni_jax.train.optimizers import make_optimizer
 from baichuan_omni_jax.train.tasks.audio import AudioTokenizerTask, FlowMatchingTask
 from baichuan_omni_jax.train.tasks.omni import OmniTask
 from baichuan_omni_jax.train.tasks.task import Task
@@ -173,19 +174,17 @@ def _first_state(spec: StepSpec, trainable: Arrays) -> TrainState:
 
 
 def abstract_state(spec: StepSpec) -> TrainState:
-    """Describes the state by shapes and shardings. Optimizer moments are placed as their parameters."""
+    """Describes the state by shapes and shardings."""
     trainable, frozen = spec.split(spec.shapes())
-    # The optimizer's own structure, by tracing its init.
+    # The optimizer's own structure, by tracing its init: moments lie as their parameters, sums over a parameter's rows
+    # as what is left of its dims, counts on every device.
     shapes = jax.eval_shape(lambda trainable: _first_state(spec, trainable), trainable)
-    replicated = NamedSharding(spec.mesh, PartitionSpec())
 
-    def place(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        # Optax keeps moments in dicts by the parameters' names; what has another shape (counts) is on every device.
-        name = next((key.key for key in reversed(path) if getattr(key, "key", None) in trainable), None)
-        sharding = trainable[name].sharding if name and leaf.shape == trainable[name].shape else replicated
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    def place(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        parts = PartitionSpec() if leaf.sharding is None else leaf.sharding.spec
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(spec.mesh, parts))
 
-    return replace(jax.tree_util.tree_map_with_path(place, shapes), trainable=trainable, frozen=frozen)
+    return replace(jax.tree.map(place, shapes), trainable=trainable, frozen=frozen)
 
 
 def saved_opt_state(state: TrainState) -> Any:

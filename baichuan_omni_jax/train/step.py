@@ -10,7 +10,7 @@ import optax
 
 from baichuan_omni_jax.nn.remat import split_parts
 from baichuan_omni_jax.omni.batch import Batch
-from baichuan_omni_jax.train.groups import learning_rates
+from baichuan_omni_jax.train.optimizers import learning_rates
 from baichuan_omni_jax.train.state import Arrays, StepSpec, TrainState
 from baichuan_omni_jax.train.tasks.task import Metrics, NonGradientUpdates
 

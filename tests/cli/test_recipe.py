@@ -18,7 +18,7 @@ from baichuan_omni_jax.config import load_run_config
 from baichuan_omni_jax.config.recipes import RECIPES, SMALL, Recipe, RecipeStage
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.evaluation.chain_record import read_chain, read_metrics
-from baichuan_omni_jax.train.groups import schedule
+from baichuan_omni_jax.train.optimizers import schedule
 
 FAKE = Path(__file__).parents[1] / "helpers" / "fake_train.py"
 STEPS = 5

@@ -11,7 +11,8 @@ from flax import nnx
 from baichuan_omni_jax.config import GroupConfig, OptimizerConfig, resolve_model
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.nn.param import Buffer, named_variables
-from baichuan_omni_jax.train.groups import Groups, assign_groups, decays, make_optimizer, schedule
+from baichuan_omni_jax.train.groups import Groups, assign_groups
+from baichuan_omni_jax.train.optimizers import decays, make_optimizer, schedule
 from baichuan_omni_jax.train.state import TASKS, init_state, make_compute, make_step_spec
 from baichuan_omni_jax.train.step import compile_step
 from tests.helpers.micro import micro_run, one_device, open_micro, place

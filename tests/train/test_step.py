@@ -10,7 +10,7 @@ import pytest
 
 from baichuan_omni_jax.config import Budgets, load_run_config, resolve_model
 from baichuan_omni_jax.omni.batch import abstract_batch
-from baichuan_omni_jax.train.groups import schedule
+from baichuan_omni_jax.train.optimizers import schedule
 from baichuan_omni_jax.train.state import init_state, make_compute, make_step_spec
 from baichuan_omni_jax.train.step import StepReplay, bit_sum, compile_step, compute_gradients
 from tests.helpers.micro import CONFIG, one_device
