@@ -93,7 +93,7 @@ def test_a_run_whose_hosts_were_all_killed_goes_on_from_their_own_disks(command,
         return sorted(set.intersection(*steps)) if len(steps) == 2 else []
 
     def folders() -> list[Path]:
-        return list((tmp_path / "cache").rglob("*-steps_*"))
+        return list((tmp_path / "cache").glob("*/workdirs/*-steps_*"))
 
     # Two steps past a save, so that the newest step of both hosts is not in the workdir.
     assert wait_until(hosts[0], lambda: bool(committed(workdir)) and max(kept(), default=0) % 4 == 2)
@@ -120,7 +120,7 @@ def test_a_new_machine_among_the_hosts_sends_all_to_the_workdir(command, tmp_pat
     for process in hosts:
         process.send_signal(signal.SIGKILL)
         process.communicate()
-    (own,) = (tmp_path / "cache").rglob("*-steps_1")
+    (own,) = (tmp_path / "cache").glob("*/workdirs/*-steps_1")
     for step in own.iterdir():
         step.rename(own / f"{step.name}.partial")
     saved = committed(workdir)[-1]
