@@ -39,9 +39,9 @@ def train(kind: str, data: Path, workdir: Path) -> dict:
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     last = max((path for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()), key=lambda p: int(p.name))
     state = sum(path.stat().st_size for path in (last / "opt_state").rglob("*") if path.is_file())
-    losses = {line["step"]: line["loss"] for line in lines}
+    losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
     return {
-        "accuracy": lines[-1]["ability/digit/accuracy"],
+        "accuracy": [line["ability/digit/accuracy"] for line in lines if "ability/digit/accuracy" in line][-1],
         "state": state,
         "curve": {step: round(losses[step], 3) for step in CURVE if step in losses},
     }
