@@ -177,17 +177,21 @@ def decode_packets(
     Yields:
         The frames, in order.
     """
-    for packet in _read_packets(container, stream, damage):
-        damage.packets += packet.size > 0
-        try:
-            frames = packet.decode() if decode is None else decode(packet)
-        except FFmpegError:
-            damage.damaged += packet.size > 0
-            continue
-        yield from frames
+    for packet in read_packets(container, stream, damage):
+        yield from decode_packet(packet, damage, decode)
 
 
-def _read_packets(container: InputContainer, stream: Stream, damage: Damage) -> Iterator[Packet]:
+def decode_packet(packet: Packet, damage: Damage, decode: Callable[[Packet], list] | None = None) -> list:
+    """Decodes one packet as `decode_packets` does; returns the frames that come out, none where it fails."""
+    damage.packets += packet.size > 0
+    try:
+        return packet.decode() if decode is None else decode(packet)
+    except FFmpegError:
+        damage.damaged += packet.size > 0
+        return []
+
+
+def read_packets(container: InputContainer, stream: Stream, damage: Damage) -> Iterator[Packet]:
     """Yields packets to the end; where reading fails it goes on behind, as long as something comes."""
     came = True
     while came:

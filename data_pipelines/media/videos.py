@@ -29,7 +29,6 @@ from data_pipelines.media.containers import (
     Damage,
     check_decoded,
     check_video,
-    decode_packets,
     is_cut,
     measured_seconds,
     opened,
@@ -37,8 +36,8 @@ from data_pipelines.media.containers import (
 )
 from data_pipelines.media.images import check_size
 from data_pipelines.media.location import Media
+from data_pipelines.media.sparse_decoding import SLACK, SparseDecoder
 
-_SLACK = 1e-3  # seconds; time stamps are rounded to the container's clock
 _JUMP = 4.0  # seconds to the next frame wanted from which on key frames in between are looked for
 _BEFORE = 1.0  # seconds by which a jump ends before the frame wanted: tables of key frames are in decoding order
 # FFmpeg's own decoders of these leave out the alpha channel, which WebM keeps beside the packets.
@@ -113,7 +112,7 @@ def frame_times(duration: float, frames_per_second: float, max_frames: int) -> t
     >>> frame_times(3.5, 1.0, 32), frame_times(8.0, 1.0, 3)
     ((0.0, 1.0, 2.0, 3.0), (0.0, 3.0, 7.0))
     """
-    count = max(1, ceil(duration * frames_per_second - _SLACK))
+    count = max(1, ceil(duration * frames_per_second - SLACK))
     places = range(count)
     if count > max_frames:
         places = np.linspace(0, count - 1, max_frames).astype(int).tolist()
@@ -126,10 +125,14 @@ class _Frames:
     def __init__(self, container: InputContainer, stream: VideoStream, media: Media, damage: Damage):
         self.container, self.stream, self.media = container, stream, media
         self._damage = damage
+        # Packets of other tracks, and those when the last wanted frame was found.
+        self._before = self._counted = (damage.packets, damage.damaged)
         self._convert = VideoReformatter()
-        self._frames = self._decoded()
-        self._pixels = 0  # decoded so far
+        self._sparse = True
         self._start: float | None = None
+        self._wanted: tuple[float, ...] = ()
+        self._decode_from_here()
+        self._pixels = 0  # decoded so far
         self._last: VideoFrame | None = None
         self._time = 0.0  # of the last frame
         self._jumps = True
@@ -145,33 +148,55 @@ class _Frames:
 
     def at(self, times: tuple[float, ...]) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
         """Yields frames as `decode_frames`."""
-        turn, shown = self.turn, None
+        turn, shown, found = self.turn, None, 0.0
         image: UInt8[np.ndarray, "h w 3"] | None = None
-        for wanted in times:
+        for place, wanted in enumerate(times):
+            self._decoder.wanted = self._wanted = times[place:]
             self._jump(wanted)
-            while self._time < wanted - _SLACK:
-                if not self._next():
-                    self._check_end(times[-1])
-                    break
+            self._find(wanted)
+            if self._sparse and not self._is_exact(wanted):
+                self._sparse = False
+                self._return_before(found, wanted)
+                self._find(wanted)
+            found, self._counted = self._time, (self._damage.packets, self._damage.damaged)
+            if self._ended:
+                self._check_end(times[-1])
             frame = cast(VideoFrame, self._last)  # `turn` has decoded the first one
             if image is None or frame is not shown:
                 image, shown = turn.apply(self._rgb(frame)), frame
             yield image
         self._damage.check()
 
-    def _decoded(self) -> Iterator[VideoFrame]:
-        frames = decode_packets(self.container, self.stream, self._damage, _alpha_decoder(self.stream))
-        return cast(Iterator[VideoFrame], frames)  # of a video stream
+    def _find(self, wanted: float) -> None:
+        """Decodes until the first frame at or after `wanted`, or to the end."""
+        while self._time < wanted - SLACK and self._next():
+            pass
+
+    def _is_exact(self, wanted: float) -> bool:
+        """Tells whether the frame that was found is surely that of a whole decode.
+
+        Damaged packets cost other frames where some are passed over, and are to be counted over all of them.
+        """
+        expected = self._decoder.expected(wanted)
+        damaged = self._damage.damaged > self._counted[1]
+        return not damaged and (expected is None or abs(expected - self._time) < SLACK / 10)
+
+    def _decode_from_here(self) -> None:
+        decoder = SparseDecoder(self.container, self.stream, self._damage, _alpha_decoder(self.stream))
+        decoder.sparse &= self._sparse
+        self._decoder, self._frames, self._ended = decoder, decoder.frames(), False
+        decoder.wanted, decoder.start = self._wanted, self._start or 0.0
 
     def _next(self) -> bool:
         """Decodes one frame; False at the end."""
         frame = next(self._frames, None)
         if frame is None:
+            self._ended = True
             return False
         self._pixels += frame.height * frame.width
         check_decoded(self._pixels, self.media.name)
         if self._start is None:
-            self._start = frame.time or 0.0
+            self._start = self._decoder.start = frame.time or 0.0
             self._turn = _Turn.from_frame(frame)
         self._last = frame
         if frame.time is not None:
@@ -185,18 +210,19 @@ class _Frames:
         """
         if not self._jumps or wanted - self._time < _JUMP:
             return
-        place = self._key_frame(wanted - _BEFORE)
-        if place is None:
-            return
-        # Tables of key frames can be wrong: the frame found must still lie before the one wanted.
-        self._go_to(place)
-        if not self._next() or self._time > wanted + _SLACK:
-            self._jumps = False
-            self._go_to(self.stream.start_time or 0)
-            self._next()
+        place = self._key_frame(wanted - _BEFORE, self._time + _BEFORE)
+        if place is not None:
+            self._go_to(place, wanted)
 
-    def _key_frame(self, wanted: float) -> int | None:
-        """Returns the time stamp of the last key frame at or before `wanted`, if that is ahead."""
+    def _return_before(self, found: float, wanted: float) -> None:
+        """Goes back to a key frame well before the frame at `found`, or to the beginning."""
+        place = self._key_frame(found - _BEFORE, 0.0) if self._jumps else None
+        # What is decoded once more is not counted twice.
+        self._damage.packets, self._damage.damaged = self._before if place is None else self._counted
+        self._go_to(self.stream.start_time or 0 if place is None else place, wanted)
+
+    def _key_frame(self, wanted: float, after: float) -> int | None:
+        """Returns the time stamp of the last key frame at or before `wanted`, if that lies behind `after` seconds."""
         table, unit, start = self.stream.index_entries, self.stream.time_base, self._start or 0.0
         if unit is None:
             return None
@@ -204,11 +230,19 @@ class _Frames:
         if number < 0:
             return None
         place = table[number].timestamp
-        return place if float(place * unit) - start > self._time + _BEFORE else None
+        return place if float(place * unit) - start > after else None
 
-    def _go_to(self, place: int) -> None:
+    def _go_to(self, place: int, wanted: float) -> None:
+        """Decodes the first frame from the time stamp `place` on.
+
+        Tables of key frames can be wrong: it must lie before the one wanted; if not, all is decoded from the beginning.
+        """
         self.container.seek(place, stream=self.stream)
-        self._frames = self._decoded()
+        self._decode_from_here()
+        begin = self.stream.start_time or 0
+        if (not self._next() or self._time > wanted + SLACK) and place > begin:
+            self._jumps = False
+            self._go_to(begin, wanted)
 
     def _check_end(self, wanted: float) -> None:
         """Checks the end: after the last frame, which may stay long, nothing is missing unless the table of frames says
