@@ -33,8 +33,7 @@ class PendingStep:
     """A step that was sent to the devices; its numbers are not read yet. Times in seconds."""
 
     step: int
-    numbers: dict[str, jax.Array]
-    counts: dict[str, jax.Array]
+    numbers: jax.Array  # of a `NumberStack`
     batch: dict[str, np.ndarray]
     epochs: dict[str, float]
     began: float
@@ -44,8 +43,8 @@ class PendingStep:
 
     def is_done(self) -> bool:
         """Whether the devices have finished it."""
-        loss: Any = self.numbers["loss"]  # is_ready is missing in jax's stubs
-        return loss.is_ready()
+        numbers: Any = self.numbers  # is_ready is missing in jax's stubs
+        return numbers.is_ready()
 
 
 class Hook:

@@ -28,6 +28,7 @@ from baichuan_omni_jax.train.metrics import (
     METRICS,
     CompileCounter,
     MetricsRecord,
+    NumberStack,
     RunLog,
     Throughput,
     drop_absent_sources,
@@ -116,8 +117,8 @@ class Trainer:
         folder = self._mirror.path
         self._steps, self._first_step = run.train.steps, first_step
         self._workdir, self._data, self._console, self._compiles = workdir, data, console, compiles
-        # Two programs a step: the step (two more on CPU, see `CompiledStep`), and the counts that its FLOPs need.
-        self._place, self._step, self._counts = place, compile_step(spec), jax.jit(spec.task.batch_counts)
+        # Two programs a step: the step (two more on CPU, see `CompiledStep`), and its numbers as one array.
+        self._place, self._step, self._stack = place, compile_step(spec), NumberStack(spec.task.batch_counts)
         self._trace = StepTrace(folder, options.profile)
         devices = spec.mesh.devices
         peak = peak_flops(devices.flat[0].device_kind)
@@ -237,15 +238,15 @@ class Trainer:
         self._watch.enter(number, WAITING if known else "compiling", in_step=known)
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
             state, numbers = self._step(progress.state, batch)
-            counts = self._counts(batch)
-        self._trace.after(number, (numbers, counts))
+            stacked = self._stack(numbers, batch)
+        self._trace.after(number, stacked)
         sending = time.perf_counter() - sending
         compiling = sending if self._compiles.count > compiled else 0.0
         if compiling and number > self._first_step + 1:
             log.warning("step %d had to compile %d programs", number, self._compiles.count - compiled)
 
         epochs = self._data.epochs(rows.state)
-        sent = PendingStep(number, numbers, counts, rows.batch, epochs, began, waited, sending, compiling + replaying)
+        sent = PendingStep(number, stacked, rows.batch, epochs, began, waited, sending, compiling + replaying)
         return RunProgress(number, state, rows.state), sent
 
     def _call_due(self, progress: RunProgress) -> None:
@@ -281,8 +282,7 @@ class Trainer:
         """Waits for a step's numbers: its line of metrics.jsonl."""
         # This is where the host waits for the devices.
         self._watch.enter(pending.step, WAITING)
-        fetched = jax.device_get((pending.numbers, pending.counts))
-        numbers, counts = ({name: float(value) for name, value in part.items()} for part in fetched)
+        numbers, counts = self._stack.read(pending.numbers)
         now = time.perf_counter()
 
         # From the start of this step (or the end of the one before, still running then) until its numbers were there.

@@ -7,6 +7,7 @@ from types import ModuleType, SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from baichuan_omni_jax.config import load_run_config, resolve_model
@@ -14,7 +15,7 @@ from baichuan_omni_jax.errors import ConfigError, StorageError
 from baichuan_omni_jax.flops.terms import flops_by_branch, omni_terms
 from baichuan_omni_jax.train import goodput
 from baichuan_omni_jax.train.goodput import Goodput
-from baichuan_omni_jax.train.metrics import MetricsWriter, Throughput, WandbWriter
+from baichuan_omni_jax.train.metrics import MetricsWriter, NumberStack, Throughput, WandbWriter
 from baichuan_omni_jax.train.profiling import StepTrace, parse_span
 from tests.helpers.micro import CONFIG
 
@@ -99,6 +100,17 @@ def test_keys_of_an_earlier_version_are_refused_with_their_new_name(tmp_path, ol
     path.write_text(text)
     MetricsWriter(tmp_path, 0).close()
     assert path.read_text() == ""
+
+
+def test_numbers_of_a_step_come_as_one_array():
+    stack = NumberStack(lambda batch: {"tokens": batch["tokens"].sum(), "a": jnp.float32(7)})
+    numbers = {"loss": jnp.float32(1.5), "gradient_norm": jnp.float32(np.nan), "nonfinite": jnp.float32(1)}
+    stacked = stack(numbers, {"tokens": jnp.ones((2, 8))})
+    assert stacked.shape == (5,)
+    found, counts = stack.read(stacked)
+    assert (found["loss"], found["nonfinite"]) == (1.5, 1)
+    assert np.isnan(found["gradient_norm"])
+    assert counts == {"tokens": 16, "a": 7}
 
 
 def test_speed_and_mfu():
