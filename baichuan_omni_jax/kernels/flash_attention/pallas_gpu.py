@@ -25,7 +25,7 @@ from baichuan_omni_jax.kernels.flash_attention.pallas_gpu_kernels import (
     dq_kernel,
     forward_kernel,
 )
-from baichuan_omni_jax.kernels.flash_attention.plan import INTERIOR, BlockPlan, Segments, named, unpack
+from baichuan_omni_jax.kernels.flash_attention.plan import INTERIOR, BlockPlan, Segments, expected_pairs, named, unpack
 
 _MAX_HEAD_DIM = 128  # beyond it a tile's fp32 sums do not fit the registers
 _BLOCK_BITS = 13  # as in a packed pair of the plan
@@ -175,9 +175,30 @@ def _launch(
         out_specs=[specs[kind] for kind, _ in outputs],
         out_shape=[jax.ShapeDtypeStruct(shapes[kind], dtype) for kind, dtype in outputs],
         compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
+        cost_estimate=_cost(static, name, shape, q, k, outputs),
         interpret=static.interpret,
         name=f"flash_attention_{name}",
     )(*(x for _, x in arrays), *tokens, *visits)
+
+
+_PRODUCTS = {"forward": 2, "dq": 3, "dkv": 4}  # matrix products of a pair and head
+
+
+def _cost(
+    static: _Static, name: str, shape: Shape, q: Array, k: Array, outputs: Sequence[tuple[_Kind, DTypeLike]]
+) -> pl.CostEstimate:
+    """Estimates FLOPs, exponentials and bytes, which XLA's scheduler would take for none."""
+    rows, heads = q.shape[0], q.shape[2]
+    pairs = rows * heads * expected_pairs(shape.query.blocks, shape.key.blocks, static.block_kv, static.causal)
+    scores = pairs * static.block_q * static.block_kv
+    # A tile's own side is read once, the other side with every pair; results are written once.
+    by_pair = 2 * static.block_kv * q.shape[3] * q.dtype.itemsize
+    written = sum((q if kind != "key" else k).size * jnp.dtype(dtype).itemsize for kind, dtype in outputs)
+    return pl.CostEstimate(
+        flops=int(2 * _PRODUCTS[name] * scores * q.shape[3]),
+        transcendentals=int(scores),
+        bytes_accessed=int(pairs * by_pair + q.size * q.dtype.itemsize + written),
+    )
 
 
 def _side(length: int, block: int, tile: int) -> Side:

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
-from baichuan_omni_jax.kernels.flash_attention.plan import FIRST, INTERIOR, LAST, unpack
+from baichuan_omni_jax.kernels.flash_attention.plan import FIRST, INTERIOR, LAST, expected_pairs, unpack
 
 Side = Literal["query", "key"]
 
@@ -80,6 +80,7 @@ def forward(static: Static, visits: Visits, q, k, v, q_tokens, kv_tokens) -> tup
             pltpu.VMEM((static.heads, static.block_q), jnp.float32),
             pltpu.VMEM((static.heads, q.shape[3], static.block_q), jnp.float32),
         ],
+        products=2,
     )
     return out, lse
 
@@ -95,6 +96,7 @@ def backward_dq(static: Static, visits: Visits, q, k, v, q_tokens, kv_tokens, d_
         out=[jax.ShapeDtypeStruct(q.shape, q.dtype)],
         side="query",
         scratch=[pltpu.VMEM((static.heads, q.shape[3], static.block_q), jnp.float32)],
+        products=3,
     )
     return d_q
 
@@ -113,6 +115,7 @@ def backward_dkv(
         out=[jax.ShapeDtypeStruct(k.shape, k.dtype)] * 2,
         side="key",
         scratch=[accumulator, accumulator],
+        products=4,
     )
     return d_k, d_v
 
@@ -127,6 +130,7 @@ def _visit(
     out: Sequence[jax.ShapeDtypeStruct],
     side: Side,
     scratch: Sequence[Any],
+    products: int,
 ) -> tuple[Array, ...]:
     """Runs `kernel` over (rows, groups of heads, steps); arrays are blocked along their last axis, the tokens.
 
@@ -139,6 +143,7 @@ def _visit(
         out: shapes of the results.
         side: whose blocks the results have; pairs are in the order of that side.
         scratch: what a core keeps between the steps of a block.
+        products: matrix products of a pair and head, for the estimate of what the kernel costs.
     """
     rows, groups = queries[0].shape[:2]
     length = visits.pairs.shape[0] // rows
@@ -171,10 +176,30 @@ def _visit(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=static.vmem_bytes
         ),
+        cost_estimate=_cost(static, products, queries, keys, out, length),
         interpret=static.interpret,
         name=kernel.__name__.strip("_"),
     )
     return tuple(run(*visits, *queries, *keys))
+
+
+def _cost(
+    static: Static, products: int, queries: Sequence[Array], keys: Sequence[Array], out: Sequence[Any], length: int
+) -> pl.CostEstimate:
+    """Estimates FLOPs, exponentials and bytes of a kernel, so that XLA's scheduler does not take it for free."""
+    rows, groups, _, width, tokens = queries[0].shape
+    blocks_q = -(-tokens // static.block_q)
+    blocks_kv = length // blocks_q
+    pairs = rows * groups * expected_pairs(blocks_q, blocks_kv, static.block_kv, static.causal)
+    scores = pairs * static.heads * static.block_q * static.block_kv
+    # Blocks of the keys' side come with every pair, those of the queries once a block (dk, dv: the other way round).
+    size = lambda arrays: sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)  # noqa: E731
+    by_pair = size(keys) * pairs / (rows * groups * blocks_kv)
+    return pl.CostEstimate(
+        flops=int(2 * products * scores * width),
+        transcendentals=int(scores),
+        bytes_accessed=int(by_pair + size(queries) + size(out)),
+    )
 
 
 class _Step:

@@ -81,6 +81,18 @@ def blocks_of(length: int, block: int) -> int:
     return -(-length // block)
 
 
+_EXPECTED_KEYS = 4096  # that the queries of a block see in rows of packed documents
+
+
+def expected_pairs(blocks_q: int, blocks_kv: int, block_kv: int, causal: bool) -> float:
+    """Estimates how many pairs a row visits, where a compiler wants to know it before there is a batch.
+
+    Those below the diagonal, at most what queries see in packed documents.
+    """
+    seen = blocks_kv / 2 if causal else blocks_kv
+    return blocks_q * min(seen, 1 + _EXPECTED_KEYS / block_kv)
+
+
 def plan_row(
     segments: Segments, *, causal: bool, block_q: int, block_kv: int
 ) -> tuple[Int32[Array, "pairs"], Int32[Array, "pairs"], Int32[Array, ""]]:

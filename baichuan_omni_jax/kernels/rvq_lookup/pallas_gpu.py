@@ -61,6 +61,12 @@ def _nearest(x: Float32[Array, "n d"], level: _Level, *, interpret: bool) -> Int
         grid=(pl.cdiv(rows, tile),),
         out_shape=jax.ShapeDtypeStruct((rows,), jnp.int32),
         compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=STAGES),
+        # Every tile of rows reads all codes; without an estimate XLA's scheduler takes the kernel for free.
+        cost_estimate=pl.CostEstimate(
+            flops=2 * x.size * level.codebook.shape[0],
+            transcendentals=0,
+            bytes_accessed=4 * (x.size + x.shape[0] + pl.cdiv(x.shape[0], tile) * level.codebook.size),
+        ),
         interpret=interpret,
         name="rvq_nearest",
     )(x, level.codebook, level.half_norms)

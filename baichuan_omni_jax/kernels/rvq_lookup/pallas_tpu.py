@@ -79,6 +79,12 @@ def _nearest(x: Float32[Array, "n d"], level: _Level, *, tile: int, interpret: b
             pltpu.VMEM((row_tile, 1), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary")),
+        # Every tile of rows reads all codes; without an estimate XLA's scheduler takes the kernel for free.
+        cost_estimate=pl.CostEstimate(
+            flops=2 * x.size * level.codebook.shape[0],
+            transcendentals=0,
+            bytes_accessed=4 * (x.size + x.shape[0] + pl.cdiv(x.shape[0], row_tile) * level.codebook.size),
+        ),
         interpret=interpret,
         name="rvq_nearest",
     )(x, level.codebook, level.half_norms)
