@@ -22,6 +22,7 @@ from baichuan_omni_jax.config import Budgets, OmniConfig
 from data_pipelines.documents.prompts import AudioElement, ImageElement, TextElement, parse_prompt
 from data_pipelines.media.features import visual_size
 from data_pipelines.media.videos import frame_times
+from data_pipelines.packing.rows import worker_count
 from data_pipelines.pipeline import Pipeline
 
 # For each step: its rows, each a list of manifest lines as (text, media folder); and the frames of its mel slots.
@@ -122,7 +123,7 @@ def loader(rows: Rows, mel_frames: list[int], tokenizer: str, pipeline: Pipeline
     """Steps of the pipeline's rows by as many workers; each computes with one thread, PyTorch's default in workers."""
     config = pipeline.config
     data = LooseFiles(rows, mel_frames, tokenizer, pipeline.omni, config.budgets, trimmed)
-    return DataLoader(data, batch_size=config.rows, num_workers=config.workers)
+    return DataLoader(data, batch_size=config.rows, num_workers=worker_count(config))
 
 
 def manifest_lines(manifests: list[Path]) -> dict[str, tuple[str, str]]:

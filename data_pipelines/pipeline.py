@@ -32,7 +32,7 @@ from data_pipelines.packing.mixture import Mixture, check_loss_weights, epochs_r
 from data_pipelines.packing.oversize import check_policies, with_pieces
 from data_pipelines.packing.packer import Packer, RowPlan, check_plan
 from data_pipelines.packing.row_limits import budget_vector, check_media_shards, mel_slots, patch_layout
-from data_pipelines.packing.rows import ALL_ROWS, RowDecoder, RowShard, Step, StepDataset, read_steps
+from data_pipelines.packing.rows import ALL_ROWS, RowDecoder, RowShard, Step, StepDataset, read_steps, worker_count
 from data_pipelines.packing.step_plan import StepPlan, check_format
 from data_pipelines.tokenizers.tokenizer import load_tokenizer, train_tokenizer
 
@@ -157,7 +157,7 @@ class Pipeline:
         # Workers make the plan themselves: it is cheap, and its state travels with each step.
         plan = partial(self.step_plan, epochs=epochs, resume_state=resume_state if state is None else None)
         dataset = StepDataset(plan, self.decoder(codes, context_shards), shard, state)
-        return read_steps(dataset, self.config.workers)
+        return read_steps(dataset, worker_count(self.config))
 
 
 class TrainingData:
@@ -267,10 +267,10 @@ def open_pipeline(
 
 def _open_index(config: DataConfig, source: SourceConfig, processor: Processor) -> Index:
     # Measured once, whatever the budgets; then cut down to these budgets; then what is too long made to fit.
-    index = load_index(config, source, processor, config.workers)
+    index = load_index(config, source, processor, worker_count(config))
     index = index.within(config.budgets, config.media_shards)
     policies = config.oversize if source.oversize is None else source.oversize
-    return with_pieces(index, policies, processor, cache_folder(config), config.workers)
+    return with_pieces(index, policies, processor, cache_folder(config), worker_count(config))
 
 
 def _name_skipped(index: Index) -> None:

@@ -30,6 +30,7 @@ from baichuan_omni_jax.train.hosts import (
 from baichuan_omni_jax.train.run_data import ensure_codes, open_pipelines
 from data_pipelines.audio_codes.build import SINGLE_HOST, CodeBuildOptions, Hosts
 from data_pipelines.audio_codes.writer import PART_FRAMES
+from data_pipelines.packing.rows import worker_count
 from data_pipelines.pipeline import open_pipeline, prepare_sample
 from data_pipelines.tools import stats
 from data_pipelines.tools.commands import RUNNERS, make_runner
@@ -77,7 +78,7 @@ def run_tokenize(options: argparse.Namespace) -> None:
     check_agreement(version_facts() | run_facts(run))
     # Process 0 builds the index and writes it, the others read it.
     pipelines = list(process_zero_first(lambda: open_pipelines(run, omni)).values())
-    build = on_all_hosts(lambda: make_build_options(options, run.data.workers))
+    build = on_all_hosts(lambda: make_build_options(options, worker_count(run.data)))
     alone = jax.process_count() == 1
     hosts = SINGLE_HOST if alone else Hosts(jax.process_count(), jax.process_index(), process_zero_first, on_all_hosts)
     # Each host encodes its share of the clips on its own devices; nothing is exchanged but what is done.

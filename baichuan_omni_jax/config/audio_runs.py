@@ -137,7 +137,6 @@ def _speech(
         rows=layout.rows,
         budgets=Budgets(tokens=layout.tokens, patches=0, audio_frames=1504, audio_targets=1504, mel_windows=_CLIPS),
         mel_frames=(504, 1000, 2000, 3000),
-        workers=8,
     )
 
 

@@ -144,7 +144,14 @@ def convert_value(kind: Any, value: Any, where: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        return convert_value(next(a for a in args if a is not type(None)), value, where)
+        # A number or one of a few words: the words first, since they say which values they are.
+        words = [word for each in args if typing.get_origin(each) is Literal for word in typing.get_args(each)]
+        if isinstance(value, str) and value in words:
+            return value
+        kind = next(a for a in args if a is not type(None) and typing.get_origin(a) is not Literal)
+        if words and (not isinstance(value, kind) or isinstance(value, bool)):
+            raise ConfigError(f"{where} must be {kind.__name__} or {', '.join(map(repr, words))}, not {value!r}")
+        return convert_value(kind, value, where)
     if origin is Literal:
         if value not in args:
             raise ConfigError(f"{where} must be one of {', '.join(map(str, args))}, not {value!r}")

@@ -102,7 +102,9 @@ class DataConfig:
     weights_by: Literal["documents", "tokens", "trainable"] = "documents"
     continue_sources: bool = False  # each source goes on where the run of `checkpoint.init_from` left it
     seed: int = 0  # of the order of documents
-    workers: int = 2  # decoding processes a host; 0: in the training process
+    # Decoding processes a host; 0: in the training process. "auto": by its cores and memory
+    # (`data_pipelines.packing.rows.worker_count`).
+    workers: int | Literal["auto"] = "auto"
     # A `tokenizer.json`. "": that of the weights the run starts from, else one trained on the manifests' own text, of
     # the model's `llm.vocab_size` entries.
     tokenizer: str = ""

@@ -313,7 +313,6 @@ def stage_run(
             audio_targets=recipe.audio_targets // shorter,
             text_targets=recipe.text_targets // shorter,
         ),
-        workers=8,
         audio_tokenizer=path_in(home, "weights/omni"),
         media_shards=media_shards,
         # One conversation of 64k tokens costs nearly twice what a row of short ones does.

@@ -25,6 +25,7 @@ from data_pipelines.audio_codes.build import (
     open_or_build_shared,
 )
 from data_pipelines.audio_codes.store import CodeStore
+from data_pipelines.packing.rows import worker_count
 from data_pipelines.pipeline import Pipeline, open_pipeline, prepare_sample
 
 
@@ -65,7 +66,8 @@ def open_run_data(
     pipelines = open_pipelines(run, omni)
     store = kept = None
     if run.task == "omni":
-        store, tokenizer = ensure_codes(run, omni, list(pipelines.values()), CodeBuildOptions(run.data.workers), home)
+        build = CodeBuildOptions(worker_count(run.data))
+        store, tokenizer = ensure_codes(run, omni, list(pipelines.values()), build, home)
         if "audio_head" in run.branches and home != workdir / KEPT:
             # In the host's memory: the devices are for the training state.
             values = {name: np.asarray(value) for name, value in named_values(tokenizer).items()}

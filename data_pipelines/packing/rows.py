@@ -22,7 +22,7 @@ from absl import flags
 from grain.multiprocessing import SharedMemoryArray
 from jaxtyping import Int32
 
-from baichuan_omni_jax.config import Budgets, OmniConfig
+from baichuan_omni_jax.config import Budgets, DataConfig, OmniConfig
 from baichuan_omni_jax.storage.cache import Prefetcher
 from data_pipelines.documents.document import Document, Lengths
 from data_pipelines.documents.media_items import Codes
@@ -246,6 +246,28 @@ class StepIterator(grain.DatasetIterator):
         self._plan.restore(state["plan"])
         self._given, self._skip = state, state["skip"]
         self._planned.clear()
+
+
+MOST_WORKERS, OTHER_CORES = 64, 8  # processes of a host that "auto" starts, and cores that it leaves alone
+_STEPS_HELD = 3  # by a worker: two that are done, and one in the making
+
+
+def worker_count(config: DataConfig) -> int:
+    """Returns how many processes decode rows on this host: `data.workers`, or for "auto" what its cores allow.
+
+    All cores but 8, at least 2 and at most 64; fewer where the steps that they hold, of all the rows of a step, would
+    take more than a quarter of the memory.
+    """
+    if config.workers != "auto":
+        return config.workers
+    affinity = getattr(os, "sched_getaffinity", None)  # not on every system
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    workers = min(MOST_WORKERS, max(2, cores - OTHER_CORES))
+    # Patches and mels are nearly all of a row.
+    budgets = config.budgets
+    a_row = budgets.patches * 600 + budgets.mel_windows * max(config.mel_frames, default=0) * 512 + budgets.tokens * 64
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(1, min(workers, memory // 4 // max(1, _STEPS_HELD * config.rows * a_row)))
 
 
 def read_steps(dataset: StepDataset, workers: int) -> Iterator[Step]:

@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from data_pipelines.packing.rows import free_shared_memory
+from baichuan_omni_jax.config import Budgets, DataConfig, RunConfig
+from baichuan_omni_jax.config.overrides import apply_overrides, from_dict, to_dict
+from baichuan_omni_jax.errors import ConfigError
+from data_pipelines.packing.rows import free_shared_memory, worker_count
 from tests.data_pipelines.conftest import with_config
 from tests.data_pipelines.datasets.test_jobs import alive, wait_for
 
@@ -95,3 +98,24 @@ def test_an_error_in_a_worker_is_raised_and_leaves_nothing(sample_pipeline, noth
 def test_a_worker_that_dies_is_told_and_leaves_nothing(sample_pipeline, nothing_left):
     with pytest.raises(RuntimeError, match="terminated unexpectedly with exit code -9"):
         list(with_config(sample_pipeline, workers=1).steps(Failing(dies=True), epochs=1))
+
+
+@pytest.mark.parametrize(("cores", "expected"), [(1, 2), (8, 2), (16, 8), (208, 64)])
+def test_as_many_workers_as_the_host_has_cores_for(monkeypatch, cores, expected):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2**26}.get)
+    budgets = Budgets(tokens=65536, patches=131072, audio_frames=0, audio_targets=0)
+    assert worker_count(DataConfig(budgets=budgets, rows=2)) == expected
+    assert worker_count(DataConfig(budgets=budgets, workers=3)) == 3
+    # 256 GiB hold the steps of few workers where a step has many rows.
+    assert worker_count(DataConfig(budgets=budgets, rows=256)) == min(expected, 1)
+
+
+def test_the_number_of_workers_is_a_number_or_a_word():
+    run = apply_overrides(RunConfig(name="x"), ["data.workers=3"])
+    assert run.data.workers == 3
+    run = apply_overrides(run, ["data.workers=auto"])
+    assert from_dict(RunConfig, to_dict(run)).data.workers == "auto"
+    for value in ("many", "1.5", "true"):
+        with pytest.raises(ConfigError, match=r"data\.workers must be int or 'auto', not"):
+            apply_overrides(run, [f"data.workers={value}"])
