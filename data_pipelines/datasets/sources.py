@@ -54,6 +54,7 @@ class ManifestSource:
     """
 
     tokenizer = ""  # lines that hold token ids are checked one by one
+    frames = ""  # videos are whole
 
     def __init__(self, path: str, root: Path, notes: Path, media: MediaFolder | None = None, media_key: str = ""):
         """`notes` is a folder where what a manifest's bytes gave is kept: they are read whole only when it changed.
@@ -141,8 +142,11 @@ class DatasetSource:
         self.path, self.root = path, root
         self._dataset: ShardedDataset = open_dataset(root / path, patience, cache)
         self._dataset.check_shards()
+        description = read_description(root / path, patience)
         # Of the token ids that it holds; "" where it holds text.
-        self.tokenizer: str = read_description(root / path, patience).get("tokenizer", "")
+        self.tokenizer: str = description.get("tokenizer", "")
+        # Which frames it holds of videos (`FrameSpec`); "" where these are whole.
+        self.frames: str = description.get("frames", "")
 
     @property
     def fingerprint(self) -> str:

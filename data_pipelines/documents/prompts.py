@@ -146,8 +146,9 @@ def parse_prompt(prompt: str) -> list[Element]:
     return _Parser(_SPLIT.split(prompt)).run()
 
 
-def replace_references(prompt: str, change: Callable[[MediaReference], MediaReference]) -> str:
-    """Writes the prompt with other media: a tag for which `change` gives another reference is written anew.
+def replace_references(prompt: str, change: Callable[[MediaReference, str], MediaReference]) -> str:
+    """Writes the prompt with other media: a tag for which `change`, which is told its mark, too, gives another
+    reference is written anew.
 
     All else stays as it is, byte for byte. Raises SampleError("bad_prompt").
     """
@@ -156,7 +157,7 @@ def replace_references(prompt: str, change: Callable[[MediaReference], MediaRefe
     for place in range(1, len(parts) - 2, 2):
         if parts[place + 2] == _CLOSING.get(parts[place]):
             reference = _read_reference(parts[place], parts[place + 1])
-            if (new := change(reference)) != reference:
+            if (new := change(reference, parts[place])) != reference:
                 parts[place + 1] = write_reference("path", new)
     return "".join(parts)
 

@@ -29,6 +29,7 @@ from data_pipelines.documents.document import Document
 from data_pipelines.documents.manifest import manifest_stem
 from data_pipelines.documents.processor import Processor
 from data_pipelines.errors import SampleError, first_of_causes
+from data_pipelines.media.frame_tracks import FrameSpec
 from data_pipelines.packing.columns import (
     META_FILE,
     NO_PIECES,
@@ -281,6 +282,13 @@ def load_index(config: DataConfig, entry: SourceConfig, processor: Processor, wo
         raise ConfigError(
             f"source {entry.name}: {entry.manifest} holds token ids of tokenizer {source.tokenizer}, not of "
             f"{processor.tokenizer_fingerprint}, the one in use: set data.tokenizer to the file it was cached with"
+        )
+    vision = processor.config.vision
+    if source.frames and not FrameSpec.parse(source.frames).serves(vision.frames_per_second, vision.max_frames):
+        taken = f"{vision.frames_per_second:g} a second, {vision.max_frames} of a video at most"
+        raise ConfigError(
+            f"source {entry.name}: {entry.manifest} was built with --frames {source.frames}, and the model takes "
+            f"{taken}: build it anew, from the videos"
         )
     folder = cache_folder(config) / f"{Path(manifest_stem(entry.manifest)).name}-{key}"
     fetch_shared(config, folder, META_FILE)

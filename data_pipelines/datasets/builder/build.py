@@ -35,10 +35,11 @@ from data_pipelines.datasets.sources import ANY_FOLDER
 from data_pipelines.documents.document import Document, is_known_type
 from data_pipelines.documents.measures import DocumentMeasure, collect, measure_document, totals
 from data_pipelines.documents.prompt_writing import misses_marks
-from data_pipelines.documents.prompts import TextElement, parse_prompt, replace_references
+from data_pipelines.documents.prompts import TextElement, VideoElement, parse_prompt, replace_references
 from data_pipelines.errors import SampleError, describe_causes, first_of_causes
+from data_pipelines.media.frame_tracks import FrameSpec, extract_frames
 from data_pipelines.media.location import Media, MediaReference, find_media, reading
-from data_pipelines.tokenizers.tokenizer import AUDIOTEXT_START
+from data_pipelines.tokenizers.tokenizer import AUDIOTEXT_START, VIDEO_START
 from data_pipelines.tools.commands import (
     add_media_arguments,
     add_runner_arguments,
@@ -50,6 +51,7 @@ from data_pipelines.tools.commands import (
 )
 
 MAX_MEDIA_BYTES = 1 << 30  # of one document: it is held in memory, here and when it is read
+FRAMES = ".frames.mov"  # behind the name of a video of which only frames are kept
 PARTS = "parts"  # folder for what the shards' documents were measured to be, and for what was skipped
 
 
@@ -73,7 +75,7 @@ def build_shard(unit: Unit, folder: Path) -> dict:
             try:
                 if isinstance(document, SampleError):
                     raise document
-                measures.append(_add(document, content.doubles.get(number), writer))
+                measures.append(_add(document, content.doubles.get(number), writer, content.frames))
                 unmarked += misses_marks(parse_prompt(document.text))
             except SampleError as error:
                 identifier = None if isinstance(document, SampleError) else document.id
@@ -93,43 +95,51 @@ def build_shard(unit: Unit, folder: Path) -> dict:
     return {**counts, "types": totals(table), "skipped": dict(sorted(causes.items()))}
 
 
-def _add(document: Document, double: str | None, writer: ShardWriter) -> DocumentMeasure:
+def _add(
+    document: Document, double: str | None, writer: ShardWriter, frames: FrameSpec | None = None
+) -> DocumentMeasure:
     """Writes a document; returns how large it is. Raises SampleError when it is skipped."""
     if double is not None:
         raise SampleError("duplicate_id", f"{document.location} has the id {document.id!r} of {double}")
-    whole, media = gather(document)
+    whole, media = gather(document, frames)
     measure = measure_document(whole)
     writer.write(whole, media)
     return measure
 
 
-def gather(document: Document) -> tuple[Document, dict[str, bytes]]:
+def gather(document: Document, frames: FrameSpec | None = None) -> tuple[Document, dict[str, bytes]]:
     """Reads the media of a document into memory; returns it with the bytes of each under the names that its text uses.
 
-    Media that stand in the text as base64 get the names `base64-1`, ... and are named in the text instead. Raises
+    Media that stand in the text as base64 get the names `base64-1`, ... and are named in the text instead. Of videos
+    only the `frames` are kept where these are given (`NAME.frames.mov`); the file itself where it is also heard. Raises
     SampleError as `parse_prompt` and `find_media`, and "too_big_media" when there are too many bytes for one record.
     """
     # Names first: every file that the text refers to by path keeps that path, base64 gets a name nobody uses.
-    references = [each.reference for each in parse_prompt(document.text) if not isinstance(each, TextElement)]
+    elements = [each for each in parse_prompt(document.text) if not isinstance(each, TextElement)]
     media: dict[str, Media] = {}
-    names: dict[MediaReference, MediaReference] = {}
-    paths = {reference.path for reference in references}
+    names: dict[tuple[MediaReference, bool], MediaReference] = {}
+    paths = {each.reference.path for each in elements}
     files: dict[str, Path | None] = {}
     left = MAX_MEDIA_BYTES
-    for reference in references:
-        if reference in names:
+    for element in elements:
+        reference, seen = element.reference, frames is not None and isinstance(element, VideoElement)
+        if (reference, seen) in names:
             continue
         found = find_media(reference, document.media)
         # Absolute paths and URLs reveal the machine: the shard knows the file by its place in the root.
         name = found.name if reference.path else _new_name(paths | media.keys())
+        while seen and (not name.endswith(FRAMES) or name in paths):
+            name += FRAMES
         if name != reference.path and name in paths | media.keys() and files.get(name) != found.path:
             name = reference.path
-        names[reference] = MediaReference(path=name)
+        names[reference, seen] = MediaReference(path=name)
         if name not in media:
-            media[name], files[name] = _read(found, name, left), found.path
+            taken = Media(name, None, extract_frames(found, frames, left)) if frames and seen else None
+            media[name], files[name] = taken or _read(found, name, left), found.path
             left -= media[name].size
     # The text then names what the record holds, and nothing of this machine.
-    text = replace_references(document.text, lambda reference: names[reference])
+    is_video = lambda mark: frames is not None and mark == VIDEO_START  # noqa: E731
+    text = replace_references(document.text, lambda reference, mark: names[reference, is_video(mark)])
     whole = replace(document, text=text, media=media)
     return whole, {name: held.data or b"" for name, held in media.items()}
 
@@ -163,6 +173,7 @@ def build_dataset(
     size: int,
     runner: Runner,
     trusted: Sequence[Path] = ANY_FOLDER,
+    frames: FrameSpec | None = None,
 ) -> dict:
     """Builds the data set at `out`, or what is missing of it.
 
@@ -177,6 +188,7 @@ def build_dataset(
         size: the bytes from which a shard is full; a document that is larger has a shard of its own.
         runner: does the shards.
         trusted: the folders that links among the media may lead to.
+        frames: which frames are kept of videos; None: the files as they are.
 
     Returns:
         What its `dataset.json` holds.
@@ -192,14 +204,16 @@ def build_dataset(
         # 1. Plan: which lines go into which shard follows from the files alone.
         sources = unpack(sources, out / UNPACKED)
         lines = plan_lines(sources, out / ".plan", runner)
-        job = Job("building", cut_shards(sources, lines, documents, size), build_shard, out)
+        job = Job("building", cut_shards(sources, lines, documents, size, frames), build_shard, out)
         # 2. Build: `dataset.json` goes before the first shard that it would no longer describe.
         remove_outdated(job)
         summaries = run_job(job, runner)
         # 3. Describe: written last, so that a folder with `dataset.json` is a whole data set.
         _join_skipped(job)
         shards = _describe_shards(job, summaries)
-        write_description(out, shards, {"manifests": [source.name for source in sources], **_sum(summaries)})
+        kept = {} if frames is None else {"frames": str(frames)}
+        manifests_of = [source.name for source in sources]
+        write_description(out, shards, {"manifests": manifests_of, **kept, **_sum(summaries)})
         shutil.rmtree(out / UNPACKED, ignore_errors=True)
     return read_description(out)
 
@@ -266,7 +280,9 @@ def _build(options: argparse.Namespace) -> None:
     size = _bytes(options.shard_bytes)
     runner = runner_from_options(options)
     manifests, trusted = options.manifests, trusted_from_options(options)
-    dataset = build_dataset(manifests, options.out, options.root, options.shard_documents, size, runner, trusted)
+    frames = FrameSpec.parse(options.frames) if options.frames else None
+    out, root, documents = options.out, options.root, options.shard_documents
+    dataset = build_dataset(manifests, out, root, documents, size, runner, trusted, frames)
     for line in describe(dataset):
         print(line)
     # What was skipped, by cause with one example; all of it is in a file.
@@ -326,6 +342,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_media_arguments(parser)
     add("--shard-documents", metavar="N", type=int, default=4096, help="most documents of a shard (default 4096)")
     add("--shard-bytes", metavar="SIZE", default="256M", help="size from which a shard is full (default 256M)")
+    add(
+        "--frames",
+        metavar="RATE",
+        default="",
+        help="keep of each video only the frames a model takes, as JPEG: 1fps, or 1fps:32 for at most 32 of a video",
+    )
     add_runner_arguments(parser)
 
 

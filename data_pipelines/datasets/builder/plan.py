@@ -26,6 +26,7 @@ from data_pipelines.documents.document import Document
 from data_pipelines.documents.manifest import LineRange, parse_line, plain_manifest, split_manifest
 from data_pipelines.documents.prompts import TextElement, parse_prompt
 from data_pipelines.errors import SampleError
+from data_pipelines.media.frame_tracks import QUALITY, FrameSpec
 from data_pipelines.media.location import MediaReference, MediaRoot, find_media
 
 RANGE = 1 << 25  # bytes of manifest of one unit of planning
@@ -213,17 +214,37 @@ FORMAT = 2  # raise it when the same manifests and media give other shards than 
 class ShardLines:
     """What goes into one shard: lines of a source, those that double another document, the state of the manifest.
 
-    `doubles` has the line's number and where the first document with its id is.
+    `doubles` has the line's number and where the first document with its id is; `frames` says which frames are kept of
+    videos (None: the whole files).
     """
 
     source: Manifest
     lines: LineRange
     doubles: Mapping[int, str]
     state: list[int]
+    frames: FrameSpec | None = None
 
 
-def cut_shards(sources: Sequence[Manifest], lines: Sequence[PlannedLines], documents: int, size: int) -> list[Unit]:
-    """Cuts the lines of each manifest into shards: the units of the job."""
+def cut_shards(
+    sources: Sequence[Manifest],
+    lines: Sequence[PlannedLines],
+    documents: int,
+    size: int,
+    frames: FrameSpec | None = None,
+) -> list[Unit]:
+    """Cuts the lines of each manifest into shards: the units of the job.
+
+    Args:
+        sources: the manifests.
+        lines: the lines of each.
+        documents: the most documents of a shard.
+        size: the most bytes, of manifest and media files as they are.
+        frames: which frames are kept of videos; None: the whole files.
+
+    Returns:
+        A unit a shard, with a `ShardLines`.
+    """
+    kept = [] if frames is None else [str(frames), QUALITY]
     # Ids are unique over all manifests, so doubles are found over all of them together.
     double, first = first_of_same_id(np.concatenate([own.ids for own in lines]))
     starts = np.cumsum([0, *map(len, lines)])
@@ -243,10 +264,10 @@ def cut_shards(sources: Sequence[Manifest], lines: Sequence[PlannedLines], docum
             lines_of = LineRange(source.lines, source.name, source.root, int(own.numbers[begin]), offset, length)
             # Everything that decides the shard's bytes: a shard is built again when, and only when, this changes.
             fingerprint = hashlib.sha256(
-                json.dumps([FORMAT, RECORD_SCHEMA, OPTIONS, source.name, lines_of.first, doubles]).encode()
+                json.dumps([FORMAT, RECORD_SCHEMA, OPTIONS, source.name, lines_of.first, doubles, *kept]).encode()
                 + own.contents[begin:end].tobytes()
             )
-            content = ShardLines(source, lines_of, doubles, state)
+            content = ShardLines(source, lines_of, doubles, state, frames)
             weight = int(own.sizes[begin:end].sum())
             units.append(Unit(f"{source.shards}-{number:05d}", fingerprint.hexdigest(), content, weight))
     return units

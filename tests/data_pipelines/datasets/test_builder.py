@@ -17,6 +17,8 @@ from data_pipelines.datasets.shards import open_dataset
 from data_pipelines.documents.document import Document
 from data_pipelines.documents.measures import load_measures
 from data_pipelines.errors import SampleError
+from data_pipelines.media.location import Media
+from data_pipelines.media.videos import probe_video, read_video
 from data_pipelines.tools.commands import make_runner
 from tests.helpers.small_media import as_base64, write_audio, write_image, write_video
 
@@ -323,3 +325,37 @@ def test_a_manifest_that_changes_while_it_is_built(copies):
     with pytest.raises(ConfigError, match=r"one\.jsonl changed while it was being built: start again"):
         build_dataset([root / "one.jsonl", root / "two.jsonl"], out, None, 3, 1 << 20, runner)
     assert not (out / "dataset.json").exists()
+
+
+def test_frames_in_place_of_videos(corpus, built, tmp_path):
+    """What a model of one frame a second sees is what the video shows; what is heard is left as it is."""
+    out = tmp_path / "frames"
+    assert main([*map(str, sorted(corpus.glob("*.jsonl"))), "--out", str(out), "--frames", "1fps"]) == 0
+    description = json.loads((out / "dataset.json").read_text())
+    assert description["frames"] == "1fps"
+    assert description["video_hours"] == json.loads((built / "dataset.json").read_text())["video_hours"]
+    (video,) = [one for shard in (0,) for one in open_dataset(out).documents_of(shard) if one.id == "video"]
+    assert list(video.media) == ["media/v.mp4.frames.mov", "media/v.mp4"]
+    assert video.text == VIDEO.replace("local", "path") % "media/v.mp4.frames.mov" + HEARD % "media/v.mp4" + "Gray."
+    for rate, most in ((1.0, 32), (1.0, 2)):
+        whole = Media("v.mp4", corpus / "media/v.mp4")
+        expected, given = read_video(whole, rate, most), read_video(video.media["media/v.mp4.frames.mov"], rate, most)
+        assert expected[0].times == given[0].times
+        for one, other in zip(expected[1], given[1], strict=True):
+            np.testing.assert_allclose(one.astype(int), other.astype(int), atol=3)
+
+
+def test_other_frames_are_another_data_set(corpus, built, tmp_path):
+    for spec, count in (("", 0), ("1fps", 1), ("1fps:2", 2)):
+        name = tmp_path / "out"
+        main([str(corpus / "one.jsonl"), "--out", str(name), *(["--frames", spec] if spec else [])])
+        assert json.loads((name / "dataset.json").read_text()).get("frames", "") == spec
+        if count == 2:
+            video = next(one for one in open_dataset(name).documents_of(0) if one.id == "video")
+            assert probe_video(video.media["media/v.mp4.frames.mov"], 1.0, 2).times == (0.0, 2.0)
+
+
+@pytest.mark.parametrize("spec", ["1", "fps", "0fps", "1fps:0", "1fps:x", "-1fps"])
+def test_a_rate_of_frames_that_is_none_is_refused(corpus, tmp_path, spec, capsys):
+    assert main([str(corpus / "one.jsonl"), "--out", str(tmp_path / "out"), f"--frames={spec}"]) == 2
+    assert f"--frames {spec} is no rate" in capsys.readouterr().err

@@ -333,3 +333,22 @@ def test_audio_that_vanished_is_passed_over_when_tokenising(root, tmp_path):
     assert documents_with_clips(tmp_path / "other") == [1]
     with pytest.raises(SampleError, match=r"s\.wav does not exist"):
         pipeline.processor.audio_items(pipeline.indexes[0].document(0))
+
+
+@pytest.mark.parametrize(("built", "fits"), [("1fps", True), ("2fps", True), ("0.5fps", False), ("1fps:7", False)])
+def test_shards_with_frames_that_the_model_does_not_take_are_refused(tmp_path, processor, built, fits):
+    (tmp_path / "mix").mkdir()
+    with ShardWriter(tmp_path / "mix" / "a-00000.array_record") as writer:
+        writer.write(
+            parse_line(json.dumps({"text": "hi<trainable_start>you<trainable_end>"}).encode(), 1, "m", None), {}
+        )
+    size = (tmp_path / "mix" / "a-00000.array_record").stat().st_size
+    write_description(tmp_path / "mix", [ShardFile("a-00000.array_record", 1, size, "0")], {"frames": built})
+    config, source = DataConfig(root=str(tmp_path)), SourceConfig(name="a", manifest="mix")
+    if fits:
+        assert load_index(config, source, processor).usable == 1
+        return
+    with pytest.raises(
+        ConfigError, match=f"source a: mix was built with --frames {built}, and the model takes 1 a second"
+    ):
+        load_index(config, source, processor)
