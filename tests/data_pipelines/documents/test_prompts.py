@@ -95,7 +95,15 @@ def test_references_are_replaced_where_they_stand():
         MediaReference(base64="AAAA"): MediaReference(path="new"),
         MediaReference(path="g.png"): MediaReference(path="猫"),
     }
-    assert replace_references(prompt, lambda reference: names.get(reference, reference)) == prompt.replace(
+    assert replace_references(prompt, lambda reference, _: names.get(reference, reference)) == prompt.replace(
         '{"base64": "AAAA"}', '{"path": "new"}'
     ).replace('{"path": "g.png"}', '{"path": "\\u732b"}')
-    assert replace_references(prompt, lambda reference: reference) == prompt
+    assert replace_references(prompt, lambda reference, _: reference) == prompt
+
+
+def test_references_are_replaced_by_what_they_are_for():
+    """A file that is seen and heard may become two."""
+    video = '<video_start_baichuan>{"path": "v.mp4"}<video_end_baichuan>'
+    heard = '<audio_start_baichuan>{"path": "v.mp4"}<audio_end_baichuan>'
+    seen = lambda reference, mark: MediaReference(path="f.mov") if "video" in mark else reference  # noqa: E731
+    assert replace_references(video + heard, seen) == video.replace("v.mp4", "f.mov") + heard
