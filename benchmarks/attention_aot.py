@@ -53,9 +53,9 @@ def abstract(mesh: Mesh, spec: P):
     return lambda shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
 
-def attend(q, k, v, ids, positions, *, heads: Heads, block: int, gather_kv: bool = True):
+def attend(q, k, v, ids, positions, *, heads: Heads, block: int, block_kv: int = 0, gather_kv: bool = True):
     segments = Segments.from_row(ids, positions)
-    plan = plan_blocks(segments, heads.causal, block, block, gather_kv=gather_kv)
+    plan = plan_blocks(segments, heads.causal, block, block_kv or block, gather_kv=gather_kv)
     return flash_attention(
         q,
         k,
@@ -69,7 +69,9 @@ def attend(q, k, v, ids, positions, *, heads: Heads, block: int, gather_kv: bool
     )
 
 
-def compile_attention(topology: str, heads: Heads, length: int, block: int, *, spec: P, dtype=jnp.bfloat16):
+def compile_attention(
+    topology: str, heads: Heads, length: int, block: int, *, spec: P, block_kv: int = 0, dtype=jnp.bfloat16
+):
     """Forward and backward; rows or their length split over all chips (`spec` names the axis "chips")."""
     mesh = chips(topology, "chips")
     place = abstract(mesh, spec)
@@ -77,7 +79,9 @@ def compile_attention(topology: str, heads: Heads, length: int, block: int, *, s
     q, k = ((rows, length, n, heads.head_dim) for n in (heads.heads, heads.kv_heads))
 
     def forward_and_backward(q, k, v, d_out, ids, positions):
-        out, vjp = jax.vjp(lambda *qkv: attend(*qkv, ids, positions, heads=heads, block=block), q, k, v)
+        out, vjp = jax.vjp(
+            lambda *qkv: attend(*qkv, ids, positions, heads=heads, block=block, block_kv=block_kv), q, k, v
+        )
         return out, vjp(d_out)
 
     arrays = [place(shape, dtype) for shape in (q, k, k, q)] + [place((rows, length), jnp.int32)] * 2

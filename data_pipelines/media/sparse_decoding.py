@@ -59,27 +59,36 @@ class SparseDecoder:
         self._bytes = 0  # of the packets in `_ahead`
         self._keys: deque[Packet] = deque()  # those of `_ahead` at which decoding can begin
         self._times: list[float] = []  # of the packets that came, ascending
+        self._given: set[float] = set()  # those of the packets of this group that were decoded whole
+        self._at_key = self._all_read = False  # whether the last packet taken begins a group; whether there are no more
         self._passed = False  # whether anything was passed over
 
     def frames(self) -> Iterator[VideoFrame]:
         """Yields frames to the end; those at the wanted times are among them."""
-        context = self._stream.codec_context
+        context, drained = self._stream.codec_context, False
         while (packet := self._take()) is not None:
-            # 1. Nothing of this group is wanted: what the decoder holds of it is forgotten, too.
-            dropped = False
-            while packet is not None and self._begins_later(packet):
+            # 1. Nothing more of this group is wanted: the decoder goes on behind it, and forgets it.
+            dropped = drained
+            while packet is not None and ((drained and not self._at_key) or self._begins_later(packet)):
                 packet, dropped = self._take(), True
-                self._passed = True
             if packet is None:
                 return
             if dropped:
                 context.flush_buffers()
+                self._given.clear()
+                self._passed = True
             # 2. Within a group: frames that nothing refers to are left out by the decoder where it is told so.
+            skip = self._can_skip(packet)
             if self._skips:
-                skip = self._can_skip(packet)
                 context.skip_frame = "NONREF" if skip else "DEFAULT"
                 self._passed |= skip
             yield from decode_packet(packet, self._damage, self._decode)
+            # 3. What the decoder holds back until more packets come is had at once where no more are needed.
+            if not skip and packet.pts is not None:
+                self._given.add(_seconds(packet))
+            drained = self._is_served()
+            if drained:
+                yield from decode_packet(self._last_packet(), self._damage)
 
     def expected(self, wanted: float) -> float | None:
         """Returns the time of the frame that a whole decode gives for `wanted`, by the packets that came; None: the
@@ -96,7 +105,8 @@ class SparseDecoder:
             return None
         packet = self._ahead.popleft()
         self._bytes -= packet.size
-        if self._keys and packet is self._keys[0]:
+        self._at_key = bool(self._keys) and packet is self._keys[0]
+        if self._at_key:
             self._keys.popleft()
         # Only where frames are wanted: a look at the first frame reads no more than that.
         reading = self.sparse and bool(self.wanted)
@@ -111,10 +121,31 @@ class SparseDecoder:
         first = bisect_left(self._times, self.start + self.wanted[0] - SLACK)
         return first == len(self._times) or self._times[first] >= _seconds(self._keys[0])
 
+    def _is_served(self) -> bool:
+        """Tells whether the decoder has been given every wanted frame that lies before the next key frame."""
+        if not (self.sparse and self.wanted and self._ahead and (self._keys or self._all_read)):
+            return False
+        border = _seconds(self._keys[0]) if self._keys else inf
+        for wanted in self.wanted:
+            place = bisect_left(self._times, self.start + wanted - SLACK)
+            time = self._times[min(place, len(self._times) - 1)]
+            if time >= border:
+                break
+            if time not in self._given:
+                return False
+        return True
+
+    def _last_packet(self) -> Packet:
+        """Makes the packet that ends a track: the decoder gives what it holds."""
+        packet = Packet()
+        packet.stream, packet.time_base = self._stream, self._stream.time_base
+        return packet
+
     def _read(self) -> bool:
         """Reads one packet more; False at the end."""
         packet = next(self._packets, None)
         if packet is None:
+            self._all_read = True
             return False
         self._ahead.append(packet)
         self._bytes += packet.size

@@ -11,6 +11,7 @@ import pytest
 
 from baichuan_omni_jax.kernels.flash_attention import Segments, pallas_tpu, plan_blocks, reference
 from baichuan_omni_jax.kernels.flash_attention.cases import SMALL, Case, Heads
+from baichuan_omni_jax.kernels.flash_attention.pallas_tpu_grid import Visits
 from baichuan_omni_jax.kernels.flash_attention.plan import FIRST, LAST, unpack
 from baichuan_omni_jax.nn.remat import remat
 from tests.helpers.proofs import sized
@@ -120,6 +121,28 @@ def forward_kernels(jaxpr) -> int:
 @pytest.mark.parametrize(("name", "dtype"), sized(FEW, [(name, dtype) for name in SMALL for dtype in TOLERANCE]))
 def test_every_case(name, dtype):
     assert_same_as_reference(SMALL[name], dtype)
+
+
+@pytest.mark.parametrize("blocks", [(128, 128), (256, 128), (128, 384)])
+def test_one_row_and_group_of_heads_is_shared_between_two_cores(blocks):
+    """Blocks of several chunks of queries, one that no pair visits, and a second core with less to do."""
+    assert_same_as_reference(Case("one", TINY, 640, 128, ((200, 250),), permuted=True), blocks=blocks)
+
+
+def test_cores_share_the_steps_of_a_row_and_no_block():
+    case = Case("rows", TINY, 1024, 128, ((1000,), (100, 30), ()))
+    plan = plan_blocks(case.segments(), True, 128, 128)
+    for pairs, place in ((plan.by_query[:, 0], 0), (plan.by_key[:, 0], 1)):
+        visits = Visits.from_pairs(pairs, plan.count[:, 0])
+        bounds = np.asarray(visits.bounds(2))
+        assert (np.diff(bounds) > 0).all()
+        np.testing.assert_array_equal(bounds[:, ::2], visits.bounds(1))
+        for row, (first, middle, end) in zip(np.asarray(pairs), bounds.tolist(), strict=True):
+            blocks = np.asarray(unpack(row)[place])
+            assert not set(blocks[first:middle]) & set(blocks[middle:end])
+            assert set(blocks[first:end]) == set(range(8))
+    # Of 36 pairs of one document each core has about half.
+    assert 14 <= int(visits.bounds(2)[0, 1]) <= 22
 
 
 def test_the_plan_lists_blocks_that_see_nothing_after_the_visited():

@@ -13,14 +13,8 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from baichuan_omni_jax.kernels.flash_attention.pallas_tpu_kernels import (
-    UNSEEN,
-    Static,
-    Visits,
-    backward_dkv,
-    backward_dq,
-    forward,
-)
+from baichuan_omni_jax.kernels.flash_attention.pallas_tpu_grid import Static, Visits
+from baichuan_omni_jax.kernels.flash_attention.pallas_tpu_kernels import UNSEEN, backward_dkv, backward_dq, forward
 from baichuan_omni_jax.kernels.flash_attention.plan import BlockPlan, Segments, named
 
 # v5e and v6e have 128 MiB of VMEM a core, v5p and 7x 64.

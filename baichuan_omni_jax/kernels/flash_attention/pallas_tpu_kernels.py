@@ -4,61 +4,22 @@ Tokens lie on lanes and the head dim on sublanes, (heads, h, tokens), so that he
 scores are (keys, queries), and a query's statistics are a row. Softmax runs in base 2 with the scale folded in.
 """
 
-import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
-from baichuan_omni_jax.kernels.flash_attention.plan import FIRST, INTERIOR, LAST, expected_pairs, unpack
-
-Side = Literal["query", "key"]
+from baichuan_omni_jax.kernels.flash_attention.pallas_tpu_grid import Static, Step, Visits, visit_pairs
 
 UNSEEN = -1e30
 # Below every score and above UNSEEN: a masked score's weight is 0 even where the maximum has seen nothing else.
 _FLOOR = -1e29
 # Scores are scaled by it once, and exp2 is what the hardware has.
 _LOG2E = math.log2(math.e)
-
-
-class Static(NamedTuple):
-    """Holds what the kernels are built for: `kv_heads` key heads a grid step, each with its `group` of query heads."""
-
-    causal: bool
-    scale: float
-    block_q: int
-    block_kv: int
-    kv_heads: int
-    group: int
-    vmem_bytes: int
-    interpret: bool
-
-    @property
-    def heads(self) -> int:
-        return self.kv_heads * self.group
-
-
-class Visits(NamedTuple):
-    """Holds pairs in the order of their visit (b * N,), and per row how many are real and how many steps (b,).
-
-    The steps after the real pairs only write the blocks that no pair visits.
-    """
-
-    pairs: Array
-    real: Array
-    steps: Array
-
-    @classmethod
-    def from_pairs(cls, pairs: Array, count: Array) -> "Visits":
-        """Takes them from a plan's list (b, N) and count (b,)."""
-        unvisited = (jnp.arange(pairs.shape[1]) >= count[:, None]) & (pairs & FIRST > 0)
-        return cls(pairs.reshape(-1), count, count + unvisited.sum(1, dtype=jnp.int32))
+_CHUNK = 128  # queries whose softmax is computed at once, one tile of lanes: their scores are 64 registers for 512 keys
 
 
 def forward(static: Static, visits: Visits, q, k, v, q_tokens, kv_tokens) -> tuple[Array, Array]:
@@ -67,7 +28,7 @@ def forward(static: Static, visits: Visits, q, k, v, q_tokens, kv_tokens) -> tup
     q (b, groups, heads, h, t); k, v (b, groups, kv_heads, h, s); tokens (b, 8, t): ids, positions, zeros.
     """
     row = (*q.shape[:3], q.shape[4])
-    out, lse = _visit(
+    out, lse = visit_pairs(
         _forward_kernel,
         static,
         visits,
@@ -87,7 +48,7 @@ def forward(static: Static, visits: Visits, q, k, v, q_tokens, kv_tokens) -> tup
 
 def backward_dq(static: Static, visits: Visits, q, k, v, q_tokens, kv_tokens, d_out, lse, delta) -> Array:
     """Computes dq like q. `lse` is in base 2, `delta` = out . d_out less the lse's cotangent, (b, groups, heads, t)."""
-    (d_q,) = _visit(
+    (d_q,) = visit_pairs(
         _dq_kernel,
         static,
         visits,
@@ -106,7 +67,7 @@ def backward_dkv(
 ) -> tuple[Array, Array]:
     """Computes dk and dv like k, summed over each key head's group of query heads."""
     accumulator = pltpu.VMEM((static.kv_heads, k.shape[3], static.block_kv), jnp.float32)
-    d_k, d_v = _visit(
+    d_k, d_v = visit_pairs(
         _dkv_kernel,
         static,
         visits,
@@ -120,111 +81,8 @@ def backward_dkv(
     return d_k, d_v
 
 
-def _visit(
-    kernel: Callable,
-    static: Static,
-    visits: Visits,
-    *,
-    queries: Sequence[Array],
-    keys: Sequence[Array],
-    out: Sequence[jax.ShapeDtypeStruct],
-    side: Side,
-    scratch: Sequence[Any],
-    products: int,
-) -> tuple[Array, ...]:
-    """Runs `kernel` over (rows, groups of heads, steps); arrays are blocked along their last axis, the tokens.
-
-    Args:
-        kernel: called with the pairs, the queries' blocks, the keys' blocks, the results' blocks, the scratch.
-        static: sizes.
-        visits: which pair of blocks each step sees.
-        queries: arrays blocked by queries.
-        keys: arrays blocked by keys.
-        out: shapes of the results.
-        side: whose blocks the results have; pairs are in the order of that side.
-        scratch: what a core keeps between the steps of a block.
-        products: matrix products of a pair and head, for the estimate of what the kernel costs.
-    """
-    rows, groups = queries[0].shape[:2]
-    length = visits.pairs.shape[0] // rows
-
-    # Which block of an array a grid step sees: read off the plan's pair, which scalar memory holds ahead of time.
-    def spec(array: Any, side: Side) -> pl.BlockSpec:
-        by_group = array.ndim > 3  # Else it is tokens, which all heads share.
-
-        def index(row, group, step, pairs, count, steps):
-            # Steps beyond a row's own stay on its last block, which is then neither fetched nor written again.
-            pair = pairs[row * length + jnp.minimum(step, steps[row] - 1)]
-            query, key, _ = unpack(pair)
-            middle = (group, *[0] * (array.ndim - 3)) if by_group else (0,)
-            return (row, *middle, query if side == "query" else key)
-
-        inner = array.shape[2 if by_group else 1 : -1]
-        block = static.block_q if side == "query" else static.block_kv
-        return pl.BlockSpec((None, *([None] if by_group else []), *inner, block), index)
-
-    run = pl.pallas_call(
-        functools.partial(kernel, static=static, length=length),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=3,
-            grid=(rows, groups, visits.steps.max()),
-            in_specs=[*(spec(x, "query") for x in queries), *(spec(x, "key") for x in keys)],
-            out_specs=[spec(x, side) for x in out],
-            scratch_shapes=scratch,
-        ),
-        out_shape=out,
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=static.vmem_bytes
-        ),
-        cost_estimate=_cost(static, products, queries, keys, out, length),
-        interpret=static.interpret,
-        name=kernel.__name__.strip("_"),
-    )
-    return tuple(run(*visits, *queries, *keys))
-
-
-def _cost(
-    static: Static, products: int, queries: Sequence[Array], keys: Sequence[Array], out: Sequence[Any], length: int
-) -> pl.CostEstimate:
-    """Estimates FLOPs, exponentials and bytes of a kernel, so that XLA's scheduler does not take it for free."""
-    rows, groups, _, width, tokens = queries[0].shape
-    blocks_q = -(-tokens // static.block_q)
-    blocks_kv = length // blocks_q
-    pairs = rows * groups * expected_pairs(blocks_q, blocks_kv, static.block_kv, static.causal)
-    scores = pairs * static.heads * static.block_q * static.block_kv
-    # Blocks of the keys' side come with every pair, those of the queries once a block (dk, dv: the other way round).
-    size = lambda arrays: sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)  # noqa: E731
-    by_pair = size(keys) * pairs / (rows * groups * blocks_kv)
-    return pl.CostEstimate(
-        flops=int(2 * products * scores * width),
-        transcendentals=int(scores),
-        bytes_accessed=int(by_pair + size(queries) + size(out)),
-    )
-
-
-class _Step:
-    """Says what this grid step has to do."""
-
-    def __init__(self, pairs, count, steps, length: int):
-        # Rows have different numbers of pairs, the grid one number of steps: those past a row's own do nothing.
-        row, step = pl.program_id(0), pl.program_id(2)
-        flags = pairs[row * length + jnp.minimum(step, steps[row] - 1)]
-        mine, real = step < steps[row], step < count[row]
-        self.first = mine & (flags & FIRST > 0)
-        self.last = mine & (flags & LAST > 0)
-        self.interior = real & (flags & INTERIOR > 0)
-        self.edge = real & (flags & INTERIOR == 0)
-
-    def run(self, start: Callable, visit: Callable, finish: Callable) -> None:
-        """Calls `start` at a block's first pair, `visit(masked)` at every real one, `finish` at its last."""
-        pl.when(self.first)(start)
-        pl.when(self.interior)(lambda: visit(False))
-        pl.when(self.edge)(lambda: visit(True))
-        pl.when(self.last)(finish)
-
-
 def _forward_kernel(
-    pairs, count, steps, q, q_tokens, k, v, kv_tokens, out, lse, top, total, acc, *, static: Static, length
+    pairs, count, bounds, q, q_tokens, k, v, kv_tokens, out, lse, top, total, acc, *, static: Static, length, cores
 ):
     def start():
         top[...] = jnp.full_like(top, _FLOOR)
@@ -232,18 +90,29 @@ def _forward_kernel(
         acc[...] = jnp.zeros_like(acc)
 
     def visit(masked: bool):
-        # One mask for all heads of the step; then head by head the running maximum, sum and weighted values.
-        mask = _mask(static, q_tokens, kv_tokens) if masked else None
-        for head in range(static.heads):
+        # Keys are turned once for all heads and chunks: a product over their first axis turns them each time.
+        keys = [k[head].T for head in range(static.kv_heads)]
+        masks = {part.start: _mask(static, q_tokens, kv_tokens, part) if masked else None for part in _parts(static)}
+
+        def scores_of(part: slice, head: int) -> Array:
+            return _scores(static, keys[head // static.group], 1, q[head, :, part], masks[part.start])
+
+        # Chunks of queries, whose scores take few registers, and the next chunk's scores before this one's softmax: the
+        # matrix units have work meanwhile. Of each the running maximum, sum and weighted values.
+        chunks = [(part, head) for part in _parts(static) for head in range(static.heads)]
+        ahead = scores_of(*chunks[0])
+        for place, (part, head) in enumerate(chunks):
+            scores = ahead
+            if place + 1 < len(chunks):
+                ahead = scores_of(*chunks[place + 1])
             row = slice(head, head + 1)
-            scores = _scores(static, k[head // static.group], q[head], mask)
-            new_top = jnp.maximum(top[row], scores.max(0, keepdims=True))
+            new_top = jnp.maximum(top[row, part], scores.max(0, keepdims=True))
             weights = jnp.exp2(scores - new_top)
-            shrink = jnp.exp2(top[row] - new_top)
-            top[row] = new_top
-            total[row] = total[row] * shrink + weights.sum(0, keepdims=True)
+            shrink = jnp.exp2(top[row, part] - new_top)
+            top[row, part] = new_top
+            total[row, part] = total[row, part] * shrink + weights.sum(0, keepdims=True)
             value = v[head // static.group]
-            acc[head] = acc[head] * shrink + _dot(value, weights.astype(value.dtype), 1, 0)
+            acc[head, :, part] = acc[head, :, part] * shrink + _dot(value, weights.astype(value.dtype), 1, 0)
 
     # Written once a block of queries, when its last pair is through; unvisited blocks come here with sums of zero.
     def finish():
@@ -253,11 +122,11 @@ def _forward_kernel(
         for head in range(static.heads):
             out[head] = (acc[head] / safe[head : head + 1]).astype(out.dtype)
 
-    _Step(pairs, count, steps, length).run(start, visit, finish)
+    Step(pairs, count, bounds, length, cores).run(start, visit, finish)
 
 
 def _dq_kernel(
-    pairs, count, steps, q, d_out, lse, delta, q_tokens, k, v, kv_tokens, d_q, acc, *, static: Static, length
+    pairs, count, bounds, q, d_out, lse, delta, q_tokens, k, v, kv_tokens, d_q, acc, *, static: Static, length, cores
 ):
     def start():
         acc[...] = jnp.zeros_like(acc)
@@ -273,13 +142,13 @@ def _dq_kernel(
     def finish():
         d_q[...] = (acc[...] * static.scale).astype(d_q.dtype)
 
-    _Step(pairs, count, steps, length).run(start, visit, finish)
+    Step(pairs, count, bounds, length, cores).run(start, visit, finish)
 
 
 def _dkv_kernel(
     pairs,
     count,
-    steps,
+    bounds,
     q,
     d_out,
     lse,
@@ -295,6 +164,7 @@ def _dkv_kernel(
     *,
     static: Static,
     length,
+    cores,
 ):
     def start():
         k_acc[...] = jnp.zeros_like(k_acc)
@@ -313,20 +183,27 @@ def _dkv_kernel(
         d_k[...] = (k_acc[...] * static.scale).astype(d_k.dtype)
         d_v[...] = v_acc[...].astype(d_v.dtype)
 
-    _Step(pairs, count, steps, length).run(start, visit, finish)
+    Step(pairs, count, bounds, length, cores).run(start, visit, finish)
 
 
-def _mask(static: Static, q_tokens, kv_tokens) -> Array:
-    """Returns (block_kv, block_q): which keys (down) each query (across) sees. Padding queries have id -1."""
+def _parts(static: Static) -> list[slice]:
+    """Cuts a block's queries into chunks of one tile of lanes."""
+    return [slice(begin, begin + _CHUNK) for begin in range(0, static.block_q, _CHUNK)]
+
+
+def _mask(static: Static, q_tokens, kv_tokens, part: slice = slice(None)) -> Array:
+    """Returns (block_kv, queries of `part`): which keys (down) each query (across) sees. Padding queries have id -1."""
     # Keys lie on lanes as queries do; their small table is turned once a step, for scores of (keys, queries).
     columns = kv_tokens[...].T
-    mask = columns[:, 0:1] == q_tokens[0:1]
-    return mask & (columns[:, 1:2] <= q_tokens[1:2]) if static.causal else mask
+    mask = columns[:, 0:1] == q_tokens[0:1, part]
+    return mask & (columns[:, 1:2] <= q_tokens[1:2, part]) if static.causal else mask
 
 
-def _scores(static: Static, key: Array, query: Array, mask: Array | None) -> Array:
-    """Returns base-2 scores (block_kv, block_q) of one head, fp32; UNSEEN where the mask says so."""
-    scores = _dot(key, query, 0, 0) * (static.scale * _LOG2E)
+def _scores(static: Static, key: Array, key_axis: int, query: Array, mask: Array | None) -> Array:
+    """Returns base-2 scores (keys, queries) of one head, fp32; UNSEEN where the mask says so. The head's width is axis
+    `key_axis` of the keys.
+    """
+    scores = _dot(key, query, key_axis, 0) * (static.scale * _LOG2E)
     return scores if mask is None else jnp.where(mask, scores, UNSEEN)
 
 
@@ -334,7 +211,7 @@ def _gradients(static: Static, head: int, q, key, value, d_out, lse, delta, mask
     """Returns softmax weights and the gradients of the scaled scores, (block_kv, block_q) fp32."""
     row = slice(head, head + 1)
     # The forward pass's weights again, from its log-sum-exp: nothing of size (queries, keys) was kept.
-    weights = jnp.exp2(_scores(static, key, q[head], mask) - lse[row])
+    weights = jnp.exp2(_scores(static, key, 0, q[head], mask) - lse[row])
     return weights, weights * (_dot(value, d_out[head], 0, 0) - delta[row])
 
 
