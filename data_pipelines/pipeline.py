@@ -206,6 +206,11 @@ class TrainingData:
         options = {"shard": self._shard, "context_shards": self._context_shards, "resume_state": self._resume_state}
         return self._pipeline.steps(self._codes, state=state, **options)
 
+    def first_rows(self, count: int) -> list[list[int]]:
+        """Returns how many tokens each document of the first rows of the plan has, in order."""
+        rows = islice(self._pipeline.plan(resume_state=self._resume_state), count)
+        return [[document.lengths[0] for document in row] for row in rows]
+
     def epochs(self, state: dict) -> dict[str, float]:
         """Tells how often each source has been read when the plan's state is this one."""
         return epochs_read(state["sources"])

@@ -46,7 +46,7 @@ STARTS = "starts.json"
 MAY_DIFFER = (
     *("train.steps", "train.accumulate", "checkpoint.*", "eval.*", "machine", "mesh.*", "watch.*"),
     *("data.rows", "data.workers", "data.root", "data.trusted_roots*", "data.patience", "data.cache*"),
-    "data.max_unprepared_mb",
+    *("data.max_unprepared_mb", "compute.attention_block", "compute.attention_q_block", "compute.attention_kv_block"),
 )
 _ABSENT = "absent"
 TOKENIZER_BRANCH = "audio_encoder"

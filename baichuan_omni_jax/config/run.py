@@ -253,7 +253,11 @@ class ComputeConfig:
     mlp_chunk: int = 0  # positions of a row and shard that have the MLP's wide intermediates at once; 0: all
     # Which kernel computes attention. "": the best that the platform supports; a name never falls back.
     attention: Literal["", "pallas_tpu", "pallas_gpu", "xla", "reference"] = ""
-    attention_block: int = 512  # tokens a side of the blocks that attention is planned by
+    # Tokens a side of the blocks that attention is planned by. "auto": what the platform is served by best, and the
+    # language model's on TPUs by the documents of the run's first rows (`kernels/flash_attention/block_choice.py`).
+    attention_block: int | Literal["auto"] = 512
+    attention_q_block: int = 0  # of queries in the language model; 0: as above
+    attention_kv_block: int = 0  # of keys in the language model; 0: as above
 
 
 @dataclass(frozen=True, kw_only=True)

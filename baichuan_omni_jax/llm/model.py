@@ -291,8 +291,9 @@ class LanguageModel(nnx.Module):
         else:
             segments, places = keys.segments, keys.places
         segments = whole_keys(segments)
-        block = self.compute.attention_block
-        plan = plan_blocks(segments, causal=True, block_q=block, block_kv=block)
+        sides = self.compute.attention_q_block, self.compute.attention_kv_block
+        block_q, block_kv = (side or self.compute.attention_block for side in sides)
+        plan = plan_blocks(segments, causal=True, block_q=block_q, block_kv=block_kv)
         angles = rope_angles(positions, self.cfg.head_dim, self.cfg.rope_theta)
         # Layers: one traced body that is scanned, or a list whose weights no scan has to cut out.
         layer_of = remat(lambda x, layer: layer(x, angles, segments, plan, key_places=places)[0], self.compute.remat)

@@ -38,6 +38,8 @@ class ComputePolicy:
         remat: what a scanned layer keeps for its backward pass (`nn.remat.POLICIES`).
         attention: the attention kernel's implementation; None picks by platform and support.
         attention_block: tokens a block of the attention plan.
+        attention_q_block: tokens a block of queries in the language model's; 0: as many.
+        attention_kv_block: tokens a block of keys in the language model's; 0: as many.
         mlp_chunk: positions of a row that the MLP works on at once; 0: all.
     """
 
@@ -46,6 +48,8 @@ class ComputePolicy:
     remat: str = "full"
     attention: Implementation | None = None
     attention_block: int = 512
+    attention_q_block: int = 0
+    attention_kv_block: int = 0
     mlp_chunk: int = 0
 
     def spec(self, *names: str | None) -> PartitionSpec | None:

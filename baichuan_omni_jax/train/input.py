@@ -71,6 +71,10 @@ class TrainingData(Protocol):
         """Predicts the share of the loss that each source has."""
         ...
 
+    def first_rows(self, count: int) -> list[list[int]]:
+        """Returns how many tokens each document of the first rows has, in order."""
+        ...
+
     def epochs(self, state: dict) -> dict[str, float]:
         """Counts how often each source has been read when the data's state is this one."""
         ...

@@ -1,6 +1,7 @@
 """A run from its configuration to its last step: what is checked, restored and told before the steps begin."""
 
 from collections import defaultdict
+from dataclasses import replace
 
 import jax
 from rich.console import Console
@@ -9,6 +10,7 @@ from rich.table import Table
 from baichuan_omni_jax.checkpoint import Workdir
 from baichuan_omni_jax.config import OmniConfig, RunConfig
 from baichuan_omni_jax.config.loss_shares import shares_table
+from baichuan_omni_jax.kernels.flash_attention.block_choice import DEFAULT, USUAL, choose_blocks
 from baichuan_omni_jax.nn.param import ComputePolicy
 from baichuan_omni_jax.sharding import make_mesh
 from baichuan_omni_jax.storage import discard_scratch
@@ -34,6 +36,7 @@ from baichuan_omni_jax.train.suite_hook import check_suites
 from baichuan_omni_jax.train.trainer import RunOptions, Trainer
 
 DEFAULT_OPTIONS = RunOptions()
+FIRST_ROWS = 64  # by whose documents blocks of attention are chosen
 
 
 def set_up(run: RunConfig, omni: OmniConfig) -> tuple[StepSpec, ComputePolicy]:
@@ -82,6 +85,7 @@ def train(
     on_all_hosts(workdir.hold)
     # Counted from here on, so that a late compilation is noticed.
     compiles = CompileCounter()
+    run = settle_blocks(run, data, jax.devices()[0].platform, console)
     spec, compute = set_up(run, omni)
     with jax.set_mesh(spec.mesh):
         start, originals = restore_or_init(run, spec, workdir)
@@ -100,6 +104,31 @@ def train(
         place = BatchPlacer(run.data.rows, spec.task.batch_axes(), spec.mesh, compute.rules)
         trainer = Trainer(spec, omni, workdir, data, options, console, compiles, place, start.step, originals)
         return trainer.fit(start, owed=owed).state
+
+
+def settle_blocks(run: RunConfig, data: TrainingData, platform: str, console: Console) -> RunConfig:
+    """Puts blocks of attention in place of `compute.attention_block=auto`.
+
+    They follow from the first rows of the run's plan, which all hosts and all starts have alike.
+
+    Args:
+        run: the run's configuration.
+        data: its mixture.
+        platform: of the devices; on others than TPUs it has its usual blocks.
+        console: told what was chosen.
+
+    Returns:
+        The configuration with numbers.
+    """
+    if run.compute.attention_block != "auto":
+        return run
+    blocks = {"attention_block": USUAL.get(platform, DEFAULT[0])}
+    if platform == "tpu" and run.task == "omni":
+        block_q, block_kv, visited = choose_blocks(data.first_rows(FIRST_ROWS), run.data.budgets.tokens)
+        told = f"{block_q} x {block_kv} tokens, which visit {visited:.2f} times what is visible"
+        console.print(f"compute.attention_block=auto: {told}")
+        blocks |= {"attention_q_block": block_q, "attention_kv_block": block_kv}
+    return replace(run, compute=replace(run.compute, **blocks))
 
 
 def restore_or_init(run: RunConfig, spec: StepSpec, workdir: Workdir) -> tuple[RunProgress, Arrays]:

@@ -103,7 +103,10 @@ def make_compute(run: RunConfig) -> ComputePolicy:
         dtype=jnp.dtype(run.compute.dtype),
         remat=run.compute.remat,
         attention=run.compute.attention or None,
-        attention_block=run.compute.attention_block,
+        # "auto" is settled when the data are there (`train/run.py`); shapes do not depend on it.
+        attention_block=512 if run.compute.attention_block == "auto" else run.compute.attention_block,
+        attention_q_block=run.compute.attention_q_block,
+        attention_kv_block=run.compute.attention_kv_block,
         mlp_chunk=run.compute.mlp_chunk,
     )
 

@@ -4,8 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from baichuan_omni_jax.kernels.flash_attention import Segments, plan_blocks
 from baichuan_omni_jax.kernels.flash_attention.block_choice import CANDIDATES, _count_visits, choose_blocks
-from baichuan_omni_jax.kernels.flash_attention.plan import INTERIOR, Segments, plan_row, unpack
+from baichuan_omni_jax.kernels.flash_attention.plan import INTERIOR, unpack
 
 LENGTH = 4096
 
@@ -19,10 +20,11 @@ def test_visits_are_those_of_the_plan(blocks):
         ids = np.zeros(LENGTH, np.int32)
         ids[: sum(sizes)] = np.repeat(np.arange(1, len(sizes) + 1), sizes)
         positions = np.concatenate([*(np.arange(size) for size in sizes), np.zeros(LENGTH - sum(sizes))]).astype(int)
-        segments = Segments.from_row(jnp.asarray(ids), jnp.asarray(positions, jnp.int32))
-        pairs, _, count = plan_row(segments, causal=True, block_q=blocks[0], block_kv=blocks[1])
-        interior = int((unpack(pairs)[2][: int(count)] & INTERIOR > 0).sum())
-        assert _count_visits(sizes, *blocks) == (int(count), interior)
+        segments = Segments.from_row(jnp.asarray(ids)[None], jnp.asarray(positions, jnp.int32)[None])
+        plan = plan_blocks(segments, True, *blocks)
+        count = int(plan.count[0, 0])
+        interior = int((unpack(plan.by_query[0, 0, :count])[2] & INTERIOR > 0).sum())
+        assert _count_visits(sizes, *blocks) == (count, interior)
 
 
 def test_long_documents_have_large_blocks_and_short_ones_small():

@@ -1,21 +1,27 @@
 """What a start does before its first step: programs kept for the next one, a profiler that is served, SIGTERM."""
 
+import io
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import pytest
 from etils import epath
+from rich.console import Console
 
+from baichuan_omni_jax.config import ComputeConfig, RunConfig
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.train.compile_cache import FOLDER, OFF, keep_compiled
 from baichuan_omni_jax.train.profiling import serve_profiler
+from baichuan_omni_jax.train.run import settle_blocks
 from tests.helpers.micro import REPOSITORY
 
 # A start that is at work outside of Python, or in it, once it has its signal handler.
@@ -96,3 +102,18 @@ def test_sigterm_before_and_after_the_first_step(work, code):
         time.sleep(0.3)
         process.send_signal(signal.SIGTERM)
         assert process.wait(120) == code
+
+
+def test_blocks_of_attention_follow_the_first_rows():
+    run = RunConfig(name="x", compute=ComputeConfig(attention_block="auto"))
+    run = replace(run, data=replace(run.data, budgets=replace(run.data.budgets, tokens=65536)))
+    short, long = (SimpleNamespace(first_rows=lambda count, row=row: [row] * count) for row in ([1000] * 65, [65536]))
+    console = Console(file=io.StringIO(), width=200)
+    chosen = [settle_blocks(run, data, "tpu", console).compute for data in (short, long)]
+    assert [(one.attention_q_block, one.attention_kv_block) for one in chosen] == [(256, 256), (512, 1024)]
+    assert "compute.attention_block=auto: 512 x 1024 tokens, which visit 1.0" in console.file.getvalue()
+    assert {one.attention_block for one in chosen} == {512}
+    # Other platforms have their usual ones, and blocks that are given stay.
+    assert settle_blocks(run, long, "cpu", console).compute.attention_block == 256
+    given = replace(run, compute=ComputeConfig(attention_block=128))
+    assert settle_blocks(given, long, "tpu", console) == given

@@ -17,6 +17,7 @@ VISIT_COST = 18_000
 MASKED_COST = 1.06
 CANDIDATES = ((256, 256), (256, 512), (512, 512), (512, 1024))
 DEFAULT = (512, 512)
+USUAL = {"cpu": 256, "gpu": 128}  # where blocks are not chosen: as measured; by the compiled kernels
 
 
 class BlockChoice(NamedTuple):
