@@ -98,7 +98,8 @@ def check_ranges(config: Any, where: str, ranges: Mapping[str, tuple[float | int
     hints = typing.get_type_hints(type(config))
     for name, (least, most) in ranges.items():
         value = convert_value(hints[name], getattr(config, name), f"{where}{name}")
-        if not least <= value <= most:
+        # A word in a number's place ("auto") is one of those that the field may have.
+        if not isinstance(value, str) and not least <= value <= most:
             upper = "" if math.isinf(most) else f" and at most {most:g}"
             raise ConfigError(f"{where}{name} must be at least {least:g}{upper}, not {value}")
 
