@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from baichuan_omni_jax.evaluation.held_out import HeldOutData, HeldOutEvaluation, Sums
@@ -26,6 +27,34 @@ class RunProgress:
     step: int
     state: TrainState
     data_state: dict[str, Any] | None
+
+
+class NumberStack:
+    """Puts all numbers of a step into one array on the devices, so that the host fetches one a step, not dozens.
+
+    `count` counts what a batch holds; it runs in the same program.
+    """
+
+    def __init__(self, count: Callable[[Batch], dict[str, jax.Array]]) -> None:
+        self._names: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
+
+        def stack(numbers: dict[str, jax.Array], batch: Batch) -> jax.Array:
+            counts = count(batch)
+            # Told while the program is traced: which number is at which place.
+            self._names = (tuple(numbers), tuple(counts))
+            return jnp.stack([jnp.float32(value) for value in (*numbers.values(), *counts.values())])
+
+        self._stack = jax.jit(stack)
+
+    def __call__(self, numbers: dict[str, jax.Array], batch: Batch) -> jax.Array:
+        """Returns fp32 scalars as one array: those of the step, then the counts of its batch."""
+        return self._stack(numbers, batch)
+
+    def read(self, stacked: jax.Array) -> tuple[dict[str, float], dict[str, float]]:
+        """Waits for the array; returns the step's numbers and the counts by name."""
+        values = jax.device_get(stacked).tolist()
+        names, counts = self._names
+        return dict(zip(names, values, strict=False)), dict(zip(counts, values[len(names) :], strict=True))
 
 
 @dataclass(frozen=True)

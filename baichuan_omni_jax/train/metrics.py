@@ -11,7 +11,6 @@ from types import ModuleType
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from etils import epath
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -20,7 +19,6 @@ from tensorboardX import SummaryWriter
 from baichuan_omni_jax.config import RunConfig, to_dict
 from baichuan_omni_jax.errors import ConfigError, storage_error
 from baichuan_omni_jax.flops.terms import FlopTerm, flops_by_branch
-from baichuan_omni_jax.omni.batch import Batch
 from baichuan_omni_jax.storage import atomic_write
 from baichuan_omni_jax.train.audio_samples import AudioSamples
 from baichuan_omni_jax.train.goodput import Goodput
@@ -321,34 +319,6 @@ class Throughput:
         possible = seconds * self._chips * self._peak
         shares = {f"mfu_{name}": value / possible for name, value in flops.items()}
         return numbers | {"mfu": sum(shares.values())} | shares
-
-
-class NumberStack:
-    """Puts all numbers of a step into one array on the devices, so that the host fetches one a step, not dozens.
-
-    `count` counts what a batch holds; it runs in the same program.
-    """
-
-    def __init__(self, count: Callable[[Batch], dict[str, jax.Array]]) -> None:
-        self._names: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
-
-        def stack(numbers: dict[str, jax.Array], batch: Batch) -> jax.Array:
-            counts = count(batch)
-            # Told while the program is traced: which number is at which place.
-            self._names = (tuple(numbers), tuple(counts))
-            return jnp.stack([jnp.float32(value) for value in (*numbers.values(), *counts.values())])
-
-        self._stack = jax.jit(stack)
-
-    def __call__(self, numbers: dict[str, jax.Array], batch: Batch) -> jax.Array:
-        """Returns fp32 scalars as one array: those of the step, then the counts of its batch."""
-        return self._stack(numbers, batch)
-
-    def read(self, stacked: jax.Array) -> tuple[dict[str, float], dict[str, float]]:
-        """Waits for the array; returns the step's numbers and the counts by name."""
-        values = jax.device_get(stacked).tolist()
-        names, counts = self._names
-        return dict(zip(names, values, strict=False)), dict(zip(counts, values[len(names) :], strict=True))
 
 
 class CompileCounter:

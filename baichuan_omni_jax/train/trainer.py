@@ -20,7 +20,7 @@ from baichuan_omni_jax.train.alerts import ALERTS, NonfiniteGuard
 from baichuan_omni_jax.train.audio_samples import AudioSampleLogger
 from baichuan_omni_jax.train.checkpoint_hook import CheckpointHook
 from baichuan_omni_jax.train.goodput import EVENTS, GOODPUT
-from baichuan_omni_jax.train.hooks import AudioSamplesHook, EvaluationHook, Hook, PendingStep, RunProgress
+from baichuan_omni_jax.train.hooks import AudioSamplesHook, EvaluationHook, Hook, NumberStack, PendingStep, RunProgress
 from baichuan_omni_jax.train.hosts import host_name, is_process_zero, on_all_hosts
 from baichuan_omni_jax.train.input import BatchPlacer, DataStep, DocumentFailures, DocumentKey, TrainingData
 from baichuan_omni_jax.train.metrics import (
@@ -28,7 +28,6 @@ from baichuan_omni_jax.train.metrics import (
     METRICS,
     CompileCounter,
     MetricsRecord,
-    NumberStack,
     RunLog,
     Throughput,
     drop_absent_sources,

@@ -15,7 +15,8 @@ from baichuan_omni_jax.errors import ConfigError, StorageError
 from baichuan_omni_jax.flops.terms import flops_by_branch, omni_terms
 from baichuan_omni_jax.train import goodput
 from baichuan_omni_jax.train.goodput import Goodput
-from baichuan_omni_jax.train.metrics import MetricsWriter, NumberStack, Throughput, WandbWriter
+from baichuan_omni_jax.train.hooks import NumberStack
+from baichuan_omni_jax.train.metrics import MetricsWriter, Throughput, WandbWriter
 from baichuan_omni_jax.train.profiling import StepTrace, parse_span
 from tests.helpers.micro import CONFIG
 
