@@ -137,7 +137,7 @@ def test_cores_share_the_steps_of_a_row_and_no_block():
         bounds = np.asarray(visits.bounds(2))
         assert (np.diff(bounds) > 0).all()
         np.testing.assert_array_equal(bounds[:, ::2], visits.bounds(1))
-        for row, (first, middle, end) in zip(np.asarray(pairs), bounds.tolist(), strict=True):
+        for row, (first, middle, end) in zip(pairs, bounds.tolist(), strict=True):
             blocks = np.asarray(unpack(row)[place])
             assert not set(blocks[first:middle]) & set(blocks[middle:end])
             assert set(blocks[first:end]) == set(range(8))
