@@ -1,6 +1,7 @@
 """A run from its configuration to its last step: what is checked, restored and told before the steps begin."""
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import replace
 
 import jax
@@ -85,7 +86,7 @@ def train(
     on_all_hosts(workdir.hold)
     # Counted from here on, so that a late compilation is noticed.
     compiles = CompileCounter()
-    run = settle_blocks(run, data, jax.devices()[0].platform, console)
+    run = settle_blocks(run, data.first_rows, jax.devices()[0].platform, console)
     spec, compute = set_up(run, omni)
     with jax.set_mesh(spec.mesh):
         start, originals = restore_or_init(run, spec, workdir)
@@ -106,14 +107,16 @@ def train(
         return trainer.fit(start, owed=owed).state
 
 
-def settle_blocks(run: RunConfig, data: TrainingData, platform: str, console: Console) -> RunConfig:
+def settle_blocks(
+    run: RunConfig, first_rows: Callable[[int], list[list[int]]], platform: str, console: Console
+) -> RunConfig:
     """Puts blocks of attention in place of `compute.attention_block=auto`.
 
     They follow from the first rows of the run's plan, which all hosts and all starts have alike.
 
     Args:
         run: the run's configuration.
-        data: its mixture.
+        first_rows: the tokens of the documents of so many rows.
         platform: of the devices; on others than TPUs it has its usual blocks.
         console: told what was chosen.
 
@@ -124,7 +127,7 @@ def settle_blocks(run: RunConfig, data: TrainingData, platform: str, console: Co
         return run
     blocks = {"attention_block": USUAL.get(platform, DEFAULT[0])}
     if platform == "tpu" and run.task == "omni":
-        block_q, block_kv, visited = choose_blocks(data.first_rows(FIRST_ROWS), run.data.budgets.tokens)
+        block_q, block_kv, visited = choose_blocks(first_rows(FIRST_ROWS), run.data.budgets.tokens)
         told = f"{block_q} x {block_kv} tokens, which visit {visited:.2f} times what is visible"
         console.print(f"compute.attention_block=auto: {told}")
         blocks |= {"attention_q_block": block_q, "attention_kv_block": block_kv}

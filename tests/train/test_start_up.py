@@ -9,7 +9,6 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -107,7 +106,7 @@ def test_sigterm_before_and_after_the_first_step(work, code):
 def test_blocks_of_attention_follow_the_first_rows():
     run = RunConfig(name="x", compute=ComputeConfig(attention_block="auto"))
     run = replace(run, data=replace(run.data, budgets=replace(run.data.budgets, tokens=65536)))
-    short, long = (SimpleNamespace(first_rows=lambda count, row=row: [row] * count) for row in ([1000] * 65, [65536]))
+    short, long = (lambda count, row=row: [row] * count for row in ([1000] * 65, [65536]))
     console = Console(file=io.StringIO(), width=200)
     chosen = [settle_blocks(run, data, "tpu", console).compute for data in (short, long)]
     assert [(one.attention_q_block, one.attention_kv_block) for one in chosen] == [(256, 256), (512, 1024)]
