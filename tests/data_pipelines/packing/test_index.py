@@ -340,7 +340,10 @@ def test_shards_with_frames_that_the_model_does_not_take_are_refused(tmp_path, p
     (tmp_path / "mix").mkdir()
     with ShardWriter(tmp_path / "mix" / "a-00000.array_record") as writer:
         writer.write(
-            parse_line(json.dumps({"text": "hi<trainable_start>you<trainable_end>"}).encode(), 1, "m", None), {}
+            parse_line(
+                json.dumps({"text": "hi<trainable_start>you<trainable_end>"}).encode(), 1, "m", MediaRoot(tmp_path)
+            ),
+            {},
         )
     size = (tmp_path / "mix" / "a-00000.array_record").stat().st_size
     write_description(tmp_path / "mix", [ShardFile("a-00000.array_record", 1, size, "0")], {"frames": built})
