@@ -10,6 +10,7 @@ decodes everything where it differs.
 from bisect import bisect_left, bisect_right, insort
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
 from math import inf
 from typing import cast
 
@@ -138,7 +139,7 @@ class SparseDecoder:
     def _last_packet(self) -> Packet:
         """Makes the packet that ends a track: the decoder gives what it holds."""
         packet = Packet()
-        packet.stream, packet.time_base = self._stream, self._stream.time_base
+        packet.stream, packet.time_base = self._stream, cast(Fraction, self._stream.time_base)
         return packet
 
     def _read(self) -> bool:

@@ -43,7 +43,7 @@ def choose_blocks(rows: Sequence[Sequence[int]], length: int) -> BlockChoice:
     """
     pairs = sum(size * (size + 1) // 2 for row in rows for size in row)
     if not pairs:
-        return BlockChoice(*DEFAULT, 1.0)
+        return BlockChoice(DEFAULT[0], DEFAULT[1], 1.0)
     found = {}
     for block_q, block_kv in CANDIDATES:
         if length % block_q == length % block_kv == 0:
@@ -52,9 +52,9 @@ def choose_blocks(rows: Sequence[Sequence[int]], length: int) -> BlockChoice:
             cost = visits * VISIT_COST + area * (interior + MASKED_COST * (visits - interior))
             found[block_q, block_kv] = (cost, visits * area / pairs)
     if not found:
-        return BlockChoice(*DEFAULT, 1.0)
-    best = min(found, key=lambda blocks: found[blocks][0])
-    return BlockChoice(*best, float(found[best][1]))
+        return BlockChoice(DEFAULT[0], DEFAULT[1], 1.0)
+    block_q, block_kv = min(found, key=lambda blocks: found[blocks][0])
+    return BlockChoice(block_q, block_kv, float(found[block_q, block_kv][1]))
 
 
 def _count_visits(sizes: Sequence[int], block_q: int, block_kv: int) -> tuple[int, int]:
