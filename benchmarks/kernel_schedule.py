@@ -5,7 +5,8 @@
 Each kernel is compiled ahead of time by a process of its own, with libtpu's flags for writing the final bundles (the
 instructions that are issued together). Of each path through a pair of blocks (without a mask, with one) a row tells
 which share of the matrix units' issue slots it fills: products x cycles each occupies one / (bundles x units). Static:
-waits for memory are not in it. `products` counts the issues themselves, `spills` the vectors that do not fit registers.
+waits are not in it, so that more than 100 % means units that are never idle and bundles that wait for them. `products`
+counts the issues themselves, `spills` the vectors that do not fit registers.
 """
 
 import argparse

@@ -12,6 +12,7 @@ distances are written out and compared, and a row with more than CANDIDATES is c
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -21,7 +22,21 @@ from jaxtyping import Array, BFloat16, Bool, Float, Float32, Int32
 
 from baichuan_omni_jax.kernels.rvq_lookup.reference import half_norms, lookup_blocks
 
-SEARCHED = 2**20  # numbers in a codebook from which a search is worth what it compiles to; below, fp32 products of all
+
+def has_bf16_units(processor: str) -> bool:
+    """Tells by `/proc/cpuinfo` whether the processor multiplies bf16 faster than fp32; others than x86 are trusted to.
+
+    >>> has_bf16_units("flags : avx2 fma"), has_bf16_units("flags : avx512f avx512_bf16")
+    (False, True)
+    """
+    flags = next((line.split() for line in processor.splitlines() if line.startswith("flags")), None)
+    return flags is None or not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags)
+
+
+_PROCESSOR = Path("/proc/cpuinfo")
+# Numbers in a codebook from which a search is worth what it compiles to; below, fp32 products of all. Without bf16 units
+# a search converts first and then multiplies in fp32 all the same: 1.06 of torch.cdist's speed, products of all 1.85.
+SEARCHED = 2**20 if has_bf16_units(_PROCESSOR.read_text() if _PROCESSOR.exists() else "") else 2**62
 BLOCK_ROWS = 2048  # rows searched at once: memory of (block, largest codebook)
 CANDIDATES = 16  # codes a row may keep after the search
 PAIRS = 128  # (row, candidate) pairs whose distances are written out at once
