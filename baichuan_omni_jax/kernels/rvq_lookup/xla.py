@@ -34,8 +34,8 @@ def has_bf16_units(processor: str) -> bool:
 
 
 _PROCESSOR = Path("/proc/cpuinfo")
-# Numbers in a codebook from which a search is worth what it compiles to; below, fp32 products of all. Without bf16 units
-# a search converts first and then multiplies in fp32 all the same: 1.06 of torch.cdist's speed, products of all 1.85.
+# Numbers in a codebook from which a search is worth what it compiles to; below, fp32 products of all. Without bf16
+# units a search converts first and multiplies in fp32 all the same: 1.06 of torch.cdist's speed, products of all 1.85.
 SEARCHED = 2**20 if has_bf16_units(_PROCESSOR.read_text() if _PROCESSOR.exists() else "") else 2**62
 BLOCK_ROWS = 2048  # rows searched at once: memory of (block, largest codebook)
 CANDIDATES = 16  # codes a row may keep after the search
