@@ -26,7 +26,8 @@ HEADS = {128: (28, 4, True), 80: (16, 16, False), 64: (20, 20, False)}
 KERNELS = ("forward", "dq", "dkv")
 GOALS = {("v5p", 128, "forward"): 85.0, ("v5p", 128, "dq"): 90.0, ("v5p", 128, "dkv"): 90.0}
 LENGTH = 4096  # what a path does is the same for any
-_ROWS = 16  # of bf16 that one product streams through a unit, a cycle each
+# Cycles that a unit is busy with one product, 16 rows of bf16: peak FLOP/s = units x side^2 x 2 x rows a cycle x clock.
+CYCLES = {"v5p": 16, "v6e": 8}
 _LEAST = 64  # products from which a stretch of bundles is a path
 # "0x7a5 PF: > { ... }": an address, a mark where control arrives, the bundle.
 _BUNDLE = re.compile(r"\s*(?:0x[0-9a-f]+|\d+)\s+(\w*)\s*:[\s>]*\{")
@@ -41,19 +42,21 @@ class Stretch(NamedTuple):
     spills: int
     fills: int
     units: int
+    cycles: int
 
     @property
     def share(self) -> float:
         """Percent of the units' slots that products take."""
-        return 100 * self.products * _ROWS / (self.units * self.bundles)
+        return 100 * self.products * self.cycles / (self.units * self.bundles)
 
 
-def read_paths(folder: Path, kernel: str) -> list[Stretch]:
+def read_paths(folder: Path, kernel: str, cycles: int) -> list[Stretch]:
     """Reads the paths of a kernel, the one with the fewest bundles first.
 
     Args:
         folder: what libtpu wrote.
         kernel: a name of `KERNELS`.
+        cycles: of the chip's `CYCLES`.
 
     Returns:
         Paths with products; none where the kernel is not there.
@@ -85,6 +88,7 @@ def read_paths(folder: Path, kernel: str) -> list[Stretch]:
             sum(count[spill] for _, count in stretch),
             sum(count[fill] for _, count in stretch),
             units,
+            cycles,
         )
         for stretch in stretches
     ]
@@ -112,7 +116,7 @@ def measure(chip: str, width: int, block_q: int, block_kv: int) -> list[dict]:
             sys.exit(f"{chip}, heads of {width}: {done.stderr.strip().splitlines()[-1]}")
         rows = []
         for kernel in KERNELS:
-            paths = read_paths(Path(folder), kernel)
+            paths = read_paths(Path(folder), kernel, CYCLES[chip])
             if not paths:
                 sys.exit(f"{chip}, heads of {width}: libtpu wrote no schedule of {kernel}")
             goal = GOALS.get((chip, width, kernel))
