@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any, Literal
 
-from baichuan_omni_jax.train.coordination import Hosts
+from baichuan_omni_jax.coordination import Hosts
 
 Platform = Literal["cpu", "gpu", "tpu"]
 

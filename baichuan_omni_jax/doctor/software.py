@@ -18,10 +18,10 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
+from baichuan_omni_jax.coordination import COMPARED, installed
 from baichuan_omni_jax.doctor.machine import expected_platform
 from baichuan_omni_jax.doctor.report import Hosts, Line, Platform, Setting, Verdict, join
 from baichuan_omni_jax.errors import list_some
-from baichuan_omni_jax.train.coordination import COMPARED, installed
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = "baichuan_omni_jax"

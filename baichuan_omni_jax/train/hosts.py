@@ -16,8 +16,8 @@ from jax.sharding import PartitionSpec as P
 
 from baichuan_omni_jax.checkpoint.provenance import flatten
 from baichuan_omni_jax.config import RunConfig, to_dict
+from baichuan_omni_jax.coordination import COMPARED, Hosts, installed
 from baichuan_omni_jax.errors import ConfigError, StorageError, storage_error
-from baichuan_omni_jax.train.coordination import COMPARED, Hosts, installed
 
 T = TypeVar("T")
 # Where the data lie (the folders of a list have a number each), and how many processes read them.

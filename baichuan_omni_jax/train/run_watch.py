@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from baichuan_omni_jax.checkpoint import Workdir
+from baichuan_omni_jax.coordination import Hosts
 from baichuan_omni_jax.errors import list_some
 from baichuan_omni_jax.omni.batch import Batch
 from baichuan_omni_jax.train.alerts import AlertKind, AlertLog, StepAlerts, keep_good_step
-from baichuan_omni_jax.train.coordination import Hosts
 from baichuan_omni_jax.train.hosts import is_process_zero
 from baichuan_omni_jax.train.metrics import MetricsRecord, RunLog
 from baichuan_omni_jax.train.state import StepSpec, TrainState

@@ -19,7 +19,7 @@ from typing import Any
 
 from jax.experimental import multihost_utils
 
-from baichuan_omni_jax.train.coordination import Hosts
+from baichuan_omni_jax.coordination import Hosts
 from baichuan_omni_jax.train.hooks import Hook
 
 log = logging.getLogger(__name__)

@@ -23,7 +23,7 @@ from statistics import fmean, median
 from typing import IO, Any
 
 from baichuan_omni_jax.config import WatchConfig
-from baichuan_omni_jax.train.coordination import Hosts
+from baichuan_omni_jax.coordination import Hosts
 
 log = logging.getLogger(__name__)
 

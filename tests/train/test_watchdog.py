@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import pytest
 
 from baichuan_omni_jax.config import WatchConfig
-from baichuan_omni_jax.train.coordination import Hosts
+from baichuan_omni_jax.coordination import Hosts
 from baichuan_omni_jax.train.watchdog import HANG_CODE, WAITING, Watchdog, describe_hosts
 
 # Of hosts that are threads: short, yet long beside what a busy machine delays a thread by.
@@ -188,7 +188,7 @@ ALONE = """
 import sys, time
 from pathlib import Path
 from baichuan_omni_jax.config import WatchConfig
-from baichuan_omni_jax.train.coordination import Hosts
+from baichuan_omni_jax.coordination import Hosts
 from baichuan_omni_jax.train.watchdog import Watchdog
 
 watchdog = Watchdog(WatchConfig(hang_s=1.0, silent_s=2.0), Path(sys.argv[1]), Hosts())

@@ -76,6 +76,21 @@ class Hosts:
         if self._client is not None:
             self._client.key_value_set(key, text, allow_overwrite=True)
 
+    def wait(self, key: str) -> str:
+        """Returns what a key is set to, once it is. For several hosts. Raises as `put`."""
+        while True:
+            try:
+                # A second at a time: meanwhile no signal is heard.
+                return self._client.blocking_key_value_get(key, 1000)
+            except RuntimeError as error:
+                if "DEADLINE_EXCEEDED" not in str(error):
+                    raise
+
+    def remove(self, folder: str) -> None:
+        """Removes all keys that begin with `folder`, which ends with a slash. Raises as `put`."""
+        if self._client is not None:
+            self._client.key_value_delete(folder)
+
     def has(self, key: str) -> bool:
         """Whether a key is set. Alone none is. Raises as `put`."""
         if self._client is None:
