@@ -13,7 +13,8 @@ class SampleError(Exception):
     Causes: `bad_json` (no JSON), `bad_form` (JSON of another form), `bad_prompt`, `missing_file`, `outside_root`,
     `unreadable_media`, `too_big_media` (beyond `limits`), `silent_audio`, `too_long`, `no_loss`, `unmarked` (where
     data.unmarked refuses it), `changed` (media or codes are not what the index measured), `no_codes`, `damaged_codes`
-    (of the store), `bad_record` (of a shard), `other_tokenizer` (of token ids).
+    (of the store), `bad_record` (of a shard), `other_tokenizer` (of token ids), `differs` (hosts that share its row do
+    not decode it alike).
     """
 
     def __init__(self, cause: str, message: str):

@@ -27,6 +27,7 @@ from data_pipelines.documents.questions import (
 from data_pipelines.errors import SampleError
 from data_pipelines.packing.index import Index
 from data_pipelines.packing.packer import Packer
+from data_pipelines.packing.row_decoder import RowDecoder, Step
 from data_pipelines.packing.row_limits import (
     DocumentKey,
     DocumentLengths,
@@ -35,8 +36,7 @@ from data_pipelines.packing.row_limits import (
     budget_vector,
     patch_layout,
 )
-from data_pipelines.packing.rows import RowDecoder, RowShard, Step
-from data_pipelines.packing.step_plan import PackedRow
+from data_pipelines.packing.rows import RowShard, decode_step
 from data_pipelines.pipeline import Pipeline, TrainingData
 
 log = logging.getLogger(__name__)
@@ -126,30 +126,41 @@ class HeldOutMixture(TrainingData):
 
     def _exchange(self, index: Index, numbers: list[int], left_out: Counter) -> tuple["_Pairs", "_Pairs"]:
         """Exchanges media, and spoken texts, among documents of one source; returns both kinds apart."""
-        kinds: dict[tuple[str, ...], list[tuple[int, Document, Exchangeable]]] = {}
+        found: dict[int, tuple[Document, Exchangeable]] = {}
+        lost: dict[int, str] = {}
         for number in numbers:
             document = index.document(number)
             try:
-                found = find_exchangeable(document, self._pipeline.processor)
+                exchangeable = find_exchangeable(document, self._pipeline.processor)
             except SampleError as error:
-                left_out[error.cause] += 1
+                lost[number] = error.cause
                 continue
-            if found is not None:
-                kinds.setdefault(found.kinds, []).append((number, document, found))
+            if exchangeable is not None:
+                found[number] = document, exchangeable
+        # All hosts pair the same documents: what one of them cannot read, none does.
+        lost = self._shard.union(lost)
+        kinds: dict[tuple[str, ...], list[tuple[int, Document, Exchangeable]]] = {}
+        for number, (document, own) in found.items():
+            if number not in lost:
+                kinds.setdefault(own.kinds, []).append((number, document, own))
+
         pairs: tuple[_Pairs, _Pairs] = ({}, {})
         for members in kinds.values():
-            partners = pair_up([found.contents for _, _, found in members])
+            partners = pair_up([own.contents for _, _, own in members])
             for (number, document, own), partner in zip(members, partners, strict=True):
                 if partner is None:
-                    left_out["no_other_media"] += 1
+                    lost[number] = "no_other_media"
                     continue
                 other = members[partner]
                 try:
                     made = exchange(document, own, other[2], other[1])
                     pairs[own.of_text][number] = self._measured(document), self._measured(made)
                 except SampleError as error:
-                    left_out[error.cause] += 1
-        return pairs
+                    lost[number] = error.cause
+        lost = self._shard.union(lost)
+        left_out.update(lost.values())
+        media, texts = ({number: pair for number, pair in kind.items() if number not in lost} for kind in pairs)
+        return media, texts
 
     def _measured(self, document: Document) -> tuple[Document, Lengths]:
         """Measures a document. Raises SampleError "too_long" where no row can hold it."""
@@ -177,12 +188,7 @@ class HeldOutMixture(TrainingData):
         # One weight for each source of the batch: a source's own, for both kinds of exchange.
         weights = tuple(weight for weight in plain.loss_weights for _ in range(2))
         decoder = RowDecoder(**vars(plain) | {"indexes": tuple(documents), "loss_weights": weights})
-        return lambda: self._read(steps, decoder)
-
-    def _read(self, steps: list[list[PackedRow]], decoder: RowDecoder) -> Iterator[Step]:
-        for rows in steps:
-            batch, failed, damaged = decoder.decode(self._shard.select(rows))
-            yield Step(batch, failed, {}, damaged)
+        return lambda: self._shard.agree((decode_step(decoder, self._shard, rows, {}) for rows in steps), decoder)
 
     def questions(self, source: str, limit: int) -> tuple[list[Question], Counter]:
         """Reads the first `limit` documents of a source as questions; returns also why others are none, counted."""

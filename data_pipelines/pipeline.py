@@ -5,7 +5,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -31,8 +31,13 @@ from data_pipelines.packing.index import Index, Skipped, load_index
 from data_pipelines.packing.mixture import Mixture, check_loss_weights, epochs_read, source_means
 from data_pipelines.packing.oversize import check_policies, with_pieces
 from data_pipelines.packing.packer import Packer, RowPlan, check_plan
+from data_pipelines.packing.row_decoder import RowDecoder, Step
 from data_pipelines.packing.row_limits import budget_vector, check_media_shards, mel_slots, patch_layout
+<<<<<<< HEAD
 from data_pipelines.packing.rows import ALL_ROWS, RowDecoder, RowShard, Step, StepDataset, read_steps, worker_count
+=======
+from data_pipelines.packing.rows import ALL_ROWS, RowShard, StepDataset, read_steps
+>>>>>>> 216fa41 (rows: hosts that share a row agree on what it holds)
 from data_pipelines.packing.step_plan import StepPlan, check_format
 from data_pipelines.tokenizers.tokenizer import load_tokenizer, train_tokenizer
 
@@ -148,16 +153,22 @@ class Pipeline:
             shard: which rows of every step this host decodes.
             epochs: as in `plan`.
             resume_state: as in `plan`, where there is no `state`.
-            context_shards: the mesh's `context`: tokens come dealt to so many shards; which documents share a row does
-                not depend on it.
+            context_shards: the mesh's `context`: tokens come dealt to so many; rows have the same documents with any.
 
         Raises:
             ConfigError: rows cannot be dealt to so many.
         """
         # Workers make the plan themselves: it is cheap, and its state travels with each step.
         plan = partial(self.step_plan, epochs=epochs, resume_state=resume_state if state is None else None)
+<<<<<<< HEAD
         dataset = StepDataset(plan, self.decoder(codes, context_shards), shard, state)
         return read_steps(dataset, worker_count(self.config))
+=======
+        decoder, workers = self.decoder(codes, context_shards), self.config.workers
+        steps = read_steps(StepDataset(plan, decoder, replace(shard, agreement=None), state), workers)
+        # Without workers nothing would be gained by reading ahead.
+        return shard.agree(steps, decoder, ahead=min(workers, 1))
+>>>>>>> 216fa41 (rows: hosts that share a row agree on what it holds)
 
 
 class TrainingData:

@@ -14,6 +14,7 @@ import sys
 from contextlib import ExitStack
 from dataclasses import replace
 
+import jax
 from etils import epath
 
 from baichuan_omni_jax.audio.encoder import AudioEncoderBranch
@@ -36,6 +37,7 @@ from baichuan_omni_jax.cli.common import (
     start_logging,
 )
 from baichuan_omni_jax.config import OmniConfig, RunConfig, load_run_config, resolve_model
+from baichuan_omni_jax.coordination import Hosts
 from baichuan_omni_jax.errors import ConfigError, UnpreparedError
 from baichuan_omni_jax.generation.loading import is_untrained
 from baichuan_omni_jax.storage import local_path, parse_path
@@ -49,7 +51,7 @@ from baichuan_omni_jax.train.hosts import (
     version_facts,
     wait_for,
 )
-from baichuan_omni_jax.train.input import rows_of_host
+from baichuan_omni_jax.train.input import rows_by_host
 from baichuan_omni_jax.train.metrics import load_wandb
 from baichuan_omni_jax.train.profiling import parse_span, serve_profiler
 from baichuan_omni_jax.train.run import set_up, train
@@ -58,6 +60,7 @@ from baichuan_omni_jax.train.stop import StopSignal
 from baichuan_omni_jax.train.trainer import RunOptions
 from data_pipelines.held_out import FEW_STEPS, HeldOutMixture
 from data_pipelines.packing.rows import RowShard
+from data_pipelines.packing.shared_rows import Agreement
 from data_pipelines.pipeline import TrainingData
 
 # What one host may prepare while the others wait, where the configuration does not say: minutes.
@@ -119,7 +122,9 @@ def run_until_stopped(options: argparse.Namespace, stop: StopSignal, stack: Exit
     home = on_all_hosts(lambda: find_tokenizer(run, workdir.path))
     data, tokenizer = process_zero_first(lambda: open_prepared(options, run, omni, workdir, home))
     check_agreement({name: value for mixture in data.values() for name, value in mixture.facts().items()})
-    shard = RowShard(rows_of_host(spec.mesh, compute.rules, run.data.rows))
+    held = rows_by_host(spec.mesh, compute.rules, run.data.rows)
+    agreement = Agreement(held, Hosts.joined())
+    shard = RowShard(held[jax.process_index()], agreement.shared, agreement)
     context = spec.mesh.shape["context"]
     workers = 0 if run.eval.steps <= FEW_STEPS else None
     held_out = on_all_hosts(

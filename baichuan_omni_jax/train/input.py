@@ -154,26 +154,28 @@ def _check_divisible(name: str, size: int, parts: Mapping[str, int]) -> None:
         raise ConfigError(f"{name} {size} is not divisible by {product} ({named})")
 
 
-def rows_of_host(mesh: Mesh, rules: ShardingRules, rows: int) -> tuple[int, ...]:
-    """Lists which of a global batch's `rows` this host's devices hold a part of, ascending.
+def rows_by_host(mesh: Mesh, rules: ShardingRules, rows: int) -> dict[int, tuple[int, ...]]:
+    """Lists which of a global batch's `rows` the devices of each host hold a part of, ascending.
 
-    Two hosts share rows where `context` or `tensor` spans both: each then decodes them whole.
+    Hosts share rows where `context` or `tensor` spans them: each then decodes them whole.
     """
-    # Rows of each local device; devices that split other axes hold the same rows.
-    sharding = NamedSharding(mesh, rules.spec("batch"))
-    parts = sharding.addressable_devices_indices_map((rows,)).values()
-    return tuple(sorted({row for part in parts if part is not None for row in range(rows)[part[0]]}))
+    # Devices that split other axes hold the same rows.
+    found: dict[int, set[int]] = {}
+    for device, part in NamedSharding(mesh, rules.spec("batch")).devices_indices_map((rows,)).items():
+        found.setdefault(device.process_index, set()).update(range(rows)[part[0]])
+    return {host: tuple(sorted(held)) for host, held in sorted(found.items())}
 
 
 class BatchPlacer:
     """Puts batches on the mesh: the fields of `axes`, split as their logical axes say.
 
-    A call takes this host's rows (`rows_of_host`, in that order, all other axes whole).
+    A call takes this host's rows (`rows_by_host`, in that order, all other axes whole).
     """
 
     def __init__(self, rows: int, axes: BatchAxes, mesh: Mesh, rules: ShardingRules) -> None:
         self._total = rows
-        self._here = {row: place for place, row in enumerate(rows_of_host(mesh, rules, rows))}
+        held = rows_by_host(mesh, rules, rows).get(jax.process_index(), ())
+        self._here = {row: place for place, row in enumerate(held)}
         self._shardings = {name: NamedSharding(mesh, rules.spec(*names)) for name, names in axes.items()}
 
     def __call__(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:

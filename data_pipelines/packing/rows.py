@@ -11,163 +11,69 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
 import grain
 import numpy as np
 from absl import flags
 from grain.multiprocessing import SharedMemoryArray
-from jaxtyping import Int32
 
+<<<<<<< HEAD
 from baichuan_omni_jax.config import Budgets, DataConfig, OmniConfig
+=======
+>>>>>>> 216fa41 (rows: hosts that share a row agree on what it holds)
 from baichuan_omni_jax.storage.cache import Prefetcher
-from data_pipelines.documents.document import Document, Lengths
-from data_pipelines.documents.media_items import Codes
-from data_pipelines.documents.processor import Processor
-from data_pipelines.documents.sequence import weigh
-from data_pipelines.errors import SampleError
-from data_pipelines.packing.batch import Batch, ContextPlan, RowWriter, empty_rows
-from data_pipelines.packing.row_limits import BUDGETED, MelSlots, PatchLayout, row_key
+from data_pipelines.packing.row_decoder import RowDecoder, SharedRow, Step
+from data_pipelines.packing.shared_rows import Agreement
 from data_pipelines.packing.step_plan import PackedRow, StepPlan
 
 _BLAS_THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 AHEAD = 4  # steps of a worker whose documents are fetched before they are decoded
-_AUDIO_FRAMES = BUDGETED.index("audio_frames")
-
-
-@dataclass(frozen=True)
-class Step:
-    """One step's rows of this host: the batch, the documents that failed to decode, and the plan's state after it.
-
-    `failed` maps (source, document) to (manifest line, cause, message); their places are padding. `damaged` maps
-    (source, document) to the packets of its media that could not be decoded; the document is used without them.
-    """
-
-    batch: Batch  # this host's rows
-    failed: dict[tuple[int, int], tuple[str, str, str]]
-    state: dict  # the plan's state after the step, of all hosts
-    damaged: dict[tuple[int, int], int] = field(default_factory=dict)
-
-
-@runtime_checkable
-class RowDocuments(Protocol):
-    """What rows are decoded from: documents by number, with what was measured of them. An `Index` is one."""
-
-    def document(self, number: int) -> Document: ...
-
-    def location(self, number: int) -> str: ...
-
-    def lengths(self, number: int) -> Int32[np.ndarray, "budgets"]: ...
-
-    def image_patches(self, number: int) -> list[int]: ...
-
-    @property
-    def remote(self) -> bool: ...
-
-    def fetch(self, number: int) -> None: ...
-
-
-@dataclass(frozen=True)
-class RowDecoder:
-    """Turns planned rows into a batch. Picklable: it goes to the workers."""
-
-    indexes: tuple[RowDocuments, ...]  # of the sources, in their order
-    processor: Processor
-    codes: Codes | None  # the store of audio codes; None: zeros
-    budgets: Budgets
-    omni: OmniConfig
-    layout: PatchLayout  # where images lie
-    context: ContextPlan  # which shard of the mesh gets which tokens
-    mels: MelSlots  # what mel slots show
-    loss_weights: tuple[float, ...]  # the sources' own
-    weighting: str = "token"  # `train.document_weighting`
-    untrained_targets: tuple[int, ...] = ()  # special tokens that no loss asks for
-
-    def __call__(self, rows: list[PackedRow], mel_frames: int = 0) -> tuple[Batch, dict]:
-        """Decodes the batch of `rows`, its mel slots of `mel_frames`, and the documents that could not be decoded."""
-        return self.decode(rows, mel_frames)[:2]
-
-    def decode(self, rows: list[PackedRow], mel_frames: int = 0) -> tuple[Batch, dict, dict]:
-        """Decodes the batch of `rows` as above, `failed` and `damaged` as in `Step`."""
-        batch, failed, damaged = empty_rows(len(rows), self.budgets, self.omni, mel_frames, self.mels), {}, {}
-        for number, row in enumerate(rows):
-            writer = RowWriter(batch, number, self.mels, row_key(row))
-            for key, image_starts in zip(row, self._place_images(row), strict=True):
-                self._add(writer, key, image_starts, failed, damaged)
-        # Dealt by the lengths that were planned, so that hosts agree whatever each of them could read.
-        tokens = [[int(self.indexes[source].lengths(number)[0]) for source, number in row] for row in rows]
-        return self.context.deal(batch, tokens), failed, damaged
-
-    @property
-    def remote(self) -> bool:
-        """Whether documents have to be fetched before they are read."""
-        return any(index.remote for index in self.indexes)
-
-    def fetches(self, rows: list[PackedRow]) -> Iterator[Callable[[], None]]:
-        """Yields what brings the documents of `rows` to this machine, in their order."""
-        for row in rows:
-            for source, number in row:
-                if self.indexes[source].remote:
-                    yield partial(self.indexes[source].fetch, number)
-
-    def mel_frames(self, rows: list[PackedRow]) -> int:
-        """Returns the size of the mel slots of a step of these rows, all hosts' among them; 0 without mel slots."""
-        if not self.budgets.mel_windows:
-            return 0
-        lengths = [self.indexes[source].lengths(number) for row in rows for source, number in row]
-        return self.mels.size(max((int(need[_AUDIO_FRAMES]) for need in lengths), default=0))
-
-    def _place_images(self, row: PackedRow) -> list[Int32[np.ndarray, "_"]]:
-        """Returns the first patch of each image of each document, as the plan foresaw them."""
-        if not row:  # of a list of documents that does not fill a step
-            return []
-        sizes = [self.indexes[source].image_patches(number) for source, number in row]
-        starts = self.layout.starts([size for document in sizes for size in document])
-        return np.split(starts, np.cumsum([len(document) for document in sizes])[:-1])
-
-    def _add(
-        self, writer: RowWriter, key: tuple[int, int], image_starts: np.ndarray, failed: dict, damaged: dict
-    ) -> None:
-        source, number = key
-        index = self.indexes[source]
-        lengths = index.lengths(number)
-        try:
-            with_mels = self.budgets.mel_windows > 0
-            rates = self.mels.rates if with_mels else ()
-            encoded = self.processor.encode(index.document(number), self.codes, mels=with_mels, rates=rates)
-            # A file that changed since it was measured would shift everything behind it in the row.
-            if not _as_measured(encoded.lengths, index, number):
-                raise SampleError("changed", "the document is not what the index measured")
-        except SampleError as error:
-            failed[key] = (index.location(number), error.cause, str(error))
-            writer.skip(int(lengths[0]))
-            return
-        if encoded.damaged_packets:
-            damaged[key] = encoded.damaged_packets
-        weighed = weigh(encoded, self.weighting, self.loss_weights[source], self.untrained_targets)
-        writer.add(weighed, source=source, number=number, image_starts=image_starts)
-
-
-def _as_measured(found: Lengths, index: RowDocuments, number: int) -> bool:
-    sizes = [found.tokens, found.patches, found.audio_frames, found.audio_targets, found.text_targets]
-    as_long = sizes == index.lengths(number)[: len(sizes)].tolist()
-    return as_long and list(found.image_patches) == index.image_patches(number)
 
 
 @dataclass(frozen=True)
 class RowShard:
-    """Which rows of every global step a host decodes, by their place in it; None: all."""
+    """Which rows of every global step a host decodes, by their place in it; None: all.
+
+    `shared` are those that other hosts decode as well, which `agreement` makes alike; workers have none.
+    """
 
     rows: tuple[int, ...] | None = None
+    shared: tuple[int, ...] = ()
+    agreement: Agreement | None = None
 
     def select(self, rows: list[PackedRow]) -> list[PackedRow]:
         return rows if self.rows is None else [rows[place] for place in self.rows]
 
+    def agree(self, steps: Iterator[Step], decoder: RowDecoder, ahead: int = 0) -> Iterator[Step]:
+        """Returns `steps` with shared rows that are alike on all their hosts (`Agreement.agree`)."""
+        return steps if self.agreement is None else self.agreement.agree(steps, decoder, ahead)
+
+    def union(self, lost: Mapping[int, str]) -> dict[int, str]:
+        """Returns the causes of all hosts' lost documents by number (`Agreement.union`)."""
+        return dict(lost) if self.agreement is None else self.agreement.union(lost)
+
 
 ALL_ROWS = RowShard()
+
+
+def decode_step(decoder: RowDecoder, shard: RowShard, rows: list[PackedRow], state: dict, mel_frames: int = 0) -> Step:
+    """Decodes a host's rows of a step.
+
+    Args:
+        decoder: what decodes them.
+        shard: which of `rows` they are.
+        rows: those of all hosts.
+        state: the plan's state after the step.
+        mel_frames: frames of a mel slot.
+    """
+    places = {row: place for place, row in enumerate(shard.rows or ())}
+    own = [places[row] for row in shard.shared]
+    selected = shard.select(rows)
+    batch, failed, damaged, digests = decoder.decode(selected, mel_frames, digested=own)
+    shared = {row: SharedRow(rows[row], digests[places[row]]) for row in shard.shared}
+    return Step(batch, failed, state, damaged, shared)
 
 
 class StepDataset(grain.IterDataset):
@@ -220,11 +126,15 @@ class StepIterator(grain.DatasetIterator):
             raise StopIteration
         rows, state = step
         self._given = {"plan": state, "skip": self._stride - 1}
-        batch, failed, damaged = self._decode.decode(self._shard.select(rows), self._decode.mel_frames(rows))
-        outcome = {"failed": [[key, why] for key, why in failed.items()], "damaged": list(damaged.items())}
+        decoded = decode_step(self._decode, self._shard, rows, state, self._decode.mel_frames(rows))
         # Grain hands arrays from process to process: what else belongs to the step goes along as bytes.
-        info = json.dumps({"state": state} | outcome)
-        return {"batch": batch, "info": np.frombuffer(info.encode(), np.uint8)}
+        info = {
+            "state": state,
+            "failed": list(decoded.failed.items()),
+            "damaged": list(decoded.damaged.items()),
+            "shared": [[place, found.row, found.digests] for place, found in decoded.shared.items()],
+        }
+        return {"batch": decoded.batch, "info": np.frombuffer(json.dumps(info).encode(), np.uint8)}
 
     def _next_step(self) -> tuple[list[PackedRow], dict] | None:
         """Plans up to the next step of this worker; returns its rows and the plan's state after it, None at the end."""
@@ -288,7 +198,11 @@ def read_steps(dataset: StepDataset, workers: int) -> Iterator[Step]:
             info = json.loads(bytes(element["info"]))
             failed = {(source, number): tuple(why) for (source, number), why in info["failed"]}
             damaged = {(source, number): packets for (source, number), packets in info["damaged"]}
-            yield Step(element["batch"], failed, info["state"], damaged)
+            shared = {
+                place: SharedRow([(source, number) for source, number in row], tuple(digests))
+                for place, row, digests in info["shared"]
+            }
+            yield Step(element["batch"], failed, info["state"], damaged, shared)
     finally:
         elements.close()  # ends the workers when the reader stops early
 

@@ -7,10 +7,11 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image, ImageOps
 
 from baichuan_omni_jax.checkpoint import Workdir
 from tests.helpers.bucket import bucket_server
-from tests.helpers.micro import Command, read_metrics, small_copy
+from tests.helpers.micro import LINES, Command, read_metrics, small_copy
 from tests.helpers.proofs import HANG
 
 pytestmark = pytest.mark.slow
@@ -67,6 +68,35 @@ def test_two_hosts_train_as_one(mesh, command, tmp_path):
         for key in ("loss", "loss_text", "loss_audio", "gradient_norm", "tokens", "flops_llm", "flops_vision"):
             assert other[key] == pytest.approx(row[key], rel=TOLERANCE), (row["step"], key)
     assert Workdir(tmp_path / "two", keep=3).steps() == Workdir(tmp_path / "one", keep=3).steps()
+
+
+def test_what_one_host_cannot_decode_is_lost_on_both(command, tmp_path):
+    """Every row lies on both. Host 1's disk has cut pictures and other ones; the run is as if all were cut for all."""
+    roots = [small_copy(command.root, tmp_path / name, lines=LINES) for name in ("good", "bad", "cut")]
+    pictures = sorted(path.relative_to(roots[0]) for path in roots[0].rglob("*") if path.suffix in (".png", ".jpg"))
+    for number, name in enumerate(pictures[::3]):
+        whole = (roots[0] / name).read_bytes()
+        for root in roots[1:]:
+            (root / name).unlink()  # a hard link
+            (root / name).write_bytes(whole[: len(whole) // 2])
+        if number % 2:
+            with Image.open(roots[0] / name) as picture:
+                ImageOps.invert(picture.convert("RGB")).save(roots[1] / name)
+    settings = (*SPLIT_ROWS, "data.max_bad_fraction=0.5", "data.workers=1")
+    one = command(tmp_path / "one", *SHARED, *settings, f"data.root={roots[2]}", devices=8)
+    assert one.returncode == 0, one.stderr
+    own = tuple((f"data.root={root}",) for root in roots[:2])
+    hosts = start(command, tmp_path / "two", *settings, of_host=own)
+    outputs = finish(hosts)
+    assert [host.returncode for host in hosts] == [0, 0], outputs
+    whole, parts = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
+    for row, other in zip(whole, parts, strict=True):
+        for key in ("loss", "loss_text", "loss_audio", "gradient_norm", "tokens"):
+            assert other[key] == pytest.approx(row[key], rel=TOLERANCE), (row["step"], key)
+    lost = parts[-1]["skipped"]
+    assert lost["differs"] > 0
+    assert lost["unreadable_media"] > 0
+    assert lost["differs"] + lost["unreadable_media"] == whole[-1]["skipped"]["unreadable_media"]
 
 
 def test_two_hosts_share_a_workdir_in_a_bucket(command, tmp_path, monkeypatch):
