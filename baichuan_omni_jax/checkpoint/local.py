@@ -17,12 +17,11 @@ from typing import Any, TypeVar
 
 import google_crc32c
 import jax
-import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 
 from baichuan_omni_jax.checkpoint.arrays import METADATA, DamagedError, copy_parts, metadata_text, write_parts
 from baichuan_omni_jax.checkpoint.steps import is_step, read_alike
+from baichuan_omni_jax.coordination import Hosts
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.storage import local_path, scratch_folder
 
@@ -153,11 +152,8 @@ class LocalSteps:
 
 def _on_all_hosts(steps: list[int]) -> list[int]:
     """Returns those of descending `steps` that every host has."""
-    if jax.process_count() == 1:
-        return steps
-    own = np.array([*steps[:KEEP], *[-1] * KEEP][:KEEP], np.int32)
-    gathered = multihost_utils.process_allgather(own).reshape(-1, KEEP)
-    return [step for step in steps if all(step in row for row in gathered)] if len(steps) else []
+    told = [json.loads(text) for text in Hosts.joined().meet(json.dumps(steps))]
+    return [step for step in steps if all(step in others for others in told)]
 
 
 def _crc32c(text: str) -> str:

@@ -1,17 +1,17 @@
 """The steps of a workdir: which are there, which of them seem whole, and how all hosts read the same one."""
 
+import json
 import logging
 import time
 from collections.abc import Callable, Collection, Sequence
 from typing import TypeVar
 
 import jax
-import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 
 from baichuan_omni_jax.checkpoint.arrays import DamagedError
 from baichuan_omni_jax.checkpoint.checksums import CHECKSUMS, check_files
+from baichuan_omni_jax.coordination import Hosts
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.storage import read_json_object, remove, write_json
 
@@ -20,7 +20,6 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 # Orbax's name for a folder that is not committed is the final name and this, where commits are renames.
 TEMPORARY = ".orbax-checkpoint-tmp"
-_MESSAGE_BYTES = 2048  # of what a host tells the others of an error
 
 
 def steps_folder(workdir: epath.Path) -> epath.Path:
@@ -116,16 +115,15 @@ def remove_unfinished(path: epath.Path) -> None:
 def newest_good(workdir: epath.Path, steps: Sequence[int], skip: Sequence[str] = ()) -> tuple[int | None, str]:
     """Finds the last of ascending `steps` whose files pass `check_files`.
 
-    Every host must call it: the first looks, the others learn what it found. Each damaged step is named in a warning.
+    Every host must call it: the first looks and tells the others what it found (`Hosts.meet`: no device is waited for).
+    Each damaged step is named in a warning.
 
     Returns:
         The step, None where none is whole, and of the first damaged one met on the way what is wrong with it, or "".
     """
-    step, bad = _newest_good_here(workdir, steps, skip) if jax.process_index() == 0 else (None, "")
+    found = _newest_good_here(workdir, steps, skip) if jax.process_index() == 0 else (None, "")
     # All hosts must restore the same step, also where one of them reads another state of the file system.
-    if jax.process_count() > 1:
-        found = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if step is None else step)))
-        step = None if found < 0 else found
+    step, bad = json.loads(Hosts.joined().meet(json.dumps(found))[0])
     return step, bad
 
 
@@ -185,21 +183,12 @@ def read_alike(read: Callable[[], T]) -> tuple[T | None, str]:
         if jax.process_count() == 1:
             raise
         refusal = f"{type(error).__name__}: {error}"
-    if jax.process_count() > 1:
-        told = [_first_message(text) for text in (refusal, damage)]
-        refusal, damage = told
+    told = [json.loads(text) for text in Hosts.joined().meet(json.dumps([refusal, damage]))]
+    # The first host's that has one.
+    refusal, damage = (next(filter(None, texts), "") for texts in zip(*told, strict=True))
     if refusal:
         raise OSError(refusal)
     return result, damage
-
-
-def _first_message(text: str) -> str:
-    """Returns the message of the first host that has one; "" where none has. Every host must call it."""
-    data = np.zeros(_MESSAGE_BYTES, np.uint8)
-    encoded = text.encode()[:_MESSAGE_BYTES]
-    data[: len(encoded)] = np.frombuffer(encoded, np.uint8)
-    gathered = multihost_utils.process_allgather(data).reshape(-1, _MESSAGE_BYTES)
-    return next((bytes(row).rstrip(b"\0").decode(errors="replace") for row in gathered if row[0]), "")
 
 
 def warn_of_damage(step: int, what: str) -> None:

@@ -10,23 +10,12 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import orbax.checkpoint as ocp
 from etils import epath
 
-from baichuan_omni_jax.checkpoint.branches import KEPT, branch_folder, checkpoint_texts, remove_leftovers
+from baichuan_omni_jax.checkpoint.branches import branch_folder, checkpoint_texts, remove_leftovers
 from baichuan_omni_jax.checkpoint.local import LocalSteps
-from baichuan_omni_jax.checkpoint.place import lock_workdir, probe_commit
-from baichuan_omni_jax.checkpoint.provenance import (
-    PARENT,
-    RUN_CONFIG,
-    STARTS,
-    check_run_config,
-    note_start,
-    run_identity,
-    store_run_config,
-)
+from baichuan_omni_jax.checkpoint.run_folder import RunFolder
 from baichuan_omni_jax.checkpoint.steps import (
-    committed_steps,
     keep_newest,
     read_newest,
     remove_old_steps,
@@ -34,14 +23,9 @@ from baichuan_omni_jax.checkpoint.steps import (
     steps_folder,
 )
 from baichuan_omni_jax.checkpoint.trees import FolderSave, leaves_by_name, make_checkpointer, read_tree, stored_names
-from baichuan_omni_jax.config import OmniConfig, RunConfig
-from baichuan_omni_jax.errors import ConfigError, RunStoppedError, storage_error
-from baichuan_omni_jax.storage import (
-    FileLock,
-    is_url,
-    parse_path,
-    remove,
-)
+from baichuan_omni_jax.config import OmniConfig
+from baichuan_omni_jax.errors import ConfigError, RunStoppedError
+from baichuan_omni_jax.storage import is_url
 
 log = logging.getLogger(__name__)
 
@@ -60,95 +44,33 @@ class Restored(NamedTuple):
     step: int
 
 
-class Workdir:
+class Workdir(RunFolder):
     """Saves and restores the steps of one run under `path`. Every process of the run makes one and calls it alike.
 
-    `path` may be a URL (`storage.parse_path`). `keep` (>= 1) newest steps stay. A background save that fails is logged
-    at once; see `save_failed` and `wait`. `local` is the folder for steps on each host's own disk (`LocalSteps`); None:
-    there are none. Raises ConfigError when a folder cannot be made, or be written.
+    `keep` (>= 1) newest steps stay. A background save that fails is logged at once; see `save_failed` and `wait`.
+    `local` is the folder for steps on each host's own disk (`LocalSteps`); None: there are none. Raises ConfigError as
+    `RunFolder`.
     """
 
     def __init__(self, path: epath.PathLike, keep: int, *, local: str | None = None) -> None:
         if keep < 1:
             raise ConfigError(f"checkpoint.keep must be at least 1, not {keep}")
-        self.path = parse_path(path)
+        super().__init__(path)
         self.keep = keep
-        self._damaged: set[int] = set()
         self._saving: threading.Thread | None = None
         self._coming = 0  # the step that it saves
         self._error: tuple[int, BaseException] | None = None
         # Saves that failed since the last good one, and when (monotonic clock).
         self._failures, self._failed_at = 0, 0.0
-        self._lock: FileLock | None = None
         self._times: dict[str, float] = {}  # of the newest save that has ended
         self._newest: int | None = None  # the newest step there, as far as this host knows
-        self._identity = ""
-        self.changes = ""  # what is not as it was at the start before, in words
-        self._new: list[str] = []  # what says whose workdir this is and was not there before
-        try:
-            steps_folder(self.path).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise storage_error(error, f"workdir {self.path} cannot be made") from error
-        self.renames = probe_commit(self.path)
         self._local = None if local is None else LocalSteps(self.path, local)
         self._checkpointer = make_checkpointer(self.renames)
 
-    def hold(self) -> None:
-        """Keeps other runs out of the workdir until `close`, or until this process is gone, killed or not.
-
-        Process 0 locks for all processes of the run; the others learn of it by `hosts.on_all_hosts`. Calls may repeat.
-        Raises ConfigError, naming its process and host, while another run works there.
-        """
-        if jax.process_index() == 0 and self._lock is None:
-            self._lock = lock_workdir(self.path)
-
-    def write_run_config(self, run: RunConfig) -> None:
-        """Takes the workdir for `run`: call it before anything else, once, at the start.
-
-        A new workdir gets `run_config.json`; an old one must hold the same run, but for the keys of `MAY_DIFFER`.
-        Then what a killed run left half-written is removed. Raises ConfigError naming the first other key, and on host
-        0 that or StorageError where the workdir cannot be written: other hosts learn of it by `hosts.on_all_hosts`.
-        """
-        changed = check_run_config(self.path, run)
-        self._new = [name for name in (RUN_CONFIG, STARTS, PARENT, KEPT) if not (self.path / name).exists()]
-        # Every host has read the old one before the first host writes the new one.
-        ocp.multihost.sync_global_processes("workdir_checked")
-        refused = None
-        if jax.process_index() == 0:
-            try:
-                self.changes = note_start(self.path, self.latest_step() or 0, changed)
-                store_run_config(self.path, run)
-                remove_leftovers(self.path)
-            except OSError as error:  # told once the others have come here: they would wait for this host
-                refused = error
-        ocp.multihost.sync_global_processes("workdir_taken")
-        if refused is not None:
-            raise storage_error(refused, f"workdir {self.path} cannot be written") from refused
-        self._identity = run_identity(self.path) if self._local is not None else ""
-
     def give_up(self) -> None:
-        """Undoes `write_run_config` of a new workdir that holds no step: a corrected run may have it.
-
-        For a run that was refused after all. Parent and audio tokenizer that it wrote down go too.
-        """
+        """As `RunFolder.give_up`, once nothing is being saved."""
         self.wait()
-        if jax.process_index() or RUN_CONFIG not in self._new or self.latest_step() is not None:
-            return
-        # The run's configuration last: as long as it is there, the rest is known to belong to that run.
-        for name in reversed(self._new):
-            remove(self.path / name)
-
-    def steps(self) -> list[int]:
-        """Lists the steps that were saved completely, ascending, without those that `restore` found damaged."""
-        return [step for step in committed_steps(self.path) if step not in self._damaged]
-
-    def latest_step(self) -> int | None:
-        """Returns the newest step; None where there is none."""
-        return max(self.steps(), default=None)
-
-    def has_step(self, step: int) -> bool:
-        """Returns whether a step was saved completely."""
-        return step in self.steps()
+        super().give_up()
 
     def save(
         self,
@@ -213,9 +135,9 @@ class Workdir:
 
         Every host must call it. Nothing is raised: a step that cannot be kept there is warned of.
         """
-        if self._local is None or self._newest is None or not self._identity:
+        if self._local is None or self._newest is None or not self.identity:
             return
-        owner = {"run": self._identity, "base": self._newest}
+        owner = {"run": self.identity, "base": self._newest}
         self._local.save(step, _trees(branches, opt_state), data_state, owner)
 
     def take_times(self) -> dict[str, float]:
@@ -269,9 +191,7 @@ class Workdir:
             if self._local is not None:
                 self._local.wait()
             self._checkpointer.close()
-            if self._lock is not None:
-                self._lock.release()
-                self._lock = None
+            self.release()
 
     def restore(self, step: int | None, branches: Mapping[str, Any], opt_state: Any) -> Restored:
         """Reads a step back. Damaged steps are named in a warning.
@@ -292,7 +212,7 @@ class Workdir:
         there = self.steps()
         self._newest = max(there, default=None)
         if step is None and self._newest is not None and self._local is not None:
-            is_own = lambda owner: owner["run"] == self._identity != "" and owner["base"] in there  # noqa: E731
+            is_own = lambda owner: owner["run"] == self.identity != "" and owner["base"] in there  # noqa: E731
             read = partial(self._read_step, branches=branches, opt_state=opt_state)
             if (local := self._local.read_newest(self._newest, is_own, read)) is not None:
                 return local[1]
