@@ -110,13 +110,16 @@ def generation_config(options: argparse.Namespace, default: GenerationConfig) ->
     return settings.greedy() if options.greedy else settings
 
 
-def open_chat(options: argparse.Namespace, settings: GenerationConfig, root: Path | None = None) -> OpenedChat:
+def open_chat(
+    options: argparse.Namespace, settings: GenerationConfig, root: Path | None = None, *, speaks: bool = True
+) -> OpenedChat:
     """Reads the checkpoint and makes its engine.
 
     Args:
         options: the flags of `add_model_arguments`.
         settings: how answers are generated where a request says nothing else.
         root: the only folder that messages may name files of; None: any.
+        speaks: whether an answer may be spoken; else nothing is said of how.
 
     Raises:
         ConfigError: names the flag, the file or the branch that cannot be used.
@@ -146,9 +149,8 @@ def open_chat(options: argparse.Namespace, settings: GenerationConfig, root: Pat
     chat = OmniChat(model, processor, settings=settings, seed=options.seed)
     takes_audio = {"audio_encoder", "audio_head"} <= loaded.branches.keys()
     assert isinstance(model.engine, Engine)
-    return OpenedChat(
-        chat, model.engine, _notice(loaded, model.speech_decoder), takes_audio, frozenset(loaded.branches)
-    )
+    notice = _notice(loaded, model.speech_decoder if speaks else None)
+    return OpenedChat(chat, model.engine, notice, takes_audio, frozenset(loaded.branches))
 
 
 def _notice(loaded: LoadedBranches, decoder: SpeechSynthesizer | None) -> str:

@@ -193,7 +193,8 @@ def _judge(options: argparse.Namespace) -> JudgeServer | Rule:
 
 
 def _open(options: argparse.Namespace, suites: Sequence[Suite]) -> OpenedChat:
-    opened = open_chat(options, GenerationConfig().greedy())
+    speaks = options.speech or any(suite.task == "speak" for suite in suites)
+    opened = open_chat(options, GenerationConfig().greedy(), speaks=speaks)
     if opened.notice:
         print_note(opened.notice)
     if opened.chat.processor is None:

@@ -130,7 +130,7 @@ def generate(options: argparse.Namespace) -> None:
     # All that can be refused without the checkpoint comes before it is read.
     fields = request_fields(options)
     questions = read_questions(options.manifest, _manifest_bytes) if options.manifest else []
-    opened = open_chat(options, answer_config(options))
+    opened = open_chat(options, settings := answer_config(options), speaks=options.task == "tts" or settings.speech)
     if opened.notice:
         print_note(opened.notice)
     if options.manifest:

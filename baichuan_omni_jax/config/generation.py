@@ -1,7 +1,9 @@
 """How answers are generated: how tokens and codes are sampled, how long they may grow, when they end."""
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from baichuan_omni_jax.errors import ConfigError
 
@@ -83,3 +85,20 @@ def check_voice(voice: str) -> None:
         voice.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ConfigError(f"voice {voice!r} is not valid Unicode: {error.reason}") from error
+
+
+def settings_fields(settings: GenerationConfig) -> dict[str, Any]:
+    """Lists what differs from the defaults, nested as the configuration is."""
+
+    def differing(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+        found = {}
+        for name, value in values.items():
+            if isinstance(value, dict):
+                value = differing(value, defaults[name])
+                if value:
+                    found[name] = value
+            elif value != defaults[name]:
+                found[name] = list(value) if isinstance(value, tuple) else value
+        return found
+
+    return differing(asdict(settings), asdict(GenerationConfig()))

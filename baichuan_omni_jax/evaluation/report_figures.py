@@ -5,6 +5,7 @@ Colors are the classes `c0` to `c7` of report_page.css, which has them for light
 
 import base64
 import io
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -14,6 +15,7 @@ import numpy as np
 import soundfile
 from PIL import Image
 
+from baichuan_omni_jax.evaluation.chain_record import number
 from data_pipelines.errors import SampleError
 from data_pipelines.media.audio import read_audio
 from data_pipelines.media.images import load_image
@@ -23,6 +25,7 @@ from data_pipelines.media.videos import read_video
 Point = tuple[float, float]
 
 COLORS = 8  # a figure with more curves leaves the others out
+_LEVEL_LOSS = re.compile(r"_q\d+$")  # losses of single levels of codes: too many for a figure
 _WIDTH, _HEIGHT = 360, 170
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 8, 8, 22
 _POINTS = 160  # of a curve: beyond, neighbors are averaged
@@ -140,6 +143,28 @@ def _place(value: float, ends: tuple[float, float]) -> float:
 
 def _value(value: float, axes: Axes) -> str:
     return f"{100 * value:.0f} %" if axes.percent else f"{value:.3g}"
+
+
+def loss_curves(records: Sequence[Mapping]) -> dict[str, list[Point]]:
+    """Finds the curves of a run's loss: whole and by parts in training, whole of each held-out mixture."""
+    curves: dict[str, list[Point]] = {}
+    for record in records:
+        for key, value in record.items():
+            parts = key.split("/")
+            if key == "loss":
+                name = "loss"
+            elif key.startswith("loss_") and len(parts) == 1 and not _LEVEL_LOSS.search(key):
+                name = key.removeprefix("loss_")
+            elif len(parts) == 3 and parts[0] == "eval" and parts[2] == "loss":
+                name = f"held out: {parts[1]}"
+            else:
+                continue
+            if (found := number(value)) is not None:
+                curves.setdefault(name, []).append((float(record["step"]), found))
+    # With one part alone the whole is drawn twice.
+    if len([name for name in curves if name != "loss" and ":" not in name]) == 1:
+        curves = {name: curve for name, curve in curves.items() if name == "loss" or ":" in name}
+    return {name: thin(curve) for name, curve in list(curves.items())[:COLORS]}
 
 
 def media_tag(kind: str, path: Path) -> str:

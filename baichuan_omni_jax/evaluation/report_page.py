@@ -5,9 +5,8 @@ answers, curves, times, machine and versions. Everything that stands in files is
 """
 
 import random
-import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -26,14 +25,13 @@ from baichuan_omni_jax.evaluation.chain_record import (
     read_metrics,
     read_scores,
 )
-from baichuan_omni_jax.evaluation.report_figures import COLORS, Axes, Point, line_chart, media_tag, span, thin
+from baichuan_omni_jax.evaluation.report_figures import Axes, Point, line_chart, loss_curves, media_tag, span
 from baichuan_omni_jax.evaluation.samples import SAMPLES, Sample, read_samples
 from baichuan_omni_jax.storage import atomic_write
 
 REPORT = "report.html"
 CSS = Path(__file__).with_name("report_page.css")
 _EACH = 2  # samples of an ability that are right, and as many that are not
-_LEVEL_LOSS = re.compile(r"_q\d+$")  # losses of single levels of codes: too many for a figure
 
 
 @dataclass(frozen=True)
@@ -56,6 +54,7 @@ class Report:
     """What the page is made of."""
 
     folder: Path
+    name: str
     chain: ChainRecord
     stages: Sequence[Stage]
     targets: Mapping[str, Sequence[Target]]
@@ -63,10 +62,13 @@ class Report:
     samples: Sequence[Sample]
 
 
-def write_report(folder: Path) -> Path:
-    """Writes the page of a chain's folder and returns its path. Raises RunStoppedError where it cannot be written."""
+def write_report(folder: Path, name: str = "") -> Path:
+    """Writes the page of a chain's folder and returns its path. Raises RunStoppedError where it cannot be written.
+
+    `name` is what the chain is called, where the folder is only a copy of its own.
+    """
     path = folder / REPORT
-    page = render(collect(folder))
+    page = render(collect(folder, name))
     try:
         with atomic_write(path) as file:
             # Names in files of others may hold half a character, which no file takes.
@@ -76,19 +78,20 @@ def write_report(folder: Path) -> Path:
     return path
 
 
-def collect(folder: Path) -> Report:
-    """Reads what is there; of a folder without any run all is empty."""
-    chain, stages = read_chain(folder), []
+def collect(folder: Path, name: str = "") -> Report:
+    """Reads what is there; of a folder without any run all is empty. `name`: as in `write_report`."""
+    chain, stages, name = read_chain(folder), [], name or folder.resolve().name
     for record in chain.stages:
         home = folder / record.name
         records = read_metrics(home / METRICS)
-        stages.append(Stage(record, record.name or folder.resolve().name, records, read_scores(home, records)))
+        stages.append(Stage(record, record.name or name, records, read_scores(home, records)))
     # An evaluation of its own asks more than a stage does after its last step.
     evaluated = read_scores(folder / EVALUATION, [])
     measured = [evaluated, *(stage.scores for stage in reversed(stages))]
     homes = [folder / EVALUATION, *(folder / stage.record.name for stage in reversed(stages))]
     return Report(
         folder=folder,
+        name=name,
         chain=chain,
         stages=stages,
         targets=RECIPES[chain.recipe].targets if chain.recipe in RECIPES else {},
@@ -99,7 +102,7 @@ def collect(folder: Path) -> Report:
 
 def render(report: Report) -> str:
     """Returns the page as HTML."""
-    name = report.chain.recipe or report.folder.resolve().name
+    name = report.chain.recipe or report.name
     sections = [
         _head(report, name),
         _abilities(report),
@@ -207,6 +210,7 @@ def _ability_curves(report: Report) -> str:
     """Small figures of one axis: every ability over the steps of all stages."""
     curves: dict[tuple[str, str], list[Point]] = {}
     chances: dict[str, float] = {}
+    asked: set[float] = set()  # questions of a point
     marks, before = [], 0
     for stage in report.stages:
         if not stage.records:
@@ -217,6 +221,8 @@ def _ability_curves(report: Report) -> str:
                 curves.setdefault((name, measure), []).append((float(before + record["step"]), score))
                 if (chance := number(record.get(f"ability/{name}/chance"))) is not None:
                     chances[name] = chance
+                if (items := number(record.get(f"ability/{name}/items"))) is not None:
+                    asked.add(items)
         before += stage.step
     if not curves:
         return ""
@@ -229,7 +235,15 @@ def _ability_curves(report: Report) -> str:
         axes = Axes((0.0, float(max(before, 1))), (0.0, top), percent=True, marks=marks)
         charts.append(line_chart(f"{name}, {measure}", {name: points}, axes, levels))
     text = "Over the steps of all stages; a line across marks where the next one begins."
+    final = {score.items for score in report.final.values() if score.items is not None}
+    if asked and final and asked != final:
+        text += f" A point is of {_range(asked)} questions, a score above of {_range(final)}."
     return f'<h2>How it came</h2><p>{text}</p><div class="cards">{"".join(charts)}</div>'
+
+
+def _range(counts: Collection[float]) -> str:
+    low, high = min(counts), max(counts)
+    return f"{low:.0f}" if low == high else f"{low:.0f} to {high:.0f}"
 
 
 def _retention(report: Report) -> str:
@@ -297,28 +311,6 @@ def _loss_curves(report: Report) -> str:
             charts.append(line_chart(stage.title, curves, Axes(x, y)))
     text = "Parts of the loss over the steps of each stage, in training and held out."
     return f'<h2>Loss</h2><p>{text}</p><div class="cards">{"".join(charts)}</div>' if charts else ""
-
-
-def loss_curves(records: Sequence[Mapping]) -> dict[str, list[Point]]:
-    """Finds the curves of a run's loss: whole and by parts in training, whole of each held-out mixture."""
-    curves: dict[str, list[Point]] = {}
-    for record in records:
-        for key, value in record.items():
-            parts = key.split("/")
-            if key == "loss":
-                name = "loss"
-            elif key.startswith("loss_") and len(parts) == 1 and not _LEVEL_LOSS.search(key):
-                name = key.removeprefix("loss_")
-            elif len(parts) == 3 and parts[0] == "eval" and parts[2] == "loss":
-                name = f"held out: {parts[1]}"
-            else:
-                continue
-            if (found := number(value)) is not None:
-                curves.setdefault(name, []).append((float(record["step"]), found))
-    # With one part alone the whole is drawn twice.
-    if len([name for name in curves if name != "loss" and ":" not in name]) == 1:
-        curves = {name: curve for name, curve in curves.items() if name == "loss" or ":" in name}
-    return {name: thin(curve) for name, curve in list(curves.items())[:COLORS]}
 
 
 def _times(report: Report) -> str:

@@ -53,7 +53,8 @@ class HarnessModel:
         parser = CommandParser(prog="model arguments")
         add_model_arguments(parser)
         flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
-        opened = open_chat(parser.parse_args([f"--checkpoint={','.join(checkpoint)}", *flags]), GenerationConfig())
+        options = parser.parse_args([f"--checkpoint={','.join(checkpoint)}", *flags])
+        opened = open_chat(options, GenerationConfig(), speaks=False)
         if opened.chat.processor is None:
             raise ConfigError(f"checkpoint {checkpoint[0]} brings no text tokenizer: name one by tokenizer=FILE")
         # A harness prints a table at the end: what makes its numbers meaningless is said before.

@@ -22,8 +22,8 @@ from baichuan_omni_jax.evaluation.chain_record import (
     read_metrics,
     read_scores,
 )
-from baichuan_omni_jax.evaluation.report_figures import COLORS, Axes, line_chart, media_tag, thin
-from baichuan_omni_jax.evaluation.report_page import collect, loss_curves, render, target_value, write_report
+from baichuan_omni_jax.evaluation.report_figures import COLORS, Axes, line_chart, loss_curves, media_tag, thin
+from baichuan_omni_jax.evaluation.report_page import collect, render, target_value, write_report
 from baichuan_omni_jax.evaluation.samples import Sample, read_samples, write_samples
 from tests.helpers.chain_folder import STEPS, ability, step_record, write_chain, write_lines, write_media, write_stage
 
@@ -80,8 +80,17 @@ def test_a_finished_chain(finished):
     assert "accuracy 98.0 %at least 97 % ✓ met" in page.text
     assert "accuracy 50.0 %at least 90 % ✗ missed" in page.text
     assert "a <fast> one" in page.text
+    assert "questions, a score above" not in page.text  # as many
     # Of all stages: 9 trained, and the data and the evaluation.
     assert "12.0" in page.text
+
+
+def test_points_of_fewer_questions_than_the_scores(finished):
+    scores = {"color": {"accuracy": 0.9, "chance": 0.1, "items": 200}, "digit": {"accuracy": 0.8, "items": 120}}
+    (finished / "evaluation").mkdir(exist_ok=True)
+    (finished / "evaluation" / "abilities.json").write_text(json.dumps({"steps": {"100": scores}}))
+    page = Page(write_report(finished).read_text())
+    assert "A point is of 64 questions, a score above of 120 to 200." in page.text
 
 
 def test_a_chain_at_work(tmp_path):

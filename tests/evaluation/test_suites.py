@@ -15,8 +15,9 @@ from baichuan_omni_jax.cli import evaluate_suites
 from baichuan_omni_jax.cli.chat import OpenedChat
 from baichuan_omni_jax.cli.main import main
 from baichuan_omni_jax.config import GenerationConfig
+from baichuan_omni_jax.config.generation import settings_fields
 from baichuan_omni_jax.errors import ConfigError, RequestError
-from baichuan_omni_jax.evaluation.suites.answers import AnswerFile, select_items, settings_fields
+from baichuan_omni_jax.evaluation.suites.answers import AnswerFile, select_items
 from baichuan_omni_jax.evaluation.suites.report import Judging, score_suite
 from baichuan_omni_jax.evaluation.suites.table import SUITES
 from tests.helpers.suite_files import (
@@ -98,7 +99,7 @@ def test_answers_to_something_else_are_refused(tmp_path):
     before = (out / "answers.jsonl").read_bytes()
     for changes, sentence in (
         ({"checkpoint": "other"}, "was answered with checkpoint C, not other"),
-        ({"settings": GenerationConfig(max_tokens=65).greedy()}, "was answered with settings"),
+        ({"settings": GenerationConfig(max_tokens=65).greedy()}, "was answered with max_tokens 64, not 65: another"),
     ):
         with pytest.raises(ConfigError, match=sentence):
             run("omnibench", folder, out, lambda *_: "A", **changes)

@@ -12,7 +12,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -20,7 +20,9 @@ import jax
 import numpy as np
 import soundfile
 
+from baichuan_omni_jax.checkpoint.provenance import flatten
 from baichuan_omni_jax.config import GenerationConfig
+from baichuan_omni_jax.config.generation import settings_fields
 from baichuan_omni_jax.errors import ConfigError, RequestError
 from baichuan_omni_jax.evaluation.suites.items import LETTERS, Item
 from baichuan_omni_jax.evaluation.suites.table import Suite, answer_text, message_of
@@ -108,6 +110,10 @@ def _selected(items: Iterator[Item], groups: Sequence[str], limit: int | None) -
     if all(item.problem for _, item in chosen):
         raise ConfigError(chosen[0][1].problem)
     return chosen
+
+
+_ELSEWHERE = "another --out must be named"
+_DEFAULT = "as by default"  # what lines of answers leave out of their settings
 
 
 @dataclass(frozen=True)
@@ -209,18 +215,29 @@ class AnswerFile:
         """Raises ConfigError where a line answers something else than this run asks."""
         where = f"{self.path}: line {line['line']}"
         if item is not None and "cause" not in line and line["id"] != item.id:
-            raise ConfigError(f"{where} answers {line['id']!r}, not {item.id!r}: another --out must be named")
+            raise ConfigError(f"{where} answers {line['id']!r}, not {item.id!r}: {_ELSEWHERE}")
         # Answers of two checkpoints, or greedy and sampled ones, in one file would be a score of neither.
         asked = {"checkpoint": self.checkpoint, "settings": settings_fields(self.settings)}
         for name, value in asked.items():
-            if "cause" not in line and line.get(name) != value:
-                raise ConfigError(
-                    f"{where} was answered with {name} {line.get(name)}, not {value}: another --out must be named"
-                )
+            if "cause" not in line and (found := line.get(name)) != value:
+                raise ConfigError(f"{where} was answered with {_difference(name, found, value)}: {_ELSEWHERE}")
         if item is not None and "cause" not in line:
             text = [part.get("text") for part in line["prompt"] if part.get("type") == "text"]
             if text != [prompt for prompt in [self.suite.prompt(item)] if prompt]:
-                raise ConfigError(f"{where} has another prompt than the suite has now: another --out must be named")
+                raise ConfigError(f"{where} has another prompt than the suite has now: {_ELSEWHERE}")
+
+
+def _difference(name: str, found: Any, value: Any) -> str:
+    """Says what is other than asked: of settings those alone that differ.
+
+    >>> _difference("settings", {"top_k": 1, "max_tokens": 8}, {"top_k": 1})
+    'max_tokens 8, not as by default'
+    """
+    if not isinstance(found, dict) or not isinstance(value, dict):
+        return f"{name} {found}, not {value}"
+    found, value = flatten(found), flatten(value)
+    keys = [key for key in found | value if found.get(key, _DEFAULT) != value.get(key, _DEFAULT)]
+    return ", ".join(f"{key} {found.get(key, _DEFAULT)}, not {value.get(key, _DEFAULT)}" for key in keys)
 
 
 def _parse(text: bytes) -> Line | None:
@@ -237,23 +254,6 @@ def _parse(text: bytes) -> Line | None:
     kinds = {"text": str, "prompt": list, "settings": dict} | ({"audio": str} if "audio" in line else {})
     fits = all(isinstance(line.get(name), kind) for name, kind in kinds.items())
     return line if fits and all(isinstance(part, dict) for part in line["prompt"]) else None
-
-
-def settings_fields(settings: GenerationConfig) -> dict[str, Any]:
-    """Lists what differs from the defaults, nested as the configuration is."""
-
-    def differing(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-        found = {}
-        for name, value in values.items():
-            if isinstance(value, dict):
-                value = differing(value, defaults[name])
-                if value:
-                    found[name] = value
-            elif value != defaults[name]:
-                found[name] = list(value) if isinstance(value, tuple) else value
-        return found
-
-    return differing(asdict(settings), asdict(GenerationConfig()))
 
 
 class _Asker:
