@@ -198,8 +198,10 @@ def _audio(omni: OmniConfig) -> tuple[FlopTerm, ...]:
 
 # What a chip can do at most: matrix FLOP/s in bfloat16 and bytes of memory, of one JAX device (of a TPU7x chip that is
 # one of its two chiplets), dense, without sparsity. FLOP/s, rates and GPU memory are the makers'
-# (cloud.google.com/tpu/docs; NVIDIA's data sheets of A100, H100 and H200). TPU memory is what a program may use of it,
-# as libtpu 0.0.52 says when it refuses one, to 0.01 GiB. Kinds are JAX's `device_kind`.
+# (docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e, tpu7x; NVIDIA's data sheets of A100, H100 and H200). TPU memory is
+# what a program may use of it, as libtpu 0.0.52 says when it refuses one, to 0.01 GiB. What links send is half of what
+# the makers call bidirectional (v5e 400, v5p 1200, v6e 800, TPU7x 1200 GB/s a chip); of v4, whose page has none, six
+# links of 50 GB/s (arXiv:2304.01433). Kinds are JAX's `device_kind`.
 GIB = 2**30
 
 
@@ -218,17 +220,18 @@ class Chip:
 
 TPUS = {
     "TPU v4": Chip("v4", 275e12, int(30.75 * GIB), 1.2e12, 3e11),
-    "TPU v5 lite": Chip("v5e", 197e12, int(15.75 * GIB), 8.2e11, 2e11),
-    "TPU v5": Chip("v5p", 459e12, int(95.73 * GIB), 2.77e12, 6e11),
-    "TPU v6 lite": Chip("v6e", 918e12, int(31.24 * GIB), 1.64e12, 4.5e11),
+    "TPU v5 lite": Chip("v5e", 197e12, int(15.75 * GIB), 8.19e11, 2e11),
+    "TPU v5": Chip("v5p", 459e12, int(95.73 * GIB), 2.765e12, 6e11),
+    "TPU v6 lite": Chip("v6e", 918e12, int(31.24 * GIB), 1.638e12, 4e11),
     "TPU7x": Chip("tpu7x", 2307e12 / 2, int(94.74 * GIB), 7.38e12 / 2, 3e11),
 }
 # Their kinds carry form factor and memory behind the name: the longest name that a kind starts with counts. Links are
 # NVLink, of cards without it PCIe.
 GPUS = {
-    "NVIDIA A100": Chip("A100", 312e12, 80 * GIB, 2.04e12, 3e11),
-    "NVIDIA A100-SXM4-40GB": Chip("A100 40GB", 312e12, 40 * GIB, 1.56e12, 3e11),
-    "NVIDIA A100-PCIE-40GB": Chip("A100 40GB", 312e12, 40 * GIB, 1.56e12, 3.2e10),
+    "NVIDIA A100": Chip("A100", 312e12, 80 * GIB, 2.039e12, 3e11),
+    "NVIDIA A100 80GB PCIe": Chip("A100 80GB PCIe", 312e12, 80 * GIB, 1.935e12, 3.2e10),
+    "NVIDIA A100-SXM4-40GB": Chip("A100 40GB", 312e12, 40 * GIB, 1.555e12, 3e11),
+    "NVIDIA A100-PCIE-40GB": Chip("A100 40GB", 312e12, 40 * GIB, 1.555e12, 3.2e10),
     "NVIDIA H100": Chip("H100", 989e12, 80 * GIB, 3.35e12, 4.5e11),
     "NVIDIA H100 PCIe": Chip("H100 PCIe", 756e12, 80 * GIB, 2e12, 6.4e10),
     "NVIDIA H100 NVL": Chip("H100 NVL", 835e12, 94 * GIB, 3.9e12, 3e11),
