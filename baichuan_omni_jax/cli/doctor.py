@@ -2,6 +2,7 @@
 
     baichuan-omni doctor [--workdir DIR_OR_URL] [--json FILE]
     baichuan-omni doctor --multihost [...]      # on every host of a slice
+    baichuan-omni doctor --short [...]          # seconds: without what is measured
 
 Versions beside what is asked for; devices and topology; free memory and disk; the workdir written, listed, read back
 and committed to; every kernel against its reference on this device, values and gradients; matrix products, memory and
@@ -34,6 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--workdir", default="", metavar="DIR", help="where a run would write, a folder or a URL as gs://BUCKET/DIR")
     add("--json", type=given_file, metavar="FILE", help="also write the lines here, with their numbers")
+    add(
+        "--short", action="store_true", help="without kernels, rates and the training step: before every start of a run"
+    )
     about = "the devices that must be there; default: JAX_PLATFORMS, else what the machine has"
     add("--expect", choices=("cpu", "gpu", "tpu"), help=about)
     add_host_arguments(parser)
@@ -61,7 +65,7 @@ def run(options: argparse.Namespace) -> int:
             begun[name] = time.monotonic()
             status.update(f"looking at {name}")
 
-        for line in examine(CHECKS, setting, begin):
+        for line in examine([check for check in CHECKS if not (options.short and check.long)], setting, begin):
             lines.append(line)
             print_line(console, line)
     everything = lines_of_all_hosts(hosts, lines)

@@ -31,9 +31,9 @@ CHECKS: tuple[Check, ...] = (
     Check("disk", check_disks),
     Check("workdir", check_workdir),
     Check("devices", check_devices),
-    Check("kernels", _on_devices("kernels", "check_kernels"), on_devices=True),
-    Check("rates", _on_devices("rates", "check_rates"), on_devices=True),
-    Check("kernel times", _on_devices("kernels", "check_kernel_times"), on_devices=True),
+    Check("kernels", _on_devices("kernels", "check_kernels"), on_devices=True, long=True),
+    Check("rates", _on_devices("rates", "check_rates"), on_devices=True, long=True),
+    Check("kernel times", _on_devices("kernels", "check_kernel_times"), on_devices=True, long=True),
     Check("collectives", _on_devices("rates", "check_collectives"), on_devices=True, together=True),
-    Check("step", _on_devices("step", "check_step"), on_devices=True, together=True),
+    Check("step", _on_devices("step", "check_step"), on_devices=True, together=True, long=True),
 )

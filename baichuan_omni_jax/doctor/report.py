@@ -49,12 +49,16 @@ class Setting:
 
 @dataclass(frozen=True)
 class Check:
-    """A check by its name. `on_devices`: runs programs on devices. `together`: on those of all hosts at once."""
+    """A check by its name. `on_devices`: runs programs on devices. `together`: on those of all hosts at once.
+
+    `long` ones are left out by `doctor --short`.
+    """
 
     name: str
     run: Callable[[Setting], Iterable[Line]]
     on_devices: bool = False
     together: bool = False
+    long: bool = False
 
 
 def examine(

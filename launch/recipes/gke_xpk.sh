@@ -12,6 +12,7 @@
 #   SAVE_SECONDS, STEP_SECONDS   of a checkpoint and of a step, as WORKDIR/metrics.jsonl has them: the pods' grace period
 #   SLICES=N            joined by the data-center network: give mesh.slices and mesh.data too
 #   SPOT=1              pods of spot nodes have 15 s after SIGTERM, whatever is asked for
+#   DOCTOR=short        what looks the hosts over before every start: short, full or no
 #   WORKLOAD=omni       its name; RESTARTS=100 of the workload after lost nodes
 # shellcheck disable=SC2153  # variables are the user's
 set -euo pipefail
@@ -30,7 +31,7 @@ needs_cluster() {
 }
 
 create() {
-  local grace slices=${SLICES:-1} workdir command extra=()
+  local grace slices=${SLICES:-1} workdir command extra=() first=()
   needs_cluster
   needs TYPE "the slice, as v5p-128"
   needs IMAGE "of docker"
@@ -47,13 +48,14 @@ create() {
   fi
   command=(.venv/bin/baichuan-omni train "$@" --stopped-code 75)
   (($(hosts_of "$TYPE") * slices == 1)) || command+=(--multihost)
+  doctor_first "${command[@]}"
   # Crashes are mended inside the pod. xpk starts the workload anew for the codes 42 and 127 to 255, so for a pod that
   # was told to stop (143) and not for 2 and 3. `exec`: the signal must reach the supervisor, not a shell around it.
   xpk workload create \
     --cluster "$CLUSTER" --project "$PROJECT" --zone "$ZONE" \
     --workload "$WORKLOAD" --tpu-type "$TYPE" --num-slices "$slices" "${extra[@]}" \
     --docker-image "$IMAGE" --max-restarts "${RESTARTS:-100}" --termination-grace-period-seconds "$grace" \
-    --command "exec bash launch/recipes/supervise -- $(quoted "${command[@]}")"
+    --command "exec bash launch/recipes/supervise $(quoted "${first[@]}")-- $(quoted "${command[@]}")"
 }
 
 case $action in

@@ -5,7 +5,8 @@
 #       --set mesh.context=4 --set home=/shared/omni --workdir /shared/omni/runs/omni_64k
 #
 # Slurm sends SIGTERM ten minutes before the time limit, and when a node is wanted back: the run saves, and the job
-# queues itself again until the run has finished. Codes 2 and 3 end it: starting again would not help.
+# queues itself again until the run has finished. Codes 2 and 3 end it: starting again would not help. DOCTOR=full
+# looks the nodes over at length before the run, DOCTOR=no not at all.
 #SBATCH --job-name=omni
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
@@ -27,8 +28,9 @@ export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.95}
 # Above srun, not below: where one process has died the others end too, and all start again together. srun hands SIGTERM
 # on to every process, and must not kill the others when the first has left: they may be at the last save.
 interrupted='' code=0
-launch/recipes/supervise -- srun --kill-on-bad-exit=0 .venv/bin/baichuan-omni train \
-  --multihost --set compute.dtype=bfloat16 "$@" --stopped-code 75 &
+train=(.venv/bin/baichuan-omni train --multihost --set compute.dtype=bfloat16 "$@" --stopped-code 75)
+SRUN='srun --kill-on-bad-exit=0 ' doctor_first "${train[@]}"
+launch/recipes/supervise "${first[@]}" -- srun --kill-on-bad-exit=0 "${train[@]}" &
 child=$!
 trap 'interrupted=yes; kill -TERM "$child" 2>/dev/null' TERM INT
 set +e

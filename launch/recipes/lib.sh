@@ -7,7 +7,7 @@ fail() {
 }
 say() { echo "$(basename "$0"): $(date -u +%FT%TZ) $*" >&2; }
 # Words as one string that a shell reads as the same words.
-quoted() { printf '%q ' "$@"; }
+quoted() { (($# == 0)) || printf '%q ' "$@"; }
 
 # Refuse what cannot be used, before anything is asked for that costs money: a variable without a value ($2 says what it
 # is), one that is no whole number from $2 on or not of the form $2, a program that is not there.
@@ -76,6 +76,23 @@ check_namespace() {
     fail "bucket gs://$1 cannot be described"
   [[ ${found,,} == true ]] ||
     fail "bucket gs://$1 has no hierarchical namespace, so a mount of it cannot rename folders: give --workdir as gs://$1/... without FUSE, or make the bucket with --uniform-bucket-level-access --enable-hierarchical-namespace"
+}
+
+# What supervise runs before the training command that the arguments are: DOCTOR=short (the default), full, or no. In an
+# array `first`: the flag and its words, or nothing.
+# shellcheck disable=SC2034
+doctor_first() {
+  local words=(.venv/bin/baichuan-omni doctor)
+  first=()
+  case ${DOCTOR:-short} in
+    no) return 0 ;;
+    short) words+=(--short) ;;
+    full) ;;
+    *) fail "DOCTOR=$DOCTOR is none of short, full and no" ;;
+  esac
+  words+=(--workdir "$(value_of --workdir "$@")")
+  [[ " $* " != *" --multihost "* ]] || words+=(--multihost)
+  first=(--first "${SRUN:-}$(quoted "${words[@]}")")
 }
 
 # Waits for process $1 and sets `code`, in a script whose trap sets `interrupted`: `wait` returns early at each signal,

@@ -24,6 +24,7 @@
 #   WAIT_FOR=S          seconds to wait for slices (default 0: without end); POLL=S between looks (default 30)
 #   RETURNS=N           preemptions after which `run` gives up (default 100); STOP_FOR=S until a host that does not stop
 #                       is killed (default 900)
+#   DOCTOR=short        what looks the hosts over before every start: short, full or no
 #   VERSION, ACCELERATOR  the image of the VMs, and the constraints file (default tpu)
 # shellcheck disable=SC2016,SC2153  # variables are the user's; what stands in single quotes is for the hosts' shells
 set -euo pipefail
@@ -200,7 +201,7 @@ check_workdir() {
 }
 
 start() {
-  local numbers number slice train coordinator='' environment mesh
+  local numbers number slice train coordinator='' environment mesh first=()
   check_workdir "$@"
   mapfile -t numbers < <(present)
   ((${#numbers[@]})) || fail "no slice of $NAME is there: '$0 up' first"
@@ -215,6 +216,7 @@ start() {
     done
     coordinator=$(gcloud compute tpus tpu-vm describe "$(slice_name "${numbers[0]}")" "${where[@]}" --format='value(networkEndpoints[0].ipAddress)')
   fi
+  doctor_first "${train[@]}"
   for ((number = 0; number < ${#numbers[@]}; number++)); do
     slice=${numbers[number]} environment=''
     if ((SLICES > 1)); then
@@ -225,7 +227,7 @@ start() {
     on "$slice" all "cd omni || exit 1
       if [ ! -f train.code ] && [ -f train.pid ] && kill -0 \$(cat train.pid) 2>/dev/null; then echo 'error: a run is at work here' >&2; exit 2; fi
       rm -f train.code train.stop
-      $environment setsid nohup bash launch/recipes/supervise --code train.code -- $(quoted "${train[@]}") >>train.log 2>&1 </dev/null &
+      $environment setsid nohup bash launch/recipes/supervise --code train.code $(quoted "${first[@]}")-- $(quoted "${train[@]}") >>train.log 2>&1 </dev/null &
       echo \$! >train.pid"
   done
   say "started on ${#numbers[@]} of $SLICES slices"

@@ -27,6 +27,11 @@ LOGIN = ("gcloud", "xpk", "docker", "srun", "scontrol", "nvidia-smi")
 HOST = ("curl", "gcloud", "gcsfuse", "sudo", "mountpoint")
 
 TRAINER = """#!/bin/bash
+if [ "$1" = doctor ]; then
+  printf '%s ' "$@" >> "$CLOUD/doctors/$WHO"
+  echo >> "$CLOUD/doctors/$WHO"
+  exit "$(cat "$CLOUD/ill" 2>/dev/null || echo 0)"
+fi
 number=$(ls "$CLOUD/starts" | grep -c "^$WHO-")
 printf '%s\\n' "$@" > "$CLOUD/starts/$WHO-$number.new"
 env | grep ^MEGASCALE >> "$CLOUD/starts/$WHO-$number.new"
@@ -58,7 +63,7 @@ class Cloud:
 
     def __init__(self, path: Path, *, hosts: int = 1, real: bool = False):
         self.path = path
-        for name in ("bin", "host_bin", "slices", "starts", "uv"):
+        for name in ("bin", "doctors", "host_bin", "slices", "starts", "uv"):
             (path / name).mkdir(parents=True)
         for folder, programs in (("bin", (*LOGIN, "curl")), ("host_bin", HOST)):
             for program in programs:
@@ -112,6 +117,11 @@ class Cloud:
         """The lines of every start of the stub trainer on a host, `NAME-HOST`: arguments, then MEGASCALE variables."""
         files = [file for file in (self.path / "starts").glob(f"{who}-*") if file.suffix != ".new"]
         return [file.read_text().splitlines() for file in sorted(files, key=lambda file: int(file.name.split("-")[-1]))]
+
+    def doctors(self, who: str) -> list[str]:
+        """The words of every doctor that a host has run; all leave with what the file `ill` says."""
+        file = self.path / "doctors" / who
+        return [line.strip() for line in file.read_text().splitlines()] if file.exists() else []
 
     def slices(self) -> list[str]:
         return sorted(folder.name for folder in (self.path / "slices").iterdir())

@@ -51,6 +51,8 @@ def test_a_workload_is_told_to_stop_comes_back_and_finishes(image):
     assert said.count("codes ") == 2
     for pod in ("pod-0", "pod-1"):
         assert image.starts(pod) == [["train", *TRAIN, "--stopped-code", "75", "--multihost"]] * 3
+        # Each new pod may be on another machine.
+        assert image.doctors(pod) == ["doctor --short --workdir gs://b/runs/x --multihost"] * 2
     create = next(call for call in image.calls("xpk") if call[:2] == ["workload", "create"])
     flags = dict(itertools.pairwise(create))
     # Two steps, a save under way, the last one, half a minute.

@@ -52,6 +52,34 @@ def test_what_is_started_again(codes, left, started, tmp_path):
         assert "starting it again would not help" in said
 
 
+@pytest.mark.parametrize(
+    ("codes", "left", "looked", "started"),
+    [
+        ([0], 0, 1, 1),
+        ([1, 1, 0], 0, 3, 1),  # a machine that had only just started
+        ([1, 1, 1], 2, 3, 0),
+        ([2], 2, 1, 0),  # what was given cannot be used
+    ],
+)
+def test_what_is_run_once_before(codes, left, looked, started, tmp_path):
+    (tmp_path / "found").write_text("".join(f"{code}\n" for code in codes))
+    (tmp_path / "doctor").write_text('echo >> looked; exit "$(sed -n "$(wc -l < looked)p" found)"')
+    code, said = ended(start(tmp_path, 1, 0, flags=("--first", "bash doctor")))
+    assert code == left, said
+    assert len((tmp_path / "looked").read_text().splitlines()) == looked
+    assert (tmp_path / "count").exists() == bool(started)
+    assert ("the command is not started" in said) == (not started)
+    assert (tmp_path / "code").read_text() == f"{left}\n"
+
+
+def test_a_signal_ends_what_is_run_before(tmp_path):
+    process = start(tmp_path, 0, flags=("--first", "sleep 300"))
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    code, said = ended(process)
+    assert (code, (tmp_path / "count").exists()) == (143, False), said
+
+
 def test_a_crash_after_a_healthy_while_is_the_first_one_again(tmp_path):
     code, _ = ended(start(tmp_path, 1, 1, 1, 1, 0, flags=("--restarts", "1", "--healthy", "0")))
     assert (code, starts(tmp_path)) == (0, 5)

@@ -40,6 +40,23 @@ def test_a_run_is_requested_installed_trained_and_deleted(cloud):
     assert (cloud.path / "omni.log").exists()
 
 
+def test_hosts_are_looked_over_before_a_run(cloud):
+    """By default in seconds, together; a host that is not fit ends the recipe, unless nobody asks."""
+    assert cloud.run("tpu.sh", *RUN, **WHERE)[0] == 0
+    for host in ("omni-0", "omni-1"):
+        assert cloud.doctors(host) == ["doctor --short --workdir gs://b/runs/x --multihost"]
+    (cloud.path / "ill").write_text("2")
+    code, said = cloud.run("tpu.sh", *RUN, DOCTOR="full", **WHERE)
+    assert code == 2, said
+    assert cloud.doctors("omni-1")[1:] == ["doctor --workdir gs://b/runs/x --multihost"]
+    assert len(cloud.starts("omni-1")) == 1
+    assert cloud.run("tpu.sh", *RUN, DOCTOR="no", **WHERE)[0] == 0
+    assert len(cloud.doctors("omni-1")) == 2
+    code, said = cloud.run("tpu.sh", *RUN, DOCTOR="maybe", **WHERE)
+    assert code == 2
+    assert "DOCTOR=maybe is none of short, full and no" in said
+
+
 def test_one_host_joins_nobody(tmp_path):
     cloud = Cloud(tmp_path)
     code, said = cloud.run("tpu.sh", *RUN, **WHERE | {"TYPE": "v5litepod-8"})
