@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar, runtime_checkable
 
@@ -24,7 +25,6 @@ from etils import epath
 from jaxtyping import Float, Int32, Shaped
 
 from baichuan_omni_jax.config.architecture import AudioConfig
-from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.storage import may_pass, patiently, take_lock
 from data_pipelines.audio_codes.store import (
     ENTRY,
@@ -38,7 +38,7 @@ from data_pipelines.audio_codes.store import (
 )
 from data_pipelines.audio_codes.windows import MelReader, clip_sources, listed, listing_job, mixture_key
 from data_pipelines.audio_codes.writer import PART_FRAMES, create_store, part_bounds, publish, starts_of, write_part
-from data_pipelines.datasets.buckets import download, shared_path, upload
+from data_pipelines.datasets.buckets import download, exchange, remove_marks, shared_path, upload
 from data_pipelines.datasets.jobs.job import Job, Runner, Unit, run_job
 from data_pipelines.datasets.jobs.runners import LocalRunner
 from data_pipelines.datasets.sources import check_unprepared
@@ -77,13 +77,15 @@ class Hosts:
     """The processes that build a store together: how many, which one this is, and how they wait for each other.
 
     `process_zero_first(work)` does `work` on host 0 and then on the others, `on_all_hosts(work)` on all at once. Both
-    return the host's own result when all have one.
+    return the host's own result when all have one. `exchange(folder, names)` gives every host what all have written,
+    where they share no disk.
     """
 
     count: int = 1
     host: int = 0
     process_zero_first: HostCall = _at_once
     on_all_hosts: HostCall = _at_once
+    exchange: Callable[[Path, Sequence[str]], object] = lambda folder, names: None
 
 
 SINGLE_HOST = Hosts()
@@ -185,23 +187,26 @@ def open_or_build_shared(
 ) -> CodeStore:
     """Opens or builds the store of a data root, which may be a URL; arguments and errors are those of `open_or_build`.
 
-    Of a URL it is built on this machine's disk, copied to the bucket, and read from there.
+    Of a URL it is built on the hosts' disks, copied to the bucket, and read from there.
     """
     path, config = store_path(pipelines[0], tokenizer), pipelines[0].config
     remote = shared_path(config, path)
     if remote is None:
         return open_or_build(path, pipelines, tokenizer, options, hosts, relist)
     if hosts.count > 1:
-        raise ConfigError(
-            f"audio codes of {config.root} are made by one host: run `tokenize` on one, without --multihost"
-        )
+        hosts = replace(hosts, exchange=partial(exchange, path, remote, hosts.on_all_hosts, config.patience))
     covered = patiently(lambda: covers(remote, pipelines), f"reading {remote}", config.patience)
     if relist or not covered:
         # What the bucket has is added to: its parts stay as they are.
         if not path.exists() and patiently((remote / "meta.json").exists, f"looking for {remote}", config.patience):
             download(remote, path, config.patience)
         open_or_build(path, pipelines, tokenizer, options, hosts, relist)
-        upload(path, remote, "meta.json", config.patience)
+
+        def share() -> None:
+            upload(path, remote, "meta.json", config.patience)
+            remove_marks(remote, config.patience)
+
+        hosts.on_all_hosts(lambda: share() if hosts.host == 0 else None)
         shutil.rmtree(path)
     return CodeStore(remote, tokenizer.fingerprint, config.patience, path.with_name(f"{path.name}.index"))
 
@@ -231,9 +236,10 @@ def _open_or_create(path: Path, audio: AudioConfig, tokenizer: CodeEncoder, opti
 
 
 def _share_out(job: Job, runner: Runner, hosts: Hosts, report: Callable[[str], None]) -> None:
-    """Shares the units out among the hosts; returns when all are done."""
+    """Shares the units out among the hosts; returns when all are done, and every host has their files."""
     mine = replace(job, units=job.units[hosts.host :: hosts.count])
     hosts.on_all_hosts(lambda: run_job(mine, runner, report) if mine.units else None)
+    hosts.exchange(job.out, mine.written())
 
 
 def _make_plan(listing: Job, store: CodeStore) -> Shaped[np.ndarray, " n"]:

@@ -13,7 +13,7 @@ import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from etils import epath
 
 from baichuan_omni_jax.config import DataConfig
 from baichuan_omni_jax.errors import ConfigError, StorageError
-from baichuan_omni_jax.storage import PATIENCE, cache_home, is_url, local_path, parse_path, patiently, take_lock
+from baichuan_omni_jax.storage import PATIENCE, cache_home, is_url, local_path, parse_path, patiently, remove, take_lock
 from baichuan_omni_jax.storage.cache import GIB, FileCache, RemoteFile, describe_file, fetch_file, list_files
 
 log = logging.getLogger(__name__)
@@ -148,6 +148,51 @@ def upload(source: Path, target: epath.Path, last: str = "", patience: float = P
     )
     if last:
         _send(target / last, source / last, patience)
+
+
+def exchange(
+    path: Path,
+    remote: epath.Path,
+    on_all_hosts: Callable[[Callable[[], None]], object],
+    patience: float,
+    folder: Path,
+    names: Sequence[str],
+) -> None:
+    """Gives every host what all hosts have written into `folder`, by way of the bucket. Every host must call it.
+
+    Args:
+        path: a folder of this machine, for the same use on every host.
+        remote: its place in the bucket.
+        on_all_hosts: does work on every host; returns when all have done it, and raises on all what one raised.
+        patience: seconds for which storage is tried.
+        folder: part of `path`.
+        names: what this host has written there; what vouches for others comes after them.
+    """
+    there = remote / folder.relative_to(path).as_posix()
+
+    def send() -> None:
+        for name in names:
+            _send(there / name, folder / name, patience)
+
+    def fetch() -> None:
+        files = list_files(there, patience, below=True)
+        others = {name: file for name, file in files.items() if name not in names}
+        changed = {name: file for name, file in others.items() if not _has(folder / name, file)}
+        _fetch({folder / name: file for name, file in changed.items()}, patience)
+
+    on_all_hosts(send)
+    on_all_hosts(fetch)
+
+
+def _has(path: Path, file: RemoteFile) -> bool:
+    return path.exists() and _is_same(path, file)
+
+
+def remove_marks(remote: epath.Path, patience: float = PATIENCE) -> None:
+    """Removes what `exchange` has left in the bucket beside the files of the finished work."""
+    for name in list_files(remote, patience, below=True):
+        if any(part.startswith(".") for part in name.split("/")):
+            remove(remote / name)
 
 
 def _send(target: epath.Path, source: Path, patience: float) -> None:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from etils import epath
 
 NAME = "bucket"
 SECONDS = 30
@@ -116,3 +117,11 @@ def in_this_process(server: BucketServer) -> Iterator[None]:
             os.environ.pop(name) if value is None else os.environ.update({name: value})
         backend._FileSystemSpecBackend._get_filesystem.cache_clear()
         gcsfs.GCSFileSystem.clear_instance_cache()
+
+
+def put_data(root: Path, url: epath.Path) -> str:
+    """Copies a data root, without anything made from it, into a bucket that this process uses; returns its URL."""
+    for path in root.rglob("*"):
+        if path.is_file() and ".cache" not in path.parts:
+            (url / path.relative_to(root).as_posix()).write_bytes(path.read_bytes())
+    return os.fspath(url)

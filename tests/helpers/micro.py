@@ -48,7 +48,7 @@ def small_copy(sample: Path, root: Path, lines: int = LINES) -> Path:
     return root
 
 
-def overrides(root: Path) -> list[str]:
+def overrides(root: Path | str) -> list[str]:
     return [f"data.root={root}", "data.sample=false"]
 
 

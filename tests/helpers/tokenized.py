@@ -5,6 +5,7 @@ import socket
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,8 +17,10 @@ LINES = 160
 FLAGS = ("--part_frames=512",)
 
 
-def start(root: Path, cache: Path, *flags: str, devices: int = 1) -> subprocess.Popen:
-    """Starts it on the data at `root`; `cache` keeps compiled programs."""
+def start(
+    root: Path | str, cache: Path, *flags: str, devices: int = 1, own_cache: Path | None = None
+) -> subprocess.Popen:
+    """Starts it on the data at `root`; `cache` keeps compiled programs, `own_cache` what else may be had again."""
     command = [
         sys.executable,
         str(REPOSITORY / "launch" / "tokenize_audio.py"),
@@ -27,8 +30,10 @@ def start(root: Path, cache: Path, *flags: str, devices: int = 1) -> subprocess.
         *flags,
     ]
     command += [part for item in overrides(root) for part in ("--set", item)]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment(cache, devices))
+    pipe, variables = subprocess.PIPE, environment(cache, devices)
+    if own_cache is not None:
+        variables["XDG_CACHE_HOME"] = str(own_cache)
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=variables)
 
 
 def run(root: Path, cache: Path, *flags: str, devices: int = 1) -> str:
@@ -39,13 +44,15 @@ def run(root: Path, cache: Path, *flags: str, devices: int = 1) -> str:
     return out
 
 
-def start_hosts(root: Path, cache: Path, count: int) -> list[subprocess.Popen]:
-    """Starts it as `count` hosts of one device each."""
+def start_hosts(
+    root: Path | str, cache: Path, count: int, caches: Sequence[Path | None] = (None, None)
+) -> list[subprocess.Popen]:
+    """Starts it as `count` hosts of one device each; `caches` are the folders of what each may have again."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     flags = ("--multihost", f"--coordinator=localhost:{port}", f"--hosts={count}")
-    return [start(root, cache, *flags, f"--host={host}") for host in range(count)]
+    return [start(root, cache, *flags, f"--host={host}", own_cache=caches[host]) for host in range(count)]
 
 
 def copy_data(sample: Path, root: Path) -> Path:

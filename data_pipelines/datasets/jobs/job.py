@@ -105,6 +105,10 @@ class Job:
         marks = (read_mark(self._mark(unit)) or {"files": {}} for unit in self.units)
         return {name: (size, digest) for mark in marks for name, (size, digest) in mark["files"].items()}
 
+    def written(self) -> list[str]:
+        """Lists all that the units wrote, their marks last. Every unit must be done."""
+        return [*self.files(), *(self._mark(unit).relative_to(self.out).as_posix() for unit in self.units)]
+
     def _mark(self, unit: Unit) -> Path:
         return self.out / ".units" / f"{unit.name}.json"
 
