@@ -10,7 +10,19 @@ from importlib import metadata
 from typing import Any
 
 # What all hosts must have alike, as a step is compiled by it, or a checkpoint and its rows are written by it.
-COMPARED = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy")
+COMPARED = (
+    "jax",
+    "jaxlib",
+    "libtpu",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "tensorstore",
+    "numpy",
+    "pillow",
+    "av",
+)
 # Milliseconds that a barrier waits at most: for hosts of which one indexes a data set, or compiles. One that dies is
 # noticed by its missing heartbeat much sooner.
 _DAY = 24 * 3600 * 1000

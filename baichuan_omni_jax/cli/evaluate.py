@@ -37,6 +37,7 @@ from baichuan_omni_jax.evaluation.tokenizer_evaluator import TokenizerEvaluator,
 from baichuan_omni_jax.generation.loading import load_for_generation
 from baichuan_omni_jax.generation.speech_decoder import CrossFade, DecodedSpeech, SpeechDecoder
 from baichuan_omni_jax.sharding import make_mesh
+from baichuan_omni_jax.storage import parse_path
 from baichuan_omni_jax.storage.given import given_file, given_folder, given_input, given_manifest
 from data_pipelines.datasets.sources import trusted_folders
 from data_pipelines.errors import SampleError
@@ -52,7 +53,8 @@ def add_ability_arguments(parts: argparse._SubParsersAction) -> None:
     parser = parts.add_parser("abilities", help=what, description=what)
     parser.set_defaults(evaluate=evaluate_abilities)
     add = parser.add_argument
-    add("--run", dest="workdir", required=True, type=Path, metavar="DIR", help="whose eval.abilities are asked")
+    about = "whose eval.abilities are asked; may be a URL"
+    add("--run", dest="workdir", required=True, metavar="DIR", help=about)
     add("--checkpoint", default="", metavar="DIR|branch=DIR,...", help="what answers (default: the run)")
     add("--out", required=True, type=given_folder, metavar="DIR", help="for abilities.json, samples.jsonl and speech/")
     add("--items", type=int, default=200, metavar="N", help="questions of each ability at most (default %(default)s)")
@@ -64,7 +66,7 @@ def evaluate_abilities(options: argparse.Namespace) -> None:
         raise ConfigError(f"--items must be at least 1, not {options.items}")
     quiet_logs()
     try:
-        evaluate_run(options.workdir, options.checkpoint, options.out, options.items, Console())
+        evaluate_run(parse_path(options.workdir), options.checkpoint, options.out, options.items, Console())
     # libsndfile has an error of its own for a full disk.
     except (OSError, soundfile.SoundFileError) as error:
         raise RunStoppedError(f"--out {options.out}: {error}; the same command begins again") from error

@@ -22,15 +22,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from etils import epath
 from rich.console import Console
 
+from baichuan_omni_jax.checkpoint.run_folder import lock_file
+from baichuan_omni_jax.cli.chain_folder import ChainFolder, chain_folder
 from baichuan_omni_jax.cli.chain_progress import ChainView, StageProgress, duration
 from baichuan_omni_jax.cli.common import add_set_argument
 from baichuan_omni_jax.cli.stages import (
     STOPPED_CODE,
     ChainStage,
     ProcessRunner,
-    chain_folder,
     fill_names,
     plan_chain,
     write_abilities,
@@ -39,8 +41,8 @@ from baichuan_omni_jax.config import RunConfig
 from baichuan_omni_jax.config.recipes import RECIPES, Recipe
 from baichuan_omni_jax.errors import ConfigError, RunStoppedError
 from baichuan_omni_jax.evaluation.chain_record import ABILITIES, EVALUATION, ChainWriter, read_chain
-from baichuan_omni_jax.evaluation.report_page import write_report
-from baichuan_omni_jax.storage import take_lock
+from baichuan_omni_jax.evaluation.report_page import REPORT, write_report
+from baichuan_omni_jax.storage import is_url, parse_path, take_lock
 
 LOG, DATA = "log.txt", "data"
 # What is not training, in seconds on two CPU cores.
@@ -55,16 +57,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         what = f"trains {len(recipe.stages)} runs, evaluates the last one and writes the report"
         task = tasks.add_parser(name, help=what, description=what)
         add = task.add_argument
-        add("--workdir", required=True, type=Path, metavar="DIR", help="where all of it goes")
+        add("--workdir", required=True, metavar="DIR", help="where all of it goes; may be a URL: gs://BUCKET/RUN")
         add("--data", type=Path, metavar="DIR", help=f"the data set, made where it is not there ({recipe.data})")
         add("--until", metavar="STAGE", help="the last stage to train; later, the command without it goes on")
         add("--share", type=_share, default=1.0, metavar="X", help="of every stage's steps, to try it (%(default)s)")
         add_set_argument(task, "override of one key in every stage; may be repeated")
     what = "draws WORKDIR/report.html from what is there by now"
     report = tasks.add_parser("report", help=what, description=what)
-    report.add_argument(
-        "--workdir", required=True, type=Path, metavar="DIR", help="of a recipe, of stages, or of a run"
-    )
+    about = "of a recipe, of stages, or of a run; may be a URL"
+    report.add_argument("--workdir", required=True, metavar="DIR", help=about)
 
 
 def _share(text: str) -> float:
@@ -80,14 +81,20 @@ def _share(text: str) -> float:
 def run(options: argparse.Namespace) -> int:
     """Runs the recipe, or draws the report; returns the exit code."""
     if options.recipe == "report":
-        # Not `Path.is_dir`, which raises of a name that is too long.
-        if not os.path.isdir(options.workdir):
-            raise ConfigError(f"--workdir {options.workdir} is no folder")
-        if not read_chain(options.workdir).stages:
-            raise ConfigError(f"--workdir {options.workdir} holds no run, nor a chain of them")
-        print(write_report(options.workdir))
-        return 0
+        return _report(parse_path(options.workdir))
     return _Chain(options, RECIPES[options.recipe], Console()).run()
+
+
+def _report(location: epath.Path) -> int:
+    # Not `Path.is_dir`, which raises of a name that is too long.
+    if not is_url(location) and not os.path.isdir(location):
+        raise ConfigError(f"--workdir {location} is no folder")
+    with chain_folder(location, "report") as folder:
+        if not read_chain(folder.path).stages:
+            raise ConfigError(f"--workdir {location} holds no run, nor a chain of them")
+        write_report(folder.path, location.name)
+    print(location / REPORT)
+    return 0
 
 
 @dataclass
@@ -98,6 +105,7 @@ class _Work:
     command: list[str]
     log: Path
     is_done: Callable[[], bool]
+    workdir: epath.Path | None = None  # of a run
 
 
 class _Chain:
@@ -105,13 +113,13 @@ class _Chain:
 
     def __init__(self, options: argparse.Namespace, recipe: Recipe, console: Console) -> None:
         """Reads all configurations, and refuses what cannot be used before anything is made."""
-        self._recipe, self._console, self._folder = recipe, console, options.workdir
+        self._recipe, self._console, self._location = recipe, console, parse_path(options.workdir)
         self._data = options.data or Path(recipe.data)
         changes = [f"data.root={self._data}", *options.set]
         if recipe.tokenizer:
             changes.insert(0, f"data.tokenizer={self._data / recipe.tokenizer}")
         chain = plan_chain(
-            recipe.stages, self._folder, changes, lambda run: _own_changes(run, options.share, options.set)
+            recipe.stages, self._location, changes, lambda run: _own_changes(run, options.share, options.set)
         )
         self._homes = {stage.run.name: stage.workdir for stage in chain}
         self._whole = options.until is None
@@ -124,17 +132,14 @@ class _Chain:
 
     def run(self) -> int:
         """Does what is left to do."""
-        with chain_folder(self._folder):
-            taken = f"another recipe is at work in {self._folder}; nothing was changed"
-            lock = take_lock(self._folder / ".lock", taken)
-            try:
-                return self._run_all()
-            finally:
-                lock.release()
+        taken = f"another recipe is at work in {self._location}; nothing was changed"
+        with chain_folder(self._location, taken=taken) as folder:
+            return self._run_all(folder)
 
-    def _run_all(self) -> int:
-        began, works = time.monotonic(), self._works()
-        record = ChainWriter(self._folder, self._steps, self._name)
+    def _run_all(self, folder: ChainFolder) -> int:
+        self._path = folder.path
+        began, works = time.monotonic(), self._works(folder)
+        record = ChainWriter(folder.path, self._steps, self._name)
         todo = [work for work in works if work.progress.name != DATA and not work.is_done()]
         for work in works:
             work.progress.poll()
@@ -147,28 +152,30 @@ class _Chain:
                     continue
                 if not self._do(work, processes, view, record):
                     return STOPPED_CODE
-                write_abilities(self._folder, self._chain)
-                write_report(self._folder)
+                write_abilities(folder, self._chain)
+                write_report(folder.path, self._location.name)
         if not todo:
-            write_report(self._folder)
-        self._console.print(f"done in {duration(time.monotonic() - began)}: {self._folder / 'report.html'}")
+            write_report(folder.path, self._location.name)
+        self._console.print(f"done in {duration(time.monotonic() - began)}: {self._location / REPORT}")
         if self._whole:
             self._say_how_to_talk()
         return 0
 
-    def _works(self) -> list[_Work]:
+    def _works(self, folder: ChainFolder) -> list[_Work]:
         works = []
         if self._recipe.build:
             command = [sys.executable, "-m", self._recipe.build, str(self._data)]
             progress = StageProgress(DATA, 1, _EXPECTED[DATA])
-            works.append(_Work(progress, command, self._folder / "data.log", lambda: True))
+            works.append(_Work(progress, command, folder.path / "data.log", lambda: True))
         for stage in self._chain:
-            name, home = stage.run.name, stage.workdir
-            progress = StageProgress(name, stage.run.train.steps, stage.step_seconds, home)
-            works.append(_Work(progress, stage.command, home / LOG, lambda stage=stage: stage.is_finished))
+            name, home = stage.run.name, folder.path / stage.run.name
+            numbers = home if stage.is_finished else folder.home_at_work(name)
+            progress = StageProgress(name, stage.run.train.steps, stage.step_seconds, numbers)
+            done = lambda stage=stage: stage.is_finished  # noqa: E731
+            works.append(_Work(progress, stage.command, home / LOG, done, stage.workdir))
         last = self._chain[-1]
         if self._whole and last.run.eval.abilities:
-            out = self._folder / EVALUATION
+            out = folder.path / EVALUATION
             command = [sys.executable, "-m", "baichuan_omni_jax", "evaluate", "abilities", "--run", str(last.workdir)]
             command += ["--checkpoint", self._spec(), "--out", str(out)]
             progress = StageProgress(EVALUATION, 1, _EXPECTED[EVALUATION])
@@ -203,7 +210,7 @@ class _Chain:
         # What was asked to stop before it could save, as while it was starting, has lost nothing.
         stopped = processes.stopped and code == -signal.SIGTERM
         if code and not stopped:
-            raise _failure(name, code, work.log, seen)
+            raise _failure(name, code, work.log, seen, self._location / work.log.relative_to(self._path))
         if stopped or not work.is_done():
             view.note(f"{name} was stopped before its end: the same command goes on")
             return False
@@ -214,8 +221,7 @@ class _Chain:
 
     def _wait_for_other(self, work: _Work, view: ChainView) -> None:
         """Waits for a run of a recipe that was killed: asked to leave, it may still be saving."""
-        lock = work.log.parent / ".lock"
-        if work.log.name != LOG or not lock.exists():
+        if work.workdir is None or not (lock := lock_file(work.workdir)).exists():
             return
         try:
             take_lock(lock, f"{work.progress.name} waits for a run that still works there", note=False).release()
@@ -265,16 +271,19 @@ def _find_stage(chain: Sequence[ChainStage], wanted: str) -> int:
     return found[0]
 
 
-def _failure(name: str, code: int, log: Path, seen: int) -> Exception:
-    """Says how a process ended, by its own last sentence: that stands in its log, behind the first `seen` bytes."""
+def _failure(name: str, code: int, log: Path, seen: int, shown: epath.Path) -> Exception:
+    """Says how a process ended, by its own last sentence: that stands in its log, behind the first `seen` bytes.
+
+    `shown` is where the log will be.
+    """
     if code < 0:
         why = f"{name} was killed by {signal.Signals(-code).name}"
         if -code == signal.SIGKILL:
             why += " (by the system, where memory ran out)"
-        return RunStoppedError(f"{why}; the same command goes on, {log} has its output")
+        return RunStoppedError(f"{why}; the same command goes on, {shown} has its output")
     with open(log, "rb") as file:
         file.seek(seen)
         lines = [line for line in file.read().decode("utf-8", "replace").splitlines() if line.strip()]
     sentence = lines[-1].strip().removeprefix("error: ") if lines else f"exit code {code}"
     error = ConfigError if code == 2 else RunStoppedError
-    return error(f"{name}: {sentence} ({log} has all of its output; the same command goes on)")
+    return error(f"{name}: {sentence} ({shown} has all of its output; the same command goes on)")

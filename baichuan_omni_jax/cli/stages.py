@@ -10,17 +10,20 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from etils import epath
+
 from baichuan_omni_jax.checkpoint.steps import committed_steps
+from baichuan_omni_jax.cli.chain_folder import ChainFolder, chain_folder
 from baichuan_omni_jax.cli.common import add_set_argument
 from baichuan_omni_jax.config import STAGES, RunConfig, load_run_config
 from baichuan_omni_jax.config.recipes import RecipeStage
-from baichuan_omni_jax.errors import ConfigError, RunStoppedError
+from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.evaluation.chain_record import ChainWriter
 from baichuan_omni_jax.evaluation.retention import read_stage, write_retention
 from baichuan_omni_jax.storage import parse_path
@@ -45,14 +48,14 @@ class ChainStage:
 
     config: str
     run: RunConfig
-    workdir: Path
+    workdir: epath.Path
     changes: tuple[str, ...]
     step_seconds: float = 1.0
 
     @property
     def is_finished(self) -> bool:
         """Whether its last step is saved."""
-        return max(committed_steps(parse_path(self.workdir)), default=0) >= self.run.train.steps
+        return max(committed_steps(self.workdir), default=0) >= self.run.train.steps
 
     @property
     def command(self) -> list[str]:
@@ -63,7 +66,7 @@ class ChainStage:
 
 def plan_chain(
     stages: Sequence[RecipeStage],
-    folder: Path,
+    folder: epath.Path,
     changes: Sequence[str],
     own_changes: Callable[[RunConfig], Sequence[str]] = lambda run: (),
 ) -> list[ChainStage]:
@@ -108,7 +111,7 @@ def plan_chain(
     return planned
 
 
-def fill_names(template: str, homes: dict[str, Path]) -> str:
+def fill_names(template: str, homes: Mapping[str, epath.Path]) -> str:
     """Replaces each `{NAME}` by that stage's folder. Raises ConfigError for a name that there is not."""
     # The names alone: a folder may have braces in its own.
     names = re.findall(r"\{([^{}]*)\}", template)
@@ -119,24 +122,6 @@ def fill_names(template: str, homes: dict[str, Path]) -> str:
     if odd := [str(homes[name]) for name in names if set(",=") & set(str(homes[name]))]:
         raise ConfigError(f"{odd[0]}: a workdir whose stages begin from others has no comma and no = in its name")
     return re.sub(r"\{([^{}]*)\}", lambda found: str(homes[found[1]]), template)
-
-
-@contextmanager
-def chain_folder(folder: Path) -> Iterator[None]:
-    """Makes the folder of a chain that runs inside. What the file system refuses is told in one sentence.
-
-    Raises:
-        ConfigError: the folder cannot be made.
-        RunStoppedError: something cannot be written there any more, as on a full disk.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--workdir {folder} cannot be made: {error.strerror}") from error
-    try:
-        yield
-    except OSError as error:
-        raise RunStoppedError(f"{folder}: {error}; the same command goes on") from error
 
 
 class ProcessRunner:
@@ -235,7 +220,9 @@ def add_stages_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `stages`."""
     add = parser.add_argument
     add("files", nargs="*", metavar="CONFIG", help="the stages' files; what follows -- goes to every `train`")
-    add("--workdir", required=True, type=Path, metavar="DIR", help="folder of the stages' workdirs")
+    add(
+        "--workdir", required=True, metavar="DIR", help="folder of the stages' workdirs; may be a URL: gs://BUCKET/RUNS"
+    )
     add("--tiny", action="store_true", help="the recipe's stages on the tiny model")
     add_set_argument(parser, "override of one key in every stage, as data.root=DIR; may be repeated")
 
@@ -258,13 +245,14 @@ def run_stages(options: argparse.Namespace) -> int:
         # A stage begins from the workdir before it, which is finished: its newest step is its last.
         parents = {"checkpoint.init_from": f"{{{rows[-1].name}}}"} if rows else {}
         rows.append(RecipeStage(name=load_run_config(file, options.set).name, config=str(file), parents=parents))
-    chain = plan_chain(rows, options.workdir, options.set)
-    with chain_folder(options.workdir):
-        return _run_chain(options.workdir, chain, passed_on)
+    location = parse_path(options.workdir)
+    chain = plan_chain(rows, location, options.set)
+    with chain_folder(location) as folder:
+        return _run_chain(folder, chain, passed_on)
 
 
-def _run_chain(folder: Path, chain: Sequence[ChainStage], passed_on: Sequence[str]) -> int:
-    record = ChainWriter(folder, {stage.run.name: stage.run.train.steps for stage in chain})
+def _run_chain(folder: ChainFolder, chain: Sequence[ChainStage], passed_on: Sequence[str]) -> int:
+    record = ChainWriter(folder.path, {stage.run.name: stage.run.train.steps for stage in chain})
     with ProcessRunner() as processes:
         for number, stage in enumerate(chain, 1):
             parent = chain[number - 2].workdir if number > 1 else None
@@ -285,10 +273,11 @@ def _run_chain(folder: Path, chain: Sequence[ChainStage], passed_on: Sequence[st
     return 0
 
 
-def write_abilities(folder: Path, chain: Sequence[ChainStage]) -> str:
+def write_abilities(folder: ChainFolder, chain: Sequence[ChainStage]) -> str:
     """Writes the table of abilities after each stage into the chain's folder; returns it, "" without any."""
-    measured = [found for stage in chain if (found := read_stage(stage.run.name, stage.workdir))]
-    return write_retention(folder, measured) if measured else ""
+    folder.refresh()
+    measured = [found for stage in chain if (found := read_stage(stage.run.name, folder.path / stage.run.name))]
+    return write_retention(folder.path, measured) if measured else ""
 
 
 def released_stages(tiny: bool) -> list[str]:

@@ -54,7 +54,7 @@ class BranchWriter:
 class BranchReader:
     """Reads the parameters of a branch, as `BranchWriter` or Orbax wrote them. Raises ConfigError."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: epath.PathLike):
         self._folder = epath.Path(folder)
         self._arrays = open_arrays(self._folder, f"branch {folder}", cache=False)
         self.infos = {name: TensorInfo(tuple(x.shape), x.dtype.numpy_dtype) for name, x in self._arrays.items()}

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
+from etils import epath
 
 from baichuan_omni_jax.branches import CONVERTED_BRANCHES, VOCODER_BRANCH
 from baichuan_omni_jax.checkpoint import abstract_branches, branch_home, find_checkpoint, parse_spec, read_branch_info
@@ -23,7 +24,8 @@ from baichuan_omni_jax.convert.rules import Entry
 from baichuan_omni_jax.convert.safetensors_io import SINGLE, TensorInfo, blocks_of, write_shards
 from baichuan_omni_jax.convert.tables import branch_rules
 from baichuan_omni_jax.errors import ConfigError
-from baichuan_omni_jax.storage import check_target, local_path, read_json_object, staged_folder
+from baichuan_omni_jax.storage import check_target, is_url, read_json_object, staged_folder
+from baichuan_omni_jax.storage.given import local_copy
 
 SHARD_BYTES = 5 << 30
 _EMBEDDING = "model.embed_tokens.weight"
@@ -36,8 +38,8 @@ class CheckpointSource:
 
     Attributes:
         readers: branch -> its parameters.
-        home: the checkpoint that the small files come from.
-        vocoder_home: the checkpoint that the vocoder's sizes come from; None without a vocoder.
+        home: the checkpoint that the small files come from, or a copy of them.
+        vocoder_home: the same of the vocoder's sizes; None without a vocoder.
         left_out: branches of the checkpoints that the released model has no place for: a training run's own.
     """
 
@@ -89,33 +91,45 @@ class Export:
 def open_source(spec: str, base: str | None = None) -> CheckpointSource:
     """Opens the branches of `spec` (`DIR` or `branch=DIR,...`; a workdir is its newest good step), others from `base`.
 
-    Small files come from `base` where there is one. Raises ConfigError, also where configurations differ.
+    Folders may be URLs: parameters are read where they are. Small files come from `base` where there is one. Raises
+    ConfigError, also where configurations differ.
     """
     sources = parse_spec(spec, CONVERTED_BRANCHES)
     # A run trains and saves some branches; the others come from the checkpoint that it began with.
     if base is not None:
         sources |= {f"base of {name}": base for name in CONVERTED_BRANCHES}
-    folders = {given: local_path(find_checkpoint(given), "checkpoint") for given in dict.fromkeys(sources.values())}
+    folders = {given: find_checkpoint(given) for given in dict.fromkeys(sources.values())}
     home = folders[base] if base is not None else next(iter(folders.values()))
     # One config.json is written: branches of models of other sizes cannot lie under it.
-    configs = {folder: read_hf(folder / CONFIG) for folder in folders.values()}
+    small = {folder: _small_files(folder) for folder in folders.values()}
+    configs = {folder: read_hf(small[folder] / CONFIG) for folder in folders.values()}
     for folder, config in configs.items():
         if config != configs[home]:
             raise ConfigError(f"{folder / CONFIG} and {home / CONFIG} describe different models")
     readers, vocoder_home = {}, None
     for name in CONVERTED_BRANCHES:
         candidates = [folders[sources[key]] for key in (name, f"base of {name}") if key in sources]
-        folder = next((Path(held) for folder in candidates if (held := branch_home(folder, name))), None)
+        folder = next((held for folder in candidates if (held := branch_home(folder, name))), None)
         if folder is not None:
             readers[name] = BranchReader(folder / branch_folder(name))
             if name == VOCODER_BRANCH:
-                vocoder_home = folder if (folder / VOCODER_CONFIG).is_file() else home
+                own = small[folder] if folder in small else _small_files(folder)
+                vocoder_home = own if (own / VOCODER_CONFIG).is_file() else small[home]
     if not readers:
         raise ConfigError(f"checkpoint {spec!r} holds no branch that can be converted")
     there = {name: None for folder in folders.values() for name in read_branch_info(folder)}
     return CheckpointSource(
-        readers, home, vocoder_home, tuple(name for name in there if name not in CONVERTED_BRANCHES)
+        readers, small[home], vocoder_home, tuple(name for name in there if name not in CONVERTED_BRANCHES)
     )
+
+
+def _small_files(folder: epath.Path) -> Path:
+    """Returns a folder of this machine with what a checkpoint has beside its arrays."""
+    return local_copy(folder, wanted=_is_small) if is_url(folder) else Path(folder)
+
+
+def _is_small(name: str) -> bool:
+    return not name.startswith(("params/", "opt_state/"))
 
 
 def plan_to_torch(source: CheckpointSource, dtype: str | None = None) -> dict[str, Export]:

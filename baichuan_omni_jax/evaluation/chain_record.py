@@ -22,9 +22,27 @@ from typing import Any
 from baichuan_omni_jax.storage import write_json
 
 CHAIN, METRICS, ABILITIES, RUN_CONFIG = "chain.json", "metrics.jsonl", "abilities.json", "run_config.json"
+# What a stage writes, and what the chain's own folder has beside.
+_NUMBERS = {METRICS, ABILITIES, RUN_CONFIG, "parent.json", "goodput.json"}
+_OWN = {CHAIN, "log.txt", "data.log", "retention.md", "retention.json", "report.html"}
 _LARGEST = 1e100
 EVALUATION = "evaluation"  # the folder of what the finished model was asked
 _PACKAGES = ("baichuan_omni_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+def is_stage_file(name: str) -> bool:
+    """Whether a file of a chain's folder, by its path there, has numbers of a stage.
+
+    >>> is_stage_file("sft/metrics.jsonl"), is_stage_file("sft/checkpoints/5/metrics.jsonl")
+    (True, False)
+    """
+    return name.count("/") < 2 and name.rpartition("/")[2] in _NUMBERS
+
+
+def is_chain_file(name: str) -> bool:
+    """Whether a file of a chain's folder is a small one: of a stage's numbers, the chain's own or the evaluation's."""
+    own = name.count("/") < 2 and name.rpartition("/")[2] in _OWN
+    return own or is_stage_file(name) or name.startswith(f"{EVALUATION}/")
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import soundfile
+from etils import epath
 from rich.console import Console
 
 from baichuan_omni_jax.checkpoint import find_checkpoint, find_tokenizer
@@ -31,13 +33,14 @@ from baichuan_omni_jax.evaluation.abilities import (
     longest,
     score_answers,
 )
-from baichuan_omni_jax.evaluation.chain_record import ABILITIES, METRICS, read_metrics, read_scores
+from baichuan_omni_jax.evaluation.chain_record import ABILITIES, METRICS, is_stage_file, read_metrics, read_scores
 from baichuan_omni_jax.evaluation.samples import SAMPLES, Sample, write_samples
 from baichuan_omni_jax.evaluation.suites.scoring import exact_match
 from baichuan_omni_jax.generation.chat_stream import SpeechSynthesizer
 from baichuan_omni_jax.generation.loading import load_for_generation, make_chat_model
 from baichuan_omni_jax.sharding import make_mesh
-from baichuan_omni_jax.storage import parse_path, read_json_object, write_json
+from baichuan_omni_jax.storage import is_url, read_json_object, write_json
+from baichuan_omni_jax.storage.given import local_copy
 from baichuan_omni_jax.train.run_data import MixtureData, open_run_data
 from data_pipelines.documents.prompts import AudioElement, ImageElement, VideoElement
 from data_pipelines.documents.sequence import document_elements
@@ -72,11 +75,11 @@ class AskedMedia:
     recording: str = ""
 
 
-def evaluate_run(workdir: Path, checkpoint: str, out: Path, items: int, console: Console) -> None:
+def evaluate_run(workdir: epath.Path, checkpoint: str, out: Path, items: int, console: Console) -> None:
     """Asks a run's abilities and writes what came of it.
 
     Args:
-        workdir: the run, whose `eval.abilities` are asked.
+        workdir: the run, whose `eval.abilities` are asked; may be a URL.
         checkpoint: what answers: as in `generate`, by branch too. "": the run's newest step.
         out: the folder to write; its `abilities.json` is the last file.
         items: questions of each ability at most.
@@ -104,7 +107,7 @@ def evaluate_run(workdir: Path, checkpoint: str, out: Path, items: int, console:
     decoder = model.speech_decoder
 
     scores, samples = {}, []
-    before = read_scores(workdir, read_metrics(workdir / METRICS))
+    before = read_scores(*_numbers_of(workdir))
     for name, questions in asked.questions.items():
         score = score_answers(questions, answers[name], asked.left_out[name])
         if score is None:
@@ -119,7 +122,13 @@ def evaluate_run(workdir: Path, checkpoint: str, out: Path, items: int, console:
     console.print(ability_table(scores, f"held-out abilities after step {step}"))
 
 
-def read_questions(workdir: Path, out: Path, items: int) -> AskedRun:
+def _numbers_of(workdir: epath.Path) -> tuple[Path, list[dict[str, Any]]]:
+    """Returns the folder of this machine that has what a run wrote of its scores, and its metrics."""
+    home = local_copy(workdir, wanted=is_stage_file) if is_url(workdir) else Path(workdir)
+    return home, read_metrics(home / METRICS)
+
+
+def read_questions(workdir: epath.Path, out: Path, items: int) -> AskedRun:
     """Reads the questions of a run; media that are no files of their own are written below `out`.
 
     Raises ConfigError: there is no such run, or it has no abilities.
@@ -129,8 +138,7 @@ def read_questions(workdir: Path, out: Path, items: int) -> AskedRun:
         raise ConfigError(f"{workdir}: the run has no eval.abilities to ask")
     # As many decoding processes as for training would take longer to start than to work.
     run = replace(run, data=replace(run.data, workers=0), eval=replace(run.eval, ability_items=items))
-    home = parse_path(workdir)
-    data, _ = open_run_data(run, resolve_model(run.model), home, find_tokenizer(run, home))
+    data, _ = open_run_data(run, resolve_model(run.model), workdir, find_tokenizer(run, workdir))
     questions, left_out, recognition, media = {}, {}, {}, {}
     for name in run.eval.abilities:
         mixture = HeldOutMixture(*data[name], ALL_ROWS, workers=0)

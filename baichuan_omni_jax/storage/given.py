@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -111,12 +111,13 @@ def _localize(value: object, flag: str, stack: ExitStack, written: list[Mirrored
     return written[-1].path / name
 
 
-def local_copy(url: epath.Path, *, beside: bool = False) -> Path:
+def local_copy(url: epath.Path, *, beside: bool = False, wanted: Callable[[str], bool] | None = None) -> Path:
     """Returns a copy of a file or a folder of a bucket on this machine; what did not change is not fetched again.
 
     Args:
         url: the file, or the folder, with all that is below.
         beside: of a file all that lies in its folder is fetched.
+        wanted: which files of a folder are fetched, by their paths in it; None: all.
 
     Returns:
         The copy. Whoever writes to it writes for nobody.
@@ -133,8 +134,12 @@ def local_copy(url: epath.Path, *, beside: bool = False) -> Path:
         except FileNotFoundError as error:
             raise ConfigError(f"{url}/{name} cannot be read: there is no such file or folder") from error
         files = list_files(url, _PATIENCE, below=True) if beside else files
+    part = "" if beside else name
+    if wanted is not None:
+        # A copy of its own: a whole one would lose the other files by it.
+        files, part = {name: file for name, file in files.items() if wanted(name)}, wanted.__name__
     # By the names that they have there: what is made of several manifests is called by their place.
-    copies, key = cache_home() / "copies", hashlib.sha256(f"{url} {'' if beside else name}".encode()).hexdigest()[:16]
+    copies, key = cache_home() / "copies", hashlib.sha256(f"{url} {part}".encode()).hexdigest()[:16]
     folder, state = copies / os.fspath(url).replace("://", "/"), copies / ".fetched" / f"{key}.json"
     try:
         for needed in (folder, state.parent):

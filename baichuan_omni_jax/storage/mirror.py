@@ -49,7 +49,7 @@ class MirroredFolder:
         self.path = scratch_folder(location, owner)
         shutil.rmtree(self.path, ignore_errors=True)
         self.path.mkdir()
-        self._fetch(fetch)
+        self.fetch(fetch)
         self._thread = threading.Thread(target=self._copy_at_intervals, name="mirror", daemon=True)
         self._thread.start()
 
@@ -67,6 +67,22 @@ class MirroredFolder:
                 log.warning("numbers of this run could not be copied to %s: %s", self.location, error)
                 return False
         return True
+
+    def fetch(self, names: Sequence[str]) -> None:
+        """Takes files as the bucket has them, where it does. Raises ConfigError for one that cannot be read."""
+        for name in names if self._remote else ():
+            source, path = self.location / name, self.path / name
+            try:
+                contents = with_retries(source.read_bytes, f"reading {source}")
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise storage_error(error, f"{source} cannot be read") from error
+            with self._copying:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(contents)
+                status = path.stat()
+                self._copied[name] = (status.st_size, status.st_mtime_ns)
 
     def close(self) -> None:
         """Copies for the last time; the scratch folder goes unless something could not be copied."""
@@ -101,19 +117,6 @@ class MirroredFolder:
             target = self.location / name
             remove(target)
             del self._copied[name]
-
-    def _fetch(self, names: Sequence[str]) -> None:
-        for name in names:
-            source, path = self.location / name, self.path / name
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(with_retries(source.read_bytes, f"reading {source}"))
-            except FileNotFoundError:
-                continue
-            except OSError as error:
-                raise storage_error(error, f"{source} cannot be read") from error
-            status = path.stat()
-            self._copied[name] = (status.st_size, status.st_mtime_ns)
 
 
 def discard_scratch(location: epath.Path, owner: str) -> None:

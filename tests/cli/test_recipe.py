@@ -8,6 +8,7 @@ import threading
 import time
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from baichuan_omni_jax.cli import recipe as recipe_module
@@ -19,6 +20,7 @@ from baichuan_omni_jax.config.recipes import RECIPES, SMALL, Recipe, RecipeStage
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.evaluation.chain_record import read_chain, read_metrics
 from baichuan_omni_jax.train.optimizers import schedule
+from tests.helpers.bucket import bucket_server, in_this_process
 
 FAKE = Path(__file__).parents[1] / "helpers" / "fake_train.py"
 STEPS = 5
@@ -48,11 +50,11 @@ def recipe(tmp_path, monkeypatch):
     monkeypatch.setattr(stages_module.ChainStage, "command", command)
     monkeypatch.setattr(stages_module, "_TICK", 0.02)
 
-    def run(*arguments: str, **trouble: str) -> int:
+    def run(*arguments: str, workdir: str = str(tmp_path / "run"), **trouble: str) -> int:
         monkeypatch.setenv("FAKE_TRAIN", json.dumps(trouble))
         # Nothing to ask: the runs are pretended, so there are no weights that could answer.
         sets = ("--set", f"train.steps={STEPS}", "--set", "eval.abilities=()")
-        return main(["recipe", "small", "--workdir", str(tmp_path / "run"), *sets, *arguments])
+        return main(["recipe", "small", "--workdir", workdir, *sets, *arguments])
 
     return run
 
@@ -131,6 +133,36 @@ def test_a_signal_reaches_the_stage_at_work_which_saves(recipe, tmp_path, capsys
     assert recipe() == 0
     whole(tmp_path / "run")
     assert "begins at 3" in (tmp_path / "run" / "image_text_2_tiny" / "log.txt").read_text()
+
+
+def test_a_recipe_in_a_bucket(recipe, tmp_path, monkeypatch, capsys):
+    """Broken off and gone on with; numbers, table and page are in the bucket, and nothing is left here."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    url = "gs://bucket/recipe"
+    with bucket_server() as server, in_this_process(server):
+        assert recipe(workdir=url, image_text_2_tiny="broken") == 3
+        assert f"({url}/image_text_2_tiny/log.txt has all of its output" in capsys.readouterr().err
+        assert b"it was broken" in server.read("recipe/image_text_2_tiny/log.txt")
+        assert recipe(workdir=url) == 0
+        printed = capsys.readouterr().out
+        assert f"baichuan-omni serve --checkpoint {url}/sft_tiny" in printed
+        given = json.loads(server.read("recipe/sft_tiny/given.json"))
+        assert given["checkpoint.init_from"] == f"llm={url}/image_text_2_tiny"
+        log = server.read("recipe/image_text_2_tiny/log.txt").decode()
+        assert log.index("it was broken") < log.index("begins at 2")
+        assert b"recipe" in server.read("recipe/report.html")
+        whole(server.download("recipe", tmp_path / "copy"))
+        assert all(stage.wall > 0 for stage in read_chain(tmp_path / "copy").stages)
+        # The page again, by the other command, from what is there.
+        fsspec.filesystem("gs").rm("bucket/recipe/report.html")
+        assert main(["recipe", "report", "--workdir", url]) == 0
+        assert b"sft_tiny" in server.read("recipe/report.html")
+        assert main(["recipe", "report", "--workdir", "gs://bucket/none"]) == 2
+        assert "gs://bucket/none holds no run, nor a chain of them" in capsys.readouterr().err
+    assert list(Path.cwd().iterdir()) == []
+    assert not [path for path in (tmp_path / "cache" / "baichuan_omni_jax" / "workdirs").glob("*") if path.is_dir()]
 
 
 def test_two_recipes_in_one_folder(recipe, tmp_path, capsys):

@@ -78,10 +78,6 @@ def test_what_cannot_be_is_one_sentence_and_nothing_is_written(bucket, server, t
     }.items():
         assert main(["data", *command]) == 2
         assert sentence in capsys.readouterr().err
-    # Commands that work on folders alone.
-    for command in (["stages", "--workdir", "gs://bucket/runs"], ["recipe", "report", "--workdir", "gs://bucket/runs"]):
-        assert main(command) == 2
-        assert "is a URL: this must be a folder or file of this machine" in capsys.readouterr().err
     assert_clean(tmp_path)
 
 
@@ -99,3 +95,18 @@ def test_a_copy_is_fetched_once_and_follows_its_origin(bucket, server, tmp_path)
     assert (copy / "b").read_bytes() == b"other"
     assert not (copy / "a").exists()
     assert local_copy(parse_path("gs://bucket/copied/below/c")).read_bytes() == b"below/c"
+
+
+def test_some_files_of_a_folder_are_copied_alone(bucket, server, tmp_path):
+    """They lie where a whole copy lies, and neither removes what the other has fetched."""
+    fsspec.filesystem("gs").pipe({f"bucket/parted/{name}": name.encode() for name in ("a", "large/b", "c")})
+    url = parse_path("gs://bucket/parted")
+
+    def small(name: str) -> bool:
+        return not name.startswith("large/")
+
+    copy = local_copy(url, wanted=small)
+    assert {*contents(copy)} == {"a", "c"}
+    assert {*contents(local_copy(url))} == {"a", "c", "large/b"}
+    local_copy(url, wanted=small)
+    assert {*contents(copy)} == {"a", "c", "large/b"}

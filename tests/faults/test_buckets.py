@@ -2,6 +2,7 @@
 
 import random
 import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -10,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from baichuan_omni_jax.storage import parse_path
-from tests.helpers.bucket import BucketServer, bucket_server, in_this_process
+from tests.helpers.bucket import BucketServer, bucket_server, in_this_process, put_data
 from tests.helpers.faults.uninterrupted import assert_same_run, resumed_from
 from tests.helpers.faulty_proxy import faulty_proxy
-from tests.helpers.micro import REPOSITORY, STEPS, wait_until
+from tests.helpers.micro import REPOSITORY, STEPS, environment, overrides, wait_until
 from tests.helpers.proofs import HANG
 
 FEW = 8  # steps of the run that is killed once
@@ -21,6 +22,20 @@ KILLS = 20
 # Seconds over which kills of a start are spread, and those after a step is saved.
 START_TIME, TRAINING_TIME = 8.0, 1.0
 SERVER_DOWN = 30.0
+# A stage of the smallest run that asks something.
+STAGE = """
+import runpy
+from dataclasses import replace
+
+from baichuan_omni_jax.config import EvalConfig
+from baichuan_omni_jax.config.stages import held_out_of
+
+
+def get_config():
+    run = runpy.run_path({micro!r})["get_config"]()
+    asked = EvalConfig(mixtures=(held_out_of(("text_qa",)),), abilities=("held_out",), ability_items=2)
+    return replace(run, name={name!r}, eval=asked)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -85,19 +100,11 @@ def test_a_run_in_a_bucket_is_killed_and_goes_on(server, reach, quick_pretrain, 
     assert not left.exists()
 
 
-def put_data(server: BucketServer, root: Path) -> str:
-    """Copies a data root into the bucket; returns its URL."""
-    with in_this_process(server):
-        for path in root.rglob("*"):
-            if path.is_file() and ".cache" not in path.parts:
-                (parse_path("gs://bucket/data") / path.relative_to(root).as_posix()).write_bytes(path.read_bytes())
-    return "gs://bucket/data"
-
-
 def test_data_and_workdir_in_a_bucket_change_nothing(server, reach, quick_pretrain, elsewhere):
     steps = f"train.steps={FEW}"
     finish(quick_pretrain.start(elsewhere / "reference", steps))
-    data = put_data(server, quick_pretrain.root)
+    with in_this_process(server):
+        data = put_data(quick_pretrain.root, parse_path("gs://bucket/data"))
     finish(quick_pretrain.start("gs://bucket/whole", steps, f"data.root={data}"))
     assert_ends_as(server, "whole", elsewhere / "reference", elsewhere, FEW)
     # Index and codes are in the bucket, for other machines.
@@ -124,7 +131,8 @@ def test_the_first_run_of_all_in_a_bucket(server, reach, pretrain, elsewhere):
 def test_a_server_that_refuses_data_changes_nothing(server, reach, quick_pretrain, elsewhere):
     steps = f"train.steps={FEW}"
     finish(quick_pretrain.start(elsewhere / "reference", steps))
-    data = put_data(server, quick_pretrain.root)
+    with in_this_process(server):
+        data = put_data(quick_pretrain.root, parse_path("gs://bucket/data"))
     with faulty_proxy(server.url, refused=0.1) as proxy:
         reach(proxy.url)
         finish(quick_pretrain.start("gs://bucket/data_refused", steps, f"data.root={data}"))
@@ -188,3 +196,41 @@ def test_a_server_that_is_down_for_a_while_changes_nothing(server, reach, pretra
             finish(process)
         assert proxy.faults
     assert_ends_as(server, "down", finished, elsewhere, STEPS)
+
+
+@pytest.mark.slow
+def test_stages_in_a_bucket_are_trained_asked_and_exported(server, reach, quick_pretrain, elsewhere):
+    """Each from the weights of the one before; the last is asked, and read by the converter, where it is."""
+    micro, url = str(REPOSITORY / "configs" / "micro.py"), "gs://bucket/chain"
+    files = [elsewhere / f"{name}.py" for name in ("first", "second")]
+    for file in files:
+        file.write_text(STAGE.format(micro=micro, name=file.stem))
+
+    def run(*arguments: object) -> str:
+        command = [sys.executable, "-m", "baichuan_omni_jax", *map(str, arguments)]
+        variables = environment(quick_pretrain.cache, quick=True)
+        done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=HANG, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    sets = [part for change in (*overrides(quick_pretrain.root), "train.steps=2") for part in ("--set", change)]
+    said = run("stages", "--workdir", url, *sets, *files)
+    assert f"stage 2 of 2: second, from {url}/first" in said
+    assert "text_qa" in said
+    assert server.committed("chain/first") == server.committed("chain/second") == [2]
+    assert f"{url}/first" in server.read("chain/second/parent.json").decode()
+    assert b"text_qa" in server.read("chain/retention.md")
+    assert b'"second"' in server.read("chain/chain.json")
+    # Finished ones are passed over.
+    assert "finished at step" not in run("stages", "--workdir", url, *sets, *files)
+
+    assert "text_qa" in run(
+        "evaluate", "abilities", "--run", f"{url}/second", "--out", "gs://bucket/asked", "--items", "3"
+    )
+    assert b'"items": 3' in server.read("asked/abilities.json")
+    run("convert", "to-torch", "--from", f"{url}/second", "--to", elsewhere / "hf")
+    copy = server.download("chain/second", elsewhere / "copy")
+    run("convert", "to-torch", "--from", copy, "--to", elsewhere / "from_copy")
+    weights = [(elsewhere / name / "model.safetensors").read_bytes() for name in ("hf", "from_copy")]
+    assert weights[0] == weights[1]
+    assert list(Path.cwd().iterdir()) == []
