@@ -10,6 +10,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from etils import epath
 
 from baichuan_omni_jax.cli import recipe as recipe_module
 from baichuan_omni_jax.cli import stages as stages_module
@@ -202,11 +203,11 @@ def test_workdirs_with_braces_and_with_what_cuts_a_spec(tmp_path):
         RecipeStage(name="image_text_1_tiny"),
         RecipeStage(name="sft_tiny", parents={"x": "llm={image_text_1_tiny}"}),
     ]
-    chain = plan_chain(rows, tmp_path / "{a}", [])
+    chain = plan_chain(rows, epath.Path(tmp_path / "{a}"), [])
     assert chain[1].changes == (f"x=llm={tmp_path / '{a}' / 'image_text_1_tiny'}",)
     for name in ("a,b", "a=b"):
         with pytest.raises(ConfigError, match=f"{name}.*: a workdir whose stages begin from others has no comma"):
-            plan_chain(rows, tmp_path / name, [])
+            plan_chain(rows, epath.Path(tmp_path / name), [])
 
 
 def test_a_run_that_cannot_be_watched_any_more_is_let_save(recipe, tmp_path, capsys, monkeypatch):
@@ -226,7 +227,7 @@ def test_a_run_that_cannot_be_watched_any_more_is_let_save(recipe, tmp_path, cap
 def test_stages_without_a_step(tmp_path):
     for steps in (0, -1):
         with pytest.raises(ConfigError, match=f"train.steps of sft_tiny must be at least 1, not {steps}"):
-            plan_chain([RecipeStage(name="sft_tiny")], tmp_path, [f"train.steps={steps}"])
+            plan_chain([RecipeStage(name="sft_tiny")], epath.Path(tmp_path), [f"train.steps={steps}"])
 
 
 def test_a_disk_that_is_full(recipe, tmp_path, capsys, monkeypatch):
@@ -250,8 +251,8 @@ def test_unknown_stages_and_shares(recipe, capsys):
 def test_a_share_shortens_the_whole_schedule(tmp_path):
     rows = [RecipeStage(name="sft")]
     own = lambda run: recipe_module._own_changes(run, 0.1, [])  # noqa: E731
-    (stage,) = plan_chain(rows, tmp_path, [], own)
-    whole = plan_chain(rows, tmp_path, [])[0].run
+    (stage,) = plan_chain(rows, epath.Path(tmp_path), [], own)
+    whole = plan_chain(rows, epath.Path(tmp_path), [])[0].run
     assert stage.run.train.steps == whole.train.steps // 10
     assert stage.run.optimizer.decay_steps == whole.optimizer.decay_steps // 10
     assert stage.run.checkpoint.every <= stage.run.train.steps / 8 + 1
@@ -260,9 +261,9 @@ def test_a_share_shortens_the_whole_schedule(tmp_path):
 def test_parents_are_stages_before(tmp_path):
     rows = [RecipeStage(name="sft_tiny", parents={"checkpoint.init_from": "{omni_64k_tiny}"})]
     with pytest.raises(ConfigError, match="there is no such stage before this one"):
-        plan_chain(rows, tmp_path, [])
+        plan_chain(rows, epath.Path(tmp_path), [])
     with pytest.raises(ConfigError, match="two stages of the chain have one name"):
-        plan_chain([RecipeStage(name="sft_tiny"), RecipeStage(name="sft_tiny")], tmp_path, [])
+        plan_chain([RecipeStage(name="sft_tiny"), RecipeStage(name="sft_tiny")], epath.Path(tmp_path), [])
 
 
 def test_parents_of_the_small_recipe_are_stages_before():
