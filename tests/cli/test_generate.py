@@ -204,7 +204,7 @@ def test_ctrl_c_keeps_what_is_answered(tmp_path, monkeypatch, capsys):
     metrics = SimpleNamespace(tokens_per_s=1.0, compiles=0)
     chat = SimpleNamespace(key=jax.random.key(0), reply=reply)
     opened = SimpleNamespace(chat=chat, engine=SimpleNamespace(metrics=metrics), notice="")
-    monkeypatch.setattr(generate, "open_chat", lambda *_: opened)
+    monkeypatch.setattr(generate, "open_chat", lambda *_, **__: opened)
     command = ["generate", "chat", "--checkpoint", "x", "--manifest", str(manifest), "--output", str(output)]
     with unchecked():
         assert main(command) == 130

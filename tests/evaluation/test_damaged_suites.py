@@ -286,7 +286,7 @@ def scripted(monkeypatch):
     model = ScriptedModel(lambda *_: "It is Paris.")
     model.processor = object()
     branches = frozenset(("llm", "audio_head", "audio_encoder"))
-    monkeypatch.setattr(evaluate_suites, "open_chat", lambda *_: OpenedChat(model, None, "", True, branches))
+    monkeypatch.setattr(evaluate_suites, "open_chat", lambda *_, **__: OpenedChat(model, None, "", True, branches))
     return model
 
 

@@ -68,7 +68,7 @@ def test_what_is_heard_is_judged(tmp_path, monkeypatch, capsys):
         pytest.importorskip(library, reason="the extra `evaluate` brings it")
     folder, out = write_open_audio_bench(tmp_path / "data"), tmp_path / "out"
     branches = frozenset(("llm", "audio_head", "audio_encoder", "audio_decoder", "flow"))
-    monkeypatch.setattr(evaluate_suites, "open_chat", lambda *_: OpenedChat(Speaking(), None, "", True, branches))
+    monkeypatch.setattr(evaluate_suites, "open_chat", lambda *_, **__: OpenedChat(Speaking(), None, "", True, branches))
     # Not what is tested here; imported they take seconds.
     monkeypatch.setattr("baichuan_omni_jax.evaluation.suites.speech.find_spec", lambda name: None)
     command = [

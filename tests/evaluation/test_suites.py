@@ -152,7 +152,7 @@ def test_letters_by_likelihood(tmp_path):
 
 def opened(model, branches=("llm", "vision", "audio_head", "audio_encoder")):
     model.processor, model.model = object(), None
-    return lambda *_: OpenedChat(model, None, "", True, frozenset(branches))
+    return lambda *_, **__: OpenedChat(model, None, "", True, frozenset(branches))
 
 
 def command(folder, out, *more, suite="openaudiobench", checkpoint="llm=C"):
