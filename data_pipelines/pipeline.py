@@ -33,11 +33,7 @@ from data_pipelines.packing.oversize import check_policies, with_pieces
 from data_pipelines.packing.packer import Packer, RowPlan, check_plan
 from data_pipelines.packing.row_decoder import RowDecoder, Step
 from data_pipelines.packing.row_limits import budget_vector, check_media_shards, mel_slots, patch_layout
-<<<<<<< HEAD
-from data_pipelines.packing.rows import ALL_ROWS, RowDecoder, RowShard, Step, StepDataset, read_steps, worker_count
-=======
-from data_pipelines.packing.rows import ALL_ROWS, RowShard, StepDataset, read_steps
->>>>>>> 216fa41 (rows: hosts that share a row agree on what it holds)
+from data_pipelines.packing.rows import ALL_ROWS, RowShard, StepDataset, read_steps, worker_count
 from data_pipelines.packing.step_plan import StepPlan, check_format
 from data_pipelines.tokenizers.tokenizer import load_tokenizer, train_tokenizer
 
@@ -160,15 +156,10 @@ class Pipeline:
         """
         # Workers make the plan themselves: it is cheap, and its state travels with each step.
         plan = partial(self.step_plan, epochs=epochs, resume_state=resume_state if state is None else None)
-<<<<<<< HEAD
-        dataset = StepDataset(plan, self.decoder(codes, context_shards), shard, state)
-        return read_steps(dataset, worker_count(self.config))
-=======
-        decoder, workers = self.decoder(codes, context_shards), self.config.workers
+        decoder, workers = self.decoder(codes, context_shards), worker_count(self.config)
         steps = read_steps(StepDataset(plan, decoder, replace(shard, agreement=None), state), workers)
         # Without workers nothing would be gained by reading ahead.
         return shard.agree(steps, decoder, ahead=min(workers, 1))
->>>>>>> 216fa41 (rows: hosts that share a row agree on what it holds)
 
 
 class TrainingData:

@@ -19,10 +19,7 @@ import numpy as np
 from absl import flags
 from grain.multiprocessing import SharedMemoryArray
 
-<<<<<<< HEAD
-from baichuan_omni_jax.config import Budgets, DataConfig, OmniConfig
-=======
->>>>>>> 216fa41 (rows: hosts that share a row agree on what it holds)
+from baichuan_omni_jax.config import DataConfig
 from baichuan_omni_jax.storage.cache import Prefetcher
 from data_pipelines.packing.row_decoder import RowDecoder, SharedRow, Step
 from data_pipelines.packing.shared_rows import Agreement

@@ -64,7 +64,9 @@ class Agreement:
         Args:
             steps: this host's, with `Step.shared`; closed with what is returned.
             decoder: what decoded them.
-            ahead: steps that are read before a step is given: the other hosts have told of it by then, as a rule.
+            ahead: steps that are read before a step is given, at most one: the other hosts have told of it by
+                then. Need
+                not be the same on all.
         """
         if not self.shared:
             return steps
@@ -89,9 +91,10 @@ class Agreement:
                 if len(waiting) <= ahead:
                     continue
                 agreed = self._settle(f"{reading}/{settled}", waiting.popleft(), decoder)
-                # Who has told of this step has settled the one `ahead` + 1 before it, and left the readings before.
+                # Who has told of this step has settled the second one before it, however far each host reads ahead,
+                # and left the readings before.
                 stale = [f"{past}/" for past in ended] if not settled else []
-                stale += [f"{reading}/{settled - ahead - 1}/"] if settled > ahead else []
+                stale += [f"{reading}/{settled - 2}/"] if settled > 1 else []
                 for folder in stale:
                     self._hosts.remove(f"rows/{self._hosts.index}/{folder}")
                 settled += 1
