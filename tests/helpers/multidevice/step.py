@@ -5,7 +5,8 @@
 PARTS is `train.accumulate`. WEIGHTING is `train.document_weighting`: loss and gradients are then compared with those of
 every document alone on one device, weighted by hand. On a mesh with context > 1 the rows come dealt to the shards in
 another order of tokens. Where fsdp and context are split, what the compiled program exchanges over `context` is checked
-too. Run by test_step_mesh.py with XLA_FLAGS=--xla_force_host_platform_device_count=8; exits 1 on a difference.
+too, and of every mesh in `programs.json` what the program consists of. Run by test_step_mesh.py with
+XLA_FLAGS=--xla_force_host_platform_device_count=8; exits 1 on a difference.
 """
 
 import dataclasses
@@ -28,6 +29,7 @@ from baichuan_omni_jax.train.preflight.hlo import Collective, collectives_of
 from baichuan_omni_jax.train.state import StepSpec, TrainState, init_state, make_compute, make_step_spec
 from baichuan_omni_jax.train.step import compute_gradients
 from tests.helpers.micro import micro_run, open_micro, place
+from tests.helpers.multidevice.programs import check_table, program_table
 
 # Compiling is nearly all of the time.
 jax.config.update("jax_disable_most_optimizations", True)
@@ -92,6 +94,7 @@ def main() -> int:
         failed |= not distances[name] <= TOLERANCE
         if min(sizes[1:3]) > 1:
             failed |= not check_exchanges(*program)
+        failed |= not check_table(text, program_table(*program[:2]))
     return int(failed)
 
 
