@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from baichuan_omni_jax.config import OmniConfig, RunConfig
+from baichuan_omni_jax.config import ComputeConfig, OmniConfig, RunConfig
 from baichuan_omni_jax.flops.audio import full_mel_slots
 from baichuan_omni_jax.train.input import mel_slot_frames
 
@@ -54,14 +54,17 @@ class Packing:
 
     def visited_pairs(self, run: RunConfig) -> int:
         """Counts pairs of tokens in the blocks that the attention kernels visit, masked ones included."""
-        rng, total, block = np.random.default_rng(self.seed), 0, run.compute.attention_block
+        compute, rng, total = run.compute, np.random.default_rng(self.seed), 0
+        # Without data nobody has chosen blocks: those that a run has by default.
+        side = ComputeConfig().attention_block if compute.attention_block == "auto" else compute.attention_block
+        block_q, block_kv = compute.attention_q_block or side, compute.attention_kv_block or side
         for _ in range(run.data.rows):
             ends = np.cumsum(self._row(rng, run.data.budgets.tokens))
-            # The first and the last document of each block of the row.
-            starts = np.arange(0, run.data.budgets.tokens, block)
-            first, last = (np.searchsorted(ends, at, "right") for at in (starts, starts + block - 1))
-            # Blocks of keys that reach into the queries' first document, and are not after them.
-            total += int(np.tril(last >= first[:, None]).sum()) * block**2
+            queries, keys = (np.arange(0, run.data.budgets.tokens, block) for block in (block_q, block_kv))
+            # Blocks of keys that reach into the queries' first document, and do not begin after them.
+            first, last = np.searchsorted(ends, queries, "right"), np.searchsorted(ends, keys + block_kv - 1, "right")
+            visited = (last >= first[:, None]) & (keys < queries[:, None] + block_q)
+            total += int(visited.sum()) * block_q * block_kv
         return total
 
     def _row(self, rng: np.random.Generator, room: int) -> list[int]:

@@ -20,11 +20,10 @@ from baichuan_omni_jax.train.preflight.hlo_work import copied_bytes, products_of
 from baichuan_omni_jax.train.state import StepSpec
 
 # Shares of a chip's bfloat16 peak that large products reach, by its name.
-PRODUCT_SHARE = {"v4": 0.9, "v5e": 0.92, "v5p": 0.83, "v6e": 0.55, "tpu7x": 0.55}
-# The same of the attention kernels, forward and backward: of v5p what their static schedule says; v6e and tpu7x have
-# units twice as wide as a head.
-KERNEL_SHARES = {"v6e": (0.45, 0.55), "tpu7x": (0.45, 0.55)}
-_KERNEL_SHARES = 0.77, 0.95
+PRODUCT_SHARE = {"v4": 0.9, "v5e": 0.92, "v5p": 0.83, "v6e": 0.5, "tpu7x": 0.5}
+# The same of the attention kernels, forward and backward, as their static schedules say (`kernel_schedule.py`).
+KERNEL_SHARES = {"v6e": (0.8, 0.8), "tpu7x": (0.8, 0.8)}
+_KERNEL_SHARES = 0.86, 0.95
 MEMORY_SHARE = 0.85
 # Dimensions of the torus, and what of the links' nominal rate arrives.
 TORUS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}
