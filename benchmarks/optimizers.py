@@ -22,6 +22,8 @@ KINDS = {
     "adamw_bfloat16_moments": ["optimizer.moments_dtype=bfloat16"],
     "adafactor": ["optimizer.optimizer=adafactor"],
     "muon": ["optimizer.optimizer=muon"],
+    # AdamW, with int8 products in the language model's layers.
+    "int8": ["compute.quantize=int8"],
 }
 CURVE = (20, 40, 80, 120)
 

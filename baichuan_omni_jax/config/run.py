@@ -251,6 +251,9 @@ class ComputeConfig:
     # and none is made a second time in the backward pass.
     loss_chunk: int = 1024
     mlp_chunk: int = 0  # positions of a row and shard that have the MLP's wide intermediates at once; 0: all
+    # int8: the language model's layers multiply so, forward and toward their input, with gradients rounded by chance.
+    # For the task `omni`; logits, encoders and the audio head stay as they are.
+    quantize: Literal["none", "int8"] = "none"
     # Which kernel computes attention. "": the best that the platform supports; a name never falls back.
     attention: Literal["", "pallas_tpu", "pallas_gpu", "xla", "reference"] = ""
     # Tokens a side of the blocks that attention is planned by. "auto": what the platform is served by best, and the

@@ -226,7 +226,13 @@ class AudioHead(nnx.Module):
 
     def _logits(self, head: Linear, x: Float[Array, "b c d"]) -> Float[Array, "b c v"]:
         # Not `head(x)`: a loss wants logits that were never rounded to the compute dtype.
-        y = product(head.equation, x, head.gathered(), out=self.compute.spec(*STREAM), dtype=jnp.float32)
+        y = product(
+            head.equation,
+            x,
+            gather_weight(head.weight, head.compute),
+            out=self.compute.spec(*STREAM),
+            dtype=jnp.float32,
+        )
         assert head.bias is not None
         return y + use(head.bias, self.compute, jnp.float32)
 

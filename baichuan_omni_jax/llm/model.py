@@ -8,6 +8,7 @@ two layouts: `training`, or `decode` (`decode_layout.py`), which `LanguageModel.
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, NamedTuple, overload
 
 import jax
@@ -20,6 +21,7 @@ from baichuan_omni_jax.config.architecture import LLMConfig
 from baichuan_omni_jax.kernels.flash_attention import BlockPlan, Segments, flash_attention, plan_blocks, whole_keys
 from baichuan_omni_jax.llm.decode_layout import MatrixLinear, decode_layer_values, project, split_heads, whole
 from baichuan_omni_jax.llm.kv_cache import KVCache, LayerCache, attend_with_cache, visible_entries
+from baichuan_omni_jax.nn.int8 import Dither
 from baichuan_omni_jax.nn.layers import RMSNorm, rope_angles, rotate
 from baichuan_omni_jax.nn.linear import (
     Gathered,
@@ -62,6 +64,7 @@ class Attention(nnx.Module):
     def __init__(self, key: PRNGKeyArray, cfg: LLMConfig, compute: ComputePolicy, layout: Layout = "training"):
         keys = jax.random.split(key, 4)
         d, n, k, h = cfg.hidden_size, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
+        self.o_proj: Any
         if layout == "decode":
             width, axes = (n + 2 * k) * h, ("heads", "embed")
             self.qkv_proj = MatrixLinear(keys[0], (width, d), axes, out=QKV, compute=compute, bias=True)
@@ -69,11 +72,12 @@ class Attention(nnx.Module):
         else:
             in_axes, kv_axes = ("embed", "heads", "head_dim"), ("embed", "kv_heads", "head_dim")
             into = "btd,dnh->btnh"
-            self.q_proj = Linear(keys[0], into, (d, n, h), in_axes, out=HEADS, compute=compute, bias=True)
-            self.k_proj = Linear(keys[1], into, (d, k, h), kv_axes, out=KV_HEADS, compute=compute, bias=True)
-            self.v_proj = Linear(keys[2], into, (d, k, h), kv_axes, out=KV_HEADS, compute=compute, bias=True)
+            linear = partial(Linear, compute=compute, int8=compute.int8)
+            self.q_proj = linear(keys[0], into, (d, n, h), in_axes, out=HEADS, bias=True)
+            self.k_proj = linear(keys[1], into, (d, k, h), kv_axes, out=KV_HEADS, bias=True)
+            self.v_proj = linear(keys[2], into, (d, k, h), kv_axes, out=KV_HEADS, bias=True)
             out_axes = ("heads", "head_dim", "embed")
-            self.o_proj = Linear(keys[3], "btnh,nhd->btd", (n, h, d), out_axes, out=STREAM, compute=compute)
+            self.o_proj = linear(keys[3], "btnh,nhd->btd", (n, h, d), out_axes, out=STREAM)
         self.cfg, self.compute, self.layout, self.scale = cfg, compute, layout, h**-0.5
 
     def __call__(
@@ -85,6 +89,7 @@ class Attention(nnx.Module):
         positions: Int32[Array, "b t"] | None = None,
         cache: LayerCache | None = None,
         key_places: Int32[Array, "b s"] | None = None,
+        dither: Dither | None = None,
     ) -> tuple[Float[Array, "b t d"], LayerCache | None]:
         """Attends over the row, or over what the cache holds of it.
 
@@ -96,6 +101,7 @@ class Attention(nnx.Module):
             positions: where the items stand in the cache, -1 at padding; read only with one.
             cache: keys and values of the rows' earlier items.
             key_places: the token that each key of `segments` is taken from (`RowKeys`); None: the row's, in order.
+            dither: what gradients of int8 products are rounded with.
 
         Returns:
             The attention's output, and the cache with the items in it (None without one).
@@ -104,7 +110,8 @@ class Attention(nnx.Module):
         if self.layout == "decode":
             q, k, v = split_heads(self.qkv_proj(x), self.cfg, self.compute)
         else:
-            q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+            linears = (self.q_proj, self.k_proj, self.v_proj)
+            q, k, v = (linear(x, dither=dither and dither.of(i)) for i, linear in enumerate(linears))
         q, k = rotate(q, angles), rotate(k, angles)
 
         # The products of attention: over the row's own keys, or over the cache, which these keys join first.
@@ -123,7 +130,8 @@ class Attention(nnx.Module):
             # Flat again: the decode layout's output matrix has heads and their width as one dim.
             heads = self.compute.spec("batch", "length", "act_heads")
             out = jnp.reshape(out, (*x.shape[:2], -1), out_sharding=heads)
-        return self.o_proj(out), cache
+            return self.o_proj(out), cache
+        return self.o_proj(out, dither=dither and dither.of(3)), cache
 
 
 class SwiGLU(nnx.Module):
@@ -142,18 +150,28 @@ class SwiGLU(nnx.Module):
             self.up_proj = MatrixLinear(keys[1], (f, d), ("mlp", "embed"), out=HIDDEN, compute=compute)
             self.down_proj = MatrixLinear(keys[2], (d, f), ("embed", "mlp"), out=STREAM, compute=compute)
             return
-        self.gate_proj = Linear(keys[0], "btd,df->btf", (d, f), ("embed", "mlp"), out=HIDDEN, compute=compute)
-        self.up_proj = Linear(keys[1], "btd,df->btf", (d, f), ("embed", "mlp"), out=HIDDEN, compute=compute)
-        self.down_proj = Linear(keys[2], "btf,fd->btd", (f, d), ("mlp", "embed"), out=STREAM, compute=compute)
+        linear = partial(Linear, compute=compute, int8=compute.int8)
+        self.gate_proj = linear(keys[0], "btd,df->btf", (d, f), ("embed", "mlp"), out=HIDDEN)
+        self.up_proj = linear(keys[1], "btd,df->btf", (d, f), ("embed", "mlp"), out=HIDDEN)
+        self.down_proj = linear(keys[2], "btf,fd->btd", (f, d), ("mlp", "embed"), out=STREAM)
 
-    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+    def __call__(self, x: Float[Array, "b t d"], dither: Dither | None = None) -> Float[Array, "b t d"]:
         # Gathered once for all pieces; their gradients are summed in the weights' fp32 sinks.
         gate, up, down = (linear.gathered() for linear in (self.gate_proj, self.up_proj, self.down_proj))
 
-        def of_piece(piece):
-            return self.down_proj(jax.nn.silu(self.gate_proj(piece, gate)) * self.up_proj(piece, up), down)
+        if dither is None:
+            # Also the decode layout's, whose matrices take none.
+            def of_piece(piece):
+                return self.down_proj(jax.nn.silu(self.gate_proj(piece, gate)) * self.up_proj(piece, up), down)
 
-        return map_chunks(of_piece, x, self.compute.mlp_chunk, self.compute.rules)
+            return map_chunks(of_piece, x, self.compute.mlp_chunk, self.compute.rules)
+
+        def of_dithered(piece, positions):
+            into, beside, back = (dither._replace(positions=positions).of(i) for i in (4, 5, 6))
+            hidden = jax.nn.silu(self.gate_proj(piece, gate, into)) * self.up_proj(piece, up, beside)
+            return self.down_proj(hidden, down, back)
+
+        return map_chunks(of_dithered, x, self.compute.mlp_chunk, self.compute.rules, dither.positions)
 
 
 class DecoderLayer(nnx.Module):
@@ -175,14 +193,15 @@ class DecoderLayer(nnx.Module):
         positions: Int32[Array, "b t"] | None = None,
         cache: LayerCache | None = None,
         key_places: Int32[Array, "b s"] | None = None,
+        dither: Dither | None = None,
     ) -> tuple[Float[Array, "b t d"], LayerCache | None]:
         """Computes the stream after this layer, and the cache with its items; arguments as `Attention`'s."""
         with jax.named_scope("attention"):
             normed = self.attention_norm(x)
-            mixed, cache = self.attention(normed, angles, segments, plan, positions, cache, key_places)
+            mixed, cache = self.attention(normed, angles, segments, plan, positions, cache, key_places, dither)
             x = x + mixed
         with jax.named_scope("mlp"):
-            return x + self.mlp(self.mlp_norm(x)), cache
+            return x + self.mlp(self.mlp_norm(x), dither), cache
 
 
 class LanguageModel(nnx.Module):
@@ -205,6 +224,8 @@ class LanguageModel(nnx.Module):
         self.head = normal(keys[2], (cfg.vocab_size, cfg.hidden_size), ("vocab", "embed"))
         # Set for a training step in which only these rows of the two tables train.
         self.special_rows: SpecialRows | None = None
+        # Set for a training step with int8 products: what their gradients are rounded with.
+        self.dither_key: PRNGKeyArray | None = None
         self.cfg, self.compute, self.layout = cfg, compute, layout
 
     def to_decode_layout(self, dtype: DTypeLike | None = None) -> "LanguageModel":
@@ -296,12 +317,21 @@ class LanguageModel(nnx.Module):
         plan = plan_blocks(segments, causal=True, block_q=block_q, block_kv=block_kv)
         angles = rope_angles(positions, self.cfg.head_dim, self.cfg.rope_theta)
         # Layers: one traced body that is scanned, or a list whose weights no scan has to cut out.
-        layer_of = remat(lambda x, layer: layer(x, angles, segments, plan, key_places=places)[0], self.compute.remat)
+        dither, keys = None, None
+        if self.dither_key is not None:
+            dither = Dither.draw(self.dither_key, *x.shape[:2], self.compute)
+            keys = jax.random.split(dither.key, self.cfg.num_layers)
+
+        def of_layer(x, layer, key=None):
+            mine = None if dither is None else dither._replace(key=key)
+            return layer(x, angles, segments, plan, key_places=places, dither=mine)[0]
+
+        layer_of = remat(of_layer, self.compute.remat)
         if self.layout == "decode":
             for layer in self.layers:
                 x = layer_of(x, layer)
         else:
-            x, _ = jax.lax.scan(lambda x, layer: (layer_of(x, layer), None), x, self.layers)
+            x, _ = jax.lax.scan(lambda x, each: (layer_of(x, each[0], each[1]), None), x, (self.layers, keys))
         return self.norm(x)
 
     def _with_cache(

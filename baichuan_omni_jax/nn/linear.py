@@ -33,6 +33,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32, PRNGKeyArray, Shaped
 
 from baichuan_omni_jax.kernels.backends import platform_of
+from baichuan_omni_jax.nn.int8 import Dither, Int8Weight, int8_product, int8_weight
 from baichuan_omni_jax.nn.param import ComputePolicy, normal, zeros
 from baichuan_omni_jax.sharding import parameter_axes, place, placement
 
@@ -166,7 +167,7 @@ class Linear(nnx.Module):
     """Computes `einsum(equation, x, weight) + bias` in the compute dtype, its result split as `out` says.
 
     `axes` are the weight's logical axes, `out` the result's. The bias has the weight's dims that the result keeps.
-    A random weight gives a result of the input's spread times `gain`.
+    A random weight gives a result of the input's spread times `gain`. With `int8` it multiplies as `nn/int8.py` does.
 
     Linear(key, "btd,dnh->btnh", (3584, 28, 128), ("embed", "heads", "head_dim"), out=HEADS, compute=c, bias=True)
     """
@@ -182,8 +183,9 @@ class Linear(nnx.Module):
         compute: ComputePolicy,
         bias: bool = False,
         gain: float = 1.0,
+        int8: bool = False,
     ):
-        self.equation, self.out, self.compute = equation, tuple(out), compute
+        self.equation, self.out, self.compute, self.int8 = equation, tuple(out), compute, int8
         # Letters of the weight that the result lacks are summed over: their sizes decide the spread.
         letters = equation.split(",")[1].split("->")[0]
         fan_in = 1
@@ -193,15 +195,27 @@ class Linear(nnx.Module):
         kept = [i for i, letter in enumerate(letters) if letter in equation.split("->")[1]]
         self.bias = zeros(tuple(shape[i] for i in kept), tuple(axes[i] for i in kept)) if bias else None
 
-    def __call__(self, x: Float[Array, "..."], weight: Gathered | None = None) -> Float[Array, "..."]:
-        """Applies the layer; `weight` is its own, gathered already, for use inside a loop over pieces of a row."""
+    def __call__(
+        self, x: Float[Array, "..."], weight: Gathered | Int8Weight | None = None, dither: Dither | None = None
+    ) -> Float[Array, "..."]:
+        """Applies the layer; `weight` is its own, gathered already, for use inside a loop over pieces of a row.
+
+        `dither` is what int8 gradients are rounded with.
+        """
         weight = self.gathered() if weight is None else weight
-        spec = self.compute.spec(*self.out)
-        y = product(self.equation, x.astype(self.compute.dtype), weight, out=spec)
+        spec, x = self.compute.spec(*self.out), x.astype(self.compute.dtype)
+        if isinstance(weight, Int8Weight):
+            y = int8_product(self.equation, x, weight, out=spec, dither=dither)
+        else:
+            y = product(self.equation, x, weight, out=spec)
         return y if self.bias is None else add_bias(y, self.bias, self.compute)
 
-    def gathered(self) -> Gathered:
+    def gathered(self) -> Gathered | Int8Weight:
         """Returns the weight as it is computed with."""
+        if self.int8:
+            _, letters, result = self.equation.replace("->", ",").split(",")
+            summed = tuple(i for i, letter in enumerate(letters) if letter not in result)
+            return int8_weight(self.weight, summed, self.compute)
         return gather_weight(self.weight, self.compute)
 
 

@@ -41,6 +41,7 @@ class ComputePolicy:
         attention_q_block: tokens a block of queries in the language model's; 0: as many.
         attention_kv_block: tokens a block of keys in the language model's; 0: as many.
         mlp_chunk: positions of a row that the MLP works on at once; 0: all.
+        int8: whether the language model's layers multiply in int8 (`nn/int8.py`).
     """
 
     rules: ShardingRules = ShardingRules()
@@ -51,6 +52,7 @@ class ComputePolicy:
     attention_q_block: int = 0
     attention_kv_block: int = 0
     mlp_chunk: int = 0
+    int8: bool = False
 
     def spec(self, *names: str | None) -> PartitionSpec | None:
         """Returns how an array of these logical axes is split, for `out_sharding=`; None where no mesh is set."""

@@ -77,25 +77,29 @@ def split_parts(x: Shaped[Array, "n ..."], count: int) -> Shaped[Array, "parts m
 
 
 def map_chunks(
-    function: Callable[[Array], Array], x: Float[Array, "b t d"], chunk: int, rules: ShardingRules
+    function: Callable[..., Array],
+    x: Float[Array, "b t d"],
+    chunk: int,
+    rules: ShardingRules,
+    *along: Shaped[Array, "b t ..."] | None,
 ) -> Float[Array, "b t e"]:
     """Applies `function` to each piece (b, p, d) of a row, recomputed in the backward pass.
 
     Args:
-        function: (b, p, d) -> (b, p, e), position by position.
+        function: (b, p, d), pieces of `along` -> (b, p, e), position by position.
         x: the rows.
         chunk: positions a piece at most, of one shard; 0 applies it to the whole row at once.
         rules: which mesh axes split the rows.
+        along: what else there is of each position; None stays None.
 
     Returns:
         The rows (b, t, e), in their order.
     """
     if not chunk:
-        return function(x)
+        return function(x, *along)
     # A scan, and a checkpoint in it: in both passes one piece's wide intermediates exist at a time.
-    _, pieces = jax.lax.scan(
-        lambda _, piece: (None, jax.checkpoint(function)(piece)), None, split_chunks(x, chunk, rules)
-    )
+    cut = jax.tree.map(lambda x: split_chunks(x, chunk, rules), (x, *along))
+    _, pieces = jax.lax.scan(lambda _, piece: (None, jax.checkpoint(function)(*piece)), None, cut)
     return join_chunks(pieces, rules)
 
 

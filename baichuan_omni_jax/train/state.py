@@ -98,7 +98,9 @@ class TrainState:
 
 
 def make_compute(run: RunConfig) -> ComputePolicy:
-    """Makes the static settings of every module."""
+    """Makes the static settings of every module. Raises ConfigError on int8 products where no language model trains."""
+    if run.compute.quantize != "none" and run.task != "omni":
+        raise ConfigError(f"compute.quantize {run.compute.quantize!r} is for the task 'omni' alone, not {run.task!r}")
     return ComputePolicy(
         dtype=jnp.dtype(run.compute.dtype),
         remat=run.compute.remat,
@@ -108,6 +110,7 @@ def make_compute(run: RunConfig) -> ComputePolicy:
         attention_q_block=run.compute.attention_q_block,
         attention_kv_block=run.compute.attention_kv_block,
         mlp_chunk=run.compute.mlp_chunk,
+        int8=run.compute.quantize == "int8",
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Int32
 
 from baichuan_omni_jax.nn.remat import split_parts
 from baichuan_omni_jax.omni.batch import Batch
@@ -96,9 +97,14 @@ def compute_gradients(state: TrainState, batch: Batch, spec: StepSpec) -> Gradie
     batch = task.mask_untrained_targets(batch)
     denominators = task.denominators(batch)
 
-    def part_gradients(batch: Batch) -> tuple[Arrays, Metrics, NonGradientUpdates]:
+    def part_gradients(batch: Batch, part: Int32[Array, ""] | int = 0) -> tuple[Arrays, Metrics, NonGradientUpdates]:
         def loss(trainable: Arrays):
-            return task.loss(spec.assemble(trainable, state.frozen), batch, denominators, state.aux_state)
+            model = spec.assemble(trainable, state.frozen)
+            if task.compute.int8:
+                # Of step and part alone: a resumed run rounds as the uninterrupted one does.
+                key = jax.random.fold_in(jax.random.key(task.run.train.seed), state.step)
+                model.llm.dither_key = jax.random.fold_in(key, part)
+            return task.loss(model, batch, denominators, state.aux_state)
 
         gradients, (metrics, updates) = jax.grad(loss, has_aux=True)(state.trainable)
         return gradients, metrics, updates
@@ -111,11 +117,11 @@ def compute_gradients(state: TrainState, batch: Batch, spec: StepSpec) -> Gradie
         shapes = jax.eval_shape(part_gradients, jax.tree.map(lambda field: field[0], fields))
         zeros = jax.tree.map(lambda shape: jnp.zeros_like(shape, jnp.float32), shapes)
 
-        def add(total, part: Batch):
-            found = part_gradients(part)
+        def add(total, part: tuple[Batch, Int32[Array, ""]]):
+            found = part_gradients(*part)
             return jax.tree.map(lambda total, one: total + one.astype(jnp.float32), total, found), None
 
-        (gradients, metrics, updates), _ = jax.lax.scan(add, zeros, fields)
+        (gradients, metrics, updates), _ = jax.lax.scan(add, zeros, (fields, jnp.arange(parts, dtype=jnp.int32)))
     return Gradients(gradients, metrics | task.batch_metrics(batch), updates)
 
 

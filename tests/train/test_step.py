@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from baichuan_omni_jax.config import Budgets, load_run_config, resolve_model
+from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.omni.batch import abstract_batch
 from baichuan_omni_jax.train.optimizers import schedule
 from baichuan_omni_jax.train.state import init_state, make_compute, make_step_spec
@@ -130,3 +131,34 @@ def test_any_flipped_bit_changes_the_sum_of_bits():
             raw[place // 8] ^= 1 << place % 8
             assert int(bit_sum(jnp.asarray(value))) != before
             raw[place // 8] ^= 1 << place % 8
+
+
+def test_gradients_of_int8_products_are_rounded_by_the_step(text_run):
+    """The same bits from the same step, as a resumed run takes it; others from the next, and all near those of fp32."""
+    run, spec, state, batch = text_run
+    changed = dataclasses.replace(run.compute, quantize="int8", mlp_chunk=16)
+    run = dataclasses.replace(run, compute=changed)
+    with jax.set_mesh(spec.mesh):
+        int8 = make_step_spec(run, spec.task.omni, spec.mesh, make_compute(run))
+        gradients = jax.jit(partial(compute_gradients, spec=int8))
+        near = jax.jit(partial(compute_gradients, spec=spec))(state, batch)
+        first, metrics, _ = gradients(state, batch)
+        copy = jax.tree.map(lambda value: jnp.array(np.asarray(value), device=value.sharding), state)
+        again, _, _ = gradients(copy, batch)
+        later, same, _ = gradients(dataclasses.replace(state, step=state.step + 1), batch)
+    assert all(np.array_equal(first[name], again[name]) for name in first)
+    # No value is rounded by chance: losses of the same weights are the same.
+    assert metrics["loss"] == same["loss"] != near.metrics["loss"]
+    assert float(metrics["loss"]) == pytest.approx(float(near.metrics["loss"]), rel=0.01)
+    matrices = [name for name in first if "_proj.weight" in name]
+    assert not any(np.array_equal(first[name], later[name]) for name in matrices if "layers.mlp" in name)
+    for name in matrices:
+        off = jnp.sqrt(((first[name] - near.by_name[name]) ** 2).mean() / (near.by_name[name] ** 2).mean())
+        assert off < 0.1, (name, float(off))
+
+
+def test_int8_products_are_refused_where_no_language_model_trains(text_run):
+    run, *_ = text_run
+    run = dataclasses.replace(run, task="flow_matching", compute=dataclasses.replace(run.compute, quantize="int8"))
+    with pytest.raises(ConfigError, match=r"compute.quantize 'int8' is for the task 'omni' alone, not 'flow_matching'"):
+        make_compute(run)
