@@ -319,7 +319,7 @@ class LanguageModel(nnx.Module):
         # Layers: one traced body that is scanned, or a list whose weights no scan has to cut out.
         dither, keys = None, None
         if self.dither_key is not None:
-            dither = Dither.draw(self.dither_key, *x.shape[:2], self.compute)
+            dither = Dither.draw(self.dither_key, x.shape[0], x.shape[1], self.compute)
             keys = jax.random.split(dither.key, self.cfg.num_layers)
 
         def of_layer(x, layer, key=None):

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -89,14 +90,15 @@ def test_values_and_input_gradients_are_those_of_qwix(name):
     assert rms(dx, pull(dy)[0]) <= 1e-3
 
 
-def gradients_of_identity(dy: np.ndarray, draws: int) -> np.ndarray:
+@partial(jax.jit, static_argnums=1)
+def gradients_of_identity(dy: jax.Array, draws: int) -> jax.Array:
     """What is left of `dy` after a product with the identity, which int8 holds exactly, for many keys."""
 
     def once(key):
         dither = Dither.draw(key, *dy.shape[:2], COMPUTE)
         return multiply("btd,df->btf", jnp.ones_like(dy), jnp.eye(dy.shape[2]), dy, dither)[1]
 
-    return np.asarray(jax.jit(jax.vmap(once))(jax.random.split(jax.random.key(0), draws)))
+    return jax.vmap(once)(jax.random.split(jax.random.key(0), draws))
 
 
 @settings(max_examples=10, deadline=None)
@@ -104,7 +106,7 @@ def gradients_of_identity(dy: np.ndarray, draws: int) -> np.ndarray:
 def test_rounding_by_chance_is_right_on_average(seed, spread):
     """Most numbers lie below half a step where one is large: rounded to the nearest, nothing would be left of them."""
     draws, dy = 2000, np.sign(normal(seed, 2, 3, 16)) * np.exp(spread * normal(seed + 1, 2, 3, 16))
-    found = gradients_of_identity(dy, draws)
+    found = np.asarray(gradients_of_identity(dy, draws))
     # In steps: the mean is off by sqrt(p (1 - p) / draws), and by a little where the numbers are rounded themselves.
     step = np.abs(dy).max(-1, keepdims=True) / 127
     part = dy / step - np.floor(dy / step)
@@ -116,7 +118,7 @@ def test_sums_vary_as_those_of_independent_numbers():
     """Over channels and over positions: errors of one row or one column do not go together."""
     dy = np.full((1, 64, 64), 0.3, np.float32)
     dy[..., -1] = 127  # the scale is 1
-    found = gradients_of_identity(dy, 500)[..., :-1]
+    found = np.asarray(gradients_of_identity(dy, 500))[..., :-1]
     single = 0.3 * 0.7
     assert found.sum(3).var(0).mean() == pytest.approx(63 * single, rel=0.1)
     assert found.sum(2).var(0).mean() == pytest.approx(64 * single, rel=0.1)
