@@ -40,7 +40,7 @@ def scale_by_muon(decay: float = 0.95) -> optax.GradientTransformation:
     def init(params: optax.Params) -> MuonState:
         return MuonState(jax.tree.map(jnp.zeros_like, params))
 
-    def update(updates: Any, state: MuonState, params: optax.Params | None = None) -> tuple[Any, MuonState]:
+    def update(updates: Any, state: Any, params: optax.Params | None = None) -> tuple[Any, Any]:
         del params
         momentum = jax.tree.map(lambda old, new: decay * old + new, state.momentum, updates)
         ahead = jax.tree.map(lambda old, new: decay * old + new, momentum, updates)

@@ -204,8 +204,9 @@ def read_fetched(source: Source, part: LineRange | Records) -> Iterator[Entry]:
     pool = ThreadPoolExecutor(_FETCHING, "fetch")
     try:
         for entry in entries:
-            usable = isinstance(entry.document, Document)
-            waiting.append((entry, pool.submit(_fetch_media, entry.document, source.media) if usable else None))
+            document = entry.document
+            usable = isinstance(document, Document)
+            waiting.append((entry, pool.submit(_fetch_media, document, source.media) if usable else None))
             if len(waiting) > 4 * _FETCHING:
                 yield _when_fetched(*waiting.popleft())
         while waiting:

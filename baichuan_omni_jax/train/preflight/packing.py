@@ -5,9 +5,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from baichuan_omni_jax.config import ComputeConfig, OmniConfig, RunConfig
+from baichuan_omni_jax.config import OmniConfig, RunConfig
 from baichuan_omni_jax.flops.audio import full_mel_slots
 from baichuan_omni_jax.train.input import mel_slot_frames
+
+_BLOCK = 512  # tokens of an attention block where a run chooses them by its documents
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Packing:
         """Counts pairs of tokens in the blocks that the attention kernels visit, masked ones included."""
         compute, rng, total = run.compute, np.random.default_rng(self.seed), 0
         # Without data nobody has chosen blocks: those that a run has by default.
-        side = ComputeConfig().attention_block if compute.attention_block == "auto" else compute.attention_block
+        side = compute.attention_block if isinstance(compute.attention_block, int) else _BLOCK
         block_q, block_kv = compute.attention_q_block or side, compute.attention_kv_block or side
         for _ in range(run.data.rows):
             ends = np.cumsum(self._row(rng, run.data.budgets.tokens))
