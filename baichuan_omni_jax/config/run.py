@@ -245,8 +245,10 @@ class ComputeConfig:
     """How the step is computed: none of it changes what is learned, but for rounding."""
 
     dtype: Dtype = "bfloat16"  # of products and activations; trainable weights, norms, softmax and losses are fp32
-    # What a layer keeps for its backward pass: nothing but its input, its attention's output too, or everything.
-    remat: Literal["full", "attention_out", "none"] = "full"
+    # What a layer keeps for its backward pass besides its input: `full` nothing, all is recomputed; `none` everything;
+    # names joined by + those values, as attention_out+qkv (`nn/remat.py` lists them), `@host` behind a name in the
+    # host's memory; `fit` as many as the device's memory holds, found by compiling when the run starts.
+    remat: str = "full"
     # Positions of a row and shard; as many vocabulary logits are in memory at once as these would have. 0: all of them,
     # and none is made a second time in the backward pass.
     loss_chunk: int = 1024

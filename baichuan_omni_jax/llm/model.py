@@ -36,7 +36,7 @@ from baichuan_omni_jax.nn.linear import (
     product,
 )
 from baichuan_omni_jax.nn.param import ComputePolicy, gather, normal, split_as, stack, with_values
-from baichuan_omni_jax.nn.remat import map_chunks, remat
+from baichuan_omni_jax.nn.remat import keepable, map_chunks, remat
 
 STREAM = ("batch", "length", "act_embed")
 HEADS = ("batch", "length", "act_heads", None)
@@ -112,7 +112,8 @@ class Attention(nnx.Module):
         else:
             linears = (self.q_proj, self.k_proj, self.v_proj)
             q, k, v = (linear(x, dither=dither and dither.of(i)) for i, linear in enumerate(linears))
-        q, k = rotate(q, angles), rotate(k, angles)
+        # Named as the kernels read them, so that what is kept is rotated already.
+        q, k, v = keepable((rotate(q, angles), rotate(k, angles), v), "qkv")
 
         # The products of attention: over the row's own keys, or over the cache, which these keys join first.
         if cache is None:
@@ -159,19 +160,23 @@ class SwiGLU(nnx.Module):
         # Gathered once for all pieces; their gradients are summed in the weights' fp32 sinks.
         gate, up, down = (linear.gathered() for linear in (self.gate_proj, self.up_proj, self.down_proj))
 
+        policy = self.compute.remat
         if dither is None:
             # Also the decode layout's, whose matrices take none.
             def of_piece(piece):
-                return self.down_proj(jax.nn.silu(self.gate_proj(piece, gate)) * self.up_proj(piece, up), down)
+                gated, value = keepable((self.gate_proj(piece, gate), self.up_proj(piece, up)), "mlp_gate_up")
+                return self.down_proj(jax.nn.silu(gated) * value, down)
 
-            return map_chunks(of_piece, x, self.compute.mlp_chunk, self.compute.rules)
+            return map_chunks(of_piece, x, self.compute.mlp_chunk, self.compute.rules, policy=policy)
 
         def of_dithered(piece, positions):
             into, beside, back = (dither._replace(positions=positions).of(i) for i in (4, 5, 6))
-            hidden = jax.nn.silu(self.gate_proj(piece, gate, into)) * self.up_proj(piece, up, beside)
-            return self.down_proj(hidden, down, back)
+            made = self.gate_proj(piece, gate, into), self.up_proj(piece, up, beside)
+            gated, value = keepable(made, "mlp_gate_up")
+            return self.down_proj(jax.nn.silu(gated) * value, down, back)
 
-        return map_chunks(of_dithered, x, self.compute.mlp_chunk, self.compute.rules, dither.positions)
+        chunk, rules = self.compute.mlp_chunk, self.compute.rules
+        return map_chunks(of_dithered, x, chunk, rules, dither.positions, policy=policy)
 
 
 class DecoderLayer(nnx.Module):
@@ -199,7 +204,7 @@ class DecoderLayer(nnx.Module):
         with jax.named_scope("attention"):
             normed = self.attention_norm(x)
             mixed, cache = self.attention(normed, angles, segments, plan, positions, cache, key_places, dither)
-            x = x + mixed
+            x = keepable(x + mixed, "mlp_in")
         with jax.named_scope("mlp"):
             return x + self.mlp(self.mlp_norm(x), dither), cache
 

@@ -15,7 +15,7 @@ from baichuan_omni_jax.kernels.flash_attention import BlockPlan, Segments, flash
 from baichuan_omni_jax.nn.layers import LayerNorm, RMSNorm, gelu, rotate
 from baichuan_omni_jax.nn.linear import Linear
 from baichuan_omni_jax.nn.param import ComputePolicy
-from baichuan_omni_jax.nn.remat import remat
+from baichuan_omni_jax.nn.remat import keepable, remat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +78,7 @@ class EncoderAttention(nnx.Module):
         # Only the vision tower has rotary positions; audio adds sinusoids, flow matching has none.
         if angles is not None:
             q, k = rotate(q, angles), rotate(k, angles)
+        q, k, v = keepable((q, k, v), "qkv")
         # No segment straddles devices here: keys and values need not be gathered.
         out = flash_attention(
             q,
@@ -104,7 +105,7 @@ class FeedForward(nnx.Module):
         self.activation = sizes.activation
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-        return self.fc2(self.activation(self.fc1(x)))
+        return self.fc2(self.activation(keepable(self.fc1(x), "mlp_gate_up")))
 
 
 class EncoderLayer(nnx.Module):
@@ -121,7 +122,7 @@ class EncoderLayer(nnx.Module):
         self, x: Float[Array, "b t d"], segments: Segments, plan: BlockPlan, angles: Array | None
     ) -> Float[Array, "b t d"]:
         with jax.named_scope("attention"):
-            x = x + self.attention(self.attention_norm(x), segments, plan, angles)
+            x = keepable(x + self.attention(self.attention_norm(x), segments, plan, angles), "mlp_in")
         with jax.named_scope("mlp"):
             return x + self.mlp(self.mlp_norm(x))
 

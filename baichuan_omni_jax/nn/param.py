@@ -35,7 +35,7 @@ class ComputePolicy:
     Attributes:
         rules: which mesh axes split each logical axis.
         dtype: of activations and of weights while they are computed with; parameters are stored in fp32.
-        remat: what a scanned layer keeps for its backward pass (`nn.remat.POLICIES`).
+        remat: what a scanned layer keeps for its backward pass (`nn.remat.parse_remat`).
         attention: the attention kernel's implementation; None picks by platform and support.
         attention_block: tokens a block of the attention plan.
         attention_q_block: tokens a block of queries in the language model's; 0: as many.

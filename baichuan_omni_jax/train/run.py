@@ -1,8 +1,10 @@
 """A run from its configuration to its last step: what is checked, restored and told before the steps begin."""
 
+import json
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import jax
 from rich.console import Console
@@ -14,14 +16,18 @@ from baichuan_omni_jax.config.loss_shares import shares_table
 from baichuan_omni_jax.kernels.flash_attention.block_choice import DEFAULT, USUAL, choose_blocks
 from baichuan_omni_jax.nn.param import ComputePolicy
 from baichuan_omni_jax.sharding import make_mesh
-from baichuan_omni_jax.storage import discard_scratch
+from baichuan_omni_jax.storage import discard_scratch, write_json
 from baichuan_omni_jax.train.ability_hook import check_answers
 from baichuan_omni_jax.train.audio_samples import check_samples
 from baichuan_omni_jax.train.hooks import RunProgress
 from baichuan_omni_jax.train.hosts import as_process_zero, host_name, is_process_zero, on_all_hosts, warm_up_collectives
 from baichuan_omni_jax.train.input import BatchPlacer, TrainingData
 from baichuan_omni_jax.train.metrics import CompileCounter, evaluation_owed
+from baichuan_omni_jax.train.preflight.compile import compile_for_devices, usable_bytes
+from baichuan_omni_jax.train.preflight.fit import fit_remat, with_remat
+from baichuan_omni_jax.train.preflight.render import fit_sentence
 from baichuan_omni_jax.train.state import (
+    FIT,
     Arrays,
     StepSpec,
     TrainState,
@@ -38,6 +44,8 @@ from baichuan_omni_jax.train.trainer import RunOptions, Trainer
 
 DEFAULT_OPTIONS = RunOptions()
 FIRST_ROWS = 64  # by whose documents blocks of attention are chosen
+# What `compute.remat=fit` chose, where, and what was compiled for it.
+REMAT = "remat.json"
 
 
 def set_up(run: RunConfig, omni: OmniConfig) -> tuple[StepSpec, ComputePolicy]:
@@ -87,6 +95,7 @@ def train(
     # Counted from here on, so that a late compilation is noticed.
     compiles = CompileCounter()
     run = settle_blocks(run, data.first_rows, jax.devices()[0].platform, console)
+    run = settle_remat(run, omni, workdir, console)
     spec, compute = set_up(run, omni)
     with jax.set_mesh(spec.mesh):
         start, originals = restore_or_init(run, spec, workdir)
@@ -132,6 +141,31 @@ def settle_blocks(
         console.print(f"compute.attention_block=auto: {told}")
         blocks |= {"attention_q_block": block_q, "attention_kv_block": block_kv}
     return replace(run, compute=replace(run.compute, **blocks))
+
+
+def settle_remat(run: RunConfig, omni: OmniConfig, workdir: Workdir, console: Console) -> RunConfig:
+    """Puts what fits in place of `compute.remat=fit`: as `remat.json` of the workdir says, which is written here.
+
+    Found once for a kind of device and a mesh, so that a run that goes on computes what it computed before.
+    """
+    if run.compute.remat != FIT:
+        return run
+    # Memory and file are process zero's: hosts must compile the same programs.
+    device, path = jax.local_devices()[0], workdir.path / REMAT
+    where = {"device_kind": device.device_kind, "mesh": dict(make_mesh(run.mesh).shape)}
+    known = as_process_zero(lambda: json.loads(path.read_text()) if path.exists() else {})
+    available = as_process_zero(lambda: usable_bytes(device))
+    if known and all(known[key] == value for key, value in where.items()):
+        console.print(f"compute.remat=fit: {known['remat']}, as {REMAT} of the workdir says")
+        return with_remat(run, known["remat"])
+    if available is None:
+        console.print(f"compute.remat=fit: full, as {device.device_kind} does not say how much memory it has")
+        return with_remat(run, "full")
+    found, _ = fit_remat(run, omni, list(jax.devices()), available, partial(compile_for_devices, read=False))
+    console.print(fit_sentence(found))
+    if is_process_zero():
+        write_json(path, {**where, **vars(found)})
+    return with_remat(run, found.remat)
 
 
 def restore_or_init(run: RunConfig, spec: StepSpec, workdir: Workdir) -> tuple[RunProgress, Arrays]:

@@ -16,6 +16,7 @@ from baichuan_omni_jax.config import OmniConfig, RunConfig
 from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.nn.linear import ROWS, SpecialRows, put_rows, take_rows
 from baichuan_omni_jax.nn.param import ComputePolicy, named_values, named_variables, with_values
+from baichuan_omni_jax.nn.remat import parse_remat
 from baichuan_omni_jax.train.groups import Groups, assign_groups, special_ids
 from baichuan_omni_jax.train.optimizers import make_optimizer
 from baichuan_omni_jax.train.tasks.audio import AudioTokenizerTask, FlowMatchingTask
@@ -24,6 +25,8 @@ from baichuan_omni_jax.train.tasks.task import Task
 from baichuan_omni_jax.train.transcript_reader import read_audio_embeddings
 
 HOST_MEMORY = "pinned_host"
+# `compute.remat` that is settled by compiling (`preflight/fit.py`), before the step is.
+FIT = "fit"
 # Arrays by dotted name; shapes (`jax.ShapeDtypeStruct`) stand for them until a run starts.
 Arrays = dict[str, Any]
 
@@ -98,12 +101,18 @@ class TrainState:
 
 
 def make_compute(run: RunConfig) -> ComputePolicy:
-    """Makes the static settings of every module. Raises ConfigError on int8 products where no language model trains."""
+    """Makes the static settings of every module.
+
+    Raises ConfigError on an unknown `compute.remat`, and on int8 products where no language model trains. A policy that
+    is not settled yet (`fit`) keeps nothing: for checks on shapes, which are the same.
+    """
     if run.compute.quantize != "none" and run.task != "omni":
         raise ConfigError(f"compute.quantize {run.compute.quantize!r} is for the task 'omni' alone, not {run.task!r}")
+    remat = "full" if run.compute.remat == FIT else run.compute.remat
+    parse_remat(remat)
     return ComputePolicy(
         dtype=jnp.dtype(run.compute.dtype),
-        remat=run.compute.remat,
+        remat=remat,
         attention=run.compute.attention or None,
         # "auto" is settled when the data are there (`train/run.py`); shapes do not depend on it.
         attention_block=512 if run.compute.attention_block == "auto" else run.compute.attention_block,

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
@@ -27,7 +28,7 @@ from baichuan_omni_jax.kernels.backends import (
     platform_of,
 )
 from baichuan_omni_jax.kernels.flash_attention import pallas_gpu, pallas_tpu, reference, xla
-from baichuan_omni_jax.kernels.flash_attention.plan import BlockPlan, Segments, blocks_of, plan_row
+from baichuan_omni_jax.kernels.flash_attention.plan import KV_GATHERED, BlockPlan, Segments, blocks_of, plan_row
 
 __all__ = ["BlockPlan", "Segments", "flash_attention", "plan_blocks", "whole_keys"]
 
@@ -226,7 +227,7 @@ def _attend(
         if gather_kv:
             # The one communication of attention: keys and values of the whole row, for the queries of this shard.
             with jax.named_scope("gather_kv"):
-                k, v = _gather(k, length), _gather(v, length)
+                k, v = checkpoint_name((_gather(k, length), _gather(v, length)), KV_GATHERED)
             segments = _gather_keys(segments, kv_length)
         # Chosen by one shard's shapes: a kernel may support these and not the whole array's.
         reason = lambda name: None if name == "reference" else BACK_ENDS[name].unsupported(q, k, plan)  # noqa: E731

@@ -18,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Int32
 
 ATTENTION_OUT = "attention_out"
+KV_GATHERED = "kv_gathered"
 
 
 def named(out: Array, lse: Array) -> tuple[Array, Array]:

@@ -14,8 +14,9 @@ from jax.experimental import topologies
 
 from baichuan_omni_jax.config import OmniConfig, RunConfig
 from baichuan_omni_jax.errors import ConfigError
+from baichuan_omni_jax.flops.terms import chip_of
 from baichuan_omni_jax.sharding import make_mesh
-from baichuan_omni_jax.train.preflight.gpu import gpus_of, is_gpu
+from baichuan_omni_jax.train.preflight.gpu import USABLE_SHARE, gpus_of, is_gpu
 from baichuan_omni_jax.train.preflight.hlo import Temporary, largest_temporaries
 from baichuan_omni_jax.train.preflight.program_cache import keep_program, load_program, program_key
 from baichuan_omni_jax.train.state import StepSpec, TrainState, abstract_state, make_compute, make_step_spec
@@ -89,19 +90,24 @@ def bytes_on_a_chip(tree: object) -> int:
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
-def compile_for_devices(spec: StepSpec, state: TrainState, batch: dict[str, jax.ShapeDtypeStruct]) -> CompiledProgram:
-    """Compiles the step. A program that the compiler refuses for want of memory is a result, not an error."""
+def compile_for_devices(
+    spec: StepSpec, state: TrainState, batch: dict[str, jax.ShapeDtypeStruct], *, read: bool = True
+) -> CompiledProgram:
+    """Compiles the step. A program that the compiler refuses for want of memory is a result, not an error.
+
+    Without `read` it is compiled as a run compiles it, which then finds it in JAX's compilation cache; its HLO is "".
+    """
     start = time.monotonic()
     with jax.set_mesh(spec.mesh), tempfile.TemporaryDirectory(prefix="preflight") as folder:
         # Traced for the topology's devices, from shapes alone.
         lowered = compile_step(spec).lower(state, batch)
         key = program_key(lowered.as_text(), spec.mesh.devices.ravel().tolist())
-        if (kept := load_program(key)) is not None:
+        if read and (kept := load_program(key)) is not None:
             return CompiledProgram.from_json(kept, time.monotonic() - start)
         # Asynchronous TPU programs cannot all be printed (jax 0.10), but XLA dumps them.
         dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True, "xla_dump_hlo_module_re": "jit_step"}
         try:
-            memory = _memory(lowered.compile(compiler_options=dump).memory_analysis())
+            memory = _memory(lowered.compile(compiler_options=dump if read else None).memory_analysis())
         # Too large is a result: the message says by how much.
         except jax.errors.JaxRuntimeError as error:
             memory = refused(str(error), bytes_on_a_chip((state, batch)))
@@ -110,8 +116,22 @@ def compile_for_devices(spec: StepSpec, state: TrainState, batch: dict[str, jax.
         hlo = _dumped(folder, "*after_optimizations.txt")
         largest = largest_temporaries(_dumped(folder, "*after_optimizations-buffer-assignment.txt"), hlo)
     built = CompiledProgram(memory, hlo if memory.available is None else "", largest, time.monotonic() - start)
-    keep_program(key, built.to_json())
+    # Kept programs are read: one without its text would be taken for all there is.
+    if read:
+        keep_program(key, built.to_json())
     return built
+
+
+def usable_bytes(device: Any) -> int | None:
+    """Returns the bytes that a program may use of a device, there or not; None where nobody says (a CPU)."""
+    # A device that is there says itself what JAX took; of another what the chip has, and of a GPU what JAX would take.
+    stats = device.memory_stats() if device in jax.devices() else None
+    if stats:
+        return stats["bytes_limit"]
+    chip = chip_of(device.device_kind)
+    if chip is None:
+        return None
+    return int(chip.hbm_bytes * USABLE_SHARE) if device.platform == "gpu" else chip.hbm_bytes
 
 
 def _memory(stats: Any) -> Memory:

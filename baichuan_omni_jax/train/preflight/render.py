@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from baichuan_omni_jax.train.preflight.fit import RematFit
 from baichuan_omni_jax.train.preflight.report import Report
 from baichuan_omni_jax.train.preflight.step_time import StepTime
 
@@ -25,6 +26,8 @@ def print_report(console: Console, report: Report) -> None:
         f"traced and compiled in {report.seconds:.0f} s with jax {report.jax}",
         soft_wrap=True,
     )
+    if report.remat_fit is not None:
+        console.print(fit_sentence(report.remat_fit), soft_wrap=True)
     for table in (
         _memory_table(report),
         _groups_table(report),
@@ -66,6 +69,16 @@ def cost_sentence(report: Report, time: StepTime, tokens: float, price: float | 
     hours = tokens / report.counts["tokens"] * time.total_s / 3600
     cost = "" if price is None else f", {hours * report.chips * price:,.0f} at {price:g} a chip and hour"
     return f"predicted for {tokens:.3g} tokens: {hours:,.1f} hours on {report.chips} chips{cost}"
+
+
+def fit_sentence(fit: RematFit) -> str:
+    """Says what `compute.remat=fit` chose, and what would have been too much."""
+    left_out = ", ".join(f"{name} ({size / GIB:.1f} GiB with it)" for name, size in fit.too_large.items())
+    return (
+        f"compute.remat=fit: {fit.remat}; {fit.compiled.get(fit.remat, 0) / GIB:.1f} GiB instead of "
+        f"{fit.compiled['full'] / GIB:.1f} with full, of {fit.hbm_bytes / GIB:.1f}"
+        + (f"; too large: {left_out}" if left_out else "")
+    )
 
 
 def _memory_table(report: Report) -> Table:

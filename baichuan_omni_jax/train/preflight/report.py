@@ -16,12 +16,13 @@ from baichuan_omni_jax.train.preflight.compile import (
     bytes_on_a_chip,
     compile_for_devices,
     devices_of,
+    usable_bytes,
 )
-from baichuan_omni_jax.train.preflight.gpu import USABLE_SHARE
+from baichuan_omni_jax.train.preflight.fit import RematFit, fit_remat, with_remat
 from baichuan_omni_jax.train.preflight.hlo import Temporary, collectives_of
 from baichuan_omni_jax.train.preflight.packing import Packing
 from baichuan_omni_jax.train.preflight.step_time import PRODUCT_SHARE, StepTime, predict, program_work
-from baichuan_omni_jax.train.state import StepSpec, TrainState
+from baichuan_omni_jax.train.state import FIT, StepSpec, TrainState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +54,9 @@ class Report:
     """One run on one topology. All bytes are one chip's; `peak_bytes` is what the program holds at once.
 
     `args_bytes` are parameters, optimizer state and batch; outputs that do not reuse them are `output_bytes`.
-    `model_flops` are one step's, of all chips together, for rows as `packing` says. `collectives` is None where the
-    compiler refused the program: it is then not known. `time` is predicted, for TPUs alone.
+    `remat` is what was compiled, `remat_fit` how it was found where the run left it open. `model_flops` are one step's,
+    of all chips together, for rows as `packing` says. `collectives` is None where the compiler refused the program: it
+    is then not known. `time` is predicted, for TPUs alone.
     """
 
     name: str
@@ -64,6 +66,8 @@ class Report:
     chips: int
     device_kind: str
     mesh: dict[str, int]
+    remat: str
+    remat_fit: RematFit | None
     groups: tuple[Group, ...]
     batch_bytes: int
     args_bytes: int
@@ -88,6 +92,7 @@ class Report:
         """Turns everything into plain dicts and lists."""
         plain = {name: getattr(self, name) for name in self.__dataclass_fields__}
         plain["time"] = self.time and vars(self.time)
+        plain["remat_fit"] = self.remat_fit and vars(self.remat_fit)
         plain["groups"] = [vars(group) for group in self.groups]
         plain["collectives"] = self.collectives and [vars(traffic) for traffic in self.collectives]
         plain["largest"] = [vars(temporary) for temporary in self.largest]
@@ -101,10 +106,18 @@ def preflight(run: RunConfig, omni: OmniConfig, topology: str, packing: Packing 
 
     Raises ConfigError where the topology is unknown, or mesh, budgets, groups and model do not fit it.
     """
+    devices, fit, built = devices_of(topology, run.mesh.slices), None, None
+    # What layers keep is found first where it is left open: the run is then reported as it would be run.
+    if run.compute.remat == FIT:
+        available = usable_bytes(devices[0])
+        if available is None:
+            raise ConfigError(f"{topology}: {devices[0].device_kind} is not a chip whose memory is known")
+        fit, built = fit_remat(run, omni, devices, available)
+        run = with_remat(run, fit.remat)
     # Shapes, program, and what can be read off it.
-    spec, state, batch = abstract_step(run, omni, devices_of(topology, run.mesh.slices))
-    built = compile_for_devices(spec, state, batch)
-    return describe(run, omni, topology, spec, state, batch, built, packing or Packing())
+    spec, state, batch = abstract_step(run, omni, devices)
+    built = built or compile_for_devices(spec, state, batch)
+    return describe(run, omni, topology, spec, state, batch, built, packing or Packing(), fit)
 
 
 def describe(
@@ -116,16 +129,15 @@ def describe(
     batch: dict[str, jax.ShapeDtypeStruct],
     built: CompiledProgram,
     packing: Packing,
+    fit: RematFit | None = None,
 ) -> Report:
-    """Makes the report of a step that has been compiled."""
+    """Makes the report of a step that has been compiled; `fit` says how its `compute.remat` was found."""
     memory, mesh = built.memory, dict(spec.mesh.shape)
     device = spec.mesh.devices.flat[0]
-    chip = chip_of(device.device_kind)
-    if chip is None:
+    # What the compiler allows, where it said so.
+    available = memory.available or usable_bytes(device)
+    if available is None:
         raise ConfigError(f"{topology}: {device.device_kind} is not a chip whose memory is known")
-    # What the compiler allows, where it said so; else what the chip has, and of a GPU what JAX may take of that.
-    usable = int(chip.hbm_bytes * USABLE_SHARE) if device.platform == "gpu" else chip.hbm_bytes
-    available = memory.available or usable
     counts = packing.counts(run, omni)
     trainable = spec.groups.trainable
     # FLOPs: by the formulas of the training metrics, for rows as `packing` fills them.
@@ -140,6 +152,8 @@ def describe(
         chips=spec.mesh.devices.size,
         device_kind=device.device_kind,
         mesh=mesh,
+        remat=run.compute.remat,
+        remat_fit=fit,
         groups=group_sizes(run, spec, state),
         batch_bytes=bytes_on_a_chip(batch),
         args_bytes=memory.args,
