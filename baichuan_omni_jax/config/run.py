@@ -263,6 +263,8 @@ class ComputeConfig:
     attention_block: int | Literal["auto"] = 512
     attention_q_block: int = 0  # of queries in the language model; 0: as above
     attention_kv_block: int = 0  # of keys in the language model; 0: as above
+    # XLA's, NAME=VALUE, for the training step, behind those that the chip has in `train/step.py`: the last one counts.
+    compiler_options: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """One training step: losses over a packed global batch, gradients, update, metrics."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
@@ -9,11 +9,43 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int32
 
+from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.nn.remat import split_parts
 from baichuan_omni_jax.omni.batch import Batch
 from baichuan_omni_jax.train.optimizers import learning_rates
 from baichuan_omni_jax.train.state import Arrays, StepSpec, TrainState
 from baichuan_omni_jax.train.tasks.task import Metrics, NonGradientUpdates
+
+# Collectives go to the SparseCores of a chip that has them, which move bytes while its other cores compute: as the
+# compiler leaves them, gathers of weights and sums of gradients stop the chip. Not the options that fuse collectives
+# with computation (`xla_tpu_enable_async_collective_fusion...`): libtpu says that on these chips they corrupt results.
+_SPARSE_CORE = {
+    "xla_tpu_enable_sparse_core_collective_offload_all_gather": "true",
+    "xla_tpu_enable_sparse_core_collective_offload_all_reduce": "true",
+    "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": "true",
+    "xla_tpu_enable_all_gather_offload_tracing": "true",
+    "xla_tpu_enable_all_reduce_offload_tracing": "true",
+    "xla_sc_disable_megacore_partitioning": "true",
+}
+# What the step is compiled with, by `jax.Device.device_kind`; other programs and other chips have no options.
+COMPILER_OPTIONS = {"TPU v5": _SPARSE_CORE, "TPU v6 lite": _SPARSE_CORE}
+
+
+def compiler_options(device_kind: str, given: Sequence[str] = ()) -> dict[str, str]:
+    """Returns the options that a step is compiled with: those of the chip, then those `given` as NAME=VALUE.
+
+    >>> compiler_options("cpu", ["xla_cpu_enable_fast_math=false"])
+    {'xla_cpu_enable_fast_math': 'false'}
+
+    Raises ConfigError on one that is not of that form.
+    """
+    options = dict(COMPILER_OPTIONS.get(device_kind, {}))
+    for item in given:
+        name, equals, value = item.partition("=")
+        if not (name and equals and value):
+            raise ConfigError(f"compute.compiler_options: {item!r} is not of the form NAME=VALUE")
+        options[name] = value
+    return options
 
 
 class Gradients(NamedTuple):
@@ -148,9 +180,11 @@ class CompiledStep:
             return _only_changed(*train_step(state, {}, spec, computed), spec)
 
         # Compiled at their first call; of these programs a run uses one or two.
-        self._two_programs = spec.mesh.devices.flat[0].platform == "cpu"
-        self._step = jax.jit(step, donate_argnums=0)
-        self._gradients, self._update = jax.jit(gradients), jax.jit(update)
+        device = spec.mesh.devices.flat[0]
+        self._two_programs = device.platform == "cpu"
+        self.options = options = compiler_options(device.device_kind, spec.task.run.compute.compiler_options)
+        self._step = jax.jit(step, donate_argnums=0, compiler_options=options)
+        self._gradients, self._update = jax.jit(gradients, compiler_options=options), jax.jit(update)
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         if self._two_programs:

@@ -13,7 +13,7 @@ from baichuan_omni_jax.errors import ConfigError
 from baichuan_omni_jax.omni.batch import abstract_batch
 from baichuan_omni_jax.train.optimizers import schedule
 from baichuan_omni_jax.train.state import init_state, make_compute, make_step_spec
-from baichuan_omni_jax.train.step import StepReplay, bit_sum, compile_step, compute_gradients
+from baichuan_omni_jax.train.step import StepReplay, bit_sum, compile_step, compiler_options, compute_gradients
 from tests.helpers.micro import CONFIG, one_device
 
 # Of max|difference| / max|reference| per tensor, fp32.
@@ -162,3 +162,21 @@ def test_int8_products_are_refused_where_no_language_model_trains(text_run):
     run = dataclasses.replace(run, task="flow_matching", compute=dataclasses.replace(run.compute, quantize="int8"))
     with pytest.raises(ConfigError, match=r"compute.quantize 'int8' is for the task 'omni' alone, not 'flow_matching'"):
         make_compute(run)
+
+
+def test_a_chip_with_sparse_cores_gets_its_options_and_the_runs_own_come_last():
+    flag = "xla_tpu_enable_sparse_core_collective_offload_all_gather"
+    assert compiler_options("cpu") == {}
+    assert compiler_options("TPU v5 lite") == {}
+    for kind in ("TPU v5", "TPU v6 lite"):
+        options = compiler_options(kind)
+        assert options[flag] == "true"
+        # libtpu refuses these there as wrong: they must not come in by the table.
+        assert not any("async_collective_fusion" in name for name in options)
+        assert compiler_options(kind, [f"{flag}=false"]) == {**options, flag: "false"}
+
+
+@pytest.mark.parametrize("text", ["", "xla_flag", "xla_flag=", "=true"])
+def test_a_compiler_option_is_a_name_and_a_value(text):
+    with pytest.raises(ConfigError, match=r"compute\.compiler_options: .* is not of the form NAME=VALUE"):
+        compiler_options("cpu", [text])

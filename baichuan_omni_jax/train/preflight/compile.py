@@ -100,8 +100,9 @@ def compile_for_devices(
     start = time.monotonic()
     with jax.set_mesh(spec.mesh), tempfile.TemporaryDirectory(prefix="preflight") as folder:
         # Traced for the topology's devices, from shapes alone.
-        lowered = compile_step(spec).lower(state, batch)
-        key = program_key(lowered.as_text(), spec.mesh.devices.ravel().tolist())
+        step = compile_step(spec)
+        lowered = step.lower(state, batch)
+        key = program_key(lowered.as_text(), spec.mesh.devices.ravel().tolist(), step.options)
         if read and (kept := load_program(key)) is not None:
             return CompiledProgram.from_json(kept, time.monotonic() - start)
         # Asynchronous TPU programs cannot all be printed (jax 0.10), but XLA dumps them.

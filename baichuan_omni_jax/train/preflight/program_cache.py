@@ -2,7 +2,7 @@
 
     $XDG_CACHE_HOME (or ~/.cache)/baichuan_omni_jax/preflight/KEY.json.gz      the last `KEPT` of them
 
-The key is of the traced program, kernels included, the devices and the compilers' versions: whatever could change the
+The key is of the traced program, kernels included, the devices, and the compilers' versions and options: whatever could change the
 answer changes the key. A file that cannot be read is as good as none.
 """
 
@@ -11,9 +11,10 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from baichuan_omni_jax.storage import atomic_write, cache_home
@@ -23,12 +24,12 @@ _COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin
 log = logging.getLogger(__name__)
 
 
-def program_key(program: str, devices: Sequence[Any]) -> str:
-    """Names a traced program (StableHLO) for these devices and the compilers that are installed."""
+def program_key(program: str, devices: Sequence[Any], options: Mapping[str, str] = MappingProxyType({})) -> str:
+    """Names a traced program (StableHLO) for these devices, options of the compilers and those that are installed."""
     places = [[str(getattr(one, name, "")) for name in ("device_kind", "coords", "slice_index")] for one in devices]
     versions = sorted((one.name, one.version) for one in metadata.distributions() if one.name in _COMPILERS)
     digest = hashlib.sha256(program.encode())
-    digest.update(json.dumps([places, versions]).encode())
+    digest.update(json.dumps([places, versions, sorted(options.items())]).encode())
     return digest.hexdigest()[:32]
 
 
