@@ -2,8 +2,8 @@
 
     $XDG_CACHE_HOME (or ~/.cache)/baichuan_omni_jax/preflight/KEY.json.gz      the last `KEPT` of them
 
-The key is of the traced program, kernels included, the devices, and the compilers' versions and options: whatever could change the
-answer changes the key. A file that cannot be read is as good as none.
+The key is of the traced program, kernels included, the devices, and the compilers' versions and options: whatever could
+change the answer changes the key. A file that cannot be read is as good as none.
 """
 
 import gzip
