@@ -1,6 +1,6 @@
 """What a layer keeps for its backward pass changes no value, only what is computed twice."""
 
-from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ def test_names_are_kept_where_they_say():
     assert parse_remat("qkv@host+mlp_in") == KeptValues(("mlp_in",), ("qkv",))
 
 
-def gradient_program(branch: str, policy: str) -> tuple[Callable, dict[str, jax.Array]]:
+def gradient_program(branch: str, policy: str) -> tuple[Any, Any]:
     """A compiled function of the parameters, a loss and its gradients by name in fp32, and parameters."""
     # The language model's MLP goes in pieces: what is kept leaves two loops.
     compute = ComputePolicy(remat=policy, mlp_chunk=16, attention_block=16)
