@@ -101,7 +101,7 @@ def count(run: RunConfig, spec: StepSpec, built: CompiledProgram) -> dict[str, A
         "remat": run.compute.remat,
         **flops,
         "collectives": {
-            kind: dict(zip(("count", "GiB", "async"), v, strict=True)) for kind, v in sorted(kinds.items())
+            kind: dict(zip(("count", "GiB", "hidden"), v, strict=True)) for kind, v in sorted(kinds.items())
         },
         "weight_all_reduces": sum(one.times for one in sums),
         "weight_all_reduce_gib": sum(one.times * one.bytes for one in sums) / GIB,
