@@ -247,10 +247,13 @@ def suggestions(run: RunConfig, mesh: dict[str, int], memory: Memory, available:
 
 def _compute(run: RunConfig, mesh: dict[str, int]) -> list[str]:
     """Suggests settings that trade time for memory and leave the numbers as they are."""
-    compute, part, found = run.compute, run.data.budgets.tokens // mesh["context"], []
+    compute, budgets, found = run.compute, run.data.budgets, []
     if compute.remat != "full":
         found.append(f"recompute whole layers: --set compute.remat=full (now {compute.remat})")
-    for name, value in (("mlp_chunk", compute.mlp_chunk), ("loss_chunk", compute.loss_chunk)):
+    # Logits are made of text targets alone, where there is a budget of them.
+    whole = {"mlp_chunk": budgets.tokens, "loss_chunk": budgets.text_targets or budgets.tokens}
+    for name, positions in whole.items():
+        value, part = getattr(compute, name), positions // mesh["context"]
         if min(value or part, part) > CHUNK:
             found.append(f"smaller pieces of a row: --set compute.{name}={CHUNK} (now {value or 'the whole row'})")
     return found
