@@ -64,9 +64,8 @@ class Agreement:
         Args:
             steps: this host's, with `Step.shared`; closed with what is returned.
             decoder: what decoded them.
-            ahead: steps that are read before a step is given, at most one: the other hosts have told of it by
-                then. Need
-                not be the same on all.
+            ahead: steps that are read before a step is given, at most one: the other hosts have told of it by then.
+                It need not be the same on all.
         """
         if not self.shared:
             return steps

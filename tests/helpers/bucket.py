@@ -58,8 +58,9 @@ class BucketServer:
 
     def committed(self, run: str) -> list[int]:
         """Lists the steps of the run that are whole."""
-        found = (name.split("/") for name in self.names(f"{run}/checkpoints/"))
-        return sorted(int(parts[2]) for parts in found if parts[3:] == ["checksums.json"])
+        folder = f"{run}/checkpoints/"
+        found = (name.removeprefix(folder).split("/") for name in self.names(folder))
+        return sorted(int(parts[0]) for parts in found if parts[1:] == ["checksums.json"])
 
 
 @contextmanager
