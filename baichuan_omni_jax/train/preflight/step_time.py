@@ -27,8 +27,7 @@ _KERNEL_SHARES = 0.86, 0.95
 MEMORY_SHARE = 0.85
 # Dimensions of the torus, and what of the links' nominal rate arrives.
 TORUS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}
-LINK_SHARE = {"v6e": 0.8}
-_LINK_SHARE = 0.9
+LINK_SHARE = 0.9
 # The shortest dimension whose ends are joined, where a slice covers it.
 _JOINED = {"v5e": 16, "v6e": 16}
 # Bytes a second between slices, a chip: a host's 200 Gbit/s over its four chips.
@@ -50,7 +49,7 @@ class Exchange(NamedTuple):
     def seconds(self, chip: Chip) -> float:
         """Returns the time that it takes by itself."""
         if self.dims:
-            rate = chip.link_rate / TORUS[chip.name] * LINK_SHARE.get(chip.name, _LINK_SHARE)
+            rate = chip.link_rate / TORUS[chip.name] * LINK_SHARE
             rate *= self.dims * (1.0 if self.joined else 0.5)
         else:
             rate = SLICE_RATE
