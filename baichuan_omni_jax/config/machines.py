@@ -44,12 +44,16 @@ class Fit:
     chip_tokens: int = 8192  # of rows, on one chip at a time
     moments: Dtype = "float32"  # `OptimizerConfig.moments_dtype`
     loss_chunk: int = 1024  # `ComputeConfig.loss_chunk`
+    remat: str = "full"  # `ComputeConfig.remat`
     language: Language = "all"
     # Of a step, all at once, of the audio tokenizer and of flow matching: the recipe's where they fit.
     tokenizer_rows: int = 32
     flow_rows: int = 64
 
 
+# Everything that a layer may keep (`nn/remat.py`): 67 of 95.7 GiB of a v5p with the 7 B model, and nothing of its
+# products is made twice.
+_KEPT = "attention_out+kv_gathered+qkv+mlp_in+mlp_gate_up"
 # What preflight found to fit, and where it has not compiled for that, what is predicted to (docs/how-to/preflight.md).
 # Of 14 B not all stages fit on h100:1 and v5e:2x4, whatever gives.
 _FITS: dict[str, dict[str, Fit]] = {
@@ -78,7 +82,8 @@ _FITS: dict[str, dict[str, Fit]] = {
     | {"omni_14b": Fit(moments="bfloat16", language="layers")},
     "v5p:2x2x2": {name: Fit(chip_tokens=16384) for name in MODELS} | {"omni_14b": Fit()},
     "v6e:4x8": {name: Fit() for name in MODELS},
-    "v5p:4x4x4": {name: Fit(chip_tokens=16384, loss_chunk=0) for name in MODELS},
+    "v5p:4x4x4": {name: Fit(chip_tokens=16384, loss_chunk=0, remat=_KEPT) for name in MODELS}
+    | {"omni_14b": Fit(chip_tokens=16384, loss_chunk=0)},
     "v6e:16x16": {name: Fit(loss_chunk=0) for name in MODELS},
 }
 # The models that the recipe has sizes for, from the smallest to the largest.

@@ -330,7 +330,7 @@ def stage_run(
             decay_steps=steps,
             moments_dtype=fit.moments,
         ),
-        compute=ComputeConfig(remat="full", mlp_chunk=1024, loss_chunk=fit.loss_chunk, attention_block="auto"),
+        compute=ComputeConfig(remat=fit.remat, mlp_chunk=1024, loss_chunk=fit.loss_chunk, attention_block="auto"),
         train=TrainConfig(
             steps=steps,
             accumulate=layout.accumulate,

@@ -228,7 +228,7 @@ VISION = {
     ),
     "a folder for the processor": (
         lambda f: (f / "preprocessor_config.json").mkdir(),
-        ["vision/preprocessor_config.json cannot be read as JSON"],
+        ["vision/preprocessor_config.json cannot be read: Is a directory"],
     ),
     "the mean of one color": (
         replace_file("preprocessor_config.json", '{"image_mean": [0.5]}'),

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from baichuan_omni_jax.checkpoint.branches import BRANCHES_FILE
-from baichuan_omni_jax.checkpoint.checksums import CHECKSUMS
 from baichuan_omni_jax.cli import evaluate_suites
 from baichuan_omni_jax.cli.chat import OpenedChat
 from baichuan_omni_jax.cli.main import main
@@ -345,7 +344,8 @@ def test_abilities_of_what_is_no_run_and_into_what_is_no_folder(tmp_path, capsys
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / BRANCHES_FILE).write_text("{}")
     (tmp_path / "run" / "checkpoints" / "3").mkdir(parents=True)
-    (tmp_path / "run" / "checkpoints" / "3" / CHECKSUMS).write_text("{}")
+    (tmp_path / "run" / "checkpoints" / "3" / BRANCHES_FILE).write_text("{}")
+    write_checksums(tmp_path / "run" / "checkpoints" / "3")
     # Digits that are no number are no step.
     (tmp_path / "run" / "checkpoints" / "²").mkdir()
     (tmp_path / "file").write_text("")

@@ -110,7 +110,6 @@ def test_where_a_folder_is_needed_a_url_is_refused(url):
         ["train", "--config", "configs/micro.py", "--workdir", "run", "--set", "data.trusted_roots=('gs://bucket/a',)"],
         ["data", "build", "hdfs://host/text.jsonl", "--out", "shards"],
         ["data", "build", "text.jsonl", "--out", "shards", "--trust", "gs://bucket/media"],
-        ["stages", "--workdir", "gs://bucket/runs"],
         ["convert", "to-qwen2", "--from", "gs:/bucket/converted", "--to", "qwen2"],
     ],
 )

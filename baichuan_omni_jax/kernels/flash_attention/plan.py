@@ -90,7 +90,7 @@ def expected_pairs(blocks_q: int, blocks_kv: int, block_kv: int, causal: bool) -
 
     Those below the diagonal, at most what queries see in packed documents.
     """
-    seen = blocks_kv / 2 if causal else blocks_kv
+    seen = blocks_kv / 2 if causal else float(blocks_kv)
     return blocks_q * min(seen, 1 + _EXPECTED_KEYS / block_kv)
 
 

@@ -67,7 +67,8 @@ def test_a_reader_that_stops_early_leaves_nothing(sample_pipeline, sample_codes,
     steps = with_config(sample_pipeline, workers=2).steps(sample_codes)
     step = next(steps)
     steps.close()
-    shared = [Path("/dev/shm") / array.shm.name for array in step.batch.values()]
+    # An array without a number, of a budget that is 0, has no memory to share.
+    shared = [Path("/dev/shm") / array.shm.name for array in step.batch.values() if array.size]
     assert all(path.exists() for path in shared)
     del step
     free_shared_memory()
