@@ -93,7 +93,7 @@ def test_suggestions_name_settings_that_would_help():
         assert setting in text
     assert "--set mesh.fsdp=4 --set mesh.context=2" in text
     assert "15.0 GiB too much" in text
-    chunked = replace(run, compute=replace(run.compute, loss_chunk=1024))
+    chunked = replace(run, compute=replace(run.compute, loss_chunk=1024, remat="full"))
     modest = "\n".join(suggestions(chunked, {**mesh, "fsdp": 16}, Memory(GIB, 0, 95 * GIB, 0), 95 * GIB))
     assert "remat" not in modest
     assert "loss_chunk" not in modest
