@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from baichuan_omni_jax.checkpoint.branches import BRANCHES_FILE
+from baichuan_omni_jax.checkpoint.checksums import write_checksums
 from baichuan_omni_jax.cli import evaluate_suites
 from baichuan_omni_jax.cli.chat import OpenedChat
 from baichuan_omni_jax.cli.main import main
