@@ -96,6 +96,20 @@ def environment(cache: Path, devices: int = 1, *, quick: bool = False) -> dict[s
     }
 
 
+def run_on_devices(name: str, cache: Path, devices: int = 8) -> None:
+    """Runs a program of `tests/helpers/multidevice` on so many CPU devices; fails with what it said where it fails."""
+    program = REPOSITORY / "tests" / "helpers" / "multidevice" / name
+    done = subprocess.run(
+        [sys.executable, str(program)],
+        env=environment(cache, devices),
+        capture_output=True,
+        text=True,
+        timeout=HANG,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 class Command:
     """`launch/tpu_pretrain.py --config configs/micro.py` over one data root and one compilation cache."""
 

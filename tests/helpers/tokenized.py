@@ -55,6 +55,17 @@ def start_hosts(
     return [start(root, cache, *flags, f"--host={host}", own_cache=caches[host]) for host in range(count)]
 
 
+def outputs_of(hosts: list[subprocess.Popen]) -> list[tuple[str, str]]:
+    """What each host printed, once all have ended well; none is left."""
+    try:
+        outputs = [process.communicate(timeout=HANG) for process in hosts]
+    finally:
+        for process in hosts:
+            process.kill()
+    assert [process.returncode for process in hosts] == [0] * len(hosts), outputs
+    return outputs
+
+
 def copy_data(sample: Path, root: Path) -> Path:
     """A part of the sample data, without anything made from it."""
     return small_copy(sample, root, LINES)

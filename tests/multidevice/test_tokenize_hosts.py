@@ -4,8 +4,7 @@ import pytest
 
 from baichuan_omni_jax.storage import parse_path
 from tests.helpers.bucket import bucket_server, in_this_process, put_data
-from tests.helpers.proofs import HANG
-from tests.helpers.tokenized import copy_data, files_of, parts_of, run, start_hosts, without_store
+from tests.helpers.tokenized import copy_data, files_of, outputs_of, parts_of, run, start_hosts, without_store
 
 pytestmark = pytest.mark.slow
 
@@ -30,13 +29,7 @@ def test_eight_devices_write_the_same_store(mesh, one, tmp_path):
 def test_two_hosts_write_the_same_store(one, tmp_path):
     root, cache = one
     other = without_store(root, tmp_path / "data")
-    hosts = start_hosts(other, cache, 2)
-    try:
-        outputs = [process.communicate(timeout=HANG) for process in hosts]
-    finally:
-        for process in hosts:
-            process.kill()
-    assert [process.returncode for process in hosts] == [0, 0], outputs
+    outputs = outputs_of(start_hosts(other, cache, 2))
     shares = [parts_of(root) - parts_of(root) // 2, parts_of(root) // 2]
     assert f"tokenizing audio: {shares[0]} of {shares[0]} shards" in outputs[0][0]
     assert "code frames" not in outputs[1][0], "only host 0 talks"
@@ -51,13 +44,7 @@ def test_two_hosts_write_the_same_store_into_a_bucket(one, tmp_path, monkeypatch
             monkeypatch.setenv(name, value)
         with in_this_process(server):
             url = put_data(root, parse_path("gs://bucket/data"))
-        hosts = start_hosts(url, cache, 2, caches=[tmp_path / "0", tmp_path / "1"])
-        try:
-            outputs = [process.communicate(timeout=HANG) for process in hosts]
-        finally:
-            for process in hosts:
-                process.kill()
-        assert [process.returncode for process in hosts] == [0, 0], outputs
+        outputs = outputs_of(start_hosts(url, cache, 2, caches=[tmp_path / "0", tmp_path / "1"]))
         shares = [parts_of(root) - parts_of(root) // 2, parts_of(root) // 2]
         assert f"tokenizing audio: {shares[0]} of {shares[0]} shards" in outputs[0][0]
         names = [name for name in server.names("data/.cache/") if "/codes-" in name]

@@ -1,8 +1,5 @@
 """int8 products: near those of fp32, as qwix computes them, right on average, and the same bits on every mesh."""
 
-import os
-import subprocess
-import sys
 from functools import partial
 
 import jax
@@ -16,7 +13,7 @@ from hypothesis import strategies as st
 from baichuan_omni_jax.nn.int8 import Dither, int8_product, int8_weight
 from baichuan_omni_jax.nn.linear import Linear
 from baichuan_omni_jax.nn.param import ComputePolicy
-from tests.helpers.micro import HANG, REPOSITORY
+from tests.helpers.micro import run_on_devices
 
 COMPUTE = ComputePolicy()
 # Relative RMS of normal numbers: half a step of 127 for the largest of some hundred, of both operands.
@@ -145,14 +142,5 @@ def test_a_layer_multiplies_in_int8_only_where_it_is_told_to(int8):
     assert ("i8>" in program) is int8
 
 
-def test_eight_devices_give_the_bits_of_one():
-    program = REPOSITORY / "tests" / "helpers" / "multidevice" / "int8.py"
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(REPOSITORY),
-    }
-    done = subprocess.run(
-        [sys.executable, str(program)], env=environment, capture_output=True, text=True, timeout=HANG, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_eight_devices_give_the_bits_of_one(tmp_path):
+    run_on_devices("int8.py", tmp_path / "xla")

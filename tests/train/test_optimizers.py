@@ -1,9 +1,5 @@
 """Optimizers by group: what each keeps, and Muon's updates as orthogonal as they are said to be, on one device or 8."""
 
-import os
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +10,7 @@ from hypothesis import strategies as st
 from baichuan_omni_jax.config import GroupConfig, OptimizerConfig
 from baichuan_omni_jax.train.muon import is_matrix, newton_schulz, orthogonal_stack
 from baichuan_omni_jax.train.optimizers import learning_rates, make_optimizer
-from tests.helpers.micro import HANG, REPOSITORY
+from tests.helpers.micro import run_on_devices
 
 SHAPES = {
     "llm.layers.attention.q_proj.weight": (3, 128, 4, 64),
@@ -107,14 +103,5 @@ def test_heads_belong_to_the_side_that_makes_a_matrix_square(shape):
     assert (np.abs(values / scale - 0.93) < 0.33).all()
 
 
-def test_eight_devices_update_as_one():
-    program = REPOSITORY / "tests" / "helpers" / "multidevice" / "optimizers.py"
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(REPOSITORY),
-    }
-    done = subprocess.run(
-        [sys.executable, str(program)], env=environment, capture_output=True, text=True, timeout=HANG, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_eight_devices_update_as_one(tmp_path):
+    run_on_devices("optimizers.py", tmp_path / "xla")
