@@ -266,6 +266,10 @@ class ComputeConfig:
     # XLA's, NAME=VALUE, for the training step, behind those that the chip has in `train/step.py`: the last one counts.
     compiler_options: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        ranges = dict.fromkeys(("loss_chunk", "mlp_chunk", "attention_q_block", "attention_kv_block"), (0, inf))
+        check_ranges(self, "compute.", ranges | {"attention_block": (1, inf)})
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:

@@ -72,6 +72,8 @@ def test_overrides_reach_nested_fields_and_keep_types():
         ("watch.spike=1e400", "watch.spike must be a number, not inf"),
         ("watch.pause_s=" + "9" * 400, "watch.pause_s must be a number, not one so large"),
         ("checkpoint.every=0", "checkpoint.every must be at least 1, not 0"),
+        ("compute.attention_block=0", "compute.attention_block must be at least 1, not 0"),
+        ("compute.loss_chunk=-1", "compute.loss_chunk must be at least 0, not -1"),
         ("checkpoint.keep=0", "checkpoint.keep must be at least 1, not 0"),
         ("checkpoint.local_every=-1", "checkpoint.local_every must be at least 0, not -1"),
         ("data.patience=-1", "data.patience must be at least 0, not -1.0"),
